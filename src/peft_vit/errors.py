@@ -1,0 +1,27 @@
+"""The one kind of error that a user is meant to read: a single line that names file, field and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Bad input, told in one line.
+
+    The command line prints ``str(error)`` and exits with code 2, without a traceback.
+
+    Args:
+        message: what was expected and what to do about it.
+        file: the file that holds the fault, if a file does.
+        field: the dotted name of the setting, e.g. ``experiments[2].lora.rank``.
+    """
+
+    def __init__(self, message: str, *, file: str | Path | None = None, field: str | None = None) -> None:
+        self.message = " ".join(message.split())
+        self.file = None if file is None else str(file)
+        self.field = field
+        super().__init__(": ".join(part for part in (self.file, self.field, self.message) if part))
+
+
+class SilentNoEffectWarning(UserWarning):
+    """A setting is legal but changes nothing in this run; said loudly instead of being ignored."""
