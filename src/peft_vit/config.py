@@ -1,21 +1,24 @@
 """Strict YAML to frozen models: the only place where configuration is read and checked.
 
-What needs only the file is checked here. What needs the model's sites or the data set's size (a rank above a width, a
-group that does not divide the inputs, a schedule longer than the run) is checked by ``experiments.plan``, before any
-expensive work, with the same kind of error.
+What needs only the file is checked here. What needs the model's sites or the data set's size (a rank above a
+width, a group that does not divide the inputs, a schedule longer than the run) is checked by
+``experiments.plan``, before any expensive work, with the same kind of error.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from peft_vit.errors import UserError
+from peft_vit.strict_yaml import KeyPath, Lines, dotted, read_mapping
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Matrix = Literal["query", "key", "value", "out", "fc1", "fc2"]
 MATRICES: tuple[Matrix, ...] = ("query", "key", "value", "out", "fc1", "fc2")
@@ -46,7 +49,9 @@ class BackboneConfig(_Frozen):
     model: str = Field(min_length=1, max_length=128, description="name of a timm VisionTransformer")
     weights: WeightsSource
     file: str | None = Field(default=None, description="safetensors or .pth file, for weights: file")
-    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="expected hash of the file")
+    sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="expected hash of the file"
+    )
 
     @model_validator(mode="after")
     def _file_only_with_file(self) -> Self:
@@ -61,14 +66,19 @@ class DataConfig(_Frozen):
     """Which images, at which size, and how they are split. Splits live here, not in code."""
 
     dataset: DatasetName
-    path: str | None = Field(default=None, description="folder, archive or CSV; found automatically for packaged sets")
+    path: str | None = Field(
+        default=None, description="folder, archive or CSV; found automatically for packaged sets"
+    )
     image_size: int = Field(ge=14, le=1024)
-    train_images: int | None = Field(default=None, ge=2, description="images to train on; all that remain if left out")
+    train_images: int | None = Field(
+        default=None, ge=2, description="images to train on; all that remain if left out"
+    )
     validation_images: int = Field(ge=2)
     test_images: int | None = Field(default=None, ge=2, description="left out: the data set's own test split")
     split_seed: int = Field(default=0, ge=0)
     train_subset: Literal["fixed", "per_seed"] = Field(
-        default="fixed", description="per_seed draws other training images for each seed; validation and test stay"
+        default="fixed",
+        description="per_seed draws other training images for each seed; validation and test stay",
     )
     flips: Literal["none", "horizontal", "both"] = "horizontal"
 
@@ -88,7 +98,9 @@ class TrainingConfig(_Frozen):
     weight_decay: float = Field(default=0.01, ge=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
-    clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="largest gradient norm; null switches clipping off"
+    )
     class_weights: bool = Field(default=False, description="weigh the loss by inverse class frequency")
 
 
@@ -99,7 +111,7 @@ class _AdapterConfig(_Frozen):
     @model_validator(mode="after")
     def _targets_unique(self) -> Self:
         if len(set(self.targets)) != len(self.targets):
-            raise ValueError("targets names a matrix twice")
+            raise ValueError("targets names a matrix twice; remove one")
         return self
 
 
@@ -117,51 +129,77 @@ class AdaLoraConfig(_AdapterConfig):
     importance_metric: Metric
     update_frequency: int = Field(ge=1, description="steps between reallocations")
     warmup_steps: int = Field(ge=1, description="steps before the first reallocation")
-    final_steps: int | None = Field(default=None, ge=0, description="last steps with frozen ranks; default a quarter")
+    final_steps: int | None = Field(
+        default=None, ge=0, description="last steps with frozen ranks; default a quarter"
+    )
     budget_schedule: Literal["cubic", "constant"] = "cubic"
     initial_rank_budget: int | None = Field(
-        default=None, ge=1, description="budget during warm-up under cubic; default 1.5 x total, at least one a site"
+        default=None,
+        ge=1,
+        description="budget during warm-up under cubic; default 1.5 x total, at least one a site",
     )
     minimum_rank: int = Field(default=0, ge=0)
-    maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
+    maximum_rank: int | None = Field(
+        default=None, ge=1, description="default: the smaller side of the matrix"
+    )
     parametrization: Literal["product", "svd"] = "product"
-    orthogonality_weight: float | None = Field(default=None, ge=0, description="default 0.1 for svd, none for product")
+    orthogonality_weight: float | None = Field(
+        default=None, ge=0, description="default 0.1 for svd, none for product"
+    )
     sensitivity_beta: float = Field(default=0.85, gt=0, lt=1, description="smoothing of scores (b1)")
     uncertainty_beta: float = Field(default=0.85, gt=0, lt=1, description="smoothing of their spread (b2)")
-    threshold_tau: float = Field(default=1.0, gt=0, description="threshold strategy: multiple of the mean score")
+    threshold_tau: float = Field(
+        default=1.0, gt=0, description="threshold strategy: multiple of the mean score"
+    )
     top_k: int | None = Field(default=None, ge=1, description="top_k strategy: number of sites; default half")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.maximum_rank is not None and self.maximum_rank < max(1, self.minimum_rank):
-            raise ValueError("maximum_rank lies below minimum_rank")
+            raise ValueError("maximum_rank lies below minimum_rank (and below 1); raise it")
         if self.initial_rank_budget is not None:
             if self.budget_schedule == "constant":
-                raise ValueError("initial_rank_budget has no effect with budget_schedule: constant; remove it")
+                raise ValueError(
+                    "initial_rank_budget has no effect with budget_schedule: constant; remove it"
+                )
             if self.initial_rank_budget < self.total_rank_budget:
-                raise ValueError("initial_rank_budget lies below total_rank_budget; the cubic schedule only descends")
+                raise ValueError(
+                    "initial_rank_budget lies below total_rank_budget; the cubic schedule only descends"
+                )
         if self.parametrization == "product" and self.orthogonality_weight:
-            raise ValueError("orthogonality_weight needs parametrization: svd; the plain product has no such penalty")
+            raise ValueError(
+                "orthogonality_weight needs parametrization: svd; the plain product has no such penalty"
+            )
         if self.top_k is not None and self.allocation_strategy != "top_k":
-            raise ValueError(f"top_k has no effect with allocation_strategy: {self.allocation_strategy}; remove it")
+            raise ValueError(
+                f"top_k has no effect with allocation_strategy: {self.allocation_strategy}; remove it"
+            )
         if "threshold_tau" in self.model_fields_set and self.allocation_strategy != "threshold":
-            raise ValueError(f"threshold_tau has no effect with allocation_strategy: {self.allocation_strategy}")
+            raise ValueError(
+                f"threshold_tau has no effect with allocation_strategy: {self.allocation_strategy}; remove it"
+            )
         return self
 
 
 class QaLoraConfig(_AdapterConfig):
-    """Quantization-aware LoRA (arXiv 2309.14717), plus NF4/FP4 codebooks (arXiv 2305.14314) and a schedule."""
+    """Quantization-aware LoRA (arXiv 2309.14717), NF4/FP4 codebooks (arXiv 2305.14314), and a schedule."""
 
     quantization_bits: Literal[4, 8]
     quantization_type: QuantizationType
     quantization_schedule: Literal["constant", "linear", "cosine"]
     gradient_scaling_factor: float = Field(gt=0, description="factor on the adapters' gradients")
     use_group_quantization: bool
-    group_size: int = Field(default=32, ge=2, description="inputs that share a scale; with use_group_quantization")
+    group_size: int = Field(
+        default=32, ge=2, description="inputs that share a scale; with use_group_quantization"
+    )
     rank: int = Field(default=8, ge=1)
-    quantization_warmup_steps: int = Field(default=0, ge=0, description="steps before the float weights start to go")
+    quantization_warmup_steps: int = Field(
+        default=0, ge=0, description="steps before the float weights start to go"
+    )
     quantization_end_step: int | None = Field(
-        default=None, ge=1, description="step at which only quantized weights are left; default two thirds of the run"
+        default=None,
+        ge=1,
+        description="step at which only quantized weights are left; default two thirds of the run",
     )
 
     @model_validator(mode="after")
@@ -177,7 +215,14 @@ class QaLoraConfig(_AdapterConfig):
         if self.quantization_schedule == "constant" and (
             self.quantization_warmup_steps or self.quantization_end_step is not None
         ):
-            raise ValueError("quantization_warmup_steps and quantization_end_step have no effect with a constant schedule")
+            raise ValueError(
+                "quantization_warmup_steps and quantization_end_step have no effect with a constant schedule"
+            )
+        if (
+            self.quantization_end_step is not None
+            and self.quantization_end_step <= self.quantization_warmup_steps
+        ):
+            raise ValueError("quantization_end_step must lie after quantization_warmup_steps; raise it")
         return self
 
 
@@ -216,7 +261,9 @@ class StudyConfig(_Frozen):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(min_length=1)
     device: Device = "auto"
     precision: Precision = "fp32"
-    threads: int = Field(default=2, ge=1, le=1024, description="torch threads a run; changes bits, so it is recorded")
+    threads: int = Field(
+        default=2, ge=1, le=1024, description="torch threads a run; changes bits, so it is recorded"
+    )
     backbone: BackboneConfig
     data: DataConfig
     experiments: tuple[ExperimentConfig, ...] = Field(min_length=1)
@@ -226,127 +273,59 @@ class StudyConfig(_Frozen):
         names = [experiment.name for experiment in self.experiments]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"experiment name '{name}' stands twice")
+                raise ValueError(f"experiment name '{name}' stands twice; rename one")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("a seed stands twice; it would repeat a run and count it as evidence")
         return self
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader without aliases and duplicate keys, which reads 1e-3 as a number (YAML 1.1 reads text)."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.events.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not accepted; write it out", mark)
-        return super().compose_node(parent, index)
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-_MAX_BYTES = 1 << 20
-_MAX_DEPTH = 20
-_Lines = dict[tuple[str | int, ...], int]
-
-
-def _dotted(path: tuple[str | int, ...]) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.lstrip(".")
-
-
-def _read(node: yaml.Node, loader: _StrictLoader, path: tuple[str | int, ...], lines: _Lines, file: Path) -> Any:
-    lines[path] = node.start_mark.line + 1
-    where = f"{file}:{node.start_mark.line + 1}"
-    if len(path) > _MAX_DEPTH:
-        raise UserError(f"nested deeper than {_MAX_DEPTH} levels", file=where, field=_dotted(path))
-    if isinstance(node, yaml.MappingNode):
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            at = f"{file}:{key_node.start_mark.line + 1}"
-            if not isinstance(key, str):
-                raise UserError(f"key {key!r} must be text", file=at, field=_dotted(path) or None)
-            if key in mapping:
-                raise UserError("this key stands twice; remove one", file=at, field=_dotted((*path, key)))
-            mapping[key] = _read(value_node, loader, (*path, key), lines, file)
-            lines[(*path, key)] = key_node.start_mark.line + 1
-        return mapping
-    if isinstance(node, yaml.SequenceNode):
-        return [_read(child, loader, (*path, i), lines, file) for i, child in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
-
-
-def _parse_yaml(file: Path) -> tuple[dict[str, Any], _Lines]:
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror}); give the path of a YAML file", file=file) from None
-    if len(raw) > _MAX_BYTES:
-        raise UserError(f"larger than {_MAX_BYTES} bytes; a configuration is small", file=file)
-    lines: _Lines = {}
-    try:
-        loader = _StrictLoader(raw.decode("utf-8"))
-        node = loader.get_single_node()
-        data = None if node is None else _read(node, loader, (), lines, file)
-    except UnicodeDecodeError:
-        raise UserError("is not UTF-8 text", file=file) from None
-    except RecursionError:
-        raise UserError(f"nested deeper than {_MAX_DEPTH} levels", file=file) from None
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{file}:{mark.line + 1}" if mark else str(file)
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"is not valid YAML: {problem}", file=where) from None
-    if not isinstance(data, dict):
-        raise UserError("expected a mapping with the keys name, seeds, backbone, data, experiments", file=file)
-    return data, lines
-
-
-def _fill_training(data: dict[str, Any]) -> dict[str, Any]:
+def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, Any]:
     """Put the study's `training:` under each experiment's own."""
-    shared = data.pop("training", {})
-    experiments = data.get("experiments")
-    if not isinstance(experiments, list) or not isinstance(shared, dict):
-        if shared:
-            data["training"] = shared  # of the wrong shape: left in place, so that validation names it
-        return data
-    for experiment in experiments:
-        if isinstance(experiment, dict):
-            own = experiment.get("training", {})
-            if isinstance(own, dict):
-                experiment["training"] = {**shared, **own}
-    return data
+    shared, experiments = data.get("training", {}), data.get("experiments")
+    if not isinstance(shared, dict):
+        problem = f"expected a mapping of settings, got {reprlib.repr(shared)}"
+        raise UserError(problem, file=f"{file}:{lines['training',]}", field="training")
+    filled = {key: value for key, value in data.items() if key != "training"}
+    if isinstance(experiments, list):
+        filled["experiments"] = [_with_training(one, shared) for one in experiments]
+    return filled
 
 
-def _one_line(error: ValidationError, lines: _Lines, file: Path) -> UserError:
-    first = error.errors(include_url=False)[0]
-    path = tuple(first["loc"])
-    line = None
-    for length in range(len(path), -1, -1):
-        if path[:length] in lines:
-            line = lines[path[:length]]
-            break
-    if path[:1] == ("experiments",) and "training" in path and path not in lines:
-        line = lines.get(("training", *path[3:]), line)
-    kind = first["type"]
+def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
+    own = experiment.get("training", {}) if isinstance(experiment, dict) else None
+    if not isinstance(own, dict):
+        return experiment  # of the wrong shape: validation names it
+    return {**experiment, "training": {**shared, **own}}
+
+
+def _message(error: ErrorDetails, path: KeyPath) -> str:
+    kind = error["type"]
     if kind == "extra_forbidden":
-        message = "unknown key; remove it or correct its spelling"
-    elif kind == "missing":
-        message = "is missing; add it"
+        return "unknown key here; remove it or correct its spelling"
+    if kind == "missing":
+        return "is missing; add it"
+    if kind == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    if kind == "string_pattern_mismatch" and path[-1:] == ("name",):
+        message = "use lower-case letters, digits, '-' and '_', at most 64"
     else:
-        message = first["msg"].removeprefix("Value error, ")
-        if kind != "value_error":
-            message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"[:300]
+        message = f"{error['msg'][0].lower()}{error['msg'][1:]}".replace("an object", "a mapping")
+        message = message.replace("valid array", "list")
+    return f"{message}, got {reprlib.repr(error['input'])}"
+
+
+def _one_line(error: ValidationError, lines: Lines, file: Path) -> UserError:
+    # An unknown key first: a misspelled one is also reported as missing, which misleads.
+    first = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+    path: KeyPath = tuple(first["loc"])
+    if path[2:3] == ("training",) and path not in lines and ("training", *path[3:]) in lines:
+        path = ("training", *path[3:])  # it came from the study's shared settings
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    message = _message(first, path)
     more = error.error_count() - 1
     if more:
         message += f" ({more} more fault{'s' if more > 1 else ''} in this file)"
-    return UserError(message, file=f"{file}:{line}" if line else str(file), field=_dotted(path) or None)
+    return UserError(message, file=f"{file}:{line}" if line else str(file), field=dotted(path))
 
 
 def load_study(file: str | Path) -> StudyConfig:
@@ -359,11 +338,11 @@ def load_study(file: str | Path) -> StudyConfig:
         UserError: with file, line, field and remedy, for anything that is not a valid study.
     """
     file = Path(file)
-    data, lines = _parse_yaml(file)
-    return study_from_mapping(_fill_training(data), file=file, lines=lines)
+    data, lines = read_mapping(file)
+    return study_from_mapping(_fill_training(data, lines, file), file=file, lines=lines)
 
 
-def study_from_mapping(data: dict[str, Any], *, file: Path, lines: _Lines | None = None) -> StudyConfig:
+def study_from_mapping(data: dict[str, Any], *, file: Path, lines: Lines | None = None) -> StudyConfig:
     """Check a mapping of the shape of a configuration file; `file` is only named in errors."""
     try:
         # Through JSON, so that strict checking still turns lists into tuples.
