@@ -1,0 +1,50 @@
+"""How unevenly a budget is spread over sites. These describe one allocation: no interval of their own."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def gini(amounts: ArrayLike) -> float:
+    """Return the Gini coefficient: 0 for equal amounts, (n - 1) / n if one site has everything.
+
+    ``sum_ij |x_i - x_j| / (2 n^2 mean)``, computed from sorted values as ``2 sum_i i x_(i) / (n sum x) - (n +
+    1) / n``. Source: Gini (1912); the sorted form: Sen, On Economic Inequality (1973), 2.
+
+    Args:
+        amounts: (n,) non-negative, e.g. ranks by site.
+
+    Raises:
+        ValueError: for no, negative or non-finite amounts, or a sum of zero.
+    """
+    data = np.sort(_amounts(amounts))
+    n = data.size
+    position = np.arange(1, n + 1)
+    return float(2 * np.sum(position * data) / (n * np.sum(data)) - (n + 1) / n)
+
+
+def normalized_entropy(amounts: ArrayLike) -> float:
+    """Return Shannon's entropy of the shares over its largest value, log n: 1 for equal amounts, 0 for one
+    site.
+
+    Source: Shannon, Bell System Technical Journal 27 (1948); the ratio is Pielou's evenness (1966).
+
+    Args:
+        amounts: (n,) non-negative, e.g. ranks by site.
+
+    Raises:
+        ValueError: as in `gini`, or for a single site, where evenness has no meaning.
+    """
+    data = _amounts(amounts)
+    if data.size < 2:
+        raise ValueError("evenness needs at least two sites")
+    shares = data[data > 0] / data.sum()
+    return float(-np.sum(shares * np.log(shares)) / np.log(data.size)) + 0.0  # + 0.0 turns -0.0 into 0.0
+
+
+def _amounts(values: ArrayLike) -> np.ndarray:
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1 or data.size == 0 or not np.isfinite(data).all() or (data < 0).any() or data.sum() == 0:
+        raise ValueError("expected non-negative finite amounts with a positive sum")
+    return data
