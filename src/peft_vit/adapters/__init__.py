@@ -1,0 +1,38 @@
+"""Low-rank adapters on sites: update, resizing, injection, merging, files."""
+
+from peft_vit.adapters.adapted_linear import AdaptedLinear
+from peft_vit.adapters.injection import (
+    adapted_modules,
+    attach_adapters,
+    current_ranks,
+    freeze_backbone,
+    site_adapters,
+)
+from peft_vit.adapters.low_rank import SiteAdapter
+from peft_vit.adapters.merging import (
+    adapter_bytes,
+    load_trained,
+    merged_state_dict,
+    restore_trained,
+    set_ranks,
+    trained_tensors,
+)
+from peft_vit.adapters.resizing import check_optimizer, resize_adapters
+
+__all__ = [
+    "AdaptedLinear",
+    "SiteAdapter",
+    "adapted_modules",
+    "adapter_bytes",
+    "attach_adapters",
+    "check_optimizer",
+    "current_ranks",
+    "freeze_backbone",
+    "load_trained",
+    "merged_state_dict",
+    "resize_adapters",
+    "restore_trained",
+    "set_ranks",
+    "site_adapters",
+    "trained_tensors",
+]

@@ -1,0 +1,86 @@
+"""The module that takes the place of a timm Linear: a frozen weight, float or quantized, and the sites' adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters.low_rank import SiteAdapter, low_rank_linear
+from peft_vit.quantization import QuantizedTensor, relative_error
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer whose rows carry one adapter (out, fc1, fc2) or three (query, key, value).
+
+    The weight in use is ``(1 - share) * float + share * quantized``. At share 1 for good (`drop_float`) only the
+    packed weight is left.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.weight: Tensor | None
+        self.weight = nn.Parameter(base.weight.detach(), requires_grad=False)
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach(), requires_grad=False)
+        self.quantized: QuantizedTensor | None = None
+        self.quantized_share = 0.0
+        self.sites = nn.ModuleDict()
+        self.rows: dict[str, slice] = {}
+
+    def add_site(self, matrix: str, rows: tuple[int, int], adapter: SiteAdapter) -> None:
+        """Put an adapter on rows [start, stop)."""
+        self.sites[matrix] = adapter
+        self.rows[matrix] = slice(*rows)
+
+    def set_quantized(self, quantized: QuantizedTensor) -> float:
+        """Hold a packed copy of the weight beside the float one; return its relative error."""
+        if self.weight is None:
+            raise RuntimeError("the float weight is gone; quantize before it is dropped")
+        self.quantized = quantized
+        return relative_error(self.weight, quantized)
+
+    def drop_float(self) -> None:
+        """Free the float weight; only the packed weight is left from here on."""
+        if self.quantized is None:
+            raise RuntimeError("there is no quantized weight to fall back on")
+        self.quantized_share = 1.0
+        self.weight = None
+
+    def frozen_weight(self) -> Tensor:
+        """Return the weight in use without the adapters, (out, in) float32."""
+        if self.quantized is None or (self.quantized_share == 0 and self.weight is not None):
+            assert self.weight is not None
+            return self.weight
+        low = self.quantized.dequantize()
+        if self.weight is None or self.quantized_share == 1:
+            return low
+        return torch.lerp(self.weight, low, self.quantized_share)
+
+    def merged_weight(self) -> Tensor:
+        """Return the weight with every update added, (out, in) float32."""
+        total = self.frozen_weight().clone()
+        for matrix, adapter in self.adapters():
+            total[self.rows[matrix]] += adapter.delta()
+        return total
+
+    def adapters(self) -> list[tuple[str, SiteAdapter]]:
+        """Return (matrix, adapter) of each site, in the order of the rows."""
+        return [(matrix, adapter) for matrix, adapter in self.sites.items() if isinstance(adapter, SiteAdapter)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        updates = [(self.rows[matrix], adapter) for matrix, adapter in self.adapters() if adapter.rank]
+        return low_rank_linear(x, self.frozen_weight(), self.bias, updates)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.quantized is not None:
+            moved: dict[str, Any] = {name: fn(tensor) for name, tensor in self.quantized.tensors().items()}
+            self.quantized = QuantizedTensor.from_tensors(
+                moved, shape=self.quantized.shape, format=self.quantized.format
+            )
+        return self

@@ -1,0 +1,87 @@
+"""Put adapters on a timm model's sites, and find them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from peft_vit.adapters.adapted_linear import AdaptedLinear
+from peft_vit.adapters.low_rank import Parametrization, SiteAdapter
+from peft_vit.backbones import Site, find_sites
+from peft_vit.errors import UserError
+from peft_vit.seeding import torch_generator
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Leave only the classification head trainable."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    head: Any = model.get_classifier()  # type: ignore[operator]
+    if not any(True for _ in head.parameters()):
+        raise UserError("the model has no classification head; create it with num_classes", field="num_classes")
+    for parameter in head.parameters():
+        parameter.requires_grad_(True)
+
+
+def attach_adapters(
+    model: nn.Module,
+    sites: Sequence[Site],
+    ranks: Mapping[str, int],
+    *,
+    scale: float,
+    seed: int,
+    parametrization: Parametrization = "product",
+    pool: int = 1,
+) -> None:
+    """Freeze the backbone and put one adapter on each site; the model's outputs do not change.
+
+    Args:
+        model: a timm VisionTransformer, changed in place.
+        sites: from `backbones.find_sites`.
+        ranks: rank of each site by name; every site must be named, 0 is allowed.
+        scale: factor on each update.
+        seed: the run's seed. Each site has its own stream, so other sites or ranks do not move its start.
+        parametrization: of the update, see `low_rank`.
+        pool: inputs per group on which the update is constant; 1 for a plain adapter.
+    """
+    if next(iter(site_adapters(model)), None) is not None:
+        raise UserError("the model already carries adapters; attach once", field="model")
+    freeze_backbone(model)
+    order = {site.name: index for index, site in enumerate(find_sites(model))}
+    for site in sites:
+        module = model.get_submodule(site.module)
+        if isinstance(module, nn.Linear):
+            module = AdaptedLinear(module)
+            parent, _, child = site.module.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+        assert isinstance(module, AdaptedLinear)
+        adapter = SiteAdapter(
+            site.in_features, site.out_features, ranks[site.name], scale=scale,
+            generator=torch_generator(seed, "adapter_init", order[site.name]),
+            parametrization=parametrization, pool=pool,
+        )  # fmt: skip
+        module.add_site(site.matrix, site.rows, adapter.to(next(model.parameters()).device))
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """Yield (name, module) of every linear layer that carries adapters, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            yield name, module
+
+
+def site_adapters(model: nn.Module) -> dict[str, SiteAdapter]:
+    """Return the adapter of each site by the site's name, block by block."""
+    found = {}
+    for name, module in adapted_modules(model):
+        stem = name.rpartition(".")[0]  # blocks.3.attn of blocks.3.attn.qkv
+        for matrix, adapter in module.adapters():
+            found[f"{stem}.{matrix}"] = adapter
+    return found
+
+
+def current_ranks(model: nn.Module) -> dict[str, int]:
+    """Return the rank of each site as its tensors have it now."""
+    return {name: adapter.rank for name, adapter in site_adapters(model).items()}

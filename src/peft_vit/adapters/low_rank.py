@@ -1,0 +1,179 @@
+"""One site's low-rank update, and the linear layer that carries updates on slices of its rows.
+
+The update of a site with weight W (out, in) is, with a scale that does not move when the rank r moves:
+
+    product:  dW = scale * B A                 LoRA, arXiv 2106.09685, eq. 3
+    svd:      dW = scale * P diag(lambda) Q    AdaLoRA, arXiv 2303.10512, eq. 3
+
+Both are stored as ``lora_B`` (out, r) and ``lora_A`` (r, in); svd adds ``lora_lambda`` (r,). On a weight that is
+quantized in groups of g inputs the update is constant within a group (QA-LoRA, arXiv 2309.14717, sec. 3.3):
+``lora_A`` is (r, in / g) and acts on the inputs summed over each group, dW[o, i] = scale * (B A)[o, i // g].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Parametrization = Literal["product", "svd"]
+_SVD_INIT_STD = 0.02  # the official AdaLoRA code and PEFT: N(0, 0.02^2) factors, lambda = 0
+
+
+class SiteAdapter(nn.Module):
+    """The low-rank update of one site.
+
+    Args:
+        in_features: inputs of the site's weight.
+        out_features: outputs of the site's weight.
+        rank: number of triplets to start with; 0 is allowed and costs nothing.
+        scale: factor on the update (alpha / r of the LoRA paper, kept when r moves).
+        generator: source of the initial factors.
+        parametrization: `product` or `svd`.
+        pool: inputs per group on which the update is constant; 1 for a plain adapter.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        scale: float,
+        generator: torch.Generator,
+        parametrization: Parametrization = "product",
+        pool: int = 1,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scale = scale
+        self.parametrization = parametrization
+        self.pool = pool
+        self.generator = generator
+        lora_A, lora_B, lora_lambda = self.fresh_triplets(rank)
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
+        self.lora_lambda = None if lora_lambda is None else nn.Parameter(lora_lambda)
+
+    @property
+    def rank(self) -> int:
+        """Return the number of triplets that exist now."""
+        return self.lora_A.shape[0]
+
+    @property
+    def largest_rank(self) -> int:
+        """Return the rank above which more triplets can't change the update: min(out, in / pool)."""
+        return min(self.out_features, self.in_features // self.pool)
+
+    def fresh_triplets(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return A (count, in / pool), B (out, count), lambda (count,) | None of triplets that change nothing yet.
+
+        product: A as PEFT's LoRA, uniform with bound 1 / sqrt(in), B zero. The bound stays that of the unpooled
+        width, since a sum over g inputs grows by sqrt(g) just as the number of columns shrinks by g.
+        """
+        columns = self.in_features // self.pool
+        if self.parametrization == "svd":
+            lora_A = torch.randn(count, columns, generator=self.generator) * _SVD_INIT_STD
+            lora_B = torch.randn(self.out_features, count, generator=self.generator) * _SVD_INIT_STD
+            return lora_A, lora_B, torch.zeros(count)
+        bound = 1 / math.sqrt(self.in_features)
+        lora_A = (torch.rand(count, columns, generator=self.generator) * 2 - 1) * bound
+        return lora_A, torch.zeros(self.out_features, count), None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return left (out, r) and right (r, in), scale included, so that dW = left @ right."""
+        left = self.lora_B if self.lora_lambda is None else self.lora_B * self.lora_lambda
+        right = self.lora_A if self.pool == 1 else self.lora_A.repeat_interleave(self.pool, dim=1)
+        return left * self.scale, right
+
+    def delta(self) -> Tensor:
+        """Return the update dW (out, in)."""
+        left, right = self.factors()
+        return left @ right
+
+    def orthogonality(self) -> Tensor:
+        """Return ||P^T P - I||_F + ||Q Q^T - I||_F, a scalar (AdaLoRA, eq. 4; norms not squared, as in its code)."""
+        eye = torch.eye(self.rank, device=self.lora_A.device)
+        return torch.linalg.matrix_norm(self.lora_B.T @ self.lora_B - eye) + torch.linalg.matrix_norm(
+            self.lora_A @ self.lora_A.T - eye
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the site in one line."""
+        return f"rank={self.rank}, scale={self.scale}, {self.parametrization}, pool={self.pool}"
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """y = x (W + sum of updates)^T + bias, with W frozen.
+
+    The sum is formed once per forward pass, so the large product is one product; only the skinny products of the
+    factors' gradients are added in the backward pass. With g = dL/dy (N, out), x (N, in):
+    dL/dx = g W', dL/dleft = g^T (x right^T), dL/dright = (g left)^T x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[slice, ...],
+        dtype: torch.dtype, *factors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        lefts, rights = factors[::2], factors[1::2]
+        total = weight.clone()
+        for span, left, right in zip(rows, lefts, rights, strict=True):
+            total[span].addmm_(left, right)  # (out_s, in)
+        total = total.to(dtype)
+        x = x.to(dtype)
+        ctx.save_for_backward(x, total, *factors)
+        ctx.rows = rows
+        return F.linear(x, total, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, total, *factors = ctx.saved_tensors
+        lefts, rights = factors[::2], factors[1::2]
+        gradient = gradients[0].to(x.dtype)
+        to_input = gradient @ total if ctx.needs_input_grad[0] else None
+        x = x.reshape(-1, x.shape[-1])  # (N, in)
+        gradient = gradient.reshape(-1, gradient.shape[-1])  # (N, out)
+        inner = x @ torch.cat(rights).to(x.dtype).T  # (N, sum of ranks)
+        outer = torch.cat(
+            [gradient[:, span] @ left.to(x.dtype) for span, left in zip(ctx.rows, lefts, strict=True)], dim=1
+        )  # (N, sum of ranks)
+        to_rights = (outer.T @ x).float()  # (sum of ranks, in)
+        to_factors: list[Tensor] = []
+        start = 0
+        for span, right in zip(ctx.rows, rights, strict=True):
+            stop = start + right.shape[0]
+            to_factors += [(gradient[:, span].T @ inner[:, start:stop]).float(), to_rights[start:stop]]
+            start = stop
+        return to_input, None, None, None, None, *to_factors
+
+
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[tuple[slice, SiteAdapter]]
+) -> Tensor:
+    """Apply a frozen linear layer with low-rank updates on slices of its rows.
+
+    Under autocast the product runs in autocast's type; W and the updates are summed in float32 before.
+
+    Args:
+        x: inputs (..., in).
+        weight: frozen weight (out, in), float32.
+        bias: (out,) or None.
+        updates: the rows of each site that has a rank above 0, and its adapter.
+
+    Returns:
+        Outputs (..., out).
+    """
+    if not updates:
+        return F.linear(x, weight, bias)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    factors = [factor for _, adapter in updates for factor in adapter.factors()]
+    with torch.autocast(device, enabled=False):
+        rows = tuple(span for span, _ in updates)
+        result: Tensor = _LowRankLinear.apply(x, weight, bias, rows, dtype, *factors)
+    return result

@@ -1,0 +1,93 @@
+"""From adapters back to plain weights, and to a file that holds only what was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from peft_vit.adapters.injection import adapted_modules, current_ranks, site_adapters
+from peft_vit.errors import UserError
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict of the plain timm model, with every update added to its weight (float32)."""
+    adapted = dict(adapted_modules(model))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        owner = next((module for module in adapted if name.startswith(f"{module}.")), None)
+        if owner is None:
+            state[name] = tensor
+    for name, module in adapted.items():
+        state[f"{name}.weight"] = module.merged_weight().detach()
+        if module.bias is not None:
+            state[f"{name}.bias"] = module.bias.detach()
+    return state
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every trainable tensor by name: adapters and head, or the whole model under full fine-tuning."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def adapter_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
+    """Return the content of an adapter file: trained tensors as safetensors, the rest as JSON in its header."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in trained_tensors(model).items() if tensor.numel()}
+    header = {**metadata, "ranks": current_ranks(model)}
+    return save(tensors, metadata={"peft_vit": json.dumps(header, sort_keys=True)})
+
+
+def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
+    """Load an adapter file into a model that carries adapters on the same sites, at any rank.
+
+    Returns:
+        The metadata that was saved with it.
+
+    Raises:
+        UserError: if the file is no adapter file or does not fit the model.
+    """
+    try:
+        with safe_open(file, framework="pt") as handle:
+            header = (handle.metadata() or {}).get("peft_vit")
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise UserError(f"is not a readable safetensors file ({error})", file=file) from None
+    if header is None:
+        raise UserError("has no peft_vit header; it was not written by this package", file=file)
+    metadata: dict[str, Any] = json.loads(header)
+    set_ranks(model, metadata["ranks"])
+    restore_trained(model, tensors, file=file)
+    return metadata
+
+
+def set_ranks(model: nn.Module, ranks: dict[str, int]) -> None:
+    """Give every site the named rank with fresh triplets; for models that no optimiser holds yet or any more."""
+    adapters = site_adapters(model)
+    if set(ranks) != set(adapters):
+        raise UserError("names other sites than the model's adapters", field="ranks")
+    for name, adapter in adapters.items():
+        if adapter.rank != ranks[name]:
+            lora_A, lora_B, lora_lambda = adapter.fresh_triplets(ranks[name])
+            device = adapter.lora_A.device
+            adapter.lora_A = nn.Parameter(lora_A.to(device))
+            adapter.lora_B = nn.Parameter(lora_B.to(device))
+            adapter.lora_lambda = None if lora_lambda is None else nn.Parameter(lora_lambda.to(device))
+
+
+@torch.no_grad()
+def restore_trained(model: nn.Module, tensors: dict[str, Tensor], *, file: Path | None = None) -> None:
+    """Copy trained tensors back; every trainable parameter must be there with its shape."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    for name in sorted(set(parameters) ^ {name for name, tensor in tensors.items() if tensor.numel()}):
+        side = "model" if name in parameters else "file"
+        raise UserError(f"stands only in the {side}; the adapter belongs to another configuration", file=file, field=name)
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            shapes = f"expected shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
+            raise UserError(f"{shapes}; the adapter belongs to another configuration", file=file, field=name)
+        parameter.copy_(tensors[name])

@@ -1,0 +1,100 @@
+"""Change a site's rank for real: tensors get smaller or larger, and the optimiser's moments follow their triplets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters.injection import site_adapters
+from peft_vit.adapters.low_rank import SiteAdapter
+from peft_vit.errors import UserError
+
+RESIZABLE_OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser whose state we can't carry through a change of rank."""
+    if type(optimizer) not in RESIZABLE_OPTIMIZERS:
+        known = ", ".join(kind.__name__ for kind in RESIZABLE_OPTIMIZERS)
+        raise UserError(f"{type(optimizer).__name__} can't follow a change of rank; use one of {known}", field="optimizer")
+
+
+def resize_adapters(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Mapping[str, int],
+    triplet_scores: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Give each named site its new rank.
+
+    A site that shrinks loses exactly its triplets with the lowest scores (of equal ones the later); the others keep
+    their order. A site that grows gets triplets that leave the function as it was, with moments of zero.
+
+    Args:
+        model: carries the adapters.
+        optimizer: holds their parameters; checked with `check_optimizer`.
+        ranks: new rank by site.
+        triplet_scores: score of each present triplet by site, (rank,).
+
+    Returns:
+        For each changed site the indices of the old triplets that were kept, (kept,) int64 in ascending order.
+    """
+    check_optimizer(optimizer)
+    adapters = site_adapters(model)
+    unknown = set(ranks) - set(adapters)
+    if unknown:
+        raise UserError(f"the model has no adapter on {sorted(unknown)[0]}", field="ranks")
+    kept = {}
+    for name, rank in ranks.items():
+        adapter = adapters[name]
+        if not 0 <= rank <= adapter.largest_rank:
+            raise UserError(f"expected 0 to {adapter.largest_rank}, got {rank}", field=f"ranks[{name}]")
+        if rank != adapter.rank:
+            kept[name] = _strongest(triplet_scores[name], rank)
+            _resize(adapter, optimizer, kept[name], rank - len(kept[name]))
+    return kept
+
+
+def _strongest(scores: Tensor, count: int) -> Tensor:
+    order = torch.argsort(scores.detach().cpu(), descending=True, stable=True)
+    return order[:count].sort().values
+
+
+def _resize(adapter: SiteAdapter, optimizer: torch.optim.Optimizer, keep: Tensor, grow: int) -> None:
+    keep = keep.to(adapter.lora_A.device)
+    fresh = adapter.fresh_triplets(grow)
+    for name, dim, new in zip(("lora_A", "lora_B", "lora_lambda"), (0, 1, 0), fresh, strict=True):
+        old = getattr(adapter, name)
+        if old is None or new is None:
+            continue
+        new = new.to(old.device)
+        values = torch.cat([old.detach().index_select(dim, keep), new], dim).contiguous()
+        parameter = nn.Parameter(values, requires_grad=old.requires_grad)
+        setattr(adapter, name, parameter)
+        _carry_state(optimizer, old, parameter, keep, dim, torch.zeros_like(new))
+
+
+def _carry_state(
+    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, keep: Tensor, dim: int, zeros: Tensor
+) -> None:
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            if parameter is old:
+                group["params"][index] = new
+                break
+        else:
+            continue
+        break
+    else:
+        raise UserError("does not hold the adapters' parameters; build it after attaching them", field="optimizer")
+    state = optimizer.state.pop(old, None)
+    if state is None:
+        return
+    optimizer.state[new] = {
+        key: torch.cat([value.index_select(dim, keep), zeros], dim).contiguous()
+        if isinstance(value, Tensor) and value.shape == old.shape
+        else value
+        for key, value in state.items()
+    }

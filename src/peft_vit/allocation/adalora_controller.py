@@ -1,0 +1,213 @@
+"""AdaLoRAController: scores the sites of a Vision Transformer, decides their ranks under a budget, resizes them.
+
+In anybody's own loop::
+
+    controller = AdaLoRAController(model, config, total_steps=600)        # attaches the adapters
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(1, 601):                                            # steps count from 1
+        loss = cross_entropy(model(images), labels)
+        loss.backward()
+        scores = controller.update_importance_scores(model, step)
+        optimizer.step()
+        ranks = controller.reallocate_ranks(scores, step)
+        controller.apply_ranks(model, optimizer, ranks)
+        optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters import attach_adapters, resize_adapters, set_ranks, site_adapters
+from peft_vit.allocation.budget import schedule_for
+from peft_vit.allocation.importance import ImportanceTracker
+from peft_vit.allocation.strategies import Bounds, allocate
+from peft_vit.backbones import find_sites
+from peft_vit.config import AdaLoraConfig
+from peft_vit.errors import UserError
+from peft_vit.seeding import torch_generator
+
+
+class AdaLoRAController:
+    """Adaptive rank allocation on a timm VisionTransformer.
+
+    Args:
+        model: a timm VisionTransformer with a classification head. If it carries no adapters yet, they are attached
+            with ranks that spread the initial budget evenly.
+        config: the settings, see `config.AdaLoraConfig`.
+        total_steps: optimiser steps of the whole run; the budget's course depends on it.
+        seed: of the adapters' start and of the `random` metric.
+
+    Raises:
+        UserError: if the model is of another class, the schedule does not fit the steps, or the budget does not fit
+            the sites.
+    """
+
+    def __init__(self, model: nn.Module, config: AdaLoraConfig, total_steps: int, *, seed: int = 0) -> None:
+        self.config = config
+        self.sites = find_sites(model, config.targets)
+        if not site_adapters(model):
+            attach_adapters(
+                model, self.sites, dict.fromkeys((site.name for site in self.sites), 0),
+                scale=config.scale, seed=seed, parametrization=config.parametrization,
+            )  # fmt: skip
+        adapters = site_adapters(model)
+        self.names = tuple(adapters)
+        self.bounds = self._bounds(adapters)
+        self.schedule = schedule_for(config, total_steps, len(self.names), int(self.bounds.maximum.sum()))
+        self.tracker = ImportanceTracker(
+            config.importance_metric,
+            sensitivity_beta=config.sensitivity_beta,
+            uncertainty_beta=config.uncertainty_beta,
+            generator=torch_generator(seed, "probe"),
+        )
+        self.rank_history: list[dict[str, Any]] = []
+        self.score_history: list[dict[str, Any]] = []
+        self._triplet_scores: dict[str, Tensor] = {}
+        self._last_scores = dict.fromkeys(self.names, 0.0)
+        self._start(model)
+
+    def _bounds(self, adapters: dict[str, Any]) -> Bounds:
+        largest = np.array([adapter.largest_rank for adapter in adapters.values()], dtype=np.int64)
+        if self.config.maximum_rank is not None:
+            if self.config.maximum_rank > largest.max():
+                raise UserError(
+                    f"{self.config.maximum_rank} lies above the widest site's {largest.max()}; lower it",
+                    field="adalora.maximum_rank",
+                )
+            largest = np.minimum(largest, self.config.maximum_rank)
+        minimum = np.full(len(largest), self.config.minimum_rank, dtype=np.int64)
+        if (minimum > largest).any():
+            raise UserError(f"lies above a site's largest rank {largest.min()}", field="adalora.minimum_rank")
+        if self.config.total_rank_budget > largest.sum():
+            raise UserError(
+                f"{self.config.total_rank_budget} lies above what the sites can hold, {largest.sum()}; lower it",
+                field="adalora.total_rank_budget",
+            )
+        if self.config.total_rank_budget < minimum.sum():
+            raise UserError(
+                f"{self.config.total_rank_budget} lies below the sites' minimum ranks, "
+                f"{len(minimum)} x {self.config.minimum_rank}; raise it",
+                field="adalora.total_rank_budget",
+            )
+        return Bounds(minimum, largest)
+
+    def _start(self, model: nn.Module) -> None:
+        """Spread the initial budget evenly over sites that have no rank yet."""
+        adapters = site_adapters(model)
+        if not any(adapter.rank for adapter in adapters.values()):
+            even = allocate("proportional", np.ones(len(self.names)), self.schedule.initial, self.bounds)
+            ranks = dict(zip(self.names, (int(rank) for rank in even), strict=True))
+            set_ranks(model, ranks)
+        ranks = {name: adapter.rank for name, adapter in adapters.items()}
+        if sum(ranks.values()) > self.schedule.initial:
+            raise UserError(
+                f"the model's adapters hold {sum(ranks.values())} ranks, the budget allows {self.schedule.initial}",
+                field="adalora.total_rank_budget",
+            )
+        self.rank_history.append({"step": 0, "budget": self.schedule.initial, "ranks": ranks})
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Return the ranks as last applied, by site."""
+        return dict(self.rank_history[-1]["ranks"])
+
+    def update_importance_scores(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Score every site; call after backward, on unscaled accumulated gradients, before zero_grad.
+
+        Args:
+            model: carries the adapters and their gradients.
+            step: the optimiser step that these gradients belong to, from 1.
+
+        Returns:
+            The mean score per triplet of each site. A site without rank keeps its last score, so that it can come
+            back when the others' scores fall below it.
+        """
+        self._triplet_scores = self.tracker.update(site_adapters(model))
+        for name, values in self._triplet_scores.items():
+            if len(values):
+                self._last_scores[name] = float(values.mean())
+        if not all(math.isfinite(score) for score in self._last_scores.values()):
+            worst = next(name for name, score in self._last_scores.items() if not math.isfinite(score))
+            raise UserError(f"its importance at step {step} is not finite; the training diverges", field=worst)
+        if self.schedule.is_update(step):
+            self.score_history.append({"step": step, "scores": dict(self._last_scores)})
+        return dict(self._last_scores)
+
+    def reallocate_ranks(self, importance_scores: dict[str, float], step: int) -> dict[str, int]:
+        """Decide the ranks from now on; nothing is changed yet.
+
+        Args:
+            importance_scores: from `update_importance_scores` of this step.
+            step: as above.
+
+        Returns:
+            The rank of each site; the present ranks at steps at which no decision is due.
+        """
+        if not self.schedule.is_update(step):
+            return self.ranks
+        scores = np.array([importance_scores[name] for name in self.names], dtype=np.float64)
+        ranks = allocate(
+            self.config.allocation_strategy, scores, self.schedule.budget_at(step), self.bounds,
+            threshold_tau=self.config.threshold_tau, top_k=self.config.top_k,
+            triplet_scores=[self._triplet_scores[n].double().cpu().numpy() for n in self.names if self._triplet_scores]
+            if self.config.allocation_strategy == "global" else None,
+        )  # fmt: skip
+        return dict(zip(self.names, (int(rank) for rank in ranks), strict=True))
+
+    def apply_ranks(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
+        """Resize the adapters and the optimiser's moments to the decided ranks, if they differ from the present ones.
+
+        Call after the optimiser's step. A shrinking site loses its weakest triplets by their latest scores.
+        """
+        present = self.ranks
+        if ranks == present:
+            return
+        if not self._triplet_scores:
+            raise UserError("no importance scores yet; call update_importance_scores first", field="ranks")
+        kept = resize_adapters(model, optimizer, ranks, self._triplet_scores)
+        self.tracker.follow(kept, ranks)
+        self._triplet_scores = {}
+        step = self.score_history[-1]["step"] if self.score_history else 0
+        self.rank_history.append({"step": step, "budget": self.schedule.budget_at(step), "ranks": {**present, **ranks}})
+
+    def get_layer_importance_summary(self) -> dict[str, dict[str, float]]:
+        """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.
+
+        Keys are the sites' names, then `blocks.<i>`, the matrix types and `overall`, each the mean over its sites
+        (ranks are summed).
+        """
+        ranks = self.ranks
+        groups: dict[str, list[str]] = {name: [name] for name in self.names}
+        for site in self.sites:
+            for key in (f"blocks.{site.block}", site.matrix, "overall"):
+                groups.setdefault(key, []).append(site.name)
+        summary = {}
+        for key, members in groups.items():
+            course = np.array([[entry["scores"][n] for n in members] for entry in self.score_history]).reshape(
+                -1, len(members)
+            )
+            series = course.mean(1) if len(course) else np.zeros(0)
+            slope = float(np.polyfit(np.arange(len(series)), series, 1)[0]) if len(series) > 1 else 0.0
+            summary[key] = {
+                "mean": float(series.mean()) if len(series) else 0.0,
+                "std": float(series.std(ddof=1)) if len(series) > 1 else 0.0,
+                "trend": slope,
+                "rank": float(sum(ranks[name] for name in members)),
+            }
+        return summary
+
+    def export_importance_data(self) -> dict[str, Any]:
+        """Return everything that was scored and decided, as plain values ready for JSON."""
+        return {
+            "metric": self.config.importance_metric,
+            "strategy": self.config.allocation_strategy,
+            "sites": [site.info().model_dump() for site in self.sites],
+            "scores": [dict(entry) for entry in self.score_history],
+            "ranks": [dict(entry) for entry in self.rank_history],
+        }

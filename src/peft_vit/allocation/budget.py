@@ -1,0 +1,84 @@
+"""How many ranks are allowed at which step, and at which steps ranks are decided. Steps count from 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft_vit.config import AdaLoraConfig
+from peft_vit.errors import UserError
+
+
+@dataclass(frozen=True)
+class BudgetSchedule:
+    """The budget's course over one run.
+
+    Attributes:
+        initial: ranks allowed during warm-up, b0.
+        total: ranks allowed in the end, b_T.
+        warmup_steps: t_i, the step of the first decision.
+        update_frequency: steps between decisions.
+        final_steps: t_f, steps at the end with frozen ranks; the last decision falls just before them.
+        total_steps: T.
+    """
+
+    initial: int
+    total: int
+    warmup_steps: int
+    update_frequency: int
+    final_steps: int
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps > self.last_update:
+            raise UserError(
+                f"warmup_steps {self.warmup_steps} plus final_steps {self.final_steps} leave no step for a decision "
+                f"in {self.total_steps} steps; shorten them or train longer",
+                field="adalora.warmup_steps",
+            )
+
+    @property
+    def last_update(self) -> int:
+        """Return the step of the last decision, T - t_f."""
+        return self.total_steps - self.final_steps
+
+    def is_update(self, step: int) -> bool:
+        """Say whether ranks are decided after this step."""
+        if not self.warmup_steps <= step <= self.last_update:
+            return False
+        return step == self.last_update or (step - self.warmup_steps) % self.update_frequency == 0
+
+    def budget_at(self, step: int) -> int:
+        """Return the ranks allowed while no later decision was taken than the one at or before `step`.
+
+        Cubic between warm-up and the last decision (arXiv 2303.10512, eq. 6):
+        b_T + (b0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3. It moves only at decisions, rounded up, so that a rank is
+        never taken before a decision is due.
+        """
+        if step < self.warmup_steps:
+            return self.initial
+        if step >= self.last_update:
+            return self.total
+        decided = step - (step - self.warmup_steps) % self.update_frequency
+        remaining = 1 - (decided - self.warmup_steps) / (self.last_update - self.warmup_steps)
+        exact = self.total + (self.initial - self.total) * remaining**3
+        return -int(-exact // 1)
+
+
+def schedule_for(config: AdaLoraConfig, total_steps: int, sites: int, largest: int) -> BudgetSchedule:
+    """Return the schedule of a configuration.
+
+    Args:
+        config: the `adalora` section.
+        total_steps: optimiser steps of the run.
+        sites: number of sites that share the budget.
+        largest: sum of the sites' largest ranks.
+    """
+    initial = config.total_rank_budget
+    if config.budget_schedule == "cubic":
+        # AdaLoRA starts at 1.5 times its target; and below one rank a site, a site could never show what it is worth.
+        initial = config.initial_rank_budget or max(round(1.5 * config.total_rank_budget), sites)
+        initial = max(min(initial, largest), config.total_rank_budget)
+    final_steps = total_steps // 4 if config.final_steps is None else config.final_steps
+    return BudgetSchedule(
+        initial, config.total_rank_budget, config.warmup_steps, config.update_frequency, final_steps, total_steps
+    )

@@ -1,0 +1,30 @@
+"""Quality of predictions, and what a model weighs."""
+
+from peft_vit.evaluation.footprint import (
+    available_memory_bytes,
+    frozen_bytes,
+    head_parameters,
+    optimizer_bytes,
+    peak_memory_bytes,
+    reset_peak_memory,
+    storage_bytes,
+    trainable_bytes,
+    trainable_parameters,
+)
+from peft_vit.evaluation.metrics import expected_calibration_error, measure
+from peft_vit.evaluation.predict import predict
+
+__all__ = [
+    "available_memory_bytes",
+    "expected_calibration_error",
+    "frozen_bytes",
+    "head_parameters",
+    "measure",
+    "optimizer_bytes",
+    "peak_memory_bytes",
+    "predict",
+    "reset_peak_memory",
+    "storage_bytes",
+    "trainable_bytes",
+    "trainable_parameters",
+]
