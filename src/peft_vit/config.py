@@ -12,7 +12,15 @@ import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from peft_vit.errors import UserError
 from peft_vit.strict_yaml import KeyPath, Lines, dotted, read_mapping
@@ -41,6 +49,16 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+_AS_WRITTEN = "what a person wrote: a setting equal to its default was still meant to do something"
+
+
+def _is_given(config: BaseModel, field: str, info: ValidationInfo) -> bool:
+    """Tell whether a setting was given; a record spells out every default, so there other values count."""
+    if info.context == _AS_WRITTEN:
+        return field in config.model_fields_set
+    return bool(getattr(config, field) != type(config).model_fields[field].default)
 
 
 class BackboneConfig(_Frozen):
@@ -154,7 +172,7 @@ class AdaLoraConfig(_AdapterConfig):
     top_k: int | None = Field(default=None, ge=1, description="top_k strategy: number of sites; default half")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self, info: ValidationInfo) -> Self:
         if self.maximum_rank is not None and self.maximum_rank < max(1, self.minimum_rank):
             raise ValueError("maximum_rank lies below minimum_rank (and below 1); raise it")
         if self.initial_rank_budget is not None:
@@ -174,7 +192,7 @@ class AdaLoraConfig(_AdapterConfig):
             raise ValueError(
                 f"top_k has no effect with allocation_strategy: {self.allocation_strategy}; remove it"
             )
-        if "threshold_tau" in self.model_fields_set and self.allocation_strategy != "threshold":
+        if _is_given(self, "threshold_tau", info) and self.allocation_strategy != "threshold":
             raise ValueError(
                 f"threshold_tau has no effect with allocation_strategy: {self.allocation_strategy}; remove it"
             )
@@ -203,14 +221,14 @@ class QaLoraConfig(_AdapterConfig):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self, info: ValidationInfo) -> Self:
         expected = BITS_OF_TYPE[self.quantization_type]
         if self.quantization_bits != expected:
             raise ValueError(
                 f"quantization_type: {self.quantization_type} stores {expected} bits, "
                 f"quantization_bits says {self.quantization_bits}; change one of them"
             )
-        if not self.use_group_quantization and "group_size" in self.model_fields_set:
+        if not self.use_group_quantization and _is_given(self, "group_size", info):
             raise ValueError("group_size has no effect with use_group_quantization: false; remove it")
         if self.quantization_schedule == "constant" and (
             self.quantization_warmup_steps or self.quantization_end_step is not None
@@ -346,7 +364,7 @@ def study_from_mapping(data: dict[str, Any], *, file: Path, lines: Lines | None 
     """Check a mapping of the shape of a configuration file; `file` is only named in errors."""
     try:
         # Through JSON, so that strict checking still turns lists into tuples.
-        return StudyConfig.model_validate_json(json.dumps(data, default=str))
+        return StudyConfig.model_validate_json(json.dumps(data, default=str), context=_AS_WRITTEN)
     except ValidationError as error:
         raise _one_line(error, lines or {}, file) from None
     except ValueError as error:

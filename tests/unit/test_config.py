@@ -1,0 +1,578 @@
+"""Every bad configuration is one line that names the file, the line, the field, and what to do."""
+
+# ruff: noqa: E501  # a fault a line or two reads as a table
+
+from __future__ import annotations
+
+import json
+import string
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from peft_vit.config import MATRICES, QaLoraConfig, StudyConfig, load_study, study_from_mapping
+from peft_vit.errors import UserError
+
+pytestmark = pytest.mark.part("configuration")
+
+CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+QUICKSTART = (CONFIGS / "quickstart.yaml").read_text()
+
+VALID = """\
+name: tiny
+seeds: [0, 1]
+backbone:
+  model: vit_tiny_patch16_224
+  weights: random
+data:
+  dataset: digits
+  image_size: 32
+  train_images: 64
+  validation_images: 32
+training:
+  epochs: 2
+  learning_rate: 1e-3
+experiments:
+  - name: probe
+    method: linear
+  - name: low_rank
+    method: lora
+    training: {learning_rate: 2.5E-4, clip_norm: null}
+    lora: {rank: 4}
+  - name: adaptive
+    method: adalora
+    adalora:
+      total_rank_budget: 8
+      allocation_strategy: proportional
+      importance_metric: magnitude
+      update_frequency: 2
+      warmup_steps: 4
+  - name: quantized
+    method: qa_lora
+    qa_lora:
+      quantization_bits: 4
+      quantization_type: nf4
+      quantization_schedule: linear
+      gradient_scaling_factor: 1
+      use_group_quantization: true
+"""
+
+
+def load(tmp_path: Path, content: str | bytes) -> StudyConfig:
+    file = tmp_path / "study.yaml"
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return load_study(file)
+
+
+def refusal(tmp_path: Path, content: str | bytes) -> str:
+    """Return the message, after checking that it is one short line that starts with the file's path."""
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, content)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert message.isprintable()
+    prefix = str(tmp_path / "study.yaml")
+    assert message.startswith(prefix)
+    message = message.removeprefix(prefix)
+    assert len(message) < 400
+    return message
+
+
+def changed(old: str, new: str) -> str:
+    assert VALID.count(old) == 1, f"{old!r} must stand once in VALID"
+    return VALID.replace(old, new)
+
+
+def line_of(text: str, content: str) -> int:
+    return content[: content.index(text)].count("\n") + 1
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_configuration_of_the_repository_loads_and_opens_with_what_it_asks(file: Path) -> None:
+    study = load_study(file)
+    assert study.name in file.stem
+    header = file.read_text().split("\nname:")[0]
+    for word in (
+        "Asks:",
+        "Images:",
+        "Weights:",
+        "Cost:",
+        f"Command: peft-vit run experiments/configs/{file.name}",
+    ):
+        assert word in header
+    if study.backbone.weights == "hub":
+        assert "NOT RUN" in header
+
+
+def test_the_configurations_that_are_promised_exist() -> None:
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} >= {
+        "quickstart", "adalora_comprehensive_experiment", "qa_lora_comprehensive_experiment",
+        "fixed_rank_baselines", "cifar100_vit_small", "tiny_imagenet_deit_small",
+    }  # fmt: skip
+
+
+def test_full_size_files_share_all_but_their_experiments() -> None:
+    names = ("adalora_comprehensive_experiment", "qa_lora_comprehensive_experiment", "fixed_rank_baselines")
+    studies = [load_study(CONFIGS / f"{name}.yaml") for name in names]
+    shared = [study.model_dump(exclude={"name", "description", "experiments"}) for study in studies]
+    assert shared[0] == shared[1] == shared[2]
+    steps = {
+        study.data.train_images // one.training.batch_size * one.training.epochs
+        for study in studies
+        for one in study.experiments
+        if study.data.train_images is not None
+    }
+    assert steps == {600}
+
+
+def test_values_arrive_as_written(tmp_path: Path) -> None:
+    study = load(tmp_path, VALID)
+    probe, low_rank, adaptive, quantized = study.experiments
+    assert study.seeds == (0, 1)
+    assert probe.training.learning_rate == 1e-3  # YAML 1.1 would have read text
+    assert low_rank.training.learning_rate == 2.5e-4
+    assert low_rank.training.clip_norm is None
+    assert low_rank.training.epochs == 2  # from the study
+    assert low_rank.lora is not None
+    assert low_rank.lora.targets == MATRICES
+    assert adaptive.adalora is not None
+    assert adaptive.adalora.total_rank_budget == 8
+    assert quantized.qa_lora is not None
+    assert quantized.qa_lora.gradient_scaling_factor == 1.0
+
+
+def test_a_loaded_study_is_frozen(tmp_path: Path) -> None:
+    study = load(tmp_path, VALID)
+    with pytest.raises(ValueError, match="frozen"):
+        study.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E-3", 1e-3),
+        ("1.e-3", 1e-3),
+        (".001", 1e-3),
+        ("+1e+0", 1.0),
+        ("1", 1.0),
+        ("0.5", 0.5),
+    ],
+)
+def test_numbers(tmp_path: Path, written: str, value: float) -> None:
+    study = load(tmp_path, changed("learning_rate: 1e-3", f"learning_rate: {written}"))
+    assert study.experiments[0].training.learning_rate == value
+
+
+# what is wrong: (text to replace, replacement, text on the line to be named, field, words of the message)
+FAULTS: dict[str, tuple[str, str, str, str, str]] = {
+    "unknown key": (
+        "  weights: random", "  weights: random\n  colour: red", "colour", "backbone.colour", "unknown key here; remove it",
+    ),
+    "misspelled key": (  # not "epochs is missing", which would be the second fault
+        "  epochs: 2", "  epoch: 2", "epoch: 2", "training.epoch", "correct its spelling (",
+    ),
+    "odd key": (
+        "name: tiny", 'name: tiny\n"a b\\nc": 1', '"a b', "'a b\\nc'", "unknown key",
+    ),
+    "merge key": (
+        "{rank: 4}", "{rank: 4, <<: {scale: 1.0}}", "{rank: 4", "experiments[1].lora.'<<'", "unknown key",
+    ),
+    "missing key": (
+        "  dataset: digits\n", "", "data:", "data.dataset", "is missing; add it",
+    ),
+    "text for a number": (
+        "epochs: 2", "epochs: two", "epochs", "training.epochs", "valid integer, got 'two'",
+    ),
+    "number in quotes": (
+        "epochs: 2", 'epochs: "2"', "epochs", "training.epochs", "valid integer, got '2'",
+    ),
+    "number for text": (
+        "name: tiny", "name: 12", "name: 12", "name", "valid string, got 12",
+    ),
+    "fraction for a whole number": (
+        "epochs: 2", "epochs: 2.5", "epochs", "training.epochs", "valid integer, got 2.5",
+    ),
+    "truth for a number": (
+        "rank: 4", "rank: true", "rank: true", "experiments[1].lora.rank", "valid integer, got True",
+    ),
+    "yes is no truth value": (
+        "use_group_quantization: true", "use_group_quantization: yes", "use_group",
+        "experiments[3].qa_lora.use_group_quantization", "valid boolean, got 'yes'",
+    ),
+    "octal": (
+        "epochs: 2", "epochs: 010", "epochs", "training.epochs", "valid integer, got '010'",
+    ),
+    "sexagesimal": (
+        "epochs: 2", "epochs: 1:30", "epochs", "training.epochs", "valid integer, got '1:30'",
+    ),
+    "date": (
+        "epochs: 2", "epochs: 2024-01-31", "epochs", "training.epochs", "valid integer, got '2024-01-31'",
+    ),
+    "nothing": (
+        "epochs: 2", "epochs:", "epochs", "training.epochs", "valid integer, got None",
+    ),
+    "not a number": (
+        "learning_rate: 1e-3", "learning_rate: .nan", "learning_rate", "training.learning_rate", "valid number",
+    ),
+    "infinity": (
+        "learning_rate: 1e-3", "learning_rate: .inf", "learning_rate", "training.learning_rate", "valid number",
+    ),
+    "overflow to infinity": (
+        "learning_rate: 1e-3", "learning_rate: 1e999", "learning_rate", "training.learning_rate", "finite number",
+    ),
+    "thousands of digits": (
+        "epochs: 2", f"epochs: {'9' * 5000}", "epochs", "training.epochs", "too many digits",
+    ),
+    "huge whole number": (
+        "seeds: [0, 1]", f"seeds: [0, {'9' * 60}]", "seeds", "seeds[1]", "less than 2147483648",
+    ),
+    "negative seed": (
+        "seeds: [0, 1]", "seeds: [0, -1]", "seeds", "seeds[1]", "greater than or equal to 0, got -1",
+    ),
+    "no seed": (
+        "seeds: [0, 1]", "seeds: []", "seeds", "seeds", "at least 1 item",
+    ),
+    "one seed, no list": (
+        "seeds: [0, 1]", "seeds: 3", "seeds", "seeds", "list, got 3",
+    ),
+    "unknown data set": (
+        "dataset: digits", "dataset: mnist", "dataset", "data.dataset", "'elpv', 'digits'",
+    ),
+    "data set without a path": (
+        "dataset: digits", "dataset: image-folder", "data:", "data", "needs the field 'path'",
+    ),
+    "weights without a file": (
+        "weights: random", "weights: file", "backbone:", "backbone", "needs the field 'file'",
+    ),
+    "file without effect": (
+        "weights: random", "weights: random\n  file: a.pth", "backbone:", "backbone", "no effect with weights: random; remove",
+    ),
+    "hash in capitals": (
+        "weights: random", f"weights: file\n  file: a.pth\n  sha256: {'A' * 64}", "sha256", "backbone.sha256", "pattern",
+    ),
+    "rank 0": (
+        "rank: 4", "rank: 0", "rank: 0", "experiments[1].lora.rank", "greater than or equal to 1, got 0",
+    ),
+    "batch of none": (
+        "  epochs: 2", "  epochs: 2\n  batch_size: 0", "batch_size", "training.batch_size", "greater than or equal to 1",
+    ),
+    "matrix twice": (
+        "{rank: 4}", "{rank: 4, targets: [query, query]}", "{rank: 4", "experiments[1].lora", "names a matrix twice",
+    ),
+    "no matrix": (
+        "{rank: 4}", "{rank: 4, targets: []}", "{rank: 4", "experiments[1].lora.targets", "at least 1 item",
+    ),
+    "unknown matrix": (
+        "{rank: 4}", "{rank: 4, targets: [qkv]}", "{rank: 4", "experiments[1].lora.targets[0]", "'query', 'key'",
+    ),
+    "8 bits of nf4": (
+        "quantization_bits: 4", "quantization_bits: 8", "qa_lora:", "experiments[3].qa_lora",
+        "quantization_type: nf4 stores 4 bits, quantization_bits says 8; change one",
+    ),
+    "3 bits": (
+        "quantization_bits: 4", "quantization_bits: 3", "quantization_bits", "experiments[3].qa_lora.quantization_bits",
+        "should be 4 or 8, got 3",
+    ),
+    "group size without groups": (
+        "use_group_quantization: true", "use_group_quantization: false\n      group_size: 64", "qa_lora:",
+        "experiments[3].qa_lora", "group_size has no effect",
+    ),
+    "schedule without a course": (
+        "quantization_schedule: linear", "quantization_schedule: constant\n      quantization_end_step: 5", "qa_lora:",
+        "experiments[3].qa_lora", "no effect with a constant schedule",
+    ),
+    "schedule that ends before it starts": (
+        "quantization_schedule: linear",
+        "quantization_schedule: linear\n      quantization_warmup_steps: 9\n      quantization_end_step: 9",
+        "qa_lora:", "experiments[3].qa_lora", "must lie after quantization_warmup_steps",
+    ),
+    "budget that would rise": (
+        "total_rank_budget: 8", "total_rank_budget: 8\n      initial_rank_budget: 7", "adalora:",
+        "experiments[2].adalora", "initial_rank_budget lies below total_rank_budget",
+    ),
+    "initial budget without effect": (
+        "total_rank_budget: 8", "total_rank_budget: 8\n      initial_rank_budget: 9\n      budget_schedule: constant",
+        "adalora:", "experiments[2].adalora", "initial_rank_budget has no effect",
+    ),
+    "maximum below minimum": (
+        "total_rank_budget: 8", "total_rank_budget: 8\n      minimum_rank: 3\n      maximum_rank: 2",
+        "adalora:", "experiments[2].adalora", "maximum_rank lies below minimum_rank",
+    ),
+    "top_k without effect": (
+        "total_rank_budget: 8", "total_rank_budget: 8\n      top_k: 3", "adalora:",
+        "experiments[2].adalora", "top_k has no effect with allocation_strategy: proportional",
+    ),
+    "tau without effect": (
+        "total_rank_budget: 8", "total_rank_budget: 8\n      threshold_tau: 1.0", "adalora:",
+        "experiments[2].adalora", "threshold_tau has no effect with allocation_strategy: proportional",
+    ),
+    "penalty without effect": (
+        "total_rank_budget: 8", "total_rank_budget: 8\n      orthogonality_weight: 0.1", "adalora:",
+        "experiments[2].adalora", "needs parametrization: svd",
+    ),
+    "smoothing of one": (
+        "total_rank_budget: 8", "total_rank_budget: 8\n      sensitivity_beta: 1.0", "sensitivity_beta",
+        "experiments[2].adalora.sensitivity_beta", "less than 1, got 1.0",
+    ),
+    "missing section": (
+        "    lora: {rank: 4}\n", "", "name: low_rank", "experiments[1]", "method: lora needs a section 'lora:'",
+    ),
+    "section without effect": (
+        "    lora: {rank: 4}\n", "    lora: {rank: 4}\n    qa_lora: {quantization_bits: 4, quantization_type: nf4, "
+        "quantization_schedule: linear, gradient_scaling_factor: 1, use_group_quantization: true}\n",
+        "name: low_rank", "experiments[1]", "section 'qa_lora:' has no effect with method: lora; remove it",
+    ),
+    "section that is a list": (
+        "lora: {rank: 4}", "lora: [4]", "lora: [4]", "experiments[1].lora", "mapping, got [4]",
+    ),
+    "unknown method": (
+        "method: linear", "method: dora", "method: dora", "experiments[0].method", "'linear', 'full'",
+    ),
+    "training of a wrong type": (
+        "training:\n  epochs: 2\n  learning_rate: 1e-3", "training: []", "training: []", "training",
+        "expected a mapping of settings, got []",
+    ),
+    "own training of a wrong type": (
+        "{learning_rate: 2.5E-4, clip_norm: null}", "0", "training: 0", "experiments[1].training", "mapping, got 0",
+    ),
+    "name with dots": (
+        "name: probe", "name: ../probe", "name: ../probe", "experiments[0].name", "use lower-case letters, digits",
+    ),
+    "name with a slash": (
+        "name: tiny", "name: a/b", "name: a/b", "name", "use lower-case letters, digits",
+    ),
+    "name with a line break": (
+        "name: tiny", 'name: "tiny\\n"', "name", "name", "use lower-case letters, digits",
+    ),
+    "long name": (
+        "name: tiny", f"name: {'a' * 65}", "name", "name", "at most 64",
+    ),
+    "duplicate key": (
+        "  image_size: 32", "  image_size: 32\n  image_size: 64", "image_size: 64", "data.image_size",
+        "this key stands twice; remove one",
+    ),
+    "duplicate key in other words": (
+        "  image_size: 32", '  image_size: 32\n  "image_size": 32', '"image_size"', "data.image_size",
+        "this key stands twice",
+    ),
+    "key that is a number": (
+        "  image_size: 32", "  image_size: 32\n  1: 2", "1: 2", "data", "a key must be text, not 1; rename it",
+    ),
+    "key that is empty": (
+        "  image_size: 32", "  image_size: 32\n  ~: 2", "~: 2", "data", "a key must be text, not None",
+    ),
+    "key that is a list": (
+        "  image_size: 32", "  image_size: 32\n  ? [a]\n  : 2", "? [a]", "data", "a key must be text, not a list",
+    ),
+    "half a character": (
+        "name: tiny", 'name: tiny\ndescription: "\\ud800"', "description", "description", "half a character; remove it",
+    ),
+    "zero byte in a path": (
+        "dataset: digits", 'dataset: csv\n  path: "a\\0b"', "path", "data.path", "control character",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_named_with_line_field_and_remedy(fault: str, tmp_path: Path) -> None:
+    old, new, marker, field, words = FAULTS[fault]
+    content = changed(old, new)
+    message = refusal(tmp_path, content)
+    assert message.startswith(f":{line_of(marker, content)}: {field}: "), message
+    assert words in message
+
+
+# Texts that are no configuration at all: (content, line or None, words of the message)
+TEXTS: dict[str, tuple[str | bytes, int | None, str]] = {
+    "empty": ("", None, "expected a mapping"),
+    "only a comment": ("# nothing\n", None, "expected a mapping"),
+    "a list at the top": ("- name: a\n", None, "expected a mapping"),
+    "a word": ("hello\n", None, "expected a mapping"),
+    "two documents": (VALID + "---\n" + VALID, VALID.count("\n") + 1, "another document"),
+    "not UTF-8": ("name: a\ndescription: é\n".encode("latin-1"), 2, "is not UTF-8 text; save it as UTF-8"),
+    "UTF-16": (VALID.encode("utf-16"), 1, "is not UTF-8 text"),
+    "binary": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), 1, "is not UTF-8 text"),
+    "zero bytes": (b"name: a\nseeds: \x00\x00\n", 2, "control character"),
+    "unclosed bracket": ("name: a\nseeds: [0, 1\n", 3, "is not valid YAML here"),
+    "tab": ("name: a\ndata:\n\tdataset: elpv\n", 3, "is not valid YAML here"),
+    "bad indentation": ("name: a\n  seeds: [0]\n", 2, "is not valid YAML here"),
+    "alias": ("name: &n a\ndescription: *n\n", 1, "anchors and aliases (&name, *name) are not accepted"),
+    "undefined alias": ("name: *n\n", 1, "anchors and aliases"),
+    "alias that contains itself": ("a: &a [*a]\n", 1, "anchors and aliases"),
+    "python object": ("name: !!python/object/apply:os.system [ls]\n", 1, "tags (!name) are not accepted"),
+    "tag on a mapping": ("name: a\ndata: !secret {dataset: elpv}\n", 2, "tags (!name) are not accepted"),
+    "bad tagged value": ("name: !!timestamp x\n", 1, "tags (!name) are not accepted"),
+    "set": ("seeds: !!set {0, 1}\n", 1, "tags (!name) are not accepted"),
+    "unknown version": ("%YAML 9.0\n---\nname: a\n", 1, "is not valid YAML here"),
+    "nested mappings": ("".join(f"{' ' * n}a:\n" for n in range(25)), 22, "nested deeper than 20 levels"),
+    "nested lists": ("a: " + "[" * 60_000, None, "nested deeper than 20 levels"),
+    "nested indicators": ("- " * 60_000, None, "nested deeper than 20 levels"),
+    "nested keys": ("? " * 60_000, None, "nested deeper than 20 levels"),
+    "too large": (VALID + "#" * (1 << 20), None, "is larger than"),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_that_is_no_configuration(text: str, tmp_path: Path) -> None:
+    content, line, words = TEXTS[text]
+    started = time.perf_counter()
+    message = refusal(tmp_path, content)
+    assert time.perf_counter() - started < 5
+    assert words in message
+    if line is not None:
+        assert message.startswith(f":{line}: "), message
+
+
+def test_a_bomb_of_anchors_is_refused_at_once(tmp_path: Path) -> None:
+    levels = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
+    assert "anchors and aliases" in refusal(tmp_path, "\n".join(levels))
+
+
+def test_a_file_of_the_largest_size_is_read_in_seconds(tmp_path: Path) -> None:
+    numbers = ",".join(["1"] * 60_000)
+    started = time.perf_counter()
+    assert "a seed stands twice" in refusal(tmp_path, changed("seeds: [0, 1]", f"seeds: [{numbers}]"))
+    assert time.perf_counter() - started < 30
+
+
+def test_seeds_and_names_must_differ(tmp_path: Path) -> None:
+    assert "a seed stands twice" in refusal(tmp_path, changed("seeds: [0, 1]", "seeds: [4, 4]"))
+    twice = refusal(tmp_path, changed("name: low_rank", "name: probe"))
+    assert "experiment name 'probe' stands twice; rename one" in twice
+
+
+def test_the_number_of_further_faults_is_told(tmp_path: Path) -> None:
+    content = changed("image_size: 32", "image_size: 3").replace("rank: 4", "rank: 0").replace("nf4", "nf3")
+    assert refusal(tmp_path, content).endswith("(2 more faults in this file)")
+
+
+@pytest.mark.parametrize("path", ["missing.yaml", ".", "a_file/b.yaml"])
+def test_unreadable_path(path: str, tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(UserError, match="give the path of a YAML file") as caught:
+        load_study(tmp_path / path)
+    assert caught.value.file == str(tmp_path / path)
+
+
+def test_a_study_survives_being_written_out_with_all_its_defaults(tmp_path: Path) -> None:
+    for file in CONFIGS.glob("*.yaml"):
+        study = load_study(file)
+        assert StudyConfig.model_validate_json(study.model_dump_json()) == study
+
+
+def test_a_setting_without_effect_is_refused_in_code_too() -> None:
+    given: dict[str, Any] = {
+        "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant", "gradient_scaling_factor": 1.0,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="group_size has no effect"):
+        QaLoraConfig(**given, use_group_quantization=False, group_size=64)
+
+
+def test_an_endless_file_is_not_read_to_its_end() -> None:
+    with pytest.raises(UserError, match="is larger than"):
+        load_study("/dev/zero")
+
+
+def test_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> None:
+    assert load(tmp_path, b"\xef\xbb\xbf" + VALID.encode()) == load(tmp_path, VALID)
+    assert load(tmp_path, VALID.replace("\n", "\r\n")) == load(tmp_path, VALID)
+
+
+def test_json_is_a_configuration_too(tmp_path: Path) -> None:
+    study = load(tmp_path, VALID)
+    again = study_from_mapping(study.model_dump(exclude_unset=True), file=Path("here"))
+    assert again == study
+    assert load(tmp_path, study.model_dump_json(exclude_unset=True)) == study
+
+
+def outcome(file: Path) -> StudyConfig | str:
+    try:
+        return load_study(file)
+    except UserError as error:
+        return str(error)
+
+
+def check_loads_or_refuses(file: Path) -> None:
+    result = outcome(file)
+    if isinstance(result, str):
+        assert len(result.splitlines()) == 1
+        assert result.startswith(str(file))
+        assert len(result) < 1_000
+    else:
+        assert StudyConfig.model_validate_json(result.model_dump_json()) == result
+
+
+SPLICES = ["", "\n", "\t", ":", "- ", "? ", "&a ", "*a", "!!int ", "[", "{", "}", "|", '"', '"\\ud800"', "\x00", "\ufeff",
+           "1e999", ".nan", "9" * 5_000, "~", "<<: ", "---\n", "%YAML 1.1\n", "2024-13-45", "0o9", "é", "\u2028", "a: " * 30]  # fmt: skip
+FUZZ = settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@FUZZ
+@given(data=st.data(), splice=st.sampled_from(SPLICES) | st.text(max_size=4))
+def test_spliced_quickstart_loads_or_is_refused(data: st.DataObject, splice: str, tmp_path: Path) -> None:
+    start = data.draw(st.integers(0, len(QUICKSTART)))
+    stop = min(len(QUICKSTART), start + data.draw(st.integers(0, 12)))
+    file = tmp_path / "study.yaml"
+    file.write_bytes((QUICKSTART[:start] + splice + QUICKSTART[stop:]).encode("utf-8", "surrogatepass"))
+    check_loads_or_refuses(file)
+
+
+@FUZZ
+@given(
+    changes=st.lists(st.tuples(st.integers(0, len(QUICKSTART.encode()) - 1), st.integers(0, 255)), max_size=4)
+)
+def test_mutated_bytes_load_or_are_refused(changes: list[tuple[int, int]], tmp_path: Path) -> None:
+    content = bytearray(QUICKSTART.encode())
+    for position, value in changes:
+        content[position] = value
+    file = tmp_path / "study.yaml"
+    file.write_bytes(content)
+    check_loads_or_refuses(file)
+
+
+@FUZZ
+@given(content=st.binary(max_size=60) | st.text(string.punctuation + " \nab1", max_size=60).map(str.encode))
+def test_noise_is_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError):
+        load_study(file)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@FUZZ
+@given(data=st.data(), value=json_values)
+def test_any_value_in_any_place_loads_or_is_refused(
+    data: st.DataObject, value: object, tmp_path: Path
+) -> None:
+    study = yaml.safe_load(VALID.replace("1e-3", "0.001").replace("2.5E-4", "0.00025"))
+    study["experiments"] = [{**one, "training": study["training"]} for one in study["experiments"]]
+    del study["training"]
+    node = study
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key = data.draw(st.sampled_from(keys))
+        if not node[key] or not isinstance(node[key], (dict, list)) or data.draw(st.booleans()):
+            break
+        node = node[key]
+    node[key] = value
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps(study))  # YAML reads JSON, except for NaN, Infinity, and 1e5 without a sign
+    check_loads_or_refuses(file)
