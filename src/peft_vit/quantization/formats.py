@@ -1,0 +1,88 @@
+"""What a quantized weight is made of: the code's type, the groups, the numbers kept per group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from peft_vit.errors import UserError
+
+CodeType = Literal["nf4", "fp4", "int2", "int4", "int8"]
+BITS: dict[CodeType, int] = {"nf4": 4, "fp4": 4, "int2": 2, "int4": 4, "int8": 8}
+SCALE_DTYPES = (torch.float32, torch.float16)
+
+
+@dataclass(frozen=True)
+class QuantizationFormat:
+    """How a weight matrix of shape (out, in) is stored.
+
+    With c its stored code, 0 <= c < 2^bits, and the scale and offset of its row and group, a weight is:
+
+    ==========  ==============================  =============================================
+    type        ``offset=False``                ``offset=True``
+    ==========  ==============================  =============================================
+    nf4, fp4    scale * value[c]                scale * value[c] + offset, offset initially 0
+    int2/4/8    scale * (c - 2^(bits - 1)),     scale * c + offset, offset initially the
+                c = 0 is never used             group's minimum
+    ==========  ==============================  =============================================
+
+    Attributes:
+        type: the code's type.
+        group_size: adjacent inputs that share a scale (and an offset); None for one scale per output row.
+        offset: whether groups have an offset; only into one can an update be merged exactly.
+        scale_dtype: float32 or float16, for scales and offsets alike.
+
+    Raises:
+        UserError: if a field has a value that no format has.
+    """
+
+    type: CodeType
+    group_size: int | None
+    offset: bool
+    scale_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.type not in BITS:
+            raise UserError(f"expected one of {', '.join(BITS)}, got {self.type!r}", field="type")
+        if self.group_size is not None and self.group_size < 1:
+            raise UserError(f"expected at least 1 or none at all, got {self.group_size}", field="group_size")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise UserError(
+                f"expected torch.float32 or torch.float16, got {self.scale_dtype}", field="scale_dtype"
+            )
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code, without what scales and offsets add."""
+        return BITS[self.type]
+
+    @property
+    def codes_per_byte(self) -> int:
+        """Codes that share a byte of storage."""
+        return 8 // self.bits
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether codes index a table of values (nf4, fp4) rather than being integers themselves."""
+        return self.type in ("nf4", "fp4")
+
+    def groups(self, columns: int) -> int:
+        """Return the number of groups in a row.
+
+        Args:
+            columns: inputs of the weight matrix.
+
+        Raises:
+            UserError: if the group size does not divide them.
+        """
+        if self.group_size is None:
+            return 1
+        if columns % self.group_size:
+            raise UserError(
+                f"{self.group_size} does not divide the matrix's {columns} inputs; "
+                "choose a divisor, or one scale per output row",
+                field="group_size",
+            )
+        return columns // self.group_size

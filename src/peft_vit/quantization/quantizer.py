@@ -1,0 +1,122 @@
+"""From float weights to codes, scales and offsets: round to nearest on groups of inputs.
+
+Scales and offsets are rounded outwards to their stored dtype first (scales up, offsets down), and codes are
+chosen against the stored numbers. So no weight lies outside its group's range of codes, and its error is at
+most half the gap between neighbouring codes, in float16 as in float32. A group's minimum and largest
+magnitude are float32 numbers already: with float32 scales, only the scale of integer codes is rounded at all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from peft_vit.errors import UserError
+from peft_vit.quantization.codebooks import Codebook, nearest_codes
+from peft_vit.quantization.formats import QuantizationFormat
+from peft_vit.quantization.packing import pack_codes
+from peft_vit.quantization.tensor import QuantizedTensor
+
+# A group's range, its scale and every step of computing a weight from them stay finite in float32 below this.
+_LARGEST_MAGNITUDE = 2.0**125
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, format: QuantizationFormat) -> QuantizedTensor:
+    """Round weights to the nearest that the format can store.
+
+    With b bits, and minimum, maximum and largest magnitude taken over a group:
+
+    - nf4, fp4: scale = largest magnitude; the code of the value nearest to w / scale; offset, if any, = 0.
+    - integers with offset: offset = minimum; scale = (maximum - offset) / (2^b - 1);
+      c = round((w - offset) / scale).
+    - integers without: scale = largest magnitude / (2^(b-1) - 1); c = round(w / scale) + 2^(b-1).
+
+    Integers are computed in float64 and round halves to even, NF4 and FP4 in float32 as bitsandbytes computes
+    them; all on the CPU, so that the codes do not depend on the device. A constant group of integers with a
+    float32 offset has scale 0 and codes 0, and is exact.
+
+    Args:
+        weight: floating point, (out, in), not empty; taken as float32.
+        format: the format to store it in; its group size divides `in`.
+
+    Returns:
+        The quantized weights, on the weight's device.
+
+    Raises:
+        UserError: if the group size does not divide `in`; if a weight is infinite, NaN or above 2^125 in
+            magnitude; if a scale or an offset overflows the format's scale_dtype.
+        ValueError: if the weight is no matrix of floating-point numbers.
+    """
+    if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
+        raise ValueError(f"expected a matrix of floats, got {weight.dtype} of shape {tuple(weight.shape)}")
+    rows, columns = weight.shape
+    groups = format.groups(columns)
+    grouped = weight.detach().cpu().float().unflatten(1, (groups, -1))  # (out, groups, group size)
+    if not bool((grouped.abs() <= _LARGEST_MAGNITUDE).all()):
+        raise UserError("the weights hold infinities, NaN or magnitudes above 2^125; check their source")
+    if format.has_codebook:
+        codes, scales, offsets = _to_codebook(grouped, format)
+    elif format.offset:
+        codes, scales, offsets = _to_integers_with_offset(grouped, format)
+    else:
+        codes, scales, offsets = _to_symmetric_integers(grouped, format)
+    quantized = QuantizedTensor(
+        codes=pack_codes(codes.flatten(1), format.bits),
+        scales=scales.squeeze(-1),
+        offsets=None if offsets is None else offsets.squeeze(-1),
+        shape=(rows, columns),
+        format=format,
+    )
+    return quantized.to(weight.device)
+
+
+def _to_codebook(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, Tensor | None]:
+    scales = _round_outwards(weights.abs().amax(-1, keepdim=True).double(), format.scale_dtype, math.inf)
+    codes = nearest_codes(weights, scales.float(), cast(Codebook, format.type))
+    return codes, scales, torch.zeros_like(scales) if format.offset else None
+
+
+def _to_integers_with_offset(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, Tensor]:
+    weights = weights.double()
+    largest_code = 2**format.bits - 1
+    offsets = _round_outwards(weights.amin(-1, keepdim=True), format.scale_dtype, -math.inf)
+    ranges = weights.amax(-1, keepdim=True) - offsets.double()
+    scales = _round_outwards(ranges / largest_code, format.scale_dtype, math.inf)
+    codes = ((weights - offsets.double()) / _divisors(scales)).round_()
+    return codes.clamp_(0, largest_code).to(torch.uint8), scales, offsets
+
+
+def _to_symmetric_integers(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, None]:
+    weights = weights.double()
+    largest_code = 2 ** (format.bits - 1) - 1
+    largest = weights.abs().amax(-1, keepdim=True)
+    scales = _round_outwards(largest / largest_code, format.scale_dtype, math.inf)
+    codes = (weights / _divisors(scales)).round_().clamp_(-largest_code, largest_code)
+    return (codes + 2 ** (format.bits - 1)).to(torch.uint8), scales, None
+
+
+def _divisors(scales: Tensor) -> Tensor:
+    """Return scales to divide by: 1 for a scale of 0, whose group has nothing to divide."""
+    return torch.where(scales > 0, scales.double(), 1.0)
+
+
+def _round_outwards(numbers: Tensor, dtype: torch.dtype, direction: float) -> Tensor:
+    """Round float64 numbers to a dtype: up if the direction is inf, down if it is -inf.
+
+    Raises:
+        UserError: if one overflows.
+    """
+    largest = float(numbers.abs().max())
+    if largest > torch.finfo(dtype).max:
+        raise UserError(
+            f"a scale or an offset of magnitude {largest:.6g} exceeds the largest {dtype}, "
+            f"{torch.finfo(dtype).max:.6g}; use torch.float32",
+            field="scale_dtype",
+        )
+    rounded = numbers.to(dtype)
+    inside = rounded.double() < numbers if direction > 0 else rounded.double() > numbers
+    return torch.where(inside, torch.nextafter(rounded, torch.full_like(rounded, direction)), rounded)

@@ -1,0 +1,202 @@
+"""A weight matrix in packed codes: how it becomes float again, and how an update is merged into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self, cast
+
+import torch
+from torch import Tensor
+
+from peft_vit.errors import UserError
+from peft_vit.quantization.codebooks import Codebook, byte_table
+from peft_vit.quantization.formats import QuantizationFormat
+from peft_vit.quantization.packing import unpack_codes
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A quantized weight matrix; `QuantizationFormat` states what its numbers mean.
+
+    Made by `quantize` or, from stored tensors, by `from_tensors`; the bare constructor checks nothing.
+
+    Attributes:
+        codes: packed, uint8, (out, ceil(in * bits / 8)); layout as in `pack_codes`.
+        scales: not negative, (out, groups), of the format's scale_dtype. Where a scale of integers with
+            offset is 0, the group is constant and all its codes are 0.
+        offsets: (out, groups), of the format's scale_dtype; None if the format has none.
+        shape: (out, in).
+        format: how the numbers are to be read.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    shape: tuple[int, int]
+    format: QuantizationFormat
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and offsets together."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of codes, scales and offsets, over the number of weights."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """Return the weights that the codes stand for, of shape (out, in); no gradient passes.
+
+        They are computed in float32 and rounded once to a narrower dtype. A contiguous float32 result with a
+        whole number of bytes a row is computed in place, without a copy.
+
+        Args:
+            dtype: of the result, if it is allocated here.
+            out: where to put the result; then its dtype counts.
+
+        Raises:
+            ValueError: if `out` has another shape.
+        """
+        rows, columns = self.shape
+        if out is None:
+            out = torch.empty(rows, columns, dtype=dtype, device=self.codes.device)
+        elif out.shape != self.shape:
+            raise ValueError(f"expected an output of shape {self.shape}, got {tuple(out.shape)}")
+        stored_columns = self.codes.shape[1] * self.format.codes_per_byte
+        in_place = (
+            out.dtype == torch.float32
+            and out.is_contiguous()
+            and stored_columns == columns
+            and out.storage_offset() % 2 == 0  # pairs of float32 are written as 64-bit words
+        )
+        values = out if in_place else out.new_empty(rows, stored_columns, dtype=torch.float32)
+        self._decode(values)
+        weights = values[:, :columns]
+        grouped = weights.unflatten(1, (self.scales.shape[1], -1))  # (out, groups, group size)
+        grouped.mul_(self.scales.float().unsqueeze(-1))
+        if self.offsets is not None:
+            grouped.add_(self.offsets.float().unsqueeze(-1))
+        return out if in_place else out.copy_(weights)
+
+    def _decode(self, values: Tensor) -> None:
+        """Write the codes' values, before scale and offset, into contiguous float32 rows of whole bytes."""
+        if self.format.has_codebook:
+            table = byte_table(cast(Codebook, self.format.type), values.device)
+            words = values.view(torch.int64).view(-1)
+            torch.index_select(table, 0, self.codes.view(-1).int(), out=words)
+            return
+        codes = unpack_codes(self.codes, self.format.bits, values.shape[1])
+        if not self.format.offset:
+            # Below zero uint8 wraps around, to the bits that int8 reads as the negative number.
+            codes = (codes - 2 ** (self.format.bits - 1)).view(torch.int8)
+        values.copy_(codes)
+
+    def with_offset_added(self, delta: Tensor) -> QuantizedTensor:
+        """Return the weights plus an update that is constant on each group.
+
+        This is QA-LoRA's merge (arXiv 2309.14717) for offsets that are added after scaling. Nothing is
+        quantized anew: codes and scales are shared with this tensor, and with float32 offsets nothing but
+        float rounding is lost.
+
+        Args:
+            delta: (out, groups), added to every weight of the group.
+
+        Raises:
+            UserError: if the format has no offsets, or the sum leaves the range of their dtype.
+            ValueError: if delta has another shape.
+        """
+        if self.offsets is None:
+            raise UserError(
+                "an update can be merged exactly only into offsets, and this format has none; "
+                "quantize with offset=True, or merge by quantizing anew and report the error",
+                field="offset",
+            )
+        if delta.shape != self.offsets.shape:
+            raise ValueError(
+                f"expected an update of shape {tuple(self.offsets.shape)}, got {tuple(delta.shape)}"
+            )
+        offsets = (self.offsets.float() + delta.detach()).to(self.offsets.dtype)
+        if not bool(offsets.isfinite().all()):
+            raise UserError(
+                f"offset plus update is not finite in {self.offsets.dtype}; use torch.float32 offsets, "
+                "and check the update for infinities and NaN",
+                field="scale_dtype",
+            )
+        return replace(self, offsets=offsets)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """Return the same weights on another device."""
+        return QuantizedTensor(
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            offsets=None if self.offsets is None else self.offsets.to(device),
+            shape=self.shape,
+            format=self.format,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what has to be stored: "codes", "scales" and, if there are any, "offsets"."""
+        tensors = {"codes": self.codes, "scales": self.scales}
+        return tensors if self.offsets is None else {**tensors, "offsets": self.offsets}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], format: QuantizationFormat
+    ) -> Self:
+        """Return the quantized weights that `tensors` stored.
+
+        Args:
+            tensors: "codes", "scales" and, exactly if the format has offsets, "offsets".
+            shape: (out, in) of the weight matrix.
+            format: the format it was quantized to.
+
+        Raises:
+            UserError: if a tensor is missing or unexpected, has another dtype or shape, or holds what no
+                weights of this format have: codes out of range, negative or infinite scales, infinite
+                offsets.
+        """
+        rows, columns = shape
+        per_group = (format.scale_dtype, (rows, format.groups(columns)))
+        expected = {"codes": (torch.uint8, (rows, -(-columns // format.codes_per_byte))), "scales": per_group}
+        if format.offset:
+            expected["offsets"] = per_group
+        if tensors.keys() != expected.keys():
+            raise UserError(
+                f"expected the tensors {', '.join(expected)}, got {', '.join(sorted(tensors)) or 'none'}; "
+                "was the file written with another format?"
+            )
+        for name, (dtype, tensor_shape) in expected.items():
+            _check_tensor(name, tensors[name], dtype, tensor_shape)
+        _check_codes(tensors["codes"], columns, format)
+        _check(bool((tensors["scales"] >= 0).all()), "scales", "expected no negative scale")
+        return cls(
+            codes=tensors["codes"].contiguous(),
+            scales=tensors["scales"].contiguous(),
+            offsets=tensors["offsets"].contiguous() if format.offset else None,
+            shape=(rows, columns),
+            format=format,
+        )
+
+
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    as_expected = tensor.dtype == dtype and tensor.shape == shape
+    got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+    _check(as_expected, name, f"expected {dtype} of shape {shape}, got {got}")
+    if dtype.is_floating_point:
+        _check(bool(tensor.isfinite().all()), name, "expected finite numbers, got infinities or NaN")
+
+
+def _check_codes(packed: Tensor, columns: int, format: QuantizationFormat) -> None:
+    codes = unpack_codes(packed, format.bits, packed.shape[1] * format.codes_per_byte)
+    _check(not bool(codes[:, columns:].any()), "codes", "expected zero bits after the last code of a row")
+    if not format.has_codebook and not format.offset:
+        in_range = bool((codes[:, :columns] > 0).all())
+        _check(in_range, "codes", "expected no code 0, which symmetric integers never use")
+
+
+def _check(holds: bool, name: str, expectation: str) -> None:
+    if not holds:
+        raise UserError(f"{expectation}; the file is damaged or of another format, write it anew", field=name)
