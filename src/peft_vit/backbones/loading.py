@@ -1,0 +1,117 @@
+"""Load a backbone: every weight from its source, a fresh head from the run's seed, nothing silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import nn
+
+from peft_vit.backbones.catalog import HEAD_PREFIX, create_model, pretrained_cfg
+from peft_vit.backbones.weights import Weights, read_weights
+from peft_vit.config import BackboneConfig
+from peft_vit.errors import UserError
+from peft_vit.seeding import torch_generator
+
+_HEAD_INIT_STD = 0.02
+_PATCH_WEIGHT = "patch_embed.proj.weight"
+_RANDOM_BACKBONE_SEED = 0
+
+
+@dataclass(frozen=True)
+class LoadedBackbone:
+    """A model ready to be adapted, and what a record must say of its weights."""
+
+    model: nn.Module  # on the CPU, float32, in training mode
+    weights_name: str
+    weights_sha256: str | None  # None: random weights
+    random_weights: bool
+    mean: tuple[float, float, float]  # RGB, for inputs in [0, 1]; of timm's pretraining of this model
+    std: tuple[float, float, float]
+
+
+def load_backbone(
+    config: BackboneConfig, *, image_size: int, num_classes: int, seed: int, smoke: bool = False
+) -> LoadedBackbone:
+    """Build a timm VisionTransformer, load its weights and draw its head.
+
+    The head is timm's own: a linear layer on the model's default pooling (the class token for most), with
+    timm's initialisation: weights from N(0, 0.02^2), bias 0. It is drawn from the run's stream `head_init`,
+    so all methods of one seed start from the same head.
+
+    Random backbone weights are timm's initialisation under one fixed seed: they stand in for a pretrained
+    backbone, which would not change with the run's seed either. The global generators are left as they were.
+
+    The position embedding is resampled to the image size as timm does it (bicubic, antialiased). transformers
+    and the DINOv2 release resample without antialiasing, so their features differ below the native size.
+
+    Args:
+        config: model and weights source.
+        image_size: side of the square input, in pixels.
+        num_classes: outputs of the head.
+        seed: the run's seed; decides the head only.
+        smoke: take random weights whatever the configuration says; nothing is downloaded or read.
+
+    Raises:
+        UserError: if the model or image size does not suit, the weights can't be had, or any backbone tensor
+            is missing, left over, of another shape or not finite.
+    """
+    random_weights = smoke or config.weights == "random"
+    weights = None if random_weights else read_weights(config)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # Not torch.manual_seed: it would set the GPUs' generators as well.
+        torch.default_generator.manual_seed(_RANDOM_BACKBONE_SEED)
+        model = create_model(config.model, image_size, num_classes)
+    if weights is not None:
+        _load_strictly(model, weights)
+    _draw_head(cast(nn.Linear, model.head), seed)
+    cfg = pretrained_cfg(model)
+    return LoadedBackbone(
+        model=model,
+        weights_name=weights.name if weights else f"random ({'smoke run' if smoke else 'as configured'})",
+        weights_sha256=weights.sha256 if weights else None,
+        random_weights=random_weights,
+        mean=cfg["mean"],
+        std=cfg["std"],
+    )
+
+
+def _draw_head(head: nn.Linear, seed: int) -> None:
+    nn.init.trunc_normal_(head.weight, std=_HEAD_INIT_STD, generator=torch_generator(seed, "head_init"))
+    nn.init.zeros_(head.bias)
+
+
+def _load_strictly(model: VisionTransformer, weights: Weights) -> None:
+    """Copy every backbone tensor into the model; the source's head, if it has one, is left aside."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(HEAD_PREFIX)}
+    patches = weights.tensors.get(_PATCH_WEIGHT)
+    if patches is not None and patches.shape != own[_PATCH_WEIGHT].shape:
+        _refuse("holds tensors of another shape", [_PATCH_WEIGHT], weights)  # timm would resample it silently
+    try:  # timm's filter renames other projects' tensors and resamples the position embedding
+        fitted = checkpoint_filter_fn(dict(weights.tensors), model, adapt_layer_scale=True)
+    except Exception as error:  # what a foreign file holds can fail in any way; the user needs one line
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(
+            f"does not fit the model ({reason}); are these weights of this model?",
+            file=weights.name, field="backbone.model",
+        ) from None  # fmt: skip
+    fitted = {name: tensor for name, tensor in fitted.items() if not name.startswith(HEAD_PREFIX)}
+    _refuse("lacks tensors that the model needs", own.keys() - fitted.keys(), weights)
+    _refuse("holds tensors that the model does not have", fitted.keys() - own.keys(), weights)
+    _refuse("holds tensors of another shape", (n for n in own if own[n].shape != fitted[n].shape), weights)
+    _refuse("holds values that are not finite", (n for n in own if not fitted[n].isfinite().all()), weights)
+    model.load_state_dict(fitted, strict=False)  # only the head is missing: checked above
+
+
+def _refuse(fault: str, names: Iterable[str], weights: Weights) -> None:
+    """Raise if there are any names."""
+    wrong = sorted(names)
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{fault}: {', '.join(wrong[:3])}{more}; are these weights of this model?",
+            file=weights.name, field="backbone.model",
+        )  # fmt: skip

