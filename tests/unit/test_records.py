@@ -1,0 +1,253 @@
+"""A record is read as it was written, or refused in one line; a spec's digest covers everything in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from peft_vit.config import AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
+from peft_vit.errors import UserError
+from peft_vit.records import (
+    RECORD_FILE,
+    BitsEntry,
+    ByteCounts,
+    Evaluation,
+    ImportanceEntry,
+    Metrics,
+    ParameterCounts,
+    Provenance,
+    QuantizationSummary,
+    RankEntry,
+    RunRecord,
+    RunSpec,
+    SiteInfo,
+    StepRow,
+    read_record,
+    read_records,
+    run_folder,
+    write_atomically,
+    write_record,
+)
+
+CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+
+
+def study() -> StudyConfig:
+    return load_study(CONFIGS / "quickstart.yaml")
+
+
+def spec(experiment: str = "qa_lora_fp4_cosine", seed: int = 1) -> RunSpec:
+    config = study()
+    chosen = next(one for one in config.experiments if one.name == experiment)
+    return RunSpec(
+        study=config.name, seed=seed, experiment=chosen, backbone=config.backbone, data=config.data,
+        device=config.device, precision=config.precision, threads=config.threads,
+    )  # fmt: skip
+
+
+def record(of: RunSpec) -> RunRecord:
+    """Return a record with every field filled; the numbers are arbitrary but not round."""
+    metrics = Metrics(n=7, accuracy=5 / 7, balanced_accuracy=0.1 + 0.2, auroc=None, nll=1e-17, ece=1 / 3)
+    site = "blocks.0.attn.query"
+    return RunRecord(
+        spec=of, spec_digest=of.digest(), status="done", started_at="2025-01-01T00:00:00+00:00", seconds=1.1,
+        provenance=Provenance(
+            packages={"torch": "2.13"}, python="3.11.9", platform="Linux", processor="some \u00b5 processor",
+            cpu_count=2, device="cpu", threads=2, git_hash=None, git_dirty=None, weights_name="w",
+            weights_sha256=None, random_weights=True, data_sha256="d", split_sha256="s",
+            head_init_sha256="h", data_order_sha256="o",
+        ),
+        class_names=["functional", "defective"],
+        split_sizes={"train": 5, "validation": 7, "test": 7},
+        sites=[SiteInfo(name=site, block=0, matrix="query", in_features=384, out_features=384)],
+        steps=[
+            StepRow(step=1, loss=0.7, learning_rate=1e-3, gradient_norm=2, seconds=0.1, penalties={"p": 0.1})
+        ],
+        evaluations=[Evaluation(step=1, epoch=1, deployable=True, metrics=metrics)],
+        rank_history=[
+            RankEntry(step=0, budget=8, ranks={site: 8}), RankEntry(step=1, budget=None, ranks={site: 0})
+        ],
+        importance_history=[ImportanceEntry(step=1, scores={site: 0.3})],
+        bits_history=[BitsEntry(step=0, bits_per_weight={site: 4.5})],
+        quantization=QuantizationSummary(
+            relative_error={site: 0.09}, bits_per_weight=4.5, quantized_bytes=123,
+            balance=[{"step": 1.0, "share": 0.5}],
+        ),
+        parameters=ParameterCounts(initial=3, final=2, peak=3, head=1, backbone_total=22),
+        bytes=ByteCounts(frozen_bytes=1, trainable_bytes=2, optimizer_bytes=3, adapter_file_bytes=4),
+        seconds_per_step=0.1, overhead_s={"allocation": 0.01}, peak_memory_bytes=5, chosen_step=1,
+        majority_accuracy={"validation": 0.6, "test": 0.7},
+        validation=metrics, test=metrics, adapter_sha256="a",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", [one.name for one in study().experiments])
+def test_a_record_is_read_as_it_was_written(experiment: str, tmp_path: Path) -> None:
+    written = record(spec(experiment))
+    file = write_record(tmp_path, written)
+    assert file == tmp_path / "quickstart" / experiment / "seed_1" / RECORD_FILE
+    read = read_record(file)
+    assert read == written
+    assert read.spec.digest() == written.spec_digest
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_failed_run_is_a_record_too(tmp_path: Path) -> None:
+    of = spec()
+    written = RunRecord(
+        spec=of, spec_digest=of.digest(), status="failed", error="loss is not finite", traceback="a\nb",
+        started_at="2025-01-01T00:00:00+00:00", seconds=0.5,
+    )  # fmt: skip
+    assert read_record(write_record(tmp_path, written)) == written
+
+
+def test_records_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    specs = [spec("lora_r2", 1), spec("lora_r1", 1), spec("lora_r1", 0)]
+    for one in specs:
+        write_record(tmp_path, record(one))
+    assert [one.spec.run_id for one in read_records(tmp_path)] == [
+        "quickstart/lora_r1/seed_0", "quickstart/lora_r1/seed_1", "quickstart/lora_r2/seed_1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "words"), [(True, "holds no record.json"), (False, "does not exist")])
+def test_no_records(make: bool, words: str, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    if make:
+        folder.mkdir()
+    with pytest.raises(UserError, match=f"results: {words}; run a study first"):
+        list(read_records(folder))
+
+
+# What is on the disk instead of a record: (content, words of the message)
+CORRUPTIONS: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is not a readable record"),
+    "not JSON": (b"{'a': 1}", "is not a readable record"),
+    "binary": (b"\xff\xfe\x00", "is not a readable record"),
+    "a list": (b"[]", "schema_version: expected 1, got None"),
+    "no version": (b"{}", "schema_version: expected 1, got None"),
+    "other version": (b'{"schema_version": 2}', "schema_version: expected 1, got 2"),
+    "version in words": (b'{"schema_version": "1"}', "schema_version: expected 1, got '1'"),
+    "nothing but a version": (b'{"schema_version": 1}', "spec: "),
+}
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_what_is_no_record_is_refused_in_one_line(corruption: str, tmp_path: Path) -> None:
+    content, words = CORRUPTIONS[corruption]
+    file = tmp_path / RECORD_FILE
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_record(file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: ")
+    assert words in message
+    assert message.endswith("rerun this run or move it away")
+    assert len(message.splitlines()) == 1
+
+
+def test_half_a_record_is_refused(tmp_path: Path) -> None:
+    file = write_record(tmp_path, record(spec()))
+    content = file.read_bytes()
+    for size in range(0, len(content) - 1, 97):  # the last byte is the line's end
+        file.write_bytes(content[:size])
+        with pytest.raises(UserError, match="rerun this run or move it away"):
+            read_record(file)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        (("seconds",), "long", "seconds"),
+        (("status",), "perhaps", "status"),
+        (("sites", 0, "matrix"), "qkv", "sites.0.matrix"),
+        (("spec", "experiment", "qa_lora", "rank"), 0, "spec.experiment.qa_lora.rank"),
+        (("spec", "threads"), None, "spec.threads"),
+        (("invented",), 1, "invented"),
+        (("steps", 0, "invented"), 1, "steps.0.invented"),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_field(
+    path: tuple[str | int, ...], value: object, field: str, tmp_path: Path
+) -> None:
+    file = write_record(tmp_path, record(spec()))
+    data = json.loads(file.read_text())
+    node: Any = data
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    file.write_text(json.dumps(data))
+    with pytest.raises(UserError) as caught:
+        read_record(file)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("failing", ["replace", "fsync"])
+def test_a_failed_write_leaves_the_old_file_and_no_other(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "record.json"
+    write_atomically(file, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, failing, fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_atomically(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+    write_atomically(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def leaves(value: BaseModel, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Return the paths of all fields that hold no model."""
+    found: list[tuple[str, ...]] = []
+    for name in type(value).model_fields:
+        inner = getattr(value, name)
+        found += leaves(inner, (*prefix, name)) if isinstance(inner, BaseModel) else [(*prefix, name)]
+    return found
+
+
+def with_other(value: BaseModel, path: tuple[str, ...]) -> BaseModel:
+    """Return a copy in which one field differs; unchecked, because only the digest is asked here."""
+    inner = getattr(value, path[0])
+    other = with_other(inner, path[1:]) if len(path) > 1 else f"other than {inner!r}"
+    return value.model_copy(update={path[0]: other})
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.parametrize(
+    "experiment", ["linear_probe", "lora_r1", "adalora_top_k_fisher", "qa_lora_int8_linear"]
+)
+def test_digest_changes_with_each_field(experiment: str) -> None:
+    base = spec(experiment)
+    paths = leaves(base)
+    section: dict[str, type[BaseModel]] = {
+        "lora_r1": LoraConfig,
+        "adalora_top_k_fisher": AdaLoraConfig,
+        "qa_lora_int8_linear": QaLoraConfig,
+    }
+    if experiment in section:
+        assert {path[-1] for path in paths} >= set(section[experiment].model_fields)
+    digests = [base.digest()]
+    for path in paths:
+        changed = with_other(base, path)
+        assert isinstance(changed, RunSpec)
+        digests.append(changed.digest())
+    assert len(set(digests)) == len(paths) + 1
+    assert spec(experiment).digest() == base.digest()
+
+
+def test_a_run_stays_below_the_results_directory() -> None:
+    folder = run_folder(Path("/results"), spec())
+    assert folder == Path("/results/quickstart/qa_lora_fp4_cosine/seed_1")
