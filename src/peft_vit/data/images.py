@@ -1,0 +1,138 @@
+"""Decoded images as batches, and the test split under a seal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peft_vit.seeding import torch_generator
+
+Flips = Literal["none", "horizontal", "both"]
+
+
+class LabelledImages:
+    """N decoded images with labels.
+
+    Args:
+        pixels: (N, S, S, C) uint8, C = 1 (grey) or 3.
+        labels: (N,) int64.
+    """
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
+        self.pixels = pixels
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def ordered_batches(
+        self, batch_size: int, mean: Sequence[float], std: Sequence[float]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images in their order; the last batch may be smaller.
+
+        Args:
+            batch_size: images a batch.
+            mean: of each of the 3 channels, on a scale where white is 1.
+            std: likewise.
+
+        Yields:
+            ((B, 3, S, S) float32 normalised, (B,) int64).
+        """
+        for start in range(0, len(self), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(self)))
+            yield _normalised(self._channels_first(rows), mean, std), self._labels(rows)
+
+    def shuffled_batches(
+        self,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        flips: Flips,
+        seed: int,
+        epoch: int,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images once, in the order and with the flips that follow from (seed, epoch) alone.
+
+        Whether an image is flipped depends neither on the batch size nor on its place in the order; each allowed flip
+        happens with probability 1/2. The last batch may be smaller.
+
+        Args:
+            batch_size: images a batch.
+            mean: as in `ordered_batches`.
+            std: likewise.
+            flips: none, horizontal (left-right), or both (left-right and, independently, upside down).
+            seed: the run's seed.
+            epoch: counted from 0 or 1, as the caller likes.
+        """
+        order = self.order(seed, epoch)
+        coin = torch.rand((len(self), 2), generator=torch_generator(seed, "augmentation", epoch)) < 0.5
+        for start in range(0, len(self), batch_size):
+            rows = order[start : start + batch_size]
+            images = self._channels_first(rows)
+            if flips != "none":
+                images = _flipped(images, coin[rows, 0], axis=-1)
+            if flips == "both":
+                images = _flipped(images, coin[rows, 1], axis=-2)
+            yield _normalised(images, mean, std), self._labels(rows)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the data order of an epoch, (N,) int64."""
+        return torch.randperm(len(self), generator=torch_generator(seed, "data_order", epoch)).numpy()
+
+    def _channels_first(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.pixels[rows]).permute(0, 3, 1, 2)  # (B, S, S, C) -> (B, C, S, S)
+
+    def _labels(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.labels[rows])
+
+
+def _flipped(images: Tensor, chosen: Tensor, axis: int) -> Tensor:
+    return torch.where(chosen[:, None, None, None], images.flip(axis), images)
+
+
+def _normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    shift = torch.tensor(mean, dtype=torch.float32)[:, None, None]
+    width = torch.tensor(std, dtype=torch.float32)[:, None, None]
+    return ((images.float() / 255 - shift) / width).contiguous()  # (B, 1 or 3, S, S) -> (B, 3, S, S)
+
+
+class SealedImages:
+    """The test split: its size and class counts may be asked, its images are handed out once.
+
+    Args:
+        images: the test images.
+        class_count: number of classes K of the data set.
+    """
+
+    def __init__(self, images: LabelledImages, class_count: int) -> None:
+        self.__images: LabelledImages | None = images
+        self.__size = len(images)
+        self.__class_counts = np.bincount(images.labels, minlength=class_count)
+
+    def __len__(self) -> int:
+        return self.__size
+
+    def class_counts(self) -> np.ndarray:
+        """Return the number of images of each class, (K,) int64."""
+        return self.__class_counts.copy()
+
+    def open(self) -> LabelledImages:
+        """Return the images.
+
+        Raises:
+            RuntimeError: on a second call; whatever needs test results twice has to keep the predictions.
+        """
+        if self.__images is None:
+            raise RuntimeError(
+                "the test split was opened before; it is read once, after validation has chosen"
+            )
+        images, self.__images = self.__images, None
+        return images
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("the test split cannot be copied or pickled: a copy could be opened again")

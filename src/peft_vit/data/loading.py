@@ -1,0 +1,71 @@
+"""From a configuration and a seed to images: the package's front door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft_vit.config import DataConfig
+from peft_vit.data.images import LabelledImages, SealedImages
+from peft_vit.data.pixels import cached_pixels
+from peft_vit.data.registry import open_index
+from peft_vit.data.splits import make_splits
+from peft_vit.data.synthetic import CLASS_COUNTS
+
+_SMALLEST_IMAGE = 14  # DataConfig.image_size accepts nothing below
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains, chooses and is tested on."""
+
+    class_names: tuple[str, ...]
+    train: LabelledImages
+    validation: LabelledImages
+    test: SealedImages
+    data_sha256: str
+    split_sha256: str
+    licence: str
+
+
+def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
+    """Open, split, decode (or find in the cache) what one run needs.
+
+    The test images are decoded here as well, so that a broken file shows before training, not after it.
+
+    Args:
+        config: which images, at which size, how many.
+        seed: the run's seed; only matters with `train_subset: per_seed`.
+        smoke: use synthetic files, see `open_index`; pair it with `smoke_config`.
+
+    Raises:
+        UserError: see `open_index`, `make_splits`, `cached_pixels`.
+    """
+    index = open_index(config, smoke=smoke)
+    splits = make_splits(index, config, seed)
+    train, validation, test = (
+        LabelledImages(cached_pixels(index, rows, config.image_size), index.labels[rows])
+        for rows in (splits.train, splits.validation, splits.test)
+    )
+    return Data(
+        class_names=index.class_names, train=train, validation=validation,
+        test=SealedImages(test, len(index.class_names)),
+        data_sha256=index.sha256, split_sha256=splits.sha256, licence=index.licence,
+    )  # fmt: skip
+
+
+def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
+    """Return the same data set, compressed to seconds: 2 x 2 patches (more if they are tiny), a few images.
+
+    Args:
+        config: the configuration to compress.
+        patch_size: side of the backbone's patches, in pixels.
+    """
+    patches = max(2, -(-_SMALLEST_IMAGE // patch_size))
+    return config.model_copy(
+        update={
+            "image_size": patches * patch_size,
+            "train_images": max(16, CLASS_COUNTS[config.dataset]),
+            "validation_images": 8,
+            "test_images": None if config.test_images is None else 8,
+        }
+    )

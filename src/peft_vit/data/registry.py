@@ -1,0 +1,106 @@
+"""The data sets by name: what they are, and which reader opens them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from peft_vit.config import DataConfig
+from peft_vit.data import synthetic
+from peft_vit.data.cifar import read_cifar
+from peft_vit.data.files import existing
+from peft_vit.data.folders import read_csv, read_image_folder, read_tiny_imagenet
+from peft_vit.data.index import ImageIndex
+from peft_vit.data.packaged import read_digits, read_elpv, read_fashion_mnist
+from peft_vit.errors import UserError
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a user should know before choosing a data set."""
+
+    description: str
+    licence: str
+    source: str
+    task: str
+
+
+_Reader = Callable[[Path | None, str], ImageIndex]
+_CIFAR_LICENCE = "none stated by the authors; cite Krizhevsky 2009"
+_CIFAR_SOURCE = "data.path (binary archive, or folder with it), else downloaded from cs.toronto.edu"
+
+DATASETS: dict[str, DatasetInfo] = {
+    "elpv": DatasetInfo(
+        "2,624 electroluminescence images of solar cells, 300 x 300 grey",
+        "CC BY-NC-SA 4.0: research only, no commercial use",
+        "PyPI wheel elpv-dataset, fetched once",
+        "binary: defect probability >= 0.5; splits stratified by label and module type; no official test split",
+    ),
+    "digits": DatasetInfo(
+        "1,797 handwritten digits, 8 x 8 grey", "CC BY 4.0 (UCI)", "comes with scikit-learn",
+        "10 classes; no official test split",
+    ),
+    "fashion-mnist": DatasetInfo(
+        "70,000 pieces of clothing, 28 x 28 grey", "MIT",
+        "data.path (folder of idx .gz files), else Debian's dataset-fashion-mnist, else downloaded by torchvision",
+        "10 classes; 10,000 official test images",
+    ),
+    "cifar10": DatasetInfo("60,000 photographs, 32 x 32 colour", _CIFAR_LICENCE, _CIFAR_SOURCE,
+                           "10 classes; 10,000 official test images"),
+    "cifar100": DatasetInfo("60,000 photographs, 32 x 32 colour", _CIFAR_LICENCE, _CIFAR_SOURCE,
+                            "100 classes; 10,000 official test images"),
+    "tiny-imagenet": DatasetInfo(
+        "110,000 labelled photographs, 64 x 64 colour", "ImageNet's terms: research and education, not commercial",
+        "data.path (tiny-imagenet-200.zip or its folder), else downloaded from cs231n.stanford.edu",
+        "200 classes; the 10,000 official validation images serve as the test split",
+    ),
+    "image-folder": DatasetInfo(
+        "your own images, ROOT/<class>/<image>", "yours", "data.path (folder or zip)",
+        "classes are folders; ROOT/train with ROOT/test or ROOT/val is an official test split",
+    ),
+    "csv": DatasetInfo(
+        "your own images, listed in a CSV", "yours", "data.path (CSV with the columns path, label[, split])",
+        "classes are labels; split: test is an official test split",
+    ),
+}  # fmt: skip
+
+_READERS: dict[str, _Reader] = {
+    "elpv": read_elpv,
+    "digits": read_digits,
+    "fashion-mnist": read_fashion_mnist,
+    "cifar10": partial(read_cifar, "cifar10"),
+    "cifar100": partial(read_cifar, "cifar100"),
+    "tiny-imagenet": read_tiny_imagenet,
+    "image-folder": read_image_folder,
+    "csv": read_csv,
+}
+
+
+def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
+    """Open a data set without decoding an image.
+
+    Args:
+        config: which set, and where it lies.
+        smoke: read small synthetic files of the same on-disk format instead of the real ones; `config.path` is
+            ignored then. (digits is real, it needs no file.)
+
+    Raises:
+        UserError: if it is not there, broken, or has fewer than two classes.
+    """
+    info = DATASETS[config.dataset]
+    if smoke:
+        licence = info.licence if config.dataset == "digits" else "synthetic images, no licence needed"
+        path = synthetic.files_for(config.dataset)
+    else:
+        licence = info.licence
+        path = None if config.path is None else existing(Path(config.path).expanduser())
+    index = _READERS[config.dataset](path, licence)
+    classes = len(index.class_names)
+    if classes < 2:
+        raise UserError(
+            f"holds {classes} class{'es' * (classes == 0)} ({', '.join(index.class_names)}), at least 2 are needed",
+            file=path, field="data.path",
+        )  # fmt: skip
+    return index

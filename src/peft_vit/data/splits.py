@@ -1,0 +1,144 @@
+"""Disjoint, stratified splits that follow from the configuration and the split seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from peft_vit.config import DataConfig
+from peft_vit.data.index import ImageIndex
+from peft_vit.errors import UserError
+from peft_vit.seeding import numpy_generator
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Sorted, disjoint indices into an `ImageIndex`, int64, and the hash of all three."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    sha256: str
+
+
+def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
+    """Draw test, then validation, then training images, each stratified by `index.strata`.
+
+    Test images come out of the data set's own test split, if it has one (all of it, unless `test_images` is set);
+    what is left of that split is used for nothing. Test and validation follow from `config.split_seed`; they do not
+    move when `train_images` does. With `train_subset: per_seed` the choice of training images follows from `seed` too.
+
+    Args:
+        index: the data set.
+        config: the sizes.
+        seed: the run's seed.
+
+    Raises:
+        UserError: if there are too few images, or a class without a training image; names the field and the numbers.
+    """
+    rng = numpy_generator(config.split_seed, "split")
+    test, rest = _draw_test(index, config, rng)
+    wanted = config.validation_images + (2 if config.train_images is None else config.train_images)
+    if wanted > len(rest):
+        field = "data.validation_images" if config.validation_images > len(rest) - 2 else "data.train_images"
+        raise UserError(
+            f"{config.validation_images} validation and {config.train_images or 'at least 2'} training images are asked "
+            f"for, {len(rest)} of {len(index.labels)} are left beside {len(test)} test images; ask for fewer",
+            field=field,
+        )
+    validation = stratified_draw(rest, index.strata, config.validation_images, rng)
+    pool = np.setdiff1d(rest, validation)
+    train = _draw_train(index, config, seed, pool)
+    _check_every_class(index, train, pool)
+    return Splits(train, validation, test, _hash(train, validation, test))
+
+
+def _draw_test(
+    index: ImageIndex, config: DataConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    everything = np.arange(len(index.labels), dtype=np.int64)
+    if index.official_test is None:
+        if config.test_images is None:
+            raise UserError(
+                f"is missing; {index.name} has no test split of its own, say how many images",
+                field="data.test_images",
+            )
+        source = everything
+    else:
+        source = everything[index.official_test]
+    count = len(source) if config.test_images is None else config.test_images
+    if count > len(source):
+        raise UserError(
+            f"is {count}, but only {len(source)} images are available for test", field="data.test_images"
+        )
+    test = stratified_draw(source, index.strata, count, rng)
+    if index.official_test is None:
+        return test, np.setdiff1d(everything, test)
+    return test, everything[~index.official_test]
+
+
+def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarray) -> np.ndarray:
+    count = len(pool) if config.train_images is None else config.train_images
+    if config.train_subset == "fixed":
+        return stratified_draw(pool, index.strata, count, numpy_generator(config.split_seed, "train_subset"))
+    if count == len(pool):
+        raise UserError(
+            f"per_seed has no effect, all {len(pool)} images that remain are trained on; lower data.train_images or "
+            "say fixed", field="data.train_subset",
+        )  # fmt: skip
+    return stratified_draw(
+        pool, index.strata, count, numpy_generator(seed, "train_subset", config.split_seed)
+    )
+
+
+def _check_every_class(index: ImageIndex, train: np.ndarray, pool: np.ndarray) -> None:
+    classes = len(index.class_names)
+    trained = np.bincount(index.labels[train], minlength=classes)
+    if trained.all():
+        return
+    missing = int(np.argmin(trained))
+    available = int(np.bincount(index.labels[pool], minlength=classes)[missing])
+    raise UserError(
+        f"class '{index.class_names[missing]}' gets none of the {len(train)} training images ({available} of the "
+        f"{len(pool)} that remain beside test and validation are of this class); raise it, or add images",
+        field="data.train_images",
+    )
+
+
+def stratified_draw(
+    available: np.ndarray, strata: np.ndarray, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw `count` indices so that each stratum has its share, by the method of largest remainders.
+
+    A stratum with n_s of the N available indices gets floor(count n_s / N); what is missing to `count` goes, one each,
+    to the strata with the largest remainders, ties by lot (Hamilton's method). Within a stratum every index is as
+    likely as any other.
+
+    Args:
+        available: distinct indices, (N,).
+        strata: stratum of every index of the data set.
+        count: how many to draw, at most N.
+        rng: generator.
+
+    Returns:
+        Sorted indices, (count,) int64.
+    """
+    names, sizes = np.unique(strata[available], return_counts=True)
+    shares, remainders = np.divmod(count * sizes, max(1, len(available)))  # integers: no rounding
+    lot = rng.permutation(len(names))
+    for position in np.lexsort((lot, -remainders))[: count - shares.sum()]:
+        shares[position] += 1
+    drawn = [
+        rng.permutation(available[strata[available] == name])[:share]
+        for name, share in zip(names, shares, strict=True)
+    ]
+    return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *drawn])).astype(np.int64)
+
+
+def _hash(*parts: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
+    return digest.hexdigest()
