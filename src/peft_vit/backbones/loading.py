@@ -46,7 +46,7 @@ def load_backbone(
     backbone, which would not change with the run's seed either. The global generators are left as they were.
 
     The position embedding is resampled to the image size as timm does it (bicubic, antialiased). transformers
-    and the DINOv2 release resample without antialiasing, so their features differ below the native size.
+    resamples without antialiasing, so its features of the same weights differ below the native size.
 
     Args:
         config: model and weights source.

