@@ -1,0 +1,188 @@
+"""What adaptive ranks did: where the budget went, how it moved, and whether it paid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from peft_vit.analysis.comparison import Comparison, compare_values, correct
+from peft_vit.analysis.grid import Grid
+from peft_vit.analysis.studies import Run, Study
+from peft_vit.config import ExperimentConfig
+from peft_vit.records import SiteInfo
+from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, spearman
+
+
+@dataclass(frozen=True)
+class RunAllocation:
+    """One run's ranks.
+
+    Attributes:
+        seed: the run's seed.
+        budget: ranks allowed at the end.
+        used: ranks used at the end.
+        gini: concentration of the final ranks over sites, 0 for equal ranks.
+        entropy: evenness of the final ranks, 1 for equal ranks.
+        sites: number of sites.
+        sites_without_rank: sites with rank 0 at the end.
+        updates: number of rank entries after the first.
+        moved: ranks that went from one site to another at each update; what the budget took away does not
+            count. agreement_with_final: Spearman's rho of the ranks from each entry on with the final ones.
+    """
+
+    seed: int
+    budget: int | None
+    used: int
+    gini: float | None
+    entropy: float | None
+    sites: int
+    sites_without_rank: int
+    updates: int
+    moved: tuple[int, ...]
+    agreement_with_final: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class RankMap:
+    """Mean rank over seeds from one step on."""
+
+    step: int
+    ranks: np.ndarray  # (blocks, matrices)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One AdaLoRA experiment."""
+
+    experiment: ExperimentConfig
+    grid: Grid
+    runs: tuple[RunAllocation, ...]
+    maps: tuple[RankMap, ...]  # at the steps that all seeds share
+    rank_by_matrix: dict[str, Interval]  # mean final rank of a matrix type, interval over seeds
+    query_lead: tuple[float, ...]  # mean final rank of query minus that of all other sites, one value a seed
+    against_fixed: Comparison  # test accuracy minus that of fixed LoRA at equal trainable parameters
+
+
+def allocations(study: Study) -> tuple[Allocation, ...]:
+    """Return one row for each AdaLoRA experiment with a finished run that recorded ranks."""
+    found = []
+    for experiment in study.with_method("adalora"):
+        runs = [run for run in study.of(experiment.name) if run.record.rank_history and _adapted_sites(run)]
+        if runs:
+            found.append((experiment, runs))
+    family = correct([against_fixed_lora(study, runs, experiment.name) for experiment, runs in found])
+    return tuple(
+        _allocation(experiment, runs, against)
+        for (experiment, runs), against in zip(found, family, strict=True)
+    )
+
+
+def _allocation(experiment: ExperimentConfig, runs: list[Run], against: Comparison) -> Allocation:
+    grid = Grid.of(_adapted_sites(runs[0]))
+    finals = np.stack([_fill_ranks(grid, run.final_ranks()) for run in runs])  # (seeds, blocks, matrices)
+    lead: tuple[float, ...] = ()
+    if "query" in grid.matrices and len(grid.matrices) > 1:
+        column = grid.matrices.index("query")
+        others = np.delete(finals, column, axis=2)
+        lead = tuple(
+            float(v) for v in np.nanmean(finals[:, :, column], axis=1) - np.nanmean(others, axis=(1, 2))
+        )
+    return Allocation(
+        experiment=experiment,
+        grid=grid,
+        runs=tuple(_run_allocation(run) for run in runs),
+        maps=_rank_maps(grid, runs),
+        rank_by_matrix={
+            matrix: mean_interval(np.nanmean(finals[:, :, i], axis=1))
+            for i, matrix in enumerate(grid.matrices)
+        },
+        query_lead=lead,
+        against_fixed=against,
+    )
+
+
+def _adapted_sites(run: Run) -> list[SiteInfo]:
+    named = {name for entry in run.record.rank_history for name in entry.ranks}
+    return [site for site in run.record.sites if site.name in named]
+
+
+def _fill_ranks(grid: Grid, ranks: dict[str, int]) -> np.ndarray:
+    """Return (blocks, matrices); a site left out by an entry has rank 0, a place without a site is NaN."""
+    return grid.fill({site.name: ranks.get(site.name, 0) for site in grid.sites})
+
+
+def _run_allocation(run: Run) -> RunAllocation:
+    history = run.record.rank_history
+    names = [site.name for site in _adapted_sites(run)]
+    ranks = [[entry.ranks.get(name, 0) for name in names] for entry in history]
+    final = ranks[-1]
+    spread = sum(final) > 0 and len(final) > 1
+    return RunAllocation(
+        seed=run.seed,
+        budget=history[-1].budget,
+        used=sum(final),
+        gini=gini(final) if spread else None,
+        entropy=normalized_entropy(final) if spread else None,
+        sites=len(names),
+        sites_without_rank=sum(rank == 0 for rank in final),
+        updates=len(history) - 1,
+        moved=tuple(moved_ranks(before, after) for before, after in pairwise(ranks)),
+        agreement_with_final=tuple(spearman(then, final).rho for then in ranks),
+    )
+
+
+def moved_ranks(before: list[int], after: list[int]) -> int:
+    """Return how many ranks changed their site: ``(sum |d| - |sum d|) / 2`` with d the change by site.
+
+    A budget that only shrinks or grows moves nothing; a rank taken here and given there counts once.
+    """
+    change = np.subtract(after, before)
+    return int((np.abs(change).sum() - abs(change.sum())) // 2)
+
+
+def _rank_maps(grid: Grid, runs: list[Run]) -> tuple[RankMap, ...]:
+    by_run = [{entry.step: entry.ranks for entry in run.record.rank_history} for run in runs]
+    common = sorted(set.intersection(*(set(entries) for entries in by_run)))
+    return tuple(
+        RankMap(step, np.mean([_fill_ranks(grid, entries[step]) for entries in by_run], axis=0))
+        for step in common
+    )
+
+
+def against_fixed_lora(study: Study, runs: list[Run], name: str) -> Comparison:
+    """Compare with fixed-rank LoRA at equal trainable parameters, paired by seed.
+
+    The reference accuracy is read off the line through the same seed's LoRA runs, linear in the logarithm of
+    trainable parameters (head included, as at the end of the run). Outside the range of those runs nothing is
+    extrapolated: the seed is left out and counted in the note.
+
+    Args:
+        study: where the LoRA runs are.
+        runs: runs of one adaptive experiment.
+        name: its name.
+    """
+    on_line = {run.seed: (run.test.accuracy, _on_lora_line(study, run)) for run in runs}
+    by_seed = {seed: (own, line) for seed, (own, line) in on_line.items() if line is not None}
+    outside = len(on_line) - len(by_seed)
+    note = f"{outside} seed(s) left out: no fixed LoRA below and above in parameters" if outside else ""
+    return compare_values(by_seed, name=name, reference="fixed LoRA at equal parameters", note=note)
+
+
+def _on_lora_line(study: Study, run: Run) -> float | None:
+    weights = run.provenance.weights_sha256, run.provenance.split_sha256
+    points = sorted(
+        (float(np.log(other.parameters.final)), other.test.accuracy)
+        for e in study.with_method("lora")
+        for other in study.of(e.name)
+        if other.seed == run.seed
+        and (other.provenance.weights_sha256, other.provenance.split_sha256) == weights
+    )
+    if not points:
+        return None
+    position = float(np.log(run.parameters.final))
+    x, y = zip(*points, strict=True)
+    if not x[0] <= position <= x[-1]:
+        return None
+    return float(np.interp(position, x, y))

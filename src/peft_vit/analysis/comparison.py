@@ -1,0 +1,202 @@
+"""Methods against each other: means over seeds, and differences paired by seed.
+
+The primary test, named here before any data: the exact two-sided Wilcoxon signed-rank test over seeds at 5 %,
+with Holm's correction over all comparisons against the same reference. The t interval beside it describes, it
+does not decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from peft_vit.analysis.studies import Run, Study
+from peft_vit.config import ExperimentConfig
+from peft_vit.statistics import (
+    Interval,
+    Significance,
+    Verdict,
+    holm,
+    mean_interval,
+    paired_difference,
+    verdict,
+    wilcoxon,
+)
+
+ALPHA = 0.05
+_DECIMALS = 12  # shares of whole images: rounding turns float noise back into the ties that it hides
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One experiment over its seeds. Accuracies are shares; `by_seed` is in the order of `seeds`."""
+
+    experiment: ExperimentConfig
+    seeds: tuple[int, ...]
+    by_seed: tuple[float, ...]
+    test_accuracy: Interval
+    validation_accuracy: Interval
+    above_majority: Interval
+    runs_above_majority: int
+    final_parameters: float
+    peak_parameters: float
+    adapter_parameters: float
+    frozen_bytes: float
+    adapter_file_bytes: float
+    seconds_per_step: float | None
+    peak_memory_bytes: float | None
+    balanced_accuracy: Interval
+    auroc: Interval | None
+    nll: Interval
+    ece: Interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A claim "A is more accurate than B", over pairs of runs with the same seed."""
+
+    name: str
+    reference: str
+    difference: Interval | None
+    by_seed: tuple[float, ...]
+    seeds: tuple[int, ...]
+    significance: Significance | None
+    adjusted_p: float | None
+    verdict: Verdict
+    note: str
+
+
+def method_results(study: Study) -> tuple[MethodResult, ...]:
+    """Return one row for each experiment with a finished run."""
+    return tuple(_result(e, study.of(e.name)) for e in study.experiments if study.of(e.name))
+
+
+def _result(experiment: ExperimentConfig, runs: Sequence[Run]) -> MethodResult:
+    margins = [run.test.accuracy - run.record.majority_accuracy.get("test", 0.0) for run in runs]
+    aurocs = [run.test.auroc for run in runs if run.test.auroc is not None]
+    return MethodResult(
+        experiment=experiment,
+        seeds=tuple(run.seed for run in runs),
+        by_seed=tuple(run.test.accuracy for run in runs),
+        test_accuracy=mean_interval([run.test.accuracy for run in runs]),
+        validation_accuracy=mean_interval([run.validation.accuracy for run in runs]),
+        above_majority=mean_interval(margins),
+        runs_above_majority=sum(margin > 0 for margin in margins),
+        final_parameters=_mean(runs, lambda run: run.parameters.final),
+        peak_parameters=_mean(runs, lambda run: run.parameters.peak),
+        adapter_parameters=_mean(runs, lambda run: run.parameters.final - run.parameters.head),
+        frozen_bytes=_mean(runs, lambda run: run.bytes.frozen_bytes),
+        adapter_file_bytes=_mean(runs, lambda run: run.bytes.adapter_file_bytes),
+        seconds_per_step=_known_mean([run.record.seconds_per_step for run in runs]),
+        peak_memory_bytes=_known_mean([run.record.peak_memory_bytes for run in runs]),
+        balanced_accuracy=mean_interval([run.test.balanced_accuracy for run in runs]),
+        auroc=mean_interval(aurocs) if aurocs else None,
+        nll=mean_interval([run.test.nll for run in runs]),
+        ece=mean_interval([run.test.ece for run in runs]),
+    )
+
+
+def _mean(runs: Sequence[Run], value: Callable[[Run], float]) -> float:
+    return float(np.mean([value(run) for run in runs]))
+
+
+def _known_mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def references(study: Study) -> tuple[str, ...]:
+    """Return the experiments to compare with: the linear probe, and the LoRA of largest rank up to 8.
+
+    Without any such LoRA the smallest one; without LoRA only the linear probe; without either none.
+    """
+    linear = [e.name for e in study.with_method("linear")]
+    loras = study.with_method("lora")
+    up_to_8 = [e for e in loras if e.lora is not None and e.lora.rank <= 8]
+    lora = [up_to_8[-1].name] if up_to_8 else [e.name for e in loras[:1]]
+    return (*linear[:1], *lora)
+
+
+def compare_all(study: Study, reference: str) -> tuple[Comparison, ...]:
+    """Compare every other experiment with a reference, as one family of tests."""
+    others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)]
+    return correct([compare(study.of(name), study.of(reference), name, reference) for name in others])
+
+
+def compare(runs: Sequence[Run], reference_runs: Sequence[Run], name: str, reference: str) -> Comparison:
+    """Compare two experiments on test accuracy, pairing runs by seed; not yet corrected for a family.
+
+    A pair counts only if both runs used the same backbone weights and the same images in the same split.
+    """
+    partner = {run.seed: run for run in reference_runs}
+    pairs = [(run, partner[run.seed]) for run in runs if run.seed in partner]
+    paired = [(a, b) for a, b in pairs if _same_problem(a) == _same_problem(b)]
+    notes = []
+    if len(paired) < len(pairs):
+        notes.append(f"{len(pairs) - len(paired)} pair(s) refused: other weights, images or splits")
+    if any(_same_draws(a) != _same_draws(b) for a, b in paired):
+        notes.append("pairs differ in the initial head or in the order of images")
+    by_seed = {a.seed: (a.test.accuracy, b.test.accuracy) for a, b in paired}
+    return compare_values(by_seed, name=name, reference=reference, note="; ".join(notes))
+
+
+def compare_values(
+    by_seed: Mapping[int, tuple[float, float]], *, name: str, reference: str, note: str = ""
+) -> Comparison:
+    """Return the claim that the first value of each pair exceeds the second; not yet corrected for a family.
+
+    Args:
+        by_seed: seed -> (value, value of the reference).
+        name: whose value comes first.
+        reference: what it is compared with.
+        note: what restricts the comparison.
+    """
+    if not by_seed:
+        reason = "; ".join(part for part in (note, "no pair of runs with the same seed") if part)
+        return Comparison(name, reference, None, (), (), None, None, "not decided", reason)
+    values, against = zip(*by_seed.values(), strict=True)
+    differences = np.round(np.subtract(values, against), _DECIMALS)
+    return Comparison(
+        name=name,
+        reference=reference,
+        difference=paired_difference(values, against),
+        by_seed=tuple(float(d) for d in differences),
+        seeds=tuple(by_seed),
+        significance=wilcoxon(differences, ALPHA),
+        adjusted_p=None,
+        verdict="not decided",
+        note=note,
+    )
+
+
+def correct(family: Sequence[Comparison]) -> tuple[Comparison, ...]:
+    """Apply Holm's correction over a family of comparisons, and give the verdicts."""
+    tested = [c for c in family if _p_value(c) is not None]
+    adjusted = holm([p for c in tested if (p := _p_value(c)) is not None])
+    by_name = dict(zip([(c.name, c.reference) for c in tested], adjusted, strict=True))
+    corrected = []
+    for comparison in family:
+        p = by_name.get((comparison.name, comparison.reference))
+        if comparison.difference is None or comparison.significance is None:
+            corrected.append(comparison)
+            continue
+        significance = wilcoxon(comparison.by_seed, ALPHA, len(tested))
+        decision = verdict(comparison.difference.estimate, significance, p, ALPHA)
+        corrected.append(replace(comparison, significance=significance, adjusted_p=p, verdict=decision))
+    return tuple(corrected)
+
+
+def _p_value(comparison: Comparison) -> float | None:
+    return None if comparison.significance is None else comparison.significance.p_value
+
+
+def _same_problem(run: Run) -> tuple[object, ...]:
+    provenance = run.provenance
+    images = provenance.data_sha256, provenance.split_sha256
+    return run.record.spec.backbone.model, provenance.weights_sha256, *images
+
+
+def _same_draws(run: Run) -> tuple[str, str]:
+    return run.provenance.head_init_sha256, run.provenance.data_order_sha256

