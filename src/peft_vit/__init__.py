@@ -1,0 +1,25 @@
+"""peft-vit: which layers of a Vision Transformer deserve rank, how much, and how many bits can go."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_vit.allocation.adalora_controller import AdaLoRAController
+    from peft_vit.config import AdaLoraConfig, QaLoraConfig
+    from peft_vit.training.qa_lora import QALoRATrainer
+
+__all__ = ["AdaLoRAController", "AdaLoraConfig", "QALoRATrainer", "QaLoraConfig"]
+
+_HOME = {
+    "AdaLoRAController": "peft_vit.allocation.adalora_controller",
+    "QALoRATrainer": "peft_vit.training.qa_lora",
+    "AdaLoraConfig": "peft_vit.config",
+    "QaLoraConfig": "peft_vit.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import peft_vit` and the command line's --help need no torch."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'peft_vit' has no attribute {name!r}")

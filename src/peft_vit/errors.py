@@ -20,7 +20,8 @@ class UserError(Exception):
         self.message = " ".join(message.split())
         self.file = None if file is None else str(file)
         self.field = field
-        super().__init__(": ".join(part for part in (self.file, self.field, self.message) if part))
+        line = ": ".join(part for part in (self.file, self.field, self.message) if part)
+        super().__init__(line.replace("\n", "\\n").replace("\r", "\\r"))
 
 
 class SilentNoEffectWarning(UserWarning):

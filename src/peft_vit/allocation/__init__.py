@@ -1,8 +1,16 @@
 """Importance, strategies, budgets, and the controller that puts them together."""
 
 from peft_vit.allocation.adalora_controller import AdaLoRAController
-from peft_vit.allocation.budget import BudgetSchedule, schedule_for
+from peft_vit.allocation.budget import BudgetSchedule, bounds_for, schedule_for
 from peft_vit.allocation.importance import ImportanceTracker
 from peft_vit.allocation.strategies import Bounds, allocate
 
-__all__ = ["AdaLoRAController", "Bounds", "BudgetSchedule", "ImportanceTracker", "allocate", "schedule_for"]
+__all__ = [
+    "AdaLoRAController",
+    "Bounds",
+    "BudgetSchedule",
+    "ImportanceTracker",
+    "allocate",
+    "bounds_for",
+    "schedule_for",
+]

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters import attach_adapters, resize_adapters, set_ranks, site_adapters
-from peft_vit.allocation.budget import schedule_for
+from peft_vit.allocation.budget import bounds_for, schedule_for
 from peft_vit.allocation.importance import ImportanceTracker
-from peft_vit.allocation.strategies import Bounds, allocate
+from peft_vit.allocation.strategies import allocate
 from peft_vit.backbones import find_sites
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import UserError
@@ -58,7 +58,7 @@ class AdaLoRAController:
             )  # fmt: skip
         adapters = site_adapters(model)
         self.names = tuple(adapters)
-        self.bounds = self._bounds(adapters)
+        self.bounds = bounds_for(config, [adapter.largest_rank for adapter in adapters.values()])
         self.schedule = schedule_for(config, total_steps, len(self.names), int(self.bounds.maximum.sum()))
         self.tracker = ImportanceTracker(
             config.importance_metric,
@@ -71,31 +71,6 @@ class AdaLoRAController:
         self._triplet_scores: dict[str, Tensor] = {}
         self._last_scores = dict.fromkeys(self.names, 0.0)
         self._start(model)
-
-    def _bounds(self, adapters: dict[str, Any]) -> Bounds:
-        largest = np.array([adapter.largest_rank for adapter in adapters.values()], dtype=np.int64)
-        if self.config.maximum_rank is not None:
-            if self.config.maximum_rank > largest.max():
-                raise UserError(
-                    f"{self.config.maximum_rank} lies above the widest site's {largest.max()}; lower it",
-                    field="adalora.maximum_rank",
-                )
-            largest = np.minimum(largest, self.config.maximum_rank)
-        minimum = np.full(len(largest), self.config.minimum_rank, dtype=np.int64)
-        if (minimum > largest).any():
-            raise UserError(f"lies above a site's largest rank {largest.min()}", field="adalora.minimum_rank")
-        if self.config.total_rank_budget > largest.sum():
-            raise UserError(
-                f"{self.config.total_rank_budget} lies above what the sites can hold, {largest.sum()}; lower it",
-                field="adalora.total_rank_budget",
-            )
-        if self.config.total_rank_budget < minimum.sum():
-            raise UserError(
-                f"{self.config.total_rank_budget} lies below the sites' minimum ranks, "
-                f"{len(minimum)} x {self.config.minimum_rank}; raise it",
-                field="adalora.total_rank_budget",
-            )
-        return Bounds(minimum, largest)
 
     def _start(self, model: nn.Module) -> None:
         """Spread the initial budget evenly over sites that have no rank yet."""
@@ -155,7 +130,7 @@ class AdaLoRAController:
         ranks = allocate(
             self.config.allocation_strategy, scores, self.schedule.budget_at(step), self.bounds,
             threshold_tau=self.config.threshold_tau, top_k=self.config.top_k,
-            triplet_scores=[self._triplet_scores[n].double().cpu().numpy() for n in self.names if self._triplet_scores]
+            triplet_scores=[self._triplet_scores[name].double().cpu().numpy() for name in self.names]
             if self.config.allocation_strategy == "global" else None,
         )  # fmt: skip
         return dict(zip(self.names, (int(rank) for rank in ranks), strict=True))
@@ -166,15 +141,15 @@ class AdaLoRAController:
         Call after the optimiser's step. A shrinking site loses its weakest triplets by their latest scores.
         """
         present = self.ranks
-        if ranks == present:
+        decided = self.score_history[-1]["step"] if self.score_history else 0
+        if ranks == present and decided == self.rank_history[-1]["step"]:
             return
         if not self._triplet_scores:
             raise UserError("no importance scores yet; call update_importance_scores first", field="ranks")
         kept = resize_adapters(model, optimizer, ranks, self._triplet_scores)
         self.tracker.follow(kept, ranks)
-        self._triplet_scores = {}
-        step = self.score_history[-1]["step"] if self.score_history else 0
-        self.rank_history.append({"step": step, "budget": self.schedule.budget_at(step), "ranks": {**present, **ranks}})
+        budget = self.schedule.budget_at(decided)
+        self.rank_history.append({"step": decided, "budget": budget, "ranks": {**present, **ranks}})
 
     def get_layer_importance_summary(self) -> dict[str, dict[str, float]]:
         """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.

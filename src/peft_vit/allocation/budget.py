@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from peft_vit.allocation.strategies import Bounds
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import UserError
 
@@ -82,3 +86,35 @@ def schedule_for(config: AdaLoraConfig, total_steps: int, sites: int, largest: i
     return BudgetSchedule(
         initial, config.total_rank_budget, config.warmup_steps, config.update_frequency, final_steps, total_steps
     )
+
+
+def bounds_for(config: AdaLoraConfig, largest_ranks: Sequence[int]) -> Bounds:
+    """Return each site's bounds, and refuse a budget that they can't meet.
+
+    Args:
+        config: the `adalora` section.
+        largest_ranks: the rank of each site above which more would be wasted, min(in, out).
+
+    Raises:
+        UserError: naming the setting and what the sites allow.
+    """
+    largest = np.array(largest_ranks, dtype=np.int64)
+    if config.maximum_rank is not None and config.maximum_rank > largest.max():
+        raise UserError(
+            f"{config.maximum_rank} lies above the widest site's {largest.max()}; lower it",
+            field="adalora.maximum_rank",
+        )
+    maximum = largest if config.maximum_rank is None else np.minimum(largest, config.maximum_rank)
+    minimum = np.full(len(largest), config.minimum_rank, dtype=np.int64)
+    if (minimum > maximum).any():
+        raise UserError(
+            f"{config.minimum_rank} lies above a site's largest rank {maximum.min()}; lower it",
+            field="adalora.minimum_rank",
+        )
+    if not minimum.sum() <= config.total_rank_budget <= maximum.sum():
+        raise UserError(
+            f"expected {minimum.sum()} (minimum ranks of {len(minimum)} sites) to {maximum.sum()} (what they can hold), "
+            f"got {config.total_rank_budget}",
+            field="adalora.total_rank_budget",
+        )
+    return Bounds(minimum, maximum)

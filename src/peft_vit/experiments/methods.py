@@ -1,0 +1,64 @@
+"""From a method's configuration to a prepared model and its hooks: the only list of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from peft_vit.adapters import attach_adapters, freeze_backbone
+from peft_vit.allocation import AdaLoRAController, bounds_for, schedule_for
+from peft_vit.backbones import Site, find_sites
+from peft_vit.config import ExperimentConfig, Matrix
+from peft_vit.errors import UserError
+from peft_vit.training import AllocationHook, QALoRATrainer, StepHook, check_rank, end_step
+
+
+def prepare(model: nn.Module, experiment: ExperimentConfig, *, total_steps: int, seed: int) -> list[StepHook]:
+    """Make the model trainable as the method says, in place, and return what the loop has to call."""
+    if experiment.lora is not None:
+        sites = find_sites(model, experiment.lora.targets)
+        ranks = dict.fromkeys((site.name for site in sites), experiment.lora.rank)
+        attach_adapters(model, sites, ranks, scale=experiment.lora.scale, seed=seed)
+        return []
+    if experiment.adalora is not None:
+        return [AllocationHook(AdaLoRAController(model, experiment.adalora, total_steps, seed=seed))]
+    if experiment.qa_lora is not None:
+        return [QALoRATrainer(model, experiment.qa_lora, total_steps, seed=seed)]
+    if experiment.method == "linear":
+        freeze_backbone(model)
+    return []  # full: everything is trainable as it is
+
+
+def check(experiment: ExperimentConfig, sites: Sequence[Site], total_steps: int) -> None:
+    """Refuse what `prepare` or the run would refuse later, from the sites' shapes alone.
+
+    Raises:
+        UserError: with the field below the experiment.
+    """
+    if experiment.lora is not None:
+        for site in _chosen(sites, experiment.lora.targets):
+            _check_rank("lora.rank", site, experiment.lora.rank, 1)
+    if experiment.adalora is not None:
+        chosen = _chosen(sites, experiment.adalora.targets)
+        bounds = bounds_for(experiment.adalora, [min(site.in_features, site.out_features) for site in chosen])
+        schedule_for(experiment.adalora, total_steps, len(chosen), int(bounds.maximum.sum()))
+        if experiment.adalora.top_k is not None and experiment.adalora.top_k > len(chosen):
+            raise UserError(f"{experiment.adalora.top_k} exceeds the {len(chosen)} sites", field="adalora.top_k")
+    if experiment.qa_lora is not None:
+        qa_lora = experiment.qa_lora
+        for site in _chosen(sites, qa_lora.targets):
+            _check_rank("qa_lora.rank", site, qa_lora.rank, qa_lora.group_size if qa_lora.use_group_quantization else 1)
+        if qa_lora.quantization_schedule != "constant":
+            end_step(qa_lora, total_steps)
+
+
+def _chosen(sites: Sequence[Site], targets: Sequence[Matrix]) -> list[Site]:
+    return [site for site in sites if site.matrix in targets]
+
+
+def _check_rank(field: str, site: Site, rank: int, pool: int) -> None:
+    try:
+        check_rank(site.name, site.in_features, site.out_features, rank, pool)
+    except UserError as error:
+        raise UserError(error.message, field=error.field if error.field != "rank" else field) from None

@@ -1,0 +1,154 @@
+"""From a study to its runs: everything is checked, counted and estimated here, before any expensive work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from peft_vit.backbones import check_weights, describe
+from peft_vit.config import StudyConfig
+from peft_vit.data import make_splits, open_index
+from peft_vit.errors import UserError
+from peft_vit.experiments.estimate import Estimate, Workload, estimate_runs
+from peft_vit.experiments.methods import check
+from peft_vit.experiments.smoke import smoke_study
+from peft_vit.records import RECORD_FILE, RunRecord, RunSpec, read_record, run_folder
+from peft_vit.training import steps_per_epoch
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run, what it will cost, and whether an earlier call has done it."""
+
+    spec: RunSpec
+    total_steps: int
+    estimate: Estimate
+    done: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a study in their order."""
+
+    study: StudyConfig
+    file: Path
+    licence: str
+    runs: tuple[PlannedRun, ...]
+
+    @property
+    def pending(self) -> tuple[PlannedRun, ...]:
+        """Return the runs that are still to be done."""
+        return tuple(run for run in self.runs if not run.done)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of a configuration; auto takes cuda, then mps, then cpu.
+
+    Raises:
+        UserError: if the named device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, present in there.items() if present)
+    if not there[name]:
+        raise UserError(f"{name} is not available on this machine; use auto or cpu", field="device")
+    return torch.device(name)
+
+
+def plan_study(study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool = False) -> Plan:
+    """Check a study against its backbone and its data, and plan its runs.
+
+    Args:
+        study: from `config.load_study`.
+        results_dir: where records lie; runs that are done there are not planned again.
+        file: the configuration file, named in errors.
+        smoke: compress the study, see `smoke.smoke_study`.
+
+    Raises:
+        UserError: for anything that would fail later, with file, field and remedy.
+    """
+    try:
+        return _plan(study, results_dir, file, smoke)
+    except UserError as error:
+        if error.file is not None:
+            raise
+        raise UserError(error.message, file=file, field=error.field) from None
+
+
+def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool) -> Plan:
+    device = resolve_device(study.device)
+    if smoke:
+        patch_size = describe(study.backbone, study.data.image_size).patch_size
+        study = smoke_study(study, patch_size)
+    shape = describe(study.backbone, study.data.image_size)
+    index = open_index(study.data, smoke=smoke)
+    splits = make_splits(index, study.data, study.seeds[0])
+    checked = []
+    for place, experiment in enumerate(study.experiments):
+        training = experiment.training
+        total_steps = training.epochs * steps_per_epoch(len(splits.train), training.batch_size)
+        try:
+            check(experiment, shape.sites, total_steps)
+        except UserError as error:
+            raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
+        checked.append((experiment, total_steps))
+    specs = [
+        (_spec(study, place, seed, smoke), total_steps)
+        for place, (_, total_steps) in enumerate(checked)
+        for seed in study.seeds
+    ]
+    found = {spec.run_id: _finished(results_dir, spec) for spec, _ in specs}
+    if any(record is None for record in found.values()):
+        check_weights(study.backbone)
+    workload = Workload(
+        shape=shape, image_size=study.data.image_size, device=device, precision=study.precision, threads=study.threads,
+        train=len(splits.train), validation=len(splits.validation), test=len(splits.test),
+    )  # fmt: skip
+    measured = [record for record in found.values() if record is not None]
+    estimates = estimate_runs([(spec, steps) for spec, steps in specs], workload, measured)
+    runs = tuple(
+        PlannedRun(spec, total_steps, estimate, done=found[spec.run_id] is not None)
+        for (spec, total_steps), estimate in zip(specs, estimates, strict=True)
+    )
+    return Plan(study, file, index.licence, runs)
+
+
+def _spec(study: StudyConfig, place: int, seed: int, smoke: bool) -> RunSpec:
+    return RunSpec(
+        study=study.name, seed=seed, experiment=study.experiments[place], backbone=study.backbone, data=study.data,
+        device=study.device, precision=study.precision, threads=study.threads, smoke=smoke,
+    )  # fmt: skip
+
+
+def _finished(results_dir: Path, spec: RunSpec) -> RunRecord | None:
+    """Return the record of a finished run; a failed one is run again, a changed one is refused."""
+    file = run_folder(results_dir, spec) / RECORD_FILE
+    if not file.exists():
+        return None
+    record = read_record(file)
+    if record.spec != spec:
+        raise UserError(
+            f"was made with another configuration ({_difference(record.spec, spec)}); "
+            "give the study or the experiment another name, or choose another --output-dir",
+            file=file,
+        )
+    return record if record.status == "done" else None
+
+
+def _difference(old: RunSpec, new: RunSpec) -> str:
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    shown = ", ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed[:3])
+    return shown + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(value, dict):
+        return {
+            k: v
+            for name, child in value.items()
+            for k, v in _flat(child, f"{prefix}.{name}" if prefix else name).items()
+        }
+    return {prefix: value}

@@ -1,0 +1,61 @@
+"""What a reader needs to repeat a run: versions, source, machine, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+_PACKAGES = ("peft-vit", "torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed version of each package that a result depends on."""
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Return the commit of the source tree and whether it has changes; None where there is no git."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changes = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return commit, bool(changes)
+
+
+def processor_name() -> str:
+    """Return the processor's model name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_count() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hash_arrays(arrays: Iterable[np.ndarray | Tensor]) -> str:
+    """Return the SHA-256 over shapes and values."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        values = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
+        digest.update(f"{values.dtype}{values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()

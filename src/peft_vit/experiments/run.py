@@ -1,0 +1,200 @@
+"""One run, from its specification to its record and its adapter file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_vit.adapters import adapted_modules, adapter_bytes, current_ranks
+from peft_vit.backbones import LoadedBackbone, find_sites, load_backbone
+from peft_vit.data import Data, load_data
+from peft_vit.errors import UserError
+from peft_vit.evaluation import (
+    frozen_bytes,
+    head_parameters,
+    measure,
+    peak_memory_bytes,
+    predict,
+    reset_peak_memory,
+    trainable_bytes,
+    trainable_parameters,
+)
+from peft_vit.experiments.methods import prepare
+from peft_vit.experiments.plan import resolve_device
+from peft_vit.experiments.provenance import cpu_count, git_state, hash_arrays, package_versions, processor_name
+from peft_vit.records import (
+    ADAPTER_FILE,
+    BitsEntry,
+    ByteCounts,
+    ImportanceEntry,
+    ParameterCounts,
+    Provenance,
+    QuantizationSummary,
+    RankEntry,
+    RunRecord,
+    RunSpec,
+    run_folder,
+    write_atomically,
+    write_record,
+)
+from peft_vit.training import (
+    AllocationHook,
+    Progress,
+    QALoRATrainer,
+    Setting,
+    StepHook,
+    steps_per_epoch,
+    train,
+)
+
+OnProgress = Callable[[Progress], None]
+
+
+def run_one(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None = None) -> RunRecord:
+    """Do one run and write its record and its adapter; a failure is recorded with its reason, not raised.
+
+    Args:
+        spec: what to do.
+        results_dir: the run's folder lies below it.
+        on_progress: told after each step.
+    """
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    started = time.perf_counter()
+    try:
+        outcome = _execute(spec, results_dir, on_progress)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
+        outcome = {"status": "failed", "error": reason, "traceback": traceback.format_exc()}
+    record = RunRecord(
+        spec=spec, spec_digest=spec.digest(), started_at=started_at, seconds=time.perf_counter() - started, **outcome
+    )
+    write_record(results_dir, record)
+    return record
+
+
+def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -> dict[str, Any]:
+    reset_peak_memory()
+    torch.set_num_threads(spec.threads)
+    device = resolve_device(spec.device)
+    data = load_data(spec.data, spec.seed, smoke=spec.smoke)
+    backbone = load_backbone(
+        spec.backbone, image_size=spec.data.image_size, num_classes=len(data.class_names), seed=spec.seed,
+        smoke=spec.smoke,
+    )  # fmt: skip
+    model = backbone.model.to(device)
+    provenance = _provenance(spec, data, backbone, device)
+    backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
+    sites = [site.info() for site in find_sites(model)]
+    config = spec.experiment.training
+    total_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
+    hooks = prepare(model, spec.experiment, total_steps=total_steps, seed=spec.seed)
+    initial_ranks = current_ranks(model)
+    setting = Setting(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
+    result = train(model, data, config, setting, seed=spec.seed, hooks=hooks, on_progress=on_progress)
+    assert result.chosen is not None
+    test = data.test.open().ordered_batches(4 * config.batch_size, setting.mean, setting.std)
+    test_metrics = measure(*predict(model, test, device=device, precision=spec.precision))
+    content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
+    write_atomically(run_folder(results_dir, spec) / ADAPTER_FILE, content)
+    return {
+        "status": "done",
+        "provenance": provenance,
+        "class_names": list(data.class_names),
+        "split_sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+        "sites": [site for site in sites if site.name in initial_ranks],
+        "steps": result.steps,
+        "evaluations": result.evaluations,
+        **_histories(hooks, initial_ranks),
+        "quantization": _quantization(hooks, model),
+        "parameters": ParameterCounts(
+            initial=result.initial_parameters, final=trainable_parameters(model), peak=result.peak_parameters,
+            head=head_parameters(model), backbone_total=backbone_total,
+        ),
+        "bytes": ByteCounts(
+            frozen_bytes=frozen_bytes(model), trainable_bytes=trainable_bytes(model),
+            optimizer_bytes=result.optimizer_bytes, adapter_file_bytes=len(content),
+        ),
+        "seconds_per_step": result.seconds_per_step,
+        "overhead_s": result.overhead_s,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "chosen_step": result.chosen.step,
+        "majority_accuracy": _majority(data),
+        "validation": result.chosen.metrics,
+        "test": test_metrics,
+        "adapter_sha256": hashlib.sha256(content).hexdigest(),
+    }  # fmt: skip
+
+
+def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:
+    commit, dirty = git_state()
+    head: nn.Module = backbone.model.get_classifier()  # type: ignore[operator]
+    orders = (data.train.order(spec.seed, epoch) for epoch in range(1, spec.experiment.training.epochs + 1))
+    return Provenance(
+        packages=package_versions(), python=platform.python_version(), platform=platform.platform(),
+        processor=processor_name(), cpu_count=cpu_count(), device=str(device), threads=torch.get_num_threads(),
+        git_hash=commit, git_dirty=dirty, weights_name=backbone.weights_name,
+        weights_sha256=backbone.weights_sha256, random_weights=backbone.random_weights,
+        data_sha256=data.data_sha256, split_sha256=data.split_sha256,
+        head_init_sha256=hash_arrays(head.parameters()), data_order_sha256=hash_arrays(orders),
+    )  # fmt: skip
+
+
+def _histories(hooks: Sequence[StepHook], initial_ranks: dict[str, int]) -> dict[str, Any]:
+    ranks = [RankEntry(step=0, budget=None, ranks=initial_ranks)] if initial_ranks else []
+    importance: list[ImportanceEntry] = []
+    bits: list[BitsEntry] = []
+    for hook in hooks:
+        if isinstance(hook, AllocationHook):
+            ranks = [RankEntry(**entry) for entry in hook.controller.rank_history]
+            importance = [ImportanceEntry(**entry) for entry in hook.controller.score_history]
+        if isinstance(hook, QALoRATrainer):
+            bits = [BitsEntry(**entry) for entry in hook.bits_history]
+    return {"rank_history": ranks, "importance_history": importance, "bits_history": bits}
+
+
+def _quantization(hooks: Sequence[StepHook], model: nn.Module) -> QuantizationSummary | None:
+    trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
+    if trainer is None:
+        return None
+    trainer.validate_quantization_adaptation_balance(model)
+    packed = [module.quantized for _, module in adapted_modules(model) if module.quantized is not None]
+    weights = sum(module.in_features * module.out_features for _, module in adapted_modules(model))
+    size = sum(tensor.nbytes for tensor in packed)
+    return QuantizationSummary(
+        relative_error=trainer.relative_error, bits_per_weight=8 * size / weights, quantized_bytes=size,
+        balance=trainer.balance_history,
+    )  # fmt: skip
+
+
+def _majority(data: Data) -> dict[str, float]:
+    """Return the share of each split's own most frequent class: the accuracy of a constant guess at its best."""
+    validation = torch.bincount(torch.from_numpy(data.validation.labels)).max().item() / len(data.validation)
+    return {"validation": validation, "test": float(data.test.class_counts().max() / len(data.test))}
+
+
+def _adapter_metadata(spec: RunSpec, provenance: Provenance, data: Data) -> dict[str, Any]:
+    return {
+        "spec": spec.model_dump(mode="json"),
+        "class_names": list(data.class_names),
+        "weights_name": provenance.weights_name,
+        "weights_sha256": provenance.weights_sha256,
+    }
+
+
+def prepare_worker() -> None:
+    """Make a fresh process ready for runs: it leaves interrupts to its parent."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_interop_threads(1)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -1,0 +1,36 @@
+"""Compress any study into seconds: random weights, synthetic files of the right format, a handful of steps."""
+
+from __future__ import annotations
+
+from peft_vit.config import BackboneConfig, ExperimentConfig, StudyConfig
+from peft_vit.data import smoke_config
+
+_EPOCHS = 2
+_BATCH = 4
+
+
+def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
+    """Return the same study, small enough for a test. Its records say that they are smoke records.
+
+    Every experiment keeps its method and its settings; only schedules, images and seeds shrink.
+    """
+    return study.model_copy(
+        update={
+            "seeds": study.seeds[:1],
+            "backbone": BackboneConfig(model=study.backbone.model, weights="random"),
+            "data": smoke_config(study.data, patch_size),
+            "experiments": tuple(_compress(experiment) for experiment in study.experiments),
+        }
+    )
+
+
+def _compress(experiment: ExperimentConfig) -> ExperimentConfig:
+    training = experiment.training.model_copy(update={"epochs": _EPOCHS, "batch_size": _BATCH})
+    update: dict[str, object] = {"training": training}
+    if experiment.adalora is not None:
+        short = {"warmup_steps": 1, "update_frequency": 1, "final_steps": 1}
+        update["adalora"] = experiment.adalora.model_copy(update=short)
+    if experiment.qa_lora is not None and experiment.qa_lora.quantization_schedule != "constant":
+        short = {"quantization_warmup_steps": 1, "quantization_end_step": 3}
+        update["qa_lora"] = experiment.qa_lora.model_copy(update=short)
+    return experiment.model_copy(update=update)

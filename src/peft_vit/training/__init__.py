@@ -1,0 +1,33 @@
+"""The loop, one optimiser step, and what methods hook into it."""
+
+from peft_vit.training.allocation_hook import AllocationHook
+from peft_vit.training.loop import (
+    Progress,
+    Setting,
+    TrainingResult,
+    build_optimizer,
+    class_weights,
+    steps_per_epoch,
+    train,
+)
+from peft_vit.training.optimization import DivergedError, StepHook, optimization_step
+from peft_vit.training.qa_lora import QALoRATrainer, check_rank, end_step, format_of, quantized_share
+
+__all__ = [
+    "AllocationHook",
+    "DivergedError",
+    "Progress",
+    "QALoRATrainer",
+    "Setting",
+    "StepHook",
+    "TrainingResult",
+    "build_optimizer",
+    "check_rank",
+    "class_weights",
+    "end_step",
+    "format_of",
+    "optimization_step",
+    "quantized_share",
+    "steps_per_epoch",
+    "train",
+]

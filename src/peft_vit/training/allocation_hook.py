@@ -1,0 +1,47 @@
+"""Runs an AdaLoRAController inside the training loop: the controller decides, this applies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters import site_adapters
+from peft_vit.allocation import AdaLoRAController
+
+
+class AllocationHook:
+    """The controller's part of a step.
+
+    Args:
+        controller: scores, decides and resizes.
+    """
+
+    name = "allocation"
+
+    def __init__(self, controller: AdaLoRAController) -> None:
+        self.controller = controller
+        self._scores: dict[str, float] = {}
+        default = 0.1 if controller.config.parametrization == "svd" else 0.0  # 0.1: the official AdaLoRA code
+        weight = controller.config.orthogonality_weight
+        self.orthogonality_weight = default if weight is None else weight
+
+    def penalties(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return weight * mean of ||P^T P - I||_F and ||Q Q^T - I||_F over all matrices (AdaLoRA, eq. 4)."""
+        if self.orthogonality_weight == 0:
+            return {}
+        present = [adapter for adapter in site_adapters(model).values() if adapter.rank]
+        total = torch.stack([adapter.orthogonality() for adapter in present]).sum()
+        return {"orthogonality": self.orthogonality_weight * total / (2 * len(present))}
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Score the sites from the task's gradients."""
+        self._scores = self.controller.update_importance_scores(model, step)
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Decide the ranks and apply them."""
+        ranks = self.controller.reallocate_ranks(self._scores, step)
+        self.controller.apply_ranks(model, optimizer, ranks)
+
+    def deployable(self, step: int) -> bool:
+        """Say whether the last decision has been taken, so that the final budget is met."""
+        return step >= self.controller.schedule.last_update

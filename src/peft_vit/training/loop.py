@@ -1,0 +1,231 @@
+"""The training loop. It knows no method: hooks score, resize and quantize; it steps, evaluates, chooses, records."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters import current_ranks, restore_trained, set_ranks, trained_tensors
+from peft_vit.config import Precision, TrainingConfig
+from peft_vit.data import Data
+from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
+from peft_vit.records import Evaluation, StepRow
+from peft_vit.training.optimization import StepHook, optimization_step
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher is told after each step."""
+
+    step: int
+    total_steps: int
+    loss: float
+    validation_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a model runs, and what images go through before it."""
+
+    device: torch.device
+    precision: Precision
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    flips: Literal["none", "horizontal", "both"] = "none"
+
+
+@dataclass
+class TrainingResult:
+    """What the loop saw. The model is left in the chosen state."""
+
+    steps: list[StepRow] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    chosen: Evaluation | None = None
+    initial_parameters: int = 0
+    peak_parameters: int = 0
+    optimizer_bytes: int = 0  # when training ended
+    overhead_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Return the median time of a step."""
+        return statistics.median(row.seconds for row in self.steps)
+
+
+def steps_per_epoch(train_images: int, batch_size: int) -> int:
+    """Return the number of batches that hold every image once; the last one may be smaller."""
+    return -(-train_images // batch_size)
+
+
+def class_weights(labels: np.ndarray, classes: int) -> Tensor:
+    """Return n / (classes * n_c) for each class c, (classes,)."""
+    counts = np.bincount(labels, minlength=classes)
+    return torch.tensor(len(labels) / (classes * counts), dtype=torch.float32)
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimiser over everything that is trainable."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return the learning rate's course; one_cycle warms up over 30 % of the steps and decays by cosine."""
+    if config.schedule == "one_cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, config.learning_rate, total_steps=total_steps, cycle_momentum=False
+        )
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    config: TrainingConfig,
+    setting: Setting,
+    *,
+    seed: int,
+    hooks: Sequence[StepHook] = (),
+    on_progress: Callable[[Progress], None] | None = None,
+) -> TrainingResult:
+    """Train, evaluate after each epoch, and leave the model in the deployable state that validation prefers.
+
+    Validation accuracy chooses; of equal ones the lower NLL. The test split is not touched.
+
+    Args:
+        model: with adapters attached, on the setting's device.
+        data: images and labels.
+        config: how long and how fast.
+        setting: device, precision and normalisation.
+        seed: of data order and augmentation.
+        hooks: what the method does around a step.
+        on_progress: told after each step.
+    """
+    total_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, config, total_steps)
+    weights = class_weights(data.train.labels, len(data.class_names)) if config.class_weights else None
+    criterion = nn.CrossEntropyLoss(weight=None if weights is None else weights.to(setting.device))
+    timed = [_Timed(hook) for hook in hooks]
+    result = TrainingResult(initial_parameters=trainable_parameters(model))
+    best = _Best()
+    model.train()
+    for epoch in range(1, config.epochs + 1):
+        batches = data.train.shuffled_batches(
+            config.batch_size, setting.mean, setting.std, flips=setting.flips, seed=seed, epoch=epoch
+        )
+        for images, labels in batches:
+            started = time.perf_counter()
+            step = len(result.steps) + 1
+            learning_rate = optimizer.param_groups[0]["lr"]
+            share = _quantized_share(hooks)
+            with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
+                logits = model(images.to(setting.device))
+            loss = criterion(logits.float(), labels.to(setting.device))
+            outcome = optimization_step(model, optimizer, loss, step, hooks=timed, clip_norm=config.clip_norm)
+            scheduler.step()
+            result.peak_parameters = max(result.peak_parameters, trainable_parameters(model))
+            result.steps.append(
+                StepRow(
+                    step=step,
+                    loss=outcome.loss,
+                    learning_rate=learning_rate,
+                    gradient_norm=outcome.gradient_norm,
+                    seconds=time.perf_counter() - started,
+                    penalties=outcome.penalties,
+                    quantized_share=share,
+                )  # fmt: skip
+            )
+            if on_progress is not None:
+                last = result.evaluations[-1].metrics.accuracy if result.evaluations else None
+                on_progress(Progress(step, total_steps, outcome.loss, last))
+        started = time.perf_counter()
+        evaluation = _validate(model, data, config, setting, len(result.steps), epoch, hooks)
+        result.evaluations.append(evaluation)
+        best.offer(evaluation, model)
+        result.overhead_s["evaluation"] = result.overhead_s.get("evaluation", 0.0) + time.perf_counter() - started
+        if on_progress is not None:
+            on_progress(Progress(len(result.steps), total_steps, result.steps[-1].loss, evaluation.metrics.accuracy))
+    result.peak_parameters = max(result.peak_parameters, result.initial_parameters)
+    result.optimizer_bytes = optimizer_bytes(optimizer)
+    result.overhead_s |= {hook.name: hook.seconds for hook in timed}
+    result.chosen = best.restore(model)
+    return result
+
+
+def _validate(
+    model: nn.Module, data: Data, config: TrainingConfig, setting: Setting, step: int, epoch: int,
+    hooks: Sequence[StepHook],
+) -> Evaluation:  # fmt: skip
+    batches = data.validation.ordered_batches(4 * config.batch_size, setting.mean, setting.std)
+    metrics = measure(*predict(model, batches, device=setting.device, precision=setting.precision))
+    deployable = all(hook.deployable(step) for hook in hooks)
+    return Evaluation(step=step, epoch=epoch, deployable=deployable, metrics=metrics)
+
+
+def _quantized_share(hooks: Sequence[StepHook]) -> float | None:
+    return next((hook.share for hook in hooks if hasattr(hook, "share")), None)
+
+
+class _Best:
+    """Keeps a copy of what was trained, in the best deployable state so far."""
+
+    def __init__(self) -> None:
+        self.evaluation: Evaluation | None = None
+        self._ranks: dict[str, int] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    def offer(self, evaluation: Evaluation, model: nn.Module) -> None:
+        if not evaluation.deployable:
+            return
+        if self.evaluation is None or _quality(evaluation) > _quality(self.evaluation):
+            self.evaluation = evaluation
+            self._ranks = current_ranks(model)
+            self._tensors = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+
+    def restore(self, model: nn.Module) -> Evaluation:
+        if self.evaluation is None:
+            raise RuntimeError("no epoch ended in a deployable state; the schedule was not checked against the steps")
+        set_ranks(model, self._ranks)
+        restore_trained(model, self._tensors)
+        return self.evaluation
+
+
+def _quality(evaluation: Evaluation) -> tuple[float, float]:
+    return evaluation.metrics.accuracy, -evaluation.metrics.nll
+
+
+class _Timed:
+    """Adds up the seconds that a hook takes; otherwise it is the hook."""
+
+    def __init__(self, hook: StepHook) -> None:
+        self.hook = hook
+        self.name = hook.name
+        self.seconds = 0.0
+
+    def penalties(self, model: nn.Module) -> dict[str, Tensor]:
+        return self.hook.penalties(model)
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        started = time.perf_counter()
+        self.hook.after_backward(model, step)
+        self.seconds += time.perf_counter() - started
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        started = time.perf_counter()
+        self.hook.after_step(model, optimizer, step)
+        self.seconds += time.perf_counter() - started
+
+    def deployable(self, step: int) -> bool:
+        return self.hook.deployable(step)

@@ -1,0 +1,93 @@
+"""One optimiser step, the same for every method; what a method adds comes in through hooks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.errors import UserError
+
+
+class StepHook(Protocol):
+    """What a method may do around a step. The loop knows no method by name."""
+
+    name: str
+
+    def penalties(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return terms to add to the loss, weighted, by name."""
+        ...
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Look at, or scale, the gradients of the task loss; penalties are added later."""
+        ...
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Change ranks or weights once the optimiser has stepped."""
+        ...
+
+    def deployable(self, step: int) -> bool:
+        """Say whether the state after this step meets the method's budget, so that it may be chosen."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step did; `gradient_norm` is the norm before clipping."""
+
+    loss: float
+    gradient_norm: float
+    penalties: dict[str, float]
+
+
+class DivergedError(RuntimeError):
+    """The loss or its gradient is no longer finite."""
+
+
+def optimization_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    step: int,
+    *,
+    hooks: Sequence[StepHook] = (),
+    clip_norm: float | None = None,
+) -> StepOutcome:
+    """Do backward, hooks, penalties, clipping, the optimiser's step and zero_grad.
+
+    Args:
+        model: trained model.
+        optimizer: holds its trainable parameters.
+        loss: scalar task loss with its graph.
+        step: number of this step, from 1.
+        hooks: called in order.
+        clip_norm: largest gradient norm over all trainable parameters; None: no clipping.
+
+    Raises:
+        DivergedError: if the loss or the gradient norm is not finite; the optimiser has not stepped then.
+        UserError: if a parameter that the optimiser should train is not in it.
+    """
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise DivergedError(f"the loss is {value} at step {step}; lower the learning rate")
+    loss.backward()  # type: ignore[no-untyped-call]
+    for hook in hooks:
+        hook.after_backward(model, step)
+    penalties = {name: term for hook in hooks for name, term in hook.penalties(model).items()}
+    if penalties:
+        torch.stack(list(penalties.values())).sum().backward()  # type: ignore[no-untyped-call]
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if not parameters:
+        raise UserError("no parameter received a gradient; attach adapters or unfreeze the head", field="model")
+    norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
+    if not math.isfinite(norm):
+        raise DivergedError(f"the gradient norm is {norm} at step {step}; lower the learning rate")
+    optimizer.step()
+    for hook in hooks:
+        hook.after_step(model, optimizer, step)
+    optimizer.zero_grad(set_to_none=True)
+    return StepOutcome(value, norm, {name: float(term.detach()) for name, term in penalties.items()})
