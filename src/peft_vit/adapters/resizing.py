@@ -71,11 +71,11 @@ def _resize(adapter: SiteAdapter, optimizer: torch.optim.Optimizer, keep: Tensor
         old = getattr(adapter, name)
         if old is None or new is None:
             continue
-        new = new.to(old.device)
-        values = torch.cat([old.detach().index_select(dim, keep), new], dim).contiguous()
+        added = new.to(old.device)
+        values = torch.cat([old.detach().index_select(dim, keep), added], dim).contiguous()
         parameter = nn.Parameter(values, requires_grad=old.requires_grad)
         setattr(adapter, name, parameter)
-        _carry_state(optimizer, old, parameter, keep, dim, torch.zeros_like(new))
+        _carry_state(optimizer, old, parameter, keep, dim, torch.zeros_like(added))
 
 
 def _carry_state(

@@ -113,8 +113,8 @@ def bounds_for(config: AdaLoraConfig, largest_ranks: Sequence[int]) -> Bounds:
         )
     if not minimum.sum() <= config.total_rank_budget <= maximum.sum():
         raise UserError(
-            f"expected {minimum.sum()} (minimum ranks of {len(minimum)} sites) to {maximum.sum()} (what they can hold), "
-            f"got {config.total_rank_budget}",
+            f"expected {minimum.sum()} (minimum ranks of {len(minimum)} sites) to {maximum.sum()} "
+            f"(what they can hold), got {config.total_rank_budget}",
             field="adalora.total_rank_budget",
         )
     return Bounds(minimum, maximum)

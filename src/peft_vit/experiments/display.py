@@ -115,7 +115,7 @@ class Watch:
             self._console.print(f"{place} {record.spec.run_id}: FAILED, {record.error}", markup=False, highlight=False)
             return
         self._console.print(
-            f"{place} {record.spec.run_id}: validation {record.validation.accuracy:.1%}, loss {record.steps[-1].loss:.3f}, "
-            f"{record.seconds:.0f} s, {(record.peak_memory_bytes or 0) / 1e6:.0f} MB; about {left / 60:.1f} min left",
+            f"{place} {record.spec.run_id}: validation {record.validation.accuracy:.1%}, "
+            f"loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, {(record.peak_memory_bytes or 0) / 1e6:.0f} MB; about {left / 60:.1f} min left",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip

@@ -136,17 +136,11 @@ def train(
             outcome = optimization_step(model, optimizer, loss, step, hooks=timed, clip_norm=config.clip_norm)
             scheduler.step()
             result.peak_parameters = max(result.peak_parameters, trainable_parameters(model))
-            result.steps.append(
-                StepRow(
-                    step=step,
-                    loss=outcome.loss,
-                    learning_rate=learning_rate,
-                    gradient_norm=outcome.gradient_norm,
-                    seconds=time.perf_counter() - started,
-                    penalties=outcome.penalties,
-                    quantized_share=share,
-                )  # fmt: skip
-            )
+            row = StepRow(
+                step=step, loss=outcome.loss, learning_rate=learning_rate, gradient_norm=outcome.gradient_norm,
+                seconds=time.perf_counter() - started, penalties=outcome.penalties, quantized_share=share,
+            )  # fmt: skip
+            result.steps.append(row)
             if on_progress is not None:
                 last = result.evaluations[-1].metrics.accuracy if result.evaluations else None
                 on_progress(Progress(step, total_steps, outcome.loss, last))

@@ -74,12 +74,12 @@ def optimization_step(
     value = float(loss.detach())
     if not math.isfinite(value):
         raise DivergedError(f"the loss is {value} at step {step}; lower the learning rate")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for hook in hooks:
         hook.after_backward(model, step)
     penalties = {name: term for hook in hooks for name, term in hook.penalties(model).items()}
     if penalties:
-        torch.stack(list(penalties.values())).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(penalties.values())).sum().backward()
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not parameters:
         raise UserError("no parameter received a gradient; attach adapters or unfreeze the head", field="model")
