@@ -36,9 +36,7 @@ def _fp4() -> Tensor:
 
 _VALUES: dict[str, Tensor] = {"nf4": torch.tensor(_NF4), "fp4": _fp4()}
 _ORDER = {name: torch.argsort(values, stable=True) for name, values in _VALUES.items()}
-_THRESHOLDS = {
-    name: (values[_ORDER[name]][:-1] + values[_ORDER[name]][1:]) / 2 for name, values in _VALUES.items()
-}
+_THRESHOLDS = {name: (values[_ORDER[name]][:-1] + values[_ORDER[name]][1:]) / 2 for name, values in _VALUES.items()}
 
 
 def code_values(type: Codebook) -> Tensor:

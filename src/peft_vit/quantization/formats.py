@@ -49,9 +49,7 @@ class QuantizationFormat:
         if self.group_size is not None and self.group_size < 1:
             raise UserError(f"expected at least 1 or none at all, got {self.group_size}", field="group_size")
         if self.scale_dtype not in SCALE_DTYPES:
-            raise UserError(
-                f"expected torch.float32 or torch.float16, got {self.scale_dtype}", field="scale_dtype"
-            )
+            raise UserError(f"expected torch.float32 or torch.float16, got {self.scale_dtype}", field="scale_dtype")
 
     @property
     def bits(self) -> int:

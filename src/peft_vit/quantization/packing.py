@@ -30,7 +30,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         return codes.contiguous()
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte))
-    packed = padded[:, ::per_byte].clone()
+    packed = padded[:, ::per_byte].clone(memory_format=torch.contiguous_format)
     for position in range(1, per_byte):
         packed |= padded[:, position::per_byte] << (bits * position)
     return packed
@@ -60,12 +60,12 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     if bits == 8:
         return packed
     if bits == 4:
-        words = packed.to(torch.int16)
-        words = (words | words << 4) & 0x0F0F
+        words = packed.to(torch.int16, memory_format=torch.contiguous_format)
+        words.bitwise_or_(words << 4).bitwise_and_(0x0F0F)
     else:
-        words = packed.to(torch.int32)
-        words = (words | words << 12) & 0x000F000F
-        words = (words | words << 6) & 0x03030303
+        words = packed.to(torch.int32, memory_format=torch.contiguous_format)
+        words.bitwise_or_(words << 12).bitwise_and_(0x000F000F)
+        words.bitwise_or_(words << 6).bitwise_and_(0x03030303)
     return words.view(torch.uint8)[:, :columns]
 
 

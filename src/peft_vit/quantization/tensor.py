@@ -85,7 +85,7 @@ class QuantizedTensor:
         """Write the codes' values, before scale and offset, into contiguous float32 rows of whole bytes."""
         if self.format.has_codebook:
             table = byte_table(cast(Codebook, self.format.type), values.device)
-            words = values.view(torch.int64).view(-1)
+            words = values.view(-1).view(torch.int64)
             torch.index_select(table, 0, self.codes.view(-1).int(), out=words)
             return
         codes = unpack_codes(self.codes, self.format.bits, values.shape[1])
@@ -115,9 +115,7 @@ class QuantizedTensor:
                 field="offset",
             )
         if delta.shape != self.offsets.shape:
-            raise ValueError(
-                f"expected an update of shape {tuple(self.offsets.shape)}, got {tuple(delta.shape)}"
-            )
+            raise ValueError(f"expected an update of shape {tuple(self.offsets.shape)}, got {tuple(delta.shape)}")
         offsets = (self.offsets.float() + delta.detach()).to(self.offsets.dtype)
         if not bool(offsets.isfinite().all()):
             raise UserError(
@@ -143,9 +141,7 @@ class QuantizedTensor:
         return tensors if self.offsets is None else {**tensors, "offsets": self.offsets}
 
     @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], format: QuantizationFormat
-    ) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], format: QuantizationFormat) -> Self:
         """Return the quantized weights that `tensors` stored.
 
         Args:

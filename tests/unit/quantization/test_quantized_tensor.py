@@ -1,0 +1,220 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantization_strategies import TYPES, formats_and_weights
+from safetensors.torch import load, save
+from torch import Tensor
+
+from peft_vit.errors import UserError
+from peft_vit.quantization import (
+    QuantizationFormat,
+    QuantizedTensor,
+    code_values,
+    pack_codes,
+    quantize,
+    unpack_codes,
+)
+
+FormatAndWeights = tuple[QuantizationFormat, Tensor]
+
+
+def random_weight(rows: int = 6, columns: int = 64) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(formats_and_weights())
+def test_dequantize_follows_the_formula(case: FormatAndWeights) -> None:
+    format, weight = case
+    quantized = quantize(weight, format)
+    codes = unpack_codes(quantized.codes, format.bits, weight.shape[1]).long()
+    if format.has_codebook:
+        values = code_values(format.type)[codes].double()  # type: ignore[arg-type]
+    else:
+        values = codes.double() - (0 if format.offset else 2 ** (format.bits - 1))
+    size = weight.shape[1] // quantized.scales.shape[1]
+    expected = values * quantized.scales.double().repeat_interleave(size, 1)
+    scale_of_rounding = expected.abs()
+    if quantized.offsets is not None:
+        offsets = quantized.offsets.double().repeat_interleave(size, 1)
+        scale_of_rounding = scale_of_rounding + offsets.abs()
+        expected = expected + offsets
+    assert ((quantized.dequantize() - expected).abs() <= 2.0**-22 * scale_of_rounding + 1e-44).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("columns", [12, 9])
+@pytest.mark.parametrize("type", TYPES)
+def test_dequantize_gives_the_same_in_every_dtype_and_place(type: str, columns: int, dtype: torch.dtype) -> None:
+    quantized = quantize(random_weight(5, columns), QuantizationFormat(type, 3, offset=True))  # type: ignore[arg-type]
+    expected = quantized.dequantize().to(dtype)
+    assert torch.equal(quantized.dequantize(dtype), expected)
+    contiguous = torch.full((5, columns), 7.0, dtype=dtype)
+    transposed = torch.full((columns, 5), 7.0, dtype=dtype).t()
+    odd_start = torch.full((5 * columns + 1,), 7.0, dtype=dtype)[1:].view(5, columns)
+    for out in (contiguous, transposed, odd_start):
+        assert quantized.dequantize(out=out) is out
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_one_row_of_a_wider_buffer_is_written_and_its_neighbours_are_not(type: str) -> None:
+    quantized = quantize(random_weight(1, 8), QuantizationFormat(type, 4, offset=True))  # type: ignore[arg-type]
+    buffer = torch.full((2, 9), 7.0)
+    quantized.dequantize(out=buffer[:1, :8])
+    assert torch.equal(buffer[:1, :8], quantized.dequantize())
+    assert bool((buffer[0, 8] == 7) & (buffer[1] == 7).all())
+
+
+def test_dequantize_into_another_shape_is_refused() -> None:
+    quantized = quantize(random_weight(), QuantizationFormat("nf4", 32, offset=False))
+    with pytest.raises(ValueError, match=r"expected an output of shape \(6, 64\), got \(64, 6\)"):
+        quantized.dequantize(out=torch.empty(64, 6))
+
+
+def test_dequantize_does_not_depend_on_the_default_dtype() -> None:
+    quantized = quantize(random_weight(5, 9), QuantizationFormat("nf4", 3, offset=True))
+    expected = quantized.dequantize()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(quantized.dequantize(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("type", "group", "offset", "dtype", "bits"),
+    [
+        ("int4", 32, True, torch.float16, 5.0),
+        ("nf4", 32, True, torch.float16, 5.0),
+        ("nf4", 64, False, torch.float32, 4.5),
+        ("fp4", 64, False, torch.float16, 4.25),
+        ("int2", 32, True, torch.float16, 3.0),
+        ("int8", 128, True, torch.float32, 8.5),
+        ("int4", None, False, torch.float32, 4 + 32 / 384),
+    ],
+)
+def test_bits_per_weight_count_scales_and_offsets(
+    type: str, group: int | None, offset: bool, dtype: torch.dtype, bits: float
+) -> None:
+    quantized = quantize(random_weight(4, 384), QuantizationFormat(type, group, offset, dtype))  # type: ignore[arg-type]
+    assert quantized.bits_per_weight == bits
+
+
+@settings(max_examples=100, deadline=None)
+@given(formats_and_weights())
+def test_nbytes_is_what_the_live_storages_take(case: FormatAndWeights) -> None:
+    format, weight = case
+    quantized = quantize(weight, format)
+    storages = [tensor.untyped_storage() for tensor in quantized.tensors().values()]
+    assert len({storage.data_ptr() for storage in storages}) == len(storages)
+    assert quantized.nbytes == sum(storage.nbytes() for storage in storages)
+
+
+@settings(max_examples=150, deadline=None)
+@given(formats_and_weights(offset=True), st.floats(-8, 8), st.integers(0, 99))
+def test_merging_into_the_offset_adds_the_update(case: FormatAndWeights, size: float, seed: int) -> None:
+    format, weight = case
+    weight = weight.clamp(-1000, 1000)
+    quantized = quantize(weight, format)
+    before = quantized.dequantize().double()
+    shape = quantized.scales.shape
+    delta = size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    merged = quantized.with_offset_added(delta)
+    assert quantized.offsets is not None
+    assert merged.offsets is not None
+    columns_per_group = weight.shape[1] // shape[1]
+    expected = before + delta.double().repeat_interleave(columns_per_group, 1)
+    # Each sum rounds once: the offset's in its stored dtype, the weight's in float32.
+    largest = before.abs().max() + delta.abs().max() + quantized.offsets.abs().max()
+    unit = torch.finfo(format.scale_dtype).eps
+    assert ((merged.dequantize() - expected).abs() <= unit * largest + 6e-8).all()
+    assert merged.codes is quantized.codes
+    assert torch.equal(quantized.dequantize().double(), before), "the original stays as it was"
+
+
+def test_merging_without_offsets_is_refused() -> None:
+    quantized = quantize(random_weight(), QuantizationFormat("nf4", 32, offset=False))
+    with pytest.raises(UserError, match=r"^offset: an update can be merged exactly only into offsets"):
+        quantized.with_offset_added(torch.zeros(6, 2))
+
+
+def test_an_update_of_other_groups_is_refused() -> None:
+    quantized = quantize(random_weight(), QuantizationFormat("int4", 32, offset=True))
+    with pytest.raises(ValueError, match=r"expected an update of shape \(6, 2\), got \(6, 4\)"):
+        quantized.with_offset_added(torch.zeros(6, 4))
+
+
+def test_a_merge_that_overflows_is_refused() -> None:
+    quantized = quantize(random_weight(), QuantizationFormat("int4", 32, True, torch.float16))
+    with pytest.raises(UserError, match=r"^scale_dtype: offset plus update is not finite"):
+        quantized.with_offset_added(torch.full((6, 2), 7e4))
+
+
+@settings(max_examples=100, deadline=None)
+@given(formats_and_weights())
+def test_saved_and_loaded_equals_kept_in_memory(case: FormatAndWeights) -> None:
+    format, weight = case
+    quantized = quantize(weight, format)
+    loaded = QuantizedTensor.from_tensors(load(save(quantized.tensors())), quantized.shape, format)
+    assert torch.equal(loaded.dequantize(), quantized.dequantize())
+    assert loaded.nbytes == quantized.nbytes
+
+
+def test_moving_keeps_everything() -> None:
+    quantized = quantize(random_weight(), QuantizationFormat("fp4", 32, offset=True))
+    moved = quantized.to("meta")
+    assert moved.codes.device.type == "meta"
+    assert {name: tensor.shape for name, tensor in moved.tensors().items()} == {
+        name: tensor.shape for name, tensor in quantized.tensors().items()
+    }
+    assert torch.equal(quantized.to("cpu").dequantize(), quantized.dequantize())
+
+
+def _damaged(name: str, change: str) -> dict[str, Tensor]:
+    tensors = quantize(random_weight(4, 10), QuantizationFormat("int4", 5, offset=True)).tensors()
+    tensor = tensors[name]
+    if change == "dtype":
+        tensors[name] = tensor.to(torch.int32) if name == "codes" else tensor.half()
+    elif change == "shape":
+        tensors[name] = tensor[:, :-1]
+    elif change == "nan":
+        tensors[name] = tensor * float("nan")
+    elif change == "negative":
+        tensors[name] = -tensor
+    elif change == "missing":
+        del tensors[name]
+    elif change == "surplus":
+        tensors["zero_points"] = tensor
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("codes", "dtype", r"^codes: expected torch\.uint8 of shape \(4, 5\), got torch\.int32"),
+        ("codes", "shape", r"^codes: expected torch\.uint8 of shape \(4, 5\), got torch\.uint8 of shape \(4, 4\)"),
+        ("scales", "dtype", r"^scales: expected torch\.float32"),
+        ("offsets", "shape", r"^offsets: expected .* of shape \(4, 2\)"),
+        ("scales", "nan", "^scales: expected finite numbers"),
+        ("offsets", "nan", "^offsets: expected finite numbers"),
+        ("scales", "negative", "^scales: expected no negative scale"),
+        ("offsets", "missing", "^expected the tensors codes, scales, offsets, got codes, scales"),
+        ("codes", "surplus", "^expected the tensors codes, scales, offsets, got .*zero_points"),
+    ],
+)
+def test_damaged_tensors_are_refused(name: str, change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        QuantizedTensor.from_tensors(_damaged(name, change), (4, 10), QuantizationFormat("int4", 5, offset=True))
+
+
+def test_codes_out_of_range_are_refused() -> None:
+    symmetric = QuantizationFormat("int4", None, offset=False)
+    scales = torch.ones(1, 1)
+    unused = {"codes": pack_codes(torch.tensor([[8, 0, 9]], dtype=torch.uint8), 4), "scales": scales}
+    with pytest.raises(UserError, match=r"^codes: expected no code 0"):
+        QuantizedTensor.from_tensors(unused, (1, 3), symmetric)
+    beyond = {"codes": pack_codes(torch.tensor([[8, 8, 9, 1]], dtype=torch.uint8), 4), "scales": scales}
+    with pytest.raises(UserError, match=r"^codes: expected zero bits after the last code"):
+        QuantizedTensor.from_tensors(beyond, (1, 3), symmetric)
