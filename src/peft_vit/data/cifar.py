@@ -28,7 +28,8 @@ class _Layout:
 
 LAYOUTS = {
     "cifar10": _Layout("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
-                       tuple(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin", "batches.meta.txt", 1),
+                       tuple(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin",
+                       "batches.meta.txt", 1),
     "cifar100": _Layout("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8",
                         ("train.bin",), "test.bin", "fine_label_names.txt", 2),
 }  # fmt: skip
@@ -37,7 +38,8 @@ LAYOUTS = {
 def read_cifar(name: str, path: Path | None, licence: str) -> ImageIndex:
     """Index CIFAR-10 or CIFAR-100 (format: cs.toronto.edu/~kriz/cifar.html, binary version).
 
-    A record is one label byte (CIFAR-100: coarse, then fine) and 3,072 bytes: red, green, blue planes of 32 x 32.
+    A record is one label byte (CIFAR-100: coarse, then fine) and 3,072 bytes: red, green and blue planes of
+    32 x 32.
 
     Args:
         name: cifar10 or cifar100.
@@ -73,9 +75,7 @@ def _folder_and_hash(layout: _Layout, wanted: tuple[str, ...], path: Path | None
     if path is not None and path.is_dir() and (path / layout.test).is_file():
         missing = [name for name in wanted if not (path / name).is_file()]
         if missing:
-            raise UserError(
-                "is missing; unpack the binary archive again", file=path / missing[0], field="data.path"
-            )
+            raise UserError("is missing; unpack the binary archive again", file=path / missing[0], field="data.path")
         return path, content_sha256({name: path / name for name in wanted})
     if path is None:
         archive = downloaded(f"https://www.cs.toronto.edu/~kriz/{layout.archive}", layout.md5)

@@ -1,4 +1,4 @@
-"""Files as data sets hold them: a folder or a zip read in place, content hashes, downloads, unpacked tar members."""
+"""Files as data sets hold them: a folder or zip read in place, content hashes, downloads, unpacked tars."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from peft_vit.errors import UserError
 from peft_vit.packages import cache_dir, sha256_of
 from peft_vit.records import write_atomically
 
+_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # hidden files, and what macOS adds to zips
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -49,12 +50,12 @@ class FileTree:
         return decode_text(content, self.file(name))
 
     def only(self, ending: str) -> str:
-        """Return the one name that is `ending` or ends with '/' and `ending`; raises UserError if not exactly one."""
+        """Return the one name that ends with the parts `ending`; raises UserError if not exactly one does."""
         found = [name for name in self.names if f"/{name}".endswith(f"/{ending}")]
         if len(found) != 1:
             raise UserError(
-                f"holds {len(found)} files called {ending}, expected one; give the data set's own folder or archive",
-                file=self.location, field="data.path",
+                f"holds {len(found)} files called {ending}, expected one; "
+                "name the data set's own folder or archive", file=self.location, field="data.path",
             )  # fmt: skip
         return found[0]
 
@@ -83,10 +84,9 @@ def open_tree(location: Path) -> FileTree:
     try:
         archive = zipfile.ZipFile(location)
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"is neither a folder nor a zip ({error})", file=location, field="data.path"
-        ) from None
-    names = tuple(sorted(info.filename for info in archive.infolist() if not info.is_dir()))
+        raise UserError(f"is neither a folder nor a zip ({error})", file=location, field="data.path") from None
+    members = (info.filename for info in archive.infolist() if not info.is_dir())
+    names = tuple(sorted(name for name in members if not _HIDDEN.search(name)))
     return FileTree(location, names, archive.read, lambda _: content_sha256({"": location}))
 
 
@@ -99,9 +99,7 @@ def _names_below(root: Path) -> Iterator[str]:
             if path.is_symlink():
                 refuse_outside(path, root)
                 if path.is_dir():
-                    raise UserError(
-                        "is a link to a folder, which is not followed; copy the folder", file=path
-                    )
+                    raise UserError("is a link to a folder, which is not followed; copy the folder", file=path)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in files:
             if not name.startswith("."):
@@ -117,7 +115,7 @@ def refuse_outside(path: Path, root: Path) -> None:
 def content_sha256(files: Mapping[str, Path]) -> str:
     """Return the hash of one file, or of the names and contents of several.
 
-    Hashing a large folder takes as long as reading it, so the result is remembered in the cache for as long as every
+    Hashing a large folder takes as long as reading it, so the result is remembered in the cache while every
     path, size and modification time stays the same.
     """
     stamp = hashlib.sha256()
@@ -184,7 +182,7 @@ def downloaded(url: str, md5: str) -> Path:
 
 
 def unpacked(archive: Path, wanted: tuple[str, ...], sha256: str) -> Path:
-    """Return a folder in the cache with the wanted members of a tar.gz, found by their last name and unpacked once.
+    """Return a cache folder with the wanted members of a tar.gz, found by their last name and unpacked once.
 
     Only these names are written, so no member can leave the folder.
 

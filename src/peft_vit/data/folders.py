@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -29,21 +30,22 @@ _CSV_SPLITS = ("train", "test")
 
 def _index(
     name: str, tree: FileTree, files: list[str], classes: list[str], is_test: list[bool] | None,
-    licence: str, sha256: str, class_title: dict[str, str] | None = None,
+    *, licence: str, sha256: str, titles: dict[str, str] | None = None,
 ) -> ImageIndex:  # fmt: skip
     class_ids = sorted(set(classes))
     number = {class_id: k for k, class_id in enumerate(class_ids)}
     labels = np.array([number[class_id] for class_id in classes], dtype=np.int64)
     return ImageIndex(
         name=name, labels=labels, strata=labels,
-        class_names=tuple((class_title or {}).get(class_id, class_id) for class_id in class_ids),
-        official_test=None if is_test is None else np.array(is_test, dtype=bool), licence=licence, sha256=sha256,
+        class_names=tuple((titles or {}).get(class_id, class_id) for class_id in class_ids),
+        official_test=np.array(is_test, dtype=bool) if is_test and any(is_test) else None,
+        licence=licence, sha256=sha256,
         read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
     )  # fmt: skip
 
 
 def read_tiny_imagenet(path: Path | None, licence: str) -> ImageIndex:
-    """Index Tiny ImageNet; its validation images, the only ones with labels beside the training images, are the test.
+    """Index Tiny ImageNet. Its test images have no labels, so its validation images are the test split.
 
     Args:
         path: tiny-imagenet-200.zip, or its unpacked folder; None downloads it.
@@ -57,46 +59,39 @@ def read_tiny_imagenet(path: Path | None, licence: str) -> ImageIndex:
     root = PurePosixPath(words_file).parent
     files, classes = [], []
     for name in tree.names:
-        parts = (
-            PurePosixPath(name).relative_to(root).parts if PurePosixPath(name).is_relative_to(root) else ()
-        )
-        if len(parts) == 4 and parts[0] == "train" and parts[2] == "images":
-            files.append(name)
-            classes.append(parts[1])
+        match PurePosixPath(name).parts[len(root.parts) :]:
+            case ("train", wordnet_id, "images", _):
+                files.append(name)
+                classes.append(wordnet_id)
     known, present, training = set(classes), set(tree.names), len(files)
     for number, line in enumerate(tree.text(annotations_file).splitlines(), start=1):
         where = f"{tree.file(annotations_file)}:{number}"
-        image, wordnet_id = (line.split("\t") + ["", ""])[:2]
+        image, wordnet_id = [*line.split("\t"), "", ""][:2]
         files.append(str(root / "val" / "images" / image))
         classes.append(wordnet_id)
         if wordnet_id not in known:
-            raise UserError(
-                f"class {wordnet_id!r} has no training image; unpack the archive again", file=where
-            )
+            raise UserError(f"class {wordnet_id!r} has no training image; unpack the archive again", file=where)
         if files[-1] not in present:
             raise UserError(f"val/images/{image} is not there; unpack the archive again", file=where)
     words = dict(line.split("\t", 1) for line in tree.text(words_file).splitlines() if "\t" in line)
-    titles = {
-        wordnet_id: f"{wordnet_id} {words.get(wordnet_id, '').split(',')[0]}".strip() for wordnet_id in known
-    }
-    return _index("tiny-imagenet", tree, files, classes, [k >= training for k in range(len(files))], licence,
-                  tree.sha256([words_file, annotations_file, *files]), titles)  # fmt: skip
+    titles = {id_: f"{id_} {words.get(id_, '').split(',')[0]}".strip() for id_ in known}
+    is_test = [k >= training for k in range(len(files))]
+    sha256 = tree.sha256([words_file, annotations_file, *files])
+    return _index("tiny-imagenet", tree, files, classes, is_test, licence=licence, sha256=sha256, titles=titles)
 
 
 def read_image_folder(path: Path | None, licence: str) -> ImageIndex:
     """Index ROOT/<class>/<image>, or ROOT/train/<class>/<image> with ROOT/test/... or ROOT/val/... beside it.
 
-    In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
-    train/ as images that training and validation are drawn from.
+    In the second layout test/ is the official test split; without test/, val/ is. If all three are there,
+    val/ joins train/ as images that training and validation are drawn from.
 
     Args:
         path: ROOT, a folder or a zip of one.
         licence: of the images.
     """
     if path is None:
-        raise UserError(
-            "is missing; name the folder that holds a folder of images per class", field="data.path"
-        )
+        raise UserError("is missing; name the folder that holds a folder of images per class", field="data.path")
     tree = open_tree(path)
     names = [name for name in tree.names if PurePosixPath(name).name not in _JUNK]
     images = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
@@ -106,20 +101,16 @@ def read_image_folder(path: Path | None, licence: str) -> ImageIndex:
     for name in names:
         parts = PurePosixPath(name).parts
         if len(parts) > 1 and PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
-            raise UserError(
-                f"is none of {' '.join(IMAGE_SUFFIXES)}; convert it or take it out", file=tree.file(name)
-            )
+            raise UserError(f"is none of {' '.join(IMAGE_SUFFIXES)}; convert it or take it out", file=tree.file(name))
     for name in images:
         if len(PurePosixPath(name).parts) != depth:
             layout = "train|val|test/<class>/<image>" if is_split else "<class>/<image>"
             raise UserError(f"does not lie at {layout}; move it or take it out", file=tree.file(name))
     if not images:
-        raise UserError(
-            f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder", file=path, field="data.path"
-        )
+        raise UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder", file=path, field="data.path")
     classes = [PurePosixPath(name).parent.name for name in images]
     is_test = _official_test(path, images, classes) if is_split else None
-    return _index("image-folder", tree, images, classes, is_test, licence, tree.sha256(images))
+    return _index("image-folder", tree, images, classes, is_test, licence=licence, sha256=tree.sha256(images))
 
 
 def _official_test(path: Path, images: list[str], classes: list[str]) -> list[bool]:
@@ -151,49 +142,43 @@ def read_csv(path: Path | None, licence: str) -> ImageIndex:
     if path is None:
         raise UserError("is missing; name a CSV with the columns path, label[, split]", field="data.path")
     if not path.is_file():
-        raise UserError(
-            "is not a file; name a CSV with the columns path, label[, split]", file=path, field="data.path"
-        )
+        raise UserError("is not a file; name a CSV with the columns path, label[, split]", file=path, field="data.path")
     root = path.parent.resolve()
     rows = csv.DictReader(io.StringIO(decode_text(path.read_bytes(), path), newline=""), strict=True)
-    columns = rows.fieldnames or []
-    if sorted(columns) not in (["label", "path"], ["label", "path", "split"]):
-        raise UserError(
-            f"has the columns {', '.join(columns)}; expected path, label and perhaps split", file=f"{path}:1"
-        )
     files: dict[str, Path] = {}
     classes, splits = [], []
     try:
+        columns = rows.fieldnames or []
+        if sorted(columns) not in (["label", "path"], ["label", "path", "split"]):
+            problem = f"has the columns {', '.join(columns)}; expected path, label and perhaps split"
+            raise UserError(problem, file=f"{path}:1")
         for row in rows:
             name = _checked_row(row, f"{path}:{rows.line_num}", root, files)
             files[name] = root / name
             classes.append(row["label"])
             splits.append(row.get("split"))
     except csv.Error as error:
-        raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.line_num}") from None
+        raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.reader.line_num}") from None
     if not files:
         raise UserError("names no image; add rows", file=path)
     tree = FileTree(root, tuple(files), lambda name: files[name].read_bytes(), lambda _: "")
     is_test = [split == "test" for split in splits] if "split" in columns else None
-    return _index(
-        "csv", tree, list(files), classes, is_test, licence, content_sha256({"\0csv": path, **files})
-    )
+    sha256 = content_sha256({"": path, **files})
+    return _index("csv", tree, list(files), classes, is_test, licence=licence, sha256=sha256)
 
 
 def _checked_row(row: dict[str, str], where: str, root: Path, seen: dict[str, Path]) -> str:
-    """Return the image's name; raises UserError for anything that is not a complete row with a file of its own."""
+    """Return the image's name; raises UserError if the row is incomplete or has no file of its own."""
     if None in row or None in row.values() or not row["path"] or not row["label"]:
         raise UserError("expected a path and a label, one value a column", file=where)
     name = PurePosixPath(row["path"]).as_posix()
     if PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise UserError(f"{name} leaves the CSV's folder; write a path below it", file=where, field="path")
-    if not (root / name).is_file():
+    if not os.path.isfile(root / name):  # unlike Path.is_file, also False for an impossible name
         raise UserError(f"{root / name} does not exist; correct the path", file=where, field="path")
     refuse_outside(root / name, root)
     if name in seen:
-        raise UserError(
-            f"{name} stands twice, it could land in train and test; remove one", file=where, field="path"
-        )
+        raise UserError(f"{name} stands twice, it could land in train and test; remove one", file=where, field="path")
     if row.get("split") not in (None, *_CSV_SPLITS):
         raise UserError(
             f"expected train or test, got {row['split']!r}; validation is drawn from train",

@@ -58,8 +58,8 @@ class LabelledImages:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images once, in the order and with the flips that follow from (seed, epoch) alone.
 
-        Whether an image is flipped depends neither on the batch size nor on its place in the order; each allowed flip
-        happens with probability 1/2. The last batch may be smaller.
+        Whether an image is flipped depends neither on the batch size nor on its place in the order; each
+        allowed flip happens with probability 1/2. The last batch may be smaller.
 
         Args:
             batch_size: images a batch.
@@ -128,9 +128,7 @@ class SealedImages:
             RuntimeError: on a second call; whatever needs test results twice has to keep the predictions.
         """
         if self.__images is None:
-            raise RuntimeError(
-                "the test split was opened before; it is read once, after validation has chosen"
-            )
+            raise RuntimeError("the test split was opened before; it is read once, after validation has chosen")
         images, self.__images = self.__images, None
         return images
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from peft_vit.errors import UserError
 
-# What Pillow and zipfile raise on broken content; RuntimeError is an encrypted or exotically compressed member.
+# What Pillow and zipfile raise on broken content; RuntimeError: an encrypted or exotically compressed member.
 _BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error,
     zipfile.BadZipFile, Image.DecompressionBombError,
@@ -30,7 +30,7 @@ class ImageIndex:
     Attributes:
         name: the data set's name in the configuration.
         labels: class of each image, (N,) int64 in [0, len(class_names)).
-        strata: what splits are stratified by, (N,) int64: label and module type for elpv, the label elsewhere.
+        strata: what splits are stratified by, (N,) int64: label x module type for elpv, else the label.
         class_names: name of each class.
         official_test: the data set's own test split, (N,) bool; None if it has none.
         licence: of the images.
@@ -64,6 +64,8 @@ def decode_image(read: Callable[[], bytes], file: str) -> Image.Image:
         image = Image.open(io.BytesIO(read()))
         image.load()
         upright = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:  # its text holds a memory address
+        raise UserError("is not an image of a known format; replace it or take it out", file=file) from None
     except _BROKEN as error:
         raise UserError(f"is not a readable image ({error}); replace it or take it out", file=file) from None
     if upright.mode.startswith(_DEEP_MODES):

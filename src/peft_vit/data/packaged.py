@@ -1,4 +1,4 @@
-"""Readers of sets that a package holds: ELPV (a wheel), digits (scikit-learn), Fashion-MNIST (a Debian package)."""
+"""Readers of sets that packages hold: ELPV (a wheel), digits (scikit-learn), Fashion-MNIST (Debian's)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _MODULE_TYPES = ("mono", "poly")
 def read_elpv(path: Path | None, licence: str) -> ImageIndex:
     """Index the ELPV solar cells, out of the wheel or another zip or folder with its labels.csv.
 
-    labels.csv has a line per image: path, defect probability (0, 1/3, 2/3 or 1), module type (mono or poly), between
-    spaces. The binary label is probability >= 0.5; splits are stratified by label x module type.
+    labels.csv has a line per image: path, defect probability (0, 1/3, 2/3 or 1) and module type (mono or
+    poly), between spaces. The binary label is probability >= 0.5; strata are label x module type.
 
     Args:
         path: a zip or folder; None fetches the wheel.
@@ -81,11 +81,13 @@ def read_fashion_mnist(path: Path | None, licence: str) -> ImageIndex:
     """Index Fashion-MNIST from its four idx .gz files.
 
     Args:
-        path: the folder that holds them; None looks where Debian's dataset-fashion-mnist puts them, then downloads.
+        path: the folder that holds them; None looks where Debian's dataset-fashion-mnist puts them, then
+            downloads.
         licence: of the images.
     """
     folder = path or _fashion_folder()
-    pixels, labels, files = [], [], {}
+    pixels, labels = [], []
+    files: dict[str, Path] = {}
     for split in ("train", "t10k"):
         images_file = folder / f"{split}-images-idx3-ubyte.gz"
         labels_file = folder / f"{split}-labels-idx1-ubyte.gz"
@@ -95,9 +97,7 @@ def read_fashion_mnist(path: Path | None, licence: str) -> ImageIndex:
         if len(pixels[-1]) != len(labels[-1]):
             raise UserError(f"holds {len(labels[-1])} labels for {len(pixels[-1])} images", file=labels_file)
         if labels[-1].size and labels[-1].max() >= len(_FASHION_CLASSES):
-            raise UserError(
-                f"holds label {labels[-1].max()}, expected 0 to 9; fetch it again", file=labels_file
-            )
+            raise UserError(f"holds label {labels[-1].max()}, expected 0 to 9; fetch it again", file=labels_file)
     label = np.concatenate(labels)
     is_test = np.arange(len(label)) >= len(labels[0])
     train, test = pixels
@@ -120,10 +120,10 @@ def _fashion_folder() -> Path:
     try:
         FashionMNIST(str(root), download=True)  # checks each file's md5
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
         raise UserError(
-            f"Fashion-MNIST could not be downloaded ({reason}); install Debian's package dataset-fashion-mnist, "
-            "or name the folder with its idx .gz files", field="data.path",
+            f"Fashion-MNIST could not be downloaded ({reason}); install Debian's package "
+            "dataset-fashion-mnist, or name the folder with its idx .gz files", field="data.path",
         ) from None  # fmt: skip
     return root / "FashionMNIST" / "raw"
 
@@ -131,7 +131,8 @@ def _fashion_folder() -> Path:
 def read_idx(file: Path, dimensions: int) -> np.ndarray:
     """Read an idx .gz file of unsigned bytes (format: yann.lecun.com/exdb/mnist, end of page).
 
-    The header is 0, 0, 8 (unsigned byte), the number of dimensions, then each size as a big-endian 32-bit integer.
+    The header is 0, 0, 8 (unsigned byte), the number of dimensions, then each size as a big-endian 32-bit
+    integer.
 
     Raises:
         UserError: if it is missing, broken, or of another shape than its header says.
@@ -149,7 +150,5 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
         raise UserError(f"is no idx file of bytes in {dimensions} dimensions; fetch it again", file=file)
     shape = struct.unpack(f">{dimensions}I", content[4:start])
     if len(content) - start != np.prod(shape, dtype=np.int64):
-        raise UserError(
-            f"holds {len(content) - start} values, its header says {shape}; fetch it again", file=file
-        )
+        raise UserError(f"holds {len(content) - start} values, its header says {shape}; fetch it again", file=file)
     return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)

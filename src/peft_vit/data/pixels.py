@@ -1,8 +1,8 @@
 """Decode once: the images of one split, resized, in one .npy file of the user's cache.
 
-A file holds exactly the rows of one split. So a study on 512 of 110,000 images decodes 512, all methods and seeds
-share a fixed split's file, and test and validation, which do not move with `train_images`, are shared by more. The
-price is one training file a seed with `train_subset: per_seed`.
+A file holds exactly the rows of one split. So a study on 512 of 110,000 images decodes 512, all methods and
+seeds share a fixed split's file, and test and validation, which do not move with `train_images`, are shared
+between studies. The price is one training file a seed with `train_subset: per_seed`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.ndarray:
     """Return the images of some rows, decoded and resized, memory-mapped from the cache.
 
-    A file of another shape or length than expected (cut off, say) is rebuilt. Two processes may build the same file at
-    once: each writes its own and renames it, which is atomic, and both contents are equal.
+    A file of another shape or length than expected (cut off, say) is rebuilt. Two processes may build the
+    same file at once: each writes its own and renames it, which is atomic, and both contents are equal.
 
     Args:
         index: the data set.
@@ -98,7 +98,5 @@ def _build(file: Path, index: ImageIndex, rows: np.ndarray, shape: tuple[int, ..
 
 def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     """Return an image as (S, S, C) uint8: bicubic, with antialiasing when it shrinks, straight to S x S."""
-    resized = image.convert("L" if channels == 1 else "RGB").resize(
-        (image_size, image_size), Image.Resampling.BICUBIC
-    )
+    resized = image.convert("L" if channels == 1 else "RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
     return np.asarray(resized, dtype=np.uint8).reshape(image_size, image_size, channels)

@@ -36,7 +36,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "2,624 electroluminescence images of solar cells, 300 x 300 grey",
         "CC BY-NC-SA 4.0: research only, no commercial use",
         "PyPI wheel elpv-dataset, fetched once",
-        "binary: defect probability >= 0.5; splits stratified by label and module type; no official test split",
+        "binary: defect probability >= 0.5; stratified by label and module type; no official test split",
     ),
     "digits": DatasetInfo(
         "1,797 handwritten digits, 8 x 8 grey", "CC BY 4.0 (UCI)", "comes with scikit-learn",
@@ -44,7 +44,7 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "fashion-mnist": DatasetInfo(
         "70,000 pieces of clothing, 28 x 28 grey", "MIT",
-        "data.path (folder of idx .gz files), else Debian's dataset-fashion-mnist, else downloaded by torchvision",
+        "data.path (folder of idx .gz files), else Debian's dataset-fashion-mnist, else downloaded",
         "10 classes; 10,000 official test images",
     ),
     "cifar10": DatasetInfo("60,000 photographs, 32 x 32 colour", _CIFAR_LICENCE, _CIFAR_SOURCE,
@@ -52,7 +52,8 @@ DATASETS: dict[str, DatasetInfo] = {
     "cifar100": DatasetInfo("60,000 photographs, 32 x 32 colour", _CIFAR_LICENCE, _CIFAR_SOURCE,
                             "100 classes; 10,000 official test images"),
     "tiny-imagenet": DatasetInfo(
-        "110,000 labelled photographs, 64 x 64 colour", "ImageNet's terms: research and education, not commercial",
+        "110,000 labelled photographs, 64 x 64 colour",
+        "ImageNet's terms: research and education, not commercial",
         "data.path (tiny-imagenet-200.zip or its folder), else downloaded from cs231n.stanford.edu",
         "200 classes; the 10,000 official validation images serve as the test split",
     ),
@@ -83,8 +84,8 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
 
     Args:
         config: which set, and where it lies.
-        smoke: read small synthetic files of the same on-disk format instead of the real ones; `config.path` is
-            ignored then. (digits is real, it needs no file.)
+        smoke: read small synthetic files of the same on-disk format instead of the real ones, and ignore
+            `config.path`. (digits is real, it needs no file.)
 
     Raises:
         UserError: if it is not there, broken, or has fewer than two classes.
@@ -100,7 +101,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
     classes = len(index.class_names)
     if classes < 2:
         raise UserError(
-            f"holds {classes} class{'es' * (classes == 0)} ({', '.join(index.class_names)}), at least 2 are needed",
+            f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed",
             file=path, field="data.path",
         )  # fmt: skip
     return index

@@ -26,9 +26,10 @@ class Splits:
 def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     """Draw test, then validation, then training images, each stratified by `index.strata`.
 
-    Test images come out of the data set's own test split, if it has one (all of it, unless `test_images` is set);
-    what is left of that split is used for nothing. Test and validation follow from `config.split_seed`; they do not
-    move when `train_images` does. With `train_subset: per_seed` the choice of training images follows from `seed` too.
+    Test images come out of the data set's own test split, if it has one (all of it, unless `test_images` is
+    set); what is left of that split is used for nothing. Test and validation follow from `config.split_seed`;
+    they do not move when `train_images` does. With `train_subset: per_seed` the choice of training images
+    follows from `seed` too.
 
     Args:
         index: the data set.
@@ -36,17 +37,17 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
         seed: the run's seed.
 
     Raises:
-        UserError: if there are too few images, or a class without a training image; names the field and the numbers.
+        UserError: if there are too few images, or a class gets no training image; names field and numbers.
     """
     rng = numpy_generator(config.split_seed, "split")
     test, rest = _draw_test(index, config, rng)
     wanted = config.validation_images + (2 if config.train_images is None else config.train_images)
     if wanted > len(rest):
-        field = "data.validation_images" if config.validation_images > len(rest) - 2 else "data.train_images"
+        too_many = "validation_images" if config.validation_images > len(rest) - 2 else "train_images"
         raise UserError(
-            f"{config.validation_images} validation and {config.train_images or 'at least 2'} training images are asked "
-            f"for, {len(rest)} of {len(index.labels)} are left beside {len(test)} test images; ask for fewer",
-            field=field,
+            f"{config.validation_images} validation and {wanted - config.validation_images} training images are "
+            f"needed, the test split leaves {len(rest)} of {len(index.labels)}; ask for fewer",
+            field=f"data.{too_many}",
         )
     validation = stratified_draw(rest, index.strata, config.validation_images, rng)
     pool = np.setdiff1d(rest, validation)
@@ -55,9 +56,7 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     return Splits(train, validation, test, _hash(train, validation, test))
 
 
-def _draw_test(
-    index: ImageIndex, config: DataConfig, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     everything = np.arange(len(index.labels), dtype=np.int64)
     if index.official_test is None:
         if config.test_images is None:
@@ -70,9 +69,7 @@ def _draw_test(
         source = everything[index.official_test]
     count = len(source) if config.test_images is None else config.test_images
     if count > len(source):
-        raise UserError(
-            f"is {count}, but only {len(source)} images are available for test", field="data.test_images"
-        )
+        raise UserError(f"is {count}, but only {len(source)} images are available for test", field="data.test_images")
     test = stratified_draw(source, index.strata, count, rng)
     if index.official_test is None:
         return test, np.setdiff1d(everything, test)
@@ -85,12 +82,10 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
         return stratified_draw(pool, index.strata, count, numpy_generator(config.split_seed, "train_subset"))
     if count == len(pool):
         raise UserError(
-            f"per_seed has no effect, all {len(pool)} images that remain are trained on; lower data.train_images or "
-            "say fixed", field="data.train_subset",
+            f"per_seed has no effect, all {len(pool)} images that remain are trained on; "
+            "lower data.train_images or say fixed", field="data.train_subset",
         )  # fmt: skip
-    return stratified_draw(
-        pool, index.strata, count, numpy_generator(seed, "train_subset", config.split_seed)
-    )
+    return stratified_draw(pool, index.strata, count, numpy_generator(seed, "train_subset", config.split_seed))
 
 
 def _check_every_class(index: ImageIndex, train: np.ndarray, pool: np.ndarray) -> None:
@@ -101,20 +96,18 @@ def _check_every_class(index: ImageIndex, train: np.ndarray, pool: np.ndarray) -
     missing = int(np.argmin(trained))
     available = int(np.bincount(index.labels[pool], minlength=classes)[missing])
     raise UserError(
-        f"class '{index.class_names[missing]}' gets none of the {len(train)} training images ({available} of the "
-        f"{len(pool)} that remain beside test and validation are of this class); raise it, or add images",
+        f"class '{index.class_names[missing]}' gets none of the {len(train)} training images ({available} of "
+        f"the {len(pool)} that remain beside test and validation are of this class); raise it, or add images",
         field="data.train_images",
     )
 
 
-def stratified_draw(
-    available: np.ndarray, strata: np.ndarray, count: int, rng: np.random.Generator
-) -> np.ndarray:
+def stratified_draw(available: np.ndarray, strata: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Draw `count` indices so that each stratum has its share, by the method of largest remainders.
 
-    A stratum with n_s of the N available indices gets floor(count n_s / N); what is missing to `count` goes, one each,
-    to the strata with the largest remainders, ties by lot (Hamilton's method). Within a stratum every index is as
-    likely as any other.
+    A stratum with n_s of the N available indices gets floor(count n_s / N); what is missing to `count` goes,
+    one each, to the strata with the largest remainders, ties by lot (Hamilton's method). Within a stratum
+    every index is as likely as any other.
 
     Args:
         available: distinct indices, (N,).
@@ -131,8 +124,7 @@ def stratified_draw(
     for position in np.lexsort((lot, -remainders))[: count - shares.sum()]:
         shares[position] += 1
     drawn = [
-        rng.permutation(available[strata[available] == name])[:share]
-        for name, share in zip(names, shares, strict=True)
+        rng.permutation(available[strata[available] == name])[:share] for name, share in zip(names, shares, strict=True)
     ]
     return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *drawn])).astype(np.int64)
 

@@ -1,7 +1,7 @@
-"""Small synthetic files in the on-disk format of each data set, so that a smoke run reads them with the real readers.
+"""Small synthetic files in the on-disk format of each data set: a smoke run reads them with the real readers.
 
-The images are noise around a grey level or colour that tells the class: enough to see a loss go down, nothing to
-conclude from. Everything is deterministic, down to the time stamps inside archives.
+The images are noise around a grey level or colour that tells the class: enough to see a loss go down, nothing
+to conclude from. Everything is deterministic, down to the time stamps inside archives.
 """
 
 from __future__ import annotations
@@ -113,13 +113,15 @@ def _write_idx(file: Path, values: np.ndarray) -> None:
 
 def _write_cifar(dataset: str, folder: Path) -> None:
     layout, classes = LAYOUTS[dataset], CLASS_COUNTS[dataset]
-    with tarfile.open(folder / layout.archive, "w:gz", format=tarfile.USTAR_FORMAT) as archive:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name in (*layout.train, layout.test):
             labels = _balanced(classes, 2)
             planes = _images(labels, classes, 32, 3).transpose(0, 3, 1, 2).reshape(len(labels), -1)
             leading = np.repeat(labels[:, None], layout.label_bytes, axis=1).astype(np.uint8)
             _add(archive, f"{dataset}/{name}", np.hstack([leading, planes]).tobytes())
         _add(archive, f"{dataset}/{layout.names}", "".join(f"class {k}\n" for k in range(classes)).encode())
+    (folder / layout.archive).write_bytes(gzip.compress(buffer.getvalue(), mtime=0))
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -155,9 +157,7 @@ def _write_csv(folder: Path) -> None:
     with (folder / _ENTRY["csv"]).open("w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(["path", "label", "split"])
-        for i, (label, pixels) in enumerate(
-            zip(labels, _images(labels, labels.max() + 1, 40, 3), strict=True)
-        ):
+        for i, (label, pixels) in enumerate(zip(labels, _images(labels, labels.max() + 1, 40, 3), strict=True)):
             _save(pixels, folder / "images" / f"{i:03d}.png")
             writer.writerow([f"images/{i:03d}.png", f"class_{label}", "test" if i >= 30 else "train"])
 

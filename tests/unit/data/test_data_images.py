@@ -1,0 +1,158 @@
+"""Batches: normalised values, order and flips from (seed, epoch), and the seal on the test split."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from peft_vit.data import LabelledImages, SealedImages
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+
+
+def make(n=21, channels=3, size=4):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+    return LabelledImages(pixels, np.arange(n, dtype=np.int64))
+
+
+def gathered(batches):
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def shuffled(images, **settings):
+    return gathered(
+        images.shuffled_batches(
+            **({"batch_size": 8, "mean": MEAN, "std": STD, "flips": "none", "seed": 0, "epoch": 1} | settings)
+        )
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ordered_batches_normalise_every_pixel(channels):
+    images = make(channels=channels)
+    batches = list(images.ordered_batches(8, MEAN, STD))
+    assert [len(labels) for _, labels in batches] == [8, 8, 5]
+    got, labels = gathered(batches)
+    assert (got.dtype, labels.dtype, got.shape) == (torch.float32, torch.int64, (21, 3, 4, 4))
+    assert batches[0][0].is_contiguous()
+    assert labels.tolist() == list(range(21))
+    for i, c, y, x in ((0, 0, 0, 0), (7, 1, 3, 2), (20, 2, 1, 3)):
+        expected = (images.pixels[i, y, x, c % channels] / 255 - MEAN[c]) / STD[c]
+        assert got[i, c, y, x].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_batches_agree_with_torchvision():
+    from torchvision.transforms.v2.functional import normalize
+
+    images = make()
+    got, _ = gathered(images.ordered_batches(5, MEAN, STD))
+    expected = normalize(torch.from_numpy(images.pixels).permute(0, 3, 1, 2) / 255, list(MEAN), list(STD))
+    assert torch.allclose(got, expected, atol=1e-6)
+
+
+def test_shuffled_batches_visit_every_image_once_in_the_stated_order():
+    images = make()
+    got, labels = shuffled(images)
+    assert labels.tolist() == images.order(0, 1).tolist()
+    assert sorted(labels.tolist()) == list(range(21))
+    ordered, _ = gathered(images.ordered_batches(8, MEAN, STD))
+    assert torch.equal(got, ordered[labels])
+
+
+def test_order_repeats_and_moves_with_seed_and_epoch():
+    images = make(100)
+    orders = {(seed, epoch): tuple(images.order(seed, epoch)) for seed in (0, 1) for epoch in (1, 2)}
+    assert len(set(orders.values())) == 4
+    assert tuple(images.order(1, 2)) == orders[1, 2]
+    assert images.order(0, 1).dtype == np.int64
+
+
+def test_order_does_not_depend_on_the_global_generators():
+    torch.manual_seed(1)
+    first = shuffled(make(), flips="both")
+    torch.manual_seed(2)
+    np.random.seed(3)
+    again = shuffled(make(), flips="both")
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
+def flips_of(images, **settings):
+    """Return, by image, how it came out: (left-right, upside down)."""
+    got, labels = shuffled(images, **settings)
+    plain, _ = gathered(images.ordered_batches(len(images), MEAN, STD))
+    result = {}
+    for image, label in zip(got, labels.tolist(), strict=True):
+        for horizontal in (False, True):
+            for vertical in (False, True):
+                axes = [axis for axis, on in ((-1, horizontal), (-2, vertical)) if on]
+                if torch.equal(image, plain[label].flip(axes)):
+                    result[label] = (horizontal, vertical)
+    assert len(result) == len(images)
+    return result
+
+
+def test_flips_happen_to_half_of_the_images_and_only_as_allowed():
+    images = make(400)
+    assert set(flips_of(images, flips="none").values()) == {(False, False)}
+    horizontal = list(flips_of(images, flips="horizontal").values())
+    assert not any(vertical for _, vertical in horizontal)
+    assert 160 < sum(h for h, _ in horizontal) < 240  # 200 +- 4 standard deviations
+    both = list(flips_of(images, flips="both").values())
+    for kind in ((False, False), (False, True), (True, False), (True, True)):
+        assert 65 < both.count(kind) < 135  # 100 +- 4 standard deviations
+
+
+def test_flips_follow_from_seed_and_epoch_not_from_the_batch_size():
+    images = make(60)
+    reference = flips_of(images, flips="both")
+    assert flips_of(images, flips="both", batch_size=7) == reference
+    assert flips_of(images, flips="both", epoch=2) != reference
+    assert flips_of(images, flips="both", seed=1) != reference
+    one_axis = {label: h for label, (h, _) in flips_of(images, flips="horizontal").items()}
+    assert one_axis == {label: h for label, (h, _) in reference.items()}
+
+
+def test_read_only_pixels_stay_untouched(recwarn):
+    images = make()
+    images.pixels.setflags(write=False)
+    before = images.pixels.copy()
+    shuffled(images, flips="both")
+    gathered(images.ordered_batches(8, MEAN, STD))
+    assert np.array_equal(images.pixels, before)
+    assert not recwarn.list
+
+
+def sealed():
+    return SealedImages(LabelledImages(np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 2, 2])), class_count=4)
+
+
+def test_seal_opens_once():
+    test = sealed()
+    assert len(test.open()) == 3
+    with pytest.raises(RuntimeError, match="opened before"):
+        test.open()
+
+
+def test_seal_tells_size_and_class_counts_before_and_after():
+    test = sealed()
+    for _ in range(2):
+        assert len(test) == 3
+        assert test.class_counts().tolist() == [1, 0, 2, 0]
+        test.class_counts()[:] = 0  # a copy: nothing is changed
+    test.open()
+    assert test.class_counts().tolist() == [1, 0, 2, 0]
+
+
+def test_seal_has_no_other_door():
+    assert [name for name in dir(sealed()) if not name.startswith("_")] == ["class_counts", "open"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_seal_cannot_be_copied(duplicate):
+    with pytest.raises(TypeError, match="cannot be copied"):
+        duplicate(sealed())

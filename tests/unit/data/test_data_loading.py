@@ -1,0 +1,123 @@
+"""From configuration to images: every data set on its synthetic files, and the real ELPV."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from peft_vit.config import NEEDS_PATH, DataConfig, DatasetName
+from peft_vit.data import DATASETS, load_data, make_splits, open_index, smoke_config, synthetic
+from peft_vit.errors import UserError
+from peft_vit.packages import ELPV_WHEEL, fetch_wheel
+
+NAMES = get_args(DatasetName)
+WITHOUT_TEST = ("elpv", "digits")
+
+
+def full(name, **settings):
+    defaults = {
+        "image_size": 224, "train_images": None, "validation_images": 500,
+        "test_images": 600 if name in WITHOUT_TEST else None,
+        "path": "/nowhere/at/all" if name in NEEDS_PATH else None,
+    }  # fmt: skip
+    return DataConfig(dataset=name, **(defaults | settings))
+
+
+def test_registry_has_exactly_the_names_of_the_configuration():
+    assert set(DATASETS) == set(NAMES)
+    for info in DATASETS.values():
+        assert all((info.description, info.licence, info.source, info.task))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("patch_size", [14, 16])
+def test_smoke_reads_synthetic_files(name, patch_size):
+    config = smoke_config(full(name), patch_size)
+    data = load_data(config, 0, smoke=True)
+    assert config.dataset == name
+    assert config.image_size == 2 * patch_size
+    assert data.train.pixels.shape[1:3] == (config.image_size, config.image_size)
+    classes = len(data.class_names)
+    assert set(data.train.labels) == set(range(classes))
+    assert len(data.train) == max(16, classes)
+    assert len(data.validation) == 8
+    assert len(data.test) == data.test.class_counts().sum() >= 8
+    assert classes == synthetic.CLASS_COUNTS[name]
+    assert ("synthetic" in data.licence) == (name != "digits")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke_works_with_every_training_subset_and_test_size(name):
+    config = smoke_config(full(name, test_images=600, train_images=1000, train_subset="per_seed"))
+    first, other = (load_data(config, seed, smoke=True) for seed in (0, 1))
+    assert len(first.test) == 8
+    assert first.split_sha256 != other.split_sha256
+    assert first.data_sha256 == other.data_sha256
+
+
+def test_smoke_images_tell_the_class():
+    data = load_data(smoke_config(full("cifar10")), 0, smoke=True)
+    means = data.train.pixels.mean(axis=(1, 2))  # (N, 3)
+    for k in range(10):
+        own = means[data.train.labels == k]
+        assert np.ptp(own, axis=0).max() < 15  # noise of sd 25 over 32 x 32 pixels has a mean within about 3
+
+
+def test_synthetic_files_are_deterministic(tmp_path, monkeypatch):
+    hashes = []
+    for cache in ("one", "two"):
+        monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / cache))
+        hashes.append([open_index(full(name), smoke=True).sha256 for name in NAMES])
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes[0])) == len(NAMES)
+
+
+@pytest.mark.parametrize("patch_size", [4, 8, 14, 16, 32])
+def test_smoke_size_is_a_multiple_of_the_patch_and_valid(patch_size):
+    config = smoke_config(full("digits"), patch_size)
+    assert config.image_size % patch_size == 0
+    assert config.image_size >= 2 * patch_size
+    DataConfig.model_validate(config.model_dump())
+
+
+def test_labels_belong_to_their_images():
+    config = full("digits", image_size=14, train_images=100, validation_images=50, test_images=60)
+    index, data = open_index(config), load_data(config, 0)
+    splits = make_splits(index, config, 0)
+    assert data.split_sha256 == splits.sha256
+    assert data.data_sha256 == index.sha256
+    for images, rows in (
+        (data.train, splits.train),
+        (data.validation, splits.validation),
+        (data.test.open(), splits.test),
+    ):
+        assert np.array_equal(images.labels, index.labels[rows])
+        original = np.stack([np.asarray(index.read(i)) for i in rows])
+        assert np.allclose(images.pixels.mean(axis=(1, 2, 3)), original.mean(axis=(1, 2)), atol=8)
+
+
+def test_broken_test_image_shows_before_training(tmp_path):
+    folder = synthetic.files_for("image-folder")
+    config = smoke_config(full("image-folder", path=str(folder), test_images=None))
+    (folder / "test" / "class_0" / "030.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"test/class_0/030\.png: is not an image"):
+        load_data(config, 0)
+
+
+@pytest.mark.real
+def test_real_elpv(monkeypatch, request, tmp_path):
+    monkeypatch.delenv("PEFT_VIT_CACHE")  # the wheel from the user's cache
+    wheel = fetch_wheel(ELPV_WHEEL)
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / "cache"))
+    config = full("elpv", path=str(wheel), image_size=84, train_images=512, validation_images=400)
+    index = open_index(config)
+    assert index.sha256 == ELPV_WHEEL.sha256
+    assert np.bincount(index.labels).tolist() == [1508 + 295, 106 + 715]
+    assert np.bincount(index.strata).tolist() == [588 + 117, 920 + 178, 56 + 313, 50 + 402]
+    assert index.read(0).size == (300, 300)
+    assert index.read(2623).mode == "L"
+    data = load_data(config, 0)
+    assert (len(data.train), len(data.validation), len(data.test)) == (512, 400, 600)
+    assert data.test.class_counts().tolist() == [412, 188]
+    assert data.train.pixels.shape == (512, 84, 84, 1)
+    assert 60 < data.train.pixels.mean() < 200

@@ -1,0 +1,256 @@
+"""Readers of packaged sets and CIFAR, on files that these tests write byte by byte from the formats' descriptions."""
+
+import gzip
+import io
+import struct
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets.mnist import read_image_file, read_label_file
+
+from peft_vit.data import open_index, synthetic
+from peft_vit.data.cifar import LAYOUTS
+from peft_vit.data.packaged import read_idx
+from peft_vit.errors import UserError
+
+
+def png(value, size=(300, 300)):
+    buffer = io.BytesIO()
+    Image.new("L", size, value).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+ELPV_LINES = [
+    "images/cell0001.png  1.0                 mono",
+    "images/cell0002.png  0.3333333333333333  poly",
+    "images/cell0003.png  0.6666666666666666  poly",
+    "images/cell0004.png  0.0                 mono",
+]
+
+
+def write_elpv(file, lines=ELPV_LINES, broken=None):
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("elpv_dataset/data/labels.csv", "\n".join(lines))
+        for i in range(4):
+            content = png(10 * (i + 1))
+            name = f"elpv_dataset/data/images/cell{i + 1:04d}.png"
+            archive.writestr(name, content[: len(content) // 2] if i == broken else content)
+    return file
+
+
+def test_elpv_labels_strata_and_pixels(tmp_path, config):
+    index = open_index(config("elpv", write_elpv(tmp_path / "elpv.whl")))
+    assert index.labels.tolist() == [1, 0, 1, 0]  # probability >= 0.5
+    assert index.strata.tolist() == [2, 1, 3, 0]  # 2 label + (mono 0, poly 1)
+    assert index.labels.dtype == index.strata.dtype == np.int64
+    assert [np.unique(np.asarray(index.read(i))).tolist() for i in range(4)] == [[10], [20], [30], [40]]
+    assert (index.official_test, index.channels, "BY-NC-SA" in index.licence) == (None, 1, True)
+
+
+def test_elpv_hash_is_the_archives_own(tmp_path, config):
+    import hashlib
+
+    file = write_elpv(tmp_path / "elpv.whl")
+    assert open_index(config("elpv", file)).sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_elpv_broken_png_is_one_line_with_archive_and_member(tmp_path, config):
+    index = open_index(config("elpv", write_elpv(tmp_path / "elpv.whl", broken=2)))
+    index.read(1)
+    with pytest.raises(UserError, match=r"^\S+elpv\.whl/elpv_dataset/data/images/cell0003\.png: .*replace it"):
+        index.read(2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("images/cell0004.png  often  mono", r"labels\.csv:4: expected 'path probability mono\|poly'"),
+        ("images/cell0004.png  0.0  glass", r"labels\.csv:4: expected"),
+        ("images/cell0004.png  0.0", r"labels\.csv:4: expected"),
+        ("images/cell9999.png  0.0  mono", r"labels\.csv:4: images/cell9999\.png is not there"),
+    ],
+)
+def test_elpv_bad_label_line(tmp_path, config, line, message):
+    with pytest.raises(UserError, match=message):
+        open_index(config("elpv", write_elpv(tmp_path / "elpv.whl", [*ELPV_LINES[:3], line])))
+
+
+def test_elpv_path_that_is_no_archive(tmp_path, config):
+    (tmp_path / "elpv.whl").write_text("hello")
+    with pytest.raises(UserError, match=r"elpv\.whl: data\.path: is neither a folder nor a zip"):
+        open_index(config("elpv", tmp_path / "elpv.whl"))
+
+
+def test_digits_are_sklearns(config):
+    from sklearn.datasets import load_digits
+
+    index, digits = open_index(config("digits")), load_digits()
+    assert np.array_equal(index.labels, digits.target)
+    assert len(index.class_names) == 10
+    for i in (0, 1000, 1796):
+        assert np.abs(np.asarray(index.read(i)) - digits.images[i] / 16 * 255).max() <= 0.5
+
+
+def test_digits_refuse_a_path(tmp_path, config):
+    with pytest.raises(UserError, match=r"data\.path: has no effect with dataset: digits"):
+        open_index(config("digits", tmp_path))
+
+
+def write_idx(file, magic, shape, content):
+    file.write_bytes(gzip.compress(magic + struct.pack(f">{len(shape)}I", *shape) + content))
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    for split, first in (("train", 0), ("t10k", 100)):
+        pixels = bytes(first + k for k in range(2) for _ in range(28 * 28))
+        write_idx(tmp_path / f"{split}-images-idx3-ubyte.gz", b"\0\0\x08\x03", (2, 28, 28), pixels)
+        write_idx(tmp_path / f"{split}-labels-idx1-ubyte.gz", b"\0\0\x08\x01", (2,), b"\x09\x03")
+    return tmp_path
+
+
+def test_fashion_mnist_pixels_labels_and_test_split(fashion, config):
+    index = open_index(config("fashion-mnist", fashion))
+    assert index.labels.tolist() == [9, 3, 9, 3]
+    assert index.official_test.tolist() == [False, False, True, True]
+    assert [np.unique(np.asarray(index.read(i))).tolist() for i in range(4)] == [[0], [1], [100], [101]]
+    assert index.class_names[9] == "ankle boot"
+
+
+def test_idx_reader_and_synthetic_writer_agree_with_torchvision(tmp_path):
+    folder = synthetic.files_for("fashion-mnist")
+    for kind, dimensions, oracle in (("images-idx3", 3, read_image_file), ("labels-idx1", 1, read_label_file)):
+        file = folder / f"train-{kind}-ubyte.gz"
+        plain = tmp_path / kind
+        plain.write_bytes(gzip.decompress(file.read_bytes()))
+        assert torch.equal(torch.from_numpy(read_idx(file, dimensions).astype(np.int64)), oracle(str(plain)).long())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no gzip", "is not a readable .gz"),
+        (gzip.compress(b"\0\0\x08\x03" + struct.pack(">III", 2, 28, 28) + bytes(28 * 28)), "holds 784 values"),
+        (gzip.compress(b"\0\0\x0d\x03" + struct.pack(">III", 1, 1, 1) + bytes(4)), "is no idx file of bytes"),
+        (gzip.compress(b"\0\0\x08\x03" + struct.pack(">III", 2, 28, 28) + bytes(2 * 784))[:-20], "is not a readable"),
+        (gzip.compress(b"\0\0\x08\x03" + struct.pack(">III", 1, 28, 28) + bytes(784)), "2 labels for 1 images"),
+    ],
+)
+def test_fashion_mnist_bad_file(fashion, config, content, message):
+    (fashion / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_index(config("fashion-mnist", fashion))
+
+
+def test_fashion_mnist_missing_file(fashion, config):
+    (fashion / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz: data\.path: is missing"):
+        open_index(config("fashion-mnist", fashion))
+
+
+def cifar_record(name, label, red, green, blue):
+    leading = bytes([label]) if name == "cifar10" else bytes([77, label])  # CIFAR-100: coarse class first
+    return leading + bytes([red]) * 1024 + bytes([green]) * 1024 + bytes([blue]) * 1024
+
+
+def cifar_files(name):
+    layout = LAYOUTS[name]
+    files = {file: cifar_record(name, k, k, 100 + k, 200) for k, file in enumerate((*layout.train, layout.test))}
+    last = len(files) - 1
+    top_left_red = bytearray(files[layout.test])
+    top_left_red[1 if name == "cifar10" else 2] = 255  # first byte of the red plane: top left
+    files[layout.test] = bytes(top_left_red) + cifar_record(name, 0, 9, 8, 7)
+    files[layout.names] = "".join(f"name{k}\n" for k in range(last + 1)).encode() + b"\n"
+    return files
+
+
+def write_tar(file, files, folder="some-folder"):
+    with tarfile.open(file, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_cifar_records(tmp_path, config, name, packed):
+    files, layout = cifar_files(name), LAYOUTS[name]
+    if packed:
+        write_tar(tmp_path / layout.archive, files)
+    else:
+        for file, content in files.items():
+            (tmp_path / file).write_bytes(content)
+    index = open_index(config(name, tmp_path))
+    last = len(layout.train)
+    assert index.labels.tolist() == [*range(last + 1), 0]
+    assert index.official_test.tolist() == [False] * last + [True, True]
+    assert np.asarray(index.read(0))[5, 5].tolist() == [0, 100, 200]
+    image = np.asarray(index.read(last))  # (32, 32, 3)
+    assert image[0, 0].tolist() == [255, 100 + last, 200]
+    assert image[0, 1].tolist() == image[1, 0].tolist() == [last, 100 + last, 200]
+    assert np.asarray(index.read(last + 1))[31, 31].tolist() == [9, 8, 7]
+    assert index.class_names[1] == "name1"
+
+
+def test_cifar_members_cannot_leave_the_cache(tmp_path, config, own_cache):
+    write_tar(tmp_path / "cifar-10-binary.tar.gz", {**cifar_files("cifar10"), "../../evil.bin": b"x"}, "../../..")
+    open_index(config("cifar10", tmp_path / "cifar-10-binary.tar.gz"))
+    unpacked = {p.name for p in tmp_path.rglob("*") if p.is_file() and p.parent.parent.name == "unpacked"}
+    assert unpacked == {*LAYOUTS["cifar10"].train, "test_batch.bin", "batches.meta.txt"}
+    everything = {p.name for p in tmp_path.rglob("*.bin")}
+    assert everything <= unpacked
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test_batch.bin": b"\x01" * 100}, "test_batch.bin: is 100 bytes, no multiple of a record"),
+        ({"test_batch.bin": None}, r"holds no test_batch\.bin"),
+        ({"batches.meta.txt": b"only\n"}, "names 1 classes, but a label is 5"),
+        ({"batches.meta.txt": b"\xff\xfe\n"}, "is not UTF-8"),
+    ],
+)
+def test_cifar_bad_content(tmp_path, config, change, message):
+    files = {k: v for k, v in {**cifar_files("cifar10"), **change}.items() if v is not None}
+    write_tar(tmp_path / "cifar-10-binary.tar.gz", files)
+    with pytest.raises(UserError, match=message):
+        open_index(config("cifar10", tmp_path))
+
+
+def test_cifar_truncated_archive(tmp_path, config):
+    file = tmp_path / "cifar-10-binary.tar.gz"
+    write_tar(file, cifar_files("cifar10"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"cifar-10-binary\.tar\.gz: is not a readable tar\.gz"):
+        open_index(config("cifar10", file))
+
+
+def test_cifar_folder_without_archive(tmp_path, config):
+    with pytest.raises(UserError, match=r"data\.path: holds no cifar-100-binary\.tar\.gz"):
+        open_index(config("cifar100", tmp_path))
+
+
+def test_download_that_fails_says_where_to_put_the_file(config, monkeypatch):
+    def unreachable(*args):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", unreachable)
+    with pytest.raises(UserError, match=r"no network.*set data\.path to a folder that holds cifar-10-binary"):
+        open_index(config("cifar10"))
+
+
+def test_download_is_checked_and_kept(config, monkeypatch, own_cache, tmp_path):
+    calls = []
+
+    def fake(url, root, filename, md5):
+        calls.append((url, md5))
+        write_tar(f"{root}/{filename}", cifar_files("cifar10"))
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", fake)
+    assert len(open_index(config("cifar10")).labels) == len(open_index(config("cifar10")).labels) == 7
+    assert calls == [("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530")]

@@ -1,0 +1,135 @@
+"""Decode once: what the cache holds, when it is used, and when it is rebuilt."""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from peft_vit.data import ImageIndex
+from peft_vit.data.pixels import cached_pixels, to_pixels
+from peft_vit.errors import UserError
+
+
+class Reader:
+    """Ten grey images of 20 x 10 pixels, image i of level 10 i; counts what it decodes."""
+
+    def __init__(self):
+        self.decoded = []
+
+    def __call__(self, i):
+        self.decoded.append(i)
+        return Image.new("L", (20, 10), 10 * i)
+
+
+def index_of(read, channels=1, sha256="a" * 64):
+    labels = np.arange(10) % 2
+    return ImageIndex("toy", labels, labels, ("a", "b"), None, "none", sha256, read, channels)
+
+
+ROWS = np.array([1, 4, 7])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rows_are_decoded_resized_and_kept_grey(channels):
+    pixels = cached_pixels(index_of(Reader(), channels), ROWS, 8)
+    assert pixels.shape == (3, 8, 8, channels)
+    assert pixels.dtype == np.uint8
+    assert isinstance(pixels, np.memmap)
+    assert [np.unique(image).tolist() for image in pixels] == [[10], [40], [70]]
+
+
+def test_second_time_nothing_is_decoded(own_cache):
+    reader = Reader()
+    first = np.array(cached_pixels(index_of(reader), ROWS, 8))
+    again = cached_pixels(index_of(reader), ROWS, 8)
+    assert reader.decoded == ROWS.tolist()
+    assert np.array_equal(first, again)
+    assert [p.suffix for p in (own_cache / "pixels").iterdir()] == [".npy"]  # no leftovers
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda index: (dataclasses.replace(index, sha256="b" * 64), ROWS, 8),
+        lambda index: (dataclasses.replace(index, channels=3), ROWS, 8),
+        lambda index: (index, ROWS, 9),
+        lambda index: (index, np.array([1, 4, 8]), 8),
+    ],
+)
+def test_another_source_size_or_row_is_another_file(other):
+    reader = Reader()
+    cached_pixels(index_of(reader), ROWS, 8)
+    cached_pixels(*other(index_of(reader)))
+    assert len(reader.decoded) == 6
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: os.truncate(file, file.stat().st_size - 1),
+        lambda file: os.truncate(file, 40),
+        lambda file: os.truncate(file, 0),
+        lambda file: file.write_bytes(b"not numpy at all" * 100),
+        lambda file: np.save(file, np.zeros((2, 8, 8, 1), np.uint8)),
+        lambda file: np.save(file, np.zeros((3, 8, 8, 1), np.float32)),
+    ],
+)
+def test_damaged_file_is_rebuilt_and_said(own_cache, damage, caplog):
+    reader = Reader()
+    first = np.array(cached_pixels(index_of(reader), ROWS, 8))
+    (file,) = (own_cache / "pixels").iterdir()
+    damage(file)
+    assert np.array_equal(cached_pixels(index_of(reader), ROWS, 8), first)
+    assert len(reader.decoded) == 6
+    assert "is damaged; decoding its images again" in caplog.text
+    cached_pixels(index_of(reader), ROWS, 8)
+    assert len(reader.decoded) == 6
+
+
+def test_broken_image_leaves_nothing_behind(own_cache):
+    def broken(i):
+        if i == 7:
+            raise UserError("is not a readable image", file="x.png")
+        return Image.new("L", (8, 8))
+
+    with pytest.raises(UserError, match=r"x\.png"):
+        cached_pixels(index_of(broken), ROWS, 8)
+    assert list((own_cache / "pixels").iterdir()) == []
+
+
+def test_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be written .* set PEFT_VIT_CACHE to another folder"):
+        cached_pixels(index_of(Reader()), ROWS, 8)
+
+
+def test_two_builds_at_once(own_cache):
+    finished_by_the_other = []
+
+    def interrupted(i):  # another process builds the same file while this one is halfway through
+        if i == 4:
+            finished_by_the_other.append(cached_pixels(index_of(Reader()), ROWS, 8))
+        return Image.new("L", (20, 10), 10 * i)
+
+    mine = cached_pixels(index_of(interrupted), ROWS, 8)
+    (others,) = finished_by_the_other
+    assert np.array_equal(mine, others)
+    assert [np.unique(image).tolist() for image in mine] == [[10], [40], [70]]
+    assert len(list((own_cache / "pixels").iterdir())) == 1
+
+
+def test_shrinking_averages():
+    # A fine checkerboard of 0 and 255 must become grey; without antialiasing it would stay black and white.
+    board = Image.fromarray((np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8))
+    assert np.abs(to_pixels(board, 8, 1).astype(int) - 127.5).max() < 10
+
+
+def test_aspect_is_not_kept():
+    wide = np.zeros((10, 40), np.uint8)
+    wide[:, 20:] = 200  # right half
+    pixels = to_pixels(Image.fromarray(wide), 8, 1)[..., 0]
+    assert pixels[:, :3].max() < 20
+    assert pixels[:, 5:].min() > 180

@@ -1,0 +1,156 @@
+"""Splits: disjoint, exact, stratified, and moved by nothing but what they follow from."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_vit.config import DataConfig
+from peft_vit.data import ImageIndex, make_splits
+from peft_vit.data.splits import stratified_draw
+from peft_vit.errors import UserError
+
+
+def index_of(labels, strata=None, official_test=None):
+    labels = np.asarray(labels, dtype=np.int64)
+    return ImageIndex(
+        name="toy", labels=labels, strata=labels if strata is None else np.asarray(strata, dtype=np.int64),
+        class_names=tuple(f"class{k}" for k in range(labels.max() + 1)), official_test=official_test,
+        licence="none", sha256="0" * 64, read=lambda i: pytest.fail("splits must not decode"),
+    )  # fmt: skip
+
+
+def config(**settings):
+    defaults = {"dataset": "digits", "image_size": 14, "validation_images": 10, "test_images": 10}
+    return DataConfig(**(defaults | settings))
+
+
+TOY = index_of(np.arange(100) % 2, strata=np.arange(100) % 4)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6), share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1)
+)
+def test_draw_has_exact_counts_within_one_of_the_proportional_share(sizes, share, seed):
+    strata = np.repeat(np.arange(len(sizes)), sizes)
+    count = round(share * len(strata))
+    drawn = stratified_draw(np.arange(len(strata)), strata, count, np.random.default_rng(seed))
+    assert len(drawn) == len(set(drawn.tolist())) == count
+    assert drawn.dtype == np.int64
+    assert np.all(np.diff(drawn) > 0)
+    got = np.bincount(strata[drawn], minlength=len(sizes))
+    assert np.all(np.abs(got - count * np.array(sizes) / len(strata)) < 1)
+
+
+def test_draw_by_hand():
+    # 7 of 6 + 3 + 1: shares 4.2, 2.1, 0.7; floors 4, 2, 0; the last image goes to the remainder 0.7.
+    strata = np.repeat([0, 1, 2], [6, 3, 1])
+    drawn = stratified_draw(np.arange(10), strata, 7, np.random.default_rng(0))
+    assert np.bincount(strata[drawn]).tolist() == [4, 2, 1]
+
+
+def test_ties_and_members_are_drawn_by_lot():
+    strata = np.repeat(np.arange(10), 5)
+    counts = np.zeros(50)
+    for seed in range(400):
+        counts[stratified_draw(np.arange(50), strata, 5, np.random.default_rng(seed))] += 1
+    # Each of the 50 has probability 0.1: 40 +- 6 in 400; five standard deviations.
+    assert np.all(np.abs(counts - 40) < 30)
+
+
+@given(
+    sizes=st.lists(st.integers(20, 40), min_size=3, max_size=3),
+    official=st.booleans(),
+    train_subset=st.sampled_from(["fixed", "per_seed"]),
+    split_seed=st.integers(0, 100),
+    seed=st.integers(0, 100),
+)
+def test_splits_are_disjoint_and_of_the_size_asked_for(sizes, official, train_subset, split_seed, seed):
+    labels = np.repeat(np.arange(3), sizes)
+    official_test = np.arange(len(labels)) % 3 == 2 if official else None
+    asked = config(
+        train_images=20, validation_images=9, test_images=7, split_seed=split_seed, train_subset=train_subset
+    )
+    splits = make_splits(index_of(labels, official_test=official_test), asked, seed)
+    parts = [splits.train, splits.validation, splits.test]
+    assert [len(part) for part in parts] == [20, 9, 7]
+    assert len(np.unique(np.concatenate(parts))) == 36
+    assert all(part.dtype == np.int64 and np.all(np.diff(part) > 0) for part in parts)
+    if official_test is not None:
+        assert official_test[splits.test].all()
+        assert not official_test[np.concatenate(parts[:2])].any()
+
+
+def test_without_sizes_official_test_and_the_whole_rest_are_used():
+    index = index_of(np.arange(100) % 2, official_test=np.arange(100) >= 70)
+    splits = make_splits(index, config(test_images=None), 0)
+    assert splits.test.tolist() == list(range(70, 100))
+    assert len(splits.validation) == 10
+    assert sorted([*splits.train, *splits.validation]) == list(range(70))
+
+
+def test_each_split_has_its_share_of_every_stratum():
+    splits = make_splits(TOY, config(train_images=20, validation_images=12, test_images=8), 0)
+    for part in (splits.train, splits.validation, splits.test):
+        assert np.bincount(TOY.strata[part]).tolist() == [len(part) // 4] * 4
+
+
+def same(a, b):
+    return np.array_equal(a, b)
+
+
+def test_fixed_splits_follow_from_the_split_seed_alone():
+    asked = config(train_images=20)
+    first, again = make_splits(TOY, asked, 0), make_splits(TOY, asked, 1)
+    assert first.sha256 == again.sha256
+    assert same(first.train, again.train)
+    other = make_splits(TOY, asked.model_copy(update={"split_seed": 1}), 0)
+    assert other.sha256 != first.sha256
+    assert not same(first.train, other.train)
+    assert not same(first.validation, other.validation)
+    assert not same(first.test, other.test)
+
+
+def test_per_seed_moves_only_the_training_images():
+    asked = config(train_images=20, train_subset="per_seed")
+    first, other = make_splits(TOY, asked, 0), make_splits(TOY, asked, 1)
+    assert same(first.test, other.test)
+    assert same(first.validation, other.validation)
+    assert not same(first.train, other.train)
+    assert first.sha256 != other.sha256
+    assert make_splits(TOY, asked, 1).sha256 == other.sha256
+
+
+def test_validation_and_test_stay_when_the_training_size_moves():
+    few, many = (make_splits(TOY, config(train_images=n), 0) for n in (8, 40))
+    assert same(few.validation, many.validation)
+    assert same(few.test, many.test)
+    assert set(few.train) < set(many.train)  # a learning curve adds images, it does not swap them
+
+
+def test_hash_tells_the_splits_apart():
+    a, b = (make_splits(TOY, config(validation_images=v, train_images=20), 0) for v in (10, 11))
+    assert a.sha256 != b.sha256
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"test_images": None}, r"data\.test_images: is missing; toy has no test split of its own"),
+        ({"test_images": 101}, r"data\.test_images: is 101, but only 100 images are available"),
+        ({"test_images": 100}, r"data\.validation_images: .*leaves 0 of 100"),
+        ({"validation_images": 90}, r"data\.validation_images: 90 validation and 2 training images .*leaves 90 of 100"),
+        ({"train_images": 81}, r"data\.train_images: 10 validation and 81 training images .*leaves 90 of 100"),
+        ({"train_subset": "per_seed"}, r"data\.train_subset: per_seed has no effect, all 80 images"),
+        ({"train_subset": "per_seed", "train_images": 80}, r"data\.train_subset: per_seed has no effect"),
+    ],
+)
+def test_sizes_that_cannot_be_had(settings, message):
+    with pytest.raises(UserError, match=message):
+        make_splits(TOY, config(**settings), 0)
+
+
+def test_a_class_without_training_image_is_named():
+    index = index_of([0] * 60 + [1] * 39 + [2])
+    with pytest.raises(UserError, match=r"data\.train_images: class 'class2' gets none of the 20 .*\(1 of the 80"):
+        make_splits(index, config(train_images=20), 0)
