@@ -21,10 +21,17 @@ from rich.table import Table
 from peft_vit.experiments.executor import Event, RunEnded, RunProgress, RunStarted
 from peft_vit.experiments.plan import Plan
 
+_PLAIN_WIDTH = 120  # columns where the output is no terminal
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+
 
 def print_plan(plan: Plan) -> None:
     """Print every run with its estimated seconds and peak memory, and the sum of what is left to do."""
-    console = Console()
+    console = _console()
     study = plan.study
     console.print(
         f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.dataset} "
@@ -35,22 +42,24 @@ def print_plan(plan: Plan) -> None:
     elif study.backbone.weights == "random":
         console.print("[bold yellow]RANDOM WEIGHTS: nothing is pretrained in this study.[/]")
     console.print(f"Images: {plan.licence}")
-    table = Table("experiment", "method", "steps", "seeds", "s a run", "peak MB", "basis", "state")
-    for experiment in study.experiments:
-        runs = [run for run in plan.runs if run.spec.experiment.name == experiment.name]
-        estimate = runs[0].estimate
-        done = sum(run.done for run in runs)
-        state = "done" if done == len(runs) else f"{done} of {len(runs)} done" if done else "to do"
+    table = Table()
+    table.add_column("run", no_wrap=True)
+    for name in ("steps", "seconds", "peak MB"):
+        table.add_column(name, justify="right")
+    table.add_column("basis")
+    table.add_column("state")
+    for run in plan.runs:
         table.add_row(
-            experiment.name, experiment.method, str(runs[0].total_steps), " ".join(str(run.spec.seed) for run in runs),
-            f"{estimate.seconds:.0f}", f"{estimate.peak_memory_bytes / 1e6:.0f}",
-            "measured" if estimate.measured else "estimate", state,
+            f"{run.spec.experiment.name}/seed_{run.spec.seed}", str(run.total_steps), f"{run.estimate.seconds:.0f}",
+            f"{run.estimate.peak_memory_bytes / 1e6:.0f}", "measured" if run.estimate.measured else "estimate",
+            "done" if run.done else "to do",
         )  # fmt: skip
     console.print(table)
     skipped = len(plan.runs) - len(plan.pending)
     minutes = sum(run.estimate.seconds for run in plan.pending) / 60
     console.print(
-        f"{len(plan.runs)} runs: {len(plan.pending)} to do in about {minutes:.1f} minutes, {skipped} skipped (done)."
+        f"{len(plan.runs)} runs: {len(plan.pending)} to do in about {minutes:.1f} minutes, "
+        f"{skipped} already done and skipped."
     )
 
 
@@ -59,13 +68,12 @@ class Watch:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._console = Console()
+        self._console = _console()
         self._started = time.perf_counter()
         self._ended = 0
         self._bars: Progress | None = None
         self._all: TaskID | None = None
         self._one: TaskID | None = None
-        self._best = 0.0
 
     def __enter__(self) -> Self:
         if self._console.is_terminal and self._plan.pending:
@@ -116,6 +124,7 @@ class Watch:
             return
         self._console.print(
             f"{place} {record.spec.run_id}: validation {record.validation.accuracy:.1%}, "
-            f"loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, {(record.peak_memory_bytes or 0) / 1e6:.0f} MB; about {left / 60:.1f} min left",
+            f"loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, "
+            f"{(record.peak_memory_bytes or 0) / 1e6:.0f} MB; about {left / 60:.1f} min left",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
