@@ -23,7 +23,7 @@ from peft_vit.errors import UserError
 
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-_JUNK = ("Thumbs.db", "desktop.ini")
+_JUNK = ("/Thumbs.db", "/desktop.ini")
 _TEST_FOLDERS = ("test", "val")
 _CSV_SPLITS = ("train", "test")
 
@@ -93,40 +93,42 @@ def read_image_folder(path: Path | None, licence: str) -> ImageIndex:
     if path is None:
         raise UserError("is missing; name the folder that holds a folder of images per class", field="data.path")
     tree = open_tree(path)
-    names = [name for name in tree.names if PurePosixPath(name).name not in _JUNK]
-    images = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
-    tops = {PurePosixPath(name).parts[0] for name in images if len(PurePosixPath(name).parts) == 3}
+    names = [name for name in tree.names if "/" in name or _is_image(name)]  # a README beside them is no image
+    parts = {name: name.split("/") for name in names if not name.endswith(_JUNK)}
+    tops = {part[0] for part in parts.values() if len(part) == 3}
     is_split = "train" in tops and bool(tops.intersection(_TEST_FOLDERS))
-    depth = 3 if is_split else 2
-    for name in names:
-        parts = PurePosixPath(name).parts
-        if len(parts) > 1 and PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
-            raise UserError(f"is none of {' '.join(IMAGE_SUFFIXES)}; convert it or take it out", file=tree.file(name))
-    for name in images:
-        if len(PurePosixPath(name).parts) != depth:
+    for name, part in parts.items():
+        if not _is_image(name):
+            problem = f"is none of {' '.join(IMAGE_SUFFIXES)}; convert it or take it out"
+            raise UserError(problem, file=tree.file(name))
+        if len(part) != (3 if is_split else 2):
             layout = "train|val|test/<class>/<image>" if is_split else "<class>/<image>"
             raise UserError(f"does not lie at {layout}; move it or take it out", file=tree.file(name))
-    if not images:
-        raise UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder", file=path, field="data.path")
-    classes = [PurePosixPath(name).parent.name for name in images]
-    is_test = _official_test(path, images, classes) if is_split else None
+    if not parts:
+        problem = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
+        raise UserError(problem, file=path, field="data.path")
+    images, classes = list(parts), [part[-2] for part in parts.values()]
+    is_test = _official_test(path, [part[0] for part in parts.values()], classes) if is_split else None
     return _index("image-folder", tree, images, classes, is_test, licence=licence, sha256=tree.sha256(images))
 
 
-def _official_test(path: Path, images: list[str], classes: list[str]) -> list[bool]:
-    folders = [PurePosixPath(name).parts[0] for name in images]
-    test = next(folder for folder in _TEST_FOLDERS if folder in folders)
-    unknown = sorted(set(folders) - {"train", *_TEST_FOLDERS})
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _official_test(path: Path, folders: list[str], classes: list[str]) -> list[bool]:
+    """Return which images are test images; `folders` holds each image's train, val or test."""
+    present = set(folders)
+    unknown = sorted(present - {"train", *_TEST_FOLDERS})
     if unknown:
         raise UserError("lies beside train/; expected only train, val and test", file=path / unknown[0])
-    trained = {c for c, folder in zip(classes, folders, strict=True) if folder == "train"}
-    for folder in _TEST_FOLDERS:
-        there = {c for c, own in zip(classes, folders, strict=True) if own == folder}
-        if there and there != trained:
-            odd = sorted(there ^ trained)[0]
-            raise UserError(
-                f"class '{odd}' is in only one of train and {folder}; both need the same classes", file=path
-            )
+    classes_of = {folder: {c for c, own in zip(classes, folders, strict=True) if own == folder} for folder in present}
+    for folder in present - {"train"}:
+        odd = sorted(classes_of[folder] ^ classes_of["train"])
+        if odd:
+            problem = f"class '{odd[0]}' is in only one of train and {folder}; both need the same classes"
+            raise UserError(problem, file=path)
+    test = next(folder for folder in _TEST_FOLDERS if folder in present)
     return [folder == test for folder in folders]
 
 
