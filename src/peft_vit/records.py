@@ -180,6 +180,7 @@ class RunRecord(_Value):
     traceback: str | None = None
     started_at: str  # ISO 8601, UTC
     seconds: float
+    warnings: list[str] = []  # settings that had no effect, said loudly
     # Everything below is None for a run that failed.
     provenance: Provenance | None = None
     class_names: list[str] = []

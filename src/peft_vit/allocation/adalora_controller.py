@@ -17,6 +17,7 @@ In anybody's own loop::
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from peft_vit.allocation.importance import ImportanceTracker
 from peft_vit.allocation.strategies import allocate
 from peft_vit.backbones import find_sites
 from peft_vit.config import AdaLoraConfig
-from peft_vit.errors import UserError
+from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.seeding import torch_generator
 
 
@@ -149,6 +150,13 @@ class AdaLoRAController:
         kept = resize_adapters(model, optimizer, ranks, self._triplet_scores)
         self.tracker.follow(kept, ranks)
         budget = self.schedule.budget_at(decided)
+        if decided == self.schedule.last_update and len(set(self.score_history[-1]["scores"].values())) == 1:
+            warnings.warn(
+                f"importance_metric {self.config.importance_metric} gave every site the same score; "
+                "the allocation says nothing about the sites",
+                SilentNoEffectWarning,
+                stacklevel=2,
+            )
         self.rank_history.append({"step": decided, "budget": budget, "ranks": {**present, **ranks}})
 
     def get_layer_importance_summary(self) -> dict[str, dict[str, float]]:

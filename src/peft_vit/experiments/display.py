@@ -20,6 +20,7 @@ from rich.table import Table
 
 from peft_vit.experiments.executor import Event, RunEnded, RunProgress, RunStarted
 from peft_vit.experiments.plan import Plan
+from peft_vit.experiments.provenance import cpu_count
 
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
 
@@ -41,6 +42,8 @@ def print_plan(plan: Plan) -> None:
         console.print("[bold yellow]SMOKE: random weights and synthetic images; no number below means anything.[/]")
     elif study.backbone.weights == "random":
         console.print("[bold yellow]RANDOM WEIGHTS: nothing is pretrained in this study.[/]")
+    if study.threads > cpu_count():
+        console.print(f"[bold yellow]threads: {study.threads} exceeds this machine's {cpu_count()} processors.[/]")
     console.print(f"Images: {plan.licence}")
     table = Table()
     table.add_column("run", no_wrap=True)
@@ -119,6 +122,10 @@ class Watch:
         elapsed = time.perf_counter() - self._started
         left = elapsed / self._ended * (len(self._plan.pending) - self._ended)
         place = f"[{self._ended}/{len(self._plan.pending)}]"
+        for warning in record.warnings:
+            self._console.print(
+                f"{record.spec.run_id}: warning: {warning}", markup=False, highlight=False, soft_wrap=True
+            )
         if record.status == "failed" or record.validation is None:
             self._console.print(f"{place} {record.spec.run_id}: FAILED, {record.error}", markup=False, highlight=False)
             return

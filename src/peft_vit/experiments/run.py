@@ -7,6 +7,7 @@ import os
 import platform
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from peft_vit.adapters import adapted_modules, adapter_bytes, current_ranks
 from peft_vit.backbones import LoadedBackbone, find_sites, load_backbone
 from peft_vit.data import Data, load_data
-from peft_vit.errors import UserError
+from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.evaluation import (
     frozen_bytes,
     head_parameters,
@@ -70,13 +71,20 @@ def run_one(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None = N
     """
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     started = time.perf_counter()
-    try:
-        outcome = _execute(spec, results_dir, on_progress)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error)
-        outcome = {"status": "failed", "error": reason, "traceback": traceback.format_exc()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SilentNoEffectWarning)
+        try:
+            outcome = _execute(spec, results_dir, on_progress)
+        except Exception as error:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            outcome = {"status": "failed", "error": reason, "traceback": traceback.format_exc()}
     record = RunRecord(
-        spec=spec, spec_digest=spec.digest(), started_at=started_at, seconds=time.perf_counter() - started, **outcome
+        spec=spec,
+        spec_digest=spec.digest(),
+        started_at=started_at,
+        seconds=time.perf_counter() - started,
+        warnings=[str(entry.message) for entry in caught if entry.category is SilentNoEffectWarning],
+        **outcome,
     )
     write_record(results_dir, record)
     return record

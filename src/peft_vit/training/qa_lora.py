@@ -12,6 +12,7 @@ In anybody's own loop::
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.config import QaLoraConfig
-from peft_vit.errors import UserError
+from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 from peft_vit.training.optimization import optimization_step
 
@@ -185,6 +186,14 @@ class QALoRATrainer:
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Move the schedule on; at its end the float weights are freed."""
+        adaptive = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+        if step == 1 and adaptive and self.config.gradient_scaling_factor != 1.0:
+            warnings.warn(
+                f"gradient_scaling_factor {self.config.gradient_scaling_factor} nearly cancels under "
+                f"{type(optimizer).__name__}; only clipping, weight decay and epsilon see it",
+                SilentNoEffectWarning,
+                stacklevel=2,
+            )
         self._set_share(model, step)
 
     def deployable(self, step: int) -> bool:
