@@ -123,9 +123,8 @@ class Watch:
         left = elapsed / self._ended * (len(self._plan.pending) - self._ended)
         place = f"[{self._ended}/{len(self._plan.pending)}]"
         for warning in record.warnings:
-            self._console.print(
-                f"{record.spec.run_id}: warning: {warning}", markup=False, highlight=False, soft_wrap=True
-            )
+            line = f"{place} {record.spec.run_id}: warning: {warning}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         if record.status == "failed" or record.validation is None:
             self._console.print(f"{place} {record.spec.run_id}: FAILED, {record.error}", markup=False, highlight=False)
             return

@@ -108,13 +108,15 @@ def _initialize(channel: Any) -> None:
 
 
 def _work(spec: RunSpec, results_dir: Path) -> RunRecord:
-    return run_one(spec, results_dir, _channel.put)
+    return run_one(spec, results_dir, lambda progress: _channel.put((spec.run_id, progress)))
 
 
 def _wait(future: Future[RunRecord], channel: Any, run: PlannedRun, on_event: Callable[[Event], None]) -> RunRecord:
     while True:
         try:
-            on_event(RunProgress(run, channel.get(timeout=_POLL_S)))
+            run_id, progress = channel.get(timeout=_POLL_S)
+            if run_id == run.spec.run_id:  # a late message of the run before is dropped
+                on_event(RunProgress(run, progress))
         except queue.Empty:
             if future.done():
                 return future.result()

@@ -78,6 +78,9 @@ def run_one(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None = N
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             outcome = {"status": "failed", "error": reason, "traceback": traceback.format_exc()}
+    for entry in caught:
+        if entry.category is not SilentNoEffectWarning:  # those stand in the record; the others pass on
+            warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
     record = RunRecord(
         spec=spec,
         spec_digest=spec.digest(),
