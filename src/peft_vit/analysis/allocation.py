@@ -74,8 +74,7 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
             found.append((experiment, runs))
     family = correct([against_fixed_lora(study, runs, experiment.name) for experiment, runs in found])
     return tuple(
-        _allocation(experiment, runs, against)
-        for (experiment, runs), against in zip(found, family, strict=True)
+        _allocation(experiment, runs, against) for (experiment, runs), against in zip(found, family, strict=True)
     )
 
 
@@ -86,17 +85,14 @@ def _allocation(experiment: ExperimentConfig, runs: list[Run], against: Comparis
     if "query" in grid.matrices and len(grid.matrices) > 1:
         column = grid.matrices.index("query")
         others = np.delete(finals, column, axis=2)
-        lead = tuple(
-            float(v) for v in np.nanmean(finals[:, :, column], axis=1) - np.nanmean(others, axis=(1, 2))
-        )
+        lead = tuple(float(v) for v in np.nanmean(finals[:, :, column], axis=1) - np.nanmean(others, axis=(1, 2)))
     return Allocation(
         experiment=experiment,
         grid=grid,
         runs=tuple(_run_allocation(run) for run in runs),
         maps=_rank_maps(grid, runs),
         rank_by_matrix={
-            matrix: mean_interval(np.nanmean(finals[:, :, i], axis=1))
-            for i, matrix in enumerate(grid.matrices)
+            matrix: mean_interval(np.nanmean(finals[:, :, i], axis=1)) for i, matrix in enumerate(grid.matrices)
         },
         query_lead=lead,
         against_fixed=against,
@@ -146,8 +142,7 @@ def _rank_maps(grid: Grid, runs: list[Run]) -> tuple[RankMap, ...]:
     by_run = [{entry.step: entry.ranks for entry in run.record.rank_history} for run in runs]
     common = sorted(set.intersection(*(set(entries) for entries in by_run)))
     return tuple(
-        RankMap(step, np.mean([_fill_ranks(grid, entries[step]) for entries in by_run], axis=0))
-        for step in common
+        RankMap(step, np.mean([_fill_ranks(grid, entries[step]) for entries in by_run], axis=0)) for step in common
     )
 
 
@@ -176,8 +171,7 @@ def _on_lora_line(study: Study, run: Run) -> float | None:
         (float(np.log(other.parameters.final)), other.test.accuracy)
         for e in study.with_method("lora")
         for other in study.of(e.name)
-        if other.seed == run.seed
-        and (other.provenance.weights_sha256, other.provenance.split_sha256) == weights
+        if other.seed == run.seed and (other.provenance.weights_sha256, other.provenance.split_sha256) == weights
     )
     if not points:
         return None

@@ -36,6 +36,10 @@ class Grid:
                 array[self.blocks.index(site.block), self.matrices.index(site.matrix)] = values[site.name]
         return array
 
+    def pick(self, values: np.ndarray, site: SiteInfo) -> float:
+        """Return a site's entry of a (blocks, matrices) array."""
+        return float(values[self.blocks.index(site.block), self.matrices.index(site.matrix)])
+
     def is_attention(self) -> np.ndarray:
         """Return (matrices,) whether a column belongs to attention rather than to the MLP."""
         return np.array([matrix in ATTENTION for matrix in self.matrices])

@@ -76,9 +76,7 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         for column, matrix in enumerate(grid.matrices)
         if np.isfinite(relative[:, :, column]).any(axis=1).all()
     }
-    steps = tuple(
-        sorted(set.intersection(*({e.step for e in run.record.importance_history} for run in runs)))
-    )
+    steps = tuple(sorted(set.intersection(*({e.step for e in run.record.importance_history} for run in runs))))
     agreement = tuple(_mean_known([_with_final(run, step) for run in runs]) for step in steps)
     between = [
         spearman(*_both(a.record.importance_history[-1].scores, b.record.importance_history[-1].scores)).rho

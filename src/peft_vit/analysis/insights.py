@@ -192,9 +192,7 @@ def _query_lead(allocated: Sequence[Allocation]) -> tuple[Insight, ...]:
 
 
 def _against_zero(name: str, values: Sequence[float], seeds: tuple[int, ...]) -> Comparison:
-    return compare_values(
-        {s: (v, 0.0) for s, v in zip(seeds, values, strict=True)}, name=name, reference="zero"
-    )
+    return compare_values({s: (v, 0.0) for s, v in zip(seeds, values, strict=True)}, name=name, reference="zero")
 
 
 def _stable_importance(patterns: Sequence[ImportancePattern]) -> tuple[Insight, ...]:

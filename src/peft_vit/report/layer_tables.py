@@ -1,0 +1,305 @@
+"""Tables of layers, ranks and bits: what a reader sees, and the unrounded values for the CSV file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from peft_vit.analysis import Allocation, ImportancePattern, QuantizationImpact
+from peft_vit.analysis.insights import tested
+from peft_vit.report.document import Table
+from peft_vit.report.numbers import (
+    fixed,
+    megabytes,
+    number_interval,
+    percent_interval,
+    points_interval,
+    signed,
+)
+from peft_vit.report.tables import OVER_SEEDS, ends
+
+
+def importance_table(patterns: Sequence[ImportancePattern]) -> Table:
+    """Return relative scores by matrix type, attention over MLP, agreement between seeds and over time."""
+    matrices = list(dict.fromkeys(name for p in patterns for name in p.by_matrix))
+    return Table(
+        slug="importance",
+        title="Relative score by matrix type",
+        columns=("experiment", *matrices, "attention / MLP", "agreement of seeds", "n"),
+        rows=tuple(
+            (
+                p.experiment.name,
+                *(number_interval(p.by_matrix[m]) if m in p.by_matrix else "–" for m in matrices),
+                f"{fixed(2 ** float(np.mean(p.attention_over_mlp)))} ×" if p.attention_over_mlp else "–",
+                "–" if p.agreement_between_seeds is None else fixed(p.agreement_between_seeds),
+                str(len(p.seeds)),
+            )
+            for p in patterns
+        ),
+        note=(
+            f"Final scores over the mean of their run: 1 is an average site. {OVER_SEEDS} Attention over MLP "
+            "is the geometric mean over seeds; agreement is Spearman's rho of the final scores, mean over "
+            "pairs of seeds."
+        ),
+        data=tuple(
+            {
+                "experiment": p.experiment.name,
+                "matrix": matrix,
+                **ends("relative_score", interval),
+                "log2_attention_over_mlp": float(np.mean(p.attention_over_mlp)) if p.attention_over_mlp else None,
+                "agreement_between_seeds": p.agreement_between_seeds,
+            }
+            for p in patterns
+            for matrix, interval in p.by_matrix.items()
+        ),
+    )
+
+
+def importance_over_time_table(patterns: Sequence[ImportancePattern]) -> Table:
+    """Return how early the final order of the sites was visible."""
+    steps = sorted({step for p in patterns for step in p.steps})
+    course = [dict(zip(p.steps, p.agreement_with_final, strict=True)) for p in patterns]
+    return Table(
+        slug="importance_over_time",
+        title="How early the final scores were visible",
+        columns=("experiment", *(f"step {step}" for step in steps)),
+        rows=tuple(
+            (p.experiment.name, *("–" if (rho := one.get(s)) is None else fixed(rho) for s in steps))
+            for p, one in zip(patterns, course, strict=True)
+        ),
+        note=(
+            "Spearman's rho between the scores at each decision and the last ones, mean over seeds. The last "
+            "column is 1 by definition."
+        ),
+        data=tuple(
+            {"experiment": p.experiment.name, "step": step, "rho_with_final": rho}
+            for p, one in zip(patterns, course, strict=True)
+            for step, rho in one.items()
+        ),
+    )
+
+
+def importance_by_block_table(patterns: Sequence[ImportancePattern]) -> Table:
+    """Return the mean relative score of each block; the CSV file has every site."""
+    blocks = sorted({block for p in patterns for block in p.grid.blocks})
+    means = [dict(zip(p.grid.blocks, np.mean(p.by_block, axis=0), strict=True)) for p in patterns]
+    relative = [np.mean(p.relative_final, axis=0) for p in patterns]  # (blocks, matrices) each
+    return Table(
+        slug="importance_by_block",
+        title="Relative score by block",
+        columns=("experiment", *(f"block {block}" for block in blocks)),
+        rows=tuple(
+            (p.experiment.name, *(fixed(mean[b]) if b in mean else "–" for b in blocks))
+            for p, mean in zip(patterns, means, strict=True)
+        ),
+        note="Mean over the sites of a block and over seeds.",
+        data=tuple(
+            {
+                "experiment": p.experiment.name,
+                "site": site.name,
+                "block": site.block,
+                "matrix": site.matrix,
+                "mean_score": p.grid.pick(p.raw_final, site),
+                "mean_relative_score": p.grid.pick(array, site),
+            }
+            for p, array in zip(patterns, relative, strict=True)
+            for site in p.grid.sites
+        ),
+    )
+
+
+def allocation_table(allocations: Sequence[Allocation]) -> Table:
+    """Return where the budget went, how it moved, and whether it paid."""
+    return Table(
+        slug="allocation",
+        title="Final ranks and how they were reached",
+        columns=(
+            "experiment",
+            "seed",
+            "ranks / budget",
+            "sites without",
+            "Gini",
+            "evenness",
+            "ranks moved at each update",
+        ),
+        rows=tuple(
+            (
+                a.experiment.name,
+                str(run.seed),
+                f"{run.used} / {'–' if run.budget is None else run.budget}",
+                f"{run.sites_without_rank} of {run.sites}",
+                "–" if run.gini is None else fixed(run.gini),
+                "–" if run.entropy is None else fixed(run.entropy),
+                ", ".join(str(moved) for moved in run.moved) or "no update",
+            )
+            for a in allocations
+            for run in a.runs
+        ),
+        note=(
+            "Gini: 0 if all sites have the same rank, near 1 if one has all. Evenness: entropy of the ranks "
+            "over its largest value, 1 if all are equal. Moved: ranks that changed their site; what the "
+            "shrinking budget took does not count. Each row describes one run; there is no interval."
+        ),
+        data=tuple(
+            {
+                "experiment": a.experiment.name,
+                "seed": run.seed,
+                "budget": run.budget,
+                "used": run.used,
+                "sites": run.sites,
+                "sites_without_rank": run.sites_without_rank,
+                "gini": run.gini,
+                "evenness": run.entropy,
+                "updates": run.updates,
+                "moved": " ".join(str(moved) for moved in run.moved),
+            }
+            for a in allocations
+            for run in a.runs
+        ),
+    )
+
+
+def allocation_value_table(allocations: Sequence[Allocation]) -> Table:
+    """Return adaptive ranks against fixed ranks at equal trainable parameters."""
+    return Table(
+        slug="allocation_against_fixed",
+        title="Adaptive against fixed ranks at equal trainable parameters",
+        columns=("experiment", "difference (points)", "each seed", "n", "test", "more accurate?"),
+        rows=tuple(
+            (
+                a.experiment.name,
+                points_interval(a.against_fixed.difference),
+                ", ".join(signed(100 * d) for d in a.against_fixed.by_seed),
+                str(len(a.against_fixed.by_seed)),
+                tested(a.against_fixed) + (f" ({a.against_fixed.note})" if a.against_fixed.note else ""),
+                a.against_fixed.verdict,
+            )
+            for a in allocations
+        ),
+        note=(
+            "Test accuracy minus that of fixed-rank LoRA, read off the line through the same seed's LoRA "
+            "runs at the same number of trainable parameters (linear in its logarithm, no extrapolation)."
+        ),
+        data=tuple(
+            {
+                "experiment": a.experiment.name,
+                **ends("difference", a.against_fixed.difference),
+                "p_holm": a.against_fixed.adjusted_p,
+                "verdict": a.against_fixed.verdict,
+                "note": a.against_fixed.note,
+            }
+            for a in allocations
+        ),
+    )
+
+
+def rank_by_matrix_table(allocations: Sequence[Allocation]) -> Table:
+    """Return mean final ranks by matrix type."""
+    matrices = list(dict.fromkeys(name for a in allocations for name in a.rank_by_matrix))
+    return Table(
+        slug="rank_by_matrix",
+        title="Mean final rank by matrix type",
+        columns=("experiment", *matrices, "n"),
+        rows=tuple(
+            (
+                a.experiment.name,
+                *(number_interval(a.rank_by_matrix[m], 1) if m in a.rank_by_matrix else "–" for m in matrices),
+                str(len(a.runs)),
+            )
+            for a in allocations
+        ),
+        note=f"Mean over the sites of a type. {OVER_SEEDS}",
+        data=tuple(
+            {"experiment": a.experiment.name, "matrix": matrix, **ends("mean_rank", interval)}
+            for a in allocations
+            for matrix, interval in a.rank_by_matrix.items()
+        ),
+    )
+
+
+def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    """Return accuracy, error and size by format."""
+    return Table(
+        slug="quantization",
+        title="Accuracy, error and size by format",
+        columns=(
+            "experiment",
+            "format",
+            "groups",
+            "schedule",
+            "test accuracy",
+            "against float (points)",
+            "relative error",
+            "bits a weight",
+            "smaller",
+            "frozen",
+        ),
+        rows=tuple(
+            (
+                q.experiment.name,
+                q.settings.quantization_type,
+                str(q.settings.group_size) if q.settings.use_group_quantization else "rows",
+                q.settings.quantization_schedule,
+                percent_interval(q.test_accuracy),
+                points_interval(q.against_unquantized.difference),
+                f"{fixed(100 * q.mean_relative_error, 2)} %",
+                fixed(q.bits_per_weight),
+                f"{fixed(q.compression, 1)} ×",
+                megabytes(q.frozen_bytes),
+            )
+            for q in impacts
+        ),
+        note=(
+            "Against float: the same LoRA rank, scale and targets on float weights, paired by seed"
+            f"{_float_reference(impacts)}. Relative error: ‖W − Wq‖ / ‖W‖, mean over layers. Bits a weight "
+            "count codes, scales and offsets; smaller: 32 over these bits, for the quantized layers alone. "
+            "Frozen: everything that is frozen, quantized or not; the float backbone takes "
+            f"{megabytes(impacts[0].float_backbone_bytes)}. {OVER_SEEDS}"
+        ),
+        data=tuple(
+            {
+                "experiment": q.experiment.name,
+                "quantization_type": q.settings.quantization_type,
+                "group_size": q.settings.group_size if q.settings.use_group_quantization else None,
+                "schedule": q.settings.quantization_schedule,
+                "gradient_scaling_factor": q.settings.gradient_scaling_factor,
+                **ends("test_accuracy", q.test_accuracy),
+                "difference_to_float": None
+                if q.against_unquantized.difference is None
+                else q.against_unquantized.difference.estimate,
+                "float_reference": q.against_unquantized.reference,
+                "mean_relative_error": q.mean_relative_error,
+                "worst_module": q.worst_module[0],
+                "worst_relative_error": q.worst_module[1],
+                "bits_per_weight": q.bits_per_weight,
+                "quantized_bytes": q.quantized_bytes,
+                "frozen_bytes": q.frozen_bytes,
+                "float_backbone_bytes": q.float_backbone_bytes,
+            }
+            for q in impacts
+        ),
+    )
+
+
+def _float_reference(impacts: Sequence[QuantizationImpact]) -> str:
+    found = sorted({q.against_unquantized.reference for q in impacts if q.against_unquantized.difference is not None})
+    return f" ({', '.join(found)})" if found else ""
+
+
+def balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    """Return the measures of the balance between quantization and adaptation."""
+    measured = [(q, measure) for q in impacts for measure in q.balance]
+    return Table(
+        slug="quantization_balance",
+        title="Balance of quantization and adaptation",
+        columns=("experiment", "measure", "first check", "last check"),
+        rows=tuple(
+            (q.experiment.name, measure.name, f"{measure.first:.4g}", f"{measure.last:.4g}") for q, measure in measured
+        ),
+        note="As recorded by the balance check during training, mean over seeds.",
+        data=tuple(
+            {"experiment": q.experiment.name, "measure": measure.name, "first": measure.first, "last": measure.last}
+            for q, measure in measured
+        ),
+    )

@@ -1,0 +1,73 @@
+"""The report as Markdown: one file with five sections, figures as files beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Paragraph, StudyDocument, Table
+
+
+def escaped(text: str) -> str:
+    """Return text whose characters mean themselves in Markdown and in a table cell.
+
+    Underscores inside words need no escape in CommonMark; names of experiments stay readable.
+    """
+    text = re.sub(r"([\\`*\[\]#|~])", r"\\\1", text)
+    text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def write_markdown(documents: Sequence[StudyDocument], figure_path: Callable[[StudyDocument, Drawing], str]) -> str:
+    """Return the text of analysis_summary.md.
+
+    Args:
+        documents: one a study.
+        figure_path: where a figure's PNG lies, relative to the Markdown file.
+    """
+    parts = ["# Analysis summary"]
+    for document in documents:
+        parts += _summary(document)
+    for title in SECTION_TITLES:
+        parts.append(f"## {title}")
+        for document in documents:
+            if len(documents) > 1:
+                parts.append(f"### {escaped(document.label)}")
+            for block in document.sections[title]:
+                parts.append(_block(block, document, figure_path))
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(document: StudyDocument) -> list[str]:
+    """Return what stands above the five sections: notices first."""
+    parts = [f"**Study: {escaped(document.label)}**"]
+    if document.notices:
+        parts.append("\n".join(f"> **{escaped(notice)}**  " for notice in document.notices))
+    parts.append(_rows(("asked", ""), [(key, value) for key, value in document.facts]))
+    parts.append("**What came out**\n\n" + _bullets(document.came_out))
+    parts.append("**How sure**\n\n" + _bullets(document.how_sure))
+    parts.append("**What this does not show**\n\n" + _bullets(document.not_shown))
+    return parts
+
+
+def _block(block: Block, document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]) -> str:
+    if isinstance(block, Paragraph):
+        return escaped(block.text)
+    if isinstance(block, Table):
+        return f"**{escaped(block.title)}**\n\n{_rows(block.columns, block.rows)}\n\n{escaped(block.note)}"
+    return (
+        f"![{escaped(block.title)}]({figure_path(document, block)})\n\n{escaped(block.title)}. {escaped(block.caption)}"
+    )
+
+
+def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [_row(columns), _row(["---"] * len(columns), escape=False), *(_row(row) for row in rows)]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str], *, escape: bool = True) -> str:
+    return f"| {' | '.join(escaped(cell) if escape else cell for cell in cells)} |"
+
+
+def _bullets(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {escaped(sentence)}" for sentence in sentences)

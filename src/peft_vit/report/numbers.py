@@ -1,0 +1,79 @@
+"""How numbers are written: percent with one decimal, differences in points with a sign, always with their n."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+
+from peft_vit.statistics import Interval
+
+_MINUS = "\u2212"
+
+
+def plain(text: str) -> str:
+    """Return text on one line without control characters, for names that others chose."""
+    visible = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
+    return " ".join(visible.split())
+
+
+def fixed(value: float, decimals: int = 2) -> str:
+    """Return a number with a fixed count of decimals and a true minus sign."""
+    text = f"{value:.{decimals}f}"
+    if float(text) == 0:
+        text = text.removeprefix("-")
+    return text.replace("-", _MINUS)
+
+
+def signed(value: float, decimals: int = 1) -> str:
+    """Return a difference with its sign."""
+    text = fixed(value, decimals)
+    return text if text.startswith(_MINUS) or float(text) == 0 else f"+{text}"
+
+
+def percent(share: float) -> str:
+    """Return a share as percent with one decimal."""
+    return f"{fixed(100 * share, 1)} %"
+
+
+def percent_interval(interval: Interval) -> str:
+    """Return a share with its interval, e.g. ``80.3 % [76.1, 84.5]``."""
+    if interval.low is None or interval.high is None:
+        return f"{percent(interval.estimate)} [no interval]"
+    return f"{percent(interval.estimate)} [{fixed(100 * interval.low, 1)}, {fixed(100 * interval.high, 1)}]"
+
+
+def points_interval(interval: Interval | None) -> str:
+    """Return a difference of shares in points with its interval, e.g. ``+4.6 [-1.0, +10.2]``."""
+    if interval is None:
+        return "not computed"
+    if interval.low is None or interval.high is None:
+        return f"{signed(100 * interval.estimate)} [no interval]"
+    return f"{signed(100 * interval.estimate)} [{signed(100 * interval.low)}, {signed(100 * interval.high)}]"
+
+
+def number_interval(interval: Interval, decimals: int = 2) -> str:
+    """Return a number with its interval."""
+    if interval.low is None or interval.high is None:
+        return f"{fixed(interval.estimate, decimals)} [no interval]"
+    low, high = fixed(interval.low, decimals), fixed(interval.high, decimals)
+    return f"{fixed(interval.estimate, decimals)} [{low}, {high}]"
+
+
+def count(value: float) -> str:
+    """Return a count with thousands separated."""
+    return f"{round(value):,}"
+
+
+def megabytes(value: float) -> str:
+    """Return bytes as MB, 10^6 bytes."""
+    return f"{value / 1e6:.1f} MB" if value >= 1e6 or value == 0 else f"{value / 1e6:.2f} MB"
+
+
+def or_dash(text: str | None) -> str:
+    """Return a dash for what was not recorded."""
+    return "–" if text is None else text
+
+
+def joined(names: Iterable[str]) -> str:
+    """Return names as a list in prose."""
+    return ", ".join(names)

