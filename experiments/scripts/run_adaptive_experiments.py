@@ -1,0 +1,79 @@
+"""Run the adaptive study: fixed-rank baselines, AdaLoRA, QA-LoRA. A thin script over `peft-vit run`.
+
+Finished runs are kept and skipped; the same command goes on where it was interrupted. Exit codes: 0 done,
+1 a run failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from peft_vit import cli
+from peft_vit.config import load_study
+from peft_vit.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "experiments" / "configs"
+BASELINES = CONFIGS / "fixed_rank_baselines.yaml"
+ADALORA = CONFIGS / "adalora_comprehensive_experiment.yaml"
+QA_LORA = CONFIGS / "qa_lora_comprehensive_experiment.yaml"
+OUTPUTS = ROOT / "experiments" / "outputs"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return what was asked for."""
+    parser = argparse.ArgumentParser(description="Run the adaptive study; existing runs are kept and skipped.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run-all", dest="method", action="store_const", const="all", help="baselines, AdaLoRA, QA-LoRA")
+    what.add_argument("--run-adalora", dest="method", action="store_const", const="adalora", help="AdaLoRA alone")
+    what.add_argument("--run-qa-lora", dest="method", action="store_const", const="qa_lora", help="QA-LoRA alone")
+    parser.add_argument(
+        "--config", type=Path, nargs="+", action="extend", metavar="FILE",
+        help="these studies instead of the full-size ones; below --run-adalora and --run-qa-lora, studies of that "
+        "method alone",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--smoke", action="store_true", help="random weights, synthetic images, a few steps; marked so")
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR",
+        help="default: experiments/outputs/adaptive, with --smoke experiments/outputs/adaptive_smoke",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def chosen_configs(method: str, given: list[Path] | None) -> list[Path]:
+    """Return the studies to run.
+
+    Raises:
+        UserError: if a given study holds an experiment of another method than the one asked for.
+    """
+    if given is None:
+        return {"all": [BASELINES, ADALORA, QA_LORA], "adalora": [ADALORA], "qa_lora": [QA_LORA]}[method]
+    if method != "all":
+        for file in given:
+            _refuse_other_methods(file, method)
+    return given
+
+
+def _refuse_other_methods(file: Path, method: str) -> None:
+    for place, experiment in enumerate(load_study(file).experiments):
+        if experiment.method != method:
+            raise UserError(
+                f"{experiment.name} is {experiment.method}, but only {method} was asked for; use --run-all",
+                file=file, field=f"experiments[{place}].method",
+            )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, choose the studies, and hand them to `peft-vit run`."""
+    asked = parse(arguments)
+    with cli.user_errors():
+        configs = chosen_configs(asked.method, asked.config)
+    output_dir = asked.output_dir or OUTPUTS / ("adaptive_smoke" if asked.smoke else "adaptive")
+    flags = [flag for flag, on in (("--dry-run", asked.dry_run), ("--smoke", asked.smoke)) if on]
+    cli.main(["run", *map(str, configs), "--output-dir", str(output_dir), *flags])
+
+
+if __name__ == "__main__":
+    main()

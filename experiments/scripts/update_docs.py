@@ -1,0 +1,109 @@
+"""Put a study's numbers into the documents: everything between the marks is generated, nothing is typed by hand.
+
+    .venv/bin/python experiments/scripts/update_docs.py experiments/outputs/quickstart
+
+The same records give the same text, so running it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from peft_vit import cli
+from peft_vit.analysis import Analysis, MethodResult, Run, analyze, load_studies
+from peft_vit.errors import UserError
+from peft_vit.records import write_atomically
+from peft_vit.report.markdown import escaped
+from peft_vit.report.numbers import count, fixed, joined, megabytes, percent
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = (ROOT / "README.md", ROOT / "experiments" / "docs" / "task_8_3_implementation.md")
+BEGIN, END = "<!-- quickstart-table -->", "<!-- /quickstart-table -->"
+COLUMNS = (
+    "experiment", "test accuracy, each seed (%)", "mean (%)", "trainable parameters", "to store", "seconds a step",
+)  # fmt: skip
+
+
+def method_table(analysis: Analysis) -> str:
+    """Return one row a method as Markdown, and below it what the numbers are."""
+    rows = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2)), *(_row(method) for method in analysis.methods)]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", _caption(analysis)])
+
+
+def _row(method: MethodResult) -> tuple[str, ...]:
+    return (
+        f"`{method.experiment.name}`",
+        joined(fixed(100 * value, 1) for value in method.by_seed),
+        fixed(100 * method.test_accuracy.estimate, 1),
+        count(method.final_parameters),
+        megabytes(method.frozen_bytes + method.adapter_file_bytes),
+        "–" if method.seconds_per_step is None else fixed(method.seconds_per_step, 2),
+    )
+
+
+def _caption(analysis: Analysis) -> str:
+    """Return where the numbers come from, and what they can't tell."""
+    study = analysis.study
+    run: Run = study.runs[0]
+    spec, origin = run.record.spec, run.provenance
+    majority = run.record.majority_accuracy.get("test")
+    above = sum(method.runs_above_majority for method in analysis.methods)
+    decided = sum(comparison.verdict != "not decided" for comparison in analysis.comparisons)
+    commits = sorted({(r.provenance.git_hash or "unknown")[:12] for r in study.runs})
+    dirty = any(r.provenance.git_dirty for r in study.runs)
+    sentences = [
+        *(f"**{escaped(notice)}**" for notice in study.notices),
+        f"Study `{study.name}`: {escaped(spec.data.dataset)} at {spec.data.image_size} px, "
+        f"{joined(f'{size:,} {name}' for name, size in run.record.split_sizes.items())} images, "
+        f"seeds {joined(str(seed) for seed in study.seeds)}, {spec.precision}.",
+        f"The majority class has {'an unknown share' if majority is None else percent(majority)} of the test images; "
+        f"{above} of {len(study.runs)} runs are above it.",
+        f"{decided} of {len(analysis.comparisons)} paired differences are decided by these seeds.",
+        "Trainable parameters at the end of the run, head included; to store: frozen weights and adapter file, "
+        "MB are 10⁶ bytes.",
+        f"Measured on {escaped(origin.processor)}, {origin.cpu_count} processors, {origin.threads} threads, "
+        f"commit {joined(commits)}{' with local changes' if dirty else ''}.",
+    ]
+    return " ".join(sentences)
+
+
+def fill(document: Path, table: str) -> bool:
+    """Put the table between a document's marks; return whether that changed it.
+
+    Raises:
+        UserError: if the document can't be read, or does not hold the marks once and in order.
+    """
+    try:
+        text = document.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", file=document) from None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise UserError(f"expected {BEGIN} and below it {END}, each once; put them back", file=document)
+    filled = f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    if filled != text:
+        write_atomically(document, filled.encode())
+    return filled != text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Render the table of the one study in a results directory into every document."""
+    parser = argparse.ArgumentParser(description="Put a study's numbers between the marks in the documents.")
+    parser.add_argument("results_dir", type=Path, help="a directory that holds the records of one study")
+    parser.add_argument("documents", type=Path, nargs="*", default=DOCUMENTS, help="default: the project's own")
+    asked = parser.parse_args(arguments)
+    with cli.user_errors():
+        studies = load_studies(asked.results_dir)
+        if len(studies) != 1 or not studies[0].runs:
+            found = joined(study.label for study in studies)
+            raise UserError(f"expected one study with a finished run, found {found}", file=asked.results_dir)
+        table = method_table(analyze(studies[0]))
+        for document in asked.documents:
+            print(f"{document}: {'updated' if fill(document, table) else 'unchanged'}")
+
+
+if __name__ == "__main__":
+    main()
