@@ -77,13 +77,19 @@ def insights(
 
 
 def tested(comparison: Comparison) -> str:
+    """Return the name of the primary test and what it says."""
+    significance = comparison.significance
+    return outcome(comparison) if significance is None else f"{significance.test}: {outcome(comparison)}"
+
+
+def outcome(comparison: Comparison) -> str:
     """Return what the primary test says after correction, or why it says nothing."""
     significance = comparison.significance
     if significance is None:
         return "no test: no pairs"
     if not significance.decidable or comparison.adjusted_p is None:
-        return f"{significance.test}: {significance.sentence()}"
-    return f"{significance.test}: p = {comparison.adjusted_p:.3g} (Holm)"
+        return significance.sentence()
+    return f"p = {comparison.adjusted_p:.3g} (Holm)"
 
 
 def _insight(comparison: Comparison, claim: str, measure: str, unit: Unit) -> Insight:

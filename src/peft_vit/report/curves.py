@@ -28,10 +28,11 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
 
 def loss_curves(study: Study) -> Block:
     """Draw the curves of all finished runs."""
-    methods: list[Method] = list(dict.fromkeys(run.experiment.method for run in study.runs if run.record.steps))
+    recorded = [run for run in study.runs if run.record.steps]
+    methods: list[Method] = list(dict.fromkeys(run.experiment.method for run in recorded))
     if not methods:
         return Paragraph("No loss curves: no finished run of this study recorded its steps.")
-    window = max(1, max(len(run.record.steps) for run in study.runs) // 10)
+    window = max(len(run.record.steps) for run in recorded) // 20 * 2 + 1  # about a tenth, odd so that it has a center
 
     def paint(figure: Figure) -> None:
         panels = figure.subplots(len(methods), 2, squeeze=False, sharex=True, sharey="col")

@@ -9,11 +9,15 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from peft_vit.report.document import Drawing, StudyDocument
+from peft_vit.report.document import SECTION_TITLES, Drawing, StudyDocument
 from peft_vit.report.style import GRID, INK, MUTED, PAPER
 
 # The colors that a figure shares with the page follow the page's theme.
 _THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
+
+
+# A page is read from the top: what the methods reached comes first.
+PAGE_ORDER = (SECTION_TITLES[3], *SECTION_TITLES[:3], SECTION_TITLES[4])
 
 
 def write_html(documents: Sequence[StudyDocument]) -> str:
@@ -21,8 +25,15 @@ def write_html(documents: Sequence[StudyDocument]) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    environment.filters["soft"] = soft
     source = files("peft_vit.report").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(documents=documents, inline_svg=inline_svg)
+    return environment.from_string(source).render(documents=documents, page_order=PAGE_ORDER, inline_svg=inline_svg)
+
+
+def soft(text: str) -> Markup:
+    """Return escaped text that may break after an underscore, and not between a number and its unit."""
+    safe = str(escape(text)).replace("_", "_<wbr>")
+    return Markup(re.sub(r"n = (\d)", "n\u00a0=\u00a0\\1", re.sub(r"(?<=\d) %", "\u00a0%", safe)))
 
 
 def inline_svg(document: StudyDocument, drawing: Drawing) -> Markup:

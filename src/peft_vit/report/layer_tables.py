@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from peft_vit.analysis import Allocation, ImportancePattern, QuantizationImpact
-from peft_vit.analysis.insights import tested
 from peft_vit.report.document import Table
 from peft_vit.report.numbers import (
     fixed,
@@ -15,32 +14,30 @@ from peft_vit.report.numbers import (
     number_interval,
     percent_interval,
     points_interval,
-    signed,
 )
-from peft_vit.report.tables import OVER_SEEDS, ends
+from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, differences_table, ends
 
 
 def importance_table(patterns: Sequence[ImportancePattern]) -> Table:
-    """Return relative scores by matrix type, attention over MLP, agreement between seeds and over time."""
+    """Return relative scores by matrix type, attention over MLP, and agreement between seeds."""
     matrices = list(dict.fromkeys(name for p in patterns for name in p.by_matrix))
+    ratios = [
+        f"{fixed(2 ** float(np.mean(p.attention_over_mlp)))} ×" if p.attention_over_mlp else "–" for p in patterns
+    ]
+    agreement = ["–" if (rho := p.agreement_between_seeds) is None else fixed(rho) for p in patterns]
     return Table(
-        slug="importance",
+        slug="importance_by_matrix",
         title="Relative score by matrix type",
-        columns=("experiment", *matrices, "attention / MLP", "agreement of seeds", "n"),
-        rows=tuple(
-            (
-                p.experiment.name,
-                *(number_interval(p.by_matrix[m]) if m in p.by_matrix else "–" for m in matrices),
-                f"{fixed(2 ** float(np.mean(p.attention_over_mlp)))} ×" if p.attention_over_mlp else "–",
-                "–" if p.agreement_between_seeds is None else fixed(p.agreement_between_seeds),
-                str(len(p.seeds)),
-            )
-            for p in patterns
+        columns=("matrix", *(_with_n(p.experiment.name, len(p.seeds)) for p in patterns)),
+        rows=(
+            *((m, *(number_interval(i) if (i := p.by_matrix.get(m)) else "–" for p in patterns)) for m in matrices),
+            ("attention / MLP", *ratios),
+            ("agreement of seeds", *agreement),
         ),
         note=(
-            f"Final scores over the mean of their run: 1 is an average site. {OVER_SEEDS} Attention over MLP "
-            "is the geometric mean over seeds; agreement is Spearman's rho of the final scores, mean over "
-            "pairs of seeds."
+            f"Final scores over the mean of their run: 1 is an average site. {OVER_SEEDS} Attention "
+            "over MLP is the geometric mean over seeds; agreement is Spearman's rho of the final "
+            "scores, mean over pairs of seeds."
         ),
         data=tuple(
             {
@@ -56,6 +53,10 @@ def importance_table(patterns: Sequence[ImportancePattern]) -> Table:
     )
 
 
+def _with_n(name: str, n: int) -> str:
+    return f"{name} (n = {n})"
+
+
 def importance_over_time_table(patterns: Sequence[ImportancePattern]) -> Table:
     """Return how early the final order of the sites was visible."""
     steps = sorted({step for p in patterns for step in p.steps})
@@ -63,14 +64,13 @@ def importance_over_time_table(patterns: Sequence[ImportancePattern]) -> Table:
     return Table(
         slug="importance_over_time",
         title="How early the final scores were visible",
-        columns=("experiment", *(f"step {step}" for step in steps)),
+        columns=("step", *(_with_n(p.experiment.name, len(p.seeds)) for p in patterns)),
         rows=tuple(
-            (p.experiment.name, *("–" if (rho := one.get(s)) is None else fixed(rho) for s in steps))
-            for p, one in zip(patterns, course, strict=True)
+            (str(step), *("–" if (rho := one.get(step)) is None else fixed(rho) for one in course)) for step in steps
         ),
         note=(
             "Spearman's rho between the scores at each decision and the last ones, mean over seeds. The last "
-            "column is 1 by definition."
+            "row is 1 by definition."
         ),
         data=tuple(
             {"experiment": p.experiment.name, "step": step, "rho_with_final": rho}
@@ -88,11 +88,8 @@ def importance_by_block_table(patterns: Sequence[ImportancePattern]) -> Table:
     return Table(
         slug="importance_by_block",
         title="Relative score by block",
-        columns=("experiment", *(f"block {block}" for block in blocks)),
-        rows=tuple(
-            (p.experiment.name, *(fixed(mean[b]) if b in mean else "–" for b in blocks))
-            for p, mean in zip(patterns, means, strict=True)
-        ),
+        columns=("block", *(_with_n(p.experiment.name, len(p.seeds)) for p in patterns)),
+        rows=tuple((str(b), *(fixed(mean[b]) if b in mean else "–" for mean in means)) for b in blocks),
         note="Mean over the sites of a block and over seeds.",
         data=tuple(
             {
@@ -162,36 +159,13 @@ def allocation_table(allocations: Sequence[Allocation]) -> Table:
 
 def allocation_value_table(allocations: Sequence[Allocation]) -> Table:
     """Return adaptive ranks against fixed ranks at equal trainable parameters."""
-    return Table(
-        slug="allocation_against_fixed",
-        title="Adaptive against fixed ranks at equal trainable parameters",
-        columns=("experiment", "difference (points)", "each seed", "n", "test", "more accurate?"),
-        rows=tuple(
-            (
-                a.experiment.name,
-                points_interval(a.against_fixed.difference),
-                ", ".join(signed(100 * d) for d in a.against_fixed.by_seed),
-                str(len(a.against_fixed.by_seed)),
-                tested(a.against_fixed) + (f" ({a.against_fixed.note})" if a.against_fixed.note else ""),
-                a.against_fixed.verdict,
-            )
-            for a in allocations
-        ),
-        note=(
-            "Test accuracy minus that of fixed-rank LoRA, read off the line through the same seed's LoRA "
-            "runs at the same number of trainable parameters (linear in its logarithm, no extrapolation)."
-        ),
-        data=tuple(
-            {
-                "experiment": a.experiment.name,
-                **ends("difference", a.against_fixed.difference),
-                "p_holm": a.against_fixed.adjusted_p,
-                "verdict": a.against_fixed.verdict,
-                "note": a.against_fixed.note,
-            }
-            for a in allocations
-        ),
+    note = (
+        "Test accuracy minus that of fixed-rank LoRA, read off the line through the same seed's LoRA "
+        "runs at the same number of trainable parameters (linear in its logarithm, no "
+        f"extrapolation). {FAMILY_NOTE}"
     )
+    title = "Adaptive against fixed ranks at equal trainable parameters"
+    return differences_table("allocation_against_fixed", title, [a.against_fixed for a in allocations], note)
 
 
 def rank_by_matrix_table(allocations: Sequence[Allocation]) -> Table:
@@ -200,14 +174,10 @@ def rank_by_matrix_table(allocations: Sequence[Allocation]) -> Table:
     return Table(
         slug="rank_by_matrix",
         title="Mean final rank by matrix type",
-        columns=("experiment", *matrices, "n"),
+        columns=("matrix", *(_with_n(a.experiment.name, len(a.runs)) for a in allocations)),
         rows=tuple(
-            (
-                a.experiment.name,
-                *(number_interval(a.rank_by_matrix[m], 1) if m in a.rank_by_matrix else "–" for m in matrices),
-                str(len(a.runs)),
-            )
-            for a in allocations
+            (m, *(number_interval(i, 1) if (i := a.rank_by_matrix.get(m)) else "–" for a in allocations))
+            for m in matrices
         ),
         note=f"Mean over the sites of a type. {OVER_SEEDS}",
         data=tuple(

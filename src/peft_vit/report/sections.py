@@ -86,7 +86,10 @@ def _methods(analysis: Analysis) -> tuple[Block, ...]:
     figures = comparison_figures(analysis)
     if not analysis.methods:
         return figures
-    compared: tuple[Block, ...] = (tables.comparison_table(analysis.comparisons),)
+    compared: tuple[Block, ...] = tuple(
+        tables.comparison_table(analysis.comparisons, reference)
+        for reference in dict.fromkeys(c.reference for c in analysis.comparisons)
+    )
     if not analysis.comparisons:
         compared = (
             Paragraph("No paired differences: no linear probe or LoRA run has finished beside another method."),

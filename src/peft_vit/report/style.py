@@ -81,6 +81,8 @@ def draw(slug: str, title: str, caption: str, height_in: float, paint: Callable[
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
         paint(figure)
+        figure.draw_without_rendering()  # lays out once; both files then take that layout
+        figure.set_layout_engine("none")
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})

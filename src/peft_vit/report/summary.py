@@ -90,16 +90,13 @@ def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
         if best is None:
             continue
         lines = [
-            f"each seed: {joined(fixed(100 * value, 1) for value in best.by_seed)} %",
+            f"n = {len(best.seeds)} seeds: {joined(fixed(100 * value, 1) for value in best.by_seed)} %",
             f"{count(best.final_parameters)} trainable parameters",
             f"{megabytes(best.frozen_bytes + best.adapter_file_bytes)} to store",
         ]
         if best.seconds_per_step is not None:
             lines.append(f"{fixed(best.seconds_per_step, 2)} s a step")
-        seeds = f"n = {len(best.seeds)}"
-        found.append(
-            Card(title, best.experiment.name, f"{percent(best.test_accuracy.estimate)} ({seeds})", tuple(lines))
-        )
+        found.append(Card(title, best.experiment.name, percent(best.test_accuracy.estimate), tuple(lines)))
     return tuple(found)
 
 
@@ -128,8 +125,9 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
 
 def _decided(comparison: Comparison) -> str:
     if comparison.verdict == "not decided":
-        reason = "" if comparison.significance is None else f", {comparison.significance.sentence()}"
-        return f"not decided{reason}"
+        significance = comparison.significance
+        undecidable = significance is not None and not significance.decidable
+        return significance.sentence() if significance is not None and undecidable else "not decided"
     word = "more" if comparison.verdict == "supported" else "less"
     return f"{word} accurate (p = {comparison.adjusted_p:.3g} after Holm's correction)"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peft_vit.analysis import Comparison, Insight, MethodResult
-from peft_vit.analysis.insights import tested
+from peft_vit.analysis.insights import outcome
 from peft_vit.report.document import Raw, Table
 from peft_vit.report.numbers import (
     count,
@@ -146,34 +146,45 @@ def quality_table(methods: Sequence[MethodResult]) -> Table:
     )
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> Table:
-    """Return paired differences against the references."""
+def comparison_table(comparisons: Sequence[Comparison], reference: str) -> Table:
+    """Return paired differences against one reference."""
+    against = [c for c in comparisons if c.reference == reference]
+    note = (
+        f"Differences in test accuracy between runs that share seed, weights and images; n counts pairs. {FAMILY_NOTE}"
+    )
+    return differences_table(f"against_{reference}", f"Differences to {reference}, paired by seed", against, note)
+
+
+FAMILY_NOTE = (
+    "The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over the rows of "
+    "this table; the 95 % t interval beside it describes what other seeds would change."
+)
+
+
+def differences_table(slug: str, title: str, comparisons: Sequence[Comparison], note: str) -> Table:
+    """Return one family of comparisons."""
     return Table(
-        slug="comparisons",
-        title="Differences paired by seed",
-        columns=("experiment", "against", "difference (points)", "each seed", "n", "test", "more accurate?"),
+        slug=slug,
+        title=title,
+        columns=("experiment", "difference (points)", "each seed", "n", "more accurate?", "test"),
         rows=tuple(
             (
                 c.name,
-                c.reference,
                 points_interval(c.difference),
                 ", ".join(signed(100 * d) for d in c.by_seed),
                 str(len(c.by_seed)),
-                tested(c) + (f" ({c.note})" if c.note else ""),
                 c.verdict,
+                outcome(c) + (f" ({c.note})" if c.note else ""),
             )
             for c in comparisons
         ),
-        note=(
-            "Differences in test accuracy between runs that share seed, weights and images; n counts pairs. "
-            "The exact Wilcoxon test at 5 % decides, with Holm's correction over all comparisons against the "
-            "same reference; the 95 % t interval describes what other seeds would change."
-        ),
+        note=note,
         data=tuple(
             {
                 "experiment": c.name,
                 "reference": c.reference,
                 **ends("difference", c.difference),
+                **{f"seed_{seed}": value for seed, value in zip(c.seeds, c.by_seed, strict=True)},
                 "p_value": None if c.significance is None else c.significance.p_value,
                 "p_holm": c.adjusted_p,
                 "needed_n": None if c.significance is None else c.significance.minimum_n,
