@@ -22,8 +22,10 @@ __all__ = [
     "Run",
     "Study",
     "analyze",
+    "compare_all",
     "group_by_study",
     "load_studies",
+    "method_results",
 ]
 
 

@@ -214,9 +214,7 @@ def _quantization(experiment: ExperimentConfig) -> QuantizationSummary | None:
         return None
     bits = experiment.qa_lora.quantization_bits + (1.0 if experiment.qa_lora.use_group_quantization else 0.08)
     error = {4: 0.09, 8: 0.006}[experiment.qa_lora.quantization_bits]
-    modules = [
-        f"blocks.{b}.{m}" for b in range(BLOCKS) for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    ]
+    modules = [f"blocks.{b}.{m}" for b in range(BLOCKS) for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
     return QuantizationSummary(
         relative_error={name: error * (1 + 0.02 * i) for i, name in enumerate(modules)},
         bits_per_weight=bits,
@@ -284,16 +282,12 @@ def record(
         "sites": sites(),
         "steps": _steps(accuracy, seed),
         "evaluations": [
-            Evaluation(
-                step=16 * e, epoch=e, deployable=True, metrics=metrics(accuracy - 0.02 * (EPOCHS - e), 400)
-            )
+            Evaluation(step=16 * e, epoch=e, deployable=True, metrics=metrics(accuracy - 0.02 * (EPOCHS - e), 400))
             for e in range(1, EPOCHS + 1)
         ],
         "rank_history": ranks,
         "importance_history": importance,
-        "bits_history": [BitsEntry(step=0, bits_per_weight={"blocks.0.attn.qkv": 5.0})]
-        if quantization
-        else [],
+        "bits_history": [BitsEntry(step=0, bits_per_weight={"blocks.0.attn.qkv": 5.0})] if quantization else [],
         "quantization": quantization,
         "parameters": ParameterCounts(
             initial=initial,

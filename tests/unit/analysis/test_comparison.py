@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import planted
+import pytest
+
+from peft_vit.analysis import Study, analyze, compare_all, group_by_study, method_results
+from peft_vit.analysis.comparison import references
+from peft_vit.records import RunRecord
+
+EXPERIMENTS = planted.experiments()
+
+
+def study_of(records: list[RunRecord]) -> Study:
+    (study,) = group_by_study(records, source=Path("results"))
+    return study
+
+
+def two_methods(linear: list[float], lora: list[float]) -> Study:
+    """Return a study with one run a seed for either method."""
+    return study_of(
+        [planted.record(EXPERIMENTS["linear_probe"], seed, value) for seed, value in enumerate(linear)]
+        + [planted.record(EXPERIMENTS["lora_r8"], seed, value) for seed, value in enumerate(lora)]
+    )
+
+
+def test_known_mean_and_interval() -> None:
+    linear, lora = method_results(two_methods([0.70, 0.72], [0.80]))
+    assert linear.by_seed == pytest.approx((0.70, 0.72))
+    assert linear.test_accuracy.estimate == pytest.approx(0.71)
+    assert linear.test_accuracy.high == pytest.approx(0.71 + 12.7062 * 0.01, abs=1e-6)
+    assert linear.above_majority.estimate == pytest.approx(0.71 - 0.675)
+    assert lora.test_accuracy.low is None, "one seed has no interval"
+
+
+def test_paired_difference_by_hand() -> None:
+    study = two_methods([0.70, 0.72, 0.71], [0.75, 0.78, 0.75])
+    (comparison,) = compare_all(study, "linear_probe")
+    assert comparison.by_seed == pytest.approx((0.05, 0.06, 0.04))
+    assert comparison.difference is not None
+    assert comparison.difference.estimate == pytest.approx(0.05)
+    # s = 0.01, t_2 = 4.302653, half = 4.302653 * 0.01 / sqrt(3)
+    assert comparison.difference.high == pytest.approx(0.05 + 0.0248414, abs=1e-6)
+
+
+def test_two_seeds_decide_nothing_however_large_the_difference() -> None:
+    (comparison,) = compare_all(two_methods([0.60, 0.60], [0.90, 0.91]), "linear_probe")
+    assert comparison.verdict == "not decided"
+    assert comparison.significance is not None
+    assert comparison.significance.sentence() == "not decidable with n = 2, needs at least 6"
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(0.05, "supported"), (-0.05, "refuted"), (0.0, "not decided")])
+def test_six_seeds_decide_a_clear_difference(shift: float, expected: str) -> None:
+    linear = [0.70, 0.71, 0.72, 0.73, 0.74, 0.75]
+    lora = [value + shift + 0.005 * (-1) ** i * (i + 1) / 3 for i, value in enumerate(linear)]
+    (comparison,) = compare_all(two_methods(linear, lora), "linear_probe")
+    assert comparison.verdict == expected
+
+
+def test_a_larger_family_needs_more_seeds() -> None:
+    study = study_of(planted.quickstart(seeds=tuple(range(8))))
+    for comparison in compare_all(study, "linear_probe"):
+        assert comparison.significance is not None
+        assert comparison.significance.minimum_n == 9, "eleven comparisons: 11 * 2 / 2^9 <= 0.05"
+        assert comparison.verdict == "not decided"
+
+
+def test_nine_seeds_decide_within_the_whole_family() -> None:
+    study = study_of(planted.quickstart(seeds=tuple(range(9)), spread=0.004))
+    verdicts = {c.name: c.verdict for c in compare_all(study, "linear_probe")}
+    assert verdicts["lora_r8"] == "supported"
+
+
+def test_ties_are_ties_despite_floating_point() -> None:
+    study = two_methods([0.7, 0.8, 0.9], [0.7 + 0.1, 0.8 + 0.1, 0.9 + 0.1])
+    (comparison,) = compare_all(study, "linear_probe")
+    assert len(set(comparison.by_seed)) == 1
+
+
+def test_only_common_seeds_are_paired() -> None:
+    (comparison,) = compare_all(two_methods([0.70, 0.72, 0.74], [0.80]), "linear_probe")
+    assert comparison.seeds == (0,)
+
+
+@pytest.mark.parametrize("field", ["split_sha256", "data_sha256", "weights_sha256"])
+def test_pairs_on_other_images_or_weights_are_refused(field: str) -> None:
+    other = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes={field: "f" * 64})
+    study = study_of([planted.record(EXPERIMENTS["linear_probe"], 0, 0.7), other])
+    (comparison,) = compare_all(study, "linear_probe")
+    assert comparison.difference is None
+    assert "1 pair(s) refused" in comparison.note
+
+
+def test_pairs_with_another_initial_head_are_marked() -> None:
+    other = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes={"head_init_sha256": "f" * 64})
+    (comparison,) = compare_all(study_of([planted.record(EXPERIMENTS["linear_probe"], 0, 0.7), other]), "linear_probe")
+    assert comparison.difference is not None
+    assert "initial head" in comparison.note
+
+
+def test_references_are_the_linear_probe_and_lora_of_rank_8() -> None:
+    everything = planted.quickstart()
+    assert references(study_of(everything)) == ("linear_probe", "lora_r8")
+    without = [r for r in everything if r.spec.experiment.method != "linear" and r.spec.experiment.name != "lora_r8"]
+    assert references(study_of(without)) == ("lora_r4",)
+    assert references(study_of([r for r in everything if r.spec.experiment.method == "full"])) == ()
+
+
+def test_an_analysis_without_any_finished_run_is_empty() -> None:
+    analysis = analyze(study_of([planted.failed(EXPERIMENTS["lora_r8"], 0, "out of memory")]))
+    assert (analysis.methods, analysis.comparisons, analysis.insights) == ((), (), ())

@@ -1,0 +1,176 @@
+"""Importance, allocation, quantization and the claims, on planted truth."""
+
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+
+from peft_vit.analysis import Study, analyze, group_by_study
+from peft_vit.analysis.allocation import allocations, moved_ranks
+from peft_vit.analysis.importance import importance_patterns
+from peft_vit.analysis.quantization import quantization_impacts
+from peft_vit.records import ImportanceEntry, ParameterCounts, RankEntry, RunRecord
+
+EXPERIMENTS = planted.experiments()
+ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]
+
+
+def study_of(records: list[RunRecord]) -> Study:
+    (study,) = group_by_study(records, source=Path("results"))
+    return study
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> Study:
+    return study_of(planted.quickstart())
+
+
+def test_planted_importance_is_found(quickstart: Study) -> None:
+    pattern = importance_patterns(quickstart)[0]
+    assert pattern.attention_over_mlp == pytest.approx((2.0, 2.0)), "attention is four times the MLP"
+    # Four types of weight 4 and two of weight 1: mean 3.
+    assert pattern.by_matrix["query"].estimate == pytest.approx(4 / 3)
+    assert pattern.by_matrix["fc1"].estimate == pytest.approx(1 / 3)
+    assert np.diff(np.mean(pattern.by_block, axis=0)) == pytest.approx(np.full(11, 1 / 6.5)), "block i weighs i + 1"
+    assert pattern.agreement_between_seeds == pytest.approx(1.0)
+    assert pattern.agreement_with_final[-1] == pytest.approx(1.0)
+    assert pattern.steps == planted.UPDATES
+
+
+def test_the_unit_of_the_scores_does_not_matter() -> None:
+    small = [ImportanceEntry(step=12, scores=planted.scores_at(36, 0, factor=1e-9))]
+    (one,) = importance_patterns(study_of([planted.record(ADALORA, 0, 0.8, changes={"importance_history": small})]))
+    (other,) = importance_patterns(study_of([planted.record(ADALORA, 0, 0.8)]))
+    np.testing.assert_allclose(one.relative_final, other.relative_final, rtol=1e-12)
+
+
+def test_one_seed_has_no_agreement_between_seeds() -> None:
+    (pattern,) = importance_patterns(study_of([planted.record(ADALORA, 0, 0.8)]))
+    assert pattern.agreement_between_seeds is None
+    assert pattern.by_matrix["query"].low is None
+
+
+def test_scores_of_some_matrices_only() -> None:
+    scores = {name: 1.0 for name in planted.scores_at(36, 0) if "attn" in name}
+    entries = [ImportanceEntry(step=36, scores=scores)]
+    (pattern,) = importance_patterns(
+        study_of([planted.record(ADALORA, 0, 0.8, changes={"importance_history": entries})])
+    )
+    assert pattern.grid.matrices == ("query", "key", "value", "out")
+    assert pattern.attention_over_mlp == ()
+    assert pattern.agreement_with_final == (None,), "constant scores have no order"
+
+
+def test_runs_with_scores_of_zero_are_left_out() -> None:
+    entries = [ImportanceEntry(step=36, scores=dict.fromkeys(planted.scores_at(36, 0), 0.0))]
+    assert (
+        importance_patterns(study_of([planted.record(ADALORA, 0, 0.8, changes={"importance_history": entries})])) == ()
+    )
+
+
+def test_moved_ranks_do_not_count_the_budget() -> None:
+    assert moved_ranks([6, 6, 6], [4, 4, 4]) == 0
+    assert moved_ranks([4, 4, 4], [6, 4, 2]) == 2
+    assert moved_ranks([6, 6, 6], [8, 4, 3]) == 2
+
+
+def test_allocation_counts(quickstart: Study) -> None:
+    first = allocations(quickstart)[0]
+    run = first.runs[0]
+    record = quickstart.of(ADALORA.name)[0].record
+    assert (run.budget, run.used, run.sites, run.updates) == (288, 288, 72, len(planted.UPDATES))
+    assert run.sites_without_rank == sum(rank == 0 for rank in record.rank_history[-1].ranks.values())
+    assert [m.step for m in first.maps] == [0, *planted.UPDATES]
+    assert np.nansum(first.maps[0].ranks) == 432
+    assert (first.maps[0].ranks == 6).all()
+
+
+def test_equal_ranks_have_no_concentration() -> None:
+    equal = [RankEntry(step=0, budget=72, ranks=dict.fromkeys(planted.scores_at(36, 0), 1))]
+    (one,) = allocations(study_of([planted.record(ADALORA, 0, 0.8, changes={"rank_history": equal})]))
+    assert one.runs[0].gini == pytest.approx(0)
+    assert one.runs[0].entropy == pytest.approx(1)
+    assert one.query_lead == (0.0,)
+
+
+def counts(final: int) -> dict[str, ParameterCounts]:
+    values = ParameterCounts(initial=final, final=final, peak=final, head=0, backbone_total=planted.BACKBONE_PARAMETERS)
+    return {"parameters": values}
+
+
+def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:
+    """Between 100 and 10,000 parameters the geometric middle, 1,000, has the mean accuracy."""
+    records = [
+        planted.record(EXPERIMENTS["lora_r1"], 0, 0.70, changes=counts(100)),
+        planted.record(EXPERIMENTS["lora_r8"], 0, 0.80, changes=counts(10_000)),
+        planted.record(ADALORA, 0, 0.78, changes=counts(1_000)),
+    ]
+    (one,) = allocations(study_of(records))
+    assert one.against_fixed.difference is not None
+    assert one.against_fixed.difference.estimate == pytest.approx(0.03)
+
+
+def test_nothing_is_extrapolated_beyond_the_fixed_ranks() -> None:
+    records = [
+        planted.record(EXPERIMENTS["lora_r1"], 0, 0.70, changes=counts(100)),
+        planted.record(ADALORA, 0, 0.78, changes=counts(1_000)),
+    ]
+    (one,) = allocations(study_of(records))
+    assert one.against_fixed.difference is None
+    assert "left out" in one.against_fixed.note
+
+
+def test_quantization_against_the_float_lora_of_equal_rank(quickstart: Study) -> None:
+    by_name = {q.experiment.name: q for q in quantization_impacts(quickstart)}
+    nf4 = by_name["qa_lora_4bit_nf4_constant"]
+    assert nf4.against_unquantized.reference == "lora_r8"
+    assert nf4.bits_per_weight == 5.0
+    assert nf4.compression == pytest.approx(6.4), "scales and offsets count: not 8"
+    assert nf4.worst_module[0] == "blocks.11.mlp.fc2"
+    assert nf4.float_backbone_bytes == 4 * planted.BACKBONE_PARAMETERS
+    assert [(m.name, m.first, m.last) for m in nf4.balance] == [
+        ("adapter_to_error_norm", pytest.approx(0.32), pytest.approx(0.96))
+    ]
+
+
+def test_without_an_equal_float_lora_nothing_is_compared() -> None:
+    study = study_of([r for r in planted.quickstart() if r.spec.experiment.name != "lora_r8"])
+    for impact in quantization_impacts(study):
+        assert impact.against_unquantized.difference is None
+        assert "no float LoRA of rank 8" in impact.against_unquantized.note
+
+
+def test_every_claim_carries_n_test_and_verdict(quickstart: Study) -> None:
+    found = analyze(quickstart).insights
+    assert len(found) == 18
+    for insight in found:
+        assert insight.n > 0
+        assert insight.test
+        assert insight.estimate is not None
+        if "Wilcoxon" in insight.test:
+            assert insight.verdict == "not decided", "two seeds decide nothing"
+            assert "not decidable with n = 2" in insight.test
+
+
+def test_the_majority_claim_is_refuted_by_one_run_below() -> None:
+    study = study_of([planted.record(EXPERIMENTS["linear_probe"], 0, 0.70), planted.record(ADALORA, 0, 0.60)])
+    claim = analyze(study).insights[0]
+    assert claim.verdict == "refuted"
+    assert "1 of 2 runs" in claim.measure
+
+
+def test_without_adaptive_runs_there_are_no_claims_about_layers() -> None:
+    study = study_of([r for r in planted.quickstart() if r.spec.experiment.method in {"linear", "lora"}])
+    assert {i.claim for i in analyze(study).insights} == {
+        "Every finished run (10) is more accurate than always naming the most frequent class",
+        "lora_r8 is more accurate than linear_probe",
+    }
+
+
+def test_decided_claims_with_enough_seeds() -> None:
+    study = study_of(planted.quickstart(seeds=tuple(range(10)), spread=0.004))
+    verdicts = {i.claim: i.verdict for i in analyze(study).insights}
+    assert verdicts["lora_r8 is more accurate than linear_probe"] == "supported"
+    assert verdicts["qa_lora_4bit_fp4_cosine is more accurate than lora_r8"] == "refuted"
+    assert verdicts["adalora_top_k_fisher: attention sites score higher than MLP sites"] == "supported"
