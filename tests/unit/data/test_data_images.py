@@ -107,11 +107,14 @@ def test_flips_happen_to_half_of_the_images_and_only_as_allowed():
         assert 65 < both.count(kind) < 135  # 100 +- 4 standard deviations
 
 
-def test_flips_follow_from_seed_and_epoch_not_from_the_batch_size():
+def test_flips_follow_from_seed_and_epoch_not_from_batch_size_or_order():
     images = make(60)
     reference = flips_of(images, flips="both")
     assert flips_of(images, flips="both", batch_size=7) == reference
     assert flips_of(images, flips="both", epoch=2) != reference
+    reordered = make(60)
+    reordered.order = lambda seed, epoch: np.arange(60)
+    assert flips_of(reordered, flips="both") == reference
     assert flips_of(images, flips="both", seed=1) != reference
     one_axis = {label: h for label, (h, _) in flips_of(images, flips="horizontal").items()}
     assert one_axis == {label: h for label, (h, _) in reference.items()}

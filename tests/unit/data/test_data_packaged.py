@@ -161,9 +161,10 @@ def cifar_files(name):
     layout = LAYOUTS[name]
     files = {file: cifar_record(name, k, k, 100 + k, 200) for k, file in enumerate((*layout.train, layout.test))}
     last = len(files) - 1
-    top_left_red = bytearray(files[layout.test])
-    top_left_red[1 if name == "cifar10" else 2] = 255  # first byte of the red plane: top left
-    files[layout.test] = bytes(top_left_red) + cifar_record(name, 0, 9, 8, 7)
+    test_batch = bytearray(files[layout.test])
+    red = 1 if name == "cifar10" else 2  # where the red plane starts
+    test_batch[red : red + 2] = 255, 254  # top left and the pixel to its right
+    files[layout.test] = bytes(test_batch) + cifar_record(name, 0, 9, 8, 7)
     files[layout.names] = "".join(f"name{k}\n" for k in range(last + 1)).encode() + b"\n"
     return files
 
@@ -192,7 +193,8 @@ def test_cifar_records(tmp_path, config, name, packed):
     assert np.asarray(index.read(0))[5, 5].tolist() == [0, 100, 200]
     image = np.asarray(index.read(last))  # (32, 32, 3)
     assert image[0, 0].tolist() == [255, 100 + last, 200]
-    assert image[0, 1].tolist() == image[1, 0].tolist() == [last, 100 + last, 200]
+    assert image[0, 1].tolist() == [254, 100 + last, 200]
+    assert image[1, 0].tolist() == image[0, 2].tolist() == [last, 100 + last, 200]
     assert np.asarray(index.read(last + 1))[31, 31].tolist() == [9, 8, 7]
     assert index.class_names[1] == "name1"
 
