@@ -11,9 +11,10 @@ from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Paragraph, 
 def escaped(text: str) -> str:
     """Return text whose characters mean themselves in Markdown and in a table cell.
 
-    Underscores inside words need no escape in CommonMark; names of experiments stay readable.
+    Underscores inside words and brackets that start no link need no escape in CommonMark: names and
+    intervals stay readable.
     """
-    text = re.sub(r"([\\`*\[\]#|~])", r"\\\1", text)
+    text = re.sub(r"([\\`*#|~]|\](?=[(\[:]))", r"\\\1", text)
     text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -1,0 +1,17 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))  # the planted records serve both folders
+
+import planted
+
+from peft_vit.records import RunRecord
+
+
+@pytest.fixture(scope="session")
+def few() -> list[RunRecord]:
+    """Return a small study with every method, two seeds."""
+    kept = {"linear_probe", "lora_r1", "lora_r8", "adalora_top_k_fisher", "qa_lora_4bit_nf4_constant"}
+    return [record for record in planted.quickstart() if record.spec.experiment.name in kept]

@@ -1,0 +1,212 @@
+"""The report as files: complete, the same bytes again, closed against hostile names, without torch."""
+
+import csv
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+
+from peft_vit.errors import UserError
+from peft_vit.records import RunRecord
+from peft_vit.report import ReportFiles, build_report, write_analysis
+from peft_vit.report.document import SECTION_TITLES
+
+FIGURES = {
+    "accuracy_by_method",
+    "accuracy_by_parameters",
+    "accuracy_by_bytes",
+    "loss_curves",
+    "importance_by_layer",
+    "rank_maps",
+}
+EXPERIMENTS = planted.experiments()
+LINEAR_ONLY = [planted.record(EXPERIMENTS["linear_probe"], 0, 0.7)]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
+    folder = tmp_path_factory.mktemp("quickstart")
+    return build_report(planted.write(folder / "results", planted.quickstart()), folder / "report")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+class Page(HTMLParser):
+    """Collects tags, ids and addresses, and checks that tags are closed in order."""
+
+    VOID = frozenset({"meta", "link", "br", "wbr", "img", "hr", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [
+            v or "" for k, v in attrs if k in {"src", "href", "xlink:href", "action"} or k.startswith("on")
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_every_figure_comes_as_png_and_svg(built: ReportFiles) -> None:
+    assert {file.name for file in built.figures} == {f"quickstart_{f}.{s}" for f in FIGURES for s in ("png", "svg")}
+    for file in built.figures:
+        start = file.read_bytes()[:300]
+        assert start.startswith(b"\x89PNG") if file.suffix == ".png" else b"<svg" in start or b"<?xml" in start
+
+
+def test_the_page_needs_no_network_and_no_script(built: ReportFiles) -> None:
+    page = Page(built.html.read_text(encoding="utf-8"))
+    assert page.tags.count("svg") == len(FIGURES)
+    assert not {"script", "link", "iframe", "img"} & set(page.tags)
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
+
+
+def test_ids_on_the_page_are_unique_and_links_arrive(built: ReportFiles) -> None:
+    text = built.html.read_text(encoding="utf-8")
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    targets = re.findall(r'href="#([^"]+)"', text) + re.findall(r"url\(#([^)]+)\)", text)
+    assert set(targets) <= set(ids)
+
+
+def test_markdown_has_exactly_the_five_sections(built: ReportFiles) -> None:
+    text = built.markdown.read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == list(SECTION_TITLES)
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        assert (built.markdown.parent / path).is_file()
+
+
+def test_page_and_markdown_state_accuracy_with_n_and_each_seed(built: ReportFiles) -> None:
+    lora = [r.test.accuracy for r in planted.quickstart() if r.spec.experiment.name == "lora_r8" and r.test]
+    line = next(x for x in built.markdown.read_text().splitlines() if x.startswith("| lora_r8 | ") and " % [" in x)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1].startswith(f"{100 * np.mean(lora):.1f} % [")
+    assert cells[2:4] == ["2", f"0: {100 * lora[0]:.1f}, 1: {100 * lora[1]:.1f}"]
+
+
+def test_csv_values_equal_the_records_to_1e_12(built: ReportFiles) -> None:
+    file = next(f for f in built.tables if f.name == "quickstart_accuracy.csv")
+    records = planted.quickstart()
+    for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
+        own = [r.test.accuracy for r in records if r.spec.experiment.name == row["experiment"] and r.test]
+        assert float(row["test_accuracy"]) == pytest.approx(np.mean(own), abs=1e-12)
+        assert [float(row["seed_0"]), float(row["seed_1"])] == own
+
+
+def test_two_builds_are_the_same_bytes(few: list[RunRecord], tmp_path: Path) -> None:
+    results = planted.write(tmp_path / "results", few)
+    build_report(results, tmp_path / "one")
+    build_report(results, tmp_path / "two")
+    first, second = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert list(first) == list(second)
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_write_analysis_is_the_same_without_the_page(tmp_path: Path) -> None:
+    results = planted.write(tmp_path / "results", LINEAR_ONLY)
+    build_report(results, tmp_path / "report")
+    markdown = write_analysis(results, tmp_path / "analysis")
+    assert markdown == tmp_path / "analysis" / "analysis_summary.md"
+    report, analysis = contents(tmp_path / "report"), contents(tmp_path / "analysis")
+    assert report.pop("report.html")
+    assert report == analysis
+
+
+def test_missing_data_leaves_a_sentence_that_says_why(tmp_path: Path) -> None:
+    files = build_report(planted.write(tmp_path / "results", LINEAR_ONLY), tmp_path / "report")
+    for text in (files.markdown.read_text(), files.html.read_text()):
+        assert "No rank maps: the study has no finished AdaLoRA run" in text
+        assert "No figure of importance" in text
+        assert "No finished run of this study quantized the backbone." in text
+        assert "No paired differences" in text
+        assert "[no interval]" in text
+
+
+def test_a_study_with_nothing_finished_still_gives_a_page(tmp_path: Path) -> None:
+    broken = [planted.failed(EXPERIMENTS["lora_r8"], 0, "out of memory")]
+    files = build_report(planted.write(tmp_path / "results", broken), tmp_path / "report")
+    assert files.figures == ()
+    for text in (files.markdown.read_text(), files.html.read_text()):
+        assert "Failed: lora" in text
+        assert "out of memory" in text
+        assert "Nothing: no run of this study has finished." in text
+
+
+def test_smoke_and_real_studies_stand_apart_with_the_notice_above_the_numbers(tmp_path: Path) -> None:
+    smoke = planted.record(EXPERIMENTS["linear_probe"], 0, 0.5, smoke=True)
+    planted.write(tmp_path / "results" / "real", LINEAR_ONLY)
+    planted.write(tmp_path / "results" / "smoke", [smoke])
+    files = build_report(tmp_path / "results", tmp_path / "report")
+    assert {file.name for file in files.tables} >= {"quickstart_accuracy.csv", "quickstart_smoke_accuracy.csv"}
+    markdown, page = files.markdown.read_text(), files.html.read_text()
+    assert markdown.count("### quickstart (smoke)") == len(SECTION_TITLES)
+    article = page[page.index('id="quickstart_smoke"') :]
+    assert article.index("Smoke runs: random weights") < article.index("50.0")
+
+
+HOSTILE = '"><script>alert(1)</script>|`x`\x07 $y$ ../../../etc'
+
+
+def test_hostile_names_are_escaped_everywhere(tmp_path: Path) -> None:
+    base = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, provenance_changes={"weights_name": HOSTILE})
+    spec = base.spec.model_copy(update={"study": HOSTILE})
+    record = base.model_copy(update={"spec": spec, "class_names": [HOSTILE, "b"]})
+    crash = planted.failed(EXPERIMENTS["lora_r8"], 0, HOSTILE).model_copy(
+        update={"spec": spec.model_copy(update={"experiment": EXPERIMENTS["lora_r8"]})}
+    )
+    folder = tmp_path / "results"
+    for i, one in enumerate((record, crash)):
+        file = folder / str(i) / "record.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(one.model_dump_json())
+    files = build_report(folder, tmp_path / "report")
+    page, markdown = files.html.read_text(), files.markdown.read_text()
+    assert "script" not in Page(page).tags
+    assert "<script" not in markdown
+    assert "\x07" not in page + markdown
+    assert re.search(r"&lt;script&gt;alert\(1\)", page)
+    assert r"\|\`x\`" in markdown, "neither the table nor the code span is broken"
+    written = [*files.figures, *files.tables, files.html, files.markdown]
+    assert all(tmp_path / "report" in file.resolve().parents for file in written)
+
+
+def test_an_empty_or_missing_directory_is_one_line(tmp_path: Path) -> None:
+    for entry in (build_report, write_analysis):
+        with pytest.raises(UserError, match=r"holds no record\.json"):
+            entry(tmp_path, tmp_path / "out")
+        with pytest.raises(UserError, match="does not exist"):
+            entry(tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_needs_no_torch(tmp_path: Path) -> None:
+    planted.write(tmp_path / "results", LINEAR_ONLY)
+    code = (
+        "import sys; from pathlib import Path; from peft_vit.report import build_report\n"
+        "assert 'torch' not in sys.modules, 'imported with the package'\n"
+        f"build_report(Path({str(tmp_path / 'results')!r}), Path({str(tmp_path / 'out')!r}))\n"
+        "assert not {'torch', 'timm', 'matplotlib.pyplot'} & set(sys.modules), 'imported while building'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
