@@ -83,6 +83,7 @@ class DataConfig(_Frozen):
     path: str | None = Field(default=None, description="folder, archive or CSV; found automatically for packaged sets")
     image_size: int = Field(ge=14, le=1024)
     train_images: int | None = Field(default=None, ge=2, description="images to train on; all that remain if left out")
+    shots_per_class: int | None = Field(default=None, ge=1, description="in place of train_images: as many of each")
     validation_images: int = Field(ge=2)
     test_images: int | None = Field(default=None, ge=2, description="left out: the data set's own test split")
     split_seed: int = Field(default=0, ge=0)
@@ -94,6 +95,8 @@ class DataConfig(_Frozen):
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
+        if self.train_images is not None and self.shots_per_class is not None:
+            raise ValueError("train_images and shots_per_class exclude each other; remove one")
         if self.dataset in NEEDS_PATH and self.path is None:
             raise ValueError(f"dataset: {self.dataset} needs the field 'path'")
         return self

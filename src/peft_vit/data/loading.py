@@ -65,6 +65,7 @@ def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
         update={
             "image_size": patches * patch_size,
             "train_images": max(16, CLASS_COUNTS[config.dataset]),
+            "shots_per_class": None,
             "validation_images": 8,
             "test_images": None if config.test_images is None else 8,
         }

@@ -78,14 +78,34 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
 
 def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarray) -> np.ndarray:
     count = len(pool) if config.train_images is None else config.train_images
-    if config.train_subset == "fixed":
-        return stratified_draw(pool, index.strata, count, numpy_generator(config.split_seed, "train_subset"))
-    if count == len(pool):
+    fixed = config.train_subset == "fixed"
+    rng = (
+        numpy_generator(config.split_seed, "train_subset")
+        if fixed
+        else numpy_generator(seed, "train_subset", config.split_seed)
+    )
+    if config.shots_per_class is not None:
+        return _draw_shots(index, config.shots_per_class, pool, rng)
+    if not fixed and count == len(pool):
         raise UserError(
             f"per_seed has no effect, all {len(pool)} images that remain are trained on; "
             "lower data.train_images or say fixed", field="data.train_subset",
         )  # fmt: skip
-    return stratified_draw(pool, index.strata, count, numpy_generator(seed, "train_subset", config.split_seed))
+    return stratified_draw(pool, index.strata, count, rng)
+
+
+def _draw_shots(index: ImageIndex, shots: int, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw as many images of each class, stratified within the class."""
+    drawn = []
+    for label, name in enumerate(index.class_names):
+        of_class = pool[index.labels[pool] == label]
+        if len(of_class) < shots:
+            raise UserError(
+                f"{shots} images of class '{name}' are asked for, {len(of_class)} remain beside test and validation",
+                field="data.shots_per_class",
+            )
+        drawn.append(stratified_draw(of_class, index.strata, shots, rng))
+    return np.sort(np.concatenate(drawn))
 
 
 def _check_every_class(index: ImageIndex, train: np.ndarray, pool: np.ndarray) -> None:
