@@ -154,3 +154,27 @@ def test_a_class_without_training_image_is_named():
     index = index_of([0] * 60 + [1] * 39 + [2])
     with pytest.raises(UserError, match=r"data\.train_images: class 'class2' gets none of the 20 .*\(1 of the 80"):
         make_splits(index, config(train_images=20), 0)
+
+
+def test_shots_are_exact_for_each_class_and_stratified_within():
+    labels = np.repeat([0, 1], [80, 40])
+    index = index_of(labels, strata=2 * labels + np.arange(120) % 2)
+    splits = make_splits(index, config(shots_per_class=8), 0)
+    assert np.bincount(index.strata[splits.train]).tolist() == [4, 4, 4, 4]
+    parts = [splits.train, splits.validation, splits.test]
+    assert len(np.unique(np.concatenate(parts))) == 16 + 10 + 10
+
+
+def test_shots_move_with_the_seed_only_if_asked_to():
+    draws = {
+        subset: [make_splits(TOY, config(shots_per_class=8, train_subset=subset), seed).train for seed in (0, 1)]
+        for subset in ("fixed", "per_seed")
+    }
+    assert same(*draws["fixed"])
+    assert not same(*draws["per_seed"])
+
+
+def test_more_shots_than_a_class_has():
+    index = index_of([0] * 80 + [1] * 10)
+    with pytest.raises(UserError, match=r"data\.shots_per_class: 9 images of class 'class1' are asked for, 8 remain"):
+        make_splits(index, config(shots_per_class=9), 0)
