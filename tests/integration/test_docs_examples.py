@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_vit.config import load_study
+
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -36,7 +38,20 @@ def test_a_wrong_block_fails_at_its_own_line() -> None:
     assert raised.traceback[-1].lineno == 11  # counted from 0
 
 
-# What a reader follows: links between documents, and files that a document names in backticks.
+def test_the_readme_data_section_makes_a_valid_study(tmp_path: Path) -> None:
+    """Follow the README: copy the quickstart and change its `data`."""
+    block = re.search(
+        r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert block is not None
+    quickstart = (ROOT / "experiments" / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
+    changed, replaced = re.subn(r"^data:\n(?:  .*\n)+", block.group(1), quickstart, flags=re.MULTILINE)
+    assert replaced == 1
+    file = tmp_path / "my_study.yaml"
+    file.write_text(changed, encoding="utf-8")
+    assert load_study(file).data.dataset == "image-folder"
+
+
 @pytest.mark.parametrize(
     "document", ["README.md", "docs/library.md", "docs/methods.md", "experiments/docs/task_8_3_implementation.md"]
 )
