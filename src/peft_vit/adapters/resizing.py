@@ -45,18 +45,29 @@ def resize_adapters(
     """
     check_optimizer(optimizer)
     adapters = site_adapters(model)
-    unknown = set(ranks) - set(adapters)
-    if unknown:
-        raise UserError(f"the model has no adapter on {sorted(unknown)[0]}", field="ranks")
+    _check_ranks(adapters, optimizer, ranks)
     kept = {}
     for name, rank in ranks.items():
         adapter = adapters[name]
-        if not 0 <= rank <= adapter.largest_rank:
-            raise UserError(f"expected 0 to {adapter.largest_rank}, got {rank}", field=f"ranks[{name}]")
         if rank != adapter.rank:
             kept[name] = _strongest(triplet_scores[name], rank)
             _resize(adapter, optimizer, kept[name], rank - len(kept[name]))
     return kept
+
+
+def _check_ranks(
+    adapters: Mapping[str, SiteAdapter], optimizer: torch.optim.Optimizer, ranks: Mapping[str, int]
+) -> None:
+    """Refuse what can't be done before anything is changed: half a change would leave optimiser and model apart."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, rank in ranks.items():
+        if name not in adapters:
+            raise UserError(f"the model has no adapter on {name}", field="ranks")
+        adapter = adapters[name]
+        if not 0 <= rank <= adapter.largest_rank:
+            raise UserError(f"expected 0 to {adapter.largest_rank}, got {rank}", field=f"ranks[{name}]")
+        if not all(id(parameter) in held for parameter in adapter.parameters()):
+            raise UserError("does not hold the adapters' parameters; build it after attaching them", field="optimizer")
 
 
 def _strongest(scores: Tensor, count: int) -> Tensor:
@@ -85,12 +96,6 @@ def _carry_state(
         for index, parameter in enumerate(group["params"]):
             if parameter is old:
                 group["params"][index] = new
-                break
-        else:
-            continue
-        break
-    else:
-        raise UserError("does not hold the adapters' parameters; build it after attaching them", field="optimizer")
     state = optimizer.state.pop(old, None)
     if state is None:
         return
