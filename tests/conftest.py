@@ -1,0 +1,63 @@
+"""What many tests share: one thread, a tiny Vision Transformer, a batch for it, adapters that do something."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from peft_vit.adapters import site_adapters
+
+torch.set_num_threads(1)  # every model here is too small for two; and the number of threads changes bits
+
+
+@pytest.fixture
+def tiny_vit() -> Callable[..., VisionTransformer]:
+    """Make a VisionTransformer of width 64 for 32 px; all its values are random, biases and norms too."""
+
+    def make(seed: int = 0, depth: int = 2, num_classes: int = 5) -> VisionTransformer:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = VisionTransformer(
+                img_size=32, patch_size=8, embed_dim=64, depth=depth, num_heads=4, mlp_ratio=2, num_classes=num_classes
+            )
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    """Return 6 images (6, 3, 32, 32) and their labels (6,) of 5 classes."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(6, 3, 32, 32, generator=generator), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+@pytest.fixture
+def fill_adapters() -> Callable[[nn.Module], None]:
+    """Give every adapter random factors, so that its update is of the weights' order."""
+
+    def fill(model: nn.Module, seed: int = 1, std: float = 0.1) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for adapter in site_adapters(model).values():
+                for parameter in adapter.parameters():
+                    parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def cache(_session_cache: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Keep this session's decoded images apart from the user's."""
+    monkeypatch.setenv("PEFT_VIT_CACHE", _session_cache)
+    return _session_cache

@@ -1,0 +1,73 @@
+"""An adapter file holds what was trained and gives it back, at the ranks it had; anything else is refused."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from peft_vit.adapters import (
+    adapter_bytes,
+    attach_adapters,
+    current_ranks,
+    freeze_backbone,
+    load_trained,
+    set_ranks,
+    trained_tensors,
+)
+from peft_vit.backbones import find_sites
+from peft_vit.errors import UserError
+from peft_vit.evaluation import trainable_parameters
+
+
+def adapted(model, rank=2, parametrization="product", targets=("query", "fc1")):
+    sites = find_sites(model, targets)
+    attach_adapters(
+        model, sites, dict.fromkeys((site.name for site in sites), rank),
+        scale=2.0, seed=0, parametrization=parametrization,
+    )  # fmt: skip
+    return model
+
+
+@pytest.mark.parametrize("parametrization", ["product", "svd"])
+def test_a_file_restores_ranks_and_values(tiny_vit, batch, fill_adapters, tmp_path, parametrization) -> None:
+    model = adapted(tiny_vit(), parametrization=parametrization)
+    ranks = dict(zip(current_ranks(model), [3, 0, 1, 5], strict=True))
+    set_ranks(model, ranks)
+    fill_adapters(model)
+    with torch.no_grad():
+        model.head.weight.mul_(1.5)
+    file = tmp_path / "adapter.safetensors"
+    file.write_bytes(adapter_bytes(model, {"note": "x"}))
+    fresh = adapted(tiny_vit(), parametrization=parametrization)
+    metadata = load_trained(fresh, file)
+    assert metadata == {"note": "x", "ranks": ranks}
+    assert current_ranks(fresh) == ranks
+    assert trainable_parameters(fresh) == trainable_parameters(model)
+    assert all(torch.equal(tensor, trained_tensors(model)[name]) for name, tensor in trained_tensors(fresh).items())
+    with torch.no_grad():
+        assert torch.equal(fresh(batch[0]), model(batch[0]))
+
+
+def test_a_file_of_another_configuration_is_refused_whole(tiny_vit, tmp_path) -> None:
+    file = tmp_path / "adapter.safetensors"
+    file.write_bytes(adapter_bytes(adapted(tiny_vit()), {}))
+    with pytest.raises(UserError, match="other sites"):
+        load_trained(adapted(tiny_vit(), targets=("key",)), file)
+    with pytest.raises(UserError, match=r"lora_lambda: stands only in the model; the adapter belongs to another"):
+        load_trained(adapted(tiny_vit(), parametrization="svd"), file)
+    with pytest.raises(UserError, match=r"head\.weight: expected shape \(7, 64\), got \(5, 64\)"):
+        load_trained(adapted(tiny_vit(num_classes=7)), file)
+
+
+def test_what_is_no_adapter_file_is_refused(tiny_vit, tmp_path) -> None:
+    model = tiny_vit()
+    freeze_backbone(model)
+    for name, content in {"empty": b"", "text": b"no tensors here", "cut": adapter_bytes(model, {})[:-3]}.items():
+        file = tmp_path / name
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: is not a readable safetensors file"):
+            load_trained(model, file)
+    with pytest.raises(UserError, match="missing: is not a readable"):
+        load_trained(model, tmp_path / "missing")
+    save_file({"head.weight": torch.zeros(2)}, tmp_path / "foreign")
+    with pytest.raises(UserError, match="no peft_vit header"):
+        load_trained(model, tmp_path / "foreign")
