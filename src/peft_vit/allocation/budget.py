@@ -63,9 +63,10 @@ class BudgetSchedule:
         if step >= self.last_update:
             return self.total
         decided = step - (step - self.warmup_steps) % self.update_frequency
-        remaining = 1 - (decided - self.warmup_steps) / (self.last_update - self.warmup_steps)
-        exact = self.total + (self.initial - self.total) * remaining**3
-        return -int(-exact // 1)
+        span = self.last_update - self.warmup_steps
+        left = self.last_update - decided
+        # In integers: a float could land just above a whole number and be rounded up to the next.
+        return self.total - (self.total - self.initial) * left**3 // span**3
 
 
 def schedule_for(config: AdaLoraConfig, total_steps: int, sites: int, largest: int) -> BudgetSchedule:
