@@ -73,15 +73,15 @@ def allocate(
             raise UserError("the global strategy ranks triplets; give their scores", field="triplet_scores")
         return _global(triplet_scores, scores, budget, bounds)
     weights = np.ones(len(scores)) if strategy == "top_k" else scores
-    ranks = _share(weights, budget, bounds.minimum, np.where(chosen, bounds.maximum, bounds.minimum))
-    return _share(scores, budget, ranks, bounds.maximum)  # what the chosen sites could not hold
+    ranks = _share(weights, scores, budget, bounds.minimum, np.where(chosen, bounds.maximum, bounds.minimum))
+    return _share(scores, scores, budget, ranks, bounds.maximum)  # what the chosen sites could not hold
 
 
 def _ranking(scores: Floats) -> Ints:
     return np.argsort(-scores, kind="stable")
 
 
-def _share(weights: Floats, budget: int, minimum: Ints, maximum: Ints) -> Ints:
+def _share(weights: Floats, scores: Floats, budget: int, minimum: Ints, maximum: Ints) -> Ints:
     """Give each site its minimum and share the rest in proportion to the weights, by largest remainder.
 
     The quota of a site is what water-filling gives it: sites whose proportional part (minimum included) falls
@@ -90,8 +90,8 @@ def _share(weights: Floats, budget: int, minimum: Ints, maximum: Ints) -> Ints:
     budget = int(min(budget, maximum.sum()))
     quota = _water_fill(weights, budget, minimum.astype(float), maximum.astype(float))
     ranks = np.floor(quota + 1e-9).astype(np.int64)
-    # Largest remainder first, then the larger weight, then the order of the sites.
-    order = np.lexsort((np.arange(len(quota)), -weights, -np.round(quota - ranks, 9)))
+    # Largest remainder first, then the larger score, then the order of the sites.
+    order = np.lexsort((np.arange(len(quota)), -scores, -np.round(quota - ranks, 9)))
     for site in order:
         if ranks.sum() == budget:
             break
@@ -104,7 +104,8 @@ def _water_fill(weights: Floats, budget: int, minimum: Floats, maximum: Floats) 
     """Return quotas clip(level * weight, minimum, maximum) that sum to the budget."""
     positive = weights > 0
     if positive.any():
-        weights = weights / weights[positive].max()
+        # Below 1e-100 of the largest, a bound over a weight could overflow to an infinite level.
+        weights = np.where(positive, np.maximum(weights / weights[positive].max(), 1e-100), 0.0)
         reachable = np.where(positive, maximum, minimum).sum()
     if not positive.any() or reachable <= budget:
         # Weightless sites count only once the others are full; then they share equally.
@@ -137,4 +138,4 @@ def _global(triplets: list[Floats], scores: Floats, budget: int, bounds: Bounds)
             candidates.append((-float(ordered[place]), site, place))
     for _, site, _ in sorted(candidates)[: max(0, budget - int(ranks.sum()))]:
         ranks[site] += 1
-    return _share(scores, budget, ranks, bounds.maximum)  # a budget above the present triplets makes sites grow
+    return _share(scores, scores, budget, ranks, bounds.maximum)  # a budget above the present triplets makes sites grow
