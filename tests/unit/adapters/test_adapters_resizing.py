@@ -162,7 +162,7 @@ def test_the_learning_rate_course_goes_on(tiny_vit, batch) -> None:
 
 def test_what_cannot_be_resized_is_refused(tiny_vit, batch) -> None:
     model = tiny_vit()
-    optimizer = trained(model, batch)
+    trained(model, batch)
     scores = scores_of(model)
     for unsupported in (torch.optim.RMSprop, torch.optim.Adagrad):
         with pytest.raises(UserError, match=f"{unsupported.__name__} can't follow a change of rank; use one of AdamW"):

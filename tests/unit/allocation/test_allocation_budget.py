@@ -1,0 +1,85 @@
+"""The budget's course is the cubic formula at the steps of decision, and what cannot be met is refused."""
+
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_vit.allocation import BudgetSchedule, bounds_for, schedule_for
+from peft_vit.config import AdaLoraConfig
+from peft_vit.errors import UserError
+
+pytestmark = pytest.mark.part("controller")
+
+
+def config(**settings) -> AdaLoraConfig:
+    default = {
+        "total_rank_budget": 8, "allocation_strategy": "proportional", "importance_metric": "magnitude",
+        "update_frequency": 6, "warmup_steps": 12,
+    }  # fmt: skip
+    return AdaLoraConfig(**{**default, **settings})
+
+
+def test_the_quickstarts_steps_of_decision() -> None:
+    schedule = schedule_for(config(final_steps=12), total_steps=48, sites=4, largest=1000)
+    assert [step for step in range(49) if schedule.is_update(step)] == [12, 18, 24, 30, 36]
+    assert schedule == schedule_for(config(), 48, 4, 1000)  # a quarter is the default
+
+
+@given(
+    total=st.integers(1, 100), more=st.integers(0, 200), warmup=st.integers(1, 20), middle=st.integers(0, 60),
+    final=st.integers(0, 20), every=st.integers(1, 15),
+)  # fmt: skip
+def test_cubic_course(total, more, warmup, middle, final, every) -> None:
+    schedule = BudgetSchedule(total + more, total, warmup, every, final, warmup + middle + final)
+    budgets = [schedule.budget_at(step) for step in range(schedule.total_steps + 1)]
+    assert budgets == sorted(budgets, reverse=True)
+    assert set(budgets[:warmup]) == {total + more}
+    assert budgets[-1] == total == budgets[warmup + middle]
+    latest = total + more
+    for step in range(warmup, warmup + middle):
+        if (step - warmup) % every == 0:
+            latest = math.ceil(total + more * (1 - Fraction(step - warmup, middle)) ** 3)
+        assert budgets[step] == latest
+    due = [step for step in range(schedule.total_steps + 1) if schedule.is_update(step)]
+    assert due[0] == warmup if middle else due == [warmup]
+    assert due[-1] == warmup + middle
+    assert set(due) - {warmup + middle} == set(range(warmup, warmup + middle, every))
+
+
+def test_defaults_of_the_initial_budget() -> None:
+    assert schedule_for(config(), 48, 4, 1000).initial == 12  # 1.5 times the total
+    assert schedule_for(config(), 48, 72, 1000).initial == 72  # one a site
+    assert schedule_for(config(), 48, 72, 10).initial == 10  # what the sites can hold
+    assert schedule_for(config(initial_rank_budget=20), 48, 4, 1000).initial == 20
+    constant = schedule_for(config(budget_schedule="constant"), 48, 72, 1000)
+    assert {constant.budget_at(step) for step in range(49)} == {8}
+
+
+def test_a_schedule_without_a_decision_is_refused() -> None:
+    with pytest.raises(UserError, match=r"adalora\.warmup_steps: warmup_steps 12 plus final_steps 37 leave no step"):
+        schedule_for(config(final_steps=37), 48, 4, 1000)
+    assert schedule_for(config(final_steps=36), 48, 4, 1000).last_update == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_rank_budget": 3, "minimum_rank": 1}, r"adalora\.total_rank_budget: expected 4 .* to 32 .*, got 3"),
+        ({"total_rank_budget": 33}, r"adalora\.total_rank_budget: expected 0 .* to 32 .*, got 33"),
+        ({"total_rank_budget": 9, "maximum_rank": 2}, r"adalora\.total_rank_budget: expected 0 .* to 8 .*, got 9"),
+        ({"maximum_rank": 11}, r"adalora\.maximum_rank: 11 lies above the widest site's 10; lower it"),
+        ({"minimum_rank": 7}, r"adalora\.minimum_rank: 7 lies above a site's largest rank 6; lower it"),
+    ],
+)
+def test_budgets_that_the_sites_cannot_meet_are_refused(settings, message) -> None:
+    with pytest.raises(UserError, match=message):
+        bounds_for(config(**settings), [6, 6, 10, 10])
+
+
+def test_bounds() -> None:
+    bounds = bounds_for(config(minimum_rank=1, maximum_rank=8), [6, 6, 10, 10])
+    assert bounds.minimum.tolist() == [1, 1, 1, 1]
+    assert bounds.maximum.tolist() == [6, 6, 8, 8]

@@ -1,0 +1,228 @@
+"""AdaLoRAController in a plain training loop: budget kept at every step, ranks go where the gradient is."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn import functional as F
+
+from peft_vit import AdaLoraConfig, AdaLoRAController
+from peft_vit.adapters import current_ranks, site_adapters
+from peft_vit.errors import UserError
+from peft_vit.evaluation import optimizer_bytes, trainable_parameters
+
+pytestmark = pytest.mark.part("controller")
+METRICS = ("magnitude", "gradient_norm", "fisher", "sensitivity", "random", "uniform")
+STRATEGIES = ("proportional", "threshold", "top_k", "global")
+STEPS = 9
+
+
+def config(**settings) -> AdaLoraConfig:
+    default = {
+        "total_rank_budget": 15, "allocation_strategy": "proportional", "importance_metric": "gradient_norm",
+        "update_frequency": 2, "warmup_steps": 2, "final_steps": 2,
+    }  # fmt: skip
+    return AdaLoraConfig(**{**default, **settings})
+
+
+def start(model, settings: AdaLoraConfig, steps: int = STEPS, seed: int = 0):
+    controller = AdaLoRAController(model, settings, steps, seed=seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-3)
+    return controller, optimizer
+
+
+def train_step(model, controller, optimizer, batch, step) -> dict[str, int]:
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    scores = controller.update_importance_scores(model, step)
+    optimizer.step()
+    ranks = controller.reallocate_ranks(scores, step)
+    controller.apply_ranks(model, optimizer, ranks)
+    optimizer.zero_grad()
+    return ranks
+
+
+@pytest.mark.parametrize("budget_schedule", ["cubic", "constant"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_budget_is_never_exceeded(tiny_vit, batch, strategy, metric, budget_schedule) -> None:
+    model = tiny_vit(depth=1)
+    settings = config(
+        allocation_strategy=strategy, importance_metric=metric, budget_schedule=budget_schedule,
+        minimum_rank=1, maximum_rank=9, parametrization="svd" if metric == "sensitivity" else "product",
+    )  # fmt: skip
+    controller, optimizer = start(model, settings)
+    allowed = controller.schedule.budget_at
+    assert sum(current_ranks(model).values()) == allowed(0) == (22 if budget_schedule == "cubic" else 15)
+    for step in range(1, STEPS + 1):
+        decided = train_step(model, controller, optimizer, batch, step)
+        present = current_ranks(model)
+        assert present == decided == controller.ranks
+        assert sum(present.values()) <= allowed(step)
+        assert all(1 <= rank <= 9 for rank in present.values())
+        if controller.schedule.is_update(step):
+            assert sum(present.values()) == allowed(step)
+    assert sum(current_ranks(model).values()) == 15
+    assert [entry["step"] for entry in controller.rank_history] == [0, 2, 4, 6, 7]
+    assert all(sum(entry["ranks"].values()) <= entry["budget"] for entry in controller.rank_history)
+    assert controller.rank_history[-1]["ranks"] == current_ranks(model)
+
+
+def planted_model() -> VisionTransformer:
+    """Return a model in which only the last block's MLP reaches the logits: all other layer scales are 0."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4, mlp_ratio=2, num_classes=5, init_values=1.0
+    )
+    with torch.no_grad():
+        model.head.weight.normal_()
+        for scale in (model.blocks[0].ls1, model.blocks[0].ls2, model.blocks[1].ls1):
+            scale.gamma.zero_()
+    return model
+
+
+@pytest.mark.part("importance analysis")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("metric", ["magnitude", "gradient_norm", "fisher", "sensitivity"])
+def test_ranks_go_to_the_only_site_that_matters(batch, metric, strategy) -> None:
+    model = planted_model()
+    settings = config(
+        allocation_strategy=strategy, importance_metric=metric, targets=("query", "value", "out", "fc1"),
+        total_rank_budget=8, top_k=1 if strategy == "top_k" else None,
+    )  # fmt: skip
+    controller, optimizer = start(model, settings)
+    for step in range(1, STEPS + 1):
+        train_step(model, controller, optimizer, batch, step)
+    ranks = current_ranks(model)
+    planted = "blocks.1.mlp.fc1"
+    if strategy == "global":  # it keeps the best triplets there are; new ones come only to a growing budget
+        assert ranks[planted] == controller.rank_history[0]["ranks"][planted]
+    else:
+        assert ranks == {name: 8 if name == planted else 0 for name in ranks}
+    scores = controller.score_history[-1]["scores"]
+    assert max(scores, key=scores.__getitem__) == planted
+    assert all(score == 0 for name, score in scores.items() if name != planted)
+    summary = controller.get_layer_importance_summary()
+    assert summary["blocks.1"]["mean"] > 0 == summary["blocks.0"]["mean"]
+
+
+def test_a_site_without_rank_keeps_its_score_and_can_come_back(tiny_vit, batch) -> None:
+    model = tiny_vit(depth=1)
+    controller, optimizer = start(model, config(budget_schedule="constant", total_rank_budget=6))
+    names = list(controller.names)
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    first = controller.update_importance_scores(model, 1)
+    controller.apply_ranks(model, optimizer, dict(zip(names, [6, 0, 0, 0, 0, 0], strict=True)))
+    optimizer.zero_grad()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    second = controller.update_importance_scores(model, 2)
+    assert {name: second[name] for name in names[1:]} == {name: first[name] for name in names[1:]}
+    assert second[names[0]] != first[names[0]]
+    back = controller.reallocate_ranks({name: float(name == names[3]) for name in names}, 2)
+    assert back[names[3]] == 6
+    controller.apply_ranks(model, optimizer, back)
+    assert site_adapters(model)[names[3]].lora_A.shape == (6, 64)
+
+
+def test_applying_ranks_changes_shapes_and_optimizer_bytes(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    controller, optimizer = start(model, config(total_rank_budget=12, initial_rank_budget=48))
+    train_step(model, controller, optimizer, batch, 1)
+    shapes = {name: adapter.lora_B.shape for name, adapter in site_adapters(model).items()}
+    parameters, size = trainable_parameters(model), optimizer_bytes(optimizer)
+    for step in range(2, STEPS + 1):
+        train_step(model, controller, optimizer, batch, step)
+    assert sum(shape[1] for shape in shapes.values()) == 48
+    assert {name: adapter.lora_B.shape for name, adapter in site_adapters(model).items()} != shapes
+    removed = parameters - trainable_parameters(model)
+    assert removed > 36 * 64
+    assert size - optimizer_bytes(optimizer) == 2 * 4 * removed
+
+
+@pytest.mark.part("importance analysis")
+@pytest.mark.parametrize("metric", ["gradient_norm", "fisher", "sensitivity"])
+def test_accumulated_halves_score_as_the_whole_batch(tiny_vit, batch, fill_adapters, metric) -> None:
+    images, labels = batch
+    results = []
+    for parts in (1, 2):
+        model = tiny_vit()
+        controller, _ = start(model, config(importance_metric=metric))
+        fill_adapters(model)
+        for part, targets in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            (F.cross_entropy(model(part), targets) / parts).backward()
+        results.append(controller.update_importance_scores(model, 1))
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+    assert min(results[0].values()) > 0
+
+
+@pytest.mark.part("importance analysis")
+def test_scores_before_backward_and_diverged_scores_are_refused(tiny_vit, batch) -> None:
+    model = tiny_vit(depth=1)
+    controller, optimizer = start(model, config())
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.query: lora_A has no gradient; call .* after backward"):
+        controller.update_importance_scores(model, 1)
+    with pytest.raises(UserError, match="no importance scores yet"):
+        controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 1))
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    site_adapters(model)["blocks.0.mlp.fc1"].lora_B.grad[0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc1: its importance at step 1 is not finite"):
+        controller.update_importance_scores(model, 1)
+
+
+def test_deciding_changes_nothing_and_off_schedule_nothing_is_decided(tiny_vit, batch) -> None:
+    model = tiny_vit(depth=1)
+    controller, _ = start(model, config())
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    scores = controller.update_importance_scores(model, 1)
+    before = current_ranks(model)
+    assert controller.reallocate_ranks(scores, 1) == before
+    assert controller.reallocate_ranks(scores, 2) != before
+    assert current_ranks(model) == before == controller.ranks
+
+
+@pytest.mark.part("importance analysis")
+def test_random_scores_follow_from_the_seed(tiny_vit, batch) -> None:
+    histories = []
+    for seed in (0, 0, 1):
+        model = tiny_vit(depth=1)
+        controller, optimizer = start(model, config(importance_metric="random"), seed=seed)
+        for step in range(1, 4):
+            train_step(model, controller, optimizer, batch, step)
+        histories.append(controller.score_history)
+    assert histories[0] == histories[1] != histories[2]
+
+
+@pytest.mark.part("importance analysis")
+def test_summary_and_export(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    controller, optimizer = start(model, config())
+    empty = controller.get_layer_importance_summary()
+    assert empty["overall"] == {"mean": 0.0, "std": 0.0, "trend": 0.0, "rank": 22.0}
+    for step in range(1, STEPS + 1):
+        train_step(model, controller, optimizer, batch, step)
+    exported = controller.export_importance_data()
+    assert json.loads(json.dumps(exported)) == exported
+    assert [entry["step"] for entry in exported["scores"]] == [2, 4, 6, 7]
+    assert [site["name"] for site in exported["sites"]] == list(controller.names)
+    summary = controller.get_layer_importance_summary()
+    groups = {
+        "blocks.1.mlp.fc2": ["blocks.1.mlp.fc2"],
+        "blocks.0": [name for name in controller.names if name.startswith("blocks.0.")],
+        "value": ["blocks.0.attn.value", "blocks.1.attn.value"],
+        "overall": list(controller.names),
+    }
+    assert summary.keys() == {*controller.names, "blocks.0", "blocks.1", "overall"} | set(controller.config.targets)
+    for key, members in groups.items():
+        course = np.array([np.mean([entry["scores"][name] for name in members]) for entry in exported["scores"]])
+        time = np.arange(4) - 1.5
+        expected = {"mean": course.mean(), "std": course.std(ddof=1), "trend": (time * course).sum() / (time**2).sum()}
+        expected["rank"] = sum(current_ranks(model)[name] for name in members)
+        assert summary[key] == pytest.approx(expected, rel=1e-9)
+
+
+def test_adapters_that_exceed_the_budget_are_refused(tiny_vit) -> None:
+    model = tiny_vit(depth=1)
+    AdaLoRAController(model, config(total_rank_budget=40), STEPS)
+    with pytest.raises(UserError, match="adapters hold 60 ranks, the budget allows 22"):
+        AdaLoRAController(model, config(), STEPS)
