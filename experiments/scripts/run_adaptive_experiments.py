@@ -10,8 +10,6 @@ import argparse
 from pathlib import Path
 
 from peft_vit import cli
-from peft_vit.config import load_study
-from peft_vit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "experiments" / "configs"
@@ -30,8 +28,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--run-qa-lora", dest="method", action="store_const", const="qa_lora", help="QA-LoRA alone")
     parser.add_argument(
         "--config", type=Path, nargs="+", action="extend", metavar="FILE",
-        help="these studies instead of the full-size ones; below --run-adalora and --run-qa-lora, studies of that "
-        "method alone",
+        help="these studies instead of the full-size ones; of them --run-adalora and --run-qa-lora run "
+        "the experiments of that method",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--smoke", action="store_true", help="random weights, synthetic images, a few steps; marked so")
@@ -42,37 +40,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def chosen_configs(method: str, given: list[Path] | None) -> list[Path]:
-    """Return the studies to run.
-
-    Raises:
-        UserError: if a given study holds an experiment of another method than the one asked for.
-    """
-    if given is None:
-        return {"all": [BASELINES, ADALORA, QA_LORA], "adalora": [ADALORA], "qa_lora": [QA_LORA]}[method]
-    if method != "all":
-        for file in given:
-            _refuse_other_methods(file, method)
-    return given
-
-
-def _refuse_other_methods(file: Path, method: str) -> None:
-    for place, experiment in enumerate(load_study(file).experiments):
-        if experiment.method != method:
-            raise UserError(
-                f"{experiment.name} is {experiment.method}, but only {method} was asked for; use --run-all",
-                file=file, field=f"experiments[{place}].method",
-            )  # fmt: skip
+def command(asked: argparse.Namespace) -> list[str]:
+    """Return the arguments for `peft-vit`."""
+    files = {"all": [BASELINES, ADALORA, QA_LORA], "adalora": [ADALORA], "qa_lora": [QA_LORA]}[asked.method]
+    output_dir = asked.output_dir or OUTPUTS / ("adaptive_smoke" if asked.smoke else "adaptive")
+    flags = [flag for flag, on in (("--dry-run", asked.dry_run), ("--smoke", asked.smoke)) if on]
+    only = [] if asked.method == "all" else ["--method", asked.method]
+    return ["run", *map(str, asked.config or files), "--output-dir", str(output_dir), *flags, *only]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, choose the studies, and hand them to `peft-vit run`."""
-    asked = parse(arguments)
-    with cli.user_errors():
-        configs = chosen_configs(asked.method, asked.config)
-    output_dir = asked.output_dir or OUTPUTS / ("adaptive_smoke" if asked.smoke else "adaptive")
-    flags = [flag for flag, on in (("--dry-run", asked.dry_run), ("--smoke", asked.smoke)) if on]
-    cli.main(["run", *map(str, configs), "--output-dir", str(output_dir), *flags])
+    """Parse, and hand the studies to `peft-vit run`."""
+    cli.main(command(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import typer
 from peft_vit.errors import UserError
 
 if TYPE_CHECKING:
+    from peft_vit.config import StudyConfig
     from peft_vit.experiments import Plan
     from peft_vit.records import RunRecord
 
@@ -22,11 +23,17 @@ app = typer.Typer(
     help="Fine-tune Vision Transformers with LoRA, AdaLoRA and QA-LoRA, and see which layers deserve rank and bits.",
 )  # fmt: skip
 
+DEFAULT_OUTPUT = Path("experiments/outputs/adaptive")
+SMOKE_OUTPUT = Path("experiments/outputs/adaptive_smoke")  # apart: a smoke run must not stand in for a real one
 Configs = Annotated[list[Path], typer.Argument(help="YAML files of studies", show_default=False)]
-OutputDir = Annotated[Path, typer.Option(help="where records and adapters go; existing runs are kept and skipped")]
+OutputDir = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"where records go; done runs are skipped. Default {DEFAULT_OUTPUT}; smoke: {SMOKE_OUTPUT}"
+    ),
+]
 Smoke = Annotated[bool, typer.Option("--smoke", help="random weights, synthetic files, a few steps; marked so")]
 ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
-DEFAULT_OUTPUT = Path("experiments/outputs/adaptive")
 
 
 class MethodName(StrEnum):
@@ -42,20 +49,22 @@ class MethodName(StrEnum):
 @app.command()
 def run(
     configs: Configs,
-    output_dir: OutputDir = DEFAULT_OUTPUT,
+    output_dir: OutputDir = None,
     smoke: Smoke = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+    method: Annotated[MethodName | None, typer.Option(help="only the studies' experiments of this method")] = None,
 ) -> None:
     """Do every run of the studies that is not done yet, then say where to look."""
-    plans = _plan_all(configs, output_dir, smoke)
+    results_dir = output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
+    plans = _plan_all(configs, results_dir, smoke, method)
     if not dry_run:
-        _execute(plans, output_dir)
+        _execute(plans, results_dir)
 
 
 @app.command()
 def plan(configs: Configs, output_dir: OutputDir = DEFAULT_OUTPUT, smoke: Smoke = False) -> None:
     """Check the studies and print every run with its estimated time and memory."""
-    _plan_all(configs, output_dir, smoke)
+    _plan_all(configs, output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT), smoke)
 
 
 @app.command()
@@ -114,7 +123,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="default: 3e-3 linear, 5e-5 full, 1e-3 else")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     threads: Annotated[int, typer.Option(min=1)] = 2,
-    output_dir: OutputDir = Path("peft-vit-runs"),
+    output_dir: Annotated[Path, typer.Option(help="where the record and the adapter go")] = Path("peft-vit-runs"),
     smoke: Smoke = False,
 ) -> None:
     """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests."""
@@ -130,11 +139,13 @@ def train(
     _execute([planned], output_dir)
 
 
-def _plan_all(configs: list[Path], output_dir: Path, smoke: bool) -> list[Plan]:
+def _plan_all(configs: list[Path], output_dir: Path, smoke: bool, method: MethodName | None = None) -> list[Plan]:
     """Check every file before any run starts, and print the plans."""
     from peft_vit.config import load_study
 
     studies = [(load_study(file), file) for file in configs]
+    if method is not None:
+        studies = [(_only(study, method, file), file) for study, file in studies]
     names = [study.name for study, _ in studies]
     for study, file in studies:
         if names.count(study.name) > 1:
@@ -145,6 +156,14 @@ def _plan_all(configs: list[Path], output_dir: Path, smoke: bool) -> list[Plan]:
     for planned in plans:
         _print_plan(planned)
     return plans
+
+
+def _only(study: StudyConfig, method: MethodName, file: Path) -> StudyConfig:
+    """Return the study's experiments of one method; their runs are the same as in the whole study."""
+    kept = tuple(experiment for experiment in study.experiments if experiment.method == method)
+    if not kept:
+        raise UserError(f"no experiment is of method {method.value}", file=file, field="experiments")
+    return study.model_copy(update={"experiments": kept})
 
 
 def _print_plan(planned: Plan) -> None:

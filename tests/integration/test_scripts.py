@@ -140,20 +140,28 @@ def test_dry_run_of_a_full_size_file_writes_nothing(
 
 @pytest.mark.part("runner")
 def test_run_all_alone_means_the_three_full_size_files(runner: ModuleType) -> None:
-    assert [file.name for file in runner.chosen_configs("all", None)] == [
+    files = [Path(word) for word in runner.command(runner.parse(["--run-all"])) if word.endswith(".yaml")]
+    assert [file.name for file in files] == [
         "fixed_rank_baselines.yaml", "adalora_comprehensive_experiment.yaml", "qa_lora_comprehensive_experiment.yaml",
     ]  # fmt: skip
-    assert all(file.is_file() for file in runner.chosen_configs("all", None))
+    assert all(file.is_file() for file in files)
 
 
 @pytest.mark.part("runner")
-def test_a_study_of_other_methods_is_refused_in_one_line(
-    runner: ModuleType, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_one_method_of_a_given_study_is_the_same_run_as_in_the_whole(
+    runner: ModuleType, study: Path, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(runner, "--run-adalora", "--config", study, "--output-dir", tmp_path) == 2
+    assert call(runner, "--run-adalora", "--config", study, "--smoke", "--dry-run", "--output-dir", results) == 0
+    assert "1 runs: 0 to do" in capsys.readouterr().out
+
+
+@pytest.mark.part("runner")
+def test_a_study_without_the_method_is_refused_in_one_line(
+    runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(runner, "--run-adalora", "--config", runner.BASELINES, "--output-dir", tmp_path) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert f"{study}: experiments[0].method: lora_r2 is lora" in error
+    assert error == f"error: {runner.BASELINES}: experiments: no experiment is of method adalora\n"
 
 
 @pytest.mark.part("runner")

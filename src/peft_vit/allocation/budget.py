@@ -54,7 +54,7 @@ class BudgetSchedule:
     def budget_at(self, step: int) -> int:
         """Return the ranks allowed while no later decision was taken than the one at or before `step`.
 
-        Cubic between warm-up and the last decision (arXiv 2303.10512, eq. 6):
+        Cubic between warm-up and the last decision (arXiv 2303.10512, sec. 3.3 and appendix A):
         b_T + (b0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3. It moves only at decisions, rounded up, so that a rank is
         never taken before a decision is due.
         """
