@@ -39,7 +39,7 @@ def _heat(axes: Axes, values: np.ndarray, norm: Normalize, grid: Grid, *, labels
 
 def rank_maps(allocations: Sequence[Allocation]) -> Drawing:
     """Draw the mean rank of every site at the start, in the middle and at the end of each AdaLoRA experiment."""
-    highest = max(float(np.nanmax(m.ranks)) for a in allocations for m in a.maps)
+    highest = max(float(np.nanmax(a.maps[index].ranks)) for a in allocations for index in _shown(a))
     norm = Normalize(0, max(1.0, highest))
     columns = 3
 
@@ -48,7 +48,7 @@ def rank_maps(allocations: Sequence[Allocation]) -> Drawing:
         for subfigure, allocation in zip(rows, allocations, strict=True):
             subfigure.suptitle(allocation.experiment.name, x=0.01, ha="left", fontsize=9, fontweight="bold")
             panels = subfigure.subplots(1, columns, squeeze=False)[0]
-            shown = sorted({0, len(allocation.maps) // 2, len(allocation.maps) - 1})
+            shown = _shown(allocation)
             for axes in panels[len(shown) :]:
                 axes.set_visible(False)
             for column, (axes, index) in enumerate(zip(panels, shown, strict=False)):
@@ -68,6 +68,11 @@ def rank_maps(allocations: Sequence[Allocation]) -> Drawing:
     )
     height = (_PANEL_IN + 0.55) * len(allocations)
     return draw("rank_maps", "Ranks by layer and matrix over training", caption, height, paint)
+
+
+def _shown(allocation: Allocation) -> list[int]:
+    """Return which of the recorded maps are drawn: the first, the middle one, the last."""
+    return sorted({0, len(allocation.maps) // 2, len(allocation.maps) - 1})
 
 
 def importance_maps(patterns: Sequence[ImportancePattern]) -> Drawing:

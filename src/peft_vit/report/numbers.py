@@ -64,6 +64,11 @@ def count(value: float) -> str:
     return f"{round(value):,}"
 
 
+def counted(n: int, what: str) -> str:
+    """Return a sample size, e.g. ``n = 2 seeds``."""
+    return f"n = {n} {what}{'' if n == 1 else 's'}"
+
+
 def megabytes(value: float) -> str:
     """Return bytes as MB, 10^6 bytes."""
     return f"{value / 1e6:.1f} MB" if value >= 1e6 or value == 0 else f"{value / 1e6:.2f} MB"

@@ -7,7 +7,17 @@ from collections.abc import Callable, Sequence
 from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.report.document import Card, RunDetails
-from peft_vit.report.numbers import count, fixed, joined, megabytes, percent, percent_interval, plain, points_interval
+from peft_vit.report.numbers import (
+    count,
+    counted,
+    fixed,
+    joined,
+    megabytes,
+    percent,
+    percent_interval,
+    plain,
+    points_interval,
+)
 from peft_vit.report.style import METHOD_TITLES
 from peft_vit.statistics import minimum_n_wilcoxon, proportion_interval
 
@@ -50,7 +60,7 @@ def _distinct(values: Sequence[str]) -> str:
 def _weights(run: Run) -> str:
     provenance = run.provenance
     if provenance.random_weights:
-        return f"{provenance.weights_name} (random, not pretrained)"
+        return f"{provenance.weights_name}: not pretrained"
     return f"{provenance.weights_name} (SHA-256 {(provenance.weights_sha256 or 'unknown')[:12]}…)"
 
 
@@ -89,8 +99,9 @@ def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
         best = best_on_validation([m for m in methods if m.experiment.method == method])
         if best is None:
             continue
+        seeds = joined(fixed(100 * value, 1) for value in best.by_seed)
         lines = [
-            f"n = {len(best.seeds)} seeds: {joined(fixed(100 * value, 1) for value in best.by_seed)} %",
+            f"{counted(len(best.seeds), 'seed')}: {seeds} %",
             f"{count(best.final_parameters)} trainable parameters",
             f"{megabytes(best.frozen_bytes + best.adapter_file_bytes)} to store",
         ]
@@ -108,14 +119,15 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
     name, n = best.experiment.name, len(best.seeds)
     sentences = [
         f"Best on validation: {name}, with {percent(best.validation_accuracy.estimate)} there and "
-        f"{percent_interval(best.test_accuracy)} on test (n = {n} seeds, 95 % interval)."
+        f"{percent_interval(best.test_accuracy)} on test ({counted(n, 'seed')}; in brackets the 95 % "
+        "interval over seeds)."
     ]
     for comparison in analysis.comparisons:
         if comparison.name == name and comparison.difference is not None:
             sentences.append(
                 f"{name} minus {comparison.reference} on test: "
-                f"{points_interval(comparison.difference)} points (n = {comparison.difference.n} "
-                f"pairs): {_decided(comparison)}."
+                f"{points_interval(comparison.difference)} points "
+                f"({counted(comparison.difference.n, 'pair')}): {_decided(comparison)}."
             )
     above = sum(m.runs_above_majority for m in analysis.methods)
     total = sum(len(m.seeds) for m in analysis.methods)
@@ -139,13 +151,13 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     decided = [c for c in tested if c.verdict != "not decided"]
     needed = minimum_n_wilcoxon(ALPHA)
     sentences = [
-        f"{len(decided)} of {len(tested)} tested claims are decided by these runs (n = "
-        f"{len(study.seeds)} seeds). A single comparison can be decided from n = {needed} seeds on, "
-        "several at once need more."
+        f"{len(decided)} of {len(tested)} tested claims are decided by these runs "
+        f"({counted(len(study.seeds), 'seed')}). A single comparison can be decided from n = {needed} "
+        "seeds on, several at once need more."
     ]
     best = best_on_validation(analysis.methods)
     if best is not None:
-        run = next(r for r in study.of(best.experiment.name))
+        run = study.of(best.experiment.name)[0]
         image = proportion_interval(round(run.test.accuracy * run.test.n), run.test.n)
         sentences.append(
             f"On top comes the choice of test images: with {run.test.n:,} of them one run's "

@@ -25,12 +25,14 @@ class Significance:
         n: pairs that the test could use (Wilcoxon drops pairs without a difference).
         p_value: two-sided; None if the test is undefined for these values.
         minimum_n: smallest n at which any outcome could be significant.
+        dropped: pairs without a difference, which the test could not use.
     """
 
     test: str
     n: int
     p_value: float | None
     minimum_n: int
+    dropped: int = 0
 
     @property
     def decidable(self) -> bool:
@@ -40,7 +42,8 @@ class Significance:
     def sentence(self) -> str:
         """Return the p-value, or why there can be no decision."""
         if self.n < self.minimum_n:
-            return f"not decidable with n = {self.n}, needs at least {self.minimum_n}"
+            equal = f" ({self.dropped} more without a difference)" if self.dropped else ""
+            return f"not decidable with n = {self.n}{equal}, needs at least {self.minimum_n}"
         if self.p_value is None:
             return "not decidable: the differences have no spread"
         return f"p = {self.p_value:.3g}"
@@ -84,14 +87,15 @@ def wilcoxon(differences: ArrayLike, alpha: float = 0.05, comparisons: int = 1) 
     """
     data = np.asarray(differences, dtype=np.float64)
     nonzero = data[data != 0]
+    dropped = int(data.size - nonzero.size)
     minimum = minimum_n_wilcoxon(alpha, comparisons)
     name = "exact Wilcoxon signed-rank"
     if nonzero.size == 0:
-        return Significance(name, 0, 1.0, minimum)
+        return Significance(name, 0, 1.0, minimum, dropped)
     if nonzero.size > _EXACT_UP_TO:
         p_value = float(stats.wilcoxon(nonzero, method="approx").pvalue)
-        return Significance("Wilcoxon signed-rank, normal approximation", nonzero.size, p_value, minimum)
-    return Significance(name, int(nonzero.size), _exact_wilcoxon(nonzero), minimum)
+        return Significance("Wilcoxon signed-rank, normal approximation", int(nonzero.size), p_value, minimum, dropped)
+    return Significance(name, int(nonzero.size), _exact_wilcoxon(nonzero), minimum, dropped)
 
 
 def _exact_wilcoxon(nonzero: np.ndarray) -> float:
@@ -141,9 +145,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted)
 
 
-def verdict(
-    estimate: float, significance: Significance, adjusted_p: float | None, alpha: float = 0.05
-) -> Verdict:
+def verdict(estimate: float, significance: Significance, adjusted_p: float | None, alpha: float = 0.05) -> Verdict:
     """Return whether "the difference is positive" is supported, refuted or not decided.
 
     Args:

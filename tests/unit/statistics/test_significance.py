@@ -23,7 +23,8 @@ def test_too_few_seeds_say_so() -> None:
 
 def test_no_difference_at_all() -> None:
     nothing = wilcoxon([0.0, 0.0, 0.0])
-    assert (nothing.n, nothing.p_value) == (0, 1.0)
+    assert (nothing.n, nothing.dropped, nothing.p_value) == (0, 3, 1.0)
+    assert nothing.sentence() == "not decidable with n = 0 (3 more without a difference), needs at least 6"
 
 
 def test_verdicts_follow_the_sign() -> None:
