@@ -83,6 +83,7 @@ def optimization_step(
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not parameters:
         raise UserError("no parameter received a gradient; attach adapters or unfreeze the head", field="model")
+    _check_held(model, optimizer)
     norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
     if not math.isfinite(norm):
         raise DivergedError(f"the gradient norm is {norm} at step {step}; lower the learning rate")
@@ -91,3 +92,11 @@ def optimization_step(
         hook.after_step(model, optimizer, step)
     optimizer.zero_grad(set_to_none=True)
     return StepOutcome(value, norm, {name: float(term.detach()) for name, term in penalties.items()})
+
+
+def _check_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a trainable parameter that the optimiser lacks: it would stay as it is, silently."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and id(parameter) not in held:
+            raise UserError("has a gradient but is not in the optimizer; build it after attaching adapters", field=name)
