@@ -1,0 +1,157 @@
+"""The loop equals a plain one, chooses by validation among deployable states, and leaves the test split alone."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from peft_vit import AdaLoraConfig, AdaLoRAController
+from peft_vit.adapters import attach_adapters, current_ranks, freeze_backbone
+from peft_vit.backbones import find_sites
+from peft_vit.config import TrainingConfig
+from peft_vit.evaluation import measure, predict, trainable_parameters
+from peft_vit.training import AllocationHook, DivergedError, class_weights, steps_per_epoch, train
+
+pytestmark = pytest.mark.part("trainer")
+
+
+def config(**settings) -> TrainingConfig:
+    return TrainingConfig(**{"epochs": 3, "batch_size": 8, "learning_rate": 3e-3, **settings})
+
+
+def lora(model):
+    sites = find_sites(model)
+    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 2), scale=2.0, seed=0)
+    return model
+
+
+class DeployableFrom:
+    """A hook that only forbids early states."""
+
+    name = "late"
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def penalties(self, model):
+        return {}
+
+    def after_backward(self, model, step) -> None:
+        pass
+
+    def after_step(self, model, optimizer, step) -> None:
+        pass
+
+    def deployable(self, step) -> bool:
+        return step >= self.step
+
+
+def plain_loop(model, data, setting, weights) -> list[float]:
+    """Train as a person would, without the package's loop, and return the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3, weight_decay=0.01)
+    course = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=9, cycle_momentum=False)
+    losses = []
+    for epoch in (1, 2, 3):
+        for images, labels in data.train.shuffled_batches(
+            8, setting.mean, setting.std, flips="horizontal", seed=4, epoch=epoch
+        ):
+            loss = F.cross_entropy(model(images), labels, weight=weights)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            optimizer.step()
+            course.step()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_it_equals_a_plain_loop(tiny_vit, data, setting, weighted) -> None:
+    images = data()
+    counts = np.bincount(images.train.labels)
+    assert set(counts) == {3, 6}
+    weights = torch.tensor(18 / (5 * counts), dtype=torch.float32)
+    torch.testing.assert_close(class_weights(images.train.labels, 5), weights)
+    result = train(lora(tiny_vit()), images, config(class_weights=weighted), setting, seed=4, hooks=[DeployableFrom(9)])
+    expected = plain_loop(lora(tiny_vit()), images, setting, weights if weighted else None)
+    assert [row.loss for row in result.steps] == pytest.approx(expected, rel=1e-5)
+    assert [row.step for row in result.steps] == list(range(1, 10))
+    assert min(expected[-3:]) < expected[0]  # it learns
+
+
+def test_validation_chooses_the_best_deployable_epoch_and_the_model_is_left_there(tiny_vit, data, setting) -> None:
+    free = train(lora(tiny_vit()), data(), config(), setting, seed=0)
+    assert [evaluation.step for evaluation in free.evaluations] == [3, 6, 9]
+    best = max(free.evaluations, key=lambda e: (e.metrics.accuracy, -e.metrics.nll))
+    assert free.chosen == best
+    for earliest in (1, 4, 7):
+        model, images = lora(tiny_vit()), data()
+        result = train(model, images, config(), setting, seed=0, hooks=[DeployableFrom(earliest)])
+        allowed = [evaluation for evaluation in result.evaluations if evaluation.step >= earliest]
+        assert [evaluation.deployable for evaluation in result.evaluations] == [s >= earliest for s in (3, 6, 9)]
+        assert result.chosen == max(allowed, key=lambda e: (e.metrics.accuracy, -e.metrics.nll))
+        batches = images.validation.ordered_batches(32, setting.mean, setting.std)
+        assert measure(*predict(model, batches, device=setting.device, precision="fp32")) == result.chosen.metrics
+    with pytest.raises(RuntimeError, match="no epoch ended in a deployable state"):
+        train(lora(tiny_vit()), data(), config(), setting, seed=0, hooks=[DeployableFrom(10)])
+
+
+def test_the_test_split_stays_sealed(tiny_vit, data, setting) -> None:
+    images = data()
+    train(lora(tiny_vit()), images, config(epochs=1), setting, seed=0)
+    assert len(images.test.open()) == 12
+    with pytest.raises(RuntimeError, match="opened before"):
+        images.test.open()
+
+
+def test_counts_and_history_with_moving_ranks(tiny_vit, data, setting) -> None:
+    model = tiny_vit()
+    settings = AdaLoraConfig(
+        total_rank_budget=12, initial_rank_budget=36, allocation_strategy="top_k", importance_metric="fisher",
+        update_frequency=2, warmup_steps=2, final_steps=3,
+    )  # fmt: skip
+    hook = AllocationHook(AdaLoRAController(model, settings, 9))
+    before = trainable_parameters(model)
+    result = train(model, data(), config(), setting, seed=0, hooks=[hook])
+    assert result.initial_parameters == before
+    assert result.peak_parameters >= before > trainable_parameters(model)
+    assert sum(current_ranks(model).values()) == 12
+    assert [evaluation.deployable for evaluation in result.evaluations] == [False, True, True]
+    assert result.overhead_s.keys() == {"allocation", "evaluation"}
+    assert result.optimizer_bytes >= 2 * 4 * trainable_parameters(model)
+
+
+def test_progress_learning_rates_and_shares(tiny_vit, data, setting) -> None:
+    seen = []
+    result = train(
+        lora(tiny_vit()), data(), config(epochs=2, schedule="constant", optimizer="sgd"), setting, seed=0,
+        on_progress=seen.append,
+    )  # fmt: skip
+    assert {row.learning_rate for row in result.steps} == {3e-3}
+    assert all(row.quantized_share is None for row in result.steps)
+    assert [(p.step, p.total_steps) for p in seen] == [(s, 6) for s in (1, 2, 3, 3, 4, 5, 6, 6)]
+    assert [p.validation_accuracy is None for p in seen] == [True] * 3 + [False] * 5
+    assert result.seconds_per_step == np.median([row.seconds for row in result.steps])
+
+
+def test_bf16_trains_float32_parameters(tiny_vit, data, setting) -> None:
+    model = lora(tiny_vit())
+    reduced = type(setting)(setting.device, "bf16", setting.mean, setting.std, setting.flips)
+    result = train(model, data(), config(epochs=1), reduced, seed=0)
+    full = train(lora(tiny_vit()), data(), config(epochs=1), setting, seed=0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert result.steps[0].loss == pytest.approx(full.steps[0].loss, rel=0.05)
+    assert result.steps[0].loss != full.steps[0].loss
+
+
+def test_it_diverges_loudly(tiny_vit, data, setting) -> None:
+    model = tiny_vit()
+    freeze_backbone(model)
+    with torch.no_grad():
+        model.head.bias[0] = torch.nan
+    with pytest.raises(DivergedError, match="the loss is nan at step 1"):
+        train(model, data(), config(), setting, seed=0)
+
+
+def test_steps_per_epoch() -> None:
+    assert [steps_per_epoch(n, 8) for n in (1, 8, 9, 16)] == [1, 1, 2, 2]

@@ -1,0 +1,148 @@
+"""One step: task gradient, hooks, penalties, clipping, step; and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from peft_vit import AdaLoraConfig, AdaLoRAController
+from peft_vit.adapters import freeze_backbone, site_adapters
+from peft_vit.errors import UserError
+from peft_vit.training import AllocationHook, DivergedError, optimization_step
+
+pytestmark = pytest.mark.part("trainer")
+RATE = 0.1
+
+
+class Recorder:
+    """A hook that notes what it saw."""
+
+    name = "recorder"
+
+    def __init__(self, penalty: float = 0.0) -> None:
+        self.penalty = penalty
+        self.seen = None
+
+    def penalties(self, model):
+        return {"pull": self.penalty * model.head.bias.square().sum()} if self.penalty else {}
+
+    def after_backward(self, model, step) -> None:
+        self.seen = model.head.bias.grad.clone()
+
+    def after_step(self, model, optimizer, step) -> None:
+        assert model.head.bias.grad is not None  # not yet cleared
+
+    def deployable(self, step) -> bool:
+        return True
+
+
+def probe(tiny_vit):
+    model = tiny_vit()
+    freeze_backbone(model)
+    return model, torch.optim.SGD(model.head.parameters(), RATE)
+
+
+def step_from(model, optimizer, batch, **settings):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    outcome = optimization_step(model, optimizer, F.cross_entropy(model(batch[0]), batch[1]), 1, **settings)
+    return outcome, {name: p.detach() - before[name] for name, p in model.named_parameters()}
+
+
+def test_a_plain_step(tiny_vit, batch) -> None:
+    model, optimizer = probe(tiny_vit)
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    gradients = torch.autograd.grad(loss, list(model.head.parameters()))
+    outcome, moved = step_from(model, optimizer, batch)
+    assert outcome.loss == loss.item()
+    assert outcome.gradient_norm == pytest.approx(np.sqrt(sum((g.numpy() ** 2).sum() for g in gradients)), rel=1e-5)
+    torch.testing.assert_close(moved["head.weight"], -RATE * gradients[0], rtol=1e-4, atol=1e-7)
+    assert all(not change.any() for name, change in moved.items() if not name.startswith("head"))
+    assert model.head.weight.grad is None
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before_it(tiny_vit, batch) -> None:
+    model, optimizer = probe(tiny_vit)
+    outcome, moved = step_from(model, optimizer, batch, clip_norm=0.01)
+    assert outcome.gradient_norm > 0.1
+    length = torch.cat([moved["head.weight"].flatten(), moved["head.bias"]]).norm()
+    assert length.item() == pytest.approx(RATE * 0.01, rel=1e-3)
+
+
+def test_penalties_reach_the_step_but_not_the_hooks(tiny_vit, batch) -> None:
+    outcomes = []
+    for penalty in (0.0, 3.0):
+        model, optimizer = probe(tiny_vit)
+        bias, hook = model.head.bias.detach().clone(), Recorder(penalty)
+        outcome, moved = step_from(model, optimizer, batch, hooks=[hook])
+        outcomes.append((hook.seen, moved["head.bias"], outcome))
+    (plain_seen, plain_moved, plain), (seen, moved, penalized) = outcomes
+    assert torch.equal(seen, plain_seen)
+    torch.testing.assert_close(moved - plain_moved, -RATE * 3.0 * 2 * bias, rtol=1e-4, atol=1e-6)
+    assert plain.penalties == {}
+    assert penalized.penalties == pytest.approx({"pull": 3.0 * bias.square().sum().item()})
+    assert penalized.loss == plain.loss
+
+
+def adaptive(model, weight: float | None, parametrization: str = "svd") -> AllocationHook:
+    config = AdaLoraConfig(
+        total_rank_budget=24, allocation_strategy="global", importance_metric="sensitivity", update_frequency=1,
+        warmup_steps=2, final_steps=0, parametrization=parametrization, orthogonality_weight=weight,
+    )  # fmt: skip
+    return AllocationHook(AdaLoRAController(model, config, 4))
+
+
+@pytest.mark.parametrize("weight", [0.5, None])
+def test_orthogonality_equals_numpy_moves_the_factors_and_leaves_the_scores(
+    tiny_vit, batch, fill_adapters, weight
+) -> None:
+    results = []
+    for used in (0.0, weight):
+        model = tiny_vit()
+        hook = adaptive(model, used)
+        fill_adapters(model)
+        terms = []
+        for adapter in site_adapters(model).values():
+            A, B = adapter.lora_A.detach().double().numpy(), adapter.lora_B.detach().double().numpy()
+            eye = np.eye(adapter.rank)
+            terms += [np.linalg.norm(B.T @ B - eye), np.linalg.norm(A @ A.T - eye)]
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE)
+        outcome, moved = step_from(model, optimizer, batch, hooks=[hook])
+        results.append((outcome, moved, hook._scores, np.mean(terms)))
+    (plain, plain_moved, plain_scores, _), (penalized, moved, scores, mean) = results
+    assert plain.penalties == {}
+    assert penalized.penalties["orthogonality"] == pytest.approx((0.1 if weight is None else weight) * mean, rel=1e-5)
+    assert penalized.loss == plain.loss
+    assert scores == plain_scores
+    assert min(scores.values()) > 0
+    for name in plain_moved:
+        if "lora_A" in name or "lora_B" in name:
+            assert not torch.allclose(moved[name], plain_moved[name], rtol=1e-3, atol=0), name
+        else:
+            assert torch.equal(moved[name], plain_moved[name]), name
+
+
+def test_the_product_form_has_no_penalty(tiny_vit) -> None:
+    model = tiny_vit()
+    assert adaptive(model, None, "product").penalties(model) == {}
+
+
+def test_a_diverged_loss_or_gradient_stops_before_the_step(tiny_vit, batch) -> None:
+    model, optimizer = probe(tiny_vit)
+    before = model.head.weight.detach().clone()
+    with pytest.raises(DivergedError, match="the loss is nan at step 3; lower the learning rate"):
+        optimization_step(model, optimizer, model(batch[0]).sum() * torch.nan, 3)
+    with pytest.raises(DivergedError, match="the gradient norm is (inf|nan) at step 3"):
+        optimization_step(model, optimizer, (model(batch[0]) * 0 + model.head.bias.sum() * 0).sqrt().sum(), 3)
+    assert torch.equal(model.head.weight, before)
+
+
+def test_parameters_that_the_optimizer_lacks_are_named(tiny_vit, batch) -> None:
+    model, _ = probe(tiny_vit)
+    with pytest.raises(UserError, match=r"^head\.weight: .*optimizer"):
+        step_from(model, torch.optim.SGD([model.head.bias], RATE), batch)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    loss = torch.tensor(1.0, requires_grad=True) * 2
+    model.zero_grad()
+    with pytest.raises(UserError, match="no parameter received a gradient"):
+        optimization_step(model, torch.optim.SGD([model.head.bias], RATE), loss, 1)

@@ -1,0 +1,262 @@
+"""QALoRATrainer: the schedule ends at exactly 1, float weights are freed for real, adapters' gradients are scaled."""
+
+import gc
+import json
+import math
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from peft_vit import QaLoraConfig, QALoRATrainer
+from peft_vit.adapters import adapted_modules, merged_state_dict, site_adapters
+from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.evaluation import frozen_bytes
+from peft_vit.training import end_step, quantized_share
+
+pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
+RATE = 0.1
+
+
+def config(**settings) -> QaLoraConfig:
+    default = {
+        "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
+        "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 2,
+    }  # fmt: skip
+    return QaLoraConfig(**{**default, **settings})
+
+
+def linear(**settings) -> QaLoraConfig:
+    return config(
+        **{
+            "quantization_schedule": "linear", "quantization_warmup_steps": 2, "quantization_end_step": 6,
+            "quantization_bits": 8, "quantization_type": "int8", **settings,
+        }
+    )  # fmt: skip
+
+
+def sgd(model) -> torch.optim.SGD:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE)
+
+
+def do_step(model, trainer, optimizer, batch, step):
+    return trainer.training_step(model, optimizer, F.cross_entropy(model(batch[0]), batch[1]), step)
+
+
+@pytest.mark.part("quantization")
+def test_schedules() -> None:
+    steps = range(9)
+    assert [quantized_share(config(), 8, step) for step in steps] == [1.0] * 9
+    assert [quantized_share(linear(), 8, step) for step in steps] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    cosine = [quantized_share(linear(quantization_schedule="cosine"), 8, step) for step in steps]
+    t = np.clip((np.arange(9) - 2) / 4, 0, 1)
+    np.testing.assert_allclose(cosine, (1 - np.cos(np.pi * t)) / 2, atol=1e-12)
+    assert cosine[6:] == [1.0, 1.0, 1.0]
+    assert end_step(linear(quantization_warmup_steps=0, quantization_end_step=None), 48) == 32  # two thirds
+
+
+@given(
+    kind=st.sampled_from(["linear", "cosine"]), warmup=st.integers(0, 50), length=st.integers(1, 80),
+    rest=st.integers(0, 50),
+)  # fmt: skip
+def test_every_schedule_rises_from_0_to_exactly_1(kind, warmup, length, rest) -> None:
+    end = warmup + length
+    settings = linear(quantization_schedule=kind, quantization_warmup_steps=warmup, quantization_end_step=end)
+    shares = [quantized_share(settings, end + rest, step) for step in range(end + rest + 1)]
+    assert shares == sorted(shares)
+    assert set(shares[: warmup + 1]) == {0.0}
+    assert set(shares[end:]) == {1.0}
+    assert all(0 < share < 1 for share in shares[warmup + 1 : end])
+
+
+@pytest.mark.part("configuration")
+@pytest.mark.parametrize(
+    ("settings", "total"),
+    [({"quantization_end_step": 9}, 8), ({"quantization_warmup_steps": 8, "quantization_end_step": None}, 8)],
+)
+def test_a_schedule_that_cannot_finish_is_refused(tiny_vit, settings, total) -> None:
+    with pytest.raises(UserError, match=r"qa_lora\.quantization_end_step: .* can't finish within 8 steps; shorten"):
+        QALoRATrainer(tiny_vit(), linear(**settings), total)
+
+
+@pytest.mark.part("quantization")
+@pytest.mark.parametrize("grouped", [True, False])
+def test_float_weights_are_freed_at_share_one(tiny_vit, batch, grouped) -> None:
+    model = tiny_vit()
+    settings = linear(use_group_quantization=grouped, **({} if grouped else {"group_size": 32}))
+    trainer = QALoRATrainer(model, settings, 8)
+    optimizer = sgd(model)
+    watched = [weakref.ref(module.weight) for _, module in adapted_modules(model)]
+    weights = sum(module.weight.nbytes for _, module in adapted_modules(model))
+    shares, sizes = [], []
+    for step in range(1, 9):
+        shares.append(do_step(model, trainer, optimizer, batch, step)["quantized_share"])
+        gc.collect()
+        assert all((reference() is None) == (step >= 6) for reference in watched)
+        sizes.append(frozen_bytes(model))
+    assert shares == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert sizes[4] - sizes[5] == weights
+    packed = {name: module.quantized.bits_per_weight for name, module in adapted_modules(model)}
+    overhead = {"qkv": 32 / 16, "fc2": 32 / 16} if grouped else {"qkv": 16 / 64, "fc2": 16 / 128}
+    for name, bits in packed.items():
+        if name.rpartition(".")[2] in overhead:
+            assert bits == 8 + overhead[name.rpartition(".")[2]]
+    assert trainer.bits_history == [
+        {"step": 0, "bits_per_weight": {name: 32 + bits for name, bits in packed.items()}},
+        {"step": 6, "bits_per_weight": packed},
+    ]
+    assert [trainer.deployable(step) for step in (5, 6, 8)] == [False, True, True]
+
+
+@pytest.mark.part("quantization")
+def test_a_constant_schedule_starts_quantized(tiny_vit, batch) -> None:
+    plain, model = tiny_vit(), tiny_vit()
+    trainer = QALoRATrainer(model, config(), 8)
+    assert trainer.share == 1.0
+    assert trainer.deployable(0)
+    assert [row["step"] for row in trainer.bits_history] == [0]
+    assert set(trainer.bits_history[0]["bits_per_weight"].values()) == {4 + 32 / 16}
+    assert all(module.weight is None for _, module in adapted_modules(model))
+    state = plain.state_dict()
+    for name, module in adapted_modules(model):
+        state[f"{name}.weight"] = module.quantized.dequantize()
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(model(batch[0]), plain(batch[0]))  # untrained adapters add nothing
+
+
+@pytest.mark.part("quantization")
+def test_in_between_the_weights_are_mixed_and_merged_as_mixed(tiny_vit, batch, fill_adapters) -> None:
+    plain, model = tiny_vit(), tiny_vit()
+    trainer = QALoRATrainer(model, linear(quantization_bits=4, quantization_type="int4"), 8)
+    optimizer = sgd(model)
+    for step in range(1, 5):
+        do_step(model, trainer, optimizer, batch, step)
+    assert trainer.share == 0.5
+    fill_adapters(model)
+    name, module = next(adapted_modules(model))
+    mixed = 0.5 * plain.get_submodule(name).weight + 0.5 * module.quantized.dequantize()
+    torch.testing.assert_close(module.frozen_weight(), mixed.detach())
+    plain.load_state_dict(merged_state_dict(model))
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch[0]), plain(batch[0]), rtol=0, atol=1e-5)
+
+
+def moved(tiny_vit, batch, fill_adapters, factor: float, clip_norm: float | None):
+    model = tiny_vit()
+    trainer = QALoRATrainer(model, config(gradient_scaling_factor=factor), 8, clip_norm=clip_norm)
+    fill_adapters(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    row = do_step(model, trainer, sgd(model), batch, 1)
+    changes = {name: p.detach() - before[name] for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is None for p in model.parameters())
+    return row, changes
+
+
+def test_the_factor_scales_the_adapters_gradients_and_not_the_heads(tiny_vit, batch, fill_adapters) -> None:
+    plain, plain_moved = moved(tiny_vit, batch, fill_adapters, 1.0, None)
+    scaled, scaled_moved = moved(tiny_vit, batch, fill_adapters, 3.0, None)
+    assert scaled["loss"] == plain["loss"]
+    assert len(plain_moved) == 2 * 6 * 2 + 2
+    for name, change in plain_moved.items():
+        assert change.any(), name
+        factor = 1.0 if name.startswith("head") else 3.0
+        torch.testing.assert_close(scaled_moved[name], factor * change, rtol=1e-3, atol=1e-6)
+    squares = {name: change.square().sum().item() / RATE**2 for name, change in plain_moved.items()}
+    expected = math.sqrt(sum(value * (1 if name.startswith("head") else 9) for name, value in squares.items()))
+    assert scaled["gradient_norm"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_clipping_comes_after_scaling(tiny_vit, batch, fill_adapters) -> None:
+    free, free_moved = moved(tiny_vit, batch, fill_adapters, 3.0, None)
+    clip = free["gradient_norm"] / 7
+    row, changes = moved(tiny_vit, batch, fill_adapters, 3.0, clip)
+    assert row["gradient_norm"] == free["gradient_norm"]
+    for name, change in changes.items():
+        torch.testing.assert_close(change, free_moved[name] / 7, rtol=1e-3, atol=1e-6)
+
+
+def test_a_factor_that_adam_cancels_is_said(tiny_vit, batch) -> None:
+    for factor, optimizer_class, count in ((1.5, torch.optim.AdamW, 1), (1.0, torch.optim.AdamW, 0), (1.5, None, 0)):
+        model = tiny_vit(depth=1)
+        trainer = QALoRATrainer(model, config(gradient_scaling_factor=factor), 8)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = optimizer_class(parameters, 1e-3) if optimizer_class else sgd(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in (1, 2):
+                do_step(model, trainer, optimizer, batch, step)
+        said = [str(w.message) for w in caught if w.category is SilentNoEffectWarning]
+        assert len(said) == count
+        assert all("gradient_scaling_factor 1.5 nearly cancels under AdamW" in message for message in said)
+
+
+@pytest.mark.part("configuration")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 48}, r"qa_lora\.group_size: 48 does not divide the 64 inputs of blocks\.0\.attn\.query"),
+        (
+            {"group_size": 32, "rank": 3},
+            r"rank: rank 3 is wasted on blocks\.0\.attn\.query: 64 .* of 32 allow at most 2",
+        ),
+        (
+            {"group_size": 32, "rank": 5, "targets": ("fc2",)},
+            r"rank: rank 5 is wasted on blocks\.0\.mlp\.fc2: 128 inputs in groups of 32 allow at most 4",
+        ),
+        (
+            {"use_group_quantization": False, "group_size": 32, "rank": 65},
+            r"rank 65 .* its smaller side allows at most 64",
+        ),
+    ],
+)
+def test_groups_and_ranks_that_a_site_cannot_carry_are_refused_by_its_name(tiny_vit, settings, message) -> None:
+    with pytest.raises(UserError, match=message):
+        QALoRATrainer(tiny_vit(), config(**settings), 8)
+
+
+@pytest.mark.part("quantization")
+def test_balance_equals_numpy(tiny_vit, batch, fill_adapters) -> None:
+    plain, model = tiny_vit(), tiny_vit()
+    trainer = QALoRATrainer(model, config(), 8)
+    fresh = trainer.validate_quantization_adaptation_balance(model)
+    assert fresh["adapter_to_error_ratio"] == 0.0
+    fill_adapters(model)
+    measures = trainer.validate_quantization_adaptation_balance(model)
+    errors, decibels, ratios = [], [], []
+    for name, module in adapted_modules(model):
+        weight = plain.get_submodule(name).weight.detach().double().numpy()
+        difference = np.linalg.norm(weight - module.quantized.dequantize().double().numpy())
+        delta = np.zeros_like(weight)
+        for matrix, adapter in module.adapters():
+            A, B = (p.detach().double().numpy() for p in (adapter.lora_A, adapter.lora_B))
+            delta[module.rows[matrix]] = adapter.scale * B @ np.repeat(A, 16, axis=1)
+        errors.append(difference / np.linalg.norm(weight))
+        decibels.append(20 * np.log10(np.linalg.norm(weight) / difference))
+        ratios.append(np.linalg.norm(delta) / difference)
+    assert len(errors) == 8
+    expected = {
+        "relative_quantization_error": np.mean(errors), "signal_to_noise_db": np.mean(decibels),
+        "adapter_to_error_ratio": np.mean(ratios), "quantized_share": 1.0,
+    }  # fmt: skip
+    assert measures == pytest.approx(expected, rel=1e-4)
+    exported = trainer.export_quantization_data()
+    assert json.loads(json.dumps(exported)) == exported
+    assert exported["balance"] == [{"step": 0, **fresh}, {"step": 0, **measures}]
+    assert exported["relative_error"] == pytest.approx(
+        dict(zip((name for name, _ in adapted_modules(model)), errors, strict=True)), rel=1e-4
+    )
+
+
+def test_it_learns_in_a_plain_loop(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    trainer = QALoRATrainer(model, linear(), 20)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-3)
+    losses = [do_step(model, trainer, optimizer, batch, step)["loss"] for step in range(1, 21)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(adapter.lora_B.abs().sum() > 0 for adapter in site_adapters(model).values())
