@@ -40,7 +40,8 @@ class Insight:
         interval: 95 % t interval over seeds, None if there is none.
         n: what was counted, e.g. pairs of runs.
         n_of: what n counts.
-        test: the test and what it said.
+        test: name of the test, or "none".
+        outcome: what it said, or why it says nothing.
         verdict: supported, refuted or not decided.
         note: what restricts it.
     """
@@ -53,6 +54,7 @@ class Insight:
     n: int
     n_of: str
     test: str
+    outcome: str
     verdict: Verdict
     note: str = ""
 
@@ -76,17 +78,11 @@ def insights(
     )
 
 
-def tested(comparison: Comparison) -> str:
-    """Return the name of the primary test and what it says."""
-    significance = comparison.significance
-    return outcome(comparison) if significance is None else f"{significance.test}: {outcome(comparison)}"
-
-
 def outcome(comparison: Comparison) -> str:
     """Return what the primary test says after correction, or why it says nothing."""
     significance = comparison.significance
     if significance is None:
-        return "no test: no pairs"
+        return "no pairs"
     if not significance.decidable or comparison.adjusted_p is None:
         return significance.sentence()
     return f"p = {comparison.adjusted_p:.3g} (Holm)"
@@ -101,8 +97,9 @@ def _insight(comparison: Comparison, claim: str, measure: str, unit: Unit) -> In
         estimate=None if interval is None else interval.estimate,
         interval=interval,
         n=0 if interval is None else interval.n,
-        n_of="pairs of runs with the same seed" if unit == "share" else "seeds",
-        test=tested(comparison),
+        n_of="pairs" if unit == "share" else "seeds",
+        test="none" if comparison.significance is None else comparison.significance.test,
+        outcome=outcome(comparison),
         verdict=comparison.verdict,
         note=comparison.note,
     )
@@ -124,7 +121,8 @@ def _above_majority(methods: Sequence[MethodResult]) -> tuple[Insight, ...]:
             interval=None,
             n=total,
             n_of="runs",
-            test="counted over these runs, not generalised to others",
+            test="none",
+            outcome="counted over these runs, not generalised to others",
             verdict="supported" if above == total else "refuted",
         ),
     )
@@ -210,8 +208,9 @@ def _stable_importance(patterns: Sequence[ImportancePattern]) -> tuple[Insight, 
             estimate=p.agreement_between_seeds,
             interval=None,
             n=p.pairs_of_seeds,
-            n_of="pairs of seeds",
-            test="described only: neither the sites of a network nor pairs of seeds are independent",
+            n_of="pairs",
+            test="none",
+            outcome="described only: neither the sites of a network nor pairs of seeds are independent",
             verdict="not decided",
         )
         for p in patterns

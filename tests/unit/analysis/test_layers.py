@@ -147,10 +147,11 @@ def test_every_claim_carries_n_test_and_verdict(quickstart: Study) -> None:
     for insight in found:
         assert insight.n > 0
         assert insight.test
+        assert insight.outcome
         assert insight.estimate is not None
         if "Wilcoxon" in insight.test:
             assert insight.verdict == "not decided", "two seeds decide nothing"
-            assert "not decidable with n = 2" in insight.test
+            assert "not decidable with n = 2" in insight.outcome
 
 
 def test_the_majority_claim_is_refuted_by_one_run_below() -> None:
