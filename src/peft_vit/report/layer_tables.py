@@ -220,13 +220,7 @@ def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
             )
             for q in impacts
         ),
-        note=(
-            "Against float: the same LoRA rank, scale and targets on float weights, paired by seed"
-            f"{_float_reference(impacts)}. Relative error: ‖W − Wq‖ / ‖W‖, mean over layers. Bits a weight "
-            "count codes, scales and offsets; smaller: 32 over these bits, for the quantized layers alone. "
-            "Frozen: everything that is frozen, quantized or not; the float backbone takes "
-            f"{megabytes(impacts[0].float_backbone_bytes)}. {OVER_SEEDS}"
-        ),
+        note=_quantization_note(impacts),
         data=tuple(
             {
                 "experiment": q.experiment.name,
@@ -249,6 +243,16 @@ def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
             }
             for q in impacts
         ),
+    )
+
+
+def _quantization_note(impacts: Sequence[QuantizationImpact]) -> str:
+    return (
+        "Against float: the same LoRA rank, scale and targets on float weights, paired by seed"
+        f"{_float_reference(impacts)}. Relative error: ‖W − Wq‖ / ‖W‖, mean over layers. Bits a weight "
+        "count codes, scales and offsets; smaller: 32 over these bits, for the quantized layers alone. "
+        "Frozen: everything that is frozen, quantized or not; the float backbone takes "
+        f"{megabytes(impacts[0].float_backbone_bytes)}. {OVER_SEEDS}"
     )
 
 
