@@ -6,26 +6,30 @@ from peft_vit.config import BackboneConfig, ExperimentConfig, StudyConfig
 from peft_vit.data import smoke_config
 
 _EPOCHS = 2
-_BATCH = 4
+_STEPS_PER_EPOCH = 4
 
 
 def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
     """Return the same study, small enough for a test. Its records say that they are smoke records.
 
-    Every experiment keeps its method and its settings; only schedules, images and seeds shrink.
+    Every experiment keeps its method and its settings; only schedules, images, batches, seeds and threads shrink.
     """
+    data = smoke_config(study.data, patch_size)
+    assert data.train_images is not None
+    batch_size = -(-data.train_images // _STEPS_PER_EPOCH)
     return study.model_copy(
         update={
             "seeds": study.seeds[:1],
             "backbone": BackboneConfig(model=study.backbone.model, weights="random"),
-            "data": smoke_config(study.data, patch_size),
-            "experiments": tuple(_compress(experiment) for experiment in study.experiments),
+            "threads": 1,  # products this small only wait for a second thread, for minutes if the machine is busy
+            "data": data,
+            "experiments": tuple(_compress(experiment, batch_size) for experiment in study.experiments),
         }
     )
 
 
-def _compress(experiment: ExperimentConfig) -> ExperimentConfig:
-    training = experiment.training.model_copy(update={"epochs": _EPOCHS, "batch_size": _BATCH})
+def _compress(experiment: ExperimentConfig, batch_size: int) -> ExperimentConfig:
+    training = experiment.training.model_copy(update={"epochs": _EPOCHS, "batch_size": batch_size})
     update: dict[str, object] = {"training": training}
     if experiment.adalora is not None:
         short = {"warmup_steps": 1, "update_frequency": 1, "final_steps": 1}
