@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from peft_vit.data import load_data
+from peft_vit.errors import UserError
 from peft_vit.experiments.plan import PlannedRun
 from peft_vit.experiments.run import prepare_worker, run_one
 from peft_vit.records import RunRecord, RunSpec, write_record
@@ -66,10 +69,13 @@ def execute(runs: tuple[PlannedRun, ...], results_dir: Path, on_event: Callable[
         on_event: told what happens, in this process.
 
     Raises:
+        UserError: before any run starts, if an image is broken or nothing can be written to `results_dir`.
         KeyboardInterrupt: on Ctrl-C; records of finished runs are on disk, the run in progress is lost.
     """
     if not runs:
         return []
+    _check_writable(results_dir)
+    _decode_images(runs)
     os.environ.update({name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()})
     context = multiprocessing.get_context("spawn")
     channel = context.Queue()
@@ -85,6 +91,7 @@ def execute(runs: tuple[PlannedRun, ...], results_dir: Path, on_event: Callable[
             except BrokenProcessPool:
                 record = _died(run.spec, results_dir, time.perf_counter() - started)
                 pool.shutdown(wait=False)
+                channel = context.Queue()  # the dead worker may have left a lock or half a message in the old one
                 pool = _start_pool(context, channel)
             records.append(record)
             on_event(RunEnded(run, record))
@@ -95,6 +102,22 @@ def execute(runs: tuple[PlannedRun, ...], results_dir: Path, on_event: Callable[
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return records
+
+
+def _check_writable(results_dir: Path) -> None:
+    try:
+        results_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results_dir):
+            pass
+    except OSError as error:
+        problem = f"can't be written to ({error.strerror}); choose another --output-dir"
+        raise UserError(problem, file=results_dir) from None
+
+
+def _decode_images(runs: tuple[PlannedRun, ...]) -> None:
+    """Bring every image that a run will need into the cache: a broken one should show before training, once."""
+    for data, seed, smoke in dict.fromkeys((run.spec.data, run.spec.seed, run.spec.smoke) for run in runs):
+        load_data(data, seed, smoke=smoke)
 
 
 def _start_pool(context: Any, channel: Any) -> ProcessPoolExecutor:
