@@ -1,0 +1,97 @@
+"""Every configuration in the repository loads and does every experiment's smoke run, at its backbone's real width."""
+
+from pathlib import Path
+
+import pytest
+
+from peft_vit.adapters import current_ranks, load_trained
+from peft_vit.backbones import load_backbone
+from peft_vit.config import load_study
+from peft_vit.evaluation import trainable_parameters
+from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments.methods import prepare
+from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
+
+CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
+pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache")]
+
+
+def test_the_promised_configurations_are_there() -> None:
+    names = {file.stem for file in CONFIGS}
+    assert names >= {
+        "quickstart", "adalora_comprehensive_experiment", "qa_lora_comprehensive_experiment", "fixed_rank_baselines",
+        "cifar100_vit_small", "tiny_imagenet_deit_small",
+    }  # fmt: skip
+
+
+CASES = [(file, place) for file in CONFIGS for place in range(len(load_study(file).experiments))]
+
+
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [
+        pytest.param(
+            file, place, id=f"{file.stem}-{place}",
+            marks=[pytest.mark.part("configuration")] if file.stem == "quickstart" else [],
+        )
+        for file, place in CASES
+    ],
+)  # fmt: skip
+def test_smoke(file: Path, place: int, tmp_path: Path) -> None:
+    study = load_study(file)
+    one = study.model_copy(update={"experiments": study.experiments[place : place + 1]})
+    plan = plan_study(one, tmp_path, file=file, smoke=True)
+    assert len(plan.runs) == len(plan.pending) == 1
+    record = run_one(plan.runs[0].spec, tmp_path)
+    assert (record.status, record.error) == ("done", None)
+    assert record == read_record(run_folder(tmp_path, record.spec) / "record.json")
+    check_record(record)
+    if record.spec.experiment.method in ("adalora", "qa_lora"):  # fixed ranks: see test_experiments_run.py
+        check_saved_adapter(record, tmp_path)
+
+
+def check_record(record: RunRecord) -> None:
+    """Check what every record must hold, and that it says what it is."""
+    assert record.spec.smoke
+    assert record.provenance.random_weights
+    assert record.provenance.weights_sha256 is None
+    assert "random" in record.provenance.weights_name
+    assert len(record.steps) == 8
+    assert record.seconds < 60
+    assert record.validation == next(e.metrics for e in record.evaluations if e.step == record.chosen_step)
+    assert next(e for e in record.evaluations if e.step == record.chosen_step).deployable
+    assert record.test.n == record.split_sizes["test"]
+    binary = len(record.class_names) == 2
+    assert (record.test.auroc is not None) == binary
+    method, parameters = record.spec.experiment.method, record.parameters
+    if method == "adalora":
+        budget = record.spec.experiment.adalora.total_rank_budget
+        assert [entry.step for entry in record.importance_history] == list(range(1, 8))
+        assert sum(record.rank_history[-1].ranks.values()) == budget
+        assert all(sum(entry.ranks.values()) <= entry.budget for entry in record.rank_history)
+        assert parameters.peak >= parameters.initial
+    else:
+        assert parameters.initial == parameters.final == parameters.peak
+    assert (record.quantization is not None) == (method == "qa_lora") == bool(record.bits_history)
+    assert parameters.final > parameters.head if method != "linear" else parameters.final == parameters.head
+    if method == "full":
+        assert parameters.final == parameters.head + parameters.backbone_total
+        assert record.bytes.frozen_bytes == 0
+    assert record.bytes.trainable_bytes == 4 * parameters.final
+    assert 4 * parameters.final < record.bytes.adapter_file_bytes < 4 * parameters.final + 50_000
+    if method == "qa_lora":
+        bits = record.spec.experiment.qa_lora.quantization_bits
+        assert bits < record.quantization.bits_per_weight <= bits + 1
+
+
+def check_saved_adapter(record: RunRecord, results_dir: Path) -> None:
+    """Check that the file fits a fresh model, whose live counts are the recorded ones."""
+    spec = record.spec
+    fresh = load_backbone(
+        spec.backbone, image_size=spec.data.image_size, num_classes=len(record.class_names), seed=9, smoke=True
+    ).model
+    prepare(fresh, spec.experiment, total_steps=8, seed=9)
+    metadata = load_trained(fresh, run_folder(results_dir, spec) / ADAPTER_FILE)
+    assert metadata["ranks"] == current_ranks(fresh) == (record.rank_history[-1].ranks if record.rank_history else {})
+    assert trainable_parameters(fresh) == record.parameters.final
+    assert metadata["class_names"] == record.class_names

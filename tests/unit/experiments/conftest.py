@@ -1,0 +1,47 @@
+"""A study of seconds: a ViT of width 64 with random weights on handwritten digits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from peft_vit.config import StudyConfig, study_from_mapping
+
+METHODS = {
+    "linear": {},
+    "full": {},
+    "lora": {"lora": {"rank": 2}},
+    "adalora": {
+        "adalora": {
+            "total_rank_budget": 40, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
+            "update_frequency": 1, "warmup_steps": 2, "final_steps": 2, "parametrization": "svd",
+        }
+    },
+    "qa_lora": {
+        "qa_lora": {
+            "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
+            "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 2,
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def study(cache: str) -> Callable[..., StudyConfig]:
+    """Make a study of some methods; keyword arguments go into its training settings."""
+
+    def make(*methods: str, seeds: tuple[int, ...] = (0,), **training: object) -> StudyConfig:
+        settings = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, **training}
+        mapping = {
+            "name": "tiny", "seeds": list(seeds), "threads": 1, "device": "cpu",
+            "backbone": {"model": "test_vit", "weights": "random"},
+            "data": {
+                "dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30
+            },
+            "experiments": [
+                {"name": method, "method": method, "training": settings, **METHODS[method]} for method in methods
+            ],
+        }  # fmt: skip
+        return study_from_mapping(mapping, file=Path("tiny.yaml"))
+
+    return make

@@ -1,0 +1,127 @@
+"""A plan counts, checks and estimates every run before the first; what is done is skipped, what changed is refused."""
+
+import pytest
+import torch
+
+from peft_vit.errors import UserError
+from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments.plan import resolve_device
+from peft_vit.experiments.smoke import smoke_study
+from peft_vit.records import read_record, run_folder, write_record
+
+pytestmark = pytest.mark.part("runner")
+
+
+def planned(config, folder):
+    return plan_study(config, folder, file=folder / "tiny.yaml")
+
+
+def with_section(config, method: str, **settings):
+    """Return the study with other settings in the section of one method."""
+    changed = []
+    for experiment in config.experiments:
+        section = getattr(experiment, experiment.method, None)
+        update = {experiment.method: section.model_copy(update=settings)} if experiment.method == method else {}
+        changed.append(experiment.model_copy(update=update))
+    return config.model_copy(update={"experiments": tuple(changed)})
+
+
+def test_every_run_is_counted_and_estimated(study, tmp_path) -> None:
+    plan = planned(study("linear", "lora", seeds=(3, 4)), tmp_path)
+    assert [run.spec.run_id for run in plan.runs] == [
+        "tiny/linear/seed_3", "tiny/linear/seed_4", "tiny/lora/seed_3", "tiny/lora/seed_4"
+    ]  # fmt: skip
+    assert plan.pending == plan.runs
+    assert {run.total_steps for run in plan.runs} == {6}
+    assert all(run.estimate.seconds > 0 and run.estimate.peak_memory_bytes > 1e8 for run in plan.runs)
+    assert not any(run.estimate.measured for run in plan.runs)
+    assert list(tmp_path.iterdir()) == []  # planning writes nothing
+
+
+def test_done_runs_are_skipped_and_estimate_the_others(study, tmp_path) -> None:
+    config = study("linear", seeds=(0, 1))
+    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    plan = planned(config, tmp_path)
+    assert [run.done for run in plan.runs] == [True, False]
+    assert [run.spec.seed for run in plan.pending] == [1]
+    assert all(run.estimate.measured and run.estimate.seconds == record.seconds for run in plan.runs)
+
+
+def test_failed_runs_are_done_again(study, tmp_path) -> None:
+    config = study("linear")
+    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    write_record(tmp_path, record.model_copy(update={"status": "failed", "error": "the worker process died"}))
+    assert len(planned(config, tmp_path).pending) == 1
+    run_one(record.spec, tmp_path)
+    assert planned(config, tmp_path).pending == ()
+
+
+def test_a_changed_configuration_under_the_same_name_is_refused_with_the_difference(study, tmp_path) -> None:
+    config = study("lora")
+    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    file = run_folder(tmp_path, record.spec) / "record.json"
+    before = file.read_bytes()
+    with pytest.raises(UserError) as caught:
+        planned(with_section(config, "lora", rank=3), tmp_path)
+    message = str(caught.value)
+    assert message.startswith(str(file))
+    assert "experiment.lora.rank: 2 -> 3" in message
+    assert "another name, or choose another --output-dir" in message
+    assert file.read_bytes() == before
+    other_seeds = config.model_copy(update={"seeds": (0, 5)})
+    assert [run.done for run in planned(other_seeds, tmp_path).runs] == [True, False]
+
+
+def test_a_damaged_record_is_refused_by_its_file(study, tmp_path) -> None:
+    config = study("linear")
+    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    file = run_folder(tmp_path, record.spec) / "record.json"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(UserError, match=r"record\.json: is not a readable record .* rerun this run or move it away"):
+        planned(config, tmp_path)
+    with pytest.raises(UserError, match="not a readable record"):
+        read_record(file)
+
+
+@pytest.mark.part("configuration")
+@pytest.mark.parametrize(
+    ("method", "settings", "field"),
+    [
+        ("lora", {"rank": 65}, r"lora\.rank: rank 65 is wasted on blocks\.0\.attn\.query: .* at most 64"),
+        ("adalora", {"total_rank_budget": 35, "minimum_rank": 1}, r"adalora\.total_rank_budget: expected 36"),
+        ("adalora", {"warmup_steps": 6}, r"adalora\.warmup_steps: .* leave no step for a decision in 6 steps"),
+        ("adalora", {"allocation_strategy": "top_k", "top_k": 37}, r"adalora\.top_k: 37 exceeds the 36 sites"),
+        ("qa_lora", {"group_size": 48}, r"qa_lora\.group_size: 48 does not divide the 64 inputs of blocks\.0"),
+        ("qa_lora", {"rank": 5}, r"qa_lora\.rank: rank 5 is wasted on blocks\.0\.attn\.query"),
+        (
+            "qa_lora", {"quantization_schedule": "linear", "quantization_end_step": 7},
+            r"qa_lora\.quantization_end_step: .* can't finish within 6 steps",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_run_would_refuse_is_refused_by_the_plan(study, tmp_path, method, settings, field) -> None:
+    config = with_section(study("linear", method), method, **settings)
+    with pytest.raises(UserError, match=rf"tiny\.yaml: experiments\[1\]\.{field}"):
+        planned(config, tmp_path)
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    missing = next(n for n in ("mps", "cuda") if not {"mps": torch.backends.mps, "cuda": torch.cuda}[n].is_available())
+    with pytest.raises(UserError, match=f"device: {missing} is not available on this machine; use auto or cpu"):
+        resolve_device(missing)
+
+
+def test_smoke_shrinks_schedules_and_keeps_methods(study) -> None:
+    config = study("linear", "lora", "adalora", "qa_lora", seeds=(5, 6))
+    small = smoke_study(config, patch_size=16)
+    assert small.seeds == (5,)
+    assert small.threads == 1
+    assert small.backbone.weights == "random"
+    assert [e.method for e in small.experiments] == [e.method for e in config.experiments]
+    before, after = config.experiments[2].adalora, small.experiments[2].adalora
+    kept = {"warmup_steps", "update_frequency", "final_steps"}
+    assert before.model_dump(exclude=kept) == after.model_dump(exclude=kept)
+    assert small.experiments[3].qa_lora == config.experiments[3].qa_lora  # constant: nothing to shorten
+    assert {-(-small.data.train_images // e.training.batch_size) for e in small.experiments} == {4}

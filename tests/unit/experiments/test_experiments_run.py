@@ -1,0 +1,144 @@
+"""A run repeats bit for bit, is paired with the other methods', reads the test split once, and fails in its record."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from peft_vit.adapters import current_ranks, load_trained
+from peft_vit.backbones import load_backbone
+from peft_vit.data import SealedImages, load_data
+from peft_vit.evaluation import measure, predict, trainable_parameters
+from peft_vit.experiments import plan_study, run, run_one
+from peft_vit.experiments.methods import prepare
+from peft_vit.experiments.provenance import git_state, hash_arrays, package_versions
+from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
+
+pytestmark = pytest.mark.part("runner")
+METHODS = ("linear", "full", "lora", "adalora", "qa_lora")
+
+
+def specs(config, folder) -> list:
+    return [planned.spec for planned in plan_study(config, folder, file=folder / "tiny.yaml").runs]
+
+
+def do(config, folder) -> list[RunRecord]:
+    records = [run_one(spec, folder) for spec in specs(config, folder)]
+    assert [record.error for record in records] == [None] * len(records)
+    return records
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_repeats_the_weights_and_another_does_not(study, tmp_path, method) -> None:
+    first, other = do(study(method, seeds=(0, 1)), tmp_path / "a")
+    (again,) = do(study(method), tmp_path / "b")
+    assert again.adapter_sha256 == first.adapter_sha256 != other.adapter_sha256
+    content = (run_folder(tmp_path / "b", again.spec) / ADAPTER_FILE).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == again.adapter_sha256
+    for a, b in zip(first.steps, again.steps, strict=True):
+        assert (a.loss, a.gradient_norm, a.penalties) == (b.loss, b.gradient_norm, b.penalties)
+    assert (first.validation, first.test, first.rank_history) == (again.validation, again.test, again.rank_history)
+    assert first.steps[0].loss != other.steps[0].loss
+
+
+def test_methods_are_paired_within_a_seed(study, tmp_path) -> None:
+    records = do(study(*METHODS, seeds=(0, 1), epochs=1, batch_size=4), tmp_path)
+    hashes = {0: set(), 1: set()}
+    for record in records:
+        p = record.provenance
+        hashes[record.spec.seed].add((p.head_init_sha256, p.data_order_sha256))
+        assert p.split_sha256 == records[0].provenance.split_sha256
+        assert p.random_weights
+        assert p.threads == 1
+    assert len(hashes[0]) == len(hashes[1]) == 1
+    ((head_0, order_0),), ((head_1, order_1),) = hashes[0], hashes[1]
+    assert head_0 != head_1
+    assert order_0 != order_1
+
+
+@pytest.mark.part("controller")
+@pytest.mark.parametrize("method", ["lora", "adalora", "qa_lora"])
+def test_the_saved_adapter_gives_the_recorded_counts_and_test_results(study, tmp_path, method) -> None:
+    (record,) = do(study(method), tmp_path)
+    spec = record.spec
+    backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=77)
+    prepare(backbone.model, spec.experiment, total_steps=len(record.steps), seed=77)
+    load_trained(backbone.model, run_folder(tmp_path, spec) / ADAPTER_FILE)
+    assert trainable_parameters(backbone.model) == record.parameters.final
+    assert current_ranks(backbone.model) == record.rank_history[-1].ranks
+    images = load_data(spec.data, spec.seed).test.open()
+    batches = images.ordered_batches(32, backbone.mean, backbone.std)
+    metrics = measure(*predict(backbone.model, batches, device=torch.device("cpu"), precision="fp32"))
+    assert metrics == record.test
+    if method == "adalora":
+        assert record.parameters.final < record.parameters.initial <= record.parameters.peak
+        assert sum(record.rank_history[-1].ranks.values()) == 40
+        assert record.steps[0].penalties["orthogonality"] > 0
+        weights = sum(
+            rank * (site.in_features + site.out_features + 1)
+            for site in record.sites
+            for rank in [record.rank_history[-1].ranks[site.name]]
+        )
+        assert record.parameters.final == weights + record.parameters.head
+        # Two moments a value; step counts of 4 bytes a tensor add little. Ranks stand since step 4.
+        assert 0 <= record.bytes.optimizer_bytes - 8 * record.parameters.final <= 4 * (3 * 36 + 2)
+
+
+def test_the_test_split_is_opened_once_after_training(study, tmp_path, monkeypatch) -> None:
+    opened, trained = [], []
+    open_split, train = SealedImages.open, run.train
+
+    def counting_open(self):
+        opened.append(len(trained))
+        return open_split(self)
+
+    def counting_train(*args, **settings):
+        result = train(*args, **settings)
+        assert opened == []
+        trained.append(result)
+        return result
+
+    monkeypatch.setattr(SealedImages, "open", counting_open)
+    monkeypatch.setattr(run, "train", counting_train)
+    (record,) = do(study("lora"), tmp_path)
+    assert opened == [1]
+    assert record.test.n == 30
+    assert record.chosen_step == trained[0].chosen.step
+
+
+def test_a_diverged_run_is_a_failed_record(study, tmp_path) -> None:
+    (spec,) = specs(study("full", learning_rate=1e30, clip_norm=None, optimizer="sgd"), tmp_path)
+    record = run_one(spec, tmp_path)
+    assert record.status == "failed"
+    assert record.error.startswith("DivergedError: the ")
+    assert "lower the learning rate" in record.error
+    assert len(record.error.splitlines()) == 1
+    assert "Traceback" in record.traceback
+    assert record.provenance is record.parameters is record.test is None
+    folder = run_folder(tmp_path, spec)
+    assert [file.name for file in folder.iterdir()] == ["record.json"]
+    assert read_record(folder / "record.json") == record
+
+
+def test_a_setting_without_effect_is_said_in_the_record(study, tmp_path) -> None:
+    config = study("qa_lora")
+    (experiment,) = config.experiments
+    scaled = experiment.qa_lora.model_copy(update={"gradient_scaling_factor": 2.0})
+    loud = config.model_copy(update={"experiments": (experiment.model_copy(update={"qa_lora": scaled}),)})
+    (record,), (quiet,) = do(loud, tmp_path / "a"), do(config, tmp_path / "b")
+    assert len(record.warnings) == 1
+    assert "gradient_scaling_factor 2.0 nearly cancels under AdamW" in record.warnings[0]
+    assert quiet.warnings == []
+
+
+def test_provenance() -> None:
+    versions = package_versions()
+    assert versions["torch"] == torch.__version__
+    commit, dirty = git_state()
+    assert (commit is None) == (dirty is None)
+    a = np.arange(6, dtype=np.int64)
+    different = [[a], [a.reshape(2, 3)], [a.astype(np.int32)], [a, a], [torch.arange(6) + 1], []]
+    assert len({hash_arrays(arrays) for arrays in different}) == len(different)
+    assert hash_arrays([a]) == hash_arrays([torch.arange(6)])
+    assert hash_arrays([a.reshape(2, 3).T]) == hash_arrays([a.reshape(2, 3).T.copy()])
