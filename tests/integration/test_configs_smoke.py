@@ -1,5 +1,6 @@
 """Every configuration in the repository loads and does every experiment's smoke run, at its backbone's real width."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,15 @@ from peft_vit.adapters import current_ranks, load_trained
 from peft_vit.backbones import load_backbone
 from peft_vit.config import load_study
 from peft_vit.evaluation import trainable_parameters
-from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments import Plan, plan_study, run_one
 from peft_vit.experiments.methods import prepare
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
 
 CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
-pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache")]
+pytestmark = pytest.mark.usefixtures("cache")
 
 
+@pytest.mark.part("configuration")
 def test_the_promised_configurations_are_there() -> None:
     names = {file.stem for file in CONFIGS}
     assert names >= {
@@ -24,7 +26,12 @@ def test_the_promised_configurations_are_there() -> None:
     }  # fmt: skip
 
 
-CASES = [(file, place) for file in CONFIGS for place in range(len(load_study(file).experiments))]
+@cache
+def planned(file: Path) -> Plan:
+    study = load_study(file)
+    plan = plan_study(study, Path("/nothing/is/done/here"), file=file, smoke=True)
+    assert [run.spec.experiment.name for run in plan.pending] == [e.name for e in study.experiments]
+    return plan
 
 
 @pytest.mark.parametrize(
@@ -32,17 +39,14 @@ CASES = [(file, place) for file in CONFIGS for place in range(len(load_study(fil
     [
         pytest.param(
             file, place, id=f"{file.stem}-{place}",
-            marks=[pytest.mark.part("configuration")] if file.stem == "quickstart" else [],
+            marks=[pytest.mark.part("runner")] if file.stem == "quickstart" else [],
         )
-        for file, place in CASES
+        for file in CONFIGS
+        for place in range(len(load_study(file).experiments))
     ],
 )  # fmt: skip
 def test_smoke(file: Path, place: int, tmp_path: Path) -> None:
-    study = load_study(file)
-    one = study.model_copy(update={"experiments": study.experiments[place : place + 1]})
-    plan = plan_study(one, tmp_path, file=file, smoke=True)
-    assert len(plan.runs) == len(plan.pending) == 1
-    record = run_one(plan.runs[0].spec, tmp_path)
+    record = run_one(planned(file).runs[place].spec, tmp_path)
     assert (record.status, record.error) == ("done", None)
     assert record == read_record(run_folder(tmp_path, record.spec) / "record.json")
     check_record(record)
