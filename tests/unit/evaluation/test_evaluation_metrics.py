@@ -51,13 +51,19 @@ def test_against_definitions(classes) -> None:
         assert result.auroc is None
 
 
-@pytest.mark.parametrize("bins", [1, 10, 15])
+@pytest.mark.parametrize("bins", [1, 4, 10, 15])
 def test_calibration_at_the_edges_of_bins(bins) -> None:
-    confidence = np.array([0.0, 0.1, 0.1, 0.2, 0.5, 0.5, 1.0, 1.0, 0.95])
-    correct = np.array([0, 1, 0, 0, 1, 0, 1, 0, 1], bool)
+    rng = np.random.default_rng(bins)
+    confidence = np.concatenate([rng.random(60), np.arange(bins + 1) / bins, [0.0, 1.0]])  # half of them on an edge
+    correct = rng.random(len(confidence)) < 0.6
     expected = slow_ece(confidence, correct, bins)
     assert expected_calibration_error(confidence, correct, bins) == pytest.approx(expected, rel=1e-12)
     assert expected_calibration_error(np.ones(4), np.ones(4, bool)) == 0.0
+
+
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below() -> None:
+    confidence, correct = np.array([0.5, 0.4, 0.6]), np.array([True, False, False])
+    assert expected_calibration_error(confidence, correct, 2) == pytest.approx((abs(1 - 0.9) + 0.6) / 3)
 
 
 def test_extreme_logits_and_one_class_stay_finite() -> None:

@@ -6,11 +6,13 @@ import torch
 from torch.nn import functional as F
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
-from peft_vit.adapters import attach_adapters, current_ranks, freeze_backbone
+from peft_vit.adapters import attach_adapters, current_ranks, freeze_backbone, set_ranks
 from peft_vit.backbones import find_sites
 from peft_vit.config import TrainingConfig
 from peft_vit.evaluation import measure, predict, trainable_parameters
+from peft_vit.records import Evaluation, Metrics
 from peft_vit.training import AllocationHook, DivergedError, class_weights, steps_per_epoch, train
+from peft_vit.training.loop import _Best
 
 pytestmark = pytest.mark.part("trainer")
 
@@ -94,6 +96,25 @@ def test_validation_chooses_the_best_deployable_epoch_and_the_model_is_left_ther
         assert measure(*predict(model, batches, device=setting.device, precision="fp32")) == result.chosen.metrics
     with pytest.raises(RuntimeError, match="no epoch ended in a deployable state"):
         train(lora(tiny_vit()), data(), config(), setting, seed=0, hooks=[DeployableFrom(10)])
+
+
+def test_an_earlier_choice_comes_back_with_its_ranks(tiny_vit, batch, fill_adapters) -> None:
+    def evaluation(step: int, accuracy: float) -> Evaluation:
+        metrics = Metrics(n=1, accuracy=accuracy, balanced_accuracy=accuracy, auroc=None, nll=1.0, ece=0.0)
+        return Evaluation(step=step, epoch=step, deployable=True, metrics=metrics)
+
+    model, best = lora(tiny_vit()), _Best()
+    fill_adapters(model)
+    ranks = current_ranks(model)
+    with torch.no_grad():
+        logits = model(batch[0])
+    best.offer(evaluation(1, 0.9), model)
+    set_ranks(model, dict.fromkeys(ranks, 1))
+    best.offer(evaluation(2, 0.8), model)
+    assert best.restore(model).step == 1
+    assert current_ranks(model) == ranks
+    with torch.no_grad():
+        assert torch.equal(model(batch[0]), logits)
 
 
 def test_the_test_split_stays_sealed(tiny_vit, data, setting) -> None:
