@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -16,10 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.experiments.plan import PlannedRun
-from peft_vit.experiments.run import prepare_worker, run_one
+from peft_vit.experiments.run import run_one
 from peft_vit.records import RunRecord, RunSpec, write_record
 from peft_vit.training import Progress
 
@@ -121,13 +125,23 @@ def _decode_images(runs: tuple[PlannedRun, ...]) -> None:
 
 
 def _start_pool(context: Any, channel: Any) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_initialize, initargs=(channel,))
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_initialize, initargs=(channel, os.getpid()))
 
 
-def _initialize(channel: Any) -> None:
+def _initialize(channel: Any, parent: int) -> None:
+    """Make a fresh worker ready: it leaves Ctrl-C to its parent, and does not outlive it."""
     global _channel  # noqa: PLW0603 - a worker has one parent
     _channel = channel
-    prepare_worker()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_interop_threads(1)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(spec: RunSpec, results_dir: Path) -> RunRecord:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import time
 import traceback
@@ -200,12 +199,3 @@ def _adapter_metadata(spec: RunSpec, provenance: Provenance, data: Data) -> dict
         "weights_name": provenance.weights_name,
         "weights_sha256": provenance.weights_sha256,
     }
-
-
-def prepare_worker() -> None:
-    """Make a fresh process ready for runs: it leaves interrupts to its parent."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_interop_threads(1)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
