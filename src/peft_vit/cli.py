@@ -28,9 +28,7 @@ SMOKE_OUTPUT = Path("experiments/outputs/adaptive_smoke")  # apart: a smoke run 
 Configs = Annotated[list[Path], typer.Argument(help="YAML files of studies", show_default=False)]
 OutputDir = Annotated[
     Path | None,
-    typer.Option(
-        help=f"where records go; done runs are skipped. Default {DEFAULT_OUTPUT}; smoke: {SMOKE_OUTPUT}"
-    ),
+    typer.Option(help=f"where records go; done runs are skipped. Default {DEFAULT_OUTPUT}; smoke: {SMOKE_OUTPUT}"),
 ]
 Smoke = Annotated[bool, typer.Option("--smoke", help="random weights, synthetic files, a few steps; marked so")]
 ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
@@ -44,6 +42,12 @@ class MethodName(StrEnum):
     LORA = "lora"
     ADALORA = "adalora"
     QA_LORA = "qa_lora"
+
+
+class ExportFormat(StrEnum):
+    """Formats of `export`."""
+
+    PEFT = "peft"
 
 
 @app.command()
@@ -62,7 +66,7 @@ def run(
 
 
 @app.command()
-def plan(configs: Configs, output_dir: OutputDir = DEFAULT_OUTPUT, smoke: Smoke = False) -> None:
+def plan(configs: Configs, output_dir: OutputDir = None, smoke: Smoke = False) -> None:
     """Check the studies and print every run with its estimated time and memory."""
     _plan_all(configs, output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT), smoke)
 
@@ -88,6 +92,19 @@ def report(
 
     files = build_report(results_dir, output_dir or results_dir / "report")
     print(f"Report: {files.html}\nMarkdown: {files.markdown}")
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="holds record.json and adapter.safetensors", show_default=False)],
+    output: Annotated[Path, typer.Option(help="a new or empty folder", show_default=False)],
+    format: Annotated[ExportFormat, typer.Option(help="peft: LoRA files for the PEFT library")] = ExportFormat.PEFT,
+) -> None:
+    """Write what a run of lora, adalora or linear has trained so that another library loads it."""
+    from peft_vit.experiments.export import export_run_to_peft
+
+    export_run_to_peft(run_dir, output)
+    print(f"{format.value}: {output}\nThe base that it belongs to: {output / 'peft_vit.json'}")
 
 
 @app.command()
@@ -207,7 +224,7 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command goes on with the runs that are not done", file=sys.stderr)
         raise SystemExit(130) from None
 
@@ -215,7 +232,14 @@ def user_errors() -> Iterator[None]:
 def main(arguments: list[str] | None = None, command: Callable[..., Any] = app) -> None:
     """Run the command line."""
     with user_errors():
-        command(arguments)
+        try:
+            code = command(arguments, standalone_mode=False)
+        except Exception as error:
+            # Typer's own errors (an unknown option, a value out of range) share no public class, only this method.
+            if not hasattr(error, "format_message"):
+                raise
+            raise UserError(f"{error.format_message()} Try --help.", file="command line") from None
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""A finished run comes back as it was tested, and PEFT loads it over the plain timm model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from peft_vit.cli import main
+from peft_vit.config import study_from_mapping
+from peft_vit.data import load_data
+from peft_vit.evaluation import measure, predict
+from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments.export import RestoredRun, restore_run
+from peft_vit.packages import sha256_of
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, read_record
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("cache")
+
+ADALORA = {
+    "importance_metric": "sensitivity", "update_frequency": 1, "warmup_steps": 2, "final_steps": 2,
+    "allocation_strategy": "global",
+}  # fmt: skip
+EXPERIMENTS = {
+    "linear": {"method": "linear"},
+    "full": {"method": "full"},
+    "lora": {"method": "lora", "lora": {"rank": 2, "scale": 1.7}},
+    "adaptive": {"method": "adalora", "adalora": {**ADALORA, "total_rank_budget": 40}},
+    "triplets": {"method": "adalora", "adalora": {**ADALORA, "total_rank_budget": 20, "parametrization": "svd"}},
+    "quantized": {
+        "method": "qa_lora",
+        "qa_lora": {
+            "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "linear",
+            "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 2,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Do one run of each experiment on weights out of a file; return their folders."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(5)
+    save_file(timm.create_model("test_vit", img_size=32).state_dict(), folder / "base.safetensors")
+    mapping = {
+        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu",
+        "backbone": {"model": "test_vit", "weights": "file", "file": str(folder / "base.safetensors")},
+        "data": {
+            "dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30
+        },
+        "experiments": [
+            {"name": name, "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}, **experiment}
+            for name, experiment in EXPERIMENTS.items()
+        ],
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_VIT_CACHE", _session_cache)
+        plan = plan_study(study_from_mapping(mapping, file=folder / "tiny.yaml"), folder, file=folder / "tiny.yaml")
+        for planned in plan.runs:
+            assert run_one(planned.spec, folder).status == "done"
+    return {planned.spec.experiment.name: folder / planned.spec.run_id for planned in plan.runs}
+
+
+def recorded(run: RestoredRun) -> dict[str, float]:
+    """Return the test metrics that the record holds."""
+    assert run.record.test is not None
+    return run.record.test.model_dump(exclude_none=True)
+
+
+def metrics_on_test(model: torch.nn.Module, run_dir: Path) -> dict[str, float]:
+    """Measure a model on the run's test split, images normalized as the pretraining did."""
+    spec = read_record(run_dir / RECORD_FILE).spec
+    cfg = timm.get_pretrained_cfg("test_vit")
+    batches = load_data(spec.data, spec.seed, smoke=False).test.open().ordered_batches(32, cfg.mean, cfg.std)
+    return measure(*predict(model, batches, device=torch.device("cpu"), precision="fp32")).model_dump(exclude_none=True)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_restored_run_has_its_test_metrics(runs, name) -> None:
+    run = restore_run(runs[name])
+    assert metrics_on_test(run.model, runs[name]) == pytest.approx(recorded(run), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "lora", "adaptive", "triplets"])
+def test_peft_loads_an_export_over_the_plain_model(runs, tmp_path, capsys, name) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(runs[name]), "--format", "peft", "--output", str(tmp_path / "out")])
+    assert ended.value.code == 0
+    assert str(tmp_path / "out" / "peft_vit.json") in capsys.readouterr().out
+    weights = runs[name].parents[2] / "base.safetensors"
+    base = json.loads((tmp_path / "out" / "peft_vit.json").read_text())
+    assert base["weights_sha256"] == sha256_of(weights)
+    assert base["weights_name"] == "file base.safetensors"
+    assert base["class_names"] == [str(digit) for digit in range(10)]
+
+    plain = timm.create_model(base["model"], img_size=base["image_size"])
+    plain.load_state_dict(load_file(weights))
+    plain.reset_classifier(len(base["class_names"]))
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
+    ours = restore_run(runs[name])
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(images), ours.model(images), rtol=0, atol=1e-5)
+    assert metrics_on_test(theirs, runs[name]) == pytest.approx(recorded(ours), rel=1e-4)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], run_dir: Path, output: Path) -> str:
+    """Return the one line that the command prints, after checking that it wrote nothing."""
+    before = sorted(output.rglob("*"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(run_dir), "--output", str(output)])
+    assert ended.value.code == 2
+    assert sorted(output.rglob("*")) == before
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(("name", "reason"), [("full", "every weight"), ("quantized", "quantized weights")])
+def test_methods_without_a_counterpart(runs, tmp_path, capsys, name, reason) -> None:
+    line = refusal(capsys, runs[name], tmp_path / "out")
+    assert reason in line
+    assert "lora, adalora or linear" in line
+
+
+def test_a_folder_that_is_no_good_run(runs, tmp_path, capsys) -> None:
+    assert "record.json" in refusal(capsys, tmp_path / "nowhere", tmp_path / "out")
+    run_dir = tmp_path / "run"
+    shutil.copytree(runs["lora"], run_dir)
+    tensors = load_file(run_dir / ADAPTER_FILE)
+    (run_dir / ADAPTER_FILE).unlink()
+    assert ADAPTER_FILE in refusal(capsys, run_dir, tmp_path / "out")
+    save_file(tensors, run_dir / ADAPTER_FILE)  # the same values, without the header
+    assert "SHA-256" in refusal(capsys, run_dir, tmp_path / "out")
+    shutil.copy(runs["lora"] / ADAPTER_FILE, run_dir)
+    record = (run_dir / RECORD_FILE).read_text()
+    (run_dir / RECORD_FILE).write_text(record.replace('"status": "done"', '"status": "failed"', 1))
+    assert "this run failed" in refusal(capsys, run_dir, tmp_path / "out")
+
+
+def test_other_weights_of_the_same_name(runs, tmp_path, capsys) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(runs["lora"], run_dir)
+    other = tmp_path / "base.safetensors"
+    save_file(timm.create_model("test_vit", img_size=32).state_dict(), other)
+    record = (run_dir / RECORD_FILE).read_text()
+    moved, count = re.subn(r'"file": "[^"]*base\.safetensors"', f'"file": "{other}"', record)
+    assert count == 1
+    (run_dir / RECORD_FILE).write_text(moved)
+    line = refusal(capsys, run_dir, tmp_path / "out")
+    assert sha256_of(other) in line
+    assert "trained on" in line
+
+
+def test_an_export_overwrites_nothing(runs, tmp_path, capsys) -> None:
+    (tmp_path / "thesis.txt").write_text("keep me")
+    assert "holds files already" in refusal(capsys, runs["lora"], tmp_path)
