@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft_vit.analysis import analyze, load_studies
+from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Drawing, StudyDocument, Table
 from peft_vit.report.html import write_html
@@ -42,12 +44,13 @@ def build_report(results_dir: Path, output_dir: Path) -> ReportFiles:
     """Write the report on all records below a directory: HTML, Markdown, figures, tables.
 
     Raises:
-        UserError: if there is no record, or an unreadable one.
+        UserError: if there is no record, or an unreadable one, or if the output can't be written.
     """
     documents = _documents(results_dir)
     html = output_dir / HTML_FILE
-    write_atomically(html, write_html(documents).encode())
-    markdown, figures, tables = _write_parts(documents, output_dir)
+    with _writing_to(output_dir):
+        write_atomically(html, write_html(documents).encode())
+        markdown, figures, tables = _write_parts(documents, output_dir)
     return ReportFiles(html, markdown, figures, tables)
 
 
@@ -55,10 +58,21 @@ def write_analysis(results_dir: Path, output_dir: Path) -> Path:
     """Write the summary as Markdown with its figures and tables, and return its path.
 
     Raises:
-        UserError: if there is no record, or an unreadable one.
+        UserError: if there is no record, or an unreadable one, or if the output can't be written.
     """
-    markdown, _, _ = _write_parts(_documents(results_dir), output_dir)
+    documents = _documents(results_dir)
+    with _writing_to(output_dir):
+        markdown, _, _ = _write_parts(documents, output_dir)
     return markdown
+
+
+@contextmanager
+def _writing_to(output_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = f"can't be written to ({error.strerror}); choose another --output-dir"
+        raise UserError(problem, file=output_dir) from None
 
 
 def _documents(results_dir: Path) -> tuple[StudyDocument, ...]:

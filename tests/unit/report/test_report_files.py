@@ -4,6 +4,7 @@ import csv
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -198,6 +199,17 @@ def test_an_empty_or_missing_directory_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="does not exist"):
             entry(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("entry", [build_report, write_analysis])
+@pytest.mark.parametrize("output", ["a_file", "a_file/below", "x" * 300])
+def test_an_output_directory_that_cannot_be_is_one_line(entry: Callable, output: str, tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("kept")
+    results = planted.write(tmp_path / "results", LINEAR_ONLY)
+    with pytest.raises(UserError, match=r"can't be written to \(.+\); choose another --output-dir$") as caught:
+        entry(results, tmp_path / output)
+    assert caught.value.file == str(tmp_path / output)
+    assert (tmp_path / "a_file").read_text() == "kept"
 
 
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:
