@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,12 +66,17 @@ def read_weights(config: BackboneConfig) -> Weights:
 
 
 def _checked_file(config: BackboneConfig) -> tuple[Path, str]:
-    file = Path(config.file or "").expanduser()
+    file = Path(os.path.expanduser(config.file or ""))
+    if os.path.isdir(file):
+        raise UserError("is a folder; expected a .safetensors, .pth or .pt file", file=file, field="backbone.file")
     if file.suffix not in (".safetensors", ".pth", ".pt"):
         raise UserError("expected a .safetensors, .pth or .pt file", file=file, field="backbone.file")
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path.is_file, also False for an impossible name
         raise UserError("does not exist; correct the path of the weights", file=file, field="backbone.file")
-    actual = sha256_of(file)
+    try:
+        actual = sha256_of(file)
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror})", file=file, field="backbone.file") from None
     if config.sha256 not in (None, actual):
         raise UserError(
             f"the file has SHA-256 {actual}, the configuration expects {config.sha256}; "
@@ -108,9 +114,7 @@ def _bare_state_dict(content: Any, file: Path) -> dict[str, torch.Tensor]:
 
 
 def _unusable(file: Path, fault: str) -> UserError:
-    return UserError(
-        f"{fault}; save model.state_dict(), best as .safetensors", file=file, field="backbone.weights"
-    )
+    return UserError(f"{fault}; save model.state_dict(), best as .safetensors", file=file, field="backbone.weights")
 
 
 def _first_line(error: Exception) -> str:

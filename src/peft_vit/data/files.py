@@ -151,11 +151,12 @@ def cache_not_writable(file: Path, error: OSError) -> UserError:
     )
 
 
-def existing(path: Path) -> Path:
-    """Return the path; raises UserError if nothing is there."""
-    if not path.exists():
-        raise UserError("does not exist; correct the path", file=path, field="data.path")
-    return path
+def existing(path: str) -> Path:
+    """Return the path, `~` expanded; raises UserError if nothing is there."""
+    expanded = os.path.expanduser(path)
+    if not os.path.exists(expanded):  # unlike Path.exists, also False for an impossible name
+        raise UserError("does not exist; correct the path", file=expanded, field="data.path")
+    return Path(expanded)
 
 
 def downloaded(url: str, md5: str) -> Path:

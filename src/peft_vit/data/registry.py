@@ -96,7 +96,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
         path = synthetic.files_for(config.dataset)
     else:
         licence = info.licence
-        path = None if config.path is None else existing(Path(config.path).expanduser())
+        path = None if config.path is None else existing(config.path)
     index = _READERS[config.dataset](path, licence)
     classes = len(index.class_names)
     if classes < 2:

@@ -55,9 +55,7 @@ def test_safetensors(tmp_path: Path, tensors: Tensors) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
 @pytest.mark.parametrize("container", [None, "state_dict", "model"])
-def test_pth_with_prefix_and_container(
-    tmp_path: Path, tensors: Tensors, prefix: str, container: str | None
-) -> None:
+def test_pth_with_prefix_and_container(tmp_path: Path, tensors: Tensors, prefix: str, container: str | None) -> None:
     content: object = {prefix + name: tensor for name, tensor in tensors.items()}
     if container is not None:
         content = {container: content, "epoch": 3}
@@ -169,6 +167,29 @@ def test_check_weights_of_files(tmp_path: Path, tensors: Tensors) -> None:
         assert caught.value.field == "backbone.sha256"
 
 
+@pytest.mark.parametrize("name", ["x" * 5000 + ".pth", "a\0b.pth", "~nobody-of-this-name/w.pth"])
+def test_an_impossible_name_does_not_exist(name: str) -> None:
+    with pytest.raises(UserError, match="does not exist; correct the path of the weights"):
+        check_weights(BackboneConfig(model="test_vit", weights="file", file=name))
+
+
+def test_a_folder_is_no_weights_file(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").mkdir()
+    for folder in (tmp_path, tmp_path / "w.pth"):
+        with pytest.raises(UserError, match=r"is a folder; expected a \.safetensors"):
+            check_weights(_file(folder))
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(file: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    (tmp_path / "w.pth").write_bytes(b"")
+    monkeypatch.setattr("peft_vit.backbones.weights.sha256_of", denied)
+    with pytest.raises(UserError, match=r"w\.pth: backbone\.file: can't be read \(Permission denied\)"):
+        check_weights(_file(tmp_path / "w.pth"))
+
+
 def test_check_weights_of_other_sources() -> None:
     check_weights(BackboneConfig(model="test_vit", weights="random"))
     with pytest.raises(UserError, match="unknown model"):
@@ -193,9 +214,7 @@ HUB = BackboneConfig(model="test_vit", weights="hub")
 def test_hub_offline_is_one_quick_line() -> None:
     start = time.perf_counter()
     for refuse in (check_weights, _load):
-        with pytest.raises(
-            UserError, match=r"timm/test_vit\.r160_in1k from the hub .* weights: file"
-        ) as caught:
+        with pytest.raises(UserError, match=r"timm/test_vit\.r160_in1k from the hub .* weights: file") as caught:
             refuse(HUB)
         assert caught.value.field == "backbone.weights"
         assert "\n" not in str(caught.value)

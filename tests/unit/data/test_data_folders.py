@@ -278,3 +278,9 @@ def test_csv_that_is_a_folder_or_no_text(folder, config):
         open_index(config("csv", folder))
     with pytest.raises(UserError, match=r"a\.png: is not UTF-8 text"):
         open_index(config("csv", folder / "cat/a.png"))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~nobody-of-this-name/images"])
+def test_an_impossible_path_does_not_exist(config, name):
+    with pytest.raises(UserError, match="does not exist; correct the path"):
+        open_index(config("image-folder", name))
