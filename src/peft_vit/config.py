@@ -64,7 +64,7 @@ class BackboneConfig(_Frozen):
 
     model: str = Field(min_length=1, max_length=128, description="name of a timm VisionTransformer")
     weights: WeightsSource
-    file: str | None = Field(default=None, description="safetensors or .pth file, for weights: file")
+    file: str | None = Field(default=None, min_length=1, description="safetensors or .pth file, for weights: file")
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="expected hash of the file")
 
     @model_validator(mode="after")
@@ -80,7 +80,9 @@ class DataConfig(_Frozen):
     """Which images, at which size, and how they are split. Splits live here, not in code."""
 
     dataset: DatasetName
-    path: str | None = Field(default=None, description="folder, archive or CSV; found automatically for packaged sets")
+    path: str | None = Field(
+        default=None, min_length=1, description="folder, archive or CSV; found automatically for packaged sets"
+    )
     image_size: int = Field(ge=14, le=1024)
     train_images: int | None = Field(default=None, ge=2, description="images to train on; all that remain if left out")
     shots_per_class: int | None = Field(default=None, ge=1, description="in place of train_images: as many of each")

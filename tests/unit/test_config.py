@@ -250,6 +250,12 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
     "weights without a file": (
         "weights: random", "weights: file", "backbone:", "backbone", "needs the field 'file'",
     ),
+    "empty path of weights": (
+        "weights: random", "weights: file\n  file: ''", "file:", "backbone.file", "at least 1 character, got ''",
+    ),
+    "empty path of images": (
+        "dataset: digits", "dataset: image-folder\n  path: ''", "path:", "data.path", "at least 1 character, got ''",
+    ),
     "file without effect": (
         "weights: random", "weights: random\n  file: a.pth", "backbone:", "backbone", "no effect with weights: random; remove",
     ),
@@ -529,9 +535,7 @@ def test_spliced_quickstart_loads_or_is_refused(data: st.DataObject, splice: str
 
 
 @FUZZ
-@given(
-    changes=st.lists(st.tuples(st.integers(0, len(QUICKSTART.encode()) - 1), st.integers(0, 255)), max_size=4)
-)
+@given(changes=st.lists(st.tuples(st.integers(0, len(QUICKSTART.encode()) - 1), st.integers(0, 255)), max_size=4))
 def test_mutated_bytes_load_or_are_refused(changes: list[tuple[int, int]], tmp_path: Path) -> None:
     content = bytearray(QUICKSTART.encode())
     for position, value in changes:
@@ -559,9 +563,7 @@ json_values = st.recursive(
 
 @FUZZ
 @given(data=st.data(), value=json_values)
-def test_any_value_in_any_place_loads_or_is_refused(
-    data: st.DataObject, value: object, tmp_path: Path
-) -> None:
+def test_any_value_in_any_place_loads_or_is_refused(data: st.DataObject, value: object, tmp_path: Path) -> None:
     study = yaml.safe_load(VALID.replace("1e-3", "0.001").replace("2.5E-4", "0.00025"))
     study["experiments"] = [{**one, "training": study["training"]} for one in study["experiments"]]
     del study["training"]
