@@ -243,16 +243,17 @@ def read_record(file: Path) -> RunRecord:
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise UserError(
-                f"expected {SCHEMA_VERSION}, got {version!r}; rerun this run or move it away",
+                f"expected {SCHEMA_VERSION}, got {version!r}; move it away and run the study again",
                 file=file, field="schema_version",
             )  # fmt: skip
         return RunRecord.model_validate(_tuples(data))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{first['msg']}; rerun this run or move it away", file=file, field=field) from None
+        raise UserError(f"{first['msg']}; move it away and run the study again", file=file, field=field) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"is not a readable record ({error}); rerun this run or move it away", file=file) from None
+        problem = f"is not a readable record ({error}); move it away and run the study again"
+        raise UserError(problem, file=file) from None
 
 
 def _tuples(data: Any) -> Any:

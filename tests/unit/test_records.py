@@ -147,7 +147,7 @@ def test_what_is_no_record_is_refused_in_one_line(corruption: str, tmp_path: Pat
     message = str(caught.value)
     assert message.startswith(f"{file}: ")
     assert words in message
-    assert message.endswith("rerun this run or move it away")
+    assert message.endswith("move it away and run the study again")
     assert len(message.splitlines()) == 1
 
 
@@ -156,7 +156,7 @@ def test_half_a_record_is_refused(tmp_path: Path) -> None:
     content = file.read_bytes()
     for size in range(0, len(content) - 1, 97):  # the last byte is the line's end
         file.write_bytes(content[:size])
-        with pytest.raises(UserError, match="rerun this run or move it away"):
+        with pytest.raises(UserError, match="move it away and run the study again"):
             read_record(file)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,6 @@ class AdaptedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if self.quantized is not None:
-            moved: dict[str, Any] = {name: fn(tensor) for name, tensor in self.quantized.tensors().items()}
-            self.quantized = QuantizedTensor.from_tensors(
-                moved, shape=self.quantized.shape, format=self.quantized.format
-            )
+            # Moves follow; changes of type do not: they would alter scales and so the weights.
+            self.quantized = self.quantized.to(fn(self.quantized.scales).device)
         return self

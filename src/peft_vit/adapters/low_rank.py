@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_vit.errors import UserError
+
 Parametrization = Literal["product", "svd"]
 _SVD_INIT_STD = 0.02  # the official AdaLoRA code and PEFT: N(0, 0.02^2) factors, lambda = 0
 
@@ -149,7 +151,8 @@ class _LowRankLinear(torch.autograd.Function):
             stop = start + right.shape[0]
             to_factors += [(gradient[:, span].T @ inner[:, start:stop]).float(), to_rights[start:stop]]
             start = stop
-        return to_input, None, None, None, None, *to_factors
+        to_bias = gradient.sum(0).float() if ctx.needs_input_grad[2] else None
+        return to_input, None, to_bias, None, None, *to_factors
 
 
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[tuple[slice, SiteAdapter]]) -> Tensor:
@@ -168,6 +171,8 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: lis
     """
     if not updates:
         return F.linear(x, weight, bias)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise UserError("a weight under an adapter is frozen; it can't be trained as well", field="weight")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     factors = [factor for _, adapter in updates for factor in adapter.factors()]

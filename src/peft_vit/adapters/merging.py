@@ -38,8 +38,18 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 def adapter_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
     """Return the content of an adapter file: trained tensors as safetensors, the rest as JSON in its header."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trained_tensors(model).items() if tensor.numel()}
-    header = {**metadata, "ranks": current_ranks(model)}
+    header = {**metadata, "ranks": current_ranks(model), "form": _form(model)}
     return save(tensors, metadata={"peft_vit": json.dumps(header, sort_keys=True)})
+
+
+def _form(model: nn.Module) -> dict[str, Any]:
+    """Return what else decides an update beside its tensors, by site; sites that are alike once."""
+    forms = {
+        name: {"scale": adapter.scale, "parametrization": adapter.parametrization, "pool": adapter.pool}
+        for name, adapter in site_adapters(model).items()
+    }
+    values = list(forms.values())
+    return values[0] if values and all(value == values[0] for value in values) else forms
 
 
 def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
@@ -59,8 +69,18 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
         raise UserError(f"is not a readable safetensors file ({error})", file=file) from None
     if header is None:
         raise UserError("has no peft_vit header; it was not written by this package", file=file)
-    metadata: dict[str, Any] = json.loads(header)
-    set_ranks(model, metadata["ranks"])
+    try:
+        metadata: dict[str, Any] = json.loads(header)
+        ranks = {str(name): int(rank) for name, rank in metadata["ranks"].items()}
+        metadata["form"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"has a damaged peft_vit header ({type(error).__name__}: {error})", file=file) from None
+    if metadata["form"] != _form(model):
+        raise UserError(
+            f"holds adapters of the form {metadata['form']}, the model's are {_form(model)}; attach them alike",
+            file=file,
+        )
+    set_ranks(model, ranks)
     restore_trained(model, tensors, file=file)
     return metadata
 

@@ -46,6 +46,12 @@ def resize_adapters(
     check_optimizer(optimizer)
     adapters = site_adapters(model)
     _check_ranks(adapters, optimizer, ranks)
+    for name in ranks:
+        if adapters[name].rank != ranks[name] and len(triplet_scores[name]) != adapters[name].rank:
+            raise UserError(
+                f"{len(triplet_scores[name])} scores for {adapters[name].rank} triplets; score again after a change",
+                field=f"triplet_scores[{name}]",
+            )
     kept = {}
     for name, rank in ranks.items():
         adapter = adapters[name]

@@ -58,7 +58,10 @@ class AdaLoRAController:
                 scale=config.scale, seed=seed, parametrization=config.parametrization,
             )  # fmt: skip
         adapters = site_adapters(model)
-        self.names = tuple(adapters)
+        self.names = tuple(site.name for site in self.sites)
+        if set(adapters) != set(self.names):
+            other = sorted(set(adapters) ^ set(self.names))[0]
+            raise UserError(f"the model's adapters and adalora.targets differ at {other}", field="adalora.targets")
         self.bounds = bounds_for(config, [adapter.largest_rank for adapter in adapters.values()])
         self.schedule = schedule_for(config, total_steps, len(self.names), int(self.bounds.maximum.sum()))
         self.tracker = ImportanceTracker(
@@ -70,7 +73,9 @@ class AdaLoRAController:
         self.rank_history: list[dict[str, Any]] = []
         self.score_history: list[dict[str, Any]] = []
         self._triplet_scores: dict[str, Tensor] = {}
-        self._last_scores = dict.fromkeys(self.names, 0.0)
+        self._last_scores: dict[str, float] = {}  # of sites that had rank at some time
+        self._scored = 0  # step of the latest scores
+        self._decided = 0  # step of the latest decision
         self._start(model)
 
     def _start(self, model: nn.Module) -> None:
@@ -102,8 +107,13 @@ class AdaLoRAController:
 
         Returns:
             The mean score per triplet of each site. A site without rank keeps its last score, so that it can come
-            back when the others' scores fall below it.
+            back when the others' scores fall below it; one that never had rank counts as an average site.
+
+        Raises:
+            UserError: if the step is not later than the last one, or a score is not finite.
         """
+        if step <= self._scored:
+            raise UserError(f"step {step} follows step {self._scored}; score once a step, counted from 1", field="step")
         self._triplet_scores = self.tracker.update(site_adapters(model))
         for name, values in self._triplet_scores.items():
             if len(values):
@@ -111,9 +121,9 @@ class AdaLoRAController:
         if not all(math.isfinite(score) for score in self._last_scores.values()):
             worst = next(name for name, score in self._last_scores.items() if not math.isfinite(score))
             raise UserError(f"its importance at step {step} is not finite; the training diverges", field=worst)
-        if self.schedule.is_update(step):
-            self.score_history.append({"step": step, "scores": dict(self._last_scores)})
-        return dict(self._last_scores)
+        self._scored = step
+        average = float(np.mean(list(self._last_scores.values()))) if self._last_scores else 0.0
+        return {name: self._last_scores.get(name, average) for name in self.names}
 
     def reallocate_ranks(self, importance_scores: dict[str, float], step: int) -> dict[str, int]:
         """Decide the ranks from now on; nothing is changed yet.
@@ -123,10 +133,19 @@ class AdaLoRAController:
             step: as above.
 
         Returns:
-            The rank of each site; the present ranks at steps at which no decision is due.
+            The rank of each site; the present ranks if no decision is due. One that was due at a step that the
+            caller left out is taken now.
+
+        Raises:
+            UserError: if a decision is due and this step's gradients were not scored.
         """
-        if not self.schedule.is_update(step):
+        if self.schedule.last_due(step) <= self._decided:
             return self.ranks
+        if step != self._scored:
+            raise UserError(f"step {step} was not scored; call update_importance_scores first", field="step")
+        self._decided = step
+        self.score_history.append({"step": step, "scores": dict(importance_scores)})
+        self._warn_of_equal_scores(step, importance_scores)
         scores = np.array([importance_scores[name] for name in self.names], dtype=np.float64)
         ranks = allocate(
             self.config.allocation_strategy, scores, self.schedule.budget_at(step), self.bounds,
@@ -142,22 +161,28 @@ class AdaLoRAController:
         Call after the optimiser's step. A shrinking site loses its weakest triplets by their latest scores.
         """
         present = self.ranks
-        decided = self.score_history[-1]["step"] if self.score_history else 0
-        if ranks == present and decided == self.rank_history[-1]["step"]:
+        if ranks == present and self._decided == self.rank_history[-1]["step"]:
             return
-        if not self._triplet_scores:
-            raise UserError("no importance scores yet; call update_importance_scores first", field="ranks")
-        kept = resize_adapters(model, optimizer, ranks, self._triplet_scores)
-        self.tracker.follow(kept, ranks)
-        budget = self.schedule.budget_at(decided)
-        if decided == self.schedule.last_update and len(set(self.score_history[-1]["scores"].values())) == 1:
+        budget = self.schedule.budget_at(self._decided)
+        total = sum({**present, **ranks}.values())
+        if total > budget:
+            raise UserError(f"{total} ranks exceed the {budget} of step {self._decided}", field="ranks")
+        if ranks != present:
+            if not self._triplet_scores:
+                raise UserError("no scores since the last change; call update_importance_scores first", field="ranks")
+            kept = resize_adapters(model, optimizer, ranks, self._triplet_scores)
+            self.tracker.follow(kept, ranks)
+            self._triplet_scores = {}
+        self.rank_history.append({"step": self._decided, "budget": budget, "ranks": {**present, **ranks}})
+
+    def _warn_of_equal_scores(self, step: int, scores: dict[str, float]) -> None:
+        if step >= self.schedule.last_update and len(set(scores.values())) == 1:
             warnings.warn(
                 f"importance_metric {self.config.importance_metric} gave every site the same score; "
                 "the allocation says nothing about the sites",
                 SilentNoEffectWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        self.rank_history.append({"step": decided, "budget": budget, "ranks": {**present, **ranks}})
 
     def get_layer_importance_summary(self) -> dict[str, dict[str, float]]:
         """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.

@@ -45,11 +45,17 @@ class BudgetSchedule:
         """Return the step of the last decision, T - t_f."""
         return self.total_steps - self.final_steps
 
+    def last_due(self, step: int) -> int:
+        """Return the last step, `step` included, after which ranks are decided; 0 if there was none yet."""
+        if step < self.warmup_steps:
+            return 0
+        if step >= self.last_update:
+            return self.last_update
+        return step - (step - self.warmup_steps) % self.update_frequency
+
     def is_update(self, step: int) -> bool:
         """Say whether ranks are decided after this step."""
-        if not self.warmup_steps <= step <= self.last_update:
-            return False
-        return step == self.last_update or (step - self.warmup_steps) % self.update_frequency == 0
+        return step > 0 and self.last_due(step) == step
 
     def budget_at(self, step: int) -> int:
         """Return the ranks allowed while no later decision was taken than the one at or before `step`.
@@ -58,11 +64,11 @@ class BudgetSchedule:
         b_T + (b0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3. It moves only at decisions, rounded up, so that a rank is
         never taken before a decision is due.
         """
-        if step < self.warmup_steps:
+        decided = self.last_due(step)
+        if decided == 0:
             return self.initial
-        if step >= self.last_update:
+        if decided == self.last_update:
             return self.total
-        decided = step - (step - self.warmup_steps) % self.update_frequency
         span = self.last_update - self.warmup_steps
         left = self.last_update - decided
         # In integers: a float could land just above a whole number and be rounded up to the next.

@@ -30,12 +30,20 @@ def prepare(model: nn.Module, experiment: ExperimentConfig, *, total_steps: int,
     return []  # full: everything is trainable as it is
 
 
+_FEWEST_ONE_CYCLE_STEPS = 4  # below, one_cycle starts or ends the run at its lowest rate
+
+
 def check(experiment: ExperimentConfig, sites: Sequence[Site], total_steps: int) -> None:
     """Refuse what `prepare` or the run would refuse later, from the sites' shapes alone.
 
     Raises:
         UserError: with the field below the experiment.
     """
+    if experiment.training.schedule == "one_cycle" and total_steps < _FEWEST_ONE_CYCLE_STEPS:
+        raise UserError(
+            f"{total_steps} steps are too few for schedule one_cycle; train longer or use schedule: constant",
+            field="training.epochs",
+        )
     if experiment.lora is not None:
         for site in _chosen(sites, experiment.lora.targets):
             _check_rank("lora.rank", site, experiment.lora.rank, 1)

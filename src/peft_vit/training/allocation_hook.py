@@ -42,6 +42,10 @@ class AllocationHook:
         ranks = self.controller.reallocate_ranks(self._scores, step)
         self.controller.apply_ranks(model, optimizer, ranks)
 
+    def notes(self) -> dict[str, float]:
+        """Return nothing: ranks have a history of their own."""
+        return {}
+
     def deployable(self, step: int) -> bool:
         """Say whether the last decision has been taken, so that the final budget is met."""
         return step >= self.controller.schedule.last_update

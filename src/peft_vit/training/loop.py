@@ -126,24 +126,13 @@ def train(
             config.batch_size, setting.mean, setting.std, flips=setting.flips, seed=seed, epoch=epoch
         )
         for images, labels in batches:
-            started = time.perf_counter()
-            step = len(result.steps) + 1
-            learning_rate = optimizer.param_groups[0]["lr"]
-            share = _quantized_share(hooks)
-            with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
-                logits = model(images.to(setting.device))
-            loss = criterion(logits.float(), labels.to(setting.device))
-            outcome = optimization_step(model, optimizer, loss, step, hooks=timed, clip_norm=config.clip_norm)
+            row = _step(model, optimizer, criterion, images, labels, len(result.steps) + 1, config, setting, timed)
             scheduler.step()
-            result.peak_parameters = max(result.peak_parameters, trainable_parameters(model))
-            row = StepRow(
-                step=step, loss=outcome.loss, learning_rate=learning_rate, gradient_norm=outcome.gradient_norm,
-                seconds=time.perf_counter() - started, penalties=outcome.penalties, quantized_share=share,
-            )  # fmt: skip
             result.steps.append(row)
+            result.peak_parameters = max(result.peak_parameters, trainable_parameters(model))
             if on_progress is not None:
                 last = result.evaluations[-1].metrics.accuracy if result.evaluations else None
-                on_progress(Progress(step, total_steps, outcome.loss, last))
+                on_progress(Progress(row.step, total_steps, row.loss, last))
         started = time.perf_counter()
         evaluation = _validate(model, data, config, setting, len(result.steps), epoch, hooks)
         result.evaluations.append(evaluation)
@@ -158,6 +147,23 @@ def train(
     return result
 
 
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module, images: Tensor, labels: Tensor, step: int,
+    config: TrainingConfig, setting: Setting, hooks: Sequence[StepHook],
+) -> StepRow:  # fmt: skip
+    started = time.perf_counter()
+    learning_rate = optimizer.param_groups[0]["lr"]
+    notes = {name: value for hook in hooks for name, value in hook.notes().items()}
+    with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
+        logits = model(images.to(setting.device))
+    loss = criterion(logits.float(), labels.to(setting.device))
+    outcome = optimization_step(model, optimizer, loss, step, hooks=hooks, clip_norm=config.clip_norm)
+    return StepRow(
+        step=step, loss=outcome.loss, learning_rate=learning_rate, gradient_norm=outcome.gradient_norm,
+        seconds=time.perf_counter() - started, penalties=outcome.penalties, **notes,
+    )  # fmt: skip
+
+
 def _validate(
     model: nn.Module, data: Data, config: TrainingConfig, setting: Setting, step: int, epoch: int,
     hooks: Sequence[StepHook],
@@ -166,10 +172,6 @@ def _validate(
     metrics = measure(*predict(model, batches, device=setting.device, precision=setting.precision))
     deployable = all(hook.deployable(step) for hook in hooks)
     return Evaluation(step=step, epoch=epoch, deployable=deployable, metrics=metrics)
-
-
-def _quantized_share(hooks: Sequence[StepHook]) -> float | None:
-    return next((hook.share for hook in hooks if hasattr(hook, "share")), None)
 
 
 class _Best:
@@ -209,7 +211,10 @@ class _Timed:
         self.seconds = 0.0
 
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
-        return self.hook.penalties(model)
+        started = time.perf_counter()
+        terms = self.hook.penalties(model)
+        self.seconds += time.perf_counter() - started
+        return terms
 
     def after_backward(self, model: nn.Module, step: int) -> None:
         started = time.perf_counter()
@@ -220,6 +225,9 @@ class _Timed:
         started = time.perf_counter()
         self.hook.after_step(model, optimizer, step)
         self.seconds += time.perf_counter() - started
+
+    def notes(self) -> dict[str, float]:
+        return self.hook.notes()
 
     def deployable(self, step: int) -> bool:
         return self.hook.deployable(step)

@@ -30,6 +30,10 @@ class StepHook(Protocol):
         """Change ranks or weights once the optimiser has stepped."""
         ...
 
+    def notes(self) -> dict[str, float]:
+        """Return what the step's row in the record should hold, by its field's name; asked before the step."""
+        ...
+
     def deployable(self, step: int) -> bool:
         """Say whether the state after this step meets the method's budget, so that it may be chosen."""
         ...

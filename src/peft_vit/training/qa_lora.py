@@ -196,9 +196,21 @@ class QALoRATrainer:
             )
         self._set_share(model, step)
 
+    def notes(self) -> dict[str, float]:
+        """Return the quantized share in use."""
+        return {"quantized_share": self.share}
+
     def deployable(self, step: int) -> bool:
         """Say whether only quantized weights are left."""
         return step >= self.last_step
+
+    def _warn_if_unused(self) -> None:
+        if self.config.quantization_schedule != "constant" and len(self.share_history) == 1:
+            warnings.warn(
+                "no training_step was taken, so the schedule has not moved and the weights are still float",
+                SilentNoEffectWarning,
+                stacklevel=3,
+            )
 
     @torch.no_grad()
     def validate_quantization_adaptation_balance(self, model: nn.Module) -> dict[str, float]:
@@ -210,6 +222,7 @@ class QALoRATrainer:
             adapter_to_error_ratio: mean over modules of ||dW||_F / ||W - Wq||_F.
             quantized_share: in use now, 0 to 1.
         """
+        self._warn_if_unused()
         ratios = []
         for name, module in adapted_modules(model):
             energy = sum(float(adapter.delta().square().sum()) for _, adapter in module.adapters() if adapter.rank)
@@ -226,6 +239,7 @@ class QALoRATrainer:
 
     def export_quantization_data(self) -> dict[str, Any]:
         """Return schedule, errors, bits and balance by step, as plain values ready for JSON."""
+        self._warn_if_unused()
         return {
             "config": self.config.model_dump(mode="json"),
             "schedule": [dict(row) for row in self.share_history],

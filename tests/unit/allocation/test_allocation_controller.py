@@ -162,7 +162,7 @@ def test_scores_before_backward_and_diverged_scores_are_refused(tiny_vit, batch)
     controller, optimizer = start(model, config())
     with pytest.raises(UserError, match=r"blocks\.0\.attn\.query: lora_A has no gradient; call .* after backward"):
         controller.update_importance_scores(model, 1)
-    with pytest.raises(UserError, match="no importance scores yet"):
+    with pytest.raises(UserError, match="call update_importance_scores first"):
         controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 1))
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     site_adapters(model)["blocks.0.mlp.fc1"].lora_B.grad[0, 0] = torch.nan
@@ -177,6 +177,7 @@ def test_deciding_changes_nothing_and_off_schedule_nothing_is_decided(tiny_vit, 
     scores = controller.update_importance_scores(model, 1)
     before = current_ranks(model)
     assert controller.reallocate_ranks(scores, 1) == before
+    scores = controller.update_importance_scores(model, 2)
     assert controller.reallocate_ranks(scores, 2) != before
     assert current_ranks(model) == before == controller.ranks
 
@@ -226,3 +227,44 @@ def test_adapters_that_exceed_the_budget_are_refused(tiny_vit) -> None:
     AdaLoRAController(model, config(total_rank_budget=40), STEPS)
     with pytest.raises(UserError, match="adapters hold 60 ranks, the budget allows 22"):
         AdaLoRAController(model, config(), STEPS)
+
+
+def test_steps_count_up_and_a_missed_decision_is_taken_late(tiny_vit, batch) -> None:
+    model = tiny_vit(depth=1)
+    controller, optimizer = start(model, config())
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    with pytest.raises(UserError, match="step 0 follows step 0"):
+        controller.update_importance_scores(model, 0)
+    last = controller.schedule.last_update
+    scores = controller.update_importance_scores(model, last + 1)  # every step before was left out
+    with pytest.raises(UserError, match="score once a step"):
+        controller.update_importance_scores(model, last + 1)
+    controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, last + 1))
+    assert sum(current_ranks(model).values()) == controller.config.total_rank_budget
+    assert controller.rank_history[-1]["step"] == last + 1
+
+
+def test_more_ranks_than_the_budget_and_stale_scores_are_refused(tiny_vit, batch) -> None:
+    model = tiny_vit(depth=1)
+    controller, optimizer = start(model, config())
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    controller.update_importance_scores(model, 1)
+    before = current_ranks(model)
+    with pytest.raises(UserError, match=r"ranks: \d+ ranks exceed the \d+ of step 0"):
+        controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 60))
+    assert current_ranks(model) == before
+    controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 1))
+    with pytest.raises(UserError, match="no scores since the last change"):
+        controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 0))
+
+
+def test_a_site_that_never_had_rank_is_tried(tiny_vit, batch) -> None:
+    model = tiny_vit(depth=2)
+    settings = config(budget_schedule="constant", total_rank_budget=8)  # 12 sites
+    controller, _ = start(model, settings)
+    without = [name for name, rank in controller.ranks.items() if rank == 0]
+    assert len(without) == 4
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    scores = controller.update_importance_scores(model, 1)
+    seen = [score for name, score in scores.items() if name not in without]
+    assert [scores[name] for name in without] == pytest.approx([sum(seen) / len(seen)] * 4)

@@ -44,6 +44,9 @@ class DeployableFrom:
     def after_step(self, model, optimizer, step) -> None:
         pass
 
+    def notes(self) -> dict[str, float]:
+        return {}
+
     def deployable(self, step) -> bool:
         return step >= self.step
 

@@ -32,6 +32,9 @@ class Recorder:
     def after_step(self, model, optimizer, step) -> None:
         assert model.head.bias.grad is not None  # not yet cleared
 
+    def notes(self) -> dict[str, float]:
+        return {}
+
     def deployable(self, step) -> bool:
         return True
 
