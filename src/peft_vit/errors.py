@@ -21,6 +21,7 @@ class UserError(Exception):
         self.file = None if file is None else str(file)
         self.field = field
         line = ": ".join(part for part in (self.file, self.field, self.message) if part)
+        line = line.encode(errors="backslashreplace").decode()  # a file's name may be any bytes, a record is UTF-8
         super().__init__(line.replace("\n", "\\n").replace("\r", "\\r"))
 
 

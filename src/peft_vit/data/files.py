@@ -97,6 +97,8 @@ def _names_below(root: Path) -> Iterator[str]:
             raise UserError("is an empty folder; fill it or remove it", file=folder)
         for entry in (*subfolders, *files):
             path = os.path.join(folder, entry)
+            if not _is_unicode(entry):  # neither a record nor a page could hold the class
+                raise UserError("has a name that is not UTF-8; rename it", file=path)
             if os.path.islink(path):
                 refuse_outside(Path(path), root)
                 if os.path.isdir(path):
@@ -104,6 +106,10 @@ def _names_below(root: Path) -> Iterator[str]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         prefix = "" if Path(folder) == root else f"{Path(folder).relative_to(root).as_posix()}/"
         yield from (prefix + name for name in files if not name.startswith("."))
+
+
+def _is_unicode(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def refuse_outside(path: Path, root: Path) -> None:
@@ -122,7 +128,8 @@ def content_sha256(files: Mapping[str, Path]) -> str:
     try:
         for name, path in sorted(files.items()):
             status = path.stat()
-            stamp.update(f"{name}\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            line = f"{name}\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            stamp.update(line.encode(errors="surrogateescape"))  # folders above may have names of any bytes
         memo = cache_dir() / "hashes" / stamp.hexdigest()
         if memo.is_file() and re.fullmatch(r"[0-9a-f]{64}", known := memo.read_text()):
             return known

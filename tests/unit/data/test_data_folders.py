@@ -284,3 +284,22 @@ def test_csv_that_is_a_folder_or_no_text(folder, config):
 def test_an_impossible_path_does_not_exist(config, name):
     with pytest.raises(UserError, match="does not exist; correct the path"):
         open_index(config("image-folder", name))
+
+
+@pytest.mark.parametrize("name", [b"chat\xe9", b"cat/caf\xe9.png"])
+def test_a_name_that_is_not_utf_8_is_refused(folder, config, name):
+    file = os.fsencode(folder / "cat/a.png")
+    target = os.path.join(os.fsencode(folder), name)
+    os.rename(os.path.dirname(file) if name.startswith(b"chat") else file, target)
+    with pytest.raises(UserError, match=r"\\udce9.*: has a name that is not UTF-8; rename it") as caught:
+        open_index(config("image-folder", folder))
+    str(caught.value).encode()  # it can be printed and stored
+
+
+def test_folders_above_may_have_any_name(folder, config, monkeypatch):
+    before = open_index(config("image-folder", folder)).sha256
+    above = os.path.join(os.fsencode(folder.parent), b"donn\xe9es")
+    os.mkdir(above)
+    os.rename(folder, os.path.join(above, b"images"))
+    monkeypatch.chdir(os.fsdecode(above))
+    assert open_index(config("image-folder", "images")).sha256 == before
