@@ -88,7 +88,7 @@ class DataConfig(_Frozen):
     shots_per_class: int | None = Field(default=None, ge=1, description="in place of train_images: as many of each")
     validation_images: int = Field(ge=2)
     test_images: int | None = Field(default=None, ge=2, description="left out: the data set's own test split")
-    split_seed: int = Field(default=0, ge=0)
+    split_seed: int = Field(default=0, ge=0, lt=2**31)
     train_subset: Literal["fixed", "per_seed"] = Field(
         default="fixed",
         description="per_seed draws other training images for each seed; validation and test stay",
@@ -107,8 +107,8 @@ class DataConfig(_Frozen):
 class TrainingConfig(_Frozen):
     """How long and how fast. Set for the study, overridden per experiment."""
 
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    epochs: int = Field(ge=1, le=100_000)
+    batch_size: int = Field(default=32, ge=1, le=65_536)
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -149,7 +149,7 @@ class AdaLoraConfig(_AdapterConfig):
         ge=1,
         description="budget during warm-up under cubic; default 1.5 x total, at least one a site",
     )
-    minimum_rank: int = Field(default=0, ge=0)
+    minimum_rank: int = Field(default=0, ge=0, le=65_536)
     maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
     parametrization: Literal["product", "svd"] = "product"
     orthogonality_weight: float | None = Field(default=None, ge=0, description="default 0.1 for svd, none for product")
@@ -292,6 +292,8 @@ def _message(error: ErrorDetails, path: KeyPath) -> str:
         return "unknown key here; remove it or correct its spelling"
     if kind == "missing":
         return "is missing; add it"
+    if kind == "string_too_short":
+        return "is empty; fill it in"
     if kind == "value_error":
         return error["msg"].removeprefix("Value error, ")
     if kind == "string_pattern_mismatch" and path[-1:] == ("name",):
@@ -303,17 +305,28 @@ def _message(error: ErrorDetails, path: KeyPath) -> str:
 
 
 def _one_line(error: ValidationError, lines: Lines, file: Path) -> UserError:
+    details = error.errors(include_url=False)
+    echoes = {path[:n] for path in (tuple(one["loc"]) for one in details) for n in range(len(path))}
+    faults: dict[KeyPath, ErrorDetails] = {}
+    for one in details:
+        path = _as_written(tuple(one["loc"]), lines)
+        # A list whose items have faults is also too short for pydantic, which counts only the sound ones.
+        if one["type"] != "too_short" or path not in echoes:
+            faults.setdefault(path, one)
     # An unknown key first: a misspelled one is also reported as missing, which misleads.
-    first = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
-    path: KeyPath = tuple(first["loc"])
-    if path[2:3] == ("training",) and path not in lines and ("training", *path[3:]) in lines:
-        path = ("training", *path[3:])  # it came from the study's shared settings
+    path, first = min(faults.items(), key=lambda item: item[1]["type"] != "extra_forbidden")
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
     message = _message(first, path)
-    more = error.error_count() - 1
+    more = len(faults) - 1
     if more:
         message += f" ({more} more fault{'s' if more > 1 else ''} in this file)"
     return UserError(message, file=f"{file}:{line}" if line else str(file), field=dotted(path))
+
+
+def _as_written(path: KeyPath, lines: Lines) -> KeyPath:
+    """Return where a setting stands in the file; one of the study's shared `training` was copied to the experiments."""
+    shared: KeyPath = ("training", *path[3:])
+    return shared if path[2:3] == ("training",) and path not in lines and shared in lines else path
 
 
 def load_study(file: str | Path) -> StudyConfig:

@@ -232,6 +232,16 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
     "huge whole number": (
         "seeds: [0, 1]", f"seeds: [0, {'9' * 60}]", "seeds", "seeds[1]", "less than 2147483648",
     ),
+    "rank above any matrix": (
+        "total_rank_budget: 8", f"total_rank_budget: 8\n      minimum_rank: {'9' * 20}", "minimum_rank",
+        "experiments[2].adalora.minimum_rank", "less than or equal to 65536",
+    ),
+    "epochs without end": (
+        "epochs: 2", "epochs: 100001", "epochs", "training.epochs", "less than or equal to 100000, got 100001",
+    ),
+    "batch above any memory": (
+        "  epochs: 2", "  epochs: 2\n  batch_size: 65537", "batch_size", "training.batch_size", "less than or equal to 65536",
+    ),
     "negative seed": (
         "seeds: [0, 1]", "seeds: [0, -1]", "seeds", "seeds[1]", "greater than or equal to 0, got -1",
     ),
@@ -251,10 +261,10 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
         "weights: random", "weights: file", "backbone:", "backbone", "needs the field 'file'",
     ),
     "empty path of weights": (
-        "weights: random", "weights: file\n  file: ''", "file:", "backbone.file", "at least 1 character, got ''",
+        "weights: random", "weights: file\n  file: ''", "file:", "backbone.file", "is empty; fill it in",
     ),
     "empty path of images": (
-        "dataset: digits", "dataset: image-folder\n  path: ''", "path:", "data.path", "at least 1 character, got ''",
+        "dataset: digits", "dataset: image-folder\n  path: ''", "path:", "data.path", "is empty; fill it in",
     ),
     "file without effect": (
         "weights: random", "weights: random\n  file: a.pth", "backbone:", "backbone", "no effect with weights: random; remove",
@@ -456,6 +466,18 @@ def test_seeds_and_names_must_differ(tmp_path: Path) -> None:
 def test_the_number_of_further_faults_is_told(tmp_path: Path) -> None:
     content = changed("image_size: 32", "image_size: 3").replace("rank: 4", "rank: 0").replace("nf4", "nf3")
     assert refusal(tmp_path, content).endswith("(2 more faults in this file)")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("seeds: [0, 1]", "seeds: [-1]"), ("{rank: 4}", "{rank: 4, targets: [qkv]}"), ("epochs: 2", "epochs: -1")],
+)
+def test_one_fault_is_counted_once(old: str, new: str, tmp_path: Path) -> None:
+    assert "more fault" not in refusal(tmp_path, changed(old, new))
+
+
+def test_faults_of_one_list_are_counted_each(tmp_path: Path) -> None:
+    assert refusal(tmp_path, changed("seeds: [0, 1]", "seeds: [-1, -2]")).endswith("(1 more fault in this file)")
 
 
 @pytest.mark.parametrize("path", ["missing.yaml", ".", "a_file/b.yaml"])
