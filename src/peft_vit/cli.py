@@ -34,6 +34,9 @@ Smoke = Annotated[bool, typer.Option("--smoke", help="random weights, synthetic 
 ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
 
 
+_INTERRUPTED = 130  # what shells report for SIGINT
+
+
 class MethodName(StrEnum):
     """Methods of `train`, one preset each."""
 
@@ -226,7 +229,7 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command goes on with the runs that are not done", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(_INTERRUPTED) from None
 
 
 def main(arguments: list[str] | None = None, command: Callable[..., Any] = app) -> None:
@@ -239,6 +242,8 @@ def main(arguments: list[str] | None = None, command: Callable[..., Any] = app) 
             if not hasattr(error, "format_message"):
                 raise
             raise UserError(f"{error.format_message()} Try --help.", file="command line") from None
+        if code == _INTERRUPTED:  # Typer turns Ctrl-C into this code
+            raise KeyboardInterrupt
     raise SystemExit(code if isinstance(code, int) else 0)
 
 

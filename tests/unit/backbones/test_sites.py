@@ -55,9 +55,7 @@ def test_sites_cover_every_block_weight_once(tiny: nn.Module) -> None:
         assert site.rows[1] - site.rows[0] == site.out_features
         mask = covered.setdefault(site.module, torch.zeros(weight.shape[0], dtype=torch.int))
         mask[slice(*site.rows)] += 1
-    linear = {
-        name for name, m in tiny.named_modules() if isinstance(m, nn.Linear) and name.startswith("blocks.")
-    }
+    linear = {name for name, m in tiny.named_modules() if isinstance(m, nn.Linear) and name.startswith("blocks.")}
     assert covered.keys() == linear
     assert all((mask == 1).all() for mask in covered.values())
 
@@ -81,9 +79,7 @@ def test_slice_is_the_matrix_it_is_called(
         tiny.get_submodule(site.module).weight[slice(*site.rows)] += 0.1
         tiny(images)
     before, after = seen[2], seen[len(tiny.blocks) + 2]
-    assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [
-        i == moved for i in range(3)
-    ]
+    assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [i == moved for i in range(3)]
 
 
 def test_targets_select_and_keep_the_order(tiny: nn.Module) -> None:
@@ -115,6 +111,11 @@ def test_other_classes_are_refused_by_name(name: str) -> None:
     model = _meta(name)
     with pytest.raises(UserError, match=f"^{type(model).__name__} is not a timm VisionTransformer"):
         find_sites(model)
+
+
+def test_a_distilled_model_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="^VisionTransformerDistilled has more than one classifier head"):
+        find_sites(_meta("deit_tiny_distilled_patch16_224"))
 
 
 def test_a_site_that_is_missing_is_named(tiny: nn.Module) -> None:

@@ -125,3 +125,29 @@ def test_smoke_shrinks_schedules_and_keeps_methods(study) -> None:
     assert before.model_dump(exclude=kept) == after.model_dump(exclude=kept)
     assert small.experiments[3].qa_lora == config.experiments[3].qa_lora  # constant: nothing to shorten
     assert {-(-small.data.train_images // e.training.batch_size) for e in small.experiments} == {4}
+
+
+def test_what_failed_may_be_run_with_another_configuration(study, tmp_path) -> None:
+    config = study("lora")
+    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    write_record(tmp_path, record.model_copy(update={"status": "failed", "error": "the loss is nan"}))
+    assert len(planned(study("lora", learning_rate=1e-4), tmp_path).pending) == 1
+
+
+def test_a_done_run_needs_its_adapter_and_the_same_images(study, tmp_path) -> None:
+    config = study("linear")
+    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    assert record.provenance is not None
+    other = record.provenance.model_copy(update={"data_sha256": "0" * 64})
+    write_record(tmp_path, record.model_copy(update={"provenance": other}))
+    with pytest.raises(UserError, match="other images under the same path"):
+        planned(config, tmp_path)
+    write_record(tmp_path, record)
+    (run_folder(tmp_path, record.spec) / "adapter.safetensors").unlink()
+    assert len(planned(config, tmp_path).pending) == 1
+
+
+def test_one_cycle_needs_some_steps(study, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"experiments\[0\]\.training\.epochs: 1 steps are too few"):
+        planned(study("linear", epochs=1, batch_size=24), tmp_path)
+    assert planned(study("linear", epochs=1, batch_size=24, schedule="constant"), tmp_path).runs[0].total_steps == 1

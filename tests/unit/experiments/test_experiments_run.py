@@ -1,6 +1,7 @@
 """A run repeats bit for bit, is paired with the other methods', reads the test split once, and fails in its record."""
 
 import hashlib
+import subprocess
 
 import numpy as np
 import pytest
@@ -130,6 +131,24 @@ def test_a_setting_without_effect_is_said_in_the_record(study, tmp_path) -> None
     assert len(record.warnings) == 1
     assert "gradient_scaling_factor 2.0 nearly cancels under AdamW" in record.warnings[0]
     assert quiet.warnings == []
+
+
+def test_the_commit_of_another_repository_is_not_recorded(tmp_path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    own, installed = tmp_path / "own.py", tmp_path / ".venv" / "installed.py"
+    installed.parent.mkdir()
+    own.touch()
+    installed.touch()
+    assert git_state(own) == (None, None)
+    git("init")
+    git("add", "own.py")
+    git("commit", "-m", "theirs")
+    assert git_state(own) == (git("rev-parse", "HEAD"), True)
+    assert git_state(installed) == (None, None)
 
 
 def test_provenance() -> None:
