@@ -58,11 +58,14 @@ def find_sites(model: nn.Module, targets: Sequence[Matrix] = MATRICES) -> tuple[
         targets: the matrices wanted, in any order.
 
     Raises:
-        UserError: if the model is of another class, a target is unknown, or a block lacks a wanted matrix.
+        UserError: if the model is of another class or has several heads, a target is unknown, or a block lacks
+            a wanted matrix.
     """
     if not isinstance(model, VisionTransformer):
+        raise UserError(f"{type(model).__name__} is not a timm VisionTransformer; no other class can be adapted")
+    if not isinstance(model.get_classifier(), nn.Linear | nn.Identity):
         raise UserError(
-            f"{type(model).__name__} is not a timm VisionTransformer; no other class can be adapted"
+            f"{type(model).__name__} has more than one classifier head; choose a model without distillation"
         )
     unknown = [target for target in targets if target not in MATRICES]
     if unknown or not targets:
@@ -86,9 +89,7 @@ def _find_site(model: nn.Module, block: int, matrix: Matrix) -> Site:
     if matrix == "fc1":
         hidden, _ = _features(model, f"blocks.{block}.mlp.fc2", name)
         if hidden != out_features:
-            raise _missing(
-                name, f"{module} has {out_features} rows but fc2 takes {hidden} inputs (a gated MLP)"
-            )
+            raise _missing(name, f"{module} has {out_features} rows but fc2 takes {hidden} inputs (a gated MLP)")
     size = out_features // parts
     return Site(name, block, matrix, module, (part * size, (part + 1) * size), in_features, size)
 

@@ -114,7 +114,7 @@ def test_other_classes_are_refused_by_name(name: str) -> None:
 
 
 def test_a_distilled_model_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="^VisionTransformerDistilled has more than one classifier head"):
+    with pytest.raises(UserError, match=r"^VisionTransformerDistilled has more than one classifier head"):
         find_sites(_meta("deit_tiny_distilled_patch16_224"))
 
 
