@@ -21,10 +21,17 @@ def package_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in _PACKAGES}
 
 
-def git_state() -> tuple[str | None, bool | None]:
-    """Return the commit of the source tree and whether it has changes; None where there is no git."""
-    folder = Path(__file__).parent
+def git_state(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:
+    """Return the commit of the source tree and whether it has changes; None where the source is in no repository.
+
+    Installed inside somebody else's repository, say in its .venv, the package is not one of that repository's files.
+    """
+    folder = source.parent
     try:
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", source.name],
+            cwd=folder, capture_output=True, check=True, timeout=10,
+        )  # fmt: skip
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
