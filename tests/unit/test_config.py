@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 import time
 from pathlib import Path
@@ -478,6 +479,13 @@ def test_one_fault_is_counted_once(old: str, new: str, tmp_path: Path) -> None:
 
 def test_faults_of_one_list_are_counted_each(tmp_path: Path) -> None:
     assert refusal(tmp_path, changed("seeds: [0, 1]", "seeds: [-1, -2]")).endswith("(1 more fault in this file)")
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_head_of_a_study_counts_its_runs(file: Path) -> None:
+    study = load_study(file)
+    (told,) = re.findall(r"^# Cost: +(\d+) runs", file.read_text(), flags=re.MULTILINE)
+    assert int(told) == len(study.experiments) * len(study.seeds)
 
 
 @pytest.mark.parametrize("path", ["missing.yaml", ".", "a_file/b.yaml"])
