@@ -213,7 +213,10 @@ def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header)
+    table = Table()
+    table.add_column(header[0], no_wrap=True)  # names are for copying
+    for name in header[1:]:
+        table.add_column(name)
     for row in rows:
         table.add_row(*map(str, row))
     Console().print(table)
