@@ -166,37 +166,35 @@ def _fewer_bits(quantized: Sequence[QuantizationImpact]) -> tuple[Insight, ...]:
 
 
 def _attention_over_mlp(patterns: Sequence[ImportancePattern]) -> tuple[Insight, ...]:
-    usable = [p for p in patterns if p.attention_over_mlp]
-    family = correct([_against_zero(p.experiment.name, p.attention_over_mlp, p.seeds) for p in usable])
-    return tuple(
-        _insight(
-            c,
-            f"{c.name}: attention sites score higher than MLP sites",
-            "log2 of the ratio of mean final scores (1 means twice as high)",
-            "log2 ratio",
-        )
-        for c in family
+    return _above_zero(
+        [(p.experiment.name, p.attention_over_mlp, p.seeds) for p in patterns],
+        "attention sites score higher than MLP sites",
+        "log2 of the ratio of mean final scores (1 means twice as high)",
+        "log2 ratio",
     )
 
 
 def _query_lead(allocated: Sequence[Allocation]) -> tuple[Insight, ...]:
-    usable = [a for a in allocated if a.query_lead]
+    return _above_zero(
+        [(a.experiment.name, a.query_lead, [run.seed for run in a.runs]) for a in allocated],
+        "query sites get more rank than the other sites",
+        "mean final rank of query sites minus that of all others",
+        "ranks",
+    )
+
+
+def _above_zero(
+    measured: Sequence[tuple[str, Sequence[float], Sequence[int]]], claim: str, measure: str, unit: Unit
+) -> tuple[Insight, ...]:
+    """Return one claim for each experiment (name, values, their seeds) that has values, as one family of tests."""
     family = correct(
-        [_against_zero(a.experiment.name, a.query_lead, tuple(run.seed for run in a.runs)) for a in usable]
+        [
+            compare_values({s: (v, 0.0) for s, v in zip(seeds, values, strict=True)}, name=name, reference="zero")
+            for name, values, seeds in measured
+            if values
+        ]
     )
-    return tuple(
-        _insight(
-            c,
-            f"{c.name}: query sites get more rank than the other sites",
-            "mean final rank of query sites minus that of all others",
-            "ranks",
-        )
-        for c in family
-    )
-
-
-def _against_zero(name: str, values: Sequence[float], seeds: tuple[int, ...]) -> Comparison:
-    return compare_values({s: (v, 0.0) for s, v in zip(seeds, values, strict=True)}, name=name, reference="zero")
+    return tuple(_insight(c, f"{c.name}: {claim}", measure, unit) for c in family)
 
 
 def _stable_importance(patterns: Sequence[ImportancePattern]) -> tuple[Insight, ...]:
