@@ -6,7 +6,7 @@ silence: failed, incomplete and missing runs are named in `Study.notices`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,7 +119,7 @@ def _study(name: str, smoke: bool, group: dict[tuple[str, int], RunRecord]) -> S
     seeds = sorted({seed for _, seed in group})
     missing = tuple((e.name, seed) for e in experiments for seed in seeds if (e.name, seed) not in group)
     runs = tuple(sorted(runs, key=lambda run: (_order(run.experiment), run.seed)))
-    notices = _notices(smoke, runs, failed, missing)
+    notices = (*_notices(smoke, runs, failed, missing), *_without_effect(records), *_differences(runs))
     return Study(name, smoke, experiments, runs, failed, missing, notices)
 
 
@@ -162,7 +162,23 @@ def _notices(
     if missing:
         names_and_seeds = ", ".join(f"{name} seed {seed}" for name, seed in missing)
         notices.append(f"Missing: no record of {names_and_seeds}. The study is incomplete or still running.")
-    return (*notices, *_differences(runs))
+    return tuple(notices)
+
+
+def _without_effect(records: Sequence[RunRecord]) -> list[str]:
+    """Return each distinct warning of the records once, with the runs that gave it."""
+    seeds_of: dict[str, dict[str, list[int]]] = {}
+    for record in records:
+        for text in dict.fromkeys(record.warnings):
+            seeds_of.setdefault(text, {}).setdefault(record.spec.experiment.name, []).append(record.spec.seed)
+    return [
+        f"Little or no effect: {text}. Runs: {'; '.join(f'{name}, {_seeds(seeds)}' for name, seeds in by_name.items())}."
+        for text, by_name in seeds_of.items()
+    ]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(seed) for seed in seeds)}"
 
 
 def _differences(runs: tuple[Run, ...]) -> list[str]:

@@ -134,6 +134,13 @@ def test_write_analysis_is_the_same_without_the_page(tmp_path: Path) -> None:
     assert report == analysis
 
 
+def test_settings_without_effect_stand_above_the_numbers(tmp_path: Path) -> None:
+    warned = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, changes={"warnings": ["top_k takes every site"]})
+    files = build_report(planted.write(tmp_path / "results", [warned]), tmp_path / "report")
+    for text in (files.markdown.read_text(), files.html.read_text()):
+        assert text.index("Little or no effect: top") < text.index("70.0")
+
+
 def test_missing_data_leaves_a_sentence_that_says_why(tmp_path: Path) -> None:
     files = build_report(planted.write(tmp_path / "results", LINEAR_ONLY), tmp_path / "report")
     for text in (files.markdown.read_text(), files.html.read_text()):
