@@ -277,9 +277,10 @@ def read_records(results_dir: Path) -> Iterator[RunRecord]:
     Raises:
         UserError: if the directory does not exist or holds no record.
     """
-    files = sorted(results_dir.rglob(RECORD_FILE)) if results_dir.is_dir() else []
+    is_folder = os.path.isdir(results_dir)  # unlike Path.is_dir, also False for an impossible name
+    files = sorted(results_dir.rglob(RECORD_FILE)) if is_folder else []
     if not files:
-        problem = "holds no record.json" if results_dir.is_dir() else "does not exist"
+        problem = "holds no record.json" if is_folder else "does not exist"
         raise UserError(f"{problem}; run a study first, e.g. `peft-vit run CONFIG`", file=results_dir)
     for file in files:
         yield read_record(file)

@@ -171,10 +171,11 @@ def _without_effect(records: Sequence[RunRecord]) -> list[str]:
     for record in records:
         for text in dict.fromkeys(record.warnings):
             seeds_of.setdefault(text, {}).setdefault(record.spec.experiment.name, []).append(record.spec.seed)
-    return [
-        f"Little or no effect: {text}. Runs: {'; '.join(f'{name}, {_seeds(seeds)}' for name, seeds in by_name.items())}."
-        for text, by_name in seeds_of.items()
-    ]
+    notices = []
+    for text, by_name in seeds_of.items():
+        runs = "; ".join(f"{name}, {_seeds(seeds)}" for name, seeds in by_name.items())
+        notices.append(f"Little or no effect: {text}. Runs: {runs}.")
+    return notices
 
 
 def _seeds(seeds: Sequence[int]) -> str:

@@ -106,3 +106,5 @@ def test_an_empty_or_missing_directory_is_one_line(tmp_path: Path) -> None:
         load_studies(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         load_studies(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="does not exist"):
+        load_studies(tmp_path / ("x" * 5000))
