@@ -32,17 +32,13 @@ def _run_graph(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     features, positions = session.run(None, {"input_image": images.numpy()})
     return torch.from_numpy(features), torch.from_numpy(positions)
 
 
 def _images(size: int, count: int) -> torch.Tensor:
-    return torch.from_numpy(
-        np.random.default_rng(0).standard_normal((count, 3, size, size), dtype=np.float32)
-    )
+    return torch.from_numpy(np.random.default_rng(0).standard_normal((count, 3, size, size), dtype=np.float32))
 
 
 def test_features_at_the_native_size() -> None:

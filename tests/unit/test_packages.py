@@ -60,9 +60,7 @@ def test_a_wheel_is_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     assert {"--no-deps", "--no-input"} <= set(calls[0])  # nothing else comes, nothing waits for a person
 
 
-def test_another_file_from_the_registry_is_refused_and_not_kept(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_file_from_the_registry_is_refused_and_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", pip_that_brings(b"something else", []))
     message = one_line()
     assert message.startswith(f"{NAME}: has SHA-256 {hashlib.sha256(b'something else').hexdigest()}, ")
@@ -80,9 +78,7 @@ def test_a_damaged_file_in_the_cache_is_refused(cache: Path, monkeypatch: pytest
     assert fetch_wheel(WHEEL).read_bytes() == CONTENT
 
 
-def test_without_a_network_the_line_says_where_to_put_the_file(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_network_the_line_says_where_to_put_the_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     complaint = "WARNING: Retrying\nERROR: No matching distribution found for some-package==1.2.3\n"
     monkeypatch.setattr(subprocess, "run", pip_that_fails(complaint))
     message = one_line()
@@ -95,9 +91,7 @@ def test_without_a_network_the_line_says_where_to_put_the_file(
 
 
 def test_pip_that_brings_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", "")
-    )
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", ""))
     assert "could not be downloaded (no wheel came)" in one_line()
 
 
@@ -112,12 +106,8 @@ def test_pip_itself_brings_a_wheel_from_a_folder(tmp_path: Path, monkeypatch: py
     folder.mkdir()
     with zipfile.ZipFile(folder / NAME, "w") as archive:
         information = "some_package-1.2.3.dist-info"
-        archive.writestr(
-            f"{information}/METADATA", "Metadata-Version: 2.1\nName: some-package\nVersion: 1.2.3\n"
-        )
-        archive.writestr(
-            f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        archive.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: some-package\nVersion: 1.2.3\n")
+        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{information}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))

