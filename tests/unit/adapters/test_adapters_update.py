@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters, merged_state_dict
 from peft_vit.adapters.low_rank import low_rank_linear
 from peft_vit.backbones import find_sites
+from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 
 FORMS = [("product", 1), ("svd", 1), ("product", 8), ("svd", 8)]
@@ -198,3 +199,20 @@ def test_a_share_of_the_quantized_weight_is_in_use() -> None:
         layer.set_quantized(packed)
     with pytest.raises(RuntimeError, match="no quantized weight"):
         one_layer("product", 1).drop_float()
+
+
+def test_a_bias_may_be_trained_and_a_weight_under_an_adapter_may_not(tiny_vit, batch, fill_adapters) -> None:
+    model = tiny_vit()
+    sites = find_sites(model)
+    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 2), scale=SCALE, seed=0)
+    fill_adapters(model)
+    module = dict(adapted_modules(model))["blocks.0.mlp.fc1"]
+    module.bias.requires_grad_(True)
+    x = torch.randn(3, module.in_features)
+    module(x).square().sum().backward()
+    with torch.no_grad():
+        expected = (2 * (x @ module.merged_weight().T + module.bias)).sum(0)
+    torch.testing.assert_close(module.bias.grad, expected, rtol=1e-4, atol=1e-4)
+    module.weight.requires_grad_(True)
+    with pytest.raises(UserError, match="a weight under an adapter is frozen"):
+        module(x)

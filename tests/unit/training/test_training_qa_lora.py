@@ -260,3 +260,17 @@ def test_it_learns_in_a_plain_loop(tiny_vit, batch) -> None:
     losses = [do_step(model, trainer, optimizer, batch, step)["loss"] for step in range(1, 21)]
     assert losses[-1] < 0.5 * losses[0]
     assert all(adapter.lora_B.abs().sum() > 0 for adapter in site_adapters(model).values())
+
+
+def test_a_schedule_that_never_moved_is_said(tiny_vit) -> None:
+    trainer = QALoRATrainer(model := tiny_vit(), linear(), 10)
+    with pytest.warns(SilentNoEffectWarning, match="no training_step was taken"):
+        trainer.validate_quantization_adaptation_balance(model)
+
+
+def test_a_change_of_type_leaves_packed_weights_as_they_are(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    QALoRATrainer(model, config(), 10)
+    before = model(batch[0])
+    assert torch.equal(model.float()(batch[0]), before)
+    assert {m.quantized.scales.dtype for _, m in adapted_modules(model.bfloat16())} == {torch.float16}

@@ -1,0 +1,33 @@
+"""What `peft-vit train` was asked for is checked, zero included."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from peft_vit.errors import UserError
+from peft_vit.experiments.own_images import OwnImages, study_of
+
+
+def asked(tmp_path, **changes) -> OwnImages:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for place in range(10):
+            pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{place}.png")
+    settings = {
+        "folder": tmp_path, "method": "lora", "shots": 3, "model": "test_vit", "weights": "random", "image_size": 32,
+        "epochs": 4, "learning_rate": None, "seed": 0, "threads": 1,
+    }  # fmt: skip
+    return OwnImages(**{**settings, **changes})
+
+
+def test_a_fifth_validates_a_fifth_tests_and_the_default_rate_is_the_methods(tmp_path, cache) -> None:
+    study = study_of(asked(tmp_path, method="linear"))
+    assert (study.data.validation_images, study.data.test_images, study.data.shots_per_class) == (4, 4, 3)
+    assert study.experiments[0].training.learning_rate == 3e-3
+
+
+def test_a_rate_of_zero_is_no_rate(tmp_path, cache) -> None:
+    with pytest.raises(UserError, match="learning_rate: input should be greater than 0, got 0"):
+        study_of(asked(tmp_path, learning_rate=0.0))
