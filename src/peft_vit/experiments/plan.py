@@ -85,7 +85,7 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool) -> Pla
     shape = describe(study.backbone, study.data.image_size)
     index = open_index(study.data, smoke=smoke)
     splits = make_splits(index, study.data, study.seeds[0])
-    checked = []
+    steps_of = []
     for place, experiment in enumerate(study.experiments):
         training = experiment.training
         total_steps = training.epochs * steps_per_epoch(len(splits.train), training.batch_size)
@@ -93,10 +93,10 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool) -> Pla
             check(experiment, shape.sites, total_steps)
         except UserError as error:
             raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
-        checked.append((experiment, total_steps))
+        steps_of.append(total_steps)
     specs = [
         (_spec(study, place, seed, smoke), total_steps)
-        for place, (_, total_steps) in enumerate(checked)
+        for place, total_steps in enumerate(steps_of)
         for seed in study.seeds
     ]
     found = {spec.run_id: _finished(results_dir, spec, index.sha256) for spec, _ in specs}
@@ -107,7 +107,7 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool) -> Pla
         train=len(splits.train), validation=len(splits.validation), test=len(splits.test),
     )  # fmt: skip
     measured = [record for record in found.values() if record is not None]
-    estimates = estimate_runs([(spec, steps) for spec, steps in specs], workload, measured)
+    estimates = estimate_runs(specs, workload, measured)
     runs = tuple(
         PlannedRun(spec, total_steps, estimate, done=found[spec.run_id] is not None)
         for (spec, total_steps), estimate in zip(specs, estimates, strict=True)

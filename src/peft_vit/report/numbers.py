@@ -74,11 +74,6 @@ def megabytes(value: float) -> str:
     return f"{value / 1e6:.1f} MB" if value >= 1e6 or value == 0 else f"{value / 1e6:.2f} MB"
 
 
-def or_dash(text: str | None) -> str:
-    """Return a dash for what was not recorded."""
-    return "–" if text is None else text
-
-
 def joined(names: Iterable[str]) -> str:
     """Return names as a list in prose."""
     return ", ".join(names)
