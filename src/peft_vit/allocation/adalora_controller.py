@@ -98,12 +98,13 @@ class AdaLoRAController:
         """Return the ranks as last applied, by site."""
         return dict(self.rank_history[-1]["ranks"])
 
-    def update_importance_scores(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Score every site; call after backward, on unscaled accumulated gradients, before zero_grad.
+    def update_importance_scores(self, model: nn.Module, step: int, *, loss_scale: float = 1.0) -> dict[str, float]:
+        """Score every site; call after backward, on accumulated gradients, before zero_grad.
 
         Args:
             model: carries the adapters and their gradients.
             step: the optimiser step that these gradients belong to, from 1.
+            loss_scale: factor on the loss; with `torch.amp.GradScaler` its `get_scale()`, or 1 after `unscale_`.
 
         Returns:
             The mean score per triplet of each site. A site without rank keeps its last score, so that it can come
@@ -114,7 +115,7 @@ class AdaLoRAController:
         """
         if step <= self._scored:
             raise UserError(f"step {step} follows step {self._scored}; score once a step, counted from 1", field="step")
-        self._triplet_scores = self.tracker.update(site_adapters(model))
+        self._triplet_scores = self.tracker.update(site_adapters(model), loss_scale)
         for name, values in self._triplet_scores.items():
             if len(values):
                 self._last_scores[name] = float(values.mean())

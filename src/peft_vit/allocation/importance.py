@@ -19,6 +19,7 @@ Smoothing is v <- beta v + (1 - beta) new, from v = 0, with beta1. New triplets 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,15 +66,22 @@ class ImportanceTracker:
         self._state: dict[str, dict[str, Tensor]] = {}  # site -> quantity -> (r, ...)
 
     @torch.no_grad()
-    def update(self, adapters: Mapping[str, SiteAdapter]) -> dict[str, Tensor]:
+    def update(self, adapters: Mapping[str, SiteAdapter], loss_scale: float = 1.0) -> dict[str, Tensor]:
         """Take in the present gradients and return the score of each triplet, (rank,) by site.
 
-        Raises:
-            UserError: if the metric needs gradients and a site has none (called before backward, or after zero_grad).
-        """
-        return {name: self._update_site(name, adapter) for name, adapter in adapters.items()}
+        Args:
+            adapters: of the sites to score, with their gradients.
+            loss_scale: factor on the loss whose gradients these are, e.g. `torch.amp.GradScaler.get_scale()`.
 
-    def _update_site(self, name: str, adapter: SiteAdapter) -> Tensor:
+        Raises:
+            UserError: if the metric needs gradients and a site has none (called before backward, or after zero_grad),
+                or if the loss scale is not a positive number.
+        """
+        if not (math.isfinite(loss_scale) and loss_scale > 0):
+            raise UserError(f"expected a positive number, got {loss_scale}", field="loss_scale")
+        return {name: self._update_site(name, adapter, loss_scale) for name, adapter in adapters.items()}
+
+    def _update_site(self, name: str, adapter: SiteAdapter, loss_scale: float) -> Tensor:
         device = adapter.lora_A.device
         if self.metric == "uniform" or adapter.rank == 0:
             return torch.ones(adapter.rank, device=device)
@@ -91,7 +99,9 @@ class ImportanceTracker:
                 f"{missing} has no gradient; call update_importance_scores after backward and before zero_grad",
                 field=name,
             )
-        gradients = {key: (weight, gradient) for key, (weight, gradient) in views.items() if gradient is not None}
+        gradients = {
+            key: (weight, gradient / loss_scale) for key, (weight, gradient) in views.items() if gradient is not None
+        }
         if self.metric == "sensitivity":
             return self._sensitivity(name, gradients)
         squared = torch.stack([g.float().square().sum(1) for _, g in gradients.values()]).sum(0)  # (r,)
