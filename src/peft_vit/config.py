@@ -37,6 +37,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]
 Strategy = Literal["proportional", "threshold", "top_k", "global"]
 Metric = Literal["magnitude", "gradient_norm", "fisher", "sensitivity", "random", "uniform"]
+GRADIENT_METRICS: tuple[Metric, ...] = ("gradient_norm", "fisher", "sensitivity")
 QuantizationType = Literal["nf4", "fp4", "int4", "int8"]
 BITS_OF_TYPE: dict[str, int] = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}
 NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv")
@@ -152,6 +153,13 @@ class AdaLoraConfig(_AdapterConfig):
     minimum_rank: int = Field(default=0, ge=0, le=65_536)
     maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
     parametrization: Literal["product", "svd"] = "product"
+    prune: Literal["physical", "reversible"] = Field(
+        default="physical",
+        description="reversible: losers are set to zero and may come back; tensors shrink at the last decision",
+    )
+    importance_gradient: Literal["task", "task_and_penalty"] = Field(
+        default="task", description="whose gradient is scored; the official AdaLoRA code scores with the penalty's"
+    )
     orthogonality_weight: float | None = Field(default=None, ge=0, description="default 0.1 for svd, none for product")
     sensitivity_beta: float = Field(default=0.85, gt=0, lt=1, description="smoothing of scores (b1)")
     uncertainty_beta: float = Field(default=0.85, gt=0, lt=1, description="smoothing of their spread (b2)")
@@ -169,6 +177,21 @@ class AdaLoraConfig(_AdapterConfig):
                 raise ValueError("initial_rank_budget lies below total_rank_budget; the cubic schedule only descends")
         if self.parametrization == "product" and self.orthogonality_weight:
             raise ValueError("orthogonality_weight needs parametrization: svd; the plain product has no such penalty")
+        if self.prune == "reversible" and self.budget_schedule == "constant":
+            raise ValueError(
+                "prune: reversible has no effect with budget_schedule: constant, where no triplet ever loses; "
+                "use cubic or prune: physical"
+            )
+        if self.importance_gradient == "task_and_penalty":
+            if self.importance_metric not in GRADIENT_METRICS:
+                raise ValueError(
+                    f"importance_gradient has no effect with importance_metric: {self.importance_metric}; remove it"
+                )
+            if self.parametrization == "product" or self.orthogonality_weight == 0:
+                raise ValueError(
+                    "importance_gradient: task_and_penalty needs a penalty: parametrization: svd with an "
+                    "orthogonality_weight above 0"
+                )
         if self.top_k is not None and self.allocation_strategy != "top_k":
             raise ValueError(f"top_k has no effect with allocation_strategy: {self.allocation_strategy}; remove it")
         if _is_given(self, "threshold_tau", info) and self.allocation_strategy != "threshold":

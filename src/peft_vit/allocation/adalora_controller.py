@@ -4,6 +4,7 @@ In anybody's own loop::
 
     controller = AdaLoRAController(model, config, total_steps=600)        # attaches the adapters
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    controller.attach(model, optimizer)                                   # refuses what can't follow a change of rank
     for step in range(1, 601):                                            # steps count from 1
         loss = cross_entropy(model(images), labels)
         loss.backward()
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import attach_adapters, resize_adapters, set_ranks, site_adapters
+from peft_vit.adapters import attach_adapters, check_optimizer, resize_adapters, set_ranks, site_adapters
 from peft_vit.allocation.budget import bounds_for, schedule_for
 from peft_vit.allocation.importance import ImportanceTracker
 from peft_vit.allocation.strategies import allocate
@@ -76,6 +77,7 @@ class AdaLoRAController:
         self._last_scores: dict[str, float] = {}  # of sites that had rank at some time
         self._scored = 0  # step of the latest scores
         self._decided = 0  # step of the latest decision
+        self._optimizer: torch.optim.Optimizer | None = None  # as attached
         self._start(model)
 
     def _start(self, model: nn.Module) -> None:
@@ -92,6 +94,17 @@ class AdaLoRAController:
                 field="adalora.total_rank_budget",
             )
         self.rank_history.append({"step": 0, "budget": self.schedule.initial, "ranks": ranks})
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse what can't follow a change of rank; call once before the first step.
+
+        In a loop that does not call it, the first `apply_ranks` does.
+
+        Raises:
+            UserError: if the optimiser's state can't be carried through a change of rank.
+        """
+        check_optimizer(optimizer)
+        self._optimizer = optimizer
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -161,6 +174,8 @@ class AdaLoRAController:
 
         Call after the optimiser's step. A shrinking site loses its weakest triplets by their latest scores.
         """
+        if optimizer is not self._optimizer:
+            self.attach(model, optimizer)
         present = self.ranks
         if ranks == present and self._decided == self.rank_history[-1]["step"]:
             return

@@ -21,9 +21,14 @@ class AllocationHook:
     def __init__(self, controller: AdaLoRAController) -> None:
         self.controller = controller
         self._scores: dict[str, float] = {}
+        self._with_penalty = controller.config.importance_gradient == "task_and_penalty"
         default = 0.1 if controller.config.parametrization == "svd" else 0.0  # 0.1: the official AdaLoRA code
         weight = controller.config.orthogonality_weight
         self.orthogonality_weight = default if weight is None else weight
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Let the controller refuse a model or an optimiser that can't follow a change of rank."""
+        self.controller.attach(model, optimizer)
 
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
         """Return weight * mean of ||P^T P - I||_F and ||Q Q^T - I||_F over all matrices (AdaLoRA, eq. 4)."""
@@ -34,8 +39,14 @@ class AllocationHook:
         return {"orthogonality": self.orthogonality_weight * total / (2 * len(present))}
 
     def after_backward(self, model: nn.Module, step: int) -> None:
-        """Score the sites from the task's gradients."""
-        self._scores = self.controller.update_importance_scores(model, step)
+        """Score the sites from the task's gradients, unless the penalty's belong to them."""
+        if not self._with_penalty:
+            self._scores = self.controller.update_importance_scores(model, step)
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Score the sites from the gradients of task and penalty together, as the official AdaLoRA code does."""
+        if self._with_penalty:
+            self._scores = self.controller.update_importance_scores(model, step)
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Decide the ranks and apply them."""

@@ -118,6 +118,8 @@ def train(
     weights = class_weights(data.train.labels, len(data.class_names)) if config.class_weights else None
     criterion = nn.CrossEntropyLoss(weight=None if weights is None else weights.to(setting.device))
     timed = [_Timed(hook) for hook in hooks]
+    for hook in timed:
+        hook.attach(model, optimizer)
     result = TrainingResult(initial_parameters=trainable_parameters(model))
     best = _Best()
     model.train()
@@ -210,6 +212,11 @@ class _Timed:
         self.name = hook.name
         self.seconds = 0.0
 
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        started = time.perf_counter()
+        self.hook.attach(model, optimizer)
+        self.seconds += time.perf_counter() - started
+
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
         started = time.perf_counter()
         terms = self.hook.penalties(model)
@@ -219,6 +226,11 @@ class _Timed:
     def after_backward(self, model: nn.Module, step: int) -> None:
         started = time.perf_counter()
         self.hook.after_backward(model, step)
+        self.seconds += time.perf_counter() - started
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        started = time.perf_counter()
+        self.hook.before_step(model, step)
         self.seconds += time.perf_counter() - started
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -18,12 +18,20 @@ class StepHook(Protocol):
 
     name: str
 
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Prepare, and refuse what can't work; called once, before the first step."""
+        ...
+
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
         """Return terms to add to the loss, weighted, by name."""
         ...
 
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Look at, or scale, the gradients of the task loss; penalties are added later."""
+        ...
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Look at the whole gradient, penalties included; it is not clipped yet."""
         ...
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -84,6 +92,8 @@ def optimization_step(
     penalties = {name: term for hook in hooks for name, term in hook.penalties(model).items()}
     if penalties:
         torch.stack(list(penalties.values())).sum().backward()
+    for hook in hooks:
+        hook.before_step(model, step)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not parameters:
         raise UserError("no parameter received a gradient; attach adapters or unfreeze the head", field="model")

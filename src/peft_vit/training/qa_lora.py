@@ -167,6 +167,9 @@ class QALoRATrainer:
         outcome = optimization_step(model, optimizer, loss, step, hooks=[self], clip_norm=self.clip_norm)
         return {"loss": outcome.loss, "gradient_norm": outcome.gradient_norm, "quantized_share": share}
 
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Do nothing: the model was prepared at the start, and any optimiser will do."""
+
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
         """Return nothing: QA-LoRA adds no term to the loss."""
         return {}
@@ -183,6 +186,9 @@ class QALoRATrainer:
             for parameter in adapter.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.config.gradient_scaling_factor)
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Do nothing: there is no penalty to wait for."""
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Move the schedule on; at its end the float weights are freed."""

@@ -35,10 +35,16 @@ class DeployableFrom:
     def __init__(self, step: int) -> None:
         self.step = step
 
+    def attach(self, model, optimizer) -> None:
+        pass
+
     def penalties(self, model):
         return {}
 
     def after_backward(self, model, step) -> None:
+        pass
+
+    def before_step(self, model, step) -> None:
         pass
 
     def after_step(self, model, optimizer, step) -> None:

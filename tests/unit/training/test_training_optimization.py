@@ -22,12 +22,19 @@ class Recorder:
     def __init__(self, penalty: float = 0.0) -> None:
         self.penalty = penalty
         self.seen = None
+        self.whole = None
+
+    def attach(self, model, optimizer) -> None:
+        pass
 
     def penalties(self, model):
         return {"pull": self.penalty * model.head.bias.square().sum()} if self.penalty else {}
 
     def after_backward(self, model, step) -> None:
         self.seen = model.head.bias.grad.clone()
+
+    def before_step(self, model, step) -> None:
+        self.whole = model.head.bias.grad.clone()
 
     def after_step(self, model, optimizer, step) -> None:
         assert model.head.bias.grad is not None  # not yet cleared
@@ -71,15 +78,17 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it(tiny_vit, batch
     assert length.item() == pytest.approx(RATE * 0.01, rel=1e-3)
 
 
-def test_penalties_reach_the_step_but_not_the_hooks(tiny_vit, batch) -> None:
+def test_penalties_reach_the_step_and_the_hooks_only_before_it(tiny_vit, batch) -> None:
     outcomes = []
     for penalty in (0.0, 3.0):
         model, optimizer = probe(tiny_vit)
         bias, hook = model.head.bias.detach().clone(), Recorder(penalty)
         outcome, moved = step_from(model, optimizer, batch, hooks=[hook])
-        outcomes.append((hook.seen, moved["head.bias"], outcome))
-    (plain_seen, plain_moved, plain), (seen, moved, penalized) = outcomes
-    assert torch.equal(seen, plain_seen)
+        outcomes.append((hook, moved["head.bias"], outcome))
+    (plain_hook, plain_moved, plain), (hook, moved, penalized) = outcomes
+    assert torch.equal(hook.seen, plain_hook.seen)
+    assert torch.equal(plain_hook.whole, plain_hook.seen)
+    torch.testing.assert_close(hook.whole - hook.seen, 3.0 * 2 * bias, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(moved - plain_moved, -RATE * 3.0 * 2 * bias, rtol=1e-4, atol=1e-6)
     assert plain.penalties == {}
     assert penalized.penalties == pytest.approx({"pull": 3.0 * bias.square().sum().item()})
