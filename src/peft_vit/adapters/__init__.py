@@ -17,10 +17,12 @@ from peft_vit.adapters.merging import (
     set_ranks,
     trained_tensors,
 )
+from peft_vit.adapters.probe import Probe
 from peft_vit.adapters.resizing import check_optimizer, resize_adapters
 
 __all__ = [
     "AdaptedLinear",
+    "Probe",
     "SiteAdapter",
     "adapted_modules",
     "adapter_bytes",

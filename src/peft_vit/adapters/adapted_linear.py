@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.low_rank import SiteAdapter, low_rank_linear
+from peft_vit.adapters.probe import Probe
 from peft_vit.quantization import QuantizedTensor, relative_error
 
 
@@ -73,7 +74,11 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        updates = [(self.rows[matrix], adapter) for matrix, adapter in self.adapters() if adapter.rank]
+        adapters = self.adapters()
+        updates: list[tuple[slice, SiteAdapter | Probe]]
+        updates = [(self.rows[matrix], adapter) for matrix, adapter in adapters if adapter.rank]
+        if torch.is_grad_enabled():  # a probe adds exactly nothing and is there for its gradient alone
+            updates += [(self.rows[matrix], adapter.probe) for matrix, adapter in adapters if adapter.probe is not None]
         return low_rank_linear(x, self.frozen_weight(), self.bias, updates)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -13,12 +13,14 @@ quantized in groups of g inputs the update is constant within a group (QA-LoRA, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_vit.adapters.probe import Probe
 from peft_vit.errors import UserError
 
 Parametrization = Literal["product", "svd"]
@@ -56,6 +58,7 @@ class SiteAdapter(nn.Module):
         self.parametrization = parametrization
         self.pool = pool
         self.generator = generator
+        self.probe: Probe | None = None  # for one step, see `allocation.probes`
         lora_A, lora_B, lora_lambda = self.fresh_triplets(rank)
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
@@ -155,7 +158,9 @@ class _LowRankLinear(torch.autograd.Function):
         return to_input, None, to_bias, None, None, *to_factors
 
 
-def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[tuple[slice, SiteAdapter]]) -> Tensor:
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[tuple[slice, SiteAdapter | Probe]]
+) -> Tensor:
     """Apply a frozen linear layer with low-rank updates on slices of its rows.
 
     Under autocast the product runs in autocast's type; W and the updates are summed in float32 before.
@@ -164,7 +169,7 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: lis
         x: inputs (..., in).
         weight: frozen weight (out, in), float32.
         bias: (out,) or None.
-        updates: the rows of each site that has a rank above 0, and its adapter.
+        updates: the rows of each site that has a rank above 0, and its adapter; likewise of its probe.
 
     Returns:
         Outputs (..., out).
