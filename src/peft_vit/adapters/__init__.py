@@ -1,6 +1,7 @@
 """Low-rank adapters on sites: update, resizing, injection, merging, files."""
 
 from peft_vit.adapters.adapted_linear import AdaptedLinear
+from peft_vit.adapters.bias_correction import correct_young_triplets
 from peft_vit.adapters.injection import (
     adapted_modules,
     attach_adapters,
@@ -18,7 +19,8 @@ from peft_vit.adapters.merging import (
     trained_tensors,
 )
 from peft_vit.adapters.probe import Probe
-from peft_vit.adapters.resizing import check_optimizer, resize_adapters
+from peft_vit.adapters.resizable import check_optimizer, check_resizable
+from peft_vit.adapters.resizing import resize_adapters
 
 __all__ = [
     "AdaptedLinear",
@@ -28,6 +30,8 @@ __all__ = [
     "adapter_bytes",
     "attach_adapters",
     "check_optimizer",
+    "check_resizable",
+    "correct_young_triplets",
     "current_ranks",
     "freeze_backbone",
     "load_trained",

@@ -7,20 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from peft_vit.adapters.bias_correction import TRIPLETS, triplets_after
 from peft_vit.adapters.injection import site_adapters
 from peft_vit.adapters.low_rank import SiteAdapter
+from peft_vit.adapters.resizable import check_resizable, unwrapped
 from peft_vit.errors import UserError
-
-RESIZABLE_OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimiser whose state we can't carry through a change of rank."""
-    if type(optimizer) not in RESIZABLE_OPTIMIZERS:
-        known = ", ".join(kind.__name__ for kind in RESIZABLE_OPTIMIZERS)
-        raise UserError(
-            f"{type(optimizer).__name__} can't follow a change of rank; use one of {known}", field="optimizer"
-        )
 
 
 def resize_adapters(
@@ -32,18 +23,23 @@ def resize_adapters(
     """Give each named site its new rank.
 
     A site that shrinks loses exactly its triplets with the lowest scores (of equal ones the later); the others keep
-    their order. A site that grows gets triplets that leave the function as it was, with moments of zero.
+    their order. A site that grows gets triplets that leave the function as it was, with moments of zero; their age
+    is kept too, see `correct_young_triplets`.
 
     Args:
         model: carries the adapters.
-        optimizer: holds their parameters; checked with `check_optimizer`.
+        optimizer: holds their parameters.
         ranks: new rank by site.
         triplet_scores: score of each present triplet by site, (rank,).
 
     Returns:
         For each changed site the indices of the old triplets that were kept, (kept,) int64 in ascending order.
+
+    Raises:
+        UserError: before anything is changed, if model or optimiser can't follow, or ranks or scores don't fit.
     """
-    check_optimizer(optimizer)
+    check_resizable(model, optimizer)
+    optimizer = unwrapped(optimizer)
     adapters = site_adapters(model)
     _check_ranks(adapters, optimizer, ranks)
     for name in ranks:
@@ -88,7 +84,7 @@ def _resize(adapter: SiteAdapter, optimizer: torch.optim.Optimizer, keep: Tensor
         old = getattr(adapter, name)
         if old is None or new is None:
             continue
-        added = new.to(old.device)
+        added = new.to(old)
         values = torch.cat([old.detach().index_select(dim, keep), added], dim).contiguous()
         parameter = nn.Parameter(values, requires_grad=old.requires_grad)
         setattr(adapter, name, parameter)
@@ -103,11 +99,12 @@ def _carry_state(
             if parameter is old:
                 group["params"][index] = new
     state = optimizer.state.pop(old, None)
-    if state is None:
+    if state is None or not len(keep):  # nothing old is left: the optimiser starts anew, its step count too
         return
     optimizer.state[new] = {
-        key: torch.cat([value.index_select(dim, keep), zeros], dim).contiguous()
+        key: torch.cat([value.index_select(dim, keep), zeros.to(value)], dim).contiguous()
         if isinstance(value, Tensor) and value.shape == old.shape
         else value
         for key, value in state.items()
-    }
+        if key != TRIPLETS
+    } | triplets_after(state, dim, keep.tolist(), zeros.shape[dim])
