@@ -1,0 +1,74 @@
+"""Scores for sites without rank, from the gradient on temporary triplets.
+
+A site at rank 0 has no triplet that could be scored, and |w dL/dw| of a triplet that changes nothing is 0 whatever the
+site is worth. What can be measured is the gradient that its weight would receive: a probe (`adapters.Probe`) estimates
+g, the root mean square over the elements of dL/dW. It is turned into the metric's units by the sites that have both:
+
+    score_s = g_s * mean over sites t with measured triplets of (score_t / g_t)
+
+so a site without rank scores as one with rank would whose gradient is as large, at the other sites' mean ratio. The
+ratio does not depend on the loss's scale. All sites are probed, for g_t must come from the same batch and be as noisy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from peft_vit.adapters import Probe, SiteAdapter, site_adapters
+from peft_vit.seeding import torch_generator
+
+PROBE_TRIPLETS = 4  # the estimate of a squared norm from n random directions has a relative error of sqrt(2 / n)
+
+
+def place_probes(model: nn.Module, *, seed: int, step: int) -> None:
+    """Put temporary triplets on every site for the forward and backward pass of one step.
+
+    Their directions follow from seed and step alone, so that a resumed run draws the same. A model that PEFT has
+    wrapped gets none.
+    """
+    generator = torch_generator(seed, "probe", step)
+    for adapter in site_adapters(model).values():
+        if isinstance(adapter, SiteAdapter):
+            adapter.probe = Probe(
+                adapter.in_features, adapter.out_features, PROBE_TRIPLETS,
+                generator=generator, device=adapter.lora_A.device,
+            )  # fmt: skip
+
+
+def take_probes(model: nn.Module) -> tuple[dict[str, float], int]:
+    """Remove the probes.
+
+    Returns:
+        The size of the gradient g by site, of those that a backward pass has reached, and the temporary values held.
+    """
+    gradients, values = {}, 0
+    for name, adapter in site_adapters(model).items():
+        if not isinstance(adapter, SiteAdapter) or adapter.probe is None:
+            continue
+        gradient = adapter.probe.gradient()
+        if gradient is not None:
+            gradients[name] = gradient
+            values += adapter.probe.values
+        adapter.probe = None
+    sizes = torch.stack(list(gradients.values())).tolist() if gradients else []
+    return dict(zip(gradients, sizes, strict=True)), values
+
+
+def probed_scores(
+    gradients: Mapping[str, float], measured: Mapping[str, float], sought: Iterable[str]
+) -> dict[str, float]:
+    """Return the scores of the sought sites by the formula above.
+
+    Args:
+        gradients: g of every site, from `take_probes`.
+        measured: scores of sites from their own triplets in the same backward pass.
+        sought: sites without rank. They get no score if no measured site has a gradient to set theirs in relation to.
+    """
+    ratios = [score / gradients[name] for name, score in measured.items() if gradients.get(name)]
+    if not ratios:
+        return {}
+    ratio = sum(ratios) / len(ratios)
+    return {name: gradients[name] * ratio for name in sought if name in gradients}

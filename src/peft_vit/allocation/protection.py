@@ -1,0 +1,85 @@
+"""Newly grown triplets get one interval to show what they are worth.
+
+A triplet that has just grown has smoothed scores near zero, whatever it is worth: unprotected it would be the first to
+go at the next decision, and would pull its site down until then. A triplet that grew after decision d is young until
+decision d + 1 is applied: it is not removed there, counts as its site's strongest, and does not count in its site's
+mean score. Triplets that were there from the start are never young.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from peft_vit.allocation.strategies import Bounds, Floats, Ints
+
+
+class TripletAges:
+    """Knows at which decision each triplet was grown.
+
+    Attributes:
+        decisions: decisions taken so far.
+        births: by site, the number of the decision after which each triplet was grown, (rank,) int64; 0: the start.
+    """
+
+    def __init__(self, ranks: Mapping[str, int]) -> None:
+        self.decisions = 0
+        self.births = {name: torch.zeros(rank, dtype=torch.int64) for name, rank in ranks.items()}
+
+    def young(self, name: str) -> Tensor:
+        """Return which triplets of a site have grown since the latest decision, (rank,) bool."""
+        return (self.births[name] == self.decisions) & (self.births[name] > 0)
+
+    def young_count(self, name: str) -> int:
+        """Return how many triplets of a site are young."""
+        return int(self.young(name).sum())
+
+    def follow(self, kept: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
+        """Carry the ages through a change of rank; arguments as in `ImportanceTracker.follow`."""
+        for name, keep in kept.items():
+            grown = torch.full((ranks[name] - len(keep),), self.decisions)
+            self.births[name] = torch.cat([self.births[name][keep.cpu()], grown])
+
+    def strongest_first(self, name: str, scores: Tensor) -> Tensor:
+        """Return scores of the same order, (rank,), but with the young triplets above all others of their site."""
+        young = self.young(name)
+        if not young.any():
+            return scores
+        order = torch.argsort(scores.detach().cpu(), descending=True, stable=True)
+        order = order[torch.argsort(young[order].int(), descending=True, stable=True)]
+        places = torch.empty(len(order), dtype=torch.float64)
+        places[order] = torch.arange(len(order), 0, -1, dtype=torch.float64)
+        return places
+
+
+def protected_minimum(young: Ints, scores: Floats, budget: int, bounds: Bounds, costs: Ints) -> Ints:
+    """Return each site's smallest rank with its young triplets protected, (sites,).
+
+    If the budget can't hold them all, those of the sites with the lowest scores give way, as many as it takes.
+
+    Args:
+        young: number of young triplets of each site, (sites,).
+        scores: of each site, (sites,).
+        budget: over all sites, in the unit of the costs.
+        bounds: of each site.
+        costs: of one rank of each site, (sites,).
+    """
+    least: Ints = np.clip(young, bounds.minimum, bounds.maximum)
+    for site in np.argsort(scores, kind="stable"):
+        excess = int(costs @ least) - budget
+        if excess <= 0:
+            break
+        least[site] -= min(int(least[site] - bounds.minimum[site]), -(-excess // int(costs[site])))
+    return least
+
+
+def shielded(scores: Floats, young: NDArray[np.bool_], count: int) -> Floats:
+    """Return a site's triplet scores with the best `count` of the young ones at infinity, for a ranking of triplets."""
+    order = np.argsort(np.where(young, -scores, np.inf), kind="stable")
+    result = scores.copy()
+    result[order[:count]] = np.inf
+    return result
