@@ -6,8 +6,9 @@ gradients g = dL/dw, the score after each backward pass is
     magnitude      |lambda_i| ||P_i|| ||Q_i||, or ||b_i|| ||a_i||: the Frobenius norm of the triplet's update,
                    without the scale, which all sites share
     gradient_norm  smoothed ||g||_2 over the triplet's parameters
-    fisher         smoothed ||g||_2^2: trace of the diagonal minibatch empirical Fisher (Kunstner et al. 2019,
-                   arXiv 1905.12558, on why it is not the Fisher), of the mean gradient of a batch
+    fisher         smoothed ||g||_2^2: trace of the diagonal minibatch empirical Fisher, of the mean gradient of a
+                   batch (Kunstner et al. 2019, arXiv 1905.12558, on why it is not the Fisher; `per_sample_fisher`
+                   measures how far its ranking is from the empirical Fisher's)
     sensitivity    AdaLoRA (arXiv 2303.10512, eqs. 8 to 11): I = |w g|, smoothed to I_bar with beta1; uncertainty
                    U_bar smooths |I - I_bar| with beta2; s = I_bar U_bar; the triplet's score is
                    s(lambda_i) + mean s(P_i) + mean s(Q_i), without the first term in the product form
@@ -20,8 +21,8 @@ Smoothing is v <- beta v + (1 - beta) new, from v = 0, with beta1. New triplets 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,24 +31,22 @@ from peft_vit.adapters import SiteAdapter
 from peft_vit.config import Metric
 from peft_vit.errors import UserError
 
-_DIMS = {"lora_A": 0, "lora_B": 1, "lora_lambda": 0}  # the dimension that counts triplets
 
+class _Part(NamedTuple):
+    """One parameter of a site, as a matrix; reducing `dim`, the values of a triplet, leaves (r,)."""
 
-def _by_triplet(adapter: SiteAdapter) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Return each parameter and its gradient as (rank, values of one triplet)."""
-    views = {}
-    for name, dim in _DIMS.items():
-        parameter = getattr(adapter, name)
-        if parameter is None:
-            continue
-        gradient = parameter.grad
-        weight = parameter.detach().movedim(dim, 0).reshape(adapter.rank, -1)  # (r, n)
-        views[name] = (weight, None if gradient is None else gradient.movedim(dim, 0).reshape(adapter.rank, -1))
-    return views
+    site: str
+    name: str
+    weight: Tensor  # A (r, in), B (out, r), lambda (r, 1)
+    gradient: Tensor | None
+    dim: int
 
 
 class ImportanceTracker:
     """Keeps the smoothed quantities of every triplet.
+
+    All sites go through an operation together (`torch._foreach_*`, as in torch.optim), and smoothing is in place: a
+    site has two or three small parameters, and one by one the calls would cost more than the arithmetic.
 
     Args:
         metric: what is scored.
@@ -63,7 +62,7 @@ class ImportanceTracker:
         self.beta1 = sensitivity_beta
         self.beta2 = uncertainty_beta
         self.generator = generator
-        self._state: dict[str, dict[str, Tensor]] = {}  # site -> quantity -> (r, ...)
+        self._state: dict[tuple[str, str], Tensor] = {}  # by site and quantity, see state_dict
 
     @torch.no_grad()
     def update(self, adapters: Mapping[str, SiteAdapter], loss_scale: float = 1.0) -> dict[str, Tensor]:
@@ -71,7 +70,9 @@ class ImportanceTracker:
 
         Args:
             adapters: of the sites to score, with their gradients.
-            loss_scale: factor on the loss whose gradients these are, e.g. `torch.amp.GradScaler.get_scale()`.
+            loss_scale: factor on the loss whose gradients these are, e.g. `torch.amp.GradScaler.get_scale()`. If it
+                is not 1, gradients that overflowed are left out, as the scaler leaves out their step, and the scores
+                are those before.
 
         Raises:
             UserError: if the metric needs gradients and a site has none (called before backward, or after zero_grad),
@@ -79,58 +80,122 @@ class ImportanceTracker:
         """
         if not (math.isfinite(loss_scale) and loss_scale > 0):
             raise UserError(f"expected a positive number, got {loss_scale}", field="loss_scale")
-        return {name: self._update_site(name, adapter, loss_scale) for name, adapter in adapters.items()}
-
-    def _update_site(self, name: str, adapter: SiteAdapter, loss_scale: float) -> Tensor:
-        device = adapter.lora_A.device
-        if self.metric == "uniform" or adapter.rank == 0:
-            return torch.ones(adapter.rank, device=device)
+        if self.metric == "uniform":
+            return {name: torch.ones(one.rank, device=one.lora_A.device) for name, one in adapters.items()}
         if self.metric == "random":
-            return torch.rand(adapter.rank, generator=self.generator).to(device)
-        views = _by_triplet(adapter)
+            noise = {name: torch.rand(one.rank, generator=self.generator) for name, one in adapters.items()}
+            return {name: values.to(adapters[name].lora_A.device) for name, values in noise.items()}
+        parts = [part for name, adapter in adapters.items() if adapter.rank for part in _parts(name, adapter)]
         if self.metric == "magnitude":
-            product = torch.ones(adapter.rank, device=device)
-            for weight, _ in views.values():
-                product *= weight.norm(dim=1)
-            return product
-        missing = next((key for key, (_, gradient) in views.items() if gradient is None), None)
-        if missing is not None:
-            raise UserError(
-                f"{missing} has no gradient; call update_importance_scores after backward and before zero_grad",
-                field=name,
-            )
-        gradients = {
-            key: (weight, gradient / loss_scale) for key, (weight, gradient) in views.items() if gradient is not None
-        }
+            norms = [torch.linalg.vector_norm(part.weight, dim=part.dim) for part in parts]
+            scores = _by_site(parts, norms, torch.mul)
+        else:
+            scores = self._smoothed_scores(parts, loss_scale) if parts else {}
+        return {name: scores[name] if one.rank else one.lora_A.new_zeros(0) for name, one in adapters.items()}
+
+    def _smoothed_scores(self, parts: Sequence[_Part], loss_scale: float) -> dict[str, Tensor]:
+        gradients = _gradients(parts)
+        overflowed = False
+        if loss_scale != 1:
+            overflowed = not all(bool(norm.isfinite()) for norm in torch._foreach_norm(gradients))
+            gradients = list(torch._foreach_div(gradients, loss_scale))
         if self.metric == "sensitivity":
-            return self._sensitivity(name, gradients)
-        squared = torch.stack([g.float().square().sum(1) for _, g in gradients.values()]).sum(0)  # (r,)
-        return self._smooth(name, self.metric, squared if self.metric == "fisher" else squared.sqrt(), self.beta1)
+            return self._sensitivity(parts, None if overflowed else gradients)
+        return self._size(parts, None if overflowed else gradients)
 
-    def _sensitivity(self, name: str, gradients: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        total: Tensor | None = None
-        for key, (weight, gradient) in gradients.items():
-            raw = (weight * gradient).abs()
-            smooth = self._smooth(name, f"{key}.sensitivity", raw, self.beta1)
-            uncertainty = self._smooth(name, f"{key}.uncertainty", (raw - smooth).abs(), self.beta2)
-            part = (smooth * uncertainty).mean(1)  # of one element for lambda
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+    def _size(self, parts: Sequence[_Part], gradients: list[Tensor] | None) -> dict[str, Tensor]:
+        """Score by the gradient's norm, or its square."""
+        sites = {part.site: part.weight.new_zeros(part.weight.shape[1 - part.dim]) for part in parts}
+        kept = self._kept([(site, self.metric) for site in sites], list(sites.values()))
+        if gradients is not None:
+            squares = torch._foreach_mul(gradients, gradients)
+            sums = [square.sum(part.dim) for part, square in zip(parts, squares, strict=True)]
+            sizes = list(_by_site(parts, sums, torch.add).values())  # (r,) each
+            if self.metric == "gradient_norm":
+                torch._foreach_sqrt_(sizes)
+            torch._foreach_lerp_(kept, sizes, 1 - self.beta1)
+        return dict(zip(sites, (value.clone() for value in kept), strict=True))
 
-    def _smooth(self, site: str, quantity: str, value: Tensor, beta: float) -> Tensor:
-        state = self._state.setdefault(site, {})
-        state[quantity] = beta * state.get(quantity, torch.zeros_like(value)) + (1 - beta) * value
-        return state[quantity]
+    def _sensitivity(self, parts: Sequence[_Part], gradients: list[Tensor] | None) -> dict[str, Tensor]:
+        weights = [part.weight for part in parts]
+        smooth = self._kept([(part.site, f"{part.name}.sensitivity") for part in parts], weights)
+        uncertainty = self._kept([(part.site, f"{part.name}.uncertainty") for part in parts], weights)
+        if gradients is not None:
+            new = torch._foreach_mul(weights, gradients)
+            torch._foreach_abs_(new)  # I
+            torch._foreach_lerp_(smooth, new, 1 - self.beta1)
+            torch._foreach_sub_(new, smooth)
+            torch._foreach_abs_(new)  # |I - I_bar|
+            torch._foreach_lerp_(uncertainty, new, 1 - self.beta2)
+        products = torch._foreach_mul(smooth, uncertainty)
+        means = [product.mean(part.dim) for part, product in zip(parts, products, strict=True)]
+        return _by_site(parts, means, torch.add)
+
+    def _kept(self, keys: list[tuple[str, str]], like: list[Tensor]) -> list[Tensor]:
+        """Return what was smoothed so far, to be changed in place; zeros for what is new."""
+        for key, tensor in zip(keys, like, strict=True):
+            if key not in self._state:
+                self._state[key] = torch.zeros_like(tensor)
+        return [self._state[key] for key in keys]
 
     def follow(self, kept: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
         """Carry the state through a change of rank: kept triplets keep theirs, new ones start from 0."""
-        for site, keep in kept.items():
-            for quantity, value in self._state.get(site, {}).items():
-                chosen = value.index_select(0, keep.to(value.device))
-                fresh = value.new_zeros(ranks[site] - len(keep), *value.shape[1:])
-                self._state[site][quantity] = torch.cat([chosen, fresh])
+        for (site, quantity), value in self._state.items():
+            if site in kept:
+                dim = 1 if quantity.startswith("lora_B") else 0
+                chosen = value.index_select(dim, kept[site].to(value.device))
+                shape = list(value.shape)
+                shape[dim] = ranks[site] - len(kept[site])
+                self._state[site, quantity] = torch.cat([chosen, value.new_zeros(shape)], dim)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the smoothed quantities by site."""
-        return {site: dict(values) for site, values in self._state.items()}
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return a copy of the smoothed quantities by site."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for (site, quantity), value in self._state.items():
+            state.setdefault(site, {})[quantity] = value.clone()
+        return state
+
+
+def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the score of each site that has triplets, with one transfer from the device.
+
+    Args:
+        triplet_scores: (rank,) by site, from `ImportanceTracker.update`.
+    """
+    present = {name: values for name, values in triplet_scores.items() if len(values)}
+    if not present:
+        return {}
+    flat = torch.cat(list(present.values())).double().cpu()
+    means = [float(values.mean()) for values in flat.split([len(values) for values in present.values()])]
+    return dict(zip(present, means, strict=True))
+
+
+def _parts(site: str, adapter: SiteAdapter) -> Iterator[_Part]:
+    for name, parameter, dim in (("lora_A", adapter.lora_A, 1), ("lora_B", adapter.lora_B, 0)):
+        yield _Part(site, name, parameter.float(), parameter.grad, dim)
+    if adapter.lora_lambda is not None:
+        gradient = adapter.lora_lambda.grad
+        column = None if gradient is None else gradient[:, None]
+        yield _Part(site, "lora_lambda", adapter.lora_lambda.float()[:, None], column, 1)
+
+
+def _gradients(parts: Sequence[_Part]) -> list[Tensor]:
+    gradients = []
+    for part in parts:
+        if part.gradient is None:
+            raise UserError(
+                f"{part.name} has no gradient; call update_importance_scores after backward and before zero_grad",
+                field=part.site,
+            )
+        gradients.append(part.gradient.float())
+    return gradients
+
+
+def _by_site(
+    parts: Sequence[_Part], values: Sequence[Tensor], combine: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Combine the parts' values, (r,) each, into one (r,) a site."""
+    total: dict[str, Tensor] = {}
+    for part, value in zip(parts, values, strict=True):
+        total[part.site] = combine(total[part.site], value) if part.site in total else value
+    return total
