@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -38,6 +38,7 @@ Precision = Literal["fp32", "bf16"]
 Strategy = Literal["proportional", "threshold", "top_k", "global"]
 Metric = Literal["magnitude", "gradient_norm", "fisher", "sensitivity", "random", "uniform"]
 GRADIENT_METRICS: tuple[Metric, ...] = ("gradient_norm", "fisher", "sensitivity")
+BudgetUnit = Literal["ranks", "parameters", "bytes", "macs"]
 QuantizationType = Literal["nf4", "fp4", "int4", "int8"]
 BITS_OF_TYPE: dict[str, int] = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}
 NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv")
@@ -135,20 +136,43 @@ class LoraConfig(_AdapterConfig):
     rank: int = Field(ge=1)
 
 
-class AdaLoraConfig(_AdapterConfig):
-    """Adaptive ranks under a budget (arXiv 2303.10512 for the budget's course and the sensitivity)."""
+class Budget(NamedTuple):
+    """What all sites together may hold once the schedule has come down."""
 
-    total_rank_budget: int = Field(ge=1, description="ranks over all sites once the schedule has come down")
+    unit: BudgetUnit
+    total: int
+    field: str  # the setting that gives it
+
+
+_BUDGETS: dict[str, BudgetUnit] = {
+    "total_rank_budget": "ranks", "total_parameter_budget": "parameters", "total_byte_budget": "bytes",
+    "total_mac_budget": "macs",
+}  # fmt: skip
+
+
+class AdaLoraConfig(_AdapterConfig):
+    """Adaptive ranks under a budget (arXiv 2303.10512 for the budget's course and the sensitivity).
+
+    The budget is given in exactly one unit, see `allocation.budget.costs_for` for what a rank costs in each.
+    """
+
+    total_rank_budget: int | None = Field(default=None, ge=1, description="ranks over all sites")
+    total_parameter_budget: int | None = Field(default=None, ge=1, description="trained values, head not counted")
+    total_byte_budget: int | None = Field(default=None, ge=1, description="bytes of these values in float32")
+    total_mac_budget: int | None = Field(
+        default=None, ge=1, description="multiply-accumulates of the adapters' own products, forward, for one image"
+    )
     allocation_strategy: Strategy
     importance_metric: Metric
     update_frequency: int = Field(ge=1, description="steps between reallocations")
     warmup_steps: int = Field(ge=1, description="steps before the first reallocation")
     final_steps: int | None = Field(default=None, ge=0, description="last steps with frozen ranks; default a quarter")
     budget_schedule: Literal["cubic", "constant"] = "cubic"
-    initial_rank_budget: int | None = Field(
+    initial_budget: int | None = Field(
         default=None,
         ge=1,
-        description="budget during warm-up under cubic; default 1.5 x total, at least one a site",
+        description="budget during warm-up under cubic, in the unit of the total; default 1.5 x total, at least one "
+        "rank a site",
     )
     minimum_rank: int = Field(default=0, ge=0, le=65_536)
     maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
@@ -166,15 +190,27 @@ class AdaLoraConfig(_AdapterConfig):
     threshold_tau: float = Field(default=1.0, gt=0, description="threshold strategy: multiple of the mean score")
     top_k: int | None = Field(default=None, ge=1, description="top_k strategy: number of sites; default half")
 
+    @property
+    def budget(self) -> Budget:
+        """Return the budget in the one unit that was given."""
+        return next(
+            Budget(unit, total, field)
+            for field, unit in _BUDGETS.items()
+            if (total := getattr(self, field)) is not None
+        )
+
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Self:
+        given = [field for field in _BUDGETS if getattr(self, field) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(_BUDGETS)}; got {' and '.join(given) or 'none'}")
         if self.maximum_rank is not None and self.maximum_rank < max(1, self.minimum_rank):
             raise ValueError("maximum_rank lies below minimum_rank (and below 1); raise it")
-        if self.initial_rank_budget is not None:
+        if self.initial_budget is not None:
             if self.budget_schedule == "constant":
-                raise ValueError("initial_rank_budget has no effect with budget_schedule: constant; remove it")
-            if self.initial_rank_budget < self.total_rank_budget:
-                raise ValueError("initial_rank_budget lies below total_rank_budget; the cubic schedule only descends")
+                raise ValueError("initial_budget has no effect with budget_schedule: constant; remove it")
+            if self.initial_budget < self.budget.total:
+                raise ValueError(f"initial_budget lies below {given[0]}; the cubic schedule only descends")
         if self.parametrization == "product" and self.orthogonality_weight:
             raise ValueError("orthogonality_weight needs parametrization: svd; the plain product has no such penalty")
         if self.prune == "reversible" and self.budget_schedule == "constant":

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from peft_vit.config import BackboneConfig, DataConfig, Device, ExperimentConfig, Matrix, Precision
+from peft_vit.config import BackboneConfig, BudgetUnit, DataConfig, Device, ExperimentConfig, Matrix, Precision
 from peft_vit.errors import UserError
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -102,8 +102,16 @@ class RankEntry(_Value):
     """Ranks from this step on."""
 
     step: int
-    budget: int | None  # ranks allowed at this step; None: fixed ranks
+    budget: int | None  # allowed at this step, in the unit; None: fixed ranks
     ranks: dict[str, int]  # by site
+    unit: BudgetUnit = "ranks"  # of budget and cost
+    cost: int | None = None  # what the ranks cost in the unit; None in older records, whose unit is ranks
+    gave_way: dict[str, int] = {}  # by site, triplets that grew at the decision before and went all the same
+
+    @property
+    def spent(self) -> int:
+        """Return what the ranks cost, in the budget's unit."""
+        return sum(self.ranks.values()) if self.cost is None else self.cost
 
 
 class ImportanceEntry(_Value):

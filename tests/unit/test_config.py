@@ -310,12 +310,12 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
         "qa_lora:", "experiments[3].qa_lora", "must lie after quantization_warmup_steps",
     ),
     "budget that would rise": (
-        "total_rank_budget: 8", "total_rank_budget: 8\n      initial_rank_budget: 7", "adalora:",
-        "experiments[2].adalora", "initial_rank_budget lies below total_rank_budget",
+        "total_rank_budget: 8", "total_rank_budget: 8\n      initial_budget: 7", "adalora:",
+        "experiments[2].adalora", "initial_budget lies below total_rank_budget",
     ),
     "initial budget without effect": (
-        "total_rank_budget: 8", "total_rank_budget: 8\n      initial_rank_budget: 9\n      budget_schedule: constant",
-        "adalora:", "experiments[2].adalora", "initial_rank_budget has no effect",
+        "total_rank_budget: 8", "total_rank_budget: 8\n      initial_budget: 9\n      budget_schedule: constant",
+        "adalora:", "experiments[2].adalora", "initial_budget has no effect",
     ),
     "maximum below minimum": (
         "total_rank_budget: 8", "total_rank_budget: 8\n      minimum_rank: 3\n      maximum_rank: 2",

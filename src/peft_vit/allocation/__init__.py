@@ -1,7 +1,7 @@
 """Importance, strategies, budgets, and the controller that puts them together."""
 
 from peft_vit.allocation.adalora_controller import AdaLoRAController
-from peft_vit.allocation.budget import BudgetSchedule, bounds_for, schedule_for
+from peft_vit.allocation.budget import BudgetSchedule, bounds_for, costs_for, schedule_for
 from peft_vit.allocation.importance import ImportanceTracker
 from peft_vit.allocation.strategies import Bounds, allocate
 
@@ -12,5 +12,6 @@ __all__ = [
     "ImportanceTracker",
     "allocate",
     "bounds_for",
+    "costs_for",
     "schedule_for",
 ]

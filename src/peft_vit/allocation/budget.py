@@ -1,4 +1,4 @@
-"""How many ranks are allowed at which step, and at which steps ranks are decided. Steps count from 1."""
+"""What a rank costs, how much is allowed at which step, and at which steps ranks are decided. Steps count from 1."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peft_vit.allocation.strategies import Bounds
+from peft_vit.allocation.strategies import Bounds, Ints
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import UserError
 
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """The budget's course over one run.
+    """The budget's course over one run, in the unit of the budget.
 
     Attributes:
-        initial: ranks allowed during warm-up, b0.
-        total: ranks allowed in the end, b_T.
+        initial: allowed during warm-up, b0.
+        total: allowed in the end, b_T.
         warmup_steps: t_i, the step of the first decision.
         update_frequency: steps between decisions.
         final_steps: t_f, steps at the end with frozen ranks; the last decision falls just before them.
@@ -58,11 +58,11 @@ class BudgetSchedule:
         return step > 0 and self.last_due(step) == step
 
     def budget_at(self, step: int) -> int:
-        """Return the ranks allowed while no later decision was taken than the one at or before `step`.
+        """Return what is allowed while no later decision was taken than the one at or before `step`.
 
         Cubic between warm-up and the last decision (arXiv 2303.10512, sec. 3.3 and appendix A):
-        b_T + (b0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3. It moves only at decisions, rounded up, so that a rank is
-        never taken before a decision is due.
+        b_T + (b0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3, rounded down as in the official code. It moves only at
+        decisions.
         """
         decided = self.last_due(step)
         if decided == 0:
@@ -71,36 +71,54 @@ class BudgetSchedule:
             return self.total
         span = self.last_update - self.warmup_steps
         left = self.last_update - decided
-        # In integers: a float could land just above a whole number and be rounded up to the next.
-        return self.total - (self.total - self.initial) * left**3 // span**3
+        # In integers: a float could land just below a whole number and be rounded down to the one before.
+        return self.total + (self.initial - self.total) * left**3 // span**3
 
 
-def schedule_for(config: AdaLoraConfig, total_steps: int, sites: int, largest: int) -> BudgetSchedule:
-    """Return the schedule of a configuration.
+def costs_for(config: AdaLoraConfig, shapes: Sequence[tuple[int, int]], tokens: int) -> Ints:
+    """Return what one rank of each site costs in the unit of the budget, (sites,).
+
+    A triplet of a site holds (in / pool) + out trained values, in the svd form one more. In ranks each triplet costs
+    1, in parameters its values, in bytes 4 a value (adapters train and are stored in float32), in macs one
+    multiply-accumulate a value and token: the two skinny products of the forward pass of one image.
+
+    Args:
+        config: the `adalora` section.
+        shapes: of each site: inputs of its A, which are in / pool, and outputs.
+        tokens: of one image, prefix tokens included; each passes through every site.
+    """
+    unit = config.budget.unit
+    if unit == "ranks":
+        return np.ones(len(shapes), dtype=np.int64)
+    values = np.array(shapes, dtype=np.int64).sum(axis=1) + (config.parametrization == "svd")
+    return values * {"parameters": 1, "bytes": 4, "macs": tokens}[unit]
+
+
+def schedule_for(config: AdaLoraConfig, total_steps: int, bounds: Bounds, costs: Ints) -> BudgetSchedule:
+    """Return the schedule of a configuration, in the unit of its budget.
 
     Args:
         config: the `adalora` section.
         total_steps: optimiser steps of the run.
-        sites: number of sites that share the budget.
-        largest: sum of the sites' largest ranks.
+        bounds: ranks that each site may have, from `bounds_for`.
+        costs: of one rank of each site, from `costs_for`.
     """
-    initial = config.total_rank_budget
+    total = initial = config.budget.total
     if config.budget_schedule == "cubic":
         # AdaLoRA starts at 1.5 times its target; and below one rank a site, a site could never show what it is worth.
-        initial = config.initial_rank_budget or max(round(1.5 * config.total_rank_budget), sites)
-        initial = max(min(initial, largest), config.total_rank_budget)
+        initial = config.initial_budget or max(round(1.5 * total), int(costs.sum()))
+        initial = max(min(initial, int(costs @ bounds.maximum)), total)
     final_steps = total_steps // 4 if config.final_steps is None else config.final_steps
-    return BudgetSchedule(
-        initial, config.total_rank_budget, config.warmup_steps, config.update_frequency, final_steps, total_steps
-    )
+    return BudgetSchedule(initial, total, config.warmup_steps, config.update_frequency, final_steps, total_steps)
 
 
-def bounds_for(config: AdaLoraConfig, largest_ranks: Sequence[int]) -> Bounds:
+def bounds_for(config: AdaLoraConfig, largest_ranks: Sequence[int], costs: Ints) -> Bounds:
     """Return each site's bounds, and refuse a budget that they can't meet.
 
     Args:
         config: the `adalora` section.
         largest_ranks: the rank of each site above which more would be wasted, min(in, out).
+        costs: of one rank of each site, from `costs_for`.
 
     Raises:
         UserError: naming the setting and what the sites allow.
@@ -118,10 +136,12 @@ def bounds_for(config: AdaLoraConfig, largest_ranks: Sequence[int]) -> Bounds:
             f"{config.minimum_rank} lies above a site's largest rank {maximum.min()}; lower it",
             field="adalora.minimum_rank",
         )
-    if not minimum.sum() <= config.total_rank_budget <= maximum.sum():
+    least, most = max(int(costs @ minimum), int(costs.min())), int(costs @ maximum)
+    unit, total, field = config.budget
+    if not least <= total <= most:
+        reason = f"minimum ranks of {len(minimum)} sites" if config.minimum_rank else "one rank of the cheapest site"
         raise UserError(
-            f"expected {minimum.sum()} (minimum ranks of {len(minimum)} sites) to {maximum.sum()} "
-            f"(what they can hold), got {config.total_rank_budget}",
-            field="adalora.total_rank_budget",
+            f"expected {least} ({reason}) to {most} {unit} (what the sites can hold), got {total}",
+            field=f"adalora.{field}",
         )
     return Bounds(minimum, maximum)

@@ -1,12 +1,29 @@
-"""From scores to ranks: pure functions of scores, budget and bounds.
+"""From scores to ranks: pure functions of scores, budget, bounds and costs.
 
-Every strategy meets the budget exactly (the lesser of the budget and the sum of maxima), keeps each site within its
-bounds, and breaks ties by the order of the sites.
+A budget has a unit: ranks, in which each rank costs 1, or another, in which a rank of one site may cost more than a
+rank of another. A score per unit of cost then takes the place of the score:
+
+    proportional   what is spent on a site is in proportion to its score; whole ranks by largest remainder
+    threshold      sites whose score per cost is at least tau times the mean share in proportion to their scores, the
+                   others keep the minimum
+    top_k          the best k sites by score per cost (by default half), with equal spending; others keep the minimum
+    global         AdaLoRA's ranking of all triplets (arXiv 2303.10512, sec. 3.3), by score per cost; one that no
+                   longer fits is passed over
+
+In ranks the budget is met exactly: the lesser of the budget and the sum of maxima. In other units it is never
+exceeded, and what is left is less than one more rank of any site with room costs: what the chosen sites can't take
+goes to the others. Ties go to the larger score, then to the first site.
+
+All arithmetic is in integers and fractions: equal shares are equal, the order of the sites changes no sum, and a
+budget of many millions of bytes is not exceeded by a rounding error.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,116 +43,156 @@ class Bounds:
     maximum: Ints
 
 
+@dataclass(frozen=True)
+class _Sites:
+    """Exact numbers of each site.
+
+    Attributes:
+        costs: of one rank.
+        worth: score per unit of cost.
+        place: 0 for the best site by worth, then by score, then by order.
+    """
+
+    costs: list[Fraction]
+    worth: list[Fraction]
+    place: list[int]
+
+
 def allocate(
     strategy: Strategy,
     scores: Floats,
     budget: int,
     bounds: Bounds,
     *,
+    costs: Ints | None = None,
     threshold_tau: float = 1.0,
     top_k: int | None = None,
-    triplet_scores: list[Floats] | None = None,
+    triplet_scores: Sequence[Floats] | None = None,
 ) -> Ints:
     """Return the rank of each site, (sites,).
 
     Args:
-        strategy: `proportional`: ranks by largest remainder in proportion to the scores. `threshold`: sites at or
-            above tau times the mean score share in proportion, the others keep the minimum. `top_k`: the best k
-            sites (by default half) share equally, the others keep the minimum. `global`: AdaLoRA's ranking of all
-            triplets (arXiv 2303.10512, sec. 3.3). What the chosen sites can't hold goes to the others.
+        strategy: see the module.
         scores: non-negative score of each site, (sites,).
-        budget: ranks over all sites.
+        budget: over all sites, in the unit of the costs.
         bounds: of each site.
+        costs: of one rank of each site, (sites,), at least 1; 1 each if left out.
         threshold_tau: for `threshold`.
         top_k: for `top_k`.
         triplet_scores: for `global`: per site the scores of its present triplets.
 
     Raises:
-        UserError: if the budget lies below the sum of minima, or a score is negative or not finite.
+        UserError: if the minima cost more than the budget, a score is negative or not finite, or a cost below 1.
     """
-    if budget < bounds.minimum.sum():
+    sites = _exact(scores, np.ones(len(scores), np.int64) if costs is None else costs)
+    low, high = [int(rank) for rank in bounds.minimum], [int(rank) for rank in bounds.maximum]
+    if budget < _cost(sites, low):
         raise UserError(
-            f"{budget} lies below the sites' minimum ranks, {int(bounds.minimum.sum())} together; raise it",
-            field="adalora.total_rank_budget",
+            f"{budget} lies below what the sites' minimum ranks cost, {_cost(sites, low)} together; raise it",
+            field="budget",
         )
-    if not np.all(np.isfinite(scores)) or np.any(scores < 0):
-        raise UserError("importance scores must be finite and not negative", field="importance_scores")
-    if strategy == "proportional":
-        chosen = np.ones(len(scores), bool)
-    elif strategy == "threshold":
-        chosen = scores >= threshold_tau * scores.mean()
-    elif strategy == "top_k":
-        count = max(1, len(scores) // 2) if top_k is None else min(top_k, len(scores))
-        chosen = np.zeros(len(scores), bool)
-        chosen[_ranking(scores)[:count]] = True
-    else:
+    if strategy == "global":
         if triplet_scores is None:
             raise UserError("the global strategy ranks triplets; give their scores", field="triplet_scores")
-        return _global(triplet_scores, scores, budget, bounds)
-    weights = np.ones(len(scores)) if strategy == "top_k" else scores
-    ranks = _share(weights, scores, budget, bounds.minimum, np.where(chosen, bounds.maximum, bounds.minimum))
-    return _share(scores, scores, budget, ranks, bounds.maximum)  # what the chosen sites could not hold
+        ranks = _keep_best_triplets(sites, triplet_scores, budget, low, high)
+    else:
+        chosen = _choose(strategy, sites, threshold_tau, top_k)
+        reach = [most if site in chosen else least for site, (least, most) in enumerate(zip(low, high, strict=True))]
+        equal = [1 / cost for cost in sites.costs]
+        ranks = _share(sites, equal if strategy == "top_k" else sites.worth, budget, low, reach)
+    # What is left goes to whoever can take it.
+    return np.array(_share(sites, sites.worth, budget, ranks, high), dtype=np.int64)
 
 
-def _ranking(scores: Floats) -> Ints:
-    return np.argsort(-scores, kind="stable")
+def _exact(scores: Floats, costs: Ints) -> _Sites:
+    if not np.all(np.isfinite(scores)) or np.any(scores < 0):
+        raise UserError("importance scores must be finite and not negative", field="importance_scores")
+    if np.any(costs < 1):
+        raise UserError(f"a rank costs at least 1, got {costs.min()}", field="costs")
+    exact_costs = [Fraction(int(cost)) for cost in costs]
+    worth = [Fraction(float(score)) / cost for score, cost in zip(scores, exact_costs, strict=True)]
+    best_first = sorted(range(len(worth)), key=lambda site: (-worth[site], -scores[site], site))
+    place = [0] * len(worth)
+    for position, site in enumerate(best_first):
+        place[site] = position
+    return _Sites(exact_costs, worth, place)
 
 
-def _share(weights: Floats, scores: Floats, budget: int, minimum: Ints, maximum: Ints) -> Ints:
-    """Give each site its minimum and share the rest in proportion to the weights, by largest remainder.
+def _cost(sites: _Sites, ranks: Sequence[int | Fraction]) -> Fraction:
+    return sum((cost * rank for cost, rank in zip(sites.costs, ranks, strict=True)), Fraction())
 
-    The quota of a site is what water-filling gives it: sites whose proportional part (minimum included) falls
-    outside their bounds are held at the bound, the others share what is left.
-    """
-    budget = int(min(budget, maximum.sum()))
-    quota = _water_fill(weights, budget, minimum.astype(float), maximum.astype(float))
-    ranks = np.floor(quota + 1e-9).astype(np.int64)
-    # Largest remainder first, then the larger score, then the order of the sites.
-    order = np.lexsort((np.arange(len(quota)), -scores, -np.round(quota - ranks, 9)))
-    for site in order:
-        if ranks.sum() == budget:
-            break
-        if ranks[site] < maximum[site]:
-            ranks[site] += 1
+
+def _choose(strategy: Strategy, sites: _Sites, threshold_tau: float, top_k: int | None) -> set[int]:
+    count = len(sites.worth)
+    if strategy == "threshold":
+        bar = Fraction(threshold_tau) * sum(sites.worth) / count
+        return {site for site, worth in enumerate(sites.worth) if worth >= bar}
+    if strategy == "top_k":
+        wanted = max(1, count // 2) if top_k is None else top_k
+        return {site for site, place in enumerate(sites.place) if place < wanted}
+    return set(range(count))
+
+
+def _share(sites: _Sites, weights: list[Fraction], budget: int, low: list[int], high: list[int]) -> list[int]:
+    """Share the budget in proportion to the weights, within bounds, in whole ranks by largest remainder."""
+    quotas = _quotas(sites, weights, budget, low, high)
+    ranks = [int(quota) for quota in quotas]
+    left = budget - _cost(sites, ranks)
+    order = sorted(range(len(ranks)), key=lambda site: (ranks[site] - quotas[site], sites.place[site]))
+    given = True
+    while given:  # once in ranks; a unit in which the first in line no longer fit leaves more to the cheaper ones
+        given = False
+        for site in order:
+            if ranks[site] < high[site] and sites.costs[site] <= left:
+                ranks[site] += 1
+                left -= sites.costs[site]
+                given = True
     return ranks
 
 
-def _water_fill(weights: Floats, budget: int, minimum: Floats, maximum: Floats) -> Floats:
-    """Return quotas clip(level * weight, minimum, maximum) that sum to the budget."""
-    positive = weights > 0
-    if positive.any():
-        # Below 1e-100 of the largest, a bound over a weight could overflow to an infinite level.
-        weights = np.where(positive, np.maximum(weights / weights[positive].max(), 1e-100), 0.0)
-        reachable = np.where(positive, maximum, minimum).sum()
-    if not positive.any() or reachable <= budget:
-        # Weightless sites count only once the others are full; then they share equally.
-        base = np.where(positive, maximum, minimum)
-        return _level(np.where(positive, 0.0, 1.0), budget, base, maximum)
-    return _level(weights, budget, minimum, maximum)
+def _quotas(
+    sites: _Sites, weights: list[Fraction], budget: int, low: list[int], high: list[int]
+) -> Sequence[int | Fraction]:
+    """Return clip(level * weight, low, high) at the level at which they cost the budget (water-filling).
+
+    Sites without weight count only once the others are full; then equal amounts are spent on them.
+    """
+    if _cost(sites, high) <= budget:
+        return high
+    full = [most if weight else least for weight, least, most in zip(weights, low, high, strict=True)]
+    if _cost(sites, full) <= budget:
+        weights = [Fraction(not weight) / cost for weight, cost in zip(weights, sites.costs, strict=True)]
+        low = full
+
+    def at(level: Fraction) -> list[Fraction]:
+        return [
+            min(max(level * weight, Fraction(least)), Fraction(most))
+            for weight, least, most in zip(weights, low, high, strict=True)
+        ]
+
+    # The cost is a piecewise linear, growing function of the level: find its piece, then solve it.
+    bends = {bound / weight for weight, *both in zip(weights, low, high, strict=True) if weight for bound in both}
+    levels = sorted({Fraction(0)} | bends)
+    upper = bisect_left(levels, Fraction(budget), key=lambda level: _cost(sites, at(level)))
+    if upper == 0:
+        return low
+    below, above = (_cost(sites, at(level)) for level in levels[upper - 1 : upper + 1])
+    part = (budget - below) / (above - below)
+    return at(levels[upper - 1] + part * (levels[upper] - levels[upper - 1]))
 
 
-def _level(weights: Floats, budget: int, minimum: Floats, maximum: Floats) -> Floats:
-    movable = weights > 0
-    if not movable.any() or minimum.sum() >= budget:
-        return minimum.copy()
-    # The sum is a piecewise linear, growing function of the level: find its piece, then solve it.
-    knots = np.unique(np.concatenate([minimum[movable] / weights[movable], maximum[movable] / weights[movable]]))
-    totals = np.array([np.clip(level * weights, minimum, maximum).sum() for level in knots])
-    upper = min(int(np.searchsorted(totals, budget)), len(knots) - 1)
-    level = knots[upper]
-    if upper > 0 and totals[upper] > totals[upper - 1]:
-        part = (budget - totals[upper - 1]) / (totals[upper] - totals[upper - 1])
-        level = knots[upper - 1] + min(part, 1.0) * (knots[upper] - knots[upper - 1])
-    return np.clip(level * weights, minimum, maximum)
-
-
-def _global(triplets: list[Floats], scores: Floats, budget: int, bounds: Bounds) -> Ints:
-    ranks = np.minimum(bounds.minimum, bounds.maximum)
-    candidates = []  # triplets beyond each site's minimum, best first within a site
+def _keep_best_triplets(
+    sites: _Sites, triplets: Sequence[Floats], budget: int, low: list[int], high: list[int]
+) -> list[int]:
+    """Fill each site's minimum, then take present triplets, the best first, as far as they fit."""
+    ranks = list(low)
+    left = budget - _cost(sites, low)
+    candidates = []  # triplets beyond each site's minimum
     for site, values in enumerate(triplets):
-        ordered = np.sort(values)[::-1]
-        for place in range(int(bounds.minimum[site]), min(len(ordered), int(bounds.maximum[site]))):
-            candidates.append((-float(ordered[place]), site, place))
-    for _, site, _ in sorted(candidates)[: max(0, budget - int(ranks.sum()))]:
-        ranks[site] += 1
-    return _share(scores, scores, budget, ranks, bounds.maximum)  # a budget above the present triplets makes sites grow
+        best_first = sorted((float(value) for value in values), reverse=True)[low[site] : high[site]]
+        candidates += [(-Fraction(score) / sites.costs[site], sites.place[site], site) for score in best_first]
+    for _, _, site in sorted(candidates):
+        if sites.costs[site] <= left:
+            ranks[site] += 1
+            left -= sites.costs[site]
+    return ranks

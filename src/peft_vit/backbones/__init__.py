@@ -2,7 +2,7 @@
 
 from peft_vit.backbones.catalog import MODELS, BackboneShape, ModelInfo, describe
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone
-from peft_vit.backbones.sites import Site, find_sites
+from peft_vit.backbones.sites import Site, find_sites, tokens_per_image
 from peft_vit.backbones.weights import check_weights
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "describe",
     "find_sites",
     "load_backbone",
+    "tokens_per_image",
 ]

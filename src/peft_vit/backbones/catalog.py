@@ -11,7 +11,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 
-from peft_vit.backbones.sites import Site, find_sites
+from peft_vit.backbones.sites import Site, find_sites, tokens_per_image
 from peft_vit.config import BackboneConfig, WeightsSource
 from peft_vit.errors import UserError
 
@@ -55,6 +55,7 @@ class BackboneShape:
     width: int
     depth: int
     patch_size: int
+    tokens: int  # of one image, prefix tokens included
     parameters: int  # at the image size asked for, head excluded
 
 
@@ -80,6 +81,7 @@ def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
         width=model.embed_dim,
         depth=len(model.blocks),
         patch_size=model.patch_embed.patch_size[0],
+        tokens=tokens_per_image(model),
         parameters=sum(p.numel() for name, p in model.named_parameters() if not name.startswith(HEAD_PREFIX)),
     )
 

@@ -79,6 +79,13 @@ def find_sites(model: nn.Module, targets: Sequence[Matrix] = MATRICES) -> tuple[
     )
 
 
+def tokens_per_image(model: nn.Module) -> int:
+    """Return the tokens that pass through every block of a timm VisionTransformer: patches, class token, registers."""
+    patches: int = model.patch_embed.num_patches  # type: ignore[union-attr, assignment]
+    prefix: int = model.num_prefix_tokens  # type: ignore[assignment]
+    return patches + prefix
+
+
 def _find_site(model: nn.Module, block: int, matrix: Matrix) -> Site:
     path, part, parts = _HOLDER[matrix]
     module = f"blocks.{block}.{path}"

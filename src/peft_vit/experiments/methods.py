@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from peft_vit.adapters import attach_adapters, freeze_backbone
-from peft_vit.allocation import AdaLoRAController, bounds_for, schedule_for
-from peft_vit.backbones import Site, find_sites
-from peft_vit.config import ExperimentConfig, Matrix
+from peft_vit.allocation import AdaLoRAController, bounds_for, costs_for, schedule_for
+from peft_vit.backbones import BackboneShape, Site, find_sites
+from peft_vit.config import AdaLoraConfig, ExperimentConfig, Matrix
 from peft_vit.errors import UserError
 from peft_vit.training import AllocationHook, QALoRATrainer, StepHook, check_rank, end_step
 
@@ -33,8 +33,8 @@ def prepare(model: nn.Module, experiment: ExperimentConfig, *, total_steps: int,
 _FEWEST_ONE_CYCLE_STEPS = 4  # below, one_cycle starts or ends the run at its lowest rate
 
 
-def check(experiment: ExperimentConfig, sites: Sequence[Site], total_steps: int) -> None:
-    """Refuse what `prepare` or the run would refuse later, from the sites' shapes alone.
+def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> None:
+    """Refuse what `prepare` or the run would refuse later, from the backbone's shape alone.
 
     Raises:
         UserError: with the field below the experiment.
@@ -45,20 +45,24 @@ def check(experiment: ExperimentConfig, sites: Sequence[Site], total_steps: int)
             field="training.epochs",
         )
     if experiment.lora is not None:
-        for site in _chosen(sites, experiment.lora.targets):
+        for site in _chosen(shape.sites, experiment.lora.targets):
             _check_rank("lora.rank", site, experiment.lora.rank, 1)
     if experiment.adalora is not None:
-        chosen = _chosen(sites, experiment.adalora.targets)
-        bounds = bounds_for(experiment.adalora, [min(site.in_features, site.out_features) for site in chosen])
-        schedule_for(experiment.adalora, total_steps, len(chosen), int(bounds.maximum.sum()))
-        if experiment.adalora.top_k is not None and experiment.adalora.top_k > len(chosen):
-            raise UserError(f"{experiment.adalora.top_k} exceeds the {len(chosen)} sites", field="adalora.top_k")
+        _check_adalora(experiment.adalora, shape, total_steps)
     if experiment.qa_lora is not None:
         qa_lora = experiment.qa_lora
-        for site in _chosen(sites, qa_lora.targets):
+        for site in _chosen(shape.sites, qa_lora.targets):
             _check_rank("qa_lora.rank", site, qa_lora.rank, qa_lora.group_size if qa_lora.use_group_quantization else 1)
         if qa_lora.quantization_schedule != "constant":
             end_step(qa_lora, total_steps)
+
+
+def _check_adalora(config: AdaLoraConfig, shape: BackboneShape, total_steps: int) -> None:
+    shapes = [(site.in_features, site.out_features) for site in _chosen(shape.sites, config.targets)]
+    costs = costs_for(config, shapes, shape.tokens)
+    schedule_for(config, total_steps, bounds_for(config, [min(sides) for sides in shapes], costs), costs)
+    if config.top_k is not None and config.top_k > len(shapes):
+        raise UserError(f"{config.top_k} exceeds the {len(shapes)} sites", field="adalora.top_k")
 
 
 def _chosen(sites: Sequence[Site], targets: Sequence[Matrix]) -> list[Site]:

@@ -127,7 +127,7 @@ def test_a_site_without_rank_keeps_its_score_and_can_come_back(tiny_vit, batch) 
 
 def test_applying_ranks_changes_shapes_and_optimizer_bytes(tiny_vit, batch) -> None:
     model = tiny_vit()
-    controller, optimizer = start(model, config(total_rank_budget=12, initial_rank_budget=48))
+    controller, optimizer = start(model, config(total_rank_budget=12, initial_budget=48))
     train_step(model, controller, optimizer, batch, 1)
     shapes = {name: adapter.lora_B.shape for name, adapter in site_adapters(model).items()}
     parameters, size = trainable_parameters(model), optimizer_bytes(optimizer)

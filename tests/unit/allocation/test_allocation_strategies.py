@@ -122,7 +122,7 @@ def test_bad_scores_and_budgets_are_refused(strategy, bad) -> None:
     triplets = [np.ones(2), np.ones(2)]
     with pytest.raises(UserError, match="importance scores must be finite and not negative"):
         allocate(strategy, np.array([1.0, bad]), 4, limits, triplet_scores=triplets)
-    with pytest.raises(UserError, match="1 lies below the sites' minimum ranks, 2 together"):
+    with pytest.raises(UserError, match="1 lies below what the sites' minimum ranks cost, 2 together"):
         allocate(strategy, np.ones(2), 1, limits, triplet_scores=triplets)
     with pytest.raises(UserError, match="global strategy ranks triplets"):
         allocate("global", np.ones(2), 4, limits)

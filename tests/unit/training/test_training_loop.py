@@ -137,7 +137,7 @@ def test_the_test_split_stays_sealed(tiny_vit, data, setting) -> None:
 def test_counts_and_history_with_moving_ranks(tiny_vit, data, setting) -> None:
     model = tiny_vit()
     settings = AdaLoraConfig(
-        total_rank_budget=12, initial_rank_budget=36, allocation_strategy="top_k", importance_metric="fisher",
+        total_rank_budget=12, initial_budget=36, allocation_strategy="top_k", importance_metric="fisher",
         update_frequency=2, warmup_steps=2, final_steps=3,
     )  # fmt: skip
     hook = AllocationHook(AdaLoRAController(model, settings, 9))
