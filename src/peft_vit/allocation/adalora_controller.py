@@ -17,6 +17,7 @@ In anybody's own loop::
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -25,14 +26,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import attach_adapters, check_optimizer, resize_adapters, set_ranks, site_adapters
-from peft_vit.allocation.budget import bounds_for, schedule_for
-from peft_vit.allocation.importance import ImportanceTracker
-from peft_vit.allocation.strategies import allocate
-from peft_vit.backbones import find_sites
+from peft_vit.adapters import (
+    attach_adapters,
+    check_resizable,
+    correct_young_triplets,
+    current_ranks,
+    resize_adapters,
+    set_ranks,
+    site_adapters,
+)
+from peft_vit.allocation.budget import bounds_for, costs_for, schedule_for
+from peft_vit.allocation.importance import ImportanceTracker, mean_per_triplet
+from peft_vit.allocation.masking import silence_others, strongest
+from peft_vit.allocation.probes import place_probes, probed_scores, take_probes
+from peft_vit.allocation.protection import TripletAges, protected_minimum, shielded
+from peft_vit.allocation.strategies import Bounds, allocate
+from peft_vit.allocation.summary import layer_summary
+from peft_vit.backbones import find_sites, tokens_per_image
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.seeding import torch_generator
+
+_STREAMS = 1 << 16  # generators of one change; the start's have lower numbers
 
 
 class AdaLoRAController:
@@ -40,10 +55,10 @@ class AdaLoRAController:
 
     Args:
         model: a timm VisionTransformer with a classification head. If it carries no adapters yet, they are attached
-            with ranks that spread the initial budget evenly.
+            with equal ranks within the initial budget.
         config: the settings, see `config.AdaLoraConfig`.
         total_steps: optimiser steps of the whole run; the budget's course depends on it.
-        seed: of the adapters' start and of the `random` metric.
+        seed: of the adapters' start, of triplets that grow, of probes and of the `random` metric.
 
     Raises:
         UserError: if the model is of another class, the schedule does not fit the steps, or the budget does not fit
@@ -52,6 +67,8 @@ class AdaLoRAController:
 
     def __init__(self, model: nn.Module, config: AdaLoraConfig, total_steps: int, *, seed: int = 0) -> None:
         self.config = config
+        self.total_steps = total_steps
+        self.seed = seed
         self.sites = find_sites(model, config.targets)
         if not site_adapters(model):
             attach_adapters(
@@ -63,8 +80,10 @@ class AdaLoRAController:
         if set(adapters) != set(self.names):
             other = sorted(set(adapters) ^ set(self.names))[0]
             raise UserError(f"the model's adapters and adalora.targets differ at {other}", field="adalora.targets")
-        self.bounds = bounds_for(config, [adapter.largest_rank for adapter in adapters.values()])
-        self.schedule = schedule_for(config, total_steps, len(self.names), int(self.bounds.maximum.sum()))
+        shapes = [(one.in_features // one.pool, one.out_features) for one in adapters.values()]
+        self.costs = costs_for(config, shapes, tokens_per_image(model))
+        self.bounds = bounds_for(config, [adapter.largest_rank for adapter in adapters.values()], self.costs)
+        self.schedule = schedule_for(config, total_steps, self.bounds, self.costs)
         self.tracker = ImportanceTracker(
             config.importance_metric,
             sensitivity_beta=config.sensitivity_beta,
@@ -73,42 +92,90 @@ class AdaLoRAController:
         )
         self.rank_history: list[dict[str, Any]] = []
         self.score_history: list[dict[str, Any]] = []
+        self.probe_history: list[dict[str, Any]] = []  # step, sites scored by a probe, temporary values held
         self._triplet_scores: dict[str, Tensor] = {}
         self._last_scores: dict[str, float] = {}  # of sites that had rank at some time
         self._scored = 0  # step of the latest scores
         self._decided = 0  # step of the latest decision
         self._optimizer: torch.optim.Optimizer | None = None  # as attached
         self._start(model)
+        self._ages = TripletAges(self.ranks)
+        self._active: dict[str, Tensor] | None = None  # under prune: reversible, until the last decision
+        if config.prune == "reversible":
+            self._start_reversible()
 
     def _start(self, model: nn.Module) -> None:
-        """Spread the initial budget evenly over sites that have no rank yet."""
+        """Give sites that have no rank yet equal ranks within the initial budget."""
         adapters = site_adapters(model)
         if not any(adapter.rank for adapter in adapters.values()):
-            even = allocate("proportional", np.ones(len(self.names)), self.schedule.initial, self.bounds)
+            # What is spent on a site is in proportion to its score: scores like costs give equal ranks.
+            scores = self.costs.astype(np.float64)
+            even = allocate("proportional", scores, self.schedule.initial, self.bounds, costs=self.costs)
             ranks = dict(zip(self.names, (int(rank) for rank in even), strict=True))
             set_ranks(model, ranks)
         ranks = {name: adapter.rank for name, adapter in adapters.items()}
-        if sum(ranks.values()) > self.schedule.initial:
+        unit, _, field = self.config.budget
+        if self._cost(ranks) > self.schedule.initial:
             raise UserError(
-                f"the model's adapters hold {sum(ranks.values())} ranks, the budget allows {self.schedule.initial}",
-                field="adalora.total_rank_budget",
+                f"the model's adapters hold {self._cost(ranks)} {unit}, the budget allows {self.schedule.initial}",
+                field=f"adalora.{field}",
             )
-        self.rank_history.append({"step": 0, "budget": self.schedule.initial, "ranks": ranks})
+        self._record(0, ranks, {})
+
+    def _start_reversible(self) -> None:
+        """Make every triplet active; there will be no others."""
+        self._active = {name: torch.ones(rank, dtype=torch.bool) for name, rank in self.ranks.items()}
+        present = np.array(list(self.ranks.values()))
+        self.bounds = Bounds(np.minimum(self.bounds.minimum, present), np.minimum(self.bounds.maximum, present))
+        if self._cost(self.ranks) <= self.schedule.total:
+            warnings.warn(
+                f"prune: reversible has no effect: the adapters start with {self._cost(self.ranks)} "
+                f"{self.config.budget.unit}, the final budget holds them all",
+                SilentNoEffectWarning,
+                stacklevel=3,
+            )
+
+    def _cost(self, ranks: dict[str, int]) -> int:
+        """Return what ranks cost in the unit of the budget."""
+        return sum(int(cost) * ranks[name] for name, cost in zip(self.names, self.costs, strict=True))
+
+    def _record(self, step: int, ranks: dict[str, int], gave_way: dict[str, int]) -> None:
+        self.rank_history.append(
+            {
+                "step": step, "budget": self.schedule.budget_at(step), "ranks": ranks,
+                "unit": self.config.budget.unit, "cost": self._cost(ranks), "gave_way": gave_way,
+            }
+        )  # fmt: skip
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse what can't follow a change of rank; call once before the first step.
+        """Refuse what can't follow a change of rank, and let Adam know of it; call once before the first step.
 
-        In a loop that does not call it, the first `apply_ranks` does.
+        In a loop that does not call it, the first `apply_ranks` does; only a decision after the very first step then
+        goes without probes.
 
         Raises:
-            UserError: if the optimiser's state can't be carried through a change of rank.
+            UserError: if the optimiser's state can't be carried through a change of rank, if the model is distributed,
+                sharded or compiled, or if its adapters have other ranks than this controller gave them.
         """
-        check_optimizer(optimizer)
+        self._take_on(model, optimizer)
+        self._probe_next_step(model)
+
+    def _take_on(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        check_resizable(model, optimizer)
+        ranks = current_ranks(model)
+        other = next((name for name in self.names if ranks.get(name) != self._ages.rank(name)), None)
+        if other is not None:
+            raise UserError(
+                f"has rank {ranks.get(other)} where the controller has {self._ages.rank(other)}; load the adapters "
+                "that belong to its state",
+                field=other,
+            )
+        correct_young_triplets(optimizer)
         self._optimizer = optimizer
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Return the ranks as last applied, by site."""
+        """Return the ranks as last applied, by site; under prune: reversible those of the active triplets."""
         return dict(self.rank_history[-1]["ranks"])
 
     def update_importance_scores(self, model: nn.Module, step: int, *, loss_scale: float = 1.0) -> dict[str, float]:
@@ -120,8 +187,9 @@ class AdaLoRAController:
             loss_scale: factor on the loss; with `torch.amp.GradScaler` its `get_scale()`, or 1 after `unscale_`.
 
         Returns:
-            The mean score per triplet of each site. A site without rank keeps its last score, so that it can come
-            back when the others' scores fall below it; one that never had rank counts as an average site.
+            The mean score per triplet of each site, of those that did not grow at the latest decision, and that are
+            active. A site without such triplets keeps its last score, or gets one from its probe where a decision is
+            due (see `probes`); one that was never scored counts as an average site.
 
         Raises:
             UserError: if the step is not later than the last one, or a score is not finite.
@@ -129,15 +197,27 @@ class AdaLoRAController:
         if step <= self._scored:
             raise UserError(f"step {step} follows step {self._scored}; score once a step, counted from 1", field="step")
         self._triplet_scores = self.tracker.update(site_adapters(model), loss_scale)
-        for name, values in self._triplet_scores.items():
-            if len(values):
-                self._last_scores[name] = float(values.mean())
+        measured = mean_per_triplet(
+            {name: values[self._counted(name)] for name, values in self._triplet_scores.items()}
+        )
+        self._last_scores |= measured
+        gradients, values = take_probes(model)
+        if gradients:
+            sought = [name for name in self.names if self._ages.rank(name) == 0]
+            self._last_scores |= probed_scores(gradients, measured, sought)
+            self.probe_history.append({"step": step, "sites": sought, "values": values})
         if not all(math.isfinite(score) for score in self._last_scores.values()):
             worst = next(name for name, score in self._last_scores.items() if not math.isfinite(score))
             raise UserError(f"its importance at step {step} is not finite; the training diverges", field=worst)
         self._scored = step
         average = float(np.mean(list(self._last_scores.values()))) if self._last_scores else 0.0
         return {name: self._last_scores.get(name, average) for name in self.names}
+
+    def _counted(self, name: str) -> Tensor:
+        """Return which triplets make up a site's score, (rank,) bool."""
+        if self._active is not None and self._active[name].any():
+            return self._active[name]
+        return ~self._ages.young(name)
 
     def reallocate_ranks(self, importance_scores: dict[str, float], step: int) -> dict[str, int]:
         """Decide the ranks from now on; nothing is changed yet.
@@ -161,35 +241,83 @@ class AdaLoRAController:
         self.score_history.append({"step": step, "scores": dict(importance_scores)})
         self._warn_of_equal_scores(step, importance_scores)
         scores = np.array([importance_scores[name] for name in self.names], dtype=np.float64)
+        budget = self.schedule.budget_at(step)
+        young = [self._ages.young(name).numpy() for name in self.names]
+        least = protected_minimum(np.array([one.sum() for one in young]), scores, budget, self.bounds, self.costs)
         ranks = allocate(
-            self.config.allocation_strategy, scores, self.schedule.budget_at(step), self.bounds,
+            self.config.allocation_strategy, scores, budget, Bounds(least, self.bounds.maximum), costs=self.costs,
             threshold_tau=self.config.threshold_tau, top_k=self.config.top_k,
-            triplet_scores=[self._triplet_scores[name].double().cpu().numpy() for name in self.names]
-            if self.config.allocation_strategy == "global" else None,
+            triplet_scores=[
+                shielded(self._triplet_scores[name].double().cpu().numpy(), grown, int(count))
+                for name, grown, count in zip(self.names, young, least, strict=True)
+            ] if self.config.allocation_strategy == "global" else None,
         )  # fmt: skip
         return dict(zip(self.names, (int(rank) for rank in ranks), strict=True))
 
     def apply_ranks(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
         """Resize the adapters and the optimiser's moments to the decided ranks, if they differ from the present ones.
 
-        Call after the optimiser's step. A shrinking site loses its weakest triplets by their latest scores.
+        Call after the optimiser's step. A shrinking site loses its weakest triplets by their latest scores, those
+        that grew at the decision before last of all. Under prune: reversible the weakest are set to zero instead,
+        until the last decision. If the next step leads to a decision, the sites are probed in it.
         """
         if optimizer is not self._optimizer:
-            self.attach(model, optimizer)
-        present = self.ranks
-        if ranks == present and self._decided == self.rank_history[-1]["step"]:
-            return
-        budget = self.schedule.budget_at(self._decided)
-        total = sum({**present, **ranks}.values())
-        if total > budget:
-            raise UserError(f"{total} ranks exceed the {budget} of step {self._decided}", field="ranks")
-        if ranks != present:
-            if not self._triplet_scores:
-                raise UserError("no scores since the last change; call update_importance_scores first", field="ranks")
-            kept = resize_adapters(model, optimizer, ranks, self._triplet_scores)
+            self._take_on(model, optimizer)
+        present, is_new = self.ranks, self._decided > self.rank_history[-1]["step"]
+        if is_new or ranks != present:
+            self._change(model, optimizer, {**present, **ranks}, is_decision=is_new)
+        self._probe_next_step(model)
+
+    def _change(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int], *, is_decision: bool
+    ) -> None:
+        budget, cost = self.schedule.budget_at(self._decided), self._cost(ranks)
+        if cost > budget:
+            unit = self.config.budget.unit
+            raise UserError(f"{cost} {unit} exceed the {budget} of step {self._decided}", field="ranks")
+        masks = self._active is not None and self._decided < self.schedule.last_update
+        resizes = not masks and any(rank != self._ages.rank(name) for name, rank in ranks.items())
+        if (masks or resizes) and not self._triplet_scores:
+            raise UserError("no scores since the last change; call update_importance_scores first", field="ranks")
+        gave_way = {name: self._ages.young_count(name) - rank for name, rank in ranks.items()}
+        scores = {name: self._ages.strongest_first(name, values) for name, values in self._triplet_scores.items()}
+        if is_decision:
+            self._ages.decisions += 1
+        if masks:
+            self._mask(model, ranks)
+        else:
+            self._active = None
+        if resizes:
+            self._renew_generators(model, ranks)
+            kept = resize_adapters(model, optimizer, ranks, scores)
             self.tracker.follow(kept, ranks)
+            self._ages.follow(kept, ranks)
             self._triplet_scores = {}
-        self.rank_history.append({"step": self._decided, "budget": budget, "ranks": {**present, **ranks}})
+        self._record(self._decided, ranks, {name: count for name, count in gave_way.items() if count > 0})
+
+    def _mask(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        wide = next((name for name, rank in ranks.items() if rank > self._ages.rank(name)), None)
+        if wide is not None:
+            raise UserError(f"prune: reversible can't grow beyond the {self._ages.rank(wide)} of the start", field=wide)
+        self._active = {name: strongest(self._triplet_scores[name], rank) for name, rank in ranks.items()}
+        silence_others(model, self._active)
+
+    def _renew_generators(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        """Let what grows follow from seed, site and number of the change, so that a resumed run grows the same."""
+        adapters = site_adapters(model)
+        for index, name in enumerate(self.names):
+            if ranks[name] > self._ages.rank(name):
+                stream = len(self.rank_history) * _STREAMS + index
+                adapters[name].generator = torch_generator(self.seed, "adapter_init", stream)
+
+    def _probe_next_step(self, model: nn.Module) -> None:
+        """Probe the sites in the next step, if its scores lead to a decision in which a site without rank can win."""
+        step = self._scored + 1
+        is_due = self.schedule.last_due(step) > self._decided
+        can_grow = self._active is None and self.config.allocation_strategy != "global"
+        is_measured = self.config.importance_metric not in ("random", "uniform")
+        if is_due and can_grow and is_measured and 0 in self.ranks.values():
+            place_probes(model, seed=self.seed, step=step)
 
     def _warn_of_equal_scores(self, step: int, scores: dict[str, float]) -> None:
         if step >= self.schedule.last_update and len(set(scores.values())) == 1:
@@ -201,30 +329,8 @@ class AdaLoRAController:
             )
 
     def get_layer_importance_summary(self) -> dict[str, dict[str, float]]:
-        """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.
-
-        Keys are the sites' names, then `blocks.<i>`, the matrix types and `overall`, each the mean over its sites
-        (ranks are summed).
-        """
-        ranks = self.ranks
-        groups: dict[str, list[str]] = {name: [name] for name in self.names}
-        for site in self.sites:
-            for key in (f"blocks.{site.block}", site.matrix, "overall"):
-                groups.setdefault(key, []).append(site.name)
-        summary = {}
-        for key, members in groups.items():
-            course = np.array([[entry["scores"][n] for n in members] for entry in self.score_history]).reshape(
-                -1, len(members)
-            )
-            series = course.mean(1) if len(course) else np.zeros(0)
-            slope = float(np.polyfit(np.arange(len(series)), series, 1)[0]) if len(series) > 1 else 0.0
-            summary[key] = {
-                "mean": float(series.mean()) if len(series) else 0.0,
-                "std": float(series.std(ddof=1)) if len(series) > 1 else 0.0,
-                "trend": slope,
-                "rank": float(sum(ranks[name] for name in members)),
-            }
-        return summary
+        """Return mean, std, trend and rank of each site, block, matrix type and overall, see `summary`."""
+        return layer_summary(self.sites, self.score_history, self.ranks)
 
     def export_importance_data(self) -> dict[str, Any]:
         """Return everything that was scored and decided, as plain values ready for JSON."""
@@ -234,4 +340,60 @@ class AdaLoRAController:
             "sites": [site.info().model_dump() for site in self.sites],
             "scores": [dict(entry) for entry in self.score_history],
             "ranks": [dict(entry) for entry in self.rank_history],
+            "probes": [dict(entry) for entry in self.probe_history],
         }
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return what a resumed run needs beside model and optimiser, between two steps.
+
+        Returns:
+            "values": plain values, ready for JSON; "tensors": tensors by name, ready for safetensors.
+        """
+        tensors = {"generator": self.tracker.generator.get_state()}
+        tensors |= {f"births/{name}": births.clone() for name, births in self._ages.births.items()}
+        tensors |= {f"active/{name}": active.clone() for name, active in (self._active or {}).items()}
+        for name, quantities in self.tracker.state_dict().items():
+            tensors |= {f"smoothed/{name}/{quantity}": value for quantity, value in quantities.items()}
+        values = {
+            "made_with": self._made_with(), "scored": self._scored, "decided": self._decided,
+            "decisions": self._ages.decisions, "last_scores": self._last_scores, "rank_history": self.rank_history,
+            "score_history": self.score_history, "probe_history": self.probe_history,
+        }  # fmt: skip
+        return {"values": copy.deepcopy(values), "tensors": tensors}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Go on from where `state_dict` was taken; then build the optimiser, load its state, and call `attach`.
+
+        The model must carry the adapters of that moment (`load_trained`, or `set_ranks` and their values).
+
+        Raises:
+            UserError: if the state belongs to another configuration, length of run, seed or set of sites.
+        """
+        values, tensors = copy.deepcopy(state["values"]), state["tensors"]
+        here = self._made_with()
+        other = next((key for key in here if values["made_with"].get(key) != here[key]), None)
+        if other is not None:
+            raise UserError(f"the state was made with another one; expected {here[other]}", field=other)
+        self._scored, self._decided = values["scored"], values["decided"]
+        self._last_scores = values["last_scores"]
+        self.rank_history, self.score_history = values["rank_history"], values["score_history"]
+        self.probe_history = values["probe_history"]
+        by_kind: dict[str, dict[str, Tensor]] = {"births": {}, "active": {}, "smoothed": {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            if name:
+                by_kind[kind][name] = tensor.clone()
+        self._ages.decisions, self._ages.births = values["decisions"], by_kind["births"]
+        self._active = by_kind["active"] or None
+        self._triplet_scores = {}
+        self._optimizer = None
+        self.tracker.generator.set_state(tensors["generator"])
+        smoothed: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in by_kind["smoothed"].items():
+            name, _, quantity = key.partition("/")
+            smoothed.setdefault(name, {})[quantity] = tensor
+        self.tracker.load_state_dict(smoothed)
+
+    def _made_with(self) -> dict[str, Any]:
+        config = self.config.model_dump(mode="json")
+        return {"config": config, "total_steps": self.total_steps, "seed": self.seed, "sites": list(self.names)}

@@ -30,6 +30,10 @@ class TripletAges:
         self.decisions = 0
         self.births = {name: torch.zeros(rank, dtype=torch.int64) for name, rank in ranks.items()}
 
+    def rank(self, name: str) -> int:
+        """Return how many triplets a site has."""
+        return len(self.births[name])
+
     def young(self, name: str) -> Tensor:
         """Return which triplets of a site have grown since the latest decision, (rank,) bool."""
         return (self.births[name] == self.decisions) & (self.births[name] > 0)
