@@ -24,22 +24,27 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from peft_vit.adapters import SiteAdapter
+from peft_vit.adapters import Adapter
 from peft_vit.config import Metric
 from peft_vit.errors import UserError
 
 
 class _Part(NamedTuple):
-    """One parameter of a site, as a matrix; reducing `dim`, the values of a triplet, leaves (r,)."""
+    """One parameter of a site."""
 
     site: str
     name: str
-    weight: Tensor  # A (r, in), B (out, r), lambda (r, 1)
+    weight: Tensor  # A (r, in), B (out, r), lambda (r,)
     gradient: Tensor | None
-    dim: int
+    dim: int | None  # over a triplet's values; None: it has one
+
+    @property
+    def values(self) -> int:
+        return 1 if self.dim is None else self.weight.shape[self.dim]
 
 
 class ImportanceTracker:
@@ -65,7 +70,7 @@ class ImportanceTracker:
         self._state: dict[tuple[str, str], Tensor] = {}  # by site and quantity, see state_dict
 
     @torch.no_grad()
-    def update(self, adapters: Mapping[str, SiteAdapter], loss_scale: float = 1.0) -> dict[str, Tensor]:
+    def update(self, adapters: Mapping[str, Adapter], loss_scale: float = 1.0) -> dict[str, Tensor]:
         """Take in the present gradients and return the score of each triplet, (rank,) by site.
 
         Args:
@@ -87,8 +92,9 @@ class ImportanceTracker:
             return {name: values.to(adapters[name].lora_A.device) for name, values in noise.items()}
         parts = [part for name, adapter in adapters.items() if adapter.rank for part in _parts(name, adapter)]
         if self.metric == "magnitude":
-            norms = [torch.linalg.vector_norm(part.weight, dim=part.dim) for part in parts]
-            scores = _by_site(parts, norms, torch.mul)
+            weights = [part.weight for part in parts]
+            squares = _by_site(parts, _sums(parts, torch._foreach_mul(weights, weights)), torch.mul)
+            scores = {site: square.sqrt_() for site, square in squares.items()}
         else:
             scores = self._smoothed_scores(parts, loss_scale) if parts else {}
         return {name: scores[name] if one.rank else one.lora_A.new_zeros(0) for name, one in adapters.items()}
@@ -105,16 +111,15 @@ class ImportanceTracker:
 
     def _size(self, parts: Sequence[_Part], gradients: list[Tensor] | None) -> dict[str, Tensor]:
         """Score by the gradient's norm, or its square."""
-        sites = {part.site: part.weight.new_zeros(part.weight.shape[1 - part.dim]) for part in parts}
-        kept = self._kept([(site, self.metric) for site in sites], list(sites.values()))
+        columns = {part.site: part.weight[:, 0] for part in parts if part.name == "lora_A"}  # (r,) each
+        kept = self._kept([(site, self.metric) for site in columns], list(columns.values()))
         if gradients is not None:
-            squares = torch._foreach_mul(gradients, gradients)
-            sums = [square.sum(part.dim) for part, square in zip(parts, squares, strict=True)]
+            sums = _sums(parts, torch._foreach_mul(gradients, gradients))
             sizes = list(_by_site(parts, sums, torch.add).values())  # (r,) each
             if self.metric == "gradient_norm":
                 torch._foreach_sqrt_(sizes)
             torch._foreach_lerp_(kept, sizes, 1 - self.beta1)
-        return dict(zip(sites, (value.clone() for value in kept), strict=True))
+        return dict(zip(columns, (value.clone() for value in kept), strict=True))
 
     def _sensitivity(self, parts: Sequence[_Part], gradients: list[Tensor] | None) -> dict[str, Tensor]:
         weights = [part.weight for part in parts]
@@ -127,8 +132,8 @@ class ImportanceTracker:
             torch._foreach_sub_(new, smooth)
             torch._foreach_abs_(new)  # |I - I_bar|
             torch._foreach_lerp_(uncertainty, new, 1 - self.beta2)
-        products = torch._foreach_mul(smooth, uncertainty)
-        means = [product.mean(part.dim) for part, product in zip(parts, products, strict=True)]
+        means = _sums(parts, torch._foreach_mul(smooth, uncertainty))
+        torch._foreach_div_(means, [part.values for part in parts])
         return _by_site(parts, means, torch.add)
 
     def _kept(self, keys: list[tuple[str, str]], like: list[Tensor]) -> list[Tensor]:
@@ -155,6 +160,10 @@ class ImportanceTracker:
             state.setdefault(site, {})[quantity] = value.clone()
         return state
 
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over a copy of the smoothed quantities by site."""
+        self._state = {(site, name): value.clone() for site, values in state.items() for name, value in values.items()}
+
 
 def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the score of each site that has triplets, with one transfer from the device.
@@ -165,18 +174,18 @@ def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
     present = {name: values for name, values in triplet_scores.items() if len(values)}
     if not present:
         return {}
-    flat = torch.cat(list(present.values())).double().cpu()
-    means = [float(values.mean()) for values in flat.split([len(values) for values in present.values()])]
-    return dict(zip(present, means, strict=True))
+    flat = torch.cat(list(present.values())).double().cpu().numpy()
+    counts = np.array([len(values) for values in present.values()])
+    means = np.add.reduceat(flat, np.cumsum(counts) - counts) / counts
+    return dict(zip(present, means.tolist(), strict=True))
 
 
-def _parts(site: str, adapter: SiteAdapter) -> Iterator[_Part]:
-    for name, parameter, dim in (("lora_A", adapter.lora_A, 1), ("lora_B", adapter.lora_B, 0)):
-        yield _Part(site, name, parameter.float(), parameter.grad, dim)
-    if adapter.lora_lambda is not None:
-        gradient = adapter.lora_lambda.grad
-        column = None if gradient is None else gradient[:, None]
-        yield _Part(site, "lora_lambda", adapter.lora_lambda.float()[:, None], column, 1)
+def _parts(site: str, adapter: Adapter) -> Iterator[_Part]:
+    lora_A, lora_B, lora_lambda = adapter.lora_A, adapter.lora_B, adapter.lora_lambda
+    yield _Part(site, "lora_A", lora_A.float(), lora_A.grad, 1)
+    yield _Part(site, "lora_B", lora_B.float(), lora_B.grad, 0)
+    if lora_lambda is not None:
+        yield _Part(site, "lora_lambda", lora_lambda.float(), lora_lambda.grad, None)
 
 
 def _gradients(parts: Sequence[_Part]) -> list[Tensor]:
@@ -189,6 +198,11 @@ def _gradients(parts: Sequence[_Part]) -> list[Tensor]:
             )
         gradients.append(part.gradient.float())
     return gradients
+
+
+def _sums(parts: Sequence[_Part], values: Sequence[Tensor]) -> list[Tensor]:
+    """Add up each triplet's values within each part, (r,) each."""
+    return [value if part.dim is None else value.sum(part.dim) for part, value in zip(parts, values, strict=True)]
 
 
 def _by_site(
