@@ -1,8 +1,9 @@
 """Pretrained Vision Transformers: which there are, their weights, the matrices that may carry an adapter."""
 
+from peft_vit.backbones.attention import choose_attention
 from peft_vit.backbones.catalog import MODELS, BackboneShape, ModelInfo, describe
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone
-from peft_vit.backbones.sites import Site, find_sites, tokens_per_image
+from peft_vit.backbones.sites import Site, find_sites, fused_sites, tokens_per_image
 from peft_vit.backbones.weights import check_weights
 
 __all__ = [
@@ -12,8 +13,10 @@ __all__ = [
     "ModelInfo",
     "Site",
     "check_weights",
+    "choose_attention",
     "describe",
     "find_sites",
+    "fused_sites",
     "load_backbone",
     "tokens_per_image",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from peft_vit.config import MATRICES, Matrix
+from peft_vit.config import MATRICES, Matrix, SiteMatrix
 from peft_vit.errors import UserError
 from peft_vit.records import SiteInfo
 
@@ -84,6 +84,22 @@ def tokens_per_image(model: nn.Module) -> int:
     patches: int = model.patch_embed.num_patches  # type: ignore[union-attr, assignment]
     prefix: int = model.num_prefix_tokens  # type: ignore[assignment]
     return patches + prefix
+
+
+def fused_sites(sites: Sequence[Site]) -> dict[str, SiteInfo]:
+    """Return one site for each module, by its name: query, key and value of a fused matrix are `blocks.3.attn.qkv`.
+
+    Args:
+        sites: from `find_sites`; of a fused matrix all three parts or none.
+    """
+    fused = {}
+    for site in sites:
+        matrix: SiteMatrix = "qkv" if _HOLDER[site.matrix][2] > 1 else site.matrix
+        fused[site.module] = SiteInfo(
+            name=f"{site.name.rpartition('.')[0]}.{matrix}", block=site.block, matrix=matrix,
+            in_features=site.in_features, out_features=site.rows[1],  # the last part's end counts
+        )  # fmt: skip
+    return fused
 
 
 def _find_site(model: nn.Module, block: int, matrix: Matrix) -> Site:

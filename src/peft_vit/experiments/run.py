@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peft_vit.adapters import adapted_modules, adapter_bytes, current_ranks
-from peft_vit.backbones import LoadedBackbone, find_sites, load_backbone
+from peft_vit.backbones import LoadedBackbone, choose_attention, find_sites, load_backbone
 from peft_vit.data import Data, load_data
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.evaluation import (
@@ -102,6 +102,7 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
         smoke=spec.smoke,
     )  # fmt: skip
     model = backbone.model.to(device)
+    choose_attention(model, device)
     provenance = _provenance(spec, data, backbone, device)
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
     sites = [site.info() for site in find_sites(model)]

@@ -1,0 +1,35 @@
+"""The two ways through attention compute the same, and the choice follows device and length."""
+
+import timm
+import torch
+from torch import nn
+
+from peft_vit.backbones import choose_attention
+
+
+def vit(image_size: int) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=image_size, depth=2, num_classes=3)
+    return model
+
+
+def test_same_logits_and_gradients() -> None:
+    model, images = vit(48), torch.randn(2, 3, 48, 48)
+    found = []
+    for plain in (False, True):
+        if plain:
+            assert choose_attention(model, torch.device("cpu"))
+        assert all(block.attn.fused_attn is not plain for block in model.blocks)
+        model.zero_grad()
+        logits = model(images)
+        logits.square().sum().backward()
+        found.append((logits.detach(), model.blocks[0].attn.qkv.weight.grad.clone()))
+    for fused, unfused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-6)
+
+
+def test_long_sequences_and_other_devices_stay_fused() -> None:
+    long = vit(240)  # 15 x 15 patches and a class token
+    assert not choose_attention(long, torch.device("cpu"))
+    assert not choose_attention(vit(48), torch.device("meta"))
+    assert all(block.attn.fused_attn for block in long.blocks)
