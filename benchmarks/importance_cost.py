@@ -80,7 +80,9 @@ def main() -> None:
                 parts = cost(metric, parametrization)
                 rows.append({"threads": threads, "parametrization": parametrization, "metric": metric, **parts})
                 medians = "  ".join(f"{name} {value['median_ms']:6.3f} ms" for name, value in parts.items())
-                print(f"{threads} thread{'s' * (threads > 1):1}  {parametrization:7}  {metric:13}  {medians}", flush=True)
+                print(
+                    f"{threads} thread{'s' * (threads > 1):1}  {parametrization:7}  {metric:13}  {medians}", flush=True
+                )
     if len(sys.argv) > 1:
         machine = {"platform": platform.platform(), "torch": torch.__version__, "timm": timm.__version__}
         shape = {"sites": SITES, "rank": RANK, "repeats": REPEATS}

@@ -1,15 +1,22 @@
 """Scores of triplets against float64 NumPy written from the formulas."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from peft_vit.adapters import SiteAdapter
-from peft_vit.allocation import ImportanceTracker
+from peft_vit.adapters import SiteAdapter, attach_adapters, site_adapters
+from peft_vit.allocation import AdaLoRAController, ImportanceTracker
+from peft_vit.allocation.importance import mean_per_triplet
+from peft_vit.backbones import find_sites
+from peft_vit.config import AdaLoraConfig, Metric
 from peft_vit.errors import UserError
 
 pytestmark = pytest.mark.part("importance analysis")
 BETA1, BETA2, RANK = 0.85, 0.7, 3
+SMOOTHED = ("gradient_norm", "fisher", "sensitivity")
 
 
 def site(parametrization: str, seed: int = 0, rank: int = RANK) -> SiteAdapter:
@@ -55,36 +62,44 @@ def test_magnitude(parametrization) -> None:
         assert scores[i].item() == pytest.approx((torch.outer(left, right).norm() / 2.0).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("parametrization", ["product", "svd"])
-@pytest.mark.parametrize(("metric", "power"), [("gradient_norm", 1), ("fisher", 2)])
-def test_smoothed_gradient_scores(parametrization, metric, power) -> None:
-    adapter, scorer = site(parametrization), tracker(metric)
-    smooth = np.zeros(RANK)
-    for step in range(3):
-        set_gradients(adapter, step)
-        scores = scorer.update({"a": adapter})["a"]
-        norms = [np.sqrt(sum((g**2).sum() for g in gradients)) for _, gradients in by_triplet(adapter)]
-        smooth = BETA1 * smooth + (1 - BETA1) * np.array(norms) ** power
-        np.testing.assert_allclose(scores, smooth, rtol=1e-5)
+def reference(metric: str, states: list[dict], adapter: SiteAdapter) -> list[float]:
+    """Move each triplet's state on by one step and return the scores: the formulas, one number at a time."""
+    scores = []
+    for state, (values, gradients) in zip(states, by_triplet(adapter), strict=True):
+        if metric == "magnitude":
+            scores.append(np.prod([np.linalg.norm(value) for value in values]))
+        elif metric == "sensitivity":
+            raw = [np.abs(w * g) for w, g in zip(values, gradients, strict=True)]
+            smooth, uncertain = state.setdefault("s", [0.0] * len(raw)), state.setdefault("u", [0.0] * len(raw))
+            for j, part in enumerate(raw):
+                smooth[j] = BETA1 * smooth[j] + (1 - BETA1) * part
+                uncertain[j] = BETA2 * uncertain[j] + (1 - BETA2) * np.abs(part - smooth[j])
+            scores.append(sum(np.mean(s * u) for s, u in zip(smooth, uncertain, strict=True)))
+        else:
+            squared = sum((g**2).sum() for g in gradients)
+            new = squared if metric == "fisher" else np.sqrt(squared)
+            state["v"] = BETA1 * state.get("v", 0.0) + (1 - BETA1) * new
+            scores.append(state["v"])
+    return scores
 
 
 @pytest.mark.parametrize("parametrization", ["product", "svd"])
-def test_sensitivity_over_three_steps(parametrization) -> None:
-    adapter, scorer = site(parametrization), tracker("sensitivity")
-    smooth = uncertain = None
-    for step in range(3):
-        set_gradients(adapter, step)
-        scores = scorer.update({"a": adapter})["a"]
-        raw = [[np.abs(w * g) for w, g in zip(*triplet, strict=True)] for triplet in by_triplet(adapter)]
-        smooth = smooth or [[0 * part for part in triplet] for triplet in raw]
-        uncertain = uncertain or [[0 * part for part in triplet] for triplet in raw]
-        expected = []
-        for i, triplet in enumerate(raw):
-            for j, part in enumerate(triplet):
-                smooth[i][j] = BETA1 * smooth[i][j] + (1 - BETA1) * part
-                uncertain[i][j] = BETA2 * uncertain[i][j] + (1 - BETA2) * np.abs(part - smooth[i][j])
-            expected.append(sum((s * u).mean() for s, u in zip(smooth[i], uncertain[i], strict=True)))
-        np.testing.assert_allclose(scores, expected, rtol=1e-5)
+@pytest.mark.parametrize("metric", ["magnitude", *SMOOTHED])
+def test_scores_over_steps_and_through_a_change_of_rank(metric, parametrization) -> None:
+    adapters = {"a": site(parametrization), "empty": site(parametrization, rank=0), "b": site(parametrization, 5, 2)}
+    scorer = tracker(metric)
+    states = {name: [{} for _ in range(adapter.rank)] for name, adapter in adapters.items()}
+    for step in range(6):
+        if step == 3:  # a loses its second triplet and gains two; b stays
+            states["a"] = [states["a"][0], states["a"][2], {}, {}]
+            adapters["a"] = site(parametrization, 9, rank=4)
+            scorer.follow({"a": torch.tensor([0, 2])}, {"a": 4, "b": 2})
+        for seed, adapter in enumerate(adapters.values()):
+            set_gradients(adapter, 10 * step + seed)
+        scores = scorer.update(adapters)
+        assert list(scores) == list(adapters)
+        for name, adapter in adapters.items():
+            np.testing.assert_allclose(scores[name], reference(metric, states[name], adapter), rtol=1e-5)
 
 
 def test_controls() -> None:
@@ -97,13 +112,84 @@ def test_controls() -> None:
     assert not torch.equal(first["a"], other["a"])
 
 
-@pytest.mark.parametrize("metric", ["gradient_norm", "fisher", "sensitivity"])
+@pytest.mark.parametrize("metric", SMOOTHED)
 def test_without_gradients_it_says_when_to_call(metric) -> None:
     with pytest.raises(
         UserError, match=r"^blocks\.0: lora_A has no gradient; call update_importance_scores after backward"
     ):
         tracker(metric).update({"blocks.0": site("svd")})
     assert len(tracker(metric).update({"blocks.0": site("svd", rank=0)})["blocks.0"]) == 0
+
+
+@pytest.mark.parametrize("metric", get_args(Metric))
+def test_gradient_accumulation_changes_no_score(tiny_vit, batch, fill_adapters, metric) -> None:
+    images, labels = batch
+    results = []
+    for parts in (1, 3):
+        model = tiny_vit(depth=1).double()
+        sites = find_sites(model)
+        attach_adapters(model, sites, {one.name: 2 for one in sites}, scale=2.0, seed=0)
+        fill_adapters(model)
+        model.double()
+        scorer = tracker(metric)
+        for _ in range(2):
+            for part, targets in zip(images.double().chunk(parts), labels.chunk(parts), strict=True):
+                (F.cross_entropy(model(part), targets) / parts).backward()
+            scores = mean_per_triplet(scorer.update(site_adapters(model)))
+        results.append(scores)
+    assert len(results[0]) == 6
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("loss_scale", [65536.0, 3.0, 2.0**-10])
+@pytest.mark.parametrize("metric", get_args(Metric))
+def test_loss_scaling_changes_no_score(metric, loss_scale) -> None:
+    adapter, plain, scaled = site("svd"), tracker(metric), tracker(metric)
+    for step in range(3):
+        set_gradients(adapter, step)
+        expected = plain.update({"a": adapter})["a"]
+        set_gradients(adapter, step, loss_scale)
+        torch.testing.assert_close(scaled.update({"a": adapter}, loss_scale)["a"], expected, rtol=1e-5, atol=0)
+
+
+def test_the_controller_passes_the_loss_scale_on(tiny_vit, batch, fill_adapters) -> None:
+    results = []
+    for scale in (1.0, 1024.0):
+        model = tiny_vit(depth=1)
+        config = AdaLoraConfig(
+            total_rank_budget=12, allocation_strategy="proportional", importance_metric="fisher",
+            update_frequency=1, warmup_steps=1, final_steps=1,
+        )  # fmt: skip
+        controller = AdaLoRAController(model, config, 4)
+        fill_adapters(model)
+        (scale * F.cross_entropy(model(batch[0]), batch[1])).backward()
+        results.append(controller.update_importance_scores(model, 1, loss_scale=scale))
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+    assert min(results[0].values()) > 0
+
+
+@pytest.mark.parametrize("loss_scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_impossible_loss_scale_is_refused(loss_scale) -> None:
+    with pytest.raises(UserError, match=r"^loss_scale: expected a positive number, got"):
+        tracker("uniform").update({"a": site("svd")}, loss_scale)
+
+
+@pytest.mark.parametrize("metric", SMOOTHED)
+def test_gradients_that_overflowed_under_a_scale_are_left_out(metric) -> None:
+    adapter, scorer = site("product"), tracker(metric)
+    for step, (broken, scale) in enumerate([(True, 1024.0), (False, 1024.0), (True, 1024.0), (True, 1.0)]):
+        set_gradients(adapter, 0, 1024.0)
+        if broken:
+            adapter.lora_B.grad[0, 0] = torch.inf
+        scores = scorer.update({"a": adapter}, scale)["a"]
+        if step == 0:
+            assert torch.equal(scores, torch.zeros(RANK))  # nothing was taken in so far
+        elif step == 1:
+            before = scores
+            assert (scores > 0).all()
+        elif step == 2:
+            assert torch.equal(scores, before)
+    assert not scores.isfinite().all()  # without a scaler nothing leaves the step out, so nothing is hidden
 
 
 @pytest.mark.parametrize(
@@ -121,10 +207,18 @@ def test_a_factor_on_the_loss_is_a_power_in_the_scores(metric, power) -> None:
     torch.testing.assert_close(results[1], 8.0**power * results[0])
 
 
-def test_state_follows_its_triplets() -> None:
-    adapter, scorer = site("product"), tracker("gradient_norm")
-    set_gradients(adapter, 0)
-    before = scorer.update({"a": adapter})["a"]
-    scorer.follow({"a": torch.tensor([0, 2])}, {"a": 3})
-    state = scorer.state_dict()["a"]["gradient_norm"]
-    torch.testing.assert_close(state, torch.stack([before[0], before[2], torch.tensor(0.0)]))
+def test_what_was_returned_does_not_change_later() -> None:
+    for metric in SMOOTHED:
+        adapter, scorer = site("svd"), tracker(metric)
+        set_gradients(adapter, 0)
+        scores, state = scorer.update({"a": adapter})["a"], scorer.state_dict()["a"]
+        copies = scores.clone(), {name: value.clone() for name, value in state.items()}
+        scorer.update({"a": adapter})
+        assert torch.equal(scores, copies[0])
+        assert all(torch.equal(state[name], copies[1][name]) for name in state)
+
+
+def test_a_site_scores_the_mean_over_its_triplets() -> None:
+    scores = {"a": torch.tensor([1.0, 2.0, 6.0]), "without": torch.zeros(0), "b": torch.tensor([0.5])}
+    assert mean_per_triplet(scores) == {"a": 3.0, "b": 0.5}
+    assert mean_per_triplet({}) == {}
