@@ -3,6 +3,7 @@
 from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.bias_correction import correct_young_triplets
 from peft_vit.adapters.injection import (
+    Adapter,
     adapted_modules,
     attach_adapters,
     current_ranks,
@@ -18,12 +19,15 @@ from peft_vit.adapters.merging import (
     set_ranks,
     trained_tensors,
 )
+from peft_vit.adapters.peft_sites import PeftSite, peft_sites, vision_transformer
 from peft_vit.adapters.probe import Probe
 from peft_vit.adapters.resizable import check_optimizer, check_resizable
 from peft_vit.adapters.resizing import resize_adapters
 
 __all__ = [
     "AdaptedLinear",
+    "Adapter",
+    "PeftSite",
     "Probe",
     "SiteAdapter",
     "adapted_modules",
@@ -36,9 +40,11 @@ __all__ = [
     "freeze_backbone",
     "load_trained",
     "merged_state_dict",
+    "peft_sites",
     "resize_adapters",
     "restore_trained",
     "set_ranks",
     "site_adapters",
     "trained_tensors",
+    "vision_transformer",
 ]

@@ -9,7 +9,7 @@ at zero and divides that start out of them. After t steps, with learning rate lr
 torch keeps one t for a whole parameter. A triplet that has grown into it starts from zero moments too, at an age of its
 own: late in a run s(t) is 1 where s(1) is 0.32 (betas 0.9, 0.999), so its first update would be 3.2 times too large.
 
-Therefore the optimiser's state keeps, beside the moments of a parameter that has grown, the step count at each triplet's
+So the optimiser's state keeps, beside the moments of a parameter that has grown, the step count at each triplet's
 birth, and after each step the part of the update that torch made with t is replaced by that with the triplet's own age.
 """
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.low_rank import Parametrization, SiteAdapter
+from peft_vit.adapters.peft_sites import PeftSite, peft_site_adapters
 from peft_vit.backbones import Site, find_sites
 from peft_vit.errors import UserError
 from peft_vit.seeding import torch_generator
+
+Adapter: TypeAlias = SiteAdapter | PeftSite
 
 
 def freeze_backbone(model: nn.Module) -> None:
@@ -72,9 +75,9 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
             yield name, module
 
 
-def site_adapters(model: nn.Module) -> dict[str, SiteAdapter]:
-    """Return the adapter of each site by the site's name, block by block."""
-    found = {}
+def site_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Return the adapter of each site by the site's name, block by block; PEFT's LoRA layers count as adapters."""
+    found: dict[str, Adapter] = {**peft_site_adapters(model)}
     for name, module in adapted_modules(model):
         stem = name.rpartition(".")[0]  # blocks.3.attn of blocks.3.attn.qkv
         for matrix, adapter in module.adapters():

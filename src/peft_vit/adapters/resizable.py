@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from peft_vit.adapters.peft_sites import peft_sites
 from peft_vit.errors import UserError
 
 _OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 # Classes of torch by name: they come from modules that are slow to import, and not in every build of torch.
 _WRAPPERS = {
-    "DistributedDataParallel": "DistributedDataParallel would go on synchronizing the old tensors; train in one process",
+    "DistributedDataParallel": "DistributedDataParallel goes on synchronizing the old tensors; train in one process",
     "FullyShardedDataParallel": "FullyShardedDataParallel shards fixed tensors; train without it",
     "FSDPModule": "fully_shard shards fixed tensors; train without it",
     "OptimizedModule": "torch.compile has fixed the tensors' shapes; train the model that is not compiled",
@@ -34,9 +35,11 @@ def check_resizable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer: of `torch.optim`, as it is or wrapped by accelerate.
 
     Raises:
-        UserError: for another optimiser, or for a model that is distributed, sharded or compiled.
+        UserError: for another optimiser, for a model that is distributed, sharded or compiled, or one that PEFT has
+            wrapped with more than plain LoRA.
     """
     check_optimizer(optimizer)
+    peft_sites(model)
     for name, module in model.named_modules():
         where = name or "model"
         for kind in type(module).__mro__:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.bias_correction import TRIPLETS, triplets_after
-from peft_vit.adapters.injection import site_adapters
-from peft_vit.adapters.low_rank import SiteAdapter
+from peft_vit.adapters.injection import Adapter, site_adapters
+from peft_vit.adapters.peft_sites import PeftSite
 from peft_vit.adapters.resizable import check_resizable, unwrapped
 from peft_vit.errors import UserError
 
@@ -57,17 +57,16 @@ def resize_adapters(
     return kept
 
 
-def _check_ranks(
-    adapters: Mapping[str, SiteAdapter], optimizer: torch.optim.Optimizer, ranks: Mapping[str, int]
-) -> None:
+def _check_ranks(adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer, ranks: Mapping[str, int]) -> None:
     """Refuse what can't be done before anything is changed: half a change would leave optimiser and model apart."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, rank in ranks.items():
         if name not in adapters:
             raise UserError(f"the model has no adapter on {name}", field="ranks")
         adapter = adapters[name]
-        if not 0 <= rank <= adapter.largest_rank:
-            raise UserError(f"expected 0 to {adapter.largest_rank}, got {rank}", field=f"ranks[{name}]")
+        smallest = adapter.smallest_rank if isinstance(adapter, PeftSite) else 0
+        if not smallest <= rank <= adapter.largest_rank:
+            raise UserError(f"expected {smallest} to {adapter.largest_rank}, got {rank}", field=f"ranks[{name}]")
         if not all(id(parameter) in held for parameter in adapter.parameters()):
             raise UserError("does not hold the adapters' parameters; build it after attaching them", field="optimizer")
 
@@ -77,7 +76,7 @@ def _strongest(scores: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-def _resize(adapter: SiteAdapter, optimizer: torch.optim.Optimizer, keep: Tensor, grow: int) -> None:
+def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, grow: int) -> None:
     keep = keep.to(adapter.lora_A.device)
     fresh = adapter.fresh_triplets(grow)
     for name, dim, new in zip(("lora_A", "lora_B", "lora_lambda"), (0, 1, 0), fresh, strict=True):

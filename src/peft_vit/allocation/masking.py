@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import SiteAdapter, site_adapters
+from peft_vit.adapters import Adapter, site_adapters
 
 
 def strongest(scores: Tensor, count: int) -> Tensor:
@@ -29,6 +29,6 @@ def silence_others(model: nn.Module, active: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _silence(adapter: SiteAdapter, losers: Tensor) -> None:
+def _silence(adapter: Adapter, losers: Tensor) -> None:
     target = adapter.lora_B if adapter.lora_lambda is None else adapter.lora_lambda
     target.masked_fill_(losers.to(target.device), 0.0)  # of B (out, r) whole columns

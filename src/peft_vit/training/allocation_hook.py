@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import site_adapters
+from peft_vit.adapters import SiteAdapter, site_adapters
 from peft_vit.allocation import AdaLoRAController
+from peft_vit.records import StepRow
 
 
 class AllocationHook:
@@ -21,6 +26,7 @@ class AllocationHook:
     def __init__(self, controller: AdaLoRAController) -> None:
         self.controller = controller
         self._scores: dict[str, float] = {}
+        self._after_step_s: dict[int, float] = {}
         self._with_penalty = controller.config.importance_gradient == "task_and_penalty"
         default = 0.1 if controller.config.parametrization == "svd" else 0.0  # 0.1: the official AdaLoRA code
         weight = controller.config.orthogonality_weight
@@ -34,7 +40,7 @@ class AllocationHook:
         """Return weight * mean of ||P^T P - I||_F and ||Q Q^T - I||_F over all matrices (AdaLoRA, eq. 4)."""
         if self.orthogonality_weight == 0:
             return {}
-        present = [adapter for adapter in site_adapters(model).values() if adapter.rank]
+        present = [one for one in site_adapters(model).values() if isinstance(one, SiteAdapter) and one.rank]
         total = torch.stack([adapter.orthogonality() for adapter in present]).sum()
         return {"orthogonality": self.orthogonality_weight * total / (2 * len(present))}
 
@@ -50,8 +56,24 @@ class AllocationHook:
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Decide the ranks and apply them."""
+        started = time.perf_counter()
         ranks = self.controller.reallocate_ranks(self._scores, step)
         self.controller.apply_ranks(model, optimizer, ranks)
+        self._after_step_s[step] = time.perf_counter() - started
+
+    def probing_s(self, steps: Sequence[StepRow]) -> float | None:
+        """Return the seconds by which forward, backward and the rest took longer in steps with probes.
+
+        That is, over the median of the steps without; deciding and resizing are not in it. None if no step was
+        probed, or every step was, so that there is nothing to compare with.
+        """
+        probed = {entry["step"] for entry in self.controller.probe_history}
+        seconds = {row.step: row.seconds - self._after_step_s.get(row.step, 0.0) for row in steps}
+        plain = [value for step, value in seconds.items() if step not in probed]
+        if not probed or not plain:
+            return None
+        usual = statistics.median(plain)
+        return sum(value - usual for step, value in seconds.items() if step in probed)
 
     def notes(self) -> dict[str, float]:
         """Return nothing: ranks have a history of their own."""

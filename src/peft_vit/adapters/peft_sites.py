@@ -1,0 +1,217 @@
+"""LoRA that the PEFT library has put into a timm VisionTransformer, seen as sites whose rank can change.
+
+A LoRA layer of PEFT is one site, named as a block's matrices are here: `blocks.3.attn.qkv` (the fused matrix with one
+rank), `blocks.3.attn.out`, `blocks.3.mlp.fc1`, `blocks.3.mlp.fc2`. PEFT is not imported: without it a model has none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from peft_vit.errors import UserError
+from peft_vit.records import SiteInfo
+
+_MATRIX = re.compile(r"blocks\.(\d+)\.(attn|mlp)\.(qkv|proj|fc1|fc2)")
+_STARTS = (True, False, "gaussian")  # other starts change the base's weights too, or allow some ranks only
+_generators: WeakKeyDictionary[nn.Module, torch.Generator] = WeakKeyDictionary()  # held by a layer it would bar copying
+
+
+class PeftSite:
+    """One LoRA layer of PEFT in the role of a `SiteAdapter`: what is set here, PEFT computes and saves.
+
+    Args:
+        key: a layer's name as PEFT's patterns match it; the layer is a `peft.tuners.lora.Linear`.
+        lora: what PEFT has done to the model.
+    """
+
+    smallest_rank = 1  # PEFT has no layer, and its file no place, for rank 0
+    parametrization: Literal["product"] = "product"
+    pool = 1
+    lora_lambda: nn.Parameter | None = None
+    probe = None
+
+    def __init__(self, key: str, lora: _Lora) -> None:
+        self._layer = lora.layers[key]
+        self._lora = lora
+        self._adapter = lora.adapters[0]
+        self.in_features: int = self._layer.in_features
+        self.out_features: int = self._layer.out_features
+
+    @property
+    def lora_A(self) -> nn.Parameter:  # noqa: N802 - the field's name, and SiteAdapter's
+        """Return A (r, in)."""
+        weight: nn.Parameter = self._layer.lora_A[self._adapter].weight
+        return weight
+
+    @lora_A.setter
+    def lora_A(self, parameter: nn.Parameter) -> None:  # noqa: N802 - the field's name, and SiteAdapter's
+        linear = self._layer.lora_A[self._adapter]
+        linear.weight, linear.out_features = parameter, len(parameter)
+        self._declare_rank(len(parameter))
+
+    @property
+    def lora_B(self) -> nn.Parameter:  # noqa: N802 - the field's name, and SiteAdapter's
+        """Return B (out, r)."""
+        weight: nn.Parameter = self._layer.lora_B[self._adapter].weight
+        return weight
+
+    @lora_B.setter
+    def lora_B(self, parameter: nn.Parameter) -> None:  # noqa: N802 - the field's name, and SiteAdapter's
+        linear = self._layer.lora_B[self._adapter]
+        linear.weight, linear.in_features = parameter, parameter.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Return the number of triplets that exist now."""
+        return self.lora_A.shape[0]
+
+    @property
+    def largest_rank(self) -> int:
+        """Return the rank above which more triplets can't change the update."""
+        return min(self.in_features, self.out_features)
+
+    @property
+    def scale(self) -> float:
+        """Return the factor on B A, which stays when the rank moves."""
+        return float(self._layer.scaling[self._adapter])
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Return the source of triplets that grow; None: torch's global generator, from which PEFT draws its start."""
+        return _generators.get(self._layer)
+
+    @generator.setter
+    def generator(self, generator: torch.Generator) -> None:
+        _generators[self._layer] = generator
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield A and B."""
+        yield from (self.lora_A, self.lora_B)
+
+    def fresh_triplets(self, count: int) -> tuple[Tensor, Tensor, None]:
+        """Return A (count, in), uniform with bound 1 / sqrt(in) as PEFT starts it, B (out, count) zero, no lambda."""
+        bound = 1 / math.sqrt(self.in_features)
+        lora_A = (torch.rand(count, self.in_features, generator=self.generator) * 2 - 1) * bound
+        return lora_A, torch.zeros(self.out_features, count), None
+
+    def _declare_rank(self, rank: int) -> None:
+        """Say the rank wherever PEFT does; alpha moves with it, so that the scale stays."""
+        alpha = self.scale * (math.sqrt(rank) if self._layer.use_rslora[self._adapter] else rank)
+        self._layer.r[self._adapter], self._layer.lora_alpha[self._adapter] = rank, alpha
+        # Full names for all, in place of the user's patterns: PEFT sorts the keys and lets the first that fits win.
+        layers = self._lora.layers.items()
+        self._lora.config.rank_pattern = {key: layer.r[self._adapter] for key, layer in layers}
+        self._lora.config.alpha_pattern = {key: layer.lora_alpha[self._adapter] for key, layer in layers}
+
+
+class _Lora(NamedTuple):
+    """What PEFT has done to a model that holds a VisionTransformer."""
+
+    config: Any  # of the first adapter
+    adapters: tuple[str, ...]
+    layers: dict[str, Any]  # every layer of PEFT's by its name, as PEFT's patterns match it
+    prefix: str  # of the VisionTransformer in these names
+
+    def site(self, key: str) -> SiteInfo | None:
+        """Return the site of a layer; None if it is no matrix of a block."""
+        found = _MATRIX.fullmatch(key.removeprefix(self.prefix))
+        if found is None:
+            return None
+        block, part, leaf = found.groups()
+        matrix: Any = "out" if leaf == "proj" else leaf
+        layer = self.layers[key]
+        return SiteInfo(
+            name=f"blocks.{block}.{part}.{matrix}", block=int(block), matrix=matrix,
+            in_features=layer.in_features, out_features=layer.out_features,
+        )  # fmt: skip
+
+
+def _lora_of(model: nn.Module) -> _Lora | None:
+    """Return what PEFT has done to a model; None if it has put no layers of LoRA's kind into it."""
+    peft = sys.modules.get("peft.tuners.lora.layer")
+    if peft is None or not any(isinstance(module, peft.LoraLayer) for module in model.modules()):
+        return None
+    # PEFT keeps its configuration at the model that it was given too: the innermost holder.
+    base: Any = next((module for module in reversed([*model.modules()]) if "peft_config" in vars(module)), None)
+    vit = None if base is None else vision_transformer(base)
+    if vit is None:
+        raise UserError("PEFT has put LoRA into it; hand over the model that get_peft_model returned", field="model")
+    name = next(name for name, module in base.named_modules() if module is vit)
+    layers = {key: module for key, module in base.named_modules() if isinstance(module, peft.LoraLayer)}
+    configs = base.peft_config
+    return _Lora(next(iter(configs.values())), tuple(configs), layers, f"{name}." if name else "")
+
+
+def vision_transformer(model: nn.Module) -> VisionTransformer | None:
+    """Return the timm VisionTransformer in a model, which others may wrap; None if there is none."""
+    return next((module for module in model.modules() if isinstance(module, VisionTransformer)), None)
+
+
+def peft_site_adapters(model: nn.Module) -> dict[str, PeftSite]:
+    """Return PEFT's plain LoRA layers on a model by the names of their sites; none without PEFT."""
+    lora = _lora_of(model)
+    if lora is None:
+        return {}
+    sites = {key: lora.site(key) for key, layer in lora.layers.items() if _is_plain(layer)}
+    return {site.name: PeftSite(key, lora) for key, site in sites.items() if site}
+
+
+def peft_sites(model: nn.Module) -> tuple[SiteInfo, ...]:
+    """List the sites on which PEFT has put LoRA, block by block; none without PEFT.
+
+    Raises:
+        UserError: if PEFT computes more than plain LoRA, or elsewhere than on a block's matrices.
+    """
+    lora = _lora_of(model)
+    if lora is None:
+        return ()
+    if len(lora.adapters) > 1:
+        raise UserError(
+            f"PEFT holds the adapters {', '.join(lora.adapters)}; keep one, see delete_adapter", field="peft"
+        )
+    if lora.config.init_lora_weights not in _STARTS:
+        raise UserError(
+            f"ranks can't change after a start that depends on them, got {lora.config.init_lora_weights!r}; "
+            f"use one of {', '.join(map(repr, _STARTS))}",
+            field="init_lora_weights",
+        )
+    sites = []
+    for key, layer in lora.layers.items():
+        site = lora.site(key)
+        if site is None:
+            raise UserError(
+                r"PEFT has adapted it too, and it is no matrix of a block; narrow target_modules, e.g. to "
+                r"r'.*blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])'",
+                field=key,
+            )
+        _check_plain(key, layer)
+        sites.append(site)
+    return tuple(sites)
+
+
+def _is_plain(layer: Any) -> bool:
+    return bool(type(layer) is sys.modules["peft.tuners.lora.layer"].Linear)
+
+
+def _check_plain(key: str, layer: Any) -> None:
+    """Refuse a layer that computes more than W x + scale * B A x, or whose factors are not all of it."""
+    if not _is_plain(layer):
+        raise UserError(
+            f"PEFT's {type(layer).__name__} can't change its rank here; only LoRA on nn.Linear can", field=key
+        )
+    if any(layer.lora_bias.values()):
+        raise UserError("lora_bias does not belong to a rank; switch it off", field=key)
+    if layer.lora_variant:
+        variant = next(iter(layer.lora_variant.values()))
+        raise UserError(f"{type(variant).__name__} is more than plain LoRA; switch it off (DoRA and so on)", field=key)
+    if layer.merged:
+        raise UserError("its update is merged into the weight; call unmerge_adapter first", field=key)
