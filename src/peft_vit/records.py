@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from peft_vit.config import BackboneConfig, BudgetUnit, DataConfig, Device, ExperimentConfig, Matrix, Precision
+from peft_vit.config import BackboneConfig, BudgetUnit, DataConfig, Device, ExperimentConfig, Precision, SiteMatrix
 from peft_vit.errors import UserError
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -68,11 +68,11 @@ class Metrics(_Value):
 
 
 class SiteInfo(_Value):
-    """One weight matrix (or one slice of a fused one) that may carry an adapter."""
+    """One weight matrix (or one slice of a fused one, or a fused one) that carries an adapter."""
 
     name: str  # blocks.3.attn.query
     block: int
-    matrix: Matrix
+    matrix: SiteMatrix
     in_features: int
     out_features: int
 

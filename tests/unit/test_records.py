@@ -165,7 +165,7 @@ def test_half_a_record_is_refused(tmp_path: Path) -> None:
     [
         (("seconds",), "long", "seconds"),
         (("status",), "perhaps", "status"),
-        (("sites", 0, "matrix"), "qkv", "sites.0.matrix"),
+        (("sites", 0, "matrix"), "gate", "sites.0.matrix"),
         (("spec", "experiment", "qa_lora", "rank"), 0, "spec.experiment.qa_lora.rank"),
         (("spec", "threads"), None, "spec.threads"),
         (("invented",), 1, "invented"),

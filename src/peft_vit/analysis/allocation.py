@@ -54,7 +54,7 @@ class RankMap:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One AdaLoRA experiment."""
+    """One experiment with adaptive ranks: ours, or the PEFT library's AdaLoRA, whose masks free no parameter."""
 
     experiment: ExperimentConfig
     grid: Grid
@@ -66,9 +66,9 @@ class Allocation:
 
 
 def allocations(study: Study) -> tuple[Allocation, ...]:
-    """Return one row for each AdaLoRA experiment with a finished run that recorded ranks."""
+    """Return one row for each experiment with adaptive ranks that has a finished run with recorded ranks."""
     found = []
-    for experiment in study.with_method("adalora"):
+    for experiment in study.with_method("adalora", "peft_adalora"):
         runs = [run for run in study.of(experiment.name) if run.record.rank_history and _adapted_sites(run)]
         if runs:
             found.append((experiment, runs))
@@ -169,7 +169,7 @@ def _on_lora_line(study: Study, run: Run) -> float | None:
     weights = run.provenance.weights_sha256, run.provenance.split_sha256
     points = sorted(
         (float(np.log(other.parameters.final)), other.test.accuracy)
-        for e in study.with_method("lora")
+        for e in study.fixed_rank_loras()
         for other in study.of(e.name)
         if other.seed == run.seed and (other.provenance.weights_sha256, other.provenance.split_sha256) == weights
     )

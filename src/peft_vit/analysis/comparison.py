@@ -113,8 +113,8 @@ def references(study: Study) -> tuple[str, ...]:
     Without any such LoRA the smallest one; without LoRA only the linear probe; without either none.
     """
     linear = [e.name for e in study.with_method("linear")]
-    loras = study.with_method("lora")
-    up_to_8 = [e for e in loras if e.lora is not None and e.lora.rank <= 8]
+    loras = study.fixed_rank_loras()
+    up_to_8 = [e for e in loras if e.lora is not None and (e.lora.rank or 0) <= 8]
     lora = [up_to_8[-1].name] if up_to_8 else [e.name for e in loras[:1]]
     return (*linear[:1], *lora)
 

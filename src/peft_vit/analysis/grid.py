@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peft_vit.config import MATRICES
+from peft_vit.config import SITE_MATRICES
 from peft_vit.records import SiteInfo
 
-ATTENTION = ("query", "key", "value", "out")
+ATTENTION = ("qkv", "query", "key", "value", "out")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Grid:
         """Lay out the sites of a run."""
         present = {site.matrix for site in sites}
         blocks = tuple(sorted({site.block for site in sites}))
-        return cls(blocks, tuple(m for m in MATRICES if m in present), tuple(sites))
+        return cls(blocks, tuple(m for m in SITE_MATRICES if m in present), tuple(sites))
 
     def fill(self, values: Mapping[str, float]) -> np.ndarray:
         """Return (blocks, matrices); NaN where no value was recorded."""

@@ -130,7 +130,7 @@ def _above_majority(methods: Sequence[MethodResult]) -> tuple[Insight, ...]:
 
 def _references_and_full(study: Study) -> tuple[Insight, ...]:
     """Return LoRA against the linear probe and against full fine-tuning, as one family."""
-    lora = [name for name in references(study) if any(e.name == name for e in study.with_method("lora"))]
+    lora = [name for name in references(study) if any(e.name == name for e in study.fixed_rank_loras())]
     others = study.with_method("linear", "full")
     if not lora:
         return ()

@@ -73,7 +73,7 @@ def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
 
 
 def _against_unquantized(study: Study, name: str, settings: QaLoraConfig, runs: Sequence[Run]) -> Comparison:
-    for lora in study.with_method("lora"):
+    for lora in study.fixed_rank_loras():
         section = lora.lora
         if section is not None and (section.rank, section.scale, set(section.targets)) == (
             settings.rank, settings.scale, set(settings.targets),

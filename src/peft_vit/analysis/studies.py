@@ -14,7 +14,7 @@ from peft_vit.config import ExperimentConfig
 from peft_vit.errors import UserError
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, read_records
 
-METHOD_ORDER = ("linear", "full", "lora", "adalora", "qa_lora")
+METHOD_ORDER = ("linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,14 @@ class Study:
         """Return the experiments of some methods that have a finished run."""
         return tuple(e for e in self.experiments if e.method in methods and self.of(e.name))
 
+    def fixed_rank_loras(self) -> tuple[ExperimentConfig, ...]:
+        """Return what others are compared with: our LoRA from nothing at one rank.
+
+        LoRA that goes on from an adapter was trained before, and that of the PEFT library has one rank for the fused
+        query, key and value: both stand under their own names, and are no reference.
+        """
+        return tuple(e for e in self.with_method("lora") if e.lora is not None and e.lora.rank is not None)
+
 
 def load_studies(results_dir: Path) -> tuple[Study, ...]:
     """Read every record below a directory and group it by study.
@@ -124,7 +132,8 @@ def _study(name: str, smoke: bool, group: dict[tuple[str, int], RunRecord]) -> S
 
 
 def _order(experiment: ExperimentConfig) -> tuple[int, int, str]:
-    rank = experiment.lora.rank if experiment.lora else 0
+    section = experiment.lora or experiment.peft_lora
+    rank = section.rank if section is not None and section.rank is not None else 0
     return METHOD_ORDER.index(experiment.method), rank, experiment.name
 
 

@@ -162,7 +162,7 @@ def accuracy_by_bytes(methods: Sequence[MethodResult]) -> Drawing:
 
 
 def _fixed_rank(methods: Sequence[MethodResult]) -> list[MethodResult]:
-    return [method for method in methods if method.experiment.method == "lora"]
+    return [m for m in methods if m.experiment.lora is not None and m.experiment.lora.rank is not None]
 
 
 def _scatter(

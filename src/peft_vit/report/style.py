@@ -22,14 +22,18 @@ METHOD_COLORS: dict[Method, str] = {
     "linear": "#7a828a",
     "full": "#cc79a7",
     "lora": "#0072b2",
+    "peft_lora": "#56b4e9",
     "adalora": "#d55e00",
+    "peft_adalora": "#e69f00",
     "qa_lora": "#009e73",
 }
 METHOD_TITLES: dict[Method, str] = {
     "linear": "Linear probe",
     "full": "Full fine-tuning",
     "lora": "LoRA, fixed rank",
+    "peft_lora": "LoRA by PEFT",
     "adalora": "AdaLoRA",
+    "peft_adalora": "AdaLoRA by PEFT",
     "qa_lora": "QA-LoRA",
 }
 SEQUENTIAL = "viridis"  # perceptually uniform, readable in grey and under color-vision deficiencies

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
+from peft_vit.config import SECTIONS
 from peft_vit.report.document import Card, RunDetails
 from peft_vit.report.numbers import (
     count,
@@ -233,7 +234,7 @@ def _provenance(run: Run) -> tuple[tuple[str, str], ...]:
 def _settings(run: Run) -> str:
     sections: dict[str, Callable[[], str]] = {
         name: section.model_dump_json
-        for name in ("training", "lora", "adalora", "qa_lora")
+        for name in ("training", *SECTIONS)
         if (section := getattr(run.experiment, name)) is not None
     }
     return "; ".join(f"{name} {dump()}" for name, dump in sections.items())
