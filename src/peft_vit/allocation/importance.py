@@ -21,7 +21,7 @@ Smoothing is v <- beta v + (1 - beta) new, from v = 0, with beta1. New triplets 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -90,7 +90,7 @@ class ImportanceTracker:
         if self.metric == "random":
             noise = {name: torch.rand(one.rank, generator=self.generator) for name, one in adapters.items()}
             return {name: values.to(adapters[name].lora_A.device) for name, values in noise.items()}
-        parts = [part for name, adapter in adapters.items() if adapter.rank for part in _parts(name, adapter)]
+        parts = _parts(adapters)
         if self.metric == "magnitude":
             weights = [part.weight for part in parts]
             squares = _by_site(parts, _sums(parts, torch._foreach_mul(weights, weights)), torch.mul)
@@ -114,8 +114,7 @@ class ImportanceTracker:
         columns = {part.site: part.weight[:, 0] for part in parts if part.name == "lora_A"}  # (r,) each
         kept = self._kept([(site, self.metric) for site in columns], list(columns.values()))
         if gradients is not None:
-            sums = _sums(parts, torch._foreach_mul(gradients, gradients))
-            sizes = list(_by_site(parts, sums, torch.add).values())  # (r,) each
+            sizes = list(_squares(parts, gradients).values())  # (r,) each
             if self.metric == "gradient_norm":
                 torch._foreach_sqrt_(sizes)
             torch._foreach_lerp_(kept, sizes, 1 - self.beta1)
@@ -164,6 +163,10 @@ class ImportanceTracker:
         """Take over a copy of the smoothed quantities by site."""
         self._state = {(site, name): value.clone() for site, values in state.items() for name, value in values.items()}
 
+    def move_to(self, device: torch.device) -> None:
+        """Bring the smoothed quantities to the adapters' device: a loaded state may lie elsewhere."""
+        self._state = {key: value.to(device) for key, value in self._state.items()}
+
 
 def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the score of each site that has triplets, with one transfer from the device.
@@ -180,12 +183,24 @@ def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(present, means.tolist(), strict=True))
 
 
-def _parts(site: str, adapter: Adapter) -> Iterator[_Part]:
-    lora_A, lora_B, lora_lambda = adapter.lora_A, adapter.lora_B, adapter.lora_lambda
-    yield _Part(site, "lora_A", lora_A.float(), lora_A.grad, 1)
-    yield _Part(site, "lora_B", lora_B.float(), lora_B.grad, 0)
-    if lora_lambda is not None:
-        yield _Part(site, "lora_lambda", lora_lambda.float(), lora_lambda.grad, None)
+@torch.no_grad()
+def squared_gradients(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Return ||g||^2 of each triplet from the present gradients, (rank,) by site, of sites that have rank."""
+    parts = _parts(adapters)
+    return _squares(parts, _gradients(parts)) if parts else {}
+
+
+def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
+    parts = []
+    for site, adapter in adapters.items():
+        lora_A, lora_B, lora_lambda = adapter.lora_A, adapter.lora_B, adapter.lora_lambda
+        if len(lora_A) == 0:
+            continue
+        parts.append(_Part(site, "lora_A", lora_A.float(), lora_A.grad, 1))
+        parts.append(_Part(site, "lora_B", lora_B.float(), lora_B.grad, 0))
+        if lora_lambda is not None:
+            parts.append(_Part(site, "lora_lambda", lora_lambda.float(), lora_lambda.grad, None))
+    return parts
 
 
 def _gradients(parts: Sequence[_Part]) -> list[Tensor]:
@@ -198,6 +213,10 @@ def _gradients(parts: Sequence[_Part]) -> list[Tensor]:
             )
         gradients.append(part.gradient.float())
     return gradients
+
+
+def _squares(parts: Sequence[_Part], gradients: list[Tensor]) -> dict[str, Tensor]:
+    return _by_site(parts, _sums(parts, torch._foreach_mul(gradients, gradients)), torch.add)
 
 
 def _sums(parts: Sequence[_Part], values: Sequence[Tensor]) -> list[Tensor]:
