@@ -40,6 +40,7 @@ class PeftSite:
     probe = None
 
     def __init__(self, key: str, lora: _Lora) -> None:
+        self._key = key
         self._layer = lora.layers[key]
         self._lora = lora
         self._adapter = lora.adapters[0]
@@ -54,6 +55,8 @@ class PeftSite:
 
     @lora_A.setter
     def lora_A(self, parameter: nn.Parameter) -> None:  # noqa: N802 - the field's name, and SiteAdapter's
+        if not len(parameter):
+            raise UserError("PEFT has no layer of rank 0; keep at least rank 1", field=self._key)
         linear = self._layer.lora_A[self._adapter]
         linear.weight, linear.out_features = parameter, len(parameter)
         self._declare_rank(len(parameter))

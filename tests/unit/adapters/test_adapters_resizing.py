@@ -129,6 +129,45 @@ def test_growing_from_rank_zero_and_back(tiny_vit, batch) -> None:
     assert torch.isfinite(merged).all()
 
 
+@pytest.mark.parametrize("parametrization", ["product", "svd"])
+def test_a_site_without_rank_costs_nothing(tiny_vit, batch, parametrization) -> None:
+    model = tiny_vit(depth=3)
+    optimizer = trained(model, batch, parametrization=parametrization)
+    ranks = {name: 2 if name == "blocks.2.attn.value" else 0 for name in current_ranks(model)}
+    resize_adapters(model, optimizer, ranks, scores_of(model))
+    for name, adapter in site_adapters(model).items():
+        if not ranks[name]:
+            assert sum(p.numel() for p in adapter.parameters()) == 0
+            assert sum(p.untyped_storage().nbytes() for p in adapter.parameters()) == 0
+            assert not any(p in optimizer.state for p in adapter.parameters())
+    head = 64 * 5 + 5
+    assert trainable_parameters(model) == head + 2 * (64 + 64 + (parametrization == "svd"))
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _block, _inputs, output: outputs.append(output))
+    logits = model(batch[0])
+    assert [output.grad_fn is None for output in outputs] == [True, True, False]  # back-propagation stops there
+    F.cross_entropy(logits, batch[1]).backward()
+    optimizer.step()
+    assert {name for name, adapter in site_adapters(model).items() if adapter.lora_B.grad is not None} == {
+        "blocks.2.attn.value"
+    }
+
+
+def test_parameters_and_state_fall_with_the_rank(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    optimizer = trained(model, batch, rank=6)
+    held = []
+    for rank in (6, 4, 2, 1, 0):
+        resize_adapters(model, optimizer, dict.fromkeys(current_ranks(model), rank), scores_of(model))
+        optimize(model, optimizer, batch)
+        held.append((trainable_parameters(model), optimizer_bytes(optimizer)))
+    head, per_rank = 64 * 5 + 5, 2 * (4 * 128 + 2 * 192)
+    assert [parameters for parameters, _ in held] == [head + rank * per_rank for rank in (6, 4, 2, 1, 0)]
+    steps = [4 * 26] * 4 + [4 * 2]  # a float32 step count for each of 2 * 12 factors and the head's two parameters
+    assert [size - 8 * parameters for parameters, size in held] == steps
+
+
 def test_of_equal_triplets_the_later_go_and_order_is_kept(tiny_vit, batch) -> None:
     model = tiny_vit()
     optimizer = trained(model, batch)
