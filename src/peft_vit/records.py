@@ -121,11 +121,28 @@ class ImportanceEntry(_Value):
     scores: dict[str, float]  # by site
 
 
+class ProbeEntry(_Value):
+    """A step in which temporary triplets scored the sites without rank; they are no parameters and counted as none."""
+
+    step: int
+    sites: list[str]  # that had no rank
+    values: int  # numbers that the temporary triplets of all sites held during the step
+
+
 class BitsEntry(_Value):
     """Stored bits per weight from this step on, by adapted module (scales and offsets included)."""
 
     step: int
     bits_per_weight: dict[str, float]
+
+
+class FisherCheck(_Value):
+    """Minibatch against per-sample empirical Fisher of the sites, on training images at the chosen weights."""
+
+    images: int
+    minibatch: dict[str, float]  # by site, mean per triplet
+    per_sample: dict[str, float]
+    rho: float | None  # Spearman's, over the sites; None if one of both is constant
 
 
 class QuantizationSummary(_Value):
@@ -175,6 +192,7 @@ class Provenance(_Value):
     split_sha256: str
     head_init_sha256: str
     data_order_sha256: str
+    start_sha256: str | None = None  # of the PEFT adapter that training went on from
 
 
 class RunRecord(_Value):
@@ -198,6 +216,8 @@ class RunRecord(_Value):
     evaluations: list[Evaluation] = []
     rank_history: list[RankEntry] = []
     importance_history: list[ImportanceEntry] = []
+    probe_history: list[ProbeEntry] = []
+    fisher_check: FisherCheck | None = None  # with importance_metric: fisher
     bits_history: list[BitsEntry] = []
     quantization: QuantizationSummary | None = None
     parameters: ParameterCounts | None = None

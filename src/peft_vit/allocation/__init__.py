@@ -2,6 +2,7 @@
 
 from peft_vit.allocation.adalora_controller import AdaLoRAController
 from peft_vit.allocation.budget import BudgetSchedule, bounds_for, costs_for, schedule_for
+from peft_vit.allocation.fisher import check_fisher
 from peft_vit.allocation.importance import ImportanceTracker
 from peft_vit.allocation.strategies import Bounds, allocate
 
@@ -12,6 +13,7 @@ __all__ = [
     "ImportanceTracker",
     "allocate",
     "bounds_for",
+    "check_fisher",
     "costs_for",
     "schedule_for",
 ]

@@ -7,7 +7,7 @@ import platform
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ import torch
 from torch import nn
 
 from peft_vit.adapters import adapted_modules, adapter_bytes, current_ranks
-from peft_vit.backbones import LoadedBackbone, choose_attention, find_sites, load_backbone
+from peft_vit.adapters.peft_files import doubts_about, peft_sha256
+from peft_vit.adapters.peft_library import peft_ranks
+from peft_vit.backbones import LoadedBackbone, Site, choose_attention, find_sites, fused_sites, load_backbone
+from peft_vit.config import SITE_MATRICES
 from peft_vit.data import Data, load_data
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.evaluation import (
@@ -29,6 +32,7 @@ from peft_vit.evaluation import (
     trainable_bytes,
     trainable_parameters,
 )
+from peft_vit.experiments.calibration import calibrate_fisher
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.plan import resolve_device
 from peft_vit.experiments.provenance import cpu_count, git_state, hash_arrays, package_versions, processor_name
@@ -38,17 +42,21 @@ from peft_vit.records import (
     ByteCounts,
     ImportanceEntry,
     ParameterCounts,
+    ProbeEntry,
     Provenance,
     QuantizationSummary,
     RankEntry,
     RunRecord,
     RunSpec,
+    SiteInfo,
+    StepRow,
     run_folder,
     write_atomically,
     write_record,
 )
 from peft_vit.training import (
     AllocationHook,
+    PeftAdaLoraHook,
     Progress,
     QALoRATrainer,
     Setting,
@@ -103,18 +111,23 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
     )  # fmt: skip
     model = backbone.model.to(device)
     choose_attention(model, device)
-    provenance = _provenance(spec, data, backbone, device)
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
-    sites = [site.info() for site in find_sites(model)]
+    sites = find_sites(model)
     config = spec.experiment.training
     total_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
     hooks = prepare(model, spec.experiment, total_steps=total_steps, seed=spec.seed)
-    initial_ranks = current_ranks(model)
+    provenance = _provenance(spec, data, backbone, device)  # now that the head is the one that training starts from
+    _say_doubts(spec, provenance, data)
+    initial_ranks = current_ranks(model) | peft_ranks(model)
     setting = Setting(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
     result = train(model, data, config, setting, seed=spec.seed, hooks=hooks, on_progress=on_progress)
     assert result.chosen is not None
+    for hook in hooks:
+        if isinstance(hook, PeftAdaLoraHook):
+            hook.check_finalized(model)
     test = data.test.open().ordered_batches(4 * config.batch_size, setting.mean, setting.std)
     test_metrics = measure(*predict(model, test, device=device, precision=spec.precision))
+    fisher_check, calibration_s = calibrate_fisher(hooks, model, data, config, setting, spec.seed)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
     write_atomically(run_folder(results_dir, spec) / ADAPTER_FILE, content)
     return {
@@ -122,10 +135,11 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
         "provenance": provenance,
         "class_names": list(data.class_names),
         "split_sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
-        "sites": [site for site in sites if site.name in initial_ranks],
+        "sites": _adapted(sites, initial_ranks),
         "steps": result.steps,
         "evaluations": result.evaluations,
         **_histories(hooks, initial_ranks),
+        "fisher_check": fisher_check,
         "quantization": _quantization(hooks, model),
         "parameters": ParameterCounts(
             initial=result.initial_parameters, final=trainable_parameters(model), peak=result.peak_parameters,
@@ -136,7 +150,7 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
             optimizer_bytes=result.optimizer_bytes, adapter_file_bytes=len(content),
         ),
         "seconds_per_step": result.seconds_per_step,
-        "overhead_s": result.overhead_s,
+        "overhead_s": result.overhead_s | _probing(hooks, result.steps) | calibration_s,
         "peak_memory_bytes": peak_memory_bytes(),
         "chosen_step": result.chosen.step,
         "majority_accuracy": _majority(data),
@@ -148,6 +162,7 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
 
 def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:
     commit, dirty = git_state()
+    start = spec.experiment.lora.start if spec.experiment.lora is not None else None
     head: nn.Module = backbone.model.get_classifier()  # type: ignore[operator]
     orders = (data.train.order(spec.seed, epoch) for epoch in range(1, spec.experiment.training.epochs + 1))
     return Provenance(
@@ -157,20 +172,54 @@ def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: tor
         weights_sha256=backbone.weights_sha256, random_weights=backbone.random_weights,
         data_sha256=data.data_sha256, split_sha256=data.split_sha256,
         head_init_sha256=hash_arrays(head.parameters()), data_order_sha256=hash_arrays(orders),
+        start_sha256=None if start is None else peft_sha256(Path(start)),
     )  # fmt: skip
+
+
+def _say_doubts(spec: RunSpec, provenance: Provenance, data: Data) -> None:
+    """Warn of an adapter to go on from that was trained on something else, as far as its files tell."""
+    lora = spec.experiment.lora
+    if lora is None or lora.start is None:
+        return
+    for doubt in doubts_about(
+        Path(lora.start), spec.backbone.model, provenance.weights_name, provenance.weights_sha256, data.class_names
+    ):
+        warnings.warn(SilentNoEffectWarning(doubt), stacklevel=2)
+
+
+def _adapted(sites: Sequence[Site], ranks: Mapping[str, int]) -> list[SiteInfo]:
+    """Return the sites that carry adapters, block by block; a fused matrix may be one of them, or its parts."""
+    known = [*fused_sites(sites).values(), *(site.info() for site in sites)]
+    adapted = {site.name: site for site in known if site.name in ranks}
+    return sorted(adapted.values(), key=lambda site: (site.block, SITE_MATRICES.index(site.matrix)))
 
 
 def _histories(hooks: Sequence[StepHook], initial_ranks: dict[str, int]) -> dict[str, Any]:
     ranks = [RankEntry(step=0, budget=None, ranks=initial_ranks)] if initial_ranks else []
     importance: list[ImportanceEntry] = []
+    probes: list[ProbeEntry] = []
     bits: list[BitsEntry] = []
     for hook in hooks:
         if isinstance(hook, AllocationHook):
             ranks = [RankEntry(**entry) for entry in hook.controller.rank_history]
             importance = [ImportanceEntry(**entry) for entry in hook.controller.score_history]
+            probes = [ProbeEntry(**entry) for entry in hook.controller.probe_history]
+        if isinstance(hook, PeftAdaLoraHook):
+            ranks = [RankEntry(**entry) for entry in hook.rank_history]
         if isinstance(hook, QALoRATrainer):
             bits = [BitsEntry(**entry) for entry in hook.bits_history]
-    return {"rank_history": ranks, "importance_history": importance, "bits_history": bits}
+    return {
+        "rank_history": ranks, "importance_history": importance, "probe_history": probes, "bits_history": bits,
+    }  # fmt: skip
+
+
+def _probing(hooks: Sequence[StepHook], steps: Sequence[StepRow]) -> dict[str, float]:
+    """Return what probes have cost, if there were any and there are steps to compare with."""
+    overhead_s = {}
+    for hook in hooks:
+        if isinstance(hook, AllocationHook) and (seconds := hook.probing_s(steps)) is not None:
+            overhead_s["probes"] = seconds
+    return overhead_s
 
 
 def _quantization(hooks: Sequence[StepHook], model: nn.Module) -> QuantizationSummary | None:
