@@ -268,6 +268,11 @@ class ExperimentConfig(Frozen):
     peft_adalora: PeftAdaLoraConfig | None = None
     qa_lora: QaLoraConfig | None = None
 
+    @property
+    def start(self) -> str | None:
+        """Return the folder of the PEFT adapter that training goes on from."""
+        return None if self.lora is None else self.lora.start
+
     @model_validator(mode="after")
     def _section_fits_method(self) -> Self:
         for section in SECTIONS:

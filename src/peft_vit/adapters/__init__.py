@@ -16,6 +16,7 @@ from peft_vit.adapters.merging import (
     load_trained,
     merged_state_dict,
     restore_trained,
+    saved_scales,
     set_ranks,
     trained_tensors,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "peft_sites",
     "resize_adapters",
     "restore_trained",
+    "saved_scales",
     "set_ranks",
     "site_adapters",
     "trained_tensors",

@@ -12,21 +12,30 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.adapters.injection import adapted_modules, current_ranks, site_adapters
+from peft_vit.adapters.peft_library import check_plain, peft_factors, peft_layers
 from peft_vit.errors import UserError
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict of the plain timm model, with every update added to its weight (float32)."""
     adapted = dict(adapted_modules(model))
+    by_peft = peft_layers(model)
     state = {}
     for name, tensor in model.state_dict().items():
-        owner = next((module for module in adapted if name.startswith(f"{module}.")), None)
+        owner = next((module for module in (*adapted, *by_peft) if name.startswith(f"{module}.")), None)
         if owner is None:
             state[name] = tensor
     for name, module in adapted.items():
         state[f"{name}.weight"] = module.merged_weight().detach()
         if module.bias is not None:
             state[f"{name}.bias"] = module.bias.detach()
+    for name, layer in by_peft.items():
+        check_plain(name, layer)
+        base = layer.get_base_layer()
+        right, left, scale = peft_factors(layer)
+        state[f"{name}.weight"] = base.weight.detach() + scale * (left @ right)
+        if base.bias is not None:
+            state[f"{name}.bias"] = base.bias.detach()
     return state
 
 
@@ -61,6 +70,30 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
     Raises:
         UserError: if the file is no adapter file or does not fit the model.
     """
+    metadata, tensors = _read(file)
+    if metadata["form"] != _form(model):
+        raise UserError(
+            f"holds adapters of the form {metadata['form']}, the model's are {_form(model)}; attach them alike",
+            file=file,
+        )
+    set_ranks(model, metadata["ranks"])
+    restore_trained(model, tensors, file=file)
+    return metadata
+
+
+def saved_scales(file: Path) -> dict[str, float]:
+    """Return the scale of each site in an adapter file.
+
+    Raises:
+        UserError: as `load_trained`.
+    """
+    metadata, _ = _read(file)
+    form = metadata["form"]
+    return {name: float(form["scale"] if "scale" in form else form[name]["scale"]) for name in metadata["ranks"]}
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the metadata of an adapter file, its ranks as numbers, and its tensors."""
     try:
         with safe_open(file, framework="pt") as handle:
             header = (handle.metadata() or {}).get("peft_vit")
@@ -71,18 +104,11 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
         raise UserError("has no peft_vit header; it was not written by this package", file=file)
     try:
         metadata: dict[str, Any] = json.loads(header)
-        ranks = {str(name): int(rank) for name, rank in metadata["ranks"].items()}
+        metadata["ranks"] = {str(name): int(rank) for name, rank in metadata["ranks"].items()}
         metadata["form"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"has a damaged peft_vit header ({type(error).__name__}: {error})", file=file) from None
-    if metadata["form"] != _form(model):
-        raise UserError(
-            f"holds adapters of the form {metadata['form']}, the model's are {_form(model)}; attach them alike",
-            file=file,
-        )
-    set_ranks(model, ranks)
-    restore_trained(model, tensors, file=file)
-    return metadata
+    return metadata, tensors
 
 
 def set_ranks(model: nn.Module, ranks: dict[str, int]) -> None:

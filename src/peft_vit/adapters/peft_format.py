@@ -9,6 +9,8 @@ the rows become one of rank r = r_q + r_k + r_v, whose A is their A stacked and 
     A = [A_q; A_k; A_v]  (r, D)        B = diag(B_q, B_k, B_v)  (3 D, r)
 
 ``alpha = scale * r`` is written per module, so the scale is ours whatever the ranks. The svd form's lambda goes into B.
+Layers that PEFT itself has put into the model are written the same way, its AdaLoRA as LoRA: E goes into B, and masked
+triplets are left out.
 
 Import. PEFT's LoRA on the fused matrix becomes one adapter on all its rows, a site of the name ``blocks.3.attn.qkv``.
 Three sites would need three copies of A, which training would pull apart: another model than the one imported.
@@ -18,14 +20,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as short
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -33,16 +32,13 @@ from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.injection import adapted_modules, freeze_backbone, site_adapters
 from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.adapters.merging import trained_tensors
-from peft_vit.backbones import find_sites
+from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE, HEAD, PREFIX, TENSORS_FILE, read_peft
+from peft_vit.adapters.peft_library import check_plain, peft_factors, peft_layers
+from peft_vit.backbones import find_sites, fused_sites
 from peft_vit.errors import SilentNoEffectWarning, UserError
-from peft_vit.records import write_atomically
+from peft_vit.records import SiteInfo, write_atomically
 from peft_vit.seeding import torch_generator
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
-BASE_FILE = "peft_vit.json"  # beside PEFT's two, which it ignores: what the adapter belongs to
-_PREFIX = "base_model.model."
-_HEAD = "head"
 _NO_MODULE = "dummy-target-modules"  # PEFT's name for "adapt nothing"
 
 
@@ -62,7 +58,9 @@ def export_peft(model: nn.Module, folder: Path, base: Mapping[str, Any]) -> None
         UserError: if the model was trained in a way that PEFT's LoRA can't express, or the folder holds files.
     """
     _check_exportable(model)
-    config, tensors = _config_of(model), _tensors_of(model)
+    updates = {**_own_updates(model), **{name: peft_factors(layer) for name, layer in peft_layers(model).items()}}
+    updates = {name: update for name, update in updates.items() if len(update[0])}  # PEFT knows no rank 0
+    config, tensors = _config_of(updates), _tensors_of(model, updates)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -74,39 +72,36 @@ def export_peft(model: nn.Module, folder: Path, base: Mapping[str, Any]) -> None
         raise UserError(f"can't be written to ({error.strerror}); choose another folder", file=folder) from None
 
 
-def _config_of(model: nn.Module) -> dict[str, Any]:
-    """Return the content of adapter_config.json; modules whose adapters all have rank 0 are left out."""
-    ranks = {name: sum(adapter.rank for _, adapter in module.adapters()) for name, module in adapted_modules(model)}
-    ranks = {name: rank for name, rank in ranks.items() if rank}
-    scales = {name: _scale(module) for name, module in adapted_modules(model)}
+_Updates = dict[str, tuple[Tensor, Tensor, float]]  # module -> A (r, in), B (out, r), scale
+
+
+def _config_of(updates: _Updates) -> dict[str, Any]:
+    """Return the content of adapter_config.json."""
     return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
         "inference_mode": True,
-        "target_modules": list(ranks) or _NO_MODULE,  # full names: the suffix `proj` would hit patch_embed.proj too
+        "target_modules": list(updates) or _NO_MODULE,  # full names: the suffix `proj` would hit patch_embed.proj too
         "r": 1,
         "lora_alpha": 1,
-        "rank_pattern": ranks,
-        "alpha_pattern": {name: scales[name] * rank for name, rank in ranks.items()},
+        "rank_pattern": {name: len(lora_A) for name, (lora_A, _, _) in updates.items()},
+        "alpha_pattern": {name: scale * len(lora_A) for name, (lora_A, _, scale) in updates.items()},
         "use_rslora": False,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": [_HEAD],
+        "modules_to_save": [HEAD],
     }
 
 
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def _tensors_of(model: nn.Module, updates: _Updates) -> dict[str, Tensor]:
     """Return the content of adapter_model.safetensors, float32 on the CPU."""
-    tensors = {}
-    for name, module in adapted_modules(model):
-        lora_A, lora_B = _fused_factors(module)
-        if len(lora_A):
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora_A
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora_B
-    tensors |= _head_parameters(model)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, (lora_A, lora_B, _) in updates.items():
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": lora_A, f"{PREFIX}{name}.lora_B.weight": lora_B}
+    tensors |= {f"{PREFIX}{HEAD}.{name}": parameter for name, parameter in _head_parameters(model).items()}
+    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _check_exportable(model: nn.Module) -> None:
@@ -118,29 +113,32 @@ def _check_exportable(model: nn.Module) -> None:
                 f"the adapter of {name} belongs to a quantized weight and PEFT would add it to the float one, "
                 "which is another model; merged_state_dict(model) gives its weights",
             )
+    for name, layer in peft_layers(model).items():
+        check_plain(name, layer)
     for name in trained_tensors(model):
-        if not name.startswith((f"{_HEAD}.", *(f"{module}." for module in adapted))):
+        if not name.startswith((f"{HEAD}.", *(f"{module}." for module in (*adapted, *peft_layers(model))))):
             raise UserError(
                 f"{name} was trained too, and a PEFT adapter holds only adapters and head; save the weights"
             )
 
 
-def _scale(module: AdaptedLinear) -> float:
-    return module.adapters()[0][1].scale
+def _own_updates(model: nn.Module) -> _Updates:
+    return {name: _fused_factors(module) for name, module in adapted_modules(model)}
 
 
 @torch.no_grad()
-def _fused_factors(module: AdaptedLinear) -> tuple[Tensor, Tensor]:
-    """Return A (r, in) and block-diagonal B (out, r) of one module, to be multiplied by the module's scale."""
+def _fused_factors(module: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
+    """Return A (r, in), block-diagonal B (out, r) and the scale of one module."""
     adapters = module.adapters()
+    scale = adapters[0][1].scale
     lora_A = torch.cat([adapter.lora_A for _, adapter in adapters])  # (r, in)
     lora_B = lora_A.new_zeros(module.out_features, len(lora_A))  # (out, r)
     start = 0
     for matrix, adapter in adapters:
         left = adapter.lora_B if adapter.lora_lambda is None else adapter.lora_B * adapter.lora_lambda
-        lora_B[module.rows[matrix], start : start + adapter.rank] = left * (adapter.scale / _scale(module))
+        lora_B[module.rows[matrix], start : start + adapter.rank] = left * (adapter.scale / scale)
         start += adapter.rank
-    return lora_A, lora_B
+    return lora_A, lora_B, scale
 
 
 def _json_bytes(content: Mapping[str, Any]) -> bytes:
@@ -150,7 +148,7 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
 # --- import ---------------------------------------------------------------------------------------------------------
 
 
-def import_peft(model: nn.Module, folder: Path, *, seed: int = 0) -> None:
+def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bool = False) -> None:
     """Attach a PEFT LoRA adapter to a timm VisionTransformer, so that outputs are PEFT's and training can go on.
 
     Each adapted module carries one adapter on all its rows, at PEFT's rank and scale: `attn.qkv` as the one site
@@ -158,179 +156,79 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0) -> None:
     adapter brings one. PEFT's files do not say which weights an adapter was trained on: give the model the right ones.
 
     Args:
-        model: without adapters, its head of the adapter's size; changed in place, or left as it was on an error.
+        model: without adapters; changed in place, or left as it was on an error.
         folder: holds adapter_config.json and adapter_model.safetensors.
         seed: of the triplets that an adapter gets should it grow later.
+        fresh_head: keep the model's own head where the adapter's is of another size, and say so. By default such a
+            head is an error.
 
     Raises:
         UserError: if a file can't be read or does not fit the model, or asks for anything but plain LoRA.
 
     Warns:
-        SilentNoEffectWarning: if the adapter was trained with dropout, which training goes on without.
+        SilentNoEffectWarning: if the adapter was trained with dropout, which training goes on without; with
+            `fresh_head`, if it brings no head that fits.
     """
     if site_adapters(model):
         raise UserError("the model already carries adapters; import into a plain one", field="model")
     head = _head_parameters(model)
-    shapes = _module_shapes(model)
-    config = _read_config(folder / CONFIG_FILE)
-    tensors = _read_tensors(folder / TENSORS_FILE)
-    modules = [name for name in shapes if any(f"{_PREFIX}{name}.lora_{factor}.weight" in tensors for factor in "AB")]
-    expected = {name: tuple(parameter.shape) for name, parameter in head.items()} if config.modules_to_save else {}
-    for name in modules:
-        (out_features, in_features), rank = shapes[name], config.rank(name)
-        expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, in_features)
-        expected[f"{_PREFIX}{name}.lora_B.weight"] = (out_features, rank)
-    _check_tensors(tensors, expected, folder / TENSORS_FILE)
-    _check_targets(config, modules, folder / CONFIG_FILE)
-    if config.lora_dropout:
-        warnings.warn(SilentNoEffectWarning(f"lora_dropout {config.lora_dropout} is not applied here"), stacklevel=2)
-    freeze_backbone(model)
-    with torch.no_grad():
-        for name in head.keys() & expected.keys():
-            head[name].copy_(tensors[name])
-    for index, name in enumerate(modules):
-        generator = torch_generator(seed, "adapter_init", index)
-        _attach(model, name, tensors, scale=config.scale(name), generator=generator)
-
-
-def _module_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (out, in) of every module that may carry an adapter, in the model's order."""
-    shapes = {site.module: (site.rows[1], site.in_features) for site in find_sites(model)}  # the last rows' end
-    for name in shapes:
+    sites = fused_sites(find_sites(model))
+    for name in sites:
         if not isinstance(model.get_submodule(name), nn.Linear):
             raise UserError(f"{name} is not a torch.nn.Linear; import into a plain timm model", field="model")
-    return shapes
+    own = {name: tuple(parameter.shape) for name, parameter in head.items()}
+    adapter = read_peft(folder, sites, None if fresh_head else own)
+    if adapter.dropout:
+        _warn(f"lora_dropout {adapter.dropout} is not applied here")
+    freeze_backbone(model)
+    if {name: tuple(tensor.shape) for name, tensor in adapter.head.items()} == own:
+        with torch.no_grad():
+            for name, tensor in adapter.head.items():
+                head[name].copy_(tensor)
+    elif fresh_head:
+        theirs = f"a head of {len(adapter.head['bias'])} classes" if adapter.head else "no head"
+        _warn(f"the adapter of {folder} brings {theirs} and these images have {len(head['bias'])}: the head is fresh")
+    for index, (name, (lora_A, lora_B, scale)) in enumerate(adapter.updates.items()):
+        generator = torch_generator(seed, "adapter_init", index)
+        site_adapter = _attach(model, name, sites[name], scale=scale, generator=generator)
+        device = site_adapter.lora_A.device
+        site_adapter.lora_A, site_adapter.lora_B = nn.Parameter(lora_A.to(device)), nn.Parameter(lora_B.to(device))
 
 
-def _attach(
-    model: nn.Module, name: str, tensors: Mapping[str, Tensor], *, scale: float, generator: torch.Generator
-) -> None:
+def _warn(text: str) -> None:
+    warnings.warn(SilentNoEffectWarning(text), stacklevel=3)
+
+
+def attach_fused(model: nn.Module, scales: Mapping[str, float], *, seed: int = 0) -> None:
+    """Freeze the backbone and put an adapter of rank 0 on whole modules, as `import_peft` does, for `load_trained`.
+
+    Args:
+        model: a plain timm VisionTransformer, changed in place.
+        scales: factor on the update by site, `blocks.3.attn.qkv` for a fused matrix.
+        seed: as above.
+    """
+    freeze_backbone(model)
+    modules = {site.name: (module, site) for module, site in fused_sites(find_sites(model)).items()}
+    for index, (name, scale) in enumerate(scales.items()):
+        module, site = modules[name]
+        _attach(model, module, site, scale=scale, generator=torch_generator(seed, "adapter_init", index))
+
+
+def _attach(model: nn.Module, name: str, site: SiteInfo, *, scale: float, generator: torch.Generator) -> SiteAdapter:
     base = model.get_submodule(name)
     assert isinstance(base, nn.Linear)
-    adapter = SiteAdapter(base.in_features, base.out_features, 0, scale=scale, generator=generator)
-    adapter.lora_A = nn.Parameter(tensors[f"{_PREFIX}{name}.lora_A.weight"])
-    adapter.lora_B = nn.Parameter(tensors[f"{_PREFIX}{name}.lora_B.weight"])
+    adapter = SiteAdapter(site.in_features, site.out_features, 0, scale=scale, generator=generator)
+    adapter = adapter.to(base.weight.device)
     parent, _, child = name.rpartition(".")
     module = AdaptedLinear(base)
-    module.add_site("out" if child == "proj" else child, (0, base.out_features), adapter.to(base.weight.device))
+    module.add_site(site.matrix, (0, base.out_features), adapter)
     setattr(model.get_submodule(parent), child, module)
-
-
-_ModuleName = Annotated[str, StringConstraints(pattern=r"^\^?[A-Za-z0-9_.]+$")]
-_Positive = Annotated[float, Field(gt=0)]
-
-
-class _LoraFile(BaseModel):
-    """What of adapter_config.json decides the outputs; other fields are kept as extras, to be checked one by one.
-
-    PEFT's patterns are regular expressions. Only names are taken: a foreign expression may take hours to match.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-
-    peft_type: Literal["LORA"]
-    target_modules: list[str] | str
-    r: int = Field(ge=1)
-    lora_alpha: _Positive
-    rank_pattern: dict[_ModuleName, Annotated[int, Field(ge=1)]] | None = None
-    alpha_pattern: dict[_ModuleName, _Positive] | None = None
-    use_rslora: bool = False
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    modules_to_save: list[Literal["head"]] | None = None
-    # Other starts of training also changed the base's weights, which are not in the file.
-    init_lora_weights: Literal["gaussian", "orthogonal"] | bool | None = True
-
-    def rank(self, module: str) -> int:
-        """Return r of a module."""
-        return int(_of_module(self.rank_pattern or {}, module, self.r))
-
-    def scale(self, module: str) -> float:
-        """Return the factor on B A: alpha / r, or alpha / sqrt(r) with rank-stabilized LoRA."""
-        rank = self.rank(module)
-        return _of_module(self.alpha_pattern or {}, module, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
-
-
-# Fields without influence on the outputs of a trained adapter: where it comes from, how its modules were found (the
-# tensors say which they are), and settings of switches that are off.
-_HARMLESS = frozenset(
-    {
-        "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "megatron_core", "peft_version",
-        "qalora_group_size", "revision", "runtime_config", "task_type",
-    }
-)  # fmt: skip
-_OFF: tuple[Any, ...] = (None, False, "none", [], {})
-
-
-def _read_config(file: Path) -> _LoraFile:
-    try:
-        config = _LoraFile.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        problem = f"{first['msg']}, got {short(first['input'])}; only plain LoRA can be imported"
-        raise UserError(problem, file=file, field=str(first["loc"][0]) if first["loc"] else None) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"is not a readable JSON file ({error}); expected PEFT's", file=file) from None
-    for field, value in sorted((config.model_extra or {}).items()):
-        if field not in _HARMLESS and value not in _OFF:
-            raise UserError(
-                f"{short(value)} changes what the adapter computes and is not supported; only plain LoRA is",
-                file=file, field=short(field)[1:-1],
-            )  # fmt: skip
-    return config
-
-
-def _of_module(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """Return the value of the first name that is the module's or, without ^, its end after a dot, as PEFT does."""
-    for name, value in pattern.items():
-        if module == name.removeprefix("^") or module.endswith(f".{name}"):
-            return value
-    return default
-
-
-def _check_targets(config: _LoraFile, modules: Sequence[str], file: Path) -> None:
-    """Refuse a list of targets that leaves out a module with tensors: PEFT would drop them without a word."""
-    if isinstance(config.target_modules, str):
-        return  # a pattern; PEFT has saved what it hit
-    for name in modules:
-        if not any(name == target or name.endswith(f".{target}") for target in config.target_modules):
-            raise UserError(f"does not name {name}, which has tensors; add it", file=file, field="target_modules")
+    return adapter
 
 
 def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the head's parameters by PEFT's names."""
-    head = getattr(model, _HEAD, None)
+    """Return weight and bias of the head."""
+    head = getattr(model, HEAD, None)
     if not isinstance(head, nn.Linear):
         raise UserError("the model has no linear classification head; create it with num_classes", field="num_classes")
-    return {f"{_PREFIX}{_HEAD}.{name}": parameter for name, parameter in head.named_parameters()}
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise UserError(
-            "does not exist; a .bin file is not read, since it may run code: save with safe_serialization=True",
-            file=file,
-        )
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except Exception as error:  # a foreign file can fail in any way; the user needs one line
-        raise UserError(f"is not a readable safetensors file ({error})", file=file) from None
-
-
-def _check_tensors(tensors: dict[str, Tensor], expected: Mapping[str, tuple[int, ...]], file: Path) -> None:
-    """Refuse tensors that are missing, left over, of another shape or no finite numbers; make the others float32."""
-    for name in sorted(tensors.keys() - expected.keys()):
-        raise UserError(
-            "this tensor has no place here; only LoRA on a block's qkv, proj, fc1, fc2 and a head that modules_to_save "
-            "names can be imported", file=file, field=repr(name[:200]),
-        )  # fmt: skip
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise UserError("is missing; save the adapter with PEFT's save_pretrained", file=file, field=name)
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            hint = "call model.reset_classifier" if f".{_HEAD}." in name else "is it an adapter of this model?"
-            raise UserError(f"expected shape {shape}, got {tuple(tensor.shape)}; {hint}", file=file, field=name)
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-            raise UserError("holds values that are no finite numbers; save the adapter again", file=file, field=name)
-        tensors[name] = tensor.float()
+    return dict(head.named_parameters())

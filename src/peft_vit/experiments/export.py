@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, load_trained
-from peft_vit.adapters.peft_format import export_peft
+from peft_vit.adapters import adapted_modules, load_trained, saved_scales
+from peft_vit.adapters.peft_format import attach_fused, export_peft
 from peft_vit.backbones import LoadedBackbone, load_backbone
 from peft_vit.errors import UserError
 from peft_vit.experiments.methods import prepare
@@ -43,7 +43,9 @@ def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
     record = _done_record(run_dir)
     method = record.spec.experiment.method
     if method in _NOT_AS_PEFT:
-        raise UserError(f"{_NOT_AS_PEFT[method]}; export a run of lora, adalora or linear", file=run_dir)
+        raise UserError(
+            f"{_NOT_AS_PEFT[method]}; export a run of lora, adalora or linear, or of PEFT's methods", file=run_dir
+        )
     run = restore_run(run_dir)
     export_peft(
         run.model,
@@ -86,7 +88,10 @@ def restore_run(run_dir: Path) -> RestoredRun:
             f"{backbone.weights_name} has SHA-256 {backbone.weights_sha256}, the run was trained on "
             f"{provenance.weights_sha256}; get those weights again", file=run_dir / RECORD_FILE, field="provenance",
         )  # fmt: skip
-    prepare(backbone.model, spec.experiment, total_steps=len(record.steps), seed=spec.seed)
+    if spec.experiment.start is None:
+        prepare(backbone.model, spec.experiment, total_steps=len(record.steps), seed=spec.seed)
+    else:  # the adapter that it went on from need not be there any more: its scales stand in the file
+        attach_fused(backbone.model, saved_scales(file), seed=spec.seed)
     load_trained(backbone.model, file)
     for _, module in adapted_modules(backbone.model):
         if module.quantized is not None:

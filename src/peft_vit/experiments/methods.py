@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
 from peft_vit.adapters import attach_adapters, freeze_backbone
+from peft_vit.adapters.peft_files import read_peft
+from peft_vit.adapters.peft_format import import_peft
+from peft_vit.adapters.peft_library import attach_peft_lora, require_peft
 from peft_vit.allocation import AdaLoRAController, bounds_for, costs_for, schedule_for
-from peft_vit.backbones import BackboneShape, Site, find_sites
-from peft_vit.config import AdaLoraConfig, ExperimentConfig, Matrix
+from peft_vit.backbones import BackboneShape, Site, find_sites, fused_sites
+from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, Matrix
 from peft_vit.errors import UserError
-from peft_vit.training import AllocationHook, QALoRATrainer, StepHook, check_rank, end_step
+from peft_vit.records import SiteInfo
+from peft_vit.training import (
+    AllocationHook,
+    PeftAdaLoraHook,
+    QALoRATrainer,
+    StepHook,
+    check_rank,
+    end_step,
+    last_update,
+)
 
 
 def prepare(model: nn.Module, experiment: ExperimentConfig, *, total_steps: int, seed: int) -> list[StepHook]:
     """Make the model trainable as the method says, in place, and return what the loop has to call."""
     if experiment.lora is not None:
-        sites = find_sites(model, experiment.lora.targets)
-        ranks = dict.fromkeys((site.name for site in sites), experiment.lora.rank)
-        attach_adapters(model, sites, ranks, scale=experiment.lora.scale, seed=seed)
+        _prepare_lora(model, experiment.lora, seed)
         return []
+    if experiment.peft_lora is not None:
+        attach_peft_lora(model, experiment.peft_lora, seed=seed)
+        return []
+    if experiment.peft_adalora is not None:
+        return [PeftAdaLoraHook(model, experiment.peft_adalora, total_steps, seed=seed)]
     if experiment.adalora is not None:
         return [AllocationHook(AdaLoRAController(model, experiment.adalora, total_steps, seed=seed))]
     if experiment.qa_lora is not None:
@@ -28,6 +44,15 @@ def prepare(model: nn.Module, experiment: ExperimentConfig, *, total_steps: int,
     if experiment.method == "linear":
         freeze_backbone(model)
     return []  # full: everything is trainable as it is
+
+
+def _prepare_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
+    if config.start is not None:
+        import_peft(model, Path(config.start), seed=seed, fresh_head=True)
+        return
+    assert config.rank is not None
+    sites = find_sites(model, config.targets)
+    attach_adapters(model, sites, dict.fromkeys((s.name for s in sites), config.rank), scale=config.scale, seed=seed)
 
 
 _FEWEST_ONE_CYCLE_STEPS = 4  # below, one_cycle starts or ends the run at its lowest rate
@@ -45,8 +70,15 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) 
             field="training.epochs",
         )
     if experiment.lora is not None:
-        for site in _chosen(shape.sites, experiment.lora.targets):
-            _check_rank("lora.rank", site, experiment.lora.rank, 1)
+        _check_lora(experiment.lora, shape)
+    if experiment.peft_lora is not None:
+        require_peft()
+        _check_fused("peft_lora.rank", shape, experiment.peft_lora.targets, experiment.peft_lora.rank)
+    if experiment.peft_adalora is not None:
+        require_peft()
+        peft_adalora = experiment.peft_adalora
+        _check_fused("peft_adalora.initial_rank", shape, peft_adalora.targets, peft_adalora.initial_rank)
+        last_update(peft_adalora, total_steps)
     if experiment.adalora is not None:
         _check_adalora(experiment.adalora, shape, total_steps)
     if experiment.qa_lora is not None:
@@ -55,6 +87,22 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) 
             _check_rank("qa_lora.rank", site, qa_lora.rank, qa_lora.group_size if qa_lora.use_group_quantization else 1)
         if qa_lora.quantization_schedule != "constant":
             end_step(qa_lora, total_steps)
+
+
+def _check_lora(config: LoraConfig, shape: BackboneShape) -> None:
+    if config.rank is not None:
+        for site in _chosen(shape.sites, config.targets):
+            _check_rank("lora.rank", site, config.rank, 1)
+    if config.start is not None:
+        try:
+            read_peft(Path(config.start), fused_sites(shape.sites), None)
+        except UserError as error:
+            raise UserError(str(error), field="lora.start") from None
+
+
+def _check_fused(field: str, shape: BackboneShape, targets: Sequence[Matrix], rank: int) -> None:
+    for site in fused_sites(_chosen(shape.sites, targets)).values():
+        _check_rank(field, site, rank, 1)
 
 
 def _check_adalora(config: AdaLoraConfig, shape: BackboneShape, total_steps: int) -> None:
@@ -69,7 +117,7 @@ def _chosen(sites: Sequence[Site], targets: Sequence[Matrix]) -> list[Site]:
     return [site for site in sites if site.matrix in targets]
 
 
-def _check_rank(field: str, site: Site, rank: int, pool: int) -> None:
+def _check_rank(field: str, site: Site | SiteInfo, rank: int, pool: int) -> None:
     try:
         check_rank(site.name, site.in_features, site.out_features, rank, pool)
     except UserError as error:

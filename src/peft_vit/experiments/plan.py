@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from peft_vit.adapters.peft_files import peft_sha256
 from peft_vit.backbones import check_weights, describe
 from peft_vit.config import StudyConfig
 from peft_vit.data import make_splits, open_index
@@ -138,6 +139,9 @@ def _finished(results_dir: Path, spec: RunSpec, data_sha256: str) -> RunRecord |
         )
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output-dir", file=file)
+    start = spec.experiment.start
+    if start and record.provenance is not None and record.provenance.start_sha256 != peft_sha256(Path(start)):
+        raise UserError("was made with another adapter under the same path; choose another --output-dir", file=file)
     return record
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import subprocess
@@ -17,8 +18,9 @@ _PACKAGES = ("peft-vit", "torch", "torchvision", "timm", "numpy", "safetensors",
 
 
 def package_versions() -> dict[str, str]:
-    """Return the installed version of each package that a result depends on."""
-    return {name: metadata.version(name) for name in _PACKAGES}
+    """Return the installed version of each package that a result depends on; PEFT's where it is installed."""
+    optional = ("peft",) if importlib.util.find_spec("peft") is not None else ()
+    return {name: metadata.version(name) for name in (*_PACKAGES, *optional)}
 
 
 def git_state(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:

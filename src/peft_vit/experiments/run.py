@@ -162,7 +162,7 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
 
 def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:
     commit, dirty = git_state()
-    start = spec.experiment.lora.start if spec.experiment.lora is not None else None
+    start = spec.experiment.start
     head: nn.Module = backbone.model.get_classifier()  # type: ignore[operator]
     orders = (data.train.order(spec.seed, epoch) for epoch in range(1, spec.experiment.training.epochs + 1))
     return Provenance(
@@ -178,11 +178,11 @@ def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: tor
 
 def _say_doubts(spec: RunSpec, provenance: Provenance, data: Data) -> None:
     """Warn of an adapter to go on from that was trained on something else, as far as its files tell."""
-    lora = spec.experiment.lora
-    if lora is None or lora.start is None:
+    start = spec.experiment.start
+    if start is None:
         return
     for doubt in doubts_about(
-        Path(lora.start), spec.backbone.model, provenance.weights_name, provenance.weights_sha256, data.class_names
+        Path(start), spec.backbone.model, provenance.weights_name, provenance.weights_sha256, data.class_names
     ):
         warnings.warn(SilentNoEffectWarning(doubt), stacklevel=2)
 

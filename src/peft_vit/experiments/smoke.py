@@ -34,6 +34,9 @@ def _compress(experiment: ExperimentConfig, batch_size: int) -> ExperimentConfig
     if experiment.adalora is not None:
         short = {"warmup_steps": 1, "update_frequency": 1, "final_steps": 1}
         update["adalora"] = experiment.adalora.model_copy(update=short)
+    if experiment.peft_adalora is not None:
+        short = {"warmup_steps": 1, "update_frequency": 1, "final_steps": 1}
+        update["peft_adalora"] = experiment.peft_adalora.model_copy(update=short)
     if experiment.qa_lora is not None and experiment.qa_lora.quantization_schedule != "constant":
         short = {"quantization_warmup_steps": 1, "quantization_end_step": 3}
         update["qa_lora"] = experiment.qa_lora.model_copy(update=short)

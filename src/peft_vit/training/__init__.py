@@ -11,11 +11,13 @@ from peft_vit.training.loop import (
     train,
 )
 from peft_vit.training.optimization import DivergedError, StepHook, optimization_step
+from peft_vit.training.peft_adalora_hook import PeftAdaLoraHook, last_update
 from peft_vit.training.qa_lora import QALoRATrainer, check_rank, end_step, format_of, quantized_share
 
 __all__ = [
     "AllocationHook",
     "DivergedError",
+    "PeftAdaLoraHook",
     "Progress",
     "QALoRATrainer",
     "Setting",
@@ -26,6 +28,7 @@ __all__ = [
     "class_weights",
     "end_step",
     "format_of",
+    "last_update",
     "optimization_step",
     "quantized_share",
     "steps_per_epoch",
