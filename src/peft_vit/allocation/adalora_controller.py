@@ -27,24 +27,27 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters import (
-    attach_adapters,
     check_resizable,
     correct_young_triplets,
     current_ranks,
     resize_adapters,
     set_ranks,
     site_adapters,
+    vision_transformer,
 )
 from peft_vit.allocation.budget import bounds_for, costs_for, schedule_for
 from peft_vit.allocation.importance import ImportanceTracker, mean_per_triplet
 from peft_vit.allocation.masking import silence_others, strongest
+from peft_vit.allocation.placement import place_adapters
 from peft_vit.allocation.probes import place_probes, probed_scores, take_probes
 from peft_vit.allocation.protection import TripletAges, protected_minimum, shielded
 from peft_vit.allocation.strategies import Bounds, allocate
 from peft_vit.allocation.summary import layer_summary
-from peft_vit.backbones import find_sites, tokens_per_image
+from peft_vit.allocation.tensor_tree import flatten, unflatten
+from peft_vit.backbones import tokens_per_image
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.records import ImportanceEntry, RankEntry, history_rows
 from peft_vit.seeding import torch_generator
 
 _STREAMS = 1 << 16  # generators of one change; the start's have lower numbers
@@ -55,7 +58,7 @@ class AdaLoRAController:
 
     Args:
         model: a timm VisionTransformer with a classification head. If it carries no adapters yet, they are attached
-            with equal ranks within the initial budget.
+            with equal ranks within the initial budget. Or one that `peft.get_peft_model` has wrapped with LoRA.
         config: the settings, see `config.AdaLoraConfig`.
         total_steps: optimiser steps of the whole run; the budget's course depends on it.
         seed: of the adapters' start, of triplets that grow, of probes and of the `random` metric.
@@ -69,19 +72,11 @@ class AdaLoRAController:
         self.config = config
         self.total_steps = total_steps
         self.seed = seed
-        self.sites = find_sites(model, config.targets)
-        if not site_adapters(model):
-            attach_adapters(
-                model, self.sites, dict.fromkeys((site.name for site in self.sites), 0),
-                scale=config.scale, seed=seed, parametrization=config.parametrization,
-            )  # fmt: skip
-        adapters = site_adapters(model)
+        self.sites = place_adapters(model, config, seed=seed)
         self.names = tuple(site.name for site in self.sites)
-        if set(adapters) != set(self.names):
-            other = sorted(set(adapters) ^ set(self.names))[0]
-            raise UserError(f"the model's adapters and adalora.targets differ at {other}", field="adalora.targets")
+        adapters = site_adapters(model)
         shapes = [(one.in_features // one.pool, one.out_features) for one in adapters.values()]
-        self.costs = costs_for(config, shapes, tokens_per_image(model))
+        self.costs = costs_for(config, shapes, tokens_per_image(vision_transformer(model)))
         self.bounds = bounds_for(config, [adapter.largest_rank for adapter in adapters.values()], self.costs)
         self.schedule = schedule_for(config, total_steps, self.bounds, self.costs)
         self.tracker = ImportanceTracker(
@@ -171,6 +166,7 @@ class AdaLoRAController:
                 field=other,
             )
         correct_young_triplets(optimizer)
+        self.tracker.move_to(next(model.parameters()).device)
         self._optimizer = optimizer
 
     @property
@@ -196,12 +192,13 @@ class AdaLoRAController:
         """
         if step <= self._scored:
             raise UserError(f"step {step} follows step {self._scored}; score once a step, counted from 1", field="step")
-        self._triplet_scores = self.tracker.update(site_adapters(model), loss_scale)
+        adapters = site_adapters(model)
+        self._triplet_scores = self.tracker.update(adapters, loss_scale)
         measured = mean_per_triplet(
             {name: values[self._counted(name)] for name, values in self._triplet_scores.items()}
         )
         self._last_scores |= measured
-        gradients, values = take_probes(model)
+        gradients, values = take_probes(adapters)
         if gradients:
             sought = [name for name in self.names if self._ages.rank(name) == 0]
             self._last_scores |= probed_scores(gradients, measured, sought)
@@ -317,7 +314,7 @@ class AdaLoRAController:
         can_grow = self._active is None and self.config.allocation_strategy != "global"
         is_measured = self.config.importance_metric not in ("random", "uniform")
         if is_due and can_grow and is_measured and 0 in self.ranks.values():
-            place_probes(model, seed=self.seed, step=step)
+            place_probes(site_adapters(model), seed=self.seed, step=step)
 
     def _warn_of_equal_scores(self, step: int, scores: dict[str, float]) -> None:
         if step >= self.schedule.last_update and len(set(scores.values())) == 1:
@@ -332,12 +329,17 @@ class AdaLoRAController:
         """Return mean, std, trend and rank of each site, block, matrix type and overall, see `summary`."""
         return layer_summary(self.sites, self.score_history, self.ranks)
 
+    def history_rows(self) -> list[dict[str, Any]]:
+        """Return what was scored and decided as a tidy table, see `records.history_rows`."""
+        ranks = [RankEntry(**entry) for entry in self.rank_history]
+        return history_rows(self.sites, ranks, [ImportanceEntry(**entry) for entry in self.score_history])
+
     def export_importance_data(self) -> dict[str, Any]:
         """Return everything that was scored and decided, as plain values ready for JSON."""
         return {
             "metric": self.config.importance_metric,
             "strategy": self.config.allocation_strategy,
-            "sites": [site.info().model_dump() for site in self.sites],
+            "sites": [site.model_dump() for site in self.sites],
             "scores": [dict(entry) for entry in self.score_history],
             "ranks": [dict(entry) for entry in self.rank_history],
             "probes": [dict(entry) for entry in self.probe_history],
@@ -349,17 +351,16 @@ class AdaLoRAController:
         Returns:
             "values": plain values, ready for JSON; "tensors": tensors by name, ready for safetensors.
         """
-        tensors = {"generator": self.tracker.generator.get_state()}
-        tensors |= {f"births/{name}": births.clone() for name, births in self._ages.births.items()}
-        tensors |= {f"active/{name}": active.clone() for name, active in (self._active or {}).items()}
-        for name, quantities in self.tracker.state_dict().items():
-            tensors |= {f"smoothed/{name}/{quantity}": value for quantity, value in quantities.items()}
+        tensors = {
+            "generator": self.tracker.generator.get_state(), "births": self._ages.births,
+            "active": self._active or {}, "smoothed": self.tracker.state_dict(),
+        }  # fmt: skip
         values = {
             "made_with": self._made_with(), "scored": self._scored, "decided": self._decided,
             "decisions": self._ages.decisions, "last_scores": self._last_scores, "rank_history": self.rank_history,
             "score_history": self.score_history, "probe_history": self.probe_history,
         }  # fmt: skip
-        return {"values": copy.deepcopy(values), "tensors": tensors}
+        return {"values": copy.deepcopy(values), "tensors": flatten(tensors)}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Go on from where `state_dict` was taken; then build the optimiser, load its state, and call `attach`.
@@ -369,7 +370,7 @@ class AdaLoRAController:
         Raises:
             UserError: if the state belongs to another configuration, length of run, seed or set of sites.
         """
-        values, tensors = copy.deepcopy(state["values"]), state["tensors"]
+        values, tensors = copy.deepcopy(state["values"]), unflatten(state["tensors"])
         here = self._made_with()
         other = next((key for key in here if values["made_with"].get(key) != here[key]), None)
         if other is not None:
@@ -378,21 +379,12 @@ class AdaLoRAController:
         self._last_scores = values["last_scores"]
         self.rank_history, self.score_history = values["rank_history"], values["score_history"]
         self.probe_history = values["probe_history"]
-        by_kind: dict[str, dict[str, Tensor]] = {"births": {}, "active": {}, "smoothed": {}}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            if name:
-                by_kind[kind][name] = tensor.clone()
-        self._ages.decisions, self._ages.births = values["decisions"], by_kind["births"]
-        self._active = by_kind["active"] or None
+        self._ages.decisions, self._ages.births = values["decisions"], tensors["births"]
+        self._active = tensors.get("active")
         self._triplet_scores = {}
         self._optimizer = None
         self.tracker.generator.set_state(tensors["generator"])
-        smoothed: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in by_kind["smoothed"].items():
-            name, _, quantity = key.partition("/")
-            smoothed.setdefault(name, {})[quantity] = tensor
-        self.tracker.load_state_dict(smoothed)
+        self.tracker.load_state_dict(tensors.get("smoothed", {}))
 
     def _made_with(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")

@@ -12,25 +12,25 @@ ratio does not depend on the loss's scale. All sites are probed, for g_t must co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
 
-from peft_vit.adapters import Probe, SiteAdapter, site_adapters
+from peft_vit.adapters import Adapter, Probe, SiteAdapter
 from peft_vit.seeding import torch_generator
 
 PROBE_TRIPLETS = 4  # the estimate of a squared norm from n random directions has a relative error of sqrt(2 / n)
 
 
-def place_probes(model: nn.Module, *, seed: int, step: int) -> None:
+def place_probes(adapters: Mapping[str, Adapter], *, seed: int, step: int) -> None:
     """Put temporary triplets on every site for the forward and backward pass of one step.
 
     Their directions follow from seed and step alone, so that a resumed run draws the same. A model that PEFT has
     wrapped gets none.
     """
     generator = torch_generator(seed, "probe", step)
-    for adapter in site_adapters(model).values():
+    for adapter in adapters.values():
         if isinstance(adapter, SiteAdapter):
             adapter.probe = Probe(
                 adapter.in_features, adapter.out_features, PROBE_TRIPLETS,
@@ -38,14 +38,15 @@ def place_probes(model: nn.Module, *, seed: int, step: int) -> None:
             )  # fmt: skip
 
 
-def take_probes(model: nn.Module) -> tuple[dict[str, float], int]:
+def take_probes(adapters: Mapping[str, Adapter]) -> tuple[dict[str, float], int]:
     """Remove the probes.
 
     Returns:
         The size of the gradient g by site, of those that a backward pass has reached, and the temporary values held.
+        Nothing if a gradient is not finite: a loss scale was too large then, or the training diverges.
     """
     gradients, values = {}, 0
-    for name, adapter in site_adapters(model).items():
+    for name, adapter in adapters.items():
         if not isinstance(adapter, SiteAdapter) or adapter.probe is None:
             continue
         gradient = adapter.probe.gradient()
@@ -54,6 +55,8 @@ def take_probes(model: nn.Module) -> tuple[dict[str, float], int]:
             values += adapter.probe.values
         adapter.probe = None
     sizes = torch.stack(list(gradients.values())).tolist() if gradients else []
+    if not all(math.isfinite(size) for size in sizes):
+        return {}, 0
     return dict(zip(gradients, sizes, strict=True)), values
 
 

@@ -63,7 +63,8 @@ class TripletAges:
 def protected_minimum(young: Ints, scores: Floats, budget: int, bounds: Bounds, costs: Ints) -> Ints:
     """Return each site's smallest rank with its young triplets protected, (sites,).
 
-    If the budget can't hold them all, those of the sites with the lowest scores give way, as many as it takes.
+    If the budget can't hold them all, those of the sites with the lowest scores give way. (In other units than ranks,
+    a cheap one of a lower score may still fit where a dear one did not.)
 
     Args:
         young: number of young triplets of each site, (sites,).
@@ -72,12 +73,13 @@ def protected_minimum(young: Ints, scores: Floats, budget: int, bounds: Bounds, 
         bounds: of each site.
         costs: of one rank of each site, (sites,).
     """
-    least: Ints = np.clip(young, bounds.minimum, bounds.maximum)
-    for site in np.argsort(scores, kind="stable"):
-        excess = int(costs @ least) - budget
-        if excess <= 0:
-            break
-        least[site] -= min(int(least[site] - bounds.minimum[site]), -(-excess // int(costs[site])))
+    least: Ints = bounds.minimum.copy()
+    left = budget - int(costs @ least)
+    for site in np.argsort(-scores, kind="stable"):
+        wanted = min(int(young[site]), int(bounds.maximum[site])) - int(least[site])
+        held = max(0, min(wanted, left // int(costs[site])))
+        least[site] += held
+        left -= held * int(costs[site])
     return least
 
 
@@ -85,5 +87,5 @@ def shielded(scores: Floats, young: NDArray[np.bool_], count: int) -> Floats:
     """Return a site's triplet scores with the best `count` of the young ones at infinity, for a ranking of triplets."""
     order = np.argsort(np.where(young, -scores, np.inf), kind="stable")
     result = scores.copy()
-    result[order[:count]] = np.inf
+    result[order[: min(count, int(young.sum()))]] = np.inf
     return result

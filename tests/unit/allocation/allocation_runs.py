@@ -1,0 +1,39 @@
+"""A controller in a plain loop, for several test files."""
+
+import torch
+from torch.nn import functional as F
+
+from peft_vit import AdaLoraConfig, AdaLoRAController
+
+STEPS = 9
+
+
+def config(**settings) -> AdaLoraConfig:
+    default = {
+        "total_rank_budget": 15, "allocation_strategy": "proportional", "importance_metric": "gradient_norm",
+        "update_frequency": 2, "warmup_steps": 2, "final_steps": 2,
+    }  # fmt: skip
+    return AdaLoraConfig(**{**default, **settings})
+
+
+def optimizer_of(model) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-3)
+
+
+def start(model, settings: AdaLoraConfig, steps: int = STEPS, seed: int = 0):
+    controller = AdaLoRAController(model, settings, steps, seed=seed)
+    return controller, optimizer_of(model)
+
+
+def backward(model, batch) -> None:
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+
+
+def train_step(model, controller, optimizer, batch, step) -> dict[str, int]:
+    backward(model, batch)
+    scores = controller.update_importance_scores(model, step)
+    optimizer.step()
+    ranks = controller.reallocate_ranks(scores, step)
+    controller.apply_ranks(model, optimizer, ranks)
+    optimizer.zero_grad()
+    return ranks

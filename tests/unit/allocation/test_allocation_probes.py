@@ -1,0 +1,273 @@
+"""Probes: temporary triplets that change nothing, feel the gradient, and score sites without rank."""
+
+import numpy as np
+import pytest
+import torch
+from allocation_runs import backward, config, optimizer_of, start, train_step
+from torch.nn import functional as F
+
+from peft_vit.adapters import current_ranks, merged_state_dict, set_ranks, site_adapters
+from peft_vit.allocation import AdaLoRAController
+from peft_vit.allocation.probes import PROBE_TRIPLETS, place_probes, probed_scores, take_probes
+from peft_vit.backbones import find_sites
+from peft_vit.evaluation import trainable_parameters
+from peft_vit.records import StepRow
+from peft_vit.training import AllocationHook
+
+pytestmark = pytest.mark.part("importance analysis")
+
+
+def adapted(tiny_vit, fill_adapters, ranks=(3, 0, 1, 0, 2, 4)):
+    """Return a model of one block with these ranks, its factors filled, and its adapters."""
+    model = tiny_vit(depth=1)
+    controller = AdaLoRAController(model, config(), 9)
+    set_ranks(model, dict(zip(controller.names, ranks, strict=True)))
+    fill_adapters(model)
+    return model, site_adapters(model)
+
+
+def plain_gradients(tiny_vit, model, batch) -> dict[str, np.ndarray]:
+    """Return dL/dW of each site from the plain timm model with the updates merged, float64."""
+    plain = tiny_vit(depth=1)
+    plain.load_state_dict(merged_state_dict(model))
+    backward(plain.double(), (batch[0].double(), batch[1]))
+    block = plain.blocks[0]
+    fused = block.attn.qkv.weight.grad.chunk(3)
+    found = dict(zip(("attn.query", "attn.key", "attn.value"), fused, strict=True))
+    found |= {"attn.out": block.attn.proj.weight.grad}
+    found |= {"mlp.fc1": block.mlp.fc1.weight.grad, "mlp.fc2": block.mlp.fc2.weight.grad}
+    return {f"blocks.0.{name}": gradient.numpy() for name, gradient in found.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_outputs_stay_bit_for_bit_and_nothing_new_is_trained(tiny_vit, batch, fill_adapters, precision) -> None:
+    model, adapters = adapted(tiny_vit, fill_adapters)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(batch[0])
+        names, parameters = list(model.state_dict()), trainable_parameters(model)
+        place_probes(adapters, seed=0, step=1)
+        probed = model(batch[0])
+    assert torch.equal(probed, logits)
+    assert list(model.state_dict()) == names
+    assert trainable_parameters(model) == parameters
+    F.cross_entropy(probed.float(), batch[1]).backward()
+    assert all(adapter.probe.gradient() > 0 for adapter in adapters.values())
+    held = {id(p) for p in model.parameters()}
+    assert not any(id(adapter.probe.lambdas) in held for adapter in adapters.values())
+
+
+def test_each_lambda_feels_the_gradient_along_its_directions(tiny_vit, batch, fill_adapters) -> None:
+    model, adapters = adapted(tiny_vit, fill_adapters)
+    expected = plain_gradients(tiny_vit, model, batch)
+    place_probes(adapters, seed=0, step=1)
+    backward(model, batch)
+    for name, adapter in adapters.items():
+        left, right = adapter.probe._left.double().numpy(), adapter.probe._right.double().numpy()
+        np.testing.assert_allclose(np.linalg.norm(left, axis=0), 1, rtol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(right, axis=1), 1, rtol=1e-6)
+        along = np.einsum("ok,oi,ki->k", left, expected[name], right)
+        np.testing.assert_allclose(adapter.probe.lambdas.grad.numpy(), along, rtol=1e-3, atol=1e-7)
+        assert adapter.probe.gradient().item() == pytest.approx(np.sqrt(np.mean(along**2)), rel=1e-3)
+
+
+def test_the_root_mean_square_estimates_the_size_of_the_gradient(tiny_vit, batch, fill_adapters) -> None:
+    model, adapters = adapted(tiny_vit, fill_adapters)
+    expected = {name: np.sqrt(np.mean(g**2)) for name, g in plain_gradients(tiny_vit, model, batch).items()}
+    squares = {name: [] for name in adapters}
+    for step in range(200):
+        place_probes(adapters, seed=0, step=step)
+        backward(model, batch)
+        for name, size in take_probes(adapters)[0].items():
+            squares[name].append(size**2)
+    for name, values in squares.items():
+        assert len({round(value, 12) for value in values}) > 190  # other directions at each step
+        assert np.sqrt(np.mean(values)) == pytest.approx(expected[name], rel=0.15)
+
+
+def test_directions_follow_from_seed_and_step(tiny_vit, fill_adapters) -> None:
+    _, adapters = adapted(tiny_vit, fill_adapters)
+    drawn = []
+    for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1)):
+        place_probes(adapters, seed=seed, step=step)
+        drawn.append(torch.cat([adapter.probe._left.flatten() for adapter in adapters.values()]))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[3])
+
+
+def test_a_score_is_set_in_relation_to_sites_that_have_both() -> None:
+    gradients = {"a": 2.0, "b": 1.0, "c": 4.0, "d": 0.0}
+    scores = probed_scores(gradients, {"a": 6.0, "b": 1.0, "d": 0.0}, ["c", "x"])
+    assert scores == {"c": 4.0 * (3.0 + 1.0) / 2}
+    assert probed_scores(gradients, {"d": 0.0}, ["c"]) == {}
+
+
+def without_rank(tiny_vit, **settings):
+    """Return model, controller, optimizer of 12 sites that share 8 ranks, with decisions at 3, 5, 7."""
+    model = tiny_vit()
+    settings = {"budget_schedule": "constant", "total_rank_budget": 8, "warmup_steps": 3, **settings}
+    return model, *start(model, config(**settings))
+
+
+@pytest.mark.parametrize("metric", ["gradient_norm", "fisher", "sensitivity", "magnitude"])
+def test_sites_without_rank_are_scored_at_decisions(tiny_vit, batch, metric) -> None:
+    model, controller, optimizer = without_rank(tiny_vit, importance_metric=metric)
+    for step in (1, 2):
+        train_step(model, controller, optimizer, batch, step)
+    ranks, adapters = current_ranks(model), site_adapters(model)
+    backward(model, batch)
+    size = {name: adapter.probe.lambdas.grad.square().mean().sqrt().item() for name, adapter in adapters.items()}
+    values = sum(PROBE_TRIPLETS * (a.in_features + a.out_features + 1) for a in adapters.values())
+    scores = controller.update_importance_scores(model, 3)
+    ratio = np.mean([scores[name] / size[name] for name, rank in ranks.items() if rank])
+    sought = [name for name, rank in ranks.items() if not rank]
+    assert len(sought) == 4
+    for name in sought:
+        assert scores[name] == pytest.approx(size[name] * ratio, rel=1e-5)
+    assert controller.probe_history == [{"step": 3, "sites": sought, "values": values}]
+    assert controller.export_importance_data()["probes"] == controller.probe_history
+    assert all(adapter.probe is None for adapter in adapters.values())
+
+
+def test_the_site_with_the_largest_gradient_comes_back(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    gradients = {}
+    for site in find_sites(model):
+        gradient = model.get_submodule(site.module).weight
+        gradients[site.name] = (gradient, slice(*site.rows))
+    backward(model, batch)
+    size = {name: weight.grad[rows].square().mean().item() ** 0.5 for name, (weight, rows) in gradients.items()}
+    model.zero_grad()
+    best = max(size, key=size.__getitem__)
+    controller, optimizer = start(model, config(budget_schedule="constant", total_rank_budget=24, warmup_steps=3))
+    backward(model, batch)
+    controller.update_importance_scores(model, 1)
+    others = [name for name in controller.names if name != best]
+    controller.apply_ranks(model, optimizer, dict(zip(others, (3,) * 8 + (0,) * 3, strict=True)) | {best: 0})
+    optimizer.zero_grad()
+    for step in (2, 3):
+        ranks = train_step(model, controller, optimizer, batch, step)
+    assert ranks[best] > 24 / 12  # more than an equal share
+    assert site_adapters(model)[best].rank == ranks[best]
+
+
+def probed_steps(model, controller, optimizer, batch, steps=9) -> list[int]:
+    """Train, and return the steps whose forward pass held probes."""
+    seen = []
+    controller.attach(model, optimizer)
+    for step in range(1, steps + 1):
+        if any(adapter.probe is not None for adapter in site_adapters(model).values()):
+            seen.append(step)
+        train_step(model, controller, optimizer, batch, step)
+        assert [entry["step"] for entry in controller.probe_history] == seen
+    return seen
+
+
+def test_only_steps_that_lead_to_a_decision_are_probed(tiny_vit, batch) -> None:
+    model, controller, optimizer = without_rank(tiny_vit)
+    assert probed_steps(model, controller, optimizer, batch) == [3, 5, 7]
+
+
+def test_every_step_can_be_probed_from_the_first(tiny_vit, batch) -> None:
+    model, controller, optimizer = without_rank(tiny_vit, update_frequency=1, warmup_steps=1, final_steps=0)
+    assert probed_steps(model, controller, optimizer, batch) == list(range(1, 10))
+    assert sum(current_ranks(model).values()) == 8
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"importance_metric": "random"},
+        {"importance_metric": "uniform"},
+        {"allocation_strategy": "global"},  # ranks triplets that exist
+        {"total_rank_budget": 12, "minimum_rank": 1},  # no site is without rank
+    ],
+)
+@pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
+def test_nothing_is_probed_where_nothing_could_come_of_it(tiny_vit, batch, settings) -> None:
+    model, controller, optimizer = without_rank(tiny_vit, **settings)
+    assert probed_steps(model, controller, optimizer, batch) == []
+
+
+def test_without_a_pass_through_the_probes_a_site_keeps_its_score(tiny_vit, batch) -> None:
+    model, controller, optimizer = without_rank(tiny_vit)
+    for step in (1, 2):
+        train_step(model, controller, optimizer, batch, step)
+    adapters, sought = site_adapters(model), [name for name, rank in controller.ranks.items() if rank == 0]
+    probes = {name: adapter.probe for name, adapter in adapters.items()}
+    for adapter in adapters.values():
+        adapter.probe = None  # as in a pass under a copy of the model
+    backward(model, batch)
+    for name, adapter in adapters.items():
+        adapter.probe = probes[name]
+    scores = controller.update_importance_scores(model, 3)
+    measured = [score for name, score in scores.items() if name not in sought]
+    assert [scores[name] for name in sought] == pytest.approx([np.mean(measured)] * 4)  # never scored: an average site
+    assert controller.probe_history == []
+    assert all(adapter.probe is None for adapter in adapters.values())
+
+
+def test_the_loss_scale_and_accumulation_leave_probed_scores(tiny_vit, batch) -> None:
+    results = []
+    for scale, parts in ((1.0, 1), (1024.0, 1), (1.0, 2)):
+        model, controller, optimizer = without_rank(tiny_vit)
+        for step in (1, 2):
+            train_step(model, controller, optimizer, batch, step)
+        for images, labels in zip(batch[0].chunk(parts), batch[1].chunk(parts), strict=True):
+            (scale * F.cross_entropy(model(images), labels) / parts).backward()
+        results.append(controller.update_importance_scores(model, 3, loss_scale=scale))
+        assert len(controller.probe_history) == 1
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+    assert results[2] == pytest.approx(results[0], rel=1e-3)
+
+
+def test_an_overflow_under_a_loss_scale_leaves_the_scores(tiny_vit, batch) -> None:
+    model, controller, optimizer = without_rank(tiny_vit)
+    for step in (1, 2):
+        train_step(model, controller, optimizer, batch, step)
+    (F.cross_entropy(model(batch[0]), batch[1]) * torch.inf).backward()
+    scores = controller.update_importance_scores(model, 3, loss_scale=65536.0)
+    assert all(np.isfinite(score) for score in scores.values())
+    assert controller.probe_history == []
+
+
+def test_evaluation_between_two_steps_does_not_carry_the_probes(tiny_vit, batch) -> None:
+    model, controller, optimizer = without_rank(tiny_vit)
+    for step in (1, 2):
+        train_step(model, controller, optimizer, batch, step)
+    with torch.no_grad():
+        assert torch.equal(model(batch[0]), model(batch[0]))
+    assert all(adapter.probe.gradient() is None for adapter in site_adapters(model).values())
+
+
+def test_what_probes_cost_is_counted_over_steps_without(tiny_vit, batch) -> None:
+    model, controller, optimizer = without_rank(tiny_vit)
+    hook = AllocationHook(controller)
+    rows = [
+        StepRow(step=step, loss=1.0, learning_rate=0.1, gradient_norm=1.0, seconds=seconds)
+        for step, seconds in enumerate((9.0, 1.0, 1.5, 1.0, 1.25, 1.0, 1.5), start=1)
+    ]
+    assert hook.probing_s(rows) is None  # there were none
+    for step in range(1, 8):
+        backward(model, batch)
+        hook.after_backward(model, step)
+        hook.before_step(model, step)
+        optimizer.step()
+        hook.after_step(model, optimizer, step)
+        optimizer.zero_grad()
+    decided = sum(hook._after_step_s[step] for step in (3, 5, 7))
+    assert decided > 0
+    assert hook.probing_s(rows) == pytest.approx(0.5 + 0.25 + 0.5, abs=1.01 * decided + 0.1)
+    hook._after_step_s = {3: 0.25}  # of step 3 a quarter of a second was deciding and resizing
+    assert hook.probing_s(rows) == pytest.approx(1.0)
+    assert hook.probing_s([row for row in rows if row.step in (3, 5, 7)]) is None
+
+
+def test_optimizer_of_the_plain_loop_holds_no_probe(tiny_vit, batch) -> None:
+    model, controller, optimizer = without_rank(tiny_vit, warmup_steps=1)
+    controller.attach(model, optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    probes = [adapter.probe for adapter in site_adapters(model).values()]
+    assert None not in probes
+    assert not {id(probe.lambdas) for probe in probes} & held
+    assert {id(p) for group in optimizer_of(model).param_groups for p in group["params"]} == held
