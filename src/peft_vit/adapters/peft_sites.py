@@ -145,18 +145,21 @@ def _lora_of(model: nn.Module) -> _Lora | None:
         return None
     # PEFT keeps its configuration at the model that it was given too: the innermost holder.
     base: Any = next((module for module in reversed([*model.modules()]) if "peft_config" in vars(module)), None)
-    vit = None if base is None else vision_transformer(base)
-    if vit is None:
+    if base is None:
         raise UserError("PEFT has put LoRA into it; hand over the model that get_peft_model returned", field="model")
+    vit = vision_transformer(base)
     name = next(name for name, module in base.named_modules() if module is vit)
     layers = {key: module for key, module in base.named_modules() if isinstance(module, peft.LoraLayer)}
     configs = base.peft_config
     return _Lora(next(iter(configs.values())), tuple(configs), layers, f"{name}." if name else "")
 
 
-def vision_transformer(model: nn.Module) -> VisionTransformer | None:
-    """Return the timm VisionTransformer in a model, which others may wrap; None if there is none."""
-    return next((module for module in model.modules() if isinstance(module, VisionTransformer)), None)
+def vision_transformer(model: nn.Module) -> VisionTransformer:
+    """Return the timm VisionTransformer that a model is, or wraps."""
+    for module in model.modules():
+        if isinstance(module, VisionTransformer):
+            return module
+    raise UserError(f"{type(model).__name__} holds no timm VisionTransformer; no other class can be adapted")
 
 
 def peft_site_adapters(model: nn.Module) -> dict[str, PeftSite]:

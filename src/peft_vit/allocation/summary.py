@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.backbones import Site
+from peft_vit.records import SiteInfo
 
 
 def layer_summary(
-    sites: Sequence[Site], score_history: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]
+    sites: Sequence[SiteInfo], score_history: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]
 ) -> dict[str, dict[str, float]]:
     """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.
 

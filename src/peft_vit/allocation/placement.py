@@ -1,0 +1,50 @@
+"""Which sites a controller allocates to: ours, put on a plain model or found there, or those that PEFT has made."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peft_vit.adapters import attach_adapters, peft_sites, site_adapters
+from peft_vit.backbones import find_sites
+from peft_vit.config import AdaLoraConfig, Matrix
+from peft_vit.errors import UserError
+from peft_vit.records import SiteInfo
+
+_FUSED: tuple[Matrix, ...] = ("query", "key", "value")
+
+
+def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int) -> tuple[SiteInfo, ...]:
+    """Return the sites that carry adapters, block by block; on a plain model they are put there first, at rank 0.
+
+    Raises:
+        UserError: if the model is of another class, or carries adapters that don't fit the settings.
+    """
+    found = peft_sites(model)
+    if found:
+        _check_peft(model, found, config)
+        return found
+    sites = find_sites(model, config.targets)
+    if not site_adapters(model):
+        attach_adapters(
+            model, sites, dict.fromkeys((site.name for site in sites), 0),
+            scale=config.scale, seed=seed, parametrization=config.parametrization,
+        )  # fmt: skip
+    different = set(site_adapters(model)) ^ {site.name for site in sites}
+    if different:
+        raise UserError(f"the model's adapters and adalora.targets differ at {min(different)}", field="adalora.targets")
+    return tuple(site.info() for site in sites)
+
+
+def _check_peft(model: nn.Module, sites: tuple[SiteInfo, ...], config: AdaLoraConfig) -> None:
+    """Refuse settings that LoRA of PEFT can't follow, and such that say otherwise what PEFT has decided."""
+    if config.minimum_rank < 1:
+        raise UserError("PEFT has no layer of rank 0; set minimum_rank to 1 or more", field="adalora.minimum_rank")
+    if config.parametrization != "product":
+        raise UserError("PEFT's LoRA is the plain product; set product", field="adalora.parametrization")
+    adapted = {matrix for site in sites for matrix in (_FUSED if site.matrix == "qkv" else (site.matrix,))}
+    if "targets" in config.model_fields_set and set(config.targets) != adapted:
+        raise UserError(f"PEFT has adapted {', '.join(sorted(adapted))}; leave it out", field="adalora.targets")
+    scales = sorted({adapter.scale for adapter in site_adapters(model).values()})
+    if "scale" in config.model_fields_set and scales != [config.scale]:
+        stated = ", ".join(map(str, scales))
+        raise UserError(f"PEFT's lora_alpha and r make it {stated}; leave it out", field="adalora.scale")
