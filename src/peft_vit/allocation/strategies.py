@@ -14,13 +14,13 @@ In ranks the budget is met exactly: the lesser of the budget and the sum of maxi
 exceeded, and what is left is less than one more rank of any site with room costs: what the chosen sites can't take
 goes to the others. Ties go to the larger score, then to the first site.
 
-All arithmetic is in integers and fractions: equal shares are equal, the order of the sites changes no sum, and a
-budget of many millions of bytes is not exceeded by a rounding error.
+All arithmetic is in whole numbers: equal shares are equal, the order of the sites changes no sum, and a budget of many
+millions of bytes is not exceeded by a rounding error.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -45,17 +45,21 @@ class Bounds:
 
 @dataclass(frozen=True)
 class _Sites:
-    """Exact numbers of each site.
+    """What the strategies need to know of each site, in whole numbers.
 
     Attributes:
         costs: of one rank.
-        worth: score per unit of cost.
+        worth: score per unit of cost, times a factor that all share.
         place: 0 for the best site by worth, then by score, then by order.
     """
 
-    costs: list[Fraction]
-    worth: list[Fraction]
+    costs: list[int]
+    worth: list[int]
     place: list[int]
+
+    def cost(self, ranks: Sequence[int]) -> int:
+        """Return what ranks cost together."""
+        return sum(cost * rank for cost, rank in zip(self.costs, ranks, strict=True))
 
 
 def allocate(
@@ -84,11 +88,12 @@ def allocate(
     Raises:
         UserError: if the minima cost more than the budget, a score is negative or not finite, or a cost below 1.
     """
-    sites = _exact(scores, np.ones(len(scores), np.int64) if costs is None else costs)
+    _check_scores(scores)
+    sites = _sites(scores, np.ones(len(scores), np.int64) if costs is None else costs)
     low, high = [int(rank) for rank in bounds.minimum], [int(rank) for rank in bounds.maximum]
-    if budget < _cost(sites, low):
+    if budget < sites.cost(low):
         raise UserError(
-            f"{budget} lies below what the sites' minimum ranks cost, {_cost(sites, low)} together; raise it",
+            f"{budget} lies below what the sites' minimum ranks cost, {sites.cost(low)} together; raise it",
             field="budget",
         )
     if strategy == "global":
@@ -98,28 +103,37 @@ def allocate(
     else:
         chosen = _choose(strategy, sites, threshold_tau, top_k)
         reach = [most if site in chosen else least for site, (least, most) in enumerate(zip(low, high, strict=True))]
-        equal = [1 / cost for cost in sites.costs]
-        ranks = _share(sites, equal if strategy == "top_k" else sites.worth, budget, low, reach)
+        weights = _per_cost([1.0] * len(scores), sites.costs) if strategy == "top_k" else sites.worth
+        ranks = _share(sites, weights, budget, low, reach)
     # What is left goes to whoever can take it.
     return np.array(_share(sites, sites.worth, budget, ranks, high), dtype=np.int64)
 
 
-def _exact(scores: Floats, costs: Ints) -> _Sites:
+def _check_scores(scores: Floats) -> None:
     if not np.all(np.isfinite(scores)) or np.any(scores < 0):
         raise UserError("importance scores must be finite and not negative", field="importance_scores")
+
+
+def _sites(scores: Floats, costs: Ints) -> _Sites:
     if np.any(costs < 1):
         raise UserError(f"a rank costs at least 1, got {costs.min()}", field="costs")
-    exact_costs = [Fraction(int(cost)) for cost in costs]
-    worth = [Fraction(float(score)) / cost for score, cost in zip(scores, exact_costs, strict=True)]
+    whole_costs = [int(cost) for cost in costs]
+    worth = _per_cost([float(score) for score in scores], whole_costs)
     best_first = sorted(range(len(worth)), key=lambda site: (-worth[site], -scores[site], site))
     place = [0] * len(worth)
     for position, site in enumerate(best_first):
         place[site] = position
-    return _Sites(exact_costs, worth, place)
+    return _Sites(whole_costs, worth, place)
 
 
-def _cost(sites: _Sites, ranks: Sequence[int | Fraction]) -> Fraction:
-    return sum((cost * rank for cost, rank in zip(sites.costs, ranks, strict=True)), Fraction())
+def _per_cost(values: Sequence[float], costs: Sequence[int]) -> list[int]:
+    """Return values over costs, all times the factor that makes them whole; no digit is lost."""
+    ratios = [value.as_integer_ratio() for value in values]
+    denominator = max((below for _, below in ratios), default=1)  # of floats: powers of two
+    multiple = math.lcm(*costs)
+    return [
+        above * (denominator // below) * (multiple // cost) for (above, below), cost in zip(ratios, costs, strict=True)
+    ]
 
 
 def _choose(strategy: Strategy, sites: _Sites, threshold_tau: float, top_k: int | None) -> set[int]:
@@ -133,14 +147,13 @@ def _choose(strategy: Strategy, sites: _Sites, threshold_tau: float, top_k: int 
     return set(range(count))
 
 
-def _share(sites: _Sites, weights: list[Fraction], budget: int, low: list[int], high: list[int]) -> list[int]:
-    """Share the budget in proportion to the weights, within bounds, in whole ranks by largest remainder."""
-    quotas = _quotas(sites, weights, budget, low, high)
-    ranks = [int(quota) for quota in quotas]
-    left = budget - _cost(sites, ranks)
-    order = sorted(range(len(ranks)), key=lambda site: (ranks[site] - quotas[site], sites.place[site]))
+def _share(sites: _Sites, weights: list[int], budget: int, low: list[int], high: list[int]) -> list[int]:
+    """Return ranks within bounds in proportion to the weights, as many as the budget buys, by largest remainder."""
+    ranks, remainders = _quotas(sites, weights, budget, low, high)
+    left = budget - sites.cost(ranks)
+    order = sorted(range(len(ranks)), key=lambda site: (-remainders[site], sites.place[site]))
     given = True
-    while given:  # once in ranks; a unit in which the first in line no longer fit leaves more to the cheaper ones
+    while given:  # once in ranks; in other units what does not buy a dear rank may buy several cheap ones
         given = False
         for site in order:
             if ranks[site] < high[site] and sites.costs[site] <= left:
@@ -151,34 +164,42 @@ def _share(sites: _Sites, weights: list[Fraction], budget: int, low: list[int], 
 
 
 def _quotas(
-    sites: _Sites, weights: list[Fraction], budget: int, low: list[int], high: list[int]
-) -> Sequence[int | Fraction]:
-    """Return clip(level * weight, low, high) at the level at which they cost the budget (water-filling).
+    sites: _Sites, weights: list[int], budget: int, low: list[int], high: list[int]
+) -> tuple[list[int], list[int]]:
+    """Return quotas, clip(level * weight, low, high) at the level at which they cost the budget (water-filling).
 
     Sites without weight count only once the others are full; then equal amounts are spent on them.
+
+    Returns:
+        The whole part of each quota, and the remainders as numerators over a denominator that all share.
     """
-    if _cost(sites, high) <= budget:
-        return high
     full = [most if weight else least for weight, least, most in zip(weights, low, high, strict=True)]
-    if _cost(sites, full) <= budget:
-        weights = [Fraction(not weight) / cost for weight, cost in zip(weights, sites.costs, strict=True)]
+    if sites.cost(full) <= budget:
+        equal = _per_cost([1.0] * len(weights), sites.costs)
+        weights = [0 if weight else share for weight, share in zip(weights, equal, strict=True)]
         low = full
-
-    def at(level: Fraction) -> list[Fraction]:
-        return [
-            min(max(level * weight, Fraction(least)), Fraction(most))
-            for weight, least, most in zip(weights, low, high, strict=True)
-        ]
-
-    # The cost is a piecewise linear, growing function of the level: find its piece, then solve it.
-    bends = {bound / weight for weight, *both in zip(weights, low, high, strict=True) if weight for bound in both}
-    levels = sorted({Fraction(0)} | bends)
-    upper = bisect_left(levels, Fraction(budget), key=lambda level: _cost(sites, at(level)))
-    if upper == 0:
-        return low
-    below, above = (_cost(sites, at(level)) for level in levels[upper - 1 : upper + 1])
-    part = (budget - below) / (above - below)
-    return at(levels[upper - 1] + part * (levels[upper] - levels[upper - 1]))
+    if sites.cost(high) <= budget:
+        return list(high), [0] * len(high)
+    ranks, remainders = list(low), [0] * len(low)
+    free = [site for site, weight in enumerate(weights) if weight]
+    left = budget - sum(sites.costs[site] * rank for site, rank in enumerate(low) if not weights[site])
+    while free:
+        total = sum(sites.costs[site] * weights[site] for site in free)  # the level is left / total
+        below = [site for site in free if left * weights[site] < low[site] * total]
+        above = [site for site in free if left * weights[site] > high[site] * total]
+        if not below and not above:
+            break
+        missing = sum(sites.costs[site] * (low[site] * total - left * weights[site]) for site in below)
+        surplus = sum(sites.costs[site] * (left * weights[site] - high[site] * total) for site in above)
+        # Raising those below takes more than cutting those above gives: the level can only fall, so they stay there.
+        held, bound = (below, low) if missing >= surplus else (above, high)
+        for site in held:
+            ranks[site] = bound[site]
+            left -= sites.costs[site] * bound[site]
+        free = [site for site in free if site not in set(held)]
+    for site in free:
+        ranks[site], remainders[site] = divmod(left * weights[site], total)
+    return ranks, remainders
 
 
 def _keep_best_triplets(
@@ -186,12 +207,15 @@ def _keep_best_triplets(
 ) -> list[int]:
     """Fill each site's minimum, then take present triplets, the best first, as far as they fit."""
     ranks = list(low)
-    left = budget - _cost(sites, low)
-    candidates = []  # triplets beyond each site's minimum
+    left = budget - sites.cost(low)
+    owners, scores = [], []  # of triplets beyond each site's minimum
     for site, values in enumerate(triplets):
-        best_first = sorted((float(value) for value in values), reverse=True)[low[site] : high[site]]
-        candidates += [(-Fraction(score) / sites.costs[site], sites.place[site], site) for score in best_first]
-    for _, _, site in sorted(candidates):
+        best_first = np.sort(values)[::-1][low[site] : high[site]]
+        _check_scores(best_first)
+        owners += [site] * len(best_first)
+        scores += [float(score) for score in best_first]
+    worth = _per_cost(scores, [sites.costs[site] for site in owners])
+    for _, _, site in sorted(zip((-one for one in worth), (sites.place[site] for site in owners), owners, strict=True)):
         if sites.costs[site] <= left:
             ranks[site] += 1
             left -= sites.costs[site]
