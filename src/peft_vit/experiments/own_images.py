@@ -11,9 +11,11 @@ from peft_vit.data import open_index
 from peft_vit.errors import UserError
 from peft_vit.training import steps_per_epoch
 
-_LEARNING_RATE = {"linear": 3e-3, "full": 5e-5}  # others 1e-3; where the quickstart's baselines learn
+# Others 1e-3; where the quickstart's baselines learn. PEFT's AdaLoRA needs about ten times LoRA's rate.
+_LEARNING_RATE = {"linear": 3e-3, "full": 5e-5, "peft_adalora": 1e-2}
 _SECTION: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8},
+    "peft_lora": {"rank": 8},
     "qa_lora": {
         "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
         "gradient_scaling_factor": 1.0, "use_group_quantization": True, "rank": 8,
@@ -23,7 +25,7 @@ _SECTION: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class OwnImages:
-    """What `peft-vit train` was asked for; `weights` is a source of weights or the path of a file."""
+    """What `peft-vit train` or `import` was asked for; `weights` is a source of weights or the path of a file."""
 
     folder: Path
     method: str
@@ -35,6 +37,7 @@ class OwnImages:
     learning_rate: float | None
     seed: int
     threads: int
+    start: Path | None = None  # of method lora: a PEFT adapter to go on from
 
 
 def study_of(asked: OwnImages) -> StudyConfig:
@@ -56,10 +59,13 @@ def study_of(asked: OwnImages) -> StudyConfig:
     train_images = images - 2 * fifth if asked.shots is None else asked.shots * classes
     batch_size = TrainingConfig.model_fields["batch_size"].default
     steps = asked.epochs * steps_per_epoch(max(train_images, 1), batch_size)
-    section = _SECTION.get(asked.method) or (_adalora(steps) if asked.method == "adalora" else None)
     experiment: dict[str, Any] = {"name": asked.method, "method": asked.method}
-    if section is not None:
-        experiment[asked.method] = section
+    if asked.start is not None:
+        experiment |= {"name": "imported", "lora": {"start": str(asked.start)}}
+    elif asked.method in _SECTION:
+        experiment[asked.method] = _SECTION[asked.method]
+    elif asked.method in ("adalora", "peft_adalora"):
+        experiment[asked.method] = _adaptive(asked.method, steps)
     return _study(asked, data, experiment)
 
 
@@ -75,11 +81,13 @@ def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -
     return study_from_mapping(mapping, file=asked.folder)
 
 
-def _adalora(steps: int) -> dict[str, Any]:
-    """Return mean rank 4 on the 72 sites of a 12-block model, decided in the middle half of the run."""
+def _adaptive(method: str, steps: int) -> dict[str, Any]:
+    """Return mean rank 4 on the 72 sites of a 12-block model, or PEFT's 12 -> 8, decided in the middle half."""
     if steps < 8:
         raise UserError(f"{steps} steps are too few to move ranks; raise it", field="--epochs")
+    moves = {"update_frequency": max(1, steps // 8), "warmup_steps": max(1, steps // 4)}
+    if method == "peft_adalora":
+        return moves
     return {
-        "total_rank_budget": 288, "allocation_strategy": "global", "importance_metric": "sensitivity",
-        "update_frequency": max(1, steps // 8), "warmup_steps": max(1, steps // 4),
+        "total_rank_budget": 288, "allocation_strategy": "global", "importance_metric": "sensitivity", **moves
     }  # fmt: skip
