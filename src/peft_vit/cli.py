@@ -65,6 +65,7 @@ class ExportFormat(StrEnum):
     """Formats of `export`."""
 
     PEFT = "peft"
+    HISTORY = "history"
 
 
 @app.command()
@@ -113,15 +114,31 @@ def report(
 
 @app.command()
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="holds record.json and adapter.safetensors", show_default=False)],
-    output: Annotated[Path, typer.Option(help="a new or empty folder", show_default=False)],
-    format: Annotated[ExportFormat, typer.Option(help="peft: LoRA files for the PEFT library")] = ExportFormat.PEFT,
-) -> None:
-    """Write what a run of lora, adalora, linear or PEFT's methods has trained so that another library loads it."""
+    directory: Annotated[
+        Path, typer.Argument(help="a run's folder; history: or a whole results directory", show_default=False)
+    ],
+    to: Annotated[
+        Path,
+        typer.Option(
+            "--to", "--output", help="peft: a new or empty folder; history: a .parquet, .json or .csv file",
+            show_default=False,
+        ),
+    ],
+    format: Annotated[
+        ExportFormat,
+        typer.Option(help="peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site"),
+    ] = ExportFormat.PEFT,
+) -> None:  # fmt: skip
+    """Write what a run has trained so that the PEFT library loads it, or the history of scores and ranks."""
+    if format is ExportFormat.HISTORY:
+        from peft_vit.analysis.history import export_history
+
+        print(f"{export_history(directory, to)} rows: {to}")
+        return
     from peft_vit.experiments.export import export_run_to_peft
 
-    export_run_to_peft(run_dir, output)
-    print(f"{format.value}: {output}\nThe base that it belongs to: {output / 'peft_vit.json'}")
+    export_run_to_peft(directory, to)
+    print(f"{format.value}: {to}\nThe base that it belongs to: {to / 'peft_vit.json'}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,6 +232,36 @@ class RunRecord(_Value):
     adapter_sha256: str | None = None
 
 
+def history_rows(
+    sites: Sequence[SiteInfo], ranks: Sequence[RankEntry], importance: Sequence[ImportanceEntry]
+) -> list[dict[str, Any]]:
+    """Return ranks and scores as a tidy table: one row a step and site, plain values, in the sites' order.
+
+    Steps are those at which ranks or scores were recorded. `rank` and `budget` hold from that step on; a site that an
+    entry leaves out has rank 0. `score` is None where there is none: at step 0, and with fixed ranks.
+    """
+    entries = {entry.step: entry for entry in ranks}
+    scores = {entry.step: entry.scores for entry in importance}
+    named = {name for entry in ranks for name in entry.ranks}
+    rows: list[dict[str, Any]] = []
+    present: RankEntry | None = None
+    for step in sorted({*entries, *scores}):
+        present = entries.get(step, present)
+        rows += [
+            {
+                "step": step, "site": site.name, "block": site.block, "matrix": site.matrix,
+                "in_features": site.in_features, "out_features": site.out_features,
+                "score": scores.get(step, {}).get(site.name),
+                "rank": None if present is None else present.ranks.get(site.name, 0),
+                "budget": None if present is None else present.budget,
+                "budget_unit": None if present is None or present.budget is None else present.unit,
+            }
+            for site in sites
+            if site.name in named
+        ]  # fmt: skip
+    return rows
+
+
 def write_atomically(file: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -284,8 +314,11 @@ def read_record(file: Path) -> RunRecord:
         raise UserError(problem, file=file) from None
 
 
+_RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names in older records were others
+
+
 def _tuples(data: Any) -> Any:
-    """Turn lists below `spec` into tuples: the configuration's models are strict."""
+    """Turn lists below `spec` into tuples, since the configuration's models are strict, and old names into new ones."""
     if isinstance(data, dict) and isinstance(data.get("spec"), dict):
         return {**data, "spec": _deep_tuples(data["spec"])}
     return data
@@ -293,7 +326,7 @@ def _tuples(data: Any) -> Any:
 
 def _deep_tuples(data: Any) -> Any:
     if isinstance(data, dict):
-        return {key: _deep_tuples(value) for key, value in data.items()}
+        return {_RENAMED.get(key, key): _deep_tuples(value) for key, value in data.items()}
     if isinstance(data, list):
         return tuple(_deep_tuples(value) for value in data)
     return data

@@ -1,0 +1,99 @@
+"""Scores and ranks of every site at every update, of all runs in one tidy table, as a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft_vit.analysis.studies import load_studies
+from peft_vit.errors import UserError
+from peft_vit.records import history_rows, write_atomically
+
+COLUMNS = (
+    "study", "smoke", "experiment", "seed", "step", "site", "block", "matrix", "in_features", "out_features",
+    "score", "rank", "budget", "budget_unit",
+)  # fmt: skip
+
+
+def history_table(results_dir: Path) -> list[dict[str, Any]]:
+    """Return one row a run, step and site, with COLUMNS as keys; see `records.history_rows`.
+
+    Args:
+        results_dir: a results directory, or one run's folder.
+
+    Raises:
+        UserError: if there is no record, if one can't be read, if a run stands twice, or if no run has adapters.
+    """
+    rows = [
+        {
+            "study": study.name, "smoke": study.smoke, "experiment": run.experiment.name, "seed": run.seed, **row,
+        }
+        for study in load_studies(results_dir)
+        for run in study.runs
+        for row in history_rows(run.record.sites, run.record.rank_history, run.record.importance_history)
+    ]  # fmt: skip
+    if not rows:
+        raise UserError("no finished run with adapters, so there is no history to write", file=results_dir)
+    return rows
+
+
+def export_history(results_dir: Path, file: Path) -> int:
+    """Write the table as the file's ending says, and return its number of rows.
+
+    Parquet has one column a COLUMN, empty values as null; CSV leaves them empty; JSON is a list of objects.
+
+    Raises:
+        UserError: as in `history_table`; for another ending, if Parquet can't be written for want of pyarrow, or if
+            the file can't be written.
+    """
+    write = _WRITERS.get(file.suffix.lower())
+    if write is None:
+        raise UserError(f"expected a name that ends in {', '.join(_WRITERS)}", file=file)
+    if write is _as_parquet:
+        _check_pyarrow(file)
+    rows = history_table(results_dir)
+    try:
+        write_atomically(file, write(rows))
+    except OSError as error:
+        raise UserError(f"can't be written ({error.strerror}); choose another file", file=file) from None
+    return len(rows)
+
+
+def _check_pyarrow(file: Path) -> None:
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        problem = "Parquet needs the package pyarrow; pip install 'peft-vit[parquet]', or write .csv or .json"
+        raise UserError(problem, file=file) from None
+
+
+def _as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pandas
+
+    types = {"rank": "Int64", "budget": "Int64", "score": "float64"}  # where a column may be empty
+    table = pandas.DataFrame(rows, columns=list(COLUMNS)).astype(types)
+    content: bytes = table.to_parquet(engine="pyarrow", index=False)
+    return content
+
+
+def _as_json(rows: list[dict[str, Any]]) -> bytes:
+    return (json.dumps(rows, indent=0) + "\n").encode()
+
+
+def _as_csv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+_WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
+    ".parquet": _as_parquet,
+    ".json": _as_json,
+    ".csv": _as_csv,
+}

@@ -1,0 +1,134 @@
+"""The table of scores and ranks: one row a run, step and site, the same from every format, enough for the maps."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import planted
+import pytest
+
+from peft_vit.analysis.allocation import allocations
+from peft_vit.analysis.history import COLUMNS, export_history, history_table
+from peft_vit.analysis.importance import importance_patterns
+from peft_vit.analysis.studies import load_studies
+from peft_vit.errors import UserError
+from peft_vit.records import ImportanceEntry, RankEntry, SiteInfo, history_rows, run_folder
+
+pytestmark = pytest.mark.part("importance analysis")
+KEPT = ("linear_probe", "lora_r8", "adalora_proportional_magnitude", "adalora_top_k_fisher")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    records = [one for one in planted.quickstart((0, 3)) if one.spec.experiment.name in KEPT]
+    smoke = planted.record(planted.experiments()[KEPT[2]], 0, 0.5, smoke=True, study="trial")
+    failed = planted.failed(planted.experiments()["lora_r1"], 0, "stopped")
+    return planted.write(tmp_path_factory.mktemp("results"), [*records, smoke, failed])
+
+
+def test_rows_by_hand() -> None:
+    sites = [
+        SiteInfo(name=f"blocks.2.mlp.{matrix}", block=2, matrix=matrix, in_features=8, out_features=16)
+        for matrix in ("fc1", "fc2")
+    ]
+    ranks = [
+        RankEntry(step=0, budget=96, ranks={"blocks.2.mlp.fc1": 4}, unit="parameters"),
+        RankEntry(step=6, budget=48, ranks={"blocks.2.mlp.fc2": 2}, unit="parameters"),
+    ]
+    importance = [ImportanceEntry(step=step, scores={"blocks.2.mlp.fc1": 0.5 * step}) for step in (3, 6)]
+    rows = history_rows(sites, ranks, importance)
+    fixed = {"block": 2, "in_features": 8, "out_features": 16, "budget_unit": "parameters"}
+    assert [{key: row[key] for key in fixed} for row in rows] == [fixed] * 6
+    keys = ("step", "matrix", "score", "rank", "budget")
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        (0, "fc1", None, 4, 96), (0, "fc2", None, 0, 96),
+        (3, "fc1", 1.5, 4, 96), (3, "fc2", None, 0, 96),  # scores without a change of rank: the last ranks hold
+        (6, "fc1", 3.0, 0, 48), (6, "fc2", None, 2, 48),
+    ]  # fmt: skip
+
+
+def test_every_run_step_and_site_has_one_row(results: Path) -> None:
+    table = pd.DataFrame(history_table(results))
+    assert tuple(table.columns) == COLUMNS
+    assert not table.duplicated(["study", "smoke", "experiment", "seed", "step", "site"]).any()
+    runs = table.groupby(["study", "smoke", "experiment", "seed"]).size()
+    adaptive, fixed = 72 * (1 + len(planted.UPDATES)), 72
+    assert dict(runs) == {
+        ("trial", True, "adalora_proportional_magnitude", 0): adaptive,
+        **{("quickstart", False, "lora_r8", seed): fixed for seed in (0, 3)},
+        **{("quickstart", False, name, seed): adaptive for name in KEPT[2:] for seed in (0, 3)},
+    }
+    lora = table[table.experiment == "lora_r8"]
+    assert set(lora["rank"]) == {8}
+    assert lora[["score", "budget", "budget_unit"]].isna().all(axis=None)
+    adalora = table[table.experiment.isin(KEPT[2:])]
+    assert adalora.score.isna().equals(adalora.step == 0)
+    assert (adalora.groupby(["study", "experiment", "seed", "step"])["rank"].sum() <= 432).all()
+
+
+def test_one_run_is_a_part_of_the_whole(results: Path) -> None:
+    whole = [row for row in history_table(results) if row["experiment"] == KEPT[3] and row["seed"] == 3]
+    assert history_table(results / "quickstart" / KEPT[3] / "seed_3") == whole
+
+
+@pytest.mark.parametrize("ending", ["json", "csv", "parquet", "JSON"])
+def test_each_format_reads_back_to_the_same_rows(results: Path, tmp_path: Path, ending: str) -> None:
+    rows = history_table(results)
+    file = tmp_path / "deep" / f"history.{ending}"
+    assert export_history(results, file) == len(rows)
+    if ending == "csv":
+        with file.open(newline="") as handle:
+            read = list(csv.DictReader(handle))
+        rows = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    elif ending == "parquet":
+        table = pd.read_parquet(file)
+        assert str(table["rank"].dtype) == str(table["budget"].dtype) == "Int64"
+        assert str(table["score"].dtype) == "float64"
+        read = [
+            {key: None if pd.isna(value) else value for key, value in row.items()} for row in table.to_dict("records")
+        ]
+    else:
+        read = json.loads(file.read_text())
+    assert read == rows
+
+
+def test_the_maps_of_ranks_and_scores_are_in_the_table(results: Path) -> None:
+    table = pd.DataFrame(history_table(results)).query("not smoke")
+    (study,) = (one for one in load_studies(results) if not one.smoke)
+    found = allocations(study)
+    assert [one.experiment.name for one in found] == list(KEPT[2:])
+    for allocation in found:
+        own = table[table.experiment == allocation.experiment.name]
+        for entry in allocation.maps:
+            drawn = own[own.step == entry.step].pivot_table("rank", "block", "matrix", "mean")
+            np.testing.assert_array_equal(drawn[list(allocation.grid.matrices)].to_numpy(), entry.ranks)
+    for pattern in importance_patterns(study):
+        own = table[(table.experiment == pattern.experiment.name) & (table.step == max(pattern.steps))]
+        drawn = own.pivot_table("score", "block", "matrix", "mean")[list(pattern.grid.matrices)]
+        np.testing.assert_allclose(drawn.to_numpy(), pattern.raw_final, rtol=1e-12)
+
+
+def test_parquet_without_pyarrow_names_the_extra(results: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"history\.parquet: Parquet needs .* pip install 'peft-vit\[parquet\]'"):
+        export_history(results, tmp_path / "history.parquet")
+    assert export_history(results, tmp_path / "history.csv") > 0
+    assert export_history(results, tmp_path / "history.json") > 0
+    assert not (tmp_path / "history.parquet").exists()
+
+
+def test_what_can_not_be_written_is_one_line(results: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"history\.xlsx: expected a name that ends in \.parquet, \.json, \.csv"):
+        export_history(results, tmp_path / "history.xlsx")
+    (tmp_path / "taken.csv").mkdir()
+    with pytest.raises(UserError, match=r"taken\.csv: can't be written"):
+        export_history(results, tmp_path / "taken.csv")
+    linear = next(one for one in planted.quickstart((0,)) if one.spec.experiment.name == "linear_probe")
+    planted.write(tmp_path / "linear", [linear])
+    with pytest.raises(UserError, match="no finished run with adapters"):
+        export_history(run_folder(tmp_path / "linear", linear.spec), tmp_path / "history.csv")
+    with pytest.raises(UserError, match=r"does not exist; run a study first"):
+        export_history(tmp_path / "missing", tmp_path / "history.csv")
