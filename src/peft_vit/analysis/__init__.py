@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from peft_vit.analysis.allocation import Allocation, allocations
 from peft_vit.analysis.comparison import Comparison, MethodResult, compare_all, method_results, references
+from peft_vit.analysis.fisher import FisherAgreement, fisher_agreements
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
 from peft_vit.analysis.insights import Insight, insights
 from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
@@ -15,6 +16,7 @@ __all__ = [
     "Allocation",
     "Analysis",
     "Comparison",
+    "FisherAgreement",
     "ImportancePattern",
     "Insight",
     "MethodResult",
@@ -37,6 +39,7 @@ class Analysis:
     methods: tuple[MethodResult, ...]
     comparisons: tuple[Comparison, ...]
     importance: tuple[ImportancePattern, ...]
+    fisher: tuple[FisherAgreement, ...]
     allocation: tuple[Allocation, ...]
     quantization: tuple[QuantizationImpact, ...]
     insights: tuple[Insight, ...]
@@ -53,6 +56,7 @@ def analyze(study: Study) -> Analysis:
         methods=methods,
         comparisons=tuple(c for reference in references(study) for c in compare_all(study, reference)),
         importance=patterns,
+        fisher=fisher_agreements(study),
         allocation=allocated,
         quantization=quantized,
         insights=insights(study, methods, patterns, allocated, quantized),

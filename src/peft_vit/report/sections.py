@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from statistics import fmean
 
-from peft_vit.analysis import Analysis
+from peft_vit.analysis import Analysis, FisherAgreement
 from peft_vit.report import layer_tables, summary, tables
 from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
-from peft_vit.report.numbers import plain
+from peft_vit.report.numbers import counted, fixed, joined, plain
 
 
 def study_documents(analyses: Sequence[Analysis]) -> tuple[StudyDocument, ...]:
@@ -51,14 +52,33 @@ def _document(analysis: Analysis, slug: str) -> StudyDocument:
 
 def _importance(analysis: Analysis) -> tuple[Block, ...]:
     figures = importance_figures(analysis)
+    fisher = tuple(Paragraph(_fisher_line(agreement)) for agreement in analysis.fisher)
     if not analysis.importance:
-        return figures
+        return (*figures, *fisher)
     patterns = analysis.importance
     return (
         *figures,
+        *fisher,
         layer_tables.importance_table(patterns),
         layer_tables.importance_by_block_table(patterns),
         layer_tables.importance_over_time_table(patterns),
+    )
+
+
+def _fisher_line(agreement: FisherAgreement) -> str:
+    """Return how far the score `fisher` is from what it stands in for."""
+    rhos = agreement.rhos
+    images = joined(str(count) for count in sorted({check.images for check in agreement.checks}))
+    sites = sorted({len(check.minibatch) for check in agreement.checks})
+    found = "undefined, one of both is constant"
+    if rhos:
+        found = fixed(fmean(rhos)) + (f" (from {fixed(min(rhos))} to {fixed(max(rhos))})" if len(rhos) > 1 else "")
+    return (
+        f"{plain(agreement.experiment.name)}: the score fisher (minibatch empirical Fisher) against the per-sample "
+        f"empirical Fisher of the same {images} training images after training, Spearman's rho over the "
+        f"{'–'.join(str(count) for count in dict.fromkeys((sites[0], sites[-1])))} sites with rank: {found}, "
+        f"{counted(len(rhos), 'seed')}. At 1 both order the sites alike; at 0 the score does not tell the other's "
+        "order. It describes these runs; it is no test."
     )
 
 
