@@ -1,81 +1,296 @@
-"""Sensitivity scores, the cubic budget and the global ranking against PEFT's RankAllocator."""
+"""AdaLoRA as published against PEFT's RankAllocator: the same scores and masks at every step, and PEFT's traps."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from peft_vit.adapters import SiteAdapter
-from peft_vit.allocation import Bounds, BudgetSchedule, ImportanceTracker, allocate
+from peft_vit import AdaLoraConfig, AdaLoRAController
+from peft_vit.adapters import SiteAdapter, current_ranks, site_adapters
+from peft_vit.allocation import BudgetSchedule
+from peft_vit.errors import SilentNoEffectWarning
+from peft_vit.training import AllocationHook, optimization_step
 
+peft = pytest.importorskip("peft")
 layer = pytest.importorskip("peft.tuners.adalora.layer")
-RANK, SITES, FINAL_BUDGET, STEPS = 4, 3, 6, 12
+pytestmark = pytest.mark.part("controller")
+
+TARGETS = ("query", "key", "value", "out")
+START, END = 20, 4  # ranks a site; 4 sites of 64 x 64
+INIT, FINAL, EVERY, TOTAL = (
+    2,
+    3,
+    2,
+    13,
+)  # masks at 4, 6, 8; for good at 10; with these the cubic is whole: 43, 24, 17, 16
 
 
-def holder_of(adapters: dict[str, SiteAdapter]) -> nn.Module:
-    """Return a module with PEFT's names and shapes for our factors."""
-    holder = nn.Module()
-    for name, adapter in adapters.items():
-        site = nn.Module()
-        for key, value in (
-            ("lora_A", adapter.lora_A),
-            ("lora_E", adapter.lora_lambda[:, None]),
-            ("lora_B", adapter.lora_B),
-        ):
-            site.add_module(key, nn.ParameterDict({"default": nn.Parameter(value.detach().clone())}))
-        holder.add_module(name, site)
-    return holder
+def published(**settings) -> AdaLoraConfig:
+    """Return AdaLoRA's own settings."""
+    given = {
+        "total_rank_budget": END * len(TARGETS), "initial_budget": START * len(TARGETS), "targets": TARGETS,
+        "parametrization": "svd", "allocation_strategy": "global", "importance_metric": "sensitivity",
+        "prune": "reversible", "budget_schedule": "cubic", "orthogonality_weight": 0.1,
+        "uncertainty_beta": 0.8, "warmup_steps": INIT, "final_steps": FINAL, "update_frequency": EVERY,
+    }  # fmt: skip
+    return AdaLoraConfig(**{**given, **settings})
 
 
-def test_scores_and_ranking() -> None:
-    generator = torch.Generator().manual_seed(0)
-    adapters = {
-        f"site{i}": SiteAdapter(5 + i, 6, RANK, scale=1.0, generator=generator, parametrization="svd")
-        for i in range(SITES)
-    }
-    settings = SimpleNamespace(
-        beta1=0.85, beta2=0.8, tinit=2, tfinal=3, total_step=STEPS, deltaT=2, target_r=FINAL_BUDGET // SITES
-    )
-    holder = holder_of(adapters)
-    theirs = layer.RankAllocator(holder, settings, "default")
-    ours = ImportanceTracker("sensitivity", sensitivity_beta=0.85, uncertainty_beta=0.8, generator=generator)
-    for _step in range(1, STEPS - settings.tfinal):
-        for name, adapter in adapters.items():
-            site = getattr(holder, name)
-            for key, parameter in adapter.named_parameters():
-                value, gradient = (torch.randn(parameter.shape, generator=generator) for _ in range(2))
-                peer = getattr(site, key.replace("lambda", "E")).default
-                with torch.no_grad():
-                    parameter.copy_(value)
-                    peer.copy_(value.view(peer.shape))
-                parameter.grad, peer.grad = gradient, gradient.view(peer.shape).clone()
-        scores = ours.update(adapters)
-        theirs.update_ipt(holder)
-        for name in adapters:
-            parts = {key: theirs._element_score(f"{name}.lora_{key}.default") for key in "AEB"}
-            expected = parts["E"].flatten() + parts["A"].mean(1) + parts["B"].mean(0)
-            torch.testing.assert_close(scores[name], expected, rtol=1e-5, atol=0)
-    mask = theirs.mask_to_budget(holder, FINAL_BUDGET)
-    triplets = [scores[name].double().numpy() for name in adapters]
-    bounds = Bounds(np.zeros(SITES, np.int64), np.full(SITES, RANK, np.int64))
-    ranks = allocate("global", np.array([t.mean() for t in triplets]), FINAL_BUDGET, bounds, triplet_scores=triplets)
-    assert ranks.tolist() == [sum(mask[f"{name}.lora_E.default"]) for name in adapters]
-    assert len(set(ranks.tolist())) > 1
+class Peer:
+    """PEFT's allocator on a module with its names and our factors."""
+
+    KEYS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_lambda": "lora_E"}  # noqa: RUF012
+
+    def __init__(self, adapters, **settings) -> None:
+        self.holder = nn.Module()
+        for index, adapter in enumerate(adapters.values()):
+            site = nn.Module()
+            for ours, theirs in self.KEYS.items():
+                value = getattr(adapter, ours).detach().clone()
+                value = value[:, None] if ours == "lora_lambda" else value
+                site.add_module(theirs, nn.ParameterDict({"default": nn.Parameter(value)}))
+            self.holder.add_module(f"site{index}", site)
+        given = {
+            "beta1": 0.85, "beta2": 0.8, "tinit": INIT, "tfinal": FINAL, "total_step": TOTAL, "deltaT": EVERY,
+            "target_r": END,
+        }  # fmt: skip
+        self.settings = SimpleNamespace(**{**given, **settings})
+        self.allocator = layer.RankAllocator(self.holder, self.settings, "default")
+
+    def parameter(self, index: int, ours: str) -> nn.Parameter:
+        return self.holder.get_parameter(f"site{index}.{self.KEYS[ours]}.default")
+
+    def copy(self, adapters) -> None:
+        """Take over our weights and gradients."""
+        for index, adapter in enumerate(adapters.values()):
+            for ours in self.KEYS:
+                parameter, source = self.parameter(index, ours), getattr(adapter, ours)
+                parameter.data.copy_(source.detach().view(parameter.shape))
+                parameter.grad = source.grad.view(parameter.shape).clone()
+
+    def scores(self, index: int) -> Tensor:
+        part = {key: self.allocator._element_score(f"site{index}.lora_{key}.default") for key in "AEB"}
+        return part["E"].flatten() + part["A"].mean(1) + part["B"].mean(0)
+
+    def step(self, step: int) -> dict[str, list[bool]] | None:
+        """Do what AdaLoraModel.update_and_allocate does; return the mask if one was made."""
+        if step < self.settings.total_step - self.settings.tfinal:
+            return self.allocator.update_and_allocate(self.holder, step)[1]
+        if step == self.settings.total_step - self.settings.tfinal:
+            mask = self.allocator.update_and_allocate(self.holder, step, force_mask=True)[1]
+            self.allocator.reset_ipt()
+            return mask
+        return None
+
+    def alive(self) -> list[list[bool]]:
+        return [(self.parameter(i, "lora_lambda") != 0).flatten().tolist() for i in range(len(TARGETS))]
+
+
+def random_gradients(adapters, generator) -> None:
+    """Put gradients on the adapters; those of some sites are larger, so that ranks differ."""
+    for index, adapter in enumerate(adapters.values()):
+        for parameter in adapter.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator) * (1 + index / 4)
+
+
+def test_scores_and_masks_over_a_whole_schedule(tiny_vit) -> None:
+    """Weights move by the same gradients on both sides, so masked triplets live on and some come back on both."""
+    model = tiny_vit(depth=1)
+    controller = AdaLoRAController(model, published(), TOTAL)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    adapters = site_adapters(model)
+    peer, generator = Peer(adapters), torch.Generator().manual_seed(0)
+    masks = []
+    for step in range(1, TOTAL - FINAL + 1):
+        random_gradients(adapters, generator)
+        peer.copy(adapters)
+        scores = controller.update_importance_scores(model, step)
+        if step == TOTAL - FINAL:  # trap: PEFT scores no more at the step that decides; see below
+            peer.allocator.update_ipt(peer.holder)
+        triplets = dict(controller._triplet_scores)
+        before = {name: (adapter.lora_A.detach().clone(), adapter.lora_lambda) for name, adapter in adapters.items()}
+        ranks = controller.reallocate_ranks(scores, step)
+        # Both sides mask before the step here: PEFT's loop pairs old gradients with new weights, ours does not.
+        controller.apply_ranks(model, optimizer, ranks)
+        if step < TOTAL - FINAL:
+            mask = peer.step(step)
+            for index, name in enumerate(adapters):
+                torch.testing.assert_close(triplets[name], peer.scores(index), rtol=1e-5, atol=0)
+            assert (mask is not None) == (step in (4, 6, 8))
+            if mask is not None:
+                assert peer.alive() == [controller._active[name].tolist() for name in adapters]
+                masks.append(peer.alive())
+                assert sum(map(sum, peer.alive())) == sum(ranks.values()) == controller.schedule.budget_at(step)
+            for index, adapter in enumerate(adapters.values()):
+                assert torch.equal(adapter.lora_lambda.detach(), peer.parameter(index, "lora_lambda").detach()[:, 0])
+            optimizer.step()  # some lambdas that are zero move again, on the other side through `copy`
+    expected = [peer.scores(index) for index in range(len(adapters))]
+    peer.step(TOTAL - FINAL)
+    masks.append(peer.alive())
+    for index, (name, adapter) in enumerate(adapters.items()):
+        torch.testing.assert_close(triplets[name], expected[index], rtol=1e-5, atol=0)
+        kept = torch.tensor(masks[-1][index])
+        assert adapter.rank == kept.sum() == controller.ranks[name]
+        assert torch.equal(adapter.lora_A.detach(), before[name][0][kept])  # really smaller, and the same triplets
+        assert torch.equal(adapter.lora_lambda.detach(), before[name][1].detach()[kept])
+    flat = [np.concatenate(mask) for mask in masks]
+    assert any((after & ~earlier).any() for earlier, after in pairwise(flat))  # some came back
+    assert len(set(current_ranks(model).values())) > 1
+
+
+def adaptive(tiny_vit, batch, total=8, **settings):
+    """Return model, controller and optimizer before the first step, with the task's gradients."""
+    model = tiny_vit(depth=1)
+    given = {"total_rank_budget": 8, "initial_budget": 16, "warmup_steps": 1, "final_steps": 2, "update_frequency": 1}
+    controller = AdaLoRAController(model, published(**{**given, **settings}), total)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    return model, controller, optimizer
+
+
+@pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
+def test_trap_allocation_before_the_first_step_masks_everything_in_peft(tiny_vit, batch) -> None:
+    """At lambda = 0 every |w dL/dw| is 0, and PEFT masks what is at or below the threshold, 0. We keep the budget."""
+    model, controller, optimizer = adaptive(tiny_vit, batch)
+    adapters = site_adapters(model)
+    peer = Peer(adapters, tinit=0, tfinal=2, total_step=8, deltaT=1, target_r=2)
+    peer.copy(adapters)
+    mask = peer.step(1)
+    assert sum(map(sum, mask.values())) == 0 < peer.allocator.budget_schedule(1)[0]
+    controller.update_importance_scores(model, 1)
+    scores = controller.update_importance_scores(model, 2)  # still no step was made
+    assert set(scores.values()) == {0.0}
+    controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, 2))
+    assert sum(controller.ranks.values()) == controller.schedule.budget_at(2) > 0
+    assert sum(int(active.sum()) for active in controller._active.values()) == sum(controller.ranks.values())
+
+
+@pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
+def test_trap_ties_keep_fewer_than_the_budget_in_peft(tiny_vit, batch, monkeypatch) -> None:
+    """PEFT drops every triplet that ties with the threshold. We keep the budget, and of equals the first."""
+    model, controller, optimizer = adaptive(tiny_vit, batch)
+    tied = [torch.tensor([3.0, 1.0, 1.0, 1.0]) for _ in TARGETS]
+    peer = Peer(site_adapters(model))
+    peer.allocator._combine_ipt = lambda value, vector: tied[0]
+    peer.copy(site_adapters(model))
+    peer.allocator.update_ipt(peer.holder)
+    mask = peer.allocator.mask_to_budget(peer.holder, 8)
+    assert sum(map(sum, mask.values())) == 4
+    monkeypatch.setattr(
+        controller.tracker, "update", lambda adapters, scale: dict(zip(adapters, tied, strict=True))
+    )  # fmt: skip
+    scores = controller.update_importance_scores(model, 6)
+    controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, 6))
+    assert sum(controller.ranks.values()) == sum(current_ranks(model).values()) == 8
+
+
+def test_trap_equal_start_and_target_stop_peft(tiny_vit, batch) -> None:
+    """PEFT asks for the 0th smallest score, which does not exist. We keep everything, and say that nothing happens."""
+    with pytest.warns(SilentNoEffectWarning, match="prune: reversible has no effect"):
+        model, controller, optimizer = adaptive(tiny_vit, batch, initial_budget=8)
+    peer = Peer(site_adapters(model), target_r=2)
+    peer.copy(site_adapters(model))
+    peer.allocator.update_ipt(peer.holder)
+    with pytest.raises((RuntimeError, IndexError), match="selected number k out of range"):
+        peer.allocator.mask_to_budget(peer.holder, peer.allocator.target_bgt)
+    first = controller.ranks
+    scores = controller.update_importance_scores(model, 6)
+    controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, 6))
+    assert controller.ranks == current_ranks(model) == first
+
+
+def peft_model(model, **settings):
+    """Return the model with PEFT's AdaLoRA on the same four matrices (query, key and value are fused)."""
+    given = {
+        "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 8,
+        "target_modules": ["qkv", "attn.proj"],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.AdaLoraConfig(**{**given, **settings}))
+
+
+def peft_step(model, optimizer, batch, step) -> None:
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+    model.base_model.update_and_allocate(step)
+    optimizer.zero_grad()
+
+
+def alive_in_peft(model) -> int:
+    return sum(int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name)
+
+
+def test_trap_finalisation_needs_an_exact_step_in_peft(tiny_vit, batch) -> None:
+    """Without a call at total - tfinal, PEFT's last mask is that of a higher budget, for good. Ours is taken late."""
+    theirs = peft_model(tiny_vit(depth=1), init_r=12)
+    peer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], 1e-2)
+    ours, controller, optimizer = adaptive(tiny_vit, batch)
+    optimizer.zero_grad()
+    for step in (1, 2, 7, 8):  # 6 = 8 - 2 is left out
+        peft_step(theirs, peer, batch, step)
+        F.cross_entropy(ours(batch[0]), batch[1]).backward()
+        scores = controller.update_importance_scores(ours, step)
+        optimizer.step()
+        controller.apply_ranks(ours, optimizer, controller.reallocate_ranks(scores, step))
+        optimizer.zero_grad()
+    assert alive_in_peft(theirs) > 2 * 2  # target_r of two modules
+    assert sum(current_ranks(ours).values()) == 8
+
+
+def test_trap_finalisation_uses_the_scores_of_the_step_before_in_peft(tiny_vit) -> None:
+    """PEFT stops scoring one step before it decides for good; ours includes the deciding step's gradients."""
+    model = tiny_vit(depth=1)
+    controller = AdaLoRAController(model, published(), TOTAL)
+    adapters, generator = site_adapters(model), torch.Generator().manual_seed(0)
+    peer = Peer(adapters)
+    for step in (TOTAL - FINAL - 1, TOTAL - FINAL):
+        random_gradients(adapters, generator)
+        with torch.no_grad():
+            for adapter in adapters.values():
+                adapter.lora_lambda.normal_(generator=generator)
+        peer.copy(adapters)
+        before = dict(controller._triplet_scores)
+        controller.update_importance_scores(model, step)
+        if step < TOTAL - FINAL:
+            peer.step(step)
+        else:
+            kept = {name: peer.scores(index) for index, name in enumerate(adapters)}
+            peer.allocator.update_and_allocate(peer.holder, step, force_mask=True)
+            for index, name in enumerate(adapters):
+                assert torch.equal(peer.scores(index), kept[name])
+                torch.testing.assert_close(kept[name], before[name], rtol=1e-5, atol=0)
+                assert not torch.allclose(controller._triplet_scores[name], before[name], rtol=1e-2, atol=0)
+
+
+def test_trap_the_penalty_never_reaches_a_plain_vision_model_in_peft(tiny_vit, batch) -> None:
+    """PEFT adds it to the `.loss` of an output, and a timm model returns a tensor. Our loop adds it by name."""
+    gradients = []
+    for weight in (0.0, 50.0):
+        model = peft_model(tiny_vit(depth=1), orth_reg_weight=weight)
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    moved = []
+    for weight in (0.0, 50.0):
+        model, controller, _ = adaptive(tiny_vit, batch, orthogonality_weight=weight)
+        model.zero_grad()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+        outcome = optimization_step(
+            model, optimizer, F.cross_entropy(model(batch[0]), batch[1]), 1, hooks=[AllocationHook(controller)]
+        )
+        assert outcome.penalties.keys() == ({"orthogonality"} if weight else set())
+        moved.append(next(iter(site_adapters(model).values())).lora_A.detach().clone())
+    assert not torch.allclose(*moved)
 
 
 def test_budget_course() -> None:
-    holder = holder_of(
-        {
-            f"site{i}": SiteAdapter(
-                6, 6, 10, scale=1.0, generator=torch.Generator().manual_seed(0), parametrization="svd"
-            )
-            for i in range(7)
-        }
-    )
-    settings = SimpleNamespace(beta1=0.85, beta2=0.85, tinit=20, tfinal=30, total_step=150, deltaT=1, target_r=4)
-    theirs = layer.RankAllocator(holder, settings, "default")
+    generator = torch.Generator().manual_seed(0)
+    sites = {f"site{i}": SiteAdapter(6, 6, 10, scale=1.0, generator=generator, parametrization="svd") for i in range(7)}
+    theirs = Peer(sites, tinit=20, tfinal=30, total_step=150, deltaT=1, target_r=4).allocator
     ours = BudgetSchedule(70, 28, warmup_steps=20, update_frequency=1, final_steps=30, total_steps=150)
     for step in range(1, 151):
         expected, _ = theirs.budget_schedule(step)
