@@ -14,6 +14,7 @@ from peft_vit.analysis.allocation import allocations
 from peft_vit.analysis.history import COLUMNS, export_history, history_table
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.studies import load_studies
+from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import ImportanceEntry, RankEntry, SiteInfo, history_rows, run_folder
 
@@ -132,3 +133,15 @@ def test_what_can_not_be_written_is_one_line(results: Path, tmp_path: Path) -> N
         export_history(run_folder(tmp_path / "linear", linear.spec), tmp_path / "history.csv")
     with pytest.raises(UserError, match=r"does not exist; run a study first"):
         export_history(tmp_path / "missing", tmp_path / "history.csv")
+
+
+def test_the_command(results: Path, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "history.csv"
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(results), "--format", "history", "--to", str(file)])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"{len(history_table(results))} rows: {file}\n"
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(results), "--format", "history", "--to", str(tmp_path / "history")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
