@@ -79,7 +79,8 @@ def site_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapter of each site by the site's name, block by block; PEFT's LoRA layers count as adapters."""
     found: dict[str, Adapter] = {**peft_site_adapters(model)}
     for name, module in adapted_modules(model):
-        stem = name.rpartition(".")[0]  # blocks.3.attn of blocks.3.attn.qkv
+        # blocks.3.attn of blocks.3.attn.qkv, whatever module the VisionTransformer lies in
+        stem = name[name.rfind("blocks.") :].rpartition(".")[0]
         for matrix, adapter in module.adapters():
             found[f"{stem}.{matrix}"] = adapter
     return found
