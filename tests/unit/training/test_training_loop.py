@@ -151,6 +151,42 @@ def test_counts_and_history_with_moving_ranks(tiny_vit, data, setting) -> None:
     assert result.optimizer_bytes >= 2 * 4 * trainable_parameters(model)
 
 
+def test_hooks_are_attached_once_before_the_first_step(tiny_vit, data, setting) -> None:
+    class Noted(DeployableFrom):
+        def attach(self, model, optimizer) -> None:
+            calls.append(("attach", len(optimizer.state), optimizer))
+
+        def before_step(self, model, step) -> None:
+            calls.append(("before", step, sum(p.grad is not None for p in model.parameters())))
+
+        def after_step(self, model, optimizer, step) -> None:
+            calls.append(("after", step, optimizer))
+
+    calls = []
+    model = lora(tiny_vit())
+    train(model, data(), config(epochs=1), setting, seed=0, hooks=[Noted(1)])
+    assert [call[:2] for call in calls] == [
+        ("attach", 0), ("before", 1), ("after", 1), ("before", 2), ("after", 2), ("before", 3), ("after", 3),
+    ]  # fmt: skip
+    assert calls[1][2] == sum(p.requires_grad for p in model.parameters())
+    assert calls[0][2] is calls[2][2]
+
+
+def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, setting) -> None:
+    model = tiny_vit()
+    settings = AdaLoraConfig(
+        total_rank_budget=8, budget_schedule="constant", allocation_strategy="proportional",
+        importance_metric="fisher", update_frequency=2, warmup_steps=1, final_steps=3,
+    )  # fmt: skip
+    hook = AllocationHook(AdaLoRAController(model, settings, 9))
+    result = train(model, data(), config(), setting, seed=0, hooks=[hook])
+    assert [entry["step"] for entry in hook.controller.probe_history] == [1, 3, 5, 6]  # the first through attach
+    counted = [sum(entry["ranks"].values()) for entry in hook.controller.rank_history]
+    assert counted == [8] * 5
+    assert result.peak_parameters <= 8 * (128 + 64) + 5 * 65  # the widest sites of 64 x 128, and the head
+    assert isinstance(hook.probing_s(result.steps), float)
+
+
 def test_progress_learning_rates_and_shares(tiny_vit, data, setting) -> None:
     seen = []
     result = train(

@@ -95,10 +95,11 @@ def test_penalties_reach_the_step_and_the_hooks_only_before_it(tiny_vit, batch) 
     assert penalized.loss == plain.loss
 
 
-def adaptive(model, weight: float | None, parametrization: str = "svd") -> AllocationHook:
+def adaptive(model, weight: float | None, parametrization: str = "svd", **settings) -> AllocationHook:
     config = AdaLoraConfig(
-        total_rank_budget=24, allocation_strategy="global", importance_metric="sensitivity", update_frequency=1,
-        warmup_steps=2, final_steps=0, parametrization=parametrization, orthogonality_weight=weight,
+        total_rank_budget=24, allocation_strategy="global", update_frequency=1, warmup_steps=2, final_steps=0,
+        parametrization=parametrization, orthogonality_weight=weight,
+        **{"importance_metric": "sensitivity", **settings},
     )  # fmt: skip
     return AllocationHook(AdaLoRAController(model, config, 4))
 
@@ -136,6 +137,44 @@ def test_orthogonality_equals_numpy_moves_the_factors_and_leaves_the_scores(
 def test_the_product_form_has_no_penalty(tiny_vit) -> None:
     model = tiny_vit()
     assert adaptive(model, None, "product").penalties(model) == {}
+
+
+@pytest.mark.parametrize("metric", ["gradient_norm", "fisher", "sensitivity"])
+def test_scores_contain_the_penaltys_gradient_where_asked_for(tiny_vit, batch, fill_adapters, metric) -> None:
+    scores, triplets = {}, {}
+    for kind in ("task", "task_and_penalty"):
+        model = tiny_vit()
+        hook = adaptive(model, 0.5, importance_gradient=kind, importance_metric=metric)
+        fill_adapters(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE)
+        step_from(model, optimizer, batch, hooks=[hook], clip_norm=1e-3)  # clipping comes after both
+        scores[kind], triplets[kind] = hook._scores, hook.controller._triplet_scores
+    for name, score in scores["task"].items():
+        assert scores["task_and_penalty"][name] != pytest.approx(score, rel=1e-3)
+    model = tiny_vit()
+    hook = adaptive(model, 0.5, importance_metric=metric)
+    fill_adapters(model)
+    loss = F.cross_entropy(model(batch[0]), batch[1]) + hook.penalties(model)["orthogonality"]
+    loss.backward()  # as the official code does: one backward pass of the sum
+    expected = hook.controller.update_importance_scores(model, 1)
+    assert scores["task_and_penalty"] == pytest.approx(expected, rel=1e-4)
+
+
+class Foreign(torch.optim.AdamW):
+    """An optimiser of the user's own."""
+
+
+def test_what_can_not_follow_a_change_of_rank_is_refused_before_the_first_step(tiny_vit, batch) -> None:
+    for optimizer_class in (torch.optim.RMSprop, Foreign):
+        model = tiny_vit()
+        hook = adaptive(model, 0.0)
+        optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], RATE)
+        with pytest.raises(UserError, match=rf"^optimizer: {optimizer_class.__name__} can't follow a change of rank"):
+            hook.attach(model, optimizer)
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        hook.after_backward(model, 1)
+        with pytest.raises(UserError, match="can't follow a change of rank"):
+            hook.after_step(model, optimizer, 1)  # no decision yet: a loop without attach hears of it at step 1
 
 
 def test_a_diverged_loss_or_gradient_stops_before_the_step(tiny_vit, batch) -> None:
