@@ -34,6 +34,13 @@ EXPERIMENTS = {
     "lora": {"method": "lora", "lora": {"rank": 2, "scale": 1.7}},
     "adaptive": {"method": "adalora", "adalora": {**ADALORA, "total_rank_budget": 40}},
     "triplets": {"method": "adalora", "adalora": {**ADALORA, "total_rank_budget": 20, "parametrization": "svd"}},
+    "theirs": {"method": "peft_lora", "peft_lora": {"rank": 2, "scale": 1.7}},
+    "theirs_adaptive": {
+        "method": "peft_adalora",
+        "peft_adalora": {
+            "initial_rank": 4, "target_rank": 2, "warmup_steps": 1, "update_frequency": 2, "final_steps": 2
+        },
+    },
     "quantized": {
         "method": "qa_lora",
         "qa_lora": {
@@ -89,7 +96,7 @@ def test_a_restored_run_has_its_test_metrics(runs, name) -> None:
     assert metrics_on_test(run.model, runs[name]) == pytest.approx(recorded(run), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["linear", "lora", "adaptive", "triplets"])
+@pytest.mark.parametrize("name", ["linear", "lora", "adaptive", "triplets", "theirs", "theirs_adaptive"])
 def test_peft_loads_an_export_over_the_plain_model(runs, tmp_path, capsys, name) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["export", str(runs[name]), "--format", "peft", "--output", str(tmp_path / "out")])
