@@ -194,9 +194,7 @@ class AdaLoRAController:
             raise UserError(f"step {step} follows step {self._scored}; score once a step, counted from 1", field="step")
         adapters = site_adapters(model)
         self._triplet_scores = self.tracker.update(adapters, loss_scale)
-        measured = mean_per_triplet(
-            {name: values[self._counted(name)] for name, values in self._triplet_scores.items()}
-        )
+        measured = mean_per_triplet({name: self._counted(name, one) for name, one in self._triplet_scores.items()})
         self._last_scores |= measured
         gradients, values = take_probes(adapters)
         if gradients:
@@ -210,11 +208,11 @@ class AdaLoRAController:
         average = float(np.mean(list(self._last_scores.values()))) if self._last_scores else 0.0
         return {name: self._last_scores.get(name, average) for name in self.names}
 
-    def _counted(self, name: str) -> Tensor:
-        """Return which triplets make up a site's score, (rank,) bool."""
+    def _counted(self, name: str, triplet_scores: Tensor) -> Tensor:
+        """Return the scores of the triplets that make up their site's."""
         if self._active is not None and self._active[name].any():
-            return self._active[name]
-        return ~self._ages.young(name)
+            return triplet_scores[self._active[name]]
+        return triplet_scores[~self._ages.young(name)] if self._ages.has_young(name) else triplet_scores
 
     def reallocate_ranks(self, importance_scores: dict[str, float], step: int) -> dict[str, int]:
         """Decide the ranks from now on; nothing is changed yet.
@@ -268,6 +266,9 @@ class AdaLoRAController:
     def _change(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int], *, is_decision: bool
     ) -> None:
+        unknown = next((name for name in ranks if name not in self.names), None)
+        if unknown is not None:
+            raise UserError(f"the model has no adapter on {unknown}", field="ranks")
         budget, cost = self.schedule.budget_at(self._decided), self._cost(ranks)
         if cost > budget:
             unit = self.config.budget.unit
@@ -277,19 +278,19 @@ class AdaLoRAController:
         if (masks or resizes) and not self._triplet_scores:
             raise UserError("no scores since the last change; call update_importance_scores first", field="ranks")
         gave_way = {name: self._ages.young_count(name) - rank for name, rank in ranks.items()}
-        scores = {name: self._ages.strongest_first(name, values) for name, values in self._triplet_scores.items()}
-        if is_decision:
-            self._ages.decisions += 1
+        kept: dict[str, Tensor] = {}
         if masks:
             self._mask(model, ranks)
-        else:
-            self._active = None
         if resizes:
             self._renew_generators(model, ranks)
+            scores = {name: self._ages.strongest_first(name, values) for name, values in self._triplet_scores.items()}
             kept = resize_adapters(model, optimizer, ranks, scores)
-            self.tracker.follow(kept, ranks)
-            self._ages.follow(kept, ranks)
             self._triplet_scores = {}
+        # Nothing was refused: from here on it is done.
+        self._active = self._active if masks else None
+        self._ages.decisions += is_decision
+        self._ages.follow(kept, ranks)
+        self.tracker.follow(kept, ranks)
         self._record(self._decided, ranks, {name: count for name, count in gave_way.items() if count > 0})
 
     def _mask(self, model: nn.Module, ranks: dict[str, int]) -> None:

@@ -38,6 +38,11 @@ class TripletAges:
         """Return which triplets of a site have grown since the latest decision, (rank,) bool."""
         return (self.births[name] == self.decisions) & (self.births[name] > 0)
 
+    def has_young(self, name: str) -> bool:
+        """Say whether a site has young triplets; if so they stand last."""
+        births = self.births[name]
+        return bool(len(births)) and int(births[-1]) == self.decisions > 0
+
     def young_count(self, name: str) -> int:
         """Return how many triplets of a site are young."""
         return int(self.young(name).sum())
@@ -50,9 +55,9 @@ class TripletAges:
 
     def strongest_first(self, name: str, scores: Tensor) -> Tensor:
         """Return scores of the same order, (rank,), but with the young triplets above all others of their site."""
-        young = self.young(name)
-        if not young.any():
+        if not self.has_young(name):
             return scores
+        young = self.young(name)
         order = torch.argsort(scores.detach().cpu(), descending=True, stable=True)
         order = order[torch.argsort(young[order].int(), descending=True, stable=True)]
         places = torch.empty(len(order), dtype=torch.float64)

@@ -247,3 +247,42 @@ def test_a_site_that_never_had_rank_is_tried(tiny_vit, batch) -> None:
     scores = controller.update_importance_scores(model, 1)
     seen = [score for name, score in scores.items() if name not in without]
     assert [scores[name] for name in without] == pytest.approx([sum(seen) / len(seen)] * 4)
+
+
+def test_a_refused_change_leaves_everything_as_it_was(tiny_vit, batch) -> None:
+    model = tiny_vit(depth=1)
+    controller, optimizer = start(model, config(total_rank_budget=90, budget_schedule="constant"))
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    scores = controller.update_importance_scores(model, 2)
+    controller.reallocate_ranks(scores, 2)
+    ranks, before = current_ranks(model), json.dumps(controller.state_dict()["values"])
+    name = controller.names[0]
+    with pytest.raises(UserError, match=r"ranks\[blocks\.0\.attn\.query\]: expected 0 to 64, got 70"):
+        controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 0) | {name: 70})
+    with pytest.raises(UserError, match="the model has no adapter on blocks.7.attn.query"):
+        controller.apply_ranks(model, optimizer, {"blocks.7.attn.query": 1})
+    assert current_ranks(model) == ranks
+    assert json.dumps(controller.state_dict()["values"]) == before
+    controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 0) | {name: 60})
+    assert controller.ranks == current_ranks(model)
+    assert controller.ranks[name] == 60
+
+
+@pytest.mark.part("importance analysis")
+def test_the_summary_counts_each_site_once_whatever_its_rank(tiny_vit) -> None:
+    model = tiny_vit()
+    controller, _ = start(model, config())
+    names = list(controller.names)
+    courses = {name: [float(index), 2.0 * index, 6.0 * index] for index, name in enumerate(names)}
+    for step in range(3):
+        controller.score_history.append({"step": step, "scores": {n: c[step] for n, c in courses.items()}})
+    ranks = {name: index % 4 * index for index, name in enumerate(names)}
+    controller.rank_history.append({"step": 3, "ranks": ranks})
+    summary = controller.get_layer_importance_summary()
+    second = [name for name in names if name.startswith("blocks.1.")]
+    mean = np.mean([names.index(name) for name in second])
+    assert summary["blocks.1"] == pytest.approx(
+        {"mean": 3 * mean, "std": np.sqrt(7) * mean, "trend": 2.5 * mean, "rank": sum(ranks[n] for n in second)}
+    )
+    assert summary["overall"]["rank"] == sum(ranks.values())
+    assert summary[names[0]] == {"mean": 0.0, "std": 0.0, "trend": 0.0, "rank": 0.0}
