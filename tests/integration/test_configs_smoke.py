@@ -69,10 +69,13 @@ def check_record(record: RunRecord) -> None:
     assert (record.test.auroc is not None) == binary
     method, parameters = record.spec.experiment.method, record.parameters
     if method == "adalora":
-        budget = record.spec.experiment.adalora.total_rank_budget
+        budget = record.spec.experiment.adalora.budget
         assert [entry.step for entry in record.importance_history] == list(range(1, 8))
-        assert sum(record.rank_history[-1].ranks.values()) == budget
-        assert all(sum(entry.ranks.values()) <= entry.budget for entry in record.rank_history)
+        assert {entry.unit for entry in record.rank_history} == {budget.unit}
+        assert all(entry.spent <= entry.budget for entry in record.rank_history)
+        assert record.rank_history[-1].budget == budget.total
+        if budget.unit == "ranks":
+            assert sum(record.rank_history[-1].ranks.values()) == budget.total
         assert parameters.peak >= parameters.initial
     else:
         assert parameters.initial == parameters.final == parameters.peak

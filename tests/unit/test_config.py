@@ -142,7 +142,7 @@ def test_values_arrive_as_written(tmp_path: Path) -> None:
     assert low_rank.lora is not None
     assert low_rank.lora.targets == MATRICES
     assert adaptive.adalora is not None
-    assert adaptive.adalora.total_rank_budget == 8
+    assert adaptive.adalora.budget == ("ranks", 8, "total_rank_budget")
     assert quantized.qa_lora is not None
     assert quantized.qa_lora.gradient_scaling_factor == 1.0
 
@@ -312,6 +312,22 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
     "budget that would rise": (
         "total_rank_budget: 8", "total_rank_budget: 8\n      initial_budget: 7", "adalora:",
         "experiments[2].adalora", "initial_budget lies below total_rank_budget",
+    ),
+    "no budget": (
+        "      total_rank_budget: 8\n", "", "adalora:", "experiments[2].adalora",
+        "give exactly one of total_rank_budget, total_parameter_budget, total_byte_budget, total_mac_budget; got none",
+    ),
+    "two budgets": (
+        "total_rank_budget: 8", "total_rank_budget: 8\n      total_byte_budget: 9000", "adalora:",
+        "experiments[2].adalora", "got total_rank_budget and total_byte_budget",
+    ),
+    "no bytes": (
+        "total_rank_budget: 8", "total_byte_budget: 0", "total_byte_budget", "experiments[2].adalora.total_byte_budget",
+        "greater than or equal to 1, got 0",
+    ),
+    "budget in parameters that would rise": (
+        "total_rank_budget: 8", "total_parameter_budget: 8000\n      initial_budget: 7999", "adalora:",
+        "experiments[2].adalora", "initial_budget lies below total_parameter_budget",
     ),
     "initial budget without effect": (
         "total_rank_budget: 8", "total_rank_budget: 8\n      initial_budget: 9\n      budget_schedule: constant",

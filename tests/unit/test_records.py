@@ -70,7 +70,8 @@ def record(of: RunSpec) -> RunRecord:
         ],
         evaluations=[Evaluation(step=1, epoch=1, deployable=True, metrics=metrics)],
         rank_history=[
-            RankEntry(step=0, budget=8, ranks={site: 8}), RankEntry(step=1, budget=None, ranks={site: 0})
+            RankEntry(step=0, budget=8, ranks={site: 8}), RankEntry(step=1, budget=None, ranks={site: 0}),
+            RankEntry(step=2, budget=800, ranks={site: 1}, unit="parameters", cost=768),
         ],
         importance_history=[ImportanceEntry(step=1, scores={site: 0.3})],
         bits_history=[BitsEntry(step=0, bits_per_weight={site: 4.5})],
@@ -95,6 +96,23 @@ def test_a_record_is_read_as_it_was_written(experiment: str, tmp_path: Path) -> 
     assert read == written
     assert read.spec.digest() == written.spec_digest
     assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_record_from_before_budgets_had_units_is_read(tmp_path: Path) -> None:
+    written = record(spec("adalora_top_k_fisher"))
+    file = write_record(tmp_path, written)
+    data = json.loads(file.read_text())
+    section = data["spec"]["experiment"]["adalora"]
+    section["initial_rank_budget"] = section.pop("initial_budget")
+    for field in ("total_parameter_budget", "total_byte_budget", "total_mac_budget"):
+        del section[field]
+    data["rank_history"] = [{key: entry[key] for key in ("step", "budget", "ranks")} for entry in data["rank_history"]]
+    file.write_text(json.dumps(data))
+    read = read_record(file)
+    assert read.spec == written.spec
+    assert [(entry.unit, entry.budget, entry.spent) for entry in read.rank_history[:2]] == [
+        ("ranks", 8, 8), ("ranks", None, 0),
+    ]  # fmt: skip
 
 
 def test_a_failed_run_is_a_record_too(tmp_path: Path) -> None:

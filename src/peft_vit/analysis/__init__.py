@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_vit.analysis.allocation import Allocation, allocations
+from peft_vit.analysis.allocation import Allocation, RunAllocation, allocations
 from peft_vit.analysis.comparison import Comparison, MethodResult, compare_all, method_results, references
 from peft_vit.analysis.fisher import FisherAgreement, fisher_agreements
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
@@ -22,6 +22,7 @@ __all__ = [
     "MethodResult",
     "QuantizationImpact",
     "Run",
+    "RunAllocation",
     "Study",
     "analyze",
     "compare_all",

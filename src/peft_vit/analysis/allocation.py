@@ -10,7 +10,7 @@ import numpy as np
 from peft_vit.analysis.comparison import Comparison, compare_values, correct
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import ExperimentConfig
+from peft_vit.config import BudgetUnit, ExperimentConfig
 from peft_vit.records import SiteInfo
 from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, spearman
 
@@ -21,8 +21,10 @@ class RunAllocation:
 
     Attributes:
         seed: the run's seed.
-        budget: ranks allowed at the end.
-        used: ranks used at the end.
+        used: ranks at the end.
+        spent: what they cost, in the budget's unit.
+        budget: allowed at the end, in its unit.
+        unit: of the budget.
         gini: concentration of the final ranks over sites, 0 for equal ranks.
         entropy: evenness of the final ranks, 1 for equal ranks.
         sites: number of sites.
@@ -33,8 +35,10 @@ class RunAllocation:
     """
 
     seed: int
-    budget: int | None
     used: int
+    spent: int
+    budget: int | None
+    unit: BudgetUnit
     gini: float | None
     entropy: float | None
     sites: int
@@ -117,8 +121,10 @@ def _run_allocation(run: Run) -> RunAllocation:
     spread = sum(final) > 0 and len(final) > 1
     return RunAllocation(
         seed=run.seed,
-        budget=history[-1].budget,
         used=sum(final),
+        spent=history[-1].spent,
+        budget=history[-1].budget,
+        unit=history[-1].unit,
         gini=gini(final) if spread else None,
         entropy=normalized_entropy(final) if spread else None,
         sites=len(names),

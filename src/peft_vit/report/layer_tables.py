@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peft_vit.analysis import Allocation, ImportancePattern, QuantizationImpact
+from peft_vit.analysis import Allocation, ImportancePattern, QuantizationImpact, RunAllocation
 from peft_vit.report.document import Table
 from peft_vit.report.numbers import (
+    count,
     fixed,
     megabytes,
     number_interval,
@@ -124,7 +125,7 @@ def allocation_table(allocations: Sequence[Allocation]) -> Table:
             (
                 a.experiment.name,
                 str(run.seed),
-                f"{run.used} / {'–' if run.budget is None else run.budget}",
+                _ranks_and_budget(run),
                 f"{run.sites_without_rank} of {run.sites}",
                 "–" if run.gini is None else fixed(run.gini),
                 "–" if run.entropy is None else fixed(run.entropy),
@@ -143,6 +144,8 @@ def allocation_table(allocations: Sequence[Allocation]) -> Table:
                 "experiment": a.experiment.name,
                 "seed": run.seed,
                 "budget": run.budget,
+                "unit": run.unit,
+                "spent": run.spent,
                 "used": run.used,
                 "sites": run.sites,
                 "sites_without_rank": run.sites_without_rank,
@@ -155,6 +158,14 @@ def allocation_table(allocations: Sequence[Allocation]) -> Table:
             for run in a.runs
         ),
     )
+
+
+def _ranks_and_budget(run: RunAllocation) -> str:
+    if run.budget is None:
+        return f"{run.used} / –"
+    if run.unit == "ranks":
+        return f"{run.used} / {run.budget}"
+    return f"{run.used} ranks: {count(run.spent)} / {count(run.budget)} {run.unit}"
 
 
 def allocation_value_table(allocations: Sequence[Allocation]) -> Table:

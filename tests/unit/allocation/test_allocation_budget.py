@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_vit.allocation import Bounds, BudgetSchedule, bounds_for, schedule_for
+from peft_vit.allocation import Bounds, BudgetSchedule, bounds_for, costs_for, schedule_for
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import UserError
 
@@ -85,6 +85,55 @@ def test_a_schedule_without_a_decision_is_refused() -> None:
 def test_budgets_that_the_sites_cannot_meet_are_refused(settings, message) -> None:
     with pytest.raises(UserError, match=message):
         bounds_for(config(**settings), [6, 6, 10, 10], np.ones(4, np.int64))
+
+
+SHAPES = [(384, 384), (384, 384), (384, 1536), (1536, 384)]  # query, out, fc1, fc2 of ViT-S
+
+
+@pytest.mark.parametrize(
+    ("settings", "costs"),
+    [
+        ({"total_rank_budget": 8}, [1, 1, 1, 1]),
+        ({"total_parameter_budget": 9000}, [768, 768, 1920, 1920]),
+        ({"total_parameter_budget": 9000, "parametrization": "svd"}, [769, 769, 1921, 1921]),
+        ({"total_byte_budget": 36000}, [3072, 3072, 7680, 7680]),
+        ({"total_mac_budget": 400_000}, [28416, 28416, 71040, 71040]),  # 37 tokens: 84 px, patches of 14, one class
+    ],
+)
+def test_what_a_rank_costs(settings, costs) -> None:
+    assert costs_for(config(**{"total_rank_budget": None, **settings}), SHAPES, 37).tolist() == costs
+
+
+def test_grouped_inputs_cost_less() -> None:
+    settings = config(total_rank_budget=None, total_parameter_budget=9000)
+    assert costs_for(settings, [(384 // 32, 384)], 37).tolist() == [396]
+
+
+def test_bounds_and_course_in_parameters() -> None:
+    settings = config(total_rank_budget=None, total_parameter_budget=9000, minimum_rank=1)
+    costs = costs_for(settings, SHAPES, 37)
+    bounds = bounds_for(settings, [384] * 4, costs)
+    assert schedule_for(settings, 48, bounds, costs).initial == 13500
+    small = config(total_rank_budget=None, total_parameter_budget=800)
+    assert schedule_for(small, 48, bounds_for(small, [384] * 4, costs), costs).initial == 2 * 768 + 2 * 1920
+    full = config(total_rank_budget=None, total_parameter_budget=9000, maximum_rank=2)
+    assert schedule_for(full, 48, bounds_for(full, [384] * 4, costs), costs).initial == 2 * (2 * 768 + 2 * 1920)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_parameter_budget": 767}, r"expected 768 \(one rank of the cheapest site\) to 2064384 parameters"),
+        ({"total_parameter_budget": 5375, "minimum_rank": 1}, r"expected 5376 \(minimum ranks of 4 sites\) to 2064384"),
+        ({"total_parameter_budget": 10753, "maximum_rank": 2}, r"to 10752 parameters \(what the sites can hold\)"),
+        ({"total_byte_budget": 3071}, r"adalora\.total_byte_budget: expected 3072 .* bytes .*, got 3071"),
+        ({"total_mac_budget": 28415}, r"adalora\.total_mac_budget: expected 28416 .* macs .*, got 28415"),
+    ],
+)
+def test_budgets_in_other_units_that_the_sites_cannot_meet_are_refused(settings, message) -> None:
+    settings = config(total_rank_budget=None, **settings)
+    with pytest.raises(UserError, match=message):
+        bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, 37))
 
 
 def test_bounds() -> None:

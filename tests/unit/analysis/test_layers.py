@@ -79,7 +79,8 @@ def test_allocation_counts(quickstart: Study) -> None:
     first = allocations(quickstart)[0]
     run = first.runs[0]
     record = quickstart.of(ADALORA.name)[0].record
-    assert (run.budget, run.used, run.sites, run.updates) == (288, 288, 72, len(planted.UPDATES))
+    assert (run.used, run.spent, run.budget, run.unit) == (288, 288, 288, "ranks")
+    assert (run.sites, run.updates) == (72, len(planted.UPDATES))
     assert run.sites_without_rank == sum(rank == 0 for rank in record.rank_history[-1].ranks.values())
     assert [m.step for m in first.maps] == [0, *planted.UPDATES]
     assert np.nansum(first.maps[0].ranks) == 432

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import timm
+import torch
 
 from peft_vit.backbones import MODELS, describe
 from peft_vit.backbones.catalog import create_model
@@ -42,6 +43,17 @@ def test_describe_counts_what_is_built() -> None:
     head = 5 * (model.embed_dim + 1)
     built = sum(p.numel() for p in model.parameters())
     assert describe(_config("test_vit"), 64).parameters == built - head
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "test_vit"])
+def test_tokens_are_those_that_pass_through_the_blocks(name: str) -> None:
+    patch = describe(_config(name), 112 if "14" in name else 96).patch_size
+    model = create_model(name, 6 * patch, num_classes=2)
+    seen = []
+    model.blocks[-1].mlp.fc2.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    model(torch.zeros(1, 3, 6 * patch, 6 * patch))
+    assert seen == [describe(_config(name), 6 * patch).tokens]
+    assert seen[0] > 36
 
 
 @pytest.mark.parametrize(

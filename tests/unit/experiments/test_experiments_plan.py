@@ -89,6 +89,10 @@ def test_a_damaged_record_is_refused_by_its_file(study, tmp_path) -> None:
     [
         ("lora", {"rank": 65}, r"lora\.rank: rank 65 is wasted on blocks\.0\.attn\.query: .* at most 64"),
         ("adalora", {"total_rank_budget": 35, "minimum_rank": 1}, r"adalora\.total_rank_budget: expected 36"),
+        (
+            "adalora", {"total_rank_budget": None, "total_parameter_budget": 127},
+            r"adalora\.total_parameter_budget: expected 129 \(one rank of the cheapest site\) to \d+ parameters",
+        ),
         ("adalora", {"warmup_steps": 6}, r"adalora\.warmup_steps: .* leave no step for a decision in 6 steps"),
         ("adalora", {"allocation_strategy": "top_k", "top_k": 37}, r"adalora\.top_k: 37 exceeds the 36 sites"),
         ("qa_lora", {"group_size": 48}, r"qa_lora\.group_size: 48 does not divide the 64 inputs of blocks\.0"),

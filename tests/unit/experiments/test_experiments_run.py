@@ -86,6 +86,21 @@ def test_the_saved_adapter_gives_the_recorded_counts_and_test_results(study, tmp
         assert 0 <= record.bytes.optimizer_bytes - 8 * record.parameters.final <= 4 * (3 * 36 + 2)
 
 
+@pytest.mark.part("controller")
+def test_a_budget_in_parameters_is_one_for_the_counted_parameters(study, tmp_path) -> None:
+    config = study("adalora")
+    section = config.experiments[0].adalora.model_copy(
+        update={"total_rank_budget": None, "total_parameter_budget": 7000}
+    )
+    experiment = config.experiments[0].model_copy(update={"adalora": section})
+    (record,) = do(config.model_copy(update={"experiments": (experiment,)}), tmp_path)
+    last = record.rank_history[-1]
+    assert (last.unit, last.budget) == ("parameters", 7000)
+    assert 7000 - 129 < last.spent == record.parameters.final - record.parameters.head <= 7000
+    assert sum(last.ranks.values()) < last.spent
+    assert record.rank_history[0].spent == record.parameters.initial - record.parameters.head
+
+
 def test_the_test_split_is_opened_once_after_training(study, tmp_path, monkeypatch) -> None:
     opened, trained = [], []
     open_split, train = SealedImages.open, run.train

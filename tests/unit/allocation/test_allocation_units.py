@@ -1,0 +1,79 @@
+"""Budgets in parameters, bytes and multiply-accumulates hold for the tensors and products that are really there."""
+
+import pytest
+import torch
+from allocation_runs import STEPS, config, start, train_step
+from torch.utils.flop_counter import FlopCounterMode
+
+from peft_vit.adapters import site_adapters
+
+pytestmark = pytest.mark.part("controller")
+STRATEGIES = ("proportional", "threshold", "top_k", "global")
+TOTALS = {"parameters": 2000, "bytes": 8000, "macs": 34000}
+FIELDS = {"parameters": "total_parameter_budget", "bytes": "total_byte_budget", "macs": "total_mac_budget"}
+
+
+def counted(model, images, unit: str) -> int:
+    """Count on the live model, without the formula."""
+    adapters = site_adapters(model)
+    if unit == "parameters":
+        return sum(parameter.numel() for adapter in adapters.values() for parameter in adapter.parameters())
+    if unit == "bytes":
+        return sum(parameter.nbytes for adapter in adapters.values() for parameter in adapter.parameters())
+    tokens = []
+    handle = model.blocks[0].attn.register_forward_hook(lambda module, inputs, output: tokens.append(output.shape[1]))
+    model(images[:1])
+    handle.remove()
+    total = 0
+    for adapter in adapters.values():
+        with FlopCounterMode(display=False) as flops:
+            inner = torch.zeros(tokens[0], adapter.in_features) @ adapter.lora_A.T
+            inner @ adapter.lora_B.T
+        scaling = 0 if adapter.lora_lambda is None else inner.numel()
+        total += flops.get_total_flops() // 2 + scaling
+    return total
+
+
+@pytest.mark.parametrize("parametrization", ["product", "svd"])
+@pytest.mark.parametrize("unit", TOTALS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_budget_holds_for_what_is_there(tiny_vit, batch, strategy, unit, parametrization) -> None:
+    model = tiny_vit(depth=1)
+    settings = config(
+        allocation_strategy=strategy, parametrization=parametrization, total_rank_budget=None,
+        **{FIELDS[unit]: TOTALS[unit]},
+    )  # fmt: skip
+    controller, optimizer = start(model, settings)
+    for step in range(STEPS + 1):
+        if step:
+            train_step(model, controller, optimizer, batch, step)
+        entry, present = controller.rank_history[-1], counted(model, batch[0], unit)
+        assert (entry["unit"], entry["cost"]) == (unit, present)
+        assert present <= controller.schedule.budget_at(step)
+    assert TOTALS[unit] - min(controller.costs) < present
+    assert entry["budget"] == TOTALS[unit]
+
+
+def test_it_starts_with_equal_ranks(tiny_vit) -> None:
+    settings = config(total_rank_budget=None, total_parameter_budget=2 * 960 + 128, budget_schedule="constant")
+    controller, _ = start(tiny_vit(depth=1), settings)
+    # 128 values a rank of query, key, value, out (64 -> 64), 192 of fc1 and fc2 (64 -> 128): 896 for one rank each.
+    assert sorted(controller.ranks.values()) == [2, 2, 2, 2, 2, 3]
+    one_each = config(total_rank_budget=None, total_parameter_budget=600)
+    assert set(start(tiny_vit(depth=1), one_each)[0].ranks.values()) == {1}
+
+
+@pytest.mark.filterwarnings("ignore:importance_metric uniform")
+def test_a_budget_in_parameters_buys_more_ranks_where_they_are_cheap(tiny_vit, batch) -> None:
+    ranks = {}
+    for unit, total in (("total_rank_budget", 30), ("total_parameter_budget", 5 * 896)):
+        model = tiny_vit(depth=1)
+        settings = config(importance_metric="uniform", **{"total_rank_budget": None, unit: total})
+        controller, optimizer = start(model, settings)
+        for step in range(1, STEPS + 1):
+            train_step(model, controller, optimizer, batch, step)
+        ranks[unit] = list(controller.ranks.values())
+    assert ranks["total_rank_budget"] == [5] * 6
+    # 746.67 values a site: 5.83 ranks of query, 3.89 of fc1. Beyond whole ranks 768 values are left: 2 x 192 for fc1
+    # and fc2, which miss least, 3 x 128 for the first three others.
+    assert ranks["total_parameter_budget"] == [6, 6, 6, 5, 4, 4]
