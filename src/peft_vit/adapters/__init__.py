@@ -22,7 +22,7 @@ from peft_vit.adapters.merging import (
 )
 from peft_vit.adapters.peft_sites import PeftSite, peft_sites, vision_transformer
 from peft_vit.adapters.probe import Probe
-from peft_vit.adapters.resizable import check_optimizer, check_resizable
+from peft_vit.adapters.resizable import check_resizable
 from peft_vit.adapters.resizing import resize_adapters
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "adapted_modules",
     "adapter_bytes",
     "attach_adapters",
-    "check_optimizer",
     "check_resizable",
     "correct_young_triplets",
     "current_ranks",

@@ -57,13 +57,21 @@ def correct_young_triplets(optimizer: torch.optim.Optimizer) -> None:
 
 
 class _Cohort(NamedTuple):
-    """Triplets of one parameter and one birth: weights and moments, and (lr * s, eps * d) of both updates."""
+    """Triplets of one parameter and one birth."""
 
     weight: Tensor
     mean: Tensor  # m
     square: Tensor  # v
-    made: tuple[float, float]  # with torch's step count
-    due: tuple[float, float]  # with the triplets' age
+
+
+class _Factors(NamedTuple):
+    """What triplets of many parameters share: lr * s and eps * d, with torch's step count and with their own."""
+
+    made_rate: float
+    made_epsilon: float
+    due_rate: float
+    due_epsilon: float
+    kind: tuple[torch.device, torch.dtype]
 
 
 @torch.no_grad()
@@ -72,22 +80,31 @@ def _correct(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     overflow = getattr(optimizer, "found_inf", None)  # GradScaler leaves it to a fused kernel to make no step
     if overflow is not None and float(overflow):
         return
-    cohorts = [cohort for group in optimizer.param_groups for cohort in _cohorts(optimizer, group)]
-    if not cohorts:
-        return
-    weights, means, squares, made, due = zip(*cohorts, strict=True)
-    roots = torch._foreach_sqrt(squares)
-    for sign, factors in ((1, made), (-1, due)):
-        rates, epsilons = zip(*factors, strict=True)
-        torch._foreach_addcdiv_(weights, means, torch._foreach_add(roots, epsilons), [sign * rate for rate in rates])
+    alike: dict[_Factors, list[_Cohort]] = {}
+    for group in optimizer.param_groups:
+        for factors, cohort in _cohorts(optimizer, group):
+            alike.setdefault(factors, []).append(cohort)
+    for factors, cohorts in alike.items():
+        _add_difference(factors, cohorts)
 
 
-def _cohorts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Iterator[_Cohort]:
+def _add_difference(factors: _Factors, cohorts: Sequence[_Cohort]) -> None:
+    """Correct many small slices in one go: one by one the calls would cost more than the arithmetic."""
+    mean = torch.cat([cohort.mean.reshape(-1) for cohort in cohorts])
+    root = torch.cat([cohort.square.reshape(-1) for cohort in cohorts]).sqrt_()
+    change = mean / (root + factors.made_epsilon) * factors.made_rate
+    change.addcdiv_(mean, root.add_(factors.due_epsilon), value=-factors.due_rate)
+    weights = [cohort.weight for cohort in cohorts]
+    parts = change.split([weight.numel() for weight in weights])
+    torch._foreach_add_(weights, [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)])
+
+
+def _cohorts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Iterator[tuple[_Factors, _Cohort]]:
     """Yield the triplets that this step has moved at a rate that was not theirs."""
     beta1, beta2 = (float(beta) for beta in group["betas"])
     lr, eps = float(group["lr"]), float(group["eps"])
 
-    def factors(steps: int) -> tuple[float, float]:
+    def rate_and_epsilon(steps: int) -> tuple[float, float]:
         root: float = (1 - beta2**steps) ** 0.5
         return lr * root / (1 - beta1**steps), eps * root
 
@@ -101,6 +118,8 @@ def _cohorts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Iterato
         for birth, members in groupby(state[TRIPLETS]["births"]):
             count, age = len(list(members)), step - birth
             if birth and max(beta1, beta2) ** age > _NEGLIGIBLE:
-                weight, mean, v = (x.narrow(dim, start, count) for x in (parameter, state["exp_avg"], square))
-                yield _Cohort(weight, mean, v, made=factors(step), due=factors(age))
+                kind = parameter.device, parameter.dtype
+                factors = _Factors(*rate_and_epsilon(step), *rate_and_epsilon(age), kind)
+                slices = (tensor.narrow(dim, start, count) for tensor in (parameter, state["exp_avg"], square))
+                yield factors, _Cohort(*slices)
             start += count

@@ -38,7 +38,7 @@ def check_resizable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         UserError: for another optimiser, for a model that is distributed, sharded or compiled, or one that PEFT has
             wrapped with more than plain LoRA.
     """
-    check_optimizer(optimizer)
+    _check_optimizer(optimizer)
     peft_sites(model)
     for name, module in model.named_modules():
         where = name or "model"
@@ -60,7 +60,7 @@ def check_resizable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimiser whose state can't be carried through a change of rank."""
     optimizer = unwrapped(optimizer)
     if type(optimizer) not in _OPTIMIZERS:
