@@ -1,6 +1,8 @@
 """LoRA layers of PEFT change their rank, and PEFT agrees: it computes, saves and loads them as if they were made so."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,6 +69,14 @@ def test_the_fused_matrix_is_one_site(tiny_vit) -> None:
     assert list(adapter.parameters()) == [adapter.lora_A, adapter.lora_B]
     assert adapter.lora_A is layer_of(model, "blocks.1.attn.out").lora_A.default.weight
     assert peft_sites(tiny_vit()) == ()
+
+
+def test_peft_is_not_imported_for_models_without_it() -> None:
+    program = (
+        "import sys, timm; from peft_vit.adapters import peft_sites; "
+        "assert peft_sites(timm.create_model('test_vit')) == () and 'peft' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"init_lora_weights": False}])
