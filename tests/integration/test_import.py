@@ -1,0 +1,238 @@
+"""A PEFT adapter goes on training on somebody's own images, and comes out as one that PEFT loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from peft_vit.adapters import site_adapters
+from peft_vit.adapters.peft_files import peft_sha256
+from peft_vit.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft
+from peft_vit.cli import main
+from peft_vit.errors import UserError
+from peft_vit.experiments import PlannedRun, plan_study, run_one
+from peft_vit.experiments.export import restore_run
+from peft_vit.experiments.own_images import OwnImages, study_of
+from peft_vit.records import RunRecord, read_record
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("cache")
+
+MODEL = ("--model", "test_vit", "--image-size", "32", "--threads", "1")
+INPUT = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("weights") / "base.safetensors"
+    torch.manual_seed(5)
+    save_file(timm.create_model("test_vit", img_size=32).state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Make a folder of 2 classes whose grey level tells the class."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for level, name in ((40, "dark"), (160, "light")):
+        (folder / name).mkdir()
+        for place in range(20):
+            pixels = (level + rng.integers(0, 60, (36, 36, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{place}.png")
+    return folder
+
+
+def plain_model(weights: Path, classes: int = 2):
+    model = timm.create_model("test_vit", img_size=32)
+    model.load_state_dict(load_file(weights))
+    model.reset_classifier(classes)
+    return model
+
+
+@pytest.fixture(scope="module")
+def adapter(weights, tmp_path_factory) -> Path:
+    """Save a PEFT LoRA adapter with a head of 2 classes, its factors random, as if trained."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = peft.LoraConfig(r=3, lora_alpha=4.5, target_modules=["qkv", "fc1"], modules_to_save=["head"])
+    theirs = peft.get_peft_model(plain_model(weights), config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(folder)
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(INPUT)
+
+
+def command(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def planned(adapter: Path, images: Path, weights: Path, out: Path, *, seed: int = 0) -> PlannedRun:
+    asked = OwnImages(images, "lora", None, "test_vit", str(weights), 32, 8, 1e-2, seed, 1, start=adapter)
+    (run,) = plan_study(study_of(asked), out, file=images).runs
+    return run
+
+
+def imported(adapter: Path, images: Path, weights: Path, out: Path, *, seed: int = 0) -> RunRecord:
+    """Do in this process what the command does in a worker."""
+    return run_one(planned(adapter, images, weights, out, seed=seed).spec, out)
+
+
+def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp_path) -> None:
+    before = logits(peft.PeftModel.from_pretrained(plain_model(weights), adapter))
+    start = plain_model(weights)
+    import_peft(start, adapter)
+    torch.testing.assert_close(logits(start), before, rtol=0, atol=1e-5)
+
+    code = command(
+        "import", adapter, images, *MODEL, "--weights", weights, "--epochs", "8", "--learning-rate", "1e-2",
+        "--shots", "4", "--output-dir", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0
+    run = tmp_path / "out" / "own-images" / "imported" / "seed_0"
+    record = read_record(run / "record.json")
+    assert (record.status, record.warnings) == ("done", [])
+    assert record.spec.data.shots_per_class == 4
+    assert record.provenance.start_sha256 == peft_sha256(adapter)
+    assert record.spec.experiment.lora.start == str(adapter)
+    assert [(s.name, s.matrix) for s in record.sites[:2]] == [("blocks.0.attn.qkv", "qkv"), ("blocks.0.mlp.fc1", "fc1")]
+    assert set(record.rank_history[0].ranks.values()) == {3}
+    assert record.parameters.final == 6 * 2 * 3 * (64 + 192) + 2 * 65
+
+    trained = logits(restore_run(run).model)
+    assert (trained - before).abs().max() > 0.01
+    assert command("export", run, "--format", "peft", "--output", tmp_path / "again") == 0
+    theirs = peft.PeftModel.from_pretrained(plain_model(weights), tmp_path / "again")
+    torch.testing.assert_close(logits(theirs), trained, rtol=0, atol=1e-5)
+    assert command("report", tmp_path / "out") == 0
+
+
+def test_a_finished_run_knows_its_start_and_is_restored_without_it(adapter, images, weights, tmp_path) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    shutil.copytree(adapter, mine)
+    first = imported(mine, images, weights, out)
+    assert planned(mine, images, weights, out).done
+    config = json.loads((mine / CONFIG_FILE).read_text())
+    (mine / CONFIG_FILE).write_text(json.dumps({**config, "lora_alpha": 9.0}))
+    with pytest.raises(UserError, match="was made with another adapter under the same path"):
+        planned(mine, images, weights, out)
+    shutil.rmtree(mine)
+    restored = restore_run(out / first.spec.run_id).model
+    assert [adapter.scale for adapter in site_adapters(restored).values()] == [1.5] * 12
+    again = imported(adapter, images, weights, tmp_path / "again")
+    torch.testing.assert_close(
+        logits(restored), logits(restore_run(tmp_path / "again" / again.spec.run_id).model), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("case", ["other size", "none"])
+def test_a_head_that_does_not_fit_starts_afresh_and_says_so(adapter, images, weights, tmp_path, case) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(adapter, mine)
+    tensors, config = load_file(mine / TENSORS_FILE), json.loads((mine / CONFIG_FILE).read_text())
+    heads = {name: tensors.pop(name) for name in list(tensors) if ".head." in name}
+    assert len(heads) == 2
+    if case == "none":
+        config["modules_to_save"] = None
+    else:
+        tensors |= {name: torch.cat([tensor, tensor]) for name, tensor in heads.items()}
+    (mine / CONFIG_FILE).write_text(json.dumps(config))
+    save_file(tensors, mine / TENSORS_FILE)
+    record = imported(mine, images, weights, tmp_path / "out")
+    (warning,) = record.warnings
+    brought = "no head" if case == "none" else "a head of 4 classes"
+    assert f"brings {brought} and these images have 2: the head is fresh" in warning
+    assert record.test.n == 8
+    head = record.provenance.head_init_sha256
+    assert head != imported(adapter, images, weights, tmp_path / "with").provenance.head_init_sha256
+
+
+def test_doubts_about_the_base_are_said_once(adapter, images, weights, tmp_path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(adapter, mine)
+    config = json.loads((mine / CONFIG_FILE).read_text())
+    (mine / CONFIG_FILE).write_text(json.dumps({**config, "base_model_name_or_path": "timm/test_vit.r160_in1k"}))
+    assert imported(mine, images, weights, tmp_path / "same").warnings == []
+    (mine / CONFIG_FILE).write_text(json.dumps({**config, "base_model_name_or_path": "timm/vit_tiny_patch16_224"}))
+    base = {"weights_name": "file other.safetensors", "weights_sha256": "0" * 64, "class_names": ["light", "dark"]}
+    (mine / "peft_vit.json").write_text(json.dumps(base))
+    named, trained, classes = imported(mine, images, weights, tmp_path / "other").warnings
+    assert "names the base model 'timm/vit_tiny_patch16_224' and this run adapts test_vit" in named
+    assert "PEFT's files can't tell whether the weights agree" in named
+    assert "other.safetensors" in trained
+    assert "0" * 64 in trained
+    assert "['light', 'dark'] and this run has ['dark', 'light']" in classes
+
+
+def refusal(capsys, adapter: Path, images: Path, weights: Path, out: Path) -> str:
+    """Return the one line that the command prints, after checking that no run began."""
+    before = sorted(out.rglob("*"))
+    capsys.readouterr()
+    assert command("import", adapter, images, *MODEL, "--weights", weights, "--epochs", "8", "--output-dir", out) == 2
+    assert sorted(out.rglob("*")) == before
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def changed(adapter: Path, folder: Path, tensors=None, **config) -> Path:
+    shutil.copytree(adapter, folder)
+    (folder / CONFIG_FILE).write_text(json.dumps(json.loads((folder / CONFIG_FILE).read_text()) | config))
+    if tensors is not None:
+        save_file(tensors(load_file(folder / TENSORS_FILE)), folder / TENSORS_FILE)
+    return folder
+
+
+def of_other_width(tensors):
+    return {name: t[:, :32].contiguous() if "lora_A" in name else t for name, t in tensors.items()}
+
+
+def of_other_depth(tensors):
+    return {name.replace("blocks.5.", "blocks.6."): t for name, t in tensors.items()}
+
+
+UNFIT = {
+    "DoRA": ({"use_dora": True}, None, "use_dora: True changes what the adapter computes"),
+    "no LoRA": ({"peft_type": "LOHA"}, None, "peft_type: "),
+    "AdaLoRA": ({"peft_type": "ADALORA"}, None, "only plain LoRA can be imported"),
+    "another width": ({}, of_other_width, "expected shape (3, 64), got (3, 32)"),
+    "another depth": ({}, of_other_depth, "blocks.6."),
+    "extra keys": ({}, lambda t: t | {"base_model.model.cls_token": torch.zeros(1)}, "cls_token"),
+    "another rank": ({"r": 4}, None, "expected shape (4, 64), got (3, 64)"),
+    "not finite": ({}, lambda t: {n: v * torch.nan for n, v in t.items()}, "no finite numbers"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_does_not_fit_is_one_line_before_any_work(adapter, images, weights, tmp_path, capsys, case) -> None:
+    config, tensors, said = UNFIT[case]
+    mine = changed(adapter, tmp_path / "mine", tensors, **config)
+    line = refusal(capsys, mine, images, weights, tmp_path / "out")
+    assert "experiments[0].lora.start: " in line
+    assert str(mine) in line
+    assert said in line
+
+
+def test_folders_that_hold_no_adapter(adapter, images, weights, tmp_path, capsys) -> None:
+    assert "is no folder" in refusal(capsys, tmp_path / "nowhere", images, weights, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    assert CONFIG_FILE in refusal(capsys, tmp_path / "empty", images, weights, tmp_path / "out")
+    shutil.copy(adapter / CONFIG_FILE, tmp_path / "empty")
+    assert TENSORS_FILE in refusal(capsys, tmp_path / "empty", images, weights, tmp_path / "out")
+    line = refusal(capsys, adapter, tmp_path / "no images", weights, tmp_path / "out")
+    assert "no images" in line
