@@ -1,0 +1,105 @@
+"""PEFT's methods, and LoRA that goes on from an adapter, stand under their own names and are no reference for ours."""
+
+from typing import Any
+
+import planted
+import pytest
+
+from peft_vit.analysis import analyze
+from peft_vit.analysis.comparison import references
+from peft_vit.analysis.grid import Grid
+from peft_vit.analysis.studies import Study, group_by_study
+from peft_vit.config import ExperimentConfig
+from peft_vit.records import RankEntry, RunRecord, SiteInfo
+from peft_vit.report.sections import study_documents
+
+SIZES = {"qkv": (384, 1152), "out": (384, 384), "fc1": (384, 1536), "fc2": (1536, 384)}
+SITES = [
+    SiteInfo(
+        name=f"blocks.{block}.{'mlp' if m[0] == 'f' else 'attn'}.{m}", block=block, matrix=m,
+        in_features=SIZES[m][0], out_features=SIZES[m][1],
+    )
+    for block in range(planted.BLOCKS)
+    for m in SIZES
+]  # fmt: skip
+LOUD = 0.9  # so accurate that it would show wherever it was mixed in
+
+
+def experiment(**settings: Any) -> ExperimentConfig:
+    template = planted.experiments()["lora_r8"]
+    return ExperimentConfig.model_validate({"training": template.training, **settings})
+
+
+def theirs() -> list[RunRecord]:
+    """Return records of PEFT's two methods and of LoRA that goes on, two seeds each, all far above ours."""
+    moves = {"update_frequency": 6, "warmup_steps": 12}
+    fixed = experiment(name="peft_r8", method="peft_lora", peft_lora={"rank": 8})
+    adaptive = experiment(name="peft_12_8", method="peft_adalora", peft_adalora=moves)
+    going_on = experiment(name="imported", method="lora", lora={"start": "somewhere"})
+    records = []
+    for seed in (0, 1):
+        for one, ranks in ((fixed, [8]), (adaptive, [12, 10, 8]), (going_on, [8])):
+            history = [
+                RankEntry(step=6 * i, budget=r * 48 if len(ranks) > 1 else None, ranks={s.name: r for s in SITES})
+                for i, r in enumerate(ranks)
+            ]
+            if one is adaptive:
+                uneven = {s.name: 16 if s.matrix == "qkv" else 0 if s.matrix == "out" else 8 for s in SITES}
+                history[-1] = history[-1].model_copy(update={"ranks": uneven})
+            base = planted.record(planted.experiments()["lora_r8"], seed, LOUD)
+            spec = base.spec.model_copy(update={"experiment": one})
+            records.append(base.model_copy(update={"spec": spec, "sites": SITES, "rank_history": history}))
+    return records
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    (found,) = group_by_study([*planted.quickstart(), *theirs()], source=planted.Path("planted"))
+    return found
+
+
+def test_references_are_ours_as_without_them(study) -> None:
+    (without,) = group_by_study(planted.quickstart(), source=planted.Path("planted"))
+    assert references(study) == references(without) == ("linear_probe", "lora_r8")
+    (only_theirs,) = group_by_study(theirs(), source=planted.Path("planted"))
+    assert references(only_theirs) == ()
+    ours = {a.experiment.name: a.against_fixed.by_seed for a in analyze(study).allocation}
+    for one in analyze(without).allocation:
+        assert ours[one.experiment.name] == one.against_fixed.by_seed
+    quantized = [q.against_unquantized.by_seed for q in analyze(study).quantization]
+    assert quantized == [q.against_unquantized.by_seed for q in analyze(without).quantization]
+
+
+def test_they_are_compared_under_their_own_names(study) -> None:
+    analysis = analyze(study)
+    rows = {method.experiment.name: method for method in analysis.methods}
+    assert [n for n in rows if n.startswith(("peft", "lora", "imported", "adalora"))][:6] == [
+        "imported", "lora_r1", "lora_r2", "lora_r4", "lora_r8", "peft_r8"
+    ]  # fmt: skip
+    for name in ("peft_r8", "peft_12_8", "imported"):
+        assert rows[name].test_accuracy.estimate == pytest.approx(LOUD)
+        (against,) = (c for c in analysis.comparisons if (c.name, c.reference) == (name, "lora_r8"))
+        assert against.difference.estimate > 0.05
+    assert not any("imported is" in i.claim or "peft_r8 is" in i.claim for i in analysis.insights)
+
+
+def test_ranks_of_fused_matrices(study) -> None:
+    (allocation,) = (a for a in analyze(study).allocation if a.experiment.method == "peft_adalora")
+    assert allocation.grid.matrices == ("qkv", "out", "fc1", "fc2")
+    assert list(allocation.grid.is_attention()) == [True, True, False, False]
+    assert {matrix: i.estimate for matrix, i in allocation.rank_by_matrix.items()} == {
+        "qkv": 16, "out": 0, "fc1": 8, "fc2": 8
+    }  # fmt: skip
+    assert allocation.query_lead == ()
+    assert [(run.used, run.sites, run.sites_without_rank) for run in allocation.runs] == [(384, 48, 12)] * 2
+    assert Grid.of([*SITES, *planted.sites()]).matrices == ("qkv", "query", "key", "value", "out", "fc1", "fc2")
+
+
+def test_a_report_draws_them(study) -> None:
+    (document,) = study_documents([analyze(study)])
+    cards = {card.method: card for card in document.cards}
+    assert cards["LoRA by PEFT"].experiment == "peft_r8"
+    assert cards["AdaLoRA by PEFT"].experiment == "peft_12_8"
+    details = [value for run in document.runs for key, value in run.rows if key == "configuration"]
+    assert sum("peft_adalora {" in value for value in details) == 2
+    assert any(drawing.slug == "rank_maps" for drawing in document.drawings())
