@@ -155,6 +155,12 @@ class AdaLoraConfig(AdapterConfig):
     minimum_rank: int = Field(default=0, ge=0, le=65_536)
     maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
     parametrization: Literal["product", "svd"] = "product"
+    factor_start: Literal["normal", "orthonormal"] = Field(
+        default="normal", description="svd form: factors from N(0, 0.02^2) as published, or orthonormal ones"
+    )
+    lambda_gain: float = Field(
+        default=1.0, gt=0, description="svd form: factor on lambda, as a learning rate so many times as high for it"
+    )
     prune: Literal["physical", "reversible"] = Field(
         default="physical",
         description="reversible: losers are set to zero and may come back; tensors shrink at the last decision",
@@ -191,6 +197,9 @@ class AdaLoraConfig(AdapterConfig):
                 raise ValueError(f"initial_budget lies below {given[0]}; the cubic schedule only descends")
         if self.parametrization == "product" and self.orthogonality_weight:
             raise ValueError("orthogonality_weight needs parametrization: svd; the plain product has no such penalty")
+        for field in ("factor_start", "lambda_gain"):
+            if self.parametrization == "product" and is_given(self, field, info):
+                raise ValueError(f"{field} has no effect with parametrization: product, which has no lambda; remove it")
         if self.prune == "reversible" and self.budget_schedule == "constant":
             raise ValueError(
                 "prune: reversible has no effect with budget_schedule: constant, where no triplet ever loses; "

@@ -42,7 +42,8 @@ def ours_with(tiny_vit, fill_adapters, ranks, *, depth=2, parametrization="produ
     model = tiny_vit(depth=depth)
     sites = find_sites(model)
     named = {site.name: ranks[index % len(ranks)] for index, site in enumerate(sites)}
-    attach_adapters(model, sites, named, scale=1.7, seed=0, parametrization=parametrization)
+    gain = {"lambda_gain": 3.0} if parametrization == "svd" else {}
+    attach_adapters(model, sites, named, scale=1.7, seed=0, parametrization=parametrization, **gain)
     fill_adapters(model, std=0.5 if parametrization == "svd" else 0.2)
     with torch.no_grad():
         model.head.weight.mul_(-1.5)

@@ -313,6 +313,14 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
         "total_rank_budget: 8", "total_rank_budget: 8\n      initial_budget: 7", "adalora:",
         "experiments[2].adalora", "initial_budget lies below total_rank_budget",
     ),
+    "start of factors that the product form does not draw": (
+        "total_rank_budget: 8", "total_rank_budget: 8\n      factor_start: orthonormal", "adalora:",
+        "experiments[2].adalora", "factor_start has no effect with parametrization: product",
+    ),
+    "gain without a lambda": (
+        "total_rank_budget: 8", "total_rank_budget: 8\n      lambda_gain: 10.0", "adalora:",
+        "experiments[2].adalora", "lambda_gain has no effect with parametrization: product",
+    ),
     "no budget": (
         "      total_rank_budget: 8\n", "", "adalora:", "experiments[2].adalora",
         "give exactly one of total_rank_budget, total_parameter_budget, total_byte_budget, total_mac_budget; got none",

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from peft_vit.adapters.adapted_linear import AdaptedLinear
-from peft_vit.adapters.low_rank import Parametrization, SiteAdapter
+from peft_vit.adapters.low_rank import FactorStart, Parametrization, SiteAdapter
 from peft_vit.adapters.peft_sites import PeftSite, peft_site_adapters
 from peft_vit.backbones import Site, find_sites
 from peft_vit.errors import UserError
@@ -36,6 +36,8 @@ def attach_adapters(
     scale: float,
     seed: int,
     parametrization: Parametrization = "product",
+    factor_start: FactorStart = "normal",
+    lambda_gain: float = 1.0,
     pool: int = 1,
 ) -> None:
     """Freeze the backbone and put one adapter on each site; the model's outputs do not change.
@@ -46,7 +48,7 @@ def attach_adapters(
         ranks: rank of each site by name; every site must be named, 0 is allowed.
         scale: factor on each update.
         seed: the run's seed. Each site has its own stream, so other sites or ranks do not move its start.
-        parametrization: of the update, see `low_rank`.
+        parametrization: of the update, see `low_rank`; so for `factor_start` and `lambda_gain`.
         pool: inputs per group on which the update is constant; 1 for a plain adapter.
     """
     if next(iter(site_adapters(model)), None) is not None:
@@ -63,7 +65,7 @@ def attach_adapters(
         adapter = SiteAdapter(
             site.in_features, site.out_features, ranks[site.name], scale=scale,
             generator=torch_generator(seed, "adapter_init", order[site.name]),
-            parametrization=parametrization, pool=pool,
+            parametrization=parametrization, factor_start=factor_start, lambda_gain=lambda_gain, pool=pool,
         )  # fmt: skip
         module.add_site(site.matrix, site.rows, adapter.to(next(model.parameters()).device))
 

@@ -3,7 +3,12 @@
 The update of a site with weight W (out, in) is, with a scale that does not move when the rank r moves:
 
     product:  dW = scale * B A                 LoRA, arXiv 2106.09685, eq. 3
-    svd:      dW = scale * P diag(lambda) Q    AdaLoRA, arXiv 2303.10512, eq. 3
+    svd:      dW = scale * P diag(gain * lambda) Q    AdaLoRA, arXiv 2303.10512, eq. 3, there with gain 1
+
+A step of Adam moves each parameter by about the learning rate, whatever its gradient. From the published start
+(lambda = 0, factors N(0, 0.02^2)) such a step of lambda moves dW some 75 times less than a step of B from LoRA's start
+does. The gain makes up for it inside the model, so that it acts in any training loop: gain k is a learning rate k times
+as high for lambda alone.
 
 Both are stored as ``lora_B`` (out, r) and ``lora_A`` (r, in); svd adds ``lora_lambda`` (r,). On a weight that is
 quantized in groups of g inputs the update is constant within a group (QA-LoRA, arXiv 2309.14717, sec. 3.3):
@@ -24,6 +29,7 @@ from peft_vit.adapters.probe import Probe
 from peft_vit.errors import UserError
 
 Parametrization = Literal["product", "svd"]
+FactorStart = Literal["normal", "orthonormal"]
 _SVD_INIT_STD = 0.02  # the official AdaLoRA code and PEFT: N(0, 0.02^2) factors, lambda = 0
 
 
@@ -37,6 +43,9 @@ class SiteAdapter(nn.Module):
         scale: factor on the update (alpha / r of the LoRA paper, kept when r moves).
         generator: source of the initial factors.
         parametrization: `product` or `svd`.
+        factor_start: of the svd form. `normal`: N(0, 0.02^2), as published. `orthonormal`: P^T P = Q Q^T = I among
+            the triplets made together, so that the orthogonality penalty starts at 0.
+        lambda_gain: of the svd form.
         pool: inputs per group on which the update is constant; 1 for a plain adapter.
     """
 
@@ -49,6 +58,8 @@ class SiteAdapter(nn.Module):
         scale: float,
         generator: torch.Generator,
         parametrization: Parametrization = "product",
+        factor_start: FactorStart = "normal",
+        lambda_gain: float = 1.0,
         pool: int = 1,
     ) -> None:
         super().__init__()
@@ -56,6 +67,8 @@ class SiteAdapter(nn.Module):
         self.out_features = out_features
         self.scale = scale
         self.parametrization = parametrization
+        self.factor_start = factor_start
+        self.lambda_gain = lambda_gain
         self.pool = pool
         self.generator = generator
         self.probe: Probe | None = None  # for one step, see `allocation.probes`
@@ -82,18 +95,23 @@ class SiteAdapter(nn.Module):
         """
         columns = self.in_features // self.pool
         if self.parametrization == "svd":
-            lora_A = torch.randn(count, columns, generator=self.generator) * _SVD_INIT_STD
-            lora_B = torch.randn(self.out_features, count, generator=self.generator) * _SVD_INIT_STD
-            return lora_A, lora_B, torch.zeros(count)
+            lora_A = torch.randn(count, columns, generator=self.generator)
+            lora_B = torch.randn(self.out_features, count, generator=self.generator)
+            if self.factor_start == "orthonormal":
+                return torch.linalg.qr(lora_A.T).Q.T, torch.linalg.qr(lora_B).Q, torch.zeros(count)
+            return lora_A * _SVD_INIT_STD, lora_B * _SVD_INIT_STD, torch.zeros(count)
         bound = 1 / math.sqrt(self.in_features)
         lora_A = (torch.rand(count, columns, generator=self.generator) * 2 - 1) * bound
         return lora_A, torch.zeros(self.out_features, count), None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r) and right (r, in), scale included, so that dW = left @ right."""
-        left = self.lora_B if self.lora_lambda is None else self.lora_B * self.lora_lambda
         right = self.lora_A if self.pool == 1 else self.lora_A.repeat_interleave(self.pool, dim=1)
-        return left * self.scale, right
+        return self.left() * self.scale, right
+
+    def left(self) -> Tensor:
+        """Return B, or P diag(gain * lambda), (out, r), without the scale."""
+        return self.lora_B if self.lora_lambda is None else self.lora_B * (self.lora_lambda * self.lambda_gain)
 
     def delta(self) -> Tensor:
         """Return the update dW (out, in)."""
@@ -128,22 +146,24 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[slice, ...],
         dtype: torch.dtype, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
-        lefts, rights = factors[::2], factors[1::2]
-        total = weight.clone()
-        for span, left, right in zip(rows, lefts, rights, strict=True):
-            total[span].addmm_(left, right)  # (out_s, in)
-        total = total.to(dtype)
+        total = _adapted_weight(weight, rows, factors)
         x = x.to(dtype)
-        ctx.save_for_backward(x, total, *factors)
-        ctx.rows = rows
+        # In float32 the sum takes as much as the backbone: it is formed again when it is needed. In bfloat16 it is
+        # half as large, and forming it would take three passes.
+        again = dtype == weight.dtype
+        total = total.to(dtype)
+        ctx.save_for_backward(x, weight if again else total, *factors)
+        ctx.rows, ctx.again = rows, again
         return F.linear(x, total, None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, total, *factors = ctx.saved_tensors
+        x, weight, *factors = ctx.saved_tensors
         lefts, rights = factors[::2], factors[1::2]
         gradient = gradients[0].to(x.dtype)
-        to_input = gradient @ total if ctx.needs_input_grad[0] else None
+        to_input = None
+        if ctx.needs_input_grad[0]:
+            to_input = gradient @ (_adapted_weight(weight, ctx.rows, factors) if ctx.again else weight)
         x = x.reshape(-1, x.shape[-1])  # (N, in)
         gradient = gradient.reshape(-1, gradient.shape[-1])  # (N, out)
         inner = _stack(rights).to(x.dtype) @ x.T  # (sum of ranks, N)
@@ -160,6 +180,13 @@ class _LowRankLinear(torch.autograd.Function):
             start = stop
         to_bias = gradient.sum(0).float() if ctx.needs_input_grad[2] else None
         return to_input, None, to_bias, None, None, *to_factors
+
+
+def _adapted_weight(weight: Tensor, rows: tuple[slice, ...], factors: Sequence[Tensor]) -> Tensor:
+    total = weight.clone()
+    for span, left, right in zip(rows, factors[::2], factors[1::2], strict=True):
+        total[span].addmm_(left, right)  # (out_s, in)
+    return total
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

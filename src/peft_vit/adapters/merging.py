@@ -55,6 +55,7 @@ def _form(model: nn.Module) -> dict[str, Any]:
     """Return what else decides an update beside its tensors, by site; sites that are alike once."""
     forms = {
         name: {"scale": adapter.scale, "parametrization": adapter.parametrization, "pool": adapter.pool}
+        | ({"lambda_gain": adapter.lambda_gain} if adapter.lora_lambda is not None else {})
         for name, adapter in site_adapters(model).items()
     }
     values = list(forms.values())

@@ -135,8 +135,7 @@ def _fused_factors(module: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
     lora_B = lora_A.new_zeros(module.out_features, len(lora_A))  # (out, r)
     start = 0
     for matrix, adapter in adapters:
-        left = adapter.lora_B if adapter.lora_lambda is None else adapter.lora_B * adapter.lora_lambda
-        lora_B[module.rows[matrix], start : start + adapter.rank] = left * (adapter.scale / scale)
+        lora_B[module.rows[matrix], start : start + adapter.rank] = adapter.left() * (adapter.scale / scale)
         start += adapter.rank
     return lora_A, lora_B, scale
 

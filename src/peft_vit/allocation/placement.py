@@ -28,6 +28,7 @@ def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int) -> tup
         attach_adapters(
             model, sites, dict.fromkeys((site.name for site in sites), 0),
             scale=config.scale, seed=seed, parametrization=config.parametrization,
+            factor_start=config.factor_start, lambda_gain=config.lambda_gain,
         )  # fmt: skip
     different = set(site_adapters(model)) ^ {site.name for site in sites}
     if different:

@@ -28,7 +28,7 @@ from peft_vit.records import RunRecord, RunSpec, write_record
 from peft_vit.training import Progress
 
 # glibc returns freed memory to the system by default and pays for it with page faults in every step.
-_ALLOCATOR = {
+ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "MALLOC_TOP_PAD_": str(1 << 26),
@@ -80,7 +80,7 @@ def execute(runs: tuple[PlannedRun, ...], results_dir: Path, on_event: Callable[
         return []
     _check_writable(results_dir)
     _decode_images(runs)
-    os.environ.update({name: os.environ.get(name, value) for name, value in _ALLOCATOR.items()})
+    os.environ.update({name: os.environ.get(name, value) for name, value in ALLOCATOR.items()})
     context = multiprocessing.get_context("spawn")
     channel = context.Queue()
     records = []

@@ -1,0 +1,76 @@
+"""What every benchmark here shares: one allocator for all sides, the machine's description, timing in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_vit.experiments.executor import ALLOCATOR
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def with_tuned_allocator() -> None:
+    """Start this process again with the allocator settings that peft-vit gives its workers, unless it has them."""
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Describe where the numbers come from."""
+    import peft
+    import timm
+    import torch
+
+    from peft_vit.experiments.provenance import cpu_count, processor_name
+
+    return {
+        "processor": processor_name(), "cores": cpu_count(), "threads": threads, "platform": platform.platform(),
+        "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
+        "peft": peft.__version__, "allocator": ALLOCATOR,
+    }  # fmt: skip
+
+
+def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Call every side once a round, so that all see the same machine; return the seconds of each call."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(warm_up + rounds):
+        for name, call in sides.items():
+            started = time.perf_counter()
+            call()
+            if turn >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def table(title: str, seconds: Mapping[str, list[float]], over: str) -> list[dict[str, Any]]:
+    """Print and return median, smallest time and ratio of medians to the side `over`."""
+    print(f"\n{title}")
+    base = statistics.median(seconds[over])
+    rows = []
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(
+            f"  {name:44} {1e3 * median:8.1f} ms   smallest {1e3 * min(values):8.1f}   ratio {median / base:5.3f}",
+            flush=True,
+        )
+        rows.append({
+            "side": name, "median_s": round(median, 5), "smallest_s": round(min(values), 5), "n": len(values),
+            "ratio": round(median / base, 4), "over": over,
+        })  # fmt: skip
+    return rows
+
+
+def write(name: str, content: dict[str, Any]) -> None:
+    """Write a result beside the others."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\nWritten: {file}")

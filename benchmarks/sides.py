@@ -1,0 +1,144 @@
+"""The sides of a comparison: one training setup each, on the same timm model, images and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import peft
+import timm
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters import attach_adapters, current_ranks
+from peft_vit.allocation import AdaLoRAController
+from peft_vit.backbones import choose_attention, find_sites
+from peft_vit.config import AdaLoraConfig
+from peft_vit.training import AllocationHook, StepHook, optimization_step
+
+MODEL, BATCH, RANK, START_RANK, SCALE = "vit_small_patch14_dinov2", 32, 8, 12, 2.0
+PEFT_TARGETS = r"blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)"
+
+
+class Side:
+    """A model with its optimizer; `step` does one training step as a user of that library would.
+
+    Args:
+        model: trained model.
+        bf16: run the forward pass under autocast.
+        image_size: in pixels.
+        hooks: of our own methods.
+        after_step: what another library wants to be told, after the optimizer's step, with the step's number.
+        penalty: a term that another library leaves to the training loop.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, bf16: bool, image_size: int, hooks: Sequence[StepHook] = (),
+        after_step: Callable[[int], Any] | None = None, penalty: Callable[[], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.bf16, self.hooks = model, bf16, hooks
+        self.after_step, self.penalty = after_step, penalty
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+        for hook in hooks:
+            hook.attach(model, self.optimizer)
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(BATCH, 3, image_size, image_size, generator=generator)
+        self.labels = torch.randint(0, 2, (BATCH,), generator=generator)
+        self.steps = 0
+
+    def step(self) -> None:
+        """Do forward, backward, clipping, the optimizer's step, and what the method adds."""
+        self.steps += 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            logits = self.model(self.images)
+        loss = nn.functional.cross_entropy(logits.float(), self.labels)
+        if self.penalty is not None:
+            loss = loss + self.penalty()
+        if self.after_step is None:
+            optimization_step(self.model, self.optimizer, loss, self.steps, hooks=self.hooks, clip_norm=1.0)
+            return
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 1.0)
+        self.optimizer.step()
+        self.after_step(self.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def vit(image_size: int) -> Any:
+    """Return the backbone with random weights: they change no timing."""
+    torch.manual_seed(0)
+    return timm.create_model(MODEL, img_size=image_size, num_classes=2)
+
+
+def floor(image_size: int, *, bf16: bool, plain_attention: bool = False) -> Side:
+    """Return a frozen backbone that passes the gradient to its first block: what no adapter there can avoid."""
+    model = vit(image_size)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.head.requires_grad_(True)
+    model.patch_embed.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
+    if plain_attention:
+        choose_attention(model, torch.device("cpu"))
+    return Side(model, bf16=bf16, image_size=image_size)
+
+
+def lora(image_size: int, *, bf16: bool, mean_rank: float = RANK) -> Side:
+    """Return our fixed-rank LoRA; a mean rank that is no whole number is spread evenly over the sites."""
+    model = vit(image_size)
+    choose_attention(model, torch.device("cpu"))
+    sites = find_sites(model)
+    ends = [round(mean_rank * place) for place in range(len(sites) + 1)]
+    ranks = {site.name: ends[place + 1] - ends[place] for place, site in enumerate(sites)}
+    attach_adapters(model, sites, ranks, scale=SCALE, seed=0)
+    return Side(model, bf16=bf16, image_size=image_size)
+
+
+def adalora(image_size: int, *, bf16: bool, total_steps: int) -> tuple[Side, AdaLoRAController]:
+    """Return our AdaLoRA from rank 12 to 8 a site."""
+    model = vit(image_size)
+    choose_attention(model, torch.device("cpu"))
+    count = len(find_sites(model))
+    config = AdaLoraConfig(
+        total_rank_budget=RANK * count, initial_budget=START_RANK * count, allocation_strategy="global",
+        importance_metric="sensitivity", warmup_steps=total_steps // 8, update_frequency=max(1, total_steps // 24),
+        final_steps=total_steps // 4, scale=SCALE,
+    )  # fmt: skip
+    controller = AdaLoRAController(model, config, total_steps)
+    return Side(model, bf16=bf16, image_size=image_size, hooks=[AllocationHook(controller)]), controller
+
+
+def peft_lora(image_size: int, *, bf16: bool) -> Side:
+    """Return PEFT's LoRA on the same matrices; it sees query, key and value as one."""
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=int(SCALE * RANK), target_modules=PEFT_TARGETS, modules_to_save=["head"]
+    )
+    return Side(peft.get_peft_model(vit(image_size), config), bf16=bf16, image_size=image_size)
+
+
+def peft_adalora(image_size: int, *, bf16: bool, total_steps: int) -> Side:
+    """Return PEFT's AdaLoRA from rank 12 to 8, with its orthogonality term, which it leaves out on vision models."""
+    config = peft.AdaLoraConfig(
+        init_r=START_RANK, target_r=RANK, lora_alpha=int(SCALE * START_RANK), target_modules=PEFT_TARGETS,
+        modules_to_save=["head"], total_step=total_steps, tinit=total_steps // 8, tfinal=total_steps // 4,
+        deltaT=max(1, total_steps // 24), orth_reg_weight=0.5,
+    )  # fmt: skip
+    model = peft.get_peft_model(vit(image_size), config)
+    factors = [p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
+
+    def penalty() -> Tensor:
+        terms = []
+        for factor in factors:
+            gram = factor @ factor.T if factor.shape[0] < factor.shape[1] else factor.T @ factor
+            terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram))))
+        return 0.5 * torch.stack(terms).mean()
+
+    return Side(
+        model, bf16=bf16, image_size=image_size, penalty=penalty,
+        after_step=lambda step: model.base_model.update_and_allocate(step),
+    )  # fmt: skip
+
+
+def mean_rank(side: Side) -> float:
+    """Return the mean rank over the sites now."""
+    ranks = current_ranks(side.model).values()
+    return sum(ranks) / len(ranks)

@@ -1,0 +1,121 @@
+"""Time of a training step over that of a frozen backbone which only passes the input gradient back (the floor).
+
+    make bench        or        python benchmarks/step_time.py [--rounds 12] [--image-size 112] [--threads 2]
+
+ViT-S/14, batches of 32, AdamW, clipping. Every side makes one step a round, in turn, in one process, with the same
+threads and the same allocator. Ratios are of medians, for whole runs of sums. The floor is timm as it comes; the
+second floor shares our plain attention for short sequences, to show what the adapters alone add.
+"""
+
+from __future__ import annotations
+
+from common import in_turn, machine, table, with_tuned_allocator, write
+
+with_tuned_allocator()
+
+import argparse  # noqa: E402 - torch must be loaded under the tuned allocator
+import copy  # noqa: E402
+from typing import Any  # noqa: E402
+
+import sides  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from peft_vit.adapters import merged_state_dict  # noqa: E402
+
+FLOOR = "floor: frozen timm model"
+PLAIN_FLOOR = "floor with our attention"
+
+
+def lora_steps(size: int, rounds: int, *, bf16: bool) -> list[dict[str, Any]]:
+    """Compare LoRA at rank 8 on all six matrices."""
+    seconds = in_turn(
+        {
+            FLOOR: sides.floor(size, bf16=bf16).step,
+            PLAIN_FLOOR: sides.floor(size, bf16=bf16, plain_attention=True).step,
+            "PEFT LoRA r=8": sides.peft_lora(size, bf16=bf16).step,
+            "peft-vit LoRA r=8": sides.lora(size, bf16=bf16).step,
+        },
+        rounds,
+    )
+    return table(f"LoRA r=8, {'bf16' if bf16 else 'fp32'}, {size} px: time of a step", seconds, FLOOR)
+
+
+def whole_runs(size: int, total_steps: int) -> list[dict[str, Any]]:
+    """Compare AdaLoRA 12 -> 8 over a whole run, allocation included, and with fixed ranks of the same mean."""
+    trial, controller = sides.adalora(size, bf16=False, total_steps=total_steps)
+    course = []
+    ours, _ = sides.adalora(size, bf16=False, total_steps=total_steps)
+    budgets = [controller.schedule.budget_at(step) for step in range(total_steps)]
+    mean = sum(budgets) / total_steps / len(controller.names)
+    del trial
+    seconds = in_turn(
+        {
+            FLOOR: sides.floor(size, bf16=False).step,
+            PLAIN_FLOOR: sides.floor(size, bf16=False, plain_attention=True).step,
+            "PEFT AdaLoRA 12 -> 8": sides.peft_adalora(size, bf16=False, total_steps=total_steps).step,
+            "peft-vit AdaLoRA 12 -> 8": lambda: (ours.step(), course.append(sides.mean_rank(ours))),
+            f"peft-vit LoRA, fixed mean rank {mean:.2f}": sides.lora(size, bf16=False, mean_rank=mean).step,
+        },
+        total_steps,
+        warm_up=0,
+    )
+    assert course[-1] == sides.RANK, "the run must end at its budget"
+    # Every step counts in a whole run, also those that resize; the first two of each side only load code.
+    totals = {name: [sum(values[2:]) / len(values[2:])] for name, values in seconds.items()}
+    rows = table(
+        f"AdaLoRA 12 -> 8, whole run of {total_steps} steps, fp32, {size} px: mean time of a step", totals, FLOOR
+    )
+    fixed = next(row for row in rows if "fixed mean rank" in row["side"])
+    adaptive = next(row for row in rows if row["side"].startswith("peft-vit AdaLoRA"))
+    adaptive["over_fixed"] = round(adaptive["median_s"] / fixed["median_s"], 4)
+    print(f"  peft-vit AdaLoRA over fixed ranks of the same mean: {adaptive['over_fixed']:.3f}")
+    return rows
+
+
+def steps_by_rank(size: int, rounds: int) -> list[dict[str, Any]]:
+    """Show that time falls with the rank."""
+    calls = {f"mean rank {rank}": sides.lora(size, bf16=False, mean_rank=rank).step for rank in (12, 8, 4, 2, 1, 0)}
+    return table(f"peft-vit LoRA by rank, fp32, {size} px", in_turn(calls, rounds), "mean rank 8")
+
+
+def merged_inference(size: int, rounds: int) -> list[dict[str, Any]]:
+    """Compare the merged model with the plain one."""
+    plain = sides.vit(size).eval()
+    merged = copy.deepcopy(plain)
+    merged.load_state_dict(merged_state_dict(sides.lora(size, bf16=False).model))
+    images = torch.randn(sides.BATCH, 3, size, size)
+
+    def inference(model: nn.Module) -> Any:
+        with torch.inference_mode():
+            return model(images)
+
+    calls = {"plain model": lambda: inference(plain), "merged model": lambda: inference(merged.eval())}
+    return table(f"Inference, fp32, {size} px", in_turn(calls, 3 * rounds), "plain model")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--image-size", type=int, default=112)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--run-steps", type=int, default=48)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    size, rounds = options.image_size, options.rounds
+    write(
+        "step_time",
+        {
+            "machine": machine(options.threads),
+            "setting": {"model": sides.MODEL, "image_size": size, "batch": sides.BATCH, "rounds": rounds},
+            "lora_fp32": lora_steps(size, rounds, bf16=False),
+            "lora_bf16": lora_steps(size, rounds, bf16=True),
+            "adalora_whole_run": whole_runs(size, options.run_steps),
+            "by_rank": steps_by_rank(size, rounds),
+            "merged_inference": merged_inference(size, rounds),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""How far the first step of each form goes, and what start and gain of the svd form do to it."""
+
+import torch
+from torch import nn
+
+from peft_vit.adapters import SiteAdapter, attach_adapters, load_trained, merged_state_dict, site_adapters
+from peft_vit.adapters.merging import adapter_bytes
+from peft_vit.backbones import find_sites
+
+WIDTH, RANK = 384, 8
+
+
+def adapter(parametrization: str, **form) -> SiteAdapter:
+    generator = torch.Generator().manual_seed(0)
+    return SiteAdapter(WIDTH, WIDTH, RANK, scale=2.0, generator=generator, parametrization=parametrization, **form)
+
+
+def first_step(site: SiteAdapter) -> float:
+    """Return the norm of dW after one step of Adam on the loss <G, dW> with a random G."""
+    optimizer = torch.optim.Adam(site.parameters(), lr=1e-3)
+    gradient = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
+    (site.delta() * gradient).sum().backward()
+    assert not site.delta().any()  # every form starts at no update
+    optimizer.step()
+    return float(site.delta().norm())
+
+
+def test_the_published_start_moves_about_75_times_less_than_lora() -> None:
+    product = first_step(adapter("product"))
+    assert 60 < product / first_step(adapter("svd")) < 90
+    assert 0.8 < product / first_step(adapter("svd", lambda_gain=75.0)) < 1.25
+
+
+def test_an_orthonormal_start_has_no_penalty_and_moves_further() -> None:
+    published, orthonormal = adapter("svd"), adapter("svd", factor_start="orthonormal")
+    assert orthonormal.orthogonality() < 1e-4 < 1 < published.orthogonality()
+    eye = torch.eye(RANK)
+    torch.testing.assert_close(orthonormal.lora_A @ orthonormal.lora_A.T, eye)
+    torch.testing.assert_close(orthonormal.lora_B.T @ orthonormal.lora_B, eye)
+    assert 5 < first_step(orthonormal) / first_step(published) < 8  # 1 / (384 * 0.02^2) = 6.5
+
+
+def test_the_gain_is_part_of_the_update_and_of_the_file(tiny_vit, batch, fill_adapters, tmp_path) -> None:
+    def model(gain: float) -> nn.Module:
+        vit = tiny_vit()
+        sites = find_sites(vit)
+        attach_adapters(
+            vit, sites, dict.fromkeys((site.name for site in sites), 2), scale=1.0, seed=0, parametrization="svd",
+            lambda_gain=gain,
+        )  # fmt: skip
+        return vit.eval()
+
+    tuned = model(5.0)
+    fill_adapters(tuned, std=0.3)
+    first = next(iter(site_adapters(tuned).values()))
+    expected = first.lora_B.double() @ torch.diag(5.0 * first.lora_lambda.double()) @ first.lora_A.double()
+    torch.testing.assert_close(first.delta().double(), expected, rtol=1e-5, atol=1e-6)
+    plain = tiny_vit().eval()
+    plain.load_state_dict(merged_state_dict(tuned))
+    torch.testing.assert_close(plain(batch[0]), tuned(batch[0]), rtol=0, atol=1e-5)
+
+    file = tmp_path / "adapter.safetensors"
+    file.write_bytes(adapter_bytes(tuned, {}))
+    again = model(5.0)
+    load_trained(again, file)
+    assert torch.equal(again(batch[0]), tuned(batch[0]))
+    try:
+        load_trained(model(1.0), file)
+    except Exception as error:
+        assert "lambda_gain" in str(error)
+    else:
+        raise AssertionError("another gain would be another model")
