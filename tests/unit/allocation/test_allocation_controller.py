@@ -259,7 +259,7 @@ def test_a_refused_change_leaves_everything_as_it_was(tiny_vit, batch) -> None:
     name = controller.names[0]
     with pytest.raises(UserError, match=r"ranks\[blocks\.0\.attn\.query\]: expected 0 to 64, got 70"):
         controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 0) | {name: 70})
-    with pytest.raises(UserError, match="the model has no adapter on blocks.7.attn.query"):
+    with pytest.raises(UserError, match=r"the model has no adapter on blocks\.7\.attn\.query"):
         controller.apply_ranks(model, optimizer, {"blocks.7.attn.query": 1})
     assert current_ranks(model) == ranks
     assert json.dumps(controller.state_dict()["values"]) == before
@@ -286,3 +286,25 @@ def test_the_summary_counts_each_site_once_whatever_its_rank(tiny_vit) -> None:
     )
     assert summary["overall"]["rank"] == sum(ranks.values())
     assert summary[names[0]] == {"mean": 0.0, "std": 0.0, "trend": 0.0, "rank": 0.0}
+
+
+def test_a_triplet_that_grew_starts_with_adams_first_step(tiny_vit, batch) -> None:
+    model = tiny_vit(depth=1)
+    settings = config(budget_schedule="constant", total_rank_budget=12, warmup_steps=6)
+    controller, optimizer = start(model, settings, steps=20)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for step in range(1, 6):
+        train_step(model, controller, optimizer, batch, step)
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    controller.update_importance_scores(model, 6)
+    optimizer.step()
+    name = controller.names[4]
+    controller.reallocate_ranks(dict.fromkeys(controller.names, 1.0), 6)
+    controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 1) | {name: 4})
+    optimizer.zero_grad()
+    assert controller.ranks[name] == site_adapters(model)[name].rank == 4
+    train_step(model, controller, optimizer, batch, 7)
+    grown = site_adapters(model)[name].lora_B.detach()[:, 2:]
+    assert grown.shape[1] == 2
+    torch.testing.assert_close(grown.abs(), torch.full_like(grown, 5e-3), rtol=1e-2, atol=0)  # the learning rate
