@@ -75,10 +75,11 @@ def run(
     smoke: Smoke = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
     method: Annotated[MethodName | None, typer.Option(help="only the studies' experiments of this method")] = None,
+    seeds: Annotated[str | None, typer.Option(help="only these of the studies' seeds, as in 0,1,2")] = None,
 ) -> None:
     """Do every run of the studies that is not done yet, then say where to look."""
     results_dir = output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
-    plans = _plan_all(configs, results_dir, smoke, method)
+    plans = _plan_all(configs, results_dir, smoke, method, seeds)
     if not dry_run:
         _execute(plans, results_dir)
 
@@ -217,13 +218,17 @@ def _train(asked: OwnImages, output_dir: Path, smoke: bool) -> None:
     _execute([planned], output_dir)
 
 
-def _plan_all(configs: list[Path], output_dir: Path, smoke: bool, method: MethodName | None = None) -> list[Plan]:
+def _plan_all(
+    configs: list[Path], output_dir: Path, smoke: bool, method: MethodName | None = None, seeds: str | None = None
+) -> list[Plan]:
     """Check every file before any run starts, and print the plans."""
     from peft_vit.config import load_study
 
     studies = [(load_study(file), file) for file in configs]
     if method is not None:
         studies = [(_only(study, method, file), file) for study, file in studies]
+    if seeds is not None:
+        studies = [(_with_seeds(study, seeds, file), file) for study, file in studies]
     names = [study.name for study, _ in studies]
     for study, file in studies:
         if names.count(study.name) > 1:
@@ -234,6 +239,17 @@ def _plan_all(configs: list[Path], output_dir: Path, smoke: bool, method: Method
     for planned in plans:
         _print_plan(planned)
     return plans
+
+
+def _with_seeds(study: StudyConfig, seeds: str, file: Path) -> StudyConfig:
+    """Return the study with some of its seeds: a part that another terminal, or a later call, need not do."""
+    there = {str(seed) for seed in study.seeds}
+    wanted = {seed.strip() for seed in seeds.split(",")}
+    if not wanted <= there:
+        raise UserError(
+            f"--seeds asks for {min(wanted - there)!r}, the study has {study.seeds}", file=file, field="seeds"
+        )
+    return study.model_copy(update={"seeds": tuple(seed for seed in study.seeds if str(seed) in wanted)})
 
 
 def _only(study: StudyConfig, method: MethodName, file: Path) -> StudyConfig:

@@ -6,11 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from peft_vit.adapters import adapted_modules, load_trained, saved_scales
 from peft_vit.adapters.peft_format import attach_fused, export_peft
-from peft_vit.backbones import LoadedBackbone, load_backbone
+from peft_vit.backbones import LoadedBackbone, choose_attention, load_backbone
 from peft_vit.errors import UserError
 from peft_vit.experiments.methods import prepare
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record
@@ -93,6 +94,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
     else:  # the adapter that it went on from need not be there any more: its scales stand in the file
         attach_fused(backbone.model, saved_scales(file), seed=spec.seed)
     load_trained(backbone.model, file)
+    choose_attention(backbone.model, torch.device("cpu"))  # as in the run, so that logits are its own to the bit
     for _, module in adapted_modules(backbone.model):
         if module.quantized is not None:
             module.drop_float()  # wherever the schedule starts, a saved run stands on quantized weights alone
