@@ -228,6 +228,15 @@ def test_what_does_not_fit_is_one_line_before_any_work(adapter, images, weights,
     assert said in line
 
 
+def test_a_note_on_the_base_that_is_none(adapter, images, weights, tmp_path, capsys) -> None:
+    mine = changed(adapter, tmp_path / "mine")
+    for content, said in (("[]", "is not what `peft-vit export` writes"), ("{", "is not a readable JSON file")):
+        (mine / "peft_vit.json").write_text(content)
+        line = refusal(capsys, mine, images, weights, tmp_path / "out")
+        assert "peft_vit.json" in line
+        assert said in line
+
+
 def test_folders_that_hold_no_adapter(adapter, images, weights, tmp_path, capsys) -> None:
     assert "is no folder" in refusal(capsys, tmp_path / "nowhere", images, weights, tmp_path / "out")
     (tmp_path / "empty").mkdir()

@@ -52,6 +52,7 @@ def read_peft(
     if not folder.is_dir():
         raise UserError("is no folder; give the one that PEFT's save_pretrained has written", file=folder)
     config = _read_config(folder / CONFIG_FILE)
+    _read_base(folder / BASE_FILE)
     tensors = _read_tensors(folder / TENSORS_FILE)
     modules = [name for name in sites if any(f"{PREFIX}{name}.lora_{factor}.weight" in tensors for factor in "AB")]
     expected: dict[str, tuple[int, ...]] = {}
@@ -106,11 +107,7 @@ def doubts_about(
             f"the adapter of {folder} names the base model {short(named)} and this run adapts {model}; PEFT's files "
             "can't tell whether the weights agree, and over others the adapter is worth nothing"
         )
-    if not (folder / BASE_FILE).exists():
-        return doubts
-    base = _read_json(folder / BASE_FILE)
-    if not isinstance(base, dict):
-        raise UserError("is not what `peft-vit export` writes; take it away", file=folder / BASE_FILE)
+    base = _read_base(folder / BASE_FILE)
     if "weights_sha256" in base and base["weights_sha256"] != weights_sha256:
         doubts.append(
             f"the adapter of {folder} was trained on {short(base.get('weights_name'))} "
@@ -123,6 +120,14 @@ def doubts_about(
             f"{short(list(class_names))}; its head starts from the others"
         )
     return doubts
+
+
+def _read_base(file: Path) -> dict[str, Any]:
+    """Return what `export_peft` has written of the base; nothing where PEFT has written the adapter."""
+    base = _read_json(file) if file.exists() else {}
+    if not isinstance(base, dict):
+        raise UserError("is not what `peft-vit export` writes; take it away", file=file)
+    return base
 
 
 def _architecture(name: str) -> str:
