@@ -13,6 +13,7 @@ from peft_vit import AdaLoraConfig, AdaLoRAController
 from peft_vit.adapters import SiteAdapter, current_ranks, site_adapters
 from peft_vit.allocation import BudgetSchedule
 from peft_vit.errors import SilentNoEffectWarning
+from peft_vit.evaluation import optimizer_bytes, trainable_parameters
 from peft_vit.training import AllocationHook, optimization_step
 
 peft = pytest.importorskip("peft")
@@ -285,6 +286,57 @@ def test_trap_the_penalty_never_reaches_a_plain_vision_model_in_peft(tiny_vit, b
         assert outcome.penalties.keys() == ({"orthogonality"} if weight else set())
         moved.append(next(iter(site_adapters(model).values())).lora_A.detach().clone())
     assert not torch.allclose(*moved)
+
+
+def test_trap_new_weights_meet_old_gradients_in_peft(tiny_vit, batch) -> None:
+    """PEFT is called after the optimizer's step; our scores take both from the same moment."""
+    theirs = peft_model(tiny_vit(depth=1))
+    peer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], 1e-2)
+    name, parameter = next((name, p) for name, p in theirs.named_parameters() if "lora_A" in name)
+    F.cross_entropy(theirs(batch[0]), batch[1]).backward()
+    parameter.grad.fill_(1.0)  # at lambda = 0 it is zero
+    before = parameter.detach().clone()
+    peer.step()
+    theirs.base_model.update_and_allocate(1)
+    found = theirs.base_model.rankallocator.ipt[name.removeprefix("base_model.model.")]
+    torch.testing.assert_close(found, parameter.detach().abs())
+    assert not torch.allclose(found, before.abs())
+    model, controller, optimizer = adaptive(tiny_vit, batch)
+    adapter = next(iter(site_adapters(model).values()))
+    adapter.lora_A.grad.fill_(1.0)
+    before = adapter.lora_A.detach().clone()
+    controller.update_importance_scores(model, 1)
+    optimizer.step()
+    smooth = controller.tracker.state_dict()[controller.names[0]]["lora_A.sensitivity"]
+    torch.testing.assert_close(smooth, 0.15 * before.abs())
+
+
+def test_trap_masks_free_nothing_and_importance_is_not_saved_in_peft(tiny_vit, batch) -> None:
+    theirs = peft_model(tiny_vit(depth=1), init_r=12)
+    peer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], 1e-2)
+    ours, controller, optimizer = adaptive(tiny_vit, batch)
+    optimizer.zero_grad()
+    sizes = {}
+    for step in range(1, 9):
+        peft_step(theirs, peer, batch, step)
+        F.cross_entropy(ours(batch[0]), batch[1]).backward()
+        scores = controller.update_importance_scores(ours, step)
+        optimizer.step()
+        controller.apply_ranks(ours, optimizer, controller.reallocate_ranks(scores, step))
+        optimizer.zero_grad()
+        sizes[step] = [
+            (trainable_parameters(model), optimizer_bytes(o)) for model, o in ((theirs, peer), (ours, optimizer))
+        ]
+        if step == 4:
+            importance = theirs.base_model.rankallocator.exp_avg_ipt
+            assert importance
+            saved = theirs.state_dict().values()
+            assert not any(torch.equal(one, other) for one in importance.values() for other in saved)
+            smoothed = [tensor for name, tensor in controller.state_dict()["tensors"].items() if "smoothed" in name]
+            assert sum(bool(tensor.any()) for tensor in smoothed) == 2 * 3 * len(TARGETS)
+    assert alive_in_peft(theirs) == 2 * 2 < 2 * 12
+    assert sizes[8][0] == sizes[1][0]
+    assert sizes[8][1] < sizes[1][1]
 
 
 def test_budget_course() -> None:
