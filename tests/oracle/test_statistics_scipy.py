@@ -9,6 +9,7 @@ from scipy import stats
 from peft_vit.statistics import (
     holm,
     mean_interval,
+    noninferiority,
     normalized_entropy,
     paired_difference,
     paired_t,
@@ -38,6 +39,29 @@ def test_paired_difference_equals_scipy(n: int) -> None:
     theirs = stats.ttest_rel(left, right)
     assert (own.low, own.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)), **CLOSE)
     assert paired_t(left - right).p_value == pytest.approx(theirs.pvalue, **CLOSE)
+
+
+@pytest.mark.parametrize("n", [2, 5, 12])
+@pytest.mark.parametrize("margin", [0.1, 1.0])
+def test_noninferiority_equals_the_interval_that_stays_above_the_margin(n: int, margin: float) -> None:
+    rng = np.random.default_rng(n)
+    left, right = rng.normal(size=n), rng.normal(size=n)
+    p_value = noninferiority(left - right, margin).p_value
+    assert p_value is not None
+    # Written out: t = (mean + margin) / (s / sqrt(n)), upper tail.
+    difference = left - right
+    t = (difference.mean() + margin) / (difference.std(ddof=1) / np.sqrt(n))
+    assert p_value == pytest.approx(stats.t.sf(t, n - 1), **CLOSE)
+    # The one-sided test at alpha and the (1 - 2 alpha) interval say the same.
+    low = paired_difference(left, right, 1 - 2 * p_value).low if p_value < 0.5 else None
+    assert low is None or low == pytest.approx(-margin, rel=1e-9)
+
+
+def test_noninferiority_needs_spread_and_a_margin() -> None:
+    assert noninferiority([0.5, 0.5, 0.5], 1.0).p_value is None
+    assert noninferiority([0.5], 1.0).p_value is None
+    with pytest.raises(ValueError, match="positive margin"):
+        noninferiority([0.1, 0.2], 0.0)
 
 
 @pytest.mark.parametrize("n", range(1, 26))

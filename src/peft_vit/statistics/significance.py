@@ -127,6 +127,28 @@ def paired_t(differences: ArrayLike) -> Significance:
     return Significance("paired t", int(data.size), p_value, 2)
 
 
+def noninferiority(differences: ArrayLike, margin: float) -> Significance:
+    """Test whether the mean paired difference lies above ``-margin``: one-sided t test of mean <= -margin.
+
+    "At least as good" is claimed when its p-value is small: then the lower end of the (1 - 2 alpha) t interval lies
+    above -margin. A large p-value does not say "worse".
+
+    Assumption: differences are independent and normal; the margin was stated before the data. Source: Schuirmann,
+    Journal of Pharmacokinetics and Biopharmaceutics 15 (1987), one of the two one-sided tests.
+
+    Args:
+        differences: (n,) candidate minus reference, one a pair.
+        margin: largest loss that does not matter, in the unit of the differences, positive.
+    """
+    if margin <= 0:
+        raise ValueError(f"expected a positive margin, got {margin}")
+    data = np.asarray(differences, dtype=np.float64)
+    p_value = None
+    if data.size >= 2 and np.ptp(data) > 0:
+        p_value = float(stats.ttest_1samp(data, -margin, alternative="greater").pvalue)
+    return Significance("paired non-inferiority t, one-sided", int(data.size), p_value, 2)
+
+
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     """Return Holm's adjusted p-values, in the order given: the family-wise error rate stays at alpha.
 
