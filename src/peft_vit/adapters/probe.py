@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Probe:
-    """Triplets p_i lambda_i q_i with random unit vectors p_i, q_i and lambda_i = 0, of which only lambda has a gradient.
+    """Triplets p_i lambda_i q_i of random unit vectors p_i, q_i at lambda_i = 0; only lambda has a gradient.
 
     With G = dL/dW of the site, dL/dlambda_i = p_i^T G q_i. The directions are uniform on the spheres, so its square
     has the expectation ||G||_F^2 / (in * out): the root mean square over the triplets estimates the size of an element
