@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.adapters.injection import adapted_modules, current_ranks, site_adapters
+from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.adapters.peft_library import check_plain, peft_factors, peft_layers
 from peft_vit.errors import UserError
 
@@ -53,11 +54,11 @@ def adapter_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
 
 def _form(model: nn.Module) -> dict[str, Any]:
     """Return what else decides an update beside its tensors, by site; sites that are alike once."""
-    forms = {
-        name: {"scale": adapter.scale, "parametrization": adapter.parametrization, "pool": adapter.pool}
-        | ({"lambda_gain": adapter.lambda_gain} if adapter.lora_lambda is not None else {})
-        for name, adapter in site_adapters(model).items()
-    }
+    forms = {}
+    for name, adapter in site_adapters(model).items():
+        forms[name] = {"scale": adapter.scale, "parametrization": adapter.parametrization, "pool": adapter.pool}
+        if isinstance(adapter, SiteAdapter) and adapter.lora_lambda is not None:
+            forms[name]["lambda_gain"] = adapter.lambda_gain
     values = list(forms.values())
     return values[0] if values and all(value == values[0] for value in values) else forms
 

@@ -199,7 +199,7 @@ class AdaLoRAController:
         gradients, values = take_probes(adapters)
         if gradients:
             sought = [name for name in self.names if self._ages.rank(name) == 0]
-            self._last_scores |= probed_scores(gradients, measured, sought)
+            self._last_scores |= probed_scores(self.config.importance_metric, gradients, measured, sought)
             self.probe_history.append({"step": step, "sites": sought, "values": values})
         if not all(math.isfinite(score) for score in self._last_scores.values()):
             worst = next(name for name, score in self._last_scores.items() if not math.isfinite(score))

@@ -4,10 +4,11 @@ A site at rank 0 has no triplet that could be scored, and |w dL/dw| of a triplet
 site is worth. What can be measured is the gradient that its weight would receive: a probe (`adapters.Probe`) estimates
 g, the root mean square over the elements of dL/dW. It is turned into the metric's units by the sites that have both:
 
-    score_s = g_s * mean over sites t with measured triplets of (score_t / g_t)
+    score_s = g_s^k * mean over sites t with measured triplets of (score_t / g_t^k)
 
-so a site without rank scores as one with rank would whose gradient is as large, at the other sites' mean ratio. The
-ratio does not depend on the loss's scale. All sites are probed, for g_t must come from the same batch and be as noisy.
+with k the power of the gradient that the metric holds: 2 for `fisher` and `sensitivity` (a product of two smoothed
+|w dL/dw|), else 1. So a site without rank scores as one with rank would whose gradient is as large, at the other
+sites' mean ratio. The ratio does not depend on the loss's scale. All sites are probed, for g_t must come from the same batch and be as noisy.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from peft_vit.adapters import Adapter, Probe, SiteAdapter
+from peft_vit.config import Metric
 from peft_vit.seeding import torch_generator
 
+_QUADRATIC: tuple[Metric, ...] = ("fisher", "sensitivity")
 PROBE_TRIPLETS = 4  # the estimate of a squared norm from n random directions has a relative error of sqrt(2 / n)
 
 
@@ -61,17 +64,20 @@ def take_probes(adapters: Mapping[str, Adapter]) -> tuple[dict[str, float], int]
 
 
 def probed_scores(
-    gradients: Mapping[str, float], measured: Mapping[str, float], sought: Iterable[str]
+    metric: Metric, gradients: Mapping[str, float], measured: Mapping[str, float], sought: Iterable[str]
 ) -> dict[str, float]:
     """Return the scores of the sought sites by the formula above.
 
     Args:
+        metric: what is scored.
         gradients: g of every site, from `take_probes`.
         measured: scores of sites from their own triplets in the same backward pass.
         sought: sites without rank. They get no score if no measured site has a gradient to set theirs in relation to.
     """
-    ratios = [score / gradients[name] for name, score in measured.items() if gradients.get(name)]
+    power = 2 if metric in _QUADRATIC else 1
+    sizes = {name: size**power for name, size in gradients.items()}
+    ratios = [score / sizes[name] for name, score in measured.items() if sizes.get(name)]
     if not ratios:
         return {}
     ratio = sum(ratios) / len(ratios)
-    return {name: gradients[name] * ratio for name in sought if name in gradients}
+    return {name: sizes[name] * ratio for name in sought if name in sizes}

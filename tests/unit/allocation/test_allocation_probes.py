@@ -97,9 +97,12 @@ def test_directions_follow_from_seed_and_step(tiny_vit, fill_adapters) -> None:
 
 def test_a_score_is_set_in_relation_to_sites_that_have_both() -> None:
     gradients = {"a": 2.0, "b": 1.0, "c": 4.0, "d": 0.0}
-    scores = probed_scores(gradients, {"a": 6.0, "b": 1.0, "d": 0.0}, ["c", "x"])
-    assert scores == {"c": 4.0 * (3.0 + 1.0) / 2}
-    assert probed_scores(gradients, {"d": 0.0}, ["c"]) == {}
+    measured = {"a": 6.0, "b": 1.0, "d": 0.0}
+    assert probed_scores("gradient_norm", gradients, measured, ["c", "x"]) == {"c": 4.0 * (3.0 + 1.0) / 2}
+    # fisher and sensitivity hold the gradient squared: so do their ratios
+    assert probed_scores("fisher", gradients, measured, ["c"]) == {"c": 16.0 * (1.5 + 1.0) / 2}
+    assert probed_scores("sensitivity", gradients, measured, ["c"]) == {"c": 16.0 * (1.5 + 1.0) / 2}
+    assert probed_scores("magnitude", gradients, {"d": 0.0}, ["c"]) == {}
 
 
 def without_rank(tiny_vit, **settings):
@@ -119,11 +122,12 @@ def test_sites_without_rank_are_scored_at_decisions(tiny_vit, batch, metric) -> 
     size = {name: adapter.probe.lambdas.grad.square().mean().sqrt().item() for name, adapter in adapters.items()}
     values = sum(PROBE_TRIPLETS * (a.in_features + a.out_features + 1) for a in adapters.values())
     scores = controller.update_importance_scores(model, 3)
-    ratio = np.mean([scores[name] / size[name] for name, rank in ranks.items() if rank])
+    power = 2 if metric in ("fisher", "sensitivity") else 1
+    ratio = np.mean([scores[name] / size[name] ** power for name, rank in ranks.items() if rank])
     sought = [name for name, rank in ranks.items() if not rank]
     assert len(sought) == 4
     for name in sought:
-        assert scores[name] == pytest.approx(size[name] * ratio, rel=1e-5)
+        assert scores[name] == pytest.approx(size[name] ** power * ratio, rel=1e-5)
     assert controller.probe_history == [{"step": 3, "sites": sought, "values": values}]
     assert controller.export_importance_data()["probes"] == controller.probe_history
     assert all(adapter.probe is None for adapter in adapters.values())

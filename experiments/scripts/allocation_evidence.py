@@ -1,0 +1,262 @@
+"""What the studies of AdaLoRA say: records to compact tables in results/, and from those the tables of a document.
+
+    .venv/bin/python experiments/scripts/allocation_evidence.py [RESULTS_DIR ...]
+
+Every results directory that is named is condensed to results/<study>.csv, one row a run. Then everything between the
+marks of docs/adaptive_ranks.md is made anew from these files; the same files give the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from peft_vit.records import RunRecord, read_records, write_atomically
+from peft_vit.statistics import gini, holm, mean_interval, noninferiority, paired_difference, wilcoxon
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results"
+DOCUMENT = ROOT / "docs" / "adaptive_ranks.md"
+MARGIN = 1.0  # points of accuracy; stated in the configurations before the data
+
+
+def row_of(record: RunRecord) -> dict[str, object]:
+    """Return what is kept of one run."""
+    experiment = record.spec.experiment
+    row: dict[str, object] = {
+        "study": record.spec.study,
+        "experiment": experiment.name,
+        "method": experiment.method,
+        "seed": record.spec.seed,
+        "status": record.status,
+        "learning_rate": experiment.training.learning_rate,
+    }
+    if record.status != "done":
+        return row
+    assert record.validation is not None and record.test is not None and record.parameters is not None
+    ranks = list(record.rank_history[-1].ranks.values()) if record.rank_history else []
+    return row | {
+        "validation_accuracy": record.validation.accuracy,
+        "test_accuracy": record.test.accuracy,
+        "test_nll": record.test.nll,
+        "adapter_parameters": record.parameters.final - record.parameters.head,
+        "sites": len(ranks),
+        "sites_without_rank": ranks.count(0),
+        "gini_of_ranks": gini(ranks) if ranks else None,
+        "seconds": round(record.seconds, 1),
+        "allocation_s": round(record.overhead_s.get("allocation", 0.0), 2),
+        "split": record.provenance.split_sha256[:12] if record.provenance else None,
+        "commit": record.provenance.git_hash[:12] if record.provenance and record.provenance.git_hash else None,
+        "dirty": record.provenance.git_dirty if record.provenance else None,
+    }
+
+
+def condense(results_dir: Path) -> None:
+    """Write one compact table for each study below a directory."""
+    rows = pd.DataFrame([row_of(record) for record in read_records(results_dir)])
+    for study, part in rows.groupby("study"):
+        text = part.sort_values(["experiment", "seed"]).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        write_atomically(RESULTS / f"{study}.csv", text.encode())
+
+
+def percent(values: Iterable[float]) -> pd.Series:
+    return 100 * pd.Series(list(values), dtype=float)
+
+
+def accuracy_by_seed(runs: pd.DataFrame, experiment: str) -> pd.Series:
+    """Return test accuracy in percent by seed."""
+    part = runs[runs.experiment == experiment].sort_values("seed")
+    return pd.Series(percent(part.test_accuracy).to_numpy(), index=part.seed.to_numpy())
+
+
+def compared(candidate: pd.Series, reference: pd.Series) -> dict[str, object]:
+    """Return the paired comparison over the seeds that both have finished."""
+    seeds = candidate.dropna().index.intersection(reference.dropna().index)
+    left, right = candidate[seeds].to_numpy(), reference[seeds].to_numpy()
+    return {
+        "difference": paired_difference(left, right),
+        "not_inferior": noninferiority(left - right, MARGIN).p_value,
+        "differs": wilcoxon(left - right).p_value,
+    }
+
+
+def markdown(rows: list[tuple[str, ...]], right: int) -> str:
+    """Return a Markdown table of which all but the first `right` columns are aligned to the right."""
+    head, *body = rows
+    rule = tuple("---" if place < right else "---:" for place in range(len(head)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+
+
+def mean_and_spread(values: pd.Series) -> str:
+    known = values.dropna()
+    spread = f" ({known.std(ddof=1):.1f})" if len(known) > 1 else ""
+    return f"{known.mean():.1f}{spread}" if len(known) else "–"
+
+
+def interval(difference: object) -> str:
+    low, high = getattr(difference, "low"), getattr(difference, "high")  # noqa: B009 - of Interval
+    middle = getattr(difference, "estimate")  # noqa: B009
+    return f"{middle:+.2f}" if low is None else f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def p(value: object) -> str:
+    return "–" if value is None else f"{value:.3f}" if float(value) >= 0.001 else "<0.001"  # type: ignore[arg-type]
+
+
+def origin(runs: pd.DataFrame) -> str:
+    """Return one line on where a table's numbers come from."""
+    commits = ", ".join(sorted(set(runs.commit.dropna())))
+    failed = int((runs.status != "done").sum())
+    count = f"{len(runs)} runs, {failed} of them failed" if failed else f"{len(runs)} runs, none failed"
+    minutes = runs.seconds.sum() / 60
+    return f"{count}; {minutes:.0f} minutes of computing on one core each; made with commit {commits}."
+
+
+def pilot(runs: pd.DataFrame) -> str:
+    """Return validation accuracy by experiment; the test split plays no part here."""
+    rows: list[tuple[str, ...]] = [("experiment", "validation accuracy, mean (sd), %", "each seed")]
+    order = runs.groupby("experiment").validation_accuracy.mean().sort_values(ascending=False, kind="stable")
+    for name in order.index:
+        values = percent(runs[runs.experiment == name].sort_values("seed").validation_accuracy)
+        rows.append((f"`{name}`", mean_and_spread(values), ", ".join(f"{value:.1f}" for value in values)))
+    return f"{markdown(rows, 1)}\n\n{origin(runs)}"
+
+
+def learning_rates(runs: pd.DataFrame) -> str:
+    """Return accuracy by learning rate, and the comparisons that were announced."""
+    rates = sorted(runs.learning_rate.unique())
+    families = list(dict.fromkeys(name.rsplit("_lr_", 1)[0] for name in runs.experiment.unique()))
+    lora = {rate: _series(runs, "lora_r8", rate) for rate in rates}
+    rows: list[tuple[str, ...]] = [
+        (
+            "method",
+            "learning rate",
+            "test accuracy, mean (sd), %",
+            "worst seed",
+            "minus LoRA r=8 at the same rate [95 %]",
+            f"p, not inferior by {MARGIN:g}",
+        )
+    ]
+    for family in families:
+        for rate in rates:
+            values = _series(runs, family, rate)
+            if values.empty:
+                continue
+            versus = compared(values, lora[rate]) if family != "lora_r8" and not lora[rate].empty else None
+            rows.append(
+                (
+                    f"`{family}`", f"{rate:g}", mean_and_spread(values),
+                    f"{values.min():.1f}" if values.notna().any() else "–",
+                    interval(versus["difference"]) if versus else "–", p(versus["not_inferior"]) if versus else "–",
+                )
+            )  # fmt: skip
+    return f"{markdown(rows, 1)}\n\n{_across(runs, families, rates)}\n\n{origin(runs)}"
+
+
+def _series(runs: pd.DataFrame, family: str, rate: float) -> pd.Series:
+    part = runs[(runs.experiment.str.rsplit("_lr_", n=1).str[0] == family) & (runs.learning_rate == rate)]
+    part = part.sort_values("seed")
+    return pd.Series(percent(part.test_accuracy).to_numpy(), index=part.seed.to_numpy())
+
+
+def _across(runs: pd.DataFrame, families: list[str], rates: list[float]) -> str:
+    """Return what each method loses between its best and its worst rate, and ours against PEFT's best."""
+    lines = []
+    means = {f: {r: _series(runs, f, r).mean() for r in rates if not _series(runs, f, r).empty} for f in families}
+    for family, by_rate in means.items():
+        if len(by_rate) > 2:
+            lines.append(
+                f"- `{family}` loses {max(by_rate.values()) - min(by_rate.values()):.1f} points between its best and its worst rate."
+            )
+    peft = means.get("peft_adalora", {})
+    if peft:
+        best = max(peft, key=lambda rate: peft[rate])
+        lora_rate = 1e-3
+        versus = compared(_series(runs, "adalora", lora_rate), _series(runs, "peft_adalora", best))
+        lines.append(
+            f"- `adalora` at {lora_rate:g} minus `peft_adalora` at its best rate, {best:g}: "
+            f'{interval(versus["difference"])}; p for "not inferior by {MARGIN:g} point": {p(versus["not_inferior"])}.'
+        )
+    return "\n".join(lines)
+
+
+def ablation(runs: pd.DataFrame) -> str:
+    """Return every metric and strategy against the same rank everywhere, corrected over the sixteen."""
+    reference = accuracy_by_seed(runs, "lora_r4")
+    controls = ["lora_r4", "uniform", "random"]
+    tested = [name for name in runs.experiment.unique() if name not in controls]
+    found = {name: compared(accuracy_by_seed(runs, name), reference) for name in [*tested, *controls[1:]]}
+    corrected = dict(zip(tested, holm([_or_one(found[name]["differs"]) for name in tested]), strict=True))
+    not_worse = dict(zip(tested, holm([_or_one(found[name]["not_inferior"]) for name in tested]), strict=True))
+    order = [*controls, *sorted(tested, key=lambda name: -accuracy_by_seed(runs, name).mean())]
+    rows: list[tuple[str, ...]] = [
+        (
+            "allocation",
+            "test accuracy, mean (sd), %",
+            "minus `lora_r4` [95 %]",
+            "p, differs (Holm)",
+            f"p, not inferior by {MARGIN:g} (Holm)",
+            "values trained",
+            "sites at rank 0",
+            "Gini of ranks",
+        )
+    ]
+    for name in order:
+        part = runs[runs.experiment == name]
+        rows.append(
+            (
+                f"`{name}`", mean_and_spread(accuracy_by_seed(runs, name)),
+                interval(found[name]["difference"]) if name in found else "–",
+                p(corrected[name]) if name in corrected else "–", p(not_worse[name]) if name in not_worse else "–",
+                f"{part.adapter_parameters.mean():,.0f}", f"{part.sites_without_rank.mean():.1f}", f"{part.gini_of_ranks.mean():.2f}",
+            )
+        )  # fmt: skip
+    return f"{markdown(rows, 1)}\n\n{_spread(runs, tested)}\n\n{origin(runs)}"
+
+
+def _or_one(value: object) -> float:
+    return 1.0 if value is None else float(value)  # type: ignore[arg-type]
+
+
+def _spread(runs: pd.DataFrame, tested: list[str]) -> str:
+    means = {name: accuracy_by_seed(runs, name).mean() for name in tested}
+    best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+    within = mean_interval([accuracy_by_seed(runs, name).std(ddof=1) for name in tested]).estimate
+    return (
+        f"From the best, `{best}`, to the worst, `{worst}`: {means[best] - means[worst]:.1f} points between means of "
+        f"{runs.seed.nunique()} seeds; the standard deviation over the seeds of one allocation is {within:.1f} points."
+    )
+
+
+TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
+    "allocation_pilot": pilot,
+    "learning_rates": learning_rates,
+    "allocation_ablation": ablation,
+}
+
+
+def with_tables(text: str) -> str:
+    """Return the document with the tables of every study that results/ holds."""
+    for study, make in TABLES.items():
+        file = RESULTS / f"{study}.csv"
+        if file.exists():
+            block = f"<!-- {study} -->\n\n{make(pd.read_csv(file))}\n\n<!-- /{study} -->"
+            text = re.sub(rf"<!-- {study} -->.*?<!-- /{study} -->", lambda _, block=block: block, text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results_dirs", nargs="*", type=Path)
+    for results_dir in parser.parse_args().results_dirs:
+        condense(results_dir)
+    write_atomically(DOCUMENT, with_tables(DOCUMENT.read_text(encoding="utf-8")).encode())
+    print(DOCUMENT)
+
+
+if __name__ == "__main__":
+    main()
