@@ -134,7 +134,7 @@ def peft_adalora(image_size: int, *, bf16: bool, total_steps: int) -> Side:
 
     return Side(
         model, bf16=bf16, image_size=image_size, penalty=penalty,
-        after_step=lambda step: model.base_model.update_and_allocate(step),
+        after_step=model.base_model.update_and_allocate,
     )  # fmt: skip
 
 

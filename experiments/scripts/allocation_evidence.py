@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from peft_vit.records import RunRecord, read_records, write_atomically
-from peft_vit.statistics import gini, holm, mean_interval, noninferiority, paired_difference, wilcoxon
+from peft_vit.statistics import Interval, gini, holm, mean_interval, noninferiority, paired_difference, wilcoxon
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -37,7 +38,9 @@ def row_of(record: RunRecord) -> dict[str, object]:
     }
     if record.status != "done":
         return row
-    assert record.validation is not None and record.test is not None and record.parameters is not None
+    assert record.validation is not None
+    assert record.test is not None
+    assert record.parameters is not None
     ranks = list(record.rank_history[-1].ranks.values()) if record.rank_history else []
     return row | {
         "validation_accuracy": record.validation.accuracy,
@@ -64,6 +67,7 @@ def condense(results_dir: Path) -> None:
 
 
 def percent(values: Iterable[float]) -> pd.Series:
+    """Return shares as percent."""
     return 100 * pd.Series(list(values), dtype=float)
 
 
@@ -73,15 +77,22 @@ def accuracy_by_seed(runs: pd.DataFrame, experiment: str) -> pd.Series:
     return pd.Series(percent(part.test_accuracy).to_numpy(), index=part.seed.to_numpy())
 
 
-def compared(candidate: pd.Series, reference: pd.Series) -> dict[str, object]:
+@dataclass(frozen=True)
+class Comparison:
+    """One allocation against a reference: difference in points, and the p-values of two tests."""
+
+    difference: Interval
+    not_inferior: float | None  # by more than MARGIN
+    differs: float | None
+
+
+def compared(candidate: pd.Series, reference: pd.Series) -> Comparison:
     """Return the paired comparison over the seeds that both have finished."""
     seeds = candidate.dropna().index.intersection(reference.dropna().index)
     left, right = candidate[seeds].to_numpy(), reference[seeds].to_numpy()
-    return {
-        "difference": paired_difference(left, right),
-        "not_inferior": noninferiority(left - right, MARGIN).p_value,
-        "differs": wilcoxon(left - right).p_value,
-    }
+    return Comparison(
+        paired_difference(left, right), noninferiority(left - right, MARGIN).p_value, wilcoxon(left - right).p_value
+    )
 
 
 def markdown(rows: list[tuple[str, ...]], right: int) -> str:
@@ -92,19 +103,24 @@ def markdown(rows: list[tuple[str, ...]], right: int) -> str:
 
 
 def mean_and_spread(values: pd.Series) -> str:
+    """Return mean and standard deviation of what is known."""
     known = values.dropna()
     spread = f" ({known.std(ddof=1):.1f})" if len(known) > 1 else ""
     return f"{known.mean():.1f}{spread}" if len(known) else "–"
 
 
-def interval(difference: object) -> str:
-    low, high = getattr(difference, "low"), getattr(difference, "high")  # noqa: B009 - of Interval
-    middle = getattr(difference, "estimate")  # noqa: B009
-    return f"{middle:+.2f}" if low is None else f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]"
+def interval(difference: Interval) -> str:
+    """Return a difference with its interval."""
+    if difference.low is None:
+        return f"{difference.estimate:+.2f}"
+    return f"{difference.estimate:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
 
-def p(value: object) -> str:
-    return "–" if value is None else f"{value:.3f}" if float(value) >= 0.001 else "<0.001"  # type: ignore[arg-type]
+def p(value: float | None) -> str:
+    """Return a p-value; none where the data have no spread."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
 def origin(runs: pd.DataFrame) -> str:
@@ -151,7 +167,7 @@ def learning_rates(runs: pd.DataFrame) -> str:
                 (
                     f"`{family}`", f"{rate:g}", mean_and_spread(values),
                     f"{values.min():.1f}" if values.notna().any() else "–",
-                    interval(versus["difference"]) if versus else "–", p(versus["not_inferior"]) if versus else "–",
+                    interval(versus.difference) if versus else "–", p(versus.not_inferior) if versus else "–",
                 )
             )  # fmt: skip
     return f"{markdown(rows, 1)}\n\n{_across(runs, families, rates)}\n\n{origin(runs)}"
@@ -169,9 +185,8 @@ def _across(runs: pd.DataFrame, families: list[str], rates: list[float]) -> str:
     means = {f: {r: _series(runs, f, r).mean() for r in rates if not _series(runs, f, r).empty} for f in families}
     for family, by_rate in means.items():
         if len(by_rate) > 2:
-            lines.append(
-                f"- `{family}` loses {max(by_rate.values()) - min(by_rate.values()):.1f} points between its best and its worst rate."
-            )
+            lost = max(by_rate.values()) - min(by_rate.values())
+            lines.append(f"- `{family}` loses {lost:.1f} points between its best and its worst rate.")
     peft = means.get("peft_adalora", {})
     if peft:
         best = max(peft, key=lambda rate: peft[rate])
@@ -179,7 +194,7 @@ def _across(runs: pd.DataFrame, families: list[str], rates: list[float]) -> str:
         versus = compared(_series(runs, "adalora", lora_rate), _series(runs, "peft_adalora", best))
         lines.append(
             f"- `adalora` at {lora_rate:g} minus `peft_adalora` at its best rate, {best:g}: "
-            f'{interval(versus["difference"])}; p for "not inferior by {MARGIN:g} point": {p(versus["not_inferior"])}.'
+            f'{interval(versus.difference)}; p for "not inferior by {MARGIN:g} point": {p(versus.not_inferior)}.'
         )
     return "\n".join(lines)
 
@@ -190,8 +205,8 @@ def ablation(runs: pd.DataFrame) -> str:
     controls = ["lora_r4", "uniform", "random"]
     tested = [name for name in runs.experiment.unique() if name not in controls]
     found = {name: compared(accuracy_by_seed(runs, name), reference) for name in [*tested, *controls[1:]]}
-    corrected = dict(zip(tested, holm([_or_one(found[name]["differs"]) for name in tested]), strict=True))
-    not_worse = dict(zip(tested, holm([_or_one(found[name]["not_inferior"]) for name in tested]), strict=True))
+    corrected = dict(zip(tested, holm([_or_one(found[name].differs) for name in tested]), strict=True))
+    not_worse = dict(zip(tested, holm([_or_one(found[name].not_inferior) for name in tested]), strict=True))
     order = [*controls, *sorted(tested, key=lambda name: -accuracy_by_seed(runs, name).mean())]
     rows: list[tuple[str, ...]] = [
         (
@@ -210,16 +225,17 @@ def ablation(runs: pd.DataFrame) -> str:
         rows.append(
             (
                 f"`{name}`", mean_and_spread(accuracy_by_seed(runs, name)),
-                interval(found[name]["difference"]) if name in found else "–",
+                interval(found[name].difference) if name in found else "–",
                 p(corrected[name]) if name in corrected else "–", p(not_worse[name]) if name in not_worse else "–",
-                f"{part.adapter_parameters.mean():,.0f}", f"{part.sites_without_rank.mean():.1f}", f"{part.gini_of_ranks.mean():.2f}",
+                f"{part.adapter_parameters.mean():,.0f}", f"{part.sites_without_rank.mean():.1f}",
+                f"{part.gini_of_ranks.mean():.2f}",
             )
         )  # fmt: skip
     return f"{markdown(rows, 1)}\n\n{_spread(runs, tested)}\n\n{origin(runs)}"
 
 
-def _or_one(value: object) -> float:
-    return 1.0 if value is None else float(value)  # type: ignore[arg-type]
+def _or_one(value: float | None) -> float:
+    return 1.0 if value is None else value
 
 
 def _spread(runs: pd.DataFrame, tested: list[str]) -> str:
@@ -250,6 +266,7 @@ def with_tables(text: str) -> str:
 
 
 def main() -> None:
+    """Condense what is named, then make the document's tables anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results_dirs", nargs="*", type=Path)
     for results_dir in parser.parse_args().results_dirs:

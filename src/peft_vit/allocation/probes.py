@@ -8,7 +8,8 @@ g, the root mean square over the elements of dL/dW. It is turned into the metric
 
 with k the power of the gradient that the metric holds: 2 for `fisher` and `sensitivity` (a product of two smoothed
 |w dL/dw|), else 1. So a site without rank scores as one with rank would whose gradient is as large, at the other
-sites' mean ratio. The ratio does not depend on the loss's scale. All sites are probed, for g_t must come from the same batch and be as noisy.
+sites' mean ratio. The ratio does not depend on the loss's scale. All sites are probed, for g_t must come from the same
+batch and be as noisy.
 """
 
 from __future__ import annotations
