@@ -174,11 +174,11 @@ def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
     Args:
         triplet_scores: (rank,) by site, from `ImportanceTracker.update`.
     """
-    present = {name: values for name, values in triplet_scores.items() if len(values)}
+    present = {name: values for name, values in triplet_scores.items() if values.shape[0]}
     if not present:
         return {}
     flat = torch.cat(list(present.values())).double().cpu().numpy()
-    counts = np.array([len(values) for values in present.values()])
+    counts = np.array([values.shape[0] for values in present.values()])  # len() of a tensor is slow
     means = np.add.reduceat(flat, np.cumsum(counts) - counts) / counts
     return dict(zip(present, means.tolist(), strict=True))
 
@@ -194,7 +194,7 @@ def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
     parts = []
     for site, adapter in adapters.items():
         lora_A, lora_B, lora_lambda = adapter.lora_A, adapter.lora_B, adapter.lora_lambda
-        if len(lora_A) == 0:
+        if lora_A.shape[0] == 0:
             continue
         parts.append(_Part(site, "lora_A", lora_A.float(), lora_A.grad, 1))
         parts.append(_Part(site, "lora_B", lora_B.float(), lora_B.grad, 0))
