@@ -168,6 +168,35 @@ def test_the_controller_passes_the_loss_scale_on(tiny_vit, batch, fill_adapters)
     assert min(results[0].values()) > 0
 
 
+def test_with_a_gradient_scaler_an_overflow_is_left_out_of_scores_and_steps(tiny_vit, batch) -> None:
+    """The first scale overflows: neither weights nor scores have seen that step."""
+    histories = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117)):
+        model = tiny_vit(depth=1)
+        sites = find_sites(model)
+        attach_adapters(model, sites, {one.name: 2 for one in sites}, scale=2.0, seed=0)
+        scorer = tracker("sensitivity")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+        scores = []
+        for _ in range(3 if scaler is None else 4):
+            loss = F.cross_entropy(model(batch[0]), batch[1])
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            scores.append(mean_per_triplet(scorer.update(site_adapters(model), scale)))
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+        histories.append(scores)
+    plain, scaled = histories
+    assert set(scaled[0].values()) == {0.0}
+    for one, other in zip(plain, scaled[1:], strict=True):
+        assert other == pytest.approx(one, rel=1e-3)
+    assert min(plain[-1].values()) > 0
+
+
 @pytest.mark.parametrize("loss_scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_an_impossible_loss_scale_is_refused(loss_scale) -> None:
     with pytest.raises(UserError, match=r"^loss_scale: expected a positive number, got"):
