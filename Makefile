@@ -8,7 +8,7 @@ STAMP := $(VENV)/.setup-done
 QUICKSTART := experiments/outputs/quickstart
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup demo smoke test check format clean
+.PHONY: help setup demo smoke test bench check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,6 +25,12 @@ smoke: setup ## run the quickstart's whole path with random weights and syntheti
 
 test: setup ## run the tests, one thread in each of two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+bench: setup ## time steps, memory and scoring beside PEFT; ten minutes on two idle cores
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/importance_cost.py
 
 check: setup ## lint, formatting, types, import rules; changes nothing
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 """What accumulating importance costs a training step: milliseconds per update on the 72 sites of ViT-S at rank 8.
 
-    python benchmarks/importance_cost.py [FILE.json]
+    python benchmarks/importance_cost.py
 
 Gradients are random; no training. Each metric is timed in both parametrizations, with one thread and with two.
 `controller` adds what the controller does around the tracker: finding the sites in the module tree, means by site.
@@ -8,22 +8,22 @@ Gradients are random; no training. Each metric is timed in both parametrizations
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, get_args
+from common import machine, with_tuned_allocator, write
 
-import timm
-import torch
-from torch import nn
+with_tuned_allocator()
 
-from peft_vit.adapters import site_adapters
-from peft_vit.allocation import AdaLoRAController, ImportanceTracker
-from peft_vit.config import AdaLoraConfig, Metric
+import statistics  # noqa: E402 - torch must be loaded under the tuned allocator
+import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import Any, get_args  # noqa: E402
+
+import timm  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from peft_vit.adapters import site_adapters  # noqa: E402
+from peft_vit.allocation import AdaLoRAController, ImportanceTracker  # noqa: E402
+from peft_vit.config import AdaLoraConfig, Metric  # noqa: E402
 
 RANK, SITES, REPEATS, WARMUP = 8, 72, 200, 20
 
@@ -71,6 +71,7 @@ def cost(metric: Metric, parametrization: str) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    """Time every metric in both parametrizations."""
     rows = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -80,10 +81,8 @@ def main() -> None:
                 rows.append({"threads": threads, "parametrization": parametrization, "metric": metric, **parts})
                 found = "  ".join(f"{name} {t['median_ms']:6.3f} (min {t['min_ms']:.3f})" for name, t in parts.items())
                 print(f"threads {threads}  {parametrization:7}  {metric:13}  ms: {found}", flush=True)
-    if len(sys.argv) > 1:
-        machine = {"platform": platform.platform(), "torch": torch.__version__, "timm": timm.__version__}
-        shape = {"sites": SITES, "rank": RANK, "repeats": REPEATS}
-        Path(sys.argv[1]).write_text(json.dumps({"machine": machine, **shape, "rows": rows}, indent=1) + "\n")
+    setting = {"sites": SITES, "rank": RANK, "repeats": REPEATS}
+    write("importance_cost", {"machine": machine(threads=2), "setting": setting, "rows": rows})
 
 
 if __name__ == "__main__":
