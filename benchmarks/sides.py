@@ -78,14 +78,14 @@ def floor(image_size: int, *, bf16: bool, plain_attention: bool = False) -> Side
     model.head.requires_grad_(True)
     model.patch_embed.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
     if plain_attention:
-        choose_attention(model, torch.device("cpu"))
+        choose_attention(model, torch.device("cpu"), "bf16")
     return Side(model, bf16=bf16, image_size=image_size)
 
 
 def lora(image_size: int, *, bf16: bool, mean_rank: float = RANK) -> Side:
     """Return our fixed-rank LoRA; a mean rank that is no whole number is spread evenly over the sites."""
     model = vit(image_size)
-    choose_attention(model, torch.device("cpu"))
+    choose_attention(model, torch.device("cpu"), "bf16" if bf16 else "fp32")
     sites = find_sites(model)
     ends = [round(mean_rank * place) for place in range(len(sites) + 1)]
     ranks = {site.name: ends[place + 1] - ends[place] for place, site in enumerate(sites)}
@@ -96,7 +96,7 @@ def lora(image_size: int, *, bf16: bool, mean_rank: float = RANK) -> Side:
 def adalora(image_size: int, *, bf16: bool, total_steps: int) -> tuple[Side, AdaLoRAController]:
     """Return our AdaLoRA from rank 12 to 8 a site."""
     model = vit(image_size)
-    choose_attention(model, torch.device("cpu"))
+    choose_attention(model, torch.device("cpu"), "bf16" if bf16 else "fp32")
     count = len(find_sites(model))
     config = AdaLoraConfig(
         total_rank_budget=RANK * count, initial_budget=START_RANK * count, allocation_strategy="global",

@@ -3,8 +3,8 @@
     make bench        or        python benchmarks/step_time.py [--rounds 12] [--image-size 112] [--threads 2]
 
 ViT-S/14, batches of 32, AdamW, clipping. Every side makes one step a round, in turn, in one process, with the same
-threads and the same allocator. Ratios are of medians, for whole runs of sums. The floor is timm as it comes; the
-second floor shares our plain attention for short sequences, to show what the adapters alone add.
+threads and the same allocator. Ratios are of medians, for whole runs of sums. The floor is timm as it comes; in bf16 a
+second floor shares our plain attention, to show what the adapters alone add.
 """
 
 from __future__ import annotations
@@ -24,35 +24,30 @@ from torch import nn  # noqa: E402
 from peft_vit.adapters import merged_state_dict  # noqa: E402
 
 FLOOR = "floor: frozen timm model"
-PLAIN_FLOOR = "floor with our attention"
 
 
 def lora_steps(size: int, rounds: int, *, bf16: bool) -> list[dict[str, Any]]:
     """Compare LoRA at rank 8 on all six matrices."""
-    seconds = in_turn(
-        {
-            FLOOR: sides.floor(size, bf16=bf16).step,
-            PLAIN_FLOOR: sides.floor(size, bf16=bf16, plain_attention=True).step,
-            "PEFT LoRA r=8": sides.peft_lora(size, bf16=bf16).step,
-            "peft-vit LoRA r=8": sides.lora(size, bf16=bf16).step,
-        },
-        rounds,
-    )
+    calls = {
+        FLOOR: sides.floor(size, bf16=bf16).step,
+        "PEFT LoRA r=8": sides.peft_lora(size, bf16=bf16).step,
+        "peft-vit LoRA r=8": sides.lora(size, bf16=bf16).step,
+    }
+    if bf16:
+        calls["floor with our attention"] = sides.floor(size, bf16=True, plain_attention=True).step
+    seconds = in_turn(calls, rounds)
     return table(f"LoRA r=8, {'bf16' if bf16 else 'fp32'}, {size} px: time of a step", seconds, FLOOR)
 
 
 def whole_runs(size: int, total_steps: int) -> list[dict[str, Any]]:
     """Compare AdaLoRA 12 -> 8 over a whole run, allocation included, and with fixed ranks of the same mean."""
-    trial, controller = sides.adalora(size, bf16=False, total_steps=total_steps)
     course = []
-    ours, _ = sides.adalora(size, bf16=False, total_steps=total_steps)
+    ours, controller = sides.adalora(size, bf16=False, total_steps=total_steps)
     budgets = [controller.schedule.budget_at(step) for step in range(total_steps)]
     mean = sum(budgets) / total_steps / len(controller.names)
-    del trial
     seconds = in_turn(
         {
             FLOOR: sides.floor(size, bf16=False).step,
-            PLAIN_FLOOR: sides.floor(size, bf16=False, plain_attention=True).step,
             "PEFT AdaLoRA 12 -> 8": sides.peft_adalora(size, bf16=False, total_steps=total_steps).step,
             "peft-vit AdaLoRA 12 -> 8": lambda: (ours.step(), course.append(sides.mean_rank(ours))),
             f"peft-vit LoRA, fixed mean rank {mean:.2f}": sides.lora(size, bf16=False, mean_rank=mean).step,

@@ -146,24 +146,21 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[slice, ...],
         dtype: torch.dtype, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
-        total = _adapted_weight(weight, rows, factors)
-        x = x.to(dtype)
-        # In float32 the sum takes as much as the backbone: it is formed again when it is needed. In bfloat16 it is
-        # half as large, and forming it would take three passes.
-        again = dtype == weight.dtype
+        total = weight.clone()
+        for span, left, right in zip(rows, factors[::2], factors[1::2], strict=True):
+            total[span].addmm_(left, right)  # (out_s, in)
         total = total.to(dtype)
-        ctx.save_for_backward(x, weight if again else total, *factors)
-        ctx.rows, ctx.again = rows, again
+        x = x.to(dtype)
+        ctx.save_for_backward(x, total, *factors)
+        ctx.rows = rows
         return F.linear(x, total, None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, *factors = ctx.saved_tensors
+        x, total, *factors = ctx.saved_tensors
         lefts, rights = factors[::2], factors[1::2]
         gradient = gradients[0].to(x.dtype)
-        to_input = None
-        if ctx.needs_input_grad[0]:
-            to_input = gradient @ (_adapted_weight(weight, ctx.rows, factors) if ctx.again else weight)
+        to_input = gradient @ total if ctx.needs_input_grad[0] else None
         x = x.reshape(-1, x.shape[-1])  # (N, in)
         gradient = gradient.reshape(-1, gradient.shape[-1])  # (N, out)
         inner = _stack(rights).to(x.dtype) @ x.T  # (sum of ranks, N)
@@ -180,13 +177,6 @@ class _LowRankLinear(torch.autograd.Function):
             start = stop
         to_bias = gradient.sum(0).float() if ctx.needs_input_grad[2] else None
         return to_input, None, to_bias, None, None, *to_factors
-
-
-def _adapted_weight(weight: Tensor, rows: tuple[slice, ...], factors: Sequence[Tensor]) -> Tensor:
-    total = weight.clone()
-    for span, left, right in zip(rows, factors[::2], factors[1::2], strict=True):
-        total[span].addmm_(left, right)  # (out_s, in)
-    return total
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

@@ -8,22 +8,25 @@ import torch
 from torch import nn
 
 from peft_vit.backbones.sites import tokens_per_image
+from peft_vit.config import Precision
 
 _SHORT = 200  # tokens
 
 
-def choose_attention(model: nn.Module, device: torch.device) -> bool:
-    """Let short sequences on a CPU go through plain matrix products; say whether they do.
+def choose_attention(model: nn.Module, device: torch.device, precision: Precision) -> bool:
+    """Let short sequences in bfloat16 on a CPU go through plain matrix products; say whether they do.
 
-    torch's fused attention saves memory that grows with the square of the tokens. A few dozen tokens leave none to
-    save, and its backward pass on CPUs costs more than the products do: see `attention` in benchmarks/. Both compute
+    torch's fused attention saves memory that grows with the square of the tokens. Some dozen tokens leave little to
+    save, and in bfloat16 its backward pass on CPUs costs several times what the products do: see `attention` in
+    benchmarks/. (In float32 the two are close, and the fused one holds less.) Both compute
     softmax(q k^T / sqrt(d)) v; they round differently.
 
     Args:
         model: a timm VisionTransformer, changed in place.
         device: where it will run.
+        precision: of its forward pass.
     """
-    if device.type != "cpu" or tokens_per_image(model) > _SHORT:
+    if device.type != "cpu" or precision != "bf16" or tokens_per_image(model) > _SHORT:
         return False
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]
     for layer in layers:

@@ -94,7 +94,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
     else:  # the adapter that it went on from need not be there any more: its scales stand in the file
         attach_fused(backbone.model, saved_scales(file), seed=spec.seed)
     load_trained(backbone.model, file)
-    choose_attention(backbone.model, torch.device("cpu"))  # as in the run, so that logits are its own to the bit
+    choose_attention(backbone.model, torch.device("cpu"), spec.precision)  # as in the run: equal to the last bit
     for _, module in adapted_modules(backbone.model):
         if module.quantized is not None:
             module.drop_float()  # wherever the schedule starts, a saved run stands on quantized weights alone

@@ -110,7 +110,7 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
         smoke=spec.smoke,
     )  # fmt: skip
     model = backbone.model.to(device)
-    choose_attention(model, device)
+    choose_attention(model, device, spec.precision)
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
     sites = find_sites(model)
     config = spec.experiment.training

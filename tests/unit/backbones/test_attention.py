@@ -18,7 +18,7 @@ def test_same_logits_and_gradients() -> None:
     found = []
     for plain in (False, True):
         if plain:
-            assert choose_attention(model, torch.device("cpu"))
+            assert choose_attention(model, torch.device("cpu"), "bf16")
         assert all(block.attn.fused_attn is not plain for block in model.blocks)
         model.zero_grad()
         logits = model(images)
@@ -30,6 +30,7 @@ def test_same_logits_and_gradients() -> None:
 
 def test_long_sequences_and_other_devices_stay_fused() -> None:
     long = vit(240)  # 15 x 15 patches and a class token
-    assert not choose_attention(long, torch.device("cpu"))
-    assert not choose_attention(vit(48), torch.device("meta"))
+    assert not choose_attention(long, torch.device("cpu"), "bf16")
+    assert not choose_attention(vit(48), torch.device("meta"), "bf16")
+    assert not choose_attention(vit(48), torch.device("cpu"), "fp32")
     assert all(block.attn.fused_attn for block in long.blocks)

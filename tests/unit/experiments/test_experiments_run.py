@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_vit.adapters import current_ranks, load_trained
-from peft_vit.backbones import choose_attention, load_backbone
+from peft_vit.backbones import load_backbone
 from peft_vit.data import SealedImages, load_data
 from peft_vit.evaluation import measure, predict, trainable_parameters
 from peft_vit.experiments import plan_study, run, run_one
@@ -64,7 +64,6 @@ def test_the_saved_adapter_gives_the_recorded_counts_and_test_results(study, tmp
     (record,) = do(study(method), tmp_path)
     spec = record.spec
     backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=77)
-    choose_attention(backbone.model, torch.device("cpu"))
     prepare(backbone.model, spec.experiment, total_steps=len(record.steps), seed=77)
     load_trained(backbone.model, run_folder(tmp_path, spec) / ADAPTER_FILE)
     assert trainable_parameters(backbone.model) == record.parameters.final
