@@ -3,16 +3,19 @@
     .venv/bin/python experiments/scripts/allocation_evidence.py [RESULTS_DIR ...]
 
 Every results directory that is named is condensed to results/<study>.csv, one row a run. Then everything between the
-marks of docs/adaptive_ranks.md is made anew from these files; the same files give the same text.
+marks of docs/adaptive_ranks.md is made anew from these files and from benchmarks/results; the same files give the same
+text.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -21,6 +24,7 @@ from peft_vit.statistics import Interval, gini, holm, mean_interval, noninferior
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
+BENCHMARKS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "adaptive_ranks.md"
 MARGIN = 1.0  # points of accuracy; stated in the configurations before the data
 
@@ -248,6 +252,53 @@ def _spread(runs: pd.DataFrame, tested: list[str]) -> str:
     )
 
 
+def _benchmark(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _measured_on(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, "
+        f"PEFT {machine['peft']}, the same allocator settings for all sides."
+    )
+
+
+def step_time() -> str:
+    """Return the ratios of `make bench` beside the floor, from its JSON."""
+    found = _benchmark("step_time")
+    rows: list[tuple[str, ...]] = [("a step of", "median, ms", "over the floor")]
+    titles = {"lora_fp32": "LoRA r=8, fp32", "lora_bf16": "LoRA r=8, bf16", "adalora_whole_run": "whole run, fp32"}
+    for key, title in titles.items():
+        rows += [
+            (f"{title}: {row['side']}", f"{1e3 * row['median_s']:.0f}", f"{row['ratio']:.2f}") for row in found[key]
+        ]
+    adaptive = next(row for row in found["adalora_whole_run"] if "over_fixed" in row)
+    by_rank = ", ".join(
+        f"{row['side'].removeprefix('mean rank ')}: {1e3 * row['median_s']:.0f}" for row in found["by_rank"]
+    )
+    merged = next(row for row in found["merged_inference"] if row["side"].startswith("merged"))
+    size, batch = found["setting"]["image_size"], found["setting"]["batch"]
+    return (
+        f"{markdown(rows, 1)}\n\n- AdaLoRA over fixed ranks of the same mean: {adaptive['over_fixed']:.3f}.\n"
+        f"- Milliseconds a step by mean rank: {by_rank}.\n"
+        f"- Merged model over the plain one, inference: {merged['ratio']:.3f}.\n\n"
+        f"{found['setting']['model']}, {size} px, batches of {batch}; {_measured_on(found['machine'])}"
+    )
+
+
+def memory() -> str:
+    """Return the peak of training by side, from the benchmark's JSON."""
+    found = _benchmark("memory")
+    rows: list[tuple[str, ...]] = [("peak of training beyond the loaded model", "fp32, MB", "bf16, MB")]
+    by_side: dict[str, dict[str, int]] = {}
+    for row in found["rows"]:
+        by_side.setdefault(row["side"], {})[row["precision"]] = row["training_bytes"]
+    rows += [(side, f"{of['fp32'] / 1e6:.0f}", f"{of['bf16'] / 1e6:.0f}") for side, of in by_side.items()]
+    return f"{markdown(rows, 1)}\n\nEach side in a process of its own; {_measured_on(found['machine'])}"
+
+
+BENCHMARK_TABLES: dict[str, Callable[[], str]] = {"step_time": step_time, "memory": memory}
 TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
     "allocation_pilot": pilot,
     "learning_rates": learning_rates,
@@ -257,11 +308,16 @@ TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
 
 def with_tables(text: str) -> str:
     """Return the document with the tables of every study that results/ holds."""
-    for study, make in TABLES.items():
-        file = RESULTS / f"{study}.csv"
-        if file.exists():
-            block = f"<!-- {study} -->\n\n{make(pd.read_csv(file))}\n\n<!-- /{study} -->"
-            text = re.sub(rf"<!-- {study} -->.*?<!-- /{study} -->", lambda _, block=block: block, text, flags=re.DOTALL)
+    found = {
+        study: make(pd.read_csv(RESULTS / f"{study}.csv"))
+        for study, make in TABLES.items()
+        if (RESULTS / f"{study}.csv").exists()
+    }
+    found |= {name: make() for name, make in BENCHMARK_TABLES.items() if (BENCHMARKS / f"{name}.json").exists()}
+    for name, content in found.items():
+        pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+        block = f"<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->"
+        text = pattern.sub(lambda _, block=block: block, text)
     return text
 
 

@@ -1,0 +1,89 @@
+"""The documents' tables of AdaLoRA's studies: they are those of the files, and say what was planted."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def evidence(monkeypatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "allocation_evidence", ROOT / "experiments/scripts/allocation_evidence.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def runs(accuracies: dict[str, list[float]], rates: dict[str, float] | None = None) -> pd.DataFrame:
+    rows = [
+        {
+            "study": "s", "experiment": name, "method": "adalora", "seed": seed, "status": "done",
+            "learning_rate": (rates or {}).get(name, 1e-3), "validation_accuracy": value, "test_accuracy": value,
+            "adapter_parameters": 1000, "sites": 4, "sites_without_rank": 1, "gini_of_ranks": 0.25, "seconds": 30.0,
+            "commit": "abc", "dirty": False,
+        }
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_document_holds_the_tables_of_the_files(evidence) -> None:
+    text = evidence.DOCUMENT.read_text(encoding="utf-8")
+    assert evidence.with_tables(text) == text
+
+
+def test_the_ablation_is_compared_with_the_same_rank_everywhere_and_corrected(evidence) -> None:
+    rng = np.random.default_rng(0)
+    base = 0.80 + 0.01 * rng.standard_normal(10)
+    better, same = base + 0.03 + 0.002 * rng.standard_normal(10), base + 0.002 * rng.standard_normal(10)
+    accuracies = {"lora_r4": base, "uniform": same, "random": same, "good": better, "equal": same}
+    table = evidence.ablation(runs({name: list(values) for name, values in accuracies.items()}))
+    good = next(line for line in table.splitlines() if line.startswith("| `good`"))
+    equal = next(line for line in table.splitlines() if line.startswith("| `equal`"))
+    p_value = stats.wilcoxon(better - base).pvalue
+    assert f"| {min(1.0, 2 * p_value):.3f} |" in good  # Holm over two allocations
+    assert f"{100 * (better - base).mean():+.2f} [" in good
+    assert "<0.001" in equal  # not inferior by a point
+    controls = [line for line in table.splitlines() if line.startswith(("| `uniform`", "| `random`"))]
+    assert all(line.count("| – |") for line in controls)  # no tests: they are not of the family
+
+
+def test_learning_rates_are_compared_at_the_same_rate_and_losses_are_named(evidence) -> None:
+    names = {f"{family}_lr_{text}": rate for family in ("lora_r8", "adalora")
+             for text, rate in (("3e4", 3e-4), ("1e3", 1e-3), ("3e3", 3e-3))}  # fmt: skip
+    level = {"lora_r8": {3e-4: 0.80, 1e-3: 0.82, 3e-3: 0.70}, "adalora": {3e-4: 0.81, 1e-3: 0.82, 3e-3: 0.79}}
+    noise = 0.004 * np.random.default_rng(1).standard_normal((len(names), 10))
+    accuracies = {
+        name: list(level[name.rsplit("_lr_", 1)[0]][rate] + noise[place])
+        for place, (name, rate) in enumerate(names.items())
+    }
+    table = evidence.learning_rates(runs(accuracies, names))
+    lines = [line for line in table.splitlines() if line.startswith("| `adalora`")]
+    lora, ours = (np.array(accuracies[f"{family}_lr_3e3"]) for family in ("lora_r8", "adalora"))
+    expected = stats.ttest_1samp(100 * (ours - lora), -1.0, alternative="greater").pvalue
+    assert expected < 0.001
+    assert lines[2].rstrip().endswith("| <0.001 |")
+    means = {name: 100 * np.mean(values) for name, values in accuracies.items()}
+    lost = max(means[f"lora_r8_lr_{r}"] for r in ("3e4", "1e3", "3e3")) - means["lora_r8_lr_3e3"]
+    assert f"`lora_r8` loses {lost:.1f} points" in table
+
+
+def test_failed_runs_are_counted_and_never_scored(evidence) -> None:
+    data = runs({"a": [0.8, 0.7]})
+    data.loc[1, ["status", "validation_accuracy", "commit"]] = ["failed", np.nan, None]
+    table = evidence.pilot(data)
+    assert "2 runs, 1 of them failed" in table
+    assert "| `a` | 80.0 |" in table
