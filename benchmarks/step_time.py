@@ -24,6 +24,7 @@ from torch import nn  # noqa: E402
 from peft_vit.adapters import merged_state_dict  # noqa: E402
 
 FLOOR = "floor: frozen timm model"
+LOADING = 2  # first steps of a side that are not counted
 
 
 def lora_steps(size: int, rounds: int, *, bf16: bool) -> list[dict[str, Any]]:
@@ -43,8 +44,8 @@ def whole_runs(size: int, total_steps: int) -> list[dict[str, Any]]:
     """Compare AdaLoRA 12 -> 8 over a whole run, allocation included, and with fixed ranks of the same mean."""
     course = []
     ours, controller = sides.adalora(size, bf16=False, total_steps=total_steps)
-    budgets = [controller.schedule.budget_at(step) for step in range(total_steps)]
-    mean = sum(budgets) / total_steps / len(controller.names)
+    budgets = [controller.schedule.budget_at(step) for step in range(LOADING, total_steps)]
+    mean = sum(budgets) / len(budgets) / len(controller.names)
     seconds = in_turn(
         {
             FLOOR: sides.floor(size, bf16=False).step,
@@ -56,8 +57,8 @@ def whole_runs(size: int, total_steps: int) -> list[dict[str, Any]]:
         warm_up=0,
     )
     assert course[-1] == sides.RANK, "the run must end at its budget"
-    # Every step counts in a whole run, also those that resize; the first two of each side only load code.
-    totals = {name: [sum(values[2:]) / len(values[2:])] for name, values in seconds.items()}
+    # Every step counts in a whole run, also those that resize; the first ones of each side only load code.
+    totals = {name: [sum(values[LOADING:]) / len(values[LOADING:])] for name, values in seconds.items()}
     rows = table(
         f"AdaLoRA 12 -> 8, whole run of {total_steps} steps, fp32, {size} px: mean time of a step", totals, FLOOR
     )

@@ -48,6 +48,7 @@ def row_of(record: RunRecord) -> dict[str, object]:
     ranks = list(record.rank_history[-1].ranks.values()) if record.rank_history else []
     return row | {
         "validation_accuracy": record.validation.accuracy,
+        "majority_accuracy": record.majority_accuracy["test"],
         "test_accuracy": record.test.accuracy,
         "test_nll": record.test.nll,
         "adapter_parameters": record.parameters.final - record.parameters.head,
@@ -75,10 +76,16 @@ def percent(values: Iterable[float]) -> pd.Series:
     return 100 * pd.Series(list(values), dtype=float)
 
 
-def accuracy_by_seed(runs: pd.DataFrame, experiment: str) -> pd.Series:
-    """Return test accuracy in percent by seed."""
-    part = runs[runs.experiment == experiment].sort_values("seed")
-    return pd.Series(percent(part.test_accuracy).to_numpy(), index=part.seed.to_numpy())
+def accuracy_by_seed(runs: pd.DataFrame, part: pd.DataFrame) -> pd.Series:
+    """Return test accuracy in percent by seed; a run that failed is worth the majority class, never left out."""
+    part = part.sort_values("seed")
+    accuracy = part.test_accuracy.fillna(runs.majority_accuracy.max())
+    return pd.Series(percent(accuracy).to_numpy(), index=part.seed.to_numpy())
+
+
+def of(runs: pd.DataFrame, experiment: str) -> pd.Series:
+    """Return an experiment's test accuracy by seed."""
+    return accuracy_by_seed(runs, runs[runs.experiment == experiment])
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,8 @@ class Comparison:
 
 
 def compared(candidate: pd.Series, reference: pd.Series) -> Comparison:
-    """Return the paired comparison over the seeds that both have finished."""
-    seeds = candidate.dropna().index.intersection(reference.dropna().index)
+    """Return the paired comparison over the seeds that both have run."""
+    seeds = candidate.index.intersection(reference.index)
     left, right = candidate[seeds].to_numpy(), reference[seeds].to_numpy()
     return Comparison(
         paired_difference(left, right), noninferiority(left - right, MARGIN).p_value, wilcoxon(left - right).p_value
@@ -106,11 +113,15 @@ def markdown(rows: list[tuple[str, ...]], right: int) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
 
 
+def counted(part: pd.DataFrame) -> str:
+    """Return how many runs there are, and how many of them failed."""
+    return f"{len(part)} ({(part.status != 'done').sum()})"
+
+
 def mean_and_spread(values: pd.Series) -> str:
-    """Return mean and standard deviation of what is known."""
-    known = values.dropna()
-    spread = f" ({known.std(ddof=1):.1f})" if len(known) > 1 else ""
-    return f"{known.mean():.1f}{spread}" if len(known) else "–"
+    """Return mean and standard deviation."""
+    spread = f" ({values.std(ddof=1):.1f})" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{spread}"
 
 
 def interval(difference: Interval) -> str:
@@ -131,18 +142,23 @@ def origin(runs: pd.DataFrame) -> str:
     """Return one line on where a table's numbers come from."""
     commits = ", ".join(sorted(set(runs.commit.dropna())))
     failed = int((runs.status != "done").sum())
-    count = f"{len(runs)} runs, {failed} of them failed" if failed else f"{len(runs)} runs, none failed"
+    count = f"{len(runs)} runs, none failed"
+    if failed:
+        count = f"{len(runs)} runs, {failed} of them failed, counted as the majority class"
     minutes = runs.seconds.sum() / 60
     return f"{count}; {minutes:.0f} minutes of computing on one core each; made with commit {commits}."
 
 
 def pilot(runs: pd.DataFrame) -> str:
     """Return validation accuracy by experiment; the test split plays no part here."""
-    rows: list[tuple[str, ...]] = [("experiment", "validation accuracy, mean (sd), %", "each seed")]
+    rows: list[tuple[str, ...]] = [("experiment", "runs (failed)", "validation accuracy, mean (sd), %", "each seed")]
+    runs = runs.assign(validation_accuracy=runs.validation_accuracy.fillna(runs.majority_accuracy.max()))
     order = runs.groupby("experiment").validation_accuracy.mean().sort_values(ascending=False, kind="stable")
     for name in order.index:
-        values = percent(runs[runs.experiment == name].sort_values("seed").validation_accuracy)
-        rows.append((f"`{name}`", mean_and_spread(values), ", ".join(f"{value:.1f}" for value in values)))
+        part = runs[runs.experiment == name].sort_values("seed")
+        values = percent(part.validation_accuracy)
+        each = ", ".join(f"{value:.1f}" for value in values)
+        rows.append((f"`{name}`", counted(part), mean_and_spread(values), each))
     return f"{markdown(rows, 1)}\n\n{origin(runs)}"
 
 
@@ -155,6 +171,7 @@ def learning_rates(runs: pd.DataFrame) -> str:
         (
             "method",
             "learning rate",
+            "runs (failed)",
             "test accuracy, mean (sd), %",
             "worst seed",
             "minus LoRA r=8 at the same rate [95 %]",
@@ -163,24 +180,26 @@ def learning_rates(runs: pd.DataFrame) -> str:
     ]
     for family in families:
         for rate in rates:
-            values = _series(runs, family, rate)
-            if values.empty:
+            part, values = _part(runs, family, rate), _series(runs, family, rate)
+            if part.empty:
                 continue
             versus = compared(values, lora[rate]) if family != "lora_r8" and not lora[rate].empty else None
             rows.append(
                 (
-                    f"`{family}`", f"{rate:g}", mean_and_spread(values),
-                    f"{values.min():.1f}" if values.notna().any() else "–",
+                    f"`{family}`", f"{rate:g}", counted(part), mean_and_spread(values), f"{values.min():.1f}",
                     interval(versus.difference) if versus else "–", p(versus.not_inferior) if versus else "–",
                 )
             )  # fmt: skip
     return f"{markdown(rows, 1)}\n\n{_across(runs, families, rates)}\n\n{origin(runs)}"
 
 
+def _part(runs: pd.DataFrame, family: str, rate: float) -> pd.DataFrame:
+    family_of = runs.experiment.str.rsplit("_lr_", n=1).str[0]
+    return runs[(family_of == family) & (runs.learning_rate == rate)]
+
+
 def _series(runs: pd.DataFrame, family: str, rate: float) -> pd.Series:
-    part = runs[(runs.experiment.str.rsplit("_lr_", n=1).str[0] == family) & (runs.learning_rate == rate)]
-    part = part.sort_values("seed")
-    return pd.Series(percent(part.test_accuracy).to_numpy(), index=part.seed.to_numpy())
+    return accuracy_by_seed(runs, _part(runs, family, rate))
 
 
 def _across(runs: pd.DataFrame, families: list[str], rates: list[float]) -> str:
@@ -205,16 +224,17 @@ def _across(runs: pd.DataFrame, families: list[str], rates: list[float]) -> str:
 
 def ablation(runs: pd.DataFrame) -> str:
     """Return every metric and strategy against the same rank everywhere, corrected over the sixteen."""
-    reference = accuracy_by_seed(runs, "lora_r4")
+    reference = of(runs, "lora_r4")
     controls = ["lora_r4", "uniform", "random"]
     tested = [name for name in runs.experiment.unique() if name not in controls]
-    found = {name: compared(accuracy_by_seed(runs, name), reference) for name in [*tested, *controls[1:]]}
+    found = {name: compared(of(runs, name), reference) for name in [*tested, *controls[1:]]}
     corrected = dict(zip(tested, holm([_or_one(found[name].differs) for name in tested]), strict=True))
     not_worse = dict(zip(tested, holm([_or_one(found[name].not_inferior) for name in tested]), strict=True))
-    order = [*controls, *sorted(tested, key=lambda name: -accuracy_by_seed(runs, name).mean())]
+    order = [*controls, *sorted(tested, key=lambda name: -of(runs, name).mean())]
     rows: list[tuple[str, ...]] = [
         (
             "allocation",
+            "runs (failed)",
             "test accuracy, mean (sd), %",
             "minus `lora_r4` [95 %]",
             "p, differs (Holm)",
@@ -228,7 +248,7 @@ def ablation(runs: pd.DataFrame) -> str:
         part = runs[runs.experiment == name]
         rows.append(
             (
-                f"`{name}`", mean_and_spread(accuracy_by_seed(runs, name)),
+                f"`{name}`", counted(part), mean_and_spread(of(runs, name)),
                 interval(found[name].difference) if name in found else "–",
                 p(corrected[name]) if name in corrected else "–", p(not_worse[name]) if name in not_worse else "–",
                 f"{part.adapter_parameters.mean():,.0f}", f"{part.sites_without_rank.mean():.1f}",
@@ -243,9 +263,9 @@ def _or_one(value: float | None) -> float:
 
 
 def _spread(runs: pd.DataFrame, tested: list[str]) -> str:
-    means = {name: accuracy_by_seed(runs, name).mean() for name in tested}
+    means = {name: of(runs, name).mean() for name in tested}
     best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
-    within = mean_interval([accuracy_by_seed(runs, name).std(ddof=1) for name in tested]).estimate
+    within = mean_interval([of(runs, name).std(ddof=1) for name in tested]).estimate
     return (
         f"From the best, `{best}`, to the worst, `{worst}`: {means[best] - means[worst]:.1f} points between means of "
         f"{runs.seed.nunique()} seeds; the standard deviation over the seeds of one allocation is {within:.1f} points."
@@ -267,12 +287,17 @@ def _measured_on(machine: dict[str, Any]) -> str:
 def step_time() -> str:
     """Return the ratios of `make bench` beside the floor, from its JSON."""
     found = _benchmark("step_time")
-    rows: list[tuple[str, ...]] = [("a step of", "median, ms", "over the floor")]
+    rows: list[tuple[str, ...]] = [("a step of", "median, ms", "over the floor", "over it with our attention")]
     titles = {"lora_fp32": "LoRA r=8, fp32", "lora_bf16": "LoRA r=8, bf16", "adalora_whole_run": "whole run, fp32"}
     for key, title in titles.items():
+        own = next((row["median_s"] for row in found[key] if "our attention" in row["side"]), None)
         rows += [
-            (f"{title}: {row['side']}", f"{1e3 * row['median_s']:.0f}", f"{row['ratio']:.2f}") for row in found[key]
-        ]
+            (
+                f"{title}: {row['side']}", f"{1e3 * row['median_s']:.0f}", f"{row['ratio']:.2f}",
+                f"{row['median_s'] / own:.2f}" if own else "",
+            )
+            for row in found[key]
+        ]  # fmt: skip
     adaptive = next(row for row in found["adalora_whole_run"] if "over_fixed" in row)
     by_rank = ", ".join(
         f"{row['side'].removeprefix('mean rank ')}: {1e3 * row['median_s']:.0f}" for row in found["by_rank"]

@@ -30,8 +30,8 @@ def runs(accuracies: dict[str, list[float]], rates: dict[str, float] | None = No
     rows = [
         {
             "study": "s", "experiment": name, "method": "adalora", "seed": seed, "status": "done",
-            "learning_rate": (rates or {}).get(name, 1e-3), "validation_accuracy": value, "test_accuracy": value,
-            "adapter_parameters": 1000, "sites": 4, "sites_without_rank": 1, "gini_of_ranks": 0.25, "seconds": 30.0,
+            "learning_rate": (rates or {}).get(name, 1e-3), "validation_accuracy": value,
+            "test_accuracy": value, "majority_accuracy": 0.687, "adapter_parameters": 1000, "sites": 4, "sites_without_rank": 1, "gini_of_ranks": 0.25, "seconds": 30.0,
             "commit": "abc", "dirty": False,
         }
         for name, values in accuracies.items()
@@ -81,9 +81,16 @@ def test_learning_rates_are_compared_at_the_same_rate_and_losses_are_named(evide
     assert f"`lora_r8` loses {lost:.1f} points" in table
 
 
-def test_failed_runs_are_counted_and_never_scored(evidence) -> None:
-    data = runs({"a": [0.8, 0.7]})
-    data.loc[1, ["status", "validation_accuracy", "commit"]] = ["failed", np.nan, None]
-    table = evidence.pilot(data)
-    assert "2 runs, 1 of them failed" in table
-    assert "| `a` | 80.0 |" in table
+def test_failed_runs_count_as_the_majority_class_and_are_named(evidence) -> None:
+    rates = {"lora_r8_lr_1e3": 1e-3, "adalora_lr_1e3": 1e-3}
+    data = runs({"lora_r8_lr_1e3": [0.8] * 4, "adalora_lr_1e3": [0.81, 0.82, 0.831, 0.84]}, rates)
+    failed = (data.experiment == "adalora_lr_1e3") & (data.seed == 3)
+    data.loc[failed, ["status", "test_accuracy", "validation_accuracy", "majority_accuracy", "commit"]] = [
+        "failed", np.nan, np.nan, np.nan, None,
+    ]  # fmt: skip
+    row = next(line for line in evidence.learning_rates(data).splitlines() if line.startswith("| `adalora`"))
+    values = np.array([81.0, 82.0, 83.1, 68.7])
+    assert "| 4 (1) |" in row
+    assert f"| {values.mean():.1f} ({values.std(ddof=1):.1f}) | 68.7 | {values.mean() - 80:+.2f} [" in row
+    assert "1 of them failed" in evidence.learning_rates(data)
+    assert "| `adalora_lr_1e3` | 4 (1) |" in evidence.pilot(data)
