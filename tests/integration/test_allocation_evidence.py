@@ -27,16 +27,17 @@ def evidence(monkeypatch) -> ModuleType:
 
 
 def runs(accuracies: dict[str, list[float]], rates: dict[str, float] | None = None) -> pd.DataFrame:
+    fixed = {
+        "study": "s", "method": "adalora", "status": "done", "majority_accuracy": 0.687, "adapter_parameters": 1000,
+        "sites": 4, "sites_without_rank": 1, "gini_of_ranks": 0.25, "seconds": 30.0, "commit": "abc", "dirty": False,
+    }  # fmt: skip
     rows = [
-        {
-            "study": "s", "experiment": name, "method": "adalora", "seed": seed, "status": "done",
-            "learning_rate": (rates or {}).get(name, 1e-3), "validation_accuracy": value,
-            "test_accuracy": value, "majority_accuracy": 0.687, "adapter_parameters": 1000, "sites": 4, "sites_without_rank": 1, "gini_of_ranks": 0.25, "seconds": 30.0,
-            "commit": "abc", "dirty": False,
-        }
+        fixed
+        | {"experiment": name, "seed": seed, "learning_rate": (rates or {}).get(name, 1e-3)}
+        | {"validation_accuracy": value, "test_accuracy": value}
         for name, values in accuracies.items()
         for seed, value in enumerate(values)
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(rows)
 
 
