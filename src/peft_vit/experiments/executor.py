@@ -23,6 +23,7 @@ import torch
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.experiments.plan import PlannedRun
+from peft_vit.experiments.provenance import loaded_git_state
 from peft_vit.experiments.run import run_one
 from peft_vit.records import RunRecord, RunSpec, write_record
 from peft_vit.training import Progress
@@ -134,6 +135,7 @@ def _initialize(channel: Any, parent: int) -> None:
     _channel = channel
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_interop_threads(1)
+    loaded_git_state()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

@@ -109,8 +109,6 @@ def _check_adalora(config: AdaLoraConfig, shape: BackboneShape, total_steps: int
     shapes = [(site.in_features, site.out_features) for site in _chosen(shape.sites, config.targets)]
     costs = costs_for(config, shapes, shape.tokens)
     schedule_for(config, total_steps, bounds_for(config, [min(sides) for sides in shapes], costs), costs)
-    if config.top_k is not None and config.top_k > len(shapes):
-        raise UserError(f"{config.top_k} exceeds the {len(shapes)} sites", field="adalora.top_k")
 
 
 def _chosen(sites: Sequence[Site], targets: Sequence[Matrix]) -> list[Site]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -43,6 +44,12 @@ def git_state(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:
     except (OSError, subprocess.SubprocessError):
         return None, None
     return commit, bool(changes)
+
+
+@functools.cache
+def loaded_git_state() -> tuple[str | None, bool | None]:
+    """Return `git_state` as it was when this process first asked: a commit made since is not the code that runs."""
+    return git_state()
 
 
 def processor_name() -> str:

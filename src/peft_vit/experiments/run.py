@@ -35,7 +35,7 @@ from peft_vit.evaluation import (
 from peft_vit.experiments.calibration import calibrate_fisher
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.plan import resolve_device
-from peft_vit.experiments.provenance import cpu_count, git_state, hash_arrays, package_versions, processor_name
+from peft_vit.experiments.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
 from peft_vit.records import (
     ADAPTER_FILE,
     BitsEntry,
@@ -161,7 +161,7 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
 
 
 def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:
-    commit, dirty = git_state()
+    commit, dirty = loaded_git_state()
     start = spec.experiment.start
     head: nn.Module = backbone.model.get_classifier()  # type: ignore[operator]
     orders = (data.train.order(spec.seed, epoch) for epoch in range(1, spec.experiment.training.epochs + 1))

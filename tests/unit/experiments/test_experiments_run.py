@@ -11,7 +11,7 @@ from peft_vit.adapters import current_ranks, load_trained
 from peft_vit.backbones import load_backbone
 from peft_vit.data import SealedImages, load_data
 from peft_vit.evaluation import measure, predict, trainable_parameters
-from peft_vit.experiments import plan_study, run, run_one
+from peft_vit.experiments import plan_study, provenance, run, run_one
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.provenance import git_state, hash_arrays, package_versions
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
@@ -164,6 +164,14 @@ def test_the_commit_of_another_repository_is_not_recorded(tmp_path) -> None:
     git("commit", "-m", "theirs")
     assert git_state(own) == (git("rev-parse", "HEAD"), True)
     assert git_state(installed) == (None, None)
+
+
+def test_a_commit_made_during_a_study_is_not_the_code_that_runs(monkeypatch) -> None:
+    states = iter([("first", False), ("second", True)])
+    monkeypatch.setattr(provenance, "git_state", lambda: next(states))
+    provenance.loaded_git_state.cache_clear()
+    assert provenance.loaded_git_state() == provenance.loaded_git_state() == ("first", False)
+    provenance.loaded_git_state.cache_clear()
 
 
 def test_provenance() -> None:
