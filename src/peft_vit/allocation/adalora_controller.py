@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,7 @@ from peft_vit.adapters import (
 from peft_vit.allocation.budget import bounds_for, costs_for, schedule_for
 from peft_vit.allocation.importance import ImportanceTracker, mean_per_triplet
 from peft_vit.allocation.masking import silence_others, strongest
+from peft_vit.allocation.no_effect import warn_of_a_bar_too_high, warn_of_a_held_start, warn_of_equal_scores
 from peft_vit.allocation.placement import place_adapters
 from peft_vit.allocation.probes import place_probes, probed_scores, take_probes
 from peft_vit.allocation.protection import TripletAges, protected_minimum, shielded
@@ -46,8 +46,8 @@ from peft_vit.allocation.summary import layer_summary
 from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.backbones import tokens_per_image
 from peft_vit.config import AdaLoraConfig
-from peft_vit.errors import SilentNoEffectWarning, UserError
-from peft_vit.records import ImportanceEntry, RankEntry, history_rows
+from peft_vit.errors import UserError
+from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, history_rows
 from peft_vit.seeding import torch_generator
 
 _STREAMS = 1 << 16  # generators of one change; the start's have lower numbers
@@ -98,6 +98,8 @@ class AdaLoRAController:
         self._active: dict[str, Tensor] | None = None  # under prune: reversible, until the last decision
         if config.prune == "reversible":
             self._start_reversible()
+        self._bar_too_high = False  # at some decision, and said
+        warn_of_a_held_start(config, np.array(list(self.ranks.values())), self.costs, self.bounds)
 
     def _start(self, model: nn.Module) -> None:
         """Give sites that have no rank yet equal ranks within the initial budget."""
@@ -112,8 +114,9 @@ class AdaLoRAController:
         unit, _, field = self.config.budget
         if self._cost(ranks) > self.schedule.initial:
             raise UserError(
-                f"the model's adapters hold {self._cost(ranks)} {unit}, the budget allows {self.schedule.initial}",
-                field=f"adalora.{field}",
+                f"the model's adapters hold {self._cost(ranks)} {unit}, the budget allows {self.schedule.initial} at "
+                "the start; raise it, or start with fewer",
+                field="adalora.initial_budget" if self.config.budget_schedule == "cubic" else f"adalora.{field}",
             )
         self._record(0, ranks, {})
 
@@ -122,13 +125,6 @@ class AdaLoRAController:
         self._active = {name: torch.ones(rank, dtype=torch.bool) for name, rank in self.ranks.items()}
         present = np.array(list(self.ranks.values()))
         self.bounds = Bounds(np.minimum(self.bounds.minimum, present), np.minimum(self.bounds.maximum, present))
-        if self._cost(self.ranks) <= self.schedule.total:
-            warnings.warn(
-                f"prune: reversible has no effect: the adapters start with {self._cost(self.ranks)} "
-                f"{self.config.budget.unit}, the final budget holds them all",
-                SilentNoEffectWarning,
-                stacklevel=3,
-            )
 
     def _cost(self, ranks: dict[str, int]) -> int:
         """Return what ranks cost in the unit of the budget."""
@@ -199,8 +195,9 @@ class AdaLoRAController:
         gradients, values = take_probes(adapters)
         if gradients:
             sought = [name for name in self.names if self._ages.rank(name) == 0]
-            self._last_scores |= probed_scores(self.config.importance_metric, gradients, measured, sought)
-            self.probe_history.append({"step": step, "sites": sought, "values": values})
+            found = probed_scores(self.config.importance_metric, gradients, measured, sought)
+            self._last_scores |= found
+            self.probe_history.append({"step": step, "sites": list(found), "values": values})
         if not all(math.isfinite(score) for score in self._last_scores.values()):
             worst = next(name for name, score in self._last_scores.items() if not math.isfinite(score))
             raise UserError(f"its importance at step {step} is not finite; the training diverges", field=worst)
@@ -234,8 +231,10 @@ class AdaLoRAController:
             raise UserError(f"step {step} was not scored; call update_importance_scores first", field="step")
         self._decided = step
         self.score_history.append({"step": step, "scores": dict(importance_scores)})
-        self._warn_of_equal_scores(step, importance_scores)
         scores = np.array([importance_scores[name] for name in self.names], dtype=np.float64)
+        if step >= self.schedule.last_update:
+            warn_of_equal_scores(self.config, importance_scores)
+        self._bar_too_high = self._bar_too_high or warn_of_a_bar_too_high(self.config, scores, self.costs)
         budget = self.schedule.budget_at(step)
         young = [self._ages.young(name).numpy() for name in self.names]
         least = protected_minimum(np.array([one.sum() for one in young]), scores, budget, self.bounds, self.costs)
@@ -243,7 +242,7 @@ class AdaLoRAController:
             self.config.allocation_strategy, scores, budget, Bounds(least, self.bounds.maximum), costs=self.costs,
             threshold_tau=self.config.threshold_tau, top_k=self.config.top_k,
             triplet_scores=[
-                shielded(self._triplet_scores[name].double().cpu().numpy(), grown, int(count))
+                shielded(self._triplet_scores[name].cpu().double().numpy(), grown, int(count))
                 for name, grown, count in zip(self.names, young, least, strict=True)
             ] if self.config.allocation_strategy == "global" else None,
         )  # fmt: skip
@@ -317,15 +316,6 @@ class AdaLoRAController:
         if is_due and can_grow and is_measured and 0 in self.ranks.values():
             place_probes(site_adapters(model), seed=self.seed, step=step)
 
-    def _warn_of_equal_scores(self, step: int, scores: dict[str, float]) -> None:
-        if step >= self.schedule.last_update and len(set(scores.values())) == 1:
-            warnings.warn(
-                f"importance_metric {self.config.importance_metric} gave every site the same score; "
-                "the allocation says nothing about the sites",
-                SilentNoEffectWarning,
-                stacklevel=3,
-            )
-
     def get_layer_importance_summary(self) -> dict[str, dict[str, float]]:
         """Return mean, std, trend and rank of each site, block, matrix type and overall, see `summary`."""
         return layer_summary(self.sites, self.score_history, self.ranks)
@@ -333,7 +323,8 @@ class AdaLoRAController:
     def history_rows(self) -> list[dict[str, Any]]:
         """Return what was scored and decided as a tidy table, see `records.history_rows`."""
         ranks = [RankEntry(**entry) for entry in self.rank_history]
-        return history_rows(self.sites, ranks, [ImportanceEntry(**entry) for entry in self.score_history])
+        scores = [ImportanceEntry(**entry) for entry in self.score_history]
+        return history_rows(self.sites, ranks, scores, [ProbeEntry(**entry) for entry in self.probe_history])
 
     def export_importance_data(self) -> dict[str, Any]:
         """Return everything that was scored and decided, as plain values ready for JSON."""

@@ -3,8 +3,8 @@
 With triplet i of a site, its parameters w (row i of A, column i of B, and lambda_i in the svd form) and their task
 gradients g = dL/dw, the score after each backward pass is
 
-    magnitude      |lambda_i| ||P_i|| ||Q_i||, or ||b_i|| ||a_i||: the Frobenius norm of the triplet's update,
-                   without the scale, which all sites share
+    magnitude      scale gain |lambda_i| ||P_i|| ||Q_i||, or scale ||b_i|| ||a_i||: the Frobenius norm of the triplet's
+                   update; sites that PEFT made may have scales of their own
     gradient_norm  smoothed ||g||_2 over the triplet's parameters
     fisher         smoothed ||g||_2^2: trace of the diagonal minibatch empirical Fisher, of the mean gradient of a
                    batch (Kunstner et al. 2019, arXiv 1905.12558, on why it is not the Fisher; `per_sample_fisher`
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_vit.adapters import Adapter
+from peft_vit.adapters import Adapter, SiteAdapter
 from peft_vit.config import Metric
 from peft_vit.errors import UserError
 
@@ -94,7 +94,7 @@ class ImportanceTracker:
         if self.metric == "magnitude":
             weights = [part.weight for part in parts]
             squares = _by_site(parts, _sums(parts, torch._foreach_mul(weights, weights)), torch.mul)
-            scores = {site: square.sqrt_() for site, square in squares.items()}
+            scores = {site: square.sqrt_().mul_(_factor(adapters[site])) for site, square in squares.items()}
         else:
             scores = self._smoothed_scores(parts, loss_scale) if parts else {}
         return {name: scores[name] if one.rank else one.lora_A.new_zeros(0) for name, one in adapters.items()}
@@ -177,7 +177,7 @@ def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
     present = {name: values for name, values in triplet_scores.items() if values.shape[0]}
     if not present:
         return {}
-    flat = torch.cat(list(present.values())).double().cpu().numpy()
+    flat = torch.cat(list(present.values())).cpu().double().numpy()  # some devices have no float64
     counts = np.array([values.shape[0] for values in present.values()])  # len() of a tensor is slow
     means = np.add.reduceat(flat, np.cumsum(counts) - counts) / counts
     return dict(zip(present, means.tolist(), strict=True))
@@ -201,6 +201,12 @@ def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
         if lora_lambda is not None:
             parts.append(_Part(site, "lora_lambda", lora_lambda.float(), lora_lambda.grad, None))
     return parts
+
+
+def _factor(adapter: Adapter) -> float:
+    """Return the Frobenius norm of a triplet's update over the product of its parameters' norms."""
+    gain = adapter.lambda_gain if isinstance(adapter, SiteAdapter) and adapter.lora_lambda is not None else 1.0
+    return abs(adapter.scale * gain) * math.sqrt(adapter.pool)  # each value of A stands for a pool of equal columns
 
 
 def _gradients(parts: Sequence[_Part]) -> list[Tensor]:

@@ -4,17 +4,20 @@ A site at rank 0 has no triplet that could be scored, and |w dL/dw| of a triplet
 site is worth. What can be measured is the gradient that its weight would receive: a probe (`adapters.Probe`) estimates
 g, the root mean square over the elements of dL/dW. It is turned into the metric's units by the sites that have both:
 
-    score_s = g_s^k * mean over sites t with measured triplets of (score_t / g_t^k)
+    score_s = g_s^k * median over sites t with measured triplets of (score_t / g_t^k)
 
 with k the power of the gradient that the metric holds: 2 for `fisher` and `sensitivity` (a product of two smoothed
-|w dL/dw|), else 1. So a site without rank scores as one with rank would whose gradient is as large, at the other
-sites' mean ratio. The ratio does not depend on the loss's scale. All sites are probed, for g_t must come from the same
-batch and be as noisy.
+|w dL/dw|), else 1. So a site without rank scores as a middling one with rank would whose gradient is as large. The
+median, for ratios are far apart under metrics that know more than the gradient's size: where weights have grown along
+the gradient, sensitivity is high for its g. A mean would credit all others with what a few such sites have learned, and
+a noisy site that lost its rank would come back above them. The ratio does not depend on the loss's scale. All sites are
+probed, for g_t must come from the same batch and be as noisy.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -80,5 +83,5 @@ def probed_scores(
     ratios = [score / sizes[name] for name, score in measured.items() if sizes.get(name)]
     if not ratios:
         return {}
-    ratio = sum(ratios) / len(ratios)
+    ratio = statistics.median(ratios)
     return {name: sizes[name] * ratio for name in sought if name in sizes}

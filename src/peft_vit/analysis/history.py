@@ -11,11 +11,11 @@ from typing import Any
 
 from peft_vit.analysis.studies import load_studies
 from peft_vit.errors import UserError
-from peft_vit.records import history_rows, write_atomically
+from peft_vit.records import RunRecord, history_rows, write_atomically
 
 COLUMNS = (
     "study", "smoke", "experiment", "seed", "step", "site", "block", "matrix", "in_features", "out_features",
-    "score", "rank", "budget", "budget_unit",
+    "score", "probed", "rank", "budget", "budget_unit",
 )  # fmt: skip
 
 
@@ -34,11 +34,15 @@ def history_table(results_dir: Path) -> list[dict[str, Any]]:
         }
         for study in load_studies(results_dir)
         for run in study.runs
-        for row in history_rows(run.record.sites, run.record.rank_history, run.record.importance_history)
+        for row in _rows(run.record)
     ]  # fmt: skip
     if not rows:
         raise UserError("no finished run with adapters, so there is no history to write", file=results_dir)
     return rows
+
+
+def _rows(record: RunRecord) -> list[dict[str, Any]]:
+    return history_rows(record.sites, record.rank_history, record.importance_history, record.probe_history)
 
 
 def export_history(results_dir: Path, file: Path) -> int:

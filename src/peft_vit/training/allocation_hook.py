@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,7 @@ class AllocationHook:
     def __init__(self, controller: AdaLoRAController) -> None:
         self.controller = controller
         self._scores: dict[str, float] = {}
-        self._after_step_s: dict[int, float] = {}
+        self._own_s: dict[int, float] = defaultdict(float)  # by step
         self._with_penalty = controller.config.importance_gradient == "task_and_penalty"
         default = 0.1 if controller.config.parametrization == "svd" else 0.0  # 0.1: the official AdaLoRA code
         weight = controller.config.orthogonality_weight
@@ -47,33 +48,39 @@ class AllocationHook:
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Score the sites from the task's gradients, unless the penalty's belong to them."""
         if not self._with_penalty:
-            self._scores = self.controller.update_importance_scores(model, step)
+            self._score(model, step)
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Score the sites from the gradients of task and penalty together, as the official AdaLoRA code does."""
         if self._with_penalty:
-            self._scores = self.controller.update_importance_scores(model, step)
+            self._score(model, step)
+
+    def _score(self, model: nn.Module, step: int) -> None:
+        started = time.perf_counter()
+        self._scores = self.controller.update_importance_scores(model, step)
+        self._own_s[step] += time.perf_counter() - started
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Decide the ranks and apply them."""
         started = time.perf_counter()
         ranks = self.controller.reallocate_ranks(self._scores, step)
         self.controller.apply_ranks(model, optimizer, ranks)
-        self._after_step_s[step] = time.perf_counter() - started
+        self._own_s[step] += time.perf_counter() - started
 
     def probing_s(self, steps: Sequence[StepRow]) -> float | None:
-        """Return the seconds by which forward, backward and the rest took longer in steps with probes.
+        """Return an estimate of the seconds by which forward and backward pass took longer in steps with probes.
 
-        That is, over the median of the steps without; deciding and resizing are not in it. None if no step was
-        probed, or every step was, so that there is nothing to compare with.
+        That is, over the median of the steps without, and at least 0. Scoring, deciding and resizing are left out of
+        all steps: they are counted as this hook's own time. None if no step was probed, or every step was, so that
+        there is nothing to compare with.
         """
         probed = {entry["step"] for entry in self.controller.probe_history}
-        seconds = {row.step: row.seconds - self._after_step_s.get(row.step, 0.0) for row in steps}
+        seconds = {row.step: row.seconds - self._own_s.get(row.step, 0.0) for row in steps}
         plain = [value for step, value in seconds.items() if step not in probed]
         if not probed or not plain:
             return None
         usual = statistics.median(plain)
-        return sum(value - usual for step, value in seconds.items() if step in probed)
+        return max(0.0, sum(value - usual for step, value in seconds.items() if step in probed))
 
     def notes(self) -> dict[str, float]:
         """Return nothing: ranks have a history of their own."""

@@ -1,6 +1,7 @@
 """Scores of triplets against float64 NumPy written from the formulas."""
 
-from typing import get_args
+import copy
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,9 +20,13 @@ BETA1, BETA2, RANK = 0.85, 0.7, 3
 SMOOTHED = ("gradient_norm", "fisher", "sensitivity")
 
 
-def site(parametrization: str, seed: int = 0, rank: int = RANK) -> SiteAdapter:
+def site(
+    parametrization: str, seed: int = 0, rank: int = RANK, *, scale: float = 2.0, **settings: Any
+) -> SiteAdapter:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    adapter = SiteAdapter(6, 5, rank, scale=2.0, generator=generator, parametrization=parametrization)
+    adapter = SiteAdapter(
+        6, 5, rank, scale=scale, generator=generator, parametrization=parametrization, **settings
+    )  # fmt: skip
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -51,15 +56,55 @@ def by_triplet(adapter: SiteAdapter) -> list[tuple[list[np.ndarray], list[np.nda
     return result
 
 
-@pytest.mark.parametrize("parametrization", ["product", "svd"])
-def test_magnitude(parametrization) -> None:
-    adapter = site(parametrization)
-    scores = tracker("magnitude").update({"a": adapter})["a"]
-    expected = [np.prod([np.linalg.norm(value) for value in values]) for values, _ in by_triplet(adapter)]
-    np.testing.assert_allclose(scores, expected, rtol=1e-5)
-    # Which is the Frobenius norm of what the triplet adds, without the scale.
-    for i, (left, right) in enumerate(zip(adapter.factors()[0].T, adapter.factors()[1], strict=True)):
-        assert scores[i].item() == pytest.approx((torch.outer(left, right).norm() / 2.0).item(), rel=1e-5)
+def update_of(adapter: SiteAdapter, i: int) -> np.ndarray:
+    """Return what one triplet adds to the weight, float64: the site's update with all others set to zero."""
+    alone = copy.deepcopy(adapter).double()
+    with torch.no_grad():
+        alone.lora_B[:, np.arange(adapter.rank) != i] = 0
+        return alone.delta().numpy()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parametrization": "product"},
+        {"parametrization": "product", "lambda_gain": 50.0},  # has no lambda to act on
+        {"parametrization": "product", "pool": 3},
+        {"parametrization": "svd"},
+        {"parametrization": "svd", "lambda_gain": 50.0},
+    ],
+)
+def test_magnitude_is_the_norm_of_what_a_triplet_adds(settings) -> None:
+    adapters = {name: site(seed=seed, scale=scale, **settings) for name, seed, scale in (("a", 0, 2.0), ("b", 1, 0.1))}
+    scores = tracker("magnitude").update(adapters)
+    for name, adapter in adapters.items():
+        expected = [np.linalg.norm(update_of(adapter, i)) for i in range(RANK)]
+        np.testing.assert_allclose(scores[name], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"alpha_pattern": {"blocks.0.attn.qkv": 200}}, {"use_rslora": True, "rank_pattern": {"fc1": 6}}]
+)
+def test_magnitude_on_layers_that_peft_scales_unequally(tiny_vit, options) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["qkv", "fc1"], **options)
+    model = peft.get_peft_model(tiny_vit(depth=1), config)
+    generator, adapters = torch.Generator().manual_seed(0), site_adapters(model)
+    with torch.no_grad():
+        for adapter in adapters.values():
+            for parameter in adapter.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    scores = tracker("magnitude").update(adapters)
+    assert len({adapter.scale for adapter in adapters.values()}) == 2
+    block = copy.deepcopy(model.base_model.model.blocks[0]).double()
+    for name, layer in (("blocks.0.attn.qkv", block.attn.qkv), ("blocks.0.mlp.fc1", block.mlp.fc1)):
+        weight = layer.lora_B["default"].weight
+        assert len(scores[name]) == weight.shape[1]
+        whole = weight.detach().clone()
+        for i, score in enumerate(scores[name].tolist()):
+            with torch.no_grad():
+                weight.copy_(torch.where(torch.arange(weight.shape[1]) == i, whole, 0.0))
+            assert score == pytest.approx(layer.get_delta_weight("default").norm().item(), rel=1e-5)
 
 
 def reference(metric: str, states: list[dict], adapter: SiteAdapter) -> list[float]:
@@ -67,7 +112,7 @@ def reference(metric: str, states: list[dict], adapter: SiteAdapter) -> list[flo
     scores = []
     for state, (values, gradients) in zip(states, by_triplet(adapter), strict=True):
         if metric == "magnitude":
-            scores.append(np.prod([np.linalg.norm(value) for value in values]))
+            scores.append(adapter.scale * np.prod([np.linalg.norm(value) for value in values]))
         elif metric == "sensitivity":
             raw = [np.abs(w * g) for w, g in zip(values, gradients, strict=True)]
             smooth, uncertain = state.setdefault("s", [0.0] * len(raw)), state.setdefault("u", [0.0] * len(raw))

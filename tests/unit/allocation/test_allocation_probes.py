@@ -96,12 +96,13 @@ def test_directions_follow_from_seed_and_step(tiny_vit, fill_adapters) -> None:
 
 
 def test_a_score_is_set_in_relation_to_sites_that_have_both() -> None:
-    gradients = {"a": 2.0, "b": 1.0, "c": 4.0, "d": 0.0}
-    measured = {"a": 6.0, "b": 1.0, "d": 0.0}
-    assert probed_scores("gradient_norm", gradients, measured, ["c", "x"]) == {"c": 4.0 * (3.0 + 1.0) / 2}
+    gradients = {"a": 2.0, "b": 1.0, "c": 4.0, "d": 0.0, "e": 1.0}
+    measured = {"a": 6.0, "b": 1.0, "d": 0.0, "e": 100.0}  # e has learned: the others are not measured by it
+    assert probed_scores("gradient_norm", gradients, measured, ["c", "x"]) == {"c": 4.0 * 3.0}
     # fisher and sensitivity hold the gradient squared: so do their ratios
-    assert probed_scores("fisher", gradients, measured, ["c"]) == {"c": 16.0 * (1.5 + 1.0) / 2}
-    assert probed_scores("sensitivity", gradients, measured, ["c"]) == {"c": 16.0 * (1.5 + 1.0) / 2}
+    assert probed_scores("fisher", gradients, measured, ["c"]) == {"c": 16.0 * 1.5}
+    assert probed_scores("sensitivity", gradients, measured, ["c"]) == {"c": 16.0 * 1.5}
+    assert probed_scores("fisher", gradients, {"a": 6.0, "b": 1.0}, ["c"]) == {"c": 16.0 * (1.5 + 1.0) / 2}
     assert probed_scores("magnitude", gradients, {"d": 0.0}, ["c"]) == {}
 
 
@@ -123,7 +124,7 @@ def test_sites_without_rank_are_scored_at_decisions(tiny_vit, batch, metric) -> 
     values = sum(PROBE_TRIPLETS * (a.in_features + a.out_features + 1) for a in adapters.values())
     scores = controller.update_importance_scores(model, 3)
     power = 2 if metric in ("fisher", "sensitivity") else 1
-    ratio = np.mean([scores[name] / size[name] ** power for name, rank in ranks.items() if rank])
+    ratio = np.median([scores[name] / size[name] ** power for name, rank in ranks.items() if rank])
     sought = [name for name, rank in ranks.items() if not rank]
     assert len(sought) == 4
     for name in sought:
@@ -151,7 +152,7 @@ def test_the_site_with_the_largest_gradient_comes_back(tiny_vit, batch) -> None:
     optimizer.zero_grad()
     for step in (2, 3):
         ranks = train_step(model, controller, optimizer, batch, step)
-    assert ranks[best] > 24 / 12  # more than an equal share
+    assert ranks[best] >= 24 / 12  # at least an equal share
     assert site_adapters(model)[best].rank == ranks[best]
 
 
@@ -183,8 +184,8 @@ def test_every_step_can_be_probed_from_the_first(tiny_vit, batch) -> None:
     [
         {"importance_metric": "random"},
         {"importance_metric": "uniform"},
-        {"allocation_strategy": "global"},  # ranks triplets that exist
-        {"total_rank_budget": 12, "minimum_rank": 1},  # no site is without rank
+        {"allocation_strategy": "global", "budget_schedule": "cubic"},  # ranks triplets that exist
+        {"total_rank_budget": 13, "minimum_rank": 1},  # no site is without rank
     ],
 )
 @pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
@@ -264,11 +265,16 @@ def test_what_probes_cost_is_counted_over_steps_without(tiny_vit, batch) -> None
         optimizer.step()
         hook.after_step(model, optimizer, step)
         optimizer.zero_grad()
-    decided = sum(hook._after_step_s[step] for step in (3, 5, 7))
-    assert decided > 0
-    assert hook.probing_s(rows) == pytest.approx(0.5 + 0.25 + 0.5, abs=1.01 * decided + 0.1)
-    hook._after_step_s = {3: 0.25}  # of step 3 a quarter of a second was deciding and resizing
+    assert all(hook._own_s[step] > 0 for step in range(1, 8))
+    hook._own_s = {}
+    assert hook.probing_s(rows) == pytest.approx(0.5 + 0.25 + 0.5)
+    hook._own_s = {3: 0.25}  # of step 3 a quarter of a second was scoring, deciding and resizing
     assert hook.probing_s(rows) == pytest.approx(1.0)
+    hook._own_s = dict.fromkeys((2, 4, 6), 0.5)  # of the steps without probes too
+    assert hook.probing_s(rows) == pytest.approx(1.25 + 3 * 0.5)
+    hook._own_s = {3: 1.25, 5: 0.75, 7: 0.75}  # an estimate: the probed steps were faster than the median
+    assert hook.probing_s(rows) == 0
+    hook._own_s = {}
     assert hook.probing_s([row for row in rows if row.step in (3, 5, 7)]) is None
 
 

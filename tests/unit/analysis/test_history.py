@@ -16,7 +16,7 @@ from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.studies import load_studies
 from peft_vit.cli import main
 from peft_vit.errors import UserError
-from peft_vit.records import ImportanceEntry, RankEntry, SiteInfo, history_rows, run_folder
+from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, SiteInfo, history_rows, run_folder
 
 pytestmark = pytest.mark.part("importance analysis")
 KEPT = ("linear_probe", "lora_r8", "adalora_proportional_magnitude", "adalora_top_k_fisher")
@@ -39,15 +39,19 @@ def test_rows_by_hand() -> None:
         RankEntry(step=0, budget=96, ranks={"blocks.2.mlp.fc1": 4}, unit="parameters"),
         RankEntry(step=6, budget=48, ranks={"blocks.2.mlp.fc2": 2}, unit="parameters"),
     ]
-    importance = [ImportanceEntry(step=step, scores={"blocks.2.mlp.fc1": 0.5 * step}) for step in (3, 6)]
-    rows = history_rows(sites, ranks, importance)
+    importance = [
+        ImportanceEntry(step=3, scores={"blocks.2.mlp.fc1": 1.5}),
+        ImportanceEntry(step=6, scores={"blocks.2.mlp.fc1": 3.0, "blocks.2.mlp.fc2": 7.0}),
+    ]
+    probes = [ProbeEntry(step=6, sites=["blocks.2.mlp.fc2"], values=100)]
+    rows = history_rows(sites, ranks, importance, probes)
     fixed = {"block": 2, "in_features": 8, "out_features": 16, "budget_unit": "parameters"}
     assert [{key: row[key] for key in fixed} for row in rows] == [fixed] * 6
-    keys = ("step", "matrix", "score", "rank", "budget")
+    keys = ("step", "matrix", "score", "probed", "rank", "budget")
     assert [tuple(row[key] for key in keys) for row in rows] == [
-        (0, "fc1", None, 4, 96), (0, "fc2", None, 0, 96),
-        (3, "fc1", 1.5, 4, 96), (3, "fc2", None, 0, 96),  # scores without a change of rank: the last ranks hold
-        (6, "fc1", 3.0, 0, 48), (6, "fc2", None, 2, 48),
+        (0, "fc1", None, False, 4, 96), (0, "fc2", None, False, 0, 96),
+        (3, "fc1", 1.5, False, 4, 96), (3, "fc2", None, False, 0, 96),  # the last ranks hold
+        (6, "fc1", 3.0, False, 0, 48), (6, "fc2", 7.0, True, 2, 48),
     ]  # fmt: skip
 
 
