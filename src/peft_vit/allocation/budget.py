@@ -102,18 +102,28 @@ def schedule_for(config: AdaLoraConfig, total_steps: int, bounds: Bounds, costs:
         total_steps: optimiser steps of the run.
         bounds: ranks that each site may have, from `bounds_for`.
         costs: of one rank of each site, from `costs_for`.
+
+    Raises:
+        UserError: if the initial budget is more than the sites can hold, or the steps leave none for a decision.
     """
-    total = initial = config.budget.total
-    if config.budget_schedule == "cubic":
+    unit, total, _ = config.budget
+    initial, most = total, int(costs @ bounds.maximum)
+    if config.initial_budget is not None:
+        initial = config.initial_budget
+        if initial > most:
+            raise UserError(
+                f"{initial} {unit} are more than the {most} that the sites can hold; lower it",
+                field="adalora.initial_budget",
+            )
+    elif config.budget_schedule == "cubic":
         # AdaLoRA starts at 1.5 times its target; and below one rank a site, a site could never show what it is worth.
-        initial = config.initial_budget or max(round(1.5 * total), int(costs.sum()))
-        initial = max(min(initial, int(costs @ bounds.maximum)), total)
+        initial = max(min(max(round(1.5 * total), int(costs.sum())), most), total)
     final_steps = total_steps // 4 if config.final_steps is None else config.final_steps
     return BudgetSchedule(initial, total, config.warmup_steps, config.update_frequency, final_steps, total_steps)
 
 
 def bounds_for(config: AdaLoraConfig, largest_ranks: Sequence[int], costs: Ints) -> Bounds:
-    """Return each site's bounds, and refuse a budget that they can't meet.
+    """Return each site's bounds, and refuse a budget that they can't meet, or under which nothing is decided.
 
     Args:
         config: the `adalora` section.
@@ -144,4 +154,23 @@ def bounds_for(config: AdaLoraConfig, largest_ranks: Sequence[int], costs: Ints)
             f"expected {least} ({reason}) to {most} {unit} (what the sites can hold), got {total}",
             field=f"adalora.{field}",
         )
+    if total - int(costs @ minimum) < costs.min():
+        raise UserError(
+            f"the minimum ranks of {len(minimum)} sites take the {total} {unit} of {field}, and nothing is left to "
+            "decide; lower it",
+            field="adalora.minimum_rank",
+        )
+    _check_choice(config, len(minimum))
     return Bounds(minimum, maximum)
+
+
+def _check_choice(config: AdaLoraConfig, sites: int) -> None:
+    """Refuse strategies' settings that choose every site or none, whatever the scores."""
+    if config.top_k is not None and config.top_k >= sites:
+        reason = f"exceeds the {sites} sites" if config.top_k > sites else "is every site, and scores decide nothing"
+        raise UserError(f"{config.top_k} {reason}; lower it", field="adalora.top_k")
+    if config.threshold_tau > sites:
+        raise UserError(
+            f"no score can be {config.threshold_tau} times the mean of {sites} sites; lower it",
+            field="adalora.threshold_tau",
+        )

@@ -24,7 +24,9 @@ def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int) -> tup
         _check_peft(model, found, config)
         return found
     sites = find_sites(model, config.targets)
-    if not site_adapters(model):
+    if site_adapters(model):
+        _check_own(model, config)
+    else:
         attach_adapters(
             model, sites, dict.fromkeys((site.name for site in sites), 0),
             scale=config.scale, seed=seed, parametrization=config.parametrization,
@@ -34,6 +36,24 @@ def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int) -> tup
     if different:
         raise UserError(f"the model's adapters and adalora.targets differ at {min(different)}", field="adalora.targets")
     return tuple(site.info() for site in sites)
+
+
+def _check_own(model: nn.Module, config: AdaLoraConfig) -> None:
+    """Refuse adapters of ours that compute something else than the settings say."""
+    for name, adapter in site_adapters(model).items():
+        if name.endswith(".qkv"):
+            raise UserError(
+                "query, key and value share this adapter, as import_peft attaches it, and can't have ranks of their "
+                "own; hand over a plain model, or one that peft.PeftModel.from_pretrained has wrapped",
+                field=name,
+            )
+        for setting in ("scale", "parametrization", "factor_start", "lambda_gain"):
+            present, stated = getattr(adapter, setting), getattr(config, setting)
+            if present != stated:
+                raise UserError(
+                    f"the model's adapter on {name} has {present}, the settings say {stated}; make them equal",
+                    field=f"adalora.{setting}",
+                )
 
 
 def _check_peft(model: nn.Module, sites: tuple[SiteInfo, ...], config: AdaLoraConfig) -> None:

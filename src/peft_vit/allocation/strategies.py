@@ -109,6 +109,16 @@ def allocate(
     return np.array(_share(sites, sites.worth, budget, ranks, high), dtype=np.int64)
 
 
+def worthy(scores: Floats, costs: Ints, threshold_tau: float) -> set[int]:
+    """Return the sites that `threshold` chooses; arguments as for `allocate`."""
+    return _worthy(_sites(scores, costs), threshold_tau)
+
+
+def _worthy(sites: _Sites, threshold_tau: float) -> set[int]:
+    bar = Fraction(threshold_tau) * sum(sites.worth) / len(sites.worth)
+    return {site for site, worth in enumerate(sites.worth) if worth >= bar}
+
+
 def _check_scores(scores: Floats) -> None:
     if not np.all(np.isfinite(scores)) or np.any(scores < 0):
         raise UserError("importance scores must be finite and not negative", field="importance_scores")
@@ -139,8 +149,7 @@ def _per_cost(values: Sequence[float], costs: Sequence[int]) -> list[int]:
 def _choose(strategy: Strategy, sites: _Sites, threshold_tau: float, top_k: int | None) -> set[int]:
     count = len(sites.worth)
     if strategy == "threshold":
-        bar = Fraction(threshold_tau) * sum(sites.worth) / count
-        return {site for site, worth in enumerate(sites.worth) if worth >= bar}
+        return _worthy(sites, threshold_tau)
     if strategy == "top_k":
         wanted = max(1, count // 2) if top_k is None else top_k
         return {site for site, place in enumerate(sites.place) if place < wanted}

@@ -136,6 +136,52 @@ def test_budgets_in_other_units_that_the_sites_cannot_meet_are_refused(settings,
         bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, 37))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"minimum_rank": 2},
+            r"adalora\.minimum_rank: the minimum ranks of 4 sites take the 8 ranks of total_rank",
+        ),
+        (
+            {"total_rank_budget": None, "total_parameter_budget": 5376 + 767, "minimum_rank": 1},
+            r"adalora\.minimum_rank: .* take the 6143 parameters of total_parameter_budget, and nothing is left",
+        ),
+        ({"allocation_strategy": "top_k", "top_k": 4}, r"adalora\.top_k: 4 is every site, and scores decide nothing"),
+        ({"allocation_strategy": "top_k", "top_k": 5}, r"adalora\.top_k: 5 exceeds the 4 sites; lower it"),
+        (
+            {"allocation_strategy": "threshold", "threshold_tau": 4.5},
+            r"adalora\.threshold_tau: no score can be 4\.5 times the mean of 4 sites; lower it",
+        ),
+    ],
+)
+def test_settings_that_leave_nothing_to_decide_are_refused(settings, message) -> None:
+    settings = config(**settings)
+    with pytest.raises(UserError, match=message):
+        bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, 37))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"minimum_rank": 1},
+        {"total_rank_budget": None, "total_parameter_budget": 5376 + 768, "minimum_rank": 1},
+        {"allocation_strategy": "top_k", "top_k": 3},
+        {"allocation_strategy": "threshold", "threshold_tau": 4.0},
+    ],
+)
+def test_the_least_that_is_left_to_decide(settings) -> None:
+    settings = config(**settings)
+    assert len(bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, 37)).minimum) == 4
+
+
+def test_an_initial_budget_beyond_the_sites_is_refused() -> None:
+    settings = config(initial_budget=1001)
+    with pytest.raises(UserError, match=r"adalora\.initial_budget: 1001 ranks are more than the 1000 that the sites"):
+        schedule_of(settings, 48, 4, 1000)
+    assert schedule_of(config(initial_budget=1000), 48, 4, 1000).initial == 1000
+
+
 def test_bounds() -> None:
     bounds = bounds_for(config(minimum_rank=1, maximum_rank=8), [6, 6, 10, 10], np.ones(4, np.int64))
     assert bounds.minimum.tolist() == [1, 1, 1, 1]

@@ -1,6 +1,8 @@
 """AdaLoRAController in a plain training loop: budget kept at every step, ranks go where the gradient is."""
 
+import itertools
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 from peft_vit import AdaLoRAController
-from peft_vit.adapters import current_ranks, site_adapters
-from peft_vit.errors import UserError
+from peft_vit.adapters import attach_adapters, current_ranks, site_adapters
+from peft_vit.adapters.peft_format import attach_fused
+from peft_vit.backbones import find_sites
+from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.evaluation import optimizer_bytes, trainable_parameters
 
 pytestmark = pytest.mark.part("controller")
@@ -19,9 +23,14 @@ METRICS = ("magnitude", "gradient_norm", "fisher", "sensitivity", "random", "uni
 STRATEGIES = ("proportional", "threshold", "top_k", "global")
 
 
-@pytest.mark.parametrize("budget_schedule", ["cubic", "constant"])
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "metric", "budget_schedule"),
+    [
+        (strategy, metric, course)
+        for strategy, metric, course in itertools.product(STRATEGIES, METRICS, ("cubic", "constant"))
+        if strategy != "global" or (metric != "uniform" and course == "cubic")  # these are refused
+    ],
+)
 def test_the_budget_is_never_exceeded(tiny_vit, batch, strategy, metric, budget_schedule) -> None:
     model = tiny_vit(depth=1)
     settings = config(
@@ -204,8 +213,82 @@ def test_summary_and_export(tiny_vit, batch) -> None:
 def test_adapters_that_exceed_the_budget_are_refused(tiny_vit) -> None:
     model = tiny_vit(depth=1)
     AdaLoRAController(model, config(total_rank_budget=40), STEPS)
-    with pytest.raises(UserError, match="adapters hold 60 ranks, the budget allows 22"):
+    with pytest.raises(UserError, match=r"adalora\.initial_budget: .* hold 60 ranks, the budget allows 22 at"):
         AdaLoRAController(model, config(), STEPS)
+    with pytest.raises(UserError, match=r"adalora\.total_rank_budget: .* hold 60 ranks, the budget allows 15"):
+        AdaLoRAController(model, config(budget_schedule="constant"), STEPS)
+
+
+@pytest.mark.parametrize(
+    ("present", "settings", "message"),
+    [
+        ({"scale": 7.0}, {}, r"adalora\.scale: the model's adapter on blocks\.0\.attn\.query has 7\.0, the settings"),
+        ({"parametrization": "svd"}, {}, r"adalora\.parametrization: .* has svd, the settings say product; make them"),
+        ({}, {"parametrization": "svd"}, r"adalora\.parametrization: .* has product, the settings say svd"),
+        (
+            {"parametrization": "svd"}, {"parametrization": "svd", "factor_start": "orthonormal"},
+            r"adalora\.factor_start: .* has normal, the settings say orthonormal",
+        ),
+        (
+            {"parametrization": "svd", "lambda_gain": 9.0}, {"parametrization": "svd", "lambda_gain": 3.0},
+            r"adalora\.lambda_gain: .* has 9\.0, the settings say 3\.0",
+        ),
+    ],
+)  # fmt: skip
+def test_adapters_of_other_settings_are_refused(tiny_vit, present, settings, message) -> None:
+    model = tiny_vit(depth=1)
+    sites = find_sites(model)
+    attach_adapters(model, sites, {site.name: 2 for site in sites}, seed=0, **{"scale": 2.0, **present})
+    with pytest.raises(UserError, match=message):
+        AdaLoRAController(model, config(**settings), STEPS)
+    same = {key: value for key, value in present.items() if key != "scale"}
+    AdaLoRAController(model, config(scale=present.get("scale", 2.0), **same), STEPS)
+
+
+def test_an_adapter_that_query_key_and_value_share_is_refused(tiny_vit) -> None:
+    model = tiny_vit(depth=1)
+    attach_fused(model, {"blocks.0.attn.qkv": 2.0, "blocks.0.mlp.fc1": 2.0})
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv: query, key and value share this adapter, as import"):
+        AdaLoRAController(model, config(), STEPS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"initial_budget": 15},
+        {"total_rank_budget": 18, "maximum_rank": 3},  # 1.5 times as much is cut to what the sites can hold
+        {"total_rank_budget": None, "total_parameter_budget": 2000, "initial_budget": 2050},  # a rank costs 128 or 192
+    ],
+)
+def test_a_global_ranking_whose_budget_holds_the_start_says_so(tiny_vit, batch, settings) -> None:
+    model = tiny_vit(depth=1)
+    with pytest.warns(SilentNoEffectWarning, match="global has no effect: the adapters start with .* holds them all"):
+        controller, optimizer = start(model, config(allocation_strategy="global", **settings))
+    for step in range(1, STEPS + 1):
+        train_step(model, controller, optimizer, batch, step)
+    assert all(entry["ranks"] == controller.rank_history[0]["ranks"] for entry in controller.rank_history)
+
+
+def test_a_global_ranking_with_something_to_drop_says_nothing(tiny_vit) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start(tiny_vit(depth=1), config(allocation_strategy="global", initial_budget=16))
+        start(tiny_vit(depth=1), config(initial_budget=15))  # other strategies move ranks under any budget
+
+
+def test_a_bar_that_no_site_reaches_is_said_once(tiny_vit, batch) -> None:
+    model = tiny_vit(depth=1)
+    controller, optimizer = start(model, config(allocation_strategy="threshold", threshold_tau=5.9))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, STEPS + 1):
+            train_step(model, controller, optimizer, batch, step)
+    assert [str(one.message)[:35] for one in caught] == ["threshold_tau 5.9 has no effect: no"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        controller, optimizer = start(model := tiny_vit(depth=1), config(allocation_strategy="threshold"))
+        for step in range(1, STEPS + 1):
+            train_step(model, controller, optimizer, batch, step)
 
 
 def test_steps_count_up_and_a_missed_decision_is_taken_late(tiny_vit, batch) -> None:

@@ -101,7 +101,9 @@ def test_what_grew_stays_for_one_decision_and_may_then_go(tiny_vit, batch, strat
 
 
 def test_global_ranking_keeps_what_grew(tiny_vit, batch, monkeypatch) -> None:
-    model, controller, optimizer, names = one_block(tiny_vit, allocation_strategy="global")
+    model, controller, optimizer, names = one_block(
+        tiny_vit, allocation_strategy="global", budget_schedule="cubic", initial_budget=12, total_rank_budget=7
+    )
     backward(model, batch)
     controller.update_importance_scores(model, 1)
     zero = dict.fromkeys(names, 0)
