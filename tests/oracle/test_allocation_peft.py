@@ -143,6 +143,36 @@ def test_scores_and_masks_over_a_whole_schedule(tiny_vit) -> None:
     assert len(set(current_ranks(model).values())) > 1
 
 
+@pytest.mark.parametrize(
+    ("warmup", "theirs", "ours"),
+    [
+        (3, [4, 6, 8, 10], [3, 5, 7, 9, 10]),  # no multiple of EVERY: masks at other steps, and with other budgets
+        (4, [6, 8, 10], [4, 6, 8, 10]),  # a multiple: the same steps, and one decision at 4 that removes nothing
+    ],
+)
+def test_trap_masks_at_multiples_of_the_interval_in_peft(tiny_vit, warmup, theirs, ours) -> None:
+    model = tiny_vit(depth=1)
+    controller = AdaLoRAController(model, published(warmup_steps=warmup), TOTAL)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    adapters = site_adapters(model)
+    peer, generator = Peer(adapters, tinit=warmup), torch.Generator().manual_seed(0)
+    masked: dict[int, int] = {}  # triplets that are left
+    for step in range(1, TOTAL - FINAL + 1):
+        random_gradients(adapters, generator)
+        peer.copy(adapters)
+        scores = controller.update_importance_scores(model, step)
+        if (mask := peer.step(step)) is not None:
+            masked[step] = sum(map(sum, mask.values()))
+        optimizer.step()
+        controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, step))
+    decided = {entry["step"]: sum(entry["ranks"].values()) for entry in controller.rank_history[1:]}
+    assert (list(masked), list(decided)) == (theirs, ours)
+    assert decided[warmup] == START * len(TARGETS)
+    shared = masked.keys() & decided.keys()
+    assert shared == ({10} if warmup == 3 else set(theirs))
+    assert all(masked[step] == decided[step] == controller.schedule.budget_at(step) for step in shared)
+
+
 def adaptive(tiny_vit, batch, total=8, **settings):
     """Return model, controller and optimizer before the first step, with the task's gradients."""
     model = tiny_vit(depth=1)

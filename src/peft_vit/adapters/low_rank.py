@@ -7,8 +7,9 @@ The update of a site with weight W (out, in) is, with a scale that does not move
 
 A step of Adam moves each parameter by about the learning rate, whatever its gradient. From the published start
 (lambda = 0, factors N(0, 0.02^2)) such a step of lambda moves dW some 75 times less than a step of B from LoRA's start
-does. The gain makes up for it inside the model, so that it acts in any training loop: gain k is a learning rate k times
-as high for lambda alone.
+does. The gain makes up for it inside the model, so that it acts in any training loop. Under Adam(W) gain k is a
+learning rate k times as high for lambda alone, under SGD one k^2 times as high: lambda's gradient is k times as large
+too, and that is what a clipping norm and the scores `gradient_norm` and `fisher` see.
 
 Both are stored as ``lora_B`` (out, r) and ``lora_A`` (r, in); svd adds ``lora_lambda`` (r,). On a weight that is
 quantized in groups of g inputs the update is constant within a group (QA-LoRA, arXiv 2309.14717, sec. 3.3):

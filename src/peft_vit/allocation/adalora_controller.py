@@ -13,6 +13,9 @@ In anybody's own loop::
         ranks = controller.reallocate_ranks(scores, step)
         controller.apply_ranks(model, optimizer, ranks)
         optimizer.zero_grad()
+
+`importance_gradient` is read by `training.AllocationHook`, not here: in one's own loop, scores that are to include a
+penalty's gradient are updated after its backward.
 """
 
 from __future__ import annotations

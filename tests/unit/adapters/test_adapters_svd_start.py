@@ -43,6 +43,23 @@ def test_an_orthonormal_start_has_no_penalty_and_moves_further() -> None:
     assert 5 < first_step(orthonormal) / first_step(published) < 8  # 1 / (384 * 0.02^2) = 6.5
 
 
+@pytest.mark.parametrize(("optimizer", "power"), [(torch.optim.Adam, 1), (torch.optim.AdamW, 1), (torch.optim.SGD, 2)])
+def test_a_gain_of_k_acts_as_k_times_the_rate_under_adam_and_k_squared_times_under_sgd(optimizer, power) -> None:
+    def step(gain: float, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return dW after one step of lambda alone, and the gradient of lambda."""
+        site = adapter("svd", lambda_gain=gain)
+        assert site.lora_lambda is not None
+        gradient = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
+        (site.delta() * gradient).sum().backward()
+        optimizer([site.lora_lambda], lr=rate).step()
+        return site.delta().detach(), site.lora_lambda.grad
+
+    (tuned, steep), (plain, flat), (faster, _) = step(3.0, 1e-3), step(1.0, 1e-3), step(1.0, 1e-3 * 3.0**power)
+    torch.testing.assert_close(steep, 3.0 * flat)
+    torch.testing.assert_close(tuned, 3.0**power * plain, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(tuned, faster, rtol=1e-4, atol=1e-9)
+
+
 def test_the_gain_is_part_of_the_update_and_of_the_file(tiny_vit, batch, fill_adapters, tmp_path) -> None:
     def model(gain: float) -> nn.Module:
         vit = tiny_vit()
