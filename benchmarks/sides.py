@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from peft_vit.adapters import attach_adapters, current_ranks
 from peft_vit.allocation import AdaLoRAController
 from peft_vit.backbones import choose_attention, find_sites
-from peft_vit.config import AdaLoraConfig
+from peft_vit.config import AdaLoraConfig, TrainingConfig
 from peft_vit.training import AllocationHook, StepHook, optimization_step
+from peft_vit.training.loop import build_optimizer
 
 MODEL, BATCH, RANK, START_RANK, SCALE = "vit_small_patch14_dinov2", 32, 8, 12, 2.0
 PEFT_TARGETS = r"blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)"
@@ -28,17 +29,23 @@ class Side:
         bf16: run the forward pass under autocast.
         image_size: in pixels.
         hooks: of our own methods.
+        own_loop: build the optimizer as our training loop does; else as a user writes it, torch's default.
         after_step: what another library wants to be told, after the optimizer's step, with the step's number.
         penalty: a term that another library leaves to the training loop.
     """
 
     def __init__(
-        self, model: nn.Module, *, bf16: bool, image_size: int, hooks: Sequence[StepHook] = (),
+        self, model: nn.Module, *, bf16: bool, image_size: int, hooks: Sequence[StepHook] = (), own_loop: bool = False,
         after_step: Callable[[int], Any] | None = None, penalty: Callable[[], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.bf16, self.hooks = model, bf16, hooks
         self.after_step, self.penalty = after_step, penalty
-        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+        settings = TrainingConfig(epochs=1, learning_rate=1e-3)
+        self.optimizer = (
+            build_optimizer(model, settings)
+            if own_loop
+            else torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], settings.learning_rate)
+        )
         for hook in hooks:
             hook.attach(model, self.optimizer)
         generator = torch.Generator().manual_seed(0)
@@ -90,7 +97,7 @@ def lora(image_size: int, *, bf16: bool, mean_rank: float = RANK) -> Side:
     ends = [round(mean_rank * place) for place in range(len(sites) + 1)]
     ranks = {site.name: ends[place + 1] - ends[place] for place, site in enumerate(sites)}
     attach_adapters(model, sites, ranks, scale=SCALE, seed=0)
-    return Side(model, bf16=bf16, image_size=image_size)
+    return Side(model, bf16=bf16, image_size=image_size, own_loop=True)
 
 
 def adalora(image_size: int, *, bf16: bool, total_steps: int) -> tuple[Side, AdaLoRAController]:
@@ -104,7 +111,8 @@ def adalora(image_size: int, *, bf16: bool, total_steps: int) -> tuple[Side, Ada
         final_steps=total_steps // 4, scale=SCALE,
     )  # fmt: skip
     controller = AdaLoRAController(model, config, total_steps)
-    return Side(model, bf16=bf16, image_size=image_size, hooks=[AllocationHook(controller)]), controller
+    hooks = [AllocationHook(controller)]
+    return Side(model, bf16=bf16, image_size=image_size, hooks=hooks, own_loop=True), controller
 
 
 def peft_lora(image_size: int, *, bf16: bool) -> Side:
