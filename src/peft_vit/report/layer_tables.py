@@ -219,7 +219,7 @@ def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
         rows=tuple(
             (
                 q.experiment.name,
-                q.settings.quantization_type,
+                q.settings.quantization_type or "by layer",
                 str(q.settings.group_size) if q.settings.use_group_quantization else "rows",
                 q.settings.quantization_schedule,
                 percent_interval(q.test_accuracy),

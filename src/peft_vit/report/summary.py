@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
@@ -234,7 +235,7 @@ def _provenance(run: Run) -> tuple[tuple[str, str], ...]:
 def _settings(run: Run) -> str:
     sections: dict[str, Callable[[], str]] = {
         name: section.model_dump_json
-        for name in ("training", *SECTIONS)
+        for name in dict.fromkeys(("training", *chain.from_iterable(SECTIONS.values())))
         if (section := getattr(run.experiment, name)) is not None
     }
     return "; ".join(f"{name} {dump()}" for name, dump in sections.items())

@@ -65,11 +65,12 @@ def end_step(config: QaLoraConfig, total_steps: int) -> int:
 def format_of(config: QaLoraConfig) -> QuantizationFormat:
     """Return the storage of the frozen weights: fp16 scales, and fp16 offsets where groups make the merge exact."""
     grouped = config.use_group_quantization
+    assert config.quantization_type is not None
     return QuantizationFormat(
         type=config.quantization_type,
         group_size=config.group_size if grouped else None,
-        offset=grouped,
-        scale_dtype=torch.float16,
+        offset=config.offset,
+        scale_dtype=torch.float32 if config.scale_precision == "fp32" else torch.float16,
     )
 
 
@@ -109,9 +110,9 @@ class QALoRATrainer:
         sites = find_sites(model, config.targets)
         pool = config.group_size if config.use_group_quantization else 1
         for site in sites:
-            check_rank(site.name, site.in_features, site.out_features, config.rank, pool)
+            check_rank(site.name, site.in_features, site.out_features, config.fixed_rank, pool)
         attach_adapters(
-            model, sites, dict.fromkeys((site.name for site in sites), config.rank),
+            model, sites, dict.fromkeys((site.name for site in sites), config.fixed_rank),
             scale=config.scale, seed=seed, pool=pool,
         )  # fmt: skip
         self.relative_error: dict[str, float] = {}
