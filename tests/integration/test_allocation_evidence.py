@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def evidence(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "scripts")  # as when a person calls the script
     spec = importlib.util.spec_from_file_location(
         "allocation_evidence", ROOT / "experiments/scripts/allocation_evidence.py"
     )
@@ -95,3 +96,16 @@ def test_failed_runs_count_as_the_majority_class_and_are_named(evidence) -> None
     assert f"| {values.mean():.1f} ({values.std(ddof=1):.1f}) | 68.7 | {values.mean() - 80:+.2f} [" in row
     assert "1 of them failed" in evidence.learning_rates(data)
     assert "| `adalora_lr_1e3` | 4 (1) |" in evidence.pilot(data)
+
+
+def test_a_study_that_is_not_complete_makes_a_table_and_says_how_far_it_is(evidence) -> None:
+    data = runs({"lora_r4": [0.8, 0.81, 0.83], "uniform": [0.8], "random": [0.8], "good": [0.84, 0.82], "new": [0.8]})
+    data.loc[data.experiment == "new", "seed"] = 7
+    table = evidence.ablation(data)
+    assert "seeds 0, 1, 2, 7, of which experiments have 1 to 3 so far" in table
+    good, new = (
+        next(line for line in table.splitlines() if line.startswith(f"| `{name}`")) for name in ("good", "new")
+    )
+    assert "| 2 (0) |" in good
+    assert f"| {100 * (0.04 + 0.01) / 2:+.2f} [" in good
+    assert "| 1 (0) | 80.0 | – | 1.000 |" in new  # it shares no seed with the reference: nothing to compare

@@ -1,0 +1,245 @@
+"""What the scripts that make evidence share: records to compact tables in results/, and those to a document's tables.
+
+A study may be run over several evenings and machines: what is condensed joins the rows that its table already holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from peft_vit import cli
+from peft_vit.errors import UserError
+from peft_vit.records import RunRecord, read_records, write_atomically
+from peft_vit.statistics import Interval, noninferiority, paired_difference, wilcoxon
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "results"
+BENCHMARKS = ROOT / "benchmarks" / "results"
+MARGIN = 1.0  # points of accuracy; stated in the configurations before the data
+KEY = ["experiment", "seed"]
+
+Columns = Callable[[RunRecord], Mapping[str, object]]
+
+
+def row_of(record: RunRecord, columns: Columns) -> dict[str, object]:
+    """Return what is kept of one run; `columns` adds what a study is about, to runs that did not fail."""
+    experiment = record.spec.experiment
+    row: dict[str, object] = {
+        "study": record.spec.study,
+        "experiment": experiment.name,
+        "method": experiment.method,
+        "seed": record.spec.seed,
+        "status": record.status,
+        "learning_rate": experiment.training.learning_rate,
+    }
+    if record.status != "done":
+        return row
+    assert record.validation is not None
+    assert record.test is not None
+    assert record.provenance is not None
+    return row | {
+        "validation_accuracy": record.validation.accuracy,
+        "majority_accuracy": record.majority_accuracy["test"],
+        "test_accuracy": record.test.accuracy,
+        "test_nll": record.test.nll,
+        **columns(record),
+        "seconds": round(record.seconds, 1),
+        "split": record.provenance.split_sha256[:12],
+        "commit": record.provenance.git_hash[:12] if record.provenance.git_hash else None,
+        "dirty": record.provenance.git_dirty,
+    }
+
+
+def condense(results_dir: Path, columns: Columns) -> None:
+    """Put the runs below a directory into results/<study>.csv, one row a run; a run done anew replaces its old row.
+
+    Raises:
+        UserError: if runs are of a smoke, or their data split is another than that of the rows that are there.
+    """
+    records = list(read_records(results_dir))
+    if any(record.spec.smoke for record in records):
+        raise UserError("holds smoke runs, whose numbers mean nothing; name the directory of a real run",
+                        file=results_dir)  # fmt: skip
+    rows = pd.DataFrame([row_of(record, columns) for record in records])
+    for study, part in rows.groupby("study"):
+        file = RESULTS / f"{study}.csv"
+        merged = merge(file.read_text(encoding="utf-8") if file.exists() else None, part)
+        if pd.read_csv(io.StringIO(merged)).get("split", pd.Series()).nunique() > 1:
+            raise UserError(f"its data split is not that of {file}, so seeds would pair unequal runs; "
+                            "move that file away, or run with its split", file=results_dir)  # fmt: skip
+        write_atomically(file, merged.encode())
+
+
+def merge(present: str | None, rows: pd.DataFrame) -> str:
+    """Return a table's CSV text with new rows in it, sorted by experiment and seed; old rows keep their digits."""
+    counts_with_gaps_stay_whole = rows.convert_dtypes()
+    fresh = _as_text(counts_with_gaps_stay_whole.to_csv(index=False, float_format="%.6g"))
+    parts = [fresh] if present is None else [_as_text(present), fresh]
+    merged = pd.concat(parts, ignore_index=True).drop_duplicates(KEY, keep="last")
+    return merged.sort_values(KEY, key=lambda column: column.astype(int) if column.name == "seed" else column).to_csv(
+        index=False, lineterminator="\n"
+    )
+
+
+def _as_text(content: str) -> pd.DataFrame:
+    return pd.read_csv(io.StringIO(content), dtype=str, keep_default_na=False)
+
+
+def percent(values: Iterable[float]) -> pd.Series:
+    """Return shares as percent."""
+    return 100 * pd.Series(list(values), dtype=float)
+
+
+def accuracy_by_seed(runs: pd.DataFrame, part: pd.DataFrame) -> pd.Series:
+    """Return test accuracy in percent by seed; a run that failed is worth the majority class, never left out."""
+    part = part.sort_values("seed")
+    accuracy = part.test_accuracy.fillna(runs.majority_accuracy.max())
+    return pd.Series(percent(accuracy).to_numpy(), index=part.seed.to_numpy())
+
+
+def of(runs: pd.DataFrame, experiment: str) -> pd.Series:
+    """Return an experiment's test accuracy by seed."""
+    return accuracy_by_seed(runs, runs[runs.experiment == experiment])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One experiment against a reference: difference in points, and the p-values of two tests.
+
+    Attributes:
+        difference: mean over the seeds that both have run, with its interval; None if they share no seed.
+        not_inferior: p-value of "not worse by more than the margin".
+        differs: p-value of Wilcoxon's test.
+    """
+
+    difference: Interval | None
+    not_inferior: float | None
+    differs: float | None
+
+
+def compared(candidate: pd.Series, reference: pd.Series, margin: float = MARGIN) -> Comparison:
+    """Return the paired comparison over the seeds that both have run."""
+    shared = candidate.index.intersection(reference.index)
+    if shared.empty:
+        return Comparison(None, None, None)
+    left, right = candidate[shared].to_numpy(), reference[shared].to_numpy()
+    return Comparison(
+        difference=paired_difference(left, right),
+        not_inferior=noninferiority(left - right, margin).p_value,
+        differs=wilcoxon(left - right).p_value,
+    )
+
+
+def or_one(value: float | None) -> float:
+    """Return a p-value that a correction can take: what can't be tested is never significant."""
+    return 1.0 if value is None else value
+
+
+def markdown(rows: list[tuple[str, ...]], right: int) -> str:
+    """Return a Markdown table of which all but the first `right` columns are aligned to the right."""
+    head, *body = rows
+    rule = tuple("---" if place < right else "---:" for place in range(len(head)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+
+
+def counted(part: pd.DataFrame) -> str:
+    """Return how many runs there are, and how many of them failed."""
+    return f"{len(part)} ({(part.status != 'done').sum()})"
+
+
+def mean_and_spread(values: pd.Series) -> str:
+    """Return mean and standard deviation."""
+    spread = f" ({values.std(ddof=1):.1f})" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{spread}"
+
+
+def interval(difference: Interval | None) -> str:
+    """Return a difference with its interval."""
+    if difference is None:
+        return "–"
+    if difference.low is None:
+        return f"{difference.estimate:+.2f}"
+    return f"{difference.estimate:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def p(value: float | None) -> str:
+    """Return a p-value; none where the data have no spread."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"
+
+
+def origin(runs: pd.DataFrame) -> str:
+    """Return one line on where a table's numbers come from, and how many seeds there are so far."""
+    commits = ", ".join(sorted(set(runs.commit.dropna())))
+    failed = int((runs.status != "done").sum())
+    count = f"{len(runs)} runs, none failed"
+    if failed:
+        count = f"{len(runs)} runs, {failed} of them failed, counted as the majority class"
+    minutes = runs.seconds.sum() / 60
+    return f"{count}; {seeds(runs)}; {minutes:.0f} minutes of computing on one core each; made with commit {commits}."
+
+
+def seeds(runs: pd.DataFrame) -> str:
+    """Return which seeds there are, and how many an experiment has if that is not all of them."""
+    found = sorted(set(runs.seed))
+    each = runs.groupby("experiment").seed.nunique()
+    text = f"seeds {', '.join(str(seed) for seed in found)}"
+    if each.min() == len(found):
+        return text
+    return f"{text}, of which experiments have {each.min()} to {each.max()} so far"
+
+
+def benchmark(name: str) -> dict[str, Any]:
+    """Return what a benchmark measured."""
+    content: dict[str, Any] = json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def measured_on(machine: dict[str, Any]) -> str:
+    """Return on what a benchmark ran."""
+    return (
+        f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, "
+        f"PEFT {machine['peft']}, the same allocator settings for all sides."
+    )
+
+
+def study_tables(makers: Mapping[str, Callable[[pd.DataFrame], str]]) -> dict[str, str]:
+    """Return the table of every study that results/ holds."""
+    files = {study: RESULTS / f"{study}.csv" for study in makers}
+    return {study: make(pd.read_csv(files[study])) for study, make in makers.items() if files[study].exists()}
+
+
+def benchmark_tables(makers: Mapping[str, Callable[[], str]]) -> dict[str, str]:
+    """Return the table of every benchmark whose results are there."""
+    return {name: make() for name, make in makers.items() if (BENCHMARKS / f"{name}.json").exists()}
+
+
+def filled(text: str, tables: Mapping[str, str]) -> str:
+    """Return a document with each table between its marks."""
+    for name, content in tables.items():
+        block = f"<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->"
+        pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+        text = pattern.sub(lambda _, block=block: block, text)
+    return text
+
+
+def run(about: str | None, document: Path, columns: Columns, with_tables: Callable[[str], str]) -> None:
+    """Condense the directories that the command names, then make the document's tables anew."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results_dirs", nargs="*", type=Path, help="records to add to the tables in results/")
+    asked = parser.parse_args()
+    with cli.user_errors():
+        for results_dir in asked.results_dirs:
+            condense(results_dir, columns)
+    write_atomically(document, with_tables(document.read_text(encoding="utf-8")).encode())
+    print(document)
