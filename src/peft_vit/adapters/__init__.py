@@ -22,6 +22,7 @@ from peft_vit.adapters.merging import (
 )
 from peft_vit.adapters.peft_sites import PeftSite, peft_sites, vision_transformer
 from peft_vit.adapters.probe import Probe
+from peft_vit.adapters.quantized_merging import merge_by_requantizing, merge_into_offsets
 from peft_vit.adapters.resizable import check_resizable
 from peft_vit.adapters.resizing import resize_adapters
 
@@ -39,6 +40,8 @@ __all__ = [
     "current_ranks",
     "freeze_backbone",
     "load_trained",
+    "merge_by_requantizing",
+    "merge_into_offsets",
     "merged_state_dict",
     "peft_sites",
     "resize_adapters",

@@ -37,6 +37,11 @@ class AdaptedLinear(nn.Module):
         self.sites[matrix] = adapter
         self.rows[matrix] = slice(*rows)
 
+    def remove_sites(self) -> None:
+        """Leave a frozen linear layer without adapters."""
+        self.sites = nn.ModuleDict()
+        self.rows = {}
+
     def set_quantized(self, quantized: QuantizedTensor) -> float:
         """Hold a packed copy of the weight beside the float one; return its relative error."""
         if self.weight is None:

@@ -31,8 +31,8 @@ class QuantizationFormat:
     Attributes:
         type: the code's type.
         group_size: adjacent inputs that share a scale (and an offset); None for one scale per output row.
-        offset: whether groups have an offset; only into one can an update be merged exactly.
-        scale_dtype: float32 or float16, for scales and offsets alike.
+        offset: whether groups have an offset; a merged update always becomes one.
+        scale_dtype: float32 or float16, for scales, and for offsets as they are quantized.
 
     Raises:
         UserError: if a field has a value that no format has.

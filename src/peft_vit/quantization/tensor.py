@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_vit.errors import UserError
 from peft_vit.quantization.codebooks import Codebook, byte_table
-from peft_vit.quantization.formats import QuantizationFormat
+from peft_vit.quantization.formats import SCALE_DTYPES, QuantizationFormat
 from peft_vit.quantization.packing import unpack_codes
 
 
@@ -23,9 +23,10 @@ class QuantizedTensor:
 
     Attributes:
         codes: packed, uint8, (out, ceil(in * bits / 8)); layout as in `pack_codes`.
-        scales: not negative, (out, groups), of the format's scale_dtype. Where a scale of integers with
-            offset is 0, the group is constant and all its codes are 0.
-        offsets: (out, groups), of the format's scale_dtype; None if the format has none.
+        scales: not negative, (out, groups), of the format's scale_dtype. Where one is 0, the group is constant
+            and its codes mean nothing.
+        offsets: (out, groups), float32 or float16; as quantized of the format's scale_dtype, merged ones may
+            be of the other. None if the format has none.
         shape: (out, in).
         format: how the numbers are to be read.
     """
@@ -94,36 +95,43 @@ class QuantizedTensor:
             codes = (codes - 2 ** (self.format.bits - 1)).view(torch.int8)
         values.copy_(codes)
 
-    def with_offset_added(self, delta: Tensor) -> QuantizedTensor:
+    def with_offset_added(self, delta: Tensor, dtype: torch.dtype | None = None) -> QuantizedTensor:
         """Return the weights plus an update that is constant on each group.
 
         This is QA-LoRA's merge (arXiv 2309.14717) for offsets that are added after scaling. Nothing is
         quantized anew: codes and scales are shared with this tensor, and with float32 offsets nothing but
-        float rounding is lost.
+        float rounding is lost. A format without offsets becomes the same one with offsets: those of a codebook
+        are 0, and scale * (c - 2^(b-1)) of symmetric integers is scale * c + offset with -scale * 2^(b-1).
 
         Args:
             delta: (out, groups), added to every weight of the group.
+            dtype: of the new offsets, float32 or float16; None: that of the old ones, or else of the scales.
 
         Raises:
-            UserError: if the format has no offsets, or the sum leaves the range of their dtype.
+            UserError: if the dtype is another one, or a sum leaves its range.
             ValueError: if delta has another shape.
         """
-        if self.offsets is None:
-            raise UserError(
-                "an update can be merged exactly only into offsets, and this format has none; "
-                "quantize with offset=True, or merge by quantizing anew and report the error",
-                field="offset",
-            )
-        if delta.shape != self.offsets.shape:
-            raise ValueError(f"expected an update of shape {tuple(self.offsets.shape)}, got {tuple(delta.shape)}")
-        offsets = (self.offsets.float() + delta.detach()).to(self.offsets.dtype)
+        if delta.shape != self.scales.shape:
+            raise ValueError(f"expected an update of shape {tuple(self.scales.shape)}, got {tuple(delta.shape)}")
+        if dtype is None:
+            dtype = self.scales.dtype if self.offsets is None else self.offsets.dtype
+        if dtype not in SCALE_DTYPES:
+            raise UserError(f"expected torch.float32 or torch.float16, got {dtype}", field="offset_dtype")
+        offsets = (self._constant_part() + delta.detach()).to(dtype)
         if not bool(offsets.isfinite().all()):
             raise UserError(
-                f"offset plus update is not finite in {self.offsets.dtype}; use torch.float32 offsets, "
+                f"offset plus update is not finite in {dtype}; use torch.float32 offsets, "
                 "and check the update for infinities and NaN",
-                field="scale_dtype",
+                field="offset_dtype",
             )
-        return replace(self, offsets=offsets)
+        return replace(self, offsets=offsets, format=replace(self.format, offset=True))
+
+    def _constant_part(self) -> Tensor:
+        """Return what each group adds to scale * value[c], or to scale * c, float32 of shape (out, groups)."""
+        if self.offsets is not None:
+            return self.offsets.float()
+        zero = 0 if self.format.has_codebook else 2 ** (self.format.bits - 1)
+        return self.scales.float() * -zero
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Return the same weights on another device."""
@@ -155,17 +163,20 @@ class QuantizedTensor:
                 offsets.
         """
         rows, columns = shape
-        per_group = (format.scale_dtype, (rows, format.groups(columns)))
-        expected = {"codes": (torch.uint8, (rows, -(-columns // format.codes_per_byte))), "scales": per_group}
+        per_group = (rows, format.groups(columns))
+        expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, int]]] = {
+            "codes": ((torch.uint8,), (rows, -(-columns // format.codes_per_byte))),
+            "scales": ((format.scale_dtype,), per_group),
+        }
         if format.offset:
-            expected["offsets"] = per_group
+            expected["offsets"] = (SCALE_DTYPES, per_group)
         if tensors.keys() != expected.keys():
             raise UserError(
                 f"expected the tensors {', '.join(expected)}, got {', '.join(sorted(tensors)) or 'none'}; "
                 "was the file written with another format?"
             )
-        for name, (dtype, tensor_shape) in expected.items():
-            _check_tensor(name, tensors[name], dtype, tensor_shape)
+        for name, (dtypes, tensor_shape) in expected.items():
+            _check_tensor(name, tensors[name], dtypes, tensor_shape)
         _check_codes(tensors["codes"], columns, format)
         _check(bool((tensors["scales"] >= 0).all()), "scales", "expected no negative scale")
         return cls(
@@ -177,11 +188,11 @@ class QuantizedTensor:
         )
 
 
-def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    as_expected = tensor.dtype == dtype and tensor.shape == shape
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]) -> None:
+    as_expected = tensor.dtype in dtypes and tensor.shape == shape
     got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-    _check(as_expected, name, f"expected {dtype} of shape {shape}, got {got}")
-    if dtype.is_floating_point:
+    _check(as_expected, name, f"expected {' or '.join(map(str, dtypes))} of shape {shape}, got {got}")
+    if tensor.is_floating_point():
         _check(bool(tensor.isfinite().all()), name, "expected finite numbers, got infinities or NaN")
 
 

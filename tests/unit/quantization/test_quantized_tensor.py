@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from peft_vit.quantization import (
     quantize,
     unpack_codes,
 )
+from peft_vit.quantization.formats import SCALE_DTYPES
 
 FormatAndWeights = tuple[QuantizationFormat, Tensor]
 
@@ -112,32 +115,40 @@ def test_nbytes_is_what_the_live_storages_take(case: FormatAndWeights) -> None:
     assert quantized.nbytes == sum(storage.nbytes() for storage in storages)
 
 
-@settings(max_examples=150, deadline=None)
-@given(formats_and_weights(offset=True), st.floats(-8, 8), st.integers(0, 99))
-def test_merging_into_the_offset_adds_the_update(case: FormatAndWeights, size: float, seed: int) -> None:
+@settings(max_examples=300, deadline=None)
+@given(formats_and_weights(), st.floats(-8, 8), st.integers(0, 99), st.sampled_from([None, *SCALE_DTYPES]))
+def test_merging_into_the_offset_adds_the_update(
+    case: FormatAndWeights, size: float, seed: int, dtype: torch.dtype | None
+) -> None:
     format, weight = case
-    weight = weight.clamp(-1000, 1000)
-    quantized = quantize(weight, format)
+    quantized = quantize(weight.clamp(-200, 200), format)
     before = quantized.dequantize().double()
     shape = quantized.scales.shape
     delta = size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    merged = quantized.with_offset_added(delta)
-    assert quantized.offsets is not None
+    merged = quantized.with_offset_added(delta, dtype)
     assert merged.offsets is not None
+    assert merged.offsets.dtype is (dtype or format.scale_dtype)
+    assert merged.format == replace(format, offset=True)
     columns_per_group = weight.shape[1] // shape[1]
     expected = before + delta.double().repeat_interleave(columns_per_group, 1)
     # Each sum rounds once: the offset's in its stored dtype, the weight's in float32.
-    largest = before.abs().max() + delta.abs().max() + quantized.offsets.abs().max()
-    unit = torch.finfo(format.scale_dtype).eps
+    constant = quantized.scales.float() * 2 ** (format.bits - 1) if quantized.offsets is None else quantized.offsets
+    largest = before.abs().max() + delta.abs().max() + 2 * constant.abs().max()
+    unit = torch.finfo(merged.offsets.dtype).eps
     assert ((merged.dequantize() - expected).abs() <= unit * largest + 6e-8).all()
     assert merged.codes is quantized.codes
+    assert merged.scales is quantized.scales
     assert torch.equal(quantized.dequantize().double(), before), "the original stays as it was"
+    again = QuantizedTensor.from_tensors(load(save(merged.tensors())), merged.shape, merged.format)
+    assert torch.equal(again.dequantize(), merged.dequantize())
 
 
-def test_merging_without_offsets_is_refused() -> None:
+def test_offsets_of_another_dtype_are_refused() -> None:
     quantized = quantize(random_weight(), QuantizationFormat("nf4", 32, offset=False))
-    with pytest.raises(UserError, match=r"^offset: an update can be merged exactly only into offsets"):
-        quantized.with_offset_added(torch.zeros(6, 2))
+    with pytest.raises(
+        UserError, match=r"^offset_dtype: expected torch\.float32 or torch\.float16, got torch\.bfloat16"
+    ):
+        quantized.with_offset_added(torch.zeros(6, 2), torch.bfloat16)
 
 
 def test_an_update_of_other_groups_is_refused() -> None:
@@ -148,7 +159,7 @@ def test_an_update_of_other_groups_is_refused() -> None:
 
 def test_a_merge_that_overflows_is_refused() -> None:
     quantized = quantize(random_weight(), QuantizationFormat("int4", 32, True, torch.float16))
-    with pytest.raises(UserError, match=r"^scale_dtype: offset plus update is not finite"):
+    with pytest.raises(UserError, match=r"^offset_dtype: offset plus update is not finite"):
         quantized.with_offset_added(torch.full((6, 2), 7e4))
 
 

@@ -1,0 +1,101 @@
+"""Merging adapters into quantized weights, in place: what is left are low-bit layers without adapters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters.adapted_linear import AdaptedLinear
+from peft_vit.adapters.injection import adapted_modules
+from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizedTensor, quantize, relative_error
+
+
+@torch.no_grad()
+def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = None) -> dict[str, float]:
+    """Move each update into its layer's offsets: offset <- offset + scale * B A; no code and no scale changes.
+
+    This is QA-LoRA's merge, arXiv 2309.14717, sec. 3.3. It is exact but for the rounding of the offsets. It takes
+    adapters whose input is summed over the quantizer's groups.
+
+    Args:
+        model: its adapters are removed.
+        offset_dtype: float32 or float16; None: as the layer's format stores them.
+
+    Returns:
+        By module, ||W_merged - W_trained||_F / ||W_trained||_F.
+
+    Raises:
+        UserError: if a layer is not quantized for good, its adapters act on other groups, or an offset overflows; then
+            the model is as it was.
+    """
+    merged = {}
+    for name, module, quantized in _layers_to_merge(model):
+        groups = quantized.scales.shape[1]
+        if any(adapter.lora_A.shape[1] != groups for _, adapter in module.adapters()):
+            raise UserError(
+                f"the adapters of {name} do not act on its {groups} groups of inputs, so no offset can take them; "
+                "use merge_by_requantizing, which reports its error",
+                field="model",
+            )
+        delta = torch.zeros(quantized.scales.shape, device=quantized.scales.device)  # (out, groups)
+        for matrix, adapter in module.adapters():
+            delta[module.rows[matrix]] += adapter.left() @ adapter.lora_A * adapter.scale
+        merged[name] = (module, quantized.with_offset_added(delta, offset_dtype))
+    return _put_in_place(merged)
+
+
+@torch.no_grad()
+def merge_by_requantizing(model: nn.Module) -> dict[str, float]:
+    """Add each update to its layer's weight and quantize the sum anew, to the layer's own format.
+
+    For adapters over a quantized weight that act on single inputs (QLoRA, arXiv 2305.14314). The update is rounded to
+    codes with the weight, and what is smaller than half a code's step may be lost: look at the error, and at the
+    accuracy before and after.
+
+    Args:
+        model: its adapters are removed.
+
+    Returns:
+        By module, ||W_merged - W_trained||_F / ||W_trained||_F.
+
+    Raises:
+        UserError: if a layer is not quantized for good, its adapters could be merged into offsets, or the sum does not
+            fit the format; then the model is as it was.
+    """
+    merged = {}
+    for name, module, quantized in _layers_to_merge(model):
+        if any(adapter.pool > 1 for _, adapter in module.adapters()):
+            raise UserError(
+                f"the adapters of {name} act on groups of inputs; use merge_into_offsets, which changes no code",
+                field="model",
+            )
+        merged[name] = (module, quantize(module.merged_weight(), quantized.format))
+    return _put_in_place(merged)
+
+
+def _layers_to_merge(model: nn.Module) -> list[tuple[str, AdaptedLinear, QuantizedTensor]]:
+    layers = []
+    for name, module in adapted_modules(model):
+        if not module.sites:
+            continue
+        if module.quantized is None or module.weight is not None:
+            raise UserError(
+                f"{name} still has its float weight; finish the quantization schedule, or use merged_state_dict for "
+                "float weights",
+                field="model",
+            )
+        layers.append((name, module, module.quantized))
+    if not layers:
+        raise UserError("the model carries no adapters on quantized weights; nothing to merge", field="model")
+    return layers
+
+
+def _put_in_place(merged: dict[str, tuple[AdaptedLinear, QuantizedTensor]]) -> dict[str, float]:
+    errors = {}
+    for name, (module, quantized) in merged.items():
+        trained: Tensor = module.merged_weight()
+        errors[name] = relative_error(trained, quantized)
+        module.quantized = quantized
+        module.remove_sites()
+    return errors
