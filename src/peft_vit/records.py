@@ -27,6 +27,8 @@ from peft_vit.errors import UserError
 SCHEMA_VERSION: Literal[1] = 1
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
+# What is left in float: matrices are those that no setting quantized, other are tokens and layer scales.
+FloatPart = Literal["patch embedding", "position embedding", "norms", "biases", "matrices", "head", "other"]
 
 
 class _Value(BaseModel):
@@ -145,6 +147,31 @@ class FisherCheck(_Value):
     rho: float | None  # Spearman's, over the sites; None if one of both is constant
 
 
+class LayerSize(_Value):
+    """A quantized weight matrix as it is kept."""
+
+    weights: int
+    codes_bytes: int
+    scales_bytes: int
+    offsets_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """Return what codes, scales and offsets take together."""
+        return self.codes_bytes + self.scales_bytes + self.offsets_bytes
+
+
+class ModelSize(_Value):
+    """The low-bit model, counted on the live one; adapters left out, since merging moves them into the offsets."""
+
+    weights: int  # values of the float model, head included
+    layers: dict[str, LayerSize]  # what is quantized, by module
+    float_bytes: dict[FloatPart, int]  # what is left in float
+    merging_bytes: int  # of offsets that merging will give to layers that have none
+    live_bytes: int  # distinct storages of the layers and what is left in float
+    file_bytes: int  # the same, written as safetensors
+
+
 class QuantizationSummary(_Value):
     """What quantization did to the frozen weights, at the end of the run."""
 
@@ -152,6 +179,7 @@ class QuantizationSummary(_Value):
     bits_per_weight: float  # over the quantized layers, scales and offsets included
     quantized_bytes: int
     balance: list[dict[str, float]]  # rows with "step" and the measures of the balance check
+    size: ModelSize | None = None  # None in older records
 
 
 class ParameterCounts(_Value):

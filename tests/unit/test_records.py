@@ -18,7 +18,9 @@ from peft_vit.records import (
     ByteCounts,
     Evaluation,
     ImportanceEntry,
+    LayerSize,
     Metrics,
+    ModelSize,
     ParameterCounts,
     Provenance,
     QuantizationSummary,
@@ -78,6 +80,10 @@ def record(of: RunSpec) -> RunRecord:
         quantization=QuantizationSummary(
             relative_error={site: 0.09}, bits_per_weight=4.5, quantized_bytes=123,
             balance=[{"step": 1.0, "share": 0.5}],
+            size=ModelSize(
+                weights=30, layers={site: LayerSize(weights=20, codes_bytes=10, scales_bytes=4, offsets_bytes=4)},
+                float_bytes={"head": 8, "norms": 32}, merging_bytes=0, live_bytes=58, file_bytes=99,
+            ),
         ),
         parameters=ParameterCounts(initial=3, final=2, peak=3, head=1, backbone_total=22),
         bytes=ByteCounts(frozen_bytes=1, trainable_bytes=2, optimizer_bytes=3, adapter_file_bytes=4),
@@ -113,6 +119,17 @@ def test_a_record_from_before_budgets_had_units_is_read(tmp_path: Path) -> None:
     assert [(entry.unit, entry.budget, entry.spent) for entry in read.rank_history[:2]] == [
         ("ranks", 8, 8), ("ranks", None, 0),
     ]  # fmt: skip
+
+
+def test_a_record_from_before_sizes_were_counted_is_read(tmp_path: Path) -> None:
+    file = write_record(tmp_path, record(spec()))
+    data = json.loads(file.read_text())
+    del data["quantization"]["size"]
+    file.write_text(json.dumps(data))
+    read = read_record(file)
+    assert read.quantization is not None
+    assert read.quantization.size is None
+    assert read.quantization.bits_per_weight == 4.5
 
 
 def test_a_failed_run_is_a_record_too(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from peft_vit.evaluation.footprint import (
 )
 from peft_vit.evaluation.metrics import expected_calibration_error, measure
 from peft_vit.evaluation.predict import predict
+from peft_vit.evaluation.size import model_size
 
 __all__ = [
     "available_memory_bytes",
@@ -20,6 +21,7 @@ __all__ = [
     "frozen_bytes",
     "head_parameters",
     "measure",
+    "model_size",
     "optimizer_bytes",
     "peak_memory_bytes",
     "predict",

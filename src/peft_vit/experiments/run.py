@@ -26,6 +26,7 @@ from peft_vit.evaluation import (
     frozen_bytes,
     head_parameters,
     measure,
+    model_size,
     peak_memory_bytes,
     predict,
     reset_peak_memory,
@@ -232,7 +233,7 @@ def _quantization(hooks: Sequence[StepHook], model: nn.Module) -> QuantizationSu
     size = sum(tensor.nbytes for tensor in packed)
     return QuantizationSummary(
         relative_error=trainer.relative_error, bits_per_weight=8 * size / weights, quantized_bytes=size,
-        balance=trainer.balance_history,
+        balance=trainer.balance_history, size=model_size(model),
     )  # fmt: skip
 
 

@@ -1,0 +1,98 @@
+"""A low-bit model's size: every byte that it keeps is counted once, in the right place, and a file has as many."""
+
+from collections.abc import Callable
+
+import pytest
+import timm
+from torch import nn
+
+from peft_vit.adapters import adapted_modules
+from peft_vit.adapters.quantized_merging import merge_into_offsets
+from peft_vit.config import QaLoraConfig
+from peft_vit.evaluation import model_size
+from peft_vit.training import QALoRATrainer
+
+pytestmark = pytest.mark.part("quantization")
+
+WIDTH, DEPTH, PATCH = 64, 2, 8  # of the tiny model, for 32 px
+WEIGHTS = DEPTH * WIDTH * (3 * WIDTH + WIDTH + 2 * 2 * WIDTH)  # of its matrices
+
+
+def quantized(model: nn.Module, **settings) -> nn.Module:
+    given = {
+        "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
+        "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 1,
+    }  # fmt: skip
+    QALoRATrainer(model, QaLoraConfig(**{**given, **settings}), 4)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "code_bits", "numbers_a_group", "group"),
+    [
+        ({}, 4, 2, 16),
+        ({"group_size": 32}, 4, 2, 32),
+        ({"quantization_bits": 8, "quantization_type": "int8"}, 8, 2, 16),
+        ({"quantization_bits": 2, "quantization_type": "int2"}, 2, 2, 16),
+        ({"quantization_offset": False}, 4, 1, 16),
+    ],
+)
+def test_every_byte_is_counted_where_it_belongs(
+    tiny_vit: Callable[..., nn.Module], settings: dict, code_bits: int, numbers_a_group: int, group: int
+) -> None:
+    plain = sum(p.numel() for p in tiny_vit().parameters())
+    size = model_size(quantized(tiny_vit(), **settings))
+    assert size.weights == plain
+    assert size.float_bytes == {
+        "patch embedding": 4 * (3 * PATCH**2 * WIDTH + WIDTH),
+        "position embedding": 4 * WIDTH * (1 + (32 // PATCH) ** 2),
+        "norms": 4 * 2 * WIDTH * (2 * DEPTH + 1),
+        "biases": 4 * DEPTH * (3 * WIDTH + WIDTH + 2 * WIDTH + WIDTH),
+        "head": 4 * (5 * WIDTH + 5),
+        "other": 4 * WIDTH,  # the class token
+    }
+    assert len(size.layers) == 4 * DEPTH
+    stored = sum(layer.stored_bytes for layer in size.layers.values())
+    assert 8 * stored / WEIGHTS == code_bits + 16 * numbers_a_group / group
+    assert size.live_bytes == stored + sum(size.float_bytes.values())
+    assert size.merging_bytes == (0 if numbers_a_group == 2 else 2 * WEIGHTS // group)
+
+
+def test_matrices_that_no_adapter_targets_stay_in_float_and_are_named(tiny_vit: Callable[..., nn.Module]) -> None:
+    size = model_size(quantized(tiny_vit(), targets=("fc1",)))
+    assert set(size.layers) == {f"blocks.{block}.mlp.fc1" for block in range(DEPTH)}
+    assert size.float_bytes["matrices"] == 4 * (WEIGHTS - DEPTH * 2 * WIDTH * WIDTH)
+
+
+def test_a_float_copy_beside_the_codes_is_not_hidden(tiny_vit: Callable[..., nn.Module]) -> None:
+    model = quantized(tiny_vit(), quantization_schedule="linear")
+    both = model_size(model)
+    assert both.float_bytes["matrices"] == 4 * WEIGHTS
+    for _, module in adapted_modules(model):
+        module.drop_float()
+    alone = model_size(model)
+    assert both.live_bytes - alone.live_bytes == 4 * WEIGHTS
+    assert both.weights == alone.weights
+
+
+@pytest.mark.parametrize("offset", [True, False])
+def test_merging_leaves_what_was_announced(
+    tiny_vit: Callable[..., nn.Module], fill_adapters: Callable[[nn.Module], None], offset: bool
+) -> None:
+    model = quantized(tiny_vit(), quantization_offset=offset)
+    fill_adapters(model)
+    before = model_size(model)
+    merge_into_offsets(model)
+    after = model_size(model)
+    assert after.live_bytes == before.live_bytes + before.merging_bytes
+    assert after.merging_bytes == 0
+    assert after.weights == before.weights
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2"])
+def test_the_file_has_the_bytes_of_the_live_storages(name: str) -> None:
+    model = quantized(timm.create_model(name, img_size=112, num_classes=2), group_size=32)
+    size = model_size(model)
+    assert size.file_bytes == pytest.approx(size.live_bytes, rel=0.02)
+    weights = sum(p.numel() for p in timm.create_model(name, img_size=112, num_classes=2).parameters())
+    assert 5.0 < 8 * size.live_bytes / weights < 8.0  # what is called 4-bit
