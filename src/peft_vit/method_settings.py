@@ -270,6 +270,11 @@ class QaLoraConfig(AdapterConfig):
         return 8 if self.rank is None else self.rank
 
     @property
+    def pool(self) -> int:
+        """Return the inputs per group on which an adapter's update is constant; 1: a plain adapter."""
+        return self.group_size if self.use_group_quantization else 1
+
+    @property
     def offset(self) -> bool:
         """Return whether an offset is stored beside each scale while training."""
         return self.use_group_quantization if self.quantization_offset is None else self.quantization_offset

@@ -11,25 +11,29 @@ class Probe:
 
     With G = dL/dW of the site, dL/dlambda_i = p_i^T G q_i. The directions are uniform on the spheres, so its square
     has the expectation ||G||_F^2 / (in * out): the root mean square over the triplets estimates the size of an element
-    of G, whatever the adapter's rank.
+    of G, whatever the adapter's rank. Where an update is constant on groups of inputs, q_i is too, and G is the
+    gradient summed over each group: what an adapter there can follow.
 
     A probe is no module and no parameter: no optimiser holds it, no state dict saves it, nothing counts it as trained.
 
     Args:
-        in_features: inputs of the site's weight.
+        in_features: inputs of the site's weight, over `pool`.
         out_features: outputs of the site's weight.
         count: number of triplets.
         generator: source of the directions.
         device: of the site's adapter.
+        pool: inputs per group on which the update is constant.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, count: int, *, generator: torch.Generator, device: torch.device
-    ) -> None:
+        self, in_features: int, out_features: int, count: int, *, generator: torch.Generator, device: torch.device,
+        pool: int = 1,
+    ) -> None:  # fmt: skip
         left = torch.randn(out_features, count, generator=generator)
         right = torch.randn(count, in_features, generator=generator)
         self._left = (left / left.norm(dim=0)).to(device)  # (out, count)
-        self._right = (right / right.norm(dim=1, keepdim=True)).to(device)  # (count, in)
+        self._right = (right / right.norm(dim=1, keepdim=True)).to(device)  # (count, in / pool)
+        self._pool = pool
         self.lambdas = torch.zeros(count, device=device, requires_grad=True)
 
     @property
@@ -39,7 +43,8 @@ class Probe:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, count), zero with a gradient, and right (count, in)."""
-        return self._left * self.lambdas, self._right
+        right = self._right if self._pool == 1 else self._right.repeat_interleave(self._pool, dim=1)
+        return self._left * self.lambdas, right
 
     def gradient(self) -> Tensor | None:
         """Return the root mean square of dL/dlambda, a scalar; None before backward."""

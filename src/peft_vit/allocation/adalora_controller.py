@@ -65,17 +65,21 @@ class AdaLoRAController:
         config: the settings, see `config.AdaLoraConfig`.
         total_steps: optimiser steps of the whole run; the budget's course depends on it.
         seed: of the adapters' start, of triplets that grow, of probes and of the `random` metric.
+        pool: inputs per group on which an update is constant, for weights that `QALoRATrainer` quantizes in groups. A
+            site then has at most in / pool ranks, and a rank costs less.
 
     Raises:
         UserError: if the model is of another class, the schedule does not fit the steps, or the budget does not fit
             the sites.
     """
 
-    def __init__(self, model: nn.Module, config: AdaLoraConfig, total_steps: int, *, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, config: AdaLoraConfig, total_steps: int, *, seed: int = 0, pool: int = 1
+    ) -> None:
         self.config = config
         self.total_steps = total_steps
         self.seed = seed
-        self.sites = place_adapters(model, config, seed=seed)
+        self.sites = place_adapters(model, config, seed=seed, pool=pool)
         self.names = tuple(site.name for site in self.sites)
         adapters = site_adapters(model)
         shapes = [(one.in_features // one.pool, one.out_features) for one in adapters.values()]

@@ -11,9 +11,10 @@ from peft_vit.errors import UserError
 from peft_vit.records import SiteInfo
 
 _FUSED: tuple[Matrix, ...] = ("query", "key", "value")
+_STATED = ("scale", "parametrization", "factor_start", "lambda_gain")
 
 
-def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int) -> tuple[SiteInfo, ...]:
+def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool: int = 1) -> tuple[SiteInfo, ...]:
     """Return the sites that carry adapters, block by block; on a plain model they are put there first, at rank 0.
 
     Raises:
@@ -21,16 +22,16 @@ def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int) -> tup
     """
     found = peft_sites(model)
     if found:
-        _check_peft(model, found, config)
+        _check_peft(model, found, config, pool)
         return found
     sites = find_sites(model, config.targets)
     if site_adapters(model):
-        _check_own(model, config)
+        _check_own(model, config, pool)
     else:
         attach_adapters(
             model, sites, dict.fromkeys((site.name for site in sites), 0),
             scale=config.scale, seed=seed, parametrization=config.parametrization,
-            factor_start=config.factor_start, lambda_gain=config.lambda_gain,
+            factor_start=config.factor_start, lambda_gain=config.lambda_gain, pool=pool,
         )  # fmt: skip
     different = set(site_adapters(model)) ^ {site.name for site in sites}
     if different:
@@ -38,8 +39,9 @@ def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int) -> tup
     return tuple(site.info() for site in sites)
 
 
-def _check_own(model: nn.Module, config: AdaLoraConfig) -> None:
+def _check_own(model: nn.Module, config: AdaLoraConfig, pool: int) -> None:
     """Refuse adapters of ours that compute something else than the settings say."""
+    stated = {f"adalora.{name}": getattr(config, name) for name in _STATED} | {"pool": pool}
     for name, adapter in site_adapters(model).items():
         if name.endswith(".qkv"):
             raise UserError(
@@ -47,17 +49,19 @@ def _check_own(model: nn.Module, config: AdaLoraConfig) -> None:
                 "own; hand over a plain model, or one that peft.PeftModel.from_pretrained has wrapped",
                 field=name,
             )
-        for setting in ("scale", "parametrization", "factor_start", "lambda_gain"):
-            present, stated = getattr(adapter, setting), getattr(config, setting)
-            if present != stated:
+        for field, value in stated.items():
+            present = getattr(adapter, field.rpartition(".")[2])
+            if present != value:
                 raise UserError(
-                    f"the model's adapter on {name} has {present}, the settings say {stated}; make them equal",
-                    field=f"adalora.{setting}",
+                    f"the model's adapter on {name} has {present}, the settings say {value}; make them equal",
+                    field=field,
                 )
 
 
-def _check_peft(model: nn.Module, sites: tuple[SiteInfo, ...], config: AdaLoraConfig) -> None:
+def _check_peft(model: nn.Module, sites: tuple[SiteInfo, ...], config: AdaLoraConfig, pool: int) -> None:
     """Refuse settings that LoRA of PEFT can't follow, and such that say otherwise what PEFT has decided."""
+    if pool != 1:
+        raise UserError("PEFT's LoRA does not pool its inputs; leave it out", field="pool")
     if config.minimum_rank < 1:
         raise UserError("PEFT has no layer of rank 0; set minimum_rank to 1 or more", field="adalora.minimum_rank")
     if config.parametrization != "product":

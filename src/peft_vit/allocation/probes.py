@@ -40,8 +40,8 @@ def place_probes(adapters: Mapping[str, Adapter], *, seed: int, step: int) -> No
     for adapter in adapters.values():
         if isinstance(adapter, SiteAdapter):
             adapter.probe = Probe(
-                adapter.in_features, adapter.out_features, PROBE_TRIPLETS,
-                generator=generator, device=adapter.lora_A.device,
+                adapter.in_features // adapter.pool, adapter.out_features, PROBE_TRIPLETS,
+                generator=generator, device=adapter.lora_A.device, pool=adapter.pool,
             )  # fmt: skip
 
 

@@ -7,71 +7,40 @@ In anybody's own loop::
     for step in range(1, 601):                                            # steps count from 1
         loss = cross_entropy(model(images), labels)
         trainer.training_step(model, optimizer, loss, step)               # backward, scaling, clipping, step, zero_grad
+
+or, where something else does the step, `after_backward` before it and `after_step` after it.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters
-from peft_vit.backbones import find_sites
+from peft_vit.adapters.resizable import unwrapped
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 from peft_vit.training.optimization import optimization_step
+from peft_vit.training.quantization_balance import (
+    MEASURE_EVERY_STEPS,
+    adapter_to_error_ratio,
+    float_weights,
+    managed_pace,
+    managed_scale,
+    removed_in_outputs,
+    removed_in_weights,
+)
+from peft_vit.training.quantization_schedule import end_step, next_part, quantized_share, share_at
+from peft_vit.training.quantized_layers import formats_of, place_layers, quantized_layers
 
 _FLOAT_BITS = 32.0
-
-
-def quantized_share(config: QaLoraConfig, total_steps: int, steps_done: int) -> float:
-    """Return how much of the quantized weight is in use after `steps_done` steps, 0 to exactly 1.
-
-    With t the part of the way from `quantization_warmup_steps` to the end step: constant 1, linear t, cosine
-    (1 - cos(pi t)) / 2.
-    """
-    if config.quantization_schedule == "constant":
-        return 1.0
-    start, end = config.quantization_warmup_steps, end_step(config, total_steps)
-    part = min(max((steps_done - start) / (end - start), 0.0), 1.0)
-    if part == 1.0 or config.quantization_schedule == "linear":
-        return part
-    return (1 - math.cos(math.pi * part)) / 2
-
-
-def end_step(config: QaLoraConfig, total_steps: int) -> int:
-    """Return the step after which only quantized weights are left.
-
-    Raises:
-        UserError: if the schedule can't finish within the run.
-    """
-    end = config.quantization_end_step
-    if end is None:
-        end = config.quantization_warmup_steps + max(1, 2 * (total_steps - config.quantization_warmup_steps) // 3)
-    if end > total_steps or end <= config.quantization_warmup_steps:
-        raise UserError(
-            f"the schedule runs from step {config.quantization_warmup_steps} to {end} and can't finish within "
-            f"{total_steps} steps; shorten it or train longer",
-            field="qa_lora.quantization_end_step",
-        )
-    return end
-
-
-def format_of(config: QaLoraConfig) -> QuantizationFormat:
-    """Return the storage of the frozen weights: fp16 scales, and fp16 offsets where groups make the merge exact."""
-    grouped = config.use_group_quantization
-    assert config.quantization_type is not None
-    return QuantizationFormat(
-        type=config.quantization_type,
-        group_size=config.group_size if grouped else None,
-        offset=config.offset,
-        scale_dtype=torch.float32 if config.scale_precision == "fp32" else torch.float16,
-    )
 
 
 class QALoRATrainer:
@@ -81,15 +50,19 @@ class QALoRATrainer:
     into the offsets. Without groups, it is a plain LoRA adapter over a quantized weight (QLoRA, arXiv 2305.14314).
 
     Args:
-        model: a timm VisionTransformer without adapters; they are attached and its sites' weights are quantized.
+        model: a timm VisionTransformer; adapters are attached and its sites' weights are quantized. If it carries
+            adapters already (an AdaLoRAController's, imported ones, or LoRA by `peft.get_peft_model`), these are taken
+            as they are, and the weights under them are quantized.
         config: the settings, see `config.QaLoraConfig`.
         total_steps: optimiser steps of the whole run; the schedule depends on it.
         seed: of the adapters' start.
-        clip_norm: largest gradient norm; None: no clipping.
+        clip_norm: largest gradient norm in `training_step`; None: no clipping.
+        formats: by module, `blocks.3.attn.qkv`, in place of what the settings say.
+        ranks: by site, `blocks.3.attn.query`, in place of the settings' rank.
 
     Raises:
         UserError: if the model is of another class, a group does not divide a site's inputs, the rank lies above the
-            number of groups, or the schedule does not fit the steps.
+            number of groups, the schedule does not fit the steps, or adapters that are there don't fit the settings.
     """
 
     name = "quantization"
@@ -102,40 +75,55 @@ class QALoRATrainer:
         *,
         seed: int = 0,
         clip_norm: float | None = 1.0,
+        formats: Mapping[str, QuantizationFormat] | None = None,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
         self.clip_norm = clip_norm
-        self.last_step = 0 if config.quantization_schedule == "constant" else end_step(config, total_steps)
-        sites = find_sites(model, config.targets)
-        pool = config.group_size if config.use_group_quantization else 1
-        for site in sites:
-            check_rank(site.name, site.in_features, site.out_features, config.fixed_rank, pool)
-        attach_adapters(
-            model, sites, dict.fromkeys((site.name for site in sites), config.fixed_rank),
-            scale=config.scale, seed=seed, pool=pool,
-        )  # fmt: skip
+        self.last_step = end_step(config, total_steps)
+        place_layers(model, config, ranks, seed=seed)
+        layers = quantized_layers(model)
+        self.formats = formats_of(layers, config, formats)
         self.relative_error: dict[str, float] = {}
         self._error_norm: dict[str, float] = {}
-        storage = format_of(config)
-        for name, module in adapted_modules(model):
+        for name, (module, _) in layers.items():
             assert module.weight is not None
             norm = float(module.weight.norm())
-            self.relative_error[name] = module.set_quantized(quantize(module.weight.detach(), storage))
-            self._error_norm[name] = self.relative_error[name] * norm
+            self.relative_error[name] = module.set_quantized(quantize(module.weight.detach(), self.formats[name]))
+            self._error_norm[name] = self.relative_error[name] * norm if norm else 0.0
         self.share_history: list[dict[str, float]] = []
         self.bits_history: list[dict[str, Any]] = []
         self.balance_history: list[dict[str, float]] = []
-        self._set_share(model, 0)
+        self._part = 0.0  # of the schedule's way, under a managed pace
+        self._pace = 1.0
+        self._managed_scale = 1.0
+        self._warned = False
+        self._use_share(model, 0, quantized_share(config, total_steps, 0))
+        self._manage_balance(model, 0)
 
-    def _set_share(self, model: nn.Module, steps_done: int) -> None:
-        share = quantized_share(self.config, self.total_steps, steps_done)
+    # --- the schedule -------------------------------------------------------------------------------------------------
+
+    @property
+    def share(self) -> float:
+        """Return the quantized share in use now."""
+        return self.share_history[-1]["share"]
+
+    def _next_share(self, step: int) -> float:
+        if not self._manages("schedule_pace"):
+            return quantized_share(self.config, self.total_steps, step)
+        if step > self.config.quantization_warmup_steps:
+            self._part = next_part(self._part, self.last_step - step + 1, self._pace)
+        return share_at(self.config, self._part)
+
+    def _use_share(self, model: nn.Module, steps_done: int, share: float) -> None:
+        """Mix the weights anew; at share 1 the float ones are freed."""
         before = self.share_history[-1]["share"] if self.share_history else None
         self.share_history.append({"step": steps_done, "share": share})
         if before == 1.0:
             return  # the float weights are gone already
         bits = {}
-        for name, module in adapted_modules(model):
+        for name, (module, _) in quantized_layers(model).items():
             assert module.quantized is not None
             module.quantized_share = share
             packed = module.quantized.bits_per_weight
@@ -145,10 +133,7 @@ class QALoRATrainer:
         if not self.bits_history or share == 1.0:
             self.bits_history.append({"step": steps_done, "bits_per_weight": bits})
 
-    @property
-    def share(self) -> float:
-        """Return the quantized share in use now."""
-        return self.share_history[-1]["share"]
+    # --- a step -------------------------------------------------------------------------------------------------------
 
     def training_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, step: int
@@ -175,33 +160,57 @@ class QALoRATrainer:
         """Return nothing: QA-LoRA adds no term to the loss."""
         return {}
 
-    def after_backward(self, model: nn.Module, step: int) -> None:
-        """Multiply the adapters' gradients by `gradient_scaling_factor`; the head's stay.
+    def gradient_scales(self) -> dict[str, float]:
+        """Return the factor on the gradients of each layer's adapters.
 
-        Under Adam a constant factor cancels, except through clipping, weight decay and epsilon; under SGD it acts as
-        a factor on the adapters' learning rate.
+        `gradient_scaling_factor`; under `gradient_scaling: adaptive` times the layer's relative quantization error
+        over the mean of all; times what holds the balance, if that is managed so. Under SGD each is a factor on the
+        layer's learning rate; under Adam it cancels, except through clipping, weight decay and epsilon.
         """
-        if self.config.gradient_scaling_factor == 1.0:
+        factor = self.config.gradient_scaling_factor * self._managed_scale
+        mean = float(np.mean(list(self.relative_error.values())))
+        if self.config.gradient_scaling == "constant" or mean == 0:
+            return dict.fromkeys(self.relative_error, factor)
+        return {name: factor * error / mean for name, error in self.relative_error.items()}
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Multiply the adapters' gradients by `gradient_scales`; the head's stay."""
+        scales = self.gradient_scales()
+        if set(scales.values()) == {1.0}:
             return
-        for adapter in site_adapters(model).values():
-            for parameter in adapter.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.config.gradient_scaling_factor)
+        for name, layer in quantized_layers(model).items():
+            for _, adapter in layer.updates:
+                for parameter in adapter.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(scales[name])
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Do nothing: there is no penalty to wait for."""
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Move the schedule on; at its end the float weights are freed."""
-        adaptive = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
-        if step == 1 and adaptive and self.config.gradient_scaling_factor != 1.0:
+        self._warn_of_adam(optimizer)
+        self._use_share(model, step, self._next_share(step))
+        self._manage_balance(model, step)
+
+    def _warn_of_adam(self, optimizer: torch.optim.Optimizer) -> None:
+        """Say once which settings Adam cancels."""
+        if self._warned or not isinstance(unwrapped(optimizer), torch.optim.Adam | torch.optim.AdamW):
+            return
+        self._warned = True
+        config = self.config
+        cancelled = [
+            *([f"gradient_scaling_factor {config.gradient_scaling_factor}"] * (config.gradient_scaling_factor != 1.0)),
+            *(["gradient_scaling: adaptive"] * (config.gradient_scaling == "adaptive")),
+            *(["balance_by: gradient_scale"] * self._manages("gradient_scale")),
+        ]
+        if cancelled:
             warnings.warn(
-                f"gradient_scaling_factor {self.config.gradient_scaling_factor} nearly cancels under "
-                f"{type(optimizer).__name__}; only clipping, weight decay and epsilon see it",
+                f"{' and '.join(cancelled)} nearly cancel{'s' * (len(cancelled) == 1)} under "
+                f"{type(unwrapped(optimizer)).__name__}; only clipping, weight decay and epsilon see it",
                 SilentNoEffectWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._set_share(model, step)
 
     def notes(self) -> dict[str, float]:
         """Return the quantized share in use."""
@@ -211,6 +220,24 @@ class QALoRATrainer:
         """Say whether only quantized weights are left."""
         return step >= self.last_step
 
+    # --- the balance --------------------------------------------------------------------------------------------------
+
+    def _manages(self, by: str) -> bool:
+        return self.config.balance_target is not None and self.config.balance_by == by
+
+    def _manage_balance(self, model: nn.Module, step: int) -> None:
+        """Set scale or pace for the steps to come, now and then, and keep what was measured and set."""
+        target = self.config.balance_target
+        if target is None or step % MEASURE_EVERY_STEPS or (self._manages("schedule_pace") and self.share == 1.0):
+            return
+        ratio = adapter_to_error_ratio(quantized_layers(model), self._error_norm)
+        row = {"step": step, "adapter_to_error_ratio": ratio, "quantized_share": self.share}
+        if self.config.balance_by == "gradient_scale":
+            row["gradient_scale"] = self._managed_scale = managed_scale(ratio, target)
+        else:
+            row["schedule_pace"] = self._pace = managed_pace(ratio, target, self.share)
+        self.balance_history.append(row)
+
     def _warn_if_unused(self) -> None:
         if self.config.quantization_schedule != "constant" and len(self.share_history) == 1:
             warnings.warn(
@@ -219,30 +246,54 @@ class QALoRATrainer:
                 stacklevel=3,
             )
 
-    @torch.no_grad()
-    def validate_quantization_adaptation_balance(self, model: nn.Module) -> dict[str, float]:
+    def validate_quantization_adaptation_balance(
+        self, model: nn.Module, *, reference: Mapping[str, Tensor] | None = None, images: Tensor | None = None
+    ) -> dict[str, float]:
         """Measure how the adapters compare with the error that quantization made, and keep the row.
 
+        With E = W - Wq the error at full quantization and dW the adapters' update, each a mean over modules:
+
+        Args:
+            model: the model given at the start.
+            reference: the float weights, e.g. the state dict of the plain model as it was loaded; not needed while
+                the schedule still holds them.
+            images: a calibration batch (B, 3, H, W) on the model's device, for the outputs; needs the float weights.
+
         Returns:
-            relative_quantization_error: mean over modules of ||W - Wq||_F / ||W||_F, at full quantization.
-            signal_to_noise_db: mean over modules of 20 log10(||W||_F / ||W - Wq||_F).
-            adapter_to_error_ratio: mean over modules of ||dW||_F / ||W - Wq||_F.
+            relative_quantization_error: ||E||_F / ||W||_F.
+            signal_to_noise_db: 20 log10(||W||_F / ||E||_F).
+            adapter_to_error_ratio: ||dW||_F / ||E||_F.
             quantized_share: in use now, 0 to 1.
+            error_removed_in_weights: 1 - ||E - dW||_F^2 / ||E||_F^2, given the float weights. At most 1; negative
+                where the update adds more than it removes.
+            error_removed_in_outputs: 1 - ||X (E - dW)^T||_F^2 / ||X E^T||_F^2 with X (N, in) the module's inputs on
+                `images`, given both.
+
+        Raises:
+            UserError: if the reference is not that of this model, or images were given without float weights.
         """
         self._warn_if_unused()
-        ratios = []
-        for name, module in adapted_modules(model):
-            energy = sum(float(adapter.delta().square().sum()) for _, adapter in module.adapters() if adapter.rank)
-            ratios.append(math.sqrt(energy) / self._error_norm[name] if self._error_norm[name] else math.inf)
+        layers = quantized_layers(model)
         errors = np.array(list(self.relative_error.values()))
         row = {
             "relative_quantization_error": float(errors.mean()),
             "signal_to_noise_db": float(np.mean(-20 * np.log10(errors))) if errors.all() else math.inf,
-            "adapter_to_error_ratio": float(np.mean(ratios)),
+            "adapter_to_error_ratio": adapter_to_error_ratio(layers, self._error_norm),
             "quantized_share": self.share,
         }
+        if reference is None:
+            reference = {name: one.module.weight for name, one in layers.items() if one.module.weight is not None}
+        if images is not None and not reference:
+            raise UserError("the float weights are gone; give them to compare outputs with", field="reference")
+        if reference:
+            weights = float_weights(layers, reference, self.relative_error)
+            row["error_removed_in_weights"] = removed_in_weights(layers, weights)
+            if images is not None:
+                row["error_removed_in_outputs"] = removed_in_outputs(model, layers, weights, images)
         self.balance_history.append({"step": self.share_history[-1]["step"], **row})
         return row
+
+    # --- what is kept -------------------------------------------------------------------------------------------------
 
     def export_quantization_data(self) -> dict[str, Any]:
         """Return schedule, errors, bits and balance by step, as plain values ready for JSON."""
@@ -255,16 +306,34 @@ class QALoRATrainer:
             "balance": [dict(row) for row in self.balance_history],
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside model and optimiser, between two steps: plain values."""
+        state = {
+            "made_with": self._made_with(), "part": self._part, "pace": self._pace, "scale": self._managed_scale,
+            "share_history": self.share_history, "bits_history": self.bits_history,
+            "balance_history": self.balance_history,
+        }  # fmt: skip
+        return copy.deepcopy(state)
 
-def check_rank(site: str, in_features: int, out_features: int, rank: int, pool: int) -> None:
-    """Refuse a rank or a group size that a site can't carry; `pool` is 1 without groups.
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Go on from where `state_dict` was taken; `model` is the one given at the start, with its adapters loaded.
 
-    Raises:
-        UserError: naming the site and the reason.
-    """
-    if in_features % pool:
-        raise UserError(f"{pool} does not divide the {in_features} inputs of {site}", field="qa_lora.group_size")
-    largest = min(out_features, in_features // pool)
-    if rank > largest:
-        reason = f"{in_features} inputs in groups of {pool} allow" if pool > 1 else "its smaller side allows"
-        raise UserError(f"rank {rank} is wasted on {site}: {reason} at most {largest}; lower it", field="rank")
+        Raises:
+            UserError: if the state belongs to another configuration, length of run, or other weights.
+        """
+        here = self._made_with()
+        other = next((key for key in here if state["made_with"].get(key) != here[key]), None)
+        if other is not None:
+            raise UserError("the state was made with another one; build the trainer as it was built then", field=other)
+        state = copy.deepcopy(dict(state))
+        self._part, self._pace, self._managed_scale = state["part"], state["pace"], state["scale"]
+        self.share_history, self.bits_history = state["share_history"], state["bits_history"]
+        self.balance_history = state["balance_history"]
+        for module, _ in quantized_layers(model).values():
+            module.quantized_share = self.share
+            if self.share == 1.0:
+                module.drop_float()
+
+    def _made_with(self) -> dict[str, Any]:
+        config = self.config.model_dump(mode="json")
+        return {"config": config, "total_steps": self.total_steps, "relative_error": dict(self.relative_error)}

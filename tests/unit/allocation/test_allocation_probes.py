@@ -286,3 +286,16 @@ def test_optimizer_of_the_plain_loop_holds_no_probe(tiny_vit, batch) -> None:
     assert None not in probes
     assert not {id(probe.lambdas) for probe in probes} & held
     assert {id(p) for group in optimizer_of(model).param_groups for p in group["params"]} == held
+
+
+def test_a_pooled_probe_feels_the_gradient_summed_over_groups() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probe = Probe(4, 10, 3, generator=generator, device=torch.device("cpu"), pool=8)
+    gradient = torch.randn(10, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # dL/dW
+    left, right = probe.factors()
+    (left.double() @ right.double() * gradient).sum().backward()
+    grouped = gradient.numpy().reshape(10, 4, 8).sum(axis=2)
+    p, q = probe._left.double().numpy(), probe._right.double().numpy()
+    expected = np.sqrt(np.mean(np.einsum("ok,oj,kj->k", p, grouped, q) ** 2))
+    assert float(probe.gradient()) == pytest.approx(expected, rel=1e-5)
+    assert probe.values == 3 * (4 + 10 + 1)

@@ -1,0 +1,160 @@
+"""How the adapters compare with the error that quantization made, and what follows for scale and pace.
+
+With W the float weight of a layer, Wq what its codes stand for, E = W - Wq the error at full quantization, and dW the
+adapters' update: the adapted quantized layer differs from the float one by E - dW. Whether dW removes the error is
+asked of the weights and of the layer's outputs; an update that learns the task need not remove any.
+
+Managing the balance is proportional control of rho, the mean of ||dW|| / ||E||, towards a target rho*: either the
+gradients' scale follows rho* / rho, or the schedule's pace follows how far rho is ahead of rho* * share, the target
+over the error in use. Both are bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters import AdaptedLinear, Adapter, SiteAdapter
+from peft_vit.errors import UserError
+from peft_vit.training.quantized_layers import QuantizedLayer
+
+MEASURE_EVERY_STEPS = 8  # of a managed balance; a measurement costs a few percent of a step
+_SCALE_BOUNDS = (0.25, 4.0)
+_PACE_BOUNDS = (0.5, 1.5)  # below 2, so that the schedule does not end before its end step
+_SAME_WEIGHT = 1e-3  # largest relative difference between the errors of one weight, computed twice
+
+
+def managed_scale(ratio: float, target: float) -> float:
+    """Return the factor on the adapters' gradients: target / ratio, within a quarter and four."""
+    return float(np.clip(target / ratio if ratio else math.inf, *_SCALE_BOUNDS))
+
+
+def managed_pace(ratio: float, target: float, share: float) -> float:
+    """Return the schedule's pace: 1 + ratio / target - share, within a half and one and a half.
+
+    At ratio = target * share the adapters are as large as the target says over the error in use, and the pace is even.
+    """
+    return float(np.clip(1 + ratio / target - share, *_PACE_BOUNDS))
+
+
+@torch.no_grad()
+def adapter_norm(layer: QuantizedLayer) -> float:
+    """Return ||dW||_F of all adapters on a layer.
+
+    ||L R||^2 = sum of (L^T L) * (R R^T) needs products of size r alone, and each column of a pooled R counts
+    `pool` times.
+    """
+    energy = 0.0
+    for _, adapter in layer.updates:
+        if adapter.rank:
+            left, right = _left(adapter), adapter.lora_A
+            energy += adapter.scale**2 * adapter.pool * float(((left.T @ left) * (right @ right.T)).sum())
+    return math.sqrt(max(energy, 0.0))
+
+
+def _left(adapter: Adapter) -> Tensor:
+    return adapter.left() if isinstance(adapter, SiteAdapter) else adapter.lora_B
+
+
+def adapter_to_error_ratio(layers: Mapping[str, QuantizedLayer], error_norms: Mapping[str, float]) -> float:
+    """Return the mean of ||dW||_F / ||E||_F over the layers that have an error; infinity if none has."""
+    ratios = [adapter_norm(layer) / error_norms[name] for name, layer in layers.items() if error_norms[name]]
+    return float(np.mean(ratios)) if ratios else math.inf
+
+
+def float_weights(
+    layers: Mapping[str, QuantizedLayer], reference: Mapping[str, Tensor], relative_errors: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Return the weight of each layer before quantization, from a state dict of the plain model.
+
+    Args:
+        layers: of the model.
+        reference: holds `<layer>.weight`, or `<layer>`, for each.
+        relative_errors: of the layers when they were quantized.
+
+    Raises:
+        UserError: if a weight is missing, has another shape, or is not the one that was quantized.
+    """
+    weights = {}
+    for name, (module, _) in layers.items():
+        weight = reference.get(f"{name}.weight", reference.get(name))
+        assert module.quantized is not None
+        if weight is None or weight.shape != module.quantized.shape:
+            found = "nothing" if weight is None else f"shape {tuple(weight.shape)}"
+            raise UserError(
+                f"expected its float weight {module.quantized.shape}, got {found}", field=f"reference[{name}]"
+            )
+        weights[name] = weight.detach().to(module.quantized.scales.device, torch.float32)
+        norm = float(weights[name].norm())
+        error = float((weights[name] - module.quantized.dequantize()).norm()) / norm if norm else 0.0
+        if not math.isclose(error, relative_errors[name], rel_tol=_SAME_WEIGHT, abs_tol=1e-6):
+            raise UserError(
+                f"is not the weight that was quantized: its relative error would be {error:.6g}, not "
+                f"{relative_errors[name]:.6g}",
+                field=f"reference[{name}]",
+            )
+    return weights
+
+
+@torch.no_grad()
+def removed_in_weights(layers: Mapping[str, QuantizedLayer], weights: Mapping[str, Tensor]) -> float:
+    """Return the mean over layers of 1 - ||E - dW||_F^2 / ||E||_F^2."""
+    shares = []
+    for name, layer in layers.items():
+        error, rest = _error_and_rest(layer, weights[name])
+        shares.append(_removed(rest, error))
+    return float(np.mean(shares))
+
+
+@torch.no_grad()
+def removed_in_outputs(
+    model: nn.Module, layers: Mapping[str, QuantizedLayer], weights: Mapping[str, Tensor], images: Tensor
+) -> float:
+    """Return the mean over layers of 1 - ||X (E - dW)^T||_F^2 / ||X E^T||_F^2.
+
+    Args:
+        model: as it is now; X (N, in) are the inputs of a layer in its forward pass, of all tokens.
+        layers: of the model.
+        weights: from `float_weights`.
+        images: a calibration batch, (B, 3, H, W).
+    """
+    shares: list[float] = []
+
+    def watch(layer: QuantizedLayer, weight: Tensor) -> torch.utils.hooks.RemovableHandle:
+        def measure(module: AdaptedLinear, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].float().flatten(0, -2)  # (N, in)
+            error, rest = _error_and_rest(layer, weight)
+            shares.append(_removed(x @ rest.T, x @ error.T))
+
+        return layer.module.register_forward_pre_hook(measure)
+
+    handles = [watch(layer, weights[name]) for name, layer in layers.items()]
+    was_training = model.training
+    try:
+        model.eval()(images)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return float(np.mean(shares))
+
+
+def _error_and_rest(layer: QuantizedLayer, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return E and E - dW, (out, in)."""
+    assert layer.module.quantized is not None
+    error = weight - layer.module.quantized.dequantize()
+    rest = error.clone()
+    for rows, adapter in layer.updates:
+        if adapter.rank:
+            rest[rows] -= adapter.scale * (_left(adapter) @ adapter.lora_A).repeat_interleave(adapter.pool, dim=1)
+    return error, rest
+
+
+def _removed(rest: Tensor, error: Tensor) -> float:
+    """Return which share of the error's energy is gone; 0 where there is none to remove."""
+    energy = float(error.square().sum())
+    return 1 - float(rest.square().sum()) / energy if energy else 0.0

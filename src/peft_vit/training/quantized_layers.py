@@ -1,0 +1,167 @@
+"""The layers whose weights are quantized, and the adapters on them: new ones, those a model carries, or PEFT's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from peft_vit.adapters import (
+    AdaptedLinear,
+    Adapter,
+    adapted_modules,
+    attach_adapters,
+    current_ranks,
+    peft_sites,
+    site_adapters,
+)
+from peft_vit.adapters.peft_library import peft_layers
+from peft_vit.backbones import find_sites
+from peft_vit.config import Matrix, QaLoraConfig
+from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.quantization import CodeType, QuantizationFormat
+
+_FUSED: tuple[Matrix, ...] = ("query", "key", "value")
+
+
+class QuantizedLayer(NamedTuple):
+    """A linear layer and the adapters on its rows."""
+
+    module: AdaptedLinear
+    updates: tuple[tuple[slice, Adapter], ...]
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Return the layers that carry adapters by timm's name, `blocks.3.attn.qkv`, whatever the model is wrapped in."""
+    adapters, layers = site_adapters(model), {}
+    for path, module in adapted_modules(model):
+        name = path[path.rfind("blocks.") :].removesuffix(".base_layer")  # PEFT's name for what it has adapted
+        stem, _, leaf = name.rpartition(".")
+        updates: list[tuple[slice, Adapter]] = [(module.rows[matrix], adapter) for matrix, adapter in module.adapters()]
+        by_peft = adapters.get(f"{stem}.{'out' if leaf == 'proj' else leaf}")
+        if not updates and by_peft is not None:
+            updates = [(slice(0, module.out_features), by_peft)]
+        layers[name] = QuantizedLayer(module, tuple(updates))
+    return layers
+
+
+def place_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, int] | None, *, seed: int) -> None:
+    """Put adapters on a plain model, or take those that it carries as they are.
+
+    Args:
+        model: changed in place.
+        config: the `qa_lora` section.
+        ranks: by site; None: the section's rank everywhere.
+        seed: of the adapters' start.
+
+    Raises:
+        UserError: if the model is of another class or quantized already, or its adapters don't fit the settings.
+    """
+    if any(module.quantized is not None for _, module in adapted_modules(model)):
+        raise UserError("its weights are quantized already; hand over a model with float weights", field="model")
+    if peft_sites(model):  # refuses what is more than plain LoRA
+        for layer in peft_layers(model).values():
+            layer.base_layer = AdaptedLinear(layer.base_layer)
+    if site_adapters(model):
+        _check_present(model, config, ranks)
+        return
+    sites = find_sites(model, config.targets)
+    if ranks is None:
+        ranks = dict.fromkeys((site.name for site in sites), config.fixed_rank)
+    different = set(ranks) ^ {site.name for site in sites}
+    if different:
+        raise UserError(f"ranks and the model's sites differ at {min(different)}", field="ranks")
+    for site in sites:
+        check_rank(site.name, site.in_features, site.out_features, ranks[site.name], config.pool)
+    attach_adapters(model, sites, ranks, scale=config.scale, seed=seed, pool=config.pool)
+
+
+def _check_present(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, int] | None) -> None:
+    """Refuse settings that say otherwise what the model's adapters have decided."""
+    adapters = site_adapters(model)
+    pools = {adapter.pool for adapter in adapters.values()}
+    if not pools <= {1, config.pool}:
+        raise UserError(
+            f"the model's adapters pool {max(pools)} inputs, the settings quantize groups of {config.pool}; make "
+            "them equal",
+            field="qa_lora.group_size",
+        )
+    if ranks is not None:
+        raise UserError("the model carries adapters, whose ranks stay; leave it out", field="ranks")
+    if config.rank is not None and {config.rank} != set(current_ranks(model).values()):
+        raise UserError("the model's adapters have ranks of their own; leave it out", field="qa_lora.rank")
+    scales = sorted({adapter.scale for adapter in adapters.values()})
+    if "scale" in config.model_fields_set and scales != [config.scale]:
+        stated = ", ".join(map(str, scales))
+        raise UserError(f"the model's adapters have {stated}; leave it out", field="qa_lora.scale")
+    matrices = {name.rpartition(".")[2] for name in adapters}
+    adapted = matrices - {"qkv"} | (set(_FUSED) if "qkv" in matrices else set())
+    if "targets" in config.model_fields_set and set(config.targets) != adapted:
+        raise UserError(f"adapters are on {', '.join(sorted(adapted))}; leave it out", field="qa_lora.targets")
+    if config.pool > 1 and config.offset and pools == {1}:
+        warnings.warn(
+            f"groups of {config.pool} serve storage alone: the model's adapters are not pooled over them, so a merge "
+            "quantizes anew; quantization_offset: false does without the offsets",
+            SilentNoEffectWarning,
+            stacklevel=4,
+        )
+
+
+def check_rank(site: str, in_features: int, out_features: int, rank: int, pool: int) -> None:
+    """Refuse a rank or a group size that a site can't carry; `pool` is 1 without groups.
+
+    Raises:
+        UserError: naming the site and the reason.
+    """
+    if in_features % pool:
+        raise UserError(f"{pool} does not divide the {in_features} inputs of {site}", field="qa_lora.group_size")
+    largest = min(out_features, in_features // pool)
+    if rank > largest:
+        reason = f"{in_features} inputs in groups of {pool} allow" if pool > 1 else "its smaller side allows"
+        raise UserError(f"rank {rank} is wasted on {site}: {reason} at most {largest}; lower it", field="rank")
+
+
+def format_of(config: QaLoraConfig, type: CodeType | None = None) -> QuantizationFormat:
+    """Return the storage of the frozen weights, of the section's type or of another one.
+
+    Raises:
+        UserError: if the section leaves the type to `adaptive_bits`, and none is given.
+    """
+    type = config.quantization_type if type is None else type
+    if type is None:
+        raise UserError(
+            "adaptive_bits chooses the types before training; choose them first and give them as `formats`",
+            field="qa_lora.adaptive_bits",
+        )
+    return QuantizationFormat(
+        type=type,
+        group_size=config.group_size if config.use_group_quantization else None,
+        offset=config.offset,
+        scale_dtype=torch.float32 if config.scale_precision == "fp32" else torch.float16,
+    )
+
+
+def formats_of(
+    layers: Mapping[str, QuantizedLayer], config: QaLoraConfig, given: Mapping[str, QuantizationFormat] | None
+) -> dict[str, QuantizationFormat]:
+    """Return each layer's format: the given one, or the section's.
+
+    Raises:
+        UserError: if a given name is no layer, or a format has other groups than the adapters on its layer.
+    """
+    given = given or {}
+    unknown = next((name for name in given if name not in layers), None)
+    if unknown is not None:
+        raise UserError(f"there is no adapted layer {unknown}; expected names as {next(iter(layers))}", field="formats")
+    formats = {name: given[name] if name in given else format_of(config) for name in layers}
+    for name, layer in layers.items():
+        pool = max((adapter.pool for _, adapter in layer.updates), default=1)
+        if pool not in (1, formats[name].group_size):
+            raise UserError(
+                f"groups of {formats[name].group_size}, but its adapters pool {pool} inputs; make them equal",
+                field=f"formats[{name}]",
+            )
+    return formats
