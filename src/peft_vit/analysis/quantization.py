@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peft_vit.analysis.comparison import Comparison, compare, correct
+from peft_vit.analysis.size import MeasuredSize, bits_by_layer, measured_size
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig, QaLoraConfig
 from peft_vit.records import QuantizationSummary
@@ -38,7 +39,9 @@ class QuantizationImpact:
         mean_relative_error: mean over modules (and seeds) of ||W - Wq|| / ||W||.
         worst_module: the module with the largest error, and that error.
         quantized_bytes: bytes of the quantized layers.
-        compression: float32 bytes of the quantized layers over their bytes, 32 / bits_per_weight.
+        size: what is claimed of the format and what was counted, layers and whole model.
+        bits_by_layer: stored bits a weight in the end, by module.
+        error_by_layer: relative error by module.
         frozen_bytes: bytes of everything that is frozen.
         float_backbone_bytes: bytes of the whole backbone in float32, head excluded.
         balance: measures of the balance check.
@@ -52,7 +55,9 @@ class QuantizationImpact:
     mean_relative_error: float
     worst_module: tuple[str, float]
     quantized_bytes: float
-    compression: float
+    size: MeasuredSize
+    bits_by_layer: dict[str, float]
+    error_by_layer: dict[str, float]
     frozen_bytes: float
     float_backbone_bytes: float
     balance: tuple[BalanceMeasure, ...]
@@ -61,26 +66,43 @@ class QuantizationImpact:
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
     """Return one row for each QA-LoRA experiment whose runs recorded what quantization did."""
     found = []
-    for experiment in study.with_method("qa_lora"):
+    for experiment in study.with_method("qa_lora", "qa_adalora"):
         runs = [run for run in study.of(experiment.name) if run.record.quantization is not None]
         if runs and experiment.qa_lora is not None:
             found.append((experiment, experiment.qa_lora, runs))
-    family = correct([_against_unquantized(study, e.name, settings, runs) for e, settings, runs in found])
+    family = correct([_against_unquantized(study, e, settings, runs) for e, settings, runs in found])
     return tuple(
         _impact(experiment, settings, runs, against)
         for (experiment, settings, runs), against in zip(found, family, strict=True)
     )
 
 
-def _against_unquantized(study: Study, name: str, settings: QaLoraConfig, runs: Sequence[Run]) -> Comparison:
-    for lora in study.fixed_rank_loras():
-        section = lora.lora
-        if section is not None and (section.rank, section.scale, set(section.targets)) == (
-            settings.fixed_rank, settings.scale, set(settings.targets),
-        ):  # fmt: skip
-            return compare(runs, study.of(lora.name), name, lora.name)
-    note = f"the study has no float LoRA of rank {settings.fixed_rank} with the same scale and targets"
+def _against_unquantized(
+    study: Study, experiment: ExperimentConfig, settings: QaLoraConfig, runs: Sequence[Run]
+) -> Comparison:
+    """Compare with the study's experiment that differs only in that its weights are float."""
+    name = experiment.name
+    for other in study.with_method("adalora") if experiment.adalora is not None else study.fixed_rank_loras():
+        if _equal_but_float(experiment, settings, other):
+            return compare(runs, study.of(other.name), name, other.name)
+    ranks = f"LoRA of rank {settings.fixed_rank} with the same scale, targets"
+    if experiment.adalora is not None:
+        ranks = "AdaLoRA with the same adalora section"
+    note = f"the study has no float {ranks} and training"
     return Comparison(name, "unquantized LoRA of equal rank", None, (), (), None, None, "not decided", note)
+
+
+def _equal_but_float(experiment: ExperimentConfig, settings: QaLoraConfig, other: ExperimentConfig) -> bool:
+    if other.training != experiment.training:
+        return False
+    if experiment.adalora is not None:
+        return other.adalora == experiment.adalora
+    if settings.adaptive_bits is not None and settings.adaptive_bits.ranks:
+        return False
+    section = other.lora
+    return section is not None and (section.rank, section.scale, set(section.targets)) == (
+        settings.fixed_rank, settings.scale, set(settings.targets),
+    )  # fmt: skip
 
 
 def _impact(
@@ -99,7 +121,9 @@ def _impact(
         mean_relative_error=float(np.mean(list(errors.values()))) if errors else float("nan"),
         worst_module=(worst, errors.get(worst, float("nan"))),
         quantized_bytes=float(np.mean([summary.quantized_bytes for summary in summaries])),
-        compression=8 * _FLOAT32_BYTES / bits,
+        size=measured_size(settings, runs),
+        bits_by_layer=bits_by_layer(runs),
+        error_by_layer=errors,
         frozen_bytes=float(np.mean([run.bytes.frozen_bytes for run in runs])),
         float_backbone_bytes=float(np.mean([_FLOAT32_BYTES * run.parameters.backbone_total for run in runs])),
         balance=_balance([summary.balance for summary in summaries]),

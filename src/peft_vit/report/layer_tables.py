@@ -200,10 +200,10 @@ def rank_by_matrix_table(allocations: Sequence[Allocation]) -> Table:
 
 
 def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return accuracy, error and size by format."""
+    """Return accuracy and error by format."""
     return Table(
         slug="quantization",
-        title="Accuracy, error and size by format",
+        title="Accuracy and error by format",
         columns=(
             "experiment",
             "format",
@@ -212,8 +212,6 @@ def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
             "test accuracy",
             "against float (points)",
             "relative error",
-            "bits a weight",
-            "smaller",
             "frozen",
         ),
         rows=tuple(
@@ -225,8 +223,6 @@ def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 percent_interval(q.test_accuracy),
                 points_interval(q.against_unquantized.difference),
                 f"{fixed(100 * q.mean_relative_error, 2)} %",
-                fixed(q.bits_per_weight),
-                f"{fixed(q.compression, 1)} ×",
                 megabytes(q.frozen_bytes),
             )
             for q in impacts
@@ -260,8 +256,7 @@ def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
 def _quantization_note(impacts: Sequence[QuantizationImpact]) -> str:
     return (
         "Against float: the same LoRA rank, scale and targets on float weights, paired by seed"
-        f"{_float_reference(impacts)}. Relative error: ‖W − Wq‖ / ‖W‖, mean over layers. Bits a weight "
-        "count codes, scales and offsets; smaller: 32 over these bits, for the quantized layers alone. "
+        f"{_float_reference(impacts)}. Relative error: ‖W − Wq‖ / ‖W‖, mean over layers. "
         "Frozen: everything that is frozen, quantized or not; the float backbone takes "
         f"{megabytes(impacts[0].float_backbone_bytes)}. {OVER_SEEDS}"
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from peft_vit.analysis import Analysis, FisherAgreement
-from peft_vit.report import layer_tables, summary, tables
+from peft_vit.report import layer_tables, size_tables, summary, tables
 from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
 from peft_vit.report.numbers import counted, fixed, joined, plain
@@ -98,8 +98,12 @@ def _allocation(analysis: Analysis) -> tuple[Block, ...]:
 def _quantization(analysis: Analysis) -> tuple[Block, ...]:
     if not analysis.quantization:
         return (Paragraph("No finished run of this study quantized the backbone."),)
-    balance = layer_tables.balance_table(analysis.quantization)
-    return (layer_tables.quantization_table(analysis.quantization), *([balance] if balance.rows else []))
+    impacts = analysis.quantization
+    whole, by_layer, balance = (
+        size_tables.bytes_table(impacts), size_tables.layers_table(impacts), layer_tables.balance_table(impacts),
+    )  # fmt: skip
+    always = (layer_tables.quantization_table(impacts), size_tables.size_table(impacts))
+    return (*always, *(table for table in (whole, by_layer, balance) if table.rows))
 
 
 def _methods(analysis: Analysis) -> tuple[Block, ...]:

@@ -13,7 +13,9 @@ from peft_vit.records import (
     ByteCounts,
     Evaluation,
     ImportanceEntry,
+    LayerSize,
     Metrics,
+    ModelSize,
     ParameterCounts,
     Provenance,
     QuantizationSummary,
@@ -209,18 +211,51 @@ def _histories(experiment: ExperimentConfig, seed: int) -> tuple[list[RankEntry]
     return ranks, importance
 
 
+LAYERS = {"attn.qkv": 384 * 1152, "attn.proj": 384 * 384, "mlp.fc1": 384 * 1536, "mlp.fc2": 384 * 1536}
+LEFT_IN_FLOAT = 4 * (BACKBONE_PARAMETERS - BLOCKS * sum(LAYERS.values()))  # bytes
+
+
+def _bits(experiment: ExperimentConfig) -> float:
+    assert experiment.qa_lora is not None
+    return experiment.qa_lora.quantization_bits + (1.0 if experiment.qa_lora.use_group_quantization else 0.08)
+
+
 def _quantization(experiment: ExperimentConfig) -> QuantizationSummary | None:
     if experiment.qa_lora is None:
         return None
-    bits = experiment.qa_lora.quantization_bits + (1.0 if experiment.qa_lora.use_group_quantization else 0.08)
+    bits = _bits(experiment)
+    codes = experiment.qa_lora.quantization_bits / 8
     error = {4: 0.09, 8: 0.006}[experiment.qa_lora.quantization_bits]
-    modules = [f"blocks.{b}.{m}" for b in range(BLOCKS) for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    modules = {f"blocks.{block}.{kind}": weights for block in range(BLOCKS) for kind, weights in LAYERS.items()}
+    layers = {
+        name: LayerSize(
+            weights=weights, codes_bytes=int(weights * codes), scales_bytes=round(weights * (bits / 8 - codes) / 2),
+            offsets_bytes=round(weights * (bits / 8 - codes) / 2),
+        )
+        for name, weights in modules.items()
+    }  # fmt: skip
+    live = sum(layer.stored_bytes for layer in layers.values()) + LEFT_IN_FLOAT + 3080
     return QuantizationSummary(
         relative_error={name: error * (1 + 0.02 * i) for i, name in enumerate(modules)},
         bits_per_weight=bits,
-        quantized_bytes=int(21_233_664 * bits / 8),
+        quantized_bytes=int(sum(modules.values()) * bits / 8),
         balance=[{"step": float(s), "adapter_to_error_norm": 0.02 * s} for s in (16, 32, 48)],
+        size=ModelSize(
+            weights=BACKBONE_PARAMETERS + 770,
+            layers=layers,
+            float_bytes={"norms": LEFT_IN_FLOAT - 1000, "biases": 1000, "head": 3080},
+            merging_bytes=0,
+            live_bytes=live,
+            file_bytes=live + 9000,
+        ),
     )
+
+
+def _bits_history(experiment: ExperimentConfig) -> list[BitsEntry]:
+    quantization = _quantization(experiment)
+    if quantization is None:
+        return []
+    return [BitsEntry(step=0, bits_per_weight=dict.fromkeys(quantization.relative_error, _bits(experiment)))]
 
 
 def _steps(accuracy: float, seed: int) -> list[StepRow]:
@@ -287,7 +322,7 @@ def record(
         ],
         "rank_history": ranks,
         "importance_history": importance,
-        "bits_history": [BitsEntry(step=0, bits_per_weight={"blocks.0.attn.qkv": 5.0})] if quantization else [],
+        "bits_history": _bits_history(experiment),
         "quantization": quantization,
         "parameters": ParameterCounts(
             initial=initial,

@@ -127,7 +127,15 @@ def test_quantization_against_the_float_lora_of_equal_rank(quickstart: Study) ->
     nf4 = by_name["qa_lora_4bit_nf4_constant"]
     assert nf4.against_unquantized.reference == "lora_r8"
     assert nf4.bits_per_weight == 5.0
-    assert nf4.compression == pytest.approx(6.4), "scales and offsets count: not 8"
+    assert nf4.size.claimed == 8.0
+    assert nf4.size.layers_bits == 5.0, "scales and offsets count: 6.4 times smaller than fp32, not 8"
+    assert nf4.size.model is not None
+    left, weights = planted.LEFT_IN_FLOAT + 3080, planted.BACKBONE_PARAMETERS + 770
+    assert nf4.size.model.total == pytest.approx(21_233_664 * 5 / 8 + left)
+    assert nf4.size.model.bits_per_weight == pytest.approx(8 * (21_233_664 * 5 / 8 + left) / weights)
+    assert nf4.size.model.file == nf4.size.model.live + 9000
+    assert nf4.bits_by_layer == dict.fromkeys(nf4.error_by_layer, 5.0)
+    assert len(nf4.bits_by_layer) == 48
     assert nf4.worst_module[0] == "blocks.11.mlp.fc2"
     assert nf4.float_backbone_bytes == 4 * planted.BACKBONE_PARAMETERS
     assert [(m.name, m.first, m.last) for m in nf4.balance] == [
@@ -140,6 +148,37 @@ def test_without_an_equal_float_lora_nothing_is_compared() -> None:
     for impact in quantization_impacts(study):
         assert impact.against_unquantized.difference is None
         assert "no float LoRA of rank 8" in impact.against_unquantized.note
+
+
+def test_a_float_run_that_was_trained_otherwise_is_no_reference() -> None:
+    lora, nf4 = EXPERIMENTS["lora_r8"], EXPERIMENTS["qa_lora_4bit_nf4_constant"]
+    slower = lora.model_copy(
+        update={"name": "slow", "training": lora.training.model_copy(update={"learning_rate": 1e-4})}
+    )
+    records = [planted.record(experiment, 0, 0.8) for experiment in (slower, nf4)]
+    (impact,) = quantization_impacts(study_of(records))
+    assert impact.against_unquantized.difference is None
+    (impact,) = quantization_impacts(study_of([*records, planted.record(lora, 0, 0.7)]))
+    assert impact.against_unquantized.reference == "lora_r8"
+
+
+def test_offsets_that_merging_adds_count_and_older_records_have_no_model_size() -> None:
+    nf4 = EXPERIMENTS["qa_lora_4bit_nf4_constant"]
+    now = planted.record(nf4, 0, 0.8)
+    assert now.quantization is not None
+    assert now.quantization.size is not None
+    merging = now.quantization.size.model_copy(update={"merging_bytes": 1_000_000})
+    changed = now.quantization.model_copy(update={"size": merging})
+    sizes = [
+        quantization_impacts(study_of([planted.record(nf4, 0, 0.8, changes={"quantization": quantization})]))[0].size
+        for quantization in (now.quantization, changed, now.quantization.model_copy(update={"size": None}))
+    ]
+    plain, more, older = (size.model for size in sizes)
+    assert plain is not None
+    assert more is not None
+    assert more.offsets - plain.offsets == more.total - plain.total == 1_000_000
+    assert older is None
+    assert sizes[2].layers_bits == 5.0
 
 
 def test_every_claim_carries_n_test_and_verdict(quickstart: Study) -> None:
