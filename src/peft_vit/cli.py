@@ -59,6 +59,7 @@ class MethodName(StrEnum):
     ADALORA = "adalora"
     PEFT_ADALORA = "peft_adalora"
     QA_LORA = "qa_lora"
+    QA_ADALORA = "qa_adalora"
 
 
 class ExportFormat(StrEnum):

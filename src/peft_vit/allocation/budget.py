@@ -127,7 +127,7 @@ def bounds_for(config: AdaLoraConfig, largest_ranks: Sequence[int], costs: Ints)
 
     Args:
         config: the `adalora` section.
-        largest_ranks: the rank of each site above which more would be wasted, min(in, out).
+        largest_ranks: the rank of each site above which more would be wasted, min(in / pool, out).
         costs: of one rank of each site, from `costs_for`.
 
     Raises:

@@ -58,7 +58,7 @@ class RankMap:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One experiment with adaptive ranks: ours, or the PEFT library's AdaLoRA, whose masks free no parameter."""
+    """One experiment with adaptive ranks: ours, on float or low-bit weights, or PEFT's, whose masks free nothing."""
 
     experiment: ExperimentConfig
     grid: Grid
@@ -72,7 +72,7 @@ class Allocation:
 def allocations(study: Study) -> tuple[Allocation, ...]:
     """Return one row for each experiment with adaptive ranks that has a finished run with recorded ranks."""
     found = []
-    for experiment in study.with_method("adalora", "peft_adalora"):
+    for experiment in study.with_method("adalora", "peft_adalora", "qa_adalora"):
         runs = [run for run in study.of(experiment.name) if run.record.rank_history and _adapted_sites(run)]
         if runs:
             found.append((experiment, runs))

@@ -14,7 +14,7 @@ from peft_vit.config import ExperimentConfig
 from peft_vit.errors import UserError
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, read_records
 
-METHOD_ORDER = ("linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora")
+METHOD_ORDER = ("linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from peft_vit.adapters.peft_format import import_peft
 from peft_vit.adapters.peft_library import attach_peft_lora, require_peft
 from peft_vit.allocation import AdaLoRAController, bounds_for, costs_for, schedule_for
 from peft_vit.backbones import BackboneShape, Site, find_sites, fused_sites
-from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, Matrix
+from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, Matrix, QaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.records import SiteInfo
 from peft_vit.training import (
@@ -37,13 +37,22 @@ def prepare(model: nn.Module, experiment: ExperimentConfig, *, total_steps: int,
         return []
     if experiment.peft_adalora is not None:
         return [PeftAdaLoraHook(model, experiment.peft_adalora, total_steps, seed=seed)]
-    if experiment.adalora is not None:
-        return [AllocationHook(AdaLoRAController(model, experiment.adalora, total_steps, seed=seed))]
+    hooks: list[StepHook] = []
+    if experiment.adalora is not None:  # first, so that scores see the gradients before the trainer scales them
+        config, pool = _pooled(experiment.adalora, experiment.qa_lora)
+        hooks.append(AllocationHook(AdaLoRAController(model, config, total_steps, seed=seed, pool=pool)))
     if experiment.qa_lora is not None:
-        return [QALoRATrainer(model, experiment.qa_lora, total_steps, seed=seed)]
+        hooks.append(QALoRATrainer(model, experiment.qa_lora, total_steps, seed=seed))
     if experiment.method == "linear":
         freeze_backbone(model)
-    return []  # full: everything is trainable as it is
+    return hooks  # full: everything is trainable as it is
+
+
+def _pooled(adalora: AdaLoraConfig, qa_lora: QaLoraConfig | None) -> tuple[AdaLoraConfig, int]:
+    """Return the settings of adaptive ranks, and the inputs that adapters pool: on quantized sites these decide."""
+    if qa_lora is None:
+        return adalora, 1
+    return adalora.model_copy(update={"scale": qa_lora.scale, "targets": qa_lora.targets}), qa_lora.pool
 
 
 def _prepare_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
@@ -79,16 +88,13 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) 
         peft_adalora = experiment.peft_adalora
         _check_fused("peft_adalora.initial_rank", shape, peft_adalora.targets, peft_adalora.initial_rank)
         last_update(peft_adalora, total_steps)
-    if experiment.adalora is not None:
-        _check_adalora(experiment.adalora, shape, total_steps)
     if experiment.qa_lora is not None:
-        qa_lora = experiment.qa_lora
-        for site in _chosen(shape.sites, qa_lora.targets):
-            _check_rank(
-                "qa_lora.rank", site, qa_lora.fixed_rank, qa_lora.group_size if qa_lora.use_group_quantization else 1
-            )
-        if qa_lora.quantization_schedule != "constant":
-            end_step(qa_lora, total_steps)
+        rank = 0 if experiment.adalora is not None else experiment.qa_lora.fixed_rank
+        for site in _chosen(shape.sites, experiment.qa_lora.targets):
+            _check_rank("qa_lora.rank", site, rank, experiment.qa_lora.pool)
+        end_step(experiment.qa_lora, total_steps)
+    if experiment.adalora is not None:
+        _check_adalora(*_pooled(experiment.adalora, experiment.qa_lora), shape, total_steps)
 
 
 def _check_lora(config: LoraConfig, shape: BackboneShape) -> None:
@@ -107,8 +113,8 @@ def _check_fused(field: str, shape: BackboneShape, targets: Sequence[Matrix], ra
         _check_rank(field, site, rank, 1)
 
 
-def _check_adalora(config: AdaLoraConfig, shape: BackboneShape, total_steps: int) -> None:
-    shapes = [(site.in_features, site.out_features) for site in _chosen(shape.sites, config.targets)]
+def _check_adalora(config: AdaLoraConfig, pool: int, shape: BackboneShape, total_steps: int) -> None:
+    shapes = [(site.in_features // pool, site.out_features) for site in _chosen(shape.sites, config.targets)]
     costs = costs_for(config, shapes, shape.tokens)
     schedule_for(config, total_steps, bounds_for(config, [min(sides) for sides in shapes], costs), costs)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
-from peft_vit.config import StudyConfig, TrainingConfig, WeightsSource, study_from_mapping
+from peft_vit.config import SECTIONS, Method, StudyConfig, TrainingConfig, WeightsSource, study_from_mapping
 from peft_vit.data import open_index
 from peft_vit.errors import UserError
 from peft_vit.training import steps_per_epoch
@@ -62,10 +62,9 @@ def study_of(asked: OwnImages) -> StudyConfig:
     experiment: dict[str, Any] = {"name": asked.method, "method": asked.method}
     if asked.start is not None:
         experiment |= {"name": "imported", "lora": {"start": str(asked.start)}}
-    elif asked.method in _SECTION:
-        experiment[asked.method] = _SECTION[asked.method]
-    elif asked.method in ("adalora", "peft_adalora"):
-        experiment[asked.method] = _adaptive(asked.method, steps)
+    else:
+        sections = SECTIONS.get(cast(Method, asked.method), ())
+        experiment |= {section: _section(section, asked.method, steps) for section in sections}
     return _study(asked, data, experiment)
 
 
@@ -81,12 +80,20 @@ def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -
     return study_from_mapping(mapping, file=asked.folder)
 
 
-def _adaptive(method: str, steps: int) -> dict[str, Any]:
+def _section(section: str, method: str, steps: int) -> dict[str, Any]:
+    if section in ("adalora", "peft_adalora"):
+        return _adaptive(section, steps)
+    if method == "qa_adalora":  # adalora decides the ranks
+        return {name: value for name, value in _SECTION[section].items() if name != "rank"}
+    return _SECTION[section]
+
+
+def _adaptive(section: str, steps: int) -> dict[str, Any]:
     """Return mean rank 4 on the 72 sites of a 12-block model, or PEFT's 12 -> 8, decided in the middle half."""
     if steps < 8:
         raise UserError(f"{steps} steps are too few to move ranks; raise it", field="--epochs")
     moves = {"update_frequency": max(1, steps // 8), "warmup_steps": max(1, steps // 4)}
-    if method == "peft_adalora":
+    if section == "peft_adalora":
         return moves
     return {
         "total_rank_budget": 288, "allocation_strategy": "global", "importance_metric": "sensitivity", **moves

@@ -1,7 +1,7 @@
 """One look for all figures, the same bytes from the same data, and no global state of matplotlib.
 
-Colors are Okabe and Ito's, distinguishable under the common color-vision deficiencies. Ink, grid and paper
-are exact hex values, so that the HTML page can exchange them for its own and follow a dark theme.
+Colors are Okabe and Ito's and Tol's wine, distinguishable under the common color-vision deficiencies. Ink, grid
+and paper are exact hex values, so that the HTML page can exchange them for its own and follow a dark theme.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ METHOD_COLORS: dict[Method, str] = {
     "adalora": "#d55e00",
     "peft_adalora": "#e69f00",
     "qa_lora": "#009e73",
+    "qa_adalora": "#882255",
 }
 METHOD_TITLES: dict[Method, str] = {
     "linear": "Linear probe",
@@ -35,6 +36,7 @@ METHOD_TITLES: dict[Method, str] = {
     "adalora": "AdaLoRA",
     "peft_adalora": "AdaLoRA by PEFT",
     "qa_lora": "QA-LoRA",
+    "qa_adalora": "AdaLoRA + QA-LoRA",
 }
 SEQUENTIAL = "viridis"  # perceptually uniform, readable in grey and under color-vision deficiencies
 WIDTH_IN = 7.2

@@ -23,6 +23,16 @@ METHODS = {
             "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 2,
         }
     },
+    "qa_adalora": {
+        "adalora": {
+            "total_rank_budget": 40, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
+            "update_frequency": 1, "warmup_steps": 2, "final_steps": 2,
+        },
+        "qa_lora": {
+            "quantization_bits": 4, "quantization_type": "int4", "quantization_schedule": "linear",
+            "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "targets": ["out", "fc2"],
+        },
+    },
 }  # fmt: skip
 
 

@@ -1,9 +1,13 @@
 """What `peft-vit train` was asked for is checked, zero included."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from peft_vit.cli import MethodName
+from peft_vit.config import SECTIONS, Method
 from peft_vit.errors import UserError
 from peft_vit.experiments.own_images import OwnImages, study_of
 
@@ -31,3 +35,12 @@ def test_a_fifth_validates_a_fifth_tests_and_the_default_rate_is_the_methods(tmp
 def test_a_rate_of_zero_is_no_rate(tmp_path, cache) -> None:
     with pytest.raises(UserError, match="learning_rate: input should be greater than 0, got 0"):
         study_of(asked(tmp_path, learning_rate=0.0))
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_every_method_has_a_preset(tmp_path, cache, method) -> None:
+    (experiment,) = study_of(asked(tmp_path, method=method, epochs=8)).experiments
+    assert experiment.method == method
+    assert MethodName(method).value == method
+    sections = {name for name in SECTIONS.get(method, ()) if getattr(experiment, name) is not None}
+    assert sections == set(SECTIONS.get(method, ()))

@@ -109,6 +109,37 @@ def test_what_a_run_would_refuse_is_refused_by_the_plan(study, tmp_path, method,
         planned(config, tmp_path)
 
 
+@pytest.mark.part("configuration")
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        ("adalora", {"total_rank_budget": 97}, r"adalora\.total_rank_budget: expected 1 .* to 96 ranks"),
+        ("adalora", {"minimum_rank": 5}, r"adalora\.minimum_rank: 5 lies above a site's largest rank 4"),
+        ("adalora", {"maximum_rank": 13}, r"adalora\.maximum_rank: 13 lies above the widest site's 12"),
+        ("adalora", {"warmup_steps": 6}, r"adalora\.warmup_steps: .* leave no step for a decision in 6 steps"),
+        (
+            "qa_lora",
+            {"group_size": 48},
+            r"qa_lora\.group_size: 48 does not divide the 64 inputs of blocks\.0\.attn\.out",
+        ),
+        ("qa_lora", {"group_size": 32}, r"adalora\.total_rank_budget: expected 1 .* to 48 ranks"),
+        ("qa_lora", {"quantization_end_step": 7}, r"qa_lora\.quantization_end_step: .* can't finish within 6 steps"),
+    ],
+)
+def test_what_adaptive_ranks_on_quantized_sites_cannot_do_is_refused_by_the_plan(
+    study, tmp_path, section, settings, message
+) -> None:
+    """Six sites of 64 inputs and six of 192: at most 4 and 12 ranks in groups of 16, 2 and 6 in groups of 32."""
+    config = study("qa_adalora")
+    (experiment,) = config.experiments
+    budget = experiment.adalora.model_copy(update={"total_rank_budget": 49})
+    experiment = experiment.model_copy(update={"adalora": budget})
+    changed = getattr(experiment, section).model_copy(update=settings)
+    config = config.model_copy(update={"experiments": (experiment.model_copy(update={section: changed}),)})
+    with pytest.raises(UserError, match=rf"tiny\.yaml: experiments\[0\]\.{message}"):
+        planned(config, tmp_path)
+
+
 def test_devices() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_vit.adapters import current_ranks, load_trained
+from peft_vit.adapters import adapted_modules, current_ranks, load_trained
 from peft_vit.backbones import load_backbone
 from peft_vit.data import SealedImages, load_data
 from peft_vit.evaluation import measure, predict, trainable_parameters
@@ -17,7 +17,7 @@ from peft_vit.experiments.provenance import git_state, hash_arrays, package_vers
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
 
 pytestmark = pytest.mark.part("runner")
-METHODS = ("linear", "full", "lora", "adalora", "qa_lora")
+METHODS = ("linear", "full", "lora", "adalora", "qa_lora", "qa_adalora")
 
 
 def specs(config, folder) -> list:
@@ -59,13 +59,16 @@ def test_methods_are_paired_within_a_seed(study, tmp_path) -> None:
 
 
 @pytest.mark.part("controller")
-@pytest.mark.parametrize("method", ["lora", "adalora", "qa_lora"])
+@pytest.mark.parametrize("method", ["lora", "adalora", "qa_lora", "qa_adalora"])
 def test_the_saved_adapter_gives_the_recorded_counts_and_test_results(study, tmp_path, method) -> None:
     (record,) = do(study(method), tmp_path)
     spec = record.spec
     backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=77)
     prepare(backbone.model, spec.experiment, total_steps=len(record.steps), seed=77)
     load_trained(backbone.model, run_folder(tmp_path, spec) / ADAPTER_FILE)
+    for _, module in adapted_modules(backbone.model):
+        if module.quantized is not None:
+            module.drop_float()
     assert trainable_parameters(backbone.model) == record.parameters.final
     assert current_ranks(backbone.model) == record.rank_history[-1].ranks
     images = load_data(spec.data, spec.seed).test.open()
@@ -184,3 +187,38 @@ def test_provenance() -> None:
     assert len({hash_arrays(arrays) for arrays in different}) == len(different)
     assert hash_arrays([a]) == hash_arrays([torch.arange(6)])
     assert hash_arrays([a.reshape(2, 3).T]) == hash_arrays([a.reshape(2, 3).T.copy()])
+
+
+@pytest.mark.part("controller")
+@pytest.mark.part("trainer")
+def test_adaptive_ranks_on_quantized_sites_leave_both_histories(study, tmp_path) -> None:
+    (record,) = do(study("qa_adalora"), tmp_path)
+    first, last = record.rank_history[0].ranks, record.rank_history[-1]
+    assert {site.matrix for site in record.sites} == {"out", "fc2"}  # qa_lora's targets
+    assert sum(first.values()) > last.spent == last.budget == 40
+    ceilings = {site.name: site.in_features // 16 for site in record.sites}
+    assert all(entry.ranks[name] <= ceilings[name] for entry in record.rank_history for name in ceilings)
+    assert [entry.step for entry in record.rank_history] == [0, 2, 3, 4]
+    float_bits, packed = (set(entry.bits_per_weight.values()) for entry in record.bits_history)
+    assert (float_bits, packed) == ({32 + 6.0}, {6.0})
+    assert [entry.step for entry in record.bits_history] == [0, 4]
+    assert record.quantization.bits_per_weight == 6.0
+    assert [row.quantized_share for row in record.steps] == [0, 0.25, 0.5, 0.75, 1, 1]
+    values = sum(
+        rank * (site.in_features // 16 + site.out_features) for site in record.sites for rank in [last.ranks[site.name]]
+    )
+    assert record.parameters.final == values + record.parameters.head
+    assert not any("nothing" in text for text in record.warnings)
+
+
+@pytest.mark.part("controller")
+def test_scores_see_the_gradients_before_they_are_scaled(study, tmp_path) -> None:
+    config = study("qa_adalora")
+    (experiment,) = config.experiments
+    scaled = experiment.qa_lora.model_copy(update={"gradient_scaling_factor": 4.0})
+    other = config.model_copy(update={"experiments": (experiment.model_copy(update={"qa_lora": scaled}),)})
+    (plain,), (record,) = do(config, tmp_path / "a"), do(other, tmp_path / "b")
+    assert plain.importance_history[0].step == 2
+    first, again = plain.importance_history[0].scores, record.importance_history[0].scores
+    # Scaled first, sensitivity would be 16 times as large; Adam's clipped second step differs a little.
+    assert again == pytest.approx(first, rel=0.5)
