@@ -1,21 +1,27 @@
 """Labelled images: registry, splits, decode-once cache, batches, and a sealed test split."""
 
-from peft_vit.data.images import LabelledImages, SealedImages
-from peft_vit.data.index import ImageIndex
+from peft_vit.data.files import IMAGE_SUFFIXES
+from peft_vit.data.images import LabelledImages, SealedImages, normalised
+from peft_vit.data.index import ImageIndex, decode_image
 from peft_vit.data.loading import Data, load_data, smoke_config
+from peft_vit.data.pixels import to_pixels
 from peft_vit.data.registry import DATASETS, DatasetInfo, open_index
 from peft_vit.data.splits import Splits, make_splits
 
 __all__ = [
     "DATASETS",
+    "IMAGE_SUFFIXES",
     "Data",
     "DatasetInfo",
     "ImageIndex",
     "LabelledImages",
     "SealedImages",
     "Splits",
+    "decode_image",
     "load_data",
     "make_splits",
+    "normalised",
     "open_index",
     "smoke_config",
+    "to_pixels",
 ]

@@ -44,7 +44,7 @@ class LabelledImages:
         """
         for start in range(0, len(self), batch_size):
             rows = np.arange(start, min(start + batch_size, len(self)))
-            yield _normalised(self._channels_first(rows), mean, std), self._labels(rows)
+            yield normalised(self._channels_first(rows), mean, std), self._labels(rows)
 
     def shuffled_batches(
         self,
@@ -78,7 +78,7 @@ class LabelledImages:
                 images = _flipped(images, coin[rows, 0], axis=-1)
             if flips == "both":
                 images = _flipped(images, coin[rows, 1], axis=-2)
-            yield _normalised(images, mean, std), self._labels(rows)
+            yield normalised(images, mean, std), self._labels(rows)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Return the data order of an epoch, (N,) int64."""
@@ -95,7 +95,14 @@ def _flipped(images: Tensor, chosen: Tensor, axis: int) -> Tensor:
     return torch.where(chosen[:, None, None, None], images.flip(axis), images)
 
 
-def _normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return uint8 images (B, C, S, S) as the model takes them, (B, 3, S, S) float32; grey ones get three channels.
+
+    Args:
+        images: C = 1 (grey) or 3.
+        mean: of each of the 3 channels, on a scale where white is 1.
+        std: likewise.
+    """
     shift = torch.tensor(mean, dtype=torch.float32)[:, None, None]
     width = torch.tensor(std, dtype=torch.float32)[:, None, None]
     return ((images.float() / 255 - shift) / width).contiguous()  # (B, 1 or 3, S, S) -> (B, 3, S, S)

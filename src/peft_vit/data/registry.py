@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from peft_vit.config import DataConfig
 from peft_vit.data import synthetic
@@ -25,6 +26,7 @@ class DatasetInfo:
     licence: str
     source: str
     task: str
+    channels: Literal[1, 3] = 3  # 1: grey, and so is what is predicted on later
 
 
 _Reader = Callable[[Path | None, str], ImageIndex]
@@ -37,15 +39,16 @@ DATASETS: dict[str, DatasetInfo] = {
         "CC BY-NC-SA 4.0: research only, no commercial use",
         "PyPI wheel elpv-dataset, fetched once",
         "binary: defect probability >= 0.5; stratified by label and module type; no official test split",
+        channels=1,
     ),
     "digits": DatasetInfo(
         "1,797 handwritten digits, 8 x 8 grey", "CC BY 4.0 (UCI)", "comes with scikit-learn",
-        "10 classes; no official test split",
+        "10 classes; no official test split", channels=1,
     ),
     "fashion-mnist": DatasetInfo(
         "70,000 pieces of clothing, 28 x 28 grey", "MIT",
         "data.path (folder of idx .gz files), else Debian's dataset-fashion-mnist, else downloaded",
-        "10 classes; 10,000 official test images",
+        "10 classes; 10,000 official test images", channels=1,
     ),
     "cifar10": DatasetInfo("60,000 photographs, 32 x 32 colour", _CIFAR_LICENCE, _CIFAR_SOURCE,
                            "10 classes; 10,000 official test images"),

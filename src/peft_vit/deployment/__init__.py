@@ -1,0 +1,31 @@
+"""From a trained model to files that run elsewhere: merging, low-bit safetensors, ONNX, and predictions from them."""
+
+from peft_vit.deployment.low_bit_file import load_low_bit, save_low_bit
+from peft_vit.deployment.merging import Merged, merge
+from peft_vit.deployment.model_card import ModelCard
+from peft_vit.deployment.onnx_file import export_onnx, open_onnx, require_onnx_export
+from peft_vit.deployment.predicting import (
+    Classifier,
+    Prediction,
+    open_exported,
+    open_peft,
+    predict_files,
+    torch_classifier,
+)
+
+__all__ = [
+    "Classifier",
+    "Merged",
+    "ModelCard",
+    "Prediction",
+    "export_onnx",
+    "load_low_bit",
+    "merge",
+    "open_exported",
+    "open_onnx",
+    "open_peft",
+    "predict_files",
+    "require_onnx_export",
+    "save_low_bit",
+    "torch_classifier",
+]

@@ -1,0 +1,152 @@
+"""A model without adapters in one safetensors file; quantized layers stay packed. docs/deployment.md has the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from peft_vit.adapters import AdaptedLinear, adapted_modules
+from peft_vit.backbones.catalog import create_model
+from peft_vit.deployment.model_card import ModelCard, read_json
+from peft_vit.errors import UserError
+from peft_vit.quantization import CodeType, QuantizationFormat, QuantizedTensor
+from peft_vit.records import write_atomically
+
+HEADER = "peft_vit_model"  # key of the file's metadata
+
+
+class _Layer(BaseModel):
+    """The format of one quantized layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    type: CodeType
+    group_size: int | None
+    offset: bool
+    scale_dtype: Literal["float16", "float32"]
+    shape: tuple[int, int]  # (out, in)
+
+    @classmethod
+    def of(cls, quantized: QuantizedTensor) -> _Layer:
+        kind = quantized.format
+        return cls(
+            type=kind.type, group_size=kind.group_size, offset=kind.offset,
+            scale_dtype="float16" if kind.scale_dtype == torch.float16 else "float32", shape=quantized.shape,
+        )  # fmt: skip
+
+    def format(self) -> QuantizationFormat:
+        return QuantizationFormat(self.type, self.group_size, self.offset, getattr(torch, self.scale_dtype))
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: Literal[1] = 1
+    card: ModelCard
+    layers: dict[str, _Layer]
+    sha256: str = ""
+
+
+def save_low_bit(model: nn.Module, file: Path, card: ModelCard) -> None:
+    """Write a model: packed weights of its quantized layers, every other tensor as timm has it.
+
+    Args:
+        model: a timm VisionTransformer whose adapters are merged (`merge`); float layers only are fine too.
+        file: replaced if it exists.
+        card: what the file says of the model.
+
+    Raises:
+        UserError: if the model carries adapters or float weights that fade out, is not the one that the card names,
+            or the file can't be written.
+    """
+    tensors, layers = dict(model.state_dict()), {}
+    for name, module in adapted_modules(model):
+        if module.sites or (module.quantized is not None and module.weight is not None):
+            raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
+        if module.quantized is not None:
+            layers[name] = _Layer.of(module.quantized)
+            tensors |= {f"{name}.weight.{part}": tensor for part, tensor in module.quantized.tensors().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = _Header(card=card, layers=layers)
+    _build(header, tensors, file)  # what could not be read again is not written
+    header = header.model_copy(update={"sha256": _digest(header, tensors)})
+    try:
+        write_atomically(file, save(tensors, metadata={HEADER: header.model_dump_json()}))
+    except OSError as error:
+        raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None
+
+
+def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
+    """Return the model, which computes on packed weights, in evaluation mode on the CPU, and its card.
+
+    Raises:
+        UserError: if the file is cut off, was changed after it was written, or is not of this layout.
+    """
+    try:
+        with safe_open(file, framework="pt") as handle:
+            text = (handle.metadata() or {}).get(HEADER)
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except Exception as error:  # a damaged file can fail in any way; the user needs one line
+        raise UserError(f"is not a readable safetensors file ({error}); export the run again", file=file) from None
+    if text is None:
+        raise UserError("was not written by `peft-vit export --format safetensors`", file=file)
+    header = read_json(_Header, text, file)
+    found = _digest(header, tensors)
+    if found != header.sha256:
+        raise UserError(
+            f"was changed after it was written: content of SHA-256 {found}, its header says {header.sha256}; "
+            "export the run again", file=file,
+        )  # fmt: skip
+    return _build(header, tensors, file), header.card
+
+
+def _digest(header: _Header, tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 over the header without its hash, and over name, dtype, shape and bytes of each tensor."""
+    said = header.model_dump(mode="json", exclude={"sha256"})
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+    for name, tensor in sorted(tensors.items()):
+        described = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        digest.update(json.dumps(described, separators=(",", ":")).encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _build(header: _Header, tensors: dict[str, Tensor], file: Path) -> nn.Module:
+    """Return the model that header and tensors describe, on the tensors' own memory."""
+    card = header.card
+    with torch.device("meta"):
+        model = create_model(card.model, card.image_size, len(card.class_names))
+    tensors = dict(tensors)
+    for name, layer in header.layers.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != layer.shape:
+            raise UserError(
+                f"{card.model} has no linear layer of shape {layer.shape} there", file=file, field=f"layers.{name}"
+            )
+        prefix = f"{name}.weight."
+        parts = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        module = AdaptedLinear(linear)
+        try:
+            module.quantized = QuantizedTensor.from_tensors(parts, layer.shape, layer.format())
+        except UserError as error:
+            raise UserError(error.message, file=file, field=f"{prefix}{error.field or 'codes'}") from None
+        module.drop_float()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"does not hold the tensors of {card.model} ({reason})", file=file) from None
+    return model.requires_grad_(False).eval()

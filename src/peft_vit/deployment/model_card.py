@@ -1,0 +1,51 @@
+"""What a file has to say beside its weights, so that it can be used without the run that made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from peft_vit.errors import UserError
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class ModelCard(BaseModel):
+    """How images become the model's input, what its outputs mean, and where it comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    run: str  # study/experiment/seed_k
+    model: str  # timm's name
+    weights_name: str  # of the backbone that was fine-tuned
+    weights_sha256: str | None  # None: random weights
+    image_size: int = Field(ge=1)  # side of the square input, in pixels
+    channels: Literal[1, 3]  # 1: images are made grey first; the input has three channels all the same
+    mean: tuple[float, float, float]  # for pixels in [0, 1]
+    std: tuple[float, float, float]
+    class_names: tuple[str, ...] = Field(min_length=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, file: Path) -> Self:
+        """Read a card.
+
+        Raises:
+            UserError: if it is none; names the file and the field.
+        """
+        return read_json(cls, text, file)
+
+
+def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:
+    """Return checked values out of JSON.
+
+    Raises:
+        UserError: with the first fault; names the file and the field.
+    """
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or None
+        raise UserError(f"{first['msg']}; export the run again", file=file, field=field) from None

@@ -1,0 +1,134 @@
+"""A model without adapters as an ONNX file that onnxruntime runs, low-bit layers by its own kernels.
+
+torch.onnx.export (dynamo) writes the float part of any timm VisionTransformer; packed layers are replaced by their
+onnxruntime operators first, see `onnx_layers`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from peft_vit.adapters import adapted_modules
+from peft_vit.deployment.model_card import ModelCard, read_json
+from peft_vit.deployment.onnx_layers import OnnxLinear
+from peft_vit.errors import UserError
+from peft_vit.records import write_atomically
+
+HEADER = "peft_vit_model"  # key of the file's metadata
+INPUT, OUTPUT = "images", "logits"
+_OPSET = 20
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: Literal[1] = 1
+    card: ModelCard
+    sha256: str
+
+
+def require_onnx_export() -> None:
+    """Refuse an export to ONNX where its packages are not installed."""
+    missing = [name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing or not hasattr(torch.onnx, "ops"):  # torch has had operators of other domains since 2.8
+        raise UserError("ONNX export needs torch 2.8, onnxscript and onnxruntime; run: pip install 'peft-vit[onnx]'")
+
+
+def export_onnx(model: nn.Module, file: Path, card: ModelCard) -> None:
+    """Write a model with a batch of any size: `images` (B, 3, S, S) normalised float32, to `logits` (B, classes).
+
+    Args:
+        model: a timm VisionTransformer whose adapters are merged (`merge`), quantized or not; it stays as it is.
+        file: replaced if it exists.
+        card: what the file's metadata says of the model.
+
+    Raises:
+        UserError: if a package is missing, the model carries adapters, a layer's groups are too small for
+            onnxruntime's operators, or the file can't be written.
+    """
+    require_onnx_export()
+    model = copy.deepcopy(model).eval()
+    for name, module in list(adapted_modules(model)):
+        if module.sites or (module.quantized is not None and module.weight is not None):
+            raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
+        if module.quantized is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, OnnxLinear(module, name))
+    proto = _traced(model, card.image_size)
+    _strip(proto)
+    header = _Header(card=card, sha256=_digest(card, proto))
+    proto.metadata_props.add(key=HEADER, value=header.model_dump_json())
+    try:
+        write_atomically(file, proto.SerializeToString())
+    except OSError as error:
+        raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None
+
+
+def _traced(model: nn.Module, image_size: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own insides
+        program = torch.onnx.export(
+            model, (torch.zeros(2, 3, image_size, image_size),), dynamo=True, opset_version=_OPSET, verbose=False,
+            input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )  # fmt: skip
+    assert program is not None
+    return program.model_proto
+
+
+def _strip(proto: Any) -> None:
+    """Take out what only explains the graph to people: half a megabyte of where each node comes from."""
+    graph = proto.graph
+    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    del graph.value_info[:]
+    proto.producer_name = "peft-vit"
+
+
+def _digest(card: ModelCard, proto: Any) -> str:
+    """Return the SHA-256 over the card and the model without its metadata, which are taken out of `proto`."""
+    del proto.metadata_props[:]
+    digest = hashlib.sha256(card.model_dump_json().encode())
+    digest.update(proto.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def open_onnx(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
+    """Return a function from normalised images (B, 3, S, S) to logits (B, classes) by onnxruntime, and the card.
+
+    Raises:
+        UserError: if the file is cut off, was changed after it was written, was not written by this package, or
+            onnxruntime is missing or can't run it.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise UserError("needs onnxruntime; run: pip install 'peft-vit[onnx]'", file=file)
+    import onnxruntime
+
+    try:
+        content = file.read_bytes()
+        proto = onnx.load_from_string(content)
+        text = {entry.key: entry.value for entry in proto.metadata_props}.get(HEADER)
+    except Exception as error:  # a damaged file can fail in any way; the user needs one line
+        raise UserError(f"is not a readable ONNX file ({error}); export the run again", file=file) from None
+    if text is None:
+        raise UserError("was not written by `peft-vit export --format onnx`, or was cut off", file=file)
+    header = read_json(_Header, text, file)
+    if _digest(header.card, proto) != header.sha256:
+        raise UserError("was changed after it was written; export the run again", file=file)
+    try:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no public class
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"onnxruntime {onnxruntime.__version__} can't run it ({reason})", file=file) from None
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0]), header.card

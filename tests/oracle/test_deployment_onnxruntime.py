@@ -1,0 +1,167 @@
+"""Exported models, run by onnxruntime's own kernels, against the torch model on packed weights."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from peft_vit.adapters import AdaptedLinear, adapted_modules, attach_adapters
+from peft_vit.backbones import find_sites
+from peft_vit.deployment import ModelCard, export_onnx, open_exported
+from peft_vit.deployment.onnx_layers import OnnxLinear
+from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizationFormat, quantize, unpack_codes
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+CARD = ModelCard(
+    run="study/experiment/seed_0", model="test_vit", weights_name="none", weights_sha256=None, image_size=32,
+    channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), class_names=("a", "b", "c"),
+)  # fmt: skip
+FORMATS = [  # with offset, which an update has changed; blocks of one and of several to a group
+    *(QuantizationFormat(kind, size, offset=True, scale_dtype=torch.float16)
+      for kind in ("int2", "int4", "int8", "nf4", "fp4") for size in (16, 64)),
+    *(QuantizationFormat(kind, None, offset=False, scale_dtype=torch.float16)
+      for kind in ("int2", "int4", "int8", "nf4", "fp4")),
+    QuantizationFormat("int4", 32, offset=True),  # float32
+    QuantizationFormat("int8", 32, offset=False),
+    QuantizationFormat("nf4", 32, offset=False),
+]  # fmt: skip
+
+
+def plain_vit() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(CARD.model, img_size=CARD.image_size, num_classes=len(CARD.class_names))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def quantized_vit(formats: list[QuantizationFormat]) -> nn.Module:
+    """Quantize the k-th linear layer to the k-th format, the last for all that remain; move its offsets."""
+    model = plain_vit()
+    generator = torch.Generator().manual_seed(1)
+    for index, name in enumerate(dict.fromkeys(site.module for site in find_sites(model))):
+        module = AdaptedLinear(model.get_submodule(name))
+        weight = module.weight.detach()
+        weight[0] = 0.03  # constant groups
+        quantized = quantize(weight, formats[min(index, len(formats) - 1)])
+        if quantized.offsets is not None:
+            quantized = quantized.with_offset_added(0.02 * torch.randn(quantized.scales.shape, generator=generator))
+        module.set_quantized(quantized)
+        module.drop_float()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    return model.eval()
+
+
+def compared(model: nn.Module, file: Path, batch: int) -> tuple[float, float]:
+    """Return the largest relative difference of the logits and the share of equal predictions."""
+    images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected = model(images)
+    found = open_exported(file).logits(images)
+    same = (found.argmax(1) == expected.argmax(1)).float().mean()
+    return float((found - expected).abs().max() / expected.abs().max()), float(same)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[nn.Module, Path]:
+    model, file = quantized_vit(FORMATS), tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export_onnx(model, file, CARD)
+    return model, file
+
+
+@pytest.mark.parametrize("batch", [1, 2, 200])
+def test_every_format_is_what_onnxruntime_computes(exported, batch) -> None:
+    error, same = compared(*exported, batch)
+    assert error <= 1e-5
+    assert same >= 0.995
+
+
+def test_the_low_bit_kernels_do_the_products(exported) -> None:
+    model, file = exported
+    proto = onnx.load(file)
+    onnx.checker.check_model(proto)
+    nodes = [node for node in proto.graph.node if node.domain == "com.microsoft"]
+    attributes = [{entry.name: entry.i for entry in node.attribute} for node in nodes]
+    assert len(nodes) == len(dict(adapted_modules(model))) == 24
+    for format, node, values in zip(FORMATS, nodes, attributes, strict=False):
+        if format.has_codebook:
+            assert (node.op_type, values["quant_type"]) == ("MatMulBnb4", {"fp4": 0, "nf4": 1}[format.type])
+        else:
+            assert (node.op_type, values["bits"]) == ("MatMulNBits", format.bits)
+            assert len(node.input) == (4 if format.offset and format.bits < 8 else 3)  # float zero points
+    blocks = [values["block_size"] for values in attributes]
+    assert blocks[:4] == [16, 64, 16, 64]
+    assert 192 in {values["K"] for values in attributes}  # one scale a row of 192 inputs: three blocks of 64 share it
+    weights = [tensor for tensor in proto.graph.initializer if len(tensor.dims) > 1 and "blocks" in tensor.name]
+    assert not [t.name for t in weights if t.data_type == onnx.TensorProto.FLOAT and t.dims[-1] in (64, 192)]
+
+
+def test_a_float_model_is_exported_as_it_is(tmp_path) -> None:
+    model = plain_vit()
+    export_onnx(model, tmp_path / "model.onnx", CARD)
+    assert compared(model, tmp_path / "model.onnx", 3)[0] <= 1e-5
+    assert not [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.domain]
+    assert open_exported(tmp_path / "model.onnx").card == CARD
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_constant_groups_divide_nothing_by_zero(bits) -> None:
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    weight[0, :16] = 0.25  # scale 0
+    weight[1, :16], weight[1, 0] = 1e-6, 0.0  # after the shift below, a scale of no account
+    weight[2] = 0
+    quantized = quantize(weight, QuantizationFormat(f"int{bits}", 16, offset=True))  # type: ignore[arg-type]
+    quantized = quantized.with_offset_added(torch.tensor([[0.5, 0.0], [3e37, 0.0], [0.0, 0.0], [-1.0, 2.0]]))
+    layer = AdaptedLinear(nn.Linear(32, 4))
+    layer.set_quantized(quantized)
+    layer.drop_float()
+    low = OnnxLinear(layer, "layer")
+    scales, offsets = low.scales.double(), low.offsets.double()
+    zeros = -low.offsets / low.scales  # as the graph computes them, float32
+    assert zeros.isfinite().all()
+    codes = unpack_codes(low.codes.flatten(1), bits, 32).double().unflatten(1, (2, -1))
+    weights = ((codes - zeros.double().unsqueeze(-1)) * scales.unsqueeze(-1)).flatten(1)
+    expected = quantized.dequantize().double()
+    bound = 1e-6 * offsets.abs().repeat_interleave(16, dim=1) + 1e-6
+    assert ((weights - expected).abs() <= bound).all()
+
+
+def test_groups_too_small_for_the_kernels_are_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match=re.escape("blocks.0.attn.qkv has groups of 8 inputs")):
+        export_onnx(quantized_vit([QuantizationFormat("int4", 8, offset=True)]), tmp_path / "model.onnx", CARD)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_adapters_is_refused(tmp_path) -> None:
+    model = plain_vit()
+    sites = find_sites(model, ("out",))
+    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 2), scale=1.0, seed=0)
+    with pytest.raises(UserError, match="merge the model first"):
+        export_onnx(model, tmp_path / "model.onnx", CARD)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_cut_or_altered_file_is_refused(exported, tmp_path, data) -> None:
+    content = bytearray(exported[1].read_bytes())
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    else:
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    file = tmp_path / "damaged.onnx"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged\.onnx.*(export|onnxruntime)") as refused:
+        open_exported(file)
+    assert "\n" not in str(refused.value)

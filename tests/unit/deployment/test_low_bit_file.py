@@ -1,0 +1,160 @@
+"""A low-bit file gives back the model that was kept in memory, here and elsewhere; a damaged one is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from peft_vit.adapters import adapted_modules
+from peft_vit.deployment import load_low_bit, merge, save_low_bit
+from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizationFormat, code_values
+
+GROUPED = [QuantizationFormat(kind, 16, True, torch.float16) for kind in ("int2", "int4", "int8", "nf4", "fp4")]
+BY_ROW = [QuantizationFormat("int4", None, False, torch.float16), QuantizationFormat("nf4", None, False)]
+
+ELSEWHERE = """
+import sys, torch
+from peft_vit.deployment import load_low_bit
+torch.set_num_threads(1)
+for file in sys.argv[2:]:
+    model, _ = load_low_bit(__import__("pathlib").Path(file))
+    with torch.inference_mode():
+        torch.save(model(torch.load(sys.argv[1])), file + ".logits")
+"""
+
+
+def test_another_process_computes_what_the_kept_model_does(quantized_vit, card, batch, tmp_path) -> None:
+    images, _ = batch
+    torch.save(images, tmp_path / "images")
+    kept = {}
+    for format in [*GROUPED, *BY_ROW]:
+        file = tmp_path / f"{format.type}_{format.group_size}.safetensors"
+        merged = merge(quantized_vit(format), card).model
+        save_low_bit(merged, file, card)
+        with torch.inference_mode():
+            kept[file] = merged(images)
+        for (_, here), (_, there) in zip(adapted_modules(merged), adapted_modules(load_low_bit(file)[0]), strict=True):
+            assert there.weight is None
+            assert not there.adapters()
+            assert here.quantized.format == there.quantized.format
+            for part, tensor in here.quantized.tensors().items():
+                assert torch.equal(tensor, there.quantized.tensors()[part])
+    subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path / "images", *kept], check=True)
+    for file, logits in kept.items():
+        assert torch.equal(logits, torch.load(f"{file}.logits"))
+
+
+@pytest.mark.parametrize("format", GROUPED, ids=lambda format: format.type)
+def test_merging_into_offsets_keeps_the_logits(quantized_vit, card, batch, format) -> None:
+    images, _ = batch
+    trained = quantized_vit(format)
+    merged = merge(trained, card)
+    assert merged.how == "offsets"
+    assert merged.offset_dtype == "float16"
+    assert max(merged.errors["float32"].values()) < 1e-6
+    assert 1e-6 < max(merged.errors["float16"].values()) <= 5e-3
+    with torch.inference_mode():
+        before, after = trained(images), merged.model(images)
+    assert (after - before).abs().max() <= 1e-2 * before.abs().max()
+    assert all(module.adapters() for _, module in adapted_modules(trained))  # the given model stays as it was
+
+
+def test_without_groups_weights_are_quantized_anew(quantized_vit, card) -> None:
+    merged = merge(quantized_vit(BY_ROW[0]), card)
+    assert merged.how == "codes"
+    assert merged.offset_dtype is None
+    assert 1e-3 < max(merged.errors["codes"].values()) < 1
+
+
+def test_the_layout_is_the_documented_one(quantized_vit, card, tmp_path) -> None:
+    """Read with nothing of this package but the codebook's values, the file holds the merged weights."""
+    for format in (GROUPED[1], GROUPED[3], BY_ROW[0]):
+        merged = merge(quantized_vit(format), card).model
+        save_low_bit(merged, tmp_path / "model.safetensors", card)
+        tensors = load_file(tmp_path / "model.safetensors")
+        with safe_open(tmp_path / "model.safetensors", framework="np") as handle:
+            header = json.loads(handle.metadata()["peft_vit_model"])
+        assert header["card"]["class_names"] == ["a", "b", "c", "d", "e"]
+        plain = timm.create_model(card.model, img_size=card.image_size, num_classes=5).state_dict()
+        layers = header["layers"]
+        assert set(plain) - set(tensors) == {f"{name}.weight" for name in layers}
+        for name, module in adapted_modules(merged):
+            layer = layers[name]
+            out_features, in_features = layer["shape"]
+            packed = tensors[f"{name}.weight.codes"].numpy()
+            codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(out_features, -1, layer["group_size"] or
+                                                                          in_features)  # fmt: skip
+            if layer["type"] == "nf4":
+                values = code_values("nf4").numpy().astype(np.float64)[codes]
+            else:
+                values = codes - (0.0 if layer["offset"] else 8.0)
+            weight = values * tensors[f"{name}.weight.scales"].double().numpy()[..., None]
+            if layer["offset"]:
+                weight += tensors[f"{name}.weight.offsets"].double().numpy()[..., None]
+            np.testing.assert_allclose(
+                weight.reshape(out_features, in_features), module.merged_weight().numpy(), rtol=1e-5, atol=1e-6
+            )
+
+
+def test_a_float_model_takes_the_same_way(card, batch, tmp_path) -> None:
+    model = timm.create_model(card.model, img_size=card.image_size, num_classes=5).eval()
+    save_low_bit(model, tmp_path / "model.safetensors", card)
+    loaded, found = load_low_bit(tmp_path / "model.safetensors")
+    assert found == card
+    with torch.inference_mode():
+        assert torch.equal(model(batch[0]), loaded(batch[0]))
+
+
+def test_what_could_not_be_read_again_is_not_written(quantized_vit, card, tmp_path) -> None:
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match="merge the model first"):
+        save_low_bit(quantized_vit(GROUPED[0]), file, card)
+    other = timm.create_model(card.model, img_size=48, num_classes=5)
+    with pytest.raises(UserError, match="does not hold the tensors of test_vit"):
+        save_low_bit(other, file, card)
+    with pytest.raises(UserError, match="choose another place"):
+        save_low_bit(merge(quantized_vit(GROUPED[0]), card).model, Path("/dev/null/model.safetensors"), card)
+    assert not file.exists()
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory) -> list[bytes]:
+    return []
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_cut_or_altered_file_is_refused(quantized_vit, card, tmp_path, content, data) -> None:
+    if not content:
+        save_low_bit(merge(quantized_vit(GROUPED[3]), card).model, tmp_path / "whole.safetensors", card)
+        content.append((tmp_path / "whole.safetensors").read_bytes())
+    damaged = bytearray(content[0])
+    header = 8 + int.from_bytes(damaged[:8], "little")
+    place = data.draw(st.integers(0, header - 1) | st.integers(header, len(damaged) - 1))
+    if data.draw(st.booleans()):
+        del damaged[place:]
+    else:
+        damaged[place] ^= data.draw(st.integers(1, 255))
+    file = tmp_path / "damaged.safetensors"
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"damaged\.safetensors") as refused:
+        load_low_bit(file)
+    assert "\n" not in str(refused.value)
+
+
+def test_other_files_are_named(tmp_path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="was not written by"):
+        load_low_bit(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"nowhere\.safetensors"):
+        load_low_bit(tmp_path / "nowhere.safetensors")
