@@ -12,7 +12,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-Purpose = Literal["head_init", "adapter_init", "data_order", "augmentation", "train_subset", "split", "probe"]
+Purpose = Literal[
+    "head_init", "adapter_init", "data_order", "augmentation", "train_subset", "split", "probe", "calibration"
+]
 
 
 def _entropy(seed: int, purpose: Purpose, index: int) -> np.random.SeedSequence:

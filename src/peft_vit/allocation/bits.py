@@ -1,0 +1,129 @@
+"""One choice per group under a budget of bytes: the number format of each layer, the rank of each site.
+
+The groups' options have a predicted loss and a size each; the total loss is minimized while the total size stays within
+the budget: a multiple-choice knapsack (Kellerer, Pferschy, Pisinger, Knapsack Problems, 2004, ch. 11), solved as the
+integer program that it is by branch and cut (HiGHS, through `scipy.optimize.milp`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from peft_vit.quantization import QuantizationFormat
+
+# Counted in nodes rather than seconds, so that a slow machine chooses as a fast one does. What real budgets take lies
+# far below; see `Choice.lower_bound` for what holds where it is reached.
+_NODE_LIMIT = 10_000
+# HiGHS takes totals that differ by less than 1e-6 for equal; losses are scaled, so that this is 1e-12 of their sum.
+_LOSS_SCALE = 1e6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        options: of each group, the place of the option.
+        loss: total of the chosen options.
+        size: likewise.
+        lower_bound: no choice within the budget has a total loss below this. Equal to the loss, up to the accuracy of
+            the solver (1e-12 of the sum of the groups' ranges of losses), unless it stopped at its limit of nodes.
+    """
+
+    options: tuple[int, ...]
+    loss: float
+    size: int
+    lower_bound: float
+
+
+def choose(
+    losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int, *, node_limit: int = _NODE_LIMIT
+) -> Choice:
+    """Choose one option of each group, so that the total loss is least and the total size within the budget.
+
+    Of options of one group that are worth the same, the smaller is taken, then the earlier; equal input gives equal
+    choices.
+
+    Args:
+        losses: of each group's options, in any unit; a gain counts as a negative loss.
+        sizes: likewise, whole numbers, not negative.
+        budget: in the unit of the sizes.
+        node_limit: of the search, after which the best choice so far is returned with the bound that was reached.
+
+    Raises:
+        ValueError: if the budget is below the smallest total size, or a loss is not finite.
+    """
+    smallest = sum(min(group) for group in sizes)
+    if budget < smallest:
+        raise ValueError(f"the smallest options take {smallest}, the budget is {budget}")
+    if not all(math.isfinite(loss) for group in losses for loss in group):
+        raise ValueError("expected finite losses")
+    kept = [_undominated(*group) for group in zip(losses, sizes, strict=True)]
+    places, bound = _solve(losses, sizes, kept, budget - smallest, node_limit)
+    size = sum(group[place] for group, place in zip(sizes, places, strict=True))
+    assert size <= budget, "the solver's rounding left the budget"
+    loss = math.fsum(group[place] for group, place in zip(losses, places, strict=True))
+    return Choice(tuple(places), loss, size, min(bound, loss))
+
+
+def _undominated(losses: Sequence[float], sizes: Sequence[int]) -> list[int]:
+    """Return the options from the smallest on, each with less loss than every smaller or equal one."""
+    kept: list[int] = []
+    for place in sorted(range(len(sizes)), key=lambda place: (sizes[place], losses[place], place)):
+        if not kept or losses[place] < losses[kept[-1]]:
+            kept.append(place)
+    return kept
+
+
+def _solve(
+    losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], kept: Sequence[Sequence[int]], room: int,
+    node_limit: int,
+) -> tuple[list[int], float]:  # fmt: skip
+    """Return the chosen place of each group, and the lower bound of the total loss.
+
+    Losses and sizes are counted from those of the group's largest and smallest option, so that what differs between
+    choices is not lost beside what they share; sizes in their greatest common divisor.
+    """
+    floor = math.fsum(losses[group][places[-1]] for group, places in enumerate(kept))
+    options = [(group, place) for group, places in enumerate(kept) for place in places]
+    extra_loss = np.array([losses[group][place] - losses[group][kept[group][-1]] for group, place in options])
+    extra_size = np.array([sizes[group][place] - sizes[group][kept[group][0]] for group, place in options])
+    most = math.fsum(losses[group][places[0]] - losses[group][places[-1]] for group, places in enumerate(kept))
+    unit = math.gcd(*extra_size.tolist())
+    if extra_size.max() == 0 or sum(sizes[g][p[-1]] - sizes[g][p[0]] for g, p in enumerate(kept)) <= room:
+        return [places[-1] for places in kept], floor
+    rows = coo_array((np.ones(len(options)), ([group for group, _ in options], range(len(options)))))
+    result = milp(
+        extra_loss * (_LOSS_SCALE / most),
+        integrality=np.ones(len(options)),
+        bounds=(0, 1),
+        constraints=[LinearConstraint(rows, 1, 1), LinearConstraint((extra_size // unit)[None], 0, room // unit)],
+        options={"mip_rel_gap": 0.0, "node_limit": node_limit},
+    )
+    if result.x is None:  # the smallest options always fit
+        return [places[0] for places in kept], floor
+    taken = result.x > 0.5
+    places = [place for (_, place), chosen in zip(options, taken, strict=True) if chosen]
+    return places, floor + result.mip_dual_bound * (most / _LOSS_SCALE)
+
+
+def stored_bytes(rows: int, columns: int, format: QuantizationFormat) -> int:
+    """Return the bytes of a quantized matrix, from its shape: codes, scales and offsets, as `QuantizedTensor.nbytes`.
+
+    Raises:
+        UserError: if the format's groups do not divide the columns.
+    """
+    per_group = (2 if format.offset else 1) * format.scale_dtype.itemsize
+    return rows * (-(-columns * format.bits // 8) + format.groups(columns) * per_group)
+
+
+def gains_of_ranks(singular_values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return sqrt(sum of the r largest squared singular values) for r = 0 to their number; they are in order."""
+    return np.sqrt(np.concatenate([[0.0], np.cumsum(singular_values**2)]))

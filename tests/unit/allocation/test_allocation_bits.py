@@ -1,0 +1,148 @@
+"""The choice under a budget is the best one of all; sizes from shapes are those of the stored tensors."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_vit.allocation.bits import Choice, choose, gains_of_ranks, stored_bytes
+from peft_vit.quantization import QuantizationFormat, quantize
+
+pytestmark = pytest.mark.part("quantization")
+GROUP = st.integers(1, 4).flatmap(
+    lambda count: st.tuples(
+        st.lists(st.floats(-100, 100), min_size=count, max_size=count),
+        st.lists(st.integers(0, 50), min_size=count, max_size=count),
+    )
+)
+GROUPS = st.lists(GROUP, min_size=1, max_size=5)
+
+
+def every_total(groups) -> list[tuple[float, int]]:
+    """Return (loss, size) of every combination of options."""
+    options = [list(zip(*group, strict=True)) for group in groups]
+    return [(sum(o[0] for o in each), sum(o[1] for o in each)) for each in itertools.product(*options)]
+
+
+def chosen(groups, budget: int, **limits: int) -> Choice:
+    return choose([losses for losses, _ in groups], [sizes for _, sizes in groups], budget, **limits)
+
+
+@settings(deadline=None)
+@given(groups=GROUPS, share=st.floats(0, 1.1))
+def test_no_combination_within_the_budget_is_better(groups, share) -> None:
+    totals = every_total(groups)
+    least, most = (pick(size for _, size in totals) for pick in (min, max))
+    budget = least + int(share * (most - least))
+    choice = chosen(groups, budget)
+    best = min(loss for loss, size in totals if size <= budget)
+    picked = [(group[0][place], group[1][place]) for group, place in zip(groups, choice.options, strict=True)]
+    assert choice.size == sum(size for _, size in picked) <= budget
+    assert choice.loss == pytest.approx(sum(loss for loss, _ in picked), abs=1e-9)
+    assert choice.loss == pytest.approx(best, abs=1e-9)
+    assert choice.lower_bound <= choice.loss
+    assert choice.lower_bound == pytest.approx(best, abs=1e-9)
+    assert chosen(groups, budget) == choice
+
+
+@settings(deadline=None)
+@given(groups=GROUPS, budgets=st.tuples(st.integers(0, 250), st.integers(0, 250)))
+def test_more_budget_is_never_worse(groups, budgets) -> None:
+    least = sum(min(sizes) for _, sizes in groups)
+    less, more = sorted(budgets)
+    assert chosen(groups, least + more).loss <= chosen(groups, least + less).loss + 1e-9
+
+
+@settings(deadline=None)
+@given(
+    losses=st.lists(st.lists(st.floats(0, 1e3), min_size=3, max_size=3), min_size=1, max_size=30),
+    columns=st.lists(st.integers(1, 50), min_size=30, max_size=30), uniform=st.integers(0, 2),
+)  # fmt: skip
+def test_the_same_type_everywhere_is_never_better_at_its_bytes(losses, columns, uniform) -> None:
+    formats = [QuantizationFormat(type, 16, True, torch.float16) for type in ("int2", "int4", "int8")]
+    sizes = [[stored_bytes(8, 16 * n, one) for one in formats] for n in columns[: len(losses)]]
+    choice = choose(losses, sizes, sum(group[uniform] for group in sizes))
+    assert choice.loss <= sum(group[uniform] for group in losses) + 1e-8
+
+
+def by_dynamic_programming(losses, sizes, budget: int) -> float:
+    """Return the least total loss, from a table of the best loss for every size."""
+    best = np.zeros(budget + 1)
+    for group in zip(losses, sizes, strict=True):
+        new = np.full(budget + 1, np.inf)
+        for loss, size in zip(*group, strict=True):
+            if size <= budget:
+                new[size:] = np.minimum(new[size:], best[: budget + 1 - size] + loss)
+        best = new
+    return float(best[budget])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_layers_and_ranks_against_dynamic_programming(seed) -> None:
+    rng = np.random.default_rng(seed)
+    losses = [list(rng.lognormal(0, 2) * np.array([1, 0.06, 3e-4])) for _ in range(24)]
+    sizes = [[n, 2 * n, 4 * n] for n in rng.integers(10, 60, 24).tolist()]
+    for cost in rng.integers(1, 9, 30).tolist():  # sites: each rank costs as much, and gains less than the one before
+        losses.append((-0.1 * gains_of_ranks(np.sort(rng.lognormal(0, 1, 12))[::-1])).tolist())
+        sizes.append([cost * rank for rank in range(13)])
+    budget = sum(group[1] for group in sizes) + 300
+    choice = choose(losses, sizes, budget)
+    assert choice.size <= budget
+    assert choice.loss == pytest.approx(by_dynamic_programming(losses, sizes, budget), rel=1e-9)
+    assert choice.lower_bound == pytest.approx(choice.loss, rel=1e-9)
+
+
+def test_losses_far_apart_are_still_told_apart() -> None:
+    losses, sizes = [[1e4, 0.0], [3e-6, 0.0], [2e-6, 0.0]], [[1, 2], [1, 2], [1, 2]]
+    assert choose(losses, sizes, 5).options == (1, 1, 0)
+    losses = [[3e-15, 0.0], [2e-15, 1e-15], [1e-15, 0.0]]
+    assert choose(losses, sizes, 4).options == (1, 0, 0)
+
+
+def test_equals_go_to_the_smaller_and_then_to_the_earlier() -> None:
+    assert choose([[1.0, 1.0, 1.0]], [[7, 3, 3]], 10).options == (1,)
+    same = [choose([[1.0, 0.0]] * 6, [[1, 2]] * 6, 9).options for _ in range(3)]
+    assert len(set(same)) == 1
+    assert sum(same[0]) == 3
+
+
+def test_a_search_that_stops_early_says_how_far_off_it_may_be() -> None:
+    rng = np.random.default_rng(1)
+    sizes = [[0, int(size)] for size in rng.integers(1000, 2000, 40)]
+    losses = [[0.0, -size * rng.uniform(0.999, 1.001)] for _, size in sizes]
+    budget = sum(size for _, size in sizes) // 2
+    choice = choose(losses, sizes, budget, node_limit=1)
+    best = by_dynamic_programming(losses, sizes, budget)
+    assert choice.size <= budget
+    assert choice.lower_bound <= best + 1e-6 <= choice.loss + 2e-6
+    assert math.isfinite(choice.lower_bound)
+
+
+def test_what_has_no_answer_is_refused() -> None:
+    with pytest.raises(ValueError, match="smallest options take 6, the budget is 5"):
+        choose([[0.0, 1.0]] * 2, [[3, 4]] * 2, 5)
+    with pytest.raises(ValueError, match="finite"):
+        choose([[0.0, math.nan]], [[3, 4]], 5)
+
+
+@given(
+    type=st.sampled_from(["nf4", "fp4", "int2", "int4", "int8"]), group=st.sampled_from([None, 2, 3, 16]),
+    offset=st.booleans(), dtype=st.sampled_from([torch.float16, torch.float32]), rows=st.integers(1, 5),
+    groups=st.integers(1, 4),
+)  # fmt: skip
+def test_bytes_from_the_shape_are_the_stored_ones(type, group, offset, dtype, rows, groups) -> None:
+    format = QuantizationFormat(type, group, offset, dtype)
+    columns = groups * (group or 5)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    assert stored_bytes(rows, columns, format) == quantize(weight, format).nbytes
+
+
+def test_gains_are_norms_of_the_best_low_rank_parts() -> None:
+    gradient = np.random.default_rng(0).normal(size=(7, 5))
+    left, values, right = np.linalg.svd(gradient, full_matrices=False)
+    expected = [np.linalg.norm(left[:, :rank] * values[:rank] @ right[:rank]) for rank in range(6)]
+    np.testing.assert_allclose(gains_of_ranks(values), expected, atol=1e-12)
