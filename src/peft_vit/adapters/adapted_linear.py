@@ -8,7 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters.low_rank import SiteAdapter, low_rank_linear
+from peft_vit.adapters.adapted_product import adapted_product
+from peft_vit.adapters.frozen_weight import FrozenWeight
+from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.adapters.probe import Probe
 from peft_vit.quantization import QuantizedTensor, relative_error
 
@@ -33,7 +35,9 @@ class AdaptedLinear(nn.Module):
         self.rows: dict[str, slice] = {}
 
     def add_site(self, matrix: str, rows: tuple[int, int], adapter: SiteAdapter) -> None:
-        """Put an adapter on rows [start, stop)."""
+        """Put an adapter on rows [start, stop); all of a layer act on the same groups of inputs."""
+        if self.sites and adapter.pool != self.pool:
+            raise ValueError(f"the layer's adapters pool {self.pool} inputs, this one {adapter.pool}")
         self.sites[matrix] = adapter
         self.rows[matrix] = slice(*rows)
 
@@ -56,22 +60,24 @@ class AdaptedLinear(nn.Module):
         self.quantized_share = 1.0
         self.weight = None
 
+    def _frozen(self) -> FrozenWeight:
+        return FrozenWeight(self.weight, self.quantized, self.quantized_share)
+
     def frozen_weight(self) -> Tensor:
-        """Return the weight in use without the adapters, (out, in) float32."""
-        if self.quantized is None or (self.quantized_share == 0 and self.weight is not None):
-            assert self.weight is not None
-            return self.weight
-        low = self.quantized.dequantize()
-        if self.weight is None or self.quantized_share == 1:
-            return low
-        return torch.lerp(self.weight, low, self.quantized_share)
+        """Return a copy of the weight in use without the adapters, (out, in) float32."""
+        return self._frozen().unpack()
 
     def merged_weight(self) -> Tensor:
         """Return the weight with every update added, (out, in) float32."""
-        total = self.frozen_weight().clone()
+        total = self.frozen_weight()
         for matrix, adapter in self.adapters():
             total[self.rows[matrix]] += adapter.delta()
         return total
+
+    @property
+    def pool(self) -> int:
+        """Return how many adjacent inputs share an update; 1 without adapters."""
+        return next((adapter.pool for _, adapter in self.adapters()), 1)
 
     def adapters(self) -> list[tuple[str, SiteAdapter]]:
         """Return (matrix, adapter) of each site, in the order of the rows."""
@@ -84,7 +90,7 @@ class AdaptedLinear(nn.Module):
         updates = [(self.rows[matrix], adapter) for matrix, adapter in adapters if adapter.rank]
         if torch.is_grad_enabled():  # a probe adds exactly nothing and is there for its gradient alone
             updates += [(self.rows[matrix], adapter.probe) for matrix, adapter in adapters if adapter.probe is not None]
-        return low_rank_linear(x, self.frozen_weight(), self.bias, updates)
+        return adapted_product(x, self._frozen(), self.bias, updates, pool=self.pool)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -1,4 +1,4 @@
-"""One site's low-rank update, and the linear layer that carries updates on slices of its rows.
+"""One site's low-rank update.
 
 The update of a site with weight W (out, in) is, with a scale that does not move when the rank r moves:
 
@@ -19,15 +19,12 @@ quantized in groups of g inputs the update is constant within a group (QA-LoRA, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from peft_vit.adapters.probe import Probe
-from peft_vit.errors import UserError
 
 Parametrization = Literal["product", "svd"]
 FactorStart = Literal["normal", "orthonormal"]
@@ -106,9 +103,8 @@ class SiteAdapter(nn.Module):
         return lora_A, torch.zeros(self.out_features, count), None
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return left (out, r) and right (r, in), scale included, so that dW = left @ right."""
-        right = self.lora_A if self.pool == 1 else self.lora_A.repeat_interleave(self.pool, dim=1)
-        return self.left() * self.scale, right
+        """Return left (out, r), scale included, and right (r, in / pool): left @ right is dW, once per group."""
+        return self.left() * self.scale, self.lora_A
 
     def left(self) -> Tensor:
         """Return B, or P diag(gain * lambda), (out, r), without the scale."""
@@ -117,7 +113,7 @@ class SiteAdapter(nn.Module):
     def delta(self) -> Tensor:
         """Return the update dW (out, in)."""
         left, right = self.factors()
-        return left @ right
+        return (left @ right).repeat_interleave(self.pool, dim=1)
 
     def orthogonality(self) -> Tensor:
         """Return ||P^T P - I||_F + ||Q Q^T - I||_F, a scalar (AdaLoRA, eq. 4; norms not squared, as in its code)."""
@@ -129,85 +125,3 @@ class SiteAdapter(nn.Module):
     def extra_repr(self) -> str:
         """Describe the site in one line."""
         return f"rank={self.rank}, scale={self.scale}, {self.parametrization}, pool={self.pool}"
-
-
-class _LowRankLinear(torch.autograd.Function):
-    """y = x (W + sum of updates)^T + bias, with W frozen.
-
-    The sum is formed once per forward pass, so the large product is one product; only the skinny products of the
-    factors' gradients are added in the backward pass. With g = dL/dy (N, out), x (N, in):
-    dL/dx = g W', dL/dleft = g^T (x right^T), dL/dright = (g left)^T x.
-
-    Every skinny product is written with the r rows on the left, (r, N) or (r, out): BLAS then streams the large
-    factor once in its own order. With r columns on the right the same product takes three to five times as long.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[slice, ...],
-        dtype: torch.dtype, *factors: Tensor,
-    ) -> Tensor:  # fmt: skip
-        total = weight.clone()
-        for span, left, right in zip(rows, factors[::2], factors[1::2], strict=True):
-            total[span].addmm_(left, right)  # (out_s, in)
-        total = total.to(dtype)
-        x = x.to(dtype)
-        ctx.save_for_backward(x, total, *factors)
-        ctx.rows = rows
-        return F.linear(x, total, None if bias is None else bias.to(dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, total, *factors = ctx.saved_tensors
-        lefts, rights = factors[::2], factors[1::2]
-        gradient = gradients[0].to(x.dtype)
-        to_input = gradient @ total if ctx.needs_input_grad[0] else None
-        x = x.reshape(-1, x.shape[-1])  # (N, in)
-        gradient = gradient.reshape(-1, gradient.shape[-1])  # (N, out)
-        inner = _stack(rights).to(x.dtype) @ x.T  # (sum of ranks, N)
-        outer = _stack(
-            [left.T.to(x.dtype) @ gradient[:, span].T for span, left in zip(ctx.rows, lefts, strict=True)]
-        )  # (sum of ranks, N)
-        to_rights = (outer @ x).float()  # (sum of ranks, in)
-        to_factors: list[Tensor] = []
-        start = 0
-        for span, right in zip(ctx.rows, rights, strict=True):
-            stop = start + right.shape[0]
-            to_left = (inner[start:stop] @ gradient[:, span]).T.float()  # (out_s, r)
-            to_factors += [to_left, to_rights[start:stop]]
-            start = stop
-        to_bias = gradient.sum(0).float() if ctx.needs_input_grad[2] else None
-        return to_input, None, to_bias, None, None, *to_factors
-
-
-def _stack(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def low_rank_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[tuple[slice, SiteAdapter | Probe]]
-) -> Tensor:
-    """Apply a frozen linear layer with low-rank updates on slices of its rows.
-
-    Under autocast the product runs in autocast's type; W and the updates are summed in float32 before.
-
-    Args:
-        x: inputs (..., in).
-        weight: frozen weight (out, in), float32.
-        bias: (out,) or None.
-        updates: the rows of each site that has a rank above 0, and its adapter; likewise of its probe.
-
-    Returns:
-        Outputs (..., out).
-    """
-    if not updates:
-        return F.linear(x, weight, bias)
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise UserError("a weight under an adapter is frozen; it can't be trained as well", field="weight")
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    factors = [factor for _, adapter in updates for factor in adapter.factors()]
-    with torch.autocast(device, enabled=False):
-        rows = tuple(span for span, _ in updates)
-        result: Tensor = _LowRankLinear.apply(x, weight, bias, rows, dtype, *factors)
-    return result

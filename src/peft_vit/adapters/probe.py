@@ -17,23 +17,20 @@ class Probe:
     A probe is no module and no parameter: no optimiser holds it, no state dict saves it, nothing counts it as trained.
 
     Args:
-        in_features: inputs of the site's weight, over `pool`.
+        in_features: inputs of the site's weight, or the groups of them on which its update is constant.
         out_features: outputs of the site's weight.
         count: number of triplets.
         generator: source of the directions.
         device: of the site's adapter.
-        pool: inputs per group on which the update is constant.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, count: int, *, generator: torch.Generator, device: torch.device,
-        pool: int = 1,
-    ) -> None:  # fmt: skip
+        self, in_features: int, out_features: int, count: int, *, generator: torch.Generator, device: torch.device
+    ) -> None:
         left = torch.randn(out_features, count, generator=generator)
         right = torch.randn(count, in_features, generator=generator)
         self._left = (left / left.norm(dim=0)).to(device)  # (out, count)
         self._right = (right / right.norm(dim=1, keepdim=True)).to(device)  # (count, in / pool)
-        self._pool = pool
         self.lambdas = torch.zeros(count, device=device, requires_grad=True)
 
     @property
@@ -42,9 +39,8 @@ class Probe:
         return self._left.numel() + self._right.numel() + self.lambdas.numel()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return left (out, count), zero with a gradient, and right (count, in)."""
-        right = self._right if self._pool == 1 else self._right.repeat_interleave(self._pool, dim=1)
-        return self._left * self.lambdas, right
+        """Return left (out, count), zero with a gradient, and right (count, in / pool)."""
+        return self._left * self.lambdas, self._right
 
     def gradient(self) -> Tensor | None:
         """Return the root mean square of dL/dlambda, a scalar; None before backward."""

@@ -41,7 +41,7 @@ def place_probes(adapters: Mapping[str, Adapter], *, seed: int, step: int) -> No
         if isinstance(adapter, SiteAdapter):
             adapter.probe = Probe(
                 adapter.in_features // adapter.pool, adapter.out_features, PROBE_TRIPLETS,
-                generator=generator, device=adapter.lora_A.device, pool=adapter.pool,
+                generator=generator, device=adapter.lora_A.device,
             )  # fmt: skip
 
 

@@ -48,7 +48,9 @@ class QuantizedTensor:
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
     @torch.no_grad()
-    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, out: Tensor | None = None, *, added: Tensor | None = None
+    ) -> Tensor:
         """Return the weights that the codes stand for, of shape (out, in); no gradient passes.
 
         They are computed in float32 and rounded once to a narrower dtype. A contiguous float32 result with a
@@ -57,9 +59,11 @@ class QuantizedTensor:
         Args:
             dtype: of the result, if it is allocated here.
             out: where to put the result; then its dtype counts.
+            added: (out, groups), added to every weight of the group, in float32 with the offsets: what an update
+                makes of the weights before it is merged.
 
         Raises:
-            ValueError: if `out` has another shape.
+            ValueError: if `out` or `added` has another shape.
         """
         rows, columns = self.shape
         if out is None:
@@ -78,8 +82,13 @@ class QuantizedTensor:
         weights = values[:, :columns]
         grouped = weights.unflatten(1, (self.scales.shape[1], -1))  # (out, groups, group size)
         grouped.mul_(self.scales.float().unsqueeze(-1))
-        if self.offsets is not None:
-            grouped.add_(self.offsets.float().unsqueeze(-1))
+        constant = None if self.offsets is None else self.offsets.float()
+        if added is not None:
+            if added.shape != self.scales.shape:
+                raise ValueError(f"expected an update of shape {tuple(self.scales.shape)}, got {tuple(added.shape)}")
+            constant = added.float() if constant is None else constant + added.float()
+        if constant is not None:
+            grouped.add_(constant.unsqueeze(-1))
         return out if in_place else out.copy_(weights)
 
     def _decode(self, values: Tensor) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters, merged_state_dict
-from peft_vit.adapters.low_rank import low_rank_linear
+from peft_vit.adapters.adapted_product import adapted_product
+from peft_vit.adapters.frozen_weight import FrozenWeight
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
@@ -139,7 +140,7 @@ def test_gradcheck(parametrization, pool) -> None:
     trained = [p for _, adapter in updates for p in adapter.parameters()]
 
     def function(x: Tensor, *_: Tensor) -> Tensor:
-        return low_rank_linear(x, layer.weight, layer.bias, updates)
+        return adapted_product(x, FrozenWeight(layer.weight), layer.bias, updates, pool=pool)
 
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(function, (x, *trained), atol=1e-5, rtol=1e-5)

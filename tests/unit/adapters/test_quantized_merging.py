@@ -195,7 +195,7 @@ def test_each_merge_refuses_the_others_case_and_changes_nothing(plain, images, f
 @pytest.mark.parametrize("merge", [merge_into_offsets, merge_by_requantizing])
 def test_float_weights_in_use_and_models_without_adapters_are_refused(plain, merge) -> None:
     model = copy.deepcopy(plain)
-    with pytest.raises(UserError, match="no adapters on quantized weights; nothing to merge"):
+    with pytest.raises(UserError, match="no adapters of this package on quantized weights; nothing to merge"):
         merge(model)
     sites = find_sites(model)
     attach_adapters(model, sites, {site.name: 2 for site in sites}, scale=SCALE, seed=0, pool=32)

@@ -6,7 +6,15 @@ import torch
 from allocation_runs import backward, config, optimizer_of, start, train_step
 from torch.nn import functional as F
 
-from peft_vit.adapters import Probe, current_ranks, merged_state_dict, set_ranks, site_adapters
+from peft_vit.adapters import (
+    AdaptedLinear,
+    Probe,
+    SiteAdapter,
+    current_ranks,
+    merged_state_dict,
+    set_ranks,
+    site_adapters,
+)
 from peft_vit.allocation import AdaLoRAController
 from peft_vit.allocation.probes import PROBE_TRIPLETS, place_probes, probed_scores, take_probes
 from peft_vit.backbones import find_sites
@@ -290,11 +298,14 @@ def test_optimizer_of_the_plain_loop_holds_no_probe(tiny_vit, batch) -> None:
 
 def test_a_pooled_probe_feels_the_gradient_summed_over_groups() -> None:
     generator = torch.Generator().manual_seed(0)
-    probe = Probe(4, 10, 3, generator=generator, device=torch.device("cpu"), pool=8)
-    gradient = torch.randn(10, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # dL/dW
-    left, right = probe.factors()
-    (left.double() @ right.double() * gradient).sum().backward()
-    grouped = gradient.numpy().reshape(10, 4, 8).sum(axis=2)
+    layer = AdaptedLinear(torch.nn.Linear(32, 10))
+    adapter = SiteAdapter(32, 10, 0, scale=2.0, generator=generator, pool=8)
+    layer.add_site("out", (0, 10), adapter)
+    adapter.probe = probe = Probe(4, 10, 3, generator=generator, device=torch.device("cpu"))
+    x, to_output = torch.randn(5, 32, generator=generator), torch.randn(5, 10, generator=generator)
+    (layer(x) * to_output).sum().backward()
+    gradient = to_output.double().numpy().T @ x.double().numpy()  # dL/dW
+    grouped = gradient.reshape(10, 4, 8).sum(axis=2)
     p, q = probe._left.double().numpy(), probe._right.double().numpy()
     expected = np.sqrt(np.mean(np.einsum("ok,oj,kj->k", p, grouped, q) ** 2))
     assert float(probe.gradient()) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,240 @@
+"""Products with packed weights: outputs and gradients equal plain autograd in float64, and no float weight stays."""
+
+import gc
+import weakref
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peft_vit.adapters import AdaptedLinear, SiteAdapter
+from peft_vit.adapters.frozen_weight import FrozenWeight
+from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize
+
+pytestmark = pytest.mark.part("quantization")
+IN, HEAD, SCALE = 32, 8, 1.7
+RANKS = {"query": 2, "key": 0, "value": 4}
+FORMATS = [("nf4", True), ("nf4", False), ("int4", True), ("int4", False), ("int2", True), ("int8", False)]
+
+
+def layer_of(
+    type: str, offset: bool, *, pool: int, parametrization: str = "product", share: float = 1.0, ranks=RANKS,
+    group: int | None = 8,
+) -> AdaptedLinear:  # fmt: skip
+    """Return a fused layer of three sites, all numbers random; at share 1 the float weight is gone."""
+    generator = torch.Generator().manual_seed(0)
+    base = nn.Linear(IN, 3 * HEAD)
+    layer = AdaptedLinear(base)
+    for index, (matrix, rank) in enumerate(ranks.items()):
+        adapter = SiteAdapter(
+            IN, HEAD, rank, scale=SCALE, generator=generator, parametrization=parametrization, pool=pool,
+            lambda_gain=1.5,
+        )  # fmt: skip
+        layer.add_site(matrix, (HEAD * index, HEAD * index + HEAD), adapter)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    layer.set_quantized(quantize(layer.weight.detach(), QuantizationFormat(type, group, offset)))
+    layer.quantized_share = share
+    if share == 1.0:
+        layer.drop_float()
+    return layer
+
+
+def reference(layer: AdaptedLinear, weight: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return float64 outputs by x W^T + s ((x pooled) A^T lambda) B^T, and leaves that took the parameters' place."""
+    leaves = {name: p.detach().double().requires_grad_() for name, p in layer.sites.named_parameters()}
+    parts = []
+    for matrix, rows in layer.rows.items():
+        adapter = layer.sites[matrix]
+        inner = x.unflatten(-1, (-1, adapter.pool)).sum(-1) @ leaves[f"{matrix}.lora_A"].T
+        if adapter.lora_lambda is not None:
+            inner = inner * leaves[f"{matrix}.lora_lambda"] * adapter.lambda_gain
+        parts.append(x @ weight[rows].T + SCALE * inner @ leaves[f"{matrix}.lora_B"].T)
+    return torch.cat(parts, -1) + layer.bias.double(), leaves
+
+
+def input_and_target() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 5, IN, generator=generator), torch.randn(2, 5, 3 * HEAD, generator=generator)
+
+
+def distance(ours: Tensor, exact: Tensor) -> float:
+    return float(((ours.double() - exact).norm() / exact.norm()).detach())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("parametrization", ["product", "svd"])
+@pytest.mark.parametrize("pool", [1, 8])
+@pytest.mark.parametrize(("type", "offset"), FORMATS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_outputs_and_gradients_equal_float64_autograd(type, offset, pool, parametrization, share, bf16) -> None:
+    layer = layer_of(type, offset, pool=pool, parametrization=parametrization, share=share)
+    x, target = input_and_target()
+    weight = layer.quantized.dequantize().double()
+    if share < 1:
+        weight = (1 - share) * layer.weight.double() + share * weight
+    theirs_x, ours_x = x.double().requires_grad_(), x.clone().requires_grad_()
+    expected, leaves = reference(layer, weight, theirs_x)
+    (expected - target).square().mean().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = layer(ours_x)
+    assert output.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    (output.float() - target).square().mean().backward()
+    bound = 0.02 if bf16 else 1e-6
+    assert distance(output, expected) < bound
+    assert distance(ours_x.grad, theirs_x.grad) < bound
+    compared = 0
+    for name, parameter in layer.sites.named_parameters():
+        if not parameter.numel():
+            assert parameter.grad is None
+            continue
+        assert parameter.grad.dtype is torch.float32
+        assert leaves[name].grad.norm() > 0.01
+        assert distance(parameter.grad, leaves[name].grad) < bound
+        compared += 1
+    assert compared == (6 if parametrization == "svd" else 4)
+    assert layer.bias.grad is None
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_layer_without_rank_passes_the_input_gradient(share) -> None:
+    layer = layer_of("nf4", True, pool=8, share=share, ranks={"query": 0, "key": 0, "value": 0})
+    x, target = input_and_target()
+    leaf = x.clone().requires_grad_()
+    output = layer(leaf)
+    weight = layer.frozen_weight()
+    expected = F.linear(x, weight, layer.bias)
+    assert torch.equal(output, expected)
+    (output * target).sum().backward()
+    torch.testing.assert_close(leaf.grad, target @ weight)
+
+
+@pytest.mark.parametrize("pool", [1, 8])
+def test_a_trained_bias_and_an_input_without_gradient(pool) -> None:
+    layer = layer_of("int4", True, pool=pool)
+    layer.bias.requires_grad_(True)
+    x, target = input_and_target()
+    (layer(x) * target).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, target.sum((0, 1)))
+    assert all(p.grad is not None for p in layer.sites.parameters() if p.numel())
+
+
+def test_adapters_of_other_groups_in_one_layer_are_refused() -> None:
+    layer = AdaptedLinear(nn.Linear(IN, 2 * HEAD))
+    generator = torch.Generator()
+    layer.add_site("query", (0, HEAD), SiteAdapter(IN, HEAD, 1, scale=1.0, generator=generator, pool=8))
+    with pytest.raises(ValueError, match="pool 8 inputs, this one 4"):
+        layer.add_site("key", (HEAD, 2 * HEAD), SiteAdapter(IN, HEAD, 1, scale=1.0, generator=generator, pool=4))
+
+
+@dataclass
+class Watch:
+    """Weak references to every float weight that was unpacked."""
+
+    weights: list[weakref.ref[Tensor]]
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(reference() is not None for reference in self.weights)
+
+
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    watch = Watch([])
+    dequantize = QuantizedTensor.dequantize
+
+    def watched(self: QuantizedTensor, *args, **kwargs) -> Tensor:
+        weight = dequantize(self, *args, **kwargs)
+        watch.weights.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(QuantizedTensor, "dequantize", watched)
+    return watch
+
+
+def live_floats_of(shape: tuple[int, int]) -> int:
+    """Count the live float tensors of this shape, or of any view of as many numbers."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]
+    return sum(t.is_floating_point() and t.numel() == shape[0] * shape[1] for t in tensors)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("pool", [1, 8])
+def test_no_float_weight_is_kept_between_forward_and_backward_or_after(unpacked, pool, bf16) -> None:
+    adapted = [layer_of("nf4", True, pool=pool) for _ in range(3)]
+    back = nn.Sequential(nn.GELU(), nn.ZeroPad1d((0, IN - 3 * HEAD)))
+    layers = nn.Sequential(adapted[0], back, adapted[1], back, adapted[2])
+    unpacked.weights.clear()
+    before = live_floats_of((3 * HEAD, IN))
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    x = torch.randn(7, IN, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = layers(x).float().square().mean()
+    assert saved
+    assert [t.shape for t in saved if t.numel() >= 3 * HEAD * IN] == []
+    assert len(unpacked.weights) == 3
+    assert unpacked.alive() == 0  # between forward and backward
+    loss.backward()
+    assert len(unpacked.weights) == 6  # once more each, for the gradient of the input
+    assert unpacked.alive() == 0
+    assert live_floats_of((3 * HEAD, IN)) == before
+
+
+def test_the_scan_sees_a_float_copy() -> None:
+    before = live_floats_of((3 * HEAD, IN))
+    copy = layer_of("nf4", True, pool=8).frozen_weight()
+    assert live_floats_of((3 * HEAD, IN)) == before + 1
+    assert copy.shape == (3 * HEAD, IN)
+
+
+@pytest.mark.parametrize("pool", [1, 8])
+def test_the_float_weight_is_gone_as_soon_as_it_is_dropped_even_while_the_loss_is_held(pool) -> None:
+    layer = layer_of("int4", True, pool=pool, share=0.5)
+    watched = weakref.ref(layer.weight)
+    x = torch.randn(7, IN, requires_grad=True)
+    loss = layer(x).square().mean()
+    loss.backward()
+    layer.drop_float()
+    gc.collect()
+    assert watched() is None
+    assert loss.grad_fn is not None
+    assert torch.equal(layer.frozen_weight(), layer.quantized.dequantize())
+
+
+def test_a_backward_pass_uses_the_share_of_its_forward_pass() -> None:
+    layer = layer_of("int2", True, pool=8, share=0.5)
+    x, target = input_and_target()
+    leaf = x.clone().requires_grad_()
+    mixed = layer.merged_weight().detach()
+    output = layer(leaf)
+    layer.quantized_share = 0.75
+    (output * target).sum().backward()
+    torch.testing.assert_close(leaf.grad, target @ mixed)
+
+
+def test_unpacked_weights_are_copies_and_take_what_is_added() -> None:
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    packed = quantize(weight, QuantizationFormat("int4", 3, offset=False))
+    low, added = packed.dequantize(), torch.tensor([[1.0, -1.0]] * 4)
+    each = added.repeat_interleave(3, 1)
+    for share, expected in ((0.0, weight), (0.25, 0.75 * weight + 0.25 * low), (1.0, low)):
+        frozen = FrozenWeight(weight, packed, share)
+        torch.testing.assert_close(frozen.unpack(), expected)
+        torch.testing.assert_close(frozen.unpack(added), expected + each)
+        assert frozen.unpack().data_ptr() != weight.data_ptr()
+        assert frozen.is_float == (share == 0)
+    assert torch.equal(FrozenWeight(None, packed).unpack(added), packed.dequantize(added=added))
+    assert not FrozenWeight(None, packed).is_float
+    assert FrozenWeight(None, packed).rows == FrozenWeight(weight).rows == 4
+    with pytest.raises(ValueError, match=r"expected an update of shape \(4, 2\), got \(4, 3\)"):
+        packed.dequantize(added=torch.zeros(4, 3))
