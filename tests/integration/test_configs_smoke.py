@@ -86,9 +86,11 @@ def check_record(record: RunRecord) -> None:
         assert record.bytes.frozen_bytes == 0
     assert record.bytes.trainable_bytes == 4 * parameters.final
     assert 4 * parameters.final < record.bytes.adapter_file_bytes < 4 * parameters.final + 50_000
-    if method == "qa_lora":
-        bits = record.spec.experiment.qa_lora.quantization_bits
-        assert bits < record.quantization.bits_per_weight <= bits + 1
+    qa_lora = record.spec.experiment.qa_lora
+    if qa_lora is not None and qa_lora.adaptive_bits is None:
+        bits = qa_lora.quantization_bits
+        per_group = 32 / qa_lora.group_size  # bits of scale and offset, shared; without groups far less
+        assert bits < record.quantization.bits_per_weight <= bits + per_group
 
 
 def check_saved_adapter(record: RunRecord, results_dir: Path) -> None:
