@@ -1,14 +1,16 @@
 """A low-bit model's size: every byte that it keeps is counted once, in the right place, and a file has as many."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-import timm
 from torch import nn
 
 from peft_vit.adapters import adapted_modules
 from peft_vit.adapters.quantized_merging import merge_into_offsets
+from peft_vit.backbones.catalog import create_model
 from peft_vit.config import QaLoraConfig
+from peft_vit.deployment import ModelCard, save_low_bit
 from peft_vit.evaluation import model_size
 from peft_vit.training import QALoRATrainer
 
@@ -90,9 +92,16 @@ def test_merging_leaves_what_was_announced(
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2"])
-def test_the_file_has_the_bytes_of_the_live_storages(name: str) -> None:
-    model = quantized(timm.create_model(name, img_size=112, num_classes=2), group_size=32)
+def test_the_files_have_the_bytes_of_the_live_storages(name: str, tmp_path: Path) -> None:
+    model = quantized(create_model(name, 112, 2), group_size=32)
     size = model_size(model)
     assert size.file_bytes == pytest.approx(size.live_bytes, rel=0.02)
-    weights = sum(p.numel() for p in timm.create_model(name, img_size=112, num_classes=2).parameters())
+    weights = sum(p.numel() for p in create_model(name, 112, 2).parameters())
     assert 5.0 < 8 * size.live_bytes / weights < 8.0  # what is called 4-bit
+    card = ModelCard(
+        run="s/e/seed_0", model=name, weights_name="random", weights_sha256=None, image_size=112, channels=3,
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), class_names=("a", "b"),
+    )  # fmt: skip
+    merge_into_offsets(model)
+    save_low_bit(model, tmp_path / "model.safetensors", card)
+    assert (tmp_path / "model.safetensors").stat().st_size == pytest.approx(size.live_bytes, rel=0.02)
