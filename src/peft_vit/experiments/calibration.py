@@ -5,23 +5,53 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft_vit.allocation import check_fisher
+from peft_vit.backbones import load_backbone
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data, LabelledImages
-from peft_vit.records import FisherCheck
-from peft_vit.training import AllocationHook, Setting, StepHook, class_weights
+from peft_vit.records import FisherCheck, RunSpec
+from peft_vit.training import AllocationHook, QALoRATrainer, Setting, StepHook, class_weights
 
-_IMAGES = 32
+_IMAGES = 32  # of a calibration batch
+
+
+def calibration_batch(data: Data, setting: Setting, seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return the first training images in an order of their own, without flips, and their labels, on the device."""
+    rows = data.train.order(seed, 0)[:count]  # epochs count from 1
+    chosen = LabelledImages(data.train.pixels[rows], data.train.labels[rows])
+    images, labels = next(chosen.ordered_batches(len(rows), setting.mean, setting.std))
+    return images.to(setting.device), labels.to(setting.device)
+
+
+def measure_balance(
+    hooks: Sequence[StepHook], model: nn.Module, data: Data, spec: RunSpec, setting: Setting
+) -> dict[str, float]:
+    """Measure the balance of quantization and adaptation, if weights were quantized; the trainer keeps it.
+
+    The float weights are gone by then: they are read again from where the backbone came from.
+
+    Returns:
+        Its seconds by purpose.
+    """
+    trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
+    if trainer is None:
+        return {}
+    started = time.perf_counter()
+    floats = load_backbone(
+        spec.backbone, image_size=spec.data.image_size, num_classes=len(data.class_names), seed=spec.seed,
+        smoke=spec.smoke,
+    ).model.state_dict()  # fmt: skip
+    images, _ = calibration_batch(data, setting, spec.seed, _IMAGES)
+    trainer.validate_quantization_adaptation_balance(model, reference=floats, images=images)
+    return {"balance": time.perf_counter() - started}
 
 
 def calibrate_fisher(
     hooks: Sequence[StepHook], model: nn.Module, data: Data, config: TrainingConfig, setting: Setting, seed: int
 ) -> tuple[FisherCheck | None, dict[str, float]]:
     """Compare the score `fisher` with the empirical Fisher, if ranks were decided by it.
-
-    The images are the first 32 of the training split in an order of their own, as they are, without flips.
 
     Returns:
         The comparison, None for any other metric; and its seconds by purpose.
@@ -31,12 +61,10 @@ def calibrate_fisher(
     ):
         return None, {}
     started = time.perf_counter()
-    rows = data.train.order(seed, 0)[:_IMAGES]  # epochs count from 1
-    chosen = LabelledImages(data.train.pixels[rows], data.train.labels[rows])
-    images, labels = next(chosen.ordered_batches(len(rows), setting.mean, setting.std))
+    images, labels = calibration_batch(data, setting, seed, _IMAGES)
     weights = class_weights(data.train.labels, len(data.class_names)) if config.class_weights else None
     check = check_fisher(
-        model, images.to(setting.device), labels.to(setting.device),
+        model, images, labels,
         class_weights=None if weights is None else weights.to(setting.device),
     )  # fmt: skip
     return check, {"fisher_check": time.perf_counter() - started}

@@ -33,7 +33,7 @@ from peft_vit.evaluation import (
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.experiments.calibration import calibrate_fisher
+from peft_vit.experiments.calibration import calibrate_fisher, measure_balance
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.plan import resolve_device
 from peft_vit.experiments.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
@@ -131,6 +131,8 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
     fisher_check, calibration_s = calibrate_fisher(hooks, model, data, config, setting, spec.seed)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
     write_atomically(run_folder(results_dir, spec) / ADAPTER_FILE, content)
+    peak = peak_memory_bytes()  # before the float weights come back for a comparison
+    balance_s = measure_balance(hooks, model, data, spec, setting)
     return {
         "status": "done",
         "provenance": provenance,
@@ -151,8 +153,8 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
             optimizer_bytes=result.optimizer_bytes, adapter_file_bytes=len(content),
         ),
         "seconds_per_step": result.seconds_per_step,
-        "overhead_s": result.overhead_s | _probing(hooks, result.steps) | calibration_s,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "overhead_s": result.overhead_s | _probing(hooks, result.steps) | calibration_s | balance_s,
+        "peak_memory_bytes": peak,
         "chosen_step": result.chosen.step,
         "majority_accuracy": _majority(data),
         "validation": result.chosen.metrics,
@@ -227,7 +229,6 @@ def _quantization(hooks: Sequence[StepHook], model: nn.Module) -> QuantizationSu
     trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
     if trainer is None:
         return None
-    trainer.validate_quantization_adaptation_balance(model)
     packed = [module.quantized for _, module in adapted_modules(model) if module.quantized is not None]
     weights = sum(module.in_features * module.out_features for _, module in adapted_modules(model))
     size = sum(tensor.nbytes for tensor in packed)

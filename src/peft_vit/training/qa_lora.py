@@ -100,7 +100,6 @@ class QALoRATrainer:
         self._managed_scale = 1.0
         self._warned = False
         self._use_share(model, 0, quantized_share(config, total_steps, 0))
-        self._manage_balance(model, 0)
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 

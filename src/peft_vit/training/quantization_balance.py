@@ -5,8 +5,8 @@ adapters' update: the adapted quantized layer differs from the float one by E - 
 asked of the weights and of the layer's outputs; an update that learns the task need not remove any.
 
 Managing the balance is proportional control of rho, the mean of ||dW|| / ||E||, towards a target rho*: either the
-gradients' scale follows rho* / rho, or the schedule's pace follows how far rho is ahead of rho* * share, the target
-over the error in use. Both are bounded.
+gradients' scale follows how far rho is below rho*, or the schedule's pace follows how far it is ahead of rho* * share,
+the target over the error in use. Both are bounded.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from peft_vit.adapters import AdaptedLinear, Adapter, SiteAdapter
 from peft_vit.errors import UserError
 from peft_vit.training.quantized_layers import QuantizedLayer
 
-MEASURE_EVERY_STEPS = 8  # of a managed balance; a measurement costs a few percent of a step
-_SCALE_BOUNDS = (0.25, 4.0)
+MEASURE_EVERY_STEPS = 4  # of a managed balance: a measurement takes a few thousandths of a step
+_SCALE_BOUNDS = (1 / 16, 4.0)
 _PACE_BOUNDS = (0.5, 1.5)  # below 2, so that the schedule does not end before its end step
-_SAME_WEIGHT = 1e-3  # largest relative difference between the errors of one weight, computed twice
+_SAME_WEIGHT = 1e-4  # largest relative difference between the errors of one weight, computed twice
 
 
 def managed_scale(ratio: float, target: float) -> float:
-    """Return the factor on the adapters' gradients: target / ratio, within a quarter and four."""
-    return float(np.clip(target / ratio if ratio else math.inf, *_SCALE_BOUNDS))
+    """Return the factor on the adapters' gradients: 4 (1 - ratio / target), within 1/16 and 4.
+
+    It is 1 at three quarters of the target, and brakes above: gradients seldom take back what has grown too large.
+    """
+    return float(np.clip(4 * (1 - ratio / target), *_SCALE_BOUNDS))
 
 
 def managed_pace(ratio: float, target: float, share: float) -> float:
@@ -86,7 +89,7 @@ def float_weights(
         if weight is None or weight.shape != module.quantized.shape:
             found = "nothing" if weight is None else f"shape {tuple(weight.shape)}"
             raise UserError(
-                f"expected its float weight {module.quantized.shape}, got {found}", field=f"reference[{name}]"
+                f"expected its float weight of shape {module.quantized.shape}, got {found}", field=f"reference[{name}]"
             )
         weights[name] = weight.detach().to(module.quantized.scales.device, torch.float32)
         norm = float(weights[name].norm())

@@ -4,12 +4,15 @@ import json
 
 import pytest
 
+from peft_vit.adapters import adapted_modules, load_trained
 from peft_vit.allocation import check_fisher
+from peft_vit.backbones import load_backbone
 from peft_vit.config import StudyConfig
 from peft_vit.data import load_data
 from peft_vit.experiments import plan_study, run_one
 from peft_vit.experiments.export import restore_run
-from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
+from peft_vit.experiments.methods import prepare
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record, run_folder
 
 pytestmark = pytest.mark.part("importance analysis")
 
@@ -54,3 +57,24 @@ def test_other_metrics_have_no_check_and_older_records_are_read(study, tmp_path)
     del older["fisher_check"]
     file.write_text(json.dumps(older))
     assert read_record(file) == record
+
+
+@pytest.mark.part("trainer")
+@pytest.mark.parametrize("method", ["qa_lora", "qa_adalora"])
+def test_the_balance_is_that_of_the_saved_weights_against_the_backbones_own(study, tmp_path, method) -> None:
+    (planned,) = plan_study(study(method), tmp_path, file=tmp_path).runs
+    record = run_one(planned.spec, tmp_path)
+    spec = record.spec
+    backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=0)
+    floats = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    hooks = prepare(backbone.model, spec.experiment, total_steps=len(record.steps), seed=0)
+    load_trained(backbone.model, run_folder(tmp_path, spec) / ADAPTER_FILE)
+    data = load_data(spec.data, 0)
+    (batch,) = data.train.ordered_batches(24, backbone.mean, backbone.std)  # all of them; 32 if there are as many
+    for _, module in adapted_modules(backbone.model):
+        module.drop_float()
+    expected = hooks[-1].validate_quantization_adaptation_balance(backbone.model, reference=floats, images=batch[0])
+    (row,) = record.quantization.balance
+    assert row == pytest.approx({**expected, "step": 6.0, "quantized_share": 1.0}, rel=1e-3)
+    assert expected["error_removed_in_outputs"] != 0
+    assert record.overhead_s["balance"] > 0

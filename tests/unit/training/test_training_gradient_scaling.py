@@ -1,0 +1,124 @@
+"""A factor on the adapters' gradients: under SGD one on their learning rate, layer by layer; under Adam nearly none."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from qa_lora_settings import config
+from torch.nn import functional as F
+
+from peft_vit import QALoRATrainer
+from peft_vit.adapters import trained_tensors
+from peft_vit.errors import SilentNoEffectWarning
+from peft_vit.training import format_of
+from peft_vit.training.quantized_layers import quantized_layers
+
+pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
+STEPS = 6
+
+
+def train(model, batch, optimizer, trainer=None, steps: int = STEPS):
+    for step in range(1, steps + 1):
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        if trainer is None:  # the plain loop that a factor is compared with
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            trainer.training_step(model, optimizer, loss, step)
+    return {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+
+
+def prepared(tiny_vit, fill_adapters, **settings):
+    trainer = QALoRATrainer(model := tiny_vit(), config(rank=2, **settings), STEPS, clip_norm=None)
+    fill_adapters(model, std=0.02)
+    return model, trainer
+
+
+def moves(before, after) -> dict[str, torch.Tensor]:
+    return {name: after[name] - before[name] for name in before}
+
+
+ADAPTIVE = {"gradient_scaling": "adaptive", "gradient_scaling_factor": 3.0}
+
+
+@pytest.mark.parametrize("settings", [{"gradient_scaling_factor": 3.0}, ADAPTIVE])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_under_sgd_it_is_a_learning_rate_for_each_layer(tiny_vit, batch, fill_adapters, settings, momentum) -> None:
+    model, trainer = prepared(tiny_vit, fill_adapters, **settings)
+    reference = copy.deepcopy(model)
+    scales, rate = trainer.gradient_scales(), 0.01
+    groups = [{"params": list(reference.head.parameters()), "lr": rate}]
+    for name, layer in quantized_layers(reference).items():
+        parameters = [parameter for _, adapter in layer.updates for parameter in adapter.parameters()]
+        groups.append({"params": parameters, "lr": rate * scales[name]})
+    expected = train(reference, batch, torch.optim.SGD(groups, momentum=momentum))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    got = train(model, batch, torch.optim.SGD(trained, rate, momentum=momentum), trainer)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"gradient_scaling_factor": 8.0}, {**ADAPTIVE, "gradient_scaling_factor": 8.0}])
+def test_under_adam_it_nearly_cancels_without_clipping_and_decay(tiny_vit, batch, fill_adapters, settings) -> None:
+    def run(optimizer_class, **given):
+        model, trainer = prepared(tiny_vit, fill_adapters, **given)
+        before = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+        rate = 1e-3 if optimizer_class is torch.optim.AdamW else 1e-2
+        kwargs = {"weight_decay": 0.0} if optimizer_class is torch.optim.AdamW else {}
+        optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], rate, **kwargs)
+        return moves(before, train(model, batch, optimizer, trainer))
+
+    def distance(optimizer_class) -> float:
+        plain, scaled = run(optimizer_class), run(optimizer_class, **settings)
+        adapters = [name for name in plain if not name.startswith("head")]
+        difference = sum(float((scaled[name] - plain[name]).square().sum()) for name in adapters)
+        return np.sqrt(difference / sum(float(plain[name].square().sum()) for name in adapters))
+
+    assert distance(torch.optim.AdamW) < 0.02
+    assert distance(torch.optim.SGD) > 1
+
+
+def test_the_adaptive_factor_follows_the_layers_relative_error(tiny_vit) -> None:
+    plain, model = tiny_vit(), tiny_vit()
+    trainer = QALoRATrainer(model, config(rank=2, quantization_type="int4", **ADAPTIVE), 8)
+    errors = {}
+    for name, layer in quantized_layers(model).items():
+        weight = plain.get_submodule(name).weight.detach().double().numpy()
+        difference = weight - layer.module.quantized.dequantize().double().numpy()
+        errors[name] = np.linalg.norm(difference) / np.linalg.norm(weight)
+    expected = {name: 3 * error / np.mean(list(errors.values())) for name, error in errors.items()}
+    assert trainer.gradient_scales() == pytest.approx(expected, rel=1e-6)
+    assert np.mean(list(trainer.gradient_scales().values())) == pytest.approx(3)
+    assert max(expected.values()) > 1.02 * min(expected.values())
+
+
+def test_layers_of_unequal_bits_get_unequal_factors(tiny_vit, batch, fill_adapters) -> None:
+    settings = config(rank=2, gradient_scaling="adaptive")
+    formats = {"blocks.0.mlp.fc1": format_of(settings, "int2"), "blocks.1.mlp.fc1": format_of(settings, "int8")}
+    trainer = QALoRATrainer(model := tiny_vit(), settings, 8, formats=formats)
+    fill_adapters(model)
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    trainer.after_backward(model, 1)
+    scales = trainer.gradient_scales()
+    assert scales["blocks.0.mlp.fc1"] > 20 * scales["blocks.1.mlp.fc1"]
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            layer = next((layer for layer in scales if name.startswith(f"{layer}.")), None)
+            torch.testing.assert_close(parameter.grad, before[name] * (1.0 if layer is None else scales[layer]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_scaling": "adaptive"}, "^gradient_scaling: adaptive nearly cancels under Adam;"),
+        (ADAPTIVE, "^gradient_scaling_factor 3.0 and gradient_scaling: adaptive nearly cancel under Adam;"),
+    ],
+)
+def test_what_adam_cancels_is_said_once(tiny_vit, batch, fill_adapters, settings, message) -> None:
+    model, trainer = prepared(tiny_vit, fill_adapters, **settings)
+    with pytest.warns(SilentNoEffectWarning, match=message) as caught:
+        train(model, batch, torch.optim.Adam([p for p in model.parameters() if p.requires_grad]), trainer)
+    assert len([one for one in caught if one.category is SilentNoEffectWarning]) == 1
