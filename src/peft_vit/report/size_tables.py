@@ -18,8 +18,8 @@ def size_table(impacts: Sequence[QuantizationImpact]) -> Table:
         slug="size",
         title="How much smaller: claimed and measured",
         columns=(
-            "experiment", "claimed", "layers: bits a weight", "than fp32", "than fp16", "model: bits a weight",
-            "than fp32", "than fp16", "live", "file", "peak of the process",
+            "experiment", "claimed", "layers: bits a weight", "fp32 / layers", "fp16 / layers", "model: bits a weight",
+            "fp32 / model", "fp16 / model", "live", "file", "peak of the process",
         ),
         rows=tuple(
             (
