@@ -100,7 +100,7 @@ class PeftSite:
         """Yield A and B."""
         yield from (self.lora_A, self.lora_B)
 
-    def fresh_triplets(self, count: int) -> tuple[Tensor, Tensor, None]:
+    def fresh_triplets(self, count: int, beside: int = 0) -> tuple[Tensor, Tensor, None]:
         """Return A (count, in), uniform with bound 1 / sqrt(in) as PEFT starts it, B (out, count) zero, no lambda."""
         bound = 1 / math.sqrt(self.in_features)
         lora_A = (torch.rand(count, self.in_features, generator=self.generator) * 2 - 1) * bound

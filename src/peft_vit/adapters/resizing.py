@@ -78,7 +78,7 @@ def _strongest(scores: Tensor, count: int) -> Tensor:
 
 def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, grow: int) -> None:
     keep = keep.to(adapter.lora_A.device)
-    fresh = adapter.fresh_triplets(grow)
+    fresh = adapter.fresh_triplets(grow, beside=len(keep))
     for name, dim, new in zip(("lora_A", "lora_B", "lora_lambda"), (0, 1, 0), fresh, strict=True):
         old = getattr(adapter, name)
         if old is None or new is None:

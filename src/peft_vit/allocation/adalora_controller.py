@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters import (
+    SiteAdapter,
     check_resizable,
     correct_young_triplets,
     current_ranks,
@@ -111,6 +112,9 @@ class AdaLoRAController:
     def _start(self, model: nn.Module) -> None:
         """Give sites that have no rank yet equal ranks within the initial budget."""
         adapters = site_adapters(model)
+        for adapter in adapters.values():
+            if isinstance(adapter, SiteAdapter):  # equal ranks in the end; PEFT's layers start as PEFT starts them
+                adapter.reference_rank = self.config.budget.total / float(self.costs.sum())
         if not any(adapter.rank for adapter in adapters.values()):
             # What is spent on a site is in proportion to its score: scores like costs give equal ranks.
             scores = self.costs.astype(np.float64)
