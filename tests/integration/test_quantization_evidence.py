@@ -146,6 +146,30 @@ def test_a_study_of_a_few_seeds_makes_tables_that_decide_nothing_they_cannot() -
     assert "seeds 0; " in evidence.ablation(data)
 
 
+def test_adaptive_bits_are_set_against_uniform_ones_at_their_bytes() -> None:
+    level = {"uniform_int2": 70.0, "uniform_int4": 80.0, "fisher_int4_bytes": 82.0, "joint_int4_bytes": 80.0,
+             "fisher_3_5_bits": 74.0}  # fmt: skip
+    rng = np.random.default_rng(8)
+    one = runs({}).head(1).drop(columns=["experiment", "seed", "test_accuracy"])
+    data = pd.concat(
+        one.assign(experiment=name, seed=seed, test_accuracy=(mean + 0.3 * rng.standard_normal()) / 100)
+        for name, mean in level.items()
+        for seed in range(SEEDS)
+    ).reset_index(drop=True)
+    names = {experiment.name for experiment in load_study(CONFIGS / "adaptive_bits.yaml").experiments}
+    assert set(level) <= names
+    lines = {line.split("|")[1].strip(" `"): line.split("|") for line in evidence.adaptive_bits(data).splitlines()
+             if "|" in line}  # fmt: skip
+    by_seed = data.pivot(index="seed", columns="experiment", values="test_accuracy") * 100
+    line = 0.75 * by_seed.uniform_int2 + 0.25 * by_seed.uniform_int4
+    for name, reference in (("fisher_int4_bytes", by_seed.uniform_int4), ("fisher_3_5_bits", line)):
+        assert lines[name][4].split()[0] == f"{(by_seed[name] - reference).mean():+.2f}"
+        assert (
+            lines[name][5].strip() == f"{3 * stats.wilcoxon(by_seed[name] - reference).pvalue:.3f}"
+        )  # the smallest two
+    assert lines["uniform_int2"][4].strip() == "–"
+
+
 def pilot_runs(level: dict[float, float], ratio: float = 0.26) -> pd.DataFrame:
     data = runs({}).head(1).drop(columns=["experiment", "seed"])
     names = {f"nf4_sgd_lr_{rate:g}": rate for rate in level} | {"nf4_linear": 1e-3}
