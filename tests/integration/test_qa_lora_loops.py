@@ -1,0 +1,224 @@
+"""QALoRATrainer in others' loops: on a model that PEFT has wrapped, in transformers' Trainer, beside the controller."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from peft_vit import AdaLoraConfig, AdaLoRAController, QaLoraConfig, QALoRATrainer
+from peft_vit.adapters import AdaptedLinear, adapted_modules, current_ranks, merge_by_requantizing, site_adapters
+from peft_vit.adapters.peft_format import import_peft
+from peft_vit.errors import SilentNoEffectWarning, UserError
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
+
+STEPS = 8
+TARGETS = ["qkv", "attn.proj", "fc1", "fc2"]
+
+
+def settings(**changes) -> QaLoraConfig:
+    default = {
+        "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
+        "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "quantization_offset": False,
+    }  # fmt: skip
+    return QaLoraConfig(**{**default, **changes})
+
+
+LINEAR = {"quantization_schedule": "linear", "quantization_warmup_steps": 2, "quantization_end_step": 6}
+
+
+def wrapped(model, **changes):
+    config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "modules_to_save": ["head"], **changes}
+    return peft.get_peft_model(model, peft.LoraConfig(**config))
+
+
+def optimizer_of(model, rate: float = 1e-2):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
+
+
+def train(model, trainer, optimizer, batch, steps: int = STEPS) -> list[float]:
+    return [
+        trainer.training_step(model, optimizer, F.cross_entropy(model(batch[0]), batch[1]), step)["loss"]
+        for step in range(1, steps + 1)
+    ]
+
+
+def test_peft_layers_stand_on_quantized_weights(tiny_vit, batch) -> None:
+    plain, model = tiny_vit(), wrapped(tiny_vit())
+    trainer = QALoRATrainer(model, settings(), STEPS)
+    bases = dict(adapted_modules(model))
+    assert len(bases) == 8
+    assert all(isinstance(one, AdaptedLinear) and one.weight is None and not one.sites for one in bases.values())
+    assert trainer.relative_error.keys() == {
+        name.split("base_model.model.")[1][: -len(".base_layer")] for name in bases
+    }
+    state = plain.state_dict()
+    for name, module in bases.items():
+        state[f"{name.split('base_model.model.')[1][:-11]}.weight"] = module.quantized.dequantize()
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch[0]), plain(batch[0]), rtol=1e-4, atol=1e-4)  # fresh LoRA adds nothing
+    measures = trainer.validate_quantization_adaptation_balance(
+        model, reference=tiny_vit().state_dict(), images=batch[0]
+    )
+    assert measures["adapter_to_error_ratio"] == measures["error_removed_in_outputs"] == 0
+
+
+def test_gradients_on_a_wrapped_model_equal_plain_autograd_times_the_factor(tiny_vit, batch) -> None:
+    torch.manual_seed(0)
+    model, reference = wrapped(tiny_vit(), init_lora_weights=False), wrapped(tiny_vit(), init_lora_weights=False)
+    reference.load_state_dict(model.state_dict())
+    trainer = QALoRATrainer(model, settings(gradient_scaling_factor=3.0), STEPS)
+    for name, module in adapted_modules(model):
+        reference.get_submodule(name).weight.data.copy_(module.quantized.dequantize())
+    for one in (model, reference):
+        F.cross_entropy(one(batch[0]), batch[1]).backward()
+    trainer.after_backward(model, 1)
+    compared = 0
+    for name, parameter in reference.named_parameters():
+        if parameter.grad is not None:
+            factor = 3.0 if "lora_" in name else 1.0
+            torch.testing.assert_close(model.get_parameter(name).grad, factor * parameter.grad, rtol=1e-3, atol=1e-5)
+            compared += 1
+    assert compared == 8 * 2 + 2
+
+
+def test_a_wrapped_model_learns_is_saved_and_is_merged_by_quantizing_anew(tiny_vit, batch, tmp_path) -> None:
+    model = wrapped(tiny_vit())
+    trainer = QALoRATrainer(model, settings(**LINEAR), 24)
+    losses = train(model, trainer, optimizer_of(model), batch, 24)
+    assert losses[-1] < 0.5 * losses[0]
+    assert trainer.share == 1.0
+    assert {m.weight for _, m in adapted_modules(model)} == {None}
+    model.save_pretrained(str(tmp_path))
+    model.eval()
+
+    loaded = peft.PeftModel.from_pretrained(tiny_vit(), str(tmp_path)).eval()
+    QALoRATrainer(loaded, settings(), 1)  # quantizes the weights under the adapter at once
+    ours = tiny_vit().eval()
+    import_peft(ours, tmp_path)
+    QALoRATrainer(ours, settings(), 1)
+    with torch.no_grad():
+        trained = model(batch[0])
+        assert torch.equal(loaded(batch[0]), trained)
+        torch.testing.assert_close(ours.eval()(batch[0]), trained, rtol=1e-4, atol=1e-4)
+        errors = merge_by_requantizing(ours)
+        assert set(errors) == set(trainer.relative_error)
+        assert 0 < max(errors.values()) < 0.2
+        assert current_ranks(ours) == {}
+        assert not torch.equal(ours(batch[0]), trained)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lora", "message"),
+    [
+        ({"rank": 8}, {}, r"qa_lora\.rank: the model's adapters have ranks of their own; leave it out"),
+        ({"scale": 1.0}, {}, r"qa_lora\.scale: the model's adapters have 2\.0; leave it out"),
+        ({"targets": ("fc1",)}, {}, r"qa_lora\.targets: adapters are on fc1, fc2, key, out, query, value"),
+        ({}, {"use_dora": True}, "Dora.* is more than plain LoRA"),
+        ({}, {"lora_bias": True}, "lora_bias"),
+    ],
+)
+def test_what_peft_has_decided_is_not_decided_again(tiny_vit, changes, lora, message) -> None:
+    with pytest.raises(UserError, match=message):
+        QALoRATrainer(wrapped(tiny_vit(), **lora), settings(**changes), STEPS)
+
+
+def test_that_groups_serve_storage_alone_is_said(tiny_vit) -> None:
+    with pytest.warns(SilentNoEffectWarning, match="groups of 16 serve storage alone"):
+        QALoRATrainer(wrapped(tiny_vit()), settings(quantization_offset=True), STEPS)
+
+
+@pytest.mark.part("controller")
+@pytest.mark.parametrize("by_peft", [True, False])
+def test_ranks_adapt_on_quantized_sites_in_ones_own_loop(tiny_vit, batch, by_peft) -> None:
+    minimum = 1 if by_peft else 0
+    ranks = AdaLoraConfig(
+        total_rank_budget=20, allocation_strategy="proportional", importance_metric="gradient_norm", warmup_steps=2,
+        update_frequency=2, final_steps=2, minimum_rank=minimum, budget_schedule="constant" if by_peft else "cubic",
+    )  # fmt: skip
+    model = wrapped(tiny_vit(), r=2) if by_peft else tiny_vit()
+    controller = AdaLoRAController(model, ranks, STEPS, pool=1 if by_peft else 16)
+    trainer = QALoRATrainer(model, settings(**LINEAR), STEPS)
+    optimizer = optimizer_of(model)
+    before = controller.ranks
+    for step in range(1, STEPS + 1):
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        scores = controller.update_importance_scores(model, step)
+        trainer.after_backward(model, step)
+        optimizer.step()
+        controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, step))
+        trainer.after_step(model, optimizer, step)
+        optimizer.zero_grad()
+    assert controller.ranks == current_ranks(model) != before
+    assert sum(controller.ranks.values()) == 20
+    assert trainer.share == 1.0
+
+
+class WithLoss(torch.nn.Module):
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values, labels):
+        logits = self.model(pixel_values)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class Quantize(transformers.TrainerCallback):
+    def __init__(self, quantizer) -> None:
+        self.quantizer = quantizer
+
+    def on_pre_optimizer_step(self, args, state, control, model, **others) -> None:
+        self.quantizer.after_backward(model, state.global_step + 1)
+
+    def on_optimizer_step(self, args, state, control, model, optimizer, **others) -> None:
+        self.quantizer.after_step(model, optimizer, state.global_step + 1)
+
+
+@pytest.mark.parametrize("make", [lambda model: model, wrapped], ids=["ours", "peft"])
+def test_transformers_trainer_does_what_a_plain_loop_does(tiny_vit, batch, tmp_path, make) -> None:
+    def prepared():
+        torch.manual_seed(0)
+        model = make(tiny_vit())
+        rank = {"rank": 2} if make is not wrapped else {}
+        config = settings(**LINEAR, gradient_scaling_factor=2.0, balance_target=0.5, **rank)
+        return model, QALoRATrainer(model, config, STEPS, clip_norm=None)
+
+    model, quantizer = prepared()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=6, learning_rate=1e-2, max_grad_norm=0,
+        optim="sgd", lr_scheduler_type="constant", use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    images, labels = batch
+    data = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
+    trainer = transformers.Trainer(model=WithLoss(model), args=arguments, train_dataset=data)
+    trainer.add_callback(Quantize(quantizer))
+    trainer.train()
+    assert [row["share"] for row in quantizer.share_history] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert {module.weight for _, module in adapted_modules(model)} == {None}
+
+    plain, by_hand = prepared()
+    train(plain, by_hand, torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], 1e-2), batch)
+    for name, adapter in site_adapters(plain).items():
+        other = site_adapters(model)[name]
+        assert adapter.lora_B.abs().sum() > 0
+        # The same images at every step, in another order: sums differ in their last bits.
+        torch.testing.assert_close(other.lora_B, adapter.lora_B, rtol=1e-2, atol=1e-4)
+    scales = [row["gradient_scale"] for row in by_hand.balance_history]
+    assert scales == pytest.approx([row["gradient_scale"] for row in quantizer.balance_history], rel=1e-2)
+
+
+def test_adam_that_accelerate_has_wrapped_is_known(tiny_vit, batch, tmp_path) -> None:
+    model = tiny_vit()
+    quantizer = QALoRATrainer(model, settings(gradient_scaling_factor=2.0, rank=2), 1)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=6, use_cpu=True, save_strategy="no",
+        report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"pixel_values": x, "labels": y} for x, y in zip(*batch, strict=True)]
+    trainer = transformers.Trainer(model=WithLoss(model), args=arguments, train_dataset=data)
+    trainer.add_callback(Quantize(quantizer))
+    with pytest.warns(SilentNoEffectWarning, match=r"gradient_scaling_factor 2\.0 nearly cancels under AdamW"):
+        trainer.train()
