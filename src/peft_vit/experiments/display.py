@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from peft_vit.experiments.executor import Event, RunEnded, RunProgress, RunStarted
+from peft_vit.experiments.export import Exported
 from peft_vit.experiments.plan import Plan
 from peft_vit.experiments.provenance import cpu_count
 
@@ -28,6 +30,35 @@ _PLAIN_WIDTH = 120  # columns where the output is no terminal
 def _console() -> Console:
     console = Console()
     return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+
+
+_MERGED = {
+    "float": "Updates added to float weights.",
+    "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
+    "codes": "No groups, so weights and updates were quantized anew: not exact, see the accuracy.",
+}
+
+
+def print_export(done: Exported, file: Path) -> None:
+    """Print what merging changed, how the file compares with the model that was trained, and where it lies."""
+    print(_MERGED[done.merged.how])
+    for stored, errors in done.merged.errors.items():
+        worst = max(errors, key=errors.__getitem__)
+        what = stored if stored == "codes" else f"{stored} offsets"
+        print(f"  with {what}: relative error of the weights at most {errors[worst]:.1e} ({worst})")
+    if done.merged.offset_dtype is not None:
+        print(f"  stored: {done.merged.offset_dtype} offsets, as the run was configured")
+    found = done.comparison
+    if found is None:
+        print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
+    else:
+        before, after = 100 * found.trained_accuracy, 100 * found.exported_accuracy
+        print(
+            f"The file against the run's model, {found.images} validation images, float32: "
+            f"{100 * found.same_predictions:.2f} % of predictions equal, logits within {found.logit_error:.1e} "
+            f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
+        )
+    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
 def print_plan(plan: Plan) -> None:

@@ -1,0 +1,230 @@
+"""A finished run leaves as a file, and the file says of images in another process what the run's model says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from peft_vit.cli import main
+from peft_vit.config import study_from_mapping
+from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments.export import restore_run
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+_QA_LORA = {
+    "quantization_bits": 4, "quantization_type": "int4", "quantization_schedule": "constant",
+    "gradient_scaling_factor": 1.0, "rank": 2, "use_group_quantization": True, "group_size": 32,
+}  # fmt: skip
+EXPERIMENTS = {
+    "lora": {"method": "lora", "lora": {"rank": 2, "scale": 1.7}},
+    "full": {"method": "full"},
+    "theirs": {"method": "peft_lora", "peft_lora": {"rank": 2, "scale": 1.7}},
+    "int4": {"method": "qa_lora", "qa_lora": _QA_LORA},
+    "nf4": {"method": "qa_lora", "qa_lora": {**_QA_LORA, "quantization_type": "nf4", "group_size": 16}},
+    "by_row": {
+        "method": "qa_lora",
+        "qa_lora": {key: value for key, value in _QA_LORA.items() if key != "group_size"}
+        | {"use_group_quantization": False},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Write colour images of three classes, to train on and to predict."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label, colour in enumerate(((200, 60, 60), (60, 200, 60), (60, 60, 200))):
+        (root / f"class_{label}").mkdir()
+        for number in range(16):
+            pixels = rng.normal(colour, 70, (20, 30, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"class_{label}" / f"{number:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(images, _session_cache, tmp_path_factory) -> dict[str, Path]:
+    """Do one run of each experiment on weights out of a file; return their folders."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(5)
+    save_file(timm.create_model("test_vit", img_size=32).state_dict(), folder / "base.safetensors")
+    mapping = {
+        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu",
+        "backbone": {"model": "test_vit", "weights": "file", "file": str(folder / "base.safetensors")},
+        "data": {
+            "dataset": "image-folder", "path": str(images), "image_size": 32, "validation_images": 12,
+            "test_images": 12,
+        },
+        "experiments": [
+            {"name": name, "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}, **experiment}
+            for name, experiment in EXPERIMENTS.items()
+        ],
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_VIT_CACHE", _session_cache)
+        plan = plan_study(study_from_mapping(mapping, file=folder / "tiny.yaml"), folder, file=folder / "tiny.yaml")
+        for planned in plan.runs:
+            record = run_one(planned.spec, folder)
+            assert record.status == "done", record.traceback
+    return {planned.spec.experiment.name: folder / planned.spec.run_id for planned in plan.runs}
+
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def expected(run_dir: Path, files: list[Path]) -> dict[Path, tuple[str, float]]:
+    """Return class and probability of each file by the restored model, images prepared by hand."""
+    run = restore_run(run_dir)
+    mean, std = (np.array(values, dtype=np.float32) for values in (run.backbone.mean, run.backbone.std))
+    pixels = [
+        np.asarray(Image.open(file).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32)
+        for file in files
+    ]
+    batch = torch.from_numpy(((np.stack(pixels) / 255 - mean) / std).transpose(0, 3, 1, 2).copy())
+    with torch.inference_mode():
+        probabilities, classes = run.model(batch).softmax(1).max(1)
+    names = [run.record.class_names[index] for index in classes]
+    return dict(zip(files, zip(names, probabilities.tolist(), strict=True), strict=True))
+
+
+def predicted_elsewhere(models: list[tuple[object, ...]], *images: Path) -> list[dict[Path, tuple[str, float]]]:
+    """Let another process predict with each model in turn; return what it printed by file."""
+    program = (
+        "import json, sys\nfrom peft_vit.cli import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    try:\n        main(['predict', *arguments])\n"
+        "    except SystemExit as ended:\n        assert not ended.code, ended.code\n"
+        "    print('next')\n"
+    )
+    arguments = [[str(part) for part in (*model, *images)] for model in models]
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(arguments)], check=True, capture_output=True, text=True
+    )
+    tables = [part.splitlines() for part in done.stdout.split("next\n")[:-1]]
+    rows = [[line.split("\t") for line in lines] for lines in tables]
+    return [{Path(file): (name, float(probability)) for file, name, probability in table} for table in rows]
+
+
+def test_every_export_says_in_another_process_what_the_run_does(runs, images, tmp_path, capsys) -> None:
+    base = runs["lora"].parents[2] / "base.safetensors"
+    models: list[tuple[object, ...]] = []
+    sources = []
+    for name, run_dir in runs.items():
+        models.append((run_dir,))
+        sources.append(name)
+        for kind in ("safetensors", "onnx") if name in ("lora", "int4") else ("safetensors",):
+            assert command("export", run_dir, "--format", kind, "--to", tmp_path / f"{name}.{kind}") == 0
+            models.append((tmp_path / f"{name}.{kind}",))
+            sources.append(name)
+        if name in ("lora", "theirs"):
+            assert command("export", run_dir, "--to", tmp_path / name) == 0
+            models.append((tmp_path / name, "--weights", base))
+            sources.append(name)
+    printed = capsys.readouterr().out
+    assert "12 validation images" in printed
+    files = sorted(images.rglob("*.png"))
+    for model, name, found in zip(models, sources, predicted_elsewhere(models, images), strict=True):
+        wanted = expected(runs[name], files)
+        assert list(found) == files
+        exact = name != "by_row" or model == (runs[name],)
+        for file in files:
+            if exact:
+                assert found[file][0] == wanted[file][0], (model, file)
+                assert found[file][1] == pytest.approx(wanted[file][1], abs=2e-3 if name == "nf4" else 1e-3), model
+        if not exact:  # quantized anew: another model, near the trained one
+            assert np.mean([found[file][0] == wanted[file][0] for file in files]) > 0.5
+
+
+def report(capsys, *arguments: object) -> str:
+    capsys.readouterr()
+    assert command("export", *arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_merge_errors_are_printed(runs, tmp_path, capsys) -> None:
+    printed = report(capsys, runs["int4"], "--format", "safetensors", "--to", tmp_path / "model.safetensors")
+    errors = {
+        dtype: float(error)
+        for dtype, error in re.findall(
+            r"with (float\d\d) offsets: relative error of the weights at most (\S+)", printed
+        )
+    }
+    assert errors["float32"] < 1e-6 < errors["float16"] < 5e-3
+    assert "stored: float16 offsets" in printed
+    assert "100.00 % of predictions equal" in printed
+    printed = report(capsys, runs["by_row"], "--format", "safetensors", "--to", tmp_path / "model.safetensors")
+    assert "quantized anew" in printed
+    assert re.search(r"with codes: relative error of the weights at most \d\.\de-\d\d \(blocks\.", printed)
+    before, after = re.findall(r"accuracy (\S+) % before and (\S+) % after", printed)[0]
+    assert float(before) == pytest.approx(100 * restore_run(runs["by_row"]).record.validation.accuracy, abs=0.01)
+    assert 0 <= float(after) <= 100
+
+
+def test_missing_images_are_said(runs, images, tmp_path, capsys) -> None:
+    hidden = images.with_name("hidden")
+    images.rename(hidden)
+    try:
+        printed = report(capsys, runs["by_row"], "--format", "safetensors", "--to", tmp_path / "model.safetensors")
+    finally:
+        hidden.rename(images)
+    assert "Not compared with the run's model" in printed
+    assert str(images) in printed
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_bad_images_are_named_and_the_others_predicted(runs, images, tmp_path, capsys) -> None:
+    good = images / "class_0" / "00.png"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no image")
+    bad = [tmp_path / "text.png", tmp_path / "nowhere.png", tmp_path / "empty"]
+    assert command("predict", runs["lora"], bad[0], good, *bad[1:], good) == 1
+    captured = capsys.readouterr()
+    assert [line.split("\t")[0] for line in captured.out.splitlines()] == [str(good), str(good)]
+    assert [str(path) in line for path, line in zip(bad, captured.err.splitlines(), strict=True)] == [True] * 3
+
+
+def refusal(capsys, *arguments: object) -> str:
+    capsys.readouterr()
+    assert command(*arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_what_is_no_model_is_refused(runs, images, tmp_path, capsys) -> None:
+    image = images / "class_0" / "00.png"
+    assert "expected a .safetensors or .onnx file" in refusal(capsys, "predict", tmp_path, image)
+    (tmp_path / "cut.onnx").write_bytes(b"")
+    assert "cut.onnx" in refusal(capsys, "predict", tmp_path / "cut.onnx", image)
+    assert "--weights" in refusal(capsys, "predict", tmp_path / "cut.onnx", image, "--weights", "hub")
+    assert "ends in .onnx" in refusal(capsys, "export", runs["lora"], "--format", "onnx", "--to", tmp_path / "x.bin")
+    command("export", runs["lora"], "--to", tmp_path / "peft")
+    assert "give their path with --weights" in refusal(capsys, "predict", tmp_path / "peft", image)
+    save_file(timm.create_model("test_vit", img_size=32).state_dict(), tmp_path / "other.safetensors")
+    line = refusal(capsys, "predict", tmp_path / "peft", image, "--weights", tmp_path / "other.safetensors")
+    assert "name the right ones" in line
+    (tmp_path / "peft" / "peft_vit.json").unlink()
+    assert "peft_vit.json" in refusal(capsys, "predict", tmp_path / "peft", image)
+
+
+def test_quantized_runs_go_elsewhere_than_to_peft(runs, tmp_path, capsys) -> None:
+    line = refusal(capsys, "export", runs["int4"], "--to", tmp_path / "peft")
+    assert "--format safetensors or onnx" in line
