@@ -66,6 +66,16 @@ def pilot(runs: pd.DataFrame) -> str:
     return f"{markdown(rows, 1)}\n\n{origin(runs)}"
 
 
+def first_choice(runs: pd.DataFrame) -> str:
+    """Return test accuracy of an allocation that was given up."""
+    rows: list[tuple[str, ...]] = [("experiment", "runs (failed)", "test accuracy, mean (sd), %", "each seed")]
+    for name in sorted(runs.experiment.unique()):
+        values = of(runs, name)
+        each = ", ".join(f"{value:.1f}" for value in values)
+        rows.append((f"`{name}`", counted(runs[runs.experiment == name]), mean_and_spread(values), each))
+    return f"{markdown(rows, 1)}\n\n{origin(runs)}"
+
+
 def learning_rates(runs: pd.DataFrame) -> str:
     """Return accuracy by learning rate, and the comparisons that were announced."""
     rates = sorted(runs.learning_rate.unique())
@@ -214,6 +224,8 @@ def memory() -> str:
 BENCHMARK_TABLES: dict[str, Callable[[], str]] = {"step_time": step_time, "memory": memory}
 TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
     "allocation_pilot": pilot,
+    "learning_rate_pilot": pilot,
+    "learning_rates_first_choice": first_choice,
     "learning_rates": learning_rates,
     "allocation_ablation": ablation,
 }
