@@ -186,3 +186,17 @@ def test_one_cycle_needs_some_steps(study, tmp_path) -> None:
     with pytest.raises(UserError, match=r"experiments\[0\]\.training\.epochs: 1 steps are too few"):
         planned(study("linear", epochs=1, batch_size=24), tmp_path)
     assert planned(study("linear", epochs=1, batch_size=24, schedule="constant"), tmp_path).runs[0].total_steps == 1
+
+
+def test_adaptive_ranks_on_quantized_sites_run_as_smoke_in_the_svd_form_too(study, tmp_path) -> None:
+    config = study("qa_adalora")
+    (experiment,) = config.experiments
+    adalora = experiment.adalora.model_copy(update={"parametrization": "svd"})
+    config = config.model_copy(update={"experiments": (experiment.model_copy(update={"adalora": adalora}),)})
+    (run,) = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml", smoke=True).runs
+    small = run.spec.experiment
+    assert (small.adalora.warmup_steps, small.qa_lora.quantization_end_step) == (1, 3)
+    record = run_one(run.spec, tmp_path)
+    assert record.error is None
+    assert record.rank_history[-1].spent == 40
+    assert record.quantization.balance[-1]["quantized_share"] == 1.0
