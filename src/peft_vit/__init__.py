@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft_vit.allocation.adalora_controller import AdaLoRAController
     from peft_vit.config import AdaLoraConfig, QaLoraConfig
+    from peft_vit.training.adaptive_bits import allocate_bits
     from peft_vit.training.qa_lora import QALoRATrainer
 
-__all__ = ["AdaLoRAController", "AdaLoraConfig", "QALoRATrainer", "QaLoraConfig"]
+__all__ = ["AdaLoRAController", "AdaLoraConfig", "QALoRATrainer", "QaLoraConfig", "allocate_bits"]
 
 _HOME = {
     "AdaLoRAController": "peft_vit.allocation.adalora_controller",
     "QALoRATrainer": "peft_vit.training.qa_lora",
     "AdaLoraConfig": "peft_vit.config",
     "QaLoraConfig": "peft_vit.config",
+    "allocate_bits": "peft_vit.training.adaptive_bits",
 }
 
 

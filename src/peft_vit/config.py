@@ -28,6 +28,7 @@ from peft_vit.method_settings import (  # noqa: F401 - others take them from her
     PeftAdaLoraConfig,
     PeftLoraConfig,
     QaLoraConfig,
+    QuantizationType,
     SiteMatrix,
     Strategy,
 )

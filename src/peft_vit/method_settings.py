@@ -215,7 +215,8 @@ class AdaptiveBitsConfig(Frozen):
     types: tuple[QuantizationType, ...] = Field(default=("int2", "int4", "int8"), min_length=2)
     sensitivity: Literal["fisher", "loss"] = Field(
         default="fisher",
-        description="fisher: squared error weighted with the empirical Fisher; loss: rise of the loss, layer by layer",
+        description="fisher: squared error weighted with the Fisher's diagonal, one backward pass; loss: rise of the "
+        "loss, a forward pass for each type of each layer. See allocation.bit_sensitivity",
     )
     calibration_images: int = Field(default=64, ge=1, description="training images to measure on")
 
@@ -227,6 +228,8 @@ class AdaptiveBitsConfig(Frozen):
             raise ValueError("ranks: true needs total_byte_budget: adapters have bytes, but no bits a weight")
         if len(set(self.types)) != len(self.types):
             raise ValueError("types names one twice; remove it")
+        if len({BITS_OF_TYPE[one] for one in self.types}) == 1:
+            raise ValueError("types are all of the same bits, so a budget decides nothing; name others")
         return self
 
 

@@ -21,7 +21,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from peft_vit.config import BackboneConfig, BudgetUnit, DataConfig, Device, ExperimentConfig, Precision, SiteMatrix
+from peft_vit.config import (
+    BackboneConfig,
+    BudgetUnit,
+    DataConfig,
+    Device,
+    ExperimentConfig,
+    Precision,
+    QuantizationType,
+    SiteMatrix,
+)
 from peft_vit.errors import UserError
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -147,6 +156,20 @@ class FisherCheck(_Value):
     rho: float | None  # Spearman's, over the sites; None if one of both is constant
 
 
+class BitAllocation(_Value):
+    """Number formats, and on request ranks, that were chosen before training under a budget of bytes."""
+
+    images: int  # calibration images, of the training split
+    budget_bytes: int
+    spent_bytes: int  # codes, scales and offsets; with ranks also the adapters
+    types: dict[str, QuantizationType]  # by module
+    ranks: dict[str, int] | None  # by site; None: not chosen here
+    losses: dict[str, dict[str, float]]  # by module and type, predicted rise of the loss, nats
+    predicted_rise: float  # of the chosen types, nats
+    predicted_gain: float  # of the chosen ranks, nats
+    gap: float  # by how much a better choice could be better at most, nats; about 0 unless the search was stopped
+
+
 class LayerSize(_Value):
     """A quantized weight matrix as it is kept."""
 
@@ -247,6 +270,7 @@ class RunRecord(_Value):
     probe_history: list[ProbeEntry] = []
     fisher_check: FisherCheck | None = None  # with importance_metric: fisher
     bits_history: list[BitsEntry] = []
+    bit_allocation: BitAllocation | None = None  # with adaptive_bits
     quantization: QuantizationSummary | None = None
     parameters: ParameterCounts | None = None
     bytes: ByteCounts | None = None

@@ -10,7 +10,7 @@ from peft_vit.backbones import load_backbone
 from peft_vit.config import load_study
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.experiments import Plan, plan_study, run_one
-from peft_vit.experiments.methods import prepare
+from peft_vit.experiments.methods import prepare_as_saved
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
 
 CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
@@ -91,6 +91,8 @@ def check_record(record: RunRecord) -> None:
         bits = qa_lora.quantization_bits
         per_group = 32 / qa_lora.group_size  # bits of scale and offset, shared; without groups far less
         assert bits < record.quantization.bits_per_weight <= bits + per_group
+    if qa_lora is not None and qa_lora.adaptive_bits is not None:
+        assert record.bit_allocation.spent_bytes <= record.bit_allocation.budget_bytes
 
 
 def check_saved_adapter(record: RunRecord, results_dir: Path) -> None:
@@ -99,8 +101,9 @@ def check_saved_adapter(record: RunRecord, results_dir: Path) -> None:
     fresh = load_backbone(
         spec.backbone, image_size=spec.data.image_size, num_classes=len(record.class_names), seed=9, smoke=True
     ).model
-    prepare(fresh, spec.experiment, total_steps=8, seed=9)
-    metadata = load_trained(fresh, run_folder(results_dir, spec) / ADAPTER_FILE)
+    file = run_folder(results_dir, spec) / ADAPTER_FILE
+    prepare_as_saved(fresh, spec.experiment, file, total_steps=8, seed=9)
+    metadata = load_trained(fresh, file)
     assert metadata["ranks"] == current_ranks(fresh) == (record.rank_history[-1].ranks if record.rank_history else {})
     assert trainable_parameters(fresh) == record.parameters.final
     assert metadata["class_names"] == record.class_names

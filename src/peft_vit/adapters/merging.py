@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from peft_vit.adapters.injection import adapted_modules, current_ranks, site_ada
 from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.adapters.peft_library import check_plain, peft_factors, peft_layers
 from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizationFormat
+from peft_vit.quantization.formats import SCALE_DTYPES
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -48,7 +51,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 def adapter_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
     """Return the content of an adapter file: trained tensors as safetensors, the rest as JSON in its header."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trained_tensors(model).items() if tensor.numel()}
-    header = {**metadata, "ranks": current_ranks(model), "form": _form(model)}
+    header = {**metadata, "ranks": current_ranks(model), "form": _form(model), "formats": _formats(model)}
     return save(tensors, metadata={"peft_vit": json.dumps(header, sort_keys=True)})
 
 
@@ -61,6 +64,42 @@ def _form(model: nn.Module) -> dict[str, Any]:
             forms[name]["lambda_gain"] = adapter.lambda_gain
     values = list(forms.values())
     return values[0] if values and all(value == values[0] for value in values) else forms
+
+
+def _formats(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the number format of each quantized weight, by module, as JSON has it."""
+    return {
+        name: {**asdict(module.quantized.format), "scale_dtype": str(module.quantized.format.scale_dtype)}
+        for name, module in adapted_modules(model)
+        if module.quantized is not None
+    }
+
+
+def saved_formats(file: Path) -> dict[str, QuantizationFormat]:
+    """Return the number format of each quantized weight that the adapters of a file were trained on, by module.
+
+    Raises:
+        UserError: as `load_trained`.
+    """
+    metadata, _ = _read(file)
+    dtypes = {str(dtype): dtype for dtype in SCALE_DTYPES}
+    try:
+        return {
+            name: QuantizationFormat(**{**fields, "scale_dtype": dtypes[fields["scale_dtype"]]})
+            for name, fields in metadata.get("formats", {}).items()
+        }
+    except (TypeError, KeyError, AttributeError, UserError) as error:
+        raise _damaged(error, file) from None
+
+
+def saved_ranks(file: Path) -> dict[str, int]:
+    """Return the rank of each site in an adapter file.
+
+    Raises:
+        UserError: as `load_trained`.
+    """
+    ranks: dict[str, int] = _read(file)[0]["ranks"]
+    return ranks
 
 
 def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
@@ -76,6 +115,14 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
     if metadata["form"] != _form(model):
         raise UserError(
             f"holds adapters of the form {metadata['form']}, the model's are {_form(model)}; attach them alike",
+            file=file,
+        )
+    present, saved = _formats(model), metadata.get("formats", {})  # older files hold none
+    different = next((name for name in saved if saved[name] != present.get(name)), None)
+    if different is not None:
+        raise UserError(
+            f"was trained on {different} as {saved[different]}, the model has {present.get(different, 'floats')}; "
+            "quantize alike",
             file=file,
         )
     set_ranks(model, metadata["ranks"])
@@ -109,8 +156,12 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         metadata["ranks"] = {str(name): int(rank) for name, rank in metadata["ranks"].items()}
         metadata["form"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"has a damaged peft_vit header ({type(error).__name__}: {error})", file=file) from None
+        raise _damaged(error, file) from None
     return metadata, tensors
+
+
+def _damaged(error: Exception, file: Path) -> UserError:
+    return UserError(f"has a damaged peft_vit header ({type(error).__name__}: {error})", file=file)
 
 
 def set_ranks(model: nn.Module, ranks: dict[str, int]) -> None:

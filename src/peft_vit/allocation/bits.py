@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import coo_array
 
@@ -122,8 +121,3 @@ def stored_bytes(rows: int, columns: int, format: QuantizationFormat) -> int:
     """
     per_group = (2 if format.offset else 1) * format.scale_dtype.itemsize
     return rows * (-(-columns * format.bits // 8) + format.groups(columns) * per_group)
-
-
-def gains_of_ranks(singular_values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return sqrt(sum of the r largest squared singular values) for r = 0 to their number; they are in order."""
-    return np.sqrt(np.concatenate([[0.0], np.cumsum(singular_values**2)]))

@@ -1,4 +1,4 @@
-"""What is measured once after training, on training images alone."""
+"""What is measured once, before or after training, on training images alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from torch import Tensor, nn
 
 from peft_vit.allocation import check_fisher
 from peft_vit.backbones import load_backbone
-from peft_vit.config import TrainingConfig
+from peft_vit.config import ExperimentConfig, TrainingConfig
 from peft_vit.data import Data, LabelledImages
 from peft_vit.records import FisherCheck, RunSpec
-from peft_vit.training import AllocationHook, QALoRATrainer, Setting, StepHook, class_weights
+from peft_vit.training import (
+    AllocationHook,
+    ChosenBits,
+    QALoRATrainer,
+    Setting,
+    StepHook,
+    allocate_bits,
+    class_weights,
+)
 
 _IMAGES = 32  # of a calibration batch
 
@@ -23,6 +31,23 @@ def calibration_batch(data: Data, setting: Setting, seed: int, count: int) -> tu
     chosen = LabelledImages(data.train.pixels[rows], data.train.labels[rows])
     images, labels = next(chosen.ordered_batches(len(rows), setting.mean, setting.std))
     return images.to(setting.device), labels.to(setting.device)
+
+
+def choose_bits(
+    model: nn.Module, experiment: ExperimentConfig, data: Data, setting: Setting, seed: int
+) -> tuple[ChosenBits | None, dict[str, float]]:
+    """Choose the bits of each layer of a plain model, if the method leaves them to `adaptive_bits`.
+
+    Returns:
+        What was chosen, None without `adaptive_bits`; and its seconds by purpose.
+    """
+    config = experiment.qa_lora
+    if config is None or config.adaptive_bits is None:
+        return None, {}
+    started = time.perf_counter()
+    images, labels = calibration_batch(data, setting, seed, config.adaptive_bits.calibration_images)
+    chosen = allocate_bits(model, config, images, labels, seed=seed)
+    return chosen, {"bit_allocation": time.perf_counter() - started}
 
 
 def measure_balance(

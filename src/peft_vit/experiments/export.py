@@ -26,7 +26,7 @@ from peft_vit.deployment import (
     torch_classifier,
 )
 from peft_vit.errors import UserError
-from peft_vit.experiments.methods import prepare
+from peft_vit.experiments.methods import prepare_as_saved
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record
 
 _NOT_AS_PEFT = {
@@ -191,7 +191,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
             f"{provenance.weights_sha256}; get those weights again", file=run_dir / RECORD_FILE, field="provenance",
         )  # fmt: skip
     if spec.experiment.start is None:
-        prepare(backbone.model, spec.experiment, total_steps=len(record.steps), seed=spec.seed)
+        prepare_as_saved(backbone.model, spec.experiment, file, total_steps=len(record.steps), seed=spec.seed)
     else:  # the adapter that it went on from need not be there any more: its scales stand in the file
         attach_fused(backbone.model, saved_scales(file), seed=spec.seed)
     load_trained(backbone.model, file)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
-from peft_vit.adapters import attach_adapters, freeze_backbone
+from peft_vit.adapters import attach_adapters, freeze_backbone, saved_formats, saved_ranks
 from peft_vit.adapters.peft_files import read_peft
 from peft_vit.adapters.peft_format import import_peft
 from peft_vit.adapters.peft_library import attach_peft_lora, require_peft
@@ -15,20 +15,34 @@ from peft_vit.allocation import AdaLoRAController, bounds_for, costs_for, schedu
 from peft_vit.backbones import BackboneShape, Site, find_sites, fused_sites
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, Matrix, QaLoraConfig
 from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizationFormat
 from peft_vit.records import SiteInfo
 from peft_vit.training import (
     AllocationHook,
     PeftAdaLoraHook,
     QALoRATrainer,
     StepHook,
+    check_bits,
     check_rank,
     end_step,
     last_update,
 )
 
 
-def prepare(model: nn.Module, experiment: ExperimentConfig, *, total_steps: int, seed: int) -> list[StepHook]:
-    """Make the model trainable as the method says, in place, and return what the loop has to call."""
+def prepare(
+    model: nn.Module, experiment: ExperimentConfig, *, total_steps: int, seed: int,
+    formats: Mapping[str, QuantizationFormat] | None = None, ranks: Mapping[str, int] | None = None,
+) -> list[StepHook]:  # fmt: skip
+    """Make the model trainable as the method says, in place, and return what the loop has to call.
+
+    Args:
+        model: a plain one, from `load_backbone`.
+        experiment: which method, and its settings.
+        total_steps: of the run.
+        seed: of the run.
+        formats: of quantized weights, by module, where `adaptive_bits` has chosen them or a file says so.
+        ranks: likewise by site, where `adaptive_bits` chooses ranks.
+    """
     if experiment.lora is not None:
         _prepare_lora(model, experiment.lora, seed)
         return []
@@ -42,10 +56,23 @@ def prepare(model: nn.Module, experiment: ExperimentConfig, *, total_steps: int,
         config, pool = _pooled(experiment.adalora, experiment.qa_lora)
         hooks.append(AllocationHook(AdaLoRAController(model, config, total_steps, seed=seed, pool=pool)))
     if experiment.qa_lora is not None:
-        hooks.append(QALoRATrainer(model, experiment.qa_lora, total_steps, seed=seed))
+        hooks.append(QALoRATrainer(model, experiment.qa_lora, total_steps, seed=seed, formats=formats, ranks=ranks))
     if experiment.method == "linear":
         freeze_backbone(model)
     return hooks  # full: everything is trainable as it is
+
+
+def prepare_as_saved(
+    model: nn.Module, experiment: ExperimentConfig, file: Path, *, total_steps: int, seed: int
+) -> list[StepHook]:
+    """Do as `prepare`, with the formats and ranks that `adaptive_bits` chose for a run, out of its adapter file."""
+    qa_lora = experiment.qa_lora
+    if qa_lora is None or qa_lora.adaptive_bits is None:
+        return prepare(model, experiment, total_steps=total_steps, seed=seed)
+    return prepare(
+        model, experiment, total_steps=total_steps, seed=seed, formats=saved_formats(file),
+        ranks=saved_ranks(file) if qa_lora.adaptive_bits.ranks else None,
+    )  # fmt: skip
 
 
 def _pooled(adalora: AdaLoraConfig, qa_lora: QaLoraConfig | None) -> tuple[AdaLoraConfig, int]:
@@ -67,8 +94,8 @@ def _prepare_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
 _FEWEST_ONE_CYCLE_STEPS = 4  # below, one_cycle starts or ends the run at its lowest rate
 
 
-def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> None:
-    """Refuse what `prepare` or the run would refuse later, from the backbone's shape alone.
+def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    """Refuse what `prepare` or the run would refuse later, from the backbone's shape and two numbers alone.
 
     Raises:
         UserError: with the field below the experiment.
@@ -89,10 +116,19 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) 
         _check_fused("peft_adalora.initial_rank", shape, peft_adalora.targets, peft_adalora.initial_rank)
         last_update(peft_adalora, total_steps)
     if experiment.qa_lora is not None:
-        rank = 0 if experiment.adalora is not None else experiment.qa_lora.fixed_rank
+        adaptive = experiment.qa_lora.adaptive_bits
+        ranks_are_chosen = experiment.adalora is not None or (adaptive is not None and adaptive.ranks)
+        rank = 0 if ranks_are_chosen else experiment.qa_lora.fixed_rank
         for site in _chosen(shape.sites, experiment.qa_lora.targets):
             _check_rank("qa_lora.rank", site, rank, experiment.qa_lora.pool)
         end_step(experiment.qa_lora, total_steps)
+        if adaptive is not None:
+            check_bits(experiment.qa_lora, shape.sites)
+            if adaptive.calibration_images > train_images:
+                raise UserError(
+                    f"{adaptive.calibration_images} are more than the {train_images} training images; lower it",
+                    field="qa_lora.adaptive_bits.calibration_images",
+                )
     if experiment.adalora is not None:
         _check_adalora(*_pooled(experiment.adalora, experiment.qa_lora), shape, total_steps)
 

@@ -91,7 +91,7 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool) -> Pla
         training = experiment.training
         total_steps = training.epochs * steps_per_epoch(len(splits.train), training.batch_size)
         try:
-            check(experiment, shape, total_steps)
+            check(experiment, shape, total_steps, len(splits.train))
         except UserError as error:
             raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
         steps_of.append(total_steps)

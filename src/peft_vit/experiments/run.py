@@ -33,7 +33,7 @@ from peft_vit.evaluation import (
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.experiments.calibration import calibrate_fisher, measure_balance
+from peft_vit.experiments.calibration import calibrate_fisher, choose_bits, measure_balance
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.plan import resolve_device
 from peft_vit.experiments.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
@@ -116,11 +116,15 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
     sites = find_sites(model)
     config = spec.experiment.training
     total_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
-    hooks = prepare(model, spec.experiment, total_steps=total_steps, seed=spec.seed)
+    setting = Setting(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
+    bits, bits_s = choose_bits(model, spec.experiment, data, setting, spec.seed)
+    hooks = prepare(
+        model, spec.experiment, total_steps=total_steps, seed=spec.seed,
+        formats=None if bits is None else bits.formats, ranks=None if bits is None else bits.ranks,
+    )  # fmt: skip
     provenance = _provenance(spec, data, backbone, device)  # now that the head is the one that training starts from
     _say_doubts(spec, provenance, data)
     initial_ranks = current_ranks(model) | peft_ranks(model)
-    setting = Setting(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
     result = train(model, data, config, setting, seed=spec.seed, hooks=hooks, on_progress=on_progress)
     assert result.chosen is not None
     for hook in hooks:
@@ -143,6 +147,7 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
         "evaluations": result.evaluations,
         **_histories(hooks, initial_ranks),
         "fisher_check": fisher_check,
+        "bit_allocation": None if bits is None else bits.record,
         "quantization": _quantization(hooks, model),
         "parameters": ParameterCounts(
             initial=result.initial_parameters, final=trainable_parameters(model), peak=result.peak_parameters,
@@ -153,7 +158,7 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
             optimizer_bytes=result.optimizer_bytes, adapter_file_bytes=len(content),
         ),
         "seconds_per_step": result.seconds_per_step,
-        "overhead_s": result.overhead_s | _probing(hooks, result.steps) | calibration_s | balance_s,
+        "overhead_s": bits_s | result.overhead_s | _probing(hooks, result.steps) | calibration_s | balance_s,
         "peak_memory_bytes": peak,
         "chosen_step": result.chosen.step,
         "majority_accuracy": _majority(data),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from peft_vit.config import BackboneConfig, ExperimentConfig, StudyConfig
+from peft_vit.config import BackboneConfig, ExperimentConfig, QaLoraConfig, StudyConfig
 from peft_vit.data import smoke_config
 
 _EPOCHS = 2
 _STEPS_PER_EPOCH = 4
+_CALIBRATION_IMAGES = 16  # no smoke study has fewer to train on
 
 
 def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
@@ -40,4 +41,8 @@ def _compress(experiment: ExperimentConfig, batch_size: int) -> ExperimentConfig
     if experiment.qa_lora is not None and experiment.qa_lora.quantization_schedule != "constant":
         short = {"quantization_warmup_steps": 1, "quantization_end_step": 3}
         update["qa_lora"] = experiment.qa_lora.model_copy(update=short)
+    qa_lora = update.get("qa_lora", experiment.qa_lora)
+    if isinstance(qa_lora, QaLoraConfig) and qa_lora.adaptive_bits is not None:
+        few = {"calibration_images": min(qa_lora.adaptive_bits.calibration_images, _CALIBRATION_IMAGES)}
+        update["qa_lora"] = qa_lora.model_copy(update={"adaptive_bits": qa_lora.adaptive_bits.model_copy(update=few)})
     return experiment.model_copy(update=update)

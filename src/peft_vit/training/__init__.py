@@ -1,5 +1,6 @@
 """The loop, one optimiser step, and what methods hook into it."""
 
+from peft_vit.training.adaptive_bits import ChosenBits, allocate_bits, check_bits
 from peft_vit.training.allocation_hook import AllocationHook
 from peft_vit.training.loop import (
     Progress,
@@ -18,6 +19,7 @@ from peft_vit.training.quantized_layers import check_rank, format_of
 
 __all__ = [
     "AllocationHook",
+    "ChosenBits",
     "DivergedError",
     "PeftAdaLoraHook",
     "Progress",
@@ -25,7 +27,9 @@ __all__ = [
     "Setting",
     "StepHook",
     "TrainingResult",
+    "allocate_bits",
     "build_optimizer",
+    "check_bits",
     "check_rank",
     "class_weights",
     "end_step",

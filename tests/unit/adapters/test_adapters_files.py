@@ -1,21 +1,27 @@
 """An adapter file holds what was trained and gives it back, at the ranks it had; anything else is refused."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from peft_vit.adapters import (
+    adapted_modules,
     adapter_bytes,
     attach_adapters,
     current_ranks,
     freeze_backbone,
     load_trained,
+    saved_formats,
+    saved_ranks,
     set_ranks,
     trained_tensors,
 )
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 from peft_vit.evaluation import trainable_parameters
+from peft_vit.quantization import QuantizationFormat, quantize
 
 
 def adapted(model, rank=2, parametrization="product", targets=("query", "fc1")):
@@ -56,6 +62,59 @@ def test_a_file_of_another_configuration_is_refused_whole(tiny_vit, tmp_path) ->
         load_trained(adapted(tiny_vit(), parametrization="svd"), file)
     with pytest.raises(UserError, match=r"head\.weight: expected shape \(7, 64\), got \(5, 64\)"):
         load_trained(adapted(tiny_vit(num_classes=7)), file)
+
+
+FORMATS = {
+    "blocks.0.attn.qkv": QuantizationFormat("int2", 16, True, torch.float16),
+    "blocks.0.mlp.fc1": QuantizationFormat("int8", 16, False, torch.float32),
+    "blocks.1.attn.qkv": QuantizationFormat("nf4", None, False, torch.float16),
+}  # the last layer stays in float
+
+
+def quantized(model, formats=FORMATS):
+    model = adapted(model)
+    for name, module in adapted_modules(model):
+        if name in formats:
+            module.set_quantized(quantize(module.weight.detach(), formats[name]))
+            module.drop_float()
+    return model
+
+
+def test_a_file_says_how_each_weight_is_stored(tiny_vit, batch, fill_adapters, tmp_path) -> None:
+    model = quantized(tiny_vit())
+    fill_adapters(model)
+    file = tmp_path / "adapter.safetensors"
+    file.write_bytes(adapter_bytes(model, {}))
+    assert saved_formats(file) == FORMATS
+    assert saved_ranks(file) == current_ranks(model)
+    fresh = quantized(tiny_vit(), saved_formats(file))
+    load_trained(fresh, file)
+    with torch.no_grad():
+        assert torch.equal(fresh(batch[0]), model(batch[0]))
+    others = {**FORMATS, "blocks.0.mlp.fc1": QuantizationFormat("int4", 16, False, torch.float32)}
+    for other in (quantized(tiny_vit(), others), adapted(tiny_vit())):
+        with pytest.raises(UserError, match=r"was trained on blocks\.0\.\S+ as .*, the model has .*; quantize alike"):
+            load_trained(other, file)
+
+
+def test_older_files_without_formats_are_read_and_damaged_ones_refused(tiny_vit, tmp_path) -> None:
+    file = tmp_path / "adapter.safetensors"
+    model = quantized(tiny_vit())
+
+    def write(formats) -> None:
+        header = {"ranks": current_ranks(model), "form": {"scale": 2.0, "parametrization": "product", "pool": 1}}
+        header |= {} if formats is None else {"formats": formats}
+        file.write_bytes(adapter_bytes(model, {}))
+        save_file(load_file(file), file, metadata={"peft_vit": json.dumps(header)})
+
+    write(None)
+    assert saved_formats(file) == {}
+    load_trained(model, file)
+    good = {"type": "int4", "group_size": 16, "offset": True, "scale_dtype": "torch.float16"}
+    for bad in ({**good, "type": "int3"}, {**good, "scale_dtype": "torch.int8"}, {**good, "x": 1}, 7):
+        write({"blocks.0.attn.qkv": bad})
+        with pytest.raises(UserError, match="damaged peft_vit header"):
+            saved_formats(file)
 
 
 def test_what_is_no_adapter_file_is_refused(tiny_vit, tmp_path) -> None:

@@ -65,7 +65,7 @@ def test_fisher_equals_squared_gradients_one_image_at_a_time(tiny_vit, batch) ->
         fisher = [total + gradient**2 / 6 for total, gradient in zip(fisher, gradients, strict=True)]
     for name, weight, square in zip(layers(model), weights, fisher, strict=True):
         errors = [quantize(weight.float(), one).dequantize().double() - weight for one in FORMATS]
-        expected = [float((square * error**2).sum()) / 2 for error in errors]
+        expected = [(square * error**2).sum().item() / 2 for error in errors]
         assert found[name] == pytest.approx(expected, rel=1e-3)
         assert expected[0] > expected[1] > expected[2] > 0
 

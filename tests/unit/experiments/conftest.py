@@ -23,6 +23,14 @@ METHODS = {
             "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 2,
         }
     },
+    "adaptive_bits": {
+        "method": "qa_lora",
+        "qa_lora": {
+            "quantization_schedule": "constant", "gradient_scaling_factor": 1.0, "use_group_quantization": True,
+            "group_size": 16,
+            "adaptive_bits": {"total_byte_budget": 170000, "ranks": True, "calibration_images": 24},
+        },
+    },
     "qa_adalora": {
         "adalora": {
             "total_rank_budget": 40, "allocation_strategy": "proportional", "importance_metric": "sensitivity",

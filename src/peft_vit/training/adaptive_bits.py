@@ -1,0 +1,175 @@
+"""Bits of each layer, and on request the rank of each site, chosen before training under one budget of bytes.
+
+In anybody's own loop, on a plain model and a batch of training images::
+
+    chosen = allocate_bits(model, config, images, labels)
+    trainer = QALoRATrainer(model, config, total_steps=600, formats=chosen.formats, ranks=chosen.ranks)
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from peft_vit.adapters import site_adapters
+from peft_vit.allocation.bit_sensitivity import fit_head, layer_losses, rank_gains
+from peft_vit.allocation.bits import choose, stored_bytes
+from peft_vit.backbones import Site, find_sites, fused_sites
+from peft_vit.config import QaLoraConfig
+from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.quantization import QuantizationFormat
+from peft_vit.records import BitAllocation
+from peft_vit.training.quantized_layers import check_rank, format_of
+
+_VALUE_BYTES = 4  # adapters train and are saved in float32
+
+
+@dataclass(frozen=True)
+class ChosenBits:
+    """What `QALoRATrainer` takes, and what a record keeps of how it was chosen."""
+
+    formats: dict[str, QuantizationFormat]  # by module, blocks.3.attn.qkv
+    ranks: dict[str, int] | None  # by site, blocks.3.attn.query; None: the settings' rank
+    record: BitAllocation
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What may be chosen, and its bytes."""
+
+    formats: dict[str, list[QuantizationFormat]]  # by module
+    format_bytes: dict[str, list[int]]  # likewise
+    rank_bytes: dict[str, list[int]]  # by site, of ranks from 0 to the largest useful one
+    weights: int  # that are quantized
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        return [*self.format_bytes.values(), *self.rank_bytes.values()]
+
+
+def check_bits(config: QaLoraConfig, sites: Sequence[Site]) -> int:
+    """Return the budget of `adaptive_bits` in bytes, after checking it against the layers' shapes.
+
+    Args:
+        config: a `qa_lora` section with `adaptive_bits`.
+        sites: of the whole model.
+
+    Raises:
+        UserError: if no choice is within the budget, every choice is, or groups or ranks do not fit a site.
+    """
+    return _budget(config, _options(config, sites))
+
+
+def allocate_bits(
+    model: nn.Module, config: QaLoraConfig, images: Tensor, labels: Tensor, *, seed: int = 0
+) -> ChosenBits:
+    """Measure what each type would cost each layer, and choose under the budget; the model is left as it was.
+
+    Args:
+        model: a timm VisionTransformer without adapters.
+        config: a `qa_lora` section with `adaptive_bits`.
+        images: calibration batch (N, 3, S, S) of training images, normalised, on the model's device.
+        labels: (N,) int64.
+        seed: of what the measure draws.
+
+    Raises:
+        UserError: as `check_bits`; if the model carries adapters, or the images are all of one class.
+    """
+    assert config.adaptive_bits is not None
+    if site_adapters(model):
+        raise UserError("carries adapters already; choose bits before they are attached", field="model")
+    sites = find_sites(model)
+    options = _options(config, sites)
+    budget = _budget(config, options)
+    head, places = fit_head(model, images, labels)
+    losses = layer_losses(model, options.formats, images, head, by=config.adaptive_bits.sensitivity, seed=seed)
+    chosen_sites = [site for site in sites if site.name in options.rank_bytes]
+    gains = rank_gains(model, chosen_sites, images, places, head, pool=config.pool) if chosen_sites else {}
+    worths = [*losses.values(), *((-gains[name]).tolist() for name in options.rank_bytes)]
+    choice = choose(worths, options.sizes, budget)
+    types = dict(zip(options.formats, choice.options, strict=False))  # layers come first
+    formats = {name: options.formats[name][place] for name, place in types.items()}
+    ranks = dict(zip(options.rank_bytes, choice.options[len(formats) :], strict=True))
+    _warn_of_no_effect(formats, ranks)
+    rise = sum(losses[name][place] for name, place in types.items())
+    record = BitAllocation(
+        images=len(images), budget_bytes=budget, spent_bytes=choice.size,
+        types={name: format.type for name, format in formats.items()}, ranks=ranks or None,
+        losses={
+            name: {one.type: loss for one, loss in zip(options.formats[name], losses[name], strict=True)}
+            for name in formats
+        },
+        predicted_rise=rise, predicted_gain=rise - choice.loss, gap=choice.loss - choice.lower_bound,
+    )  # fmt: skip
+    return ChosenBits(formats, record.ranks, record)
+
+
+def _warn_of_no_effect(formats: dict[str, QuantizationFormat], ranks: dict[str, int]) -> None:
+    types = {format.type for format in formats.values()}
+    if len(types) == 1:
+        warnings.warn(
+            f"adaptive_bits chose {min(types)} for every layer: no exchange of bits between layers is predicted to be "
+            "worth it, and quantization_type gives the same weights",
+            SilentNoEffectWarning,
+            stacklevel=3,
+        )
+    if ranks and not any(ranks.values()):
+        warnings.warn(
+            "adaptive_bits.ranks gave every byte to bits and no site a rank, so only the head is trained; raise "
+            "total_byte_budget",
+            SilentNoEffectWarning,
+            stacklevel=3,
+        )
+
+
+def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
+    assert config.adaptive_bits is not None
+    wanted = [site for site in sites if site.matrix in config.targets]
+    for site in wanted:
+        check_rank(site.name, site.in_features, site.out_features, 0, config.pool)
+    candidates = [format_of(config, type) for type in config.adaptive_bits.types]
+    modules = {name: one for name, one in fused_sites(sites).items() if name in {site.module for site in wanted}}
+    return _Options(
+        formats=dict.fromkeys(modules, candidates),
+        format_bytes={
+            name: [stored_bytes(one.out_features, one.in_features, format) for format in candidates]
+            for name, one in modules.items()
+        },
+        rank_bytes={site.name: _rank_bytes(site, config.pool) for site in wanted} if config.adaptive_bits.ranks else {},
+        weights=sum(one.out_features * one.in_features for one in modules.values()),
+    )
+
+
+def _rank_bytes(site: Site, pool: int) -> list[int]:
+    columns = site.in_features // pool
+    return [_VALUE_BYTES * rank * (columns + site.out_features) for rank in range(min(columns, site.out_features) + 1)]
+
+
+def _budget(config: QaLoraConfig, options: _Options) -> int:
+    settings = config.adaptive_bits
+    assert settings is not None
+    least, most = (sum(pick(group) for group in options.sizes) for pick in (min, max))
+    if settings.average_bits is not None:
+        to_bits = 8 / options.weights
+        if not least * to_bits <= settings.average_bits < most * to_bits:
+            raise UserError(
+                f"expected at least {math.ceil(least * to_bits * 1000) / 1000:.3f} (every layer at the smallest type) "
+                f"and less than {most * to_bits:.3f} bits (at the largest), got {settings.average_bits}",
+                field="qa_lora.adaptive_bits.average_bits",
+            )
+        return math.floor(settings.average_bits / to_bits)
+    assert settings.total_byte_budget is not None
+    if options.rank_bytes:
+        least += min(group[1] for group in options.rank_bytes.values())
+    if not least <= settings.total_byte_budget < most:
+        smallest, largest = (", one rank", " and rank") if options.rank_bytes else ("", "")
+        raise UserError(
+            f"expected at least {least} (every layer at the smallest type{smallest}) and less than {most} bytes (at "
+            f"the largest{largest}), got {settings.total_byte_budget}",
+            field="qa_lora.adaptive_bits.total_byte_budget",
+        )
+    return settings.total_byte_budget

@@ -1,0 +1,173 @@
+"""Bits and ranks under one budget: the best of all choices, within the stored bytes; no choice, no budget."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from peft_vit import QaLoraConfig, QALoRATrainer, allocate_bits
+from peft_vit.adapters import adapted_modules, current_ranks, site_adapters
+from peft_vit.allocation.bit_sensitivity import fit_head, layer_losses, rank_gains
+from peft_vit.backbones import find_sites
+from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.training import check_bits
+
+pytestmark = [
+    pytest.mark.part("quantization"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
+]  # fmt: skip
+
+
+def config(targets=("query", "key", "value", "out", "fc1", "fc2"), **adaptive) -> QaLoraConfig:
+    return QaLoraConfig(
+        quantization_schedule="constant", gradient_scaling_factor=1.0, use_group_quantization=True, group_size=16,
+        rank=None if adaptive.get("ranks") else 2, targets=targets, adaptive_bits=adaptive,
+    )  # fmt: skip
+
+
+def uniform_bytes(model, type: str, targets) -> int:
+    bits = {"int2": 2, "int4": 4, "int8": 8}[type]
+    names = {site.module for site in find_sites(model, targets)}
+    return sum(model.get_submodule(name).weight.numel() * (bits + 32 // 16) // 8 for name in names)
+
+
+@pytest.mark.parametrize(("by", "share"), [("fisher", 1.0), ("fisher", 0.8), ("loss", 0.85), ("loss", 1.4)])
+def test_types_are_the_best_of_all_within_the_bytes(tiny_vit, batch, by, share) -> None:
+    model, targets = tiny_vit(), ("out", "fc2")
+    budget = int(share * uniform_bytes(model, "int4", targets))
+    settings = config(targets, total_byte_budget=budget, sensitivity=by)
+    chosen = allocate_bits(model, settings, *batch, seed=5)
+    record = chosen.record
+    modules = list(record.losses)
+    assert modules == [f"blocks.{block}.{name}" for block in (0, 1) for name in ("attn.proj", "mlp.fc2")]
+    head, _ = fit_head(model, *batch)
+    expected = layer_losses(
+        model, {name: list(chosen.formats.values()) for name in modules}, batch[0], head, by=by, seed=5
+    )
+    for place, (name, format) in enumerate(chosen.formats.items()):
+        assert record.losses[name][format.type] == expected[name][place]
+    bits = {"int2": 2, "int4": 4, "int8": 8}
+    totals = {}
+    for types in itertools.product(bits, repeat=4):
+        weights = [model.get_submodule(name).weight.numel() for name in modules]
+        size = sum(count * (bits[type] + 2) // 8 for count, type in zip(weights, types, strict=True))
+        if size <= budget:
+            totals[types] = sum(record.losses[name][type] for name, type in zip(modules, types, strict=True))
+    assert record.predicted_rise == pytest.approx(min(totals.values()), rel=1e-9)
+    assert totals[tuple(record.types.values())] == pytest.approx(record.predicted_rise)
+    assert (len(set(record.types.values())) > 1) == (share != 1)
+    if share >= 1:
+        assert record.predicted_rise <= sum(record.losses[name]["int4"] for name in modules)
+    assert record.gap == pytest.approx(0, abs=1e-9)
+    assert chosen.ranks is record.ranks is None
+    trainer = QALoRATrainer(model, settings, 4, formats=chosen.formats)
+    stored = {name: module.quantized for name, module in adapted_modules(model)}
+    assert {name: one.format.type for name, one in stored.items()} == record.types
+    assert sum(one.nbytes for one in stored.values()) == record.spent_bytes <= budget
+    assert trainer.bits_history[0]["bits_per_weight"] == {name: bits[type] + 2 for name, type in record.types.items()}
+
+
+def test_average_bits_are_those_of_the_stored_bytes(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    chosen = allocate_bits(model, config(average_bits=5.3), *batch)
+    QALoRATrainer(model, config(average_bits=5.3), 4, formats=chosen.formats)
+    layers = [module for _, module in adapted_modules(model)]
+    weights = sum(module.in_features * module.out_features for module in layers)
+    average = 8 * sum(module.quantized.nbytes for module in layers) / weights
+    assert len(set(chosen.record.types.values())) > 1
+    assert 5.0 < average <= 5.3
+
+
+def test_bits_and_ranks_are_the_best_of_all_within_the_bytes(tiny_vit, batch) -> None:
+    model, targets = tiny_vit(depth=1), ("query", "out", "fc2")
+    budget = 18_000
+    settings = config(targets, total_byte_budget=budget, ranks=True)
+    chosen = allocate_bits(model, settings, *batch)
+    record = chosen.record
+    head, places = fit_head(model, *batch)
+    gains = rank_gains(model, find_sites(model, targets), batch[0], places, head, pool=16)
+    ceilings = {name: len(gain) - 1 for name, gain in gains.items()}
+    assert list(ceilings.values()) == [4, 4, 8]  # 64, 64 and 128 inputs in groups of 16
+    bits = {"int2": 2, "int4": 4, "int8": 8}
+    weights = {"blocks.0.attn.qkv": 3 * 64 * 64, "blocks.0.attn.proj": 64 * 64, "blocks.0.mlp.fc2": 64 * 128}
+    best = float("inf")
+    for types in itertools.product(bits, repeat=3):
+        packed = sum(count * (bits[type] + 2) // 8 for count, type in zip(weights.values(), types, strict=True))
+        rise = sum(record.losses[name][type] for name, type in zip(weights, types, strict=True))
+        for ranks in itertools.product(*(range(top + 1) for top in ceilings.values())):
+            adapters = sum(4 * rank * (top + 64) for rank, top in zip(ranks, ceilings.values(), strict=True))
+            if packed + adapters <= budget:
+                gain = sum(gains[name][rank] for name, rank in zip(gains, ranks, strict=True))
+                best = min(best, rise - gain)
+    assert record.predicted_rise - record.predicted_gain == pytest.approx(best, rel=1e-9)
+    assert any(chosen.ranks.values())
+    QALoRATrainer(model, settings, 4, formats=chosen.formats, ranks=chosen.ranks)
+    assert current_ranks(model) == chosen.ranks
+    adapters = sum(p.nbytes for one in site_adapters(model).values() for p in one.parameters())
+    packed = sum(module.quantized.nbytes for _, module in adapted_modules(model))
+    assert packed + adapters == record.spent_bytes <= budget
+
+
+def test_equal_input_gives_equal_choices_and_it_trains(tiny_vit, batch) -> None:
+    settings = config(total_byte_budget=60_000, ranks=True)
+    model = tiny_vit()
+    chosen = allocate_bits(model, settings, *batch)
+    assert allocate_bits(tiny_vit(), settings, *batch).record == chosen.record
+    trainer = QALoRATrainer(model, settings, 8, formats=chosen.formats, ranks=chosen.ranks)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    steps = range(1, 9)
+    losses = [
+        trainer.training_step(model, optimizer, F.cross_entropy(model(batch[0]), batch[1]), step)["loss"]
+        for step in steps
+    ]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_bits_may_take_every_byte(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    with torch.no_grad():
+        model.patch_embed.proj.weight.mul_(0)  # all images alike, so no adapter could tell them apart
+    least = uniform_bytes(model, "int2", ("out",))
+    with pytest.warns(SilentNoEffectWarning, match="gave every byte to bits and no site a rank"):
+        allocate_bits(model, config(("out",), total_byte_budget=least + 4096, ranks=True), *batch)
+
+
+def test_the_same_type_everywhere_is_said(tiny_vit, batch) -> None:
+    budget = uniform_bytes(tiny_vit(depth=1), "int4", ("out", "fc2"))  # fc2 is twice as large, so there is no exchange
+    with pytest.warns(SilentNoEffectWarning, match="adaptive_bits chose int4 for every layer"):
+        chosen = allocate_bits(tiny_vit(depth=1), config(("out", "fc2"), total_byte_budget=budget), *batch)
+    assert chosen.record.predicted_rise == sum(losses["int4"] for losses in chosen.record.losses.values())
+
+
+@pytest.mark.part("configuration")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"total_byte_budget": 32767},
+            r"total_byte_budget: expected at least 32768 .*smallest type\) and less than 81920",
+        ),
+        ({"total_byte_budget": 81920}, r"total_byte_budget: expected at least 32768 .* got 81920"),
+        ({"average_bits": 3.9}, r"average_bits: expected at least 4\.000 .* less than 10\.000 bits .* got 3\.9"),
+        ({"average_bits": 10.0}, r"average_bits: expected .* got 10\.0"),
+        ({"total_byte_budget": 33_000, "ranks": True}, r"expected at least 33040 .*smallest type, one rank\)"),
+    ],
+)
+def test_budgets_that_leave_nothing_to_choose_are_refused(tiny_vit, batch, settings, message) -> None:
+    model = tiny_vit()
+    for refuse in (
+        lambda: check_bits(config(**settings), find_sites(model)),
+        lambda: allocate_bits(model, config(**settings), *batch),
+    ):
+        with pytest.raises(UserError, match=message):
+            refuse()
+
+
+def test_a_model_with_adapters_and_a_trainer_without_formats_are_refused(tiny_vit, batch) -> None:
+    settings = config(average_bits=6.0)
+    with pytest.raises(UserError, match="adaptive_bits chooses the types before training"):
+        QALoRATrainer(tiny_vit(), settings, 4)
+    model = tiny_vit()
+    QALoRATrainer(model, settings, 4, formats=allocate_bits(model, settings, *batch).formats)
+    with pytest.raises(UserError, match="carries adapters already; choose bits before"):
+        allocate_bits(model, settings, *batch)
