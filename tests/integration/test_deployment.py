@@ -33,6 +33,22 @@ EXPERIMENTS = {
     "theirs": {"method": "peft_lora", "peft_lora": {"rank": 2, "scale": 1.7}},
     "int4": {"method": "qa_lora", "qa_lora": _QA_LORA},
     "nf4": {"method": "qa_lora", "qa_lora": {**_QA_LORA, "quantization_type": "nf4", "group_size": 16}},
+    "adaptive": {
+        "method": "qa_adalora",
+        "qa_lora": {key: value for key, value in _QA_LORA.items() if key != "rank"},
+        "adalora": {
+            "importance_metric": "sensitivity", "update_frequency": 1, "warmup_steps": 2, "final_steps": 2,
+            "allocation_strategy": "global", "total_rank_budget": 40,
+        },
+    },
+    "mixed": {
+        "method": "qa_lora",
+        "qa_lora": {
+            **{key: value for key, value in _QA_LORA.items() if not key.startswith("quantization_")},
+            "quantization_schedule": "constant",
+            "adaptive_bits": {"average_bits": 6.0, "calibration_images": 8},
+        },
+    },
     "by_row": {
         "method": "qa_lora",
         "qa_lora": {key: value for key, value in _QA_LORA.items() if key != "group_size"}
