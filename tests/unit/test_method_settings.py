@@ -68,6 +68,31 @@ def test_what_cannot_work_is_refused(tmp_path, section, field, said) -> None:
     assert said in caught.value.message
 
 
+QA_LORA = "qa_lora: {{quantization_schedule: constant, gradient_scaling_factor: 1.0, use_group_quantization: true, {}}}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "said"),
+    [
+        ("adaptive_bits: {}", ".adaptive_bits", "give exactly one of average_bits and total_byte_budget"),
+        ("adaptive_bits: {average_bits: 4.0, total_byte_budget: 9}", ".adaptive_bits", "give exactly one of"),
+        ("adaptive_bits: {average_bits: 4.0, ranks: true}", ".adaptive_bits", "ranks: true needs total_byte_budget"),
+        ("adaptive_bits: {average_bits: 4.0, types: [int4]}", ".adaptive_bits.types", "at least 2"),
+        ("adaptive_bits: {average_bits: 4.0, types: [int4, int4]}", ".adaptive_bits", "types names one twice"),
+        ("adaptive_bits: {average_bits: 4.0, types: [int4, nf4]}", ".adaptive_bits", "types are all of the same bits"),
+        ("adaptive_bits: {average_bits: 4.0}, quantization_bits: 4", "", "quantization_bits has no effect with"),
+        ("adaptive_bits: {average_bits: 4.0}, quantization_type: nf4", "", "quantization_type has no effect with"),
+        ("adaptive_bits: {total_byte_budget: 9, ranks: true}, rank: 8", "", "rank has no effect with adaptive_bits"),
+        ("rank: 8", "", "give quantization_bits and quantization_type, or adaptive_bits"),
+    ],
+)
+def test_adaptive_bits_are_said_once_and_leave_something_to_choose(tmp_path, settings, field, said) -> None:
+    with pytest.raises(UserError, match=r"study\.yaml:\d+: ") as caught:
+        load(tmp_path, QA_LORA.format(settings))
+    assert caught.value.field == f"experiments[0].qa_lora{field}"
+    assert said in caught.value.message
+
+
 def test_a_section_of_another_method(tmp_path) -> None:
     with pytest.raises(UserError, match=r"section 'peft_lora:' has no effect with method: lora"):
         load(tmp_path, "lora: {rank: 2}\n    peft_lora: {rank: 2}")
