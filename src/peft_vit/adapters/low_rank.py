@@ -69,7 +69,7 @@ class SiteAdapter(nn.Module):
         self.lambda_gain = lambda_gain
         self.pool = pool
         self.generator = generator
-        self.reference_rank: float | None = None  # whose first steps a larger rank starts with, see `start_bound`
+        self.reference_rank: float | None = None  # whose steps triplets of any rank make together, see `start_size`
         self.probe: Probe | None = None  # for one step, see `allocation.probes`
         lora_A, lora_B, lora_lambda = self.fresh_triplets(rank)
         self.lora_A = nn.Parameter(lora_A)
@@ -89,8 +89,8 @@ class SiteAdapter(nn.Module):
     def fresh_triplets(self, count: int, beside: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return A (count, in / pool), B (out, count), lambda (count,) | None of triplets that change nothing yet.
 
-        product: A uniform within `start_bound`, B zero. The bound stays that of the unpooled width, since a sum over
-        g inputs grows by sqrt(g) just as the number of columns shrinks by g.
+        product: A uniform with bound `start_size` / sqrt(in), B zero; at size 1 as PEFT starts its LoRA. The width is
+        the unpooled one, since a sum over g inputs grows by sqrt(g) just as the number of columns shrinks by g.
 
         Args:
             count: of triplets to make.
@@ -103,7 +103,7 @@ class SiteAdapter(nn.Module):
             if self.factor_start == "orthonormal":
                 return torch.linalg.qr(lora_A.T).Q.T, torch.linalg.qr(lora_B).Q, torch.zeros(count)
             return lora_A * _SVD_INIT_STD, lora_B * _SVD_INIT_STD, torch.zeros(count)
-        bound = start_bound(self.in_features, count + beside, self.reference_rank)
+        bound = start_size(self, count + beside) / math.sqrt(self.in_features)
         lora_A = (torch.rand(count, columns, generator=self.generator) * 2 - 1) * bound
         return lora_A, torch.zeros(self.out_features, count), None
 
@@ -132,13 +132,14 @@ class SiteAdapter(nn.Module):
         return f"rank={self.rank}, scale={self.scale}, {self.parametrization}, pool={self.pool}"
 
 
-def start_bound(in_features: int, rank: int, reference_rank: float | None) -> float:
-    """Return the bound of the uniform start of A, for triplets of a site that then has `rank` of them.
+def start_size(adapter: SiteAdapter, rank: int) -> float:
+    """Return how large A of the product form is at a rank, over LoRA's own start: reference_rank / rank.
 
-    LoRA's is 1 / sqrt(in) (PEFT's, Kaiming uniform with a = sqrt(5)). Adam moves every element of B by about the
-    learning rate, whatever the gradient G, so the first step of r triplets goes r times as far along G as that of one,
-    <G, dW> = scale * rate * sum_i |G a_i|_1, and a rate that fits rank 8 is too high for rank 12 or 40. Above a
-    reference rank the bound falls as reference_rank / rank: the first steps are those of LoRA at the reference rank.
+    Adam moves every element of B by about the learning rate, whatever the gradient G, so a step of r triplets goes r
+    times as far along G as that of one: <G, d(BA)> = rate * sum_i |G a_i|_1. LoRA (arXiv 2106.09685, sec. 4.1) divides
+    its alpha by r for this; here the scale stays, and A carries the factor. A rate that suits LoRA at the reference
+    rank then suits a site of rank 2 or 40. Without a reference rank it is 1.
     """
-    shrink = 1.0 if reference_rank is None or rank <= reference_rank else reference_rank / rank
-    return shrink / math.sqrt(in_features)
+    if adapter.reference_rank is None or adapter.parametrization == "svd":
+        return 1.0
+    return adapter.reference_rank / max(rank, 1)

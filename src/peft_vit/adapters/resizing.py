@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from peft_vit.adapters.bias_correction import TRIPLETS, triplets_after
 from peft_vit.adapters.injection import Adapter, site_adapters
+from peft_vit.adapters.low_rank import SiteAdapter, start_size
 from peft_vit.adapters.peft_sites import PeftSite
 from peft_vit.adapters.resizable import check_resizable, unwrapped
 from peft_vit.errors import UserError
+
+_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # of the gradient in a moment
 
 
 def resize_adapters(
@@ -23,8 +26,9 @@ def resize_adapters(
     """Give each named site its new rank.
 
     A site that shrinks loses exactly its triplets with the lowest scores (of equal ones the later); the others keep
-    their order. A site that grows gets triplets that leave the function as it was, with moments of zero; their age
-    is kept too, see `correct_young_triplets`.
+    their order and their updates. Under a reference rank A of those that stay changes its size with the rank, and B
+    the other way, see `low_rank.start_size`. A site that grows gets triplets that leave the function as it was, with
+    moments of zero; their age is kept too, see `correct_young_triplets`.
 
     Args:
         model: carries the adapters.
@@ -79,20 +83,27 @@ def _strongest(scores: Tensor, count: int) -> Tensor:
 def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, grow: int) -> None:
     keep = keep.to(adapter.lora_A.device)
     fresh = adapter.fresh_triplets(grow, beside=len(keep))
+    larger = 1.0  # A by this factor and B by its inverse: the update stays, and its steps fit the new rank
+    if isinstance(adapter, SiteAdapter):
+        larger = start_size(adapter, len(keep) + grow) / start_size(adapter, adapter.rank)
+    factors = {"lora_A": larger, "lora_B": 1 / larger, "lora_lambda": 1.0}
     for name, dim, new in zip(("lora_A", "lora_B", "lora_lambda"), (0, 1, 0), fresh, strict=True):
         old = getattr(adapter, name)
         if old is None or new is None:
             continue
         added = new.to(old)
-        values = torch.cat([old.detach().index_select(dim, keep), added], dim).contiguous()
+        kept = old.detach().index_select(dim, keep) * factors[name]
+        values = torch.cat([kept, added], dim).contiguous()
         parameter = nn.Parameter(values, requires_grad=old.requires_grad)
         setattr(adapter, name, parameter)
-        _carry_state(optimizer, old, parameter, keep, dim, torch.zeros_like(added))
+        _carry_state(optimizer, old, parameter, keep, dim, torch.zeros_like(added), factors[name])
 
 
 def _carry_state(
-    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, keep: Tensor, dim: int, zeros: Tensor
-) -> None:
+    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, keep: Tensor, dim: int, zeros: Tensor,
+    factor: float,
+) -> None:  # fmt: skip
+    """Let moments follow their triplets; of a value that is `factor` times as large they are those of 1 / factor."""
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             if parameter is old:
@@ -101,7 +112,7 @@ def _carry_state(
     if state is None or not len(keep):  # nothing old is left: the optimiser starts anew, its step count too
         return
     optimizer.state[new] = {
-        key: torch.cat([value.index_select(dim, keep), zeros.to(value)], dim).contiguous()
+        key: torch.cat([value.index_select(dim, keep) / factor ** _POWERS[key], zeros.to(value)], dim).contiguous()
         if isinstance(value, Tensor) and value.shape == old.shape
         else value
         for key, value in state.items()

@@ -112,10 +112,10 @@ class AdaLoRAController:
     def _start(self, model: nn.Module) -> None:
         """Give sites that have no rank yet equal ranks within the initial budget."""
         adapters = site_adapters(model)
-        for adapter in adapters.values():
-            if isinstance(adapter, SiteAdapter):  # equal ranks in the end; PEFT's layers start as PEFT starts them
-                adapter.reference_rank = self.config.budget.total / float(self.costs.sum())
         if not any(adapter.rank for adapter in adapters.values()):
+            for adapter in adapters.values():
+                if isinstance(adapter, SiteAdapter):
+                    adapter.reference_rank = self.config.budget.total / float(self.costs.sum())  # if all ended equal
             # What is spent on a site is in proportion to its score: scores like costs give equal ranks.
             scores = self.costs.astype(np.float64)
             even = allocate("proportional", scores, self.schedule.initial, self.bounds, costs=self.costs)

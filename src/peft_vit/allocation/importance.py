@@ -5,7 +5,8 @@ gradients g = dL/dw, the score after each backward pass is
 
     magnitude      scale gain |lambda_i| ||P_i|| ||Q_i||, or scale ||b_i|| ||a_i||: the Frobenius norm of the triplet's
                    update; sites that PEFT made may have scales of their own
-    gradient_norm  smoothed ||g||_2 over the triplet's parameters
+    gradient_norm  smoothed ||g||_2 over the triplet's parameters; here and under fisher A counts at LoRA's own size and
+                   B at the inverse, whatever the rank has made of them (`low_rank.start_size`)
     fisher         smoothed ||g||_2^2: trace of the diagonal minibatch empirical Fisher, of the mean gradient of a
                    batch (Kunstner et al. 2019, arXiv 1905.12558, on why it is not the Fisher; `per_sample_fisher`
                    measures how far its ranking is from the empirical Fisher's)
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from peft_vit.adapters import Adapter, SiteAdapter
+from peft_vit.adapters.low_rank import start_size
 from peft_vit.config import Metric
 from peft_vit.errors import UserError
 
@@ -41,6 +43,7 @@ class _Part(NamedTuple):
     weight: Tensor  # A (r, in), B (out, r), lambda (r,)
     gradient: Tensor | None
     dim: int | None  # over a triplet's values; None: it has one
+    size: float = 1.0  # of the parameter over LoRA's own, as the site's rank sets it
 
     @property
     def values(self) -> int:
@@ -196,8 +199,9 @@ def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
         lora_A, lora_B, lora_lambda = adapter.lora_A, adapter.lora_B, adapter.lora_lambda
         if lora_A.shape[0] == 0:
             continue
-        parts.append(_Part(site, "lora_A", lora_A.float(), lora_A.grad, 1))
-        parts.append(_Part(site, "lora_B", lora_B.float(), lora_B.grad, 0))
+        size = start_size(adapter, adapter.rank) if isinstance(adapter, SiteAdapter) else 1.0
+        parts.append(_Part(site, "lora_A", lora_A.float(), lora_A.grad, 1, size))
+        parts.append(_Part(site, "lora_B", lora_B.float(), lora_B.grad, 0, 1 / size))
         if lora_lambda is not None:
             parts.append(_Part(site, "lora_lambda", lora_lambda.float(), lora_lambda.grad, None))
     return parts
@@ -222,7 +226,10 @@ def _gradients(parts: Sequence[_Part]) -> list[Tensor]:
 
 
 def _squares(parts: Sequence[_Part], gradients: list[Tensor]) -> dict[str, Tensor]:
-    return _by_site(parts, _sums(parts, torch._foreach_mul(gradients, gradients)), torch.add)
+    """Return squared norms at LoRA's own size of A: a site's rank must not decide what its triplets score."""
+    sums = _sums(parts, torch._foreach_mul(gradients, gradients))
+    torch._foreach_mul_(sums, [part.size**2 for part in parts])
+    return _by_site(parts, sums, torch.add)
 
 
 def _sums(parts: Sequence[_Part], values: Sequence[Tensor]) -> list[Tensor]:

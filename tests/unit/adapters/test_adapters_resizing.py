@@ -51,6 +51,36 @@ def scores_of(model) -> dict[str, torch.Tensor]:
     return {name: torch.rand(rank, generator=generator) for name, rank in current_ranks(model).items()}
 
 
+@pytest.mark.parametrize("change", [-3, 4])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_under_a_reference_rank_updates_stay_and_the_next_step_is_that_of_the_new_size(
+    tiny_vit, batch, kind, change
+) -> None:
+    model = tiny_vit()
+    optimizer = trained(model, batch, kind)  # rank 4
+    for adapter in site_adapters(model).values():
+        adapter.reference_rank = 4.0
+    optimize(model, optimizer, batch)
+    old = {
+        (site, name): (p.detach().clone(), moments(optimizer, p))
+        for site, adapter in site_adapters(model).items()
+        for name, p in adapter.named_parameters()
+    }
+    kept = resize_adapters(model, optimizer, new_ranks(model, change), scores_of(model))
+    larger = 4 / (4 + change)
+    for site, adapter in site_adapters(model).items():
+        count = len(kept[site])
+        left, right = (old[site, name][0].index_select(DIMS[name], kept[site]) for name in ("lora_B", "lora_A"))
+        torch.testing.assert_close(adapter.lora_A[:count].detach(), larger * right)
+        torch.testing.assert_close(adapter.lora_B[:, :count].detach(), left / larger)
+        torch.testing.assert_close(adapter.delta().detach(), 2.0 * left @ right, rtol=1e-5, atol=1e-7)
+        for name, factor in (("lora_A", larger), ("lora_B", 1 / larger)):  # the gradient of c w is 1 / c that of w
+            for key, moment in moments(optimizer, getattr(adapter, name)).items():
+                before = old[site, name][1][key].index_select(DIMS[name], kept[site])
+                after = moment.narrow(DIMS[name], 0, count)
+                torch.testing.assert_close(after, before / factor ** (2 if "sq" in key else 1))
+
+
 @pytest.mark.parametrize("parametrization", ["product", "svd"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_shrinking_keeps_the_strongest_triplets_with_their_moments(tiny_vit, batch, kind, parametrization) -> None:

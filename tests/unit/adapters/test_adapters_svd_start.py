@@ -33,27 +33,39 @@ def test_the_published_start_moves_about_75_times_less_than_lora() -> None:
     assert 0.8 < product / first_step(adapter("svd", lambda_gain=75.0)) < 1.25
 
 
-def along_the_gradient(rank: int, reference_rank: float | None) -> float:
-    """Return <G, dW> after one step of Adam from a start at a rank."""
+def along_the_gradient(site: SiteAdapter) -> float:
+    """Return <G, d(dW)> of a step of Adam from where the site is."""
+    gradient = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
+    before = site.delta().detach()
+    site.zero_grad()
+    optimizer = torch.optim.Adam(site.parameters(), lr=1e-4)
+    (site.delta() * gradient).sum().backward()
+    optimizer.step()
+    return float(((before - site.delta().detach()) * gradient).sum())
+
+
+def started_at(rank: int, reference_rank: float | None) -> SiteAdapter:
     site = SiteAdapter(WIDTH, WIDTH, 0, scale=2.0, generator=torch.Generator().manual_seed(0))
     site.reference_rank = reference_rank
     site.lora_A, site.lora_B = (nn.Parameter(factor) for factor in site.fresh_triplets(rank)[:2])
-    gradient = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.Adam(site.parameters(), lr=1e-3)
-    (site.delta() * gradient).sum().backward()
-    optimizer.step()
-    return float(-(site.delta().detach() * gradient).sum())
+    return site
 
 
-def test_a_larger_rank_starts_with_the_steps_of_the_reference_rank() -> None:
-    reference = along_the_gradient(8, None)
-    assert 3.8 < along_the_gradient(32, None) / reference < 4.2  # a step of four times the rank goes four times as far
-    assert 0.95 < along_the_gradient(32, 8) / reference < 1.05
-    assert along_the_gradient(8, 8) == along_the_gradient(8, 32) == reference  # smaller ranks start as LoRA does
-    site = SiteAdapter(WIDTH, WIDTH, 4, scale=2.0, generator=torch.Generator().manual_seed(0))
+def test_a_step_goes_as_far_at_any_rank_as_at_the_reference_rank() -> None:
+    reference = along_the_gradient(started_at(8, None))
+    assert 3.8 < along_the_gradient(started_at(32, None)) / reference < 4.2  # four times the rank, four times as far
+    for rank in (1, 2, 8, 32):
+        assert 0.9 < along_the_gradient(started_at(rank, 8)) / reference < 1.1
+    assert along_the_gradient(started_at(8, 8)) == reference  # there it starts as LoRA does
+
+
+def test_the_form_published_for_svd_knows_no_reference_rank() -> None:
+    site = SiteAdapter(WIDTH, WIDTH, 0, scale=2.0, generator=torch.Generator().manual_seed(0), parametrization="svd")
+    plain = site.fresh_triplets(16)
+    site.generator.manual_seed(0)
     site.reference_rank = 8.0
-    grown = site.fresh_triplets(12, beside=4)[0]
-    assert grown.abs().max() <= 0.5 / WIDTH**0.5  # 16 triplets in all: half the bound
+    for one, other in zip(plain, site.fresh_triplets(16), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_an_orthonormal_start_has_no_penalty_and_moves_further() -> None:
