@@ -26,9 +26,10 @@ smoke: setup ## run the quickstart's whole path with random weights and syntheti
 test: setup ## run the tests, one thread in each of two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-bench: setup ## time steps, memory and scoring beside PEFT; ten minutes on two idle cores
+bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour on two idle cores
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/qa_lora.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/importance_cost.py
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import bitsandbytes
 import peft
 import timm
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 from peft_vit.adapters import attach_adapters, current_ranks
 from peft_vit.allocation import AdaLoRAController
 from peft_vit.backbones import choose_attention, find_sites
-from peft_vit.config import AdaLoraConfig, TrainingConfig
-from peft_vit.training import AllocationHook, StepHook, optimization_step
+from peft_vit.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
+from peft_vit.training import AllocationHook, QALoRATrainer, StepHook, optimization_step
 from peft_vit.training.loop import build_optimizer
 
 MODEL, BATCH, RANK, START_RANK, SCALE = "vit_small_patch14_dinov2", 32, 8, 12, 2.0
@@ -121,6 +123,42 @@ def peft_lora(image_size: int, *, bf16: bool) -> Side:
         r=RANK, lora_alpha=int(SCALE * RANK), target_modules=PEFT_TARGETS, modules_to_save=["head"]
     )
     return Side(peft.get_peft_model(vit(image_size), config), bf16=bf16, image_size=image_size)
+
+
+def peft_qlora(image_size: int, *, bf16: bool) -> Side:
+    """Return PEFT's LoRA over bitsandbytes' NF4 layers as they come: groups of 64, scales quantized again."""
+    model = vit(image_size)
+    for name, module in list(model.named_modules()):
+        if re.fullmatch(PEFT_TARGETS, name):
+            packed = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, quant_type="nf4")
+            packed.load_state_dict(module.state_dict())
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, packed.to("cpu"))  # moving quantizes
+    model.is_loaded_in_4bit = True
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=int(SCALE * RANK), target_modules=PEFT_TARGETS, modules_to_save=["head"]
+    )
+    adapted = peft.get_peft_model(model, config)
+    assert all(module.weight.dtype == torch.uint8 for module in bnb_layers(adapted))
+    return Side(adapted, bf16=bf16, image_size=image_size)
+
+
+def bnb_layers(model: nn.Module) -> list[bitsandbytes.nn.Linear4bit]:
+    """Return the packed layers of bitsandbytes."""
+    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+
+
+def qa_lora(image_size: int, *, bf16: bool, type: str, group_size: int | None = 32, offset: bool | None = None) -> Side:
+    """Return our adapters over packed weights; a group size of None is one scale a row and plain adapters."""
+    model = vit(image_size)
+    choose_attention(model, torch.device("cpu"), "bf16" if bf16 else "fp32")
+    config = QaLoraConfig(
+        quantization_bits=4, quantization_type=type, quantization_schedule="constant", gradient_scaling_factor=1.0,
+        use_group_quantization=group_size is not None, **({} if group_size is None else {"group_size": group_size}),
+        quantization_offset=offset, rank=min(RANK, 384 // (group_size or 1)), scale=SCALE,
+    )  # fmt: skip
+    trainer = QALoRATrainer(model, config, total_steps=10_000)
+    return Side(model, bf16=bf16, image_size=image_size, hooks=[trainer], own_loop=True)
 
 
 def peft_adalora(image_size: int, *, bf16: bool, total_steps: int) -> Side:

@@ -87,7 +87,9 @@ def _layers_to_merge(model: nn.Module) -> list[tuple[str, AdaptedLinear, Quantiz
             )
         layers.append((name, module, module.quantized))
     if not layers:
-        raise UserError("the model carries no adapters of this package on quantized weights; nothing to merge", field="model")
+        raise UserError(
+            "the model carries no adapters of this package on quantized weights; nothing to merge", field="model"
+        )
     return layers
 
 

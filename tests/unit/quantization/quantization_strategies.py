@@ -19,7 +19,7 @@ MAGNITUDE = {torch.float32: 2.0**125, torch.float16: 65504.0}
 def formats(draw: st.DrawFn, types: tuple[str, ...] = TYPES, offset: bool | None = None) -> QuantizationFormat:
     return QuantizationFormat(
         type=draw(st.sampled_from(types)),
-        group_size=draw(st.sampled_from([None, 1, 2, 3, 5, 16, 32])),
+        group_size=draw(st.sampled_from([None, 1, 2, 3, 5, 16, 32, 64, 128])),
         offset=draw(st.booleans()) if offset is None else offset,
         scale_dtype=draw(st.sampled_from([torch.float32, torch.float16])),
     )
