@@ -66,8 +66,8 @@ def pilot(runs: pd.DataFrame) -> str:
     return f"{markdown(rows, 1)}\n\n{origin(runs)}"
 
 
-def first_choice(runs: pd.DataFrame) -> str:
-    """Return test accuracy of an allocation that was given up."""
+def given_up(runs: pd.DataFrame) -> str:
+    """Return test accuracy of choices that were given up."""
     rows: list[tuple[str, ...]] = [("experiment", "runs (failed)", "test accuracy, mean (sd), %", "each seed")]
     for name in sorted(runs.experiment.unique()):
         values = of(runs, name)
@@ -225,7 +225,7 @@ BENCHMARK_TABLES: dict[str, Callable[[], str]] = {"step_time": step_time, "memor
 TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
     "allocation_pilot": pilot,
     "learning_rate_pilot": pilot,
-    "learning_rates_first_choice": first_choice,
+    "learning_rates_given_up": given_up,
     "learning_rates": learning_rates,
     "allocation_ablation": ablation,
 }
