@@ -32,6 +32,7 @@ bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour
 	$(BIN)/python benchmarks/qa_lora.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/importance_cost.py
+	$(BIN)/python benchmarks/deployment.py
 
 check: setup ## lint, formatting, types, import rules; changes nothing
 	$(BIN)/ruff check
