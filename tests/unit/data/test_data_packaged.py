@@ -139,6 +139,7 @@ def test_idx_reader_and_synthetic_writer_agree_with_torchvision(tmp_path):
         (gzip.compress(b"\0\0\x08\x03" + struct.pack(">III", 2, 28, 28) + bytes(2 * 784))[:-20], "is not a readable"),
         (gzip.compress(b"\0\0\x08\x03" + struct.pack(">III", 1, 28, 28) + bytes(784)), "2 labels for 1 images"),
     ],
+    ids=["no gzip", "too short", "no bytes", "cut off", "fewer images than labels"],
 )
 def test_fashion_mnist_bad_file(fashion, config, content, message):
     (fashion / "train-images-idx3-ubyte.gz").write_bytes(content)
