@@ -1,9 +1,9 @@
 """Inputs times an adapted weight, y = x (W + dW)^T + bias, with W frozen; and the gradients.
 
 W + dW is formed once for the forward pass, so that the large product stays one product. A packed W is unpacked there
-and once more for the backward pass, and nothing of W's size is kept in between: that takes about one percent of a
-step, and keeping it would take four bytes a weight (docs/methods.md has the numbers). Where only a float W stands,
-the sum is kept.
+and once more for the backward pass, and nothing of W's size is kept in between: that takes a few percent of a step, and
+keeping it would take four bytes a weight (docs/methods.md has the numbers). Where a float W alone stands, the sum is
+kept.
 """
 
 from __future__ import annotations

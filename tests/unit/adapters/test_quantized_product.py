@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_vit.adapters import AdaptedLinear, SiteAdapter
+from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters
 from peft_vit.adapters.frozen_weight import FrozenWeight
+from peft_vit.backbones import find_sites
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize
 
 pytestmark = pytest.mark.part("quantization")
@@ -188,6 +189,27 @@ def test_no_float_weight_is_kept_between_forward_and_backward_or_after(unpacked,
     assert len(unpacked.weights) == 6  # once more each, for the gradient of the input
     assert unpacked.alive() == 0
     assert live_floats_of((3 * HEAD, IN)) == before
+
+
+@pytest.mark.parametrize("pool", [1, 16])
+def test_after_a_step_of_a_whole_model_no_float_copy_of_a_quantized_layer_is_alive(tiny_vit, batch, pool) -> None:
+    model = tiny_vit()
+    sites = find_sites(model)
+    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 2), scale=SCALE, seed=0, pool=pool)
+    for _, module in adapted_modules(model):
+        module.set_quantized(quantize(module.weight.detach(), QuantizationFormat("nf4", 16, offset=True)))
+        module.drop_float()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for _ in range(2):
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        optimizer.step()
+    shapes = {module.quantized.shape for _, module in adapted_modules(model)}
+    assert len(shapes) == 4
+    gc.collect()
+    floats = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and t.is_floating_point()]
+    assert not [t for t in floats if tuple(t.shape) in shapes]
+    assert loss.requires_grad  # the graph is alive
 
 
 def test_the_scan_sees_a_float_copy() -> None:
