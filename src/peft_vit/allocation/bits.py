@@ -100,7 +100,7 @@ def _solve(
         return [places[-1] for places in kept], floor
     rows = coo_array((np.ones(len(options)), ([group for group, _ in options], range(len(options)))))
     result = milp(
-        extra_loss * (_LOSS_SCALE / most),
+        extra_loss / most * _LOSS_SCALE,  # in this order: the losses may be as small as floats can be
         integrality=np.ones(len(options)),
         bounds=(0, 1),
         constraints=[LinearConstraint(rows, 1, 1), LinearConstraint((extra_size // unit)[None], 0, room // unit)],

@@ -100,8 +100,9 @@ def test_many_layers_and_ranks_against_dynamic_programming(seed) -> None:
 def test_losses_far_apart_are_still_told_apart() -> None:
     losses, sizes = [[1e4, 0.0], [3e-6, 0.0], [2e-6, 0.0]], [[1, 2], [1, 2], [1, 2]]
     assert choose(losses, sizes, 5).options == (1, 1, 0)
-    losses = [[3e-15, 0.0], [2e-15, 1e-15], [1e-15, 0.0]]
-    assert choose(losses, sizes, 4).options == (1, 0, 0)
+    for unit in (1e-15, 5e-324):
+        losses = [[3 * unit, 0.0], [2 * unit, unit], [unit, 0.0]]
+        assert choose(losses, sizes, 4).options == (1, 0, 0)
 
 
 def test_equals_go_to_the_smaller_and_then_to_the_earlier() -> None:
