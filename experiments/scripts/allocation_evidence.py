@@ -227,6 +227,7 @@ TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
     "learning_rate_pilot": pilot,
     "learning_rates_given_up": given_up,
     "learning_rates": learning_rates,
+    "learning_rates_fresh_seeds": learning_rates,
     "allocation_ablation": ablation,
 }
 
