@@ -160,6 +160,16 @@ class ExperimentConfig(Frozen):
         return self
 
 
+class ExecutionConfig(Frozen):
+    """How runs are carried out. No result depends on it, so it is no part of a run and may change from call to call."""
+
+    workers: int = Field(default=1, ge=1, le=1024, description="runs at a time; workers x threads within the cores")
+    retries: int = Field(default=1, ge=0, le=100, description="further attempts after a transient failure")
+    checkpoint_every_s: float = Field(default=30.0, ge=0, description="0: after every step")
+    gpus: float = Field(default=0.0, ge=0, description="of a run, asked of a Ray cluster; cpus are the threads")
+    memory_gb: float | None = Field(default=None, gt=0, description="of a run, asked of a Ray cluster")
+
+
 class StudyConfig(Frozen):
     """Everything that a configuration file can say."""
 
@@ -171,6 +181,7 @@ class StudyConfig(Frozen):
     threads: int = Field(default=2, ge=1, le=1024, description="torch threads a run; changes bits, so it is recorded")
     backbone: BackboneConfig
     data: DataConfig
+    execution: ExecutionConfig = ExecutionConfig()
     experiments: tuple[ExperimentConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
