@@ -1,7 +1,7 @@
 """What an executor does for the driver of a study, and what it reports back.
 
-An executor carries out attempts at runs and knows no ledger, no retries and no files of a study. The driver alone decides
-what is attempted, and alone writes what came out.
+An executor carries out attempts at runs and knows no ledger, no retries and no files of a study. The driver alone
+decides what is attempted, and alone writes what came out.
 """
 
 from __future__ import annotations
