@@ -4,26 +4,30 @@
 
 Every results directory that is named is condensed into results/<study>.csv, one row a run; rows that are there stay,
 unless the same experiment and seed was run anew. Then everything between the marks of the document is made anew from
-these files; the same files give the same text. The tests are those that the configurations' headers announced.
+these files and from benchmarks/results; the same files give the same text. The tests are those that the
+configurations' headers announced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from evidence import (
     MARGIN,
     ROOT,
+    benchmark,
+    benchmark_tables,
     compared,
     counted,
     filled,
     interval,
     markdown,
     mean_and_spread,
+    measured_on,
     of,
     or_one,
     origin,
@@ -297,6 +301,71 @@ def adaptive_bits(runs: pd.DataFrame) -> str:
     return f"{markdown(rows, 1)}\n\n{origin(runs)}"
 
 
+def qa_lora() -> str:
+    """Return time and memory of a training step by side, and stored bits, from the benchmark's JSON."""
+    found = benchmark("qa_lora")
+    own = {(row["precision"], row["side"]): (row["peak_bytes"] - row["start_bytes"]) / 1e6 for row in found["memory"]}
+    rows: list[tuple[str, ...]] = [
+        ("a training step of", "fp32, ms", "over the floor", "peak, MB", "bf16, ms", "over the floor", "peak, MB")
+    ]
+    bf16 = {row["side"]: row for row in found["bf16"]}
+    for row in found["fp32"]:
+        side = row["side"]
+        cells = [_time(row), f"{row['ratio']:.3f}", f"{own['fp32', side]:.0f}"]
+        cells += (
+            [_time(bf16[side]), f"{bf16[side]['ratio']:.3f}", f"{own['bf16', side]:.0f}"] if side in bf16 else 3 * ["–"]
+        )
+        rows.append((side, *cells))
+    bits = [f"{one['type']} {_groups(one)} {one['bits_per_weight']:.3f}" for one in found["stored_bits"]]
+    return (
+        f"{markdown(rows, 1)}\n\nStored bits a weight of the frozen linear layers: {', '.join(bits)}.\n\n"
+        f"Peak: resident memory beyond what the process held before the steps. {_setting(found)}"
+    )
+
+
+def deployment() -> str:
+    """Return size, agreement and latency of exported models by format, from the benchmark's JSON."""
+    found = benchmark("deployment")
+    whole = found["files"][0]["bytes"]
+    latency = {(row["batch"], row["side"]): row for row in found["latency"]}
+    batches = sorted({row["batch"] for row in found["latency"]})
+    rows: list[tuple[str, ...]] = [
+        (
+            "file", "MB", "of float32", "equal predictions, %", "logits, relative error",
+            *(f"batch {batch}, ms (over float32)" for batch in batches),
+        )
+    ]  # fmt: skip
+    for one in found["files"]:
+        times = [latency[batch, one["format"]] for batch in batches]
+        rows.append(
+            (
+                one["format"], f"{one['bytes'] / 1e6:.1f}", f"{one['bytes'] / whole:.3f}",
+                f"{100 * one['same_predictions']:.2f}", f"{one['logit_error']:.1e}",
+                *(f"{_time(row)} ({row['ratio']:.2f})" for row in times),
+            )
+        )  # fmt: skip
+    return (
+        f"{markdown(rows, 1)}\n\nAgreement with the model in PyTorch on {found['files'][0]['images']} random images; "
+        f"onnxruntime {found['machine']['onnxruntime']}. {_setting(found)}"
+    )
+
+
+def _time(row: dict[str, float]) -> str:
+    return f"{1e3 * row['median_s']:.0f}"
+
+
+def _groups(one: dict[str, Any]) -> str:
+    groups = "one scale a row" if one["group_size"] is None else f"in groups of {one['group_size']}"
+    return f"{groups} with offset" if one["offset"] else groups
+
+
+def _setting(found: dict[str, Any]) -> str:
+    setting = found["setting"]
+    batch = f", batches of {setting['batch']}" if "batch" in setting else ""
+    return f"{setting['model']}, {setting['image_size']} px{batch}; {measured_on(found['machine'])}"
+
+
+BENCHMARK_TABLES: dict[str, Callable[[], str]] = {"qa_lora": qa_lora, "deployment": deployment}
 TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
     "quantization_pilot": pilot,
     "quantization_ablation": ablation,
@@ -305,11 +374,11 @@ TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
 
 
 def with_tables(text: str) -> str:
-    """Return the document with the tables of every study that results/ holds."""
+    """Return the document with the tables of every study and benchmark whose results are there."""
     tables = study_tables(TABLES)
     if "quantization_ablation" in tables:
         tables |= {"sentences": study_tables({"quantization_ablation": sentences})["quantization_ablation"]}
-    return filled(text, tables)
+    return filled(text, tables | benchmark_tables(BENCHMARK_TABLES))
 
 
 if __name__ == "__main__":
