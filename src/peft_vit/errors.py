@@ -14,9 +14,13 @@ class UserError(Exception):
         message: what was expected and what to do about it.
         file: the file that holds the fault, if a file does.
         field: the dotted name of the setting, e.g. ``experiments[2].lora.rank``.
+        details: lines to be shown below that one, such as a difference.
     """
 
-    def __init__(self, message: str, *, file: str | Path | None = None, field: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, file: str | Path | None = None, field: str | None = None, details: str = ""
+    ) -> None:
+        self.details = details
         self.message = " ".join(message.split())
         self.file = None if file is None else str(file)
         self.field = field
