@@ -1,9 +1,4 @@
-"""RunSpec is what was asked, RunRecord is what happened. Plain values, read and written without torch.
-
-A results directory holds one study per folder::
-
-    DIR/<study>/<experiment>/seed_<k>/record.json          this file's RunRecord
-    DIR/<study>/<experiment>/seed_<k>/adapter.safetensors  what was trained: adapter and head
+"""RunSpec is what was asked, RunRecord is what happened: plain values.
 
 Units stand in the names: ``_s`` seconds, ``_bytes`` bytes, ``_steps`` optimiser steps. A step is counted from 1;
 the history entry of step 0 is the state before training.
@@ -12,14 +7,9 @@ the history entry of step 0 is the state before training.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from peft_vit.config import (
     BackboneConfig,
@@ -31,13 +21,11 @@ from peft_vit.config import (
     QuantizationType,
     SiteMatrix,
 )
-from peft_vit.errors import UserError
 
 SCHEMA_VERSION: Literal[1] = 1
-RECORD_FILE = "record.json"
-ADAPTER_FILE = "adapter.safetensors"
 # What is left in float: matrices are those that no setting quantized, other are tokens and layer scales.
 FloatPart = Literal["patch embedding", "position embedding", "norms", "biases", "matrices", "head", "other"]
+Failure = Literal["killed", "out_of_memory", "diverged", "error", "io"]
 
 
 class _Value(BaseModel):
@@ -254,9 +242,11 @@ class RunRecord(_Value):
     spec_digest: str
     status: Literal["done", "failed"]
     error: str | None = None  # one line, for failed runs
+    failure: Failure | None = None  # the kind of error; None in older records
     traceback: str | None = None
-    started_at: str  # ISO 8601, UTC
-    seconds: float
+    started_at: str  # of the first attempt, ISO 8601, UTC
+    seconds: float  # of all attempts, as far as a checkpoint or this attempt has counted them
+    attempts: int = 1  # starts that it took
     warnings: list[str] = []  # settings that had no effect, said loudly
     # Everything below is None for a run that failed.
     provenance: Provenance | None = None
@@ -282,122 +272,4 @@ class RunRecord(_Value):
     validation: Metrics | None = None  # at the chosen step
     test: Metrics | None = None  # read once, at the chosen step
     adapter_sha256: str | None = None
-
-
-def history_rows(
-    sites: Sequence[SiteInfo], ranks: Sequence[RankEntry], importance: Sequence[ImportanceEntry],
-    probes: Sequence[ProbeEntry],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Return ranks and scores as a tidy table: one row a step and site, plain values, in the sites' order.
-
-    Steps are those at which ranks or scores were recorded. `rank` and `budget` hold from that step on; a site that an
-    entry leaves out has rank 0. `score` is None where there is none: at step 0, and with fixed ranks. `probed` tells
-    whether it came from a probe at this step, not from the site's own triplets.
-    """
-    entries = {entry.step: entry for entry in ranks}
-    scores = {entry.step: entry.scores for entry in importance}
-    probed = {(entry.step, name) for entry in probes for name in entry.sites}
-    named = {name for entry in ranks for name in entry.ranks}
-    rows: list[dict[str, Any]] = []
-    present: RankEntry | None = None
-    for step in sorted({*entries, *scores}):
-        present = entries.get(step, present)
-        rows += [
-            {
-                "step": step, "site": site.name, "block": site.block, "matrix": site.matrix,
-                "in_features": site.in_features, "out_features": site.out_features,
-                "score": scores.get(step, {}).get(site.name),
-                "probed": (step, site.name) in probed,
-                "rank": None if present is None else present.ranks.get(site.name, 0),
-                "budget": None if present is None else present.budget,
-                "budget_unit": None if present is None or present.budget is None else present.unit,
-            }
-            for site in sites
-            if site.name in named
-        ]  # fmt: skip
-    return rows
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def run_folder(results_dir: Path, spec: RunSpec) -> Path:
-    """Return the folder that holds a run's files."""
-    return results_dir / spec.run_id
-
-
-def write_record(results_dir: Path, record: RunRecord) -> Path:
-    """Write a run's record and return its path."""
-    file = run_folder(results_dir, record.spec) / RECORD_FILE
-    write_atomically(file, (record.model_dump_json(indent=1) + "\n").encode())
-    return file
-
-
-def read_record(file: Path) -> RunRecord:
-    """Read one record.
-
-    Raises:
-        UserError: if the file is not a record of this schema; names the file and the field.
-    """
-    try:
-        data: Any = json.loads(file.read_text(encoding="utf-8"))
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"expected {SCHEMA_VERSION}, got {version!r}; move it away and run the study again",
-                file=file, field="schema_version",
-            )  # fmt: skip
-        return RunRecord.model_validate(_tuples(data))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{first['msg']}; move it away and run the study again", file=file, field=field) from None
-    except (OSError, ValueError) as error:
-        problem = f"is not a readable record ({error}); move it away and run the study again"
-        raise UserError(problem, file=file) from None
-
-
-_RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names in older records were others
-
-
-def _tuples(data: Any) -> Any:
-    """Turn lists below `spec` into tuples, since the configuration's models are strict, and old names into new ones."""
-    if isinstance(data, dict) and isinstance(data.get("spec"), dict):
-        return {**data, "spec": _deep_tuples(data["spec"])}
-    return data
-
-
-def _deep_tuples(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {_RENAMED.get(key, key): _deep_tuples(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return tuple(_deep_tuples(value) for value in data)
-    return data
-
-
-def read_records(results_dir: Path) -> Iterator[RunRecord]:
-    """Yield every record below a directory, in the order of their paths.
-
-    Raises:
-        UserError: if the directory does not exist or holds no record.
-    """
-    is_folder = os.path.isdir(results_dir)  # unlike Path.is_dir, also False for an impossible name
-    files = sorted(results_dir.rglob(RECORD_FILE)) if is_folder else []
-    if not files:
-        problem = "holds no record.json" if is_folder else "does not exist"
-        raise UserError(f"{problem}; run a study first, e.g. `peft-vit run CONFIG`", file=results_dir)
-    for file in files:
-        yield read_record(file)
+    optimizer_sha256: str | None = None  # of its state after the last step; None in older records

@@ -1,0 +1,77 @@
+"""RunSpec is what was asked, RunRecord is what happened. Plain values, read and written without torch.
+
+A results directory holds one study per folder::
+
+    DIR/<study>/<experiment>/seed_<k>/record.json          `values.RunRecord`
+    DIR/<study>/<experiment>/seed_<k>/adapter.safetensors  what was trained: adapter and head
+"""
+
+from peft_vit.records.files import (
+    ADAPTER_FILE,
+    RECORD_FILE,
+    read_record,
+    read_records,
+    run_folder,
+    write_atomically,
+    write_record,
+    write_result,
+)
+from peft_vit.records.history import history_rows
+from peft_vit.records.outcome import outcome_digest
+from peft_vit.records.values import (
+    SCHEMA_VERSION,
+    BitAllocation,
+    BitsEntry,
+    ByteCounts,
+    Evaluation,
+    Failure,
+    FisherCheck,
+    FloatPart,
+    ImportanceEntry,
+    LayerSize,
+    Metrics,
+    ModelSize,
+    ParameterCounts,
+    ProbeEntry,
+    Provenance,
+    QuantizationSummary,
+    RankEntry,
+    RunRecord,
+    RunSpec,
+    SiteInfo,
+    StepRow,
+)
+
+__all__ = [
+    "ADAPTER_FILE",
+    "RECORD_FILE",
+    "SCHEMA_VERSION",
+    "BitAllocation",
+    "BitsEntry",
+    "ByteCounts",
+    "Evaluation",
+    "Failure",
+    "FisherCheck",
+    "FloatPart",
+    "ImportanceEntry",
+    "LayerSize",
+    "Metrics",
+    "ModelSize",
+    "ParameterCounts",
+    "ProbeEntry",
+    "Provenance",
+    "QuantizationSummary",
+    "RankEntry",
+    "RunRecord",
+    "RunSpec",
+    "SiteInfo",
+    "StepRow",
+    "history_rows",
+    "outcome_digest",
+    "read_record",
+    "read_records",
+    "run_folder",
+    "write_atomically",
+    "write_record",
+    "write_result",
+]

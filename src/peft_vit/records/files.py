@@ -1,0 +1,116 @@
+"""Records on disk, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from peft_vit.errors import UserError
+from peft_vit.records.values import SCHEMA_VERSION, RunRecord, RunSpec
+
+RECORD_FILE = "record.json"
+ADAPTER_FILE = "adapter.safetensors"
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def run_folder(results_dir: Path, spec: RunSpec) -> Path:
+    """Return the folder that holds a run's files."""
+    return results_dir / spec.run_id
+
+
+def write_record(results_dir: Path, record: RunRecord) -> Path:
+    """Write a run's record and return its path."""
+    file = run_folder(results_dir, record.spec) / RECORD_FILE
+    write_atomically(file, (record.model_dump_json(indent=1) + "\n").encode())
+    return file
+
+
+def write_result(results_dir: Path, record: RunRecord, adapter: bytes | None) -> None:
+    """Write what came out of a run: the adapter first, so that no record of a finished run stands without it.
+
+    Args:
+        results_dir: the run's folder lies below it.
+        record: what happened.
+        adapter: content of the adapter file; None if the run failed.
+    """
+    if adapter is not None:
+        write_atomically(run_folder(results_dir, record.spec) / ADAPTER_FILE, adapter)
+    write_record(results_dir, record)
+
+
+def read_record(file: Path) -> RunRecord:
+    """Read one record.
+
+    Raises:
+        UserError: if the file is not a record of this schema; names the file and the field.
+    """
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"expected {SCHEMA_VERSION}, got {version!r}; move it away and run the study again",
+                file=file, field="schema_version",
+            )  # fmt: skip
+        return RunRecord.model_validate(_tuples(data))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{first['msg']}; move it away and run the study again", file=file, field=field) from None
+    except (OSError, ValueError) as error:
+        problem = f"is not a readable record ({error}); move it away and run the study again"
+        raise UserError(problem, file=file) from None
+
+
+_RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names in older records were others
+
+
+def _tuples(data: Any) -> Any:
+    """Turn lists below `spec` into tuples, since the configuration's models are strict, and old names into new ones."""
+    if isinstance(data, dict) and isinstance(data.get("spec"), dict):
+        return {**data, "spec": _deep_tuples(data["spec"])}
+    return data
+
+
+def _deep_tuples(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {_RENAMED.get(key, key): _deep_tuples(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return tuple(_deep_tuples(value) for value in data)
+    return data
+
+
+def read_records(results_dir: Path) -> Iterator[RunRecord]:
+    """Yield every record below a directory, in the order of their paths.
+
+    Raises:
+        UserError: if the directory does not exist or holds no record.
+    """
+    is_folder = os.path.isdir(results_dir)  # unlike Path.is_dir, also False for an impossible name
+    files = sorted(results_dir.rglob(RECORD_FILE)) if is_folder else []
+    if not files:
+        problem = "holds no record.json" if is_folder else "does not exist"
+        raise UserError(f"{problem}; run a study first, e.g. `peft-vit run CONFIG`", file=results_dir)
+    for file in files:
+        yield read_record(file)
