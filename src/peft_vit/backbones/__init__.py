@@ -4,7 +4,7 @@ from peft_vit.backbones.attention import choose_attention
 from peft_vit.backbones.catalog import MODELS, BackboneShape, ModelInfo, describe
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone
 from peft_vit.backbones.sites import Site, find_sites, fused_sites, tokens_per_image
-from peft_vit.backbones.weights import check_weights
+from peft_vit.backbones.weights import Weights, check_weights, read_weights
 
 __all__ = [
     "MODELS",
@@ -12,11 +12,13 @@ __all__ = [
     "LoadedBackbone",
     "ModelInfo",
     "Site",
+    "Weights",
     "check_weights",
     "choose_attention",
     "describe",
     "find_sites",
     "fused_sites",
     "load_backbone",
+    "read_weights",
     "tokens_per_image",
 ]

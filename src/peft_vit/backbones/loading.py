@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -34,8 +34,9 @@ class LoadedBackbone:
 
 
 def load_backbone(
-    config: BackboneConfig, *, image_size: int, num_classes: int, seed: int, smoke: bool = False
-) -> LoadedBackbone:
+    config: BackboneConfig, *, image_size: int, num_classes: int, seed: int, smoke: bool = False,
+    read: Callable[[BackboneConfig], Weights] = read_weights,
+) -> LoadedBackbone:  # fmt: skip
     """Build a timm VisionTransformer, load its weights and draw its head.
 
     The head is timm's own: a linear layer on the model's default pooling (the class token for most), with
@@ -54,13 +55,14 @@ def load_backbone(
         num_classes: outputs of the head.
         seed: the run's seed; decides the head only.
         smoke: take random weights whatever the configuration says; nothing is downloaded or read.
+        read: gets the weights of a configuration that names a source, say from where they were kept.
 
     Raises:
         UserError: if the model or image size does not suit, the weights can't be had, or any backbone tensor
             is missing, left over, of another shape or not finite.
     """
     random_weights = smoke or config.weights == "random"
-    weights = None if random_weights else read_weights(config)
+    weights = None if random_weights else read(config)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # Not torch.manual_seed: it would set the GPUs' generators as well.
         torch.default_generator.manual_seed(_RANDOM_BACKBONE_SEED)
