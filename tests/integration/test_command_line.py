@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from written_runs import run_and_write
 
 from peft_vit.cli import main
 from peft_vit.config import load_study
-from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments import plan_study
 from peft_vit.records import read_records
 
 pytestmark = [pytest.mark.part("configuration"), pytest.mark.usefixtures("cache")]
@@ -121,7 +122,7 @@ def finished(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> P
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         file = write(folder)
-        record = run_one(plan_study(load_study(file), folder / "out", file=file).runs[0].spec, folder / "out")
+        record = run_and_write(plan_study(load_study(file), folder / "out", file=file).runs[0].spec, folder / "out")
     assert record.status == "done"
     return folder / "out"
 

@@ -4,12 +4,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from written_runs import run_and_write
 
 from peft_vit.adapters import current_ranks, load_trained
 from peft_vit.backbones import load_backbone
 from peft_vit.config import load_study
 from peft_vit.evaluation import trainable_parameters
-from peft_vit.experiments import Plan, plan_study, run_one
+from peft_vit.experiments import Plan, plan_study
 from peft_vit.experiments.methods import prepare_as_saved
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
 
@@ -46,7 +47,7 @@ def planned(file: Path) -> Plan:
     ],
 )  # fmt: skip
 def test_smoke(file: Path, place: int, tmp_path: Path) -> None:
-    record = run_one(planned(file).runs[place].spec, tmp_path)
+    record = run_and_write(planned(file).runs[place].spec, tmp_path)
     assert (record.status, record.error) == ("done", None)
     assert record == read_record(run_folder(tmp_path, record.spec) / "record.json")
     check_record(record)

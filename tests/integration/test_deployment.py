@@ -14,10 +14,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from written_runs import run_and_write
 
 from peft_vit.cli import main
 from peft_vit.config import study_from_mapping
-from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments import plan_study
 from peft_vit.experiments.export import restore_run
 
 pytest.importorskip("onnxruntime")
@@ -92,7 +93,7 @@ def runs(images, _session_cache, tmp_path_factory) -> dict[str, Path]:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         plan = plan_study(study_from_mapping(mapping, file=folder / "tiny.yaml"), folder, file=folder / "tiny.yaml")
         for planned in plan.runs:
-            record = run_one(planned.spec, folder)
+            record = run_and_write(planned.spec, folder)
             assert record.status == "done", record.traceback
     return {planned.spec.experiment.name: folder / planned.spec.run_id for planned in plan.runs}
 

@@ -11,12 +11,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from written_runs import run_and_write
 
 from peft_vit.cli import main
 from peft_vit.config import study_from_mapping
 from peft_vit.data import load_data
 from peft_vit.evaluation import measure, predict
-from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments import plan_study
 from peft_vit.experiments.export import RestoredRun, restore_run
 from peft_vit.packages import sha256_of
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, read_record
@@ -72,7 +73,7 @@ def runs(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         plan = plan_study(study_from_mapping(mapping, file=folder / "tiny.yaml"), folder, file=folder / "tiny.yaml")
         for planned in plan.runs:
-            assert run_one(planned.spec, folder).status == "done"
+            assert run_and_write(planned.spec, folder).status == "done"
     return {planned.spec.experiment.name: folder / planned.spec.run_id for planned in plan.runs}
 
 

@@ -12,13 +12,14 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from written_runs import run_and_write
 
 from peft_vit.adapters import site_adapters
 from peft_vit.adapters.peft_files import peft_sha256
 from peft_vit.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft
 from peft_vit.cli import main
 from peft_vit.errors import UserError
-from peft_vit.experiments import PlannedRun, plan_study, run_one
+from peft_vit.experiments import PlannedRun, plan_study
 from peft_vit.experiments.export import restore_run
 from peft_vit.experiments.own_images import OwnImages, study_of
 from peft_vit.records import RunRecord, read_record
@@ -91,7 +92,7 @@ def planned(adapter: Path, images: Path, weights: Path, out: Path, *, seed: int 
 
 def imported(adapter: Path, images: Path, weights: Path, out: Path, *, seed: int = 0) -> RunRecord:
     """Do in this process what the command does in a worker."""
-    return run_one(planned(adapter, images, weights, out, seed=seed).spec, out)
+    return run_and_write(planned(adapter, images, weights, out, seed=seed).spec, out)
 
 
 def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp_path) -> None:

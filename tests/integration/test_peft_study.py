@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from written_runs import run_and_write
 
 from peft_vit.cli import main
 from peft_vit.config import load_study
-from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments import plan_study
 from peft_vit.report import build_report
 
 pytest.importorskip("peft")
@@ -42,7 +43,7 @@ def test_from_plan_to_report(config, tmp_path, capsys) -> None:
     assert ended.value.code == 0
     assert "peft_12_8/seed_0" in capsys.readouterr().out
     plan = plan_study(load_study(config), tmp_path / "out", file=config, smoke=True)
-    ours, fixed, adaptive = (run_one(run.spec, tmp_path / "out") for run in plan.runs)
+    ours, fixed, adaptive = (run_and_write(run.spec, tmp_path / "out") for run in plan.runs)
     assert [record.error for record in (ours, fixed, adaptive)] == [None] * 3
     assert sum(ours.rank_history[-1].ranks.values()) == 72 * 8
     assert sum(fixed.rank_history[-1].ranks.values()) == 48 * 8

@@ -24,8 +24,8 @@ from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.experiments.plan import PlannedRun
 from peft_vit.experiments.provenance import loaded_git_state
-from peft_vit.experiments.run import run_one
-from peft_vit.records import RunRecord, RunSpec, write_record
+from peft_vit.experiments.run import Finished, run_one
+from peft_vit.records import RunRecord, RunSpec, write_result
 from peft_vit.training import Progress
 
 # glibc returns freed memory to the system by default and pays for it with page faults in every step.
@@ -90,16 +90,17 @@ def execute(runs: tuple[PlannedRun, ...], results_dir: Path, on_event: Callable[
         for run in runs:
             on_event(RunStarted(run))
             started = time.perf_counter()
-            future = pool.submit(_work, run.spec, results_dir)
+            future = pool.submit(_work, run.spec)
             try:
-                record = _wait(future, channel, run, on_event)
+                finished = _wait(future, channel, run, on_event)
             except BrokenProcessPool:
-                record = _died(run.spec, results_dir, time.perf_counter() - started)
+                finished = Finished(_died(run.spec, time.perf_counter() - started), None)
                 pool.shutdown(wait=False)
                 channel = context.Queue()  # the dead worker may have left a lock or half a message in the old one
                 pool = _start_pool(context, channel)
-            records.append(record)
-            on_event(RunEnded(run, record))
+            write_result(results_dir, finished.record, finished.adapter)
+            records.append(finished.record)
+            on_event(RunEnded(run, finished.record))
     except KeyboardInterrupt:
         for process in list((pool._processes or {}).values()):
             process.terminate()
@@ -146,11 +147,11 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(spec: RunSpec, results_dir: Path) -> RunRecord:
-    return run_one(spec, results_dir, lambda progress: _channel.put((spec.run_id, progress)))
+def _work(spec: RunSpec) -> Finished:
+    return run_one(spec, on_progress=lambda progress: _channel.put((spec.run_id, progress)))
 
 
-def _wait(future: Future[RunRecord], channel: Any, run: PlannedRun, on_event: Callable[[Event], None]) -> RunRecord:
+def _wait(future: Future[Finished], channel: Any, run: PlannedRun, on_event: Callable[[Event], None]) -> Finished:
     while True:
         try:
             run_id, progress = channel.get(timeout=_POLL_S)
@@ -161,11 +162,9 @@ def _wait(future: Future[RunRecord], channel: Any, run: PlannedRun, on_event: Ca
                 return future.result()
 
 
-def _died(spec: RunSpec, results_dir: Path, seconds: float) -> RunRecord:
-    record = RunRecord(
-        spec=spec, spec_digest=spec.digest(), status="failed", seconds=seconds,
+def _died(spec: RunSpec, seconds: float) -> RunRecord:
+    return RunRecord(
+        spec=spec, spec_digest=spec.digest(), status="failed", failure="killed", seconds=seconds,
         error="the worker process died (killed, or out of memory); run the same command again to retry",
         traceback=traceback.format_exc(), started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
-    write_record(results_dir, record)
-    return record

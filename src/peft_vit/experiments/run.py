@@ -1,4 +1,4 @@
-"""One run, from its specification to its record and its adapter file."""
+"""One run, from its specification to its record and the content of its adapter file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,17 @@ from torch import nn
 from peft_vit.adapters import adapted_modules, adapter_bytes, current_ranks
 from peft_vit.adapters.peft_files import doubts_about, peft_sha256
 from peft_vit.adapters.peft_library import peft_ranks
-from peft_vit.backbones import LoadedBackbone, Site, choose_attention, find_sites, fused_sites, load_backbone
-from peft_vit.config import SITE_MATRICES
+from peft_vit.backbones import (
+    LoadedBackbone,
+    Site,
+    Weights,
+    choose_attention,
+    find_sites,
+    fused_sites,
+    load_backbone,
+    read_weights,
+)
+from peft_vit.config import SITE_MATRICES, BackboneConfig
 from peft_vit.data import Data, load_data
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.evaluation import (
@@ -38,9 +48,9 @@ from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.plan import resolve_device
 from peft_vit.experiments.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
 from peft_vit.records import (
-    ADAPTER_FILE,
     BitsEntry,
     ByteCounts,
+    Failure,
     ImportanceEntry,
     ParameterCounts,
     ProbeEntry,
@@ -51,12 +61,12 @@ from peft_vit.records import (
     RunSpec,
     SiteInfo,
     StepRow,
-    run_folder,
-    write_atomically,
-    write_record,
 )
 from peft_vit.training import (
     AllocationHook,
+    Checkpoints,
+    DivergedError,
+    Interrupted,
     PeftAdaLoraHook,
     Progress,
     QALoRATrainer,
@@ -69,23 +79,53 @@ from peft_vit.training import (
 OnProgress = Callable[[Progress], None]
 
 
-def run_one(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None = None) -> RunRecord:
-    """Do one run and write its record and its adapter; a failure is recorded with its reason, not raised.
+@dataclass(frozen=True)
+class Finished:
+    """What came out of a run; nothing of it is written yet.
+
+    Attributes:
+        record: what happened.
+        adapter: content of the adapter file; None if the run failed.
+    """
+
+    record: RunRecord
+    adapter: bytes | None
+
+
+def run_one(
+    spec: RunSpec,
+    *,
+    on_progress: OnProgress | None = None,
+    checkpoints: Checkpoints | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    read: Callable[[BackboneConfig], Weights] = read_weights,
+) -> Finished:
+    """Do one run, from where its newest checkpoint has left it; a failure is recorded with its reason, not raised.
 
     Args:
         spec: what to do.
-        results_dir: the run's folder lies below it.
         on_progress: told after each step.
+        checkpoints: where to keep what the run needs to go on; None: nothing is written at all.
+        should_stop: asked after each step.
+        read: gets the backbone's weights, see `load_backbone`.
+
+    Raises:
+        Interrupted: if it should stop; a checkpoint was written then.
     """
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     started = time.perf_counter()
+    adapter = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SilentNoEffectWarning)
         try:
-            outcome = _execute(spec, results_dir, on_progress)
+            outcome, adapter = _execute(spec, _stoppable(on_progress, should_stop), read)
+        except Interrupted:
+            raise
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            outcome = {"status": "failed", "error": reason, "traceback": traceback.format_exc()}
+            outcome = {
+                "status": "failed", "error": reason, "failure": _kind(error), "traceback": traceback.format_exc()
+            }  # fmt: skip
     for entry in caught:
         if entry.category is not SilentNoEffectWarning:  # those stand in the record; the others pass on
             warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
@@ -97,18 +137,39 @@ def run_one(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None = N
         warnings=[str(entry.message) for entry in caught if entry.category is SilentNoEffectWarning],
         **outcome,
     )
-    write_record(results_dir, record)
-    return record
+    return Finished(record, adapter)
 
 
-def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -> dict[str, Any]:
+def _stoppable(on_progress: OnProgress | None, should_stop: Callable[[], bool] | None) -> OnProgress:
+    def told(progress: Progress) -> None:
+        if on_progress is not None:
+            on_progress(progress)
+        if should_stop is not None and should_stop():
+            raise Interrupted(0)
+
+    return told
+
+
+def _kind(error: Exception) -> Failure:
+    """Return what kind of failure an exception is."""
+    if isinstance(error, DivergedError):
+        return "diverged"
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if out_of_memory or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return "out_of_memory"
+    return "io" if isinstance(error, OSError) else "error"
+
+
+def _execute(
+    spec: RunSpec, on_progress: OnProgress, read: Callable[[BackboneConfig], Weights]
+) -> tuple[dict[str, Any], bytes]:
     reset_peak_memory()
     torch.set_num_threads(spec.threads)
     device = resolve_device(spec.device)
     data = load_data(spec.data, spec.seed, smoke=spec.smoke)
     backbone = load_backbone(
         spec.backbone, image_size=spec.data.image_size, num_classes=len(data.class_names), seed=spec.seed,
-        smoke=spec.smoke,
+        smoke=spec.smoke, read=read,
     )  # fmt: skip
     model = backbone.model.to(device)
     choose_attention(model, device, spec.precision)
@@ -134,10 +195,9 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
     test_metrics = measure(*predict(model, test, device=device, precision=spec.precision))
     fisher_check, calibration_s = calibrate_fisher(hooks, model, data, config, setting, spec.seed)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
-    write_atomically(run_folder(results_dir, spec) / ADAPTER_FILE, content)
     peak = peak_memory_bytes()  # before the float weights come back for a comparison
     balance_s = measure_balance(hooks, model, data, spec, setting)
-    return {
+    outcome = {
         "status": "done",
         "provenance": provenance,
         "class_names": list(data.class_names),
@@ -166,6 +226,7 @@ def _execute(spec: RunSpec, results_dir: Path, on_progress: OnProgress | None) -
         "test": test_metrics,
         "adapter_sha256": hashlib.sha256(content).hexdigest(),
     }  # fmt: skip
+    return outcome, content
 
 
 def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from written_runs import run_and_write
 
 from peft_vit.adapters import adapted_modules, current_ranks
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.evaluation import measure, predict
-from peft_vit.experiments import calibration, plan_study, run_one
+from peft_vit.experiments import calibration, plan_study
 from peft_vit.experiments.export import restore_run
 from peft_vit.experiments.smoke import smoke_study
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record, run_folder
@@ -28,7 +29,7 @@ def with_adaptive_bits(config, **settings):
 
 def do(config, folder) -> RunRecord:
     (planned,) = plan_study(config, folder, file=folder / "tiny.yaml").runs
-    record = run_one(planned.spec, folder)
+    record = run_and_write(planned.spec, folder)
     assert record.error is None
     return record
 

@@ -3,13 +3,14 @@
 import json
 
 import pytest
+from written_runs import run_and_write
 
 from peft_vit.adapters import adapted_modules, load_trained
 from peft_vit.allocation import check_fisher
 from peft_vit.backbones import load_backbone
 from peft_vit.config import StudyConfig
 from peft_vit.data import load_data
-from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments import plan_study
 from peft_vit.experiments.export import restore_run
 from peft_vit.experiments.methods import prepare
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record, run_folder
@@ -23,7 +24,7 @@ def do(config: StudyConfig, metric: str, folder, **training: object) -> RunRecor
     settings = experiment.training.model_copy(update=training)
     experiment = experiment.model_copy(update={"adalora": adalora, "training": settings})
     (planned,) = plan_study(config.model_copy(update={"experiments": (experiment,)}), folder, file=folder).runs
-    record = run_one(planned.spec, folder)
+    record = run_and_write(planned.spec, folder)
     assert record.error is None
     return record
 
@@ -63,7 +64,7 @@ def test_other_metrics_have_no_check_and_older_records_are_read(study, tmp_path)
 @pytest.mark.parametrize("method", ["qa_lora", "qa_adalora"])
 def test_the_balance_is_that_of_the_saved_weights_against_the_backbones_own(study, tmp_path, method) -> None:
     (planned,) = plan_study(study(method), tmp_path, file=tmp_path).runs
-    record = run_one(planned.spec, tmp_path)
+    record = run_and_write(planned.spec, tmp_path)
     spec = record.spec
     backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=0)
     floats = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}

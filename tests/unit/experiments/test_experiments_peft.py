@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from written_runs import run_and_write
 
 from peft_vit.adapters import load_trained
 from peft_vit.adapters.peft_library import peft_layers
@@ -11,7 +12,7 @@ from peft_vit.backbones import load_backbone
 from peft_vit.config import ExperimentConfig, PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.evaluation import trainable_parameters
-from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments import plan_study
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.provenance import package_versions
 from peft_vit.experiments.smoke import smoke_study
@@ -78,7 +79,7 @@ def test_without_peft_a_plan_is_one_line(beside, tmp_path, monkeypatch) -> None:
 
 def test_runs_are_paired_with_ours_and_recorded_alike(beside, tmp_path) -> None:
     folder = tmp_path / "runs"
-    records = [run_one(run.spec, folder) for run in planned(beside(seeds=(0, 1)), folder).runs]
+    records = [run_and_write(run.spec, folder) for run in planned(beside(seeds=(0, 1)), folder).runs]
     assert [record.error for record in records] == [None] * 8
     draws = {0: set(), 1: set()}
     for record in records:
@@ -114,7 +115,7 @@ def test_runs_are_paired_with_ours_and_recorded_alike(beside, tmp_path) -> None:
     assert all(row.penalties["orthogonality"] > 0 for row in adaptive.steps)
     assert [e.deployable for e in adaptive.evaluations] == [False, True]
 
-    again = run_one(adaptive.spec, tmp_path / "again")
+    again = run_and_write(adaptive.spec, tmp_path / "again")
     assert again.adapter_sha256 == adaptive.adapter_sha256
     other_seed = next(r for r in records if r.spec.experiment.name == "adaptive" and r.spec.seed == 1)
     assert other_seed.adapter_sha256 != adaptive.adapter_sha256
@@ -126,7 +127,7 @@ def test_runs_are_paired_with_ours_and_recorded_alike(beside, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["theirs", "adaptive"])
 def test_a_saved_adapter_fits_a_fresh_model(beside, tmp_path, name) -> None:
     (spec,) = (run.spec for run in planned(beside(), tmp_path).runs if run.spec.experiment.name == name)
-    record = run_one(spec, tmp_path)
+    record = run_and_write(spec, tmp_path)
     fresh = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=9).model
     prepare(fresh, spec.experiment, total_steps=len(record.steps), seed=9)
     load_trained(fresh, run_folder(tmp_path, spec) / ADAPTER_FILE)
@@ -148,7 +149,7 @@ def test_a_state_that_lost_its_mask_fails_the_run(beside, tmp_path, monkeypatch)
                     layer.lora_E["default"].fill_(0.1)
 
     monkeypatch.setattr(PeftAdaLoraHook, "after_step", revive)
-    record = run_one(spec, tmp_path)
+    record = run_and_write(spec, tmp_path)
     assert record.status == "failed"
     assert "PEFT's final mask left 48 triplets, 96 of them in use, of 48 at step 4" in record.error
 
@@ -157,7 +158,7 @@ def test_smoke_keeps_the_method_and_shortens_its_schedule(beside, tmp_path) -> N
     small = smoke_study(beside(warmup_steps=100, update_frequency=50), patch_size=16)
     assert [e.method for e in small.experiments] == ["linear", "lora", "peft_lora", "peft_adalora"]
     runs = planned(beside(warmup_steps=100, update_frequency=50), tmp_path, smoke=True).runs
-    record = run_one(runs[-1].spec, tmp_path)
+    record = run_and_write(runs[-1].spec, tmp_path)
     assert (record.status, record.error) == ("done", None)
     assert sum(record.rank_history[-1].ranks.values()) == 48
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from written_runs import run_and_write
 
 from peft_vit.errors import UserError
-from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments import plan_study
 from peft_vit.experiments.plan import resolve_device
 from peft_vit.experiments.smoke import smoke_study
 from peft_vit.records import read_record, run_folder, write_record
@@ -40,7 +41,7 @@ def test_every_run_is_counted_and_estimated(study, tmp_path) -> None:
 
 def test_done_runs_are_skipped_and_estimate_the_others(study, tmp_path) -> None:
     config = study("linear", seeds=(0, 1))
-    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
     plan = planned(config, tmp_path)
     assert [run.done for run in plan.runs] == [True, False]
     assert [run.spec.seed for run in plan.pending] == [1]
@@ -49,16 +50,16 @@ def test_done_runs_are_skipped_and_estimate_the_others(study, tmp_path) -> None:
 
 def test_failed_runs_are_done_again(study, tmp_path) -> None:
     config = study("linear")
-    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
     write_record(tmp_path, record.model_copy(update={"status": "failed", "error": "the worker process died"}))
     assert len(planned(config, tmp_path).pending) == 1
-    run_one(record.spec, tmp_path)
+    run_and_write(record.spec, tmp_path)
     assert planned(config, tmp_path).pending == ()
 
 
 def test_a_changed_configuration_under_the_same_name_is_refused_with_the_difference(study, tmp_path) -> None:
     config = study("lora")
-    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
     file = run_folder(tmp_path, record.spec) / "record.json"
     before = file.read_bytes()
     with pytest.raises(UserError) as caught:
@@ -74,7 +75,7 @@ def test_a_changed_configuration_under_the_same_name_is_refused_with_the_differe
 
 def test_a_damaged_record_is_refused_by_its_file(study, tmp_path) -> None:
     config = study("linear")
-    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
     file = run_folder(tmp_path, record.spec) / "record.json"
     file.write_text(file.read_text()[:100])
     with pytest.raises(UserError, match=r"record\.json: is not a readable record .* move it away"):
@@ -164,14 +165,14 @@ def test_smoke_shrinks_schedules_and_keeps_methods(study) -> None:
 
 def test_what_failed_may_be_run_with_another_configuration(study, tmp_path) -> None:
     config = study("lora")
-    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
     write_record(tmp_path, record.model_copy(update={"status": "failed", "error": "the loss is nan"}))
     assert len(planned(study("lora", learning_rate=1e-4), tmp_path).pending) == 1
 
 
 def test_a_done_run_needs_its_adapter_and_the_same_images(study, tmp_path) -> None:
     config = study("linear")
-    record = run_one(planned(config, tmp_path).runs[0].spec, tmp_path)
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
     assert record.provenance is not None
     other = record.provenance.model_copy(update={"data_sha256": "0" * 64})
     write_record(tmp_path, record.model_copy(update={"provenance": other}))
@@ -196,7 +197,7 @@ def test_adaptive_ranks_on_quantized_sites_run_as_smoke_in_the_svd_form_too(stud
     (run,) = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml", smoke=True).runs
     small = run.spec.experiment
     assert (small.adalora.warmup_steps, small.qa_lora.quantization_end_step) == (1, 3)
-    record = run_one(run.spec, tmp_path)
+    record = run_and_write(run.spec, tmp_path)
     assert record.error is None
     assert record.rank_history[-1].spent == 40
     assert record.quantization.balance[-1]["quantized_share"] == 1.0

@@ -6,12 +6,13 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from written_runs import run_and_write
 
 from peft_vit.adapters import adapted_modules, current_ranks, load_trained
 from peft_vit.backbones import load_backbone
 from peft_vit.data import SealedImages, load_data
 from peft_vit.evaluation import measure, predict, trainable_parameters
-from peft_vit.experiments import plan_study, provenance, run, run_one
+from peft_vit.experiments import plan_study, provenance, run
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.provenance import git_state, hash_arrays, package_versions
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
@@ -25,7 +26,7 @@ def specs(config, folder) -> list:
 
 
 def do(config, folder) -> list[RunRecord]:
-    records = [run_one(spec, folder) for spec in specs(config, folder)]
+    records = [run_and_write(spec, folder) for spec in specs(config, folder)]
     assert [record.error for record in records] == [None] * len(records)
     return records
 
@@ -128,7 +129,7 @@ def test_the_test_split_is_opened_once_after_training(study, tmp_path, monkeypat
 
 def test_a_diverged_run_is_a_failed_record(study, tmp_path) -> None:
     (spec,) = specs(study("full", learning_rate=1e30, clip_norm=None, optimizer="sgd"), tmp_path)
-    record = run_one(spec, tmp_path)
+    record = run_and_write(spec, tmp_path)
     assert record.status == "failed"
     assert record.error.startswith("DivergedError: the ")
     assert "lower the learning rate" in record.error
