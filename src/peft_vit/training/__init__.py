@@ -14,6 +14,7 @@ from peft_vit.training.loop import (
 from peft_vit.training.optimization import DivergedError, StepHook, optimization_step
 from peft_vit.training.peft_adalora_hook import PeftAdaLoraHook, last_update
 from peft_vit.training.progress import Progress
+from peft_vit.training.progress import Progress
 from peft_vit.training.qa_lora import QALoRATrainer
 from peft_vit.training.quantization_schedule import end_step, quantized_share
 from peft_vit.training.quantized_layers import check_rank, format_of

@@ -18,16 +18,7 @@ from peft_vit.data import Data
 from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
 from peft_vit.records import Evaluation, StepRow
 from peft_vit.training.optimization import StepHook, optimization_step
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a watcher is told after each step."""
-
-    step: int
-    total_steps: int
-    loss: float
-    validation_accuracy: float | None
+from peft_vit.training.progress import Gauges, Progress
 
 
 @dataclass(frozen=True)
@@ -123,6 +114,7 @@ def train(
         hook.attach(model, optimizer)
     result = TrainingResult(initial_parameters=trainable_parameters(model))
     best = _Best()
+    gauges = Gauges(model)
     model.train()
     for epoch in range(1, config.epochs + 1):
         batches = data.train.shuffled_batches(
@@ -135,14 +127,17 @@ def train(
             result.peak_parameters = max(result.peak_parameters, trainable_parameters(model))
             if on_progress is not None:
                 last = result.evaluations[-1].metrics.accuracy if result.evaluations else None
-                on_progress(Progress(row.step, total_steps, row.loss, last))
+                mean_rank, mean_bits = gauges.mean_rank(), gauges.mean_bits()
+                on_progress(Progress(row.step, total_steps, row.loss, last, mean_rank, mean_bits))
         started = time.perf_counter()
         evaluation = _validate(model, data, config, setting, len(result.steps), epoch, hooks)
         result.evaluations.append(evaluation)
         best.offer(evaluation, model)
         result.overhead_s["evaluation"] = result.overhead_s.get("evaluation", 0.0) + time.perf_counter() - started
         if on_progress is not None:
-            on_progress(Progress(len(result.steps), total_steps, result.steps[-1].loss, evaluation.metrics.accuracy))
+            loss, accuracy = result.steps[-1].loss, evaluation.metrics.accuracy
+            mean_rank, mean_bits = gauges.mean_rank(), gauges.mean_bits()
+            on_progress(Progress(len(result.steps), total_steps, loss, accuracy, mean_rank, mean_bits))
     result.peak_parameters = max(result.peak_parameters, result.initial_parameters)
     result.optimizer_bytes = optimizer_bytes(optimizer)
     result.overhead_s |= {hook.name: hook.seconds for hook in timed}
