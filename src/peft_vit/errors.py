@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+# What moves a terminal's cursor, breaks a line or turns the direction of writing: no part of a name.
+CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONGEST_PART, _LONGEST_MESSAGE = 500, 2000
+
+
+def printable(text: str) -> str:
+    """Return text on one line that does nothing to a terminal; what would is written as an escape, ``\\x1b``."""
+    return CONTROL_CHARACTER.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):
@@ -24,9 +34,13 @@ class UserError(Exception):
         self.message = " ".join(message.split())
         self.file = None if file is None else str(file)
         self.field = field
-        line = ": ".join(part for part in (self.file, self.field, self.message) if part)
-        line = line.encode(errors="backslashreplace").decode()  # a file's name may be any bytes, a record is UTF-8
-        super().__init__(line.replace("\n", "\\n").replace("\r", "\\r"))
+        names = (_shortened(part, _LONGEST_PART) for part in (self.file, self.field) if part)
+        line = ": ".join((*names, _shortened(self.message, _LONGEST_MESSAGE)))
+        super().__init__(printable(line))  # a file's name may be any bytes, a record is UTF-8
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
 
 
 class SilentNoEffectWarning(UserWarning):

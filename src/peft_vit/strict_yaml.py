@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-from peft_vit.errors import UserError
+from peft_vit.errors import CONTROL_CHARACTER, UserError
 
 KeyPath = tuple[str | int, ...]
 Lines = dict[KeyPath, int]
@@ -23,13 +23,27 @@ class _StrictLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  # filled below; PyYAML declares it on the instance
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = self._depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         for attribute, what in (("anchor", "anchors and aliases (&name, *name)"), ("tag", "tags (!name)")):
             if getattr(event, attribute, None) is not None:
-                problem = f"{what} are not accepted; write the value out"
-                raise yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
-        return super().compose_node(parent, index)
+                self._refuse(f"{what} are not accepted; write the value out", event)
+        if self._nodes >= _MAX_NODES:  # PyYAML takes a millisecond for some
+            self._refuse(f"more than {_MAX_NODES} keys and values; split it into several studies", event)
+        if self._depth > _MAX_DEPTH:
+            self._refuse(f"nested deeper than {_MAX_DEPTH} levels; flatten it", event)
+        self._nodes += 1
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def _refuse(self, problem: str, event: yaml.Event) -> NoReturn:
+        raise yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
 
 
 for _tag, _pattern, _first in (
@@ -41,9 +55,9 @@ for _tag, _pattern, _first in (
     _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 _MAX_BYTES = 1 << 17
+_MAX_NODES = 5000
 _MAX_DEPTH = 20
-_TOO_DEEP = f"is nested deeper than {_MAX_DEPTH} levels; flatten it"
-_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # and halves of surrogate pairs
+_LINE_BREAKS = str.maketrans("", "", "\n\t")  # the only control characters that a text may hold
 
 
 def dotted(path: KeyPath) -> str | None:
@@ -60,7 +74,7 @@ def _scalar(node: yaml.Node, loader: _StrictLoader, where: str, field: str | Non
         value = loader.construct_object(node)
     except ValueError:
         raise UserError("is a number of too many digits", file=where, field=field) from None
-    if isinstance(value, str) and _CONTROL_CHARACTER.search(value):
+    if isinstance(value, str) and CONTROL_CHARACTER.search(value.translate(_LINE_BREAKS)):
         raise UserError("holds a control character or half a character; remove it", file=where, field=field)
     return value
 
@@ -68,8 +82,6 @@ def _scalar(node: yaml.Node, loader: _StrictLoader, where: str, field: str | Non
 def _read(node: yaml.Node, loader: _StrictLoader, path: KeyPath, lines: Lines, file: Path) -> Any:
     lines.setdefault(path, node.start_mark.line + 1)  # a mapping has already set the line of the key
     where = f"{file}:{node.start_mark.line + 1}"
-    if len(path) > _MAX_DEPTH:
-        raise UserError(_TOO_DEEP, file=where, field=dotted(path))
     if isinstance(node, yaml.SequenceNode):
         return [_read(child, loader, (*path, i), lines, file) for i, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
@@ -118,8 +130,6 @@ def read_mapping(file: Path) -> tuple[dict[str, Any], Lines]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError("is not UTF-8 text; save it as UTF-8", file=f"{file}:{line}") from None
-    except RecursionError:
-        raise UserError(_TOO_DEEP, file=file) from None
     except yaml.reader.ReaderError as error:
         where = f"{file}:{text.count(chr(10), 0, error.position) + 1}"
         raise UserError("holds a control character; a configuration is plain text", file=where) from None

@@ -471,11 +471,17 @@ TEXTS: dict[str, tuple[str | bytes, int | None, str]] = {
     "bad tagged value": ("name: !!timestamp x\n", 1, "tags (!name) are not accepted"),
     "set": ("seeds: !!set {0, 1}\n", 1, "tags (!name) are not accepted"),
     "unknown version": ("%YAML 9.0\n---\nname: a\n", 1, "is not valid YAML here"),
-    "nested mappings": ("".join(f"{' ' * n}a:\n" for n in range(25)), 22, "nested deeper than 20 levels"),
-    "nested lists": ("a: " + "[" * 60_000, None, "nested deeper than 20 levels"),
-    "nested indicators": ("- " * 60_000, None, "nested deeper than 20 levels"),
-    "nested keys": ("? " * 60_000, None, "nested deeper than 20 levels"),
+    "nested mappings": ("".join(f"{' ' * n}a:\n" for n in range(25)), 21, "nested deeper than 20 levels"),
+    "nested lists": ("a: " + "[" * 60_000, 1, "nested deeper than 20 levels"),
+    "nested indicators": ("- " * 60_000, 1, "nested deeper than 20 levels"),
+    "nested keys": ("? " * 60_000, 1, "nested deeper than 20 levels"),
+    "many empty lists": ("name: a\nseeds: [" + "[]," * 40_000 + "]", 2, "more than 5000 keys and values"),
+    "many flow keys": ("{" + "a," * 60_000, 1, "more than 5000 keys and values"),
+    "many keys": ("".join(f"k{n}: 1\n" for n in range(10_000)), 2500, "more than 5000 keys and values"),
     "too large": (VALID + "#" * (1 << 20), None, "is larger than"),
+    "a terminal's escape": ('name: "\\x1b[31m"\n', 1, "control character"),
+    "the same in one character": ('description: "\\x9b31m"\n', 1, "control character"),
+    "writing turned round": ('description: "\\u202egnp.exe"\n', 1, "control character"),
 }
 
 
@@ -495,11 +501,31 @@ def test_a_bomb_of_anchors_is_refused_at_once(tmp_path: Path) -> None:
     assert "anchors and aliases" in refusal(tmp_path, "\n".join(levels))
 
 
-def test_a_file_of_the_largest_size_is_read_in_seconds(tmp_path: Path) -> None:
-    numbers = ",".join(["1"] * 60_000)
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [
+        (",".join(["1"] * 4_000), "a seed stands twice"),
+        ("9" * 4_299, "less than 2147483648"),
+        ("9" * 100_000, "is a number of too many digits"),
+        ("1." + "0" * 100_000 + "e1", "valid integer"),
+        ("1e99999", "valid integer"),
+    ],
+)
+def test_the_largest_lists_and_numbers_are_read_in_seconds(seeds: str, words: str, tmp_path: Path) -> None:
     started = time.perf_counter()
-    assert "a seed stands twice" in refusal(tmp_path, changed("seeds: [0, 1]", f"seeds: [{numbers}]"))
-    assert time.perf_counter() - started < 30
+    assert words in refusal(tmp_path, changed("seeds: [0, 1]", f"seeds: [{seeds}]"))
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize(
+    "name", ["Probe", "..", "a/b", "/a", "a b", "a.b", "a\\0", "a\\n", "é", "a" * 65, "a" * 300, "", "-a"]
+)
+@pytest.mark.parametrize("field", ["name: tiny", "name: probe"])
+def test_a_name_is_a_folder_on_every_file_system(field: str, name: str, tmp_path: Path) -> None:
+    """Lower case, so that no two names are one on a file system that does not tell cases apart."""
+    message = refusal(tmp_path, changed(field, f'name: "{name}"'))
+    assert "name: " in message
+    assert "lower-case letters" in message or "control character" in message
 
 
 def test_seeds_and_names_must_differ(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from peft_vit.data.files import content_sha256, decode_text, downloaded, unpacked
 from peft_vit.data.index import ImageIndex
 from peft_vit.errors import UserError
+from peft_vit.foreign_files import read_bytes
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
@@ -50,7 +51,7 @@ def read_cifar(name: str, path: Path | None, licence: str) -> ImageIndex:
     wanted = (*layout.train, layout.test, layout.names)
     folder, sha256 = _folder_and_hash(layout, wanted, path)
     parts = [_records(folder / file, layout.label_bytes) for file in (*layout.train, layout.test)]
-    lines = decode_text((folder / layout.names).read_bytes(), folder / layout.names).splitlines()
+    lines = decode_text(read_bytes(folder / layout.names), folder / layout.names).splitlines()
     class_names = tuple(line.strip() for line in lines if line.strip())
     labels = np.concatenate([part[:, layout.label_bytes - 1] for part in parts]).astype(np.int64)
     if labels.size and labels.max() >= len(class_names):

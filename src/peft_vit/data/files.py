@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import re
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from peft_vit.errors import UserError
+from peft_vit.foreign_files import LARGEST_BYTES, read_bytes, require_regular
 from peft_vit.packages import cache_dir, sha256_of
 from peft_vit.records import write_atomically
 
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # hidden files, and what macOS adds to zips
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_LARGEST_ARCHIVE_BYTES = 1 << 30  # unpacked; CIFAR's hold a fifth of it
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class FileTree:
         """Return a file's text; raises UserError if it is broken or not UTF-8."""
         try:
             content = self.read(name)
-        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # a foreign archive can fail in any way; the user needs one line
             raise UserError(f"cannot be read ({error}); fetch it again", file=self.file(name)) from None
         return decode_text(content, self.file(name))
 
@@ -78,16 +81,46 @@ def open_tree(location: Path) -> FileTree:
         root = location.resolve()
         names = tuple(sorted(_names_below(root)))
         return FileTree(
-            root, names, lambda name: (root / name).read_bytes(),
+            root, names, lambda name: read_bytes(root / name),
             lambda used: content_sha256({name: root / name for name in used}),
         )  # fmt: skip
+    archive, members = _open_zip(location)
+    return FileTree(
+        location, tuple(sorted(members)), lambda name: _read_member(archive, members[name]),
+        lambda _: content_sha256({"": location}),
+    )  # fmt: skip
+
+
+def _open_zip(location: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
     try:
+        if not location.is_file():  # opening a pipe could wait for ever
+            raise zipfile.BadZipFile("no regular file")
         archive = zipfile.ZipFile(location)
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a foreign archive can fail in any way; the user needs one line
         raise UserError(f"is neither a folder nor a zip ({error})", file=location, field="data.path") from None
-    members = (info.filename for info in archive.infolist() if not info.is_dir())
-    names = tuple(sorted(name for name in members if not _HIDDEN.search(name)))
-    return FileTree(location, names, archive.read, lambda _: content_sha256({"": location}))
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename
+        if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise UserError(f"holds a file of the name {name!r}, which leads out of it; pack it anew", file=location)
+        if info.is_dir() or _HIDDEN.search(name):
+            continue
+        if name in members:
+            problem = f"holds {name!r} twice, which could land in train and test; pack it anew"
+            raise UserError(problem, file=location)
+        members[name] = info
+    return archive, members
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Return a member's content, of which zipfile unpacks no more than is asked for if it is deflated."""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise zipfile.BadZipFile("compressed otherwise than by deflate")
+    with archive.open(info) as member:
+        content = member.read(LARGEST_BYTES + 1)
+    if len(content) > LARGEST_BYTES:
+        raise zipfile.BadZipFile(f"larger than {LARGEST_BYTES} bytes")
+    return content
 
 
 def _names_below(root: Path) -> Iterator[str]:
@@ -114,7 +147,7 @@ def _is_unicode(name: str) -> bool:
 
 def refuse_outside(path: Path, root: Path) -> None:
     """Raise UserError if a path, with its links followed, does not lie below `root` (already resolved)."""
-    if not path.resolve().is_relative_to(root):
+    if not Path(os.path.realpath(path)).is_relative_to(root):  # Path.resolve fails on a link to itself
         raise UserError(f"leads out of {root}; copy the file into it", file=path)
 
 
@@ -128,11 +161,12 @@ def content_sha256(files: Mapping[str, Path]) -> str:
     try:
         for name, path in sorted(files.items()):
             status = path.stat()
+            require_regular(status, path)
             line = f"{name}\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n"
             stamp.update(line.encode(errors="surrogateescape"))  # folders above may have names of any bytes
         memo = cache_dir() / "hashes" / stamp.hexdigest()
-        if memo.is_file() and re.fullmatch(r"[0-9a-f]{64}", known := memo.read_text()):
-            return known
+        if memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}", known := memo.read_bytes()):
+            return known.decode()
         hashes = {name: sha256_of(path) for name, path in sorted(files.items())}
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
@@ -192,25 +226,46 @@ def downloaded(url: str, md5: str) -> Path:
 def unpacked(archive: Path, wanted: tuple[str, ...], sha256: str) -> Path:
     """Return a cache folder with the wanted members of a tar.gz, found by their last name and unpacked once.
 
-    Only these names are written, so no member can leave the folder.
+    Only these names are written, so no member can leave the folder, and no more is unpacked than any of these
+    archives holds.
 
     Raises:
-        UserError: if the archive is broken or lacks one of them.
+        UserError: if the archive is broken or a bomb, or lacks one of them.
     """
     folder = cache_dir() / "unpacked" / sha256[:32]
     missing = {name for name in wanted if not (folder / name).is_file()}
     if not missing:
         return folder
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with gzip.open(archive) as unzipped, tarfile.open(fileobj=_Limited(unzipped), mode="r|") as tar:
             for member in tar:
                 name = PurePosixPath(member.name).name
                 content = tar.extractfile(member) if name in missing and member.isfile() else None
                 if content is not None:
+                    if member.size > LARGEST_BYTES:  # a sparse file is as large as it says
+                        raise OSError(f"{name} is larger than {LARGEST_BYTES} bytes")
                     write_to_cache(folder / name, content.read())
                     missing.remove(name)
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a foreign archive can fail in any way; the user needs one line
         raise UserError(f"is not a readable tar.gz ({error}); fetch it again", file=archive) from None
     if missing:
         raise UserError(f"holds no {sorted(missing)[0]}; fetch the binary archive", file=archive)
     return folder
+
+
+class _Limited:
+    """An unpacked stream that ends in an error where no sound archive of ours goes on."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._left_bytes = _LARGEST_ARCHIVE_BYTES
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes."""
+        content = self._stream.read(size)
+        self._left_bytes -= len(content)
+        if self._left_bytes < 0:
+            raise OSError(f"unpacks to more than {_LARGEST_ARCHIVE_BYTES} bytes")
+        return content

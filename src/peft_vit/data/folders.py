@@ -20,6 +20,7 @@ from peft_vit.data.files import (
 )
 from peft_vit.data.index import ImageIndex, decode_image
 from peft_vit.errors import UserError
+from peft_vit.foreign_files import read_bytes
 
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -146,7 +147,7 @@ def read_csv(path: Path | None, licence: str) -> ImageIndex:
     if not path.is_file():
         raise UserError("is not a file; name a CSV with the columns path, label[, split]", file=path, field="data.path")
     root = path.parent.resolve()
-    rows = csv.DictReader(io.StringIO(decode_text(path.read_bytes(), path), newline=""), strict=True)
+    rows = csv.DictReader(io.StringIO(decode_text(_content(path), path), newline=""), strict=True)
     files: dict[str, Path] = {}
     classes, splits = [], []
     try:
@@ -163,10 +164,17 @@ def read_csv(path: Path | None, licence: str) -> ImageIndex:
         raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.reader.line_num}") from None
     if not files:
         raise UserError("names no image; add rows", file=path)
-    tree = FileTree(root, tuple(files), lambda name: files[name].read_bytes(), lambda _: "")
+    tree = FileTree(root, tuple(files), lambda name: read_bytes(files[name]), lambda _: "")
     is_test = [split == "test" for split in splits] if "split" in columns else None
     sha256 = content_sha256({"": path, **files})
     return _index("csv", tree, list(files), classes, is_test, licence=licence, sha256=sha256)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror})", file=path, field="data.path") from None
 
 
 def _checked_row(row: dict[str, str], where: str, root: Path, seen: dict[str, Path]) -> str:

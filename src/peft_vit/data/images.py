@@ -55,6 +55,7 @@ class LabelledImages:
         flips: Flips,
         seed: int,
         epoch: int,
+        skip: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images once, in the order and with the flips that follow from (seed, epoch) alone.
 
@@ -68,10 +69,11 @@ class LabelledImages:
             flips: none, horizontal (left-right), or both (left-right and, independently, upside down).
             seed: the run's seed.
             epoch: counted from 0 or 1, as the caller likes.
+            skip: batches to leave out at the start, which an interrupted run has had.
         """
         order = self.order(seed, epoch)
         coin = torch.rand((len(self), 2), generator=torch_generator(seed, "augmentation", epoch)) < 0.5
-        for start in range(0, len(self), batch_size):
+        for start in range(skip * batch_size, len(self), batch_size):
             rows = order[start : start + batch_size]
             images = self._channels_first(rows)
             if flips != "none":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import struct
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ from PIL import Image
 from peft_vit.data.files import content_sha256, open_tree
 from peft_vit.data.index import ImageIndex, decode_image
 from peft_vit.errors import UserError
+from peft_vit.foreign_files import LARGEST_BYTES, require_regular
 from peft_vit.packages import ELPV_WHEEL, cache_dir, fetch_wheel
 
 _FASHION_CLASSES = (
@@ -43,7 +45,7 @@ def read_elpv(path: Path | None, licence: str) -> ImageIndex:
         where = f"{tree.file(table)}:{number}"
         try:
             name, probability, module = line.split()
-            labels.append(int(float(probability) >= 0.5))
+            labels.append(int(_probability(probability) >= 0.5))
             modules.append(_MODULE_TYPES.index(module))
         except ValueError:
             raise UserError(f"expected 'path probability mono|poly', got {line[:80]!r}", file=where) from None
@@ -57,6 +59,13 @@ def read_elpv(path: Path | None, licence: str) -> ImageIndex:
         sha256=tree.sha256([table, *names]), channels=1,
         read=lambda i: decode_image(lambda: tree.read(names[i]), tree.file(names[i])),
     )  # fmt: skip
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
 
 
 def read_digits(path: Path | None, licence: str) -> ImageIndex:
@@ -137,18 +146,25 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
     Raises:
         UserError: if it is missing, broken, or of another shape than its header says.
     """
+    start = 4 + 4 * dimensions
     try:
-        content = gzip.decompress(file.read_bytes())
+        require_regular(file.stat(), file)  # opening a pipe could wait for ever
+        with gzip.open(file) as unzipped:
+            header = unzipped.read(start)
+            if len(header) < start or header[:4] != bytes((0, 0, 8, dimensions)):
+                raise UserError(f"is no idx file of bytes in {dimensions} dimensions; fetch it again", file=file)
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            expected = math.prod(shape)
+            if expected > LARGEST_BYTES:
+                raise OSError(f"its header asks for {expected} bytes")
+            values = unzipped.read(expected + 1)  # and no more of what may be a bomb
     except FileNotFoundError:
         raise UserError(
             "is missing; name the folder that holds the four idx .gz files", file=file, field="data.path"
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"is not a readable .gz ({error}); fetch it again", file=file) from None
-    start = 4 + 4 * dimensions
-    if len(content) < start or content[:4] != bytes((0, 0, 8, dimensions)):
-        raise UserError(f"is no idx file of bytes in {dimensions} dimensions; fetch it again", file=file)
-    shape = struct.unpack(f">{dimensions}I", content[4:start])
-    if len(content) - start != np.prod(shape, dtype=np.int64):
-        raise UserError(f"holds {len(content) - start} values, its header says {shape}; fetch it again", file=file)
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+    if len(values) != expected:
+        found = f"more than {expected}" if len(values) > expected else len(values)
+        raise UserError(f"holds {found} values, its header says {shape}; fetch it again", file=file)
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)

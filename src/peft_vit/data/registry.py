@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from peft_vit.data.files import existing
 from peft_vit.data.folders import read_csv, read_image_folder, read_tiny_imagenet
 from peft_vit.data.index import ImageIndex
 from peft_vit.data.packaged import read_digits, read_elpv, read_fashion_mnist
-from peft_vit.errors import UserError
+from peft_vit.errors import CONTROL_CHARACTER, UserError
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class DatasetInfo:
 
 
 _Reader = Callable[[Path | None, str], ImageIndex]
+_LONGEST_CLASS_NAME = 255
 _CIFAR_LICENCE = "none stated by the authors; cite Krizhevsky 2009"
 _CIFAR_SOURCE = "data.path (binary archive, or folder with it), else downloaded from cs.toronto.edu"
 
@@ -91,7 +93,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
             `config.path`. (digits is real, it needs no file.)
 
     Raises:
-        UserError: if it is not there, broken, or has fewer than two classes.
+        UserError: if it is not there, broken, has fewer than two classes, or one that could not be printed.
     """
     info = DATASETS[config.dataset]
     if smoke:
@@ -107,4 +109,8 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
             f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed",
             file=path, field="data.path",
         )  # fmt: skip
+    for name in index.class_names:
+        if CONTROL_CHARACTER.search(name) or len(name) > _LONGEST_CLASS_NAME:
+            problem = f"class {reprlib.repr(name)} holds a control character or more than {_LONGEST_CLASS_NAME} letters"
+            raise UserError(f"{problem}; rename it", file=path, field="data.path")
     return index

@@ -1,0 +1,63 @@
+"""Files and folders that may come from anybody: read without waiting and up to a size, written without leaving.
+
+A name in somebody's archive or results may be a pipe that never ends, a link that leads out, or a bomb.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path, PurePosixPath
+
+from peft_vit.errors import UserError
+
+LARGEST_BYTES = 1 << 28  # of an image, a table or a record; far more than any real one
+
+
+def read_bytes(file: str | Path, limit_bytes: int | None = LARGEST_BYTES) -> bytes:
+    """Return a file's content.
+
+    Args:
+        file: its path; links are followed.
+        limit_bytes: what it may hold at most; None: anything, for weights.
+
+    Raises:
+        OSError: if it can't be read, is larger, is no regular file (reading a pipe could wait for ever), or if its
+            name is impossible; `strerror` says why.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:  # a NUL in its name
+        raise OSError(errno.EINVAL, "impossible name", str(file)) from None
+    with os.fdopen(descriptor, "rb") as handle:
+        status = os.fstat(descriptor)
+        require_regular(status, file)
+        if limit_bytes is not None and status.st_size > limit_bytes:
+            raise OSError(errno.EFBIG, f"larger than {limit_bytes} bytes", str(file))
+        return handle.read()
+
+
+def require_regular(status: os.stat_result, file: str | Path) -> None:
+    """Raise OSError if a file's status is not that of a regular file."""
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "a pipe, socket or device, no regular file", str(file))
+
+
+def folder_below(root: Path, relative: str) -> Path:
+    """Return a folder below `root` that files may be written to; it need not exist.
+
+    Raises:
+        UserError: if a part of the path leads out, or is a link: what it leads to is not `root`'s.
+    """
+    parts = PurePosixPath(relative).parts
+    if not parts or ".." in parts or "\0" in relative or PurePosixPath(relative).is_absolute():
+        raise UserError(f"{relative!r} leads out of it; nothing is written there", file=root)
+    folder = root
+    for part in parts:
+        folder = folder / part
+        if os.path.islink(folder):
+            raise UserError("is a link, and results go into real folders only; put the folder itself here", file=folder)
+    return folder

@@ -1,0 +1,329 @@
+"""Images and archives from anybody: nothing in them is run, nothing is left, and bombs go off in a bounded room."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import pickle
+import struct
+import tarfile
+import tracemalloc
+import zipfile
+import zlib
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from peft_vit.data import decode_image, open_index
+from peft_vit.data.cifar import LAYOUTS
+from peft_vit.data.files import unpacked
+from peft_vit.data.packaged import read_idx
+from peft_vit.data.pixels import cached_pixels
+from peft_vit.errors import UserError
+
+MIB = 1 << 20
+
+
+class Payload:
+    """Unpickling it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def png(size=(8, 8)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "images"
+    for name in ("cat/a.png", "cat/b.png", "dog/a.png", "dog/b.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png())
+    return root
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """Return a path at which no malicious file may have made anything by the end of the test."""
+    path = tmp_path / "ran"
+    yield path
+    assert not path.exists()
+
+
+@contextmanager
+def in_memory_of(most_bytes):
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most_bytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_payload_works(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "made")))
+    assert (tmp_path / "made").is_dir()
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp"])
+def test_a_postscript_called_an_image_is_not_handed_to_ghostscript(
+    folder, config, marker, tmp_path, monkeypatch, suffix
+):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("gs", "gswin64c"):
+        (programs / name).write_text(f"#!/bin/sh\nmkdir '{marker}'\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    (folder / f"cat/a.{suffix}").write_text(text)
+    index = open_index(config("image-folder", folder))
+    with pytest.raises(UserError, match=rf"a\.{suffix}: is not an image of a known format"):
+        [index.read(i) for i in range(len(index.labels))]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "ICO", "PPM", "PCX", "TGA", "EPS"])
+def test_other_formats_are_not_even_tried(kind):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, format=kind)
+    with pytest.raises(UserError, match=r"x\.png: is not an image of a known format"):
+        decode_image(buffer.getvalue, "x.png")
+
+
+def bomb(width, height):
+    """Return a small PNG whose header promises much."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9999))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(9460, 9460), (30_000, 30_000), (70_000, 1), (1, 2**31 - 1)])
+def test_an_image_of_too_many_pixels_is_refused_before_they_are_decoded(width, height):
+    with in_memory_of(4 * MIB), pytest.raises(UserError, match=r"x\.png: is not a readable image \(.*(scale it|bomb)"):
+        decode_image(lambda: bomb(width, height), "x.png")
+
+
+def test_a_large_photograph_is_fine():
+    assert decode_image(lambda: png((9000, 1000)), "x.png").size == (9000, 1000)
+
+
+# --- folders and CSV ------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_is_not_waited_for(folder, config):
+    os.mkfifo(folder / "cat/pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png: cannot be read \(a pipe, socket or device"):
+        open_index(config("image-folder", folder))
+    (folder / "list.csv").write_text("path,label\ncat/pipe.png,x\n")
+    with pytest.raises(UserError, match=r"list\.csv:2: path: .*pipe\.png does not exist"):
+        open_index(config("csv", folder / "list.csv"))
+
+
+@pytest.mark.parametrize("dataset", ["image-folder", "tiny-imagenet", "elpv", "cifar10", "fashion-mnist", "csv"])
+@pytest.mark.parametrize("name", ["pipe", "pipe/x", "x" * 300])
+def test_a_path_that_is_a_pipe_or_impossible(tmp_path, config, dataset, name):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError):
+        open_index(config(dataset, tmp_path / name))
+
+
+def test_a_link_to_itself_is_named(folder, config):
+    (folder / "cat/loop.png").symlink_to(folder / "cat/loop.png")
+    with pytest.raises(UserError, match=r"loop\.png: cannot be read \(Too many levels"):
+        open_index(config("image-folder", folder))
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "two\nlines", "\u202egnp", "\x9b31m"])
+@pytest.mark.parametrize("dataset", ["image-folder", "csv"])
+def test_a_class_that_could_not_be_printed_is_refused(folder, config, dataset, name):
+    path = folder
+    if dataset == "csv":
+        path = folder / "list.csv"
+        path.write_text(f'path,label\ncat/a.png,dog\ncat/b.png,"{name}"\n')
+    else:
+        (folder / "cat").rename(folder / name)
+    with pytest.raises(UserError, match=r"data\.path: class '.*\\.*' holds a control character") as caught:
+        open_index(config(dataset, path))
+    assert str(caught.value).isprintable()
+
+
+def test_a_class_of_a_thousand_letters_is_refused(folder, config):
+    (folder / "list.csv").write_text(f"path,label\ncat/a.png,dog\ncat/b.png,{'x' * 1000}\n")
+    with pytest.raises(UserError, match="or more than 255 letters"):
+        open_index(config("csv", folder / "list.csv"))
+
+
+# --- archives -------------------------------------------------------------------------------------------------------
+
+
+def zipped(file, members, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, content in members:
+            archive.writestr(zipfile.ZipInfo(name), content, compress_type=method)
+    return file
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../cat/x.png", r"holds a file of the name '\.\./cat/x\.png', which leads out of it"),
+        ("cat/../../x.png", "which leads out of it"),
+        ("/cat/x.png", "which leads out of it"),
+        (r"cat\..\x.png", "which leads out of it"),
+        ("cat/a.png", r"holds 'cat/a\.png' twice"),
+    ],
+)
+def test_a_zip_whose_names_lead_out_or_stand_twice(tmp_path, config, name, message):
+    members = [("cat/a.png", png()), ("dog/a.png", png()), (name, png())]
+    with pytest.raises(UserError, match=message):
+        open_index(config("image-folder", zipped(tmp_path / "images.zip", members)))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_bomb_is_unpacked_no_further_than_an_image_goes(tmp_path, config, monkeypatch, method):
+    monkeypatch.setattr("peft_vit.data.files.LARGEST_BYTES", MIB)
+    file = zipped(tmp_path / "images.zip", [("cat/a.png", bytes(64 * MIB)), ("dog/a.png", png())], method)
+    index = open_index(config("image-folder", file))
+    index.read(1) if method == zipfile.ZIP_DEFLATED else None
+    expected = "larger than 1048576 bytes" if method == zipfile.ZIP_DEFLATED else "compressed otherwise than by deflate"
+    with in_memory_of(8 * MIB), pytest.raises(UserError, match=rf"cat/a\.png: is not a readable image \({expected}"):
+        index.read(0)
+
+
+def tar_gz(file, members):
+    with tarfile.open(file, "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        for member, content in members:
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file
+
+
+def member(name, **fields):
+    info = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([(member("x", type=tarfile.SYMTYPE, linkname="/etc/passwd"), b"")], "holds no x"),
+        ([(member("x", type=tarfile.LNKTYPE, linkname="../../secret"), b"")], "holds no x"),
+        ([(member("x", type=tarfile.FIFOTYPE), b"")], "holds no x"),
+        ([(member("other"), bytes(64 * MIB))], "unpacks to more than 1048576 bytes"),
+        ([(member("other", pax_headers={"comment": "x" * 64 * MIB}), b"")], "unpacks to more than 1048576 bytes"),
+        (
+            [(member("x", pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 40)}), b"1")],
+            "x is larger than",
+        ),
+    ],
+    ids=["link", "hard link", "pipe", "bomb", "bomb in a header", "sparse"],
+)
+def test_a_tar_that_is_more_than_it_seems(tmp_path, monkeypatch, own_cache, members, message):
+    monkeypatch.setattr("peft_vit.data.files._LARGEST_ARCHIVE_BYTES", MIB)
+    archive = tar_gz(tmp_path / "cifar.tar.gz", members)
+    with in_memory_of(8 * MIB), pytest.raises(UserError, match=rf"cifar\.tar\.gz: .*{message}"):
+        unpacked(archive, ("x",), "0" * 64)
+    assert not [path for path in own_cache.rglob("*") if path.name == "x"]
+
+
+def test_a_tar_whose_member_has_less_than_no_bytes_ends(tmp_path):
+    """It sent Python's reader back to where it came from, for ever (CVE-2025-8194)."""
+    info = member("x")
+    info.size = -512
+    raw = info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+    (tmp_path / "cifar.tar.gz").write_bytes(gzip.compress(raw))
+    with pytest.raises(UserError, match=r"is not a readable tar\.gz|holds no y"):
+        unpacked(tmp_path / "cifar.tar.gz", ("y",), "0" * 64)
+
+
+def test_a_tar_is_unpacked_into_its_folder_whatever_its_names_say(tmp_path, own_cache):
+    archive = tar_gz(tmp_path / "cifar.tar.gz", [(member("../../../x"), b"1"), (member("/tmp/y"), b"2")])
+    folder = unpacked(archive, ("x", "y"), "0" * 64)
+    assert sorted(path.name for path in folder.iterdir()) == ["x", "y"]
+    assert folder.is_relative_to(own_cache)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_the_pickled_version_of_cifar_is_refused_unread(tmp_path, config, marker, archive):
+    """The authors also offer batches pickled for Python; anybody can pack something else in their place."""
+    names = (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta")
+    content = pickle.dumps(Payload(marker))
+    path = tmp_path / "cifar-10-batches-py"
+    if archive:
+        path = tar_gz(
+            tmp_path / "cifar-10-python.tar.gz", [(member(f"cifar-10-batches-py/{n}"), content) for n in names]
+        )
+    else:
+        path.mkdir()
+        for name in names:
+            (path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"fetch the binary archive|holds no cifar-10-binary\.tar\.gz"):
+        open_index(config("cifar10", path))
+
+
+def test_pickles_under_the_names_of_the_binary_version_are_pixels(tmp_path, config, marker):
+    layout = LAYOUTS["cifar10"]
+    for name in (*layout.train, layout.test, layout.names):
+        (tmp_path / name).write_bytes(pickle.dumps(Payload(marker)))
+    with pytest.raises(UserError, match="no multiple of a record"):
+        open_index(config("cifar10", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bytes((0, 0, 8, 3)) + struct.pack(">3I", 1, 2, 3) + bytes(64 * MIB), "holds more than 6 values"),
+        (bytes((0, 0, 8, 3)) + struct.pack(">3I", 2**31, 2**31, 2**31) + bytes(9), "its header asks for"),
+        (bytes((0, 0, 8, 3)) + struct.pack(">3I", 2**12, 16, 16), "holds 0 values"),
+    ],
+)
+def test_an_idx_file_is_unpacked_no_further_than_its_header_says(tmp_path, content, message):
+    file = tmp_path / "images.gz"
+    file.write_bytes(gzip.compress(content))
+    del content
+    with in_memory_of(8 * MIB), pytest.raises(UserError, match=message):
+        read_idx(file, dimensions=3)
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_a_pickle_in_the_cache_of_pixels_is_not_loaded(folder, config, marker, own_cache):
+    index = open_index(config("image-folder", folder))
+    rows = np.arange(4)
+    before = np.array(cached_pixels(index, rows, 14))
+    (file,) = (own_cache / "pixels").iterdir()
+    objects = np.array([Payload(marker)], dtype=object)
+    for write in (lambda: np.save(file, objects, allow_pickle=True), lambda: file.write_bytes(pickle.dumps(objects))):
+        write()
+        assert np.array_equal(cached_pixels(index, rows, 14), before)
+
+
+def test_a_remembered_hash_that_is_damaged_is_made_again(folder, config, own_cache):
+    before = open_index(config("image-folder", folder)).sha256
+    for content in (b"\xff\xfe", b"", b"x" * 64, before.encode() + b"\n"):
+        for memo in (own_cache / "hashes").iterdir():
+            memo.write_bytes(content)
+        assert open_index(config("image-folder", folder)).sha256 == before

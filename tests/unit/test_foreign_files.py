@@ -1,0 +1,52 @@
+"""Files of others are read without waiting and up to a limit; folders are not left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from peft_vit.errors import UserError
+from peft_vit.foreign_files import folder_below, read_bytes
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(file)
+    assert (
+        read_bytes(file) == read_bytes(file, 5) == read_bytes(file, None) == read_bytes(tmp_path / "link") == b"12345"
+    )
+    with pytest.raises(OSError, match="larger than 4 bytes"):
+        read_bytes(file, 4)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name, words in (
+        ("pipe", "no regular file"), ("endless", "no regular file"), (".", "Is a directory"),
+        ("nothing", "No such file"), ("loop", "Too many levels"),
+        ("a\0b", "impossible name"), ("x" * 300, "File name too long"),
+    ):  # fmt: skip
+        with pytest.raises(OSError, match=words) as caught:
+            read_bytes(tmp_path / name)
+        assert caught.value.strerror
+
+
+@pytest.mark.parametrize("relative", ["..", "a/../../b", "/etc", "", "a\0b"])
+def test_a_folder_that_leads_out_is_refused(relative: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leads out of it"):
+        folder_below(tmp_path, relative)
+
+
+def test_links_below_the_root_are_refused_and_above_it_fine(tmp_path: Path) -> None:
+    (tmp_path / "real" / "study").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "root").symlink_to(tmp_path / "real")
+    assert folder_below(tmp_path / "root", "study/a/seed_0") == tmp_path / "root" / "study" / "a" / "seed_0"
+    (tmp_path / "real" / "study" / "a").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"study/a: is a link, and results go into real folders only"):
+        folder_below(tmp_path / "root", "study/a/seed_0")
