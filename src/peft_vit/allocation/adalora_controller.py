@@ -45,7 +45,7 @@ from peft_vit.allocation.no_effect import warn_of_a_bar_too_high, warn_of_a_held
 from peft_vit.allocation.placement import place_adapters
 from peft_vit.allocation.probes import place_probes, probed_scores, take_probes
 from peft_vit.allocation.protection import TripletAges, protected_minimum, shielded
-from peft_vit.allocation.strategies import Bounds, allocate
+from peft_vit.allocation.strategies import Bounds, allocate, even_ranks
 from peft_vit.allocation.summary import layer_summary
 from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.backbones import tokens_per_image
@@ -116,9 +116,7 @@ class AdaLoRAController:
             for adapter in adapters.values():
                 if isinstance(adapter, SiteAdapter):
                     adapter.reference_rank = self.config.budget.total / float(self.costs.sum())  # if all ended equal
-            # What is spent on a site is in proportion to its score: scores like costs give equal ranks.
-            scores = self.costs.astype(np.float64)
-            even = allocate("proportional", scores, self.schedule.initial, self.bounds, costs=self.costs)
+            even = even_ranks(self.schedule.initial, self.bounds, self.costs)
             ranks = dict(zip(self.names, (int(rank) for rank in even), strict=True))
             set_ranks(model, ranks)
         ranks = {name: adapter.rank for name, adapter in adapters.items()}

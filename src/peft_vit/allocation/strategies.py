@@ -62,6 +62,12 @@ class _Sites:
         return sum(cost * rank for cost, rank in zip(self.costs, ranks, strict=True))
 
 
+def even_ranks(budget: int, bounds: Bounds, costs: Ints) -> Ints:
+    """Return ranks as equal as the bounds and the budget allow, (sites,); what a run starts with."""
+    # What is spent on a site is in proportion to its score: scores like costs give equal ranks.
+    return allocate("proportional", costs.astype(np.float64), budget, bounds, costs=costs)
+
+
 def allocate(
     strategy: Strategy,
     scores: Floats,

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from peft_vit.adapters import attach_adapters, freeze_backbone, saved_formats, saved_ranks
 from peft_vit.adapters.peft_files import read_peft
 from peft_vit.adapters.peft_format import import_peft
 from peft_vit.adapters.peft_library import attach_peft_lora, require_peft
-from peft_vit.allocation import AdaLoRAController, bounds_for, costs_for, schedule_for
+from peft_vit.allocation import (
+    AdaLoRAController,
+    Bounds,
+    BudgetSchedule,
+    bounds_for,
+    costs_for,
+    even_ranks,
+    schedule_for,
+)
 from peft_vit.backbones import BackboneShape, Site, find_sites, fused_sites
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, Matrix, QaLoraConfig
 from peft_vit.errors import UserError
@@ -53,7 +64,7 @@ def prepare(
         return [PeftAdaLoraHook(model, experiment.peft_adalora, total_steps, seed=seed)]
     hooks: list[StepHook] = []
     if experiment.adalora is not None:  # first, so that scores see the gradients before the trainer scales them
-        config, pool = _pooled(experiment.adalora, experiment.qa_lora)
+        config, pool = pooled(experiment.adalora, experiment.qa_lora)
         hooks.append(AllocationHook(AdaLoRAController(model, config, total_steps, seed=seed, pool=pool)))
     if experiment.qa_lora is not None:
         hooks.append(QALoRATrainer(model, experiment.qa_lora, total_steps, seed=seed, formats=formats, ranks=ranks))
@@ -75,7 +86,7 @@ def prepare_as_saved(
     )  # fmt: skip
 
 
-def _pooled(adalora: AdaLoraConfig, qa_lora: QaLoraConfig | None) -> tuple[AdaLoraConfig, int]:
+def pooled(adalora: AdaLoraConfig, qa_lora: QaLoraConfig | None) -> tuple[AdaLoraConfig, int]:
     """Return the settings of adaptive ranks, and the inputs that adapters pool: on quantized sites these decide."""
     if qa_lora is None:
         return adalora, 1
@@ -119,7 +130,7 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, 
         adaptive = experiment.qa_lora.adaptive_bits
         ranks_are_chosen = experiment.adalora is not None or (adaptive is not None and adaptive.ranks)
         rank = 0 if ranks_are_chosen else experiment.qa_lora.fixed_rank
-        for site in _chosen(shape.sites, experiment.qa_lora.targets):
+        for site in chosen(shape.sites, experiment.qa_lora.targets):
             _check_rank("qa_lora.rank", site, rank, experiment.qa_lora.pool)
         end_step(experiment.qa_lora, total_steps)
         if adaptive is not None:
@@ -130,12 +141,12 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, 
                     field="qa_lora.adaptive_bits.calibration_images",
                 )
     if experiment.adalora is not None:
-        _check_adalora(*_pooled(experiment.adalora, experiment.qa_lora), shape, total_steps)
+        rank_course(*pooled(experiment.adalora, experiment.qa_lora), shape, total_steps)
 
 
 def _check_lora(config: LoraConfig, shape: BackboneShape) -> None:
     if config.rank is not None:
-        for site in _chosen(shape.sites, config.targets):
+        for site in chosen(shape.sites, config.targets):
             _check_rank("lora.rank", site, config.rank, 1)
     if config.start is not None:
         try:
@@ -145,17 +156,40 @@ def _check_lora(config: LoraConfig, shape: BackboneShape) -> None:
 
 
 def _check_fused(field: str, shape: BackboneShape, targets: Sequence[Matrix], rank: int) -> None:
-    for site in fused_sites(_chosen(shape.sites, targets)).values():
+    for site in fused_sites(chosen(shape.sites, targets)).values():
         _check_rank(field, site, rank, 1)
 
 
-def _check_adalora(config: AdaLoraConfig, pool: int, shape: BackboneShape, total_steps: int) -> None:
-    shapes = [(site.in_features // pool, site.out_features) for site in _chosen(shape.sites, config.targets)]
-    costs = costs_for(config, shapes, shape.tokens)
-    schedule_for(config, total_steps, bounds_for(config, [min(sides) for sides in shapes], costs), costs)
+@dataclass(frozen=True)
+class RankCourse:
+    """What is known of adaptive ranks before the run: the sites, what a rank of each costs and may be, the budget."""
+
+    sites: list[Site]
+    costs: NDArray[np.int64]  # of one rank, in the unit of the budget
+    bounds: Bounds
+    schedule: BudgetSchedule
+
+    def even_ranks(self, budget: int) -> dict[str, int]:
+        """Return equal ranks within a budget, by site: those that a run starts with."""
+        ranks = even_ranks(budget, self.bounds, self.costs)
+        return {site.name: int(rank) for site, rank in zip(self.sites, ranks, strict=True)}
 
 
-def _chosen(sites: Sequence[Site], targets: Sequence[Matrix]) -> list[Site]:
+def rank_course(adalora: AdaLoraConfig, pool: int, shape: BackboneShape, total_steps: int) -> RankCourse:
+    """Return the course of adaptive ranks, with the settings and the pool of `pooled`.
+
+    Raises:
+        UserError: if the budget does not fit the sites, or the schedule the steps.
+    """
+    sites = chosen(shape.sites, adalora.targets)
+    shapes = [(site.in_features // pool, site.out_features) for site in sites]
+    costs = costs_for(adalora, shapes, shape.tokens)
+    bounds = bounds_for(adalora, [min(sides) for sides in shapes], costs)
+    return RankCourse(sites, costs, bounds, schedule_for(adalora, total_steps, bounds, costs))
+
+
+def chosen(sites: Sequence[Site], targets: Sequence[Matrix]) -> list[Site]:
+    """Return the sites on matrices that are wanted."""
     return [site for site in sites if site.matrix in targets]
 
 
