@@ -69,6 +69,7 @@ class ExportFormat(StrEnum):
     SAFETENSORS = "safetensors"
     PEFT = "peft"
     HISTORY = "history"
+    TENSORBOARD = "tensorboard"
 
 
 @app.command()
@@ -119,28 +120,34 @@ def report(
 @app.command()
 def export(
     directory: Annotated[
-        Path, typer.Argument(help="a run's folder; history: or a whole results directory", show_default=False)
+        Path, typer.Argument(help="a run's folder; history, tensorboard: or a results directory", show_default=False)
     ],
     to: Annotated[
         Path,
         typer.Option(
             "--to", "--output", show_default=False,
-            help="a .onnx or .safetensors file; peft: a new or empty folder; history: a .parquet, .json or .csv file",
+            help="a .onnx or .safetensors file; peft: a new or empty folder; history: a .parquet, .json or .csv file; "
+            "tensorboard: what its --logdir is given",
         ),
     ],
     format: Annotated[
         ExportFormat,
         typer.Option(
             help="onnx: the whole model for onnxruntime; safetensors: the whole model, quantized layers packed; "
-            "peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site"
+            "peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: "
+            "metrics of finished runs, also while a study goes on"
         ),
     ] = ExportFormat.PEFT,
 ) -> None:  # fmt: skip
-    """Write what a run has trained as a model that runs elsewhere, or the history of scores and ranks."""
+    """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
     if format is ExportFormat.HISTORY:
         from peft_vit.analysis.history import export_history
 
         print(f"{export_history(directory, to)} rows: {to}")
+    elif format is ExportFormat.TENSORBOARD:
+        from peft_vit.analysis.tensorboard import export_to_tensorboard
+
+        print(f"{export_to_tensorboard(directory, to)} runs: {to}\nNext: tensorboard --logdir {to}")
     elif format is ExportFormat.PEFT:
         from peft_vit.experiments.export import export_run_to_peft
 

@@ -1,0 +1,126 @@
+"""What TensorBoard's own reader finds in the event files equals the records they were made from."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from written_runs import run_and_write
+
+from peft_vit.analysis.tensorboard import EVENTS_FILE, export_to_tensorboard
+from peft_vit.cli import main
+from peft_vit.config import load_study
+from peft_vit.errors import UserError
+from peft_vit.experiments import plan_study
+from peft_vit.records import read_record, run_folder, write_result
+
+pytest.importorskip("tensorboard")
+pytestmark = pytest.mark.part("runner")
+
+
+ADALORA = {
+    "total_rank_budget": 40, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
+    "update_frequency": 1, "warmup_steps": 2, "final_steps": 2,
+}  # fmt: skip
+STUDY = {
+    "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu",
+    "backbone": {"model": "test_vit", "weights": "random"},
+    "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
+    "training": {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3},
+    "experiments": [
+        {"name": "adalora", "method": "adalora", "adalora": {**ADALORA, "parametrization": "svd"}},
+        {
+            "name": "qa_adalora", "method": "qa_adalora", "adalora": ADALORA,
+            "qa_lora": {
+                "quantization_bits": 4, "quantization_type": "int4", "quantization_schedule": "linear",
+                "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16,
+            },
+        },
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory of two finished runs."""
+    folder = tmp_path_factory.mktemp("results")
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(STUDY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_VIT_CACHE", _session_cache)
+        for run in plan_study(load_study(config), folder / "out", file=config).runs:
+            assert run_and_write(run.spec, folder / "out").status == "done"
+    return folder / "out"
+
+
+def read_back(folder: Path) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: {one.step: one.value for one in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_its_reader_finds_what_the_records_say(results, tmp_path) -> None:
+    assert export_to_tensorboard(results, tmp_path / "logs") == 2
+    for name in ("adalora", "qa_adalora"):
+        record = read_record(results / "tiny" / name / "seed_0" / "record.json")
+        found = read_back(tmp_path / "logs" / "tiny" / name / "seed_0")
+        expected = {
+            "train/loss": {row.step: row.loss for row in record.steps},
+            "train/learning_rate": {row.step: row.learning_rate for row in record.steps},
+            "validation/accuracy": {one.step: one.metrics.accuracy for one in record.evaluations},
+            "test/nll": {record.chosen_step: record.test.nll},
+            "rank/mean": {one.step: sum(one.ranks.values()) / len(one.ranks) for one in record.rank_history},
+            "rank/blocks.0.attn.out": {one.step: one.ranks["blocks.0.attn.out"] for one in record.rank_history},
+        }
+        if name == "adalora":
+            expected["train/penalty/orthogonality"] = {r.step: r.penalties["orthogonality"] for r in record.steps}
+            assert "bits/mean" not in found
+        else:
+            expected["train/quantized_share"] = {row.step: row.quantized_share for row in record.steps}
+            assert found["bits/mean"] == {
+                0: pytest.approx(32 + record.quantization.bits_per_weight),
+                4: pytest.approx(6.0),
+            }
+        for tag, values in expected.items():
+            assert found[tag] == pytest.approx(values, rel=1e-6), tag  # event files hold float32
+        assert set(found["train/loss"]) == set(range(1, 7))
+
+
+def test_a_study_that_goes_on_is_exported_again(results, tmp_path) -> None:
+    export_to_tensorboard(results / "tiny" / "adalora", tmp_path / "logs")
+    (first,) = (tmp_path / "logs").rglob("*tfevents*")
+    before = first.read_bytes()
+    assert export_to_tensorboard(results, tmp_path / "logs") == 2
+    assert len(list((tmp_path / "logs").rglob("*tfevents*"))) == 2
+    assert first.read_bytes() == before
+    assert first.name == EVENTS_FILE
+
+
+def test_the_command(results, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(results), "--format", "tensorboard", "--to", str(tmp_path / "logs")])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"2 runs: {tmp_path / 'logs'}\nNext: tensorboard --logdir {tmp_path / 'logs'}\n"
+
+
+def test_what_it_refuses(results, tmp_path, monkeypatch) -> None:
+    record = read_record(results / "tiny" / "adalora" / "seed_0" / "record.json")
+    failed = record.model_copy(update={"status": "failed", "steps": []})
+    write_result(tmp_path / "failed", failed, None)
+    with pytest.raises(UserError, match="no run is finished yet"):
+        export_to_tensorboard(tmp_path / "failed", tmp_path / "logs")
+    with pytest.raises(UserError, match="does not exist"):
+        export_to_tensorboard(tmp_path / "nothing", tmp_path / "logs")
+    leading_out = record.model_copy(update={"spec": record.spec.model_copy(update={"study": "../../elsewhere"})})
+    file = run_folder(tmp_path / "evil" / "a" / "b", record.spec) / "record.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(leading_out.model_dump_json())
+    with pytest.raises(UserError, match="leads out"):
+        export_to_tensorboard(tmp_path / "evil", tmp_path / "logs")
+    assert not (tmp_path.parent / "elsewhere").exists()
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install 'peft-vit\[tensorboard\]'"):
+        export_to_tensorboard(results, tmp_path / "logs")
+    assert not (tmp_path / "logs").exists()
