@@ -120,10 +120,17 @@ def _across(runs: pd.DataFrame, families: list[str], rates: list[float]) -> str:
     """Return what each method loses between its best and its worst rate, and ours against PEFT's best."""
     lines = []
     means = {f: {r: _series(runs, f, r).mean() for r in rates if not _series(runs, f, r).empty} for f in families}
+    lost: dict[str, pd.Series] = {}  # by seed
     for family, by_rate in means.items():
         if len(by_rate) > 2:
-            lost = max(by_rate.values()) - min(by_rate.values())
-            lines.append(f"- `{family}` loses {lost:.1f} points between its best and its worst rate.")
+            ends = [choose(by_rate, key=by_rate.__getitem__) for choose in (max, min)]
+            points = by_rate[ends[0]] - by_rate[ends[1]]
+            lines.append(f"- `{family}` loses {points:.1f} points between its best and its worst rate.")
+            best_end, worst_end = (_series(runs, family, rate) for rate in ends)
+            lost[family] = (best_end - worst_end).dropna()
+    if {"adalora", "lora_r8"} <= lost.keys():
+        more = compared(lost["adalora"], lost["lora_r8"]).difference
+        lines.append(f"- What `adalora` loses minus what `lora_r8` loses, by seed: {interval(more)}.")
     peft = means.get("peft_adalora", {})
     if peft:
         best = max(peft, key=lambda rate: peft[rate])
