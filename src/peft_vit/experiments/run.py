@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,6 @@ from peft_vit.evaluation import (
     head_parameters,
     measure,
     model_size,
-    peak_memory_bytes,
     predict,
     reset_peak_memory,
     trainable_bytes,
@@ -47,6 +44,7 @@ from peft_vit.experiments.calibration import calibrate_fisher, choose_bits, meas
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.plan import resolve_device
 from peft_vit.experiments.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
+from peft_vit.experiments.resuming import RECORDED, Attempt
 from peft_vit.records import (
     BitsEntry,
     ByteCounts,
@@ -112,13 +110,13 @@ def run_one(
     Raises:
         Interrupted: if it should stop; a checkpoint was written then.
     """
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    started = time.perf_counter()
     adapter = None
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SilentNoEffectWarning)
+        for category in RECORDED:
+            warnings.simplefilter("always", category)
+        attempt = Attempt(spec, checkpoints, should_stop, caught)
         try:
-            outcome, adapter = _execute(spec, _stoppable(on_progress, should_stop), read)
+            outcome, adapter = _execute(spec, attempt, on_progress, read)
         except Interrupted:
             raise
         except Exception as error:
@@ -127,27 +125,13 @@ def run_one(
                 "status": "failed", "error": reason, "failure": _kind(error), "traceback": traceback.format_exc()
             }  # fmt: skip
     for entry in caught:
-        if entry.category is not SilentNoEffectWarning:  # those stand in the record; the others pass on
+        if entry.category is not SilentNoEffectWarning:  # of those the record alone speaks
             warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
     record = RunRecord(
-        spec=spec,
-        spec_digest=spec.digest(),
-        started_at=started_at,
-        seconds=time.perf_counter() - started,
-        warnings=[str(entry.message) for entry in caught if entry.category is SilentNoEffectWarning],
-        **outcome,
-    )
+        spec=spec, spec_digest=spec.digest(), started_at=attempt.started_at, seconds=attempt.seconds,
+        warnings=attempt.warnings, **outcome,
+    )  # fmt: skip
     return Finished(record, adapter)
-
-
-def _stoppable(on_progress: OnProgress | None, should_stop: Callable[[], bool] | None) -> OnProgress:
-    def told(progress: Progress) -> None:
-        if on_progress is not None:
-            on_progress(progress)
-        if should_stop is not None and should_stop():
-            raise Interrupted(0)
-
-    return told
 
 
 def _kind(error: Exception) -> Failure:
@@ -161,12 +145,13 @@ def _kind(error: Exception) -> Failure:
 
 
 def _execute(
-    spec: RunSpec, on_progress: OnProgress, read: Callable[[BackboneConfig], Weights]
+    spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None, read: Callable[[BackboneConfig], Weights]
 ) -> tuple[dict[str, Any], bytes]:
     reset_peak_memory()
     torch.set_num_threads(spec.threads)
     device = resolve_device(spec.device)
     data = load_data(spec.data, spec.seed, smoke=spec.smoke)
+    attempt.look_back(data.data_sha256)
     backbone = load_backbone(
         spec.backbone, image_size=spec.data.image_size, num_classes=len(data.class_names), seed=spec.seed,
         smoke=spec.smoke, read=read,
@@ -178,15 +163,21 @@ def _execute(
     config = spec.experiment.training
     total_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
     setting = Setting(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
-    bits, bits_s = choose_bits(model, spec.experiment, data, setting, spec.seed)
+    bits, bits_s = attempt.earlier_bits(spec.experiment) or choose_bits(
+        model, spec.experiment, data, setting, spec.seed
+    )
     hooks = prepare(
         model, spec.experiment, total_steps=total_steps, seed=spec.seed,
         formats=None if bits is None else bits.formats, ranks=None if bits is None else bits.ranks,
     )  # fmt: skip
-    provenance = _provenance(spec, data, backbone, device)  # now that the head is the one that training starts from
+    # Now that the head is the one that training starts from.
+    provenance = attempt.begin(_provenance(spec, data, backbone, device), bits, bits_s)
     _say_doubts(spec, provenance, data)
     initial_ranks = current_ranks(model) | peft_ranks(model)
-    result = train(model, data, config, setting, seed=spec.seed, hooks=hooks, on_progress=on_progress)
+    result = train(
+        model, data, config, setting, seed=spec.seed, hooks=hooks, on_progress=on_progress,
+        between_steps=attempt.between_steps, resume=attempt.take_training(),
+    )  # fmt: skip
     assert result.chosen is not None
     for hook in hooks:
         if isinstance(hook, PeftAdaLoraHook):
@@ -195,7 +186,7 @@ def _execute(
     test_metrics = measure(*predict(model, test, device=device, precision=spec.precision))
     fisher_check, calibration_s = calibrate_fisher(hooks, model, data, config, setting, spec.seed)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
-    peak = peak_memory_bytes()  # before the float weights come back for a comparison
+    peak = attempt.peak_memory_bytes  # before the float weights come back for a comparison
     balance_s = measure_balance(hooks, model, data, spec, setting)
     outcome = {
         "status": "done",
@@ -218,13 +209,17 @@ def _execute(
             optimizer_bytes=result.optimizer_bytes, adapter_file_bytes=len(content),
         ),
         "seconds_per_step": result.seconds_per_step,
-        "overhead_s": bits_s | result.overhead_s | _probing(hooks, result.steps) | calibration_s | balance_s,
+        "overhead_s": {
+            **bits_s, **result.overhead_s, **_probing(hooks, result.steps), **calibration_s, **balance_s,
+            "checkpoints": attempt.checkpoints_s,
+        },
         "peak_memory_bytes": peak,
         "chosen_step": result.chosen.step,
         "majority_accuracy": _majority(data),
         "validation": result.chosen.metrics,
         "test": test_metrics,
         "adapter_sha256": hashlib.sha256(content).hexdigest(),
+        "optimizer_sha256": result.optimizer_sha256,
     }  # fmt: skip
     return outcome, content
 

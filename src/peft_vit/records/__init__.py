@@ -9,6 +9,7 @@ A results directory holds one study per folder::
 from peft_vit.records.files import (
     ADAPTER_FILE,
     RECORD_FILE,
+    checkpoint_folders,
     read_record,
     read_records,
     run_folder,
@@ -66,6 +67,7 @@ __all__ = [
     "RunSpec",
     "SiteInfo",
     "StepRow",
+    "checkpoint_folders",
     "history_rows",
     "outcome_digest",
     "read_record",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from peft_vit.records.values import SCHEMA_VERSION, RunRecord, RunSpec
 
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -37,6 +39,12 @@ def write_atomically(file: Path, content: bytes) -> None:
 def run_folder(results_dir: Path, spec: RunSpec) -> Path:
     """Return the folder that holds a run's files."""
     return results_dir / spec.run_id
+
+
+def checkpoint_folders(run_folder: Path) -> dict[int, Path]:
+    """Return the folders of the checkpoints that an interrupted run has left, by step; whole ones or not."""
+    named = {path: _CHECKPOINT.fullmatch(path.name) for path in run_folder.glob("checkpoint-*")}
+    return {int(match[1]): path for path, match in named.items() if match is not None}
 
 
 def write_record(results_dir: Path, record: RunRecord) -> Path:

@@ -2,7 +2,7 @@
 
 from peft_vit.training.adaptive_bits import ChosenBits, allocate_bits, check_bits
 from peft_vit.training.allocation_hook import AllocationHook
-from peft_vit.training.checkpoint import Checkpoints, Interrupted
+from peft_vit.training.checkpoint import CheckpointKeeper, Checkpoints, CheckpointWarning, Interrupted
 from peft_vit.training.loop import (
     Setting,
     TrainingResult,
@@ -14,13 +14,15 @@ from peft_vit.training.loop import (
 from peft_vit.training.optimization import DivergedError, StepHook, optimization_step
 from peft_vit.training.peft_adalora_hook import PeftAdaLoraHook, last_update
 from peft_vit.training.progress import Progress
-from peft_vit.training.progress import Progress
 from peft_vit.training.qa_lora import QALoRATrainer
 from peft_vit.training.quantization_schedule import end_step, quantized_share
 from peft_vit.training.quantized_layers import check_rank, format_of
+from peft_vit.training.state import State
 
 __all__ = [
     "AllocationHook",
+    "CheckpointKeeper",
+    "CheckpointWarning",
     "Checkpoints",
     "ChosenBits",
     "DivergedError",
@@ -29,6 +31,7 @@ __all__ = [
     "Progress",
     "QALoRATrainer",
     "Setting",
+    "State",
     "StepHook",
     "TrainingResult",
     "allocate_bits",

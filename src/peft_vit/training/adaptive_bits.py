@@ -36,6 +36,11 @@ class ChosenBits:
     ranks: dict[str, int] | None  # by site, blocks.3.attn.query; None: the settings' rank
     record: BitAllocation
 
+    @classmethod
+    def of_record(cls, record: BitAllocation, config: QaLoraConfig) -> ChosenBits:
+        """Return what was chosen under the same settings, without measuring it anew."""
+        return cls({name: format_of(config, type) for name, type in record.types.items()}, record.ranks, record)
+
 
 @dataclass(frozen=True)
 class _Options:

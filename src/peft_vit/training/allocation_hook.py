@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import SiteAdapter, site_adapters
 from peft_vit.allocation import AdaLoRAController
 from peft_vit.records import StepRow
+from peft_vit.training.state import State
 
 
 class AllocationHook:
@@ -89,3 +90,14 @@ class AllocationHook:
     def deployable(self, step: int) -> bool:
         """Say whether the last decision has been taken, so that the final budget is met."""
         return step >= self.controller.schedule.last_update
+
+    def state(self) -> State:
+        """Return the controller's state, and what its own part of each step has cost so far."""
+        kept = self.controller.state_dict()
+        own_s = {str(step): seconds for step, seconds in self._own_s.items()}
+        return State(kept["tensors"], {"controller": kept["values"], "own_s": own_s})
+
+    def load_state(self, model: nn.Module, state: State) -> None:
+        """Go on from such a state."""
+        self.controller.load_state_dict({"values": state.values["controller"], "tensors": state.tensors})
+        self._own_s = defaultdict(float, {int(step): seconds for step, seconds in state.values["own_s"].items()})

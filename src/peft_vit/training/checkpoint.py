@@ -1,22 +1,50 @@
-"""Where and how often a run keeps what it needs to go on after it was interrupted."""
+"""Files of a checkpoint: written whole or not at all, checked before they are used, never unpickled.
+
+A checkpoint is a folder `checkpoint-<step>` in the run's folder::
+
+    state.safetensors   tensors
+    state.json          plain values, and the tensors' order and layout in memory
+    manifest.json       SHA-256 and bytes of the other two
+
+It is written under another name, flushed to disk and renamed, so that a kill at any instant leaves the one before. The
+last two are kept. The layout is kept too: a product may round otherwise if a factor lies otherwise in memory.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from peft_vit.errors import UserError
+from peft_vit.foreign_files import read_bytes, require_regular
+from peft_vit.records import checkpoint_folders
+from peft_vit.training.state import State
+
+TENSORS_FILE = "state.safetensors"
+VALUES_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+_KEPT = 2
+_UNFINISHED = ".checkpoint-"  # begins the names of folders that are being written
+_SHARE = 100  # of a run's time that checkpoints may take: one part in so many
 
 
-@dataclass(frozen=True)
-class Checkpoints:
-    """Where checkpoints lie, and how often one is due.
-
-    Attributes:
-        folder: of the run; a checkpoint is a folder in it.
-        every_s: seconds between two; 0: after every step.
-    """
-
-    folder: Path
-    every_s: float = 30.0
+class CheckpointWarning(UserWarning):
+    """A checkpoint was of no use, or of less than it should be; said loudly, and kept in the run's record."""
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
@@ -29,3 +57,265 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     def __init__(self, step: int) -> None:
         self.step = step
         super().__init__(step)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where checkpoints lie, and how often one is due.
+
+    Attributes:
+        folder: of the run; a checkpoint is a folder in it.
+        every_s: seconds between two, unless they would cost more than a hundredth of the time; 0: after every step.
+    """
+
+    folder: Path
+    every_s: float = 30.0
+
+
+class CheckpointKeeper:
+    """Keeps the last two checkpoints of a run.
+
+    Args:
+        checkpoints: where, and how often.
+        clock: seconds; when a checkpoint is written has no influence on what is trained.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder = checkpoints.folder
+        self._every_s = checkpoints.every_s
+        self._clock = clock
+        self._whole: list[int] = []  # steps of the checkpoints that are known to be whole, the newest last
+        self._since = clock()
+        self._cost_s = 0.0  # of the last one
+        self.seconds = 0.0  # of all
+
+    @property
+    def step(self) -> int:
+        """Return which step the newest checkpoint holds; 0: there is none."""
+        return self._whole[-1] if self._whole else 0
+
+    def newest(self) -> State | None:
+        """Return the newest state that is whole; None if there is none. One that is damaged is said in a warning."""
+        for leftover in self._folder.glob(f"{_UNFINISHED}*"):
+            _remove(leftover)
+        folders = checkpoint_folders(self._folder)
+        for step in sorted(folders, reverse=True):
+            try:
+                state = read_checkpoint(folders[step])
+            except UserError as error:
+                warnings.warn(f"a damaged checkpoint is left aside: {error}", CheckpointWarning, stacklevel=2)
+                continue
+            self._whole = [step]
+            self._since = self._clock()
+            return state
+        if folders:
+            warnings.warn(
+                f"{self._folder}: no checkpoint is whole; the run starts from its beginning", CheckpointWarning,
+                stacklevel=2,
+            )  # fmt: skip
+        return None
+
+    def is_due(self) -> bool:
+        """Say whether it is time for another one."""
+        return self._every_s == 0 or self._clock() - self._since >= max(self._every_s, _SHARE * self._cost_s)
+
+    def keep(self, step: int, state: Callable[[], State]) -> None:
+        """Write a checkpoint, unless the newest one holds this step already, and remove what is older than two.
+
+        Raises:
+            OSError: if it can't be written; the ones before are still there.
+        """
+        if step == self.step:
+            return
+        started = self._clock()
+        write_checkpoint(self._folder, step, state())
+        self._whole = [*self._whole, step][-_KEPT:]
+        for other, path in checkpoint_folders(self._folder).items():
+            if other not in self._whole:
+                _remove(path)
+        self._since = self._clock()
+        self._cost_s = self._since - started
+        self.seconds += self._cost_s
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: Path, step: int, state: State) -> None:
+    """Write one checkpoint into a run's folder.
+
+    Raises:
+        OSError: if it can't be written; nothing of it is left then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED))
+    try:
+        os.chmod(unfinished, 0o755)
+        _write_files(unfinished, step, state)
+        place = folder / f"checkpoint-{step}"
+        _remove(place)  # a damaged one, or of another process that is about to end
+        os.rename(unfinished, place)
+        _flush(folder)
+    except BaseException:
+        _remove(unfinished)
+        raise
+
+
+def _write_files(place: Path, step: int, state: State) -> None:
+    layout = {name: _strides(tensor) for name, tensor in state.tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    try:
+        save_file(tensors, place / TENSORS_FILE)
+    except SafetensorError as error:
+        raise _as_os_error(error, place / TENSORS_FILE) from None
+    # Not sorted: what is added up in the order of a mapping must come back in that order.
+    (place / VALUES_FILE).write_text(json.dumps({"tensors": layout, "values": state.values}), encoding="utf-8")
+    files = {}
+    for name in (TENSORS_FILE, VALUES_FILE):
+        sha256, size = _hash(place / name)
+        files[name] = {"sha256": sha256, "bytes": size}
+    manifest = json.dumps({"format": 1, "step": step, "files": files}, indent=1)
+    (place / MANIFEST_FILE).write_text(manifest + "\n", encoding="utf-8")
+    for file in (place / TENSORS_FILE, place / VALUES_FILE, place / MANIFEST_FILE, place):
+        _flush(file)
+
+
+def _strides(tensor: torch.Tensor) -> list[int] | None:
+    """Return how a copy of a tensor lies in memory; None: row by row, as nearly all do."""
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return None if strides == torch.empty(tensor.shape, device="meta").stride() else list(strides)
+
+
+def _as_os_error(error: SafetensorError, file: Path) -> OSError:
+    """Return what the system has said: safetensors wraps it into a text, "... (os error 28)"."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return OSError(None, str(error), str(file))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(file))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; of a link only the link."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class _Files(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tensors: Annotated[_File, Field(alias=TENSORS_FILE)]
+    values: Annotated[_File, Field(alias=VALUES_FILE)]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1]
+    step: Annotated[int, Field(ge=1)]
+    files: _Files
+
+
+class _Values(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tensors: dict[str, list[int] | None]
+    values: dict[str, Any]
+
+
+_Model = TypeVar("_Model", _Manifest, _Values)
+
+
+def read_checkpoint(path: Path) -> State:
+    """Read one checkpoint.
+
+    Args:
+        path: its folder, `checkpoint-<step>`.
+
+    Raises:
+        UserError: if it is damaged: something is missing, cut short or altered, or lies where a link leads.
+    """
+    for place in (path, path / MANIFEST_FILE, path / VALUES_FILE, path / TENSORS_FILE):
+        if place.is_symlink():
+            raise UserError("is a link; a checkpoint is never made of links", file=place)
+    manifest = _read_json(path / MANIFEST_FILE, _Manifest)
+    if path.name != f"checkpoint-{manifest.step}":
+        raise UserError(f"is of step {manifest.step}", file=path / MANIFEST_FILE, field="step")
+    for name, expected in ((VALUES_FILE, manifest.files.values), (TENSORS_FILE, manifest.files.tensors)):
+        _check(path / name, expected)
+    values = _read_json(path / VALUES_FILE, _Values)
+    tensors = _read_tensors(path / TENSORS_FILE)
+    if tensors.keys() != values.tensors.keys():
+        name = min(tensors.keys() ^ values.tensors.keys())
+        raise UserError(f"names other tensors than {VALUES_FILE}", file=path / TENSORS_FILE, field=name)
+    try:
+        laid_out = {name: _laid_out(tensors[name], strides) for name, strides in values.tensors.items()}
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"holds an impossible layout ({error})", file=path / VALUES_FILE, field="tensors") from None
+    return State(laid_out, values.values)
+
+
+def _check(file: Path, expected: _File) -> None:
+    try:
+        sha256, size = _hash(file)
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror})", file=file) from None
+    if size != expected.bytes:
+        raise UserError(f"has {size} bytes, its manifest says {expected.bytes}", file=file)
+    if sha256 != expected.sha256:
+        raise UserError("is not what its manifest says: SHA-256 differs", file=file)
+
+
+def _hash(file: Path) -> tuple[str, int]:
+    """Return the SHA-256 and the bytes of a regular file."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
+    with os.fdopen(descriptor, "rb") as handle:
+        require_regular(os.fstat(descriptor), file)
+        return hashlib.file_digest(handle, "sha256").hexdigest(), os.fstat(descriptor).st_size
+
+
+def _read_json(file: Path, model: type[_Model]) -> _Model:
+    try:
+        return model.model_validate(json.loads(read_bytes(file)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{first['msg']}", file=file, field=field) from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"is no readable JSON ({reason})", file=file) from None
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"is not a readable safetensors file ({error})", file=file) from None
+
+
+def _laid_out(tensor: torch.Tensor, strides: list[int] | None) -> torch.Tensor:
+    """Return a copy that torch has placed itself, aligned as any tensor of a run, and lying in memory as it did."""
+    if strides is None:
+        return tensor.clone()
+    if len(strides) != tensor.dim() or not all(0 <= stride <= max(tensor.numel(), 1) for stride in strides):
+        raise ValueError(f"strides {strides} for the shape {tuple(tensor.shape)}")
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)

@@ -15,10 +15,20 @@ from torch import Tensor, nn
 from peft_vit.adapters import current_ranks, restore_trained, set_ranks, trained_tensors
 from peft_vit.config import Precision, TrainingConfig
 from peft_vit.data import Data
+from peft_vit.errors import UserError
 from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
 from peft_vit.records import Evaluation, StepRow
+from peft_vit.training.keeping import (
+    generators_state,
+    load_generators_state,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+)
 from peft_vit.training.optimization import StepHook, optimization_step
 from peft_vit.training.progress import Gauges, Progress
+from peft_vit.training.state import State
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class TrainingResult:
     initial_parameters: int = 0
     peak_parameters: int = 0
     optimizer_bytes: int = 0  # when training ended
+    optimizer_sha256: str = ""  # likewise
     overhead_s: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -90,6 +101,8 @@ def train(
     seed: int,
     hooks: Sequence[StepHook] = (),
     on_progress: Callable[[Progress], None] | None = None,
+    between_steps: Callable[[int, Callable[[], State]], None] | None = None,
+    resume: State | None = None,
 ) -> TrainingResult:
     """Train, evaluate after each epoch, and leave the model in the deployable state that validation prefers.
 
@@ -103,46 +116,147 @@ def train(
         seed: of data order and augmentation.
         hooks: what the method does around a step.
         on_progress: told after each step.
+        between_steps: told how many steps are done, and handed what returns the training's state then; first before
+            the first step, and after the last one of an epoch only when it was validated. It may raise.
+        resume: such a state, to go on from; model and hooks are those of the start.
+
+    Raises:
+        UserError: if the state to go on from is not one of this training's.
     """
-    total_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
-    optimizer = build_optimizer(model, config)
-    scheduler = build_scheduler(optimizer, config, total_steps)
+    epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
+    total_steps = config.epochs * epoch_steps
+    course = _Course(model, config, hooks, total_steps, resume)
+    result, gauges = course.result, Gauges(model)
     weights = class_weights(data.train.labels, len(data.class_names)) if config.class_weights else None
     criterion = nn.CrossEntropyLoss(weight=None if weights is None else weights.to(setting.device))
-    timed = [_Timed(hook) for hook in hooks]
-    for hook in timed:
-        hook.attach(model, optimizer)
-    result = TrainingResult(initial_parameters=trainable_parameters(model))
-    best = _Best()
-    gauges = Gauges(model)
-    model.train()
-    for epoch in range(1, config.epochs + 1):
-        batches = data.train.shuffled_batches(
-            config.batch_size, setting.mean, setting.std, flips=setting.flips, seed=seed, epoch=epoch
-        )
-        for images, labels in batches:
-            row = _step(model, optimizer, criterion, images, labels, len(result.steps) + 1, config, setting, timed)
-            scheduler.step()
-            result.steps.append(row)
-            result.peak_parameters = max(result.peak_parameters, trainable_parameters(model))
-            if on_progress is not None:
-                last = result.evaluations[-1].metrics.accuracy if result.evaluations else None
-                mean_rank, mean_bits = gauges.mean_rank(), gauges.mean_bits()
-                on_progress(Progress(row.step, total_steps, row.loss, last, mean_rank, mean_bits))
-        started = time.perf_counter()
-        evaluation = _validate(model, data, config, setting, len(result.steps), epoch, hooks)
-        result.evaluations.append(evaluation)
-        best.offer(evaluation, model)
-        result.overhead_s["evaluation"] = result.overhead_s.get("evaluation", 0.0) + time.perf_counter() - started
+
+    def tell(loss: float) -> None:
         if on_progress is not None:
-            loss, accuracy = result.steps[-1].loss, evaluation.metrics.accuracy
-            mean_rank, mean_bits = gauges.mean_rank(), gauges.mean_bits()
-            on_progress(Progress(len(result.steps), total_steps, loss, accuracy, mean_rank, mean_bits))
-    result.peak_parameters = max(result.peak_parameters, result.initial_parameters)
-    result.optimizer_bytes = optimizer_bytes(optimizer)
-    result.overhead_s |= {hook.name: hook.seconds for hook in timed}
-    result.chosen = best.restore(model)
-    return result
+            last = result.evaluations[-1].metrics.accuracy if result.evaluations else None
+            ranks, bits = gauges.mean_rank(), gauges.mean_bits()
+            on_progress(Progress(len(result.steps), total_steps, loss, last, ranks, bits))
+
+    def pause() -> None:
+        if between_steps is not None:
+            between_steps(len(result.steps), course.state)
+
+    model.train()
+    pause()
+    for epoch in range(len(result.steps) // epoch_steps + 1, config.epochs + 1):
+        batches = data.train.shuffled_batches(
+            config.batch_size, setting.mean, setting.std, flips=setting.flips, seed=seed, epoch=epoch,
+            skip=len(result.steps) % epoch_steps,
+        )  # fmt: skip
+        for images, labels in batches:
+            course.step(criterion, images, labels, setting)
+            tell(result.steps[-1].loss)
+            if len(result.steps) % epoch_steps:
+                pause()
+        course.validate(data, setting, epoch)
+        tell(result.steps[-1].loss)
+        pause()
+    return course.finish()
+
+
+class _Course:
+    """A training between two steps: all that the next one depends on, and what the record will say of those before.
+
+    Args:
+        model: with adapters attached; under `resume` brought to where it was.
+        config: how long and how fast.
+        hooks: likewise.
+        total_steps: of the whole run.
+        resume: a state of this class, or None at the start.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: TrainingConfig, hooks: Sequence[StepHook], total_steps: int,
+        resume: State | None,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.config = config
+        self.hooks = [_Timed(hook) for hook in hooks]
+        self.result = TrainingResult(initial_parameters=trainable_parameters(model))
+        self.best = _Best()
+        if resume is not None:
+            self._refuse_another_state(lambda state: load_model_state(model, state.part("model")), resume)
+        self.optimizer = build_optimizer(model, config)
+        self.scheduler = build_scheduler(self.optimizer, config, total_steps)
+        if resume is not None:
+            self._refuse_another_state(self._load, resume)
+        for hook in self.hooks:
+            hook.attach(model, self.optimizer)
+        if resume is not None:  # last: whatever was built anew may have drawn from them
+            self._refuse_another_state(lambda state: load_generators_state(state.part("generators")), resume)
+
+    def step(self, criterion: nn.Module, images: Tensor, labels: Tensor, setting: Setting) -> None:
+        """Do one step on a batch."""
+        result = self.result
+        number = len(result.steps) + 1
+        row = _step(
+            self.model, self.optimizer, criterion, images, labels, number, self.config, setting, self.hooks
+        )  # fmt: skip
+        self.scheduler.step()
+        result.steps.append(row)
+        result.peak_parameters = max(result.peak_parameters, trainable_parameters(self.model))
+
+    def validate(self, data: Data, setting: Setting, epoch: int) -> None:
+        """Evaluate on the validation split, and remember the weights if they are the best so far."""
+        started = time.perf_counter()
+        result = self.result
+        evaluation = _validate(self.model, data, self.config, setting, len(result.steps), epoch, self.hooks)
+        result.evaluations.append(evaluation)
+        self.best.offer(evaluation, self.model)
+        result.overhead_s["evaluation"] = result.overhead_s.get("evaluation", 0.0) + time.perf_counter() - started
+
+    def finish(self) -> TrainingResult:
+        """Take the chosen weights, and return what happened."""
+        result = self.result
+        result.peak_parameters = max(result.peak_parameters, result.initial_parameters)
+        result.optimizer_bytes = optimizer_bytes(self.optimizer)
+        result.optimizer_sha256 = optimizer_state(self.optimizer).sha256()
+        result.overhead_s |= {hook.name: hook.seconds for hook in self.hooks}
+        result.chosen = self.best.restore(self.model)
+        return result
+
+    def state(self) -> State:
+        """Return what a training that is built anew needs to go on from here, to the bit."""
+        result = self.result
+        counted = {
+            "steps": [row.model_dump(mode="json") for row in result.steps],
+            "evaluations": [one.model_dump(mode="json") for one in result.evaluations],
+            "initial_parameters": result.initial_parameters, "peak_parameters": result.peak_parameters,
+            "overhead_s": dict(result.overhead_s), "hooks_s": [hook.seconds for hook in self.hooks],
+        }  # fmt: skip
+        return State.of_parts(
+            model=model_state(self.model), optimizer=optimizer_state(self.optimizer),
+            scheduler=State({}, self.scheduler.state_dict()), best=self.best.state(), counted=State({}, counted),
+            generators=generators_state(),
+            hooks=State.of_parts(**{str(place): hook.state() for place, hook in enumerate(self.hooks)}),
+        )  # fmt: skip
+
+    def _load(self, state: State) -> None:
+        load_optimizer_state(self.optimizer, state.part("optimizer"))
+        self.scheduler.load_state_dict(state.part("scheduler").values)
+        self.best.load_state(state.part("best"))
+        counted, result = state.part("counted").values, self.result
+        result.steps = [StepRow.model_validate(row) for row in counted["steps"]]
+        result.evaluations = [Evaluation.model_validate(one) for one in counted["evaluations"]]
+        result.initial_parameters = counted["initial_parameters"]
+        result.peak_parameters = counted["peak_parameters"]
+        result.overhead_s = dict(counted["overhead_s"])
+        for place, (hook, seconds) in enumerate(zip(self.hooks, counted["hooks_s"], strict=True)):
+            hook.seconds = seconds
+            hook.load_state(self.model, state.part("hooks").part(str(place)))
+
+    def _refuse_another_state(self, load: Callable[[State], None], state: State) -> None:
+        try:
+            load(state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"is not of this run ({reason}); remove it and the run starts anew", field="state"
+            ) from None
 
 
 def _step(
@@ -187,6 +301,15 @@ class _Best:
             self.evaluation = evaluation
             self._ranks = current_ranks(model)
             self._tensors = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+
+    def state(self) -> State:
+        evaluation = None if self.evaluation is None else self.evaluation.model_dump(mode="json")
+        return State(self._tensors, {"evaluation": evaluation, "ranks": self._ranks})
+
+    def load_state(self, state: State) -> None:
+        evaluation = state.values["evaluation"]
+        self.evaluation = None if evaluation is None else Evaluation.model_validate(evaluation)
+        self._tensors, self._ranks = state.tensors, state.values["ranks"]
 
     def restore(self, model: nn.Module) -> Evaluation:
         if self.evaluation is None:
@@ -239,3 +362,9 @@ class _Timed:
 
     def deployable(self, step: int) -> bool:
         return self.hook.deployable(step)
+
+    def state(self) -> State:
+        return self.hook.state()
+
+    def load_state(self, model: nn.Module, state: State) -> None:
+        self.hook.load_state(model, state)

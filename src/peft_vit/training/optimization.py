@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.errors import UserError
+from peft_vit.training.state import State
 
 
 class StepHook(Protocol):
@@ -44,6 +45,14 @@ class StepHook(Protocol):
 
     def deployable(self, step: int) -> bool:
         """Say whether the state after this step meets the method's budget, so that it may be chosen."""
+        ...
+
+    def state(self) -> State:
+        """Return what the hook needs to go on, between two steps, beside model and optimiser."""
+        ...
+
+    def load_state(self, model: nn.Module, state: State) -> None:
+        """Go on from such a state. The model and its adapters are as they were then; `attach` is called after this."""
         ...
 
 

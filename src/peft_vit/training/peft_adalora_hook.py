@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.peft_library import ADAPTER, attach_peft_adalora, peft_layers, peft_ranks
+from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.config import PeftAdaLoraConfig
 from peft_vit.errors import UserError
+from peft_vit.training.state import State
+
+_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator, by parameter
 
 
 def last_update(config: PeftAdaLoraConfig, total_steps: int) -> int:
@@ -125,3 +130,22 @@ class PeftAdaLoraHook:
     def deployable(self, step: int) -> bool:
         """Say whether the final mask has been applied; from then on PEFT applies it after every step."""
         return self._finalized and step >= self.last_update
+
+    def state(self) -> State:
+        """Return PEFT's smoothed scores and its latest mask."""
+        allocator = self.tuner.rankallocator
+        values = {
+            "mask": self.tuner.peft_config[ADAPTER].rank_pattern, "rank_history": copy.deepcopy(self.rank_history),
+            "finalized": self._finalized,
+        }  # fmt: skip
+        return State(flatten({name: getattr(allocator, name) for name in _SCORES}), values)
+
+    def load_state(self, model: nn.Module, state: State) -> None:
+        """Go on from such a state."""
+        scores, device = unflatten(state.tensors), next(model.parameters()).device
+        for name in _SCORES:
+            kept = {key: tensor.to(device) for key, tensor in scores.get(name, {}).items()}
+            setattr(self.tuner.rankallocator, name, kept)
+        self.tuner.peft_config[ADAPTER].rank_pattern = copy.deepcopy(state.values["mask"])
+        self.rank_history = copy.deepcopy(state.values["rank_history"])
+        self._finalized = state.values["finalized"]

@@ -39,6 +39,7 @@ from peft_vit.training.quantization_balance import (
 )
 from peft_vit.training.quantization_schedule import end_step, next_part, quantized_share, share_at
 from peft_vit.training.quantized_layers import formats_of, place_layers, quantized_layers
+from peft_vit.training.state import State
 
 _FLOAT_BITS = 32.0
 
@@ -332,6 +333,14 @@ class QALoRATrainer:
             module.quantized_share = self.share
             if self.share == 1.0:
                 module.drop_float()
+
+    def state(self) -> State:
+        """Return `state_dict` as a training's checkpoint holds it."""
+        return State({}, self.state_dict())
+
+    def load_state(self, model: nn.Module, state: State) -> None:
+        """Do as `load_state_dict`."""
+        self.load_state_dict(state.values, model)
 
     def _made_with(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")

@@ -1,0 +1,210 @@
+"""An attempt at a run: what earlier ones have left in a checkpoint, and what this one leaves for the next."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from peft_vit.config import ExperimentConfig
+from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.evaluation import peak_memory_bytes
+from peft_vit.records import BitAllocation, Provenance, RunSpec
+from peft_vit.training import CheckpointKeeper, Checkpoints, CheckpointWarning, ChosenBits, Interrupted, State
+
+RECORDED = (SilentNoEffectWarning, CheckpointWarning)  # what a record keeps of the warnings
+# Of what a run is made of: with another one it would be another run.
+_THE_SAME = (
+    "data_sha256", "split_sha256", "weights_name", "weights_sha256", "random_weights", "head_init_sha256",
+    "data_order_sha256", "start_sha256",
+)  # fmt: skip
+# What carried it out: with another one the numbers may round otherwise.
+_ALIKE = ("packages", "python", "processor", "device", "git_hash")
+
+
+class Earlier(BaseModel):
+    """What a checkpoint says of the attempts up to it, beside the training's state."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    spec_digest: str
+    provenance: Provenance
+    started_at: str
+    seconds: float
+    checkpoints_s: float
+    warnings: list[str]
+    peak_memory_bytes: int
+    bit_allocation: BitAllocation | None
+    bits_s: dict[str, float]
+
+
+class Attempt:
+    """What `run_one` knows of the run's past, and keeps for its future.
+
+    Args:
+        spec: what is attempted.
+        checkpoints: where they lie; None: there are none and none are written.
+        should_stop: asked between two steps.
+        heard: the warnings so far, as `warnings.catch_warnings` collects them.
+    """
+
+    def __init__(
+        self, spec: RunSpec, checkpoints: Checkpoints | None, should_stop: Callable[[], bool] | None,
+        heard: Sequence[warnings.WarningMessage],
+    ) -> None:  # fmt: skip
+        self._spec_digest = spec.digest()
+        self._keeper = None if checkpoints is None else CheckpointKeeper(checkpoints)
+        self._folder = None if checkpoints is None else checkpoints.folder
+        self._should_stop = should_stop
+        self._heard = heard
+        self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        self._started = time.perf_counter()
+        self._earlier: Earlier | None = None
+        self._training: State | None = None
+        self._provenance: Provenance | None = None
+        self._bits: tuple[ChosenBits | None, dict[str, float]] = (None, {})
+
+    # --- what was ---------------------------------------------------------------------------------------------------
+
+    def look_back(self, data_sha256: str) -> None:
+        """Read the newest checkpoint that is whole, if there is one.
+
+        Raises:
+            UserError: if it is of another configuration or other images.
+        """
+        state = None if self._keeper is None else self._keeper.newest()
+        if state is None:
+            return
+        try:
+            earlier = Earlier.model_validate(state.part("run").values)
+            training = state.part("training")
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise self._foreign(".".join(str(part) for part in first["loc"]), first["msg"]) from None
+        except (LookupError, TypeError) as error:
+            raise self._foreign("state", f"{type(error).__name__}: {error}") from None
+        if earlier.spec_digest != self._spec_digest:
+            raise self._foreign("spec_digest", "it was made with another configuration")
+        if earlier.provenance.data_sha256 != data_sha256:
+            raise self._foreign("data_sha256", "it was made with other images under the same path")
+        self._earlier, self._training = earlier, training
+
+    def _foreign(self, field: str, reason: str) -> UserError:
+        step = 0 if self._keeper is None else self._keeper.step
+        return UserError(
+            f"the checkpoint of step {step} can't be gone on from: {reason}; remove the checkpoint-* folders there, "
+            "and the run starts anew", file=self._folder, field=field,
+        )  # fmt: skip
+
+    def earlier_bits(self, experiment: ExperimentConfig) -> tuple[ChosenBits | None, dict[str, float]] | None:
+        """Return the bits that an earlier attempt has chosen, and its seconds for it; None if there was none."""
+        if self._earlier is None:
+            return None
+        record = self._earlier.bit_allocation
+        if record is None or experiment.qa_lora is None:
+            return None, {}
+        return ChosenBits.of_record(record, experiment.qa_lora), self._earlier.bits_s
+
+    def take_training(self) -> State | None:
+        """Hand out the training's state, once: nothing of it is held here while the training goes on."""
+        state, self._training = self._training, None
+        return state
+
+    # --- what is ----------------------------------------------------------------------------------------------------
+
+    def begin(self, provenance: Provenance, bits: ChosenBits | None, bits_s: dict[str, float]) -> Provenance:
+        """Take note of what the training is about to start from.
+
+        Returns:
+            The provenance of the first attempt.
+
+        Raises:
+            UserError: if an earlier attempt started from something else.
+        """
+        self._bits, self._provenance = (bits, bits_s), provenance
+        if self._earlier is None:
+            return provenance
+        first = self._earlier.provenance
+        other = next((field for field in _THE_SAME if getattr(first, field) != getattr(provenance, field)), None)
+        if other is not None:
+            was, now = getattr(first, other), getattr(provenance, other)
+            raise self._foreign(other, f"{was} when the run began, {now} now")
+        if changes := _changes(first.model_dump(include=set(_ALIKE)), provenance.model_dump(include=set(_ALIKE))):
+            step = 0 if self._keeper is None else self._keeper.step
+            warnings.warn(
+                f"the run went on from step {step} with {', '.join(changes)}; uninterrupted, its numbers may have "
+                "rounded otherwise", CheckpointWarning, stacklevel=2,
+            )  # fmt: skip
+        self._provenance = first
+        return first
+
+    def between_steps(self, step: int, training: Callable[[], State]) -> None:
+        """Keep a checkpoint if one is due, or if the run is to stop.
+
+        Raises:
+            Interrupted: if it is to stop.
+            OSError: if the checkpoint can't be written.
+        """
+        stops = self._should_stop is not None and self._should_stop()
+        if self._keeper is not None and step > 0 and (stops or self._keeper.is_due()):
+            self._keeper.keep(step, lambda: State.of_parts(training=training(), run=State({}, self._left())))
+        if stops:
+            raise Interrupted(0 if self._keeper is None else self._keeper.step)
+
+    def _left(self) -> dict[str, Any]:
+        assert self._provenance is not None
+        bits, bits_s = self._bits
+        kept = Earlier(
+            spec_digest=self._spec_digest, provenance=self._provenance, started_at=self.started_at,
+            seconds=self.seconds, checkpoints_s=self.checkpoints_s, warnings=self.warnings,
+            peak_memory_bytes=self.peak_memory_bytes, bit_allocation=None if bits is None else bits.record,
+            bits_s=bits_s,
+        )  # fmt: skip
+        return kept.model_dump(mode="json")
+
+    # --- what the record says of all attempts, as far as checkpoints tell ---------------------------------------------
+
+    @property
+    def started_at(self) -> str:
+        """Return when the first attempt began, ISO 8601, UTC."""
+        return self._started_at if self._earlier is None else self._earlier.started_at
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds up to now; what came after an attempt's last checkpoint is lost."""
+        return time.perf_counter() - self._started + (0.0 if self._earlier is None else self._earlier.seconds)
+
+    @property
+    def checkpoints_s(self) -> float:
+        """Return the seconds that checkpoints have taken."""
+        now = 0.0 if self._keeper is None else self._keeper.seconds
+        return now + (0.0 if self._earlier is None else self._earlier.checkpoints_s)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Return the largest resident memory up to now."""
+        return max(peak_memory_bytes(), 0 if self._earlier is None else self._earlier.peak_memory_bytes)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Return the warnings that belong into the record, each once: an attempt repeats those of the start."""
+        now = [str(entry.message) for entry in self._heard if entry.category in RECORDED]
+        return list(dict.fromkeys([*([] if self._earlier is None else self._earlier.warnings), *now]))
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return what differs, as "name new in place of old"; mappings one level deep."""
+    changes = []
+    for name, new in after.items():
+        old = before[name]
+        if isinstance(new, dict) and isinstance(old, dict):
+            changes += _changes(
+                {key: old.get(key) for key in {**old, **new}}, {key: new.get(key) for key in {**old, **new}}
+            )
+        elif old != new:
+            changes.append(f"{name} {new} in place of {old}")
+    return changes

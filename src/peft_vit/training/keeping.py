@@ -1,0 +1,102 @@
+"""What a training depends on beside its settings, as a `State` and back: model, optimiser, randomness."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters import current_ranks, set_ranks, trained_tensors
+from peft_vit.training.state import State
+
+
+def model_state(model: nn.Module) -> State:
+    """Return what training changes in a model, and the ranks that give its adapters their shapes."""
+    return State(_changing(model), {"ranks": current_ranks(model)})
+
+
+def load_model_state(model: nn.Module, state: State) -> None:
+    """Bring a model that was prepared anew to where it was; the state's tensors become its own.
+
+    Raises:
+        ValueError: if the state is not this model's.
+    """
+    set_ranks(model, state.values["ranks"])
+    places = _changing(model)
+    if places.keys() != state.tensors.keys():
+        raise ValueError(f"{min(places.keys() ^ state.tensors.keys())} stands only on one side")
+    parameters = dict(model.named_parameters())
+    for name, place in places.items():
+        tensor = state.tensors[name]
+        if tensor.shape != place.shape or tensor.dtype != place.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {place.dtype} {tuple(place.shape)}")
+        # Not copied into the old place: how it lies in memory decides how products round.
+        parameters.get(name, place).data = tensor.to(place.device)
+
+
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    return trained_tensors(model) | dict(model.named_buffers())
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
+    """Return moments, step counts, ages of triplets and rates of an optimiser."""
+    packed = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, dict[str, Any]] = {}
+    for index, entries in packed["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}/{key}"] = value
+            else:
+                others.setdefault(str(index), {})[key] = value
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in packed["param_groups"]]
+    return State(tensors, {"others": others, "groups": groups})
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Bring an optimiser that was built anew over the loaded model to where it was."""
+    entries: dict[int, dict[str, Any]] = {int(index): _tuples(one) for index, one in state.values["others"].items()}
+    for name, tensor in state.tensors.items():
+        index, _, key = name.partition("/")
+        entries.setdefault(int(index), {})[key] = tensor
+    built = optimizer.state_dict()["param_groups"]
+    groups = [
+        {**_tuples(kept), "params": group["params"]} for kept, group in zip(state.values["groups"], built, strict=True)
+    ]
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _tuples(value: Any) -> Any:
+    """Return a value out of JSON as torch and this package have it in optimisers: with tuples, not lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(one) for key, one in value.items()}
+    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+
+
+def generators_state() -> State:
+    """Return where every global random generator stands: torch's on each device, numpy's and Python's."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda{index}": one for index, one in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        tensors["mps"] = torch.mps.get_rng_state()
+    kind, key, *rest = np.random.get_state(legacy=True)
+    assert isinstance(key, np.ndarray)
+    return State(tensors, {"python": random.getstate(), "numpy": [kind, key.tolist(), *rest]})
+
+
+def load_generators_state(state: State) -> None:
+    """Set every global random generator that is there; a device that is gone keeps nothing."""
+    torch.set_rng_state(state.tensors["cpu"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"cuda{index}" in state.tensors:
+                torch.cuda.set_rng_state(state.tensors[f"cuda{index}"], index)
+    if torch.backends.mps.is_available() and "mps" in state.tensors:
+        torch.mps.set_rng_state(state.tensors["mps"])
+    random.setstate(_tuples(state.values["python"]))
+    kind, key, *rest = state.values["numpy"]
+    np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))
