@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.backbones.catalog import create_model
-from peft_vit.deployment.model_card import ModelCard, read_json
+from peft_vit.deployment.merging import check_merged
+from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
 from peft_vit.errors import UserError
 from peft_vit.quantization import CodeType, QuantizationFormat, QuantizedTensor
 from peft_vit.records import write_atomically
-
-HEADER = "peft_vit_model"  # key of the file's metadata
 
 
 class _Layer(BaseModel):
@@ -67,10 +66,9 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard) -> None:
         UserError: if the model carries adapters or float weights that fade out, is not the one that the card names,
             or the file can't be written.
     """
+    check_merged(model)
     tensors, layers = dict(model.state_dict()), {}
     for name, module in adapted_modules(model):
-        if module.sites or (module.quantized is not None and module.weight is not None):
-            raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
         if module.quantized is not None:
             layers[name] = _Layer.of(module.quantized)
             tensors |= {f"{name}.weight.{part}": tensor for part, tensor in module.quantized.tensors().items()}

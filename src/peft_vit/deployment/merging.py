@@ -13,6 +13,7 @@ from peft_vit.adapters import adapted_modules, merged_state_dict
 from peft_vit.adapters.quantized_merging import merge_by_requantizing, merge_into_offsets
 from peft_vit.backbones.catalog import create_model
 from peft_vit.deployment.model_card import ModelCard
+from peft_vit.errors import UserError
 from peft_vit.quantization.formats import SCALE_DTYPES
 
 
@@ -57,6 +58,13 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
     errors = {_name(dtype): merge_into_offsets(merged, offset_dtype=dtype) for dtype, merged in copies.items()}
     (stored,) = {layer.quantized.format.scale_dtype for layer in layers if layer.quantized is not None}
     return Merged(copies[stored], "offsets", errors, _name(stored))
+
+
+def check_merged(model: nn.Module) -> None:
+    """Refuse a model that carries adapters, or float weights beside quantized ones."""
+    for name, module in adapted_modules(model):
+        if module.sites or (module.quantized is not None and module.weight is not None):
+            raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peft_vit.errors import UserError
 
+HEADER = "peft_vit_model"  # key of a file's metadata
 _Model = TypeVar("_Model", bound=BaseModel)
 
 

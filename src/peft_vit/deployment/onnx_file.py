@@ -20,12 +20,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules
-from peft_vit.deployment.model_card import ModelCard, read_json
+from peft_vit.deployment.merging import check_merged
+from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
 from peft_vit.deployment.onnx_layers import OnnxLinear
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 
-HEADER = "peft_vit_model"  # key of the file's metadata
 INPUT, OUTPUT = "images", "logits"
 _OPSET = 20
 
@@ -58,10 +58,9 @@ def export_onnx(model: nn.Module, file: Path, card: ModelCard) -> None:
             onnxruntime's operators, or the file can't be written.
     """
     require_onnx_export()
+    check_merged(model)
     model = copy.deepcopy(model).eval()
     for name, module in list(adapted_modules(model)):
-        if module.sites or (module.quantized is not None and module.weight is not None):
-            raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
         if module.quantized is not None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, OnnxLinear(module, name))
