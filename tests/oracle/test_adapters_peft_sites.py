@@ -97,6 +97,7 @@ def test_growing_keeps_the_logits_and_shrinking_the_strongest(tiny_vit, batch, o
         assert torch.equal(layer.lora_A.default.weight, old[name][0][kept[name]])
         assert torch.equal(layer.lora_B.default.weight, old[name][1][:, kept[name]])
         assert torch.equal(optimizer.state[adapter.lora_B]["exp_avg"], moments[name][:, kept[name]])
+        torch.testing.assert_close(adapter.delta(), layer.get_delta_weight("default"))
         assert layer.r == {"default": 2}
         assert (layer.lora_A.default.out_features, layer.lora_B.default.in_features) == (2, 2)
         assert layer.scaling["default"] == adapter.scale == scales[name]

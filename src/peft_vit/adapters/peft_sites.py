@@ -106,6 +106,15 @@ class PeftSite:
         lora_A = (torch.rand(count, self.in_features, generator=self.generator) * 2 - 1) * bound
         return lora_A, torch.zeros(self.out_features, count), None
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return left (out, r), scale included, and right (r, in): left @ right is dW."""
+        return self.lora_B * self.scale, self.lora_A
+
+    def delta(self) -> Tensor:
+        """Return the update dW (out, in)."""
+        left, right = self.factors()
+        return left @ right
+
     def _declare_rank(self, rank: int) -> None:
         """Say the rank wherever PEFT does; alpha moves with it, so that the scale stays."""
         alpha = self.scale * (math.sqrt(rank) if self._layer.use_rslora[self._adapter] else rank)

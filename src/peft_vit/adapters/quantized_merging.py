@@ -40,7 +40,8 @@ def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = N
             )
         delta = torch.zeros(quantized.scales.shape, device=quantized.scales.device)  # (out, groups)
         for matrix, adapter in module.adapters():
-            delta[module.rows[matrix]] += adapter.left() @ adapter.lora_A * adapter.scale
+            left, right = adapter.factors()
+            delta[module.rows[matrix]] += left @ right
         merged[name] = (module, quantized.with_offset_added(delta, offset_dtype))
     return _put_in_place(merged)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear, Adapter, SiteAdapter
+from peft_vit.adapters import AdaptedLinear
 from peft_vit.errors import UserError
 from peft_vit.training.quantized_layers import QuantizedLayer
 
@@ -53,14 +53,9 @@ def adapter_norm(layer: QuantizedLayer) -> float:
     """
     energy = 0.0
     for _, adapter in layer.updates:
-        if adapter.rank:
-            left, right = _left(adapter), adapter.lora_A
-            energy += adapter.scale**2 * adapter.pool * float(((left.T @ left) * (right @ right.T)).sum())
+        left, right = adapter.factors()
+        energy += adapter.pool * float(((left.T @ left) * (right @ right.T)).sum())
     return math.sqrt(max(energy, 0.0))
-
-
-def _left(adapter: Adapter) -> Tensor:
-    return adapter.left() if isinstance(adapter, SiteAdapter) else adapter.lora_B
 
 
 def adapter_to_error_ratio(layers: Mapping[str, QuantizedLayer], error_norms: Mapping[str, float]) -> float:
@@ -152,8 +147,7 @@ def _error_and_rest(layer: QuantizedLayer, weight: Tensor) -> tuple[Tensor, Tens
     error = weight - layer.module.quantized.dequantize()
     rest = error.clone()
     for rows, adapter in layer.updates:
-        if adapter.rank:
-            rest[rows] -= adapter.scale * (_left(adapter) @ adapter.lora_A).repeat_interleave(adapter.pool, dim=1)
+        rest[rows] -= adapter.delta()
     return error, rest
 
 
