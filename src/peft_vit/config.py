@@ -17,9 +17,11 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from peft_vit.errors import UserError
 from peft_vit.method_settings import (  # noqa: F401 - others take them from here
     AS_WRITTEN,
+    FUSED,
     MATRICES,
     SITE_MATRICES,
     AdaLoraConfig,
+    AdapterConfig,
     BudgetUnit,
     Frozen,
     LoraConfig,

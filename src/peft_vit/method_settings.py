@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validat
 
 Matrix = Literal["query", "key", "value", "out", "fc1", "fc2"]
 MATRICES: tuple[Matrix, ...] = ("query", "key", "value", "out", "fc1", "fc2")
+FUSED: tuple[Matrix, ...] = ("query", "key", "value")  # timm computes them as one matrix, qkv
 # Where an adapter may sit: on a matrix, or on timm's fused query, key and value, which PEFT takes as one module.
 SiteMatrix = Literal["qkv", "query", "key", "value", "out", "fc1", "fc2"]
 SITE_MATRICES: tuple[SiteMatrix, ...] = ("qkv", *MATRICES)
@@ -323,8 +324,8 @@ class QaLoraConfig(AdapterConfig):
 class _PeftConfig(AdapterConfig):
     @model_validator(mode="after")
     def _fused_matrix_whole(self) -> Self:
-        fused = [matrix for matrix in ("query", "key", "value") if matrix in self.targets]
-        if len(fused) not in (0, 3):
+        fused = [matrix for matrix in FUSED if matrix in self.targets]
+        if len(fused) not in (0, len(FUSED)):
             raise ValueError(
                 f"targets names {' and '.join(fused)} alone, but timm's query, key and value are one module for PEFT; "
                 "name all three or none"

@@ -6,11 +6,10 @@ from torch import nn
 
 from peft_vit.adapters import attach_adapters, peft_sites, site_adapters
 from peft_vit.backbones import find_sites
-from peft_vit.config import AdaLoraConfig, Matrix
+from peft_vit.config import FUSED, AdaLoraConfig, AdapterConfig
 from peft_vit.errors import UserError
 from peft_vit.records import SiteInfo
 
-_FUSED: tuple[Matrix, ...] = ("query", "key", "value")
 _STATED = ("scale", "parametrization", "factor_start", "lambda_gain")
 
 
@@ -22,7 +21,7 @@ def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool: 
     """
     found = peft_sites(model)
     if found:
-        _check_peft(model, found, config, pool)
+        _check_peft(model, config, pool)
         return found
     sites = find_sites(model, config.targets)
     if site_adapters(model):
@@ -58,7 +57,7 @@ def _check_own(model: nn.Module, config: AdaLoraConfig, pool: int) -> None:
                 )
 
 
-def _check_peft(model: nn.Module, sites: tuple[SiteInfo, ...], config: AdaLoraConfig, pool: int) -> None:
+def _check_peft(model: nn.Module, config: AdaLoraConfig, pool: int) -> None:
     """Refuse settings that LoRA of PEFT can't follow, and such that say otherwise what PEFT has decided."""
     if pool != 1:
         raise UserError("PEFT's LoRA does not pool its inputs; leave it out", field="pool")
@@ -66,10 +65,17 @@ def _check_peft(model: nn.Module, sites: tuple[SiteInfo, ...], config: AdaLoraCo
         raise UserError("PEFT has no layer of rank 0; set minimum_rank to 1 or more", field="adalora.minimum_rank")
     if config.parametrization != "product":
         raise UserError("PEFT's LoRA is the plain product; set product", field="adalora.parametrization")
-    adapted = {matrix for site in sites for matrix in (_FUSED if site.matrix == "qkv" else (site.matrix,))}
-    if "targets" in config.model_fields_set and set(config.targets) != adapted:
-        raise UserError(f"PEFT has adapted {', '.join(sorted(adapted))}; leave it out", field="adalora.targets")
-    scales = sorted({adapter.scale for adapter in site_adapters(model).values()})
+    check_stays(model, config, "adalora")
+
+
+def check_stays(model: nn.Module, config: AdapterConfig, section: str) -> None:
+    """Refuse a scale or targets that were set and say otherwise what the model's adapters have decided."""
+    adapters = site_adapters(model)
+    scales = sorted({adapter.scale for adapter in adapters.values()})
     if "scale" in config.model_fields_set and scales != [config.scale]:
         stated = ", ".join(map(str, scales))
-        raise UserError(f"PEFT's lora_alpha and r make it {stated}; leave it out", field="adalora.scale")
+        raise UserError(f"the model's adapters have {stated}; leave it out", field=f"{section}.scale")
+    matrices = {name.rpartition(".")[2] for name in adapters}
+    adapted = matrices - {"qkv"} | (set(FUSED) if "qkv" in matrices else set())
+    if "targets" in config.model_fields_set and set(config.targets) != adapted:
+        raise UserError(f"adapters are on {', '.join(sorted(adapted))}; leave it out", field=f"{section}.targets")

@@ -19,12 +19,11 @@ from peft_vit.adapters import (
     site_adapters,
 )
 from peft_vit.adapters.peft_library import peft_layers
+from peft_vit.allocation.placement import check_stays
 from peft_vit.backbones import find_sites
-from peft_vit.config import Matrix, QaLoraConfig
+from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.quantization import CodeType, QuantizationFormat
-
-_FUSED: tuple[Matrix, ...] = ("query", "key", "value")
 
 
 class QuantizedLayer(NamedTuple):
@@ -81,8 +80,7 @@ def place_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, int
 
 def _check_present(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, int] | None) -> None:
     """Refuse settings that say otherwise what the model's adapters have decided."""
-    adapters = site_adapters(model)
-    pools = {adapter.pool for adapter in adapters.values()}
+    pools = {adapter.pool for adapter in site_adapters(model).values()}
     if not pools <= {1, config.pool}:
         raise UserError(
             f"the model's adapters pool {max(pools)} inputs, the settings quantize groups of {config.pool}; make "
@@ -93,14 +91,7 @@ def _check_present(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, i
         raise UserError("the model carries adapters, whose ranks stay; leave it out", field="ranks")
     if config.rank is not None and {config.rank} != set(current_ranks(model).values()):
         raise UserError("the model's adapters have ranks of their own; leave it out", field="qa_lora.rank")
-    scales = sorted({adapter.scale for adapter in adapters.values()})
-    if "scale" in config.model_fields_set and scales != [config.scale]:
-        stated = ", ".join(map(str, scales))
-        raise UserError(f"the model's adapters have {stated}; leave it out", field="qa_lora.scale")
-    matrices = {name.rpartition(".")[2] for name in adapters}
-    adapted = matrices - {"qkv"} | (set(_FUSED) if "qkv" in matrices else set())
-    if "targets" in config.model_fields_set and set(config.targets) != adapted:
-        raise UserError(f"adapters are on {', '.join(sorted(adapted))}; leave it out", field="qa_lora.targets")
+    check_stays(model, config, "qa_lora")
     if config.pool > 1 and config.offset and pools == {1}:
         warnings.warn(
             f"groups of {config.pool} serve storage alone: the model's adapters are not pooled over them, so a merge "
