@@ -117,6 +117,7 @@ SECTIONS: dict[Method, tuple[str, ...]] = {
     "qa_lora": ("qa_lora",),
     "qa_adalora": ("adalora", "qa_lora"),
 }
+ALL_SECTIONS = tuple(dict.fromkeys(section for sections in SECTIONS.values() for section in sections))
 
 
 class ExperimentConfig(Frozen):
@@ -139,7 +140,7 @@ class ExperimentConfig(Frozen):
     @model_validator(mode="after")
     def _section_fits_method(self) -> Self:
         needed = SECTIONS.get(self.method, ())
-        for section in dict.fromkeys(section for sections in SECTIONS.values() for section in sections):
+        for section in ALL_SECTIONS:
             present = getattr(self, section) is not None
             if section in needed and not present:
                 raise ValueError(f"method: {self.method} needs a section '{section}:'")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 
 from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
-from peft_vit.config import SECTIONS
+from peft_vit.config import ALL_SECTIONS
 from peft_vit.report.document import Card, RunDetails
 from peft_vit.report.numbers import (
     count,
@@ -233,9 +232,5 @@ def _provenance(run: Run) -> tuple[tuple[str, str], ...]:
 
 
 def _settings(run: Run) -> str:
-    sections: dict[str, Callable[[], str]] = {
-        name: section.model_dump_json
-        for name in dict.fromkeys(("training", *chain.from_iterable(SECTIONS.values())))
-        if (section := getattr(run.experiment, name)) is not None
-    }
-    return "; ".join(f"{name} {dump()}" for name, dump in sections.items())
+    sections = {name: getattr(run.experiment, name) for name in ("training", *ALL_SECTIONS)}
+    return "; ".join(f"{name} {section.model_dump_json()}" for name, section in sections.items() if section is not None)
