@@ -15,8 +15,6 @@ import numpy as np
 from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from peft_vit.quantization import QuantizationFormat
-
 # Counted in nodes rather than seconds, so that a slow machine chooses as a fast one does. What real budgets take lies
 # far below; see `Choice.lower_bound` for what holds where it is reached.
 _NODE_LIMIT = 10_000
@@ -111,13 +109,3 @@ def _solve(
     taken = result.x > 0.5
     places = [place for (_, place), chosen in zip(options, taken, strict=True) if chosen]
     return places, floor + result.mip_dual_bound * (most / _LOSS_SCALE)
-
-
-def stored_bytes(rows: int, columns: int, format: QuantizationFormat) -> int:
-    """Return the bytes of a quantized matrix, from its shape: codes, scales and offsets, as `QuantizedTensor.nbytes`.
-
-    Raises:
-        UserError: if the format's groups do not divide the columns.
-    """
-    per_group = (2 if format.offset else 1) * format.scale_dtype.itemsize
-    return rows * (-(-columns * format.bits // 8) + format.groups(columns) * per_group)

@@ -84,3 +84,12 @@ class QuantizationFormat:
                 field="group_size",
             )
         return columns // self.group_size
+
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes of a matrix in this format, from its shape: those that `QuantizedTensor.nbytes` counts.
+
+        Raises:
+            UserError: if the group size does not divide the columns.
+        """
+        per_group = (2 if self.offset else 1) * self.scale_dtype.itemsize
+        return rows * (-(-columns // self.codes_per_byte) + self.groups(columns) * per_group)

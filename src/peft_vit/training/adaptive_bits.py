@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import site_adapters
 from peft_vit.allocation.bit_sensitivity import fit_head, layer_losses, rank_gains
-from peft_vit.allocation.bits import choose, stored_bytes
+from peft_vit.allocation.bits import choose
 from peft_vit.backbones import Site, find_sites, fused_sites
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
@@ -141,7 +141,7 @@ def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
     return _Options(
         formats=dict.fromkeys(modules, candidates),
         format_bytes={
-            name: [stored_bytes(one.out_features, one.in_features, format) for format in candidates]
+            name: [format.stored_bytes(one.out_features, one.in_features) for format in candidates]
             for name, one in modules.items()
         },
         rank_bytes={site.name: _rank_bytes(site, config.pool) for site in wanted} if config.adaptive_bits.ranks else {},

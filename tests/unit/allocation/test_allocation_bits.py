@@ -1,4 +1,4 @@
-"""The choice under a budget is the best one of all; sizes from shapes are those of the stored tensors."""
+"""The choice under a budget is the best one of all."""
 
 import itertools
 import math
@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_vit.allocation.bits import Choice, choose, stored_bytes
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.allocation.bits import Choice, choose
+from peft_vit.quantization import QuantizationFormat
 
 pytestmark = pytest.mark.part("quantization")
 GROUP = st.integers(1, 4).flatmap(
@@ -64,7 +64,7 @@ def test_more_budget_is_never_worse(groups, budgets) -> None:
 )  # fmt: skip
 def test_the_same_type_everywhere_is_never_better_at_its_bytes(losses, columns, uniform) -> None:
     formats = [QuantizationFormat(type, 16, True, torch.float16) for type in ("int2", "int4", "int8")]
-    sizes = [[stored_bytes(8, 16 * n, one) for one in formats] for n in columns[: len(losses)]]
+    sizes = [[one.stored_bytes(8, 16 * n) for one in formats] for n in columns[: len(losses)]]
     choice = choose(losses, sizes, sum(group[uniform] for group in sizes))
     assert choice.loss <= sum(group[uniform] for group in losses) + 1e-8
 
@@ -129,15 +129,3 @@ def test_what_has_no_answer_is_refused() -> None:
         choose([[0.0, 1.0]] * 2, [[3, 4]] * 2, 5)
     with pytest.raises(ValueError, match="finite"):
         choose([[0.0, math.nan]], [[3, 4]], 5)
-
-
-@given(
-    type=st.sampled_from(["nf4", "fp4", "int2", "int4", "int8"]), group=st.sampled_from([None, 2, 3, 16]),
-    offset=st.booleans(), dtype=st.sampled_from([torch.float16, torch.float32]), rows=st.integers(1, 5),
-    groups=st.integers(1, 4),
-)  # fmt: skip
-def test_bytes_from_the_shape_are_the_stored_ones(type, group, offset, dtype, rows, groups) -> None:
-    format = QuantizationFormat(type, group, offset, dtype)
-    columns = groups * (group or 5)
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    assert stored_bytes(rows, columns, format) == quantize(weight, format).nbytes

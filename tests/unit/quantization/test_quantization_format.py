@@ -1,8 +1,10 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat
+from peft_vit.quantization import QuantizationFormat, quantize
 
 
 @pytest.mark.parametrize(("type", "bits"), [("nf4", 4), ("fp4", 4), ("int2", 2), ("int4", 4), ("int8", 8)])
@@ -32,3 +34,16 @@ def test_a_group_size_that_does_not_divide_the_inputs_is_refused() -> None:
 def test_a_field_that_no_format_has_is_refused(field: str, arguments: tuple) -> None:
     with pytest.raises(UserError, match=f"^{field}: expected"):
         QuantizationFormat(*arguments)
+
+
+@pytest.mark.part("quantization")
+@given(
+    type=st.sampled_from(["nf4", "fp4", "int2", "int4", "int8"]), group=st.sampled_from([None, 2, 3, 16]),
+    offset=st.booleans(), dtype=st.sampled_from([torch.float16, torch.float32]), rows=st.integers(1, 5),
+    groups=st.integers(1, 4),
+)  # fmt: skip
+def test_bytes_from_the_shape_are_the_stored_ones(type, group, offset, dtype, rows, groups) -> None:
+    format = QuantizationFormat(type, group, offset, dtype)
+    columns = groups * (group or 5)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    assert format.stored_bytes(rows, columns) == quantize(weight, format).nbytes
