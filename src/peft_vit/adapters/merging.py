@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.adapters.peft_library import check_plain, peft_factors, peft_layers
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
-from peft_vit.quantization.formats import SCALE_DTYPES
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -51,7 +49,8 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 def adapter_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
     """Return the content of an adapter file: trained tensors as safetensors, the rest as JSON in its header."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trained_tensors(model).items() if tensor.numel()}
-    header = {**metadata, "ranks": current_ranks(model), "form": _form(model), "formats": _formats(model)}
+    formats = {name: format.as_json() for name, format in _formats(model).items()}
+    header = {**metadata, "ranks": current_ranks(model), "form": _form(model), "formats": formats}
     return save(tensors, metadata={"peft_vit": json.dumps(header, sort_keys=True)})
 
 
@@ -66,13 +65,9 @@ def _form(model: nn.Module) -> dict[str, Any]:
     return values[0] if values and all(value == values[0] for value in values) else forms
 
 
-def _formats(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the number format of each quantized weight, by module, as JSON has it."""
-    return {
-        name: {**asdict(module.quantized.format), "scale_dtype": str(module.quantized.format.scale_dtype)}
-        for name, module in adapted_modules(model)
-        if module.quantized is not None
-    }
+def _formats(model: nn.Module) -> dict[str, QuantizationFormat]:
+    """Return the number format of each quantized weight, by module."""
+    return {name: one.quantized.format for name, one in adapted_modules(model) if one.quantized is not None}
 
 
 def saved_formats(file: Path) -> dict[str, QuantizationFormat]:
@@ -81,15 +76,8 @@ def saved_formats(file: Path) -> dict[str, QuantizationFormat]:
     Raises:
         UserError: as `load_trained`.
     """
-    metadata, _ = _read(file)
-    dtypes = {str(dtype): dtype for dtype in SCALE_DTYPES}
-    try:
-        return {
-            name: QuantizationFormat(**{**fields, "scale_dtype": dtypes[fields["scale_dtype"]]})
-            for name, fields in metadata.get("formats", {}).items()
-        }
-    except (TypeError, KeyError, AttributeError, UserError) as error:
-        raise _damaged(error, file) from None
+    formats: dict[str, QuantizationFormat] = _read(file)[0]["formats"]
+    return formats
 
 
 def saved_ranks(file: Path) -> dict[str, int]:
@@ -117,7 +105,7 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
             f"holds adapters of the form {metadata['form']}, the model's are {_form(model)}; attach them alike",
             file=file,
         )
-    present, saved = _formats(model), metadata.get("formats", {})  # older files hold none
+    present, saved = _formats(model), metadata["formats"]
     different = next((name for name in saved if saved[name] != present.get(name)), None)
     if different is not None:
         raise UserError(
@@ -142,7 +130,7 @@ def saved_scales(file: Path) -> dict[str, float]:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the metadata of an adapter file, its ranks as numbers, and its tensors."""
+    """Return the metadata of an adapter file, with ranks as numbers and formats as such, and its tensors."""
     try:
         with safe_open(file, framework="pt") as handle:
             header = (handle.metadata() or {}).get("peft_vit")
@@ -154,8 +142,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         metadata: dict[str, Any] = json.loads(header)
         metadata["ranks"] = {str(name): int(rank) for name, rank in metadata["ranks"].items()}
+        saved = metadata.get("formats", {})  # older files hold none
+        metadata["formats"] = {name: QuantizationFormat.from_json(fields) for name, fields in saved.items()}
         metadata["form"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, UserError) as error:
         raise _damaged(error, file) from None
     return metadata, tensors
 

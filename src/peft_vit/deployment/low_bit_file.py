@@ -19,6 +19,7 @@ from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
 from peft_vit.errors import UserError
 from peft_vit.quantization import CodeType, QuantizationFormat, QuantizedTensor
+from peft_vit.quantization.formats import dtype_name
 from peft_vit.records import write_atomically
 
 
@@ -33,16 +34,8 @@ class _Layer(BaseModel):
     scale_dtype: Literal["float16", "float32"]
     shape: tuple[int, int]  # (out, in)
 
-    @classmethod
-    def of(cls, quantized: QuantizedTensor) -> _Layer:
-        kind = quantized.format
-        return cls(
-            type=kind.type, group_size=kind.group_size, offset=kind.offset,
-            scale_dtype="float16" if kind.scale_dtype == torch.float16 else "float32", shape=quantized.shape,
-        )  # fmt: skip
-
     def format(self) -> QuantizationFormat:
-        return QuantizationFormat(self.type, self.group_size, self.offset, getattr(torch, self.scale_dtype))
+        return QuantizationFormat.from_json(self.model_dump(exclude={"shape"}))
 
 
 class _Header(BaseModel):
@@ -70,7 +63,7 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard) -> None:
     tensors, layers = dict(model.state_dict()), {}
     for name, module in adapted_modules(model):
         if module.quantized is not None:
-            layers[name] = _Layer.of(module.quantized)
+            layers[name] = _Layer(**module.quantized.format.as_json(), shape=module.quantized.shape)
             tensors |= {f"{name}.weight.{part}": tensor for part, tensor in module.quantized.tensors().items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = _Header(card=card, layers=layers)
@@ -111,7 +104,7 @@ def _digest(header: _Header, tensors: dict[str, Tensor]) -> str:
     said = header.model_dump(mode="json", exclude={"sha256"})
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
     for name, tensor in sorted(tensors.items()):
-        described = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        described = [name, dtype_name(tensor.dtype), list(tensor.shape)]
         digest.update(json.dumps(described, separators=(",", ":")).encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()

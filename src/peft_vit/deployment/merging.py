@@ -14,7 +14,7 @@ from peft_vit.adapters.quantized_merging import merge_by_requantizing, merge_int
 from peft_vit.backbones.catalog import create_model
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.errors import UserError
-from peft_vit.quantization.formats import SCALE_DTYPES
+from peft_vit.quantization.formats import SCALE_DTYPES, dtype_name
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
         merged = copy.deepcopy(model)
         return Merged(merged, "codes", {"codes": merge_by_requantizing(merged)})
     copies = {dtype: copy.deepcopy(model) for dtype in SCALE_DTYPES}
-    errors = {_name(dtype): merge_into_offsets(merged, offset_dtype=dtype) for dtype, merged in copies.items()}
+    errors = {dtype_name(dtype): merge_into_offsets(merged, offset_dtype=dtype) for dtype, merged in copies.items()}
     (stored,) = {layer.quantized.format.scale_dtype for layer in layers if layer.quantized is not None}
-    return Merged(copies[stored], "offsets", errors, _name(stored))
+    return Merged(copies[stored], "offsets", errors, dtype_name(stored))
 
 
 def check_merged(model: nn.Module) -> None:
@@ -65,10 +65,6 @@ def check_merged(model: nn.Module) -> None:
     for name, module in adapted_modules(model):
         if module.sites or (module.quantized is not None and module.weight is not None):
             raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _with_float_weights(model: nn.Module, card: ModelCard) -> nn.Module:

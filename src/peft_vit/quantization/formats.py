@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
 
 import torch
 
@@ -12,6 +13,11 @@ from peft_vit.errors import UserError
 CodeType = Literal["nf4", "fp4", "int2", "int4", "int8"]
 BITS: dict[CodeType, int] = {"nf4": 4, "fp4": 4, "int2": 2, "int4": 4, "int8": 8}
 SCALE_DTYPES = (torch.float32, torch.float16)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that files have for a dtype, "float16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,20 @@ class QuantizationFormat:
             raise UserError(f"expected at least 1 or none at all, got {self.group_size}", field="group_size")
         if self.scale_dtype not in SCALE_DTYPES:
             raise UserError(f"expected torch.float32 or torch.float16, got {self.scale_dtype}", field="scale_dtype")
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Return the format that `as_json` has written; older files have the dtype as "torch.float16".
+
+        Raises:
+            UserError, KeyError, TypeError, AttributeError: if no format has these fields or values.
+        """
+        dtypes = {dtype_name(dtype): dtype for dtype in SCALE_DTYPES}
+        return cls(**{**fields, "scale_dtype": dtypes[fields["scale_dtype"].removeprefix("torch.")]})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON has them, the dtype by its name."""
+        return {**asdict(self), "scale_dtype": dtype_name(self.scale_dtype)}
 
     @property
     def bits(self) -> int:
