@@ -75,7 +75,8 @@ def _checked(file: Path, wheel: Wheel, *, remedy: str) -> Path:
 def _download(wheel: Wheel, target: Path, folder: Path) -> Path:
     requirement = f"{wheel.package}=={wheel.version}"
     command = [
-        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
+        # -P: a folder `pip` in the working directory, somebody's data perhaps, is not pip
+        *(sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
         *("--no-deps", "--only-binary", ":all:", "--dest", str(target), requirement),
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

@@ -42,7 +42,7 @@ class _StrictLoader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def _refuse(self, problem: str, event: yaml.Event) -> NoReturn:
+    def _refuse(self, problem: str, event: Any) -> NoReturn:
         raise yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from peft_vit.adapters import AdaptedLinear, adapted_modules, attach_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.deployment import ModelCard, export_onnx, open_exported
+from peft_vit.deployment.onnx_file import HEADER, _digest, _Header
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 
@@ -157,3 +158,25 @@ def test_a_cut_or_altered_file_is_refused(exported, tmp_path, data) -> None:
     with pytest.raises(UserError, match=r"damaged\.onnx.*(export|onnxruntime)") as refused:
         open_exported(file)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("place", ["initializer", "attribute"])
+def test_a_model_that_points_at_other_files_is_refused(exported, tmp_path, place) -> None:
+    """Signed anew, as anybody can; onnxruntime would read the other file as weights."""
+    (tmp_path / "secret").write_bytes(bytes(4))
+    proto = onnx.load(exported[1])
+    if place == "initializer":
+        tensor = proto.graph.initializer[0]
+    else:
+        node = proto.graph.node.add(op_type="Constant", output=["aside"])
+        tensor = node.attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t
+        tensor.dims[:], tensor.data_type = [1], onnx.TensorProto.FLOAT
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="secret")
+    header = _Header(card=CARD, sha256=_digest(CARD, proto))
+    proto.metadata_props.add(key=HEADER, value=header.model_dump_json())
+    file = tmp_path / "model.onnx"
+    file.write_bytes(proto.SerializeToString())
+    with pytest.raises(UserError, match=r"model\.onnx: keeps numbers in other files"):
+        open_exported(file)

@@ -115,6 +115,19 @@ def test_pip_itself_brings_a_wheel_from_a_folder(tmp_path: Path, monkeypatch: py
     assert fetch_wheel(wheel).read_bytes() == (folder / NAME).read_bytes()
 
 
+def test_a_folder_called_pip_in_the_working_directory_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The working directory may be somebody's data set, and `python -m` looks there first."""
+    (tmp_path / "data" / "pip").mkdir(parents=True)
+    for name in ("__init__.py", "__main__.py"):
+        (tmp_path / "data" / "pip" / name).write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    monkeypatch.chdir(tmp_path / "data")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert "No matching distribution found" in one_line()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_cache_that_is_no_folder(cache: Path) -> None:
     cache.write_text("a file")
     message = one_line()

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from peft_vit.config import AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
 from peft_vit.errors import UserError
 from peft_vit.records import (
+    ADAPTER_FILE,
     RECORD_FILE,
     BitsEntry,
     ByteCounts,
@@ -34,6 +35,7 @@ from peft_vit.records import (
     run_folder,
     write_atomically,
     write_record,
+    write_result,
 )
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
@@ -284,3 +286,67 @@ def test_digest_changes_with_each_field(experiment: str) -> None:
 def test_a_run_stays_below_the_results_directory() -> None:
     folder = run_folder(Path("/results"), spec())
     assert folder == Path("/results/quickstart/qa_lora_fp4_cosine/seed_1")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("spec", "study"), "../../etc"), (("spec", "study"), "/etc"), (("spec", "study"), ""), (("spec", "seed"), -1),
+        (("spec", "study"), "a" * 300), (("spec", "experiment", "name"), ".."), (("spec", "seed"), 10**4000),
+        (("spec", "study"), "Study"), (("spec", "experiment", "name"), "a\0"),
+    ],
+)  # fmt: skip
+def test_a_record_whose_names_lead_out_is_refused(path: tuple[str, ...], value: object, tmp_path: Path) -> None:
+    file = write_record(tmp_path, record(spec()))
+    data = json.loads(file.read_text())
+    node: Any = data
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    file.write_text(json.dumps(data))
+    with pytest.raises(UserError) as caught:
+        read_record(file)
+    assert caught.value.field == ".".join(path)
+
+
+@pytest.mark.parametrize(
+    "linked", ["quickstart", "quickstart/qa_lora_fp4_cosine", "quickstart/qa_lora_fp4_cosine/seed_1"]
+)
+def test_nothing_is_written_through_a_planted_link(linked: str, tmp_path: Path) -> None:
+    results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (results / linked).parent.mkdir(parents=True)
+    (results / linked).symlink_to(elsewhere)
+    with pytest.raises(UserError, match=rf"{linked}: is a link, and results go into real folders only"):
+        write_result(results, record(spec()), b"adapter")
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / spec().run_id
+    folder.mkdir(parents=True)
+    for name in (RECORD_FILE, ADAPTER_FILE):
+        (tmp_path / name).write_text("mine")
+        (folder / name).symlink_to(tmp_path / name)
+    write_result(tmp_path / "results", record(spec()), b"adapter")
+    assert [(tmp_path / name).read_text() for name in (RECORD_FILE, ADAPTER_FILE)] == ["mine", "mine"]
+    assert not (folder / RECORD_FILE).is_symlink()
+    assert (folder / ADAPTER_FILE).read_bytes() == b"adapter"
+
+
+def test_a_pipe_or_a_bomb_in_place_of_a_record_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / RECORD_FILE)
+    with pytest.raises(UserError, match="no regular file"):
+        list(read_records(tmp_path))
+    for content in (
+        "[" * 100_000,
+        '{"schema_version": 1, "spec": ' + '{"a":' * 100_000,
+        '{"schema_version": ' + "9" * 9_999,
+    ):
+        (tmp_path / "deep.json").write_text(content)
+        with pytest.raises(UserError, match="is not a readable record"):
+            read_record(tmp_path / "deep.json")
+    with (tmp_path / "sparse.json").open("wb") as handle:
+        handle.truncate(1 << 40)
+    with pytest.raises(UserError, match="larger than 268435456 bytes"):
+        read_record(tmp_path / "sparse.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
             "quantize alike",
             file=file,
         )
-    set_ranks(model, metadata["ranks"])
+    set_ranks(model, metadata["ranks"], file=file)
     restore_trained(model, tensors, file=file)
     return metadata
 
@@ -126,12 +127,17 @@ def saved_scales(file: Path) -> dict[str, float]:
     """
     metadata, _ = _read(file)
     form = metadata["form"]
-    return {name: float(form["scale"] if "scale" in form else form[name]["scale"]) for name in metadata["ranks"]}
+    try:
+        return {name: float(form["scale"] if "scale" in form else form[name]["scale"]) for name in metadata["ranks"]}
+    except (TypeError, KeyError, ValueError) as error:
+        raise _damaged(error, file) from None
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the metadata of an adapter file, with ranks as numbers and formats as such, and its tensors."""
     try:
+        if not os.path.isfile(file):  # opening a pipe could wait for ever
+            raise ValueError("no regular file")
         with safe_open(file, framework="pt") as handle:
             header = (handle.metadata() or {}).get("peft_vit")
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
@@ -141,25 +147,39 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError("has no peft_vit header; it was not written by this package", file=file)
     try:
         metadata: dict[str, Any] = json.loads(header)
-        metadata["ranks"] = {str(name): int(rank) for name, rank in metadata["ranks"].items()}
+        metadata["ranks"] = {name: _rank(rank) for name, rank in metadata["ranks"].items()}
         saved = metadata.get("formats", {})  # older files hold none
+        if not isinstance(metadata["form"], dict) or not isinstance(saved, dict):
+            raise TypeError("form and formats are mappings")
         metadata["formats"] = {name: QuantizationFormat.from_json(fields) for name, fields in saved.items()}
-        metadata["form"]
-    except (ValueError, TypeError, KeyError, AttributeError, UserError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UserError) as error:
         raise _damaged(error, file) from None
     return metadata, tensors
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"a rank is a whole number, not {value!r}")
+    return value
 
 
 def _damaged(error: Exception, file: Path) -> UserError:
     return UserError(f"has a damaged peft_vit header ({type(error).__name__}: {error})", file=file)
 
 
-def set_ranks(model: nn.Module, ranks: dict[str, int]) -> None:
-    """Give every site the named rank with fresh triplets; for models that no optimiser holds yet or any more."""
+def set_ranks(model: nn.Module, ranks: dict[str, int], *, file: Path | None = None) -> None:
+    """Give every site the named rank with fresh triplets; for models that no optimiser holds yet or any more.
+
+    Raises:
+        UserError: naming the file that the ranks came from, if a site is missing, unknown, or can't have its rank.
+    """
     adapters = site_adapters(model)
     if set(ranks) != set(adapters):
-        raise UserError("names other sites than the model's adapters", field="ranks")
+        raise UserError("names other sites than the model's adapters", file=file, field="ranks")
     for name, adapter in adapters.items():
+        if not 0 <= ranks[name] <= adapter.largest_rank:
+            problem = f"expected 0 to {adapter.largest_rank}, got {ranks[name]}"
+            raise UserError(problem, file=file, field=f"ranks[{name}]")
         if adapter.rank != ranks[name]:
             lora_A, lora_B, lora_lambda = adapter.fresh_triplets(ranks[name])
             device = adapter.lora_A.device

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from peft_vit.errors import UserError
+from peft_vit.foreign_files import read_bytes
 from peft_vit.records import SiteInfo
 
 CONFIG_FILE = "adapter_config.json"
@@ -49,7 +51,7 @@ def read_peft(
     Raises:
         UserError: if a file can't be read or does not fit the model, or asks for anything but plain LoRA.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, also False for an impossible name
         raise UserError("is no folder; give the one that PEFT's save_pretrained has written", file=folder)
     config = _read_config(folder / CONFIG_FILE)
     _read_base(folder / BASE_FILE)
@@ -80,7 +82,7 @@ def peft_sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, TENSORS_FILE):
         try:
-            digest.update((folder / name).read_bytes())
+            digest.update(read_bytes(folder / name, None))
         except OSError as error:
             raise UserError(f"can't be read ({error.strerror})", file=folder / name) from None
     return digest.hexdigest()
@@ -124,7 +126,7 @@ def doubts_about(
 
 def _read_base(file: Path) -> dict[str, Any]:
     """Return what `export_peft` has written of the base; nothing where PEFT has written the adapter."""
-    base = _read_json(file) if file.exists() else {}
+    base = _read_json(file) if os.path.lexists(file) else {}
     if not isinstance(base, dict):
         raise UserError("is not what `peft-vit export` writes; take it away", file=file)
     return base
@@ -202,7 +204,7 @@ def _read_config(file: Path) -> _LoraFile:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"is not a readable JSON file ({error}); expected PEFT's", file=file) from None
 
@@ -225,7 +227,7 @@ def _check_targets(config: _LoraFile, modules: Sequence[str], file: Path) -> Non
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(
             "does not exist; a .bin file is not read, since it may run code: save with safe_serialization=True",
             file=file,

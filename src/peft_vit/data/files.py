@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import re
 import tarfile
@@ -12,7 +13,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from peft_vit.errors import UserError
 from peft_vit.foreign_files import LARGEST_BYTES, read_bytes, require_regular
@@ -255,14 +255,15 @@ def unpacked(archive: Path, wanted: tuple[str, ...], sha256: str) -> Path:
     return folder
 
 
-class _Limited:
+class _Limited(io.RawIOBase):
     """An unpacked stream that ends in an error where no sound archive of ours goes on."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: io.BufferedIOBase) -> None:
+        super().__init__()
         self._stream = stream
         self._left_bytes = _LARGEST_ARCHIVE_BYTES
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int = -1) -> bytes:
         """Return the next bytes."""
         content = self._stream.read(size)
         self._left_bytes -= len(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +83,8 @@ def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
         UserError: if the file is cut off, was changed after it was written, or is not of this layout.
     """
     try:
+        if not os.path.isfile(file):  # opening a pipe could wait for ever
+            raise ValueError("no regular file")
         with safe_open(file, framework="pt") as handle:
             text = (handle.metadata() or {}).get(HEADER)
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
@@ -135,6 +138,9 @@ def _build(header: _Header, tensors: dict[str, Tensor], file: Path) -> nn.Module
         module.drop_float()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise UserError(f"expected finite float32 numbers, got {tensor.dtype}", file=file, field=name)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peft_vit.errors import UserError
 
 HEADER = "peft_vit_model"  # key of a file's metadata
+_Positive = Annotated[float, Field(gt=0)]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class ModelCard(BaseModel):
     """How images become the model's input, what its outputs mean, and where it comes from."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     run: str  # study/experiment/seed_k
     model: str  # timm's name
     weights_name: str  # of the backbone that was fine-tuned
     weights_sha256: str | None  # None: random weights
-    image_size: int = Field(ge=1)  # side of the square input, in pixels
+    image_size: int = Field(ge=1, le=1024)  # side of the square input, in pixels
     channels: Literal[1, 3]  # 1: images are made grey first; the input has three channels all the same
     mean: tuple[float, float, float]  # for pixels in [0, 1]
-    std: tuple[float, float, float]
+    std: tuple[_Positive, _Positive, _Positive]
     class_names: tuple[str, ...] = Field(min_length=1)
 
     @classmethod

@@ -24,6 +24,7 @@ from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
 from peft_vit.deployment.onnx_layers import OnnxLinear
 from peft_vit.errors import UserError
+from peft_vit.foreign_files import read_bytes
 from peft_vit.records import write_atomically
 
 INPUT, OUTPUT = "images", "logits"
@@ -115,13 +116,17 @@ def open_onnx(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
     import onnxruntime
 
     try:
-        content = file.read_bytes()
+        content = read_bytes(file, None)
         proto = onnx.load_from_string(content)
         text = {entry.key: entry.value for entry in proto.metadata_props}.get(HEADER)
     except Exception as error:  # a damaged file can fail in any way; the user needs one line
         raise UserError(f"is not a readable ONNX file ({error}); export the run again", file=file) from None
     if text is None:
         raise UserError("was not written by `peft-vit export --format onnx`, or was cut off", file=file)
+    if _names_other_files(proto):
+        raise UserError(
+            "keeps numbers in other files, which could be any of this machine; export the run again", file=file
+        )
     header = read_json(_Header, text, file)
     if _digest(header.card, proto) != header.sha256:
         raise UserError("was changed after it was written; export the run again", file=file)
@@ -131,3 +136,15 @@ def open_onnx(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"onnxruntime {onnxruntime.__version__} can't run it ({reason})", file=file) from None
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0]), header.card
+
+
+def _names_other_files(message: Any) -> bool:
+    """Tell whether a tensor anywhere in a model lies outside of it."""
+    if isinstance(message, onnx.TensorProto):
+        return bool(message.data_location == onnx.TensorProto.EXTERNAL or message.external_data)
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            parts = [value] if hasattr(value, "ListFields") else value
+            if any(_names_other_files(part) for part in parts):
+                return True
+    return False

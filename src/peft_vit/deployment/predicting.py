@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +21,7 @@ from peft_vit.deployment.low_bit_file import load_low_bit
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import open_onnx
 from peft_vit.errors import UserError
+from peft_vit.foreign_files import read_bytes
 
 _BATCH = 32
 
@@ -63,7 +65,7 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
     Raises:
         UserError: if it is none of these, is damaged, or was changed after it was written.
     """
-    if (path / CONFIG_FILE).is_file():
+    if os.path.isfile(path / CONFIG_FILE):  # unlike Path.is_file, also False for an impossible name
         return open_peft(path, weights)
     if weights is not None:
         raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
@@ -88,7 +90,7 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
     """
     file = folder / BASE_FILE
     try:
-        card = ModelCard.from_json(file.read_bytes(), file)
+        card = ModelCard.from_json(read_bytes(file), file)
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror}); `peft-vit export` writes it", file=file) from None
     backbone = load_backbone(
@@ -137,7 +139,7 @@ def predict_files(classifier: Classifier, paths: Iterable[Path]) -> Iterator[Pre
 
 def _files(paths: Iterable[Path]) -> Iterator[Path | UserError]:
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             yield path
             continue
         found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
@@ -149,7 +151,7 @@ def _files(paths: Iterable[Path]) -> Iterator[Path | UserError]:
 def _pixels(file: Path, card: ModelCard) -> np.ndarray | UserError:
     """Return an image as training would see it, (S, S, C) uint8."""
     try:
-        return to_pixels(decode_image(file.read_bytes, str(file)), card.image_size, card.channels)
+        return to_pixels(decode_image(lambda: read_bytes(file), str(file)), card.image_size, card.channels)
     except UserError as error:
         return error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from peft_vit.deployment import (
 )
 from peft_vit.errors import UserError
 from peft_vit.experiments.methods import prepare_as_saved
+from peft_vit.foreign_files import read_bytes
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record
 
 _NOT_AS_PEFT = {
@@ -159,7 +161,7 @@ def open_model(path: Path, weights: str | None = None) -> Classifier:
     Raises:
         UserError: if it is none of these, or is damaged.
     """
-    if weights is None and (path / RECORD_FILE).is_file():
+    if weights is None and os.path.isfile(path / RECORD_FILE):  # unlike Path.is_file, also False for an impossible name
         run = restore_run(path)
         return torch_classifier(run.model, run.card)
     return open_exported(path, weights)
@@ -176,7 +178,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
     assert provenance is not None
     file = run_dir / ADAPTER_FILE
     try:
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        found = hashlib.sha256(read_bytes(file, None)).hexdigest()
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror}); move or rerun the whole run", file=file) from None
     if found != record.adapter_sha256:

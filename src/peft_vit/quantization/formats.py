@@ -52,8 +52,10 @@ class QuantizationFormat:
     def __post_init__(self) -> None:
         if self.type not in BITS:
             raise UserError(f"expected one of {', '.join(BITS)}, got {self.type!r}", field="type")
-        if self.group_size is not None and self.group_size < 1:
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise UserError(f"expected at least 1 or none at all, got {self.group_size}", field="group_size")
+        if not isinstance(self.offset, bool):
+            raise UserError(f"expected true or false, got {self.offset!r}", field="offset")
         if self.scale_dtype not in SCALE_DTYPES:
             raise UserError(f"expected torch.float32 or torch.float16, got {self.scale_dtype}", field="scale_dtype")
 

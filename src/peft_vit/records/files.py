@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from peft_vit.errors import UserError
+from peft_vit.foreign_files import folder_below, read_bytes
 from peft_vit.records.values import SCHEMA_VERSION, RunRecord, RunSpec
 
 RECORD_FILE = "record.json"
@@ -37,8 +38,12 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 
 def run_folder(results_dir: Path, spec: RunSpec) -> Path:
-    """Return the folder that holds a run's files."""
-    return results_dir / spec.run_id
+    """Return the folder that holds a run's files.
+
+    Raises:
+        UserError: if a link stands in its way, which would lead out of the results directory.
+    """
+    return folder_below(results_dir, spec.run_id)
 
 
 def checkpoint_folders(run_folder: Path) -> dict[int, Path]:
@@ -74,7 +79,7 @@ def read_record(file: Path) -> RunRecord:
         UserError: if the file is not a record of this schema; names the file and the field.
     """
     try:
-        data: Any = json.loads(file.read_text(encoding="utf-8"))
+        data: Any = json.loads(read_bytes(file).decode("utf-8"))
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise UserError(
@@ -86,7 +91,7 @@ def read_record(file: Path) -> RunRecord:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{first['msg']}; move it away and run the study again", file=file, field=field) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = f"is not a readable record ({error}); move it away and run the study again"
         raise UserError(problem, file=file) from None
 

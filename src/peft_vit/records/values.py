@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from peft_vit.config import (
     BackboneConfig,
@@ -17,6 +17,7 @@ from peft_vit.config import (
     DataConfig,
     Device,
     ExperimentConfig,
+    Name,
     Precision,
     QuantizationType,
     SiteMatrix,
@@ -25,7 +26,7 @@ from peft_vit.config import (
 SCHEMA_VERSION: Literal[1] = 1
 # What is left in float: matrices are those that no setting quantized, other are tokens and layer scales.
 FloatPart = Literal["patch embedding", "position embedding", "norms", "biases", "matrices", "head", "other"]
-Failure = Literal["killed", "out_of_memory", "diverged", "error", "io"]
+Failure = Literal["killed", "out_of_memory", "diverged", "error", "io", "disk_full"]
 
 
 class _Value(BaseModel):
@@ -35,8 +36,8 @@ class _Value(BaseModel):
 class RunSpec(_Value):
     """One run, fixed before it starts: an experiment's configuration and a seed."""
 
-    study: str
-    seed: int
+    study: Name  # these two and the experiment's name are the run's folder
+    seed: int = Field(ge=0, lt=2**31)
     experiment: ExperimentConfig
     backbone: BackboneConfig
     data: DataConfig

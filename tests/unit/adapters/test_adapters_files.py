@@ -1,6 +1,7 @@
 """An adapter file holds what was trained and gives it back, at the ranks it had; anything else is refused."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from peft_vit.adapters import (
     load_trained,
     saved_formats,
     saved_ranks,
+    saved_scales,
     set_ranks,
     trained_tensors,
 )
@@ -132,3 +134,43 @@ def test_what_is_no_adapter_file_is_refused(tiny_vit, tmp_path) -> None:
     save_file({"head.weight": torch.zeros(2)}, tmp_path / "foreign")
     with pytest.raises(UserError, match="no peft_vit header"):
         load_trained(model, tmp_path / "foreign")
+
+
+def test_a_header_that_lies_is_refused_before_memory_is_asked_for(tiny_vit, tmp_path) -> None:
+    model = adapted(tiny_vit())
+    file = tmp_path / "adapter.safetensors"
+    site = "blocks.0.attn.query"
+    form = {"scale": 2.0, "parametrization": "product", "pool": 1}
+
+    def refusal(ranks, form=form) -> str:
+        file.write_bytes(adapter_bytes(model, {}))
+        header = json.dumps({"ranks": ranks, "form": form})
+        save_file(load_file(file), file, metadata={"peft_vit": header})
+        with pytest.raises(UserError) as caught:
+            load_trained(adapted(tiny_vit()), file)
+        assert caught.value.file == str(file)
+        return str(caught.value)
+
+    for rank in (10**9, -1, 65):
+        assert f"ranks[{site}]: expected 0 to 64, got {rank}" in refusal({**current_ranks(model), site: rank})
+    for rank in (2.0, "2", None, True, [2], float("inf")):
+        assert "a rank is a whole number" in refusal({**current_ranks(model), site: rank})
+    assert "names other sites" in refusal({})
+    for other in (None, 7, [], "scale"):
+        assert "form and formats are mappings" in refusal(current_ranks(model), other)
+    assert "damaged peft_vit header" in refusal([1, 2])
+
+
+def test_a_form_without_scales_and_a_deep_header_are_refused(tiny_vit, tmp_path) -> None:
+    file = tmp_path / "adapter.safetensors"
+    for header in ('{"ranks": {"a": 1}, "form": {"a": {"scale": [1]}}}', '{"ranks": {"a": 1}, "form": {}}',
+                   '{"ranks": {"a": 1}, "form": ' + "[" * 50_000, "{}", "null"):  # fmt: skip
+        save_file({"x": torch.zeros(1)}, file, metadata={"peft_vit": header})
+        with pytest.raises(UserError, match="damaged peft_vit header"):
+            saved_scales(file)
+
+
+def test_a_pipe_is_not_waited_for(tiny_vit, tmp_path) -> None:
+    os.mkfifo(tmp_path / "adapter.safetensors")
+    with pytest.raises(UserError, match="no regular file"):
+        load_trained(adapted(tiny_vit()), tmp_path / "adapter.safetensors")

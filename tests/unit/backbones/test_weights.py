@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.torch_version import TorchVersion
 
 from peft_vit.backbones import check_weights, load_backbone
 from peft_vit.backbones.catalog import create_model
@@ -138,6 +140,43 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't be read as weights"):
         _load(_file(tmp_path / "w.pth"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_torch_that_can_not_read_pickles_safely_is_told_so(
+    tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(tensors, tmp_path / "w.pth")
+    save_file(tensors, tmp_path / "w.safetensors")
+    _load(_file(tmp_path / "w.pth"))
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1+cpu"))
+    with pytest.raises(UserError, match=r"w\.pth: .*torch 2\.10 is the first that reads it safely; update torch"):
+        _load(_file(tmp_path / "w.pth"))
+    _load(_file(tmp_path / "w.safetensors"))
+
+
+def test_a_compressed_pickle_which_may_be_a_bomb_is_refused(tmp_path: Path, tensors: Tensors) -> None:
+    torch.save(tensors, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "w.pth", "w") as packed:
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member), compress_type=zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match=r"w\.pth: .*it is compressed"):
+        _load(_file(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(1 << 20, 1 << 20),  # four bytes that claim four terabytes
+        torch.empty(1 << 20, 1 << 20, device="meta"),
+        torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), (1 << 20, 1 << 20), check_invariants=False),
+        torch.zeros(2, dtype=torch.complex64),
+    ],
+    ids=["expanded", "meta", "sparse", "complex"],
+)
+def test_tensors_that_are_not_what_they_seem(tmp_path: Path, tensors: Tensors, tensor: torch.Tensor) -> None:
+    torch.save({**tensors, "pos_embed": tensor}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="entry 'pos_embed' is no tensor of real numbers that are all in the file"):
+        _load(_file(tmp_path / "w.pth"))
 
 
 def test_unreadable_files(tmp_path: Path, tensors: Tensors) -> None:

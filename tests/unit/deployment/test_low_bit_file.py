@@ -1,6 +1,7 @@
 """A low-bit file gives back the model that was kept in memory, here and elsewhere; a damaged one is refused."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_vit.adapters import adapted_modules
-from peft_vit.deployment import load_low_bit, merge, save_low_bit
+from peft_vit.deployment import ModelCard, load_low_bit, merge, open_exported, save_low_bit
+from peft_vit.deployment.low_bit_file import HEADER, _digest, _Header
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, code_values
 
@@ -158,3 +160,47 @@ def test_other_files_are_named(tmp_path) -> None:
         load_low_bit(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"nowhere\.safetensors"):
         load_low_bit(tmp_path / "nowhere.safetensors")
+
+
+def signed_again(file: Path, tensors: dict[str, torch.Tensor], card: ModelCard) -> None:
+    """Write a float model's file anew with the hash that belongs to it, as anybody can who wants to be believed."""
+    header = _Header(card=card, layers={})
+    header = header.model_copy(update={"sha256": _digest(header, tensors)})
+    save_file(tensors, file, metadata={HEADER: header.model_dump_json()})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [torch.Tensor.double, torch.Tensor.half, torch.Tensor.int, lambda t: t * torch.nan, lambda t: t + torch.inf],
+    ids=["double", "half", "int", "nan", "inf"],
+)
+def test_tensors_that_a_model_could_not_compute_with_are_refused(card, tmp_path, spoil) -> None:
+    model = timm.create_model(card.model, img_size=card.image_size, num_classes=5).eval()
+    tensors = dict(model.state_dict())
+    tensors["blocks.0.norm1.weight"] = spoil(tensors["blocks.0.norm1.weight"])
+    signed_again(tmp_path / "model.safetensors", tensors, card)
+    with pytest.raises(UserError, match=r"model\.safetensors: blocks\.0\.norm1\.weight: expected finite float32"):
+        load_low_bit(tmp_path / "model.safetensors")
+
+
+def test_names_and_pipes_that_could_not_be_opened(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(UserError, match="no regular file"):
+        load_low_bit(tmp_path / "pipe.safetensors")
+    for name in ("x" * 300, "a\0b"):
+        for suffix in ("", ".safetensors", ".onnx"):
+            with pytest.raises(UserError):
+                open_exported(tmp_path / f"{name}{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_size", 1 << 30), ("image_size", 0), ("std", [0.0, 1.0, 1.0]), ("std", [1e999, 1.0, 1.0]),
+        ("mean", [float("nan")] * 3), ("class_names", []), ("channels", 2), ("surprise", 1),
+    ],
+)  # fmt: skip
+def test_a_card_that_would_fill_the_memory_or_make_no_sense(card, tmp_path, field, value) -> None:
+    data = {**card.model_dump(mode="json"), field: value}
+    with pytest.raises(UserError, match=rf"peft_vit\.json: {field}.*: "):
+        ModelCard.from_json(json.dumps(data), tmp_path / "peft_vit.json")
