@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def export_history(results_dir: Path, file: Path) -> int:
     if write is None:
         raise UserError(f"expected a name that ends in {', '.join(_WRITERS)}", file=file)
     if write is _as_parquet:
-        _check_pyarrow(file)
+        check_pyarrow(file)
     rows = history_table(results_dir)
     try:
         write_atomically(file, write(rows))
@@ -67,21 +67,30 @@ def export_history(results_dir: Path, file: Path) -> int:
     return len(rows)
 
 
-def _check_pyarrow(file: Path) -> None:
+def check_pyarrow(file: Path) -> None:
+    """Refuse a Parquet file where it can't be written.
+
+    Raises:
+        UserError: if pyarrow is not installed.
+    """
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        problem = "Parquet needs the package pyarrow; pip install 'peft-vit[parquet]', or write .csv or .json"
+        problem = "Parquet needs the package pyarrow; pip install 'peft-vit[parquet]', or export .csv or .json"
         raise UserError(problem, file=file) from None
 
 
-def _as_parquet(rows: list[dict[str, Any]]) -> bytes:
+def parquet_bytes(rows: list[dict[str, Any]], columns: Sequence[str], types: dict[str, str]) -> bytes:
+    """Return a table as the content of a Parquet file; `types` are those of columns that may be empty."""
     import pandas
 
-    types = {"rank": "Int64", "budget": "Int64", "score": "float64"}  # where a column may be empty
-    table = pandas.DataFrame(rows, columns=list(COLUMNS)).astype(types)
+    table = pandas.DataFrame(rows, columns=list(columns)).astype(types)
     content: bytes = table.to_parquet(engine="pyarrow", index=False)
     return content
+
+
+def _as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    return parquet_bytes(rows, COLUMNS, {"rank": "Int64", "budget": "Int64", "score": "float64"})
 
 
 def _as_json(rows: list[dict[str, Any]]) -> bytes:

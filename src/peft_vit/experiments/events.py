@@ -7,11 +7,12 @@ decides what is attempted, and alone writes what came out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from peft_vit.experiments.plan import PlannedRun
-from peft_vit.records import RunRecord
-from peft_vit.training import Progress
+if TYPE_CHECKING:  # a driver needs no torch
+    from peft_vit.experiments.plan import PlannedRun
+    from peft_vit.records import RunRecord
+    from peft_vit.training import Progress
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,25 @@ class RunInterrupted:
 
 
 Event = RunStarted | RunProgress | RunEnded | RunInterrupted
+
+
+@dataclass(frozen=True)
+class RunRetried:
+    """An attempt failed for a reason that may pass, and the run is attempted again; said by the driver."""
+
+    run: PlannedRun
+    record: RunRecord
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A line for the person who watches; said by the driver."""
+
+    text: str
+
+
+# What watchers are told; a RunEnded only once a run, when no further attempt follows.
+Told = Event | RunRetried | Notice
 
 
 class Executor(Protocol):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from peft_vit.errors import UserError
 from peft_vit.experiments.estimate import Estimate, Workload, estimate_runs
 from peft_vit.experiments.methods import check
 from peft_vit.experiments.smoke import smoke_study
+from peft_vit.experiments.study_file import difference, go_on, study_file
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record, run_folder
 from peft_vit.training import steps_per_epoch
 
@@ -31,17 +33,37 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """All runs of a study in their order."""
+    """The runs of a study that are asked for, in their order.
+
+    Attributes:
+        study: as configured, or compressed for a smoke study; it may have more runs than are asked for.
+        file: the configuration file.
+        licence: of the images.
+        data_sha256: of the images.
+        runs: what is asked for, done or not.
+        part: the study names only some of the experiments and seeds that its folder holds.
+    """
 
     study: StudyConfig
     file: Path
     licence: str
+    data_sha256: str
     runs: tuple[PlannedRun, ...]
+    part: bool = False
 
     @property
     def pending(self) -> tuple[PlannedRun, ...]:
         """Return the runs that are still to be done."""
         return tuple(run for run in self.runs if not run.done)
+
+    def only(self, method: str | None, seeds: Container[int] | None) -> Plan:
+        """Return the plan of the runs of one method, of some seeds, or both; None: of all."""
+        runs = (
+            run
+            for run in self.runs
+            if method in (None, run.spec.experiment.method) and (seeds is None or run.spec.seed in seeds)
+        )
+        return replace(self, runs=tuple(runs))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -58,7 +80,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def plan_study(study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool = False) -> Plan:
+def plan_study(study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool = False, part: bool = False) -> Plan:
     """Check a study against its backbone and its data, and plan its runs.
 
     Args:
@@ -66,25 +88,29 @@ def plan_study(study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool
         results_dir: where records lie; runs that are done there are not planned again.
         file: the configuration file, named in errors.
         smoke: compress the study, see `smoke.smoke_study`.
+        part: the results directory may hold other experiments and seeds of this study.
 
     Raises:
-        UserError: for anything that would fail later, with file, field and remedy.
+        UserError: for anything that would fail later, with file, field and remedy; and if the results directory
+            holds a study of this name that was configured otherwise, with the difference.
     """
     try:
-        return _plan(study, results_dir, file, smoke)
+        return _plan(study, results_dir, file, smoke, part)
     except UserError as error:
         if error.file is not None:
             raise
         raise UserError(error.message, file=file, field=error.field) from None
 
 
-def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool) -> Plan:
+def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: bool) -> Plan:
     device = resolve_device(study.device)
     if smoke:
         patch_size = describe(study.backbone, study.data.image_size).patch_size
         study = smoke_study(study, patch_size)
     shape = describe(study.backbone, study.data.image_size)
     index = open_index(study.data, smoke=smoke)
+    asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
+    go_on(results_dir / study.name, asked, source=file, part=part)
     splits = make_splits(index, study.data, study.seeds[0])
     steps_of = []
     for place, experiment in enumerate(study.experiments):
@@ -113,7 +139,7 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool) -> Pla
         PlannedRun(spec, total_steps, estimate, done=found[spec.run_id] is not None)
         for (spec, total_steps), estimate in zip(specs, estimates, strict=True)
     )
-    return Plan(study, file, index.licence, runs)
+    return Plan(study, file, index.licence, index.sha256, runs, part)
 
 
 def _spec(study: StudyConfig, place: int, seed: int, smoke: bool) -> RunSpec:
@@ -132,31 +158,15 @@ def _finished(results_dir: Path, spec: RunSpec, data_sha256: str) -> RunRecord |
     if record.status != "done" or not (file.parent / ADAPTER_FILE).exists():
         return None
     if record.spec != spec:
+        old, new = (one.model_dump(mode="json", exclude_none=True) for one in (record.spec, spec))
         raise UserError(
-            f"was made with another configuration ({_difference(record.spec, spec)}); "
+            "was made with another configuration, see below; "
             "give the study or the experiment another name, or choose another --output-dir",
-            file=file,
-        )
+            file=file, details=difference(old, new, str(file), "asked for"),
+        )  # fmt: skip
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output-dir", file=file)
     start = spec.experiment.start
     if start and record.provenance is not None and record.provenance.start_sha256 != peft_sha256(Path(start)):
         raise UserError("was made with another adapter under the same path; choose another --output-dir", file=file)
     return record
-
-
-def _difference(old: RunSpec, new: RunSpec) -> str:
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    shown = ", ".join(f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed[:3])
-    return shown + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(value, dict):
-        return {
-            k: v
-            for name, child in value.items()
-            for k, v in _flat(child, f"{prefix}.{name}" if prefix else name).items()
-        }
-    return {prefix: value}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import platform
 import traceback
@@ -141,7 +142,9 @@ def _kind(error: Exception) -> Failure:
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if out_of_memory or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
         return "out_of_memory"
-    return "io" if isinstance(error, OSError) else "error"
+    if isinstance(error, OSError):
+        return "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "io"
+    return "error"
 
 
 def _execute(

@@ -8,6 +8,7 @@ from peft_vit.errors import UserError
 from peft_vit.experiments import plan_study
 from peft_vit.experiments.plan import resolve_device
 from peft_vit.experiments.smoke import smoke_study
+from peft_vit.experiments.study_file import study_file, write_study_file
 from peft_vit.records import read_record, run_folder, write_record
 
 pytestmark = pytest.mark.part("runner")
@@ -39,6 +40,27 @@ def test_every_run_is_counted_and_estimated(study, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []  # planning writes nothing
 
 
+def test_a_plan_of_some_methods_or_seeds(study, tmp_path) -> None:
+    plan = planned(study("linear", "lora", seeds=(3, 4)), tmp_path)
+    assert plan.only(None, None) == plan
+    assert [run.spec.run_id for run in plan.only("lora", (4, 9)).runs] == ["tiny/lora/seed_4"]
+    assert plan.only("lora", None).study == plan.study
+
+
+def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(study, tmp_path) -> None:
+    plan = planned(study("linear"), tmp_path)
+    (tmp_path / "tiny").mkdir()
+    begun = study_file(plan.study, ["linear/seed_0"], smoke=False, data_sha256=plan.data_sha256)
+    write_study_file(tmp_path / "tiny", begun)
+    with pytest.raises(UserError, match=r"study\.json: was begun with another configuration") as caught:
+        planned(study("linear", epochs=3), tmp_path)
+    assert "-      epochs: 2\n+      epochs: 3" in caught.value.details
+    with pytest.raises(UserError, match="was begun with another configuration"):
+        planned(study("lora"), tmp_path)
+    added = plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml", part=True)
+    assert (added.part, len(added.runs)) == (True, 1)
+
+
 def test_done_runs_are_skipped_and_estimate_the_others(study, tmp_path) -> None:
     config = study("linear", seeds=(0, 1))
     record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
@@ -66,8 +88,10 @@ def test_a_changed_configuration_under_the_same_name_is_refused_with_the_differe
         planned(with_section(config, "lora", rank=3), tmp_path)
     message = str(caught.value)
     assert message.startswith(str(file))
-    assert "experiment.lora.rank: 2 -> 3" in message
     assert "another name, or choose another --output-dir" in message
+    assert caught.value.details.splitlines() == [
+        f"--- {file}", "+++ asked for", " experiment:", "   lora:", "-    rank: 2", "+    rank: 3"
+    ]  # fmt: skip
     assert file.read_bytes() == before
     other_seeds = config.model_copy(update={"seeds": (0, 5)})
     assert [run.done for run in planned(other_seeds, tmp_path).runs] == [True, False]

@@ -1,0 +1,215 @@
+"""The driver of a study: decides what is attempted, alone writes what came out, and can be killed at any moment."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from peft_vit.errors import UserError
+from peft_vit.experiments.events import (
+    Event,
+    Executor,
+    Notice,
+    RunEnded,
+    RunInterrupted,
+    RunRetried,
+    RunStarted,
+    Told,
+)
+from peft_vit.experiments.ledger import run_name
+from peft_vit.experiments.lock import StudyLock
+from peft_vit.experiments.store import StudyStore
+from peft_vit.experiments.study_file import go_on, read_study_file, study_file, write_study_file
+from peft_vit.records import Failure, RunRecord
+
+if TYPE_CHECKING:  # it runs without torch, which only executors need
+    from peft_vit.experiments.plan import Plan, PlannedRun
+
+TRANSIENT: frozenset[Failure | None] = frozenset({"killed", "out_of_memory", "io"})  # another attempt may end otherwise
+_POLL_S = 0.2
+_STOPPING = "stopping: what runs writes a checkpoint first; Ctrl-C again ends at once"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call has done.
+
+    Attributes:
+        records: of the runs that it attempted, in the order in which they ended.
+        failed: reason by run id, of those that it was asked for and that have failed, now or before.
+    """
+
+    records: tuple[RunRecord, ...]
+    failed: dict[str, str]
+
+
+def drive(
+    plan: Plan, lock: StudyLock, make_executor: Callable[[], Executor], tell: Callable[[Told], None], *,
+    keep_failed: bool = False,
+) -> Outcome:  # fmt: skip
+    """Do what a plan says is pending, and return when every run has ended.
+
+    Args:
+        plan: made while the lock was held.
+        lock: of the study's folder.
+        make_executor: called once, if there is something to do.
+        tell: told what happens.
+        keep_failed: leave runs alone that an earlier call has seen fail.
+
+    Raises:
+        UserError: if the folder holds another study, if something in it is damaged, or if there is no room for a
+            result; nothing that was written is lost.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when what ran has been stopped; at once after the second.
+    """
+    names = {run_name(run.spec) for run in plan.runs}
+    asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
+    content = go_on(lock.folder, asked, source=plan.file, part=plan.part)
+    if content != read_study_file(lock.folder):
+        write_study_file(lock.folder, content)
+    store = StudyStore(lock, content.runs)
+    try:
+        for text in store.notices:
+            tell(Notice(text))
+        waiting = [run for run in plan.pending if not (keep_failed and _failed(store, run))]
+        records = _carry_out(waiting, make_executor, store, tell, plan.study.execution.retries) if waiting else []
+        failed = {run.spec.run_id: _reason(store, run) for run in plan.runs if _failed(store, run)}
+        return Outcome(tuple(records), failed)
+    finally:
+        store.close()
+
+
+def _failed(store: StudyStore, run: PlannedRun) -> bool:
+    last = store.last(run_name(run.spec))
+    return last is not None and last.event == "failed" and not last.retried
+
+
+def _reason(store: StudyStore, run: PlannedRun) -> str:
+    last = store.last(run_name(run.spec))
+    return (last and last.error) or "no error was recorded"
+
+
+def _carry_out(
+    runs: list[PlannedRun], make_executor: Callable[[], Executor], store: StudyStore, tell: Callable[[Told], None],
+    retries: int,
+) -> list[RunRecord]:  # fmt: skip
+    executor = make_executor()
+    try:
+        with _signals() as signals:
+            attempts = _Attempts(runs, executor, store, tell, retries)
+            for run in runs:
+                executor.submit(run)
+            while attempts.waiting:
+                if signals.asked and not attempts.stopping:
+                    tell(Notice(_STOPPING))
+                    attempts.stopping = True
+                    executor.stop()
+                event = executor.next_event(_POLL_S)
+                if event is not None:
+                    attempts.take(event)
+                elif attempts.stopping and not attempts.running:
+                    raise KeyboardInterrupt
+            return attempts.records
+    finally:
+        executor.close()
+
+
+class _Attempts:
+    """What of a call is not over yet, and what each event means for it."""
+
+    def __init__(
+        self, runs: Iterable[PlannedRun], executor: Executor, store: StudyStore, tell: Callable[[Told], None],
+        retries: int,
+    ) -> None:  # fmt: skip
+        self.waiting = {run_name(run.spec) for run in runs}
+        self.running: set[str] = set()
+        self.stopping = False
+        self.records: list[RunRecord] = []
+        self._executor = executor
+        self._store = store
+        self._tell = tell
+        self._retries = retries
+        self._failures: Counter[str] = Counter()
+
+    def take(self, event: Event) -> None:
+        """Enter what happened, and tell it."""
+        run = run_name(event.run.spec)
+        if run not in self.waiting:  # a late word, say of a node that was thought dead
+            return
+        if isinstance(event, RunEnded):
+            self._ended(event, run)
+            return
+        if isinstance(event, RunStarted):
+            self._store.started(run, event.worker, event.run.total_steps)
+            self.running.add(run)
+        elif isinstance(event, RunInterrupted):
+            self._interrupted(event.run, run, event.step)
+        self._tell(event)
+
+    def _interrupted(self, planned: PlannedRun, run: str, step: int) -> None:
+        self._store.interrupted(run, step)
+        self.running.discard(run)
+        if not self.stopping:
+            self._executor.submit(planned)
+
+    def _ended(self, event: RunEnded, run: str) -> None:
+        record = event.record
+        self.running.discard(run)
+        if record.failure == "disk_full":
+            self._store.failed(record, retried=True)
+            problem = f"no room for what it writes ({record.error}); make room, and the same command goes on"
+            raise UserError(problem, file=self._store.folder / run)
+        if record.status == "done":
+            assert event.adapter is not None
+            record = self._store.done(record, event.adapter)
+        elif self._try_again(record, run):
+            self._tell(RunRetried(event.run, self._store.failed(record, retried=True)))
+            if not self.stopping:
+                self._executor.submit(event.run)
+            return
+        else:
+            record = self._store.failed(record, retried=False)
+        self.waiting.discard(run)
+        self.records.append(record)
+        self._tell(RunEnded(event.run, record, event.adapter))
+
+    def _try_again(self, record: RunRecord, run: str) -> bool:
+        """Tell whether a failure may pass: what a stop or Ctrl-C has killed counts as none."""
+        if record.failure not in TRANSIENT:
+            return False
+        if self.stopping:
+            return True
+        self._failures[run] += 1
+        return self._failures[run] <= self._retries
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM: the first one asks, the second one ends at once, wherever it meets this process."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    handler = _Signals()
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(number) == usual:  # somebody who ignores or handles it had a reason
+                before[number] = signal.signal(number, handler)
+    try:
+        yield handler
+    finally:
+        for stopped, previous in before.items():
+            signal.signal(stopped, previous)

@@ -1,0 +1,147 @@
+"""One process a study: an advisory lock that the kernel releases when its owner dies, however it dies."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from peft_vit.errors import UserError
+
+LOCK_FILE = "lock"
+_PATIENCE_S = 0.5  # `owner_of` holds a lock for an instant, which must not turn a study away
+_MAX_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock, as it said itself; nothing is known of one that died while it wrote."""
+
+    pid: int | None = None
+    host: str = "?"
+    since: str = "?"
+    command: str = "?"
+
+    def __str__(self) -> str:
+        if self.pid is None:
+            return "a process that has not said its name"
+        return f"process {self.pid} on {self.host} since {self.since}: {self.command}"
+
+
+@dataclass(frozen=True)
+class StudyLock:
+    """Proof that this process, and no other, may write to a study's folder."""
+
+    folder: Path
+
+
+@contextmanager
+def study_lock(folder: Path) -> Iterator[StudyLock]:
+    """Hold a study's lock; a folder that was made for it and holds nothing else at the end goes away again.
+
+    Args:
+        folder: the study's; it and its parents are made if need be.
+
+    Raises:
+        UserError: if another process holds the lock, naming it, or if nothing can be written to the folder.
+    """
+    try:
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        descriptor = _acquire(folder)
+    except OSError as error:
+        problem = f"can't be written to ({error.strerror}); make it writable or choose another --output-dir"
+        raise UserError(problem, file=folder) from None
+    try:
+        yield StudyLock(folder)
+    finally:
+        if os.listdir(folder) == [LOCK_FILE]:
+            (folder / LOCK_FILE).unlink()
+            _remove_empty(missing)
+        os.close(descriptor)
+
+
+def _acquire(folder: Path) -> int:
+    file = folder / LOCK_FILE
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # Not inherited: a worker that outlives this process must not keep its lock.
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # the owner has just removed the folder that it made
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _still_there(descriptor, file):
+                _sign(descriptor)
+                return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                owner = _read(descriptor)
+                os.close(descriptor)
+                problem = f"another command works on this study, {owner}; wait for its end, or stop it"
+                raise UserError(problem, file=folder) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        time.sleep(0.02)
+
+
+def _still_there(descriptor: int, file: Path) -> bool:
+    """Tell whether the file that was locked is the one that others will find, and not one just removed."""
+    try:
+        there = os.stat(file, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)
+
+
+def _sign(descriptor: int) -> None:
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    content = json.dumps(asdict(Owner(os.getpid(), socket.gethostname(), since, command))).encode() + b"\n"
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, content, 0)
+
+
+def _read(descriptor: int) -> Owner:
+    try:
+        data: Any = json.loads(os.pread(descriptor, _MAX_BYTES, 0))
+        pid, texts = data["pid"], [str(data[name]) for name in ("host", "since", "command")]
+        return Owner(pid, *(" ".join(text.split())[:500] for text in texts)) if isinstance(pid, int) else Owner()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return Owner()
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # somebody else has put something there
+            return
+
+
+def owner_of(folder: Path) -> Owner | None:
+    """Return who works on a study at present; None if nobody does. Writes nothing."""
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _read(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,151 @@
+"""The study as it was begun: its configuration, its images and its runs, beside which later calls are held."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from peft_vit.config import StudyConfig
+from peft_vit.errors import UserError
+from peft_vit.experiments.ledger import RunName, no_room, sync_folder
+from peft_vit.foreign_files import read_bytes
+from peft_vit.records import write_atomically
+
+STUDY_FILE = "study.json"
+_FREE = {"description", "execution"}  # no result depends on them
+
+
+class StudyFile(BaseModel):
+    """Content of study.json.
+
+    `runs` are all that were ever planned, `skipped` those among them that the last command left out. A smoke study's
+    configuration is the compressed one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    schema_version: Literal[1] = 1
+    smoke: bool
+    data_sha256: str
+    runs: tuple[RunName, ...]
+    skipped: tuple[RunName, ...] = ()
+    configuration: StudyConfig
+
+
+def study_file(study: StudyConfig, asked: Collection[str], *, smoke: bool, data_sha256: str) -> StudyFile:
+    """Return what study.json will say; `asked` are the names of the runs that the command does not leave out."""
+    runs = tuple(f"{experiment.name}/seed_{seed}" for experiment in study.experiments for seed in study.seeds)
+    skipped = tuple(run for run in runs if run not in asked)
+    return StudyFile(smoke=smoke, data_sha256=data_sha256, runs=runs, skipped=skipped, configuration=study)
+
+
+def read_study_file(folder: Path) -> StudyFile | None:
+    """Return what a study's folder says that it holds; None in one that an earlier version made.
+
+    Raises:
+        UserError: with file and field, if the file can't be read or was changed by hand.
+    """
+    file = folder / STUDY_FILE
+    remedy = "move it away and give the command of the study again, which makes it anew"
+    try:
+        return StudyFile.model_validate_json(read_bytes(file))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or None
+        raise UserError(f"{first['msg']}; {remedy}", file=file, field=field) from None
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror}); {remedy}", file=file) from None
+
+
+def write_study_file(folder: Path, content: StudyFile) -> None:
+    """Replace study.json.
+
+    Raises:
+        UserError: if there is no room for it.
+    """
+    file = folder / STUDY_FILE
+    try:
+        write_atomically(file, (content.model_dump_json(indent=1) + "\n").encode())
+        sync_folder(folder)
+    except OSError as error:
+        raise no_room(file, error) from None
+
+
+def go_on(folder: Path, asked: StudyFile, *, source: Path, part: bool = False) -> StudyFile:
+    """Return what study.json will say after a command asked for `asked`; seeds and experiments may be added.
+
+    Args:
+        folder: the study's.
+        asked: by the command.
+        source: the configuration file, named in the difference.
+        part: experiments and seeds that `asked` does not name stay, instead of counting as removed.
+
+    Raises:
+        UserError: with the difference, if the folder holds another study or one that was configured otherwise.
+    """
+    before = read_study_file(folder)
+    if before is None:
+        return asked
+    file, remedy = folder / STUDY_FILE, "choose another --output-dir"
+    if before.smoke != asked.smoke:
+        kinds = {True: "a smoke study", False: "a real study"}
+        raise UserError(f"belongs to {kinds[before.smoke]}, not to {kinds[asked.smoke]}; {remedy}", file=file)
+    old, new = _comparable(before.configuration, asked.configuration, part)
+    if old != new:
+        raise UserError(
+            f"was begun with another configuration, see below; set it back, name the study otherwise, or {remedy}",
+            file=file, details=difference(old, new, str(file), str(source)),
+        )  # fmt: skip
+    if before.data_sha256 != asked.data_sha256:
+        raise UserError(f"was begun with other images under the same path; {remedy}", file=file)
+    runs = tuple(dict.fromkeys((*asked.runs, *before.runs)))
+    left_out = {*before.runs, *asked.skipped} - ({*asked.runs} - {*asked.skipped})
+    return asked.model_copy(
+        update={
+            "runs": runs,
+            "skipped": tuple(run for run in runs if run in left_out),
+            "configuration": _together(before.configuration, asked.configuration) if part else asked.configuration,
+        }
+    )
+
+
+def _comparable(before: StudyConfig, asked: StudyConfig, part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return both as plain values, without what may change: experiments by name, and only what both could have."""
+    old, new = (study.model_dump(mode="json", exclude=_FREE, exclude_none=True) for study in (before, asked))
+    named = [{experiment["name"]: experiment for experiment in study["experiments"]} for study in (old, new)]
+    both = named[0].keys() & named[1].keys()
+    for study, experiments, kept in ((old, named[0], both if part else named[0]), (new, named[1], both)):
+        study["experiments"] = {name: one for name, one in experiments.items() if name in kept}
+        if not study["experiments"]:
+            del study["experiments"]
+    new["seeds"] = sorted(set(new["seeds"]) & set(old["seeds"]))
+    old["seeds"] = new["seeds"] if part else sorted(old["seeds"])
+    return old, new
+
+
+def _together(before: StudyConfig, asked: StudyConfig) -> StudyConfig:
+    named = {experiment.name: experiment for experiment in (*before.experiments, *asked.experiments)}
+    seeds = tuple(dict.fromkeys((*before.seeds, *asked.seeds)))
+    return asked.model_copy(update={"experiments": tuple(named.values()), "seeds": seeds})
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: str) -> str:
+    """Return a unified difference of two mappings as YAML: what changed, below the keys that it stands under."""
+    before, after = (yaml.safe_dump(one, sort_keys=False, allow_unicode=True).splitlines() for one in (old, new))
+    whole = max(len(before), len(after))
+    header, other, _, *lines = difflib.unified_diff(before, after, old_name, new_name, lineterm="", n=whole)
+    kept = []
+    depth = 0  # a line that is less deep has one of the kept lines below it
+    for line in reversed(lines):
+        indent = len(line) - len(line[1:].lstrip()) + line[1:].lstrip().startswith("- ")
+        if line[0] != " " or indent < depth:
+            kept.append(line)
+            depth = indent
+    return "\n".join([header, other, *reversed(kept)])

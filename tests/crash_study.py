@@ -1,0 +1,214 @@
+"""Kills drivers of fake studies in forked processes; a script, so that the forks hold neither torch nor threads.
+
+Each mode prints what it has done, and fails if a study that was killed does not end as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fake_study import FakeExecutor, check_complete, fake_config, fake_drive
+
+from peft_vit.errors import UserError
+from peft_vit.experiments.status import study_status
+
+CALLS = ("write", "fsync", "replace", "ftruncate", "open", "mkdir", "unlink", "rmdir")
+STUDY = fake_config(experiments=("a",), seeds=(0, 1))
+KILLED = 9
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Do something in a forked process; return its exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            action()
+            code = 0
+        except UserError as error:
+            os.write(2, f"{error}\n".encode())
+            code = 2
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die_at(count: int) -> None:
+    """Make this process end like a killed one at its count-th call of the system; a write is first half done."""
+    left = count
+
+    def dying(call: Any, name: str) -> Any:
+        def replacement(*arguments: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left <= 0:
+                if name == "write":
+                    call(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                os._exit(KILLED)
+            return call(*arguments, **named)
+
+        return replacement
+
+    for name in CALLS:
+        setattr(os, name, dying(getattr(os, name), name))
+
+
+def crash_everywhere(folder: Path) -> None:
+    """Kill a driver at its first call of the system, at its second, and so on; each time it is then let finish."""
+    for count in range(1, 10_000):
+        out = folder / str(count)
+
+        def disturbed(count: int = count, out: Path = out) -> None:
+            die_at(count)
+            fake_drive(STUDY, out, FakeExecutor(checkpoints_in=out))
+
+        code = in_child(disturbed)
+        assert code in (0, KILLED), code
+        if (out / "fake").exists():
+            counted = study_status(out / "fake") if any((out / "fake").iterdir()) else None
+            assert counted is None or counted.owner is None
+        assert in_child(lambda out=out: fake_drive(STUDY, out, FakeExecutor(checkpoints_in=out))) == 0  # type: ignore[misc]
+        check_complete(STUDY, out)
+        if code == 0:
+            print(f"{count - 1} crash points")
+            return
+
+
+def kill_at_random(folder: Path, kills: int, seed: int = 0) -> None:
+    """Kill drivers after random times until enough have died; every study is then complete, every run once."""
+    random.seed(seed)
+    study = fake_config(experiments=("a", "b"), seeds=range(5))
+    died = studies = 0
+    while died < kills:
+        studies += 1
+        out = folder / str(studies)
+        while True:
+            child = os.fork()
+            if child == 0:
+                fake_drive(study, out, FakeExecutor(steps=2, step_s=0.001, checkpoints_in=out))
+                os._exit(0)
+            time.sleep(random.uniform(0, 0.1))
+            os.kill(child, signal.SIGKILL)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            died += code != 0
+            if code == 0:
+                break
+        check_complete(study, out)
+    print(f"{died} kills, {studies} studies complete")
+
+
+def fill_disk(room: int) -> None:
+    """Let writes to files fail as on a full disk after so many bytes, the last one half way."""
+
+    def filling(call: Any) -> Any:
+        def write(descriptor: int, data: bytes) -> int:
+            nonlocal room
+            if descriptor < 3:
+                return int(call(descriptor, data))
+            fits, room = min(room, len(data)), max(0, room - len(data))
+            if fits == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return int(call(descriptor, data[:fits]))
+
+        return write
+
+    def flushing(call: Any) -> Any:
+        def fsync(descriptor: int) -> None:
+            nonlocal room
+            if not os.path.isdir(f"/proc/self/fd/{descriptor}"):
+                room -= 20
+                if room < 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            call(descriptor)
+
+        return fsync
+
+    os.write, os.fsync = filling(os.write), flushing(os.fsync)
+
+
+def full_disk(folder: Path) -> None:
+    """Fill the disk at every byte or so; the driver says so in one line, and with room again it goes on."""
+    refused = 0
+    for room in range(0, 4000, 37):
+        out = folder / str(room)
+
+        def disturbed(room: int = room, out: Path = out) -> None:
+            fill_disk(room)
+            fake_drive(STUDY, out, FakeExecutor(checkpoints_in=out))
+
+        code = in_child(disturbed)
+        assert code in (0, 2), code
+        refused += code == 2
+        assert in_child(lambda out=out: fake_drive(STUDY, out, FakeExecutor(checkpoints_in=out))) == 0  # type: ignore[misc]
+        check_complete(STUDY, out)
+        assert not list((out / "fake").glob("ledger.torn-*"))  # the ledger was brought back to whole lines
+    print(f"{refused} full disks")
+
+
+def small_files(folder: Path) -> None:
+    """The kernel itself cuts writes short: files may not grow beyond a size."""
+    refused = 0
+    study = fake_config(experiments=("a",), seeds=range(20))
+    for size in range(2500, 7500, 700):
+        out = folder / str(size)
+
+        def disturbed(size: int = size, out: Path = out) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            fake_drive(study, out, FakeExecutor(checkpoints_in=out))
+
+        code = in_child(disturbed)
+        assert code in (0, 2), code
+        refused += code == 2
+        assert in_child(lambda out=out: fake_drive(study, out, FakeExecutor(checkpoints_in=out))) == 0  # type: ignore[misc]
+        check_complete(study, out)
+    print(f"{refused} files too large")
+
+
+def two_at_once(folder: Path, trials: int) -> None:
+    """Start two drivers on one fresh directory at the same moment; one wins, the other names it and leaves."""
+    slowest_s = 0.0
+    for trial in range(trials):
+        out = folder / str(trial)
+        go, start = os.pipe()
+        children = {}
+        for _ in range(2):
+            child = os.fork()
+            if child == 0:
+                os.close(start)
+                os.read(go, 1)  # until the parent closes its end
+                code = 0
+                try:
+                    fake_drive(STUDY, out, FakeExecutor(steps=1, step_s=1.0))
+                except UserError as error:
+                    code = 2 if "another command works on this study, process " in str(error) else 3
+                finally:
+                    os._exit(code)
+            children[child] = None
+        os.close(go)
+        started = time.monotonic()
+        os.close(start)
+        codes = []
+        for number in range(2):
+            _, status = os.waitpid(-1, 0)
+            codes.append(os.waitstatus_to_exitcode(status))
+            if number == 0:
+                slowest_s = max(slowest_s, time.monotonic() - started)
+        assert codes == [2, 0], codes
+        check_complete(STUDY, out)
+    print(f"{trials} trials, one winner each; the other left within {slowest_s:.2f} s")
+
+
+if __name__ == "__main__":
+    mode, where, *numbers = sys.argv[1:]
+    globals()[mode](Path(where), *map(int, numbers))

@@ -1,0 +1,179 @@
+"""A study whose runs take milliseconds, so that its driver can be killed hundreds of times. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft_vit.config import StudyConfig, study_from_mapping
+from peft_vit.experiments.driver import Outcome, drive
+from peft_vit.experiments.events import Event, RunEnded, RunInterrupted, RunStarted, Told
+from peft_vit.experiments.ledger import LEDGER_FILE, Row, read_ledger, run_name
+from peft_vit.experiments.lock import study_lock
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Failure, RunRecord, RunSpec, read_record, run_folder
+
+STARTED_AT = "2030-01-01T00:00:00+00:00"
+
+
+def fake_config(
+    experiments: Iterable[str] = ("a", "b"), seeds: Iterable[int] = (0, 1, 2), **settings: Any
+) -> StudyConfig:
+    """Make a study; keyword arguments are further settings of it."""
+    mapping = {
+        "name": "fake", "seeds": list(seeds), "backbone": {"model": "test_vit", "weights": "random"},
+        "data": {"dataset": "digits", "image_size": 32, "validation_images": 20, "test_images": 20},
+        "experiments": [
+            {"name": name, "method": "lora", "lora": {"rank": 2}, "training": {"epochs": 2, "learning_rate": 1e-3}}
+            for name in experiments
+        ],
+        **settings,
+    }  # fmt: skip
+    return study_from_mapping(mapping, file=Path("fake.yaml"))
+
+
+@dataclass(frozen=True)
+class FakeRun:
+    """Stands for a PlannedRun."""
+
+    spec: RunSpec
+    done: bool
+    total_steps: int = 10
+
+
+@dataclass(frozen=True)
+class FakePlan:
+    """Stands for a Plan."""
+
+    study: StudyConfig
+    runs: tuple[FakeRun, ...]
+    file: Path = Path("fake.yaml")
+    data_sha256: str = "d" * 64
+    part: bool = False
+
+    @property
+    def pending(self) -> tuple[FakeRun, ...]:
+        return tuple(run for run in self.runs if not run.done)
+
+
+def fake_plan(study: StudyConfig, results_dir: Path, **settings: Any) -> FakePlan:
+    """Plan all runs of a study; those with a record of success and an adapter are done."""
+    runs = []
+    for experiment in study.experiments:
+        for seed in study.seeds:
+            spec = RunSpec(
+                study=study.name, seed=seed, experiment=experiment, backbone=study.backbone, data=study.data,
+                device=study.device, precision=study.precision, threads=study.threads,
+            )  # fmt: skip
+            folder = run_folder(results_dir, spec)
+            written = (folder / RECORD_FILE).exists() and read_record(folder / RECORD_FILE).status == "done"
+            runs.append(FakeRun(spec, done=written and (folder / ADAPTER_FILE).exists()))
+    return FakePlan(study, tuple(runs), **settings)
+
+
+def fake_adapter(spec: RunSpec) -> bytes:
+    return f"adapter of {spec.digest()}".encode()
+
+
+def done_record(spec: RunSpec) -> RunRecord:
+    return RunRecord(
+        spec=spec, spec_digest=spec.digest(), status="done", started_at=STARTED_AT, seconds=1.0,
+        adapter_sha256=hashlib.sha256(fake_adapter(spec)).hexdigest(),
+    )  # fmt: skip
+
+
+def failed_record(spec: RunSpec, failure: Failure) -> RunRecord:
+    return RunRecord(
+        spec=spec, spec_digest=spec.digest(), status="failed", started_at=STARTED_AT, seconds=1.0, failure=failure,
+        error=f"it was {failure}", traceback="Traceback ...",
+    )  # fmt: skip
+
+
+@dataclass
+class FakeExecutor:
+    """Carries runs out one after the other; `outcomes` are the failures of a run's first attempts, by its name.
+
+    An attempt takes `steps` calls of `next_event` between its start and its end, each of which lasts `step_s` and
+    leaves a checkpoint where `checkpoints_in` is given.
+    """
+
+    outcomes: dict[str, list[Failure]] = field(default_factory=dict)
+    steps: int = 1
+    step_s: float = 0.0
+    checkpoints_in: Path | None = None
+    submitted: list[str] = field(default_factory=list)
+    closed: bool = False
+    stopped: bool = False
+    _queue: deque[FakeRun] = field(default_factory=deque)
+    _running: FakeRun | None = None
+    _step: int = 0
+
+    def submit(self, run: Any) -> None:
+        self.submitted.append(run_name(run.spec))
+        self._queue.append(run)
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        run: Any = self._running
+        if run is None:
+            if not self._queue:
+                return None
+            self._running, self._step = self._queue.popleft(), 0
+            return RunStarted(self._running, f"process {os.getpid()}")
+        if self.stopped:
+            self._running = None
+            return RunInterrupted(run, self._step)
+        if self._step < self.steps:
+            time.sleep(self.step_s)
+            self._step += 1
+            if self.checkpoints_in is not None:
+                (run_folder(self.checkpoints_in, run.spec) / f"checkpoint-{self._step}").mkdir(
+                    parents=True, exist_ok=True
+                )
+            return None
+        self._running = None
+        if failures := self.outcomes.get(run_name(run.spec)):
+            return RunEnded(run, failed_record(run.spec, failures.pop(0)), None)
+        return RunEnded(run, done_record(run.spec), fake_adapter(run.spec))
+
+    def stop(self) -> None:
+        self.stopped = True
+        self._queue.clear()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def fake_drive(
+    study: StudyConfig, results_dir: Path, executor: Any = None, tell: Callable[[Told], None] = lambda told: None,
+    *, keep_failed: bool = False, **settings: Any,
+) -> Outcome:  # fmt: skip
+    """Do what the command does: lock, plan, drive."""
+    with study_lock(results_dir / study.name) as lock:
+        plan: Any = fake_plan(study, results_dir, **settings)
+        return drive(plan, lock, lambda: executor or FakeExecutor(), tell, keep_failed=keep_failed)
+
+
+def ledger_rows(results_dir: Path, name: str = "fake") -> tuple[Row, ...]:
+    content = read_ledger(results_dir / name / LEDGER_FILE)
+    assert content.torn == b""
+    return content.rows
+
+
+def check_complete(study: StudyConfig, results_dir: Path) -> None:
+    """Check that every run is done, entered once, and that its files are what they should be."""
+    done = [row.run for row in ledger_rows(results_dir) if row.event == "done"]
+    runs = fake_plan(study, results_dir).runs
+    assert sorted(done) == sorted(run_name(run.spec) for run in runs)
+    for run in runs:
+        folder = run_folder(results_dir, run.spec)
+        record = read_record(folder / RECORD_FILE)
+        assert record.model_copy(update={"attempts": 1}) == done_record(run.spec)
+        assert (folder / ADAPTER_FILE).read_bytes() == fake_adapter(run.spec)
+        assert sorted(path.name for path in folder.iterdir()) == [
+            ADAPTER_FILE, RECORD_FILE
+        ]  # fmt: skip

@@ -1,0 +1,32 @@
+"""Drivers are killed, refused and starved in processes of their own; see `crash_study`, which checks what is left."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.part("runner")
+
+SCRIPT = Path(__file__).parents[1] / "crash_study.py"
+
+
+@pytest.mark.parametrize(
+    ("mode", "numbers", "said"),
+    [
+        ("crash_everywhere", [], "crash points"),
+        ("kill_at_random", [40], "studies complete"),
+        ("full_disk", [], "full disks"),
+        ("small_files", [], "files too large"),
+        ("two_at_once", [3], "3 trials, one winner each"),
+    ],
+)
+def test_a_study_survives(tmp_path, mode, numbers, said) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPT), mode, str(tmp_path), *map(str, numbers)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert said in ended.stdout
+    assert "Traceback" not in ended.stderr
+    assert not ended.stdout.startswith("0 ")
