@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, printable
 
 if TYPE_CHECKING:
     from peft_vit.config import StudyConfig
@@ -175,14 +175,15 @@ def predict(
     from peft_vit.deployment import predict_files
     from peft_vit.experiments.export import open_model
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file's name may be any bytes
     failed = False
     for outcome in predict_files(open_model(model, weights), images):
         if isinstance(outcome, UserError):
             failed = True
             print(f"error: {outcome}", file=sys.stderr, flush=True)
         else:
-            print(f"{outcome.file}\t{outcome.class_name}\t{outcome.probability:.4f}", flush=True)
+            # A file's name may be any bytes, a class anything that a foreign model says.
+            name, label = printable(str(outcome.file)), printable(outcome.class_name)
+            print(f"{name}\t{label}\t{outcome.probability:.4f}", flush=True)
     if failed:
         raise typer.Exit(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from written_runs import run_and_write
 
 from peft_vit.cli import main
 from peft_vit.config import study_from_mapping
+from peft_vit.deployment import ModelCard, save_low_bit
 from peft_vit.experiments import plan_study
 from peft_vit.experiments.export import restore_run
 
@@ -224,6 +226,25 @@ def refusal(capsys, *arguments: object) -> str:
     assert command(*arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, capsys) -> None:
+    names = ("\x1b[2Ja", "two\nlines\tand a tab", "\u202egnp")
+    card = ModelCard(
+        run="s/e/seed_0", model="test_vit", weights_name="none", weights_sha256=None, image_size=32, channels=3,
+        mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), class_names=names,
+    )  # fmt: skip
+    save_low_bit(timm.create_model("test_vit", img_size=32, num_classes=3), tmp_path / "model.safetensors", card)
+    files = [tmp_path / name for name in ("\x1b]0;title\x07.png", "a\nb.png", "\udce9.png", "bad\x9b.png")]
+    for file in files[:3]:
+        shutil.copy(images / "class_0" / "00.png", file)
+    assert command("predict", tmp_path / "model.safetensors", *files) == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 3
+    assert all(len(line.split("\t")) == 3 for line in captured.out.splitlines())
+    for line in (*captured.out.splitlines(), *captured.err.splitlines()):
+        assert line.replace("\t", "").isprintable()
+    assert r"\x9b" in captured.err
 
 
 def test_what_is_no_model_is_refused(runs, images, tmp_path, capsys) -> None:
