@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from peft_vit.adapters import adapted_modules, merged_state_dict
 from peft_vit.allocation.bit_sensitivity import LinearHead, fit_head, layer_losses, rank_gains
-from peft_vit.backbones import find_sites, load_backbone
+from peft_vit.backbones import find_sites, load_run_backbone
 from peft_vit.data import load_data
 from peft_vit.experiments.calibration import calibration_batch
 from peft_vit.experiments.export import restore_run
@@ -38,10 +38,7 @@ def check(run_dir: Path, images: int) -> dict[str, float]:
     """Return the rank correlations of one run."""
     run = restore_run(run_dir)
     spec = run.record.spec
-    backbone, trained = (
-        load_backbone(spec.backbone, image_size=spec.data.image_size, num_classes=len(run.record.class_names),
-                      seed=spec.seed).model for _ in range(2)
-    )  # fmt: skip
+    backbone, trained = (load_run_backbone(spec, len(run.record.class_names)).model for _ in range(2))
     trained.load_state_dict(merged_state_dict(run.model))
     data = load_data(spec.data, spec.seed)
     setting = Setting(torch.device("cpu"), "fp32", run.backbone.mean, run.backbone.std)

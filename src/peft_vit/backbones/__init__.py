@@ -2,7 +2,7 @@
 
 from peft_vit.backbones.attention import choose_attention
 from peft_vit.backbones.catalog import MODELS, BackboneShape, ModelInfo, describe
-from peft_vit.backbones.loading import LoadedBackbone, load_backbone
+from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
 from peft_vit.backbones.sites import Site, find_sites, fused_sites, tokens_per_image
 from peft_vit.backbones.weights import Weights, check_weights, read_weights
 
@@ -19,6 +19,7 @@ __all__ = [
     "find_sites",
     "fused_sites",
     "load_backbone",
+    "load_run_backbone",
     "read_weights",
     "tokens_per_image",
 ]

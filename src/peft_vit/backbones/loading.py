@@ -14,6 +14,7 @@ from peft_vit.backbones.catalog import HEAD_PREFIX, create_model, pretrained_cfg
 from peft_vit.backbones.weights import Weights, read_weights
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
+from peft_vit.records import RunSpec
 from peft_vit.seeding import torch_generator
 
 _HEAD_INIT_STD = 0.02
@@ -79,6 +80,16 @@ def load_backbone(
         mean=cfg["mean"],
         std=cfg["std"],
     )
+
+
+def load_run_backbone(
+    spec: RunSpec, num_classes: int, read: Callable[[BackboneConfig], Weights] = read_weights
+) -> LoadedBackbone:
+    """Do as `load_backbone`, with everything but the number of classes out of a run's specification."""
+    return load_backbone(
+        spec.backbone, image_size=spec.data.image_size, num_classes=num_classes, seed=spec.seed, smoke=spec.smoke,
+        read=read,
+    )  # fmt: skip
 
 
 def _draw_head(head: nn.Linear, seed: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from peft_vit.allocation import check_fisher
-from peft_vit.backbones import load_backbone
+from peft_vit.backbones import load_run_backbone
 from peft_vit.config import ExperimentConfig, TrainingConfig
 from peft_vit.data import Data, LabelledImages
 from peft_vit.records import FisherCheck, RunSpec
@@ -64,10 +64,7 @@ def measure_balance(
     if trainer is None:
         return {}
     started = time.perf_counter()
-    floats = load_backbone(
-        spec.backbone, image_size=spec.data.image_size, num_classes=len(data.class_names), seed=spec.seed,
-        smoke=spec.smoke,
-    ).model.state_dict()  # fmt: skip
+    floats = load_run_backbone(spec, len(data.class_names)).model.state_dict()
     images, _ = calibration_batch(data, setting, spec.seed, _IMAGES)
     trainer.validate_quantization_adaptation_balance(model, reference=floats, images=images)
     return {"balance": time.perf_counter() - started}

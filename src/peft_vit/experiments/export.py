@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules, load_trained, saved_scales
 from peft_vit.adapters.peft_format import attach_fused, export_peft
-from peft_vit.backbones import LoadedBackbone, choose_attention, load_backbone
+from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
 from peft_vit.data import DATASETS, LabelledImages, load_data
 from peft_vit.deployment import (
     Classifier,
@@ -183,10 +183,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
         raise UserError(f"can't be read ({error.strerror}); move or rerun the whole run", file=file) from None
     if found != record.adapter_sha256:
         raise UserError(f"has SHA-256 {found}, its record says {record.adapter_sha256}; rerun this run", file=file)
-    backbone = load_backbone(
-        spec.backbone, image_size=spec.data.image_size, num_classes=len(record.class_names), seed=spec.seed,
-        smoke=spec.smoke,
-    )  # fmt: skip
+    backbone = load_run_backbone(spec, len(record.class_names))
     if backbone.weights_sha256 != provenance.weights_sha256:
         raise UserError(
             f"{backbone.weights_name} has SHA-256 {backbone.weights_sha256}, the run was trained on "

@@ -25,7 +25,7 @@ from peft_vit.backbones import (
     choose_attention,
     find_sites,
     fused_sites,
-    load_backbone,
+    load_run_backbone,
     read_weights,
 )
 from peft_vit.config import SITE_MATRICES, BackboneConfig
@@ -155,10 +155,7 @@ def _execute(
     device = resolve_device(spec.device)
     data = load_data(spec.data, spec.seed, smoke=spec.smoke)
     attempt.look_back(data.data_sha256)
-    backbone = load_backbone(
-        spec.backbone, image_size=spec.data.image_size, num_classes=len(data.class_names), seed=spec.seed,
-        smoke=spec.smoke, read=read,
-    )  # fmt: skip
+    backbone = load_run_backbone(spec, len(data.class_names), read)
     model = backbone.model.to(device)
     choose_attention(model, device, spec.precision)
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
