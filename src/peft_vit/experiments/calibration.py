@@ -51,18 +51,15 @@ def choose_bits(
 
 
 def measure_balance(
-    hooks: Sequence[StepHook], model: nn.Module, data: Data, spec: RunSpec, setting: Setting
+    trainer: QALoRATrainer, model: nn.Module, data: Data, spec: RunSpec, setting: Setting
 ) -> dict[str, float]:
-    """Measure the balance of quantization and adaptation, if weights were quantized; the trainer keeps it.
+    """Measure the balance of quantization and adaptation; the trainer keeps it.
 
     The float weights are gone by then: they are read again from where the backbone came from.
 
     Returns:
         Its seconds by purpose.
     """
-    trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
-    if trainer is None:
-        return {}
     started = time.perf_counter()
     floats = load_run_backbone(spec, len(data.class_names)).model.state_dict()
     images, _ = calibration_batch(data, setting, spec.seed, _IMAGES)

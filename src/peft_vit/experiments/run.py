@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, adapter_bytes, current_ranks
+from peft_vit.adapters import adapter_bytes, current_ranks
 from peft_vit.adapters.peft_files import doubts_about, peft_sha256
 from peft_vit.adapters.peft_library import peft_ranks
 from peft_vit.backbones import (
@@ -187,7 +187,8 @@ def _execute(
     fisher_check, calibration_s = calibrate_fisher(hooks, model, data, config, setting, spec.seed)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
     peak = attempt.peak_memory_bytes  # before the float weights come back for a comparison
-    balance_s = measure_balance(hooks, model, data, spec, setting)
+    trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
+    balance_s = {} if trainer is None else measure_balance(trainer, model, data, spec, setting)
     outcome = {
         "status": "done",
         "provenance": provenance,
@@ -199,7 +200,7 @@ def _execute(
         **_histories(hooks, initial_ranks),
         "fisher_check": fisher_check,
         "bit_allocation": None if bits is None else bits.record,
-        "quantization": _quantization(hooks, model),
+        "quantization": None if trainer is None else _quantization(trainer, model),
         "parameters": ParameterCounts(
             initial=result.initial_parameters, final=trainable_parameters(model), peak=result.peak_parameters,
             head=head_parameters(model), backbone_total=backbone_total,
@@ -286,16 +287,12 @@ def _probing(hooks: Sequence[StepHook], steps: Sequence[StepRow]) -> dict[str, f
     return overhead_s
 
 
-def _quantization(hooks: Sequence[StepHook], model: nn.Module) -> QuantizationSummary | None:
-    trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
-    if trainer is None:
-        return None
-    packed = [module.quantized for _, module in adapted_modules(model) if module.quantized is not None]
-    weights = sum(module.in_features * module.out_features for _, module in adapted_modules(model))
-    size = sum(tensor.nbytes for tensor in packed)
+def _quantization(trainer: QALoRATrainer, model: nn.Module) -> QuantizationSummary:
+    size = model_size(model)
+    stored = sum(layer.stored_bytes for layer in size.layers.values())
     return QuantizationSummary(
-        relative_error=trainer.relative_error, bits_per_weight=8 * size / weights, quantized_bytes=size,
-        balance=trainer.balance_history, size=model_size(model),
+        relative_error=trainer.relative_error, balance=trainer.balance_history, size=size, quantized_bytes=stored,
+        bits_per_weight=8 * stored / sum(layer.weights for layer in size.layers.values()),
     )  # fmt: skip
 
 
