@@ -71,6 +71,7 @@ from peft_vit.training import (
     QALoRATrainer,
     Setting,
     StepHook,
+    TrainingResult,
     steps_per_epoch,
     train,
 )
@@ -178,7 +179,6 @@ def _execute(
         model, data, config, setting, seed=spec.seed, hooks=hooks, on_progress=on_progress,
         between_steps=attempt.between_steps, resume=attempt.take_training(),
     )  # fmt: skip
-    assert result.chosen is not None
     for hook in hooks:
         if isinstance(hook, PeftAdaLoraHook):
             hook.check_finalized(model)
@@ -192,35 +192,19 @@ def _execute(
     outcome = {
         "status": "done",
         "provenance": provenance,
-        "class_names": list(data.class_names),
-        "split_sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+        **_images(data),
         "sites": _adapted(sites, initial_ranks),
-        "steps": result.steps,
-        "evaluations": result.evaluations,
         **_histories(hooks, initial_ranks),
         "fisher_check": fisher_check,
         "bit_allocation": None if bits is None else bits.record,
         "quantization": None if trainer is None else _quantization(trainer, model),
-        "parameters": ParameterCounts(
-            initial=result.initial_parameters, final=trainable_parameters(model), peak=result.peak_parameters,
-            head=head_parameters(model), backbone_total=backbone_total,
-        ),
-        "bytes": ByteCounts(
-            frozen_bytes=frozen_bytes(model), trainable_bytes=trainable_bytes(model),
-            optimizer_bytes=result.optimizer_bytes, adapter_file_bytes=len(content),
-        ),
-        "seconds_per_step": result.seconds_per_step,
+        **_trained(model, result, backbone_total, content),
         "overhead_s": {
             **bits_s, **result.overhead_s, **_probing(hooks, result.steps), **calibration_s, **balance_s,
             "checkpoints": attempt.checkpoints_s,
         },
         "peak_memory_bytes": peak,
-        "chosen_step": result.chosen.step,
-        "majority_accuracy": _majority(data),
-        "validation": result.chosen.metrics,
         "test": test_metrics,
-        "adapter_sha256": hashlib.sha256(content).hexdigest(),
-        "optimizer_sha256": result.optimizer_sha256,
     }  # fmt: skip
     return outcome, content
 
@@ -252,6 +236,16 @@ def _say_doubts(spec: RunSpec, provenance: Provenance, data: Data) -> None:
         warnings.warn(SilentNoEffectWarning(doubt), stacklevel=2)
 
 
+def _images(data: Data) -> dict[str, Any]:
+    """Return what a record says of the images; majority: the accuracy of a constant guess at its best."""
+    validation = torch.bincount(torch.from_numpy(data.validation.labels)).max().item() / len(data.validation)
+    return {
+        "class_names": list(data.class_names),
+        "split_sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+        "majority_accuracy": {"validation": validation, "test": float(data.test.class_counts().max() / len(data.test))},
+    }
+
+
 def _adapted(sites: Sequence[Site], ranks: Mapping[str, int]) -> list[SiteInfo]:
     """Return the sites that carry adapters, block by block; a fused matrix may be one of them, or its parts."""
     known = [*fused_sites(sites).values(), *(site.info() for site in sites)]
@@ -278,15 +272,6 @@ def _histories(hooks: Sequence[StepHook], initial_ranks: dict[str, int]) -> dict
     }  # fmt: skip
 
 
-def _probing(hooks: Sequence[StepHook], steps: Sequence[StepRow]) -> dict[str, float]:
-    """Return what probes have cost, if there were any and there are steps to compare with."""
-    overhead_s = {}
-    for hook in hooks:
-        if isinstance(hook, AllocationHook) and (seconds := hook.probing_s(steps)) is not None:
-            overhead_s["probes"] = seconds
-    return overhead_s
-
-
 def _quantization(trainer: QALoRATrainer, model: nn.Module) -> QuantizationSummary:
     size = model_size(model)
     stored = sum(layer.stored_bytes for layer in size.layers.values())
@@ -296,10 +281,35 @@ def _quantization(trainer: QALoRATrainer, model: nn.Module) -> QuantizationSumma
     )  # fmt: skip
 
 
-def _majority(data: Data) -> dict[str, float]:
-    """Return the share of each split's own most frequent class: the accuracy of a constant guess at its best."""
-    validation = torch.bincount(torch.from_numpy(data.validation.labels)).max().item() / len(data.validation)
-    return {"validation": validation, "test": float(data.test.class_counts().max() / len(data.test))}
+def _trained(model: nn.Module, result: TrainingResult, backbone_total: int, content: bytes) -> dict[str, Any]:
+    """Return the course of training, the state that it chose, and what is counted on that."""
+    assert result.chosen is not None
+    return {
+        "steps": result.steps,
+        "evaluations": result.evaluations,
+        "chosen_step": result.chosen.step,
+        "validation": result.chosen.metrics,
+        "seconds_per_step": result.seconds_per_step,
+        "optimizer_sha256": result.optimizer_sha256,
+        "adapter_sha256": hashlib.sha256(content).hexdigest(),
+        "parameters": ParameterCounts(
+            initial=result.initial_parameters, final=trainable_parameters(model), peak=result.peak_parameters,
+            head=head_parameters(model), backbone_total=backbone_total,
+        ),
+        "bytes": ByteCounts(
+            frozen_bytes=frozen_bytes(model), trainable_bytes=trainable_bytes(model),
+            optimizer_bytes=result.optimizer_bytes, adapter_file_bytes=len(content),
+        ),
+    }  # fmt: skip
+
+
+def _probing(hooks: Sequence[StepHook], steps: Sequence[StepRow]) -> dict[str, float]:
+    """Return what probes have cost, if there were any and there are steps to compare with."""
+    overhead_s = {}
+    for hook in hooks:
+        if isinstance(hook, AllocationHook) and (seconds := hook.probing_s(steps)) is not None:
+            overhead_s["probes"] = seconds
+    return overhead_s
 
 
 def _adapter_metadata(spec: RunSpec, provenance: Provenance, data: Data) -> dict[str, Any]:
