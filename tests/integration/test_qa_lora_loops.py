@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from with_loss import WithLoss
 
 from peft_vit import AdaLoraConfig, AdaLoRAController, QaLoraConfig, QALoRATrainer
 from peft_vit.adapters import AdaptedLinear, adapted_modules, current_ranks, merge_by_requantizing, site_adapters
@@ -154,16 +155,6 @@ def test_ranks_adapt_on_quantized_sites_in_ones_own_loop(tiny_vit, batch, by_pef
     assert controller.ranks == current_ranks(model) != before
     assert sum(controller.ranks.values()) == 20
     assert trainer.share == 1.0
-
-
-class WithLoss(torch.nn.Module):
-    def __init__(self, model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values, labels):
-        logits = self.model(pixel_values)
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 class Quantize(transformers.TrainerCallback):

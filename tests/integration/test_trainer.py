@@ -1,8 +1,7 @@
 """The controller inside transformers' Trainer, with PEFT's layers and with ours."""
 
 import pytest
-import torch
-from torch.nn import functional as F
+from with_loss import WithLoss
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
 from peft_vit.adapters import current_ranks
@@ -14,16 +13,6 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.part("controller")
 
 STEPS = 8
-
-
-class WithLoss(torch.nn.Module):
-    def __init__(self, model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values, labels):
-        logits = self.model(pixel_values)
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 class AllocateRanks(transformers.TrainerCallback):
