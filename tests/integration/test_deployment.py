@@ -15,12 +15,9 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from written_runs import run_and_write
 
 from peft_vit.cli import main
-from peft_vit.config import study_from_mapping
 from peft_vit.deployment import ModelCard, save_low_bit
-from peft_vit.experiments import plan_study
 from peft_vit.experiments.export import restore_run
 
 pytest.importorskip("onnxruntime")
@@ -74,30 +71,8 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(images, _session_cache, tmp_path_factory) -> dict[str, Path]:
-    """Do one run of each experiment on weights out of a file; return their folders."""
-    folder = tmp_path_factory.mktemp("runs")
-    torch.manual_seed(5)
-    save_file(timm.create_model("test_vit", img_size=32).state_dict(), folder / "base.safetensors")
-    mapping = {
-        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu",
-        "backbone": {"model": "test_vit", "weights": "file", "file": str(folder / "base.safetensors")},
-        "data": {
-            "dataset": "image-folder", "path": str(images), "image_size": 32, "validation_images": 12,
-            "test_images": 12,
-        },
-        "experiments": [
-            {"name": name, "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}, **experiment}
-            for name, experiment in EXPERIMENTS.items()
-        ],
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEFT_VIT_CACHE", _session_cache)
-        plan = plan_study(study_from_mapping(mapping, file=folder / "tiny.yaml"), folder, file=folder / "tiny.yaml")
-        for planned in plan.runs:
-            record = run_and_write(planned.spec, folder)
-            assert record.status == "done", record.traceback
-    return {planned.spec.experiment.name: folder / planned.spec.run_id for planned in plan.runs}
+def runs(images, do_runs) -> dict[str, Path]:
+    return do_runs(EXPERIMENTS, dataset="image-folder", path=str(images), validation_images=12, test_images=12)
 
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -143,8 +118,7 @@ def predicted_elsewhere(models: list[tuple[object, ...]], *images: Path) -> list
     return [{Path(file): (name, float(probability)) for file, name, probability in table} for table in rows]
 
 
-def test_every_export_says_in_another_process_what_the_run_does(runs, images, tmp_path, capsys) -> None:
-    base = runs["lora"].parents[2] / "base.safetensors"
+def test_every_export_says_in_another_process_what_the_run_does(runs, images, weights, tmp_path, capsys) -> None:
     models: list[tuple[object, ...]] = []
     sources = []
     for name, run_dir in runs.items():
@@ -156,7 +130,7 @@ def test_every_export_says_in_another_process_what_the_run_does(runs, images, tm
             sources.append(name)
         if name in ("lora", "theirs"):
             assert command("export", run_dir, "--to", tmp_path / name) == 0
-            models.append((tmp_path / name, "--weights", base))
+            models.append((tmp_path / name, "--weights", weights))
             sources.append(name)
     printed = capsys.readouterr().out
     assert "12 validation images" in printed

@@ -11,13 +11,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from written_runs import run_and_write
 
 from peft_vit.cli import main
-from peft_vit.config import study_from_mapping
 from peft_vit.data import load_data
 from peft_vit.evaluation import measure, predict
-from peft_vit.experiments import plan_study
 from peft_vit.experiments.export import RestoredRun, restore_run
 from peft_vit.packages import sha256_of
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, read_record
@@ -53,28 +50,8 @@ EXPERIMENTS = {
 
 
 @pytest.fixture(scope="module")
-def runs(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Do one run of each experiment on weights out of a file; return their folders."""
-    folder = tmp_path_factory.mktemp("runs")
-    torch.manual_seed(5)
-    save_file(timm.create_model("test_vit", img_size=32).state_dict(), folder / "base.safetensors")
-    mapping = {
-        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu",
-        "backbone": {"model": "test_vit", "weights": "file", "file": str(folder / "base.safetensors")},
-        "data": {
-            "dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30
-        },
-        "experiments": [
-            {"name": name, "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}, **experiment}
-            for name, experiment in EXPERIMENTS.items()
-        ],
-    }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEFT_VIT_CACHE", _session_cache)
-        plan = plan_study(study_from_mapping(mapping, file=folder / "tiny.yaml"), folder, file=folder / "tiny.yaml")
-        for planned in plan.runs:
-            assert run_and_write(planned.spec, folder).status == "done"
-    return {planned.spec.experiment.name: folder / planned.spec.run_id for planned in plan.runs}
+def runs(do_runs) -> dict[str, Path]:
+    return do_runs(EXPERIMENTS, dataset="digits", train_images=24, validation_images=20, test_images=30)
 
 
 def recorded(run: RestoredRun) -> dict[str, float]:
@@ -98,12 +75,11 @@ def test_a_restored_run_has_its_test_metrics(runs, name) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "lora", "adaptive", "triplets", "theirs", "theirs_adaptive"])
-def test_peft_loads_an_export_over_the_plain_model(runs, tmp_path, capsys, name) -> None:
+def test_peft_loads_an_export_over_the_plain_model(runs, weights, tmp_path, capsys, name) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["export", str(runs[name]), "--format", "peft", "--output", str(tmp_path / "out")])
     assert ended.value.code == 0
     assert str(tmp_path / "out" / "peft_vit.json") in capsys.readouterr().out
-    weights = runs[name].parents[2] / "base.safetensors"
     base = json.loads((tmp_path / "out" / "peft_vit.json").read_text())
     assert base["weights_sha256"] == sha256_of(weights)
     assert base["weights_name"] == "file base.safetensors"

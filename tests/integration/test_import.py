@@ -32,14 +32,6 @@ INPUT = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("weights") / "base.safetensors"
-    torch.manual_seed(5)
-    save_file(timm.create_model("test_vit", img_size=32).state_dict(), file)
-    return file
-
-
-@pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     """Make a folder of 2 classes whose grey level tells the class."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
