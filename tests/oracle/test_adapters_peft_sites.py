@@ -74,9 +74,9 @@ def test_the_fused_matrix_is_one_site(tiny_vit) -> None:
 def test_peft_is_not_imported_for_models_without_it() -> None:
     program = (
         "import sys, timm; from peft_vit.adapters import peft_sites; "
-        "assert peft_sites(timm.create_model('test_vit')) == () and 'peft' not in sys.modules"
+        "print(peft_sites(timm.create_model('test_vit')), 'peft' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "() False\n"
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"init_lora_weights": False}])
