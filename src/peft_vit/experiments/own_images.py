@@ -53,10 +53,11 @@ def study_of(asked: OwnImages) -> StudyConfig:
     index = open_index(_study(asked, data, {"name": "check", "method": "linear"}).data)
     images, classes = len(index.labels), len(index.class_names)
     fifth = max(classes, images // 5)
-    data |= {"validation_images": fifth, "test_images": None if index.official_test is not None else fifth}
+    tested = fifth if index.official_test is None else int(index.official_test.sum())
+    data |= {"validation_images": fifth, "test_images": fifth if index.official_test is None else None}
     if asked.shots is not None:
         data["shots_per_class"] = asked.shots
-    train_images = images - 2 * fifth if asked.shots is None else asked.shots * classes
+    train_images = images - fifth - tested if asked.shots is None else asked.shots * classes
     batch_size = TrainingConfig.model_fields["batch_size"].default
     steps = asked.epochs * steps_per_epoch(max(train_images, 1), batch_size)
     experiment: dict[str, Any] = {"name": asked.method, "method": asked.method}

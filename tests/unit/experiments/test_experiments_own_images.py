@@ -44,3 +44,23 @@ def test_every_method_has_a_preset(tmp_path, cache, method) -> None:
     assert MethodName(method).value == method
     sections = {name for name in SECTIONS.get(method, ()) if getattr(experiment, name) is not None}
     assert sections == set(SECTIONS.get(method, ()))
+
+
+@pytest.mark.parametrize(("tested", "batches"), [(5, 3), (25, 1)])
+def test_adaptive_ranks_are_decided_in_a_sixth_of_the_steps_also_where_a_folder_brings_its_test_split(
+    tmp_path, cache, tested, batches
+) -> None:
+    for place in range(50):
+        part = tmp_path / ("test" if place < tested else "train")
+        for value, name in enumerate(("cat", "dog")):
+            (part / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (place, value, 0)).save(part / name / f"{place}.png")
+    study = study_of(OwnImages(
+        folder=tmp_path, method="adalora", shots=None, model="test_vit", weights="random", image_size=32, epochs=24,
+        learning_rate=None, seed=0, threads=1,
+    ))  # fmt: skip
+    adalora = study.experiments[0].adalora
+    assert adalora is not None
+    steps = 24 * batches  # of 100 images less the test split and the 20 that validate
+    assert (adalora.warmup_steps, adalora.update_frequency) == (steps // 12, steps // 12)
+    assert adalora.final_steps == steps - 2 * (steps // 12)
