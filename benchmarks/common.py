@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_vit.experiments.executor import ALLOCATOR
+from peft_vit.experiments.executors.attempt import ALLOCATOR
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from peft_vit.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from peft_vit.config import StudyConfig
     from peft_vit.experiments import Plan
     from peft_vit.experiments.own_images import OwnImages
-    from peft_vit.records import RunRecord
 
 app = typer.Typer(
     name="peft-vit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -32,6 +30,10 @@ OutputDir = Annotated[
     typer.Option(help=f"where records go; done runs are skipped. Default {DEFAULT_OUTPUT}; smoke: {SMOKE_OUTPUT}"),
 ]
 Smoke = Annotated[bool, typer.Option("--smoke", help="random weights, synthetic files, a few steps; marked so")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="runs at a time, in place of the studies' own; results do not depend on it")
+]
+StudiesDir = Annotated[Path, typer.Argument(help="what --output-dir was, or a study in it", show_default=False)]
 ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
 ImagesDir = Annotated[Path, typer.Argument(help="one folder of images per class", show_default=False)]
 Shots = Annotated[int | None, typer.Option(min=1, help="training images per class; default: all that remain")]
@@ -62,6 +64,13 @@ class MethodName(StrEnum):
     QA_ADALORA = "qa_adalora"
 
 
+class ExecutorName(StrEnum):
+    """What carries runs out."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class ExportFormat(StrEnum):
     """Formats of `export`."""
 
@@ -80,18 +89,79 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
     method: Annotated[MethodName | None, typer.Option(help="only the studies' experiments of this method")] = None,
     seeds: Annotated[str | None, typer.Option(help="only these of the studies' seeds, as in 0,1,2")] = None,
+    workers: Workers = None,
+    oversubscribe: Annotated[
+        bool, typer.Option("--oversubscribe", help="allow more threads, workers x threads, than there are cores")
+    ] = False,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="leave runs alone that failed in an earlier call")
+    ] = False,
+    executor: Annotated[
+        ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")
+    ] = ExecutorName.LOCAL,
+    ray_address: Annotated[
+        str | None, typer.Option(help="host:port of the cluster; default: this machine's, or one made for this call")
+    ] = None,
+    log_json: Annotated[
+        Path | None, typer.Option(help="append what happens to this file, one JSON object an event, for other programs")
+    ] = None,
 ) -> None:
-    """Do every run of the studies that is not done yet, then say where to look."""
+    """Do every run of the studies that is not done yet, then say where to look.
+
+    The same command goes on where an earlier one was interrupted or killed: done runs are skipped, others continue
+    from their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes:
+    0 every run is done, 1 a run failed, 2 bad input, 130 interrupted.
+    """
+    from peft_vit.experiments.commands import Asked, Execution, plan_studies, run_studies
+
     results_dir = output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
-    plans = _plan_all(configs, results_dir, smoke, method, seeds)
-    if not dry_run:
-        _execute(plans, results_dir)
+    asked = Asked(configs, results_dir, smoke, method, seeds, workers)
+    if dry_run:
+        plan_studies(asked, _print_plan)
+    else:
+        name: Literal["local", "ray"] = "ray" if executor is ExecutorName.RAY else "local"
+        execution = Execution(name, ray_address, oversubscribe, keep_failed, log_json)
+        _sum_up(run_studies(asked, execution, _print_plan), results_dir)
 
 
 @app.command()
-def plan(configs: Configs, output_dir: OutputDir = None, smoke: Smoke = False) -> None:
-    """Check the studies and print every run with its estimated time and memory."""
-    _plan_all(configs, output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT), smoke)
+def plan(
+    configs: Configs,
+    output_dir: OutputDir = None,
+    smoke: Smoke = False,
+    workers: Workers = None,
+    calibration: Annotated[
+        bool, typer.Option("--calibration/--no-calibration", help="measure a few steps of what is not known yet")
+    ] = True,
+) -> None:
+    """Check the studies and print what every run will take: seconds, peak memory, disk.
+
+    Known are runs that are done and what was measured before; of any other kind of run a few steps are done now, and
+    what they took is kept for later plans. Smoke studies are never measured.
+    """
+    from peft_vit.experiments.commands import Asked, plan_studies
+
+    results_dir = output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
+    plan_studies(Asked(configs, results_dir, smoke, workers=workers, calibrate=calibration), _print_plan)
+
+
+@app.command()
+def status(results_dir: StudiesDir) -> None:
+    """Say what has become of every planned run, with the reason of each failure; changes nothing."""
+    from peft_vit.experiments.status import find_studies, status_lines, study_status
+
+    for folder in find_studies(results_dir):
+        for line in status_lines(study_status(folder)):
+            print(line)
+
+
+@app.command()
+def rebuild(results_dir: StudiesDir) -> None:
+    """Make anew what follows from records: a damaged ledger, which is set aside, and runs.parquet."""
+    from peft_vit.experiments.rebuild import rebuild as rebuild_studies
+
+    for line in rebuild_studies(results_dir):
+        print(line)
 
 
 @app.command()
@@ -256,54 +326,9 @@ def import_adapter(
 
 
 def _train(asked: OwnImages, output_dir: Path, smoke: bool) -> None:
-    from peft_vit.experiments import plan_study
-    from peft_vit.experiments.own_images import study_of
+    from peft_vit.experiments.commands import run_on_own_images
 
-    planned = plan_study(study_of(asked), output_dir, file=asked.folder, smoke=smoke)
-    _print_plan(planned)
-    _execute([planned], output_dir)
-
-
-def _plan_all(
-    configs: list[Path], output_dir: Path, smoke: bool, method: MethodName | None = None, seeds: str | None = None
-) -> list[Plan]:
-    """Check every file before any run starts, and print the plans."""
-    from peft_vit.config import load_study
-
-    studies = [(load_study(file), file) for file in configs]
-    if method is not None:
-        studies = [(_only(study, method, file), file) for study, file in studies]
-    if seeds is not None:
-        studies = [(_with_seeds(study, seeds, file), file) for study, file in studies]
-    names = [study.name for study, _ in studies]
-    for study, file in studies:
-        if names.count(study.name) > 1:
-            raise UserError(f"'{study.name}' names two of the given studies; rename one", file=file, field="name")
-    from peft_vit.experiments import plan_study
-
-    plans = [plan_study(study, output_dir, file=file, smoke=smoke) for study, file in studies]
-    for planned in plans:
-        _print_plan(planned)
-    return plans
-
-
-def _with_seeds(study: StudyConfig, seeds: str, file: Path) -> StudyConfig:
-    """Return the study with some of its seeds: a part that another terminal, or a later call, need not do."""
-    there = {str(seed) for seed in study.seeds}
-    wanted = {seed.strip() for seed in seeds.split(",")}
-    if not wanted <= there:
-        raise UserError(
-            f"--seeds asks for {min(wanted - there)!r}, the study has {study.seeds}", file=file, field="seeds"
-        )
-    return study.model_copy(update={"seeds": tuple(seed for seed in study.seeds if str(seed) in wanted)})
-
-
-def _only(study: StudyConfig, method: MethodName, file: Path) -> StudyConfig:
-    """Return the study's experiments of one method; their runs are the same as in the whole study."""
-    kept = tuple(experiment for experiment in study.experiments if experiment.method == method)
-    if not kept:
-        raise UserError(f"no experiment is of method {method.value}", file=file, field="experiments")
-    return study.model_copy(update={"experiments": kept})
+    _sum_up(run_on_own_images(asked, output_dir, _print_plan, smoke=smoke), output_dir)
 
 
 def _print_plan(planned: Plan) -> None:
@@ -312,20 +337,12 @@ def _print_plan(planned: Plan) -> None:
     print_plan(planned)
 
 
-def _execute(plans: list[Plan], output_dir: Path) -> None:
-    from peft_vit.experiments import execute
-    from peft_vit.experiments.display import Watch
-
-    failed: list[RunRecord] = []
-    for planned in plans:
-        with Watch(planned) as watch:
-            records = execute(planned.pending, output_dir, watch.on_event)
-        failed += [record for record in records if record.status == "failed"]
-    print(f"Records: {output_dir}\nNext: peft-vit report {output_dir}")
+def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
+    print(f"Records: {results_dir}\nNext: peft-vit report {results_dir}")
     if failed:
         print(f"{len(failed)} runs failed:", file=sys.stderr)
-        for record in failed:
-            print(f"  {record.spec.run_id}: {record.error}", file=sys.stderr)
+        for run_id, reason in failed.items():
+            print(f"  {run_id}: {reason}", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -348,7 +365,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *error.details.splitlines(), sep="\n", file=sys.stderr)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command goes on with the runs that are not done", file=sys.stderr)

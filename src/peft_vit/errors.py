@@ -43,5 +43,9 @@ def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
 
 
+class DivergedError(UserError):
+    """The loss, its gradient or what is made of them is no longer finite; the same run would diverge again."""
+
+
 class SilentNoEffectWarning(UserWarning):
     """A setting is legal but changes nothing in this run; said loudly instead of being ignored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from written_runs import run_and_write
 from peft_vit.cli import main
 from peft_vit.config import load_study
 from peft_vit.experiments import plan_study
+from peft_vit.experiments.lock import study_lock
 from peft_vit.records import read_records
 
 pytestmark = [pytest.mark.part("configuration"), pytest.mark.usefixtures("cache")]
@@ -101,18 +103,18 @@ def write(folder: Path, text: str = STUDY) -> Path:
     return file
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Return the line that a command prints on bad input, after checking that it is the only one."""
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path, details: bool = False) -> str:
+    """Return what a command prints on bad input, after checking that it is one line, apart from details below it."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.endswith("\n")
-    (line,) = error.splitlines()
-    assert line.startswith("error: ")
-    assert "Traceback" not in line
-    return line
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1 or details
+    assert "Traceback" not in error
+    return error.rstrip("\n")
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +204,9 @@ def test_two_studies_of_one_name_and_a_changed_study(tmp_path, finished, capsys)
     before = snapshot(finished)
     assert "'tiny' names two of the given studies" in refusal(capsys, "run", first, second, "--output-dir", finished)
     changed = write(tmp_path, STUDY.replace("train_images: 24", "train_images: 25"))
-    line = refusal(capsys, "run", changed, "--output-dir", finished)
-    assert "probe/seed_0/record.json" in line
-    assert "data.train_images: 24 -> 25" in line
+    said = refusal(capsys, "run", changed, "--output-dir", finished, details=True).splitlines()
+    assert "probe/seed_0/record.json: was made with another configuration" in said[0]
+    assert said[-3:] == [" data:", "-  train_images: 24", "+  train_images: 25"]
     assert snapshot(finished) == before
 
 
@@ -217,33 +219,106 @@ def test_results_that_are_not_there(tmp_path, capsys) -> None:
             assert said in line
 
 
+DIVERGING = "  - {name: diverging, method: full, training: {learning_rate: 1e30, optimizer: sgd, clip_norm: null}}\n"
+
+
+def ended(*arguments: str | Path) -> int:
+    """Return the exit code of a command."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return int(str(end.value.code))
+
+
 @pytest.mark.part("runner")
 def test_a_study_is_done_once_and_a_failed_run_again(tmp_path, capsys) -> None:
     head, _, _ = STUDY.partition("  - name: low_rank")
-    diverging = (
-        "  - {name: diverging, method: full, training: {learning_rate: 1e30, optimizer: sgd, clip_norm: null}}\n"
-    )
-    file, out = write(tmp_path, head + diverging), tmp_path / "out"
-    with pytest.raises(SystemExit) as ended:
-        main(["run", str(file), "--output-dir", str(out)])
+    file, out = write(tmp_path, head + DIVERGING), tmp_path / "out"
+    assert ended("run", file, "--output-dir", out, "--method", "linear") == 0
+    assert ended("status", out) == 0
+    assert "tiny: 2 planned = 1 done + 0 failed + 0 pending + 0 running + 1 skipped" in capsys.readouterr().out
+    assert ended("run", file, "--output-dir", out) == 1
     said = capsys.readouterr()
-    assert ended.value.code == 1
     assert "1 runs failed:" in said.err
     assert "tiny/diverging/seed_0: DivergedError" in said.err
-    assert "[1/2] tiny/probe/seed_0: validation" in said.out
+    assert "[1/1] tiny/diverging/seed_0: FAILED, DivergedError" in said.out
     assert {r.spec.experiment.name: r.status for r in read_records(out)} == {"probe": "done", "diverging": "failed"}
     before = snapshot(out)
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", str(file), "--output-dir", str(out)])
-    assert ended.value.code == 0
+    assert ended("plan", file, "--output-dir", out) == 0
     assert "2 runs: 1 to do" in capsys.readouterr().out
+    assert ended("status", out) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "tiny: 2 planned = 1 done + 1 failed + 0 pending + 0 running + 0 skipped",
+        f"  failed   diverging/seed_0: {next(r.error for r in read_records(out) if r.status == 'failed')}",
+    ]
+    assert ended("run", file, "--output-dir", out, "--keep-failed") == 1
+    assert "tiny/diverging/seed_0: DivergedError" in capsys.readouterr().err
     assert snapshot(out) == before
-    done = write(tmp_path, head)
-    with pytest.raises(SystemExit) as ended:
-        main(["run", str(done), "--output-dir", str(out)])
-    assert ended.value.code == 0
+    assert ended("run", file, "--output-dir", out, "--method", "linear") == 0
     assert "1 runs: 0 to do in about 0.0 minutes, 1 already done and skipped." in capsys.readouterr().out
-    assert snapshot(out) == before
+    assert ended("run", file, "--output-dir", out) == 1
+    assert "attempt 2: DivergedError" in "".join([str(ended("status", out)), capsys.readouterr().out])
+
+
+@pytest.mark.part("runner")
+def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, capsys) -> None:
+    head, _, _ = STUDY.partition("  - name: low_rank")
+    file, out = write(tmp_path, head), tmp_path / "out"
+    assert ended("run", file, "--output-dir", out) == 0
+    record = out / "tiny/probe/seed_0/record.json"
+    written = record.stat().st_mtime_ns
+    for old, new in (("epochs: 2", "epochs: 3"), ("seeds: [0]", "seeds: [1]"), ("name: probe", "name: other")):
+        said = refusal(capsys, "run", write(tmp_path, head.replace(old, new)), "--output-dir", out, details=True)
+        assert f"{out / 'tiny/study.json'}: was begun with another configuration" in said.splitlines()[0]
+        assert f"+++ {file}" in said
+    more = head.replace("seeds: [0]", "description: more\nexecution: {retries: 0}\nseeds: [0, 1]")
+    assert ended("run", write(tmp_path, more), "--output-dir", out) == 0
+    assert ended("status", out) == 0
+    assert "tiny: 2 planned = 2 done + 0 failed + 0 pending + 0 running + 0 skipped" in capsys.readouterr().out
+    assert record.stat().st_mtime_ns == written
+    assert ended("rebuild", out) == 0
+    assert capsys.readouterr().out == f"{out / 'tiny/runs.parquet'}: 2 runs\n"
+    for command in ("analyze", "report"):
+        assert ended(command, out) == 0
+
+
+@pytest.mark.part("runner")
+def test_who_comes_second_leaves_and_names_the_first(tmp_path, capsys) -> None:
+    file, out = write(tmp_path), tmp_path / "out"
+    with study_lock(out / "tiny"):
+        line = refusal(capsys, "run", file, "--output-dir", out)
+        assert f"{out / 'tiny'}: another command works on this study, process {os.getpid()} on " in line
+        done = python("-c", SECOND, str(file), str(out))  # and has not waited for torch before
+        assert (done.returncode, done.stdout) == (2, "")
+        assert ended("plan", file, "--output-dir", out) == 0  # planning disturbs nobody
+    assert not out.exists()
+
+
+@pytest.mark.part("runner")
+def test_what_status_and_rebuild_cannot_read(tmp_path, capsys) -> None:
+    folder = tmp_path / "out" / "tiny"
+    folder.mkdir(parents=True)
+    for command in ("status", "rebuild"):
+        assert "holds no study; run one first" in refusal(capsys, command, tmp_path / "out")
+        assert "does not exist" in refusal(capsys, command, tmp_path / "nowhere")
+    (folder / "ledger.jsonl").write_text("{}\n{}\n")
+    assert f"ledger.jsonl:1: this line is damaged (its checksum is another); `peft-vit rebuild {folder}`" in refusal(
+        capsys, "status", tmp_path / "out"
+    )
+    (folder / "ledger.jsonl").write_text("")
+    (folder / "study.json").write_text("{}")
+    for command in ("status", "rebuild"):
+        assert "study.json: smoke: Field required; move it away" in refusal(capsys, command, tmp_path / "out")
+
+
+SECOND = """
+import sys
+from peft_vit.cli import main
+try:
+    main(["run", sys.argv[1], "--output-dir", sys.argv[2]])
+except SystemExit as end:
+    assert "torch" not in sys.modules
+    raise
+"""
 
 
 def test_lists(capsys, monkeypatch) -> None:

@@ -50,7 +50,7 @@ from peft_vit.allocation.summary import layer_summary
 from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.backbones import tokens_per_image
 from peft_vit.config import AdaLoraConfig
-from peft_vit.errors import UserError
+from peft_vit.errors import DivergedError, UserError
 from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, history_rows
 from peft_vit.seeding import torch_generator
 
@@ -193,7 +193,8 @@ class AdaLoRAController:
             due (see `probes`); one that was never scored counts as an average site.
 
         Raises:
-            UserError: if the step is not later than the last one, or a score is not finite.
+            UserError: if the step is not later than the last one.
+            DivergedError: if a score is not finite.
         """
         if step <= self._scored:
             raise UserError(f"step {step} follows step {self._scored}; score once a step, counted from 1", field="step")
@@ -209,7 +210,7 @@ class AdaLoRAController:
             self.probe_history.append({"step": step, "sites": list(found), "values": values})
         if not all(math.isfinite(score) for score in self._last_scores.values()):
             worst = next(name for name, score in self._last_scores.items() if not math.isfinite(score))
-            raise UserError(f"its importance at step {step} is not finite; the training diverges", field=worst)
+            raise DivergedError(f"its importance at step {step} is not finite; lower the learning rate", field=worst)
         self._scored = step
         average = float(np.mean(list(self._last_scores.values()))) if self._last_scores else 0.0
         return {name: self._last_scores.get(name, average) for name in self.names}

@@ -4,14 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_vit.experiments.executor import Event, RunEnded, RunProgress, RunStarted, execute
+    from peft_vit.experiments.driver import drive
+    from peft_vit.experiments.events import Event, RunEnded, RunProgress, RunStarted
     from peft_vit.experiments.plan import Plan, PlannedRun, plan_study
     from peft_vit.experiments.run import run_one
 
-__all__ = ["Event", "Plan", "PlannedRun", "RunEnded", "RunProgress", "RunStarted", "execute", "plan_study", "run_one"]
+__all__ = ["Event", "Plan", "PlannedRun", "RunEnded", "RunProgress", "RunStarted", "drive", "plan_study", "run_one"]
 
 _HOME = {
-    **dict.fromkeys(("Event", "RunEnded", "RunProgress", "RunStarted", "execute"), "peft_vit.experiments.executor"),
+    "drive": "peft_vit.experiments.driver",
+    **dict.fromkeys(("Event", "RunEnded", "RunProgress", "RunStarted"), "peft_vit.experiments.events"),
     **dict.fromkeys(("Plan", "PlannedRun", "plan_study"), "peft_vit.experiments.plan"),
     "run_one": "peft_vit.experiments.run",
 }

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,7 @@ def drive(
     Args:
         plan: made while the lock was held.
         lock: of the study's folder.
-        make_executor: called once, if there is something to do.
+        make_executor: called once, if there is something to do; nothing is written if it refuses.
         tell: told what happens.
         keep_failed: leave runs alone that an earlier call has seen fail.
 
@@ -70,18 +70,21 @@ def drive(
     names = {run_name(run.spec) for run in plan.runs}
     asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
     content = go_on(lock.folder, asked, source=plan.file, part=plan.part)
-    if content != read_study_file(lock.folder):
-        write_study_file(lock.folder, content)
-    store = StudyStore(lock, content.runs)
+    executor = make_executor() if plan.pending else None  # may refuse, and then nothing was begun
     try:
-        for text in store.notices:
-            tell(Notice(text))
-        waiting = [run for run in plan.pending if not (keep_failed and _failed(store, run))]
-        records = _carry_out(waiting, make_executor, store, tell, plan.study.execution.retries) if waiting else []
-        failed = {run.spec.run_id: _reason(store, run) for run in plan.runs if _failed(store, run)}
-        return Outcome(tuple(records), failed)
+        if content != read_study_file(lock.folder):
+            write_study_file(lock.folder, content)
+        with closing(StudyStore(lock, content.runs)) as store:
+            for text in store.notices:
+                tell(Notice(text))
+            waiting = [run for run in plan.pending if not (keep_failed and _failed(store, run))]
+            retries = plan.study.execution.retries
+            records = [] if executor is None else _carry_out(waiting, executor, store, tell, retries)
+            failed = {run.spec.run_id: _reason(store, run) for run in plan.runs if _failed(store, run)}
+            return Outcome(tuple(records), failed)
     finally:
-        store.close()
+        if executor is not None:
+            executor.close()
 
 
 def _failed(store: StudyStore, run: PlannedRun) -> bool:
@@ -95,28 +98,23 @@ def _reason(store: StudyStore, run: PlannedRun) -> str:
 
 
 def _carry_out(
-    runs: list[PlannedRun], make_executor: Callable[[], Executor], store: StudyStore, tell: Callable[[Told], None],
-    retries: int,
-) -> list[RunRecord]:  # fmt: skip
-    executor = make_executor()
-    try:
-        with _signals() as signals:
-            attempts = _Attempts(runs, executor, store, tell, retries)
-            for run in runs:
-                executor.submit(run)
-            while attempts.waiting:
-                if signals.asked and not attempts.stopping:
-                    tell(Notice(_STOPPING))
-                    attempts.stopping = True
-                    executor.stop()
-                event = executor.next_event(_POLL_S)
-                if event is not None:
-                    attempts.take(event)
-                elif attempts.stopping and not attempts.running:
-                    raise KeyboardInterrupt
-            return attempts.records
-    finally:
-        executor.close()
+    runs: list[PlannedRun], executor: Executor, store: StudyStore, tell: Callable[[Told], None], retries: int
+) -> list[RunRecord]:
+    with _signals() as signals:
+        attempts = _Attempts(runs, executor, store, tell, retries)
+        for run in runs:
+            executor.submit(run)
+        while attempts.waiting:
+            if signals.asked and not attempts.stopping:
+                tell(Notice(_STOPPING))
+                attempts.stopping = True
+                executor.stop()
+            event = executor.next_event(_POLL_S)
+            if event is not None:
+                attempts.take(event)
+            elif attempts.stopping and not attempts.running:
+                raise KeyboardInterrupt
+        return attempts.records
 
 
 class _Attempts:
@@ -168,8 +166,11 @@ class _Attempts:
             assert event.adapter is not None
             record = self._store.done(record, event.adapter)
         elif self._try_again(record, run):
-            self._tell(RunRetried(event.run, self._store.failed(record, retried=True)))
-            if not self.stopping:
+            record = self._store.failed(record, retried=True)
+            if self.stopping:
+                self._tell(Notice(f"{record.spec.run_id}: {record.error}"))
+            else:
+                self._tell(RunRetried(event.run, record))
                 self._executor.submit(event.run)
             return
         else:

@@ -1,19 +1,25 @@
-"""What a run will take, before it starts: from this machine's measured rate, or from finished runs of the same kind."""
+"""What a run will take, before it starts: from finished runs of its kind, from a calibration, or from arithmetic."""
 
 from __future__ import annotations
 
+import heapq
 import statistics
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from peft_vit.backbones import BackboneShape
 from peft_vit.config import Precision
+from peft_vit.experiments.costs import Costs, known_costs
+from peft_vit.experiments.disk import DiskUse
+from peft_vit.experiments.provenance import cpu_count, processor_name
 from peft_vit.records import RunRecord, RunSpec
 
-# Read off finished runs of the quickstart on two cores; they only scale the estimates that a plan prints.
+# Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
 _TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
 _PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
 _VALUES_KEPT_PER_TOKEN = 34  # activations kept for backward, per token, block and unit of width
@@ -22,14 +28,17 @@ _VALUES_KEPT_PER_TOKEN = 34  # activations kept for backward, per token, block a
 _TIME_OVER_OURS = {"peft_lora": 1.42 / 1.29, "peft_adalora": 1.81 / 1.29}
 _START_S = 6.0  # loading weights and images
 
+Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, nothing was measured
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds and peak bytes; `measured` says that they come from finished runs of the same experiment."""
+    """What a run will take, and what that is known from."""
 
     seconds: float
     peak_memory_bytes: int
-    measured: bool
+    disk: DiskUse
+    basis: Basis
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Workload:
 
     shape: BackboneShape
     image_size: int
+    channels: int
     device: torch.device
     precision: Precision
     threads: int
@@ -49,6 +59,102 @@ class Workload:
     def tokens(self) -> int:
         """Return the tokens of one image, class token included."""
         return (self.image_size // self.shape.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run that is to be estimated.
+
+    Attributes:
+        spec: of the run.
+        steps: optimiser steps.
+        kind: its miniature; runs of one kind cost the same a step.
+        kind_sha256: of the miniature, computed once for all seeds.
+        disk: what it takes.
+        record: what happened, if it is done.
+    """
+
+    spec: RunSpec
+    steps: int
+    kind: RunSpec
+    kind_sha256: str
+    disk: DiskUse
+    record: RunRecord | None
+
+
+Measure = Callable[[Mapping[str, RunSpec]], Mapping[str, Costs]]  # miniatures by a name to show; some may fail
+
+
+def estimate_runs(
+    runs: Sequence[Wanted], workload: Workload, measure: Measure | None = None
+) -> tuple[list[Estimate], Deviation | None]:
+    """Estimate each run, and tell how far off that would have been for those that are done.
+
+    Args:
+        runs: of a study.
+        workload: what they share.
+        measure: measures what runs cost that are not done and of which nothing is known; None: arithmetic does.
+
+    Returns:
+        An estimate each; and the deviation of the done ones from what is known without their records.
+    """
+    records: dict[tuple[str, int], list[RunRecord]] = {}
+    for run in runs:
+        if run.record is not None and _made_here(run.record):
+            records.setdefault((run.kind_sha256, run.steps), []).append(run.record)
+    first = {run.kind_sha256: run for run in reversed(runs)}
+    costs = {kind: known_costs(run.kind) for kind, run in first.items()}
+    if measure is not None:
+        unknown = {
+            run.kind_sha256: run
+            for run in runs
+            if run.record is None and (run.kind_sha256, run.steps) not in records and costs[run.kind_sha256] is None
+        }
+        found = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
+        costs |= {kind: found.get(run.spec.experiment.name) for kind, run in unknown.items()}
+    rate = product_rate(workload) if None in costs.values() else 1.0
+    estimates, compared = [], []
+    for run in runs:
+        cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
+        without = _from_arithmetic(run, workload, rate) if cost is None else _from_costs(run, workload, cost)
+        estimates.append(without if alike is None else _from_records(run, alike))
+        if run.record is not None and alike is not None:
+            compared.append(Compared.of(without, run.record))
+    return estimates, deviation(compared)
+
+
+def _made_here(record: RunRecord) -> bool:
+    made = record.provenance
+    return made is None or (made.processor, made.cpu_count) == (processor_name(), cpu_count())
+
+
+def _from_records(run: Wanted, records: Sequence[RunRecord]) -> Estimate:
+    seconds = statistics.median(record.seconds for record in records)
+    return Estimate(seconds, max(record.peak_memory_bytes or 0 for record in records), run.disk, "records")
+
+
+def _from_costs(run: Wanted, workload: Workload, costs: Costs) -> Estimate:
+    evaluated = run.spec.experiment.training.epochs * workload.validation + workload.test
+    seconds = costs.start_s + run.steps * costs.step_s + evaluated * costs.image_s
+    more_images = workload.train + workload.validation + workload.test - costs.images
+    pixels = more_images * workload.image_size**2 * workload.channels  # mapped into memory as they are read
+    return Estimate(seconds, costs.peak_memory_bytes + max(0, pixels), run.disk, "calibration")
+
+
+def _from_arithmetic(run: Wanted, workload: Workload, rate: float) -> Estimate:
+    experiment = run.spec.experiment
+    products = {"linear": 1, "full": 3}.get(experiment.method, 2)  # forward, input gradient, weight gradient
+    parameters = workload.shape.parameters
+    trained_tokens = experiment.training.epochs * workload.train * workload.tokens
+    read_tokens = (experiment.training.epochs * workload.validation + workload.test) * workload.tokens
+    work = parameters * (products * trained_tokens + read_tokens)
+    seconds = _START_S + _TIME_OUTSIDE_PRODUCTS * _TIME_OVER_OURS.get(experiment.method, 1.0) * work / rate
+    value_bytes = 2 if workload.precision == "bf16" else 4
+    batch = experiment.training.batch_size
+    kept = 0 if experiment.method == "linear" else _VALUES_KEPT_PER_TOKEN
+    activations = batch * workload.tokens * workload.shape.depth * workload.shape.width * kept * value_bytes
+    copies = {"linear": 4, "full": 16}.get(experiment.method, 4 + value_bytes)  # bytes per frozen or trained value
+    return Estimate(seconds, int(_PROCESS_BYTES + activations + parameters * copies), run.disk, "estimate")
 
 
 def product_rate(workload: Workload) -> float:
@@ -68,44 +174,71 @@ def product_rate(workload: Workload) -> float:
     return x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
 
 
-def estimate_runs(
-    runs: Sequence[tuple[RunSpec, int]], workload: Workload, finished: Sequence[RunRecord]
-) -> list[Estimate]:
-    """Estimate each run.
+def makespan(seconds: Iterable[float], workers: int, *, busy: Iterable[float] = ()) -> float:
+    """Return when the last run ends, if each in its turn goes to the worker that is free first.
 
     Args:
-        runs: (spec, optimiser steps) of each run.
-        workload: what they share.
-        finished: records of this study; an experiment with one is estimated by it.
+        seconds: of each run, in the order in which they start.
+        workers: that work at a time.
+        busy: for how long some of them still are.
     """
-    known: dict[str, list[RunRecord]] = {}
-    for record in finished:
-        known.setdefault(record.spec.experiment.name, []).append(record)
-    rate = product_rate(workload) if any(spec.experiment.name not in known for spec, _ in runs) else 1.0
-    return [
-        _from_records(known[spec.experiment.name])
-        if spec.experiment.name in known
-        else _from_arithmetic(spec, steps, workload, rate)
-        for spec, steps in runs
-    ]
+    free_at = sorted(busy)[-workers:]
+    free_at += [0.0] * (workers - len(free_at))
+    heapq.heapify(free_at)
+    for one in seconds:
+        heapq.heapreplace(free_at, free_at[0] + one)
+    return max(free_at)
 
 
-def _from_records(records: list[RunRecord]) -> Estimate:
-    seconds = statistics.median(record.seconds for record in records)
-    return Estimate(seconds, max(record.peak_memory_bytes or 0 for record in records), measured=True)
+# --- afterwards -------------------------------------------------------------------------------------------------------
 
 
-def _from_arithmetic(spec: RunSpec, steps: int, workload: Workload, rate: float) -> Estimate:
-    experiment = spec.experiment
-    products = {"linear": 1, "full": 3}.get(experiment.method, 2)  # forward, input gradient, weight gradient
-    parameters = workload.shape.parameters
-    trained_tokens = experiment.training.epochs * workload.train * workload.tokens
-    read_tokens = (experiment.training.epochs * workload.validation + workload.test) * workload.tokens
-    work = parameters * (products * trained_tokens + read_tokens)
-    seconds = _START_S + _TIME_OUTSIDE_PRODUCTS * _TIME_OVER_OURS.get(experiment.method, 1.0) * work / rate
-    value_bytes = 2 if workload.precision == "bf16" else 4
-    batch = experiment.training.batch_size
-    kept = 0 if experiment.method == "linear" else _VALUES_KEPT_PER_TOKEN
-    activations = batch * workload.tokens * workload.shape.depth * workload.shape.width * kept * value_bytes
-    copies = {"linear": 4, "full": 16}.get(experiment.method, 4 + value_bytes)  # bytes per frozen or trained value
-    return Estimate(seconds, int(_PROCESS_BYTES + activations + parameters * copies), measured=False)
+@dataclass(frozen=True)
+class Compared:
+    """A run's estimate beside what it took."""
+
+    planned: Estimate
+    seconds: float
+    peak_memory_bytes: int
+
+    @classmethod
+    def of(cls, planned: Estimate, record: RunRecord) -> Compared:
+        """Return the comparison of a run that is done."""
+        return cls(planned, record.seconds, record.peak_memory_bytes or 0)
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """What runs took over what was planned: at the median, from least to most, and all of them together."""
+
+    median: float
+    least: float
+    most: float
+    total: float
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[float, float]]) -> Ratios:
+        """Return the ratios of (taken, planned)."""
+        each = [taken / planned for taken, planned in pairs]
+        total = sum(taken for taken, _ in pairs) / sum(planned for _, planned in pairs)
+        return cls(statistics.median(each), min(each), max(each), total)
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far off the estimates of some runs were; `bases` counts what they were known from."""
+
+    bases: dict[Basis, int]
+    seconds: Ratios
+    memory: Ratios
+
+
+def deviation(compared: Sequence[Compared]) -> Deviation | None:
+    """Return how far off estimates were; None without a run."""
+    if not compared:
+        return None
+    return Deviation(
+        bases=dict(Counter(one.planned.basis for one in compared)),
+        seconds=Ratios.of([(one.seconds, one.planned.seconds) for one in compared]),
+        memory=Ratios.of([(one.peak_memory_bytes, one.planned.peak_memory_bytes) for one in compared]),
+    )

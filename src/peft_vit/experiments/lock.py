@@ -47,7 +47,7 @@ class StudyLock:
 
 @contextmanager
 def study_lock(folder: Path) -> Iterator[StudyLock]:
-    """Hold a study's lock; a folder that was made for it and holds nothing else at the end goes away again.
+    """Hold a study's lock; a folder that was made for it and holds nothing at the end goes away again.
 
     Args:
         folder: the study's; it and its parents are made if need be.
@@ -64,9 +64,8 @@ def study_lock(folder: Path) -> Iterator[StudyLock]:
     try:
         yield StudyLock(folder)
     finally:
-        if os.listdir(folder) == [LOCK_FILE]:
-            (folder / LOCK_FILE).unlink()
-            _remove_empty(missing)
+        (folder / LOCK_FILE).unlink(missing_ok=True)  # before others can hold it; they look for it again then
+        _remove_empty(missing)
         os.close(descriptor)
 
 

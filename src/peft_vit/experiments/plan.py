@@ -13,8 +13,10 @@ from peft_vit.backbones import check_weights, describe
 from peft_vit.config import StudyConfig
 from peft_vit.data import make_splits, open_index
 from peft_vit.errors import UserError
-from peft_vit.experiments.estimate import Estimate, Workload, estimate_runs
+from peft_vit.experiments.disk import disk_use
+from peft_vit.experiments.estimate import Deviation, Estimate, Measure, Wanted, Workload, estimate_runs
 from peft_vit.experiments.methods import check
+from peft_vit.experiments.miniature import miniature
 from peft_vit.experiments.smoke import smoke_study
 from peft_vit.experiments.study_file import difference, go_on, study_file
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record, run_folder
@@ -42,6 +44,7 @@ class Plan:
         data_sha256: of the images.
         runs: what is asked for, done or not.
         part: the study names only some of the experiments and seeds that its folder holds.
+        deviation: how far off the estimates of the runs that are done would have been; None: none is done.
     """
 
     study: StudyConfig
@@ -50,6 +53,7 @@ class Plan:
     data_sha256: str
     runs: tuple[PlannedRun, ...]
     part: bool = False
+    deviation: Deviation | None = None
 
     @property
     def pending(self) -> tuple[PlannedRun, ...]:
@@ -80,7 +84,10 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def plan_study(study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool = False, part: bool = False) -> Plan:
+def plan_study(
+    study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool = False, part: bool = False,
+    measure: Measure | None = None,
+) -> Plan:  # fmt: skip
     """Check a study against its backbone and its data, and plan its runs.
 
     Args:
@@ -89,20 +96,21 @@ def plan_study(study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool
         file: the configuration file, named in errors.
         smoke: compress the study, see `smoke.smoke_study`.
         part: the results directory may hold other experiments and seeds of this study.
+        measure: measures what runs cost of which nothing is known yet; None: they are estimated. See `measure_costs`.
 
     Raises:
         UserError: for anything that would fail later, with file, field and remedy; and if the results directory
             holds a study of this name that was configured otherwise, with the difference.
     """
     try:
-        return _plan(study, results_dir, file, smoke, part)
+        return _plan(study, results_dir, file, smoke, part, measure)
     except UserError as error:
         if error.file is not None:
             raise
         raise UserError(error.message, file=file, field=error.field) from None
 
 
-def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: bool) -> Plan:
+def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: bool, measure: Measure | None) -> Plan:
     device = resolve_device(study.device)
     if smoke:
         patch_size = describe(study.backbone, study.data.image_size).patch_size
@@ -112,7 +120,7 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
     asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
     go_on(results_dir / study.name, asked, source=file, part=part)
     splits = make_splits(index, study.data, study.seeds[0])
-    steps_of = []
+    wanted: list[Wanted] = []
     for place, experiment in enumerate(study.experiments):
         training = experiment.training
         total_steps = training.epochs * steps_per_epoch(len(splits.train), training.batch_size)
@@ -120,26 +128,27 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
             check(experiment, shape, total_steps, len(splits.train))
         except UserError as error:
             raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
-        steps_of.append(total_steps)
-    specs = [
-        (_spec(study, place, seed, smoke), total_steps)
-        for place, total_steps in enumerate(steps_of)
-        for seed in study.seeds
-    ]
-    found = {spec.run_id: _finished(results_dir, spec, index.sha256) for spec, _ in specs}
-    if any(record is None for record in found.values()):
+        first = _spec(study, place, study.seeds[0], smoke)
+        disk = disk_use(first, shape, index.class_names, total_steps)
+        kind = miniature(first, total_steps, shape, index, splits)
+        kind_sha256 = kind.digest()
+        for seed in study.seeds:
+            spec = _spec(study, place, seed, smoke)
+            record = _finished(results_dir, spec, index.sha256)
+            wanted.append(Wanted(spec, total_steps, kind, kind_sha256, disk, record))
+    if any(run.record is None for run in wanted):
         check_weights(study.backbone)
     workload = Workload(
-        shape=shape, image_size=study.data.image_size, device=device, precision=study.precision, threads=study.threads,
-        train=len(splits.train), validation=len(splits.validation), test=len(splits.test),
+        shape=shape, image_size=study.data.image_size, channels=index.channels, device=device,
+        precision=study.precision, threads=study.threads, train=len(splits.train),
+        validation=len(splits.validation), test=len(splits.test),
     )  # fmt: skip
-    measured = [record for record in found.values() if record is not None]
-    estimates = estimate_runs(specs, workload, measured)
+    estimates, deviation = estimate_runs(wanted, workload, None if smoke else measure)
     runs = tuple(
-        PlannedRun(spec, total_steps, estimate, done=found[spec.run_id] is not None)
-        for (spec, total_steps), estimate in zip(specs, estimates, strict=True)
+        PlannedRun(run.spec, run.steps, estimate, done=run.record is not None)
+        for run, estimate in zip(wanted, estimates, strict=True)
     )
-    return Plan(study, file, index.licence, index.sha256, runs, part)
+    return Plan(study, file, index.licence, index.sha256, runs, part, deviation)
 
 
 def _spec(study: StudyConfig, place: int, seed: int, smoke: bool) -> RunSpec:

@@ -52,6 +52,7 @@ def loaded_git_state() -> tuple[str | None, bool | None]:
     return git_state()
 
 
+@functools.cache
 def processor_name() -> str:
     """Return the processor's model name."""
     info = Path("/proc/cpuinfo")

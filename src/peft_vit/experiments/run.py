@@ -30,7 +30,7 @@ from peft_vit.backbones import (
 )
 from peft_vit.config import SITE_MATRICES, BackboneConfig
 from peft_vit.data import Data, load_data
-from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.errors import DivergedError, SilentNoEffectWarning, UserError
 from peft_vit.evaluation import (
     frozen_bytes,
     head_parameters,
@@ -64,7 +64,6 @@ from peft_vit.records import (
 from peft_vit.training import (
     AllocationHook,
     Checkpoints,
-    DivergedError,
     Interrupted,
     PeftAdaLoraHook,
     Progress,
@@ -122,7 +121,8 @@ def run_one(
         except Interrupted:
             raise
         except Exception as error:
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            plain = isinstance(error, UserError) and not isinstance(error, DivergedError)
+            reason = str(error) if plain else f"{type(error).__name__}: {error}"
             outcome = {
                 "status": "failed", "error": reason, "failure": _kind(error), "traceback": traceback.format_exc()
             }  # fmt: skip

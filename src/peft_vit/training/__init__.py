@@ -1,5 +1,6 @@
 """The loop, one optimiser step, and what methods hook into it."""
 
+from peft_vit.errors import DivergedError
 from peft_vit.training.adaptive_bits import ChosenBits, allocate_bits, check_bits
 from peft_vit.training.allocation_hook import AllocationHook
 from peft_vit.training.checkpoint import CheckpointKeeper, Checkpoints, CheckpointWarning, Interrupted
@@ -11,7 +12,7 @@ from peft_vit.training.loop import (
     steps_per_epoch,
     train,
 )
-from peft_vit.training.optimization import DivergedError, StepHook, optimization_step
+from peft_vit.training.optimization import StepHook, optimization_step
 from peft_vit.training.peft_adalora_hook import PeftAdaLoraHook, last_update
 from peft_vit.training.progress import Progress
 from peft_vit.training.qa_lora import QALoRATrainer

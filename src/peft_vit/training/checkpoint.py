@@ -203,11 +203,11 @@ def _flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder; of a link only the link."""
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
+    """Remove a folder, or whatever stands in its place: of a link only the link, and a pipe is not waited for."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -316,6 +316,10 @@ def _laid_out(tensor: torch.Tensor, strides: list[int] | None) -> torch.Tensor:
     """Return a copy that torch has placed itself, aligned as any tensor of a run, and lying in memory as it did."""
     if strides is None:
         return tensor.clone()
-    if len(strides) != tensor.dim() or not all(0 <= stride <= max(tensor.numel(), 1) for stride in strides):
+    moving = [stride for size, stride in zip(tensor.shape, strides, strict=True) if size > 1]
+    if not all(0 < stride <= tensor.numel() for stride in moving):
         raise ValueError(f"strides {strides} for the shape {tuple(tensor.shape)}")
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
+    if copy.untyped_storage().nbytes() != tensor.nbytes:
+        raise ValueError(f"strides {strides} leave gaps or overlap for the shape {tuple(tensor.shape)}")
+    return copy.copy_(tensor)

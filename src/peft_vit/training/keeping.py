@@ -57,11 +57,21 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Bring an optimiser that was built anew over the loaded model to where it was."""
+    """Bring an optimiser that was built anew over the loaded model to where it was.
+
+    Raises:
+        ValueError: if the state is not this optimiser's: torch's fused kernels trust shapes and would leave memory.
+    """
     entries: dict[int, dict[str, Any]] = {int(index): _tuples(one) for index, one in state.values["others"].items()}
     for name, tensor in state.tensors.items():
-        index, _, key = name.partition("/")
-        entries.setdefault(int(index), {})[key] = tensor
+        place, _, moment = name.partition("/")
+        entries.setdefault(int(place), {})[moment] = tensor
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, kept in entries.items():
+        for key, value in kept.items():
+            expected = torch.Size() if key == "step" else parameters[index].shape
+            if isinstance(value, Tensor) and value.shape != expected:
+                raise ValueError(f"{key} of parameter {index} has the shape {tuple(value.shape)}")
     built = optimizer.state_dict()["param_groups"]
     groups = [
         {**_tuples(kept), "params": group["params"]} for kept, group in zip(state.values["groups"], built, strict=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import current_ranks, restore_trained, set_ranks, trained_tensors
 from peft_vit.config import Precision, TrainingConfig
 from peft_vit.data import Data
-from peft_vit.errors import UserError
+from peft_vit.errors import DivergedError, UserError
 from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
 from peft_vit.records import Evaluation, StepRow
 from peft_vit.training.keeping import (
@@ -121,6 +121,7 @@ def train(
         resume: such a state, to go on from; model and hooks are those of the start.
 
     Raises:
+        DivergedError: if loss, gradient or predictions are no longer finite.
         UserError: if the state to go on from is not one of this training's.
     """
     epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
@@ -281,7 +282,10 @@ def _validate(
     hooks: Sequence[StepHook],
 ) -> Evaluation:  # fmt: skip
     batches = data.validation.ordered_batches(4 * config.batch_size, setting.mean, setting.std)
-    metrics = measure(*predict(model, batches, device=setting.device, precision=setting.precision))
+    logits, labels = predict(model, batches, device=setting.device, precision=setting.precision)
+    if not np.isfinite(logits).all():
+        raise DivergedError(f"predictions after step {step} are not finite; lower the learning rate")
+    metrics = measure(logits, labels)
     deployable = all(hook.deployable(step) for hook in hooks)
     return Evaluation(step=step, epoch=epoch, deployable=deployable, metrics=metrics)
 

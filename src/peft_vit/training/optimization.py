@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from peft_vit.errors import UserError
+from peft_vit.errors import DivergedError, UserError
 from peft_vit.training.state import State
 
 
@@ -63,10 +63,6 @@ class StepOutcome:
     loss: float
     gradient_norm: float
     penalties: dict[str, float]
-
-
-class DivergedError(RuntimeError):
-    """The loss or its gradient is no longer finite."""
 
 
 def optimization_step(

@@ -49,7 +49,7 @@ def test_every_run_is_done_once_and_nothing_is_done_again(tmp_path) -> None:
     assert executor.closed
     assert [type(one) for one in told] == 4 * [RunStarted, RunEnded]
     check_complete(STUDY, tmp_path)
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file() and file.name != "lock"}
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
     def never() -> FakeExecutor:
         raise AssertionError("an executor was made")

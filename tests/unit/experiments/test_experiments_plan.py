@@ -36,7 +36,7 @@ def test_every_run_is_counted_and_estimated(study, tmp_path) -> None:
     assert plan.pending == plan.runs
     assert {run.total_steps for run in plan.runs} == {6}
     assert all(run.estimate.seconds > 0 and run.estimate.peak_memory_bytes > 1e8 for run in plan.runs)
-    assert not any(run.estimate.measured for run in plan.runs)
+    assert {run.estimate.basis for run in plan.runs} == {"estimate"}
     assert list(tmp_path.iterdir()) == []  # planning writes nothing
 
 
@@ -67,7 +67,7 @@ def test_done_runs_are_skipped_and_estimate_the_others(study, tmp_path) -> None:
     plan = planned(config, tmp_path)
     assert [run.done for run in plan.runs] == [True, False]
     assert [run.spec.seed for run in plan.pending] == [1]
-    assert all(run.estimate.measured and run.estimate.seconds == record.seconds for run in plan.runs)
+    assert {(run.estimate.basis, run.estimate.seconds) for run in plan.runs} == {("records", record.seconds)}
 
 
 def test_failed_runs_are_done_again(study, tmp_path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.experiments.events import Executor
-from peft_vit.experiments.executors.local import LocalExecutor
-from peft_vit.experiments.plan import Plan, PlannedRun
+
+if TYPE_CHECKING:  # parts of this package need no torch
+    from peft_vit.experiments.plan import Plan, PlannedRun
 
 ExecutorName = Literal["local", "ray"]
 
@@ -36,6 +36,8 @@ def open_executor(
         return _open_ray(plan, results_dir, oversubscribe, ray_address)
     if ray_address is not None:
         raise UserError("has no effect with --executor local; add --executor ray", field="--ray-address")
+    from peft_vit.experiments.executors.local import LocalExecutor
+
     study, execution = plan.study, plan.study.execution
     local = LocalExecutor(
         execution.workers, study.threads, results_dir, checkpoint_every_s=execution.checkpoint_every_s,
@@ -75,5 +77,7 @@ def decode_images(runs: Iterable[PlannedRun]) -> None:
     Raises:
         UserError: see `load_data`.
     """
+    from peft_vit.data import load_data
+
     for data, seed, smoke in dict.fromkeys((run.spec.data, run.spec.seed, run.spec.smoke) for run in runs):
         load_data(data, seed, smoke=smoke)

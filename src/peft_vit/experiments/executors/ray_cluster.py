@@ -6,6 +6,7 @@ out, and no attempt goes on unseen beside its repetition.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -28,7 +29,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from peft_vit.errors import UserError
 from peft_vit.experiments.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted
 from peft_vit.experiments.executors.attempt import ALLOCATOR, environment, lost
-from peft_vit.experiments.executors.ray_task import Channel, Place, carry_out
+from peft_vit.experiments.executors.ray_channel import Channel
+from peft_vit.experiments.executors.ray_task import Place, carry_out
 from peft_vit.experiments.lock import LOCK_FILE
 from peft_vit.experiments.plan import PlannedRun
 from peft_vit.experiments.provenance import cpu_count
@@ -199,16 +201,20 @@ class RayExecutor:
             return
         told, self._told = self._told, None
         try:
-            messages = ray.get(told)
+            bundles = ray.get(told)
         except RayError:  # the channel has died, and Ray starts it again
             return
-        for number, message in messages:
-            attempt = self._attempts.get(number)
-            if attempt is not None and isinstance(message, Progress):
-                self._events.append(RunProgress(attempt.run, message))
-            elif attempt is not None:
-                attempt.started, attempt.since = True, time.monotonic()
-                self._events.append(RunStarted(attempt.run, message))
+        for number, bundle in bundles:
+            if attempt := self._attempts.get(number):
+                for message in json.loads(bundle):
+                    self._heard(attempt, message)
+
+    def _heard(self, attempt: _Attempt, message: str | dict[str, Any]) -> None:
+        if isinstance(message, dict):
+            self._events.append(RunProgress(attempt.run, Progress(**message)))
+        else:
+            attempt.started, attempt.since = True, time.monotonic()
+            self._events.append(RunStarted(attempt.run, message))
 
     def _end(self, attempt: _Attempt) -> None:
         try:

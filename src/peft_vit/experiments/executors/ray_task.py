@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
+import json
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +21,6 @@ from peft_vit.records import RunSpec
 from peft_vit.training import Checkpoints, Interrupted, Progress
 
 _TELL_S = 0.5  # how often a task talks to the driver
-
-
-class Channel:
-    """Carries what tasks tell to the driver, beside whom it lives, and to them whether to stop."""
-
-    def __init__(self) -> None:
-        self._messages: list[tuple[int, str | Progress]] = []
-        self._arrived = asyncio.Event()
-        self._stopping = False
-
-    async def tell(self, number: int, messages: list[str | Progress]) -> bool:
-        """Take what an attempt tells; return whether it should stop."""
-        self._messages += [(number, message) for message in messages]
-        self._arrived.set()
-        return self._stopping
-
-    async def take(self, wait_s: float, stopping: bool) -> list[tuple[int, str | Progress]]:
-        """Return what was told since the last call, once there is something or the time is over."""
-        self._stopping = stopping
-        if not self._messages:
-            self._arrived.clear()
-            try:
-                await asyncio.wait_for(self._arrived.wait(), wait_s)
-            except TimeoutError:
-                return []
-        messages, self._messages = self._messages, []
-        return messages
 
 
 @dataclass(frozen=True)
@@ -72,14 +45,14 @@ class _Line:
     def __init__(self, channel: Any, number: int) -> None:
         self._channel = channel
         self._number = number
-        self._bundle: list[str | Progress] = []
+        self._bundle: list[str | dict[str, Any]] = []
         self._answer: ray.ObjectRef | None = None
         self._asked = 0.0
         self._stop = False
 
     def tell(self, message: str | Progress) -> None:
         """Tell something, at the next occasion."""
-        self._bundle.append(message)
+        self._bundle.append(message if isinstance(message, str) else asdict(message))
         if time.monotonic() - self._asked > _TELL_S:
             self._exchange(wait=False)
 
@@ -102,7 +75,7 @@ class _Line:
             with contextlib.suppress(RayError):  # the channel has died; what it knew was only for watching
                 self._stop = ray.get(answer)
         if self._bundle:
-            self._answer = self._channel.tell.remote(self._number, self._bundle)
+            self._answer = self._channel.tell.remote(self._number, json.dumps(self._bundle))
             self._bundle = []
 
 

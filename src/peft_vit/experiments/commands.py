@@ -1,0 +1,175 @@
+"""What the commands that run studies do: read all files, take all locks, plan everything, then drive study by study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from peft_vit.config import StudyConfig, load_study
+from peft_vit.errors import UserError
+from peft_vit.experiments.lock import StudyLock, study_lock
+from peft_vit.foreign_files import folder_below
+
+if TYPE_CHECKING:
+    from peft_vit.experiments.costs import Costs
+    from peft_vit.experiments.events import Executor, Told
+    from peft_vit.experiments.own_images import OwnImages
+    from peft_vit.experiments.plan import Plan
+    from peft_vit.records import RunSpec
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command was asked for.
+
+    Attributes:
+        configs: files of studies.
+        results_dir: a study's folder lies below it.
+        smoke: compress the studies.
+        method: only runs of this method; the others are skipped, not removed.
+        seeds: only runs of these, as in 0,1,2.
+        workers: in place of those that the studies set.
+        calibrate: measure what runs cost of which nothing is known, instead of estimating it.
+    """
+
+    configs: list[Path]
+    results_dir: Path
+    smoke: bool = False
+    method: str | None = None
+    seeds: str | None = None
+    workers: int | None = None
+    calibrate: bool = False
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How runs are carried out, beyond what the studies say; see `open_executor`, `drive` and `EventLog`."""
+
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    oversubscribe: bool = False
+    keep_failed: bool = False
+    log_json: Path | None = None
+
+
+def plan_studies(asked: Asked, show: Callable[[Plan], None]) -> list[Plan]:
+    """Check every study and plan it; nothing is written.
+
+    Raises:
+        UserError: for anything that would fail later.
+    """
+    return _plan(asked, _load(asked), show)
+
+
+def run_studies(asked: Asked, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
+    """Do every run that is asked for and not done; return the reason by run id for those that have failed.
+
+    Raises:
+        UserError: before any run starts, for anything that would fail later or if another command works on one of
+            the studies; later if there is no room for a result.
+        KeyboardInterrupt: see `drive`.
+    """
+    studies = _load(asked)
+    with _locks(asked.results_dir, [study.name for study, _ in studies]) as locks:
+        return _drive(_plan(asked, studies, show), locks, execution)
+
+
+def run_on_own_images(
+    asked: OwnImages, results_dir: Path, show: Callable[[Plan], None], *, smoke: bool = False
+) -> dict[str, str]:
+    """Do one run on somebody's own images, beside those that the directory holds already; as `run_studies`."""
+    from peft_vit.experiments.own_images import study_of
+    from peft_vit.experiments.plan import plan_study
+
+    study = study_of(asked)
+    with _locks(results_dir, [study.name]) as locks:
+        plan = plan_study(study, results_dir, file=asked.folder, smoke=smoke, part=True)
+        show(plan)
+        return _drive([plan], locks, Execution())
+
+
+def _load(asked: Asked) -> list[tuple[StudyConfig, Path]]:
+    studies = [(load_study(file), file) for file in asked.configs]
+    names = [study.name for study, _ in studies]
+    for study, file in studies:
+        if names.count(study.name) > 1:
+            raise UserError(f"'{study.name}' names two of the given studies; rename one", file=file, field="name")
+        _chosen_seeds(study, asked.seeds, file)
+        if asked.method not in (None, *(experiment.method for experiment in study.experiments)):
+            raise UserError(f"no experiment is of method {asked.method}", file=file, field="experiments")
+    return studies
+
+
+def _chosen_seeds(study: StudyConfig, seeds: str | None, file: Path) -> tuple[int, ...]:
+    if seeds is None:
+        return study.seeds
+    there = {str(seed) for seed in study.seeds}
+    wanted = {seed.strip() for seed in seeds.split(",")}
+    if not wanted <= there:
+        problem = f"--seeds asks for {min(wanted - there)!r}, the study has {study.seeds}"
+        raise UserError(problem, file=file, field="seeds")
+    return tuple(seed for seed in study.seeds if str(seed) in wanted)
+
+
+@contextmanager
+def _locks(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
+    """Hold all locks from before planning on: whoever comes too late leaves before torch is loaded."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
+
+
+def _plan(asked: Asked, studies: list[tuple[StudyConfig, Path]], show: Callable[[Plan], None]) -> list[Plan]:
+    from peft_vit.experiments.plan import plan_study
+
+    plans = []
+    for study, file in studies:
+        seeds = _chosen_seeds(study, asked.seeds, file)
+        changes: dict[str, object] = {"seeds": seeds} if asked.smoke else {}  # it has one seed, the first asked for
+        if asked.workers is not None:
+            changes["execution"] = study.execution.model_copy(update={"workers": asked.workers})
+        changed = study.model_copy(update=changes)
+        measure = _measure if asked.calibrate else None
+        plan = plan_study(changed, asked.results_dir, file=file, smoke=asked.smoke, measure=measure)
+        plans.append(plan.only(asked.method, seeds))
+    for plan in plans:
+        show(plan)
+    return plans
+
+
+def _drive(plans: list[Plan], locks: list[StudyLock], execution: Execution) -> dict[str, str]:
+    from peft_vit.experiments.driver import drive
+    from peft_vit.experiments.event_log import EventLog
+    from peft_vit.experiments.watch import Watch
+
+    failed: dict[str, str] = {}
+    with nullcontext() if execution.log_json is None else EventLog(execution.log_json) as log:
+        for plan, lock in zip(plans, locks, strict=True):
+            with Watch(plan) as watch:
+
+                def tell(event: Told, watch: Watch = watch) -> None:
+                    if log is not None:
+                        log.on_event(event)
+                    watch.on_event(event)
+
+                make_executor = partial(_open, plan, lock, execution)
+                failed |= drive(plan, lock, make_executor, tell, keep_failed=execution.keep_failed).failed
+    return failed
+
+
+def _measure(kinds: Mapping[str, RunSpec]) -> Mapping[str, Costs]:
+    from peft_vit.experiments.cost_calibration import measure_costs
+
+    return measure_costs(kinds, partial(print, flush=True))
+
+
+def _open(plan: Plan, lock: StudyLock, execution: Execution) -> Executor:
+    from peft_vit.experiments.executors import open_executor
+
+    return open_executor(
+        execution.executor, plan, lock.folder.parent, oversubscribe=execution.oversubscribe,
+        ray_address=execution.ray_address,
+    )  # fmt: skip

@@ -1,0 +1,103 @@
+"""A run cut down to a few steps, which take what the whole run's steps take; runs that differ in nothing else share it.
+
+The method, its ranks and formats, the model, the images, the batch and the threads stay. Schedules shrink with the
+number of steps, so that each of their phases has its share of the few. Rates and decay have no influence on time and
+memory, so they are the same in all miniatures, and so are names and seeds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_vit.backbones import BackboneShape
+from peft_vit.config import DataConfig, ExperimentConfig
+from peft_vit.data import ImageIndex, Splits, make_splits
+from peft_vit.errors import UserError
+from peft_vit.records import RunSpec
+from peft_vit.training import end_step, last_update, steps_per_epoch
+
+_STEPS = 8
+_STEPS_IF_LONG = 4
+_LONG_STEP = 2e12  # multiply-adds of a step: some 20 s on two cores
+_UPDATE_FREQUENCY = 3  # more often, and scores and probes of a decision would weigh more than in the whole run
+_VALIDATION_BATCH = 4  # images of a validation batch over those of a training batch, as the loop has it
+_NEUTRAL: dict[str, Any] = {"learning_rate": 1e-4, "weight_decay": 0.01, "schedule": "constant"}
+
+
+def miniature(spec: RunSpec, total_steps: int, shape: BackboneShape, index: ImageIndex, splits: Splits) -> RunSpec:
+    """Return a run of a few steps and one validation batch that stands for another one.
+
+    Args:
+        spec: of the whole run.
+        total_steps: of the whole run.
+        shape: of its backbone.
+        index: its images.
+        splits: of the images.
+    """
+    batch_size = spec.experiment.training.batch_size
+    work = 3 * shape.parameters * shape.tokens * batch_size
+    steps = min(total_steps, _STEPS if work < _LONG_STEP else _STEPS_IF_LONG)
+    data = _data(spec, steps * batch_size, index, splits)
+    assert data.train_images is not None
+    an_epoch = steps_per_epoch(data.train_images, batch_size)
+    epochs = -(-steps // an_epoch)
+    experiment = _experiment(spec.experiment, total_steps, epochs * an_epoch)
+    training = experiment.training.model_copy(update={"epochs": epochs, **_NEUTRAL})
+    experiment = experiment.model_copy(update={"name": "miniature", "training": training})
+    return spec.model_copy(update={"study": "miniature", "seed": 0, "experiment": experiment, "data": data})
+
+
+def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> DataConfig:
+    """Return the same images, but fewer: at least as many as asked for, and at least one of each class."""
+    qa_lora = spec.experiment.qa_lora
+    if qa_lora is not None and qa_lora.adaptive_bits is not None:
+        images = max(images, qa_lora.adaptive_bits.calibration_images)
+    evaluated = max(_VALIDATION_BATCH * spec.experiment.training.batch_size, 2 * len(index.class_names))
+    train = min(len(splits.train), max(images, 2))
+    while True:
+        data = spec.data.model_copy(
+            update={
+                "train_images": train, "shots_per_class": None, "train_subset": "fixed",
+                "validation_images": min(len(splits.validation), evaluated),
+                "test_images": min(len(splits.test), evaluated),
+            }
+        )  # fmt: skip
+        try:
+            make_splits(index, data, spec.seed)
+        except UserError:  # a class would get no image
+            if train == len(splits.train):
+                return data
+            train = min(len(splits.train), 2 * train)
+        else:
+            return data
+
+
+def _experiment(experiment: ExperimentConfig, total_steps: int, steps: int) -> ExperimentConfig:
+    """Return the experiment with schedules that fit the steps."""
+    part = steps / total_steps
+    update: dict[str, Any] = {}
+    if experiment.adalora is not None:
+        adalora = experiment.adalora
+        final = total_steps // 4 if adalora.final_steps is None else adalora.final_steps
+        final = min(round(part * final), steps - 1)
+        update["adalora"] = adalora.model_copy(
+            update={
+                "final_steps": final,
+                "update_frequency": max(_UPDATE_FREQUENCY, round(part * adalora.update_frequency)),
+                "warmup_steps": min(max(1, round(part * adalora.warmup_steps)), steps - final),
+            }
+        )  # fmt: skip
+    if experiment.peft_adalora is not None:
+        peft_adalora = experiment.peft_adalora
+        final = min(round(part * (total_steps - last_update(peft_adalora, total_steps))), steps - 3)
+        shrunk = min(max(1, round(part * peft_adalora.warmup_steps)), steps - final - 2)
+        update["peft_adalora"] = peft_adalora.model_copy(
+            update={"final_steps": final, "update_frequency": 1, "warmup_steps": shrunk}
+        )
+    if experiment.qa_lora is not None and experiment.qa_lora.quantization_schedule != "constant":
+        warmup = round(part * experiment.qa_lora.quantization_warmup_steps)
+        end = max(warmup + 1, round(part * end_step(experiment.qa_lora, total_steps)))
+        update["qa_lora"] = experiment.qa_lora.model_copy(
+            update={"quantization_warmup_steps": min(warmup, steps - 1), "quantization_end_step": min(end, steps)}
+        )
+    return experiment.model_copy(update=update)

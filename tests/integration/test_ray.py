@@ -1,0 +1,229 @@
+"""Runs on Ray: on one node, on two and after one of them is lost the results are those of this process."""
+
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray._private import services
+from ray.cluster_utils import Cluster
+
+from peft_vit.config import StudyConfig, study_from_mapping
+from peft_vit.errors import UserError
+from peft_vit.experiments import plan_study, run_one
+from peft_vit.experiments.driver import drive
+from peft_vit.experiments.events import RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
+from peft_vit.experiments.executors import open_executor
+from peft_vit.experiments.executors.ray_cluster import Need, RayExecutor
+from peft_vit.experiments.ledger import LEDGER_FILE, read_ledger
+from peft_vit.experiments.lock import study_lock
+from peft_vit.records import outcome_digest, read_records
+
+pytestmark = pytest.mark.part("runner")
+
+PATIENCE_S = 300  # for what takes seconds on an idle machine
+EXPERIMENTS = {
+    "linear": {"method": "linear"},
+    "lora": {"method": "lora", "lora": {"rank": 2}},
+    "adalora": {
+        "method": "adalora",
+        "adalora": {
+            "total_rank_budget": 40, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
+            "update_frequency": 1, "warmup_steps": 2, "final_steps": 2,
+        },
+    },
+}  # fmt: skip
+
+
+def study(**epochs: int) -> StudyConfig:
+    """Make a study of some experiments, each with its number of epochs, which are of three steps."""
+    mapping = {
+        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "execution": {"checkpoint_every_s": 0},
+        "backbone": {"model": "test_vit", "weights": "random"},
+        "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
+        "experiments": [
+            {"name": name, "training": {"epochs": number, "batch_size": 8, "learning_rate": 3e-3}, **EXPERIMENTS[name]}
+            for name, number in epochs.items()
+        ],
+    }  # fmt: skip
+    return study_from_mapping(mapping, file=Path("tiny.yaml"))
+
+
+def plan_of(config: StudyConfig, out: Path):
+    return plan_study(config, out, file=out / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def patience() -> Iterator[None]:
+    """Make Ray wait longer for its own processes than by default, since other tests may take the cores."""
+    get_node = services.get_node
+
+    def get_node_at_last(address: str, node: str) -> dict:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return get_node(address, node)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(services, "get_node", get_node_at_last)
+        patch.setenv("RAY_agent_register_timeout_ms", str(1000 * PATIENCE_S))
+        patch.setenv("RAY_worker_register_timeout_seconds", str(PATIENCE_S))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # no token in this user's home
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster(patience: None) -> Iterator[Cluster]:
+    """Start a cluster whose only node has one core, as far as Ray knows."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield made
+    made.shutdown()
+
+
+def events_of(executor: RayExecutor, until: Callable[[list], object]) -> list:
+    """Return what happens until the condition holds of all that has happened."""
+    events: list = []
+    deadline = time.monotonic() + PATIENCE_S
+    while not until(events):
+        assert time.monotonic() < deadline, [event for event in events if not isinstance(event, RunProgress)]
+        event = executor.next_event(0.2)
+        events += [] if event is None else [event]
+    return events
+
+
+def of(events: list, kind: type, name: str | None = None) -> list:
+    return [one for one in events if isinstance(one, kind) and name in (None, one.run.spec.experiment.name)]
+
+
+def kinds_of(events: list, name: str) -> list[type]:
+    return [type(event) for event in of(events, object, name)]
+
+
+def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> None:
+    plan = plan_of(study(adalora=2, linear=100_000, lora=2), tmp_path)
+    expected = outcome_digest(run_one(plan.runs[0].spec).record)
+    with study_lock(tmp_path / "tiny"):
+        executor = open_executor("ray", plan, tmp_path, ray_address=cluster.address)
+        try:
+            for run in plan.runs:
+                executor.submit(run)
+            events = events_of(executor, lambda e: of(e, RunProgress, "linear"))
+            executor.stop()
+            events += events_of(executor, lambda e: of(e, RunInterrupted))
+            assert executor.next_event(0.5) is None
+        finally:
+            executor.close()
+        step = events[-1].step
+        assert step > 0
+        assert (tmp_path / "tiny" / "linear" / "seed_0" / f"checkpoint-{step}").is_dir()
+    assert kinds_of(events, "adalora") == [RunStarted, *8 * [RunProgress], RunEnded]
+    assert set(kinds_of(events, "linear")[1:-1]) == {RunProgress}
+    assert not kinds_of(events, "lora")  # what had not started was forgotten
+    assert outcome_digest(of(events, RunEnded)[0].record) == expected
+    assert of(events, RunEnded)[0].adapter
+    assert [one.progress.step for one in of(events, RunProgress, "adalora")] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert not ray.is_initialized()
+
+
+def test_two_nodes_of_which_one_is_lost(cluster: Cluster, cache: str, tmp_path: Path) -> None:
+    second = cluster.add_node(num_cpus=1)
+    plan = plan_of(study(linear=40, lora=40, adalora=2), tmp_path)
+    expected = {run.spec.run_id: outcome_digest(run_one(run.spec).record) for run in plan.runs}
+    told: list = []
+    there: dict[str, str] = {}  # run by the node that it started on
+
+    def lose_the_second_node(event: object) -> None:
+        told.append(event)
+        if isinstance(event, RunStarted):
+            there[event.worker.split()[-1]] = event.run.spec.run_id
+        on_second = there.get(second.node_id[:12])
+        if isinstance(event, RunProgress) and event.run.spec.run_id == on_second and second in cluster.worker_nodes:
+            cluster.remove_node(second, allow_graceful=False)
+
+    with study_lock(tmp_path / "tiny") as lock:
+        drive(
+            plan, lock, lambda: open_executor("ray", plan, tmp_path, ray_address=cluster.address), lose_the_second_node
+        )
+    assert len(there) == 2
+    (retried,) = of(told, RunRetried)
+    assert retried.run.spec.run_id == there[second.node_id[:12]]
+    assert retried.record.failure == "killed"
+    assert "node" in retried.record.error
+    again = told.index(retried)
+    steps = [one.progress.step for one in of(told[again:], RunProgress, retried.run.spec.experiment.name)]
+    assert steps[0] > 1  # it went on from a checkpoint
+    rows = Counter((row.run, row.event) for row in read_ledger(tmp_path / "tiny" / LEDGER_FILE).rows)
+    assert {run: number for (run, event), number in rows.items() if event == "done"} == {
+        "linear/seed_0": 1, "lora/seed_0": 1, "adalora/seed_0": 1,
+    }  # fmt: skip
+    assert sum(number for (_, event), number in rows.items() if event == "failed") == 1
+    assert {record.spec.run_id: outcome_digest(record) for record in read_records(tmp_path)} == expected
+
+
+def test_what_no_node_has_is_refused_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"^execution: a run asks for 1 CPUs, 3 GPUs and 0\.0 GB; the biggest node"):
+        RayExecutor(cluster.address, Need(1, gpus=3), tmp_path)
+    assert time.monotonic() - started < 30  # of which Ray takes a second to connect
+    assert not ray.is_initialized()
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from peft_vit.config import load_study
+from peft_vit.experiments import plan_study
+from peft_vit.experiments.events import RunStarted
+from peft_vit.experiments.executors.ray_cluster import Need, RayExecutor
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    executor = RayExecutor(sys.argv[2] if len(sys.argv) > 2 else None, Need(1), file.parent)
+    for run in plan_study(load_study(file), file.parent, file=file).runs:
+        executor.submit(run)
+    while True:
+        event = executor.next_event(1)
+        if isinstance(event, RunStarted):
+            print(event.worker, flush=True)
+"""
+STUDY = """
+{name: long, seeds: [0], threads: 1, device: cpu, backbone: {model: test_vit, weights: random},
+ data: {dataset: digits, image_size: 32, train_images: 24, validation_images: 20, test_images: 30},
+ training: {epochs: 100000, learning_rate: 1e-3}, experiments: [{name: linear, method: linear}]}
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_killed_driver_leaves_no_worker_behind(cluster: Cluster, cache: str, tmp_path: Path) -> None:
+    (tmp_path / "long.yaml").write_text(STUDY)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "long.yaml"), cluster.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        said = re.match(r"process (\d+) on ", driver.stdout.readline())
+        assert said is not None
+        worker = int(said[1])
+        assert alive(worker)
+        driver.kill()
+    deadline = time.monotonic() + 30
+    while alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(worker)

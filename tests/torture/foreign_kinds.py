@@ -1,0 +1,295 @@
+"""What is spoiled, how, and what the package then does with it: one function a kind of file.
+
+To add a kind, write a function that returns its targets, and name it in KINDS.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import mutations
+import numpy as np
+import onnx
+import study_kinds
+from kinds_of_files import Nasty, Target
+from mutations import Mutation
+from safetensors.torch import save
+from sound_files import CONFIGS, SIDE, SoundFiles
+
+from peft_vit.adapters.peft_files import doubts_about
+from peft_vit.analysis import analyze, load_studies
+from peft_vit.analysis.history import history_table
+from peft_vit.backbones import load_backbone
+from peft_vit.config import BackboneConfig, DataConfig, load_study
+from peft_vit.data import open_index
+from peft_vit.data.pixels import cached_pixels
+from peft_vit.data.splits import make_splits
+from peft_vit.deployment import low_bit_file, onnx_file, open_exported, predict_files
+from peft_vit.experiments import plan_study
+from peft_vit.experiments.export import open_model
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, read_record, run_folder
+
+
+def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """YAML of studies: the project's own, and small ones on every data set."""
+    folder = sound.inputs / "yaml"
+    folder.mkdir()
+    for source in (*CONFIGS.glob("*.yaml"), *(sound.inputs / "data").glob("*.yaml")):
+        (folder / source.name).write_bytes(source.read_bytes())
+    files = sorted(folder.iterdir())
+
+    def target(file: Path) -> Target:
+        def plan() -> None:
+            study = load_study(file)
+            for run in plan_study(study, sound.out, file=file, smoke=True).runs:
+                assert run_folder(sound.out, run.spec).is_relative_to(sound.out)
+
+        spoil = (mutations.of_lines(nasty.texts), mutations.of_lines(nasty.texts), nasty.of_bytes(*files))
+        return Target(file, spoil, plan, ("plan", file, "--smoke", "--output-dir", sound.out), places=True)
+
+    return [target(file) for file in files]
+
+
+def records(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """record.json, read for reports and for predictions."""
+
+    def analysis(file: Path) -> Callable[[], object]:
+        def read() -> None:
+            read_record(file)
+            for study in load_studies(sound.results):
+                analyze(study)
+            history_table(sound.results)
+
+        return read
+
+    targets = []
+    for name in ("plain", "adaptive", "quantized"):
+        file = sound.run(name) / RECORD_FILE
+        spoil = (mutations.of_json(nasty.texts), mutations.of_json(nasty.texts), nasty.of_bytes())
+        targets += [
+            Target(file, spoil, analysis(file), ("report", sound.results, "--output-dir", sound.out), places=True),
+            Target(file, spoil, predicting(sound, file.parent), ("predict", file.parent, sound.image), places=True),
+        ]
+    return targets
+
+
+def predicting(sound: SoundFiles, model: Path, weights: str | None = None) -> Callable[[], object]:
+    """Return a call that opens a model and predicts an image with it."""
+    return lambda: list(predict_files(open_model(model, weights), [sound.image]))
+
+
+def adapters(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """adapter.safetensors of a run, whose record is made to bear its hash."""
+
+    def target(folder: Path) -> Target:
+        record = json.loads((folder / RECORD_FILE).read_text())
+
+        def believed(content: bytes) -> dict[Path, bytes]:
+            signed = {**record, "adapter_sha256": hashlib.sha256(content).hexdigest()}
+            return {folder / RECORD_FILE: json.dumps(signed).encode()}
+
+        spoil = (mutations.of_safetensors(nasty.texts), nasty.of_bytes())
+        command = ("predict", folder, sound.image)
+        return Target(folder / ADAPTER_FILE, spoil, predicting(sound, folder), command, believed)
+
+    return [target(sound.run(name)) for name in ("plain", "adaptive", "quantized")]
+
+
+def models(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """What `peft-vit export` writes, signed again after the change."""
+    targets = []
+    low_bit = sound.inputs / "model.safetensors"
+    inner = (mutations.of_safetensors(nasty.texts), nasty.of_bytes())
+    spoil = (*(_signed(mutation, _sign_low_bit) for mutation in inner), *inner)
+    targets.append(Target(low_bit, spoil, predicting(sound, low_bit), ("predict", low_bit, sound.image)))
+    by_onnx = sound.inputs / "model.onnx"
+    if by_onnx.exists():
+        inner = (_in_onnx_card(nasty), nasty.of_bytes())
+        spoil = (*(_signed(mutation, _sign_onnx) for mutation in inner), nasty.of_bytes())
+        targets.append(Target(by_onnx, spoil, predicting(sound, by_onnx), ("predict", by_onnx, sound.image)))
+    folder, weights = sound.inputs / "peft", str(sound.inputs / "weights.safetensors")
+
+    def open_peft() -> None:
+        classifier = open_exported(folder, weights)
+        doubts_about(folder, "test_vit", "weights", None, ["a"])
+        list(predict_files(classifier, [sound.image]))
+
+    command = ("predict", folder, sound.image, "--weights", weights)
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".json":
+            ways: tuple[Mutation, ...] = (mutations.of_json(nasty.texts), nasty.of_bytes())
+        else:
+            ways = (mutations.of_safetensors(nasty.texts), nasty.of_bytes())
+        targets.append(Target(file, ways, open_peft, command))
+    return targets
+
+
+def _signed(mutation: Mutation, sign: Callable[[bytes], bytes]) -> Mutation:
+    def mutate(rng: Random, content: bytes) -> bytes:
+        content = mutation(rng, content)
+        try:
+            return sign(content)
+        except Exception:  # so broken that nobody can sign it: it goes as it is
+            return content
+
+    return mutate
+
+
+def _sign_low_bit(content: bytes) -> bytes:
+    size = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+    header = low_bit_file._Header.model_validate_json(metadata[low_bit_file.HEADER])
+    import safetensors.torch
+
+    tensors = safetensors.torch.load(content)
+    header = header.model_copy(update={"sha256": low_bit_file._digest(header, tensors)})
+    return bytes(save(tensors, metadata={**metadata, low_bit_file.HEADER: header.model_dump_json()}))
+
+
+def _sign_onnx(content: bytes) -> bytes:
+    proto = onnx.load_from_string(content)
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    header = onnx_file._Header.model_validate_json(metadata[onnx_file.HEADER])
+    header = header.model_copy(update={"sha256": onnx_file._digest(header.card, proto)})
+    proto.metadata_props.add(key=onnx_file.HEADER, value=header.model_dump_json())
+    return bytes(proto.SerializeToString())
+
+
+def _in_onnx_card(nasty: Nasty) -> Mutation:
+    def mutate(rng: Random, content: bytes) -> bytes:
+        proto = onnx.load_from_string(content)
+        for entry in proto.metadata_props:
+            changed = mutations.changed_value(rng, json.loads(entry.value), nasty.texts)
+            entry.value = json.dumps(changed)
+        return bytes(proto.SerializeToString())
+
+    return mutate
+
+
+def weights(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """Weights of a backbone, as safetensors and as .pth."""
+
+    def target(file: Path, *spoil: Mutation) -> Target:
+        config = BackboneConfig(model="test_vit", weights="file", file=str(file))
+        command = ("predict", sound.inputs / "peft", sound.image, "--weights", file)
+        return Target(file, spoil, lambda: load_backbone(config, image_size=SIDE, num_classes=3, seed=0), command)
+
+    return [
+        target(sound.inputs / "weights.safetensors", mutations.of_safetensors(nasty.texts), nasty.of_bytes()),
+        target(
+            sound.inputs / "weights.pth", _in_zip(nasty.of_bytes(), "data.pkl", zipfile.ZIP_STORED), nasty.of_bytes()
+        ),
+    ]
+
+
+def _in_zip(inner: Mutation, ending: str = "", method: int = zipfile.ZIP_DEFLATED) -> Mutation:
+    """Return a mutation of one member of a zip, or of its name."""
+
+    def mutate(rng: Random, content: bytes) -> bytes:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+        index = rng.choice([index for index, (name, _) in enumerate(members) if name.endswith(ending)])
+        name, data = members[index]
+        if rng.random() < 0.8:
+            members[index] = (name, inner(rng, data))
+        else:
+            members[index] = (inner(rng, name.encode()).decode(errors="replace")[:60_000] or "x", data)
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", method) as archive:
+            for name, data in members:
+                archive.writestr(zipfile.ZipInfo(name), data, compress_type=method)
+        return stream.getvalue()
+
+    return mutate
+
+
+def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """Archives, tables and packed arrays of every data set, and single images."""
+    plain = nasty.of_bytes()
+    packed = mutations.within(gzip.decompress, lambda content: gzip.compress(content, 1), plain)
+    lines = mutations.of_lines(nasty.texts)
+    folder = sound.inputs / "data"
+    images = sound.inputs / "images"
+    files: list[tuple[str, Path, tuple[Mutation, ...]]] = [
+        ("elpv", next((folder / "elpv").iterdir()), (_in_zip(plain), _in_zip(lines, "labels.csv"), plain)),
+        ("image-folder", folder / "images.zip", (_in_zip(plain), plain)),
+        ("csv", folder / "csv" / "images.csv", (lines, plain)),
+        ("tiny-imagenet", folder / "tiny-imagenet" / "words.txt", (lines, plain)),
+        ("tiny-imagenet", folder / "tiny-imagenet" / "val" / "val_annotations.txt", (lines, plain)),
+        *(
+            (name, next((folder / name).iterdir()), (packed, plain)) for name in ("cifar10", "cifar100")
+        ),
+        *(("fashion-mnist", file, (packed, plain)) for file in sorted((folder / "fashion-mnist").iterdir())),
+    ]  # fmt: skip
+    targets = [
+        Target(
+            file, spoil, _decoding(name, _path_of(folder / f"{name}.yaml")),
+            ("plan", folder / f"{name}.yaml", "--output-dir", sound.out),
+        )
+        for name, file, spoil in files
+    ]  # fmt: skip
+    for image in sorted((images / "class_0").iterdir())[:5]:
+        others = [file for file in images.rglob("*.*") if file.suffix != image.suffix]
+        ways = [nasty.of_bytes(*others[:3])]
+        if image.suffix == ".png":
+            ways.append(mutations.of_png(plain))
+        model = sound.inputs / "model.safetensors"
+        targets.append(Target(image, tuple(ways), _decoding("image-folder", images), ("predict", model, image)))
+    return targets
+
+
+def _path_of(configuration: Path) -> Path:
+    return Path(json.loads(configuration.read_text())["data"]["path"])
+
+
+def _decoding(name: Any, path: Path) -> Callable[[], object]:
+    """Return a call that opens a data set, splits it, and decodes a few of its images."""
+    config = DataConfig(dataset=name, path=str(path), image_size=14, validation_images=6, test_images=6)
+
+    def read() -> None:
+        index = open_index(config)
+        make_splits(index, config, 0)
+        pixels = cached_pixels(index, np.arange(min(8, len(index.labels))), 14)
+        assert pixels.dtype == np.uint8
+
+    return read
+
+
+def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """Files of the package's own cache: decoded images and remembered hashes."""
+    read = _decoding("image-folder", sound.inputs / "images")
+    read()
+    command = ("plan", sound.inputs / "data" / "image-folder.yaml", "--output-dir", sound.out)
+    folders = (sound.cache / "pixels", sound.cache / "hashes")
+    return [
+        Target(file, (nasty.of_bytes(),), read, command)
+        for folder in folders
+        for file in [min(folder.iterdir(), key=lambda file: file.stat().st_mtime)]
+    ]
+
+
+KINDS: dict[str, Callable[[SoundFiles, Nasty], list[Target]]] = {
+    "configuration": configurations,
+    "record": records,
+    "adapter": adapters,
+    "exported model": models,
+    "weights": weights,
+    "data set": data_sets,
+    "cache": caches,
+    "ledger": study_kinds.ledgers,
+    "checkpoint": study_kinds.checkpoints,
+}
+
+
+def check_sound(targets: list[Target]) -> None:
+    """Open every target as it is: what is spoiled has to be sound before."""
+    for target in targets:
+        target.open()

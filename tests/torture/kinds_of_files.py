@@ -1,0 +1,55 @@
+"""What a kind of file is to the torture tests: a sound file, ways to spoil it, and what the package does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mutations
+from mutations import Mutation
+
+
+@dataclass(frozen=True)
+class Target:
+    """A sound file to spoil.
+
+    Attributes:
+        file: which.
+        spoil: ways to do it; one is drawn.
+        open: what the package does with it; may raise UserError and nothing else.
+        command: the same through the command line.
+        believed: what else changes with the content, so that hashes do not give it away at once.
+        places: whether a refusal has to name a field or a line, beside the file.
+        prepare: what the command needs, called when the file is spoiled.
+    """
+
+    file: Path
+    spoil: tuple[Mutation, ...]
+    open: Callable[[], object]
+    command: tuple[object, ...]
+    believed: Callable[[bytes], dict[Path, bytes]] = lambda _: {}
+    places: bool = False
+    prepare: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Nasty:
+    """What mutations put into files: texts, and the same as bytes."""
+
+    texts: tuple[str, ...]
+
+    @property
+    def tokens(self) -> tuple[bytes, ...]:
+        """Return the texts as bytes, and some that are no text."""
+        return (
+            *(text.encode(errors="surrogatepass") for text in self.texts),
+            b"\0",
+            b"\xff" * 8,
+            b"\x80\x04\x95",
+            b"PK\3\4",
+        )
+
+    def of_bytes(self, *others: Path) -> Mutation:
+        """Return a mutation of bytes."""
+        return mutations.of_bytes(self.tokens, [other.read_bytes() for other in others])

@@ -1,0 +1,373 @@
+"""Spoil sound files in thousands of ways, and see that each is read or refused in one line, and does nothing else.
+
+    .venv/bin/python tests/torture/mutated_files.py --trials 10000 --commands 100    as `make torture` does
+    .venv/bin/python tests/torture/mutated_files.py --only record:1:4711             one case again, with its traceback
+
+A case has passed if reading the spoiled file ends in seconds, well or with a UserError that is one line and names the
+file (and, in configurations and records, the field or the line), if no program was started, no address asked and
+nothing written outside of the folders that were given, and if memory has not grown by a gigabyte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROMISE = "mutated files are read or refused"
+HERE = Path(__file__).resolve().parent
+CASE_S = 60.0  # after which a case counts as hanging; the machine may be busy
+COMMAND_S = 300.0
+_CLEARED_EVERY = 100  # cases, of the cache that they fill
+
+
+@dataclass
+class Outcomes:
+    """Counts by kind, and what failed."""
+
+    trials: Counter[str] = field(default_factory=Counter)
+    read: Counter[str] = field(default_factory=Counter)  # of them, those that the package took
+    faults: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, fault: str | None, *, read: bool = False) -> None:
+        """Count a case."""
+        self.trials[kind] += 1
+        self.read[kind] += read
+        if fault is not None:
+            self.faults.setdefault(kind, []).append(fault)
+
+
+# --- in process: a child does the cases and says what came out, a parent sees to it that it says so -------------------
+
+
+def in_process(trials: int, seed: int, *, first: int = 0, onnx: bool = True, kinds: Sequence[str] = ()) -> Outcomes:
+    """Do cases first .. first + trials - 1 in child processes, and count what came out."""
+    outcomes = Outcomes()
+    case, end = first, first + trials
+    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
+        while case < end:
+            place = Path(folder) / f"from-{case}"
+            options = ["--kinds", *kinds] if kinds else []
+            options += [] if onnx else ["--without-onnx"]
+            command = [
+                sys.executable,
+                __file__,
+                "--child",
+                str(place),
+                str(case),
+                str(end),
+                "--seed",
+                str(seed),
+                *options,
+            ]
+            case = _follow(command, case, outcomes)
+    return outcomes
+
+
+def _follow(command: list[str], case: int, outcomes: Outcomes) -> int:
+    """Read what a child says until it ends; return the case to go on from."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        complaints: list[str] = []
+        drain = threading.Thread(target=lambda: complaints.extend(child.stderr or ()))
+        drain.start()
+        kind = "?"
+        deadline = threading.Timer(10 * CASE_S, child.kill)  # it makes its files first
+        deadline.start()
+        for line in child.stdout:
+            deadline.cancel()
+            said = json.loads(line)
+            if "begins" in said:
+                kind = said["begins"]
+            else:
+                outcomes.add(kind, said["fault"], read=said["read"])
+                if said["fault"] is not None:
+                    print(said["fault"], file=sys.stderr, flush=True)
+                case += 1
+            deadline = threading.Timer(CASE_S, child.kill)
+            deadline.start()
+        deadline.cancel()
+        code = child.wait()
+        drain.join()
+    if code != 0:
+        if kind == "?":
+            raise RuntimeError(f"the sound files could not be made:\n{''.join(complaints)[-4000:]}")
+        outcomes.add(kind, f"case {case}: the process ended with {code}: {''.join(complaints)[-500:]}")
+        case += 1
+    return case
+
+
+def _child(root: Path, first: int, end: int, seed: int, *, onnx: bool, kinds: Sequence[str]) -> None:
+    """Do cases, and say before and after each what it is and what came out."""
+    cases = Cases(root, seed, onnx=onnx, kinds=kinds)
+    for number in range(first, end):
+        kind = cases.kind(number)
+        print(json.dumps({"begins": kind}), flush=True)
+        fault, read = cases.do(number)
+        print(json.dumps({"fault": fault, "read": read}), flush=True)
+
+
+class Cases:
+    """Spoiled files by number: what case 17 does follows from the seed and 17 alone."""
+
+    def __init__(self, root: Path, seed: int, *, onnx: bool, kinds: Sequence[str] = (), watched: bool = True) -> None:
+        import foreign_kinds
+        import guard
+        import mutations
+        import sound_files
+
+        self.sound = sound_files.make_sound_files(root, onnx=onnx)
+        self._seed = seed
+        nasty = foreign_kinds.Nasty(mutations.nasty_texts(str(self.sound.outside), str(self.sound.marker)))
+        chosen = {name: make for name, make in foreign_kinds.KINDS.items() if not kinds or name in kinds}
+        self.targets = {name: make(self.sound, nasty) for name, make in chosen.items()}
+        for targets in self.targets.values():
+            foreign_kinds.check_sound(targets)
+        os.chdir(self.sound.root / "tmp")
+        self._seen: list[str] = []
+        if watched:
+            guard.install([self.sound.root], self._seen.append)
+        self._memory_kb = 0
+
+    def kind(self, number: int) -> str:
+        """Return the kind of a case."""
+        names = list(self.targets)
+        return names[number % len(names)]
+
+    @contextmanager
+    def spoiled(self, kind: str, number: int) -> Iterator[Target]:  # noqa: F821
+        """Put a spoiled file in its place for a while."""
+        rng = random.Random(f"{self._seed}/{kind}/{number}")
+        target = rng.choice(self.targets[kind])
+        before = {target.file: target.file.read_bytes()}
+        content = rng.choice(target.spoil)(rng, before[target.file])
+        after = {target.file: content, **target.believed(content)}
+        before |= {file: file.read_bytes() for file in after}
+        try:
+            for file, changed in after.items():
+                file.write_bytes(changed)
+            yield target
+        finally:
+            for file, sound in before.items():
+                file.write_bytes(sound)
+
+    def do(self, number: int) -> tuple[str | None, bool]:
+        """Do a case; return its fault, if it has one, and whether the package took the file."""
+        name = f"{self.kind(number)}:{self._seed}:{number}"
+        if number % _CLEARED_EVERY == 0:
+            self._clear()
+        with self.spoiled(self.kind(number), number) as target:
+            self._seen.clear()
+            started = time.monotonic()
+            fault, read = _judged(target)
+            seconds = time.monotonic() - started
+            seen = list(self._seen)
+        memory_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if self._memory_kb and memory_kb - self._memory_kb > 1 << 20:
+            fault = fault or f"took {(memory_kb - self._memory_kb) >> 10} MiB of memory"
+        self._memory_kb = memory_kb
+        if seconds > CASE_S / 2:
+            fault = fault or f"took {seconds:.0f} s"
+        if any(self.sound.outside.iterdir()):
+            fault = f"something was made outside: {[path.name for path in self.sound.outside.iterdir()]}"
+            shutil.rmtree(self.sound.outside)
+            self.sound.outside.mkdir()
+        fault = fault or (f"did {seen[:3]}" if seen else None)
+        return (None if fault is None else f"{name}: {target.file.name}: {fault}"), read
+
+    def _clear(self) -> None:
+        keep = {target.file for targets in self.targets.values() for target in targets}
+        for folder in ("pixels", "hashes", "unpacked"):
+            for path in (self.sound.cache / folder).rglob("*"):
+                if path.is_file() and path not in keep:
+                    path.unlink()
+
+
+def _judged(target: Target) -> tuple[str | None, bool]:  # noqa: F821
+    """Return what is wrong with the way a spoiled file was taken, and whether it was."""
+    from peft_vit.errors import UserError
+
+    try:
+        target.open()
+    except UserError as error:
+        return fault_of(str(error), target.file, places=target.places, field=error.field), False
+    except Exception:
+        return traceback.format_exc()[-3000:], False
+    return None, True
+
+
+def fault_of(line: str, file: Path, *, places: bool, field: str | None = None) -> str | None:
+    """Return what a refusal lacks: it is one printable line that names the file or its folder, and often the place."""
+    if not line.isprintable() or len(line) > 4000:
+        return f"says {line[:300]!r}"
+    named = {
+        str(file),
+        file.name,
+        str(file.parent),
+        str(file.parent.parent),
+        str(file.parents[2]),
+        str(file.parents[3]),
+    }
+    if not any(name in line for name in named):
+        return f"does not name the file: {line[:500]}"
+    place = field is not None or re.search(r":\d+: |line \d+|: [\w.\[\]]+: ", line)
+    if (
+        places
+        and not place
+        and not re.search("larger than|expected a mapping|more than|Expecting|readable|deeper", line)
+    ):
+        return f"names neither field nor line: {line[:500]}"
+    return None
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def by_command(trials: int, seed: int, *, first: int = 0, onnx: bool = True, kinds: Sequence[str] = ()) -> Outcomes:
+    """Do cases through the real command line, each a process of its own that is watched from inside and outside."""
+    outcomes = Outcomes()
+    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
+        cases = Cases(Path(folder) / "files", seed, onnx=onnx, kinds=kinds, watched=False)
+        hook = Path(folder) / "hook"
+        hook.mkdir()
+        (hook / "sitecustomize.py").write_text(
+            f"import sys\nsys.path.append({str(HERE)!r})\nimport guard\n"
+            "sys.path.pop()\nguard.install_from_environment()\n"
+        )
+        trap = _trap(Path(folder) / "files" / "tmp" / "here", cases.sound.marker)
+        for number in range(first, first + trials):
+            with cases.spoiled(cases.kind(number), number) as target:
+                fault, read = _commanded(cases, target, hook, trap)
+            if fault is not None:
+                fault = f"{cases.kind(number)}:{seed}:{number}: {' '.join(map(str, target.command))}: {fault}"
+                print(fault, file=sys.stderr, flush=True)
+            outcomes.add(cases.kind(number), fault, read=read)
+    return outcomes
+
+
+def _trap(folder: Path, marker: Path) -> Path:
+    """Return a folder to work in whose files would be run by whoever looks for modules there."""
+    folder.mkdir()
+    for name in ("pickle", "yaml", "torch", "tempfile", "struct", "selectors", "sitecustomize", "usercustomize"):
+        (folder / f"{name}.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+    return folder
+
+
+def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> tuple[str | None, bool]:  # noqa: F821
+    import guard
+
+    sound = cases.sound
+    log = hook / "log"
+    log.write_text("")
+    before = _fingerprint(sound.inputs)
+    environment = {**os.environ, **sound.environment(), **guard.environment([*sound.writable, hook], log)}
+    command = [str(Path(sys.executable).with_name("peft-vit")), *map(str, target.command)]
+    target.prepare()
+    try:
+        done = subprocess.run(
+            command, cwd=trap, env={**environment, "PYTHONPATH": str(hook)}, capture_output=True, text=True,
+            errors="backslashreplace", timeout=COMMAND_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"took more than {COMMAND_S:.0f} s", False
+    fault = None
+    lines = done.stderr.strip().splitlines()
+    refused = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if "Traceback" in done.stderr or done.returncode not in (0, 1, 2):
+        fault = f"exit code {done.returncode}: {done.stderr[-3000:]}"
+    elif done.returncode and not refused:
+        fault = f"exit code {done.returncode} without a reason: {done.stderr[-500:]}"
+    elif done.returncode:
+        fault = fault_of(refused[-1], target.file, places=target.places)
+    if _fingerprint(sound.inputs) != before:
+        fault = "its input was changed"
+    if log.read_text():
+        fault = f"did {log.read_text()[:1000]}"
+    if any(sound.outside.iterdir()):
+        fault = f"something was made outside: {[path.name for path in sound.outside.iterdir()]}"
+        shutil.rmtree(sound.outside)
+        sound.outside.mkdir()
+    return fault, done.returncode == 0
+
+
+def _fingerprint(folder: Path) -> list[tuple[str, int, int]]:
+    files = ((str(path), path.lstat()) for path in sorted(folder.rglob("*")))
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+
+
+# --- the tool itself --------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=0, help="in process")
+    parser.add_argument("--commands", type=int, default=0, help="through the command line")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the clock, so that calls add up")
+    parser.add_argument("--kinds", nargs="+", default=[], help="only these")
+    parser.add_argument("--without-onnx", action="store_true", help="make no ONNX file, which takes seconds")
+    parser.add_argument("--only", metavar="KIND:SEED:NUMBER", help="one case again, in this process")
+    parser.add_argument("--dry", action="store_true", help="keep no results")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child:
+        root, first, end = asked.child
+        _child(Path(root), int(first), int(end), asked.seed, onnx=not asked.without_onnx, kinds=asked.kinds)
+    elif asked.only:
+        kind, seed, number = asked.only.rsplit(":", 2)
+        _again(kind, int(seed), int(number), onnx=not asked.without_onnx)
+    else:
+        _all(asked)
+
+
+def _again(kind: str, seed: int, number: int, *, onnx: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
+        cases = Cases(Path(folder) / "files", seed, onnx=onnx, kinds=[kind], watched=False)
+        with cases.spoiled(kind, number) as target:
+            kept = Path(tempfile.mkdtemp(prefix="peft-vit-case-")) / target.file.name
+            shutil.copy(target.file, kept)
+            print(f"{target.file}, kept as {kept}\n{' '.join(map(str, target.command))}")
+            target.open()
+
+
+def _all(asked: argparse.Namespace) -> None:
+    failed = 0
+    for count, way, do in (
+        (asked.trials, "in process", in_process),
+        (asked.commands, "through the command line", by_command),
+    ):
+        if not count:
+            continue
+        outcomes = do(count, asked.seed, onnx=not asked.without_onnx, kinds=asked.kinds)
+        for kind, trials in sorted(outcomes.trials.items()):
+            faults = outcomes.faults.get(kind, [])
+            failed += len(faults)
+            print(f"{kind}, {way}: {trials - len(faults)} of {trials} passed, {outcomes.read[kind]} were read")
+            if not asked.dry:
+                import torture_results
+
+                torture_results.add(
+                    PROMISE, f"{kind}, {way}", trials=trials, passed=trials - len(faults), faults=faults
+                )
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Sound files made unsound: bits, bytes and pieces at random, and values in structures replaced by nasty ones.
+
+Whatever is drawn comes from the generator that is handed in, so that a case can be made again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+Mutation = Callable[[Random, bytes], bytes]
+
+
+def nasty_texts(outside: str, marker: str) -> tuple[str, ...]:
+    """Return texts that lead out, run something, or mean something to what may read them.
+
+    Args:
+        outside: a folder in which nothing may appear.
+        marker: a folder that comes to be if one of them is run.
+    """
+    return (
+        "../../../../escaped", f"{outside}/escaped", "/etc/passwd", "/dev/zero", "~root", "..", ".", "", " ", "-rf",
+        "CON", "a/b", "a\\b", "a\0b", "x" * 300, "x" * 70_000, "\x1b]0;x\x07", "\x1b[2J", "\x9b31m", "\u202egnp",
+        "two\nlines", "\ud800", "\ufeff", "é", "日本語", "null", "true", "NaN", "-Infinity", "1e999", "0x10", "1_000",
+        "09", "9" * 5000, "${HOME}", f"$(mkdir {marker})", f"`mkdir {marker}`", f"; mkdir {marker}",
+        "{{ 7 * 7 }}", "%s%n", "=1+1", "*a", "&a b",
+        f"!!python/object/apply:os.mkdir [{marker}]", f"!!python/object/new:os.mkdir [{marker}]",
+        "<script>x()</script>",
+        f"__import__('os').mkdir('{marker}')", f"cos\nmkdir\n(V{marker}\ntR.", "hf-hub:somebody/model",
+        "local-dir:/tmp",
+        "__class__", "__proto__", "file:///etc/passwd", "http://127.0.0.1:9/x", "\\\\server\\share", "<<", "? :",
+        "---", "[",
+    )  # fmt: skip
+
+
+NASTY_VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2, 10**9, 2**31, 2**63, -(2**63), 10**400, 0.0, -0.0, 1e-300, 1e308, 0.5, float("nan"),
+    float("inf"), [], {}, [[]], [None], {"": None}, {"a": {"a": {}}},
+)  # fmt: skip
+
+
+def of_bytes(tokens: Sequence[bytes], others: Sequence[bytes] = ()) -> Mutation:
+    """Return a mutation that knows nothing of what it changes: one to four changes, one after the other.
+
+    Args:
+        tokens: what to insert and to overwrite with.
+        others: sound files of the same kind, to splice in.
+    """
+
+    def change(rng: Random, content: bytes) -> bytes:
+        place = rng.randrange(len(content) + 1)
+        end = min(len(content), place + rng.choice((1, 2, 4, 8, 64, 1024)))
+        match rng.randrange(9):
+            case 0 | 1 if content:
+                place = rng.randrange(len(content))
+                return content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1 :]
+            case 2:
+                return content[:place]
+            case 3:
+                return content[:place] + content[end:]
+            case 4:
+                return content[:end] + content[place:]
+            case 5:
+                return content[:place] + rng.choice(tokens) + content[place:]
+            case 6:
+                return content[:place] + rng.choice(tokens) + content[place + 8 :]
+            case 7:
+                width = rng.choice((1, 2, 4, 8))
+                number = rng.choice((0, 1, 2 ** (8 * width) - 1, 2 ** (8 * width - 1), rng.randrange(256)))
+                return (
+                    content[:place] + number.to_bytes(width, rng.choice(("little", "big"))) + content[place + width :]
+                )
+            case _ if others:
+                other = rng.choice(others)
+                cut = rng.randrange(len(other) + 1)
+                return content[:place] + other[cut:]
+        return content + rng.randbytes(16)
+
+    def mutate(rng: Random, content: bytes) -> bytes:
+        for _ in range(rng.choice((1, 1, 1, 2, 4))):
+            content = change(rng, content)
+        return content
+
+    return mutate
+
+
+def of_json(texts: Sequence[str]) -> Mutation:
+    """Return a mutation of JSON that stays JSON: a value, a key, an item or a whole part is another one."""
+
+    def mutate(rng: Random, content: bytes) -> bytes:
+        data = json.loads(content)
+        for _ in range(rng.choice((1, 1, 2))):
+            data = changed_value(rng, data, texts)
+        return json.dumps(data).encode()
+
+    return mutate
+
+
+def changed_value(rng: Random, data: Any, texts: Sequence[str]) -> Any:
+    """Return plain values with one change somewhere in them."""
+    data = copy.deepcopy(data)
+    holder, node = None, data
+    while isinstance(node, dict | list) and node and (holder is None or rng.random() < 0.85):
+        key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+        holder, node = (node, key), node[key]
+    if holder is None:
+        return rng.choice(NASTY_VALUES)
+    parent, key = holder
+    other = rng.choice(texts) if rng.random() < 0.4 else copy.deepcopy(rng.choice(NASTY_VALUES))
+    match rng.randrange(8):
+        case 0:
+            del parent[key]
+        case 1 if isinstance(parent, dict):
+            parent[rng.choice(texts)] = parent.pop(key)
+        case 2 if isinstance(parent, dict):
+            parent[rng.choice(texts)] = copy.deepcopy(node)
+        case 3 if isinstance(parent, list):
+            parent.insert(key, copy.deepcopy(node))
+        case 4 if isinstance(node, str) and node:
+            cut = rng.randrange(len(node) + 1)
+            parent[key] = node[:cut] + rng.choice(("", "x", "é", "\n", "0")) + node[cut + 1 :]
+        case 5 if type(node) in (int, float):
+            parent[key] = rng.choice((node + 1, node - 1, -node, node * 10**6, node / 2, str(node)))
+        case _:
+            parent[key] = other
+    return data
+
+
+def of_lines(texts: Sequence[str]) -> Mutation:
+    """Return a mutation of YAML or CSV by its lines: values replaced, lines moved, doubled, indented, dropped."""
+
+    def mutate(rng: Random, content: bytes) -> bytes:
+        lines = content.decode().split("\n")
+        for _ in range(rng.choice((1, 1, 2))):
+            place = rng.randrange(len(lines))
+            line = lines[place]
+            separator = ":" if ":" in line else ","
+            match rng.randrange(8):
+                case 0 | 1 | 2:
+                    head, _, _ = line.partition(separator)
+                    lines[place] = f"{head}{separator} {rng.choice(texts)}"
+                case 3:
+                    lines.insert(rng.randrange(len(lines) + 1), line)
+                case 4:
+                    del lines[place]
+                    lines = lines or [""]
+                case 5:
+                    lines[place] = rng.choice((" ", "  ", "\t", "- ", "")) + line.lstrip(rng.choice((" ", "- ")))
+                case 6:
+                    lines.insert(place, rng.choice(texts))
+                case _:
+                    words = line.split(" ")
+                    words[rng.randrange(len(words))] = rng.choice(texts)
+                    lines[place] = " ".join(words)
+        return "\n".join(lines).encode(errors="surrogatepass")
+
+    return mutate
+
+
+def of_safetensors(texts: Sequence[str]) -> Mutation:
+    """Return a mutation of a safetensors file's header, its JSON metadata included, that leaves the rest in place."""
+
+    def mutate(rng: Random, content: bytes) -> bytes:
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        metadata = header.get("__metadata__", {})
+        if metadata and rng.random() < 0.7:
+            key = rng.choice(list(metadata))
+            try:
+                metadata[key] = json.dumps(changed_value(rng, json.loads(metadata[key]), texts))
+            except ValueError:
+                metadata[key] = rng.choice(texts)
+        else:
+            header = changed_value(rng, header, texts)
+        encoded = json.dumps(header).encode()
+        return len(encoded).to_bytes(8, "little") + encoded + content[8 + size :]
+
+    return mutate
+
+
+def of_json_lines(texts: Sequence[str], sign: Callable[[Any], Any]) -> Mutation:
+    """Return a mutation of one line of JSON among several, or of their order; `sign` makes a line believed."""
+
+    def mutate(rng: Random, content: bytes) -> bytes:
+        lines = content.splitlines(keepends=True)
+        place = rng.randrange(len(lines))
+        match rng.randrange(6):
+            case 0:
+                lines.insert(rng.randrange(len(lines) + 1), lines[place])
+            case 1:
+                del lines[place]
+            case 2:
+                lines[place] = changed_line(rng, lines[place], lambda data: data)
+            case _:
+                lines[place] = changed_line(rng, lines[place], sign)
+        return b"".join(lines)
+
+    def changed_line(rng: Random, line: bytes, finish: Callable[[Any], Any]) -> bytes:
+        return json.dumps(finish(changed_value(rng, json.loads(line), texts))).encode() + b"\n"
+
+    return mutate
+
+
+def of_png(inner: Mutation) -> Mutation:
+    """Return a mutation of one chunk of a PNG, whose checksum is made to fit again."""
+
+    def mutate(rng: Random, content: bytes) -> bytes:
+        chunks, place = [], 8
+        while place + 8 <= len(content):
+            (size,) = struct.unpack(">I", content[place : place + 4])
+            chunks.append((content[place + 4 : place + 8], content[place + 8 : place + 8 + size]))
+            place += 12 + size
+        index = rng.randrange(len(chunks))
+        kind, data = chunks[index]
+        chunks[index] = (kind, inner(rng, data))
+        body = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+        return content[:8] + b"".join(body)
+
+    return mutate
+
+
+def within(unwrap: Callable[[bytes], bytes], wrap: Callable[[bytes], bytes], inner: Mutation) -> Mutation:
+    """Return a mutation of what a file holds packed."""
+    return lambda rng, content: wrap(inner(rng, unwrap(content)))

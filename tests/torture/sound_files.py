@@ -1,0 +1,226 @@
+"""Sound files of every kind that the package reads, made by the package itself: what the torture tests then spoil."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from peft_vit.config import load_study
+from peft_vit.data import synthetic
+from peft_vit.experiments.export import export_run_to_file, export_run_to_peft
+from peft_vit.experiments.ledger import run_name
+from peft_vit.experiments.lock import study_lock
+from peft_vit.experiments.plan import Plan, plan_study
+from peft_vit.experiments.run import run_one
+from peft_vit.experiments.store import StudyStore
+from peft_vit.experiments.study_file import study_file, write_study_file
+from peft_vit.records import run_folder
+from peft_vit.training import Checkpoints, Interrupted
+
+SIDE = 32
+CONFIGS = Path(__file__).resolve().parents[2] / "experiments" / "configs"
+_EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "plain": {"method": "lora", "lora": {"rank": 2}},
+    "adaptive": {
+        "method": "adalora",
+        "adalora": {
+            "total_rank_budget": 40, "allocation_strategy": "top_k", "importance_metric": "sensitivity",
+            "update_frequency": 1, "warmup_steps": 1, "final_steps": 1,
+        },
+    },
+    "quantized": {
+        "method": "qa_lora",
+        "qa_lora": {
+            "quantization_bits": 4, "quantization_type": "int4", "quantization_schedule": "constant",
+            "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 2,
+        },
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SoundFiles:
+    """Where everything lies.
+
+    Attributes:
+        root: holds all of it; `inputs` are read, `out`, `cache`, `home` and `temporary` may be written to, nothing may
+            ever appear in `outside`.
+    """
+
+    root: Path
+
+    @property
+    def inputs(self) -> Path:
+        """Return what is read, and must stay as it is."""
+        return self.root / "in"
+
+    @property
+    def out(self) -> Path:
+        """Return what is given as --output-dir."""
+        return self.root / "out"
+
+    @property
+    def cache(self) -> Path:
+        """Return the package's cache."""
+        return self.root / "cache"
+
+    @property
+    def outside(self) -> Path:
+        """Return the folder that malicious names and programs are after."""
+        return self.root / "outside"
+
+    @property
+    def marker(self) -> Path:
+        """Return the folder that comes to be if a file's code is run."""
+        return self.outside / "ran"
+
+    @property
+    def writable(self) -> tuple[Path, ...]:
+        """Return the folders that may be written to."""
+        return (self.out, self.cache, self.root / "home", self.root / "tmp")
+
+    @property
+    def results(self) -> Path:
+        """Return the directory of three finished runs of the study `tiny`."""
+        return self.inputs / "results"
+
+    @property
+    def interrupted(self) -> Path:
+        """Return the directory of the same study with one run, of which half is done."""
+        return self.inputs / "interrupted"
+
+    @property
+    def image(self) -> Path:
+        """Return an image to predict."""
+        return self.inputs / "images" / "class_0" / "00.png"
+
+    def run(self, experiment: str) -> Path:
+        """Return the folder of a run: plain, adaptive or quantized."""
+        return self.results / "tiny" / experiment / "seed_0"
+
+    def environment(self) -> dict[str, str]:
+        """Return variables for processes that are to stay in these folders and without a network."""
+        return {
+            "HOME": str(self.root / "home"), "TMPDIR": str(self.root / "tmp"), "PEFT_VIT_CACHE": str(self.cache),
+            "MPLCONFIGDIR": str(self.root / "home" / "matplotlib"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1",
+            "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+        }  # fmt: skip
+
+
+def make_sound_files(root: Path, *, onnx: bool = True) -> SoundFiles:
+    """Make images, data sets, weights, runs and exported models below a new folder, in some seconds."""
+    sound = SoundFiles(root)
+    for folder in (*sound.writable, sound.outside, sound.inputs):
+        folder.mkdir(parents=True)
+    os.environ |= sound.environment()
+    torch.set_num_threads(1)
+    _make_images(sound.inputs / "images")
+    _make_weights(sound.inputs)
+    _do_runs(sound)
+    export_run_to_peft(sound.run("plain"), sound.inputs / "peft")
+    export_run_to_file(sound.run("quantized"), sound.inputs / "model.safetensors", "safetensors")
+    if onnx:
+        export_run_to_file(sound.run("quantized"), sound.inputs / "model.onnx", "onnx")
+    _make_data_sets(sound.inputs)
+    return sound
+
+
+def _make_images(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for label, colour in enumerate(((200, 60, 60), (60, 200, 60), (60, 60, 200))):
+        (folder / f"class_{label}").mkdir(parents=True)
+        for number in range(8):
+            pixels = rng.normal(colour, 70, (12, 18, 3)).clip(0, 255).astype(np.uint8)
+            suffix = (".png", ".jpg", ".bmp", ".webp", ".png", ".jpg", ".png", ".png")[number]
+            Image.fromarray(pixels).save(folder / f"class_{label}" / f"{number:02}{suffix}")
+
+
+def _make_weights(folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        state = timm.create_model("test_vit", img_size=SIDE).state_dict()
+    save_file(state, folder / "weights.safetensors")
+    torch.save(state, folder / "weights.pth")
+
+
+def study_mapping(inputs: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the study `tiny` on some data."""
+    return {
+        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu",
+        "backbone": {"model": "test_vit", "weights": "file", "file": str(inputs / "weights.safetensors")},
+        "data": {"image_size": SIDE, "validation_images": 6, "test_images": 6, **data},
+        "training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2},
+        "experiments": [{"name": name, **experiment} for name, experiment in _EXPERIMENTS.items()],
+    }  # fmt: skip
+
+
+def _do_runs(sound: SoundFiles) -> None:
+    """Do three runs as a driver would, in this process; and half of another one in a directory of its own."""
+    mapping = study_mapping(sound.inputs, {"dataset": "image-folder", "path": str(sound.inputs / "images")})
+    with _begun(mapping, sound.inputs / "tiny.yaml", sound.results) as (plan, store):
+        for planned in plan.runs:
+            store.started(run_name(planned.spec), "torture", planned.total_steps)
+            finished = run_one(planned.spec)
+            if finished.adapter is None:
+                raise RuntimeError(finished.record.traceback)
+            store.done(finished.record, finished.adapter)
+    mapping["experiments"] = mapping["experiments"][1:2]
+    with _begun(mapping, sound.inputs / "interrupted.yaml", sound.interrupted) as (plan, store):
+        (planned,) = plan.runs
+        store.started(run_name(planned.spec), "torture", planned.total_steps)
+        steps: list[int] = []
+        checkpoints = Checkpoints(run_folder(sound.interrupted, planned.spec), 0)
+        try:
+            run_one(
+                planned.spec, checkpoints=checkpoints, on_progress=lambda progress: steps.append(progress.step),
+                should_stop=lambda: len(steps) == 3,
+            )  # fmt: skip
+        except Interrupted as stop:
+            store.interrupted(run_name(planned.spec), stop.step)
+
+
+@contextmanager
+def _begun(mapping: dict[str, Any], file: Path, results: Path) -> Iterator[tuple[Plan, StudyStore]]:
+    file.write_text(json.dumps(mapping))  # JSON is YAML
+    study = load_study(file)
+    plan = plan_study(study, results, file=file)
+    with study_lock(results / study.name) as lock:
+        names = {run_name(run.spec) for run in plan.runs}
+        content = study_file(study, names, smoke=False, data_sha256=plan.data_sha256)
+        write_study_file(lock.folder, content)
+        store = StudyStore(lock, content.runs)
+        yield plan, store
+        store.close()
+
+
+def _make_data_sets(inputs: Path) -> None:
+    """Put a small set of each format below `data`, with the configuration of a study on it beside."""
+    folder = inputs / "data"
+    paths = {}
+    for name in ("elpv", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "csv"):
+        path = synthetic.files_for(name)
+        assert path is not None
+        source = path if path.is_dir() else path.parent
+        shutil.copytree(source, folder / name)
+        paths[name] = folder / name if path.is_dir() else folder / name / path.name
+    paths["image-folder"] = folder / "images.zip"
+    with zipfile.ZipFile(paths["image-folder"], "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted((inputs / "images").rglob("*.*")):
+            archive.write(file, file.relative_to(inputs / "images"))
+    for name, path in paths.items():
+        data = {"dataset": name, "path": str(path)}
+        configuration = json.dumps(study_mapping(inputs, data), indent=1)  # JSON is YAML
+        (folder / f"{name}.yaml").write_text(configuration)

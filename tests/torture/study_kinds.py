@@ -1,0 +1,115 @@
+"""Kinds of files that only a study's folder has: its ledger, what was planned, its lock, and checkpoints of runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mutations
+from kinds_of_files import Nasty, Target
+from sound_files import SoundFiles
+
+from peft_vit.config import load_study
+from peft_vit.errors import UserError
+from peft_vit.experiments.ledger import LEDGER_FILE, _checksum
+from peft_vit.experiments.lock import LOCK_FILE
+from peft_vit.experiments.plan import plan_study
+from peft_vit.experiments.rebuild import rebuild
+from peft_vit.experiments.run import run_one
+from peft_vit.experiments.status import find_studies, status_lines, study_status
+from peft_vit.experiments.study_file import STUDY_FILE
+from peft_vit.records import checkpoint_folders
+from peft_vit.training import Checkpoints
+from peft_vit.training.checkpoint import MANIFEST_FILE, TENSORS_FILE, VALUES_FILE, read_checkpoint
+
+
+def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """ledger.jsonl, study.json and the lock's file, as `status`, `rebuild` and `run` read them."""
+    copy = sound.out / "results"
+
+    def prepare() -> None:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(sound.results, copy)
+
+    def status() -> None:
+        for folder in find_studies(sound.results):
+            for line in status_lines(study_status(folder)):
+                assert line.isprintable(), line
+
+    def remake() -> None:
+        prepare()
+        for line in rebuild(copy):
+            assert line.isprintable(), line
+
+    def go_on() -> None:
+        file = sound.inputs / "tiny.yaml"
+        plan_study(load_study(file), sound.results, file=file)
+
+    def signed(data: Any) -> Any:
+        if isinstance(data, dict) and "row" in data:
+            data["sha256"] = _checksum(data["row"])
+        return data
+
+    run = ("run", sound.inputs / "tiny.yaml", "--output-dir", copy)
+    ways: tuple[tuple[Callable[[], None], tuple[object, ...]], ...] = (
+        (status, ("status", sound.results)), (remake, ("rebuild", copy)), (go_on, run),
+    )  # fmt: skip
+    spoil: dict[str, tuple[mutations.Mutation, ...]] = {
+        LEDGER_FILE: (mutations.of_json_lines(nasty.texts, signed), nasty.of_bytes()),
+        STUDY_FILE: (mutations.of_json(nasty.texts), nasty.of_bytes()),
+        LOCK_FILE: (mutations.of_json(nasty.texts), nasty.of_bytes()),
+    }
+    return [
+        Target(sound.results / "tiny" / name, spoil[name], opened, command, prepare=prepare, places=True)
+        for name in spoil
+        for opened, command in ways
+    ]
+
+
+def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """The newest checkpoint of an interrupted run, with a manifest that vouches for the change."""
+    (planned,) = plan_study(
+        load_study(sound.inputs / "interrupted.yaml"), sound.interrupted, file=sound.inputs / "interrupted.yaml"
+    ).runs
+    run = sound.interrupted / planned.spec.run_id
+    folders = checkpoint_folders(run)
+    newest = folders[max(folders)]
+    copy = sound.out / "interrupted"
+
+    def prepare() -> None:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(sound.interrupted, copy)
+
+    def go_on() -> None:
+        prepare()
+        finished = run_one(planned.spec, checkpoints=Checkpoints(copy / planned.spec.run_id, 3600))
+        record = finished.record
+        if record.status == "failed":
+            if "peft_vit.errors.UserError" not in (record.traceback or ""):
+                raise RuntimeError(record.traceback)
+            raise UserError(record.error or "", file=newest)
+
+    def believed(name: str) -> Callable[[bytes], dict[Path, bytes]]:
+        def change(content: bytes) -> dict[Path, bytes]:
+            manifest = json.loads((newest / MANIFEST_FILE).read_bytes())
+            manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            return {newest / MANIFEST_FILE: json.dumps(manifest).encode()}
+
+        return change
+
+    command = ("run", sound.inputs / "interrupted.yaml", "--output-dir", copy)
+    targets = []
+    for name, way in (
+        (VALUES_FILE, mutations.of_json(nasty.texts)), (TENSORS_FILE, mutations.of_safetensors(nasty.texts)),
+    ):  # fmt: skip
+        for opened in (lambda: read_checkpoint(newest), go_on):
+            spoil = (way, nasty.of_bytes())
+            targets.append(Target(newest / name, spoil, opened, command, believed(name), prepare=prepare))
+        targets.append(Target(newest / name, (nasty.of_bytes(),), go_on, command, prepare=prepare))
+    ways = (mutations.of_json(nasty.texts), nasty.of_bytes())
+    targets.append(Target(newest / MANIFEST_FILE, ways, lambda: read_checkpoint(newest), command, prepare=prepare))
+    return targets

@@ -1,0 +1,430 @@
+"""A checkpoint is whole or not there: killed, cut short, altered or out of room, the one before is what is read."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from peft_vit.errors import UserError
+from peft_vit.records import checkpoint_folders
+from peft_vit.training import CheckpointKeeper, Checkpoints, CheckpointWarning, State, checkpoint
+from peft_vit.training.checkpoint import read_checkpoint, write_checkpoint
+
+pytestmark = pytest.mark.part("runner")
+FILES = ("state.safetensors", "state.json", "manifest.json")
+
+
+def state(step: int = 1) -> State:
+    generator = torch.Generator().manual_seed(step)
+    tensors = {
+        "model/b": torch.randn(3, 4, generator=generator),
+        "model/a": torch.randn(4, 6, generator=generator).T,  # lies column by column
+        "model/one": torch.linalg.qr(torch.randn(8, 1, generator=generator)).Q.T,
+        "column": torch.zeros_like(torch.randn(1, 64)[:, 0]), "none": torch.zeros(0, 5), "scalar": torch.tensor(2.5),
+        "half": torch.randn(5, generator=generator).bfloat16(),
+        "births": torch.arange(step, step + 3), "mask": torch.tensor([True, False]),
+        "generator": generator.get_state(), "double": torch.randn(2, dtype=torch.float64, generator=generator),
+    }  # fmt: skip
+    values = {"loss": 0.1 + 0.2, "z": step, "a": {"y": [1, None, "ä"], "b": 1e-310, "none": float("nan")}, "e": {}}
+    return State(tensors, values)
+
+
+def assert_same(one: State, other: State) -> None:
+    assert list(one.tensors) == list(other.tensors)
+    for name, tensor in one.tensors.items():
+        peer = other.tensors[name]
+        assert (tensor.dtype, tensor.shape, tensor.stride()) == (peer.dtype, peer.shape, peer.stride()), name
+        assert torch.equal(tensor, peer), name
+    assert repr(one.values) == repr(other.values)  # NaN equals NaN so, and mappings are in order
+    assert one.sha256() == other.sha256()
+
+
+def kept(folder: Path, *steps: int) -> None:
+    for step in steps:
+        write_checkpoint(folder, step, state(step))
+
+
+def newest(folder: Path) -> tuple[int, State | None, list[str]]:
+    keeper = CheckpointKeeper(Checkpoints(folder))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = keeper.newest()
+    assert {entry.category for entry in caught} <= {CheckpointWarning}
+    return keeper.step, found, [str(entry.message) for entry in caught]
+
+
+# --- whole ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_read_is_what_was_written_in_order_and_layout(tmp_path) -> None:
+    kept(tmp_path, 3, 12)
+    step, found, said = newest(tmp_path)
+    assert (step, said) == (12, [])
+    assert_same(found, state(12))
+    assert found.tensors["model/a"].stride() == (1, 6)
+    assert found.tensors["column"].stride() == (64,)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in found.tensors.values())  # as torch places its own
+    assert sorted(path.name for path in (tmp_path / "checkpoint-12").iterdir()) == sorted(FILES)
+    manifest = json.loads((tmp_path / "checkpoint-12" / "manifest.json").read_text())
+    for name in FILES[:2]:
+        content = (tmp_path / "checkpoint-12" / name).read_bytes()
+        assert manifest["files"][name] == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert torch.equal(load_file(tmp_path / "checkpoint-12" / FILES[0])["model/a"], state(12).tensors["model/a"])
+
+
+def test_states_of_parts_come_apart_again() -> None:
+    whole = State.of_parts(model=state(1), model2=State({}, {}), hooks=State.of_parts(**{"0": state(2)}))
+    assert_same(whole.part("model"), state(1))
+    assert_same(whole.part("hooks").part("0"), state(2))
+    assert whole.part("model2") == State({}, {})
+
+
+@pytest.mark.parametrize("change", ["value", "dtype", "shape", "name", "plain"])
+def test_a_hash_of_a_state_sees_every_change(change) -> None:
+    one, other = state(), state()
+    tensors = other.tensors
+    if change == "value":
+        tensors["scalar"] = -tensors["scalar"]
+    elif change == "dtype":
+        tensors["births"] = tensors["births"].view(torch.float64)
+    elif change == "shape":
+        tensors["model/b"] = tensors["model/b"].reshape(4, 3)
+    elif change == "name":
+        tensors["model/c"] = tensors.pop("model/b")
+    else:
+        other.values["a"]["b"] = 2e-310
+    assert one.sha256() != other.sha256()
+    assert one.sha256() == State(dict(reversed(one.tensors.items())), one.values).sha256()
+
+
+# --- kept -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_two_are_kept_and_leftovers_go(tmp_path) -> None:
+    (tmp_path / ".checkpoint-abc").mkdir(parents=True)
+    (tmp_path / "record.json").write_text("{}")
+    keeper = CheckpointKeeper(Checkpoints(tmp_path, 0))
+    assert keeper.newest() is None
+    assert keeper.step == 0
+    for step in range(1, 5):
+        keeper.keep(step, lambda step=step: state(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4", "record.json"]
+    before = (tmp_path / "checkpoint-4" / "manifest.json").stat().st_ino
+    keeper.keep(4, lambda: pytest.fail("it is there already"))
+    assert (tmp_path / "checkpoint-4" / "manifest.json").stat().st_ino == before
+
+
+def test_a_damaged_one_does_not_count_as_one_of_two(tmp_path) -> None:
+    kept(tmp_path, 5, 6)
+    (tmp_path / "checkpoint-6" / "state.json").unlink()
+    keeper = CheckpointKeeper(Checkpoints(tmp_path))
+    with pytest.warns(CheckpointWarning, match="left aside"):
+        keeper.newest()
+    assert keeper.step == 5
+    keeper.keep(6, lambda: state(6))
+    assert sorted(checkpoint_folders(tmp_path)) == [5, 6]
+    assert newest(tmp_path)[::2] == (6, [])
+
+
+def test_one_is_due_after_the_interval_and_a_hundred_times_its_cost(tmp_path) -> None:
+    now = [0.0]
+    keeper = CheckpointKeeper(Checkpoints(tmp_path, 30), clock=lambda: now[0])
+
+    def slow(step: int, seconds: float) -> None:
+        def take() -> State:
+            now[0] += seconds
+            return state(step)
+
+        keeper.keep(step, take)
+
+    for seconds, due in ((0, False), (29.9, False), (30, True), (1000, True)):
+        now[0] = seconds
+        assert keeper.is_due() is due
+    slow(1, 0.2)
+    for seconds, due in ((1000.2, False), (1030.1, False), (1030.3, True)):
+        now[0] = seconds
+        assert keeper.is_due() is due
+    slow(2, 5)
+    for seconds, due in ((1500, False), (1535.2, False), (1535.4, True)):
+        now[0] = seconds
+        assert keeper.is_due() is due
+    assert keeper.seconds == pytest.approx(5.2)
+    always = CheckpointKeeper(Checkpoints(tmp_path / "always", 0), clock=lambda: 7.0)
+    assert always.is_due()
+
+
+# --- damaged ----------------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def to_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def to_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def to_link(file: Path) -> None:
+    file.rename(file.with_name("elsewhere"))
+    file.symlink_to("elsewhere")
+
+
+DAMAGE = {
+    "missing": Path.unlink, "empty": lambda file: file.write_bytes(b""), "flipped": flip,
+    "cut": lambda file: os.truncate(file, file.stat().st_size - 2),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b" \0"), "pipe": to_pipe, "folder": to_folder,
+    "link": to_link, "garbage": lambda file: file.write_bytes(os.urandom(100)),
+    "pickle": lambda file: file.write_bytes(pickle.dumps({"a": 1})),
+    "deep": lambda file: file.write_bytes(b"[" * 100_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_is_named_and_the_one_before_is_read(tmp_path, file, damage) -> None:
+    kept(tmp_path, 9, 10)
+    DAMAGE[damage](tmp_path / "checkpoint-10" / file)
+    step, found, said = newest(tmp_path)
+    assert step == 9
+    assert_same(found, state(9))
+    assert len(said) == 1
+    assert f"checkpoint-10{os.sep}{file}: " in said[0]
+    assert len(said[0].splitlines()) == 1
+
+
+def test_whatever_stands_in_its_place_is_no_checkpoint(tmp_path) -> None:
+    kept(tmp_path, 1)
+    elsewhere = tmp_path / "elsewhere"
+    kept(elsewhere, 4)
+    (tmp_path / "checkpoint-4").symlink_to(elsewhere / "checkpoint-4")
+    (tmp_path / "checkpoint-5").write_text("a file")
+    os.mkfifo(tmp_path / "checkpoint-6")
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-7")  # of another step
+    (tmp_path / "checkpoint-08x").mkdir()
+    step, _, said = newest(tmp_path)
+    assert step == 1
+    assert len(said) == 4
+    keeper = CheckpointKeeper(Checkpoints(tmp_path, 0))
+    with pytest.warns(CheckpointWarning):
+        keeper.newest()
+    for number in (4, 5, 6, 7):
+        keeper.keep(number, lambda number=number: state(number))
+    assert newest(tmp_path)[::2] == (7, [])
+    assert newest(elsewhere)[::2] == (4, [])  # a link is removed, not what it leads to
+
+
+def test_without_a_whole_one_the_run_starts_anew_and_says_so(tmp_path) -> None:
+    kept(tmp_path, 1, 2)
+    for step in (1, 2):
+        flip(tmp_path / f"checkpoint-{step}" / "state.safetensors")
+    step, found, said = newest(tmp_path)
+    assert (step, found, len(said)) == (0, None, 3)
+    assert "no checkpoint is whole; the run starts from its beginning" in said[-1]
+    assert newest(tmp_path / "nowhere") == (0, None, [])
+
+
+@st.composite
+def edits(draw) -> tuple[str, int, bytes, int]:
+    """Replace some bytes of a file by others, of any number."""
+    return draw(st.sampled_from(FILES)), draw(st.integers(0, 3000)), draw(st.binary(max_size=12)), draw(
+        st.integers(0, 40)
+    )  # fmt: skip
+
+
+def no_pickle(*_, **__):
+    raise AssertionError("something was unpickled")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    kept(folder, 9, 10)
+    return folder
+
+
+@settings(max_examples=300, deadline=None)
+@given(changes=st.lists(edits(), min_size=1, max_size=3), hidden=st.booleans())
+def test_any_edit_leads_to_the_same_state_or_the_one_before(two, changes, hidden) -> None:
+    """Hidden edits come with a manifest that fits them, as an attacker would write it; they must only not be run."""
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        shutil.copytree(two, folder, dirs_exist_ok=True)
+        place = folder / "checkpoint-10"
+        for file, start, new, removed in changes:
+            content = (place / file).read_bytes()
+            at = start % (len(content) + 1)
+            (place / file).write_bytes(content[:at] + new + content[at + removed :])
+        if hidden:
+            files = {
+                file: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+                for file in FILES[:2]
+                for content in [(place / file).read_bytes()]
+            }
+            (place / "manifest.json").write_text(json.dumps({"format": 1, "step": 10, "files": files}))
+        for module, attribute in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+            patch.setattr(module, attribute, no_pickle)
+        step, found, said = newest(folder)
+        assert sorted(os.listdir(folder)) == ["checkpoint-10", "checkpoint-9"]
+    if step == 9:
+        assert_same(found, state(9))
+        assert len(said) == 1
+    elif not hidden:
+        assert_same(found, state(10))  # e.g. a space into the manifest
+
+
+@pytest.mark.parametrize("strides", [[1], [-1, 1], [1, 1], [0, 0], [10**9, 1], [3, 1, 1], "row", None, [1.5, 1]])
+def test_an_impossible_layout_is_refused(tmp_path, strides) -> None:
+    kept(tmp_path, 3)
+    place = tmp_path / "checkpoint-3"
+    values = json.loads((place / "state.json").read_text())
+    values["tensors"]["model/b"] = strides
+    content = json.dumps(values).encode()
+    (place / "state.json").write_bytes(content)
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    if strides is None:
+        assert_same(read_checkpoint(place), state(3))
+    else:
+        with pytest.raises(UserError, match=r"state\.json: tensors"):
+            read_checkpoint(place)
+
+
+# --- interrupted while writing ----------------------------------------------------------------------------------------
+
+CALLS = {
+    "mkdtemp": (checkpoint.tempfile, "mkdtemp"), "tensors": (checkpoint, "save_file"), "text": (Path, "write_text"),
+    "fsync": (os, "fsync"), "rename": (os, "rename"), "open": (os, "open"), "chmod": (os, "chmod"),
+}  # fmt: skip
+
+
+def nth(patch: pytest.MonkeyPatch, name: str, count: int, then) -> list[int]:
+    """Let the count-th call of a function do something else; return how many calls were made, as a list of one."""
+    owner, attribute = CALLS[name]
+    call, made = getattr(owner, attribute), [0]
+
+    def replacement(*arguments, **named):
+        made[0] += 1
+        if made[0] == count:
+            return then(call, *arguments, **named)
+        return call(*arguments, **named)
+
+    patch.setattr(owner, attribute, replacement)
+    return made
+
+
+def points() -> list[tuple[str, int]]:
+    """Return every call that writing one checkpoint makes."""
+    found = []
+    for name in CALLS:
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+            kept(Path(folder), 7)
+            made = nth(patch, name, -1, None)
+            kept(Path(folder), 8)
+            found += [(name, count) for count in range(1, made[0] + 1)]
+    return found
+
+
+@pytest.mark.parametrize(("name", "count"), points())
+def test_without_room_the_last_one_still_loads_and_nothing_is_left(tmp_path, monkeypatch, name, count) -> None:
+    def full(_call, *_arguments, **_named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+    keeper = CheckpointKeeper(Checkpoints(tmp_path, 0))
+    for step in (6, 7):
+        keeper.keep(step, lambda step=step: state(step))
+    with monkeypatch.context() as patch:
+        nth(patch, name, count, full)
+        with pytest.raises(OSError, match="No space left"):
+            keeper.keep(8, lambda: state(8))
+    assert not list(tmp_path.glob(".checkpoint-*"))
+    step, found, said = newest(tmp_path)
+    assert said == []
+    assert step == 7 or (name in ("open", "fsync") and (name, count + 1) not in points())  # 8 after the renaming
+    assert_same(found, state(step))
+    keeper.keep(9, lambda: state(9))
+    assert newest(tmp_path)[::2] == (9, [])
+
+
+@pytest.mark.parametrize(("name", "count"), points())
+def test_killed_at_any_call_the_last_one_still_loads(tmp_path, name, count) -> None:
+    def half(call, *arguments, **named):
+        if name == "tensors":
+            call(*arguments, **named)
+            os.truncate(arguments[1], 50)
+        elif name == "text":
+            call(arguments[0], arguments[1][: len(arguments[1]) // 2], **named)
+        os._exit(9)
+
+    kept(tmp_path, 6, 7)
+    child = os.fork()
+    if child == 0:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                nth(patch, name, count, half)
+                kept(tmp_path, 8)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    step, found, said = newest(tmp_path)
+    assert said == []
+    assert step in (7, 8)
+    assert_same(found, state(step))
+    assert not list(tmp_path.glob(".checkpoint-*"))
+
+
+REALLY_FULL = """
+import errno, sys
+from pathlib import Path
+import torch
+from peft_vit.training import CheckpointKeeper, Checkpoints, State
+folder = Path(sys.argv[1]) / "run"
+keeper = CheckpointKeeper(Checkpoints(folder, 0))
+def state(step, size): return State({"w": torch.full((size,), float(step))}, {"step": step})
+keeper.keep(1, lambda: state(1, 100_000))
+keeper.keep(2, lambda: state(2, 100_000))
+try:
+    keeper.keep(3, lambda: state(3, 400_000))
+except OSError as error:
+    assert error.errno == errno.ENOSPC, error
+else:
+    raise AssertionError("it fitted")
+again = CheckpointKeeper(Checkpoints(folder, 0))
+found = again.newest()
+assert again.step == 2 and found.values == {"step": 2} and bool((found.tensors["w"] == 2).all())
+assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+again.keep(3, lambda: state(3, 10_000))
+assert again.newest().values == {"step": 3}
+print("full")
+"""
+
+
+def test_a_file_system_that_is_really_full(tmp_path) -> None:
+    mounted = 'mount -t tmpfs -o size=2m tmpfs "$1" && exec "$2" -c "$3" "$1"'
+    command = ["unshare", "-Urm", "sh", "-c", mounted, "sh", str(tmp_path), sys.executable, REALLY_FULL]
+    probe = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$1"', "sh", str(tmp_path)]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("no file system may be mounted here")
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "full\n"), ended.stderr

@@ -1,0 +1,295 @@
+"""A training that is built anew from its state, at any step, equals one that was not interrupted, bit for bit."""
+
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from qa_lora_settings import config as qa_lora
+
+from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
+from peft_vit.adapters import attach_adapters, current_ranks, freeze_backbone, trained_tensors
+from peft_vit.backbones import find_sites
+from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig, TrainingConfig
+from peft_vit.errors import UserError
+from peft_vit.training import AllocationHook, PeftAdaLoraHook, State, train
+from peft_vit.training.checkpoint import read_checkpoint, write_checkpoint
+from peft_vit.training.keeping import generators_state, load_generators_state, load_model_state, model_state
+
+pytestmark = pytest.mark.part("runner")
+EPOCHS, STEPS = 4, 12  # 18 images in batches of 8
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    pass
+
+
+def config(**settings) -> TrainingConfig:
+    return TrainingConfig(**{"epochs": EPOCHS, "batch_size": 8, "learning_rate": 3e-3, **settings})
+
+
+# --- methods, each as a function that prepares a plain model and returns its hooks ------------------------------------
+
+
+def linear(model):
+    freeze_backbone(model)
+    return []
+
+
+def full(model):
+    return []
+
+
+def lora(model):
+    sites = find_sites(model)
+    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 2), scale=2.0, seed=0)
+    return []
+
+
+def adalora(**settings):
+    def prepare(model, pool=1):
+        default = {
+            "total_rank_budget": 18, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
+            "update_frequency": 2, "warmup_steps": 3, "final_steps": 3,
+        }  # fmt: skip
+        made = AdaLoraConfig(**{**default, **settings})
+        return [AllocationHook(AdaLoRAController(model, made, STEPS, seed=3, pool=pool))]
+
+    return prepare
+
+
+def quantized(**settings):
+    return lambda model: [QALoRATrainer(model, qa_lora(rank=2, **settings), STEPS, seed=3)]
+
+
+def both(model):
+    settings = qa_lora(quantization_schedule="cosine", targets=("out", "fc2"))
+    (allocation,) = adalora(total_rank_budget=10, scale=settings.scale, targets=settings.targets)(model, settings.pool)
+    return [allocation, QALoRATrainer(model, settings, STEPS, seed=3)]
+
+
+def peft_lora(model):
+    from peft_vit.adapters.peft_library import attach_peft_lora
+
+    attach_peft_lora(model, PeftLoraConfig(rank=2), seed=3)
+    return []
+
+
+def peft_adalora(model):
+    settings = PeftAdaLoraConfig(initial_rank=4, target_rank=2, warmup_steps=2, update_frequency=2, final_steps=3)
+    return [PeftAdaLoraHook(model, settings, STEPS, seed=3)]
+
+
+# 12 sites share 18 ranks: sites without rank, probes, growth, young triplets with moments of their own age
+GROWING = {"budget_schedule": "constant", "parametrization": "product", "importance_metric": "fisher"}
+METHODS = {
+    "linear": linear, "full": full, "lora": lora, "peft_lora": peft_lora, "peft_adalora": peft_adalora,
+    "adalora": adalora(parametrization="svd", initial_budget=30),
+    "growing": adalora(**GROWING), "orthonormal": adalora(parametrization="svd", factor_start="orthonormal"),
+    "reversible": adalora(parametrization="svd", allocation_strategy="global", prune="reversible"),
+    "random": adalora(importance_metric="random", allocation_strategy="threshold", threshold_tau=1.5),
+    "with_penalty": adalora(parametrization="svd", importance_gradient="task_and_penalty"),
+    "qa_lora": quantized(quantization_schedule="linear", quantization_warmup_steps=2),
+    "managed_pace": quantized(
+        quantization_schedule="cosine", balance_target=0.5, balance_by="schedule_pace", quantization_end_step=12
+    ),
+    "qa_adalora": both,
+}  # fmt: skip
+TRAININGS = {
+    "sgd": {"optimizer": "sgd", "learning_rate": 0.05},
+    "constant": {"schedule": "constant", "clip_norm": None},
+}
+CASES = [
+    *((method, {}) for method in METHODS), ("lora", TRAININGS["sgd"]), ("growing", TRAININGS["sgd"]),
+    ("lora", TRAININGS["constant"] | {"class_weights": True}), ("growing", TRAININGS["constant"]),
+]  # fmt: skip
+
+
+class Run:
+    """A training that may be stopped after some steps; everything is then built anew from a file."""
+
+    def __init__(self, tiny_vit, data, setting, folder, method, training) -> None:
+        self.made = tiny_vit, data, setting
+        self.folder, self.method, self.training = folder, method, config(**training)
+
+    def once(self, resume=None, stop_at=None):
+        """Return the result and what it leaves, or None if it was stopped and a checkpoint was written."""
+        tiny_vit, data, setting = self.made
+        model = tiny_vit()
+        hooks = METHODS[self.method](model)
+
+        def pause(step, state) -> None:
+            if step == stop_at:
+                write_checkpoint(self.folder, step, state())
+                raise Stopped
+
+        try:
+            result = train(
+                model, data(), self.training, setting, seed=4, hooks=hooks, between_steps=pause, resume=resume
+            )
+        except Stopped:
+            return None
+        return left(model, hooks, result)
+
+    def interrupted(self, *steps):
+        resume = None
+        for step in steps:
+            assert self.once(resume, step) is None
+            resume = read_checkpoint(self.folder / f"checkpoint-{step}")
+            unsettle()
+        return self.once(resume)
+
+
+def unsettle() -> None:
+    """Leave the global generators elsewhere, as another process would."""
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+
+
+def left(model, hooks, result) -> dict:
+    """Return all that a training leaves, apart from seconds."""
+    steps = [row.model_dump(exclude={"seconds"}) for row in result.steps]
+    tensors = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+    plain = [{key: value for key, value in hook.state().values.items() if key != "own_s"} for hook in hooks]
+    return {
+        "steps": steps, "evaluations": result.evaluations, "chosen": result.chosen, "ranks": current_ranks(model),
+        "counts": (result.initial_parameters, result.peak_parameters, result.optimizer_bytes),
+        "optimizer": result.optimizer_sha256, "model": State(tensors).sha256(), "plain": repr(plain),
+        "strides": {name: tensor.stride() for name, tensor in tensors.items()},
+        "hooks": [State(hook.state().tensors).sha256() for hook in hooks],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def make(tiny_vit, data, setting, tmp_path):
+    return lambda method, **training: Run(tiny_vit, data, setting, tmp_path, method, training)
+
+
+@pytest.mark.parametrize(("method", "training"), CASES)
+def test_interrupted_after_every_step_it_equals_one_that_was_not(make, method, training) -> None:
+    if method.startswith("peft"):
+        pytest.importorskip("peft")
+    run = make(method, **training)
+    whole = run.once()
+    assert [row["step"] for row in whole["steps"]] == list(range(1, STEPS + 1))
+    again = run.interrupted(*range(1, STEPS + 1))
+    for key, value in whole.items():
+        assert again[key] == value, key
+    if method == "growing":
+        assert "probes" in whole["plain"] or "probe_history" in whole["plain"]
+
+
+# Warm-up ends at 3, where the first decision is; others follow at 5 and 7, the last, and the final phase begins at 9.
+@pytest.mark.parametrize("method", ["adalora", "growing", "orthonormal", "reversible", "qa_adalora"])
+def test_adalora_interrupted_once_around_each_decision_has_the_same_ranks(make, method) -> None:
+    run = make(method)
+    whole = run.once()
+    for step in range(2, 11):
+        again = run.interrupted(step)
+        assert again["ranks"] == whole["ranks"], step
+        assert again == whole, step
+
+
+def test_starting_the_epoch_again_would_show(make, data) -> None:
+    run = make("lora")
+    whole = run.once()
+    assert run.once() == whole
+    assert run.interrupted(4) == whole
+    images = data()
+    shuffled = images.train.shuffled_batches
+
+    def from_the_first(*arguments, skip, **named):
+        return islice(shuffled(*arguments, **named), 3 - skip)
+
+    images.train.shuffled_batches = from_the_first
+    run.made = (run.made[0], lambda: images, run.made[2])
+    assert run.once() == whole
+    assert run.interrupted(4)["optimizer"] != whole["optimizer"]
+
+
+@pytest.mark.parametrize("part", ["optimizer", "scheduler", "model", "best", "hooks", "generators", "counted"])
+def test_a_state_without_one_of_its_parts_is_refused_in_one_line(make, part) -> None:
+    run = make("growing")
+    run.once(None, 5)
+    state = read_checkpoint(run.folder / "checkpoint-5")
+    values = {name: one for name, one in state.values.items() if name != part}
+    with pytest.raises(UserError, match=r"state: is not of this run \(KeyError: ") as caught:
+        run.once(State(state.tensors, values))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("change", ["lora", "full", "dtype"])
+def test_a_state_of_another_training_is_refused(make, change) -> None:
+    run = make("growing")
+    run.once(None, 5)
+    state = read_checkpoint(run.folder / "checkpoint-5")
+    if change == "dtype":
+        state = State({name: one.double() for name, one in state.tensors.items()}, state.values)
+    else:
+        run = make(change)
+    with pytest.raises(UserError, match=r"is not of this run|sites"):
+        run.once(state)
+
+
+def test_every_part_of_the_state_matters(make) -> None:
+    """What a state holds is needed: with a part of another step in its place, the end is another one."""
+    run = make("growing")
+    whole = run.once()
+    for step in (7, 8):  # no decision lies between
+        run.once(None, step)
+    earlier, later = (read_checkpoint(run.folder / f"checkpoint-{step}") for step in (7, 8))
+
+    def mixed(part):
+        names = [name for name in (*earlier.tensors, *later.tensors) if name.startswith(f"{part}/")]
+        tensors = {name: one for name, one in later.tensors.items() if name not in names}
+        tensors |= {name: earlier.tensors[name] for name in names if name in earlier.tensors}
+        return State(tensors, later.values | {part: earlier.values[part]})
+
+    for part in ("optimizer", "scheduler", "model"):
+        assert run.once(mixed(part))["optimizer"] != whole["optimizer"], part
+
+
+def test_the_best_weights_so_far_come_back(make) -> None:
+    """Of a training whose best epoch is its first one, interrupted later, the first one's weights are taken."""
+    run = make("lora", learning_rate=0.3, schedule="constant", clip_norm=None)
+    whole = run.once()
+    assert whole["chosen"].step < STEPS
+    assert run.interrupted(STEPS) == whole
+    assert run.interrupted(whole["chosen"].step, STEPS - 1) == whole
+
+
+def test_buffers_that_training_moves_are_kept(tiny_vit) -> None:
+    model, other = tiny_vit(), tiny_vit()
+    for one in (model, other):
+        one.add_module("normed", torch.nn.BatchNorm1d(3))
+    model.normed(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
+    load_model_state(
+        other, State({name: one.clone() for name, one in model_state(model).tensors.items()}, {"ranks": {}})
+    )
+    assert torch.equal(other.normed.running_mean, model.normed.running_mean)
+    assert int(other.normed.num_batches_tracked) == 1
+
+
+def test_every_global_generator_goes_on_where_it_was(tmp_path) -> None:
+    def draw() -> list:
+        return [
+            torch.rand(3).tolist(),
+            torch.randn(1).item(),
+            np.random.rand(),
+            np.random.randn(),
+            random.random(),
+            random.gauss(0, 1),
+        ]
+
+    saved = generators_state()
+    try:
+        draw()
+        write_checkpoint(tmp_path, 1, generators_state())
+        first = draw()
+        unsettle()
+        load_generators_state(read_checkpoint(tmp_path / "checkpoint-1"))
+        assert draw() == first
+    finally:
+        load_generators_state(saved)
