@@ -175,37 +175,34 @@ def small_files(folder: Path) -> None:
     print(f"{refused} files too large")
 
 
+def pair(out: Path) -> float:
+    """Start two drivers on one fresh directory at the same moment; return the seconds until the loser left."""
+    go, start = os.pipe()
+    for _ in range(2):
+        if os.fork() == 0:
+            os.close(start)
+            os.read(go, 1)  # until the parent closes its end
+            code = 0
+            try:
+                fake_drive(STUDY, out, FakeExecutor(steps=1, step_s=1.0))
+            except UserError as error:
+                code = 2 if "another command works on this study, process " in str(error) else 3
+            finally:
+                os._exit(code)
+    os.close(go)
+    started = time.monotonic()
+    os.close(start)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1])]
+    left_s = time.monotonic() - started
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1]))
+    assert codes == [2, 0], codes
+    check_complete(STUDY, out)
+    return left_s
+
+
 def two_at_once(folder: Path, trials: int) -> None:
-    """Start two drivers on one fresh directory at the same moment; one wins, the other names it and leaves."""
-    slowest_s = 0.0
-    for trial in range(trials):
-        out = folder / str(trial)
-        go, start = os.pipe()
-        children = {}
-        for _ in range(2):
-            child = os.fork()
-            if child == 0:
-                os.close(start)
-                os.read(go, 1)  # until the parent closes its end
-                code = 0
-                try:
-                    fake_drive(STUDY, out, FakeExecutor(steps=1, step_s=1.0))
-                except UserError as error:
-                    code = 2 if "another command works on this study, process " in str(error) else 3
-                finally:
-                    os._exit(code)
-            children[child] = None
-        os.close(go)
-        started = time.monotonic()
-        os.close(start)
-        codes = []
-        for number in range(2):
-            _, status = os.waitpid(-1, 0)
-            codes.append(os.waitstatus_to_exitcode(status))
-            if number == 0:
-                slowest_s = max(slowest_s, time.monotonic() - started)
-        assert codes == [2, 0], codes
-        check_complete(STUDY, out)
+    """Start pairs; one of each wins, the other names it and leaves."""
+    slowest_s = max(pair(folder / str(trial)) for trial in range(trials))
     print(f"{trials} trials, one winner each; the other left within {slowest_s:.2f} s")
 
 

@@ -1,0 +1,162 @@
+"""The real command `peft-vit run`, as processes that can be killed: started afresh, or forked from this one.
+
+A fresh one is the installed program with its worker processes. A forked one saves the seconds that importing torch
+costs, and nothing else: this process has imported everything and started no thread of its own, and its child calls the
+command line's own `main`, with the driver, the lock, the pipes and the worker processes of any other, except that
+workers are forked as well and not spawned.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+_ASKED = os.environ.get("OMP_NUM_THREADS")
+os.environ["OMP_NUM_THREADS"] = "1"  # numpy, loaded after this, starts no threads then; a fork would miss them
+POLL_S = 0.0005
+PATIENCE_S = 1800.0  # for what takes seconds on an idle machine
+_MINDS_FORKS = "jemalloc_bg_thd"  # a thread of pyarrow's allocator, which starts it anew where need be
+
+
+class Command:
+    """A process that leads a session of its own."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.code: int | None = None  # how it ended, negative for a signal
+        self.started = time.monotonic()
+        self.seconds = 0.0  # that it took
+        self.busy_s = 0.0  # of a processor
+
+    def ended(self) -> bool:
+        """Tell whether it is over."""
+        if self.code is None:
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+                self.seconds = time.monotonic() - self.started
+                self.busy_s = usage.ru_utime + usage.ru_stime
+        return self.code is not None
+
+    def wait(self, until: Callable[[], bool] = lambda: False, timeout_s: float = PATIENCE_S) -> bool:
+        """Wait for something or for the end, whatever comes first; tell whether it was the former."""
+        deadline = time.monotonic() + timeout_s
+        while not self.ended():
+            if until():
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_S)
+        return False
+
+    def kill(self, *, group: bool) -> bool:
+        """Send SIGKILL to it, or to all its processes, and see it dead; tell whether it lived until then."""
+        if self.ended():
+            return False
+        (os.killpg if group else os.kill)(self.pid, signal.SIGKILL)
+        while not self.ended():
+            time.sleep(POLL_S)
+        return self.code == -signal.SIGKILL
+
+    def finish(self) -> int:
+        """Wait for its end; return its code.
+
+        Raises:
+            TimeoutError: if it does not come; it is killed then.
+        """
+        self.wait()
+        if self.code is None:
+            self.kill(group=True)
+            raise TimeoutError(f"the command did not end within {PATIENCE_S:.0f} s")
+        return self.code
+
+
+def run_fresh(arguments: list[str], log: Path) -> Command:
+    """Start `peft-vit run`, its output to the end of a file."""
+    program = str(Path(sys.executable).with_name("peft-vit"))
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {} if _ASKED is None else {"OMP_NUM_THREADS": _ASKED}
+    return _start(lambda: os.execve(program, [program, "run", *arguments], environment), log)
+
+
+def run_forked(arguments: list[str], log: Path, before: Callable[[], None] = lambda: None) -> Command:
+    """Do the same in a child of this process; `before` is called in it first."""
+    _import_all()
+
+    def run() -> None:
+        from peft_vit.cli import main
+        from peft_vit.experiments.executors import local
+
+        local.multiprocessing = SimpleNamespace(get_context=_forking)  # type: ignore[assignment]
+        sys.argv = ["peft-vit", "run", *arguments]
+        before()
+        main(["run", *arguments])
+
+    return _start(run, log)
+
+
+def fork(action: Callable[[], None], log: Path) -> Command:
+    """Do something in a forked child, with everything imported."""
+    _import_all()
+    return _start(action, log)
+
+
+def _forking(_method: str) -> Any:
+    return multiprocessing.get_context("fork")
+
+
+def _import_all() -> None:
+    import peft_vit.cli
+    import peft_vit.experiments.commands
+    import peft_vit.experiments.driver
+    import peft_vit.experiments.event_log
+    import peft_vit.experiments.executors.local
+    import peft_vit.experiments.plan
+    import peft_vit.experiments.watch  # noqa: F401
+
+    deadline = time.monotonic() + 60
+    while len(names := _threads()) > 1 + names.count(_MINDS_FORKS):  # some say their names late
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"this process has threads, which a forked one would miss: {names}")
+        time.sleep(0.01)
+
+
+def _threads() -> list[str]:
+    names = []
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has just ended
+            names.append((thread / "comm").read_text().strip())
+    return names
+
+
+def _start(action: Callable[[], None], log: Path) -> Command:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    child = os.fork()
+    if child:
+        return Command(child)
+    code = 70
+    try:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        action()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,200 @@
+"""Runs that change their ranks kill themselves around each decision; resumed, their ranks equal undisturbed ones.
+
+    .venv/bin/python tests/torture/killed_allocations.py                      as `make torture` does
+    .venv/bin/python tests/torture/killed_allocations.py --only growing --steps 5 9 --dry
+
+The steps are: the end of warm-up, with the first decision, and the ones before and after it; each further decision;
+the last decision, and the first step of the final phase with the ones before and after it. At each of them one process
+dies by SIGKILL when the ranks have changed but no checkpoint knows it, and one as soon as the checkpoint stands. Each
+is forked after torch was imported, and so is the one that goes on: nothing but the checkpoint leads from one to the
+other. It has passed if the second one begins at the step after the newest checkpoint, and ends with the ranks,
+metrics, histories, adapter and optimiser of a run that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from commands import fork
+from tiny_studies import METHODS, STEPS, newest_step, with_adalora, write_study
+
+from peft_vit.records import RankEntry, RunSpec
+
+PROMISE = "AdaLoRA killed around each decision: identical ranks"
+KINDS: dict[str, dict[str, Any]] = {
+    "physical": {"method": "adalora", **with_adalora(parametrization="svd")},
+    "reversible": {
+        "method": "adalora",
+        **with_adalora(parametrization="svd", allocation_strategy="global", prune="reversible"),
+    },
+    "growing": {
+        "method": "adalora",
+        **with_adalora(
+            total_rank_budget=18, budget_schedule="constant", parametrization="product", importance_metric="fisher"
+        ),
+    },
+    "qa_adalora": {"method": "qa_adalora", **METHODS["qa_adalora"]},
+}
+MOMENTS = ("before its checkpoint", "after its checkpoint")
+
+
+def spec_of(folder: Path, kind: str, seed: int) -> RunSpec:
+    """Return the run of a kind of allocation."""
+    from peft_vit.config import load_study
+    from peft_vit.experiments import plan_study
+
+    file = write_study(folder, {kind: KINDS[kind]}, (seed,))
+    return plan_study(load_study(file), folder / "out", file=file).runs[0].spec
+
+
+class Attempt:
+    """A process that carries a run out, as far as it comes."""
+
+    def __init__(self, spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None = None) -> None:
+        self._said = folder / "said.json"
+        self._said.unlink(missing_ok=True)
+        self._log = folder / "log.txt"
+        self.code = fork(lambda: _run(spec, folder / "run", kill_at, self._said), self._log).finish()
+
+    def said(self) -> dict[str, Any]:
+        """Return the first step that it told, and what it came to.
+
+        Raises:
+            RuntimeError: if it came to nothing.
+        """
+        if self.code != 0:
+            raise RuntimeError(f"the run ended with {self.code}: {self._log.read_text()[-3000:]}")
+        return json.loads(self._said.read_text())  # type: ignore[no-any-return]
+
+
+def _run(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None, said: Path) -> None:
+    from peft_vit.experiments import run_one
+    from peft_vit.records import outcome_digest
+    from peft_vit.training import AllocationHook, CheckpointKeeper, Checkpoints
+
+    if kill_at is not None:
+        step, moment = kill_at
+        if moment == MOMENTS[0]:
+            _die_after(AllocationHook, "after_step", lambda _hook, _model, _optimizer, now: now == step)
+        else:
+            _die_after(CheckpointKeeper, "keep", lambda _keeper, now, _state: now == step)
+    told: list[int] = []
+    finished = run_one(
+        spec, on_progress=lambda progress: told.append(progress.step), checkpoints=Checkpoints(folder, 0)
+    )
+    record = finished.record
+    if record.status != "done":
+        raise RuntimeError(f"{record.error}\n{record.traceback}")
+    assert finished.adapter is not None
+    said.write_text(
+        json.dumps(
+            {
+                "first": told[0] if told else None,
+                "end": {
+                    "ranks": [entry.model_dump(mode="json") for entry in record.rank_history],
+                    "optimizer": record.optimizer_sha256,
+                    "adapter": hashlib.sha256(finished.adapter).hexdigest(),
+                    "digest": outcome_digest(record),
+                },
+            }
+        )
+    )
+
+
+def _die_after(owner: type, method: str, condition: Callable[..., bool]) -> None:
+    """Make this process kill itself when a call of a method has returned, if the condition holds of its arguments."""
+    call = getattr(owner, method)
+
+    def deadly(*arguments: Any) -> Any:
+        result = call(*arguments)
+        if condition(*arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, method, deadly)
+
+
+def steps_of(ranks: list[RankEntry], kind: str) -> list[int]:
+    """Return the steps at which to kill: around the first decision and the last, and at each.
+
+    Raises:
+        RuntimeError: if the ranks never moved, so that nothing would be shown.
+    """
+    section = KINDS[kind]["adalora"]
+    decisions = [entry.step for entry in ranks if entry.step > 0]
+    warm, final = section["warmup_steps"], STEPS - section["final_steps"]
+    if decisions[0] != warm or decisions[-1] != final or len({str(entry.ranks) for entry in ranks}) < 2:
+        raise RuntimeError(f"{kind}: the ranks were decided at {decisions} and ended as {ranks[-1].ranks}")
+    return sorted({warm - 1, warm, warm + 1, *decisions, final - 1, final, final + 1, final + 2})
+
+
+def torture(folder: Path, kind: str, seed: int, only: list[int] | None) -> tuple[int, list[str]]:
+    """Kill and resume at each step and moment; return how often, and what went wrong."""
+    spec = spec_of(folder / "study", kind, seed)
+    undisturbed = Attempt(spec, folder / "undisturbed").said()
+    ranks = [RankEntry.model_validate(entry) for entry in undisturbed["end"]["ranks"]]
+    trials, faults = 0, []
+    for step in only or steps_of(ranks, kind):
+        for moment in MOMENTS:
+            trials += 1
+            place = folder / f"{step}-{moment.split()[0]}"
+            fault = _trial(spec, place, (step, moment), undisturbed["end"])
+            print(f"{kind}, seed {seed}, killed at step {step} {moment}: {fault or 'equal'}", flush=True)
+            if fault:
+                faults.append(f"{kind}, seed {seed}, step {step} {moment}: {fault}")
+            shutil.rmtree(place)
+    return trials, faults
+
+
+def _trial(spec: RunSpec, folder: Path, kill_at: tuple[int, str], expected: dict[str, Any]) -> str | None:
+    step, moment = kill_at
+    code = Attempt(spec, folder, kill_at).code
+    if code != -signal.SIGKILL:
+        return f"it was not killed, but ended with {code}"
+    left = newest_step(folder / "run")
+    if left != (step - 1 if moment == MOMENTS[0] else step):
+        return f"its newest checkpoint is of step {left}"
+    try:
+        said = Attempt(spec, folder).said()
+    except RuntimeError as error:
+        return str(error)
+    if said["first"] != (left + 1 if left < STEPS else None):
+        return f"it went on with step {said['first']} from a checkpoint of step {left}"
+    different = [field for field in expected if said["end"][field] != expected[field]]
+    return f"{different} differ" if different else None
+
+
+def main() -> None:
+    """Run the command line."""
+    import torture_results
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=list(KINDS), choices=KINDS, help="these kinds of allocation")
+    parser.add_argument("--steps", nargs="+", type=int, help="in place of all that matter")
+    parser.add_argument("--seed", type=int, default=0, help="of the runs")
+    parser.add_argument("--dry", action="store_true", help="keep no results")
+    asked = parser.parse_args()
+    sound = True
+    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
+        for kind in asked.only:
+            trials, faults = torture(Path(folder) / kind, kind, asked.seed, asked.steps)
+            print(f"{kind}: {trials - len(faults)} of {trials} identical")
+            sound &= not faults
+            if not asked.dry:
+                torture_results.add(PROMISE, kind, trials=trials, passed=trials - len(faults), faults=faults)
+    if not sound:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

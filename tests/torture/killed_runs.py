@@ -1,0 +1,384 @@
+"""SIGKILL studies at random moments, let the same command go on, and compare with undisturbed ones, bit for bit.
+
+    .venv/bin/python tests/torture/killed_runs.py --fresh 40 --forked 160      as `make torture` does
+    .venv/bin/python tests/torture/killed_runs.py --forked 10 --seed 7 --dry   these again, as far as time is the same
+
+What is killed, each counted for itself:
+
+- a fresh command: `peft-vit run` as the shell would start it, with its whole process group or its worker alone, which
+  the driver then replaces;
+- a forked command: the same code in a process forked after torch was imported (see `commands`); its whole group, its
+  driver alone (whose worker must end with it), or its worker alone.
+
+A study is of one method, one seed or two (then with two workers), writes checkpoints after every step or after every
+twentieth of a second, and is killed one to four times. A kill counts if it met a living process while a run was under
+way: begun and not ended, as the ledger says. It has passed if the study then ends with each run done once, and with
+the metrics, histories, adapter bytes and optimiser hash of an undisturbed study; and if every attempt went on from the
+newest checkpoint that was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from commands import Command, run_forked, run_fresh
+from tiny_studies import (
+    METHODS,
+    NAME,
+    STEPS,
+    End,
+    difference,
+    ends_of,
+    ledger_rows,
+    newest_step,
+    under_way,
+    write_study,
+)
+
+from peft_vit.records import read_records
+
+PROMISE = "SIGKILL at random points: resumed equals undisturbed"
+SEEDS = (0, 1, 2)
+START, STEP, CHECKPOINT, LAST, RESULTS = "at the start", "in a step", "in a checkpoint", "after the last", "in results"
+_SOONEST_S = 0.004  # about what a small file takes to be written
+
+
+@dataclass
+class Kill:
+    """One that met a run under way: where, and from which step the run has to go on."""
+
+    place: str
+    left: dict[str, int]  # newest checkpoint by run
+
+
+@dataclass
+class Counts:
+    """Kills by group and kind, and how many of them passed."""
+
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
+    passed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    faults: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    beside: int = 0  # met no run under way
+    resumed: int = 0  # attempts that went on from a checkpoint
+
+    def add(self, kind: tuple[str, str], fault: str | None) -> None:
+        self.kills[kind] += 1
+        self.passed[kind] += fault is None
+        if fault is not None:
+            self.faults.setdefault(kind, []).append(fault)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a command is started, and which of its processes is killed."""
+
+    fresh: bool
+    victim: str  # group, driver or worker
+
+    def __str__(self) -> str:
+        who = {"group": "whole process group", "driver": "driver alone", "worker": "worker alone"}[self.victim]
+        return f"{'fresh' if self.fresh else 'forked'} command, {who}"
+
+    def start(self, config: Path, life: int, workers: int) -> Command:
+        """Start the command once more."""
+        out, log = config.parent / "out", config.parent / f"life-{life}"
+        arguments = [str(config), "--output-dir", str(out), "--workers", str(workers), "--oversubscribe"]
+        arguments += ["--log-json", str(log.with_suffix(".events"))]
+        return (run_fresh if self.fresh else run_forked)(arguments, log.with_suffix(".txt"))
+
+
+FRESH = (Way(True, "group"), Way(True, "worker"))
+FORKED = (Way(False, "group"), Way(False, "driver"), Way(False, "worker"))
+
+
+# --- when -------------------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """What an attempt leaves on disk while it goes on: tells when the moment has come to kill it."""
+
+    def __init__(self, out: Path, rng: random.Random, run_s: float) -> None:
+        self._out = out
+        self._rng = rng
+        self._run_s = run_s
+        self._rows = len(ledger_rows(out))
+        self._steps = {run: newest_step(out / NAME / run) for run in _runs(out)}
+
+    def wait(self, command: Command, moment: str, alive: Callable[[], bool] = lambda: True) -> bool:
+        """Wait for a moment, and a random time longer; tell whether the command still runs then."""
+        sign, longest_s = {
+            START: (self._begun, self._run_s / 2), STEP: (self._stepped, self._run_s),
+            CHECKPOINT: (self._nth_checkpoint(), _SOONEST_S), LAST: (self._last, self._run_s / 10),
+            RESULTS: (self._results, 4 * _SOONEST_S),
+        }[moment]  # fmt: skip
+        if command.wait(lambda: sign() or not alive()):
+            time.sleep(self._rng.uniform(0, longest_s))
+        return not command.ended()
+
+    def _begun(self) -> bool:
+        return len(ledger_rows(self._out)) > self._rows
+
+    def _stepped(self) -> bool:
+        return any(newest_step(self._out / NAME / run) > self._steps.get(run, 0) for run in _runs(self._out))
+
+    def _nth_checkpoint(self) -> Callable[[], bool]:
+        seen: set[str] = set()
+        number = self._rng.randint(1, 6)
+
+        def sign() -> bool:
+            seen.update(
+                str(path) for run in _runs(self._out) for path in (self._out / NAME / run).glob(".checkpoint-*")
+            )
+            return len(seen) >= number
+
+        return sign
+
+    def _last(self) -> bool:
+        return any(newest_step(self._out / NAME / run) == STEPS for run in _runs(self._out))
+
+    def _results(self) -> bool:
+        return any(_being_written(self._out / NAME / run) for run in under_way(self._out))
+
+
+def _runs(out: Path) -> list[str]:
+    return [path.relative_to(out / NAME).as_posix() for path in (out / NAME).glob("*/seed_*")]
+
+
+def _being_written(folder: Path) -> bool:
+    names = os.listdir(folder) if folder.is_dir() else []
+    return any(name.lstrip(".").startswith(("adapter.", "record.")) for name in names)
+
+
+def _place(folder: Path) -> str:
+    """Return where a kill has hit a run that is under way, as its files tell."""
+    if _being_written(folder):
+        return "while the adapter and the record are written"
+    if list(folder.glob(".checkpoint-*")):
+        return "while a checkpoint is written"
+    step = newest_step(folder)
+    if step == 0:
+        return "before the first checkpoint"
+    return "between the last step and the record" if step == STEPS else "between two checkpoints"
+
+
+# --- one study --------------------------------------------------------------------------------------------------------
+
+
+class Study:
+    """A study that is killed several times and then let finish."""
+
+    def __init__(self, folder: Path, way: Way, method: str, seeds: tuple[int, ...], rng: random.Random) -> None:
+        self.way = way
+        self.method = method
+        self.seeds = seeds
+        self.every_s = rng.choice((0, 0, 0.05))
+        self.config = write_study(
+            folder, {method: METHODS[method]}, seeds, retries=100, checkpoint_every_s=self.every_s
+        )  # fmt: skip
+        self.out = folder / "out"
+        self.kills: list[Kill] = []
+        self.beside = 0
+        self.moments: list[str] = []
+        self._rng = rng
+        self._first: list[tuple[str, int]] = []  # steps from which attempts had to go on, and did not
+        self.resumed = 0
+
+    def disturb(self, kills: int, run_s: float) -> str | None:
+        """Kill it so often, let it finish, and return what is wrong with it then."""
+        life = 0
+        while True:
+            before = {run: newest_step(self.out / NAME / run) for run in _runs(self.out)}
+            command = self.way.start(self.config, life, len(self.seeds))
+            if self.way.victim == "worker":
+                self._kill_workers(command, kills, run_s)
+            elif len(self.kills) + self.beside < kills and self._kill_command(command, run_s):
+                self._check_steps(life, before, [])
+                life += 1
+                continue
+            code = command.finish()
+            self._check_steps(life, before, [kill.left for kill in self.kills] if self.way.victim == "worker" else [])
+            if code != 0:
+                return f"the command ended with {code}: {self._said(life)}"
+            return self._wrong_steps() or difference(self.out, self.expected)
+
+    expected: dict[str, End]
+
+    def _moment(self) -> str:
+        moments = [START, STEP, STEP, CHECKPOINT]
+        if self.every_s == 0:
+            moments += [CHECKPOINT, LAST, LAST]
+        if self.way.victim != "worker":
+            moments += [RESULTS, RESULTS]
+        self.moments.append(self._rng.choice(moments))
+        return self.moments[-1]
+
+    def _kill_command(self, command: Command, run_s: float) -> bool:
+        """Kill the command at a random moment; tell whether it lived until then."""
+        watched = Watched(self.out, self._rng, run_s)
+        if not watched.wait(command, self._moment()) or not command.kill(group=self.way.victim == "group"):
+            return False
+        self._note(under_way(self.out))
+        return True
+
+    def _kill_workers(self, command: Command, kills: int, run_s: float) -> None:
+        """Kill one worker after the other, for as long as the command lives."""
+        run = f"{self.method}/seed_{self.seeds[0]}"
+        for number in range(1, kills + 1):
+
+            def attempts(event: str) -> int:
+                return sum(row.event == event for row in ledger_rows(self.out))
+
+            if not command.wait(lambda number=number: attempts("started") >= number):  # type: ignore[misc]
+                break
+            watched = Watched(self.out, self._rng, run_s)
+            moment = self._moment()
+            if moment == START:
+                time.sleep(self._rng.uniform(0, run_s / 2))
+            elif not watched.wait(command, moment):
+                break
+            worker = next(row.worker for row in reversed(ledger_rows(self.out)) if row.event == "started")
+            assert worker is not None
+            os.kill(int(worker.split()[1]), signal.SIGKILL)
+            kill = Kill(_place(self.out / NAME / run), {run: newest_step(self.out / NAME / run)})
+            if command.wait(lambda number=number: attempts("failed") >= number):  # type: ignore[misc]
+                self.kills.append(kill)
+            else:  # it had nothing to do any more
+                self.beside += 1
+                break
+
+    def _note(self, runs: list[str]) -> None:
+        if not runs:
+            self.beside += 1
+            return
+        left = {run: newest_step(self.out / NAME / run) for run in runs}
+        self.kills.append(Kill(_place(self.out / NAME / runs[0]), left))
+
+    # --- did it go on from where it was? ------------------------------------------------------------------------------
+
+    def _check_steps(self, life: int, before: dict[str, int], later: list[dict[str, int]]) -> None:
+        """Compare the first step that each attempt of a command told with the newest checkpoint at its start."""
+        file = self.config.parent / f"life-{life}.events"
+        attempts: dict[str, list[int | None]] = {}
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # the last one, cut short
+            name = event.get("run", "").partition("/")[2]
+            if event["event"] == "started":
+                attempts.setdefault(name, []).append(None)
+            elif event["event"] == "progress" and attempts[name][-1] is None:
+                attempts[name][-1] = event["step"]
+        for name, firsts in attempts.items():
+            starts = [before.get(name, 0), *(left[name] for left in later)]
+            for start, first in zip(starts, firsts, strict=False):
+                self.resumed += start > 0
+                if first is not None and first != start + 1:
+                    self._first.append((f"{name} in life {life}, told step {first} first", start))
+
+    def _wrong_steps(self) -> str | None:
+        return f"{self._first[0][0]} with a checkpoint of step {self._first[0][1]}" if self._first else None
+
+    def _said(self, life: int) -> str:
+        return (self.config.parent / f"life-{life}.txt").read_text()[-1500:]
+
+
+def undisturbed(folder: Path, method: str) -> tuple[dict[str, End], float]:
+    """Return what a method's runs come to when nothing happens, and the seconds of one of them."""
+    config = write_study(folder, {method: METHODS[method]}, SEEDS, checkpoint_every_s=3600)
+    log = folder / "undisturbed.txt"
+    code = run_forked([str(config), "--output-dir", str(folder / "out")], log).finish()
+    if code:
+        raise RuntimeError(f"the undisturbed study ended with {code}: {log.read_text()[-3000:]}")
+    seconds = statistics.median(record.seconds for record in read_records(folder / "out"))
+    return ends_of(folder / "out"), seconds
+
+
+# --- the tool itself --------------------------------------------------------------------------------------------------
+
+
+def torture(folder: Path, ways: tuple[Way, ...], kills: int, seed: int, methods: tuple[str, ...]) -> Counts:
+    """Kill studies until so many kills have met a run under way."""
+    counts = Counts()
+    known = {method: undisturbed(folder / f"undisturbed-{method}", method) for method in methods}
+    number = 0
+    while sum(count for (group, _), count in counts.kills.items() if group == "way") < kills:
+        rng = random.Random(f"{seed}:{number}")
+        way, method = ways[number % len(ways)], methods[number % len(methods)]
+        seeds = tuple(
+            SEEDS[(number + other) % 3] for other in range(rng.randint(1, 1 if way.victim == "worker" else 2))
+        )
+        place = folder / f"{way}-{number}".replace(" ", "-").replace(",", "")
+        study = Study(place, way, method, seeds, rng)
+        expected, run_s = known[method]
+        study.expected = {f"{method}/seed_{one}": expected[f"{method}/seed_{one}"] for one in seeds}
+        fault = study.disturb(rng.randint(1, 4), run_s)
+        said = f"{way}, {method}, seeds {seeds}, every {study.every_s} s, {study.moments}, --seed {seed}, {number}"
+        print(f"{said}: {len(study.kills)} kills, {fault or 'equal'}", flush=True)
+        for kill in study.kills:
+            for kind in (("way", str(way)), ("method", method), ("place", kill.place)):
+                counts.add(kind, f"{said}: {fault}" if fault else None)
+        counts.beside += study.beside
+        counts.resumed += study.resumed
+        if fault is None:
+            shutil.rmtree(place)
+        else:
+            print(f"{place} is kept", file=sys.stderr, flush=True)
+        number += 1
+    return counts
+
+
+def report(counts: Counts, results: Path | None) -> bool:
+    """Print and keep what came out; tell whether all passed."""
+    groups = {"way": PROMISE, "method": f"{PROMISE} (the same, by method)", "place": f"{PROMISE} (the same, by place)"}
+    for (group, kind), kills in sorted(counts.kills.items()):
+        passed = counts.passed[group, kind]
+        print(f"{group}: {kind}: {passed} of {kills} kills")
+        if results is not None:
+            import torture_results
+
+            torture_results.add(
+                groups[group], kind, trials=kills, passed=passed, faults=counts.faults.get((group, kind), ()),
+                file=results,
+            )  # fmt: skip
+    print(f"{counts.resumed} attempts went on from a checkpoint; {counts.beside} more kills met no run under way")
+    return not counts.faults
+
+
+def main() -> None:
+    """Run the command line."""
+    import torture_results
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", type=int, default=0, metavar="KILLS", help="of fresh commands")
+    parser.add_argument("--forked", type=int, default=0, metavar="KILLS", help="of forked commands")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the clock, so that calls add up")
+    parser.add_argument("--dry", action="store_true", help="keep no results")
+    asked = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="peft-vit-torture-"))
+    sound = True
+    for ways, kills in ((FORKED, asked.forked), (FRESH, asked.fresh)):
+        if kills:
+            counts = torture(folder / str(ways[0].fresh), ways, kills, asked.seed, tuple(asked.methods))
+            sound &= report(counts, None if asked.dry else torture_results.FILE)
+    if not sound:
+        sys.exit(1)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

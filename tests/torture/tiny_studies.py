@@ -1,0 +1,117 @@
+"""Studies of runs of seconds, for tools that disturb them, and what their runs give undisturbed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_vit.experiments.ledger import LEDGER_FILE, Row, read_ledger
+from peft_vit.records import ADAPTER_FILE, checkpoint_folders, outcome_digest, read_records, run_folder
+
+NAME = "tiny"
+STEPS = 12  # of a run: 24 images in batches of 8, four times
+_ADALORA = {
+    "total_rank_budget": 40, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
+    "update_frequency": 2, "warmup_steps": 3, "final_steps": 3,
+}  # fmt: skip
+_QA_LORA = {
+    "quantization_bits": 4, "quantization_type": "int4", "quantization_schedule": "linear",
+    "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16,
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"rank": 2}},
+    "adalora": {"adalora": {**_ADALORA, "parametrization": "svd"}},
+    "qa_lora": {"qa_lora": {**_QA_LORA, "rank": 2}},
+    "qa_adalora": {"adalora": _ADALORA, "qa_lora": {**_QA_LORA, "targets": ["out", "fc2"]}},
+}
+
+
+def with_adalora(**settings: Any) -> dict[str, Any]:
+    """Return the section of an AdaLoRA experiment in which some settings are others."""
+    return {"adalora": {**_ADALORA, **settings}}
+
+
+def write_study(
+    folder: Path, experiments: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], **execution: Any
+) -> Path:
+    """Write a study's configuration.
+
+    Args:
+        folder: where to.
+        experiments: sections by name, which is also the method if they don't say otherwise.
+        seeds: of the study.
+        execution: its settings.
+    """
+    training = {"epochs": 4, "batch_size": 8, "learning_rate": 3e-3}
+    study = {
+        "name": NAME, "seeds": list(seeds), "threads": 1, "device": "cpu", "execution": execution,
+        "backbone": {"model": "test_vit", "weights": "random"},
+        "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
+        "experiments": [
+            {"name": name, "training": training, "method": name, **sections} for name, sections in experiments.items()
+        ],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{NAME}.yaml"
+    file.write_text(json.dumps(study))  # which is YAML too
+    return file
+
+
+@dataclass(frozen=True)
+class End:
+    """What a run has come to: all that must not depend on what disturbed it."""
+
+    digest: str  # see outcome_digest: metrics, histories, hashes of adapter and optimiser
+    adapter: str  # SHA-256 of its file
+    optimizer: str | None
+    ranks: str
+
+
+def ends_of(results_dir: Path) -> dict[str, End]:
+    """Return what the runs in a results directory have come to, by run name."""
+    ends = {}
+    for record in read_records(results_dir):
+        folder = run_folder(results_dir, record.spec)
+        adapter = hashlib.sha256((folder / ADAPTER_FILE).read_bytes()).hexdigest()
+        ranks = json.dumps([entry.model_dump(mode="json") for entry in record.rank_history])
+        name = record.spec.run_id.partition("/")[2]
+        ends[name] = End(outcome_digest(record), adapter, record.optimizer_sha256, ranks)
+    return ends
+
+
+def difference(results_dir: Path, expected: Mapping[str, End]) -> str | None:
+    """Return what is wrong with a study that has ended: not every run done once and as expected; None if nothing is."""
+    rows = ledger_rows(results_dir)
+    done = Counter(row.run for row in rows if row.event == "done")
+    if done != Counter(dict.fromkeys(expected, 1)):
+        return f"the ledger says done: {dict(done)}"
+    ends = ends_of(results_dir)
+    for name, end in expected.items():
+        for field in ("ranks", "optimizer", "adapter", "digest"):
+            if getattr(ends[name], field) != getattr(end, field):
+                return f"{name}: its {field} differs from the undisturbed run's"
+        folder = results_dir / NAME / name
+        if left := sorted(path.name for path in folder.iterdir() if path.name not in (ADAPTER_FILE, "record.json")):
+            return f"{name}: {left} are left in its folder"
+    return None
+
+
+def ledger_rows(results_dir: Path) -> tuple[Row, ...]:
+    """Return the rows of the study's ledger, without a last one that is being written."""
+    return read_ledger(results_dir / NAME / LEDGER_FILE).rows
+
+
+def under_way(results_dir: Path) -> list[str]:
+    """Return the runs that have begun and not ended, as far as the ledger knows."""
+    last = {row.run: row.event for row in ledger_rows(results_dir)}
+    return [run for run, event in last.items() if event == "started"]
+
+
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint in a run's folder; 0 if there is none."""
+    return max(checkpoint_folders(folder), default=0)
