@@ -340,7 +340,9 @@ def _print_plan(planned: Plan) -> None:
 def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
     print(f"Records: {results_dir}\nNext: peft-vit report {results_dir}")
     if failed:
-        print(f"{len(failed)} runs failed:", file=sys.stderr)
+        from peft_vit.experiments.display import counted
+
+        print(f"{counted(len(failed), 'run')} failed:", file=sys.stderr)
         for run_id, reason in failed.items():
             print(f"  {run_id}: {reason}", file=sys.stderr)
         raise typer.Exit(1)

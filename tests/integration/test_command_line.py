@@ -238,7 +238,7 @@ def test_a_study_is_done_once_and_a_failed_run_again(tmp_path, capsys) -> None:
     assert "tiny: 2 planned = 1 done + 0 failed + 0 pending + 0 running + 1 skipped" in capsys.readouterr().out
     assert ended("run", file, "--output-dir", out) == 1
     said = capsys.readouterr()
-    assert "1 runs failed:" in said.err
+    assert "1 run failed:" in said.err
     assert "tiny/diverging/seed_0: DivergedError" in said.err
     assert "[1/1] tiny/diverging/seed_0: FAILED, DivergedError" in said.out
     assert {r.spec.experiment.name: r.status for r in read_records(out)} == {"probe": "done", "diverging": "failed"}
@@ -254,7 +254,7 @@ def test_a_study_is_done_once_and_a_failed_run_again(tmp_path, capsys) -> None:
     assert "tiny/diverging/seed_0: DivergedError" in capsys.readouterr().err
     assert snapshot(out) == before
     assert ended("run", file, "--output-dir", out, "--method", "linear") == 0
-    assert "1 runs: 0 to do in about 0.0 minutes, 1 already done and skipped." in capsys.readouterr().out
+    assert "1 run: 0 to do, 1 already done and skipped." in capsys.readouterr().out
     assert ended("run", file, "--output-dir", out) == 1
     assert "attempt 2: DivergedError" in "".join([str(ended("status", out)), capsys.readouterr().out])
 

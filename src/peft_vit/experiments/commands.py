@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -73,6 +73,8 @@ def run_studies(asked: Asked, execution: Execution, show: Callable[[Plan], None]
             the studies; later if there is no room for a result.
         KeyboardInterrupt: see `drive`.
     """
+    if execution.executor == "ray":
+        asked = _without_workers(asked)
     studies = _load(asked)
     with _locks(asked.results_dir, [study.name for study, _ in studies]) as locks:
         return _drive(_plan(asked, studies, show), locks, execution)
@@ -102,6 +104,14 @@ def _load(asked: Asked) -> list[tuple[StudyConfig, Path]]:
         if asked.method not in (None, *(experiment.method for experiment in study.experiments)):
             raise UserError(f"no experiment is of method {asked.method}", file=file, field="experiments")
     return studies
+
+
+def _without_workers(asked: Asked) -> Asked:
+    """Return the same for a cluster, on which as many runs go at a time as there is room for; planned is with one."""
+    if asked.workers is not None:
+        problem = "has no effect with --executor ray, where as many runs go at a time as nodes have room for"
+        raise UserError(f"{problem}; leave it out", field="--workers")
+    return replace(asked, workers=1)
 
 
 def _chosen_seeds(study: StudyConfig, seeds: str | None, file: Path) -> tuple[int, ...]:

@@ -52,6 +52,18 @@ def print_export(done: Exported, file: Path) -> None:
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
+def duration(seconds: float) -> str:
+    """Return a time as a person says it: 12 s, 3.5 min, 2.1 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things: 1 run, 2 runs."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print every run with what it will take, what all together will, and how far off that was where runs are done."""
     console = open_console() if console is None else console
@@ -78,7 +90,7 @@ def _print_study(plan: Plan, console: Console) -> None:
     study = plan.study
     console.print(
         f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.dataset} "
-        f"at {study.data.image_size} px, {study.precision}, {study.threads} threads"
+        f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
     )
     if plan.runs[0].spec.smoke:
         console.print("[bold yellow]SMOKE: random weights and synthetic images; no number below means anything.[/]")
@@ -91,10 +103,11 @@ def _print_study(plan: Plan, console: Console) -> None:
 
 def _print_total(plan: Plan, console: Console) -> None:
     pending, workers = plan.pending, plan.study.execution.workers
-    minutes = makespan([run.estimate.seconds for run in pending], workers) / 60
     together = f" with {workers} workers" if workers > 1 else ""
+    seconds = makespan([run.estimate.seconds for run in pending], workers)
+    time = f" in about {duration(seconds)}{together}" if pending else ""
     console.print(
-        f"{len(plan.runs)} runs: {len(pending)} to do in about {minutes:.1f} minutes{together}, "
+        f"{counted(len(plan.runs), 'run')}: {len(pending)} to do{time}, "
         f"{len(plan.runs) - len(pending)} already done and skipped.",
         soft_wrap=True,
     )

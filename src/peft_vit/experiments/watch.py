@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from peft_vit.experiments.display import open_console, print_deviation
+from peft_vit.experiments.display import duration, open_console, print_deviation
 from peft_vit.experiments.estimate import Compared, deviation, makespan
 from peft_vit.experiments.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, Told
 from peft_vit.experiments.ledger import run_name
@@ -28,8 +28,7 @@ class _Running:
     """A run in progress, and the first that was heard of it: a resumed one does not begin with step 1."""
 
     run: PlannedRun
-    since: float  # all times are time.monotonic()
-    told: float  # when the latest plain line was printed
+    told: float  # when the latest plain line was printed; all times are time.monotonic()
     first: tuple[int, float] | None = None  # step, time
     latest: Progress | None = None
 
@@ -39,11 +38,17 @@ class _Running:
         self.latest = progress
 
     def left_s(self, now: float, pace: float) -> float:
-        """Return the seconds that are left: at the run's own rate, or as planned before there is one."""
-        if self.latest is not None and self.first is not None and self.latest.step > self.first[0]:
-            step, began = self.first
-            return (now - began) / (self.latest.step - step) * (self.latest.total_steps - self.latest.step)
-        return max(0.0, pace * self.run.estimate.seconds - (now - self.since))
+        """Return the seconds that are left: at the run's own rate, or as planned before there is one.
+
+        Until the first step a new process starts, which is no part of the plan.
+        """
+        planned = pace * self.run.estimate.seconds
+        if self.first is None or self.latest is None:
+            return planned
+        (step, began), latest = self.first, self.latest
+        if latest.step == step:
+            return planned * (latest.total_steps - step) / latest.total_steps
+        return (now - began) / (latest.step - step) * (latest.total_steps - latest.step)
 
 
 class Watch:
@@ -97,7 +102,8 @@ class Watch:
                 self._say(f"{self._place()} {event.run.spec.run_id}: {event.record.error}; it is tried again")
             case RunInterrupted():
                 self._back(event.run)
-                self._say(f"{self._place()} {event.run.spec.run_id}: stopped after step {event.step}")
+                when = f"after step {event.step}" if event.step else "before its first step"
+                self._say(f"{self._place()} {event.run.spec.run_id}: stopped {when}")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -113,7 +119,7 @@ class Watch:
     def _started(self, event: RunStarted) -> None:
         name, now = run_name(event.run.spec), time.monotonic()
         self._waiting.pop(name, None)
-        self._running[name] = _Running(event.run, since=now, told=now)
+        self._running[name] = _Running(event.run, told=now)
         if self._live is None:
             self._say(f"{self._place()} {event.run.spec.run_id}: started on {event.worker}")
 
@@ -125,7 +131,7 @@ class Watch:
         running.take(event.progress, now)
         if self._live is None and now - running.told >= self._plain_every_s:
             running.told = now
-            left = _duration(running.left_s(now, self._pace()))
+            left = duration(running.left_s(now, self._pace()))
             self._say(f"{self._place()} {event.run.spec.run_id}: {_in_words(event.progress)}; {left} left")
 
     def _ended(self, event: RunEnded) -> None:
@@ -136,10 +142,10 @@ class Watch:
             self._say(f"{place} {run_id}: FAILED, {record.error}")
             return
         self._done.append(Compared.of(event.run.estimate, record))
+        left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
         self._say(
             f"{place} {run_id}: validation {record.validation.accuracy:.1%}, loss {record.steps[-1].loss:.3f}, "
-            f"{record.seconds:.0f} s, {(record.peak_memory_bytes or 0) / 1e6:.0f} MB; "
-            f"about {_duration(self._left_s())} left"
+            f"{record.seconds:.0f} s, {(record.peak_memory_bytes or 0) / 1e6:.0f} MB{left}"
         )
 
     def _pace(self) -> float:
@@ -150,7 +156,8 @@ class Watch:
     def _left_s(self) -> float:
         now, pace = time.monotonic(), self._pace()
         return makespan(
-            [pace * run.estimate.seconds for run in list(self._waiting.values())], self._workers,
+            [pace * run.estimate.seconds for run in list(self._waiting.values())],
+            max(self._workers, len(self._running)),  # on a cluster it shows how many there are
             busy=[running.left_s(now, pace) for running in list(self._running.values())],
         )  # fmt: skip
 
@@ -164,9 +171,9 @@ class Watch:
         for name, running in list(self._running.items()):
             latest = running.latest
             cells = [_UNKNOWN] * 5 if latest is None else _cells(latest)
-            table.add_row(name, cells[0], _duration(running.left_s(now, pace)), *cells[1:])
+            table.add_row(name, cells[0], duration(running.left_s(now, pace)), *cells[1:])
         ended = self._count - len(self._waiting) - len(self._running)
-        total = f"{ended} of {self._count} runs ended, about {_duration(self._left_s())} left"
+        total = f"{ended} of {self._count} runs ended, about {duration(self._left_s())} left"
         return Group(table, Text(total, style="bold"))
 
 
@@ -186,10 +193,3 @@ def _in_words(progress: Progress) -> str:
     names = ("loss", "validation", "mean rank", "mean bits")
     known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
     return ", ".join([f"step {step}", *known])
-
-
-def _duration(seconds: float) -> str:
-    """Return a time as a person says it: 12 s, 3.5 min, 2.1 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

@@ -80,6 +80,24 @@ def test_any_number_of_workers_gives_what_this_process_gives(study, tmp_path) ->
         assert not workers_alive(events)
 
 
+def test_a_stop_does_not_wait_for_workers_that_are_still_starting(study, tmp_path) -> None:
+    plan = plan_study(study("linear", "lora"), tmp_path, file=tmp_path / "tiny.yaml")
+    (tmp_path / "tiny" / "linear" / "seed_0" / "checkpoint-3").mkdir(parents=True)
+    executor = LocalExecutor(2, 1, tmp_path, oversubscribe=True)
+    try:
+        for run in plan.runs:
+            executor.submit(run)
+        events = [executor.next_event(0), executor.next_event(0)]
+        assert [type(event) for event in events] == [RunStarted, RunStarted]
+        assert len(workers_alive(events)) == 2
+        executor.stop()
+        assert not workers_alive(events)
+        stopped = [executor.next_event(0), executor.next_event(0)]
+        assert stopped == [RunInterrupted(plan.runs[0], 3), RunInterrupted(plan.runs[1], 0)]
+    finally:
+        executor.close()
+
+
 def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> None:
     config = endless(study("linear", "lora", "full"), "linear", "lora")
     plan = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
@@ -165,8 +183,8 @@ def test_more_threads_than_cores_are_refused_unless_asked_for(tmp_path) -> None:
     cores = cpu_count()
     with pytest.raises(
         UserError,
-        match=rf"^execution\.workers: {cores} workers x 2 threads exceed the {cores} cores that this process may use; "
-        r"lower workers, or threads \(which changes bits\), or pass --oversubscribe$",
+        match=rf"^execution\.workers: workers x threads, {cores} x 2, exceed the {cores} cores of this process; "
+        r"lower workers, or pass --oversubscribe$",
     ):
         LocalExecutor(cores, 2, tmp_path)
     LocalExecutor(cores, 1, tmp_path).close()

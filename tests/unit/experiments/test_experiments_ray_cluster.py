@@ -9,6 +9,7 @@ import pytest
 
 from peft_vit.errors import UserError
 from peft_vit.experiments import plan_study
+from peft_vit.experiments.commands import Asked, Execution, run_studies
 from peft_vit.experiments.executors import open_executor
 from peft_vit.experiments.executors.ray_cluster import Need, RayExecutor
 from peft_vit.experiments.executors.ray_task import Place
@@ -82,6 +83,8 @@ def test_what_would_change_nothing_is_refused(study, tmp_path) -> None:
     plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
     with pytest.raises(UserError, match=r"^--oversubscribe: has no effect with --executor ray"):
         open_executor("ray", plan, tmp_path, oversubscribe=True)
+    with pytest.raises(UserError, match=r"^--workers: has no effect with --executor ray"):
+        run_studies(Asked([], tmp_path, workers=2), Execution("ray"), print)
 
 
 def test_a_run_that_needs_a_gpu_has_to_ask_for_it(study, tmp_path) -> None:

@@ -25,7 +25,7 @@ from peft_vit.experiments.executors.attempt import ALLOCATOR, WeightsOnce, envir
 from peft_vit.experiments.plan import PlannedRun
 from peft_vit.experiments.provenance import cpu_count
 from peft_vit.experiments.run import Finished, run_one
-from peft_vit.records import RunSpec, run_folder
+from peft_vit.records import RunSpec, checkpoint_folders, run_folder
 from peft_vit.training import Checkpoints, Interrupted, Progress
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -47,6 +47,7 @@ class _Worker:
     pipe: Connection
     run: PlannedRun | None = None  # what it works on
     since: float = 0.0  # time.monotonic()
+    stepped: bool = False  # it has told of a step of this attempt
 
 
 class LocalExecutor:
@@ -71,11 +72,9 @@ class LocalExecutor:
         oversubscribe: bool = False,
     ) -> None:  # fmt: skip
         if workers * threads > cpu_count() and not oversubscribe:
-            problem = f"{workers} workers x {threads} threads exceed the {cpu_count()} cores that this process may use"
-            raise UserError(
-                f"{problem}; lower workers, or threads (which changes bits), or pass --oversubscribe",
-                field="execution.workers",
-            )
+            problem = f"workers x threads, {workers} x {threads}, exceed the {cpu_count()} cores of this process"
+            remedy = "lower workers, or pass --oversubscribe"
+            raise UserError(f"{problem}; {remedy}", field="execution.workers")
         self._count = workers
         self._results_dir = results_dir
         self._checkpoint_every_s = checkpoint_every_s
@@ -102,11 +101,16 @@ class LocalExecutor:
                 self._hear(worker)
 
     def stop(self) -> None:
-        """Forget what has not started; let what runs write a checkpoint and report `RunInterrupted`."""
+        """Forget what has not started; let what runs write a checkpoint and report `RunInterrupted`.
+
+        An attempt that has made no step has nothing to keep: its worker, which may still be starting, is ended.
+        """
         self._waiting.clear()
-        for worker in self._workers:
-            if worker.run is not None:
+        for worker in [worker for worker in self._workers if worker.run is not None]:
+            if worker.stepped:
                 _send(worker, None)
+            else:
+                self._end_before_first_step(worker)
 
     def close(self) -> None:
         """End at once, whatever runs; leave no process behind."""
@@ -127,7 +131,7 @@ class LocalExecutor:
             if worker is None:
                 return
             run = self._waiting.popleft()
-            worker.run, worker.since = run, time.monotonic()
+            worker.run, worker.since, worker.stepped = run, time.monotonic(), False
             self._events.append(RunStarted(run, f"process {worker.process.pid} on {platform.node()}"))
             checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
             _send(worker, _Order(run.spec, checkpoints))
@@ -141,6 +145,7 @@ class LocalExecutor:
         assert worker.run is not None
         match message:
             case Progress():
+                worker.stepped = True
                 self._events.append(RunProgress(worker.run, message))
                 return
             case Finished():
@@ -149,10 +154,20 @@ class LocalExecutor:
                 self._events.append(RunInterrupted(worker.run, message.step))
         worker.run = None
 
-    def _bury(self, worker: _Worker) -> None:
+    def _end_before_first_step(self, worker: _Worker) -> None:
+        assert worker.run is not None
+        worker.process.kill()
+        self._remove(worker)
+        steps = checkpoint_folders(run_folder(self._results_dir, worker.run.spec))  # of earlier attempts
+        self._events.append(RunInterrupted(worker.run, max(steps, default=0)))
+
+    def _remove(self, worker: _Worker) -> None:
         worker.process.join()
         worker.pipe.close()
         self._workers.remove(worker)
+
+    def _bury(self, worker: _Worker) -> None:
+        self._remove(worker)
         if worker.run is not None:
             reason = f"the worker process {_how_it_ended(worker.process.exitcode)}"
             record = lost(worker.run.spec, reason, time.monotonic() - worker.since)
