@@ -233,22 +233,26 @@ def test_a_state_of_another_training_is_refused(make, change) -> None:
         run.once(state)
 
 
-def test_every_part_of_the_state_matters(make) -> None:
+@pytest.mark.parametrize(
+    ("method", "part", "shown_by"),
+    [
+        *(("growing", part, "optimizer") for part in ("optimizer", "scheduler", "model")),
+        ("growing", "hooks", "hooks"), ("managed_pace", "hooks", "plain"),
+    ],
+)  # fmt: skip
+def test_every_part_of_the_state_matters(make, method, part, shown_by) -> None:
     """What a state holds is needed: with a part of another step in its place, the end is another one."""
-    run = make("growing")
+    run = make(method)
     whole = run.once()
-    for step in (7, 8):  # no decision lies between
+    for step in (7, 8):  # no decision on ranks lies between
         run.once(None, step)
     earlier, later = (read_checkpoint(run.folder / f"checkpoint-{step}") for step in (7, 8))
-
-    def mixed(part):
-        names = [name for name in (*earlier.tensors, *later.tensors) if name.startswith(f"{part}/")]
-        tensors = {name: one for name, one in later.tensors.items() if name not in names}
-        tensors |= {name: earlier.tensors[name] for name in names if name in earlier.tensors}
-        return State(tensors, later.values | {part: earlier.values[part]})
-
-    for part in ("optimizer", "scheduler", "model"):
-        assert run.once(mixed(part))["optimizer"] != whole["optimizer"], part
+    names = [name for name in (*earlier.tensors, *later.tensors) if name.startswith(f"{part}/")]
+    tensors = {name: one for name, one in later.tensors.items() if name not in names}
+    tensors |= {name: earlier.tensors[name] for name in names if name in earlier.tensors}
+    mixed = State(tensors, later.values | {part: earlier.values[part]})
+    assert run.once(later) == whole
+    assert run.once(mixed)[shown_by] != whole[shown_by]
 
 
 def test_the_best_weights_so_far_come_back(make) -> None:
