@@ -12,6 +12,7 @@ from peft_vit.experiments.ledger import LEDGER_FILE, no_room, read_ledger, rewri
 from peft_vit.experiments.lock import study_lock
 from peft_vit.experiments.status import StudyStatus, find_studies, study_runs, study_status
 from peft_vit.experiments.store import StudyStore
+from peft_vit.foreign_files import folder_below
 from peft_vit.records import RECORD_FILE, RunRecord, outcome_digest, read_record, write_atomically
 
 RUNS_FILE = "runs.parquet"
@@ -38,10 +39,12 @@ def rebuild(directory: Path) -> Iterator[str]:
     entered.
 
     Raises:
-        UserError: if there is no study, if another command works on one, if a record can't be read, if there is no
-            room, or if the table can't be written for want of pyarrow.
+        UserError: if there is no study, if another command works on one, if a record can't be read, if a link
+            leads out of the directory, if there is no room, or if the table can't be written for want of pyarrow.
     """
     for folder in find_studies(directory):
+        if folder != directory:
+            folder_below(directory, folder.name)  # no link, through which something would be written elsewhere
         with study_lock(folder) as lock:
             yield from _repair(folder)
             store = StudyStore(lock, study_runs(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, get_args
 
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, printable
 from peft_vit.experiments.ledger import LEDGER_FILE, Row, last_rows, read_ledger
 from peft_vit.experiments.lock import Owner, owner_of
 from peft_vit.experiments.store import unknown_to
@@ -45,7 +46,7 @@ def find_studies(directory: Path) -> list[Path]:
     Raises:
         UserError: if there is none.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
         raise UserError("does not exist; give what --output-dir was", file=directory)
     if _is_study(directory):
         return [directory]
@@ -128,7 +129,11 @@ def _since(owner: Owner, row: Row) -> bool:
 
 
 def status_lines(status: StudyStatus) -> Iterator[str]:
-    """Yield the sum of all states, and what there is to say of single runs."""
+    """Yield the sum of all states, and what there is to say of single runs, in lines that do nothing to a terminal."""
+    yield from map(printable, _lines(status))
+
+
+def _lines(status: StudyStatus) -> Iterator[str]:
     counts = Counter(run.state for run in status.runs)
     total = " + ".join(f"{counts[state]} {state}" for state in get_args(State))
     yield f"{status.folder.name}: {len(status.runs)} planned = {total}"

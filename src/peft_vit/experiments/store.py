@@ -14,7 +14,7 @@ from typing import Any
 from peft_vit.errors import UserError
 from peft_vit.experiments.ledger import Ledger, Row, last_rows, no_room, now, run_name, sync_folder
 from peft_vit.experiments.lock import StudyLock
-from peft_vit.foreign_files import read_bytes
+from peft_vit.foreign_files import folder_below, read_bytes
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, checkpoint_folders, write_result
 
 # What checkpoints and files are called while they are written, see `write_checkpoint` and `write_atomically`.
@@ -30,9 +30,9 @@ def unknown_to(last: Row | None, folder: Path, run: str) -> Row | None:
         run: the run's name.
 
     Raises:
-        UserError: if the record that decides can't be read.
+        UserError: if the record that decides can't be read, or if a link leads out of the study's folder.
     """
-    file = folder / run / RECORD_FILE
+    file = folder_below(folder, run) / RECORD_FILE
     adapter = file.with_name(ADAPTER_FILE).exists()
     if last is not None and last.event == "done":
         if file.exists() and adapter:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas
 import pytest
@@ -236,3 +237,38 @@ def test_no_torch_is_needed(tmp_path) -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == "fake: 4 planned = 4 done + 0 failed + 0 pending + 0 running + 0 skipped\n"
+
+
+def test_an_error_of_somebody_does_nothing_to_a_terminal(tmp_path) -> None:
+    folder = begin(tmp_path)
+    lay(folder, row("a/seed_0", "started"), row("a/seed_0", "failed", error="\x1b]0;x\x07\nb/seed_0: \u202eenod"))
+    *_, line = status_lines(study_status(folder))
+    assert line == r"  failed   a/seed_0: \x1b]0;x\x07\nb/seed_0: \u202eenod"
+
+
+def test_nothing_is_written_or_removed_through_a_link(tmp_path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    (out / "fake").mkdir(parents=True)
+    folder = begin(out)
+    record = done_record(fake_plan(STUDY, elsewhere).pending[0].spec)
+    write_result(elsewhere, record, fake_adapter(record.spec))
+    (elsewhere / "fake/a/seed_0/checkpoint-20").mkdir()
+    (folder / "a").symlink_to(elsewhere / "fake/a")
+    lay(folder, row("a/seed_0", "started"), row("a/seed_0", "done"))
+    with pytest.raises(UserError, match="fake/a: is a link, and results go into real folders only"):
+        list(rebuild(out))
+    assert study_status(folder).runs[0].note.startswith(f"{folder}/a: is a link")
+    (folder / "a").unlink()
+    folder.rename(elsewhere / "whole")
+    folder.symlink_to(elsewhere / "whole")
+    before = sorted(elsewhere.rglob("*"))
+    with pytest.raises(UserError, match="out/fake: is a link, and results go into real folders only"):
+        list(rebuild(out))
+    assert sorted(elsewhere.rglob("*")) == before
+    assert (elsewhere / "fake/a/seed_0/checkpoint-20").is_dir()
+
+
+def test_an_impossible_name_is_no_study() -> None:
+    for name in ("n" * 300, "a\0b"):
+        with pytest.raises(UserError, match="does not exist"):
+            find_studies(Path(name))
