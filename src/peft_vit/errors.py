@@ -47,5 +47,13 @@ class DivergedError(UserError):
     """The loss, its gradient or what is made of them is no longer finite; the same run would diverge again."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, of whatever device: torch has a type of its own for some of its errors only."""
+    from_torch = isinstance(error, RuntimeError)
+    return isinstance(error, MemoryError) or (
+        from_torch and any(text in str(error) for text in ("out of memory", "DefaultCPUAllocator"))
+    )
+
+
 class SilentNoEffectWarning(UserWarning):
     """A setting is legal but changes nothing in this run; said loudly instead of being ignored."""

@@ -30,7 +30,7 @@ from peft_vit.backbones import (
 )
 from peft_vit.config import SITE_MATRICES, BackboneConfig
 from peft_vit.data import Data, load_data
-from peft_vit.errors import DivergedError, SilentNoEffectWarning, UserError
+from peft_vit.errors import DivergedError, SilentNoEffectWarning, UserError, is_out_of_memory
 from peft_vit.evaluation import (
     frozen_bytes,
     head_parameters,
@@ -140,8 +140,7 @@ def _kind(error: Exception) -> Failure:
     """Return what kind of failure an exception is."""
     if isinstance(error, DivergedError):
         return "diverged"
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if out_of_memory or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+    if is_out_of_memory(error):
         return "out_of_memory"
     if isinstance(error, OSError):
         return "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "io"

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, is_out_of_memory
 from peft_vit.foreign_files import read_bytes, require_regular
 from peft_vit.records import checkpoint_folders
 from peft_vit.training.state import State
@@ -270,6 +270,8 @@ def read_checkpoint(path: Path) -> State:
     try:
         laid_out = {name: _laid_out(tensors[name], strides) for name, strides in values.tensors.items()}
     except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):  # says nothing of the file
+            raise
         raise UserError(f"holds an impossible layout ({error})", file=path / VALUES_FILE, field="tensors") from None
     return State(laid_out, values.values)
 
@@ -309,6 +311,8 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"is not a readable safetensors file ({error})", file=file) from None
 
 
@@ -319,7 +323,7 @@ def _laid_out(tensor: torch.Tensor, strides: list[int] | None) -> torch.Tensor:
     moving = [stride for size, stride in zip(tensor.shape, strides, strict=True) if size > 1]
     if not all(0 < stride <= tensor.numel() for stride in moving):
         raise ValueError(f"strides {strides} for the shape {tuple(tensor.shape)}")
-    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
-    if copy.untyped_storage().nbytes() != tensor.nbytes:
+    layout = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta")  # takes no memory
+    if layout.untyped_storage().nbytes() != tensor.nbytes:
         raise ValueError(f"strides {strides} leave gaps or overlap for the shape {tuple(tensor.shape)}")
-    return copy.copy_(tensor)
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import current_ranks, restore_trained, set_ranks, trained_tensors
 from peft_vit.config import Precision, TrainingConfig
 from peft_vit.data import Data
-from peft_vit.errors import DivergedError, UserError
+from peft_vit.errors import DivergedError, UserError, is_out_of_memory
 from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
 from peft_vit.records import Evaluation, StepRow
 from peft_vit.training.keeping import (
@@ -127,6 +127,7 @@ def train(
     epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
     total_steps = config.epochs * epoch_steps
     course = _Course(model, config, hooks, total_steps, resume)
+    del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
     result, gauges = course.result, Gauges(model)
     weights = class_weights(data.train.labels, len(data.class_names)) if config.class_weights else None
     criterion = nn.CrossEntropyLoss(weight=None if weights is None else weights.to(setting.device))
@@ -254,6 +255,8 @@ class _Course:
         try:
             load(state)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):  # says nothing of the state
+                raise
             reason = f"{type(error).__name__}: {error}"
             raise UserError(
                 f"is not of this run ({reason}); remove it and the run starts anew", field="state"

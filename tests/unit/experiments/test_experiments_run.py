@@ -1,5 +1,6 @@
 """A run repeats bit for bit, is paired with the other methods', reads the test split once, and fails in its record."""
 
+import errno
 import hashlib
 import subprocess
 
@@ -11,10 +12,12 @@ from written_runs import run_and_write
 from peft_vit.adapters import adapted_modules, current_ranks, load_trained
 from peft_vit.backbones import load_backbone
 from peft_vit.data import SealedImages, load_data
+from peft_vit.errors import DivergedError, UserError
 from peft_vit.evaluation import measure, predict, trainable_parameters
 from peft_vit.experiments import plan_study, provenance, run
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.provenance import git_state, hash_arrays, package_versions
+from peft_vit.experiments.run import run_one
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
 
 pytestmark = pytest.mark.part("runner")
@@ -139,6 +142,36 @@ def test_a_diverged_run_is_a_failed_record(study, tmp_path) -> None:
     folder = run_folder(tmp_path, spec)
     assert [file.name for file in folder.iterdir()] == ["record.json"]
     assert read_record(folder / "record.json") == record
+
+
+def asks_for_too_much() -> None:
+    torch.empty(1 << 50)
+
+
+def raises(error):
+    def action():
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("action", "kind"),
+    [
+        (asks_for_too_much, "out_of_memory"), (raises(MemoryError()), "out_of_memory"),
+        (raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")), "out_of_memory"),
+        (raises(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")), "out_of_memory"),
+        (raises(RuntimeError("shapes cannot be multiplied")), "error"), (raises(UserError("out of memory")), "error"),
+        (raises(OSError(errno.ENOSPC, "x")), "disk_full"), (raises(OSError(errno.EDQUOT, "x")), "disk_full"),
+        (raises(OSError(errno.EIO, "x")), "io"), (raises(ConnectionError()), "io"),
+        (raises(DivergedError("x")), "diverged"), (raises(RecursionError()), "error"),
+    ],
+)  # fmt: skip
+def test_failures_are_told_apart(study, tmp_path, monkeypatch, action, kind) -> None:
+    (spec,) = specs(study("lora"), tmp_path)
+    monkeypatch.setattr("peft_vit.experiments.run.load_data", lambda *arguments, **named: action())
+    record = run_one(spec).record
+    assert (record.status, record.failure) == ("failed", kind)
 
 
 def test_a_setting_without_effect_is_said_in_the_record(study, tmp_path) -> None:

@@ -234,6 +234,13 @@ def test_whatever_stands_in_its_place_is_no_checkpoint(tmp_path) -> None:
     assert newest(elsewhere)[::2] == (4, [])  # a link is removed, not what it leads to
 
 
+def test_want_of_memory_is_no_damage(tmp_path, monkeypatch) -> None:
+    kept(tmp_path, 1, 2)
+    monkeypatch.setattr("peft_vit.training.checkpoint.load_file", lambda file: torch.empty(1 << 50))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        CheckpointKeeper(Checkpoints(tmp_path, 0)).newest()
+
+
 def test_without_a_whole_one_the_run_starts_anew_and_says_so(tmp_path) -> None:
     kept(tmp_path, 1, 2)
     for step in (1, 2):

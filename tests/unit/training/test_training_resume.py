@@ -1,6 +1,7 @@
 """A training that is built anew from its state, at any step, equals one that was not interrupted, bit for bit."""
 
 import random
+import weakref
 from itertools import islice
 
 import numpy as np
@@ -218,6 +219,35 @@ def test_a_state_without_one_of_its_parts_is_refused_in_one_line(make, part) -> 
     with pytest.raises(UserError, match=r"state: is not of this run \(KeyError: ") as caught:
         run.once(State(state.tensors, values))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_want_of_memory_is_no_fault_of_the_state(make, monkeypatch) -> None:
+    run = make("lora")
+    run.once(None, 5)
+    monkeypatch.setattr("peft_vit.training.loop.load_model_state", lambda *arguments: torch.empty(1 << 50))
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        run.once(read_checkpoint(run.folder / "checkpoint-5"))
+
+
+def test_what_was_gone_on_from_is_not_kept_in_memory(make) -> None:
+    """Or twice the weights would be held, once other ranks or better weights have taken their place."""
+    run = make("full")
+    run.once(None, 5)
+    tiny_vit, data, setting = run.made
+    held: list[weakref.ref] = []
+    there: list[bool] = []
+
+    def read():
+        state = read_checkpoint(run.folder / "checkpoint-5")
+        held.append(weakref.ref(state))
+        return state
+
+    train(
+        tiny_vit(), data(), run.training, setting, seed=4, resume=read(),
+        between_steps=lambda step, state: there.append(held[0]() is not None),
+    )  # fmt: skip
+    assert there
+    assert not any(there)
 
 
 @pytest.mark.parametrize("change", ["lora", "full", "dtype"])
