@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from peft_vit.data.files import content_sha256, decode_text, downloaded, unpacked
+from peft_vit.data.files import content_sha256, downloaded, unpacked
 from peft_vit.data.index import ImageIndex
 from peft_vit.errors import UserError
 from peft_vit.foreign_files import read_bytes
@@ -49,15 +49,13 @@ def read_cifar(name: str, path: Path | None, licence: str) -> ImageIndex:
     """
     layout = LAYOUTS[name]
     wanted = (*layout.train, layout.test, layout.names)
-    folder, sha256 = _folder_and_hash(layout, wanted, path)
-    parts = [_records(folder / file, layout.label_bytes) for file in (*layout.train, layout.test)]
-    lines = decode_text(read_bytes(folder / layout.names), folder / layout.names).splitlines()
-    class_names = tuple(line.strip() for line in lines if line.strip())
+    folder, sha256, remedy = _unpacked(layout, wanted, path)
+    parts = [_records(folder / file, layout.label_bytes, remedy) for file in (*layout.train, layout.test)]
+    class_names = _class_names(folder / layout.names, remedy)
     labels = np.concatenate([part[:, layout.label_bytes - 1] for part in parts]).astype(np.int64)
     if labels.size and labels.max() >= len(class_names):
         raise UserError(
-            f"names {len(class_names)} classes, but a label is {labels.max()}; fetch the archive again",
-            file=folder / layout.names,
+            f"names {len(class_names)} classes, but a label is {labels.max()}; {remedy}", file=folder / layout.names
         )
     starts = np.cumsum([0, *(len(part) for part in parts)])
 
@@ -72,12 +70,14 @@ def read_cifar(name: str, path: Path | None, licence: str) -> ImageIndex:
     )  # fmt: skip
 
 
-def _folder_and_hash(layout: _Layout, wanted: tuple[str, ...], path: Path | None) -> tuple[Path, str]:
+def _unpacked(layout: _Layout, wanted: tuple[str, ...], path: Path | None) -> tuple[Path, str, str]:
+    """Return a folder with the wanted files, the hash of all, and what to do if one of them is broken."""
     if path is not None and path.is_dir() and (path / layout.test).is_file():
         missing = [name for name in wanted if not (path / name).is_file()]
         if missing:
             raise UserError("is missing; unpack the binary archive again", file=path / missing[0], field="data.path")
-        return path, content_sha256({name: path / name for name in wanted})
+        sha256 = content_sha256({name: path / name for name in wanted})
+        return path, sha256, "unpack the binary archive again"
     if path is None:
         archive = downloaded(f"https://www.cs.toronto.edu/~kriz/{layout.archive}", layout.md5)
     else:
@@ -85,11 +85,20 @@ def _folder_and_hash(layout: _Layout, wanted: tuple[str, ...], path: Path | None
     if not archive.is_file():
         raise UserError(f"holds no {layout.archive}; put it there", file=path, field="data.path")
     sha256 = content_sha256({"": archive})
-    return unpacked(archive, wanted, sha256), sha256
+    folder = unpacked(archive, wanted, sha256)
+    return folder, sha256, f"delete it, and if that does not help fetch {archive} again, where it comes from"
 
 
-def _records(file: Path, label_bytes: int) -> np.ndarray:
+def _class_names(file: Path, remedy: str) -> tuple[str, ...]:
+    try:
+        lines = read_bytes(file).decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"is not UTF-8 text; {remedy}", file=file) from None
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def _records(file: Path, label_bytes: int, remedy: str) -> np.ndarray:
     size = file.stat().st_size
     if size == 0 or size % (label_bytes + _PIXELS):
-        raise UserError(f"is {size} bytes, no multiple of a record; fetch the archive again", file=file)
+        raise UserError(f"is {size} bytes, no multiple of a record; {remedy}", file=file)
     return np.memmap(file, dtype=np.uint8, mode="r").reshape(-1, label_bytes + _PIXELS)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from peft_vit.errors import printable
 from peft_vit.experiments.provenance import cpu_count, package_versions, processor_name
 from peft_vit.packages import cache_dir
 from peft_vit.records import RunSpec, write_atomically
@@ -43,9 +44,16 @@ def known_costs(kind: RunSpec) -> Costs | None:
         return Costs.model_validate(content["costs"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, ValidationError) as error:
-        _log.warning("%s is of no use (%s); measured again when it is wanted", file, error)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        _log.warning("%s is of no use (%s); measured again when it is wanted", file, _reason(error))
         return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return printable(str(error))
 
 
 def keep_costs(kind: RunSpec, costs: Costs) -> None:

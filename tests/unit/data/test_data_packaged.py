@@ -220,9 +220,11 @@ def test_cifar_members_cannot_leave_the_cache(tmp_path, config, own_cache):
 )
 def test_cifar_bad_content(tmp_path, config, change, message):
     files = {k: v for k, v in {**cifar_files("cifar10"), **change}.items() if v is not None}
-    write_tar(tmp_path / "cifar-10-binary.tar.gz", files)
-    with pytest.raises(UserError, match=message):
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    write_tar(archive, files)
+    with pytest.raises(UserError, match=message) as caught:
         open_index(config("cifar10", tmp_path))
+    assert str(archive) in str(caught.value)  # where it comes from, also if it was unpacked into the cache
 
 
 def test_cifar_truncated_archive(tmp_path, config):

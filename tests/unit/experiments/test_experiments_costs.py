@@ -77,13 +77,16 @@ def test_costs_are_of_one_kind_machine_and_version(study, tmp_path, own_cache, m
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"costs": {"start_s": NaN}}', "[" * 100_000, '{"costs": 7}'])
-def test_a_damaged_file_is_measured_anew(study, tmp_path, own_cache, content) -> None:
+def test_a_damaged_file_is_measured_anew(study, tmp_path, own_cache, caplog, content) -> None:
     (kind,) = kinds_of(study("linear"), tmp_path).values()
     keep_costs(kind, COSTS)
     (file,) = (own_cache / "costs").iterdir()
     assert json.loads(file.read_text())["depends_on"]["run"]["threads"] == 1
     file.write_text(content)
     assert known_costs(kind) is None
+    (message,) = caplog.messages
+    assert message.startswith(f"{file} is of no use (")
+    assert message.isprintable()
     keep_costs(kind, COSTS)
     assert known_costs(kind) == COSTS
 
