@@ -8,7 +8,7 @@ STAMP := $(VENV)/.setup-done
 QUICKSTART := experiments/outputs/quickstart
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup demo smoke test bench check format clean
+.PHONY: help setup demo smoke test torture bench check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,6 +25,15 @@ smoke: setup ## run the quickstart's whole path with random weights and syntheti
 
 test: setup ## run the tests, one thread in each of two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# Each tool writes what it found down before it ends; the last one says whether anything failed, now or earlier.
+torture: setup ## break files and kill runs for hours; results add up over calls and are told in docs/reliability.md
+	-$(BIN)/python tests/torture/mutated_files.py --trials 10000 --commands 100
+	-$(BIN)/python tests/torture/killed_runs.py --forked 160 --fresh 40
+	-$(BIN)/python tests/torture/killed_allocations.py
+	-$(BIN)/python tests/torture/two_commands.py --drivers 100 --commands 10
+	-$(BIN)/python tests/torture/full_disks.py --trials 60
+	$(BIN)/python tests/torture/torture_results.py
 
 bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour on two idle cores
 	$(BIN)/python benchmarks/step_time.py

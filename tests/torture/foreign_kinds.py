@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,8 +34,9 @@ from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
 from peft_vit.deployment import low_bit_file, onnx_file, open_exported, predict_files
 from peft_vit.experiments import plan_study
+from peft_vit.experiments.costs import Costs, keep_costs
 from peft_vit.experiments.export import open_model
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, read_record, run_folder
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
 
 
 def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:
@@ -232,7 +233,7 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     targets = [
         Target(
             file, spoil, _decoding(name, _path_of(folder / f"{name}.yaml")),
-            ("plan", folder / f"{name}.yaml", "--output-dir", sound.out),
+            ("plan", folder / f"{name}.yaml", "--no-calibration", "--output-dir", sound.out),
         )
         for name, file, spoil in files
     ]  # fmt: skip
@@ -264,16 +265,35 @@ def _decoding(name: Any, path: Path) -> Callable[[], object]:
 
 
 def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
-    """Files of the package's own cache: decoded images and remembered hashes."""
-    read = _decoding("image-folder", sound.inputs / "images")
-    read()
-    command = ("plan", sound.inputs / "data" / "image-folder.yaml", "--output-dir", sound.out)
-    folders = (sound.cache / "pixels", sound.cache / "hashes")
-    return [
-        Target(file, (nasty.of_bytes(),), read, command)
-        for folder in folders
-        for file in [min(folder.iterdir(), key=lambda file: file.stat().st_mtime)]
-    ]
+    """Files of the package's own cache: decoded images, remembered hashes, unpacked archives, and what runs cost."""
+    data, tiny = sound.inputs / "data", sound.inputs / "tiny.yaml"
+    images = _decoding("image-folder", sound.inputs / "images")
+    cifar = _decoding("cifar10", data / "cifar10")
+
+    def plan_with_costs() -> dict[str, RunSpec]:
+        unknown: dict[str, RunSpec] = {}
+
+        def measure(kinds: Mapping[str, RunSpec]) -> dict[str, Costs]:
+            unknown.update(kinds)
+            return {}
+
+        plan_study(load_study(tiny), sound.out, file=tiny, measure=measure)
+        return unknown
+
+    for kind in plan_with_costs().values():
+        keep_costs(kind, Costs(start_s=2.0, step_s=0.01, image_s=0.001, peak_memory_bytes=10**8, images=24))
+    cases: list[tuple[str, Callable[[], object], Path]] = [
+        ("pixels", images, tiny), ("hashes", images, tiny), ("unpacked", cifar, data / "cifar10.yaml"),
+        ("costs", plan_with_costs, tiny),
+    ]  # fmt: skip
+    targets = []
+    for name, read, configuration in cases:
+        read()
+        files = [file for file in (sound.cache / name).rglob("*") if file.is_file()]
+        file = min(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
+        ways = (mutations.of_json(nasty.texts), nasty.of_bytes()) if file.suffix == ".json" else (nasty.of_bytes(),)
+        targets.append(Target(file, ways, read, ("plan", configuration, "--output-dir", sound.out)))
+    return targets
 
 
 KINDS: dict[str, Callable[[SoundFiles, Nasty], list[Target]]] = {

@@ -1,5 +1,7 @@
 """Tells what a process does beyond its place: programs that it starts, addresses that it asks, files that it writes.
 
+It also tells what is unpickled.
+
 Python reports these as audit events (docs.python.org/3/library/audit_events.html), whoever causes them, so nothing that
 a file talks the package into goes unseen. A hook can't be taken out again: use it in processes made for it.
 """
@@ -14,15 +16,8 @@ from pathlib import Path
 
 VARIABLE = "PEFT_VIT_GUARD"
 _STARTS = {
-    "os.exec",
-    "os.fork",
-    "os.forkpty",
-    "os.posix_spawn",
-    "os.spawn",
-    "os.system",
-    "pty.spawn",
-    "subprocess.Popen",
-}
+    "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn", "subprocess.Popen",
+}  # fmt: skip
 _ASKS = {"socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request"}
 # Events and which of their arguments are files that change.
 _CHANGES: dict[str, tuple[int, ...]] = {
@@ -32,28 +27,31 @@ _CHANGES: dict[str, tuple[int, ...]] = {
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # What Python and its libraries start and write by themselves, whatever file is read.
 _PROGRAMS = {"fc-list", "git", "ldconfig", "uname"}
-_PLACES = ("/dev/null", "/dev/shm/", "/proc/self/")
+_PLACES = ("/dev/null", "/dev/shm/")
+_OWN_STATE = "/proc/self/clear_refs"  # where the package sets its peak memory back
 
 
-def install(allowed: Sequence[Path], report: Callable[[str], None]) -> None:
+def install(allowed: Sequence[Path], report: Callable[[str], None], *, unpickling: bool = True) -> None:
     """Report, from now on, whatever this process does outside of some folders.
 
     Args:
         allowed: folders that may be written to.
         report: told each of it as one line.
+        unpickling: report it too; worker processes are handed their work so, and from nobody else.
     """
+    asked = {*_ASKS, "pickle.find_class"} if unpickling else _ASKS
     roots = tuple(os.path.realpath(root) + os.sep for root in allowed)
     busy = False
 
     def is_outside(path: object) -> bool:
-        if isinstance(path, int) or path is None:  # a descriptor: opening it was judged
+        if isinstance(path, int) or path is None or path == _OWN_STATE:  # a descriptor: opening it was judged
             return False
         place = os.path.realpath(os.fsdecode(path))  # type: ignore[arg-type]
         return not f"{place}{os.sep}".startswith(roots) and not place.startswith(_PLACES)
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal busy
-        if busy or (event != "open" and event not in _STARTS and event not in _ASKS and event not in _CHANGES):
+        if busy or (event != "open" and event not in _STARTS and event not in asked and event not in _CHANGES):
             return
         busy = True
         try:
@@ -63,7 +61,7 @@ def install(allowed: Sequence[Path], report: Callable[[str], None]) -> None:
             elif event in _CHANGES:
                 bad = any(is_outside(arguments[index]) for index in _CHANGES[event])
             else:
-                bad = event in _ASKS or os.path.basename(str(arguments[0] if arguments else "")) not in _PROGRAMS
+                bad = event in asked or os.path.basename(str(arguments[0] if arguments else "")) not in _PROGRAMS
             if bad:
                 report(f"{event} {arguments!r}"[:500])
         finally:
@@ -81,5 +79,8 @@ def install_from_environment() -> None:
     """Do as `environment` says, in the process that has them."""
     settings = json.loads(os.environ[VARIABLE])
     log = os.open(settings["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
-    allowed = [Path(root) for root in settings["allowed"]]
-    install(allowed, lambda line: os.write(log, f"{line}\n".encode(errors="backslashreplace")) and None)
+
+    def report(line: str) -> None:
+        os.write(log, f"{line}\n".encode(errors="backslashreplace"))
+
+    install([Path(root) for root in settings["allowed"]], report, unpickling=False)

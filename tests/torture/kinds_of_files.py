@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ class Target:
         open: what the package does with it; may raise UserError and nothing else.
         command: the same through the command line.
         believed: what else changes with the content, so that hashes do not give it away at once.
+        names: what a refusal may name in place of the file, such as the folder that is opened.
         places: whether a refusal has to name a field or a line, beside the file.
         prepare: what the command needs, called when the file is spoiled.
     """
@@ -29,6 +31,7 @@ class Target:
     open: Callable[[], object]
     command: tuple[object, ...]
     believed: Callable[[bytes], dict[Path, bytes]] = lambda _: {}
+    names: tuple[Path, ...] = ()
     places: bool = False
     prepare: Callable[[], object] = lambda: None
 
@@ -53,3 +56,12 @@ class Nasty:
     def of_bytes(self, *others: Path) -> Mutation:
         """Return a mutation of bytes."""
         return mutations.of_bytes(self.tokens, [other.read_bytes() for other in others])
+
+
+def is_one_line(text: str) -> bool:
+    """Return whether a terminal shows a text as one line and does nothing else: it ends no line, moves no cursor."""
+    return not any(
+        unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+        or unicodedata.bidirectional(character) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+        for character in text
+    )

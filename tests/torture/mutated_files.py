@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import re
 import resource
 import shutil
 import subprocess
@@ -22,18 +20,23 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import guard
+
+if TYPE_CHECKING:  # the process that waits for others needs no torch
+    from kinds_of_files import Target
+    from spoiled_cases import Cases
 
 PROMISE = "mutated files are read or refused"
 HERE = Path(__file__).resolve().parent
-CASE_S = 60.0  # after which a case counts as hanging; the machine may be busy
-COMMAND_S = 300.0
-_CLEARED_EVERY = 100  # cases, of the cache that they fill
+CASE_CPU_S = 60  # more than that is a hang; of processor time, since the machine may be busy
+CASE_S = 600.0  # a case that waits for something uses no processor
+COMMAND_S = 600.0
 
 
 @dataclass
@@ -64,22 +67,13 @@ def in_process(trials: int, seed: int, *, first: int = 0, onnx: bool = True, kin
             place = Path(folder) / f"from-{case}"
             options = ["--kinds", *kinds] if kinds else []
             options += [] if onnx else ["--without-onnx"]
-            command = [
-                sys.executable,
-                __file__,
-                "--child",
-                str(place),
-                str(case),
-                str(end),
-                "--seed",
-                str(seed),
-                *options,
-            ]
-            case = _follow(command, case, outcomes)
+            asked = ["--child", str(place), str(case), str(end), "--seed", str(seed)]
+            command = [sys.executable, __file__, *asked, *options]
+            case = _follow(command, case, seed, outcomes)
     return outcomes
 
 
-def _follow(command: list[str], case: int, outcomes: Outcomes) -> int:
+def _follow(command: list[str], case: int, seed: int, outcomes: Outcomes) -> int:
     """Read what a child says until it ends; return the case to go on from."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -88,7 +82,7 @@ def _follow(command: list[str], case: int, outcomes: Outcomes) -> int:
         drain = threading.Thread(target=lambda: complaints.extend(child.stderr or ()))
         drain.start()
         kind = "?"
-        deadline = threading.Timer(10 * CASE_S, child.kill)  # it makes its files first
+        deadline = threading.Timer(3 * CASE_S, child.kill)  # it makes its files first
         deadline.start()
         for line in child.stdout:
             deadline.cancel()
@@ -108,132 +102,24 @@ def _follow(command: list[str], case: int, outcomes: Outcomes) -> int:
     if code != 0:
         if kind == "?":
             raise RuntimeError(f"the sound files could not be made:\n{''.join(complaints)[-4000:]}")
-        outcomes.add(kind, f"case {case}: the process ended with {code}: {''.join(complaints)[-500:]}")
+        fault = f"{kind}:{seed}:{case}: the process ended with {code}: {''.join(complaints)[-500:]}"
+        print(fault, file=sys.stderr, flush=True)
+        outcomes.add(kind, fault)
         case += 1
     return case
 
 
 def _child(root: Path, first: int, end: int, seed: int, *, onnx: bool, kinds: Sequence[str]) -> None:
     """Do cases, and say before and after each what it is and what came out."""
+    from spoiled_cases import Cases
+
     cases = Cases(root, seed, onnx=onnx, kinds=kinds)
     for number in range(first, end):
         kind = cases.kind(number)
         print(json.dumps({"begins": kind}), flush=True)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + CASE_CPU_S, resource.RLIM_INFINITY))
         fault, read = cases.do(number)
         print(json.dumps({"fault": fault, "read": read}), flush=True)
-
-
-class Cases:
-    """Spoiled files by number: what case 17 does follows from the seed and 17 alone."""
-
-    def __init__(self, root: Path, seed: int, *, onnx: bool, kinds: Sequence[str] = (), watched: bool = True) -> None:
-        import foreign_kinds
-        import guard
-        import mutations
-        import sound_files
-
-        self.sound = sound_files.make_sound_files(root, onnx=onnx)
-        self._seed = seed
-        nasty = foreign_kinds.Nasty(mutations.nasty_texts(str(self.sound.outside), str(self.sound.marker)))
-        chosen = {name: make for name, make in foreign_kinds.KINDS.items() if not kinds or name in kinds}
-        self.targets = {name: make(self.sound, nasty) for name, make in chosen.items()}
-        for targets in self.targets.values():
-            foreign_kinds.check_sound(targets)
-        os.chdir(self.sound.root / "tmp")
-        self._seen: list[str] = []
-        if watched:
-            guard.install([self.sound.root], self._seen.append)
-        self._memory_kb = 0
-
-    def kind(self, number: int) -> str:
-        """Return the kind of a case."""
-        names = list(self.targets)
-        return names[number % len(names)]
-
-    @contextmanager
-    def spoiled(self, kind: str, number: int) -> Iterator[Target]:  # noqa: F821
-        """Put a spoiled file in its place for a while."""
-        rng = random.Random(f"{self._seed}/{kind}/{number}")
-        target = rng.choice(self.targets[kind])
-        before = {target.file: target.file.read_bytes()}
-        content = rng.choice(target.spoil)(rng, before[target.file])
-        after = {target.file: content, **target.believed(content)}
-        before |= {file: file.read_bytes() for file in after}
-        try:
-            for file, changed in after.items():
-                file.write_bytes(changed)
-            yield target
-        finally:
-            for file, sound in before.items():
-                file.write_bytes(sound)
-
-    def do(self, number: int) -> tuple[str | None, bool]:
-        """Do a case; return its fault, if it has one, and whether the package took the file."""
-        name = f"{self.kind(number)}:{self._seed}:{number}"
-        if number % _CLEARED_EVERY == 0:
-            self._clear()
-        with self.spoiled(self.kind(number), number) as target:
-            self._seen.clear()
-            started = time.monotonic()
-            fault, read = _judged(target)
-            seconds = time.monotonic() - started
-            seen = list(self._seen)
-        memory_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if self._memory_kb and memory_kb - self._memory_kb > 1 << 20:
-            fault = fault or f"took {(memory_kb - self._memory_kb) >> 10} MiB of memory"
-        self._memory_kb = memory_kb
-        if seconds > CASE_S / 2:
-            fault = fault or f"took {seconds:.0f} s"
-        if any(self.sound.outside.iterdir()):
-            fault = f"something was made outside: {[path.name for path in self.sound.outside.iterdir()]}"
-            shutil.rmtree(self.sound.outside)
-            self.sound.outside.mkdir()
-        fault = fault or (f"did {seen[:3]}" if seen else None)
-        return (None if fault is None else f"{name}: {target.file.name}: {fault}"), read
-
-    def _clear(self) -> None:
-        keep = {target.file for targets in self.targets.values() for target in targets}
-        for folder in ("pixels", "hashes", "unpacked"):
-            for path in (self.sound.cache / folder).rglob("*"):
-                if path.is_file() and path not in keep:
-                    path.unlink()
-
-
-def _judged(target: Target) -> tuple[str | None, bool]:  # noqa: F821
-    """Return what is wrong with the way a spoiled file was taken, and whether it was."""
-    from peft_vit.errors import UserError
-
-    try:
-        target.open()
-    except UserError as error:
-        return fault_of(str(error), target.file, places=target.places, field=error.field), False
-    except Exception:
-        return traceback.format_exc()[-3000:], False
-    return None, True
-
-
-def fault_of(line: str, file: Path, *, places: bool, field: str | None = None) -> str | None:
-    """Return what a refusal lacks: it is one printable line that names the file or its folder, and often the place."""
-    if not line.isprintable() or len(line) > 4000:
-        return f"says {line[:300]!r}"
-    named = {
-        str(file),
-        file.name,
-        str(file.parent),
-        str(file.parent.parent),
-        str(file.parents[2]),
-        str(file.parents[3]),
-    }
-    if not any(name in line for name in named):
-        return f"does not name the file: {line[:500]}"
-    place = field is not None or re.search(r":\d+: |line \d+|: [\w.\[\]]+: ", line)
-    if (
-        places
-        and not place
-        and not re.search("larger than|expected a mapping|more than|Expecting|readable|deeper", line)
-    ):
-        return f"names neither field nor line: {line[:500]}"
-    return None
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -241,6 +127,8 @@ def fault_of(line: str, file: Path, *, places: bool, field: str | None = None) -
 
 def by_command(trials: int, seed: int, *, first: int = 0, onnx: bool = True, kinds: Sequence[str] = ()) -> Outcomes:
     """Do cases through the real command line, each a process of its own that is watched from inside and outside."""
+    from spoiled_cases import Cases
+
     outcomes = Outcomes()
     with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
         cases = Cases(Path(folder) / "files", seed, onnx=onnx, kinds=kinds, watched=False)
@@ -269,8 +157,8 @@ def _trap(folder: Path, marker: Path) -> Path:
     return folder
 
 
-def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> tuple[str | None, bool]:  # noqa: F821
-    import guard
+def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> tuple[str | None, bool]:
+    from spoiled_cases import fault_of
 
     sound = cases.sound
     log = hook / "log"
@@ -287,14 +175,10 @@ def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> tuple[st
     except subprocess.TimeoutExpired:
         return f"took more than {COMMAND_S:.0f} s", False
     fault = None
-    lines = done.stderr.strip().splitlines()
-    refused = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if "Traceback" in done.stderr or done.returncode not in (0, 1, 2):
+    if "Traceback" in done.stderr + done.stdout or done.returncode not in (0, 1, 2):
         fault = f"exit code {done.returncode}: {done.stderr[-3000:]}"
-    elif done.returncode and not refused:
-        fault = f"exit code {done.returncode} without a reason: {done.stderr[-500:]}"
     elif done.returncode:
-        fault = fault_of(refused[-1], target.file, places=target.places)
+        fault = fault_of(_refusal(done.stderr), target)
     if _fingerprint(sound.inputs) != before:
         fault = "its input was changed"
     if log.read_text():
@@ -304,6 +188,13 @@ def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> tuple[st
         shutil.rmtree(sound.outside)
         sound.outside.mkdir()
     return fault, done.returncode == 0
+
+
+def _refusal(said: str) -> str:
+    """Return the line that says why a command failed: its error, or else that of the last run that did."""
+    lines = said.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.startswith("  ")]
+    return errors[-1].removeprefix("error: ").strip() if errors else f"nothing of a reason: {said[-500:]}"
 
 
 def _fingerprint(folder: Path) -> list[tuple[str, int, int]]:
@@ -337,6 +228,8 @@ def main() -> None:
 
 
 def _again(kind: str, seed: int, number: int, *, onnx: bool) -> None:
+    from spoiled_cases import Cases
+
     with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
         cases = Cases(Path(folder) / "files", seed, onnx=onnx, kinds=[kind], watched=False)
         with cases.spoiled(kind, number) as target:

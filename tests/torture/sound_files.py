@@ -22,7 +22,7 @@ from peft_vit.config import load_study
 from peft_vit.data import synthetic
 from peft_vit.experiments.export import export_run_to_file, export_run_to_peft
 from peft_vit.experiments.ledger import run_name
-from peft_vit.experiments.lock import study_lock
+from peft_vit.experiments.lock import LOCK_FILE, study_lock
 from peft_vit.experiments.plan import Plan, plan_study
 from peft_vit.experiments.run import run_one
 from peft_vit.experiments.store import StudyStore
@@ -204,6 +204,8 @@ def _begun(mapping: dict[str, Any], file: Path, results: Path) -> Iterator[tuple
         store = StudyStore(lock, content.runs)
         yield plan, store
         store.close()
+        left = (lock.folder / LOCK_FILE).read_bytes()
+    (lock.folder / LOCK_FILE).write_bytes(left)  # as if its owner had been killed
 
 
 def _make_data_sets(inputs: Path) -> None:

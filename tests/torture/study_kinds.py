@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mutations
-from kinds_of_files import Nasty, Target
+from kinds_of_files import Nasty, Target, is_one_line
 from sound_files import SoundFiles
 
 from peft_vit.config import load_study
@@ -38,12 +39,17 @@ def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     def status() -> None:
         for folder in find_studies(sound.results):
             for line in status_lines(study_status(folder)):
-                assert line.isprintable(), line
+                assert is_one_line(line), line
+
+    def status_while_locked() -> None:
+        with (sound.results / "tiny" / LOCK_FILE).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            status()
 
     def remake() -> None:
         prepare()
         for line in rebuild(copy):
-            assert line.isprintable(), line
+            assert is_one_line(line), line
 
     def go_on() -> None:
         file = sound.inputs / "tiny.yaml"
@@ -56,7 +62,8 @@ def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
 
     run = ("run", sound.inputs / "tiny.yaml", "--output-dir", copy)
     ways: tuple[tuple[Callable[[], None], tuple[object, ...]], ...] = (
-        (status, ("status", sound.results)), (remake, ("rebuild", copy)), (go_on, run),
+        (status, ("status", sound.results)), (status_while_locked, ("status", sound.results)),
+        (remake, ("rebuild", copy)), (go_on, run),
     )  # fmt: skip
     spoil: dict[str, tuple[mutations.Mutation, ...]] = {
         LEDGER_FILE: (mutations.of_json_lines(nasty.texts, signed), nasty.of_bytes()),
@@ -91,7 +98,7 @@ def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         if record.status == "failed":
             if "peft_vit.errors.UserError" not in (record.traceback or ""):
                 raise RuntimeError(record.traceback)
-            raise UserError(record.error or "", file=newest)
+            raise UserError(record.error or "")
 
     def believed(name: str) -> Callable[[bytes], dict[Path, bytes]]:
         def change(content: bytes) -> dict[Path, bytes]:
@@ -102,14 +109,18 @@ def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         return change
 
     command = ("run", sound.inputs / "interrupted.yaml", "--output-dir", copy)
+    names = (copy / planned.spec.run_id,)
     targets = []
     for name, way in (
         (VALUES_FILE, mutations.of_json(nasty.texts)), (TENSORS_FILE, mutations.of_safetensors(nasty.texts)),
     ):  # fmt: skip
         for opened in (lambda: read_checkpoint(newest), go_on):
             spoil = (way, nasty.of_bytes())
-            targets.append(Target(newest / name, spoil, opened, command, believed(name), prepare=prepare))
-        targets.append(Target(newest / name, (nasty.of_bytes(),), go_on, command, prepare=prepare))
+            targets.append(Target(newest / name, spoil, opened, command, believed(name), names, prepare=prepare))
+        targets.append(Target(newest / name, (nasty.of_bytes(),), go_on, command, names=names, prepare=prepare))
     ways = (mutations.of_json(nasty.texts), nasty.of_bytes())
-    targets.append(Target(newest / MANIFEST_FILE, ways, lambda: read_checkpoint(newest), command, prepare=prepare))
+    manifest = Target(
+        newest / MANIFEST_FILE, ways, lambda: read_checkpoint(newest), command, names=names, prepare=prepare
+    )  # fmt: skip
+    targets.append(manifest)
     return targets

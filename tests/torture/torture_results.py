@@ -1,7 +1,7 @@
 """What the torture tests have shown so far: counts that add up over calls, and the table in docs/reliability.md.
 
-.venv/bin/python tests/torture/torture_results.py          put the table into the document
-.venv/bin/python tests/torture/torture_results.py --forget "mutated files"      after a repair: count anew
+.venv/bin/python tests/torture/torture_results.py                        put the table into the document
+.venv/bin/python tests/torture/torture_results.py --forget PROMISE       after a repair: count anew
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -96,14 +98,17 @@ def forget(promise: str, file: Path = FILE) -> None:
 @contextmanager
 def _changing(file: Path) -> Iterator[list[Result]]:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name(f".{file.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(file.parent, os.O_RDONLY)  # what is locked, since the file itself is replaced
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         results = read(file)
         try:
             yield results
         finally:
             content = json.dumps([asdict(result) for result in results], indent=1, ensure_ascii=False)
             write_atomically(file, f"{content}\n".encode())
+    finally:
+        os.close(folder)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -135,6 +140,11 @@ def main() -> None:
     if arguments.forget:
         forget(arguments.forget)
     update()
+    failed = [result for result in read() if result.passed < result.trials]
+    for result in failed:
+        print(f"{result.promise}, {result.kind}: {result.passed} of {result.trials}", *result.faults, sep="\n")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
