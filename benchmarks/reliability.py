@@ -75,8 +75,12 @@ def study(method: str, size: int, steps: int, threads: int) -> StudyConfig:
             "dataset": "digits", "image_size": size, "train_images": -(-steps // epochs) * BATCH,
             "validation_images": 20, "test_images": 20, "train_subset": "fixed",
         },
-        "training": {"epochs": epochs, "batch_size": BATCH, "learning_rate": 1e-4},
-        "experiments": [{"name": method, "method": method, **METHODS[method]}],
+        "experiments": [
+            {
+                "name": method, "method": method, **METHODS[method],
+                "training": {"epochs": epochs, "batch_size": BATCH, "learning_rate": 1e-4},
+            }
+        ],
     }  # fmt: skip
     return study_from_mapping(mapping, file=Path("reliability.yaml"))
 
@@ -137,6 +141,7 @@ class OtherEnd:
 
     def submit(self, run: PlannedRun) -> None:
         self._run = run
+        self._pipe.send(None)  # the driver is ready
 
     def next_event(self, timeout_s: float) -> Event | None:
         if self._owes_answer:  # the driver is through with what it was told last
@@ -239,6 +244,7 @@ def overhead(method: str, size: int, steps: int, threads: int) -> dict[str, Any]
         driver = context.Process(target=drive_other_end, args=(theirs, config, folder))
         driver.start()
         theirs.close()
+        ours.recv()  # its process has started
         bare = threading.Thread(target=bare_side, args=(plan, turns), daemon=True)
         kept = threading.Thread(target=kept_side, args=(plan, turns, ours, folder, parts), daemon=True)
         for thread in (bare, kept):
