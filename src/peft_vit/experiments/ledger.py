@@ -6,6 +6,7 @@ when the ledger is opened again, never appended to; whatever it said stands in t
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from peft_vit.errors import UserError
+from peft_vit.experiments.lock import LOCK_FILE
 from peft_vit.foreign_files import read_bytes
 from peft_vit.records import RunSpec, write_atomically
 
@@ -114,33 +116,47 @@ def sound_rows(file: Path) -> tuple[list[Row], int]:
 class Ledger:
     """A study's ledger, open for the one process that holds the study's lock.
 
+    It is locked as well: somebody may remove the study's lock file, and with it what keeps a second process away.
+
     Attributes:
         rows: all rows so far.
         set_aside: where a torn last line went, if there was one.
 
     Raises:
-        UserError: as in `read_ledger`, and if the disk has no room for a line; the ledger is then as before.
+        UserError: as in `read_ledger`, if another process writes to it, and if the disk has no room for a line; the
+            ledger is then as before.
     """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / LEDGER_FILE
-        content = read_ledger(self.file)
-        self.rows = list(content.rows)
         self.set_aside: Path | None = None
         self._descriptor = -1
         try:
+            self._open()
+            content = read_ledger(self.file)
             if content.torn:
                 self.set_aside = free_name(folder / "ledger.torn")
                 write_atomically(self.set_aside, content.torn)
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._descriptor = os.open(self.file, flags, 0o644)
-            if content.torn:
                 self._cut(content.sound_bytes)
             sync_folder(folder)
         except OSError as error:
             self.close()
             raise no_room(self.file, error) from None
+        except BaseException:
+            self.close()
+            raise
+        self.rows = list(content.rows)
         self._bytes = content.sound_bytes
+
+    def _open(self) -> None:
+        # Not blocking, in case it is a pipe, which is refused when it is read.
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        self._descriptor = os.open(self.file, flags, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"another command writes to it, whose {LOCK_FILE} was removed; wait for its end, or stop it"
+            raise UserError(problem, file=self.file) from None
 
     def append(self, row: Row) -> None:
         """Add a row; it is on disk when this returns."""

@@ -142,5 +142,7 @@ def owner_of(folder: Path) -> Owner | None:
         return None
     except BlockingIOError:
         return _read(descriptor)
+    except OSError:  # a file system without locks, on which nobody can hold one
+        return None
     finally:
         os.close(descriptor)

@@ -21,7 +21,7 @@ from fake_study import (
 
 from peft_vit.errors import UserError
 from peft_vit.experiments.events import Notice, RunEnded, RunInterrupted, RunRetried, RunStarted
-from peft_vit.experiments.lock import owner_of
+from peft_vit.experiments.lock import LOCK_FILE, owner_of
 from peft_vit.experiments.status import study_status
 from peft_vit.records import read_record, write_result
 
@@ -108,6 +108,24 @@ def test_a_later_call_tries_failed_runs_again_or_leaves_them(tmp_path) -> None:
     assert again.submitted == ["a/seed_0", "b/seed_1"]
     check_complete(STUDY, tmp_path)
     assert events(tmp_path, "a/seed_0") == [("started", 1), ("failed", 1), ("started", 2), ("done", 2)]
+
+
+def test_without_its_lock_file_a_study_still_has_one_writer(tmp_path) -> None:
+    seen = []
+
+    class Robbed(FakeExecutor):
+        def next_event(self, timeout_s):
+            if not seen:
+                (tmp_path / "fake" / LOCK_FILE).unlink()
+                second = FakeExecutor()
+                with pytest.raises(UserError, match=r"ledger\.jsonl: another command writes to it") as caught:
+                    fake_drive(STUDY, tmp_path, second)
+                seen.append((str(caught.value), second.submitted))
+            return super().next_event(timeout_s)
+
+    fake_drive(STUDY, tmp_path, Robbed())
+    assert seen[0][1] == []
+    check_complete(STUDY, tmp_path)
 
 
 def test_odd_characters_of_an_error_can_be_written(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """One process holds a study; the others name it; the dead hold nothing."""
 
+import errno
 import json
 import os
 import signal
@@ -133,3 +134,14 @@ def test_what_cannot_be_locked(tmp_path) -> None:
     (tmp_path / "piped").mkdir()
     os.mkfifo(tmp_path / "piped" / LOCK_FILE)
     assert owner_of(tmp_path / "piped") is None
+
+
+def test_where_there_are_no_locks(tmp_path, monkeypatch) -> None:
+    def refused(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (tmp_path / LOCK_FILE).touch()
+    monkeypatch.setattr("fcntl.flock", refused)
+    assert owner_of(tmp_path) is None
+    with pytest.raises(UserError, match="No locks available"), study_lock(tmp_path):
+        pass
