@@ -100,7 +100,10 @@ def run(
         ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")
     ] = ExecutorName.LOCAL,
     ray_address: Annotated[
-        str | None, typer.Option(help="host:port of the cluster; default: this machine's, or one made for this call")
+        str | None,
+        typer.Option(
+            help="host:port, or local for a cluster of this call alone; default: one that runs here, or local"
+        ),
     ] = None,
     log_json: Annotated[
         Path | None, typer.Option(help="append what happens to this file, one JSON object an event, for other programs")

@@ -1,5 +1,6 @@
 """Runs on Ray: on one node, on two and after one of them is lost the results are those of this process."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from ray._private import services
 from ray.cluster_utils import Cluster
+from ray_clusters import PATIENCE_S, small_cluster
 
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.errors import UserError
@@ -27,7 +28,6 @@ from peft_vit.records import outcome_digest, read_records
 
 pytestmark = pytest.mark.part("runner")
 
-PATIENCE_S = 300  # for what takes seconds on an idle machine
 EXPERIMENTS = {
     "linear": {"method": "linear"},
     "lora": {"method": "lora", "lora": {"rank": 2}},
@@ -60,36 +60,10 @@ def plan_of(config: StudyConfig, out: Path):
 
 
 @pytest.fixture(scope="module")
-def patience() -> Iterator[None]:
-    """Make Ray wait longer for its own processes than by default, since other tests may take the cores."""
-    get_node = services.get_node
-
-    def get_node_at_last(address: str, node: str) -> dict:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return get_node(address, node)
-            except RuntimeError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(services, "get_node", get_node_at_last)
-        patch.setenv("RAY_agent_register_timeout_ms", str(1000 * PATIENCE_S))
-        patch.setenv("RAY_worker_register_timeout_seconds", str(PATIENCE_S))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # no token in this user's home
-        patch.delenv("RAY_ADDRESS", raising=False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def cluster(patience: None) -> Iterator[Cluster]:
-    """Start a cluster whose only node has one core, as far as Ray knows."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    yield made
-    made.shutdown()
+def cluster() -> Iterator[Cluster]:
+    """Start a cluster of one node with one core."""
+    with small_cluster() as made:
+        yield made
 
 
 def events_of(executor: RayExecutor, until: Callable[[list], object]) -> list:
@@ -137,7 +111,9 @@ def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> No
     assert not ray.is_initialized()
 
 
-def test_two_nodes_of_which_one_is_lost(cluster: Cluster, cache: str, tmp_path: Path) -> None:
+def test_two_nodes_of_which_one_is_lost(
+    cluster: Cluster, cache: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     second = cluster.add_node(num_cpus=1)
     plan = plan_of(study(linear=40, lora=40, adalora=2), tmp_path)
     expected = {run.spec.run_id: outcome_digest(run_one(run.spec).record) for run in plan.runs}
@@ -156,6 +132,7 @@ def test_two_nodes_of_which_one_is_lost(cluster: Cluster, cache: str, tmp_path: 
         drive(
             plan, lock, lambda: open_executor("ray", plan, tmp_path, ray_address=cluster.address), lose_the_second_node
         )
+    assert "raylet" not in "".join(capfd.readouterr())  # of which Ray itself would print pages
     assert len(there) == 2
     (retried,) = of(told, RunRetried)
     assert retried.run.spec.run_id == there[second.node_id[:12]]
@@ -187,10 +164,12 @@ from peft_vit.config import load_study
 from peft_vit.experiments import plan_study
 from peft_vit.experiments.events import RunStarted
 from peft_vit.experiments.executors.ray_cluster import Need, RayExecutor
+from ray_clusters import patient_ray
 
 if __name__ == "__main__":
     file = Path(sys.argv[1])
-    executor = RayExecutor(sys.argv[2] if len(sys.argv) > 2 else None, Need(1), file.parent)
+    with patient_ray():
+        executor = RayExecutor(sys.argv[2], Need(1), file.parent)
     for run in plan_study(load_study(file), file.parent, file=file).runs:
         executor.submit(run)
     while True:
@@ -212,18 +191,24 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_killed_driver_leaves_no_worker_behind(cluster: Cluster, cache: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["a cluster that was there", "its own cluster"])
+def test_a_killed_driver_leaves_no_process_behind(cluster: Cluster, cache: str, tmp_path: Path, own: bool) -> None:
     (tmp_path / "long.yaml").write_text(STUDY)
     (tmp_path / "driver.py").write_text(DRIVER)
-    command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "long.yaml"), cluster.address]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+    command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "long.yaml")]
+    folders = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        [*command, "local" if own else cluster.address], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": folders},
+    ) as driver:  # fmt: skip
         assert driver.stdout is not None
         said = re.match(r"process (\d+) on ", driver.stdout.readline())
         assert said is not None
-        worker = int(said[1])
-        assert alive(worker)
+        left = {int(said[1]), *(process.pid for process in psutil.Process(driver.pid).children(recursive=True))}
+        assert alive(int(said[1]))
+        assert (len(left) > 2) == own  # Ray's own processes
         driver.kill()
     deadline = time.monotonic() + 30
-    while alive(worker) and time.monotonic() < deadline:
+    while any(map(alive, left)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not alive(worker)
+    assert [psutil.Process(pid).cmdline() for pid in left if alive(pid)] == []

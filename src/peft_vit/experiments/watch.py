@@ -174,7 +174,7 @@ class Watch:
             table.add_row(name, cells[0], duration(running.left_s(now, pace)), *cells[1:])
         ended = self._count - len(self._waiting) - len(self._running)
         total = f"{ended} of {self._count} runs ended, about {duration(self._left_s())} left"
-        return Group(table, Text(total, style="bold"))
+        return Group(*([table] if table.row_count else []), Text(total, style="bold"))
 
 
 def _cells(progress: Progress) -> list[str]:

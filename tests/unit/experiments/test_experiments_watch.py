@@ -122,6 +122,9 @@ def test_a_terminal_shows_all_that_runs_at_a_moment(happened) -> None:
     plan, events = happened
     terminal = console(terminal=True)
     with Watch(plan, console=terminal) as watch:
+        before = console(terminal=False)
+        before.print(watch._view())
+        assert re.fullmatch(r"0 of 3 runs ended, about .* left\n", before.file.getvalue())
         for event in events:
             watch.on_event(event)
             if isinstance(event, RunProgress) and event.progress.step == 5:

@@ -22,7 +22,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import ray
-from ray._private import services
+from ray._private import services, worker
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -101,8 +101,8 @@ class RayExecutor:
     otherwise none are written, and an attempt that is lost starts from the beginning.
 
     Args:
-        address: host:port of a cluster that this machine belongs to; None: the one that RAY_ADDRESS names or that
-            `ray start` has started here, else a cluster of this machine alone, which ends with the executor.
+        address: host:port of a cluster that this machine belongs to; "local": one of this machine alone, which ends
+            with the executor; None: what RAY_ADDRESS says, else one that runs here already, else a local one.
         need: what a run asks for.
         results_dir: a run's folder with its checkpoints lies below it.
         checkpoint_every_s: see `Checkpoints`.
@@ -260,7 +260,7 @@ def _connect(address: str | None) -> None:
     if found is None:
         how |= {"address": "local", "num_cpus": cpu_count(), "include_dashboard": False}
     try:
-        with _same_handler_of_sigterm(), environment({} if found else _OWN_CLUSTER):
+        with _same_handler_of_sigterm(), _no_listener(), environment({} if found else _OWN_CLUSTER):
             ray.init(**how)
     except Exception as error:  # of many types; each means that there is no connection
         where = found or "of this machine alone"
@@ -268,7 +268,7 @@ def _connect(address: str | None) -> None:
 
 
 def _find_cluster(named: str | None) -> str | None:
-    """Return host:port of the cluster to join; None if nobody has named one, nor started one here by `ray start`.
+    """Return host:port of the cluster to join; None for "local", and if nobody has named one and none runs here.
 
     Where nobody answers, Ray itself would try for minutes.
     """
@@ -304,3 +304,14 @@ def _same_handler_of_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _no_listener() -> Iterator[None]:
+    """Let Ray start no thread that prints pages about whatever befalls a node: what a run suffers is told anyway."""
+    listen = worker.listen_error_messages
+    worker.listen_error_messages = lambda *_: None
+    try:
+        yield
+    finally:
+        worker.listen_error_messages = listen
