@@ -31,7 +31,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from commands import Command, run_forked, run_fresh
@@ -117,14 +119,14 @@ class Watched:
         self._rows = len(ledger_rows(out))
         self._steps = {run: newest_step(out / NAME / run) for run in _runs(out)}
 
-    def wait(self, command: Command, moment: str, alive: Callable[[], bool] = lambda: True) -> bool:
+    def wait(self, command: Command, moment: str) -> bool:
         """Wait for a moment, and a random time longer; tell whether the command still runs then."""
         sign, longest_s = {
             START: (self._begun, self._run_s / 2), STEP: (self._stepped, self._run_s),
             CHECKPOINT: (self._nth_checkpoint(), _SOONEST_S), LAST: (self._last, self._run_s / 10),
             RESULTS: (self._results, 4 * _SOONEST_S),
         }[moment]  # fmt: skip
-        if command.wait(lambda: sign() or not alive()):
+        if command.wait(sign):
             time.sleep(self._rng.uniform(0, longest_s))
         return not command.ended()
 
@@ -180,7 +182,10 @@ def _place(folder: Path) -> str:
 class Study:
     """A study that is killed several times and then let finish."""
 
-    def __init__(self, folder: Path, way: Way, method: str, seeds: tuple[int, ...], rng: random.Random) -> None:
+    def __init__(
+        self, folder: Path, way: Way, method: str, seeds: tuple[int, ...], undisturbed: dict[str, End],
+        rng: random.Random,
+    ) -> None:  # fmt: skip
         self.way = way
         self.method = method
         self.seeds = seeds
@@ -190,11 +195,12 @@ class Study:
         )  # fmt: skip
         self.out = folder / "out"
         self.kills: list[Kill] = []
-        self.beside = 0
+        self.beside = 0  # kills that met no run under way
         self.moments: list[str] = []
+        self.resumed = 0  # attempts that went on from a checkpoint
+        self._expected = {f"{method}/seed_{seed}": undisturbed[f"{method}/seed_{seed}"] for seed in seeds}
         self._rng = rng
-        self._first: list[tuple[str, int]] = []  # steps from which attempts had to go on, and did not
-        self.resumed = 0
+        self._strayed: str | None = None  # an attempt that went on from elsewhere than from the newest checkpoint
 
     def disturb(self, kills: int, run_s: float) -> str | None:
         """Kill it so often, let it finish, and return what is wrong with it then."""
@@ -212,12 +218,10 @@ class Study:
             self._check_steps(life, before, [kill.left for kill in self.kills] if self.way.victim == "worker" else [])
             if code != 0:
                 return f"the command ended with {code}: {self._said(life)}"
-            return self._wrong_steps() or difference(self.out, self.expected)
-
-    expected: dict[str, End]
+            return self._strayed or difference(self.out, self._expected)
 
     def _moment(self) -> str:
-        moments = [START, STEP, STEP, CHECKPOINT]
+        moments = [START, STEP, STEP, CHECKPOINT] + ([] if self.kills else [START, START])
         if self.every_s == 0:
             moments += [CHECKPOINT, LAST, LAST]
         if self.way.victim != "worker":
@@ -237,11 +241,7 @@ class Study:
         """Kill one worker after the other, for as long as the command lives."""
         run = f"{self.method}/seed_{self.seeds[0]}"
         for number in range(1, kills + 1):
-
-            def attempts(event: str) -> int:
-                return sum(row.event == event for row in ledger_rows(self.out))
-
-            if not command.wait(lambda number=number: attempts("started") >= number):  # type: ignore[misc]
+            if not command.wait(partial(self._has_entered, "started", number)):
                 break
             watched = Watched(self.out, self._rng, run_s)
             moment = self._moment()
@@ -251,13 +251,16 @@ class Study:
                 break
             worker = next(row.worker for row in reversed(ledger_rows(self.out)) if row.event == "started")
             assert worker is not None
-            os.kill(int(worker.split()[1]), signal.SIGKILL)
+            with suppress(ProcessLookupError):  # the command has just ended
+                os.kill(int(worker.split()[1]), signal.SIGKILL)
             kill = Kill(_place(self.out / NAME / run), {run: newest_step(self.out / NAME / run)})
-            if command.wait(lambda number=number: attempts("failed") >= number):  # type: ignore[misc]
-                self.kills.append(kill)
-            else:  # it had nothing to do any more
-                self.beside += 1
+            if not command.wait(partial(self._has_entered, "failed", number)):
+                self.beside += 1  # it had nothing to do any more
                 break
+            self.kills.append(kill)
+
+    def _has_entered(self, event: str, times: int) -> bool:
+        return sum(row.event == event for row in ledger_rows(self.out)) >= times
 
     def _note(self, runs: list[str]) -> None:
         if not runs:
@@ -286,11 +289,11 @@ class Study:
             starts = [before.get(name, 0), *(left[name] for left in later)]
             for start, first in zip(starts, firsts, strict=False):
                 self.resumed += start > 0
-                if first is not None and first != start + 1:
-                    self._first.append((f"{name} in life {life}, told step {first} first", start))
-
-    def _wrong_steps(self) -> str | None:
-        return f"{self._first[0][0]} with a checkpoint of step {self._first[0][1]}" if self._first else None
+                later_one = self.way.victim == "driver"  # its worker may have written one more as it died
+                if first is not None and not start + 1 <= first <= start + 1 + later_one:
+                    self._strayed = (
+                        f"{name}, life {life}: step {first} came first, the newest checkpoint was of {start}"
+                    )
 
     def _said(self, life: int) -> str:
         return (self.config.parent / f"life-{life}.txt").read_text()[-1500:]
@@ -322,9 +325,8 @@ def torture(folder: Path, ways: tuple[Way, ...], kills: int, seed: int, methods:
             SEEDS[(number + other) % 3] for other in range(rng.randint(1, 1 if way.victim == "worker" else 2))
         )
         place = folder / f"{way}-{number}".replace(" ", "-").replace(",", "")
-        study = Study(place, way, method, seeds, rng)
         expected, run_s = known[method]
-        study.expected = {f"{method}/seed_{one}": expected[f"{method}/seed_{one}"] for one in seeds}
+        study = Study(place, way, method, seeds, expected, rng)
         fault = study.disturb(rng.randint(1, 4), run_s)
         said = f"{way}, {method}, seeds {seeds}, every {study.every_s} s, {study.moments}, --seed {seed}, {number}"
         print(f"{said}: {len(study.kills)} kills, {fault or 'equal'}", flush=True)

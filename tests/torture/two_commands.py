@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,7 +50,8 @@ def commands(folder: Path, trials: int) -> list[str]:
         two = [run_fresh([*arguments, str(out)], folder / f"{trial}-{number}.txt") for number in range(2)]
         first = two[1].wait(two[0].ended)  # so that its end is seen at once
         loser, winner = (two if first else two[::-1])[:2]
-        fault = _fault(loser, winner, folder / f"{trial}-{two.index(loser)}.txt", out, expected)
+        logs = [folder / f"{trial}-{two.index(command)}.txt" for command in (loser, winner)]
+        fault = _fault(loser, winner, logs, out, expected)
         losers.append(loser)
         print(f"commands {trial}: the loser left after {loser.seconds:.2f} s, {loser.busy_s:.2f} s of a core: "
               f"{fault or 'sound'}", flush=True)  # fmt: skip
@@ -61,14 +62,16 @@ def commands(folder: Path, trials: int) -> list[str]:
     return faults
 
 
-def _fault(loser: Command, winner: Command, log: Path, out: Path, expected: Mapping[str, End]) -> str | None:
+def _fault(
+    loser: Command, winner: Command, logs: Sequence[Path], out: Path, expected: Mapping[str, End]
+) -> str | None:  # fmt: skip
     """Return what is wrong with the end of two commands."""
     while not loser.ended():
         winner.wait(loser.ended, POLL_S)
-    said = [line for line in log.read_text().splitlines() if line]
     code = winner.finish()
+    said = [line for line in logs[0].read_text().splitlines() if line]
     if (loser.code, code) != (2, 0):
-        return f"they ended with {loser.code} and {code}; the first one said {said[-3:]}"
+        return f"they ended with {loser.code} and {code}; one said {said[-3:]}, the other {logs[1].read_text()[-3000:]}"
     if len(said) != 1 or f"another command works on this study, process {winner.pid} on " not in said[0]:
         return f"the loser said {said}, the winner is process {winner.pid}"
     return difference(out, expected)
