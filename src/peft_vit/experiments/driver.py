@@ -38,14 +38,12 @@ _STOPPING = "stopping: what runs writes a checkpoint first; Ctrl-C again ends at
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call has done.
+    """What has become of the runs that a call was asked for.
 
     Attributes:
-        records: of the runs that it attempted, in the order in which they ended.
-        failed: reason by run id, of those that it was asked for and that have failed, now or before.
+        failed: reason by run id, of those that have failed, now or before.
     """
 
-    records: tuple[RunRecord, ...]
     failed: dict[str, str]
 
 
@@ -79,9 +77,10 @@ def drive(
                 tell(Notice(text))
             waiting = [run for run in plan.pending if not (keep_failed and _failed(store, run))]
             retries = plan.study.execution.retries
-            records = [] if executor is None else _carry_out(waiting, executor, store, tell, retries)
+            if executor is not None:
+                _carry_out(waiting, executor, store, tell, retries)
             failed = {run.spec.run_id: _reason(store, run) for run in plan.runs if _failed(store, run)}
-            return Outcome(tuple(records), failed)
+            return Outcome(failed)
     finally:
         if executor is not None:
             executor.close()
@@ -99,7 +98,7 @@ def _reason(store: StudyStore, run: PlannedRun) -> str:
 
 def _carry_out(
     runs: list[PlannedRun], executor: Executor, store: StudyStore, tell: Callable[[Told], None], retries: int
-) -> list[RunRecord]:
+) -> None:
     with _signals() as signals:
         attempts = _Attempts(runs, executor, store, tell, retries)
         for run in runs:
@@ -114,7 +113,6 @@ def _carry_out(
                 attempts.take(event)
             elif attempts.stopping and not attempts.running:
                 raise KeyboardInterrupt
-        return attempts.records
 
 
 class _Attempts:
@@ -127,7 +125,6 @@ class _Attempts:
         self.waiting = {run_name(run.spec) for run in runs}
         self.running: set[str] = set()
         self.stopping = False
-        self.records: list[RunRecord] = []
         self._executor = executor
         self._store = store
         self._tell = tell
@@ -176,7 +173,6 @@ class _Attempts:
         else:
             record = self._store.failed(record, retried=False)
         self.waiting.discard(run)
-        self.records.append(record)
         self._tell(RunEnded(event.run, record, event.adapter))
 
     def _try_again(self, record: RunRecord, run: str) -> bool:

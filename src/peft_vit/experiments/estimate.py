@@ -62,6 +62,22 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What a finished run took; `here`: on this machine. Its record has every step, too much to hold for all runs."""
+
+    seconds: float
+    peak_memory_bytes: int
+    here: bool
+
+    @classmethod
+    def of(cls, record: RunRecord) -> Taken:
+        """Read it off a record."""
+        made = record.provenance
+        here = made is None or (made.processor, made.cpu_count) == (processor_name(), cpu_count())
+        return cls(record.seconds, record.peak_memory_bytes or 0, here)
+
+
+@dataclass(frozen=True)
 class Wanted:
     """A run that is to be estimated.
 
@@ -71,7 +87,7 @@ class Wanted:
         kind: its miniature; runs of one kind cost the same a step.
         kind_sha256: of the miniature, computed once for all seeds.
         disk: what it takes.
-        record: what happened, if it is done.
+        taken: what it took, if it is done.
     """
 
     spec: RunSpec
@@ -79,7 +95,7 @@ class Wanted:
     kind: RunSpec
     kind_sha256: str
     disk: DiskUse
-    record: RunRecord | None
+    taken: Taken | None
 
 
 Measure = Callable[[Mapping[str, RunSpec]], Mapping[str, Costs]]  # miniatures by a name to show; some may fail
@@ -98,17 +114,17 @@ def estimate_runs(
     Returns:
         An estimate each; and the deviation of the done ones from what is known without their records.
     """
-    records: dict[tuple[str, int], list[RunRecord]] = {}
+    records: dict[tuple[str, int], list[Taken]] = {}
     for run in runs:
-        if run.record is not None and _made_here(run.record):
-            records.setdefault((run.kind_sha256, run.steps), []).append(run.record)
+        if run.taken is not None and run.taken.here:
+            records.setdefault((run.kind_sha256, run.steps), []).append(run.taken)
     first = {run.kind_sha256: run for run in reversed(runs)}
     costs = {kind: known_costs(run.kind) for kind, run in first.items()}
     if measure is not None:
         unknown = {
             run.kind_sha256: run
             for run in runs
-            if run.record is None and (run.kind_sha256, run.steps) not in records and costs[run.kind_sha256] is None
+            if run.taken is None and (run.kind_sha256, run.steps) not in records and costs[run.kind_sha256] is None
         }
         found = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
         costs |= {kind: found.get(run.spec.experiment.name) for kind, run in unknown.items()}
@@ -118,19 +134,14 @@ def estimate_runs(
         cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
         without = _from_arithmetic(run, workload, rate) if cost is None else _from_costs(run, workload, cost)
         estimates.append(without if alike is None else _from_records(run, alike))
-        if run.record is not None and alike is not None:
-            compared.append(Compared.of(without, run.record))
+        if run.taken is not None and alike is not None:
+            compared.append(Compared(without, run.taken.seconds, run.taken.peak_memory_bytes))
     return estimates, deviation(compared)
 
 
-def _made_here(record: RunRecord) -> bool:
-    made = record.provenance
-    return made is None or (made.processor, made.cpu_count) == (processor_name(), cpu_count())
-
-
-def _from_records(run: Wanted, records: Sequence[RunRecord]) -> Estimate:
-    seconds = statistics.median(record.seconds for record in records)
-    return Estimate(seconds, max(record.peak_memory_bytes or 0 for record in records), run.disk, "records")
+def _from_records(run: Wanted, records: Sequence[Taken]) -> Estimate:
+    seconds = statistics.median(one.seconds for one in records)
+    return Estimate(seconds, max(one.peak_memory_bytes for one in records), run.disk, "records")
 
 
 def _from_costs(run: Wanted, workload: Workload, costs: Costs) -> Estimate:

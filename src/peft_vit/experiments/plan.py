@@ -14,12 +14,12 @@ from peft_vit.config import StudyConfig
 from peft_vit.data import make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.experiments.disk import disk_use
-from peft_vit.experiments.estimate import Deviation, Estimate, Measure, Wanted, Workload, estimate_runs
+from peft_vit.experiments.estimate import Deviation, Estimate, Measure, Taken, Wanted, Workload, estimate_runs
 from peft_vit.experiments.methods import check
 from peft_vit.experiments.miniature import miniature
 from peft_vit.experiments.smoke import smoke_study
 from peft_vit.experiments.study_file import difference, go_on, study_file
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record, run_folder
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
 from peft_vit.training import steps_per_epoch
 
 
@@ -134,9 +134,9 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
         kind_sha256 = kind.digest()
         for seed in study.seeds:
             spec = _spec(study, place, seed, smoke)
-            record = _finished(results_dir, spec, index.sha256)
-            wanted.append(Wanted(spec, total_steps, kind, kind_sha256, disk, record))
-    if any(run.record is None for run in wanted):
+            taken = _taken(results_dir, spec, index.sha256)
+            wanted.append(Wanted(spec, total_steps, kind, kind_sha256, disk, taken))
+    if any(run.taken is None for run in wanted):
         check_weights(study.backbone)
     workload = Workload(
         shape=shape, image_size=study.data.image_size, channels=index.channels, device=device,
@@ -145,7 +145,7 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
     )  # fmt: skip
     estimates, deviation = estimate_runs(wanted, workload, None if smoke else measure)
     runs = tuple(
-        PlannedRun(run.spec, run.steps, estimate, done=run.record is not None)
+        PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None)
         for run, estimate in zip(wanted, estimates, strict=True)
     )
     return Plan(study, file, index.licence, index.sha256, runs, part, deviation)
@@ -158,8 +158,8 @@ def _spec(study: StudyConfig, place: int, seed: int, smoke: bool) -> RunSpec:
     )  # fmt: skip
 
 
-def _finished(results_dir: Path, spec: RunSpec, data_sha256: str) -> RunRecord | None:
-    """Return the record of a finished run; one that failed or lost its adapter is run again, a changed one refused."""
+def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> Taken | None:
+    """Return what a finished run took; one that failed or lost its adapter is run again, a changed one refused."""
     file = run_folder(results_dir, spec) / RECORD_FILE
     if not file.exists():
         return None
@@ -178,4 +178,4 @@ def _finished(results_dir: Path, spec: RunSpec, data_sha256: str) -> RunRecord |
     start = spec.experiment.start
     if start and record.provenance is not None and record.provenance.start_sha256 != peft_sha256(Path(start)):
         raise UserError("was made with another adapter under the same path; choose another --output-dir", file=file)
-    return record
+    return Taken.of(record)

@@ -1,5 +1,7 @@
 """A plan counts, checks and estimates every run before the first; what is done is skipped, what changed is refused."""
 
+import weakref
+
 import pytest
 import torch
 from written_runs import run_and_write
@@ -38,6 +40,25 @@ def test_every_run_is_counted_and_estimated(study, tmp_path) -> None:
     assert all(run.estimate.seconds > 0 and run.estimate.peak_memory_bytes > 1e8 for run in plan.runs)
     assert {run.estimate.basis for run in plan.runs} == {"estimate"}
     assert list(tmp_path.iterdir()) == []  # planning writes nothing
+
+
+def test_the_records_of_finished_runs_are_not_held(study, tmp_path, monkeypatch) -> None:
+    """A thousand of them, with all their steps, would take gigabytes."""
+    config = study("linear", seeds=(3, 4, 5))
+    for run in planned(config, tmp_path).runs:
+        run_and_write(run.spec, tmp_path)
+    held = []
+
+    def read(file):
+        record = read_record(file)
+        assert [one() for one in held[:-1]] == [None] * len(held[:-1])  # the one before may still be looked at
+        held.append(weakref.ref(record))
+        return record
+
+    monkeypatch.setattr("peft_vit.experiments.plan.read_record", read)
+    plan = planned(config, tmp_path)
+    assert [run.done for run in plan.runs] == [True] * 3
+    assert [one() for one in held] == [None] * 3
 
 
 def test_a_plan_of_some_methods_or_seeds(study, tmp_path) -> None:
