@@ -33,6 +33,7 @@ torture: setup ## break files and kill runs for hours; results add up over calls
 	-$(BIN)/python tests/torture/killed_allocations.py
 	-$(BIN)/python tests/torture/two_commands.py --drivers 100 --commands 10
 	-$(BIN)/python tests/torture/full_disks.py --trials 60
+	-$(BIN)/python tests/torture/ray_nodes.py --trials 10
 	$(BIN)/python tests/torture/torture_results.py
 
 bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour on two idle cores
@@ -42,6 +43,7 @@ bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/importance_cost.py
 	$(BIN)/python benchmarks/deployment.py
+	$(BIN)/python benchmarks/reliability.py
 
 check: setup ## lint, formatting, types, import rules; changes nothing
 	$(BIN)/ruff check

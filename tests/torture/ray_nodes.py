@@ -1,0 +1,158 @@
+"""Remove a node of a Ray cluster at random moments of studies, and see every run recorded exactly once, as undisturbed.
+
+    .venv/bin/python tests/torture/ray_nodes.py --trials 10      as `make torture` does
+    .venv/bin/python tests/torture/ray_nodes.py --trials 2 --seed 7 --dry
+
+A cluster of two nodes with one core each does a study of four runs: two methods, two seeds. One node is killed with all
+of its processes, Ray's own included; it counts as a trial if a run was under way on it then. It has passed if the
+study ends without a failure on the node that is left, if the ledger says done once of each run, and if the metrics,
+histories, adapter bytes and optimiser hashes equal those of runs in a process without Ray. Then a new node is added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ray.cluster_utils import Cluster
+from ray_clusters import PATIENCE_S, small_cluster
+from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
+from torture_results import add
+from written_runs import run_and_write
+
+from peft_vit.config import load_study
+from peft_vit.experiments import plan_study
+from peft_vit.experiments.driver import drive
+from peft_vit.experiments.events import RunEnded, RunRetried, RunStarted, Told
+from peft_vit.experiments.executors import open_executor
+from peft_vit.experiments.lock import study_lock
+
+PROMISE = "Ray node removed mid-study: each run recorded exactly once"
+KIND = "one of two nodes, at a random moment, with a run under way on it"
+SEEDS = (0, 1)
+EXECUTION = {"checkpoint_every_s": 0.05, "retries": 1}
+
+
+class Seen:
+    """What is told of a study, with the runs that are under way on a node at any moment."""
+
+    def __init__(self) -> None:
+        self.on: dict[str, str] = {}  # node by run
+        self.retried = 0
+        self.first = threading.Event()
+
+    def __call__(self, event: Told) -> None:
+        """Take in what happened."""
+        if isinstance(event, RunStarted):
+            self.on[event.run.spec.run_id] = event.worker.split()[-1]
+            self.first.set()
+        if isinstance(event, RunEnded | RunRetried):
+            self.on.pop(event.run.spec.run_id, None)
+            self.retried += isinstance(event, RunRetried)
+
+
+def study(cluster: Cluster, file: Path, seen: Seen) -> float:
+    """Do the study of a file beside it; return the seconds from the first start to the end."""
+    plan = plan_study(load_study(file), file.parent, file=file)
+    with study_lock(file.parent / NAME) as lock:
+        began = time.monotonic()
+
+        def tell(event: Told) -> None:
+            nonlocal began
+            if not seen.first.is_set():
+                began = time.monotonic()
+            seen(event)
+
+        outcome = drive(
+            plan, lock, lambda: open_executor("ray", plan, file.parent, ray_address=cluster.address), tell
+        )  # fmt: skip
+    if outcome.failed:
+        raise RuntimeError(str(outcome.failed))
+    return time.monotonic() - began
+
+
+def trial(cluster: Cluster, folder: Path, delay_s: float, expected: Mapping[str, End]) -> tuple[bool, str | None, bool]:
+    """Do a study and remove a node some time after its first run has started.
+
+    Returns:
+        Whether a run was under way on that node, what is wrong with what came out, and whether a run was retried.
+    """
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes(PATIENCE_S)
+    file, seen = write_study(folder, two_methods(), SEEDS, **EXECUTION), Seen()
+    met: list[str] = []
+
+    def remove() -> None:
+        seen.first.wait()
+        time.sleep(delay_s)
+        met.extend(run for run, node in dict(seen.on).items() if node == second.node_id[:12])
+        cluster.remove_node(second, allow_graceful=False)
+
+    removing = threading.Thread(target=remove, daemon=True)
+    removing.start()
+    try:
+        study(cluster, file, seen)
+        fault = difference(folder, expected)
+    except RuntimeError as error:
+        fault = str(error)
+    removing.join()
+    return bool(met), fault, seen.retried > 0
+
+
+def two_methods() -> dict[str, dict[str, object]]:
+    """Return the experiments of the study."""
+    return {name: METHODS[name] for name in ("lora", "adalora")}
+
+
+def undisturbed(folder: Path) -> dict[str, End]:
+    """Return what the runs come to in this process, without Ray."""
+    file = write_study(folder, two_methods(), SEEDS, **EXECUTION)
+    for run in plan_study(load_study(file), folder, file=file).runs:
+        run_and_write(run.spec, folder)
+    return ends_of(folder)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--dry", action="store_true", help="count nothing in results/torture.json")
+    arguments = parser.parse_args()
+    seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
+    rng, done, number, passed = random.Random(seed), 0, 0, 0
+    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as place, small_cluster() as cluster:
+        os.environ["PEFT_VIT_CACHE"] = str(Path(place) / "cache")
+        expected = undisturbed(Path(place) / "undisturbed")
+        longest_s = study(cluster, write_study(Path(place) / "alone", two_methods(), SEEDS, **EXECUTION), Seen())
+        print(f"seed {seed}; alone, one node takes {longest_s:.0f} s", flush=True)
+        while done < arguments.trials:
+            number += 1
+            delay_s = rng.uniform(0, longest_s / 2)
+            met, fault, retried = trial(cluster, Path(place) / str(number), delay_s, expected)
+            print(
+                f"{number}: removed after {delay_s:.1f} s, {'a' if met else 'no'} run on it, "
+                f"{'retried' if retried else 'not retried'}: {fault or 'each run once, as undisturbed'}",
+                flush=True,
+            )
+            if met or fault:
+                done += 1
+                passed += fault is None
+                faults = [] if fault is None else [f"--seed {seed}, study {number}: {fault}"]
+                if not arguments.dry:
+                    add(PROMISE, KIND, trials=1, passed=int(fault is None), faults=faults)
+    sys.exit(0 if passed == done else 1)
+
+
+if __name__ == "__main__":
+    main()
