@@ -10,7 +10,7 @@ import pytest
 from ray._private import services
 from ray.cluster_utils import Cluster
 
-PATIENCE_S = 300  # for what takes seconds on an idle machine
+PATIENCE_S = 600  # for what takes seconds on an idle machine
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def _print_study(plan: Plan, console: Console) -> None:
 
 def _print_total(plan: Plan, console: Console) -> None:
     pending, workers = plan.pending, plan.study.execution.workers
-    together = f" with {workers} workers" if workers > 1 else ""
+    together = f" with {workers} workers" if workers > 1 else " one after the other" if len(pending) > 1 else ""
     seconds = makespan([run.estimate.seconds for run in pending], workers)
     time = f" in about {duration(seconds)}{together}" if pending else ""
     console.print(
@@ -113,11 +113,12 @@ def _print_total(plan: Plan, console: Console) -> None:
     )
     if not pending:
         return
+    of = "at a time" if workers > 1 else "a run"
     memory = sum(sorted(run.estimate.peak_memory_bytes for run in pending)[-workers:])
     kept = sum(run.estimate.disk.kept_bytes for run in pending)
     checkpoints = sum(sorted(run.estimate.disk.checkpoints_bytes for run in pending)[-workers:])
     console.print(
-        f"At most {memory / 1e9:.1f} GB of memory at a time ({available_memory_bytes() / 1e9:.1f} GB are free here); "
+        f"At most {memory / 1e9:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here); "
         f"{kept / 1e6:.1f} MB on disk in the end, and up to {checkpoints / 1e6:.1f} MB of checkpoints on the way.",
         soft_wrap=True, highlight=False,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from peft_vit.records import outcome_digest
 
 pytestmark = pytest.mark.part("runner")
 
-PATIENCE_S = 240  # for what takes seconds on an idle machine
+PATIENCE_S = 600  # for what takes seconds on an idle machine
 
 
 def endless(config, *names):
@@ -131,6 +131,24 @@ def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> N
     finally:
         executor.close()
     assert not workers_alive(both + rest)
+
+
+def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
+    (run,) = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs
+    executor = LocalExecutor(1, 1, tmp_path, oversubscribe=True)
+    try:
+        executor.submit(run)
+        first = events_of(executor, lambda events: of(events, RunEnded))
+        dead = worker_of(first, "linear")
+        os.kill(dead, signal.SIGKILL)
+        while alive(dead):
+            time.sleep(0.01)
+        executor.submit(run)
+        again = events_of(executor, lambda events: of(events, RunEnded))
+        assert [one.record.status for one in of(again, RunEnded)] == ["done"]
+        assert worker_of(again, "linear") != dead
+    finally:
+        executor.close()
 
 
 DRIVER = """

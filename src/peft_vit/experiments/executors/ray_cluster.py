@@ -72,7 +72,7 @@ class Need:
         """
         if any(all(self.fits(node)) for node in nodes):
             return None
-        asked = _in_words(self.cpus, self.gpus, self.memory_bytes)
+        asked = _in_words(self.cpus, self.gpus or None, self.memory_bytes or None)
         if not nodes:
             return f"a run asks for {asked}, and the cluster has no node"
         biggest = max(nodes, key=lambda node: (sum(self.fits(node)), node.get("CPU", 0), node.get("memory", 0)))
@@ -80,8 +80,12 @@ class Need:
         return f"a run asks for {asked}; the biggest node of the cluster ({len(nodes)} in all) has {there}"
 
 
-def _in_words(cpus: float, gpus: float, memory_bytes: float) -> str:
-    return f"{cpus:g} CPUs, {gpus:g} GPUs and {memory_bytes / 1e9:.1f} GB"
+def _in_words(cpus: float, gpus: float | None, memory_bytes: float | None) -> str:
+    """Return amounts as a person says them; what is None is not said."""
+    known = [(name, number) for name, number in (("CPU", cpus), ("GPU", gpus)) if number is not None]
+    counted = [f"{number:g} {name}{'' if number == 1 else 's'}" for name, number in known]
+    memory = [] if memory_bytes is None else [f"{memory_bytes / 1e9:.1f} GB"]
+    return ", ".join([*counted, *memory])
 
 
 @dataclass
@@ -284,7 +288,7 @@ def _find_cluster(named: str | None) -> str | None:
     except (OSError, ValueError) as error:  # a ConnectionError too is an OSError
         if named is None:
             return None
-        raise _no_cluster(named, str(error)) from None
+        raise _no_cluster(named, getattr(error, "strerror", None) or str(error)) from None
 
 
 def _no_cluster(address: str, reason: str) -> UserError:
