@@ -246,6 +246,25 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_new_folders_outlast_a_power_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each name is flushed to disk with the folder that holds it."""
+    flushed: list[tuple[int, int]] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append(place(os.fstat(descriptor)))
+        fsync(descriptor)
+
+    def place(status: os.stat_result) -> tuple[int, int]:
+        return status.st_dev, status.st_ino
+
+    monkeypatch.setattr(os, "fsync", noted)
+    file = tmp_path / "results" / "study" / "file"
+    write_atomically(file, b"new")
+    assert set(flushed) == {place(one.stat()) for one in (tmp_path, *file.parents[:2], file)}
+    assert flushed[-1] == place(file.parent.stat())  # last, when the file has its name
+
+
 def leaves(value: BaseModel, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Return the paths of all fields that hold no model."""
     found: list[tuple[str, ...]] = []

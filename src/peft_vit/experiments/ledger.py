@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from peft_vit.errors import UserError
 from peft_vit.experiments.lock import LOCK_FILE
 from peft_vit.foreign_files import read_bytes
-from peft_vit.records import RunSpec, write_atomically
+from peft_vit.records import RunSpec, flush, write_atomically
 
 LEDGER_FILE = "ledger.jsonl"
 # Experiment and seed, which is also the run's folder below the study's: nothing that leads out of it.
@@ -138,7 +138,7 @@ class Ledger:
                 self.set_aside = free_name(folder / "ledger.torn")
                 write_atomically(self.set_aside, content.torn)
                 self._cut(content.sound_bytes)
-            sync_folder(folder)
+            flush(folder)
         except OSError as error:
             self.close()
             raise no_room(self.file, error) from None
@@ -192,7 +192,6 @@ def rewrite_ledger(folder: Path, rows: Iterable[Row]) -> Path | None:
         if aside is not None:
             write_atomically(aside, read_bytes(file))
         write_atomically(file, b"".join(map(encode, rows)))
-        sync_folder(folder)
     except OSError as error:
         raise no_room(file, error) from None
     return aside
@@ -253,15 +252,6 @@ def free_name(file: Path) -> Path:
     while file.with_name(f"{file.name}-{number}").exists():
         number += 1
     return file.with_name(f"{file.name}-{number}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to disk, without which a new file may be gone after a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def no_room(file: Path, error: OSError) -> UserError:

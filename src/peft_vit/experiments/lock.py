@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.errors import UserError
+from peft_vit.records import make_folder
 
 LOCK_FILE = "lock"
 _PATIENCE_S = 0.5  # `owner_of` holds a lock for an instant, which must not turn a study away
@@ -73,8 +74,8 @@ def _acquire(folder: Path) -> int:
     file = folder / LOCK_FILE
     deadline = time.monotonic() + _PATIENCE_S
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            make_folder(folder)
             # Not inherited: a worker that outlives this process must not keep its lock.
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:  # the owner has just removed the folder that it made

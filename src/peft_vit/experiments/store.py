@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.errors import UserError
-from peft_vit.experiments.ledger import Ledger, Row, last_rows, no_room, now, run_name, sync_folder
+from peft_vit.experiments.ledger import Ledger, Row, last_rows, no_room, now, run_name
 from peft_vit.experiments.lock import StudyLock
 from peft_vit.foreign_files import folder_below, read_bytes
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, checkpoint_folders, write_result
@@ -163,13 +163,10 @@ class StudyStore:
         self._last[row.run] = row
 
     def _write(self, record: RunRecord, adapter: bytes | None) -> None:
-        folder = self.folder / run_name(record.spec)
         try:
             write_result(self.folder.parent, record, adapter)
-            for place in (folder, folder.parent, self.folder):  # each may be new
-                sync_folder(place)
         except OSError as error:
-            raise no_room(folder, error) from None
+            raise no_room(self.folder / run_name(record.spec), error) from None
 
     def _clean_up(self, run: str) -> None:
         """Remove a finished run's checkpoints, and files that a killed process was about to put in their places."""

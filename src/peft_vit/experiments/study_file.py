@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.config import StudyConfig
 from peft_vit.errors import UserError
-from peft_vit.experiments.ledger import RunName, no_room, sync_folder
+from peft_vit.experiments.ledger import RunName, no_room
 from peft_vit.foreign_files import read_bytes
 from peft_vit.records import write_atomically
 
@@ -73,7 +73,6 @@ def write_study_file(folder: Path, content: StudyFile) -> None:
     file = folder / STUDY_FILE
     try:
         write_atomically(file, (content.model_dump_json(indent=1) + "\n").encode())
-        sync_folder(folder)
     except OSError as error:
         raise no_room(file, error) from None
 

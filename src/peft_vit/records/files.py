@@ -21,9 +21,26 @@ ADAPTER_FILE = "adapter.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 
+def flush(path: Path) -> None:
+    """Flush a file to disk, or a folder's list of names, without which a new file may be gone after a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that may be there, with its parents, and flush them to disk."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        flush(place.parent)
+
+
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that a reader sees the old content or the new one, never half of it; flush it to disk."""
+    make_folder(file.parent)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(descriptor, "wb") as handle:
@@ -32,6 +49,7 @@ def write_atomically(file: Path, content: bytes) -> None:
             os.fsync(handle.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
+        flush(file.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_vit.errors import UserError, is_out_of_memory
 from peft_vit.foreign_files import read_bytes, require_regular
-from peft_vit.records import checkpoint_folders
+from peft_vit.records import checkpoint_folders, flush, make_folder
 from peft_vit.training.state import State
 
 TENSORS_FILE = "state.safetensors"
@@ -147,7 +147,7 @@ def write_checkpoint(folder: Path, step: int, state: State) -> None:
     Raises:
         OSError: if it can't be written; nothing of it is left then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     unfinished = Path(tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED))
     try:
         os.chmod(unfinished, 0o755)
@@ -155,7 +155,7 @@ def write_checkpoint(folder: Path, step: int, state: State) -> None:
         place = folder / f"checkpoint-{step}"
         _remove(place)  # a damaged one, or of another process that is about to end
         os.rename(unfinished, place)
-        _flush(folder)
+        flush(folder)
     except BaseException:
         _remove(unfinished)
         raise
@@ -177,7 +177,7 @@ def _write_files(place: Path, step: int, state: State) -> None:
     manifest = json.dumps({"format": 1, "step": step, "files": files}, indent=1)
     (place / MANIFEST_FILE).write_text(manifest + "\n", encoding="utf-8")
     for file in (place / TENSORS_FILE, place / VALUES_FILE, place / MANIFEST_FILE, place):
-        _flush(file)
+        flush(file)
 
 
 def _strides(tensor: torch.Tensor) -> list[int] | None:
@@ -192,14 +192,6 @@ def _as_os_error(error: SafetensorError, file: Path) -> OSError:
     if number is None:
         return OSError(None, str(error), str(file))
     return OSError(int(number[1]), os.strerror(int(number[1])), str(file))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
