@@ -123,6 +123,9 @@ class LocalExecutor:
         self._workers.clear()
 
     def _hand_out(self) -> None:
+        for idle in [worker for worker in self._workers if worker.run is None]:
+            if idle.pipe.poll():  # without a run it has nothing to say: it is dead, and would cost the next run
+                self._hear(idle)
         while self._waiting:
             worker = next((worker for worker in self._workers if worker.run is None), None)
             if worker is None and len(self._workers) < self._count:
