@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.config import ExperimentConfig
-from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.errors import SilentNoEffectWarning, UserError, printable
 from peft_vit.evaluation import peak_memory_bytes
 from peft_vit.records import BitAllocation, Provenance, RunSpec
 from peft_vit.training import CheckpointKeeper, Checkpoints, CheckpointWarning, ChosenBits, Interrupted, State
@@ -191,8 +191,11 @@ class Attempt:
 
     @property
     def warnings(self) -> list[str]:
-        """Return the warnings that belong into the record, each once: an attempt repeats those of the start."""
-        now = [str(entry.message) for entry in self._heard if entry.category in RECORDED]
+        """Return the warnings that belong into the record, each once: an attempt repeats those of the start.
+
+        They may quote names of files, which may be any bytes, and a record is UTF-8.
+        """
+        now = [printable(str(entry.message)) for entry in self._heard if entry.category in RECORDED]
         return list(dict.fromkeys([*([] if self._earlier is None else self._earlier.warnings), *now]))
 
 

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import warnings
 from dataclasses import replace
 from itertools import count
 
 import pytest
 
 from peft_vit.data import load_data
+from peft_vit.errors import UserError
 from peft_vit.experiments import plan_study, run_one
 from peft_vit.experiments import run as run_module
 from peft_vit.experiments.resuming import _ALIKE, _THE_SAME
@@ -143,6 +145,18 @@ def test_other_tools_are_said_and_kept_in_the_record(spec_of, tmp_path, other_pr
 
 
 @pytest.mark.filterwarnings("ignore:a damaged checkpoint is left aside")
+def test_a_warning_that_quotes_an_odd_name_can_be_written(spec_of, monkeypatch) -> None:
+    def warns(*arguments, **named):
+        warnings.warn("no file \udcff", CheckpointWarning, stacklevel=2)
+        raise UserError("x")
+
+    monkeypatch.setattr(run_module, "load_data", warns)
+    with pytest.warns(CheckpointWarning):
+        record = run_one(spec_of("linear")).record
+    assert record.warnings == ["no file \\udcff"]
+    assert b"no file" in record.model_dump_json().encode()
+
+
 def test_a_damaged_checkpoint_costs_a_step_and_both_cost_the_run_so_far(spec_of, tmp_path) -> None:
     spec = spec_of("lora")
     whole = outcome_digest(run_one(spec).record)
