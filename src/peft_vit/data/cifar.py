@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from peft_vit.data.files import content_sha256, downloaded, unpacked
-from peft_vit.data.index import ImageIndex
+from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.errors import UserError
 from peft_vit.foreign_files import read_bytes
 
@@ -53,10 +53,11 @@ def read_cifar(name: str, path: Path | None, licence: str) -> ImageIndex:
     parts = [_records(folder / file, layout.label_bytes, remedy) for file in (*layout.train, layout.test)]
     class_names = _class_names(folder / layout.names, remedy)
     labels = np.concatenate([part[:, layout.label_bytes - 1] for part in parts]).astype(np.int64)
-    if labels.size and labels.max() >= len(class_names):
-        raise UserError(
-            f"names {len(class_names)} classes, but a label is {labels.max()}; {remedy}", file=folder / layout.names
-        )
+    for file, part in zip((*layout.train, layout.test), parts, strict=True):
+        largest = part[:, layout.label_bytes - 1].max()
+        if largest >= len(class_names):
+            problem = f"a label is {largest}, but {layout.names} names {len(class_names)} classes; {remedy}"
+            raise UserError(problem, file=folder / file)
     starts = np.cumsum([0, *(len(part) for part in parts)])
 
     def read(i: int) -> Image.Image:
@@ -94,7 +95,9 @@ def _class_names(file: Path, remedy: str) -> tuple[str, ...]:
         lines = read_bytes(file).decode("utf-8").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"is not UTF-8 text; {remedy}", file=file) from None
-    return tuple(line.strip() for line in lines if line.strip())
+    names = tuple(line.strip() for line in lines if line.strip())
+    check_class_names(names, file)
+    return names
 
 
 def _records(file: Path, label_bytes: int, remedy: str) -> np.ndarray:

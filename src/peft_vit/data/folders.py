@@ -18,7 +18,7 @@ from peft_vit.data.files import (
     open_tree,
     refuse_outside,
 )
-from peft_vit.data.index import ImageIndex, decode_image
+from peft_vit.data.index import ImageIndex, check_class_names, decode_image
 from peft_vit.errors import UserError
 from peft_vit.foreign_files import read_bytes
 
@@ -76,6 +76,7 @@ def read_tiny_imagenet(path: Path | None, licence: str) -> ImageIndex:
             raise UserError(f"val/images/{image} is not there; unpack the archive again", file=where)
     words = dict(line.split("\t", 1) for line in tree.text(words_file).splitlines() if "\t" in line)
     titles = {id_: f"{id_} {words.get(id_, '').split(',')[0]}".strip() for id_ in known}
+    check_class_names(titles.values(), tree.file(words_file))
     is_test = [k >= training for k in range(len(files))]
     sha256 = tree.sha256([words_file, annotations_file, *files])
     return _index("tiny-imagenet", tree, files, classes, is_test, licence=licence, sha256=sha256, titles=titles)

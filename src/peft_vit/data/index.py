@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import io
+import reprlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from peft_vit.errors import UserError
+from peft_vit.errors import CONTROL_CHARACTER, UserError
 
 # By content, whatever the file is called: Pillow would hand an EPS to Ghostscript, which runs what stands in it.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _MAX_PIXELS = 89_478_485  # where Pillow warns of a bomb by default; a quarter of a gigabyte as RGB
 _MAX_SIDE = 1 << 16  # resizing a longer line takes gigabytes
 _DEEP_MODES = ("I", "F")  # 16 or 32 bits a pixel; I;16 and its kin start with I as well
+_LONGEST_CLASS_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,11 @@ def decode_image(read: Callable[[], bytes], file: str) -> Image.Image:
     if upright.mode.startswith(_DEEP_MODES):
         raise UserError(f"has pixels of mode {upright.mode}; convert it to 8 bits a channel", file=file)
     return upright
+
+
+def check_class_names(names: Iterable[str], file: str | Path | None, field: str | None = None) -> None:
+    """Raise UserError, with the file that says so, if a class has a name that could not be printed."""
+    for name in names:
+        if CONTROL_CHARACTER.search(name) or len(name) > _LONGEST_CLASS_NAME:
+            problem = f"class {reprlib.repr(name)} holds a control character or more than {_LONGEST_CLASS_NAME} letters"
+            raise UserError(f"{problem}; rename it", file=file, field=field)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +13,9 @@ from peft_vit.data import synthetic
 from peft_vit.data.cifar import read_cifar
 from peft_vit.data.files import existing
 from peft_vit.data.folders import read_csv, read_image_folder, read_tiny_imagenet
-from peft_vit.data.index import ImageIndex
+from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.data.packaged import read_digits, read_elpv, read_fashion_mnist
-from peft_vit.errors import CONTROL_CHARACTER, UserError
+from peft_vit.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class DatasetInfo:
 
 
 _Reader = Callable[[Path | None, str], ImageIndex]
-_LONGEST_CLASS_NAME = 255
 _CIFAR_LICENCE = "none stated by the authors; cite Krizhevsky 2009"
 _CIFAR_SOURCE = "data.path (binary archive, or folder with it), else downloaded from cs.toronto.edu"
 
@@ -109,8 +107,5 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
             f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed",
             file=path, field="data.path",
         )  # fmt: skip
-    for name in index.class_names:
-        if CONTROL_CHARACTER.search(name) or len(name) > _LONGEST_CLASS_NAME:
-            problem = f"class {reprlib.repr(name)} holds a control character or more than {_LONGEST_CLASS_NAME} letters"
-            raise UserError(f"{problem}; rename it", file=path, field="data.path")
+    check_class_names(index.class_names, path, "data.path")
     return index

@@ -201,6 +201,12 @@ def test_tiny_imagenet_bad_annotation(tiny, config, line, message):
         open_index(config("tiny-imagenet", tiny))
 
 
+def test_tiny_imagenet_bad_words(tiny, config):
+    (tiny / "words.txt").write_text("n01443537\tgold\x1b[2Jfish\n")
+    with pytest.raises(UserError, match=r"words\.txt: class 'n01443537 gold\\x1b\[2Jfish' holds a control character"):
+        open_index(config("tiny-imagenet", tiny))
+
+
 def test_tiny_imagenet_in_another_folder(folder, config):
     with pytest.raises(UserError, match=r"data\.path: holds 0 files called words\.txt"):
         open_index(config("tiny-imagenet", folder))

@@ -214,7 +214,7 @@ def test_cifar_members_cannot_leave_the_cache(tmp_path, config, own_cache):
     [
         ({"test_batch.bin": b"\x01" * 100}, "test_batch.bin: is 100 bytes, no multiple of a record"),
         ({"test_batch.bin": None}, r"holds no test_batch\.bin"),
-        ({"batches.meta.txt": b"only\n"}, "names 1 classes, but a label is 5"),
+        ({"batches.meta.txt": b"only\n"}, r"data_batch_2\.bin: a label is 1, but batches\.meta\.txt names 1 classes"),
         ({"batches.meta.txt": b"\xff\xfe\n"}, "is not UTF-8"),
     ],
 )
@@ -225,6 +225,13 @@ def test_cifar_bad_content(tmp_path, config, change, message):
     with pytest.raises(UserError, match=message) as caught:
         open_index(config("cifar10", tmp_path))
     assert str(archive) in str(caught.value)  # where it comes from, also if it was unpacked into the cache
+
+
+def test_cifar_class_that_could_not_be_printed(tmp_path, config):
+    for name, content in {**cifar_files("cifar10"), "batches.meta.txt": b"a\nb\x1b[2J\n"}.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"batches\.meta\.txt: class 'b"):
+        open_index(config("cifar10", tmp_path))
 
 
 def test_cifar_truncated_archive(tmp_path, config):
