@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # What moves a terminal's cursor, breaks a line or turns the direction of writing: no part of a name.
@@ -41,6 +43,17 @@ class UserError(Exception):
 
 def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+
+
+@contextmanager
+def named(file: Path | None) -> Iterator[None]:
+    """Name a file in errors that come of what it says and name none themselves."""
+    try:
+        yield
+    except UserError as error:
+        if error.file is not None:
+            raise
+        raise UserError(error.message, file=file, field=error.field, details=error.details) from None
 
 
 class DivergedError(UserError):

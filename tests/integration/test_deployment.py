@@ -233,7 +233,11 @@ def test_what_is_no_model_is_refused(runs, images, tmp_path, capsys) -> None:
     save_file(timm.create_model("test_vit", img_size=32).state_dict(), tmp_path / "other.safetensors")
     line = refusal(capsys, "predict", tmp_path / "peft", image, "--weights", tmp_path / "other.safetensors")
     assert "name the right ones" in line
-    (tmp_path / "peft" / "peft_vit.json").unlink()
+    card = tmp_path / "peft" / "peft_vit.json"
+    card.write_text(card.read_text().replace("test_vit", "no_vit"))
+    line = refusal(capsys, "predict", tmp_path / "peft", image, "--weights", tmp_path / "other.safetensors")
+    assert "peft_vit.json: backbone.model: unknown model" in line
+    card.unlink()
     assert "peft_vit.json" in refusal(capsys, "predict", tmp_path / "peft", image)
 
 

@@ -284,6 +284,7 @@ def test_settings_that_change_the_model_are_refused_by_name(tiny_vit, tmp_path, 
     change, field, said = BAD_SETTINGS[fault]
     line = refusal(tiny_vit(), tmp_path, good[0] | change, good[1])
     assert str(tmp_path) in line
+    assert CONFIG_FILE in line
     assert field in line
     assert said in line
 

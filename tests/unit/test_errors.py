@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from peft_vit.errors import UserError, printable
+from peft_vit.errors import UserError, named, printable
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,10 @@ def test_a_long_name_does_not_hide_the_remedy() -> None:
     assert line.endswith(": is wrong; do this")
     assert len(line) < 1100
     assert len(str(UserError("z" * 10_000))) < 2100
+
+
+def test_a_file_is_named_where_none_was() -> None:
+    with pytest.raises(UserError, match=r"^a: seed: is wrong$"), named(Path("a")):
+        raise UserError("is wrong", field="seed", details="more")
+    with pytest.raises(UserError, match=r"^b: is wrong$"), named(Path("a")):
+        raise UserError("is wrong", file="b")

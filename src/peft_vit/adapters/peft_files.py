@@ -243,16 +243,19 @@ def _check_tensors(tensors: dict[str, Tensor], expected: Mapping[str, tuple[int,
     """Refuse tensors that are missing, left over, of another shape or no finite numbers; make the others float32."""
     for name in sorted(tensors.keys() - expected.keys()):
         raise UserError(
-            "this tensor has no place here; only LoRA on a block's qkv, proj, fc1, fc2 and a head that modules_to_save "
-            "names can be imported", file=file, field=repr(name[:200]),
+            f"this tensor has no place here by {CONFIG_FILE}; only LoRA on a block's qkv, proj, fc1, fc2 and a head "
+            "that modules_to_save names can be imported", file=file, field=repr(name[:200]),
         )  # fmt: skip
     for name, shape in expected.items():
         if name not in tensors:
-            raise UserError("is missing; save the adapter with PEFT's save_pretrained", file=file, field=name)
+            problem = f"is missing, which {CONFIG_FILE} asks for; save the adapter with PEFT's save_pretrained"
+            raise UserError(problem, file=file, field=name)
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
-            hint = "call model.reset_classifier" if f".{HEAD}." in name else "is it an adapter of this model?"
-            raise UserError(f"expected shape {shape}, got {tuple(tensor.shape)}; {hint}", file=file, field=name)
+            is_head = f".{HEAD}." in name
+            hint = "call model.reset_classifier" if is_head else f"is it of this model, and of this {CONFIG_FILE}?"
+            problem = f"expected shape {shape}, got {tuple(tensor.shape)}; {hint}"
+            raise UserError(problem, file=file, field=name)
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise UserError("holds values that are no finite numbers; save the adapter again", file=file, field=name)
         tensors[name] = tensor.float()

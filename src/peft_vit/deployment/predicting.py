@@ -20,7 +20,7 @@ from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
 from peft_vit.deployment.low_bit_file import load_low_bit
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import open_onnx
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, named
 from peft_vit.foreign_files import read_bytes
 
 _BATCH = 32
@@ -69,11 +69,12 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
         return open_peft(path, weights)
     if weights is not None:
         raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
-    if path.suffix == ".onnx":
-        logits, card = open_onnx(path)
-        return Classifier(card, logits)
-    if path.suffix == ".safetensors":
-        return torch_classifier(*load_low_bit(path))
+    with named(path):
+        if path.suffix == ".onnx":
+            logits, card = open_onnx(path)
+            return Classifier(card, logits)
+        if path.suffix == ".safetensors":
+            return torch_classifier(*load_low_bit(path))
     raise UserError("expected a .safetensors or .onnx file, a PEFT folder or a run's folder", file=path)
 
 
@@ -93,9 +94,10 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
         card = ModelCard.from_json(read_bytes(file), file)
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror}); `peft-vit export` writes it", file=file) from None
-    backbone = load_backbone(
-        _backbone(card, weights, file), image_size=card.image_size, num_classes=len(card.class_names), seed=0
-    )
+    with named(file):
+        backbone = load_backbone(
+            _backbone(card, weights, file), image_size=card.image_size, num_classes=len(card.class_names), seed=0
+        )
     if backbone.weights_sha256 != card.weights_sha256:
         raise UserError(
             f"names weights of SHA-256 {card.weights_sha256}, and {backbone.weights_name} has "

@@ -26,7 +26,7 @@ from peft_vit.deployment import (
     save_low_bit,
     torch_classifier,
 )
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, named
 from peft_vit.experiments.methods import prepare_as_saved
 from peft_vit.foreign_files import read_bytes
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record
@@ -182,8 +182,10 @@ def restore_run(run_dir: Path) -> RestoredRun:
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror}); move or rerun the whole run", file=file) from None
     if found != record.adapter_sha256:
-        raise UserError(f"has SHA-256 {found}, its record says {record.adapter_sha256}; rerun this run", file=file)
-    backbone = load_run_backbone(spec, len(record.class_names))
+        problem = f"has SHA-256 {found}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
+        raise UserError(problem, file=file, field="adapter_sha256")
+    with named(run_dir / RECORD_FILE):
+        backbone = load_run_backbone(spec, len(record.class_names))
     if backbone.weights_sha256 != provenance.weights_sha256:
         raise UserError(
             f"{backbone.weights_name} has SHA-256 {backbone.weights_sha256}, the run was trained on "

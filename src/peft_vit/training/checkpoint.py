@@ -265,7 +265,7 @@ def read_checkpoint(path: Path) -> State:
         if is_out_of_memory(error):  # says nothing of the file
             raise
         raise UserError(f"holds an impossible layout ({error})", file=path / VALUES_FILE, field="tensors") from None
-    return State(laid_out, values.values)
+    return State(laid_out, values.values, path)
 
 
 def _check(file: Path, expected: _File) -> None:

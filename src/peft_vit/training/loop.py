@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import current_ranks, restore_trained, set_ranks, trained_tensors
 from peft_vit.config import Precision, TrainingConfig
 from peft_vit.data import Data
-from peft_vit.errors import DivergedError, UserError, is_out_of_memory
+from peft_vit.errors import DivergedError, UserError, is_out_of_memory, named
 from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
 from peft_vit.records import Evaluation, StepRow
 from peft_vit.training.keeping import (
@@ -253,14 +253,14 @@ class _Course:
 
     def _refuse_another_state(self, load: Callable[[State], None], state: State) -> None:
         try:
-            load(state)
+            with named(state.source):
+                load(state)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if is_out_of_memory(error):  # says nothing of the state
                 raise
             reason = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"is not of this run ({reason}); remove it and the run starts anew", field="state"
-            ) from None
+            problem = f"is not of this run ({reason}); remove it and the run starts anew"
+            raise UserError(problem, file=state.source, field="state") from None
 
 
 def _step(

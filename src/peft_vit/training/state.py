@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ class State:
     Attributes:
         tensors: by name. They may be the living ones, so they are good until the next step.
         values: plain values, ready for JSON.
+        source: the checkpoint that it was read from, for errors.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    source: Path | None = None
 
     @classmethod
     def of_parts(cls, **parts: State) -> State:
@@ -33,7 +36,7 @@ class State:
         """Return one of the states that `of_parts` was given."""
         prefix = f"{name}/"
         tensors = {key.removeprefix(prefix): one for key, one in self.tensors.items() if key.startswith(prefix)}
-        return State(tensors, self.values[name])
+        return State(tensors, self.values[name], self.source)
 
     def sha256(self) -> str:
         """Return the SHA-256 of all names, types, shapes and values, whatever their order and the tensors' layout."""

@@ -216,8 +216,8 @@ def test_a_state_without_one_of_its_parts_is_refused_in_one_line(make, part) -> 
     run.once(None, 5)
     state = read_checkpoint(run.folder / "checkpoint-5")
     values = {name: one for name, one in state.values.items() if name != part}
-    with pytest.raises(UserError, match=r"state: is not of this run \(KeyError: ") as caught:
-        run.once(State(state.tensors, values))
+    with pytest.raises(UserError, match=r"checkpoint-5: state: is not of this run \(KeyError: ") as caught:
+        run.once(State(state.tensors, values, state.source))
     assert len(str(caught.value).splitlines()) == 1
 
 
