@@ -117,7 +117,7 @@ def test_what_it_refuses(results, tmp_path, monkeypatch) -> None:
     file = run_folder(tmp_path / "evil" / "a" / "b", record.spec) / "record.json"
     file.parent.mkdir(parents=True)
     file.write_text(leading_out.model_dump_json())
-    with pytest.raises(UserError, match="leads out"):
+    with pytest.raises(UserError, match=r"record\.json: spec\.study: "):
         export_to_tensorboard(tmp_path / "evil", tmp_path / "logs")
     assert not (tmp_path.parent / "elsewhere").exists()
     monkeypatch.setitem(sys.modules, "tensorboard", None)
