@@ -125,7 +125,8 @@ def changed_value(rng: Random, data: Any, texts: Sequence[str]) -> Any:
             cut = rng.randrange(len(node) + 1)
             parent[key] = node[:cut] + rng.choice(("", "x", "é", "\n", "0")) + node[cut + 1 :]
         case 5 if type(node) in (int, float):
-            parent[key] = rng.choice((node + 1, node - 1, -node, node * 10**6, node / 2, str(node)))
+            half = node / 2 if isinstance(node, float) else node // 2  # large ones are no floats
+            parent[key] = rng.choice((node + 1, node - 1, -node, node * 10**6, half, str(node)))
         case _:
             parent[key] = other
     return data
