@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,10 +56,12 @@ def study_lock(folder: Path) -> Iterator[StudyLock]:
     Raises:
         UserError: if another process holds the lock, naming it, or if nothing can be written to the folder.
     """
+    missing: list[Path] = []
     try:
         missing = [place for place in (folder, *folder.parents) if not place.exists()]
         descriptor = _acquire(folder)
     except OSError as error:
+        _remove_empty(missing)
         problem = f"can't be written to ({error.strerror}); make it writable or choose another --output-dir"
         raise UserError(problem, file=folder) from None
     try:
@@ -126,10 +128,8 @@ def _read(descriptor: int) -> Owner:
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        try:
+        with suppress(OSError):  # somebody else has put something there, or it was never made
             folder.rmdir()
-        except OSError:  # somebody else has put something there
-            return
 
 
 def owner_of(folder: Path) -> Owner | None:

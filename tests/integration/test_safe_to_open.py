@@ -1,0 +1,72 @@
+"""Names from anybody lead nowhere: impossible paths on the command line, and links in place of a study's files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from fake_study import FakeExecutor, fake_config, fake_drive
+
+from peft_vit.cli import main
+from peft_vit.errors import UserError
+from peft_vit.experiments.ledger import LEDGER_FILE
+from peft_vit.experiments.lock import LOCK_FILE
+from peft_vit.experiments.rebuild import RUNS_FILE, rebuild
+from peft_vit.experiments.study_file import STUDY_FILE
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE
+
+QUICKSTART = str(Path(__file__).parents[2] / "experiments" / "configs" / "quickstart.yaml")
+BAD = "<the bad path>"
+COMMANDS = {
+    "run": ["run", BAD], "run into": ["run", QUICKSTART, "--smoke", "--output-dir", BAD], "plan": ["plan", BAD],
+    "status": ["status", BAD], "rebuild": ["rebuild", BAD], "analyze": ["analyze", BAD], "report": ["report", BAD],
+    "export": ["export", BAD, "--to", "out"], "history": ["export", BAD, "--format", "history", "--to", "x.csv"],
+    "predict": ["predict", BAD, "."], "train": ["train", BAD, "--method", "lora", "--smoke"],
+    "train from": ["train", ".", "--method", "lora", "--weights", BAD], "import": ["import", BAD, "."],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("bad", ["n" * 300, "below/" + "n" * 300, "a\0b", "loop"], ids=["long", "below", "nul", "loop"])
+@pytest.mark.usefixtures("cache")
+def test_an_impossible_path_is_refused_in_one_line(command, bad, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SystemExit) as ended:
+        main([bad if word == BAD else word for word in COMMANDS[command]])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.isprintable()
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+PLACES = (LEDGER_FILE, STUDY_FILE, RUNS_FILE, LOCK_FILE, f"a/seed_0/{RECORD_FILE}", f"a/seed_0/{ADAPTER_FILE}")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("study")
+    fake_drive(fake_config(("a",), (0,)), out, FakeExecutor())
+    list(rebuild(out))
+    return out
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_link_in_place_of_a_file_is_not_written_through(place, study, tmp_path) -> None:
+    out, target = tmp_path / "out", tmp_path / "target"
+    shutil.copytree(study, out)
+    file = out / "fake" / place
+    if file.exists():
+        file.rename(target)
+    else:
+        target.write_bytes(b"{}")
+    file.symlink_to(target)
+    before = target.read_bytes()
+    for write in (lambda: list(rebuild(out)), lambda: fake_drive(fake_config(("a", "b"), (0,)), out, FakeExecutor())):
+        try:
+            write()
+        except UserError as error:
+            assert str(out / "fake") in str(error)  # noqa: PT017  # refused or replaced, either is right
+    assert target.read_bytes() == before
