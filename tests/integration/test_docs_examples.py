@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
+from peft_vit.cli import app
 from peft_vit.config import load_study
 
 ROOT = Path(__file__).parents[2]
@@ -52,8 +54,36 @@ def test_the_readme_data_section_makes_a_valid_study(tmp_path: Path) -> None:
     assert load_study(file).data.dataset == "image-folder"
 
 
+def test_the_study_of_its_page_is_one_whose_options_exist(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    block = re.search(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    file = tmp_path / "study.yaml"
+    file.write_text(block.group(1), encoding="utf-8")
+    study = load_study(file)
+    assert (study.name, study.execution.workers) == ("small", 2)
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert set(re.findall(r"peft-vit (\w+)", text)) <= commands.keys()
+    parameters = [parameter for command in commands.values() for parameter in command.params]
+    options = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) - {"--head"} <= options  # which is Ray's
+
+
+LINKING = [
+    "README.md", "docs/library.md", "docs/methods.md", "docs/studies.md",
+    "experiments/docs/task_8_3_implementation.md",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/library.md", "docs/methods.md", "experiments/docs/task_8_3_implementation.md"]
+    "document",
+    [
+        "README.md",
+        "docs/library.md",
+        "docs/methods.md",
+        "docs/studies.md",
+        "experiments/docs/task_8_3_implementation.md",
+    ],
 )
 def test_linked_files_exist(document: str) -> None:
     file = ROOT / document
