@@ -88,8 +88,8 @@ def run_fresh(arguments: list[str], log: Path) -> Command:
     return _start(lambda: os.execve(program, [program, "run", *arguments], environment), log)
 
 
-def run_forked(arguments: list[str], log: Path, before: Callable[[], None] = lambda: None) -> Command:
-    """Do the same in a child of this process; `before` is called in it first."""
+def run_forked(arguments: list[str], log: Path) -> Command:
+    """Do the same in a child of this process."""
     _import_all()
 
     def run() -> None:
@@ -97,8 +97,8 @@ def run_forked(arguments: list[str], log: Path, before: Callable[[], None] = lam
         from peft_vit.experiments.executors import local
 
         local.multiprocessing = SimpleNamespace(get_context=_forking)  # type: ignore[assignment]
+        serve, local._serve = local._serve, lambda pipe, parent: (_let_go(pipe.fileno()), serve(pipe, parent))
         sys.argv = ["peft-vit", "run", *arguments]
-        before()
         main(["run", *arguments])
 
     return _start(run, log)
@@ -112,6 +112,14 @@ def fork(action: Callable[[], None], log: Path) -> Command:
 
 def _forking(_method: str) -> Any:
     return multiprocessing.get_context("fork")
+
+
+def _let_go(pipe: int) -> None:
+    """Give up every file of the driver's but a pipe, as a spawned worker has none: a lock would live on in a copy."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if descriptor > 2 and descriptor != pipe:
+            os.dup2(null, descriptor)  # not closed, so that no other file takes its number
 
 
 def _import_all() -> None:
