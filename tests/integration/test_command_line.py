@@ -268,7 +268,7 @@ def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, capsys) -> None:
     written = record.stat().st_mtime_ns
     for old, new in (("epochs: 2", "epochs: 3"), ("seeds: [0]", "seeds: [1]"), ("name: probe", "name: other")):
         said = refusal(capsys, "run", write(tmp_path, head.replace(old, new)), "--output-dir", out, details=True)
-        assert f"{out / 'tiny/study.json'}: was begun with another configuration" in said.splitlines()[0]
+        assert f"{out / 'tiny/study.json'}: configuration: was begun with another configuration" in said.splitlines()[0]
         assert f"+++ {file}" in said
     more = head.replace("seeds: [0]", "description: more\nexecution: {retries: 0}\nseeds: [0, 1]")
     assert ended("run", write(tmp_path, more), "--output-dir", out) == 0

@@ -33,6 +33,7 @@ from peft_vit.data import open_index
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
 from peft_vit.deployment import low_bit_file, onnx_file, open_exported, predict_files
+from peft_vit.errors import named
 from peft_vit.experiments import plan_study
 from peft_vit.experiments.costs import Costs, keep_costs
 from peft_vit.experiments.export import open_model
@@ -232,10 +233,11 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     ]  # fmt: skip
     targets = [
         Target(
-            file, spoil, _decoding(name, _path_of(folder / f"{name}.yaml")),
-            ("plan", folder / f"{name}.yaml", "--no-calibration", "--output-dir", sound.out),
+            file, spoil, _decoding(name, _path_of(configuration), configuration),
+            ("plan", configuration, "--no-calibration", "--output-dir", sound.out), names=(configuration,),
         )
         for name, file, spoil in files
+        for configuration in [folder / f"{name}.yaml"]
     ]  # fmt: skip
     for image in sorted((images / "class_0").iterdir())[:5]:
         others = [file for file in images.rglob("*.*") if file.suffix != image.suffix]
@@ -251,13 +253,17 @@ def _path_of(configuration: Path) -> Path:
     return Path(json.loads(configuration.read_text())["data"]["path"])
 
 
-def _decoding(name: Any, path: Path) -> Callable[[], object]:
-    """Return a call that opens a data set, splits it, and decodes a few of its images."""
+def _decoding(name: Any, path: Path, configuration: Path | None = None) -> Callable[[], object]:
+    """Return a call that opens a data set, splits it, and decodes a few of its images.
+
+    Data that does not suffice for the splits that a configuration asks for is a fault of both, and the latter is named.
+    """
     config = DataConfig(dataset=name, path=str(path), image_size=14, validation_images=6, test_images=6)
 
     def read() -> None:
         index = open_index(config)
-        make_splits(index, config, 0)
+        with named(configuration):
+            make_splits(index, config, 0)
         pixels = cached_pixels(index, np.arange(min(8, len(index.labels))), 14)
         assert pixels.dtype == np.uint8
 

@@ -95,15 +95,16 @@ def go_on(folder: Path, asked: StudyFile, *, source: Path, part: bool = False) -
     file, remedy = folder / STUDY_FILE, "choose another --output-dir"
     if before.smoke != asked.smoke:
         kinds = {True: "a smoke study", False: "a real study"}
-        raise UserError(f"belongs to {kinds[before.smoke]}, not to {kinds[asked.smoke]}; {remedy}", file=file)
+        problem = f"belongs to {kinds[before.smoke]}, not to {kinds[asked.smoke]}; {remedy}"
+        raise UserError(problem, file=file, field="smoke")
     old, new = _comparable(before.configuration, asked.configuration, part)
     if old != new:
         raise UserError(
             f"was begun with another configuration, see below; set it back, name the study otherwise, or {remedy}",
-            file=file, details=difference(old, new, str(file), str(source)),
+            file=file, field="configuration", details=difference(old, new, str(file), str(source)),
         )  # fmt: skip
     if before.data_sha256 != asked.data_sha256:
-        raise UserError(f"was begun with other images under the same path; {remedy}", file=file)
+        raise UserError(f"was begun with other images under the same path; {remedy}", file=file, field="data_sha256")
     runs = tuple(dict.fromkeys((*asked.runs, *before.runs)))
     left_out = {*before.runs, *asked.skipped} - ({*asked.runs} - {*asked.skipped})
     return asked.model_copy(

@@ -73,7 +73,7 @@ def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(
     (tmp_path / "tiny").mkdir()
     begun = study_file(plan.study, ["linear/seed_0"], smoke=False, data_sha256=plan.data_sha256)
     write_study_file(tmp_path / "tiny", begun)
-    with pytest.raises(UserError, match=r"study\.json: was begun with another configuration") as caught:
+    with pytest.raises(UserError, match=r"study\.json: configuration: was begun with another configuration") as caught:
         planned(study("linear", epochs=3), tmp_path)
     assert "-      epochs: 2\n+      epochs: 3" in caught.value.details
     with pytest.raises(UserError, match="was begun with another configuration"):

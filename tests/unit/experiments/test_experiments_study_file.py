@@ -94,7 +94,7 @@ def test_a_change_is_refused_with_the_difference(begun, change) -> None:
     with pytest.raises(UserError) as caught:
         go_on(begun, asked(make(fake_config(("a", "b"), (0, 1)))), source="s.yaml")
     said = str(caught.value)
-    assert said.startswith(f"{begun / STUDY_FILE}: was begun with another configuration, see below")
+    assert said.startswith(f"{begun / STUDY_FILE}: configuration: was begun with another configuration, see below")
     assert "choose another --output-dir" in said
     header, other, *lines = caught.value.details.splitlines()
     assert (header, other) == (f"--- {begun / STUDY_FILE}", "+++ s.yaml")
@@ -109,7 +109,7 @@ def test_other_images_and_smoke_are_other_studies(begun) -> None:
     config = fake_config(("a", "b"), (0, 1))
     with pytest.raises(UserError, match="begun with other images"):
         go_on(begun, asked(config, data="e"), source="s.yaml")
-    with pytest.raises(UserError, match="belongs to a real study, not to a smoke study"):
+    with pytest.raises(UserError, match="smoke: belongs to a real study, not to a smoke study"):
         go_on(begun, asked(config, smoke=True), source="s.yaml")
 
 
