@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ def drive(
         plan: made while the lock was held.
         lock: of the study's folder.
         make_executor: called once, if there is something to do; nothing is written if it refuses.
-        tell: told what happens.
+        tell: told what happens; whether it can write is of no importance.
         keep_failed: leave runs alone that an earlier call has seen fail.
 
     Raises:
@@ -65,6 +65,7 @@ def drive(
             result; nothing that was written is lost.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when what ran has been stopped; at once after the second.
     """
+    tell = _undisturbed(tell)
     names = {run_name(run.spec) for run in plan.runs}
     asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
     content = go_on(lock.folder, asked, source=plan.file, part=plan.part)
@@ -84,6 +85,16 @@ def drive(
     finally:
         if executor is not None:
             executor.close()
+
+
+def _undisturbed(tell: Callable[[Told], None]) -> Callable[[Told], None]:
+    """Let a study go on whose watcher can't write: its terminal is gone, nobody reads its pipe, its disk is full."""
+
+    def told(event: Told) -> None:
+        with suppress(OSError, SystemExit):  # to exit is rich's answer to a broken pipe
+            tell(event)
+
+    return told
 
 
 def _failed(store: StudyStore, run: PlannedRun) -> bool:

@@ -69,6 +69,19 @@ def test_seeds_and_experiments_that_are_added_run_and_the_others_do_not(tmp_path
     check_complete(more, tmp_path)
 
 
+@pytest.mark.parametrize("failure", [BrokenPipeError(), OSError(errno.ENOSPC, "full"), SystemExit(1)])
+def test_a_watcher_that_cannot_write_does_not_stop_the_study(tmp_path, failure) -> None:
+    told = []
+
+    def tell(event) -> None:
+        told.append(event)
+        raise failure
+
+    assert fake_drive(STUDY, tmp_path, tell=tell).failed == {}
+    assert len(told) == 8
+    check_complete(STUDY, tmp_path)
+
+
 def test_the_records_of_ended_runs_are_not_held(tmp_path) -> None:
     """A thousand of them, with all their steps, would take gigabytes."""
     held = []
