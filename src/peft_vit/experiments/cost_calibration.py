@@ -74,6 +74,7 @@ def costs_of(record: RunRecord, seen: list[tuple[Progress, float]]) -> Costs:
     evaluations: list[float] = []
     for (before, earlier), (now, later) in itertools.pairwise(seen):
         (steps if now.step > before.step else evaluations).append(later - earlier)
+    steps = steps or [record.steps[0].seconds]  # there is no other
     step_s = sum(steps) / len(steps)
     image_s = sum(evaluations) / len(evaluations) / record.split_sizes["validation"]
     many_times = len(record.steps) * step_s + sum(evaluations) + record.split_sizes["test"] * image_s

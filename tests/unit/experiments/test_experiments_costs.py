@@ -108,3 +108,10 @@ def test_steps_validations_and_the_rest_are_told_apart(study, tmp_path, cache) -
     found = costs_of(record.model_copy(update={"seconds": 28.5}), seen)
     assert (found.step_s, found.image_s, found.images) == (2.0, 1 / 20, 24 + 20 + 30)
     assert found.start_s == pytest.approx(28.5 - 6 * 2 - 2 * 1 - 30 / 20)
+
+
+def test_a_run_of_a_single_step_has_costs_too(study, tmp_path, cache) -> None:
+    record = run_one(plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs[0].spec).record
+    single = record.model_copy(update={"seconds": 28.5, "steps": record.steps[:1]})
+    found = costs_of(single, [(Progress(1, 1, 0.5, None), 5.0), (Progress(1, 1, 0.5, 0.5), 7.0)])
+    assert (found.step_s, found.image_s) == (record.steps[0].seconds, 2.0 / 20)
