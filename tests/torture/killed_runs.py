@@ -320,10 +320,9 @@ def torture(folder: Path, ways: tuple[Way, ...], kills: int, seed: int, methods:
     number = 0
     while sum(count for (group, _), count in counts.kills.items() if group == "way") < kills:
         rng = random.Random(f"{seed}:{number}")
-        way, method = ways[number % len(ways)], methods[number % len(methods)]
-        seeds = tuple(
-            SEEDS[(number + other) % 3] for other in range(rng.randint(1, 1 if way.victim == "worker" else 2))
-        )
+        way, method = rng.choice(ways), rng.choice(methods)
+        two = way.victim != "worker" and rng.random() < (0.25 if way.fresh else 0.5)
+        seeds = tuple(sorted(rng.sample(SEEDS, 1 + two)))
         place = folder / f"{way}-{number}".replace(" ", "-").replace(",", "")
         expected, run_s = known[method]
         study = Study(place, way, method, seeds, expected, rng)
