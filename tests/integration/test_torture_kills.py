@@ -23,9 +23,9 @@ def torture(tool: str, *options: str) -> str:
 
 
 def test_killed_at_random_points_it_ends_as_undisturbed(cache: str) -> None:
-    said = torture("killed_runs.py", "--forked", "5", "--methods", "adalora", "--seed", "5")
+    said = torture("killed_runs.py", "--forked", "4", "--methods", "adalora", "--seed", "5")
     passed = re.findall(r"^way: .*: (\d+) of (\d+) kills$", said, re.MULTILINE)
-    assert sum(int(tried) for _, tried in passed) >= 5
+    assert sum(int(tried) for _, tried in passed) >= 4
     assert all(held == tried for held, tried in passed)
     assert not re.search(r"^0 attempts went on from a checkpoint", said, re.MULTILINE)
 
