@@ -316,7 +316,7 @@ def undisturbed(folder: Path, method: str) -> tuple[dict[str, End], float]:
 def torture(folder: Path, ways: tuple[Way, ...], kills: int, seed: int, methods: tuple[str, ...]) -> Counts:
     """Kill studies until so many kills have met a run under way."""
     counts = Counts()
-    known = {method: undisturbed(folder / f"undisturbed-{method}", method) for method in methods}
+    known: dict[str, tuple[dict[str, End], float]] = {}
     number = 0
     while sum(count for (group, _), count in counts.kills.items() if group == "way") < kills:
         rng = random.Random(f"{seed}:{number}")
@@ -324,6 +324,8 @@ def torture(folder: Path, ways: tuple[Way, ...], kills: int, seed: int, methods:
         two = way.victim != "worker" and rng.random() < (0.25 if way.fresh else 0.5)
         seeds = tuple(sorted(rng.sample(SEEDS, 1 + two)))
         place = folder / f"{way}-{number}".replace(" ", "-").replace(",", "")
+        if method not in known:
+            known[method] = undisturbed(folder / f"undisturbed-{method}", method)
         expected, run_s = known[method]
         study = Study(place, way, method, seeds, expected, rng)
         fault = study.disturb(rng.randint(3, 5) if way.fresh else rng.randint(1, 4), run_s)
