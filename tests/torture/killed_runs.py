@@ -210,7 +210,7 @@ class Study:
             command = self.way.start(self.config, life, len(self.seeds))
             if self.way.victim == "worker":
                 self._kill_workers(command, kills, run_s)
-            elif len(self.kills) + self.beside < kills and self._kill_command(command, run_s):
+            elif (left := kills - len(self.kills) - self.beside) > 0 and self._kill_command(command, left, run_s):
                 self._check_steps(life, before, [])
                 life += 1
                 continue
@@ -220,19 +220,21 @@ class Study:
                 return f"the command ended with {code}: {self._said(life)}"
             return self._strayed or difference(self.out, self._expected)
 
-    def _moment(self) -> str:
+    def _moment(self, kills_left: int) -> str:
         moments = [START, STEP, STEP, CHECKPOINT] + ([] if self.kills else [START, START])
         if self.every_s == 0:
             moments += [CHECKPOINT, LAST, LAST]
         if self.way.victim != "worker":
             moments += [RESULTS, RESULTS]
+        if self.way.fresh and kills_left > 1:  # its start took seconds: leave something of it
+            moments = [START, CHECKPOINT]
         self.moments.append(self._rng.choice(moments))
         return self.moments[-1]
 
-    def _kill_command(self, command: Command, run_s: float) -> bool:
+    def _kill_command(self, command: Command, kills_left: int, run_s: float) -> bool:
         """Kill the command at a random moment; tell whether it lived until then."""
         watched = Watched(self.out, self._rng, run_s)
-        if not watched.wait(command, self._moment()) or not command.kill(group=self.way.victim == "group"):
+        if not watched.wait(command, self._moment(kills_left)) or not command.kill(group=self.way.victim == "group"):
             return False
         self._note(under_way(self.out))
         return True
@@ -244,7 +246,7 @@ class Study:
             if not command.wait(partial(self._has_entered, "started", number)):
                 break
             watched = Watched(self.out, self._rng, run_s)
-            moment = self._moment()
+            moment = self._moment(kills + 1 - number)
             if moment == START:
                 time.sleep(self._rng.uniform(0, run_s / 2))
             elif not watched.wait(command, moment):
