@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,7 +98,13 @@ def run_forked(arguments: list[str], log: Path) -> Command:
         from peft_vit.experiments.executors import local
 
         local.multiprocessing = SimpleNamespace(get_context=_forking)  # type: ignore[assignment]
-        serve, local._serve = local._serve, lambda pipe, parent: (_let_go(pipe.fileno()), serve(pipe, parent))
+        serve = local._serve
+
+        def serve_alone(pipe: Connection, parent: int) -> None:
+            _let_go(pipe.fileno())
+            serve(pipe, parent)
+
+        local._serve = serve_alone
         sys.argv = ["peft-vit", "run", *arguments]
         main(["run", *arguments])
 
