@@ -30,32 +30,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from commands import Command, run_forked, run_fresh
-from tiny_studies import (
-    METHODS,
-    NAME,
-    STEPS,
-    End,
-    difference,
-    ends_of,
-    ledger_rows,
-    newest_step,
-    under_way,
-    write_study,
-)
+from kill_moments import CHECKPOINT, LAST, RESULTS, START, STEP, Watched, runs_of
+from tiny_studies import METHODS, NAME, End, difference, ends_of, ledger_rows, newest_step, write_study
 
 from peft_vit.records import read_records
 
 PROMISE = "SIGKILL at random points: resumed equals undisturbed"
 SEEDS = (0, 1, 2)
-START, STEP, CHECKPOINT, LAST, RESULTS = "at the start", "in a step", "in a checkpoint", "after the last", "in results"
-_SOONEST_S = 0.004  # about what a small file takes to be written
 
 
 @dataclass
@@ -106,76 +93,6 @@ FRESH = (Way(True, "group"), Way(True, "worker"))
 FORKED = (Way(False, "group"), Way(False, "driver"), Way(False, "worker"))
 
 
-# --- when -------------------------------------------------------------------------------------------------------------
-
-
-class Watched:
-    """What an attempt leaves on disk while it goes on: tells when the moment has come to kill it."""
-
-    def __init__(self, out: Path, rng: random.Random, run_s: float) -> None:
-        self._out = out
-        self._rng = rng
-        self._run_s = run_s
-        self._rows = len(ledger_rows(out))
-        self._steps = {run: newest_step(out / NAME / run) for run in _runs(out)}
-
-    def wait(self, command: Command, moment: str) -> bool:
-        """Wait for a moment, and a random time longer; tell whether the command still runs then."""
-        sign, longest_s = {
-            START: (self._begun, self._run_s / 2), STEP: (self._stepped, self._run_s),
-            CHECKPOINT: (self._nth_checkpoint(), _SOONEST_S), LAST: (self._last, self._run_s / 10),
-            RESULTS: (self._results, 4 * _SOONEST_S),
-        }[moment]  # fmt: skip
-        if command.wait(sign):
-            time.sleep(self._rng.uniform(0, longest_s))
-        return not command.ended()
-
-    def _begun(self) -> bool:
-        return len(ledger_rows(self._out)) > self._rows
-
-    def _stepped(self) -> bool:
-        return any(newest_step(self._out / NAME / run) > self._steps.get(run, 0) for run in _runs(self._out))
-
-    def _nth_checkpoint(self) -> Callable[[], bool]:
-        seen: set[str] = set()
-        number = self._rng.randint(1, 6)
-
-        def sign() -> bool:
-            seen.update(
-                str(path) for run in _runs(self._out) for path in (self._out / NAME / run).glob(".checkpoint-*")
-            )
-            return len(seen) >= number
-
-        return sign
-
-    def _last(self) -> bool:
-        return any(newest_step(self._out / NAME / run) == STEPS for run in _runs(self._out))
-
-    def _results(self) -> bool:
-        return any(_being_written(self._out / NAME / run) for run in under_way(self._out))
-
-
-def _runs(out: Path) -> list[str]:
-    return [path.relative_to(out / NAME).as_posix() for path in (out / NAME).glob("*/seed_*")]
-
-
-def _being_written(folder: Path) -> bool:
-    names = os.listdir(folder) if folder.is_dir() else []
-    return any(name.lstrip(".").startswith(("adapter.", "record.")) for name in names)
-
-
-def _place(folder: Path) -> str:
-    """Return where a kill has hit a run that is under way, as its files tell."""
-    if _being_written(folder):
-        return "while the adapter and the record are written"
-    if list(folder.glob(".checkpoint-*")):
-        return "while a checkpoint is written"
-    step = newest_step(folder)
-    if step == 0:
-        return "before the first checkpoint"
-    return "between the last step and the record" if step == STEPS else "between two checkpoints"
-
-
 # --- one study --------------------------------------------------------------------------------------------------------
 
 
@@ -200,13 +117,15 @@ class Study:
         self.resumed = 0  # attempts that went on from a checkpoint
         self._expected = {f"{method}/seed_{seed}": undisturbed[f"{method}/seed_{seed}"] for seed in seeds}
         self._rng = rng
+        self._rows = 0  # of the ledger, when the command started
         self._strayed: str | None = None  # an attempt that went on from elsewhere than from the newest checkpoint
 
     def disturb(self, kills: int, run_s: float) -> str | None:
         """Kill it so often, let it finish, and return what is wrong with it then."""
         life = 0
         while True:
-            before = {run: newest_step(self.out / NAME / run) for run in _runs(self.out)}
+            before = {run: newest_step(self.out / NAME / run) for run in runs_of(self.out)}
+            self._rows = len(ledger_rows(self.out))
             command = self.way.start(self.config, life, len(self.seeds))
             if self.way.victim == "worker":
                 self._kill_workers(command, kills, run_s)
@@ -233,43 +152,42 @@ class Study:
 
     def _kill_command(self, command: Command, kills_left: int, run_s: float) -> bool:
         """Kill the command at a random moment; tell whether it lived until then."""
-        watched = Watched(self.out, self._rng, run_s)
+        watched = self._watched(run_s)
         if not watched.wait(command, self._moment(kills_left)) or not command.kill(group=self.way.victim == "group"):
             return False
-        self._note(under_way(self.out))
+        if runs := watched.under_way():
+            self.kills.append(Kill(watched.place(runs[0]), self._left(runs)))
+        else:
+            self.beside += 1
         return True
 
     def _kill_workers(self, command: Command, kills: int, run_s: float) -> None:
         """Kill one worker after the other, for as long as the command lives."""
-        run = f"{self.method}/seed_{self.seeds[0]}"
         for number in range(1, kills + 1):
-            if not command.wait(partial(self._has_entered, "started", number)):
-                break
-            watched = Watched(self.out, self._rng, run_s)
-            moment = self._moment(kills + 1 - number)
-            if moment == START:
-                time.sleep(self._rng.uniform(0, run_s / 2))
-            elif not watched.wait(command, moment):
+            watched = self._watched(run_s)
+            if not watched.wait(command, self._moment(kills + 1 - number)) or not (runs := watched.under_way()):
                 break
             worker = next(row.worker for row in reversed(ledger_rows(self.out)) if row.event == "started")
             assert worker is not None
             with suppress(ProcessLookupError):  # the command has just ended
                 os.kill(int(worker.split()[1]), signal.SIGKILL)
-            kill = Kill(_place(self.out / NAME / run), {run: newest_step(self.out / NAME / run)})
-            if not command.wait(partial(self._has_entered, "failed", number)):
+            kill = Kill(watched.place(runs[0]), self._left(runs))
+            if not command.wait(partial(self._has_failed, number)):
                 self.beside += 1  # it had nothing to do any more
                 break
             self.kills.append(kill)
 
-    def _has_entered(self, event: str, times: int) -> bool:
-        return sum(row.event == event for row in ledger_rows(self.out)) >= times
+    def _watched(self, run_s: float) -> Watched:
+        """Look at the study from the start of this attempt on."""
+        ended = [number for number, row in enumerate(ledger_rows(self.out), start=1) if row.event == "failed"]
+        rows = ended[-1] if self.way.victim == "worker" and ended else self._rows
+        return Watched(self.out, self._rng, run_s, rows)
 
-    def _note(self, runs: list[str]) -> None:
-        if not runs:
-            self.beside += 1
-            return
-        left = {run: newest_step(self.out / NAME / run) for run in runs}
-        self.kills.append(Kill(_place(self.out / NAME / runs[0]), left))
+    def _has_failed(self, times: int) -> bool:
+        return sum(row.event == "failed" for row in ledger_rows(self.out)) >= times
+
+    def _left(self, runs: list[str]) -> dict[str, int]:
+        return {run: newest_step(self.out / NAME / run) for run in runs}
 
     # --- did it go on from where it was? ------------------------------------------------------------------------------
 
