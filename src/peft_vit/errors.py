@@ -6,6 +6,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # What moves a terminal's cursor, breaks a line or turns the direction of writing: no part of a name.
 CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -54,6 +58,22 @@ def named(file: Path | None) -> Iterator[None]:
         if error.file is not None:
             raise
         raise UserError(error.message, file=file, field=error.field, details=error.details) from None
+
+
+@contextmanager
+def agreeing_with(file: Path) -> Iterator[None]:
+    """Name a second file in errors about one that has to agree with it: who knows which of the two is wrong."""
+    try:
+        yield
+    except UserError as error:
+        problem = error.message if error.file is None else f"{error.message}; or {file.name} is wrong"
+        raise UserError(problem, file=error.file or file, field=error.field) from None
+
+
+def first_fault(error: ValidationError) -> tuple[str | None, str]:
+    """Return the field and the message of the first fault that pydantic has found."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ".".join(str(part) or "''" for part in first["loc"]) or None, first["msg"]
 
 
 class DivergedError(UserError):

@@ -221,7 +221,7 @@ def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, capsys) ->
     assert r"\x9b" in captured.err
 
 
-def test_what_is_no_model_is_refused(runs, images, tmp_path, capsys) -> None:
+def test_what_is_no_model_is_refused(runs, images, weights, tmp_path, capsys) -> None:
     image = images / "class_0" / "00.png"
     assert "expected a .safetensors or .onnx file" in refusal(capsys, "predict", tmp_path, image)
     (tmp_path / "cut.onnx").write_bytes(b"")
@@ -234,8 +234,13 @@ def test_what_is_no_model_is_refused(runs, images, tmp_path, capsys) -> None:
     line = refusal(capsys, "predict", tmp_path / "peft", image, "--weights", tmp_path / "other.safetensors")
     assert "name the right ones" in line
     card = tmp_path / "peft" / "peft_vit.json"
-    card.write_text(card.read_text().replace("test_vit", "no_vit"))
-    line = refusal(capsys, "predict", tmp_path / "peft", image, "--weights", tmp_path / "other.safetensors")
+    content = json.loads(card.read_text())
+    card.write_text(json.dumps(content | {"class_names": ["a", "b"]}))
+    line = refusal(capsys, "predict", tmp_path / "peft", image, "--weights", weights)
+    assert "head.weight: expected shape (2, " in line
+    assert line.endswith("; or peft_vit.json is wrong")
+    card.write_text(json.dumps(content | {"model": "no_vit"}))
+    line = refusal(capsys, "predict", tmp_path / "peft", image, "--weights", weights)
     assert "peft_vit.json: backbone.model: unknown model" in line
     card.unlink()
     assert "peft_vit.json" in refusal(capsys, "predict", tmp_path / "peft", image)

@@ -128,6 +128,10 @@ def test_a_folder_that_is_no_good_run(runs, tmp_path, capsys) -> None:
     assert RECORD_FILE in line  # one of the two was changed, and who knows which
     shutil.copy(runs["lora"] / ADAPTER_FILE, run_dir)
     record = (run_dir / RECORD_FILE).read_text()
+    content = json.loads(record)
+    for names, said in (([], f"{RECORD_FILE}: class_names: holds no class"), (["a"] * 9, f"or {RECORD_FILE} is wrong")):
+        (run_dir / RECORD_FILE).write_text(json.dumps(content | {"class_names": names}))
+        assert said in refusal(capsys, run_dir, tmp_path / "out")
     (run_dir / RECORD_FILE).write_text(record.replace('"status": "done"', '"status": "failed"', 1))
     assert "this run failed" in refusal(capsys, run_dir, tmp_path / "out")
 
@@ -138,6 +142,10 @@ def test_other_weights_of_the_same_name(runs, tmp_path, capsys) -> None:
     other = tmp_path / "base.safetensors"
     save_file(timm.create_model("test_vit", img_size=32).state_dict(), other)
     record = (run_dir / RECORD_FILE).read_text()
+    content = json.loads(record)
+    for names, said in (([], f"{RECORD_FILE}: class_names: holds no class"), (["a"] * 9, f"or {RECORD_FILE} is wrong")):
+        (run_dir / RECORD_FILE).write_text(json.dumps(content | {"class_names": names}))
+        assert said in refusal(capsys, run_dir, tmp_path / "out")
     moved, count = re.subn(r'"file": "[^"]*base\.safetensors"', f'"file": "{other}"', record)
     assert count == 1
     (run_dir / RECORD_FILE).write_text(moved)

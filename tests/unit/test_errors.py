@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from peft_vit.errors import UserError, named, printable
+from peft_vit.errors import UserError, agreeing_with, first_fault, named, printable
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,27 @@ def test_a_file_is_named_where_none_was() -> None:
         raise UserError("is wrong", field="seed", details="more")
     with pytest.raises(UserError, match=r"^b: is wrong$"), named(Path("a")):
         raise UserError("is wrong", file="b")
+
+
+def test_two_files_that_contradict_each_other_are_both_named() -> None:
+    with pytest.raises(UserError, match=r"^b: seed: expected 1; or c\.json is wrong$"), agreeing_with(Path("a/c.json")):
+        raise UserError("expected 1", file="b", field="seed")
+    with pytest.raises(UserError, match=r"^a/c\.json: seed: expected 1$"), agreeing_with(Path("a/c.json")):
+        raise UserError("expected 1", field="seed")
+
+
+class Numbers(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    one: dict[str, int] = {}
+
+
+@pytest.mark.parametrize(
+    ("content", "field"), [({"one": {"a": "x"}}, "one.a"), ({"": 1}, "''"), ({"one": {"": "x"}}, "one.''"), (7, None)]
+)
+def test_the_first_fault_has_a_field_even_if_it_has_no_name(content: object, field: str | None) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Numbers.model_validate(content)
+    found, message = first_fault(caught.value)
+    assert found == field
+    assert message

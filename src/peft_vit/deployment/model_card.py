@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, first_fault
 
 HEADER = "peft_vit_model"  # key of a file's metadata
 _Positive = Annotated[float, Field(gt=0)]
@@ -48,6 +48,5 @@ def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or None
-        raise UserError(f"{first['msg']}; export the run again", file=file, field=field) from None
+        field, fault = first_fault(error)
+        raise UserError(f"{fault}; export the run again", file=file, field=field) from None

@@ -20,7 +20,7 @@ from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
 from peft_vit.deployment.low_bit_file import load_low_bit
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import open_onnx
-from peft_vit.errors import UserError, named
+from peft_vit.errors import UserError, agreeing_with, named
 from peft_vit.foreign_files import read_bytes
 
 _BATCH = 32
@@ -103,7 +103,8 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
             f"names weights of SHA-256 {card.weights_sha256}, and {backbone.weights_name} has "
             f"{backbone.weights_sha256}; name the right ones with --weights", file=file,
         )  # fmt: skip
-    import_peft(backbone.model, folder)
+    with agreeing_with(file):
+        import_peft(backbone.model, folder)
     return torch_classifier(backbone.model, card)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peft_vit.errors import printable
+from peft_vit.errors import first_fault, printable
 from peft_vit.experiments.provenance import cpu_count, package_versions, processor_name
 from peft_vit.packages import cache_dir
 from peft_vit.records import RunSpec, write_atomically
@@ -51,8 +51,8 @@ def known_costs(kind: RunSpec) -> Costs | None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        field, fault = first_fault(error)
+        return f"{field}: {fault}"
     return printable(str(error))
 
 

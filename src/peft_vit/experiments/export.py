@@ -26,7 +26,7 @@ from peft_vit.deployment import (
     save_low_bit,
     torch_classifier,
 )
-from peft_vit.errors import UserError, named
+from peft_vit.errors import UserError, agreeing_with, named
 from peft_vit.experiments.methods import prepare_as_saved
 from peft_vit.foreign_files import read_bytes
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record
@@ -191,11 +191,12 @@ def restore_run(run_dir: Path) -> RestoredRun:
             f"{backbone.weights_name} has SHA-256 {backbone.weights_sha256}, the run was trained on "
             f"{provenance.weights_sha256}; get those weights again", file=run_dir / RECORD_FILE, field="provenance",
         )  # fmt: skip
-    if spec.experiment.start is None:
-        prepare_as_saved(backbone.model, spec.experiment, file, total_steps=len(record.steps), seed=spec.seed)
-    else:  # the adapter that it went on from need not be there any more: its scales stand in the file
-        attach_fused(backbone.model, saved_scales(file), seed=spec.seed)
-    load_trained(backbone.model, file)
+    with agreeing_with(run_dir / RECORD_FILE):
+        if spec.experiment.start is None:
+            prepare_as_saved(backbone.model, spec.experiment, file, total_steps=len(record.steps), seed=spec.seed)
+        else:  # the adapter that it went on from need not be there any more: its scales stand in the file
+            attach_fused(backbone.model, saved_scales(file), seed=spec.seed)
+        load_trained(backbone.model, file)
     choose_attention(backbone.model, torch.device("cpu"), spec.precision)  # as in the run: equal to the last bit
     for _, module in adapted_modules(backbone.model):
         if module.quantized is not None:
@@ -207,4 +208,6 @@ def _done_record(run_dir: Path) -> RunRecord:
     record = read_record(run_dir / RECORD_FILE)
     if record.status != "done" or record.provenance is None:
         raise UserError(f"this run failed ({record.error}); rerun it", file=run_dir / RECORD_FILE, field="status")
+    if not record.class_names:
+        raise UserError("holds no class; rerun this run", file=run_dir / RECORD_FILE, field="class_names")
     return record

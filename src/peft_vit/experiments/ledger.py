@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, first_fault
 from peft_vit.experiments.lock import LOCK_FILE
 from peft_vit.foreign_files import read_bytes
 from peft_vit.records import RunSpec, flush, write_atomically
@@ -222,8 +222,8 @@ def _decode(line: bytes) -> Row:
 
 def _reason(error: ValueError) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        field, fault = first_fault(error)
+        return f"{field}: {fault}"
     return "it is no JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
 
 

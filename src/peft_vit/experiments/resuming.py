@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.config import ExperimentConfig
-from peft_vit.errors import SilentNoEffectWarning, UserError, printable
+from peft_vit.errors import SilentNoEffectWarning, UserError, first_fault, printable
 from peft_vit.evaluation import peak_memory_bytes
 from peft_vit.records import BitAllocation, Provenance, RunSpec
 from peft_vit.training import CheckpointKeeper, Checkpoints, CheckpointWarning, ChosenBits, Interrupted, State
@@ -83,8 +83,7 @@ class Attempt:
             earlier = Earlier.model_validate(state.part("run").values)
             training = state.part("training")
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise self._foreign(".".join(str(part) for part in first["loc"]), first["msg"]) from None
+            raise self._foreign(*first_fault(error)) from None
         except (LookupError, TypeError) as error:
             raise self._foreign("state", f"{type(error).__name__}: {error}") from None
         if earlier.spec_digest != self._spec_digest:
@@ -93,7 +92,7 @@ class Attempt:
             raise self._foreign("data_sha256", "it was made with other images under the same path")
         self._earlier, self._training = earlier, training
 
-    def _foreign(self, field: str, reason: str) -> UserError:
+    def _foreign(self, field: str | None, reason: str) -> UserError:
         step = 0 if self._keeper is None else self._keeper.step
         return UserError(
             f"the checkpoint of step {step} can't be gone on from: {reason}; remove the checkpoint-* folders there, "

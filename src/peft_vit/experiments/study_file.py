@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.config import StudyConfig
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, first_fault
 from peft_vit.experiments.ledger import RunName, no_room
 from peft_vit.foreign_files import read_bytes
 from peft_vit.records import write_atomically
@@ -57,9 +57,8 @@ def read_study_file(folder: Path) -> StudyFile | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or None
-        raise UserError(f"{first['msg']}; {remedy}", file=file, field=field) from None
+        field, fault = first_fault(error)
+        raise UserError(f"{fault}; {remedy}", file=file, field=field) from None
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror}); {remedy}", file=file) from None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, first_fault
 from peft_vit.foreign_files import folder_below, read_bytes
 from peft_vit.records.values import SCHEMA_VERSION, RunRecord, RunSpec
 
@@ -106,9 +106,8 @@ def read_record(file: Path) -> RunRecord:
             )  # fmt: skip
         return RunRecord.model_validate(_tuples(data))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{first['msg']}; move it away and run the study again", file=file, field=field) from None
+        field, fault = first_fault(error)
+        raise UserError(f"{fault}; move it away and run the study again", file=file, field=field) from None
     except (OSError, ValueError, RecursionError) as error:
         problem = f"is not a readable record ({error}); move it away and run the study again"
         raise UserError(problem, file=file) from None

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peft_vit.errors import UserError, is_out_of_memory
+from peft_vit.errors import UserError, first_fault, is_out_of_memory
 from peft_vit.foreign_files import read_bytes, require_regular
 from peft_vit.records import checkpoint_folders, flush, make_folder
 from peft_vit.training.state import State
@@ -274,9 +274,9 @@ def _check(file: Path, expected: _File) -> None:
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror})", file=file) from None
     if size != expected.bytes:
-        raise UserError(f"has {size} bytes, its manifest says {expected.bytes}", file=file)
+        raise UserError(f"has {size} bytes, its {MANIFEST_FILE} says {expected.bytes}", file=file)
     if sha256 != expected.sha256:
-        raise UserError("is not what its manifest says: SHA-256 differs", file=file)
+        raise UserError(f"is not what its {MANIFEST_FILE} says: SHA-256 differs", file=file)
 
 
 def _hash(file: Path) -> tuple[str, int]:
@@ -291,9 +291,8 @@ def _read_json(file: Path, model: type[_Model]) -> _Model:
     try:
         return model.model_validate(json.loads(read_bytes(file)))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{first['msg']}", file=file, field=field) from None
+        field, fault = first_fault(error)
+        raise UserError(fault, file=file, field=field) from None
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"is no readable JSON ({reason})", file=file) from None
