@@ -117,6 +117,7 @@ class SoundFiles:
             "HOME": str(self.root / "home"), "TMPDIR": str(self.root / "tmp"), "PEFT_VIT_CACHE": str(self.cache),
             "MPLCONFIGDIR": str(self.root / "home" / "matplotlib"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1",
             "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(self.root / "tmp" / "inductor"),  # torch sets it, and children inherit it
         }  # fmt: skip
 
 

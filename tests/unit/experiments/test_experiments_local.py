@@ -234,3 +234,15 @@ def test_a_broken_image_shows_before_the_first_run(study, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"07\.png: is not a readable image"):
         open_executor("local", plan, tmp_path / "out")
     assert list((tmp_path / "out").rglob("*.json")) == []
+
+
+def test_no_module_is_taken_from_the_working_directory(tmp_path, monkeypatch) -> None:
+    """It may be a folder of images that somebody has put a program into."""
+    for name in ("pickle", "selectors", "struct", "tempfile", "torch", "yaml"):
+        (tmp_path / f"{name}.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    monkeypatch.chdir(tmp_path)
+    worker = local._start_worker()
+    worker.pipe.close()  # there is nothing to do
+    worker.process.join()
+    assert not (tmp_path / "ran").exists()
+    assert "PYTHONSAFEPATH" not in os.environ

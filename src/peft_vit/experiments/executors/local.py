@@ -204,14 +204,17 @@ def _start_worker() -> _Worker:
 
 @contextmanager
 def _environment_of_workers() -> Iterator[None]:
-    """Hand down the allocator's settings, and no Ctrl-C: a worker leaves it to its parent from its first instant on."""
-    resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with environment(ALLOCATOR):
+    """Hand down the allocator's settings, and no Ctrl-C: a worker leaves it to its parent from its first instant on.
+
+    Python would look for modules in the working directory first, which may hold anybody's data.
+    """
+    with environment(ALLOCATOR | {"PYTHONSAFEPATH": "1"}):
+        resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _serve(pipe: Connection, parent: int) -> None:
