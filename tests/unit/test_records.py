@@ -171,6 +171,9 @@ CORRUPTIONS: dict[str, tuple[bytes, str]] = {
     "other version": (b'{"schema_version": 2}', "schema_version: expected 1, got 2"),
     "version in words": (b'{"schema_version": "1"}', "schema_version: expected 1, got '1'"),
     "nothing but a version": (b'{"schema_version": 1}', "spec: "),
+    "half a character": (b'{"schema_version": 1, "error": "\\ud800"}', "is not a readable record ('utf-8' codec"),
+    "the other half": (b'{"schema_version": 1, "\\uDC00": 1}', "is not a readable record ('utf-8' codec"),
+    "a character in halves": (b'{"schema_version": 1, "error": "\\ud83d\\ude00"}', "spec: "),
 }
 
 

@@ -96,7 +96,7 @@ def _class_names(file: Path, remedy: str) -> tuple[str, ...]:
     except UnicodeDecodeError:
         raise UserError(f"is not UTF-8 text; {remedy}", file=file) from None
     names = tuple(line.strip() for line in lines if line.strip())
-    check_class_names(names, file)
+    check_class_names(names, file, remedy=remedy)
     return names
 
 

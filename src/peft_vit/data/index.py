@@ -78,9 +78,11 @@ def decode_image(read: Callable[[], bytes], file: str) -> Image.Image:
     return upright
 
 
-def check_class_names(names: Iterable[str], file: str | Path | None, field: str | None = None) -> None:
+def check_class_names(
+    names: Iterable[str], file: str | Path | None, field: str | None = None, remedy: str = "rename it"
+) -> None:
     """Raise UserError, with the file that says so, if a class has a name that could not be printed."""
     for name in names:
         if CONTROL_CHARACTER.search(name) or len(name) > _LONGEST_CLASS_NAME:
             problem = f"class {reprlib.repr(name)} holds a control character or more than {_LONGEST_CLASS_NAME} letters"
-            raise UserError(f"{problem}; rename it", file=file, field=field)
+            raise UserError(f"{problem}; {remedy}", file=file, field=field)

@@ -18,6 +18,7 @@ from peft_vit.records.values import SCHEMA_VERSION, RunRecord, RunSpec
 
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of JSON; no page and no file could hold it alone
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 
@@ -97,7 +98,10 @@ def read_record(file: Path) -> RunRecord:
         UserError: if the file is not a record of this schema; names the file and the field.
     """
     try:
-        data: Any = json.loads(read_bytes(file).decode("utf-8"))
+        text = read_bytes(file).decode("utf-8")
+        data: Any = json.loads(text)
+        if _HALF_CHARACTER.search(text):
+            json.dumps(data, ensure_ascii=False).encode()  # fails if the other half is not there
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise UserError(

@@ -228,10 +228,11 @@ def test_cifar_bad_content(tmp_path, config, change, message):
 
 
 def test_cifar_class_that_could_not_be_printed(tmp_path, config):
-    for name, content in {**cifar_files("cifar10"), "batches.meta.txt": b"a\nb\x1b[2J\n"}.items():
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"batches\.meta\.txt: class 'b"):
-        open_index(config("cifar10", tmp_path))
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    write_tar(archive, {**cifar_files("cifar10"), "batches.meta.txt": b"a\nb\x1b[2J\n"})
+    with pytest.raises(UserError, match=r"batches\.meta\.txt: class 'b") as caught:
+        open_index(config("cifar10", archive))
+    assert str(archive) in str(caught.value)
 
 
 def test_cifar_truncated_archive(tmp_path, config):
