@@ -22,7 +22,7 @@ from peft_vit.experiments.events import (
     RunStarted,
     Told,
 )
-from peft_vit.experiments.ledger import run_name
+from peft_vit.experiments.ledger import now, run_name
 from peft_vit.experiments.lock import StudyLock
 from peft_vit.experiments.store import StudyStore
 from peft_vit.experiments.study_file import go_on, read_study_file, study_file, write_study_file
@@ -141,12 +141,15 @@ class _Attempts:
         self._tell = tell
         self._retries = retries
         self._failures: Counter[str] = Counter()
+        self._reached: Counter[str] = Counter()  # step of the last interruption that nobody asked for
 
     def take(self, event: Event) -> None:
         """Enter what happened, and tell it."""
         run = run_name(event.run.spec)
         if run not in self.waiting:  # a late word, say of a node that was thought dead
             return
+        if isinstance(event, RunInterrupted) and not self.stopping and event.step <= self._reached[run]:
+            event = RunEnded(event.run, _stuck(event), None)
         if isinstance(event, RunEnded):
             self._ended(event, run)
             return
@@ -159,6 +162,7 @@ class _Attempts:
 
     def _interrupted(self, planned: PlannedRun, run: str, step: int) -> None:
         self._store.interrupted(run, step)
+        self._reached[run] = step
         self.running.discard(run)
         if not self.stopping:
             self._executor.submit(planned)
@@ -194,6 +198,15 @@ class _Attempts:
             return True
         self._failures[run] += 1
         return self._failures[run] <= self._retries
+
+
+def _stuck(event: RunInterrupted) -> RunRecord:
+    """Return the record of an attempt that nobody asked to stop and that made no step: it must not repeat for ever."""
+    spec = event.run.spec
+    return RunRecord(
+        spec=spec, spec_digest=spec.digest(), status="failed", failure="killed", seconds=0.0,
+        error=f"it was interrupted at step {event.step} without a step since the last time", started_at=now(),
+    )  # fmt: skip
 
 
 class _Signals:

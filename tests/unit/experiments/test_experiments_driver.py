@@ -232,6 +232,25 @@ def test_an_interruption_that_nobody_asked_for_is_carried_on(tmp_path) -> None:
     check_complete(study, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("steps", "attempts", "failed"), [([0, 0, 0], 2, True), ([3, 3, 3], 3, True), ([3, 3, 4, 5], 5, False)]
+)
+def test_interruptions_without_a_step_are_failures_of_which_there_are_few(tmp_path, steps, attempts, failed) -> None:
+    class Preempted(FakeExecutor):
+        def next_event(self, timeout_s):
+            event = super().next_event(timeout_s)
+            if isinstance(event, RunEnded) and left:
+                return RunInterrupted(event.run, left.pop(0))
+            return event
+
+    left = list(steps)
+    executor = Preempted()
+    outcome = fake_drive(fake_config(("a",), (0,), execution={"retries": 1}), tmp_path, executor)
+    assert len(executor.submitted) == attempts
+    reason = f"it was interrupted at step {steps[0]} without a step since the last time"
+    assert outcome.failed == ({"fake/a/seed_0": reason} if failed else {})
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_cleanly_and_the_next_call_goes_on(tmp_path, number) -> None:
     told = []
