@@ -1,5 +1,7 @@
 """Runs in worker processes: as in this one, several at a time; a worker that dies costs its own run only."""
 
+import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -133,6 +135,46 @@ def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> N
     assert not workers_alive(both + rest)
 
 
+def test_without_a_process_for_it_a_run_waits_for_another_worker(study, tmp_path, monkeypatch) -> None:
+    plan = plan_study(study("linear", "lora"), tmp_path, file=tmp_path / "tiny.yaml")
+    start = local._start_worker
+    asked = []
+
+    def limited():
+        asked.append(1)
+        if len(asked) > 1:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return start()
+
+    monkeypatch.setattr(local, "_start_worker", limited)
+    executor = LocalExecutor(2, 1, tmp_path, oversubscribe=True)
+    try:
+        for run in plan.runs:
+            executor.submit(run)
+        events = events_of(executor, lambda events: len(of(events, RunEnded)) == 2)
+    finally:
+        executor.close()
+    assert [one.record.error for one in of(events, RunEnded)] == [None, None]
+    assert len({one.worker for one in of(events, RunStarted)}) == 1
+    assert len(asked) > 1
+
+
+def test_a_study_without_any_process_for_it_is_one_line(study, tmp_path, monkeypatch) -> None:
+    def refused(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    (run,) = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", refused)
+    before = psutil.Process().num_fds()
+    executor = LocalExecutor(1, 1, tmp_path)
+    executor.submit(run)
+    with pytest.raises(UserError, match=r"^execution\.workers: no worker process can be started \(Too many open files"):
+        executor.next_event(0)
+    executor.close()
+    monkeypatch.undo()
+    assert psutil.Process().num_fds() <= before + 2  # Python's own resource tracker may have come
+
+
 def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
     (run,) = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs
     executor = LocalExecutor(1, 1, tmp_path, oversubscribe=True)
@@ -141,8 +183,7 @@ def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
         first = events_of(executor, lambda events: of(events, RunEnded))
         dead = worker_of(first, "linear")
         os.kill(dead, signal.SIGKILL)
-        while alive(dead):
-            time.sleep(0.01)
+        executor._workers[0].process.join()  # until its last thread, and with it its end of the pipe, is gone
         executor.submit(run)
         again = events_of(executor, lambda events: of(events, RunEnded))
         assert [one.record.error for one in of(first + again, RunEnded)] == [None, None]
