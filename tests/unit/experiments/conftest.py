@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peft_vit.config import StudyConfig, study_from_mapping
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
     "full": {},
     "lora": {"lora": {"rank": 2}},
@@ -42,6 +43,12 @@ METHODS = {
         },
     },
 }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def method_sections() -> dict[str, dict[str, Any]]:
+    """Return what an experiment says of each method."""
+    return METHODS
 
 
 @pytest.fixture

@@ -30,8 +30,10 @@ def with_section(config, method: str, **settings):
     return config.model_copy(update={"experiments": tuple(changed)})
 
 
-def test_every_run_is_counted_and_estimated(study, tmp_path) -> None:
-    plan = planned(study("linear", "lora", seeds=(3, 4)), tmp_path)
+def test_every_run_is_counted_and_estimated(study, tmp_path, tmp_path_factory, monkeypatch) -> None:
+    config = study("linear", "lora", seeds=(3, 4))
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path_factory.mktemp("nothing_measured")))
+    plan = planned(config, tmp_path)
     assert [run.spec.run_id for run in plan.runs] == [
         "tiny/linear/seed_3", "tiny/linear/seed_4", "tiny/lora/seed_3", "tiny/lora/seed_4"
     ]  # fmt: skip

@@ -29,10 +29,8 @@ pytestmark = pytest.mark.part("runner")
 
 
 @pytest.fixture(scope="module")
-def happened(_session_cache, tmp_path_factory):
+def happened(_session_cache, method_sections, tmp_path_factory):
     """Return a plan of adaptive ranks, low bits and a run that diverges, and all that two workers told of it."""
-    from conftest import METHODS
-
     from peft_vit.config import study_from_mapping
 
     folder = tmp_path_factory.mktemp("watched")
@@ -43,8 +41,8 @@ def happened(_session_cache, tmp_path_factory):
         "backbone": {"model": "test_vit", "weights": "random"},
         "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
         "experiments": [
-            {"name": "adaptive", "method": "adalora", "training": training, **METHODS["adalora"]},
-            {"name": "quantized", "method": "qa_lora", "training": training, **METHODS["qa_lora"]},
+            {"name": "adaptive", "method": "adalora", "training": training, **method_sections["adalora"]},
+            {"name": "quantized", "method": "qa_lora", "training": training, **method_sections["qa_lora"]},
             {"name": "diverging", "method": "full", "training": diverging},
         ],
     }  # fmt: skip

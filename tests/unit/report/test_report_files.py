@@ -178,11 +178,8 @@ HOSTILE = '"><script>alert(1)</script>|`x`\x07 $y$ ../../../etc'
 
 def test_hostile_names_are_escaped_everywhere(tmp_path: Path) -> None:
     base = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, provenance_changes={"weights_name": HOSTILE})
-    spec = base.spec.model_copy(update={"study": HOSTILE})
-    record = base.model_copy(update={"spec": spec, "class_names": [HOSTILE, "b"]})
-    crash = planted.failed(EXPERIMENTS["lora_r8"], 0, HOSTILE).model_copy(
-        update={"spec": spec.model_copy(update={"experiment": EXPERIMENTS["lora_r8"]})}
-    )
+    record = base.model_copy(update={"class_names": [HOSTILE, "b"]})
+    crash = planted.failed(EXPERIMENTS["lora_r8"], 0, HOSTILE)
     folder = tmp_path / "results"
     for i, one in enumerate((record, crash)):
         file = folder / str(i) / "record.json"
