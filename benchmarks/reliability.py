@@ -40,7 +40,7 @@ from peft_vit.experiments.lock import study_lock  # noqa: E402
 from peft_vit.experiments.plan import Plan, PlannedRun  # noqa: E402
 from peft_vit.experiments.run import Finished  # noqa: E402
 from peft_vit.experiments.watch import Watch  # noqa: E402
-from peft_vit.records import Evaluation, Metrics, RunRecord, StepRow, checkpoint_folders, run_folder  # noqa: E402
+from peft_vit.records import Evaluation, Metrics, RunRecord, StepRow, checkpoint_folders, read_records, run_folder  # noqa: E402
 from peft_vit.records import write_record as write_run  # noqa: E402
 from peft_vit.training import Checkpoints, Progress  # noqa: E402
 
@@ -330,10 +330,11 @@ def many_runs(runs: int, repeats: int) -> dict[str, Any]:
         outcome = fake_drive(config, folder, FakeExecutor(outcomes=outcomes, steps=0))
         writing_s = time.perf_counter() - started
         assert len(outcome.failed) == len(experiments)
-        for record in outcome.records:
+        records = list(read_records(folder))
+        for record in records:
             write_run(folder, full_record(record) if record.status == "done" else record)
         assert len(fake_plan(config, folder).pending) == len(experiments)
-        record_bytes = (run_folder(folder, outcome.records[0].spec) / "record.json").stat().st_size
+        record_bytes = (run_folder(folder, records[0].spec) / "record.json").stat().st_size
         status_s = [command("status", folder, expected=f"{runs} planned") for _ in range(repeats)]
         rebuild_s = [command("rebuild", folder, expected=f"{runs} runs") for _ in range(repeats)]
     row = {
