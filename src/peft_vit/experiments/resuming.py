@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -65,6 +66,7 @@ class Attempt:
         self._started = time.perf_counter()
         self._earlier: Earlier | None = None
         self._training: State | None = None
+        self._source: Path | None = None
         self._provenance: Provenance | None = None
         self._bits: tuple[ChosenBits | None, dict[str, float]] = (None, {})
 
@@ -90,7 +92,7 @@ class Attempt:
             raise self._foreign("spec_digest", "it was made with another configuration")
         if earlier.provenance.data_sha256 != data_sha256:
             raise self._foreign("data_sha256", "it was made with other images under the same path")
-        self._earlier, self._training = earlier, training
+        self._earlier, self._training, self._source = earlier, training, state.source
 
     def _foreign(self, field: str | None, reason: str) -> UserError:
         step = 0 if self._keeper is None else self._keeper.step
@@ -166,6 +168,16 @@ class Attempt:
         return kept.model_dump(mode="json")
 
     # --- what the record says of all attempts, as far as checkpoints tell ---------------------------------------------
+
+    @property
+    def gone_on_from(self) -> str:
+        """Return what to add to an error that nobody has foreseen: where the attempt has gone on from, if it has."""
+        if self._source is None:
+            return ""
+        return (
+            f" (the run had gone on from {self._source}; if that was changed, remove the checkpoint-* folders there, "
+            "and it starts anew)"
+        )
 
     @property
     def started_at(self) -> str:

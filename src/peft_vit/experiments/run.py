@@ -111,6 +111,13 @@ def run_one(
     Raises:
         Interrupted: if it should stop; a checkpoint was written then.
     """
+
+    def record_of(outcome: dict[str, Any]) -> RunRecord:
+        return RunRecord(
+            spec=spec, spec_digest=spec.digest(), started_at=attempt.started_at, seconds=attempt.seconds,
+            warnings=attempt.warnings, **outcome,
+        )  # fmt: skip
+
     adapter = None
     with warnings.catch_warnings(record=True) as caught:
         for category in RECORDED:
@@ -118,21 +125,20 @@ def run_one(
         attempt = Attempt(spec, checkpoints, should_stop, caught)
         try:
             outcome, adapter = _execute(spec, attempt, on_progress, read)
+            record = record_of(outcome)
         except Interrupted:
             raise
         except Exception as error:
             plain = isinstance(error, UserError) and not isinstance(error, DivergedError)
+            kind = _kind(error)
             reason = str(error) if plain else f"{type(error).__name__}: {error}"
-            outcome = {
-                "status": "failed", "error": reason, "failure": _kind(error), "traceback": traceback.format_exc()
-            }  # fmt: skip
+            if kind == "error" and not plain:  # a program's fault as a rule; a changed checkpoint can bring it out too
+                reason += attempt.gone_on_from
+            failed = {"status": "failed", "error": reason, "failure": kind, "traceback": traceback.format_exc()}
+            adapter, record = None, record_of(failed)
     for entry in caught:
         if entry.category is not SilentNoEffectWarning:  # of those the record alone speaks
             warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
-    record = RunRecord(
-        spec=spec, spec_digest=spec.digest(), started_at=attempt.started_at, seconds=attempt.seconds,
-        warnings=attempt.warnings, **outcome,
-    )  # fmt: skip
     return Finished(record, adapter)
 
 

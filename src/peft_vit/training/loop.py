@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from peft_vit.adapters import current_ranks, restore_trained, set_ranks, trained_tensors
@@ -255,7 +256,7 @@ class _Course:
         try:
             with named(state.source):
                 load(state)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             if is_out_of_memory(error):  # says nothing of the state
                 raise
             reason = f"{type(error).__name__}: {error}"
@@ -293,6 +294,9 @@ def _validate(
     return Evaluation(step=step, epoch=epoch, deployable=deployable, metrics=metrics)
 
 
+_RANKS = TypeAdapter(dict[str, int])
+
+
 class _Best:
     """Keeps a copy of what was trained, in the best deployable state so far."""
 
@@ -316,7 +320,8 @@ class _Best:
     def load_state(self, state: State) -> None:
         evaluation = state.values["evaluation"]
         self.evaluation = None if evaluation is None else Evaluation.model_validate(evaluation)
-        self._tensors, self._ranks = state.tensors, state.values["ranks"]
+        self._ranks = _RANKS.validate_python(state.values["ranks"], strict=True)
+        self._tensors = state.tensors
 
     def restore(self, model: nn.Module) -> Evaluation:
         if self.evaluation is None:

@@ -182,3 +182,24 @@ def test_what_is_no_state_of_a_run_is_refused_in_one_line(spec_of, tmp_path, val
     assert record.failure == "error"
     assert "the checkpoint of step 3 can't be gone on from: " in record.error
     assert len(record.error.splitlines()) == 1
+
+
+def test_an_unforeseen_error_of_a_resumed_run_names_its_checkpoint(spec_of, tmp_path, monkeypatch) -> None:
+    def broken(*_, **__):
+        raise TypeError("'int' and 'str'")
+
+    spec = spec_of("linear")
+    interrupted(spec, tmp_path, 4)
+    monkeypatch.setattr(run_module, "train", broken)
+    assert run_one(spec).record.error == "TypeError: 'int' and 'str'"
+    error = run_one(spec, checkpoints=Checkpoints(tmp_path)).record.error
+    assert error.startswith(f"TypeError: 'int' and 'str' (the run had gone on from {tmp_path / 'checkpoint-4'}; if ")
+    assert error.endswith("remove the checkpoint-* folders there, and it starts anew)")
+
+
+def test_what_no_record_can_hold_is_a_failure_and_ends_no_worker(spec_of, monkeypatch) -> None:
+    monkeypatch.setattr(run_module, "_execute", lambda *_: ({"status": "done", "steps": 7}, b"adapter"))
+    finished = run_one(spec_of("linear"))
+    assert finished.record.status == "failed"
+    assert "steps" in finished.record.error
+    assert finished.adapter is None

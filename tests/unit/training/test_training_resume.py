@@ -1,5 +1,7 @@
 """A training that is built anew from its state, at any step, equals one that was not interrupted, bit for bit."""
 
+import functools
+import operator
 import random
 import weakref
 from itertools import islice
@@ -218,6 +220,21 @@ def test_a_state_without_one_of_its_parts_is_refused_in_one_line(make, part) -> 
     values = {name: one for name, one in state.values.items() if name != part}
     with pytest.raises(UserError, match=r"checkpoint-5: state: is not of this run \(KeyError: ") as caught:
         run.once(State(state.tensors, values, state.source))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("generators", "numpy", 1, 0), 2**40), (("best", "ranks"), {"a": "1"}), (("best", "ranks"), None)],
+)
+def test_a_state_with_other_values_is_refused_in_one_line(make, path, value) -> None:
+    run = make("growing")
+    run.once(None, 5)
+    state = read_checkpoint(run.folder / "checkpoint-5")
+    *parts, last = path
+    functools.reduce(operator.getitem, parts, state.values)[last] = value
+    with pytest.raises(UserError, match="checkpoint-5: state: is not of this run ") as caught:
+        run.once(state)
     assert len(str(caught.value).splitlines()) == 1
 
 
