@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from commands import Command, run_forked
+from commands import PATIENCE_S, Command, run_forked
 from tiny_studies import METHODS, NAME, End, difference, ends_of, ledger_rows, under_way, write_study
 
 from peft_vit.errors import UserError
@@ -114,7 +114,7 @@ def pad_ledger(study: Study, out: Path) -> None:
     if not command.wait(lambda: bool(under_way(out))) or not command.kill(group=True):
         raise RuntimeError((study.folder / "padding.txt").read_text()[-3000:])
     (first,) = ledger_rows(out)
-    ledger = Ledger(out / NAME)
+    ledger = _free_ledger(out / NAME)
     size = (out / NAME / LEDGER_FILE).stat().st_size
     attempt = first.attempt
     while size + 2 * len(encode(first)) < PAGE:  # the next start fits, and its end does not
@@ -124,6 +124,18 @@ def pad_ledger(study: Study, out: Path) -> None:
         ledger.append(row)
         size += len(encode(row))
     ledger.close()
+
+
+def _free_ledger(folder: Path) -> Ledger:
+    """Open a ledger as soon as the killed worker is gone: a forked one has a copy of the driver's lock at first."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return Ledger(folder)
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def trial(
