@@ -210,6 +210,10 @@ def test_half_a_record_is_refused(tmp_path: Path) -> None:
         (("spec", "threads"), None, "spec.threads"),
         (("invented",), 1, "invented"),
         (("steps", 0, "invented"), 1, "steps.0.invented"),
+        (("test", "ece"), float("nan"), "test.ece"),
+        (("majority_accuracy", "test"), float("inf"), "majority_accuracy.test"),
+        (("parameters", "final"), 10**30, "parameters.final"),
+        (("bytes", "frozen_bytes"), -1, "bytes.frozen_bytes"),
     ],
 )
 def test_a_wrong_value_is_named_by_its_field(

@@ -7,9 +7,9 @@ the history entry of step 0 is the state before training.
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from peft_vit.config import (
     BackboneConfig,
@@ -27,6 +27,8 @@ SCHEMA_VERSION: Literal[1] = 1
 # What is left in float: matrices are those that no setting quantized, other are tokens and layer scales.
 FloatPart = Literal["patch embedding", "position embedding", "norms", "biases", "matrices", "head", "other"]
 Failure = Literal["killed", "out_of_memory", "diverged", "error", "io", "disk_full"]
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class _Value(BaseModel):
@@ -58,6 +60,8 @@ class RunSpec(_Value):
 
 class Metrics(_Value):
     """Quality of predictions on one split; see `evaluation.metrics` for the definitions."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     n: int
     accuracy: float
@@ -197,20 +201,20 @@ class QuantizationSummary(_Value):
 class ParameterCounts(_Value):
     """Trainable parameters, head included; counted on the live model."""
 
-    initial: int
-    final: int
-    peak: int
-    head: int
-    backbone_total: int  # of the float model, head excluded
+    initial: _Count
+    final: _Count
+    peak: _Count
+    head: _Count
+    backbone_total: _Count  # of the float model, head excluded
 
 
 class ByteCounts(_Value):
     """Bytes of live tensor storages, and of the saved file."""
 
-    frozen_bytes: int
-    trainable_bytes: int
-    optimizer_bytes: int
-    adapter_file_bytes: int
+    frozen_bytes: _Count
+    trainable_bytes: _Count
+    optimizer_bytes: _Count
+    adapter_file_bytes: _Count
 
 
 class Provenance(_Value):
@@ -269,7 +273,7 @@ class RunRecord(_Value):
     overhead_s: dict[str, float] = {}  # seconds spent by purpose, e.g. "allocation", "evaluation"
     peak_memory_bytes: int | None = None  # resident memory of the process, largest during the run
     chosen_step: int | None = None
-    majority_accuracy: dict[str, float] = {}  # share of the most frequent class: validation, test
+    majority_accuracy: dict[str, FiniteFloat] = {}  # share of the most frequent class: validation, test
     validation: Metrics | None = None  # at the chosen step
     test: Metrics | None = None  # read once, at the chosen step
     adapter_sha256: str | None = None

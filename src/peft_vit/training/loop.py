@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -304,6 +305,7 @@ class _Best:
         self.evaluation: Evaluation | None = None
         self._ranks: dict[str, int] = {}
         self._tensors: dict[str, Tensor] = {}
+        self._source: Path | None = None  # the checkpoint that they came from, if they did
 
     def offer(self, evaluation: Evaluation, model: nn.Module) -> None:
         if not evaluation.deployable:
@@ -312,6 +314,7 @@ class _Best:
             self.evaluation = evaluation
             self._ranks = current_ranks(model)
             self._tensors = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+            self._source = None
 
     def state(self) -> State:
         evaluation = None if self.evaluation is None else self.evaluation.model_dump(mode="json")
@@ -321,13 +324,13 @@ class _Best:
         evaluation = state.values["evaluation"]
         self.evaluation = None if evaluation is None else Evaluation.model_validate(evaluation)
         self._ranks = _RANKS.validate_python(state.values["ranks"], strict=True)
-        self._tensors = state.tensors
+        self._tensors, self._source = state.tensors, state.source
 
     def restore(self, model: nn.Module) -> Evaluation:
         if self.evaluation is None:
             raise RuntimeError("no epoch ended in a deployable state; the schedule was not checked against the steps")
-        set_ranks(model, self._ranks)
-        restore_trained(model, self._tensors)
+        set_ranks(model, self._ranks, file=self._source)
+        restore_trained(model, self._tensors, file=self._source)
         return self.evaluation
 
 

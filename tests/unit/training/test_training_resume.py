@@ -238,6 +238,18 @@ def test_a_state_with_other_values_is_refused_in_one_line(make, path, value) -> 
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_ranks_that_a_state_cannot_have_kept_are_refused_with_its_file(make) -> None:
+    run = make("lora")
+    run.once(None, 5)
+    state = read_checkpoint(run.folder / "checkpoint-5")
+    ranks = state.values["best"]["ranks"]
+    assert ranks
+    state.values["best"]["ranks"] = dict.fromkeys(ranks, 2**31)
+    state.values["best"]["evaluation"]["metrics"]["accuracy"] = 2.0  # better than all that come
+    with pytest.raises(UserError, match=r"checkpoint-5: ranks\[.*\]: expected 0 to "):
+        run.once(state)
+
+
 def test_want_of_memory_is_no_fault_of_the_state(make, monkeypatch) -> None:
     run = make("lora")
     run.once(None, 5)
