@@ -132,6 +132,10 @@ def test_a_folder_that_is_no_good_run(runs, tmp_path, capsys) -> None:
     for names, said in (([], f"{RECORD_FILE}: class_names: holds no class"), (["a"] * 9, f"or {RECORD_FILE} is wrong")):
         (run_dir / RECORD_FILE).write_text(json.dumps(content | {"class_names": names}))
         assert said in refusal(capsys, run_dir, tmp_path / "out")
+    (run_dir / RECORD_FILE).write_text(record.replace(".safetensors", ".safetensozs"))
+    line = refusal(capsys, run_dir, tmp_path / "out")
+    assert ".safetensozs: backbone.file: expected a .safetensors, .pth or .pt file" in line
+    assert line.endswith(f"; or {RECORD_FILE} is wrong")
     (run_dir / RECORD_FILE).write_text(record.replace('"status": "done"', '"status": "failed"', 1))
     assert "this run failed" in refusal(capsys, run_dir, tmp_path / "out")
 

@@ -23,7 +23,7 @@ from peft_vit.errors import UserError
 
 SLOW_S = 20.0  # of processor time
 _CLEARED_EVERY = 100  # cases, of the cache that they fill
-_PLACE = re.compile(r":\d+: |line \d+|: \S+: ")  # a line or a field
+_PLACE = re.compile(r":\d+: |line \d+|: .+?: ")  # a line or a field, which may be any text
 _NO_PLACE = re.compile("larger than|expected a mapping|more than|Expecting|readable|deeper")  # the fault is everywhere
 
 

@@ -26,7 +26,7 @@ from peft_vit.deployment import (
     save_low_bit,
     torch_classifier,
 )
-from peft_vit.errors import UserError, agreeing_with, named
+from peft_vit.errors import UserError, agreeing_with
 from peft_vit.experiments.methods import prepare_as_saved
 from peft_vit.foreign_files import read_bytes
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record
@@ -184,7 +184,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
     if found != record.adapter_sha256:
         problem = f"has SHA-256 {found}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
         raise UserError(problem, file=file, field="adapter_sha256")
-    with named(run_dir / RECORD_FILE):
+    with agreeing_with(run_dir / RECORD_FILE):
         backbone = load_run_backbone(spec, len(record.class_names))
     if backbone.weights_sha256 != provenance.weights_sha256:
         raise UserError(
