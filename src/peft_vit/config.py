@@ -12,7 +12,7 @@ import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from peft_vit.errors import UserError
 from peft_vit.method_settings import (  # noqa: F401 - others take them from here
@@ -187,15 +187,21 @@ class StudyConfig(Frozen):
     execution: ExecutionConfig = ExecutionConfig()
     experiments: tuple[ExperimentConfig, ...] = Field(min_length=1)
 
-    @model_validator(mode="after")
-    def _unique(self) -> Self:
-        names = [experiment.name for experiment in self.experiments]
+    @field_validator("seeds")
+    @classmethod
+    def _no_seed_twice(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("a seed stands twice; it would repeat a run and count it as evidence")
+        return seeds
+
+    @field_validator("experiments")
+    @classmethod
+    def _no_name_twice(cls, experiments: tuple[ExperimentConfig, ...]) -> tuple[ExperimentConfig, ...]:
+        names = [experiment.name for experiment in experiments]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"experiment name '{name}' stands twice; rename one")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("a seed stands twice; it would repeat a run and count it as evidence")
-        return self
+        return experiments
 
 
 def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, Any]:

@@ -529,9 +529,12 @@ def test_a_name_is_a_folder_on_every_file_system(field: str, name: str, tmp_path
 
 
 def test_seeds_and_names_must_differ(tmp_path: Path) -> None:
-    assert "a seed stands twice" in refusal(tmp_path, changed("seeds: [0, 1]", "seeds: [4, 4]"))
-    twice = refusal(tmp_path, changed("name: low_rank", "name: probe"))
-    assert "experiment name 'probe' stands twice; rename one" in twice
+    content = changed("seeds: [0, 1]", "seeds: [4, 4]")
+    twice = refusal(tmp_path, content)
+    assert twice.startswith(f":{line_of('seeds', content)}: seeds: a seed stands twice")
+    content = changed("name: low_rank", "name: probe")
+    twice = refusal(tmp_path, content)
+    assert twice.startswith(f":{line_of('experiments', content)}: experiments: experiment name 'probe' stands twice; ")
 
 
 def test_the_number_of_further_faults_is_told(tmp_path: Path) -> None:

@@ -101,8 +101,9 @@ def _open_zip(location: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInf
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         name = info.filename
-        if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
-            raise UserError(f"holds a file of the name {name!r}, which leads out of it; pack it anew", file=location)
+        if not name or name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
+            why = "which leads out of it" if name else "which is none"
+            raise UserError(f"holds a file of the name {name!r}, {why}; pack it anew", file=location)
         if info.is_dir() or _HIDDEN.search(name):
             continue
         if name in members:

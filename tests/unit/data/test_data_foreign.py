@@ -190,6 +190,7 @@ def zipped(file, members, method=zipfile.ZIP_DEFLATED):
         ("/cat/x.png", "which leads out of it"),
         (r"cat\..\x.png", "which leads out of it"),
         ("cat/a.png", r"holds 'cat/a\.png' twice"),
+        ("", "holds a file of the name '', which is none; pack it anew"),
     ],
 )
 def test_a_zip_whose_names_lead_out_or_stand_twice(tmp_path, config, name, message):
