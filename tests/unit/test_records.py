@@ -211,6 +211,8 @@ def test_half_a_record_is_refused(tmp_path: Path) -> None:
         (("invented",), 1, "invented"),
         (("steps", 0, "invented"), 1, "steps.0.invented"),
         (("test", "ece"), float("nan"), "test.ece"),
+        (("test", "accuracy"), -1, "test.accuracy"),
+        (("validation", "n"), 0, "validation.n"),
         (("majority_accuracy", "test"), float("inf"), "majority_accuracy.test"),
         (("parameters", "final"), 10**30, "parameters.final"),
         (("bytes", "frozen_bytes"), -1, "bytes.frozen_bytes"),

@@ -28,6 +28,7 @@ SCHEMA_VERSION: Literal[1] = 1
 FloatPart = Literal["patch embedding", "position embedding", "norms", "biases", "matrices", "head", "other"]
 Failure = Literal["killed", "out_of_memory", "diverged", "error", "io", "disk_full"]
 
+_Share = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
@@ -63,10 +64,10 @@ class Metrics(_Value):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    n: int
-    accuracy: float
-    balanced_accuracy: float
-    auroc: float | None  # binary problems with both classes present
+    n: int = Field(ge=1)
+    accuracy: _Share
+    balanced_accuracy: _Share
+    auroc: _Share | None  # binary problems with both classes present
     nll: float  # nats, mean
     ece: float  # 15 equal-width bins
 
