@@ -115,7 +115,7 @@ def test_two_nodes_of_which_one_is_lost(
     cluster: Cluster, cache: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     second = cluster.add_node(num_cpus=1)
-    plan = plan_of(study(linear=40, lora=40, adalora=2), tmp_path)
+    plan = plan_of(study(linear=120, lora=120, adalora=2), tmp_path)  # the two are under way for seconds
     expected = {run.spec.run_id: outcome_digest(run_one(run.spec).record) for run in plan.runs}
     told: list = []
     there: dict[str, str] = {}  # run by the node that it started on
