@@ -1,0 +1,5 @@
+"""`python -m peft_vit.cli` is `peft-vit`."""
+
+from peft_vit.cli import main
+
+main()

