@@ -199,6 +199,36 @@ class QuantizationSummary(_Value):
     size: ModelSize | None = None  # None in older records
 
 
+class Registration(_Value):
+    """The sentences that stood written down before the run began; a verdict on them is registered, not exploratory."""
+
+    sha256: str  # of the registry file
+    hypotheses: dict[str, str]  # id -> SHA-256 of what the registry says under it
+
+
+class AdapterRemoval(_Value):
+    """What the chosen weights lose on validation images if the update of one site, or of a group of them, is left out.
+
+    The head stays. Differences are without minus with: a positive loss rise is harm.
+    """
+
+    images: int
+    loss: float  # with every update; nats, mean
+    accuracy: _Share
+    site_loss_rise: dict[str, float]  # by site that has rank, nats
+    group_loss_rise: dict[str, float]  # attention, mlp, all; groups without a site are left out
+    group_accuracy: dict[str, float]  # by the same groups: the accuracy that is left
+
+
+class Predictions(_Value):
+    """What was predicted of each test image, in the split's order; from the one reading of test."""
+
+    images: list[int]  # positions in the data set
+    labels: list[int]
+    predicted: list[int]
+    probability: list[float]  # of the predicted class
+
+
 class ParameterCounts(_Value):
     """Trainable parameters, head included; counted on the live model."""
 
@@ -277,5 +307,9 @@ class RunRecord(_Value):
     majority_accuracy: dict[str, FiniteFloat] = {}  # share of the most frequent class: validation, test
     validation: Metrics | None = None  # at the chosen step
     test: Metrics | None = None  # read once, at the chosen step
+    predictions: Predictions | None = None  # None in older records
+    removal: AdapterRemoval | None = None  # with measures.removal_images
+    latency_s: dict[int, float] = {}  # median seconds of a forward pass, by batch size; with measures.latency_batches
+    registration: Registration | None = None  # None in older records
     adapter_sha256: str | None = None
     optimizer_sha256: str | None = None  # of its state after the last step; None in older records
