@@ -1,0 +1,128 @@
+"""Measures of the loss's course against hand computations, second implementations and planted noise."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+from scipy import stats
+
+from peft_vit.analysis import Run, Study, group_by_study
+from peft_vit.analysis.convergence import convergences, late_loss_deviation, roughness, settled_step
+from peft_vit.records import Evaluation, RunRecord, StepRow
+
+LORA = planted.experiments()["lora_r8"]
+
+
+def study_of(records: list[RunRecord]) -> Study:
+    (study,) = group_by_study(records, source=Path("results"))
+    return study
+
+
+def steps(losses: list[float]) -> list[StepRow]:
+    return [
+        StepRow(step=i + 1, loss=loss, learning_rate=1e-3, gradient_norm=1.0, seconds=0.5)
+        for i, loss in enumerate(losses)
+    ]
+
+
+def run_with(losses: list[float], *, validation: dict[int, float] | None = None, seed: int = 0) -> Run:
+    """Return a run with given losses by step and validation losses by step."""
+    whole = planted.record(LORA, seed, 0.8)
+    changes: dict[str, object] = {"steps": steps(losses)}
+    if validation is not None:
+        metrics = whole.evaluations[0].metrics
+        changes["evaluations"] = [
+            Evaluation(step=s, epoch=i + 1, deployable=True, metrics=metrics.model_copy(update={"nll": nll}))
+            for i, (s, nll) in enumerate(validation.items())
+        ]
+    return study_of([planted.record(LORA, seed, 0.8, changes=changes)]).runs[0]
+
+
+def test_late_deviation_by_hand() -> None:
+    # The last third of 12 steps: 1, 3, 1, 3. Least squares: slope 0.4, residuals -0.4, 1.2, -1.2, 0.4; 3.2 / 2 = 1.6.
+    assert late_loss_deviation(run_with([9.0] * 8 + [1, 3, 1, 3])) == pytest.approx(math.sqrt(1.6), abs=1e-12)
+
+
+def test_late_deviation_of_a_line_is_zero_however_steep() -> None:
+    assert late_loss_deviation(run_with([10 - 0.5 * i for i in range(12)])) == pytest.approx(0, abs=1e-12)
+
+
+def test_late_deviation_equals_the_standard_error_of_linregress() -> None:
+    losses = np.random.default_rng(1).exponential(size=50)
+    late = losses[-17:]  # 50 / 3, rounded up
+    x = np.arange(17)
+    fit = stats.linregress(x, late)
+    expected = fit.stderr * math.sqrt(np.sum((x - x.mean()) ** 2))  # residual standard error
+    assert late_loss_deviation(run_with(losses.tolist())) == pytest.approx(expected, rel=1e-12)
+
+
+def test_roughness_by_hand() -> None:
+    # 0, 3, 0, 3: inner steps lie 3 off the middle of their neighbours: sqrt(2 / 3 * 9) = sqrt(6).
+    assert roughness(run_with([0, 3, 0, 3])) == pytest.approx(math.sqrt(6), abs=1e-12)
+
+
+def test_roughness_by_a_plain_loop() -> None:
+    random.seed(3)
+    y = [random.random() for _ in range(20)]
+    total = 0.0
+    for i in range(1, 19):
+        total += (0.5 * y[i - 1] - y[i] + 0.5 * y[i + 1]) ** 2
+    assert roughness(run_with(y)) == pytest.approx(math.sqrt(total / 1.5 / 18), rel=1e-12)
+
+
+def test_roughness_finds_the_noise_and_not_the_slope() -> None:
+    noise = 0.1 * np.random.default_rng(2).normal(size=20_000)
+    steep = np.linspace(50, 0, 20_000)
+    assert roughness(run_with((steep + noise).tolist())) == pytest.approx(0.1, rel=0.03)
+    assert roughness(run_with(steep.tolist())) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("losses", [[1.0, 2.0], [1.0] * 11 + [math.nan], []])
+def test_what_cannot_be_measured_is_none(losses: list[float]) -> None:
+    run = run_with(losses)
+    assert (late_loss_deviation(run), roughness(run)) == (None, None)
+
+
+def test_rows_in_another_order_give_the_same_bits() -> None:
+    losses = np.random.default_rng(4).random(30).tolist()
+    rows = steps(losses)
+    random.Random(1).shuffle(rows)
+    shuffled = study_of([planted.record(LORA, 0, 0.8, changes={"steps": rows})]).runs[0]
+    assert late_loss_deviation(shuffled) == late_loss_deviation(run_with(losses))
+    assert roughness(shuffled) == roughness(run_with(losses))
+
+
+@pytest.mark.parametrize(
+    ("validation", "within", "expected"),
+    [
+        ({10: 0.9, 20: 0.52, 30: 0.49, 40: 0.5}, 0.05, 20),
+        ({10: 0.9, 20: 0.5, 30: 0.3, 40: 0.5}, 0.05, 40),  # passing through is not settling
+        ({10: 0.5, 20: 0.5}, 0.0, 10),
+        ({10: 0.9}, 0.0, 10),
+        ({}, 0.1, None),
+    ],
+)
+def test_settled_step(validation: dict[int, float], within: float, expected: int | None) -> None:
+    assert settled_step(run_with([1.0], validation=validation), within) == expected
+
+
+def test_settled_step_refuses_a_negative_distance() -> None:
+    with pytest.raises(ValueError, match="-1"):
+        settled_step(run_with([1.0]), -1)
+
+
+def test_an_experiment_over_its_seeds() -> None:
+    rough = {0: [0, 3, 0, 3], 1: [0, 6, 0, 6]}
+    records = [planted.record(LORA, seed, 0.8, changes={"steps": steps(y)}) for seed, y in rough.items()]
+    (row,) = convergences(study_of(records))
+    assert row.seeds == (0, 1)
+    assert row.roughness is not None
+    assert row.roughness.estimate == pytest.approx(1.5 * math.sqrt(6))
+    assert row.roughness.n == 2
+    assert row.late_deviation is None, "two steps are no course"
+    assert row.steps == 4
