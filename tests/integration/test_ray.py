@@ -22,9 +22,9 @@ from peft_vit.experiments.driver import drive
 from peft_vit.experiments.events import RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.experiments.executors import open_executor
 from peft_vit.experiments.executors.ray_cluster import Need, RayExecutor
-from peft_vit.experiments.ledger import LEDGER_FILE, read_ledger
 from peft_vit.experiments.lock import study_lock
 from peft_vit.records import outcome_digest, read_records
+from peft_vit.records.ledger import LEDGER_FILE, read_ledger
 
 pytestmark = pytest.mark.part("runner")
 

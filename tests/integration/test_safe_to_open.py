@@ -10,11 +10,11 @@ from fake_study import FakeExecutor, fake_config, fake_drive
 
 from peft_vit.cli import main
 from peft_vit.errors import UserError
-from peft_vit.experiments.ledger import LEDGER_FILE
-from peft_vit.experiments.lock import LOCK_FILE
 from peft_vit.experiments.rebuild import RUNS_FILE, rebuild
-from peft_vit.experiments.study_file import STUDY_FILE
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE
+from peft_vit.records.ledger import LEDGER_FILE
+from peft_vit.records.owner import LOCK_FILE
+from peft_vit.records.study_file import STUDY_FILE
 
 QUICKSTART = str(Path(__file__).parents[2] / "experiments" / "configs" / "quickstart.yaml")
 BAD = "<the bad path>"

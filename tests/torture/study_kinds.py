@@ -16,14 +16,14 @@ from sound_files import SoundFiles
 
 from peft_vit.config import load_study
 from peft_vit.errors import UserError
-from peft_vit.experiments.ledger import LEDGER_FILE, _checksum
-from peft_vit.experiments.lock import LOCK_FILE
 from peft_vit.experiments.plan import plan_study
 from peft_vit.experiments.rebuild import rebuild
 from peft_vit.experiments.run import run_one
 from peft_vit.experiments.status import find_studies, status_lines, study_status
-from peft_vit.experiments.study_file import STUDY_FILE
 from peft_vit.records import checkpoint_folders
+from peft_vit.records.ledger import LEDGER_FILE, _checksum
+from peft_vit.records.owner import LOCK_FILE
+from peft_vit.records.study_file import STUDY_FILE
 from peft_vit.training import Checkpoints
 from peft_vit.training.checkpoint import MANIFEST_FILE, TENSORS_FILE, VALUES_FILE, read_checkpoint
 

@@ -25,8 +25,9 @@ from peft_vit.experiments.events import (
 from peft_vit.experiments.ledger import now, run_name
 from peft_vit.experiments.lock import StudyLock
 from peft_vit.experiments.store import StudyStore
-from peft_vit.experiments.study_file import go_on, read_study_file, study_file, write_study_file
+from peft_vit.experiments.study_file import go_on, study_file, write_study_file
 from peft_vit.records import Failure, RunRecord
+from peft_vit.records.study_file import read_study_file
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
     from peft_vit.experiments.plan import Plan, PlannedRun

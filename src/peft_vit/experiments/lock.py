@@ -14,29 +14,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from peft_vit.errors import UserError
 from peft_vit.records import make_folder
+from peft_vit.records.owner import LOCK_FILE, Owner, read_owner
 
-LOCK_FILE = "lock"
 _PATIENCE_S = 0.5  # `owner_of` holds a lock for an instant, which must not turn a study away
-_MAX_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who holds a lock, as it said itself; nothing is known of one that died while it wrote."""
-
-    pid: int | None = None
-    host: str = "?"
-    since: str = "?"
-    command: str = "?"
-
-    def __str__(self) -> str:
-        if self.pid is None:
-            return "a process that has not said its name"
-        return f"process {self.pid} on {self.host} since {self.since}: {self.command}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +72,7 @@ def _acquire(folder: Path) -> int:
                 return descriptor
         except BlockingIOError:
             if time.monotonic() > deadline:
-                owner = _read(descriptor)
+                owner = read_owner(descriptor)
                 os.close(descriptor)
                 problem = f"another command works on this study, {owner}; wait for its end, or stop it"
                 raise UserError(problem, file=folder) from None
@@ -117,33 +100,7 @@ def _sign(descriptor: int) -> None:
     os.pwrite(descriptor, content, 0)
 
 
-def _read(descriptor: int) -> Owner:
-    try:
-        data: Any = json.loads(os.pread(descriptor, _MAX_BYTES, 0))
-        pid, texts = data["pid"], [str(data[name]) for name in ("host", "since", "command")]
-        return Owner(pid, *(" ".join(text.split())[:500] for text in texts)) if isinstance(pid, int) else Owner()
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return Owner()
-
-
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):  # somebody else has put something there, or it was never made
             folder.rmdir()
-
-
-def owner_of(folder: Path) -> Owner | None:
-    """Return who works on a study at present; None if nobody does. Writes nothing."""
-    try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return _read(descriptor)
-    except OSError:  # a file system without locks, on which nobody can hold one
-        return None
-    finally:
-        os.close(descriptor)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from peft_vit.errors import UserError, printable
-from peft_vit.experiments.ledger import LEDGER_FILE, Row, last_rows, read_ledger
-from peft_vit.experiments.lock import Owner, owner_of
 from peft_vit.experiments.store import unknown_to
-from peft_vit.experiments.study_file import STUDY_FILE, read_study_file
 from peft_vit.records import RECORD_FILE, checkpoint_folders
+from peft_vit.records.ledger import LEDGER_FILE, Row, last_rows, read_ledger
+from peft_vit.records.owner import Owner, owner_of
+from peft_vit.records.study_file import STUDY_FILE, read_study_file
 
 State = Literal["done", "failed", "pending", "running", "skipped"]
 

@@ -1,40 +1,21 @@
-"""The study as it was begun: its configuration, its images and its runs, beside which later calls are held."""
+"""How study.json is written, and how later calls are held beside what it says."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.config import StudyConfig
-from peft_vit.errors import UserError, first_fault
-from peft_vit.experiments.ledger import RunName, no_room
-from peft_vit.foreign_files import read_bytes
+from peft_vit.errors import UserError
+from peft_vit.experiments.ledger import no_room
 from peft_vit.records import write_atomically
+from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
 
-STUDY_FILE = "study.json"
 _FREE = {"description", "execution"}  # no result depends on them
-
-
-class StudyFile(BaseModel):
-    """Content of study.json.
-
-    `runs` are all that were ever planned, `skipped` those among them that the last command left out. A smoke study's
-    configuration is the compressed one.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    schema_version: Literal[1] = 1
-    smoke: bool
-    data_sha256: str
-    runs: tuple[RunName, ...]
-    skipped: tuple[RunName, ...] = ()
-    configuration: StudyConfig
 
 
 def study_file(study: StudyConfig, asked: Collection[str], *, smoke: bool, data_sha256: str) -> StudyFile:
@@ -42,25 +23,6 @@ def study_file(study: StudyConfig, asked: Collection[str], *, smoke: bool, data_
     runs = tuple(f"{experiment.name}/seed_{seed}" for experiment in study.experiments for seed in study.seeds)
     skipped = tuple(run for run in runs if run not in asked)
     return StudyFile(smoke=smoke, data_sha256=data_sha256, runs=runs, skipped=skipped, configuration=study)
-
-
-def read_study_file(folder: Path) -> StudyFile | None:
-    """Return what a study's folder says that it holds; None in one that an earlier version made.
-
-    Raises:
-        UserError: with file and field, if the file can't be read or was changed by hand.
-    """
-    file = folder / STUDY_FILE
-    remedy = "move it away and give the command of the study again, which makes it anew"
-    try:
-        return StudyFile.model_validate_json(read_bytes(file))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        field, fault = first_fault(error)
-        raise UserError(f"{fault}; {remedy}", file=file, field=field) from None
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror}); {remedy}", file=file) from None
 
 
 def write_study_file(folder: Path, content: StudyFile) -> None:

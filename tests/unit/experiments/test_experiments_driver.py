@@ -22,9 +22,9 @@ from fake_study import (
 
 from peft_vit.errors import UserError
 from peft_vit.experiments.events import Notice, RunEnded, RunInterrupted, RunRetried, RunStarted
-from peft_vit.experiments.lock import LOCK_FILE, owner_of
 from peft_vit.experiments.status import study_status
 from peft_vit.records import read_record, write_result
+from peft_vit.records.owner import LOCK_FILE, owner_of
 
 pytestmark = pytest.mark.part("runner")
 

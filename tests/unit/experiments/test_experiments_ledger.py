@@ -9,16 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_vit.errors import UserError
-from peft_vit.experiments.ledger import (
-    LEDGER_FILE,
-    Ledger,
-    Row,
-    encode,
-    last_rows,
-    read_ledger,
-    rewrite_ledger,
-    sound_rows,
-)
+from peft_vit.experiments.ledger import Ledger, rewrite_ledger
+from peft_vit.records.ledger import LEDGER_FILE, Row, encode, last_rows, read_ledger, sound_rows
 
 pytestmark = pytest.mark.part("runner")
 

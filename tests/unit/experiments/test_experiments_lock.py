@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from peft_vit.errors import UserError
-from peft_vit.experiments.lock import LOCK_FILE, Owner, owner_of, study_lock
+from peft_vit.experiments.lock import study_lock
+from peft_vit.records.owner import LOCK_FILE, Owner, owner_of
 
 pytestmark = pytest.mark.part("runner")
 

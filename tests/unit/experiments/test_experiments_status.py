@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from peft_vit.errors import UserError
 from peft_vit.experiments import rebuild as rebuilding
-from peft_vit.experiments.ledger import LEDGER_FILE, Row, encode, now, read_ledger
+from peft_vit.experiments.ledger import now
 from peft_vit.experiments.lock import study_lock
 from peft_vit.experiments.rebuild import COLUMNS, rebuild
 from peft_vit.experiments.status import find_studies, status_lines, study_status
 from peft_vit.experiments.store import StudyStore
 from peft_vit.experiments.study_file import study_file, write_study_file
 from peft_vit.records import outcome_digest, read_record, write_result
+from peft_vit.records.ledger import LEDGER_FILE, Row, encode, read_ledger
 
 pytestmark = pytest.mark.part("runner")
 

@@ -7,15 +7,8 @@ import yaml
 from fake_study import fake_config
 
 from peft_vit.errors import UserError
-from peft_vit.experiments.study_file import (
-    STUDY_FILE,
-    StudyFile,
-    difference,
-    go_on,
-    read_study_file,
-    study_file,
-    write_study_file,
-)
+from peft_vit.experiments.study_file import difference, go_on, study_file, write_study_file
+from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
 
 pytestmark = pytest.mark.part("runner")
 

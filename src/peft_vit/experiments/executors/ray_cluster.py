@@ -31,10 +31,10 @@ from peft_vit.experiments.events import Event, RunEnded, RunInterrupted, RunProg
 from peft_vit.experiments.executors.attempt import ALLOCATOR, environment, lost
 from peft_vit.experiments.executors.ray_channel import Channel
 from peft_vit.experiments.executors.ray_task import Place, carry_out
-from peft_vit.experiments.lock import LOCK_FILE
 from peft_vit.experiments.plan import PlannedRun
 from peft_vit.experiments.provenance import cpu_count
 from peft_vit.records import Failure, run_folder
+from peft_vit.records.owner import LOCK_FILE
 from peft_vit.training import Checkpoints, Interrupted, Progress
 
 _REASON_CHARACTERS = 400
