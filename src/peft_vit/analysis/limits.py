@@ -1,0 +1,158 @@
+"""What a configuration may cost: limits as a person writes them, and what the runs of an experiment cost."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from peft_vit.analysis.studies import Run
+from peft_vit.errors import UserError
+
+Measure = Literal["bytes", "params", "latency"]
+
+_NUMBER = re.compile(r"(?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?) ?(?P<unit>[A-Za-z]*)", re.ASCII)
+BYTE_UNITS = {
+    "": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30,
+}  # fmt: skip
+COUNT_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def parse_bytes(text: str, option: str) -> float:
+    """Return bytes from ``5MB``, ``5 MiB``, ``5e6`` or ``5000000``; MB are 10^6 bytes, MiB 2^20.
+
+    Raises:
+        UserError: for anything else, or what is not above 0; names the option.
+    """
+    return _quantity(text, option, BYTE_UNITS, "bytes above 0, such as 5MB, 5MiB or 5e6")
+
+
+def parse_count(text: str, option: str) -> float:
+    """Return a count from ``300000``, ``3e5``, ``300k`` or ``0.3M``.
+
+    Raises:
+        UserError: for anything else, or what is not above 0; names the option.
+    """
+    return _quantity(text, option, COUNT_UNITS, "a number above 0, such as 300000, 3e5 or 300k")
+
+
+def _quantity(text: str, option: str, units: Mapping[str, int], expected: str) -> float:
+    match = _NUMBER.fullmatch(text.strip(" "))
+    value = float(match["number"]) * units[match["unit"]] if match and match["unit"] in units else math.nan
+    if not 0 < value < math.inf:
+        known = ", ".join(unit for unit in units if unit)
+        raise UserError(f"expected {expected} (units: {known}), got {text!r}", file="command line", field=option)
+    return value
+
+
+def check_positive(value: float | None, option: str, unit: str) -> float | None:
+    """Return a limit that was given as a number.
+
+    Raises:
+        UserError: if it is not finite or not above 0; names the option.
+    """
+    if value is not None and not 0 < value < math.inf:
+        raise UserError(f"expected {unit} above 0, got {value}", file="command line", field=option)
+    return value
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the finished runs of one experiment cost.
+
+    Attributes:
+        stored_bytes: frozen weights as they are kept, and the adapter file; mean over seeds.
+        largest_bytes: the same of the largest run.
+        parameters: trainable at the end, head included; mean over seeds.
+        largest_parameters: of the largest run.
+        seconds_per_step: mean over seeds of the runs' medians; None if a run lacks it.
+        latency_s: mean over seeds of the runs' median forward pass; None if a run lacks it.
+    """
+
+    stored_bytes: float
+    largest_bytes: int
+    parameters: float
+    largest_parameters: int
+    seconds_per_step: float | None
+    latency_s: float | None
+
+    def by(self, measure: Measure) -> float | None:
+        """Return what experiments are ordered by."""
+        return {"bytes": self.stored_bytes, "params": self.parameters, "latency": self.latency_s}[measure]
+
+
+def cost_of(runs: Sequence[Run], latency_batch: int | None) -> Cost:
+    """Return the cost of one experiment.
+
+    Args:
+        runs: its finished runs, at least one.
+        latency_batch: images a forward pass, of the latency; None: no latency is asked for.
+    """
+    stored = [run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs]
+    parameters = [run.parameters.final for run in runs]
+    latencies = [None if latency_batch is None else run.record.latency_s.get(latency_batch) for run in runs]
+    return Cost(
+        stored_bytes=math.fsum(stored) / len(runs),
+        largest_bytes=max(stored),
+        parameters=math.fsum(parameters) / len(runs),
+        largest_parameters=max(parameters),
+        seconds_per_step=_mean([run.record.seconds_per_step for run in runs]),
+        latency_s=_mean(latencies),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def smallest_latency_batch(runs: Sequence[Run]) -> int | None:
+    """Return the smallest batch size whose latency every run has recorded that has recorded any; None if none has."""
+    recorded = [set(run.record.latency_s) for run in runs if run.record.latency_s]
+    return min(set.intersection(*recorded), default=None) if recorded else None
+
+
+Option = Literal["--max-bytes", "--max-params", "--max-seconds", "--max-latency-ms"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A limit beside what an experiment costs in its unit (bytes, parameters, seconds); None: not recorded."""
+
+    option: Option
+    limit: float
+    value: float | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a configuration may cost at most; None: no limit.
+
+    Bytes and parameters are counted, so the largest run has to keep them, whatever ranks a seed has led to. Times are
+    measured, so the mean over seeds has to.
+    """
+
+    stored_bytes: float | None = None
+    parameters: float | None = None
+    seconds_per_step: float | None = None
+    latency_s: float | None = None
+
+    def faults(self, cost: Cost) -> tuple[Fault, ...]:
+        """Return the limits that a cost does not keep, or of which nothing was recorded."""
+        return tuple(
+            Fault(option, limit, value)
+            for option, limit, value in self._beside(cost)
+            if limit is not None and (value is None or value > limit)
+        )
+
+    def _beside(self, cost: Cost) -> Iterator[tuple[Option, float | None, float | None]]:
+        yield "--max-bytes", self.stored_bytes, cost.largest_bytes
+        yield "--max-params", self.parameters, cost.largest_parameters
+        yield "--max-seconds", self.seconds_per_step, cost.seconds_per_step
+        yield "--max-latency-ms", self.latency_s, cost.latency_s
+
+    def given(self, cost: Cost) -> tuple[Fault, ...]:
+        """Return every limit that was given, beside what a cost says of it."""
+        return tuple(Fault(option, limit, value) for option, limit, value in self._beside(cost) if limit is not None)

@@ -1,0 +1,333 @@
+"""The smallest configuration that is shown to lose no more than a margin against the best, or that nothing is shown.
+
+The best is the experiment with the highest mean validation accuracy, whatever it costs. Candidates are the experiments
+within the limits that are smaller than it; sizes are no test results, so ordering by them chooses nothing on test.
+Each candidate's test accuracy is compared with the best's, paired by seed, by the one-sided non-inferiority t test
+(Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987)). The margin is the caller's and has to be
+stated before looking.
+
+**Error rate.** The recommendation is the smallest candidate whose null hypothesis "it loses the margin or more" falls.
+Going up from the smallest and stopping at the first success would test each candidate that may come at full level:
+with m inferior ones it recommends one of them up to m times too often. It is no fixed-sequence procedure, which would
+have to stop at the first *failure* (Maurer, Hothorn & Lehmacher, in Vollmar (ed.), Biometrie in der chemisch-
+pharmazeutischen Industrie 6 (1995)), and from the large end down that costs power wherever accuracy does not fall with
+size. Holm's correction over all candidates (Scandinavian Journal of Statistics 6 (1979)) holds the probability to
+reject any true null at 5 %, however the tests depend on each other, and so also that of recommending a configuration
+that loses the margin or more.
+
+**What selection biases.** Validation images are not test images, but both are read of the same trained models: an
+experiment whose seeds turned out well is likelier to be the best on validation, and then its test accuracy is a
+little too high. That makes differences to it too low: candidates fail more often, not less. The claim is about the
+experiment that validation chose; if another one is better in truth, nothing is claimed about the loss against that.
+The recommended experiment's own estimate is too favourable, since it was needed to pass; the intervals are
+simultaneous (Bonferroni), so that theirs cover all candidates at once and any choice among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from peft_vit.analysis.comparison import compare
+from peft_vit.analysis.limits import Cost, Fault, Limits, Measure, cost_of, smallest_latency_batch
+from peft_vit.analysis.studies import Run, Study
+from peft_vit.errors import UserError
+from peft_vit.statistics import Interval, holm, mean_interval, noninferiority
+
+ALPHA = 0.05  # one-sided, of the whole family
+POWER = 0.8  # of the n that would be needed
+_MOST_SEEDS = 1000  # beyond this nobody asks for how many
+
+Outcome = Literal["smaller", "best", "not decided", "nothing within"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the tests of m candidates say.
+
+    Attributes:
+        p_values: one a candidate, one-sided; None where the test is undefined (one pair, or no spread).
+        adjusted: Holm's over all m, an undefined one counted as 1; None likewise.
+        shown: whether the candidate is shown not to lose the margin.
+        first: position of the first that is; None if none is.
+    """
+
+    p_values: tuple[float | None, ...]
+    adjusted: tuple[float | None, ...]
+    shown: tuple[bool, ...]
+    first: int | None
+
+
+def decide(differences: Sequence[ArrayLike], margin: float, alpha: float = ALPHA) -> Decision:
+    """Return which candidates are shown to lose less than the margin, and the first of them.
+
+    Args:
+        differences: m arrays (n,), n of each its own: candidate minus best by seed; smallest candidate first.
+        margin: in the unit of the differences, positive.
+        alpha: one-sided level of the family.
+    """
+    p_values = tuple(noninferiority(values, margin).p_value for values in differences)
+    corrected = holm([1.0 if p is None else p for p in p_values])
+    adjusted = tuple(None if p is None else q for p, q in zip(p_values, corrected, strict=True))
+    shown = tuple(q is not None and q <= alpha for q in adjusted)
+    return Decision(p_values, adjusted, shown, next((i for i, one in enumerate(shown) if one), None))
+
+
+def needed_pairs(differences: ArrayLike, margin: float, level: float, power: float = POWER) -> int | None:
+    """Return the smallest n at which the test succeeds with the given power, if mean and spread stay what they are.
+
+    The power of the one-sided t test, by the noncentral t distribution: ``P(T > t_{n-1, 1-level})`` with noncentrality
+    ``(mean + margin) sqrt(n) / s``. It is as uncertain as the mean and s of a few seeds are. Source: Johnson & Welch,
+    Biometrika 31 (1940); Julious, Statistics in Medicine 23 (2004), 6.
+
+    Args:
+        differences: (n,) candidate minus best.
+        margin: in their unit, positive.
+        level: one-sided, of this one test.
+        power: probability of success.
+
+    Returns:
+        n; None where no n would do (the mean lies at the margin or below), none up to 1000 does, or nothing is known
+        of the spread.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    if data.size < 2 or np.ptp(data) == 0:
+        return None
+    mean = math.fsum(data) / data.size
+    effect = (mean + margin) / math.sqrt(math.fsum((data - mean) ** 2) / (data.size - 1))
+    if effect <= 0:
+        return None
+    n = np.arange(2, _MOST_SEEDS + 1)
+    reached = stats.nct.sf(stats.t.isf(level, n - 1), n - 1, effect * np.sqrt(n)) >= power
+    return int(n[np.argmax(reached)]) if reached.any() else None
+
+
+@dataclass(frozen=True)
+class Rated:
+    """An experiment with what it costs and what validation says of it."""
+
+    name: str
+    runs: tuple[Run, ...]
+    cost: Cost
+    validation_accuracy: float
+    faults: tuple[Fault, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Return its finished seeds."""
+        return tuple(run.seed for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A smaller experiment within the limits, compared with the best on test.
+
+    Attributes:
+        rated: the experiment.
+        by_seed: candidate minus best, test accuracy, of pairs that share seed, weights, images and split.
+        seeds: of the pairs.
+        difference: their mean, with the interval that holds for all candidates at once; None without a pair.
+        p_value: one-sided; None where the test is undefined.
+        adjusted_p: after Holm's correction.
+        shown: whether it is shown to lose less than the margin.
+        needed_n: pairs at which it would be shown with 80 % power if mean and spread stayed; None: none is known.
+        note: what restricts the pairs.
+    """
+
+    rated: Rated
+    by_seed: tuple[float, ...]
+    seeds: tuple[int, ...]
+    difference: Interval | None
+    p_value: float | None
+    adjusted_p: float | None
+    shown: bool
+    needed_n: int | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What one study recommends.
+
+    Attributes:
+        study: the study.
+        outcome: smaller: a candidate was shown not to lose the margin; best: nothing within the limits is smaller
+            than the best itself; not decided: no candidate was shown; nothing within: no experiment keeps the limits.
+        best: by validation.
+        chosen: what is recommended; None if nothing is.
+        candidates: what was tested, smallest first.
+        outside: experiments that do not keep the limits.
+        larger: experiments within the limits that are no smaller than the best, which keeps them too.
+        left_out: experiment -> why nothing can be said of it.
+        limits, measure, margin, alpha: what was asked; the margin as a share.
+        latency_batch: images of the forward pass whose latency is meant; None: none was recorded.
+    """
+
+    study: Study
+    outcome: Outcome
+    best: Rated
+    chosen: Rated | None
+    candidates: tuple[Candidate, ...]
+    outside: tuple[Rated, ...]
+    larger: tuple[Rated, ...]
+    left_out: dict[str, str]
+    limits: Limits
+    measure: Measure
+    margin: float
+    alpha: float
+    latency_batch: int | None
+
+    @property
+    def confidence(self) -> float:
+        """Return the nominal coverage of a candidate's interval."""
+        return _confidence(self.alpha, len(self.candidates))
+
+    def comparison_of(self, rated: Rated) -> Candidate | None:
+        """Return what was tested of an experiment; None of the best, which is what others are tested against."""
+        return next((one for one in self.candidates if one.rated is rated), None)
+
+
+def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure = "bytes") -> Recommendation:
+    """Return the smallest experiment within the limits that is shown not to lose the margin against the best.
+
+    Args:
+        study: one study's runs.
+        limits: what the configuration may cost.
+        margin: largest loss of test accuracy that does not matter, a share above 0.
+        measure: what "smallest" means; ties are decided by parameters, then by name.
+
+    Raises:
+        UserError: if no run is finished, if times are asked for that are not comparable or not recorded, or if no
+            experiment has one configuration.
+    """
+    if not study.runs:
+        raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
+    _require_times(study, limits, measure)
+    batch = smallest_latency_batch(study.runs)
+    left_out = dict(_left_out(study, limits, measure, batch))
+    rated = [
+        _rate(experiment.name, study.of(experiment.name), limits, batch)
+        for experiment in study.experiments
+        if experiment.name not in left_out
+    ]
+    if not rated:
+        problem = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
+        raise UserError(f"leaves no experiment to recommend: {problem}", file=study.label)
+    rated.sort(key=lambda one: _size(one, measure))
+    best = min(rated, key=lambda one: (-one.validation_accuracy, _size(one, measure)))
+    within = [one for one in rated if not one.faults]
+    smaller = within[: within.index(best)] if best in within else within
+    candidates, first = _tested(smaller, best, margin)
+    outcome, chosen = _outcome(candidates, first, best, bool(within))
+    return Recommendation(
+        study=study, outcome=outcome, best=best, chosen=chosen, candidates=candidates,
+        outside=tuple(one for one in rated if one.faults),
+        larger=tuple(within[within.index(best) + 1 :] if best in within else ()),
+        left_out=left_out, limits=limits, measure=measure, margin=margin, alpha=ALPHA, latency_batch=batch,
+    )  # fmt: skip
+
+
+def _outcome(
+    candidates: Sequence[Candidate], first: int | None, best: Rated, any_within: bool
+) -> tuple[Outcome, Rated | None]:
+    if first is not None:
+        return "smaller", candidates[first].rated
+    if not any_within:
+        return "nothing within", None
+    return ("not decided", None) if candidates else ("best", best)
+
+
+def _size(rated: Rated, measure: Measure) -> tuple[float, float, str]:
+    size = rated.cost.by(measure)
+    assert size is not None  # left out otherwise
+    return size, rated.cost.parameters, rated.name
+
+
+def _rate(name: str, runs: tuple[Run, ...], limits: Limits, batch: int | None) -> Rated:
+    cost = cost_of(runs, batch)
+    accuracy = math.fsum(run.validation.accuracy for run in runs) / len(runs)
+    return Rated(name, runs, cost, accuracy, limits.faults(cost))
+
+
+def _left_out(study: Study, limits: Limits, measure: Measure, batch: int | None) -> list[tuple[str, str]]:
+    reasons = []
+    for experiment in study.experiments:
+        runs = study.of(experiment.name)
+        if not runs:
+            reasons.append((experiment.name, "has no finished run"))
+        elif len({run.record.spec.model_copy(update={"seed": 0}).model_dump_json() for run in runs}) > 1:
+            reasons.append((experiment.name, "was configured differently from seed to seed"))
+        elif measure == "latency" and cost_of(runs, batch).latency_s is None:
+            reasons.append((experiment.name, "has runs without a recorded latency"))
+    return reasons
+
+
+def _require_times(study: Study, limits: Limits, measure: Measure) -> None:
+    options = [fault.option for fault in limits.given(cost_of(study.runs, None)) if fault.option in _TIMED]
+    asked = [*options, *(["--smallest latency"] if measure == "latency" else [])]
+    if not asked:
+        return
+    machines = {hardware(run) for run in study.runs}
+    if len(machines) > 1:
+        problem = f"its runs were timed on {len(machines)} machines ({'; '.join(sorted(machines))}), so times do not "
+        raise UserError(f"{problem}compare; ask without {' and '.join(asked)}", file=study.label)
+    needs_latency = measure == "latency" or limits.latency_s is not None
+    if needs_latency and smallest_latency_batch(study.runs) is None:
+        what = " and ".join(option for option in asked if option != "--max-seconds")
+        raise UserError(f"its records hold no latency; ask without {what}, or measure it", file=study.label)
+
+
+_TIMED = ("--max-seconds", "--max-latency-ms")
+
+
+def hardware(run: Run) -> str:
+    """Return what a run's times depend on, in words."""
+    made = run.provenance
+    return f"{made.device} on {made.processor}, {made.cpu_count} processors, {made.threads} threads"
+
+
+def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[tuple[Candidate, ...], int | None]:
+    compared = [compare(one.runs, best.runs, one.name, best.name) for one in smaller]
+    decision = decide([comparison.by_seed for comparison in compared], margin)
+    confidence = _confidence(ALPHA, len(smaller))
+    candidates = tuple(
+        Candidate(
+            rated=one,
+            by_seed=comparison.by_seed,
+            seeds=comparison.seeds,
+            difference=mean_interval(comparison.by_seed, confidence) if comparison.by_seed else None,
+            p_value=decision.p_values[i],
+            adjusted_p=decision.adjusted[i],
+            shown=decision.shown[i],
+            needed_n=needed_pairs(comparison.by_seed, margin, ALPHA / len(smaller)),
+            note=comparison.note,
+        )
+        for i, (one, comparison) in enumerate(zip(smaller, compared, strict=True))
+    )
+    return candidates, decision.first
+
+
+def _confidence(alpha: float, family: int) -> float:
+    return 1 - 2 * alpha / max(1, family)
+
+
+def smallest_that_exists(recommendation: Recommendation) -> list[tuple[Fault, Rated]]:
+    """Return, for each limit that was given, the experiment that comes nearest to it, with what it costs."""
+    nearest = []
+    for place in range(len(recommendation.limits.given(recommendation.best.cost))):
+        beside = [(rated.cost, rated) for rated in recommendation.outside]
+        known = [
+            (fault.value, rated.name, fault, rated)
+            for cost, rated in beside
+            if (fault := recommendation.limits.given(cost)[place]).value is not None
+        ]
+        if known:
+            _, _, fault, rated = min(known, key=lambda one: one[:2])
+            nearest.append((fault, rated))
+    return nearest
