@@ -20,13 +20,14 @@ from peft_vit.statistics import (
     Verdict,
     holm,
     mean_interval,
+    minimum_n_wilcoxon,
     paired_difference,
     verdict,
     wilcoxon,
 )
 
 ALPHA = 0.05
-_DECIMALS = 12  # shares of whole images: rounding turns float noise back into the ties that it hides
+DECIMALS = 12  # shares of whole images: rounding turns float noise back into the ties that it hides
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,17 @@ class MethodResult:
     frozen_bytes: float
     adapter_file_bytes: float
     seconds_per_step: float | None
+    latency_s: float | None  # of a forward pass of one image; None if no run measured it
     peak_memory_bytes: float | None
     balanced_accuracy: Interval
     auroc: Interval | None
     nll: Interval
     ece: Interval
+
+    @property
+    def stored_bytes(self) -> float:
+        """Return what a trained model takes to keep: everything frozen, and the adapter file."""
+        return self.frozen_bytes + self.adapter_file_bytes
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ def _result(experiment: ExperimentConfig, runs: Sequence[Run]) -> MethodResult:
         frozen_bytes=_mean(runs, lambda run: run.bytes.frozen_bytes),
         adapter_file_bytes=_mean(runs, lambda run: run.bytes.adapter_file_bytes),
         seconds_per_step=_known_mean([run.record.seconds_per_step for run in runs]),
+        latency_s=_known_mean([run.record.latency_s.get(1) for run in runs]),
         peak_memory_bytes=_known_mean([run.record.peak_memory_bytes for run in runs]),
         balanced_accuracy=mean_interval([run.test.balanced_accuracy for run in runs]),
         auroc=mean_interval(aurocs) if aurocs else None,
@@ -119,27 +127,59 @@ def references(study: Study) -> tuple[str, ...]:
     return (*linear[:1], *lora)
 
 
+def accuracy_on_test(run: Run) -> float:
+    """Return what methods are compared on unless something else is named."""
+    return run.test.accuracy
+
+
 def compare_all(study: Study, reference: str) -> tuple[Comparison, ...]:
     """Compare every other experiment with a reference, as one family of tests."""
     others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)]
     return correct([compare(study.of(name), study.of(reference), name, reference) for name in others])
 
 
-def compare(runs: Sequence[Run], reference_runs: Sequence[Run], name: str, reference: str) -> Comparison:
-    """Compare two experiments on test accuracy, pairing runs by seed; not yet corrected for a family.
+def compare(
+    runs: Sequence[Run],
+    reference_runs: Sequence[Run],
+    name: str,
+    reference: str,
+    value: Callable[[Run], float | None] = accuracy_on_test,
+) -> Comparison:
+    """Compare two experiments, pairing runs by seed; not yet corrected for a family.
 
     A pair counts only if both runs used the same backbone weights and the same images in the same split.
+
+    Args:
+        runs: of one experiment.
+        reference_runs: of the other.
+        name: of the first.
+        reference: of the other.
+        value: what is compared; test accuracy unless told otherwise. Pairs in which a run has None are left out and
+            counted in the note.
     """
     partner = {run.seed: run for run in reference_runs}
     pairs = [(run, partner[run.seed]) for run in runs if run.seed in partner]
-    paired = [(a, b) for a, b in pairs if _same_problem(a) == _same_problem(b)]
+    paired = [(a, b) for a, b in pairs if same_problem(a) == same_problem(b)]
+    values = {a.seed: (value(a), value(b)) for a, b in paired}
+    by_seed = {seed: (left, right) for seed, (left, right) in values.items() if left is not None and right is not None}
+    note = pairing_note(
+        refused=len(pairs) - len(paired),
+        unknown=len(paired) - len(by_seed),
+        other_draws=any(same_draws(a) != same_draws(b) for a, b in paired if a.seed in by_seed),
+    )
+    return compare_values(by_seed, name=name, reference=reference, note=note)
+
+
+def pairing_note(*, refused: int, unknown: int = 0, other_draws: bool) -> str:
+    """Return what restricts pairs of runs, in words."""
     notes = []
-    if len(paired) < len(pairs):
-        notes.append(f"{len(pairs) - len(paired)} pair(s) refused: other weights, images or splits")
-    if any(_same_draws(a) != _same_draws(b) for a, b in paired):
+    if refused:
+        notes.append(f"{refused} pair(s) refused: other weights, images or splits")
+    if unknown:
+        notes.append(f"{unknown} pair(s) left out: not recorded in both runs")
+    if other_draws:
         notes.append("pairs differ in the initial head or in the order of images")
-    by_seed = {a.seed: (a.test.accuracy, b.test.accuracy) for a, b in paired}
-    return compare_values(by_seed, name=name, reference=reference, note="; ".join(notes))
+    return "; ".join(notes)
 
 
 def compare_values(
@@ -157,7 +197,7 @@ def compare_values(
         reason = "; ".join(part for part in (note, "no pair of runs with the same seed") if part)
         return Comparison(name, reference, None, (), (), None, None, "not decided", reason)
     values, against = zip(*by_seed.values(), strict=True)
-    differences = np.round(np.subtract(values, against), _DECIMALS)
+    differences = np.round(np.subtract(values, against), DECIMALS)
     return Comparison(
         name=name,
         reference=reference,
@@ -182,7 +222,7 @@ def correct(family: Sequence[Comparison]) -> tuple[Comparison, ...]:
         if comparison.difference is None or comparison.significance is None:
             corrected.append(comparison)
             continue
-        significance = wilcoxon(comparison.by_seed, ALPHA, len(tested))
+        significance = replace(comparison.significance, minimum_n=minimum_n_wilcoxon(ALPHA, len(tested)))
         decision = verdict(comparison.difference.estimate, significance, p, ALPHA)
         corrected.append(replace(comparison, significance=significance, adjusted_p=p, verdict=decision))
     return tuple(corrected)
@@ -192,11 +232,13 @@ def _p_value(comparison: Comparison) -> float | None:
     return None if comparison.significance is None else comparison.significance.p_value
 
 
-def _same_problem(run: Run) -> tuple[object, ...]:
+def same_problem(run: Run) -> tuple[object, ...]:
+    """Return what must be equal for two runs to be a pair: backbone, weights, images and split."""
     provenance = run.provenance
     images = provenance.data_sha256, provenance.split_sha256
     return run.record.spec.backbone.model, provenance.weights_sha256, *images
 
 
-def _same_draws(run: Run) -> tuple[str, str]:
+def same_draws(run: Run) -> tuple[str, str]:
+    """Return what a common seed should make equal: the initial head and the order of images."""
     return run.provenance.head_init_sha256, run.provenance.data_order_sha256
