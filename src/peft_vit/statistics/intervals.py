@@ -8,21 +8,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+
+from peft_vit.statistics.checked import finite
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and where the mean of the population may lie.
+    """A mean, or another estimate, and where the population's may lie.
 
     Attributes:
-        estimate: the mean, in the unit of the values.
-        low: lower end; None if there are too few values for any interval (n < 2).
+        estimate: the estimate, in the unit of the values.
+        low: lower end; None if there is no interval, e.g. for too few values (n < 2).
         high: upper end; None likewise.
         n: number of values.
         confidence: nominal coverage, e.g. 0.95.
+        reason: why there is no interval, where more than a single value is behind it.
     """
 
     estimate: float
@@ -30,6 +32,7 @@ class Interval:
     high: float | None
     n: int
     confidence: float
+    reason: str | None = None
 
 
 def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
@@ -48,7 +51,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     Raises:
         ValueError: for no values, or values that are not finite.
     """
-    data = _finite(values)
+    data = finite(values)
     n = data.size
     mean = math.fsum(data) / n
     if n < 2:
@@ -75,7 +78,7 @@ def paired_difference(values: ArrayLike, reference: ArrayLike, confidence: float
     Raises:
         ValueError: for no pairs, unequal lengths, or values that are not finite.
     """
-    left, right = _finite(values), _finite(reference)
+    left, right = finite(values), finite(reference, "reference")
     if left.size != right.size:
         raise ValueError(f"pairs need equal lengths, got {left.size} and {right.size}")
     return mean_interval(left - right, confidence)
@@ -96,10 +99,3 @@ def proportion_interval(successes: int, n: int, confidence: float = 0.95) -> Int
         raise ValueError(f"expected 0 <= successes <= n and n > 0, got {successes} of {n}")
     ends = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return Interval(successes / n, float(ends.low), float(ends.high), n, confidence)
-
-
-def _finite(values: ArrayLike) -> np.ndarray:
-    data = np.asarray(values, dtype=np.float64)
-    if data.ndim != 1 or data.size == 0 or not np.isfinite(data).all():
-        raise ValueError("expected a non-empty one-dimensional array of finite values")
-    return data

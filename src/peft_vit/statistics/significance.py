@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from peft_vit.statistics.checked import finite, without_rounding
+
 Verdict = Literal["supported", "refuted", "not decided"]
 
 _EXACT_UP_TO = 50  # pairs; beyond, the normal approximation is accurate to four digits
@@ -85,7 +87,7 @@ def wilcoxon(differences: ArrayLike, alpha: float = 0.05, comparisons: int = 1) 
         alpha: level, for `minimum_n`.
         comparisons: size of the family of tests, for `minimum_n`.
     """
-    data = np.asarray(differences, dtype=np.float64)
+    data = without_rounding(np.sort(finite(differences, "differences")))
     nonzero = data[data != 0]
     dropped = int(data.size - nonzero.size)
     minimum = minimum_n_wilcoxon(alpha, comparisons)
@@ -109,44 +111,6 @@ def _exact_wilcoxon(nonzero: np.ndarray) -> float:
         probability = (probability + shifted) / 2  # this pair's sign is negative or positive
     tails = (math.fsum(probability[: observed + 1]), math.fsum(probability[observed:]))
     return min(1.0, 2 * min(tails))
-
-
-def paired_t(differences: ArrayLike) -> Significance:
-    """Test whether paired differences have mean zero: Student's paired t test, two-sided.
-
-    Assumption: differences are independent and normal, which a handful of seeds can't check. Source: Student,
-    Biometrika 6 (1908); computed by `scipy.stats.ttest_1samp`.
-
-    Args:
-        differences: (n,) one difference a pair.
-    """
-    data = np.asarray(differences, dtype=np.float64)
-    p_value = None
-    if data.size >= 2 and np.ptp(data) > 0:
-        p_value = float(stats.ttest_1samp(data, 0.0).pvalue)
-    return Significance("paired t", int(data.size), p_value, 2)
-
-
-def noninferiority(differences: ArrayLike, margin: float) -> Significance:
-    """Test whether the mean paired difference lies above ``-margin``: one-sided t test of mean <= -margin.
-
-    "At least as good" is claimed when its p-value is small: then the lower end of the (1 - 2 alpha) t interval lies
-    above -margin. A large p-value does not say "worse".
-
-    Assumption: differences are independent and normal; the margin was stated before the data. Source: Schuirmann,
-    Journal of Pharmacokinetics and Biopharmaceutics 15 (1987), one of the two one-sided tests.
-
-    Args:
-        differences: (n,) candidate minus reference, one a pair.
-        margin: largest loss that does not matter, in the unit of the differences, positive.
-    """
-    if margin <= 0:
-        raise ValueError(f"expected a positive margin, got {margin}")
-    data = np.asarray(differences, dtype=np.float64)
-    p_value = None
-    if data.size >= 2 and np.ptp(data) > 0:
-        p_value = float(stats.ttest_1samp(data, -margin, alternative="greater").pvalue)
-    return Significance("paired non-inferiority t, one-sided", int(data.size), p_value, 2)
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:

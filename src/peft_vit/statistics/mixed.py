@@ -1,0 +1,130 @@
+"""A linear mixed model with a random intercept: one effect over runs that come in groups, unbalanced ones too."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import special
+
+from peft_vit.statistics.checked import ROUNDING, between_zero_and_one, finite, has_spread
+
+_NEXT_TO_NOTHING = 0.01  # variance between groups over that within: the optimizer stops somewhat short of the edge
+
+
+@dataclass(frozen=True)
+class MixedEffect:
+    """The fixed effect of one condition, with what the fit says of itself.
+
+    Attributes:
+        estimate: change of the response for one unit of the condition; None if there is no fit to trust.
+        low: lower end of the interval; None with the estimate.
+        high: upper end likewise.
+        n: number of runs.
+        groups: number of groups.
+        between: standard deviation of the groups' intercepts; None with the estimate.
+        within: standard deviation of the runs within a group; None with the estimate.
+        confidence: nominal coverage, e.g. 0.95.
+        converged: whether the fit ended at an optimum.
+        note: what to know of the fit, or why there is none; None if nothing.
+    """
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    n: int
+    groups: int
+    between: float | None
+    within: float | None
+    confidence: float
+    converged: bool
+    note: str | None = None
+
+
+def mixed_effect(
+    response: ArrayLike, condition: ArrayLike, groups: Sequence[object] | np.ndarray, confidence: float = 0.95
+) -> MixedEffect:
+    """Return the effect of a condition under ``response = a + b condition + u_group + e``, by restricted likelihood.
+
+    With seeds as groups, runs of one seed share what the seed decides; with data sets as groups, the level of each.
+    The interval describes what another draw of groups and runs would change, if the effect is the same in all groups.
+    It is estimate ± z standard errors, as statsmodels gives it: with few groups it is too short (docs/statistics.md
+    has its coverage). For complete pairs prefer `paired_difference`; this is for runs of which some are missing.
+
+    Assumption: intercepts and errors are normal with one variance each, the effect does not vary by group. Source:
+    Laird & Ware, Biometrics 38 (1982); computed by `statsmodels.regression.mixed_linear_model.MixedLM`.
+
+    Args:
+        response: (n,) one value a run.
+        condition: (n,) 0 or 1, or a number such as the bits.
+        groups: (n,) label of the group of each run.
+        confidence: nominal coverage, between 0 and 1.
+
+    Returns:
+        The effect; None and a note if the fit did not converge or the runs can't tell the effect.
+
+    Raises:
+        ValueError: for values that are not finite or unequal lengths.
+    """
+    between_zero_and_one(confidence, "confidence")
+    y, x = finite(response, "response"), finite(condition, "condition")
+    labels = np.asarray([str(label) for label in groups])
+    if not len(y) == len(x) == len(labels):
+        raise ValueError(f"expected equal lengths, got {len(y)} responses, {len(x)} conditions, {len(labels)} groups")
+    order = np.lexsort((y, x, labels))
+    y, x, labels = y[order], x[order], labels[order]
+    unique, index = np.unique(labels, return_inverse=True)
+    refusal = _refusal(y, x, index, len(unique))
+    if refusal:
+        return MixedEffect(None, None, None, len(y), len(unique), None, None, confidence, False, refusal)
+    return _fitted(y, x, index, len(unique), confidence)
+
+
+def _refusal(y: np.ndarray, x: np.ndarray, index: np.ndarray, groups: int) -> str | None:
+    """Return why no fit should be tried."""
+    if groups < 2:
+        return "one group: nothing to tell the variance between groups from"
+    if not has_spread(x):
+        return "the condition is the same in all runs"
+    if len(y) == groups:
+        return "one run a group: the variance within a group cannot be told from that between groups"
+    columns = np.column_stack([np.eye(groups)[index], x])  # (n, groups + 1)
+    if len(y) == np.linalg.matrix_rank(columns):
+        return "too few runs: groups and condition explain every value"
+    residual = y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0]
+    if np.abs(residual).max() <= ROUNDING * np.abs(y).max():
+        return "groups and condition explain every value: no variance within groups is left"
+    return None
+
+
+def _fitted(y: np.ndarray, x: np.ndarray, index: np.ndarray, groups: int, confidence: float) -> MixedEffect:
+    from statsmodels.regression.mixed_linear_model import MixedLM  # slow to import
+
+    def none(note: str) -> MixedEffect:
+        return MixedEffect(None, None, None, len(y), groups, None, None, confidence, False, note)
+
+    # In units of the scatter, so that the optimizer's tolerances mean the same for shares and for seconds.
+    center, unit = float(np.mean(y)), float(np.std(y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are told below, in words: convergence and the edge
+        try:
+            fit = MixedLM((y - center) / unit, np.column_stack([np.ones_like(x), x]), groups=index).fit(reml=True)
+            estimate, error = float(fit.fe_params[1]), float(fit.bse_fe[1])
+            between, within = float(fit.cov_re[0, 0]), float(fit.scale)
+        except (np.linalg.LinAlgError, ValueError) as problem:
+            return none(f"the fit failed: {str(problem).lower()}")
+    if not fit.converged:
+        return none("the fit did not converge")
+    if not np.isfinite([estimate, error, between, within]).all() or error <= 0:
+        return none("the fit is singular: no standard error")
+    note = None
+    if between <= _NEXT_TO_NOTHING * within:
+        note = "the variance between groups is below a hundredth of that within: a fit at or near its edge"
+    half = float(special.ndtri(0.5 + confidence / 2)) * error
+    return MixedEffect(
+        unit * estimate, unit * (estimate - half), unit * (estimate + half), len(y), groups,
+        unit * max(0.0, between) ** 0.5, unit * within**0.5, confidence, True, note,
+    )  # fmt: skip
