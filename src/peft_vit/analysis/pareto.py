@@ -1,0 +1,156 @@
+"""Which experiments nobody beats at their cost: Pareto fronts of accuracy against what a model takes.
+
+Who stands on a front is read off validation accuracy, since to pick the best of many on test would be to choose on
+test. What test then says stands beside: the accuracy there, whether the experiment would stand on the front of test
+accuracies too, and whether its lead over the next cheaper one on the front is decided by the paired test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from peft_vit.analysis.comparison import Comparison, MethodResult, compare, correct
+from peft_vit.analysis.studies import Run, Study
+from peft_vit.statistics import Interval
+
+CostName = Literal["final_parameters", "stored_bytes", "seconds_per_step", "latency_s"]
+_COSTS: dict[CostName, Callable[[MethodResult], float | None]] = {
+    "final_parameters": lambda method: method.final_parameters,
+    "stored_bytes": lambda method: method.stored_bytes,
+    "seconds_per_step": lambda method: method.seconds_per_step,
+    "latency_s": lambda method: method.latency_s,
+}
+_TIMED: tuple[CostName, ...] = ("seconds_per_step", "latency_s")
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One experiment, means over its seeds.
+
+    Attributes:
+        experiment: its name.
+        cost: in the unit of the front's cost.
+        validation_accuracy: mean.
+        test_accuracy: mean with interval.
+        on_front: whether no other has at least this validation accuracy at no more cost, and more of one of both.
+        on_test_front: the same of test accuracy; described, not used.
+        lead: test accuracy minus that of the one before it on the front; None off the front and for the cheapest.
+    """
+
+    experiment: str
+    cost: float
+    validation_accuracy: float
+    test_accuracy: Interval
+    on_front: bool
+    on_test_front: bool
+    lead: Comparison | None
+
+
+@dataclass(frozen=True)
+class Front:
+    """Accuracy against one cost.
+
+    Attributes:
+        cost: which.
+        points: every experiment with a known cost, cheapest first, then by name; empty where costs can't be compared.
+        left_out: experiments for which the cost was not recorded.
+        refused: why costs can't be compared; empty if they can.
+    """
+
+    cost: CostName
+    points: tuple[FrontPoint, ...]
+    left_out: tuple[str, ...]
+    refused: str
+
+    @property
+    def on_front(self) -> tuple[FrontPoint, ...]:
+        """Return who stands on it, cheapest first."""
+        return tuple(point for point in self.points if point.on_front)
+
+
+def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool, ...]:
+    """Return which of n pairs nothing dominates; small costs and large values are better.
+
+    A pair is dominated if another has no larger cost and no smaller value, and differs from it. So equal pairs stand or
+    fall together. Source: Pareto (1906); the sweep by cost is Kung, Luccio & Preparata, Journal of the ACM 22 (1975).
+
+    Args:
+        costs: (n,) finite.
+        values: (n,) finite, in the same order.
+
+    Raises:
+        ValueError: for unequal lengths, or a number that is not one.
+    """
+    if len(costs) != len(values):
+        raise ValueError(f"pairs need equal lengths, got {len(costs)} and {len(values)}")
+    if any(math.isnan(number) for number in (*costs, *values)):
+        raise ValueError("expected numbers, got NaN")
+    order = sorted(range(len(costs)), key=lambda i: (costs[i], -values[i]))
+    on_front = [False] * len(costs)
+    best: int | None = None  # the pair of largest value among those so far, of these the cheapest
+    for i in order:
+        equal = best is not None and (costs[i], values[i]) == (costs[best], values[best])
+        if best is None or values[i] > values[best] or equal:
+            on_front[i] = True
+            best = i
+    return tuple(on_front)
+
+
+def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
+    """Return one front for each cost that any experiment has recorded.
+
+    Args:
+        study: the runs, for the paired tests.
+        methods: their means, `comparison.method_results(study)`.
+    """
+    found = []
+    machines = {_machine(run) for run in study.runs}
+    for cost, of in _COSTS.items():
+        known = {m.experiment.name: value for m in methods if (value := of(m)) is not None}
+        left_out = tuple(m.experiment.name for m in methods if m.experiment.name not in known)
+        if not known:
+            continue
+        if cost in _TIMED and len(machines) > 1:
+            refused = f"the runs come from {len(machines)} machines or numbers of threads, so seconds can't be compared"
+            found.append(Front(cost, (), left_out, refused))
+            continue
+        found.append(Front(cost, _points(study, methods, known), left_out, ""))
+    return tuple(found)
+
+
+def _points(study: Study, methods: Sequence[MethodResult], costs: dict[str, float]) -> tuple[FrontPoint, ...]:
+    ordered = sorted(
+        (m for m in methods if m.experiment.name in costs),
+        key=lambda m: (costs[m.experiment.name], m.experiment.name),
+    )
+    names = [m.experiment.name for m in ordered]
+    at = [costs[name] for name in names]
+    on_front = pareto_front(at, [m.validation_accuracy.estimate for m in ordered])
+    on_test_front = pareto_front(at, [m.test_accuracy.estimate for m in ordered])
+    members = [name for name, is_on in zip(names, on_front, strict=True) if is_on]
+    leads = correct([
+        compare(study.of(name), study.of(cheaper), name, cheaper)
+        for cheaper, name in pairwise(members)
+    ])  # fmt: skip
+    lead_of = {lead.name: lead for lead in leads}
+    return tuple(
+        FrontPoint(
+            experiment=m.experiment.name,
+            cost=cost,
+            validation_accuracy=m.validation_accuracy.estimate,
+            test_accuracy=m.test_accuracy,
+            on_front=is_on,
+            on_test_front=on_test,
+            lead=lead_of.get(m.experiment.name),
+        )
+        for m, cost, is_on, on_test in zip(ordered, at, on_front, on_test_front, strict=True)
+    )
+
+
+def _machine(run: Run) -> tuple[object, ...]:
+    origin = run.provenance
+    return origin.processor, origin.cpu_count, origin.device, origin.threads

@@ -1,0 +1,133 @@
+"""Pareto fronts against brute force, and on planted studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_vit.analysis import Study, group_by_study, method_results
+from peft_vit.analysis.pareto import Front, fronts, pareto_front
+from peft_vit.records import ParameterCounts, RunRecord
+
+EXPERIMENTS = planted.experiments()
+
+
+def study_of(records: list[RunRecord]) -> Study:
+    (study,) = group_by_study(records, source=Path("results"))
+    return study
+
+
+def fronts_of(records: list[RunRecord]) -> dict[str, Front]:
+    study = study_of(records)
+    return {front.cost: front for front in fronts(study, method_results(study))}
+
+
+def dominated(i: int, costs: list[int], values: list[int]) -> bool:
+    """Word by word: some other is at least as good in both, and better in one."""
+    return any(
+        costs[j] <= costs[i] and values[j] >= values[i] and (costs[j] < costs[i] or values[j] > values[i])
+        for j in range(len(costs))
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=14))
+def test_the_front_is_what_nothing_dominates(pairs: list[tuple[int, int]]) -> None:
+    costs, values = [c for c, _ in pairs], [v for _, v in pairs]
+    assert list(pareto_front(costs, values)) == [not dominated(i, costs, values) for i in range(len(pairs))]
+
+
+def test_unequal_lengths_and_nan_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 and 1"):
+        pareto_front([1, 2], [1])
+    with pytest.raises(ValueError, match="NaN"):
+        pareto_front([1, 2], [1, float("nan")])
+
+
+def parameters(final: int) -> ParameterCounts:
+    return ParameterCounts(initial=final, final=final, peak=final, head=0, backbone_total=planted.BACKBONE_PARAMETERS)
+
+
+def lora(name: str, seed: int, accuracy: float, final: int, validation: float | None = None) -> RunRecord:
+    changes: dict[str, Any] = {"parameters": parameters(final)}
+    if validation is not None:
+        changes["validation"] = planted.metrics(validation, 400)
+    return planted.record(EXPERIMENTS[name], seed, accuracy, changes=changes)
+
+
+def test_validation_decides_who_stands_on_the_front_and_test_is_told() -> None:
+    records = [
+        lora("lora_r1", 0, 0.70, 100, validation=0.70),
+        lora("lora_r2", 0, 0.90, 200, validation=0.69),  # best on test, but validation did not know
+        lora("lora_r4", 0, 0.80, 300, validation=0.75),
+    ]
+    front = fronts_of(records)["final_parameters"]
+    assert [(p.experiment, p.cost, p.on_front, p.on_test_front) for p in front.points] == [
+        ("lora_r1", 100, True, True),
+        ("lora_r2", 200, False, True),
+        ("lora_r4", 300, True, False),
+    ]
+    assert [p.experiment for p in front.on_front] == ["lora_r1", "lora_r4"]
+    lead = front.points[2].lead
+    assert lead is not None
+    assert (lead.name, lead.reference) == ("lora_r4", "lora_r1")
+    assert lead.difference is not None
+    assert lead.difference.estimate == pytest.approx(0.1)
+    assert lead.verdict == "not decided", "one seed"
+    assert front.points[0].lead is front.points[1].lead is None
+
+
+def test_leads_are_one_family_of_paired_tests() -> None:
+    accuracy = {"lora_r1": 0.70, "lora_r2": 0.75, "lora_r4": 0.752}
+    wobble = [0.0, 0.004, -0.004, 0.008, -0.008, 0.01, -0.01]
+    records = [
+        lora(name, seed, value + 0.03 * (-1) ** seed * (name == "lora_r4") + step, 100 * i, validation=value)
+        for i, (name, value) in enumerate(accuracy.items(), start=1)
+        for seed, step in enumerate(wobble)
+    ]
+    leads = [p.lead for p in fronts_of(records)["final_parameters"].on_front]
+    assert [lead.verdict for lead in leads if lead is not None] == ["supported", "not decided"]
+    # All seven differences have one sign: p = 2 / 2^7, times 2 comparisons.
+    assert leads[1] is not None
+    assert leads[1].adjusted_p == pytest.approx(2 * 2 / 2**7)
+
+
+def test_stored_bytes_hold_the_frozen_weights_too() -> None:
+    study = study_of([planted.record(EXPERIMENTS["lora_r1"], 0, 0.8)])
+    front = fronts_of([planted.record(EXPERIMENTS["lora_r1"], 0, 0.8)])["stored_bytes"]
+    counted = study.runs[0].bytes
+    assert front.points[0].cost == counted.frozen_bytes + counted.adapter_file_bytes
+
+
+def test_an_unrecorded_cost_is_named_and_one_that_nobody_has_makes_no_front() -> None:
+    records = [
+        planted.record(EXPERIMENTS["lora_r1"], 0, 0.8, changes={"latency_s": {1: 0.010, 8: 0.050}}),
+        planted.record(EXPERIMENTS["lora_r1"], 1, 0.8, changes={"latency_s": {1: 0.012}}),
+        planted.record(EXPERIMENTS["lora_r2"], 0, 0.8),
+    ]
+    front = fronts_of(records)["latency_s"]
+    assert [(p.experiment, p.cost) for p in front.points] == [("lora_r1", pytest.approx(0.011))]
+    assert front.left_out == ("lora_r2",)
+    assert "latency_s" not in fronts_of(records[2:])
+
+
+@pytest.mark.parametrize("change", [{"processor": "aarch64"}, {"threads": 8}, {"device": "cuda"}])
+def test_seconds_of_several_machines_are_not_compared(change: dict[str, object]) -> None:
+    found = fronts_of(
+        [
+            planted.record(EXPERIMENTS["lora_r1"], 0, 0.8),
+            planted.record(EXPERIMENTS["lora_r2"], 0, 0.8, provenance_changes=change),
+        ]
+    )
+    assert found["seconds_per_step"].points == ()
+    assert "2 machines" in found["seconds_per_step"].refused
+    assert len(found["final_parameters"].points) == 2
+
+
+def test_nothing_finished_gives_no_front() -> None:
+    assert fronts_of([planted.failed(EXPERIMENTS["lora_r8"], 0, "out of memory")]) == {}
