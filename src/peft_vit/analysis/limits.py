@@ -58,6 +58,12 @@ def check_positive(value: float | None, option: str, unit: str) -> float | None:
     return value
 
 
+def milliseconds(value: float | None, option: str) -> float | None:
+    """Return seconds of a limit that was given in milliseconds; raises as `check_positive`."""
+    checked = check_positive(value, option, "milliseconds")
+    return None if checked is None else checked / 1000
+
+
 @dataclass(frozen=True)
 class Cost:
     """What the finished runs of one experiment cost.

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peft_vit.cli.app import ResultsDir, app
+
+if TYPE_CHECKING:
+    from peft_vit.analysis import Results
+
+
+def say_left_out(results: Results) -> None:
+    """Name on stderr what does not count; the exit code becomes 1 if a result was left out, so that scripts notice."""
+    for line in results.lines():
+        print(line, file=sys.stderr)
+    if not results.is_whole:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -15,10 +28,15 @@ def analyze(
     results_dir: ResultsDir,
     output_dir: Annotated[Path | None, typer.Option(help="default: RESULTS_DIR/analysis")] = None,
 ) -> None:
-    """Write analysis_summary.md with tables and figures from records."""
+    """Write analysis_summary.md with tables and figures from records.
+
+    Exit codes: 0 done, 1 written, but a file that may be a result was left out and is named, 2 bad input.
+    """
     from peft_vit.report import write_analysis
 
-    print(f"Analysis: {write_analysis(results_dir, output_dir or results_dir / 'analysis')}")
+    files = write_analysis(results_dir, output_dir or results_dir / "analysis")
+    print(f"Analysis: {files.markdown}")
+    say_left_out(files.results)
 
 
 @app.command()
@@ -26,8 +44,57 @@ def report(
     results_dir: ResultsDir,
     output_dir: Annotated[Path | None, typer.Option(help="default: RESULTS_DIR/report")] = None,
 ) -> None:
-    """Write the report: one HTML file that needs no network, Markdown, and every figure as PNG and SVG."""
+    """Write the report: one HTML file that needs no network, Markdown, and every figure as PNG and SVG.
+
+    Exit codes: 0 done, 1 written, but a file that may be a result was left out and is named, 2 bad input.
+    """
     from peft_vit.report import build_report
 
     files = build_report(results_dir, output_dir or results_dir / "report")
     print(f"Report: {files.html}\nMarkdown: {files.markdown}")
+    say_left_out(files.results)
+
+
+class SmallestBy(StrEnum):
+    """What `recommend` orders experiments by."""
+
+    BYTES = "bytes"
+    PARAMS = "params"
+    LATENCY = "latency"
+
+
+@app.command()
+def recommend(
+    results_dir: ResultsDir,
+    max_bytes: Annotated[str | None, typer.Option(help="to store, base and adapter: 20MB, 20MiB or 2e7")] = None,
+    max_params: Annotated[str | None, typer.Option(help="trainable at the end, head included: 300k or 3e5")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="of one training step")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="of one forward pass, where it was measured")] = None,
+    max_drop: Annotated[
+        float, typer.Option(help="points of test accuracy whose loss matters; to be chosen before looking")
+    ] = 1.0,
+    smallest: Annotated[SmallestBy, typer.Option(help="by which measure")] = SmallestBy.BYTES,
+    study: Annotated[str | None, typer.Option(help="its name, where RESULTS_DIR holds several")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="write the configuration to this file; default: print it", show_default=False)
+    ] = None,
+) -> None:
+    """Name the smallest configuration that is shown to lose less than --max-drop against the best, and print it.
+
+    Where the data does not decide, nothing is recommended, and it says how many seeds would. Exit codes: 0 done,
+    2 bad input.
+    """
+    from peft_vit.analysis import limits, load_studies
+    from peft_vit.analysis.recommendation import check_margin, choose_study
+    from peft_vit.analysis.recommendation import recommend as find
+    from peft_vit.report.recommended import print_recommendation
+
+    asked = limits.Limits(
+        stored_bytes=None if max_bytes is None else limits.parse_bytes(max_bytes, "--max-bytes"),
+        parameters=None if max_params is None else limits.parse_count(max_params, "--max-params"),
+        seconds_per_step=limits.check_positive(max_seconds, "--max-seconds", "seconds"),
+        latency_s=limits.milliseconds(max_latency_ms, "--max-latency-ms"),
+    )
+    margin = check_margin(max_drop, "--max-drop")
+    chosen = choose_study(load_studies(results_dir), study, results_dir)
+    print_recommendation(find(chosen, asked, margin=margin, measure=smallest.value), to)

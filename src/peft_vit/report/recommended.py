@@ -1,0 +1,266 @@
+"""A recommendation in words, and the configuration to train it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from peft_vit.analysis.limits import Fault, Measure, Option
+from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, hardware, smallest_that_exists
+from peft_vit.analysis.study_yaml import study_yaml
+from peft_vit.errors import UserError
+from peft_vit.records import write_atomically
+from peft_vit.report.document import Paragraph, Table
+from peft_vit.report.numbers import count, counted, fixed, megabytes, percent, points_interval
+from peft_vit.report.terminal import print_blocks
+
+_SUFFIX = "-recommended"
+_ORDER: dict[Measure, str] = {"bytes": "bytes to store", "params": "trainable parameters", "latency": "latency"}
+
+
+def print_recommendation(found: Recommendation, to: Path | None) -> None:
+    """Print what is recommended and why; write its configuration to a file, or print it below the text.
+
+    Raises:
+        UserError: if the file can't be written.
+    """
+    print_blocks(recommendation_blocks(found))
+    configuration = recommended_yaml(found)
+    if configuration is None:
+        if to is not None:
+            print_blocks([Paragraph(f"{to} is not written: nothing is recommended.")])
+    elif to is None:
+        print_blocks([Paragraph("\nThe configuration to train it:\n")])
+        print(configuration, end="")
+    else:
+        try:
+            write_atomically(to, configuration.encode())
+        except OSError as error:
+            raise UserError(
+                f"can't be written ({error.strerror}); choose another file", file=to, field="--to"
+            ) from None
+        print_blocks([Paragraph(f"Its configuration: {to}\nNext: peft-vit plan {to}")])
+
+
+def recommendation_blocks(found: Recommendation) -> Iterator[Paragraph | Table]:
+    """Yield what is recommended and why, or what the data does not decide."""
+    for notice in found.study.notices:
+        yield Paragraph(notice)
+    for name, reason in found.left_out.items():
+        yield Paragraph(f"Left out: {name} {reason}.")
+    yield from map(Paragraph, _asked(found))
+    yield from map(Paragraph, _answer(found))
+    if found.candidates:
+        yield _tested_table(found)
+    yield from map(Paragraph, _not_tested(found))
+
+
+def _asked(found: Recommendation) -> Iterator[str]:
+    best, study = found.best, found.study
+    seeds = counted(len(best.seeds), "seed")
+    yield (
+        f"Study {study.label}. Best by validation: {best.name}, mean validation accuracy "
+        f"{percent(best.validation_accuracy)} ({seeds}); {_cost(best)}."
+    )
+    if uneven := [one for one in _rated(found) if set(one.seeds) != set(best.seeds)]:
+        listed = ", ".join(f"{one.name} {_seeds(one)}" for one in uneven)
+        yield f"Validation means are over different seeds than the best's ({_seeds(best)}): {listed}."
+    limits = ", ".join(_limit(fault) for fault in found.limits.given(best.cost)) or "none"
+    yield (
+        f"Asked: the smallest by {_ORDER[found.measure]} that loses less than {_points(found)} of test accuracy "
+        f"against it. Limits: {limits}."
+    )
+
+
+def _answer(found: Recommendation) -> Iterator[str]:
+    best = found.best
+    if found.outcome == "nothing within":
+        yield "Nothing is within the limits, so nothing is recommended."
+        for fault, rated in smallest_that_exists(found):
+            yield f"Nearest to {_limit(fault)}: {rated.name} with {_value(fault)}."
+    elif found.outcome == "best":
+        yield f"Recommended: {best.name}, the best itself: nothing within the limits is smaller, so no test was needed."
+    elif found.chosen is not None:
+        yield from _recommended(found, found.chosen)
+    else:
+        yield from _not_decided(found)
+
+
+def _recommended(found: Recommendation, chosen: Rated) -> Iterator[str]:
+    tested = found.comparison_of(chosen)
+    assert tested is not None
+    assert tested.difference is not None
+    assert tested.adjusted_p is not None
+    yield (
+        f"Recommended: {chosen.name}. Test accuracy against {found.best.name}: "
+        f"{points_interval(tested.difference)} points, {counted(len(tested.seeds), 'pair')}; that it loses "
+        f"{_points(found)} or more is rejected with p = {tested.adjusted_p:.2g} ({_family(found)})."
+    )
+    yield f"Against {found.best.name} it {'; '.join(_savings(found.best, chosen))}."
+
+
+def _not_decided(found: Recommendation) -> Iterator[str]:
+    family = len(found.candidates)
+    names = "the one candidate is not" if family == 1 else f"none of {family} candidates is"
+    yield (
+        f"Not decided: {names} shown to lose less than {_points(found)}, so nothing smaller is recommended. That does "
+        "not say that it is lost."
+    )
+    if found.best.faults:
+        broken = "; ".join(_broken(fault) for fault in found.best.faults)
+        yield f"The safe choice would be {found.best.name}, which is outside the limits: {broken}."
+    else:
+        yield f"The safe choice is {found.best.name} itself, which keeps the limits."
+
+
+def _tested_table(found: Recommendation) -> Table:
+    interval = f"{100 * found.confidence:.4g} %"
+    return Table(
+        slug="recommendation",
+        title="Candidates, smallest first",
+        columns=(
+            "experiment",
+            "to store",
+            "parameters",
+            "difference (points)",
+            "n",
+            "p (Holm)",
+            "loses less than asked?",
+        ),
+        rows=tuple(
+            (
+                one.rated.name,
+                megabytes(one.rated.cost.stored_bytes),
+                count(one.rated.cost.parameters),
+                points_interval(one.difference),
+                str(len(one.seeds)),
+                "–" if one.adjusted_p is None else f"{one.adjusted_p:.2g}",
+                _verdict(one, found.margin) + (f" ({one.note})" if one.note else ""),
+            )
+            for one in found.candidates
+        ),
+        note=(
+            f"Test accuracy, candidate minus {found.best.name}, n pairs by seed; negative is a loss. One-sided "
+            f"non-inferiority t test against {_points(found)} at 5 %, {_family(found)}. The {interval} t intervals "
+            "hold for all candidates at once. 'Would do': 80 % power, if mean and spread stayed what they are."
+        ),
+        data=(),
+    )
+
+
+def _verdict(one: Candidate, margin: float) -> str:
+    if one.shown:
+        return "shown"
+    if len(one.seeds) < 2:
+        return f"not decided: {counted(len(one.seeds), 'pair')}, the test needs 2 and more"
+    if one.p_value is None:
+        return "not decided: the differences have no spread, which the test needs"
+    if one.difference is not None and one.difference.high is not None and one.difference.high < -margin:
+        return "no: the whole interval lies below"
+    if one.needed_n is None:
+        return "not decided, and the estimate gives no n up to 1000 that would do"
+    return f"not decided; n = {one.needed_n} would do"
+
+
+def _not_tested(found: Recommendation) -> Iterator[str]:
+    for one in found.outside:
+        broken = "; ".join(_broken(fault) for fault in one.faults)
+        yield f"Outside the limits: {one.name}: {broken}."
+    if found.larger and found.outcome != "nothing within":
+        yield f"No smaller than the best, so not tested: {', '.join(one.name for one in found.larger)}."
+
+
+def recommended_yaml(found: Recommendation) -> str | None:
+    """Return the configuration of a study of what is recommended, on the seeds of its runs; None if nothing is."""
+    chosen = found.chosen
+    if chosen is None:
+        return None
+    why = "the best by validation; nothing within the limits is smaller"
+    if found.outcome == "smaller":
+        why = f"shown to lose less than {_points(found)} of test accuracy against {found.best.name}"
+    comments = [f"{chosen.name} of study {found.study.label}, made again from its records: {why}."]
+    if found.study.smoke:
+        comments.append("Smoke runs: random weights, synthetic images. They say nothing about a method.")
+    return study_yaml(chosen.runs[0].record.spec, chosen.seeds, suffix=_SUFFIX, comments=comments)
+
+
+def _rated(found: Recommendation) -> Sequence[Rated]:
+    return (*(one.rated for one in found.candidates), *found.outside, *found.larger)
+
+
+def _seeds(rated: Rated) -> str:
+    return f"seed{'' if len(rated.seeds) == 1 else 's'} {', '.join(map(str, rated.seeds))}"
+
+
+def _family(found: Recommendation) -> str:
+    family = len(found.candidates)
+    return f"Holm over {family} candidate{'' if family == 1 else 's'}"
+
+
+def _points(found: Recommendation) -> str:
+    points = 100 * found.margin
+    return f"{points:.4g} point{'' if points == 1 else 's'}"
+
+
+def _cost(rated: Rated) -> str:
+    parts = [f"{megabytes(rated.cost.stored_bytes)} to store", f"{count(rated.cost.parameters)} trainable parameters"]
+    if rated.cost.seconds_per_step is not None:
+        parts.append(f"{fixed(rated.cost.seconds_per_step)} s a step")
+    if rated.cost.latency_s is not None:
+        parts.append(f"{fixed(1000 * rated.cost.latency_s, 1)} ms latency")
+    return ", ".join(parts)
+
+
+def _bytes(value: float) -> str:
+    return megabytes(value) if value >= 1e4 else f"{count(value)} bytes"
+
+
+def _parameters(value: float) -> str:
+    return f"{count(value)} parameters"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s a step"
+
+
+def _latency(value: float) -> str:
+    return f"{1000 * value:.3g} ms latency"
+
+
+_UNITS: dict[Option, Callable[[float], str]] = {
+    "--max-bytes": _bytes, "--max-params": _parameters, "--max-seconds": _seconds, "--max-latency-ms": _latency,
+}  # fmt: skip
+
+
+def _limit(fault: Fault) -> str:
+    return f"at most {_UNITS[fault.option](fault.limit)}"
+
+
+def _value(fault: Fault) -> str:
+    return "not recorded" if fault.value is None else _UNITS[fault.option](fault.value)
+
+
+def _broken(fault: Fault) -> str:
+    return f"{_value(fault)}, asked {_limit(fault)}"
+
+
+def _savings(best: Rated, chosen: Rated) -> Iterator[str]:
+    yield _saved(best.cost.stored_bytes, chosen.cost.stored_bytes, _bytes)
+    yield _saved(best.cost.parameters, chosen.cost.parameters, _parameters)
+    times = [
+        (best.cost.seconds_per_step, chosen.cost.seconds_per_step, _seconds),
+        (best.cost.latency_s, chosen.cost.latency_s, _latency),
+    ]
+    known = [(before, after, words) for before, after, words in times if before is not None and after is not None]
+    if known and len({hardware(run) for run in (*best.runs, *chosen.runs)}) > 1:
+        yield "was timed on other machines, so times do not compare"
+        return
+    for before, after, words in known:
+        yield _saved(before, after, words)
+
+
+def _saved(before: float, after: float, words: Callable[[float], str]) -> str:
+    if before == after:
+        return f"takes the same {words(before)}"
+    share = f" ({fixed(100 * abs(before - after) / before, 0)} %)" if before else ""
+    return f"{'saves' if after < before else 'takes more:'} {words(abs(before - after))} of {words(before)}{share}"

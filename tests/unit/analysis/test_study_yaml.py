@@ -1,0 +1,109 @@
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+
+from peft_vit.analysis.study_yaml import study_yaml
+from peft_vit.config import StudyConfig, load_study, study_from_mapping
+from peft_vit.method_settings import AdaptiveBitsConfig
+from peft_vit.records import RunSpec, read_record, write_record
+
+ADALORA = {
+    "total_rank_budget": 288, "allocation_strategy": "threshold", "importance_metric": "sensitivity",
+    "update_frequency": 6, "warmup_steps": 12,
+}  # fmt: skip
+QA = {"quantization_schedule": "linear", "gradient_scaling_factor": 1e-05, "use_group_quantization": True}
+BITS = {"quantization_bits": 4, "quantization_type": "nf4"}
+EXPERIMENTS: list[dict[str, Any]] = [
+    {"name": "linear", "method": "linear", "training": {"clip_norm": None, "weight_decay": 1e22}},
+    {"name": "1e3", "method": "full", "training": {"optimizer": "sgd"}},  # a name that YAML 1.2 reads as a number
+    {"name": "no", "method": "lora", "lora": {"rank": 8, "targets": ["value", "query"]}},
+    {"name": "010", "method": "lora", "lora": {"start": "1_000"}},
+    {"name": "null", "method": "peft_lora", "peft_lora": {"rank": 3, "scale": 1.0}},
+    {"name": "adalora", "method": "adalora", "adalora": {**ADALORA, "threshold_tau": 0.5, "final_steps": 0}},
+    {
+        "name": "svd", "method": "adalora",
+        "adalora": {
+            "total_byte_budget": 10**6, "allocation_strategy": "global", "importance_metric": "magnitude",
+            "update_frequency": 6, "warmup_steps": 12, "parametrization": "svd", "orthogonality_weight": 0.0,
+        },
+    },
+    {
+        "name": "peft_adalora", "method": "peft_adalora",
+        "peft_adalora": {"update_frequency": 2, "warmup_steps": 3, "initial_rank": 9},
+    },
+    {"name": "qa_lora", "method": "qa_lora", "qa_lora": {**QA, **BITS, "rank": 4, "balance_target": 0.5}},
+    {
+        "name": "adaptive_bits", "method": "qa_lora",
+        "qa_lora": {**QA, "adaptive_bits": {"total_byte_budget": 5 * 10**6, "ranks": True, "types": ["int4", "int8"]}},
+    },
+    {"name": "qa_adalora", "method": "qa_adalora", "adalora": ADALORA, "qa_lora": {**QA, **BITS, "scale": 1.5}},
+]  # fmt: skip
+
+
+def planted_study(**changes: Any) -> StudyConfig:
+    mapping = {
+        "name": "s" * 64,
+        "seeds": [3, 1],
+        "precision": "bf16",
+        "threads": 1,
+        "backbone": {"model": "test_vit", "weights": "file", "file": "weights: #1.pth", "sha256": "1" * 64},
+        "data": {
+            "dataset": "csv", "path": "2024-01-01", "image_size": 32, "shots_per_class": 4, "validation_images": 20,
+            "train_subset": "per_seed",
+        },
+        "experiments": [
+            {**one, "training": {"epochs": 3, "learning_rate": 1e-3, **one.get("training", {})}} for one in EXPERIMENTS
+        ],
+        **changes,
+    }  # fmt: skip
+    return study_from_mapping(mapping, file=Path("planted.yaml"))
+
+
+def spec_of(study: StudyConfig, place: int) -> RunSpec:
+    return RunSpec(
+        study=study.name, seed=study.seeds[0], experiment=study.experiments[place], backbone=study.backbone,
+        data=study.data, device=study.device, precision=study.precision, threads=study.threads,
+    )  # fmt: skip
+
+
+def test_every_method_is_among_the_experiments() -> None:
+    assert {one["method"] for one in EXPERIMENTS} >= {
+        "linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", range(len(EXPERIMENTS)), ids=[one["name"] for one in EXPERIMENTS])
+def test_the_file_says_what_the_record_says(place: int, tmp_path: Path) -> None:
+    study = planted_study()
+    record = planted.record(planted.experiments()["linear_probe"], 3, 0.8)
+    spec = spec_of(study, place)
+    written = write_record(tmp_path, record.model_copy(update={"spec": spec, "spec_digest": spec.digest()}))
+    read = read_record(written).spec  # as a command meets it: with every default spelled out
+    file = tmp_path / "again.yaml"
+    file.write_text(study_yaml(read, [1, 3], suffix="-again", comments=["why: because", "second"]), encoding="utf-8")
+    again = load_study(file)
+    assert again.experiments == (study.experiments[place],)
+    assert (again.backbone, again.data) == (study.backbone, study.data)
+    assert (again.device, again.precision, again.threads) == (study.device, study.precision, study.threads)
+    assert again.seeds == (1, 3)
+    assert again.name == "s" * 58 + "-again"
+    assert file.read_text(encoding="utf-8").startswith("# why: because\n# second\nname: ")
+
+
+def test_what_differs_inside_a_section_is_not_lost() -> None:
+    bits = planted_study().experiments[9].qa_lora
+    assert bits is not None
+    assert isinstance(bits.adaptive_bits, AdaptiveBitsConfig)
+    assert "ranks: true" in study_yaml(spec_of(planted_study(), 9), [0], suffix="")
+
+
+def test_a_path_in_any_script_comes_back(tmp_path: Path) -> None:
+    data = {
+        "dataset": "csv", "path": "bilder/ö: 数据 'x' \"y\" \\n.csv", "image_size": 32, "validation_images": 20,
+    }  # fmt: skip
+    study = planted_study(data=data)
+    file = tmp_path / "again.yaml"
+    file.write_text(study_yaml(spec_of(study, 0), [0], suffix="-again"), encoding="utf-8")
+    assert load_study(file).data == study.data
