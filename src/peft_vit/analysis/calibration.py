@@ -1,0 +1,229 @@
+"""Whether a model's confidence can be believed: reliability bins, two calibration errors, Brier's score.
+
+A record holds the probability of the predicted class only, not those of the others. That is all that calibration of the
+answer needs. Smaller is better for every measure here but `overconfidence`, whose best value is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from peft_vit.analysis.comparison import Comparison, compare, correct, references
+from peft_vit.analysis.studies import Run, Study
+from peft_vit.config import ExperimentConfig
+from peft_vit.statistics import Interval, mean_interval
+
+BINS = 15  # as for the ECE of the records
+
+Measure = Literal["nll", "ece", "adaptive_ece", "brier"]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Predictions of similar confidence.
+
+    Attributes:
+        low: no confidence in it lies below; the bin's own end, or with equal counts its smallest confidence.
+        high: likewise above.
+        count: predictions in it.
+        confidence: their mean; None in an empty bin.
+        accuracy: share of right ones among them; None in an empty bin.
+    """
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One experiment. Intervals are over seeds.
+
+    Attributes:
+        experiment: what was asked.
+        nll: mean negative log likelihood on test, nats; with ece known for every run.
+        ece: expected calibration error, 15 equal-width bins.
+        adaptive_ece: the same with bins of equal counts; None without predictions, which goes for all below.
+        brier: `confidence_brier`.
+        overconfidence: mean confidence minus accuracy.
+        bins: equal-width bins over the predictions of all seeds. Seeds share the images, so they are no independent
+            draws, and an interval from their count would be too narrow.
+        seeds: with predictions.
+        without: seeds whose record holds no predictions.
+    """
+
+    experiment: ExperimentConfig
+    nll: Interval
+    ece: Interval
+    adaptive_ece: Interval | None
+    brier: Interval | None
+    overconfidence: Interval | None
+    bins: tuple[Bin, ...]
+    seeds: tuple[int, ...]
+    without: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CalibrationDifferences:
+    """Paired differences of one measure to one reference, corrected as one family: negative is better calibrated."""
+
+    measure: Measure
+    reference: str
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    adaptive_ece: float
+    brier: float
+    overconfidence: float
+    confidence: NDArray[np.float64]
+    right: NDArray[np.bool_]
+
+
+def equal_width_bins(confidence: ArrayLike, right: ArrayLike, bins: int = BINS) -> tuple[Bin, ...]:
+    """Return predictions by confidence: bin m of M holds those in ((m - 1) / M, m / M], the first one 0 too.
+
+    Source: Guo et al. 2017, arXiv 1706.04599, figure 1; the same bins as the ECE of the records.
+
+    Args:
+        confidence: (n,) probability of the predicted class.
+        right: (n,) whether the prediction is right.
+        bins: M.
+
+    Raises:
+        ValueError: for no predictions, unequal lengths, or a confidence outside 0 to 1.
+    """
+    p, hit = _checked(confidence, right)
+    index = np.clip(np.ceil(p * bins).astype(np.int64) - 1, 0, bins - 1)
+    return tuple(_bin(p[index == m], hit[index == m], m / bins, (m + 1) / bins) for m in range(bins))
+
+
+def equal_count_bins(confidence: ArrayLike, right: ArrayLike, bins: int = BINS) -> tuple[Bin, ...]:
+    """Return predictions in up to M bins of equal counts, as far as ties allow; empty bins are left out.
+
+    A prediction of midrank r among n by confidence goes to bin floor((r - 1/2) M / n): equal confidences stay together,
+    so the bins do not depend on the order of the images. Source: Nguyen & O'Connor 2015, arXiv 1508.05154, adaptive
+    binning; Nixon et al. 2019, arXiv 1904.01685.
+
+    Args and errors as in `equal_width_bins`.
+    """
+    p, hit = _checked(confidence, right)
+    index = np.floor((stats.rankdata(p) - 0.5) * bins / p.size).astype(np.int64)
+    groups = [(p[index == m], hit[index == m]) for m in np.unique(index)]
+    return tuple(_bin(inside, hits, float(inside.min()), float(inside.max())) for inside, hits in groups)
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Return the expected calibration error over bins: ``sum_m n_m / n |accuracy_m - confidence_m|``.
+
+    It is biased upwards where bins hold few predictions, as their accuracy then strays by chance. Source: Naeini,
+    Cooper & Hauskrecht, AAAI 2015; Guo et al. 2017, arXiv 1706.04599.
+    """
+    total = sum(one.count for one in bins)
+    return (
+        math.fsum(
+            one.count * abs(one.accuracy - one.confidence)
+            for one in bins
+            if one.accuracy is not None and one.confidence is not None
+        )
+        / total
+    )
+
+
+def confidence_brier(confidence: ArrayLike, right: ArrayLike) -> float:
+    """Return the mean squared error of the confidence in the answer, ``mean (p - [right])^2``.
+
+    With two classes it is Brier's score of the probability of one class (half of his sum over both). With more classes
+    his sum needs all their probabilities, which records do not hold; this one then scores the forecast "my answer is
+    right". Source: Brier, Monthly Weather Review 78 (1950).
+    """
+    p, hit = _checked(confidence, right)
+    return math.fsum((p - hit) ** 2) / p.size
+
+
+def calibration(study: Study) -> tuple[tuple[Calibration, ...], tuple[CalibrationDifferences, ...]]:
+    """Return one row for each experiment with a finished run, and paired differences to the study's references.
+
+    Differences are one family of tests for each measure and reference; a measure that no pair has makes none.
+    """
+    measured = _measure(study)
+    runs_of = {e.name: runs for e in study.experiments if (runs := study.of(e.name))}
+    rows = tuple(_calibration(runs[0].experiment, runs, measured) for runs in runs_of.values())
+    values: dict[Measure, Callable[[Run], float | None]] = {
+        "nll": lambda run: run.test.nll,
+        "ece": lambda run: run.test.ece,
+        "adaptive_ece": lambda run: one.adaptive_ece if (one := measured.get(run.record.spec.run_id)) else None,
+        "brier": lambda run: one.brier if (one := measured.get(run.record.spec.run_id)) else None,
+    }
+    families = []
+    for reference in references(study):
+        others = [name for name in runs_of if name != reference]
+        for measure, value in values.items():
+            family = [compare(runs_of[name], runs_of[reference], name, reference, value) for name in others]
+            if any(comparison.difference is not None for comparison in family):
+                families.append(CalibrationDifferences(measure, reference, correct(family)))
+    return rows, tuple(families)
+
+
+def _measure(study: Study) -> dict[str, _Measured]:
+    found = {}
+    for run in study.runs:
+        predictions = run.record.predictions
+        if predictions is None or not predictions.labels:
+            continue
+        p = np.asarray(predictions.probability, dtype=np.float64)
+        hit = np.asarray(predictions.predicted) == np.asarray(predictions.labels)
+        found[run.record.spec.run_id] = _Measured(
+            adaptive_ece=calibration_error(equal_count_bins(p, hit)),
+            brier=confidence_brier(p, hit),
+            overconfidence=math.fsum(p - hit) / p.size,
+            confidence=p,
+            right=hit,
+        )
+    return found
+
+
+def _calibration(experiment: ExperimentConfig, runs: Sequence[Run], measured: dict[str, _Measured]) -> Calibration:
+    known = {run.seed: one for run in runs if (one := measured.get(run.record.spec.run_id)) is not None}
+    found = list(known.values())
+    bins: tuple[Bin, ...] = ()
+    if found:
+        bins = equal_width_bins(
+            np.concatenate([one.confidence for one in found]), np.concatenate([one.right for one in found])
+        )
+    return Calibration(
+        experiment=experiment,
+        nll=mean_interval([run.test.nll for run in runs]),
+        ece=mean_interval([run.test.ece for run in runs]),
+        adaptive_ece=mean_interval([one.adaptive_ece for one in found]) if found else None,
+        brier=mean_interval([one.brier for one in found]) if found else None,
+        overconfidence=mean_interval([one.overconfidence for one in found]) if found else None,
+        bins=bins,
+        seeds=tuple(known),
+        without=tuple(run.seed for run in runs if run.seed not in known),
+    )
+
+
+def _checked(confidence: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.bool_)
+    if p.ndim != 1 or p.shape != hit.shape or p.size == 0:
+        raise ValueError(f"expected as many confidences as answers and at least one, got {p.size} and {hit.size}")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("expected confidences between 0 and 1")
+    return p, hit
+
+
+def _bin(p: NDArray[np.float64], hit: NDArray[np.bool_], low: float, high: float) -> Bin:
+    if not p.size:
+        return Bin(low, high, 0, None, None)
+    return Bin(low, high, int(p.size), math.fsum(p) / p.size, float(np.count_nonzero(hit)) / p.size)

@@ -1,0 +1,177 @@
+"""Calibration against plain loops, scikit-learn and planted confidences."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import planted
+import pytest
+from sklearn.metrics import brier_score_loss
+
+from peft_vit.analysis import Study, group_by_study
+from peft_vit.analysis.calibration import (
+    calibration,
+    calibration_error,
+    confidence_brier,
+    equal_count_bins,
+    equal_width_bins,
+)
+from peft_vit.evaluation.metrics import expected_calibration_error
+from peft_vit.records import Predictions, RunRecord
+
+EXPERIMENTS = planted.experiments()
+
+
+def study_of(records: list[RunRecord]) -> Study:
+    (study,) = group_by_study(records, source=Path("results"))
+    return study
+
+
+def drawn(n: int, seed: int, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    p = rng.uniform(0.3, 1.0, n)
+    if ties:
+        p = np.round(p, 1)
+    return p, rng.random(n) < p**2
+
+
+def plain_error(groups: list[list[tuple[float, bool]]]) -> float:
+    """Word by word: the gap of each group, weighted with its share."""
+    n = sum(len(group) for group in groups)
+    error = 0.0
+    for group in groups:
+        if group:
+            confidence = sum(p for p, _ in group) / len(group)
+            accuracy = sum(hit for _, hit in group) / len(group)
+            error += len(group) / n * abs(accuracy - confidence)
+    return error
+
+
+def test_equal_width_bins_by_a_plain_loop() -> None:
+    p, hit = drawn(500, 1, ties=True)
+    groups: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
+    for one, right in zip(p.tolist(), hit.tolist(), strict=True):
+        inside = [m for m in range(15) if m / 15 < one <= (m + 1) / 15]
+        groups[inside[0]].append((one, right))
+    bins = equal_width_bins(p, hit)
+    assert [one.count for one in bins] == [len(group) for group in groups]
+    assert calibration_error(bins) == pytest.approx(plain_error(groups), abs=1e-12)
+    for one, group in zip(bins, groups, strict=True):
+        if not group:
+            assert (one.confidence, one.accuracy) == (None, None)
+            continue
+        assert one.accuracy == pytest.approx(np.mean([right for _, right in group]), abs=1e-12)
+        assert one.confidence == pytest.approx(np.mean([value for value, _ in group]), abs=1e-12)
+        assert one.low < one.confidence <= one.high
+
+
+def test_equal_width_error_is_the_one_of_the_records() -> None:
+    p, hit = drawn(1000, 2)
+    assert calibration_error(equal_width_bins(p, hit)) == pytest.approx(expected_calibration_error(p, hit), abs=1e-12)
+
+
+def test_equal_count_bins_by_sorting() -> None:
+    p, hit = drawn(300, 3)
+    pairs = sorted(zip(p.tolist(), hit.tolist(), strict=True))
+    groups = [pairs[20 * m : 20 * (m + 1)] for m in range(15)]
+    bins = equal_count_bins(p, hit)
+    assert [one.count for one in bins] == [20] * 15
+    assert calibration_error(bins) == pytest.approx(plain_error(groups), abs=1e-12)
+    assert (bins[0].low, bins[-1].high) == (p.min(), p.max())
+
+
+def test_equal_confidences_stay_in_one_bin_whatever_the_order() -> None:
+    p, hit = drawn(200, 4, ties=True)
+    bins = equal_count_bins(p, hit, 5)
+    order = np.random.default_rng(0).permutation(200)
+    assert equal_count_bins(p[order], hit[order], 5) == bins
+    assert all(left.high < right.low for left, right in pairwise(bins))
+    assert sum(one.count for one in bins) == 200
+
+
+def test_brier_equals_scikit_learn_for_two_classes() -> None:
+    rng = np.random.default_rng(5)
+    positive = rng.random(400)  # probability of class 1
+    label = rng.random(400) < positive
+    predicted = positive > 0.5
+    confidence = np.maximum(positive, 1 - positive)
+    assert confidence_brier(confidence, predicted == label) == pytest.approx(
+        brier_score_loss(label, positive), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize(("p", "hit"), [([], []), ([0.5], [True, False]), ([1.2], [True]), ([math.nan], [True])])
+def test_what_is_no_confidence_is_refused(p: list[float], hit: list[bool]) -> None:
+    for of in (equal_width_bins, equal_count_bins, confidence_brier):
+        with pytest.raises(ValueError, match="expected"):
+            of(p, hit)
+
+
+def predictions(right: int, wrong: int, confidence: float) -> Predictions:
+    n = right + wrong
+    return Predictions(
+        images=list(range(n)), labels=[0] * n, predicted=[0] * right + [1] * wrong, probability=[confidence] * n
+    )
+
+
+def recorded(name: str, seed: int, predicted: Predictions | None, **test: float) -> RunRecord:
+    changes: dict[str, Any] = {"predictions": predicted}
+    if test:
+        changes["test"] = planted.metrics(0.8).model_copy(update=test)
+    return planted.record(EXPERIMENTS[name], seed, 0.8, changes=changes)
+
+
+def test_planted_overconfidence_is_found() -> None:
+    # 7 of 10 right at confidence 0.9, then 8 of 10: accuracy 0.75 over both.
+    records = [recorded("lora_r8", 0, predictions(7, 3, 0.9)), recorded("lora_r8", 1, predictions(8, 2, 0.9))]
+    (one,) = calibration(study_of(records))[0]
+    assert one.overconfidence is not None
+    assert one.overconfidence.estimate == pytest.approx(0.15)
+    assert one.adaptive_ece is not None
+    assert one.adaptive_ece.estimate == pytest.approx(0.15)
+    assert one.brier is not None
+    # (7 * 0.01 + 3 * 0.81) / 10 = 0.25; (8 * 0.01 + 2 * 0.81) / 10 = 0.17
+    assert one.brier.estimate == pytest.approx(0.21)
+    (filled,) = [b for b in one.bins if b.count]
+    assert (filled.count, filled.accuracy) == (20, 0.75)
+    assert filled.confidence == pytest.approx(0.9)
+    assert (one.seeds, one.without) == ((0, 1), ())
+
+
+def test_records_without_predictions_are_named() -> None:
+    empty = Predictions(images=[], labels=[], predicted=[], probability=[])
+    records = [
+        recorded("lora_r8", 0, None),
+        recorded("lora_r8", 1, empty),
+        recorded("lora_r8", 2, predictions(1, 1, 0.5)),
+    ]
+    (one,) = calibration(study_of(records))[0]
+    assert (one.seeds, one.without) == ((2,), (0, 1))
+    assert one.nll.n == 3
+    (none,) = calibration(study_of(records[:1]))[0]
+    assert (none.brier, none.bins, none.without) == (None, (), (0,))
+
+
+def test_differences_to_the_reference_are_paired_and_negative_where_better() -> None:
+    records = []
+    for seed in range(7):
+        records.append(recorded("lora_r8", seed, predictions(8, 2, 0.9), nll=0.5 + 0.1 * seed))
+        records.append(recorded("lora_r2", seed, predictions(8, 2, 0.8), nll=0.4 + 0.1 * seed + 0.001 * seed**2))
+    families = {family.measure: family for family in calibration(study_of(records))[1]}
+    assert {family.reference for family in families.values()} == {"lora_r8"}
+    (nll,) = families["nll"].comparisons
+    assert nll.difference is not None
+    assert nll.difference.estimate == pytest.approx(-0.1 + 0.001 * 91 / 7)
+    assert nll.verdict == "refuted", "it is not larger: 2 / 2^7 for seven of one sign"
+    (adaptive,) = families["adaptive_ece"].comparisons
+    assert adaptive.difference is not None
+    assert adaptive.difference.estimate == pytest.approx(-0.1)
+
+
+def test_a_measure_that_no_pair_has_makes_no_family() -> None:
+    records = [recorded(name, seed, None) for name in ("lora_r8", "lora_r2") for seed in range(2)]
+    assert {family.measure for family in calibration(study_of(records))[1]} == {"nll", "ece"}
