@@ -1,0 +1,185 @@
+"""Does importance repeat? Over the seeds of one experiment, and over studies with other images.
+
+Both describe. The sites of one network are no independent draws, so no p-value comes from their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from peft_vit.analysis.importance import ImportancePattern
+from peft_vit.analysis.studies import Study
+from peft_vit.config import ExperimentConfig
+from peft_vit.statistics import spearman
+
+_FEWEST_SITES = 3
+
+
+def kendalls_w(scores: ArrayLike) -> float | None:
+    """Return Kendall's coefficient of concordance: 1 if all judges order alike, near 0 if they do as chance would.
+
+    ``W = 12 S / (m^2 (n^3 - n) - m T)``, S the squared deviations of the n rank sums from their mean, T the sum of
+    t^3 - t over groups of t ties of each judge. Without ties the mean Spearman's rho over pairs of judges is ``(m W
+    - 1) / (m - 1)``. Source: Kendall & Babington Smith, Annals of Mathematical Statistics 10 (1939); computed from
+    Friedman's statistic of `scipy.stats.friedmanchisquare`, which is m (n - 1) W.
+
+    Args:
+        scores: (m, n) one row a judge (here a seed), one column a thing judged (here a site).
+
+    Returns:
+        None for fewer than 2 judges or 3 things, or if a judge makes no difference between things.
+
+    Raises:
+        ValueError: for scores that are no finite (m, n) array.
+    """
+    data = np.asarray(scores, dtype=np.float64)
+    if data.ndim != 2 or not np.isfinite(data).all():
+        raise ValueError("expected a two-dimensional array of finite scores")
+    judges, things = data.shape
+    if judges < 2 or things < _FEWEST_SITES or (np.ptp(data, axis=1) == 0).any():
+        return None
+    return float(stats.friedmanchisquare(*data.T).statistic) / (judges * (things - 1))
+
+
+@dataclass(frozen=True)
+class SeedAgreement:
+    """Do the seeds of one experiment agree on the order of sites?
+
+    Attributes:
+        experiment: what was asked.
+        w: Kendall's W over seeds of the last scores; None as in `kendalls_w`.
+        seeds: judges.
+        sites: that all seeds scored.
+        by_block: Kendall's W of the blocks' mean relative scores.
+        by_matrix: the same of the matrix types'.
+    """
+
+    experiment: ExperimentConfig
+    w: float | None
+    seeds: int
+    sites: int
+    by_block: float | None
+    by_matrix: float | None
+
+
+def seed_agreements(patterns: Sequence[ImportancePattern]) -> tuple[SeedAgreement, ...]:
+    """Return one row for each pattern."""
+    return tuple(_seed_agreement(pattern) for pattern in patterns)
+
+
+def _seed_agreement(pattern: ImportancePattern) -> SeedAgreement:
+    seeds = len(pattern.seeds)
+    relative = pattern.relative_final.reshape(seeds, -1)  # (S, B * M)
+    sites = _judged_by_all(relative)
+    known = np.isfinite(pattern.relative_final)
+    total = np.where(known, pattern.relative_final, 0.0).sum(axis=1)  # (S, M)
+    count = known.sum(axis=1)
+    by_matrix = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return SeedAgreement(
+        experiment=pattern.experiment,
+        w=kendalls_w(sites),
+        seeds=seeds,
+        sites=sites.shape[1],
+        by_block=kendalls_w(_judged_by_all(pattern.by_block)),
+        by_matrix=kendalls_w(_judged_by_all(by_matrix)),
+    )
+
+
+def _judged_by_all(scores: np.ndarray) -> np.ndarray:
+    return scores[:, np.isfinite(scores).all(axis=0)]
+
+
+@dataclass(frozen=True)
+class StudyAgreement:
+    """Do two studies agree on which sites matter, by the same metric?
+
+    Attributes:
+        metric: the importance metric of both.
+        study, other: labels of the studies.
+        experiment, other_experiment: whose scores.
+        images, other_images: data sets.
+        rho: Spearman's rho of the mean final relative scores of shared sites; None if one of both is constant.
+        sites: shared.
+        same_backbone: whether both have the same model and weights; otherwise sites share no more than a name.
+    """
+
+    metric: str
+    study: str
+    other: str
+    experiment: str
+    other_experiment: str
+    images: str
+    other_images: str
+    rho: float | None
+    sites: int
+    same_backbone: bool
+
+
+@dataclass(frozen=True)
+class _Scored:
+    study: Study
+    pattern: ImportancePattern
+    metric: str
+    strategy: str
+    relative: dict[str, float]
+    backbone: frozenset[tuple[str, str | None]]
+
+
+def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]) -> tuple[StudyAgreement, ...]:
+    """Return one row for each two experiments of two studies with the same method, metric and strategy.
+
+    Smoke studies are set against no real ones. Experiments without shared sites make no row.
+
+    Args:
+        scored: studies with their `importance_patterns`.
+    """
+    found = [one for study, patterns in scored for one in _scored(study, patterns)]
+    rows = []
+    for a, b in combinations(found, 2):
+        alike = (a.metric, a.strategy, a.pattern.experiment.method, a.study.smoke) == (
+            b.metric, b.strategy, b.pattern.experiment.method, b.study.smoke,
+        )  # fmt: skip
+        shared = sorted(a.relative.keys() & b.relative.keys())
+        if a.study.label == b.study.label or not alike or not shared:
+            continue
+        rows.append(
+            StudyAgreement(
+                metric=a.metric,
+                study=a.study.label,
+                other=b.study.label,
+                experiment=a.pattern.experiment.name,
+                other_experiment=b.pattern.experiment.name,
+                images=_images(a.study),
+                other_images=_images(b.study),
+                rho=spearman([a.relative[s] for s in shared], [b.relative[s] for s in shared]).rho,
+                sites=len(shared),
+                same_backbone=len(a.backbone | b.backbone) == 1,
+            )
+        )
+    return tuple(rows)
+
+
+def _scored(study: Study, patterns: Sequence[ImportancePattern]) -> list[_Scored]:
+    backbone = frozenset((run.record.spec.backbone.model, run.provenance.weights_sha256) for run in study.runs)
+    found = []
+    for pattern in patterns:
+        section = pattern.experiment.adalora
+        if section is None:  # PEFT's own allocator: its metric is no setting of ours
+            continue
+        mean = np.mean(pattern.relative_final, axis=0)  # (B, M)
+        by_site = {site.name: pattern.grid.pick(mean, site) for site in pattern.grid.sites}
+        relative = {name: value for name, value in by_site.items() if np.isfinite(value)}
+        found.append(
+            _Scored(study, pattern, section.importance_metric, section.allocation_strategy, relative, backbone)
+        )
+    return found
+
+
+def _images(study: Study) -> str:
+    return ", ".join(sorted({run.record.spec.data.dataset for run in study.runs}))
