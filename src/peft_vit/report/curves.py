@@ -2,78 +2,223 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peft_vit.analysis import Run, Study
-from peft_vit.config import Method
-from peft_vit.report.document import Block, Paragraph
-from peft_vit.report.style import METHOD_TITLES, draw, quiet_grid
+from peft_vit.config import ExperimentConfig, Method
+from peft_vit.report.document import Block, Paragraph, Raw
+from peft_vit.report.marks import Marks
+from peft_vit.report.numbers import counted, fixed
+from peft_vit.report.selection import leading, selection_note
+from peft_vit.report.style import METHOD_TITLES, draw, is_narrow, quiet_grid
 
 _ROW_IN = 1.65
+_ENTRY_IN = 0.16
 # Within a row only few lines need telling apart: Okabe and Ito's colors without yellow, which is faint on paper.
 _LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+PER_METHOD = 10  # a row has room for so many names
+SINGLE_SEEDS = 10  # with more, a band from the lowest to the highest stands for them
+VERTICES = 12_000  # of all lines together
+Measure = Literal["training loss", "validation NLL"]
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One line: values (steps,) of one seed, or over all seeds of an experiment."""
+
+    of: str  # "seed 3", "mean", "lowest", "highest"
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """The curves of one experiment and measure; `mean` is None where the seeds recorded different steps."""
+
+    experiment: str
+    measure: Measure
+    seeds: tuple[_Curve, ...]
+    mean: _Curve | None
+    ends: tuple[_Curve, _Curve] | None  # lowest and highest, where they stand for single seeds
+
+    def curves(self) -> tuple[_Curve, ...]:
+        """Return what is drawn."""
+        return (*((self.mean,) if self.mean else ()), *(self.ends or self.seeds))
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
     """Return the centered moving average; at the ends over what there is of the window."""
-    data = np.asarray(values, dtype=np.float64)
-    half = window // 2
-    return np.array([data[max(0, i - half) : i + half + 1].mean() for i in range(data.size)])
+    data, box, half = np.asarray(values, dtype=np.float64), np.ones(window), window // 2
+    sums, counts = np.convolve(data, box), np.convolve(np.ones_like(data), box)
+    return np.asarray((sums / counts)[half : half + data.size])
 
 
-def loss_curves(study: Study) -> Block:
-    """Draw the curves of all finished runs."""
-    recorded = [run for run in study.runs if run.record.steps]
-    methods: list[Method] = list(dict.fromkeys(run.experiment.method for run in recorded))
-    if not methods:
+def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
+    """Draw the curves of all finished runs.
+
+    Args:
+        study: with its runs.
+        validation: experiment -> mean validation accuracy, which chooses what is drawn where there are many.
+    """
+    by_name: dict[str, list[Run]] = {}
+    for run in study.runs:
+        if run.record.steps:
+            by_name.setdefault(run.experiment.name, []).append(run)
+    recorded = [e for e in study.experiments if e.name in by_name]
+    if not recorded:
         return Paragraph("No loss curves: no finished run of this study recorded its steps.")
-    window = max(len(run.record.steps) for run in recorded) // 20 * 2 + 1  # about a tenth, odd so that it has a center
+    longest = max(len(run.record.steps) for runs in by_name.values() for run in runs)
+    window = longest // 20 * 2 + 1  # about a tenth, odd so that it has a center
+    rows = _rows_of(recorded, validation)
+    drawn = [e for members in rows.values() for e in members]
+    bundles = {e.name: _bundles(e.name, by_name[e.name], window) for e in drawn}
+    stride = _stride([c for pair in bundles.values() for bundle in pair for c in bundle.curves()])
 
-    def paint(figure: Figure) -> None:
-        panels = figure.subplots(len(methods), 2, squeeze=False, sharex=True, sharey="col")
-        for row, method in enumerate(methods):
-            left, right = panels[row]
-            for index, experiment in enumerate(study.with_method(method)):
-                _experiment(left, right, study.of(experiment.name), index, window)
+    def paint(figure: Figure) -> Marks:
+        marks = Marks()
+        for (method, members), (left, right) in zip(rows.items(), _panels(figure, len(rows)), strict=True):
+            for index, experiment in enumerate(members):
+                marks.series(experiment.name, _LINE_COLORS[index % len(_LINE_COLORS)], "")
+                for axes, bundle in zip((left, right), bundles[experiment.name], strict=True):
+                    _draw_bundle(axes, marks, bundle, index, stride)
             left.set_ylabel(METHOD_TITLES[method])
-            right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.8, borderaxespad=0.3)
-            for axes in (left, right):
-                quiet_grid(axes)
-        panels[0][0].set_title("training loss")
-        panels[0][1].set_title("validation NLL")
-        for axes in panels[-1]:
-            axes.set_xlabel("step")
+            _legend(figure, left, right)
+        return marks
 
+    note = selection_note(len(drawn), len(recorded)).replace("accuracy on validation", "accuracy on validation, by row")
     caption = (
         f"Left: task loss of the training batches, centered moving average over {window} steps. "
-        "Right: negative log-likelihood on the validation images after each epoch. Thick: mean over "
-        "seeds; thin: single seeds. All rows of a column share one scale."
+        f"Right: negative log-likelihood on the validation images after each epoch. Thick: mean over seeds; "
+        f"{_seeds_caption(bundles.values())}. All rows of a column share one scale.{_stride_note(stride)}{note}"
     )
-    return draw("loss_curves", "Loss curves", caption, 0.6 + _ROW_IN * len(methods), paint)
+    entries = max(len(members) for members in rows.values())
+    height = 0.6 + max(_ROW_IN, 0.5 + _ENTRY_IN * entries) * len(rows)
+    narrow = 0.6 + (_ROW_IN + _ENTRY_IN * entries) * len(rows)
+    data = [row for pair in bundles.values() for bundle in pair for row in _data_rows(bundle, stride)]
+    return draw("loss_curves", "Loss curves", caption, height, paint, data, narrow)
 
 
-def _experiment(left: Axes, right: Axes, runs: Sequence[Run], index: int, window: int) -> None:
-    color = _LINE_COLORS[index % len(_LINE_COLORS)]
-    dashes = _DASHES[index // len(_LINE_COLORS) % len(_DASHES)]
-    label = runs[0].experiment.name
-    train = [
-        ([row.step for row in run.record.steps], smoothed([row.loss for row in run.record.steps], window))
-        for run in runs
-    ]
-    validation = [
-        ([e.step for e in run.record.evaluations], np.array([e.metrics.nll for e in run.record.evaluations]))
-        for run in runs
-    ]
-    for axes, curves, marker in ((left, train, ""), (right, validation, "o")):
-        for steps, values in curves:
-            axes.plot(steps, values, color=color, lw=0.7, alpha=0.4, ls=dashes)
-        if len({tuple(steps) for steps, _ in curves}) == 1:  # a mean needs the same steps in every seed
-            mean = np.mean([values for _, values in curves], axis=0)
-            axes.plot(curves[0][0], mean, color=color, lw=1.6, ls=dashes, marker=marker, ms=3.5, label=label)
-        else:
-            axes.plot([], [], color=color, lw=1.6, ls=dashes, label=label)
+def _rows_of(
+    recorded: Sequence[ExperimentConfig], validation: Mapping[str, float]
+) -> dict[Method, list[ExperimentConfig]]:
+    rows: dict[Method, list[ExperimentConfig]] = {}
+    for experiment in recorded:
+        rows.setdefault(experiment.method, []).append(experiment)
+    return {m: [es[i] for i in leading([e.name for e in es], validation, PER_METHOD)] for m, es in rows.items()}
+
+
+def _bundles(name: str, runs: Sequence[Run], window: int) -> tuple[_Bundle, _Bundle]:
+    train, validation = [], []
+    for run in runs:
+        steps, evaluations, of = run.record.steps, run.record.evaluations, f"seed {run.seed}"
+        losses = smoothed([row.loss for row in steps], window)
+        train.append(_Curve(of, np.array([row.step for row in steps]), losses))
+        nll = np.array([e.metrics.nll for e in evaluations], dtype=np.float64)
+        validation.append(_Curve(of, np.array([e.step for e in evaluations]), nll))
+    return _bundle(name, "training loss", train), _bundle(name, "validation NLL", validation)
+
+
+def _bundle(name: str, measure: Measure, curves: Sequence[_Curve]) -> _Bundle:
+    if len({tuple(curve.steps) for curve in curves}) > 1:  # a mean needs the same steps in every seed
+        return _Bundle(name, measure, tuple(curves), None, None)
+    values, steps = np.stack([curve.values for curve in curves]), curves[0].steps  # (seeds, steps)
+    ends = None
+    if len(curves) > SINGLE_SEEDS:
+        ends = _Curve("lowest", steps, values.min(axis=0)), _Curve("highest", steps, values.max(axis=0))
+    return _Bundle(name, measure, tuple(curves), _Curve("mean", steps, values.mean(axis=0)), ends)
+
+
+def _stride(curves: Sequence[_Curve]) -> int:
+    """Return k, so that every k-th vertex of each line is few enough to draw."""
+    return max(1, -(-sum(curve.steps.size for curve in curves) // VERTICES))
+
+
+def _stride_note(stride: int) -> str:
+    return "" if stride == 1 else f" To keep the page small, one point in {stride} of each line is drawn, the last too."
+
+
+def _seeds_caption(bundles: Any) -> str:
+    kinds = {bundle.ends is not None for pair in bundles for bundle in pair}
+    texts = {False: "thin: single seeds", True: f"band: lowest to highest of more than {SINGLE_SEEDS} seeds"}
+    return "; ".join(texts[kind] for kind in sorted(kinds))
+
+
+def _kept(size: int, stride: int) -> np.ndarray:
+    """Return every stride-th place, and the last."""
+    return np.unique(np.append(np.arange(0, size, stride), max(0, size - 1))) if size else np.arange(0)
+
+
+def _panels(figure: Figure, rows: int) -> list[tuple[Axes, Axes]]:
+    """Return the axes of each row; all of a column share their scales."""
+    if is_narrow(figure):  # each row has a legend below it, so a layout of its own
+        panels = np.array([sub.subplots(1, 2) for sub in figure.subfigures(rows, 1, squeeze=False)[:, 0]])
+        for row in panels[1:]:
+            for axes, first in zip(row, panels[0], strict=True):
+                axes.sharex(first)
+                axes.sharey(first)
+    else:
+        panels = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey="col")
+    panels[0][0].set_title("training loss")
+    panels[0][1].set_title("validation NLL")
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
+    for axes in panels.flat:
+        quiet_grid(axes)
+    return [(row[0], row[1]) for row in panels]
+
+
+def _legend(figure: Figure, left: Axes, right: Axes) -> None:
+    """Name the lines of a row: beside it, or in a narrow figure below it."""
+    if is_narrow(figure):
+        handles, _ = left.get_legend_handles_labels()
+        left.figure.legend(handles=handles, loc="outside lower center", labelspacing=0.2, borderaxespad=0.1)
+    else:
+        right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.8, borderaxespad=0.3)
+
+
+def _draw_bundle(axes: Axes, marks: Marks, bundle: _Bundle, index: int, stride: int) -> None:
+    color, dashes = _LINE_COLORS[index % len(_LINE_COLORS)], _DASHES[index // len(_LINE_COLORS) % len(_DASHES)]
+    marker, name = ("o" if bundle.measure == "validation NLL" else ""), bundle.experiment
+    if bundle.ends is not None:
+        low, high = bundle.ends
+        kept = _kept(low.steps.size, stride)
+        band = axes.fill_between(low.steps[kept], low.values[kept], high.values[kept], color=color, alpha=0.15, lw=0)
+        marks.add(name, band)
+    else:
+        for curve in bundle.seeds:
+            kept = _kept(curve.steps.size, stride)
+            (line,) = axes.plot(curve.steps[kept], curve.values[kept], color=color, lw=0.7, alpha=0.4, ls=dashes)
+            marks.add(name, line, [] if bundle.mean else _texts(bundle, curve, kept))
+    if bundle.mean is None:
+        axes.plot([], [], color=color, lw=1.6, ls=dashes, label=name)
+        return
+    kept = _kept(bundle.mean.steps.size, stride)
+    (line,) = axes.plot(
+        bundle.mean.steps[kept], bundle.mean.values[kept], color=color, lw=1.6, ls=dashes, marker=marker, ms=3.5,
+        label=name,
+    )  # fmt: skip
+    marks.add(name, line, _texts(bundle, bundle.mean, kept))
+
+
+def _texts(bundle: _Bundle, curve: _Curve, kept: np.ndarray) -> list[str]:
+    of = f"mean of {counted(len(bundle.seeds), 'seed')}" if curve.of == "mean" else curve.of
+    what = f"{bundle.measure} (nats), {of}"
+    return [f"step {curve.steps[i]}: {fixed(float(curve.values[i]), 3)}\n{what}" for i in kept]
+
+
+def _data_rows(bundle: _Bundle, stride: int) -> list[dict[str, Raw]]:
+    return [
+        {
+            "experiment": bundle.experiment, "measure": bundle.measure, "of": curve.of,
+            "step": int(curve.steps[i]), "value": float(curve.values[i]),
+        }
+        for curve in bundle.curves()
+        for i in _kept(curve.steps.size, stride)
+    ]  # fmt: skip

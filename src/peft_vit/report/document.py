@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 Raw = str | int | float | None
 SECTION_TITLES = (
@@ -46,14 +47,97 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Series:
+    """What a reader can switch off in a figure: its artists have the gid ``series<index>-<number>``."""
+
+    name: str
+    color: str
+    glyph: str  # its marker as a character, so that color is not the only difference
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value that a reader can point at.
+
+    Attributes:
+        series: index of its series.
+        x_pt: distance from the figure's left edge in points, as in the SVG. y_pt: from its upper edge.
+        text: what it is, with unit; lines are separated by a line feed.
+    """
+
+    series: int
+    x_pt: float
+    y_pt: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A heat map that can show other steps than the one it was drawn with.
+
+    Attributes:
+        gid: of its cells in the SVG; that of its title ends in ``-title``.
+        first_point: index of its first cell among the points; cells follow by row.
+        titles: one for each of its frames.
+        frames: texts of the cells, one tuple a frame; empty where there is no value.
+        frame_at: the frame to show at each of the player's positions.
+    """
+
+    gid: str
+    first_point: int
+    titles: tuple[str, ...]
+    frames: tuple[tuple[str, ...], ...]
+    frame_at: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Player:
+    """A walk of heat maps through recorded steps.
+
+    Attributes:
+        steps: the positions. start: index of the first to show.
+        unit: of the values, as a word before the number.
+        colors: from 0 to `highest`. missing: for a cell without a value.
+        panels: the maps that change.
+    """
+
+    steps: tuple[int, ...]
+    start: int
+    unit: str
+    colors: tuple[str, ...]
+    missing: str
+    highest: float
+    panels: tuple[Panel, ...]
+
+
+@dataclass(frozen=True)
 class Drawing:
-    """A finished figure as SVG text and PNG bytes."""
+    """A finished figure as SVG text and PNG bytes.
+
+    Attributes:
+        slug: name for files and anchors.
+        title: stands above it. caption: how to read it.
+        svg: text of the figure for a page. png: the same as an image.
+        series: what can be switched off.
+        points: what can be pointed at.
+        data: rows for the CSV file, in full precision and plain units.
+        player: the walk through steps, for heat maps.
+        height_in: height at the width of the page. narrow_height_in: in one column of a paper.
+        paint: draws it again into an empty figure of another width, for publication.
+    """
 
     slug: str
     title: str
     caption: str
     svg: str
     png: bytes
+    series: tuple[Series, ...] = ()
+    points: tuple[Point, ...] = ()
+    data: tuple[dict[str, Raw], ...] = ()
+    player: Player | None = None
+    height_in: float = 4.0
+    narrow_height_in: float = 4.0
+    paint: Callable[[Any], Any] | None = field(default=None, repr=False, compare=False)
     kind: Literal["figure"] = "figure"
 
 

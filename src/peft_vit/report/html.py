@@ -1,4 +1,4 @@
-"""The report as one HTML file: no network, no script, figures inline, light and dark."""
+"""The report as one HTML file: no network, figures inline, light and dark, complete without its one script."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from peft_vit.report.document import SECTION_TITLES, Drawing, StudyDocument
-from peft_vit.report.style import GRID, INK, MUTED, PAPER
-
-# The colors that a figure shares with the page follow the page's theme.
-_THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
-
+from peft_vit.report.embed import embedded, script, script_hash
+from peft_vit.report.style import THEME
 
 # A page is read from the top: what the methods reached comes first.
 PAGE_ORDER = (SECTION_TITLES[3], *SECTION_TITLES[:3], SECTION_TITLES[4])
@@ -27,7 +24,14 @@ def write_html(documents: Sequence[StudyDocument]) -> str:
     )
     environment.filters["soft"] = soft
     source = files("peft_vit.report").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(documents=documents, page_order=PAGE_ORDER, inline_svg=inline_svg)
+    return environment.from_string(source).render(
+        documents=documents,
+        page_order=PAGE_ORDER,
+        inline_svg=inline_svg,
+        embedded=embedded,
+        script=script(),
+        script_hash=script_hash(),
+    )
 
 
 def soft(text: str) -> Markup:
@@ -39,15 +43,17 @@ def soft(text: str) -> Markup:
 def inline_svg(document: StudyDocument, drawing: Drawing) -> Markup:
     """Return a figure as an SVG element for this page.
 
-    The prolog goes, ids get a prefix (many figures share one page), colors become the page's variables, and
-    the fixed size becomes a fluid one. The SVG comes from matplotlib, which escapes the texts in it.
+    The prolog goes, ids get a prefix (many figures share one page), parts of a series say which it is, colors
+    become the page's variables, and the fixed size becomes a fluid one. The SVG comes from matplotlib, which
+    escapes the texts in it.
     """
     svg = drawing.svg[drawing.svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     prefix = f"{document.slug}-{drawing.slug}-"
-    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    svg = re.sub(r'\bid="(series(\d+)-[^"]*)"', r'id="\1" data-series="\2" data-gid="\1"', svg)
+    svg = re.sub(r'(?<= )id="', f'id="{prefix}', svg)
     svg = svg.replace('xlink:href="#', f'xlink:href="#{prefix}').replace("url(#", f"url(#{prefix}")
-    for color, variable in _THEME.items():
+    for color, variable in THEME.items():
         svg = svg.replace(color, variable)
     head, rest = svg.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)

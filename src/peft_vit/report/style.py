@@ -7,17 +7,20 @@ and paper are exact hex values, so that the HTML page can exchange them for its 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 from peft_vit.config import Method
-from peft_vit.report.document import Drawing
+from peft_vit.report.document import Drawing, Raw
+from peft_vit.report.marks import Marks
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6671", "#d8dee4", "#ffffff"
+# The colors that a figure shares with the page follow the page's theme.
+THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
 METHOD_COLORS: dict[Method, str] = {
     "linear": "#7a828a",
     "full": "#cc79a7",
@@ -42,7 +45,7 @@ SEQUENTIAL = "viridis"  # perceptually uniform, readable in grey and under color
 WIDTH_IN = 7.2
 PNG_DPI = 160
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same everywhere
     "font.size": 9,
@@ -74,25 +77,54 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def draw(slug: str, title: str, caption: str, height_in: float, paint: Callable[[Figure], None]) -> Drawing:
-    """Draw one figure and return it as SVG and PNG.
+Painter = Callable[[Figure], Marks | None]
+
+
+def draw(
+    slug: str,
+    title: str,
+    caption: str,
+    height_in: float,
+    paint: Painter,
+    data: Sequence[dict[str, Raw]] = (),
+    narrow_height_in: float | None = None,
+) -> Drawing:
+    """Draw one figure and return it as SVG and PNG, with what the page needs to answer a pointer.
 
     Args:
         slug: name for files and anchors.
         title: shown above the figure in the report, not in it.
         caption: how to read it.
         height_in: height in inches; the width is the same for all.
-        paint: draws into an empty figure.
+        paint: draws into an empty figure, and returns what can be pointed at and switched off, if anything.
+        data: the rows behind it, in full precision.
+        narrow_height_in: height in one column of a paper; none: as high as on the page.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
-        paint(figure)
-        figure.draw_without_rendering()  # lays out once; both files then take that layout
-        figure.set_layout_engine("none")
+    with matplotlib.rc_context(STYLE):
+        figure, marks = laid_out(WIDTH_IN, height_in, paint)
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    return Drawing(slug, title, caption, svg.getvalue(), png.getvalue())
+    return Drawing(
+        slug=slug, title=title, caption=caption, svg=svg.getvalue(), png=png.getvalue(),
+        series=marks.all_series(), points=marks.points(figure), data=tuple(data), player=marks.player,
+        height_in=height_in, narrow_height_in=narrow_height_in or height_in, paint=paint,
+    )  # fmt: skip
+
+
+def laid_out(width_in: float, height_in: float, paint: Painter) -> tuple[Figure, Marks]:
+    """Paint a figure and lay it out once; every file then takes that layout. The style must be set."""
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    marks = paint(figure) or Marks()
+    marks.claim_legends(figure)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure, marks
+
+
+def is_narrow(figure: FigureBase) -> bool:
+    """Return whether a figure is one column of a paper wide, so that legends go below the data."""
+    return bool(figure.get_figure(root=True).get_figwidth() < 5.0)
 
 
 def quiet_grid(axes: Axes, axis: str = "both") -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from peft_vit.report.curves import smoothed
-from peft_vit.report.figures import _short_count, _side_by_side
+from peft_vit.report.scatter import _short_count, _side_by_side
 from peft_vit.report.html import soft
 from peft_vit.report.markdown import escaped
 from peft_vit.report.numbers import fixed, megabytes, percent, percent_interval, plain, points_interval, signed

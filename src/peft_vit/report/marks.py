@@ -1,0 +1,114 @@
+"""What a figure tells the page about itself: which artists belong together, and which value stands where.
+
+A painter names its artists while it draws. Places are read off the finished layout, so the page can find the
+value nearest to a pointer without knowing anything of how the figure was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+
+from peft_vit.report.document import Player, Point, Series
+
+GLYPHS = {
+    "o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "<": "◀", ">": "▶", "p": "⬟", "h": "⬢",
+    "*": "★", "": "━",
+}  # fmt: skip
+_POINTS_PER_INCH = 72.0
+
+
+class Marks:
+    """Series and points of one figure, collected while it is painted.
+
+    Attributes:
+        player: set by a painter whose heat maps can walk through steps.
+    """
+
+    def __init__(self) -> None:
+        self._series: dict[str, Series] = {}
+        self._artists: list[int] = []  # how many each series has
+        self._placed: list[tuple[int, Artist, Sequence[str]]] = []
+        self._count = 0
+        self.player: Player | None = None
+
+    def series(self, name: str, color: str, marker: str = "s") -> None:
+        """Declare what can be switched off; a name that stands already keeps its first look."""
+        if name not in self._series:
+            self._series[name] = Series(name, color, GLYPHS.get(marker, "■"))
+            self._artists.append(0)
+
+    def add(self, name: str, artist: Artist, texts: Sequence[str] = ()) -> int:
+        """Put an artist into a declared series, and return the index that its first point has.
+
+        Args:
+            name: of the series.
+            artist: what is drawn.
+            texts: what each of its points says: vertices of a line, or cells of a mesh by row. Empty: none is
+                pointed at.
+        """
+        index = list(self._series).index(name)
+        artist.set_gid(f"series{index}-{self._artists[index]}")
+        self._artists[index] += 1
+        first = self._count
+        if texts:
+            self._placed.append((index, artist, texts))
+            self._count += len(texts)
+        return first
+
+    def all_series(self) -> tuple[Series, ...]:
+        """Return the series in the order in which they were declared."""
+        return tuple(self._series.values())
+
+    def claim_legends(self, figure: Figure) -> None:
+        """Let the entries of legends go and come with their series."""
+        for legend in _legends(figure):
+            for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
+                if text.get_text() in self._series and handle is not None:
+                    self.add(text.get_text(), handle)
+                    self.add(text.get_text(), text)
+
+    def points(self, figure: Figure) -> tuple[Point, ...]:
+        """Return what can be pointed at, once the figure is laid out."""
+        scale, height = _POINTS_PER_INCH / figure.dpi, _POINTS_PER_INCH * figure.get_figheight()
+        found: list[Point] = []
+        for index, artist, texts in self._placed:
+            places = scale * _places(artist)  # (points, 2) from the lower left corner
+            found += [
+                Point(index, round(float(x), 1), round(float(height - y), 1), text)
+                for (x, y), text in zip(places, texts, strict=True)
+            ]
+        return tuple(found)
+
+
+def title_of(mesh: QuadMesh, title: Text) -> None:
+    """Name a map's title after the map, so that it can change with it."""
+    title.set_gid(f"{mesh.get_gid()}-title")
+
+
+def _places(artist: Artist) -> np.ndarray:
+    if isinstance(artist, Line2D):
+        return np.asarray(artist.get_transform().transform(artist.get_xydata()))
+    assert isinstance(artist, QuadMesh)
+    assert artist.axes is not None
+    corners = np.asarray(artist.get_coordinates())  # (rows + 1, columns + 1, 2)
+    centers = (corners[:-1, :-1] + corners[1:, 1:]) / 2
+    return np.asarray(artist.axes.transData.transform(centers.reshape(-1, 2)))
+
+
+def _legends(figure: Figure) -> list[Legend]:
+    """Return the legends of a figure, of its subfigures and of all axes."""
+    own: list[Legend] = []
+    waiting: list[FigureBase] = [figure]
+    while waiting:
+        part = waiting.pop(0)
+        own += part.legends
+        waiting += part.subfigs
+    return own + [legend for legend in (axes.get_legend() for axes in figure.axes) if legend is not None]
