@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,6 +14,8 @@ from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import BudgetUnit, ExperimentConfig
 from peft_vit.records import SiteInfo
 from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, spearman
+
+SETTLED_AT = 0.9  # share of the final ranks
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,12 @@ class RunAllocation:
         sites: number of sites.
         sites_without_rank: sites with rank 0 at the end.
         updates: number of rank entries after the first.
+        steps: at which entries begin, the first included.
         moved: ranks that went from one site to another at each update; what the budget took away does not
-            count. agreement_with_final: Spearman's rho of the ranks from each entry on with the final ones.
+            count. churn: `moved` over the ranks that are held after the update; None where none are.
+        agreement_with_final: Spearman's rho of the ranks from each entry on with the final ones.
+        overlap_with_final: `overlap` of the ranks from each entry on with the final ones; None without ranks.
+        settled_step: first step from which on that overlap is at least SETTLED_AT; None without final ranks.
     """
 
     seed: int
@@ -44,8 +51,12 @@ class RunAllocation:
     sites: int
     sites_without_rank: int
     updates: int
+    steps: tuple[int, ...]
     moved: tuple[int, ...]
+    churn: tuple[float | None, ...]
     agreement_with_final: tuple[float | None, ...]
+    overlap_with_final: tuple[float | None, ...]
+    settled_step: int | None
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,9 @@ def _run_allocation(run: Run) -> RunAllocation:
     ranks = [[entry.ranks.get(name, 0) for name in names] for entry in history]
     final = ranks[-1]
     spread = sum(final) > 0 and len(final) > 1
+    steps = tuple(entry.step for entry in history)
+    moved = tuple(moved_ranks(before, after) for before, after in pairwise(ranks))
+    overlaps = tuple(overlap(then, final) for then in ranks)
     return RunAllocation(
         seed=run.seed,
         used=sum(final),
@@ -130,8 +144,12 @@ def _run_allocation(run: Run) -> RunAllocation:
         sites=len(names),
         sites_without_rank=sum(rank == 0 for rank in final),
         updates=len(history) - 1,
-        moved=tuple(moved_ranks(before, after) for before, after in pairwise(ranks)),
+        steps=steps,
+        moved=moved,
+        churn=tuple(m / sum(after) if sum(after) else None for m, after in zip(moved, ranks[1:], strict=True)),
         agreement_with_final=tuple(spearman(then, final).rho for then in ranks),
+        overlap_with_final=overlaps,
+        settled_step=settled_step(steps, overlaps),
     )
 
 
@@ -142,6 +160,42 @@ def moved_ranks(before: list[int], after: list[int]) -> int:
     """
     change = np.subtract(after, before)
     return int((np.abs(change).sum() - abs(change.sum())) // 2)
+
+
+def overlap(ranks: Sequence[int], final: Sequence[int]) -> float | None:
+    """Return the share of the final ranks that already stood where they end: ``sum_i min(p_i, q_i)``.
+
+    p and q are the shares of all ranks that each site holds, then and in the end. Shares and not counts: while the
+    budget is still larger than in the end, nearly every site holds its final rank and more. It is 1 minus half of
+    ``sum_i |p_i - q_i|``, the total variation distance. Equal ranks at the start overlap a good deal with any final
+    ones, so the value at step 0 is what nothing decided gives.
+
+    Args:
+        ranks: (sites,) then.
+        final: (sites,) in the end, in the same order.
+
+    Returns:
+        None if either has no rank at all.
+    """
+    total, end = sum(ranks), sum(final)
+    if not total or not end:
+        return None
+    return sum(min(then * end, last * total) for then, last in zip(ranks, final, strict=True)) / (total * end)
+
+
+def settled_step(steps: Sequence[int], overlaps: Sequence[float | None]) -> int | None:
+    """Return the first step from which on every overlap with the final ranks is at least SETTLED_AT.
+
+    Args:
+        steps: (entries,) ascending.
+        overlaps: (entries,) of the same entries.
+    """
+    settled = None
+    for step, value in zip(reversed(steps), reversed(overlaps), strict=True):
+        if value is None or value < SETTLED_AT:
+            break
+        settled = step
+    return settled
 
 
 def _rank_maps(grid: Grid, runs: list[Run]) -> tuple[RankMap, ...]:

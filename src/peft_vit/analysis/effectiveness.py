@@ -1,0 +1,121 @@
+"""Did it pay to score? Adaptive ranks against the same budget spread without looking: equal scores, and random ones.
+
+A control has the importance metric `uniform` or `random` and shares every other setting that costs something:
+method, budget and its course, training, targets. The strategy should be equal too. Where no such control was run,
+one of another strategy at equal cost is taken and named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from peft_vit.analysis.comparison import Comparison, compare, correct
+from peft_vit.analysis.studies import Run, Study
+from peft_vit.config import ExperimentConfig
+
+Control = Literal["uniform", "random"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
+PARAMETERS = 1_000  # unit of accuracy per parameter
+
+_OF_THE_SCORES = {
+    "importance_metric", "importance_gradient", "sensitivity_beta", "uncertainty_beta", "allocation_strategy", "top_k",
+    "threshold_tau",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AgainstControl:
+    """One experiment with scored ranks against one control.
+
+    Attributes:
+        experiment: its name.
+        control: which kind.
+        control_experiment: the experiment that was found; None if the study has none.
+        same_strategy: whether both share the strategy.
+        accuracy: difference in test accuracy, paired by seed.
+        per_parameter: difference in `accuracy_per_parameter`, paired by seed.
+        parameters_ratio: mean trainable parameters in the end over the control's, 1 at equal cost. An equal budget in
+            ranks need not be equal in parameters, since matrices differ in size.
+    """
+
+    experiment: str
+    control: Control
+    control_experiment: str | None
+    same_strategy: bool
+    accuracy: Comparison
+    per_parameter: Comparison
+    parameters_ratio: float | None
+
+
+def accuracy_per_parameter(run: Run) -> float:
+    """Return test accuracy (share) per 1,000 trainable parameters in the end, head included.
+
+    A quotient rewards small models whatever they lose, so it says something at about equal parameters only.
+    """
+    return PARAMETERS * run.test.accuracy / run.parameters.final
+
+
+def against_controls(study: Study) -> tuple[AgainstControl, ...]:
+    """Compare each experiment whose ranks follow scores with its controls; corrected over experiments, by control."""
+    adaptive = study.with_method("adalora", "qa_adalora")
+    scored = [e for e in adaptive if e.adalora is not None and e.adalora.importance_metric not in CONTROLS]
+    runs_of = {e.name: study.of(e.name) for e in adaptive}
+    rows: list[AgainstControl] = []
+    for control in CONTROLS:
+        found = [(e, _control_of(e, control, adaptive)) for e in scored]
+        accuracy = correct([_compare(e, c, control, runs_of) for e, c in found])
+        per_parameter = correct([_compare(e, c, control, runs_of, per_parameter=True) for e, c in found])
+        rows += [
+            AgainstControl(
+                experiment=e.name,
+                control=control,
+                control_experiment=None if c is None else c.name,
+                same_strategy=c is not None and _strategy(c) == _strategy(e),
+                accuracy=by_accuracy,
+                per_parameter=by_parameter,
+                parameters_ratio=None if c is None else _mean_final(runs_of[e.name]) / _mean_final(runs_of[c.name]),
+            )
+            for (e, c), by_accuracy, by_parameter in zip(found, accuracy, per_parameter, strict=True)
+        ]
+    return tuple(rows)
+
+
+def _control_of(
+    experiment: ExperimentConfig, control: Control, adaptive: Sequence[ExperimentConfig]
+) -> ExperimentConfig | None:
+    at_equal_cost = [
+        e
+        for e in adaptive
+        if e.adalora is not None and e.adalora.importance_metric == control and _cost(e) == _cost(experiment)
+    ]
+    same = [e for e in at_equal_cost if _strategy(e) == _strategy(experiment)]
+    return next(iter((*same, *at_equal_cost)), None)
+
+
+def _cost(experiment: ExperimentConfig) -> tuple[object, ...]:
+    """Return everything that a control must share."""
+    settings = {} if experiment.adalora is None else experiment.adalora.model_dump(exclude=_OF_THE_SCORES)
+    return experiment.method, experiment.training, experiment.qa_lora, settings
+
+
+def _strategy(experiment: ExperimentConfig) -> tuple[object, ...]:
+    section = experiment.adalora
+    return () if section is None else (section.allocation_strategy, section.top_k, section.threshold_tau)
+
+
+def _mean_final(runs: Sequence[Run]) -> float:
+    return sum(run.parameters.final for run in runs) / len(runs)
+
+
+def _compare(
+    experiment: ExperimentConfig, control: ExperimentConfig | None, kind: Control,
+    runs_of: dict[str, tuple[Run, ...]], *, per_parameter: bool = False,
+) -> Comparison:  # fmt: skip
+    name = experiment.name
+    if control is None:
+        note = f"the study has no finished experiment with importance_metric: {kind} and the same budget and training"
+        return Comparison(name, f"{kind} importance", None, (), (), None, None, "not decided", note)
+    value = (accuracy_per_parameter,) if per_parameter else ()
+    return compare(runs_of[name], runs_of[control.name], name, control.name, *value)

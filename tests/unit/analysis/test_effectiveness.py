@@ -1,0 +1,128 @@
+"""Allocation against its controls, churn, and how early the end was visible; planted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+
+from peft_vit.analysis import Study, group_by_study
+from peft_vit.analysis.allocation import allocations, overlap, settled_step
+from peft_vit.analysis.effectiveness import AgainstControl, against_controls
+from peft_vit.config import ExperimentConfig
+from peft_vit.records import ParameterCounts, RankEntry, RunRecord
+
+ADALORA = planted.experiments()["adalora_proportional_magnitude"]
+NAMES = [site.name for site in planted.sites()]
+
+
+def study_of(records: list[RunRecord]) -> Study:
+    (study,) = group_by_study(records, source=Path("results"))
+    return study
+
+
+def variant(name: str, **settings: object) -> ExperimentConfig:
+    assert ADALORA.adalora is not None
+    section = ADALORA.adalora.model_copy(update=settings)
+    return ADALORA.model_copy(update={"name": name, "adalora": section})
+
+
+def run(experiment: ExperimentConfig, seed: int, accuracy: float, final: int = 1000) -> RunRecord:
+    counts = ParameterCounts(initial=final, final=final, peak=final, head=0, backbone_total=planted.BACKBONE_PARAMETERS)
+    return planted.record(experiment, seed, accuracy, changes={"parameters": counts})
+
+
+def rows_of(records: list[RunRecord]) -> dict[tuple[str, str], AgainstControl]:
+    return {(row.experiment, row.control): row for row in against_controls(study_of(records))}
+
+
+def test_scored_ranks_against_uniform_and_random_ones() -> None:
+    uniform, random = variant("uniform", importance_metric="uniform"), variant("random", importance_metric="random")
+    records = [run(ADALORA, seed, 0.80 + 0.01 * seed) for seed in range(7)]
+    records += [run(uniform, seed, 0.79 + 0.005 * seed, final=2000) for seed in range(7)]
+    records += [run(random, seed, 0.83) for seed in range(7)]
+    rows = rows_of(records)
+    assert set(rows) == {(ADALORA.name, "uniform"), (ADALORA.name, "random")}, "a control has no control"
+    against = rows[ADALORA.name, "uniform"]
+    assert (against.control_experiment, against.same_strategy, against.parameters_ratio) == ("uniform", True, 0.5)
+    assert against.accuracy.difference is not None
+    assert against.accuracy.difference.estimate == pytest.approx(0.01 + 0.015)
+    assert against.accuracy.verdict == "supported"
+    # Per 1,000 parameters: 0.80 + 0.01 k over 1, minus half of 0.79 + 0.005 k; k is 3 on average.
+    assert against.per_parameter.difference is not None
+    assert against.per_parameter.difference.estimate == pytest.approx(0.83 - 0.805 / 2)
+    assert rows[ADALORA.name, "random"].accuracy.verdict == "not decided"
+
+
+def test_a_control_of_the_same_strategy_goes_before_another() -> None:
+    threshold = variant("scored", allocation_strategy="threshold")
+    other = variant("a_uniform", importance_metric="uniform")
+    same = variant("z_uniform", importance_metric="uniform", allocation_strategy="threshold")
+    records = [run(e, 0, 0.8) for e in (threshold, other)]
+    first = rows_of(records)["scored", "uniform"]
+    assert (first.control_experiment, first.same_strategy) == ("a_uniform", False)
+    second = rows_of([*records, run(same, 0, 0.8)])["scored", "uniform"]
+    assert (second.control_experiment, second.same_strategy) == ("z_uniform", True)
+
+
+@pytest.mark.parametrize("change", [{"total_rank_budget": 144}, {"warmup_steps": 6}, {"scale": 1.0}])
+def test_another_budget_or_course_is_no_control_and_its_absence_is_said(change: dict[str, object]) -> None:
+    row = rows_of([run(ADALORA, 0, 0.8), run(variant("u", importance_metric="uniform", **change), 0, 0.8)])[
+        ADALORA.name, "uniform"
+    ]
+    assert row.control_experiment is None
+    assert row.accuracy.difference is None
+    assert row.accuracy.verdict == "not decided"
+    assert "importance_metric: uniform" in row.accuracy.note
+
+
+def test_overlap_by_hand() -> None:
+    # Shares 1/4 1/4 1/2 and 1/2 1/2 0: the smaller ones are 1/4, 1/4, 0.
+    assert overlap([1, 1, 2], [3, 3, 0]) == 0.5
+    assert overlap([6, 6], [1, 1]) == 1.0, "a larger budget alone is no difference"
+    assert overlap([0, 0], [1, 1]) is overlap([1, 1], [0, 0]) is None
+
+
+def test_overlap_is_one_minus_the_total_variation_distance() -> None:
+    rng = np.random.default_rng(1)
+    p, q = rng.integers(0, 9, (2, 40))
+    distance = 0.5 * np.abs(p / p.sum() - q / q.sum()).sum()
+    assert overlap(p.tolist(), q.tolist()) == pytest.approx(1 - distance, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "expected"),
+    [([0.5, 0.95, 0.8, 0.9, 1.0], 30), ([1.0] * 5, 0), ([0.5, 0.6, 0.7, 0.8, 1.0], 40), ([None] * 5, None)],
+)
+def test_settled_from_then_on(overlaps: list[float | None], expected: int | None) -> None:
+    assert settled_step((0, 10, 20, 30, 40), overlaps) == expected
+
+
+def history(*ranks: list[int]) -> list[RankEntry]:
+    return [
+        RankEntry(step=10 * i, budget=sum(entry), ranks=dict(zip(NAMES, entry, strict=False)))
+        for i, entry in enumerate(ranks)
+    ]
+
+
+def test_churn_and_the_first_step_at_which_the_end_was_visible() -> None:
+    entries = history([4, 4, 4], [2, 4, 2], [6, 1, 1], [6, 1, 1])
+    record = planted.record(ADALORA, 0, 0.8, changes={"rank_history": entries})
+    (allocation,) = allocations(study_of([record]))
+    found = allocation.runs[0]
+    assert found.steps == (0, 10, 20, 30)
+    assert found.moved == (0, 4, 0)
+    # Held afterwards: 8, 8, 8.
+    assert found.churn == (0.0, 0.5, 0.0)
+    # Final shares 6/8 1/8 1/8 against thirds, and against 2/8 4/8 2/8.
+    assert found.overlap_with_final == (pytest.approx(1 / 3 + 2 / 8), 0.5, 1.0, 1.0)
+    assert found.settled_step == 20
+
+
+def test_no_rank_left_at_an_update_has_no_churn() -> None:
+    record = planted.record(ADALORA, 0, 0.8, changes={"rank_history": history([1, 1, 1], [0, 0, 0])})
+    (allocation,) = allocations(study_of([record]))
+    assert allocation.runs[0].churn == (None,)
+    assert allocation.runs[0].settled_step is None
