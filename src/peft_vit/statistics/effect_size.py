@@ -86,12 +86,16 @@ def hedges_factor(degrees: int) -> float:
 
 def _noncentrality(t: float, degrees: int, probability: float) -> float:
     """Return the noncentrality under which a noncentral t lies below t with this probability."""
+    if t < 0:
+        return -_noncentrality(-t, degrees, 1 - probability)
 
     def excess(noncentrality: float) -> float:
-        return float(special.nctdtr(degrees, noncentrality, t)) - probability
+        # scipy returns NaN for noncentralities far below zero, where nothing that a float can hold is missing to 1
+        below = float(special.nctdtr(degrees, noncentrality, t))
+        return (1.0 if math.isnan(below) else below) - probability
 
     # With noncentrality c the statistic is (z + c) / w: the answer lies around t, farther out the fewer the degrees.
-    width = 4 + abs(t)
+    width = 4 + t
     low, high = t - width, t + width
     while excess(low) < 0:  # falls as the noncentrality rises
         low -= width
