@@ -86,7 +86,7 @@ class CheckpointKeeper:
         self._clock = clock
         self._whole: list[int] = []  # steps of the checkpoints that are known to be whole, the newest last
         self._since = clock()
-        self._cost_s = 0.0  # of the last one
+        self._costs_s: list[float] = []  # of the last two: one disk that stalls once puts nothing off
         self.seconds = 0.0  # of all
 
     @property
@@ -117,7 +117,8 @@ class CheckpointKeeper:
 
     def is_due(self) -> bool:
         """Say whether it is time for another one."""
-        return self._every_s == 0 or self._clock() - self._since >= max(self._every_s, _SHARE * self._cost_s)
+        cost_s = min(self._costs_s, default=0.0)
+        return self._every_s == 0 or self._clock() - self._since >= max(self._every_s, _SHARE * cost_s)
 
     def keep(self, step: int, state: Callable[[], State]) -> None:
         """Write a checkpoint, unless the newest one holds this step already, and remove what is older than two.
@@ -134,8 +135,8 @@ class CheckpointKeeper:
             if other not in self._whole:
                 _remove(path)
         self._since = self._clock()
-        self._cost_s = self._since - started
-        self.seconds += self._cost_s
+        self._costs_s = [*self._costs_s, self._since - started][-2:]
+        self.seconds += self._costs_s[-1]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
