@@ -11,10 +11,10 @@ from itertools import combinations
 
 import numpy as np
 
+from peft_vit.analysis.agreement import mean_rho_of_pairs, rho_with_last
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig
-from peft_vit.records import ImportanceEntry
 from peft_vit.statistics import Interval, mean_interval, spearman
 
 
@@ -33,8 +33,9 @@ class ImportancePattern:
         attention_over_mlp: log2 of the mean attention score over the mean MLP score, one value a seed.
         steps: steps at which scores were recorded in every seed.
         agreement_with_final: (steps,) Spearman's rho between the scores then and the last ones, mean over
-            seeds. agreement_between_seeds: mean Spearman's rho over pairs of seeds, or None. pairs_of_seeds:
-            number of those pairs.
+            seeds. matrix_course: (steps, matrices) mean relative score of a matrix type at each of these steps,
+            over seeds; NaN where no seed scored it. agreement_between_seeds: mean Spearman's rho over pairs of
+            seeds, or None. pairs_of_seeds: number of those pairs.
     """
 
     experiment: ExperimentConfig
@@ -47,6 +48,7 @@ class ImportancePattern:
     attention_over_mlp: tuple[float, ...]
     steps: tuple[int, ...]
     agreement_with_final: tuple[float | None, ...]
+    matrix_course: np.ndarray
     agreement_between_seeds: float | None
     pairs_of_seeds: int
 
@@ -77,11 +79,9 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         if np.isfinite(relative[:, :, column]).any(axis=1).all()
     }
     steps = tuple(sorted(set.intersection(*({e.step for e in run.record.importance_history} for run in runs))))
-    agreement = tuple(_mean_known([_with_final(run, step) for run in runs]) for step in steps)
-    between = [
-        spearman(*_both(a.record.importance_history[-1].scores, b.record.importance_history[-1].scores)).rho
-        for a, b in combinations(runs, 2)
-    ]
+    with_final = [_with_final(run) for run in runs]
+    agreement = tuple(_mean_known([rhos.get(step) for rhos in with_final]) for step in steps)
+    between, pairs = _between([run.record.importance_history[-1].scores for run in runs])
     return ImportancePattern(
         experiment=experiment,
         seeds=tuple(run.seed for run in runs),
@@ -93,8 +93,9 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         attention_over_mlp=_attention_over_mlp(relative, grid.is_attention()),
         steps=steps,
         agreement_with_final=agreement,
-        agreement_between_seeds=_mean_known(between),
-        pairs_of_seeds=sum(rho is not None for rho in between),
+        matrix_course=_matrix_course(grid, runs, steps),
+        agreement_between_seeds=between,
+        pairs_of_seeds=pairs,
     )
 
 
@@ -116,10 +117,37 @@ def _attention_over_mlp(relative: np.ndarray, attention: np.ndarray) -> tuple[fl
     return tuple(float(ratio) for ratio in np.log2(left / right))
 
 
-def _with_final(run: Run, step: int) -> float | None:
+def _matrix_course(grid: Grid, runs: list[Run], steps: tuple[int, ...]) -> np.ndarray:
+    """Return (steps, matrices): mean relative score of a matrix type at each step, over the seeds that scored it."""
+    course = np.full((len(steps), len(grid.matrices)), np.nan)
+    by_run = [{entry.step: entry.scores for entry in run.record.importance_history} for run in runs]
+    for row, step in enumerate(steps):
+        relative = []
+        for entries in by_run:
+            raw = grid.fill(entries[step])  # (B, M)
+            total = np.nansum(raw)
+            if total > 0:  # nothing is relative to a mean of zero
+                relative.append(_row_means((raw / (total / np.isfinite(raw).sum())).T))
+        if relative:
+            course[row] = _row_means(np.stack(relative).T)
+    return course
+
+
+def _with_final(run: Run) -> dict[int, float | None]:
+    """Return step -> rho with the last scores, over the sites that both entries score."""
     history = run.record.importance_history
-    entry: ImportanceEntry = next(e for e in history if e.step == step)
-    return spearman(*_both(entry.scores, history[-1].scores)).rho
+    final = history[-1].scores
+    if all(entry.scores.keys() == final.keys() for entry in history):
+        rows = [[entry.scores[name] for name in sorted(final)] for entry in history]
+        return dict(zip((entry.step for entry in history), rho_with_last(rows), strict=True))
+    return {entry.step: spearman(*_both(entry.scores, final)).rho for entry in history}
+
+
+def _between(finals: list[dict[str, float]]) -> tuple[float | None, int]:
+    if all(scores.keys() == finals[0].keys() for scores in finals):
+        return mean_rho_of_pairs([[scores[name] for name in sorted(scores)] for scores in finals])
+    rhos = [rho for a, b in combinations(finals, 2) if (rho := spearman(*_both(a, b)).rho) is not None]
+    return _mean_known(list(rhos)), len(rhos)
 
 
 def _both(left: dict[str, float], right: dict[str, float]) -> tuple[list[float], list[float]]:
