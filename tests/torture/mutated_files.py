@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the process that waits for others needs no torch
 
 PROMISE = "mutated files are read or refused"
 HERE = Path(__file__).resolve().parent
+_REASONS = ("error: ", "left out: ", "  ")  # what lines start with that say why a command failed
 CASE_CPU_S = 60  # more than that is a hang; of processor time, since the machine may be busy
 CASE_S = 600.0  # a case that waits for something uses no processor
 COMMAND_S = 600.0
@@ -191,10 +192,14 @@ def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> tuple[st
 
 
 def _refusal(said: str) -> str:
-    """Return the line that says why a command failed: its error, or else that of the last run that did."""
+    """Return the line that says why a command failed: its error, a file left out, or the reason of the last run."""
     lines = said.strip().splitlines()
-    errors = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.startswith("  ")]
-    return errors[-1].removeprefix("error: ").strip() if errors else f"nothing of a reason: {said[-500:]}"
+    errors = next(filter(None, ([x for x in lines if x.startswith(start)] for start in _REASONS)), [])
+    return (
+        errors[-1].removeprefix("error: ").removeprefix("left out: ").strip()
+        if errors
+        else f"nothing of a reason: {said[-500:]}"
+    )
 
 
 def _fingerprint(folder: Path) -> list[tuple[str, int, int]]:

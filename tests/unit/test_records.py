@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -30,6 +31,7 @@ from peft_vit.records import (
     RunSpec,
     SiteInfo,
     StepRow,
+    flush,
     read_record,
     read_records,
     run_folder,
@@ -74,7 +76,8 @@ def record(of: RunSpec) -> RunRecord:
         ],
         evaluations=[Evaluation(step=1, epoch=1, deployable=True, metrics=metrics)],
         rank_history=[
-            RankEntry(step=0, budget=8, ranks={site: 8}), RankEntry(step=1, budget=None, ranks={site: 0}),
+            RankEntry(step=0, budget=6000, ranks={site: 8}, unit="parameters"),
+            RankEntry(step=1, budget=None, ranks={site: 0}, unit="parameters"),
             RankEntry(step=2, budget=800, ranks={site: 1}, unit="parameters", cost=768),
         ],
         importance_history=[ImportanceEntry(step=1, scores={site: 0.3})],
@@ -119,7 +122,7 @@ def test_a_record_from_before_budgets_had_units_is_read(tmp_path: Path) -> None:
     read = read_record(file)
     assert read.spec == written.spec
     assert [(entry.unit, entry.budget, entry.spent) for entry in read.rank_history[:2]] == [
-        ("ranks", 8, 8), ("ranks", None, 0),
+        ("ranks", 6000, 8), ("ranks", None, 0),
     ]  # fmt: skip
 
 
@@ -378,3 +381,15 @@ def test_a_pipe_or_a_bomb_in_place_of_a_record_is_refused_at_once(tmp_path: Path
         handle.truncate(1 << 40)
     with pytest.raises(UserError, match="larger than 268435456 bytes"):
         read_record(tmp_path / "sparse.json")
+
+
+def test_a_file_system_that_flushes_no_folder_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    file = tmp_path / "here"
+    file.write_bytes(b"1")
+    monkeypatch.setattr(os, "fsync", refuse)
+    flush(tmp_path)
+    with pytest.raises(OSError, match="Invalid argument"):
+        flush(file)

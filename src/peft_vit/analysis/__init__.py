@@ -10,7 +10,8 @@ from peft_vit.analysis.fisher import FisherAgreement, fisher_agreements
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
 from peft_vit.analysis.insights import Insight, insights
 from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
-from peft_vit.analysis.studies import Run, Study, group_by_study, load_studies
+from peft_vit.analysis.results import Results, load_results, load_studies
+from peft_vit.analysis.studies import Run, Study, group_by_study
 
 __all__ = [
     "Allocation",
@@ -21,12 +22,14 @@ __all__ = [
     "Insight",
     "MethodResult",
     "QuantizationImpact",
+    "Results",
     "Run",
     "RunAllocation",
     "Study",
     "analyze",
     "compare_all",
     "group_by_study",
+    "load_results",
     "load_studies",
     "method_results",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_vit.analysis.studies import load_studies
+from peft_vit.analysis.results import load_studies
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, history_rows, write_atomically
 

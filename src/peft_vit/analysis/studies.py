@@ -6,13 +6,15 @@ silence: failed, incomplete and missing runs are named in `Study.notices`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
 from peft_vit.config import ExperimentConfig
 from peft_vit.errors import UserError
-from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, read_records
+from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord
 
 METHOD_ORDER = ("linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora")
 
@@ -50,10 +52,11 @@ class Study:
     Attributes:
         name: the study's name.
         smoke: whether these are smoke runs.
-        experiments: in the order of methods, then of rank, then of name; those with failed runs only
+        experiments: in the order of methods, then of rank, then of name; those without a finished run
             included. runs: finished runs, by experiment and seed. failed: records of runs that failed or that
-            lack outcomes. missing: (experiment, seed) pairs for which there is no record, although the seed
-            occurs elsewhere. notices: sentences that stand above every number.
+            lack outcomes. unfinished: runs that have no record that counts: planned ones, or where no study.json
+            tells what was planned, pairs of an experiment and a seed that occurs elsewhere. notices: sentences
+            that stand above every number.
     """
 
     name: str
@@ -61,8 +64,19 @@ class Study:
     experiments: tuple[ExperimentConfig, ...]
     runs: tuple[Run, ...]
     failed: tuple[RunRecord, ...]
-    missing: tuple[tuple[str, int], ...]
+    unfinished: tuple[UnfinishedRun, ...]
     notices: tuple[str, ...]
+
+    @property
+    def missing(self) -> tuple[tuple[str, int], ...]:
+        """Return experiment and seed of the runs that have no record that counts."""
+        return tuple((run.experiment, run.seed) for run in self.unfinished)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of runs by state; their sum is the number of planned runs."""
+        states = Counter(run.state for run in self.unfinished)
+        failed = len(self.failed) + states["failed"]
+        return {"done": len(self.runs), "failed": failed, **{s: states[s] for s in STATES if s != "failed"}}
 
     @property
     def label(self) -> str:
@@ -91,17 +105,12 @@ class Study:
         return tuple(e for e in self.with_method("lora") if e.lora is not None and e.lora.rank is not None)
 
 
-def load_studies(results_dir: Path) -> tuple[Study, ...]:
-    """Read every record below a directory and group it by study.
+def group_by_study(records: Iterable[RunRecord], *, source: Path) -> tuple[Study, ...]:
+    """Group records by study and by whether they are smoke runs; `source` is only named in errors.
 
     Raises:
-        UserError: if there is no record, if one is unreadable, or if a run stands twice.
+        UserError: if a run stands twice.
     """
-    return group_by_study(read_records(results_dir), source=results_dir)
-
-
-def group_by_study(records: Iterable[RunRecord], *, source: Path) -> tuple[Study, ...]:
-    """Group records by study and by whether they are smoke runs; `source` is only named in errors."""
     groups: dict[tuple[str, bool], dict[tuple[str, int], RunRecord]] = {}
     for record in records:
         spec = record.spec
@@ -114,21 +123,40 @@ def group_by_study(records: Iterable[RunRecord], *, source: Path) -> tuple[Study
                 file=source,
             )
         group[key] = record
-    return tuple(_study(name, smoke, group) for (name, smoke), group in sorted(groups.items()))
+    return tuple(make_study(*key, list(group.values()), Plan(), ()) for key, group in sorted(groups.items()))
 
 
-def _study(name: str, smoke: bool, group: dict[tuple[str, int], RunRecord]) -> Study:
+def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan, first: Sequence[str]) -> Study:
+    """Return the study of some records.
+
+    Args:
+        name: the study's.
+        smoke: whether these are smoke runs.
+        records: each run's once.
+        plan: what is known beside them.
+        first: notices that stand above those that follow from the records.
+    """
+    group = {(record.spec.experiment.name, record.spec.seed): record for record in records}
     records = [group[key] for key in sorted(group)]
     candidates = [_finished(record) for record in records]
     runs = tuple(run for run in candidates if run is not None)
     failed = tuple(record for record, run in zip(records, candidates, strict=True) if run is None)
-    by_name = {record.spec.experiment.name: record.spec.experiment for record in records}
+    by_name = {e.name: e for e in plan.experiments} | {r.spec.experiment.name: r.spec.experiment for r in records}
     experiments = tuple(sorted(by_name.values(), key=_order))
     seeds = sorted({seed for _, seed in group})
-    missing = tuple((e.name, seed) for e in experiments for seed in seeds if (e.name, seed) not in group)
+    unfinished = unfinished_runs(plan, group, [(e.name, seed) for e in experiments for seed in seeds])
+    place = {e.name: index for index, e in enumerate(experiments)}
+    unfinished = tuple(sorted(unfinished, key=lambda run: (place.get(run.experiment, len(place)), *_named(run))))
     runs = tuple(sorted(runs, key=lambda run: (_order(run.experiment), run.seed)))
-    notices = (*_notices(smoke, runs, failed, missing), *_without_effect(records), *_differences(runs))
-    return Study(name, smoke, experiments, runs, failed, missing, notices)
+    notices = (
+        *first, *_notices(smoke, runs, failed), *_progress(plan, len(runs), len(failed), unfinished),
+        *_unplanned(plan, group), *_without_effect(records), *_differences(runs),
+    )  # fmt: skip
+    return Study(name, smoke, experiments, runs, failed, unfinished, notices)
+
+
+def _named(run: UnfinishedRun) -> tuple[str, int]:
+    return run.experiment, run.seed
 
 
 def _order(experiment: ExperimentConfig) -> tuple[int, int, str]:
@@ -152,9 +180,7 @@ def why_unfinished(record: RunRecord) -> str:
     return record.error or "no error was recorded"
 
 
-def _notices(
-    smoke: bool, runs: tuple[Run, ...], failed: tuple[RunRecord, ...], missing: tuple[tuple[str, int], ...]
-) -> tuple[str, ...]:
+def _notices(smoke: bool, runs: tuple[Run, ...], failed: tuple[RunRecord, ...]) -> list[str]:
     notices = []
     if smoke:
         notices.append(
@@ -167,28 +193,56 @@ def _notices(
             f"Random weights: the backbone of {', '.join(names)} was not pretrained. "
             "Nothing here carries over to fine-tuning a pretrained model."
         )
-    notices += [f"Failed: {r.spec.experiment.name}, seed {r.spec.seed}: {why_unfinished(r)}" for r in failed]
+    reasons: dict[str, list[RunRecord]] = {}
+    for record in failed:
+        reasons.setdefault(why_unfinished(record), []).append(record)
+    return notices + [f"Failed: {_runs(records)}: {reason}" for reason, records in reasons.items()]
+
+
+def _progress(plan: Plan, done: int, failed: int, unfinished: Sequence[UnfinishedRun]) -> list[str]:
+    """Say which planned runs there is nothing of, and who works on them."""
+    notices = [f"In progress: {folder.owner}." for folder in plan.folders if folder.owner is not None]
+    notices += [f"Failed: {r.experiment}, seed {r.seed}: {r.note}" for r in unfinished if r.state == "failed"]
+    open_ = [run for run in unfinished if run.state in ("running", "pending", "skipped")]
+    if open_:
+        which = [
+            f"{state}: {runs_in_words([run for run in open_ if run.state == state])}"
+            for state in ("running", "pending", "skipped")
+            if any(run.state == state for run in open_)
+        ]
+        notices.append(
+            f"Incomplete: {len(open_)} of {done + failed + len(unfinished)} planned runs are not done yet, and no "
+            f"number here has anything of them. {'. '.join(part[0].upper() + part[1:] for part in which)}."
+        )
+    missing = [run for run in unfinished if run.state == "missing"]
     if missing:
-        names_and_seeds = ", ".join(f"{name} seed {seed}" for name, seed in missing)
-        notices.append(f"Missing: no record of {names_and_seeds}. The study is incomplete or still running.")
-    return tuple(notices)
+        notices.append(f"Missing: no record of {runs_in_words(missing)}. The study is incomplete or still running.")
+    return notices
+
+
+def _unplanned(plan: Plan, recorded: Iterable[tuple[str, int]]) -> list[str]:
+    foreign = sorted(set(recorded) - set(plan.runs)) if plan.is_known else []
+    if not foreign:
+        return []
+    runs = runs_in_words([UnfinishedRun(*run, "missing") for run in foreign])
+    return [f"Not planned: study.json does not name {runs}, of which there are records. They count."]
 
 
 def _without_effect(records: Sequence[RunRecord]) -> list[str]:
     """Return each distinct warning of the records once, with the runs that gave it."""
-    seeds_of: dict[str, dict[str, list[int]]] = {}
+    runs_of: dict[str, list[RunRecord]] = {}
     for record in records:
         for text in dict.fromkeys(record.warnings):
-            seeds_of.setdefault(text, {}).setdefault(record.spec.experiment.name, []).append(record.spec.seed)
-    notices = []
-    for text, by_name in seeds_of.items():
-        runs = "; ".join(f"{name}, {_seeds(seeds)}" for name, seeds in by_name.items())
-        notices.append(f"Little or no effect: {text}. Runs: {runs}.")
-    return notices
+            runs_of.setdefault(text, []).append(record)
+    return [f"Little or no effect: {text}. Runs: {_runs(own)}." for text, own in runs_of.items()]
 
 
-def _seeds(seeds: Sequence[int]) -> str:
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(seed) for seed in seeds)}"
+def _runs(records: Sequence[RunRecord]) -> str:
+    """Return experiments with their seeds, as a list in prose."""
+    seeds: dict[str, list[int]] = {}
+    for record in records:
+        seeds.setdefault(record.spec.experiment.name, []).append(record.spec.seed)
+    return "; ".join(f"{name}, {seeds_in_words(own)}" for name, own in seeds.items())
 
 
 def _differences(runs: tuple[Run, ...]) -> list[str]:
@@ -198,6 +252,13 @@ def _differences(runs: tuple[Run, ...]) -> list[str]:
         own = [run for run in runs if run.experiment.name == name]
         if len({_configuration(run) for run in own}) > 1:
             notices.append(f"Configurations differ between the seeds of {name}: its mean mixes them.")
+    units: dict[str, list[str]] = {}
+    for run in runs:
+        if any(entry.budget is not None for entry in run.record.rank_history):
+            units.setdefault(run.record.rank_history[0].unit, []).append(run.experiment.name)
+    if len(units) > 1:
+        named = "; ".join(f"{unit}: {', '.join(dict.fromkeys(names))}" for unit, names in sorted(units.items()))
+        notices.append(f"Budgets are in different units ({named}): they are not comparable, parameters and bytes are.")
     for what, key, consequence in _SHOULD_AGREE:
         count = len({key(run) for run in runs})
         if count > 1:

@@ -43,6 +43,13 @@ def analyze(
 def report(
     results_dir: ResultsDir,
     output_dir: Annotated[Path | None, typer.Option(help="default: RESULTS_DIR/report")] = None,
+    publication: Annotated[
+        bool,
+        typer.Option(
+            "--publication",
+            help="also every figure for a paper: PDF, SVG, PNG, one and two columns wide, with captions",
+        ),
+    ] = False,
 ) -> None:
     """Write the report: one HTML file that needs no network, Markdown, and every figure as PNG and SVG.
 
@@ -50,7 +57,7 @@ def report(
     """
     from peft_vit.report import build_report
 
-    files = build_report(results_dir, output_dir or results_dir / "report")
+    files = build_report(results_dir, output_dir or results_dir / "report", publication=publication)
     print(f"Report: {files.html}\nMarkdown: {files.markdown}")
     say_left_out(files.results)
 
@@ -98,3 +105,30 @@ def recommend(
     margin = check_margin(max_drop, "--max-drop")
     chosen = choose_study(load_studies(results_dir), study, results_dir)
     print_recommendation(find(chosen, asked, margin=margin, measure=smallest.value), to)
+
+
+@app.command()
+def compare(
+    results_dirs: Annotated[list[Path], typer.Argument(help="directories that hold records", show_default=False)],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="experiment to compare with; default: the LoRA, or the linear probe, of every study"),
+    ] = None,
+    pool: Annotated[
+        str, typer.Option(help="pool although these differ, as in versions,timings; see docs/results.md")
+    ] = "",
+    to: Annotated[
+        Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
+    ] = None,
+) -> None:
+    """Compare experiments that occur in several studies, over data sets and backbones.
+
+    Differences are pooled over studies only where nothing else differs; what is refused is named with its reason.
+    Exit codes: 0 done, 2 bad input.
+    """
+    from peft_vit.analysis.across import compare_studies, load_across
+    from peft_vit.analysis.comparability import parse_pool
+    from peft_vit.report.across_text import print_comparison
+
+    allowed = parse_pool(pool, "--pool")
+    print_comparison(compare_studies(load_across(results_dirs), reference=reference, pool=allowed), to)

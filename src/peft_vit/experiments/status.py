@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -109,7 +108,7 @@ def _status(
         return RunStatus(run, "failed", attempts, last.error or "no error was recorded")
     steps = checkpoint_folders(folder / run) if last is not None else {}
     of_total = "" if total_steps is None else f" of {total_steps}"
-    if last is not None and last.event == "started" and owner is not None and _since(owner, last):
+    if last is not None and last.event == "started" and owner is not None and owner.wrote(last.at):
         reached = f", checkpoint at step {max(steps)}{of_total}" if steps else ""
         return RunStatus(run, "running", attempts, f"{last.worker}, since {last.at}{reached}")
     goes_on = f"goes on from step {max(steps)}{of_total}" if steps else ""
@@ -118,14 +117,6 @@ def _status(
     why = {"failed": f"to be tried again after: {last.error}", "lost": "its files are gone"} if last is not None else {}
     notes = [why.get(last.event, ""), goes_on] if last is not None else []
     return RunStatus(run, "pending", attempts, "; ".join(filter(None, notes)))
-
-
-def _since(owner: Owner, row: Row) -> bool:
-    """Tell whether a row was written by the present owner, and not by one that died."""
-    try:
-        return datetime.fromisoformat(row.at) >= datetime.fromisoformat(owner.since)
-    except (ValueError, TypeError):
-        return True
 
 
 def status_lines(status: StudyStatus) -> Iterator[str]:

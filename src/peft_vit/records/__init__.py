@@ -2,10 +2,20 @@
 
 A results directory holds one study per folder::
 
+    DIR/<study>/study.json, ledger.jsonl                   what was planned, what happened
     DIR/<study>/<experiment>/seed_<k>/record.json          `values.RunRecord`
     DIR/<study>/<experiment>/seed_<k>/adapter.safetensors  what was trained: adapter and head
 """
 
+from peft_vit.records.contents import (
+    HTML_FILE,
+    MARKDOWN_FILE,
+    Contents,
+    Problem,
+    StudyFolder,
+    read_contents,
+    read_records,
+)
 from peft_vit.records.files import (
     ADAPTER_FILE,
     RECORD_FILE,
@@ -13,7 +23,6 @@ from peft_vit.records.files import (
     flush,
     make_folder,
     read_record,
-    read_records,
     run_folder,
     write_atomically,
     write_record,
@@ -50,12 +59,15 @@ from peft_vit.records.values import (
 
 __all__ = [
     "ADAPTER_FILE",
+    "HTML_FILE",
+    "MARKDOWN_FILE",
     "RECORD_FILE",
     "SCHEMA_VERSION",
     "AdapterRemoval",
     "BitAllocation",
     "BitsEntry",
     "ByteCounts",
+    "Contents",
     "Evaluation",
     "Failure",
     "FisherCheck",
@@ -67,6 +79,7 @@ __all__ = [
     "ParameterCounts",
     "Predictions",
     "ProbeEntry",
+    "Problem",
     "Provenance",
     "QuantizationSummary",
     "RankEntry",
@@ -75,11 +88,13 @@ __all__ = [
     "RunSpec",
     "SiteInfo",
     "StepRow",
+    "StudyFolder",
     "checkpoint_folders",
     "flush",
     "history_rows",
     "make_folder",
     "outcome_digest",
+    "read_contents",
     "read_record",
     "read_records",
     "run_folder",

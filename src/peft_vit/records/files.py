@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,16 @@ from pydantic import ValidationError
 
 from peft_vit.errors import UserError, first_fault
 from peft_vit.foreign_files import folder_below, read_bytes
-from peft_vit.records.values import SCHEMA_VERSION, RunRecord, RunSpec
+from peft_vit.records.values import (
+    SCHEMA_VERSION,
+    BitsEntry,
+    Evaluation,
+    ImportanceEntry,
+    RankEntry,
+    RunRecord,
+    RunSpec,
+    StepRow,
+)
 
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
@@ -27,6 +38,9 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems flush no folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -108,13 +122,33 @@ def read_record(file: Path) -> RunRecord:
                 f"expected {SCHEMA_VERSION}, got {version!r}; move it away and run the study again",
                 file=file, field="schema_version",
             )  # fmt: skip
-        return RunRecord.model_validate(_tuples(data))
+        record = RunRecord.model_validate(_tuples(data))
+        _check_rows(record, file)
+        return record
     except ValidationError as error:
         field, fault = first_fault(error)
         raise UserError(f"{fault}; move it away and run the study again", file=file, field=field) from None
     except (OSError, ValueError, RecursionError) as error:
         problem = f"is not a readable record ({error}); move it away and run the study again"
         raise UserError(problem, file=file) from None
+
+
+def _check_rows(record: RunRecord, file: Path) -> None:
+    """Refuse histories in which a row stands twice, or whose rows are in units that can't be added up."""
+    histories: dict[str, Sequence[StepRow | Evaluation | RankEntry | ImportanceEntry | BitsEntry]] = {
+        "steps": record.steps, "evaluations": record.evaluations, "rank_history": record.rank_history,
+        "importance_history": record.importance_history, "bits_history": record.bits_history,
+    }  # fmt: skip
+    for name, rows in histories.items():
+        for before, row in pairwise(rows):
+            again = before.step >= row.step if name in ("steps", "evaluations") else before == row
+            if again:
+                problem = f"step {row.step} stands twice or out of order; move it away and run the study again"
+                raise UserError(problem, file=file, field=name)
+    units = sorted({entry.unit for entry in record.rank_history})
+    if len(units) > 1:
+        problem = f"budgets in different units ({', '.join(units)}); move it away and run the study again"
+        raise UserError(problem, file=file, field="rank_history")
 
 
 _RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names in older records were others
@@ -133,18 +167,3 @@ def _deep_tuples(data: Any) -> Any:
     if isinstance(data, list):
         return tuple(_deep_tuples(value) for value in data)
     return data
-
-
-def read_records(results_dir: Path) -> Iterator[RunRecord]:
-    """Yield every record below a directory, in the order of their paths.
-
-    Raises:
-        UserError: if the directory does not exist or holds no record.
-    """
-    is_folder = os.path.isdir(results_dir)  # unlike Path.is_dir, also False for an impossible name
-    files = sorted(results_dir.rglob(RECORD_FILE)) if is_folder else []
-    if not files:
-        problem = "holds no record.json" if is_folder else "does not exist"
-        raise UserError(f"{problem}; run a study first, e.g. `peft-vit run CONFIG`", file=results_dir)
-    for file in files:
-        yield read_record(file)

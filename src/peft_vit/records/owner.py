@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ class Owner:
         if self.pid is None:
             return "a process that has not said its name"
         return f"process {self.pid} on {self.host} since {self.since}: {self.command}"
+
+    def wrote(self, at: str) -> bool:
+        """Tell whether a ledger's row of that time is this owner's, and not of one that died."""
+        try:
+            return datetime.fromisoformat(at) >= datetime.fromisoformat(self.since)
+        except (ValueError, TypeError):
+            return True
 
 
 def owner_of(folder: Path) -> Owner | None:

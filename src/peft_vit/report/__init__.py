@@ -9,18 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_vit.analysis import analyze, load_studies
+from peft_vit.analysis import Results, analyze, load_results
 from peft_vit.errors import UserError
-from peft_vit.records import write_atomically
+from peft_vit.records import HTML_FILE, MARKDOWN_FILE, write_atomically
 from peft_vit.report.document import Drawing, StudyDocument, Table
 from peft_vit.report.html import write_html
 from peft_vit.report.markdown import write_markdown
+from peft_vit.report.publication import write_publication
 from peft_vit.report.sections import study_documents
 
 __all__ = ["ReportFiles", "build_report", "write_analysis"]
-
-HTML_FILE = "report.html"
-MARKDOWN_FILE = "analysis_summary.md"
 
 
 @dataclass(frozen=True)
@@ -28,42 +26,55 @@ class ReportFiles:
     """Where a report lies.
 
     Attributes:
-        html: the page, complete in itself.
+        results: what it is on, and what was left out of it.
+        html: the page, complete in itself; None if only the summary was written.
         markdown: the summary, which shows the PNG files.
         figures: PNG and SVG files.
         tables: CSV files with unrounded values.
+        figure_data: CSV files with the values that are drawn, as the page offers them.
+        publication: figures for a paper and their captions, if they were asked for.
     """
 
-    html: Path
+    results: Results
+    html: Path | None
     markdown: Path
     figures: tuple[Path, ...]
     tables: tuple[Path, ...]
+    figure_data: tuple[Path, ...]
+    publication: tuple[Path, ...] = ()
 
 
-def build_report(results_dir: Path, output_dir: Path) -> ReportFiles:
-    """Write the report on all records below a directory: HTML, Markdown, figures, tables.
+def build_report(results_dir: Path, output_dir: Path, *, publication: bool = False) -> ReportFiles:
+    """Write the report on all records below a directory that can be read: HTML, Markdown, figures, tables.
+
+    Args:
+        results_dir: where records lie, at any depth.
+        output_dir: where to write; files of an earlier report are replaced.
+        publication: also draw every figure at the widths of a paper, which takes several times as long.
 
     Raises:
-        UserError: if there is no record, or an unreadable one, or if the output can't be written.
+        UserError: if there is no record that can be read, or if the output can't be written.
     """
-    documents = _documents(results_dir)
+    results = load_results(results_dir)
+    documents = _documents(results)
     html = output_dir / HTML_FILE
     with _writing_to(output_dir):
         write_atomically(html, write_html(documents).encode())
-        markdown, figures, tables = _write_parts(documents, output_dir)
-    return ReportFiles(html, markdown, figures, tables)
+        parts = _write_parts(documents, output_dir)
+        paper = write_publication(documents, output_dir / "figures" / "publication") if publication else ()
+        return ReportFiles(results, html, *parts, paper)
 
 
-def write_analysis(results_dir: Path, output_dir: Path) -> Path:
-    """Write the summary as Markdown with its figures and tables, and return its path.
+def write_analysis(results_dir: Path, output_dir: Path) -> ReportFiles:
+    """Write the summary as Markdown with its figures and tables, without the page.
 
     Raises:
-        UserError: if there is no record, or an unreadable one, or if the output can't be written.
+        UserError: as in `build_report`.
     """
-    documents = _documents(results_dir)
+    results = load_results(results_dir)
+    documents = _documents(results)
     with _writing_to(output_dir):
-        markdown, _, _ = _write_parts(documents, output_dir)
-    return markdown
+        return ReportFiles(results, None, *_write_parts(documents, output_dir))
 
 
 @contextmanager
@@ -75,14 +86,14 @@ def _writing_to(output_dir: Path) -> Iterator[None]:
         raise UserError(problem, file=output_dir) from None
 
 
-def _documents(results_dir: Path) -> tuple[StudyDocument, ...]:
-    return study_documents([analyze(study) for study in load_studies(results_dir)])
+def _documents(results: Results) -> tuple[StudyDocument, ...]:
+    return study_documents([analyze(study) for study in results.studies])
 
 
 def _write_parts(
     documents: Sequence[StudyDocument], output_dir: Path
-) -> tuple[Path, tuple[Path, ...], tuple[Path, ...]]:
-    figures, tables = [], []
+) -> tuple[Path, tuple[Path, ...], tuple[Path, ...], tuple[Path, ...]]:
+    figures, tables, data = [], [], []
     for document in documents:
         for drawing in document.drawings():
             png = output_dir / _figure_path(document, drawing)
@@ -90,21 +101,24 @@ def _write_parts(
             write_atomically(png, drawing.png)
             write_atomically(svg, drawing.svg.encode())
             figures += [png, svg]
+            if drawing.data:
+                data.append(png.with_suffix(".csv"))
+                write_atomically(data[-1], as_csv(drawing).encode())
         for table in document.tables():
             file = output_dir / "tables" / f"{document.slug}_{table.slug}.csv"
             write_atomically(file, as_csv(table).encode())
             tables.append(file)
     markdown = output_dir / MARKDOWN_FILE
     write_atomically(markdown, write_markdown(documents, _figure_path).encode())
-    return markdown, tuple(figures), tuple(tables)
+    return markdown, tuple(figures), tuple(tables), tuple(data)
 
 
 def _figure_path(document: StudyDocument, drawing: Drawing) -> str:
     return f"figures/{document.slug}_{drawing.slug}.png"
 
 
-def as_csv(table: Table) -> str:
-    """Return a table's unrounded values; floats in the shortest form that reads back to the same bits."""
+def as_csv(table: Table | Drawing) -> str:
+    """Return a table's or a figure's unrounded values; floats in the shortest form that reads back to the same bits."""
     columns = list(dict.fromkeys(key for row in table.data for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -13,7 +13,7 @@ import pytest
 from peft_vit.analysis.allocation import allocations
 from peft_vit.analysis.history import COLUMNS, export_history, history_table
 from peft_vit.analysis.importance import importance_patterns
-from peft_vit.analysis.studies import load_studies
+from peft_vit.analysis.results import load_studies
 from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, SiteInfo, history_rows, run_folder

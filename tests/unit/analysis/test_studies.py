@@ -58,12 +58,9 @@ def test_random_weights_are_named() -> None:
     assert study.notices[0].startswith("Random weights: the backbone of linear_probe")
 
 
-def test_a_run_that_stands_twice_is_refused(tmp_path: Path) -> None:
-    records = [planted.record(EXPERIMENTS["linear_probe"], 0, 0.7)]
-    planted.write(tmp_path / "one", records)
-    planted.write(tmp_path / "copy", records)
+def test_a_run_that_stands_twice_is_refused() -> None:
     with pytest.raises(UserError, match="quickstart/linear_probe/seed_0' twice"):
-        load_studies(tmp_path)
+        group([planted.record(EXPERIMENTS["linear_probe"], 0, accuracy) for accuracy in (0.7, 0.8)])
 
 
 @pytest.mark.parametrize(

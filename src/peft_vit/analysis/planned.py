@@ -1,0 +1,133 @@
+"""What was planned of a study and has no record that counts: each run once, with what has become of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from peft_vit.config import ExperimentConfig
+from peft_vit.records import StudyFolder
+from peft_vit.records.ledger import Row, last_rows
+
+# missing: no record, and no study.json that would tell whether it was ever planned.
+State = Literal["failed", "left out", "running", "pending", "skipped", "missing"]
+
+
+@dataclass(frozen=True)
+class UnfinishedRun:
+    """A run without a record that counts; `note` says why, or how far it is."""
+
+    experiment: str
+    seed: int
+    state: State
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a study beside its records.
+
+    Attributes:
+        folders: those of this study; several if its results were brought together.
+        left_out: experiment and seed of runs whose records do not count, and why.
+    """
+
+    folders: tuple[StudyFolder, ...] = ()
+    left_out: tuple[tuple[str, int, str], ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """Tell whether a study.json says which runs there are."""
+        return any(folder.file is not None for folder in self.folders)
+
+    @property
+    def experiments(self) -> tuple[ExperimentConfig, ...]:
+        """Return the planned experiments."""
+        return tuple(e for f in self.folders if f.file is not None for e in f.file.configuration.experiments)
+
+    @property
+    def runs(self) -> tuple[tuple[str, int], ...]:
+        """Return experiment and seed of each planned run."""
+        return tuple(_parts(run) for folder in self.folders if folder.file is not None for run in folder.file.runs)
+
+
+def unfinished_runs(
+    plan: Plan, recorded: Iterable[tuple[str, int]], expected: Iterable[tuple[str, int]]
+) -> tuple[UnfinishedRun, ...]:
+    """Return the runs that have no record that counts, by experiment and seed.
+
+    Args:
+        plan: what is known beside the records.
+        recorded: runs that have one.
+        expected: what the records make one expect, every experiment with every seed; counts only without a plan.
+    """
+    why = {(experiment, seed): reason for experiment, seed, reason in plan.left_out}
+    of_ledger = {_parts(run) for folder in plan.folders for run in last_rows(folder.rows)}
+    named = set(plan.runs) if plan.is_known else {*expected, *of_ledger}
+    runs = sorted({*named, *why} - set(recorded))
+    return tuple(
+        UnfinishedRun(*run, "left out", why[run]) if run in why else _state(plan, run) for run in runs
+    )  # fmt: skip
+
+
+def _parts(run: str) -> tuple[str, int]:
+    experiment, _, seed = run.partition("/seed_")
+    return experiment, int(seed)
+
+
+def _state(plan: Plan, run: tuple[str, int]) -> UnfinishedRun:
+    name = f"{run[0]}/seed_{run[1]}"
+    states = [_state_in(folder, name) for folder in plan.folders]
+    known = [state for state in states if state is not None]
+    if not known:
+        return UnfinishedRun(*run, "missing")
+    order = ("running", "failed", "pending", "skipped")  # in one of several folders it may have got further
+    return UnfinishedRun(*run, *min(known, key=lambda state: order.index(state[0])))
+
+
+def _state_in(folder: StudyFolder, run: str) -> tuple[State, str] | None:
+    """Return what a folder's ledger and study.json say of a run without a record."""
+    last = last_rows(folder.rows).get(run)
+    skipped = folder.file is not None and run in folder.file.skipped
+    if last is None:
+        planned = folder.file is not None and run in folder.file.runs
+        return ("skipped" if skipped else "pending", "") if planned else None
+    if last.event == "failed" and not last.retried:
+        return "failed", last.error or "no error was recorded"
+    if last.event == "started" and folder.owner is not None and folder.owner.wrote(last.at):
+        return "running", f"attempt {last.attempt}, {last.worker}, since {last.at}"
+    return "skipped" if skipped else "pending", _why_pending(last)
+
+
+def _why_pending(last: Row) -> str:
+    if last.event == "failed":
+        return f"to be tried again after: {last.error}"
+    if last.event == "interrupted":
+        return f"interrupted at step {last.step}"
+    return "was done, and its record is gone" if last.event in ("done", "lost") else "was cut off"
+
+
+def runs_in_words(runs: Sequence[UnfinishedRun]) -> str:
+    """Return experiments with their seeds, e.g. ``lora_r8 seeds 0–2, 5; lora_r4 seed 1``."""
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        seeds.setdefault(run.experiment, []).append(run.seed)
+    return "; ".join(f"{name} {seeds_in_words(own)}" for name, own in seeds.items())
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """Return seeds, three and more in a row as a range, e.g. ``seeds 0–2, 5``."""
+    stretches: list[list[int]] = []
+    for seed in sorted(seeds):
+        if stretches and seed == stretches[-1][-1] + 1:
+            stretches[-1].append(seed)
+        else:
+            stretches.append([seed])
+    parts = [
+        f"{one[0]}–{one[-1]}" if len(one) > 2 else ", ".join(str(seed) for seed in one) for one in stretches
+    ]  # fmt: skip
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(parts)}"
+
+
+STATES: tuple[State, ...] = get_args(State)

