@@ -178,6 +178,9 @@ class StudyConfig(Frozen):
 
     name: Name
     description: str = ""
+    hypotheses: str | None = Field(
+        default=None, min_length=1, description="own hypotheses beside those that come along; relative to this file"
+    )
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(min_length=1)
     device: Device = "auto"
     precision: Precision = "fp32"
@@ -241,12 +244,20 @@ def _message(error: ErrorDetails, path: KeyPath) -> str:
     return f"{message}, got {reprlib.repr(error['input'])}"
 
 
-def _one_line(error: ValidationError, lines: Lines, file: Path) -> UserError:
+def one_line(error: ValidationError, lines: Lines, file: Path, below: KeyPath = ()) -> UserError:
+    """Return the first fault with its line, and how many more there are.
+
+    Args:
+        error: of what a file said.
+        lines: where its keys stand.
+        file: named in the error.
+        below: the keys under which the faulty values stand, if they are not the whole file.
+    """
     details = error.errors(include_url=False)
-    echoes = {path[:n] for path in (tuple(one["loc"]) for one in details) for n in range(len(path))}
+    echoes = {path[:n] for path in ((*below, *one["loc"]) for one in details) for n in range(len(path))}
     faults: dict[KeyPath, ErrorDetails] = {}
     for one in details:
-        path = _as_written(tuple(one["loc"]), lines)
+        path = _as_written((*below, *one["loc"]), lines)
         # A list whose items have faults is also too short for pydantic, which counts only the sound ones.
         if one["type"] != "too_short" or path not in echoes:
             faults.setdefault(path, one)
@@ -286,6 +297,6 @@ def study_from_mapping(data: dict[str, Any], *, file: Path, lines: Lines | None 
         # Through JSON, so that strict checking still turns lists into tuples.
         return StudyConfig.model_validate_json(json.dumps(data, default=str), context=AS_WRITTEN)
     except ValidationError as error:
-        raise _one_line(error, lines or {}, file) from None
+        raise one_line(error, lines or {}, file) from None
     except ValueError as error:
         raise UserError(str(error), file=file) from None

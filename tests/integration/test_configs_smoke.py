@@ -14,7 +14,8 @@ from peft_vit.experiments import Plan, plan_study
 from peft_vit.experiments.methods import prepare_as_saved
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
 
-CONFIGS = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
+_FILES = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
+CONFIGS = [file for file in _FILES if file.name != "hypotheses.yaml"]  # the others are studies
 pytestmark = pytest.mark.usefixtures("cache")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from peft_vit.adapters.peft_files import peft_sha256
+from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.backbones import check_weights, describe
 from peft_vit.config import StudyConfig
 from peft_vit.data import make_splits, open_index
@@ -19,18 +20,22 @@ from peft_vit.experiments.methods import check
 from peft_vit.experiments.miniature import miniature
 from peft_vit.experiments.smoke import smoke_study
 from peft_vit.experiments.study_file import difference, go_on, study_file
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
 from peft_vit.training import steps_per_epoch
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run, what it will cost, and whether an earlier call has done it."""
+    """One run, what it will cost, and whether an earlier call has done it.
+
+    `registration` are the hypotheses that stand written down now; None: those that come with the package.
+    """
 
     spec: RunSpec
     total_steps: int
     estimate: Estimate
     done: bool
+    registration: Registration | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ def plan_study(
 
 
 def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: bool, measure: Measure | None) -> Plan:
+    registration = _registration(study, file)
     device = resolve_device(study.device)
     if smoke:
         patch_size = describe(study.backbone, study.data.image_size).patch_size
@@ -145,10 +151,16 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
     )  # fmt: skip
     estimates, deviation = estimate_runs(wanted, workload, None if smoke else measure)
     runs = tuple(
-        PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None)
+        PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None, registration=registration)
         for run, estimate in zip(wanted, estimates, strict=True)
     )
     return Plan(study, file, index.licence, index.sha256, runs, part, deviation)
+
+
+def _registration(study: StudyConfig, file: Path) -> Registration:
+    """Read here what every run's record will say: a worker on another node may see neither file."""
+    own = None if study.hypotheses is None else file.parent / study.hypotheses
+    return load_registry(own).registration()
 
 
 def _spec(study: StudyConfig, place: int, seed: int, smoke: bool) -> RunSpec:

@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.config import ExperimentConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError, first_fault, printable
 from peft_vit.evaluation import peak_memory_bytes
-from peft_vit.records import BitAllocation, Provenance, RunSpec
+from peft_vit.records import BitAllocation, Provenance, Registration, RunSpec
 from peft_vit.training import CheckpointKeeper, Checkpoints, CheckpointWarning, ChosenBits, Interrupted, State
 
 RECORDED = (SilentNoEffectWarning, CheckpointWarning)  # what a record keeps of the warnings
@@ -41,6 +42,7 @@ class Earlier(BaseModel):
     peak_memory_bytes: int
     bit_allocation: BitAllocation | None
     bits_s: dict[str, float]
+    registration: Registration | None = None  # None in checkpoints of older versions
 
 
 class Attempt:
@@ -51,17 +53,19 @@ class Attempt:
         checkpoints: where they lie; None: there are none and none are written.
         should_stop: asked between two steps.
         heard: the warnings so far, as `warnings.catch_warnings` collects them.
+        registration: the hypotheses that stand written down now; None: those that come with the package.
     """
 
     def __init__(
         self, spec: RunSpec, checkpoints: Checkpoints | None, should_stop: Callable[[], bool] | None,
-        heard: Sequence[warnings.WarningMessage],
+        heard: Sequence[warnings.WarningMessage], registration: Registration | None = None,
     ) -> None:  # fmt: skip
         self._spec_digest = spec.digest()
         self._keeper = None if checkpoints is None else CheckpointKeeper(checkpoints)
         self._folder = None if checkpoints is None else checkpoints.folder
         self._should_stop = should_stop
         self._heard = heard
+        self._registration = load_registry().registration() if registration is None else registration
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
         self._started = time.perf_counter()
         self._earlier: Earlier | None = None
@@ -163,7 +167,7 @@ class Attempt:
             spec_digest=self._spec_digest, provenance=self._provenance, started_at=self.started_at,
             seconds=self.seconds, checkpoints_s=self.checkpoints_s, warnings=self.warnings,
             peak_memory_bytes=self.peak_memory_bytes, bit_allocation=None if bits is None else bits.record,
-            bits_s=bits_s,
+            bits_s=bits_s, registration=self.registration,
         )  # fmt: skip
         return kept.model_dump(mode="json")
 
@@ -183,6 +187,11 @@ class Attempt:
     def started_at(self) -> str:
         """Return when the first attempt began, ISO 8601, UTC."""
         return self._started_at if self._earlier is None else self._earlier.started_at
+
+    @property
+    def registration(self) -> Registration | None:
+        """Return the hypotheses that stood written down when the first attempt began; None: nobody looked."""
+        return self._registration if self._earlier is None else self._earlier.registration
 
     @property
     def seconds(self) -> float:

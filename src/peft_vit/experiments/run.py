@@ -56,6 +56,7 @@ from peft_vit.records import (
     Provenance,
     QuantizationSummary,
     RankEntry,
+    Registration,
     RunRecord,
     RunSpec,
     SiteInfo,
@@ -98,6 +99,7 @@ def run_one(
     checkpoints: Checkpoints | None = None,
     should_stop: Callable[[], bool] | None = None,
     read: Callable[[BackboneConfig], Weights] = read_weights,
+    registration: Registration | None = None,
 ) -> Finished:
     """Do one run, from where its newest checkpoint has left it; a failure is recorded with its reason, not raised.
 
@@ -107,6 +109,7 @@ def run_one(
         checkpoints: where to keep what the run needs to go on; None: nothing is written at all.
         should_stop: asked after each step.
         read: gets the backbone's weights, see `load_backbone`.
+        registration: the hypotheses that stand written down now; None: those that come with the package.
 
     Raises:
         Interrupted: if it should stop; a checkpoint was written then.
@@ -115,14 +118,14 @@ def run_one(
     def record_of(outcome: dict[str, Any]) -> RunRecord:
         return RunRecord(
             spec=spec, spec_digest=spec.digest(), started_at=attempt.started_at, seconds=attempt.seconds,
-            warnings=attempt.warnings, **outcome,
+            warnings=attempt.warnings, registration=attempt.registration, **outcome,
         )  # fmt: skip
 
     adapter = None
     with warnings.catch_warnings(record=True) as caught:
         for category in RECORDED:
             warnings.simplefilter("always", category)
-        attempt = Attempt(spec, checkpoints, should_stop, caught)
+        attempt = Attempt(spec, checkpoints, should_stop, caught, registration)
         try:
             outcome, adapter = _execute(spec, attempt, on_progress, read)
             record = record_of(outcome)

@@ -15,7 +15,7 @@ from peft_vit.experiments.ledger import no_room
 from peft_vit.records import write_atomically
 from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
 
-_FREE = {"description", "execution"}  # no result depends on them
+_FREE = {"description", "execution", "hypotheses"}  # no result depends on them
 
 
 def study_file(study: StudyConfig, asked: Collection[str], *, smoke: bool, data_sha256: str) -> StudyFile:

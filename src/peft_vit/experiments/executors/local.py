@@ -25,7 +25,7 @@ from peft_vit.experiments.executors.attempt import ALLOCATOR, WeightsOnce, envir
 from peft_vit.experiments.plan import PlannedRun
 from peft_vit.experiments.provenance import cpu_count
 from peft_vit.experiments.run import Finished, run_one
-from peft_vit.records import RunSpec, checkpoint_folders, run_folder
+from peft_vit.records import Registration, RunSpec, checkpoint_folders, run_folder
 from peft_vit.training import Checkpoints, Interrupted, Progress
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -37,6 +37,7 @@ class _Order:
 
     spec: RunSpec
     checkpoints: Checkpoints
+    registration: Registration | None
 
 
 @dataclass(eq=False)
@@ -136,7 +137,7 @@ class LocalExecutor:
             worker.run, worker.since, worker.stepped = run, time.monotonic(), False
             self._events.append(RunStarted(run, f"process {worker.process.pid} on {platform.node()}"))
             checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
-            _send(worker, _Order(run.spec, checkpoints))
+            _send(worker, _Order(run.spec, checkpoints, run.registration))
 
     def _another(self) -> _Worker | None:
         """Start a worker; None if the system allows no further process now, while others may yet take the run."""
@@ -245,7 +246,7 @@ def _serve(pipe: Connection, parent: int) -> None:
         try:
             finished: Finished | Interrupted = run_one(
                 order.spec, on_progress=inbox.reply, checkpoints=order.checkpoints,
-                should_stop=inbox.asked_to_stop, read=weights,
+                should_stop=inbox.asked_to_stop, read=weights, registration=order.registration,
             )  # fmt: skip
         except Interrupted as interrupted:
             finished = interrupted

@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from peft_vit.experiments.executors.attempt import WeightsOnce, prepare_process
 from peft_vit.experiments.run import Finished, run_one
-from peft_vit.records import RunSpec
+from peft_vit.records import Registration, RunSpec
 from peft_vit.training import Checkpoints, Interrupted, Progress
 
 _TELL_S = 0.5  # how often a task talks to the driver
@@ -85,7 +85,7 @@ def _weights_once() -> WeightsOnce:
 
 
 def carry_out(
-    channel: Any, number: int, spec: RunSpec, checkpoints: Checkpoints, place: Place
+    channel: Any, number: int, spec: RunSpec, checkpoints: Checkpoints, place: Place, registration: Registration | None
 ) -> Finished | Interrupted:
     """Do a run in one of Ray's worker processes, which may have done others of the study before."""
     prepare_process()
@@ -97,7 +97,7 @@ def carry_out(
     try:
         return run_one(
             spec, on_progress=line.tell, checkpoints=checkpoints if place.is_seen() else None,
-            should_stop=line.asked_to_stop, read=_weights_once(),
+            should_stop=line.asked_to_stop, read=_weights_once(), registration=registration,
         )  # fmt: skip
     except Interrupted as interrupted:
         return interrupted

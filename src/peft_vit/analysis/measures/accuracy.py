@@ -1,0 +1,230 @@
+"""Measures of what runs predict, and differences of anything that a run has between paired runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from peft_vit.analysis.comparison import Comparison, compare, same_problem
+from peft_vit.analysis.convergence import late_loss_deviation, roughness
+from peft_vit.analysis.measures.evidence import (
+    Evidence,
+    Measure,
+    Measured,
+    NoDataError,
+    Subject,
+    Unit,
+    by_seed,
+    joined,
+    records_of,
+    together,
+)
+from peft_vit.analysis.measures.selection import Reference, Selection
+from peft_vit.analysis.studies import Run
+from peft_vit.config import ExperimentConfig
+from peft_vit.method_settings import Frozen
+from peft_vit.statistics import gini, normalized_entropy
+
+
+def final_ranks(run: Run) -> list[int]:
+    """Return the rank in the end of every site that ever had one named, in the sites' order."""
+    named = {name for entry in run.record.rank_history for name in entry.ranks}
+    ranks = run.final_ranks()
+    return [ranks.get(site.name, 0) for site in run.record.sites if site.name in named]
+
+
+def rank_gini(run: Run) -> float | None:
+    """Return how concentrated a run's final ranks are; None without ranks on two sites."""
+    ranks = final_ranks(run)
+    return gini(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
+
+
+def rank_entropy(run: Run) -> float | None:
+    """Return how even a run's final ranks are; None without ranks on two sites."""
+    ranks = final_ranks(run)
+    return normalized_entropy(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
+
+
+@dataclass(frozen=True)
+class _Quantity:
+    unit: Unit
+    value: Callable[[Run], float | None]
+
+
+Quantity = Literal[
+    "test_accuracy", "validation_accuracy", "balanced_accuracy", "nll", "ece", "late_loss_deviation", "roughness",
+    "rank_gini", "rank_entropy", "seconds_per_step", "peak_memory_bytes",
+]  # fmt: skip
+_QUANTITIES: dict[Quantity, _Quantity] = {
+    "test_accuracy": _Quantity("share", lambda run: run.test.accuracy),
+    "validation_accuracy": _Quantity("share", lambda run: run.validation.accuracy),
+    "balanced_accuracy": _Quantity("share", lambda run: run.test.balanced_accuracy),
+    "nll": _Quantity("nats", lambda run: run.test.nll),
+    "ece": _Quantity("share", lambda run: run.test.ece),
+    "late_loss_deviation": _Quantity("nats", late_loss_deviation),
+    "roughness": _Quantity("nats", roughness),
+    "rank_gini": _Quantity("index", rank_gini),
+    "rank_entropy": _Quantity("index", rank_entropy),
+    "seconds_per_step": _Quantity("s", lambda run: run.record.seconds_per_step),
+    "peak_memory_bytes": _Quantity("bytes", lambda run: run.record.peak_memory_bytes),
+}
+
+
+class DifferenceParameters(Frozen):
+    """Of `difference`."""
+
+    of: Selection
+    against: Reference
+    quantity: Quantity
+    better: Literal["higher", "lower"]
+
+
+def difference(evidence: Evidence, parameters: DifferenceParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+    """Return, by pair of experiments, the quantity of the first minus that of the second, paired by seed.
+
+    With `better: lower` the other way round, so that positive is better. Pairs share weights, images and split.
+    """
+    value = _QUANTITIES[parameters.quantity].value
+    sign = 1.0 if parameters.better == "higher" else -1.0
+    found = []
+    for subject in evidence.subjects(parameters.of, needs):
+        for other in evidence.partners(subject.experiment, parameters.against):
+            found.append(_paired(evidence, subject, other, value, sign))
+    if not found:
+        raise NoDataError(f"no experiment {parameters.of.words()} has a partner {parameters.against.words()}")
+    return tuple(found)
+
+
+def _paired(
+    evidence: Evidence, subject: Subject, other: ExperimentConfig, value: Callable[[Run], float | None], sign: float
+) -> Measured:
+    compared = compare(subject.runs, evidence.study.of(other.name), subject.name, other.name, value)
+    return of_comparison(evidence, subject, compared, [other.name], sign)
+
+
+def of_comparison(
+    evidence: Evidence, subject: Subject, compared: Comparison, against: Sequence[str], sign: float = 1.0
+) -> Measured:
+    """Return the differences of a comparison; `against` are the experiments whose runs it used on the other side."""
+    unpaired = [run.seed for run in subject.runs if run.seed not in compared.seeds]
+    without = f"seeds without a pair: {joined(unpaired)}" if unpaired and compared.seeds else ""
+    return Measured(
+        subject=f"{compared.name} against {compared.reference}",
+        values=tuple(sign * one for one in compared.by_seed),
+        labels=tuple(str(seed) for seed in compared.seeds),
+        n_of="pairs",
+        records=records_of(evidence.study, (compared.name, *against), compared.seeds),
+        note=together(subject.note, compared.note, without),
+    )
+
+
+class OfParameters(Frozen):
+    """Of measures that need to be told nothing but the experiments."""
+
+    of: Selection
+
+
+def accuracy_against_float(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+    """Return test accuracy minus that of the experiment that differs only in that its weights are float."""
+    found = []
+    for subject in evidence.subjects(parameters.of, needs):
+        impact = evidence.quantization.get(subject.name)
+        if impact is not None:
+            compared = impact.against_unquantized
+            found.append(of_comparison(evidence, subject, compared, [compared.reference]))
+    if not found:
+        raise NoDataError(f"no record has what quantization did to an experiment {parameters.of.words()}")
+    return tuple(found)
+
+
+def accuracy_at_equal_parameters(
+    evidence: Evidence, parameters: OfParameters, needs: Sequence[str]
+) -> tuple[Measured, ...]:
+    """Return test accuracy minus that of fixed LoRA at as many trainable parameters, see `against_fixed_lora`."""
+    loras = [lora.name for lora in evidence.study.fixed_rank_loras()]
+    found = []
+    for subject in evidence.subjects(parameters.of, needs):
+        allocated = evidence.allocation.get(subject.name)
+        if allocated is not None:
+            found.append(of_comparison(evidence, subject, allocated.against_fixed, loras))
+    if not found:
+        raise NoDataError(f"no record has the ranks of an experiment {parameters.of.words()}")
+    return tuple(found)
+
+
+def parameters_at_equal_accuracy(
+    evidence: Evidence, parameters: OfParameters, needs: Sequence[str]
+) -> tuple[Measured, ...]:
+    """Return log2 of a run's trainable parameters over those that fixed LoRA needs for its test accuracy.
+
+    What fixed LoRA needs is where the line through the same seed's runs, linear in the logarithm of trainable
+    parameters, first reaches the accuracy. A run that is less accurate than the smallest of them needs at most that
+    one, a run that is more accurate than all of them needs more than the largest: then the ratio to this one stands,
+    a bound that lies nearer to zero than the truth unless the run has passed it, and the note counts it.
+    """
+    if len(evidence.study.fixed_rank_loras()) < 2:
+        raise NoDataError("the study has no fixed LoRA at two ranks, whose line would tell what an accuracy needs")
+    loras = [lora.name for lora in evidence.study.fixed_rank_loras()]
+    found = []
+    for subject in evidence.subjects(parameters.of, needs):
+        bounds = [run.seed for run in subject.runs if (needed := _needed(evidence, run)) and needed[1]]
+        measured = by_seed(
+            subject,
+            lambda run: None if (n := _needed(evidence, run)) is None else math.log2(run.parameters.final) - n[0],
+            "without fixed LoRA at two ranks",
+        )
+        note = f"bounds only, the accuracy lies outside of fixed LoRA's: seeds {joined(bounds)}" if bounds else ""
+        seeds = [int(label) for label in measured.labels]
+        records = (*measured.records, *records_of(evidence.study, loras, seeds))
+        found.append(
+            Measured(
+                subject=f"{subject.name} against fixed LoRA at equal accuracy", values=measured.values,
+                labels=measured.labels, n_of="seeds", records=records, note=together(measured.note, note),
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _needed(evidence: Evidence, run: Run) -> tuple[float, bool] | None:
+    """Return log2 of the parameters that fixed LoRA needs, and whether that is only a bound."""
+    points = sorted(
+        (math.log2(other.parameters.final), other.test.accuracy)
+        for lora in evidence.study.fixed_rank_loras()
+        for other in evidence.study.of(lora.name)
+        if other.seed == run.seed and same_problem(other) == same_problem(run)
+    )
+    if len(points) < 2:
+        return None
+    sizes, accuracies = zip(*points, strict=True)
+    wanted = run.test.accuracy
+    if wanted <= accuracies[0]:
+        return sizes[0], wanted < accuracies[0]
+    for i in range(1, len(points)):
+        if accuracies[i] >= wanted:
+            return float(np.interp(wanted, accuracies[i - 1 : i + 1], sizes[i - 1 : i + 1])), False
+    return sizes[-1], True
+
+
+def above_majority(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+    """Return test accuracy minus that of always naming the most frequent class."""
+    return tuple(
+        by_seed(
+            subject,
+            lambda run: None if "test" not in (m := run.record.majority_accuracy) else run.test.accuracy - m["test"],
+            "without a recorded majority class",
+        )
+        for subject in evidence.subjects(parameters.of, needs)
+    )
+
+
+ACCURACY_MEASURES = {
+    "above_majority": Measure(OfParameters, lambda _: "share", above_majority),
+    "accuracy_against_float": Measure(OfParameters, lambda _: "share", accuracy_against_float),
+    "accuracy_at_equal_parameters": Measure(OfParameters, lambda _: "share", accuracy_at_equal_parameters),
+    "difference": Measure(DifferenceParameters, lambda given: _QUANTITIES[given.quantity].unit, difference),
+    "parameters_at_equal_accuracy": Measure(OfParameters, lambda _: "log2 ratio", parameters_at_equal_accuracy),
+}

@@ -1,0 +1,197 @@
+"""What measures look at, what they return, and how they find the runs that a hypothesis is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from peft_vit.analysis.allocation import Allocation, allocations
+from peft_vit.analysis.comparison import references
+from peft_vit.analysis.importance import ImportancePattern, importance_patterns
+from peft_vit.analysis.measures.selection import Reference, Selection
+from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
+from peft_vit.analysis.studies import Run, Study
+from peft_vit.config import ExperimentConfig
+from peft_vit.method_settings import Frozen
+from peft_vit.records import RunRecord
+
+Unit = Literal["share", "log2 ratio", "ranks", "rho", "index", "factor", "nats", "s", "bytes"]
+
+# Where the fields that not every record has come from; what is not named here, every finished run has.
+HOW_TO_RECORD = {
+    "importance_history": "runs with adaptive ranks record it",
+    "rank_history": "runs with adapters record it",
+    "quantization": "runs on quantized weights record it",
+    "removal": "set measures.removal_images in the configuration and run again",
+    "overhead_s": "records of older versions lack it; run again",
+    "steps": "records of older versions lack it; run again",
+}
+
+
+class NoDataError(Exception):
+    """Nothing in the records speaks about a hypothesis; the message says why, and what would."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Values of one experiment, or of one pair of experiments; a positive one speaks for the sentence.
+
+    Attributes:
+        subject: whose values these are.
+        values: one for each of `labels`; empty if there are none.
+        labels: what each value belongs to, as a rule a seed.
+        n_of: what n counts, in the plural.
+        records: all that the values come from.
+        note: what restricts them; for no values, why there are none.
+    """
+
+    subject: str
+    values: tuple[float, ...]
+    labels: tuple[str, ...]
+    n_of: str
+    records: tuple[RunRecord, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An experiment, and those of its finished runs that recorded what is needed."""
+
+    experiment: ExperimentConfig
+    runs: tuple[Run, ...]
+    note: str
+
+    @property
+    def name(self) -> str:
+        """Return the experiment's name."""
+        return self.experiment.name
+
+
+class Evidence:
+    """One study, and what other parts of the analysis have made of it; that is computed when first asked for."""
+
+    def __init__(
+        self, study: Study, *, importance: Sequence[ImportancePattern] | None = None,
+        allocation: Sequence[Allocation] | None = None, quantization: Sequence[QuantizationImpact] | None = None,
+    ) -> None:  # fmt: skip
+        self.study = study
+        self._importance = importance
+        self._allocation = allocation
+        self._quantization = quantization
+
+    @cached_property
+    def importance(self) -> dict[str, ImportancePattern]:
+        """Return experiment -> its scores."""
+        found = importance_patterns(self.study) if self._importance is None else self._importance
+        return {one.experiment.name: one for one in found}
+
+    @cached_property
+    def allocation(self) -> dict[str, Allocation]:
+        """Return experiment -> what became of its ranks."""
+        found = allocations(self.study) if self._allocation is None else self._allocation
+        return {one.experiment.name: one for one in found}
+
+    @cached_property
+    def quantization(self) -> dict[str, QuantizationImpact]:
+        """Return experiment -> what quantization did."""
+        found = quantization_impacts(self.study) if self._quantization is None else self._quantization
+        return {one.experiment.name: one for one in found}
+
+    @cached_property
+    def reference_lora(self) -> str | None:
+        """Return the fixed-rank LoRA that others are compared with."""
+        loras = {experiment.name for experiment in self.study.fixed_rank_loras()}
+        return next((name for name in references(self.study) if name in loras), None)
+
+    def subjects(self, selection: Selection, needs: Sequence[str]) -> tuple[Subject, ...]:
+        """Return the selected experiments that have a finished run with everything that is needed.
+
+        Raises:
+            NoDataError: if there is none, with what is missing.
+        """
+        meant = [e for e in self.study.experiments if selection.takes(e, self.reference_lora)]
+        finished = [(e, self.study.of(e.name)) for e in meant]
+        if not any(runs for _, runs in finished):
+            left = " has finished" if meant else ""
+            raise NoDataError(f"no experiment {selection.words()}{left}")
+        found = []
+        for experiment, runs in finished:
+            whole = tuple(run for run in runs if not _missing(run, needs))
+            if whole:
+                seeds = [run.seed for run in runs if run not in whole]
+                note = f"seeds left out, whose records lack {joined(needs)}: {joined(seeds)}" if seeds else ""
+                found.append(Subject(experiment, whole, together(note, self._unfinished(experiment))))
+        if not found:
+            lacking = sorted({field for _, runs in finished for run in runs for field in _missing(run, needs)})
+            how = [f"no record has {field}: {HOW_TO_RECORD.get(field, 'it was not recorded')}" for field in lacking]
+            raise NoDataError("; ".join(how))
+        return tuple(found)
+
+    def partners(self, experiment: ExperimentConfig, reference: Reference) -> Iterator[ExperimentConfig]:
+        """Yield the experiments with a finished run that an experiment is to be compared with."""
+        for other in self.study.experiments:
+            if reference.is_partner(experiment, other, self.reference_lora) and self.study.of(other.name):
+                yield other
+
+    def _unfinished(self, experiment: ExperimentConfig) -> str:
+        failed = [r.spec.seed for r in self.study.failed if r.spec.experiment.name == experiment.name]
+        missing = [seed for name, seed in self.study.missing if name == experiment.name]
+        return together(
+            f"failed: seed {joined(failed)}" if failed else "", f"missing: seed {joined(missing)}" if missing else ""
+        )
+
+
+def _missing(run: Run, needs: Sequence[str]) -> list[str]:
+    """Return the fields that a run's record leaves empty."""
+    return [field for field in needs if getattr(run.record, field) in (None, [], {})]
+
+
+def joined(values: Iterable[object]) -> str:
+    """Return values as a list in prose."""
+    return ", ".join(str(value) for value in values)
+
+
+def together(*notes: str) -> str:
+    """Return notes as one."""
+    return "; ".join(note for note in notes if note)
+
+
+def by_seed(subject: Subject, value: Callable[[Run], float | None], without: str) -> Measured:
+    """Return one value a run; `without` says why a run has none."""
+    values = {run.seed: value(run) for run in subject.runs}
+    known = {seed: one for seed, one in values.items() if one is not None}
+    left_out = [seed for seed in values if seed not in known]
+    note = f"seeds left out, {without}: {joined(left_out)}" if left_out else ""
+    return Measured(
+        subject=subject.name,
+        values=tuple(known.values()),
+        labels=tuple(str(seed) for seed in known),
+        n_of="seeds",
+        records=tuple(run.record for run in subject.runs if run.seed in known),
+        note=together(subject.note, note),
+    )
+
+
+def records_of(study: Study, experiments: Iterable[str], seeds: Iterable[int]) -> tuple[RunRecord, ...]:
+    """Return the records of some experiments' finished runs at some seeds."""
+    wanted = set(seeds)
+    return tuple(run.record for name in experiments for run in study.of(name) if run.seed in wanted)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A function from studies to values, and what a hypothesis has to say to use it.
+
+    Attributes:
+        parameters: model of what stands under `parameters` in the registry.
+        unit: of the values, and so of the margin.
+        of_study: values of one study; None where several are needed.
+        of_studies: values over all studies of a directory; None where one is enough.
+    """
+
+    parameters: type[Frozen]
+    unit: Callable[[Any], Unit]
+    of_study: Callable[[Evidence, Any, Sequence[str]], tuple[Measured, ...]] | None = None
+    of_studies: Callable[[Sequence[Evidence], Any, Sequence[str]], tuple[Measured, ...]] | None = None

@@ -1,0 +1,117 @@
+"""Measures of the scores that adaptive ranks were decided with, and of what leaving adapters out costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Literal
+
+from peft_vit.analysis.grid import ATTENTION
+from peft_vit.analysis.measures.accuracy import OfParameters
+from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, Subject, by_seed, joined, together
+from peft_vit.analysis.measures.selection import Selection
+from peft_vit.analysis.studies import Run
+from peft_vit.method_settings import Frozen
+from peft_vit.statistics import spearman
+
+
+def attention_over_mlp(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+    """Return log2 of the mean final score of attention sites over that of MLP sites; a score is a mean per triplet."""
+    return tuple(
+        by_seed(subject, _attention_over_mlp, "without positive scores of attention and of MLP sites")
+        for subject in evidence.subjects(parameters.of, needs)
+    )
+
+
+def _attention_over_mlp(run: Run) -> float | None:
+    scores = last_scores(run)
+    attention = [scores[s.name] for s in run.record.sites if s.name in scores and s.matrix in ATTENTION]
+    mlp = [scores[s.name] for s in run.record.sites if s.name in scores and s.matrix not in ATTENTION]
+    if not attention or not mlp or fmean(attention) <= 0 or fmean(mlp) <= 0:
+        return None
+    return math.log2(fmean(attention) / fmean(mlp))
+
+
+def last_scores(run: Run) -> dict[str, float]:
+    """Return site -> score at the last decision."""
+    return run.record.importance_history[-1].scores if run.record.importance_history else {}
+
+
+def rank_correlation(left: dict[str, float], right: dict[str, float]) -> float | None:
+    """Return Spearman's rho over the sites that both have; None if there is none, or one side is constant."""
+    common = sorted(left.keys() & right.keys())
+    return spearman([left[name] for name in common], [right[name] for name in common]).rho
+
+
+def importance_between_seeds(
+    evidence: Evidence, parameters: OfParameters, needs: Sequence[str]
+) -> tuple[Measured, ...]:
+    """Return Spearman's rho of the final scores of two seeds, over disjoint pairs of seeds: 1st and 2nd, 3rd and 4th.
+
+    All pairs of seeds would share runs, and no test for independent values could be used; the mean over all of them
+    stands in `analysis.importance`.
+    """
+    return tuple(_between_seeds(subject) for subject in evidence.subjects(parameters.of, needs))
+
+
+def _between_seeds(subject: Subject) -> Measured:
+    runs = sorted(subject.runs, key=lambda run: run.seed)
+    pairs = list(zip(runs[::2], runs[1::2], strict=False))
+    rhos = {f"{a.seed}-{b.seed}": rank_correlation(last_scores(a), last_scores(b)) for a, b in pairs}
+    known = {label: rho for label, rho in rhos.items() if rho is not None}
+    odd = f"seed {runs[-1].seed} has no partner" if len(runs) % 2 else ""
+    constant = [label for label in rhos if label not in known]
+    undefined = f"scores are all equal: seeds {joined(constant)}" if constant else ""
+    return Measured(
+        subject=subject.name, values=tuple(known.values()), labels=tuple(known), n_of="pairs of seeds",
+        records=tuple(run.record for a, b in pairs if f"{a.seed}-{b.seed}" in known for run in (a, b)),
+        note=together(subject.note, odd, undefined),
+    )  # fmt: skip
+
+
+def importance_against_harm(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+    """Return Spearman's rho, over sites with rank, between last scores and the loss rise when a site is left out."""
+    return tuple(
+        by_seed(
+            subject,
+            _with_harm,
+            "whose scores or losses are all equal",
+        )
+        for subject in evidence.subjects(parameters.of, needs)
+    )
+
+
+def _with_harm(run: Run) -> float | None:
+    removal = run.record.removal
+    return None if removal is None else rank_correlation(last_scores(run), removal.site_loss_rise)
+
+
+class RemovalParameters(Frozen):
+    """Of `removal_cost`."""
+
+    of: Selection
+    group: Literal["attention", "mlp", "all"]
+
+
+def removal_cost(evidence: Evidence, parameters: RemovalParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+    """Return the validation accuracy that is lost when the updates of a group of sites are left out."""
+    return tuple(
+        by_seed(subject, lambda run: _lost(run, parameters.group), "without a site in that group")
+        for subject in evidence.subjects(parameters.of, needs)
+    )
+
+
+def _lost(run: Run, group: str) -> float | None:
+    removal = run.record.removal
+    if removal is None or group not in removal.group_accuracy:
+        return None
+    return removal.accuracy - removal.group_accuracy[group]
+
+
+IMPORTANCE_MEASURES = {
+    "attention_over_mlp": Measure(OfParameters, lambda _: "log2 ratio", attention_over_mlp),
+    "importance_against_harm": Measure(OfParameters, lambda _: "rho", importance_against_harm),
+    "importance_between_seeds": Measure(OfParameters, lambda _: "rho", importance_between_seeds),
+    "removal_cost": Measure(RemovalParameters, lambda _: "share", removal_cost),
+}
