@@ -90,12 +90,13 @@ def probability_of_improvement(
         raise ValueError(f"expected the same tasks on both sides, got {left.shape[1]} and {right.shape[1]}")
     both = _in_order(np.concatenate([left, right]))
     left, right = both[: len(left)], both[len(left) :]
-    wins = 0.5 * (np.sign(left[:, None] - right[None, :]) + 1)  # (runs, other runs, tasks) of 0, 0.5, 1
+    wins = 0.5 * (np.sign(left.T[:, :, None] - right.T[:, None, :]) + 1)  # (tasks, runs, other runs) of 0, 0.5, 1
     counts = _counts(_checked_indices(indices, left.shape))
     reference_counts = _counts(_checked_indices(reference_indices, right.shape))
-    if len(counts) != len(reference_counts):
-        raise ValueError(f"expected as many resamples of both sides, got {len(counts)} and {len(reference_counts)}")
-    sums = np.einsum("bxt,xyt,byt->b", counts, wins, reference_counts, optimize=True)  # halves: exact in any order
+    if counts.shape[1] != reference_counts.shape[1]:
+        raise ValueError("expected as many resamples of one side as of the other")
+    won = counts @ wins  # (tasks, B, other runs), each what the resample wins against one run; halves are exact
+    sums = (won * reference_counts).sum(axis=(0, 2))
     return percentile_interval(float(wins.mean()), sums / wins.size, min(len(left), len(right)), confidence)
 
 
@@ -137,9 +138,10 @@ def _in_order(columns: np.ndarray) -> np.ndarray:
 
 
 def _counts(indices: np.ndarray) -> np.ndarray:
-    """Return how often each run was drawn: (B, runs, tasks) to the same."""
-    runs = np.arange(indices.shape[1])
-    return (indices[:, :, None, :] == runs[:, None]).sum(axis=1).astype(np.float64)
+    """Return how often each run was drawn: (B, runs, tasks) to (tasks, B, runs)."""
+    resamples, runs, tasks = indices.shape
+    cells = (np.arange(tasks) * resamples + np.arange(resamples)[:, None])[:, None, :] * runs + indices
+    return np.bincount(cells.ravel(), minlength=indices.size).reshape(tasks, resamples, runs).astype(np.float64)
 
 
 def _checked_indices(indices: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:

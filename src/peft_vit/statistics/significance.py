@@ -25,7 +25,7 @@ class Significance:
     Attributes:
         test: name of the test.
         n: pairs that the test could use (Wilcoxon drops pairs without a difference).
-        p_value: two-sided; None if the test is undefined for these values.
+        p_value: two-sided unless the name says otherwise; None if the test is undefined for these values.
         minimum_n: smallest n at which any outcome could be significant.
         dropped: pairs without a difference, which the test could not use.
     """

@@ -1,0 +1,225 @@
+"""The same inputs in another order give the same bytes; what can't be computed is said in words, never as NaN."""
+
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_vit.statistics import (
+    bca_interval,
+    beyond_margin,
+    effect_size,
+    equivalence,
+    equivalence_verdict,
+    inferiority,
+    interquartile_mean,
+    interquartile_mean_interval,
+    mean_interval,
+    mixed_effect,
+    noninferiority,
+    paired_improvement,
+    paired_t,
+    probability_of_improvement,
+    proportion_interval,
+    random_signs,
+    resampling_indices,
+    sign_flip,
+    stratified_indices,
+    wilcoxon,
+)
+
+# Accuracies of 600 images and arbitrary floats: ties, and sums that depend on their order.
+VALUES = st.lists(
+    st.one_of(st.integers(-600, 600).map(lambda k: k / 600), st.floats(-1e3, 1e3, allow_subnormal=False)),
+    min_size=1, max_size=14,
+)  # fmt: skip
+FUNCTIONS = {
+    "t interval": mean_interval,
+    "BCa": lambda x: bca_interval(x, resampling_indices(len(x), 50, np.random.default_rng(0))),
+    "interquartile mean": interquartile_mean,
+    "paired improvement": paired_improvement,
+    "effect size": effect_size,
+    "Wilcoxon": wilcoxon,
+    "sign flip": sign_flip,
+    "paired t": paired_t,
+    "equivalence": lambda x: equivalence(x, 0.1),
+    "beyond margin": lambda x: beyond_margin(x, 0.1),
+    "non-inferiority": lambda x: noninferiority(x, 0.1),
+    "inferiority": lambda x: inferiority(x, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@settings(max_examples=25, deadline=None)
+@given(values=VALUES, data=st.data())
+def test_order_does_not_change_a_bit_and_nothing_is_nan(name: str, values: list[float], data: st.DataObject) -> None:
+    function = FUNCTIONS[name]
+    first, second = function(np.array(values)), function(np.array(data.draw(st.permutations(values))))
+    assert first == second
+    numbers = [x for x in np.atleast_1d(first if isinstance(first, float) else astuple(first)) if isinstance(x, float)]
+    assert all(np.isfinite(x) for x in numbers)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), runs=st.integers(1, 6), tasks=st.integers(1, 4))
+def test_order_of_runs_tasks_and_pairs_does_not_change_a_bit(seed: int, runs: int, tasks: int) -> None:
+    rng = np.random.default_rng(seed)
+    values, reference = (rng.integers(0, 600, (runs, tasks)) / 600 for _ in range(2))
+    indices = stratified_indices(runs, tasks, 40, rng)
+    order = rng.permutation(tasks)
+    shuffled, other = (rng.permuted(array, axis=0)[:, order] for array in (values, reference))
+    assert interquartile_mean_interval(values, indices) == interquartile_mean_interval(shuffled, indices)
+    first = probability_of_improvement(values, reference, indices, indices)
+    assert first == probability_of_improvement(shuffled, other, indices, indices)
+    rows, pairs = resampling_indices(runs, 40, rng), np.column_stack([values[:, 0], reference[:, 0]])
+
+    def statistic(resamples: np.ndarray) -> np.ndarray:
+        return resamples[..., 0].mean(axis=-1) - 2 * resamples[..., 1].mean(axis=-1)
+
+    assert bca_interval(pairs, rows, statistic) == bca_interval(rng.permutation(pairs), rows, statistic)
+
+
+def test_order_of_many_pairs_does_not_change_a_bit_of_random_sign_flips() -> None:
+    rng = np.random.default_rng(0)
+    differences, signs = rng.normal(0.3, 1, 25), random_signs(25, 500, rng)
+    assert sign_flip(differences, signs=signs) == sign_flip(rng.permutation(differences), signs=signs)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_order_of_runs_does_not_change_a_bit_of_a_mixed_model(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups, condition = np.repeat([f"seed {i}" for i in range(5)], 2), np.tile([0, 1], 5)
+    response = rng.normal(0.8, 0.02, 10)
+    order = rng.permutation(10)
+    assert mixed_effect(response, condition, groups) == mixed_effect(response[order], condition[order], groups[order])
+
+
+# One difference that floats write in several ways is one difference.
+SAME = np.array([0.82 - 0.81, 0.81 - 0.80, 0.80 - 0.79, 0.79 - 0.78, 0.78 - 0.77, 0.77 - 0.76])
+
+
+def test_rounding_is_no_scatter_and_breaks_no_tie() -> None:
+    assert len(set(SAME.tolist())) > 1
+    assert paired_t(SAME).sentence() == "not decidable: the differences have no spread"
+    assert equivalence(SAME, 0.02).sentence() == "not decidable: the differences have no spread"
+    assert effect_size(SAME).reason == "the differences have no spread"
+    scattered = np.array([0.82 - 0.81, 0.80 - 0.81, 0.80 - 0.79, 0.79 - 0.76, 0.77 - 0.78, 0.77 - 0.72])
+    whole = np.rint(100 * scattered)
+    assert wilcoxon(scattered).p_value == wilcoxon(whole).p_value
+    assert sign_flip(scattered).p_value == sign_flip(whole).p_value
+
+
+def test_a_verdict_needs_a_decidable_test_on_either_side() -> None:
+    none = equivalence(SAME, 0.02)
+    assert equivalence_verdict(none, beyond_margin(SAME, 0.02), None, None) == "not decided"
+    alike = equivalence([0.01, -0.01, 0.0, 0.02], 1.0)
+    far = beyond_margin([0.01, -0.01, 0.0, 0.02], 1.0)
+    assert equivalence_verdict(alike, far, alike.p_value, far.p_value) == "supported"
+    assert equivalence_verdict(alike, far, 0.06, far.p_value) == "not decided"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0.8], "one value has no spread to resample"),
+        ([0.8, 0.8, 0.8], "all resamples give the same value"),
+        ([0.1 + 0.2, 0.3, 0.3], "all resamples give the same value"),
+    ],
+)
+def test_no_bootstrap_interval_is_said_in_words(values: list[float], words: str) -> None:
+    own = bca_interval(values, resampling_indices(len(values), 99, np.random.default_rng(0)))
+    assert (own.low, own.high, own.reason) == (None, None, words)
+    assert own.estimate == pytest.approx(np.mean(values))
+
+
+def test_a_statistic_that_cannot_be_corrected_is_said_in_words() -> None:
+    values, indices = [1.0, 2.0, 3.0, 9.0], resampling_indices(4, 99, np.random.default_rng(0))
+    assert bca_interval(values, indices, lambda x: x.max(axis=-1) + (x.shape == (1, 4))).reason == (
+        "the estimate lies outside all resamples"
+    )
+    rows = [[0, 0, 0, 0], [0, 1, 2, 3], [1, 1, 1, 1], [0, 1, 1, 3]]  # two resamples have no range to divide by
+    assert bca_interval(values, rows, lambda x: x.mean(axis=-1) / np.ptp(x, axis=-1)).reason == (
+        "the statistic is undefined on 2 of 8 resamples"
+    )
+
+
+def test_runs_without_spread_have_no_interval() -> None:
+    indices = stratified_indices(3, 1, 50, np.random.default_rng(0))
+    assert interquartile_mean_interval([0.8] * 3, indices).reason == "all resamples give the same value"
+    one = stratified_indices(1, 2, 50, np.random.default_rng(0))
+    assert interquartile_mean_interval([[0.8, 0.9]], one).reason == "one run has no spread to resample"
+    apart = probability_of_improvement([4, 5, 6], [1, 2, 3], indices, indices)
+    assert (apart.estimate, apart.low, apart.reason) == (1.0, None, "all resamples give the same value")
+
+
+def test_effect_sizes_that_do_not_exist_are_said_in_words() -> None:
+    assert effect_size([0.3]).reason == "one pair has no spread"
+    two = effect_size([0.1, 0.3])
+    assert two.d is not None
+    assert (two.g, two.reason) == (None, "Hedges' correction needs three pairs")
+
+
+@pytest.mark.parametrize(
+    ("response", "condition", "groups", "words"),
+    [
+        ([1, 2, 3, 4], [0, 1, 0, 1], "aaaa", "one group"),
+        ([1, 2, 3, 4], [0, 0, 0, 0], "aabb", "the same in all runs"),
+        ([1, 2, 3, 4], [0, 1, 0, 1], "abcd", "one run a group"),
+        ([1, 2, 3], [0, 1, 0], "aab", "explain every value"),
+        ([1, 2, 3, 4], [0, 1, 0, 1], "aabb", "no variance within groups"),
+    ],
+)
+def test_mixed_models_that_the_runs_cannot_tell_are_refused(response, condition, groups: str, words: str) -> None:
+    own = mixed_effect(response, condition, list(groups))
+    assert own.estimate is None
+    assert not own.converged
+    assert words in str(own.note)
+
+
+def test_mixed_models_at_the_edge_or_without_an_end_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    response, condition, groups = rng.normal(size=20), np.tile([0, 1], 10), np.repeat(np.arange(10), 2)
+    response[::2], response[1::2] = response[1::2] - response[::2], response[::2] - response[1::2]  # r = -1 in a group
+    edge = mixed_effect(response + rng.normal(0, 0.1, 20), condition, groups)
+    assert "below a hundredth" in str(edge.note)
+    from statsmodels.regression.mixed_linear_model import MixedLM
+
+    fit = MixedLM.fit
+    monkeypatch.setattr(MixedLM, "fit", lambda self, **options: fit(self, reml=True, method="powell", maxiter=1))
+    assert mixed_effect(response + 5 * groups, condition, groups).note == "the fit did not converge"
+
+    def singular(self, *args, **options):
+        raise np.linalg.LinAlgError("Singular matrix")
+
+    monkeypatch.setattr(MixedLM, "fit", singular)
+    assert mixed_effect(response, condition, groups).note == "the fit failed: singular matrix"
+
+
+def test_bad_arguments_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    two_by_two = stratified_indices(2, 2, 9, rng)
+    with pytest.raises(ValueError, match=r"shape \(resamples, 3\)"):
+        bca_interval([1.0, 2.0, 3.0], resampling_indices(4, 9, rng))
+    with pytest.raises(ValueError, match="from 0 to 2, got 0 to 3"):
+        bca_interval([1.0, 2.0, 3.0], [[0, 1, 3]])
+    with pytest.raises(ValueError, match="values: expected finite values, got nan at position 1"):
+        bca_interval([1.0, np.nan], resampling_indices(2, 9, rng))
+    with pytest.raises(ValueError, match="scores: expected finite values, got nan in run 1, task 0"):
+        interquartile_mean_interval([[1, 2], [np.nan, 3]], two_by_two)
+    with pytest.raises(ValueError, match="the same tasks on both sides, got 2 and 1"):
+        probability_of_improvement([[1, 2], [2, 3]], [1, 2], two_by_two, two_by_two)
+    with pytest.raises(ValueError, match="too many to enumerate: give signs"):
+        sign_flip(np.arange(1.0, 20.0))
+    with pytest.raises(ValueError, match="cannot reach p"):
+        sign_flip(np.arange(1.0, 20.0), signs=random_signs(19, 20, rng))
+    with pytest.raises(ValueError, match="positive margin"):
+        equivalence([1.0, 2.0], float("nan"))
+    with pytest.raises(ValueError, match="0 < confidence < 1"):
+        effect_size([1.0, 2.0], 95)
+    with pytest.raises(ValueError, match="equal lengths, got 2 responses, 2 conditions, 3 groups"):
+        mixed_effect([1, 2], [0, 1], list("abc"))
+    with pytest.raises(ValueError, match="successes"):
+        proportion_interval(3, 2)
