@@ -11,13 +11,35 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy import stats
 
 from peft_vit.analysis.comparison import DECIMALS, Comparison, correct, pairing_note, same_draws, same_problem
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.statistics import Significance, paired_difference, wilcoxon
+from peft_vit.statistics import (
+    EffectSize,
+    Interval,
+    Significance,
+    effect_size,
+    paired_difference,
+    paired_improvement,
+    wilcoxon,
+)
 
 MOST_PAIRS = 20_000  # of experiments, 200 of them: a few seconds
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two experiments. Effect and improvement describe; neither decides.
+
+    Attributes:
+        comparison: difference, interval, test, verdict.
+        effect: the difference in units of its standard deviation over pairs of runs; None without any.
+        improvement: share of pairs of runs in which the first is the more accurate one, ties as half; None likewise.
+    """
+
+    comparison: Comparison
+    effect: EffectSize | None
+    improvement: Interval | None
 
 
 @dataclass(frozen=True)
@@ -26,18 +48,23 @@ class AllPairs:
 
     Attributes:
         experiments: their names, in the study's order.
-        comparisons: one a pair, in the order (1, 2), (1, 3), ..., (2, 3), ...; empty if there are too many.
+        pairs: in the order (1, 2), (1, 3), ..., (2, 3), ...; empty if there are too many.
         not_formed: pairs that were not formed because they are more than MOST_PAIRS; 0 otherwise.
     """
 
     experiments: tuple[str, ...]
-    comparisons: tuple[Comparison, ...]
+    pairs: tuple[Pair, ...]
     not_formed: int
 
     @property
-    def decided(self) -> tuple[Comparison, ...]:
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Return difference, test and verdict of each pair."""
+        return tuple(pair.comparison for pair in self.pairs)
+
+    @property
+    def decided(self) -> tuple[Pair, ...]:
         """Return the pairs that the test decided."""
-        return tuple(c for c in self.comparisons if c.verdict != "not decided")
+        return tuple(pair for pair in self.pairs if pair.comparison.verdict != "not decided")
 
 
 @dataclass(frozen=True)
@@ -71,7 +98,13 @@ def all_pairs(study: Study, most: int = MOST_PAIRS) -> AllPairs:
     columns = _columns(names, runs_of, seeds)
     known: dict[tuple[bytes, int], Significance] = {}
     family = [_compare(a, b, seeds, known) for a, b in combinations(columns, 2)]
-    return AllPairs(names, correct(family), 0)
+    return AllPairs(names, tuple(_pair(comparison) for comparison in correct(family)), 0)
+
+
+def _pair(comparison: Comparison) -> Pair:
+    if not comparison.by_seed:
+        return Pair(comparison, None, None)
+    return Pair(comparison, effect_size(comparison.by_seed), paired_improvement(comparison.by_seed))
 
 
 def _columns(names: Sequence[str], runs_of: dict[str, list[Run]], seeds: np.ndarray) -> list[_Column]:
@@ -117,7 +150,8 @@ def _compare(a: _Column, b: _Column, seeds: np.ndarray, known: dict[tuple[bytes,
 def _test(differences: np.ndarray, known: dict[tuple[bytes, int], Significance]) -> Significance:
     """Return the signed-rank test, which depends on nothing but ranks and signs, from those already computed."""
     nonzero = differences[differences != 0]
-    doubled = np.rint(2 * stats.rankdata(np.abs(nonzero))).astype(np.int64)  # midranks are multiples of a half
+    _, group, size = np.unique(np.abs(nonzero), return_inverse=True, return_counts=True)
+    doubled = (2 * np.cumsum(size) - size + 1)[group]  # twice the midranks, whole numbers
     positive = int(doubled[nonzero > 0].sum())
     key = (np.sort(doubled).tobytes() + differences.size.to_bytes(8), positive)
     if key not in known:

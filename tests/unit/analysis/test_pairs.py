@@ -94,6 +94,16 @@ def test_planted_differences_are_decided_and_the_others_are_not() -> None:
     assert len(found.decided) == 2
 
 
+def test_effect_and_improvement_by_hand() -> None:
+    differences = [0.05, 0.06, 0.04, 0.0, -0.01]
+    accuracies = {"linear_probe": [0.70 + d for d in differences], "lora_r8": [0.70] * 5}
+    (pair,) = all_pairs(study_of(runs(accuracies))).pairs
+    assert pair.effect is not None
+    assert pair.effect.d == pytest.approx(np.mean(differences) / np.std(differences, ddof=1))
+    assert pair.improvement is not None
+    assert pair.improvement.estimate == pytest.approx(3.5 / 5)
+
+
 def test_the_family_is_all_pairs() -> None:
     found = all_pairs(study_of(planted.quickstart(seeds=tuple(range(11)), spread=0.002)))
     needed = {c.significance.minimum_n for c in found.comparisons if c.significance is not None}
@@ -103,13 +113,13 @@ def test_the_family_is_all_pairs() -> None:
 
 def test_too_many_pairs_are_counted_and_not_formed() -> None:
     found = all_pairs(study_of(planted.quickstart()), most=65)
-    assert (found.comparisons, found.not_formed) == ((), 66)
+    assert (found.pairs, found.not_formed) == ((), 66)
     assert len(found.experiments) == 12
 
 
 def test_nothing_finished_gives_no_pair() -> None:
     found = all_pairs(study_of([planted.failed(EXPERIMENTS["lora_r8"], 0, "out of memory")]))
-    assert (found.experiments, found.comparisons, found.not_formed) == ((), (), 0)
+    assert (found.experiments, found.pairs, found.not_formed) == ((), (), 0)
 
 
 def test_records_in_another_order_give_the_same_values() -> None:
