@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import compare
 from peft_vit.analysis.limits import Cost, Fault, Limits, Measure, cost_of, smallest_latency_batch
 from peft_vit.analysis.studies import Run, Study
@@ -53,7 +54,7 @@ class Decision:
     """What the tests of m candidates say.
 
     Attributes:
-        p_values: one a candidate, one-sided; None where the test is undefined (one pair, or no spread).
+        p_values: one a candidate, one-sided; None where the test is undefined (no pair, one pair, no spread).
         adjusted: Holm's over all m, an undefined one counted as 1; None likewise.
         shown: whether the candidate is shown not to lose the margin.
         first: position of the first that is; None if none is.
@@ -73,7 +74,7 @@ def decide(differences: Sequence[ArrayLike], margin: float, alpha: float = ALPHA
         margin: in the unit of the differences, positive.
         alpha: one-sided level of the family.
     """
-    p_values = tuple(noninferiority(values, margin).p_value for values in differences)
+    p_values = tuple(noninferiority(values, margin).p_value if np.size(values) else None for values in differences)
     corrected = holm([1.0 if p is None else p for p in p_values])
     adjusted = tuple(None if p is None else q for p, q in zip(p_values, corrected, strict=True))
     shown = tuple(q is not None and q <= alpha for q in adjusted)
@@ -313,12 +314,6 @@ def _require_times(study: Study, limits: Limits, measure: Measure) -> None:
 
 
 _TIMED = ("--max-seconds", "--max-latency-ms")
-
-
-def hardware(run: Run) -> str:
-    """Return what a run's times depend on, in words."""
-    made = run.provenance
-    return f"{made.device} on {made.processor}, {made.cpu_count} processors, {made.threads} threads"
 
 
 def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[tuple[Candidate, ...], int | None]:

@@ -152,6 +152,14 @@ def test_pairs_are_those_of_common_seeds_on_the_same_images() -> None:
     assert "1 pair(s) refused" in candidate.note
 
 
+def test_without_a_common_seed_there_is_no_pair() -> None:
+    made = records({BEST: 0.80, THIRD: 0.7999})
+    found = asked([one for one in made if (one.spec.experiment.name == BEST) == (one.spec.seed < 5)])
+    (candidate,) = found.candidates
+    assert (found.outcome, candidate.seeds, candidate.difference) == ("not decided", (), None)
+    assert candidate.note == "no pair of runs with the same seed"
+
+
 def test_failed_runs_are_left_out_by_name() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999})
     made += [planted.failed(EXPERIMENTS["lora_r1"], seed, "out of memory") for seed in range(10)]

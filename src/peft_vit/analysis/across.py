@@ -1,0 +1,356 @@
+"""The same experiments in several studies, over data sets and backbones: differences in each, and pooled where allowed.
+
+An experiment is the same if its name and its configuration are; data and backbone may differ. Within a study, methods
+are compared as in `analysis.comparison`: pairs share seed, weights, images and split, the exact Wilcoxon test decides,
+with Holm's correction over the study's table. Over studies a difference is pooled only if nothing differs that
+`comparability` names, or the caller allows it by name; what is refused is told with its reason. The pooled claim "is
+more accurate than the reference, on average over these studies" is decided by the stratified t test of
+`pooling.stratified_mean`, with Holm's correction over the pooled table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peft_vit.analysis.comparability import PoolKind, Refusal, RunsOf, difference
+from peft_vit.analysis.comparison import (
+    ALPHA,
+    Comparison,
+    MethodResult,
+    compare,
+    correct,
+    method_results,
+    references,
+)
+from peft_vit.analysis.importance import importance_patterns
+from peft_vit.analysis.pooling import Pooled, interquartile_over_studies, stratified_mean
+from peft_vit.analysis.results import load_studies
+from peft_vit.analysis.stability import StudyAgreement, study_agreements
+from peft_vit.analysis.studies import Run, Study
+from peft_vit.errors import UserError
+from peft_vit.statistics import Interval, MixedEffect, Verdict, holm, mixed_effect
+
+_ACCURACY_NEEDS: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "splits", "weights")
+_TIME_NEEDS: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "timings")
+
+
+@dataclass(frozen=True)
+class LabelledStudy:
+    """A study and what it is called here: its label, with its directory where two have the same."""
+
+    label: str
+    directory: Path
+    study: Study
+
+
+@dataclass(frozen=True)
+class InStudy:
+    """One experiment in one study: what it reached, and its difference to the reference.
+
+    Attributes:
+        study: label of the study.
+        result: over the study's seeds.
+        comparison: with the reference, corrected over the study's table; None of the reference itself, or without one.
+    """
+
+    study: str
+    result: MethodResult
+    comparison: Comparison | None
+
+    @property
+    def name(self) -> str:
+        """Return the experiment's name."""
+        return self.result.experiment.name
+
+
+@dataclass(frozen=True)
+class PooledDifference:
+    """One experiment against the reference over several studies.
+
+    Attributes:
+        name: of the experiment.
+        studies: labels of the studies with pairs of both.
+        pooled: test accuracy, experiment minus reference, mean over studies.
+        ahead: in how many studies the experiment's mean is higher.
+        adjusted_p: the pooled p-value after Holm's correction over the table.
+        verdict: on "is more accurate than the reference, on average over these studies".
+        interquartile: over pairs and studies; None with the reason in its note.
+        interquartile_note: what restricts it.
+        mixed: effect of the experiment with a random intercept by study, over all paired runs.
+        allowed: kinds that differ and were pooled all the same, with what differs.
+    """
+
+    name: str
+    studies: tuple[str, ...]
+    pooled: Pooled
+    ahead: int
+    adjusted_p: float | None
+    verdict: Verdict
+    interquartile: Interval | None
+    interquartile_note: str
+    mixed: MixedEffect
+    allowed: tuple[tuple[PoolKind, str], ...]
+
+
+@dataclass(frozen=True)
+class PooledTime:
+    """Seconds a step of an experiment over those of the reference: geometric mean over studies."""
+
+    name: str
+    studies: tuple[str, ...]
+    ratio: Interval
+    allowed: tuple[tuple[PoolKind, str], ...]
+
+
+@dataclass(frozen=True)
+class Across:
+    """Several studies, side by side and pooled.
+
+    Attributes:
+        studies: in the order given.
+        reference: what the others are compared with; None if no experiment stands in every study.
+        rows: every experiment that occurs in two studies and more, by experiment, then study.
+        pooled: one row an experiment that may be pooled.
+        times: likewise, of seconds a step.
+        refusals: what was not pooled, and why.
+        alone: experiment -> the one study with finished runs of it.
+        agreements: of the importance of sites, between experiments of two studies with the same strategy and metric.
+    """
+
+    studies: tuple[LabelledStudy, ...]
+    reference: str | None
+    rows: tuple[InStudy, ...]
+    pooled: tuple[PooledDifference, ...]
+    times: tuple[PooledTime, ...]
+    refusals: tuple[Refusal, ...]
+    alone: dict[str, str]
+    agreements: tuple[StudyAgreement, ...]
+
+
+def load_across(directories: Sequence[Path]) -> tuple[LabelledStudy, ...]:
+    """Read the studies below several directories.
+
+    Raises:
+        UserError: if a directory can't be read, if a study or a run stands twice, if there are fewer than two studies,
+            or if real and smoke studies are mixed; names them.
+    """
+    found: list[tuple[Path, Study]] = []
+    places: dict[Path, Path] = {}
+    for directory in directories:
+        place = Path(directory).resolve()
+        if place in places:
+            raise UserError(f"is given twice (as {places[place]}); give each directory once", file=directory)
+        places[place] = directory
+        found += [(directory, study) for study in load_studies(directory)]
+    _refuse_copies(found)
+    smoke = [f"{study.label} in {directory}" for directory, study in found if study.smoke]
+    if smoke and len(smoke) < len(found):
+        problem = f"{', '.join(smoke)}: smoke runs say nothing about a method, so they stand beside no real study"
+        raise UserError(f"{problem}; leave them out", file="compare")
+    if len(found) < 2:
+        names = ", ".join(study.label for _, study in found)
+        problem = f"holds one study ({names}), and it takes two; give another directory, or use `peft-vit report`"
+        raise UserError(problem, file=directories[0])
+    labels = [study.label for _, study in found]
+    return tuple(
+        LabelledStudy(
+            study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})", directory, study
+        )
+        for directory, study in found
+    )
+
+
+def _refuse_copies(found: Sequence[tuple[Path, Study]]) -> None:
+    """Refuse a run that stands in two studies: the same seed of the same configuration on the same images."""
+    seen: dict[str, tuple[Path, str]] = {}
+    for directory, study in found:
+        for run in study.runs:
+            key, name = _what_was_run(run), run.record.spec.run_id
+            if key in seen:
+                other, other_name = seen[key]
+                same = "holds it" if name == other_name else f"holds it as {other_name!r}"
+                raise UserError(
+                    f"holds the run {name!r}, and {other} {same} too, which would count it twice as evidence; give one "
+                    "of them", file=directory,
+                )  # fmt: skip
+            seen[key] = directory, name
+
+
+def _what_was_run(run: Run) -> str:
+    plain = run.record.spec.model_copy(update={"study": "any", "device": "auto", "threads": 1})
+    made = run.provenance
+    images = made.data_sha256, made.split_sha256, made.weights_sha256
+    return f"{plain.model_copy(update={'data': _any_place(run)}).model_dump_json()} {images}"
+
+
+def _any_place(run: Run) -> object:
+    """Return the run's data without the path: the same images elsewhere are the same images."""
+    return run.record.spec.data.model_copy(update={"path": None})
+
+
+def compare_studies(
+    studies: Sequence[LabelledStudy], *, reference: str | None = None, pool: Collection[PoolKind] = ()
+) -> Across:
+    """Compare what occurs in several studies.
+
+    Args:
+        studies: at least two, from `load_across`.
+        reference: name of the experiment that others are compared with; None: the fixed-rank LoRA, or else the linear
+            probe, that is every study's own reference.
+        pool: what may be pooled although it differs.
+
+    Raises:
+        UserError: if the reference has a finished run in fewer than two studies, or nothing occurs in two.
+    """
+    found_in: dict[str, list[str]] = {}
+    for one in studies:
+        for name in dict.fromkeys(run.experiment.name for run in one.study.runs):
+            found_in.setdefault(name, []).append(one.label)
+    shared = [name for name, labels in found_in.items() if len(labels) > 1]
+    if not shared:
+        names = ", ".join(one.label for one in studies)
+        problem = "no experiment has finished runs in two of them under the same name, so there is nothing to compare"
+        raise UserError(problem, file=names)
+    chosen = _reference(studies, shared) if reference is None else reference
+    if chosen is not None and chosen not in shared:
+        problem = f"{chosen!r} has finished runs in fewer than two studies; choose one of {', '.join(shared)}"
+        raise UserError(problem, file="command line", field="--reference")
+    rows = tuple(row for one in studies for row in _in_study(one, shared, chosen))
+    order = {name: place for place, name in enumerate(shared)}
+    pooled, times, refusals = _pooled(studies, shared, chosen, frozenset(pool))
+    return Across(
+        studies=tuple(studies), reference=chosen,
+        rows=tuple(sorted(rows, key=lambda row: order[row.name])),
+        pooled=pooled, times=times, refusals=refusals,
+        alone={name: labels[0] for name, labels in found_in.items() if len(labels) == 1},
+        agreements=_agreements(studies),
+    )  # fmt: skip
+
+
+def _agreements(studies: Sequence[LabelledStudy]) -> tuple[StudyAgreement, ...]:
+    apart = [replace(one.study, name=one.label.removesuffix(" (smoke)")) for one in studies]  # two may share a name
+    return study_agreements([(study, importance_patterns(study)) for study in apart])
+
+
+def _reference(studies: Sequence[LabelledStudy], shared: Collection[str]) -> str | None:
+    for kind in ("lora", "linear"):
+        own = [
+            {name for name in references(one.study) if any(e.name == name for e in one.study.with_method(kind))}
+            for one in studies
+        ]
+        common = sorted(set.intersection(*own) & set(shared))
+        if common:
+            return common[0]
+    return None
+
+
+def _in_study(one: LabelledStudy, shared: Collection[str], reference: str | None) -> Iterator[InStudy]:
+    results = [result for result in method_results(one.study) if result.experiment.name in shared]
+    reference_runs = one.study.of(reference) if reference is not None else ()
+    compared: dict[str, Comparison] = {}
+    if reference is not None and reference_runs:
+        names = [result.experiment.name for result in results if result.experiment.name != reference]
+        family = correct([compare(one.study.of(name), reference_runs, name, reference) for name in names])
+        compared = {comparison.name: comparison for comparison in family}
+    for result in results:
+        yield InStudy(one.label, result, compared.get(result.experiment.name))
+
+
+def _pooled(
+    studies: Sequence[LabelledStudy], shared: Sequence[str], reference: str | None, pool: Collection[PoolKind]
+) -> tuple[tuple[PooledDifference, ...], tuple[PooledTime, ...], tuple[Refusal, ...]]:
+    rows: list[PooledDifference] = []
+    times: list[PooledTime] = []
+    refused: dict[tuple[PoolKind, tuple[str, ...], str], list[str]] = {}
+    for name in shared:
+        pairs = {one.label: _pairs(one.study, name, reference) for one in studies} if reference is not None else {}
+        pairs = {label: own for label, own in pairs.items() if own}
+        if name == reference or len(pairs) < 2:
+            continue
+        runs_of = {label: [run for pair in own for run in pair] for label, own in pairs.items()}
+        differing = _differing(runs_of)
+        for kind in differing.keys() - pool:
+            refused.setdefault((kind, tuple(pairs), differing[kind]), []).append(name)
+        if not any(kind in differing for kind in _ACCURACY_NEEDS if kind not in pool):
+            allowed = tuple((kind, differing[kind]) for kind in _ACCURACY_NEEDS if kind in differing)
+            rows.append(_difference(name, pairs, allowed))
+        if not any(kind in differing for kind in _TIME_NEEDS if kind not in pool):
+            allowed = tuple((kind, differing[kind]) for kind in _TIME_NEEDS if kind in differing)
+            times += _time(name, pairs, allowed)
+    refusals = tuple(Refusal(kind, tuple(names), labels, why) for (kind, labels, why), names in refused.items())
+    return _corrected(rows), tuple(times), tuple(sorted(refusals, key=lambda one: (one.kind, one.experiments)))
+
+
+Pairs = Mapping[str, Sequence[tuple[Run, Run]]]  # by study; the experiment's run and the reference's
+
+
+def _pairs(study: Study, name: str, reference: str | None) -> list[tuple[Run, Run]]:
+    """Return the pairs of runs that `compare` forms."""
+    if reference is None:
+        return []
+    runs, others = ({run.seed: run for run in study.of(one)} for one in (name, reference))
+    seeds = compare(tuple(runs.values()), tuple(others.values()), name, reference).seeds
+    return [(runs[seed], others[seed]) for seed in sorted(seeds)]
+
+
+def _differing(runs_of: RunsOf) -> dict[PoolKind, str]:
+    kinds = dict.fromkeys((*_ACCURACY_NEEDS, *_TIME_NEEDS))
+    return {kind: why for kind in kinds if (why := difference(kind, runs_of)) is not None}
+
+
+def _difference(name: str, pairs: Pairs, allowed: tuple[tuple[PoolKind, str], ...]) -> PooledDifference:
+    by_seed = [{a.seed: round(a.test.accuracy - b.test.accuracy, 12) for a, b in own} for own in pairs.values()]
+    interquartile, note = interquartile_over_studies(by_seed)
+    runs = [(run, place, label) for label, own in pairs.items() for pair in own for place, run in enumerate(pair)]
+    return PooledDifference(
+        name=name,
+        studies=tuple(pairs),
+        pooled=stratified_mean([tuple(values.values()) for values in by_seed]),
+        ahead=sum(math.fsum(values.values()) > 0 for values in by_seed),
+        adjusted_p=None,
+        verdict="not decided",
+        interquartile=interquartile,
+        interquartile_note=note,
+        mixed=mixed_effect(
+            [run.test.accuracy for run, _, _ in runs],
+            [1 - place for _, place, _ in runs],
+            [label for _, _, label in runs],
+        ),
+        allowed=allowed,
+    )
+
+
+def _time(name: str, pairs: Pairs, allowed: tuple[tuple[PoolKind, str], ...]) -> list[PooledTime]:
+    ratios = {
+        label: [
+            math.log(a.record.seconds_per_step / b.record.seconds_per_step)
+            for a, b in own
+            if a.record.seconds_per_step and b.record.seconds_per_step
+        ]
+        for label, own in pairs.items()
+    }
+    known = {label: values for label, values in ratios.items() if values}
+    if len(known) < 2:
+        return []
+    logs = stratified_mean(list(known.values())).interval
+    low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
+    interval = Interval(math.exp(logs.estimate), low, high, logs.n, logs.confidence, logs.reason)
+    return [PooledTime(name, tuple(known), interval, allowed)]
+
+
+def _corrected(rows: Sequence[PooledDifference]) -> tuple[PooledDifference, ...]:
+    """Apply Holm's correction over the pooled table, and give the verdicts."""
+    known = [row.pooled.p_value for row in rows if row.pooled.p_value is not None]
+    adjusted = iter(holm(known))
+    corrected = []
+    for row in rows:
+        p = None if row.pooled.p_value is None else next(adjusted)
+        decided = p is not None and p <= ALPHA
+        verdict: Verdict = "not decided"
+        if decided:
+            verdict = "supported" if row.pooled.interval.estimate > 0 else "refuted"
+        corrected.append(replace(row, adjusted_p=p, verdict=verdict))
+    return tuple(corrected)

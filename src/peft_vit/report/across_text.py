@@ -1,0 +1,307 @@
+"""Several studies side by side and pooled, as text, and as rows for other programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from peft_vit.analysis.across import Across, InStudy, PooledDifference, PooledTime
+from peft_vit.analysis.comparability import PoolKind
+from peft_vit.analysis.comparison import Comparison
+from peft_vit.analysis.stability import StudyAgreement
+from peft_vit.errors import UserError
+from peft_vit.records import write_atomically
+from peft_vit.report.document import Paragraph, Raw, Table
+from peft_vit.report.numbers import count, fixed, megabytes, percent_interval, points_interval
+from peft_vit.report.tables import ends
+from peft_vit.report.terminal import print_blocks
+from peft_vit.statistics import Interval
+
+_NOT_OF_ACCURACY: tuple[PoolKind, ...] = ("timings",)
+_NOT_OF_TIMES: tuple[PoolKind, ...] = ("splits", "weights")
+COLUMNS = (
+    "row", "study", "experiment", "reference", "measure", "estimate", "low", "high", "n", "p_value", "p_holm",
+    "verdict", "note",
+)  # fmt: skip
+
+
+def print_comparison(found: Across, to: Path | None) -> None:
+    """Print the tables; write their unrounded values to a .csv or .json file if one is named.
+
+    Raises:
+        UserError: for another ending, or if the file can't be written.
+    """
+    content = None if to is None else _content(found, to)
+    print_blocks(comparison_blocks(found))
+    if to is not None and content is not None:
+        try:
+            write_atomically(to, content)
+        except OSError as error:
+            raise UserError(
+                f"can't be written ({error.strerror}); choose another file", file=to, field="--to"
+            ) from None
+        print_blocks([Paragraph(f"{len(comparison_rows(found))} rows: {to}")])
+
+
+def comparison_blocks(found: Across) -> Iterator[Paragraph | Table]:
+    """Yield what was found, by study and pooled, and what was not pooled and why."""
+    for one in found.studies:
+        runs = len(one.study.runs)
+        backbones = sorted({run.record.spec.backbone.model for run in one.study.runs})
+        data = sorted({run.record.spec.data.dataset for run in one.study.runs})
+        yield Paragraph(
+            f"Study {one.label}: {', '.join(data) or 'no data'}, {', '.join(backbones) or 'no backbone'}, "
+            f"{runs} finished run{'' if runs == 1 else 's'}."
+        )
+        yield from (Paragraph(f"  {notice}") for notice in one.study.notices)
+    if found.alone:
+        alone = ", ".join(f"{name} (in {study})" for name, study in found.alone.items())
+        yield Paragraph(f"In one study only, so not compared: {alone}.")
+    yield _by_study(found)
+    if found.agreements:
+        yield _agreements(found.agreements)
+    if found.reference is None:
+        yield Paragraph(
+            "No LoRA and no linear probe is the reference of every study, so there are no differences; name an "
+            "experiment with --reference."
+        )
+        return
+    if found.pooled:
+        yield _pooled(found.pooled, found.reference)
+    if found.times:
+        yield _times(found.times, found.reference)
+    yield from map(Paragraph, _refused(found))
+    yield from map(Paragraph, _allowed(found))
+
+
+def _by_study(found: Across) -> Table:
+    return Table(
+        slug="by_study",
+        title="By study",
+        columns=(
+            "experiment", "study", "test accuracy", "n", f"against {found.reference} (points)", "pairs",
+            "more accurate?", "to store", "parameters", "s a step",
+        ),
+        rows=tuple(_study_row(row) for row in found.rows),
+        note=(
+            "95 % t intervals: what other seeds would change, on the same images. Pairs share seed, weights, images "
+            "and split; the exact Wilcoxon signed-rank test decides at 5 %, Holm-corrected over a study's experiments."
+        ),
+        data=(),
+    )  # fmt: skip
+
+
+def _study_row(row: InStudy) -> tuple[str, ...]:
+    result, comparison = row.result, row.comparison
+    against = ("–", "–", "–")
+    if comparison is not None:
+        verdict = _verdict(comparison)
+        note = f" ({comparison.note})" if comparison.note else ""
+        against = points_interval(comparison.difference), str(len(comparison.seeds)), verdict + note
+    step = result.seconds_per_step
+    return (
+        row.name, row.study, percent_interval(result.test_accuracy), str(result.test_accuracy.n), *against,
+        megabytes(result.frozen_bytes + result.adapter_file_bytes), count(result.final_parameters),
+        "–" if step is None else fixed(step),
+    )  # fmt: skip
+
+
+def _verdict(comparison: Comparison) -> str:
+    significance = comparison.significance
+    if significance is None or not significance.decidable or comparison.adjusted_p is None:
+        return comparison.verdict if significance is None else significance.sentence()
+    return f"{comparison.verdict} (p = {comparison.adjusted_p:.2g})"
+
+
+def _pooled(rows: Sequence[PooledDifference], reference: str) -> Table:
+    return Table(
+        slug="pooled",
+        title=f"Over studies: test accuracy against {reference} (points)",
+        columns=(
+            "experiment", "studies", "pairs", "mean over studies", "ahead in", "p (Holm)", "more accurate?",
+            "interquartile mean", "mixed model",
+        ),
+        rows=tuple(
+            (
+                row.name,
+                str(len(row.studies)),
+                str(row.pooled.interval.n),
+                _points(row.pooled.interval),
+                f"{row.ahead} of {len(row.studies)}",
+                "–" if row.adjusted_p is None else f"{row.adjusted_p:.2g}",
+                row.verdict,
+                _points(row.interquartile, row.interquartile_note),
+                _mixed(row),
+            )
+            for row in rows
+        ),
+        note=(
+            "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none "
+            "of them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over "
+            "this table. Interquartile mean: stratified bootstrap. Mixed model: random intercept by study; its "
+            "interval is too short with few studies."
+        ),
+        data=(),
+    )  # fmt: skip
+
+
+def _points(interval: Interval | None, note: str = "") -> str:
+    if interval is None:
+        return f"– ({note})" if note else "–"
+    reason = interval.reason or note
+    return points_interval(interval) + (f" ({reason})" if reason else "")
+
+
+def _mixed(row: PooledDifference) -> str:
+    fit = row.mixed
+    if fit.estimate is None:
+        return f"– ({fit.note})"
+    return points_interval(_interval(row))
+
+
+def _interval(row: PooledDifference) -> Interval | None:
+    fit = row.mixed
+    return None if fit.estimate is None else Interval(fit.estimate, fit.low, fit.high, fit.n, fit.confidence)
+
+
+def _times(rows: Sequence[PooledTime], reference: str) -> Table:
+    return Table(
+        slug="times",
+        title=f"Over studies: seconds a step, as a multiple of {reference}'s",
+        columns=("experiment", "studies", "pairs", "geometric mean over studies"),
+        rows=tuple((row.name, str(len(row.studies)), str(row.ratio.n), _multiple(row.ratio)) for row in rows),
+        note="95 % t intervals of the logarithms; each study counts the same.",
+        data=(),
+    )
+
+
+def _multiple(ratio: Interval) -> str:
+    if ratio.low is None or ratio.high is None:
+        return f"{fixed(ratio.estimate)} [no interval] ({ratio.reason})"
+    return f"{fixed(ratio.estimate)} [{fixed(ratio.low)}, {fixed(ratio.high)}]"
+
+
+def _agreements(rows: Sequence[StudyAgreement]) -> Table:
+    return Table(
+        slug="agreement",
+        title="Do two studies agree on which sites matter?",
+        columns=("metric", "study", "experiment", "other study", "its experiment", "rho", "sites", "backbone"),
+        rows=tuple(
+            (
+                row.metric, row.study, row.experiment, row.other, row.other_experiment,
+                "– (constant)" if row.rho is None else fixed(row.rho), str(row.sites),
+                "the same" if row.same_backbone else "another: sites share no more than a name",
+            )
+            for row in rows
+        ),
+        note=(
+            "Spearman's rho of mean relative scores at the last decision, over sites that both have. It describes: the "
+            "sites of one network are no independent draws, so there is no interval and no p-value."
+        ),
+        data=(),
+    )  # fmt: skip
+
+
+def _refused(found: Across) -> Iterator[str]:
+    for one in found.refusals:
+        yield (
+            f"Not pooled, {_what(one.kind)}: {one.kind} {_differ(one.kind)}: {one.reason}. Experiments: "
+            f"{', '.join(one.experiments)}; studies: {', '.join(one.studies)}. Pool all the same: --pool {one.kind}."
+        )
+
+
+def _what(kind: PoolKind) -> str:
+    if kind in _NOT_OF_ACCURACY:
+        return "seconds"
+    return "accuracy" if kind in _NOT_OF_TIMES else "accuracy and seconds"
+
+
+def _differ(kind: PoolKind) -> str:
+    return "differs" if kind == "precision" else "differ"
+
+
+def _allowed(found: Across) -> Iterator[str]:
+    told: dict[tuple[PoolKind, str], list[str]] = {}
+    rows: tuple[PooledDifference | PooledTime, ...] = (*found.pooled, *found.times)
+    for row in rows:
+        for kind, why in row.allowed:
+            names = told.setdefault((kind, why), [])
+            names += [row.name] if row.name not in names else []
+    for (kind, why), names in told.items():
+        yield f"Pooled although {kind} {_differ(kind)}, as asked: {why}. Experiments: {', '.join(names)}."
+
+
+def comparison_rows(found: Across) -> list[dict[str, Raw]]:
+    """Return everything as rows with COLUMNS as keys; accuracies and differences are shares."""
+    rows: list[dict[str, Raw]] = []
+    for one in found.rows:
+        rows.append(_row("accuracy", one.study, one.name, None, "test_accuracy", one.result.test_accuracy))
+        comparison = one.comparison
+        if comparison is not None:
+            p = None if comparison.significance is None else comparison.significance.p_value
+            decision: dict[str, Raw] = {
+                "p_value": p, "p_holm": comparison.adjusted_p, "verdict": comparison.verdict, "note": comparison.note,
+            }  # fmt: skip
+            named = one.study, one.name, found.reference, "test_accuracy_difference"
+            rows.append(_row("difference", *named, comparison.difference) | decision)
+    for row in found.pooled:
+        named = "; ".join(row.studies), row.name, found.reference, "test_accuracy_difference"
+        decision = {"p_value": row.pooled.p_value, "p_holm": row.adjusted_p, "verdict": row.verdict}
+        note = "; ".join(f"{kind} {_differ(kind)}: {why}" for kind, why in row.allowed)
+        rows.append(_row("pooled", *named, row.pooled.interval, note) | decision)
+        rows.append(_row("interquartile mean", *named, row.interquartile, row.interquartile_note))
+        rows.append(_row("mixed model", *named, _interval(row), row.mixed.note or ""))
+    for agreement in found.agreements:
+        rho = None if agreement.rho is None else Interval(agreement.rho, None, None, agreement.sites, 0.95)
+        experiments = f"{agreement.experiment}; {agreement.other_experiment}"
+        named = f"{agreement.study}; {agreement.other}", experiments, None, f"{agreement.metric}_spearman_rho"
+        note = "n counts sites" if agreement.same_backbone else "n counts sites; the backbones differ"
+        rows.append(_row("importance agreement", *named, rho, note))
+    for time in found.times:
+        named = "; ".join(time.studies), time.name, found.reference, "seconds_per_step_ratio"
+        note = "; ".join(f"{kind} {_differ(kind)}: {why}" for kind, why in time.allowed)
+        rows.append(_row("pooled", *named, time.ratio, note))
+    for refusal in found.refusals:
+        for name in refusal.experiments:
+            named = "; ".join(refusal.studies), name, found.reference, _what(refusal.kind)
+            rows.append(_row("not pooled", *named, None, f"{refusal.kind} {_differ(refusal.kind)}: {refusal.reason}"))
+    return rows
+
+
+def _row(
+    row: str, study: str, experiment: str, reference: str | None, measure: str, interval: Interval | None,
+    note: str = "",
+) -> dict[str, Raw]:  # fmt: skip
+    values = ends("estimate", interval)
+    reason = interval.reason if interval is not None and interval.reason else ""
+    return {
+        "row": row, "study": study, "experiment": experiment, "reference": reference, "measure": measure,
+        "estimate": values["estimate"], "low": values["estimate_low"], "high": values["estimate_high"],
+        "n": values["n"], "p_value": None, "p_holm": None, "verdict": None,
+        "note": "; ".join(part for part in (reason, note) if part),
+    }  # fmt: skip
+
+
+def _content(found: Across, file: Path) -> bytes:
+    write = _WRITERS.get(file.suffix.lower())
+    if write is None:
+        raise UserError(f"expected a name that ends in {' or '.join(_WRITERS)}", file=file, field="--to")
+    return write(comparison_rows(found))
+
+
+def _as_csv(rows: list[dict[str, Raw]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _as_json(rows: list[dict[str, Raw]]) -> bytes:
+    return (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+_WRITERS: dict[str, Callable[[list[dict[str, Raw]]], bytes]] = {".csv": _as_csv, ".json": _as_json}

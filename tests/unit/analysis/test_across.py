@@ -1,0 +1,346 @@
+"""Studies compared and pooled, on planted values whose answer comes from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import planted
+import pytest
+from scipy import stats
+from statsmodels.regression.mixed_linear_model import MixedLM
+
+from peft_vit.analysis.across import Across, LabelledStudy, compare_studies, load_across
+from peft_vit.analysis.comparability import POOL_KINDS, difference, parse_pool
+from peft_vit.analysis.pooling import interquartile_over_studies, stratified_mean
+from peft_vit.config import AdaLoraConfig
+from peft_vit.errors import UserError
+from peft_vit.records import RunRecord
+
+EXPERIMENTS = planted.experiments()
+N_TEST = 100_000
+
+
+def records(
+    study: str, differences: dict[str, list[float]], *, images: str = "b", level: float = 0.7, **provenance: Any
+) -> list[RunRecord]:  # fmt: skip
+    """Return runs of lora_r8, and of others that lie the given differences above it, by seed."""
+    most = max(len(values) for values in differences.values())
+    made = []
+    for name, values in {"lora_r8": [0.0] * most, **differences}.items():
+        for seed, value in enumerate(values):
+            changes = {"test": planted.metrics(level + 0.01 * seed + value, N_TEST)}
+            own = {"data_sha256": images * 64, "split_sha256": images.upper() * 64, **provenance}
+            made.append(
+                planted.record(EXPERIMENTS[name], seed, 0.7, study=study, changes=changes, provenance_changes=own)
+            )
+    return made
+
+
+A, B, C = [0.010, 0.014, 0.006], [0.030, 0.022, 0.026, 0.034], [-0.004, 0.004, 0.012]
+
+
+def loaded(tmp_path: Path, *studies: list[RunRecord]) -> tuple[LabelledStudy, ...]:
+    return load_across([planted.write(tmp_path / made[0].spec.study, made) for made in studies])
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Callable[..., Across]:
+    def compare(changed: Any = MappingProxyType({}), **options: Any) -> Across:
+        made = [
+            records(name, {"lora_r4": values}, **{"images": images, "level": level, **(changed if name == "c" else {})})
+            for name, values, images, level in (("a", A, "b", 0.7), ("b", B, "c", 0.6), ("c", C, "d", 0.85))
+        ]
+        return compare_studies(loaded(tmp_path, *made), **options)
+
+    return compare
+
+
+def test_two_strata_are_welchs_interval_halved() -> None:
+    pooled = stratified_mean([A, B])
+    welch = stats.ttest_ind(A, np.negative(B), equal_var=False)
+    ends = welch.confidence_interval(0.95)
+    assert pooled.interval.estimate == pytest.approx((np.mean(A) + np.mean(B)) / 2, rel=1e-12)
+    assert pooled.interval.low == pytest.approx(ends.low / 2, rel=1e-9)
+    assert pooled.interval.high == pytest.approx(ends.high / 2, rel=1e-9)
+    assert pooled.degrees == pytest.approx(welch.df, rel=1e-9)
+    assert pooled.p_value == pytest.approx(welch.pvalue, rel=1e-9)
+    assert pooled.interval.n == 7
+
+
+def test_one_stratum_is_students_interval() -> None:
+    pooled, ends = stratified_mean([B]), stats.ttest_1samp(B, 0)
+    assert pooled.interval.low == pytest.approx(ends.confidence_interval().low, rel=1e-9)
+    assert pooled.p_value == pytest.approx(ends.pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize(("strata", "reason"), [([A, [0.1]], "single pair"), ([[0.1, 0.1], [0.3 - 0.1] * 3], "spread")])
+def test_no_interval_without_spread(strata: list[list[float]], reason: str) -> None:
+    pooled = stratified_mean(strata)
+    assert (pooled.interval.low, pooled.p_value, pooled.degrees) == (None, None, None)
+    assert reason in (pooled.interval.reason or "")
+
+
+def test_order_within_a_study_and_of_studies_does_not_matter() -> None:
+    values = np.random.default_rng(1).normal(size=(3, 7))
+    there, back = stratified_mean(list(values)), stratified_mean([row[::-1] for row in values[::-1]])
+    assert there == back
+
+
+def test_the_pooled_interval_covers_and_the_test_keeps_its_level() -> None:
+    """Planted: unequal variances, unequal numbers of seeds, a mean over studies of 0."""
+    rng = np.random.default_rng(2)
+    trials = 1000
+    covered = 0
+    for _ in range(trials):
+        strata = [mean + spread * rng.normal(size=n) for mean, spread, n in ((-1, 0.3, 3), (0, 2.0, 6), (1, 1.0, 5))]
+        interval = stratified_mean(strata).interval
+        assert interval.low is not None
+        assert interval.high is not None
+        covered += interval.low <= 0 <= interval.high
+    assert covered / trials == pytest.approx(0.95, abs=3 * np.sqrt(0.95 * 0.05 / trials))
+
+
+def test_interquartile_mean_takes_common_seeds_and_says_so() -> None:
+    by_seed = [dict(enumerate(values)) for values in (A, B, C)]
+    interval, note = interquartile_over_studies(by_seed)
+    assert interval is not None
+    shared = np.array([A, B[:3], C]).ravel()
+    assert interval.estimate == pytest.approx(stats.trim_mean(shared, 0.25), rel=1e-12)
+    assert interval.low is not None
+    assert interval.low <= interval.estimate
+    assert note == "over the 3 seeds that all studies have; 1 other pairs left out"
+    assert interquartile_over_studies(by_seed) == (interval, note)
+    assert interquartile_over_studies(by_seed[:2]) == (None, "takes 3 studies")
+    apart = [{0: 0.1, 1: 0.2}, {1: 0.1, 2: 0.2}, {2: 0.1, 3: 0.4}]
+    assert interquartile_over_studies(apart) == (None, "the studies have fewer than 2 seeds in common")
+
+
+def test_pooled_where_only_the_images_differ(three: Callable[..., Across]) -> None:
+    found = three()
+    assert found.reference == "lora_r8"
+    assert found.refusals == ()
+    (row,) = found.pooled
+    assert (row.name, row.studies, row.ahead) == ("lora_r4", ("a", "b", "c"), 3)
+    assert row.pooled.interval.estimate == pytest.approx(np.mean([np.mean(A), np.mean(B), np.mean(C)]), abs=1e-9)
+    assert row.verdict == "supported"
+    assert row.adjusted_p == row.pooled.p_value, "a family of one"
+    by_study = {one.study: one.comparison for one in found.rows if one.name == "lora_r4"}
+    for label, values in (("a", A), ("b", B), ("c", C)):
+        comparison = by_study[label]
+        assert comparison is not None
+        assert comparison.by_seed == pytest.approx(tuple(values), abs=1e-9)
+
+
+def test_the_mixed_model_is_that_of_statsmodels(three: Callable[..., Across]) -> None:
+    (row,) = three().pooled
+    response, condition, groups = [], [], []
+    for label, values, level in (("a", A, 0.7), ("b", B, 0.6), ("c", C, 0.85)):
+        for seed, value in enumerate(values):
+            response += [level + 0.01 * seed + value, level + 0.01 * seed]
+            condition += [1.0, 0.0]
+            groups += [label] * 2
+    design = np.column_stack([np.ones(len(condition)), condition])
+    expected = MixedLM(np.array(response), design, groups=groups).fit(reml=True)
+    assert row.mixed.estimate == pytest.approx(expected.fe_params[1], rel=1e-4)
+
+
+DIFFERING: dict[str, tuple[dict[str, Any], str]] = {
+    "versions": ({"packages": {"torch": "2.12.0", "timm": "1.0.31"}}, "torch 2.12.0 in c; 2.13.0 in a and b"),
+    "weights": ({"weights_sha256": "f" * 64}, "vit_small_patch14_dinov2 aaaaaaaaaaaa in a and b; ffffffffffff in c"),
+    "splits": ({"data_sha256": "b" * 64}, "a and c divide the same images otherwise"),
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERING)
+def test_what_differs_is_not_pooled_unless_asked_by_name(three: Callable[..., Across], kind: str) -> None:
+    changes, reason = DIFFERING[kind]
+    refused = three(changes)
+    assert refused.pooled == ()
+    (refusal,) = refused.refusals
+    assert (refusal.kind, refusal.experiments, refusal.studies) == (kind, ("lora_r4",), ("a", "b", "c"))
+    assert refusal.reason == reason
+    assert len(refused.rows) == 6, "each study's own numbers stand all the same"
+
+
+@pytest.mark.parametrize("kind", DIFFERING)
+def test_what_is_asked_for_by_name_is_pooled_and_told(three: Callable[..., Across], kind: str) -> None:
+    changes, reason = DIFFERING[kind]
+    (row,) = three(changes, pool=parse_pool(kind, "--pool")).pooled
+    assert row.allowed == ((kind, reason),)
+
+
+def test_random_weights_are_other_weights(three: Callable[..., Across]) -> None:
+    (refusal,) = three({"random_weights": True, "weights_sha256": None}).refusals
+    assert refusal.reason == "pretrained weights in a and b; random weights in c"
+
+
+def test_seconds_of_other_hardware_are_not_pooled_but_accuracy_is(three: Callable[..., Across]) -> None:
+    found = three({"processor": "other"})
+    assert (len(found.pooled), found.times) == (1, ())
+    (refusal,) = found.refusals
+    assert refusal.kind == "timings"
+    assert "cpu on other, 2 processors, 2 threads in c" in refusal.reason
+
+
+def test_time_is_a_ratio_to_the_reference(tmp_path: Path) -> None:
+    made = [
+        [
+            one.model_copy(update={"seconds_per_step": 0.5 * factor if one.spec.experiment.name == "lora_r4" else 0.5})
+            for one in records(name, {"lora_r4": A}, images=images)
+        ]
+        for name, images, factor in (("a", "b", 2.0), ("b", "c", 0.5))
+    ]
+    (row,) = compare_studies(loaded(tmp_path, *made)).times
+    assert row.ratio.estimate == pytest.approx(1.0)
+    assert (row.ratio.low, row.ratio.n) == (None, 6)
+
+
+def with_precision(made: list[RunRecord], precision: str) -> list[RunRecord]:
+    return [one.model_copy(update={"spec": one.spec.model_copy(update={"precision": precision})}) for one in made]
+
+
+def test_precision_and_configuration_are_told_by_field(tmp_path: Path) -> None:
+    first, second = (records(name, {"lora_r4": A}, images=images) for name, images in (("a", "b"), ("b", "c")))
+    experiment = EXPERIMENTS["lora_r4"]
+    longer = experiment.model_copy(update={"training": experiment.training.model_copy(update={"epochs": 9})})
+    second = [
+        one.model_copy(update={"spec": one.spec.model_copy(update={"experiment": longer})})
+        if one.spec.experiment.name == "lora_r4"
+        else one
+        for one in with_precision(second, "fp32")
+    ]
+    found = compare_studies(loaded(tmp_path, first, second))
+    assert {one.kind: one.reason for one in found.refusals} == {
+        "configurations": "lora_r4.training.epochs: 3 in a, 9 in b",
+        "precision": "bf16 in a; fp32 in b",
+    }
+    assert (found.pooled, found.times) == ((), ())
+
+
+def test_the_same_split_by_seed_is_no_difference() -> None:
+    a, b, c, d = (planted.record(EXPERIMENTS["lora_r4"], seed, 0.7) for seed in (0, 1, 1, 2))
+    assert difference("splits", {"a": _runs([a, b]), "b": _runs([c, d])}) is None
+    per_seed = {
+        label: _runs([one.model_copy(update={"provenance": planted.provenance(seed, split_sha256=f"{seed:064x}")})
+                      for one in own for seed in [one.spec.seed]])
+        for label, own in {"a": [a, b], "b": [c, d]}.items()
+    }  # fmt: skip
+    assert difference("splits", per_seed) is None, "seed 1, which both have, is divided alike"
+
+
+def _runs(made: list[RunRecord]) -> Any:
+    from peft_vit.analysis import group_by_study
+
+    return group_by_study(made, source=Path("results"))[0].runs
+
+
+def test_only_common_experiments_are_compared_and_others_named(tmp_path: Path) -> None:
+    first = records("a", {"lora_r4": A, "lora_r1": A})
+    second = records("b", {"lora_r4": B, "lora_r2": B}, images="c")
+    found = compare_studies(loaded(tmp_path, first, second))
+    assert found.alone == {"lora_r1": "a", "lora_r2": "b"}
+    assert {row.name for row in found.rows} == {"lora_r8", "lora_r4"}
+
+
+def test_without_a_common_reference_there_are_no_differences(tmp_path: Path) -> None:
+    made = [
+        [one for one in records(name, {"full_finetuning": A, "adalora_top_k_fisher": B}, images=images)
+         if one.spec.experiment.name != "lora_r8"]
+        for name, images in (("a", "b"), ("b", "c"))
+    ]  # fmt: skip
+    studies = loaded(tmp_path, *made)
+    found = compare_studies(studies)
+    assert (found.reference, found.pooled) == (None, ())
+    assert all(row.comparison is None for row in found.rows)
+    against = compare_studies(studies, reference="full_finetuning")
+    assert [row.name for row in against.pooled] == ["adalora_top_k_fisher"]
+    with pytest.raises(UserError, match="--reference: 'lora_r8' has finished runs in fewer than two studies"):
+        compare_studies(studies, reference="lora_r8")
+    assert [(one.metric, one.rho) for one in found.agreements] == [("fisher", pytest.approx(1.0))]
+
+
+def test_pooled_p_values_are_corrected_over_the_table(tmp_path: Path) -> None:
+    made = [
+        records(name, {"lora_r4": A, "lora_r2": A, "lora_r1": C}, images=images)
+        for name, images in (("a", "b"), ("b", "c"))
+    ]
+    rows = {row.name: row for row in compare_studies(loaded(tmp_path, *made)).pooled}
+    assert rows["lora_r4"].pooled.p_value is not None
+    assert rows["lora_r4"].adjusted_p == pytest.approx(3 * rows["lora_r4"].pooled.p_value)
+    assert rows["lora_r1"].verdict == "not decided"
+
+
+def test_seeds_that_are_missing_leave_a_study_without_interval(tmp_path: Path) -> None:
+    made = [records("a", {"lora_r4": A}), records("b", {"lora_r4": [0.01]}, images="c")]
+    failed = planted.failed(EXPERIMENTS["lora_r4"], 1, "out of memory", study="b")
+    studies = loaded(tmp_path, made[0], [*made[1], failed])
+    (row,) = compare_studies(studies).pooled
+    assert (row.pooled.interval.low, row.verdict) == (None, "not decided")
+    assert any("Failed" in notice and "out of memory" in notice for notice in studies[1].study.notices)
+
+
+def test_what_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
+    first, second = planted.write(tmp_path / "one", records("a", {"lora_r4": A})), tmp_path / "two"
+    planted.write(second, records("b", {"lora_r4": B}, images="c"))
+    with pytest.raises(UserError, match=r"one/\.\./one: is given twice"):
+        load_across([first, first / ".." / "one"])
+    with pytest.raises(UserError, match=r"one/a: holds the run 'a/.*', and .*one holds it too"):
+        load_across([first, first / "a"])
+    copied = records("b", {"lora_r4": A})  # another name, the same images, seeds and settings
+    with pytest.raises(UserError, match=r"'b/lora_r4/seed_0'.* holds it as 'a/lora_r4/seed_0' too"):
+        load_across([first, planted.write(tmp_path / "three", copied)])
+    with pytest.raises(UserError, match=r"holds one study \(a\), and it takes two"):
+        load_across([first])
+    assert [one.label for one in load_across([first, second])] == ["a", "b"]
+
+
+def test_studies_of_one_name_are_told_apart_by_directory(tmp_path: Path) -> None:
+    one = planted.write(tmp_path / "one", records("a", {"adalora_top_k_fisher": A}))
+    two = planted.write(tmp_path / "two", records("a", {"adalora_top_k_fisher": B}, images="c"))
+    studies = load_across([one, two])
+    assert [study.label for study in studies] == [f"a ({one})", f"a ({two})"]
+    assert len(compare_studies(studies).agreements) == 1
+
+
+def test_smoke_studies_stand_beside_no_real_ones(tmp_path: Path) -> None:
+    real = planted.write(tmp_path / "real", records("a", {"lora_r4": A}))
+    smoke = planted.write(tmp_path / "smoke", [planted.record(EXPERIMENTS["lora_r4"], 0, 0.7, smoke=True)])
+    with pytest.raises(UserError, match=r"quickstart \(smoke\) in .*smoke runs say nothing"):
+        load_across([real, smoke])
+
+
+def test_nothing_in_common_is_bad_input(tmp_path: Path) -> None:
+    first, second = records("a", {"lora_r4": A}), records("b", {"lora_r4": A}, images="c")
+    kept = [one for one in second if one.spec.experiment.name == "lora_r4"]
+    others = [one for one in first if one.spec.experiment.name == "lora_r8"]
+    with pytest.raises(UserError, match="a, b: no experiment has finished runs in two of them"):
+        compare_studies(loaded(tmp_path, others, kept))
+
+
+def test_what_may_be_pooled_is_named_strictly() -> None:
+    assert parse_pool("", "--pool") == frozenset()
+    assert parse_pool(" versions, timings", "--pool") == {"versions", "timings"}
+    for text in ("all", "versions,", "Versions", ",", "versions timings"):
+        with pytest.raises(UserError, match=r"--pool: .* is none of configurations"):
+            parse_pool(text, "--pool")
+    assert set(POOL_KINDS) == {"configurations", "precision", "versions", "splits", "weights", "timings"}
+
+
+def test_a_setting_of_one_side_only_is_a_difference(tmp_path: Path) -> None:
+    name = "adalora_top_k_fisher"
+    first, second = (records(one, {name: A}, images=images) for one, images in (("a", "b"), ("b", "c")))
+    section = EXPERIMENTS[name].adalora
+    assert isinstance(section, AdaLoraConfig)
+    other = EXPERIMENTS[name].model_copy(update={"adalora": section.model_copy(update={"top_k": 12})})
+    second = [
+        one.model_copy(update={"spec": one.spec.model_copy(update={"experiment": other})})
+        if one.spec.experiment.name == name
+        else one
+        for one in second
+    ]
+    (refusal,) = compare_studies(loaded(tmp_path, first, second)).refusals
+    assert refusal.reason == f"{name}.adalora.top_k: None in a, 12 in b"
