@@ -96,9 +96,9 @@ def _result(experiment: ExperimentConfig, runs: Sequence[Run]) -> MethodResult:
         adapter_parameters=_mean(runs, lambda run: run.parameters.final - run.parameters.head),
         frozen_bytes=_mean(runs, lambda run: run.bytes.frozen_bytes),
         adapter_file_bytes=_mean(runs, lambda run: run.bytes.adapter_file_bytes),
-        seconds_per_step=_known_mean([run.record.seconds_per_step for run in runs]),
-        latency_s=_known_mean([run.record.latency_s.get(1) for run in runs]),
-        peak_memory_bytes=_known_mean([run.record.peak_memory_bytes for run in runs]),
+        seconds_per_step=known_mean([run.record.seconds_per_step for run in runs]),
+        latency_s=known_mean([run.record.latency_s.get(1) for run in runs]),
+        peak_memory_bytes=known_mean([run.record.peak_memory_bytes for run in runs]),
         balanced_accuracy=mean_interval([run.test.balanced_accuracy for run in runs]),
         auroc=mean_interval(aurocs) if aurocs else None,
         nll=mean_interval([run.test.nll for run in runs]),
@@ -110,7 +110,8 @@ def _mean(runs: Sequence[Run], value: Callable[[Run], float]) -> float:
     return float(np.mean([value(run) for run in runs]))
 
 
-def _known_mean(values: Sequence[float | None]) -> float | None:
+def known_mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that were recorded; None if none was."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
@@ -242,3 +243,9 @@ def same_problem(run: Run) -> tuple[object, ...]:
 def same_draws(run: Run) -> tuple[str, str]:
     """Return what a common seed should make equal: the initial head and the order of images."""
     return run.provenance.head_init_sha256, run.provenance.data_order_sha256
+
+
+def machine(run: Run) -> tuple[object, ...]:
+    """Return what must be equal for seconds and memory of two runs to be compared."""
+    origin = run.provenance
+    return origin.processor, origin.cpu_count, origin.device, origin.threads

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from peft_vit.analysis.comparison import Comparison, MethodResult, compare, correct
-from peft_vit.analysis.studies import Run, Study
+from peft_vit.analysis.comparison import Comparison, MethodResult, compare, correct, machine
+from peft_vit.analysis.studies import Study
 from peft_vit.statistics import Interval
 
 CostName = Literal["final_parameters", "stored_bytes", "seconds_per_step", "latency_s"]
@@ -108,7 +108,7 @@ def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
         methods: their means, `comparison.method_results(study)`.
     """
     found = []
-    machines = {_machine(run) for run in study.runs}
+    machines = {machine(run) for run in study.runs}
     for cost, of in _COSTS.items():
         known = {m.experiment.name: value for m in methods if (value := of(m)) is not None}
         left_out = tuple(m.experiment.name for m in methods if m.experiment.name not in known)
@@ -149,8 +149,3 @@ def _points(study: Study, methods: Sequence[MethodResult], costs: dict[str, floa
         )
         for m, cost, is_on, on_test in zip(ordered, at, on_front, on_test_front, strict=True)
     )
-
-
-def _machine(run: Run) -> tuple[object, ...]:
-    origin = run.provenance
-    return origin.processor, origin.cpu_count, origin.device, origin.threads

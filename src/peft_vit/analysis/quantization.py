@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
-from peft_vit.analysis.comparison import Comparison, compare, correct
+from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, correct, known_mean, machine
+from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.size import MeasuredSize, bits_by_layer, measured_size
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig, QaLoraConfig
@@ -24,6 +26,48 @@ class BalanceMeasure:
     name: str
     first: float
     last: float
+
+
+@dataclass(frozen=True)
+class BalanceStep:
+    """One measure of the balance at one step, mean over the seeds that measured it then."""
+
+    step: int
+    name: str
+    mean: float
+    n: int
+
+
+@dataclass(frozen=True)
+class AgainstFloat:
+    """Paired differences to the twin on float weights, by seed; each measure is a family over the study's experiments.
+
+    Attributes:
+        nll: mean negative log likelihood on test, nats; positive is worse.
+        late_deviation: `convergence.late_loss_deviation`, nats; positive is less steady.
+        roughness: `convergence.roughness`, nats; positive is rougher.
+    """
+
+    nll: Comparison
+    late_deviation: Comparison
+    roughness: Comparison
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What runs took, means over seeds; None where nothing was recorded.
+
+    Attributes:
+        stored_bytes: everything frozen and the adapter file.
+        peak_memory_bytes: of the process, largest during the run.
+        seconds_per_step: of training.
+        latency_s: batch size -> seconds of a forward pass, for the sizes that all runs measured.
+    """
+
+    stored_bytes: float
+    peak_memory_bytes: float | None
+    seconds_per_step: float | None
+    latency_s: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -45,6 +89,11 @@ class QuantizationImpact:
         frozen_bytes: bytes of everything that is frozen.
         float_backbone_bytes: bytes of the whole backbone in float32, head excluded.
         balance: measures of the balance check.
+        balance_course: the same at every step at which they were recorded.
+        against_float: more differences to the same LoRA.
+        costs: what its runs took.
+        float_costs: what the runs of that LoRA took; None without it.
+        same_machine: whether both ran on one machine with as many threads, so that seconds and memory compare.
     """
 
     experiment: ExperimentConfig
@@ -61,6 +110,11 @@ class QuantizationImpact:
     frozen_bytes: float
     float_backbone_bytes: float
     balance: tuple[BalanceMeasure, ...]
+    balance_course: tuple[BalanceStep, ...]
+    against_float: AgainstFloat
+    costs: Costs
+    float_costs: Costs | None
+    same_machine: bool
 
 
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
@@ -70,26 +124,41 @@ def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
         runs = [run for run in study.of(experiment.name) if run.record.quantization is not None]
         if runs and experiment.qa_lora is not None:
             found.append((experiment, experiment.qa_lora, runs))
-    family = correct([_against_unquantized(study, e, settings, runs) for e, settings, runs in found])
+    twins = [_float_twin(study, experiment, settings) for experiment, settings, _ in found]
+
+    def family(value: Callable[[Run], float | None]) -> tuple[Comparison, ...]:
+        return correct([_compare(*one, twin, value) for one, twin in zip(found, twins, strict=True)])
+
+    more = map(AgainstFloat, family(_nll), family(late_loss_deviation), family(roughness))
     return tuple(
-        _impact(experiment, settings, runs, against)
-        for (experiment, settings, runs), against in zip(found, family, strict=True)
+        _impact(*one, twin, against, against_float)
+        for one, twin, against, against_float in zip(found, twins, family(accuracy_on_test), more, strict=True)
     )
 
 
-def _against_unquantized(
-    study: Study, experiment: ExperimentConfig, settings: QaLoraConfig, runs: Sequence[Run]
-) -> Comparison:
-    """Compare with the study's experiment that differs only in that its weights are float."""
-    name = experiment.name
+def _float_twin(study: Study, experiment: ExperimentConfig, settings: QaLoraConfig) -> tuple[Run, ...]:
+    """Return the runs of the study's experiment that differs only in that its weights are float; () without one."""
     for other in study.with_method("adalora") if experiment.adalora is not None else study.fixed_rank_loras():
         if _equal_but_float(experiment, settings, other):
-            return compare(runs, study.of(other.name), name, other.name)
+            return study.of(other.name)
+    return ()
+
+
+def _nll(run: Run) -> float:
+    return run.test.nll
+
+
+def _compare(
+    experiment: ExperimentConfig, settings: QaLoraConfig, runs: Sequence[Run], twin: Sequence[Run],
+    value: Callable[[Run], float | None],
+) -> Comparison:  # fmt: skip
+    if twin:
+        return compare(runs, twin, experiment.name, twin[0].experiment.name, value)
     ranks = f"LoRA of rank {settings.fixed_rank} with the same scale, targets"
     if experiment.adalora is not None:
         ranks = "AdaLoRA with the same adalora section"
     note = f"the study has no float {ranks} and training"
-    return Comparison(name, "unquantized LoRA of equal rank", None, (), (), None, None, "not decided", note)
+    return Comparison(experiment.name, "unquantized LoRA of equal rank", None, (), (), None, None, "not decided", note)
 
 
 def _equal_but_float(experiment: ExperimentConfig, settings: QaLoraConfig, other: ExperimentConfig) -> bool:
@@ -106,8 +175,9 @@ def _equal_but_float(experiment: ExperimentConfig, settings: QaLoraConfig, other
 
 
 def _impact(
-    experiment: ExperimentConfig, settings: QaLoraConfig, runs: Sequence[Run], against: Comparison
-) -> QuantizationImpact:
+    experiment: ExperimentConfig, settings: QaLoraConfig, runs: Sequence[Run], twin: Sequence[Run],
+    against: Comparison, against_float: AgainstFloat,
+) -> QuantizationImpact:  # fmt: skip
     summaries = [run.record.quantization for run in runs if run.record.quantization is not None]
     errors = _mean_errors(summaries)
     bits = float(np.mean([summary.bits_per_weight for summary in summaries]))
@@ -127,6 +197,21 @@ def _impact(
         frozen_bytes=float(np.mean([run.bytes.frozen_bytes for run in runs])),
         float_backbone_bytes=float(np.mean([_FLOAT32_BYTES * run.parameters.backbone_total for run in runs])),
         balance=_balance([summary.balance for summary in summaries]),
+        balance_course=_balance_course([summary.balance for summary in summaries]),
+        against_float=against_float,
+        costs=_costs(runs),
+        float_costs=_costs(twin) if twin else None,
+        same_machine=len({machine(run) for run in (*runs, *twin)}) == 1,
+    )
+
+
+def _costs(runs: Sequence[Run]) -> Costs:
+    sizes = set.intersection(*(set(run.record.latency_s) for run in runs))
+    return Costs(
+        stored_bytes=fmean(run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs),
+        peak_memory_bytes=known_mean([run.record.peak_memory_bytes for run in runs]),
+        seconds_per_step=known_mean([run.record.seconds_per_step for run in runs]),
+        latency_s={size: fmean(run.record.latency_s[size] for run in runs) for size in sorted(sizes)},
     )
 
 
@@ -149,3 +234,12 @@ def _balance(rows_by_run: Sequence[list[dict[str, float]]]) -> tuple[BalanceMeas
         )
         for name in names
     )
+
+
+def _balance_course(rows_by_run: Sequence[list[dict[str, float]]]) -> tuple[BalanceStep, ...]:
+    found: dict[tuple[int, str], list[float]] = {}
+    for rows in rows_by_run:
+        for row in rows:
+            for name in row.keys() - {"step"}:
+                found.setdefault((int(row["step"]), name), []).append(row[name])
+    return tuple(BalanceStep(step, name, fmean(values), len(values)) for (step, name), values in sorted(found.items()))

@@ -13,6 +13,7 @@ from scipy import stats
 
 from peft_vit.analysis import Run, Study, group_by_study
 from peft_vit.analysis.convergence import convergences, late_loss_deviation, roughness, settled_step
+from peft_vit.analysis.quantization import quantization_impacts
 from peft_vit.records import Evaluation, RunRecord, StepRow
 
 LORA = planted.experiments()["lora_r8"]
@@ -126,3 +127,63 @@ def test_an_experiment_over_its_seeds() -> None:
     assert row.roughness.n == 2
     assert row.late_deviation is None, "two steps are no course"
     assert row.steps == 4
+
+
+def quantized(seed: int, losses: list[float], **changes: object) -> RunRecord:
+    experiment = planted.experiments()["qa_lora_4bit_nf4_constant"]
+    return planted.record(experiment, seed, 0.79, changes={"steps": steps(losses), **changes})
+
+
+def test_a_rougher_quantized_run_is_told_against_its_float_twin() -> None:
+    smooth, rough = [0.0, 3, 0, 3, 0, 3, 0, 3, 0], [0.0, 6, 0, 6, 0, 6, 0, 6, 0]
+    records = [planted.record(LORA, seed, 0.8, changes={"steps": steps(smooth)}) for seed in range(2)]
+    records += [quantized(seed, rough) for seed in range(2)]
+    (impact,) = quantization_impacts(study_of(records))
+    against = impact.against_float
+    assert (against.roughness.name, against.roughness.reference) == ("qa_lora_4bit_nf4_constant", "lora_r8")
+    assert against.roughness.by_seed == pytest.approx((math.sqrt(6), math.sqrt(6)))
+    # The last three of nine: 0, 3, 0 (6, 0, 6 ...) about their mean: sqrt(6), and twice that.
+    assert against.late_deviation.by_seed == pytest.approx((math.sqrt(6), math.sqrt(6)))
+    assert against.nll.difference is not None
+    assert against.nll.difference.estimate == pytest.approx(1.2 * 0.01)
+
+
+def test_a_loss_that_is_not_finite_leaves_its_pair_out_and_says_so() -> None:
+    records = [planted.record(LORA, seed, 0.8) for seed in range(2)]
+    records += [quantized(0, [math.nan] * 12), quantized(1, [1.0, 2.0, 1.0] * 4)]
+    (impact,) = quantization_impacts(study_of(records))
+    assert impact.against_float.roughness.seeds == (1,)
+    assert "1 pair(s) left out" in impact.against_float.roughness.note
+
+
+def test_costs_stand_beside_those_of_the_float_twin() -> None:
+    latency = {1: 0.02, 8: 0.1}
+    records = [planted.record(LORA, 0, 0.8, changes={"latency_s": latency, "seconds_per_step": 0.5})]
+    records += [
+        quantized(0, [1.0] * 9, latency_s={1: 0.03, 16: 0.2}, seconds_per_step=0.9),
+        quantized(1, [1.0] * 9, latency_s={1: 0.05, 8: 0.4}, seconds_per_step=1.1, peak_memory_bytes=None),
+    ]
+    (impact,) = quantization_impacts(study_of(records))
+    assert impact.costs.latency_s == {1: pytest.approx(0.04)}, "only what both runs measured"
+    assert impact.costs.seconds_per_step == pytest.approx(1.0)
+    assert impact.costs.peak_memory_bytes == 900_000_000
+    assert impact.float_costs is not None
+    assert impact.float_costs.latency_s == latency
+    assert impact.same_machine
+    assert impact.float_costs.stored_bytes > 3 * impact.costs.stored_bytes
+
+
+def test_balance_at_every_step_with_how_many_seeds_measured_it() -> None:
+    whole = planted.record(planted.experiments()["qa_lora_4bit_nf4_constant"], 0, 0.79).quantization
+    assert whole is not None
+    rows = ([{"step": 4.0, "a": 1.0}, {"step": 8.0, "a": 2.0, "b": 5.0}], [{"step": 8.0, "a": 4.0}])
+    records = [
+        quantized(seed, [1.0] * 9, quantization=whole.model_copy(update={"balance": balance}))
+        for seed, balance in enumerate(rows)
+    ]
+    (impact,) = quantization_impacts(study_of(records))
+    assert [(b.step, b.name, b.mean, b.n) for b in impact.balance_course] == [
+        (4, "a", 1.0, 1),
+        (8, "a", 3.0, 2),
+        (8, "b", 5.0, 1),
+    ]
