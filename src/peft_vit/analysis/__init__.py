@@ -5,33 +5,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peft_vit.analysis.allocation import Allocation, RunAllocation, allocations
+from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, calibration
 from peft_vit.analysis.comparison import Comparison, MethodResult, compare_all, method_results, references
+from peft_vit.analysis.convergence import Convergence, convergences
+from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.analysis.fisher import FisherAgreement, fisher_agreements
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
 from peft_vit.analysis.insights import Insight, insights
+from peft_vit.analysis.pairs import AllPairs, Pair, all_pairs
+from peft_vit.analysis.pareto import Front, fronts
 from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
 from peft_vit.analysis.results import Results, load_results, load_studies
+from peft_vit.analysis.stability import SeedAgreement, StudyAgreement, seed_agreements, study_agreements
 from peft_vit.analysis.studies import Run, Study, group_by_study
 
 __all__ = [
+    "AgainstControl",
+    "AllPairs",
     "Allocation",
     "Analysis",
+    "Calibration",
+    "CalibrationDifferences",
     "Comparison",
+    "Convergence",
     "FisherAgreement",
+    "Front",
     "ImportancePattern",
     "Insight",
     "MethodResult",
+    "Pair",
     "QuantizationImpact",
     "Results",
     "Run",
     "RunAllocation",
+    "SeedAgreement",
     "Study",
+    "StudyAgreement",
     "analyze",
     "compare_all",
     "group_by_study",
     "load_results",
     "load_studies",
     "method_results",
+    "study_agreements",
 ]
 
 
@@ -42,9 +58,16 @@ class Analysis:
     study: Study
     methods: tuple[MethodResult, ...]
     comparisons: tuple[Comparison, ...]
+    pairs: AllPairs
+    fronts: tuple[Front, ...]
+    convergence: tuple[Convergence, ...]
+    calibration: tuple[Calibration, ...]
+    calibration_differences: tuple[CalibrationDifferences, ...]
     importance: tuple[ImportancePattern, ...]
+    seed_agreements: tuple[SeedAgreement, ...]
     fisher: tuple[FisherAgreement, ...]
     allocation: tuple[Allocation, ...]
+    against_controls: tuple[AgainstControl, ...]
     quantization: tuple[QuantizationImpact, ...]
     insights: tuple[Insight, ...]
 
@@ -55,13 +78,21 @@ def analyze(study: Study) -> Analysis:
     patterns = importance_patterns(study)
     allocated = allocations(study)
     quantized = quantization_impacts(study)
+    calibrated, calibration_differences = calibration(study)
     return Analysis(
         study=study,
         methods=methods,
         comparisons=tuple(c for reference in references(study) for c in compare_all(study, reference)),
+        pairs=all_pairs(study),
+        fronts=fronts(study, methods),
+        convergence=convergences(study),
+        calibration=calibrated,
+        calibration_differences=calibration_differences,
         importance=patterns,
+        seed_agreements=seed_agreements(patterns),
         fisher=fisher_agreements(study),
         allocation=allocated,
+        against_controls=against_controls(study),
         quantization=quantized,
         insights=insights(study, methods, patterns, allocated, quantized),
     )
