@@ -23,7 +23,7 @@ def print_recommendation(found: Recommendation, to: Path | None) -> None:
     """Print what is recommended and why; write its configuration to a file, or print it below the text.
 
     Raises:
-        UserError: if the file can't be written.
+        UserError: if the file can't be written, or is there and says something else.
     """
     print_blocks(recommendation_blocks(found))
     configuration = recommended_yaml(found)
@@ -34,13 +34,18 @@ def print_recommendation(found: Recommendation, to: Path | None) -> None:
         print_blocks([Paragraph("\nThe configuration to train it:\n")])
         print(configuration, end="")
     else:
-        try:
-            write_atomically(to, configuration.encode())
-        except OSError as error:
-            raise UserError(
-                f"can't be written ({error.strerror}); choose another file", file=to, field="--to"
-            ) from None
+        _write(to, configuration.encode())
         print_blocks([Paragraph(f"Its configuration: {to}\nNext: peft-vit plan {to}")])
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        if file.exists() and file.read_bytes() != content:
+            raise UserError("is there and says something else; move it away or choose another file", file=file)
+        write_atomically(file, content)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"can't be written ({reason}); choose another file", file=file, field="--to") from None
 
 
 def recommendation_blocks(found: Recommendation) -> Iterator[Paragraph | Table]:

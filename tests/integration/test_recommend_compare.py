@@ -1,0 +1,215 @@
+"""`peft-vit recommend` and `peft-vit compare` on records on disk: what they say, write and refuse, without torch."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "analysis"))
+
+import planted
+
+from peft_vit.cli import main
+from peft_vit.config import load_study
+from peft_vit.records import RECORD_FILE, RunRecord
+
+EXPERIMENTS = planted.experiments()
+BEST, THIRD, WORSE = "lora_r8", "qa_lora_8bit_int8_linear", "qa_lora_4bit_fp4_cosine"
+N_TEST = 100_000
+SMALL: dict[str, Any] = {"steps": [], "sites": [], "rank_history": [], "bits_history": [], "quantization": None}
+
+
+def records(study: str, n: int, *, images: str = "b", **provenance: Any) -> list[RunRecord]:
+    """Return a study in which THIRD is as good as BEST and WORSE loses five points, give or take 0.8 a seed."""
+    rng = np.random.default_rng([ord(study[0]), n])
+    made = []
+    for name, loss in ((BEST, 0.0), (THIRD, 0.0), (WORSE, 0.05)):
+        noise = np.zeros(n) if name == BEST else 0.008 * rng.normal(size=n)
+        for seed, value in enumerate(0.8 - loss + noise - noise.mean()):
+            changes = SMALL | {
+                "test": planted.metrics(float(value), N_TEST),
+                "validation": planted.metrics(0.8 - loss - (0.001 if name == THIRD else 0.0), 1000),
+            }
+            own = {"data_sha256": images * 64, "split_sha256": images * 64, **provenance}
+            made.append(
+                planted.record(EXPERIMENTS[name], seed, 0.8, study=study, changes=changes, provenance_changes=own)
+            )
+    return made
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:
+    with pytest.raises(SystemExit) as raised:
+        main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    assert raised.value.code == code, output
+    if code == 2:
+        assert output.err.count("\n") == 1, "bad input is one line"
+        assert output.out == ""
+    return output.err if code == 2 else output.out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    return told(capsys, *arguments, code=2)
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted.write(tmp_path_factory.mktemp("ten"), records("ten", 10))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = records("other", 10, images="c", processor="another")
+    return planted.write(tmp_path_factory.mktemp("other"), made)
+
+
+def test_neither_command_loads_torch(ten: Path, other: Path) -> None:
+    script = (
+        "import sys\nfrom peft_vit.cli import main\n"
+        "for arguments in (['recommend', sys.argv[1]], ['compare', *sys.argv[1:]]):\n"
+        "    try:\n        main(arguments)\n    except SystemExit as done:\n        assert done.code == 0, done.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, ten, other], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"Recommended: {THIRD}." in done.stdout
+    assert "Over studies" in done.stdout
+
+
+def test_equal_accuracy_at_a_third_of_the_bytes(
+    ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    file = tmp_path / "chosen.yaml"
+    text = told(capsys, "recommend", ten, "--max-bytes", "30MB", "--to", file)
+    assert f"Recommended: {THIRD}." in text
+    assert "n = 10 pairs" in text
+    assert "(Holm over 2 candidates)" in text
+    assert f"Against {BEST} it saves 61.0 MB of 88.7 MB (69 %)" in text
+    assert f"Next: peft-vit plan {file}" in text
+    study = load_study(file)
+    assert study.experiments == (EXPERIMENTS[THIRD],)
+    assert (study.name, study.seeds) == ("ten-recommended", tuple(range(10)))
+    assert told(capsys, "recommend", ten, "--max-bytes", "30MB", "--to", file) == text, "the same file is no conflict"
+    assert "says something else" in refused_after(capsys, "recommend", ten, "--max-drop", "2", "--to", file)
+
+
+def refused_after(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Return the line of a refusal that comes after the tables."""
+    with pytest.raises(SystemExit) as raised:
+        main([str(argument) for argument in arguments])
+    assert raised.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_the_configuration_is_printed_where_no_file_is_named(
+    ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = told(capsys, "recommend", ten)
+    file = tmp_path / "printed.yaml"
+    file.write_text(text[text.index(f"\n# {THIRD} of study ten") :], encoding="utf-8")
+    assert load_study(file).experiments == (EXPERIMENTS[THIRD],)
+
+
+def test_three_seeds_decide_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = planted.write(tmp_path / "results", records("three", 3))
+    file = tmp_path / "chosen.yaml"
+    text = told(capsys, "recommend", results, "--max-drop", "0.5", "--to", file)
+    assert "Not decided: none of 2 candidates is shown to lose less than 0.5 points" in text
+    assert f"The safe choice is {BEST} itself" in text
+    assert "would do" in text
+    assert f"{file} is not written" in text
+    assert not file.exists()
+
+
+def test_nothing_within_the_limits_names_what_is_nearest(ten: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = told(capsys, "recommend", ten, "--max-bytes", "5MB")
+    assert "Nothing is within the limits, so nothing is recommended." in text
+    assert f"Nearest to at most 5.0 MB: {WORSE} with 14.6 MB." in text
+    assert "# " not in text
+
+
+def test_bad_input_of_recommend_is_one_line(ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--max-bytes: expected bytes above 0" in refused(capsys, "recommend", ten, "--max-bytes", "5 mb")
+    assert "--max-params: expected a number" in refused(capsys, "recommend", ten, "--max-params", "-3")
+    assert "--max-drop: expected points above 0" in refused(capsys, "recommend", ten, "--max-drop", "0")
+    assert "--max-seconds: expected seconds above 0" in refused(capsys, "recommend", ten, "--max-seconds", "nan")
+    assert "hold no latency" in refused(capsys, "recommend", ten, "--max-latency-ms", "20")
+    assert "'none' is none of its studies, which are ten" in refused(capsys, "recommend", ten, "--study", "none")
+    assert "does not exist" in refused(capsys, "recommend", tmp_path / "nowhere")
+    assert "Try --help" in refused(capsys, "recommend", ten, "--smallest", "size")
+
+
+def test_several_studies_are_chosen_from_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = planted.write(tmp_path, [*records("one", 2), *records("two", 10)])
+    assert "holds 2 studies (one, two); choose one with --study NAME" in refused(capsys, "recommend", both)
+    assert "Recommended" in told(capsys, "recommend", both, "--study", "two")
+
+
+def test_failed_and_missing_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [one for one in records("gaps", 10) if (one.spec.experiment.name, one.spec.seed) != (THIRD, 9)]
+    failed = planted.failed(EXPERIMENTS["lora_r1"], 0, "out of memory", study="gaps")
+    text = told(capsys, "recommend", planted.write(tmp_path, [*made, failed]))
+    assert "Failed: lora_r1, seed 0: out of memory" in text
+    assert f"{THIRD} seed 9" in text
+    assert "Left out: lora_r1 has no finished run." in text
+    assert "n = 9 pairs" in text
+
+
+def test_a_damaged_record_stops_a_decision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = planted.write(tmp_path, records("torn", 3))
+    next(iter(sorted(results.rglob(RECORD_FILE)))).write_text("{")
+    for command in (("recommend", results), ("compare", results, results.parent)):
+        assert RECORD_FILE in refused(capsys, *command)
+
+
+def test_studies_are_compared_and_their_hardware_is_refused_by_name(
+    ten: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "rows.csv", tmp_path / "rows.json"]
+    for file in files:
+        text = told(capsys, "compare", ten, other, "--to", file)
+    assert "Over studies: test accuracy against lora_r8 (points)" in text
+    assert "Not pooled, seconds: timings differ: cpu on another, 2 processors, 2 threads in other" in text
+    assert "Over studies: seconds" not in text
+    with files[0].open(encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [row["row"] for row in json.loads(files[1].read_text(encoding="utf-8"))] == [row["row"] for row in rows]
+    pooled = {row["experiment"]: row for row in rows if row["row"] == "pooled"}
+    means = [
+        np.mean([
+            one.test.accuracy - next(
+                two.test.accuracy for two in made
+                if two.spec.experiment.name == BEST and two.spec.seed == one.spec.seed and two.test is not None
+            )
+            for one in made if one.spec.experiment.name == WORSE and one.test is not None
+        ])
+        for made in (records("ten", 10), records("other", 10))
+    ]  # fmt: skip
+    assert float(pooled[WORSE]["estimate"]) == pytest.approx(np.mean(means), abs=1e-12)
+    assert (pooled[WORSE]["verdict"], pooled[THIRD]["verdict"]) == ("refuted", "not decided")
+    told_again = told(capsys, "compare", ten, other, "--pool", "timings")
+    assert "Over studies: seconds a step" in told_again
+    assert "Pooled although timings differ, as asked" in told_again
+
+
+def test_bad_input_of_compare_is_one_line(
+    ten: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is given twice" in refused(capsys, "compare", ten, ten)
+    assert "holds one study (ten), and it takes two" in refused(capsys, "compare", ten)
+    assert "holds the run 'ten/" in refused(capsys, "compare", ten, ten / "ten")
+    assert "--pool: 'everything' is none of" in refused(capsys, "compare", ten, other, "--pool", "everything")
+    assert "--reference: 'lora_r1' has finished runs" in refused(
+        capsys, "compare", ten, other, "--reference", "lora_r1"
+    )
+    assert "expected a name that ends in .csv or .json" in refused(
+        capsys, "compare", ten, other, "--to", tmp_path / "rows.txt"
+    )
+    assert "Missing argument" in refused(capsys, "compare")
