@@ -173,6 +173,24 @@ class ExecutionConfig(Frozen):
     memory_gb: float | None = Field(default=None, gt=0, description="of a run, asked of a Ray cluster")
 
 
+class MeasuresConfig(Frozen):
+    """What is measured once training is over, beside validation and test; what costs time is off unless asked for."""
+
+    removal_images: int | None = Field(
+        default=None, ge=1, description="validation images, at most all, on which each update is left out in turn"
+    )
+    latency_batches: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field(
+        default=(), description="batch sizes at which a forward pass is timed"
+    )
+
+    @field_validator("latency_batches")
+    @classmethod
+    def _no_batch_twice(cls, batches: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(batches)) != len(batches):
+            raise ValueError("a batch size stands twice; remove one")
+        return batches
+
+
 class StudyConfig(Frozen):
     """Everything that a configuration file can say."""
 
@@ -187,6 +205,7 @@ class StudyConfig(Frozen):
     threads: int = Field(default=2, ge=1, le=1024, description="torch threads a run; changes bits, so it is recorded")
     backbone: BackboneConfig
     data: DataConfig
+    measures: MeasuresConfig = MeasuresConfig()
     execution: ExecutionConfig = ExecutionConfig()
     experiments: tuple[ExperimentConfig, ...] = Field(min_length=1)
 
@@ -205,6 +224,14 @@ class StudyConfig(Frozen):
             if names.count(name) > 1:
                 raise ValueError(f"experiment name '{name}' stands twice; rename one")
         return experiments
+
+    @model_validator(mode="after")
+    def _something_to_leave_out(self) -> Self:
+        if self.measures.removal_images is not None and not any(SECTIONS.get(one.method) for one in self.experiments):
+            raise ValueError(
+                "measures.removal_images has no effect: no experiment of the study trains adapters; remove it"
+            )
+        return self
 
 
 def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, Any]:

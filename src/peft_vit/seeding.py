@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 Purpose = Literal[
-    "head_init", "adapter_init", "data_order", "augmentation", "train_subset", "split", "probe", "calibration"
+    "head_init", "adapter_init", "data_order", "augmentation", "train_subset", "split", "probe", "calibration",
+    "removal",
 ]
 
 

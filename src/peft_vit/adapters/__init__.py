@@ -1,5 +1,6 @@
 """Low-rank adapters on sites: update, resizing, injection, merging, files."""
 
+from peft_vit.adapters.ablation import update_ranks, without_updates
 from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.bias_correction import correct_young_triplets
 from peft_vit.adapters.injection import (
@@ -54,5 +55,7 @@ __all__ = [
     "set_ranks",
     "site_adapters",
     "trained_tensors",
+    "update_ranks",
     "vision_transformer",
+    "without_updates",
 ]

@@ -33,6 +33,7 @@ class AdaptedLinear(nn.Module):
         self.quantized_share = 0.0
         self.sites = nn.ModuleDict()
         self.rows: dict[str, slice] = {}
+        self.left_out: frozenset[str] = frozenset()  # matrices whose updates `without_updates` leaves out for now
 
     def add_site(self, matrix: str, rows: tuple[int, int], adapter: SiteAdapter) -> None:
         """Put an adapter on rows [start, stop); all of a layer act on the same groups of inputs."""
@@ -85,7 +86,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        adapters = self.adapters()
+        adapters = [(matrix, adapter) for matrix, adapter in self.adapters() if matrix not in self.left_out]
         updates: list[tuple[slice, SiteAdapter | Probe]]
         updates = [(self.rows[matrix], adapter) for matrix, adapter in adapters if adapter.rank]
         if torch.is_grad_enabled():  # a probe adds exactly nothing and is there for its gradient alone

@@ -81,11 +81,19 @@ def site_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapter of each site by the site's name, block by block; PEFT's LoRA layers count as adapters."""
     found: dict[str, Adapter] = {**peft_site_adapters(model)}
     for name, module in adapted_modules(model):
-        # blocks.3.attn of blocks.3.attn.qkv, whatever module the VisionTransformer lies in
-        stem = name[name.rfind("blocks.") :].rpartition(".")[0]
         for matrix, adapter in module.adapters():
-            found[f"{stem}.{matrix}"] = adapter
+            found[site_of(name, matrix)] = adapter
     return found
+
+
+def site_of(path: str, matrix: str) -> str:
+    """Return a site's name, `blocks.3.attn.query`, from the path of the module that carries its adapter.
+
+    Args:
+        path: `blocks.3.attn.qkv`, with whatever module the VisionTransformer lies in before it.
+        matrix: the site's.
+    """
+    return f"{path[path.rfind('blocks.') :].rpartition('.')[0]}.{matrix}"
 
 
 def current_ranks(model: nn.Module) -> dict[str, int]:

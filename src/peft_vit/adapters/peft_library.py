@@ -103,6 +103,13 @@ def peft_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def peft_layers_by_site(model: nn.Module) -> dict[str, Any]:
+    """Return the same layers by the name of the site, `blocks.3.attn.qkv`."""
+    layers = peft_layers(model)
+    sites = fused_sites(find_sites(model)) if layers else {}
+    return {sites[name].name: layer for name, layer in layers.items()}
+
+
 def peft_ranks(model: nn.Module) -> dict[str, int]:
     """Return the rank of each site that PEFT adapts, `blocks.3.attn.qkv`: what its last mask left, or what it made."""
     layers = peft_layers(model)

@@ -6,7 +6,7 @@ from peft_vit.data.index import ImageIndex, decode_image
 from peft_vit.data.loading import Data, load_data, smoke_config
 from peft_vit.data.pixels import to_pixels
 from peft_vit.data.registry import DATASETS, DatasetInfo, open_index
-from peft_vit.data.splits import Splits, make_splits
+from peft_vit.data.splits import Splits, make_splits, stratified_draw
 
 __all__ = [
     "DATASETS",
@@ -23,5 +23,6 @@ __all__ = [
     "normalised",
     "open_index",
     "smoke_config",
+    "stratified_draw",
     "to_pixels",
 ]

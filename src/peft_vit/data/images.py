@@ -20,14 +20,20 @@ class LabelledImages:
     Args:
         pixels: (N, S, S, C) uint8, C = 1 (grey) or 3.
         labels: (N,) int64.
+        positions: in the data set, (N,) int64; None: these are all of it.
     """
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, positions: np.ndarray | None = None) -> None:
         self.pixels = pixels
         self.labels = labels
+        self.positions = np.arange(len(labels)) if positions is None else positions
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def chosen(self, rows: np.ndarray) -> LabelledImages:
+        """Return some of them, by their rows here, (n,) int64; a row may stand several times."""
+        return LabelledImages(self.pixels[rows], self.labels[rows], self.positions[rows])
 
     def ordered_batches(
         self, batch_size: int, mean: Sequence[float], std: Sequence[float]

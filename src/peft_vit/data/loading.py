@@ -43,7 +43,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
     index = open_index(config, smoke=smoke)
     splits = make_splits(index, config, seed)
     train, validation, test = (
-        LabelledImages(cached_pixels(index, rows, config.image_size), index.labels[rows])
+        LabelledImages(cached_pixels(index, rows, config.image_size), index.labels[rows], rows)
         for rows in (splits.train, splits.validation, splits.test)
     )
     return Data(

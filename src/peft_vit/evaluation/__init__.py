@@ -1,4 +1,4 @@
-"""Quality of predictions, and what a model weighs."""
+"""Quality of predictions, what single updates bring to it, and what a model weighs and takes."""
 
 from peft_vit.evaluation.footprint import (
     available_memory_bytes,
@@ -11,20 +11,25 @@ from peft_vit.evaluation.footprint import (
     trainable_bytes,
     trainable_parameters,
 )
+from peft_vit.evaluation.latency import forward_s
 from peft_vit.evaluation.metrics import expected_calibration_error, measure
-from peft_vit.evaluation.predict import predict
+from peft_vit.evaluation.predict import predict, predictions
+from peft_vit.evaluation.removal import measure_removal
 from peft_vit.evaluation.size import model_size
 
 __all__ = [
     "available_memory_bytes",
     "expected_calibration_error",
+    "forward_s",
     "frozen_bytes",
     "head_parameters",
     "measure",
+    "measure_removal",
     "model_size",
     "optimizer_bytes",
     "peak_memory_bytes",
     "predict",
+    "predictions",
     "reset_peak_memory",
     "storage_bytes",
     "trainable_bytes",

@@ -1,4 +1,4 @@
-"""Logits of a model over batches, without gradients."""
+"""Logits of a model over batches, without gradients, and what they predict."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_vit.config import Precision
+from peft_vit.evaluation.metrics import log_softmax
+from peft_vit.records import Predictions
 
 
 @torch.inference_mode()
@@ -27,3 +29,19 @@ def predict(
         labels.append(targets.numpy())
     model.train(was_training)
     return np.concatenate(logits), np.concatenate(labels)
+
+
+def predictions(logits: NDArray[np.floating], labels: NDArray[np.int64], positions: NDArray[np.int64]) -> Predictions:
+    """Return the most probable class of each image and its probability; of equal ones the first.
+
+    Args:
+        logits: (N, classes), finite.
+        labels: (N,).
+        positions: of the images in their data set, (N,).
+    """
+    log_probability = log_softmax(logits.astype(np.float64))
+    predicted = log_probability.argmax(1)
+    return Predictions(
+        images=positions.tolist(), labels=labels.tolist(), predicted=predicted.tolist(),
+        probability=np.exp(log_probability.max(1)).tolist(),
+    )  # fmt: skip

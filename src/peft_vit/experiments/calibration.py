@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peft_vit.allocation import check_fisher
 from peft_vit.backbones import load_run_backbone
 from peft_vit.config import ExperimentConfig, TrainingConfig
-from peft_vit.data import Data, LabelledImages
+from peft_vit.data import Data
 from peft_vit.records import FisherCheck, RunSpec
 from peft_vit.training import (
     AllocationHook,
@@ -28,8 +28,7 @@ _IMAGES = 32  # of a calibration batch
 def calibration_batch(data: Data, setting: Setting, seed: int, count: int) -> tuple[Tensor, Tensor]:
     """Return the first training images in an order of their own, without flips, and their labels, on the device."""
     rows = data.train.order(seed, 0)[:count]  # epochs count from 1
-    chosen = LabelledImages(data.train.pixels[rows], data.train.labels[rows])
-    images, labels = next(chosen.ordered_batches(len(rows), setting.mean, setting.std))
+    images, labels = next(data.train.chosen(rows).ordered_batches(len(rows), setting.mean, setting.std))
     return images.to(setting.device), labels.to(setting.device)
 
 

@@ -24,6 +24,7 @@ from peft_vit.training import format_of, last_update
 
 _VALUE_BYTES = 4  # what is trained is float32, whatever the products are
 _CHECKPOINTS = 3  # two are kept while the next one is written
+_PREDICTION_BYTES = 42  # position, label, predicted class and probability of an image, a line each
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class DiskUse:
         return self.record_bytes + self.adapter_bytes
 
 
-def disk_use(spec: RunSpec, shape: BackboneShape, class_names: Sequence[str], total_steps: int) -> DiskUse:
+def disk_use(
+    spec: RunSpec, shape: BackboneShape, class_names: Sequence[str], total_steps: int, test_images: int
+) -> DiskUse:
     """Estimate what a run takes on disk.
 
     Args:
@@ -48,6 +51,7 @@ def disk_use(spec: RunSpec, shape: BackboneShape, class_names: Sequence[str], to
         shape: of its backbone.
         class_names: of its images.
         total_steps: optimiser steps.
+        test_images: whose predictions the record keeps.
     """
     experiment = spec.experiment
     ranks = _ranks(experiment, shape, total_steps, at_start=False)
@@ -60,6 +64,9 @@ def disk_use(spec: RunSpec, shape: BackboneShape, class_names: Sequence[str], to
     values, tensors = max((values, tensors), _trained(spec, shape, ranks, len(class_names)))
     copies = 2 + (1 if experiment.training.optimizer == "sgd" else 2) + _scores(experiment)  # 2: the best state too
     checkpoint = copies * (_VALUE_BYTES * values + 110 * tensors) + record * 4 // 5 + 20_000
+    record += _PREDICTION_BYTES * test_images
+    if spec.measures.removal_images is not None:
+        record += 300 + 55 * len(ranks)
     return DiskUse(record, adapter, _CHECKPOINTS * checkpoint)
 
 

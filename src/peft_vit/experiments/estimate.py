@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 
 from peft_vit.backbones import BackboneShape
-from peft_vit.config import Precision
+from peft_vit.config import SECTIONS, Precision
+from peft_vit.evaluation.latency import TIMED_PASSES, WARMUP_PASSES
 from peft_vit.experiments.costs import Costs, known_costs
 from peft_vit.experiments.disk import DiskUse
 from peft_vit.experiments.provenance import cpu_count, processor_name
@@ -157,7 +158,8 @@ def _from_arithmetic(run: Wanted, workload: Workload, rate: float) -> Estimate:
     products = {"linear": 1, "full": 3}.get(experiment.method, 2)  # forward, input gradient, weight gradient
     parameters = workload.shape.parameters
     trained_tokens = experiment.training.epochs * workload.train * workload.tokens
-    read_tokens = (experiment.training.epochs * workload.validation + workload.test) * workload.tokens
+    read_images = experiment.training.epochs * workload.validation + workload.test + _measured_images(run, workload)
+    read_tokens = read_images * workload.tokens
     work = parameters * (products * trained_tokens + read_tokens)
     seconds = _START_S + _TIME_OUTSIDE_PRODUCTS * _TIME_OVER_OURS.get(experiment.method, 1.0) * work / rate
     value_bytes = 2 if workload.precision == "bf16" else 4
@@ -166,6 +168,18 @@ def _from_arithmetic(run: Wanted, workload: Workload, rate: float) -> Estimate:
     activations = batch * workload.tokens * workload.shape.depth * workload.shape.width * kept * value_bytes
     copies = {"linear": 4, "full": 16}.get(experiment.method, 4 + value_bytes)  # bytes per frozen or trained value
     return Estimate(seconds, int(_PROCESS_BYTES + activations + parameters * copies), run.disk, "estimate")
+
+
+def _measured_images(run: Wanted, workload: Workload) -> float:
+    """Return the images that pass through the whole model for what the study's `measures` ask for.
+
+    Leaving the updates of six sites a block out takes about 3 passes a block, see `evaluation.measure_removal`.
+    """
+    measures = run.spec.measures
+    images: float = (WARMUP_PASSES + TIMED_PASSES) * sum(measures.latency_batches)
+    if measures.removal_images is not None and SECTIONS.get(run.spec.experiment.method):
+        images += (3 * workload.shape.depth + 7) * min(measures.removal_images, workload.validation)
+    return images
 
 
 def product_rate(workload: Workload) -> float:

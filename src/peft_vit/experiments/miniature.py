@@ -52,7 +52,10 @@ def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> Data
     qa_lora = spec.experiment.qa_lora
     if qa_lora is not None and qa_lora.adaptive_bits is not None:
         images = max(images, qa_lora.adaptive_bits.calibration_images)
-    evaluated = max(_VALIDATION_BATCH * spec.experiment.training.batch_size, 2 * len(index.class_names))
+    evaluated = max(
+        _VALIDATION_BATCH * spec.experiment.training.batch_size, 2 * len(index.class_names),
+        spec.measures.removal_images or 0,
+    )  # fmt: skip
     train = min(len(splits.train), max(images, 2))
     while True:
         data = spec.data.model_copy(

@@ -135,7 +135,7 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
         except UserError as error:
             raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
         first = _spec(study, place, study.seeds[0], smoke)
-        disk = disk_use(first, shape, index.class_names, total_steps)
+        disk = disk_use(first, shape, index.class_names, total_steps, len(splits.test))
         kind = miniature(first, total_steps, shape, index, splits)
         kind_sha256 = kind.digest()
         for seed in study.seeds:
@@ -167,6 +167,7 @@ def _spec(study: StudyConfig, place: int, seed: int, smoke: bool) -> RunSpec:
     return RunSpec(
         study=study.name, seed=seed, experiment=study.experiments[place], backbone=study.backbone, data=study.data,
         device=study.device, precision=study.precision, threads=study.threads, smoke=smoke,
+        measures=study.measures,
     )  # fmt: skip
 
 

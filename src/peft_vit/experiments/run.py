@@ -37,11 +37,13 @@ from peft_vit.evaluation import (
     measure,
     model_size,
     predict,
+    predictions,
     reset_peak_memory,
     trainable_bytes,
     trainable_parameters,
 )
 from peft_vit.experiments.calibration import calibrate_fisher, choose_bits, measure_balance
+from peft_vit.experiments.measures import leave_out_updates, time_forward
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.plan import resolve_device
 from peft_vit.experiments.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
@@ -190,13 +192,14 @@ def _execute(
     for hook in hooks:
         if isinstance(hook, PeftAdaLoraHook):
             hook.check_finalized(model)
-    test = data.test.open().ordered_batches(4 * config.batch_size, setting.mean, setting.std)
-    test_metrics = measure(*predict(model, test, device=device, precision=spec.precision))
+    tested = _test(model, data, spec, setting)
     fisher_check, calibration_s = calibrate_fisher(hooks, model, data, config, setting, spec.seed)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
     peak = attempt.peak_memory_bytes  # before the float weights come back for a comparison
     trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
     balance_s = {} if trainer is None else measure_balance(trainer, model, data, spec, setting)
+    removal, removal_s = leave_out_updates(model, data, spec, setting)
+    latency_s, timing_s = time_forward(model, backbone, data, spec, setting)
     outcome = {
         "status": "done",
         "provenance": provenance,
@@ -208,13 +211,23 @@ def _execute(
         "quantization": None if trainer is None else _quantization(trainer, model),
         **_trained(model, result, backbone_total, content),
         "overhead_s": {
-            **bits_s, **result.overhead_s, **_probing(hooks, result.steps), **calibration_s, **balance_s,
-            "checkpoints": attempt.checkpoints_s,
+            **bits_s, **result.overhead_s, **_probing(hooks, result.steps), **calibration_s, **balance_s, **removal_s,
+            **timing_s, "checkpoints": attempt.checkpoints_s,
         },
         "peak_memory_bytes": peak,
-        "test": test_metrics,
+        **tested,
+        "removal": removal,
+        "latency_s": latency_s,
     }  # fmt: skip
     return outcome, content
+
+
+def _test(model: nn.Module, data: Data, spec: RunSpec, setting: Setting) -> dict[str, Any]:
+    """Read the test split, the only time, and return what was measured and what was predicted there."""
+    images = data.test.open()
+    batches = images.ordered_batches(4 * spec.experiment.training.batch_size, setting.mean, setting.std)
+    logits, labels = predict(model, batches, device=setting.device, precision=setting.precision)
+    return {"test": measure(logits, labels), "predictions": predictions(logits, labels, images.positions)}
 
 
 def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:

@@ -11,8 +11,8 @@ from peft_vit.records.values import RunRecord
 _FIELDS = (
     "spec_digest", "status", "class_names", "split_sizes", "sites", "steps", "evaluations", "rank_history",
     "importance_history", "probe_history", "fisher_check", "bits_history", "bit_allocation", "quantization",
-    "parameters", "bytes", "chosen_step", "majority_accuracy", "validation", "test", "adapter_sha256",
-    "optimizer_sha256",
+    "parameters", "bytes", "chosen_step", "majority_accuracy", "validation", "test", "predictions", "removal",
+    "adapter_sha256", "optimizer_sha256",
 )  # fmt: skip
 
 

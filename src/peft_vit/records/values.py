@@ -7,9 +7,9 @@ the history entry of step 0 is the state before training.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from peft_vit.config import (
     BackboneConfig,
@@ -17,6 +17,7 @@ from peft_vit.config import (
     DataConfig,
     Device,
     ExperimentConfig,
+    MeasuresConfig,
     Name,
     Precision,
     QuantizationType,
@@ -48,6 +49,7 @@ class RunSpec(_Value):
     precision: Precision
     threads: int
     smoke: bool = False
+    measures: MeasuresConfig = MeasuresConfig()
 
     @property
     def run_id(self) -> str:
@@ -55,8 +57,12 @@ class RunSpec(_Value):
         return f"{self.study}/{self.experiment.name}/seed_{self.seed}"
 
     def digest(self) -> str:
-        """Return the SHA-256 of everything that the run depends on."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """Return the SHA-256 of everything that the run depends on.
+
+        Measures that are not asked for are left out, so that it is the digest of before there were any.
+        """
+        unasked = {"measures"} if self.measures == MeasuresConfig() else None
+        return hashlib.sha256(self.model_dump_json(exclude=unasked).encode()).hexdigest()
 
 
 class Metrics(_Value):
@@ -223,10 +229,16 @@ class AdapterRemoval(_Value):
 class Predictions(_Value):
     """What was predicted of each test image, in the split's order; from the one reading of test."""
 
-    images: list[int]  # positions in the data set
-    labels: list[int]
-    predicted: list[int]
-    probability: list[float]  # of the predicted class
+    images: list[_Count]  # positions in the data set
+    labels: list[_Count]
+    predicted: list[_Count]
+    probability: list[_Share]  # of the predicted class
+
+    @model_validator(mode="after")
+    def _one_of_each_an_image(self) -> Self:
+        if len({len(self.images), len(self.labels), len(self.predicted), len(self.probability)}) > 1:
+            raise ValueError("images, labels, predicted and probability differ in length")
+        return self
 
 
 class ParameterCounts(_Value):
@@ -301,7 +313,9 @@ class RunRecord(_Value):
     parameters: ParameterCounts | None = None
     bytes: ByteCounts | None = None
     seconds_per_step: float | None = None  # median
-    overhead_s: dict[str, float] = {}  # seconds spent by purpose, e.g. "allocation", "evaluation"
+    # Seconds spent by purpose, e.g. "scoring", "reallocation", "evaluation"; none counts twice. In older records, and
+    # with the PEFT library's AdaLoRA, "allocation" holds scoring and reallocation, in older ones the penalty too.
+    overhead_s: dict[str, float] = {}
     peak_memory_bytes: int | None = None  # resident memory of the process, largest during the run
     chosen_step: int | None = None
     majority_accuracy: dict[str, FiniteFloat] = {}  # share of the most frequent class: validation, test

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ class AllocationHook:
     """
 
     name = "allocation"
+    purposes: ClassVar[Mapping[str, str]] = {
+        "after_backward": "scoring", "before_step": "scoring", "after_step": "reallocation", "attach": "reallocation",
+        "penalties": "penalty",
+    }  # fmt: skip
 
     def __init__(self, controller: AdaLoRAController) -> None:
         self.controller = controller

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -219,7 +220,9 @@ class _Course:
         result.peak_parameters = max(result.peak_parameters, result.initial_parameters)
         result.optimizer_bytes = optimizer_bytes(self.optimizer)
         result.optimizer_sha256 = optimizer_state(self.optimizer).sha256()
-        result.overhead_s |= {hook.name: hook.seconds for hook in self.hooks}
+        for hook in self.hooks:
+            for purpose, seconds in hook.seconds.items():
+                result.overhead_s[purpose] = result.overhead_s.get(purpose, 0.0) + seconds
         result.chosen = self.best.restore(self.model)
         return result
 
@@ -230,7 +233,7 @@ class _Course:
             "steps": [row.model_dump(mode="json") for row in result.steps],
             "evaluations": [one.model_dump(mode="json") for one in result.evaluations],
             "initial_parameters": result.initial_parameters, "peak_parameters": result.peak_parameters,
-            "overhead_s": dict(result.overhead_s), "hooks_s": [hook.seconds for hook in self.hooks],
+            "overhead_s": dict(result.overhead_s), "hooks_s": [dict(hook.seconds) for hook in self.hooks],
         }  # fmt: skip
         return State.of_parts(
             model=model_state(self.model), optimizer=optimizer_state(self.optimizer),
@@ -250,7 +253,7 @@ class _Course:
         result.peak_parameters = counted["peak_parameters"]
         result.overhead_s = dict(counted["overhead_s"])
         for place, (hook, seconds) in enumerate(zip(self.hooks, counted["hooks_s"], strict=True)):
-            hook.seconds = seconds
+            hook.seconds = dict(seconds)
             hook.load_state(self.model, state.part("hooks").part(str(place)))
 
     def _refuse_another_state(self, load: Callable[[State], None], state: State) -> None:
@@ -339,38 +342,39 @@ def _quality(evaluation: Evaluation) -> tuple[float, float]:
 
 
 class _Timed:
-    """Adds up the seconds that a hook takes; otherwise it is the hook."""
+    """Adds up the seconds that a hook takes, by purpose; otherwise it is the hook."""
 
     def __init__(self, hook: StepHook) -> None:
         self.hook = hook
         self.name = hook.name
-        self.seconds = 0.0
+        self.seconds: dict[str, float] = {}
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        started = time.perf_counter()
-        self.hook.attach(model, optimizer)
-        self.seconds += time.perf_counter() - started
+        with self._counted("attach"):
+            self.hook.attach(model, optimizer)
 
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
-        started = time.perf_counter()
-        terms = self.hook.penalties(model)
-        self.seconds += time.perf_counter() - started
-        return terms
+        with self._counted("penalties"):
+            return self.hook.penalties(model)
 
     def after_backward(self, model: nn.Module, step: int) -> None:
-        started = time.perf_counter()
-        self.hook.after_backward(model, step)
-        self.seconds += time.perf_counter() - started
+        with self._counted("after_backward"):
+            self.hook.after_backward(model, step)
 
     def before_step(self, model: nn.Module, step: int) -> None:
-        started = time.perf_counter()
-        self.hook.before_step(model, step)
-        self.seconds += time.perf_counter() - started
+        with self._counted("before_step"):
+            self.hook.before_step(model, step)
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        with self._counted("after_step"):
+            self.hook.after_step(model, optimizer, step)
+
+    @contextmanager
+    def _counted(self, call: str) -> Iterator[None]:
         started = time.perf_counter()
-        self.hook.after_step(model, optimizer, step)
-        self.seconds += time.perf_counter() - started
+        yield
+        purpose = getattr(self.hook, "purposes", {}).get(call, self.name)
+        self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - started
 
     def notes(self) -> dict[str, float]:
         return self.hook.notes()

@@ -15,7 +15,11 @@ from peft_vit.training.state import State
 
 
 class StepHook(Protocol):
-    """What a method may do around a step. The loop knows no method by name."""
+    """What a method may do around a step. The loop knows no method by name.
+
+    Its seconds count under `name`, those of calls that an attribute `purposes` names ({"after_backward": "scoring"})
+    under what it says of them.
+    """
 
     name: str
 

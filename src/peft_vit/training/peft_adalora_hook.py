@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ class PeftAdaLoraHook:
         seed: of the adapters' start.
     """
 
-    name = "allocation"
+    name = "allocation"  # PEFT scores and masks in one call
+    purposes: ClassVar[Mapping[str, str]] = {"penalties": "penalty"}
 
     def __init__(self, model: nn.Module, config: PeftAdaLoraConfig, total_steps: int, *, seed: int) -> None:
         self.last_update = last_update(config, total_steps)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from peft_vit.backbones import describe
-from peft_vit.config import study_from_mapping
+from peft_vit.config import MeasuresConfig, study_from_mapping
 from peft_vit.experiments import run_one
 from peft_vit.experiments.disk import disk_use
 from peft_vit.records import RECORD_FILE, RunSpec, run_folder, write_result
@@ -26,6 +26,7 @@ EXPERIMENTS = {
     "linear": {},
     "full": {},
     "lora": {"lora": {"rank": 4}},
+    "removal": {"method": "lora", "lora": {"rank": 4}},
     "sgd": {"method": "lora", "lora": {"rank": 4}, "training": {"optimizer": "sgd"}},
     "adalora": {"adalora": {**ADALORA, "parametrization": "svd"}},
     "top_k": {
@@ -60,6 +61,7 @@ def spec_of(name: str) -> RunSpec:
     return RunSpec(
         study="tiny", seed=0, experiment=study.experiments[0], backbone=study.backbone, data=study.data,
         device=study.device, precision=study.precision, threads=1,
+        measures=MeasuresConfig(removal_images=8 if name == "removal" else None),
     )  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def test_it_is_what_a_run_takes(name: str, tmp_path: Path) -> None:
     assert finished.record.error is None
     checkpoints += [size(found) for found in folder.glob("checkpoint-*")]
     write_result(tmp_path, finished.record, finished.adapter)
-    found = disk_use(spec, describe(spec.backbone, 32), finished.record.class_names, total_steps=12)
+    found = disk_use(spec, describe(spec.backbone, 32), finished.record.class_names, total_steps=12, test_images=20)
     real = (folder / RECORD_FILE).stat().st_size + len(finished.adapter)
     assert found.kept_bytes == pytest.approx(real, rel=0.25)
     assert found.adapter_bytes == pytest.approx(len(finished.adapter), rel=0.25)

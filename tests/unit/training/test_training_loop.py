@@ -147,7 +147,7 @@ def test_counts_and_history_with_moving_ranks(tiny_vit, data, setting) -> None:
     assert result.peak_parameters >= before > trainable_parameters(model)
     assert sum(current_ranks(model).values()) == 12
     assert [evaluation.deployable for evaluation in result.evaluations] == [False, True, True]
-    assert result.overhead_s.keys() == {"allocation", "evaluation"}
+    assert result.overhead_s.keys() == {"scoring", "reallocation", "penalty", "evaluation"}
     assert result.optimizer_bytes >= 2 * 4 * trainable_parameters(model)
 
 
@@ -170,6 +170,40 @@ def test_hooks_are_attached_once_before_the_first_step(tiny_vit, data, setting) 
     ]  # fmt: skip
     assert calls[1][2] == sum(p.requires_grad for p in model.parameters())
     assert calls[0][2] is calls[2][2]
+
+
+def test_seconds_count_by_the_purpose_of_each_call(tiny_vit, data, setting, monkeypatch) -> None:
+    class Slow(DeployableFrom):
+        """Lets the clock go on by a power of ten in each call, so that sums tell who is in them."""
+
+        def attach(self, model, optimizer) -> None:
+            now[0] += 1e-4
+
+        def penalties(self, model):
+            now[0] += 1e-3
+            return {}
+
+        def after_backward(self, model, step) -> None:
+            now[0] += 0.01
+
+        def before_step(self, model, step) -> None:
+            now[0] += 0.1
+
+        def after_step(self, model, optimizer, step) -> None:
+            now[0] += 1.0
+
+    class Split(Slow):
+        name = "allocation"
+        purposes = AllocationHook.purposes
+
+    now = [0.0]
+    monkeypatch.setattr("peft_vit.training.loop.time.perf_counter", lambda: now[0])
+    result = train(lora(tiny_vit()), data(), config(epochs=1), setting, seed=0, hooks=[Slow(1), Split(1)])  # 3 steps
+    assert result.overhead_s.pop("evaluation") == 0
+    assert result.overhead_s == {
+        "late": pytest.approx(3 * 1.111 + 1e-4), "scoring": pytest.approx(3 * 0.11),
+        "reallocation": pytest.approx(3 + 1e-4), "penalty": pytest.approx(3e-3),
+    }  # fmt: skip
 
 
 def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, setting) -> None:

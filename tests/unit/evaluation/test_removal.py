@@ -1,0 +1,229 @@
+"""Leaving updates out is what a copy with zeros in their place computes, and leaves the model as it was."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+from torch import Tensor, nn
+
+from peft_vit import AdaLoraConfig, AdaLoRAController, QaLoraConfig
+from peft_vit.adapters import attach_adapters, site_adapters, update_ranks, without_updates
+from peft_vit.adapters.peft_library import ADAPTER, attach_peft_adalora, attach_peft_lora, peft_layers
+from peft_vit.backbones import find_sites
+from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
+from peft_vit.errors import UserError
+from peft_vit.evaluation import measure_removal
+from peft_vit.records import AdapterRemoval
+from peft_vit.training import QALoRATrainer
+
+pytestmark = pytest.mark.part("importance analysis")
+CPU = torch.device("cpu")
+GROUPS = {"attention": ("query", "key", "value", "out", "qkv"), "mlp": ("fc1", "fc2")}
+ADALORA = {
+    "total_rank_budget": 20, "allocation_strategy": "proportional", "importance_metric": "magnitude",
+    "budget_schedule": "constant", "update_frequency": 2, "warmup_steps": 2,
+}  # fmt: skip
+QA_LORA = {
+    "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
+    "gradient_scaling_factor": 1.0,
+}  # fmt: skip
+
+
+def lora(model: nn.Module) -> None:
+    """Put rank 2 everywhere but on one site."""
+    sites = find_sites(model)
+    ranks = {site.name: 0 if site.name == "blocks.1.mlp.fc2" else 2 for site in sites}
+    attach_adapters(model, sites, ranks, scale=2.0, seed=0)
+
+
+def adalora(model: nn.Module, **settings) -> None:
+    AdaLoRAController(model, AdaLoraConfig(**ADALORA, **settings), 8)
+
+
+def qa_lora(model: nn.Module, **settings) -> None:
+    QALoRATrainer(model, QaLoraConfig(**QA_LORA, rank=2, **settings), 4)
+
+
+def qa_adalora(model: nn.Module) -> None:
+    AdaLoRAController(model, AdaLoraConfig(**ADALORA), 8, pool=16)
+    QALoRATrainer(model, QaLoraConfig(**QA_LORA, use_group_quantization=True, group_size=16), 4)
+
+
+METHODS: dict[str, Callable[[nn.Module], None]] = {
+    "lora": lora,
+    "adalora": adalora,
+    "adalora svd": lambda model: adalora(model, parametrization="svd"),
+    "qa_lora": lambda model: qa_lora(model, use_group_quantization=True, group_size=16),
+    "qa_lora without groups": lambda model: qa_lora(model, use_group_quantization=False),
+    "qa_adalora": qa_adalora,
+    "peft_lora": lambda model: attach_peft_lora(model, PeftLoraConfig(rank=2), seed=0),
+    "peft_adalora": lambda model: attach_peft_adalora(
+        model, PeftAdaLoraConfig(initial_rank=3, target_rank=2, update_frequency=2, warmup_steps=2),
+        final_steps=1, total_steps=9, seed=0,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def adapted(tiny_vit: Callable[..., nn.Module]) -> Callable[[str], nn.Module]:
+    """Make a model whose updates, of any method, are large enough to matter."""
+
+    def make(method: str) -> nn.Module:
+        if method.startswith("peft"):
+            pytest.importorskip("peft")
+        model = tiny_vit()
+        METHODS[method](model)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name or ".sites." in name:
+                    parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return make
+
+
+def zeroed(model: nn.Module, sites: list[str]) -> nn.Module:
+    """Return a copy in which B (or lambda) of some sites is zero."""
+    changed = copy.deepcopy(model)
+    adapters, by_peft = site_adapters(changed), peft_layers(changed)
+    with torch.no_grad():
+        for site in sites:
+            if hasattr(adapters.get(site), "lora_B"):
+                one = adapters[site]
+                (one.lora_B if one.lora_lambda is None else one.lora_lambda).zero_()
+            else:
+                by_peft[site.replace(".out", ".proj")].lora_E[ADAPTER].zero_()
+    return changed
+
+
+def loss_and_accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    model.eval()
+    with torch.no_grad():
+        logits = model(images).double().numpy()
+    truth = labels.numpy()
+    return -log_softmax(logits, 1)[np.arange(len(truth)), truth].mean(), (logits.argmax(1) == truth).mean()
+
+
+def in_two_batches(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    images, labels = batch
+    return [(images[:4], labels[:4]), (images[4:], labels[4:])]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_what_a_copy_with_zeros_loses(adapted, batch, method: str) -> None:
+    model = adapted(method)
+    found = measure_removal(model, in_two_batches(batch), device=CPU, precision="fp32")
+    sites = [name for name, rank in update_ranks(model).items() if rank]
+    assert ("blocks.1.mlp.fc2" in sites) == (method != "lora")
+    loss, accuracy = loss_and_accuracy(model, *batch)
+    assert (found.images, found.accuracy) == (6, accuracy)
+    assert found.loss == pytest.approx(loss, abs=1e-6)
+    assert list(found.site_loss_rise) == sites
+    for name in sites:
+        expected, _ = loss_and_accuracy(zeroed(model, [name]), *batch)
+        assert found.site_loss_rise[name] == pytest.approx(expected - loss, abs=1e-5)
+    assert max(map(abs, found.site_loss_rise.values())) > 0.01  # there was something to lose
+    assert list(found.group_loss_rise) == list(found.group_accuracy) == ["attention", "mlp", "all"]
+    for group, rise in found.group_loss_rise.items():
+        members = [name for name in sites if name.rsplit(".", 1)[1] in GROUPS.get(group, name)]
+        expected, left = loss_and_accuracy(zeroed(model, members), *batch)
+        assert rise == pytest.approx(expected - loss, abs=1e-5)
+        assert found.group_accuracy[group] == left
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["adalora", "qa_lora", "peft_lora"])
+def test_passing_the_first_blocks_once_changes_no_bit(adapted, batch, method: str, precision) -> None:
+    """Every block is passed anew for every case here, as the model itself does it."""
+    model = adapted(method).eval()
+    logits: dict[str, list[np.ndarray]] = {}
+    for images, _ in in_two_batches(batch):
+        for name in ["", *update_ranks(model)]:
+            with (
+                torch.inference_mode(),
+                torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+                without_updates(model, [name] if name else []),
+            ):
+                logits.setdefault(name, []).append(model(images).float().numpy())
+    labels = batch[1].numpy()
+    losses = {
+        name: float(-log_softmax(np.concatenate(parts).astype(np.float64), 1)[np.arange(6), labels].mean())
+        for name, parts in logits.items()
+    }
+    found = measure_removal(model, in_two_batches(batch), device=CPU, precision=precision)
+    # The log of a sum may round otherwise in another library; 1e-14 is far below what another bit of a logit moves.
+    assert found.loss == pytest.approx(losses.pop(""), abs=1e-14)
+    assert found.site_loss_rise == pytest.approx({name: loss - found.loss for name, loss in losses.items()}, abs=1e-14)
+
+
+def test_the_walk_passes_each_block_as_often_as_it_has_to(adapted, batch) -> None:
+    model = adapted("lora")
+    passes = [0, 0]
+    for block in range(2):
+        model.blocks[block].register_forward_hook(lambda *_, block=block: passes.__setitem__(block, passes[block] + 1))
+    measure_removal(model, [batch], device=CPU, precision="fp32")
+    # Block 0: all updates, its 6 sites, 3 groups. Block 1: as often again, and its own 5 sites.
+    assert passes == [10, 15]
+
+
+def test_groups_without_a_site_are_left_out_and_equal_ones_agree(tiny_vit, batch, fill_adapters) -> None:
+    model = tiny_vit()
+    sites = find_sites(model, ("query", "value"))
+    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 1), scale=2.0, seed=0)
+    fill_adapters(model)
+    found = measure_removal(model, [batch], device=CPU, precision="fp32")
+    assert list(found.group_loss_rise) == ["attention", "all"]
+    assert found.group_loss_rise["attention"] == found.group_loss_rise["all"]
+
+
+def test_without_any_rank_there_are_no_rises(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    sites = find_sites(model)
+    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 0), scale=2.0, seed=0)
+    found = measure_removal(model, [batch], device=CPU, precision="fp32")
+    loss, accuracy = loss_and_accuracy(model, *batch)
+    assert found.loss == pytest.approx(loss, abs=1e-6)
+    assert found == AdapterRemoval(
+        images=6, loss=found.loss, accuracy=accuracy, site_loss_rise={}, group_loss_rise={}, group_accuracy={}
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_is_as_it_was_also_after_an_error(adapted, batch, method: str) -> None:
+    model = adapted(method)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        before = model(batch[0])
+    sites = list(update_ranks(model))
+    inner, outer = [], []
+
+    def leave_out_and_fail() -> None:
+        with torch.no_grad(), without_updates(model, sites[1:]):
+            with without_updates(model, sites[:2]):
+                inner.append(model(batch[0]))
+            outer.append(model(batch[0]))
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        leave_out_and_fail()
+    with torch.no_grad():
+        assert torch.equal(model(batch[0]), before)
+    assert not torch.equal(inner[0], outer[0])  # the inner one left one site more out, and gave only that back
+    assert not torch.equal(outer[0], before)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+    assert model.training
+
+
+def test_a_site_without_adapter_is_named(adapted) -> None:
+    model = adapted("lora")
+    with pytest.raises(UserError, match=r"no adapter on blocks\.7\.mlp\.fc1") as caught, without_updates(
+        model, ["blocks.0.mlp.fc1", "blocks.7.mlp.fc1"]
+    ):  # fmt: skip
+        pytest.fail("nothing may be done without it")
+    assert caught.value.field == "sites"
