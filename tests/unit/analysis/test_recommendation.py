@@ -338,6 +338,19 @@ def test_what_loses_the_margin_is_recommended_at_most_as_often_as_the_level(true
     assert wrong / TRIALS <= ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / TRIALS)
 
 
+def test_a_best_chosen_on_validation_does_not_raise_the_error_rate() -> None:
+    """All are equal in truth, so which is best is luck; then each other one is made to lose exactly the margin."""
+    rng = np.random.default_rng(6)
+    trained = rng.normal(size=(TRIALS, 5, SEEDS))  # (trials, experiments, seeds): how well each model turned out
+    validation = (trained + 0.5 * rng.normal(size=trained.shape)).mean(axis=2)
+    test = trained + 0.5 * rng.normal(size=trained.shape)
+    wrong = 0
+    for values, best in zip(test, validation.argmax(axis=1), strict=True):
+        others = np.delete(values, best, axis=0) - values[best] - MARGIN
+        wrong += decide(list(others), MARGIN).first is not None
+    assert wrong / TRIALS <= ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / TRIALS)
+
+
 def test_stopping_at_the_first_uncorrected_success_would_err_too_often() -> None:
     """The reason for Holm's correction: this simulation can tell the two apart."""
     p_values = stats.ttest_1samp(
