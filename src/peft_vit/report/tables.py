@@ -1,17 +1,16 @@
-"""Tables of methods and claims: what a reader sees, and the unrounded values for the CSV file."""
+"""Tables of methods: what a reader sees, and the unrounded values for the CSV file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_vit.analysis import Comparison, Insight, MethodResult
-from peft_vit.analysis.insights import outcome
+from peft_vit.analysis import Comparison, MethodResult
+from peft_vit.analysis.comparison import outcome
 from peft_vit.report.document import Raw, Table
 from peft_vit.report.numbers import (
     count,
     fixed,
     megabytes,
-    number_interval,
     percent,
     percent_interval,
     points_interval,
@@ -27,6 +26,11 @@ def ends(name: str, interval: Interval | None) -> dict[str, Raw]:
     if interval is None:
         return {name: None, f"{name}_low": None, f"{name}_high": None, "n": 0}
     return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high, "n": interval.n}
+
+
+def measured(name: str, interval: Interval | None) -> dict[str, Raw]:
+    """Return an interval as columns of a CSV file in which several stand beside one another: its n is named too."""
+    return {f"{name}_n" if key == "n" else key: value for key, value in ends(name, interval).items()}
 
 
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
@@ -194,61 +198,6 @@ def differences_table(slug: str, title: str, comparisons: Sequence[Comparison], 
             for c in comparisons
         ),
     )
-
-
-def insight_table(found: Sequence[Insight]) -> Table:
-    """Return every claim with its estimate, interval, n, test and verdict."""
-    return Table(
-        slug="insights",
-        title="Claims and verdicts",
-        columns=("claim", "verdict", "estimate", "what is measured", "n", "test"),
-        rows=tuple(
-            (
-                i.claim,
-                i.verdict,
-                _estimate(i),
-                i.measure,
-                f"{i.n} {i.n_of.removesuffix('s') if i.n == 1 else i.n_of}",
-                i.outcome + (f" ({i.note})" if i.note else ""),
-            )
-            for i in found
-        ),
-        note=(
-            "Each claim is worded so that a positive estimate speaks for it, whatever comes out. 'Not decided' means "
-            "that these runs can't tell; it does not mean that there is no difference. The exact Wilcoxon signed-rank "
-            "test at 5 % decides, with Holm's correction over the claims of one kind; pairs share a seed. "
-            f"{OVER_SEEDS}"
-        ),
-        data=tuple(
-            {
-                "claim": i.claim,
-                "verdict": i.verdict,
-                "measure": i.measure,
-                "unit": i.unit,
-                "estimate": i.estimate,
-                "low": None if i.interval is None else i.interval.low,
-                "high": None if i.interval is None else i.interval.high,
-                "n": i.n,
-                "n_of": i.n_of,
-                "test": i.test,
-                "outcome": i.outcome,
-                "note": i.note,
-            }
-            for i in found
-        ),
-    )
-
-
-def _estimate(insight: Insight) -> str:
-    if insight.estimate is None:
-        return "not computed"
-    if insight.unit == "share":
-        if insight.interval is None:
-            return f"{signed(100 * insight.estimate)} points"
-        return f"{points_interval(insight.interval)} points"
-    if insight.interval is None:
-        return f"{signed(insight.estimate, 2)} {insight.unit}"
-    return f"{number_interval(insight.interval)} {insight.unit}"
 
 
 def _by_seed(values: Sequence[float], seeds: Sequence[int]) -> str:
