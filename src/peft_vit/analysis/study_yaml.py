@@ -51,7 +51,7 @@ def study_yaml(spec: RunSpec, seeds: Sequence[int], *, suffix: str, comments: Se
     content: dict[str, Any] = {
         "name": f"{spec.study[: _LONGEST_NAME - len(suffix)]}{suffix}",
         "seeds": list(seeds),
-        **{name: value for name in _SHARED if (value := _plain(getattr(spec, name))) is not None},
+        **{name: value for name in _SHARED if (value := _plain(spec, name)) is not None},
         "training": experiment.training.model_dump(mode="json"),  # null has a meaning here: no clipping
         "experiments": [{"name": experiment.name, "method": experiment.method, **sections}],
     }
@@ -59,5 +59,10 @@ def study_yaml(spec: RunSpec, seeds: Sequence[int], *, suffix: str, comments: Se
     return "".join(f"# {line}\n" for line in comments) + text
 
 
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json", exclude_none=True) if isinstance(value, BaseModel) else value
+def _plain(spec: RunSpec, name: str) -> Any:
+    """Return a part of the study as plain values; None if it asks for nothing, so that it is left out."""
+    value = getattr(spec, name)
+    if not isinstance(value, BaseModel):
+        return value
+    is_default = value == StudyConfig.model_fields[name].default
+    return None if is_default else value.model_dump(mode="json", exclude_none=True)

@@ -53,6 +53,7 @@ def planted_study(**changes: Any) -> StudyConfig:
             "dataset": "csv", "path": "2024-01-01", "image_size": 32, "shots_per_class": 4, "validation_images": 20,
             "train_subset": "per_seed",
         },
+        "measures": {"latency_batches": [1, 8]},
         "experiments": [
             {**one, "training": {"epochs": 3, "learning_rate": 1e-3, **one.get("training", {})}} for one in EXPERIMENTS
         ],
@@ -64,7 +65,7 @@ def planted_study(**changes: Any) -> StudyConfig:
 def spec_of(study: StudyConfig, place: int) -> RunSpec:
     return RunSpec(
         study=study.name, seed=study.seeds[0], experiment=study.experiments[place], backbone=study.backbone,
-        data=study.data, device=study.device, precision=study.precision, threads=study.threads,
+        data=study.data, measures=study.measures, device=study.device, precision=study.precision, threads=study.threads,
     )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def test_the_file_says_what_the_record_says(place: int, tmp_path: Path) -> None:
     file.write_text(study_yaml(read, [1, 3], suffix="-again", comments=["why: because", "second"]), encoding="utf-8")
     again = load_study(file)
     assert again.experiments == (study.experiments[place],)
-    assert (again.backbone, again.data) == (study.backbone, study.data)
+    assert (again.backbone, again.data, again.measures) == (study.backbone, study.data, study.measures)
     assert (again.device, again.precision, again.threads) == (study.device, study.precision, study.threads)
     assert again.seeds == (1, 3)
     assert again.name == "s" * 58 + "-again"
@@ -107,3 +108,9 @@ def test_a_path_in_any_script_comes_back(tmp_path: Path) -> None:
     file = tmp_path / "again.yaml"
     file.write_text(study_yaml(spec_of(study, 0), [0], suffix="-again"), encoding="utf-8")
     assert load_study(file).data == study.data
+
+
+def test_measures_that_nobody_asked_for_are_not_written() -> None:
+    spec = spec_of(planted_study(measures={}), 0)
+    assert "measures" not in study_yaml(spec, [0], suffix="")
+    assert "clip_norm: null" in study_yaml(spec, [0], suffix="")
