@@ -61,3 +61,16 @@ def cache(_session_cache: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Keep this session's decoded images apart from the user's."""
     monkeypatch.setenv("PEFT_VIT_CACHE", _session_cache)
     return _session_cache
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say aloud what a machine without a browser did not check: a skip is easily overlooked."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if r.nodeid.startswith("tests/browser")]
+    if not skipped:
+        return
+    reasons = sorted({str(r.longrepr[2]) for r in skipped if isinstance(r.longrepr, tuple)})
+    terminalreporter.section("NOT CHECKED: the report's page in a browser", yellow=True)
+    terminalreporter.write_line(
+        "Figures that draw and answer, no request, no console error, 360 px, dark, print, hostile names: "
+        f"{len(skipped)} skipped. {'; '.join(reasons)}"
+    )

@@ -208,7 +208,7 @@ def _draw_bundle(axes: Axes, marks: Marks, bundle: _Bundle, index: int, stride: 
 
 
 def _texts(bundle: _Bundle, curve: _Curve, kept: np.ndarray) -> list[str]:
-    of = f"mean of {counted(len(bundle.seeds), 'seed')}" if curve.of == "mean" else curve.of
+    of = f"mean, {counted(len(bundle.seeds), 'seed')}" if curve.of == "mean" else curve.of
     what = f"{bundle.measure} (nats), {of}"
     return [f"step {curve.steps[i]}: {fixed(float(curve.values[i]), 3)}\n{what}" for i in kept]
 

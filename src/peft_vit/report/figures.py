@@ -13,7 +13,6 @@ from matplotlib.markers import CARETLEFT, CARETRIGHT
 from peft_vit.analysis import Analysis, MethodResult
 from peft_vit.report.curves import loss_curves
 from peft_vit.report.document import Block, Drawing, Paragraph, Raw
-from peft_vit.report.forest import forests
 from peft_vit.report.heatmaps import importance_maps, rank_maps
 from peft_vit.report.marks import Marks
 from peft_vit.report.numbers import counted, fixed, percent, percent_interval
@@ -27,14 +26,13 @@ MAPS = 12
 
 
 def comparison_figures(analysis: Analysis) -> tuple[Block, ...]:
-    """Return accuracy by method, paired differences, accuracy against parameters and bytes, and the loss curves."""
+    """Return accuracy by method, accuracy against parameters and bytes, and the loss curves."""
     methods = analysis.methods
     if not methods:
         return (Paragraph("No figure of accuracy: no run of this study has finished."),)
     majority = analysis.study.runs[0].record.majority_accuracy.get("test")
     return (
         accuracy_by_method(methods, majority),
-        *forests(analysis),
         accuracy_by_parameters(methods),
         accuracy_by_bytes(methods),
         loss_curves(analysis.study, validation_means(methods)),
@@ -129,7 +127,7 @@ def _method_row(axes: Axes, marks: Marks, method: MethodResult, row: int, limits
         marks.add(name, dots, texts)
     mean = 100 * method.test_accuracy.estimate
     (diamond,) = axes.plot([mean], [row], "D", ms=5, color=color, mec=PAPER, mew=0.6, zorder=4)
-    marks.add(name, diamond, [f"mean of {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}"])
+    marks.add(name, diamond, [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}"])
     number = axes.annotate(
         f"{fixed(mean, 1)}", (1.0, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
         textcoords="offset points", va="center",

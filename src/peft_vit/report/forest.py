@@ -48,7 +48,7 @@ def _forest(
     reference: str,
     margin: float | None,
 ) -> Drawing:
-    limits = _limits([d for c in drawn for d in c.by_seed], margin)
+    limits = _limits(drawn, margin)
 
     def paint(figure: Figure) -> Marks:
         axes, marks = figure.add_subplot(), Marks()
@@ -74,7 +74,7 @@ def _forest(
         "describe and are not corrected for their number; the table's test decides. Filled squares: decided; open "
         f"squares: not decided.{missing}{selection_note(len(drawn), len(paired))}"
     )
-    title = f"Differences to {reference}, paired by seed"
+    title = f"How far from {reference}: paired differences"
     height = 1.25 + _ROW_IN * len(drawn)
     return draw(f"differences_to_{reference}", title, caption, height, paint, _rows(paired, margin))
 
@@ -83,11 +83,18 @@ def _break(figure: Figure) -> str:
     return "\n" if is_narrow(figure) else " "
 
 
-def _limits(shares: Sequence[float], margin: float | None) -> tuple[float, float]:
-    """Return limits in points around the pairs, zero and the margin."""
-    values = [0.0, *(100 * share for share in shares), *([] if margin is None else [-100 * margin, 100 * margin])]
-    pad = max(0.5, 0.18 * (max(values) - min(values)))
-    return min(values) - pad, max(values) + pad
+def _limits(drawn: Sequence[Comparison], margin: float | None) -> tuple[float, float]:
+    """Return limits in points around zero, the margin and the pairs, and intervals up to that width beside them."""
+    inner = [
+        0.0,
+        *(100 * d for c in drawn for d in c.by_seed),
+        *([] if margin is None else (-100 * margin, 100 * margin)),
+    ]
+    low, high = min(inner), max(inner)
+    room = max(0.5, high - low)
+    ends = [100 * e for c in drawn if c.difference for e in (c.difference.low, c.difference.high) if e is not None]
+    low, high = max(low - room, min([low, *ends])), min(high + room, max([high, *ends]))
+    return low - 0.05 * room, high + 0.05 * room
 
 
 def _row(

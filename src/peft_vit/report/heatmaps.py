@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,6 +25,7 @@ from peft_vit.report.style import GRID, METHOD_COLORS, MUTED, PAPER, SEQUENTIAL,
 _PANEL_IN = 2.25
 SINGLE_SEEDS = 10  # with more, a band from the lowest to the highest stands for them
 CELLS = 60_000  # of all maps that the page carries together
+PARTLY = " To keep the page small, it and the data hold a part of the recorded updates, evenly chosen."
 
 
 def _colors() -> Colormap:
@@ -35,7 +37,10 @@ def _heat(axes: Axes, values: np.ndarray, norm: Normalize, grid: Grid, *, labels
     """Draw (blocks, matrices), block 0 at the top, as vector cells."""
     mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=_colors(), norm=norm, edgecolors=PAPER, linewidth=0.4)
     axes.set_ylim(len(grid.blocks), 0)
-    axes.set_xticks(np.arange(len(grid.matrices)) + 0.5, grid.matrices, rotation=45, ha="right", rotation_mode="anchor")
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right"}
+    if is_narrow(axes.figure):
+        turned = {"rotation": 90, "ha": "right", "va": "center"}
+    axes.set_xticks(np.arange(len(grid.matrices)) + 0.5, grid.matrices, rotation_mode="anchor", **turned)
     axes.set_yticks(np.arange(len(grid.blocks)) + 0.5, [str(block) for block in grid.blocks])
     axes.tick_params(length=0, labelleft=labels, labelsize=_tick_size(len(grid.blocks)))
     if labels:
@@ -84,8 +89,7 @@ def rank_maps(allocations: Sequence[Allocation], note: str = "") -> Drawing:
     caption = (
         "Rank of every site from the given step on, mean over seeds: at the start, in the middle of "
         "the recorded updates, and at the end. Rows are blocks, columns are matrices; all panels "
-        "share one color scale. On the page a slider moves the middle maps through "
-        f"{'a part of the recorded updates, evenly chosen' if skipped else 'every recorded update'}.{note}"
+        f"share one color scale.{PARTLY if skipped else ''}{note}"
     )
     height = (_PANEL_IN + 0.55) * len(allocations)
     data = [row for a in allocations for row in _rank_rows(a, frames[a.experiment.name])]

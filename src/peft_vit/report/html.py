@@ -29,6 +29,7 @@ def write_html(documents: Sequence[StudyDocument]) -> str:
         page_order=PAGE_ORDER,
         inline_svg=inline_svg,
         embedded=embedded,
+        theme=THEME,
         script=script(),
         script_hash=script_hash(),
     )

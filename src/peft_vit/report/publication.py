@@ -7,11 +7,13 @@ glyphs. The same records give the same bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 
+from peft_vit.records import write_atomically
 from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.markdown import escaped
 from peft_vit.report.style import STYLE, laid_out
@@ -61,13 +63,35 @@ def publication_files(drawing: Drawing) -> Iterator[tuple[str, bytes]]:
                 yield f"_{columns}_column.{ending}", content.getvalue()
 
 
-def captions(document: StudyDocument) -> str:
-    """Return the captions of a study's figures as Markdown, with sizes."""
+def write_publication(documents: Sequence[StudyDocument], folder: Path) -> tuple[Path, ...]:
+    """Write every figure of some studies for a paper, and ``captions.md``; return the files.
+
+    Raises:
+        OSError: if the folder can't be written to.
+    """
+    written = []
+    for document in documents:
+        for drawing in document.drawings():
+            for ending, content in publication_files(drawing):
+                written.append(folder / f"{document.slug}_{drawing.slug}{ending}")
+                write_atomically(written[-1], content)
+    written.append(folder / "captions.md")
+    write_atomically(written[-1], captions(documents).encode())
+    return tuple(written)
+
+
+def captions(documents: Sequence[StudyDocument]) -> str:
+    """Return the captions of all figures as Markdown, with sizes, below what stands above a study's numbers."""
     parts = [
-        f"# Captions: {escaped(document.label)}",
+        "# Captions",
         f"Each figure stands here as PDF, SVG and PNG ({DPI} dots an inch), {WIDTHS_IN['one']} and "
         f"{WIDTHS_IN['two']} inches wide. Text is at least 6.5 points.",
     ]
+    return "\n\n".join([*parts, *(part for document in documents for part in _captions(document))]) + "\n"
+
+
+def _captions(document: StudyDocument) -> list[str]:
+    parts = [f"## {escaped(document.label)}"]
     if document.notices:
         parts.append("\n".join(f"> **{escaped(notice)}**  " for notice in document.notices))
     for drawing in document.drawings():
@@ -77,5 +101,5 @@ def captions(document: StudyDocument) -> str:
         if max(drawing.narrow_height_in, drawing.height_in) > PAGE_HEIGHT_IN:
             sizes += f"; a page holds {PAGE_HEIGHT_IN} inches"
         caption = f"**{escaped(drawing.title)}.** {escaped(drawing.caption)}"
-        parts.append(f"## {document.slug}_{drawing.slug}\n\n{caption}\n\n({sizes})")
-    return "\n\n".join(parts) + "\n"
+        parts.append(f"### {document.slug}_{drawing.slug}\n\n{caption}\n\n({sizes})")
+    return parts

@@ -49,7 +49,7 @@ def accuracy_by_parameters(methods: Sequence[MethodResult]) -> Drawing:
     )
     title = "Accuracy against trainable parameters"
     rows = _rows(methods, lambda m: {"trainable_parameters": m.final_parameters})
-    return draw("accuracy_by_parameters", title, caption, 3.9, paint, rows)
+    return draw("accuracy_by_parameters", title, caption, 3.9, paint, rows, 2.7 + 0.14 * len(drawn))
 
 
 def accuracy_by_bytes(methods: Sequence[MethodResult]) -> Drawing:
@@ -68,7 +68,7 @@ def accuracy_by_bytes(methods: Sequence[MethodResult]) -> Drawing:
         f"included, plus the saved adapter. {_SCATTER_CAPTION}{selection_note(len(drawn), len(methods))}"
     )
     rows = _rows(methods, lambda m: {"frozen_bytes": m.frozen_bytes, "adapter_file_bytes": m.adapter_file_bytes})
-    return draw("accuracy_by_bytes", "Accuracy against bytes", caption, 3.9, paint, rows)
+    return draw("accuracy_by_bytes", "Accuracy against bytes", caption, 3.9, paint, rows, 2.7 + 0.14 * len(drawn))
 
 
 def _drawn(methods: Sequence[MethodResult]) -> list[MethodResult]:
@@ -128,7 +128,7 @@ def _scatter(
             marks.add(name, dots, [f"{text}\n{cost(method)}" for text in texts])
         mean = 100 * method.test_accuracy.estimate
         (large,) = axes.plot([x], [mean], marker, ms=6.5, color=color, mec=PAPER, mew=0.6, zorder=4, transform=moved)
-        of = f"mean of {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}"
+        of = f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}"
         marks.add(name, large, [f"{of}\n{cost(method)}"])
         handles.append(Line2D([], [], marker=marker, ls="", color=color, ms=6, label=name))
     points = [(position(m), 100 * value) for m in methods for value in m.by_seed]

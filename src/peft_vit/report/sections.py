@@ -10,6 +10,7 @@ from peft_vit.analysis import Analysis, FisherAgreement
 from peft_vit.report import layer_tables, size_tables, summary, tables
 from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
+from peft_vit.report.forest import forests
 from peft_vit.report.numbers import counted, fixed, joined, plain
 
 
@@ -112,8 +113,15 @@ def _methods(analysis: Analysis) -> tuple[Block, ...]:
         return figures
     compared: tuple[Block, ...] = tuple(
         tables.comparison_table(analysis.comparisons, reference)
+    forest = {drawing.slug: drawing for drawing in forests(analysis)}
+    compared: tuple[Block, ...] = tuple(
+        block
         for reference in dict.fromkeys(c.reference for c in analysis.comparisons)
-    )
+        for block in (
+            forest.get(f"differences_to_{reference}"), tables.comparison_table(analysis.comparisons, reference)
+        )
+        if block is not None
+    )  # fmt: skip
     if not analysis.comparisons:
         compared = (
             Paragraph("No paired differences: no linear probe or LoRA run has finished beside another method."),

@@ -21,6 +21,7 @@ from peft_vit.report.marks import Marks
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6671", "#d8dee4", "#ffffff"
 # The colors that a figure shares with the page follow the page's theme.
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
+THEME["#882255"] = "var(--wine)"  # too dark for a dark page
 METHOD_COLORS: dict[Method, str] = {
     "linear": "#7a828a",
     "full": "#cc79a7",

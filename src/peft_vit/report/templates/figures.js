@@ -31,9 +31,10 @@
     const data = () => (loaded ??= JSON.parse(figure.querySelector("script").textContent));
 
     function hide() {
+      if (current < 0) return; // the tip may be another figure's
       tip.hidden = true;
       current = -1;
-      if (ring) ring.setAttribute("visibility", "hidden");
+      ring.setAttribute("visibility", "hidden");
     }
 
     function show(point) {
@@ -56,6 +57,11 @@
       ring.setAttribute("visibility", "visible");
       tip.hidden = false;
       current = point;
+      place();
+    }
+
+    function place() {
+      if (current < 0) return;
       const at = ring.getBoundingClientRect(), own = tip.getBoundingClientRect(), edge = 6;
       const wide = document.documentElement.clientWidth, above = at.top - own.height - edge;
       tip.style.left = Math.max(edge, Math.min(at.left + at.width / 2 - own.width / 2, wide - own.width - edge)) + "px";
@@ -63,11 +69,11 @@
     }
 
     function nearest(event) {
-      const place = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+      const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
       const { x, y, series } = data();
       let best = -1, least = NEAR_PT ** 2;
       for (let i = 0; i < x.length; i++) {
-        const distance = (x[i] - place.x) ** 2 + (y[i] - place.y) ** 2;
+        const distance = (x[i] - at.x) ** 2 + (y[i] - at.y) ** 2;
         if (distance < least && !hidden.has(series[i])) [best, least] = [i, distance];
       }
       return best;
@@ -75,8 +81,7 @@
 
     function point(event) {
       const found = nearest(event);
-      if (found < 0) hide();
-      else if (found !== current) show(found);
+      if (found !== current) found < 0 ? hide() : show(found);
     }
 
     function step(event) {
@@ -132,16 +137,15 @@
 
     box.addEventListener("pointermove", point);
     box.addEventListener("pointerdown", point);
-    box.addEventListener("pointerleave", hide);
+    box.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hide()); // a finger lifts at once
+    addEventListener("pointerdown", (event) => box.contains(event.target) || hide());
     box.addEventListener("blur", hide);
     box.addEventListener("keydown", step);
     each(buttons, (button) => button.addEventListener("click", () => toggle(button)));
     each(figure.querySelectorAll("button.csv"), (button) => button.addEventListener("click", save));
-    each(figure.querySelectorAll("input"), (slider) => {
-      slider.addEventListener("input", () => move(Number(slider.value)));
-    });
+    each(figure.querySelectorAll("input"), (slider) => slider.addEventListener("input", () => move(slider.value)));
     each(figure.querySelectorAll("button.all"), (button) => button.addEventListener("click", all));
-    addEventListener("scroll", hide, { passive: true, capture: true });
+    addEventListener("scroll", place, { passive: true, capture: true });
   }
 
   each(document.querySelectorAll("figure:has(script)"), setUp);

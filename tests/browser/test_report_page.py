@@ -1,0 +1,343 @@
+"""The page in a browser, from disk: figures draw and answer, nothing leaves, nothing foreign runs."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "analysis"))
+
+import planted
+
+from peft_vit.records import RunRecord
+from peft_vit.report import ReportFiles, build_report
+from peft_vit.report.document import SECTION_TITLES, Drawing, StudyDocument, Table
+from peft_vit.report.html import write_html
+from peft_vit.report.marks import Marks
+from peft_vit.report.style import draw
+
+CHROMIUM = os.environ.get("PEFT_VIT_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
+playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+pytestmark = pytest.mark.skipif(
+    not os.access(CHROMIUM, os.X_OK), reason="no Chromium here; name one in PEFT_VIT_CHROMIUM"
+)
+
+KEPT = ("linear_probe", "lora_r1", "lora_r8", "adalora_top_k_fisher", "qa_lora_4bit_nf4_constant")
+HOSTILE = "</script><script>alert(1)</script>\"'<!--\u2028\u200f<img src=x onerror=alert(2)> $x^2$ &lt;"
+
+
+@dataclass
+class Seen:
+    """What happened on a page that should not have."""
+
+    errors: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    dialogs: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def records() -> list[RunRecord]:
+    return [record for record in planted.quickstart() if record.spec.experiment.name in KEPT]
+
+
+@pytest.fixture(scope="module")
+def built(records: list[RunRecord], tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
+    folder = tmp_path_factory.mktemp("page")
+    return build_report(planted.write(folder / "results", records), folder / "report")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+@pytest.fixture
+def open_page(browser, seen: Seen) -> Iterator:
+    """Open a file in a fresh context; afterwards nothing may have gone wrong or out."""
+    contexts = []
+
+    def open_file(file: Path, **options):
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: seen.errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: seen.errors.append(str(error)))
+        page.on("request", lambda request: seen.requests.append(request.url))
+        page.on("dialog", lambda dialog: (seen.dialogs.append(dialog.message), dialog.dismiss()))
+        page.goto(file.as_uri())
+        return page
+
+    yield open_file
+    for context in contexts:
+        context.close()
+    assert seen.errors == []
+    assert seen.dialogs == []
+    assert [url for url in seen.requests if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+@pytest.fixture
+def page(open_page, built: ReportFiles):
+    return open_page(built.html)
+
+
+def values(records: list[RunRecord], name: str) -> dict[int, float]:
+    return {r.spec.seed: r.test.accuracy for r in records if r.spec.experiment.name == name and r.test}
+
+
+def series(page, figure: str, name: str) -> str:
+    """Return the index that a figure gave to a series, by the name on its button."""
+    button = page.locator(f"#quickstart-{figure} button[data-series]").filter(has_text=name)
+    assert button.count() == 1
+    return button.get_attribute("data-series")
+
+
+def bring_into_view(page, part) -> None:
+    """Scroll, and let the page see it: a tooltip goes when its figure moves."""
+    part.scroll_into_view_if_needed()
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def tips_over(page, parts: str) -> list[list[str]]:
+    """Return the lines of the tooltip over the middle of each of some SVG elements."""
+    found = []
+    for part in page.locator(parts).all():
+        bring_into_view(page, part)
+        box = part.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        tip = page.locator(".tip")
+        found.append(tip.locator("*").all_inner_texts() if tip.is_visible() else [])
+    return found
+
+
+def test_every_figure_draws(page, built: ReportFiles) -> None:
+    drawn = page.locator("figure svg")
+    assert drawn.count() == len(built.figures) / 2
+    for svg in drawn.all():
+        box = svg.bounding_box()
+        assert box["width"] > 300
+        assert box["height"] > 100
+        shapes = svg.evaluate("s => [...s.querySelectorAll('path, use')].filter(e => e.getBBox().width > 0).length")
+        assert shapes > 10
+
+
+def test_pointing_at_a_value_names_experiment_seed_and_value(page, records: list[RunRecord]) -> None:
+    for figure, name in (("accuracy_by_method", "lora_r8"), ("accuracy_by_parameters", "adalora_top_k_fisher")):
+        number = series(page, figure, name)
+        tips = tips_over(page, f'#quickstart-{figure} [data-series="{number}"] use')
+        own = values(records, name)
+        for seed, accuracy in own.items():
+            assert any(t[:2] == [name, f"seed {seed}: {100 * accuracy:.1f} %"] for t in tips), tips
+        assert any(t and t[1].startswith(f"mean, n = 2 seeds: {100 * np.mean(list(own.values())):.1f} %") for t in tips)
+
+
+def test_pointing_at_a_difference_names_the_pair(page, records: list[RunRecord]) -> None:
+    number = series(page, "differences_to_linear_probe", "lora_r8")
+    tips = tips_over(page, f'#quickstart-differences_to_linear_probe [data-series="{number}"] use')
+    ours, reference = values(records, "lora_r8"), values(records, "linear_probe")
+    for seed in ours:
+        assert any(t[1:2] == [f"seed {seed}: {100 * (ours[seed] - reference[seed]):+.1f} points"] for t in tips), tips
+
+
+def test_pointing_at_a_cell_names_the_rank_of_its_site(page, records: list[RunRecord]) -> None:
+    (tip,) = tips_over(page, '#quickstart-rank_maps [data-gid="series0-2"] path >> nth=8')  # second row, third column
+    runs = [r for r in records if r.spec.experiment.name == "adalora_top_k_fisher"]
+    last = np.mean([r.rank_history[-1].ranks["blocks.1.attn.value"] for r in runs])
+    assert tip == ["adalora_top_k_fisher", "block 1, value", f"rank {last:.2f}"]
+
+
+def test_the_slider_walks_through_every_recorded_update(page, records: list[RunRecord]) -> None:
+    runs = [r for r in records if r.spec.experiment.name == "adalora_top_k_fisher"]
+    figure = page.locator("#quickstart-rank_maps")
+    slider = figure.locator("input[type=range]")
+    steps = [entry.step for entry in runs[0].rank_history]
+    assert slider.get_attribute("max") == str(len(steps) - 1)
+    shown = [r.rank_history[i].ranks for r in runs for i in range(len(steps))]
+    highest = max(
+        np.mean([r.rank_history[i].ranks[site] for r in runs]) for i in range(len(steps)) for site in shown[0]
+    )
+    for i, step in enumerate(steps):
+        slider.fill(str(i))
+        assert figure.locator("output").inner_text() == f"step {step}"
+        total = round(float(np.mean([sum(r.rank_history[i].ranks.values()) for r in runs])))
+        title = figure.locator('[data-gid="series0-1-title"]').text_content() or ""
+        assert title.strip() == f"from step {step}: {total} ranks"
+        mean = np.mean([r.rank_history[i].ranks["blocks.1.attn.value"] for r in runs])
+        fill = figure.locator('[data-gid="series0-1"] path >> nth=8').evaluate("e => getComputedStyle(e).fill")
+        red, green, blue = (int(v) for v in fill.removeprefix("rgb(").removesuffix(")").split(","))
+        assert f"#{red:02x}{green:02x}{blue:02x}" == to_hex(matplotlib.colormaps["viridis"](mean / highest))
+        (tip,) = tips_over(page, '#quickstart-rank_maps [data-gid="series0-1"] path >> nth=8')
+        assert tip[1:] == ["block 1, value", f"rank {mean:.2f}"]
+
+
+def test_a_button_switches_its_series_and_only_that(page) -> None:
+    figure = "#quickstart-accuracy_by_parameters"
+    number, other = series(page, "accuracy_by_parameters", "lora_r8"), series(page, "accuracy_by_parameters", "lora_r1")
+    button = page.locator(f'{figure} button[data-series="{number}"]')
+    parts, others = page.locator(f'{figure} [data-series="{number}"] use'), f'{figure} svg [data-series="{other}"] use'
+    assert parts.count() > 2, "marks and the entry of the legend"
+    button.focus()
+    page.keyboard.press("Space")
+    assert button.get_attribute("aria-pressed") == "false"
+    assert "line-through" in button.evaluate("b => getComputedStyle(b).textDecorationLine"), "not by color alone"
+    assert all(not part.is_visible() for part in parts.all())
+    assert page.locator(others).first.is_visible()
+    assert all(tip[:1] != ["lora_r8"] for tip in tips_over(page, others))
+    button.click()
+    assert all(part.is_visible() for part in parts.all())
+
+
+def test_all_can_be_switched_at_once(page) -> None:
+    figure = page.locator("#quickstart-accuracy_by_bytes")
+    figure.locator("button.all").click()
+    assert {b.get_attribute("aria-pressed") for b in figure.locator("button[data-series]").all()} == {"false"}
+    figure.locator("button.all").click()
+    assert {b.get_attribute("aria-pressed") for b in figure.locator("button[data-series]").all()} == {"true"}
+
+
+def test_arrow_keys_go_from_value_to_value(page, records: list[RunRecord]) -> None:
+    page.locator("#quickstart-accuracy_by_method .drawing").focus()
+    first = values(records, "linear_probe")[0]
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".tip").inner_text().split("\n") == ["linear_probe", f"seed 0: {100 * first:.1f} %"]
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".tip").inner_text().split("\n")[1].startswith("seed 1: ")
+    page.keyboard.press("Escape")
+    assert not page.locator(".tip").is_visible()
+
+
+def test_a_finger_shows_a_value_too(open_page, built: ReportFiles) -> None:
+    page = open_page(built.html, has_touch=True, viewport={"width": 360, "height": 700})
+    part = page.locator('#quickstart-accuracy_by_method [data-series="1"] use').last
+    bring_into_view(page, part)
+    box = part.bounding_box()
+    page.touchscreen.tap(box["x"] + 2, box["y"] + 2)
+    tip = page.locator(".tip")
+    assert tip.is_visible()
+    inside = tip.bounding_box()
+    assert inside["x"] >= 0
+    assert inside["x"] + inside["width"] <= 360
+
+
+def test_the_data_of_every_figure_is_saved_as_the_file_beside_the_report(page, built: ReportFiles) -> None:
+    on_disk = {file.name: file for file in built.figure_data}
+    buttons = page.locator("button.csv")
+    assert buttons.count() == len(on_disk) == len(built.figures) / 2
+    for button in buttons.all():
+        with page.expect_download() as download:
+            button.click()
+        name = download.value.suggested_filename
+        assert Path(download.value.path()).read_bytes() == on_disk.pop(name).read_bytes()
+    assert on_disk == {}
+
+
+def test_saved_accuracies_are_those_of_the_records(built: ReportFiles, records: list[RunRecord]) -> None:
+    file = next(f for f in built.figure_data if f.name == "quickstart_accuracy_by_method.csv")
+    rows = list(csv.DictReader(io.StringIO(file.read_text())))
+    assert len(rows) == len(records)
+    for row in rows:
+        assert float(row["test_accuracy"]) == values(records, row["experiment"])[int(row["seed"])]
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_never_scrolls_sideways(open_page, built: ReportFiles, width: int, scheme: str) -> None:
+    page = open_page(built.html, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(15, 18, 22)"
+    assert dark == (scheme == "dark")
+
+
+def test_it_prints_with_figures_and_without_controls(page) -> None:
+    content = page.pdf(format="A4")
+    assert content.startswith(b"%PDF")
+    assert len(content) > 50_000
+    page.emulate_media(media="print")
+    assert page.locator("figure svg").first.is_visible()
+    assert not page.locator(".controls").first.is_visible()
+
+
+def test_without_script_the_figures_stand_and_no_button_pretends(open_page, built: ReportFiles) -> None:
+    page = open_page(built.html, java_script_enabled=False)
+    assert all(svg.bounding_box()["height"] > 100 for svg in page.locator("figure svg").all())
+    assert not any(button.is_visible() for button in page.locator("figure button").all())
+
+
+def hostile_document() -> StudyDocument:
+    """Return a document whose every text is hostile."""
+
+    def paint(figure: Figure) -> Marks:
+        axes, marks = figure.add_subplot(), Marks()
+        marks.series(HOSTILE, "#0072b2", "o")
+        marks.series("harmless", "#d55e00", "s")
+        for y, name in ((1, HOSTILE), (2, "harmless")):
+            (line,) = axes.plot([1, 2], [y, y], "o", label=name)
+            marks.add(name, line, [f"{HOSTILE} {i}" for i in range(2)])
+        axes.set_title(HOSTILE)
+        axes.legend()
+        return marks
+
+    rows = ({"experiment": HOSTILE, "value": 0.1}, {"experiment": "a,b", "value": None})
+    drawing: Drawing = draw("figure", HOSTILE, HOSTILE, 3.0, paint, rows)
+    table = Table("table", HOSTILE, (HOSTILE,), ((HOSTILE,),), HOSTILE, rows)
+    texts = {"label": HOSTILE, "slug": "study", "notices": (HOSTILE,), "facts": ((HOSTILE, HOSTILE),)}
+    sections = dict.fromkeys(SECTION_TITLES, ()) | {SECTION_TITLES[0]: (drawing, table)}
+    empty = {one.name: () for one in fields(StudyDocument)}
+    return StudyDocument(**{**empty, **texts, "came_out": (HOSTILE,), "not_shown": (HOSTILE,), "sections": sections})
+
+
+def test_hostile_names_are_shown_and_run_nothing(open_page, tmp_path: Path) -> None:
+    file = tmp_path / "hostile.html"
+    file.write_text(write_html([hostile_document()]), encoding="utf-8")
+    page = open_page(file)
+    assert page.locator("img").count() == 0
+    assert page.locator("script:not([type])").count() == 1
+    figure = page.locator("#study-figure")
+    assert HOSTILE in (figure.locator("svg").text_content() or "")
+    assert HOSTILE in (figure.locator("button").first.text_content() or "")
+    (tip, *_) = tips_over(page, '#study-figure svg [data-series="0"] use')
+    assert tip[0].startswith("</script><script>alert(1)")
+    with page.expect_download() as download:
+        figure.locator("button.csv").click()
+    rows = list(csv.reader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"), newline="")))
+    assert rows == [["experiment", "value"], [HOSTILE, "0.1"], ["a,b", ""]]
+    page.wait_for_timeout(50)
+
+
+def test_an_inline_script_of_others_would_not_run(open_page, built: ReportFiles, tmp_path: Path, seen: Seen) -> None:
+    """The page's policy names our script by its hash: even text that broke out of its place would not run."""
+    text = built.html.read_text(encoding="utf-8")
+    file = tmp_path / "injected.html"
+    file.write_text(text.replace("</main>", "<script>document.title = 'broken in'</script></main>"), encoding="utf-8")
+    page = open_page(file)
+    assert page.title() != "broken in"
+    assert page.locator("html.live").count() == 1, "ours ran"
+    assert len(seen.errors) == 1
+    assert "Content Security Policy" in seen.errors[0]
+    seen.errors.clear()
+
+
+def test_the_embedded_data_is_small(built: ReportFiles) -> None:
+    text = built.html.read_text(encoding="utf-8")
+    blocks = [b.split("</script>")[0] for b in text.split('<script type="application/json">')[1:]]
+    assert all(json.loads(block)["x"] for block in blocks)
+    assert sum(map(len, blocks)) < 400_000
