@@ -111,8 +111,6 @@ def _methods(analysis: Analysis) -> tuple[Block, ...]:
     figures = comparison_figures(analysis)
     if not analysis.methods:
         return figures
-    compared: tuple[Block, ...] = tuple(
-        tables.comparison_table(analysis.comparisons, reference)
     forest = {drawing.slug: drawing for drawing in forests(analysis)}
     compared: tuple[Block, ...] = tuple(
         block
