@@ -9,9 +9,11 @@ from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, c
 from peft_vit.analysis.comparison import Comparison, MethodResult, compare_all, method_results, references
 from peft_vit.analysis.convergence import Convergence, convergences
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
+from peft_vit.analysis.findings import Finding, study_findings
 from peft_vit.analysis.fisher import FisherAgreement, fisher_agreements
+from peft_vit.analysis.hypotheses import Registry, load_registry
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
-from peft_vit.analysis.insights import Insight, insights
+from peft_vit.analysis.measures import Evidence
 from peft_vit.analysis.pairs import AllPairs, Pair, all_pairs
 from peft_vit.analysis.pareto import Front, fronts
 from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
@@ -28,10 +30,10 @@ __all__ = [
     "CalibrationDifferences",
     "Comparison",
     "Convergence",
+    "Finding",
     "FisherAgreement",
     "Front",
     "ImportancePattern",
-    "Insight",
     "MethodResult",
     "Pair",
     "QuantizationImpact",
@@ -69,11 +71,16 @@ class Analysis:
     allocation: tuple[Allocation, ...]
     against_controls: tuple[AgainstControl, ...]
     quantization: tuple[QuantizationImpact, ...]
-    insights: tuple[Insight, ...]
+    findings: tuple[Finding, ...]
 
 
-def analyze(study: Study) -> Analysis:
-    """Compute all tables and claims of one study."""
+def analyze(study: Study, registry: Registry | None = None) -> Analysis:
+    """Compute all tables and findings of one study.
+
+    Args:
+        study: all its runs.
+        registry: the sentences to test; None: those that come with the package.
+    """
     methods = method_results(study)
     patterns = importance_patterns(study)
     allocated = allocations(study)
@@ -94,5 +101,8 @@ def analyze(study: Study) -> Analysis:
         allocation=allocated,
         against_controls=against_controls(study),
         quantization=quantized,
-        insights=insights(study, methods, patterns, allocated, quantized),
+        findings=study_findings(
+            Evidence(study, importance=patterns, allocation=allocated, quantization=quantized),
+            load_registry() if registry is None else registry,
+        ),
     )

@@ -229,6 +229,16 @@ def correct(family: Sequence[Comparison]) -> tuple[Comparison, ...]:
     return tuple(corrected)
 
 
+def outcome(comparison: Comparison) -> str:
+    """Return what the primary test says after correction, or why it says nothing."""
+    significance = comparison.significance
+    if significance is None:
+        return "no pairs"
+    if not significance.decidable or comparison.adjusted_p is None:
+        return significance.sentence()
+    return f"p = {comparison.adjusted_p:.3g} (Holm)"
+
+
 def _p_value(comparison: Comparison) -> float | None:
     return None if comparison.significance is None else comparison.significance.p_value
 

@@ -84,9 +84,9 @@ class Hypothesis(Frozen):
         return self
 
     @property
-    def is_tested(self) -> bool:
-        """Return whether a statistical test decides it."""
-        return self.test in _TESTED
+    def is_about_several(self) -> bool:
+        """Return whether it needs more than one study."""
+        return self.test != "untestable" and self.how.of_studies is not None
 
     @property
     def how(self) -> Measure:

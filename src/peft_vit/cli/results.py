@@ -62,6 +62,31 @@ def report(
     say_left_out(files.results)
 
 
+@app.command()
+def findings(
+    results_dir: ResultsDir,
+    hypotheses: Annotated[
+        Path | None, typer.Option(help="own hypotheses beside those that come along", show_default=False)
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
+    ] = None,
+) -> None:
+    """Say of each sentence in the hypothesis registry whether these records support or refute it, or do not decide.
+
+    Exit codes: 0 done, 1 done, but a file that may be a result was left out and is named, 2 bad input.
+    """
+    from peft_vit.analysis import load_results
+    from peft_vit.analysis.findings import all_findings, unknown_registrations
+    from peft_vit.analysis.hypotheses import load_registry
+    from peft_vit.report.findings_tables import print_findings
+
+    registry = load_registry(hypotheses)
+    results = load_results(results_dir)
+    print_findings(all_findings(results.studies, registry), unknown_registrations(results.studies, registry), to)
+    say_left_out(results)
+
+
 class SmallestBy(StrEnum):
     """What `recommend` orders experiments by."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from peft_vit.analysis import Analysis, FisherAgreement
-from peft_vit.report import layer_tables, size_tables, summary, tables
+from peft_vit.report import findings_tables, layer_tables, size_tables, summary, tables
 from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
 from peft_vit.report.forest import forests
@@ -130,6 +130,4 @@ def _methods(analysis: Analysis) -> tuple[Block, ...]:
 
 
 def _insights(analysis: Analysis) -> tuple[Block, ...]:
-    if not analysis.insights:
-        return (Paragraph("No claim could be computed: no run of this study has finished."),)
-    return (tables.insight_table(analysis.insights),)
+    return findings_tables.findings_tables(analysis.findings)

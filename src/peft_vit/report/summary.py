@@ -147,12 +147,12 @@ def _decided(comparison: Comparison) -> str:
 
 def how_sure(analysis: Analysis) -> tuple[str, ...]:
     """Return how much of this is decided, and what limits it."""
-    study, claims = analysis.study, analysis.insights
-    tested = [c for c in claims if "Wilcoxon" in c.test]
+    study = analysis.study
+    tested = [c for c in analysis.findings if c.test != "none"]
     decided = [c for c in tested if c.verdict != "not decided"]
     needed = minimum_n_wilcoxon(ALPHA)
     sentences = [
-        f"{len(decided)} of {len(tested)} tested claims are decided by these runs "
+        f"{len(decided)} of {len(tested)} tested findings are decided by these runs "
         f"({counted(len(study.seeds), 'seed')}). A single comparison can be decided from n = {needed} "
         "seeds on, several at once need more."
     ]

@@ -108,4 +108,5 @@ def test_references_are_the_linear_probe_and_lora_of_rank_8() -> None:
 
 def test_an_analysis_without_any_finished_run_is_empty() -> None:
     analysis = analyze(study_of([planted.failed(EXPERIMENTS["lora_r8"], 0, "out of memory")]))
-    assert (analysis.methods, analysis.comparisons, analysis.insights) == ((), (), ())
+    assert (analysis.methods, analysis.comparisons) == ((), ())
+    assert {finding.verdict for finding in analysis.findings} == {"no data"}

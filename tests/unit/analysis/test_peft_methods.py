@@ -80,7 +80,8 @@ def test_they_are_compared_under_their_own_names(study) -> None:
         assert rows[name].test_accuracy.estimate == pytest.approx(LOUD)
         (against,) = (c for c in analysis.comparisons if (c.name, c.reference) == (name, "lora_r8"))
         assert against.difference.estimate > 0.05
-    assert not any("imported is" in i.claim or "peft_r8 is" in i.claim for i in analysis.insights)
+    above_linear = {f.subject for f in analysis.findings if f.hypothesis.id == "lora-beats-linear"}
+    assert above_linear == {"lora_r8 against linear_probe"}, "neither imported nor peft_r8 is the reference"
 
 
 def test_ranks_of_fused_matrices(study) -> None:

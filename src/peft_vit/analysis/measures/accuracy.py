@@ -102,7 +102,7 @@ def difference(evidence: Evidence, parameters: DifferenceParameters, needs: Sequ
 def _paired(
     evidence: Evidence, subject: Subject, other: ExperimentConfig, value: Callable[[Run], float | None], sign: float
 ) -> Measured:
-    compared = compare(subject.runs, evidence.study.of(other.name), subject.name, other.name, value)
+    compared = compare(subject.runs, evidence.runs_of(other), subject.name, other.name, value)
     return of_comparison(evidence, subject, compared, [other.name], sign)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from peft_vit.analysis.allocation import Allocation, allocations
 from peft_vit.analysis.comparison import references
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
-from peft_vit.analysis.measures.selection import Reference, Selection
+from peft_vit.analysis.measures.selection import Reference, Selection, settings_without
 from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig
@@ -80,6 +81,7 @@ class Evidence:
         self._importance = importance
         self._allocation = allocation
         self._quantization = quantization
+        self._rests: dict[tuple[str, tuple[str, ...]], str] = {}
 
     @cached_property
     def importance(self) -> dict[str, ImportancePattern]:
@@ -112,7 +114,7 @@ class Evidence:
             NoDataError: if there is none, with what is missing.
         """
         meant = [e for e in self.study.experiments if selection.takes(e, self.reference_lora)]
-        finished = [(e, self.study.of(e.name)) for e in meant]
+        finished = [(e, self.runs_of(e)) for e in meant]
         if not any(runs for _, runs in finished):
             left = " has finished" if meant else ""
             raise NoDataError(f"no experiment {selection.words()}{left}")
@@ -132,8 +134,32 @@ class Evidence:
     def partners(self, experiment: ExperimentConfig, reference: Reference) -> Iterator[ExperimentConfig]:
         """Yield the experiments with a finished run that an experiment is to be compared with."""
         for other in self.study.experiments:
-            if reference.is_partner(experiment, other, self.reference_lora) and self.study.of(other.name):
+            if (
+                other.name != experiment.name
+                and self.runs_of(other)
+                and reference.takes(other, self.reference_lora)
+                and reference.differ(experiment, other)
+                and (not reference.same_but or self._rest(experiment, reference) == self._rest(other, reference))
+            ):
                 yield other
+
+    def runs_of(self, experiment: ExperimentConfig) -> tuple[Run, ...]:
+        """Return the finished runs of an experiment, by seed."""
+        return self._runs.get(experiment.name, ())
+
+    @cached_property
+    def _runs(self) -> dict[str, tuple[Run, ...]]:
+        runs: dict[str, tuple[Run, ...]] = {}
+        for run in self.study.runs:
+            runs[run.experiment.name] = (*runs.get(run.experiment.name, ()), run)
+        return runs
+
+    def _rest(self, experiment: ExperimentConfig, reference: Reference) -> str:
+        """Return what must be equal; kept, since every pair of experiments asks for it."""
+        key = experiment.name, reference.same_but
+        if key not in self._rests:
+            self._rests[key] = settings_without(experiment, reference.same_but)
+        return self._rests[key]
 
     def _unfinished(self, experiment: ExperimentConfig) -> str:
         failed = [r.spec.seed for r in self.study.failed if r.spec.experiment.name == experiment.name]
@@ -159,9 +185,9 @@ def together(*notes: str) -> str:
 
 
 def by_seed(subject: Subject, value: Callable[[Run], float | None], without: str) -> Measured:
-    """Return one value a run; `without` says why a run has none."""
+    """Return one value a run; `without` says why a run has none, or one that is not finite."""
     values = {run.seed: value(run) for run in subject.runs}
-    known = {seed: one for seed, one in values.items() if one is not None}
+    known = {seed: one for seed, one in values.items() if one is not None and math.isfinite(one)}
     left_out = [seed for seed in values if seed not in known]
     note = f"seeds left out, {without}: {joined(left_out)}" if left_out else ""
     return Measured(

@@ -39,8 +39,10 @@ def last_scores(run: Run) -> dict[str, float]:
 
 
 def rank_correlation(left: dict[str, float], right: dict[str, float]) -> float | None:
-    """Return Spearman's rho over the sites that both have; None if there is none, or one side is constant."""
-    common = sorted(left.keys() & right.keys())
+    """Return Spearman's rho over the sites that both have; None without any, if one is constant or not finite."""
+    common = sorted(name for name in left.keys() & right.keys() if math.isfinite(left[name] + right[name]))
+    if len(common) < len(left.keys() & right.keys()):
+        return None
     return spearman([left[name] for name in common], [right[name] for name in common]).rho
 
 

@@ -106,15 +106,9 @@ class Reference(Selection):
         own = super().words()
         return f"{own}, equal but for {', '.join(self.same_but)}" if self.same_but else own
 
-    def is_partner(self, experiment: ExperimentConfig, other: ExperimentConfig, reference_lora: str | None) -> bool:
-        """Return whether `experiment` is to be compared with `other`."""
-        if experiment.name == other.name or not self.takes(other, reference_lora):
-            return False
-        if not self.same_but:
-            return True
-        return settings_without(experiment, self.same_but) == settings_without(other, self.same_but) and any(
-            value_at(experiment, path) != value_at(other, path) for path in self.same_but
-        )
+    def differ(self, experiment: ExperimentConfig, other: ExperimentConfig) -> bool:
+        """Return whether two experiments differ in some of the named settings; True if none is named."""
+        return not self.same_but or any(value_at(experiment, path) != value_at(other, path) for path in self.same_but)
 
 
 def value_at(experiment: ExperimentConfig, path: str) -> Any:
@@ -125,8 +119,8 @@ def value_at(experiment: ExperimentConfig, path: str) -> Any:
     return value
 
 
-def settings_without(experiment: ExperimentConfig, paths: Sequence[str]) -> dict[str, Any]:
-    """Return all settings but the name and the given ones."""
+def settings_without(experiment: ExperimentConfig, paths: Sequence[str]) -> str:
+    """Return all settings but the name and the given ones, as text that is equal where they are."""
     settings: dict[str, Any] = experiment.model_dump(mode="json")
     for path in ("name", *paths):
         *sections, last = path.split(".")
@@ -135,7 +129,7 @@ def settings_without(experiment: ExperimentConfig, paths: Sequence[str]) -> dict
             inner = inner.get(section) if isinstance(inner, Mapping) else None
         if isinstance(inner, dict):
             inner.pop(last, None)
-    return settings
+    return json.dumps(settings, sort_keys=True)
 
 
 def _holds(experiment: ExperimentConfig, path: str, values: Value | tuple[Value, ...]) -> bool:

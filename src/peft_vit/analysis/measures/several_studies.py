@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 
@@ -93,7 +94,7 @@ def _gains(studies: Sequence[Evidence], parameters: OfParameters, needs: Sequenc
             gains = dict(zip(allocated.against_fixed.seeds, allocated.against_fixed.by_seed, strict=True))
             for run in subject.runs:
                 scores = list(last_scores(run).values())
-                if run.seed in gains and min(scores) >= 0 and sum(scores) > 0:
+                if run.seed in gains and all(map(math.isfinite, scores)) and min(scores) >= 0 and sum(scores) > 0:
                     points.setdefault(run.seed, []).append((gini(scores), gains[run.seed]))
                     records.setdefault(run.seed, []).append(run.record)
                     records[run.seed] += records_of(evidence.study, loras, [run.seed])
@@ -105,6 +106,8 @@ def _gains(studies: Sequence[Evidence], parameters: OfParameters, needs: Sequenc
     known = {seed: rho for seed, rho in rhos.items() if rho is not None}
     most = max((len(found) for found in points.values()), default=0)
     few = f"needs scores and gains of at least {_FEWEST_EXPERIMENTS} experiments with a common seed, there are {most}"
+    if most >= _FEWEST_EXPERIMENTS:
+        few = "the scores vary alike in all experiments, or they gain the same"
     counts = sorted({len(points[seed]) for seed in known})
     return Measured(
         subject=f"experiments of {joined(evidence.study.label for evidence in studies)}",

@@ -1,0 +1,196 @@
+"""Findings as tables of the report, on the terminal, and as rows for other programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from peft_vit.analysis.findings import Conclusion, Finding, conclude
+from peft_vit.errors import UserError
+from peft_vit.records import write_atomically
+from peft_vit.report.document import Paragraph, Raw, Table
+from peft_vit.report.numbers import number_interval, points_interval
+from peft_vit.report.terminal import print_blocks
+from peft_vit.statistics import Interval
+
+COLUMNS = (
+    "study", "id", "sentence", "subject", "verdict", "marked", "estimate", "low", "high", "unit", "n", "n_of", "test",
+    "margin", "p_holm", "p_holm_opposite", "outcome", "note", "refuted_by", "source",
+)  # fmt: skip
+_HOW = (
+    "Each sentence is worded so that a positive estimate speaks for it, whatever comes out. Registered: it stood "
+    "written down, as it does now, before every run that was used began; exploratory: it did not, or changed since. "
+    "'Not decided' means that these runs can't tell; it does not mean that there is no difference. Tests are at 5 %, "
+    "with Holm's correction over all tests of one family. 95 % t intervals in brackets: what other seeds would change, "
+    "on the same images. Pairs share seed, weights, images and split."
+)
+
+
+def findings_tables(findings: Sequence[Finding]) -> tuple[Table, ...]:
+    """Return one verdict a sentence, the findings behind them, and the sentences without data; no empty table."""
+    concluded = conclude(findings)
+    told = [one for one in concluded if one.verdict != "no data"]
+    silent = [one for one in concluded if one.verdict == "no data"]
+    tables = (_verdicts(told), _details(told), _without_data(silent))
+    return tuple(table for table in tables if table.rows)
+
+
+def _verdicts(concluded: Sequence[Conclusion]) -> Table:
+    return Table(
+        slug="verdicts",
+        title="Verdicts",
+        columns=("sentence", "verdict", "experiments or pairs", "marked"),
+        rows=tuple((c.hypothesis.sentence, c.verdict, c.counts or "1", c.mark or "–") for c in concluded),
+        note=(
+            "Supported: in every experiment with data. Refuted: in at least one, and supported in none. "
+            "The table below has the estimates."
+        ),
+        data=tuple(
+            {"id": c.hypothesis.id, "sentence": c.hypothesis.sentence, "verdict": c.verdict, "counts": c.counts,
+             "marked": c.mark, "n": len(c.findings)}
+            for c in concluded
+        ),
+    )  # fmt: skip
+
+
+def _details(concluded: Sequence[Conclusion]) -> Table:
+    findings = [finding for conclusion in concluded for finding in conclusion.findings]
+    return Table(
+        slug="findings",
+        title="Findings by experiment",
+        columns=("sentence", "experiment or pair", "verdict", "marked", "estimate", "n", "test"),
+        rows=tuple((f.hypothesis.sentence, f.subject, f.verdict, f.mark or "–", *_numbers(f)) for f in findings),
+        note=_HOW,
+        data=tuple(finding_rows(findings)),
+    )
+
+
+def _without_data(concluded: Sequence[Conclusion]) -> Table:
+    return Table(
+        slug="without_data",
+        title="Sentences that these records say nothing about",
+        columns=("sentence", "why"),
+        rows=tuple((c.hypothesis.sentence, _reasons(c)) for c in concluded),
+        note="Most are about other experiments than this study has; docs/hypotheses.md says which records each needs.",
+        data=tuple(
+            {"id": c.hypothesis.id, "sentence": c.hypothesis.sentence, "reason": _reasons(c)} for c in concluded
+        ),
+    )
+
+
+def _reasons(conclusion: Conclusion) -> str:
+    return "; ".join(dict.fromkeys(finding.outcome for finding in conclusion.findings))
+
+
+def _numbers(finding: Finding) -> tuple[str, str, str]:
+    n_of = finding.n_of if finding.n != 1 else finding.n_of.replace("seeds", "seed").replace("pairs", "pair")
+    said = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
+    return estimate_of(finding), f"{finding.n} {n_of}", said + (f" ({finding.note})" if finding.note else "")
+
+
+def estimate_of(finding: Finding) -> str:
+    """Return the estimate with its interval and unit; shares as points."""
+    interval, unit = finding.interval, finding.hypothesis.unit
+    if interval is None:
+        return "–"
+    if unit == "share":
+        return f"{points_interval(interval)} points"
+    if unit == "bytes":
+        return f"{number_interval(_scaled(interval, 1e-6), 1)} MB"
+    if unit == "nats" and abs(interval.estimate) < 0.1:
+        return f"{number_interval(interval, 4)} nats"
+    return f"{number_interval(interval)} {unit}"
+
+
+def _scaled(interval: Interval, factor: float) -> Interval:
+    low = None if interval.low is None else factor * interval.low
+    high = None if interval.high is None else factor * interval.high
+    return replace(interval, estimate=factor * interval.estimate, low=low, high=high)
+
+
+def finding_rows(findings: Sequence[Finding]) -> list[dict[str, Raw]]:
+    """Return findings as rows in full precision, with COLUMNS as keys."""
+    rows: list[dict[str, Raw]] = []
+    for finding in findings:
+        hypothesis, interval = finding.hypothesis, finding.interval
+        values: tuple[Raw, ...] = (
+            finding.study, hypothesis.id, hypothesis.sentence, finding.subject, finding.verdict, finding.mark,
+            None if interval is None else interval.estimate, None if interval is None else interval.low,
+            None if interval is None else interval.high, hypothesis.unit, finding.n, finding.n_of, finding.test,
+            hypothesis.margin, finding.p_value, finding.opposite_p, finding.outcome, finding.note,
+            hypothesis.refuted_by, hypothesis.source,
+        )  # fmt: skip
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def print_findings(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[str], to: Path | None) -> None:
+    """Print one table a study; write all findings to a .csv or .json file if one is named.
+
+    Args:
+        by_study: in order.
+        unknown: ids that runs registered and that the registry does not have.
+        to: the file; None: nothing is written.
+
+    Raises:
+        UserError: for another ending, or if the file can't be written.
+    """
+    rows = finding_rows([finding for findings in by_study.values() for finding in findings])
+    content = None if to is None else _content(rows, to)
+    print_blocks(_blocks(by_study, unknown))
+    if to is not None and content is not None:
+        try:
+            write_atomically(to, content)
+        except OSError as error:
+            problem = f"can't be written ({error.strerror}); choose another file"
+            raise UserError(problem, file=to, field="--to") from None
+        print_blocks([Paragraph(f"{len(rows)} rows: {to}")])
+
+
+def _blocks(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[str]) -> Iterator[Paragraph | Table]:
+    if unknown:
+        yield Paragraph(
+            f"Registered by runs, but not in this registry: {', '.join(unknown)}. Name their file with --hypotheses."
+        )
+    for study, findings in by_study.items():
+        concluded = conclude(findings)
+        told = [one for one in concluded if one.verdict != "no data"]
+        columns = ("hypothesis", "sentence", "verdict", "marked", "estimate", "n", "test")
+        rows = tuple(row for conclusion in told for row in _terminal_rows(conclusion))
+        if rows:
+            yield Table("findings", f"Findings of {study}", columns, rows, note="", data=())
+        else:
+            yield Paragraph(f"\nFindings of {study}: none")
+        yield from (
+            Paragraph(f"{c.hypothesis.id}: no data: {c.hypothesis.sentence}: {_reasons(c)}")
+            for c in concluded
+            if c.verdict == "no data"
+        )
+    yield Paragraph(f"\n{_HOW}")
+
+
+def _terminal_rows(conclusion: Conclusion) -> Iterator[tuple[str, ...]]:
+    hypothesis, mark = conclusion.hypothesis, conclusion.mark or "–"
+    if len(conclusion.findings) == 1:
+        (only,) = conclusion.findings
+        yield hypothesis.id, f"{hypothesis.sentence} ({only.subject})", only.verdict, mark, *_numbers(only)
+        return
+    yield hypothesis.id, hypothesis.sentence, conclusion.verdict, mark, "", "", conclusion.counts
+    for finding in conclusion.findings:
+        yield "", f"  {finding.subject}", finding.verdict, finding.mark or "–", *_numbers(finding)
+
+
+def _content(rows: list[dict[str, Raw]], to: Path) -> bytes:
+    if to.suffix.lower() == ".json":
+        return (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
+    if to.suffix.lower() != ".csv":
+        raise UserError("expected a name that ends in .csv or .json", file=to, field="--to")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
