@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
@@ -56,7 +57,7 @@ class Study:
             included. runs: finished runs, by experiment and seed. failed: records of runs that failed or that
             lack outcomes. unfinished: runs that have no record that counts: planned ones, or where no study.json
             tells what was planned, pairs of an experiment and a seed that occurs elsewhere. notices: sentences
-            that stand above every number.
+            that stand above every number. plan: what is known beside the records.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Study:
     failed: tuple[RunRecord, ...]
     unfinished: tuple[UnfinishedRun, ...]
     notices: tuple[str, ...]
+    plan: Plan = field(default_factory=Plan)
 
     @property
     def missing(self) -> tuple[tuple[str, int], ...]:
@@ -90,7 +92,15 @@ class Study:
 
     def of(self, experiment: str) -> tuple[Run, ...]:
         """Return the finished runs of one experiment, by seed."""
-        return tuple(run for run in self.runs if run.experiment.name == experiment)
+        return self._by_experiment.get(experiment, ())
+
+    @cached_property
+    def _by_experiment(self) -> dict[str, tuple[Run, ...]]:
+        """Return the finished runs by experiment; with a thousand of them nobody should look through all each time."""
+        found: dict[str, list[Run]] = {}
+        for run in self.runs:
+            found.setdefault(run.experiment.name, []).append(run)
+        return {name: tuple(runs) for name, runs in found.items()}
 
     def with_method(self, *methods: str) -> tuple[ExperimentConfig, ...]:
         """Return the experiments of some methods that have a finished run."""
@@ -152,7 +162,7 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
         *first, *_notices(smoke, runs, failed), *_progress(plan, len(runs), len(failed), unfinished),
         *_unplanned(plan, group), *_without_effect(records), *_differences(runs),
     )  # fmt: skip
-    return Study(name, smoke, experiments, runs, failed, unfinished, notices)
+    return Study(name, smoke, experiments, runs, failed, unfinished, notices, plan)
 
 
 def _named(run: UnfinishedRun) -> tuple[str, int]:

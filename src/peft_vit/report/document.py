@@ -156,10 +156,11 @@ class Card:
 
 @dataclass(frozen=True)
 class RunDetails:
-    """Provenance of one run: key and value, as texts."""
+    """Provenance of one run: key and value, as texts; `traceback` keeps its lines."""
 
     title: str
     rows: tuple[tuple[str, str], ...]
+    traceback: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class StudyDocument:
         cards: the best experiment of each method, chosen on validation.
         came_out: sentences: what came out.
         how_sure: sentences: how sure that is.
+        progress: which runs are not done, and how to go on.
         sections: title of one of SECTION_TITLES -> blocks.
         not_shown: what this does not show.
         runs: provenance.
@@ -186,6 +188,7 @@ class StudyDocument:
     cards: tuple[Card, ...]
     came_out: tuple[str, ...]
     how_sure: tuple[str, ...]
+    progress: tuple[Block, ...]
     sections: dict[str, tuple[Block, ...]]
     not_shown: tuple[str, ...]
     runs: tuple[RunDetails, ...]
@@ -196,4 +199,5 @@ class StudyDocument:
 
     def tables(self) -> tuple[Table, ...]:
         """Return all tables, in order."""
-        return tuple(b for blocks in self.sections.values() for b in blocks if isinstance(b, Table))
+        every = (self.progress, *self.sections.values())
+        return tuple(b for blocks in every for b in blocks if isinstance(b, Table))

@@ -28,10 +28,12 @@ def write_markdown(documents: Sequence[StudyDocument], figure_path: Callable[[St
     """
     parts = ["# Analysis summary"]
     for document in documents:
-        parts += _summary(document)
+        parts += _summary(document, figure_path)
     for title in SECTION_TITLES:
-        parts.append(f"## {title}")
-        for document in documents:
+        with_blocks = [document for document in documents if document.sections[title]]
+        if with_blocks:
+            parts.append(f"## {title}")
+        for document in with_blocks:
             if len(documents) > 1:
                 parts.append(f"### {escaped(document.label)}")
             for block in document.sections[title]:
@@ -39,7 +41,7 @@ def write_markdown(documents: Sequence[StudyDocument], figure_path: Callable[[St
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(document: StudyDocument) -> list[str]:
+def _summary(document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]) -> list[str]:
     """Return what stands above the five sections: notices first."""
     parts = [f"**Study: {escaped(document.label)}**"]
     if document.notices:
@@ -47,6 +49,7 @@ def _summary(document: StudyDocument) -> list[str]:
     parts.append(_rows(("asked", ""), [(key, value) for key, value in document.facts]))
     parts.append("**What came out**\n\n" + _bullets(document.came_out))
     parts.append("**How sure**\n\n" + _bullets(document.how_sure))
+    parts += [_block(block, document, figure_path) for block in document.progress]
     parts.append("**What this does not show**\n\n" + _bullets(document.not_shown))
     return parts
 

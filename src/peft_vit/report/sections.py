@@ -12,6 +12,7 @@ from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocu
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
 from peft_vit.report.forest import forests
 from peft_vit.report.numbers import counted, fixed, joined, plain
+from peft_vit.report.progress import progress
 
 
 def study_documents(analyses: Sequence[Analysis]) -> tuple[StudyDocument, ...]:
@@ -45,7 +46,8 @@ def _document(analysis: Analysis, slug: str) -> StudyDocument:
         cards=summary.cards(analysis.methods),
         came_out=summary.came_out(analysis),
         how_sure=summary.how_sure(analysis),
-        sections=sections,
+        progress=progress(study),
+        sections=sections if study.runs else dict.fromkeys(SECTION_TITLES, ()),
         not_shown=summary.not_shown(study),
         runs=summary.run_details(study),
     )

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
-from peft_vit.config import ALL_SECTIONS
+from peft_vit.config import ALL_SECTIONS, StudyConfig
+from peft_vit.errors import CONTROL_CHARACTER
+from peft_vit.records import RunSpec
 from peft_vit.report.document import Card, RunDetails
 from peft_vit.report.numbers import (
     count,
@@ -19,6 +21,7 @@ from peft_vit.report.numbers import (
     plain,
     points_interval,
 )
+from peft_vit.report.progress import runs_fact
 from peft_vit.report.style import METHOD_TITLES
 from peft_vit.statistics import minimum_n_wilcoxon, proportion_interval
 
@@ -38,18 +41,20 @@ LICENCES: dict[str, str] = {
 def facts(study: Study) -> tuple[tuple[str, str], ...]:
     """Return what was asked, key and value."""
     runs, records = study.runs, (*[run.record for run in study.runs], *study.failed)
-    total = len(study.experiments) * len(study.seeds)
+    planned = [f.file.configuration for f in study.plan.folders if f.file is not None]
+    asked: Sequence[RunSpec | StudyConfig] = [record.spec for record in records] or planned
+    seeds = sorted({*study.seeds, *(run.seed for run in study.unfinished)})
     rows = [
-        ("Backbone", _distinct([r.spec.backbone.model for r in records])),
+        ("Backbone", _distinct([one.backbone.model for one in asked])),
         ("Weights", _distinct([_weights(run) for run in runs]) or "unknown: no run has finished"),
-        ("Images", _distinct([_images(study, r.spec.data.dataset, r.spec.data.image_size) for r in records])),
-        ("Licence of the images", _distinct([_licence(study, r.spec.data.dataset) for r in records])),
+        ("Images", _distinct([_images(study, one.data.dataset, one.data.image_size) for one in asked])),
+        ("Licence of the images", _distinct([_licence(study, one.data.dataset) for one in asked])),
         ("Split", _distinct([_split(run) for run in runs])),
         ("Classes", _distinct([_classes(run) for run in runs])),
         ("Experiments", f"{len(study.experiments)}: {joined(e.name for e in study.experiments)}"),
-        ("Seeds", f"{len(study.seeds)}: {joined(str(seed) for seed in study.seeds)}"),
-        ("Runs", f"{len(runs)} of {total} finished, {len(study.failed)} failed, {len(study.missing)} missing"),
-        ("Precision", _distinct([f"{r.spec.precision}, {r.spec.threads} threads" for r in records])),
+        ("Seeds", f"{len(seeds)}: {joined(str(seed) for seed in seeds)}"),
+        ("Runs", runs_fact(study)),
+        ("Precision", _distinct([f"{one.precision}, {one.threads} threads" for one in asked])),
     ]
     return tuple((key, value) for key, value in rows if value)
 
@@ -148,6 +153,8 @@ def _decided(comparison: Comparison) -> str:
 def how_sure(analysis: Analysis) -> tuple[str, ...]:
     """Return how much of this is decided, and what limits it."""
     study = analysis.study
+    if not study.runs:
+        return ("Not at all: there is no finished run that anything could be computed from.",)
     tested = [c for c in analysis.findings if c.test != "none"]
     decided = [c for c in tested if c.verdict != "not decided"]
     needed = minimum_n_wilcoxon(ALPHA)
@@ -171,6 +178,8 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
 
 def not_shown(study: Study) -> tuple[str, ...]:
     """Return what a reader might wrongly take away."""
+    if not study.runs:
+        return ("Anything about a method: what is told here is how far the study is.",)
     records = [run.record for run in study.runs]
     datasets = {r.spec.data.dataset for r in records}
     sentences = [
@@ -200,11 +209,23 @@ def run_details(study: Study) -> tuple[RunDetails, ...]:
     failed = [
         RunDetails(
             f"{r.spec.experiment.name}, seed {r.spec.seed}: failed",
-            (("error", plain(r.error or "")), ("started", r.started_at), ("specification", r.spec_digest)),
+            (
+                ("error", plain(r.error or "")),
+                ("kind", r.failure or "unknown"),
+                ("attempts", str(r.attempts)),
+                ("started", r.started_at),
+                ("specification", r.spec_digest),
+            ),
+            _lines(r.traceback or ""),
         )
         for r in study.failed
     ]
     return (*finished, *failed)
+
+
+def _lines(text: str) -> str:
+    """Return text with its lines kept, and nothing else that could act on a page or a terminal."""
+    return "\n".join(CONTROL_CHARACTER.sub(" ", line) for line in text.expandtabs(4).split("\n")).strip()
 
 
 def _provenance(run: Run) -> tuple[tuple[str, str], ...]:

@@ -1,0 +1,117 @@
+"""What was planned of a study and is not done: which runs, why, and how to go on."""
+
+from __future__ import annotations
+
+from peft_vit.analysis import Study
+from peft_vit.analysis.planned import STATES, UnfinishedRun, seeds_in_words
+from peft_vit.analysis.studies import why_unfinished
+from peft_vit.config import ALL_SECTIONS, ExperimentConfig
+from peft_vit.report.document import Block, Paragraph, Raw, Table
+from peft_vit.report.numbers import joined, plain
+from peft_vit.report.style import METHOD_TITLES
+
+_SHOWN_SETTINGS = 4
+_COLUMN_OF = {
+    "done": "done", "failed": "failed", "running": "running", "pending": "pending", "left out": "left_out",
+    "skipped": "skipped", "missing": "missing",
+}  # fmt: skip
+
+
+def progress(study: Study) -> tuple[Block, ...]:
+    """Return what is to be said of runs that are not done; nothing if all are."""
+    runs = _not_done(study)
+    if not runs:
+        return ()
+    planned = () if study.runs else (_planned_table(study),)
+    return (*planned, _not_done_table(study, runs), Paragraph(_how_to_go_on(runs)))
+
+
+def runs_fact(study: Study) -> str:
+    """Return the number of runs, and into which states it adds up."""
+    counts = study.counts()
+    parts = [f"{n} {state}" for state, n in counts.items() if n or state in ("done", "failed")]
+    what = "planned" if study.plan.is_known else "expected, every experiment with every seed that occurs,"
+    return f"{sum(counts.values())} {what} = {' + '.join(parts)}"
+
+
+def _not_done(study: Study) -> list[UnfinishedRun]:
+    """Return every run that is not done, failed ones included, in the study's order."""
+    place = {experiment.name: index for index, experiment in enumerate(study.experiments)}
+    failed = [
+        UnfinishedRun(record.spec.experiment.name, record.spec.seed, "failed", why_unfinished(record))
+        for record in study.failed
+    ]
+    runs = [*failed, *study.unfinished]
+    return sorted(runs, key=lambda run: (place.get(run.experiment, len(place)), run.experiment, run.seed))
+
+
+def _planned_table(study: Study) -> Table:
+    """Return one row an experiment: its settings and what has become of its runs."""
+    runs = _not_done(study)
+    rows: list[tuple[str, ...]] = []
+    data: list[dict[str, Raw]] = []
+    for experiment in study.experiments:
+        own = [run for run in runs if run.experiment == experiment.name]
+        counts = {"done": 0} | {state: sum(run.state == state for run in own) for state in STATES}
+        states = joined(f"{n} {state}" for state, n in counts.items() if n)
+        rows.append((experiment.name, METHOD_TITLES[experiment.method], _settings(experiment),
+                     seeds_in_words([run.seed for run in own]).split(" ", 1)[-1], states))  # fmt: skip
+        data.append({"experiment": experiment.name, "method": experiment.method}
+                    | {_COLUMN_OF[state]: n for state, n in counts.items()})  # fmt: skip
+    return Table(
+        slug="planned",
+        title="What was planned",
+        columns=("Experiment", "Method", "Settings", "Seeds", "Runs"),
+        rows=tuple(tuple(plain(cell) for cell in row) for row in rows),
+        note="Settings that are not at their defaults; all of them stand in the configuration and in study.json.",
+        data=tuple(data),
+    )
+
+
+def _settings(experiment: ExperimentConfig) -> str:
+    """Return what an experiment's own section sets, training apart."""
+    found = []
+    for name in ALL_SECTIONS:
+        section = getattr(experiment, name)
+        if section is not None:
+            found += [f"{key} {value}" for key, value in section.model_dump(exclude_defaults=True).items()]
+    more = f", and {len(found) - _SHOWN_SETTINGS} more" if len(found) > _SHOWN_SETTINGS else ""
+    return joined(found[:_SHOWN_SETTINGS]) + more or "defaults"
+
+
+def _not_done_table(study: Study, runs: list[UnfinishedRun]) -> Table:
+    """Return one row for runs of an experiment that are in one state for one reason."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for run in runs:
+        groups.setdefault((run.experiment, run.state, run.note), []).append(run.seed)
+    return Table(
+        slug="not_done",
+        title="Runs that are not done",
+        columns=("Experiment", "Seeds", "State", "Why, or how far"),
+        rows=tuple(
+            (plain(experiment), seeds_in_words(seeds).split(" ", 1)[-1], state, plain(note) or "–")
+            for (experiment, state, note), seeds in groups.items()
+        ),
+        note=f"{len(runs)} of {sum(study.counts().values())} runs. No number in this report has anything of them; "
+        "tracebacks of failed runs stand under Provenance.",
+        data=tuple(
+            {"experiment": run.experiment, "seed": run.seed, "state": run.state, "reason": plain(run.note)}
+            for run in runs
+        ),
+    )
+
+
+def _how_to_go_on(runs: list[UnfinishedRun]) -> str:
+    again = any(run.state in ("failed", "pending", "skipped", "missing") for run in runs)
+    sentences = []
+    if again:
+        sentences.append(
+            "To go on: peft-vit run CONFIG --output-dir DIR, with this study's configuration file and the directory "
+            "that holds its folder; it does what is not done, and tries again what has failed."
+        )
+    if any(run.state == "left out" for run in runs):
+        sentences.append(
+            "For runs that are left out, first do what the notice above says; what was moved away runs again."
+        )
+    sentences.append("peft-vit status DIR says how far it is.")
+    return " ".join(sentences)
