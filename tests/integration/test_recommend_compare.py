@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "analysis"))
 
 import planted
 
-from peft_vit.cli import main
+from peft_vit.analysis.comparability import POOL_KINDS
+from peft_vit.cli import app, main
 from peft_vit.config import load_study
 from peft_vit.records import RECORD_FILE, RunRecord
 
@@ -213,3 +216,28 @@ def test_bad_input_of_compare_is_one_line(
         capsys, "compare", ten, other, "--to", tmp_path / "rows.txt"
     )
     assert "Missing argument" in refused(capsys, "compare")
+
+
+def test_the_page_shows_what_the_commands_say(
+    ten: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    three = planted.write(tmp_path / "three", records("three", 3))
+    said = [
+        told(capsys, "recommend", ten, "--max-bytes", "30MB"),
+        told(capsys, "recommend", three, "--max-drop", "0.5"),
+        told(capsys, "compare", ten, other),
+    ]
+    blocks = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == len(said)
+    for block, text in zip(blocks, said, strict=True):
+        there = {line.rstrip() for line in text.splitlines()}
+        assert [line for line in block.splitlines() if line not in there] == []
+
+
+def test_the_page_names_every_option() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    asked = {option for name in ("recommend", "compare") for one in commands[name].params for option in one.opts}
+    assert set(re.findall(r"--[a-z-]*[a-z]", page)) == {option for option in asked if option.startswith("--")}
+    assert set(re.findall(r"^\| `([a-z]+)` \|", page, re.MULTILINE)) == set(POOL_KINDS)
