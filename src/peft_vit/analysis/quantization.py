@@ -20,17 +20,8 @@ _FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
-class BalanceMeasure:
-    """One measure of the balance between quantization and adaptation, mean over seeds."""
-
-    name: str
-    first: float
-    last: float
-
-
-@dataclass(frozen=True)
 class BalanceStep:
-    """One measure of the balance at one step, mean over the seeds that measured it then."""
+    """One measure of the balance of quantization and adaptation at one step, mean over the seeds that measured it."""
 
     step: int
     name: str
@@ -88,8 +79,7 @@ class QuantizationImpact:
         error_by_layer: relative error by module.
         frozen_bytes: bytes of everything that is frozen.
         float_backbone_bytes: bytes of the whole backbone in float32, head excluded.
-        balance: measures of the balance check.
-        balance_course: the same at every step at which they were recorded.
+        balance: measures of the balance check, at every step at which they were recorded.
         against_float: more differences to the same LoRA.
         costs: what its runs took.
         float_costs: what the runs of that LoRA took; None without it.
@@ -109,8 +99,7 @@ class QuantizationImpact:
     error_by_layer: dict[str, float]
     frozen_bytes: float
     float_backbone_bytes: float
-    balance: tuple[BalanceMeasure, ...]
-    balance_course: tuple[BalanceStep, ...]
+    balance: tuple[BalanceStep, ...]
     against_float: AgainstFloat
     costs: Costs
     float_costs: Costs | None
@@ -197,7 +186,6 @@ def _impact(
         frozen_bytes=float(np.mean([run.bytes.frozen_bytes for run in runs])),
         float_backbone_bytes=float(np.mean([_FLOAT32_BYTES * run.parameters.backbone_total for run in runs])),
         balance=_balance([summary.balance for summary in summaries]),
-        balance_course=_balance_course([summary.balance for summary in summaries]),
         against_float=against_float,
         costs=_costs(runs),
         float_costs=_costs(twin) if twin else None,
@@ -221,22 +209,7 @@ def _mean_errors(summaries: Sequence[QuantizationSummary]) -> dict[str, float]:
     return {name: float(np.mean([summary.relative_error[name] for summary in summaries])) for name in shared}
 
 
-def _balance(rows_by_run: Sequence[list[dict[str, float]]]) -> tuple[BalanceMeasure, ...]:
-    filled = [rows for rows in rows_by_run if rows]
-    if not filled:
-        return ()
-    names = sorted(set.intersection(*(set(rows[0]) & set(rows[-1]) for rows in filled)) - {"step"})
-    return tuple(
-        BalanceMeasure(
-            name,
-            float(np.mean([rows[0][name] for rows in filled])),
-            float(np.mean([rows[-1][name] for rows in filled])),
-        )
-        for name in names
-    )
-
-
-def _balance_course(rows_by_run: Sequence[list[dict[str, float]]]) -> tuple[BalanceStep, ...]:
+def _balance(rows_by_run: Sequence[list[dict[str, float]]]) -> tuple[BalanceStep, ...]:
     found: dict[tuple[int, str], list[float]] = {}
     for rows in rows_by_run:
         for row in rows:

@@ -1,4 +1,4 @@
-"""Tables of layers, ranks and bits: what a reader sees, and the unrounded values for the CSV file."""
+"""Tables of layers and ranks: what a reader sees, and the unrounded values for the CSV file."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peft_vit.analysis import Allocation, ImportancePattern, QuantizationImpact, RunAllocation
+from peft_vit.analysis import Allocation, ImportancePattern, RunAllocation
 from peft_vit.report.document import Table
 from peft_vit.report.numbers import (
     count,
     fixed,
-    megabytes,
     number_interval,
-    percent_interval,
-    points_interval,
 )
 from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, differences_table, ends
 
@@ -195,91 +192,5 @@ def rank_by_matrix_table(allocations: Sequence[Allocation]) -> Table:
             {"experiment": a.experiment.name, "matrix": matrix, **ends("mean_rank", interval)}
             for a in allocations
             for matrix, interval in a.rank_by_matrix.items()
-        ),
-    )
-
-
-def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return accuracy and error by format."""
-    return Table(
-        slug="quantization",
-        title="Accuracy and error by format",
-        columns=(
-            "experiment",
-            "format",
-            "groups",
-            "schedule",
-            "test accuracy",
-            "against float (points)",
-            "relative error",
-            "frozen",
-        ),
-        rows=tuple(
-            (
-                q.experiment.name,
-                q.settings.quantization_type or "by layer",
-                str(q.settings.group_size) if q.settings.use_group_quantization else "rows",
-                q.settings.quantization_schedule,
-                percent_interval(q.test_accuracy),
-                points_interval(q.against_unquantized.difference),
-                f"{fixed(100 * q.mean_relative_error, 2)} %",
-                megabytes(q.frozen_bytes),
-            )
-            for q in impacts
-        ),
-        note=_quantization_note(impacts),
-        data=tuple(
-            {
-                "experiment": q.experiment.name,
-                "quantization_type": q.settings.quantization_type,
-                "group_size": q.settings.group_size if q.settings.use_group_quantization else None,
-                "schedule": q.settings.quantization_schedule,
-                "gradient_scaling_factor": q.settings.gradient_scaling_factor,
-                **ends("test_accuracy", q.test_accuracy),
-                "difference_to_float": None
-                if q.against_unquantized.difference is None
-                else q.against_unquantized.difference.estimate,
-                "float_reference": q.against_unquantized.reference,
-                "mean_relative_error": q.mean_relative_error,
-                "worst_module": q.worst_module[0],
-                "worst_relative_error": q.worst_module[1],
-                "bits_per_weight": q.bits_per_weight,
-                "quantized_bytes": q.quantized_bytes,
-                "frozen_bytes": q.frozen_bytes,
-                "float_backbone_bytes": q.float_backbone_bytes,
-            }
-            for q in impacts
-        ),
-    )
-
-
-def _quantization_note(impacts: Sequence[QuantizationImpact]) -> str:
-    return (
-        "Against float: the same LoRA rank, scale and targets on float weights, paired by seed"
-        f"{_float_reference(impacts)}. Relative error: ‖W − Wq‖ / ‖W‖, mean over layers. "
-        "Frozen: everything that is frozen, quantized or not; the float backbone takes "
-        f"{megabytes(impacts[0].float_backbone_bytes)}. {OVER_SEEDS}"
-    )
-
-
-def _float_reference(impacts: Sequence[QuantizationImpact]) -> str:
-    found = sorted({q.against_unquantized.reference for q in impacts if q.against_unquantized.difference is not None})
-    return f" ({', '.join(found)})" if found else ""
-
-
-def balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return the measures of the balance between quantization and adaptation."""
-    measured = [(q, measure) for q in impacts for measure in q.balance]
-    return Table(
-        slug="quantization_balance",
-        title="Balance of quantization and adaptation",
-        columns=("experiment", "measure", "first check", "last check"),
-        rows=tuple(
-            (q.experiment.name, measure.name, f"{measure.first:.4g}", f"{measure.last:.4g}") for q, measure in measured
-        ),
-        note="As recorded by the balance check during training, mean over seeds.",
-        data=tuple(
-            {"experiment": q.experiment.name, "measure": measure.name, "first": measure.first, "last": measure.last}
-            for q, measure in measured
         ),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from peft_vit.analysis import Analysis, FisherAgreement
-from peft_vit.report import findings_tables, layer_tables, size_tables, summary, tables
+from peft_vit.report import findings_tables, layer_tables, quantization_tables, size_tables, summary, tables
 from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
 from peft_vit.report.forest import forests
@@ -102,11 +102,14 @@ def _quantization(analysis: Analysis) -> tuple[Block, ...]:
     if not analysis.quantization:
         return (Paragraph("No finished run of this study quantized the backbone."),)
     impacts = analysis.quantization
-    whole, by_layer, balance = (
-        size_tables.bytes_table(impacts), size_tables.layers_table(impacts), layer_tables.balance_table(impacts),
+    always = (
+        quantization_tables.quantization_table(impacts), quantization_tables.against_float_table(impacts),
+        quantization_tables.quantization_cost_table(impacts), size_tables.size_table(impacts),
     )  # fmt: skip
-    always = (layer_tables.quantization_table(impacts), size_tables.size_table(impacts))
-    return (*always, *(table for table in (whole, by_layer, balance) if table.rows))
+    measured = (
+        size_tables.bytes_table(impacts), size_tables.layers_table(impacts), quantization_tables.balance_table(impacts),
+    )  # fmt: skip
+    return (*always, *(table for table in measured if table.rows))
 
 
 def _methods(analysis: Analysis) -> tuple[Block, ...]:

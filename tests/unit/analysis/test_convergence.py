@@ -182,7 +182,7 @@ def test_balance_at_every_step_with_how_many_seeds_measured_it() -> None:
         for seed, balance in enumerate(rows)
     ]
     (impact,) = quantization_impacts(study_of(records))
-    assert [(b.step, b.name, b.mean, b.n) for b in impact.balance_course] == [
+    assert [(b.step, b.name, b.mean, b.n) for b in impact.balance] == [
         (4, "a", 1.0, 1),
         (8, "a", 3.0, 2),
         (8, "b", 5.0, 1),
