@@ -53,14 +53,18 @@ def publication_files(drawing: Drawing) -> Iterator[tuple[str, bytes]]:
     if drawing.paint is None:
         return
     for columns, width_in in WIDTHS_IN.items():
-        style: dict[Any, Any] = _PAPER | (_SMALL if columns == "one" else {})
-        with matplotlib.rc_context(style):
+        with matplotlib.rc_context(style_of(columns)):
             height_in = drawing.narrow_height_in if columns == "one" else drawing.height_in
             figure, _ = laid_out(width_in, height_in, drawing.paint)
             for ending, options in _FORMATS.items():
                 content = io.BytesIO()
                 figure.savefig(content, format=ending, **options)
                 yield f"_{columns}_column.{ending}", content.getvalue()
+
+
+def style_of(columns: str) -> dict[Any, Any]:
+    """Return matplotlib's settings for a width."""
+    return _PAPER | (_SMALL if columns == "one" else {})
 
 
 def write_publication(documents: Sequence[StudyDocument], folder: Path) -> tuple[Path, ...]:

@@ -1,0 +1,225 @@
+"""Figures for a paper: fonts inside, sizes as stated, the same bytes in every process, hostile names as text."""
+
+import io
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import planted
+import pypdf
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+
+from peft_vit.analysis import Analysis, analyze, load_studies
+from peft_vit.records import RunRecord
+from peft_vit.report import publication
+from peft_vit.report.document import Drawing
+from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
+from peft_vit.report.forest import forests
+from peft_vit.report.marks import Marks
+from peft_vit.report.style import METHOD_COLORS, draw
+
+HOSTILE = "</script><script>alert(1)</script>\"' <!-- --> \u2028\u200f $x^2$ & ]]>"
+
+
+def _hostile_drawing() -> Drawing:
+    def paint(figure: Figure) -> Marks:
+        axes, marks = figure.add_subplot(), Marks()
+        marks.series(HOSTILE, "#0072b2", "o")
+        (line,) = axes.plot([1, 2, 3], [1, 3, 2], "o-", label=HOSTILE)
+        marks.add(HOSTILE, line, ["one", "two", HOSTILE])
+        axes.set_xlabel("share (%)")
+        axes.legend()
+        return marks
+
+    return draw("hostile", HOSTILE, HOSTILE, 2.5, paint, [{"name": HOSTILE, "value": 0.1}])
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Drawing:
+    return _hostile_drawing()
+
+
+@pytest.fixture(scope="module")
+def files(hostile: Drawing) -> dict[str, bytes]:
+    return dict(publication.publication_files(hostile))
+
+
+@pytest.fixture(scope="module")
+def analysis(few: list[RunRecord], tmp_path_factory: pytest.TempPathFactory) -> Analysis:
+    (study,) = load_studies(planted.write(tmp_path_factory.mktemp("results"), few))
+    return analyze(study)
+
+
+def _fonts(pdf: bytes) -> list[pypdf.generic.DictionaryObject]:
+    reader = pypdf.PdfReader(io.BytesIO(pdf))
+    assert len(reader.pages) == 1
+    return [font.get_object() for font in reader.pages[0]["/Resources"]["/Font"].values()]
+
+
+def test_there_are_two_widths_in_three_formats(files: dict[str, bytes]) -> None:
+    assert set(files) == {f"_{n}_column.{e}" for n in ("one", "two") for e in ("pdf", "svg", "png")}
+
+
+@pytest.mark.parametrize("columns", ["one", "two"])
+def test_a_pdf_embeds_every_font_as_truetype(files: dict[str, bytes], columns: str) -> None:
+    fonts = _fonts(files[f"_{columns}_column.pdf"])
+    assert fonts
+    for font in fonts:
+        assert font["/Subtype"] != "/Type3"
+        inner = font["/DescendantFonts"][0].get_object() if "/DescendantFonts" in font else font
+        program = inner["/FontDescriptor"].get_object()["/FontFile2"].get_object().get_data()
+        assert program[:4] in {b"\x00\x01\x00\x00", b"true"}, "a TrueType font program"
+
+
+@pytest.mark.parametrize(("columns", "width_in"), [("one", 3.5), ("two", 7.2)])
+def test_files_are_as_wide_as_stated(files: dict[str, bytes], columns: str, width_in: float) -> None:
+    page = pypdf.PdfReader(io.BytesIO(files[f"_{columns}_column.pdf"])).pages[0].mediabox
+    assert float(page.width) == pytest.approx(72 * width_in)
+    assert float(page.height) == pytest.approx(72 * 2.5)
+    svg = ElementTree.fromstring(files[f"_{columns}_column.svg"])
+    assert svg.get("width") == f"{72 * width_in:g}pt"
+    width, _ = struct.unpack(">II", files[f"_{columns}_column.png"][16:24])
+    assert width == round(300 * width_in)
+
+
+def test_a_publication_svg_needs_no_font(files: dict[str, bytes]) -> None:
+    tags = {element.tag.split("}")[1] for element in ElementTree.fromstring(files["_one_column.svg"]).iter()}
+    assert "path" in tags
+    assert not {"text", "script", "image"} & tags
+
+
+def test_hostile_names_are_text_in_the_svg_of_the_page(hostile: Drawing) -> None:
+    tree = ElementTree.fromstring(hostile.svg)
+    assert any(HOSTILE in "".join(element.itertext()) for element in tree.iter("{http://www.w3.org/2000/svg}text"))
+    assert not list(tree.iter("{http://www.w3.org/2000/svg}script"))
+
+
+def _every(analysis: Analysis) -> list[Drawing]:
+    blocks = (
+        *comparison_figures(analysis), *importance_figures(analysis), *allocation_figures(analysis), *forests(analysis),
+    )  # fmt: skip
+    return [block for block in blocks if isinstance(block, Drawing)]
+
+
+@pytest.fixture(scope="module")
+def drawings(analysis: Analysis) -> list[Drawing]:
+    return _every(analysis)
+
+
+def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: list[Drawing]) -> None:
+    assert len(drawings) == 8
+    for drawing in drawings:
+        assert drawing.paint is not None
+        for columns, width in publication.WIDTHS_IN.items():
+            with matplotlib.rc_context(publication.style_of(columns)):
+                figure = Figure(figsize=(width, drawing.height_in))
+                drawing.paint(figure)
+                texts = figure.findobj(lambda a: isinstance(a, Text) and bool(a.get_text()))
+            assert len(texts) > 3
+            assert min(text.get_fontsize() for text in texts) >= 6.5, drawing.slug
+
+
+def test_every_point_lies_inside_its_figure_and_says_what_the_data_holds(drawings: list[Drawing]) -> None:
+    for drawing in drawings:
+        assert drawing.points
+        assert drawing.data
+        size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing.svg)
+        assert size is not None
+        for point in drawing.points:
+            assert -1 <= point.x_pt <= float(size[1]) + 1, drawing.slug
+            assert -1 <= point.y_pt <= float(size[2]) + 1, drawing.slug
+        assert {point.series for point in drawing.points} == set(range(len(drawing.series)))
+
+
+def test_points_stand_where_matplotlib_drew_their_markers(drawings: list[Drawing]) -> None:
+    """The SVG's own coordinates are the second opinion: one `use` element a marker."""
+    drawing = next(d for d in drawings if d.slug == "accuracy_by_bytes")
+    used = {(float(x), float(y)) for x, y in re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', drawing.svg)}
+    for point in drawing.points:
+        nearest = min(np.hypot(x - point.x_pt, y - point.y_pt) for x, y in used)
+        assert nearest < 0.1, point
+
+
+def _distances(colors: list[str], matrix: np.ndarray) -> np.ndarray:
+    rgb = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in colors])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ matrix.T, 0, 1)
+    back = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
+    return np.linalg.norm(back[:, None] - back[None], axis=2)[np.triu_indices(len(colors), 1)]
+
+
+@pytest.mark.parametrize(
+    ("deficiency", "matrix"),
+    [  # Machado, Oliveira and Fernandes 2009, severity 1.0
+        ("none", [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
+        ("protan", [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
+        ("deutan", [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]),
+    ],
+)
+def test_methods_differ_in_color_under_color_vision_deficiencies(deficiency: str, matrix: list[list[float]]) -> None:
+    assert _distances(list(METHOD_COLORS.values()), np.array(matrix)).min() > 0.07, deficiency
+
+
+def test_captions_name_every_figure_and_escape_names(hostile: Drawing, drawings: list[Drawing]) -> None:
+    document = type("Document", (), {"slug": "s", "label": HOSTILE, "notices": (HOSTILE,)})()
+    document.drawings = lambda: (hostile, *drawings)
+    text = publication.captions([document])
+    assert text.count("\n### s_") == len(drawings) + 1
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+_BUILD = """
+import hashlib, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+from test_report_publication import _hostile_drawing
+from peft_vit.report import build_report
+from peft_vit.report.publication import publication_files
+for name, content in publication_files(_hostile_drawing()):
+    print(name, hashlib.sha256(content).hexdigest())
+out = Path(sys.argv[2])
+build_report(Path(sys.argv[1]), out)
+for file in sorted(out.rglob("*.*")):
+    print(file.relative_to(out), hashlib.sha256(file.read_bytes()).hexdigest())
+"""
+
+
+def test_the_bytes_are_the_same_in_every_process(few: list[RunRecord], tmp_path: Path) -> None:
+    kept = [r for r in few if r.spec.experiment.name in {"linear_probe", "adalora_top_k_fisher"}]
+    results = planted.write(tmp_path / "results", kept)
+    folders = [str(Path(__file__).parent), str(Path(planted.__file__).parent)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", _BUILD, str(results), str(tmp_path / f"out_{seed}"), *folders],
+            env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for seed in ("0", "12345")
+    ]  # fmt: skip
+    (first, error), (second, _) = (process.communicate() for process in running)
+    assert running[0].returncode == 0, error
+    assert {"report.html", "_one_column.pdf"} <= {line.split()[0] for line in first.splitlines()}
+    assert first == second
+
+
+def test_a_legend_entry_goes_with_its_series() -> None:
+    figure, marks = Figure(), Marks()
+    axes = figure.add_subplot()
+    marks.series("a", "#000000")
+    axes.plot([1], [1], label="a")
+    axes.plot([2], [2], label="b")
+    figure.legend(handles=[Line2D([], [], label="a")])
+    axes.legend()
+    marks.claim_legends(figure)
+    claimed = [text.get_gid() for text in figure.findobj(Text) if text.get_text() in {"a", "b"}]
+    assert sum(gid is not None for gid in claimed) == 2
+    assert len(claimed) == 3
