@@ -26,6 +26,7 @@ from peft_vit.analysis.comparison import (
     references,
 )
 from peft_vit.analysis.importance import importance_patterns
+from peft_vit.analysis.limits import is_time
 from peft_vit.analysis.pooling import Pooled, interquartile_over_studies, stratified_mean
 from peft_vit.analysis.results import load_studies
 from peft_vit.analysis.stability import StudyAgreement, study_agreements
@@ -240,6 +241,7 @@ def _reference(studies: Sequence[LabelledStudy], shared: Collection[str]) -> str
         own = [
             {name for name in references(one.study) if any(e.name == name for e in one.study.with_method(kind))}
             for one in studies
+            if one.study.runs
         ]
         common = sorted(set.intersection(*own) & set(shared))
         if common:
@@ -326,9 +328,9 @@ def _difference(name: str, pairs: Pairs, allowed: tuple[tuple[PoolKind, str], ..
 def _time(name: str, pairs: Pairs, allowed: tuple[tuple[PoolKind, str], ...]) -> list[PooledTime]:
     ratios = {
         label: [
-            math.log(a.record.seconds_per_step / b.record.seconds_per_step)
+            math.log(first / second)
             for a, b in own
-            if a.record.seconds_per_step and b.record.seconds_per_step
+            if is_time(first := a.record.seconds_per_step) and is_time(second := b.record.seconds_per_step)
         ]
         for label, own in pairs.items()
     }

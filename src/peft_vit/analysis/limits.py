@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from peft_vit.analysis.studies import Run
 from peft_vit.errors import UserError
@@ -110,8 +110,13 @@ def cost_of(runs: Sequence[Run], latency_batch: int | None) -> Cost:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if is_time(value)]
     return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def is_time(value: float | None) -> TypeGuard[float]:
+    """Return whether a time was recorded: a clock that was set back, or a broken record, measures nothing."""
+    return value is not None and 0 < value < math.inf
 
 
 def smallest_latency_batch(runs: Sequence[Run]) -> int | None:

@@ -1,10 +1,10 @@
 """The smallest configuration that is shown to lose no more than a margin against the best, or that nothing is shown.
 
 The best is the experiment with the highest mean validation accuracy, whatever it costs. Candidates are the experiments
-within the limits that are smaller than it; sizes are no test results, so ordering by them chooses nothing on test.
-Each candidate's test accuracy is compared with the best's, paired by seed, by the one-sided non-inferiority t test
-(Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987)). The margin is the caller's and has to be
-stated before looking.
+within the limits, and smaller than it where it keeps them itself; sizes are no test results, so ordering by them
+chooses nothing on test. Each candidate's test accuracy is compared with the best's, paired by seed, by the one-sided
+non-inferiority t test (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987)). The margin is the
+caller's and has to be stated before looking.
 
 **Error rate.** The recommendation is the smallest candidate whose null hypothesis "it loses the margin or more" falls.
 Going up from the smallest and stopping at the first success would test each candidate that may come at full level:

@@ -162,7 +162,7 @@ def _verdict(one: Candidate, margin: float) -> str:
     if one.p_value is None:
         return "not decided: the differences have no spread, which the test needs"
     if one.difference is not None and one.difference.high is not None and one.difference.high < -margin:
-        return "no: the whole interval lies below"
+        return "no, the whole interval lies below"
     if one.needed_n is None:
         return "not decided, and the estimate gives no n up to 1000 that would do"
     return f"not decided; n = {one.needed_n} would do"

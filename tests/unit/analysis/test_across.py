@@ -199,6 +199,14 @@ def test_time_is_a_ratio_to_the_reference(tmp_path: Path) -> None:
     assert (row.ratio.low, row.ratio.n) == (None, 6)
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 0.0, -1.0, None])
+def test_a_time_that_is_none_is_no_time(tmp_path: Path, broken: float | None) -> None:
+    first, second = (records(name, {"lora_r4": A}, images=images) for name, images in (("a", "b"), ("b", "c")))
+    first[0] = first[0].model_copy(update={"seconds_per_step": broken})
+    (row,) = compare_studies(loaded(tmp_path, first, second)).times
+    assert (row.ratio.n, row.ratio.estimate) == (5, 1.0)
+
+
 def with_precision(made: list[RunRecord], precision: str) -> list[RunRecord]:
     return [one.model_copy(update={"spec": one.spec.model_copy(update={"precision": precision})}) for one in made]
 
@@ -311,6 +319,13 @@ def test_smoke_studies_stand_beside_no_real_ones(tmp_path: Path) -> None:
     smoke = planted.write(tmp_path / "smoke", [planted.record(EXPERIMENTS["lora_r4"], 0, 0.7, smoke=True)])
     with pytest.raises(UserError, match=r"quickstart \(smoke\) in .*smoke runs say nothing"):
         load_across([real, smoke])
+
+
+def test_a_study_without_a_finished_run_takes_no_reference_away(tmp_path: Path) -> None:
+    made = [records(name, {"lora_r4": A}, images=images) for name, images in (("a", "b"), ("b", "c"))]
+    failed = [planted.failed(EXPERIMENTS["lora_r4"], 0, "out of memory", study="c")]
+    found = compare_studies(loaded(tmp_path, *made, failed))
+    assert (found.reference, [row.studies for row in found.pooled]) == ("lora_r8", [("a", "b")])
 
 
 def test_nothing_in_common_is_bad_input(tmp_path: Path) -> None:

@@ -219,6 +219,9 @@ def test_times_are_compared_on_one_machine_only() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999})
     assert asked(made, Limits(seconds_per_step=0.75)).outcome == "smaller"
     assert asked(made, Limits(seconds_per_step=0.65)).outcome == "nothing within"
+    unknown = made[0].model_copy(update={"seconds_per_step": float("nan")})
+    found = asked([unknown, *made[1:]], Limits(seconds_per_step=0.75))
+    assert [(one.name, one.faults[0].value) for one in found.outside] == [(BEST, None)], "what is not known is no pass"
     moved = planted.provenance(9, processor="another")
     made[-1] = made[-1].model_copy(update={"provenance": moved})
     with pytest.raises(UserError, match=r"timed on 2 machines .*another.*ask without --max-seconds"):
