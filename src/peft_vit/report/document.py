@@ -175,10 +175,10 @@ class StudyDocument:
         cards: the best experiment of each method, chosen on validation.
         came_out: sentences: what came out.
         how_sure: sentences: how sure that is.
-        progress: which runs are not done, and how to go on.
         sections: title of one of SECTION_TITLES -> blocks.
         not_shown: what this does not show.
         runs: provenance.
+        progress: which runs are not done, and how to go on; stands after `how_sure`.
     """
 
     label: str
@@ -188,10 +188,10 @@ class StudyDocument:
     cards: tuple[Card, ...]
     came_out: tuple[str, ...]
     how_sure: tuple[str, ...]
-    progress: tuple[Block, ...]
     sections: dict[str, tuple[Block, ...]]
     not_shown: tuple[str, ...]
     runs: tuple[RunDetails, ...]
+    progress: tuple[Block, ...] = ()
 
     def drawings(self) -> tuple[Drawing, ...]:
         """Return all figures, in order."""
