@@ -166,7 +166,7 @@ def _blocks(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[str]) -
         else:
             yield Paragraph(f"\nFindings of {study}: none")
         yield from (
-            Paragraph(f"{c.hypothesis.id}: no data: {c.hypothesis.sentence}: {_reasons(c)}")
+            Paragraph(f"{c.hypothesis.id}: no data: {_reasons(c)} ({c.hypothesis.sentence})")
             for c in concluded
             if c.verdict == "no data"
         )

@@ -114,8 +114,12 @@ def _study(experiments_section: list[dict[str, Any]]) -> StudyConfig:
 
 def experiments() -> dict[str, ExperimentConfig]:
     """Return the 12 experiments by name."""
-    study = _study(_EXPERIMENTS)
-    return {experiment.name: experiment for experiment in study.experiments}
+    return experiments_of(*_EXPERIMENTS)
+
+
+def experiments_of(*sections: dict[str, Any]) -> dict[str, ExperimentConfig]:
+    """Return other experiments by name; each as it stands in a configuration file, without its training."""
+    return {experiment.name: experiment for experiment in _study(list(sections)).experiments}
 
 
 def sites() -> list[SiteInfo]:

@@ -1,0 +1,388 @@
+"""Each measure on planted records, beside values worked out by hand or by another way of computing them."""
+
+import math
+from typing import Any
+
+import numpy as np
+import planted
+import pytest
+from scipy import stats
+
+from peft_vit.analysis import Study, group_by_study
+from peft_vit.analysis.findings import Finding, all_findings
+from peft_vit.analysis.hypotheses import load_registry
+from peft_vit.config import ExperimentConfig
+from peft_vit.records import AdapterRemoval, ImportanceEntry, ParameterCounts, RankEntry, RunRecord, StepRow
+
+pytestmark = pytest.mark.part("analyzer")
+
+EXPERIMENTS = planted.experiments()
+ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]
+SITES = planted.sites()
+REGISTRY = load_registry()
+
+
+def studies_of(records: list[RunRecord]) -> tuple[Study, ...]:
+    return group_by_study(records, source=planted.Path("planted"))
+
+
+def found(records: list[RunRecord], hypothesis: str) -> list[Finding]:
+    findings = [f for of_study in all_findings(studies_of(records), REGISTRY).values() for f in of_study]
+    return [finding for finding in findings if finding.hypothesis.id == hypothesis]
+
+
+def only(records: list[RunRecord], hypothesis: str) -> Finding:
+    (finding,) = found(records, hypothesis)
+    return finding
+
+
+def run(experiment: ExperimentConfig, seed: int = 0, accuracy: float = 0.8, **changes: Any) -> RunRecord:
+    return planted.record(experiment, seed, accuracy, changes=changes)
+
+
+def ranks(**by_matrix: int) -> list[RankEntry]:
+    return [RankEntry(step=0, budget=None, ranks={site.name: by_matrix[site.matrix] for site in SITES})]
+
+
+def scores(values: dict[str, float]) -> list[ImportanceEntry]:
+    return [ImportanceEntry(step=1, scores=dict.fromkeys(values, 1.0)), ImportanceEntry(step=2, scores=values)]
+
+
+def with_parameters(record: RunRecord, final: int) -> RunRecord:
+    counts = ParameterCounts(initial=final, final=final, peak=final, head=770, backbone_total=21_500_000)
+    return record.model_copy(update={"parameters": counts})
+
+
+def qa(name: str, **changes: Any) -> dict[str, Any]:
+    section = {
+        "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
+        "gradient_scaling_factor": 1.0, "use_group_quantization": True, "rank": 8,
+    }  # fmt: skip
+    return {"name": name, "method": "qa_lora", "qa_lora": {**section, **changes}}
+
+
+# --- scores, ranks, harm ----------------------------------------------------------------------------------------------
+
+
+def test_attention_over_mlp() -> None:
+    finding = only([run(ADALORA, seed) for seed in range(6)], "attention-over-mlp")
+    assert finding.values == pytest.approx([2.0] * 6), "planted: four times as high at the last decision"
+    assert (finding.verdict, finding.hypothesis.unit) == ("supported", "log2 ratio")
+
+
+def test_query_lead() -> None:
+    planted_ranks = ranks(query=5, key=3, value=2, out=2, fc1=1, fc2=1)
+    records = [run(ADALORA, seed, rank_history=planted_ranks) for seed in range(2)]
+    assert only(records, "query-most-rank").values == (2.0, 2.0)
+    assert only(records, "query-more-than-mean").values == pytest.approx((5 - 9 / 5,) * 2)
+    fewer = [run(ADALORA, seed, rank_history=ranks(query=3, key=4, value=2, out=0, fc1=0, fc2=0)) for seed in range(6)]
+    assert only(fewer, "query-most-rank").verdict == "refuted"
+    assert only(fewer, "query-more-than-mean").verdict == "supported"
+
+
+def test_spread_of_ranks() -> None:
+    by_matrix = {"query": 5, "key": 3, "value": 2, "out": 2, "fc1": 1, "fc2": 0}
+    records = [run(ADALORA, rank_history=ranks(**by_matrix))]
+    amounts = np.repeat(list(by_matrix.values()), 12).astype(float)
+    gini = np.abs(amounts[:, None] - amounts).sum() / (2 * len(amounts) ** 2 * amounts.mean())
+    assert only(records, "spread-gini").values == pytest.approx((gini,))
+    assert only(records, "spread-entropy").values == pytest.approx((stats.entropy(amounts) / math.log(72),))
+    assert only(records, "spread-gini").verdict == "not decided"
+
+
+def test_strategies_are_paired_where_nothing_else_differs() -> None:
+    section = {"total_rank_budget": 288, "importance_metric": "magnitude", "update_frequency": 6, "warmup_steps": 12}
+    made = planted.experiments_of(
+        *({"name": f"{strategy}_{steps}", "method": "adalora",
+           "adalora": {**section, "warmup_steps": steps, "allocation_strategy": strategy}}
+          for strategy in ("proportional", "top_k", "threshold") for steps in (12, 18)),
+    )  # fmt: skip
+    even, uneven = (
+        ranks(query=2, key=2, value=2, out=2, fc1=2, fc2=2),
+        ranks(query=12, key=0, value=0, out=0, fc1=0, fc2=0),
+    )
+    records = [
+        run(made["top_k_12"], rank_history=uneven), run(made["proportional_12"], rank_history=even),
+        run(made["threshold_12"], rank_history=even), run(made["top_k_18"], rank_history=uneven),
+    ]  # fmt: skip
+    top_k = only(records, "top-k-concentrates")
+    assert top_k.subject == "top_k_12 against proportional_12", "top_k_18 has no partner with as many steps"
+    assert top_k.values == pytest.approx((5 / 6,)), "one matrix of six has everything"
+    assert only(records, "threshold-concentrates").values == (0.0,)
+
+
+def test_agreement_of_seeds_over_disjoint_pairs() -> None:
+    names = [site.name for site in SITES[:5]]
+    orders = [(1, 2, 3, 4, 5), (2, 1, 3, 4, 5), (5, 4, 3, 2, 1), (5, 4, 3, 1, 2), (1, 2, 3, 4, 5)]
+    records = [
+        run(ADALORA, seed, importance_history=scores(dict(zip(names, o, strict=True)))) for seed, o in enumerate(orders)
+    ]
+    finding = only(records, "seeds-agree")
+    assert finding.labels == ("0-1", "2-3")
+    assert finding.values == pytest.approx((1 - 6 * 2 / (5 * 24),) * 2), "1 - 6 sum d^2 / (n (n^2 - 1))"
+    assert finding.note == "seed 4 has no partner"
+
+
+def removal(rises: dict[str, float], mlp_accuracy: float = 0.75) -> AdapterRemoval:
+    return AdapterRemoval(
+        images=100, loss=0.5, accuracy=0.80, site_loss_rise=rises, group_loss_rise={"mlp": 0.1, "all": 0.3},
+        group_accuracy={"mlp": mlp_accuracy, "all": 0.5},
+    )  # fmt: skip
+
+
+def test_importance_against_harm() -> None:
+    names = [site.name for site in SITES]
+    rising = {name: float(place) for place, name in enumerate(names)}
+    partly = dict(list(rising.items())[::2])  # a site without rank can't be left out
+    history = scores({name: value**2 for name, value in rising.items()})
+    records = [run(ADALORA, seed, importance_history=history, removal=removal(partly)) for seed in range(6)]
+    assert only(records, "importance-predicts-harm").verdict == "supported"
+    falling = {name: -value for name, value in partly.items()}
+    records = [run(ADALORA, seed, importance_history=history, removal=removal(falling)) for seed in range(6)]
+    finding = only(records, "importance-predicts-harm")
+    assert finding.values == pytest.approx([-1.0] * 6)
+    assert finding.verdict == "refuted"
+
+
+def test_cost_of_removing_the_mlp() -> None:
+    records = [run(EXPERIMENTS["lora_r8"], seed, removal=removal({}, 0.75 - 0.01 * seed)) for seed in range(6)]
+    finding = only(records, "removing-mlp-costs")
+    assert finding.values == pytest.approx([0.05 + 0.01 * seed for seed in range(6)])
+    assert finding.verdict == "supported"
+    cheap = [run(EXPERIMENTS["lora_r8"], seed, removal=removal({}, 0.799 - 0.001 * seed)) for seed in range(6)]
+    assert only(cheap, "removing-mlp-costs").verdict == "refuted", "0.1 to 0.6 points are less than one"
+
+
+def test_without_the_measurement_it_says_how_to_get_it() -> None:
+    finding = only([run(EXPERIMENTS["lora_r8"])], "removing-mlp-costs")
+    assert finding.verdict == "no data"
+    assert finding.outcome == "no record has removal: set measures.removal_images in the configuration and run again"
+
+
+def test_seeds_without_the_measurement_are_named() -> None:
+    records = [run(EXPERIMENTS["lora_r8"], 0, removal=removal({})), run(EXPERIMENTS["lora_r8"], 1)]
+    assert only(records, "removing-mlp-costs").note == "seeds left out, whose records lack removal: 1"
+
+
+def test_scores_that_are_no_numbers_are_left_out() -> None:
+    broken = scores({site.name: math.nan for site in SITES})
+    finding = only([run(ADALORA, 0), run(ADALORA, 1, importance_history=broken)], "attention-over-mlp")
+    assert finding.labels == ("0",)
+    assert "left out" in finding.note
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def test_bits_against_their_float_twin() -> None:
+    nf4, int8, lora = (
+        EXPERIMENTS[name] for name in ("qa_lora_4bit_nf4_constant", "qa_lora_8bit_int8_linear", "lora_r8")
+    )
+    lost = [9, 8, 10, 9, 9, 9]  # of 600 images: 1.5 points
+    records = [run(lora, seed, 480 / 600) for seed in range(6)]
+    records += [run(nf4, seed, (480 - images) / 600) for seed, images in enumerate(lost)]
+    records += [run(int8, seed, (480 + (-1) ** seed) / 600) for seed in range(6)]
+    four, eight = only(records, "four-bits-lose-one-to-two"), only(records, "eight-bits-lose-nothing")
+    assert four.values == pytest.approx([-images / 600 for images in lost])
+    assert four.interval.estimate == pytest.approx(-0.015)
+    assert (four.verdict, eight.verdict) == ("supported", "supported")
+    fewer = {finding.subject: finding.verdict for finding in found(records, "fewer-bits-more-accurate")}
+    assert fewer == {f"{nf4.name} against lora_r8": "not decided", f"{int8.name} against lora_r8": "not decided"}
+    assert "needs at least 7" in found(records, "fewer-bits-more-accurate")[0].outcome
+
+
+def test_settings_of_quantization_are_paired_with_what_differs_in_them_alone() -> None:
+    made = planted.experiments_of(
+        qa("base"), qa("one_scale", use_group_quantization=False), qa("scaled", gradient_scaling_factor=2.0),
+        qa("adaptive", gradient_scaling="adaptive"), qa("linear", quantization_schedule="linear"),
+        qa("warm", quantization_schedule="linear", quantization_warmup_steps=16),
+        qa("both", gradient_scaling_factor=2.0, use_group_quantization=False),
+    )  # fmt: skip
+    accuracy = {name: (480 + place) / 600 for place, name in enumerate(made)}
+    records = [run(one, 0, accuracy[name]) for name, one in made.items()]
+
+    def pairs(hypothesis: str) -> dict[str, float]:
+        return {f.subject: round(600 * f.interval.estimate, 9) for f in found(records, hypothesis)}
+
+    assert pairs("groups-help") == {"base against one_scale": -1, "scaled against both": -4}
+    assert pairs("gradient-scaling-helps") == {
+        "scaled against base": 2, "adaptive against base": 3, "both against one_scale": 5,
+    }  # fmt: skip
+    assert pairs("warm-up-helps") == {"warm against linear": 1}
+    assert set(pairs("schedule-steadies")) == {"linear against base", "warm against base"}
+
+
+def steps(losses: np.ndarray) -> list[StepRow]:
+    return [
+        StepRow(step=i + 1, loss=float(loss), learning_rate=1e-3, gradient_norm=1.0, seconds=0.5)
+        for i, loss in enumerate(losses)
+    ]
+
+
+def test_courses_of_the_loss() -> None:
+    made = planted.experiments_of(
+        qa("base"), qa("linear", quantization_schedule="linear"), qa("cosine", quantization_schedule="cosine")
+    )
+    rng = np.random.default_rng(0)
+    noise = {"base": 0.1, "linear": 0.05, "cosine": 0.01}
+    losses = {name: 1 - 0.01 * np.arange(48) + size * rng.normal(size=48) for name, size in noise.items()}
+    records = [run(one, 0, steps=steps(losses[name])) for name, one in made.items()]
+
+    def late(name: str) -> float:
+        t, y = np.arange(16), losses[name][-16:]
+        return float(np.sqrt(np.sum((y - np.polyval(np.polyfit(t, y, 1), t)) ** 2) / 14))
+
+    def rough(name: str) -> float:
+        return float(np.sqrt(np.diff(losses[name], 2) @ np.diff(losses[name], 2) / 6 / 46))
+
+    steadier = {f.subject: f.values for f in found(records, "schedule-steadies")}
+    assert steadier["linear against base"] == pytest.approx((late("base") - late("linear"),))
+    assert steadier["cosine against base"] == pytest.approx((late("base") - late("cosine"),))
+    assert only(records, "cosine-is-smoother").values == pytest.approx((rough("linear") - rough("cosine"),))
+
+
+def lora_line(seed: int, accuracies: dict[int, float]) -> list[RunRecord]:
+    """Return LoRA runs of ranks 1, 2, 4, 8 with planted numbers of parameters."""
+    return [
+        with_parameters(run(EXPERIMENTS[f"lora_r{rank}"], seed, accuracy), 1000 * rank)
+        for rank, accuracy in accuracies.items()
+    ]
+
+
+def test_adaptive_against_fixed_at_equal_parameters_and_at_equal_accuracy() -> None:
+    line = {1: 450 / 600, 2: 460 / 600, 4: 470 / 600, 8: 480 / 600}
+    records = [*lora_line(0, line), with_parameters(run(ADALORA, 0, 468 / 600), round(2000 * math.sqrt(2)))]
+    gain = only(records, "adaptive-beats-fixed")
+    assert gain.values == pytest.approx((3 / 600,), abs=1e-5), "half way between 2 and 4, the line is at 465"
+    assert only(records, "adaptive-at-least-fixed").values == gain.values
+    needed = only(records, "fixed-needs-fewer")  # 468 lies 0.8 of the way from 2000 to 4000, in logarithms
+    assert needed.values == pytest.approx((0.5 - 0.8,), abs=1e-3)
+    assert needed.note == ""
+
+
+@pytest.mark.parametrize(("accuracy", "expected"), [(440, 1.5), (490, 1.5 - 3)])
+def test_an_accuracy_outside_of_the_line_gives_a_bound(accuracy, expected) -> None:
+    line = {1: 450 / 600, 2: 460 / 600, 4: 470 / 600, 8: 480 / 600}
+    records = [*lora_line(0, line), with_parameters(run(ADALORA, 0, accuracy / 600), round(2000 * math.sqrt(2)))]
+    finding = only(records, "fixed-needs-fewer")
+    assert finding.values == pytest.approx((expected,), abs=1e-3)
+    assert finding.note == "bounds only, the accuracy lies outside of fixed LoRA's: seeds 0"
+
+
+def test_one_fixed_rank_is_no_line() -> None:
+    assert only([run(EXPERIMENTS["lora_r8"]), run(ADALORA)], "fixed-needs-fewer").verdict == "no data"
+
+
+def test_lora_against_linear_and_full_with_failed_and_missing_runs() -> None:
+    lora, linear, full = (EXPERIMENTS[name] for name in ("lora_r8", "linear_probe", "full_finetuning"))
+    records = [run(lora, seed, (480 + seed) / 600) for seed in range(8)]
+    records += [run(linear, seed, 450 / 600) for seed in range(7)]
+    records += [run(full, seed, 500 / 600) for seed in range(1, 8)] + [planted.failed(full, 0, "out of memory")]
+    linear_finding, full_finding = only(records, "lora-beats-linear"), only(records, "lora-beats-full")
+    assert linear_finding.values == pytest.approx([(30 + seed) / 600 for seed in range(7)])
+    assert (linear_finding.verdict, full_finding.verdict) == ("supported", "refuted")
+    assert linear_finding.note == full_finding.note.replace(": 0", ": 7") == "seeds without a pair: 7"
+
+
+def test_a_failed_run_of_the_experiment_itself_is_named() -> None:
+    records = [run(EXPERIMENTS["lora_r8"], 0), planted.failed(EXPERIMENTS["lora_r8"], 1, "out of memory")]
+    assert only(records, "above-majority").note == "failed: seed 1"
+
+
+def test_above_majority() -> None:
+    records = [run(EXPERIMENTS["linear_probe"], 0, 420 / 600), run(ADALORA, 0, 360 / 600)]
+    verdicts = {f.subject: (round(f.interval.estimate, 9), f.verdict) for f in found(records, "above-majority")}
+    assert verdicts == {"linear_probe": (0.025, "supported"), ADALORA.name: (-0.075, "refuted")}
+
+
+def test_nothing_finished_is_no_data_everywhere() -> None:
+    findings = all_findings(studies_of([planted.failed(ADALORA, 0, "out of memory")]), REGISTRY)
+    assert {f.verdict for of_study in findings.values() for f in of_study} == {"no data"}
+    assert all(f.outcome for of_study in findings.values() for f in of_study)
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+def test_overhead() -> None:
+    # 48 steps of half a second: 24 s
+    split = [
+        run(ADALORA, seed, overhead_s={"scoring": 1.2, "reallocation": 0.6, "evaluation": 99}) for seed in range(9)
+    ]
+    assert only(split, "scoring-under-10-percent").values == pytest.approx([0.05] * 9)
+    assert only(split, "reallocation-under-10-percent").values == pytest.approx([0.075] * 9)
+    assert only(split, "overhead-under-10-percent").values == pytest.approx([0.025] * 9)
+    assert only(split, "overhead-under-10-percent").verdict == "supported"
+    older = [run(ADALORA, seed, overhead_s={"allocation": 4.8}) for seed in range(6)]
+    assert only(older, "overhead-under-10-percent").values == pytest.approx([-0.1] * 6)
+    assert only(older, "overhead-under-10-percent").verdict == "refuted"
+    assert only(older, "scoring-under-10-percent").verdict == "no data"
+
+
+def test_memory_factors() -> None:
+    nf4 = EXPERIMENTS["qa_lora_4bit_nf4_constant"]  # a bit a weight for scales and offsets
+    records = [run(nf4), run(EXPERIMENTS["qa_lora_8bit_int8_linear"])]
+    layers = only(records, "four-bits-layers-eighth")
+    assert layers.values == pytest.approx((32 / 5,))
+    assert layers.verdict == "refuted"
+    assert only(records, "eight-bits-layers-quarter").values == pytest.approx((32 / 9,))
+    quantized = 12 * sum(planted.LAYERS.values())
+    whole = 4 * (planted.BACKBONE_PARAMETERS + 770) / (quantized * 5 / 8 + planted.LEFT_IN_FLOAT + 3080)
+    assert only(records, "four-bits-model-eighth").values == pytest.approx((whole,), rel=1e-6)
+    assert whole < 32 / 5
+
+
+# --- several studies --------------------------------------------------------------------------------------------------
+
+
+def on(data: str, seed: int, order: tuple[int, ...], **named: Any) -> RunRecord:
+    history = scores({site.name: float(value) for site, value in zip(SITES, order, strict=False)})
+    return planted.record(
+        ADALORA, seed, 0.8, study=f"on_{data}", provenance_changes={"data_sha256": data * 64},
+        changes={"importance_history": history}, **named,
+    )  # fmt: skip
+
+
+def test_agreement_of_data_sets() -> None:
+    records = [on("a", seed, (1, 2, 3, 4, 5)) for seed in range(3)]
+    records += [on("b", seed, (2, 1, 3, 4, 5)) for seed in range(1, 4)]
+    finding = only(records, "data-sets-agree")
+    assert finding.labels == ("1", "2")
+    assert finding.values == pytest.approx((0.9, 0.9))
+    assert finding.subject == f"{ADALORA.name} on on_a and on_b"
+
+
+def test_data_sets_are_told_apart_by_their_images_and_smoke_runs_stand_apart() -> None:
+    same = [on("a", 0, (1, 2, 3))] + [
+        r.model_copy(update={"spec": r.spec.model_copy(update={"study": "other"})}) for r in [on("a", 0, (1, 2, 3))]
+    ]
+    assert only(same, "data-sets-agree").verdict == "no data"
+    assert only([on("a", 0, (1, 2, 3)), on("b", 0, (1, 2, 3), smoke=True)], "data-sets-agree").verdict == "no data"
+
+
+def test_gain_where_importance_varies() -> None:
+    section = {
+        "total_rank_budget": 288,
+        "allocation_strategy": "proportional",
+        "update_frequency": 6,
+        "warmup_steps": 12,
+    }
+    made = planted.experiments_of(
+        *({"name": metric, "method": "adalora", "adalora": {**section, "importance_metric": metric}}
+          for metric in ("magnitude", "gradient_norm", "fisher"))
+    )  # fmt: skip
+    line = {1: 450 / 600, 2: 450 / 600}
+    records = lora_line(0, line) + lora_line(1, line)
+    for seed, gains in ((0, (1, 2, 3)), (1, (3, 1, 2))):
+        for spread, gain, one in zip((2.0, 4.0, 8.0), gains, made.values(), strict=True):
+            values = {site.name: spread if site.matrix == "query" else 1.0 for site in SITES}
+            record = run(one, seed, (450 + gain) / 600, importance_history=scores(values))
+            records.append(with_parameters(record, 1500))
+    finding = only(records, "gain-where-importance-varies")
+    assert finding.values == pytest.approx((1.0, 1 - 6 * (4 + 1 + 1) / (3 * 8)))
+    assert finding.note == "over 3 experiments"
+    without = [r for r in records if r.spec.experiment.name != "fisher"]
+    assert (
+        "at least 3 experiments with a common seed, there are 2"
+        in only(without, "gain-where-importance-varies").outcome
+    )

@@ -1,0 +1,215 @@
+"""From values to verdicts: error rates over 1,000 planted studies, Holm, margins, ties, and how many seeds it takes."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from peft_vit.analysis.findings import Finding, conclude, judge
+from peft_vit.analysis.hypotheses import Hypothesis
+from peft_vit.analysis.measures import Measured
+
+pytestmark = pytest.mark.part("analyzer")
+
+SIMULATIONS = 1000
+
+
+def hypothesis(test: str = "superiority", name: str = "h", **changes: Any) -> Hypothesis:
+    values: dict[str, Any] = {
+        "id": name, "sentence": "s", "test": test, "measure": "above_majority", "parameters": {"of": {}},
+        "unit": "share", "source": "me", "family": "f", "refuted_by": "r",
+    }  # fmt: skip
+    if test in ("counted", "described"):
+        del values["family"]
+    if test == "described":
+        del values["refuted_by"]
+    return Hypothesis(**{**values, **changes})
+
+
+def values_of(values: Any, subject: str = "a") -> Measured:
+    data = tuple(float(value) for value in values)
+    return Measured(subject, data, tuple(str(seed) for seed in range(len(data))), "seeds", ())
+
+
+def found(values: Any, test: str = "superiority", **changes: Any) -> Finding:
+    (finding,) = judge([(hypothesis(test, **changes), values_of(values))])
+    return finding
+
+
+def exact_p(values: Any) -> float:
+    """Return the two-sided signed-rank p-value by listing all sign patterns."""
+    data = np.asarray([value for value in values if value != 0])
+    ranks = stats.rankdata(np.abs(data))
+    sums = [
+        sum(r for r, sign in zip(ranks, signs, strict=True) if sign)
+        for signs in itertools.product((0, 1), repeat=len(data))
+    ]
+    seen = ranks[data > 0].sum()
+    return min(1.0, 2 * min(np.mean([s <= seen for s in sums]), np.mean([s >= seen for s in sums])))
+
+
+def three_errors(rate: float) -> float:
+    return 3 * np.sqrt(rate * (1 - rate) / SIMULATIONS)
+
+
+# --- superiority ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_false_verdicts_on_no_effect_are_as_rare_as_the_exact_level(unequal) -> None:
+    rng = np.random.default_rng(0)
+    n = 8
+    data = rng.normal(0, 0.01, (SIMULATIONS, n)) * (np.geomspace(0.2, 5, n) if unequal else 1.0)
+    wrong = np.mean([found(row).verdict != "not decided" for row in data])
+    level = 10 / 2**n  # the positive rank sum is at most 3, or at least 33: 5 of 256 patterns each, 6 would pass 5 %
+    assert abs(wrong - level) <= three_errors(level)
+
+
+def test_a_known_effect_is_found_as_often_as_scipy_finds_it() -> None:
+    rng = np.random.default_rng(1)
+    data = rng.normal(0.01, 0.01, (SIMULATIONS, 8))
+    supported = [found(row).verdict == "supported" for row in data]
+    by_scipy = [stats.wilcoxon(row, method="exact").pvalue <= 0.05 for row in data]
+    assert 0.5 < np.mean(supported) < 0.9
+    assert supported == by_scipy, "positive means by far"
+
+
+def test_a_family_errs_at_most_as_often_as_one_test() -> None:
+    rng = np.random.default_rng(2)
+    data = rng.normal(0, 0.01, (SIMULATIONS, 3, 9))
+    wrong = np.mean(
+        [
+            any(
+                f.verdict != "not decided"
+                for f in judge([(hypothesis(name=f"h{i}"), values_of(v)) for i, v in enumerate(rows)])
+            )
+            for rows in data
+        ]
+    )
+    assert wrong <= 0.05 + three_errors(0.05)
+
+
+@pytest.mark.parametrize("values", [[0.01, 0.02, -0.005, 0.03, 0.01, 0.04], [0.1, 0.1, 0.0, -0.1, 0.1, 0.1, 0.2]])
+def test_p_value_with_ties_and_zeros_by_listing_all_signs(values) -> None:
+    assert found(values).p_value == pytest.approx(exact_p(values), abs=1e-12)
+
+
+def test_the_margin_is_subtracted_and_the_estimate_is_not() -> None:
+    values = [0.51, 0.52, 0.53, 0.54, 0.55, 0.56]
+    above, below = found(values, margin=0.5), found(values, margin=0.6)
+    assert (above.verdict, below.verdict) == ("supported", "refuted")
+    assert above.interval.estimate == below.interval.estimate == pytest.approx(0.535)
+    assert found(values, margin=0.535).verdict == "not decided"
+    assert above.test == "exact Wilcoxon signed-rank, margin 0.5"
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_too_few_seeds_decide_nothing_and_say_how_many_would(n) -> None:
+    finding = found(np.full(n, 0.3) + 0.01 * np.arange(n))
+    assert finding.verdict == "not decided"
+    assert finding.outcome == f"not decidable with n = {n}, needs at least 6"
+    assert (finding.interval.low is None) == (n == 1)
+
+
+def test_a_larger_family_needs_more_seeds() -> None:
+    rows = [(hypothesis(name=f"h{i}"), values_of(np.arange(1, 7))) for i in range(3)]
+    assert {f.outcome for f in judge(rows)} == {"not decidable with n = 6, needs at least 7"}
+    apart = [(hypothesis(name=f"h{i}", family=f"f{i}"), values_of(np.arange(1, 7))) for i in range(3)]
+    assert {f.verdict for f in judge(apart)} == {"supported"}
+
+
+def test_holm_over_a_family_by_hand() -> None:
+    rows = [np.arange(1, 11), np.array([-1, 2, 3, 4, 5, 6, 7, 8, 9, 10]), np.array([-4, 5, -6, 7, -1, 2, 3, -8, 9, 10])]
+    raw = [exact_p(row) for row in rows]
+    assert raw == sorted(raw)
+    findings = judge([(hypothesis(name=f"h{i}"), values_of(row)) for i, row in enumerate(rows)])
+    by_hand = [3 * raw[0], max(3 * raw[0], 2 * raw[1]), max(3 * raw[0], 2 * raw[1], raw[2])]
+    assert [f.p_value for f in findings] == pytest.approx(by_hand, abs=1e-12)
+
+
+# --- within a margin --------------------------------------------------------------------------------------------------
+
+
+def test_error_rates_of_equivalence_at_its_edge() -> None:
+    rng = np.random.default_rng(3)
+    verdicts = [
+        found(row, "equivalence", margin=0.01).verdict for row in rng.normal(0.01, 0.001, (SIMULATIONS, 8))
+    ]  # the true difference is the margin, the other edge 20 deviations away: one t test at 5 %, the opposite at 2.5 %
+    assert abs(verdicts.count("supported") / SIMULATIONS - 0.05) <= three_errors(0.05)
+    assert abs(verdicts.count("refuted") / SIMULATIONS - 0.025) <= three_errors(0.025)
+
+
+def test_equivalence_by_scipy() -> None:
+    values = np.array([0.001, -0.002, 0.003, 0.0, 0.002, -0.001])
+    finding = found(values, "equivalence", margin=0.01)
+    lower = stats.ttest_1samp(values, -0.01, alternative="greater").pvalue
+    upper = stats.ttest_1samp(values, 0.01, alternative="less").pvalue
+    assert finding.p_value == pytest.approx(max(lower, upper), rel=1e-9)
+    assert finding.verdict == "supported"
+    assert found(values + 0.1, "equivalence", margin=0.01).verdict == "refuted"
+    assert found(values - 0.1, "equivalence", margin=0.01).verdict == "refuted"
+    assert found(values * 50, "equivalence", margin=0.01).verdict == "not decided"
+    assert found(values - 0.1, "equivalence", margin=0.01, expected=-0.1).verdict == "supported"
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"), [(0.0, "supported"), (0.1, "supported"), (-0.0095, "not decided"), (-0.03, "refuted")]
+)
+def test_noninferiority(shift, expected) -> None:
+    values = np.array([0.001, -0.002, 0.003, 0.0, 0.002, -0.001]) + shift
+    assert found(values, "noninferiority", margin=0.01).verdict == expected
+
+
+def test_values_without_spread_and_one_seed_show_no_equivalence() -> None:
+    assert found([0.0, 0.0, 0.0], "equivalence", margin=0.01).outcome == "not decidable: the differences have no spread"
+    one = found([0.0], "noninferiority", margin=0.01)
+    assert (one.verdict, one.outcome) == ("not decided", "not decidable with n = 1, needs at least 2")
+
+
+# --- without a test, without values, over several ---------------------------------------------------------------------
+
+
+def test_counted_and_described() -> None:
+    assert found([0.1, 0.2], "counted", margin=0.0).verdict == "supported"
+    below = found([0.1, 0.0], "counted", margin=0.0)
+    assert (below.verdict, below.test) == ("refuted", "none")
+    assert below.outcome.startswith("1 of 2 lie above 0;")
+    described = found([0.1, 0.2], "described", reason="why")
+    assert (described.verdict, described.outcome) == ("not decided", "described, not tested: why")
+
+
+def test_nothing_is_no_data_and_takes_no_part_in_a_family() -> None:
+    nothing = Measured("b", (), (), "seeds", (), "no run")
+    first, second = judge([(hypothesis(name="x"), values_of(range(1, 7))), (hypothesis(name="y"), nothing)])
+    assert first.verdict == "supported", "with two tests it would need seven seeds"
+    assert (second.verdict, second.outcome, second.interval, second.mark) == ("no data", "no run", None, None)
+
+
+@pytest.mark.parametrize(
+    ("signs", "expected", "counts"),
+    [
+        ("++", "supported", "supported in 2 of 2"),
+        ("+0", "not decided", "supported in 1, not decided in 1 of 2"),
+        ("-0", "refuted", "refuted in 1, not decided in 1 of 2"),
+        ("+-", "not decided", "supported in 1, refuted in 1 of 2"),
+        ("00", "not decided", "not decided in 2 of 2"),
+        ("+.", "supported", ""),
+        ("..", "no data", ""),
+    ],
+)
+def test_one_verdict_over_several_experiments(signs, expected, counts) -> None:
+    values = {"+": np.arange(1, 11), "-": -np.arange(1, 11), "0": [1, -2, 3, -4], ".": []}
+    rows = [(hypothesis(), values_of(values[sign], f"e{i}")) for i, sign in enumerate(signs)]
+    (conclusion,) = conclude(judge(rows))
+    assert (conclusion.verdict, conclusion.counts) == (expected, counts)
+
+
+def test_the_order_of_seeds_changes_no_bit() -> None:
+    rng = np.random.default_rng(5)
+    values = rng.normal(0.003, 0.01, 11)
+    for test, margin in (("superiority", None), ("equivalence", 0.01), ("noninferiority", 0.01)):
+        changes = {} if margin is None else {"margin": margin}
+        once, again = found(values, test, **changes), found(rng.permutation(values), test, **changes)
+        assert (once.interval, once.p_value, once.opposite_p) == (again.interval, again.p_value, again.opposite_p)
