@@ -97,13 +97,14 @@ def grouped(seed: int, groups: int, between: float) -> tuple[np.ndarray, np.ndar
 
 @pytest.mark.parametrize("groups", [3, 5, 10])
 def test_mixed_effect_of_complete_pairs_is_the_paired_difference(groups: int) -> None:
-    """Restricted likelihood on complete pairs has a closed form: mean difference and its usual standard error."""
+    """Restricted likelihood on complete pairs has a closed form; with n - 1 degrees the interval is the paired t's."""
     response, condition, label = grouped(groups, groups, 0.03)
     own = mixed_effect(response, condition, label)
     differences = response[1::2] - response[::2]
     assert own.estimate == pytest.approx(differences.mean(), abs=1e-12)
-    assert own.low is not None
-    assert (own.estimate - own.low) / special.ndtri(0.975) == pytest.approx(stats.sem(differences), rel=1e-3)
+    paired = mean_interval(differences)
+    assert (own.low, own.high) == pytest.approx((paired.low, paired.high), abs=1e-3 * (paired.high - paired.low))
+    assert own.degrees == groups - 1
     assert (own.converged, own.note, own.n, own.groups) == (True, None, 2 * groups, groups)
 
 
@@ -119,8 +120,19 @@ def test_mixed_effect_with_missing_runs_is_weighted_least_squares_and_statsmodel
     assert own.estimate == pytest.approx((covariance @ X.T @ np.linalg.solve(V, response))[1], rel=1e-8)
     assert own.low is not None
     # statsmodels inverts the Hessian of all parameters, the variances among them: close to the block of the effects
-    assert own.estimate - own.low == pytest.approx(special.ndtri(0.975) * np.sqrt(covariance[1, 1]), rel=2e-3)
+    assert own.degrees == len(response) - own.groups - 1
+    t = stats.t.ppf(0.975, own.degrees)
+    assert own.estimate - own.low == pytest.approx(t * np.sqrt(covariance[1, 1]), rel=2e-3)
     table = pd.DataFrame({"y": 100 * response, "x": condition, "g": label}).sample(frac=1, random_state=seed)
     theirs = MixedLM.from_formula("y ~ x", table, groups="g").fit()
     assert 100 * own.estimate == pytest.approx(theirs.params["x"], rel=1e-4)
-    assert 100 * own.low == pytest.approx(theirs.conf_int().loc["x", 0], rel=1e-3, abs=1e-3)
+    assert 100 * (own.estimate - own.low) / t == pytest.approx(theirs.bse["x"], rel=1e-3)
+
+
+def test_mixed_effect_of_a_condition_that_varies_between_groups_has_fewer_degrees() -> None:
+    response, _, label = grouped(0, 6, 0.02)
+    own = mixed_effect(response, label >= 3, label)
+    means = response.reshape(6, 2).mean(axis=1)
+    theirs = stats.ttest_ind(means[3:], means[:3]).confidence_interval()  # groups are what is drawn: their means
+    assert own.degrees == 4
+    assert (own.low, own.high) == pytest.approx((theirs.low, theirs.high), rel=1e-3)

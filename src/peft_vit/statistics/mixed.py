@@ -27,6 +27,7 @@ class MixedEffect:
         groups: number of groups.
         between: standard deviation of the groups' intercepts; None with the estimate.
         within: standard deviation of the runs within a group; None with the estimate.
+        degrees: degrees of freedom of the interval; None with the estimate.
         confidence: nominal coverage, e.g. 0.95.
         converged: whether the fit ended at an optimum.
         note: what to know of the fit, or why there is none; None if nothing.
@@ -39,6 +40,7 @@ class MixedEffect:
     groups: int
     between: float | None
     within: float | None
+    degrees: int | None
     confidence: float
     converged: bool
     note: str | None = None
@@ -51,8 +53,12 @@ def mixed_effect(
 
     With seeds as groups, runs of one seed share what the seed decides; with data sets as groups, the level of each.
     The interval describes what another draw of groups and runs would change, if the effect is the same in all groups.
-    It is estimate ± z standard errors, as statsmodels gives it: with few groups it is too short (docs/statistics.md
-    has its coverage). For complete pairs prefer `paired_difference`; this is for runs of which some are missing.
+    For complete pairs prefer `paired_difference`; this is for runs of which some are missing.
+
+    Estimate and standard error are statsmodels'; its interval by the normal distribution would hold the truth in 81 %
+    of studies with three seeds. Here it is Student's t with the degrees of freedom of the stratum in which the
+    condition varies ("between-within", Schluchter & Elashoff, Journal of Statistical Computation and Simulation 37,
+    1990): runs less groups less one, or groups less two if each group has one condition.
 
     Assumption: intercepts and errors are normal with one variance each, the effect does not vary by group. Source:
     Laird & Ware, Biometrics 38 (1982); computed by `statsmodels.regression.mixed_linear_model.MixedLM`.
@@ -77,13 +83,20 @@ def mixed_effect(
     order = np.lexsort((y, x, labels))
     y, x, labels = y[order], x[order], labels[order]
     unique, index = np.unique(labels, return_inverse=True)
-    refusal = _refusal(y, x, index, len(unique))
+    degrees = _degrees(x, index, len(unique))
+    refusal = _refusal(y, x, index, len(unique), degrees)
     if refusal:
-        return MixedEffect(None, None, None, len(y), len(unique), None, None, confidence, False, refusal)
-    return _fitted(y, x, index, len(unique), confidence)
+        return MixedEffect(None, None, None, len(y), len(unique), None, None, None, confidence, False, refusal)
+    return _fitted(y, x, index, len(unique), degrees, confidence)
 
 
-def _refusal(y: np.ndarray, x: np.ndarray, index: np.ndarray, groups: int) -> str | None:
+def _degrees(x: np.ndarray, index: np.ndarray, groups: int) -> int:
+    """Return the degrees of freedom of the condition's effect; below one if it can't be tested."""
+    rank = int(np.linalg.matrix_rank(np.column_stack([np.eye(groups)[index], x])))
+    return len(x) - rank if rank > groups else groups - 2
+
+
+def _refusal(y: np.ndarray, x: np.ndarray, index: np.ndarray, groups: int, degrees: int) -> str | None:
     """Return why no fit should be tried."""
     if groups < 2:
         return "one group: nothing to tell the variance between groups from"
@@ -91,20 +104,22 @@ def _refusal(y: np.ndarray, x: np.ndarray, index: np.ndarray, groups: int) -> st
         return "the condition is the same in all runs"
     if len(y) == groups:
         return "one run a group: the variance within a group cannot be told from that between groups"
+    if degrees < 1:
+        return "too few runs: nothing is left to tell the error of the effect from"
     columns = np.column_stack([np.eye(groups)[index], x])  # (n, groups + 1)
-    if len(y) == np.linalg.matrix_rank(columns):
-        return "too few runs: groups and condition explain every value"
     residual = y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0]
     if np.abs(residual).max() <= ROUNDING * np.abs(y).max():
         return "groups and condition explain every value: no variance within groups is left"
     return None
 
 
-def _fitted(y: np.ndarray, x: np.ndarray, index: np.ndarray, groups: int, confidence: float) -> MixedEffect:
+def _fitted(
+    y: np.ndarray, x: np.ndarray, index: np.ndarray, groups: int, degrees: int, confidence: float
+) -> MixedEffect:
     from statsmodels.regression.mixed_linear_model import MixedLM  # slow to import
 
     def none(note: str) -> MixedEffect:
-        return MixedEffect(None, None, None, len(y), groups, None, None, confidence, False, note)
+        return MixedEffect(None, None, None, len(y), groups, None, None, None, confidence, False, note)
 
     # In units of the scatter, so that the optimizer's tolerances mean the same for shares and for seconds.
     center, unit = float(np.mean(y)), float(np.std(y))
@@ -124,8 +139,8 @@ def _fitted(y: np.ndarray, x: np.ndarray, index: np.ndarray, groups: int, confid
     note = None
     if between <= _NEXT_TO_NOTHING * within:
         note = "the variance between groups is below a hundredth of that within: a fit at or near its edge"
-    half = float(special.ndtri(0.5 + confidence / 2)) * error
+    half = float(special.stdtrit(degrees, 0.5 + confidence / 2)) * error
     return MixedEffect(
         unit * estimate, unit * (estimate - half), unit * (estimate + half), len(y), groups,
-        unit * max(0.0, between) ** 0.5, unit * within**0.5, confidence, True, note,
+        unit * max(0.0, between) ** 0.5, unit * within**0.5, degrees, confidence, True, note,
     )  # fmt: skip

@@ -28,6 +28,8 @@ class Significance:
         p_value: two-sided unless the name says otherwise; None if the test is undefined for these values.
         minimum_n: smallest n at which any outcome could be significant.
         dropped: pairs without a difference, which the test could not use.
+        direction: 1 if the test's own statistic speaks for a positive difference, -1 for a negative one, 0 for
+            neither; None if it follows the mean.
     """
 
     test: str
@@ -35,6 +37,7 @@ class Significance:
     p_value: float | None
     minimum_n: int
     dropped: int = 0
+    direction: int | None = None
 
     @property
     def decidable(self) -> bool:
@@ -93,11 +96,14 @@ def wilcoxon(differences: ArrayLike, alpha: float = 0.05, comparisons: int = 1) 
     minimum = minimum_n_wilcoxon(alpha, comparisons)
     name = "exact Wilcoxon signed-rank"
     if nonzero.size == 0:
-        return Significance(name, 0, 1.0, minimum, dropped)
+        return Significance(name, 0, 1.0, minimum, dropped, 0)
+    direction = int(np.sign(np.sum(np.sign(nonzero) * stats.rankdata(np.abs(nonzero)))))
     if nonzero.size > _EXACT_UP_TO:
+        name = "Wilcoxon signed-rank, normal approximation"
         p_value = float(stats.wilcoxon(nonzero, method="approx").pvalue)
-        return Significance("Wilcoxon signed-rank, normal approximation", int(nonzero.size), p_value, minimum, dropped)
-    return Significance(name, int(nonzero.size), _exact_wilcoxon(nonzero), minimum, dropped)
+    else:
+        p_value = _exact_wilcoxon(nonzero)
+    return Significance(name, int(nonzero.size), p_value, minimum, dropped, direction)
 
 
 def _exact_wilcoxon(nonzero: np.ndarray) -> float:
@@ -134,6 +140,8 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 def verdict(estimate: float, significance: Significance, adjusted_p: float | None, alpha: float = 0.05) -> Verdict:
     """Return whether "the difference is positive" is supported, refuted or not decided.
 
+    Ranks may speak for the other side than the mean does, if one seed lies far out: then nothing is decided.
+
     Args:
         estimate: the difference.
         significance: the primary test.
@@ -141,5 +149,7 @@ def verdict(estimate: float, significance: Significance, adjusted_p: float | Non
         alpha: level of the family.
     """
     if not significance.decidable or adjusted_p is None or adjusted_p > alpha or estimate == 0:
+        return "not decided"
+    if significance.direction is not None and significance.direction * estimate <= 0:
         return "not decided"
     return "supported" if estimate > 0 else "refuted"

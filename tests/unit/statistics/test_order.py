@@ -168,7 +168,8 @@ def test_effect_sizes_that_do_not_exist_are_said_in_words() -> None:
         ([1, 2, 3, 4], [0, 1, 0, 1], "aaaa", "one group"),
         ([1, 2, 3, 4], [0, 0, 0, 0], "aabb", "the same in all runs"),
         ([1, 2, 3, 4], [0, 1, 0, 1], "abcd", "one run a group"),
-        ([1, 2, 3], [0, 1, 0], "aab", "explain every value"),
+        ([1, 2, 3], [0, 1, 0], "aab", "too few runs"),
+        ([1, 2, 3, 5], [0, 0, 1, 1], "aabb", "too few runs"),
         ([1, 2, 3, 4], [0, 1, 0, 1], "aabb", "no variance within groups"),
     ],
 )

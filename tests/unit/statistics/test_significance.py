@@ -1,6 +1,16 @@
 import pytest
 
-from peft_vit.statistics import holm, minimum_n_wilcoxon, paired_t, verdict, wilcoxon
+from peft_vit.statistics import (
+    beyond_margin,
+    equivalence,
+    holm,
+    minimum_n_wilcoxon,
+    noninferiority,
+    paired_t,
+    sign_flip,
+    verdict,
+    wilcoxon,
+)
 
 
 def test_minimum_n_of_one_and_of_three_comparisons() -> None:
@@ -30,7 +40,8 @@ def test_no_difference_at_all() -> None:
 def test_verdicts_follow_the_sign() -> None:
     clear = wilcoxon([float(i + 1) for i in range(8)])
     assert verdict(4.5, clear, clear.p_value) == "supported"
-    assert verdict(-4.5, clear, clear.p_value) == "refuted"
+    below = wilcoxon([-float(i + 1) for i in range(8)])
+    assert verdict(-4.5, below, below.p_value) == "refuted"
     assert verdict(4.5, clear, 0.06) == "not decided"
 
 
@@ -47,3 +58,34 @@ def test_holm_by_hand() -> None:
 def test_bad_level_is_refused() -> None:
     with pytest.raises(ValueError, match="alpha"):
         minimum_n_wilcoxon(0.0)
+
+
+def test_one_seed_far_out_does_not_turn_the_verdict() -> None:
+    """Eleven of twelve seeds lose, and the twelfth gains more than all of them: the ranks say no, the mean says yes."""
+    differences = [*(-0.01 * (i + 1) for i in range(11)), 5.0]
+    ranks = wilcoxon(differences)
+    assert ranks.p_value is not None
+    assert ranks.p_value < 0.05
+    assert ranks.direction == -1
+    assert verdict(sum(differences) / 12, ranks, ranks.p_value) == "not decided"
+
+
+@pytest.mark.parametrize("test", [wilcoxon, sign_flip])
+@pytest.mark.parametrize("comparisons", [1, 3, 11])
+@pytest.mark.parametrize("n", [5, 6, 7, 8, 9, 10])
+def test_minimum_n_of_a_family_is_where_holm_lets_the_extreme_outcome_pass(test, comparisons: int, n: int) -> None:
+    extreme = test([float(i + 1) for i in range(n)], 0.05, comparisons)
+    adjusted = holm([extreme.p_value, *[1.0] * (comparisons - 1)])[0]
+    assert (adjusted <= 0.05) == (n >= extreme.minimum_n) == extreme.decidable
+    ties = test([1.0] * n, 0.05, comparisons)
+    assert ties.p_value == extreme.p_value  # all signs alike are as rare with ties
+
+
+@pytest.mark.parametrize(
+    "test",
+    [paired_t, lambda x: equivalence(x, 2.0), lambda x: noninferiority(x, 0.1), lambda x: beyond_margin(x, 0.1)],
+)
+def test_two_pairs_can_pass_any_family_under_a_t_test(test) -> None:
+    found = test([1.0, 1.0 + 1e-9])
+    assert (found.minimum_n, found.decidable) == (2, True)
+    assert holm([found.p_value, *[1.0] * 999])[0] < 0.05
