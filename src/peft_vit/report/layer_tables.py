@@ -1,4 +1,4 @@
-"""Tables of layers and ranks: what a reader sees, and the unrounded values for the CSV file."""
+"""Tables of layers and their scores: what a reader sees, and the unrounded values for the CSV file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from peft_vit.analysis import Allocation, ImportancePattern, RunAllocation
+from peft_vit.analysis import ImportancePattern, SeedAgreement, StudyAgreement
 from peft_vit.report.document import Table
-from peft_vit.report.numbers import (
-    count,
-    fixed,
-    number_interval,
-)
-from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, differences_table, ends
+from peft_vit.report.numbers import fixed, number_interval, plain
+from peft_vit.report.tables import OVER_SEEDS, ends, with_n
 
 
 def importance_table(patterns: Sequence[ImportancePattern]) -> Table:
@@ -26,7 +22,7 @@ def importance_table(patterns: Sequence[ImportancePattern]) -> Table:
     return Table(
         slug="importance_by_matrix",
         title="Relative score by matrix type",
-        columns=("matrix", *(_with_n(p.experiment.name, len(p.seeds)) for p in patterns)),
+        columns=("matrix", *(with_n(p.experiment.name, len(p.seeds)) for p in patterns)),
         rows=(
             *((m, *(number_interval(i) if (i := p.by_matrix.get(m)) else "–" for p in patterns)) for m in matrices),
             ("attention / MLP", *ratios),
@@ -51,10 +47,6 @@ def importance_table(patterns: Sequence[ImportancePattern]) -> Table:
     )
 
 
-def _with_n(name: str, n: int) -> str:
-    return f"{name} (n = {n})"
-
-
 def importance_over_time_table(patterns: Sequence[ImportancePattern]) -> Table:
     """Return how early the final order of the sites was visible."""
     steps = sorted({step for p in patterns for step in p.steps})
@@ -62,7 +54,7 @@ def importance_over_time_table(patterns: Sequence[ImportancePattern]) -> Table:
     return Table(
         slug="importance_over_time",
         title="How early the final scores were visible",
-        columns=("step", *(_with_n(p.experiment.name, len(p.seeds)) for p in patterns)),
+        columns=("step", *(with_n(p.experiment.name, len(p.seeds)) for p in patterns)),
         rows=tuple(
             (str(step), *("–" if (rho := one.get(step)) is None else fixed(rho) for one in course)) for step in steps
         ),
@@ -78,6 +70,115 @@ def importance_over_time_table(patterns: Sequence[ImportancePattern]) -> Table:
     )
 
 
+def importance_course_table(patterns: Sequence[ImportancePattern]) -> Table:
+    """Return the relative score of each matrix type at the first, the middle and the last decision; CSV: at each."""
+    matrices = list(dict.fromkeys(name for p in patterns for name in p.grid.matrices))
+    shown = [(p, i) for p in patterns for i in dict.fromkeys((0, len(p.steps) // 2, len(p.steps) - 1)) if p.steps]
+    return Table(
+        slug="importance_course",
+        title="Relative score by matrix type, through training",
+        columns=("experiment", "step", *matrices),
+        rows=tuple((p.experiment.name, str(p.steps[i]), *(_at(p, i, matrix) for matrix in matrices)) for p, i in shown),
+        note=(
+            "Scores of a step over their mean at that step: 1 is an average site. Mean over the sites of a type and "
+            "over seeds, at the first, the middle and the last decision; the CSV file has every one."
+        ),
+        data=tuple(
+            {"experiment": p.experiment.name, "step": step, "matrix": matrix, "mean_relative_score": _known(value)}
+            for p in patterns
+            for step, row in zip(p.steps, p.matrix_course.tolist(), strict=True)
+            for matrix, value in zip(p.grid.matrices, row, strict=True)
+        ),
+    )
+
+
+def _at(pattern: ImportancePattern, step: int, matrix: str) -> str:
+    if matrix not in pattern.grid.matrices:
+        return "–"
+    value = _known(float(pattern.matrix_course[step, pattern.grid.matrices.index(matrix)]))
+    return "–" if value is None else fixed(value)
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def seed_agreement_table(agreements: Sequence[SeedAgreement]) -> Table:
+    """Return whether seeds agree on which sites, blocks and matrix types matter."""
+    return Table(
+        slug="importance_across_seeds",
+        title="Do seeds agree on what matters?",
+        columns=("experiment", "seeds", "sites", "Kendall's W: sites", "blocks", "matrix types"),
+        rows=tuple(
+            (a.experiment.name, str(a.seeds), str(a.sites), _w(a.w), _w(a.by_block), _w(a.by_matrix))
+            for a in agreements
+        ),
+        note=(
+            "Kendall's coefficient of concordance of the final scores: 1 if all seeds order alike; orders drawn by "
+            "chance give 1 / seeds on average. It describes these runs: the sites of one network are no independent "
+            "draws, so there is no test. – : fewer than two seeds or three things to order."
+        ),
+        data=tuple(
+            {
+                "experiment": a.experiment.name,
+                "seeds": a.seeds,
+                "sites": a.sites,
+                "kendalls_w": a.w,
+                "kendalls_w_blocks": a.by_block,
+                "kendalls_w_matrices": a.by_matrix,
+            }
+            for a in agreements
+        ),
+    )
+
+
+def _w(value: float | None) -> str:
+    return "–" if value is None else fixed(value)
+
+
+def study_agreement_table(agreements: Sequence[StudyAgreement]) -> Table:
+    """Return whether studies, with their own images, agree on which sites matter."""
+    return Table(
+        slug="importance_across_studies",
+        title="Do data sets agree on what matters?",
+        columns=("study", "experiment", "other study", "its experiment", "metric", "images", "sites", "Spearman's rho"),
+        rows=tuple(
+            (
+                plain(a.study),
+                a.experiment,
+                plain(a.other),
+                a.other_experiment,
+                a.metric,
+                (a.images if a.images == a.other_images else f"{a.images} / {a.other_images}")
+                + ("" if a.same_backbone else "; other backbones or weights"),
+                str(a.sites),
+                _w(a.rho),
+            )
+            for a in agreements
+        ),
+        note=(
+            "Rank correlation of the mean final relative scores of the sites that both have, for experiments of one "
+            "method, metric and strategy. It describes these runs; there is no test. With other backbones, sites share "
+            "no more than their place."
+        ),
+        data=tuple(
+            {
+                "study": a.study,
+                "experiment": a.experiment,
+                "other_study": a.other,
+                "other_experiment": a.other_experiment,
+                "metric": a.metric,
+                "images": a.images,
+                "other_images": a.other_images,
+                "same_backbone": int(a.same_backbone),
+                "sites": a.sites,
+                "rho": a.rho,
+            }
+            for a in agreements
+        ),
+    )
+
+
 def importance_by_block_table(patterns: Sequence[ImportancePattern]) -> Table:
     """Return the mean relative score of each block; the CSV file has every site."""
     blocks = sorted({block for p in patterns for block in p.grid.blocks})
@@ -86,7 +187,7 @@ def importance_by_block_table(patterns: Sequence[ImportancePattern]) -> Table:
     return Table(
         slug="importance_by_block",
         title="Relative score by block",
-        columns=("block", *(_with_n(p.experiment.name, len(p.seeds)) for p in patterns)),
+        columns=("block", *(with_n(p.experiment.name, len(p.seeds)) for p in patterns)),
         rows=tuple((str(b), *(fixed(mean[b]) if b in mean else "–" for mean in means)) for b in blocks),
         note="Mean over the sites of a block and over seeds.",
         data=tuple(
@@ -100,97 +201,5 @@ def importance_by_block_table(patterns: Sequence[ImportancePattern]) -> Table:
             }
             for p, array in zip(patterns, relative, strict=True)
             for site in p.grid.sites
-        ),
-    )
-
-
-def allocation_table(allocations: Sequence[Allocation]) -> Table:
-    """Return where the budget went, how it moved, and whether it paid."""
-    return Table(
-        slug="allocation",
-        title="Final ranks and how they were reached",
-        columns=(
-            "experiment",
-            "seed",
-            "ranks / budget",
-            "sites without",
-            "Gini",
-            "evenness",
-            "ranks moved at each update",
-        ),
-        rows=tuple(
-            (
-                a.experiment.name,
-                str(run.seed),
-                _ranks_and_budget(run),
-                f"{run.sites_without_rank} of {run.sites}",
-                "–" if run.gini is None else fixed(run.gini),
-                "–" if run.entropy is None else fixed(run.entropy),
-                ", ".join(str(moved) for moved in run.moved) or "no update",
-            )
-            for a in allocations
-            for run in a.runs
-        ),
-        note=(
-            "Gini: 0 if all sites have the same rank, near 1 if one has all. Evenness: entropy of the ranks "
-            "over its largest value, 1 if all are equal. Moved: ranks that changed their site; what the "
-            "shrinking budget took does not count. Each row describes one run; there is no interval."
-        ),
-        data=tuple(
-            {
-                "experiment": a.experiment.name,
-                "seed": run.seed,
-                "budget": run.budget,
-                "unit": run.unit,
-                "spent": run.spent,
-                "used": run.used,
-                "sites": run.sites,
-                "sites_without_rank": run.sites_without_rank,
-                "gini": run.gini,
-                "evenness": run.entropy,
-                "updates": run.updates,
-                "moved": " ".join(str(moved) for moved in run.moved),
-            }
-            for a in allocations
-            for run in a.runs
-        ),
-    )
-
-
-def _ranks_and_budget(run: RunAllocation) -> str:
-    if run.budget is None:
-        return f"{run.used} / –"
-    if run.unit == "ranks":
-        return f"{run.used} / {run.budget}"
-    return f"{run.used} ranks: {count(run.spent)} / {count(run.budget)} {run.unit}"
-
-
-def allocation_value_table(allocations: Sequence[Allocation]) -> Table:
-    """Return adaptive ranks against fixed ranks at equal trainable parameters."""
-    note = (
-        "Test accuracy minus that of fixed-rank LoRA, read off the line through the same seed's LoRA "
-        "runs at the same number of trainable parameters (linear in its logarithm, no "
-        f"extrapolation). {FAMILY_NOTE}"
-    )
-    title = "Adaptive against fixed ranks at equal trainable parameters"
-    return differences_table("allocation_against_fixed", title, [a.against_fixed for a in allocations], note)
-
-
-def rank_by_matrix_table(allocations: Sequence[Allocation]) -> Table:
-    """Return mean final ranks by matrix type."""
-    matrices = list(dict.fromkeys(name for a in allocations for name in a.rank_by_matrix))
-    return Table(
-        slug="rank_by_matrix",
-        title="Mean final rank by matrix type",
-        columns=("matrix", *(_with_n(a.experiment.name, len(a.runs)) for a in allocations)),
-        rows=tuple(
-            (m, *(number_interval(i, 1) if (i := a.rank_by_matrix.get(m)) else "–" for a in allocations))
-            for m in matrices
-        ),
-        note=f"Mean over the sites of a type. {OVER_SEEDS}",
-        data=tuple(
-            {"experiment": a.experiment.name, "matrix": matrix, **ends("mean_rank", interval)}
-            for a in allocations
-            for matrix, interval in a.rank_by_matrix.items()
         ),
     )

@@ -6,8 +6,18 @@ import re
 from collections.abc import Sequence
 from statistics import fmean
 
-from peft_vit.analysis import Analysis, FisherAgreement
-from peft_vit.report import findings_tables, layer_tables, quantization_tables, size_tables, summary, tables
+from peft_vit.analysis import Analysis, FisherAgreement, StudyAgreement, study_agreements
+from peft_vit.report import (
+    allocation_tables,
+    calibration_tables,
+    findings_tables,
+    layer_tables,
+    pair_tables,
+    quantization_tables,
+    size_tables,
+    summary,
+    tables,
+)
 from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
 from peft_vit.report.forest import forests
@@ -19,13 +29,15 @@ def study_documents(analyses: Sequence[Analysis]) -> tuple[StudyDocument, ...]:
     """Return one document a study, each with a slug of its own."""
     taken: set[str] = set()
     documents = []
+    agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
     for analysis in analyses:
         base = slug = slug_of(analysis.study.label)
         number = 2
         while slug in taken:
             slug, number = f"{base}_{number}", number + 1
         taken.add(slug)
-        documents.append(_document(analysis, slug))
+        mine = [a for a in agreements if analysis.study.label in (a.study, a.other)]
+        documents.append(_document(analysis, slug, mine))
     return tuple(documents)
 
 
@@ -34,9 +46,9 @@ def slug_of(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:64] or "study"
 
 
-def _document(analysis: Analysis, slug: str) -> StudyDocument:
+def _document(analysis: Analysis, slug: str, agreements: Sequence[StudyAgreement]) -> StudyDocument:
     study = analysis.study
-    contents = (_importance(analysis), _allocation(analysis), _quantization(analysis), _methods(analysis))
+    contents = (_importance(analysis, agreements), _allocation(analysis), _quantization(analysis), _methods(analysis))
     sections = dict(zip(SECTION_TITLES, (*contents, _insights(analysis)), strict=True))
     return StudyDocument(
         label=plain(study.label),
@@ -53,8 +65,9 @@ def _document(analysis: Analysis, slug: str) -> StudyDocument:
     )
 
 
-def _importance(analysis: Analysis) -> tuple[Block, ...]:
+def _importance(analysis: Analysis, agreements: Sequence[StudyAgreement]) -> tuple[Block, ...]:
     figures = importance_figures(analysis)
+    across = [layer_tables.study_agreement_table(agreements)] if agreements else []
     fisher = tuple(Paragraph(_fisher_line(agreement)) for agreement in analysis.fisher)
     if not analysis.importance:
         return (*figures, *fisher)
@@ -65,6 +78,9 @@ def _importance(analysis: Analysis) -> tuple[Block, ...]:
         layer_tables.importance_table(patterns),
         layer_tables.importance_by_block_table(patterns),
         layer_tables.importance_over_time_table(patterns),
+        layer_tables.importance_course_table(patterns),
+        layer_tables.seed_agreement_table(analysis.seed_agreements),
+        *across,
     )
 
 
@@ -92,9 +108,11 @@ def _allocation(analysis: Analysis) -> tuple[Block, ...]:
     allocated = analysis.allocation
     return (
         *figures,
-        layer_tables.allocation_value_table(allocated),
-        layer_tables.rank_by_matrix_table(allocated),
-        layer_tables.allocation_table(allocated),
+        allocation_tables.allocation_value_table(allocated),
+        *([allocation_tables.control_table(controls)] if (controls := analysis.against_controls) else []),
+        allocation_tables.rank_by_matrix_table(allocated),
+        allocation_tables.allocation_table(allocated),
+        allocation_tables.allocation_course_table(allocated),
     )
 
 
@@ -131,7 +149,12 @@ def _methods(analysis: Analysis) -> tuple[Block, ...]:
         )
     accuracy, quality = tables.accuracy_table(analysis.methods), tables.quality_table(analysis.methods)
     first, *rest = figures
-    return (first, accuracy, *compared, *rest, tables.cost_table(analysis.methods), quality)
+    pairs, fronts = pair_tables.pair_blocks(analysis.pairs), pair_tables.front_blocks(analysis.fronts)
+    return (
+        first, accuracy, *compared, *pairs, *rest, tables.cost_table(analysis.methods), *fronts, quality,
+        *calibration_tables.calibration_blocks(analysis.calibration, analysis.calibration_differences),
+        calibration_tables.convergence_table(analysis.convergence),
+    )  # fmt: skip
 
 
 def _insights(analysis: Analysis) -> tuple[Block, ...]:

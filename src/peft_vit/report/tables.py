@@ -33,6 +33,11 @@ def measured(name: str, interval: Interval | None) -> dict[str, Raw]:
     return {f"{name}_n" if key == "n" else key: value for key, value in ends(name, interval).items()}
 
 
+def with_n(name: str, n: int) -> str:
+    """Return a column's heading with the number of seeds behind it."""
+    return f"{name} (n = {n})"
+
+
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
     """Return test accuracy by experiment, each seed visible."""
     return Table(

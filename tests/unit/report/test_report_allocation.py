@@ -7,7 +7,7 @@ import planted
 from peft_vit.analysis import group_by_study
 from peft_vit.analysis.allocation import allocations
 from peft_vit.records import RankEntry
-from peft_vit.report.layer_tables import allocation_table
+from peft_vit.report.allocation_tables import allocation_table
 
 ADALORA = planted.experiments()["adalora_proportional_magnitude"]
 

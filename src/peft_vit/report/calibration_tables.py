@@ -1,0 +1,191 @@
+"""Tables beside accuracy: whether confidence can be believed, and how steadily the loss came down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft_vit.analysis import Calibration, CalibrationDifferences, Comparison, Convergence
+from peft_vit.analysis.calibration import BINS, Measure
+from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS
+from peft_vit.report.document import Block, Paragraph, Raw, Table
+from peft_vit.report.numbers import joined, number_interval, percent
+from peft_vit.report.tables import OVER_SEEDS, ends, measured
+from peft_vit.statistics import Interval
+
+_TITLES: dict[Measure, str] = {
+    "nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier score",
+}  # fmt: skip
+
+
+def calibration_blocks(
+    calibrations: Sequence[Calibration], differences: Sequence[CalibrationDifferences]
+) -> tuple[Block, ...]:
+    """Return calibration by experiment, its differences to the references, reliability bins, and what is not known."""
+    if not calibrations:
+        return ()
+    without = [c.experiment.name for c in calibrations if not c.seeds]
+    some = [f"{c.experiment.name} ({len(c.without)} of {len(c.without) + len(c.seeds)})" for c in calibrations]
+    partly = [text for text, c in zip(some, calibrations, strict=True) if c.seeds and c.without]
+    said = []
+    if without or partly:
+        named = joined([*without, *partly])
+        said.append(Paragraph(f"Runs without recorded predictions, so without all but NLL and ECE: {named}."))
+    references = dict.fromkeys(family.reference for family in differences)
+    bins = _reliability_table(calibrations)
+    return (
+        _calibration_table(calibrations),
+        *(_differences_table([f for f in differences if f.reference == name], name) for name in references),
+        *([bins] if bins.rows else []),
+        *said,
+    )
+
+
+def _calibration_table(calibrations: Sequence[Calibration]) -> Table:
+    return Table(
+        slug="calibration",
+        title="Calibration on test",
+        columns=("experiment", "NLL (nats)", "ECE", "adaptive ECE", "Brier score", "overconfidence", "n"),
+        rows=tuple(
+            (
+                c.experiment.name,
+                *(_number(interval) for interval in (c.nll, c.ece, c.adaptive_ece, c.brier, c.overconfidence)),
+                str(c.nll.n),
+            )
+            for c in calibrations
+        ),
+        note=(
+            f"Smaller is better. ECE: gap between confidence and accuracy over {BINS} bins, equally wide or, adaptive, "
+            "of equal counts; it is biased upwards where bins hold few images. Brier score: mean squared error of the "
+            "probability of the predicted class; with two classes that is the usual one. Overconfidence: mean "
+            f"confidence minus accuracy, best at 0. n counts seeds. {OVER_SEEDS}"
+        ),
+        data=tuple(
+            {
+                "experiment": c.experiment.name,
+                **measured("nll", c.nll),
+                **measured("ece", c.ece),
+                **measured("adaptive_ece", c.adaptive_ece),
+                **measured("brier", c.brier),
+                **measured("overconfidence", c.overconfidence),
+                "seeds_without_predictions": " ".join(str(seed) for seed in c.without),
+            }
+            for c in calibrations
+        ),
+    )
+
+
+def _number(interval: Interval | None) -> str:
+    return "–" if interval is None else number_interval(interval, 3)
+
+
+def _differences_table(families: Sequence[CalibrationDifferences], reference: str) -> Table:
+    by_name: dict[str, dict[Measure, Comparison]] = {}
+    for family in families:
+        for comparison in family.comparisons:
+            by_name.setdefault(comparison.name, {})[family.measure] = comparison
+    shown = [family.measure for family in families]
+    return Table(
+        slug=f"calibration_against_{reference}",
+        title=f"Calibration minus that of {reference}, paired by seed",
+        columns=("experiment", *(_TITLES[measure] for measure in shown)),
+        rows=tuple((name, *(_difference(found[measure]) for measure in shown)) for name, found in by_name.items()),
+        note=(
+            "Negative is better calibrated. The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction "
+            f"over the rows, for each measure apart. {OVER_SEEDS}"
+        ),
+        data=tuple(
+            {
+                "experiment": name,
+                "reference": reference,
+                "measure": measure,
+                **ends("difference", comparison.difference),
+                "p_value": None if comparison.significance is None else comparison.significance.p_value,
+                "p_holm": comparison.adjusted_p,
+                "needed_n": None if comparison.significance is None else comparison.significance.minimum_n,
+                "verdict": {"supported": "larger", "refuted": "smaller"}.get(comparison.verdict, comparison.verdict),
+                "note": comparison.note,
+            }
+            for name, found in by_name.items()
+            for measure, comparison in found.items()
+        ),
+    )
+
+
+def _difference(comparison: Comparison) -> str:
+    if comparison.difference is None:
+        return comparison.note
+    word = {"supported": "worse", "refuted": "better", "not decided": "not decided"}[comparison.verdict]
+    p = "" if comparison.verdict == "not decided" else f" (p = {comparison.adjusted_p:.3g}, Holm)"
+    return f"{number_interval(comparison.difference, 3)}, {word}{p}"
+
+
+def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
+    known = [c for c in calibrations if c.bins]
+    filled = [m for m in range(BINS) if any(c.bins[m].count for c in known)]
+
+    def cell(c: Calibration, m: int) -> str:
+        one = c.bins[m]
+        if one.confidence is None or one.accuracy is None:
+            return "–"
+        return f"{percent(one.confidence)} / {percent(one.accuracy)} ({one.count:,})"
+
+    return Table(
+        slug="reliability",
+        title="Reliability: mean confidence / accuracy (predictions) by confidence",
+        columns=("confidence", *(c.experiment.name for c in known)),
+        rows=tuple((f"{percent(m / BINS)} to {percent((m + 1) / BINS)}", *(cell(c, m) for c in known)) for m in filled),
+        note=(
+            "Predictions of all seeds together: they share the test images, so their number is no sample size and no "
+            "interval is given. Accuracy below confidence is overconfidence."
+        ),
+        data=tuple(_bin_row(c, m) for c in known for m in range(BINS)),
+    )
+
+
+def _bin_row(c: Calibration, m: int) -> dict[str, Raw]:
+    one = c.bins[m]
+    return {
+        "experiment": c.experiment.name,
+        "low": one.low,
+        "high": one.high,
+        "count": one.count,
+        "mean_confidence": one.confidence,
+        "accuracy": one.accuracy,
+    }
+
+
+def convergence_table(convergences: Sequence[Convergence]) -> Table:
+    """Return how steadily each experiment's loss came down."""
+    return Table(
+        slug="convergence",
+        title="How steadily the loss came down",
+        columns=("experiment", "late deviation (nats)", "roughness (nats)", "near the end from step", "of steps", "n"),
+        rows=tuple(
+            (
+                c.experiment.name,
+                _number(c.late_deviation),
+                _number(c.roughness),
+                "–" if c.settled_step is None else number_interval(c.settled_step, 0),
+                str(c.steps),
+                str(len(c.seeds)),
+            )
+            for c in convergences
+        ),
+        note=(
+            "Late deviation: standard deviation of the training loss about its own line over the last third of the "
+            "steps. Roughness: spread of a step's loss about the mean of its neighbours. Both hold the noise of "
+            "minibatches. Near the end: first evaluation from which on the validation loss stays within "
+            f"{SETTLED_WITHIN_NATS} nats of its last value. – : not measurable in these records. {OVER_SEEDS}"
+        ),
+        data=tuple(
+            {
+                "experiment": c.experiment.name,
+                **measured("late_deviation", c.late_deviation),
+                **measured("roughness", c.roughness),
+                **measured("settled_step", c.settled_step),
+                "steps": c.steps,
+                "n": len(c.seeds),
+            }
+            for c in convergences
+        ),
+    )
