@@ -23,7 +23,7 @@ _ENTRY_IN = 0.16
 # Within a row only few lines need telling apart: Okabe and Ito's colors without yellow, which is faint on paper.
 _LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
-PER_METHOD = 10  # a row has room for so many names
+PER_METHOD = 8  # a row has room for so many names
 SINGLE_SEEDS = 10  # with more, a band from the lowest to the highest stands for them
 VERTICES = 12_000  # of all lines together
 Measure = Literal["training loss", "validation NLL"]

@@ -21,8 +21,9 @@ from peft_vit.report.selection import leading, many_seeds, selection_note, valid
 from peft_vit.report.style import INK, METHOD_COLORS, MUTED, PAPER, draw, is_narrow, quiet_grid
 
 _ROW_IN = 0.31
-ROWS = 48
-MAPS = 12
+ROWS = 40
+MAPS = 6
+_EVERY_RUN = " `peft-vit export --format history` writes those of every run."
 
 
 def comparison_figures(analysis: Analysis) -> tuple[Block, ...]:
@@ -45,7 +46,7 @@ def importance_figures(analysis: Analysis) -> tuple[Block, ...]:
         return (Paragraph("No figure of importance: no finished run of this study recorded importance scores."),)
     patterns = analysis.importance
     shown = leading([p.experiment.name for p in patterns], validation_means(analysis.methods), MAPS)
-    return (importance_maps([patterns[i] for i in shown], selection_note(len(shown), len(patterns))),)
+    return (importance_maps([patterns[i] for i in shown], _maps_note(len(shown), len(patterns))),)
 
 
 def allocation_figures(analysis: Analysis) -> tuple[Block, ...]:
@@ -54,7 +55,12 @@ def allocation_figures(analysis: Analysis) -> tuple[Block, ...]:
     if not mapped:
         return (Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks."),)
     shown = leading([a.experiment.name for a in mapped], validation_means(analysis.methods), MAPS)
-    return (rank_maps([mapped[i] for i in shown], selection_note(len(shown), len(mapped))),)
+    return (rank_maps([mapped[i] for i in shown], _maps_note(len(shown), len(mapped))),)
+
+
+def _maps_note(drawn: int, there: int) -> str:
+    note = selection_note(drawn, there)
+    return note and note + _EVERY_RUN
 
 
 def accuracy_by_method(methods: Sequence[MethodResult], majority: float | None) -> Drawing:

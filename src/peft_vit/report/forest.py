@@ -20,7 +20,7 @@ from peft_vit.report.selection import SEED_DOTS, leading, selection_note, valida
 from peft_vit.report.style import GRID, INK, METHOD_COLORS, MUTED, PAPER, draw, is_narrow, quiet_grid
 
 _ROW_IN = 0.31
-ROWS = 48
+ROWS = 40
 
 
 def forests(analysis: Analysis, margin: float | None = None) -> tuple[Drawing, ...]:

@@ -118,7 +118,9 @@ def laid_out(width_in: float, height_in: float, paint: Painter) -> tuple[Figure,
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     marks = paint(figure) or Marks()
     marks.claim_legends(figure)
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
     figure.set_layout_engine("none")
     return figure, marks
 
