@@ -12,7 +12,7 @@ from written_runs import read_without, run_and_write
 
 from peft_vit.adapters import adapted_modules, current_ranks, load_trained
 from peft_vit.backbones import describe, load_backbone
-from peft_vit.config import MeasuresConfig, StudyConfig, study_from_mapping
+from peft_vit.config import MeasuresConfig, PeftAdaLoraConfig, PeftLoraConfig, StudyConfig, study_from_mapping
 from peft_vit.data import LabelledImages, load_data, make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict
@@ -101,6 +101,25 @@ def test_measures_of_every_method_that_has_something_to_leave_out(study, tmp_pat
         assert record.removal.site_loss_rise.keys() == {name for name, rank in final.items() if rank}
         assert set(record.removal.group_loss_rise) == {"attention", "mlp", "all"}
         assert record.validation.n == 20
+
+
+def test_updates_of_the_peft_library_are_left_out_and_merged_too(study, tmp_path) -> None:
+    pytest.importorskip("peft")
+    config = study("linear", "lora")
+    adalora = PeftAdaLoraConfig(initial_rank=4, target_rank=2, warmup_steps=1, update_frequency=2, final_steps=2)
+    theirs = [
+        {"method": "peft_lora", "peft_lora": PeftLoraConfig(rank=2)},
+        {"method": "peft_adalora", "peft_adalora": adalora},
+    ]
+    base = config.experiments[0]
+    experiments = tuple(base.model_copy(update={"name": one["method"], **one}) for one in theirs)
+    for record in done(asking(config.model_copy(update={"experiments": experiments})), tmp_path):
+        final = record.rank_history[-1].ranks
+        assert record.removal.site_loss_rise.keys() == {name for name, rank in final.items() if rank}
+        assert {name.rsplit(".")[-1] for name in final} == {"qkv", "out", "fc1", "fc2"}
+        assert any(record.removal.site_loss_rise.values())
+        assert list(record.latency_s) == [1, 30]
+        assert record.warnings == []
 
 
 def test_removal_is_measured_at_the_chosen_weights_on_the_drawn_images(study, tmp_path) -> None:
