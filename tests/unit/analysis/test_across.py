@@ -306,6 +306,17 @@ def test_what_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
     assert [one.label for one in load_across([first, second])] == ["a", "b"]
 
 
+def test_the_same_images_in_another_folder_are_the_same_images(tmp_path: Path) -> None:
+    places = []
+    for study, folder in (("a", "here"), ("b", "there")):
+        made = records(study, {"lora_r4": A})
+        data = made[0].spec.data.model_copy(update={"dataset": "image-folder", "path": folder})
+        moved = [one.model_copy(update={"spec": one.spec.model_copy(update={"data": data})}) for one in made]
+        places.append(planted.write(tmp_path / folder, moved))
+    with pytest.raises(UserError, match=r"holds the run 'b/.* holds it as 'a/"):
+        load_across(places)
+
+
 def test_studies_of_one_name_are_told_apart_by_directory(tmp_path: Path) -> None:
     one = planted.write(tmp_path / "one", records("a", {"adalora_top_k_fisher": A}))
     two = planted.write(tmp_path / "two", records("a", {"adalora_top_k_fisher": B}, images="c"))

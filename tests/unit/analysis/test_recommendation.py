@@ -131,6 +131,13 @@ def test_no_spread_is_no_evidence() -> None:
     assert found.candidates[0].p_value is None
 
 
+def test_a_candidate_that_cannot_be_tested_counts_in_the_family() -> None:
+    values = [0.001, -0.002, 0.003]
+    alone, beside = decide([values], 0.01), decide([[0.0, 0.0, 0.0], values], 0.01)
+    assert alone.p_values[0] is not None
+    assert beside.adjusted == (None, pytest.approx(2 * alone.p_values[0]))
+
+
 def test_one_seed_gives_no_interval_and_no_decision() -> None:
     found = asked(records({BEST: 0.80, THIRD: 0.7999}, n=1))
     assert found.outcome == "not decided"
