@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -171,12 +172,9 @@ def parameters_at_equal_accuracy(
     loras = [lora.name for lora in evidence.study.fixed_rank_loras()]
     found = []
     for subject in evidence.subjects(parameters.of, needs):
-        bounds = [run.seed for run in subject.runs if (needed := _needed(evidence, run)) and needed[1]]
-        measured = by_seed(
-            subject,
-            lambda run: None if (n := _needed(evidence, run)) is None else math.log2(run.parameters.final) - n[0],
-            "without fixed LoRA at two ranks",
-        )
+        needed = {run.seed: need for run in subject.runs if (need := _needed(evidence, run)) is not None}
+        bounds = [seed for seed, (_, is_bound) in needed.items() if is_bound]
+        measured = by_seed(subject, partial(_over_needed, needed), "without fixed LoRA at two ranks")
         note = f"bounds only, the accuracy lies outside of fixed LoRA's: seeds {joined(bounds)}" if bounds else ""
         seeds = [int(label) for label in measured.labels]
         records = (*measured.records, *records_of(evidence.study, loras, seeds))
@@ -187,6 +185,10 @@ def parameters_at_equal_accuracy(
             )
         )  # fmt: skip
     return tuple(found)
+
+
+def _over_needed(needed: Mapping[int, tuple[float, bool]], run: Run) -> float | None:
+    return math.log2(run.parameters.final) - needed[run.seed][0] if run.seed in needed else None
 
 
 def _needed(evidence: Evidence, run: Run) -> tuple[float, bool] | None:

@@ -122,7 +122,7 @@ class Evidence:
         for experiment, runs in finished:
             whole = tuple(run for run in runs if not _missing(run, needs))
             if whole:
-                seeds = [run.seed for run in runs if run not in whole]
+                seeds = [run.seed for run in runs if _missing(run, needs)]
                 note = f"seeds left out, whose records lack {joined(needs)}: {joined(seeds)}" if seeds else ""
                 found.append(Subject(experiment, whole, together(note, self._unfinished(experiment))))
         if not found:
