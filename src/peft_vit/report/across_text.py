@@ -141,8 +141,8 @@ def _pooled(rows: Sequence[PooledDifference], reference: str) -> Table:
         note=(
             "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none "
             "of them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over "
-            "this table. Interquartile mean: stratified bootstrap. Mixed model: random intercept by study; its "
-            "interval is too short with few studies."
+            "this table. Interquartile mean: stratified bootstrap. Mixed model: random intercept by study, the effect "
+            "taken to be the same in all."
         ),
         data=(),
     )  # fmt: skip
