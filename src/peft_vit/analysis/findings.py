@@ -286,12 +286,11 @@ def _conclusion(findings: Sequence[Finding]) -> Conclusion:
     return Conclusion(hypothesis, overall, f"{counted} of {len(told)}" if len(told) > 1 else "", mark, told)
 
 
-def unknown_registrations(studies: Iterable[Study], registry: Registry) -> tuple[str, ...]:
-    """Return the ids that runs registered and that do not stand in this registry, such as those of a user's file."""
-    known = {hypothesis.id for hypothesis in registry.hypotheses}
+def unknown_registrations(studies: Iterable[Study], known: Iterable[str]) -> tuple[str, ...]:
+    """Return the ids that runs registered and that are not among the known ones, such as those of a user's file."""
     registered: set[str] = set()
     for study in studies:
         for run in study.runs:
             if run.record.registration is not None:
                 registered |= run.record.registration.hypotheses.keys()
-    return tuple(sorted(registered - known))
+    return tuple(sorted(registered.difference(known)))

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peft_vit.analysis.findings import Conclusion, Finding, conclude
+from peft_vit.analysis import Study
+from peft_vit.analysis.findings import Conclusion, Finding, conclude, unknown_registrations
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Paragraph, Raw, Table
@@ -30,13 +31,19 @@ _HOW = (
 )
 
 
-def findings_tables(findings: Sequence[Finding]) -> tuple[Table, ...]:
-    """Return one verdict a sentence, the findings behind them, and the sentences without data; no empty table."""
+def findings_blocks(study: Study, findings: Sequence[Finding]) -> tuple[Paragraph | Table, ...]:
+    """Return one verdict a sentence, the findings behind them, and the sentences without data; no empty table.
+
+    Sentences that runs registered and that nobody asked about here are named: they would be left out in silence.
+    """
+    unknown = unknown_registrations([study], {finding.hypothesis.id for finding in findings})
+    asked = "`peft-vit findings DIR --hypotheses FILE` tests them"
+    named = f"Registered by these runs, but not in the registry of this report: {', '.join(unknown)}; {asked}."
     concluded = conclude(findings)
     told = [one for one in concluded if one.verdict != "no data"]
     silent = [one for one in concluded if one.verdict == "no data"]
     tables = (_verdicts(told), _details(told), _without_data(silent))
-    return tuple(table for table in tables if table.rows)
+    return (*([Paragraph(named)] if unknown else []), *(table for table in tables if table.rows))
 
 
 def _verdicts(concluded: Sequence[Conclusion]) -> Table:

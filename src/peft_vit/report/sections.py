@@ -158,4 +158,4 @@ def _methods(analysis: Analysis) -> tuple[Block, ...]:
 
 
 def _insights(analysis: Analysis) -> tuple[Block, ...]:
-    return findings_tables.findings_tables(analysis.findings)
+    return findings_tables.findings_blocks(analysis.study, analysis.findings)

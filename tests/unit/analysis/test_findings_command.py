@@ -14,6 +14,7 @@ from peft_vit.analysis.findings import all_findings, conclude
 from peft_vit.analysis.hypotheses import Registry, load_registry
 from peft_vit.cli import main
 from peft_vit.records import Registration, RunRecord
+from peft_vit.report import build_report
 
 pytestmark = pytest.mark.part("analyzer")
 
@@ -201,3 +202,21 @@ def test_markup_in_a_sentence_stays_text(capsys, tmp_path) -> None:
     text = OWN.replace("LoRA is at least as accurate as full fine-tuning", "'[red]as good[/red] <b>&amp;'")
     planted.write(tmp_path / "results", records(None))
     assert "[red]as good[/red] <b>&amp;" in findings(capsys, tmp_path / "results", "--hypotheses", own(tmp_path, text))
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_shows_verdicts_findings_and_what_it_can_say_nothing_about(tmp_path) -> None:
+    planted.write(tmp_path / "results", records(load_registry(own(tmp_path)).registration()))
+    files = build_report(tmp_path / "results", tmp_path / "report")
+    page, summary = files.html.read_text(), files.markdown.read_text()
+    for text in (page, summary[summary.index("## Insights") :]):
+        assert "Every run is more accurate than always naming the most frequent class" in text
+        assert "This is the first method of its kind" in text
+        assert "not in the registry of this report: at-least-full, at-least-linear;" in text
+    (table,) = (file for file in files.tables if file.name.endswith("_findings.csv"))
+    rows = {(row["id"], row["subject"]): row for row in csv.DictReader(table.read_text().splitlines())}
+    row = rows["lora-beats-full", "lora_r8 against full_finetuning"]
+    assert float(row["estimate"]) == pytest.approx((10 + 11 + 12) / 3 / 600, rel=1e-12)
+    assert (row["verdict"], row["marked"]) == ("not decided", "registered")
