@@ -195,7 +195,7 @@ def compare_values(
         note: what restricts the comparison.
     """
     if not by_seed:
-        reason = "; ".join(part for part in (note, "no pair of runs with the same seed") if part)
+        reason = note or "no pair of runs with the same seed"
         return Comparison(name, reference, None, (), (), None, None, "not decided", reason)
     values, against = zip(*by_seed.values(), strict=True)
     differences = np.round(np.subtract(values, against), DECIMALS)

@@ -130,7 +130,7 @@ def _compare(a: _Column, b: _Column, seeds: np.ndarray, known: dict[tuple[bytes,
         refused=int(both.sum() - paired.sum()), other_draws=bool((a.draws != b.draws)[paired].any())
     )  # fmt: skip
     if not paired.any():
-        reason = "; ".join(part for part in (note, "no pair of runs with the same seed") if part)
+        reason = note or "no pair of runs with the same seed"
         return Comparison(a.name, b.name, None, (), (), None, None, "not decided", reason)
     values, against = a.accuracy[paired], b.accuracy[paired]
     differences = np.round(values - against, DECIMALS)

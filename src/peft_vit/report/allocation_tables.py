@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from peft_vit.analysis import AgainstControl, Allocation, RunAllocation
 from peft_vit.analysis.allocation import SETTLED_AT
@@ -11,6 +12,7 @@ from peft_vit.analysis.effectiveness import PARAMETERS
 from peft_vit.report.document import Raw, Table
 from peft_vit.report.numbers import count, fixed, number_interval, percent, points_interval
 from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, differences_table, ends, measured, with_n
+from peft_vit.statistics import Interval
 
 
 def allocation_table(allocations: Sequence[Allocation]) -> Table:
@@ -144,7 +146,7 @@ def control_table(rows: Sequence[AgainstControl]) -> Table:
                 str(len(r.accuracy.by_seed)),
                 r.accuracy.verdict,
                 outcome(r.accuracy) + (f" ({r.accuracy.note})" if r.accuracy.note else ""),
-                points_interval(r.per_parameter.difference),
+                _small_points(r.per_parameter.difference),
                 "–" if r.parameters_ratio is None else fixed(r.parameters_ratio),
             )
             for r in rows
@@ -172,6 +174,14 @@ def control_table(rows: Sequence[AgainstControl]) -> Table:
             for r in rows
         ),
     )  # fmt: skip
+
+
+def _small_points(share: Interval | None) -> str:
+    """Return a difference of shares in points with the decimals that a thousandth of an accuracy needs."""
+    if share is None:
+        return "not computed"
+    low, high = (None if end is None else 100 * end for end in (share.low, share.high))
+    return number_interval(replace(share, estimate=100 * share.estimate, low=low, high=high), 4)
 
 
 def _control_name(row: AgainstControl) -> str:

@@ -8,7 +8,7 @@ from peft_vit.analysis import Calibration, CalibrationDifferences, Comparison, C
 from peft_vit.analysis.calibration import BINS, Measure
 from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS
 from peft_vit.report.document import Block, Paragraph, Raw, Table
-from peft_vit.report.numbers import joined, number_interval, percent
+from peft_vit.report.numbers import fixed, joined, number_interval, percent
 from peft_vit.report.tables import OVER_SEEDS, ends, measured
 from peft_vit.statistics import Interval
 
@@ -90,8 +90,8 @@ def _differences_table(families: Sequence[CalibrationDifferences], reference: st
         columns=("experiment", *(_TITLES[measure] for measure in shown)),
         rows=tuple((name, *(_difference(found[measure]) for measure in shown)) for name, found in by_name.items()),
         note=(
-            "Negative is better calibrated. The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction "
-            f"over the rows, for each measure apart. {OVER_SEEDS}"
+            "Negative is better calibrated; p-values are in the CSV file. The exact Wilcoxon signed-rank test at 5 % "
+            f"decides, with Holm's correction over the rows, for each measure apart. {OVER_SEEDS}"
         ),
         data=tuple(
             {
@@ -115,8 +115,7 @@ def _difference(comparison: Comparison) -> str:
     if comparison.difference is None:
         return comparison.note
     word = {"supported": "worse", "refuted": "better", "not decided": "not decided"}[comparison.verdict]
-    p = "" if comparison.verdict == "not decided" else f" (p = {comparison.adjusted_p:.3g}, Holm)"
-    return f"{number_interval(comparison.difference, 3)}, {word}{p}"
+    return f"{number_interval(comparison.difference, 3)}, {word}"
 
 
 def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
@@ -132,8 +131,8 @@ def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
     return Table(
         slug="reliability",
         title="Reliability: mean confidence / accuracy (predictions) by confidence",
-        columns=("confidence", *(c.experiment.name for c in known)),
-        rows=tuple((f"{percent(m / BINS)} to {percent((m + 1) / BINS)}", *(cell(c, m) for c in known)) for m in filled),
+        columns=("experiment", *(f"{fixed(100 * m / BINS, 0)} to {percent((m + 1) / BINS)}" for m in filled)),
+        rows=tuple((c.experiment.name, *(cell(c, m) for m in filled)) for c in known),
         note=(
             "Predictions of all seeds together: they share the test images, so their number is no sample size and no "
             "interval is given. Accuracy below confidence is overconfidence."

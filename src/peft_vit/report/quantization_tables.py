@@ -146,7 +146,7 @@ def _difference(measure: _Measure, q: QuantizationImpact) -> str:
 def _word(comparison: Comparison) -> str:
     if comparison.verdict == "not decided":
         return "not decided"
-    return f"{'more' if comparison.verdict == 'supported' else 'less'} ({outcome(comparison)})"
+    return f"{'more' if comparison.verdict == 'supported' else 'less'}, {outcome(comparison)}"
 
 
 def _against_float_row(q: QuantizationImpact, measure: _Measure) -> dict[str, Raw]:
