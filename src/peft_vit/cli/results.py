@@ -1,8 +1,9 @@
-"""Commands that read records; none of them imports torch."""
+"""Commands that read records; none of them imports torch, except `report` for pictures of images that are at hand."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_vit.cli.app import ResultsDir, app
+from peft_vit.errors import UserError
 
 if TYPE_CHECKING:
     from peft_vit.analysis import Results
+    from peft_vit.records import RunRecord
 
 
 def say_left_out(results: Results) -> None:
@@ -39,6 +42,18 @@ def analyze(
     say_left_out(files.results)
 
 
+def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
+    """Get pictures of a run's images, if they are on this machine; only here does a report need torch."""
+    try:
+        from peft_vit.data import thumbnails
+    except ImportError as error:
+        raise UserError(f"the images can't be opened here ({error})") from None
+    spec, origin = record.spec, record.provenance
+    return thumbnails(
+        spec.data, positions, data_sha256="" if origin is None else origin.data_sha256, smoke=spec.smoke
+    )  # fmt: skip
+
+
 @app.command()
 def report(
     results_dir: ResultsDir,
@@ -50,6 +65,10 @@ def report(
             help="also every figure for a paper: PDF, SVG, PNG, one and two columns wide, with captions",
         ),
     ] = False,
+    examples: Annotated[
+        bool,
+        typer.Option(help="pictures of test images on the page, if they are on this machine; takes seconds"),
+    ] = True,
 ) -> None:
     """Write the report: one HTML file that needs no network, Markdown, and every figure as PNG and SVG.
 
@@ -57,7 +76,10 @@ def report(
     """
     from peft_vit.report import build_report
 
-    files = build_report(results_dir, output_dir or results_dir / "report", publication=publication)
+    files = build_report(
+        results_dir, output_dir or results_dir / "report", publication=publication,
+        thumbnails=_thumbnails if examples else None,
+    )  # fmt: skip
     print(f"Report: {files.html}\nMarkdown: {files.markdown}")
     say_left_out(files.results)
 

@@ -7,6 +7,7 @@ from peft_vit.data.loading import Data, load_data, smoke_config
 from peft_vit.data.pixels import to_pixels
 from peft_vit.data.registry import DATASETS, DatasetInfo, open_index
 from peft_vit.data.splits import Splits, make_splits, stratified_draw
+from peft_vit.data.thumbnails import thumbnails
 
 __all__ = [
     "DATASETS",
@@ -24,5 +25,6 @@ __all__ = [
     "open_index",
     "smoke_config",
     "stratified_draw",
+    "thumbnails",
     "to_pixels",
 ]

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from peft_vit.errors import UserError
 from peft_vit.foreign_files import LARGEST_BYTES, read_bytes, require_regular
-from peft_vit.packages import cache_dir, sha256_of
+from peft_vit.packages import cache_dir, check_download, sha256_of
 from peft_vit.records import write_atomically
 
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # hidden files, and what macOS adds to zips
@@ -211,6 +211,7 @@ def downloaded(url: str, md5: str) -> Path:
     file = cache_dir() / "downloads" / name
     if file.is_file():
         return file
+    check_download(name)
     from torchvision.datasets.utils import download_url
 
     file.parent.mkdir(parents=True, exist_ok=True)

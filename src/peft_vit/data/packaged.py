@@ -18,7 +18,7 @@ from peft_vit.data.files import content_sha256, open_tree
 from peft_vit.data.index import ImageIndex, decode_image
 from peft_vit.errors import UserError
 from peft_vit.foreign_files import LARGEST_BYTES, require_regular
-from peft_vit.packages import ELPV_WHEEL, cache_dir, fetch_wheel
+from peft_vit.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
 
 _FASHION_CLASSES = (
     "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -123,9 +123,11 @@ def _fashion_folder() -> Path:
     for share in shares:
         if (share / "datasets" / "fashion-mnist").is_dir():
             return share / "datasets" / "fashion-mnist"
+    root = cache_dir() / "downloads"
+    if not (root / "FashionMNIST" / "raw").is_dir():
+        check_download("Fashion-MNIST")
     from torchvision.datasets import FashionMNIST
 
-    root = cache_dir() / "downloads"
     try:
         FashionMNIST(str(root), download=True)  # checks each file's md5
     except (OSError, RuntimeError) as error:

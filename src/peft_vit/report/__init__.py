@@ -13,12 +13,13 @@ from peft_vit.analysis import Results, analyze, load_results
 from peft_vit.errors import UserError
 from peft_vit.records import HTML_FILE, MARKDOWN_FILE, write_atomically
 from peft_vit.report.document import Drawing, StudyDocument, Table
+from peft_vit.report.examples import Thumbnails
 from peft_vit.report.html import write_html
 from peft_vit.report.markdown import write_markdown
 from peft_vit.report.publication import write_publication
 from peft_vit.report.sections import study_documents
 
-__all__ = ["ReportFiles", "build_report", "write_analysis"]
+__all__ = ["ReportFiles", "Thumbnails", "build_report", "write_analysis"]
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,22 @@ class ReportFiles:
     publication: tuple[Path, ...] = ()
 
 
-def build_report(results_dir: Path, output_dir: Path, *, publication: bool = False) -> ReportFiles:
+def build_report(
+    results_dir: Path, output_dir: Path, *, publication: bool = False, thumbnails: Thumbnails | None = None
+) -> ReportFiles:  # fmt: skip
     """Write the report on all records below a directory that can be read: HTML, Markdown, figures, tables.
 
     Args:
         results_dir: where records lie, at any depth.
         output_dir: where to write; files of an earlier report are replaced.
         publication: also draw every figure at the widths of a paper, which takes several times as long.
+        thumbnails: gets pictures of test images for the page, from where the images lie; None: no pictures.
 
     Raises:
         UserError: if there is no record that can be read, or if the output can't be written.
     """
     results = load_results(results_dir)
-    documents = _documents(results)
+    documents = _documents(results, thumbnails)
     html = output_dir / HTML_FILE
     with _writing_to(output_dir):
         write_atomically(html, write_html(documents).encode())
@@ -86,8 +90,8 @@ def _writing_to(output_dir: Path) -> Iterator[None]:
         raise UserError(problem, file=output_dir) from None
 
 
-def _documents(results: Results) -> tuple[StudyDocument, ...]:
-    return study_documents([analyze(study) for study in results.studies])
+def _documents(results: Results, thumbnails: Thumbnails | None = None) -> tuple[StudyDocument, ...]:
+    return study_documents([analyze(study) for study in results.studies], thumbnails)
 
 
 def _write_parts(

@@ -141,7 +141,26 @@ class Drawing:
     kind: Literal["figure"] = "figure"
 
 
-Block = Paragraph | Table | Drawing
+@dataclass(frozen=True)
+class Picture:
+    """An image of the data set as PNG, and what is to be said of it."""
+
+    png: bytes
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures in groups, for the page only; `caption` says how they were chosen and whose they are."""
+
+    slug: str
+    title: str
+    caption: str
+    groups: tuple[tuple[str, tuple[Picture, ...]], ...]
+    kind: Literal["gallery"] = "gallery"
+
+
+Block = Paragraph | Table | Drawing | Gallery
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -27,6 +28,7 @@ def write_html(documents: Sequence[StudyDocument]) -> str:
     return environment.from_string(source).render(
         documents=documents,
         page_order=PAGE_ORDER,
+        data_uri=data_uri,
         inline_svg=inline_svg,
         embedded=embedded,
         theme=THEME,
@@ -39,6 +41,11 @@ def soft(text: str) -> Markup:
     """Return escaped text that may break after an underscore, and not between a number and its unit."""
     safe = str(escape(text)).replace("_", "_<wbr>")
     return Markup(re.sub(r"n = (\d)", "n\u00a0=\u00a0\\1", re.sub(r"(?<=\d) %", "\u00a0%", safe)))
+
+
+def data_uri(png: bytes) -> str:
+    """Return an image as an address that is the image."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def inline_svg(document: StudyDocument, drawing: Drawing) -> Markup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Paragraph, StudyDocument, Table
+from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Gallery, Paragraph, StudyDocument, Table
 
 
 def escaped(text: str) -> str:
@@ -59,6 +59,8 @@ def _block(block: Block, document: StudyDocument, figure_path: Callable[[StudyDo
         return escaped(block.text)
     if isinstance(block, Table):
         return f"**{escaped(block.title)}**\n\n{_rows(block.columns, block.rows)}\n\n{escaped(block.note)}"
+    if isinstance(block, Gallery):
+        return f"{escaped(block.title)}: the pictures stand in report.html. {escaped(block.caption)}"
     return (
         f"![{escaped(block.title)}]({figure_path(document, block)})\n\n{escaped(block.title)}. {escaped(block.caption)}"
     )

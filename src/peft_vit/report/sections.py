@@ -19,14 +19,15 @@ from peft_vit.report import (
     tables,
 )
 from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
+from peft_vit.report.examples import Thumbnails, example_blocks
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
 from peft_vit.report.forest import forests
 from peft_vit.report.numbers import counted, fixed, joined, plain
 from peft_vit.report.progress import progress
 
 
-def study_documents(analyses: Sequence[Analysis]) -> tuple[StudyDocument, ...]:
-    """Return one document a study, each with a slug of its own."""
+def study_documents(analyses: Sequence[Analysis], thumbnails: Thumbnails | None = None) -> tuple[StudyDocument, ...]:
+    """Return one document a study, each with a slug of its own; `thumbnails` gets pictures of test images."""
     taken: set[str] = set()
     documents = []
     agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
@@ -37,7 +38,7 @@ def study_documents(analyses: Sequence[Analysis]) -> tuple[StudyDocument, ...]:
             slug, number = f"{base}_{number}", number + 1
         taken.add(slug)
         mine = [a for a in agreements if analysis.study.label in (a.study, a.other)]
-        documents.append(_document(analysis, slug, mine))
+        documents.append(_document(analysis, slug, mine, thumbnails))
     return tuple(documents)
 
 
@@ -46,9 +47,12 @@ def slug_of(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:64] or "study"
 
 
-def _document(analysis: Analysis, slug: str, agreements: Sequence[StudyAgreement]) -> StudyDocument:
+def _document(
+    analysis: Analysis, slug: str, agreements: Sequence[StudyAgreement], thumbnails: Thumbnails | None
+) -> StudyDocument:  # fmt: skip
     study = analysis.study
-    contents = (_importance(analysis, agreements), _allocation(analysis), _quantization(analysis), _methods(analysis))
+    methods = (*_methods(analysis), *example_blocks(analysis, thumbnails))
+    contents = (_importance(analysis, agreements), _allocation(analysis), _quantization(analysis), methods)
     sections = dict(zip(SECTION_TITLES, (*contents, _insights(analysis)), strict=True))
     return StudyDocument(
         label=plain(study.label),

@@ -48,7 +48,7 @@ def facts(study: Study) -> tuple[tuple[str, str], ...]:
         ("Backbone", _distinct([one.backbone.model for one in asked])),
         ("Weights", _distinct([_weights(run) for run in runs]) or "unknown: no run has finished"),
         ("Images", _distinct([_images(study, one.data.dataset, one.data.image_size) for one in asked])),
-        ("Licence of the images", _distinct([_licence(study, one.data.dataset) for one in asked])),
+        ("Licence of the images", _distinct([licence(study, one.data.dataset) for one in asked])),
         ("Split", _distinct([_split(run) for run in runs])),
         ("Classes", _distinct([_classes(run) for run in runs])),
         ("Experiments", f"{len(study.experiments)}: {joined(e.name for e in study.experiments)}"),
@@ -75,7 +75,8 @@ def _images(study: Study, dataset: str, size: int) -> str:
     return f"{kind}{dataset}, {size} × {size} pixels"
 
 
-def _licence(study: Study, dataset: str) -> str:
+def licence(study: Study, dataset: str) -> str:
+    """Return the terms of a data set's images."""
     return "synthetic images, none needed" if study.smoke else LICENCES.get(dataset, "unknown: look it up")
 
 

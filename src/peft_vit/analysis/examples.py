@@ -1,0 +1,125 @@
+"""Where two experiments are right and wrong on the same test images: counts of all, and a few to look at.
+
+The counts are those of McNemar's table; nothing is tested with them, since the images of one test split are shared by
+all seeds and the comparison over seeds stands elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from peft_vit.analysis.studies import Run, Study
+from peft_vit.records import Predictions
+
+Group = Literal["both right", "only the best right", "only the baseline right", "both wrong"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+MOST_SHOWN = 6  # images of a group
+
+
+@dataclass(frozen=True)
+class PredictedImage:
+    """One test image of one seed, and what both made of it; `position` is that in the data set."""
+
+    position: int
+    label: int
+    best: int
+    best_probability: float
+    baseline: int
+    baseline_probability: float
+
+    @property
+    def group(self) -> Group:
+        """Return which of both is right."""
+        right = (self.best == self.label, self.baseline == self.label)
+        return {(True, True): GROUPS[0], (True, False): GROUPS[1], (False, True): GROUPS[2]}.get(right, GROUPS[3])
+
+    @property
+    def confidence_gap(self) -> float:
+        """Return how far apart the probabilities are that both gave to what they predicted."""
+        return abs(self.best_probability - self.baseline_probability)
+
+
+@dataclass(frozen=True)
+class ImageExamples:
+    """The best experiment beside a baseline, image by image.
+
+    Attributes:
+        best: name, chosen on validation.
+        baseline: name.
+        seeds: those that both have predictions of, on the same images; the first is the one that is shown.
+        left_out: seeds that both have finished, and why they are no part of this.
+        images: of the first seed, in the order of the test split.
+        counts: images in each group, by seed.
+        run: the run of the best with the first seed, which says which images these are.
+    """
+
+    best: str
+    baseline: str
+    seeds: tuple[int, ...]
+    left_out: tuple[str, ...]
+    images: tuple[PredictedImage, ...]
+    counts: dict[int, dict[Group, int]]
+    run: Run
+
+    def shown(self, group: Group) -> tuple[PredictedImage, ...]:
+        """Return up to MOST_SHOWN images of a group: the largest confidence gap first, the lower position among equals.
+
+        The rule is fixed, so that nobody picks the images that suit a method.
+        """
+        own = [image for image in self.images if image.group == group]
+        return tuple(sorted(own, key=lambda image: (-image.confidence_gap, image.position))[:MOST_SHOWN])
+
+
+def image_examples(study: Study, best: str) -> ImageExamples | str:
+    """Return the best experiment beside a baseline; as text why not, where that is impossible.
+
+    Args:
+        study: finished runs.
+        best: the name of the experiment that validation chose.
+    """
+    baseline = _baseline(study, best)
+    if baseline is None:
+        return "no linear probe and no LoRA has finished beside it that it could be set against"
+    by_seed = {run.seed: run for run in study.of(baseline)}
+    pairs = [(run, by_seed[run.seed]) for run in study.of(best) if run.seed in by_seed]
+    left_out, usable = [], []
+    for run, other in pairs:
+        problem = _why_not(run.record.predictions, other.record.predictions)
+        if problem:
+            left_out.append(f"seed {run.seed}: {problem}")
+        else:
+            usable.append((run, other))
+    if not usable:
+        return "; ".join(left_out) or f"no seed has finished both for it and for {baseline}"
+    images = {run.seed: _images(run, other) for run, other in usable}
+    counts = {
+        seed: {group: sum(image.group == group for image in own) for group in GROUPS} for seed, own in images.items()
+    }
+    first = usable[0][0]
+    return ImageExamples(best, baseline, tuple(images), tuple(left_out), images[first.seed], counts, first)
+
+
+def _baseline(study: Study, best: str) -> str | None:
+    """Return the linear probe, or else the smallest LoRA; never the best itself."""
+    candidates = [*study.with_method("linear"), *study.fixed_rank_loras()]
+    return next((e.name for e in candidates if e.name != best), None)
+
+
+def _why_not(one: Predictions | None, other: Predictions | None) -> str:
+    if one is None or other is None:
+        return "the records do not hold predictions"
+    if (one.images, one.labels) != (other.images, other.labels):
+        return "the two runs were tested on different images"
+    lengths = {len(column) for p in (one, other) for column in (p.images, p.labels, p.predicted, p.probability)}
+    return "" if len(lengths) == 1 and 0 not in lengths else "the predictions are not one for each image"
+
+
+def _images(run: Run, other: Run) -> tuple[PredictedImage, ...]:
+    one, two = run.record.predictions, other.record.predictions
+    assert one is not None
+    assert two is not None
+    columns = zip(
+        one.images, one.labels, one.predicted, one.probability, two.predicted, two.probability, strict=True
+    )  # fmt: skip
+    return tuple(PredictedImage(*row) for row in columns)

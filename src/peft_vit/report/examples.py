@@ -1,0 +1,135 @@
+"""Test images on which the best experiment and a baseline agree and differ: counts, a table, and pictures at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from peft_vit.analysis import Analysis
+from peft_vit.analysis.examples import GROUPS, ImageExamples, PredictedImage, image_examples
+from peft_vit.errors import UserError
+from peft_vit.records import RunRecord
+from peft_vit.report.document import Block, Gallery, Paragraph, Picture, Table
+from peft_vit.report.numbers import joined, percent, plain
+from peft_vit.report.summary import best_on_validation, licence
+
+# From a run's record and positions in its data set to PNG files; raises UserError if the images are not at hand.
+Thumbnails = Callable[[RunRecord, Sequence[int]], list[bytes]]
+
+
+def example_blocks(analysis: Analysis, thumbnails: Thumbnails | None) -> tuple[Block, ...]:
+    """Return what is to be shown of single test images; a sentence where that is nothing."""
+    best = best_on_validation(analysis.methods)
+    if best is None:
+        return ()
+    found = image_examples(analysis.study, best.experiment.name)
+    if isinstance(found, str):
+        return (Paragraph(f"No examples of test images for {plain(best.experiment.name)}: {found}."),)
+    gallery = _gallery(found, thumbnails, licence(analysis.study, found.run.record.spec.data.dataset))
+    return (_counts_table(found), gallery, _images_table(found))
+
+
+def _counts_table(found: ImageExamples) -> Table:
+    """Return how many test images each of both gets right, by seed."""
+    names = [plain(name) for name in (found.best, found.baseline)]
+    columns = ("Both right", f"Only {names[0]} right", f"Only {names[1]} right", "Both wrong")
+    seeds = [*found.counts.items()]
+    left_out = f" Left out: {joined(found.left_out)}." if found.left_out else ""
+    return Table(
+        slug="agreement",
+        title=f"Test images that {names[0]} and {names[1]} get right",
+        columns=("Seed", *columns, "Images"),
+        rows=tuple(
+            (str(seed), *(f"{counts[group]:,}" for group in GROUPS), f"{sum(counts.values()):,}")
+            for seed, counts in seeds
+        ),
+        note=f"{names[0]} is the best on validation, {names[1]} the baseline: the linear probe, or without one the "
+        "LoRA of smallest rank. Both runs of a row share the seed and the images. The middle two columns are what "
+        f"McNemar's test would take; no test is made here.{left_out}",
+        data=tuple(
+            {"best": found.best, "baseline": found.baseline, "seed": seed,
+             **{group.replace(" ", "_"): counts[group] for group in GROUPS}, "images": sum(counts.values())}
+            for seed, counts in seeds
+        ),
+    )  # fmt: skip
+
+
+def _chosen(found: ImageExamples) -> list[PredictedImage]:
+    return [image for group in GROUPS for image in found.shown(group)]
+
+
+def _images_table(found: ImageExamples) -> Table:
+    """Return the images that are shown; the file has every test image of that seed."""
+    names = found.run.record.class_names
+    return Table(
+        slug="examples",
+        title=f"Predictions of these images, seed {found.seeds[0]}",
+        columns=("Group", "Image", "Truth", plain(found.best), plain(found.baseline)),
+        rows=tuple(
+            (
+                image.group, str(image.position), _class(names, image.label),
+                f"{_class(names, image.best)}, {percent(image.best_probability)}",
+                f"{_class(names, image.baseline)}, {percent(image.baseline_probability)}",
+            )
+            for image in _chosen(found)
+        ),
+        note="Image: its position in the data set, counted from 0. Percent: the probability that the model gave to "
+        "what it predicted, not calibrated. The CSV file holds every test image of this seed.",
+        data=tuple(
+            {
+                "position": image.position, "group": image.group, "label": image.label, "best": image.best,
+                "best_probability": image.best_probability, "baseline": image.baseline,
+                "baseline_probability": image.baseline_probability,
+            }
+            for image in found.images
+        ),
+    )  # fmt: skip
+
+
+def _class(names: Sequence[str], number: int) -> str:
+    return plain(names[number]) if 0 <= number < len(names) else f"class {number}"
+
+
+def _gallery(found: ImageExamples, thumbnails: Thumbnails | None, terms: str) -> Block:
+    chosen = _chosen(found)
+    rule = (
+        f"Seed {found.seeds[0]}, the first. Of each group the images on which the probabilities of both predictions "
+        "lie farthest apart, the lower position among equals; so they are no typical images."
+    )
+    if thumbnails is None:
+        return Paragraph(f"{rule} No pictures: none were asked for.")
+    try:
+        pictures = thumbnails(found.run.record, [image.position for image in chosen])
+    except UserError as error:
+        return Paragraph(f"{rule} No pictures: {plain(str(error))}.")
+    names = found.run.record.class_names
+    by_position = dict(zip([image.position for image in chosen], pictures, strict=True))
+    groups = tuple(
+        (
+            f"{_title(group, found)}: {found.counts[found.seeds[0]][group]:,} of {len(found.images):,} images",
+            tuple(
+                Picture(
+                    by_position[image.position],
+                    (
+                        f"image {image.position}: {_class(names, image.label)}",
+                        f"best: {_class(names, image.best)}, {percent(image.best_probability)}",
+                        f"baseline: {_class(names, image.baseline)}, {percent(image.baseline_probability)}",
+                    ),
+                )
+                for image in found.shown(group)
+            ),
+        )
+        for group in GROUPS
+    )
+    return Gallery(
+        slug="pictures",
+        title=f"Images, and what {plain(found.best)} (best) and {plain(found.baseline)} (baseline) made of them",
+        caption=f"{rule} Licence of the images: {terms}. They stand here, scaled down, to look at a model's errors, "
+        "which is research; whoever passes this page on passes them on.",
+        groups=groups,
+    )
+
+
+def _title(group: str, found: ImageExamples) -> str:
+    names = {"only the best right": f"Only {plain(found.best)} right",
+             "only the baseline right": f"Only {plain(found.baseline)} right"}  # fmt: skip
+    return names.get(group, group.capitalize())

@@ -1,0 +1,156 @@
+"""Example images: the four groups are counted, what is shown follows from the stated rule, nothing is fetched."""
+
+import base64
+import csv
+import io
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+from PIL import Image
+
+from peft_vit.analysis import group_by_study
+from peft_vit.analysis.examples import GROUPS, MOST_SHOWN, ImageExamples, image_examples
+from peft_vit.errors import UserError
+from peft_vit.records import Predictions, RunRecord
+from peft_vit.report import build_report
+
+EXPERIMENTS = planted.experiments()
+N = 40
+POSITIONS = list(range(500, 500 + 3 * N, 3))
+LABELS = [i % 2 for i in range(N)]
+
+
+def predictions(seed: int, wrong: set[int]) -> Predictions:
+    rng = np.random.default_rng(seed)
+    return Predictions(
+        images=POSITIONS, labels=LABELS,
+        predicted=[1 - label if i in wrong else label for i, label in enumerate(LABELS)],
+        probability=[float(p) for p in rng.uniform(0.5, 1, N)],
+    )  # fmt: skip
+
+
+def with_predictions(name: str, seed: int, accuracy: float, wrong: set[int]) -> RunRecord:
+    record = planted.record(EXPERIMENTS[name], seed, accuracy)
+    return record.model_copy(update={"predictions": predictions(round(1000 * accuracy) + seed, wrong)})
+
+
+# Wrong in both: 0, 1; only the baseline right: 2; only the best right: 3..11; of the other 28 both are right.
+RECORDS = [
+    with_predictions("linear_probe", 0, 0.7, {0, 1, *range(3, 12)}),
+    with_predictions("lora_r8", 0, 0.8, {0, 1, 2}),
+    with_predictions("linear_probe", 1, 0.7, {5}),
+    with_predictions("lora_r8", 1, 0.8, set()),
+]
+COUNTS = {0: [28, 9, 1, 2], 1: [39, 1, 0, 0]}
+
+
+def examples(records: list[RunRecord], best: str = "lora_r8") -> ImageExamples | str:
+    (study,) = group_by_study(records, source=Path("results"))
+    return image_examples(study, best)
+
+
+def test_the_four_groups_are_counted_for_every_seed() -> None:
+    found = examples(RECORDS)
+    assert isinstance(found, ImageExamples)
+    assert (found.best, found.baseline, found.seeds) == ("lora_r8", "linear_probe", (0, 1))
+    assert {seed: list(counts.values()) for seed, counts in found.counts.items()} == COUNTS
+    assert {image.position for image in found.images if image.group == GROUPS[2]} == {POSITIONS[2]}
+
+
+def test_what_is_shown_follows_from_the_rule() -> None:
+    found = examples(RECORDS)
+    assert isinstance(found, ImageExamples)
+    best, baseline = RECORDS[1].predictions, RECORDS[0].predictions
+    assert best is not None
+    assert baseline is not None
+    gap = np.abs(np.array(best.probability) - np.array(baseline.probability))
+    only_best = range(3, 12)
+    expected = [POSITIONS[i] for i in sorted(only_best, key=lambda i: (-gap[i], POSITIONS[i]))][:6]
+    assert [image.position for image in found.shown(GROUPS[1])] == expected
+    assert len(found.shown(GROUPS[0])) == MOST_SHOWN
+    assert {image.position for image in found.shown(GROUPS[3])} == {POSITIONS[0], POSITIONS[1]}
+
+
+def test_without_a_linear_probe_the_smallest_lora_is_the_baseline() -> None:
+    records = [
+        with_predictions(name, 0, a, set()) for name, a in (("lora_r4", 0.7), ("lora_r1", 0.6), ("lora_r8", 0.8))
+    ]
+    found = examples(records)
+    assert isinstance(found, ImageExamples)
+    assert found.baseline == "lora_r1"
+    assert isinstance(examples(records[1:2], "lora_r1"), str)
+
+
+def test_runs_on_different_images_are_left_out_by_name() -> None:
+    assert RECORDS[2].predictions is not None
+    other = RECORDS[2].predictions.model_copy(update={"images": [p + 1 for p in POSITIONS]})
+    records = [*RECORDS[:2], RECORDS[2].model_copy(update={"predictions": other}), RECORDS[3]]
+    found = examples(records)
+    assert isinstance(found, ImageExamples)
+    assert (found.seeds, found.left_out) == ((0,), ("seed 1: the two runs were tested on different images",))
+    none = [record.model_copy(update={"predictions": None}) for record in RECORDS[:2]]
+    assert examples(none) == "seed 0: the records do not hold predictions"
+
+
+def grey(position: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (4, 3), position % 256).save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_the_page_shows_each_chosen_image_with_both_predictions(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def thumbnails(record: RunRecord, positions: list[int]) -> list[bytes]:
+        assert (record.spec.experiment.name, record.spec.seed) == ("lora_r8", 0)
+        asked.extend(positions)
+        return [grey(position) for position in positions]
+
+    results = planted.write(tmp_path / "results", RECORDS)
+    files = build_report(results, tmp_path / "report", thumbnails=thumbnails)
+    assert files.html is not None
+    page = files.html.read_text().replace("<wbr>", "")
+    shown = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="image (\d+): [a-z]+">', page)
+    assert [(base64.b64decode(data), int(position)) for data, position in shown] == [(grey(p), p) for p in asked]
+    assert len(asked) == 6 + 6 + 1 + 2
+    assert "Only lora_r8 right: 9 of 40 images" in page
+    assert "CC BY-NC-SA 4.0: research only" in page[page.index('class="gallery"') :]
+    table = next(f for f in files.tables if f.name == "quickstart_examples.csv")
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert Counter(row["group"] for row in rows) == dict(zip(GROUPS, COUNTS[0], strict=True))
+    by_seed = list(csv.DictReader(next(f for f in files.tables if "agreement.csv" in f.name).read_text().splitlines()))
+    assert [[int(row[group.replace(" ", "_")]) for group in GROUPS] for row in by_seed] == list(COUNTS.values())
+
+
+def test_without_pictures_the_page_says_why_and_keeps_the_table(tmp_path: Path) -> None:
+    def absent(record: RunRecord, positions: list[int]) -> list[bytes]:
+        raise UserError("is not on this machine, and is not downloaded for this", file="elpv-dataset==1.0.0.post1")
+
+    results = planted.write(tmp_path / "results", RECORDS)
+    for thumbnails, why in ((absent, "elpv-dataset==1.0.0.post1: is not on this machine"), (None, "none were asked")):
+        files = build_report(results, tmp_path / "report", thumbnails=thumbnails)
+        assert files.html is not None
+        page = files.html.read_text().replace("<wbr>", "")
+        assert f"No pictures: {why}" in page
+        assert "<img" not in page
+        assert f"| both wrong | {POSITIONS[0]} | functional | defective, " in files.markdown.read_text()
+
+
+def test_hostile_class_names_are_escaped(tmp_path: Path) -> None:
+    hostile = [r.model_copy(update={"class_names": ['"><script>x', "b"]}) for r in RECORDS]
+    results = planted.write(tmp_path / "results", hostile)
+    files = build_report(results, tmp_path / "report", thumbnails=lambda _, positions: [grey(p) for p in positions])
+    assert files.html is not None
+    assert '"><script>x' not in files.html.read_text()
+
+
+@pytest.mark.parametrize("field", ["predicted", "probability"])
+def test_predictions_that_are_cut_short_are_named(field: str) -> None:
+    assert RECORDS[1].predictions is not None
+    cut = RECORDS[1].predictions.model_copy(update={field: getattr(RECORDS[1].predictions, field)[:-1]})
+    records = [RECORDS[0], RECORDS[1].model_copy(update={"predictions": cut})]
+    assert examples(records) == "seed 0: the predictions are not one for each image"
