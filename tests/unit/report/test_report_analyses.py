@@ -1,0 +1,173 @@
+"""Tables of pairs, fronts, calibration, controls and low bits: what they say, and that CSV values are the records'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+
+from peft_vit.analysis import Analysis, analyze, group_by_study
+from peft_vit.analysis.pairs import AllPairs, all_pairs
+from peft_vit.records import Predictions, RunRecord
+from peft_vit.report.allocation_tables import allocation_course_table, control_table
+from peft_vit.report.calibration_tables import calibration_blocks
+from peft_vit.report.document import Block, Paragraph, Table
+from peft_vit.report.layer_tables import seed_agreement_table
+from peft_vit.report.pair_tables import front_blocks, pair_blocks
+from peft_vit.report.quantization_tables import against_float_table, balance_table, quantization_cost_table
+
+EXPERIMENTS = planted.experiments()
+
+
+def analysis_of(records: list[RunRecord]) -> Analysis:
+    (study,) = group_by_study(records, source=Path("results"))
+    return analyze(study)
+
+
+def pairs_of(records: list[RunRecord], **options: int) -> AllPairs:
+    (study,) = group_by_study(records, source=Path("results"))
+    return all_pairs(study, **options)
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> Analysis:
+    return analysis_of(planted.quickstart())
+
+
+def table(blocks: tuple[Block, ...], slug: str) -> Table:
+    (found,) = [block for block in blocks if isinstance(block, Table) and block.slug == slug]
+    return found
+
+
+def three(n: int) -> list[RunRecord]:
+    """Two experiments alike, one far behind."""
+    values = {"linear_probe": 0.70, "lora_r2": 0.80, "lora_r8": 0.80}
+    return [
+        planted.record(EXPERIMENTS[name], seed, value + 0.01 * (-1) ** (seed + (name == "lora_r2")))
+        for name, value in values.items()
+        for seed in range(n)
+    ]
+
+
+def test_few_experiments_stand_in_a_matrix_whose_halves_mirror_one_another() -> None:
+    matrix = table(pair_blocks(pairs_of(three(8))), "all_pairs")
+    assert matrix.columns == ("experiment", "1", "2", "3")
+    first, second, third = matrix.rows
+    assert first[1] == second[2] == third[3] == "–"
+    assert (first[3], third[1]) == ("−10.0 ▼", "+10.0 ▲"), "alike in every seed: 3 x 2 / 2^8 is below 5 %"
+    assert (second[3], third[2]) == ("0.0", "0.0")
+    assert "2 of 3 pairs are decided" in matrix.note
+
+
+def test_the_better_one_stands_first_among_decided_pairs() -> None:
+    decided = table(pair_blocks(pairs_of(three(8))), "decided_pairs")
+    assert {(row[0], row[1]) for row in decided.rows} == {("lora_r2", "linear_probe"), ("lora_r8", "linear_probe")}
+    for row in decided.rows:
+        assert row[2].startswith("+10.0 [")
+        assert row[5] == "100.0 %", "improvement counts for the better one"
+
+
+def test_without_enough_seeds_the_needed_number_is_told() -> None:
+    matrix = table(pair_blocks(pairs_of(three(2))), "all_pairs")
+    assert "0 of 3 pairs are decided" in matrix.note
+    assert "at least 7 seeds" in matrix.note, "3 x 2 / 2^7 <= 0.05 < 3 x 2 / 2^6"
+
+
+def test_too_many_pairs_are_refused_in_words() -> None:
+    (said,) = pair_blocks(pairs_of(three(2), most=2))
+    assert isinstance(said, Paragraph)
+    assert "3 experiments make 3 pairs" in said.text
+
+
+def test_many_experiments_have_their_decided_pairs_and_a_csv_of_all() -> None:
+    records = planted.quickstart()
+    extra = EXPERIMENTS["lora_r8"].model_copy(update={"name": "one_more"})
+    blocks = pair_blocks(pairs_of([*records, planted.record(extra, 0, 0.8)]))
+    decided = table(blocks, "all_pairs")
+    assert decided.rows == ()
+    assert len(decided.data) == 13 * 12 // 2
+
+
+def test_pairs_in_the_csv_file_are_the_records_differences(quickstart: Analysis) -> None:
+    accuracy = {(run.experiment.name, run.seed): run.test.accuracy for run in quickstart.study.runs}
+    data = table(pair_blocks(quickstart.pairs), "all_pairs").data
+    assert len(data) == 66
+    for row in data:
+        a, b = row["experiment"], row["reference"]
+        expected = np.mean([accuracy[str(a), seed] - accuracy[str(b), seed] for seed in (0, 1)])
+        assert row["difference"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_fronts_show_members_and_keep_the_rest_in_the_csv_file(quickstart: Analysis) -> None:
+    fronts = table(front_blocks(quickstart.fronts), "pareto_fronts")
+    rows = [row for row in fronts.rows if row[0] == "trainable parameters"]
+    assert rows[0][1] == "linear_probe", "770 parameters: the cheapest"
+    assert rows[0][6] == "cheapest"
+    assert all(row[6] == "not decided" for row in rows[1:]), "two seeds decide nothing"
+    assert len([row for row in fronts.data if row["cost"] == "final_parameters"]) == 12
+
+
+def test_other_machines_are_said_in_place_of_a_front() -> None:
+    records = [
+        planted.record(EXPERIMENTS["lora_r2"], 0, 0.8),
+        planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes={"threads": 8}),
+    ]
+    said = [block.text for block in front_blocks(analysis_of(records).fronts) if isinstance(block, Paragraph)]
+    assert any("No Pareto front of seconds a step" in text for text in said)
+
+
+def test_calibration_names_runs_without_predictions() -> None:
+    predicted = Predictions(images=[0, 1], labels=[0, 1], predicted=[0, 0], probability=[0.9, 0.9])
+    records = [
+        planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, changes={"predictions": predicted}),
+        planted.record(EXPERIMENTS["lora_r8"], 1, 0.8),
+        planted.record(EXPERIMENTS["lora_r2"], 0, 0.8),
+    ]
+    found = analysis_of(records)
+    blocks = calibration_blocks(found.calibration, found.calibration_differences)
+    (said,) = [block.text for block in blocks if isinstance(block, Paragraph)]
+    assert "lora_r2, lora_r8 (1 of 2)" in said
+    rows = {row[0]: row for row in table(blocks, "calibration").rows}
+    assert rows["lora_r2"][3:6] == ("–", "–", "–")
+    assert rows["lora_r8"][5] == "0.400 [no interval]", "0.9 is 0.4 above the one right of two"
+    bins = table(blocks, "reliability")
+    assert bins.rows == (("lora_r8", "90.0 % / 50.0 % (2)"),)
+
+
+def test_a_study_without_controls_says_so_for_each_experiment(quickstart: Analysis) -> None:
+    rows = control_table(quickstart.against_controls).rows
+    assert len(rows) == 6, "three scored experiments, two kinds of control"
+    assert {row[2] for row in rows} == {"none in this study"}
+    assert {row[5] for row in rows} == {"not decided"}
+
+
+def test_every_update_stands_in_the_csv_file(quickstart: Analysis) -> None:
+    course = allocation_course_table(quickstart.allocation)
+    assert len(course.rows) == 6
+    assert len(course.data) == 6 * (1 + len(planted.UPDATES))
+    assert {row[-1] for row in course.rows} == {str(planted.UPDATES[-1])}
+
+
+def test_low_bits_stand_with_their_settings_and_costs(quickstart: Analysis) -> None:
+    rows = {row[0]: row for row in against_float_table(quickstart.quantization).rows}
+    assert rows["qa_lora_4bit_nf4_constant"][1:5] == ("4", "nf4", "32", "constant")
+    assert rows["qa_lora_4bit_fp4_cosine"][1:5] == ("4", "fp4", "rows", "cosine")
+    assert all(row[6].endswith("not decided") for row in rows.values())
+    costs = {row[0]: row for row in quantization_cost_table(quickstart.quantization).rows}
+    float_bytes = 4 * planted.BACKBONE_PARAMETERS + 4 * 664_322 + 4000
+    kept = 4 * (planted.BACKBONE_PARAMETERS - 21_233_664) + 21_233_664 * 5 // 8 + 4 * 664_322 + 4000
+    assert costs["qa_lora_4bit_nf4_constant"][2].endswith(f"(× {kept / float_bytes:.2f})")
+    assert costs["qa_lora_4bit_nf4_constant"][5] == "–", "no latency was recorded"
+
+
+def test_the_balance_shows_first_middle_and_last_check(quickstart: Analysis) -> None:
+    row = balance_table(quickstart.quantization).rows[0]
+    assert row[2:] == ("0.32 (step 16)", "0.64 (step 32)", "0.96 (step 48)")
+
+
+def test_agreement_of_seeds_has_no_test(quickstart: Analysis) -> None:
+    agreement = seed_agreement_table(quickstart.seed_agreements)
+    assert "no test" in agreement.note
+    assert all(row[3] == "1.00" for row in agreement.rows), "planted orders are equal"
