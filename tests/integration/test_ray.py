@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -23,10 +24,12 @@ from peft_vit.experiments.events import RunEnded, RunInterrupted, RunProgress, R
 from peft_vit.experiments.executors import open_executor
 from peft_vit.experiments.executors.ray_cluster import Need, RayExecutor
 from peft_vit.experiments.lock import study_lock
-from peft_vit.records import outcome_digest, read_records
+from peft_vit.records import Registration, outcome_digest, read_records
 from peft_vit.records.ledger import LEDGER_FILE, read_ledger
 
 pytestmark = pytest.mark.part("runner")
+
+WRITTEN_DOWN = Registration(sha256="1" * 64, hypotheses={"h": "2" * 64})
 
 EXPERIMENTS = {
     "linear": {"method": "linear"},
@@ -92,7 +95,7 @@ def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> No
         executor = open_executor("ray", plan, tmp_path, ray_address=cluster.address)
         try:
             for run in plan.runs:
-                executor.submit(run)
+                executor.submit(replace(run, registration=WRITTEN_DOWN))
             events = events_of(executor, lambda e: of(e, RunProgress, "linear"))
             executor.stop()
             events += events_of(executor, lambda e: of(e, RunInterrupted))
@@ -107,6 +110,7 @@ def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> No
     assert not kinds_of(events, "lora")  # what had not started was forgotten
     assert outcome_digest(of(events, RunEnded)[0].record) == expected
     assert of(events, RunEnded)[0].adapter
+    assert of(events, RunEnded)[0].record.registration == WRITTEN_DOWN
     assert [one.progress.step for one in of(events, RunProgress, "adalora")] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert not ray.is_initialized()
 

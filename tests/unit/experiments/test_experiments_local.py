@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,10 +20,11 @@ from peft_vit.experiments.events import RunEnded, RunInterrupted, RunProgress, R
 from peft_vit.experiments.executors import local, open_executor
 from peft_vit.experiments.executors.local import LocalExecutor
 from peft_vit.experiments.provenance import cpu_count
-from peft_vit.records import outcome_digest
+from peft_vit.records import Registration, outcome_digest
 
 pytestmark = pytest.mark.part("runner")
 
+WRITTEN_DOWN = Registration(sha256="1" * 64, hypotheses={"h": "2" * 64})
 PATIENCE_S = 600  # for what takes seconds on an idle machine
 
 
@@ -70,13 +72,14 @@ def test_any_number_of_workers_gives_what_this_process_gives(study, tmp_path) ->
         executor = LocalExecutor(workers, 1, tmp_path, oversubscribe=True)
         try:
             for run in plan.runs:
-                executor.submit(run)
+                executor.submit(replace(run, registration=WRITTEN_DOWN))
             events = events_of(executor, lambda events: len(of(events, RunEnded)) == 3)
         finally:
             executor.close()
         assert {one.run.spec.run_id: outcome_digest(one.record) for one in of(events, RunEnded)} == expected
         assert len({one.worker for one in of(events, RunStarted)}) == workers
         assert all(one.adapter for one in of(events, RunEnded))
+        assert all(one.record.registration == WRITTEN_DOWN for one in of(events, RunEnded))
         steps = [one.progress.step for one in of(events, RunProgress, "lora")]
         assert steps == [1, 2, 3, 3, 4, 5, 6, 6]  # nothing is lost on the way
         assert not workers_alive(events)
