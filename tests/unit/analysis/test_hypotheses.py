@@ -1,6 +1,7 @@
 """The registry that comes along, and what is refused of a user's own file, in one line that names the place."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,11 @@ def test_a_reference_that_names_nothing_is_refused(tmp_path) -> None:
 def test_what_is_no_file_is_refused(tmp_path, name) -> None:
     with pytest.raises(UserError, match="is no file"):
         load_registry(tmp_path / name)
+
+
+def test_the_documentation_names_every_measure_and_its_example_loads(tmp_path) -> None:
+    document = (Path(__file__).parents[3] / "docs/hypotheses.md").read_text()
+    (example,) = (block for block in re.findall(r"```yaml\n(.*?)```", document, re.DOTALL) if "hypotheses:\n" in block)
+    assert load_registry(own(tmp_path, example)).hypotheses[-1].id == "rank-8-is-enough"
+    table = document[document.index("| measure |") :]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == MEASURES.keys()
