@@ -28,6 +28,11 @@ def test_the_promised_configurations_are_there() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.part("importance analysis")
+def test_one_of_them_measures_what_updates_are_worth() -> None:
+    assert any(load_study(file).measures.removal_images for file in CONFIGS)
+
+
 @cache
 def planned(file: Path) -> Plan:
     study = load_study(file)
@@ -67,6 +72,12 @@ def check_record(record: RunRecord) -> None:
     assert record.validation == next(e.metrics for e in record.evaluations if e.step == record.chosen_step)
     assert next(e for e in record.evaluations if e.step == record.chosen_step).deployable
     assert record.test.n == record.split_sizes["test"]
+    measures = record.spec.measures
+    assert tuple(record.latency_s) == measures.latency_batches
+    if measures.removal_images is not None:  # more than the 8 that a smoke run has
+        assert record.removal.images == record.split_sizes["validation"]
+        last = record.rank_history[-1].ranks
+        assert record.removal.site_loss_rise.keys() == {name for name, rank in last.items() if rank}
     binary = len(record.class_names) == 2
     assert (record.test.auroc is not None) == binary
     method, parameters = record.spec.experiment.method, record.parameters
