@@ -253,9 +253,3 @@ def same_problem(run: Run) -> tuple[object, ...]:
 def same_draws(run: Run) -> tuple[str, str]:
     """Return what a common seed should make equal: the initial head and the order of images."""
     return run.provenance.head_init_sha256, run.provenance.data_order_sha256
-
-
-def machine(run: Run) -> tuple[object, ...]:
-    """Return what must be equal for seconds and memory of two runs to be compared."""
-    origin = run.provenance
-    return origin.processor, origin.cpu_count, origin.device, origin.threads

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from peft_vit.analysis.comparison import Comparison, MethodResult, compare, correct, machine
+from peft_vit.analysis.comparability import hardware
+from peft_vit.analysis.comparison import Comparison, MethodResult, compare, correct
 from peft_vit.analysis.studies import Study
 from peft_vit.statistics import Interval
 
@@ -108,7 +109,7 @@ def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
         methods: their means, `comparison.method_results(study)`.
     """
     found = []
-    machines = {machine(run) for run in study.runs}
+    machines = {hardware(run) for run in study.runs}
     for cost, of in _COSTS.items():
         known = {m.experiment.name: value for m in methods if (value := of(m)) is not None}
         left_out = tuple(m.experiment.name for m in methods if m.experiment.name not in known)

@@ -8,7 +8,8 @@ from statistics import fmean
 
 import numpy as np
 
-from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, correct, known_mean, machine
+from peft_vit.analysis.comparability import hardware
+from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, correct, known_mean
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.size import MeasuredSize, bits_by_layer, measured_size
 from peft_vit.analysis.studies import Run, Study
@@ -189,7 +190,7 @@ def _impact(
         against_float=against_float,
         costs=_costs(runs),
         float_costs=_costs(twin) if twin else None,
-        same_machine=len({machine(run) for run in (*runs, *twin)}) == 1,
+        same_machine=len({hardware(run) for run in (*runs, *twin)}) == 1,
     )
 
 
