@@ -93,6 +93,7 @@ def bca_ends(
         return "the estimate lies outside all resamples"
     bias = special.ndtri(share)
     deviation = jackknife.mean() - jackknife
+    deviation = deviation / np.abs(deviation).max()  # the unit cancels; cubes of tiny values would vanish
     acceleration = (deviation**3).sum() / (6 * (deviation**2).sum() ** 1.5)
     tails = bias + special.ndtri([0.5 - confidence / 2, 0.5 + confidence / 2])
     if (1 - acceleration * tails <= 0).any():

@@ -22,11 +22,13 @@ def mean_and_error(data: np.ndarray) -> tuple[float, float]:
     """Return the mean of n >= 2 values and its standard error, from exact sums: order doesn't change a bit.
 
     Args:
-        data: (n,) finite values.
+        data: (n,) finite values with spread.
     """
     mean = math.fsum(data) / data.size
-    variance = math.fsum((data - mean) ** 2) / (data.size - 1)
-    return mean, math.sqrt(variance / data.size)
+    deviation = data - mean
+    largest = float(np.abs(deviation).max())  # squares are taken in its unit: those of tiny values would vanish
+    variance = math.fsum((deviation / largest) ** 2) / (data.size - 1)
+    return mean, largest * math.sqrt(variance / data.size)
 
 
 def t_probability(data: np.ndarray, center: float, tail: Tail) -> float | None:
