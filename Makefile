@@ -45,6 +45,7 @@ bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour
 	$(BIN)/python benchmarks/deployment.py
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/coverage.py
 
 check: setup ## lint, formatting, types, import rules; changes nothing
 	$(BIN)/ruff check
