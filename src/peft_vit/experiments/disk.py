@@ -24,6 +24,7 @@ from peft_vit.training import format_of, last_update
 
 _VALUE_BYTES = 4  # what is trained is float32, whatever the products are
 _CHECKPOINTS = 3  # two are kept while the next one is written
+_REGISTRATION_BYTES = 3500  # of the hypotheses that come with the package; own ones add a hundred each
 _PREDICTION_BYTES = 42  # position, label, predicted class and probability of an image, a line each
 
 
@@ -56,7 +57,7 @@ def disk_use(
     experiment = spec.experiment
     ranks = _ranks(experiment, shape, total_steps, at_start=False)
     decisions, scored = _decisions(experiment, shape, total_steps)
-    record = 3500 + 200 * total_steps + 450 * experiment.training.epochs
+    record = 3500 + _REGISTRATION_BYTES + 200 * total_steps + 450 * experiment.training.epochs
     record += len(ranks) * (175 + 35 * decisions + 50 * scored) + (9000 if experiment.qa_lora is not None else 0)
     values, tensors = _trained(spec, shape, ranks, len(class_names))
     adapter = _VALUE_BYTES * values + 110 * tensors + 1800
