@@ -21,8 +21,8 @@ from peft_vit.report.style import METHOD_TITLES, draw, is_narrow, quiet_grid
 _ROW_IN = 1.65
 _ENTRY_IN = 0.16
 # Within a row only few lines need telling apart: Okabe and Ito's colors without yellow, which is faint on paper.
-_LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 PER_METHOD = 8  # a row has room for so many names
 SINGLE_SEEDS = 10  # with more, a band from the lowest to the highest stands for them
 VERTICES = 12_000  # of all lines together
@@ -85,7 +85,7 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         marks = Marks()
         for (method, members), (left, right) in zip(rows.items(), _panels(figure, len(rows)), strict=True):
             for index, experiment in enumerate(members):
-                marks.series(experiment.name, _LINE_COLORS[index % len(_LINE_COLORS)], "")
+                marks.series(experiment.name, LINE_COLORS[index % len(LINE_COLORS)], "")
                 for axes, bundle in zip((left, right), bundles[experiment.name], strict=True):
                     _draw_bundle(axes, marks, bundle, index, stride)
             left.set_ylabel(METHOD_TITLES[method])
@@ -184,7 +184,7 @@ def _legend(figure: Figure, left: Axes, right: Axes) -> None:
 
 
 def _draw_bundle(axes: Axes, marks: Marks, bundle: _Bundle, index: int, stride: int) -> None:
-    color, dashes = _LINE_COLORS[index % len(_LINE_COLORS)], _DASHES[index // len(_LINE_COLORS) % len(_DASHES)]
+    color, dashes = LINE_COLORS[index % len(LINE_COLORS)], DASHES[index // len(LINE_COLORS) % len(DASHES)]
     marker, name = ("o" if bundle.measure == "validation NLL" else ""), bundle.experiment
     if bundle.ends is not None:
         low, high = bundle.ends

@@ -37,7 +37,7 @@ def accuracy_by_parameters(methods: Sequence[MethodResult]) -> Drawing:
         if len(line) > 1:
             axes.plot(*zip(*sorted(line), strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_count(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
         axes.minorticks_off()
         end = "\n" if is_narrow(figure) else " "
         axes.set_xlabel(f"trainable parameters at the end of the run,{end}head included (log scale)")
@@ -162,7 +162,7 @@ def _side_by_side(positions: Sequence[float]) -> list[float]:
     return offsets
 
 
-def _short_count(value: float) -> str:
+def short_count(value: float) -> str:
     """Return 1000 as 1k and 1000000 as 1M."""
     for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:

@@ -22,8 +22,11 @@ from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocu
 from peft_vit.report.examples import Thumbnails, example_blocks
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
 from peft_vit.report.forest import forests
+from peft_vit.report.fronts import pareto_panels
 from peft_vit.report.numbers import counted, fixed, joined, plain
 from peft_vit.report.progress import progress
+from peft_vit.report.reliability import reliability_diagram
+from peft_vit.report.selection import validation_means
 
 
 def study_documents(analyses: Sequence[Analysis], thumbnails: Thumbnails | None = None) -> tuple[StudyDocument, ...]:
@@ -153,9 +156,12 @@ def _methods(analysis: Analysis) -> tuple[Block, ...]:
         )
     accuracy, quality = tables.accuracy_table(analysis.methods), tables.quality_table(analysis.methods)
     first, *rest = figures
+    panels = pareto_panels(analysis.fronts, analysis.methods)
+    diagram = reliability_diagram(analysis.calibration, validation_means(analysis.methods))
     pairs, fronts = pair_tables.pair_blocks(analysis.pairs), pair_tables.front_blocks(analysis.fronts)
     return (
-        first, accuracy, *compared, *pairs, *rest, tables.cost_table(analysis.methods), *fronts, quality,
+        first, accuracy, *compared, *pairs, *rest, tables.cost_table(analysis.methods), *panels, *fronts,
+        quality, *diagram,
         *calibration_tables.calibration_blocks(analysis.calibration, analysis.calibration_differences),
         calibration_tables.convergence_table(analysis.convergence),
     )  # fmt: skip

@@ -24,6 +24,7 @@ FIGURES = {
     "differences_to_linear_probe",
     "differences_to_lora_r8",
     "loss_curves",
+    "pareto_fronts",
     "importance_by_layer",
     "rank_maps",
 }

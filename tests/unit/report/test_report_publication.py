@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,12 +20,15 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from peft_vit.analysis import Analysis, analyze, load_studies
+from peft_vit.analysis.calibration import Bin
 from peft_vit.records import RunRecord
 from peft_vit.report import publication
 from peft_vit.report.document import Drawing
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
 from peft_vit.report.forest import forests
+from peft_vit.report.fronts import pareto_panels
 from peft_vit.report.marks import Marks
+from peft_vit.report.reliability import reliability_diagram
 from peft_vit.report.style import METHOD_COLORS, draw
 
 HOSTILE = "</script><script>alert(1)</script>\"' <!-- --> \u2028\u200f $x^2$ & ]]>"
@@ -106,6 +110,7 @@ def test_hostile_names_are_text_in_the_svg_of_the_page(hostile: Drawing) -> None
 def _every(analysis: Analysis) -> list[Drawing]:
     blocks = (
         *comparison_figures(analysis), *importance_figures(analysis), *allocation_figures(analysis), *forests(analysis),
+        *pareto_panels(analysis.fronts, analysis.methods),
     )  # fmt: skip
     return [block for block in blocks if isinstance(block, Drawing)]
 
@@ -116,7 +121,7 @@ def drawings(analysis: Analysis) -> list[Drawing]:
 
 
 def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: list[Drawing]) -> None:
-    assert len(drawings) == 8
+    assert len(drawings) == 9
     for drawing in drawings:
         assert drawing.paint is not None
         for columns, width in publication.WIDTHS_IN.items():
@@ -147,6 +152,30 @@ def test_points_stand_where_matplotlib_drew_their_markers(drawings: list[Drawing
     for point in drawing.points:
         nearest = min(np.hypot(x - point.x_pt, y - point.y_pt) for x, y in used)
         assert nearest < 0.1, point
+
+
+def test_filled_marks_are_those_that_nobody_beats_at_their_cost(analysis: Analysis, drawings: list[Drawing]) -> None:
+    rows = next(d for d in drawings if d.slug == "pareto_fronts").data
+    for cost in {row["cost"] for row in rows}:
+        points = [row for row in rows if row["cost"] == cost]
+        assert len(points) == len(analysis.methods)
+        for one in points:
+            beaten = any(
+                other["value"] <= one["value"]
+                and other["validation_accuracy"] >= one["validation_accuracy"]
+                and (other["value"], other["validation_accuracy"]) != (one["value"], one["validation_accuracy"])
+                for other in points
+            )
+            assert one["on_front"] == ("no" if beaten else "yes")
+
+
+def test_a_reliability_diagram_needs_predictions_and_names_their_number(analysis: Analysis) -> None:
+    assert reliability_diagram(analysis.calibration, {}) == ()
+    bins = (Bin(0.0, 0.5, 0, None, None), Bin(0.5, 1.0, 40, 0.8, 0.65))
+    recorded = replace(analysis.calibration[0], bins=bins, seeds=(0, 1))
+    (drawing,) = reliability_diagram([recorded], {})
+    assert [p.text for p in drawing.points] == ["says 80.0 %, is right in 65.0 %\nn = 40 predictions, n = 2 seeds"]
+    assert [row["predictions"] for row in drawing.data] == [0, 40]
 
 
 def _distances(colors: list[str], matrix: np.ndarray) -> np.ndarray:

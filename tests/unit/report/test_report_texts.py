@@ -1,10 +1,10 @@
 import pytest
 
 from peft_vit.report.curves import smoothed
-from peft_vit.report.scatter import _short_count, _side_by_side
 from peft_vit.report.html import soft
 from peft_vit.report.markdown import escaped
 from peft_vit.report.numbers import fixed, megabytes, percent, percent_interval, plain, points_interval, signed
+from peft_vit.report.scatter import _side_by_side, short_count
 from peft_vit.report.sections import slug_of
 from peft_vit.statistics import mean_interval
 
@@ -58,4 +58,4 @@ def test_markers_at_one_place_stand_side_by_side() -> None:
 
 
 def test_counts_on_an_axis_are_short() -> None:
-    assert [_short_count(v) for v in (10, 1e3, 2e6, 1e9)] == ["10", "1k", "2M", "1G"]
+    assert [short_count(v) for v in (10, 1e3, 2e6, 1e9)] == ["10", "1k", "2M", "1G"]
