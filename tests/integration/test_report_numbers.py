@@ -1,0 +1,99 @@
+"""Every number in the tables that a report writes can be computed again from the record files, to 1e-12."""
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from recomputed_methods import Ledger, Row
+from recomputed_tables import KEYS, NOT_COVERED, recomputation_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "analysis"))
+
+import planted
+
+from peft_vit.report import ReportFiles, build_report
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    records = planted.quickstart((0, 1, 2), spread=0.03)
+    broken = planted.failed(planted.experiments()["lora_r4"], 2, "out of memory")
+    return planted.write(tmp_path_factory.mktemp("results"), [*records, broken])  # in place of the run that was done
+
+
+@pytest.fixture(scope="module")
+def files(results: Path, tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
+    return build_report(results, tmp_path_factory.mktemp("report"))
+
+
+def tables(files: ReportFiles) -> dict[str, list[dict[str, str]]]:
+    return {
+        file.stem.removeprefix("quickstart_"): list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+        for file in files.tables
+    }
+
+
+def number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def keys_of(row: dict[str, object]) -> tuple[tuple[str, str], ...]:
+    def text(value: object) -> str:
+        found = number(str(value))
+        return str(value) if found is None else f"{found:g}"
+
+    return tuple((key, text(row[key])) for key in KEYS if key in row)
+
+
+def faults(slug: str, rows: list[dict[str, str]], expected: list[Row]) -> list[str]:
+    """Return what is wrong or not computed again in a table."""
+    by_keys = {keys_of(row): row for row in expected}
+    found = []
+    for row in rows:
+        wanted = next((w for keys, w in by_keys.items() if set(keys) <= set(keys_of(row))), None)
+        if wanted is None:
+            if f"{slug}: {row.get('measure', '')}" not in NOT_COVERED:
+                found.append(f"{slug}: no row for {keys_of(row)}")
+            continue
+        for column, text in row.items():
+            value = number(text)
+            if column not in wanted:
+                if value is not None and f"{slug}: {column}" not in NOT_COVERED:
+                    found.append(f"{slug}: {column} is not computed again: {text}")
+            elif value is None:
+                if text != str(wanted[column]):
+                    found.append(f"{slug}: {column} of {keys_of(row)} is {text!r}, not {wanted[column]!r}")
+            elif not math.isclose(value, float(wanted[column]), rel_tol=1e-12, abs_tol=1e-12):
+                found.append(f"{slug}: {column} of {keys_of(row)} is {value!r}, not {float(wanted[column])!r}")
+    return found
+
+
+def test_every_number_of_every_table(files: ReportFiles, results: Path) -> None:
+    ledger = Ledger(results)
+    found, numbers = [], 0
+    for slug, rows in tables(files).items():
+        recompute = recomputation_of(slug)
+        if recompute is not None:
+            numbers += sum(number(text) is not None for row in rows for text in row.values())
+            found += faults(slug, rows, recompute(ledger, slug))
+        elif slug not in NOT_COVERED:
+            found.append(f"{slug}: no recomputation; write one in recomputed_tables.py")
+    print(f"{numbers} numbers; not computed again here:", *(f"\n  {t}: {why}" for t, why in NOT_COVERED.items()))
+    assert numbers > 3000
+    assert found == []
+
+
+def test_a_changed_number_and_a_new_column_are_seen(files: ReportFiles, results: Path) -> None:
+    recompute = recomputation_of("accuracy")
+    assert recompute is not None
+    rows = tables(files)["accuracy"]
+    expected = recompute(Ledger(results), "accuracy")
+    rows[0]["test_accuracy"] = repr(float(rows[0]["test_accuracy"]) + 1e-9)
+    rows[1]["invented"] = "1.0"
+    assert [fault.split(" ")[1] for fault in faults("accuracy", rows, expected)] == ["test_accuracy", "invented"]
+    assert recomputation_of("no_such_table") is None
