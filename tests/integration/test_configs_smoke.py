@@ -74,7 +74,9 @@ def check_record(record: RunRecord) -> None:
     assert record.test.n == record.split_sizes["test"]
     measures = record.spec.measures
     assert tuple(record.latency_s) == measures.latency_batches
-    if measures.removal_images is not None:  # more than the 8 that a smoke run has
+    has_updates = record.spec.experiment.method not in ("linear", "full")
+    assert (record.removal is not None) == (has_updates and measures.removal_images is not None)
+    if record.removal is not None:  # more images are asked for than the 8 that a smoke run has
         assert record.removal.images == record.split_sizes["validation"]
         last = record.rank_history[-1].ranks
         assert record.removal.site_loss_rise.keys() == {name for name, rank in last.items() if rank}
