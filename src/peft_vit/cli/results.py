@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from peft_vit.records import RunRecord
 
 
+Hypotheses = Annotated[
+    Path | None, typer.Option(help="file of own hypotheses, beside those that come along", show_default=False)
+]
+
+
 def say_left_out(results: Results) -> None:
     """Name on stderr what does not count; the exit code becomes 1 if a result was left out, so that scripts notice."""
     for line in results.lines():
@@ -30,6 +35,7 @@ def say_left_out(results: Results) -> None:
 def analyze(
     results_dir: ResultsDir,
     output_dir: Annotated[Path | None, typer.Option(help="default: RESULTS_DIR/analysis")] = None,
+    hypotheses: Hypotheses = None,
 ) -> None:
     """Write analysis_summary.md with tables and figures from records.
 
@@ -37,7 +43,7 @@ def analyze(
     """
     from peft_vit.report import write_analysis
 
-    files = write_analysis(results_dir, output_dir or results_dir / "analysis")
+    files = write_analysis(results_dir, output_dir or results_dir / "analysis", hypotheses=hypotheses)
     print(f"Analysis: {files.markdown}")
     say_left_out(files.results)
 
@@ -58,6 +64,7 @@ def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
 def report(
     results_dir: ResultsDir,
     output_dir: Annotated[Path | None, typer.Option(help="default: RESULTS_DIR/report")] = None,
+    hypotheses: Hypotheses = None,
     publication: Annotated[
         bool,
         typer.Option(
@@ -78,7 +85,7 @@ def report(
 
     files = build_report(
         results_dir, output_dir or results_dir / "report", publication=publication,
-        thumbnails=_thumbnails if examples else None,
+        thumbnails=_thumbnails if examples else None, hypotheses=hypotheses,
     )  # fmt: skip
     print(f"Report: {files.html}\nMarkdown: {files.markdown}")
     say_left_out(files.results)
@@ -87,9 +94,7 @@ def report(
 @app.command()
 def findings(
     results_dir: ResultsDir,
-    hypotheses: Annotated[
-        Path | None, typer.Option(help="own hypotheses beside those that come along", show_default=False)
-    ] = None,
+    hypotheses: Hypotheses = None,
     to: Annotated[
         Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
     ] = None,

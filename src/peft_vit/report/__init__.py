@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_vit.analysis import Results, analyze, load_results
+from peft_vit.analysis.hypotheses import Registry, load_registry
 from peft_vit.errors import UserError
 from peft_vit.records import HTML_FILE, MARKDOWN_FILE, write_atomically
 from peft_vit.report.document import Drawing, StudyDocument, Table
@@ -46,7 +47,8 @@ class ReportFiles:
 
 
 def build_report(
-    results_dir: Path, output_dir: Path, *, publication: bool = False, thumbnails: Thumbnails | None = None
+    results_dir: Path, output_dir: Path, *, publication: bool = False, thumbnails: Thumbnails | None = None,
+    hypotheses: Path | None = None,
 ) -> ReportFiles:  # fmt: skip
     """Write the report on all records below a directory that can be read: HTML, Markdown, figures, tables.
 
@@ -55,12 +57,13 @@ def build_report(
         output_dir: where to write; files of an earlier report are replaced.
         publication: also draw every figure at the widths of a paper, which takes several times as long.
         thumbnails: gets pictures of test images for the page, from where the images lie; None: no pictures.
+        hypotheses: a file of own ones, beside those that come with the package.
 
     Raises:
         UserError: if there is no record that can be read, or if the output can't be written.
     """
     results = load_results(results_dir)
-    documents = _documents(results, thumbnails)
+    documents = _documents(results, load_registry(hypotheses), thumbnails)
     html = output_dir / HTML_FILE
     with _writing_to(output_dir):
         write_atomically(html, write_html(documents).encode())
@@ -69,14 +72,14 @@ def build_report(
         return ReportFiles(results, html, *parts, paper)
 
 
-def write_analysis(results_dir: Path, output_dir: Path) -> ReportFiles:
+def write_analysis(results_dir: Path, output_dir: Path, *, hypotheses: Path | None = None) -> ReportFiles:
     """Write the summary as Markdown with its figures and tables, without the page.
 
     Raises:
         UserError: as in `build_report`.
     """
     results = load_results(results_dir)
-    documents = _documents(results)
+    documents = _documents(results, load_registry(hypotheses))
     with _writing_to(output_dir):
         return ReportFiles(results, None, *_write_parts(documents, output_dir))
 
@@ -90,8 +93,10 @@ def _writing_to(output_dir: Path) -> Iterator[None]:
         raise UserError(problem, file=output_dir) from None
 
 
-def _documents(results: Results, thumbnails: Thumbnails | None = None) -> tuple[StudyDocument, ...]:
-    return study_documents([analyze(study) for study in results.studies], thumbnails)
+def _documents(
+    results: Results, registry: Registry, thumbnails: Thumbnails | None = None
+) -> tuple[StudyDocument, ...]:  # fmt: skip
+    return study_documents([analyze(study, registry) for study in results.studies], thumbnails)
 
 
 def _write_parts(

@@ -14,7 +14,7 @@ from peft_vit.analysis.findings import Conclusion, Finding, conclude, unknown_re
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Paragraph, Raw, Table
-from peft_vit.report.numbers import number_interval, points_interval
+from peft_vit.report.numbers import number_interval, plain, points_interval
 from peft_vit.report.terminal import print_blocks
 from peft_vit.statistics import Interval
 
@@ -37,8 +37,8 @@ def findings_blocks(study: Study, findings: Sequence[Finding]) -> tuple[Paragrap
     Sentences that runs registered and that nobody asked about here are named: they would be left out in silence.
     """
     unknown = unknown_registrations([study], {finding.hypothesis.id for finding in findings})
-    asked = "`peft-vit findings DIR --hypotheses FILE` tests them"
-    named = f"Registered by these runs, but not in the registry of this report: {', '.join(unknown)}; {asked}."
+    named = f"Registered by these runs, but not in the registry of this report: {', '.join(unknown)}."
+    named += " Name their file with --hypotheses."
     concluded = conclude(findings)
     told = [one for one in concluded if one.verdict != "no data"]
     silent = [one for one in concluded if one.verdict == "no data"]
@@ -51,7 +51,7 @@ def _verdicts(concluded: Sequence[Conclusion]) -> Table:
         slug="verdicts",
         title="Verdicts",
         columns=("sentence", "verdict", "experiments or pairs", "marked"),
-        rows=tuple((c.hypothesis.sentence, c.verdict, c.counts or "1", c.mark or "–") for c in concluded),
+        rows=tuple((plain(c.hypothesis.sentence), c.verdict, c.counts or "1", c.mark or "–") for c in concluded),
         note=(
             "Supported: in every experiment with data. Refuted: in at least one, and supported in none. "
             "The table below has the estimates."
@@ -70,7 +70,7 @@ def _details(concluded: Sequence[Conclusion]) -> Table:
         slug="findings",
         title="Findings by experiment",
         columns=("sentence", "experiment or pair", "verdict", "marked", "estimate", "n", "test"),
-        rows=tuple((f.hypothesis.sentence, f.subject, f.verdict, f.mark or "–", *_numbers(f)) for f in findings),
+        rows=tuple((plain(f.hypothesis.sentence), f.subject, f.verdict, f.mark or "–", *_numbers(f)) for f in findings),
         note=_HOW,
         data=tuple(finding_rows(findings)),
     )
@@ -81,7 +81,7 @@ def _without_data(concluded: Sequence[Conclusion]) -> Table:
         slug="without_data",
         title="Sentences that these records say nothing about",
         columns=("sentence", "why"),
-        rows=tuple((c.hypothesis.sentence, _reasons(c)) for c in concluded),
+        rows=tuple((plain(c.hypothesis.sentence), _reasons(c)) for c in concluded),
         note="Most are about other experiments than this study has; docs/hypotheses.md says which records each needs.",
         data=tuple(
             {"id": c.hypothesis.id, "sentence": c.hypothesis.sentence, "reason": _reasons(c)} for c in concluded
@@ -90,13 +90,13 @@ def _without_data(concluded: Sequence[Conclusion]) -> Table:
 
 
 def _reasons(conclusion: Conclusion) -> str:
-    return "; ".join(dict.fromkeys(finding.outcome for finding in conclusion.findings))
+    return plain("; ".join(dict.fromkeys(finding.outcome for finding in conclusion.findings)))
 
 
 def _numbers(finding: Finding) -> tuple[str, str, str]:
     n_of = finding.n_of if finding.n != 1 else finding.n_of.replace("seeds", "seed").replace("pairs", "pair")
     said = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
-    return estimate_of(finding), f"{finding.n} {n_of}", said + (f" ({finding.note})" if finding.note else "")
+    return estimate_of(finding), f"{finding.n} {n_of}", plain(said + (f" ({finding.note})" if finding.note else ""))
 
 
 def estimate_of(finding: Finding) -> str:

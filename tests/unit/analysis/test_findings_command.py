@@ -214,9 +214,22 @@ def test_the_report_shows_verdicts_findings_and_what_it_can_say_nothing_about(tm
     for text in (page, summary[summary.index("## Insights") :]):
         assert "Every run is more accurate than always naming the most frequent class" in text
         assert "This is the first method of its kind" in text
-        assert "not in the registry of this report: at-least-full, at-least-linear;" in text
+        assert "not in the registry of this report: at-least-full, at-least-linear." in text
     (table,) = (file for file in files.tables if file.name.endswith("_findings.csv"))
     rows = {(row["id"], row["subject"]): row for row in csv.DictReader(table.read_text().splitlines())}
     row = rows["lora-beats-full", "lora_r8 against full_finetuning"]
     assert float(row["estimate"]) == pytest.approx((10 + 11 + 12) / 3 / 600, rel=1e-12)
     assert (row["verdict"], row["marked"]) == ("not decided", "registered")
+
+
+def test_own_hypotheses_in_the_report_can_do_nothing_to_it(tmp_path) -> None:
+    hostile = "'a | b\\nc <script>alert(1)</script> <b>'".replace("'", '"')
+    text = OWN.replace("LoRA is at least as accurate as full fine-tuning", hostile)
+    planted.write(tmp_path / "results", records(None))
+    files = build_report(tmp_path / "results", tmp_path / "report", hypotheses=own(tmp_path, text))
+    page, summary = files.html.read_text(), files.markdown.read_text()
+    assert "a | b c &lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script>alert" not in page + summary
+    (row,) = (line for line in summary.splitlines() if "alert(1)" in line and "lora_r8 against" in line)
+    assert row.startswith("|")
+    assert row.count("|") - row.count("\\|") == 8, "seven columns"
