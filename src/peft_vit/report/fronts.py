@@ -50,8 +50,10 @@ def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> t
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
-        for axes, front in zip(panels, shown, strict=False):
+        for index, (axes, front) in enumerate(zip(panels, shown, strict=False)):
             _panel(axes, marks, front, looks)
+            if index % columns == 0:
+                axes.set_ylabel("validation accuracy (%)")
         place_legend(figure, [
             Line2D([], [], marker=marker, ls="", color=color, ms=6, label=name)
             for name, (color, marker) in looks.items()
@@ -110,7 +112,6 @@ def _panel(axes: Axes, marks: Marks, front: Front, looks: Mapping[str, tuple[str
         axes.minorticks_off()
     axes.margins(x=0.08, y=0.1)
     axes.set_xlabel(label)
-    axes.set_ylabel("validation accuracy (%)")
     quiet_grid(axes)
 
 
