@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -24,6 +25,15 @@ from peft_vit.seeding import numpy_generator
 from peft_vit.training import Setting
 
 _BATCH = 32  # images of a forward pass without an update
+
+
+def take_measures(
+    model: nn.Module, backbone: LoadedBackbone, data: Data, spec: RunSpec, setting: Setting
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the record's fields that the study asks for, by their names, and the seconds that they took by purpose."""
+    removal, removal_s = leave_out_updates(model, data, spec, setting)
+    latency_s, timing_s = time_forward(model, backbone, data, spec, setting)
+    return {"removal": removal, "latency_s": latency_s}, {**removal_s, **timing_s}
 
 
 def leave_out_updates(

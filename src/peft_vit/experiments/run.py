@@ -43,7 +43,7 @@ from peft_vit.evaluation import (
     trainable_parameters,
 )
 from peft_vit.experiments.calibration import calibrate_fisher, choose_bits, measure_balance
-from peft_vit.experiments.measures import leave_out_updates, time_forward
+from peft_vit.experiments.measures import take_measures
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.plan import resolve_device
 from peft_vit.experiments.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
@@ -198,8 +198,7 @@ def _execute(
     peak = attempt.peak_memory_bytes  # before the float weights come back for a comparison
     trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
     balance_s = {} if trainer is None else measure_balance(trainer, model, data, spec, setting)
-    removal, removal_s = leave_out_updates(model, data, spec, setting)
-    latency_s, timing_s = time_forward(model, backbone, data, spec, setting)
+    measured, measures_s = take_measures(model, backbone, data, spec, setting)
     outcome = {
         "status": "done",
         "provenance": provenance,
@@ -211,13 +210,12 @@ def _execute(
         "quantization": None if trainer is None else _quantization(trainer, model),
         **_trained(model, result, backbone_total, content),
         "overhead_s": {
-            **bits_s, **result.overhead_s, **_probing(hooks, result.steps), **calibration_s, **balance_s, **removal_s,
-            **timing_s, "checkpoints": attempt.checkpoints_s,
+            **bits_s, **result.overhead_s, **_probing(hooks, result.steps), **calibration_s, **balance_s, **measures_s,
+            "checkpoints": attempt.checkpoints_s,
         },
         "peak_memory_bytes": peak,
         **tested,
-        "removal": removal,
-        "latency_s": latency_s,
+        **measured,
     }  # fmt: skip
     return outcome, content
 
