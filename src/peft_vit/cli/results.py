@@ -110,7 +110,9 @@ def findings(
 
     registry = load_registry(hypotheses)
     results = load_results(results_dir)
-    print_findings(all_findings(results.studies, registry), unknown_registrations(results.studies, registry.digests), to)
+    print_findings(
+        all_findings(results.studies, registry), unknown_registrations(results.studies, registry.digests), to
+    )
     say_left_out(results)
 
 
