@@ -14,6 +14,7 @@ from PIL import Image
 
 from peft_vit.analysis import group_by_study
 from peft_vit.analysis.examples import GROUPS, MOST_SHOWN, ImageExamples, image_examples
+from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import Predictions, RunRecord
 from peft_vit.report import build_report
@@ -154,3 +155,14 @@ def test_predictions_that_are_cut_short_are_named(field: str) -> None:
     cut = RECORDS[1].predictions.model_copy(update={field: getattr(RECORDS[1].predictions, field)[:-1]})
     records = [RECORDS[0], RECORDS[1].model_copy(update={"predictions": cut})]
     assert examples(records) == "seed 0: the predictions are not one for each image"
+
+
+def test_the_command_asks_for_pictures_where_there_are_predictions(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / "empty"))
+    results = planted.write(tmp_path / "results", RECORDS)
+    for options, why in (((), "is not on this machine"), (("--no-examples",), "none were asked")):
+        with pytest.raises(SystemExit) as ended:
+            main(["report", str(results), *options])
+        assert ended.value.code == 0
+        page = (results / "report" / "report.html").read_text()
+        assert re.search(f"No pictures: [^<]*{why}", page.replace("<wbr>", ""))
