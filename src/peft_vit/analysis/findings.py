@@ -28,8 +28,10 @@ from peft_vit.statistics import (
     mean_interval,
     minimum_n_wilcoxon,
     noninferiority,
+    shifted,
     verdict,
     wilcoxon,
+    wilcoxon_against_each,
 )
 
 FindingVerdict = Literal["supported", "refuted", "not decided", "no data"]
@@ -57,6 +59,7 @@ class Finding:
         mark: registered if the sentence stood written down, as it does now, before every run that was used; None
             without data.
         note: what restricts it.
+        rivals: see `Measured`.
     """
 
     hypothesis: Hypothesis
@@ -73,6 +76,7 @@ class Finding:
     verdict: FindingVerdict
     mark: Mark | None
     note: str
+    rivals: tuple[tuple[float, ...], ...] = ()
 
     @property
     def n(self) -> int:
@@ -182,6 +186,7 @@ def _untested(hypothesis: Hypothesis, one: Measured, study: str, registry: Regis
         hypothesis=hypothesis, study=study, subject=one.subject, labels=one.labels, values=one.values, n_of=one.n_of,
         interval=mean_interval(one.values) if one.values else None, test="none", p_value=None, opposite_p=None,
         outcome="", verdict="not decided", mark=_mark(hypothesis, one, registry), note=one.note,
+        rivals=one.rivals,
     )  # fmt: skip
     if not one.values:
         return replace(finding, verdict="no data", outcome=one.note or "no finished run tells", note="")
@@ -206,33 +211,36 @@ def _mark(hypothesis: Hypothesis, one: Measured, registry: Registry | None) -> M
     return "registered" if before else "exploratory"
 
 
-def _tests(hypothesis: Hypothesis, values: Sequence[float]) -> tuple[Significance, Significance]:
+def _tests(finding: Finding) -> tuple[Significance, Significance]:
     """Return the test that can show the sentence, and the one that can show its opposite."""
-    data, margin = np.asarray(values, dtype=np.float64), hypothesis.margin or 0.0
+    hypothesis = finding.hypothesis
+    data, margin = np.asarray(finding.values, dtype=np.float64), hypothesis.margin or 0.0
     if hypothesis.test == "noninferiority":
         return noninferiority(data, margin), inferiority(data, margin)
     if hypothesis.test == "equivalence":
-        off = data - (hypothesis.expected or 0.0)
+        off = shifted(data, hypothesis.expected or 0.0)
         return equivalence(off, margin), beyond_margin(off, margin)
-    both = wilcoxon(data - margin, ALPHA)
+    if finding.rivals:
+        return wilcoxon_against_each([shifted(values, margin) for values in finding.rivals], ALPHA)
+    both = wilcoxon(shifted(data, margin), ALPHA)
     return both, both
 
 
 def _decide(family: Sequence[Finding]) -> list[Finding]:
     """Give the verdicts of one family; what shows sentences and what shows their opposites is corrected apart."""
-    tests = [_tests(finding.hypothesis, finding.values) for finding in family]
+    tests = [_tests(finding) for finding in family]
     shown = _corrected([pair[0] for pair in tests])
     opposite = _corrected([pair[1] for pair in tests])
     return [
-        _decided(finding, tests[place], shown.get(place), opposite.get(place), len(shown))
+        _decided(finding, tests[place], shown[place], opposite[place], len(family))
         for place, finding in enumerate(family)
     ]
 
 
-def _corrected(tests: Sequence[Significance]) -> dict[int, float]:
-    """Return place -> Holm's adjusted p-value, of the tests that have one."""
-    known = {place: test.p_value for place, test in enumerate(tests) if test.p_value is not None}
-    return dict(zip(known, holm(list(known.values())), strict=True))
+def _corrected(tests: Sequence[Significance]) -> list[float | None]:
+    """Return Holm's adjusted p-values; a test without one counts as 1: results must not make the family smaller."""
+    adjusted = holm([1.0 if test.p_value is None else test.p_value for test in tests])
+    return [None if test.p_value is None else p for test, p in zip(tests, adjusted, strict=True)]
 
 
 def _decided(
@@ -247,8 +255,9 @@ def _decided(
     found: FindingVerdict
     over = f"Holm over {count}" if count > 1 else "the only test of its family"
     if hypothesis.test == "superiority":
-        shown = replace(shown, minimum_n=minimum_n_wilcoxon(ALPHA, max(count, 1)))
         lead = finding.interval.estimate - (hypothesis.margin or 0.0)
+        tests_in_it = count if lead > 0 else count * max(len(finding.rivals), 1)
+        shown = replace(shown if lead > 0 else opposite, minimum_n=minimum_n_wilcoxon(ALPHA, tests_in_it))
         p_value = p_value if lead > 0 else opposite_p
         found = verdict(lead, shown, p_value, ALPHA)
         said = "" if p_value is None else f"p = {p_value:.3g} ({over})"

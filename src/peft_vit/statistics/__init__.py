@@ -11,6 +11,7 @@ from peft_vit.statistics.aggregates import (
 )
 from peft_vit.statistics.association import Association, spearman
 from peft_vit.statistics.bootstrap import bca_interval, resampling_indices, stratified_indices
+from peft_vit.statistics.checked import shifted
 from peft_vit.statistics.concentration import gini, normalized_entropy
 from peft_vit.statistics.effect_size import EffectSize, effect_size, hedges_factor
 from peft_vit.statistics.equivalence import (
@@ -30,6 +31,7 @@ from peft_vit.statistics.significance import (
     minimum_n_wilcoxon,
     verdict,
     wilcoxon,
+    wilcoxon_against_each,
 )
 from peft_vit.statistics.student import paired_t
 
@@ -63,9 +65,11 @@ __all__ = [
     "proportion_interval",
     "random_signs",
     "resampling_indices",
+    "shifted",
     "sign_flip",
     "spearman",
     "stratified_indices",
     "verdict",
     "wilcoxon",
+    "wilcoxon_against_each",
 ]

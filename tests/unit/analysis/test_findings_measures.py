@@ -75,9 +75,34 @@ def test_query_lead() -> None:
     records = [run(ADALORA, seed, rank_history=planted_ranks) for seed in range(2)]
     assert only(records, "query-most-rank").values == (2.0, 2.0)
     assert only(records, "query-more-than-mean").values == pytest.approx((5 - 9 / 5,) * 2)
-    fewer = [run(ADALORA, seed, rank_history=ranks(query=3, key=4, value=2, out=0, fc1=0, fc2=0)) for seed in range(6)]
+    fewer = [run(ADALORA, seed, rank_history=ranks(query=3, key=4, value=2, out=0, fc1=0, fc2=0)) for seed in range(8)]
     assert only(fewer, "query-most-rank").verdict == "refuted"
     assert only(fewer, "query-more-than-mean").verdict == "supported"
+
+
+def noisy_ranks(rng: np.random.Generator, **by_matrix: float) -> list[RankEntry]:
+    return ranks(**{matrix: round(1000 * (mean + rng.normal())) for matrix, mean in by_matrix.items()})
+
+
+def test_the_most_of_all_types_is_not_judged_by_each_seeds_luckiest_type() -> None:
+    rng = np.random.default_rng(0)
+    equal = dict.fromkeys(("query", "key", "value", "out", "fc1", "fc2"), 10.0)
+    for lead, wanted in ((0.0, "not decided"), (0.5, "not decided"), (5.0, "supported"), (-5.0, "refuted")):
+        by_matrix = {**equal, "query": 10 + lead}
+        records = [run(ADALORA, seed, rank_history=noisy_ranks(rng, **by_matrix)) for seed in range(10)]
+        finding = only(records, "query-most-rank")
+        assert finding.verdict == wanted, "half a deviation ahead, another type is above query in most seeds by chance"
+        assert "against" in finding.note
+
+
+def test_one_type_that_gets_more_than_query_refutes_it_whatever_the_others_do() -> None:
+    planted_ranks = ranks(query=4, key=5, value=0, out=0, fc1=0, fc2=0)
+    few, many = ([run(ADALORA, seed, rank_history=planted_ranks) for seed in range(n)] for n in (7, 8))
+    finding = only(many, "query-most-rank")
+    assert (finding.verdict, finding.values) == ("refuted", (-1.0,) * 8)
+    assert finding.p_value == pytest.approx(5 * 2 / 2**8), "any of five rivals would have refuted it"
+    assert finding.note == "estimate and interval against key, the most of fc1, fc2, key, out, value"
+    assert only(few, "query-most-rank").outcome == "not decidable with n = 7, needs at least 8"
 
 
 def test_spread_of_ranks() -> None:

@@ -105,6 +105,16 @@ def test_the_margin_is_subtracted_and_the_estimate_is_not() -> None:
     assert above.test == "exact Wilcoxon signed-rank, margin 0.5"
 
 
+@pytest.mark.parametrize("with_updates", [0.82, 0.57, 0.93])
+def test_values_at_the_margin_but_for_rounding_decide_nothing(with_updates) -> None:
+    at_margin = np.full(8, with_updates) - (with_updates - 0.01)
+    assert (at_margin != 0.01).any() or with_updates != 0.82, "0.82 - 0.81 is not 0.01 as floats are"
+    finding = found(at_margin, margin=0.01)
+    assert (finding.verdict, finding.p_value) == ("not decided", 1.0)
+    about = found(-at_margin, "equivalence", margin=0.005, expected=-0.01)
+    assert about.outcome == "not decidable: the differences have no spread"
+
+
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_too_few_seeds_decide_nothing_and_say_how_many_would(n) -> None:
     finding = found(np.full(n, 0.3) + 0.01 * np.arange(n))
@@ -166,6 +176,16 @@ def test_values_without_spread_and_one_seed_show_no_equivalence() -> None:
     assert found([0.0, 0.0, 0.0], "equivalence", margin=0.01).outcome == "not decidable: the differences have no spread"
     one = found([0.0], "noninferiority", margin=0.01)
     assert (one.verdict, one.outcome) == ("not decided", "not decidable with n = 1, needs at least 2")
+
+
+def test_a_test_without_p_value_still_counts_in_its_family() -> None:
+    equal = np.full(5, 0.004)
+    some = np.array([0.001, -0.002, 0.009, 0.004, 0.002])
+    alone = found(some, "noninferiority", margin=0.006)
+    rows = [(hypothesis("noninferiority", name=n, margin=0.006), values_of(v)) for n, v in (("x", some), ("y", equal))]
+    together, without = judge(rows)
+    assert without.p_value is None
+    assert together.p_value == pytest.approx(2 * alone.p_value), "a result must not make the family smaller"
 
 
 # --- without a test, without values, over several ---------------------------------------------------------------------

@@ -46,6 +46,8 @@ class Measured:
         n_of: what n counts, in the plural.
         records: all that the values come from.
         note: what restricts them; for no values, why there are none.
+        rivals: for a sentence about the most of several: the values against each rival, of which `values` are those
+            with the smallest mean; empty for any other sentence.
     """
 
     subject: str
@@ -54,6 +56,7 @@ class Measured:
     n_of: str
     records: tuple[RunRecord, ...]
     note: str = ""
+    rivals: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)

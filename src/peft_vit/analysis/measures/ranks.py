@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Literal
 
 from peft_vit.analysis.measures.accuracy import rank_entropy, rank_gini
-from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, by_seed
+from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, Subject, by_seed, together
 from peft_vit.analysis.measures.selection import Selection
 from peft_vit.analysis.studies import Run
 from peft_vit.config import SiteMatrix
@@ -25,28 +27,51 @@ class RankLeadParameters(Frozen):
 def rank_lead(evidence: Evidence, parameters: RankLeadParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
     """Return the mean final rank of a matrix type minus that of the others.
 
-    `over: each` subtracts the largest mean of another type, so positive means the most of all; `over: mean` the mean
+    `over: each` asks for the most of all types. Every other type is a rival of its own, tested over seeds; the values
+    are those against the rival of the largest mean over seeds. The largest type of each seed would not do: it changes
+    with chance, and lies above any single type even where all get the same on average. `over: mean` subtracts the mean
     over all other sites.
     """
-    return tuple(
-        by_seed(subject, lambda run: _lead(run, parameters.matrix, parameters.over), "without sites of both kinds")
-        for subject in evidence.subjects(parameters.of, needs)
-    )
+    subjects = evidence.subjects(parameters.of, needs)
+    if parameters.over == "each":
+        return tuple(_over_each(subject, parameters.matrix) for subject in subjects)
+    return tuple(by_seed(subject, lambda run: _over_mean(run, parameters.matrix), _WITHOUT) for subject in subjects)
 
 
-def _lead(run: Run, matrix: SiteMatrix, over: Literal["each", "mean"]) -> float | None:
+_WITHOUT = "without sites of both kinds"
+
+
+def _over_each(subject: Subject, matrix: SiteMatrix) -> Measured:
+    means = {run.seed: {kind: fmean(ranks) for kind, ranks in _by_matrix(run).items()} for run in subject.runs}
+    seeds = [seed for seed, of in means.items() if matrix in of and len(of) > 1]
+    common = sorted(set.intersection(*(set(means[seed]) for seed in seeds)) - {matrix}) if seeds else []
+    leads = {kind: tuple(means[seed][matrix] - means[seed][kind] for seed in seeds) for kind in common}
+    strongest = min(leads, key=lambda kind: (math.fsum(leads[kind]), kind), default="")
+    values = dict(zip(seeds, leads[strongest], strict=True)) if leads else {}
+    measured = by_seed(subject, lambda run: values.get(run.seed), _WITHOUT)
+    if not leads:
+        return measured
+    note = together(measured.note, f"estimate and interval against {strongest}, the most of {', '.join(common)}")
+    return replace(measured, rivals=tuple(leads.values()), note=note)
+
+
+def _over_mean(run: Run, matrix: SiteMatrix) -> float | None:
+    ranks = _by_matrix(run)
+    own = ranks.pop(matrix, None)
+    if own is None or not ranks:
+        return None
+    return fmean(own) - fmean(rank for other in ranks.values() for rank in other)
+
+
+def _by_matrix(run: Run) -> dict[str, list[int]]:
+    """Return matrix type -> final ranks of its sites, of those that ever had one named."""
     named = {name for entry in run.record.rank_history for name in entry.ranks}
     final = run.final_ranks()
     ranks: dict[str, list[int]] = {}
     for site in run.record.sites:
         if site.name in named:
             ranks.setdefault(site.matrix, []).append(final.get(site.name, 0))
-    own = ranks.pop(matrix, None)
-    if own is None or not ranks:
-        return None
-    if over == "mean":
-        return fmean(own) - fmean(rank for other in ranks.values() for rank in other)
-    return fmean(own) - max(fmean(other) for other in ranks.values())
+    return ranks
 
 
 class RankSpreadParameters(Frozen):
