@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -113,7 +114,7 @@ class Registry:
     Attributes:
         hypotheses: in the order of the files.
         sha256: of the files' bytes, one after the other.
-        digests: id -> SHA-256 of what the registry says under it.
+        digests: id -> SHA-256 of what the registry says under it and under the others of its family.
     """
 
     hypotheses: tuple[Hypothesis, ...]
@@ -149,7 +150,24 @@ def load_registry(own: Path | None = None) -> Registry:
             digests[one.id] = digest_of(plain)
         found += entries
         content.update(_bytes_of(file))
-    return Registry(tuple(found), content.hexdigest(), digests)
+    return Registry(tuple(found), content.hexdigest(), _with_families(found, digests))
+
+
+def _with_families(hypotheses: Sequence[Hypothesis], digests: dict[str, str]) -> dict[str, str]:
+    """Return digests that also cover the family, whose size is part of the test.
+
+    Otherwise a sentence could lose the others that it was to be corrected with after the run, and stay registered.
+    """
+    families: dict[str, list[str]] = {}
+    for one in hypotheses:
+        families.setdefault(one.family or f"alone: {one.id}", []).append(one.id)
+    covered = {}
+    for members in families.values():
+        whole = sorted(digests[member] for member in members)
+        for member in members:
+            alone = len(members) == 1
+            covered[member] = digests[member] if alone else digest_of({"entry": digests[member], "family": whole})
+    return {one.id: covered[one.id] for one in hypotheses}
 
 
 def digest_of(entry: dict[str, Any]) -> str:

@@ -81,12 +81,21 @@ def test_what_was_added_later_is_exploratory_and_changes_nothing_else(tmp_path) 
     assert (found["at-least-linear"], found["above-majority"]) == ("exploratory", "registered")
 
 
-def test_another_margin_makes_its_own_sentence_exploratory_alone(tmp_path) -> None:
+def test_another_margin_makes_its_own_family_exploratory_alone(tmp_path) -> None:
+    apart = OWN.replace("family: own", "family: other", 1)
+    for text, of_the_other in ((apart, "registered"), (OWN, "exploratory")):
+        before = load_registry(own(tmp_path, text)).registration()
+        changed = load_registry(own(tmp_path, text.replace("0.01", "0.02", 1)))
+        found = marks(records(before), changed)
+        assert (found["at-least-linear"], found["at-least-full"]) == ("exploratory", of_the_other)
+        assert found["above-majority"] == "registered"
+        assert changed.sha256 != before.sha256
+
+
+def test_dropping_the_rest_of_a_family_after_the_runs_is_not_registered(tmp_path) -> None:
     before = load_registry(own(tmp_path)).registration()
-    changed = load_registry(own(tmp_path, OWN.replace("0.01", "0.02", 1)))
-    found = marks(records(before), changed)
-    assert (found["at-least-linear"], found["at-least-full"]) == ("exploratory", "registered")
-    assert changed.sha256 != before.sha256
+    (kept, _) = OWN.split("  - id: at-least-full")
+    assert marks(records(before), load_registry(own(tmp_path, kept)))["at-least-linear"] == "exploratory"
 
 
 def test_one_run_without_it_makes_what_uses_it_exploratory(tmp_path) -> None:

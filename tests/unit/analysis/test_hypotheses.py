@@ -63,6 +63,19 @@ def test_an_entrys_digest_is_of_its_content_not_of_its_form(tmp_path) -> None:
     assert load_registry(own(tmp_path, ENTRY.replace("0.01", "0.02"))).digests["mine"] != plain
 
 
+def test_a_digest_covers_the_family_that_the_test_is_corrected_over(tmp_path) -> None:
+    second = ENTRY.removeprefix("hypotheses:\n").replace("id: mine", "id: other")
+    both = load_registry(own(tmp_path, ENTRY + second)).digests
+    alone = load_registry(own(tmp_path, ENTRY)).digests
+    moved = load_registry(own(tmp_path, ENTRY + second.replace("family: mine", "family: other"))).digests
+    assert both["mine"] != alone["mine"], "without the other, Holm's correction would be gone and the mark still there"
+    assert moved["mine"] == alone["mine"] != both["mine"]
+    packaged = load_registry().digests
+    assert {id_: both[id_] for id_ in packaged} == packaged, "own families leave those that come along as they are"
+    turned = "hypotheses:\n" + second + ENTRY.removeprefix("hypotheses:\n")
+    assert load_registry(own(tmp_path, turned)).digests == both
+
+
 def test_an_own_file_adds(tmp_path) -> None:
     registry = load_registry(own(tmp_path, ENTRY))
     assert [h.id for h in registry.hypotheses] == [*(h.id for h in load_registry().hypotheses), "mine"]
