@@ -69,22 +69,14 @@ def test_the_study_of_its_page_is_one_whose_options_exist(tmp_path: Path) -> Non
     assert set(re.findall(r"--[a-z][a-z-]+", text)) - {"--head"} <= options  # which is Ray's
 
 
-LINKING = [
-    "README.md", "docs/library.md", "docs/methods.md", "docs/studies.md",
-    "experiments/docs/task_8_3_implementation.md",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "docs/library.md",
-        "docs/methods.md",
-        "docs/studies.md",
-        "experiments/docs/task_8_3_implementation.md",
-    ],
+DOCUMENTS = sorted(
+    str(file.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", "experiments/docs/*.md")
+    for file in ROOT.glob(pattern)
 )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_linked_files_exist(document: str) -> None:
     file = ROOT / document
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", file.read_text(encoding="utf-8"))
