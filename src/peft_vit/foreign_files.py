@@ -30,8 +30,11 @@ def read_bytes(file: str | Path, limit_bytes: int | None = LARGEST_BYTES) -> byt
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError:  # a NUL in its name
         raise OSError(errno.EINVAL, "impossible name", str(file)) from None
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):  # fdopen would name the descriptor
+        os.close(descriptor)
+        require_regular(status, file)
     with os.fdopen(descriptor, "rb") as handle:
-        status = os.fstat(descriptor)
         require_regular(status, file)
         if limit_bytes is not None and status.st_size > limit_bytes:
             raise OSError(errno.EFBIG, f"larger than {limit_bytes} bytes", str(file))

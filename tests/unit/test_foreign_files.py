@@ -34,6 +34,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=words) as caught:
             read_bytes(tmp_path / name)
         assert caught.value.strerror
+        assert caught.value.filename == str(tmp_path / name)
 
 
 @pytest.mark.parametrize("relative", ["..", "a/../../b", "/etc", "", "a\0b"])

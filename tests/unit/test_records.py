@@ -219,6 +219,11 @@ def test_half_a_record_is_refused(tmp_path: Path) -> None:
         (("majority_accuracy", "test"), float("inf"), "majority_accuracy.test"),
         (("parameters", "final"), 10**30, "parameters.final"),
         (("bytes", "frozen_bytes"), -1, "bytes.frozen_bytes"),
+        (("seconds_per_step",), float("inf"), "seconds_per_step"),
+        (("seconds_per_step",), -0.5, "seconds_per_step"),
+        (("overhead_s",), {"scoring": float("nan")}, "overhead_s.scoring"),
+        (("latency_s",), {"1": float("inf")}, "latency_s.1"),
+        (("peak_memory_bytes",), -1, "peak_memory_bytes"),
     ],
 )
 def test_a_wrong_value_is_named_by_its_field(

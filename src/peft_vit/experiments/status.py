@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from peft_vit.errors import UserError, printable
 from peft_vit.experiments.store import unknown_to
-from peft_vit.records import RECORD_FILE, checkpoint_folders
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, checkpoint_folders
 from peft_vit.records.ledger import LEDGER_FILE, Row, last_rows, read_ledger
 from peft_vit.records.owner import Owner, owner_of
 from peft_vit.records.study_file import STUDY_FILE, read_study_file
@@ -46,7 +46,8 @@ def find_studies(directory: Path) -> list[Path]:
         UserError: if there is none.
     """
     if not os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
-        raise UserError("does not exist; give what --output-dir was", file=directory)
+        problem = "is no directory" if os.path.lexists(directory) else "does not exist"
+        raise UserError(f"{problem}; give what --output-dir was", file=directory)
     if _is_study(directory):
         return [directory]
     folders = [folder for folder in sorted(directory.iterdir()) if folder.is_dir() and _is_study(folder)]
@@ -115,8 +116,14 @@ def _status(
     if skipped:
         return RunStatus(run, "skipped", attempts, goes_on)
     why = {"failed": f"to be tried again after: {last.error}", "lost": "its files are gone"} if last is not None else {}
-    notes = [why.get(last.event, ""), goes_on] if last is not None else []
+    notes = [why.get(last.event, ""), goes_on] if last is not None else [_without_adapter(folder / run)]
     return RunStatus(run, "pending", attempts, "; ".join(filter(None, notes)))
+
+
+def _without_adapter(folder: Path) -> str:
+    """Say why a run that ended counts as not done, though a report counts its record."""
+    alone = (folder / RECORD_FILE).exists() and not (folder / ADAPTER_FILE).exists()
+    return f"its record is here, its {ADAPTER_FILE} is not" if alone else ""
 
 
 def status_lines(status: StudyStatus) -> Iterator[str]:

@@ -190,6 +190,8 @@ def _walk(directory: Path, at_study: Callable[[str], None]) -> _Found:
         UserError: if the directory does not exist.
     """
     if not os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
+        if os.path.lexists(directory):
+            raise UserError("is no directory; give the one that holds the records", file=directory)
         raise UserError("does not exist; run a study first, e.g. `peft-vit run CONFIG`", file=directory)
     found = _Found()
     foreign: list[str] = []

@@ -31,6 +31,7 @@ Failure = Literal["killed", "out_of_memory", "diverged", "error", "io", "disk_fu
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+_Seconds = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class _Value(BaseModel):
@@ -293,7 +294,7 @@ class RunRecord(_Value):
     failure: Failure | None = None  # the kind of error; None in older records
     traceback: str | None = None
     started_at: str  # of the first attempt, ISO 8601, UTC
-    seconds: float  # of all attempts, as far as a checkpoint or this attempt has counted them
+    seconds: _Seconds  # of all attempts, as far as a checkpoint or this attempt has counted them
     attempts: int = 1  # starts that it took
     warnings: list[str] = []  # settings that had no effect, said loudly
     # Everything below is None for a run that failed.
@@ -312,18 +313,18 @@ class RunRecord(_Value):
     quantization: QuantizationSummary | None = None
     parameters: ParameterCounts | None = None
     bytes: ByteCounts | None = None
-    seconds_per_step: float | None = None  # median
+    seconds_per_step: _Seconds | None = None  # median
     # Seconds spent by purpose, e.g. "scoring", "reallocation", "evaluation"; none counts twice. In older records, and
     # with the PEFT library's AdaLoRA, "allocation" holds scoring and reallocation, in older ones the penalty too.
-    overhead_s: dict[str, float] = {}
-    peak_memory_bytes: int | None = None  # resident memory of the process, largest during the run
+    overhead_s: dict[str, _Seconds] = {}
+    peak_memory_bytes: _Count | None = None  # resident memory of the process, largest during the run
     chosen_step: int | None = None
     majority_accuracy: dict[str, FiniteFloat] = {}  # share of the most frequent class: validation, test
     validation: Metrics | None = None  # at the chosen step
     test: Metrics | None = None  # read once, at the chosen step
     predictions: Predictions | None = None  # None in older records
     removal: AdapterRemoval | None = None  # with measures.removal_images
-    latency_s: dict[int, float] = {}  # median seconds of a forward pass, by batch size; with measures.latency_batches
+    latency_s: dict[int, _Seconds] = {}  # of a forward pass, median, by batch size; with measures.latency_batches
     registration: Registration | None = None  # None in older records
     adapter_sha256: str | None = None
     optimizer_sha256: str | None = None  # of its state after the last step; None in older records

@@ -105,3 +105,6 @@ def test_an_empty_or_missing_directory_is_one_line(tmp_path: Path) -> None:
         load_studies(tmp_path / "nowhere")
     with pytest.raises(UserError, match="does not exist"):
         load_studies(tmp_path / ("x" * 5000))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: is no directory"):
+        load_studies(tmp_path / "file")

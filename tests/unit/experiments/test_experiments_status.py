@@ -135,6 +135,14 @@ def test_results_without_a_plan_are_those_of_an_earlier_version(tmp_path) -> Non
     assert "an earlier version" in second
 
 
+def test_a_record_without_its_adapter_is_not_done_and_says_why(tmp_path) -> None:
+    spec = fake_plan(STUDY, tmp_path).runs[2].spec
+    write_result(tmp_path, done_record(spec), None)
+    assert list(status_lines(study_status(tmp_path / "fake")))[2:] == [
+        "  pending  b/seed_0: its record is here, its adapter.safetensors is not"
+    ]
+
+
 def test_records_of_other_runs_are_named(tmp_path) -> None:
     fake_drive(fake_config(("c",), (5,)), tmp_path)
     folder = begin(tmp_path)
@@ -159,6 +167,9 @@ def test_where_there_is_no_study(tmp_path) -> None:
         find_studies(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         find_studies(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: is no directory"):
+        find_studies(tmp_path / "file")
 
 
 def test_a_damaged_ledger_is_made_anew_and_set_aside(tmp_path) -> None:
