@@ -344,12 +344,11 @@ def _time(name: str, pairs: Pairs, allowed: tuple[tuple[PoolKind, str], ...]) ->
 
 
 def _corrected(rows: Sequence[PooledDifference]) -> tuple[PooledDifference, ...]:
-    """Apply Holm's correction over the pooled table, and give the verdicts."""
-    known = [row.pooled.p_value for row in rows if row.pooled.p_value is not None]
-    adjusted = iter(holm(known))
+    """Apply Holm's correction over the pooled table, and give the verdicts; a row without a test counts as p = 1."""
+    adjusted = holm([1.0 if row.pooled.p_value is None else row.pooled.p_value for row in rows])
     corrected = []
-    for row in rows:
-        p = None if row.pooled.p_value is None else next(adjusted)
+    for row, counted in zip(rows, adjusted, strict=True):
+        p = None if row.pooled.p_value is None else counted
         decided = p is not None and p <= ALPHA
         verdict: Verdict = "not decided"
         if decided:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from peft_vit.analysis.agreement import rho_with_last
-from peft_vit.analysis.comparison import Comparison, compare_values, correct
+from peft_vit.analysis.comparison import Comparison, compare_values, correct, same_problem
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import BudgetUnit, ExperimentConfig
@@ -227,12 +227,11 @@ def against_fixed_lora(study: Study, runs: list[Run], name: str) -> Comparison:
 
 
 def _on_lora_line(study: Study, run: Run) -> float | None:
-    weights = run.provenance.weights_sha256, run.provenance.split_sha256
     points = sorted(
         (float(np.log(other.parameters.final)), other.test.accuracy)
         for e in study.fixed_rank_loras()
         for other in study.of(e.name)
-        if other.seed == run.seed and (other.provenance.weights_sha256, other.provenance.split_sha256) == weights
+        if other.seed == run.seed and same_problem(other) == same_problem(run)
     )
     if not points:
         return None

@@ -177,7 +177,7 @@ def pairing_note(*, refused: int, unknown: int = 0, other_draws: bool) -> str:
     if refused:
         notes.append(f"{refused} pair(s) refused: other weights, images or splits")
     if unknown:
-        notes.append(f"{unknown} pair(s) left out: not recorded in both runs")
+        notes.append(f"{unknown} pair(s) left out: not recorded, or no finite number, in one of both runs")
     if other_draws:
         notes.append("pairs differ in the initial head or in the order of images")
     return "; ".join(notes)

@@ -199,7 +199,7 @@ def test_time_is_a_ratio_to_the_reference(tmp_path: Path) -> None:
     assert (row.ratio.low, row.ratio.n) == (None, 6)
 
 
-@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 0.0, -1.0, None])
+@pytest.mark.parametrize("broken", [0.0, None])  # a record with any other is refused when it is read
 def test_a_time_that_is_none_is_no_time(tmp_path: Path, broken: float | None) -> None:
     first, second = (records(name, {"lora_r4": A}, images=images) for name, images in (("a", "b"), ("b", "c")))
     first[0] = first[0].model_copy(update={"seconds_per_step": broken})
@@ -280,6 +280,13 @@ def test_pooled_p_values_are_corrected_over_the_table(tmp_path: Path) -> None:
     assert rows["lora_r4"].pooled.p_value is not None
     assert rows["lora_r4"].adjusted_p == pytest.approx(3 * rows["lora_r4"].pooled.p_value)
     assert rows["lora_r1"].verdict == "not decided"
+
+
+def test_a_row_without_a_test_counts_in_the_family(tmp_path: Path) -> None:
+    made = [records(name, {"lora_r4": A, "lora_r2": [0.01] * 3}, images=images) for name, images in ("ab", "bc")]
+    rows = {row.name: row for row in compare_studies(loaded(tmp_path, *made)).pooled}
+    assert rows["lora_r2"].adjusted_p is None, "no spread, no test"
+    assert rows["lora_r4"].adjusted_p == pytest.approx(2 * rows["lora_r4"].pooled.p_value)
 
 
 def test_seeds_that_are_missing_leave_a_study_without_interval(tmp_path: Path) -> None:

@@ -148,6 +148,16 @@ def test_agreement_of_seeds_over_disjoint_pairs() -> None:
     assert finding.note == "seed 4 has no partner"
 
 
+def test_seeds_on_other_images_are_no_pair_and_two_sites_no_order() -> None:
+    history = scores({site.name: float(place) for place, site in enumerate(SITES)})
+    records = [run(ADALORA, seed, importance_history=history) for seed in range(4)]
+    other = records[3].provenance.model_copy(update={"split_sha256": "f" * 64})
+    finding = only([*records[:3], records[3].model_copy(update={"provenance": other})], "seeds-agree")
+    assert (finding.labels, finding.note) == (("0-1",), "1 pair(s) refused: other weights, images or splits")
+    two = scores({site.name: float(place) for place, site in enumerate(SITES[:2])})
+    assert only([run(ADALORA, seed, importance_history=two) for seed in range(2)], "seeds-agree").verdict == "no data"
+
+
 def removal(rises: dict[str, float], mlp_accuracy: float = 0.75) -> AdapterRemoval:
     return AdapterRemoval(
         images=100, loss=0.5, accuracy=0.80, site_loss_rise=rises, group_loss_rise={"mlp": 0.1, "all": 0.3},
@@ -292,6 +302,25 @@ def test_an_accuracy_outside_of_the_line_gives_a_bound(accuracy, expected) -> No
     finding = only(records, "fixed-needs-fewer")
     assert finding.values == pytest.approx((expected,), abs=1e-3)
     assert finding.note == "bounds only, the accuracy lies outside of fixed LoRA's: seeds 0"
+
+
+@pytest.mark.parametrize(("accuracy", "parameters"), [(440, 500), (490, 16000)])
+def test_a_bound_that_leaves_open_who_needs_fewer_speaks_for_neither(accuracy, parameters) -> None:
+    line = {1: 450 / 600, 2: 460 / 600, 4: 470 / 600, 8: 480 / 600}
+    records = []
+    for seed in range(6):
+        records += [*lora_line(seed, line), with_parameters(run(ADALORA, seed, accuracy / 600), parameters)]
+    finding = only(records, "fixed-needs-fewer")
+    assert (finding.values, finding.verdict) == ((0.0,) * 6, "not decided")
+    assert finding.note.endswith("set to 0, which of both needs fewer is open: seeds 0, 1, 2, 3, 4, 5")
+
+
+def test_the_line_of_fixed_lora_is_of_the_same_images() -> None:
+    line = {1: 450 / 600, 2: 460 / 600, 4: 470 / 600, 8: 480 / 600}
+    records = [*lora_line(0, line), with_parameters(run(ADALORA, 0, 468 / 600), 2500)]
+    other = records[-1].provenance.model_copy(update={"data_sha256": "f" * 64})
+    finding = only([*records[:-1], records[-1].model_copy(update={"provenance": other})], "adaptive-beats-fixed")
+    assert (finding.verdict, len(only(records, "adaptive-beats-fixed").values)) == ("no data", 1)
 
 
 def test_one_fixed_rank_is_no_line() -> None:

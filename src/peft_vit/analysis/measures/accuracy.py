@@ -165,7 +165,9 @@ def parameters_at_equal_accuracy(
     What fixed LoRA needs is where the line through the same seed's runs, linear in the logarithm of trainable
     parameters, first reaches the accuracy. A run that is less accurate than the smallest of them needs at most that
     one, a run that is more accurate than all of them needs more than the largest: then the ratio to this one stands,
-    a bound that lies nearer to zero than the truth unless the run has passed it, and the note counts it.
+    a bound that lies nearer to zero than the truth, and the note counts it. Where the truth could lie on either side
+    of zero (less accurate than the smallest with fewer parameters, or more accurate than the largest with more), the
+    value is zero, which speaks for neither.
     """
     if len(evidence.study.fixed_rank_loras()) < 2:
         raise NoDataError("the study has no fixed LoRA at two ranks, whose line would tell what an accuracy needs")
@@ -173,9 +175,12 @@ def parameters_at_equal_accuracy(
     found = []
     for subject in evidence.subjects(parameters.of, needs):
         needed = {run.seed: need for run in subject.runs if (need := _needed(evidence, run)) is not None}
-        bounds = [seed for seed, (_, is_bound) in needed.items() if is_bound]
+        bounds = [seed for seed, (_, bound) in needed.items() if bound]
         measured = by_seed(subject, partial(_over_needed, needed), "without fixed LoRA at two ranks")
         note = f"bounds only, the accuracy lies outside of fixed LoRA's: seeds {joined(bounds)}" if bounds else ""
+        open_ = [label for label, value in zip(measured.labels, measured.values, strict=True) if value == 0]
+        open_ = [label for label in open_ if int(label) in bounds]
+        note = together(note, f"set to 0, which of both needs fewer is open: seeds {joined(open_)}" if open_ else "")
         seeds = [int(label) for label in measured.labels]
         records = (*measured.records, *records_of(evidence.study, loras, seeds))
         found.append(
@@ -187,12 +192,21 @@ def parameters_at_equal_accuracy(
     return tuple(found)
 
 
-def _over_needed(needed: Mapping[int, tuple[float, bool]], run: Run) -> float | None:
-    return math.log2(run.parameters.final) - needed[run.seed][0] if run.seed in needed else None
+Bound = Literal["", "at most", "more than"]
 
 
-def _needed(evidence: Evidence, run: Run) -> tuple[float, bool] | None:
-    """Return log2 of the parameters that fixed LoRA needs, and whether that is only a bound."""
+def _over_needed(needed: Mapping[int, tuple[float, Bound]], run: Run) -> float | None:
+    if run.seed not in needed:
+        return None
+    size, bound = needed[run.seed]
+    ratio = math.log2(run.parameters.final) - size
+    if bound == "at most":  # the truth is this or more
+        return max(0.0, ratio)
+    return min(0.0, ratio) if bound == "more than" else ratio
+
+
+def _needed(evidence: Evidence, run: Run) -> tuple[float, Bound] | None:
+    """Return log2 of the parameters that fixed LoRA needs, and whether it needs at most, or more than, these."""
     points = sorted(
         (math.log2(other.parameters.final), other.test.accuracy)
         for lora in evidence.study.fixed_rank_loras()
@@ -204,11 +218,11 @@ def _needed(evidence: Evidence, run: Run) -> tuple[float, bool] | None:
     sizes, accuracies = zip(*points, strict=True)
     wanted = run.test.accuracy
     if wanted <= accuracies[0]:
-        return sizes[0], wanted < accuracies[0]
+        return sizes[0], "at most" if wanted < accuracies[0] else ""
     for i in range(1, len(points)):
         if accuracies[i] >= wanted:
-            return float(np.interp(wanted, accuracies[i - 1 : i + 1], sizes[i - 1 : i + 1])), False
-    return sizes[-1], True
+            return float(np.interp(wanted, accuracies[i - 1 : i + 1], sizes[i - 1 : i + 1])), ""
+    return sizes[-1], "more than"
 
 
 def above_majority(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:

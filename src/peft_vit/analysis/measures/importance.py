@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
 
+from peft_vit.analysis.comparison import same_problem
 from peft_vit.analysis.grid import ATTENTION
 from peft_vit.analysis.measures.accuracy import OfParameters
 from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, Subject, by_seed, joined, together
@@ -14,6 +15,8 @@ from peft_vit.analysis.measures.selection import Selection
 from peft_vit.analysis.studies import Run
 from peft_vit.method_settings import Frozen
 from peft_vit.statistics import spearman
+
+_FEWEST_SITES = 3  # with two, a rank correlation is 1 or -1 whatever they are
 
 
 def attention_over_mlp(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
@@ -39,9 +42,9 @@ def last_scores(run: Run) -> dict[str, float]:
 
 
 def rank_correlation(left: dict[str, float], right: dict[str, float]) -> float | None:
-    """Return Spearman's rho over the sites that both have; None without any, if one is constant or not finite."""
+    """Return Spearman's rho over the sites that both have; None for fewer than three, a constant or not finite one."""
     common = sorted(name for name in left.keys() & right.keys() if math.isfinite(left[name] + right[name]))
-    if len(common) < len(left.keys() & right.keys()):
+    if len(common) < max(_FEWEST_SITES, len(left.keys() & right.keys())):
         return None
     return spearman([left[name] for name in common], [right[name] for name in common]).rho
 
@@ -59,16 +62,18 @@ def importance_between_seeds(
 
 def _between_seeds(subject: Subject) -> Measured:
     runs = sorted(subject.runs, key=lambda run: run.seed)
-    pairs = list(zip(runs[::2], runs[1::2], strict=False))
+    formed = list(zip(runs[::2], runs[1::2], strict=False))
+    pairs = [(a, b) for a, b in formed if same_problem(a) == same_problem(b)]
+    refused = f"{len(formed) - len(pairs)} pair(s) refused: other weights, images or splits"
     rhos = {f"{a.seed}-{b.seed}": rank_correlation(last_scores(a), last_scores(b)) for a, b in pairs}
     known = {label: rho for label, rho in rhos.items() if rho is not None}
     odd = f"seed {runs[-1].seed} has no partner" if len(runs) % 2 else ""
     constant = [label for label in rhos if label not in known]
-    undefined = f"scores are all equal: seeds {joined(constant)}" if constant else ""
+    undefined = f"scores are all equal, not finite, or of too few sites: seeds {joined(constant)}" if constant else ""
     return Measured(
         subject=subject.name, values=tuple(known.values()), labels=tuple(known), n_of="pairs of seeds",
         records=tuple(run.record for a, b in pairs if f"{a.seed}-{b.seed}" in known for run in (a, b)),
-        note=together(subject.note, odd, undefined),
+        note=together(subject.note, odd, refused if len(pairs) < len(formed) else "", undefined),
     )  # fmt: skip
 
 
@@ -78,7 +83,7 @@ def importance_against_harm(evidence: Evidence, parameters: OfParameters, needs:
         by_seed(
             subject,
             _with_harm,
-            "whose scores or losses are all equal",
+            "whose scores or losses are all equal, not finite, or of too few sites",
         )
         for subject in evidence.subjects(parameters.of, needs)
     )
