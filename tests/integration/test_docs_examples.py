@@ -69,11 +69,8 @@ def test_the_study_of_its_page_is_one_whose_options_exist(tmp_path: Path) -> Non
     assert set(re.findall(r"--[a-z][a-z-]+", text)) - {"--head"} <= options  # which is Ray's
 
 
-DOCUMENTS = sorted(
-    str(file.relative_to(ROOT))
-    for pattern in ("*.md", "docs/*.md", "experiments/docs/*.md")
-    for file in ROOT.glob(pattern)
-)
+PATTERNS = ("*.md", "docs/*.md", "experiments/docs/*.md")
+DOCUMENTS = sorted(str(file.relative_to(ROOT)) for pattern in PATTERNS for file in ROOT.glob(pattern))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
