@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 from peft_vit.analysis.measures.accuracy import OfParameters
-from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, NoDataError, Subject, joined, records_of
+from peft_vit.analysis.measures.evidence import (
+    Evidence,
+    Measure,
+    Measured,
+    NoDataError,
+    Subject,
+    joined,
+    records_of,
+    together,
+)
 from peft_vit.analysis.measures.importance import last_scores, rank_correlation
 from peft_vit.analysis.measures.selection import settings_without
 from peft_vit.analysis.studies import Run
 from peft_vit.records import RunRecord
-from peft_vit.statistics import gini, spearman
-
-_FEWEST_EXPERIMENTS = 3  # with two, a rank correlation is 1 or -1 whatever they are
+from peft_vit.statistics import gini
+from peft_vit.statistics.checked import ROUNDING
 
 
 def importance_between_data_sets(
@@ -70,11 +79,16 @@ def _agreement(left: Evidence, a: Subject, right: Evidence, b: Subject) -> Measu
 def gain_where_importance_varies(
     studies: Sequence[Evidence], parameters: OfParameters, needs: Sequence[str]
 ) -> tuple[Measured, ...]:
-    """Return, by seed, Spearman's rho over experiments of all studies between two of their values.
+    """Return, by pair of experiments, how much more the one gains whose scores vary more between sites.
 
-    These are Gini's coefficient of the final scores over sites, and the gain in test accuracy over fixed LoRA at equal
-    parameters. The interval over seeds says what other seeds would change on the same experiments and images; it says
-    nothing of other data sets.
+    How much scores vary is Gini's coefficient of the final scores over sites, the gain is that in test accuracy over
+    fixed LoRA at equal parameters; both are means over seeds. Experiments of all studies are put in the order of Gini's
+    coefficient, and the first of the upper half is set against the first of the lower half, and so on; of an odd
+    number the middle one is left out. So pairs are disjoint, and no gain decides who meets whom.
+
+    n counts pairs of experiments and not seeds: more seeds of the same few experiments would only make sure in which
+    order these stand, and an order by chance is as likely to rise as to fall. Assumption of the test: if importance
+    had nothing to do with it, either one of a pair would be as likely to gain more, independently of other pairs.
     """
     return tuple(
         _gains([evidence for evidence in studies if evidence.study.smoke == smoke], parameters, needs)
@@ -82,39 +96,63 @@ def gain_where_importance_varies(
     )
 
 
+@dataclass(frozen=True)
+class _Gain:
+    """One experiment: how much its scores vary, what it gains, means over the same seeds."""
+
+    gini: float
+    name: str
+    gain: float
+    records: tuple[RunRecord, ...]
+
+
 def _gains(studies: Sequence[Evidence], parameters: OfParameters, needs: Sequence[str]) -> Measured:
-    points: dict[int, list[tuple[float, float]]] = {}
-    records: dict[int, list[RunRecord]] = {}
-    for evidence in studies:
-        loras = [lora.name for lora in evidence.study.fixed_rank_loras()]
-        for subject in _subjects(evidence, parameters, needs):
-            allocated = evidence.allocation.get(subject.name)
-            if allocated is None:
-                continue
-            gains = dict(zip(allocated.against_fixed.seeds, allocated.against_fixed.by_seed, strict=True))
-            for run in subject.runs:
-                scores = list(last_scores(run).values())
-                if run.seed in gains and all(map(math.isfinite, scores)) and min(scores) >= 0 and sum(scores) > 0:
-                    points.setdefault(run.seed, []).append((gini(scores), gains[run.seed]))
-                    records.setdefault(run.seed, []).append(run.record)
-                    records[run.seed] += records_of(evidence.study, loras, [run.seed])
-    rhos = {
-        seed: spearman(*zip(*found, strict=True)).rho
-        for seed, found in sorted(points.items())
-        if len(found) >= _FEWEST_EXPERIMENTS
-    }
-    known = {seed: rho for seed, rho in rhos.items() if rho is not None}
-    most = max((len(found) for found in points.values()), default=0)
-    few = f"needs scores and gains of at least {_FEWEST_EXPERIMENTS} experiments with a common seed, there are {most}"
-    if most >= _FEWEST_EXPERIMENTS:
-        few = "the scores vary alike in all experiments, or they gain the same"
-    counts = sorted({len(points[seed]) for seed in known})
+    found = sorted(
+        (gain for evidence in studies for gain in _gains_of(evidence, parameters, needs)),
+        key=lambda one: (one.gini, one.name),
+    )
+    half = len(found) // 2
+    pairs = [
+        (lower, upper)
+        for lower, upper in zip(found[:half], found[len(found) - half :], strict=True)
+        if upper.gini - lower.gini > ROUNDING
+    ]
+    note = f"over {len(found)} experiments"
+    if len(found) % 2:
+        note = together(note, f"in no pair: {found[half].name}")
+    if not pairs:
+        note = f"needs scores and gains of at least 2 experiments, there are {len(found)}"
+        if half:
+            note = "the scores vary alike in all experiments"
     return Measured(
         subject=f"experiments of {joined(evidence.study.label for evidence in studies)}",
-        values=tuple(known.values()), labels=tuple(str(seed) for seed in known), n_of="seeds",
-        records=tuple(record for seed in known for record in records[seed]),
-        note=f"over {joined(counts)} experiments" if known else few,
+        values=tuple(upper.gain - lower.gain for lower, upper in pairs),
+        labels=tuple(f"{upper.name} - {lower.name}" for lower, upper in pairs), n_of="pairs of experiments",
+        records=tuple(record for pair in pairs for one in pair for record in one.records),
+        note=note,
     )  # fmt: skip
+
+
+def _gains_of(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> Iterator[_Gain]:
+    loras = [lora.name for lora in evidence.study.fixed_rank_loras()]
+    for subject in _subjects(evidence, parameters, needs):
+        allocated = evidence.allocation.get(subject.name)
+        if allocated is None:
+            continue
+        gains = dict(zip(allocated.against_fixed.seeds, allocated.against_fixed.by_seed, strict=True))
+        known: dict[int, float] = {}
+        for run in subject.runs:
+            scores = list(last_scores(run).values())
+            if run.seed in gains and all(map(math.isfinite, scores)) and min(scores) >= 0 and sum(scores) > 0:
+                known[run.seed] = gini(scores)
+        if known:
+            own = tuple(run.record for run in subject.runs if run.seed in known)
+            yield _Gain(
+                gini=math.fsum(known.values()) / len(known),
+                name=f"{subject.name} in {evidence.study.label}",
+                gain=math.fsum(gains[seed] for seed in known) / len(known),
+                records=(*own, *records_of(evidence.study, loras, known)),
+            )
 
 
 def _records(runs: Iterable[Run]) -> tuple[RunRecord, ...]:
@@ -122,6 +160,6 @@ def _records(runs: Iterable[Run]) -> tuple[RunRecord, ...]:
 
 
 MEASURES_OF_SEVERAL_STUDIES = {
-    "gain_where_importance_varies": Measure(OfParameters, lambda _: "rho", of_studies=gain_where_importance_varies),
+    "gain_where_importance_varies": Measure(OfParameters, lambda _: "share", of_studies=gain_where_importance_varies),
     "importance_between_data_sets": Measure(OfParameters, lambda _: "rho", of_studies=importance_between_data_sets),
 }
