@@ -276,6 +276,27 @@ def test_it_prints_with_figures_and_without_controls(page) -> None:
     assert not page.locator(".controls").first.is_visible()
 
 
+def test_what_is_looked_up_is_folded_and_stands_open_on_paper(open_page, built: ReportFiles) -> None:
+    page = open_page(built.html)
+    folds, main = page.locator(".fold"), page.locator("#quickstart > .wide, #quickstart section > .wide").first
+    assert folds.count() > 5
+    assert main.is_visible()
+    assert not any(table.is_visible() for table in page.locator(".fold .wide").all())
+    page.get_by_text("Findings by experiment").click()
+    assert page.locator(".fold[open] .wide").count() == 1
+    page.pdf()
+    assert page.locator(".fold[open]").count() == folds.count()
+    still = open_page(built.html, java_script_enabled=False)
+    still.emulate_media(media="print")
+    assert all(table.bounding_box()["height"] > 10 for table in still.locator(".fold table").all())
+
+
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 720)])
+def test_the_first_screen_says_what_came_out(open_page, built: ReportFiles, width: int, height: int) -> None:
+    page = open_page(built.html, viewport={"width": width, "height": height})
+    assert page.get_by_text("Best on validation:").bounding_box()["y"] < height - 20
+
+
 def test_without_script_the_figures_stand_and_no_button_pretends(open_page, built: ReportFiles) -> None:
     page = open_page(built.html, java_script_enabled=False)
     assert all(svg.bounding_box()["height"] > 100 for svg in page.locator("figure svg").all())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from peft_vit.analysis.planned import seeds_in_words
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.records import Predictions
 
@@ -83,13 +84,15 @@ def image_examples(study: Study, best: str) -> ImageExamples | str:
         return "no linear probe and no LoRA has finished beside it that it could be set against"
     by_seed = {run.seed: run for run in study.of(baseline)}
     pairs = [(run, by_seed[run.seed]) for run in study.of(best) if run.seed in by_seed]
-    left_out, usable = [], []
+    problems: dict[str, list[int]] = {}
+    usable = []
     for run, other in pairs:
         problem = _why_not(run.record.predictions, other.record.predictions)
         if problem:
-            left_out.append(f"seed {run.seed}: {problem}")
+            problems.setdefault(problem, []).append(run.seed)
         else:
             usable.append((run, other))
+    left_out = [f"{seeds_in_words(seeds)}: {problem}" for problem, seeds in problems.items()]
     if not usable:
         return "; ".join(left_out) or f"no seed has finished both for it and for {baseline}"
     images = {run.seed: _images(run, other) for run, other in usable}

@@ -289,10 +289,11 @@ def _conclusion(findings: Sequence[Finding]) -> Conclusion:
         overall = "refuted"
     names: tuple[FindingVerdict, ...] = ("supported", "refuted", "not decided")
     counted = ", ".join(f"{one} in {verdicts.count(one)}" for one in names if one in verdicts)
+    counts = f"{counted} of {len(told)}"
     if hypothesis.test == "described":
-        counted = "described, not tested"
+        counts = f"described in {len(told)}, not tested"
     mark: Mark = "registered" if all(finding.mark == "registered" for finding in told) else "exploratory"
-    return Conclusion(hypothesis, overall, f"{counted} of {len(told)}" if len(told) > 1 else "", mark, told)
+    return Conclusion(hypothesis, overall, counts if len(told) > 1 else "", mark, told)
 
 
 def unknown_registrations(studies: Iterable[Study], known: Iterable[str]) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ from peft_vit.analysis import AgainstControl, Allocation, RunAllocation
 from peft_vit.analysis.allocation import SETTLED_AT
 from peft_vit.analysis.comparison import outcome
 from peft_vit.analysis.effectiveness import PARAMETERS
-from peft_vit.report.document import Raw, Table
-from peft_vit.report.numbers import count, fixed, number_interval, percent, points_interval
+from peft_vit.report.document import Paragraph, Raw, Table
+from peft_vit.report.numbers import count, fixed, joined, number_interval, percent, plain, points_interval
 from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, differences_table, ends, measured, with_n
 from peft_vit.statistics import Interval
 
@@ -128,6 +128,17 @@ def _course_row(allocation: Allocation, run: RunAllocation, i: int) -> dict[str,
     }
 
 
+def control_blocks(rows: Sequence[AgainstControl]) -> tuple[Table | Paragraph, ...]:
+    """Return the comparisons with controls that the study has, and in a sentence each which it lacks."""
+    missing: dict[str, list[str]] = {}
+    for row in rows:
+        if row.control_experiment is None:
+            missing.setdefault(row.accuracy.note, []).append(row.experiment)
+    compared = [row for row in rows if row.control_experiment is not None]
+    named = (f"Not compared, as {reason}: {joined(plain(name) for name in own)}." for reason, own in missing.items())
+    return (*([control_table(compared)] if compared else []), *map(Paragraph, named))
+
+
 def control_table(rows: Sequence[AgainstControl]) -> Table:
     """Return scored ranks against ranks that look at nothing, at equal cost."""
     return Table(
@@ -185,9 +196,7 @@ def _small_points(share: Interval | None) -> str:
 
 
 def _control_name(row: AgainstControl) -> str:
-    if row.control_experiment is None:
-        return "none in this study"
-    return row.control_experiment + ("" if row.same_strategy else " (another strategy)")
+    return f"{row.control_experiment}{'' if row.same_strategy else ' (another strategy)'}"
 
 
 def allocation_value_table(allocations: Sequence[Allocation]) -> Table:

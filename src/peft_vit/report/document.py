@@ -35,6 +35,7 @@ class Table:
         rows: texts, one a column.
         note: how to read it, which uncertainty the intervals describe.
         data: rows for the CSV file, in full precision and plain units.
+        folded: whether the page shows only its title until a reader opens it; paper and Markdown show all of it.
     """
 
     slug: str
@@ -43,6 +44,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str
     data: tuple[dict[str, Raw], ...]
+    folded: bool = False
     kind: Literal["table"] = "table"
 
 

@@ -16,6 +16,7 @@ from peft_vit.report.style import THEME
 
 # A page is read from the top: what the methods reached comes first.
 PAGE_ORDER = (SECTION_TITLES[3], *SECTION_TITLES[:3], SECTION_TITLES[4])
+MAIN_FACTS = ("Backbone", "Images", "Experiments", "Seeds", "Runs")  # of what was asked; the others stand folded below
 
 
 def write_html(documents: Sequence[StudyDocument]) -> str:
@@ -28,6 +29,7 @@ def write_html(documents: Sequence[StudyDocument]) -> str:
     return environment.from_string(source).render(
         documents=documents,
         page_order=PAGE_ORDER,
+        main_facts=MAIN_FACTS,
         data_uri=data_uri,
         inline_svg=inline_svg,
         embedded=embedded,

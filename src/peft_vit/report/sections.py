@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from peft_vit.analysis import Analysis, FisherAgreement, StudyAgreement, study_agreements
@@ -18,7 +19,7 @@ from peft_vit.report import (
     summary,
     tables,
 )
-from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
+from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument, Table
 from peft_vit.report.examples import Thumbnails, example_blocks
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
 from peft_vit.report.forest import forests
@@ -27,6 +28,13 @@ from peft_vit.report.numbers import counted, fixed, joined, plain
 from peft_vit.report.progress import progress
 from peft_vit.report.reliability import reliability_diagram
 from peft_vit.report.selection import validation_means
+
+# What a reader looks up rather than reads: it stands behind a table or a figure that is always shown.
+FOLDED = frozenset({
+    "pareto_fronts", "quality", "calibration", "reliability", "convergence", "examples", "importance_by_block",
+    "importance_over_time", "importance_course", "allocation", "allocation_course", "size_parts", "bits_by_layer",
+    "quantization_balance", "findings", "without_data",
+})  # fmt: skip
 
 
 def study_documents(analyses: Sequence[Analysis], thumbnails: Thumbnails | None = None) -> tuple[StudyDocument, ...]:
@@ -56,7 +64,8 @@ def _document(
     study = analysis.study
     methods = (*_methods(analysis), *example_blocks(analysis, thumbnails))
     contents = (_importance(analysis, agreements), _allocation(analysis), _quantization(analysis), methods)
-    sections = dict(zip(SECTION_TITLES, (*contents, _insights(analysis)), strict=True))
+    shown = [[_folded(block) for block in blocks] for blocks in (*contents, _insights(analysis))]
+    sections = dict(zip(SECTION_TITLES, map(tuple, shown), strict=True))
     return StudyDocument(
         label=plain(study.label),
         slug=slug,
@@ -70,6 +79,12 @@ def _document(
         not_shown=summary.not_shown(study),
         runs=summary.run_details(study),
     )
+
+
+def _folded(block: Block) -> Block:
+    if isinstance(block, Table) and (block.slug in FOLDED or block.slug.startswith("calibration_against_")):
+        return replace(block, folded=True)
+    return block
 
 
 def _importance(analysis: Analysis, agreements: Sequence[StudyAgreement]) -> tuple[Block, ...]:
@@ -116,7 +131,7 @@ def _allocation(analysis: Analysis) -> tuple[Block, ...]:
     return (
         *figures,
         allocation_tables.allocation_value_table(allocated),
-        *([allocation_tables.control_table(controls)] if (controls := analysis.against_controls) else []),
+        *allocation_tables.control_blocks(analysis.against_controls),
         allocation_tables.rank_by_matrix_table(allocated),
         allocation_tables.allocation_table(allocated),
         allocation_tables.allocation_course_table(allocated),

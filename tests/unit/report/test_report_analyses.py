@@ -11,7 +11,7 @@ import pytest
 from peft_vit.analysis import Analysis, analyze, group_by_study
 from peft_vit.analysis.pairs import AllPairs, all_pairs
 from peft_vit.records import Predictions, RunRecord
-from peft_vit.report.allocation_tables import allocation_course_table, control_table
+from peft_vit.report.allocation_tables import allocation_course_table, control_blocks
 from peft_vit.report.calibration_tables import calibration_blocks
 from peft_vit.report.document import Block, Paragraph, Table
 from peft_vit.report.layer_tables import seed_agreement_table
@@ -136,11 +136,31 @@ def test_calibration_names_runs_without_predictions() -> None:
     assert bins.rows == (("lora_r8", "90.0 % / 50.0 % (2)"),)
 
 
-def test_a_study_without_controls_says_so_for_each_experiment(quickstart: Analysis) -> None:
-    rows = control_table(quickstart.against_controls).rows
-    assert len(rows) == 6, "three scored experiments, two kinds of control"
-    assert {row[2] for row in rows} == {"none in this study"}
-    assert {row[5] for row in rows} == {"not decided"}
+def test_a_study_without_controls_says_so_in_a_sentence_a_kind_that_names_each_experiment(quickstart: Analysis) -> None:
+    blocks = control_blocks(quickstart.against_controls)
+    assert [block.kind for block in blocks] == ["paragraph", "paragraph"]
+    for block, control in zip(blocks, ("uniform", "random"), strict=True):
+        assert isinstance(block, Paragraph)
+        assert f"importance_metric: {control}" in block.text
+        assert all(name in block.text for name in EXPERIMENTS if name.startswith("adalora_"))
+
+
+def test_a_control_that_some_experiments_have_stands_in_the_table_and_the_others_are_named() -> None:
+    scored = {
+        "total_rank_budget": 288,
+        "allocation_strategy": "proportional",
+        "update_frequency": 6,
+        "warmup_steps": 12,
+    }
+    uniform = planted.experiments_of(
+        {"name": "u", "method": "adalora", "adalora": {**scored, "importance_metric": "uniform"}}
+    )["u"]
+    names = ("adalora_proportional_magnitude", "adalora_top_k_fisher")
+    records = [planted.record(e, seed, 0.8) for e in (uniform, *(EXPERIMENTS[n] for n in names)) for seed in (0, 1)]
+    blocks = control_blocks(analysis_of(records).against_controls)
+    assert table(blocks, "allocation_against_controls").rows[0][:3] == (names[0], "uniform", "u")
+    said = [block.text for block in blocks if isinstance(block, Paragraph)]
+    assert any("importance_metric: random" in text and names[0] in text and names[1] in text for text in said)
 
 
 def test_every_update_stands_in_the_csv_file(quickstart: Analysis) -> None:

@@ -95,6 +95,8 @@ def test_runs_on_different_images_are_left_out_by_name() -> None:
     assert (found.seeds, found.left_out) == ((0,), ("seed 1: the two runs were tested on different images",))
     none = [record.model_copy(update={"predictions": None}) for record in RECORDS[:2]]
     assert examples(none) == "seed 0: the records do not hold predictions"
+    of_all = [record.model_copy(update={"predictions": None}) for record in RECORDS]
+    assert examples(of_all) == "seeds 0, 1: the records do not hold predictions", "one reason, said once"
 
 
 def grey(position: int) -> bytes:

@@ -12,10 +12,12 @@ import numpy as np
 import planted
 import pytest
 
+from peft_vit.analysis import analyze, group_by_study
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.report import ReportFiles, build_report, write_analysis
-from peft_vit.report.document import SECTION_TITLES
+from peft_vit.report.document import SECTION_TITLES, Table
+from peft_vit.report.sections import FOLDED, study_documents
 
 FIGURES = {
     "accuracy_by_method",
@@ -120,6 +122,16 @@ def test_csv_values_equal_the_records_to_1e_12(built: ReportFiles) -> None:
         own = [r.test.accuracy for r in records if r.spec.experiment.name == row["experiment"] and r.test]
         assert float(row["test_accuracy"]) == pytest.approx(np.mean(own), abs=1e-12)
         assert [float(row["seed_0"]), float(row["seed_1"])] == own
+
+
+def test_every_table_that_is_folded_exists_and_the_main_ones_are_not(few: list[RunRecord]) -> None:
+    (study,) = group_by_study(few, source=Path("results"))
+    (document,) = study_documents([analyze(study)])
+    tables = [b for blocks in document.sections.values() for b in blocks if isinstance(b, Table)]
+    folded = {table.slug for table in tables if table.folded}
+    assert FOLDED - folded == {"reliability", "examples"}, "these need predictions, which these records do not hold"
+    assert folded - FOLDED == {"calibration_against_linear_probe", "calibration_against_lora_r8"}
+    assert {"accuracy", "all_pairs", "cost", "verdicts"} <= {table.slug for table in tables if not table.folded}
 
 
 def test_two_builds_are_the_same_bytes(few: list[RunRecord], tmp_path: Path) -> None:

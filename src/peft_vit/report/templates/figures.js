@@ -9,6 +9,7 @@
   tip.hidden = true;
   document.body.append(tip);
   document.documentElement.classList.add("live");
+  addEventListener("beforeprint", () => each(document.querySelectorAll(".fold"), (fold) => (fold.open = true)));
   const each = (items, act) => Array.prototype.forEach.call(items, act);
 
   function quoted(text) {
