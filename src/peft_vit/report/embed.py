@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any
@@ -39,8 +40,8 @@ def embedded(document: StudyDocument, drawing: Drawing) -> Markup:
     content: dict[str, Any] = {
         "file": f"{document.slug}_{drawing.slug}.csv",
         "names": [series.name for series in drawing.series],
-        "x": [point.x_pt for point in points],
-        "y": [point.y_pt for point in points],
+        "x": [_placed(point.x_pt) for point in points],
+        "y": [_placed(point.y_pt) for point in points],
         "series": [point.series for point in points],
         "text": _coded(point.text for point in points),
         "columns": _columns(drawing.data),
@@ -49,6 +50,11 @@ def embedded(document: StudyDocument, drawing: Drawing) -> Markup:
         content["player"] = _player(drawing.player)
     text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup("".join(_UNSAFE.get(character, character) for character in text))
+
+
+def _placed(distance_pt: float) -> float:
+    """Return where a value stands; one that is not finite is not drawn, and stands where no pointer comes near."""
+    return distance_pt if math.isfinite(distance_pt) else -1e6
 
 
 def _columns(rows: Iterable[dict[str, Raw]]) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """The report on results that are not whole: it is written, says what is not in it, and how to go on."""
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -67,6 +69,21 @@ def test_nothing_readable_is_an_error_with_every_name(tmp_path: Path, capsys) ->
     said = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in said] == ["error", "left out", "left out", "left out"]
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_still_gives_a_page_and_stands_in_its_data(
+    few: list[RunRecord], tmp_path: Path, loss: float
+) -> None:
+    steps = [few[0].steps[0].model_copy(update={"loss": loss}), *few[0].steps[1:]]
+    records = [few[0].model_copy(update={"steps": steps}), *few[1:2]]
+    _, page = texts(planted.write(tmp_path, records), tmp_path / "report")
+    blocks = [
+        json.loads(block, parse_constant=lambda name: pytest.fail(f"{name} is no JSON, no browser reads it"))
+        for block in re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    ]
+    (course,) = (block for block in blocks if block["file"] == "quickstart_loss_curves.csv")
+    assert any(repr(loss) in column["values"] for column in course["columns"])
 
 
 def test_a_study_that_goes_on_says_which_runs_are_missing(tmp_path: Path) -> None:
