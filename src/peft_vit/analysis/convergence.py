@@ -80,11 +80,11 @@ def late_loss_deviation(run: Run) -> float | None:
     It grows with the loss itself, since the losses of single images spread more where they are larger.
 
     Returns:
-        None where nothing can be measured: fewer than 3 steps in the last third, or a loss that is not finite.
+        None where nothing can be measured: fewer than 3 steps in the last third, or a loss that is not finite or of an absurd size.
     """
     steps, losses = _course(run)
     late = math.ceil(len(losses) * LATE_SHARE)
-    if late < _FEWEST or not np.isfinite(losses).all():
+    if late < _FEWEST or not _measurable(losses):
         return None
     t, y = steps[-late:], losses[-late:]
     t, y = t - np.mean(t), y - np.mean(y)
@@ -103,13 +103,18 @@ def roughness(run: Run) -> float | None:
     von Neumann (1941).
 
     Returns:
-        None where nothing can be measured: fewer than 3 steps, or a loss that is not finite.
+        None where nothing can be measured: fewer than 3 steps, or a loss that is not finite or of an absurd size.
     """
     _, losses = _course(run)
-    if len(losses) < _FEWEST or not np.isfinite(losses).all():
+    if len(losses) < _FEWEST or not _measurable(losses):
         return None
     off = (losses[:-2] + losses[2:]) / 2 - losses[1:-1]
     return math.sqrt(2 / 3 * math.fsum(off**2) / (len(losses) - 2))
+
+
+def _measurable(losses: np.ndarray) -> bool:
+    """Tell whether all losses are finite, and their squares and sums too."""
+    return bool((np.abs(losses) < 1e150).all())
 
 
 def settled_step(run: Run, within: float) -> int | None:

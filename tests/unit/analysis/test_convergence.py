@@ -62,6 +62,14 @@ def test_late_deviation_equals_the_standard_error_of_linregress() -> None:
     assert late_loss_deviation(run_with(losses.tolist())) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 1e308, -1e155])
+def test_a_loss_that_has_no_finite_square_is_not_measured(loss: float) -> None:
+    run = run_with([1.0, 2.0, 1.0] * 4 + [loss])
+    assert late_loss_deviation(run) is None
+    assert roughness(run) is None
+
+
 def test_roughness_by_hand() -> None:
     # 0, 3, 0, 3: inner steps lie 3 off the middle of their neighbours: sqrt(2 / 3 * 9) = sqrt(6).
     assert roughness(run_with([0, 3, 0, 3])) == pytest.approx(math.sqrt(6), abs=1e-12)
