@@ -217,6 +217,7 @@ def test_half_a_record_is_refused(tmp_path: Path) -> None:
         (("test", "accuracy"), -1, "test.accuracy"),
         (("validation", "n"), 0, "validation.n"),
         (("majority_accuracy", "test"), float("inf"), "majority_accuracy.test"),
+        (("majority_accuracy", "test"), 1e308, "majority_accuracy.test"),
         (("parameters", "final"), 10**30, "parameters.final"),
         (("bytes", "frozen_bytes"), -1, "bytes.frozen_bytes"),
         (("seconds_per_step",), float("inf"), "seconds_per_step"),

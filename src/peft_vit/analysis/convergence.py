@@ -80,7 +80,8 @@ def late_loss_deviation(run: Run) -> float | None:
     It grows with the loss itself, since the losses of single images spread more where they are larger.
 
     Returns:
-        None where nothing can be measured: fewer than 3 steps in the last third, or a loss that is not finite or of an absurd size.
+        None where nothing can be measured: fewer than 3 steps in the last third, or a loss that is not finite or of
+        an absurd size.
     """
     steps, losses = _course(run)
     late = math.ceil(len(losses) * LATE_SHARE)

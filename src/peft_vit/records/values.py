@@ -319,7 +319,7 @@ class RunRecord(_Value):
     overhead_s: dict[str, _Seconds] = {}
     peak_memory_bytes: _Count | None = None  # resident memory of the process, largest during the run
     chosen_step: int | None = None
-    majority_accuracy: dict[str, FiniteFloat] = {}  # share of the most frequent class: validation, test
+    majority_accuracy: dict[str, _Share] = {}  # share of the most frequent class: validation, test
     validation: Metrics | None = None  # at the chosen step
     test: Metrics | None = None  # read once, at the chosen step
     predictions: Predictions | None = None  # None in older records
