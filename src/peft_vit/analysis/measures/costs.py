@@ -22,11 +22,11 @@ class OverheadParameters(Frozen):
 
     of: Selection
     parts: tuple[Part, ...] = Field(min_length=1)
-    limit: float = Field(gt=0, description="share of the steps' seconds")
+    limit: float = Field(gt=0, description="over the steps' seconds without scoring and reallocation")
 
 
 def overhead_below(evidence: Evidence, parameters: OverheadParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
-    """Return by how much the seconds of some parts, as a share of all steps' seconds, lie below a limit."""
+    """Return by how much the seconds of some parts, over those of the steps without them, lie below a limit."""
 
     def spare(run: Run) -> float | None:
         share = overhead_share(run, parameters.parts)
@@ -39,15 +39,18 @@ def overhead_below(evidence: Evidence, parameters: OverheadParameters, needs: Se
 
 
 def overhead_share(run: Run, parts: Sequence[Part]) -> float | None:
-    """Return the share of the steps' seconds; older records know only the sum of both parts, as "allocation"."""
-    seconds, steps = run.record.overhead_s, math.fsum(row.seconds for row in run.record.steps)
-    if steps <= 0:
+    """Return the seconds of some parts over the seconds that the steps take without any; None if that is not known.
+
+    A step's seconds hold what hooks take in it, so scoring and reallocation are taken off first. Older records know
+    only the sum of both, as "allocation".
+    """
+    known = run.record.overhead_s
+    names = ["scoring", "reallocation"] if {"scoring", "reallocation"} <= known.keys() else ["allocation"]
+    if not known.keys() >= set(names) or (names == ["allocation"] and set(parts) != {"scoring", "reallocation"}):
         return None
-    if all(part in seconds for part in parts):
-        return math.fsum(seconds[part] for part in parts) / steps
-    return (
-        seconds["allocation"] / steps if set(parts) == {"scoring", "reallocation"} and "allocation" in seconds else None
-    )
+    plain = math.fsum(row.seconds for row in run.record.steps) - math.fsum(known[name] for name in names)
+    asked = parts if names != ["allocation"] else names
+    return None if plain <= 0 else math.fsum(known[name] for name in asked) / plain
 
 
 class MemoryParameters(Frozen):
