@@ -226,6 +226,14 @@ def test_bits_against_their_float_twin() -> None:
     assert "needs at least 7" in found(records, "fewer-bits-more-accurate")[0].outcome
 
 
+def test_scaled_gradients_are_named_beside_what_bits_cost() -> None:
+    made = planted.experiments_of(qa("plain"), qa("scaled", gradient_scaling_factor=2.0))
+    records = [run(one, 0) for one in (EXPERIMENTS["lora_r8"], *made.values())]
+    notes = {finding.subject: finding.note for finding in found(records, "four-bits-lose-one-to-two")}
+    assert "scales its adapters' gradients" in notes["scaled against lora_r8"]
+    assert "scales" not in notes["plain against lora_r8"]
+
+
 def test_settings_of_quantization_are_paired_with_what_differs_in_them_alone() -> None:
     made = planted.experiments_of(
         qa("base"), qa("one_scale", use_group_quantization=False), qa("scaled", gradient_scaling_factor=2.0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -129,6 +129,9 @@ class OfParameters(Frozen):
     of: Selection
 
 
+_SCALED = "it also scales its adapters' gradients, which the float twin does not"
+
+
 def accuracy_against_float(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
     """Return test accuracy minus that of the experiment that differs only in that its weights are float."""
     found = []
@@ -136,6 +139,8 @@ def accuracy_against_float(evidence: Evidence, parameters: OfParameters, needs: 
         impact = evidence.quantization.get(subject.name)
         if impact is not None:
             compared = impact.against_unquantized
+            if impact.settings.gradient_scaling_factor != 1 or impact.settings.gradient_scaling != "constant":
+                compared = replace(compared, note=together(compared.note, _SCALED))
             found.append(of_comparison(evidence, subject, compared, [compared.reference]))
     if not found:
         raise NoDataError(f"no record has what quantization did to an experiment {parameters.of.words()}")
