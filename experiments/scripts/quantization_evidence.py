@@ -110,8 +110,8 @@ class Evidence(NamedTuple):
 
 
 def above(differences: np.ndarray, bound: float) -> float:
-    """Return the p-value of "the mean difference lies above the bound", one-sided paired t."""
-    return or_one(noninferiority(differences - bound - MARGIN, MARGIN).p_value)
+    """Return the p-value of "the mean difference lies above the bound", one-sided paired t; 1 without a pair."""
+    return 1.0 if len(differences) == 0 else or_one(noninferiority(differences - bound - MARGIN, MARGIN).p_value)
 
 
 def below(differences: np.ndarray, bound: float) -> float:
