@@ -16,8 +16,8 @@ from recomputed_methods import (
     interval,
     late_deviation,
     mean_of,
+    on_test,
     roughness,
-    test_accuracy,
 )
 from scipy import stats
 
@@ -186,10 +186,10 @@ def allocation_against_fixed(led: Ledger, _: str) -> list[Row]:
     for name in sorted(scored(led), key=lambda n: (n.startswith("qa_"), n)):
         found = {}
         for seed, record in led.runs[name].items():
-            line = sorted((math.log(led.runs[n][seed]["parameters"]["final"]), test_accuracy(led.runs[n][seed]))
+            line = sorted((math.log(led.runs[n][seed]["parameters"]["final"]), on_test(led.runs[n][seed]))
                           for n in led.with_section("lora") if seed in led.runs[n])  # fmt: skip
             x, y = zip(*line, strict=True)
-            found[seed] = test_accuracy(record) - np.interp(math.log(record["parameters"]["final"]), x, y)
+            found[seed] = on_test(record) - np.interp(math.log(record["parameters"]["final"]), x, y)
         seeds = sorted(found)
         family.append(({"experiment": name}, seeds, [found[seed] for seed in seeds]))
     return compared(family)
@@ -215,8 +215,8 @@ def quantization(led: Ledger, _: str) -> list[Row]:
         errors = {m: np.mean([r["quantization"]["relative_error"][m] for r in led.runs[name].values()])
                   for m in first["quantization"]["relative_error"]}  # fmt: skip
         rows.append({
-            "experiment": name, **interval("test_accuracy", led.over_seeds(name, test_accuracy)),
-            "difference_to_float": np.mean(differences(led, name, "lora_r8", test_accuracy)[1]),
+            "experiment": name, **interval("test_accuracy", led.over_seeds(name, on_test)),
+            "difference_to_float": np.mean(differences(led, name, "lora_r8", on_test)[1]),
             "mean_relative_error": np.mean(list(errors.values())), "worst_relative_error": max(errors.values()),
             "worst_module": max(errors, key=lambda m: errors[m]),
             **settings(first),
@@ -297,7 +297,7 @@ def quantization_balance(led: Ledger, _: str) -> list[Row]:
 
 def quantization_against_float(led: Ledger, _: str) -> list[Row]:
     measures: dict[str, Callable[[Record], float]] = {
-        "accuracy": test_accuracy, "nll": lambda r: r["test"]["nll"], "late_deviation": late_deviation,
+        "accuracy": on_test, "nll": lambda r: r["test"]["nll"], "late_deviation": late_deviation,
         "roughness": roughness,
     }  # fmt: skip
     rows = []

@@ -76,7 +76,7 @@ def compared(rows: list[tuple[Row, list[int], list[float]]], n: str = "n", name:
     ]  # fmt: skip
 
 
-def test_accuracy(record: Record) -> float:
+def on_test(record: Record) -> float:
     return record["test"]["accuracy"]
 
 
@@ -90,10 +90,10 @@ def differences(led: Ledger, name: str, reference: str, of: Callable[[Record], f
 
 def accuracy(led: Ledger, _: str) -> list[Row]:
     return [
-        {"experiment": name, **interval("test_accuracy", led.over_seeds(name, test_accuracy)),
+        {"experiment": name, **interval("test_accuracy", led.over_seeds(name, on_test)),
          "validation_accuracy": np.mean(led.over_seeds(name, lambda r: r["validation"]["accuracy"])),
-         "above_majority": np.mean(led.over_seeds(name, lambda r: test_accuracy(r) - r["majority_accuracy"]["test"])),
-         **{f"seed_{seed}": test_accuracy(record) for seed, record in led.runs[name].items()}}
+         "above_majority": np.mean(led.over_seeds(name, lambda r: on_test(r) - r["majority_accuracy"]["test"])),
+         **{f"seed_{seed}": on_test(record) for seed, record in led.runs[name].items()}}
         for name in led.runs
     ]  # fmt: skip
 
@@ -101,7 +101,7 @@ def accuracy(led: Ledger, _: str) -> list[Row]:
 def against(led: Ledger, slug: str) -> list[Row]:
     reference = slug.removeprefix("against_")
     others = [name for name in led.runs if name != reference]
-    return compared([({"experiment": n}, *differences(led, n, reference, test_accuracy)) for n in others])
+    return compared([({"experiment": n}, *differences(led, n, reference, on_test)) for n in others])
 
 
 def calibration_against(led: Ledger, slug: str) -> list[Row]:
@@ -119,7 +119,7 @@ def all_pairs(led: Ledger, _: str) -> list[Row]:
     names = sorted(led.runs)
     rows = []
     for one, other in combinations(names, 2):
-        seeds, values = differences(led, one, other, test_accuracy)
+        seeds, values = differences(led, one, other, on_test)
         rows.append(({"experiment": one, "reference": other}, seeds, values))
     family = compared(rows, "difference_n")
     for row, (_, seeds, values) in zip(family, rows, strict=True):
@@ -188,14 +188,14 @@ def pareto_fronts(led: Ledger, _: str) -> list[Row]:
         leads = {
             row["experiment"]: {key: value for key, value in row.items() if not key.startswith("seed_")}
             for row in compared(
-                [({"experiment": dear}, *differences(led, dear, cheap, test_accuracy))
+                [({"experiment": dear}, *differences(led, dear, cheap, on_test))
                  for cheap, dear in pairwise(members)],
                 "lead_n", "lead",
             )
         }  # fmt: skip
         rows += [
             {"cost": name, "experiment": n, "value": costs[n], "validation_accuracy": validation[n],
-             **interval("test_accuracy", led.over_seeds(n, test_accuracy), "test_accuracy_n"),
+             **interval("test_accuracy", led.over_seeds(n, on_test), "test_accuracy_n"),
              "on_front": fronts[0][i], "on_test_front": fronts[1][i], **leads.get(n, {"lead_n": 0})}
             for i, n in enumerate(names)
         ]  # fmt: skip

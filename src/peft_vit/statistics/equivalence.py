@@ -10,6 +10,8 @@ Biopharmaceutics 15 (1987); Wellek, Testing Statistical Hypotheses of Equivalenc
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -72,9 +74,7 @@ def noninferiority(differences: ArrayLike, margin: float) -> Significance:
     Raises:
         ValueError: as in `equivalence`.
     """
-    data = _checked(differences, margin)
-    p_value = t_probability(data, -margin, "greater")
-    return Significance("paired non-inferiority t, one-sided", int(data.size), p_value, MINIMUM_PAIRS)
+    return _one_sided("paired non-inferiority t, one-sided", differences, margin, "greater")
 
 
 def inferiority(differences: ArrayLike, margin: float) -> Significance:
@@ -87,9 +87,7 @@ def inferiority(differences: ArrayLike, margin: float) -> Significance:
     Raises:
         ValueError: as in `equivalence`.
     """
-    data = _checked(differences, margin)
-    p_value = t_probability(data, -margin, "less")
-    return Significance("paired inferiority t, one-sided", int(data.size), p_value, MINIMUM_PAIRS)
+    return _one_sided("paired inferiority t, one-sided", differences, margin, "less")
 
 
 def equivalence_verdict(
@@ -119,6 +117,12 @@ def equivalence_verdict(
     if opposite.decidable and adjusted_opposite is not None and adjusted_opposite <= alpha:
         return "refuted"
     return "not decided"
+
+
+def _one_sided(test: str, differences: ArrayLike, margin: float, side: Literal["greater", "less"]) -> Significance:
+    """Test on which side of ``-margin`` the mean lies."""
+    data = _checked(differences, margin)
+    return Significance(test, int(data.size), t_probability(data, -margin, side), MINIMUM_PAIRS)
 
 
 def _checked(differences: ArrayLike, margin: float) -> np.ndarray:
