@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from peft_vit.config import ExperimentConfig
 from peft_vit.records import StudyFolder
-from peft_vit.records.ledger import Row, last_rows
+from peft_vit.records.ledger import Row, last_rows, unfinished_state
 
 # missing: no record, and no study.json that would tell whether it was ever planned.
 State = Literal["failed", "left out", "running", "pending", "skipped", "missing"]
@@ -93,11 +93,12 @@ def _state_in(folder: StudyFolder, run: str) -> tuple[State, str] | None:
     if last is None:
         planned = folder.file is not None and run in folder.file.runs
         return ("skipped" if skipped else "pending", "") if planned else None
-    if last.event == "failed" and not last.retried:
-        return "failed", last.error or "no error was recorded"
-    if last.event == "started" and folder.owner is not None and folder.owner.wrote(last.at):
-        return "running", f"attempt {last.attempt}, {last.worker}, since {last.at}"
-    return "skipped" if skipped else "pending", _why_pending(last)
+    state = unfinished_state(last, folder.owner, skipped=skipped)
+    if state == "failed":
+        return state, last.error or "no error was recorded"
+    if state == "running":
+        return state, f"attempt {last.attempt}, {last.worker}, since {last.at}"
+    return state, _why_pending(last)
 
 
 def _why_pending(last: Row) -> str:

@@ -27,6 +27,7 @@ from peft_vit.experiments.lock import StudyLock
 from peft_vit.experiments.store import StudyStore
 from peft_vit.experiments.study_file import go_on, study_file, write_study_file
 from peft_vit.records import Failure, RunRecord
+from peft_vit.records.ledger import has_failed
 from peft_vit.records.study_file import read_study_file
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
@@ -99,8 +100,7 @@ def _undisturbed(tell: Callable[[Told], None]) -> Callable[[Told], None]:
 
 
 def _failed(store: StudyStore, run: PlannedRun) -> bool:
-    last = store.last(run_name(run.spec))
-    return last is not None and last.event == "failed" and not last.retried
+    return has_failed(store.last(run_name(run.spec)))
 
 
 def _reason(store: StudyStore, run: PlannedRun) -> str:

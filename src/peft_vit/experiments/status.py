@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from peft_vit.errors import UserError, printable
 from peft_vit.experiments.store import unknown_to
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, checkpoint_folders
-from peft_vit.records.ledger import LEDGER_FILE, Row, last_rows, read_ledger
+from peft_vit.records.ledger import LEDGER_FILE, Row, last_rows, read_ledger, unfinished_state
 from peft_vit.records.owner import Owner, owner_of
 from peft_vit.records.study_file import STUDY_FILE, read_study_file
 
@@ -105,16 +105,17 @@ def _status(
     attempts = 0 if last is None else last.attempt
     if last is not None and last.event == "done":
         return RunStatus(run, "done", attempts)
-    if last is not None and last.event == "failed" and not last.retried:
-        return RunStatus(run, "failed", attempts, last.error or "no error was recorded")
+    state = unfinished_state(last, owner, skipped=skipped)
+    if last is not None and state == "failed":
+        return RunStatus(run, state, attempts, last.error or "no error was recorded")
     steps = checkpoint_folders(folder / run) if last is not None else {}
     of_total = "" if total_steps is None else f" of {total_steps}"
-    if last is not None and last.event == "started" and owner is not None and owner.wrote(last.at):
+    if last is not None and state == "running":
         reached = f", checkpoint at step {max(steps)}{of_total}" if steps else ""
-        return RunStatus(run, "running", attempts, f"{last.worker}, since {last.at}{reached}")
+        return RunStatus(run, state, attempts, f"{last.worker}, since {last.at}{reached}")
     goes_on = f"goes on from step {max(steps)}{of_total}" if steps else ""
-    if skipped:
-        return RunStatus(run, "skipped", attempts, goes_on)
+    if state == "skipped":
+        return RunStatus(run, state, attempts, goes_on)
     why = {"failed": f"to be tried again after: {last.error}", "lost": "its files are gone"} if last is not None else {}
     notes = [why.get(last.event, ""), goes_on] if last is not None else [_without_adapter(folder / run)]
     return RunStatus(run, "pending", attempts, "; ".join(filter(None, notes)))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from peft_vit.errors import UserError, first_fault
 from peft_vit.foreign_files import read_bytes
+from peft_vit.records.owner import Owner
 
 LEDGER_FILE = "ledger.jsonl"
 # Experiment and seed, which is also the run's folder below the study's: nothing that leads out of it.
@@ -43,6 +44,28 @@ class Row(BaseModel):
 def last_rows(rows: Iterable[Row]) -> dict[str, Row]:
     """Return what happened last to each run."""
     return {row.run: row for row in rows}
+
+
+def has_failed(last: Row | None) -> bool:
+    """Tell whether a run's last row is a failure after which nobody tries again by himself."""
+    return last is not None and last.event == "failed" and not last.retried
+
+
+def unfinished_state(
+    last: Row | None, owner: Owner | None, *, skipped: bool
+) -> Literal["failed", "running", "pending", "skipped"]:
+    """Return what has become of a run without a result.
+
+    Args:
+        last: its last row.
+        owner: who works on the study; what an earlier one has started is under way no more.
+        skipped: whether the call that was made last leaves it out.
+    """
+    if has_failed(last):
+        return "failed"
+    if last is not None and last.event == "started" and owner is not None and owner.wrote(last.at):
+        return "running"
+    return "skipped" if skipped else "pending"
 
 
 @dataclass(frozen=True)
