@@ -1,8 +1,5 @@
 """Strict YAML to frozen models: the only place where configuration is read and checked.
 
-A file may give a list as `learning_rate`: it stands for one experiment a rate, `lora_lr_1e-3` and so on, and is gone
-before anything is checked. So nothing else knows of it.
-
 What needs only the file is checked here. What needs the model's sites or the data set's size (a rank above a
 width, a group that does not divide the inputs, a schedule longer than the run) is checked by
 ``experiments.plan``, before any expensive work, with the same kind of error.
@@ -37,6 +34,7 @@ from peft_vit.method_settings import (  # noqa: F401 - others take them from her
     SiteMatrix,
     Strategy,
 )
+from peft_vit.rate_lists import at_each_rate, at_first_rates, check_rates
 from peft_vit.strict_yaml import KeyPath, Lines, dotted, read_mapping
 
 if TYPE_CHECKING:
@@ -256,43 +254,6 @@ def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
     return {**experiment, "training": {**shared, **own}}
 
 
-def _one_a_rate(data: dict[str, Any], lines: Lines) -> tuple[dict[str, Any], Lines]:
-    """Put an experiment a rate in the place of each experiment whose `learning_rate` is a list."""
-    if not isinstance(experiments := data.get("experiments"), list):
-        return data, lines
-    expanded = [(place, one) for place, given in enumerate(experiments) for one in _at_each_rate(given)]
-    moved = {
-        ("experiments", new, *path[2:]): line
-        for new, (old, _) in enumerate(expanded)
-        for path, line in lines.items()
-        if path[:2] == ("experiments", old)
-    }
-    kept = {path: line for path, line in lines.items() if path[0:1] != ("experiments",) or len(path) == 1}
-    return {**data, "experiments": [one for _, one in expanded]}, kept | moved
-
-
-def _at_each_rate(experiment: Any) -> list[Any]:
-    training = experiment.get("training") if isinstance(experiment, dict) else None
-    rates = training.get("learning_rate") if isinstance(training, dict) else None
-    if not isinstance(rates, list) or not rates or not all(type(rate) in (int, float) for rate in rates):
-        return [experiment]  # if it is of the wrong shape, validation names it
-    name = experiment.get("name")
-    return [
-        {
-            **experiment,
-            "name": f"{name}_lr_{_as_name(rate)}" if isinstance(name, str) else name,
-            "training": {**training, "learning_rate": rate},
-        }
-        for rate in rates
-    ]
-
-
-def _as_name(rate: float) -> str:
-    """Return 3e-4 for 0.0003 and 2_5e-4 for 0.00025: a name holds no full stop."""
-    mantissa, exponent = f"{rate:.14e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace(".", "_")
-
-
 def _message(error: ErrorDetails, path: KeyPath) -> str:
     kind = error["type"]
     if kind == "extra_forbidden":
@@ -355,8 +316,11 @@ def load_study(file: str | Path) -> StudyConfig:
     """
     file = Path(file)
     data, lines = read_mapping(file)
-    filled, lines = _one_a_rate(_fill_training(data, lines, file), lines)
-    return study_from_mapping(filled, file=file, lines=lines)
+    filled = _fill_training(data, lines, file)
+    check_rates(filled, lines, file)
+    study = study_from_mapping(at_first_rates(filled), file=file, lines=lines)  # names faults where they stand, once
+    expanded = at_each_rate(filled)
+    return study if expanded == filled else study_from_mapping(expanded, file=file)
 
 
 def study_from_mapping(data: dict[str, Any], *, file: Path, lines: Lines | None = None) -> StudyConfig:

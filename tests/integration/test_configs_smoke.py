@@ -1,4 +1,7 @@
-"""Every configuration in the repository loads and does every experiment's smoke run, at its backbone's real width."""
+"""Every configuration in the repository loads and does its experiments' smoke runs, at its backbone's real width.
+
+What differs from an experiment that was run already in its name and learning rate alone is not run again.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -8,14 +11,14 @@ from written_runs import run_and_write
 
 from peft_vit.adapters import current_ranks, load_trained
 from peft_vit.backbones import load_backbone
-from peft_vit.config import load_study
+from peft_vit.config import StudyConfig, load_study
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.experiments import Plan, plan_study
 from peft_vit.experiments.methods import prepare_as_saved
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
 
 _FILES = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
-CONFIGS = [file for file in _FILES if file.name != "hypotheses.yaml"]  # the others are studies
+CONFIGS = [file for file in _FILES if not file.name.startswith("hypotheses")]  # the others are studies
 pytestmark = pytest.mark.usefixtures("cache")
 
 
@@ -41,6 +44,26 @@ def planned(file: Path) -> Plan:
     return plan
 
 
+def settings(study: StudyConfig, place: int) -> str:
+    """Return all that a smoke run of an experiment depends on, but for its learning rate."""
+    experiment = study.experiments[place]
+    training = experiment.training.model_copy(update={"learning_rate": 1.0})
+    alike = experiment.model_copy(update={"name": "any", "training": training})
+    return study.model_copy(
+        update={"name": "any", "description": "", "hypotheses": None, "seeds": (0,), "experiments": (alike,)}
+    ).model_dump_json()
+
+
+def distinct() -> dict[str, tuple[Path, int]]:
+    """Return file and place of experiments that differ from each other; those of the quickstart first."""
+    found: dict[str, tuple[Path, int]] = {}
+    for file in sorted(CONFIGS, key=lambda one: one.stem != "quickstart"):
+        study = load_study(file)
+        for place in range(len(study.experiments)):
+            found.setdefault(settings(study, place), (file, place))
+    return found
+
+
 @pytest.mark.parametrize(
     ("file", "place"),
     [
@@ -48,8 +71,7 @@ def planned(file: Path) -> Plan:
             file, place, id=f"{file.stem}-{place}",
             marks=[pytest.mark.part("runner")] if file.stem == "quickstart" else [],
         )
-        for file in CONFIGS
-        for place in range(len(load_study(file).experiments))
+        for file, place in distinct().values()
     ],
 )  # fmt: skip
 def test_smoke(file: Path, place: int, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     """YAML of studies: the project's own, and small ones on every data set."""
     folder = sound.inputs / "yaml"
     folder.mkdir()
-    studies = (file for file in CONFIGS.glob("*.yaml") if file.name != "hypotheses.yaml")
+    studies = (file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("hypotheses"))
     for source in (*studies, *(sound.inputs / "data").glob("*.yaml")):
         (folder / source.name).write_bytes(source.read_bytes())
     files = sorted(folder.iterdir())

@@ -22,7 +22,7 @@ from peft_vit.errors import UserError
 pytestmark = pytest.mark.part("configuration")
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
-STUDIES = sorted(file for file in CONFIGS.glob("*.yaml") if file.name != "hypotheses.yaml")
+STUDIES = sorted(file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("hypotheses"))
 QUICKSTART = (CONFIGS / "quickstart.yaml").read_text()
 
 VALID = """\
