@@ -1,0 +1,180 @@
+"""The project's own study: records to results/, and from there to docs/findings.md, README.md and their figures.
+
+    .venv/bin/python experiments/scripts/study_evidence.py [DIR ...]
+
+Each DIR holds the records of studies named study_*. Of a pilot, study_*_pilot, one row a run goes to results/*.csv,
+without its test accuracy, which chooses nothing. Of a study all records go to results/*.tar.xz with its plan and
+ledger, as they are; unpacked, they are a results directory for every command of peft-vit. Without DIR only the
+documents are made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+from evidence import RESULTS, ROOT, filled, merge
+from study_figures import write_figures
+from study_tables import SHORT, pilot_table, study_blocks
+
+from peft_vit import cli
+from peft_vit.analysis import Analysis, analyze, load_studies
+from peft_vit.analysis.hypotheses import load_registry
+from peft_vit.errors import UserError
+from peft_vit.records import RECORD_FILE, RunRecord, read_records, write_atomically
+
+CONFIGS = ROOT / "experiments" / "configs"
+HYPOTHESES = CONFIGS / "hypotheses_study.yaml"
+README, FINDINGS = ROOT / "README.md", ROOT / "docs" / "findings.md"
+IMAGES = ROOT / "docs" / "images"
+_KEPT = ("study.json", "ledger.jsonl", RECORD_FILE)
+
+
+def keep(results_dir: Path) -> None:
+    """Put what is below a directory into results/.
+
+    Raises:
+        UserError: if runs are of a smoke, or of another study than these.
+    """
+    records = list(read_records(results_dir))
+    names = {record.spec.study for record in records}
+    if any(record.spec.smoke for record in records) or not names or any(not n.startswith("study_") for n in names):
+        raise UserError(
+            "expected real runs of study_*, found others; name the directory of a study's own runs", file=results_dir
+        )
+    for name in sorted(names):
+        of_study = [record for record in records if record.spec.study == name]
+        if name.endswith("_pilot"):
+            _keep_pilot(name, of_study)
+        else:
+            write_atomically(RESULTS / f"{name}.tar.xz", packed(results_dir / name, name))
+
+
+def _keep_pilot(name: str, records: list[RunRecord]) -> None:
+    file = RESULTS / f"{name}.csv"
+    rows = pd.DataFrame([_pilot_row(record) for record in records])
+    merged = merge(file.read_text(encoding="utf-8") if file.exists() else None, rows)
+    write_atomically(file, merged.encode())
+    for method, rate in chosen_rates(pd.read_csv(io.StringIO(merged))).items():
+        print(f"{name}: {method}: learning_rate {rate:g}")
+
+
+def _pilot_row(record: RunRecord) -> dict[str, object]:
+    experiment = record.spec.experiment
+    row: dict[str, object] = {
+        "study": record.spec.study,
+        "experiment": experiment.name,
+        "method": method_of(experiment.name),
+        "learning_rate": experiment.training.learning_rate,
+        "seed": record.spec.seed,
+        "status": record.status,
+    }
+    if record.status != "done" or record.validation is None or record.provenance is None:
+        return row
+    return row | {
+        "validation_accuracy": record.validation.accuracy,
+        "validation_nll": record.validation.nll,
+        "majority_accuracy": record.majority_accuracy["validation"],
+        "seconds": round(record.seconds, 1),
+        "split": record.provenance.split_sha256[:12],
+        "commit": (record.provenance.git_hash or "")[:12],
+        "dirty": record.provenance.git_dirty,
+    }
+
+
+def method_of(experiment: str) -> str:
+    """Return the experiment of the study that a pilot's experiment tried a rate for."""
+    return experiment.rpartition("_lr_")[0]
+
+
+def rate_means(pilot: pd.DataFrame) -> pd.DataFrame:
+    """Return mean validation accuracy and loss by method and rate; a failed run counts as the majority class."""
+    runs = pilot.assign(
+        validation_accuracy=pilot.validation_accuracy.fillna(pilot.majority_accuracy.max()),
+        validation_nll=pilot.validation_nll.fillna(float("inf")),
+    )
+    means = runs.groupby(["method", "learning_rate"], sort=False)[["validation_accuracy", "validation_nll"]].mean()
+    return means.reset_index().round(12)  # equal shares of whole images stay equal
+
+
+def chosen_rates(pilot: pd.DataFrame) -> dict[str, float]:
+    """Return each method's rate: best mean validation accuracy; of equal ones the lower mean validation loss."""
+    ordered = rate_means(pilot).sort_values(["validation_accuracy", "validation_nll"], ascending=[False, True])
+    best = ordered.drop_duplicates("method")
+    return {str(row.method): float(row.learning_rate) for row in best.sort_index().itertuples()}  # type: ignore[arg-type]
+
+
+def packed(study: Path, name: str) -> bytes:
+    """Return a study's plan, ledger and records as .tar.xz; the same files give the same bytes."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:xz", preset=9) as archive:
+        for file in sorted(file for file in study.rglob("*") if file.name in _KEPT):
+            entry = tarfile.TarInfo(f"{name}/{file.relative_to(study).as_posix()}")
+            entry.size = file.stat().st_size
+            with file.open("rb") as handle:
+                archive.addfile(entry, handle)
+    return content.getvalue()
+
+
+@contextmanager
+def unpacked(name: str) -> Iterator[Path]:
+    """Unpack a study into a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(RESULTS / f"{name}.tar.xz") as archive:
+            archive.extractall(folder, filter="data")
+        yield Path(folder)
+
+
+def kept_studies() -> list[str]:
+    """Return the studies that results/ holds, in the order in which they are told."""
+    return [name for name in SHORT if (RESULTS / f"{name}.tar.xz").exists()]
+
+
+@cache
+def analysis_of(name: str) -> Analysis:
+    """Analyze a study out of results/."""
+    with unpacked(name) as folder:
+        (study,) = load_studies(folder)
+        return analyze(study, load_registry(HYPOTHESES))
+
+
+def blocks() -> dict[str, str]:
+    """Return everything in the documents that is generated, by the name of its marks."""
+    analyses = {name: analysis_of(name) for name in kept_studies()}
+    pilots = {
+        name: pilot_table(pilot := pd.read_csv(file), rate_means(pilot), chosen_rates(pilot))
+        for name in (f"{study}_pilot" for study in SHORT)
+        if (file := RESULTS / f"{name}.csv").exists()
+    }
+    return study_blocks(analyses) | pilots
+
+
+def write_documents(tables: Mapping[str, str]) -> None:
+    """Put the tables between their marks."""
+    for document in (README, FINDINGS):
+        text = document.read_text(encoding="utf-8")
+        write_atomically(document, filled(text, tables).encode())
+        print(document)
+
+
+def main() -> None:
+    """Keep the directories that the command names, then make the documents anew."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results_dirs", nargs="*", type=Path, help="records to put into results/")
+    asked = parser.parse_args()
+    with cli.user_errors():
+        for results_dir in asked.results_dirs:
+            keep(results_dir)
+        write_documents(blocks())
+        write_figures({name: analysis_of(name) for name in kept_studies()}, IMAGES)
+
+
+if __name__ == "__main__":
+    main()

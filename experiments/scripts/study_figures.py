@@ -1,0 +1,71 @@
+"""The figures of docs/findings.md and README.md: those of the report, with the digest of what they were drawn from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from study_tables import REFERENCE
+
+from peft_vit.analysis import Analysis
+from peft_vit.records import write_atomically
+from peft_vit.report.document import Drawing
+from peft_vit.report.forest import forests
+from peft_vit.report.heatmaps import rank_maps
+from peft_vit.report.scatter import accuracy_by_bytes
+
+MARGIN = 0.01  # a share: the margin of the study's sentences
+DIGEST = "Data-SHA256"  # a text in the PNG file
+
+
+def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Drawing]]:
+    """Yield a file name and a figure for each that the documents show.
+
+    Args:
+        analyses: by the study's name, those that results/ holds.
+    """
+    for name, analysis in analyses.items():
+        if name == "study_elpv_published":
+            continue
+        for drawing in forests(analysis, MARGIN):
+            if drawing.slug.endswith(REFERENCE):
+                yield f"{name}_differences.png", drawing
+    if (elpv := analyses.get("study_elpv")) is not None:
+        yield "study_elpv_bytes.png", accuracy_by_bytes(elpv.methods)
+        shown = [one for one in elpv.allocation if one.experiment.name in ("adalora_best", "adalora_published")]
+        yield "study_elpv_ranks.png", rank_maps(shown)
+
+
+def digest(drawing: Drawing) -> str:
+    """Return the SHA-256 of the numbers behind a figure, to ten digits, which every machine has in common."""
+    rows = [{key: _rounded(value) for key, value in row.items()} for row in drawing.data]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _rounded(value: object) -> object:
+    return float(f"{value:.10g}") if isinstance(value, float) else value
+
+
+def recorded_digest(file: Path) -> str | None:
+    """Return the digest of the numbers that a figure's file was drawn from; None if it has none."""
+    with Image.open(file) as image:
+        return dict(image.info).get(DIGEST)
+
+
+def write_figures(analyses: Mapping[str, Analysis], folder: Path) -> None:
+    """Write every figure, with its digest; one whose numbers have not changed stays as it is."""
+    for name, drawing in drawings(analyses):
+        file = folder / name
+        if file.exists() and recorded_digest(file) == digest(drawing):
+            continue
+        info, content = PngInfo(), io.BytesIO()
+        info.add_text(DIGEST, digest(drawing))
+        with Image.open(io.BytesIO(drawing.png)) as image:
+            image.save(content, format="png", pnginfo=info, optimize=True)
+        write_atomically(file, content.getvalue())
+        print(file)

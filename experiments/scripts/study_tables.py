@@ -1,0 +1,295 @@
+"""The tables of docs/findings.md and of README.md, as Markdown, out of analyses of the project's own studies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+from evidence import markdown
+
+from peft_vit.analysis import Analysis, Comparison, Finding, MethodResult
+from peft_vit.analysis.findings import Conclusion, conclude
+from peft_vit.report.findings_tables import estimate_of
+from peft_vit.report.markdown import escaped
+from peft_vit.report.numbers import count, fixed, joined, percent, percent_interval, points_interval
+
+REFERENCE = "lora_r8"
+SHORT = {
+    "study_elpv": "ELPV",
+    "study_digits": "digits",
+    "study_fashion": "Fashion-MNIST",
+    "study_elpv_published": "ELPV, published protocol",
+}
+TITLES = {
+    "linear_probe": "linear probe",
+    "full_finetuning": "full fine-tuning",
+    "lora_r1": "LoRA r=1",
+    "lora_r8": "LoRA r=8",
+    "peft_adalora": "AdaLoRA by the PEFT library",
+    "adalora_best": "AdaLoRA, magnitudes, early",
+    "adalora_published": "AdaLoRA as published",
+    "qa_lora_int8": "QA-LoRA int8",
+    "qa_lora_int4": "QA-LoRA int4",
+    "qa_lora_nf4": "QA-LoRA nf4",
+    "qa_adalora_nf4": "AdaLoRA on nf4",
+    "joint_ranks_and_bits": "ranks and bits chosen together",
+}
+PUBLISHED = (
+    ("SVM on image features", "82.4", "arXiv 1807.02894"),
+    ("CNN", "88.4", "arXiv 1807.02894"),
+    ("ResNet-152, oversampling", "90.1", "PMC12391306"),
+)
+_NOT_WORSE, _BETTER = "as-accurate-as-lora-r8", "more-accurate-than-lora-r8"
+
+
+def study_blocks(analyses: Mapping[str, Analysis]) -> dict[str, str]:
+    """Return each generated part of the documents by the name of its marks.
+
+    Args:
+        analyses: by the study's name, those that results/ holds.
+    """
+    found: dict[str, str] = {}
+    few_labels = {name: one for name, one in analyses.items() if name != "study_elpv_published"}
+    for name, analysis in few_labels.items():
+        found |= {
+            f"{name}_table": f"{main_table(analysis)}\n\n{in_words(analysis)}\n\n{caption(analysis)}",
+            f"{name}_costs": cost_table(analysis),
+            f"{name}_verdicts": details(analysis),
+            f"{name}_undecided": undecided(analysis),
+        }
+    if few_labels:
+        found["study_verdicts"] = verdicts(few_labels)
+        found["study_cost"] = costs(analyses)
+    if (published := analyses.get("study_elpv_published")) is not None:
+        found["study_elpv_published_table"] = f"{published_table(published)}\n\n{caption(published)}"
+    return found
+
+
+def main_table(analysis: Analysis) -> str:
+    """Return one row a method: accuracy, difference to LoRA r=8, what is decided, what it takes."""
+    against = {one.name: one for one in analysis.comparisons if one.reference == REFERENCE}
+    not_worse = {finding.subject: finding for finding in _of(analysis, _NOT_WORSE)}
+    rows: list[tuple[str, ...]] = [
+        ("method", "test accuracy [95 %]", "minus LoRA r=8, points [95 %]", "differs?", "within a point?",
+         "trained values", "to store, MB"),
+    ]  # fmt: skip
+    for method in in_order(analysis):
+        name = method.experiment.name
+        finding = not_worse.get(f"{name} against {REFERENCE}")
+        rows.append(
+            (
+                TITLES.get(name, name),
+                percent_interval(method.test_accuracy),
+                "–" if name == REFERENCE else points_interval(against[name].difference),
+                "–" if name == REFERENCE else _differs(against[name]),
+                "–" if finding is None else _WITHIN[finding.verdict],
+                count(method.final_parameters),
+                fixed(method.stored_bytes / 1e6, 1),
+            )
+        )
+    return markdown(rows, right=1)
+
+
+_WITHIN = {
+    "supported": "yes",
+    "refuted": "**no, worse**",
+    "not decided": "not decided",
+    "no data": "no data",
+}
+
+
+def _differs(comparison: Comparison) -> str:
+    return {"supported": "better", "refuted": "**worse**", "not decided": "not decided"}[comparison.verdict]
+
+
+def in_words(analysis: Analysis) -> str:
+    """Return what the table decides, losses first."""
+    against = [one for one in analysis.comparisons if one.reference == REFERENCE]
+    worse = [TITLES.get(one.name, one.name) for one in against if one.verdict == "refuted"]
+    better = [TITLES.get(one.name, one.name) for one in against if one.verdict == "supported"]
+    within = [_title(finding) for finding in _of(analysis, _NOT_WORSE) if finding.verdict == "supported"]
+    beyond = [_title(finding) for finding in _of(analysis, _NOT_WORSE) if finding.verdict == "refuted"]
+    open_ = [_title(finding) for finding in _of(analysis, _NOT_WORSE) if finding.verdict == "not decided"]
+    parts = [
+        f"Less accurate than LoRA r=8: {joined(worse) or 'none is shown to be'}.",
+        f"More accurate: {joined(better) or 'none is shown to be'}.",
+        f"Shown to lose less than a point: {joined(within) or 'none'}.",
+        *([f"Shown to lose more than a point: {joined(beyond)}."] if beyond else []),
+        f"Whether they lose a point is not decided: {joined(open_) or 'none'}.",
+    ]
+    return " ".join(parts)
+
+
+def _title(finding: Finding) -> str:
+    name = finding.subject.partition(" against ")[0]
+    return TITLES.get(name, name)
+
+
+def cost_table(analysis: Analysis) -> str:
+    """Return one row a method: learning rate, every seed, and what training took."""
+    rows: list[tuple[str, ...]] = [
+        ("method", "learning rate", "test accuracy by seed, %", "validation, %", "s a step", "peak, MB",
+         "one image, ms"),
+    ]  # fmt: skip
+    for method in in_order(analysis):
+        rows.append(
+            (
+                TITLES.get(method.experiment.name, method.experiment.name),
+                f"{method.experiment.training.learning_rate:g}",
+                joined(fixed(100 * value, 1) for value in method.by_seed),
+                fixed(100 * method.validation_accuracy.estimate, 1),
+                _or_dash(method.seconds_per_step, lambda value: fixed(value, 2)),
+                _or_dash(method.peak_memory_bytes, lambda value: fixed(value / 1e6, 0)),
+                _or_dash(method.latency_s, lambda value: fixed(1e3 * value, 1)),
+            )
+        )
+    return markdown(rows, right=1)
+
+
+def _or_dash(value: float | None, written: Callable[[float], str]) -> str:
+    return "–" if value is None else written(value)
+
+
+def verdicts(analyses: Mapping[str, Analysis]) -> str:
+    """Return one row a sentence, one column a data set; sentences that no study here has data on stand below."""
+    concluded = {name: {c.hypothesis.id: c for c in conclude(one.findings)} for name, one in analyses.items()}
+    first = next(iter(concluded.values()))
+    rows: list[tuple[str, ...]] = [("sentence", *(SHORT[name] for name in analyses))]
+    silent = []
+    for identity, conclusion in first.items():
+        own = [found[identity] for found in concluded.values()]
+        sentence = escaped(conclusion.hypothesis.sentence)
+        if all(one.verdict == "no data" for one in own):
+            silent.append(sentence)
+        elif conclusion.hypothesis.test != "described":
+            rows.append((sentence, *(_said(one) for one in own)))
+    below = "; ".join(silent)
+    return f"{markdown(rows, right=len(rows[0]))}\n\nNo data in these studies, or none that could test it: {below}."
+
+
+def _said(conclusion: Conclusion) -> str:
+    if conclusion.verdict == "no data":
+        return "–"
+    mark = "" if conclusion.mark == "registered" else " (exploratory)"
+    if len(conclusion.findings) > 1:
+        return f"{conclusion.verdict}{mark}: {conclusion.counts}"
+    return f"{conclusion.verdict}{mark}: {escaped(estimate_of(conclusion.findings[0]))}"
+
+
+def details(analysis: Analysis) -> str:
+    """Return one row a finding, with the test and what it said."""
+    rows: list[tuple[str, ...]] = [("sentence", "experiment or pair", "verdict", "estimate [95 %]", "n", "test")]
+    for finding in analysis.findings:
+        if finding.verdict == "no data":
+            continue
+        said = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
+        verdict = "described" if finding.hypothesis.test == "described" else finding.verdict
+        mark = "" if finding.mark == "registered" else " (exploratory)"
+        cells = (finding.hypothesis.id, finding.subject, verdict + mark, estimate_of(finding), str(finding.n), said)
+        rows.append(tuple(escaped(cell) for cell in cells))
+    return markdown(rows, right=len(rows[0]))
+
+
+def undecided(analysis: Analysis) -> str:
+    """Return the tested sentences that the runs could not decide, with what they know."""
+    lines = [
+        f"- {escaped(finding.hypothesis.sentence)} ({escaped(finding.subject)}): {escaped(estimate_of(finding))}"
+        for finding in analysis.findings
+        if finding.verdict == "not decided" and finding.hypothesis.test != "described"
+    ]
+    return "\n".join(lines) or "Nothing: every sentence with data was decided."
+
+
+def costs(analyses: Mapping[str, Analysis]) -> str:
+    """Return what all runs took, by study."""
+    rows: list[tuple[str, ...]] = [
+        ("study", "runs", "failed", "core hours", "highest peak of a run, MB", "machine", "commit"),
+    ]  # fmt: skip
+    for name, analysis in analyses.items():
+        runs = analysis.study.runs
+        seconds = sum(run.record.seconds * run.provenance.threads for run in runs)
+        peaks = [run.record.peak_memory_bytes for run in runs if run.record.peak_memory_bytes]
+        machines = sorted({f"{run.provenance.processor}, {run.provenance.cpu_count} processors" for run in runs})
+        commits = sorted({(run.provenance.git_hash or "unknown")[:7] for run in runs})
+        dirty = any(run.provenance.git_dirty for run in runs)
+        rows.append(
+            (
+                SHORT[name], str(len(runs) + len(analysis.study.failed)), str(len(analysis.study.failed)),
+                fixed(seconds / 3600, 1), fixed(max(peaks) / 1e6, 0) if peaks else "–", escaped("; ".join(machines)),
+                joined(commits) + (", with local changes" if dirty else ""),
+            )
+        )  # fmt: skip
+    return markdown(rows, right=1)
+
+
+def published_table(analysis: Analysis) -> str:
+    """Return the methods of the published protocol beside what was published; described, nothing is tested."""
+    rows: list[tuple[str, ...]] = [("method", "test accuracy, %", "by split, %", "source")]
+    for method in in_order(analysis):
+        rows.append(
+            (
+                TITLES.get(method.experiment.name, method.experiment.name),
+                f"{fixed(100 * method.test_accuracy.estimate, 1)}, mean of {len(method.by_seed)} splits",
+                joined(fixed(100 * value, 1) for value in method.by_seed),
+                "this study",
+            )
+        )
+    rows += [(what, accuracy, "–", source) for what, accuracy, source in PUBLISHED]
+    return markdown(rows, right=len(rows[0]))
+
+
+def pilot_table(pilot: pd.DataFrame, means: pd.DataFrame, chosen: Mapping[str, float]) -> str:
+    """Return mean validation accuracy by method and rate, the chosen one in bold.
+
+    Args:
+        pilot: one row a run.
+        means: mean validation accuracy and loss by method and rate.
+        chosen: rate by method.
+    """
+    rates = sorted(means.learning_rate.unique())
+    rows: list[tuple[str, ...]] = [("method", *(f"{rate:g}" for rate in rates))]
+    for method in dict.fromkeys(means.method):
+        own = means[means.method == method].set_index("learning_rate").validation_accuracy
+        cells = (fixed(100 * own[rate], 1) if rate in own.index else "–" for rate in rates)
+        rows.append(
+            (
+                TITLES.get(method, method),
+                *(f"**{cell}**" if rate == chosen[method] else cell for rate, cell in zip(rates, cells, strict=True)),
+            )
+        )
+    at_an_end = [TITLES.get(method, method) for method, rate in chosen.items() if rate in (rates[0], rates[-1])]
+    failed = int((pilot.status != "done").sum())
+    note = (
+        f"Mean validation accuracy in %, seeds {joined(str(seed) for seed in sorted(pilot.seed.unique()))}; bold: the "
+        f"chosen rate. {len(pilot)} runs, {failed or 'none'} failed. Chosen at an end of the list: "
+        f"{joined(at_an_end) or 'none'}."
+    )
+    return f"{markdown(rows, right=1)}\n\n{note}"
+
+
+def caption(analysis: Analysis) -> str:
+    """Return what the runs have in common, and every notice that stands above a report's numbers."""
+    study = analysis.study
+    run = study.runs[0]
+    data = run.record.spec.data
+    majority = sorted({run.record.majority_accuracy["test"] for run in study.runs})
+    share = percent(majority[0]) if len(majority) == 1 else f"{percent(majority[0])} to {percent(majority[-1])}"
+    above = sum(method.runs_above_majority for method in analysis.methods)
+    sizes = joined(f"{size:,} {name}" for name, size in run.record.split_sizes.items())
+    sentences = [
+        *(f"**{escaped(notice)}**" for notice in study.notices),
+        f"{len(study.runs)} runs, seeds {joined(str(seed) for seed in study.seeds)}; {escaped(data.dataset)} at "
+        f"{data.image_size} px, {sizes} images.",
+        f"The majority class has {share} of the test images; {above} of {len(study.runs)} runs are above it.",
+    ]
+    return " ".join(sentences)
+
+
+def in_order(analysis: Analysis) -> Sequence[MethodResult]:
+    """Return the methods in the order of the configuration, which is that of TITLES."""
+    places = {name: place for place, name in enumerate(TITLES)}
+    return sorted(analysis.methods, key=lambda method: places.get(method.experiment.name, len(places)))
+
+
+def _of(analysis: Analysis, hypothesis: str) -> list[Finding]:
+    return [one for one in analysis.findings if one.hypothesis.id == hypothesis and one.verdict != "no data"]
