@@ -28,6 +28,7 @@ from peft_vit import cli
 from peft_vit.analysis import Analysis, analyze, load_studies
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.errors import UserError
+from peft_vit.foreign_files import folder_below
 from peft_vit.records import RECORD_FILE, RunRecord, read_records, write_atomically
 
 CONFIGS = ROOT / "experiments" / "configs"
@@ -128,7 +129,11 @@ def unpacked(name: str) -> Iterator[Path]:
     """Unpack a study into a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(RESULTS / f"{name}.tar.xz") as archive:
-            archive.extractall(folder, filter="data")
+            for entry in archive:
+                if (content := archive.extractfile(entry)) is not None:
+                    file = folder_below(Path(folder), entry.name)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(content.read())
         yield Path(folder)
 
 
