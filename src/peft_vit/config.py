@@ -83,7 +83,11 @@ class DataConfig(Frozen):
     split_seed: int = Field(default=0, ge=0, lt=2**31)
     train_subset: Literal["fixed", "per_seed"] = Field(
         default="fixed",
-        description="per_seed draws other training images for each seed; validation and test stay",
+        description="per_seed draws other training images for each seed out of what validation and test leave",
+    )
+    test_split: Literal["fixed", "per_seed"] = Field(
+        default="fixed",
+        description="per_seed draws test and validation images anew for each seed; training images follow",
     )
     flips: Literal["none", "horizontal", "both"] = "horizontal"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -297,6 +298,14 @@ def with_other(value: BaseModel, path: tuple[str, ...]) -> BaseModel:
     inner = getattr(value, path[0])
     other = with_other(inner, path[1:]) if len(path) > 1 else f"other than {inner!r}"
     return value.model_copy(update={path[0]: other})
+
+
+def test_digest_of_what_was_asked_before_there_was_a_choice_of_test_splits_stays() -> None:
+    base = spec("linear_probe")
+    before = base.model_dump(mode="json")
+    del before["measures"], before["data"]["test_split"]
+    text = json.dumps(before, separators=(",", ":"), ensure_ascii=False)
+    assert base.digest() == hashlib.sha256(text.encode()).hexdigest()
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

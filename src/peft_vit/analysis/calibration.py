@@ -55,7 +55,7 @@ class Calibration:
         adaptive_ece: the same with bins of equal counts; None without predictions, which goes for all below.
         brier: `confidence_brier`.
         overconfidence: mean confidence minus accuracy.
-        bins: equal-width bins over the predictions of all seeds. Seeds share the images, so they are no independent
+        bins: equal-width bins over the predictions of all seeds. Seeds share images, so they are no independent
             draws, and an interval from their count would be too narrow.
         seeds: with predictions.
         without: seeds whose record holds no predictions.

@@ -57,7 +57,9 @@ def difference(kind: PoolKind, runs_of: RunsOf) -> str | None:
     """Return what differs between the runs of several studies, in words; None if nothing of the kind does.
 
     Data sets and backbones may differ, since that is what studies are compared over. Splits differ if two studies
-    take the same images and divide them otherwise: then test images of one may have trained the other.
+    take the same images and divide them otherwise: then test images of one may have trained the other. Seeds of one
+    study may divide them otherwise (`train_subset` or `test_split: per_seed`), so what is compared are the seeds that
+    both have.
     """
     return _DIFFERENCES[kind](runs_of)
 

@@ -19,6 +19,8 @@ that loses the margin or more.
 experiment whose seeds turned out well is likelier to be the best on validation, and then its test accuracy is a
 little too high. That makes differences to it too low: candidates fail more often, not less. The claim is about the
 experiment that validation chose; if another one is better in truth, nothing is claimed about the loss against that.
+Where each seed draws its own test split, an image that one seed is tested on may be in another's validation split, so
+the choice has seen some test images through other seeds' models; the claim is about splits of this data set.
 The recommended experiment's own estimate is too favourable, since it was needed to pass; the intervals are
 simultaneous (Bonferroni), so that theirs cover all candidates at once and any choice among them.
 """

@@ -90,6 +90,11 @@ class Study:
         """Return all seeds that occur."""
         return tuple(sorted({run.seed for run in self.runs} | {record.spec.seed for record in self.failed}))
 
+    @property
+    def test_images_by_seed(self) -> bool:
+        """Return whether each seed draws its own test images; runs of one seed share them in any case."""
+        return any(run.record.spec.data.test_split == "per_seed" for run in self.runs)
+
     def of(self, experiment: str) -> tuple[Run, ...]:
         """Return the finished runs of one experiment, by seed."""
         return self._by_experiment.get(experiment, ())

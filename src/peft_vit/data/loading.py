@@ -34,7 +34,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
 
     Args:
         config: which images, at which size, how many.
-        seed: the run's seed; only matters with `train_subset: per_seed`.
+        seed: the run's seed; only matters with `test_split: per_seed` or `train_subset: per_seed`.
         smoke: use synthetic files, see `open_index`; pair it with `smoke_config`.
 
     Raises:

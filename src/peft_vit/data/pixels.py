@@ -2,7 +2,8 @@
 
 A file holds exactly the rows of one split. So a study on 512 of 110,000 images decodes 512, all methods and
 seeds share a fixed split's file, and test and validation, which do not move with `train_images`, are shared
-between studies. The price is one training file a seed with `train_subset: per_seed`.
+between studies. The price is one training file a seed with `train_subset: per_seed`, and three files a seed with
+`test_split: per_seed`.
 """
 
 from __future__ import annotations

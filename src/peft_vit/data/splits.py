@@ -1,4 +1,4 @@
-"""Disjoint, stratified splits that follow from the configuration and the split seed alone."""
+"""Disjoint, stratified splits that follow from the configuration, its split seed and, where it says so, the run's."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     """Draw test, then validation, then training images, each stratified by `index.strata`.
 
     Test images come out of the data set's own test split, if it has one (all of it, unless `test_images` is
-    set); what is left of that split is used for nothing. Test and validation follow from `config.split_seed`;
-    they do not move when `train_images` does. With `train_subset: per_seed` the choice of training images
-    follows from `seed` too.
+    set); what is left of that split is used for nothing. Test and validation follow from `config.split_seed`, and
+    with `test_split: per_seed` from `seed` too; they do not move when `train_images` does. Training images come out of
+    what test and validation leave, so they move with these; with `train_subset: per_seed` their choice follows from
+    `seed` in any case.
 
     Args:
         index: the data set.
@@ -37,9 +38,14 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
         seed: the run's seed.
 
     Raises:
-        UserError: if there are too few images, or a class gets no training image; names field and numbers.
+        UserError: if there are too few images, a class gets no training image, or per_seed would change nothing; names
+            field and numbers.
     """
-    rng = numpy_generator(config.split_seed, "split")
+    rng = (
+        numpy_generator(config.split_seed, "split")
+        if config.test_split == "fixed"
+        else numpy_generator(seed, "split", config.split_seed)
+    )
     test, rest = _draw_test(index, config, rng)
     wanted = config.validation_images + (2 if config.train_images is None else config.train_images)
     if wanted > len(rest):
@@ -70,6 +76,11 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
     count = len(source) if config.test_images is None else config.test_images
     if count > len(source):
         raise UserError(f"is {count}, but only {len(source)} images are available for test", field="data.test_images")
+    if config.test_split == "per_seed" and index.official_test is not None and count == len(source):
+        raise UserError(
+            f"per_seed would test the same images with each seed, all {count} of the test split that comes with "
+            f"{index.name}; set data.test_images below {count}, or say fixed", field="data.test_split",
+        )  # fmt: skip
     test = stratified_draw(source, index.strata, count, rng)
     if index.official_test is None:
         return test, np.setdiff1d(everything, test)

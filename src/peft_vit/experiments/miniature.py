@@ -61,6 +61,7 @@ def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> Data
         data = spec.data.model_copy(
             update={
                 "train_images": train, "shots_per_class": None, "train_subset": "fixed",
+                "test_split": "fixed",  # a split that holds each class may not do so with another seed
                 "validation_images": min(len(splits.validation), evaluated),
                 "test_images": min(len(splits.test), evaluated),
             }

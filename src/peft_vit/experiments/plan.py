@@ -12,7 +12,7 @@ from peft_vit.adapters.peft_files import peft_sha256
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.backbones import check_weights, describe
 from peft_vit.config import StudyConfig
-from peft_vit.data import make_splits, open_index
+from peft_vit.data import ImageIndex, Splits, make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.experiments.disk import disk_use
 from peft_vit.experiments.estimate import Deviation, Estimate, Measure, Taken, Wanted, Workload, estimate_runs
@@ -125,7 +125,7 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
     index = open_index(study.data, smoke=smoke)
     asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
     go_on(results_dir / study.name, asked, source=file, part=part)
-    splits = make_splits(index, study.data, study.seeds[0])
+    splits = _splits(index, study)
     wanted: list[Wanted] = []
     for place, experiment in enumerate(study.experiments):
         training = experiment.training
@@ -155,6 +155,18 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
         for run, estimate in zip(wanted, estimates, strict=True)
     )
     return Plan(study, file, index.licence, index.sha256, runs, part, deviation)
+
+
+def _splits(index: ImageIndex, study: StudyConfig) -> Splits:
+    """Return the first seed's splits once every seed's can be drawn: sizes agree, but one may lack a class."""
+    first = make_splits(index, study.data, study.seeds[0])
+    if "per_seed" in (study.data.test_split, study.data.train_subset):
+        for seed in study.seeds[1:]:
+            try:
+                make_splits(index, study.data, seed)
+            except UserError as error:
+                raise UserError(f"with seed {seed}: {error.message}", field=error.field) from None
+    return first
 
 
 def _registration(study: StudyConfig, file: Path) -> Registration:

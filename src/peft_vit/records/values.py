@@ -7,7 +7,7 @@ the history entry of step 0 is the state before training.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
@@ -60,9 +60,12 @@ class RunSpec(_Value):
     def digest(self) -> str:
         """Return the SHA-256 of everything that the run depends on.
 
-        Measures that are not asked for are left out, so that it is the digest of before there were any.
+        Measures that are not asked for, and a test split that is the same for all seeds, are left out, so that it is
+        the digest of before there was anything else.
         """
-        unasked = {"measures"} if self.measures == MeasuresConfig() else None
+        unasked: dict[str, Any] = {"measures": True} if self.measures == MeasuresConfig() else {}
+        if self.data.test_split == "fixed":
+            unasked["data"] = {"test_split": True}
         return hashlib.sha256(self.model_dump_json(exclude=unasked).encode()).hexdigest()
 
 

@@ -16,7 +16,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Paragraph, Raw, Table
 from peft_vit.report.numbers import count, fixed, megabytes, percent_interval, points_interval
-from peft_vit.report.tables import ends
+from peft_vit.report.tables import OTHER_SEEDS, ends
 from peft_vit.report.terminal import print_blocks
 from peft_vit.statistics import Interval
 
@@ -87,7 +87,7 @@ def _by_study(found: Across) -> Table:
         ),
         rows=tuple(_study_row(row) for row in found.rows),
         note=(
-            "95 % t intervals: what other seeds would change, on the same images. Pairs share seed, weights, images "
+            f"95 % t intervals: {OTHER_SEEDS}. Pairs share seed, weights, images "
             "and split; the exact Wilcoxon signed-rank test decides at 5 %, Holm-corrected over a study's experiments."
         ),
         data=(),

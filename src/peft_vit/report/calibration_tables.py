@@ -134,7 +134,7 @@ def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
         columns=("experiment", *(f"{fixed(100 * m / BINS, 0)} to {percent((m + 1) / BINS)}" for m in filled)),
         rows=tuple((c.experiment.name, *(cell(c, m) for m in filled)) for c in known),
         note=(
-            "Predictions of all seeds together: they share the test images, so their number is no sample size and no "
+            "Predictions of all seeds together: they share test images, so their number is no sample size and no "
             "interval is given. Accuracy below confidence is overconfidence."
         ),
         data=tuple(_bin_row(c, m) for c in known for m in range(BINS)),

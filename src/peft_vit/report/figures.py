@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,9 +32,10 @@ def comparison_figures(analysis: Analysis) -> tuple[Block, ...]:
     methods = analysis.methods
     if not methods:
         return (Paragraph("No figure of accuracy: no run of this study has finished."),)
-    majority = analysis.study.runs[0].record.majority_accuracy.get("test")
+    shares = {run.seed: run.record.majority_accuracy.get("test") for run in analysis.study.runs}
+    majority = {seed: share for seed, share in shares.items() if share is not None}
     return (
-        accuracy_by_method(methods, majority),
+        accuracy_by_method(methods, majority, images_by_seed=analysis.study.test_images_by_seed),
         accuracy_by_parameters(methods),
         accuracy_by_bytes(methods),
         loss_curves(analysis.study, validation_means(methods)),
@@ -63,18 +65,29 @@ def _maps_note(drawn: int, there: int) -> str:
     return note and note + _EVERY_RUN
 
 
-def accuracy_by_method(methods: Sequence[MethodResult], majority: float | None) -> Drawing:
-    """Draw one row an experiment: each seed, mean, interval, and the majority class as a line."""
+def accuracy_by_method(
+    methods: Sequence[MethodResult], majority: Mapping[int, float], *, images_by_seed: bool
+) -> Drawing:  # fmt: skip
+    """Draw one row an experiment: each seed, mean, interval, and the majority class as a line.
+
+    Args:
+        methods: the rows.
+        majority: seed -> share of the most frequent class of its test images; the line is at the seeds' mean.
+        images_by_seed: each seed draws its own test images.
+    """
     chosen = leading([m.experiment.name for m in methods], validation_means(methods), ROWS)
     drawn = [methods[i] for i in chosen]
+    shares = sorted(majority.values())
+    differs = bool(shares) and shares[0] != shares[-1]
+    line = fmean(shares) if differs else next(iter(shares), None)  # a mean of equal ones may round
 
     def paint(figure: Figure) -> Marks:
         axes, marks = figure.add_subplot(), Marks()
-        low, high = _limits([v for m in drawn for v in m.by_seed] + ([majority] if majority else []))
+        low, high = _limits([v for m in drawn for v in m.by_seed] + ([line] if line else []))
         for row, method in enumerate(drawn):
             _method_row(axes, marks, method, row, (low, high))
-        if majority:
-            axes.axvline(100 * majority, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
+        if line:
+            axes.axvline(100 * line, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
         axes.set_xlim(low, high)
         axes.set_ylim(len(drawn) - 0.4, -0.6)
         axes.set_yticks(range(len(drawn)), [m.experiment.name for m in drawn])
@@ -82,14 +95,18 @@ def accuracy_by_method(methods: Sequence[MethodResult], majority: float | None) 
         quiet_grid(axes, "x")
         axes.spines["left"].set_visible(False)
         columns = 2 if is_narrow(figure) else 4
-        figure.legend(handles=_dot_legend(majority), loc="outside lower center", ncols=columns, handletextpad=0.4)
+        legend = _dot_legend(line, differs=differs)
+        figure.legend(handles=legend, loc="outside lower center", ncols=columns, handletextpad=0.4)
         return marks
 
     left_out = selection_note(len(drawn), len(methods))
+    on = "on the same test images, not other images"
+    if images_by_seed:
+        on = "with other test images out of the same data set, not other data sets"
     caption = (
         f"{seeds_caption(drawn)} Diamond and number at the right: their mean. Line: 95 % t "
         "interval over seeds, with an arrow where it leaves the picture (the table has its ends). "
-        f"The interval describes other seeds on the same images, not other images.{left_out}"
+        f"The interval describes other seeds {on}.{left_out}"
     )
     height = 1.15 + _ROW_IN * len(drawn)
     return draw("accuracy_by_method", "Accuracy by method", caption, height, paint, _accuracy_rows(methods, majority))
@@ -100,12 +117,12 @@ def seeds_caption(methods: Sequence[MethodResult]) -> str:
     return "Pale line: from the lowest to the highest seed." if many_seeds(methods) else "Open circles: single seeds."
 
 
-def _accuracy_rows(methods: Sequence[MethodResult], majority: float | None) -> list[dict[str, Raw]]:
+def _accuracy_rows(methods: Sequence[MethodResult], majority: Mapping[int, float]) -> list[dict[str, Raw]]:
     return [
         {
             "experiment": m.experiment.name, "method": m.experiment.method, "seed": seed, "test_accuracy": value,
             "mean": m.test_accuracy.estimate, "low": m.test_accuracy.low, "high": m.test_accuracy.high,
-            "seeds": len(m.seeds), "majority_accuracy": majority,
+            "seeds": len(m.seeds), "majority_accuracy": majority.get(seed),
         }
         for m in methods
         for seed, value in zip(m.seeds, m.by_seed, strict=True)
@@ -154,14 +171,13 @@ def _interval_line(axes: Axes, marks: Marks, method: MethodResult, row: int, lim
             marks.add(method.experiment.name, arrow)
 
 
-def _dot_legend(majority: float | None) -> list[Line2D]:
+def _dot_legend(majority: float | None, *, differs: bool) -> list[Line2D]:
     handles = [
         Line2D([], [], marker="o", ls="", mfc=PAPER, mec=MUTED, ms=4.5, label="one seed"),
         Line2D([], [], marker="D", ls="", color=MUTED, ms=5, label="mean"),
         Line2D([], [], color=MUTED, lw=2.2, alpha=0.45, label="95 % interval"),
     ]
     if majority:
-        handles.append(
-            Line2D([], [], color=INK, lw=1, ls=(0, (4, 3)), label=f"majority class, {fixed(100 * majority, 1)} %")
-        )
+        label = f"majority class, {'on average ' if differs else ''}{fixed(100 * majority, 1)} %"
+        handles.append(Line2D([], [], color=INK, lw=1, ls=(0, (4, 3)), label=label))
     return handles

@@ -15,6 +15,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Paragraph, Raw, Table
 from peft_vit.report.numbers import number_interval, plain, points_interval
+from peft_vit.report.tables import OVER_SEEDS
 from peft_vit.report.terminal import print_blocks
 from peft_vit.statistics import Interval
 
@@ -26,8 +27,7 @@ _HOW = (
     "Each sentence is worded so that a positive estimate speaks for it, whatever comes out. Registered: it stood "
     "written down, as it does now, before every run that was used began; exploratory: it did not, or changed since. "
     "'Not decided' means that these runs can't tell; it does not mean that there is no difference. Tests are at 5 %, "
-    "with Holm's correction over all tests of one family. 95 % t intervals in brackets: what other seeds would change, "
-    "on the same images. Pairs share seed, weights, images and split."
+    f"with Holm's correction over all tests of one family. {OVER_SEEDS} Pairs share seed, weights, images and split."
 )
 
 

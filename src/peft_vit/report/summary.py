@@ -50,7 +50,7 @@ def facts(study: Study) -> tuple[tuple[str, str], ...]:
         ("Images", _distinct([_images(study, one.data.dataset, one.data.image_size) for one in asked])),
         ("Licence of the images", _distinct([licence(study, one.data.dataset) for one in asked])),
         ("Split", _distinct([_split(run) for run in runs])),
-        ("Classes", _distinct([_classes(run) for run in runs])),
+        ("Classes", _distinct(_classes(runs))),
         ("Experiments", f"{len(study.experiments)}: {joined(e.name for e in study.experiments)}"),
         ("Seeds", f"{len(seeds)}: {joined(str(seed) for seed in seeds)}"),
         ("Runs", runs_fact(study)),
@@ -82,16 +82,27 @@ def licence(study: Study, dataset: str) -> str:
 
 def _split(run: Run) -> str:
     sizes = [f"{size:,} {name}" for name, size in run.record.split_sizes.items()]
-    subset = run.record.spec.data.train_subset
-    return f"{joined(sizes)}; training images {'the same for all seeds' if subset == 'fixed' else 'drawn per seed'}"
+    data = run.record.spec.data
+    if data.test_split == "per_seed":
+        return f"{joined(sizes)}; test, validation and training images drawn per seed"
+    subset = "the same for all seeds" if data.train_subset == "fixed" else "drawn per seed"
+    return f"{joined(sizes)}; training images {subset}"
 
 
-def _classes(run: Run) -> str:
-    names = run.record.class_names
-    shown = joined(names[:6]) + (", …" if len(names) > 6 else "")
-    majority = run.record.majority_accuracy.get("test")
-    share = "" if majority is None else f"; the most frequent has {percent(majority)} of the test images"
-    return f"{len(names)}: {shown}{share}"
+def _classes(runs: Sequence[Run]) -> list[str]:
+    """Return the classes, as a rule of all runs the same, with the share of the most frequent one or its range."""
+    shares: dict[tuple[str, ...], list[float]] = {}
+    for run in runs:
+        found = shares.setdefault(tuple(run.record.class_names), [])
+        found += [share for name, share in run.record.majority_accuracy.items() if name == "test"]
+    return [f"{len(names)}: {joined(names[:6])}{', …' * (len(names) > 6)}{_share(of)}" for names, of in shares.items()]
+
+
+def _share(majority: Sequence[float]) -> str:
+    if not majority:
+        return ""
+    low, high = fixed(100 * min(majority), 1), fixed(100 * max(majority), 1)
+    return f"; the most frequent has {low if low == high else f'{low} to {high}'} % of the test images"
 
 
 def best_on_validation(methods: Sequence[MethodResult]) -> MethodResult | None:
@@ -168,13 +179,39 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     if best is not None:
         run = study.of(best.experiment.name)[0]
         image = proportion_interval(round(run.test.accuracy * run.test.n), run.test.n)
-        sentences.append(
-            f"On top comes the choice of test images: with {run.test.n:,} of them one run's "
-            f"{percent(run.test.accuracy)} has a 95 % interval of {fixed(100 * (image.low or 0), 1)} "
-            f"to {fixed(100 * (image.high or 0), 1)} % (Wilson). All methods share these images, so "
-            "this matters less for differences."
+        alone = (
+            f"with {run.test.n:,} of them one run's {percent(run.test.accuracy)} has a 95 % interval of "
+            f"{fixed(100 * (image.low or 0), 1)} to {fixed(100 * (image.high or 0), 1)} % (Wilson). All methods share "
         )
+        if study.test_images_by_seed:
+            sentences += [
+                f"Each seed draws its own test images, so intervals over seeds hold that choice too; {alone}a seed's "
+                "images, so this matters less for differences.",
+                "An image that one seed is tested on may have been trained on or validated with another: choosing the "
+                "best on mean validation accuracy has then seen some test images, through other seeds' models.",
+            ]
+        else:
+            sentences.append(
+                f"On top comes the choice of test images: {alone}these images, so this matters less for differences."
+            )
     return tuple(sentences)
+
+
+def _other_images(study: Study) -> str:
+    """Return what intervals over seeds cover of the choice of images.
+
+    Splits of one data set overlap, so their spread is less than that of new samples: Nadeau & Bengio, Machine Learning
+    52 (2003).
+    """
+    if study.test_images_by_seed:
+        return (
+            "Images beyond this data set: intervals over seeds cover which of its images are trained and tested on, "
+            "but such splits overlap, so for new images they are too narrow."
+        )
+    drawn = any(run.record.spec.data.train_subset == "per_seed" for run in study.runs)
+    trained, tested = ("training images, ", "test ") if drawn else ("", "")
+    values = f"{trained}initial values and orders"
+    return f"Other images: intervals over seeds describe other {values} on the same {tested}images."
 
 
 def not_shown(study: Study) -> tuple[str, ...]:
@@ -187,7 +224,7 @@ def not_shown(study: Study) -> tuple[str, ...]:
         "Other data sets, other backbones, longer training: everything here comes from the one setting above.",
         "Tuned methods: each experiment ran with the one learning rate and schedule of its "
         "configuration. A method that comes out behind may only be badly tuned.",
-        "Other images: intervals over seeds describe other initial values and orders on the same images.",
+        _other_images(study),
         "Harm: an importance score is what a method decided with. No site was removed to see what that costs.",
         "Speed in general: seconds and memory are those of one machine, named under provenance.",
     ]

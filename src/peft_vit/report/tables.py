@@ -19,7 +19,8 @@ from peft_vit.report.numbers import (
 )
 from peft_vit.statistics import Interval
 
-OVER_SEEDS = "95 % t intervals in brackets: what other seeds would change, on the same images."
+OTHER_SEEDS = "what other seeds would change, on the same test images unless each seed draws its own"
+OVER_SEEDS = f"95 % t intervals in brackets: {OTHER_SEEDS}."
 
 
 def ends(name: str, interval: Interval | None) -> dict[str, Raw]:

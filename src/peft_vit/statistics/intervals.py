@@ -40,7 +40,8 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
 
     Over the seeds of one experiment, the interval describes what another draw of seeds (initial head and
     adapter, order of the images, augmentation) would change. It says nothing about other test images or other
-    data sets.
+    data sets. Where each seed draws its own split of one data set, other splits of it count in; these overlap, so for
+    new images the interval is too narrow (Nadeau & Bengio, Machine Learning 52 (2003)).
 
     Assumption: values are independent and roughly normal. Source: Student, Biometrika 6 (1908).
 

@@ -238,6 +238,8 @@ def test_the_same_split_by_seed_is_no_difference() -> None:
         for label, own in {"a": [a, b], "b": [c, d]}.items()
     }  # fmt: skip
     assert difference("splits", per_seed) is None, "seed 1, which both have, is divided alike"
+    apart = {"a": per_seed["a"], "b": per_seed["b"][1:]}
+    assert difference("splits", apart) == "a and b divide the same images otherwise", "no seed tells that they agree"
 
 
 def _runs(made: list[RunRecord]) -> Any:

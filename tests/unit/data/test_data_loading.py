@@ -47,10 +47,11 @@ def test_smoke_reads_synthetic_files(name, patch_size):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke_works_with_every_training_subset_and_test_size(name):
-    config = smoke_config(full(name, test_images=600, train_images=1000, train_subset="per_seed"))
+@pytest.mark.parametrize("drawn", ["train_subset", "test_split"])
+def test_smoke_works_with_every_training_subset_and_test_size(name, drawn):
+    config = smoke_config(full(name, test_images=600, train_images=1000, **{drawn: "per_seed"}))
     first, other = (load_data(config, seed, smoke=True) for seed in (0, 1))
-    assert len(first.test) == 8
+    assert len(first.test) == len(other.test) == 8
     assert first.split_sha256 != other.split_sha256
     assert first.data_sha256 == other.data_sha256
 
@@ -81,9 +82,20 @@ def test_smoke_size_is_a_multiple_of_the_patch_and_valid(patch_size):
 
 
 def test_labels_belong_to_their_images():
-    config = full("digits", image_size=14, train_images=100, validation_images=50, test_images=60)
-    index, data = open_index(config), load_data(config, 0)
-    splits = make_splits(index, config, 0)
+    check_images(full("digits", image_size=14, train_images=100, validation_images=50, test_images=60), 0)
+
+
+def test_splits_of_several_seeds_do_not_mix_in_the_cache():
+    config = full(
+        "digits", image_size=14, train_images=100, validation_images=50, test_images=60, test_split="per_seed"
+    )
+    for seed in (0, 1, 0):  # the third time from the cache
+        check_images(config, seed)
+
+
+def check_images(config, seed):
+    index, data = open_index(config), load_data(config, seed)
+    splits = make_splits(index, config, seed)
     assert data.split_sha256 == splits.sha256
     assert data.data_sha256 == index.sha256
     for images, rows in (

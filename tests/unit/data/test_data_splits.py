@@ -9,6 +9,7 @@ from peft_vit.config import DataConfig
 from peft_vit.data import ImageIndex, make_splits
 from peft_vit.data.splits import stratified_draw
 from peft_vit.errors import UserError
+from peft_vit.seeding import numpy_generator
 
 
 def index_of(labels, strata=None, official_test=None):
@@ -62,15 +63,17 @@ def test_ties_and_members_are_drawn_by_lot():
     sizes=st.lists(st.integers(20, 40), min_size=3, max_size=3),
     official=st.booleans(),
     train_subset=st.sampled_from(["fixed", "per_seed"]),
+    test_split=st.sampled_from(["fixed", "per_seed"]),
     split_seed=st.integers(0, 100),
     seed=st.integers(0, 100),
 )
-def test_splits_are_disjoint_and_of_the_size_asked_for(sizes, official, train_subset, split_seed, seed):
+def test_splits_are_disjoint_and_of_the_size_asked_for(sizes, official, train_subset, test_split, split_seed, seed):
     labels = np.repeat(np.arange(3), sizes)
     official_test = np.arange(len(labels)) % 3 == 2 if official else None
     asked = config(
-        train_images=20, validation_images=9, test_images=7, split_seed=split_seed, train_subset=train_subset
-    )
+        train_images=20, validation_images=9, test_images=7, split_seed=split_seed, train_subset=train_subset,
+        test_split=test_split,
+    )  # fmt: skip
     splits = make_splits(index_of(labels, official_test=official_test), asked, seed)
     parts = [splits.train, splits.validation, splits.test]
     assert [len(part) for part in parts] == [20, 9, 7]
@@ -121,8 +124,56 @@ def test_per_seed_moves_only_the_training_images():
     assert make_splits(TOY, asked, 1).sha256 == other.sha256
 
 
-def test_validation_and_test_stay_when_the_training_size_moves():
-    few, many = (make_splits(TOY, config(train_images=n), 0) for n in (8, 40))
+@pytest.mark.parametrize("train_images", [None, 20])
+def test_each_seed_may_draw_all_three_splits(train_images):
+    asked = config(train_images=train_images, test_split="per_seed")
+    first, other = make_splits(TOY, asked, 0), make_splits(TOY, asked, 1)
+    for part in ("test", "validation", "train"):
+        assert len(getattr(first, part)) == len(getattr(other, part))
+        assert not same(getattr(first, part), getattr(other, part))
+    assert first.sha256 != other.sha256
+    assert make_splits(TOY, asked, 1).sha256 == other.sha256
+    assert make_splits(TOY, asked.model_copy(update={"split_seed": 1}), 0).sha256 != first.sha256
+
+
+def test_a_seeds_splits_come_from_the_generator_of_seed_and_split_seed():
+    splits = make_splits(TOY, config(test_split="per_seed", split_seed=5), 3)
+    rng, everything = numpy_generator(3, "split", 5), np.arange(100)
+    test = stratified_draw(everything, TOY.strata, 10, rng)
+    assert same(splits.test, test)
+    assert same(splits.validation, stratified_draw(np.setdiff1d(everything, test), TOY.strata, 10, rng))
+    fixed = make_splits(TOY, config(split_seed=5), 3)
+    assert same(fixed.test, stratified_draw(everything, TOY.strata, 10, numpy_generator(5, "split")))
+
+
+def test_over_seeds_every_image_is_tested_as_often():
+    tested = np.zeros(100)
+    for seed in range(400):
+        tested[make_splits(TOY, config(test_split="per_seed"), seed).test] += 1
+    # Each of the 100 has probability 0.1: 40 +- 6 in 400; five standard deviations.
+    assert np.all(np.abs(tested - 40) < 30)
+
+
+def test_a_seed_draws_its_test_images_out_of_the_official_ones():
+    index = index_of(np.arange(100) % 2, official_test=np.arange(100) >= 70)
+    first, other = (make_splits(index, config(test_split="per_seed"), seed) for seed in (0, 1))
+    assert not same(first.test, other.test)
+    for splits in (first, other):
+        assert splits.test.min() >= 70
+        assert sorted([*splits.train, *splits.validation]) == list(range(70))
+
+
+@pytest.mark.parametrize("test_images", [None, 30])
+def test_a_seed_cannot_draw_from_an_official_test_split_that_is_taken_whole(test_images):
+    index = index_of(np.arange(100) % 2, official_test=np.arange(100) >= 70)
+    with pytest.raises(UserError, match=r"^data\.test_split: .*all 30 .* toy; set data\.test_images below 30, or say"):
+        make_splits(index, config(test_images=test_images, test_split="per_seed"), 0)
+    make_splits(index, config(test_images=29, test_split="per_seed"), 0)
+
+
+@pytest.mark.parametrize("test_split", ["fixed", "per_seed"])
+def test_validation_and_test_stay_when_the_training_size_moves(test_split):
+    few, many = (make_splits(TOY, config(train_images=n, test_split=test_split), 0) for n in (8, 40))
     assert same(few.validation, many.validation)
     assert same(few.test, many.test)
     assert set(few.train) < set(many.train)  # a learning curve adds images, it does not swap them

@@ -63,6 +63,9 @@ def test_runs_share_it_if_they_differ_in_nothing_that_costs(large) -> None:
         assert small(spec, 100 * spec.experiment.training.epochs) == reference
     renamed = spec_of(config, epochs=30).model_copy(update={"study": "other", "seed": 9})
     assert small(renamed, 3000) == reference
+    drawn = spec_of(config, epochs=30)
+    drawn = drawn.model_copy(update={"data": drawn.data.model_copy(update={"test_split": "per_seed"})})
+    assert small(drawn, 3000) == reference
     for training in ({"batch_size": 16}, {"optimizer": "sgd"}):
         assert small(spec_of(config, epochs=30, **training), 3000) != reference
     assert small(spec_of(config, epochs=30).model_copy(update={"threads": 2}), 3000) != reference

@@ -2,10 +2,12 @@
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from written_runs import run_and_write
 
+from peft_vit.data import ImageIndex, make_splits
 from peft_vit.errors import UserError
 from peft_vit.experiments import plan_study
 from peft_vit.experiments.plan import resolve_device
@@ -61,6 +63,25 @@ def test_the_records_of_finished_runs_are_not_held(study, tmp_path, monkeypatch)
     plan = planned(config, tmp_path)
     assert [run.done for run in plan.runs] == [True] * 3
     assert [one() for one in held] == [None] * 3
+
+
+def test_a_split_that_only_another_seed_cannot_have_is_refused_by_the_plan(study, tmp_path, monkeypatch) -> None:
+    """Of 10 and 30 images, the second test image is of either class by lot: 9 or 8 of the 10 are left to train on."""
+    labels = np.repeat([0, 1], [10, 30])
+    index = ImageIndex(
+        name="toy", labels=labels, strata=labels, class_names=("few", "many"), official_test=None, licence="none",
+        sha256="0" * 64, read=lambda _: pytest.fail("a plan decodes nothing"),
+    )  # fmt: skip
+    monkeypatch.setattr("peft_vit.experiments.plan.open_index", lambda *_, **__: index)
+    sizes = {"train_images": None, "shots_per_class": 9, "test_images": 2, "validation_images": 4}
+    config = study("linear")
+    data = config.data.model_copy(update={**sizes, "test_split": "per_seed"})
+    tested = {seed: make_splits(index, data.model_copy(update={"shots_per_class": 1}), seed).test for seed in range(20)}
+    lacking = next(seed for seed, images in tested.items() if images.min() < 10)
+    enough = [seed for seed, images in tested.items() if images.min() >= 10][:2]
+    assert len(planned(config.model_copy(update={"data": data, "seeds": tuple(enough)}), tmp_path).runs) == 2
+    with pytest.raises(UserError, match=rf"data\.shots_per_class: with seed {lacking}: 9 images of class 'few'"):
+        planned(config.model_copy(update={"data": data, "seeds": (enough[0], lacking)}), tmp_path)
 
 
 def test_a_plan_of_some_methods_or_seeds(study, tmp_path) -> None:

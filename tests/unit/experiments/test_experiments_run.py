@@ -62,6 +62,18 @@ def test_methods_are_paired_within_a_seed(study, tmp_path) -> None:
     assert order_0 != order_1
 
 
+def test_methods_share_a_split_that_each_seed_draws(study, tmp_path) -> None:
+    config = study("linear", "lora", seeds=(0, 1), epochs=1, schedule="constant")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"test_split": "per_seed"})})
+    splits = {0: set(), 1: set()}
+    for record in do(config, tmp_path):
+        splits[record.spec.seed].add((record.provenance.split_sha256, tuple(record.predictions.images)))
+    assert len(splits[0]) == len(splits[1]) == 1
+    ((hash_0, tested_0),), ((hash_1, tested_1),) = splits[0], splits[1]
+    assert hash_0 != hash_1
+    assert tested_0 != tested_1
+
+
 @pytest.mark.part("controller")
 @pytest.mark.parametrize("method", ["lora", "adalora", "qa_lora", "qa_adalora"])
 def test_the_saved_adapter_gives_the_recorded_counts_and_test_results(study, tmp_path, method) -> None:
