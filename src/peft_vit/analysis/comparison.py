@@ -245,9 +245,12 @@ def _p_value(comparison: Comparison) -> float | None:
 
 def same_problem(run: Run) -> tuple[object, ...]:
     """Return what must be equal for two runs to be a pair: backbone, weights, images and split."""
-    provenance = run.provenance
-    images = provenance.data_sha256, provenance.split_sha256
-    return run.record.spec.backbone.model, provenance.weights_sha256, *images
+    return *same_source(run), run.provenance.split_sha256
+
+
+def same_source(run: Run) -> tuple[object, ...]:
+    """Return backbone, weights and data set: what is equal for runs that may have drawn other images of it."""
+    return run.record.spec.backbone.model, run.provenance.weights_sha256, run.provenance.data_sha256
 
 
 def same_draws(run: Run) -> tuple[str, str]:

@@ -154,6 +154,13 @@ def test_seeds_on_other_images_are_no_pair_and_two_sites_no_order() -> None:
     other = records[3].provenance.model_copy(update={"split_sha256": "f" * 64})
     finding = only([*records[:3], records[3].model_copy(update={"provenance": other})], "seeds-agree")
     assert (finding.labels, finding.note) == (("0-1",), "1 pair(s) refused: other weights, images or splits")
+    drawn = [
+        record.model_copy(update={"spec": record.spec.model_copy(update={"data": own})})
+        for record in (*records[:3], records[3].model_copy(update={"provenance": other}))
+        for own in [record.spec.data.model_copy(update={"train_subset": "per_seed"})]
+    ]
+    finding = only(drawn, "seeds-agree")
+    assert (finding.labels, finding.note) == (("0-1", "2-3"), "each seed draws its own images")
     two = scores({site.name: float(place) for place, site in enumerate(SITES[:2])})
     assert only([run(ADALORA, seed, importance_history=two) for seed in range(2)], "seeds-agree").verdict == "no data"
 
@@ -412,6 +419,21 @@ def test_agreement_of_data_sets() -> None:
     assert finding.labels == ("1", "2")
     assert finding.values == pytest.approx((0.9, 0.9))
     assert finding.subject == f"{ADALORA.name} on on_a and on_b"
+
+
+@pytest.mark.parametrize(
+    ("changes", "agree"),
+    [({"update_frequency": 4, "warmup_steps": 8, "final_steps": 20}, True), ({"total_rank_budget": 300}, False)],
+)
+def test_data_sets_may_differ_in_when_ranks_were_decided_but_not_in_the_budget(
+    changes: dict[str, int], agree: bool
+) -> None:
+    other = [on("b", seed, (2, 1, 3, 4, 5)) for seed in range(3)]
+    adalora = ADALORA.adalora.model_copy(update=changes)
+    experiment = ADALORA.model_copy(update={"adalora": adalora})
+    other = [r.model_copy(update={"spec": r.spec.model_copy(update={"experiment": experiment})}) for r in other]
+    finding = only([*(on("a", seed, (1, 2, 3, 4, 5)) for seed in range(3)), *other], "data-sets-agree")
+    assert (finding.verdict != "no data") == agree
 
 
 def test_data_sets_are_told_apart_by_their_images_and_smoke_runs_stand_apart() -> None:

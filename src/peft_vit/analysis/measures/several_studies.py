@@ -25,6 +25,8 @@ from peft_vit.records import RunRecord
 from peft_vit.statistics import gini
 from peft_vit.statistics.checked import ROUNDING
 
+_HOW_LONG = ("training", "adalora.update_frequency", "adalora.warmup_steps", "adalora.final_steps")
+
 
 def importance_between_data_sets(
     studies: Sequence[Evidence], parameters: OfParameters, needs: Sequence[str]
@@ -32,7 +34,7 @@ def importance_between_data_sets(
     """Return Spearman's rho of the final scores on two data sets, by common seed.
 
     A pair are two studies of one backbone on different images, with an experiment of the same name and the same
-    settings except for how long and how fast it trained.
+    settings except for how long and how fast it trained, and at which steps it decided.
     """
     found = [
         _agreement(left, a, right, b)
@@ -59,7 +61,7 @@ def _comparable(a: Subject, b: Subject) -> bool:
     same_model = left.record.spec.backbone.model == right.record.spec.backbone.model
     same_weights = left.provenance.weights_sha256 == right.provenance.weights_sha256
     other_images = left.provenance.data_sha256 != right.provenance.data_sha256
-    same_settings = settings_without(a.experiment, ["training"]) == settings_without(b.experiment, ["training"])
+    same_settings = settings_without(a.experiment, _HOW_LONG) == settings_without(b.experiment, _HOW_LONG)
     return a.name == b.name and same_settings and same_model and same_weights and other_images
 
 
