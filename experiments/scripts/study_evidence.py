@@ -25,7 +25,8 @@ from study_figures import write_figures
 from study_tables import SHORT, pilot_table, study_blocks
 
 from peft_vit import cli
-from peft_vit.analysis import Analysis, analyze, load_studies
+from peft_vit.analysis import Analysis, Finding, analyze, load_studies
+from peft_vit.analysis.findings import ALL_STUDIES, all_findings
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.errors import UserError
 from peft_vit.foreign_files import folder_below
@@ -150,6 +151,12 @@ def analysis_of(name: str) -> Analysis:
         return analyze(study, load_registry(HYPOTHESES))
 
 
+def over_all(analyses: Mapping[str, Analysis]) -> tuple[Finding, ...]:
+    """Return what all studies together say about the sentences that are about several; nothing of a single one."""
+    studies = [analysis.study for analysis in analyses.values()]
+    return all_findings(studies, load_registry(HYPOTHESES)).get(ALL_STUDIES, ()) if len(studies) > 1 else ()
+
+
 def blocks() -> dict[str, str]:
     """Return everything in the documents that is generated, by the name of its marks."""
     analyses = {name: analysis_of(name) for name in kept_studies()}
@@ -158,7 +165,7 @@ def blocks() -> dict[str, str]:
         for name in (f"{study}_pilot" for study in SHORT)
         if (file := RESULTS / f"{name}.csv").exists()
     }
-    return study_blocks(analyses) | pilots
+    return study_blocks(analyses, over_all(analyses)) | pilots
 
 
 def write_documents(tables: Mapping[str, str]) -> None:

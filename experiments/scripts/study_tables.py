@@ -42,23 +42,25 @@ PUBLISHED = (
 _NOT_WORSE, _BETTER = "as-accurate-as-lora-r8", "more-accurate-than-lora-r8"
 
 
-def study_blocks(analyses: Mapping[str, Analysis]) -> dict[str, str]:
+def study_blocks(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) -> dict[str, str]:
     """Return each generated part of the documents by the name of its marks.
 
     Args:
         analyses: by the study's name, those that results/ holds.
+        over_all: what they say together about the sentences that are about several.
     """
     found: dict[str, str] = {}
     few_labels = {name: one for name, one in analyses.items() if name != "study_elpv_published"}
     for name, analysis in few_labels.items():
         found |= {
             f"{name}_table": f"{main_table(analysis)}\n\n{in_words(analysis)}\n\n{caption(analysis)}",
+            f"{name}_notices": notices(analysis),
             f"{name}_costs": cost_table(analysis),
-            f"{name}_verdicts": details(analysis),
+            f"{name}_verdicts": finding_table(analysis.findings),
             f"{name}_undecided": undecided(analysis),
         }
     if few_labels:
-        found["study_verdicts"] = verdicts(few_labels)
+        found["study_verdicts"] = verdicts(few_labels, over_all)
         found["study_cost"] = costs(analyses)
     if (published := analyses.get("study_elpv_published")) is not None:
         found["study_elpv_published_table"] = f"{published_table(published)}\n\n{caption(published)}"
@@ -150,40 +152,48 @@ def _or_dash(value: float | None, written: Callable[[float], str]) -> str:
     return "–" if value is None else written(value)
 
 
-def verdicts(analyses: Mapping[str, Analysis]) -> str:
-    """Return one row a sentence, one column a data set; sentences that no study here has data on stand below."""
+def verdicts(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) -> str:
+    """Return one row a sentence, one column a data set; what all say together, and what none says, stand below."""
     concluded = {name: {c.hypothesis.id: c for c in conclude(one.findings)} for name, one in analyses.items()}
-    first = next(iter(concluded.values()))
+    together = [finding for finding in over_all if finding.verdict != "no data"]
     rows: list[tuple[str, ...]] = [("sentence", *(SHORT[name] for name in analyses))]
     silent = []
-    for identity, conclusion in first.items():
+    for identity, conclusion in next(iter(concluded.values())).items():
         own = [found[identity] for found in concluded.values()]
         sentence = escaped(conclusion.hypothesis.sentence)
-        if all(one.verdict == "no data" for one in own):
-            silent.append(sentence)
-        elif conclusion.hypothesis.test != "described":
+        if any(one.verdict != "no data" for one in own):
             rows.append((sentence, *(_said(one) for one in own)))
-    below = "; ".join(silent)
-    return f"{markdown(rows, right=len(rows[0]))}\n\nNo data in these studies, or none that could test it: {below}."
+        elif not any(finding.hypothesis.id == identity for finding in together):
+            silent.append(sentence)
+    parts = [
+        markdown(rows, right=len(rows[0])),
+        *(["Over several data sets:\n\n" + finding_table(together)] if together else []),
+        f"No data in these studies, or none that could test it: {'; '.join(silent)}.",
+    ]
+    return "\n\n".join(parts)
 
 
 def _said(conclusion: Conclusion) -> str:
     if conclusion.verdict == "no data":
         return "–"
+    verdict = "described" if conclusion.hypothesis.test == "described" else conclusion.verdict
     mark = "" if conclusion.mark == "registered" else " (exploratory)"
-    if len(conclusion.findings) > 1:
-        return f"{conclusion.verdict}{mark}: {conclusion.counts}"
-    return f"{conclusion.verdict}{mark}: {escaped(estimate_of(conclusion.findings[0]))}"
+    if len(conclusion.findings) == 1:
+        return f"{verdict}{mark}: {escaped(estimate_of(conclusion.findings[0]))}"
+    return f"{verdict}{mark}: {conclusion.counts}" if verdict != "described" else f"{conclusion.counts}{mark}"
 
 
-def details(analysis: Analysis) -> str:
-    """Return one row a finding, with the test and what it said."""
+def finding_table(findings: Sequence[Finding]) -> str:
+    """Return one row a finding with data, with the test and what it said."""
     rows: list[tuple[str, ...]] = [("sentence", "experiment or pair", "verdict", "estimate [95 %]", "n", "test")]
-    for finding in analysis.findings:
+    for finding in findings:
         if finding.verdict == "no data":
             continue
+        described = finding.hypothesis.test == "described"
         said = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
-        verdict = "described" if finding.hypothesis.test == "described" else finding.verdict
+        said = "not tested" if described else said
+        said += f" ({finding.note})" if finding.note else ""
+        verdict = "described" if described else finding.verdict
         mark = "" if finding.mark == "registered" else " (exploratory)"
         cells = (finding.hypothesis.id, finding.subject, verdict + mark, estimate_of(finding), str(finding.n), said)
         rows.append(tuple(escaped(cell) for cell in cells))
@@ -191,11 +201,14 @@ def details(analysis: Analysis) -> str:
 
 
 def undecided(analysis: Analysis) -> str:
-    """Return the tested sentences that the runs could not decide, with what they know."""
+    """Return the tested sentences that the runs could not decide, with what they know of each experiment or pair."""
+    found: dict[str, list[Finding]] = {}
+    for finding in analysis.findings:
+        if finding.verdict == "not decided" and finding.hypothesis.test != "described":
+            found.setdefault(finding.hypothesis.sentence, []).append(finding)
     lines = [
-        f"- {escaped(finding.hypothesis.sentence)} ({escaped(finding.subject)}): {escaped(estimate_of(finding))}"
-        for finding in analysis.findings
-        if finding.verdict == "not decided" and finding.hypothesis.test != "described"
+        f"- {escaped(sentence)}: {'; '.join(escaped(f'{one.subject} {estimate_of(one)}') for one in findings)}"
+        for sentence, findings in found.items()
     ]
     return "\n".join(lines) or "Nothing: every sentence with data was decided."
 
@@ -257,18 +270,19 @@ def pilot_table(pilot: pd.DataFrame, means: pd.DataFrame, chosen: Mapping[str, f
                 *(f"**{cell}**" if rate == chosen[method] else cell for rate, cell in zip(rates, cells, strict=True)),
             )
         )
-    at_an_end = [TITLES.get(method, method) for method, rate in chosen.items() if rate in (rates[0], rates[-1])]
+    ends = means.groupby("method").learning_rate.agg(["min", "max"])
+    at_an_end = [TITLES.get(method, method) for method, rate in chosen.items() if rate in set(ends.loc[method])]
     failed = int((pilot.status != "done").sum())
     note = (
         f"Mean validation accuracy in %, seeds {joined(str(seed) for seed in sorted(pilot.seed.unique()))}; bold: the "
-        f"chosen rate. {len(pilot)} runs, {failed or 'none'} failed. Chosen at an end of the list: "
+        f"chosen rate. {len(pilot)} runs, {failed or 'none'} failed. Chosen at an end of what was tried: "
         f"{joined(at_an_end) or 'none'}."
     )
     return f"{markdown(rows, right=1)}\n\n{note}"
 
 
 def caption(analysis: Analysis) -> str:
-    """Return what the runs have in common, and every notice that stands above a report's numbers."""
+    """Return what the runs have in common."""
     study = analysis.study
     run = study.runs[0]
     data = run.record.spec.data
@@ -276,13 +290,17 @@ def caption(analysis: Analysis) -> str:
     share = percent(majority[0]) if len(majority) == 1 else f"{percent(majority[0])} to {percent(majority[-1])}"
     above = sum(method.runs_above_majority for method in analysis.methods)
     sizes = joined(f"{size:,} {name}" for name, size in run.record.split_sizes.items())
-    sentences = [
-        *(f"**{escaped(notice)}**" for notice in study.notices),
-        f"{len(study.runs)} runs, seeds {joined(str(seed) for seed in study.seeds)}; {escaped(data.dataset)} at "
-        f"{data.image_size} px, {sizes} images.",
-        f"The majority class has {share} of the test images; {above} of {len(study.runs)} runs are above it.",
-    ]
-    return " ".join(sentences)
+    states = joined(f"{n} {state}" for state, n in study.counts().items() if n)
+    return (
+        f"Runs: {states}; seeds {joined(str(seed) for seed in study.seeds)}; {escaped(data.dataset)} at "
+        f"{data.image_size} px, {sizes} images. The majority class has {share} of the test images; {above} of "
+        f"{len(study.runs)} runs are above it."
+    )
+
+
+def notices(analysis: Analysis) -> str:
+    """Return what a report says above all numbers: what failed, is missing, or differs between runs."""
+    return "\n".join(f"- {escaped(notice)}" for notice in analysis.study.notices) or "- Nothing failed or is missing."
 
 
 def in_order(analysis: Analysis) -> Sequence[MethodResult]:

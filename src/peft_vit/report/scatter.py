@@ -58,8 +58,8 @@ def accuracy_by_bytes(methods: Sequence[MethodResult]) -> Drawing:
 
     def paint(figure: Figure) -> Marks:
         axes = figure.add_subplot()
-        marks = _scatter(figure, axes, drawn, lambda m: (m.frozen_bytes + m.adapter_file_bytes) / 1e6, _stored)
-        axes.set_xlim(left=0)
+        marks = _scatter(figure, axes, drawn, lambda m: m.stored_bytes / 1e6, _stored)
+        axes.set_xlim(0, 1.1 * max(m.stored_bytes for m in drawn) / 1e6)  # room for markers beside the last one
         axes.set_xlabel("frozen weights + adapter file (MB, 10⁶ bytes)")
         return marks
 
