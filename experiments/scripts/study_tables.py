@@ -9,9 +9,13 @@ from evidence import markdown
 
 from peft_vit.analysis import Analysis, Comparison, Finding, MethodResult
 from peft_vit.analysis.findings import Conclusion, conclude
+from peft_vit.analysis.limits import Limits
+from peft_vit.analysis.recommendation import recommend
+from peft_vit.report.document import Paragraph
 from peft_vit.report.findings_tables import estimate_of
 from peft_vit.report.markdown import escaped
 from peft_vit.report.numbers import count, fixed, joined, percent, percent_interval, points_interval
+from peft_vit.report.recommended import recommendation_blocks
 
 REFERENCE = "lora_r8"
 SHORT = {
@@ -55,6 +59,7 @@ def study_blocks(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) 
         found |= {
             f"{name}_table": f"{main_table(analysis)}\n\n{in_words(analysis)}\n\n{caption(analysis)}",
             f"{name}_notices": notices(analysis),
+            f"{name}_recommended": recommended(analysis),
             f"{name}_costs": cost_table(analysis),
             f"{name}_verdicts": finding_table(analysis.findings),
             f"{name}_undecided": undecided(analysis),
@@ -301,6 +306,13 @@ def caption(analysis: Analysis) -> str:
 def notices(analysis: Analysis) -> str:
     """Return what a report says above all numbers: what failed, is missing, or differs between runs."""
     return "\n".join(f"- {escaped(notice)}" for notice in analysis.study.notices) or "- Nothing failed or is missing."
+
+
+def recommended(analysis: Analysis) -> str:
+    """Return what `peft-vit recommend` says without limits: the smallest that is shown to lose less than a point."""
+    found = recommend(analysis.study, Limits(), margin=0.01)
+    told = [block for block in recommendation_blocks(found) if isinstance(block, Paragraph)]
+    return "\n\n".join(escaped(block.text) for block in told if block.text not in analysis.study.notices)
 
 
 def in_order(analysis: Analysis) -> Sequence[MethodResult]:
