@@ -79,7 +79,7 @@ def test_smoke(file: Path, place: int, tmp_path: Path) -> None:
     assert (record.status, record.error) == ("done", None)
     assert record == read_record(run_folder(tmp_path, record.spec) / "record.json")
     check_record(record)
-    if record.spec.experiment.method in ("adalora", "qa_lora"):  # fixed ranks: see test_experiments_run.py
+    if record.spec.experiment.method in ("adalora", "qa_lora", "qa_adalora"):  # fixed ranks: see test_experiments_run.py
         check_saved_adapter(record, tmp_path)
 
 
@@ -105,7 +105,7 @@ def check_record(record: RunRecord) -> None:
     binary = len(record.class_names) == 2
     assert (record.test.auroc is not None) == binary
     method, parameters = record.spec.experiment.method, record.parameters
-    if method == "adalora":
+    if method in ("adalora", "qa_adalora"):
         budget = record.spec.experiment.adalora.budget
         assert [entry.step for entry in record.importance_history] == list(range(1, 8))
         assert {entry.unit for entry in record.rank_history} == {budget.unit}
@@ -116,7 +116,7 @@ def check_record(record: RunRecord) -> None:
         assert parameters.peak >= parameters.initial
     else:
         assert parameters.initial == parameters.final == parameters.peak
-    assert (record.quantization is not None) == (method == "qa_lora") == bool(record.bits_history)
+    assert (record.quantization is not None) == (method in ("qa_lora", "qa_adalora")) == bool(record.bits_history)
     assert parameters.final > parameters.head if method != "linear" else parameters.final == parameters.head
     if method == "full":
         assert parameters.final == parameters.head + parameters.backbone_total
