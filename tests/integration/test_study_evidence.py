@@ -1,0 +1,177 @@
+"""README, docs/findings.md and their figures say what results/ holds, and the study ran with what its pilots chose."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from peft_vit.analysis import analyze, load_studies
+from peft_vit.config import StudyConfig, load_study
+from peft_vit.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "experiments" / "scripts"), str(ROOT / "tests" / "unit" / "analysis")]
+import evidence  # noqa: E402
+import planted  # noqa: E402
+import study_evidence  # noqa: E402
+import study_figures  # noqa: E402
+import study_tables  # noqa: E402
+
+CONFIGS = ROOT / "experiments" / "configs"
+PILOT_OF = {
+    "study_elpv": "study_elpv_pilot",
+    "study_elpv_published": "study_elpv_pilot",
+    "study_digits": "study_digits_pilot",
+    "study_fashion": "study_fashion_pilot",
+}
+RUN = {study: pilot for study, pilot in PILOT_OF.items() if (evidence.RESULTS / f"{pilot}.csv").exists()}
+
+
+def config(name: str) -> StudyConfig:
+    return load_study(CONFIGS / f"{name}.yaml")
+
+
+@pytest.fixture(scope="module")
+def blocks() -> dict[str, str]:
+    return study_evidence.blocks()
+
+
+@pytest.mark.parametrize("document", [study_evidence.README, study_evidence.FINDINGS], ids=lambda file: file.name)
+def test_documents_say_what_results_hold(document: Path, blocks: dict[str, str]) -> None:
+    text = document.read_text()
+    assert "<!-- study_elpv_table -->" in text
+    assert evidence.filled(text, blocks) == text, "run experiments/scripts/study_evidence.py"
+    for name in blocks:  # what was generated stands somewhere
+        assert f"<!-- {name} -->" in text or document == study_evidence.README, name
+
+
+def test_a_changed_number_in_a_document_is_noticed(blocks: dict[str, str]) -> None:
+    text = study_evidence.README.read_text()
+    before, mark, after = text.partition("<!-- study_elpv_table -->")
+    number = next(character for character in after if character.isdigit() and character != "9")
+    changed = before + mark + after.replace(number, "9", 1)
+    assert evidence.filled(changed, blocks) != changed
+
+
+def test_figures_were_drawn_from_what_results_hold() -> None:
+    analyses = {name: study_evidence.analysis_of(name) for name in study_evidence.kept_studies()}
+    names = set()
+    for name, drawing in study_figures.drawings(analyses):
+        assert study_figures.recorded_digest(study_evidence.IMAGES / name) == study_figures.digest(drawing), name
+        names.add(name)
+    shown = (study_evidence.README.read_text(), study_evidence.FINDINGS.read_text())
+    assert all(any(f"images/{name})" in text for text in shown) for name in names)
+
+
+@pytest.mark.parametrize("study", RUN)
+def test_the_study_ran_at_the_rates_that_its_pilot_chose(study: str) -> None:
+    chosen = study_evidence.chosen_rates(pd.read_csv(evidence.RESULTS / f"{RUN[study]}.csv"))
+    for experiment in config(study).experiments:
+        assert experiment.training.learning_rate == chosen[experiment.name], experiment.name
+
+
+@pytest.mark.parametrize("study", [study for study in PILOT_OF if study != "study_elpv_published"])
+def test_a_pilot_tries_every_method_of_its_study_at_the_same_rates_and_on_other_seeds(study: str) -> None:
+    own, pilot = config(study), config(PILOT_OF[study])
+    assert set(own.seeds).isdisjoint(pilot.seeds)
+    assert (own.data, own.backbone, own.precision) == (pilot.data, pilot.backbone, pilot.precision)
+    rates: dict[str, list[float]] = {}
+    for one in pilot.experiments:
+        rates.setdefault(study_evidence.method_of(one.name), []).append(one.training.learning_rate)
+    assert list(rates) == [one.name for one in own.experiments]
+    assert all(set(tried) >= {3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2} for tried in rates.values())
+    for one in own.experiments:
+        tried = next(p for p in pilot.experiments if study_evidence.method_of(p.name) == one.name)
+        rate = {"learning_rate": one.training.learning_rate}
+        same = tried.model_copy(update={"name": one.name, "training": tried.training.model_copy(update=rate)})
+        assert same == one
+
+
+def test_the_second_backbone_changes_nothing_else() -> None:
+    first, second = config("study_elpv"), config("study_elpv_deit_small")
+    own = {"name": first.name, "description": first.description, "backbone": first.backbone, "data": first.data}
+    assert second.model_copy(update=own) == first
+    assert second.data.model_copy(update={"image_size": first.data.image_size}) == first.data
+    assert second.data.image_size // 16 == first.data.image_size // 14  # as many patches
+
+
+def test_seeds_of_the_study_are_those_of_no_other_configuration() -> None:
+    files = [file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("hypotheses")]
+    used = {file.stem: set(load_study(file).seeds) for file in files}
+    for study in ("study_elpv", "study_digits", "study_fashion"):
+        others = {name: seeds for name, seeds in used.items() if not name.startswith("study_")}
+        assert all(used[study].isdisjoint(seeds) for seeds in others.values())
+
+
+def test_the_rate_is_chosen_by_validation_accuracy_then_loss_and_a_failed_run_is_the_majority_class() -> None:
+    rows = [
+        ("a", 1e-3, 0, "done", 0.80, 0.5), ("a", 1e-3, 1, "done", 0.70, 0.5),  # mean 0.75
+        ("a", 1e-2, 0, "done", 0.76, 0.6), ("a", 1e-2, 1, "done", 0.76, 0.6),  # mean 0.76: chosen
+        ("b", 1e-3, 0, "done", 0.75, 0.7), ("b", 1e-3, 1, "done", 0.75, 0.7),
+        ("b", 1e-2, 0, "done", 0.80, 0.4), ("b", 1e-2, 1, "done", 0.70, 0.4),  # equal mean, lower loss: chosen
+        ("c", 1e-3, 0, "done", 0.90, 0.3), ("c", 1e-3, 1, "failed", None, None),  # (0.9 + 0.6) / 2 = 0.75
+        ("c", 1e-2, 0, "done", 0.76, 0.3), ("c", 1e-2, 1, "done", 0.76, 0.3),  # chosen
+    ]  # fmt: skip
+    columns = ["method", "learning_rate", "seed", "status", "validation_accuracy", "validation_nll"]
+    pilot = pd.DataFrame(rows, columns=columns).assign(majority_accuracy=[0.6] * len(rows))
+    pilot.loc[pilot.status == "failed", "majority_accuracy"] = float("nan")
+    assert study_evidence.chosen_rates(pilot) == {"a": 1e-2, "b": 1e-2, "c": 1e-2}
+    assert study_evidence.chosen_rates(pilot[pilot.learning_rate < 5e-3]) == {"a": 1e-3, "b": 1e-3, "c": 1e-3}
+
+
+def planted_study(folder: Path, name: str = "study_elpv", seeds: int = 8) -> Path:
+    """Write a study in which LoRA r=1 is 5 points worse than r=8, and full fine-tuning differs by noise alone."""
+    rng = np.random.default_rng(0)
+    levels = {"linear_probe": -0.1, "full_finetuning": 0.0, "lora_r1": -0.05, "lora_r8": 0.0}
+    experiments = planted.experiments()
+    records = []
+    for method, level in levels.items():
+        for seed in range(seeds):
+            accuracy = round((0.8 + level) * 600 + float(rng.normal(0, 3))) / 600
+            record = planted.record(experiments[method], seed, accuracy)
+            records.append(record.model_copy(update={"spec": record.spec.model_copy(update={"study": name})}))
+    return planted.write(folder, records)
+
+
+def test_the_main_table_names_what_loses(tmp_path: Path) -> None:
+    (study,) = load_studies(planted_study(tmp_path))
+    analysis = analyze(study, study_evidence.load_registry(study_evidence.HYPOTHESES))
+    table, words = study_tables.main_table(analysis), study_tables.in_words(analysis)
+    row = next(line for line in table.splitlines() if line.startswith("| LoRA r=1 |"))
+    by_seed = {run.seed: run.test.accuracy for run in study.of("lora_r1")}
+    fixed = {run.seed: run.test.accuracy for run in study.of("lora_r8")}
+    mean = 100 * np.mean([by_seed[seed] - fixed[seed] for seed in by_seed])
+    assert f"| \u2212{-mean:.1f} [" in row
+    assert row.count("worse") == 2  # it differs, and by more than a point
+    assert words.startswith("Less accurate than LoRA r=8: linear probe, LoRA r=1. More accurate: none is shown to be.")
+    assert "Shown to lose more than a point: LoRA r=1." in words
+
+
+def test_a_kept_study_comes_out_as_it_went_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_evidence, "RESULTS", tmp_path / "results")
+    results = planted_study(tmp_path / "out")
+    study_evidence.keep(results)
+    first = (tmp_path / "results" / "study_elpv.tar.xz").read_bytes()
+    with study_evidence.unpacked("study_elpv") as folder:
+        inside = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    written = {file.relative_to(results): file.read_bytes() for file in results.rglob("record.json")}
+    assert inside == written
+    study_evidence.keep(results)
+    assert (tmp_path / "results" / "study_elpv.tar.xz").read_bytes() == first
+
+
+def test_a_pilot_is_kept_without_its_test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_evidence, "RESULTS", tmp_path / "results")
+    study_evidence.keep(planted_study(tmp_path / "out", "study_elpv_pilot"))
+    table = pd.read_csv(tmp_path / "results" / "study_elpv_pilot.csv")
+    assert len(table) == 32
+    assert not [column for column in table.columns if "test" in column]
+
+
+def test_runs_of_another_study_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"expected real runs of study_\*, found others"):
+        study_evidence.keep(planted_study(tmp_path, "quickstart"))
