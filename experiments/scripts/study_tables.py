@@ -43,7 +43,11 @@ PUBLISHED = (
     ("CNN", "88.4", "arXiv 1807.02894"),
     ("ResNet-152, oversampling", "90.1", "PMC12391306"),
 )
-_NOT_WORSE, _BETTER = "as-accurate-as-lora-r8", "more-accurate-than-lora-r8"
+_NOT_WORSE = "as-accurate-as-lora-r8"
+_OWN = (
+    _NOT_WORSE, "more-accurate-than-lora-r8", "adalora-over-peft", "strategy-over-published",
+    "adaptive-ranks-help-on-four-bits", "joint-choice-keeps-accuracy",
+)  # fmt: skip
 
 
 def study_blocks(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) -> dict[str, str]:
@@ -123,8 +127,21 @@ def in_words(analysis: Analysis) -> str:
         f"Shown to lose less than a point: {joined(within) or 'none'}.",
         *([f"Shown to lose more than a point: {joined(beyond)}."] if beyond else []),
         f"Whether they lose a point is not decided: {joined(open_) or 'none'}.",
+        f"Where a method of this project loses: {'; '.join(losses(analysis)) or 'nowhere that these runs show'}.",
     ]
     return " ".join(parts)
+
+
+def losses(analysis: Analysis) -> list[str]:
+    """Return the pairs in which the study's own sentences were refuted, with the difference, each pair once."""
+    found: dict[str, str] = {}
+    for finding in analysis.findings:
+        if finding.verdict == "refuted" and finding.hypothesis.id in _OWN:
+            name, _, other = finding.subject.partition(" against ")
+            found[finding.subject] = (
+                f"{TITLES[name]} against {TITLES[other]} {points_interval(finding.interval)} points"
+            )
+    return list(found.values())
 
 
 def _title(finding: Finding) -> str:
