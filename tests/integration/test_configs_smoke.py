@@ -79,7 +79,7 @@ def test_smoke(file: Path, place: int, tmp_path: Path) -> None:
     assert (record.status, record.error) == ("done", None)
     assert record == read_record(run_folder(tmp_path, record.spec) / "record.json")
     check_record(record)
-    if record.spec.experiment.method in ("adalora", "qa_lora", "qa_adalora"):  # fixed ranks: see test_experiments_run.py
+    if record.spec.experiment.method in ("adalora", "qa_lora", "qa_adalora"):  # fixed ranks: test_experiments_run.py
         check_saved_adapter(record, tmp_path)
 
 
