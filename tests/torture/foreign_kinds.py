@@ -44,10 +44,9 @@ def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     """YAML of studies: the project's own, and small ones on every data set."""
     folder = sound.inputs / "yaml"
     folder.mkdir()
-    studies = (file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("hypotheses"))
-    for source in (*studies, *(sound.inputs / "data").glob("*.yaml")):
+    for source in (*CONFIGS.glob("*.yaml"), *(sound.inputs / "data").glob("*.yaml")):
         (folder / source.name).write_bytes(source.read_bytes())
-    files = sorted(folder.iterdir())
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith("hypotheses"))  # studies name these
 
     def target(file: Path) -> Target:
         def plan() -> None:
