@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from study_tables import REFERENCE
+from study_tables import DESCRIPTIVE, MARGIN, REFERENCE
 
 from peft_vit.analysis import Analysis
 from peft_vit.records import write_atomically
@@ -19,7 +19,6 @@ from peft_vit.report.forest import forests
 from peft_vit.report.heatmaps import rank_maps
 from peft_vit.report.scatter import accuracy_by_bytes
 
-MARGIN = 0.01  # a share: the margin of the study's sentences
 DIGEST = "Data-SHA256"  # a text in the PNG file
 
 
@@ -30,7 +29,7 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Drawing]]:
         analyses: by the study's name, those that results/ holds.
     """
     for name, analysis in analyses.items():
-        if name == "study_elpv_published":
+        if name == DESCRIPTIVE:
             continue
         for drawing in forests(analysis, MARGIN):
             if drawing.slug.endswith(REFERENCE):
@@ -60,11 +59,11 @@ def recorded_digest(file: Path) -> str | None:
 def write_figures(analyses: Mapping[str, Analysis], folder: Path) -> None:
     """Write every figure, with its digest; one whose numbers have not changed stays as it is."""
     for name, drawing in drawings(analyses):
-        file = folder / name
-        if file.exists() and recorded_digest(file) == digest(drawing):
+        file, own = folder / name, digest(drawing)
+        if file.exists() and recorded_digest(file) == own:
             continue
         info, content = PngInfo(), io.BytesIO()
-        info.add_text(DIGEST, digest(drawing))
+        info.add_text(DIGEST, own)
         with Image.open(io.BytesIO(drawing.png), formats=("PNG",)) as image:
             image.save(content, format="png", pnginfo=info, optimize=True)
         write_atomically(file, content.getvalue())

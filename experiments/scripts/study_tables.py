@@ -18,11 +18,13 @@ from peft_vit.report.numbers import count, fixed, joined, percent, percent_inter
 from peft_vit.report.recommended import recommendation_blocks
 
 REFERENCE = "lora_r8"
+MARGIN = 0.01  # a share: the margin of the study's sentences
+DESCRIPTIVE = "study_elpv_published"  # three splits: nothing is tested
 SHORT = {
     "study_elpv": "ELPV",
     "study_digits": "digits",
     "study_fashion": "Fashion-MNIST",
-    "study_elpv_published": "ELPV, published protocol",
+    DESCRIPTIVE: "ELPV, published protocol",
 }
 TITLES = {
     "linear_probe": "linear probe",
@@ -58,7 +60,7 @@ def study_blocks(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) 
         over_all: what they say together about the sentences that are about several.
     """
     found: dict[str, str] = {}
-    few_labels = {name: one for name, one in analyses.items() if name != "study_elpv_published"}
+    few_labels = {name: one for name, one in analyses.items() if name != DESCRIPTIVE}
     for name, analysis in few_labels.items():
         found |= {
             f"{name}_table": f"{main_table(analysis)}\n\n{in_words(analysis)}\n\n{caption(analysis)}",
@@ -71,8 +73,8 @@ def study_blocks(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) 
     if few_labels:
         found["study_verdicts"] = verdicts(few_labels, over_all)
         found["study_cost"] = costs(analyses)
-    if (published := analyses.get("study_elpv_published")) is not None:
-        found["study_elpv_published_table"] = f"{published_table(published)}\n\n{caption(published)}"
+    if (published := analyses.get(DESCRIPTIVE)) is not None:
+        found[f"{DESCRIPTIVE}_table"] = f"{published_table(published)}\n\n{caption(published)}"
     return found
 
 
@@ -327,7 +329,7 @@ def notices(analysis: Analysis) -> str:
 
 def recommended(analysis: Analysis) -> str:
     """Return what `peft-vit recommend` says without limits: the smallest that is shown to lose less than a point."""
-    found = recommend(analysis.study, Limits(), margin=0.01)
+    found = recommend(analysis.study, Limits(), margin=MARGIN)
     told = [block for block in recommendation_blocks(found) if isinstance(block, Paragraph)]
     return "\n\n".join(escaped(block.text) for block in told if block.text not in analysis.study.notices)
 

@@ -38,7 +38,7 @@ def _row(method: MethodResult) -> tuple[str, ...]:
         joined(fixed(100 * value, 1) for value in method.by_seed),
         fixed(100 * method.test_accuracy.estimate, 1),
         count(method.final_parameters),
-        megabytes(method.frozen_bytes + method.adapter_file_bytes),
+        megabytes(method.stored_bytes),
         "–" if method.seconds_per_step is None else fixed(method.seconds_per_step, 2),
     )
 

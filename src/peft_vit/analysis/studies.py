@@ -91,7 +91,7 @@ class Study:
         return tuple(sorted({run.seed for run in self.runs} | {record.spec.seed for record in self.failed}))
 
     @property
-    def test_images_by_seed(self) -> bool:
+    def images_tested_by_seed(self) -> bool:
         """Return whether each seed draws its own test images; runs of one seed share them in any case."""
         return any(run.record.spec.data.test_split == "per_seed" for run in self.runs)
 

@@ -35,7 +35,7 @@ def comparison_figures(analysis: Analysis) -> tuple[Block, ...]:
     shares = {run.seed: run.record.majority_accuracy.get("test") for run in analysis.study.runs}
     majority = {seed: share for seed, share in shares.items() if share is not None}
     return (
-        accuracy_by_method(methods, majority, images_by_seed=analysis.study.test_images_by_seed),
+        accuracy_by_method(methods, majority, images_by_seed=analysis.study.images_tested_by_seed),
         accuracy_by_parameters(methods),
         accuracy_by_bytes(methods),
         loss_curves(analysis.study, validation_means(methods)),

@@ -81,7 +81,7 @@ def _parameters(method: MethodResult) -> str:
 
 
 def _stored(method: MethodResult) -> str:
-    return f"{megabytes(method.frozen_bytes + method.adapter_file_bytes)} to store"
+    return f"{megabytes(method.stored_bytes)} to store"
 
 
 def _rows(methods: Sequence[MethodResult], cost: Callable[[MethodResult], dict[str, Raw]]) -> list[dict[str, Raw]]:

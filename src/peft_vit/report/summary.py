@@ -183,7 +183,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
             f"with {run.test.n:,} of them one run's {percent(run.test.accuracy)} has a 95 % interval of "
             f"{fixed(100 * (image.low or 0), 1)} to {fixed(100 * (image.high or 0), 1)} % (Wilson). All methods share "
         )
-        if study.test_images_by_seed:
+        if study.images_tested_by_seed:
             sentences += [
                 f"Each seed draws its own test images, so intervals over seeds hold that choice too; {alone}a seed's "
                 "images, so this matters less for differences.",
@@ -203,7 +203,7 @@ def _other_images(study: Study) -> str:
     Splits of one data set overlap, so their spread is less than that of new samples: Nadeau & Bengio, Machine Learning
     52 (2003).
     """
-    if study.test_images_by_seed:
+    if study.images_tested_by_seed:
         return (
             "Images beyond this data set: intervals over seeds cover which of its images are trained and tested on, "
             "but such splits overlap, so for new images they are too narrow."
