@@ -2,9 +2,10 @@
 
 The best is the experiment with the highest mean validation accuracy, whatever it costs. Candidates are the experiments
 within the limits, and smaller than it where it keeps them itself; sizes are no test results, so ordering by them
-chooses nothing on test. Each candidate's test accuracy is compared with the best's, paired by seed, by the one-sided
-non-inferiority t test (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987)). The margin is the
-caller's and has to be stated before looking.
+chooses nothing on test. Sizes within one percent are equal: nobody gives up accuracy for a hundred values. Each
+candidate's test accuracy is compared with the best's, paired by seed, by the one-sided non-inferiority t test
+(Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987)). The margin is the caller's and has to be
+stated before looking.
 
 **Error rate.** The recommendation is the smallest candidate whose null hypothesis "it loses the margin or more" falls.
 Going up from the smallest and stopping at the first success would test each candidate that may come at full level:
@@ -13,7 +14,7 @@ have to stop at the first *failure* (Maurer, Hothorn & Lehmacher, in Vollmar (ed
 pharmazeutischen Industrie 6 (1995)), and from the large end down that costs power wherever accuracy does not fall with
 size. Holm's correction over all candidates (Scandinavian Journal of Statistics 6 (1979)) holds the probability to
 reject any true null at 5 %, however the tests depend on each other, and so also that of recommending a configuration
-that loses the margin or more.
+that loses the margin or more, whichever of those that fell is taken: of equal sizes the best by validation.
 
 **What selection biases.** Validation images are not test images, but both are read of the same trained models: an
 experiment whose seeds turned out well is likelier to be the best on validation, and then its test accuracy is a
@@ -46,6 +47,7 @@ from peft_vit.statistics import Interval, holm, mean_interval, noninferiority
 
 ALPHA = 0.05  # one-sided, of the whole family
 POWER = 0.8  # of the n that would be needed
+SAME_SIZE = 0.01  # share of the smaller one by which sizes may differ and still count as equal
 _MOST_SEEDS = 1000  # beyond this nobody asks for how many
 
 Outcome = Literal["smaller", "best", "not decided", "nothing within"]
@@ -59,20 +61,18 @@ class Decision:
         p_values: one a candidate, one-sided; None where the test is undefined (no pair, one pair, no spread).
         adjusted: Holm's over all m, an undefined one counted as 1; None likewise.
         shown: whether the candidate is shown not to lose the margin.
-        first: position of the first that is; None if none is.
     """
 
     p_values: tuple[float | None, ...]
     adjusted: tuple[float | None, ...]
     shown: tuple[bool, ...]
-    first: int | None
 
 
 def decide(differences: Sequence[ArrayLike], margin: float, alpha: float = ALPHA) -> Decision:
-    """Return which candidates are shown to lose less than the margin, and the first of them.
+    """Return which candidates are shown to lose less than the margin.
 
     Args:
-        differences: m arrays (n,), n of each its own: candidate minus best by seed; smallest candidate first.
+        differences: m arrays (n,), n of each its own: candidate minus best by seed.
         margin: in the unit of the differences, positive.
         alpha: one-sided level of the family.
     """
@@ -80,7 +80,7 @@ def decide(differences: Sequence[ArrayLike], margin: float, alpha: float = ALPHA
     corrected = holm([1.0 if p is None else p for p in p_values])
     adjusted = tuple(None if p is None else q for p, q in zip(p_values, corrected, strict=True))
     shown = tuple(q is not None and q <= alpha for q in adjusted)
-    return Decision(p_values, adjusted, shown, next((i for i, one in enumerate(shown) if one), None))
+    return Decision(p_values, adjusted, shown)
 
 
 def needed_pairs(differences: ArrayLike, margin: float, level: float, power: float = POWER) -> int | None:
@@ -167,6 +167,7 @@ class Recommendation:
         chosen: what is recommended; None if nothing is.
         candidates: what was tested, smallest first.
         outside: experiments that do not keep the limits.
+        as_small: candidates as small as the chosen one that were shown, too, and have a lower validation accuracy.
         larger: experiments within the limits that are no smaller than the best, which keeps them too.
         left_out: experiment -> why nothing can be said of it.
         limits, measure, margin, alpha: what was asked; the margin as a share.
@@ -178,6 +179,7 @@ class Recommendation:
     best: Rated
     chosen: Rated | None
     candidates: tuple[Candidate, ...]
+    as_small: tuple[Rated, ...]
     outside: tuple[Rated, ...]
     larger: tuple[Rated, ...]
     left_out: dict[str, str]
@@ -232,7 +234,7 @@ def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure =
         study: one study's runs.
         limits: what the configuration may cost.
         margin: largest loss of test accuracy that does not matter, a share above 0.
-        measure: what "smallest" means; ties are decided by parameters, then by name.
+        measure: what "smallest" means; of sizes within one percent the higher validation accuracy decides.
 
     Raises:
         UserError: if no run is finished, if times are asked for that are not comparable or not recorded, or if no
@@ -252,27 +254,34 @@ def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure =
         problem = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
         raise UserError(f"leaves no experiment to recommend: {problem}", file=study.label)
     rated.sort(key=lambda one: _size(one, measure))
-    best = min(rated, key=lambda one: (-one.validation_accuracy, _size(one, measure)))
+    best = min(rated, key=lambda one: -one.validation_accuracy)  # of equal ones the smallest, which comes first
     within = [one for one in rated if not one.faults]
-    smaller = within[: within.index(best)] if best in within else within
-    candidates, first = _tested(smaller, best, margin)
-    outcome, chosen = _outcome(candidates, first, best, bool(within))
+    smaller = [one for one in within if best not in within or not _no_larger(best, one, measure)]
+    candidates = _tested(smaller, best, margin)
+    shown = [one.rated for one in candidates if one.shown]
+    smallest = [one for one in shown if _no_larger(one, shown[0], measure)]
+    smallest.sort(key=lambda one: -one.validation_accuracy)
+    outcome, chosen = _outcome(candidates, smallest, best, bool(within))
     return Recommendation(
-        study=study, outcome=outcome, best=best, chosen=chosen, candidates=candidates,
+        study=study, outcome=outcome, best=best, chosen=chosen, candidates=candidates, as_small=tuple(smallest[1:]),
         outside=tuple(one for one in rated if one.faults),
-        larger=tuple(within[within.index(best) + 1 :] if best in within else ()),
+        larger=tuple(one for one in within if one not in smaller and one is not best),
         left_out=left_out, limits=limits, measure=measure, margin=margin, alpha=ALPHA, latency_batch=batch,
     )  # fmt: skip
 
 
 def _outcome(
-    candidates: Sequence[Candidate], first: int | None, best: Rated, any_within: bool
+    candidates: Sequence[Candidate], smallest: Sequence[Rated], best: Rated, any_within: bool
 ) -> tuple[Outcome, Rated | None]:
-    if first is not None:
-        return "smaller", candidates[first].rated
+    if smallest:
+        return "smaller", smallest[0]
     if not any_within:
         return "nothing within", None
     return ("not decided", None) if candidates else ("best", best)
+
+
+def _no_larger(one: Rated, than: Rated, measure: Measure) -> bool:
+    return _size(one, measure)[0] <= (1 + SAME_SIZE) * _size(than, measure)[0]
 
 
 def _size(rated: Rated, measure: Measure) -> tuple[float, float, str]:
@@ -318,11 +327,11 @@ def _require_times(study: Study, limits: Limits, measure: Measure) -> None:
 _TIMED = ("--max-seconds", "--max-latency-ms")
 
 
-def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[tuple[Candidate, ...], int | None]:
+def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candidate, ...]:
     compared = [compare(one.runs, best.runs, one.name, best.name) for one in smaller]
     decision = decide([comparison.by_seed for comparison in compared], margin)
     confidence = _confidence(ALPHA, len(smaller))
-    candidates = tuple(
+    return tuple(
         Candidate(
             rated=one,
             by_seed=comparison.by_seed,
@@ -336,7 +345,6 @@ def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[tuple
         )
         for i, (one, comparison) in enumerate(zip(smaller, compared, strict=True))
     )
-    return candidates, decision.first
 
 
 def _confidence(alpha: float, family: int) -> float:

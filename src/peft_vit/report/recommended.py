@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.limits import Fault, Measure, Option
-from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, smallest_that_exists
+from peft_vit.analysis.recommendation import SAME_SIZE, Candidate, Rated, Recommendation, smallest_that_exists
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
@@ -102,6 +102,9 @@ def _recommended(found: Recommendation, chosen: Rated) -> Iterator[str]:
         f"{points_interval(tested.difference)} points, {counted(len(tested.seeds), 'pair')}; that it loses "
         f"{_points(found)} or more is rejected with p = {tested.adjusted_p:.2g} ({_family(found)})."
     )
+    if found.as_small:
+        names, share = ", ".join(one.name for one in found.as_small), f"{100 * SAME_SIZE:.0f} %"
+        yield f"Shown, too, and as small within {share}, but with no higher validation accuracy: {names}."
     yield f"Against {found.best.name} it {'; '.join(_savings(found.best, chosen))}."
 
 

@@ -110,6 +110,29 @@ def test_a_best_that_is_the_smallest_needs_no_test() -> None:
     assert [one.name for one in found.larger] == [BEST]
 
 
+def test_of_sizes_within_a_percent_validation_chooses() -> None:
+    """A hundred bytes fewer are no reason to take what validation puts behind."""
+    one, other = "adalora_proportional_magnitude", "adalora_top_k_fisher"
+    made = records({BEST: 0.80, one: 0.7999, other: 0.7998})
+    found = asked([shrunk(run, other, by_bytes=100) for run in made])
+    assert [(tested.rated.name, tested.shown) for tested in found.candidates] == [(other, True), (one, True)]
+    assert found.chosen is not None
+    assert (found.chosen.name, [rated.name for rated in found.as_small]) == (one, [other])
+    found = asked([shrunk(run, other, by_bytes=10**6) for run in made])
+    assert found.chosen is not None
+    assert (found.chosen.name, found.as_small) == (other, ())
+    alone = asked([shrunk(run, other, by_bytes=100) for run in made if run.spec.experiment.name != BEST])
+    assert (alone.outcome, [rated.name for rated in alone.larger]) == ("best", [other]), "nor less than the best itself"
+
+
+def shrunk(record: RunRecord, name: str, *, by_bytes: int) -> RunRecord:
+    if record.spec.experiment.name != name:
+        return record
+    assert record.bytes is not None
+    less = {"adapter_file_bytes": record.bytes.adapter_file_bytes - by_bytes}
+    return record.model_copy(update={"bytes": record.bytes.model_copy(update=less)})
+
+
 def test_validation_chooses_the_best_and_test_has_no_say() -> None:
     made = records({BEST: 0.80, THIRD: 0.79})
     fooled = [
@@ -344,7 +367,7 @@ def simulated(true: list[float], *, shared: float, seed: int) -> np.ndarray:
 def test_what_loses_the_margin_is_recommended_at_most_as_often_as_the_level(true: list[float], shared: float) -> None:
     differences = simulated(true, shared=shared, seed=3)
     inferior = {i for i, value in enumerate(true) if value <= -MARGIN}
-    wrong = sum(decide(list(one), MARGIN).first in inferior for one in differences)
+    wrong = sum(any(decide(list(one), MARGIN).shown[i] for i in inferior) for one in differences)
     assert wrong / TRIALS <= ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / TRIALS)
 
 
@@ -357,7 +380,7 @@ def test_a_best_chosen_on_validation_does_not_raise_the_error_rate() -> None:
     wrong = 0
     for values, best in zip(test, validation.argmax(axis=1), strict=True):
         others = np.delete(values, best, axis=0) - values[best] - MARGIN
-        wrong += decide(list(others), MARGIN).first is not None
+        wrong += any(decide(list(others), MARGIN).shown)
     assert wrong / TRIALS <= ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / TRIALS)
 
 
@@ -371,5 +394,5 @@ def test_stopping_at_the_first_uncorrected_success_would_err_too_often() -> None
 
 def test_a_good_candidate_is_found() -> None:
     differences = simulated([-0.013, 0.01], shared=0.5, seed=4)
-    found = [decide(list(one), MARGIN).first for one in differences[:100]]
-    assert found.count(1) > 80
+    found = [decide(list(one), MARGIN).shown for one in differences[:100]]
+    assert sum(good and not inferior for inferior, good in found) > 80
