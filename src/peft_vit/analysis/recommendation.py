@@ -167,7 +167,7 @@ class Recommendation:
         chosen: what is recommended; None if nothing is.
         candidates: what was tested, smallest first.
         outside: experiments that do not keep the limits.
-        as_small: candidates as small as the chosen one that were shown, too, and have a lower validation accuracy.
+        as_small: candidates as small as the chosen one that were shown, too, with no higher validation accuracy.
         larger: experiments within the limits that are no smaller than the best, which keeps them too.
         left_out: experiment -> why nothing can be said of it.
         limits, measure, margin, alpha: what was asked; the margin as a share.
