@@ -24,7 +24,7 @@ smoke: setup ## run the quickstart's whole path with random weights and syntheti
 	$(BIN)/peft-vit run experiments/configs/quickstart.yaml --smoke --output-dir experiments/outputs/smoke
 
 test: setup ## run the tests, one thread in each of two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Each tool writes what it found down before it ends; the last one says whether anything failed, now or earlier.
 torture: setup ## break files and kill runs for hours; results add up over calls and are told in docs/reliability.md

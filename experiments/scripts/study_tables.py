@@ -45,6 +45,7 @@ PUBLISHED = (
     ("CNN", "88.4", "arXiv 1807.02894"),
     ("ResNet-152, oversampling", "90.1", "PMC12391306"),
 )
+_NOT_OURS = ("lora_r1", "peft_adalora")
 _NOT_WORSE = "as-accurate-as-lora-r8"
 _OWN = (
     _NOT_WORSE, "more-accurate-than-lora-r8", "adalora-over-peft", "strategy-over-published",
@@ -138,8 +139,8 @@ def losses(analysis: Analysis) -> list[str]:
     """Return the pairs in which the study's own sentences were refuted, with the difference, each pair once."""
     found: dict[str, str] = {}
     for finding in analysis.findings:
-        if finding.verdict == "refuted" and finding.hypothesis.id in _OWN:
-            name, _, other = finding.subject.partition(" against ")
+        name, _, other = finding.subject.partition(" against ")
+        if finding.verdict == "refuted" and finding.hypothesis.id in _OWN and name not in _NOT_OURS:
             found[finding.subject] = (
                 f"{TITLES[name]} against {TITLES[other]} {points_interval(finding.interval)} points"
             )

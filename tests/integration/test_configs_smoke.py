@@ -1,6 +1,7 @@
 """Every configuration in the repository loads and does its experiments' smoke runs, at its backbone's real width.
 
-What differs from an experiment that was run already in its name and learning rate alone is not run again.
+An experiment is run where its method, as a smoke run has it, or what is around it (images, measures, precision) is new;
+not where both were met before, each with the same backbone, nor where its name and learning rate alone are new.
 """
 
 from functools import cache
@@ -15,6 +16,7 @@ from peft_vit.config import StudyConfig, load_study
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.experiments import Plan, plan_study
 from peft_vit.experiments.methods import prepare_as_saved
+from peft_vit.experiments.smoke import smoke_study
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
 
 _FILES = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
@@ -44,23 +46,26 @@ def planned(file: Path) -> Plan:
     return plan
 
 
-def settings(study: StudyConfig, place: int) -> str:
-    """Return all that a smoke run of an experiment depends on, but for its learning rate."""
-    experiment = study.experiments[place]
+def halves(study: StudyConfig, place: int) -> tuple[str, str]:
+    """Return what an experiment's smoke run depends on, but for its learning rate: the method, and all around it."""
+    small = smoke_study(study, patch_size=16)  # of the backbone's own, which follows from its name
+    experiment = small.experiments[place]
     training = experiment.training.model_copy(update={"learning_rate": 1.0})
-    alike = experiment.model_copy(update={"name": "any", "training": training})
-    return study.model_copy(
-        update={"name": "any", "description": "", "hypotheses": None, "seeds": (0,), "experiments": (alike,)}
-    ).model_dump_json()
+    method = experiment.model_copy(update={"name": "any", "training": training}).model_dump_json()
+    around = [part.model_dump_json() for part in (small.data, small.measures)]
+    return f"{small.backbone.model} {method}", f"{small.backbone.model} {small.precision} {around}"
 
 
-def distinct() -> dict[str, tuple[Path, int]]:
-    """Return file and place of experiments that differ from each other; those of the quickstart first."""
-    found: dict[str, tuple[Path, int]] = {}
+def distinct() -> list[tuple[Path, int]]:
+    """Return file and place of experiments whose method or surroundings no earlier one has; the quickstart's first."""
+    found: list[tuple[Path, int]] = []
+    seen: set[str] = set()
     for file in sorted(CONFIGS, key=lambda one: one.stem != "quickstart"):
         study = load_study(file)
         for place in range(len(study.experiments)):
-            found.setdefault(settings(study, place), (file, place))
+            if not seen.issuperset(own := halves(study, place)):
+                found.append((file, place))
+            seen.update(own)
     return found
 
 
@@ -71,7 +76,7 @@ def distinct() -> dict[str, tuple[Path, int]]:
             file, place, id=f"{file.stem}-{place}",
             marks=[pytest.mark.part("runner")] if file.stem == "quickstart" else [],
         )
-        for file, place in distinct().values()
+        for file, place in distinct()
     ],
 )  # fmt: skip
 def test_smoke(file: Path, place: int, tmp_path: Path) -> None:
