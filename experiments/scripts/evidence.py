@@ -225,11 +225,17 @@ def benchmark_tables(makers: Mapping[str, Callable[[], str]]) -> dict[str, str]:
 
 
 def filled(text: str, tables: Mapping[str, str]) -> str:
-    """Return a document with each table between its marks."""
+    """Return a document with each table between its marks.
+
+    Raises:
+        ValueError: if a mark is opened and not closed.
+    """
     for name, content in tables.items():
         block = f"<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->"
         pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
-        text = pattern.sub(lambda _, block=block: block, text)
+        text, places = pattern.subn(lambda _, block=block: block, text)
+        if places != text.count(f"<!-- {name} -->"):
+            raise ValueError(f"the mark {name} is opened, but not closed")
     return text
 
 

@@ -43,7 +43,7 @@ def keep(results_dir: Path) -> None:
     """Put what is below a directory into results/.
 
     Raises:
-        UserError: if runs are of a smoke, or of another study than these.
+        UserError: if runs are of a smoke, of another study than these, or not all that were planned.
     """
     records = list(read_records(results_dir))
     names = {record.spec.study for record in records}
@@ -51,6 +51,12 @@ def keep(results_dir: Path) -> None:
         raise UserError(
             "expected real runs of study_*, found others; name the directory of a study's own runs", file=results_dir
         )
+    for study in load_studies(results_dir):
+        if open_ := [run for run in study.unfinished if run.state != "failed"]:
+            raise UserError(
+                f"{len(open_)} of {sum(study.counts().values())} runs of {study.name} are not done; run it to its end",
+                file=results_dir,
+            )
     for name in sorted(names):
         of_study = [record for record in records if record.spec.study == name]
         if name.endswith("_pilot"):
@@ -161,11 +167,12 @@ def blocks() -> dict[str, str]:
     """Return everything in the documents that is generated, by the name of its marks."""
     analyses = {name: analysis_of(name) for name in kept_studies()}
     pilots = {
-        name: pilot_table(pilot := pd.read_csv(file), rate_means(pilot), chosen_rates(pilot))
+        name: pd.read_csv(file)
         for name in (f"{study}_pilot" for study in SHORT)
         if (file := RESULTS / f"{name}.csv").exists()
     }
-    return study_blocks(analyses, over_all(analyses)) | pilots
+    rates = {name: pilot_table(runs, rate_means(runs), chosen_rates(runs)) for name, runs in pilots.items()}
+    return study_blocks(analyses, over_all(analyses), pilots) | rates
 
 
 def write_documents(tables: Mapping[str, str]) -> None:

@@ -19,6 +19,7 @@ from peft_vit.report.forest import forests
 from peft_vit.report.heatmaps import rank_maps
 from peft_vit.report.scatter import accuracy_by_bytes
 
+_RANKED = ("adalora_best", "qa_adalora_nf4", "adalora_published")
 DIGEST = "Data-SHA256"  # a text in the PNG file
 
 
@@ -36,7 +37,7 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Drawing]]:
                 yield f"{name}_differences.png", drawing
     if (elpv := analyses.get("study_elpv")) is not None:
         yield "study_elpv_bytes.png", accuracy_by_bytes(elpv.methods)
-        shown = [one for one in elpv.allocation if one.experiment.name in ("adalora_best", "adalora_published")]
+        shown = [one for one in elpv.allocation if one.experiment.name in _RANKED]
         yield "study_elpv_ranks.png", rank_maps(shown)
 
 

@@ -19,9 +19,10 @@ from peft_vit.report.recommended import recommendation_blocks
 
 REFERENCE = "lora_r8"
 MARGIN = 0.01  # a share: the margin of the study's sentences
+MAIN = "study_elpv"  # its table stands in README
 DESCRIPTIVE = "study_elpv_published"  # three splits: nothing is tested
 SHORT = {
-    "study_elpv": "ELPV",
+    MAIN: "ELPV",
     "study_digits": "digits",
     "study_fashion": "Fashion-MNIST",
     DESCRIPTIVE: "ELPV, published protocol",
@@ -32,7 +33,7 @@ TITLES = {
     "lora_r1": "LoRA r=1",
     "lora_r8": "LoRA r=8",
     "peft_adalora": "AdaLoRA by the PEFT library",
-    "adalora_best": "AdaLoRA, magnitudes, early",
+    "adalora_best": "AdaLoRA (magnitudes, early)",
     "adalora_published": "AdaLoRA as published",
     "qa_lora_int8": "QA-LoRA int8",
     "qa_lora_int4": "QA-LoRA int4",
@@ -49,22 +50,28 @@ _NOT_OURS = ("lora_r1", "peft_adalora")
 _NOT_WORSE = "as-accurate-as-lora-r8"
 _OWN = (
     _NOT_WORSE, "more-accurate-than-lora-r8", "adalora-over-peft", "strategy-over-published",
-    "adaptive-ranks-help-on-four-bits", "joint-choice-keeps-accuracy",
+    "eight-bits-lose-nothing-tuned", "four-bits-as-accurate-as-eight", "adaptive-ranks-help-on-four-bits",
+    "joint-choice-keeps-accuracy",
 )  # fmt: skip
+_CLEARLY_MORE = 1.1  # a tenth more, below which times and memory of such runs say nothing
 
 
-def study_blocks(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) -> dict[str, str]:
+def study_blocks(
+    analyses: Mapping[str, Analysis], over_all: Sequence[Finding], pilots: Mapping[str, pd.DataFrame]
+) -> dict[str, str]:
     """Return each generated part of the documents by the name of its marks.
 
     Args:
         analyses: by the study's name, those that results/ holds.
         over_all: what they say together about the sentences that are about several.
+        pilots: the runs that chose learning rates, by the pilot's name.
     """
     found: dict[str, str] = {}
     few_labels = {name: one for name, one in analyses.items() if name != DESCRIPTIVE}
     for name, analysis in few_labels.items():
+        words = [*in_words(analysis), price(analysis)]
         found |= {
-            f"{name}_table": f"{main_table(analysis)}\n\n{in_words(analysis)}\n\n{caption(analysis)}",
+            f"{name}_table": f"{main_table(analysis)}\n\n{_listed(words)}\n\n{caption(analysis)}",
             f"{name}_notices": notices(analysis),
             f"{name}_recommended": recommended(analysis),
             f"{name}_costs": cost_table(analysis),
@@ -73,7 +80,10 @@ def study_blocks(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) 
         }
     if few_labels:
         found["study_verdicts"] = verdicts(few_labels, over_all)
-        found["study_cost"] = costs(analyses)
+        found["study_elsewhere"] = "\n\n".join(
+            f"{SHORT[name]}:\n\n{_listed(in_words(analysis))}" for name, analysis in few_labels.items() if name != MAIN
+        )
+        found["study_cost"] = costs(analyses, pilots)
     if (published := analyses.get(DESCRIPTIVE)) is not None:
         found[f"{DESCRIPTIVE}_table"] = f"{published_table(published)}\n\n{caption(published)}"
     return found
@@ -116,7 +126,7 @@ def _differs(comparison: Comparison) -> str:
     return {"supported": "better", "refuted": "**worse**", "not decided": "not decided"}[comparison.verdict]
 
 
-def in_words(analysis: Analysis) -> str:
+def in_words(analysis: Analysis) -> list[str]:
     """Return what the table decides, losses first."""
     against = [one for one in analysis.comparisons if one.reference == REFERENCE]
     worse = [TITLES.get(one.name, one.name) for one in against if one.verdict == "refuted"]
@@ -124,15 +134,70 @@ def in_words(analysis: Analysis) -> str:
     within = [_title(finding) for finding in _of(analysis, _NOT_WORSE) if finding.verdict == "supported"]
     beyond = [_title(finding) for finding in _of(analysis, _NOT_WORSE) if finding.verdict == "refuted"]
     open_ = [_title(finding) for finding in _of(analysis, _NOT_WORSE) if finding.verdict == "not decided"]
-    parts = [
-        f"Less accurate than LoRA r=8: {joined(worse) or 'none is shown to be'}.",
+    return [
+        f"Less accurate than LoRA r=8 (Holm over {len(against)}): {joined(worse) or 'none is shown to be'}. "
         f"More accurate: {joined(better) or 'none is shown to be'}.",
-        f"Shown to lose less than a point: {joined(within) or 'none'}.",
-        *([f"Shown to lose more than a point: {joined(beyond)}."] if beyond else []),
-        f"Whether they lose a point is not decided: {joined(open_) or 'none'}.",
+        *_reference_beats(analysis),
+        f"Shown to lose less than a point (Holm over {len(within + beyond + open_)}): {joined(within) or 'none'}. "
+        + (f"Shown to lose more: {joined(beyond)}. " if beyond else "")
+        + f"Not decided: {joined(open_) or 'none'}.",
         f"Where a method of this project loses: {'; '.join(losses(analysis)) or 'nowhere that these runs show'}.",
+        *_lower_means(analysis),
     ]
-    return " ".join(parts)
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _reference_beats(analysis: Analysis) -> list[str]:
+    """Return what the registered sentences about LoRA r=8 and the methods without adapters came to."""
+    findings = [*_of(analysis, "lora-beats-linear"), *_of(analysis, "lora-beats-full")]
+    told = [
+        f"{TITLES[finding.subject.partition(' against ')[2]]}, {points_interval(finding.interval)} points: "
+        f"{finding.verdict}"
+        for finding in findings
+    ]
+    if not told:
+        return []
+    return [f"Sentences of their own, LoRA r=8 is more accurate than (Holm over {len(told)}): {'; '.join(told)}."]
+
+
+def _lower_means(analysis: Analysis) -> list[str]:
+    """Return which adapters have a lower mean than a method without, decided or not."""
+    told = []
+    plain = [method for method in in_order(analysis) if method.experiment.method in ("linear", "full")]
+    for other in plain:
+        below = [
+            TITLES.get(method.experiment.name, method.experiment.name)
+            for method in in_order(analysis)
+            if method not in plain and method.test_accuracy.estimate < other.test_accuracy.estimate
+        ]
+        if below:
+            told.append(f"{TITLES[other.experiment.name]}: {joined(below)}")
+    return [f"A lower mean, decided or not, than {'; '.join(told)}."] if told else []
+
+
+def price(analysis: Analysis) -> str:
+    """Return which methods took a tenth more than LoRA r=8 of what training and prediction take."""
+    methods = [method for method in in_order(analysis) if method.experiment.name != REFERENCE]
+    (reference,) = (method for method in analysis.methods if method.experiment.name == REFERENCE)
+    parts = []
+    for what, unit, factor, digits, value in (
+        ("one image", "ms", 1e3, 0, lambda method: method.latency_s),
+        ("a training step", "s", 1, 2, lambda method: method.seconds_per_step),
+        ("the peak of training", "MB", 1e-6, 0, lambda method: method.peak_memory_bytes),
+    ):
+        limit = value(reference)
+        if limit is None:
+            continue
+        more = [
+            f"{TITLES.get(method.experiment.name, method.experiment.name)} ({fixed(factor * value(method), digits)})"
+            for method in methods
+            if value(method) is not None and value(method) > _CLEARLY_MORE * limit
+        ]
+        parts.append(f"{what} ({fixed(factor * limit, digits)} {unit}): {joined(more) or 'none'}")
+    return f"A tenth or more above what LoRA r=8 takes, in means: {'; '.join(parts)}."
 
 
 def losses(analysis: Analysis) -> list[str]:
@@ -238,8 +303,8 @@ def undecided(analysis: Analysis) -> str:
     return "\n".join(lines) or "Nothing: every sentence with data was decided."
 
 
-def costs(analyses: Mapping[str, Analysis]) -> str:
-    """Return what all runs took, by study."""
+def costs(analyses: Mapping[str, Analysis], pilots: Mapping[str, pd.DataFrame]) -> str:
+    """Return what all runs took, by study; of pilots what their tables hold."""
     rows: list[tuple[str, ...]] = [
         ("study", "runs", "failed", "core hours", "highest peak of a run, MB", "machine", "commit"),
     ]  # fmt: skip
@@ -255,6 +320,14 @@ def costs(analyses: Mapping[str, Analysis]) -> str:
                 SHORT[name], str(len(runs) + len(analysis.study.failed)), str(len(analysis.study.failed)),
                 fixed(seconds / 3600, 1), fixed(max(peaks) / 1e6, 0) if peaks else "–", escaped("; ".join(machines)),
                 joined(commits) + (", with local changes" if dirty else ""),
+            )
+        )  # fmt: skip
+    for name, runs in pilots.items():
+        commits = sorted({str(commit)[:7] for commit in runs.commit.dropna()})
+        rows.append(
+            (
+                f"{SHORT[name.removesuffix('_pilot')]}, pilot", str(len(runs)), str((runs.status != "done").sum()),
+                fixed(runs.seconds.sum() / 3600, 1), "–", "–", joined(commits),
             )
         )  # fmt: skip
     return markdown(rows, right=1)

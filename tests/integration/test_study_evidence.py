@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -43,10 +44,11 @@ def blocks() -> dict[str, str]:
 @pytest.mark.parametrize("document", [study_evidence.README, study_evidence.FINDINGS], ids=lambda file: file.name)
 def test_documents_say_what_results_hold(document: Path, blocks: dict[str, str]) -> None:
     text = document.read_text()
-    assert "<!-- study_elpv_table -->" in text
     assert evidence.filled(text, blocks) == text, "run experiments/scripts/study_evidence.py"
-    for name in blocks:  # what was generated stands somewhere
-        assert f"<!-- {name} -->" in text or document == study_evidence.README, name
+    in_readme = {"study_elpv_table", "study_elsewhere"}
+    assert {name for name in blocks if f"<!-- {name} -->" in text} == (
+        in_readme if document == study_evidence.README else blocks.keys() - {"study_elsewhere"}
+    )
 
 
 def test_a_changed_number_in_a_document_is_noticed(blocks: dict[str, str]) -> None:
@@ -55,6 +57,12 @@ def test_a_changed_number_in_a_document_is_noticed(blocks: dict[str, str]) -> No
     number = next(character for character in after if character.isdigit() and character != "9")
     changed = before + mark + after.replace(number, "9", 1)
     assert evidence.filled(changed, blocks) != changed
+
+
+def test_a_mark_that_is_not_closed_is_refused(blocks: dict[str, str]) -> None:
+    text = study_evidence.README.read_text().replace("<!-- /study_elpv_table -->", "")
+    with pytest.raises(ValueError, match="study_elpv_table is opened, but not closed"):
+        evidence.filled(text, blocks)
 
 
 def test_figures_were_drawn_from_what_results_hold() -> None:
@@ -72,6 +80,30 @@ def test_the_study_ran_at_the_rates_that_its_pilot_chose(study: str) -> None:
     chosen = study_evidence.chosen_rates(pd.read_csv(evidence.RESULTS / f"{RUN[study]}.csv"))
     for experiment in config(study).experiments:
         assert experiment.training.learning_rate == chosen[experiment.name], experiment.name
+
+
+@pytest.mark.parametrize("study", study_evidence.kept_studies())
+def test_every_run_of_a_kept_study_is_one_that_its_configuration_asks_for(study: str) -> None:
+    asked, kept = config(study), study_evidence.analysis_of(study).study
+    records = [run.record for run in kept.runs] + list(kept.failed)
+    experiments = {one.name: one for one in asked.experiments}
+    specs = {(record.spec.experiment.name, record.spec.seed): record.spec for record in records}
+    assert len(records) == len(specs)
+    assert specs.keys() == {(name, seed) for name in experiments for seed in asked.seeds}
+    for (name, _), spec in specs.items():
+        assert spec.experiment == experiments[name]
+        assert (spec.data, spec.measures, spec.precision) == (asked.data, asked.measures, asked.precision)
+        assert (spec.backbone.model, spec.backbone.weights) == (asked.backbone.model, asked.backbone.weights)
+
+
+@pytest.mark.parametrize("pilot", sorted(set(RUN.values())))
+def test_every_run_of_a_kept_pilot_is_one_that_its_configuration_asks_for(pilot: str) -> None:
+    runs = pd.read_csv(evidence.RESULTS / f"{pilot}.csv")
+    asked = config(pilot)
+    rates = {one.name: one.training.learning_rate for one in asked.experiments}
+    assert set(zip(runs.experiment, runs.seed, strict=True)) == {(name, seed) for name in rates for seed in asked.seeds}
+    assert all(rates[run.experiment] == run.learning_rate for run in runs.itertuples())
+    assert (runs.groupby("seed").split.nunique() == 1).all()
 
 
 @pytest.mark.parametrize("study", [study for study in PILOT_OF if study != "study_elpv_published"])
@@ -124,31 +156,41 @@ def test_the_rate_is_chosen_by_validation_accuracy_then_loss_and_a_failed_run_is
 
 
 def planted_study(folder: Path, name: str = "study_elpv", seeds: int = 8) -> Path:
-    """Write a study in which LoRA r=1 is 5 points worse than r=8, and full fine-tuning differs by noise alone."""
+    """Write a study in which LoRA r=1 and nf4 are 5 points worse than r=8; full fine-tuning differs by noise alone."""
     rng = np.random.default_rng(0)
-    levels = {"linear_probe": -0.1, "full_finetuning": 0.0, "lora_r1": -0.05, "lora_r8": 0.0}
+    levels = {"linear_probe": -0.1, "full_finetuning": 0.0, "lora_r1": -0.05, "lora_r8": 0.0, "qa_lora_nf4": -0.05}
     experiments = planted.experiments()
+    experiments["qa_lora_nf4"] = experiments["qa_lora_4bit_nf4_constant"].model_copy(update={"name": "qa_lora_nf4"})
     records = []
     for method, level in levels.items():
         for seed in range(seeds):
             accuracy = round((0.8 + level) * 600 + float(rng.normal(0, 3))) / 600
             record = planted.record(experiments[method], seed, accuracy)
-            records.append(record.model_copy(update={"spec": record.spec.model_copy(update={"study": name})}))
+            takes = {"latency_s": {1: 0.03 if method == "qa_lora_nf4" else 0.02}}
+            takes |= {"peak_memory_bytes": 1_200_000_000} if method == "full_finetuning" else {}
+            records.append(record.model_copy(update=takes | {"spec": record.spec.model_copy(update={"study": name})}))
     return planted.write(folder, records)
 
 
-def test_the_main_table_names_what_loses(tmp_path: Path) -> None:
+def test_the_main_table_names_what_loses_and_what_takes_more(tmp_path: Path) -> None:
     (study,) = load_studies(planted_study(tmp_path))
     analysis = analyze(study, study_evidence.load_registry(study_evidence.HYPOTHESES))
-    table, words = study_tables.main_table(analysis), study_tables.in_words(analysis)
+    table, words = study_tables.main_table(analysis), " ".join(study_tables.in_words(analysis))
     row = next(line for line in table.splitlines() if line.startswith("| LoRA r=1 |"))
     by_seed = {run.seed: run.test.accuracy for run in study.of("lora_r1")}
     fixed = {run.seed: run.test.accuracy for run in study.of("lora_r8")}
     mean = 100 * np.mean([by_seed[seed] - fixed[seed] for seed in by_seed])
     assert f"| \u2212{-mean:.1f} [" in row
     assert row.count("worse") == 2  # it differs, and by more than a point
-    assert words.startswith("Less accurate than LoRA r=8: linear probe, LoRA r=1. More accurate: none is shown to be.")
-    assert "Shown to lose more than a point: LoRA r=1." in words
+    assert words.startswith("Less accurate than LoRA r=8 (Holm over 4): linear probe, LoRA r=1, QA-LoRA nf4. More acc")
+    assert "Shown to lose more: LoRA r=1, QA-LoRA nf4." in words
+    assert re.search(r"\(Holm over 2\): linear probe, \+\S+ \[.*\] points: supported; full fine-tuning, .*: not", words)
+    assert re.search(r"loses: QA-LoRA nf4 against LoRA r=8 \u2212\d[^;]*\.", words), "LoRA r=1 is not of this project"
+    assert words.endswith("A lower mean, decided or not, than full fine-tuning: LoRA r=1, QA-LoRA nf4.")
+    assert study_tables.price(analysis) == (
+        "A tenth or more above what LoRA r=8 takes, in means: one image (20 ms): QA-LoRA nf4 (30); a training step "
+        "(0.70 s): none; the peak of training (900 MB): full fine-tuning (1200)."
+    )
 
 
 def test_a_kept_study_comes_out_as_it_went_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +210,17 @@ def test_a_pilot_is_kept_without_its_test_accuracy(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(study_evidence, "RESULTS", tmp_path / "results")
     study_evidence.keep(planted_study(tmp_path / "out", "study_elpv_pilot"))
     table = pd.read_csv(tmp_path / "results" / "study_elpv_pilot.csv")
-    assert len(table) == 32
+    assert len(table) == 40
     assert not [column for column in table.columns if "test" in column]
+
+
+def test_a_study_that_is_not_at_its_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_evidence, "RESULTS", tmp_path / "results")
+    results = planted_study(tmp_path / "out")
+    next(results.rglob("record.json")).unlink()
+    with pytest.raises(UserError, match="1 of 40 runs of study_elpv are not done; run it to its end"):
+        study_evidence.keep(results)
+    assert not (tmp_path / "results").exists()
 
 
 def test_runs_of_another_study_are_refused(tmp_path: Path) -> None:

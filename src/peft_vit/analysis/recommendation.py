@@ -161,14 +161,17 @@ class Recommendation:
 
     Attributes:
         study: the study.
-        outcome: smaller: a candidate was shown not to lose the margin; best: nothing within the limits is smaller
-            than the best itself; not decided: no candidate was shown; nothing within: no experiment keeps the limits.
+        outcome: smaller: a candidate was shown not to lose the margin; best: nothing within the limits is smaller than
+            the best itself by more than one percent; not decided: no candidate was shown; nothing within: no
+            experiment keeps the limits.
         best: by validation.
         chosen: what is recommended; None if nothing is.
         candidates: what was tested, smallest first.
         outside: experiments that do not keep the limits.
-        as_small: candidates as small as the chosen one that were shown, too, with no higher validation accuracy.
-        larger: experiments within the limits that are no smaller than the best, which keeps them too.
+        as_small: candidates not larger than the smallest that was shown by more than one percent, shown, too, but
+            with no higher validation accuracy than the chosen one.
+        larger: experiments within the limits that are not smaller than the best, which keeps them too, by more than
+            one percent.
         left_out: experiment -> why nothing can be said of it.
         limits, measure, margin, alpha: what was asked; the margin as a share.
         latency_batch: images of the forward pass whose latency is meant; None: none was recorded.

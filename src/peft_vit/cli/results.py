@@ -134,7 +134,9 @@ def recommend(
     max_drop: Annotated[
         float, typer.Option(help="points of test accuracy whose loss matters; to be chosen before looking")
     ] = 1.0,
-    smallest: Annotated[SmallestBy, typer.Option(help="by which measure")] = SmallestBy.BYTES,
+    smallest: Annotated[
+        SmallestBy, typer.Option(help="by which measure; sizes within one percent are equal")
+    ] = SmallestBy.BYTES,
     study: Annotated[str | None, typer.Option(help="its name, where RESULTS_DIR holds several")] = None,
     to: Annotated[
         Path | None, typer.Option(help="write the configuration to this file; default: print it", show_default=False)

@@ -16,6 +16,7 @@ from peft_vit.report.numbers import count, counted, fixed, megabytes, percent, p
 from peft_vit.report.terminal import print_blocks
 
 _SUFFIX = "-recommended"
+_CLEARLY = f"by more than {100 * SAME_SIZE:.0f} %"
 _ORDER: dict[Measure, str] = {"bytes": "bytes to store", "params": "trainable parameters", "latency": "latency"}
 
 
@@ -85,7 +86,10 @@ def _answer(found: Recommendation) -> Iterator[str]:
         for fault, rated in smallest_that_exists(found):
             yield f"Nearest to {_limit(fault)}: {rated.name} with {_value(fault)}."
     elif found.outcome == "best":
-        yield f"Recommended: {best.name}, the best itself: nothing within the limits is smaller, so no test was needed."
+        yield (
+            f"Recommended: {best.name}, the best itself: nothing within the limits is smaller {_CLEARLY}, so no "
+            "test was needed."
+        )
     elif found.chosen is not None:
         yield from _recommended(found, found.chosen)
     else:
@@ -103,8 +107,8 @@ def _recommended(found: Recommendation, chosen: Rated) -> Iterator[str]:
         f"{_points(found)} or more is rejected with p = {tested.adjusted_p:.2g} ({_family(found)})."
     )
     if found.as_small:
-        names, share = ", ".join(one.name for one in found.as_small), f"{100 * SAME_SIZE:.0f} %"
-        yield f"Shown, too, and as small within {share}, but with no higher validation accuracy: {names}."
+        names = ", ".join(one.name for one in found.as_small)
+        yield f"Shown, too, and not larger {_CLEARLY}, but with no higher validation accuracy: {names}."
     yield f"Against {found.best.name} it {'; '.join(_savings(found.best, chosen))}."
 
 
@@ -176,7 +180,7 @@ def _not_tested(found: Recommendation) -> Iterator[str]:
         broken = "; ".join(_broken(fault) for fault in one.faults)
         yield f"Outside the limits: {one.name}: {broken}."
     if found.larger and found.outcome != "nothing within":
-        yield f"No smaller than the best, so not tested: {', '.join(one.name for one in found.larger)}."
+        yield f"Not smaller than the best {_CLEARLY}, so not tested: {', '.join(one.name for one in found.larger)}."
 
 
 def recommended_yaml(found: Recommendation) -> str | None:
@@ -184,7 +188,7 @@ def recommended_yaml(found: Recommendation) -> str | None:
     chosen = found.chosen
     if chosen is None:
         return None
-    why = "the best by validation; nothing within the limits is smaller"
+    why = f"the best by validation; nothing within the limits is smaller {_CLEARLY}"
     if found.outcome == "smaller":
         why = f"shown to lose less than {_points(found)} of test accuracy against {found.best.name}"
     comments = [f"{chosen.name} of study {found.study.label}, made again from its records: {why}."]
@@ -272,4 +276,6 @@ def _saved(before: float, after: float, words: Callable[[float], str]) -> str:
     if before == after:
         return f"takes the same {words(before)}"
     share = f" ({fixed(100 * abs(before - after) / before, 0)} %)" if before else ""
-    return f"{'saves' if after < before else 'takes more:'} {words(abs(before - after))} of {words(before)}{share}"
+    if after < before:
+        return f"saves {words(before - after)} of {words(before)}{share}"
+    return f"takes {words(after - before)} more than {words(before)}{share}"
