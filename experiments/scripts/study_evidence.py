@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 from evidence import RESULTS, ROOT, filled, merge
 from study_figures import write_figures
-from study_tables import SHORT, pilot_table, study_blocks
+from study_tables import DESCRIPTIVE, SHORT, pilot_table, study_blocks
 
 from peft_vit import cli
 from peft_vit.analysis import Analysis, Finding, analyze, load_studies
@@ -158,8 +158,8 @@ def analysis_of(name: str) -> Analysis:
 
 
 def over_all(analyses: Mapping[str, Analysis]) -> tuple[Finding, ...]:
-    """Return what all studies together say about the sentences that are about several; nothing of a single one."""
-    studies = [analysis.study for analysis in analyses.values()]
+    """Return what the tested studies say together about sentences that are about several; nothing of a single one."""
+    studies = [analysis.study for name, analysis in analyses.items() if name != DESCRIPTIVE]
     return all_findings(studies, load_registry(HYPOTHESES)).get(ALL_STUDIES, ()) if len(studies) > 1 else ()
 
 

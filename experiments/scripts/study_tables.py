@@ -154,13 +154,13 @@ def _reference_beats(analysis: Analysis) -> list[str]:
     """Return what the registered sentences about LoRA r=8 and the methods without adapters came to."""
     findings = [*_of(analysis, "lora-beats-linear"), *_of(analysis, "lora-beats-full")]
     told = [
-        f"{TITLES[finding.subject.partition(' against ')[2]]}, {points_interval(finding.interval)} points: "
-        f"{finding.verdict}"
+        f"than {TITLES[finding.subject.partition(' against ')[2]]}, {finding.verdict}, "
+        f"{points_interval(finding.interval)} points"
         for finding in findings
     ]
     if not told:
         return []
-    return [f"Sentences of their own, LoRA r=8 is more accurate than (Holm over {len(told)}): {'; '.join(told)}."]
+    return [f"Sentences of their own, that LoRA r=8 is more accurate (Holm over {len(told)}): {'; '.join(told)}."]
 
 
 def _lower_means(analysis: Analysis) -> list[str]:

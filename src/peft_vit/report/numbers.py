@@ -17,8 +17,11 @@ def plain(text: str) -> str:
 
 
 def fixed(value: float, decimals: int = 2) -> str:
-    """Return a number with a fixed count of decimals and a true minus sign."""
-    text = f"{value:.{decimals}f}"
+    """Return a number with a fixed count of decimals and a true minus sign.
+
+    What two ways of summing up make of it beyond ten decimals does not decide how it is rounded.
+    """
+    text = f"{round(value, 10):.{decimals}f}"
     if float(text) == 0:
         text = text.removeprefix("-")
     return text.replace("-", _MINUS)

@@ -15,6 +15,11 @@ def test_percent_has_one_decimal() -> None:
     assert percent_interval(mean_interval([0.8])) == "80.0 % [no interval]"
 
 
+def test_a_half_is_rounded_alike_however_it_was_summed_up() -> None:
+    assert 100 * (0.9875 - 0.98) < 0.75
+    assert fixed(100 * (0.9875 - 0.98), 1) == fixed(0.75, 1) == "0.8"
+
+
 def test_differences_have_a_sign() -> None:
     assert [signed(v) for v in (1.24, -0.5, 0.0, -0.04)] == ["+1.2", "−0.5", "0.0", "0.0"]
     assert points_interval(mean_interval([0.01])) == "+1.0 [no interval]"
