@@ -184,9 +184,7 @@ def test_the_main_table_names_what_loses_and_what_takes_more(tmp_path: Path) -> 
     assert row.count("worse") == 2  # it differs, and by more than a point
     assert words.startswith("Less accurate than LoRA r=8 (Holm over 4): linear probe, LoRA r=1, QA-LoRA nf4. More acc")
     assert "Shown to lose more: LoRA r=1, QA-LoRA nf4." in words
-    assert re.search(
-        r"\(Holm over 2\): than linear probe, supported, \+.*; than full fine-tuning, not ", words
-    )
+    assert re.search(r"\(Holm over 2\): than linear probe, supported, \+.*; than full fine-tuning, not ", words)
     assert re.search(r"loses: QA-LoRA nf4 against LoRA r=8 \u2212\d[^;]*\.", words), "LoRA r=1 is not of this project"
     assert words.endswith("A lower mean, decided or not, than full fine-tuning: LoRA r=1, QA-LoRA nf4.")
     assert study_tables.price(analysis) == (
