@@ -188,7 +188,8 @@ def test_the_main_table_names_what_loses_and_what_takes_more(tmp_path: Path) -> 
     assert re.search(r"loses: QA-LoRA nf4 against LoRA r=8 \u2212\d[^;]*\.", words), "LoRA r=1 is not of this project"
     assert words.endswith("A lower mean, decided or not, than full fine-tuning: LoRA r=1, QA-LoRA nf4.")
     assert study_tables.price(analysis) == (
-        "A tenth or more above what LoRA r=8 takes, in means: one image (20 ms): QA-LoRA nf4 (30); a training step "
+        "Above what LoRA r=8 takes, by a quarter of time or a tenth of memory, in means: one image "
+        "(20 ms): QA-LoRA nf4 (30); a training step "
         "(0.70 s): none; the peak of training (900 MB): full fine-tuning (1200)."
     )
 
