@@ -104,7 +104,7 @@ def test_every_configuration_of_the_repository_loads_and_opens_with_what_it_asks
         "Images:",
         "Weights:",
         "Cost:",
-        f"Command: peft-vit run experiments/configs/{file.name}",
+        f"Command: .venv/bin/peft-vit run experiments/configs/{file.name}",
     ):
         assert word in header
     if study.backbone.weights == "hub":
