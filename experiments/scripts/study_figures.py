@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from study_tables import DESCRIPTIVE, MARGIN, REFERENCE
+from study_tables import DESCRIPTIVE, MAIN, MARGIN, REFERENCE
 
 from peft_vit.analysis import Analysis
 from peft_vit.records import write_atomically
@@ -35,10 +35,10 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Drawing]]:
         for drawing in forests(analysis, MARGIN):
             if drawing.slug.endswith(REFERENCE):
                 yield f"{name}_differences.png", drawing
-    if (elpv := analyses.get("study_elpv")) is not None:
-        yield "study_elpv_bytes.png", accuracy_by_bytes(elpv.methods)
+    if (elpv := analyses.get(MAIN)) is not None:
+        yield f"{MAIN}_bytes.png", accuracy_by_bytes(elpv.methods)
         shown = [one for one in elpv.allocation if one.experiment.name in _RANKED]
-        yield "study_elpv_ranks.png", rank_maps(shown)
+        yield f"{MAIN}_ranks.png", rank_maps(shown)
 
 
 def digest(drawing: Drawing) -> str:

@@ -102,7 +102,7 @@ def main_table(analysis: Analysis) -> str:
         finding = not_worse.get(f"{name} against {REFERENCE}")
         rows.append(
             (
-                TITLES.get(name, name),
+                titled(name),
                 percent_interval(method.test_accuracy),
                 "–" if name == REFERENCE else points_interval(against[name].difference),
                 "–" if name == REFERENCE else _differs(against[name]),
@@ -129,16 +129,18 @@ def _differs(comparison: Comparison) -> str:
 def in_words(analysis: Analysis) -> list[str]:
     """Return what the table decides, losses first."""
     against = [one for one in analysis.comparisons if one.reference == REFERENCE]
-    worse = [TITLES.get(one.name, one.name) for one in against if one.verdict == "refuted"]
-    better = [TITLES.get(one.name, one.name) for one in against if one.verdict == "supported"]
-    within = [_title(finding) for finding in _of(analysis, _NOT_WORSE) if finding.verdict == "supported"]
-    beyond = [_title(finding) for finding in _of(analysis, _NOT_WORSE) if finding.verdict == "refuted"]
-    open_ = [_title(finding) for finding in _of(analysis, _NOT_WORSE) if finding.verdict == "not decided"]
+    worse = [titled(one.name) for one in against if one.verdict == "refuted"]
+    better = [titled(one.name) for one in against if one.verdict == "supported"]
+    not_worse = _of(analysis, _NOT_WORSE)
+    within, beyond, open_ = (
+        [_compared(finding)[0] for finding in not_worse if finding.verdict == verdict]
+        for verdict in ("supported", "refuted", "not decided")
+    )
     return [
         f"Less accurate than LoRA r=8 (Holm over {len(against)}): {joined(worse) or 'none is shown to be'}. "
         f"More accurate: {joined(better) or 'none is shown to be'}.",
         *_reference_beats(analysis),
-        f"Shown to lose less than a point (Holm over {len(within + beyond + open_)}): {joined(within) or 'none'}. "
+        f"Shown to lose less than a point (Holm over {len(not_worse)}): {joined(within) or 'none'}. "
         + (f"Shown to lose more: {joined(beyond)}. " if beyond else "")
         + f"Not decided: {joined(open_) or 'none'}.",
         f"Where a method of this project loses: {'; '.join(losses(analysis)) or 'nowhere that these runs show'}.",
@@ -154,8 +156,7 @@ def _reference_beats(analysis: Analysis) -> list[str]:
     """Return what the registered sentences about LoRA r=8 and the methods without adapters came to."""
     findings = [*_of(analysis, "lora-beats-linear"), *_of(analysis, "lora-beats-full")]
     told = [
-        f"than {TITLES[finding.subject.partition(' against ')[2]]}, {finding.verdict}, "
-        f"{points_interval(finding.interval)} points"
+        f"than {_compared(finding)[1]}, {finding.verdict}, {points_interval(finding.interval)} points"
         for finding in findings
     ]
     if not told:
@@ -169,12 +170,12 @@ def _lower_means(analysis: Analysis) -> list[str]:
     plain = [method for method in in_order(analysis) if method.experiment.method in ("linear", "full")]
     for other in plain:
         below = [
-            TITLES.get(method.experiment.name, method.experiment.name)
+            titled(method.experiment.name)
             for method in in_order(analysis)
             if method not in plain and method.test_accuracy.estimate < other.test_accuracy.estimate
         ]
         if below:
-            told.append(f"{TITLES[other.experiment.name]}: {joined(below)}")
+            told.append(f"{titled(other.experiment.name)}: {joined(below)}")
     return [f"A lower mean, decided or not, than {'; '.join(told)}."] if told else []
 
 
@@ -192,7 +193,7 @@ def price(analysis: Analysis) -> str:
         if limit is None:
             continue
         more = [
-            f"{TITLES.get(method.experiment.name, method.experiment.name)} ({fixed(factor * value(method), digits)})"
+            f"{titled(method.experiment.name)} ({fixed(factor * value(method), digits)})"
             for method in methods
             if value(method) is not None and value(method) > more_than * limit
         ]
@@ -204,17 +205,22 @@ def losses(analysis: Analysis) -> list[str]:
     """Return the pairs in which the study's own sentences were refuted, with the difference, each pair once."""
     found: dict[str, str] = {}
     for finding in analysis.findings:
-        name, _, other = finding.subject.partition(" against ")
-        if finding.verdict == "refuted" and finding.hypothesis.id in _OWN and name not in _NOT_OURS:
-            found[finding.subject] = (
-                f"{TITLES[name]} against {TITLES[other]} {points_interval(finding.interval)} points"
-            )
+        if finding.verdict == "refuted" and finding.hypothesis.id in _OWN:
+            method, other = _compared(finding)
+            if method not in map(titled, _NOT_OURS):
+                found[finding.subject] = f"{method} against {other} {points_interval(finding.interval)} points"
     return list(found.values())
 
 
-def _title(finding: Finding) -> str:
-    name = finding.subject.partition(" against ")[0]
-    return TITLES.get(name, name)
+def titled(experiment: str) -> str:
+    """Return what the documents call an experiment."""
+    return TITLES.get(experiment, experiment)
+
+
+def _compared(finding: Finding) -> tuple[str, str]:
+    """Return what a finding about a pair compares with what, as the documents call them."""
+    name, _, other = finding.subject.partition(" against ")
+    return titled(name), titled(other)
 
 
 def cost_table(analysis: Analysis) -> str:
@@ -226,7 +232,7 @@ def cost_table(analysis: Analysis) -> str:
     for method in in_order(analysis):
         rows.append(
             (
-                TITLES.get(method.experiment.name, method.experiment.name),
+                titled(method.experiment.name),
                 f"{method.experiment.training.learning_rate:g}",
                 joined(fixed(100 * value, 1) for value in method.by_seed),
                 fixed(100 * method.validation_accuracy.estimate, 1),
@@ -339,7 +345,7 @@ def published_table(analysis: Analysis) -> str:
     for method in in_order(analysis):
         rows.append(
             (
-                TITLES.get(method.experiment.name, method.experiment.name),
+                titled(method.experiment.name),
                 f"{fixed(100 * method.test_accuracy.estimate, 1)}, mean of {len(method.by_seed)} splits",
                 joined(fixed(100 * value, 1) for value in method.by_seed),
                 "this study",
@@ -364,12 +370,12 @@ def pilot_table(pilot: pd.DataFrame, means: pd.DataFrame, chosen: Mapping[str, f
         cells = (fixed(100 * own[rate], 1) if rate in own.index else "–" for rate in rates)
         rows.append(
             (
-                TITLES.get(method, method),
+                titled(method),
                 *(f"**{cell}**" if rate == chosen[method] else cell for rate, cell in zip(rates, cells, strict=True)),
             )
         )
     ends = means.groupby("method").learning_rate.agg(["min", "max"])
-    at_an_end = [TITLES.get(method, method) for method, rate in chosen.items() if rate in set(ends.loc[method])]
+    at_an_end = [titled(method) for method, rate in chosen.items() if rate in set(ends.loc[method])]
     failed = int((pilot.status != "done").sum())
     note = (
         f"Mean validation accuracy in %, seeds {joined(str(seed) for seed in sorted(pilot.seed.unique()))}; bold: the "

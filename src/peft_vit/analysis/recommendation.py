@@ -259,7 +259,7 @@ def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure =
     rated.sort(key=lambda one: _size(one, measure))
     best = min(rated, key=lambda one: -one.validation_accuracy)  # of equal ones the smallest, which comes first
     within = [one for one in rated if not one.faults]
-    smaller = [one for one in within if best not in within or not _no_larger(best, one, measure)]
+    smaller = [one for one in within if best.faults or not _no_larger(best, one, measure)]
     candidates = _tested(smaller, best, margin)
     shown = [one.rated for one in candidates if one.shown]
     smallest = [one for one in shown if _no_larger(one, shown[0], measure)]

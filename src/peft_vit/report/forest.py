@@ -15,7 +15,7 @@ from peft_vit.analysis import Analysis, Comparison
 from peft_vit.config import Method
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.marks import Marks
-from peft_vit.report.numbers import points_interval, signed
+from peft_vit.report.numbers import margin_in_points, points_interval, signed
 from peft_vit.report.selection import SEED_DOTS, leading, selection_note, validation_means
 from peft_vit.report.style import GRID, INK, METHOD_COLORS, MUTED, PAPER, draw, is_narrow, quiet_grid
 
@@ -136,9 +136,7 @@ def _legend(margin: float | None) -> list[Line2D | Patch]:
         Line2D([], [], color=MUTED, lw=2.2, alpha=0.45, label="95 % interval"),
     ]
     if margin is not None:
-        points = f"{100 * margin:.4g}"
-        label = f"margin, {points} point{'' if points == '1' else 's'}"
-        handles.append(Patch(color=GRID, alpha=0.6, lw=0, label=label))
+        handles.append(Patch(color=GRID, alpha=0.6, lw=0, label=f"margin, {margin_in_points(margin)}"))
     return handles
 
 

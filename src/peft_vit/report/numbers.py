@@ -45,6 +45,12 @@ def percent_interval(interval: Interval) -> str:
     return f"{percent(interval.estimate)} [{fixed(100 * interval.low, 1)}, {fixed(100 * interval.high, 1)}]"
 
 
+def margin_in_points(share: float) -> str:
+    """Return a margin in points, e.g. ``1 point`` or ``0.5 points``."""
+    points = 100 * share
+    return f"{points:.4g} point{'' if points == 1 else 's'}"
+
+
 def points_interval(interval: Interval | None) -> str:
     """Return a difference of shares in points with its interval, e.g. ``+4.6 [-1.0, +10.2]``."""
     if interval is None:

@@ -12,7 +12,7 @@ from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Paragraph, Table
-from peft_vit.report.numbers import count, counted, fixed, megabytes, percent, points_interval
+from peft_vit.report.numbers import count, counted, fixed, margin_in_points, megabytes, percent, points_interval
 from peft_vit.report.terminal import print_blocks
 
 _SUFFIX = "-recommended"
@@ -211,8 +211,7 @@ def _family(found: Recommendation) -> str:
 
 
 def _points(found: Recommendation) -> str:
-    points = 100 * found.margin
-    return f"{points:.4g} point{'' if points == 1 else 's'}"
+    return margin_in_points(found.margin)
 
 
 def _cost(rated: Rated) -> str:
