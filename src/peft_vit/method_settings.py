@@ -23,6 +23,10 @@ QuantizationType = Literal["nf4", "fp4", "int2", "int4", "int8"]
 BITS_OF_TYPE: dict[str, int] = {"nf4": 4, "fp4": 4, "int2": 2, "int4": 4, "int8": 8}
 
 
+# Strengths of a probe's penalty, see `training.linear_probe`; validation chooses.
+PROBE_L2 = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
 class Frozen(BaseModel):
     """Values that nothing changes; unknown keys are refused."""
 
@@ -239,8 +243,8 @@ class QaLoraConfig(AdapterConfig):
 
     quantization_bits: Literal[2, 4, 8] | None = Field(default=None, description="of one code; not with adaptive_bits")
     quantization_type: QuantizationType | None = Field(default=None, description="not with adaptive_bits")
-    quantization_schedule: Literal["constant", "linear", "cosine"]
-    gradient_scaling_factor: float = Field(gt=0, description="factor on the adapters' gradients")
+    quantization_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    gradient_scaling_factor: float = Field(default=1.0, gt=0, description="factor on the adapters' gradients")
     gradient_scaling: Literal["constant", "adaptive"] = Field(
         default="constant",
         description="adaptive: each layer's factor in proportion to its relative quantization error, mean factor kept",

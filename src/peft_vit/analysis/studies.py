@@ -17,7 +17,7 @@ from peft_vit.config import ExperimentConfig
 from peft_vit.errors import UserError
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord
 
-METHOD_ORDER = ("linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora")
+METHOD_ORDER = ("linear", "qa_linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora")
 
 
 @dataclass(frozen=True)

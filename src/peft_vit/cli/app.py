@@ -44,6 +44,7 @@ class MethodName(StrEnum):
     """Methods of `train`, one preset each."""
 
     LINEAR = "linear"
+    QA_LINEAR = "qa_linear"
     FULL = "full"
     LORA = "lora"
     PEFT_LORA = "peft_lora"

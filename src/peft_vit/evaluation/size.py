@@ -37,7 +37,8 @@ def model_size(model: nn.Module) -> ModelSize:
         merging_bytes=sum(
             packed[name].scales.nbytes
             for name, module in layers.items()
-            if packed[name].offsets is None and any(adapter.pool > 1 for _, adapter in module.adapters())
+            if packed[name].offsets is None
+            and any(adapter.pool > 1 and adapter.rank for _, adapter in module.adapters())
         ),
         live_bytes=storage_bytes(stored.values()),
         file_bytes=len(save({name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()})),

@@ -16,7 +16,7 @@ from peft_vit.experiments.executors import decode_images
 from peft_vit.experiments.executors.local import LocalExecutor
 from peft_vit.experiments.plan import PlannedRun
 from peft_vit.records import RunRecord, RunSpec
-from peft_vit.training import Progress, steps_per_epoch
+from peft_vit.training import Progress
 
 _POLL_S = 1.0
 _NEVER_S = 1e9
@@ -52,8 +52,7 @@ def measure_costs(kinds: Mapping[str, RunSpec], tell: Callable[[str], None]) -> 
 def _measure(kind: RunSpec, executor: Executor) -> Costs | str:
     """Return what a miniature took, or why it failed."""
     assert kind.data.train_images is not None
-    an_epoch = steps_per_epoch(kind.data.train_images, kind.experiment.training.batch_size)
-    run = PlannedRun(kind, kind.experiment.training.epochs * an_epoch, _UNKNOWN, done=False)
+    run = PlannedRun(kind, kind.experiment.total_steps(kind.data.train_images), _UNKNOWN, done=False)
     decode_images([run])
     executor.submit(run)
     seen: list[tuple[Progress, float]] = []

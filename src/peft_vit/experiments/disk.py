@@ -43,8 +43,9 @@ class DiskUse:
 
 
 def disk_use(
-    spec: RunSpec, shape: BackboneShape, class_names: Sequence[str], total_steps: int, test_images: int
-) -> DiskUse:
+    spec: RunSpec, shape: BackboneShape, class_names: Sequence[str], total_steps: int, validations: int,
+    test_images: int,
+) -> DiskUse:  # fmt: skip
     """Estimate what a run takes on disk.
 
     Args:
@@ -52,12 +53,13 @@ def disk_use(
         shape: of its backbone.
         class_names: of its images.
         total_steps: optimiser steps.
+        validations: how often the validation images are read.
         test_images: whose predictions the record keeps.
     """
     experiment = spec.experiment
     ranks = _ranks(experiment, shape, total_steps, at_start=False)
     decisions, scored = _decisions(experiment, shape, total_steps)
-    record = 3500 + _REGISTRATION_BYTES + 200 * total_steps + 450 * experiment.training.epochs
+    record = 3500 + _REGISTRATION_BYTES + 200 * total_steps + 450 * validations
     record += len(ranks) * (175 + 35 * decisions + 50 * scored) + (9000 if experiment.qa_lora is not None else 0)
     values, tensors = _trained(spec, shape, ranks, len(class_names))
     adapter = _VALUE_BYTES * values + 110 * tensors + 1800
@@ -84,7 +86,9 @@ def _ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
         return {site.name: experiment.peft_adalora.initial_rank for site in fused.values()}
     if experiment.lora is not None and experiment.lora.rank is not None:
         return {site.name: experiment.lora.rank for site in chosen(shape.sites, experiment.lora.targets)}
-    return {} if experiment.qa_lora is None else _quantized_ranks(experiment.qa_lora, shape)
+    if experiment.qa_lora is None or experiment.is_probe:
+        return {}
+    return _quantized_ranks(experiment.qa_lora, shape)
 
 
 def _quantized_ranks(config: QaLoraConfig, shape: BackboneShape) -> dict[str, int]:

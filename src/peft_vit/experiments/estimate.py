@@ -13,12 +13,13 @@ from typing import Literal
 import torch
 
 from peft_vit.backbones import BackboneShape
-from peft_vit.config import SECTIONS, Precision
+from peft_vit.config import Precision
 from peft_vit.evaluation.latency import TIMED_PASSES, WARMUP_PASSES
 from peft_vit.experiments.costs import Costs, known_costs
 from peft_vit.experiments.disk import DiskUse
 from peft_vit.experiments.provenance import cpu_count, processor_name
 from peft_vit.records import RunRecord, RunSpec
+from peft_vit.training import flip_axes
 
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
 _TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
@@ -125,7 +126,10 @@ def estimate_runs(
         unknown = {
             run.kind_sha256: run
             for run in runs
-            if run.taken is None and (run.kind_sha256, run.steps) not in records and costs[run.kind_sha256] is None
+            if run.taken is None
+            and not run.spec.experiment.is_probe  # it takes no steps, and its features may be there already
+            and (run.kind_sha256, run.steps) not in records
+            and costs[run.kind_sha256] is None
         }
         found = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
         costs |= {kind: found.get(run.spec.experiment.name) for kind, run in unknown.items()}
@@ -146,7 +150,7 @@ def _from_records(run: Wanted, records: Sequence[Taken]) -> Estimate:
 
 
 def _from_costs(run: Wanted, workload: Workload, costs: Costs) -> Estimate:
-    evaluated = run.spec.experiment.training.epochs * workload.validation + workload.test
+    evaluated = run.spec.experiment.validations(workload.train) * workload.validation + workload.test
     seconds = costs.start_s + run.steps * costs.step_s + evaluated * costs.image_s
     more_images = workload.train + workload.validation + workload.test - costs.images
     pixels = more_images * workload.image_size**2 * workload.channels  # mapped into memory as they are read
@@ -155,16 +159,20 @@ def _from_costs(run: Wanted, workload: Workload, costs: Costs) -> Estimate:
 
 def _from_arithmetic(run: Wanted, workload: Workload, rate: float) -> Estimate:
     experiment = run.spec.experiment
-    products = {"linear": 1, "full": 3}.get(experiment.method, 2)  # forward, input gradient, weight gradient
     parameters = workload.shape.parameters
-    trained_tokens = experiment.training.epochs * workload.train * workload.tokens
-    read_images = experiment.training.epochs * workload.validation + workload.test + _measured_images(run, workload)
-    read_tokens = read_images * workload.tokens
-    work = parameters * (products * trained_tokens + read_tokens)
+    measured = _measured_images(run, workload)
+    if experiment.is_probe:  # each image once, in every way in which training shows it
+        ways = len(flip_axes(run.spec.data.flips))
+        work = parameters * workload.tokens * (ways * workload.train + workload.validation + workload.test + measured)
+    else:
+        products = 3 if experiment.method == "full" else 2  # forward, input gradient, weight gradient
+        trained = products * run.steps * min(experiment.training.batch_size, workload.train)
+        read = experiment.validations(workload.train) * workload.validation + workload.test + measured
+        work = parameters * workload.tokens * (trained + read)
     seconds = _START_S + _TIME_OUTSIDE_PRODUCTS * _TIME_OVER_OURS.get(experiment.method, 1.0) * work / rate
     value_bytes = 2 if workload.precision == "bf16" else 4
     batch = experiment.training.batch_size
-    kept = 0 if experiment.method == "linear" else _VALUES_KEPT_PER_TOKEN
+    kept = 0 if experiment.is_probe else _VALUES_KEPT_PER_TOKEN
     activations = batch * workload.tokens * workload.shape.depth * workload.shape.width * kept * value_bytes
     copies = {"linear": 4, "full": 16}.get(experiment.method, 4 + value_bytes)  # bytes per frozen or trained value
     return Estimate(seconds, int(_PROCESS_BYTES + activations + parameters * copies), run.disk, "estimate")
@@ -177,7 +185,7 @@ def _measured_images(run: Wanted, workload: Workload) -> float:
     """
     measures = run.spec.measures
     images: float = (WARMUP_PASSES + TIMED_PASSES) * sum(measures.latency_batches)
-    if measures.removal_images is not None and SECTIONS.get(run.spec.experiment.method):
+    if measures.removal_images is not None and run.spec.experiment.has_adapters:
         images += (3 * workload.shape.depth + 7) * min(measures.removal_images, workload.validation)
     return images
 

@@ -193,7 +193,13 @@ def restore_run(run_dir: Path) -> RestoredRun:
         )  # fmt: skip
     with agreeing_with(run_dir / RECORD_FILE):
         if spec.experiment.start is None:
-            prepare_as_saved(backbone.model, spec.experiment, file, total_steps=len(record.steps), seed=spec.seed)
+            prepare_as_saved(
+                backbone.model,
+                spec.experiment,
+                file,
+                total_steps=spec.experiment.total_steps(record.split_sizes["train"]),
+                seed=spec.seed,
+            )
         else:  # the adapter that it went on from need not be there any more: its scales stand in the file
             attach_fused(backbone.model, saved_scales(file), seed=spec.seed)
         load_trained(backbone.model, file)

@@ -15,7 +15,6 @@ from torch import nn
 
 from peft_vit.adapters import adapted_modules, merge_into_offsets, update_ranks
 from peft_vit.backbones import LoadedBackbone, choose_attention
-from peft_vit.config import SECTIONS
 from peft_vit.data import DATASETS, Data, LabelledImages, stratified_draw
 from peft_vit.deployment import ModelCard, merge
 from peft_vit.errors import SilentNoEffectWarning
@@ -47,7 +46,7 @@ def leave_out_updates(
         What was measured, None if nothing was asked for or there are no adapters; and its seconds by purpose.
     """
     count = spec.measures.removal_images
-    if count is None or not SECTIONS.get(spec.experiment.method):
+    if count is None or not spec.experiment.has_adapters:
         return None, {}
     if not any(update_ranks(model).values()):
         warnings.warn(

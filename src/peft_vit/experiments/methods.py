@@ -66,9 +66,11 @@ def prepare(
     if experiment.adalora is not None:  # first, so that scores see the gradients before the trainer scales them
         config, pool = pooled(experiment.adalora, experiment.qa_lora)
         hooks.append(AllocationHook(AdaLoRAController(model, config, total_steps, seed=seed, pool=pool)))
+    if experiment.is_probe and experiment.qa_lora is not None:
+        ranks = dict.fromkeys((site.name for site in find_sites(model, experiment.qa_lora.targets)), 0)
     if experiment.qa_lora is not None:
         hooks.append(QALoRATrainer(model, experiment.qa_lora, total_steps, seed=seed, formats=formats, ranks=ranks))
-    if experiment.method == "linear":
+    if experiment.is_probe:
         freeze_backbone(model)
     return hooks  # full: everything is trainable as it is
 
@@ -111,7 +113,11 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, 
     Raises:
         UserError: with the field below the experiment.
     """
-    if experiment.training.schedule == "one_cycle" and total_steps < _FEWEST_ONE_CYCLE_STEPS:
+    if (
+        not experiment.is_probe
+        and experiment.training.schedule == "one_cycle"
+        and total_steps < _FEWEST_ONE_CYCLE_STEPS
+    ):
         raise UserError(
             f"{total_steps} steps are too few for schedule one_cycle; train longer or use schedule: constant",
             field="training.epochs",
@@ -128,7 +134,9 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, 
         last_update(peft_adalora, total_steps)
     if experiment.qa_lora is not None:
         adaptive = experiment.qa_lora.adaptive_bits
-        ranks_are_chosen = experiment.adalora is not None or (adaptive is not None and adaptive.ranks)
+        ranks_are_chosen = (
+            experiment.is_probe or experiment.adalora is not None or (adaptive is not None and adaptive.ranks)
+        )
         rank = 0 if ranks_are_chosen else experiment.qa_lora.fixed_rank
         for site in chosen(shape.sites, experiment.qa_lora.targets):
             _check_rank("qa_lora.rank", site, rank, experiment.qa_lora.pool)

@@ -21,7 +21,10 @@ _STEPS_IF_LONG = 4
 _LONG_STEP = 2e12  # multiply-adds of a step: some 20 s on two cores
 _UPDATE_FREQUENCY = 3  # more often, and scores and probes of a decision would weigh more than in the whole run
 _VALIDATION_BATCH = 4  # images of a validation batch over those of a training batch, as the loop has it
-_NEUTRAL: dict[str, Any] = {"learning_rate": 1e-4, "weight_decay": 0.01, "schedule": "constant"}
+_NEUTRAL: dict[str, Any] = {
+    "learning_rate": 1e-4, "weight_decay": 0.01, "schedule": "constant", "steps": None, "validate_every": None,
+    "patience": None, "head_start": "random",
+}  # fmt: skip
 
 
 def miniature(spec: RunSpec, total_steps: int, shape: BackboneShape, index: ImageIndex, splits: Splits) -> RunSpec:
@@ -41,8 +44,11 @@ def miniature(spec: RunSpec, total_steps: int, shape: BackboneShape, index: Imag
     assert data.train_images is not None
     an_epoch = steps_per_epoch(data.train_images, batch_size)
     epochs = -(-steps // an_epoch)
-    experiment = _experiment(spec.experiment, total_steps, epochs * an_epoch)
-    training = experiment.training.model_copy(update={"epochs": epochs, **_NEUTRAL})
+    experiment = spec.experiment
+    training = experiment.training
+    if not experiment.is_probe:
+        experiment = _experiment(experiment, total_steps, epochs * an_epoch)
+        training = training.model_copy(update={**_NEUTRAL, "epochs": epochs})
     experiment = experiment.model_copy(update={"name": "miniature", "training": training})
     return spec.model_copy(update={"study": "miniature", "seed": 0, "experiment": experiment, "data": data})
 

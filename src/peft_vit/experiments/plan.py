@@ -21,7 +21,6 @@ from peft_vit.experiments.miniature import miniature
 from peft_vit.experiments.smoke import smoke_study
 from peft_vit.experiments.study_file import difference, go_on, study_file
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
-from peft_vit.training import steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -128,14 +127,14 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
     splits = _splits(index, study)
     wanted: list[Wanted] = []
     for place, experiment in enumerate(study.experiments):
-        training = experiment.training
-        total_steps = training.epochs * steps_per_epoch(len(splits.train), training.batch_size)
+        total_steps = experiment.total_steps(len(splits.train))
         try:
             check(experiment, shape, total_steps, len(splits.train))
         except UserError as error:
             raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
         first = _spec(study, place, study.seeds[0], smoke)
-        disk = disk_use(first, shape, index.class_names, total_steps, len(splits.test))
+        validations = experiment.validations(len(splits.train))
+        disk = disk_use(first, shape, index.class_names, total_steps, validations, len(splits.test))
         kind = miniature(first, total_steps, shape, index, splits)
         kind_sha256 = kind.digest()
         for seed in study.seeds:

@@ -15,7 +15,7 @@ from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.config import ExperimentConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError, first_fault, printable
 from peft_vit.evaluation import peak_memory_bytes
-from peft_vit.records import BitAllocation, Provenance, Registration, RunSpec
+from peft_vit.records import BitAllocation, HeadFit, Provenance, Registration, RunSpec
 from peft_vit.training import CheckpointKeeper, Checkpoints, CheckpointWarning, ChosenBits, Interrupted, State
 
 RECORDED = (SilentNoEffectWarning, CheckpointWarning)  # what a record keeps of the warnings
@@ -43,6 +43,7 @@ class Earlier(BaseModel):
     bit_allocation: BitAllocation | None
     bits_s: dict[str, float]
     registration: Registration | None = None  # None in checkpoints of older versions
+    head_fit: HeadFit | None = None
 
 
 class Attempt:
@@ -73,6 +74,7 @@ class Attempt:
         self._source: Path | None = None
         self._provenance: Provenance | None = None
         self._bits: tuple[ChosenBits | None, dict[str, float]] = (None, {})
+        self.head_fit: HeadFit | None = None  # how the head was fitted, by whichever attempt
 
     # --- what was ---------------------------------------------------------------------------------------------------
 
@@ -97,6 +99,7 @@ class Attempt:
         if earlier.provenance.data_sha256 != data_sha256:
             raise self._foreign("data_sha256", "it was made with other images under the same path")
         self._earlier, self._training, self._source = earlier, training, state.source
+        self.head_fit = earlier.head_fit
 
     def _foreign(self, field: str | None, reason: str) -> UserError:
         step = 0 if self._keeper is None else self._keeper.step
@@ -113,6 +116,17 @@ class Attempt:
         if record is None or experiment.qa_lora is None:
             return None, {}
         return ChosenBits.of_record(record, experiment.qa_lora), self._earlier.bits_s
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether an earlier attempt has begun to train."""
+        return self._earlier is not None
+
+    @property
+    def provenance(self) -> Provenance:
+        """Return what the first attempt started from; known once it has begun."""
+        assert self._provenance is not None
+        return self._provenance
 
     def take_training(self) -> State | None:
         """Hand out the training's state, once: nothing of it is held here while the training goes on."""
@@ -167,7 +181,7 @@ class Attempt:
             spec_digest=self._spec_digest, provenance=self._provenance, started_at=self.started_at,
             seconds=self.seconds, checkpoints_s=self.checkpoints_s, warnings=self.warnings,
             peak_memory_bytes=self.peak_memory_bytes, bit_allocation=None if bits is None else bits.record,
-            bits_s=bits_s, registration=self.registration,
+            bits_s=bits_s, registration=self.registration, head_fit=self.head_fit,
         )  # fmt: skip
         return kept.model_dump(mode="json")
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from peft_vit.adapters import adapter_bytes, current_ranks
@@ -29,7 +31,7 @@ from peft_vit.backbones import (
     read_weights,
 )
 from peft_vit.config import SITE_MATRICES, BackboneConfig
-from peft_vit.data import Data, load_data
+from peft_vit.data import Data, LabelledImages, load_data
 from peft_vit.errors import DivergedError, SilentNoEffectWarning, UserError, is_out_of_memory
 from peft_vit.evaluation import (
     frozen_bytes,
@@ -43,6 +45,7 @@ from peft_vit.evaluation import (
     trainable_parameters,
 )
 from peft_vit.experiments.calibration import calibrate_fisher, choose_bits, measure_balance
+from peft_vit.experiments.head_start import start_head
 from peft_vit.experiments.measures import take_measures
 from peft_vit.experiments.methods import prepare
 from peft_vit.experiments.plan import resolve_device
@@ -172,7 +175,7 @@ def _execute(
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
     sites = find_sites(model)
     config = spec.experiment.training
-    total_steps = config.epochs * steps_per_epoch(len(data.train), config.batch_size)
+    total_steps = spec.experiment.total_steps(len(data.train))
     setting = Setting(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
     bits, bits_s = attempt.earlier_bits(spec.experiment) or choose_bits(
         model, spec.experiment, data, setting, spec.seed
@@ -185,14 +188,18 @@ def _execute(
     provenance = attempt.begin(_provenance(spec, data, backbone, device), bits, bits_s)
     _say_doubts(spec, provenance, data)
     initial_ranks = current_ranks(model) | peft_ranks(model)
-    result = train(
-        model, data, config, setting, seed=spec.seed, hooks=hooks, on_progress=on_progress,
-        between_steps=attempt.between_steps, resume=attempt.take_training(),
-    )  # fmt: skip
-    for hook in hooks:
-        if isinstance(hook, PeftAdaLoraHook):
-            hook.check_finalized(model)
-    tested = _test(model, data, spec, setting)
+    head = start_head(model, spec, attempt, data, hooks, setting)
+    if spec.experiment.is_probe:
+        result, tested = head.result(model), _test(data, head.predict)
+    else:
+        result = train(
+            model, data, config, setting, seed=spec.seed, hooks=hooks, on_progress=on_progress,
+            between_steps=attempt.between_steps, resume=attempt.take_training(),
+        )  # fmt: skip
+        for hook in hooks:
+            if isinstance(hook, PeftAdaLoraHook):
+                hook.check_finalized(model)
+        tested = _test(data, lambda images: _predict(model, images, spec, setting))
     fisher_check, calibration_s = calibrate_fisher(hooks, model, data, config, setting, spec.seed)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
     peak = attempt.peak_memory_bytes  # before the float weights come back for a comparison
@@ -209,9 +216,10 @@ def _execute(
         "bit_allocation": None if bits is None else bits.record,
         "quantization": None if trainer is None else _quantization(trainer, model),
         **_trained(model, result, backbone_total, content),
+        "head_fit": attempt.head_fit,
         "overhead_s": {
-            **bits_s, **result.overhead_s, **_probing(hooks, result.steps), **calibration_s, **balance_s, **measures_s,
-            "checkpoints": attempt.checkpoints_s,
+            **bits_s, **head.seconds, **result.overhead_s, **_probing(hooks, result.steps), **calibration_s,
+            **balance_s, **measures_s, "checkpoints": attempt.checkpoints_s,
         },
         "peak_memory_bytes": peak,
         **tested,
@@ -220,19 +228,30 @@ def _execute(
     return outcome, content
 
 
-def _test(model: nn.Module, data: Data, spec: RunSpec, setting: Setting) -> dict[str, Any]:
+def _test(
+    data: Data, predict_images: Callable[[LabelledImages], tuple[NDArray[np.float32], NDArray[np.int64]]]
+) -> dict[str, Any]:
     """Read the test split, the only time, and return what was measured and what was predicted there."""
     images = data.test.open()
-    batches = images.ordered_batches(4 * spec.experiment.training.batch_size, setting.mean, setting.std)
-    logits, labels = predict(model, batches, device=setting.device, precision=setting.precision)
+    logits, labels = predict_images(images)
     return {"test": measure(logits, labels), "predictions": predictions(logits, labels, images.positions)}
+
+
+def _predict(
+    model: nn.Module, images: LabelledImages, spec: RunSpec, setting: Setting
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    batches = images.ordered_batches(4 * spec.experiment.training.batch_size, setting.mean, setting.std)
+    return predict(model, batches, device=setting.device, precision=setting.precision)
 
 
 def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:
     commit, dirty = loaded_git_state()
     start = spec.experiment.start
     head: nn.Module = backbone.model.get_classifier()  # type: ignore[operator]
-    orders = (data.train.order(spec.seed, epoch) for epoch in range(1, spec.experiment.training.epochs + 1))
+    training = spec.experiment.training
+    steps = 0 if spec.experiment.is_probe else spec.experiment.total_steps(len(data.train))
+    epochs = -(-steps // steps_per_epoch(len(data.train), training.batch_size))
+    orders = (data.train.order(spec.seed, epoch) for epoch in range(1, epochs + 1))
     return Provenance(
         packages=package_versions(), python=platform.python_version(), platform=platform.platform(),
         processor=processor_name(), cpu_count=cpu_count(), device=str(device), threads=torch.get_num_threads(),

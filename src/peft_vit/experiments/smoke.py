@@ -30,7 +30,10 @@ def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
 
 
 def _compress(experiment: ExperimentConfig, batch_size: int) -> ExperimentConfig:
-    training = experiment.training.model_copy(update={"epochs": _EPOCHS, "batch_size": batch_size})
+    few_steps = {"epochs": _EPOCHS, "steps": None, "validate_every": None, "patience": None}
+    training = experiment.training.model_copy(
+        update={"batch_size": batch_size, **({} if experiment.is_probe else few_steps)}
+    )
     update: dict[str, object] = {"training": training}
     if experiment.adalora is not None:
         short = {"warmup_steps": 1, "update_frequency": 1, "final_steps": 1}

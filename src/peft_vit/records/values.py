@@ -34,6 +34,9 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Seconds = Annotated[FiniteFloat, Field(ge=0)]
 
 
+_LATER_TRAINING = ("steps", "validate_every", "patience", "head_start")
+
+
 class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
@@ -60,12 +63,17 @@ class RunSpec(_Value):
     def digest(self) -> str:
         """Return the SHA-256 of everything that the run depends on.
 
-        Measures that are not asked for, and a test split that is the same for all seeds, are left out, so that it is
-        the digest of before there was anything else.
+        Settings that came later are left out where they have their default, so that it is the digest of before there
+        was anything else.
         """
         unasked: dict[str, Any] = {"measures": True} if self.measures == MeasuresConfig() else {}
         if self.data.test_split == "fixed":
             unasked["data"] = {"test_split": True}
+        training = self.experiment.training
+        later = {
+            name for name in _LATER_TRAINING if getattr(training, name) == type(training).model_fields[name].default
+        }
+        unasked["experiment"] = {"training": later}
         return hashlib.sha256(self.model_dump_json(exclude=unasked).encode()).hexdigest()
 
 
@@ -93,7 +101,7 @@ class SiteInfo(_Value):
 
 
 class StepRow(_Value):
-    """One optimiser step."""
+    """One optimiser step; of a probe the fit at one strength, whose learning rate is 0: no step was taken at one."""
 
     step: int
     loss: float  # task loss, without penalties
@@ -111,6 +119,21 @@ class Evaluation(_Value):
     epoch: int
     deployable: bool
     metrics: Metrics
+
+
+class HeadFit(_Value):
+    """A linear probe: how the head was fitted to features of the frozen backbone, see `training.linear_probe`."""
+
+    l2: tuple[float, ...]  # strengths that were tried
+    validation: tuple[Metrics, ...]  # of each
+    chosen_l2: float
+    gradient_norm: float  # of the penalized loss at the chosen fit: how far it has converged
+    images: int  # rows that were fitted, flips included
+
+    @property
+    def chosen(self) -> Metrics:
+        """Return what the chosen strength reached on validation."""
+        return self.validation[self.l2.index(self.chosen_l2)]
 
 
 class RankEntry(_Value):
@@ -307,6 +330,7 @@ class RunRecord(_Value):
     sites: list[SiteInfo] = []
     steps: list[StepRow] = []
     evaluations: list[Evaluation] = []
+    head_fit: HeadFit | None = None  # of a probe, and of training that starts from one
     rank_history: list[RankEntry] = []
     importance_history: list[ImportanceEntry] = []
     probe_history: list[ProbeEntry] = []

@@ -24,6 +24,7 @@ THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "
 THEME["#882255"] = "var(--wine)"  # too dark for a dark page
 METHOD_COLORS: dict[Method, str] = {
     "linear": "#7a828a",
+    "qa_linear": "#a99f86",
     "full": "#cc79a7",
     "lora": "#0072b2",
     "peft_lora": "#56b4e9",
@@ -34,6 +35,7 @@ METHOD_COLORS: dict[Method, str] = {
 }
 METHOD_TITLES: dict[Method, str] = {
     "linear": "Linear probe",
+    "qa_linear": "Linear probe on low-bit weights",
     "full": "Full fine-tuning",
     "lora": "LoRA, fixed rank",
     "peft_lora": "LoRA by PEFT",

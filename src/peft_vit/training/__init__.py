@@ -4,8 +4,8 @@ from peft_vit.errors import DivergedError
 from peft_vit.training.adaptive_bits import ChosenBits, allocate_bits, check_bits
 from peft_vit.training.allocation_hook import AllocationHook
 from peft_vit.training.checkpoint import CheckpointKeeper, Checkpoints, CheckpointWarning, Interrupted
+from peft_vit.training.linear_probe import Features, LinearProbe, fit_probe, flip_axes, head_inputs, head_logits
 from peft_vit.training.loop import (
-    Setting,
     TrainingResult,
     build_optimizer,
     class_weights,
@@ -18,6 +18,7 @@ from peft_vit.training.progress import Progress
 from peft_vit.training.qa_lora import QALoRATrainer
 from peft_vit.training.quantization_schedule import end_step, quantized_share
 from peft_vit.training.quantized_layers import check_rank, format_of
+from peft_vit.training.setting import Setting
 from peft_vit.training.state import State
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "Checkpoints",
     "ChosenBits",
     "DivergedError",
+    "Features",
     "Interrupted",
+    "LinearProbe",
     "PeftAdaLoraHook",
     "Progress",
     "QALoRATrainer",
@@ -41,7 +44,11 @@ __all__ = [
     "check_rank",
     "class_weights",
     "end_step",
+    "fit_probe",
+    "flip_axes",
     "format_of",
+    "head_inputs",
+    "head_logits",
     "last_update",
     "optimization_step",
     "quantized_share",

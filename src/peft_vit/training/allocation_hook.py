@@ -96,6 +96,10 @@ class AllocationHook:
         """Say whether the last decision has been taken, so that the final budget is met."""
         return step >= self.controller.schedule.last_update
 
+    def start_deployable(self) -> bool:
+        """Say yes: no rank at all is within every budget."""
+        return True
+
     def state(self) -> State:
         """Return the controller's state, and what its own part of each step has cost so far."""
         kept = self.controller.state_dict()

@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from peft_vit.adapters import current_ranks, restore_trained, set_ranks, trained_tensors
-from peft_vit.config import Precision, TrainingConfig
+from peft_vit.adapters import current_ranks, restore_trained, set_ranks, site_adapters, trained_tensors
+from peft_vit.config import TrainingConfig
 from peft_vit.data import Data
 from peft_vit.errors import DivergedError, UserError, is_out_of_memory, named
 from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
@@ -29,20 +28,11 @@ from peft_vit.training.keeping import (
     model_state,
     optimizer_state,
 )
+from peft_vit.training.learning_rate import build_scheduler
 from peft_vit.training.optimization import StepHook, optimization_step
 from peft_vit.training.progress import Gauges, Progress
+from peft_vit.training.setting import Setting
 from peft_vit.training.state import State
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where a model runs, and what images go through before it."""
-
-    device: torch.device
-    precision: Precision
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    flips: Literal["none", "horizontal", "both"] = "none"
 
 
 @dataclass
@@ -77,22 +67,12 @@ def class_weights(labels: np.ndarray, classes: int) -> Tensor:
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Return the optimiser over everything that is trainable."""
+    assert config.learning_rate is not None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
     fused = {parameter.device.type for parameter in parameters} <= {"cpu", "cuda"}  # one kernel a tensor, not twelve
     return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, fused=fused)
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Return the learning rate's course; one_cycle warms up over 30 % of the steps and decays by cosine."""
-    if config.schedule == "one_cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, config.learning_rate, total_steps=total_steps, cycle_momentum=False
-        )
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
 def train(
@@ -107,9 +87,11 @@ def train(
     between_steps: Callable[[int, Callable[[], State]], None] | None = None,
     resume: State | None = None,
 ) -> TrainingResult:
-    """Train, evaluate after each epoch, and leave the model in the deployable state that validation prefers.
+    """Train, evaluate now and then, and leave the model in the deployable state that validation prefers.
 
-    Validation accuracy chooses; of equal ones the lower NLL. The test split is not touched.
+    Validation accuracy chooses; of equal ones the lower NLL. The test split is not touched. With `head_start: probe`
+    the model as it is before the first step, with its updates left out, is the first that may be chosen: training
+    never returns less, on validation, than the head it started from.
 
     Args:
         model: with adapters attached, on the setting's device.
@@ -128,8 +110,8 @@ def train(
         UserError: if the state to go on from is not one of this training's.
     """
     epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
-    total_steps = config.epochs * epoch_steps
-    course = _Course(model, config, hooks, total_steps, resume)
+    course = _Course(model, config, hooks, len(data.train), resume)
+    fresh = resume is None
     del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
     result, gauges = course.result, Gauges(model)
     weights = class_weights(data.train.labels, len(data.class_names)) if config.class_weights else None
@@ -139,15 +121,18 @@ def train(
         if on_progress is not None:
             last = result.evaluations[-1].metrics.accuracy if result.evaluations else None
             ranks, bits = gauges.mean_rank(), gauges.mean_bits()
-            on_progress(Progress(len(result.steps), total_steps, loss, last, ranks, bits))
+            on_progress(Progress(len(result.steps), course.end, loss, last, ranks, bits))
 
     def pause() -> None:
         if between_steps is not None:
             between_steps(len(result.steps), course.state)
 
+    if fresh and config.head_start == "probe":
+        course.validate(data, setting, epoch=0)
     model.train()
     pause()
-    for epoch in range(len(result.steps) // epoch_steps + 1, config.epochs + 1):
+    while not course.ended:
+        epoch = len(result.steps) // epoch_steps + 1
         batches = data.train.shuffled_batches(
             config.batch_size, setting.mean, setting.std, flips=setting.flips, seed=seed, epoch=epoch,
             skip=len(result.steps) % epoch_steps,
@@ -155,11 +140,13 @@ def train(
         for images, labels in batches:
             course.step(criterion, images, labels, setting)
             tell(result.steps[-1].loss)
-            if len(result.steps) % epoch_steps:
-                pause()
-        course.validate(data, setting, epoch)
-        tell(result.steps[-1].loss)
-        pause()
+            if course.validation_is_due:
+                course.validate(data, setting, epoch)
+                course.end_if_nothing_is_gained()
+                tell(result.steps[-1].loss)
+            pause()
+            if course.ended:
+                break
     return course.finish()
 
 
@@ -170,23 +157,25 @@ class _Course:
         model: with adapters attached; under `resume` brought to where it was.
         config: how long and how fast.
         hooks: likewise.
-        total_steps: of the whole run.
+        train_images: of an epoch.
         resume: a state of this class, or None at the start.
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainingConfig, hooks: Sequence[StepHook], total_steps: int,
+        self, model: nn.Module, config: TrainingConfig, hooks: Sequence[StepHook], train_images: int,
         resume: State | None,
     ) -> None:  # fmt: skip
         self.model = model
         self.config = config
+        self.end = config.total_steps(train_images)
+        self._validated_at = frozenset(config.validation_steps(train_images))
         self.hooks = [_Timed(hook) for hook in hooks]
         self.result = TrainingResult(initial_parameters=trainable_parameters(model))
         self.best = _Best()
         if resume is not None:
             self._refuse_another_state(lambda state: load_model_state(model, state.part("model")), resume)
         self.optimizer = build_optimizer(model, config)
-        self.scheduler = build_scheduler(self.optimizer, config, total_steps)
+        self.scheduler, self._decay = build_scheduler(self.optimizer, config, self.end)
         if resume is not None:
             self._refuse_another_state(self._load, resume)
         for hook in self.hooks:
@@ -205,13 +194,33 @@ class _Course:
         result.steps.append(row)
         result.peak_parameters = max(result.peak_parameters, trainable_parameters(self.model))
 
+    @property
+    def ended(self) -> bool:
+        """Return whether no step is left."""
+        return len(self.result.steps) >= self.end
+
+    @property
+    def validation_is_due(self) -> bool:
+        """Return whether validation comes after the last step."""
+        return self.ended or len(self.result.steps) in self._validated_at
+
+    def end_if_nothing_is_gained(self) -> None:
+        """Let the learning rate come down, or end, once `patience` validations in a row have brought no gain."""
+        if self.config.patience is None or self.best.stale < self.config.patience:
+            return
+        if self._decay is None:
+            self.end = len(self.result.steps)
+        else:
+            self.end = self._decay.bring_down(len(self.result.steps))
+
     def validate(self, data: Data, setting: Setting, epoch: int) -> None:
         """Evaluate on the validation split, and remember the weights if they are the best so far."""
         started = time.perf_counter()
         result = self.result
         evaluation = _validate(self.model, data, self.config, setting, len(result.steps), epoch, self.hooks)
         result.evaluations.append(evaluation)
-        self.best.offer(evaluation, self.model)
+        final = all(hook.deployable(evaluation.step) for hook in self.hooks)
+        self.best.offer(evaluation, self.model, without_updates=not final)
         result.overhead_s["evaluation"] = result.overhead_s.get("evaluation", 0.0) + time.perf_counter() - started
 
     def finish(self) -> TrainingResult:
@@ -233,7 +242,8 @@ class _Course:
             "steps": [row.model_dump(mode="json") for row in result.steps],
             "evaluations": [one.model_dump(mode="json") for one in result.evaluations],
             "initial_parameters": result.initial_parameters, "peak_parameters": result.peak_parameters,
-            "overhead_s": dict(result.overhead_s), "hooks_s": [dict(hook.seconds) for hook in self.hooks],
+            "end": self.end, "overhead_s": dict(result.overhead_s),
+            "hooks_s": [dict(hook.seconds) for hook in self.hooks],
         }  # fmt: skip
         return State.of_parts(
             model=model_state(self.model), optimizer=optimizer_state(self.optimizer),
@@ -249,6 +259,7 @@ class _Course:
         counted, result = state.part("counted").values, self.result
         result.steps = [StepRow.model_validate(row) for row in counted["steps"]]
         result.evaluations = [Evaluation.model_validate(one) for one in counted["evaluations"]]
+        self.end = counted["end"]
         result.initial_parameters = counted["initial_parameters"]
         result.peak_parameters = counted["peak_parameters"]
         result.overhead_s = dict(counted["overhead_s"])
@@ -294,7 +305,7 @@ def _validate(
     if not np.isfinite(logits).all():
         raise DivergedError(f"predictions after step {step} are not finite; lower the learning rate")
     metrics = measure(logits, labels)
-    deployable = all(hook.deployable(step) for hook in hooks)
+    deployable = all(hook.deployable(step) if step else hook.start_deployable() for hook in hooks)
     return Evaluation(step=step, epoch=epoch, deployable=deployable, metrics=metrics)
 
 
@@ -306,32 +317,42 @@ class _Best:
 
     def __init__(self) -> None:
         self.evaluation: Evaluation | None = None
+        self.stale = 0  # deployable evaluations since the best one
         self._ranks: dict[str, int] = {}
         self._tensors: dict[str, Tensor] = {}
         self._source: Path | None = None  # the checkpoint that they came from, if they did
 
-    def offer(self, evaluation: Evaluation, model: nn.Module) -> None:
+    def offer(self, evaluation: Evaluation, model: nn.Module, *, without_updates: bool = False) -> None:
+        """Take a state if it is better; without updates its sites have no rank, which is within every budget."""
         if not evaluation.deployable:
             return
+        self.stale += 1
         if self.evaluation is None or _quality(evaluation) > _quality(self.evaluation):
-            self.evaluation = evaluation
+            self.evaluation, self.stale, self._source = evaluation, 0, None
+            tensors = trained_tensors(model)
             self._ranks = current_ranks(model)
-            self._tensors = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
-            self._source = None
+            if without_updates:
+                self._ranks = dict.fromkeys(self._ranks, 0)
+                updates = {id(one) for adapter in site_adapters(model).values() for one in adapter.parameters()}
+                tensors = {
+                    name: one for name, one in model.named_parameters() if name in tensors and id(one) not in updates
+                }
+            self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def state(self) -> State:
         evaluation = None if self.evaluation is None else self.evaluation.model_dump(mode="json")
-        return State(self._tensors, {"evaluation": evaluation, "ranks": self._ranks})
+        return State(self._tensors, {"evaluation": evaluation, "ranks": self._ranks, "stale": self.stale})
 
     def load_state(self, state: State) -> None:
         evaluation = state.values["evaluation"]
         self.evaluation = None if evaluation is None else Evaluation.model_validate(evaluation)
         self._ranks = _RANKS.validate_python(state.values["ranks"], strict=True)
+        self.stale = int(state.values["stale"])
         self._tensors, self._source = state.tensors, state.source
 
     def restore(self, model: nn.Module) -> Evaluation:
         if self.evaluation is None:
-            raise RuntimeError("no epoch ended in a deployable state; the schedule was not checked against the steps")
+            raise RuntimeError("no validation found a deployable state; the schedule was not checked against the steps")
         set_ranks(model, self._ranks, file=self._source)
         restore_trained(model, self._tensors, file=self._source)
         return self.evaluation
@@ -381,6 +402,9 @@ class _Timed:
 
     def deployable(self, step: int) -> bool:
         return self.hook.deployable(step)
+
+    def start_deployable(self) -> bool:
+        return self.hook.start_deployable()
 
     def state(self) -> State:
         return self.hook.state()

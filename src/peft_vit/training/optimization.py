@@ -51,6 +51,10 @@ class StepHook(Protocol):
         """Say whether the state after this step meets the method's budget, so that it may be chosen."""
         ...
 
+    def start_deployable(self) -> bool:
+        """Say whether the model without any update, as it is before the first step, may be chosen in the end."""
+        ...
+
     def state(self) -> State:
         """Return what the hook needs to go on, between two steps, beside model and optimiser."""
         ...

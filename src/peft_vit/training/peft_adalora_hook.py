@@ -133,6 +133,10 @@ class PeftAdaLoraHook:
         """Say whether the final mask has been applied; from then on PEFT applies it after every step."""
         return self._finalized and step >= self.last_update
 
+    def start_deployable(self) -> bool:
+        """Say yes: all updates are 0 then, whatever the mask."""
+        return True
+
     def state(self) -> State:
         """Return PEFT's smoothed scores and its latest mask."""
         allocator = self.tuner.rankallocator

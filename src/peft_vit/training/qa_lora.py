@@ -334,6 +334,10 @@ class QALoRATrainer:
             if self.share == 1.0:
                 module.drop_float()
 
+    def start_deployable(self) -> bool:
+        """Say whether only quantized weights are used from the start."""
+        return self.share == 1.0
+
     def state(self) -> State:
         """Return `state_dict` as a training's checkpoint holds it."""
         return State({}, self.state_dict())

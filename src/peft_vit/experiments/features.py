@@ -1,0 +1,113 @@
+"""What the head sees of a run's images: computed once, and shared by all runs of the same frozen backbone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import nn
+
+from peft_vit.data import LabelledImages
+from peft_vit.foreign_files import read_bytes
+from peft_vit.packages import cache_dir
+from peft_vit.records import Provenance, RunSpec, write_atomically
+from peft_vit.training import Features, QALoRATrainer, Setting, StepHook, flip_axes, head_inputs
+
+_log = logging.getLogger(__name__)
+_LARGEST_BYTES = 1 << 28  # of one file of the cache; more features are computed, but not kept
+_WAYS = 4  # in which an image can be flipped; a place in the cache is 4 * image + way
+_BATCH = 32
+
+
+class SharedFeatures:
+    """Features of the model as it is before training, looked up in the user's cache or computed.
+
+    They depend on the weights, their packing, the images and the arithmetic, and on no seed: a file of the cache holds
+    those of one such combination. What can't be told so (random weights, an adapter to go on from) is computed anew.
+
+    Args:
+        model: prepared, with updates of zero.
+        spec: of the run.
+        provenance: of the run.
+        hooks: the method's; one that packs weights says how.
+        setting: where the model runs.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: RunSpec, provenance: Provenance, hooks: list[StepHook], setting: Setting
+    ) -> None:
+        self._model = model
+        self._setting = setting
+        self._flips = spec.data.flips
+        self._file = _place(spec, provenance, hooks)
+
+    def of_training(self, images: LabelledImages) -> Features:
+        """Return the features of images in every way in which training shows them, one after the other."""
+        ways = flip_axes(self._flips)
+        values = [self._values(images, way, axes) for way, axes in enumerate(ways)]
+        return Features(np.concatenate(values), np.tile(images.labels, len(ways)))
+
+    def of(self, images: LabelledImages) -> Features:
+        """Return the features of images as they are."""
+        return Features(self._values(images, 0, ()), images.labels)
+
+    def _values(self, images: LabelledImages, way: int, axes: tuple[int, ...]) -> NDArray[np.float32]:
+        wanted = _WAYS * images.positions + way
+        places, values = self._known()
+        missing = ~np.isin(wanted, places)
+        if missing.any():
+            found = head_inputs(self._model, images.chosen(np.flatnonzero(missing)), self._setting, _BATCH, axes)
+            places = np.concatenate([places, wanted[missing]])
+            values = np.concatenate([values, found]) if len(values) else found
+            self._keep(places, values)
+        order = np.argsort(places)
+        result: NDArray[np.float32] = values[order[np.searchsorted(places, wanted, sorter=order)]]
+        return result
+
+    def _known(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        nothing = np.empty(0, np.int64), np.empty((0, 0), np.float32)
+        if self._file is None:
+            return nothing
+        try:
+            content = load(read_bytes(self._file, None))
+            places, values = content["places"], content["values"]
+            if len(places) != len(values) or values.dtype != np.float32 or not np.isfinite(values).all():
+                raise ValueError("places and values do not fit")
+        except FileNotFoundError:
+            return nothing
+        except (OSError, ValueError, LookupError, SafetensorError) as error:
+            _log.warning("%s is of no use (%s); features are computed anew", self._file, error)
+            return nothing
+        return places, values
+
+    def _keep(self, places: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+        if self._file is None or values.nbytes > _LARGEST_BYTES:
+            return
+        try:
+            write_atomically(self._file, save({"places": places, "values": np.ascontiguousarray(values)}))
+        except OSError as error:
+            _log.warning("%s can't be written (%s); other runs compute features anew", self._file, error.strerror)
+
+
+def _place(spec: RunSpec, provenance: Provenance, hooks: list[StepHook]) -> Path | None:
+    if provenance.random_weights or spec.experiment.start is not None:
+        return None
+    packed = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
+    depends_on: dict[str, Any] = {
+        "model": spec.backbone.model, "weights": provenance.weights_sha256, "data": provenance.data_sha256,
+        "image_size": spec.data.image_size, "precision": spec.precision, "device": provenance.device,
+        "threads": spec.threads, "torch": torch.__version__, "timm": provenance.packages.get("timm"),
+        "processor": provenance.processor,
+        "formats": {} if packed is None else {name: one.as_json() for name, one in packed.formats.items()},
+        "quantized_share": 0.0 if packed is None else packed.share,
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / "features" / f"{digest[:32]}.safetensors"

@@ -1,0 +1,221 @@
+"""The linear probe: multinomial logistic regression on what the head of a frozen backbone sees.
+
+For images i = 1..n with features x_i, standardized over the training images to z_i, labels y_i and weights w_i, it
+minimizes
+
+    sum_i w_i CE(W z_i + b, y_i) / sum_i w_i + (l2 / 2) ||W||_F^2,    w_i = 1, or n / (classes n_{y_i})
+
+to convergence by L-BFGS (scikit-learn's LogisticRegression, whose C is 1 / (l2 sum w)). Each l2 of a list is tried, and
+validation accuracy chooses; of equal ones the lower NLL, then the stronger penalty. The standardization is folded into
+the head afterwards, so that the model needs nothing new. With two classes scikit-learn fits one row for the difference
+of the logits; W has half of it and its negative as rows, whose ||W||_F^2 is half of that row's: C is twice as large.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from peft_vit.config import PROBE_L2
+from peft_vit.data import LabelledImages
+from peft_vit.evaluation import measure
+from peft_vit.records import Evaluation, HeadFit, StepRow
+from peft_vit.training.setting import Setting
+
+Floats = NDArray[np.float64]
+_LARGEST_GRADIENT = 1e-7  # at which the fit has converged; L-BFGS ends there or at its most iterations
+_MOST_ITERATIONS = 10_000
+_FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "none": ((),),
+    "horizontal": ((), (-1,)),
+    "both": ((), (-1,), (-2,), (-2, -1)),
+}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the head sees of images, and their classes.
+
+    Attributes:
+        values: (N, D) float32.
+        labels: (N,) int64.
+    """
+
+    values: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A head at its optimum.
+
+    Attributes:
+        weight: (classes, D), for features as they are.
+        bias: (classes,).
+        fit: how it was found, for the record.
+        steps: a row for each strength that was tried, with the mean loss on the training images.
+        evaluations: likewise, on validation images.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    fit: HeadFit
+    steps: tuple[StepRow, ...]
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def chosen(self) -> Evaluation:
+        """Return the evaluation of the strength that was chosen."""
+        return self.evaluations[self.fit.l2.index(self.fit.chosen_l2)]
+
+    def set_head(self, head: nn.Linear) -> None:
+        """Make it the head of a model."""
+        with torch.no_grad():
+            head.weight.copy_(self.weight)
+            head.bias.copy_(self.bias)
+
+
+@torch.inference_mode()
+def head_inputs(
+    model: nn.Module, images: LabelledImages, setting: Setting, batch_size: int, axes: tuple[int, ...] = ()
+) -> NDArray[np.float32]:
+    """Return what the head sees of images, (N, D).
+
+    Batches are all of one size, the last one filled up with its last image, so that an image's features do not
+    depend on the others.
+
+    Args:
+        model: a ViT, on the setting's device.
+        images: N of them.
+        setting: device, precision and normalisation.
+        batch_size: images of a forward pass.
+        axes: along which the images are flipped: -1 left-right, -2 upside down.
+    """
+    found = []
+    with _evaluating(model), _watched_head(model) as seen:
+        for batch, _ in images.ordered_batches(batch_size, setting.mean, setting.std):
+            flipped = batch.flip(axes) if axes else batch  # (B, 3, S, S)
+            filled = torch.cat([flipped, flipped[-1:].expand(batch_size - len(flipped), -1, -1, -1)])
+            with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
+                model(filled.to(setting.device))
+            found.append(seen.pop().float().cpu().numpy()[: len(batch)])  # (B, D)
+    return np.concatenate(found)
+
+
+def flip_axes(flips: str) -> tuple[tuple[int, ...], ...]:
+    """Return the axes of each of the equally likely ways in which an image is shown in training."""
+    return _FLIPS[flips]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _watched_head(model: nn.Module) -> Iterator[list[Tensor]]:
+    head: nn.Module = model.get_classifier()  # type: ignore[operator]
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def head_logits(head: nn.Module, features: NDArray[np.float32], setting: Setting) -> NDArray[np.float32]:
+    """Return the logits of a head (N, classes) in the setting's precision, as the model has them."""
+    with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
+        logits: Tensor = head(torch.from_numpy(features).to(setting.device))
+    return logits.float().cpu().numpy()
+
+
+def fit_probe(
+    train: Features, validation: Features, head: nn.Linear, setting: Setting, *,
+    class_weights: NDArray[np.float64] | None = None, l2: Sequence[float] = PROBE_L2,
+) -> LinearProbe:  # fmt: skip
+    """Fit a head at each strength, and return the one that validation prefers; the given head is left as it is.
+
+    Args:
+        train: every class is among them.
+        validation: what chooses.
+        head: of the model; says where and in what type logits are computed.
+        setting: likewise, its precision.
+        class_weights: on the loss, (classes,); None: all 1.
+        l2: the strengths.
+    """
+    ordered = sorted(l2, reverse=True)  # each fit goes on from the one before, strong to weak
+    sample_weights = None if class_weights is None else class_weights[train.labels]
+    trial = nn.Linear(head.in_features, head.out_features, device=head.weight.device)
+    fits, steps, evaluations = [], [], []
+    for place, (weight, bias, loss, gradient, seconds) in enumerate(
+        _fits(train, head.out_features, ordered, sample_weights), start=1
+    ):
+        with torch.no_grad():
+            trial.weight.copy_(torch.from_numpy(weight))
+            trial.bias.copy_(torch.from_numpy(bias))
+        metrics = measure(head_logits(trial, validation.values, setting), validation.labels)
+        fits.append((trial.weight.detach().clone(), trial.bias.detach().clone(), gradient))
+        steps.append(StepRow(step=place, loss=loss, learning_rate=0.0, gradient_norm=gradient, seconds=seconds))
+        evaluations.append(Evaluation(step=place, epoch=0, deployable=True, metrics=metrics))
+    best = max(range(len(fits)), key=lambda i: (evaluations[i].metrics.accuracy, -evaluations[i].metrics.nll, -i))
+    weight_, bias_, gradient_norm = fits[best]
+    fit = HeadFit(
+        l2=tuple(ordered), validation=tuple(one.metrics for one in evaluations), chosen_l2=ordered[best],
+        gradient_norm=gradient_norm, images=len(train.labels),
+    )  # fmt: skip
+    return LinearProbe(weight_, bias_, fit, tuple(steps), tuple(evaluations))
+
+
+def _fits(
+    train: Features, classes: int, strengths: Sequence[float], sample_weights: Floats | None
+) -> Iterator[tuple[Floats, Floats, float, float, float]]:
+    """Yield W (classes, D), b (classes,), mean loss, norm of the objective's gradient and seconds, by strength."""
+    from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
+
+    values = train.values.astype(np.float64)
+    centre, spread = values.mean(0), values.std(0)
+    spread[spread <= 1e-12 * np.abs(centre).max()] = 1.0  # a constant feature tells nothing, and must not divide
+    z = (values - centre) / spread
+    weights = np.ones(len(z)) if sample_weights is None else sample_weights
+    model = LogisticRegression(tol=_LARGEST_GRADIENT, max_iter=_MOST_ITERATIONS, warm_start=True)
+    for l2 in strengths:
+        started = time.perf_counter()
+        model.set_params(C=(2.0 if classes == 2 else 1.0) / (l2 * weights.sum()))
+        model.fit(z, train.labels, sample_weight=weights)
+        weight, bias = model.coef_, model.intercept_
+        if classes == 2:
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        loss, gradient = objective(weight, bias, z, train.labels, weights, l2)
+        folded = weight / spread
+        yield folded, bias - folded @ centre, loss, gradient, time.perf_counter() - started
+
+
+def objective(
+    weight: Floats, bias: Floats, z: Floats, labels: NDArray[np.int64], weights: Floats, l2: float
+) -> tuple[float, float]:
+    """Return the mean weighted loss without the penalty, and the norm of the penalized objective's gradient."""
+    logits = z @ weight.T + bias  # (N, classes)
+    logits -= logits.max(1, keepdims=True)
+    probability = np.exp(logits)
+    probability /= probability.sum(1, keepdims=True)
+    rows = np.arange(len(labels))
+    shares = weights / weights.sum()
+    loss = float(-(shares * np.log(np.maximum(probability[rows, labels], 1e-300))).sum())
+    probability[rows, labels] -= 1.0
+    residual = shares[:, None] * probability
+    by_weight = residual.T @ z + l2 * weight
+    return loss, float(np.sqrt((by_weight**2).sum() + (residual.sum(0) ** 2).sum()))
