@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -101,6 +102,24 @@ def create_model(name: str, image_size: int, num_classes: int) -> VisionTransfor
 def pretrained_cfg(model: torch.nn.Module) -> dict[str, Any]:
     """Return what timm knows of a model's pretraining: mean, std, name of the classifier."""
     return cast(dict[str, Any], model.pretrained_cfg)
+
+
+def native_size(name: str) -> int:
+    """Return the side of the images that a model was pretrained on, in pixels."""
+    return int(_on_paper(name).patch_embed.img_size[0])
+
+
+def patch_size_of(name: str) -> int:
+    """Return the side of a model's patches, in pixels."""
+    return int(_on_paper(name).patch_embed.patch_size[0])
+
+
+@functools.cache
+def _on_paper(name: str) -> Any:
+    """Return a model without memory for its weights, at its own image size."""
+    check_model_name(name)
+    with torch.device("meta"):
+        return timm.create_model(name)
 
 
 def check_model_name(name: str) -> None:

@@ -15,17 +15,26 @@ from peft_vit.cli.app import (
     DEFAULT_RUNS,
     DEFAULT_WEIGHTS,
     SMOKE_OUTPUT,
+    BatchSize,
     Configs,
+    DeviceName,
+    DeviceOption,
     Epochs,
+    HeadStartName,
     ImagesDir,
     ImageSize,
+    LearningRate,
     MethodName,
+    Minutes,
     Model,
     OutputDir,
+    PrecisionName,
+    PrecisionOption,
     RunsDir,
     Seed,
     Shots,
     Smoke,
+    Steps,
     StudiesDir,
     Threads,
     Weights,
@@ -138,21 +147,40 @@ def train(
     shots: Shots = None,
     model: Model = DEFAULT_MODEL,
     weights: Weights = DEFAULT_WEIGHTS,
-    image_size: ImageSize = 84,
-    epochs: Epochs = 3,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="default: 3e-3 linear, 5e-5 full, 1e-2 peft_adalora, 1e-3 else")
+    image_size: ImageSize = None,
+    minutes: Minutes = 10.0,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    batch_size: BatchSize = 32,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="of each matrix, for lora, peft_lora, qa_lora; default 8")
     ] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="ranks over all matrices, for adalora, qa_adalora; default 4 a matrix")
+    ] = None,
+    head_start: Annotated[
+        HeadStartName | None, typer.Option(help="what the head starts as; default: the linear probe of the backbone")
+    ] = None,
+    precision: PrecisionOption = PrecisionName.AUTO,
+    device: DeviceOption = DeviceName.AUTO,
     seed: Seed = 0,
     threads: Threads = 2,
     output_dir: RunsDir = DEFAULT_RUNS,
     smoke: Smoke = False,
 ) -> None:
-    """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests."""
+    """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests.
+
+    The head starts as the linear probe of the frozen backbone. Training goes on for as long as validation gains, within
+    the minutes; what it returns is never below the probe on validation.
+    """
     from peft_vit.experiments.own_images import OwnImages
 
     asked = OwnImages(
-        images_dir, method.value, shots, model, weights, image_size, epochs, learning_rate, seed, threads
+        images_dir, method.value, shots=shots, model=model, weights=weights, image_size=image_size, minutes=minutes,
+        steps=steps, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, rank=rank, budget=budget,
+        head_start=None if head_start is None else head_start.value, precision=precision.value, device=device.value,
+        seed=seed, threads=threads,
     )  # fmt: skip
     _train(asked, output_dir, smoke)
 
@@ -164,9 +192,14 @@ def import_adapter(
     shots: Shots = None,
     model: Model = DEFAULT_MODEL,
     weights: Weights = DEFAULT_WEIGHTS,
-    image_size: ImageSize = 84,
-    epochs: Epochs = 3,
-    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    image_size: ImageSize = None,
+    minutes: Minutes = 10.0,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    learning_rate: LearningRate = None,
+    batch_size: BatchSize = 32,
+    precision: PrecisionOption = PrecisionName.AUTO,
+    device: DeviceOption = DeviceName.AUTO,
     seed: Seed = 0,
     threads: Threads = 2,
     output_dir: RunsDir = DEFAULT_RUNS,
@@ -176,8 +209,10 @@ def import_adapter(
     from peft_vit.experiments.own_images import OwnImages
 
     asked = OwnImages(
-        images_dir, "lora", shots, model, weights, image_size, epochs, learning_rate, seed, threads, start=adapter_dir
-    )
+        images_dir, "lora", shots=shots, model=model, weights=weights, image_size=image_size, minutes=minutes,
+        steps=steps, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, precision=precision.value,
+        device=device.value, seed=seed, threads=threads, start=adapter_dir,
+    )  # fmt: skip
     _train(asked, output_dir, smoke)
 
 

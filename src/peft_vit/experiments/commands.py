@@ -13,6 +13,7 @@ from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
 from peft_vit.experiments.lock import StudyLock, study_lock
 from peft_vit.foreign_files import folder_below
+from peft_vit.records.study_file import read_study_file
 
 if TYPE_CHECKING:
     from peft_vit.experiments.costs import Costs
@@ -84,11 +85,13 @@ def run_on_own_images(
     asked: OwnImages, results_dir: Path, show: Callable[[Plan], None], *, smoke: bool = False
 ) -> dict[str, str]:
     """Do one run on somebody's own images, beside those that the directory holds already; as `run_studies`."""
-    from peft_vit.experiments.own_images import study_of
+    from peft_vit.experiments.own_images import STUDY_NAME, study_of
     from peft_vit.experiments.plan import plan_study
 
-    study = study_of(asked)
-    with _locks(results_dir, [study.name]) as locks:
+    with _locks(results_dir, [STUDY_NAME]) as locks:
+        earlier = read_study_file(results_dir / STUDY_NAME)
+        study, line = study_of(asked, None if earlier is None else earlier.configuration)
+        print(line)
         plan = plan_study(study, results_dir, file=asked.folder, smoke=smoke, part=True)
         show(plan)
         return _drive([plan], locks, Execution())

@@ -22,13 +22,13 @@ from peft_vit.records import RunRecord, RunSpec
 from peft_vit.training import flip_axes
 
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
-_TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
+TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
 _PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
-_VALUES_KEPT_PER_TOKEN = 34  # activations kept for backward, per token, block and unit of width
+VALUES_KEPT_PER_TOKEN = 34  # activations kept for backward, per token, block and unit of width
 # Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
 # AdaLoRA 12 -> 8 with its penalty and its allocation; PEFT 0.21.2, the allocator's defaults.
 _TIME_OVER_OURS = {"peft_lora": 1.42 / 1.29, "peft_adalora": 1.81 / 1.29}
-_START_S = 6.0  # loading weights and images
+START_S = 6.0  # loading weights and images
 
 Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, nothing was measured
 
@@ -169,10 +169,10 @@ def _from_arithmetic(run: Wanted, workload: Workload, rate: float) -> Estimate:
         trained = products * run.steps * min(experiment.training.batch_size, workload.train)
         read = experiment.validations(workload.train) * workload.validation + workload.test + measured
         work = parameters * workload.tokens * (trained + read)
-    seconds = _START_S + _TIME_OUTSIDE_PRODUCTS * _TIME_OVER_OURS.get(experiment.method, 1.0) * work / rate
+    seconds = START_S + TIME_OUTSIDE_PRODUCTS * _TIME_OVER_OURS.get(experiment.method, 1.0) * work / rate
     value_bytes = 2 if workload.precision == "bf16" else 4
     batch = experiment.training.batch_size
-    kept = 0 if experiment.is_probe else _VALUES_KEPT_PER_TOKEN
+    kept = 0 if experiment.is_probe else VALUES_KEPT_PER_TOKEN
     activations = batch * workload.tokens * workload.shape.depth * workload.shape.width * kept * value_bytes
     copies = {"linear": 4, "full": 16}.get(experiment.method, 4 + value_bytes)  # bytes per frozen or trained value
     return Estimate(seconds, int(_PROCESS_BYTES + activations + parameters * copies), run.disk, "estimate")

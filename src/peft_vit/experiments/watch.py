@@ -17,6 +17,7 @@ from peft_vit.experiments.estimate import Compared, deviation, makespan
 from peft_vit.experiments.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, Told
 from peft_vit.experiments.ledger import run_name
 from peft_vit.experiments.plan import Plan, PlannedRun
+from peft_vit.records import RunRecord
 from peft_vit.training import Progress
 
 _PLAIN_EVERY_S = 30.0  # between two lines on one run, where the output is no terminal
@@ -144,8 +145,9 @@ class Watch:
         self._done.append(Compared.of(event.run.estimate, record))
         left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
         self._say(
-            f"{place} {run_id}: validation {record.validation.accuracy:.1%}, loss {record.steps[-1].loss:.3f}, "
-            f"{record.seconds:.0f} s, {(record.peak_memory_bytes or 0) / 1e6:.0f} MB{left}"
+            f"{place} {run_id}: validation {record.validation.accuracy:.1%}{_probe(record)}, "
+            f"loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, "
+            f"{(record.peak_memory_bytes or 0) / 1e6:.0f} MB{left}"
         )
 
     def _pace(self) -> float:
@@ -175,6 +177,13 @@ class Watch:
         ended = self._count - len(self._waiting) - len(self._running)
         total = f"{ended} of {self._count} runs ended, about {duration(self._left_s())} left"
         return Group(*([table] if table.row_count else []), Text(total, style="bold"))
+
+
+def _probe(record: RunRecord) -> str:
+    """Return what the linear probe, from which training started, had reached on the same images."""
+    if record.head_fit is None or record.spec.experiment.is_probe:
+        return ""
+    return f" (its linear probe {record.head_fit.chosen.accuracy:.1%})"
 
 
 def _cells(progress: Progress) -> list[str]:
