@@ -26,6 +26,7 @@ name: tiny
 seeds: [0]
 threads: 1
 device: cpu
+precision: fp32
 backbone:
   model: test_vit
   weights: random

@@ -74,7 +74,7 @@ def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -
     source = {"weights": asked.weights} if asked.weights in named else {"weights": "file", "file": asked.weights}
     rate = _LEARNING_RATE.get(asked.method, 1e-3) if asked.learning_rate is None else asked.learning_rate
     mapping = {
-        "name": "own-images", "seeds": [asked.seed], "threads": asked.threads, "precision": "bf16",
+        "name": "own-images", "seeds": [asked.seed], "threads": asked.threads, "precision": "auto",
         "backbone": {"model": asked.model, **source}, "data": data,
         "experiments": [{**experiment, "training": {"epochs": asked.epochs, "learning_rate": rate}}],
     }  # fmt: skip
