@@ -1,7 +1,6 @@
 """Whether a device computes in bf16, what `precision: auto` makes of that, and how a study goes on elsewhere."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
