@@ -69,7 +69,7 @@ def study(method: str, size: int, steps: int, threads: int) -> StudyConfig:
     """Return one run of a method, of at least so many steps. Random weights: they change no timing."""
     epochs = -(-steps // MOST_STEPS)
     mapping = {
-        "name": "reliability", "seeds": [0], "threads": threads, "device": "cpu",
+        "name": "reliability", "seeds": [0], "threads": threads, "device": "cpu", "precision": "fp32",
         "backbone": {"model": MODEL, "weights": "random"},
         "data": {
             "dataset": "digits", "image_size": size, "train_images": -(-steps // epochs) * BATCH,

@@ -27,7 +27,8 @@ def fake_config(
 ) -> StudyConfig:
     """Make a study; keyword arguments are further settings of it."""
     mapping = {
-        "name": "fake", "seeds": list(seeds), "backbone": {"model": "test_vit", "weights": "random"},
+        "name": "fake", "seeds": list(seeds), "precision": "fp32",
+        "backbone": {"model": "test_vit", "weights": "random"},
         "data": {"dataset": "digits", "image_size": 32, "validation_images": 20, "test_images": 20},
         "experiments": [
             {"name": name, "method": "lora", "lora": {"rank": 2}, "training": {"epochs": 2, "learning_rate": 1e-3}}

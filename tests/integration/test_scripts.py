@@ -29,6 +29,7 @@ STUDY = """
 name: three_methods
 seeds: [0]
 threads: 1
+precision: fp32
 backbone: {model: vit_tiny_patch16_224, weights: random}
 data: {dataset: digits, image_size: 32, validation_images: 100, test_images: 100}
 training: {epochs: 1, learning_rate: 1e-3}

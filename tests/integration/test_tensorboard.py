@@ -23,7 +23,7 @@ ADALORA = {
     "update_frequency": 1, "warmup_steps": 2, "final_steps": 2,
 }  # fmt: skip
 STUDY = {
-    "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu",
+    "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32",
     "backbone": {"model": "test_vit", "weights": "random"},
     "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
     "training": {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3},

@@ -161,7 +161,7 @@ def _make_weights(folder: Path) -> None:
 def study_mapping(inputs: Path, data: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of the study `tiny` on some data."""
     return {
-        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu",
+        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32",
         "backbone": {"model": "test_vit", "weights": "file", "file": str(inputs / "weights.safetensors")},
         "data": {"image_size": SIDE, "validation_images": 6, "test_images": 6, **data},
         "training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2},

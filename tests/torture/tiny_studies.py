@@ -49,7 +49,7 @@ def write_study(
     """
     training = {"epochs": 4, "batch_size": 8, "learning_rate": 3e-3}
     study = {
-        "name": NAME, "seeds": list(seeds), "threads": 1, "device": "cpu", "execution": execution,
+        "name": NAME, "seeds": list(seeds), "threads": 1, "device": "cpu", "precision": "fp32", "execution": execution,
         "backbone": {"model": "test_vit", "weights": "random"},
         "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
         "experiments": [

@@ -94,6 +94,15 @@ def line_of(text: str, content: str) -> int:
     return content[: content.index(text)].count("\n") + 1
 
 
+def test_studies_with_kept_results_name_the_precision_of_these() -> None:
+    """On a machine that only emulates bf16 they would be repeated in another one."""
+    kept = {file.name.split(".")[0] for file in (CONFIGS.parents[1] / "results").iterdir()}
+    precisions = {file.stem: load_study(file).precision for file in STUDIES if file.stem in kept}
+    assert len(precisions) >= 14
+    assert set(precisions.values()) == {"bf16"}
+    assert load_study(CONFIGS / "quickstart.yaml").precision == "auto"
+
+
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_every_configuration_of_the_repository_loads_and_opens_with_what_it_asks(file: Path) -> None:
     study = load_study(file)
@@ -243,6 +252,9 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
     ),
     "batch above any memory": (
         "  epochs: 2", "  epochs: 2\n  batch_size: 65537", "batch_size", "training.batch_size", "less than or equal to 65536",
+    ),
+    "unknown precision": (
+        "seeds: [0, 1]", "seeds: [0, 1]\nprecision: fp16", "precision", "precision", "input should be 'auto', 'fp32' or 'bf16', got 'fp16'",
     ),
     "negative seed": (
         "seeds: [0, 1]", "seeds: [0, -1]", "seeds", "seeds[1]", "greater than or equal to 0, got -1",

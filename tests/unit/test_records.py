@@ -53,7 +53,7 @@ def spec(experiment: str = "qa_lora_fp4_cosine", seed: int = 1) -> RunSpec:
     chosen = next(one for one in config.experiments if one.name == experiment)
     return RunSpec(
         study=config.name, seed=seed, experiment=chosen, backbone=config.backbone, data=config.data,
-        device=config.device, precision=config.precision, threads=config.threads,
+        device=config.device, precision="bf16", threads=config.threads,
     )  # fmt: skip
 
 

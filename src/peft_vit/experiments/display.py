@@ -96,9 +96,22 @@ def _print_study(plan: Plan, console: Console) -> None:
         console.print("[bold yellow]SMOKE: random weights and synthetic images; no number below means anything.[/]")
     elif study.backbone.weights == "random":
         console.print("[bold yellow]RANDOM WEIGHTS: nothing is pretrained in this study.[/]")
+    _print_precision(plan, console)
     if study.threads > cpu_count():
         console.print(f"[bold yellow]threads: {study.threads} exceeds this machine's {cpu_count()} processors.[/]")
     console.print(f"Images: {plan.licence}")
+
+
+def _print_precision(plan: Plan, console: Console) -> None:
+    precision = plan.precision
+    if precision.note is not None:
+        console.print(precision.note, soft_wrap=True, highlight=False, markup=False)
+    if plan.bf16_factor is not None:
+        console.print(
+            f"BF16 MAY BE SLOW HERE: {precision.support.reason}; a matrix product takes {plan.bf16_factor:.1f} times "
+            "as long as in fp32.",
+            style="bold yellow", soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip
 
 
 def _print_total(plan: Plan, console: Console) -> None:

@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from peft_vit.backbones import BackboneShape, describe, native_size, patch_size_of
-from peft_vit.config import PROBES, SECTIONS, BackboneConfig, Method, StudyConfig, WeightsSource, study_from_mapping
+from peft_vit.config import (
+    PROBES,
+    SECTIONS,
+    AskedPrecision,
+    BackboneConfig,
+    Method,
+    StudyConfig,
+    WeightsSource,
+    study_from_mapping,
+)
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.experiments.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES_KEPT_PER_TOKEN, Workload, product_rate
 from peft_vit.experiments.plan import resolve_device
+from peft_vit.experiments.precision import choose_precision
 
 # From the probe's head on; where a method is not named, 1e-3.
 _LEARNING_RATE = {"full": 3e-5, "lora": 3e-4, "adalora": 3e-4, "peft_lora": 3e-4, "peft_adalora": 3e-3}
@@ -144,9 +154,10 @@ class _Pace:
         backbone = BackboneConfig.model_validate({"model": asked.model, **_source(asked)})
         patch = patch_size_of(asked.model)
         shape = describe(backbone, (asked.image_size or 8 * patch) // patch * patch)
+        device = resolve_device(asked.device)
         workload = Workload(
-            shape=shape, image_size=0, channels=3, device=resolve_device(asked.device),
-            precision=resolve_precision(asked.precision), threads=asked.threads, train=0, validation=0, test=0,
+            shape=shape, image_size=0, channels=3, device=device,
+            precision=choose_precision(cast(AskedPrecision, asked.precision), None, device).chosen, threads=asked.threads, train=0, validation=0, test=0,
         )  # fmt: skip
         return cls(asked, counts, backbone, product_rate(workload))
 

@@ -11,16 +11,27 @@ import torch
 from peft_vit.adapters.peft_files import peft_sha256
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.backbones import check_weights, describe
-from peft_vit.config import StudyConfig
+from peft_vit.config import Precision, StudyConfig
 from peft_vit.data import ImageIndex, Splits, make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.experiments.disk import disk_use
-from peft_vit.experiments.estimate import Deviation, Estimate, Measure, Taken, Wanted, Workload, estimate_runs
+from peft_vit.experiments.estimate import (
+    Deviation,
+    Estimate,
+    Measure,
+    Taken,
+    Wanted,
+    Workload,
+    bf16_factor,
+    estimate_runs,
+)
 from peft_vit.experiments.methods import check
 from peft_vit.experiments.miniature import miniature
+from peft_vit.experiments.precision import ChosenPrecision, choose_precision
 from peft_vit.experiments.smoke import smoke_study
 from peft_vit.experiments.study_file import difference, go_on, study_file
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
+from peft_vit.records.study_file import read_study_file
 
 
 @dataclass(frozen=True)
@@ -42,12 +53,15 @@ class Plan:
     """The runs of a study that are asked for, in their order.
 
     Attributes:
-        study: as configured, or compressed for a smoke study; it may have more runs than are asked for.
+        study: as configured, or compressed for a smoke study, with `auto` decided; it may have more runs than are
+            asked for.
         file: the configuration file.
         licence: of the images.
         data_sha256: of the images.
         runs: what is asked for, done or not.
         part: the study names only some of the experiments and seeds that its folder holds.
+        precision: of the runs, and how it was decided.
+        bf16_factor: time of a product in bf16 over fp32's, where runs to do have to emulate bf16.
         deviation: how far off the estimates of the runs that are done would have been; None: none is done.
     """
 
@@ -56,6 +70,8 @@ class Plan:
     licence: str
     data_sha256: str
     runs: tuple[PlannedRun, ...]
+    precision: ChosenPrecision
+    bf16_factor: float | None = None
     part: bool = False
     deviation: Deviation | None = None
 
@@ -120,6 +136,8 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
     if smoke:
         patch_size = describe(study.backbone, study.data.image_size).patch_size
         study = smoke_study(study, patch_size)
+    precision = _precision(study, results_dir, device)
+    study = study.model_copy(update={"precision": precision.chosen})
     shape = describe(study.backbone, study.data.image_size)
     index = open_index(study.data, smoke=smoke)
     asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
@@ -132,20 +150,21 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
             check(experiment, shape, total_steps, len(splits.train))
         except UserError as error:
             raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
-        first = _spec(study, place, study.seeds[0], smoke)
+        first = _spec(study, precision.chosen, place, study.seeds[0], smoke)
         validations = experiment.validations(len(splits.train))
         disk = disk_use(first, shape, index.class_names, total_steps, validations, len(splits.test))
         kind = miniature(first, total_steps, shape, index, splits)
         kind_sha256 = kind.digest()
         for seed in study.seeds:
-            spec = _spec(study, place, seed, smoke)
+            spec = _spec(study, precision.chosen, place, seed, smoke)
             taken = _taken(results_dir, spec, index.sha256)
             wanted.append(Wanted(spec, total_steps, kind, kind_sha256, disk, taken))
-    if any(run.taken is None for run in wanted):
+    pending = any(run.taken is None for run in wanted)
+    if pending:
         check_weights(study.backbone)
     workload = Workload(
         shape=shape, image_size=study.data.image_size, channels=index.channels, device=device,
-        precision=study.precision, threads=study.threads, train=len(splits.train),
+        precision=precision.chosen, threads=study.threads, train=len(splits.train),
         validation=len(splits.validation), test=len(splits.test),
     )  # fmt: skip
     estimates, deviation = estimate_runs(wanted, workload, None if smoke else measure)
@@ -153,7 +172,13 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
         PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None, registration=registration)
         for run, estimate in zip(wanted, estimates, strict=True)
     )
-    return Plan(study, file, index.licence, index.sha256, runs, part, deviation)
+    factor = bf16_factor(workload) if precision.emulated and pending and not smoke else None
+    return Plan(study, file, index.licence, index.sha256, runs, precision, factor, part, deviation)
+
+
+def _precision(study: StudyConfig, results_dir: Path, device: torch.device) -> ChosenPrecision:
+    begun = read_study_file(results_dir / study.name)
+    return choose_precision(study.precision, None if begun is None else begun.configuration.precision, device)
 
 
 def _splits(index: ImageIndex, study: StudyConfig) -> Splits:
@@ -174,10 +199,10 @@ def _registration(study: StudyConfig, file: Path) -> Registration:
     return load_registry(own).registration()
 
 
-def _spec(study: StudyConfig, place: int, seed: int, smoke: bool) -> RunSpec:
+def _spec(study: StudyConfig, precision: Precision, place: int, seed: int, smoke: bool) -> RunSpec:
     return RunSpec(
         study=study.name, seed=seed, experiment=study.experiments[place], backbone=study.backbone, data=study.data,
-        device=study.device, precision=study.precision, threads=study.threads, smoke=smoke,
+        device=study.device, precision=precision, threads=study.threads, smoke=smoke,
         measures=study.measures,
     )  # fmt: skip
 

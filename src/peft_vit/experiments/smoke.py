@@ -14,6 +14,7 @@ def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
     """Return the same study, small enough for a test. Its records say that they are smoke records.
 
     Every experiment keeps its method and its settings; only schedules, images, batches, seeds and threads shrink.
+    Where bf16 is asked for the machine decides, so that no smoke study waits for emulated products.
     """
     data = smoke_config(study.data, patch_size)
     assert data.train_images is not None
@@ -23,6 +24,7 @@ def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
             "seeds": study.seeds[:1],
             "backbone": BackboneConfig(model=study.backbone.model, weights="random"),
             "threads": 1,  # products this small only wait for a second thread, for minutes if the machine is busy
+            "precision": "auto" if study.precision == "bf16" else study.precision,
             "data": data,
             "experiments": tuple(_compress(experiment, batch_size) for experiment in study.experiments),
         }

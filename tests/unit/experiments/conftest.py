@@ -58,7 +58,7 @@ def study(cache: str) -> Callable[..., StudyConfig]:
     def make(*methods: str, seeds: tuple[int, ...] = (0,), **training: object) -> StudyConfig:
         settings = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, **training}
         mapping = {
-            "name": "tiny", "seeds": list(seeds), "threads": 1, "device": "cpu",
+            "name": "tiny", "seeds": list(seeds), "threads": 1, "device": "cpu", "precision": "fp32",
             "backbone": {"model": "test_vit", "weights": "random"},
             "data": {
                 "dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30

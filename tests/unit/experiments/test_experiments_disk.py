@@ -48,7 +48,7 @@ def spec_of(name: str) -> RunSpec:
     """Return a run of 12 steps in 4 epochs."""
     training = {"epochs": 4, "batch_size": 8, "learning_rate": 3e-3}
     mapping = {
-        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu",
+        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32",
         "backbone": {"model": "test_vit", "weights": "random"},
         "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 20},
         "training": training,

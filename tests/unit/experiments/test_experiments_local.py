@@ -214,7 +214,7 @@ if __name__ == "__main__":
             print(event.worker, flush=True)
 """
 STUDY = """
-{name: long, seeds: [0], threads: 1, device: cpu, backbone: {model: test_vit, weights: random},
+{name: long, seeds: [0], threads: 1, device: cpu, precision: fp32, backbone: {model: test_vit, weights: random},
  data: {dataset: digits, image_size: 32, train_images: 24, validation_images: 20, test_images: 30},
  training: {epochs: 100000, learning_rate: 1e-3}, experiments: [{name: linear, method: linear}]}
 """

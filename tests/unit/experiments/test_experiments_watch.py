@@ -37,7 +37,7 @@ def happened(_session_cache, method_sections, tmp_path_factory):
     training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3}
     diverging = {**training, "learning_rate": 1e30, "optimizer": "sgd", "clip_norm": None}
     mapping = {
-        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "execution": {"workers": 2},
+        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32", "execution": {"workers": 2},
         "backbone": {"model": "test_vit", "weights": "random"},
         "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
         "experiments": [
