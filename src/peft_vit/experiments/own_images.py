@@ -155,9 +155,10 @@ class _Pace:
         patch = patch_size_of(asked.model)
         shape = describe(backbone, (asked.image_size or 8 * patch) // patch * patch)
         device = resolve_device(asked.device)
+        precision = choose_precision(cast(AskedPrecision, asked.precision), None, device).chosen
         workload = Workload(
-            shape=shape, image_size=0, channels=3, device=device,
-            precision=choose_precision(cast(AskedPrecision, asked.precision), None, device).chosen, threads=asked.threads, train=0, validation=0, test=0,
+            shape=shape, image_size=0, channels=3, device=device, precision=precision, threads=asked.threads, train=0,
+            validation=0, test=0,
         )  # fmt: skip
         return cls(asked, counts, backbone, product_rate(workload))
 

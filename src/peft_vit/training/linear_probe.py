@@ -185,6 +185,7 @@ def _fits(
 ) -> Iterator[tuple[Floats, Floats, float, float, float]]:
     """Yield W (classes, D), b (classes,), mean loss, norm of the objective's gradient and seconds, by strength."""
     from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
+    from threadpoolctl import threadpool_limits
 
     values = train.values.astype(np.float64)
     centre, spread = values.mean(0), values.std(0)
@@ -195,7 +196,8 @@ def _fits(
     for l2 in strengths:
         started = time.perf_counter()
         model.set_params(C=(2.0 if classes == 2 else 1.0) / (l2 * weights.sum()))
-        model.fit(z, train.labels, sample_weight=weights)
+        with threadpool_limits(torch.get_num_threads()):
+            model.fit(z, train.labels, sample_weight=weights)
         weight, bias = model.coef_, model.intercept_
         if classes == 2:
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
