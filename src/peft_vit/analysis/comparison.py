@@ -166,7 +166,7 @@ def compare(
     note = pairing_note(
         refused=len(pairs) - len(paired),
         unknown=len(paired) - len(by_seed),
-        other_draws=any(same_draws(a) != same_draws(b) for a, b in paired if a.seed in by_seed),
+        other_draws=any(other_draws(a, b) for a, b in paired if a.seed in by_seed),
     )
     return compare_values(by_seed, name=name, reference=reference, note=note)
 
@@ -253,6 +253,13 @@ def same_source(run: Run) -> tuple[object, ...]:
     return run.record.spec.backbone.model, run.provenance.weights_sha256, run.provenance.data_sha256
 
 
-def same_draws(run: Run) -> tuple[str, str]:
-    """Return what a common seed should make equal: the initial head and the order of images."""
+def draws(run: Run) -> tuple[str, str] | None:
+    """Return what a common seed should make equal, initial head and order of images; None: a probe depends on neither."""
+    if run.experiment.is_probe:
+        return None
     return run.provenance.head_init_sha256, run.provenance.data_order_sha256
+
+
+def other_draws(a: Run, b: Run) -> bool:
+    """Return whether two runs of a seed drew otherwise what it should make equal."""
+    return None not in (draws(a), draws(b)) and draws(a) != draws(b)

@@ -12,7 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
-from peft_vit.analysis.comparison import DECIMALS, Comparison, correct, pairing_note, same_draws, same_problem
+from peft_vit.analysis.comparison import DECIMALS, Comparison, correct, draws, pairing_note, same_problem
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.statistics import (
     EffectSize,
@@ -25,6 +25,7 @@ from peft_vit.statistics import (
 )
 
 MOST_PAIRS = 20_000  # of experiments, 200 of them: a few seconds
+_NONE = -1  # in a column: the run draws nothing that a seed could make equal
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class _Column:
     name: str
     accuracy: np.ndarray  # (seeds,), NaN without a run
     problem: np.ndarray  # (seeds,)
-    draws: np.ndarray  # (seeds,)
+    draws: np.ndarray  # (seeds,); _NONE: of a probe, which draws nothing
 
 
 def all_pairs(study: Study, most: int = MOST_PAIRS) -> AllPairs:
@@ -110,7 +111,7 @@ def _pair(comparison: Comparison) -> Pair:
 def _columns(names: Sequence[str], runs_of: dict[str, list[Run]], seeds: np.ndarray) -> list[_Column]:
     position = {int(seed): i for i, seed in enumerate(seeds)}
     problems: dict[object, int] = {}
-    draws: dict[object, int] = {}
+    seen: dict[object, int] = {}
     columns = []
     for name in names:
         column = _Column(name, np.full(len(seeds), np.nan), *(np.zeros(len(seeds), dtype=np.int64) for _ in range(2)))
@@ -118,7 +119,7 @@ def _columns(names: Sequence[str], runs_of: dict[str, list[Run]], seeds: np.ndar
             at = position[run.seed]
             column.accuracy[at] = run.test.accuracy
             column.problem[at] = problems.setdefault(same_problem(run), len(problems))
-            column.draws[at] = draws.setdefault(same_draws(run), len(draws))
+            column.draws[at] = _NONE if (drawn := draws(run)) is None else seen.setdefault(drawn, len(seen))
         columns.append(column)
     return columns
 
@@ -126,9 +127,8 @@ def _columns(names: Sequence[str], runs_of: dict[str, list[Run]], seeds: np.ndar
 def _compare(a: _Column, b: _Column, seeds: np.ndarray, known: dict[tuple[bytes, int], Significance]) -> Comparison:
     both = np.isfinite(a.accuracy) & np.isfinite(b.accuracy)
     paired = both & (a.problem == b.problem)
-    note = pairing_note(
-        refused=int(both.sum() - paired.sum()), other_draws=bool((a.draws != b.draws)[paired].any())
-    )  # fmt: skip
+    differ = (a.draws != b.draws) & (a.draws != _NONE) & (b.draws != _NONE)
+    note = pairing_note(refused=int(both.sum() - paired.sum()), other_draws=bool(differ[paired].any()))
     if not paired.any():
         reason = note or "no pair of runs with the same seed"
         return Comparison(a.name, b.name, None, (), (), None, None, "not decided", reason)

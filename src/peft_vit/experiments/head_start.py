@@ -1,4 +1,4 @@
-"""The head that a run starts from: fitted to the frozen backbone's features, where the method or `head_start` says so."""
+"""The head that a run starts from: fitted to the frozen backbone's features, where method or `head_start` say so."""
 
 from __future__ import annotations
 
