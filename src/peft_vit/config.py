@@ -110,7 +110,7 @@ class TrainingConfig(Frozen):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
-    class_weights: bool = Field(default=False, description="weigh the loss by inverse class frequency")
+    class_weights: bool = Field(default=False, description="weigh each image by its class's inverse frequency")
 
 
 # The sections that an experiment has, by method; `linear` and `full` have none.

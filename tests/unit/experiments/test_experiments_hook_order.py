@@ -22,7 +22,7 @@ SCALED = {
 def scores_and_moves(
     model, batch, fill_adapters, sections: dict[str, Any], gradient: str, **scaling
 ) -> tuple[list[dict[str, float]], list[float]]:
-    """Return the scores of each step at unchanging weights, and the norm of the gradient that each step would follow."""
+    """Return the scores of each step at unchanging weights, and the norms of the gradients that steps would follow."""
     late = {"warmup_steps": STEPS - 2, "final_steps": 1}
     adalora = sections["adalora"] | late | {"importance_gradient": gradient, "parametrization": "svd"}
     experiment = ExperimentConfig.model_validate(
