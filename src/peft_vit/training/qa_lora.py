@@ -91,7 +91,8 @@ class QALoRATrainer:
         for name, (module, _) in layers.items():
             assert module.weight is not None
             norm = float(module.weight.norm())
-            self.relative_error[name] = module.set_quantized(quantize(module.weight.detach(), self.formats[name]))
+            quantized = quantize(module.weight.detach(), self.formats[name], name=name)
+            self.relative_error[name] = module.set_quantized(quantized)
             self._error_norm[name] = self.relative_error[name] * norm if norm else 0.0
         self.share_history: list[dict[str, float]] = []
         self.bits_history: list[dict[str, Any]] = []
