@@ -129,7 +129,7 @@ def _differs(verdict: str) -> str:
 
 
 def _registered_otherwise(analysis: Analysis, against: Mapping[str, Comparison]) -> dict[str, str]:
-    """Return, by method, what a registered sentence about it decides in its own family, where the column says otherwise.
+    """Return, by method, what a registered sentence about it decides in its family, where the column says otherwise.
 
     The test is the same, Wilcoxon's on the same pairs; Holm's correction is over the sentences of the family.
     """
@@ -185,8 +185,8 @@ def _beaten_in_words(analysis: Analysis) -> list[str]:
     if not told:
         return []
     return [
-        f"Decided as registered sentences, in a family of their own (Holm over {len(told)}) and not in the one above: that "
-        f"LoRA r=8 is more accurate {'; '.join(told)}."
+        f"Decided as registered sentences, in a family of their own (Holm over {len(told)}) and not in the one above: "
+        f"that LoRA r=8 is more accurate {'; '.join(told)}."
     ]
 
 
