@@ -120,7 +120,7 @@ class TrainingConfig(Frozen):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     schedule: Literal["one_cycle", "constant", "warmup_stable_decay"] = "one_cycle"
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
-    class_weights: bool = Field(default=False, description="weigh the loss by inverse class frequency")
+    class_weights: bool = Field(default=False, description="weigh each image by its class's inverse frequency")
     head_start: Literal["random", "probe"] = Field(
         default="random",
         description="probe: the head starts as the linear probe of the frozen backbone (arXiv 2202.10054)",

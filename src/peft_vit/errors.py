@@ -90,3 +90,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 class SilentNoEffectWarning(UserWarning):
     """A setting is legal but changes nothing in this run; said loudly instead of being ignored."""
+
+
+class UnderflowWarning(UserWarning):
+    """Weights are too small for the numbers that are to stand for them, so that they are rounded to others or to 0."""

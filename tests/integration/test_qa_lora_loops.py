@@ -75,7 +75,7 @@ def test_gradients_on_a_wrapped_model_equal_plain_autograd_times_the_factor(tiny
         reference.get_submodule(name).weight.data.copy_(module.quantized.dequantize())
     for one in (model, reference):
         F.cross_entropy(one(batch[0]), batch[1]).backward()
-    trainer.after_backward(model, 1)
+    trainer.before_step(model, 1)
     compared = 0
     for name, parameter in reference.named_parameters():
         if parameter.grad is not None:
@@ -147,7 +147,7 @@ def test_ranks_adapt_on_quantized_sites_in_ones_own_loop(tiny_vit, batch, by_pef
     for step in range(1, STEPS + 1):
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         scores = controller.update_importance_scores(model, step)
-        trainer.after_backward(model, step)
+        trainer.before_step(model, step)
         optimizer.step()
         controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, step))
         trainer.after_step(model, optimizer, step)
@@ -162,7 +162,7 @@ class Quantize(transformers.TrainerCallback):
         self.quantizer = quantizer
 
     def on_pre_optimizer_step(self, args, state, control, model, **others) -> None:
-        self.quantizer.after_backward(model, state.global_step + 1)
+        self.quantizer.before_step(model, state.global_step + 1)
 
     def on_optimizer_step(self, args, state, control, model, optimizer, **others) -> None:
         self.quantizer.after_step(model, optimizer, state.global_step + 1)

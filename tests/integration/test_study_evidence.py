@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,8 @@ def test_the_main_table_names_what_loses_and_what_takes_more(tmp_path: Path) -> 
     assert row.count("worse") == 2  # it differs, and by more than a point
     assert words.startswith("Less accurate than LoRA r=8 (Holm over 4): linear probe, LoRA r=1, QA-LoRA nf4. More acc")
     assert "Shown to lose more: LoRA r=1, QA-LoRA nf4." in words
-    assert re.search(r"\(Holm over 2\): than linear probe, supported, \+.*; than full fine-tuning, not ", words)
+    own_family = r"\(Holm over 2\) .*: that LoRA r=8 is more accurate than linear probe, supported, \+.*; than full "
+    assert re.search(own_family + "fine-tuning, not decided", words)
     assert re.search(r"loses: QA-LoRA nf4 against LoRA r=8 \u2212\d[^;]*\.", words), "LoRA r=1 is not of this project"
     assert words.endswith("A lower mean, decided or not, than full fine-tuning: LoRA r=1, QA-LoRA nf4.")
     assert study_tables.price(analysis) == (
@@ -192,6 +194,28 @@ def test_the_main_table_names_what_loses_and_what_takes_more(tmp_path: Path) -> 
         "(20 ms): QA-LoRA nf4 (30); a training step "
         "(0.70 s): none; the peak of training (900 MB): full fine-tuning (1200)."
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "in_all", "said"),
+    [
+        ("linear_probe", "not decided", "not decided; as a registered sentence (Holm over 2): **worse**"),
+        ("linear_probe", "refuted", "**worse**"),
+        ("lora_r1", "not decided", "not decided; as a registered sentence (Holm over 2): **worse**"),
+        ("full_finetuning", "supported", "better; as a registered sentence (Holm over 2): not decided"),
+    ],
+)
+def test_the_row_says_where_a_registered_sentence_is_decided_otherwise(tmp_path: Path, method, in_all, said) -> None:
+    (study,) = load_studies(planted_study(tmp_path))
+    analysis = analyze(study, study_evidence.load_registry(study_evidence.HYPOTHESES))
+    comparisons = tuple(
+        replace(one, verdict=in_all) if (one.name, one.reference) == (method, "lora_r8") else one
+        for one in analysis.comparisons
+    )
+    table = study_tables.main_table(replace(analysis, comparisons=comparisons)).splitlines()
+    assert "| differs? (Holm over 4) | within a point? (Holm over 2) |" in table[0]
+    (row,) = (line for line in table if line.startswith(f"| {study_tables.titled(method)} |"))
+    assert row.split(" | ")[3] == said
 
 
 def test_a_kept_study_comes_out_as_it_went_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

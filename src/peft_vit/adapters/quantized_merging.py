@@ -42,7 +42,7 @@ def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = N
         for matrix, adapter in module.adapters():
             left, right = adapter.factors()
             delta[module.rows[matrix]] += left @ right
-        merged[name] = (module, quantized.with_offset_added(delta, offset_dtype))
+        merged[name] = (module, quantized.with_offset_added(delta, offset_dtype, name=name))
     return _put_in_place(merged)
 
 
@@ -71,7 +71,7 @@ def merge_by_requantizing(model: nn.Module) -> dict[str, float]:
                 f"the adapters of {name} act on groups of inputs; use merge_into_offsets, which changes no code",
                 field="model",
             )
-        merged[name] = (module, quantize(module.merged_weight(), quantized.format))
+        merged[name] = (module, quantize(module.merged_weight(), quantized.format, name=name))
     return _put_in_place(merged)
 
 

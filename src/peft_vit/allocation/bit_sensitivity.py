@@ -117,13 +117,13 @@ def layer_losses(
         for name, gradient in _sample_gradients(model, list(formats), images, head, loss):
             squares[name].addcmul_(gradient, gradient, value=1 / len(images))
         return {
-            name: [_weighted_error(_weight(model, name), square, format) for format in formats[name]]
+            name: [_weighted_error(name, _weight(model, name), square, format) for format in formats[name]]
             for name, square in squares.items()
         }
 
 
-def _weighted_error(weight: Tensor, fisher: Tensor, format: QuantizationFormat) -> float:
-    error = quantize(weight, format).dequantize() - weight
+def _weighted_error(name: str, weight: Tensor, fisher: Tensor, format: QuantizationFormat) -> float:
+    error = quantize(weight, format, name=name).dequantize() - weight
     return (fisher * error.square()).double().sum().item() / 2
 
 
@@ -132,7 +132,7 @@ def _divergences(
     model: nn.Module, formats: Mapping[str, Sequence[QuantizationFormat]], images: Tensor, head: LinearHead
 ) -> dict[str, list[float]]:
     """Return mean KL(p || q); what lies before a layer's block is computed once."""
-    low = {name: [quantize(_weight(model, name), one) for one in formats[name]] for name in formats}
+    low = {name: [quantize(_weight(model, name), one, name=name) for one in formats[name]] for name in formats}
     blocks: Any = model.blocks
     totals = {name: [0.0] * len(candidates) for name, candidates in low.items()}
     for chunk in images.split(_FORWARD_IMAGES):

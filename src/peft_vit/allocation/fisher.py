@@ -33,8 +33,8 @@ def check_fisher(
         model: carries the adapters.
         images: calibration batch (N, 3, S, S) of training images, normalised, on the model's device.
         labels: (N,) int64.
-        class_weights: (classes,) of the training loss, if it has any; g_n then carries its sample's share, so that
-            the mean is still the gradient of the batch's loss.
+        class_weights: (classes,) of the training loss, if it has any; g_n then carries its sample's weight, so that
+            the mean is still the gradient of the batch's loss, which divides by N.
 
     Raises:
         UserError: if no site has rank.
@@ -43,8 +43,7 @@ def check_fisher(
     if not adapters:
         raise UserError("no site has rank; there is nothing to compare", field="model")
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-    share = torch.ones(len(labels), device=labels.device) if class_weights is None else class_weights[labels]
-    share = share / share.mean()  # (N,)
+    share = torch.ones(len(labels), device=labels.device) if class_weights is None else class_weights[labels]  # (N,)
     was_training = model.training
     model.eval()
     per_sample = dict.fromkeys(adapters, 0.0)

@@ -11,6 +11,7 @@ import numpy as np
 from peft_vit.analysis.agreement import rho_with_last
 from peft_vit.analysis.comparison import Comparison, compare_values, correct, same_problem
 from peft_vit.analysis.grid import Grid
+from peft_vit.analysis.limits import SAME_SIZE
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import BudgetUnit, ExperimentConfig
 from peft_vit.records import SiteInfo
@@ -212,7 +213,8 @@ def against_fixed_lora(study: Study, runs: list[Run], name: str) -> Comparison:
 
     The reference accuracy is read off the line through the same seed's LoRA runs, linear in the logarithm of
     trainable parameters (head included, as at the end of the run). Outside the range of those runs nothing is
-    extrapolated: the seed is left out and counted in the note.
+    extrapolated: the seed is left out and counted in the note. Sizes within SAME_SIZE are equal, so a run that lies
+    outside by no more than that is compared with the run at the range's end.
 
     Args:
         study: where the LoRA runs are.
@@ -222,7 +224,7 @@ def against_fixed_lora(study: Study, runs: list[Run], name: str) -> Comparison:
     on_line = {run.seed: (run.test.accuracy, _on_lora_line(study, run)) for run in runs}
     by_seed = {seed: (own, line) for seed, (own, line) in on_line.items() if line is not None}
     outside = len(on_line) - len(by_seed)
-    note = f"{outside} seed(s) left out: no fixed LoRA below and above in parameters" if outside else ""
+    note = f"{outside} seed(s) left out: no fixed LoRA of as many parameters, or below and above" if outside else ""
     return compare_values(by_seed, name=name, reference="fixed LoRA at equal parameters", note=note)
 
 
@@ -237,6 +239,6 @@ def _on_lora_line(study: Study, run: Run) -> float | None:
         return None
     position = float(np.log(run.parameters.final))
     x, y = zip(*points, strict=True)
-    if not x[0] <= position <= x[-1]:
+    if not x[0] - np.log1p(SAME_SIZE) <= position <= x[-1] + np.log1p(SAME_SIZE):
         return None
-    return float(np.interp(position, x, y))
+    return float(np.interp(position, x, y))  # beyond an end, the value there

@@ -12,6 +12,7 @@ from peft_vit.analysis.studies import Run
 from peft_vit.errors import UserError
 
 Measure = Literal["bytes", "params", "latency"]
+SAME_SIZE = 0.01  # share of the smaller one by which sizes may differ and still count as equal
 
 _NUMBER = re.compile(r"(?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?) ?(?P<unit>[A-Za-z]*)", re.ASCII)
 BYTE_UNITS = {

@@ -40,14 +40,13 @@ from scipy import stats
 
 from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import compare
-from peft_vit.analysis.limits import Cost, Fault, Limits, Measure, cost_of, smallest_latency_batch
+from peft_vit.analysis.limits import SAME_SIZE, Cost, Fault, Limits, Measure, cost_of, smallest_latency_batch
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.errors import UserError
 from peft_vit.statistics import Interval, holm, mean_interval, noninferiority
 
 ALPHA = 0.05  # one-sided, of the whole family
 POWER = 0.8  # of the n that would be needed
-SAME_SIZE = 0.01  # share of the smaller one by which sizes may differ and still count as equal
 _MOST_SEEDS = 1000  # beyond this nobody asks for how many
 
 Outcome = Literal["smaller", "best", "not decided", "nothing within"]

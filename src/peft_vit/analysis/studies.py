@@ -165,7 +165,7 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
     runs = tuple(sorted(runs, key=lambda run: (_order(run.experiment), run.seed)))
     notices = (
         *first, *_notices(smoke, runs, failed), *_progress(plan, len(runs), len(failed), unfinished),
-        *_unplanned(plan, group), *_without_effect(records), *_differences(runs),
+        *_unplanned(plan, group), *_warnings(records), *_differences(runs),
     )  # fmt: skip
     return Study(name, smoke, experiments, runs, failed, unfinished, notices, plan)
 
@@ -243,13 +243,13 @@ def _unplanned(plan: Plan, recorded: Iterable[tuple[str, int]]) -> list[str]:
     return [f"Not planned: study.json does not name {runs}, of which there are records. They count."]
 
 
-def _without_effect(records: Sequence[RunRecord]) -> list[str]:
+def _warnings(records: Sequence[RunRecord]) -> list[str]:
     """Return each distinct warning of the records once, with the runs that gave it."""
     runs_of: dict[str, list[RunRecord]] = {}
     for record in records:
         for text in dict.fromkeys(record.warnings):
             runs_of.setdefault(text, []).append(record)
-    return [f"Little or no effect: {text}. Runs: {_runs(own)}." for text, own in runs_of.items()]
+    return [f"Warning: {text}. Runs: {_runs(own)}." for text, own in runs_of.items()]
 
 
 def _runs(records: Sequence[RunRecord]) -> str:

@@ -63,7 +63,7 @@ def prepare(
     if experiment.peft_adalora is not None:
         return [PeftAdaLoraHook(model, experiment.peft_adalora, total_steps, seed=seed)]
     hooks: list[StepHook] = []
-    if experiment.adalora is not None:  # first, so that scores see the gradients before the trainer scales them
+    if experiment.adalora is not None:  # first: in `before_step` it scores what the trainer then scales
         config, pool = pooled(experiment.adalora, experiment.qa_lora)
         hooks.append(AllocationHook(AdaLoRAController(model, config, total_steps, seed=seed, pool=pool)))
     if experiment.is_probe and experiment.qa_lora is not None:

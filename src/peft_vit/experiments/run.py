@@ -32,7 +32,7 @@ from peft_vit.backbones import (
 )
 from peft_vit.config import SITE_MATRICES, BackboneConfig
 from peft_vit.data import Data, LabelledImages, load_data
-from peft_vit.errors import DivergedError, SilentNoEffectWarning, UserError, is_out_of_memory
+from peft_vit.errors import DivergedError, SilentNoEffectWarning, UnderflowWarning, UserError, is_out_of_memory
 from peft_vit.evaluation import (
     frozen_bytes,
     head_parameters,
@@ -145,7 +145,7 @@ def run_one(
             failed = {"status": "failed", "error": reason, "failure": kind, "traceback": traceback.format_exc()}
             adapter, record = None, record_of(failed)
     for entry in caught:
-        if entry.category is not SilentNoEffectWarning:  # of those the record alone speaks
+        if entry.category not in (SilentNoEffectWarning, UnderflowWarning):  # of those the record alone speaks
             warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
     return Finished(record, adapter)
 

@@ -19,13 +19,14 @@ from peft_vit.quantization.codebooks import Codebook, nearest_codes
 from peft_vit.quantization.formats import QuantizationFormat
 from peft_vit.quantization.packing import pack_codes
 from peft_vit.quantization.tensor import QuantizedTensor
+from peft_vit.quantization.underflow import warn_of_scales
 
 # A group's range, its scale and every step of computing a weight from them stay finite in float32 below this.
 _LARGEST_MAGNITUDE = 2.0**125
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, format: QuantizationFormat) -> QuantizedTensor:
+def quantize(weight: Tensor, format: QuantizationFormat, *, name: str = "the weight") -> QuantizedTensor:
     """Round weights to the nearest that the format can store.
 
     With b bits, and minimum, maximum and largest magnitude taken over a group:
@@ -42,6 +43,7 @@ def quantize(weight: Tensor, format: QuantizationFormat) -> QuantizedTensor:
     Args:
         weight: floating point, (out, in), not empty; taken as float32.
         format: the format to store it in; its group size divides `in`.
+        name: of the layer, in the `UnderflowWarning` that says where float16 scales are too coarse, see `underflow`.
 
     Returns:
         The quantized weights, on the weight's device.
@@ -58,6 +60,7 @@ def quantize(weight: Tensor, format: QuantizationFormat) -> QuantizedTensor:
     grouped = weight.detach().cpu().float().unflatten(1, (groups, -1))  # (out, groups, group size)
     if not bool((grouped.abs() <= _LARGEST_MAGNITUDE).all()):
         raise UserError("the weights hold infinities, NaN or magnitudes above 2^125; check their source")
+    warn_of_scales(grouped, format, name)
     if format.has_codebook:
         codes, scales, offsets = _to_codebook(grouped, format)
     elif format.offset:

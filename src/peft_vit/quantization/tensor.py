@@ -13,6 +13,7 @@ from peft_vit.errors import UserError
 from peft_vit.quantization.codebooks import Codebook, byte_table
 from peft_vit.quantization.formats import SCALE_DTYPES, QuantizationFormat
 from peft_vit.quantization.packing import unpack_codes
+from peft_vit.quantization.underflow import warn_of_offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,9 @@ class QuantizedTensor:
             codes = (codes - 2 ** (self.format.bits - 1)).view(torch.int8)
         values.copy_(codes)
 
-    def with_offset_added(self, delta: Tensor, dtype: torch.dtype | None = None) -> QuantizedTensor:
+    def with_offset_added(
+        self, delta: Tensor, dtype: torch.dtype | None = None, *, name: str = "the weight"
+    ) -> QuantizedTensor:
         """Return the weights plus an update that is constant on each group.
 
         This is QA-LoRA's merge (arXiv 2309.14717) for offsets that are added after scaling. Nothing is
@@ -115,6 +118,7 @@ class QuantizedTensor:
         Args:
             delta: (out, groups), added to every weight of the group.
             dtype: of the new offsets, float32 or float16; None: that of the old ones, or else of the scales.
+            name: of the layer, in the `UnderflowWarning` that says where float16 offsets are too coarse.
 
         Raises:
             UserError: if the dtype is another one, or a sum leaves its range.
@@ -126,13 +130,15 @@ class QuantizedTensor:
             dtype = self.scales.dtype if self.offsets is None else self.offsets.dtype
         if dtype not in SCALE_DTYPES:
             raise UserError(f"expected torch.float32 or torch.float16, got {dtype}", field="offset_dtype")
-        offsets = (self._constant_part() + delta.detach()).to(dtype)
+        exact = self._constant_part() + delta.detach()
+        offsets = exact.to(dtype)
         if not bool(offsets.isfinite().all()):
             raise UserError(
                 f"offset plus update is not finite in {dtype}; use torch.float32 offsets, "
                 "and check the update for infinities and NaN",
                 field="offset_dtype",
             )
+        warn_of_offsets(exact, offsets, self.scales, self.format, name)
         return replace(self, offsets=offsets, format=replace(self.format, offset=True))
 
     def _constant_part(self) -> Tensor:

@@ -322,7 +322,7 @@ class RunRecord(_Value):
     started_at: str  # of the first attempt, ISO 8601, UTC
     seconds: _Seconds  # of all attempts, as far as a checkpoint or this attempt has counted them
     attempts: int = 1  # starts that it took
-    warnings: list[str] = []  # settings that had no effect, said loudly
+    warnings: list[str] = []  # of settings without effect, weights too small for float16, checkpoints
     # Everything below is None for a run that failed.
     provenance: Provenance | None = None
     class_names: list[str] = []

@@ -9,6 +9,7 @@ from peft_vit.analysis import AgainstControl, Allocation, RunAllocation
 from peft_vit.analysis.allocation import SETTLED_AT
 from peft_vit.analysis.comparison import outcome
 from peft_vit.analysis.effectiveness import PARAMETERS
+from peft_vit.analysis.limits import SAME_SIZE
 from peft_vit.report.document import Paragraph, Raw, Table
 from peft_vit.report.numbers import count, fixed, joined, number_interval, percent, plain, points_interval
 from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, differences_table, ends, measured, with_n
@@ -203,8 +204,8 @@ def allocation_value_table(allocations: Sequence[Allocation]) -> Table:
     """Return adaptive ranks against fixed ranks at equal trainable parameters."""
     note = (
         "Test accuracy minus that of fixed-rank LoRA, read off the line through the same seed's LoRA "
-        "runs at the same number of trainable parameters (linear in its logarithm, no "
-        f"extrapolation). {FAMILY_NOTE}"
+        "runs at the same number of trainable parameters (linear in its logarithm, no extrapolation; "
+        f"within {100 * SAME_SIZE:.0f} % is equal). {FAMILY_NOTE}"
     )
     title = "Adaptive against fixed ranks at equal trainable parameters"
     return differences_table("allocation_against_fixed", title, [a.against_fixed for a in allocations], note)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from peft_vit.analysis.comparability import hardware
-from peft_vit.analysis.limits import Fault, Measure, Option
-from peft_vit.analysis.recommendation import SAME_SIZE, Candidate, Rated, Recommendation, smallest_that_exists
+from peft_vit.analysis.limits import SAME_SIZE, Fault, Measure, Option
+from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, smallest_that_exists
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically

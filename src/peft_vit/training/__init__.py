@@ -8,10 +8,10 @@ from peft_vit.training.linear_probe import Features, LinearProbe, fit_probe, fli
 from peft_vit.training.loop import (
     TrainingResult,
     build_optimizer,
-    class_weights,
     steps_per_epoch,
     train,
 )
+from peft_vit.training.loss import class_weights
 from peft_vit.training.optimization import StepHook, optimization_step
 from peft_vit.training.peft_adalora_hook import PeftAdaLoraHook, last_update
 from peft_vit.training.progress import Progress

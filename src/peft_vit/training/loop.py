@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from peft_vit.training.keeping import (
     optimizer_state,
 )
 from peft_vit.training.learning_rate import build_scheduler
+from peft_vit.training.loss import Criterion, class_weights, weighted_cross_entropy
 from peft_vit.training.optimization import StepHook, optimization_step
 from peft_vit.training.progress import Gauges, Progress
 from peft_vit.training.setting import Setting
@@ -57,12 +59,6 @@ class TrainingResult:
 def steps_per_epoch(train_images: int, batch_size: int) -> int:
     """Return the number of batches that hold every image once; the last one may be smaller."""
     return -(-train_images // batch_size)
-
-
-def class_weights(labels: np.ndarray, classes: int) -> Tensor:
-    """Return n / (classes * n_c) for each class c, (classes,)."""
-    counts = np.bincount(labels, minlength=classes)
-    return torch.tensor(len(labels) / (classes * counts), dtype=torch.float32)
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -115,7 +111,7 @@ def train(
     del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
     result, gauges = course.result, Gauges(model)
     weights = class_weights(data.train.labels, len(data.class_names)) if config.class_weights else None
-    criterion = nn.CrossEntropyLoss(weight=None if weights is None else weights.to(setting.device))
+    criterion = partial(weighted_cross_entropy, weights=None if weights is None else weights.to(setting.device))
 
     def tell(loss: float) -> None:
         if on_progress is not None:
@@ -183,7 +179,7 @@ class _Course:
         if resume is not None:  # last: whatever was built anew may have drawn from them
             self._refuse_another_state(lambda state: load_generators_state(state.part("generators")), resume)
 
-    def step(self, criterion: nn.Module, images: Tensor, labels: Tensor, setting: Setting) -> None:
+    def step(self, criterion: Criterion, images: Tensor, labels: Tensor, setting: Setting) -> None:
         """Do one step on a batch."""
         result = self.result
         number = len(result.steps) + 1
@@ -280,7 +276,7 @@ class _Course:
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module, images: Tensor, labels: Tensor, step: int,
+    model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Criterion, images: Tensor, labels: Tensor, step: int,
     config: TrainingConfig, setting: Setting, hooks: Sequence[StepHook],
 ) -> StepRow:  # fmt: skip
     started = time.perf_counter()

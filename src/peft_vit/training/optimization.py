@@ -32,11 +32,11 @@ class StepHook(Protocol):
         ...
 
     def after_backward(self, model: nn.Module, step: int) -> None:
-        """Look at, or scale, the gradients of the task loss; penalties are added later."""
+        """Look at the gradients of the task loss; penalties are added later."""
         ...
 
     def before_step(self, model: nn.Module, step: int) -> None:
-        """Look at the whole gradient, penalties included; it is not clipped yet."""
+        """Look at, or scale, the whole gradient, penalties included; it is not clipped yet. Who scores comes first."""
         ...
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -89,7 +89,7 @@ def optimization_step(
         optimizer: holds its trainable parameters.
         loss: scalar task loss with its graph.
         step: number of this step, from 1.
-        hooks: called in order.
+        hooks: called in order; one that scores gradients stands before one that scales them.
         clip_norm: largest gradient norm over all trainable parameters; None: no clipping.
 
     Raises:

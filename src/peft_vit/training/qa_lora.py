@@ -8,7 +8,7 @@ In anybody's own loop::
         loss = cross_entropy(model(images), labels)
         trainer.training_step(model, optimizer, loss, step)               # backward, scaling, clipping, step, zero_grad
 
-or, where something else does the step, `after_backward` before it and `after_step` after it.
+or, where something else does the step, `before_step` before it and `after_step` after it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class QALoRATrainer:
         for name, (module, _) in layers.items():
             assert module.weight is not None
             norm = float(module.weight.norm())
-            self.relative_error[name] = module.set_quantized(quantize(module.weight.detach(), self.formats[name]))
+            quantized = quantize(module.weight.detach(), self.formats[name], name=name)
+            self.relative_error[name] = module.set_quantized(quantized)
             self._error_norm[name] = self.relative_error[name] * norm if norm else 0.0
         self.share_history: list[dict[str, float]] = []
         self.bits_history: list[dict[str, Any]] = []
@@ -174,7 +175,10 @@ class QALoRATrainer:
         return {name: factor * error / mean for name, error in self.relative_error.items()}
 
     def after_backward(self, model: nn.Module, step: int) -> None:
-        """Multiply the adapters' gradients by `gradient_scales`; the head's stay."""
+        """Do nothing yet: scores are taken of gradients that are not scaled."""
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Multiply the adapters' gradients, penalties included, by `gradient_scales`; the head's stay."""
         scales = self.gradient_scales()
         if set(scales.values()) == {1.0}:
             return
@@ -183,9 +187,6 @@ class QALoRATrainer:
                 for parameter in adapter.parameters():
                     if parameter.grad is not None:
                         parameter.grad.mul_(scales[name])
-
-    def before_step(self, model: nn.Module, step: int) -> None:
-        """Do nothing: there is no penalty to wait for."""
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Move the schedule on; at its end the float weights are freed."""

@@ -111,7 +111,7 @@ def test_fisher_is_the_second_order_term_of_the_loss(tiny_vit, batch, monkeypatc
             moved[3, 5] += 0.02
             return moved
 
-    monkeypatch.setattr(bit_sensitivity, "quantize", lambda *_: Moved())
+    monkeypatch.setattr(bit_sensitivity, "quantize", lambda *_, **__: Moved())
     head, _ = fit_head(model, *batch)
     formats = {name: FORMATS[:1]}
     ((loss,),) = layer_losses(model, formats, batch[0], head, by="loss", seed=0).values()

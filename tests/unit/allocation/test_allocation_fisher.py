@@ -33,7 +33,7 @@ def expected(model, plain, images, labels, weights) -> tuple[dict[str, float], d
     sites, adapters = find_sites(plain), site_adapters(model)
     share = torch.ones(len(labels)) if weights is None else weights[labels]
     by_sample: dict[str, list[np.ndarray]] = {site.name: [] for site in sites}
-    for image, label, factor in zip(images.double(), labels, share * len(labels) / share.sum(), strict=True):
+    for image, label, factor in zip(images.double(), labels, share, strict=True):
         plain.zero_grad()
         (factor.double() * F.cross_entropy(plain(image[None]), label[None])).backward()
         for site in sites:

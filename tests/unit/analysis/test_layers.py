@@ -112,6 +112,18 @@ def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:
     assert one.against_fixed.difference.estimate == pytest.approx(0.03)
 
 
+@pytest.mark.parametrize(("final", "paired"), [(9_901, True), (9_900, False), (10_100, True), (10_101, False)])
+def test_sizes_within_one_percent_are_equal(final, paired) -> None:
+    records = [
+        planted.record(EXPERIMENTS["lora_r8"], 0, 0.80, changes=counts(10_000)),
+        planted.record(ADALORA, 0, 0.78, changes=counts(final)),
+    ]
+    (one,) = allocations(study_of(records))
+    assert (one.against_fixed.difference is not None) == paired
+    if paired:
+        assert one.against_fixed.by_seed == pytest.approx((-0.02,))
+
+
 def test_nothing_is_extrapolated_beyond_the_fixed_ranks() -> None:
     records = [
         planted.record(EXPERIMENTS["lora_r1"], 0, 0.70, changes=counts(100)),

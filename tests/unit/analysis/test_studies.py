@@ -79,16 +79,16 @@ def test_what_differs_between_runs_is_named(change: dict, words: str) -> None:
     assert any(words in notice for notice in study.notices)
 
 
-def test_settings_without_effect_are_named_once_a_text() -> None:
+def test_warnings_are_named_once_a_text() -> None:
     factor, top_k = "gradient_scaling_factor 2.0 nearly cancels under AdamW", "top_k 72 takes every site"
     lora, adaptive = EXPERIMENTS["lora_r8"], EXPERIMENTS["adalora_top_k_fisher"]
     records = [planted.record(lora, seed, 0.8, changes={"warnings": [factor]}) for seed in (0, 1)]
     records += [planted.record(adaptive, 0, 0.8, changes={"warnings": [top_k, factor, factor]})]
     records += [planted.failed(adaptive, 1, "stopped").model_copy(update={"warnings": [top_k]})]
     (study,) = group(records)
-    assert [notice for notice in study.notices if notice.startswith("Little or no effect")] == [
-        f"Little or no effect: {top_k}. Runs: adalora_top_k_fisher, seeds 0, 1.",
-        f"Little or no effect: {factor}. Runs: adalora_top_k_fisher, seed 0; lora_r8, seeds 0, 1.",
+    assert [notice for notice in study.notices if notice.startswith("Warning")] == [
+        f"Warning: {top_k}. Runs: adalora_top_k_fisher, seeds 0, 1.",
+        f"Warning: {factor}. Runs: adalora_top_k_fisher, seed 0; lora_r8, seeds 0, 1.",
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from written_runs import run_and_write
 
 from peft_vit.adapters import adapted_modules, current_ranks, load_trained
-from peft_vit.backbones import load_backbone
+from peft_vit.backbones import load_backbone, load_run_backbone
 from peft_vit.data import SealedImages, load_data
 from peft_vit.errors import DivergedError, UserError
 from peft_vit.evaluation import measure, predict, trainable_parameters
@@ -195,6 +195,22 @@ def test_a_setting_without_effect_is_said_in_the_record(study, tmp_path) -> None
     assert len(record.warnings) == 1
     assert "gradient_scaling_factor 2.0 nearly cancels under AdamW" in record.warnings[0]
     assert quiet.warnings == []
+
+
+def test_weights_too_small_for_float16_scales_are_said_in_the_record(study, tmp_path, monkeypatch) -> None:
+    def with_a_tiny_layer(*arguments):
+        loaded = load_run_backbone(*arguments)
+        with torch.no_grad():
+            loaded.model.blocks[0].attn.qkv.weight.mul_(1e-8)
+        return loaded
+
+    monkeypatch.setattr(run, "load_run_backbone", with_a_tiny_layer)
+    (record,) = do(study("qa_lora"), tmp_path)
+    (warning,) = record.warnings
+    assert warning == (
+        "blocks.0.attn.qkv: float16 is too coarse for the nf4 scales of 768 of 768 groups, whose weights are too small "
+        "for it; use scale_precision: fp32"
+    )
 
 
 def test_the_commit_of_another_repository_is_not_recorded(tmp_path) -> None:

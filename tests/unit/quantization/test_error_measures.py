@@ -12,6 +12,8 @@ from peft_vit.quantization import (
     signal_to_noise_db,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore::peft_vit.errors.UnderflowWarning")  # tiny weights are drawn
+
 
 def four_levels() -> QuantizedTensor:
     """Return the weights 0, 1, 2, 3 in one group."""

@@ -19,6 +19,8 @@ from peft_vit.quantization import (
 )
 from peft_vit.quantization.formats import SCALE_DTYPES
 
+pytestmark = pytest.mark.filterwarnings("ignore::peft_vit.errors.UnderflowWarning")  # tiny weights are drawn
+
 FormatAndWeights = tuple[QuantizationFormat, Tensor]
 
 

@@ -17,6 +17,8 @@ from peft_vit.quantization import (
     unpack_codes,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore::peft_vit.errors.UnderflowWarning")  # tiny weights are drawn
+
 FormatAndWeights = tuple[QuantizationFormat, Tensor]
 
 

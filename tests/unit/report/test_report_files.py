@@ -157,7 +157,7 @@ def test_settings_without_effect_stand_above_the_numbers(tmp_path: Path) -> None
     warned = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, changes={"warnings": ["top_k takes every site"]})
     files = build_report(planted.write(tmp_path / "results", [warned]), tmp_path / "report")
     for text in (files.markdown.read_text(), files.html.read_text()):
-        assert text.index("Little or no effect: top") < text.index("70.0")
+        assert text.index("Warning: top") < text.index("70.0")
 
 
 def test_missing_data_leaves_a_sentence_that_says_why(tmp_path: Path) -> None:

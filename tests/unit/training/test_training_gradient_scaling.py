@@ -101,7 +101,7 @@ def test_layers_of_unequal_bits_get_unequal_factors(tiny_vit, batch, fill_adapte
     fill_adapters(model)
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    trainer.after_backward(model, 1)
+    trainer.before_step(model, 1)
     scales = trainer.gradient_scales()
     assert scales["blocks.0.mlp.fc1"] > 20 * scales["blocks.1.mlp.fc1"]
     for name, parameter in model.named_parameters():

@@ -66,7 +66,8 @@ def plain_loop(model, data, setting, weights) -> list[float]:
         for images, labels in data.train.shuffled_batches(
             8, setting.mean, setting.std, flips="horizontal", seed=4, epoch=epoch
         ):
-            loss = F.cross_entropy(model(images), labels, weight=weights)
+            losses_by_image = F.cross_entropy(model(images), labels, reduction="none")
+            loss = (losses_by_image * (1 if weights is None else weights[labels])).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)

@@ -1,0 +1,47 @@
+"""Class weights count an image the same in every batch: against sums in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from peft_vit.training import class_weights
+from peft_vit.training.loss import weighted_cross_entropy
+
+pytestmark = pytest.mark.part("trainer")
+LABELS = np.array([0, 0, 0, 0, 0, 0, 1, 1, 2])
+LOGITS = np.random.default_rng(3).normal(size=(9, 3))
+
+
+def by_image(weighted: bool) -> np.ndarray:
+    """Return -w[y] log softmax(z)[y] of each image, w[c] = n / (classes n_c)."""
+    exponentials = np.exp(LOGITS)
+    plain = -np.log(exponentials[np.arange(9), LABELS] / exponentials.sum(1))
+    return plain * (np.array([9 / (3 * 6), 9 / (3 * 2), 9 / (3 * 1)])[LABELS] if weighted else 1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 9])  # 2 and 4 leave a last batch of one
+def test_a_batchs_loss_is_its_weighted_sum_over_its_images(batch_size, weighted) -> None:
+    weights = class_weights(LABELS, 3) if weighted else None
+    order = np.random.default_rng(0).permutation(9)
+    total = 0.0
+    for start in range(0, 9, batch_size):
+        rows = order[start : start + batch_size]
+        logits = torch.tensor(LOGITS[rows], dtype=torch.float32, requires_grad=True)
+        loss = weighted_cross_entropy(logits, torch.tensor(LABELS[rows]), weights)
+        assert loss.item() == pytest.approx(by_image(weighted)[rows].mean(), rel=1e-5)
+        total += loss.item() * len(rows)
+    assert total == pytest.approx(by_image(weighted).sum(), rel=1e-5)  # whatever the batches
+
+
+def test_weights_average_to_one_over_the_training_images() -> None:
+    assert class_weights(LABELS, 3).double().numpy()[LABELS].mean() == pytest.approx(1.0)
+
+
+def test_in_a_batch_of_one_the_gradient_carries_the_classs_weight() -> None:
+    gradients = []
+    for weights in (None, class_weights(LABELS, 3)):
+        logits = torch.tensor(LOGITS[-1:], dtype=torch.float32, requires_grad=True)
+        weighted_cross_entropy(logits, torch.tensor(LABELS[-1:]), weights).backward()
+        gradients.append(logits.grad)
+    torch.testing.assert_close(gradients[1], 3 * gradients[0])
