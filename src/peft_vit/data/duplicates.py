@@ -11,7 +11,7 @@ hash within 2 bits would call 1,025 and 2,779 pairs so. An image whose second di
 levels is nearly equal to nothing: it is flat or a gradient, and all gradients correlate. Of images as tiny as the
 digits little is found: scaled or saved anew, they are no longer themselves.
 
-The answer is kept in the cache. It costs one pass over the decoded pixels, 1 kB of memory an image, and a product of
+The answer is kept in the cache. It costs one pass over the decoded pixels, 4 kB of memory an image, and a product of
 the thumbnails of both sides.
 """
 
