@@ -88,6 +88,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+class DataWarning(UserWarning):
+    """The images leave doubt about a number; the text begins with `PREFIX`, by which a report knows it."""
+
+    PREFIX = "Images: "
+
+
 class SilentNoEffectWarning(UserWarning):
     """A setting is legal but changes nothing in this run; said loudly instead of being ignored."""
 

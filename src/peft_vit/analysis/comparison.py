@@ -254,7 +254,7 @@ def same_source(run: Run) -> tuple[object, ...]:
 
 
 def draws(run: Run) -> tuple[str, str] | None:
-    """Return what a common seed should make equal, initial head and order of images; None: of a probe, which has none."""
+    """Return what a common seed makes equal, initial head and order of images; None: of a probe, which has neither."""
     if run.experiment.is_probe:
         return None
     return run.provenance.head_init_sha256, run.provenance.data_order_sha256

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
 from peft_vit.config import ExperimentConfig
-from peft_vit.errors import UserError
+from peft_vit.errors import DataWarning, UserError
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord
 
 METHOD_ORDER = ("linear", "qa_linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora")
@@ -249,7 +249,10 @@ def _warnings(records: Sequence[RunRecord]) -> list[str]:
     for record in records:
         for text in dict.fromkeys(record.warnings):
             runs_of.setdefault(text, []).append(record)
-    return [f"Warning: {text}. Runs: {_runs(own)}." for text, own in runs_of.items()]
+    return [
+        f"{text if text.startswith(DataWarning.PREFIX) else f'Warning: {text}'}. Runs: {_runs(own)}."
+        for text, own in runs_of.items()
+    ]
 
 
 def _runs(records: Sequence[RunRecord]) -> str:

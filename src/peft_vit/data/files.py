@@ -10,6 +10,7 @@ import re
 import tarfile
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,12 +34,14 @@ class FileTree:
         names: relative names with '/', sorted.
         read: returns the content of the file with a given name.
         sha256: returns the hash of the zip, or of the folder's files with the given names.
+        contents: returns a text for each of the given names; files with equal content, and no others, have equal ones.
     """
 
     location: Path
     names: tuple[str, ...]
     read: Callable[[str], bytes]
     sha256: Callable[[list[str]], str]
+    contents: Callable[[list[str]], list[str]]
 
     def file(self, name: str) -> str:
         """Return what to call a file in an error."""
@@ -83,11 +86,12 @@ def open_tree(location: Path) -> FileTree:
         return FileTree(
             root, names, lambda name: read_bytes(root / name),
             lambda used: content_sha256({name: root / name for name in used}),
+            lambda used: list(map(content_hashes({name: root / name for name in used}).__getitem__, used)),
         )  # fmt: skip
     archive, members = _open_zip(location)
     return FileTree(
         location, tuple(sorted(members)), lambda name: _read_member(archive, members[name]),
-        lambda _: content_sha256({"": location}),
+        lambda _: content_sha256({"": location}), lambda used: _member_contents(archive, [members[n] for n in used]),
     )  # fmt: skip
 
 
@@ -124,6 +128,19 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     return content
 
 
+def _member_contents(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> list[str]:
+    """Return what tells members apart; only those are unpacked that agree with another one in checksum and size."""
+    marks = [f"{info.CRC} {info.file_size}" for info in members]
+    seen = Counter(marks)
+    for place, info in enumerate(members):
+        if seen[marks[place]] > 1:
+            try:
+                marks[place] = hashlib.sha256(_read_member(archive, info)).hexdigest()
+            except Exception:  # a foreign archive can fail in any way; who decodes the image says so, if it is used
+                marks[place] = info.filename
+    return marks
+
+
 def _names_below(root: Path) -> Iterator[str]:
     # Plain strings: a path object for each of 100,000 files takes seconds.
     for folder, subfolders, files in os.walk(root):
@@ -153,9 +170,20 @@ def refuse_outside(path: Path, root: Path) -> None:
 
 
 def content_sha256(files: Mapping[str, Path]) -> str:
-    """Return the hash of one file, or of the names and contents of several.
+    """Return the hash of one file, or of the names and contents of several."""
+    return combined_sha256(content_hashes(files))
 
-    Hashing a large folder takes as long as reading it, so the result is remembered in the cache while every
+
+def combined_sha256(hashes: Mapping[str, str]) -> str:
+    """Return the hash of one file, or of the names and contents of several, from their sorted hashes by name."""
+    lines = "".join(f"{name}\0{digest}\n" for name, digest in hashes.items())
+    return next(iter(hashes.values())) if len(hashes) == 1 else hashlib.sha256(lines.encode()).hexdigest()
+
+
+def content_hashes(files: Mapping[str, Path]) -> dict[str, str]:
+    """Return the hash of each file by its name, sorted.
+
+    Hashing a large folder takes as long as reading it, so the hashes are remembered in the cache while every
     path, size and modification time stays the same.
     """
     stamp = hashlib.sha256()
@@ -166,15 +194,15 @@ def content_sha256(files: Mapping[str, Path]) -> str:
             line = f"{name}\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n"
             stamp.update(line.encode(errors="surrogateescape"))  # folders above may have names of any bytes
         memo = cache_dir() / "hashes" / stamp.hexdigest()
-        if memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}", known := memo.read_bytes()):
-            return known.decode()
+        if memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}(\n[0-9a-f]{64})*", known := memo.read_bytes()):
+            remembered = known.decode().split("\n")
+            if len(remembered) == len(files):
+                return dict(zip(sorted(files), remembered, strict=True))
         hashes = {name: sha256_of(path) for name, path in sorted(files.items())}
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
-    lines = "".join(f"{name}\0{digest}\n" for name, digest in hashes.items())
-    result = hashes.popitem()[1] if len(hashes) == 1 else hashlib.sha256(lines.encode()).hexdigest()
-    write_to_cache(memo, result.encode())
-    return result
+    write_to_cache(memo, "\n".join(hashes.values()).encode())
+    return hashes
 
 
 def write_to_cache(file: Path, content: bytes) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 from peft_vit.data.files import (
     IMAGE_SUFFIXES,
     FileTree,
-    content_sha256,
+    combined_sha256,
+    content_hashes,
     decode_text,
     downloaded,
     open_tree,
@@ -31,7 +32,7 @@ _CSV_SPLITS = ("train", "test")
 
 def _index(
     name: str, tree: FileTree, files: list[str], classes: list[str], is_test: list[bool] | None,
-    *, licence: str, sha256: str, titles: dict[str, str] | None = None,
+    *, licence: str, sha256: str, titles: dict[str, str] | None = None, contents: list[str] | None = None,
 ) -> ImageIndex:  # fmt: skip
     class_ids = sorted(set(classes))
     number = {class_id: k for k, class_id in enumerate(class_ids)}
@@ -41,7 +42,8 @@ def _index(
         class_names=tuple((titles or {}).get(class_id, class_id) for class_id in class_ids),
         official_test=np.array(is_test, dtype=bool) if is_test and any(is_test) else None,
         licence=licence, sha256=sha256,
-        read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
+        read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])), names=files,
+        contents=None if contents is None else np.unique(contents, return_inverse=True)[1].astype(np.int64),
     )  # fmt: skip
 
 
@@ -111,7 +113,10 @@ def read_image_folder(path: Path | None, licence: str) -> ImageIndex:
         raise UserError(problem, file=path, field="data.path")
     images, classes = list(parts), [part[-2] for part in parts.values()]
     is_test = _official_test(path, [part[0] for part in parts.values()], classes) if is_split else None
-    return _index("image-folder", tree, images, classes, is_test, licence=licence, sha256=tree.sha256(images))
+    return _index(
+        "image-folder", tree, images, classes, is_test, licence=licence, sha256=tree.sha256(images),
+        contents=tree.contents(images),
+    )  # fmt: skip
 
 
 def _is_image(name: str) -> bool:
@@ -165,10 +170,12 @@ def read_csv(path: Path | None, licence: str) -> ImageIndex:
         raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.reader.line_num}") from None
     if not files:
         raise UserError("names no image; add rows", file=path)
-    tree = FileTree(root, tuple(files), lambda name: read_bytes(files[name]), lambda _: "")
+    hashes = content_hashes({"": path, **files})
+    sha256 = combined_sha256(hashes)
+    tree = FileTree(root, tuple(files), lambda name: read_bytes(files[name]), lambda _: sha256, lambda _: [])
     is_test = [split == "test" for split in splits] if "split" in columns else None
-    sha256 = content_sha256({"": path, **files})
-    return _index("csv", tree, list(files), classes, is_test, licence=licence, sha256=sha256)
+    contents = [hashes[name] for name in files]
+    return _index("csv", tree, list(files), classes, is_test, licence=licence, sha256=sha256, contents=contents)
 
 
 def _content(path: Path) -> bytes:

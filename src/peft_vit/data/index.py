@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import reprlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 from peft_vit.errors import CONTROL_CHARACTER, UserError
 
@@ -37,6 +38,8 @@ class ImageIndex:
         sha256: of the source's content: the wheel or archive, or names and contents of all files used.
         read: decodes image i; raises UserError naming the file if it is broken.
         channels: 1 if every image is grey, else 3; how many the decoded cache stores.
+        names: of the files, N of them; None: they are not files.
+        contents: equal numbers for files with equal content, (N,) int64; None: not looked at, splits ignore copies.
     """
 
     name: str
@@ -48,6 +51,12 @@ class ImageIndex:
     sha256: str
     read: Callable[[int], Image.Image]
     channels: Literal[1, 3] = 3
+    names: Sequence[str] | None = None
+    contents: np.ndarray | None = None
+
+    def title(self, i: int) -> str:
+        """Return what to call image i."""
+        return f"image {i}" if self.names is None else self.names[i]
 
 
 def decode_image(read: Callable[[], bytes], file: str) -> Image.Image:
@@ -64,6 +73,7 @@ def decode_image(read: Callable[[], bytes], file: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's, on damage that it can do with, and on many pixels
             image = Image.open(io.BytesIO(read()), formats=_FORMATS)
+            deep = _is_deep_png(image)  # to be asked before it is loaded
             width, height = image.size
             if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
                 raise ValueError(f"{width} x {height} pixels are too many, scale it down")
@@ -73,9 +83,18 @@ def decode_image(read: Callable[[], bytes], file: str) -> Image.Image:
         raise UserError("is not an image of a known format; replace it or take it out", file=file) from None
     except Exception as error:  # a foreign file can fail in any way; the user needs one line
         raise UserError(f"is not a readable image ({error}); replace it or take it out", file=file) from None
+    if deep:
+        raise UserError(f"has 16 bits a channel ({upright.mode}); convert it to 8 bits a channel", file=file)
     if upright.mode.startswith(_DEEP_MODES):
         raise UserError(f"has pixels of mode {upright.mode}; convert it to 8 bits a channel", file=file)
     return upright
+
+
+def _is_deep_png(image: Image.Image) -> bool:
+    """Tell whether Pillow is about to cut a PNG's 16 bits a channel to 8, as it does with all but plain grey ones."""
+    if not isinstance(image, PngImageFile) or image.mode.startswith(_DEEP_MODES):
+        return False
+    return any(str(tile[3]).endswith(";16B") for tile in image.tile)
 
 
 def check_class_names(

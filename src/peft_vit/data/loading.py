@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peft_vit.config import DataConfig
+from peft_vit.data.duplicates import image_warnings
 from peft_vit.data.images import LabelledImages, SealedImages
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.registry import open_index
@@ -25,6 +26,7 @@ class Data:
     data_sha256: str
     split_sha256: str
     licence: str
+    warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
 
 
 def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
@@ -38,7 +40,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         smoke: use synthetic files, see `open_index`; pair it with `smoke_config`.
 
     Raises:
-        UserError: see `open_index`, `make_splits`, `cached_pixels`.
+        UserError: see `open_index`, `make_splits`, `cached_pixels`, `image_warnings`.
     """
     index = open_index(config, smoke=smoke)
     splits = make_splits(index, config, seed)
@@ -50,6 +52,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         class_names=index.class_names, train=train, validation=validation,
         test=SealedImages(test, len(index.class_names)),
         data_sha256=index.sha256, split_sha256=splits.sha256, licence=index.licence,
+        warnings=image_warnings(index, splits, config.image_size),
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def read_elpv(path: Path | None, licence: str) -> ImageIndex:
         name="elpv", labels=label, strata=label * len(_MODULE_TYPES) + np.array(modules, dtype=np.int64),
         class_names=("functional", "defective"), official_test=None, licence=licence,
         sha256=tree.sha256([table, *names]), channels=1,
-        read=lambda i: decode_image(lambda: tree.read(names[i]), tree.file(names[i])),
+        read=lambda i: decode_image(lambda: tree.read(names[i]), tree.file(names[i])), names=names,
     )  # fmt: skip
 
 

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from peft_vit.config import DataConfig
+from peft_vit.data.copies import refuse_across
 from peft_vit.data.index import ImageIndex
-from peft_vit.errors import UserError
+from peft_vit.errors import DataWarning, UserError
 from peft_vit.seeding import numpy_generator
+
+_NAMED = 3  # classes in a warning
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,12 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     """Draw test, then validation, then training images, each stratified by `index.strata`.
 
     Test images come out of the data set's own test split, if it has one (all of it, unless `test_images` is
-    set); what is left of that split is used for nothing. Test and validation follow from `config.split_seed`, and
-    with `test_split: per_seed` from `seed` too; they do not move when `train_images` does. Training images come out of
-    what test and validation leave, so they move with these; with `train_subset: per_seed` their choice follows from
-    `seed` in any case.
+    set); what is left of that split is used for nothing. Files with equal content are one image: test and validation
+    images are drawn from one of each, and its copies are left out of what training images are drawn from.
+
+    Test and validation follow from `config.split_seed`, and with `test_split: per_seed` from `seed` too; they do not
+    move when `train_images` does. Training images come out of what test and validation leave, so they move with these;
+    with `train_subset: per_seed` their choice follows from `seed` in any case.
 
     Args:
         index: the data set.
@@ -38,9 +43,11 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
         seed: the run's seed.
 
     Raises:
-        UserError: if there are too few images, a class gets no training image, or per_seed would change nothing; names
-            field and numbers.
+        UserError: if there are too few images, a class gets no training image, per_seed would change nothing, or a file
+            stands on both sides of the data set's own test split; names field and numbers, or both files.
     """
+    if index.contents is not None and index.official_test is not None:
+        refuse_across(index, index.contents, np.where(index.official_test, 2, 0))
     rng = (
         numpy_generator(config.split_seed, "split")
         if config.test_split == "fixed"
@@ -55,8 +62,19 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
             f"needed, the test split leaves {len(rest)} of {len(index.labels)}; ask for fewer",
             field=f"data.{too_many}",
         )
-    validation = stratified_draw(rest, index.strata, config.validation_images, rng)
-    pool = np.setdiff1d(rest, validation)
+    source = _one_of_each(index, rest)
+    if config.validation_images > len(source):
+        raise UserError(
+            f"is {config.validation_images}, but the {len(rest)} files beside the test split hold {len(source)} "
+            "different images; ask for fewer", field="data.validation_images",
+        )  # fmt: skip
+    validation = stratified_draw(source, index.strata, config.validation_images, rng)
+    pool = _without(index, rest, validation)
+    if wanted - config.validation_images > len(pool):
+        raise UserError(
+            f"{wanted - config.validation_images} training images are needed, {len(pool)} remain without copies of "
+            "validation images; ask for fewer", field="data.train_images",
+        )  # fmt: skip
     train = _draw_train(index, config, seed, pool)
     _check_every_class(index, train, pool)
     return Splits(train, validation, test, _hash(train, validation, test))
@@ -70,12 +88,13 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
                 f"is missing; {index.name} has no test split of its own, say how many images",
                 field="data.test_images",
             )
-        source = everything
+        source = _one_of_each(index, everything)
     else:
         source = everything[index.official_test]
     count = len(source) if config.test_images is None else config.test_images
     if count > len(source):
-        raise UserError(f"is {count}, but only {len(source)} images are available for test", field="data.test_images")
+        what = "images" if index.official_test is not None or len(source) == len(everything) else "different images"
+        raise UserError(f"is {count}, but only {len(source)} {what} are available for test", field="data.test_images")
     if config.test_split == "per_seed" and index.official_test is not None and count == len(source):
         raise UserError(
             f"per_seed would test the same images with each seed, all {count} of the test split that comes with "
@@ -83,8 +102,22 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
         )  # fmt: skip
     test = stratified_draw(source, index.strata, count, rng)
     if index.official_test is None:
-        return test, np.setdiff1d(everything, test)
+        return test, _without(index, everything, test)
     return test, everything[~index.official_test]
+
+
+def _one_of_each(index: ImageIndex, rows: np.ndarray) -> np.ndarray:
+    """Return the rows whose file has no copy among those before them."""
+    if index.contents is None:
+        return rows
+    return rows[np.sort(np.unique(index.contents[rows], return_index=True)[1])]
+
+
+def _without(index: ImageIndex, rows: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Return the rows that are neither drawn nor copies of what is."""
+    if index.contents is None:
+        return np.setdiff1d(rows, drawn)
+    return rows[~np.isin(index.contents[rows], index.contents[drawn])]
 
 
 def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarray) -> np.ndarray:
@@ -131,6 +164,22 @@ def _check_every_class(index: ImageIndex, train: np.ndarray, pool: np.ndarray) -
         f"the {len(pool)} that remain beside test and validation are of this class); raise it, or add images",
         field="data.train_images",
     )
+
+
+def class_gaps(index: ImageIndex, splits: Splits) -> list[str]:
+    """Return a warning for each split that lacks a class: balanced accuracy is then a mean over the others."""
+    gaps = []
+    for name, rows in (("validation", splits.validation), ("test", splits.test)):
+        counts = np.bincount(index.labels[rows], minlength=len(index.class_names))
+        missing = [f"'{index.class_names[label]}'" for label in np.flatnonzero(counts == 0)]
+        if missing:
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            said = f"class{'es' if len(missing) > 1 else ''} {', '.join(missing[:_NAMED])}{more}"
+            gaps.append(
+                f"{DataWarning.PREFIX}no {name} image is of {said}; balanced {name} accuracy is the mean over "
+                f"{np.count_nonzero(counts)} of {len(counts)} classes"
+            )
+    return gaps
 
 
 def stratified_draw(available: np.ndarray, strata: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

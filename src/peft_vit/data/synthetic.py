@@ -24,7 +24,7 @@ from peft_vit.data.cifar import LAYOUTS
 from peft_vit.data.files import cache_not_writable
 from peft_vit.packages import cache_dir
 
-_VERSION = 1  # raise when the files change
+_VERSION = 2  # raise when the files change
 # Where the format fixes the number of classes, it is the real one.
 CLASS_COUNTS = {
     "elpv": 2, "digits": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100,
@@ -63,11 +63,11 @@ def _move(temporary: Path, folder: Path) -> None:
         shutil.rmtree(temporary)  # another process was faster; its files are the same
 
 
-def _images(labels: np.ndarray, classes: int, side: int, channels: int) -> np.ndarray:
-    """Return (N, side, side) or (N, side, side, 3) uint8 noise around a level per class and channel."""
+def _images(labels: np.ndarray, classes: int, side: int, channels: int, file: int = 0) -> np.ndarray:
+    """Return (N, side, side) or (N, side, side, 3) uint8: a level per class and channel, and each file's own noise."""
     rng = np.random.default_rng([_VERSION, classes, side])
     levels = rng.permuted(np.tile(np.linspace(40, 215, classes), (channels, 1)), axis=1)  # (C, K)
-    noise = rng.normal(0, 25, (len(labels), side, side, channels))
+    noise = np.random.default_rng([_VERSION, classes, side, file]).normal(0, 25, (len(labels), side, side, channels))
     pixels = np.clip(levels.T[labels][:, None, None, :] + noise, 0, 255).astype(np.uint8)
     return pixels[..., 0] if channels == 1 else pixels
 
@@ -100,9 +100,9 @@ def _write_elpv(folder: Path) -> None:
 
 
 def _write_fashion_mnist(folder: Path) -> None:
-    for split, each in (("train", 8), ("t10k", 2)):
+    for file, (split, each) in enumerate((("train", 8), ("t10k", 2))):
         labels = _balanced(10, each)
-        _write_idx(folder / f"{split}-images-idx3-ubyte.gz", _images(labels, 10, 28, 1))
+        _write_idx(folder / f"{split}-images-idx3-ubyte.gz", _images(labels, 10, 28, 1, file))
         _write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels.astype(np.uint8))
 
 
@@ -115,9 +115,9 @@ def _write_cifar(dataset: str, folder: Path) -> None:
     layout, classes = LAYOUTS[dataset], CLASS_COUNTS[dataset]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name in (*layout.train, layout.test):
+        for file, name in enumerate((*layout.train, layout.test)):
             labels = _balanced(classes, 2)
-            planes = _images(labels, classes, 32, 3).transpose(0, 3, 1, 2).reshape(len(labels), -1)
+            planes = _images(labels, classes, 32, 3, file).transpose(0, 3, 1, 2).reshape(len(labels), -1)
             leading = np.repeat(labels[:, None], layout.label_bytes, axis=1).astype(np.uint8)
             _add(archive, f"{dataset}/{name}", np.hstack([leading, planes]).tobytes())
         _add(archive, f"{dataset}/{layout.names}", "".join(f"class {k}\n" for k in range(classes)).encode())

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.experiments.estimate import Basis, Deviation, makespan
 from peft_vit.experiments.export import Exported
@@ -100,6 +102,8 @@ def _print_study(plan: Plan, console: Console) -> None:
     if study.threads > cpu_count():
         console.print(f"[bold yellow]threads: {study.threads} exceeds this machine's {cpu_count()} processors.[/]")
     console.print(f"Images: {plan.licence}")
+    for notice in plan.notices:  # they quote names of files, which may look like markup
+        console.print(Text(printable(notice), style="bold yellow"), soft_wrap=True)
 
 
 def _print_precision(plan: Plan, console: Console) -> None:

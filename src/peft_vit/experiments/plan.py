@@ -12,7 +12,7 @@ from peft_vit.adapters.peft_files import peft_sha256
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.backbones import check_weights, describe
 from peft_vit.config import Precision, StudyConfig
-from peft_vit.data import ImageIndex, Splits, make_splits, open_index
+from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.experiments.disk import disk_use
 from peft_vit.experiments.estimate import (
@@ -62,6 +62,7 @@ class Plan:
         part: the study names only some of the experiments and seeds that its folder holds.
         precision: of the runs, and how it was decided.
         bf16_factor: time of a product in bf16 over fp32's, where runs to do have to emulate bf16.
+        notices: what to know of the images before believing a number; none if nothing is to be done.
         deviation: how far off the estimates of the runs that are done would have been; None: none is done.
     """
 
@@ -74,6 +75,7 @@ class Plan:
     bf16_factor: float | None = None
     part: bool = False
     deviation: Deviation | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def pending(self) -> tuple[PlannedRun, ...]:
@@ -142,7 +144,8 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
     index = open_index(study.data, smoke=smoke)
     asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
     go_on(results_dir / study.name, asked, source=file, part=part)
-    splits = _splits(index, study)
+    drawn = _splits(index, study)
+    splits = drawn[study.seeds[0]]
     wanted: list[Wanted] = []
     for place, experiment in enumerate(study.experiments):
         total_steps = experiment.total_steps(len(splits.train))
@@ -159,9 +162,11 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
             spec = _spec(study, precision.chosen, place, seed, smoke)
             taken = _taken(results_dir, spec, index.sha256)
             wanted.append(Wanted(spec, total_steps, kind, kind_sha256, disk, taken))
+    notices: tuple[str, ...] = ()
     pending = any(run.taken is None for run in wanted)
     if pending:
         check_weights(study.backbone)
+        notices = _notices(index, study, drawn)
     workload = Workload(
         shape=shape, image_size=study.data.image_size, channels=index.channels, device=device,
         precision=precision.chosen, threads=study.threads, train=len(splits.train),
@@ -173,7 +178,7 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
         for run, estimate in zip(wanted, estimates, strict=True)
     )
     factor = bf16_factor(workload) if precision.emulated and pending and not smoke else None
-    return Plan(study, file, index.licence, index.sha256, runs, precision, factor, part, deviation)
+    return Plan(study, file, index.licence, index.sha256, runs, precision, factor, part, deviation, notices)
 
 
 def _precision(study: StudyConfig, results_dir: Path, device: torch.device) -> ChosenPrecision:
@@ -181,16 +186,28 @@ def _precision(study: StudyConfig, results_dir: Path, device: torch.device) -> C
     return choose_precision(study.precision, None if begun is None else begun.configuration.precision, device)
 
 
-def _splits(index: ImageIndex, study: StudyConfig) -> Splits:
-    """Return the first seed's splits once every seed's can be drawn: sizes agree, but one may lack a class."""
-    first = make_splits(index, study.data, study.seeds[0])
+def _splits(index: ImageIndex, study: StudyConfig) -> dict[int, Splits]:
+    """Return every seed's splits, or the first one's if all share them; sizes agree, but one may lack a class."""
+    drawn = {study.seeds[0]: make_splits(index, study.data, study.seeds[0])}
     if "per_seed" in (study.data.test_split, study.data.train_subset):
         for seed in study.seeds[1:]:
             try:
-                make_splits(index, study.data, seed)
+                drawn[seed] = make_splits(index, study.data, seed)
             except UserError as error:
                 raise UserError(f"with seed {seed}: {error.message}", field=error.field) from None
-    return first
+    return drawn
+
+
+def _notices(index: ImageIndex, study: StudyConfig, drawn: dict[int, Splits]) -> tuple[str, ...]:
+    """Return what to know of the images: of every split which classes it lacks, of the first one copies too."""
+    seeds_of: dict[str, list[int]] = {}
+    for seed, splits in drawn.items():
+        first = seed == study.seeds[0]
+        for text in image_warnings(index, splits, study.data.image_size) if first else class_gaps(index, splits):
+            seeds_of.setdefault(text, []).append(seed)
+    if len(drawn) == 1:
+        return tuple(seeds_of)
+    return tuple(f"{text} (seen with seed {', '.join(map(str, seeds))})" for text, seeds in seeds_of.items())
 
 
 def _registration(study: StudyConfig, file: Path) -> Registration:

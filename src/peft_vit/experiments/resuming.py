@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.config import ExperimentConfig
-from peft_vit.errors import SilentNoEffectWarning, UnderflowWarning, UserError, first_fault, printable
+from peft_vit.errors import DataWarning, SilentNoEffectWarning, UnderflowWarning, UserError, first_fault, printable
 from peft_vit.evaluation import peak_memory_bytes
 from peft_vit.records import BitAllocation, HeadFit, Provenance, Registration, RunSpec
 from peft_vit.training import CheckpointKeeper, Checkpoints, CheckpointWarning, ChosenBits, Interrupted, State
 
-RECORDED = (SilentNoEffectWarning, UnderflowWarning, CheckpointWarning)  # what a record keeps of the warnings
+# What a record keeps of the warnings.
+RECORDED = (SilentNoEffectWarning, UnderflowWarning, DataWarning, CheckpointWarning)
 # Of what a run is made of: with another one it would be another run.
 _THE_SAME = (
     "data_sha256", "split_sha256", "weights_name", "weights_sha256", "random_weights", "head_init_sha256",

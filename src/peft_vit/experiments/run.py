@@ -32,7 +32,14 @@ from peft_vit.backbones import (
 )
 from peft_vit.config import SITE_MATRICES, BackboneConfig
 from peft_vit.data import Data, LabelledImages, load_data
-from peft_vit.errors import DivergedError, SilentNoEffectWarning, UnderflowWarning, UserError, is_out_of_memory
+from peft_vit.errors import (
+    DataWarning,
+    DivergedError,
+    SilentNoEffectWarning,
+    UnderflowWarning,
+    UserError,
+    is_out_of_memory,
+)
 from peft_vit.evaluation import (
     frozen_bytes,
     head_parameters,
@@ -145,7 +152,7 @@ def run_one(
             failed = {"status": "failed", "error": reason, "failure": kind, "traceback": traceback.format_exc()}
             adapter, record = None, record_of(failed)
     for entry in caught:
-        if entry.category not in (SilentNoEffectWarning, UnderflowWarning):  # of those the record alone speaks
+        if entry.category not in (SilentNoEffectWarning, UnderflowWarning, DataWarning):  # of those the record speaks
             warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
     return Finished(record, adapter)
 
@@ -168,6 +175,8 @@ def _execute(
     torch.set_num_threads(spec.threads)
     device = resolve_device(spec.device)
     data = load_data(spec.data, spec.seed, smoke=spec.smoke)
+    for text in data.warnings:
+        warnings.warn(DataWarning(text), stacklevel=2)
     attempt.look_back(data.data_sha256)
     backbone = load_run_backbone(spec, len(data.class_names), read)
     model = backbone.model.to(device)

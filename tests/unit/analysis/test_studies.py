@@ -92,6 +92,13 @@ def test_warnings_are_named_once_a_text() -> None:
     ]
 
 
+def test_a_warning_about_the_images_speaks_for_itself() -> None:
+    gap = "Images: no test image is of class 'few'"
+    record = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, changes={"warnings": [gap]})
+    (study,) = group([record])
+    assert [notice for notice in study.notices if "few" in notice] == [f"{gap}. Runs: lora_r8, seed 0."]
+
+
 def test_another_configuration_under_one_name_is_named() -> None:
     other = EXPERIMENTS["lora_r4"].model_copy(update={"name": "lora_r8"})
     (study,) = group([planted.record(EXPERIMENTS["lora_r8"], 0, 0.8), planted.record(other, 1, 0.8)])

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -130,6 +132,37 @@ def test_broken_image_is_named_when_read(folder, config, spoil, message):
     index = open_index(config("image-folder", folder))
     with pytest.raises(UserError, match=message):
         [index.read(i) for i in range(5)]
+
+
+def png(depth, colour_type, pixels):
+    """Return a PNG of samples (H, W, C), built by hand after the specification (W3C, PNG third edition)."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2" if depth == 16 else "u1").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+COLOUR_TYPES = {"grey": (0, 1), "RGB": (2, 3), "grey and alpha": (4, 2), "RGBA": (6, 4)}
+
+
+@pytest.mark.parametrize("kind", COLOUR_TYPES)
+def test_a_png_of_16_bits_a_channel_is_refused_not_cut(folder, config, kind):
+    colour_type, channels = COLOUR_TYPES[kind]
+    pixels = np.random.default_rng(0).integers(0, 2**16, (5, 7, channels))
+    (folder / "cat/x.png").write_bytes(png(16, colour_type, pixels))
+    index = open_index(config("image-folder", folder))
+    message = r"cat/x\.png: has (16 bits a channel \(RGBA?\)|pixels of mode I;16); convert it to 8 bits a channel$"
+    with pytest.raises(UserError, match=message) as caught:
+        [index.read(i) for i in range(5)]
+    assert "\n" not in str(caught.value)
+    (folder / "cat/x.png").write_bytes(png(8, colour_type, pixels // 256))
+    decoded = np.asarray(open_index(config("image-folder", folder)).read(2))
+    assert np.array_equal(decoded.reshape(pixels.shape), pixels // 256)
 
 
 def test_photographs_stand_upright(folder, config):

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_vit.config import DataConfig
-from peft_vit.data import ImageIndex, make_splits
-from peft_vit.data.splits import stratified_draw
+from peft_vit.data import ImageIndex, class_gaps, make_splits
+from peft_vit.data.splits import Splits, stratified_draw
 from peft_vit.errors import UserError
 from peft_vit.seeding import numpy_generator
 
@@ -229,3 +229,15 @@ def test_more_shots_than_a_class_has():
     index = index_of([0] * 80 + [1] * 10)
     with pytest.raises(UserError, match=r"data\.shots_per_class: 9 images of class 'class1' are asked for, 8 remain"):
         make_splits(index, config(shots_per_class=9), 0)
+
+
+def test_classes_without_image_are_named_for_each_split():
+    index = index_of([0, 1, 2, 3, 4, 5] * 3)
+    rows = {"train": np.arange(6), "validation": np.array([6, 7, 8, 9, 11]), "test": np.array([13])}
+    assert class_gaps(index, Splits(**rows, sha256="")) == [
+        "Images: no validation image is of class 'class4'; balanced validation accuracy is the mean over 5 of 6 "
+        "classes",
+        "Images: no test image is of classes 'class0', 'class2', 'class3' and 2 more; balanced test accuracy is the "
+        "mean over 1 of 6 classes",
+    ]
+    assert class_gaps(index, Splits(np.arange(6), np.arange(6, 12), np.arange(12, 18), "")) == []

@@ -30,6 +30,15 @@ def printed(plan) -> list[str]:
     return console.file.getvalue().splitlines()
 
 
+def test_notices_stand_above_the_table_a_line_each_and_are_no_markup(study, tmp_path) -> None:
+    plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
+    notices = ("Images: [red]a.png and \x1b[31mb.png " + "x" * 150, "Images: no test image is of class 'a'")
+    lines = printed(replace(plan, notices=notices))
+    place = lines.index("Images: [red]a.png and \\x1b[31mb.png " + "x" * 150)
+    assert lines[place + 1] == notices[1]
+    assert "linear/seed_0" not in "".join(lines[: place + 2])
+
+
 def test_a_plan_sums_up_what_its_workers_take(study, tmp_path) -> None:
     plan = plan_study(study("linear", "lora"), tmp_path, file=tmp_path / "tiny.yaml")
     runs = tuple(

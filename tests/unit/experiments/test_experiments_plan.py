@@ -1,10 +1,12 @@
 """A plan counts, checks and estimates every run before the first; what is done is skipped, what changed is refused."""
 
+import shutil
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from written_runs import run_and_write
 
 from peft_vit.data import ImageIndex, make_splits
@@ -70,7 +72,7 @@ def test_a_split_that_only_another_seed_cannot_have_is_refused_by_the_plan(study
     labels = np.repeat([0, 1], [10, 30])
     index = ImageIndex(
         name="toy", labels=labels, strata=labels, class_names=("few", "many"), official_test=None, licence="none",
-        sha256="0" * 64, read=lambda _: pytest.fail("a plan decodes nothing"),
+        sha256="0" * 64, read=lambda i: Image.fromarray(np.full((8, 8), 6 * i, np.uint8)),
     )  # fmt: skip
     monkeypatch.setattr("peft_vit.experiments.plan.open_index", lambda *_, **__: index)
     sizes = {"train_images": None, "shots_per_class": 9, "test_images": 2, "validation_images": 4}
@@ -82,6 +84,49 @@ def test_a_split_that_only_another_seed_cannot_have_is_refused_by_the_plan(study
     assert len(planned(config.model_copy(update={"data": data, "seeds": tuple(enough)}), tmp_path).runs) == 2
     with pytest.raises(UserError, match=rf"data\.shots_per_class: with seed {lacking}: 9 images of class 'few'"):
         planned(config.model_copy(update={"data": data, "seeds": (enough[0], lacking)}), tmp_path)
+
+
+def test_a_plan_says_which_class_is_in_no_split_and_with_which_seeds(study, tmp_path, monkeypatch) -> None:
+    """Of 3 and 57 images, 10 are tested with one or none of class 'few', by lot, and 10 validated with none or one."""
+    labels = np.repeat([0, 1], [3, 57])
+    index = ImageIndex(
+        name="toy", labels=labels, strata=labels, class_names=("few", "many"), official_test=None, licence="none",
+        sha256="0" * 64, read=lambda i: Image.fromarray(np.full((8, 8), 4 * i, np.uint8)),
+    )  # fmt: skip
+    monkeypatch.setattr("peft_vit.experiments.plan.open_index", lambda *_, **__: index)
+    config, seeds = study("linear"), tuple(range(6))
+    data = config.data.model_copy(
+        update={"train_images": None, "validation_images": 10, "test_images": 10, "test_split": "per_seed"}
+    )
+    lacking = {
+        name: [seed for seed in seeds if not (labels[getattr(make_splits(index, data, seed), name)] == 0).any()]
+        for name in ("validation", "test")
+    }
+    assert all(0 < len(own) < 6 for own in lacking.values())
+    plan = planned(config.model_copy(update={"data": data, "seeds": seeds}), tmp_path)
+    assert sorted(plan.notices) == [
+        f"Images: no {name} image is of class 'few'; balanced {name} accuracy is the mean over 1 of 2 classes (seen "
+        f"with seed {', '.join(map(str, lacking[name]))})"
+        for name in ("test", "validation")
+    ]
+
+
+def test_a_plan_refuses_what_its_first_run_would(study, tmp_path) -> None:
+    for i in range(30):
+        for split in ("train", "test"):
+            file = tmp_path / "images" / split / f"class_{i % 2}" / f"{i:02d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i, split == "train", i == 7)).save(file)
+    shutil.copyfile(tmp_path / "images/train/class_1/07.png", tmp_path / "images/test/class_1/07.png")
+    config = study("linear")
+    data = config.data.model_copy(
+        update={"dataset": "image-folder", "path": str(tmp_path / "images"), "train_images": 10, "test_images": None}
+    )
+    message = (
+        r"tiny\.yaml: data\.path: test/class_1/07\.png \(test\) and train/class_1/07\.png \(training\) are the same"
+    )
+    with pytest.raises(UserError, match=message):
+        planned(config.model_copy(update={"data": data}), tmp_path)
 
 
 def test_a_plan_of_some_methods_or_seeds(study, tmp_path) -> None:

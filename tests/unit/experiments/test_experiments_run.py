@@ -213,6 +213,24 @@ def test_weights_too_small_for_float16_scales_are_said_in_the_record(study, tmp_
     )
 
 
+def test_a_class_without_a_test_image_is_said_in_plan_and_record(study, tmp_path, recwarn) -> None:
+    config = study("linear")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"test_images": 9})})
+    plan = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
+    record = run_one(plan.runs[0].spec).record
+    (gap,) = [text for text in record.warnings if "no test image" in text]
+    missing = set(range(10)) - set(record.predictions.labels)
+    assert gap == (
+        f"Images: no test image is of class '{min(missing)}'; balanced test accuracy is the mean over 9 of 10 classes"
+    )
+    assert list(plan.notices) == record.warnings
+    assert record.test.balanced_accuracy == pytest.approx(
+        np.mean([np.mean(np.array(record.predictions.predicted)[np.array(record.predictions.labels) == k] == k)
+                 for k in set(record.predictions.labels)])
+    )  # fmt: skip
+    assert [str(entry.message) for entry in recwarn if "Images: " in str(entry.message)] == []
+
+
 def test_the_commit_of_another_repository_is_not_recorded(tmp_path) -> None:
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")

@@ -1,0 +1,327 @@
+"""The same image, or nearly the same, where it should not be: refused, kept on one side, or told."""
+
+import os
+import shutil
+import zipfile
+from itertools import combinations
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.signal import convolve2d
+
+from peft_vit.config import DataConfig
+from peft_vit.data import ImageIndex, duplicates, image_warnings, load_data, make_splits, open_index, synthetic
+from peft_vit.data.copies import crossing
+from peft_vit.data.packaged import read_idx
+from peft_vit.errors import UserError
+
+
+def textured(seed, side=96):
+    """Return a photograph's like: blobs of all sizes, (side, side, 3)."""
+    rng = np.random.default_rng(seed)
+    layers = []
+    for cells in (3, 6, 12, 24):
+        small = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        layers.append(np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), np.float32))
+    return np.mean(layers, axis=0).astype(np.uint8)
+
+
+def save(file, pixels, **options):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file, **options)
+    return file
+
+
+@pytest.fixture
+def official(tmp_path):
+    """Make root/train and root/test with 12 and 6 images of two classes, all different."""
+    for i in range(18):
+        split = "train" if i < 12 else "test"
+        save(tmp_path / "root" / split / ("cat", "dog")[i % 2] / f"{i:02d}.png", textured(i))
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """Make pool/cat and pool/dog with 40 images, all different."""
+    for i in range(40):
+        save(tmp_path / "pool" / ("cat", "dog")[i % 2] / f"{i:02d}.png", textured(i))
+    return tmp_path / "pool"
+
+
+def asked(dataset, path, **settings):
+    return DataConfig(dataset=dataset, path=str(path), **({"image_size": 48, "validation_images": 4} | settings))
+
+
+def test_different_images_are_loaded_without_a_word(official, pool):
+    assert load_data(asked("image-folder", official), 0).warnings == ()
+    assert load_data(asked("image-folder", pool, test_images=8), 0).warnings == ()
+
+
+SAME = (
+    r"^data\.path: test/cat/copy\.png \(test\) and train/cat/00\.png \(training\) are the same image, which tells "
+    r"nothing about new ones; remove one of them$"
+)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_in_train_and_test_is_refused_with_both_names(official, packed):
+    shutil.copyfile(official / "train/cat/00.png", official / "test/cat/copy.png")
+    path = official
+    if packed:
+        path = official.with_suffix(".zip")
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(official.rglob("*.png")):
+                archive.write(file, file.relative_to(official))
+    config = asked("image-folder", path)
+    with pytest.raises(UserError, match=SAME):
+        make_splits(open_index(config), config, 0)  # before anything is decoded
+    with pytest.raises(UserError, match=SAME):
+        load_data(config, 0)
+
+
+def test_how_many_are_in_train_and_test_is_said(official):
+    for name in ("cat/00.png", "dog/01.png", "cat/02.png"):
+        shutil.copyfile(official / "train" / name, official / "test" / name.replace("/", "/copy"))
+    with pytest.raises(UserError, match=r"new ones; 3 images are on several sides like this one; remove one of them$"):
+        load_data(asked("image-folder", official), 0)
+
+
+@pytest.mark.parametrize("made_by", [os.symlink, os.link, shutil.copyfile])
+def test_a_test_row_that_is_a_training_file_is_refused(pool, made_by):
+    made_by(pool / "cat/00.png", pool / "other.png")
+    rows = [f"{name}/{i:02d}.png,{name},train" for i in range(20) for name in [("cat", "dog")[i % 2]]]
+    rows += [f"{name}/{i:02d}.png,{name},test" for i in range(20, 26) for name in [("cat", "dog")[i % 2]]]
+    (pool / "list.csv").write_text("\n".join(["path,label,split", *rows, "other.png,cat,test"]) + "\n")
+    with pytest.raises(UserError, match=r"^data\.path: cat/00\.png \(training\) and other\.png \(test\) are the same"):
+        load_data(asked("csv", pool / "list.csv"), 0)
+
+
+def test_the_same_pixels_in_another_file_are_refused(official):
+    save(official / "test/cat/other.bmp", textured(0))  # of train/cat/00.png
+    config = asked("image-folder", official, validation_images=2)
+    with pytest.raises(UserError, match=r"train/cat/00\.png \(\w+\) and test/cat/other\.bmp \(test\) are the same"):
+        load_data(config, 0)
+
+
+def test_the_same_pixels_are_refused_where_the_split_is_drawn_too(pool):
+    for i in range(40):
+        save(pool / ("cat", "dog")[i % 2] / f"{i:02d}.bmp", textured(i))
+    with pytest.raises(UserError, match=r"are the same image, .*; \d+ images are on several sides like this one"):
+        load_data(asked("image-folder", pool, test_images=8), 0)
+
+
+@pytest.mark.parametrize("test_split", ["fixed", "per_seed"])
+def test_copies_of_a_file_never_come_on_two_sides_of_a_drawn_split(pool, test_split):
+    for i in range(0, 40, 3):
+        for copy in range(i % 3 + 1 + i % 2):
+            shutil.copyfile(
+                pool / ("cat", "dog")[i % 2] / f"{i:02d}.png", pool / ("cat", "dog")[i % 2] / f"{i}_{copy}.png"
+            )
+    config = asked("image-folder", pool, test_images=8, test_split=test_split)
+    index = open_index(config)
+    for seed in range(5):
+        splits = make_splits(index, config.model_copy(update={"split_seed": seed}), seed)
+        files = [
+            {index.read(int(row)).tobytes() for row in rows} for rows in (splits.train, splits.validation, splits.test)
+        ]
+        assert all(not one & other for one, other in combinations(files, 2))
+        assert (
+            (len(splits.validation), len(splits.test)) == (len(files[1]), len(files[2])) == (4, 8)
+        )  # no copies within
+        assert len(files[0]) == 40 - 12
+        left_out = len(index.labels) - len(splits.train) - 12
+        said = [text for text in image_warnings(index, splits, 48) if "left out" in text]
+        expected = f"Images: {left_out} files are left out as copies of validation or test images, such as "
+        assert [text[: len(expected)] for text in said] == ([expected] if left_out else [])
+
+
+def test_too_few_different_images_for_a_split(tmp_path):
+    for i in range(30):  # 4 different images
+        save(tmp_path / "few" / ("cat", "dog")[i % 2] / f"{i:02d}.png", textured(i % 4))
+    few = asked("image-folder", tmp_path / "few", validation_images=3, test_images=2)
+    with pytest.raises(
+        UserError, match=r"^data\.validation_images: is 3, but the \d+ files .* hold 2 different images"
+    ):
+        load_data(few, 0)
+    with pytest.raises(UserError, match=r"^data\.test_images: is 5, but only 4 different images are available"):
+        load_data(few.model_copy(update={"test_images": 5}), 0)
+    with pytest.raises(UserError, match=r"^data\.train_images: 2 training images are needed, 0 remain without copies"):
+        load_data(few.model_copy(update={"validation_images": 2}), 0)
+
+
+def test_without_copies_splits_are_what_they_were(pool):
+    """The hash comes from the version before files were compared."""
+    config = asked("image-folder", pool, test_images=8, validation_images=6, train_images=10)
+    assert make_splits(open_index(config), config, 0).sha256 == (
+        "198ce0f15e8535f2f05eb62e0f838d44529850849b4a4f75e9128155a0c57c3e"
+    )
+
+
+def test_digits_are_split_as_ever_and_nothing_is_said_of_them():
+    config = DataConfig(dataset="digits", image_size=32, validation_images=400, test_images=600)
+    data = load_data(config, 0)
+    assert data.split_sha256 == "2ec495527b89f15f79a3cba3ed23c869c6223725e93a73a57a708551ee5341f3"
+    assert data.warnings == ()
+
+
+def put_into_test(folder, image, label):
+    """Make an image of Fashion-MNIST's training file the first test image of another label; return its position."""
+    train = read_idx(folder / "train-images-idx3-ubyte.gz", dimensions=3)
+    test = read_idx(folder / "t10k-images-idx3-ubyte.gz", dimensions=3).copy()
+    place = int(np.argmax(read_idx(folder / "t10k-labels-idx1-ubyte.gz", dimensions=1) == label))
+    test[place] = train[image]
+    synthetic._write_idx(folder / "t10k-images-idx3-ubyte.gz", test)
+    return len(train) + place
+
+
+def test_a_packaged_set_keeps_its_splits_and_says_what_is_wrong_with_them():
+    folder = synthetic.files_for("fashion-mnist")
+    config = asked("fashion-mnist", folder, image_size=28, validation_images=20)
+    before = load_data(config, 0)
+    place = put_into_test(folder, image=3, label=5)
+    data = load_data(config, 0)
+    assert (before.split_sha256, before.warnings) == (data.split_sha256, ())
+    side = "training" if 3 in data.train.positions else "validation"
+    assert data.warnings == (
+        f"Images: 1 images are in two splits, such as image 3 ({side}) and image {place} (test); the splits stay as "
+        "they are",
+        f"Images: 1 images are of two classes, such as image 3 ('dress') and image {place} ('sandal'); one of the "
+        "labels is wrong",
+    )
+
+
+def test_one_image_under_two_classes_is_named_even_if_one_file_is_left_out(pool):
+    shutil.copyfile(pool / "cat/00.png", pool / "dog/same.png")
+    for seed in range(4):
+        data = load_data(asked("image-folder", pool, test_images=8, split_seed=seed), 0)
+        assert (
+            "Images: 1 images are of two classes, such as cat/00.png ('cat') and dog/same.png ('dog'); one of the "
+            "labels is wrong"
+        ) in data.warnings
+
+
+def test_copies_within_a_split_count_and_are_told(official):
+    shutil.copyfile(official / "test/cat/12.png", official / "test/cat/again.png")
+    assert load_data(asked("image-folder", official), 0).warnings == (
+        "Images: 1 of 7 test images are copies of others there, such as test/cat/again.png of test/cat/12.png; each "
+        "counts",
+    )
+
+
+# --- nearly the same --------------------------------------------------------------------------------------------------
+
+
+def jpeg(pixels, file):
+    return save(file, pixels, quality=90)
+
+
+def brighter(pixels, file):
+    return save(file, np.clip(pixels * 1.1 + 5, 0, 255).astype(np.uint8))
+
+
+def smaller(pixels, file):
+    return save(file, np.asarray(Image.fromarray(pixels).resize((80, 80), Image.Resampling.BICUBIC)))
+
+
+@pytest.mark.parametrize("change", [jpeg, brighter, smaller])
+def test_an_image_saved_anew_on_the_other_side_is_told(official, change):
+    change(textured(0), official / "test/cat" / ("again.jpg" if change is jpeg else "again.png"))
+    (said,) = load_data(asked("image-folder", official), 0).warnings
+    assert said.startswith("Images: 1 test images nearly equal one of another split, such as test/cat/again.")
+    assert "and train/cat/00.png (" in said
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda rng: np.full((48, 48, 3), rng.integers(0, 256), np.uint8),  # flat
+        lambda rng: (
+            np.linspace(0, rng.integers(100, 256), 48)[None, :, None].repeat(48, 0).repeat(3, 2).astype(np.uint8)
+        ),
+        lambda rng: (128 + rng.normal(0, 1, (48, 48, 3))).astype(np.uint8),  # flat and noisy
+    ],
+    ids=["flat", "gradient", "noise"],
+)
+def test_images_without_detail_are_near_to_nothing(official, kind):
+    rng = np.random.default_rng(0)
+    levels = set()
+    for split, name in ((split, name) for split in ("train", "test") for name in ("cat", "dog")):
+        for i in range(6):
+            pixels = kind(rng)
+            if pixels.tobytes() not in levels:
+                levels.add(pixels.tobytes())
+                save(official / split / name / f"plain{i}.png", pixels)
+    assert len(levels) > 12
+    assert load_data(asked("image-folder", official), 0).warnings == ()
+
+
+def test_near_pairs_are_those_of_a_plain_search():
+    """Against NumPy's corrcoef and SciPy's convolution, pair by pair."""
+    rng = np.random.default_rng(1)
+    base = np.stack([textured(i, side=32) for i in range(30)])
+    noise = rng.normal(0, 1, base.shape) * np.linspace(0, 12, 30)[:, None, None, None]  # the later, the farther off
+    others = np.clip(base + noise, 0, 255).astype(np.uint8)[rng.permutation(30)]
+    parts = [base, others[:10], others[10:]]
+    equal = np.arange(60)
+    found = {tuple(pair) for pair in duplicates._near(parts, equal).tolist()}
+
+    def thumbnail(image):
+        return image.astype(float).mean(2).reshape(16, 2, 16, 2).mean((1, 3))
+
+    def fine(small):
+        return convolve2d(small, [[0, -1, 0], [-1, 4, -1], [0, -1, 0]], mode="valid")
+
+    images = [thumbnail(image) for part in parts for image in part]
+    expected = set()
+    for i in range(30, 60):
+        before = range(30 if i < 40 else 40)
+        whole = [np.corrcoef(images[i].ravel(), images[k].ravel())[0, 1] for k in before]
+        k = int(np.argmax(whole))
+        detail = np.corrcoef(fine(images[i]).ravel(), fine(images[k]).ravel())[0, 1]
+        if whole[k] >= 0.999 and detail >= 0.98:
+            expected.add((i, k))
+    assert found == expected
+    assert 5 < len(found) < 25
+
+
+def test_blocks_change_nothing(monkeypatch):
+    parts = [np.stack([textured(i % 20, side=32) for i in range(n)]) for n in (23, 9, 14)]
+    equal = np.arange(46)
+    whole = duplicates._near(parts, equal)
+    monkeypatch.setattr(duplicates, "_BLOCK", 5)
+    monkeypatch.setattr(duplicates, "_BATCH", 3)
+    assert len(whole) == 23
+    assert np.array_equal(np.unique(duplicates._near(parts, equal)[:, 0]), np.unique(whole[:, 0]))
+
+
+# --- kept -------------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_compared_once_and_again_if_the_answer_is_damaged(official, own_cache, monkeypatch):
+    jpeg(textured(0), official / "test/cat/again.jpg")
+    config = asked("image-folder", official)
+    said, compared = load_data(config, 0).warnings, []
+    real = duplicates._near
+    monkeypatch.setattr(duplicates, "_near", lambda *arguments: compared.append(1) or real(*arguments))
+    assert load_data(config, 0).warnings == said
+    assert compared == []
+    (file,) = (own_cache / "duplicates").iterdir()
+    content = file.read_bytes()
+    for damage in (b"", b"not numpy", content[:-8], content[:-8] + b"\xff" * 8):
+        file.write_bytes(damage)
+        assert load_data(config, 0).warnings == said
+    assert len(compared) == 4
+
+
+def test_crossing_by_hand():
+    assert crossing(np.array([5, 1, 5, 1, 2]), np.array([0, 1, 2, 1, 0])) == (1, (0, 2))
+    assert crossing(np.array([1, 2, 3]), np.array([0, 1, 2])) == (0, (0, 0))
+    assert crossing(np.array([7, 7, 7, 3, 3]), np.array([0, 1, 2, 0, 1]))[0] == 2
+
+
+def test_images_that_are_no_files_are_numbered():
+    labels = np.zeros(2, np.int64)
+    index = ImageIndex("toy", labels, labels, ("a", "b"), None, "none", "0" * 64, lambda i: None)
+    assert index.title(1) == "image 1"
