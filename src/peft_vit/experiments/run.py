@@ -17,7 +17,7 @@ from torch import nn
 
 from peft_vit.adapters import adapter_bytes, current_ranks
 from peft_vit.adapters.peft_files import doubts_about, peft_sha256
-from peft_vit.adapters.peft_library import peft_ranks
+from peft_vit.adapters.peft_library import load_peft, peft_ranks
 from peft_vit.backbones import (
     LoadedBackbone,
     Site,
@@ -38,7 +38,6 @@ from peft_vit.evaluation import (
     model_size,
     predict,
     predictions,
-    reset_peak_memory,
     trainable_bytes,
     trainable_parameters,
 )
@@ -161,7 +160,8 @@ def _kind(error: Exception) -> Failure:
 def _execute(
     spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None, read: Callable[[BackboneConfig], Weights]
 ) -> tuple[dict[str, Any], bytes]:
-    reset_peak_memory()
+    load_peft(spec.experiment)
+    memory = attempt.watch_memory()
     torch.set_num_threads(spec.threads)
     device = resolve_device(spec.device)
     data = load_data(spec.data, spec.seed, smoke=spec.smoke)
@@ -169,6 +169,7 @@ def _execute(
     backbone = load_run_backbone(spec, len(data.class_names), read)
     model = backbone.model.to(device)
     choose_attention(model, device, spec.precision)
+    memory.loaded()
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
     sites = find_sites(model)
     config = spec.experiment.training
@@ -195,7 +196,8 @@ def _execute(
     tested = _test(model, data, spec, setting)
     fisher_check, calibration_s = calibrate_fisher(hooks, model, data, config, setting, spec.seed)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
-    peak = attempt.peak_memory_bytes  # before the float weights come back for a comparison
+    # Before the float weights come back for a comparison.
+    memory_bytes = {"peak_memory_bytes": attempt.peak_memory_bytes, "own_memory_bytes": attempt.own_memory_bytes}
     trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
     balance_s = {} if trainer is None else measure_balance(trainer, model, data, spec, setting)
     measured, measures_s = take_measures(model, backbone, data, spec, setting)
@@ -213,7 +215,7 @@ def _execute(
             **bits_s, **result.overhead_s, **_probing(hooks, result.steps), **calibration_s, **balance_s, **measures_s,
             "checkpoints": attempt.checkpoints_s,
         },
-        "peak_memory_bytes": peak,
+        **memory_bytes,
         **tested,
         **measured,
     }  # fmt: skip
@@ -223,7 +225,7 @@ def _execute(
 def _test(model: nn.Module, data: Data, spec: RunSpec, setting: Setting) -> dict[str, Any]:
     """Read the test split, the only time, and return what was measured and what was predicted there."""
     images = data.test.open()
-    batches = images.ordered_batches(4 * spec.experiment.training.batch_size, setting.mean, setting.std)
+    batches = images.ordered_batches(spec.experiment.training.batch_size, setting.mean, setting.std)
     logits, labels = predict(model, batches, device=setting.device, precision=setting.precision)
     return {"test": measure(logits, labels), "predictions": predictions(logits, labels, images.positions)}
 
