@@ -86,23 +86,23 @@ class MemoryWatch:
     def __init__(self) -> None:
         reset_peak_memory()
         self._before = _memory().get("RssAnon")
-        self._loading = 0
+        self._preparing = 0
 
-    def loaded(self) -> None:
-        """Take note that model and data are there; what reading them left behind is given back."""
-        self._loading = peak_memory_bytes()
+    def prepared(self) -> None:
+        """Take note that training is about to begin; what reading and quantizing left behind is given back."""
+        self._preparing = peak_memory_bytes()
         reset_peak_memory()
 
     @property
     def peak_bytes(self) -> int:
         """Return the largest resident memory of the process so far, whatever it is made of."""
-        return max(self._loading, peak_memory_bytes())
+        return max(self._preparing, peak_memory_bytes())
 
     @property
     def own_bytes(self) -> int | None:
-        """Return what the run has added to the process at most, since model and data were loaded; None if unknown.
+        """Return what the run has added to the process at most, since training began; the model is part of it.
 
-        Model and data are part of it. None where the system doesn't tell (anything but Linux).
+        None where the system doesn't tell (anything but Linux).
         """
         now = _memory()
         if self._before is None or "RssAnon" not in now:

@@ -169,7 +169,6 @@ def _execute(
     backbone = load_run_backbone(spec, len(data.class_names), read)
     model = backbone.model.to(device)
     choose_attention(model, device, spec.precision)
-    memory.loaded()
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
     sites = find_sites(model)
     config = spec.experiment.training
@@ -186,6 +185,7 @@ def _execute(
     provenance = attempt.begin(_provenance(spec, data, backbone, device), bits, bits_s)
     _say_doubts(spec, provenance, data)
     initial_ranks = current_ranks(model) | peft_ranks(model)
+    memory.prepared()
     result = train(
         model, data, config, setting, seed=spec.seed, hooks=hooks, on_progress=on_progress,
         between_steps=attempt.between_steps, resume=attempt.take_training(),

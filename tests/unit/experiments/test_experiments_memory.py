@@ -46,7 +46,7 @@ def test_a_run_takes_as_much_first_in_its_worker_as_after_others(cache, tmp_path
     finally:
         executor.close()
     first, full, _, last = records
-    print([(r.peak_memory_bytes/1e6, r.own_memory_bytes/1e6, r.seconds) for r in records])
+    print([(r.peak_memory_bytes / 1e6, r.own_memory_bytes / 1e6, r.seconds) for r in records])
     assert last.peak_memory_bytes - first.peak_memory_bytes > LEFT_BYTES, "the worker kept what others left"
     assert abs(last.own_memory_bytes - first.own_memory_bytes) < TOLERANCE_BYTES
     assert full.own_memory_bytes - first.own_memory_bytes > TOLERANCE_BYTES, "methods can be told apart by it"

@@ -75,7 +75,7 @@ def test_the_past_counts(spec_of, tmp_path, monkeypatch) -> None:
     clock = count(0, 1000.0)  # a thousand seconds from one look at it to the next
     with monkeypatch.context() as patch:
         patch.setattr("peft_vit.experiments.resuming.time.perf_counter", lambda: next(clock))
-        seen = SimpleNamespace(loaded=lambda: None, peak_bytes=1 << 50, own_bytes=1 << 49)
+        seen = SimpleNamespace(prepared=lambda: None, peak_bytes=1 << 50, own_bytes=1 << 49)
         patch.setattr("peft_vit.experiments.resuming.MemoryWatch", lambda: seen)
         interrupted(spec, tmp_path, 2)
     record = resumed(spec, tmp_path, 3).record
