@@ -8,11 +8,11 @@ STAMP := $(VENV)/.setup-done
 QUICKSTART := experiments/outputs/quickstart
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup demo smoke test torture bench check format clean
+.PHONY: help setup demo smoke test test-avx2 torture bench check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## build .venv and fetch the weights and images of the quickstart
 
@@ -25,6 +25,14 @@ smoke: setup ## run the quickstart's whole path with random weights and syntheti
 
 test: setup ## run the tests, one thread in each of two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Without AVX-512 other kernels compute, and bf16 is emulated, so products and rounding differ.
+CORE := $(addprefix tests/unit/,adapters quantization training deployment) \
+  $(wildcard $(addprefix tests/oracle/test_,adapters*.py quantization*.py training*.py deployment*.py resizing*.py))
+
+test-avx2: setup ## run the tests of the numerical core as a processor without AVX-512 computes them
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(CORE)
 
 # Each tool writes what it found down before it ends; the last one says whether anything failed, now or earlier.
 torture: setup ## break files and kill runs for hours; results add up over calls and are told in docs/reliability.md

@@ -54,7 +54,7 @@ _OWN = (
     "eight-bits-lose-nothing-tuned", "four-bits-as-accurate-as-eight", "adaptive-ranks-help-on-four-bits",
     "joint-choice-keeps-accuracy",
 )  # fmt: skip
-_MORE_TIME, _MORE_MEMORY = 1.25, 1.1  # times what LoRA r=8 takes; times of runs side by side differ by a fifth anyway
+_MORE_TIME = 1.25  # times what LoRA r=8 takes; times of runs side by side differ by a fifth anyway
 
 
 def study_blocks(
@@ -206,14 +206,13 @@ def _lower_means(analysis: Analysis) -> list[str]:
 
 
 def price(analysis: Analysis) -> str:
-    """Return which methods took clearly more than LoRA r=8 of what training and prediction take."""
+    """Return which methods took clearly more time than LoRA r=8 to train and to predict."""
     methods = [method for method in in_order(analysis) if method.experiment.name != REFERENCE]
     (reference,) = (method for method in analysis.methods if method.experiment.name == REFERENCE)
     parts = []
-    for what, unit, factor, digits, more_than, value in (
-        ("one image", "ms", 1e3, 0, _MORE_TIME, lambda method: method.latency_s),
-        ("a training step", "s", 1, 2, _MORE_TIME, lambda method: method.seconds_per_step),
-        ("the peak of training", "MB", 1e-6, 0, _MORE_MEMORY, lambda method: method.peak_memory_bytes),
+    for what, unit, factor, digits, value in (
+        ("one image", "ms", 1e3, 0, lambda method: method.latency_s),
+        ("a training step", "s", 1, 2, lambda method: method.seconds_per_step),
     ):
         limit = value(reference)
         if limit is None:
@@ -221,10 +220,10 @@ def price(analysis: Analysis) -> str:
         more = [
             f"{titled(method.experiment.name)} ({fixed(factor * value(method), digits)})"
             for method in methods
-            if value(method) is not None and value(method) > more_than * limit
+            if value(method) is not None and value(method) > _MORE_TIME * limit
         ]
         parts.append(f"{what} ({fixed(factor * limit, digits)} {unit}): {joined(more) or 'none'}")
-    return f"Above what LoRA r=8 takes, by a quarter of time or a tenth of memory, in means: {'; '.join(parts)}."
+    return f"More than a quarter above the time that LoRA r=8 takes, in means: {'; '.join(parts)}."
 
 
 def losses(analysis: Analysis) -> list[str]:
@@ -252,8 +251,7 @@ def _compared(finding: Finding) -> tuple[str, str]:
 def cost_table(analysis: Analysis) -> str:
     """Return one row a method: learning rate, every seed, and what training took."""
     rows: list[tuple[str, ...]] = [
-        ("method", "learning rate", "test accuracy by seed, %", "validation, %", "s a step", "peak, MB",
-         "one image, ms"),
+        ("method", "learning rate", "test accuracy by seed, %", "validation, %", "s a step", "one image, ms"),
     ]  # fmt: skip
     for method in in_order(analysis):
         rows.append(
@@ -263,7 +261,6 @@ def cost_table(analysis: Analysis) -> str:
                 joined(fixed(100 * value, 1) for value in method.by_seed),
                 fixed(100 * method.validation_accuracy.estimate, 1),
                 _or_dash(method.seconds_per_step, lambda value: fixed(value, 2)),
-                _or_dash(method.peak_memory_bytes, lambda value: fixed(value / 1e6, 0)),
                 _or_dash(method.latency_s, lambda value: fixed(1e3 * value, 1)),
             )
         )
@@ -338,19 +335,18 @@ def undecided(analysis: Analysis) -> str:
 def costs(analyses: Mapping[str, Analysis], pilots: Mapping[str, pd.DataFrame]) -> str:
     """Return what all runs took, by study; of pilots what their tables hold."""
     rows: list[tuple[str, ...]] = [
-        ("study", "runs", "failed", "core hours", "highest peak of a run, MB", "machine", "commit"),
+        ("study", "runs", "failed", "core hours", "machine", "commit"),
     ]  # fmt: skip
     for name, analysis in analyses.items():
         runs = analysis.study.runs
         seconds = sum(run.record.seconds * run.provenance.threads for run in runs)
-        peaks = [run.record.peak_memory_bytes for run in runs if run.record.peak_memory_bytes]
         machines = sorted({f"{run.provenance.processor}, {run.provenance.cpu_count} processors" for run in runs})
         commits = sorted({(run.provenance.git_hash or "unknown")[:7] for run in runs})
         dirty = any(run.provenance.git_dirty for run in runs)
         rows.append(
             (
                 SHORT[name], str(len(runs) + len(analysis.study.failed)), str(len(analysis.study.failed)),
-                fixed(seconds / 3600, 1), fixed(max(peaks) / 1e6, 0) if peaks else "–", escaped("; ".join(machines)),
+                fixed(seconds / 3600, 1), escaped("; ".join(machines)),
                 joined(commits) + (", with local changes" if dirty else ""),
             )
         )  # fmt: skip
@@ -359,7 +355,7 @@ def costs(analyses: Mapping[str, Analysis], pilots: Mapping[str, pd.DataFrame]) 
         rows.append(
             (
                 f"{SHORT[name.removesuffix('_pilot')]}, pilot", str(len(runs)), str((runs.status != "done").sum()),
-                fixed(runs.seconds.sum() / 3600, 1), "–", "–", joined(commits),
+                fixed(runs.seconds.sum() / 3600, 1), "–", joined(commits),
             )
         )  # fmt: skip
     return markdown(rows, right=1)

@@ -235,8 +235,8 @@ def quantization_cost(led: Ledger, _: str) -> list[Row]:
     return [
         {"experiment": n, "bits_per_weight": mean_of(led, n, "quantization", "bits_per_weight"), "same_machine": 1,
          "stored_bytes": stored(n), "float_stored_bytes": stored("lora_r8"),
-         "peak_memory_bytes": mean_of(led, n, "peak_memory_bytes"),
-         "float_peak_memory_bytes": mean_of(led, "lora_r8", "peak_memory_bytes"),
+         "own_memory_bytes": mean_of(led, n, "own_memory_bytes"),
+         "float_own_memory_bytes": mean_of(led, "lora_r8", "own_memory_bytes"),
          "seconds_per_step": mean_of(led, n, "seconds_per_step"),
          "float_seconds_per_step": mean_of(led, "lora_r8", "seconds_per_step")}
         for n in low_bit(led)
@@ -263,7 +263,7 @@ def size(led: Ledger, _: str) -> list[Row]:
             "layers_bits_per_weight": bits, "layers_vs_fp32": 32 / bits, "layers_vs_fp16": 16 / bits,
             "model_bits_per_weight": whole, "model_vs_fp32": 32 / whole, "model_vs_fp16": 16 / whole,
             "live_bytes": model["live_bytes"], "file_bytes": model["file_bytes"],
-            "peak_memory_bytes": mean_of(led, name, "peak_memory_bytes"),
+            "own_memory_bytes": mean_of(led, name, "own_memory_bytes"),
         })  # fmt: skip
     return rows
 

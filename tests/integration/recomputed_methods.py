@@ -162,7 +162,7 @@ def cost(led: Ledger, _: str) -> list[Row]:
          "frozen_bytes": mean_of(led, n, "bytes", "frozen_bytes"),
          "adapter_file_bytes": mean_of(led, n, "bytes", "adapter_file_bytes"),
          "seconds_per_step": mean_of(led, n, "seconds_per_step"),
-         "peak_memory_bytes": mean_of(led, n, "peak_memory_bytes")}
+         "own_memory_bytes": mean_of(led, n, "own_memory_bytes")}
         for n in led.runs
     ]  # fmt: skip
 

@@ -332,7 +332,7 @@ def test_lists(capsys, monkeypatch) -> None:
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.parametrize(

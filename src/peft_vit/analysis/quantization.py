@@ -51,13 +51,13 @@ class Costs:
 
     Attributes:
         stored_bytes: everything frozen and the adapter file.
-        peak_memory_bytes: of the process, largest during the run.
+        own_memory_bytes: see `RunRecord`.
         seconds_per_step: of training.
         latency_s: batch size -> seconds of a forward pass, for the sizes that all runs measured.
     """
 
     stored_bytes: float
-    peak_memory_bytes: float | None
+    own_memory_bytes: float | None
     seconds_per_step: float | None
     latency_s: dict[int, float]
 
@@ -198,7 +198,7 @@ def _costs(runs: Sequence[Run]) -> Costs:
     sizes = set.intersection(*(set(run.record.latency_s) for run in runs))
     return Costs(
         stored_bytes=fmean(run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs),
-        peak_memory_bytes=known_mean([run.record.peak_memory_bytes for run in runs]),
+        own_memory_bytes=known_mean([run.record.own_memory_bytes for run in runs]),
         seconds_per_step=known_mean([run.record.seconds_per_step for run in runs]),
         latency_s={size: fmean(run.record.latency_s[size] for run in runs) for size in sorted(sizes)},
     )

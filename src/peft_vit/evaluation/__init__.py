@@ -1,6 +1,7 @@
 """Quality of predictions, what single updates bring to it, and what a model weighs and takes."""
 
 from peft_vit.evaluation.footprint import (
+    MemoryWatch,
     available_memory_bytes,
     frozen_bytes,
     head_parameters,
@@ -18,6 +19,7 @@ from peft_vit.evaluation.removal import measure_removal
 from peft_vit.evaluation.size import model_size
 
 __all__ = [
+    "MemoryWatch",
     "available_memory_bytes",
     "expected_calibration_error",
     "forward_s",

@@ -1,8 +1,9 @@
-"""What a model weighs: parameters, bytes of live storages, and the process's largest resident memory."""
+"""What a model weighs: parameters, bytes of live storages, and the memory of a run and of its process."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Iterable
@@ -57,6 +58,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def reset_peak_memory() -> None:
     """Give freed memory back and start a new peak, where the system can (Linux); elsewhere the peak only grows."""
+    gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
         try:
@@ -67,13 +69,55 @@ def reset_peak_memory() -> None:
 
 def peak_memory_bytes() -> int:
     """Return the largest resident memory of this process since `reset_peak_memory`, or since its start."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if (peak := _memory().get("VmHWM")) is not None:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class MemoryWatch:
+    """Watches a run's memory, in a process that may have done other runs before; begins with the object.
+
+    A process keeps something of what it did: libraries with their tables, pages of files, buffers of kernels. So a
+    run's own memory is counted from what was there when it began, and without pages of files: the system can take those
+    back, and a worker's first run maps those of the libraries for all.
+    """
+
+    def __init__(self) -> None:
+        reset_peak_memory()
+        self._before = _memory().get("RssAnon")
+        self._preparing = 0
+
+    def prepared(self) -> None:
+        """Take note that training is about to begin; what reading and quantizing left behind is given back."""
+        self._preparing = peak_memory_bytes()
+        reset_peak_memory()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the largest resident memory of the process so far, whatever it is made of."""
+        return max(self._preparing, peak_memory_bytes())
+
+    @property
+    def own_bytes(self) -> int | None:
+        """Return what the run has added to the process at most, since training began; the model is part of it.
+
+        None where the system doesn't tell (anything but Linux).
+        """
+        now = _memory()
+        if self._before is None or "RssAnon" not in now:
+            return None
+        return max(0, now["VmHWM"] - now["RssFile"] - now["RssShmem"] - self._before)
+
+
+def _memory() -> dict[str, int]:
+    """Return what Linux says of this process's resident memory in bytes, see proc(5); nothing elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines if line.startswith(("VmHWM:", "Rss")))
+    return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
 
 
 def available_memory_bytes() -> int:

@@ -20,7 +20,7 @@ _STEPS = 8
 _STEPS_IF_LONG = 4
 _LONG_STEP = 2e12  # multiply-adds of a step: some 20 s on two cores
 _UPDATE_FREQUENCY = 3  # more often, and scores and probes of a decision would weigh more than in the whole run
-_VALIDATION_BATCH = 4  # images of a validation batch over those of a training batch, as the loop has it
+_VALIDATION_BATCHES = 4  # as large as a training batch each, as the loop has it
 _NEUTRAL: dict[str, Any] = {
     "learning_rate": 1e-4, "weight_decay": 0.01, "schedule": "constant", "steps": None, "validate_every": None,
     "patience": None, "head_start": "random",
@@ -28,7 +28,7 @@ _NEUTRAL: dict[str, Any] = {
 
 
 def miniature(spec: RunSpec, total_steps: int, shape: BackboneShape, index: ImageIndex, splits: Splits) -> RunSpec:
-    """Return a run of a few steps and one validation batch that stands for another one.
+    """Return a run of a few steps and validation batches that stands for another one.
 
     Args:
         spec: of the whole run.
@@ -59,7 +59,7 @@ def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> Data
     if qa_lora is not None and qa_lora.adaptive_bits is not None:
         images = max(images, qa_lora.adaptive_bits.calibration_images)
     evaluated = max(
-        _VALIDATION_BATCH * spec.experiment.training.batch_size, 2 * len(index.class_names),
+        _VALIDATION_BATCHES * spec.experiment.training.batch_size, 2 * len(index.class_names),
         spec.measures.removal_images or 0,
     )  # fmt: skip
     train = min(len(splits.train), max(images, 2))

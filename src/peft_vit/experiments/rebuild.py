@@ -18,8 +18,9 @@ from peft_vit.records.ledger import LEDGER_FILE, read_ledger, sound_rows
 
 RUNS_FILE = "runs.parquet"
 _WHOLE = (
-    "seed", "attempts", "steps", "chosen_step", "peak_memory_bytes", "parameters_initial", "parameters_final",
-    "parameters_peak", "frozen_bytes", "trainable_bytes", "optimizer_bytes", "adapter_file_bytes", "ranks",
+    "seed", "attempts", "steps", "chosen_step", "peak_memory_bytes", "own_memory_bytes", "parameters_initial",
+    "parameters_final", "parameters_peak", "frozen_bytes", "trainable_bytes", "optimizer_bytes", "adapter_file_bytes",
+    "ranks",
 )  # fmt: skip
 _MEASURES = ("accuracy", "balanced_accuracy", "auroc", "nll", "ece")
 _REAL = ("seconds", "seconds_per_step", "bits_per_weight", *(f"validation_{m}" for m in _MEASURES))
@@ -28,8 +29,8 @@ COLUMNS = (
     "study", "smoke", "experiment", "method", "seed", "state", "attempts", "failure", "error", "started_at", "seconds",
     "seconds_per_step", "steps", "chosen_step", *(f"validation_{m}" for m in _MEASURES),
     *(f"test_{m}" for m in _MEASURES), "parameters_initial", "parameters_final", "parameters_peak", "frozen_bytes",
-    "trainable_bytes", "optimizer_bytes", "adapter_file_bytes", "peak_memory_bytes", "ranks", "bits_per_weight",
-    "spec_digest", "outcome_digest", "adapter_sha256", "optimizer_sha256",
+    "trainable_bytes", "optimizer_bytes", "adapter_file_bytes", "peak_memory_bytes", "own_memory_bytes", "ranks",
+    "bits_per_weight", "spec_digest", "outcome_digest", "adapter_sha256", "optimizer_sha256",
 )  # fmt: skip
 
 
@@ -91,9 +92,9 @@ def _measured(record: RunRecord) -> dict[str, Any]:
         "smoke": record.spec.smoke, "method": record.spec.experiment.method, "failure": record.failure,
         "error": record.error, "started_at": record.started_at, "seconds": record.seconds,
         "seconds_per_step": record.seconds_per_step, "steps": len(record.steps), "chosen_step": record.chosen_step,
-        "peak_memory_bytes": record.peak_memory_bytes, "spec_digest": record.spec_digest,
-        "outcome_digest": outcome_digest(record), "adapter_sha256": record.adapter_sha256,
-        "optimizer_sha256": record.optimizer_sha256,
+        "peak_memory_bytes": record.peak_memory_bytes, "own_memory_bytes": record.own_memory_bytes,
+        "spec_digest": record.spec_digest, "outcome_digest": outcome_digest(record),
+        "adapter_sha256": record.adapter_sha256, "optimizer_sha256": record.optimizer_sha256,
     }  # fmt: skip
     for split, metrics in (("validation", record.validation), ("test", record.test)):
         if metrics is not None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.config import ExperimentConfig
 from peft_vit.errors import DataWarning, SilentNoEffectWarning, UnderflowWarning, UserError, first_fault, printable
-from peft_vit.evaluation import peak_memory_bytes
+from peft_vit.evaluation import MemoryWatch
 from peft_vit.records import BitAllocation, HeadFit, Provenance, Registration, RunSpec
 from peft_vit.training import CheckpointKeeper, Checkpoints, CheckpointWarning, ChosenBits, Interrupted, State
 
@@ -41,6 +41,7 @@ class Earlier(BaseModel):
     checkpoints_s: float
     warnings: list[str]
     peak_memory_bytes: int
+    own_memory_bytes: int | None = None  # None in checkpoints of older versions, too
     bit_allocation: BitAllocation | None
     bits_s: dict[str, float]
     registration: Registration | None = None  # None in checkpoints of older versions
@@ -70,6 +71,7 @@ class Attempt:
         self._registration = load_registry().registration() if registration is None else registration
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
         self._started = time.perf_counter()
+        self._memory: MemoryWatch | None = None
         self._earlier: Earlier | None = None
         self._training: State | None = None
         self._source: Path | None = None
@@ -136,6 +138,11 @@ class Attempt:
 
     # --- what is ----------------------------------------------------------------------------------------------------
 
+    def watch_memory(self) -> MemoryWatch:
+        """Begin to watch memory: before anything of the run is read, after the libraries that it needs."""
+        self._memory = MemoryWatch()
+        return self._memory
+
     def begin(self, provenance: Provenance, bits: ChosenBits | None, bits_s: dict[str, float]) -> Provenance:
         """Take note of what the training is about to start from.
 
@@ -181,8 +188,10 @@ class Attempt:
         kept = Earlier(
             spec_digest=self._spec_digest, provenance=self._provenance, started_at=self.started_at,
             seconds=self.seconds, checkpoints_s=self.checkpoints_s, warnings=self.warnings,
-            peak_memory_bytes=self.peak_memory_bytes, bit_allocation=None if bits is None else bits.record,
-            bits_s=bits_s, registration=self.registration, head_fit=self.head_fit,
+            peak_memory_bytes=self.peak_memory_bytes, own_memory_bytes=self.own_memory_bytes,
+            bit_allocation=None if bits is None else bits.record, bits_s=bits_s,
+            registration=self.registration,
+            head_fit=self.head_fit,
         )  # fmt: skip
         return kept.model_dump(mode="json")
 
@@ -221,8 +230,18 @@ class Attempt:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Return the largest resident memory up to now."""
-        return max(peak_memory_bytes(), 0 if self._earlier is None else self._earlier.peak_memory_bytes)
+        """Return the largest resident memory of the process up to now."""
+        now = 0 if self._memory is None else self._memory.peak_bytes
+        return max(now, 0 if self._earlier is None else self._earlier.peak_memory_bytes)
+
+    @property
+    def own_memory_bytes(self) -> int | None:
+        """Return what of it the run itself has taken at most; None if it is not known of every attempt."""
+        now = None if self._memory is None else self._memory.own_bytes
+        if self._earlier is None or now is None:
+            return now
+        earlier = self._earlier.own_memory_bytes
+        return None if earlier is None else max(now, earlier)
 
     @property
     def warnings(self) -> list[str]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from peft_vit.adapters import adapter_bytes, current_ranks
 from peft_vit.adapters.peft_files import doubts_about, peft_sha256
-from peft_vit.adapters.peft_library import peft_ranks
+from peft_vit.adapters.peft_library import load_peft, peft_ranks
 from peft_vit.backbones import (
     LoadedBackbone,
     Site,
@@ -47,7 +47,6 @@ from peft_vit.evaluation import (
     model_size,
     predict,
     predictions,
-    reset_peak_memory,
     trainable_bytes,
     trainable_parameters,
 )
@@ -171,7 +170,8 @@ def _kind(error: Exception) -> Failure:
 def _execute(
     spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None, read: Callable[[BackboneConfig], Weights]
 ) -> tuple[dict[str, Any], bytes]:
-    reset_peak_memory()
+    load_peft(spec.experiment)
+    memory = attempt.watch_memory()
     torch.set_num_threads(spec.threads)
     device = resolve_device(spec.device)
     data = load_data(spec.data, spec.seed, smoke=spec.smoke)
@@ -197,6 +197,7 @@ def _execute(
     provenance = attempt.begin(_provenance(spec, data, backbone, device), bits, bits_s)
     _say_doubts(spec, provenance, data)
     initial_ranks = current_ranks(model) | peft_ranks(model)
+    memory.prepared()
     head = start_head(model, spec, attempt, data, hooks, setting)
     if spec.experiment.is_probe:
         result, tested = head.result(model), _test(data, head.predict)
@@ -211,7 +212,8 @@ def _execute(
         tested = _test(data, lambda images: _predict(model, images, spec, setting))
     fisher_check, calibration_s = calibrate_fisher(hooks, model, data, config, setting, spec.seed)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
-    peak = attempt.peak_memory_bytes  # before the float weights come back for a comparison
+    # Before the float weights come back for a comparison.
+    memory_bytes = {"peak_memory_bytes": attempt.peak_memory_bytes, "own_memory_bytes": attempt.own_memory_bytes}
     trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
     balance_s = {} if trainer is None else measure_balance(trainer, model, data, spec, setting)
     measured, measures_s = take_measures(model, backbone, data, spec, setting)
@@ -230,7 +232,7 @@ def _execute(
             **bits_s, **head.seconds, **result.overhead_s, **_probing(hooks, result.steps), **calibration_s,
             **balance_s, **measures_s, "checkpoints": attempt.checkpoints_s,
         },
-        "peak_memory_bytes": peak,
+        **memory_bytes,
         **tested,
         **measured,
     }  # fmt: skip
@@ -249,7 +251,7 @@ def _test(
 def _predict(
     model: nn.Module, images: LabelledImages, spec: RunSpec, setting: Setting
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    batches = images.ordered_batches(4 * spec.experiment.training.batch_size, setting.mean, setting.std)
+    batches = images.ordered_batches(spec.experiment.training.batch_size, setting.mean, setting.std)
     return predict(model, batches, device=setting.device, precision=setting.precision)
 
 

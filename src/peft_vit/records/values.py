@@ -344,7 +344,10 @@ class RunRecord(_Value):
     # Seconds spent by purpose, e.g. "scoring", "reallocation", "evaluation"; none counts twice. In older records, and
     # with the PEFT library's AdaLoRA, "allocation" holds scoring and reallocation, in older ones the penalty too.
     overhead_s: dict[str, _Seconds] = {}
-    peak_memory_bytes: _Count | None = None  # resident memory of the process, largest during the run
+    # Resident memory of the process, largest during the run: what a run needs room for. It depends on what the process
+    # did before, so methods are compared by what the run added to it. None of this in older records.
+    peak_memory_bytes: _Count | None = None
+    own_memory_bytes: _Count | None = None
     chosen_step: int | None = None
     majority_accuracy: dict[str, _Share] = {}  # share of the most frequent class: validation, test
     validation: Metrics | None = None  # at the chosen step

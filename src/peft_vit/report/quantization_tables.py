@@ -175,7 +175,7 @@ def quantization_cost_table(impacts: Sequence[QuantizationImpact]) -> Table:
         slug="quantization_cost",
         title="What low bits take, against the same LoRA on float weights",
         columns=(
-            "experiment", "bits a weight, layers", "to store", "peak of the process", "a step", "latency, 1 image",
+            "experiment", "bits a weight, layers", "to store", "memory of a run", "a step", "latency, 1 image",
             "float twin",
         ),
         rows=tuple(
@@ -203,7 +203,7 @@ def _timed(q: QuantizationImpact) -> tuple[tuple[Callable[[float], str], float |
     if other is None or not q.same_machine:
         other = Costs(0.0, None, None, {})
     return (
-        (megabytes, own.peak_memory_bytes, other.peak_memory_bytes),
+        (megabytes, own.own_memory_bytes, other.own_memory_bytes),
         (_seconds, own.seconds_per_step, other.seconds_per_step),
         (_milliseconds, own.latency_s.get(1), other.latency_s.get(1)),
     )
@@ -237,10 +237,10 @@ def _cost_row(q: QuantizationImpact) -> dict[str, Raw]:
 
 def _cost_values(costs: Costs | None) -> dict[str, Raw]:
     if costs is None:
-        return {"stored_bytes": None, "peak_memory_bytes": None, "seconds_per_step": None}
+        return {"stored_bytes": None, "own_memory_bytes": None, "seconds_per_step": None}
     return {
         "stored_bytes": costs.stored_bytes,
-        "peak_memory_bytes": costs.peak_memory_bytes,
+        "own_memory_bytes": costs.own_memory_bytes,
         "seconds_per_step": costs.seconds_per_step,
         **{f"latency_s_batch_{size}": value for size, value in costs.latency_s.items()},
     }

@@ -19,7 +19,7 @@ def size_table(impacts: Sequence[QuantizationImpact]) -> Table:
         title="How much smaller: claimed and measured",
         columns=(
             "experiment", "claimed", "layers: bits a weight", "fp32 / layers", "fp16 / layers", "model: bits a weight",
-            "fp32 / model", "fp16 / model", "live", "file", "peak of the process",
+            "fp32 / model", "fp16 / model", "live", "file", "memory of a run",
         ),
         rows=tuple(
             (
@@ -29,7 +29,7 @@ def size_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 *(_bits_and_ratios(q.size.model.bits_per_weight) if q.size.model else ("–", "–", "–")),
                 megabytes(q.size.model.live) if q.size.model else "–",
                 megabytes(q.size.model.file) if q.size.model else "–",
-                "–" if q.size.peak_memory_bytes is None else megabytes(q.size.peak_memory_bytes),
+                "–" if q.size.own_memory_bytes is None else megabytes(q.size.own_memory_bytes),
             )
             for q in impacts
         ),
@@ -37,9 +37,9 @@ def size_table(impacts: Sequence[QuantizationImpact]) -> Table:
             "Claimed: 32 over the bits of a code, 8 × for 4 bits and 4 × for 8, as is commonly said. Layers: codes, "
             "scales and offsets of the quantized layers. Model: with all that is left in float, once adapters are "
             "merged; against 4 bytes (fp32) and 2 bytes (fp16) for each value of the float model. Live: distinct "
-            "storages of the low-bit model; file: the same as safetensors. Peak: largest resident memory of the "
-            "process while it trained, interpreter, images and activations included. Means over seeds. – : not in "
-            "these (older) records."
+            "storages of the low-bit model; file: the same as safetensors. Memory of a run: what training "
+            "added to its process's memory at most, model and activations included. Means over seeds. – : not in these "
+            "(older) records."
         ),
         data=tuple(_size_row(q) for q in impacts),
     )  # fmt: skip
@@ -67,7 +67,7 @@ def _size_row(q: QuantizationImpact) -> dict[str, Raw]:
         "model_vs_fp16": None if model_bits is None else FLOAT16_BITS / model_bits,
         "live_bytes": None if model is None else model.live,
         "file_bytes": None if model is None else model.file,
-        "peak_memory_bytes": size.peak_memory_bytes,
+        "own_memory_bytes": size.own_memory_bytes,
     }
 
 

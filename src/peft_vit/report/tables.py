@@ -89,7 +89,7 @@ def cost_table(methods: Sequence[MethodResult]) -> Table:
             "adapter file",
             "s a step",
             "latency (ms)",
-            "peak memory",
+            "memory of a run",
         ),
         rows=tuple(
             (
@@ -101,13 +101,14 @@ def cost_table(methods: Sequence[MethodResult]) -> Table:
                 megabytes(m.adapter_file_bytes),
                 "–" if m.seconds_per_step is None else fixed(m.seconds_per_step, 3),
                 "–" if m.latency_s is None else fixed(1000 * m.latency_s, 1),
-                "–" if m.peak_memory_bytes is None else megabytes(m.peak_memory_bytes),
+                "–" if m.own_memory_bytes is None else megabytes(m.own_memory_bytes),
             )
             for m in methods
         ),
         note=(
             "Means over seeds. Trainable parameters include the head and are counted on the live model; "
-            "'adapter alone' is the end without the head. Latency: a forward pass of one image. MB are 10⁶ bytes. "
+            "'adapter alone' is the end without the head. Latency: a forward pass of one image. Memory of a run: what "
+            "it added to its process's memory at most, the model included; – in older records. MB are 10⁶ bytes. "
             "Seconds and memory hold for the machine named under provenance."
         ),
         data=tuple(
@@ -120,7 +121,7 @@ def cost_table(methods: Sequence[MethodResult]) -> Table:
                 "adapter_file_bytes": m.adapter_file_bytes,
                 "seconds_per_step": m.seconds_per_step,
                 "latency_s": m.latency_s,
-                "peak_memory_bytes": m.peak_memory_bytes,
+                "own_memory_bytes": m.own_memory_bytes,
                 "n": len(m.seeds),
             }
             for m in methods

@@ -296,7 +296,8 @@ def _validate(
     model: nn.Module, data: Data, config: TrainingConfig, setting: Setting, step: int, epoch: int,
     hooks: Sequence[StepHook],
 ) -> Evaluation:  # fmt: skip
-    batches = data.validation.ordered_batches(4 * config.batch_size, setting.mean, setting.std)
+    # No larger than in training, or a method that keeps few activations would have its largest memory here.
+    batches = data.validation.ordered_batches(config.batch_size, setting.mean, setting.std)
     logits, labels = predict(model, batches, device=setting.device, precision=setting.precision)
     if not np.isfinite(logits).all():
         raise DivergedError(f"predictions after step {step} are not finite; lower the learning rate")

@@ -169,12 +169,12 @@ def test_costs_stand_beside_those_of_the_float_twin() -> None:
     records = [planted.record(LORA, 0, 0.8, changes={"latency_s": latency, "seconds_per_step": 0.5})]
     records += [
         quantized(0, [1.0] * 9, latency_s={1: 0.03, 16: 0.2}, seconds_per_step=0.9),
-        quantized(1, [1.0] * 9, latency_s={1: 0.05, 8: 0.4}, seconds_per_step=1.1, peak_memory_bytes=None),
+        quantized(1, [1.0] * 9, latency_s={1: 0.05, 8: 0.4}, seconds_per_step=1.1, own_memory_bytes=None),
     ]
     (impact,) = quantization_impacts(study_of(records))
     assert impact.costs.latency_s == {1: pytest.approx(0.04)}, "only what both runs measured"
     assert impact.costs.seconds_per_step == pytest.approx(1.0)
-    assert impact.costs.peak_memory_bytes == 900_000_000
+    assert impact.costs.own_memory_bytes == 900_000_000
     assert impact.float_costs is not None
     assert impact.float_costs.latency_s == latency
     assert impact.same_machine

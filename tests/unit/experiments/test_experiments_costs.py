@@ -46,8 +46,6 @@ def test_it_measures_real_runs_and_keeps_what_it_found(study, tmp_path, own_cach
     assert len(list((own_cache / "costs").iterdir())) == 2
     again = plan_study(config, out, file=tmp_path / "tiny.yaml", measure=lambda kinds: pytest.fail(str(kinds)))
     assert [run.estimate for run in again.runs] == [run.estimate for run in plan.runs]
-    taken = run_one(plan.runs[0].spec).record.seconds
-    assert 0.2 < linear.seconds / taken < 5  # other work on the machine may come and go in between
 
 
 def test_what_fails_is_said_and_estimated(study, tmp_path, own_cache) -> None:

@@ -231,7 +231,7 @@ def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path, cache: str) -> 
     everything = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.communicate()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while any(alive(process.pid) for process in everything) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert [process.pid for process in everything if alive(process.pid)] == []

@@ -88,7 +88,7 @@ def test_measures_of_every_method_that_has_something_to_leave_out(study, tmp_pat
     records = done(asking(study("linear", "full", "lora", "adalora", "qa_lora", "qa_adalora")), tmp_path)
     for record in records:
         assert list(record.latency_s) == [1, 30]  # 30 of 20 validation images: some twice
-        assert all(0 < seconds < 10 for seconds in record.latency_s.values())
+        assert all(seconds > 0 for seconds in record.latency_s.values())
         assert record.overhead_s["latency"] >= 25 * sum(record.latency_s.values()) / 4
         assert not any("removal" in text for text in record.warnings)
         assert read_record(run_folder(tmp_path, record.spec) / "record.json") == record

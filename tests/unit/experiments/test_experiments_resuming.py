@@ -5,6 +5,7 @@ import shutil
 import warnings
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,11 +75,12 @@ def test_the_past_counts(spec_of, tmp_path, monkeypatch) -> None:
     clock = count(0, 1000.0)  # a thousand seconds from one look at it to the next
     with monkeypatch.context() as patch:
         patch.setattr("peft_vit.experiments.resuming.time.perf_counter", lambda: next(clock))
-        patch.setattr("peft_vit.experiments.resuming.peak_memory_bytes", lambda: 1 << 50)
+        seen = SimpleNamespace(prepared=lambda: None, peak_bytes=1 << 50, own_bytes=1 << 49)
+        patch.setattr("peft_vit.experiments.resuming.MemoryWatch", lambda: seen)
         interrupted(spec, tmp_path, 2)
     record = resumed(spec, tmp_path, 3).record
     assert 1000 <= record.seconds < 10_000
-    assert record.peak_memory_bytes == 1 << 50
+    assert (record.peak_memory_bytes, record.own_memory_bytes) == (1 << 50, 1 << 49)
 
 
 OTHERS = [("linear", 0, {}), ("lora", 1, {}), ("lora", 0, {"epochs": 3})]

@@ -58,7 +58,7 @@ class _Quantity:
 
 Quantity = Literal[
     "test_accuracy", "validation_accuracy", "balanced_accuracy", "nll", "ece", "late_loss_deviation", "roughness",
-    "rank_gini", "rank_entropy", "seconds_per_step", "peak_memory_bytes",
+    "rank_gini", "rank_entropy", "seconds_per_step", "own_memory_bytes",
 ]  # fmt: skip
 _QUANTITIES: dict[Quantity, _Quantity] = {
     "test_accuracy": _Quantity("share", lambda run: run.test.accuracy),
@@ -71,7 +71,7 @@ _QUANTITIES: dict[Quantity, _Quantity] = {
     "rank_gini": _Quantity("index", rank_gini),
     "rank_entropy": _Quantity("index", rank_entropy),
     "seconds_per_step": _Quantity("s", lambda run: run.record.seconds_per_step),
-    "peak_memory_bytes": _Quantity("bytes", lambda run: run.record.peak_memory_bytes),
+    "own_memory_bytes": _Quantity("bytes", lambda run: run.record.own_memory_bytes),
 }
 
 

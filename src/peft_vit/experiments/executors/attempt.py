@@ -63,19 +63,19 @@ class WeightsOnce:
         Raises:
             UserError: see `read_weights`.
         """
-        if self._weights is not None and config == self._config:
+        if self._weights is None or config != self._config:
+            weights = read_weights(config)
+            self._config = None
             self._file.seek(0)
-            return replace(self._weights, tensors=torch.load(self._file, weights_only=True))
-        weights = read_weights(config)
-        self._config = None
+            self._file.truncate()
+            try:
+                torch.save(weights.tensors, self._file)
+            except (OSError, RuntimeError):  # no room; they are read again
+                return weights
+            self._config, self._weights = config, replace(weights, tensors={})
+            del weights  # the first run, too, gets what lies in memory as for those after it
         self._file.seek(0)
-        self._file.truncate()
-        try:
-            torch.save(weights.tensors, self._file)
-        except (OSError, RuntimeError):  # no room; they are read again
-            return weights
-        self._config, self._weights = config, replace(weights, tensors={})
-        return weights
+        return replace(self._weights, tensors=torch.load(self._file, weights_only=True))
 
 
 def lost(

@@ -251,6 +251,7 @@ def _serve(pipe: Connection, parent: int) -> None:
         except Interrupted as interrupted:
             finished = interrupted
         inbox.reply(finished)
+        del finished  # or record and adapter would lie in memory beside the next run's
 
 
 class _Inbox:
