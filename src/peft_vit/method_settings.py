@@ -24,7 +24,7 @@ BITS_OF_TYPE: dict[str, int] = {"nf4": 4, "fp4": 4, "int2": 2, "int4": 4, "int8"
 
 
 # Strengths of a probe's penalty, see `training.linear_probe`; validation chooses.
-PROBE_L2 = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+PROBE_L2 = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class Frozen(BaseModel):
