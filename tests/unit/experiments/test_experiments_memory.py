@@ -13,7 +13,7 @@ from peft_vit.experiments.executors.local import LocalExecutor
 pytestmark = pytest.mark.part("runner")
 
 # Of what kernels and libraries set up once in a process, the first run of a worker pays some 10 MB. The PEFT library
-# with transformers is 80 MB of it for good.
+# with transformers leaves 80 MB.
 TOLERANCE_BYTES = 24e6
 LEFT_BYTES = 50e6
 TRAINING = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "schedule": "constant"}
@@ -53,7 +53,7 @@ def test_a_run_takes_as_much_first_in_its_worker_as_after_others(cache, tmp_path
 
 def test_no_evaluation_has_a_larger_batch_than_training(study, tmp_path, monkeypatch) -> None:
     """Or a method that keeps few activations would take most memory there."""
-    (run,) = plan_study(study("qa_lora"), tmp_path, file=tmp_path / "tiny.yaml").runs
+    (run,) = plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml").runs
     seen = []
     whole = torch.nn.Conv2d.forward  # of the patches: it sees every batch
     monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: (seen.append(len(x)), whole(self, x))[1])
