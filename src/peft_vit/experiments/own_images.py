@@ -24,12 +24,12 @@ from peft_vit.experiments.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES
 from peft_vit.experiments.plan import resolve_device
 from peft_vit.experiments.precision import choose_precision
 
-# From the probe's head on; where a method is not named, 1e-3.
-_LEARNING_RATE = {"full": 3e-5, "lora": 3e-4, "adalora": 3e-4, "peft_lora": 3e-4, "peft_adalora": 3e-3}
+# At the plateau, from the probe's head on: about half of what pilots chose as the peak of one cycle; others 1e-3.
+_LEARNING_RATE = {"full": 2e-5, "lora": 5e-4, "peft_lora": 5e-4, "adalora": 5e-4, "peft_adalora": 5e-3}
 STUDY_NAME = "own-images"
 _RANK = 8
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
-_PATIENCE = 6  # validations without a gain
+_PATIENCE = 5  # validations without a gain
 _LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS = 20, 200, 1000
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time
 _LEAST_ADAPTIVE, _DECIDED_AFTER = 12, 16  # steps
@@ -73,7 +73,7 @@ class OwnImages:
 
 
 @dataclass(frozen=True)
-class _Counts:
+class Counts:
     """Images that are trained on, and read to validate and to test."""
 
     train: int
@@ -109,7 +109,7 @@ def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[Stud
     data["image_size"] = asked.image_size or (pace.largest_size() if earlier is None else earlier.data.image_size)
     shape = describe(pace.backbone, data["image_size"])
     steps = asked.steps or before.get(asked.experiment) or pace.most_steps(shape)
-    return _study(asked, data, _experiment(asked, counts, shape, steps)), pace.line(shape, data["image_size"], steps)
+    return _study(asked, data, experiment_for(asked, counts, shape, steps)), pace.line(shape, data["image_size"], steps)
 
 
 def _check(asked: OwnImages) -> None:
@@ -130,13 +130,13 @@ def _check(asked: OwnImages) -> None:
         raise UserError("excludes --epochs; give one of them", field="--steps")
 
 
-def _counts(asked: OwnImages, index: ImageIndex) -> _Counts:
+def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
     images, classes = len(index.labels), len(index.class_names)
     validation, test = (max(classes, min(images // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
     if index.official_test is not None:
         test = int(index.official_test.sum())
     train = images - validation - test if asked.shots is None else asked.shots * classes
-    return _Counts(max(1, train), validation, test)
+    return Counts(max(1, train), validation, test)
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,12 @@ class _Pace:
     """What a run takes here, by image size and steps; `rate` are multiply-adds a second of large products."""
 
     asked: OwnImages
-    counts: _Counts
+    counts: Counts
     backbone: BackboneConfig
     rate: float
 
     @classmethod
-    def measured(cls, asked: OwnImages, counts: _Counts) -> _Pace:
+    def measured(cls, asked: OwnImages, counts: Counts) -> _Pace:
         """Measure this machine's pace, in 0.2 s."""
         backbone = BackboneConfig.model_validate({"model": asked.model, **_source(asked)})
         patch = patch_size_of(asked.model)
@@ -212,12 +212,20 @@ class _Pace:
         return f"Images of {image_size} px{length}{saved}."
 
 
-def _validate_every(asked: OwnImages, counts: _Counts) -> int:
+def _validate_every(asked: OwnImages, counts: Counts) -> int:
     """Return the steps between validations, which then take about a third of what the steps take."""
     return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * counts.validation / (2 * asked.batch_size)))
 
 
-def _experiment(asked: OwnImages, counts: _Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
+def experiment_for(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
+    """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for.
+
+    Args:
+        asked: on the command line.
+        counts: images that are trained on and read.
+        shape: of the backbone at the image size.
+        steps: at most.
+    """
     experiment: dict[str, Any] = {"name": asked.experiment, "method": asked.method}
     training: dict[str, Any] = {"batch_size": asked.batch_size}
     if asked.method not in PROBES:
