@@ -56,6 +56,7 @@ class FakePlan:
     file: Path = Path("fake.yaml")
     data_sha256: str = "d" * 64
     part: bool = False
+    within: Any = None
 
     @property
     def pending(self) -> tuple[FakeRun, ...]:
@@ -151,12 +152,12 @@ class FakeExecutor:
 
 def fake_drive(
     study: StudyConfig, results_dir: Path, executor: Any = None, tell: Callable[[Told], None] = lambda told: None,
-    *, keep_failed: bool = False, **settings: Any,
+    *, keep_failed: bool = False, deadline: Any = None, **settings: Any,
 ) -> Outcome:  # fmt: skip
     """Do what the command does: lock, plan, drive."""
     with study_lock(results_dir / study.name) as lock:
         plan: Any = fake_plan(study, results_dir, **settings)
-        return drive(plan, lock, lambda: executor or FakeExecutor(), tell, keep_failed=keep_failed)
+        return drive(plan, lock, lambda: executor or FakeExecutor(), tell, keep_failed=keep_failed, deadline=deadline)
 
 
 def ledger_rows(results_dir: Path, name: str = "fake") -> tuple[Row, ...]:

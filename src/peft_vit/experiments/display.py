@@ -8,10 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_vit.evaluation import available_memory_bytes
-from peft_vit.experiments.estimate import Basis, Deviation, makespan
+from peft_vit.experiments.estimate import Basis, Deviation
 from peft_vit.experiments.export import Exported
-from peft_vit.experiments.plan import Plan
+from peft_vit.experiments.ledger import run_name
+from peft_vit.experiments.plan import Plan, PlannedRun
 from peft_vit.experiments.provenance import cpu_count
+from peft_vit.experiments.time_limit import makespan
 
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
 
@@ -78,12 +80,21 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         table.add_row(
             f"{run.spec.experiment.name}/seed_{run.spec.seed}", str(run.total_steps), f"{run.estimate.seconds:.0f}",
             f"{run.estimate.peak_memory_bytes / 1e6:.0f}", f"{run.estimate.disk.kept_bytes / 1e6:.1f}",
-            run.estimate.basis, "done" if run.done else "to do",
+            run.estimate.basis, _state(plan, run),
         )  # fmt: skip
     console.print(table)
     _print_total(plan, console)
+    for line in () if plan.within is None else plan.within.lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     if plan.deviation is not None:
         print_deviation(plan.deviation, console)
+
+
+def _state(plan: Plan, run: PlannedRun) -> str:
+    if run.done:
+        return "done"
+    in_time = plan.within is None or run_name(run.spec) in plan.within.expected
+    return "to do" if in_time else "if time is left"
 
 
 def _print_study(plan: Plan, console: Console) -> None:
@@ -102,13 +113,14 @@ def _print_study(plan: Plan, console: Console) -> None:
 
 
 def _print_total(plan: Plan, console: Console) -> None:
-    pending, workers = plan.pending, plan.study.execution.workers
+    workers = plan.study.execution.workers
+    pending = plan.in_time.pending
     together = f" with {workers} workers" if workers > 1 else " one after the other" if len(pending) > 1 else ""
     seconds = makespan([run.estimate.seconds for run in pending], workers)
     time = f" in about {duration(seconds)}{together}" if pending else ""
     console.print(
         f"{counted(len(plan.runs), 'run')}: {len(pending)} to do{time}, "
-        f"{len(plan.runs) - len(pending)} already done and skipped.",
+        f"{len(plan.runs) - len(plan.pending)} already done and skipped.",
         soft_wrap=True,
     )
     if not pending:

@@ -24,7 +24,10 @@ _VALIDATION_BATCH = 4  # images of a validation batch over those of a training b
 _NEUTRAL: dict[str, Any] = {"learning_rate": 1e-4, "weight_decay": 0.01, "schedule": "constant"}
 
 
-def miniature(spec: RunSpec, total_steps: int, shape: BackboneShape, index: ImageIndex, splits: Splits) -> RunSpec:
+def miniature(
+    spec: RunSpec, total_steps: int, shape: BackboneShape, index: ImageIndex, splits: Splits, *,
+    at_most: int = _STEPS,
+) -> RunSpec:  # fmt: skip
     """Return a run of a few steps and one validation batch that stands for another one.
 
     Args:
@@ -33,15 +36,16 @@ def miniature(spec: RunSpec, total_steps: int, shape: BackboneShape, index: Imag
         shape: of its backbone.
         index: its images.
         splits: of the images.
+        at_most: steps that it has.
     """
     batch_size = spec.experiment.training.batch_size
     work = 3 * shape.parameters * shape.tokens * batch_size
-    steps = min(total_steps, _STEPS if work < _LONG_STEP else _STEPS_IF_LONG)
+    steps = min(total_steps, at_most, _STEPS if work < _LONG_STEP else _STEPS_IF_LONG)
     data = _data(spec, steps * batch_size, index, splits)
     assert data.train_images is not None
     an_epoch = steps_per_epoch(data.train_images, batch_size)
     epochs = -(-steps // an_epoch)
-    experiment = _experiment(spec.experiment, total_steps, epochs * an_epoch)
+    experiment = with_shorter_schedules(spec.experiment, total_steps, epochs * an_epoch)
     training = experiment.training.model_copy(update={"epochs": epochs, **_NEUTRAL})
     experiment = experiment.model_copy(update={"name": "miniature", "training": training})
     return spec.model_copy(update={"study": "miniature", "seed": 0, "experiment": experiment, "data": data})
@@ -76,8 +80,8 @@ def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> Data
             return data
 
 
-def _experiment(experiment: ExperimentConfig, total_steps: int, steps: int) -> ExperimentConfig:
-    """Return the experiment with schedules that fit the steps."""
+def with_shorter_schedules(experiment: ExperimentConfig, total_steps: int, steps: int) -> ExperimentConfig:
+    """Return an experiment of `total_steps` with schedules that fit fewer steps."""
     part = steps / total_steps
     update: dict[str, Any] = {}
     if experiment.adalora is not None:

@@ -16,11 +16,13 @@ from peft_vit.data import ImageIndex, Splits, make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.experiments.disk import disk_use
 from peft_vit.experiments.estimate import Deviation, Estimate, Measure, Taken, Wanted, Workload, estimate_runs
+from peft_vit.experiments.ledger import run_name
 from peft_vit.experiments.methods import check
 from peft_vit.experiments.miniature import miniature
 from peft_vit.experiments.smoke import smoke_study
 from peft_vit.experiments.study_file import difference, go_on, study_file
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
+from peft_vit.records.study_file import Limited
 from peft_vit.training import steps_per_epoch
 
 
@@ -39,6 +41,21 @@ class PlannedRun:
 
 
 @dataclass(frozen=True)
+class Within:
+    """What a limited time has made of a study.
+
+    Attributes:
+        limited: what study.json will say of it.
+        expected: names of the runs that are expected to be done in the end; others are, if time is left.
+        lines: what was taken, and what was left out and why.
+    """
+
+    limited: Limited
+    expected: frozenset[str]
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The runs of a study that are asked for, in their order.
 
@@ -50,6 +67,7 @@ class Plan:
         runs: what is asked for, done or not.
         part: the study names only some of the experiments and seeds that its folder holds.
         deviation: how far off the estimates of the runs that are done would have been; None: none is done.
+        within: what a limited time has made of the study; None: it has all the time it takes.
     """
 
     study: StudyConfig
@@ -59,11 +77,21 @@ class Plan:
     runs: tuple[PlannedRun, ...]
     part: bool = False
     deviation: Deviation | None = None
+    within: Within | None = None
 
     @property
     def pending(self) -> tuple[PlannedRun, ...]:
         """Return the runs that are still to be done."""
         return tuple(run for run in self.runs if not run.done)
+
+    @property
+    def in_time(self) -> Plan:
+        """Return the plan of the runs that are expected to be done in the time that there is."""
+        if self.within is None:
+            return self
+        expected = self.within.expected
+        runs = (run for run in self.runs if run_name(run.spec) in expected)
+        return replace(self, runs=tuple(runs))
 
     def only(self, method: str | None, seeds: Container[int] | None) -> Plan:
         """Return the plan of the runs of one method, of some seeds, or both; None: of all."""
@@ -91,7 +119,7 @@ def resolve_device(name: str) -> torch.device:
 
 def plan_study(
     study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool = False, part: bool = False,
-    measure: Measure | None = None,
+    measure: Measure | None = None, limited: Limited | None = None,
 ) -> Plan:  # fmt: skip
     """Check a study against its backbone and its data, and plan its runs.
 
@@ -102,20 +130,24 @@ def plan_study(
         smoke: compress the study, see `smoke.smoke_study`.
         part: the results directory may hold other experiments and seeds of this study.
         measure: measures what runs cost of which nothing is known yet; None: they are estimated. See `measure_costs`.
+        limited: what a limit of time has made the study of.
 
     Raises:
         UserError: for anything that would fail later, with file, field and remedy; and if the results directory
             holds a study of this name that was configured otherwise, with the difference.
     """
     try:
-        return _plan(study, results_dir, file, smoke, part, measure)
+        return _plan(study, results_dir, file, smoke, part, measure, limited)
     except UserError as error:
         if error.file is not None:
             raise
         raise UserError(error.message, file=file, field=error.field) from None
 
 
-def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: bool, measure: Measure | None) -> Plan:
+def _plan(
+    study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: bool, measure: Measure | None,
+    limited: Limited | None,
+) -> Plan:  # fmt: skip
     registration = _registration(study, file)
     device = resolve_device(study.device)
     if smoke:
@@ -123,9 +155,9 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
         study = smoke_study(study, patch_size)
     shape = describe(study.backbone, study.data.image_size)
     index = open_index(study.data, smoke=smoke)
-    asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
+    asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256, limited=limited)
     go_on(results_dir / study.name, asked, source=file, part=part)
-    splits = _splits(index, study)
+    splits = splits_of(index, study)
     wanted: list[Wanted] = []
     for place, experiment in enumerate(study.experiments):
         training = experiment.training
@@ -134,12 +166,12 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
             check(experiment, shape, total_steps, len(splits.train))
         except UserError as error:
             raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
-        first = _spec(study, place, study.seeds[0], smoke)
+        first = spec_of(study, place, study.seeds[0], smoke=smoke)
         disk = disk_use(first, shape, index.class_names, total_steps, len(splits.test))
         kind = miniature(first, total_steps, shape, index, splits)
         kind_sha256 = kind.digest()
         for seed in study.seeds:
-            spec = _spec(study, place, seed, smoke)
+            spec = spec_of(study, place, seed, smoke=smoke)
             taken = _taken(results_dir, spec, index.sha256)
             wanted.append(Wanted(spec, total_steps, kind, kind_sha256, disk, taken))
     if any(run.taken is None for run in wanted):
@@ -157,7 +189,7 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
     return Plan(study, file, index.licence, index.sha256, runs, part, deviation)
 
 
-def _splits(index: ImageIndex, study: StudyConfig) -> Splits:
+def splits_of(index: ImageIndex, study: StudyConfig) -> Splits:
     """Return the first seed's splits once every seed's can be drawn: sizes agree, but one may lack a class."""
     first = make_splits(index, study.data, study.seeds[0])
     if "per_seed" in (study.data.test_split, study.data.train_subset):
@@ -175,7 +207,8 @@ def _registration(study: StudyConfig, file: Path) -> Registration:
     return load_registry(own).registration()
 
 
-def _spec(study: StudyConfig, place: int, seed: int, smoke: bool) -> RunSpec:
+def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:
+    """Return what a run of a study is specified by; `place` is its experiment's."""
     return RunSpec(
         study=study.name, seed=seed, experiment=study.experiments[place], backbone=study.backbone, data=study.data,
         device=study.device, precision=study.precision, threads=study.threads, smoke=smoke,

@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from peft_vit.experiments.display import duration, open_console, print_deviation
-from peft_vit.experiments.estimate import Compared, deviation, makespan
+from peft_vit.experiments.estimate import Compared, deviation
 from peft_vit.experiments.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, Told
 from peft_vit.experiments.ledger import run_name
 from peft_vit.experiments.plan import Plan, PlannedRun
+from peft_vit.experiments.time_limit import makespan
 from peft_vit.training import Progress
 
 _PLAIN_EVERY_S = 30.0  # between two lines on one run, where the output is no terminal
