@@ -152,12 +152,12 @@ class FakeExecutor:
 
 def fake_drive(
     study: StudyConfig, results_dir: Path, executor: Any = None, tell: Callable[[Told], None] = lambda told: None,
-    *, keep_failed: bool = False, deadline: Any = None, **settings: Any,
+    *, keep_failed: bool = False, **settings: Any,
 ) -> Outcome:  # fmt: skip
     """Do what the command does: lock, plan, drive."""
     with study_lock(results_dir / study.name) as lock:
         plan: Any = fake_plan(study, results_dir, **settings)
-        return drive(plan, lock, lambda: executor or FakeExecutor(), tell, keep_failed=keep_failed, deadline=deadline)
+        return drive(plan, lock, lambda: executor or FakeExecutor(), tell, keep_failed=keep_failed)
 
 
 def ledger_rows(results_dir: Path, name: str = "fake") -> tuple[Row, ...]:

@@ -236,7 +236,7 @@ def _drive(
     failed: dict[str, str] = {}
     with nullcontext() if execution.log_json is None else EventLog(execution.log_json) as log:
         for plan, lock in zip(plans, locks, strict=True):
-            with Watch(plan) as watch:
+            with Watch(plan, until=None if deadline is None else deadline.over_at) as watch:
 
                 def tell(event: Told, watch: Watch = watch) -> None:
                     if log is not None:

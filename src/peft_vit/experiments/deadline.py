@@ -29,6 +29,10 @@ class Deadline:
         left: share of a run that is still to be done, by its name, where that is not all of it.
         begun: see `choose`.
         clock: seconds.
+
+    Attributes:
+        over_at: as above.
+        under_way: names of the runs that were started and have not ended.
     """
 
     def __init__(
@@ -38,7 +42,7 @@ class Deadline:
         self.under_way: set[str] = set()
         self._runs = runs
         self._workers = workers
-        self._over_at = over_at
+        self.over_at = over_at
         self._past_at = past_at
         self._left = left or {}
         self._begun = begun
@@ -53,7 +57,7 @@ class Deadline:
     @property
     def over(self) -> bool:
         """Tell whether what runs should be stopped."""
-        return self._clock() >= self._over_at
+        return self._clock() >= self.over_at
 
     @property
     def past(self) -> bool:
@@ -102,7 +106,7 @@ class Deadline:
         return self._left.get(run_name(run.spec), 1.0) * whole
 
     def _next(self, waiting: Collection[str]) -> PlannedRun | None:
-        left_s = self._over_at - self._clock()
+        left_s = self.over_at - self._clock()
         self._experiments = self._that_fit(waiting, left_s)
         seeds = len(self._runs[0])
         there = self._idle(seed_by_seed(self._runs, self._experiments, seeds), waiting)

@@ -10,8 +10,7 @@ from rich.table import Table
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.experiments.estimate import Basis, Deviation
 from peft_vit.experiments.export import Exported
-from peft_vit.experiments.ledger import run_name
-from peft_vit.experiments.plan import Plan, PlannedRun
+from peft_vit.experiments.plan import Plan
 from peft_vit.experiments.provenance import cpu_count
 from peft_vit.experiments.time_limit import makespan
 
@@ -76,11 +75,11 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         table.add_column(name, justify="right")
     table.add_column("known from")
     table.add_column("state")
-    for run in plan.runs:
+    for run in plan.in_time.runs or plan.runs:
         table.add_row(
             f"{run.spec.experiment.name}/seed_{run.spec.seed}", str(run.total_steps), f"{run.estimate.seconds:.0f}",
             f"{run.estimate.peak_memory_bytes / 1e6:.0f}", f"{run.estimate.disk.kept_bytes / 1e6:.1f}",
-            run.estimate.basis, _state(plan, run),
+            run.estimate.basis, "done" if run.done else "to do",
         )  # fmt: skip
     console.print(table)
     _print_total(plan, console)
@@ -88,13 +87,6 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if plan.deviation is not None:
         print_deviation(plan.deviation, console)
-
-
-def _state(plan: Plan, run: PlannedRun) -> str:
-    if run.done:
-        return "done"
-    in_time = plan.within is None or run_name(run.spec) in plan.within.expected
-    return "to do" if in_time else "if time is left"
 
 
 def _print_study(plan: Plan, console: Console) -> None:
@@ -114,7 +106,8 @@ def _print_study(plan: Plan, console: Console) -> None:
 
 def _print_total(plan: Plan, console: Console) -> None:
     workers = plan.study.execution.workers
-    pending = plan.in_time.pending
+    plan = plan.in_time
+    pending = plan.pending
     together = f" with {workers} workers" if workers > 1 else " one after the other" if len(pending) > 1 else ""
     seconds = makespan([run.estimate.seconds for run in pending], workers)
     time = f" in about {duration(seconds)}{together}" if pending else ""

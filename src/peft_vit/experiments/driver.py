@@ -146,7 +146,8 @@ def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor, tell: Cal
     if attempts.stopping:
         return
     if deadline.over:
-        attempts.stop(_TIME_IS_OVER)
+        if deadline.under_way:
+            attempts.stop(_TIME_IS_OVER)
         return
     for run in deadline.to_start(attempts.waiting):
         executor.submit(run)

@@ -31,6 +31,7 @@ _NEVER_S = 1e9
 _POLL_S = 0.5
 _STEPS = 3  # of a probe; the first one counts as part of the start
 _LONGEST_STEP_S = 1.2  # about: of a longer one the batch is cut down
+_START_S, _PROCESS_S = 2.0, 10.0  # of a run and of a worker process, where nothing was measured
 _TWICE = 2  # so many experiments are measured at two sizes
 
 
@@ -46,8 +47,8 @@ class _Kind:
 def measure_pace(
     study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, tell: Callable[[str], None],
     speed: Callable[[], Speed] = machine_speed,
-) -> Pace | None:  # fmt: skip
-    """Measure what runs of a study cost; None if not even one experiment could be measured.
+) -> Pace:  # fmt: skip
+    """Measure what runs of a study cost; where not even one experiment could be measured, arithmetic has to do.
 
     The first two experiments are measured at the study's size and at the smallest that it may be cut down to, then
     the others at the study's, as long as there is time. As many runs go at a time as the study has workers. Nothing
@@ -89,7 +90,28 @@ def measure_pace(
             executor.close()
     if busy := disturbance(before, speed()):
         tell(f"the machine was busy ({busy}), so these times may be long; what finished runs take corrects them")
-    return Pace(probes, process_s) if probes else None
+    if probes:
+        return Pace(probes, process_s)
+    tell("no experiment could be measured in this time; how fast matrices are multiplied has to do")
+    return reckoned_pace(study, workload, product_rate(workload))
+
+
+def reckoned_pace(study: StudyConfig, workload: Workload, rate: float) -> Pace:
+    """Return what runs cost by how much they multiply, see `estimate_runs`.
+
+    Args:
+        study: whose first experiment stands for all.
+        workload: of the study.
+        rate: multiply-adds per second.
+    """
+    experiment = study.experiments[0]
+    image_s = TIME_OUTSIDE_PRODUCTS * workload.shape.parameters * workload.tokens / rate
+    batch_size = experiment.training.batch_size
+    costs = Costs(
+        start_s=_START_S, step_s=forward_passes(experiment.method) * batch_size * image_s, image_s=image_s,
+        peak_memory_bytes=1, images=1,
+    )  # fmt: skip
+    return Pace({experiment.name: [Probe(experiment.method, workload.tokens, batch_size, costs)]}, _PROCESS_S)
 
 
 def _kinds(study: StudyConfig, index: ImageIndex, workload: Workload) -> Iterator[_Kind]:

@@ -59,9 +59,14 @@ class Watch:
         plan: what is done.
         console: where to show it.
         plain_every_s: seconds between two lines on one run, where that is no terminal.
+        until: when the study is stopped, done or not, on time.monotonic(); None: it is not.
     """
 
-    def __init__(self, plan: Plan, *, console: Console | None = None, plain_every_s: float = _PLAIN_EVERY_S) -> None:
+    def __init__(
+        self, plan: Plan, *, console: Console | None = None, plain_every_s: float = _PLAIN_EVERY_S,
+        until: float | None = None,
+    ) -> None:  # fmt: skip
+        self._until = until
         self._workers = plan.study.execution.workers
         self._console = open_console() if console is None else console
         self._plain_every_s = plain_every_s
@@ -156,11 +161,12 @@ class Watch:
 
     def _left_s(self) -> float:
         now, pace = time.monotonic(), self._pace()
-        return makespan(
+        left_s = makespan(
             [pace * run.estimate.seconds for run in list(self._waiting.values())],
             max(self._workers, len(self._running)),  # on a cluster it shows how many there are
             busy=[running.left_s(now, pace) for running in list(self._running.values())],
         )  # fmt: skip
+        return left_s if self._until is None else min(left_s, max(0.0, self._until - now))
 
     def _view(self) -> Group:
         """Return what a terminal shows now; called from the thread that refreshes it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ _MEASURED_S = 20.0  # at most, and at most a quarter of the time that is left
 _STOPPING_S = 10.0  # for checkpoints in the end; at most a twentieth of the time that there is
 _DECIDED = 2  # experiments that are worth a smaller study
 
-Measure = Callable[[StudyConfig, ImageIndex, Workload, float, Callable[[str], None]], Pace | None]
+Measure = Callable[[StudyConfig, ImageIndex, Workload, float, Callable[[str], None]], Pace]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _plan_within(
     first = () if before is None or before.limited is None else before.limited.first
     plan = plan_study(taken, results_dir, file=file, limited=Limited(asked=study, first=first))
     begun = before is not None or any(run.done for run in plan.runs)
-    pace = None
+    pace: Pace | None = None
     if not _all_known(plan):
         budget_s = min(_MEASURED_S, limit.left_s / 4)
         pace = measure(taken, index, _workload(taken, index), budget_s, tell)
@@ -184,7 +184,8 @@ def _choose(
     plan: Plan, asked: StudyConfig, results_dir: Path, first: tuple[str, ...], limit: Limit, process_s: float
 ) -> tuple[Plan, Deadline]:
     study, workers = plan.study, plan.study.execution.workers
-    rows = [[run for run in plan.runs if run.spec.experiment.name == one.name] for one in study.experiments]
+    names = sorted((one.name for one in study.experiments), key=lambda name: name not in first)  # else the file's order
+    rows = [[run for run in plan.runs if run.spec.experiment.name == name] for name in names]
     left = {run_name(run.spec): _left(results_dir, run) for run in plan.runs}
     seconds = [[left[run_name(run.spec)] * run.estimate.seconds for run in row] for row in rows]
     begun = max((place for place, row in enumerate(rows, start=1) if any(run.done for run in row)), default=0)
@@ -193,9 +194,9 @@ def _choose(
     taken = rows[: choice.experiments]
     expected = seed_by_seed(taken, choice.experiments, choice.seeds)
     within = Within(
-        Limited(asked=asked, first=tuple(one.name for one in study.experiments[: choice.experiments])),
+        Limited(asked=asked, first=tuple(names[: choice.experiments])),
         frozenset(run_name(run.spec) for run in expected),
-        tuple(_lines(choice, study, asked, limit)),
+        tuple(_lines(choice, names, study, asked, limit)),
     )
     ordered = seed_by_seed(taken, choice.experiments, len(study.seeds))
     deadline = Deadline(
@@ -211,9 +212,10 @@ def _left(results_dir: Path, run: PlannedRun) -> float:
     return 1 - max(checkpoint_folders(run_folder(results_dir, run.spec)), default=0) / run.total_steps
 
 
-def _lines(choice: Choice, study: StudyConfig, asked: StudyConfig, limit: Limit) -> list[str]:
+def _lines(
+    choice: Choice, names: Sequence[str], study: StudyConfig, asked: StudyConfig, limit: Limit
+) -> list[str]:  # fmt: skip
     """Return what was taken, and what was left out and why."""
-    names = [one.name for one in study.experiments]
     seeds, there = choice.seeds, len(study.seeds)
     whole = choice.experiments == len(names) and seeds == there
     lines = []
