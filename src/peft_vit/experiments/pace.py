@@ -101,8 +101,10 @@ def _line(probes: Sequence[Probe], batch_tokens: int) -> float:
 
 
 def _between(small: tuple[int, float], large: tuple[int, float], x: int) -> float:
-    """Return y at x by a line through two points; through the larger and 0 if they are one, or noise lets it fall."""
+    """Return y at x by a line through two points that does not fall; one through 0, if it would begin below."""
     (left, low), (right, high) = small, large
-    slope = (high - low) / (right - left) if right > left else 0.0
+    if left == right:
+        return high * x / right
+    slope = max(0.0, (high - low) / (right - left))
     at_zero = high - slope * right
-    return high * x / right if slope <= 0 or at_zero < 0 else at_zero + slope * x
+    return high * x / right if at_zero < 0 else at_zero + slope * x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from peft_vit.experiments.deadline import Deadline
 from peft_vit.experiments.estimate import Workload
 from peft_vit.experiments.ledger import run_name
 from peft_vit.experiments.pace import Pace
-from peft_vit.experiments.pace_measurement import measure_pace
+from peft_vit.experiments.pace_measurement import measure_pace, reckoned_pace
 from peft_vit.experiments.plan import Plan, PlannedRun, Within, plan_study, resolve_device, spec_of, splits_of
 from peft_vit.experiments.sizes import Sizes, smaller_sizes, smaller_study, with_sizes
 from peft_vit.experiments.study_file import in_place_of
@@ -108,9 +109,11 @@ def _plan_within(
     plan = plan_study(taken, results_dir, file=file, limited=Limited(asked=study, first=first))
     begun = before is not None or any(run.done for run in plan.runs)
     pace: Pace | None = None
-    if not _all_known(plan):
-        budget_s = min(_MEASURED_S, limit.left_s / 4)
-        pace = measure(taken, index, _workload(taken, index), budget_s, tell)
+    if not all(_is_known(plan, run) for run in plan.runs):
+        workload = _workload(taken, index)
+        pace = _pace_of_records(plan, workload)
+        if pace is None:
+            pace = measure(taken, index, workload, min(_MEASURED_S, limit.left_s / 4), tell)
     if pace is not None and not begun and most_decided(len(study.experiments), len(study.seeds)):
         taken = _that_fits(study, index, pace, limit)
         if taken != study:
@@ -120,14 +123,23 @@ def _plan_within(
     return _choose(plan, study, results_dir, first, limit, 0.0 if pace is None else pace.process_s)
 
 
-def _all_known(plan: Plan) -> bool:
-    """Tell whether every run's time is known: from others that ended here, or measured alone for runs that go alone."""
-    return all(_is_known(plan, run) for run in plan.runs)
-
-
 def _is_known(plan: Plan, run: PlannedRun) -> bool:
+    """Tell whether a run's time is known: from others that ended here, or measured alone for runs that go alone."""
     alone = plan.study.execution.workers == 1
     return run.estimate.basis == "records" or (run.estimate.basis == "calibration" and alone)
+
+
+def _pace_of_records(plan: Plan, workload: Workload) -> Pace | None:
+    """Return at what pace runs of the study ended here, at the median of its experiments; None: none did."""
+    ended = {run.spec.experiment.name: run for run in plan.runs if run.estimate.basis == "records"}
+    if not ended:
+        return None
+    unit = reckoned_pace(plan.study, workload, 1.0)
+    rates = []
+    for run in ended.values():
+        start_s = unit.start_s(run.spec.experiment)
+        rates.append((unit.run_s(run.spec, workload) - start_s) / max(run.estimate.seconds - start_s, start_s))
+    return reckoned_pace(plan.study, workload, statistics.median(rates))
 
 
 def _at_pace(plan: Plan, pace: Pace, workload: Workload) -> Plan:
