@@ -19,11 +19,10 @@ from peft_vit.foreign_files import folder_below
 
 if TYPE_CHECKING:
     from peft_vit.experiments.costs import Costs
-    from peft_vit.experiments.deadline import Deadline
+    from peft_vit.experiments.deadline import Deadline, Limit
     from peft_vit.experiments.events import Executor, Told
     from peft_vit.experiments.own_images import OwnImages
     from peft_vit.experiments.plan import Plan
-    from peft_vit.experiments.within import Limit
     from peft_vit.records import RunSpec
 
 
@@ -128,7 +127,7 @@ def _limit(asked: Asked) -> Limit:
     Raises:
         UserError: if something else is asked for that it can't be combined with.
     """
-    from peft_vit.experiments.within import Limit
+    from peft_vit.experiments.deadline import Limit
 
     assert asked.minutes is not None
     others = {

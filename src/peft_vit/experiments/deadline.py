@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peft_vit.experiments.events import Event, RunEnded, RunInterrupted, RunStarted
@@ -13,6 +14,33 @@ from peft_vit.experiments.time_limit import makespan, seed_by_seed, seeds_for_ve
 
 if TYPE_CHECKING:  # a driver needs no torch
     from peft_vit.experiments.plan import PlannedRun
+
+
+_STOPPING_S = 10.0  # for checkpoints in the end; at most a twentieth of the time that there is
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The time that a call has, in seconds on `clock`, from when it was given."""
+
+    minutes: float
+    started: float
+    clock: Callable[[], float] = time.monotonic
+
+    @property
+    def over_at(self) -> float:
+        """Return when what still runs is stopped."""
+        return self.past_at - min(_STOPPING_S, self.minutes * 60 / 20)
+
+    @property
+    def past_at(self) -> float:
+        """Return when it is no longer waited for."""
+        return self.started + 60 * self.minutes
+
+    @property
+    def left_s(self) -> float:
+        """Return the seconds until what still runs is stopped."""
+        return self.over_at - self.clock()
 
 
 class Deadline:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from peft_vit.backbones import describe
 from peft_vit.config import StudyConfig
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
-from peft_vit.experiments.deadline import Deadline
+from peft_vit.experiments.deadline import Deadline, Limit
 from peft_vit.experiments.estimate import Workload
 from peft_vit.experiments.ledger import run_name
 from peft_vit.experiments.pace import Pace
@@ -34,34 +33,9 @@ from peft_vit.records import checkpoint_folders, run_folder
 from peft_vit.records.study_file import Limited, read_study_file
 
 _MEASURED_S = 20.0  # at most, and at most a quarter of the time that is left
-_STOPPING_S = 10.0  # for checkpoints in the end; at most a twentieth of the time that there is
 _DECIDED = 2  # experiments that are worth a smaller study
 
 Measure = Callable[[StudyConfig, ImageIndex, Workload, float, Callable[[str], None]], Pace]
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The time that a call has, in seconds on `clock`, from when it was given."""
-
-    minutes: float
-    started: float
-    clock: Callable[[], float] = time.monotonic
-
-    @property
-    def over_at(self) -> float:
-        """Return when what still runs is stopped."""
-        return self.past_at - min(_STOPPING_S, self.minutes * 60 / 20)
-
-    @property
-    def past_at(self) -> float:
-        """Return when it is no longer waited for."""
-        return self.started + 60 * self.minutes
-
-    @property
-    def left_s(self) -> float:
-        """Return the seconds until what still runs is stopped."""
-        return self.over_at - self.clock()
 
 
 def plan_within(

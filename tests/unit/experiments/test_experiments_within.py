@@ -8,12 +8,13 @@ from written_runs import run_and_write
 from peft_vit.errors import UserError
 from peft_vit.experiments import plan_study
 from peft_vit.experiments.costs import Costs
+from peft_vit.experiments.deadline import Limit
 from peft_vit.experiments.driver import drive
 from peft_vit.experiments.lock import study_lock
 from peft_vit.experiments.pace import Pace, Probe
 from peft_vit.experiments.status import study_status
 from peft_vit.experiments.study_file import study_file, write_study_file
-from peft_vit.experiments.within import Limit, plan_within
+from peft_vit.experiments.within import plan_within
 from peft_vit.records.study_file import read_study_file
 
 pytestmark = pytest.mark.part("runner")
