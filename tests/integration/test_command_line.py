@@ -17,6 +17,7 @@ from peft_vit.cli import main
 from peft_vit.config import load_study
 from peft_vit.experiments import plan_study
 from peft_vit.experiments.lock import study_lock
+from peft_vit.experiments.time_limit import Choice
 from peft_vit.records import read_records
 from peft_vit.records.study_file import Limited, read_study_file
 
@@ -341,6 +342,24 @@ def test_a_study_within_minutes(tmp_path, capsys, monkeypatch) -> None:
     assert snapshot(out) == before
     assert ended("run", file, "--output-dir", out) == 0
     assert ended("report", out) == 0
+
+
+@pytest.mark.part("runner")
+def test_time_that_is_left_over_is_spent_on_what_it_is_enough_for(tmp_path, capsys, monkeypatch) -> None:
+    """The choice is made again when all that was taken is done: first for no more, in another call for one more."""
+    head, _, _ = STUDY.partition("  - name: adaptive")
+    command = ("run", write(tmp_path, head), "--output-dir", tmp_path / "out", "--minutes", "60")
+    choices = [Choice(experiments, 1, None, fits=True) for experiments in (1, 1, 1, 2)]
+    monkeypatch.setattr("peft_vit.experiments.within.choose", lambda *_, **__: choices.pop(0))
+    assert ended(*command) == 0
+    said = capsys.readouterr().out
+    assert "Left for a later call: 1 experiment (low_rank)." in said
+    assert "1 run of the study is left; the same command goes on with it, for another 60 minutes." in said
+    assert ended("status", tmp_path / "out") == 0
+    assert "tiny: 2 planned = 1 done + 0 failed + 0 pending + 0 running + 1 skipped" in capsys.readouterr().out
+    assert ended(*command) == 0
+    assert " left; the same command" not in capsys.readouterr().out
+    assert len(list(read_records(tmp_path / "out"))) == 2
 
 
 @pytest.mark.part("runner")

@@ -107,8 +107,8 @@ def _run_within(asked: Asked, execution: Execution, show: Callable[[Plan], None]
         taken: set[str] = set()
         while True:
             plan, deadline = _plan_within(asked, study, file, limit)
-            if taken and not plan.pending:
-                return {}
+            if taken and not plan.pending:  # there is time left, but not enough for more
+                break
             show(plan)
             failed = _drive([plan], [lock], execution, deadline)
             taken |= {run_name(run.spec) for run in plan.runs}
@@ -116,8 +116,10 @@ def _run_within(asked: Asked, execution: Execution, show: Callable[[Plan], None]
             if failed or not left or left & taken or deadline.over:
                 break
     if left:
-        runs = "1 run of the study is" if len(left) == 1 else f"{len(left)} runs of the study are"
-        print(f"{runs} left; the same command goes on with them, for another {asked.minutes:g} minutes.")
+        runs, them = (
+            ("1 run of the study is", "it") if len(left) == 1 else (f"{len(left)} runs of the study are", "them")
+        )
+        print(f"{runs} left; the same command goes on with {them}, for another {asked.minutes:g} minutes.")
     return failed
 
 

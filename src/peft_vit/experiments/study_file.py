@@ -67,8 +67,8 @@ def go_on(folder: Path, asked: StudyFile, *, source: Path, part: bool = False) -
             sizes = in_place_of(before.configuration.data, before.limited.asked.data)
             problem = f"was begun smaller, for want of time ({sizes})"
             raise UserError(f"{problem}; give --minutes to go on, or {remedy}", file=file, field="limited")
-        _refuse_another(before.limited.asked, asked.limited.asked, part, file, source)
-    _refuse_another(before.configuration, asked.configuration, part, file, source)
+        refuse_another(before.limited.asked, asked.limited.asked, file, source, part=part)
+    refuse_another(before.configuration, asked.configuration, file, source, part=part)
     if before.data_sha256 != asked.data_sha256:
         raise UserError(f"was begun with other images under the same path; {remedy}", file=file, field="data_sha256")
     runs = tuple(dict.fromkeys((*asked.runs, *before.runs)))
@@ -82,7 +82,16 @@ def go_on(folder: Path, asked: StudyFile, *, source: Path, part: bool = False) -
     )
 
 
-def _refuse_another(before: StudyConfig, asked: StudyConfig, part: bool, file: Path, source: Path) -> None:
+def refuse_another(before: StudyConfig, asked: StudyConfig, file: Path, source: Path, *, part: bool = False) -> None:
+    """Raise UserError, with the difference, if a study was begun with another configuration.
+
+    Args:
+        before: as it was begun.
+        asked: by the command.
+        file: what says how it was begun.
+        source: the configuration file.
+        part: see `go_on`.
+    """
     old, new = _comparable(before, asked, part)
     if old != new:
         remedy = "set it back, name the study otherwise, or choose another --output-dir"

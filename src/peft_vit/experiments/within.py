@@ -19,7 +19,7 @@ from peft_vit.experiments.pace import Pace
 from peft_vit.experiments.pace_measurement import measure_pace, reckoned_pace
 from peft_vit.experiments.plan import Plan, PlannedRun, Within, plan_study, resolve_device, spec_of, splits_of
 from peft_vit.experiments.sizes import Sizes, smaller_sizes, smaller_study, with_sizes
-from peft_vit.experiments.study_file import in_place_of
+from peft_vit.experiments.study_file import in_place_of, refuse_another
 from peft_vit.experiments.time_limit import (
     LATER_THAN_PLANNED,
     Choice,
@@ -30,7 +30,7 @@ from peft_vit.experiments.time_limit import (
     seeds_for_verdict,
 )
 from peft_vit.records import checkpoint_folders, run_folder
-from peft_vit.records.study_file import Limited, read_study_file
+from peft_vit.records.study_file import STUDY_FILE, Limited, read_study_file
 
 _MEASURED_S = 20.0  # at most, and at most a quarter of the time that is left
 _DECIDED = 2  # experiments that are worth a smaller study
@@ -77,24 +77,38 @@ def _plan_within(
     before = read_study_file(folder)
     index = open_index(study.data)
     taken = study
-    if before is not None and before.smaller_than_asked:
+    if before is not None and before.limited is not None and before.smaller_than_asked:
+        refuse_another(before.limited.asked, study, folder / STUDY_FILE, file)  # of which the sizes may make no sense
         taken = smaller_study(study, before.configuration.data, index)
     first = () if before is None or before.limited is None else before.limited.first
     plan = plan_study(taken, results_dir, file=file, limited=Limited(asked=study, first=first))
     begun = before is not None or any(run.done for run in plan.runs)
+    may_shrink = not begun and most_decided(len(study.experiments), len(study.seeds)) > 0
     pace: Pace | None = None
-    if not all(_is_known(plan, run) for run in plan.runs):
+    if not all(_is_known(plan, run) for run in plan.runs) or (may_shrink and not _fits(plan, limit)):
         workload = _workload(taken, index)
         pace = _pace_of_records(plan, workload)
         if pace is None:
             pace = measure(taken, index, workload, min(_MEASURED_S, limit.left_s / 4), tell)
-    if pace is not None and not begun and most_decided(len(study.experiments), len(study.seeds)):
+    if pace is not None and may_shrink:
         taken = _that_fits(study, index, pace, limit)
         if taken != study:
             plan = plan_study(taken, results_dir, file=file, limited=Limited(asked=study, first=first))
     if pace is not None:
         plan = _at_pace(plan, pace, _workload(taken, index))
     return _choose(plan, study, results_dir, first, limit, 0.0 if pace is None else pace.process_s)
+
+
+def _fits(plan: Plan, limit: Limit) -> bool:
+    """Tell whether the study of a plan, of which nothing is done, needs no smaller sizes."""
+    rows = _rows(plan, [one.name for one in plan.study.experiments])
+    seconds = [[run.estimate.seconds for run in row] for row in rows]
+    return choose(seconds, plan.study.execution.workers, limit.left_s).fits
+
+
+def _rows(plan: Plan, names: Sequence[str]) -> list[list[PlannedRun]]:
+    """Return a row an experiment, in it its runs in the order of the seeds."""
+    return [[run for run in plan.runs if run.spec.experiment.name == name] for name in names]
 
 
 def _is_known(plan: Plan, run: PlannedRun) -> bool:
@@ -171,7 +185,7 @@ def _choose(
 ) -> tuple[Plan, Deadline]:
     study, workers = plan.study, plan.study.execution.workers
     names = sorted((one.name for one in study.experiments), key=lambda name: name not in first)  # else the file's order
-    rows = [[run for run in plan.runs if run.spec.experiment.name == name] for name in names]
+    rows = _rows(plan, names)
     left = {run_name(run.spec): _left(results_dir, run) for run in plan.runs}
     seconds = [[left[run_name(run.spec)] * run.estimate.seconds for run in row] for row in rows]
     begun = max((place for place, row in enumerate(rows, start=1) if any(run.done for run in row)), default=0)

@@ -178,6 +178,16 @@ def test_too_slow_for_three_experiments_the_last_one_waits(tmp_path) -> None:
     assert [sum(run.startswith(name) for run in done) for name in "abc"] == [8, 8, 0]
 
 
+@pytest.mark.parametrize("begun", [0, 3])
+def test_an_experiment_that_was_begun_counts_as_a_comparison(tmp_path, begun) -> None:
+    """Six seeds of two fit, seven do not: giving c up makes a verdict only if no run of c stands in the report."""
+    three = fake_config(("a", "b", "c"), range(8))
+    same = dict.fromkeys("abc", 10.0)
+    told = drive(tmp_path, three, same, Timed(same), over_at=125, begun=begun)
+    c_waits = ["runs take longer than planned: c is left for a later call, others get its time"]
+    assert [line for line in told if "time is over" not in line] == ([] if begun else c_waits)
+
+
 def test_three_experiments_that_do_fit_are_all_kept(tmp_path) -> None:
     three = fake_config(("a", "b", "c"), range(8))
     same = dict.fromkeys("abc", 10.0)

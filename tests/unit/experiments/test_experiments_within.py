@@ -1,13 +1,15 @@
 """A study within some minutes: what is taken, how it goes on, what study.json says of it, and what is refused."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from written_runs import run_and_write
 
 from peft_vit.errors import UserError
 from peft_vit.experiments import plan_study
-from peft_vit.experiments.costs import Costs
+from peft_vit.experiments.costs import Costs, keep_costs
 from peft_vit.experiments.deadline import Limit
 from peft_vit.experiments.driver import drive
 from peft_vit.experiments.lock import study_lock
@@ -34,6 +36,28 @@ def pace_of(step_s: float, fixed_s: float = 0.0, start_s: float = 0.0):
         return Pace({"lora": [Probe("lora", 17, 8, large), Probe("lora", 5, 8, small)]}, 0.0)
 
     return measure
+
+
+def keep_three_seconds(kinds):
+    """Keep that runs of these kinds take 3 s each."""
+    three = Costs(start_s=3.0, step_s=1e-6, image_s=1e-6, peak_memory_bytes=1, images=1)
+    for kind in kinds.values():
+        keep_costs(kind, three)
+    return dict.fromkeys(kinds, three)
+
+
+def image_folder(folder):
+    """Write two images of each of two classes."""
+    for name in ("one", "two"):
+        (folder / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("L", (40, 40), 50 * number).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_costs(cache, tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path_factory.mktemp("costs")))
 
 
 def never(*_):
@@ -191,6 +215,24 @@ def test_another_configuration_of_a_smaller_study_is_refused(config, within, tmp
     assert len(within(more, 60, pace_of(0.1)).plan.runs) == 44
 
 
+def test_other_images_of_a_smaller_study_are_refused_with_the_difference(config, within, tmp_path) -> None:
+    """Not with what its sizes would mean on them."""
+    begin(within(config, 0.9, pace_of(0.1)).plan, tmp_path)
+    data = config.data.model_copy(update={"dataset": "image-folder", "path": str(image_folder(tmp_path / "own"))})
+    with pytest.raises(UserError, match="was begun with another configuration, see below"):
+        within(config.model_copy(update={"data": data}), 0.9, pace_of(0.1))
+
+
+def test_kept_costs_serve_runs_that_go_alone_until_the_study_has_to_shrink(config, within) -> None:
+    for run in plan_study(config, Path("/nowhere"), file=Path("tiny.yaml"), measure=keep_three_seconds).runs:
+        assert run.estimate.basis == "calibration"
+    assert len(within(config, 60, never).plan.runs) == 40
+    found = within(config, 0.5, pace_of(0.05))  # 6 x 2 x 3 s x 1.3 are too many
+    assert found.plan.study.data.image_size < 64
+    two = config.model_copy(update={"execution": config.execution.model_copy(update={"workers": 2})})
+    assert within(two, 60, pace_of(0.1)).told == ["measured in 20 s"]  # they were measured alone
+
+
 def test_without_minutes_a_smaller_study_is_refused_in_one_line(config, within, tmp_path) -> None:
     begin(within(config, 0.9, pace_of(0.1)).plan, tmp_path)
     with pytest.raises(UserError) as caught:
@@ -204,8 +246,9 @@ def test_without_minutes_a_smaller_study_is_refused_in_one_line(config, within, 
 def test_a_study_of_full_size_goes_on_with_and_without_minutes(config, within, tmp_path) -> None:
     begin(within(config, 1.8, pace_of(0.1)).plan, tmp_path)
     assert len(plan_study(config, tmp_path, file=tmp_path / "tiny.yaml").runs) == 40
-    found = within(config, 0.2, pace_of(0.1))  # too few for its size, which stays
+    found = within(config, 0.2, pace_of(0.1))  # too few for its size, which stays, as its experiments do
     assert found.plan.study == config
+    assert found.plan.within.limited.first == ("lora", "full", "adalora")
 
 
 def test_finished_runs_of_the_study_tell_the_pace_without_a_measurement(study, within, tmp_path) -> None:
