@@ -57,6 +57,7 @@ class FakePlan:
     file: Path = Path("fake.yaml")
     data_sha256: str = "d" * 64
     part: bool = False
+    within: Any = None
 
     @property
     def pending(self) -> tuple[FakeRun, ...]:

@@ -30,7 +30,7 @@ FIRST_SEED = 60  # of no other study
 STEPS, VALIDATION, TEST = 300, 200, {"elpv": 600, "digits": 400, "fashion-mnist": 1000}
 TITLES = {"elpv": "ELPV", "digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 DATA = {
-    "elpv": {"image_size": 84},
+    "elpv": {"image_size": 56},
     "digits": {"image_size": 56, "flips": "none"},  # a mirrored digit is another sign
     "fashion-mnist": {"image_size": 56},
 }

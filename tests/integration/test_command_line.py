@@ -17,7 +17,9 @@ from peft_vit.cli import main
 from peft_vit.config import load_study
 from peft_vit.experiments import plan_study
 from peft_vit.experiments.lock import study_lock
+from peft_vit.experiments.time_limit import Choice
 from peft_vit.records import read_records
+from peft_vit.records.study_file import Limited, read_study_file
 
 pytestmark = [pytest.mark.part("configuration"), pytest.mark.usefixtures("cache")]
 
@@ -280,6 +282,85 @@ def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, capsys) -> None:
     assert capsys.readouterr().out == f"{out / 'tiny/runs.parquet'}: 2 runs\n"
     for command in ("analyze", "report"):
         assert ended(command, out) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--smoke"], "can't be combined with --smoke: a smoke study takes seconds; leave one of the two out"),
+        (
+            ["--seeds", "0"],
+            "can't be combined with --seeds: the time decides which seeds are taken; leave one of the two out",
+        ),
+        (
+            ["--method", "lora"],
+            "can't be combined with --method: the time decides which experiments are taken; leave one of the two out",
+        ),
+        (
+            ["--executor", "ray"],
+            "works with --executor local only: it measures how fast this machine is; leave one of the two out",
+        ),
+        (["--minutes", "0"], "is 0; give more than 0"),
+        (["--minutes", "nan"], "is nan; give more than 0"),
+        (["{file}"], "is of one study, and 2 are given; give one, or leave --minutes out"),
+    ],
+)
+def test_what_minutes_cannot_be_combined_with(options, said, tmp_path, capsys) -> None:
+    file = write(tmp_path)
+    options = [option.format(file=file) for option in options]
+    line = refusal(capsys, "run", file, "--output-dir", tmp_path / "out", "--minutes", "10", *options)
+    assert line == f"error: --minutes: {said}"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.part("runner")
+def test_a_study_within_minutes(tmp_path, capsys, monkeypatch) -> None:
+    head, _, _ = STUDY.partition("  - name: adaptive")
+    file, out = write(tmp_path, head), tmp_path / "out"
+    command = ("run", file, "--output-dir", out, "--minutes", "60")
+    assert ended(*command, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "60 minutes, 2 experiments x 1 of 1 seeds: all of the study." in said
+    assert not out.exists()
+    with monkeypatch.context() as patch:  # a time that is over as soon as it begins
+        patch.setattr("peft_vit.experiments.deadline.Deadline.over", True)
+        assert ended(*command) == 0
+    said = capsys.readouterr().out
+    assert "2 runs of the study are left; the same command goes on with them, for another 60 minutes." in said
+    assert ended("status", out) == 0
+    assert "tiny: 2 planned = 0 done + 0 failed + 2 pending" in capsys.readouterr().out
+    begun = read_study_file(out / "tiny")
+    assert begun.limited == Limited(asked=load_study(file), first=("probe", "low_rank"))
+    assert not begun.smaller_than_asked
+    assert ended(*command) == 0
+    assert "are left" not in capsys.readouterr().out
+    assert {record.status for record in read_records(out)} == {"done"}
+    before = snapshot(out)
+    assert ended(*command) == 0
+    said = capsys.readouterr().out
+    assert "2 runs: 0 to do, 2 already done and skipped." in said
+    assert "measuring" not in said  # finished runs tell what there is to know
+    assert snapshot(out) == before
+    assert ended("run", file, "--output-dir", out) == 0
+    assert ended("report", out) == 0
+
+
+@pytest.mark.part("runner")
+def test_time_that_is_left_over_is_spent_on_what_it_is_enough_for(tmp_path, capsys, monkeypatch) -> None:
+    """The choice is made again when all that was taken is done: first for no more, in another call for one more."""
+    head, _, _ = STUDY.partition("  - name: adaptive")
+    command = ("run", write(tmp_path, head), "--output-dir", tmp_path / "out", "--minutes", "60")
+    choices = [Choice(experiments, 1, None, fits=True) for experiments in (1, 1, 1, 2)]
+    monkeypatch.setattr("peft_vit.experiments.within.choose", lambda *_, **__: choices.pop(0))
+    assert ended(*command) == 0
+    said = capsys.readouterr().out
+    assert "Left for a later call: 1 experiment (low_rank)." in said
+    assert "1 run of the study is left; the same command goes on with it, for another 60 minutes." in said
+    assert ended("status", tmp_path / "out") == 0
+    assert "tiny: 2 planned = 1 done + 0 failed + 0 pending + 0 running + 1 skipped" in capsys.readouterr().out
+    assert ended(*command) == 0
+    assert " left; the same command" not in capsys.readouterr().out
+    assert len(list(read_records(tmp_path / "out"))) == 2
 
 
 @pytest.mark.part("runner")

@@ -63,6 +63,10 @@ def run(
     method: Annotated[MethodName | None, typer.Option(help="only the studies' experiments of this method")] = None,
     seeds: Annotated[str | None, typer.Option(help="only these of the studies' seeds, as in 0,1,2")] = None,
     workers: Workers = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="end within so many, with the sizes, experiments and seeds that fit; the next call goes on"),
+    ] = None,
     oversubscribe: Annotated[
         bool, typer.Option("--oversubscribe", help="allow more threads, workers x threads, than there are cores")
     ] = False,
@@ -86,12 +90,12 @@ def run(
 
     The same command goes on where an earlier one was interrupted or killed: done runs are skipped, others continue
     from their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes:
-    0 every run is done, 1 a run failed, 2 bad input, 130 interrupted.
+    0 every run is done, or --minutes are over, 1 a run failed, 2 bad input, 130 interrupted.
     """
     from peft_vit.experiments.commands import Asked, Execution, plan_studies, run_studies
 
     results_dir = output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
-    asked = Asked(configs, results_dir, smoke, method, seeds, workers)
+    asked = Asked(configs, results_dir, smoke, method, seeds, workers, minutes=minutes)
     if dry_run:
         plan_studies(asked, _print_plan)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,12 +13,14 @@ from typing import TYPE_CHECKING, Literal
 
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
+from peft_vit.experiments.ledger import run_name
 from peft_vit.experiments.lock import StudyLock, study_lock
 from peft_vit.foreign_files import folder_below
 from peft_vit.records.study_file import read_study_file
 
 if TYPE_CHECKING:
     from peft_vit.experiments.costs import Costs
+    from peft_vit.experiments.deadline import Deadline, Limit
     from peft_vit.experiments.events import Executor, Told
     from peft_vit.experiments.own_images import OwnImages
     from peft_vit.experiments.plan import Plan
@@ -35,6 +39,7 @@ class Asked:
         seeds: only runs of these, as in 0,1,2.
         workers: in place of those that the studies set.
         calibrate: measure what runs cost of which nothing is known, instead of estimating it.
+        minutes: that the command may take; what does not fit is left for a later one.
     """
 
     configs: list[Path]
@@ -44,6 +49,7 @@ class Asked:
     seeds: str | None = None
     workers: int | None = None
     calibrate: bool = False
+    minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,12 @@ def plan_studies(asked: Asked, show: Callable[[Plan], None]) -> list[Plan]:
     Raises:
         UserError: for anything that would fail later.
     """
+    if asked.minutes is not None:
+        limit = _limit(asked)
+        ((study, file),) = _load(asked)
+        plan, _ = _plan_within(asked, study, file, limit)
+        show(plan)
+        return [plan]
     return _plan(asked, _load(asked), show)
 
 
@@ -74,11 +86,76 @@ def run_studies(asked: Asked, execution: Execution, show: Callable[[Plan], None]
             the studies; later if there is no room for a result.
         KeyboardInterrupt: see `drive`.
     """
+    if asked.minutes is not None:
+        return _run_within(asked, execution, show)
     if execution.executor == "ray":
         asked = _without_workers(asked)
     studies = _load(asked)
     with _locks(asked.results_dir, [study.name for study, _ in studies]) as locks:
         return _drive(_plan(asked, studies, show), locks, execution)
+
+
+def _run_within(asked: Asked, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
+    """Do what fits into a limited time; once all that was taken is done, take more, as long as more fits."""
+    from peft_vit.experiments.status import study_status
+
+    if execution.executor == "ray":
+        problem = "works with --executor local only: it measures how fast this machine is; leave one of the two out"
+        raise UserError(problem, field="--minutes")
+    limit = _limit(asked)
+    ((study, file),) = _load(asked)
+    with _locks(asked.results_dir, [study.name]) as (lock,):
+        taken: set[str] = set()
+        while True:
+            plan, deadline = _plan_within(asked, study, file, limit)
+            if taken and not plan.pending:  # there is time left, but not enough for more
+                break
+            show(plan)
+            failed = _drive([plan], [lock], execution, deadline)
+            taken |= {run_name(run.spec) for run in plan.runs}
+            left = {run.run for run in study_status(lock.folder).runs if run.state not in ("done", "failed")}
+            if failed or not left or left & taken or deadline.over:
+                break
+    if left:
+        runs, them = (
+            ("1 run of the study is", "it") if len(left) == 1 else (f"{len(left)} runs of the study are", "them")
+        )
+        print(f"{runs} left; the same command goes on with {them}, for another {asked.minutes:g} minutes.")
+    return failed
+
+
+def _limit(asked: Asked) -> Limit:
+    """Start the time that a command has.
+
+    Raises:
+        UserError: if something else is asked for that it can't be combined with.
+    """
+    from peft_vit.experiments.deadline import Limit
+
+    assert asked.minutes is not None
+    others = {
+        "--smoke": (asked.smoke, "a smoke study takes seconds"),
+        "--method": (asked.method is not None, "the time decides which experiments are taken"),
+        "--seeds": (asked.seeds is not None, "the time decides which seeds are taken"),
+    }
+    for option, (given, why) in others.items():
+        if given:
+            raise UserError(f"can't be combined with {option}: {why}; leave one of the two out", field="--minutes")
+    if len(asked.configs) > 1:
+        problem = f"is of one study, and {len(asked.configs)} are given; give one, or leave --minutes out"
+        raise UserError(problem, field="--minutes")
+    if not 0 < asked.minutes < math.inf:
+        raise UserError(f"is {asked.minutes:g}; give more than 0", field="--minutes")
+    return Limit(asked.minutes, time.monotonic())
+
+
+def _plan_within(asked: Asked, study: StudyConfig, file: Path, limit: Limit) -> tuple[Plan, Deadline]:
+    from peft_vit.experiments.within import plan_within
+
+    if asked.workers is not None:
+        workers = study.execution.model_copy(update={"workers": asked.workers})
+        study = study.model_copy(update={"execution": workers})
+    return plan_within(study, asked.results_dir, limit, file=file, tell=partial(print, flush=True))
 
 
 def run_on_own_images(
@@ -153,7 +230,9 @@ def _plan(asked: Asked, studies: list[tuple[StudyConfig, Path]], show: Callable[
     return plans
 
 
-def _drive(plans: list[Plan], locks: list[StudyLock], execution: Execution) -> dict[str, str]:
+def _drive(
+    plans: list[Plan], locks: list[StudyLock], execution: Execution, deadline: Deadline | None = None
+) -> dict[str, str]:
     from peft_vit.experiments.driver import drive
     from peft_vit.experiments.event_log import EventLog
     from peft_vit.experiments.watch import Watch
@@ -161,15 +240,18 @@ def _drive(plans: list[Plan], locks: list[StudyLock], execution: Execution) -> d
     failed: dict[str, str] = {}
     with nullcontext() if execution.log_json is None else EventLog(execution.log_json) as log:
         for plan, lock in zip(plans, locks, strict=True):
-            with Watch(plan) as watch:
+            with Watch(plan, until=None if deadline is None else deadline.over_at) as watch:
 
                 def tell(event: Told, watch: Watch = watch) -> None:
                     if log is not None:
                         log.on_event(event)
                     watch.on_event(event)
 
-                make_executor = partial(_open, plan, lock, execution)
-                failed |= drive(plan, lock, make_executor, tell, keep_failed=execution.keep_failed).failed
+                make_executor = partial(_open, plan.in_time, lock, execution)
+                outcome = drive(
+                    plan, lock, make_executor, tell, keep_failed=execution.keep_failed, deadline=deadline
+                )  # fmt: skip
+                failed |= outcome.failed
     return failed
 
 

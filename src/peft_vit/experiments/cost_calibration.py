@@ -15,35 +15,45 @@ from peft_vit.experiments.events import Executor, RunEnded, RunProgress
 from peft_vit.experiments.executors import decode_images
 from peft_vit.experiments.executors.local import LocalExecutor
 from peft_vit.experiments.plan import PlannedRun
+from peft_vit.experiments.steadiness import Speed, disturbance, machine_speed
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.training import Progress
 
 _POLL_S = 1.0
 _NEVER_S = 1e9
-_UNKNOWN = Estimate(0.0, 0, DiskUse(0, 0, 0), "estimate")
+UNKNOWN = Estimate(0.0, 0, DiskUse(0, 0, 0), "estimate")
 
 
-def measure_costs(kinds: Mapping[str, RunSpec], tell: Callable[[str], None]) -> dict[str, Costs]:
+def measure_costs(
+    kinds: Mapping[str, RunSpec], tell: Callable[[str], None], speed: Callable[[], Speed] = machine_speed
+) -> dict[str, Costs]:
     """Measure, keep and return what runs of some kinds cost, one after the other in a worker process as runs are.
 
-    A kind that fails is told and left out.
+    A kind that fails is told and left out. What was measured while the machine was busy is used, but not kept.
 
     Args:
         kinds: miniatures by the name of an experiment.
         tell: told what is being done, a line each.
+        speed: measures how fast the machine is, before and after each kind.
     """
     measured = {}
+    before = speed()
     with tempfile.TemporaryDirectory() as folder:
         executor = LocalExecutor(1, 1, Path(folder), checkpoint_every_s=_NEVER_S, oversubscribe=True)
         try:
             for place, (name, kind) in enumerate(kinds.items(), start=1):
                 tell(f"measuring {place} of {len(kinds)}: {name}")
                 costs = _measure(kind, executor)
+                after = speed()
                 if isinstance(costs, str):
                     tell(f"{name} could not be measured ({costs}); its time and memory are estimated")
                 else:
-                    keep_costs(kind, costs)
                     measured[name] = costs
+                    if busy := disturbance(before, after):
+                        tell(f"{name}: the machine was busy ({busy}); its time serves this plan and is not kept")
+                    else:
+                        keep_costs(kind, costs)
+                before = after
         finally:
             executor.close()
     return measured
@@ -52,7 +62,7 @@ def measure_costs(kinds: Mapping[str, RunSpec], tell: Callable[[str], None]) -> 
 def _measure(kind: RunSpec, executor: Executor) -> Costs | str:
     """Return what a miniature took, or why it failed."""
     assert kind.data.train_images is not None
-    run = PlannedRun(kind, kind.experiment.total_steps(kind.data.train_images), _UNKNOWN, done=False)
+    run = PlannedRun(kind, kind.experiment.total_steps(kind.data.train_images), UNKNOWN, done=False)
     decode_images([run])
     executor.submit(run)
     seen: list[tuple[Progress, float]] = []

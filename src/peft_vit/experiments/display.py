@@ -10,10 +10,11 @@ from rich.text import Text
 
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
-from peft_vit.experiments.estimate import Basis, Deviation, makespan
+from peft_vit.experiments.estimate import Basis, Deviation
 from peft_vit.experiments.export import Exported
 from peft_vit.experiments.plan import Plan
 from peft_vit.experiments.provenance import cpu_count
+from peft_vit.experiments.time_limit import makespan
 
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
 
@@ -76,7 +77,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         table.add_column(name, justify="right")
     table.add_column("known from")
     table.add_column("state")
-    for run in plan.runs:
+    for run in plan.in_time.runs or plan.runs:
         table.add_row(
             f"{run.spec.experiment.name}/seed_{run.spec.seed}", str(run.total_steps), f"{run.estimate.seconds:.0f}",
             f"{run.estimate.peak_memory_bytes / 1e6:.0f}", f"{run.estimate.disk.kept_bytes / 1e6:.1f}",
@@ -84,6 +85,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         )  # fmt: skip
     console.print(table)
     _print_total(plan, console)
+    for line in () if plan.within is None else plan.within.lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     if plan.deviation is not None:
         print_deviation(plan.deviation, console)
 
@@ -119,13 +122,15 @@ def _print_precision(plan: Plan, console: Console) -> None:
 
 
 def _print_total(plan: Plan, console: Console) -> None:
-    pending, workers = plan.pending, plan.study.execution.workers
+    workers = plan.study.execution.workers
+    plan = plan.in_time
+    pending = plan.pending
     together = f" with {workers} workers" if workers > 1 else " one after the other" if len(pending) > 1 else ""
     seconds = makespan([run.estimate.seconds for run in pending], workers)
     time = f" in about {duration(seconds)}{together}" if pending else ""
     console.print(
         f"{counted(len(plan.runs), 'run')}: {len(pending)} to do{time}, "
-        f"{len(plan.runs) - len(pending)} already done and skipped.",
+        f"{len(plan.runs) - len(plan.pending)} already done and skipped.",
         soft_wrap=True,
     )
     if not pending:

@@ -31,10 +31,12 @@ from peft_vit.records.ledger import has_failed
 from peft_vit.records.study_file import read_study_file
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
+    from peft_vit.experiments.deadline import Deadline
     from peft_vit.experiments.plan import Plan, PlannedRun
 
 TRANSIENT: frozenset[Failure | None] = frozenset({"killed", "out_of_memory", "io"})  # another attempt may end otherwise
 _POLL_S = 0.2
+_TIME_IS_OVER = "the time is over: what still runs writes a checkpoint, with which a later call goes on"
 _STOPPING = "stopping: what runs writes a checkpoint first; Ctrl-C again ends at once"
 
 
@@ -51,9 +53,9 @@ class Outcome:
 
 def drive(
     plan: Plan, lock: StudyLock, make_executor: Callable[[], Executor], tell: Callable[[Told], None], *,
-    keep_failed: bool = False,
+    keep_failed: bool = False, deadline: Deadline | None = None,
 ) -> Outcome:  # fmt: skip
-    """Do what a plan says is pending, and return when every run has ended.
+    """Do what a plan says is pending, and return when every run has ended, or the time that there is.
 
     Args:
         plan: made while the lock was held.
@@ -61,6 +63,7 @@ def drive(
         make_executor: called once, if there is something to do; nothing is written if it refuses.
         tell: told what happens; whether it can write is of no importance.
         keep_failed: leave runs alone that an earlier call has seen fail.
+        deadline: what is started, and until when; None: everything, however long it takes.
 
     Raises:
         UserError: if the folder holds another study, if something in it is damaged, or if there is no room for a
@@ -69,7 +72,10 @@ def drive(
     """
     tell = _undisturbed(tell)
     names = {run_name(run.spec) for run in plan.runs}
-    asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
+    limited = None if plan.within is None else plan.within.limited
+    asked = study_file(
+        plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256, limited=limited
+    )  # fmt: skip
     content = go_on(lock.folder, asked, source=plan.file, part=plan.part)
     executor = make_executor() if plan.pending else None  # may refuse, and then nothing was begun
     try:
@@ -81,7 +87,7 @@ def drive(
             waiting = [run for run in plan.pending if not (keep_failed and _failed(store, run))]
             retries = plan.study.execution.retries
             if executor is not None:
-                _carry_out(waiting, executor, store, tell, retries)
+                _carry_out(waiting, executor, store, tell, retries, deadline)
             failed = {run.spec.run_id: _reason(store, run) for run in plan.runs if _failed(store, run)}
             return Outcome(failed)
     finally:
@@ -109,22 +115,44 @@ def _reason(store: StudyStore, run: PlannedRun) -> str:
 
 
 def _carry_out(
-    runs: list[PlannedRun], executor: Executor, store: StudyStore, tell: Callable[[Told], None], retries: int
-) -> None:
+    runs: list[PlannedRun], executor: Executor, store: StudyStore, tell: Callable[[Told], None], retries: int,
+    deadline: Deadline | None,
+) -> None:  # fmt: skip
     with _signals() as signals:
         attempts = _Attempts(runs, executor, store, tell, retries)
-        for run in runs:
-            executor.submit(run)
+        if deadline is None:
+            for run in runs:
+                executor.submit(run)
         while attempts.waiting:
             if signals.asked and not attempts.stopping:
-                tell(Notice(_STOPPING))
-                attempts.stopping = True
-                executor.stop()
+                attempts.stop(_STOPPING)
+            if deadline is not None:
+                _keep(deadline, attempts, executor, tell)
+                if deadline.past if attempts.stopping else not deadline.under_way:
+                    break
             event = executor.next_event(_POLL_S)
             if event is not None:
                 attempts.take(event)
+                if deadline is not None:
+                    deadline.hear(event, attempts.waiting)
             elif attempts.stopping and not attempts.running:
-                raise KeyboardInterrupt
+                break
+        if signals.asked and attempts.waiting:
+            raise KeyboardInterrupt
+
+
+def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor, tell: Callable[[Told], None]) -> None:
+    """Start what is expected to end in time, and stop what runs when the time is over."""
+    if attempts.stopping:
+        return
+    if deadline.over:
+        if deadline.under_way:
+            attempts.stop(_TIME_IS_OVER)
+        return
+    for run in deadline.to_start(attempts.waiting):
+        executor.submit(run)
+    for line in deadline.news():
+        tell(Notice(line))
 
 
 class _Attempts:
@@ -143,6 +171,12 @@ class _Attempts:
         self._retries = retries
         self._failures: Counter[str] = Counter()
         self._reached: Counter[str] = Counter()  # step of the last interruption that nobody asked for
+
+    def stop(self, why: str) -> None:
+        """Have what runs stopped, and start nothing more."""
+        self._tell(Notice(why))
+        self.stopping = True
+        self._executor.stop()
 
     def take(self, event: Event) -> None:
         """Enter what happened, and tell it."""

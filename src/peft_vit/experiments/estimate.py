@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 
 from peft_vit.backbones import BackboneShape
-from peft_vit.config import Precision
+from peft_vit.config import Method, Precision
 from peft_vit.evaluation.latency import TIMED_PASSES, WARMUP_PASSES
 from peft_vit.experiments.costs import Costs, known_costs
 from peft_vit.experiments.disk import DiskUse
@@ -28,6 +27,7 @@ VALUES_KEPT_PER_TOKEN = 34  # activations kept for backward, per token, block an
 # Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
 # AdaLoRA 12 -> 8 with its penalty and its allocation; PEFT 0.21.2, the allocator's defaults.
 _TIME_OVER_OURS = {"peft_lora": 1.42 / 1.29, "peft_adalora": 1.81 / 1.29}
+_PRODUCTS: dict[Method, int] = {"linear": 1, "qa_linear": 1, "full": 3}  # of a step, else 2: forward, gradients
 START_S = 6.0  # loading weights and images
 
 Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, nothing was measured
@@ -160,13 +160,12 @@ def _from_costs(run: Wanted, workload: Workload, costs: Costs) -> Estimate:
 def _from_arithmetic(run: Wanted, workload: Workload, rate: float) -> Estimate:
     experiment = run.spec.experiment
     parameters = workload.shape.parameters
-    measured = _measured_images(run, workload)
+    measured = measured_images(run.spec, workload)
     if experiment.is_probe:  # each image once, in every way in which training shows it
         ways = len(flip_axes(run.spec.data.flips))
         work = parameters * workload.tokens * (ways * workload.train + workload.validation + workload.test + measured)
     else:
-        products = 3 if experiment.method == "full" else 2  # forward, input gradient, weight gradient
-        trained = products * run.steps * min(experiment.training.batch_size, workload.train)
+        trained = _PRODUCTS.get(experiment.method, 2) * run.steps * min(experiment.training.batch_size, workload.train)
         read = experiment.validations(workload.train) * workload.validation + workload.test + measured
         work = parameters * workload.tokens * (trained + read)
     seconds = START_S + TIME_OUTSIDE_PRODUCTS * _TIME_OVER_OURS.get(experiment.method, 1.0) * work / rate
@@ -178,14 +177,19 @@ def _from_arithmetic(run: Wanted, workload: Workload, rate: float) -> Estimate:
     return Estimate(seconds, int(_PROCESS_BYTES + activations + parameters * copies), run.disk, "estimate")
 
 
-def _measured_images(run: Wanted, workload: Workload) -> float:
+def forward_passes(method: Method) -> float:
+    """Return how many forward passes a step takes, by what it multiplies: the weights, for its input, for their own."""
+    return _PRODUCTS.get(method, 2) * _TIME_OVER_OURS.get(method, 1.0)
+
+
+def measured_images(spec: RunSpec, workload: Workload) -> float:
     """Return the images that pass through the whole model for what the study's `measures` ask for.
 
     Leaving the updates of six sites a block out takes about 3 passes a block, see `evaluation.measure_removal`.
     """
-    measures = run.spec.measures
+    measures = spec.measures
     images: float = (WARMUP_PASSES + TIMED_PASSES) * sum(measures.latency_batches)
-    if measures.removal_images is not None and run.spec.experiment.has_adapters:
+    if measures.removal_images is not None and spec.experiment.has_adapters:
         images += (3 * workload.shape.depth + 7) * min(measures.removal_images, workload.validation)
     return images
 
@@ -216,22 +220,6 @@ def product_rate(workload: Workload, *, budget_s: float = 0.2) -> float:
         times.append(time.perf_counter() - begin)
     torch.set_num_threads(before)
     return x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
-
-
-def makespan(seconds: Iterable[float], workers: int, *, busy: Iterable[float] = ()) -> float:
-    """Return when the last run ends, if each in its turn goes to the worker that is free first.
-
-    Args:
-        seconds: of each run, in the order in which they start.
-        workers: that work at a time.
-        busy: for how long some of them still are.
-    """
-    free_at = sorted(busy)[-workers:]
-    free_at += [0.0] * (workers - len(free_at))
-    heapq.heapify(free_at)
-    for one in seconds:
-        heapq.heapreplace(free_at, free_at[0] + one)
-    return max(free_at)
 
 
 # --- afterwards -------------------------------------------------------------------------------------------------------

@@ -27,8 +27,11 @@ _NEUTRAL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def miniature(spec: RunSpec, total_steps: int, shape: BackboneShape, index: ImageIndex, splits: Splits) -> RunSpec:
-    """Return a run of a few steps and validation batches that stands for another one.
+def miniature(
+    spec: RunSpec, total_steps: int, shape: BackboneShape, index: ImageIndex, splits: Splits, *,
+    at_most: int = _STEPS,
+) -> RunSpec:  # fmt: skip
+    """Return a run of a few steps and a few validation batches that stands for another one.
 
     Args:
         spec: of the whole run.
@@ -36,18 +39,18 @@ def miniature(spec: RunSpec, total_steps: int, shape: BackboneShape, index: Imag
         shape: of its backbone.
         index: its images.
         splits: of the images.
+        at_most: steps that it has.
     """
     batch_size = spec.experiment.training.batch_size
     work = 3 * shape.parameters * shape.tokens * batch_size
-    steps = min(total_steps, _STEPS if work < _LONG_STEP else _STEPS_IF_LONG)
+    steps = min(total_steps, at_most, _STEPS if work < _LONG_STEP else _STEPS_IF_LONG)
     data = _data(spec, steps * batch_size, index, splits)
     assert data.train_images is not None
     an_epoch = steps_per_epoch(data.train_images, batch_size)
     epochs = -(-steps // an_epoch)
-    experiment = spec.experiment
+    experiment = with_shorter_schedules(spec.experiment, total_steps, epochs * an_epoch)
     training = experiment.training
     if not experiment.is_probe:
-        experiment = _experiment(experiment, total_steps, epochs * an_epoch)
         training = training.model_copy(update={**_NEUTRAL, "epochs": epochs})
     experiment = experiment.model_copy(update={"name": "miniature", "training": training})
     return spec.model_copy(update={"study": "miniature", "seed": 0, "experiment": experiment, "data": data})
@@ -82,8 +85,8 @@ def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> Data
             return data
 
 
-def _experiment(experiment: ExperimentConfig, total_steps: int, steps: int) -> ExperimentConfig:
-    """Return the experiment with schedules that fit the steps."""
+def with_shorter_schedules(experiment: ExperimentConfig, total_steps: int, steps: int) -> ExperimentConfig:
+    """Return an experiment of `total_steps` with schedules that fit fewer steps."""
     part = steps / total_steps
     update: dict[str, Any] = {}
     if experiment.adalora is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -25,13 +26,14 @@ from peft_vit.experiments.estimate import (
     bf16_factor,
     estimate_runs,
 )
+from peft_vit.experiments.ledger import run_name
 from peft_vit.experiments.methods import check
 from peft_vit.experiments.miniature import miniature
 from peft_vit.experiments.precision import ChosenPrecision, choose_precision
 from peft_vit.experiments.smoke import smoke_study
 from peft_vit.experiments.study_file import difference, go_on, study_file
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
-from peft_vit.records.study_file import read_study_file
+from peft_vit.records.study_file import Limited, read_study_file
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,21 @@ class PlannedRun:
     estimate: Estimate
     done: bool
     registration: Registration | None = None
+
+
+@dataclass(frozen=True)
+class Within:
+    """What a limited time has made of a study.
+
+    Attributes:
+        limited: what study.json will say of it.
+        expected: names of the runs that are expected to be done in the end; others are, if time is left.
+        lines: what was taken, and what was left out and why.
+    """
+
+    limited: Limited
+    expected: frozenset[str]
+    lines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,7 @@ class Plan:
         bf16_factor: time of a product in bf16 over fp32's, where runs to do have to emulate bf16.
         notices: what to know of the images before believing a number; none if nothing is to be done.
         deviation: how far off the estimates of the runs that are done would have been; None: none is done.
+        within: what a limited time has made of the study; None: it has all the time it takes.
     """
 
     study: StudyConfig
@@ -76,11 +94,21 @@ class Plan:
     part: bool = False
     deviation: Deviation | None = None
     notices: tuple[str, ...] = ()
+    within: Within | None = None
 
     @property
     def pending(self) -> tuple[PlannedRun, ...]:
         """Return the runs that are still to be done."""
         return tuple(run for run in self.runs if not run.done)
+
+    @property
+    def in_time(self) -> Plan:
+        """Return the plan of the runs that are expected to be done in the time that there is."""
+        if self.within is None:
+            return self
+        expected = self.within.expected
+        runs = (run for run in self.runs if run_name(run.spec) in expected)
+        return replace(self, runs=tuple(runs))
 
     def only(self, method: str | None, seeds: Container[int] | None) -> Plan:
         """Return the plan of the runs of one method, of some seeds, or both; None: of all."""
@@ -108,7 +136,7 @@ def resolve_device(name: str) -> torch.device:
 
 def plan_study(
     study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool = False, part: bool = False,
-    measure: Measure | None = None,
+    measure: Measure | None = None, limited: Limited | None = None,
 ) -> Plan:  # fmt: skip
     """Check a study against its backbone and its data, and plan its runs.
 
@@ -119,32 +147,36 @@ def plan_study(
         smoke: compress the study, see `smoke.smoke_study`.
         part: the results directory may hold other experiments and seeds of this study.
         measure: measures what runs cost of which nothing is known yet; None: they are estimated. See `measure_costs`.
+        limited: what a limit of time has made the study of.
 
     Raises:
         UserError: for anything that would fail later, with file, field and remedy; and if the results directory
             holds a study of this name that was configured otherwise, with the difference.
     """
     try:
-        return _plan(study, results_dir, file, smoke, part, measure)
+        return _plan(study, results_dir, file, smoke, part, measure, limited)
     except UserError as error:
         if error.file is not None:
             raise
         raise UserError(error.message, file=file, field=error.field) from None
 
 
-def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: bool, measure: Measure | None) -> Plan:
+def _plan(
+    study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: bool, measure: Measure | None,
+    limited: Limited | None,
+) -> Plan:  # fmt: skip
     registration = _registration(study, file)
     device = resolve_device(study.device)
     if smoke:
         patch_size = describe(study.backbone, study.data.image_size).patch_size
         study = smoke_study(study, patch_size)
-    precision = _precision(study, results_dir, device)
+    precision = decide_precision(study, results_dir)
     study = study.model_copy(update={"precision": precision.chosen})
     shape = describe(study.backbone, study.data.image_size)
     index = open_index(study.data, smoke=smoke)
-    asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
+    asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256, limited=limited)
     go_on(results_dir / study.name, asked, source=file, part=part)
-    drawn = _splits(index, study)
+    drawn = splits_of(index, study)
     splits = drawn[study.seeds[0]]
     wanted: list[Wanted] = []
     for place, experiment in enumerate(study.experiments):
@@ -153,13 +185,13 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
             check(experiment, shape, total_steps, len(splits.train))
         except UserError as error:
             raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
-        first = _spec(study, precision.chosen, place, study.seeds[0], smoke)
+        first = spec_of(study, place, study.seeds[0], smoke=smoke)
         validations = experiment.validations(len(splits.train))
         disk = disk_use(first, shape, index.class_names, total_steps, validations, len(splits.test))
         kind = miniature(first, total_steps, shape, index, splits)
         kind_sha256 = kind.digest()
         for seed in study.seeds:
-            spec = _spec(study, precision.chosen, place, seed, smoke)
+            spec = spec_of(study, place, seed, smoke=smoke)
             taken = _taken(results_dir, spec, index.sha256)
             wanted.append(Wanted(spec, total_steps, kind, kind_sha256, disk, taken))
     notices: tuple[str, ...] = ()
@@ -181,12 +213,14 @@ def _plan(study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: 
     return Plan(study, file, index.licence, index.sha256, runs, precision, factor, part, deviation, notices)
 
 
-def _precision(study: StudyConfig, results_dir: Path, device: torch.device) -> ChosenPrecision:
+def decide_precision(study: StudyConfig, results_dir: Path) -> ChosenPrecision:
+    """Return the precision of a study's runs: the one that it was begun with, or what `auto` is on this machine."""
+    device = resolve_device(study.device)
     begun = read_study_file(results_dir / study.name)
     return choose_precision(study.precision, None if begun is None else begun.configuration.precision, device)
 
 
-def _splits(index: ImageIndex, study: StudyConfig) -> dict[int, Splits]:
+def splits_of(index: ImageIndex, study: StudyConfig) -> dict[int, Splits]:
     """Return every seed's splits, or the first one's if all share them; sizes agree, but one may lack a class."""
     drawn = {study.seeds[0]: make_splits(index, study.data, study.seeds[0])}
     if "per_seed" in (study.data.test_split, study.data.train_subset):
@@ -216,10 +250,11 @@ def _registration(study: StudyConfig, file: Path) -> Registration:
     return load_registry(own).registration()
 
 
-def _spec(study: StudyConfig, precision: Precision, place: int, seed: int, smoke: bool) -> RunSpec:
+def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:
+    """Return what a run of a study, whose precision is decided, is specified by; `place` is its experiment's."""
     return RunSpec(
         study=study.name, seed=seed, experiment=study.experiments[place], backbone=study.backbone, data=study.data,
-        device=study.device, precision=precision, threads=study.threads, smoke=smoke,
+        device=study.device, precision=cast(Precision, study.precision), threads=study.threads, smoke=smoke,
         measures=study.measures,
     )  # fmt: skip
 

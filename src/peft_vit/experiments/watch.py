@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from peft_vit.experiments.display import duration, open_console, print_deviation
-from peft_vit.experiments.estimate import Compared, deviation, makespan
+from peft_vit.experiments.estimate import Compared, deviation
 from peft_vit.experiments.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, Told
 from peft_vit.experiments.ledger import run_name
 from peft_vit.experiments.plan import Plan, PlannedRun
+from peft_vit.experiments.time_limit import makespan
 from peft_vit.records import RunRecord
 from peft_vit.training import Progress
 
@@ -59,9 +60,14 @@ class Watch:
         plan: what is done.
         console: where to show it.
         plain_every_s: seconds between two lines on one run, where that is no terminal.
+        until: when the study is stopped, done or not, on time.monotonic(); None: it is not.
     """
 
-    def __init__(self, plan: Plan, *, console: Console | None = None, plain_every_s: float = _PLAIN_EVERY_S) -> None:
+    def __init__(
+        self, plan: Plan, *, console: Console | None = None, plain_every_s: float = _PLAIN_EVERY_S,
+        until: float | None = None,
+    ) -> None:  # fmt: skip
+        self._until = until
         self._workers = plan.study.execution.workers
         self._console = open_console() if console is None else console
         self._plain_every_s = plain_every_s
@@ -157,11 +163,12 @@ class Watch:
 
     def _left_s(self) -> float:
         now, pace = time.monotonic(), self._pace()
-        return makespan(
+        left_s = makespan(
             [pace * run.estimate.seconds for run in list(self._waiting.values())],
             max(self._workers, len(self._running)),  # on a cluster it shows how many there are
             busy=[running.left_s(now, pace) for running in list(self._running.values())],
         )  # fmt: skip
+        return left_s if self._until is None else min(left_s, max(0.0, self._until - now))
 
     def _view(self) -> Group:
         """Return what a terminal shows now; called from the thread that refreshes it."""

@@ -9,10 +9,12 @@ from peft_vit.experiments import plan_study
 from peft_vit.experiments.cost_calibration import costs_of, measure_costs
 from peft_vit.experiments.costs import Costs, keep_costs, known_costs
 from peft_vit.experiments.run import run_one
+from peft_vit.experiments.steadiness import Speed
 from peft_vit.training import Progress
 
 pytestmark = pytest.mark.part("runner")
 
+STEADY = Speed(1000.0, 1.0)
 COSTS = Costs(start_s=2.0, step_s=0.5, image_s=0.01, peak_memory_bytes=400_000_000, images=50)
 
 
@@ -33,7 +35,7 @@ def test_it_measures_real_runs_and_keeps_what_it_found(study, tmp_path, own_cach
     told: list[str] = []
 
     def measure(kinds):
-        return measure_costs(kinds, told.append)
+        return measure_costs(kinds, told.append, lambda: STEADY)
 
     out = tmp_path / "out"
     plan = plan_study(config, out, file=tmp_path / "tiny.yaml", measure=measure)
@@ -54,10 +56,21 @@ def test_what_fails_is_said_and_estimated(study, tmp_path, own_cache) -> None:
     gone = kinds["full"].data.model_copy(update={"image_size": 33})
     kinds["full"] = kinds["full"].model_copy(update={"data": gone})
     told: list[str] = []
-    assert set(measure_costs(kinds, told.append)) == {"linear"}
+    assert set(measure_costs(kinds, told.append, lambda: STEADY)) == {"linear"}
     assert told[-1].startswith("full could not be measured (data.image_size: 33 is not a multiple of the patch size 16")
     assert told[-1].endswith("; its time and memory are estimated")
     assert known_costs(kinds["full"]) is None
+
+
+def test_what_a_busy_machine_took_serves_once_and_is_not_kept(study, tmp_path, own_cache) -> None:
+    kinds = kinds_of(study("linear", "lora"), tmp_path)
+    told: list[str] = []
+    speeds = iter((STEADY, Speed(700.0, 1.0), Speed(700.0, 1.0)))
+    assert set(measure_costs(kinds, told.append, lambda: next(speeds))) == {"linear", "lora"}
+    busy = "the machine was busy (its speed before and after differs by 30%, more than 20%)"
+    assert told[1] == f"linear: {busy}; its time serves this plan and is not kept"
+    assert known_costs(kinds["linear"]) is None
+    assert known_costs(kinds["lora"]) is not None
 
 
 def test_costs_are_of_one_kind_machine_and_version(study, tmp_path, own_cache, monkeypatch) -> None:

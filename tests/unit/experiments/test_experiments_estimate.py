@@ -11,8 +11,9 @@ from peft_vit.backbones import describe
 from peft_vit.experiments import plan_study
 from peft_vit.experiments.costs import Costs, keep_costs
 from peft_vit.experiments.disk import DiskUse
-from peft_vit.experiments.estimate import Compared, Estimate, Ratios, Wanted, Workload, deviation, makespan
+from peft_vit.experiments.estimate import Compared, Estimate, Ratios, Wanted, Workload, deviation
 from peft_vit.experiments.estimate import estimate_runs as estimate
+from peft_vit.experiments.time_limit import makespan
 from peft_vit.records import write_record
 
 pytestmark = pytest.mark.part("runner")
