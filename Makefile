@@ -5,7 +5,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-QUICKSTART := experiments/outputs/quickstart
+DEMO := experiments/outputs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
 .PHONY: help setup demo smoke test test-avx2 torture bench check format clean
@@ -16,9 +16,9 @@ help: ## list the targets
 
 setup: $(STAMP) ## build .venv and fetch the weights and images of the quickstart
 
-demo: setup ## run the quickstart study and write its report
-	$(BIN)/peft-vit run experiments/configs/quickstart.yaml --output-dir $(QUICKSTART)
-	$(BIN)/peft-vit report $(QUICKSTART)
+demo: setup ## compare a probe, LoRA and LoRA on 4-bit weights within ten minutes, and write the report
+	$(BIN)/peft-vit run experiments/configs/demo.yaml --minutes 9 --output-dir $(DEMO)
+	$(BIN)/peft-vit report $(DEMO)
 
 smoke: setup ## run the quickstart's whole path with random weights and synthetic images
 	$(BIN)/peft-vit run experiments/configs/quickstart.yaml --smoke --output-dir experiments/outputs/smoke

@@ -1,4 +1,4 @@
-"""What `peft-vit train` learns by its defaults from few labels: four methods, three data sets, 4, 12, 50 labels a class.
+"""What `peft-vit train` learns by its defaults from few labels: 4, 12 and 50 a class, four methods, three data sets.
 
     .venv/bin/python experiments/scripts/few_labels.py run experiments/outputs/few_labels [--draws 5]
     .venv/bin/python experiments/scripts/few_labels.py keep experiments/outputs/few_labels
