@@ -248,6 +248,11 @@ def _compared(finding: Finding) -> tuple[str, str]:
     return titled(name), titled(other)
 
 
+def _rate(learning_rate: float | None) -> str:
+    """Return a learning rate; a probe has none."""
+    return "–" if learning_rate is None else f"{learning_rate:g}"
+
+
 def cost_table(analysis: Analysis) -> str:
     """Return one row a method: learning rate, every seed, and what training took."""
     rows: list[tuple[str, ...]] = [
@@ -257,7 +262,7 @@ def cost_table(analysis: Analysis) -> str:
         rows.append(
             (
                 titled(method.experiment.name),
-                f"{method.experiment.training.learning_rate:g}",
+                _rate(method.experiment.training.learning_rate),
                 joined(fixed(100 * value, 1) for value in method.by_seed),
                 fixed(100 * method.validation_accuracy.estimate, 1),
                 _or_dash(method.seconds_per_step, lambda value: fixed(value, 2)),

@@ -338,8 +338,8 @@ def _trained(model: nn.Module, result: TrainingResult, backbone_total: int, cont
         "evaluations": result.evaluations,
         "chosen_step": result.chosen.step,
         "validation": result.chosen.metrics,
-        "seconds_per_step": result.seconds_per_step,
-        "optimizer_sha256": result.optimizer_sha256,
+        "seconds_per_step": result.seconds_per_step if result.optimizer_sha256 else None,  # a probe takes no step
+        "optimizer_sha256": result.optimizer_sha256 or None,
         "adapter_sha256": hashlib.sha256(content).hexdigest(),
         "parameters": ParameterCounts(
             initial=result.initial_parameters, final=trainable_parameters(model), peak=result.peak_parameters,
