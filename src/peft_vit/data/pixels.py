@@ -22,7 +22,7 @@ from peft_vit.data.files import cache_not_writable
 from peft_vit.data.index import ImageIndex
 from peft_vit.packages import cache_dir
 
-FORMAT_VERSION = 1  # raise when a reader, the resizing or the layout changes
+FORMAT_VERSION = 2  # raise when a reader, the resizing or the layout changes
 _log = logging.getLogger(__name__)
 
 
@@ -99,5 +99,14 @@ def _build(file: Path, index: ImageIndex, rows: np.ndarray, shape: tuple[int, ..
 
 def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     """Return an image as (S, S, C) uint8: bicubic, with antialiasing when it shrinks, straight to S x S."""
-    resized = image.convert("L" if channels == 1 else "RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
+    plain = on_white(image).convert("L" if channels == 1 else "RGB")
+    resized = plain.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return np.asarray(resized, dtype=np.uint8).reshape(image_size, image_size, channels)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Return an image as a viewer shows it: what is transparent lies on white, whatever colour stands behind it."""
+    if not image.has_transparency_data:
+        return image
+    layered = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)

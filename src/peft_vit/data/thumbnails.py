@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from peft_vit.config import DataConfig
+from peft_vit.data.pixels import on_white
 from peft_vit.data.registry import open_index
 from peft_vit.errors import UserError
 from peft_vit.packages import no_downloads
@@ -37,7 +38,7 @@ def thumbnails(
 
 
 def _png(image: Image.Image, channels: int) -> bytes:
-    plain = image.convert("L" if channels == 1 else "RGB")
+    plain = on_white(image).convert("L" if channels == 1 else "RGB")
     scale = SIDE_PX / max(plain.size)
     size = (max(1, round(plain.width * scale)), max(1, round(plain.height * scale)))
     small = plain.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from safetensors.numpy import load, save
 from torch import nn
 
 from peft_vit.data import LabelledImages
+from peft_vit.data.pixels import FORMAT_VERSION
 from peft_vit.foreign_files import read_bytes
 from peft_vit.packages import cache_dir
 from peft_vit.records import Provenance, RunSpec, write_atomically
@@ -103,7 +105,7 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[StepHook]) -> Path
     packed = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
     depends_on: dict[str, Any] = {
         "model": spec.backbone.model, "weights": provenance.weights_sha256, "data": provenance.data_sha256,
-        "image_size": spec.data.image_size, "precision": spec.precision, "device": provenance.device,
+        "image_size": spec.data.image_size, "pixels": FORMAT_VERSION, "pillow": PIL.__version__, "precision": spec.precision, "device": provenance.device,
         "threads": spec.threads, "torch": torch.__version__, "timm": provenance.packages.get("timm"),
         "processor": provenance.processor,
         "formats": {} if packed is None else {name: one.as_json() for name, one in packed.formats.items()},

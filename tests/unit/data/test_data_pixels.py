@@ -133,3 +133,21 @@ def test_aspect_is_not_kept():
     pixels = to_pixels(Image.fromarray(wide), 8, 1)[..., 0]
     assert pixels[:, :3].max() < 20
     assert pixels[:, 5:].min() > 180
+
+
+def palette_with_transparency():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((0, 0), 1)
+    image.info["transparency"] = bytes([0, 255])  # the first colour can't be seen
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_lies_on_white(mode, recwarn):
+    image = palette_with_transparency() if mode == "P" else Image.new(mode, (4, 4), (0,) * len(mode))
+    pixels = to_pixels(image, 4, 3)
+    assert pixels[3, 3].tolist() == [255, 255, 255]
+    if mode == "P":
+        assert pixels[0, 0].tolist() != [255, 255, 255]
+    assert not recwarn.list
