@@ -27,7 +27,13 @@ ADALORA = {
     "allocation_strategy": "global",
 }  # fmt: skip
 EXPERIMENTS = {
-    "linear": {"method": "linear"},
+    "linear": {"method": "linear", "training": {}},
+    "packed_linear": {
+        "method": "qa_linear", "training": {},
+        "qa_lora": {
+            "quantization_bits": 4, "quantization_type": "nf4", "use_group_quantization": True, "group_size": 16,
+        },
+    },
     "full": {"method": "full"},
     "lora": {"method": "lora", "lora": {"rank": 2, "scale": 1.7}},
     "adaptive": {"method": "adalora", "adalora": {**ADALORA, "total_rank_budget": 40}},

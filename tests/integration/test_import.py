@@ -77,8 +77,11 @@ def command(*arguments: str | Path) -> int:
 
 
 def planned(adapter: Path, images: Path, weights: Path, out: Path, *, seed: int = 0) -> PlannedRun:
-    asked = OwnImages(images, "lora", None, "test_vit", str(weights), 32, 8, 1e-2, seed, 1, start=adapter)
-    (run,) = plan_study(study_of(asked), out, file=images).runs
+    asked = OwnImages(
+        images, "lora", model="test_vit", weights=str(weights), image_size=32, epochs=8, learning_rate=1e-2, seed=seed,
+        threads=1, start=adapter,
+    )  # fmt: skip
+    (run,) = plan_study(study_of(asked)[0], out, file=images).runs
     return run
 
 

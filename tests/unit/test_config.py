@@ -132,10 +132,10 @@ def test_full_size_files_share_all_but_their_experiments() -> None:
     shared = [study.model_dump(exclude={"name", "description", "experiments"}) for study in studies]
     assert shared[0] == shared[1] == shared[2]
     steps = {
-        study.data.train_images // one.training.batch_size * one.training.epochs
+        one.total_steps(study.data.train_images)
         for study in studies
         for one in study.experiments
-        if study.data.train_images is not None
+        if study.data.train_images is not None and not one.is_probe
     }
     assert steps == {600}
 
@@ -144,7 +144,8 @@ def test_values_arrive_as_written(tmp_path: Path) -> None:
     study = load(tmp_path, VALID)
     probe, low_rank, adaptive, quantized = study.experiments
     assert study.seeds == (0, 1)
-    assert probe.training.learning_rate == 1e-3  # YAML 1.1 would have read text
+    assert (probe.training.learning_rate, probe.training.epochs) == (None, None)  # it reads neither
+    assert adaptive.training.learning_rate == 1e-3  # YAML 1.1 would have read text
     assert low_rank.training.learning_rate == 2.5e-4
     assert low_rank.training.clip_norm is None
     assert low_rank.training.epochs == 2  # from the study
@@ -154,6 +155,25 @@ def test_values_arrive_as_written(tmp_path: Path) -> None:
     assert adaptive.adalora.budget == ("ranks", 8, "total_rank_budget")
     assert quantized.qa_lora is not None
     assert quantized.qa_lora.gradient_scaling_factor == 1.0
+
+
+def test_a_length_of_one_s_own_replaces_the_study_s_however_it_is_said(tmp_path: Path) -> None:
+    study = load(tmp_path, changed("learning_rate: 2.5E-4, clip", "steps: 70, learning_rate: 2.5E-4, clip"))
+    assert [(one.training.epochs, one.training.steps) for one in study.experiments[1:3]] == [(None, 70), (2, None)]
+    assert study.experiments[1].total_steps(64) == 70
+    assert study.experiments[2].total_steps(64) == 4
+
+
+def test_a_probe_shares_what_it_reads_of_the_study_s_training(tmp_path: Path) -> None:
+    shared = "  epochs: 2\n  batch_size: 16\n  class_weights: true\n  head_start: probe\n  optimizer: sgd"
+    study = load(tmp_path, changed("  epochs: 2", shared))
+    training = study.experiments[0].training
+    assert (training.batch_size, training.class_weights) == (16, True)
+    assert (training.head_start, training.optimizer, training.epochs) == ("random", "adamw", None)
+    own = load(
+        tmp_path, changed("method: linear", "method: linear\n    training: {class_weights: true, batch_size: 4}")
+    )
+    assert (own.experiments[0].training.batch_size, own.experiments[0].training.class_weights) == (4, True)
 
 
 def test_a_loaded_study_is_frozen(tmp_path: Path) -> None:
@@ -176,16 +196,17 @@ def test_a_loaded_study_is_frozen(tmp_path: Path) -> None:
 )
 def test_numbers(tmp_path: Path, written: str, value: float) -> None:
     study = load(tmp_path, changed("learning_rate: 1e-3", f"learning_rate: {written}"))
-    assert study.experiments[0].training.learning_rate == value
+    assert study.experiments[2].training.learning_rate == value
 
 
+PACKED = "quantization_bits: 4, quantization_type: nf4, use_group_quantization: true"
 # what is wrong: (text to replace, replacement, text on the line to be named, field, words of the message)
 FAULTS: dict[str, tuple[str, str, str, str, str]] = {
     "unknown key": (
         "  weights: random", "  weights: random\n  colour: red", "colour", "backbone.colour", "unknown key here; remove it",
     ),
     "misspelled key": (  # not "epochs is missing", which would be the second fault
-        "  epochs: 2", "  epoch: 2", "epoch: 2", "training.epoch", "correct its spelling (",
+        "  epochs: 2", "  epoch: 2", "epoch: 2", "training.epoch", "or correct its spelling",
     ),
     "odd key": (
         "name: tiny", 'name: tiny\n"a b\\nc": 1', '"a b', "'a b\\nc'", "unknown key",
@@ -225,7 +246,55 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
         "epochs: 2", "epochs: 2024-01-31", "epochs", "training.epochs", "valid integer, got '2024-01-31'",
     ),
     "nothing": (
-        "epochs: 2", "epochs:", "epochs", "training.epochs", "valid integer, got None",
+        "epochs: 2", "epochs:", "- name: low_rank", "experiments[1]", "training.epochs (or training.steps) is missing; add it",
+    ),
+    "no rate": (
+        "  learning_rate: 1e-3\n", "", "- name: adaptive", "experiments[2]", "training.learning_rate is missing; add it",
+    ),
+    "two lengths": (
+        "{learning_rate: 2.5E-4", "{epochs: 3, steps: 9, learning_rate: 2.5E-4", "{epochs: 3", "experiments[1].training", "epochs and steps exclude each other; remove one",
+    ),
+    "no step": (
+        "  epochs: 2", "  steps: 0", "steps: 0", "training.steps", "greater than or equal to 1, got 0",
+    ),
+    "patience with a fixed end": (
+        "{learning_rate: 2.5E-4", "{patience: 3, learning_rate: 2.5E-4", "{patience: 3", "experiments[1].training",
+        "patience does not go with schedule: one_cycle, whose end is fixed; use warmup_stable_decay or constant",
+    ),
+    "unknown schedule": (
+        "  epochs: 2", "  epochs: 2\n  schedule: cosine", "schedule", "training.schedule", "'constant' or 'warmup_stable_decay'",
+    ),
+    "unknown start of the head": (
+        "  epochs: 2", "  epochs: 2\n  head_start: zero", "head_start", "training.head_start", "should be 'random' or 'probe'",
+    ),
+    "rate of a probe": (
+        "method: linear", "method: linear\n    training: {learning_rate: 1e-3}", "learning_rate: 1e-3}",
+        "experiments[0].training.learning_rate", "has no effect with method: linear, which is fitted to convergence; remove it",
+    ),
+    "head start of a probe": (
+        "method: linear", "method: linear\n    training:\n      head_start: probe", "head_start",
+        "experiments[0].training.head_start", "has no effect with method: linear, which is fitted to convergence; remove it",
+    ),
+    "packed probe without a section": (
+        "method: linear", "method: qa_linear", "- name: probe", "experiments[0]", "method: qa_linear needs a section 'qa_lora:'",
+    ),
+    **{
+        f"{field} of a packed probe": (
+            "method: linear", f"method: qa_linear\n    qa_lora: {{{PACKED}, {field}: {value}}}", "- name: probe", "experiments[0]",
+            f"qa_lora.{field} has no effect with method: qa_linear, which has no adapters; remove it",
+        )
+        for field, value in (
+            ("rank", 8), ("scale", 2.0), ("gradient_scaling_factor", 1.0), ("gradient_scaling", "adaptive"), ("balance_target", 0.5),
+        )
+    },
+    "packed probe that fades": (
+        "method: linear", f"method: qa_linear\n    qa_lora: {{{PACKED}, quantization_schedule: linear}}", "- name: probe",
+        "experiments[0]", "set qa_lora.quantization_schedule: constant",
+    ),
+    "ranks of a packed probe": (
+        "method: linear",
+        "method: qa_linear\n    qa_lora: {use_group_quantization: true, adaptive_bits: {total_byte_budget: 170000, ranks: true}}",
+        "- name: probe", "experiments[0]", "qa_lora.adaptive_bits.ranks has no effect with method: qa_linear; remove it",
     ),
     "not a number": (
         "learning_rate: 1e-3", "learning_rate: .nan", "learning_rate", "training.learning_rate", "valid number",
@@ -405,7 +474,7 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
         "lora: {rank: 4}", "lora: [4]", "lora: [4]", "experiments[1].lora", "mapping, got [4]",
     ),
     "unknown method": (
-        "method: linear", "method: dora", "method: dora", "experiments[0].method", "'linear', 'full'",
+        "method: linear", "method: dora", "method: dora", "experiments[0].method", "'linear', 'qa_linear', 'full'",
     ),
     "training of a wrong type": (
         "training:\n  epochs: 2\n  learning_rate: 1e-3", "training: []", "training: []", "training",

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from peft_vit.records import (
 )
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+RESULTS = CONFIGS.parents[1] / "results"
 
 
 def study() -> StudyConfig:
@@ -300,12 +303,25 @@ def with_other(value: BaseModel, path: tuple[str, ...]) -> BaseModel:
     return value.model_copy(update={path[0]: other})
 
 
-def test_digest_of_what_was_asked_before_there_was_a_choice_of_test_splits_stays() -> None:
-    base = spec("linear_probe")
+def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> None:
+    base = spec("lora_r1")
     before = base.model_dump(mode="json")
     del before["measures"], before["data"]["test_split"]
+    for later in ("steps", "validate_every", "patience", "head_start"):
+        del before["experiment"]["training"][later]
     text = json.dumps(before, separators=(",", ":"), ensure_ascii=False)
     assert base.digest() == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_digest_of_a_kept_run_is_what_it_was() -> None:
+    """Or a finished study would be done again; of runs that were kept before `steps`, `patience` and `head_start`."""
+    with tarfile.open(RESULTS / "study_elpv.tar.xz") as archive:
+        for member in archive:
+            if re.search(r"/lora_[^/]*/seed_\d+/record\.json$", member.name):
+                kept = json.load(archive.extractfile(member))
+                assert RunSpec.model_validate_json(json.dumps(kept["spec"])).digest() == kept["spec_digest"]
+                return
+    pytest.fail("no LoRA run among the kept ones")
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

@@ -70,7 +70,7 @@ def disk_use(
     record += _PREDICTION_BYTES * test_images
     if spec.measures.removal_images is not None:
         record += 300 + 55 * len(ranks)
-    return DiskUse(record, adapter, _CHECKPOINTS * checkpoint)
+    return DiskUse(record, adapter, 0 if experiment.is_probe else _CHECKPOINTS * checkpoint)  # a probe takes no step
 
 
 def _ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, *, at_start: bool) -> dict[str, int]:

@@ -83,7 +83,7 @@ def start_head(
     probe = fit_probe(
         of_training, of_validation, head, setting, class_weights=None if weights is None else weights.double().numpy()
     )
-    probe.set_head(head)
+    probe.set_head(head, 1.0 if spec.experiment.is_probe else probe.temperature(of_validation))
     attempt.head_fit = probe.fit
     seconds = {"features": computed - started, "probe": time.perf_counter() - computed}
     return HeadStart(head, features, setting, probe, seconds)

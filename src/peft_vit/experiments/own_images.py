@@ -98,7 +98,7 @@ def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[Stud
         "dataset": "image-folder", "path": str(asked.folder), "image_size": 224, "validation_images": 2,
         "test_images": 2,
     }  # fmt: skip
-    index = open_index(_study(asked, data, {"name": "check", "method": "linear"}).data)
+    index = open_index(_study(asked, data, {"name": "check", "method": "linear", "training": {}}).data)
     counts = _counts(asked, index)
     data["validation_images"] = counts.validation
     data["test_images"] = counts.test if index.official_test is None else None

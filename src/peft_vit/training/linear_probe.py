@@ -13,6 +13,7 @@ of the logits; W has half of it and its negative as rows, whose ||W||_F^2 is hal
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from peft_vit.training.setting import Setting
 Floats = NDArray[np.float64]
 _LARGEST_GRADIENT = 1e-7  # at which the fit has converged; L-BFGS ends there or at its most iterations
 _MOST_ITERATIONS = 10_000
+_LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
 _FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
     "horizontal": ((), (-1,)),
@@ -75,11 +77,29 @@ class LinearProbe:
         """Return the evaluation of the strength that was chosen."""
         return self.evaluations[self.fit.l2.index(self.fit.chosen_l2)]
 
-    def set_head(self, head: nn.Linear) -> None:
-        """Make it the head of a model."""
+    def set_head(self, head: nn.Linear, temperature: float = 1.0) -> None:
+        """Make it the head of a model, with its logits divided by a temperature."""
         with torch.no_grad():
-            head.weight.copy_(self.weight)
-            head.bias.copy_(self.bias)
+            head.weight.copy_(self.weight / temperature)
+            head.bias.copy_(self.bias / temperature)
+
+    def temperature(self, validation: Features) -> float:
+        """Return what logits have to be divided by for the lowest NLL on validation images (arXiv 1706.04599).
+
+        A head that separates few training images has a loss of next to nothing on them, and training from there on would
+        get no gradient. With this temperature it has the loss that it deserves, and predicts the same classes.
+        """
+        from scipy.optimize import minimize_scalar
+
+        values = torch.from_numpy(validation.values).double()
+        logits = values @ self.weight.double().cpu().T + self.bias.double().cpu()  # (N, classes)
+        labels = torch.from_numpy(validation.labels)
+
+        def nll(log_temperature: float) -> float:
+            return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), labels))
+
+        found = minimize_scalar(nll, bounds=_LOG_TEMPERATURES, method="bounded")
+        return math.exp(float(found.x))
 
 
 @torch.inference_mode()

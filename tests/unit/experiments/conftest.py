@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peft_vit.config import StudyConfig, study_from_mapping
+from peft_vit.config import PROBES, StudyConfig, study_from_mapping
 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -22,6 +22,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "qa_lora": {
             "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
             "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 2,
+        }
+    },
+    "qa_linear": {
+        "qa_lora": {
+            "quantization_bits": 4, "quantization_type": "nf4", "use_group_quantization": True, "group_size": 16,
         }
     },
     "adaptive_bits": {
@@ -53,10 +58,11 @@ def method_sections() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def study(cache: str) -> Callable[..., StudyConfig]:
-    """Make a study of some methods; keyword arguments go into its training settings."""
+    """Make a study of some methods; keyword arguments go into its training settings, of which probes read few."""
 
     def make(*methods: str, seeds: tuple[int, ...] = (0,), **training: object) -> StudyConfig:
         settings = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, **training}
+        of_probes = {name: settings[name] for name in ("batch_size", "class_weights") if name in settings}
         mapping = {
             "name": "tiny", "seeds": list(seeds), "threads": 1, "device": "cpu", "precision": "fp32",
             "backbone": {"model": "test_vit", "weights": "random"},
@@ -64,7 +70,9 @@ def study(cache: str) -> Callable[..., StudyConfig]:
                 "dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30
             },
             "experiments": [
-                {"name": method, "method": method, "training": settings, **METHODS[method]} for method in methods
+                {"name": method, "method": method, "training": of_probes if method in PROBES else settings}
+                | METHODS[method]
+                for method in methods
             ],
         }  # fmt: skip
         return study_from_mapping(mapping, file=Path("tiny.yaml"))

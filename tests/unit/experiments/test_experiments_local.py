@@ -104,28 +104,28 @@ def test_a_stop_does_not_wait_for_workers_that_are_still_starting(study, tmp_pat
 
 
 def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> None:
-    config = endless(study("linear", "lora", "full"), "linear", "lora")
+    config = endless(study("qa_lora", "lora", "full"), "qa_lora", "lora")
     plan = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
     executor = LocalExecutor(2, 1, tmp_path, oversubscribe=True)
     try:
         for run in plan.runs:
             executor.submit(run)
-        both = events_of(executor, lambda e: of(e, RunProgress, "linear") and of(e, RunProgress, "lora"))
-        assert {one.run.spec.experiment.name for one in of(both, RunStarted)} == {"linear", "lora"}
+        both = events_of(executor, lambda e: of(e, RunProgress, "qa_lora") and of(e, RunProgress, "lora"))
+        assert {one.run.spec.experiment.name for one in of(both, RunStarted)} == {"qa_lora", "lora"}
         os.kill(worker_of(both, "lora"), signal.SIGINT)  # which is not for workers
-        os.kill(worker_of(both, "linear"), signal.SIGKILL)
+        os.kill(worker_of(both, "qa_lora"), signal.SIGKILL)
         rest = events_of(executor, lambda e: of(e, RunEnded, "full"))
-        (lost,) = of(rest, RunEnded, "linear")
+        (lost,) = of(rest, RunEnded, "qa_lora")
         assert (lost.record.status, lost.record.failure, lost.adapter) == ("failed", "killed", None)
         assert lost.record.error == (
             "the worker process was killed (SIGKILL: by somebody, or by the system, which was out of memory)"
         )
-        assert worker_of(rest, "full") not in (worker_of(both, "linear"), worker_of(both, "lora"))
+        assert worker_of(rest, "full") not in (worker_of(both, "qa_lora"), worker_of(both, "lora"))
         assert of(rest, RunEnded, "full")[0].record.status == "done"
         before = (of(both, RunProgress, "lora") + of(rest, RunProgress, "lora"))[-1].progress.step
         executor.submit(plan.runs[0])  # for the free worker
         executor.submit(plan.runs[2])  # waits
-        events_of(executor, lambda e: of(e, RunProgress, "linear"))
+        events_of(executor, lambda e: of(e, RunProgress, "qa_lora"))
         executor.stop()
         last = events_of(executor, lambda e: len(of(e, RunInterrupted)) == 2)
         (stopped,) = of(last, RunInterrupted, "lora")
@@ -216,7 +216,7 @@ if __name__ == "__main__":
 STUDY = """
 {name: long, seeds: [0], threads: 1, device: cpu, precision: fp32, backbone: {model: test_vit, weights: random},
  data: {dataset: digits, image_size: 32, train_images: 24, validation_images: 20, test_images: 30},
- training: {epochs: 100000, learning_rate: 1e-3}, experiments: [{name: linear, method: linear}]}
+ training: {epochs: 100000, learning_rate: 1e-3}, experiments: [{name: full, method: full}]}
 """
 
 

@@ -42,7 +42,7 @@ def test_every_run_is_counted_and_estimated(study, tmp_path, tmp_path_factory, m
         "tiny/linear/seed_3", "tiny/linear/seed_4", "tiny/lora/seed_3", "tiny/lora/seed_4"
     ]  # fmt: skip
     assert plan.pending == plan.runs
-    assert {run.total_steps for run in plan.runs} == {6}
+    assert [run.total_steps for run in plan.runs] == [7, 7, 6, 6]  # of a probe, its fits
     assert all(run.estimate.seconds > 0 and run.estimate.peak_memory_bytes > 1e8 for run in plan.runs)
     assert {run.estimate.basis for run in plan.runs} == {"estimate"}
     assert list(tmp_path.iterdir()) == []  # planning writes nothing
@@ -137,12 +137,12 @@ def test_a_plan_of_some_methods_or_seeds(study, tmp_path) -> None:
 
 
 def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(study, tmp_path) -> None:
-    plan = planned(study("linear"), tmp_path)
+    plan = planned(study("full"), tmp_path)
     (tmp_path / "tiny").mkdir()
-    begun = study_file(plan.study, ["linear/seed_0"], smoke=False, data_sha256=plan.data_sha256)
+    begun = study_file(plan.study, ["full/seed_0"], smoke=False, data_sha256=plan.data_sha256)
     write_study_file(tmp_path / "tiny", begun)
     with pytest.raises(UserError, match=r"study\.json: configuration: was begun with another configuration") as caught:
-        planned(study("linear", epochs=3), tmp_path)
+        planned(study("full", epochs=3), tmp_path)
     assert "-      epochs: 2\n+      epochs: 3" in caught.value.details
     with pytest.raises(UserError, match="was begun with another configuration"):
         planned(study("lora"), tmp_path)
@@ -298,8 +298,9 @@ def test_a_done_run_needs_its_adapter_and_the_same_images(study, tmp_path) -> No
 
 def test_one_cycle_needs_some_steps(study, tmp_path) -> None:
     with pytest.raises(UserError, match=r"experiments\[0\]\.training\.epochs: 1 steps are too few"):
-        planned(study("linear", epochs=1, batch_size=24), tmp_path)
-    assert planned(study("linear", epochs=1, batch_size=24, schedule="constant"), tmp_path).runs[0].total_steps == 1
+        planned(study("full", epochs=1, batch_size=24), tmp_path)
+    assert planned(study("full", epochs=1, batch_size=24, schedule="constant"), tmp_path).runs[0].total_steps == 1
+    assert planned(study("linear", batch_size=24), tmp_path).runs[0].total_steps == 7  # fits, which need no course
 
 
 def test_adaptive_ranks_on_quantized_sites_run_as_smoke_in_the_svd_form_too(study, tmp_path) -> None:

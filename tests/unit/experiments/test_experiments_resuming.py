@@ -55,10 +55,19 @@ def resumed(spec, folder, first_step: int):
     return finished
 
 
-@pytest.mark.parametrize("method", ["linear", "lora", "adalora", "qa_lora", "qa_adalora", "adaptive_bits"])
-def test_stopped_twice_it_comes_to_the_same_end(spec_of, tmp_path, method) -> None:
-    spec = spec_of(method)
+PROBE_FIRST = {"head_start": "probe"}
+RUNS = [
+    *((method, {}) for method in ("full", "lora", "adalora", "qa_lora", "qa_adalora", "adaptive_bits")),
+    *((method, PROBE_FIRST) for method in ("lora", "adalora", "qa_lora")),
+    ("adalora", PROBE_FIRST | {"learning_rate": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), RUNS)
+def test_stopped_twice_it_comes_to_the_same_end(spec_of, tmp_path, method, settings) -> None:
+    spec = spec_of(method, **settings)
     whole = run_one(spec)
+    assert (whole.record.head_fit is None) == (settings == {})
     interrupted(spec, tmp_path / "run", 2)
     interrupted(spec, tmp_path / "run", 4)
     again = resumed(spec, tmp_path / "run", 5)
@@ -83,7 +92,7 @@ def test_the_past_counts(spec_of, tmp_path, monkeypatch) -> None:
     assert (record.peak_memory_bytes, record.own_memory_bytes) == (1 << 50, 1 << 49)
 
 
-OTHERS = [("linear", 0, {}), ("lora", 1, {}), ("lora", 0, {"epochs": 3})]
+OTHERS = [("full", 0, {}), ("lora", 1, {}), ("lora", 0, {"epochs": 3})]
 
 
 @pytest.mark.parametrize(("method", "seed", "settings"), OTHERS)
@@ -126,7 +135,7 @@ def other_provenance(monkeypatch):
 
 @pytest.mark.parametrize("field", [field for field in _THE_SAME if field != "data_sha256"])
 def test_a_checkpoint_of_another_start_is_refused(spec_of, tmp_path, other_provenance, field) -> None:
-    spec = spec_of("linear")
+    spec = spec_of("full")
     interrupted(spec, tmp_path, 2)
     other_provenance(field, "another")
     record = run_one(spec, checkpoints=Checkpoints(tmp_path)).record
@@ -135,7 +144,7 @@ def test_a_checkpoint_of_another_start_is_refused(spec_of, tmp_path, other_prove
 
 @pytest.mark.parametrize("field", _ALIKE)
 def test_other_tools_are_said_and_kept_in_the_record(spec_of, tmp_path, other_provenance, field) -> None:
-    spec = spec_of("linear")
+    spec = spec_of("full")
     interrupted(spec, tmp_path, 2)
     other_provenance(field, {"torch": "99.0"} if field == "packages" else "another")
     with pytest.warns(CheckpointWarning, match="the run went on from step 2 with "):
@@ -154,7 +163,7 @@ def test_a_warning_that_quotes_an_odd_name_can_be_written(spec_of, monkeypatch) 
 
     monkeypatch.setattr(run_module, "load_data", warns)
     with pytest.warns(CheckpointWarning):
-        record = run_one(spec_of("linear")).record
+        record = run_one(spec_of("full")).record
     assert record.warnings == ["no file \\udcff"]
     assert b"no file" in record.model_dump_json().encode()
 
@@ -180,7 +189,7 @@ def test_a_damaged_checkpoint_costs_a_step_and_both_cost_the_run_so_far(spec_of,
 @pytest.mark.parametrize("values", [{}, {"run": {}}, {"run": {"spec_digest": 1}}, {"run": 5}, {"run": None}])
 def test_what_is_no_state_of_a_run_is_refused_in_one_line(spec_of, tmp_path, values) -> None:
     write_checkpoint(tmp_path, 3, State({}, values))
-    record = run_one(spec_of("linear"), checkpoints=Checkpoints(tmp_path)).record
+    record = run_one(spec_of("full"), checkpoints=Checkpoints(tmp_path)).record
     assert record.failure == "error"
     assert "the checkpoint of step 3 can't be gone on from: " in record.error
     assert len(record.error.splitlines()) == 1
@@ -190,7 +199,7 @@ def test_an_unforeseen_error_of_a_resumed_run_names_its_checkpoint(spec_of, tmp_
     def broken(*_, **__):
         raise TypeError("'int' and 'str'")
 
-    spec = spec_of("linear")
+    spec = spec_of("full")
     interrupted(spec, tmp_path, 4)
     monkeypatch.setattr(run_module, "train", broken)
     assert run_one(spec).record.error == "TypeError: 'int' and 'str'"
@@ -201,7 +210,7 @@ def test_an_unforeseen_error_of_a_resumed_run_names_its_checkpoint(spec_of, tmp_
 
 def test_what_no_record_can_hold_is_a_failure_and_ends_no_worker(spec_of, monkeypatch) -> None:
     monkeypatch.setattr(run_module, "_execute", lambda *_: ({"status": "done", "steps": 7}, b"adapter"))
-    finished = run_one(spec_of("linear"))
+    finished = run_one(spec_of("full"))
     assert finished.record.status == "failed"
     assert "steps" in finished.record.error
     assert finished.adapter is None

@@ -44,7 +44,8 @@ def test_the_same_seed_repeats_the_weights_and_another_does_not(study, tmp_path,
     for a, b in zip(first.steps, again.steps, strict=True):
         assert (a.loss, a.gradient_norm, a.penalties) == (b.loss, b.gradient_norm, b.penalties)
     assert (first.validation, first.test, first.rank_history) == (again.validation, again.test, again.rank_history)
-    assert first.steps[0].loss != other.steps[0].loss
+    # A probe draws nothing: of the same images it is the same, whatever the seed.
+    assert (first.steps[0].loss == other.steps[0].loss) == (method == "linear")
 
 
 def test_methods_are_paired_within_a_seed(study, tmp_path) -> None:
@@ -52,7 +53,8 @@ def test_methods_are_paired_within_a_seed(study, tmp_path) -> None:
     hashes = {0: set(), 1: set()}
     for record in records:
         p = record.provenance
-        hashes[record.spec.seed].add((p.head_init_sha256, p.data_order_sha256))
+        if record.spec.experiment.method != "linear":  # which draws neither
+            hashes[record.spec.seed].add((p.head_init_sha256, p.data_order_sha256))
         assert p.split_sha256 == records[0].provenance.split_sha256
         assert p.random_weights
         assert p.threads == 1

@@ -1,0 +1,133 @@
+"""The learning rate goes up, stays, and comes down in time for the end or when validation gains nothing more."""
+
+import numpy as np
+import pytest
+
+from peft_vit.adapters import attach_adapters
+from peft_vit.backbones import find_sites
+from peft_vit.config import TrainingConfig
+from peft_vit.records import Evaluation, Metrics
+from peft_vit.training import loop, train
+from peft_vit.training.learning_rate import WarmupStableDecay
+
+pytestmark = pytest.mark.part("runner")
+
+
+def test_up_in_a_line_then_one_then_down_in_a_line() -> None:
+    course = WarmupStableDecay(100)
+    factors = [course(step) for step in range(101)]
+    assert factors[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert factors[9:80] == [1.0] * 71
+    assert factors[80:] == pytest.approx(np.arange(20, -1, -1) / 21)  # a fifth of the run
+    assert WarmupStableDecay(10_000)(19) == 1.0 > WarmupStableDecay(10_000)(18)
+
+
+def test_the_way_down_may_begin_at_any_step_and_begins_once() -> None:
+    course = WarmupStableDecay(100)
+    assert course.bring_down(40) == 50  # a quarter of the steps before it
+    assert [course(step) for step in (39, 45, 49, 50, 60)] == pytest.approx([1, 5 / 11, 1 / 11, 0, 0])
+    assert course.bring_down(44) == 50
+    late = WarmupStableDecay(100)
+    assert late.bring_down(80) == late.bring_down(90) == 100
+    assert late(80) == pytest.approx(20 / 21)
+    assert WarmupStableDecay(100).bring_down(79) == 99
+    assert WarmupStableDecay(1)(0) == 0.5
+    assert WarmupStableDecay(3).bring_down(1) == 2
+
+
+def config(**settings) -> TrainingConfig:
+    default = {"steps": 40, "validate_every": 2, "patience": 2, "batch_size": 8, "learning_rate": 1e-3}
+    return TrainingConfig(**{**default, **settings})
+
+
+class Late:
+    """Let no state before a step be chosen."""
+
+    name = "late"
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def deployable(self, step: int) -> bool:
+        return step >= self.first
+
+    def start_deployable(self) -> bool:
+        return False
+
+    def attach(self, *arguments) -> None: ...
+
+    after_backward = before_step = after_step = attach
+
+    def penalties(self, model) -> dict:
+        return {}
+
+    notes = state = lambda self, *arguments: {}
+
+
+@pytest.fixture
+def trained(tiny_vit, data, setting, monkeypatch):
+    """Train with planted validation accuracies: rising up to a step, then one less."""
+
+    def make(best: int, *hooks, **settings):
+        def planted(model, data, config, setting, step, epoch, hooks) -> Evaluation:
+            accuracy = min(step, best - 1 if step > best else best) / 100
+            metrics = Metrics(n=1, accuracy=accuracy, balanced_accuracy=accuracy, auroc=None, nll=1.0, ece=0.0)
+            return Evaluation(
+                step=step, epoch=epoch, deployable=all(hook.deployable(step) for hook in hooks), metrics=metrics
+            )
+
+        monkeypatch.setattr(loop, "_validate", planted)
+        model = tiny_vit()
+        sites = find_sites(model)
+        attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 1), scale=1.0, seed=0)
+        return train(model, data(), config(**settings), setting, seed=0, hooks=hooks)
+
+    return make
+
+
+def rates(result) -> list[float]:
+    return [row.learning_rate / 1e-3 for row in result.steps]
+
+
+def test_patience_with_a_constant_rate_ends_at_once(trained) -> None:
+    result = trained(6, schedule="constant")
+    assert [one.step for one in result.evaluations] == [2, 4, 6, 8, 10]  # 8 and 10 bring no gain
+    assert (len(result.steps), result.chosen.step) == (10, 6)
+    assert rates(result) == pytest.approx([1.0] * 10)
+
+
+def test_patience_brings_the_rate_down(trained) -> None:
+    result = trained(14, schedule="warmup_stable_decay")
+    # 16 and 18 bring no gain; the way down takes a quarter of 18 steps, and the last step is validated.
+    assert [one.step for one in result.evaluations] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]
+    assert rates(result)[3:18] == pytest.approx([1.0] * 15)
+    assert rates(result)[19:] == pytest.approx([3 / 5, 2 / 5, 1 / 5])
+    assert result.chosen.step == 14
+
+
+def test_without_a_reason_to_end_it_comes_down_in_time(trained) -> None:
+    result = trained(99, schedule="warmup_stable_decay")
+    assert len(result.steps) == 40
+    assert rates(result)[:5] == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1])
+    assert rates(result)[32:] == pytest.approx(np.arange(8, 0, -1) / 9)
+    assert result.chosen.step == 40
+
+
+def test_validations_of_what_can_t_be_chosen_do_not_count(trained) -> None:
+    result = trained(2, Late(13), schedule="constant")
+    assert [one.deployable for one in result.evaluations] == [False] * 6 + [True] * 3
+    assert (len(result.steps), result.chosen.step) == (18, 14)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "validated"),
+    [
+        ({"steps": 7, "validate_every": 3}, 7, [3, 6, 7]), ({"steps": 6, "validate_every": None}, 6, [3, 6]),
+        ({"steps": 2, "validate_every": 5}, 2, [2]), ({"steps": None, "epochs": 2, "validate_every": 4}, 6, [4, 6]),
+    ],
+)  # fmt: skip
+def test_steps_and_validations_are_those_asked_for(trained, settings, steps, validated) -> None:
+    settings = {"patience": None, "schedule": "constant", **settings}
+    result = trained(99, **settings)
+    assert len(result.steps) == steps == config(**settings).total_steps(18)
+    assert [one.step for one in result.evaluations] == validated == config(**settings).validation_steps(18)

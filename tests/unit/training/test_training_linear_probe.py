@@ -1,0 +1,177 @@
+"""The probe is the optimum that an independent solver finds, and its features are what the head sees."""
+
+import numpy as np
+import pytest
+import torch
+from qa_lora_settings import config as qa_lora
+from scipy.optimize import minimize
+from scipy.special import logsumexp
+from torch import nn
+
+from peft_vit import QALoRATrainer
+from peft_vit.adapters import freeze_backbone
+from peft_vit.backbones import find_sites
+from peft_vit.data import LabelledImages
+from peft_vit.training import Features, fit_probe, flip_axes, head_inputs, head_logits
+
+pytestmark = pytest.mark.part("runner")
+
+
+def features(classes: int, count: int = 90, width: int = 6, seed: int = 0) -> Features:
+    """Make overlapping classes, unequally frequent, with features of unlike means and spreads."""
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, count) // 2 * 2 % classes])
+    values = np.random.default_rng(9).normal(size=(classes, width))[labels] + rng.normal(size=(len(labels), width))
+    values = values * np.linspace(0.2, 3, width) + np.linspace(-4, 4, width)
+    return Features(values.astype(np.float32), labels.astype(np.int64))
+
+
+def softmax_objective(flat, z, labels, weights, l2, classes):
+    """Return the penalized mean loss and its gradient, with a row of weights for every class, also for two."""
+    weight, bias = flat[:-classes].reshape(classes, -1), flat[-classes:]
+    logits = z @ weight.T + bias
+    log_p = logits - logsumexp(logits, axis=1, keepdims=True)
+    share = weights / weights.sum()
+    value = -(share * log_p[np.arange(len(z)), labels]).sum() + l2 / 2 * (weight**2).sum()
+    residual = share[:, None] * (np.exp(log_p) - np.eye(classes)[labels])
+    return value, np.concatenate([(residual.T @ z + l2 * weight).ravel(), residual.sum(0)])
+
+
+def centred(logits):
+    """Take away what a softmax does not see."""
+    return logits - logits.mean(1, keepdims=True)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("l2", [0.03, 0.3])  # the fit is off by its gradient over l2 at most
+def test_it_is_the_optimum_that_another_solver_finds(setting, classes, weighted, l2) -> None:
+    train, other = features(classes), features(classes, count=40, seed=1)
+    by_class = np.linspace(0.5, 2.5, classes) if weighted else None
+    probe = fit_probe(train, other, nn.Linear(6, classes), setting, class_weights=by_class, l2=(l2,))
+
+    x = train.values.astype(np.float64)
+    mean, spread = x.mean(0), x.std(0)
+    weights = np.ones(len(x)) if by_class is None else by_class[train.labels]
+    arguments = (x - mean) / spread, train.labels, weights, l2, classes
+    found = minimize(
+        softmax_objective, np.zeros(7 * classes), arguments, method="L-BFGS-B", jac=True,
+        options={"maxiter": 20_000, "maxfun": 20_000, "ftol": 0, "gtol": 1e-10},
+    )  # fmt: skip
+    assert np.linalg.norm(softmax_objective(found.x, *arguments)[1]) < 1e-7
+    weight, bias = found.x[:-classes].reshape(classes, -1), found.x[-classes:]
+    for one in (train, other):  # the head takes features as they are: the standardization is folded into it
+        expected = ((one.values - mean) / spread) @ weight.T + bias
+        ours = one.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()
+        np.testing.assert_allclose(centred(ours), centred(expected), rtol=0, atol=1e-5)
+
+    assert probe.fit.gradient_norm < 1e-5
+    unfolded = probe.weight.double().numpy() * spread
+    at = np.concatenate([unfolded.ravel(), probe.bias.double().numpy() + probe.weight.double().numpy() @ mean])
+    assert np.linalg.norm(softmax_objective(at, *arguments)[1]) < 1e-5
+    task_loss = found.fun - l2 / 2 * (weight**2).sum()
+    assert probe.steps[0].loss == pytest.approx(task_loss, abs=1e-6)
+
+
+def test_a_constant_feature_does_no_harm(setting) -> None:
+    train, validation = features(3), features(3, seed=1)
+
+    def with_constant(one: Features, value: float) -> Features:
+        column = np.full((len(one.labels), 1), value, np.float32)
+        return Features(np.concatenate([one.values, column], 1), one.labels)
+
+    without = fit_probe(train, validation, nn.Linear(6, 3), setting, l2=(0.1,))
+    probe = fit_probe(with_constant(train, 1.1), with_constant(validation, 9.0), nn.Linear(7, 3), setting, l2=(0.1,))
+    assert float(probe.weight[:, 6].abs().max()) < 1e-9
+    torch.testing.assert_close(probe.weight[:, :6], without.weight, rtol=0, atol=1e-5)
+    assert probe.chosen.metrics.accuracy == without.chosen.metrics.accuracy
+
+
+def test_validation_chooses_the_strength(setting) -> None:
+    """Where labels are noise a strong penalty wins, where they are not a weak one, which is also surer of itself."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(60, 40)).astype(np.float32)
+    noise = Features(values, (rng.random(60) < 0.3).astype(np.int64))
+    majority = Features(rng.normal(size=(60, 40)).astype(np.float32), np.arange(60) // 55)
+    told = Features(values, (values[:, 0] + values[:, 1] > 0.6).astype(np.int64))
+    strengths = (1e-3, 1e3)
+    head = nn.Linear(40, 2)
+    before = head.weight.clone()
+    assert fit_probe(noise, majority, head, setting, l2=strengths).fit.chosen_l2 == 1e3
+    probe = fit_probe(told, told, head, setting, l2=strengths)
+    assert probe.fit.chosen_l2 == 1e-3
+    assert probe.fit.l2 == (1e3, 1e-3)
+    assert probe.chosen.metrics == probe.fit.chosen
+    assert [one.metrics for one in probe.evaluations] == list(probe.fit.validation)
+    assert torch.equal(head.weight, before)
+    apart = Features(np.repeat([[-9.0], [9.0]], 30, 0).astype(np.float32), np.repeat([0, 1], 30))
+    equal = fit_probe(apart, apart, nn.Linear(1, 2), setting, l2=(0.01, 0.1))
+    assert [one.accuracy for one in equal.fit.validation] == [1.0, 1.0]
+    assert equal.fit.chosen_l2 == 0.01  # the lower NLL
+    probe.set_head(head)
+    assert torch.equal(head.weight, probe.weight)
+
+
+# --- what the head sees -----------------------------------------------------------------------------------------------
+
+
+def packed(model):
+    """Pack the weights, without adapters."""
+    none = dict.fromkeys((site.name for site in find_sites(model)), 0)
+    QALoRATrainer(model, qa_lora(), 1, seed=0, ranks=none)
+    freeze_backbone(model)
+    return model
+
+
+@pytest.fixture
+def images() -> LabelledImages:
+    rng = np.random.default_rng(0)
+    return LabelledImages(rng.integers(0, 256, (11, 32, 32, 3), dtype=np.uint8), np.arange(11) % 5)
+
+
+@pytest.mark.parametrize("prepare", [lambda model: model, packed], ids=["plain", "packed"])
+def test_the_head_sees_its_inputs_and_nothing_else(tiny_vit, images, setting, prepare) -> None:
+    plain = tiny_vit().eval()
+    model = prepare(tiny_vit()).train()
+    seen = head_inputs(model, images, setting, 4)
+    assert model.training
+    assert seen.dtype == np.float32
+    ((batch, _),) = images.ordered_batches(11, setting.mean, setting.std)
+    model.eval()
+    with torch.inference_mode():
+        expected = model.forward_head(model.forward_features(batch), pre_logits=True)
+        logits, unpacked = model(batch), plain(batch)
+    np.testing.assert_allclose(seen, expected.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(head_logits(model.head, seen, setting), logits.numpy(), rtol=0, atol=1e-5)
+    assert torch.equal(logits, unpacked) == (prepare is not packed)
+    assert not model.head._forward_pre_hooks
+
+
+def test_an_image_s_features_depend_on_no_other_image(tiny_vit, images, setting) -> None:
+    model = tiny_vit()
+    whole = head_inputs(model, images, setting, 4)
+    for count in (1, 4, 6, 9):  # the last batch is filled up
+        assert np.array_equal(head_inputs(model, images.chosen(np.arange(count)), setting, 4), whole[:count])
+    backwards = head_inputs(model, images.chosen(np.arange(11)[::-1]), setting, 4)
+    np.testing.assert_allclose(backwards[::-1], whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("flips", "ways"), [("none", 1), ("horizontal", 2), ("both", 4)])
+def test_flips_are_those_of_the_pixels(tiny_vit, images, setting, flips, ways) -> None:
+    model = tiny_vit()
+    axes = flip_axes(flips)
+    assert len(set(axes)) == ways
+    assert axes[0] == ()
+    found = [head_inputs(model, images, setting, 4, one) for one in axes]
+    for one, values in zip(axes, found, strict=True):
+        pixels = np.flip(images.pixels, [{-1: 2, -2: 1}[axis] for axis in one]).copy()
+        assert np.array_equal(values, head_inputs(model, LabelledImages(pixels, images.labels), setting, 4))
+    assert all(not np.allclose(found[0], other) for other in found[1:])
+
+
+def test_logits_have_the_setting_s_precision(setting) -> None:
+    head, values = nn.Linear(6, 3), features(3).values
+    reduced = type(setting)(setting.device, "bf16", setting.mean, setting.std)
+    exact, rounded = head_logits(head, values, setting), head_logits(head, values, reduced)
+    assert not np.array_equal(exact, rounded)
+    np.testing.assert_allclose(rounded, exact, rtol=0, atol=0.2)
