@@ -41,6 +41,12 @@ EXPERIMENTS = {
             "allocation_strategy": "global", "total_rank_budget": 40,
         },
     },
+    "packed_probe": {
+        "method": "qa_linear", "training": {},
+        "qa_lora": {
+            "quantization_bits": 4, "quantization_type": "int4", "use_group_quantization": True, "group_size": 32,
+        },
+    },
     "mixed": {
         "method": "qa_lora",
         "qa_lora": {

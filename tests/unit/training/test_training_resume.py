@@ -184,6 +184,30 @@ def test_interrupted_after_every_step_it_equals_one_that_was_not(make, method, t
         assert "probes" in whole["plain"] or "probe_history" in whole["plain"]
 
 
+EARLY_END = {"validate_every": 1, "patience": 1, "learning_rate": 1.0, "clip_norm": None, "optimizer": "sgd"}
+
+
+@pytest.mark.parametrize("method", ["linear", "lora"])
+@pytest.mark.parametrize("schedule", ["warmup_stable_decay", "constant"])
+def test_an_end_that_patience_brought_nearer_is_kept(make, method, schedule) -> None:
+    """Interrupted before and after the way down has begun: after each step."""
+    run = make(method, epochs=None, steps=60, schedule=schedule, **EARLY_END)
+    whole = run.once()
+    done = len(whole["steps"])
+    assert 2 <= done < 60
+    rates = [row["learning_rate"] for row in whole["steps"]]
+    assert (rates[-1] < 1.0) == (schedule == "warmup_stable_decay")
+    assert run.interrupted(*range(1, done + 1)) == whole
+    assert run.interrupted(done - 1) == whole
+
+
+def test_the_validation_before_the_first_step_is_kept(make) -> None:
+    run = make("adalora", head_start="probe", learning_rate=1.0, clip_norm=None, schedule="constant")
+    whole = run.once()
+    assert [one.step for one in whole["evaluations"]] == [0, 3, 6, 9, 12]
+    assert run.interrupted(1, 4, STEPS) == whole
+
+
 # Warm-up ends at 3, where the first decision is; others follow at 5 and 7, the last, and the final phase begins at 9.
 @pytest.mark.parametrize("method", ["adalora", "growing", "orthonormal", "reversible", "qa_adalora"])
 def test_adalora_interrupted_once_around_each_decision_has_the_same_ranks(make, method) -> None:
