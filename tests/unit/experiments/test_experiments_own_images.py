@@ -97,8 +97,9 @@ def test_every_method_has_a_preset(asked, method) -> None:
     assert sections == set(SECTIONS.get(method, ()))
     training = experiment.training
     if method not in PROBES:
-        assert (training.schedule, training.patience, training.head_start) == ("warmup_stable_decay", 6, "probe")
-        assert training.learning_rate == {"full": 3e-5, "lora": 3e-4, "adalora": 3e-4, "peft_lora": 3e-4, "peft_adalora": 3e-3}.get(method, 1e-3)  # fmt: skip
+        assert (training.schedule, training.patience, training.head_start) == ("warmup_stable_decay", 5, "probe")
+        rates = {"full": 2e-5, "lora": 5e-4, "adalora": 5e-4, "peft_lora": 5e-4, "peft_adalora": 5e-3}
+        assert training.learning_rate == rates.get(method, 1e-3)
 
 
 def test_options_reach_the_study(asked) -> None:

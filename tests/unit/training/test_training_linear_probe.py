@@ -175,3 +175,25 @@ def test_logits_have_the_setting_s_precision(setting) -> None:
     exact, rounded = head_logits(head, values, setting), head_logits(head, values, reduced)
     assert not np.array_equal(exact, rounded)
     np.testing.assert_allclose(rounded, exact, rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_a_head_start_has_the_temperature_with_the_lowest_loss_on_validation(setting, classes) -> None:
+    train, validation = features(classes, count=30, width=40), features(classes, count=200, width=40, seed=1)
+    head = nn.Linear(40, classes)
+    probe = fit_probe(train, validation, head, setting, l2=(1e-4,))  # 30 points in 40 dimensions: separated
+    assert probe.steps[0].loss < 0.01
+    found = probe.temperature(validation)
+    logits = validation.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()
+
+    def nll(temperature: float) -> float:
+        scaled = logits / temperature
+        return float(np.mean(logsumexp(scaled, axis=1) - scaled[np.arange(200), validation.labels]))
+
+    grid = np.exp(np.linspace(np.log(0.1), np.log(100), 2000))
+    assert found == pytest.approx(grid[np.argmin([nll(one) for one in grid])], rel=0.01)
+    assert found > 2
+    probe.set_head(head, found)
+    with torch.no_grad():
+        again = head(torch.from_numpy(validation.values)).numpy()
+    assert again == pytest.approx(logits / found, abs=1e-4)
