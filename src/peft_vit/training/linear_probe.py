@@ -86,8 +86,8 @@ class LinearProbe:
     def temperature(self, validation: Features) -> float:
         """Return what logits have to be divided by for the lowest NLL on validation images (arXiv 1706.04599).
 
-        A head that separates few training images has a loss of next to nothing on them, and training from there on would
-        get no gradient. With this temperature it has the loss that it deserves, and predicts the same classes.
+        A head that separates few training images has a loss of next to nothing on them, and training from there on
+        would get no gradient. With this temperature it has the loss that it deserves, and predicts the same classes.
         """
         from scipy.optimize import minimize_scalar
 

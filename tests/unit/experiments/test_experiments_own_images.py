@@ -1,4 +1,4 @@
-"""What `peft-vit train` was asked for is checked, zero included, and what it was not is chosen after images and time."""
+"""What `peft-vit train` was asked for is checked, zero included; the rest is chosen after images and time."""
 
 from dataclasses import replace
 from types import SimpleNamespace
