@@ -171,7 +171,9 @@ def test_a_probe_shares_what_it_reads_of_the_study_s_training(tmp_path: Path) ->
     training = study.experiments[0].training
     assert (training.batch_size, training.class_weights) == (16, True)
     assert (training.head_start, training.optimizer, training.epochs) == ("random", "adamw", None)
-    own = load(tmp_path, changed("method: linear", "method: linear\n    training: {class_weights: true, batch_size: 4}"))
+    own = load(
+        tmp_path, changed("method: linear", "method: linear\n    training: {class_weights: true, batch_size: 4}")
+    )
     assert (own.experiments[0].training.batch_size, own.experiments[0].training.class_weights) == (4, True)
 
 

@@ -1,4 +1,4 @@
-"""What `peft-vit train` was asked for is checked, zero included, and what it was not is chosen after images and time."""
+"""What `peft-vit train` was asked for is checked, zero included; the rest is chosen after images, time and memory."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -98,7 +98,8 @@ def test_every_method_has_a_preset(asked, method) -> None:
     training = experiment.training
     if method not in PROBES:
         assert (training.schedule, training.patience, training.head_start) == ("warmup_stable_decay", 6, "probe")
-        assert training.learning_rate == {"full": 3e-5, "lora": 3e-4, "adalora": 3e-4, "peft_lora": 3e-4, "peft_adalora": 3e-3}.get(method, 1e-3)  # fmt: skip
+        rates = {"full": 3e-5, "lora": 3e-4, "adalora": 3e-4, "peft_lora": 3e-4, "peft_adalora": 3e-3}
+        assert training.learning_rate == rates.get(method, 1e-3)
 
 
 def test_options_reach_the_study(asked) -> None:
@@ -177,6 +178,15 @@ def test_too_few_minutes_are_one_line(asked, pace) -> None:
     with pytest.raises(UserError, match=r"^--minutes: 10 minutes are too few for 20 steps here, which take about "):
         study_of(asked())
     assert study_of(asked("linear"))[0].data.image_size == 64  # needs none
+
+
+def test_a_length_that_was_asked_for_is_not_refused(asked, pace) -> None:
+    pace(TOO_SLOW)
+    study, line = study_of(asked(epochs=3, batch_size=2))
+    assert study.experiments[0].training.epochs == 3
+    assert line.startswith("Images of 64 px, 9 steps")
+    assert "fewer" not in line  # one_cycle goes on to its end
+    assert training_of(asked(steps=30)).steps == 30
 
 
 def test_the_same_command_again_keeps_what_was_chosen(asked, pace) -> None:
