@@ -269,7 +269,7 @@ def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, capsys) -> None:
     assert ended("run", file, "--output-dir", out) == 0
     record = out / "tiny/probe/seed_0/record.json"
     written = record.stat().st_mtime_ns
-    for old, new in (("epochs: 2", "epochs: 3"), ("seeds: [0]", "seeds: [1]"), ("name: probe", "name: other")):
+    for old, new in (("batch_size: 8", "batch_size: 4"), ("seeds: [0]", "seeds: [1]"), ("name: probe", "name: other")):
         said = refusal(capsys, "run", write(tmp_path, head.replace(old, new)), "--output-dir", out, details=True)
         assert f"{out / 'tiny/study.json'}: configuration: was begun with another configuration" in said.splitlines()[0]
         assert f"+++ {file}" in said

@@ -108,7 +108,7 @@ def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[Stud
     before = {} if earlier is None else {one.name: one.training.steps for one in earlier.experiments}
     data["image_size"] = asked.image_size or (pace.largest_size() if earlier is None else earlier.data.image_size)
     shape = describe(pace.backbone, data["image_size"])
-    steps = asked.steps or before.get(asked.experiment) or pace.most_steps(shape)
+    steps = _asked_steps(asked, counts) or before.get(asked.experiment) or pace.most_steps(shape)
     return _study(asked, data, experiment_for(asked, counts, shape, steps)), pace.line(shape, data["image_size"], steps)
 
 
@@ -173,7 +173,8 @@ class _Pace:
     def largest_size(self) -> int:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
         patch, native = patch_size_of(self.asked.model), native_size(self.asked.model)
-        steps = 0 if self.asked.method in PROBES else self.asked.steps or _WISHED_STEPS
+        wished = _asked_steps(self.asked, self.counts) or _WISHED_STEPS
+        steps = 0 if self.asked.method in PROBES else wished
         sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)})
         fitting = [size for size in sizes if self._fits(describe(self.backbone, size), steps)]
         return max(fitting, default=sizes[0])
@@ -204,12 +205,20 @@ class _Pace:
 
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
         """Return what was chosen, and what half the image size would save."""
-        length = "" if self.asked.method in PROBES else f", up to {steps} steps, fewer if validation stops to gain"
+        length = (
+            f", {steps} steps" if self.asked.epochs else f", up to {steps} steps, fewer if validation stops to gain"
+        )
+        length = "" if self.asked.method in PROBES else length
         patch = shape.patch_size
         half = max(patch, image_size // 2 // patch * patch)
         share = self.seconds(describe(self.backbone, half), steps) / self.seconds(shape, steps)
         saved = "" if half == image_size else f"; {half} px would take about {share:.0%} of the time"
         return f"Images of {image_size} px{length}{saved}."
+
+
+def _asked_steps(asked: OwnImages, counts: Counts) -> int | None:
+    """Return the steps that were asked for, outright or in epochs."""
+    return asked.steps if asked.epochs is None else asked.epochs * -(-counts.train // asked.batch_size)
 
 
 def _validate_every(asked: OwnImages, counts: Counts) -> int:
@@ -234,7 +243,6 @@ def experiment_for(asked: OwnImages, counts: Counts, shape: BackboneShape, steps
         training |= {"learning_rate": rate, "head_start": head_start}
         if asked.epochs is not None:
             training["epochs"] = asked.epochs
-            steps = asked.epochs * -(-counts.train // asked.batch_size)
         else:
             every = min(_validate_every(asked, counts), steps)
             schedule = {"schedule": "warmup_stable_decay", "patience": _PATIENCE}

@@ -93,9 +93,21 @@ def test_pairs_on_other_images_or_weights_are_refused(field: str) -> None:
 
 def test_pairs_with_another_initial_head_are_marked() -> None:
     other = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes={"head_init_sha256": "f" * 64})
-    (comparison,) = compare_all(study_of([planted.record(EXPERIMENTS["linear_probe"], 0, 0.7), other]), "linear_probe")
+    (comparison,) = compare_all(study_of([planted.record(EXPERIMENTS["lora_r4"], 0, 0.7), other]), "lora_r4")
     assert comparison.difference is not None
     assert "initial head" in comparison.note
+
+
+def test_a_probe_is_paired_by_its_split_alone() -> None:
+    """It has neither initial head nor order of images, so that nothing is marked; another split is still refused."""
+    drawn = {"head_init_sha256": "f" * 64, "data_order_sha256": "e" * 64}
+    probe = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7)
+    for changes, note in ((drawn, ""), ({"split_sha256": "0" * 64}, "refused")):
+        other = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes=changes)
+        (comparison,) = compare_all(study_of([probe, other]), "linear_probe")
+        assert (comparison.difference is None) == bool(note)
+        assert note in comparison.note
+        assert "initial head" not in comparison.note
 
 
 def test_references_are_the_linear_probe_and_lora_of_rank_8() -> None:

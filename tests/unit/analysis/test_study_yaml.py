@@ -5,7 +5,7 @@ import planted
 import pytest
 
 from peft_vit.analysis.study_yaml import study_yaml
-from peft_vit.config import StudyConfig, load_study, study_from_mapping
+from peft_vit.config import PROBES, StudyConfig, load_study, study_from_mapping
 from peft_vit.method_settings import AdaptiveBitsConfig
 from peft_vit.records import RunSpec, read_record, write_record
 
@@ -16,8 +16,17 @@ ADALORA = {
 QA = {"quantization_schedule": "linear", "gradient_scaling_factor": 1e-05, "use_group_quantization": True}
 BITS = {"quantization_bits": 4, "quantization_type": "nf4"}
 EXPERIMENTS: list[dict[str, Any]] = [
-    {"name": "linear", "method": "linear", "training": {"clip_norm": None, "weight_decay": 1e22}},
+    {"name": "linear", "method": "linear", "training": {"batch_size": 7, "class_weights": True}},
+    {"name": "large", "method": "full", "training": {"clip_norm": None, "weight_decay": 1e22}},
     {"name": "1e3", "method": "full", "training": {"optimizer": "sgd"}},  # a name that YAML 1.2 reads as a number
+    {"name": "packed_probe", "method": "qa_linear", "training": {}, "qa_lora": BITS | {"use_group_quantization": True}},
+    {
+        "name": "stable", "method": "lora", "lora": {"rank": 2},
+        "training": {
+            "epochs": None, "steps": 90, "validate_every": 10, "patience": 3, "schedule": "warmup_stable_decay",
+            "head_start": "probe",
+        },
+    },
     {"name": "no", "method": "lora", "lora": {"rank": 8, "targets": ["value", "query"]}},
     {"name": "010", "method": "lora", "lora": {"start": "1_000"}},
     {"name": "null", "method": "peft_lora", "peft_lora": {"rank": 3, "scale": 1.0}},
@@ -55,7 +64,9 @@ def planted_study(**changes: Any) -> StudyConfig:
         },
         "measures": {"latency_batches": [1, 8]},
         "experiments": [
-            {**one, "training": {"epochs": 3, "learning_rate": 1e-3, **one.get("training", {})}} for one in EXPERIMENTS
+            one if one["method"] in PROBES
+            else {**one, "training": {"epochs": 3, "learning_rate": 1e-3, **one.get("training", {})}}
+            for one in EXPERIMENTS
         ],
         **changes,
     }  # fmt: skip
@@ -71,7 +82,7 @@ def spec_of(study: StudyConfig, place: int) -> RunSpec:
 
 def test_every_method_is_among_the_experiments() -> None:
     assert {one["method"] for one in EXPERIMENTS} >= {
-        "linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora",
+        "linear", "qa_linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora",
     }  # fmt: skip
 
 
@@ -94,10 +105,11 @@ def test_the_file_says_what_the_record_says(place: int, tmp_path: Path) -> None:
 
 
 def test_what_differs_inside_a_section_is_not_lost() -> None:
-    bits = planted_study().experiments[9].qa_lora
+    place = [one["name"] for one in EXPERIMENTS].index("adaptive_bits")
+    bits = planted_study().experiments[place].qa_lora
     assert bits is not None
     assert isinstance(bits.adaptive_bits, AdaptiveBitsConfig)
-    assert "ranks: true" in study_yaml(spec_of(planted_study(), 9), [0], suffix="")
+    assert "ranks: true" in study_yaml(spec_of(planted_study(), place), [0], suffix="")
 
 
 def test_a_path_in_any_script_comes_back(tmp_path: Path) -> None:
@@ -111,6 +123,6 @@ def test_a_path_in_any_script_comes_back(tmp_path: Path) -> None:
 
 
 def test_measures_that_nobody_asked_for_are_not_written() -> None:
-    spec = spec_of(planted_study(measures={}), 0)
+    spec = spec_of(planted_study(measures={}), 1)
     assert "measures" not in study_yaml(spec, [0], suffix="")
     assert "clip_norm: null" in study_yaml(spec, [0], suffix="")

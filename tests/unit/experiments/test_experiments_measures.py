@@ -112,7 +112,7 @@ def test_updates_of_the_peft_library_are_left_out_and_merged_too(study, tmp_path
         {"method": "peft_adalora", "peft_adalora": adalora},
     ]
     base = config.experiments[1]
-    experiments = tuple(base.model_copy(update={"name": one["method"], **one}) for one in theirs)
+    experiments = tuple(base.model_copy(update={"name": one["method"], "lora": None, **one}) for one in theirs)
     for record in done(asking(config.model_copy(update={"experiments": experiments})), tmp_path):
         final = record.rank_history[-1].ranks
         assert record.removal.site_loss_rise.keys() == {name for name, rank in final.items() if rank}

@@ -180,6 +180,15 @@ def test_too_few_minutes_are_one_line(asked, pace) -> None:
     assert study_of(asked("linear"))[0].data.image_size == 64  # needs none
 
 
+def test_a_length_that_was_asked_for_is_not_refused(asked, pace) -> None:
+    pace(TOO_SLOW)
+    study, line = study_of(asked(epochs=3, batch_size=2))
+    assert study.experiments[0].training.epochs == 3
+    assert line.startswith("Images of 64 px, 9 steps")
+    assert "fewer" not in line  # one_cycle goes on to its end
+    assert training_of(asked(steps=30)).steps == 30
+
+
 def test_the_same_command_again_keeps_what_was_chosen(asked, pace) -> None:
     first, _ = study_of(asked())
     pace(SLOW)
