@@ -12,7 +12,7 @@ from written_runs import run_and_write
 
 from peft_vit.adapters import current_ranks, load_trained
 from peft_vit.backbones import load_backbone
-from peft_vit.config import StudyConfig, load_study
+from peft_vit.config import PROBE_L2, PROBES, StudyConfig, load_study
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.experiments import Plan, plan_study
 from peft_vit.experiments.methods import prepare_as_saved
@@ -94,13 +94,13 @@ def check_record(record: RunRecord) -> None:
     assert record.provenance.random_weights
     assert record.provenance.weights_sha256 is None
     assert "random" in record.provenance.weights_name
-    assert len(record.steps) == 8
+    assert len(record.steps) == (len(PROBE_L2) if record.spec.experiment.is_probe else 8)
     assert record.validation == next(e.metrics for e in record.evaluations if e.step == record.chosen_step)
     assert next(e for e in record.evaluations if e.step == record.chosen_step).deployable
     assert record.test.n == record.split_sizes["test"]
     measures = record.spec.measures
     assert tuple(record.latency_s) == measures.latency_batches
-    has_updates = record.spec.experiment.method not in ("linear", "full")
+    has_updates = record.spec.experiment.has_adapters
     assert (record.removal is not None) == (has_updates and measures.removal_images is not None)
     if record.removal is not None:  # more images are asked for than the 8 that a smoke run has
         assert record.removal.images == record.split_sizes["validation"]
@@ -120,8 +120,12 @@ def check_record(record: RunRecord) -> None:
         assert parameters.peak >= parameters.initial
     else:
         assert parameters.initial == parameters.final == parameters.peak
-    assert (record.quantization is not None) == (method in ("qa_lora", "qa_adalora")) == bool(record.bits_history)
-    assert parameters.final > parameters.head if method != "linear" else parameters.final == parameters.head
+    assert (
+        (record.quantization is not None)
+        == (method in ("qa_linear", "qa_lora", "qa_adalora"))
+        == bool(record.bits_history)
+    )
+    assert parameters.final == parameters.head if method in PROBES else parameters.final > parameters.head
     if method == "full":
         assert parameters.final == parameters.head + parameters.backbone_total
         assert record.bytes.frozen_bytes == 0
