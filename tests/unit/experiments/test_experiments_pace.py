@@ -12,7 +12,6 @@ from peft_vit.experiments.estimate import Workload
 from peft_vit.experiments.pace import Pace, Probe
 from peft_vit.experiments.pace_measurement import measure_pace, reckoned_pace
 from peft_vit.experiments.plan import spec_of
-from peft_vit.experiments.run import run_one
 from peft_vit.experiments.steadiness import Speed, disturbance, machine_speed
 
 pytestmark = pytest.mark.part("runner")
@@ -99,12 +98,26 @@ def test_real_steps_are_measured_with_as_many_at_a_time_as_will_run(study) -> No
     pace = measure_pace(config, open_index(config.data), workload(config, 64), 500.0, told.append, lambda: STEADY)
     assert told == ["measuring steps of the study's methods, 500 s at most"]
     assert {name: [probe.tokens for probe in probes] for name, probes in pace.probes.items()} == {
-        "linear": [17, 5], "lora": [17, 5], "full": [17]
+        "lora": [17, 5], "full": [17, 5]
     }  # fmt: skip
     assert pace.process_s > 0
+    sizes = workload(config, 64)
     spec = spec_of(config, 1, 0)
-    taken = run_one(spec).record.seconds
-    assert 0.1 < pace.run_s(spec, workload(config, 64)) / taken < 10  # other work on the machine may come and go
+    (large, _) = pace.probes["lora"]
+    assert pace.step_s(spec.experiment, large.tokens) == pytest.approx(large.costs.step_s)
+    assert pace.run_s(spec, sizes) > spec.experiment.total_steps(sizes.train) * large.costs.step_s
+
+
+def test_a_probe_takes_no_steps_and_shares_its_features(study) -> None:
+    config = study("linear", "lora")
+    sizes = workload(config)
+    costs = Costs(start_s=2.0, step_s=10.0, image_s=0.5, peak_memory_bytes=1, images=1)
+    pace = Pace({"lora": [Probe("lora", sizes.tokens, 32, costs)]}, 0.0)
+    spec = spec_of(config, 0, 0)
+    once = 2 * sizes.train + sizes.validation + sizes.test  # flips: horizontal; the same training images for all seeds
+    assert pace.run_s(spec, sizes) == pytest.approx(2.0 + 3.0 + 0.5 * once / 6)
+    drawn = spec.model_copy(update={"data": spec.data.model_copy(update={"train_subset": "per_seed"})})
+    assert pace.run_s(drawn, sizes) == pytest.approx(2.0 + 3.0 + 0.5 * (once + 2 * sizes.train) / 6)
 
 
 def test_no_time_to_measure_is_said(study) -> None:
