@@ -29,7 +29,7 @@ hypotheses:
 
 
 def plan_of(study, folder: Path, own: str | None = None):
-    config = study("linear")
+    config = study("lora")
     if own is not None:
         (folder / "own.yaml").write_text(own)
         config = config.model_copy(update={"hypotheses": "own.yaml"})
