@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## build .venv and fetch the weights and images of the quickstart
+setup: $(STAMP) ## build .venv, fetch weights and the study's images
 
 demo: setup ## compare a probe, LoRA and LoRA on 4-bit weights within ten minutes, and write the report
 	$(BIN)/peft-vit run experiments/configs/demo.yaml --minutes 9 --output-dir $(DEMO)
