@@ -43,7 +43,7 @@ def test_every_run_is_counted_and_estimated(study, tmp_path, tmp_path_factory, m
         "tiny/linear/seed_3", "tiny/linear/seed_4", "tiny/lora/seed_3", "tiny/lora/seed_4"
     ]  # fmt: skip
     assert plan.pending == plan.runs
-    assert [run.total_steps for run in plan.runs] == [7, 7, 6, 6]  # of a probe, its fits
+    assert [run.total_steps for run in plan.runs] == [*2 * [len(PROBE_L2)], 6, 6]  # of a probe, its fits
     assert all(run.estimate.seconds > 0 and run.estimate.peak_memory_bytes > 1e8 for run in plan.runs)
     assert {run.estimate.basis for run in plan.runs} == {"estimate"}
     assert list(tmp_path.iterdir()) == []  # planning writes nothing
