@@ -352,18 +352,22 @@ def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
 
 
 def _check_probes(data: dict[str, Any], lines: Lines, file: Path) -> None:
-    """Refuse settings of a probe's own `training` that it does not read; the study's are for the other experiments."""
+    """Refuse settings of training that no experiment reads: a probe's own, and the study's where all are probes."""
     experiments = data.get("experiments")
-    for place, experiment in enumerate(experiments if isinstance(experiments, list) else []):
-        if not isinstance(experiment, dict) or experiment.get("method") not in PROBES:
-            continue
-        own = experiment.get("training")
-        for key in own if isinstance(own, dict) else {}:
+    listed = [one for one in experiments if isinstance(one, dict)] if isinstance(experiments, list) else []
+    probes = [one.get("method") in PROBES for one in listed]
+    places: list[tuple[KeyPath, Any]] = [
+        (("experiments", place, "training"), one.get("training")) for place, one in enumerate(listed) if probes[place]
+    ]
+    if probes and all(probes):
+        places.append((("training",), data.get("training")))
+    for path, training in places:
+        for key in training if isinstance(training, dict) else {}:
             if key in TrainingConfig.model_fields and key not in _PROBE_READS:
-                path: KeyPath = ("experiments", place, "training", key)
+                at: KeyPath = (*path, key)
                 raise UserError(
-                    f"has no effect with method: {experiment['method']}, which is fitted to convergence; remove it",
-                    file=f"{file}:{lines[path]}" if path in lines else file, field=dotted(path),
+                    "has no effect on a linear probe, which is fitted to convergence; remove it",
+                    file=f"{file}:{lines[at]}" if at in lines else file, field=dotted(at),
                 )  # fmt: skip
 
 

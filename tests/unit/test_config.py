@@ -269,11 +269,11 @@ FAULTS: dict[str, tuple[str, str, str, str, str]] = {
     ),
     "rate of a probe": (
         "method: linear", "method: linear\n    training: {learning_rate: 1e-3}", "learning_rate: 1e-3}",
-        "experiments[0].training.learning_rate", "has no effect with method: linear, which is fitted to convergence; remove it",
+        "experiments[0].training.learning_rate", "has no effect on a linear probe, which is fitted to convergence; remove it",
     ),
     "head start of a probe": (
         "method: linear", "method: linear\n    training:\n      head_start: probe", "head_start",
-        "experiments[0].training.head_start", "has no effect with method: linear, which is fitted to convergence; remove it",
+        "experiments[0].training.head_start", "has no effect on a linear probe, which is fitted to convergence; remove it",
     ),
     "packed probe without a section": (
         "method: linear", "method: qa_linear", "- name: probe", "experiments[0]", "method: qa_linear needs a section 'qa_lora:'",
@@ -777,3 +777,10 @@ def test_any_value_in_any_place_loads_or_is_refused(data: st.DataObject, value: 
     file = tmp_path / "study.yaml"
     file.write_text(json.dumps(study))  # YAML reads JSON, except for NaN, Infinity, and 1e5 without a sign
     check_loads_or_refuses(file)
+
+
+def test_steps_of_a_study_of_probes_alone_are_refused(tmp_path: Path) -> None:
+    head = VALID.split("experiments:", maxsplit=1)[0]
+    message = refusal(tmp_path, head + "experiments:\n  - {name: probe, method: linear}\n")
+    assert "training." in message
+    assert message.endswith("has no effect on a linear probe, which is fitted to convergence; remove it")

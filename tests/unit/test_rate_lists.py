@@ -21,7 +21,7 @@ training:
   learning_rate: [3e-4, 1e-3, 2.5e-2]
 experiments:
   - name: probe
-    method: linear
+    method: full
   - name: low_rank
     method: lora
     training: {learning_rate: [1, 10]}
@@ -61,7 +61,7 @@ def test_one_experiment_a_rate_in_the_order_of_the_file(tmp_path: Path) -> None:
 def test_it_is_the_study_that_writes_the_experiments_out(tmp_path: Path) -> None:
     listed = STUDY.split("  - name: low_rank", maxsplit=1)[0]
     written = listed.split("  - name: probe")[0].replace("[3e-4, 1e-3, 2.5e-2]", "1e-3") + "".join(
-        f"  - {{name: probe_lr_{name}, method: linear, training: {{learning_rate: {rate}}}}}\n"
+        f"  - {{name: probe_lr_{name}, method: full, training: {{learning_rate: {rate}}}}}\n"
         for name, rate in (("3e-4", 3e-4), ("1e-3", 1e-3), ("2_5e-2", 0.025))
     )
     assert load(tmp_path, listed) == load(tmp_path, written)

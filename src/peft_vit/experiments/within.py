@@ -97,10 +97,13 @@ def _plan_within(
     begun = before is not None or any(run.done for run in plan.runs)
     may_shrink = not begun and most_decided(len(study.experiments), len(study.seeds)) > 0
     pace: Pace | None = None
-    if not all(_is_known(plan, run) for run in plan.runs) or (may_shrink and not _fits(plan, limit)):
+    may_measure = may_shrink and not _fits(plan, limit)
+    if may_measure or not all(_is_known(plan, run) for run in plan.runs):
         workload = _workload(taken, index)
         pace = _pace_of_records(plan, workload)
-        if pace is None:
+        # A probe takes little, known or not: for it alone nothing is measured.
+        stepped = (run for run in plan.runs if not run.spec.experiment.is_probe)
+        if pace is None and (may_measure or not all(_is_known(plan, run) for run in stepped)):
             pace = measure(taken, index, workload, min(_MEASURED_S, limit.left_s / 4), tell)
     if pace is not None and may_shrink:
         taken = _that_fits(study, index, pace, limit)

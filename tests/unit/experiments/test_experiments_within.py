@@ -107,9 +107,9 @@ def test_with_time_for_all_nothing_is_left_out(config, within) -> None:
     assert len(found.plan.in_time.runs) == len(found.plan.runs) == 40
     assert taken(found.plan)[:5] == [("lora", 0), ("full", 0), ("adalora", 0), ("linear", 0), ("lora", 1)]
     assert found.plan.within.lines == ("60 minutes, 4 experiments x 10 of 10 seeds: all of the study.",)
-    # 30 steps of 0.1 s, and what is evaluated in no time
+    # 30 steps of 0.1 s, or a probe's fits, and what is evaluated in no time
     seconds = {run.spec.experiment.name: run.estimate.seconds for run in found.plan.runs}
-    assert seconds == pytest.approx({"lora": 3.0, "full": 4.5, "adalora": 3.0, "linear": 1.5}, rel=0.01)
+    assert seconds == pytest.approx({"lora": 3.0, "full": 4.5, "adalora": 3.0, "linear": 3.0}, rel=0.01)
     assert {run.estimate.basis for run in found.plan.runs} == {"calibration"}
 
 
@@ -225,7 +225,7 @@ def test_other_images_of_a_smaller_study_are_refused_with_the_difference(config,
 
 def test_kept_costs_serve_runs_that_go_alone_until_the_study_has_to_shrink(config, within) -> None:
     for run in plan_study(config, Path("/nowhere"), file=Path("tiny.yaml"), measure=keep_three_seconds).runs:
-        assert run.estimate.basis == "calibration"
+        assert run.estimate.basis == ("estimate" if run.spec.experiment.is_probe else "calibration")
     assert len(within(config, 60, never).plan.runs) == 40
     found = within(config, 0.5, pace_of(0.05))  # 6 x 2 x 3 s x 1.3 are too many
     assert found.plan.study.data.image_size < 64
