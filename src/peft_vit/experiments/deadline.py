@@ -78,7 +78,7 @@ class Deadline:
         self._experiments = len(runs)
         self._started_at: dict[str, float] = {}
         self._taken: dict[str, list[float]] = {}  # seconds of this call's finished runs, by experiment
-        self._planned_s = 0.0  # of the same
+        self._stepped_s = self._planned_s = 0.0  # of those that take steps: seconds, and what was planned
         self._whatever: bool | None = None  # nothing is expected to end in time: begin it all the same
         self._news: list[str] = []
 
@@ -118,8 +118,11 @@ class Deadline:
         elif isinstance(event, RunEnded | RunInterrupted) and name not in waiting:
             self.under_way.discard(name)
         if isinstance(event, RunEnded) and event.record.status == "done":
-            self._taken.setdefault(event.run.spec.experiment.name, []).append(event.record.seconds)
-            self._planned_s += event.run.estimate.seconds
+            experiment = event.run.spec.experiment
+            self._taken.setdefault(experiment.name, []).append(event.record.seconds)
+            if not experiment.is_probe:  # its first run computes features for all others: it says nothing of steps
+                self._stepped_s += event.record.seconds
+                self._planned_s += event.run.estimate.seconds
 
     def expected_s(self, run: PlannedRun) -> float:
         """Return the seconds that a run will still take once it is started.
@@ -128,8 +131,7 @@ class Deadline:
         have taken over what they were planned to.
         """
         alike = self._taken.get(run.spec.experiment.name)
-        taken = sum(map(sum, self._taken.values()))
-        pace = taken / self._planned_s if self._planned_s else 1.0
+        pace = self._stepped_s / self._planned_s if self._planned_s else 1.0
         whole = statistics.median(alike) if alike else pace * run.estimate.seconds
         return self._left.get(run_name(run.spec), 1.0) * whole
 
@@ -147,15 +149,18 @@ class Deadline:
         return [run for run in runs if run_name(run.spec) in waiting and run_name(run.spec) not in self.under_way]
 
     def _that_fit(self, waiting: Collection[str], left_s: float) -> int:
-        """Return how many experiments get enough seeds in time; as many as before, if not even two do."""
+        """Return how many experiments get enough seeds in time; as many as before, if not even two do.
+
+        One that was left for later comes back when others turn out to be faster than it looked.
+        """
         busy = [self._remaining_s(run) for row in self._runs for run in row if run_name(run.spec) in self.under_way]
-        for experiments in range(self._experiments, 1, -1):
+        for experiments in range(len(self._runs), 1, -1):
             needed = seeds_for_verdict(max(experiments, self._counted(waiting)), len(self._runs[0]))
             if needed is None:
                 break
             missing = self._idle(seed_by_seed(self._runs, experiments, needed), waiting)
             if makespan(map(self.expected_s, missing), self._workers, busy=busy) <= left_s:
-                self._tell_of(self._runs[experiments : self._experiments])
+                self._tell_of(experiments)
                 return experiments
         return self._experiments
 
@@ -164,10 +169,14 @@ class Deadline:
         names = [{run_name(run.spec) for run in row} for row in self._runs]
         return max(self._begun, sum(bool(row - set(waiting) or row & self.under_way) for row in names))
 
-    def _tell_of(self, rows: Sequence[Sequence[PlannedRun]]) -> None:
-        for row in rows:
+    def _tell_of(self, experiments: int) -> None:
+        for row in self._runs[experiments : self._experiments]:
             name = row[0].spec.experiment.name
             self._news.append(f"runs take longer than planned: {name} is left for a later call, others get its time")
+        for row in self._runs[self._experiments : experiments]:
+            self._news.append(
+                f"runs are faster than they looked: there is time for {row[0].spec.experiment.name} again"
+            )
 
     def _remaining_s(self, run: PlannedRun) -> float:
         since = self._started_at.get(run_name(run.spec), self._clock())

@@ -216,3 +216,26 @@ def test_failed_runs_teach_nothing_and_end(tmp_path) -> None:
     drive(tmp_path, TWO, AS_PLANNED, executor, over_at=75)
     assert executor.started == ["a/seed_0", "b/seed_0", "a/seed_1", "b/seed_1", "a/seed_2"]
     assert states(tmp_path)["a/seed_0"] == "failed"
+
+
+def test_an_experiment_that_was_left_comes_back_when_there_is_time_again(tmp_path) -> None:
+    """After the first run of a, three times as slow as planned, c seems too long; b takes what was planned."""
+    three = fake_config(("a", "b", "c"), range(8))
+    executor = Timed({"a": 30.0, "b": 10.0, "c": 10.0})
+    told = drive(tmp_path, three, dict.fromkeys("abc", 10.0), executor, over_at=430)
+    assert told[:2] == [
+        "runs take longer than planned: c is left for a later call, others get its time",
+        "runs are faster than they looked: there is time for c again",
+    ]
+    done = [run for run, state in states(tmp_path).items() if state == "done"]
+    assert [sum(run.startswith(name) for run in done) >= 7 for name in "abc"] == [True, True, True]
+
+
+def test_a_probe_s_first_run_says_nothing_of_those_that_take_steps(tmp_path) -> None:
+    """It computes the features of all seeds."""
+    three = fake_config(("a", "b", "c"), range(8))
+    probe = three.experiments[0].model_copy(update={"method": "linear", "lora": None})
+    three = three.model_copy(update={"experiments": (probe, *three.experiments[1:])})
+    slow_first = Timed({"a": 40.0, "b": 10.0, "c": 10.0})
+    told = drive(tmp_path, three, dict.fromkeys("abc", 10.0), slow_first, over_at=430)
+    assert not any("take longer" in line for line in told)
