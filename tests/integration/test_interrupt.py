@@ -19,7 +19,7 @@ backbone: {model: test_vit, weights: random}
 data: {dataset: digits, image_size: 32, train_images: 200, validation_images: 50, test_images: 50}
 training: {epochs: 2000, learning_rate: 1e-3}
 experiments:
-  - {name: linear, method: linear}
+  - {name: whole, method: full}
 """
 # A test runner in the background may hand down an ignored SIGINT.
 MAIN = """

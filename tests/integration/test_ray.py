@@ -32,7 +32,7 @@ pytestmark = pytest.mark.part("runner")
 WRITTEN_DOWN = Registration(sha256="1" * 64, hypotheses={"h": "2" * 64})
 
 EXPERIMENTS = {
-    "linear": {"method": "linear"},
+    "full": {"method": "full"},
     "lora": {"method": "lora", "lora": {"rank": 2}},
     "adalora": {
         "method": "adalora",
@@ -90,14 +90,14 @@ def kinds_of(events: list, name: str) -> list[type]:
 
 
 def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> None:
-    plan = plan_of(study(adalora=2, linear=100_000, lora=2), tmp_path)
+    plan = plan_of(study(adalora=2, full=100_000, lora=2), tmp_path)
     expected = outcome_digest(run_one(plan.runs[0].spec).record)
     with study_lock(tmp_path / "tiny"):
         executor = open_executor("ray", plan, tmp_path, ray_address=cluster.address)
         try:
             for run in plan.runs:
                 executor.submit(replace(run, registration=WRITTEN_DOWN))
-            events = events_of(executor, lambda e: of(e, RunProgress, "linear"))
+            events = events_of(executor, lambda e: of(e, RunProgress, "full"))
             executor.stop()
             events += events_of(executor, lambda e: of(e, RunInterrupted))
             assert executor.next_event(0.5) is None
@@ -105,9 +105,9 @@ def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> No
             executor.close()
         step = events[-1].step
         assert step > 0
-        assert (tmp_path / "tiny" / "linear" / "seed_0" / f"checkpoint-{step}").is_dir()
+        assert (tmp_path / "tiny" / "full" / "seed_0" / f"checkpoint-{step}").is_dir()
     assert kinds_of(events, "adalora") == [RunStarted, *8 * [RunProgress], RunEnded]
-    assert set(kinds_of(events, "linear")[1:-1]) == {RunProgress}
+    assert set(kinds_of(events, "full")[1:-1]) == {RunProgress}
     assert not kinds_of(events, "lora")  # what had not started was forgotten
     assert outcome_digest(of(events, RunEnded)[0].record) == expected
     assert of(events, RunEnded)[0].adapter
@@ -120,7 +120,7 @@ def test_two_nodes_of_which_one_is_lost(
     cluster: Cluster, cache: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     second = cluster.add_node(num_cpus=1)
-    plan = plan_of(study(linear=120, lora=120, adalora=2), tmp_path)  # the two are under way for seconds
+    plan = plan_of(study(full=120, lora=120, adalora=2), tmp_path)  # the two are under way for seconds
     expected = {run.spec.run_id: outcome_digest(run_one(run.spec).record) for run in plan.runs}
     told: list = []
     there: dict[str, str] = {}  # run by the node that it started on
@@ -148,7 +148,7 @@ def test_two_nodes_of_which_one_is_lost(
     assert steps[0] > 1  # it went on from a checkpoint
     rows = Counter((row.run, row.event) for row in read_ledger(tmp_path / "tiny" / LEDGER_FILE).rows)
     assert {run: number for (run, event), number in rows.items() if event == "done"} == {
-        "linear/seed_0": 1, "lora/seed_0": 1, "adalora/seed_0": 1,
+        "full/seed_0": 1, "lora/seed_0": 1, "adalora/seed_0": 1,
     }  # fmt: skip
     assert sum(number for (_, event), number in rows.items() if event == "failed") == 1
     assert {record.spec.run_id: outcome_digest(record) for record in read_records(tmp_path)} == expected
@@ -183,7 +183,7 @@ if __name__ == "__main__":
 STUDY = """
 {name: long, seeds: [0], threads: 1, device: cpu, precision: fp32, backbone: {model: test_vit, weights: random},
  data: {dataset: digits, image_size: 32, train_images: 24, validation_images: 20, test_images: 30},
- training: {epochs: 100000, learning_rate: 1e-3}, experiments: [{name: linear, method: linear}]}
+ training: {epochs: 100000, learning_rate: 1e-3}, experiments: [{name: whole, method: full}]}
 """
 
 
