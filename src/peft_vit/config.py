@@ -151,7 +151,7 @@ class TrainingConfig(Frozen):
 
 
 # What a probe reads of `training`; the rest says how steps are taken, and it takes none.
-_PROBE_READS = frozenset({"batch_size", "class_weights"})
+PROBE_READS = frozenset({"batch_size", "class_weights"})
 # The methods that fit a head on features of a frozen backbone and train nothing else.
 PROBES: tuple[Method, ...] = ("linear", "qa_linear")
 # The sections that an experiment has, by method; `linear` and `full` have none.
@@ -345,7 +345,7 @@ def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
     if not isinstance(own, dict):
         return experiment  # of the wrong shape: validation names it
     if experiment.get("method") in PROBES:
-        shared = {key: value for key, value in shared.items() if key in _PROBE_READS}
+        shared = {key: value for key, value in shared.items() if key in PROBE_READS}
     elif {"epochs", "steps"} & own.keys():  # a length of one's own replaces the study's, however either is said
         shared = {key: value for key, value in shared.items() if key not in ("epochs", "steps")}
     return {**experiment, "training": {**shared, **own}}
@@ -363,7 +363,7 @@ def _check_probes(data: dict[str, Any], lines: Lines, file: Path) -> None:
         places.append((("training",), data.get("training")))
     for path, training in places:
         for key in training if isinstance(training, dict) else {}:
-            if key in TrainingConfig.model_fields and key not in _PROBE_READS:
+            if key in TrainingConfig.model_fields and key not in PROBE_READS:
                 at: KeyPath = (*path, key)
                 raise UserError(
                     "has no effect on a linear probe, which is fitted to convergence; remove it",

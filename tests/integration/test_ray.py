@@ -130,7 +130,8 @@ def test_two_nodes_of_which_one_is_lost(
         if isinstance(event, RunStarted):
             there[event.worker.split()[-1]] = event.run.spec.run_id
         on_second = there.get(second.node_id[:12])
-        if isinstance(event, RunProgress) and event.run.spec.run_id == on_second and second in cluster.worker_nodes:
+        past_a_checkpoint = isinstance(event, RunProgress) and event.progress.step > 3  # one is told before it is written
+        if past_a_checkpoint and event.run.spec.run_id == on_second and second in cluster.worker_nodes:
             cluster.remove_node(second, allow_graceful=False)
 
     with study_lock(tmp_path / "tiny") as lock:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from peft_vit.config import ALL_SECTIONS, StudyConfig
+from peft_vit.config import ALL_SECTIONS, PROBE_READS, StudyConfig
 from peft_vit.records import RunSpec
 
 _LONGEST_NAME = 64
@@ -52,7 +52,10 @@ def study_yaml(spec: RunSpec, seeds: Sequence[int], *, suffix: str, comments: Se
         "name": f"{spec.study[: _LONGEST_NAME - len(suffix)]}{suffix}",
         "seeds": list(seeds),
         **{name: value for name in _SHARED if (value := _plain(spec, name)) is not None},
-        "training": experiment.training.model_dump(mode="json"),  # null has a meaning here: no clipping
+        "training": experiment.training.model_dump(
+            mode="json",  # null has a meaning here: no clipping
+            include=set(PROBE_READS) if experiment.is_probe else None,  # a file that gives a probe the others is refused
+        ),
         "experiments": [{"name": experiment.name, "method": experiment.method, **sections}],
     }
     text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
