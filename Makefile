@@ -24,7 +24,7 @@ smoke: setup ## run the quickstart's whole path with random weights and syntheti
 	$(BIN)/peft-vit run experiments/configs/quickstart.yaml --smoke --output-dir experiments/outputs/smoke
 
 test: setup ## run the tests, one thread in each of two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25
 
 # Without AVX-512 other kernels compute, and bf16 is emulated, so products and rounding differ.
 CORE := $(addprefix tests/unit/,adapters quantization training deployment) \

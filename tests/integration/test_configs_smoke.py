@@ -1,7 +1,7 @@
 """Every configuration in the repository loads and does its experiments' smoke runs, at its backbone's real width.
 
-An experiment is run where its method, as a smoke run has it, or what is around it (images, measures, precision) is new;
-not where both were met before, each with the same backbone, nor where its name and learning rate alone are new.
+An experiment is run where its method or what is around it (backbone, images, measures, precision) was not met before.
+Settings that are numbers count as equal: another rank or rate takes no other way through the program.
 """
 
 from functools import cache
@@ -47,13 +47,20 @@ def planned(file: Path) -> Plan:
 
 
 def halves(study: StudyConfig, place: int) -> tuple[str, str]:
-    """Return what an experiment's smoke run depends on, but for its learning rate: the method, and all around it."""
+    """Return what an experiment's smoke run depends on, but for numbers: the method, and all around it."""
     small = smoke_study(study, patch_size=16)  # of the backbone's own, which follows from its name
-    experiment = small.experiments[place]
-    training = experiment.training.model_copy(update={"learning_rate": 1.0})
-    method = experiment.model_copy(update={"name": "any", "training": training}).model_dump_json()
-    around = [part.model_dump_json() for part in (small.data, small.measures)]
-    return f"{small.backbone.model} {method}", f"{small.backbone.model} {small.precision} {around}"
+    method = small.experiments[place].model_copy(update={"name": "any"})
+    around = [words(part.model_dump(mode="json")) for part in (small.data, small.measures)]
+    return str(words(method.model_dump(mode="json"))), f"{small.backbone.model} {small.precision} {around}"
+
+
+def words(value: object) -> object:
+    """Return the value with all its numbers alike."""
+    if isinstance(value, dict):
+        return {key: words(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [words(one) for one in value]
+    return value if isinstance(value, str | bool | None) else "a number"
 
 
 def distinct() -> list[tuple[Path, int]]:
