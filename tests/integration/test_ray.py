@@ -130,7 +130,8 @@ def test_two_nodes_of_which_one_is_lost(
         if isinstance(event, RunStarted):
             there[event.worker.split()[-1]] = event.run.spec.run_id
         on_second = there.get(second.node_id[:12])
-        past_a_checkpoint = isinstance(event, RunProgress) and event.progress.step > 3  # one is told before it is written
+        # A step is told before its checkpoint is written.
+        past_a_checkpoint = isinstance(event, RunProgress) and event.progress.step > 3
         if past_a_checkpoint and event.run.spec.run_id == on_second and second in cluster.worker_nodes:
             cluster.remove_node(second, allow_graceful=False)
 
