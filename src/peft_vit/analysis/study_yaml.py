@@ -54,7 +54,7 @@ def study_yaml(spec: RunSpec, seeds: Sequence[int], *, suffix: str, comments: Se
         **{name: value for name in _SHARED if (value := _plain(spec, name)) is not None},
         "training": experiment.training.model_dump(
             mode="json",  # null has a meaning here: no clipping
-            include=set(PROBE_READS) if experiment.is_probe else None,  # a file that gives a probe the others is refused
+            include=set(PROBE_READS) if experiment.is_probe else None,  # a file that gave a probe more is refused
         ),
         "experiments": [{"name": experiment.name, "method": experiment.method, **sections}],
     }
