@@ -1,4 +1,4 @@
-"""Every configuration in the repository loads and does its experiments' smoke runs, at its backbone's real width.
+"""Every configuration in the repository loads and plans, and each kind of experiment does its smoke run, at real width.
 
 An experiment is run where its method or what is around it (backbone, images, measures, precision) was not met before.
 Settings that are numbers count as equal: another rank or rate takes no other way through the program.
@@ -44,6 +44,11 @@ def planned(file: Path) -> Plan:
     plan = plan_study(study, Path("/nothing/is/done/here"), file=file, smoke=True)
     assert [run.spec.experiment.name for run in plan.pending] == [e.name for e in study.experiments]
     return plan
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
+def test_it_plans(file: Path) -> None:
+    assert planned(file).runs
 
 
 def halves(study: StudyConfig, place: int) -> tuple[str, str]:
