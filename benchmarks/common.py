@@ -32,10 +32,16 @@ def machine(threads: int) -> dict[str, Any]:
     from peft_vit.experiments.provenance import cpu_count, processor_name
 
     return {
-        "processor": processor_name(), "cores": cpu_count(), "threads": threads, "platform": platform.platform(),
-        "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
-        "peft": peft.__version__, "allocator": ALLOCATOR,
-    }  # fmt: skip
+        "processor": processor_name(),
+        "cores": cpu_count(),
+        "threads": threads,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "peft": peft.__version__,
+        "allocator": ALLOCATOR,
+    }
 
 
 def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
@@ -61,10 +67,16 @@ def table(title: str, seconds: Mapping[str, list[float]], over: str) -> list[dic
             f"  {name:44} {1e3 * median:8.1f} ms   smallest {1e3 * min(values):8.1f}   ratio {median / base:5.3f}",
             flush=True,
         )
-        rows.append({
-            "side": name, "median_s": round(median, 5), "smallest_s": round(min(values), 5), "n": len(values),
-            "ratio": round(median / base, 4), "over": over,
-        })  # fmt: skip
+        rows.append(
+            {
+                "side": name,
+                "median_s": round(median, 5),
+                "smallest_s": round(min(values), 5),
+                "n": len(values),
+                "ratio": round(median / base, 4),
+                "over": over,
+            }
+        )
     return rows
 
 

@@ -216,9 +216,11 @@ def coverage(ends: list[Ends], truth: float) -> dict[str, float]:
     above = float(np.mean(with_interval[:, 0] > truth + rounding))
     below = float(np.mean(with_interval[:, 1] < truth - rounding))
     return {
-        "coverage": round(1 - above - below, 5), "above": round(above, 5), "below": round(below, 5),
+        "coverage": round(1 - above - below, 5),
+        "above": round(above, 5),
+        "below": round(below, 5),
         "without": round(1 - len(with_interval) / len(ends), 5),
-    }  # fmt: skip
+    }
 
 
 def of_shares() -> list[dict[str, Any]]:
@@ -229,10 +231,17 @@ def of_shares() -> list[dict[str, Any]]:
         found = [proportion_interval(successes, n) for successes in range(n + 1)]
         above = float(mass @ [float(i.low is not None and i.low > 0.82) for i in found])
         below = float(mass @ [float(i.high is not None and i.high < 0.82) for i in found])
-        rows.append({
-            "interval": SHARE, "population": "right or wrong", "n": n, "coverage": round(1 - above - below, 5),
-            "above": round(above, 5), "below": round(below, 5), "without": 0.0,
-        })  # fmt: skip
+        rows.append(
+            {
+                "interval": SHARE,
+                "population": "right or wrong",
+                "n": n,
+                "coverage": round(1 - above - below, 5),
+                "above": round(above, 5),
+                "below": round(below, 5),
+                "without": 0.0,
+            }
+        )
     return rows
 
 
@@ -265,18 +274,20 @@ def table(result: Mapping[str, Any]) -> str:
     shares = ", ".join(f"n = {row['n']}: {_cell(row)}" for row in result["rows"] if row["interval"] == SHARE)
     setting, machine = result["setting"], result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return "\n".join([
-        *lines,
-        "",
-        f"Percent of {setting['simulations']:,} simulated studies in which a 95 % interval holds the truth; one "
-        "standard error is 0.3 points. **Bold**: more than three standard errors below 95 %. In brackets, where there "
-        "are any: percent of studies without an interval, which do not count. "
-        f"{setting['resamples']} resamples. "
-        f"{SHARE[0].upper()}{SHARE[1:]}, 82 % right, exactly: {shares}.",
-        "",
-        f"`benchmarks/coverage.py`, seed {setting['seed']}, {result['date']}, {machine['processor']}, Python "
-        f"{machine['python']}, {versions}.",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Percent of {setting['simulations']:,} simulated studies in which a 95 % interval holds the truth; one "
+            "standard error is 0.3 points. **Bold**: more than three standard errors below 95 %. In brackets, where "
+            "there are any: percent of studies without an interval, which do not count. "
+            f"{setting['resamples']} resamples. "
+            f"{SHARE[0].upper()}{SHARE[1:]}, 82 % right, exactly: {shares}.",
+            "",
+            f"`benchmarks/coverage.py`, seed {setting['seed']}, {result['date']}, {machine['processor']}, Python "
+            f"{machine['python']}, {versions}.",
+        ]
+    )
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -303,14 +314,20 @@ def main() -> None:
         from common import machine, write
 
         result = {
-            "machine": machine(threads=1), "date": datetime.date.today().isoformat(),
+            "machine": machine(threads=1),
+            "date": datetime.date.today().isoformat(),
             "versions": {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "statsmodels")},
             "setting": {
-                "simulations": SIMULATIONS, "resamples": RESAMPLES, "seed": SEED, "confidence": CONFIDENCE,
-                "sizes": SIZES, "images": IMAGES, "tasks": TASKS,
+                "simulations": SIMULATIONS,
+                "resamples": RESAMPLES,
+                "seed": SEED,
+                "confidence": CONFIDENCE,
+                "sizes": SIZES,
+                "images": IMAGES,
+                "tasks": TASKS,
             },
             "rows": simulate(),
-        }  # fmt: skip
+        }
         write("coverage", result)
     fill(DOCUMENT, json.loads(RESULT.read_text()))
 

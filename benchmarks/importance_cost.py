@@ -42,9 +42,14 @@ def model_with_gradients(metric: Metric, parametrization: str) -> tuple[nn.Modul
     """Return ViT-S with an adapter of rank 8 on each of its 72 sites, and a controller that never reallocates."""
     model = timm.create_model("vit_small_patch14_dinov2", img_size=84, num_classes=2)
     config = AdaLoraConfig(
-        total_rank_budget=RANK * SITES, allocation_strategy="proportional", importance_metric=metric,
-        budget_schedule="constant", warmup_steps=10**6, update_frequency=1, parametrization=parametrization,
-    )  # fmt: skip
+        total_rank_budget=RANK * SITES,
+        allocation_strategy="proportional",
+        importance_metric=metric,
+        budget_schedule="constant",
+        warmup_steps=10**6,
+        update_frequency=1,
+        parametrization=parametrization,
+    )
     controller = AdaLoRAController(model, config, total_steps=2 * 10**6)
     assert [adapter.rank for adapter in site_adapters(model).values()] == [RANK] * SITES
     with torch.no_grad():

@@ -56,9 +56,16 @@ def main() -> None:
     for precision in ("fp32", "bf16"):
         for name in SIDES:
             command = [
-                sys.executable, __file__, "--side", name, "--image-size", str(options.image_size),
-                "--threads", str(options.threads), *(["--bf16"] if precision == "bf16" else []),
-            ]  # fmt: skip
+                sys.executable,
+                __file__,
+                "--side",
+                name,
+                "--image-size",
+                str(options.image_size),
+                "--threads",
+                str(options.threads),
+                *(["--bf16"] if precision == "bf16" else []),
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             peak, training = (int(part) for part in done.stdout.split()[-2:])
             print(

@@ -28,20 +28,28 @@ def experiments() -> list[ExperimentConfig]:
         *({"name": f"lora_r{rank}", "method": "lora", "lora": {"rank": rank}} for rank in (1, 2, 4, 8, 16, 32)),
         *(
             {
-                "name": f"adalora_{strategy}_{metric}", "method": "adalora",
+                "name": f"adalora_{strategy}_{metric}",
+                "method": "adalora",
                 "adalora": {**_ADALORA, "allocation_strategy": strategy, "importance_metric": metric},
             }
-            for strategy in ("proportional", "threshold", "top_k") for metric in ("magnitude", "sensitivity")
+            for strategy in ("proportional", "threshold", "top_k")
+            for metric in ("magnitude", "sensitivity")
         ),
         *(
             {
-                "name": f"qa_lora_{kind}_{'grouped' if grouped else 'whole'}", "method": "qa_lora",
-                "qa_lora": {**_QA_LORA, "quantization_bits": bits, "quantization_type": kind,
-                            "use_group_quantization": grouped},
+                "name": f"qa_lora_{kind}_{'grouped' if grouped else 'whole'}",
+                "method": "qa_lora",
+                "qa_lora": {
+                    **_QA_LORA,
+                    "quantization_bits": bits,
+                    "quantization_type": kind,
+                    "use_group_quantization": grouped,
+                },
             }
-            for bits, kind in ((4, "nf4"), (4, "fp4"), (8, "int8")) for grouped in (True, False)
+            for bits, kind in ((4, "nf4"), (4, "fp4"), (8, "int8"))
+            for grouped in (True, False)
         ),
-    ]  # fmt: skip
+    ]
     return list(planted._study(sections).experiments)
 
 

@@ -96,9 +96,16 @@ def memory(size: int, threads: int) -> list[dict[str, Any]]:
     for bf16 in (False, True):
         for name in SIDES if bf16 else (*SIDES, ONCE):
             command = [
-                sys.executable, __file__, "--side", name, "--image-size", str(size), "--threads", str(threads),
+                sys.executable,
+                __file__,
+                "--side",
+                name,
+                "--image-size",
+                str(size),
+                "--threads",
+                str(threads),
                 *(["--bf16"] if bf16 else []),
-            ]  # fmt: skip
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             before, peak = (int(part) for part in done.stdout.split()[-2:])
             precision = "bf16" if bf16 else "fp32"

@@ -57,31 +57,45 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 8}},
     "adalora": {
         "adalora": {
-            "total_rank_budget": 8 * SITES, "initial_budget": 12 * SITES, "allocation_strategy": "global",
-            "importance_metric": "sensitivity", "warmup_steps": 2, "update_frequency": 4,
+            "total_rank_budget": 8 * SITES,
+            "initial_budget": 12 * SITES,
+            "allocation_strategy": "global",
+            "importance_metric": "sensitivity",
+            "warmup_steps": 2,
+            "update_frequency": 4,
         }
     },
     "full": {},
-}  # fmt: skip
+}
 
 
 def study(method: str, size: int, steps: int, threads: int) -> StudyConfig:
     """Return one run of a method, of at least so many steps. Random weights: they change no timing."""
     epochs = -(-steps // MOST_STEPS)
     mapping = {
-        "name": "reliability", "seeds": [0], "threads": threads, "device": "cpu", "precision": "fp32",
+        "name": "reliability",
+        "seeds": [0],
+        "threads": threads,
+        "device": "cpu",
+        "precision": "fp32",
         "backbone": {"model": MODEL, "weights": "random"},
         "data": {
-            "dataset": "digits", "image_size": size, "train_images": -(-steps // epochs) * BATCH,
-            "validation_images": 20, "test_images": 20, "train_subset": "fixed",
+            "dataset": "digits",
+            "image_size": size,
+            "train_images": -(-steps // epochs) * BATCH,
+            "validation_images": 20,
+            "test_images": 20,
+            "train_subset": "fixed",
         },
         "experiments": [
             {
-                "name": method, "method": method, **METHODS[method],
+                "name": method,
+                "method": method,
+                **METHODS[method],
                 "training": {"epochs": epochs, "batch_size": BATCH, "learning_rate": 1e-4},
             }
         ],
-    }  # fmt: skip
+    }
     return study_from_mapping(mapping, file=Path("reliability.yaml"))
 
 
@@ -170,9 +184,10 @@ def drive_other_end(pipe: Connection, config: StudyConfig, folder: Path) -> None
     """Be the driver: ledger, results, the log for other programs, and plain lines for a person."""
     plan = planned(config, folder)
     with (
-        study_lock(folder / config.name) as lock, EventLog(folder / "log.jsonl") as log,
+        study_lock(folder / config.name) as lock,
+        EventLog(folder / "log.jsonl") as log,
         Watch(plan, console=Console(file=io.StringIO())) as watch,
-    ):  # fmt: skip
+    ):
 
         def tell(event: Told) -> None:
             log.on_event(event)
@@ -215,16 +230,20 @@ def kept_side(plan: Plan, turns: Turns, pipe: Connection, folder: Path, parts: d
     # Half of the time that passes is the other side's.
     checkpoints = Checkpoints(run_folder(folder, plan.runs[0].spec), 2 * EVERY_S)
     finished = run_one(
-        plan.runs[0].spec, on_progress=lambda progress: told(lambda: say(progress)), should_stop=turn,
+        plan.runs[0].spec,
+        on_progress=lambda progress: told(lambda: say(progress)),
+        should_stop=turn,
         checkpoints=checkpoints,
-    )  # fmt: skip
+    )
     check(finished.record)
     turns.leave(1)
     once(lambda: say(finished))
     parts |= {
-        "told_s": told.seconds, "asked_s": asked.seconds, "checkpoints_s": finished.record.overhead_s["checkpoints"],
+        "told_s": told.seconds,
+        "asked_s": asked.seconds,
+        "checkpoints_s": finished.record.overhead_s["checkpoints"],
         "ledger_and_result_s": once.seconds,
-    }  # fmt: skip
+    }
 
 
 def check(record: RunRecord) -> None:
@@ -263,19 +282,22 @@ def summed_up(
     """Print and return the ratios of both sides, and the share of what was timed by itself."""
     added_s = sum(parts.values())
     row = {
-        "method": method, "image_size": size, "steps": steps, "bare_step_s": round(statistics.median(bare), 5),
+        "method": method,
+        "image_size": size,
+        "steps": steps,
+        "bare_step_s": round(statistics.median(bare), 5),
         "kept_step_s": round(statistics.median(kept), 5),
         "ratio_of_medians": round(statistics.median(kept) / statistics.median(bare), 5),
         "ratio_of_sums": round(sum(kept) / sum(bare), 5),
         "added_share": round(added_s / (statistics.mean(bare) * steps), 6),
         **{name: round(value, 5) for name, value in parts.items()},
-    }  # fmt: skip
+    }
     print(
         f"{method}, {size} px, {steps} steps in turn: {row['bare_step_s']:.3f} s bare, ratio of medians "
         f"{row['ratio_of_medians']:.4f}, of sums {row['ratio_of_sums']:.4f}; what is added, timed by itself: "
         f"{added_s:.3f} s, {row['added_share']:.3%}",
         flush=True,
-    )  # fmt: skip
+    )
     return row
 
 
@@ -291,9 +313,12 @@ def checkpoint(method: str, size: int, threads: int, number: int) -> dict[str, A
     seconds = record.overhead_s["checkpoints"] / number
     print(f"{method}: {1e3 * seconds:.1f} ms a checkpoint of {size_bytes / 1e6:.1f} MB, mean of {number}", flush=True)
     return {
-        "method": method, "mean_ms": round(1e3 * seconds, 2), "bytes": size_bytes, "n": number,
+        "method": method,
+        "mean_ms": round(1e3 * seconds, 2),
+        "bytes": size_bytes,
+        "n": number,
         "share_of_30_s": round(seconds / EVERY_S, 6),
-    }  # fmt: skip
+    }
 
 
 # --- a study of many runs ---------------------------------------------------------------------------------------------
@@ -338,11 +363,16 @@ def many_runs(runs: int, repeats: int) -> dict[str, Any]:
         status_s = [command("status", folder, expected=f"{runs} planned") for _ in range(repeats)]
         rebuild_s = [command("rebuild", folder, expected=f"{runs} runs") for _ in range(repeats)]
     row = {
-        "runs": runs, "failed": len(experiments), "record_bytes": record_bytes, "n": repeats,
-        "status_s": round(statistics.median(status_s), 3), "status_most_s": round(max(status_s), 3),
-        "rebuild_s": round(statistics.median(rebuild_s), 3), "rebuild_most_s": round(max(rebuild_s), 3),
+        "runs": runs,
+        "failed": len(experiments),
+        "record_bytes": record_bytes,
+        "n": repeats,
+        "status_s": round(statistics.median(status_s), 3),
+        "status_most_s": round(max(status_s), 3),
+        "rebuild_s": round(statistics.median(rebuild_s), 3),
+        "rebuild_most_s": round(max(rebuild_s), 3),
         "writing_ms_per_run": round(1e3 * writing_s / runs, 3),
-    }  # fmt: skip
+    }
     print(
         f"{runs} runs: status {row['status_s']:.2f} s (at most {row['status_most_s']:.2f}), rebuild "
         f"{row['rebuild_s']:.2f} s (at most {row['rebuild_most_s']:.2f}), "

@@ -39,14 +39,16 @@ def main() -> None:
         record_bytes = sum(file.stat().st_size for file in results.rglob("record.json"))
         builds = [build(results, output) for _ in range(asked.repeats)]
         row = {
-            "runs": runs, "record_bytes": record_bytes, "n": asked.repeats,
+            "runs": runs,
+            "record_bytes": record_bytes,
+            "n": asked.repeats,
             "build_s": round(statistics.median(seconds for seconds, _ in builds), 2),
             "build_most_s": round(max(seconds for seconds, _ in builds), 2),
             "build_cpu_s": round(statistics.median(busy for _, busy in builds), 2),
             "page_bytes": (output / "report.html").stat().st_size,
             "all_bytes": sum(file.stat().st_size for file in output.rglob("*") if file.is_file()),
             **opening(output / "report.html", asked.repeats),
-        }  # fmt: skip
+        }
     for name, value in row.items():
         print(f"  {name:24} {value}")
     write("report", {"machine": machine(1), "load_average": os.getloadavg()[0], "report": row})
@@ -86,9 +88,11 @@ def opening(page: Path, repeats: int) -> dict[str, Any]:
         version = browser.version
         browser.close()
     return {
-        "browser": f"Chromium {version}", "load_s": round(statistics.median(loads[1:]), 3),
-        "load_most_s": round(max(loads[1:]), 3), "frame_s": round(statistics.median(frames[1:]), 3),
-    }  # fmt: skip
+        "browser": f"Chromium {version}",
+        "load_s": round(statistics.median(loads[1:]), 3),
+        "load_most_s": round(max(loads[1:]), 3),
+        "frame_s": round(statistics.median(frames[1:]), 3),
+    }
 
 
 if __name__ == "__main__":

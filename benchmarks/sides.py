@@ -37,9 +37,16 @@ class Side:
     """
 
     def __init__(
-        self, model: nn.Module, *, bf16: bool, image_size: int, hooks: Sequence[StepHook] = (), own_loop: bool = False,
-        after_step: Callable[[int], Any] | None = None, penalty: Callable[[], Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        *,
+        bf16: bool,
+        image_size: int,
+        hooks: Sequence[StepHook] = (),
+        own_loop: bool = False,
+        after_step: Callable[[int], Any] | None = None,
+        penalty: Callable[[], Tensor] | None = None,
+    ) -> None:
         self.model, self.bf16, self.hooks = model, bf16, hooks
         self.after_step, self.penalty = after_step, penalty
         settings = TrainingConfig(epochs=1, learning_rate=1e-3)
@@ -108,10 +115,15 @@ def adalora(image_size: int, *, bf16: bool, total_steps: int) -> tuple[Side, Ada
     choose_attention(model, torch.device("cpu"), "bf16" if bf16 else "fp32")
     count = len(find_sites(model))
     config = AdaLoraConfig(
-        total_rank_budget=RANK * count, initial_budget=START_RANK * count, allocation_strategy="global",
-        importance_metric="sensitivity", warmup_steps=total_steps // 8, update_frequency=max(1, total_steps // 24),
-        final_steps=total_steps // 4, scale=SCALE,
-    )  # fmt: skip
+        total_rank_budget=RANK * count,
+        initial_budget=START_RANK * count,
+        allocation_strategy="global",
+        importance_metric="sensitivity",
+        warmup_steps=total_steps // 8,
+        update_frequency=max(1, total_steps // 24),
+        final_steps=total_steps // 4,
+        scale=SCALE,
+    )
     controller = AdaLoRAController(model, config, total_steps)
     hooks = [AllocationHook(controller)]
     return Side(model, bf16=bf16, image_size=image_size, hooks=hooks, own_loop=True), controller
@@ -153,10 +165,16 @@ def qa_lora(image_size: int, *, bf16: bool, type: str, group_size: int | None = 
     model = vit(image_size)
     choose_attention(model, torch.device("cpu"), "bf16" if bf16 else "fp32")
     config = QaLoraConfig(
-        quantization_bits=4, quantization_type=type, quantization_schedule="constant", gradient_scaling_factor=1.0,
-        use_group_quantization=group_size is not None, **({} if group_size is None else {"group_size": group_size}),
-        quantization_offset=offset, rank=min(RANK, 384 // (group_size or 1)), scale=SCALE,
-    )  # fmt: skip
+        quantization_bits=4,
+        quantization_type=type,
+        quantization_schedule="constant",
+        gradient_scaling_factor=1.0,
+        use_group_quantization=group_size is not None,
+        **({} if group_size is None else {"group_size": group_size}),
+        quantization_offset=offset,
+        rank=min(RANK, 384 // (group_size or 1)),
+        scale=SCALE,
+    )
     trainer = QALoRATrainer(model, config, total_steps=10_000)
     return Side(model, bf16=bf16, image_size=image_size, hooks=[trainer], own_loop=True)
 
@@ -164,10 +182,17 @@ def qa_lora(image_size: int, *, bf16: bool, type: str, group_size: int | None = 
 def peft_adalora(image_size: int, *, bf16: bool, total_steps: int) -> Side:
     """Return PEFT's AdaLoRA from rank 12 to 8, with its orthogonality term, which it leaves out on vision models."""
     config = peft.AdaLoraConfig(
-        init_r=START_RANK, target_r=RANK, lora_alpha=int(SCALE * START_RANK), target_modules=PEFT_TARGETS,
-        modules_to_save=["head"], total_step=total_steps, tinit=total_steps // 8, tfinal=total_steps // 4,
-        deltaT=max(1, total_steps // 24), orth_reg_weight=0.5,
-    )  # fmt: skip
+        init_r=START_RANK,
+        target_r=RANK,
+        lora_alpha=int(SCALE * START_RANK),
+        target_modules=PEFT_TARGETS,
+        modules_to_save=["head"],
+        total_step=total_steps,
+        tinit=total_steps // 8,
+        tfinal=total_steps // 4,
+        deltaT=max(1, total_steps // 24),
+        orth_reg_weight=0.5,
+    )
     model = peft.get_peft_model(vit(image_size), config)
     factors = [p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
 
@@ -179,9 +204,8 @@ def peft_adalora(image_size: int, *, bf16: bool, total_steps: int) -> Side:
         return 0.5 * torch.stack(terms).mean()
 
     return Side(
-        model, bf16=bf16, image_size=image_size, penalty=penalty,
-        after_step=model.base_model.update_and_allocate,
-    )  # fmt: skip
+        model, bf16=bf16, image_size=image_size, penalty=penalty, after_step=model.base_model.update_and_allocate
+    )
 
 
 def mean_rank(side: Side) -> float:

@@ -27,7 +27,9 @@ def fake_config(
 ) -> StudyConfig:
     """Make a study; keyword arguments are further settings of it."""
     mapping = {
-        "name": "fake", "seeds": list(seeds), "precision": "fp32",
+        "name": "fake",
+        "seeds": list(seeds),
+        "precision": "fp32",
         "backbone": {"model": "test_vit", "weights": "random"},
         "data": {"dataset": "digits", "image_size": 32, "validation_images": 20, "test_images": 20},
         "experiments": [
@@ -35,7 +37,7 @@ def fake_config(
             for name in experiments
         ],
         **settings,
-    }  # fmt: skip
+    }
     return study_from_mapping(mapping, file=Path("fake.yaml"))
 
 
@@ -70,9 +72,15 @@ def fake_plan(study: StudyConfig, results_dir: Path, **settings: Any) -> FakePla
     for experiment in study.experiments:
         for seed in study.seeds:
             spec = RunSpec(
-                study=study.name, seed=seed, experiment=experiment, backbone=study.backbone, data=study.data,
-                device=study.device, precision=study.precision, threads=study.threads,
-            )  # fmt: skip
+                study=study.name,
+                seed=seed,
+                experiment=experiment,
+                backbone=study.backbone,
+                data=study.data,
+                device=study.device,
+                precision=study.precision,
+                threads=study.threads,
+            )
             folder = run_folder(results_dir, spec)
             written = (folder / RECORD_FILE).exists() and read_record(folder / RECORD_FILE).status == "done"
             runs.append(FakeRun(spec, done=written and (folder / ADAPTER_FILE).exists()))
@@ -85,16 +93,26 @@ def fake_adapter(spec: RunSpec) -> bytes:
 
 def done_record(spec: RunSpec) -> RunRecord:
     return RunRecord(
-        spec=spec, spec_digest=spec.digest(), status="done", started_at=STARTED_AT, seconds=1.0,
+        spec=spec,
+        spec_digest=spec.digest(),
+        status="done",
+        started_at=STARTED_AT,
+        seconds=1.0,
         adapter_sha256=hashlib.sha256(fake_adapter(spec)).hexdigest(),
-    )  # fmt: skip
+    )
 
 
 def failed_record(spec: RunSpec, failure: Failure) -> RunRecord:
     return RunRecord(
-        spec=spec, spec_digest=spec.digest(), status="failed", started_at=STARTED_AT, seconds=1.0, failure=failure,
-        error=f"it was {failure}", traceback="Traceback ...",
-    )  # fmt: skip
+        spec=spec,
+        spec_digest=spec.digest(),
+        status="failed",
+        started_at=STARTED_AT,
+        seconds=1.0,
+        failure=failure,
+        error=f"it was {failure}",
+        traceback="Traceback ...",
+    )
 
 
 @dataclass
@@ -152,9 +170,14 @@ class FakeExecutor:
 
 
 def fake_drive(
-    study: StudyConfig, results_dir: Path, executor: Any = None, tell: Callable[[Told], None] = lambda told: None,
-    *, keep_failed: bool = False, **settings: Any,
-) -> Outcome:  # fmt: skip
+    study: StudyConfig,
+    results_dir: Path,
+    executor: Any = None,
+    tell: Callable[[Told], None] = lambda told: None,
+    *,
+    keep_failed: bool = False,
+    **settings: Any,
+) -> Outcome:
     """Do what the command does: lock, plan, drive."""
     with study_lock(results_dir / study.name) as lock:
         plan: Any = fake_plan(study, results_dir, **settings)
@@ -177,6 +200,4 @@ def check_complete(study: StudyConfig, results_dir: Path) -> None:
         record = read_record(folder / RECORD_FILE)
         assert record.model_copy(update={"attempts": 1}) == done_record(run.spec)
         assert (folder / ADAPTER_FILE).read_bytes() == fake_adapter(run.spec)
-        assert sorted(path.name for path in folder.iterdir()) == [
-            ADAPTER_FILE, RECORD_FILE
-        ]  # fmt: skip
+        assert sorted(path.name for path in folder.iterdir()) == [ADAPTER_FILE, RECORD_FILE]

@@ -101,10 +101,15 @@ def learning_rates(runs: pd.DataFrame) -> str:
             versus = compared(values, lora[rate]) if family != "lora_r8" and not lora[rate].empty else None
             rows.append(
                 (
-                    f"`{family}`", f"{rate:g}", counted(part), mean_and_spread(values), f"{values.min():.1f}",
-                    interval(versus.difference) if versus else "–", p(versus.not_inferior) if versus else "–",
+                    f"`{family}`",
+                    f"{rate:g}",
+                    counted(part),
+                    mean_and_spread(values),
+                    f"{values.min():.1f}",
+                    interval(versus.difference) if versus else "–",
+                    p(versus.not_inferior) if versus else "–",
                 )
-            )  # fmt: skip
+            )
     return f"{markdown(rows, 1)}\n\n{_across(runs, families, rates)}\n\n{origin(runs)}"
 
 
@@ -170,13 +175,17 @@ def ablation(runs: pd.DataFrame) -> str:
         part = runs[runs.experiment == name]
         rows.append(
             (
-                f"`{name}`", counted(part), mean_and_spread(of(runs, name)),
+                f"`{name}`",
+                counted(part),
+                mean_and_spread(of(runs, name)),
                 interval(found[name].difference) if name in found else "–",
-                p(corrected[name]) if name in corrected else "–", p(not_worse[name]) if name in not_worse else "–",
-                f"{part.adapter_parameters.mean():,.0f}", f"{part.sites_without_rank.mean():.1f}",
+                p(corrected[name]) if name in corrected else "–",
+                p(not_worse[name]) if name in not_worse else "–",
+                f"{part.adapter_parameters.mean():,.0f}",
+                f"{part.sites_without_rank.mean():.1f}",
                 f"{part.gini_of_ranks.mean():.2f}",
             )
-        )  # fmt: skip
+        )
     return f"{markdown(rows, 1)}\n\n{_spread(runs, tested)}\n\n{origin(runs)}"
 
 
@@ -199,11 +208,13 @@ def step_time() -> str:
         own = next((row["median_s"] for row in found[key] if "our attention" in row["side"]), None)
         rows += [
             (
-                f"{title}: {row['side']}", f"{1e3 * row['median_s']:.0f}", f"{row['ratio']:.2f}",
+                f"{title}: {row['side']}",
+                f"{1e3 * row['median_s']:.0f}",
+                f"{row['ratio']:.2f}",
                 f"{row['median_s'] / own:.2f}" if own else "",
             )
             for row in found[key]
-        ]  # fmt: skip
+        ]
     adaptive = next(row for row in found["adalora_whole_run"] if "over_fixed" in row)
     by_rank = ", ".join(
         f"{row['side'].removeprefix('mean rank ')}: {1e3 * row['median_s']:.0f}" for row in found["by_rank"]

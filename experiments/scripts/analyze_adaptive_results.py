@@ -17,13 +17,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return what was asked for."""
     parser = argparse.ArgumentParser(description="Write analysis_summary.md, figures and tables from records.")
     parser.add_argument(
-        "--results-dir", type=Path, metavar="DIR", default=OUTPUTS / "adaptive",
+        "--results-dir",
+        type=Path,
+        metavar="DIR",
+        default=OUTPUTS / "adaptive",
         help="where the records are; default: experiments/outputs/adaptive",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--output-dir", type=Path, metavar="DIR", default=OUTPUTS / "adaptive_analysis",
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        default=OUTPUTS / "adaptive_analysis",
         help="where the summary goes; default: experiments/outputs/adaptive_analysis",
-    )  # fmt: skip
+    )
     return parser.parse_args(arguments)
 
 

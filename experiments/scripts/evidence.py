@@ -67,15 +67,19 @@ def condense(results_dir: Path, columns: Columns) -> None:
     """
     records = list(read_records(results_dir))
     if any(record.spec.smoke for record in records):
-        raise UserError("holds smoke runs, whose numbers mean nothing; name the directory of a real run",
-                        file=results_dir)  # fmt: skip
+        raise UserError(
+            "holds smoke runs, whose numbers mean nothing; name the directory of a real run", file=results_dir
+        )
     rows = pd.DataFrame([row_of(record, columns) for record in records])
     for study, part in rows.groupby("study"):
         file = RESULTS / f"{study}.csv"
         merged = merge(file.read_text(encoding="utf-8") if file.exists() else None, part)
         if pd.read_csv(io.StringIO(merged)).get("split", pd.Series()).nunique() > 1:
-            raise UserError(f"its data split is not that of {file}, so seeds would pair unequal runs; "
-                            "move that file away, or run with its split", file=results_dir)  # fmt: skip
+            raise UserError(
+                f"its data split is not that of {file}, so seeds would pair unequal runs; "
+                "move that file away, or run with its split",
+                file=results_dir,
+            )
         write_atomically(file, merged.encode())
 
 

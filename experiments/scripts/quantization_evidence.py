@@ -171,9 +171,15 @@ def _accuracy_rows(runs: pd.DataFrame) -> list[tuple[str, ...]]:
         difference = compared(*pair).difference
         estimate = "–" if difference is None else f"{interval(difference)} points"
         rows.append(
-            (f'"{sentence.text}"', f"`{sentence.candidate}` − `{sentence.reference}`", estimate, str(n),
-             p(value) if n > 1 else "–", verdict)
-        )  # fmt: skip
+            (
+                f'"{sentence.text}"',
+                f"`{sentence.candidate}` − `{sentence.reference}`",
+                estimate,
+                str(n),
+                p(value) if n > 1 else "–",
+                verdict,
+            )
+        )
     return rows
 
 
@@ -205,23 +211,40 @@ def ablation(runs: pd.DataFrame) -> str:
     not_worse = dict(zip(tested, holm([or_one(found[name].not_inferior) for name in tested]), strict=True))
     rows: list[tuple[str, ...]] = [
         (
-            "setting", "runs (failed)", "test accuracy, mean (sd), %", "minus float [95 %]", "p, differs (Holm)",
-            f"p, not inferior by {MARGIN:g} (Holm)", "relative error, %", "update over error",
-            "bits a weight, layers", "whole model", "model, MB", "file, MB", "peak of the process, MB",
+            "setting",
+            "runs (failed)",
+            "test accuracy, mean (sd), %",
+            "minus float [95 %]",
+            "p, differs (Holm)",
+            f"p, not inferior by {MARGIN:g} (Holm)",
+            "relative error, %",
+            "update over error",
+            "bits a weight, layers",
+            "whole model",
+            "model, MB",
+            "file, MB",
+            "peak of the process, MB",
         )
-    ]  # fmt: skip
+    ]
     for name in sorted(runs.experiment.unique(), key=lambda name: (name not in floats, -of(runs, name).mean())):
         part = runs[runs.experiment == name]
         rows.append(
             (
-                f"`{name}`", counted(part), mean_and_spread(of(runs, name)),
+                f"`{name}`",
+                counted(part),
+                mean_and_spread(of(runs, name)),
                 interval(found[name].difference) if name in found else "–",
-                p(differs[name]) if name in found else "–", p(not_worse[name]) if name in found else "–",
-                _mean(part, "relative_error", 100), _mean(part, "adapter_to_error_ratio"),
-                _mean(part, "layers_bits"), _mean(part, "model_bits"), _mean(part, "model_bytes", 1e-6),
-                _mean(part, "file_bytes", 1e-6), _mean(part, "peak_memory_bytes", 1e-6, 0),
+                p(differs[name]) if name in found else "–",
+                p(not_worse[name]) if name in found else "–",
+                _mean(part, "relative_error", 100),
+                _mean(part, "adapter_to_error_ratio"),
+                _mean(part, "layers_bits"),
+                _mean(part, "model_bits"),
+                _mean(part, "model_bytes", 1e-6),
+                _mean(part, "file_bytes", 1e-6),
+                _mean(part, "peak_memory_bytes", 1e-6, 0),
             )
-        )  # fmt: skip
+        )
     return f"{markdown(rows, 1)}\n\n{origin(runs)}"
 
 
@@ -245,9 +268,11 @@ def chosen(runs: pd.DataFrame) -> Choice:
     accuracy = sgd.validation_accuracy.fillna(0.0).groupby(sgd.learning_rate).mean()  # a failed run is no candidate
     best = float(accuracy[accuracy == accuracy.max()].index.min())
     return Choice(
-        best, _twice(sgd[sgd.learning_rate == best]), _twice(runs[runs.experiment == "nf4_linear"]),
+        best,
+        _twice(sgd[sgd.learning_rate == best]),
+        _twice(runs[runs.experiment == "nf4_linear"]),
         best in (accuracy.index.min(), accuracy.index.max()),
-    )  # fmt: skip
+    )
 
 
 def _twice(part: pd.DataFrame) -> float:
@@ -283,21 +308,32 @@ def adaptive_bits(runs: pd.DataFrame) -> str:
     corrected = dict(zip(tested, holm([or_one(found[name].differs) for name in tested]), strict=True))
     rows: list[tuple[str, ...]] = [
         (
-            "setting", "runs (failed)", "test accuracy, mean (sd), %", "minus uniform at its bytes [95 %]",
-            "p, differs (Holm)", "bits a weight, layers", "layers, MB", "adapter values", "relative error, %",
+            "setting",
+            "runs (failed)",
+            "test accuracy, mean (sd), %",
+            "minus uniform at its bytes [95 %]",
+            "p, differs (Holm)",
+            "bits a weight, layers",
+            "layers, MB",
+            "adapter values",
+            "relative error, %",
         )
-    ]  # fmt: skip
+    ]
     for name in sorted(runs.experiment.unique(), key=lambda name: (name in found, -of(runs, name).mean())):
         part = runs[runs.experiment == name]
         rows.append(
             (
-                f"`{name}`", counted(part), mean_and_spread(of(runs, name)),
+                f"`{name}`",
+                counted(part),
+                mean_and_spread(of(runs, name)),
                 interval(found[name].difference) if name in found else "–",
-                p(corrected[name]) if name in found else "–", _mean(part, "layers_bits"),
-                _mean(part, "layers_bytes", 1e-6), f"{part.adapter_parameters.mean():,.0f}",
+                p(corrected[name]) if name in found else "–",
+                _mean(part, "layers_bits"),
+                _mean(part, "layers_bytes", 1e-6),
+                f"{part.adapter_parameters.mean():,.0f}",
                 _mean(part, "relative_error", 100),
             )
-        )  # fmt: skip
+        )
     return f"{markdown(rows, 1)}\n\n{origin(runs)}"
 
 
@@ -331,19 +367,26 @@ def deployment() -> str:
     batches = sorted({row["batch"] for row in found["latency"]})
     rows: list[tuple[str, ...]] = [
         (
-            "file", "MB", "of float32", "equal predictions, %", "logits, relative error",
+            "file",
+            "MB",
+            "of float32",
+            "equal predictions, %",
+            "logits, relative error",
             *(f"batch {batch}, ms (over float32)" for batch in batches),
         )
-    ]  # fmt: skip
+    ]
     for one in found["files"]:
         times = [latency[batch, one["format"]] for batch in batches]
         rows.append(
             (
-                one["format"], f"{one['bytes'] / 1e6:.1f}", f"{one['bytes'] / whole:.3f}",
-                f"{100 * one['same_predictions']:.2f}", f"{one['logit_error']:.1e}",
+                one["format"],
+                f"{one['bytes'] / 1e6:.1f}",
+                f"{one['bytes'] / whole:.3f}",
+                f"{100 * one['same_predictions']:.2f}",
+                f"{one['logit_error']:.1e}",
                 *(f"{_time(row)} ({row['ratio']:.2f})" for row in times),
             )
-        )  # fmt: skip
+        )
     return (
         f"{markdown(rows, 1)}\n\nAgreement with the model in PyTorch on {found['files'][0]['images']} random images; "
         f"onnxruntime {found['machine']['onnxruntime']}. {_setting(found)}"

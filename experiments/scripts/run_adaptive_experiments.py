@@ -27,16 +27,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--run-adalora", dest="method", action="store_const", const="adalora", help="AdaLoRA alone")
     what.add_argument("--run-qa-lora", dest="method", action="store_const", const="qa_lora", help="QA-LoRA alone")
     parser.add_argument(
-        "--config", type=Path, nargs="+", action="extend", metavar="FILE",
+        "--config",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
         help="these studies instead of the full-size ones; of them --run-adalora and --run-qa-lora run "
         "the experiments of that method",
-    )  # fmt: skip
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--smoke", action="store_true", help="random weights, synthetic images, a few steps; marked so")
     parser.add_argument(
-        "--output-dir", type=Path, metavar="DIR",
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
         help="default: experiments/outputs/adaptive, with --smoke experiments/outputs/adaptive_smoke",
-    )  # fmt: skip
+    )
     return parser.parse_args(arguments)
 
 

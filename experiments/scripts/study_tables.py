@@ -50,10 +50,15 @@ _NOT_OURS = ("lora_r1", "peft_adalora")
 _NOT_WORSE = "as-accurate-as-lora-r8"
 _MORE_ACCURATE = "more-accurate-than-lora-r8"
 _OWN = (
-    _NOT_WORSE, _MORE_ACCURATE, "adalora-over-peft", "strategy-over-published",
-    "eight-bits-lose-nothing-tuned", "four-bits-as-accurate-as-eight", "adaptive-ranks-help-on-four-bits",
+    _NOT_WORSE,
+    _MORE_ACCURATE,
+    "adalora-over-peft",
+    "strategy-over-published",
+    "eight-bits-lose-nothing-tuned",
+    "four-bits-as-accurate-as-eight",
+    "adaptive-ranks-help-on-four-bits",
     "joint-choice-keeps-accuracy",
-)  # fmt: skip
+)
 _MORE_TIME = 1.25  # times what LoRA r=8 takes; times of runs side by side differ by a fifth anyway
 
 
@@ -96,9 +101,16 @@ def main_table(analysis: Analysis) -> str:
     not_worse = {finding.subject: finding for finding in _of(analysis, _NOT_WORSE)}
     registered = _registered_otherwise(analysis, against)
     rows: list[tuple[str, ...]] = [
-        ("method", "test accuracy [95 %]", "minus LoRA r=8, points [95 %]", f"differs? (Holm over {len(against)})",
-         f"within a point? (Holm over {len(not_worse)})", "trained values", "to store, MB"),
-    ]  # fmt: skip
+        (
+            "method",
+            "test accuracy [95 %]",
+            "minus LoRA r=8, points [95 %]",
+            f"differs? (Holm over {len(against)})",
+            f"within a point? (Holm over {len(not_worse)})",
+            "trained values",
+            "to store, MB",
+        )
+    ]
     for method in in_order(analysis):
         name = method.experiment.name
         finding = not_worse.get(f"{name} against {REFERENCE}")
@@ -116,12 +128,7 @@ def main_table(analysis: Analysis) -> str:
     return markdown(rows, right=1)
 
 
-_WITHIN = {
-    "supported": "yes",
-    "refuted": "**no, worse**",
-    "not decided": "not decided",
-    "no data": "no data",
-}
+_WITHIN = {"supported": "yes", "refuted": "**no, worse**", "not decided": "not decided", "no data": "no data"}
 
 
 def _differs(verdict: str) -> str:
@@ -256,8 +263,8 @@ def _rate(learning_rate: float | None) -> str:
 def cost_table(analysis: Analysis) -> str:
     """Return one row a method: learning rate, every seed, and what training took."""
     rows: list[tuple[str, ...]] = [
-        ("method", "learning rate", "test accuracy by seed, %", "validation, %", "s a step", "one image, ms"),
-    ]  # fmt: skip
+        ("method", "learning rate", "test accuracy by seed, %", "validation, %", "s a step", "one image, ms")
+    ]
     for method in in_order(analysis):
         rows.append(
             (
@@ -339,9 +346,7 @@ def undecided(analysis: Analysis) -> str:
 
 def costs(analyses: Mapping[str, Analysis], pilots: Mapping[str, pd.DataFrame]) -> str:
     """Return what all runs took, by study; of pilots what their tables hold."""
-    rows: list[tuple[str, ...]] = [
-        ("study", "runs", "failed", "core hours", "machine", "commit"),
-    ]  # fmt: skip
+    rows: list[tuple[str, ...]] = [("study", "runs", "failed", "core hours", "machine", "commit")]
     for name, analysis in analyses.items():
         runs = analysis.study.runs
         seconds = sum(run.record.seconds * run.provenance.threads for run in runs)
@@ -350,19 +355,26 @@ def costs(analyses: Mapping[str, Analysis], pilots: Mapping[str, pd.DataFrame]) 
         dirty = any(run.provenance.git_dirty for run in runs)
         rows.append(
             (
-                SHORT[name], str(len(runs) + len(analysis.study.failed)), str(len(analysis.study.failed)),
-                fixed(seconds / 3600, 1), escaped("; ".join(machines)),
+                SHORT[name],
+                str(len(runs) + len(analysis.study.failed)),
+                str(len(analysis.study.failed)),
+                fixed(seconds / 3600, 1),
+                escaped("; ".join(machines)),
                 joined(commits) + (", with local changes" if dirty else ""),
             )
-        )  # fmt: skip
+        )
     for name, runs in pilots.items():
         commits = sorted({str(commit)[:7] for commit in runs.commit.dropna()})
         rows.append(
             (
-                f"{SHORT[name.removesuffix('_pilot')]}, pilot", str(len(runs)), str((runs.status != "done").sum()),
-                fixed(runs.seconds.sum() / 3600, 1), "–", joined(commits),
+                f"{SHORT[name.removesuffix('_pilot')]}, pilot",
+                str(len(runs)),
+                str((runs.status != "done").sum()),
+                fixed(runs.seconds.sum() / 3600, 1),
+                "–",
+                joined(commits),
             )
-        )  # fmt: skip
+        )
     return markdown(rows, right=1)
 
 

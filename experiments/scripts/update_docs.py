@@ -21,8 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "experiments" / "docs" / "task_8_3_implementation.md",)
 BEGIN, END = "<!-- quickstart-table -->", "<!-- /quickstart-table -->"
 COLUMNS = (
-    "experiment", "test accuracy, each seed (%)", "mean (%)", "trainable parameters", "to store", "seconds a step",
-)  # fmt: skip
+    "experiment",
+    "test accuracy, each seed (%)",
+    "mean (%)",
+    "trainable parameters",
+    "to store",
+    "seconds a step",
+)
 
 
 def method_table(analysis: Analysis) -> str:

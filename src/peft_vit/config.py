@@ -367,8 +367,9 @@ def _check_probes(data: dict[str, Any], lines: Lines, file: Path) -> None:
                 at: KeyPath = (*path, key)
                 raise UserError(
                     "has no effect on a linear probe, which is fitted to convergence; remove it",
-                    file=f"{file}:{lines[at]}" if at in lines else file, field=dotted(at),
-                )  # fmt: skip
+                    file=f"{file}:{lines[at]}" if at in lines else file,
+                    field=dotted(at),
+                )
 
 
 def _message(error: ErrorDetails, path: KeyPath) -> str:

@@ -83,9 +83,11 @@ class Budget(NamedTuple):
 
 
 _BUDGETS: dict[str, BudgetUnit] = {
-    "total_rank_budget": "ranks", "total_parameter_budget": "parameters", "total_byte_budget": "bytes",
+    "total_rank_budget": "ranks",
+    "total_parameter_budget": "parameters",
+    "total_byte_budget": "bytes",
     "total_mac_budget": "macs",
-}  # fmt: skip
+}
 
 # A setting, and with which values of another one it is read.
 _ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -260,9 +262,7 @@ class QaLoraConfig(AdapterConfig):
     )
     quantization_warmup_steps: int = Field(default=0, ge=0, description="steps before the float weights start to go")
     quantization_end_step: int | None = Field(
-        default=None,
-        ge=1,
-        description="step at which only quantized weights are left; default two thirds of the run",
+        default=None, ge=1, description="step at which only quantized weights are left; default two thirds of the run"
     )
     balance_target: float | None = Field(
         default=None, gt=0, description="adapter-to-error norm ratio to hold; null: it is measured, not managed"

@@ -13,9 +13,16 @@ import numpy as np
 import torch
 
 Purpose = Literal[
-    "head_init", "adapter_init", "data_order", "augmentation", "train_subset", "split", "probe", "calibration",
+    "head_init",
+    "adapter_init",
+    "data_order",
+    "augmentation",
+    "train_subset",
+    "split",
+    "probe",
+    "calibration",
     "removal",
-]  # fmt: skip
+]
 
 
 def _entropy(seed: int, purpose: Purpose, index: int) -> np.random.SeedSequence:

@@ -31,14 +31,18 @@ def do_runs(
     def do(experiments: dict[str, dict[str, object]], **data: object) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("runs")
         mapping = {
-            "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32",
+            "name": "tiny",
+            "seeds": [0],
+            "threads": 1,
+            "device": "cpu",
+            "precision": "fp32",
             "backbone": {"model": "test_vit", "weights": "file", "file": str(weights)},
             "data": {"image_size": 32, **data},
             "experiments": [
                 {"name": name, "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}, **experiment}
                 for name, experiment in experiments.items()
             ],
-        }  # fmt: skip
+        }
         file = folder / "tiny.yaml"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PEFT_VIT_CACHE", _session_cache)

@@ -54,7 +54,7 @@ def importance_by_matrix(led: Ledger, _: str) -> list[Row]:
                     "agreement_between_seeds": np.mean(rhos),
                 }
             )
-    return rows  # fmt: skip
+    return rows
 
 
 def importance_by_block(led: Ledger, _: str) -> list[Row]:
@@ -71,17 +71,21 @@ def importance_by_block(led: Ledger, _: str) -> list[Row]:
                     "mean_relative_score": np.mean([scores(r)[i] / scores(r).mean() for r in runs]),
                 }
             )
-    return rows  # fmt: skip
+    return rows
 
 
 def importance_over_time(led: Ledger, _: str) -> list[Row]:
     return [
-        {"experiment": name, "step": entry["step"],
-         "rho_with_final": np.mean([stats.spearmanr(scores(r, i), scores(r)).statistic
-                                    for r in led.runs[name].values()])}
+        {
+            "experiment": name,
+            "step": entry["step"],
+            "rho_with_final": np.mean(
+                [stats.spearmanr(scores(r, i), scores(r)).statistic for r in led.runs[name].values()]
+            ),
+        }
         for name in scored(led)
         for i, entry in enumerate(next(iter(led.runs[name].values()))["importance_history"])
-    ]  # fmt: skip
+    ]
 
 
 def importance_course(led: Ledger, _: str) -> list[Row]:
@@ -91,11 +95,16 @@ def importance_course(led: Ledger, _: str) -> list[Row]:
         kinds = matrices(runs[0])
         for i, entry in enumerate(runs[0]["importance_history"]):
             rows += [
-                {"experiment": name, "step": entry["step"], "matrix": kind,
-                 "mean_relative_score": np.mean([scores(r, i)[kinds == kind].mean() / scores(r, i).mean()
-                                                 for r in runs])}
+                {
+                    "experiment": name,
+                    "step": entry["step"],
+                    "matrix": kind,
+                    "mean_relative_score": np.mean(
+                        [scores(r, i)[kinds == kind].mean() / scores(r, i).mean() for r in runs]
+                    ),
+                }
                 for kind in dict.fromkeys(kinds)
-            ]  # fmt: skip
+            ]
     return rows
 
 
@@ -113,12 +122,20 @@ def importance_across_seeds(led: Ledger, _: str) -> list[Row]:
     for name in scored(led):
         runs = list(led.runs[name].values())
         blocks, kinds = np.array([site["block"] for site in runs[0]["sites"]]), matrices(runs[0])
-        means = [np.array([[scores(r)[of == one].mean() for one in dict.fromkeys(of)] for r in runs])
-                 for of in (blocks, kinds)]  # fmt: skip
-        rows.append({"experiment": name, "seeds": len(runs), "sites": len(blocks),
-                     "kendalls_w": kendalls_w(np.array([scores(r) for r in runs])),
-                     "kendalls_w_blocks": kendalls_w(np.round(means[0], 9)),
-                     "kendalls_w_matrices": kendalls_w(np.round(means[1], 9))})  # fmt: skip
+        means = [
+            np.array([[scores(r)[of == one].mean() for one in dict.fromkeys(of)] for r in runs])
+            for of in (blocks, kinds)
+        ]
+        rows.append(
+            {
+                "experiment": name,
+                "seeds": len(runs),
+                "sites": len(blocks),
+                "kendalls_w": kendalls_w(np.array([scores(r) for r in runs])),
+                "kendalls_w_blocks": kendalls_w(np.round(means[0], 9)),
+                "kendalls_w_matrices": kendalls_w(np.round(means[1], 9)),
+            }
+        )
     return rows
 
 
@@ -132,10 +149,13 @@ def rank_by_matrix(led: Ledger, _: str) -> list[Row]:
         runs = [led.runs[name][seed] for seed in sorted(led.runs[name])]
         kinds = matrices(runs[0])
         rows += [
-            {"experiment": name, "matrix": kind,
-             **interval("mean_rank", [ranks_at(r)[kinds == kind].mean() for r in runs])}
+            {
+                "experiment": name,
+                "matrix": kind,
+                **interval("mean_rank", [ranks_at(r)[kinds == kind].mean() for r in runs]),
+            }
             for kind in dict.fromkeys(kinds)
-        ]  # fmt: skip
+        ]
     return rows
 
 
@@ -152,13 +172,22 @@ def allocation(led: Ledger, _: str) -> list[Row]:
             shares = final[final > 0] / final.sum()
             apart = np.abs(final[:, None] - final[None, :]).sum()
             rows.append(
-                {"experiment": name, "seed": seed, "budget": history[-1]["budget"], "spent": final.sum(),
-                 "used": final.sum(), "sites": len(final), "sites_without_rank": (final == 0).sum(),
-                 "gini": apart / (2 * len(final) ** 2 * final.mean()),
-                 "evenness": -(shares * np.log(shares)).sum() / math.log(len(final)), "updates": len(history) - 1,
-                 "moved": " ".join(str(moved(ranks_at(record, i), ranks_at(record, i + 1)))
-                                   for i in range(len(history) - 1))}
-            )  # fmt: skip
+                {
+                    "experiment": name,
+                    "seed": seed,
+                    "budget": history[-1]["budget"],
+                    "spent": final.sum(),
+                    "used": final.sum(),
+                    "sites": len(final),
+                    "sites_without_rank": (final == 0).sum(),
+                    "gini": apart / (2 * len(final) ** 2 * final.mean()),
+                    "evenness": -(shares * np.log(shares)).sum() / math.log(len(final)),
+                    "updates": len(history) - 1,
+                    "moved": " ".join(
+                        str(moved(ranks_at(record, i), ranks_at(record, i + 1))) for i in range(len(history) - 1)
+                    ),
+                }
+            )
     return rows
 
 
@@ -171,8 +200,13 @@ def allocation_course(led: Ledger, _: str) -> list[Row]:
             overlaps = [float(np.minimum(share, shares[-1]).sum()) for share in shares]
             settled = next(e["step"] for i, e in enumerate(history) if all(o >= 0.9 for o in overlaps[i:]))
             for i, entry in enumerate(history):
-                row = {"experiment": name, "seed": seed, "step": entry["step"], "overlap_with_final": overlaps[i],
-                       "settled_step": settled}  # fmt: skip
+                row = {
+                    "experiment": name,
+                    "seed": seed,
+                    "step": entry["step"],
+                    "overlap_with_final": overlaps[i],
+                    "settled_step": settled,
+                }
                 if i:
                     row["moved"] = moved(ranks_at(record, i - 1), ranks_at(record, i))
                     row["churn"] = row["moved"] / ranks_at(record, i).sum()
@@ -186,8 +220,11 @@ def allocation_against_fixed(led: Ledger, _: str) -> list[Row]:
     for name in sorted(scored(led), key=lambda n: (n.startswith("qa_"), n)):
         found = {}
         for seed, record in led.runs[name].items():
-            line = sorted((math.log(led.runs[n][seed]["parameters"]["final"]), on_test(led.runs[n][seed]))
-                          for n in led.with_section("lora") if seed in led.runs[n])  # fmt: skip
+            line = sorted(
+                (math.log(led.runs[n][seed]["parameters"]["final"]), on_test(led.runs[n][seed]))
+                for n in led.with_section("lora")
+                if seed in led.runs[n]
+            )
             x, y = zip(*line, strict=True)
             found[seed] = on_test(record) - np.interp(math.log(record["parameters"]["final"]), x, y)
         seeds = sorted(found)
@@ -212,19 +249,25 @@ def quantization(led: Ledger, _: str) -> list[Row]:
     rows = []
     for name in low_bit(led):
         first = next(iter(led.runs[name].values()))
-        errors = {m: np.mean([r["quantization"]["relative_error"][m] for r in led.runs[name].values()])
-                  for m in first["quantization"]["relative_error"]}  # fmt: skip
-        rows.append({
-            "experiment": name, **interval("test_accuracy", led.over_seeds(name, on_test)),
-            "difference_to_float": np.mean(differences(led, name, "lora_r8", on_test)[1]),
-            "mean_relative_error": np.mean(list(errors.values())), "worst_relative_error": max(errors.values()),
-            "worst_module": max(errors, key=lambda m: errors[m]),
-            **settings(first),
-            "bits_per_weight": mean_of(led, name, "quantization", "bits_per_weight"),
-            "quantized_bytes": mean_of(led, name, "quantization", "quantized_bytes"),
-            "frozen_bytes": mean_of(led, name, "bytes", "frozen_bytes"),
-            "float_backbone_bytes": 4 * mean_of(led, name, "parameters", "backbone_total"),
-        })  # fmt: skip
+        errors = {
+            m: np.mean([r["quantization"]["relative_error"][m] for r in led.runs[name].values()])
+            for m in first["quantization"]["relative_error"]
+        }
+        rows.append(
+            {
+                "experiment": name,
+                **interval("test_accuracy", led.over_seeds(name, on_test)),
+                "difference_to_float": np.mean(differences(led, name, "lora_r8", on_test)[1]),
+                "mean_relative_error": np.mean(list(errors.values())),
+                "worst_relative_error": max(errors.values()),
+                "worst_module": max(errors, key=lambda m: errors[m]),
+                **settings(first),
+                "bits_per_weight": mean_of(led, name, "quantization", "bits_per_weight"),
+                "quantized_bytes": mean_of(led, name, "quantization", "quantized_bytes"),
+                "frozen_bytes": mean_of(led, name, "bytes", "frozen_bytes"),
+                "float_backbone_bytes": 4 * mean_of(led, name, "parameters", "backbone_total"),
+            }
+        )
     return rows
 
 
@@ -233,14 +276,19 @@ def quantization_cost(led: Ledger, _: str) -> list[Row]:
         return mean_of(led, name, "bytes", "frozen_bytes") + mean_of(led, name, "bytes", "adapter_file_bytes")
 
     return [
-        {"experiment": n, "bits_per_weight": mean_of(led, n, "quantization", "bits_per_weight"), "same_machine": 1,
-         "stored_bytes": stored(n), "float_stored_bytes": stored("lora_r8"),
-         "own_memory_bytes": mean_of(led, n, "own_memory_bytes"),
-         "float_own_memory_bytes": mean_of(led, "lora_r8", "own_memory_bytes"),
-         "seconds_per_step": mean_of(led, n, "seconds_per_step"),
-         "float_seconds_per_step": mean_of(led, "lora_r8", "seconds_per_step")}
+        {
+            "experiment": n,
+            "bits_per_weight": mean_of(led, n, "quantization", "bits_per_weight"),
+            "same_machine": 1,
+            "stored_bytes": stored(n),
+            "float_stored_bytes": stored("lora_r8"),
+            "own_memory_bytes": mean_of(led, n, "own_memory_bytes"),
+            "float_own_memory_bytes": mean_of(led, "lora_r8", "own_memory_bytes"),
+            "seconds_per_step": mean_of(led, n, "seconds_per_step"),
+            "float_seconds_per_step": mean_of(led, "lora_r8", "seconds_per_step"),
+        }
         for n in low_bit(led)
-    ]  # fmt: skip
+    ]
 
 
 def parts(record: Record) -> dict[str, float]:
@@ -258,48 +306,73 @@ def size(led: Ledger, _: str) -> list[Row]:
         model = first["quantization"]["size"]
         bits = mean_of(led, name, "quantization", "bits_per_weight")
         whole = 8 * (sum(parts(first).values()) + model["merging_bytes"]) / model["weights"]
-        rows.append({
-            "experiment": name, "claimed_vs_fp32": 32 / first["spec"]["experiment"]["qa_lora"]["quantization_bits"],
-            "layers_bits_per_weight": bits, "layers_vs_fp32": 32 / bits, "layers_vs_fp16": 16 / bits,
-            "model_bits_per_weight": whole, "model_vs_fp32": 32 / whole, "model_vs_fp16": 16 / whole,
-            "live_bytes": model["live_bytes"], "file_bytes": model["file_bytes"],
-            "own_memory_bytes": mean_of(led, name, "own_memory_bytes"),
-        })  # fmt: skip
+        rows.append(
+            {
+                "experiment": name,
+                "claimed_vs_fp32": 32 / first["spec"]["experiment"]["qa_lora"]["quantization_bits"],
+                "layers_bits_per_weight": bits,
+                "layers_vs_fp32": 32 / bits,
+                "layers_vs_fp16": 16 / bits,
+                "model_bits_per_weight": whole,
+                "model_vs_fp32": 32 / whole,
+                "model_vs_fp16": 16 / whole,
+                "live_bytes": model["live_bytes"],
+                "file_bytes": model["file_bytes"],
+                "own_memory_bytes": mean_of(led, name, "own_memory_bytes"),
+            }
+        )
     return rows
 
 
 def size_parts(led: Ledger, _: str) -> list[Row]:
     return [
-        {"experiment": n, **parts(r), "total_bytes": sum(parts(r).values()),
-         "weights": r["quantization"]["size"]["weights"]}
-        for n in low_bit(led) for r in [next(iter(led.runs[n].values()))]
-    ]  # fmt: skip
+        {
+            "experiment": n,
+            **parts(r),
+            "total_bytes": sum(parts(r).values()),
+            "weights": r["quantization"]["size"]["weights"],
+        }
+        for n in low_bit(led)
+        for r in [next(iter(led.runs[n].values()))]
+    ]
 
 
 def bits_by_layer(led: Ledger, _: str) -> list[Row]:
     return [
-        {"experiment": n, "layer": layer, "bits_per_weight": bits,
-         "relative_error": np.mean([r["quantization"]["relative_error"][layer] for r in led.runs[n].values()])}
+        {
+            "experiment": n,
+            "layer": layer,
+            "bits_per_weight": bits,
+            "relative_error": np.mean([r["quantization"]["relative_error"][layer] for r in led.runs[n].values()]),
+        }
         for n in low_bit(led)
         for layer, bits in next(iter(led.runs[n].values()))["bits_history"][-1]["bits_per_weight"].items()
-    ]  # fmt: skip
+    ]
 
 
 def quantization_balance(led: Ledger, _: str) -> list[Row]:
     return [
-        {"experiment": n, "measure": measure, "step": row["step"], "n": len(led.runs[n]),
-         "mean": np.mean([r["quantization"]["balance"][i][measure] for r in led.runs[n].values()])}
+        {
+            "experiment": n,
+            "measure": measure,
+            "step": row["step"],
+            "n": len(led.runs[n]),
+            "mean": np.mean([r["quantization"]["balance"][i][measure] for r in led.runs[n].values()]),
+        }
         for n in low_bit(led)
         for i, row in enumerate(next(iter(led.runs[n].values()))["quantization"]["balance"])
-        for measure in row if measure != "step"
-    ]  # fmt: skip
+        for measure in row
+        if measure != "step"
+    ]
 
 
 def quantization_against_float(led: Ledger, _: str) -> list[Row]:
     measures: dict[str, Callable[[Record], float]] = {
-        "accuracy": on_test, "nll": lambda r: r["test"]["nll"], "late_deviation": late_deviation,
+        "accuracy": on_test,
+        "nll": lambda r: r["test"]["nll"],
+        "late_deviation": late_deviation,
         "roughness": roughness,
-    }  # fmt: skip
+    }
     rows = []
     for measure, of in measures.items():
         family = [({"experiment": n, "measure": measure}, *differences(led, n, "lora_r8", of)) for n in low_bit(led)]

@@ -70,10 +70,12 @@ def compared(rows: list[tuple[Row, list[int], list[float]]], n: str = "n", name:
     ps = [wilcoxon_p(values) for _, _, values in rows]
     needed = math.ceil(1 - math.log2(0.05 / len(rows)))  # smallest n with 2 / 2^n <= 5 % / family
     return [
-        key | interval(name, values, n) | {f"seed_{seed}": value for seed, value in zip(seeds, values, strict=True)}
+        key
+        | interval(name, values, n)
+        | {f"seed_{seed}": value for seed, value in zip(seeds, values, strict=True)}
         | {"p_value": p, "p_holm": adjusted, "needed_n": needed}
         for (key, seeds, values), p, adjusted in zip(rows, ps, holm(ps), strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def on_test(record: Record) -> float:
@@ -90,12 +92,15 @@ def differences(led: Ledger, name: str, reference: str, of: Callable[[Record], f
 
 def accuracy(led: Ledger, _: str) -> list[Row]:
     return [
-        {"experiment": name, **interval("test_accuracy", led.over_seeds(name, on_test)),
-         "validation_accuracy": np.mean(led.over_seeds(name, lambda r: r["validation"]["accuracy"])),
-         "above_majority": np.mean(led.over_seeds(name, lambda r: on_test(r) - r["majority_accuracy"]["test"])),
-         **{f"seed_{seed}": on_test(record) for seed, record in led.runs[name].items()}}
+        {
+            "experiment": name,
+            **interval("test_accuracy", led.over_seeds(name, on_test)),
+            "validation_accuracy": np.mean(led.over_seeds(name, lambda r: r["validation"]["accuracy"])),
+            "above_majority": np.mean(led.over_seeds(name, lambda r: on_test(r) - r["majority_accuracy"]["test"])),
+            **{f"seed_{seed}": on_test(record) for seed, record in led.runs[name].items()},
+        }
         for name in led.runs
-    ]  # fmt: skip
+    ]
 
 
 def against(led: Ledger, slug: str) -> list[Row]:
@@ -108,10 +113,16 @@ def calibration_against(led: Ledger, slug: str) -> list[Row]:
     reference = slug.removeprefix("calibration_against_")
     rows = []
     for measure in ("nll", "ece"):
-        rows += compared([
-            ({"experiment": n, "measure": measure}, *differences(led, n, reference, lambda r, m=measure: r["test"][m]))
-            for n in led.runs if n != reference
-        ])  # fmt: skip
+        rows += compared(
+            [
+                (
+                    {"experiment": n, "measure": measure},
+                    *differences(led, n, reference, lambda r, m=measure: r["test"][m]),
+                )
+                for n in led.runs
+                if n != reference
+            ]
+        )
     return rows
 
 
@@ -140,8 +151,12 @@ def all_pairs(led: Ledger, _: str) -> list[Row]:
 def mirrored(row: Row) -> Row:
     """The same pair the other way round, since the test does not know which side a table starts from."""
     turned = dict(row) | {"experiment": row["reference"], "reference": row["experiment"]}
-    turned |= {"difference": -row["difference"], "difference_low": -row["difference_high"],
-               "difference_high": -row["difference_low"], "improvement": 1 - row["improvement"]}  # fmt: skip
+    turned |= {
+        "difference": -row["difference"],
+        "difference_low": -row["difference_high"],
+        "difference_high": -row["difference_low"],
+        "improvement": 1 - row["improvement"],
+    }
     return turned | {key: -row[key] for key in ("cohens_d", "hedges_g") if key in row}
 
 
@@ -156,15 +171,19 @@ def mean_of(led: Ledger, name: str, *path: str) -> float:
 
 def cost(led: Ledger, _: str) -> list[Row]:
     return [
-        {"experiment": n, "final_parameters": mean_of(led, n, "parameters", "final"), "n": len(led.runs[n]),
-         "peak_parameters": mean_of(led, n, "parameters", "peak"),
-         "adapter_parameters": mean_of(led, n, "parameters", "final") - mean_of(led, n, "parameters", "head"),
-         "frozen_bytes": mean_of(led, n, "bytes", "frozen_bytes"),
-         "adapter_file_bytes": mean_of(led, n, "bytes", "adapter_file_bytes"),
-         "seconds_per_step": mean_of(led, n, "seconds_per_step"),
-         "own_memory_bytes": mean_of(led, n, "own_memory_bytes")}
+        {
+            "experiment": n,
+            "final_parameters": mean_of(led, n, "parameters", "final"),
+            "n": len(led.runs[n]),
+            "peak_parameters": mean_of(led, n, "parameters", "peak"),
+            "adapter_parameters": mean_of(led, n, "parameters", "final") - mean_of(led, n, "parameters", "head"),
+            "frozen_bytes": mean_of(led, n, "bytes", "frozen_bytes"),
+            "adapter_file_bytes": mean_of(led, n, "bytes", "adapter_file_bytes"),
+            "seconds_per_step": mean_of(led, n, "seconds_per_step"),
+            "own_memory_bytes": mean_of(led, n, "own_memory_bytes"),
+        }
         for n in led.runs
-    ]  # fmt: skip
+    ]
 
 
 def on_front(costs: list[float], values: list[float]) -> list[bool]:
@@ -175,40 +194,53 @@ def on_front(costs: list[float], values: list[float]) -> list[bool]:
 def pareto_fronts(led: Ledger, _: str) -> list[Row]:
     rows = []
     names = list(led.runs)
-    stored = {n: mean_of(led, n, "bytes", "frozen_bytes") + mean_of(led, n, "bytes", "adapter_file_bytes")
-              for n in names}  # fmt: skip
+    stored = {
+        n: mean_of(led, n, "bytes", "frozen_bytes") + mean_of(led, n, "bytes", "adapter_file_bytes") for n in names
+    }
     test = {n: mean_of(led, n, "test", "accuracy") for n in names}
     validation = {n: mean_of(led, n, "validation", "accuracy") for n in names}
     for name, costs in (
         ("final_parameters", {n: mean_of(led, n, "parameters", "final") for n in names}),
-        ("stored_bytes", stored), ("seconds_per_step", {n: mean_of(led, n, "seconds_per_step") for n in names}),
-    ):  # fmt: skip
+        ("stored_bytes", stored),
+        ("seconds_per_step", {n: mean_of(led, n, "seconds_per_step") for n in names}),
+    ):
         fronts = [on_front([costs[n] for n in names], [v[n] for n in names]) for v in (validation, test)]
         members = sorted((n for n, is_on in zip(names, fronts[0], strict=True) if is_on), key=lambda n: (costs[n], n))
         leads = {
             row["experiment"]: {key: value for key, value in row.items() if not key.startswith("seed_")}
             for row in compared(
-                [({"experiment": dear}, *differences(led, dear, cheap, on_test))
-                 for cheap, dear in pairwise(members)],
-                "lead_n", "lead",
+                [({"experiment": dear}, *differences(led, dear, cheap, on_test)) for cheap, dear in pairwise(members)],
+                "lead_n",
+                "lead",
             )
-        }  # fmt: skip
+        }
         rows += [
-            {"cost": name, "experiment": n, "value": costs[n], "validation_accuracy": validation[n],
-             **interval("test_accuracy", led.over_seeds(n, on_test), "test_accuracy_n"),
-             "on_front": fronts[0][i], "on_test_front": fronts[1][i], **leads.get(n, {"lead_n": 0})}
+            {
+                "cost": name,
+                "experiment": n,
+                "value": costs[n],
+                "validation_accuracy": validation[n],
+                **interval("test_accuracy", led.over_seeds(n, on_test), "test_accuracy_n"),
+                "on_front": fronts[0][i],
+                "on_test_front": fronts[1][i],
+                **leads.get(n, {"lead_n": 0}),
+            }
             for i, n in enumerate(names)
-        ]  # fmt: skip
+        ]
     return rows
 
 
 def of_metrics(*measures: str) -> Callable[[Ledger, str], list[Row]]:
     def rows(led: Ledger, _: str) -> list[Row]:
         return [
-            {"experiment": n} | {key: value for m in measures for key, value in interval(
-                m, led.over_seeds(n, lambda r, m=m: r["test"][m]), f"{m}_n").items()}
+            {"experiment": n}
+            | {
+                key: value
+                for m in measures
+                for key, value in interval(m, led.over_seeds(n, lambda r, m=m: r["test"][m]), f"{m}_n").items()
+            }
             for n in led.runs
-        ]  # fmt: skip
+        ]
 
     return rows
 
@@ -217,9 +249,7 @@ def calibration(led: Ledger, slug: str) -> list[Row]:
     """Without predictions in the records, which the planted ones lack, there is nothing but NLL and ECE."""
     nothing = {f"{measure}_n": 0 for measure in ("adaptive_ece", "brier", "overconfidence")}
     seeds = [{"seeds_without_predictions": " ".join(map(str, sorted(led.runs[n])))} for n in led.runs]
-    return [
-        row | nothing | without for row, without in zip(of_metrics("nll", "ece")(led, slug), seeds, strict=True)
-    ]  # fmt: skip
+    return [row | nothing | without for row, without in zip(of_metrics("nll", "ece")(led, slug), seeds, strict=True)]
 
 
 def late_deviation(record: Record) -> float:
@@ -243,14 +273,20 @@ def convergence(led: Ledger, _: str) -> list[Row]:
         return next(step for i, (step, _) in enumerate(found) if all(near[i:]))
 
     return [
-        {"experiment": n, "steps": 48, "n": len(led.runs[n]),
-         **interval("late_deviation", led.over_seeds(n, late_deviation), "late_deviation_n"),
-         **interval("roughness", led.over_seeds(n, roughness), "roughness_n"),
-         **interval("settled_step", led.over_seeds(n, settled), "settled_step_n")}
+        {
+            "experiment": n,
+            "steps": 48,
+            "n": len(led.runs[n]),
+            **interval("late_deviation", led.over_seeds(n, late_deviation), "late_deviation_n"),
+            **interval("roughness", led.over_seeds(n, roughness), "roughness_n"),
+            **interval("settled_step", led.over_seeds(n, settled), "settled_step_n"),
+        }
         for n in led.runs
-    ]  # fmt: skip
+    ]
 
 
 def not_done(led: Ledger, _: str) -> list[Row]:
-    return [{"experiment": r["spec"]["experiment"]["name"], "seed": r["spec"]["seed"], "reason": r["error"]}
-            for r in led.failed]  # fmt: skip
+    return [
+        {"experiment": r["spec"]["experiment"]["name"], "seed": r["spec"]["seed"], "reason": r["error"]}
+        for r in led.failed
+    ]

@@ -29,9 +29,18 @@ def evidence(monkeypatch) -> ModuleType:
 
 def runs(accuracies: dict[str, list[float]], rates: dict[str, float] | None = None) -> pd.DataFrame:
     fixed = {
-        "study": "s", "method": "adalora", "status": "done", "majority_accuracy": 0.687, "adapter_parameters": 1000,
-        "sites": 4, "sites_without_rank": 1, "gini_of_ranks": 0.25, "seconds": 30.0, "commit": "abc", "dirty": False,
-    }  # fmt: skip
+        "study": "s",
+        "method": "adalora",
+        "status": "done",
+        "majority_accuracy": 0.687,
+        "adapter_parameters": 1000,
+        "sites": 4,
+        "sites_without_rank": 1,
+        "gini_of_ranks": 0.25,
+        "seconds": 30.0,
+        "commit": "abc",
+        "dirty": False,
+    }
     rows = [
         fixed
         | {"experiment": name, "seed": seed, "learning_rate": (rates or {}).get(name, 1e-3)}
@@ -64,8 +73,11 @@ def test_the_ablation_is_compared_with_the_same_rank_everywhere_and_corrected(ev
 
 
 def test_learning_rates_are_compared_at_the_same_rate_and_losses_are_named(evidence) -> None:
-    names = {f"{family}_lr_{text}": rate for family in ("lora_r8", "adalora")
-             for text, rate in (("3e4", 3e-4), ("1e3", 1e-3), ("3e3", 3e-3))}  # fmt: skip
+    names = {
+        f"{family}_lr_{text}": rate
+        for family in ("lora_r8", "adalora")
+        for text, rate in (("3e4", 3e-4), ("1e3", 1e-3), ("3e3", 3e-3))
+    }
     level = {"lora_r8": {3e-4: 0.80, 1e-3: 0.82, 3e-3: 0.70}, "adalora": {3e-4: 0.81, 1e-3: 0.82, 3e-3: 0.79}}
     noise = 0.004 * np.random.default_rng(1).standard_normal((len(names), 10))
     accuracies = {
@@ -88,8 +100,12 @@ def test_failed_runs_count_as_the_majority_class_and_are_named(evidence) -> None
     data = runs({"lora_r8_lr_1e3": [0.8] * 4, "adalora_lr_1e3": [0.81, 0.82, 0.831, 0.84]}, rates)
     failed = (data.experiment == "adalora_lr_1e3") & (data.seed == 3)
     data.loc[failed, ["status", "test_accuracy", "validation_accuracy", "majority_accuracy", "commit"]] = [
-        "failed", np.nan, np.nan, np.nan, None,
-    ]  # fmt: skip
+        "failed",
+        np.nan,
+        np.nan,
+        np.nan,
+        None,
+    ]
     row = next(line for line in evidence.learning_rates(data).splitlines() if line.startswith("| `adalora`"))
     values = np.array([81.0, 82.0, 83.1, 68.7])
     assert "| 4 (1) |" in row

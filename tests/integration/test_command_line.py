@@ -83,21 +83,25 @@ BAD = {
     "group size": ("group_size: 16", "group_size: 24", "experiments[3].qa_lora.group_size", "does not divide the 64"),
     "rank above the groups": ("group_size: 16", "group_size: 64", "experiments[3].qa_lora.rank", "at most 1"),
     "budget below the minima": (
-        "total_rank_budget: 40", "minimum_rank: 2\n      total_rank_budget: 40",
-        "experiments[2].adalora.total_rank_budget", "expected 72",
+        "total_rank_budget: 40",
+        "minimum_rank: 2\n      total_rank_budget: 40",
+        "experiments[2].adalora.total_rank_budget",
+        "expected 72",
     ),
     "nf4 with 8 bits": ("quantization_bits: 4", "quantization_bits: 8", "experiments[3].qa_lora", "nf4 stores 4 bits"),
     "no step to decide": ("warmup_steps: 2", "warmup_steps: 6", "experiments[2].adalora.warmup_steps", "train longer"),
     "no step to finish": (
-        "group_size: 16", "group_size: 16\n      quantization_end_step: 7",
-        "experiments[3].qa_lora.quantization_end_step", "within 6 steps",
+        "group_size: 16",
+        "group_size: 16\n      quantization_end_step: 7",
+        "experiments[3].qa_lora.quantization_end_step",
+        "within 6 steps",
     ),
     "no device": ("device: cpu", f"device: {MISSING_DEVICE}", "device", "use auto or cpu"),
     "image size": ("image_size: 32", "image_size: 33", "data.image_size", "use 32 or 48"),
     "too many images": ("train_images: 24", "train_images: 9999", "data.train_images", "ask for fewer"),
     "missing folder": ("dataset: digits", "dataset: image-folder\n  path: /nowhere", "data.path", "/nowhere"),
     "other weights of a tag": ("model: test_vit", "model: test_vit.in2k", "backbone.model", "expected one of"),
-}  # fmt: skip
+}
 
 
 def write(folder: Path, text: str = STUDY) -> Path:
@@ -193,9 +197,20 @@ def test_a_corrupted_image(tmp_path, capsys) -> None:
     assert "04.png" in line
     assert "replace it or take it out" in line
     line = refusal(
-        capsys, "train", tmp_path / "images", "--method", "lora", "--model", "test_vit", "--weights", "random",
-        "--image-size", "32", "--output-dir", tmp_path / "out",
-    )  # fmt: skip
+        capsys,
+        "train",
+        tmp_path / "images",
+        "--method",
+        "lora",
+        "--model",
+        "test_vit",
+        "--weights",
+        "random",
+        "--image-size",
+        "32",
+        "--output-dir",
+        tmp_path / "out",
+    )
     assert "04.png" in line
     assert list((tmp_path / "out").rglob("*.json")) == []
 

@@ -28,9 +28,13 @@ pytestmark = pytest.mark.usefixtures("cache")
 def test_the_promised_configurations_are_there() -> None:
     names = {file.stem for file in CONFIGS}
     assert names >= {
-        "quickstart", "adalora_comprehensive_experiment", "qa_lora_comprehensive_experiment", "fixed_rank_baselines",
-        "cifar100_vit_small", "tiny_imagenet_deit_small",
-    }  # fmt: skip
+        "quickstart",
+        "adalora_comprehensive_experiment",
+        "qa_lora_comprehensive_experiment",
+        "fixed_rank_baselines",
+        "cifar100_vit_small",
+        "tiny_imagenet_deit_small",
+    }
 
 
 @pytest.mark.part("importance analysis")
@@ -85,12 +89,14 @@ def distinct() -> list[tuple[Path, int]]:
     ("file", "place"),
     [
         pytest.param(
-            file, place, id=f"{file.stem}-{place}",
+            file,
+            place,
+            id=f"{file.stem}-{place}",
             marks=[pytest.mark.part("runner")] if file.stem == "quickstart" else [],
         )
         for file, place in distinct()
     ],
-)  # fmt: skip
+)
 def test_smoke(file: Path, place: int, tmp_path: Path) -> None:
     record = run_and_write(planned(file).runs[place].spec, tmp_path)
     assert (record.status, record.error) == ("done", None)

@@ -24,9 +24,14 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 _QA_LORA = {
-    "quantization_bits": 4, "quantization_type": "int4", "quantization_schedule": "constant",
-    "gradient_scaling_factor": 1.0, "rank": 2, "use_group_quantization": True, "group_size": 32,
-}  # fmt: skip
+    "quantization_bits": 4,
+    "quantization_type": "int4",
+    "quantization_schedule": "constant",
+    "gradient_scaling_factor": 1.0,
+    "rank": 2,
+    "use_group_quantization": True,
+    "group_size": 32,
+}
 EXPERIMENTS = {
     "lora": {"method": "lora", "lora": {"rank": 2, "scale": 1.7}},
     "full": {"method": "full"},
@@ -37,14 +42,22 @@ EXPERIMENTS = {
         "method": "qa_adalora",
         "qa_lora": {key: value for key, value in _QA_LORA.items() if key != "rank"},
         "adalora": {
-            "importance_metric": "sensitivity", "update_frequency": 1, "warmup_steps": 2, "final_steps": 2,
-            "allocation_strategy": "global", "total_rank_budget": 40,
+            "importance_metric": "sensitivity",
+            "update_frequency": 1,
+            "warmup_steps": 2,
+            "final_steps": 2,
+            "allocation_strategy": "global",
+            "total_rank_budget": 40,
         },
     },
     "packed_probe": {
-        "method": "qa_linear", "training": {},
+        "method": "qa_linear",
+        "training": {},
         "qa_lora": {
-            "quantization_bits": 4, "quantization_type": "int4", "use_group_quantization": True, "group_size": 32,
+            "quantization_bits": 4,
+            "quantization_type": "int4",
+            "use_group_quantization": True,
+            "group_size": 32,
         },
     },
     "mixed": {
@@ -60,7 +73,7 @@ EXPERIMENTS = {
         "qa_lora": {key: value for key, value in _QA_LORA.items() if key != "group_size"}
         | {"use_group_quantization": False},
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +224,16 @@ def refusal(capsys, *arguments: object) -> str:
 def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, capsys) -> None:
     names = ("\x1b[2Ja", "two\nlines\tand a tab", "\u202egnp")
     card = ModelCard(
-        run="s/e/seed_0", model="test_vit", weights_name="none", weights_sha256=None, image_size=32, channels=3,
-        mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), class_names=names,
-    )  # fmt: skip
+        run="s/e/seed_0",
+        model="test_vit",
+        weights_name="none",
+        weights_sha256=None,
+        image_size=32,
+        channels=3,
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.25),
+        class_names=names,
+    )
     save_low_bit(timm.create_model("test_vit", img_size=32, num_classes=3), tmp_path / "model.safetensors", card)
     files = [tmp_path / name for name in ("\x1b]0;title\x07.png", "a\nb.png", "\udce9.png", "bad\x9b.png")]
     for file in files[:3]:

@@ -39,14 +39,18 @@ def condensed(evidence: ModuleType, folder: Path, records: list[planted.RunRecor
 
 def test_a_second_evening_adds_its_runs_and_replaces_those_done_anew(evidence, tmp_path: Path) -> None:
     first = condensed(
-        evidence, tmp_path / "a",
+        evidence,
+        tmp_path / "a",
         [planted.record(LORA, 10, 0.8), planted.record(LORA, 2, 1 / 3), planted.failed(OTHER, 2, "loss is not finite")],
-    )  # fmt: skip
+    )
     second = condensed(evidence, tmp_path / "b", [planted.record(OTHER, 2, 0.75), planted.record(LORA, 3, 0.7)])
     table = pd.read_csv(evidence.RESULTS / "quickstart.csv")
     assert list(zip(table.experiment, table.seed, strict=True)) == [
-        ("lora_r1", 2), ("lora_r8", 2), ("lora_r8", 3), ("lora_r8", 10),
-    ]  # fmt: skip
+        ("lora_r1", 2),
+        ("lora_r8", 2),
+        ("lora_r8", 3),
+        ("lora_r8", 10),
+    ]
     assert list(table.status) == ["done"] * 4
     assert list(table.test_accuracy.round(3)) == [0.75, 0.333, 0.7, 0.8]
     assert set(second.splitlines()) > {line for line in first.splitlines() if "lora_r8" in line}  # to the last digit

@@ -23,15 +23,22 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("cache")
 
 ADALORA = {
-    "importance_metric": "sensitivity", "update_frequency": 1, "warmup_steps": 2, "final_steps": 2,
+    "importance_metric": "sensitivity",
+    "update_frequency": 1,
+    "warmup_steps": 2,
+    "final_steps": 2,
     "allocation_strategy": "global",
-}  # fmt: skip
+}
 EXPERIMENTS = {
     "linear": {"method": "linear", "training": {}},
     "packed_linear": {
-        "method": "qa_linear", "training": {},
+        "method": "qa_linear",
+        "training": {},
         "qa_lora": {
-            "quantization_bits": 4, "quantization_type": "nf4", "use_group_quantization": True, "group_size": 16,
+            "quantization_bits": 4,
+            "quantization_type": "nf4",
+            "use_group_quantization": True,
+            "group_size": 16,
         },
     },
     "full": {"method": "full"},
@@ -42,17 +49,26 @@ EXPERIMENTS = {
     "theirs_adaptive": {
         "method": "peft_adalora",
         "peft_adalora": {
-            "initial_rank": 4, "target_rank": 2, "warmup_steps": 1, "update_frequency": 2, "final_steps": 2
+            "initial_rank": 4,
+            "target_rank": 2,
+            "warmup_steps": 1,
+            "update_frequency": 2,
+            "final_steps": 2,
         },
     },
     "quantized": {
         "method": "qa_lora",
         "qa_lora": {
-            "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "linear",
-            "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 2,
+            "quantization_bits": 4,
+            "quantization_type": "nf4",
+            "quantization_schedule": "linear",
+            "gradient_scaling_factor": 1.0,
+            "use_group_quantization": True,
+            "group_size": 16,
+            "rank": 2,
         },
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -78,9 +78,17 @@ def command(*arguments: str | Path) -> int:
 
 def planned(adapter: Path, images: Path, weights: Path, out: Path, *, seed: int = 0) -> PlannedRun:
     asked = OwnImages(
-        images, "lora", model="test_vit", weights=str(weights), image_size=32, epochs=8, learning_rate=1e-2, seed=seed,
-        threads=1, start=adapter,
-    )  # fmt: skip
+        images,
+        "lora",
+        model="test_vit",
+        weights=str(weights),
+        image_size=32,
+        epochs=8,
+        learning_rate=1e-2,
+        seed=seed,
+        threads=1,
+        start=adapter,
+    )
     (run,) = plan_study(study_of(asked)[0], out, file=images).runs
     return run
 
@@ -97,9 +105,21 @@ def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp
     torch.testing.assert_close(logits(start), before, rtol=0, atol=1e-5)
 
     code = command(
-        "import", adapter, images, *MODEL, "--weights", weights, "--epochs", "8", "--learning-rate", "1e-2",
-        "--shots", "4", "--output-dir", tmp_path / "out",
-    )  # fmt: skip
+        "import",
+        adapter,
+        images,
+        *MODEL,
+        "--weights",
+        weights,
+        "--epochs",
+        "8",
+        "--learning-rate",
+        "1e-2",
+        "--shots",
+        "4",
+        "--output-dir",
+        tmp_path / "out",
+    )
     assert code == 0
     run = tmp_path / "out" / "own-images" / "imported" / "seed_0"
     record = read_record(run / "record.json")

@@ -36,9 +36,12 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path, cache: str) -> Non
     config.write_text(STUDY)
     process = subprocess.Popen(
         [sys.executable, "-c", MAIN, "run", str(config), "--output-dir", str(tmp_path / "out")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if "already done and skipped" in line:  # the plan stands; the worker starts

@@ -119,9 +119,16 @@ class Outcome:
 def train(metric: str, seed: int, noise_level: float = 0.5, steps: int = 40) -> Outcome:
     model, task = network(), Task(seed)
     config = AdaLoraConfig(
-        total_rank_budget=24, allocation_strategy="proportional", importance_metric=metric, targets=TARGETS,
-        warmup_steps=steps // 4, update_frequency=steps // 8, final_steps=steps // 4, maximum_rank=12, scale=SCALE,
-    )  # fmt: skip
+        total_rank_budget=24,
+        allocation_strategy="proportional",
+        importance_metric=metric,
+        targets=TARGETS,
+        warmup_steps=steps // 4,
+        update_frequency=steps // 8,
+        final_steps=steps // 4,
+        maximum_rank=12,
+        scale=SCALE,
+    )
     controller = AdaLoRAController(model, config, steps, seed=seed)
     model.head.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)

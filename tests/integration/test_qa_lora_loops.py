@@ -20,9 +20,14 @@ TARGETS = ["qkv", "attn.proj", "fc1", "fc2"]
 
 def settings(**changes) -> QaLoraConfig:
     default = {
-        "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
-        "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "quantization_offset": False,
-    }  # fmt: skip
+        "quantization_bits": 4,
+        "quantization_type": "nf4",
+        "quantization_schedule": "constant",
+        "gradient_scaling_factor": 1.0,
+        "use_group_quantization": True,
+        "group_size": 16,
+        "quantization_offset": False,
+    }
     return QaLoraConfig(**{**default, **changes})
 
 
@@ -136,9 +141,15 @@ def test_that_groups_serve_storage_alone_is_said(tiny_vit) -> None:
 def test_ranks_adapt_on_quantized_sites_in_ones_own_loop(tiny_vit, batch, by_peft) -> None:
     minimum = 1 if by_peft else 0
     ranks = AdaLoraConfig(
-        total_rank_budget=20, allocation_strategy="proportional", importance_metric="gradient_norm", warmup_steps=2,
-        update_frequency=2, final_steps=2, minimum_rank=minimum, budget_schedule="constant" if by_peft else "cubic",
-    )  # fmt: skip
+        total_rank_budget=20,
+        allocation_strategy="proportional",
+        importance_metric="gradient_norm",
+        warmup_steps=2,
+        update_frequency=2,
+        final_steps=2,
+        minimum_rank=minimum,
+        budget_schedule="constant" if by_peft else "cubic",
+    )
     model = wrapped(tiny_vit(), r=2) if by_peft else tiny_vit()
     controller = AdaLoRAController(model, ranks, STEPS, pool=1 if by_peft else 16)
     trainer = QALoRATrainer(model, settings(**LINEAR), STEPS)
@@ -179,9 +190,18 @@ def test_transformers_trainer_does_what_a_plain_loop_does(tiny_vit, batch, tmp_p
 
     model, quantizer = prepared()
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=6, learning_rate=1e-2, max_grad_norm=0,
-        optim="sgd", lr_scheduler_type="constant", use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=6,
+        learning_rate=1e-2,
+        max_grad_norm=0,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
     images, labels = batch
     data = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
     trainer = transformers.Trainer(model=WithLoss(model), args=arguments, train_dataset=data)
@@ -205,9 +225,14 @@ def test_adam_that_accelerate_has_wrapped_is_known(tiny_vit, batch, tmp_path) ->
     model = tiny_vit()
     quantizer = QALoRATrainer(model, settings(gradient_scaling_factor=2.0, rank=2), 1)
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=6, use_cpu=True, save_strategy="no",
-        report_to=[], disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=6,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
     data = [{"pixel_values": x, "labels": y} for x, y in zip(*batch, strict=True)]
     trainer = transformers.Trainer(model=WithLoss(model), args=arguments, train_dataset=data)
     trainer.add_callback(Quantize(quantizer))

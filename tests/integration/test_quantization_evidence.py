@@ -21,10 +21,15 @@ import quantization_evidence as evidence  # noqa: E402
 STUDY = load_study(CONFIGS / "quantization_ablation.yaml")
 SEEDS = 10
 FACTORS = (
-    {"quantization_bits", "quantization_type"}, {"group_size"}, {"use_group_quantization"},
-    {"quantization_schedule", "quantization_end_step"}, {"quantization_warmup_steps"}, {"gradient_scaling_factor"},
-    {"gradient_scaling"}, {"balance_target", "balance_by"},
-)  # fmt: skip
+    {"quantization_bits", "quantization_type"},
+    {"group_size"},
+    {"use_group_quantization"},
+    {"quantization_schedule", "quantization_end_step"},
+    {"quantization_warmup_steps"},
+    {"gradient_scaling_factor"},
+    {"gradient_scaling"},
+    {"balance_target", "balance_by"},
+)
 
 
 def runs(effects: dict[str, float], noise: float = 0.2, seeds: int = SEEDS) -> pd.DataFrame:
@@ -37,15 +42,29 @@ def runs(effects: dict[str, float], noise: float = 0.2, seeds: int = SEEDS) -> p
         bits = None if experiment.qa_lora is None else experiment.qa_lora.quantization_bits + 1.0
         rows += [
             {
-                "study": STUDY.name, "experiment": experiment.name, "method": experiment.method, "seed": seed,
-                "status": "done", "learning_rate": experiment.training.learning_rate, "test_accuracy": value / 100,
-                "validation_accuracy": value / 100, "majority_accuracy": 0.687, "seconds": 30.0, "commit": "abc",
-                "layers_bits": bits, "model_bits": None if bits is None else bits + 0.5, "model_bytes": 15_000_000,
-                "file_bytes": 15_010_000, "peak_memory_bytes": 900_000_000, "relative_error": 0.09,
-                "adapter_to_error_ratio": 0.4, "layers_bytes": 13_000_000, "adapter_parameters": 342_144,
+                "study": STUDY.name,
+                "experiment": experiment.name,
+                "method": experiment.method,
+                "seed": seed,
+                "status": "done",
+                "learning_rate": experiment.training.learning_rate,
+                "test_accuracy": value / 100,
+                "validation_accuracy": value / 100,
+                "majority_accuracy": 0.687,
+                "seconds": 30.0,
+                "commit": "abc",
+                "layers_bits": bits,
+                "model_bits": None if bits is None else bits + 0.5,
+                "model_bytes": 15_000_000,
+                "file_bytes": 15_010_000,
+                "peak_memory_bytes": 900_000_000,
+                "relative_error": 0.09,
+                "adapter_to_error_ratio": 0.4,
+                "layers_bytes": 13_000_000,
+                "adapter_parameters": 342_144,
             }
             for seed, value in enumerate(values)
-        ]  # fmt: skip
+        ]
     return pd.DataFrame(rows)
 
 
@@ -129,11 +148,12 @@ def test_settings_are_compared_with_float_lora_of_their_optimizer_and_corrected_
     by_seed = data.pivot(index="seed", columns="experiment", values="test_accuracy").fillna(0.687) * 100
     differences = by_seed.int2 - by_seed.lora_r8
     assert cells["int2"][1:4] == [
-        "10 (1)", f"{by_seed.int2.mean():.1f} ({by_seed.int2.std():.1f})",
+        "10 (1)",
+        f"{by_seed.int2.mean():.1f} ({by_seed.int2.std():.1f})",
         "{:+.2f} [{:+.2f}, {:+.2f}]".format(
             differences.mean(), *stats.t.interval(0.95, 9, differences.mean(), stats.sem(differences))
         ),
-    ]  # fmt: skip
+    ]
     assert len(cells) - 2 - 2 == 18  # without head, rule and the two float ones
     assert cells["int2"][4] == f"{18 * stats.wilcoxon(differences).pvalue:.3f}"
 
@@ -147,8 +167,13 @@ def test_a_study_of_a_few_seeds_makes_tables_that_decide_nothing_they_cannot() -
 
 
 def test_adaptive_bits_are_set_against_uniform_ones_at_their_bytes() -> None:
-    level = {"uniform_int2": 70.0, "uniform_int4": 80.0, "fisher_int4_bytes": 82.0, "joint_int4_bytes": 80.0,
-             "fisher_3_5_bits": 74.0}  # fmt: skip
+    level = {
+        "uniform_int2": 70.0,
+        "uniform_int4": 80.0,
+        "fisher_int4_bytes": 82.0,
+        "joint_int4_bytes": 80.0,
+        "fisher_3_5_bits": 74.0,
+    }
     rng = np.random.default_rng(8)
     one = runs({}).head(1).drop(columns=["experiment", "seed", "test_accuracy"])
     data = pd.concat(
@@ -158,8 +183,11 @@ def test_adaptive_bits_are_set_against_uniform_ones_at_their_bytes() -> None:
     ).reset_index(drop=True)
     names = {experiment.name for experiment in load_study(CONFIGS / "adaptive_bits.yaml").experiments}
     assert set(level) <= names
-    lines = {line.split("|")[1].strip(" `"): line.split("|") for line in evidence.adaptive_bits(data).splitlines()
-             if "|" in line}  # fmt: skip
+    lines = {
+        line.split("|")[1].strip(" `"): line.split("|")
+        for line in evidence.adaptive_bits(data).splitlines()
+        if "|" in line
+    }
     by_seed = data.pivot(index="seed", columns="experiment", values="test_accuracy") * 100
     line = 0.75 * by_seed.uniform_int2 + 0.25 * by_seed.uniform_int4
     for name, reference in (("fisher_int4_bytes", by_seed.uniform_int4), ("fisher_3_5_bits", line)):
@@ -175,12 +203,15 @@ def pilot_runs(level: dict[float, float], ratio: float = 0.26) -> pd.DataFrame:
     names = {f"nf4_sgd_lr_{rate:g}": rate for rate in level} | {"nf4_linear": 1e-3}
     return pd.concat(
         data.assign(
-            experiment=name, seed=seed, learning_rate=rate, adapter_to_error_ratio=ratio * (1 + rate),
+            experiment=name,
+            seed=seed,
+            learning_rate=rate,
+            adapter_to_error_ratio=ratio * (1 + rate),
             validation_accuracy=level.get(rate, 0.8) + 0.01 * (seed - 101),
         )
         for name, rate in names.items()
         for seed in (100, 101, 102)
-    ).reset_index(drop=True)  # fmt: skip
+    ).reset_index(drop=True)
 
 
 def test_the_pilots_rules() -> None:
@@ -232,8 +263,9 @@ def test_records_become_rows() -> None:
     assert found["model_bits"] == pytest.approx(8 * total / (planted.BACKBONE_PARAMETERS + 770))
     assert found["adapter_to_error_ratio"] == 0.25
     assert set(evidence.columns(planted.record(planted.experiments()["lora_r8"], 0, 0.8))) == {
-        "adapter_parameters", "peak_memory_bytes",
-    }  # fmt: skip
+        "adapter_parameters",
+        "peak_memory_bytes",
+    }
 
 
 def test_the_document_holds_the_tables_of_the_files() -> None:

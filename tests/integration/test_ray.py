@@ -37,17 +37,25 @@ EXPERIMENTS = {
     "adalora": {
         "method": "adalora",
         "adalora": {
-            "total_rank_budget": 40, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
-            "update_frequency": 1, "warmup_steps": 2, "final_steps": 2,
+            "total_rank_budget": 40,
+            "allocation_strategy": "proportional",
+            "importance_metric": "sensitivity",
+            "update_frequency": 1,
+            "warmup_steps": 2,
+            "final_steps": 2,
         },
     },
-}  # fmt: skip
+}
 
 
 def study(**epochs: int) -> StudyConfig:
     """Make a study of some experiments, each with its number of epochs, which are of three steps."""
     mapping = {
-        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32",
+        "name": "tiny",
+        "seeds": [0],
+        "threads": 1,
+        "device": "cpu",
+        "precision": "fp32",
         "execution": {"checkpoint_every_s": 0},
         "backbone": {"model": "test_vit", "weights": "random"},
         "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
@@ -55,7 +63,7 @@ def study(**epochs: int) -> StudyConfig:
             {"name": name, "training": {"epochs": number, "batch_size": 8, "learning_rate": 3e-3}, **EXPERIMENTS[name]}
             for name, number in epochs.items()
         ],
-    }  # fmt: skip
+    }
     return study_from_mapping(mapping, file=Path("tiny.yaml"))
 
 
@@ -150,8 +158,10 @@ def test_two_nodes_of_which_one_is_lost(
     assert steps[0] > 1  # it went on from a checkpoint
     rows = Counter((row.run, row.event) for row in read_ledger(tmp_path / "tiny" / LEDGER_FILE).rows)
     assert {run: number for (run, event), number in rows.items() if event == "done"} == {
-        "full/seed_0": 1, "lora/seed_0": 1, "adalora/seed_0": 1,
-    }  # fmt: skip
+        "full/seed_0": 1,
+        "lora/seed_0": 1,
+        "adalora/seed_0": 1,
+    }
     assert sum(number for (_, event), number in rows.items() if event == "failed") == 1
     assert {record.spec.run_id: outcome_digest(record) for record in read_records(tmp_path)} == expected
 
@@ -203,9 +213,11 @@ def test_a_killed_driver_leaves_no_process_behind(cluster: Cluster, cache: str, 
     command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "long.yaml")]
     folders = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen(
-        [*command, "local" if own else cluster.address], stdout=subprocess.PIPE, text=True,
+        [*command, "local" if own else cluster.address],
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": folders},
-    ) as driver:  # fmt: skip
+    ) as driver:
         assert driver.stdout is not None
         said = re.match(r"process (\d+) on ", driver.stdout.readline())
         assert said is not None

@@ -86,9 +86,7 @@ def test_neither_command_loads_torch(ten: Path, other: Path) -> None:
     assert "Over studies" in done.stdout
 
 
-def test_equal_accuracy_at_a_third_of_the_bytes(
-    ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+def test_equal_accuracy_at_a_third_of_the_bytes(ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "chosen.yaml"
     text = told(capsys, "recommend", ten, "--max-bytes", "30MB", "--to", file)
     assert f"Recommended: {THIRD}." in text
@@ -186,15 +184,20 @@ def test_studies_are_compared_and_their_hardware_is_refused_by_name(
     assert [row["row"] for row in json.loads(files[1].read_text(encoding="utf-8"))] == [row["row"] for row in rows]
     pooled = {row["experiment"]: row for row in rows if row["row"] == "pooled"}
     means = [
-        np.mean([
-            one.test.accuracy - next(
-                two.test.accuracy for two in made
-                if two.spec.experiment.name == BEST and two.spec.seed == one.spec.seed and two.test is not None
-            )
-            for one in made if one.spec.experiment.name == WORSE and one.test is not None
-        ])
+        np.mean(
+            [
+                one.test.accuracy
+                - next(
+                    two.test.accuracy
+                    for two in made
+                    if two.spec.experiment.name == BEST and two.spec.seed == one.spec.seed and two.test is not None
+                )
+                for one in made
+                if one.spec.experiment.name == WORSE and one.test is not None
+            ]
+        )
         for made in (records("ten", 10), records("other", 10))
-    ]  # fmt: skip
+    ]
     assert float(pooled[WORSE]["estimate"]) == pytest.approx(np.mean(means), abs=1e-12)
     assert (pooled[WORSE]["verdict"], pooled[THIRD]["verdict"]) == ("refuted", "not decided")
     told_again = told(capsys, "compare", ten, other, "--pool", "timings")

@@ -19,12 +19,20 @@ from peft_vit.records.study_file import STUDY_FILE
 QUICKSTART = str(Path(__file__).parents[2] / "experiments" / "configs" / "quickstart.yaml")
 BAD = "<the bad path>"
 COMMANDS = {
-    "run": ["run", BAD], "run into": ["run", QUICKSTART, "--smoke", "--output-dir", BAD], "plan": ["plan", BAD],
-    "status": ["status", BAD], "rebuild": ["rebuild", BAD], "analyze": ["analyze", BAD], "report": ["report", BAD],
-    "export": ["export", BAD, "--to", "out"], "history": ["export", BAD, "--format", "history", "--to", "x.csv"],
-    "predict": ["predict", BAD, "."], "train": ["train", BAD, "--method", "lora", "--smoke"],
-    "train from": ["train", ".", "--method", "lora", "--weights", BAD], "import": ["import", BAD, "."],
-}  # fmt: skip
+    "run": ["run", BAD],
+    "run into": ["run", QUICKSTART, "--smoke", "--output-dir", BAD],
+    "plan": ["plan", BAD],
+    "status": ["status", BAD],
+    "rebuild": ["rebuild", BAD],
+    "analyze": ["analyze", BAD],
+    "report": ["report", BAD],
+    "export": ["export", BAD, "--to", "out"],
+    "history": ["export", BAD, "--format", "history", "--to", "x.csv"],
+    "predict": ["predict", BAD, "."],
+    "train": ["train", BAD, "--method", "lora", "--smoke"],
+    "train from": ["train", ".", "--method", "lora", "--weights", BAD],
+    "import": ["import", BAD, "."],
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

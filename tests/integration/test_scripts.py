@@ -89,9 +89,13 @@ def results(study: Path) -> Path:
     script = str(SCRIPTS / "run_adaptive_experiments.py")
     arguments = ["--run-all", "--config", study.name, "--smoke", "--output-dir", "out"]
     done = subprocess.run(
-        [sys.executable, script, *arguments], cwd=study.parent, capture_output=True, text=True, check=False,
+        [sys.executable, script, *arguments],
+        cwd=study.parent,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PEFT_VIT_CACHE": str(study.parent / "cache")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return study.parent / "out"
 
@@ -100,8 +104,10 @@ def results(study: Path) -> Path:
 def test_run_all_does_every_run_and_marks_smoke(results: Path) -> None:
     records = list(read_records(results))
     assert [record.spec.run_id for record in records] == [
-        "three_methods/adaptive/seed_0", "three_methods/four_bits/seed_0", "three_methods/lora_r2/seed_0",
-    ]  # fmt: skip
+        "three_methods/adaptive/seed_0",
+        "three_methods/four_bits/seed_0",
+        "three_methods/lora_r2/seed_0",
+    ]
     assert all(record.status == "done" and record.spec.smoke for record in records)
     assert all((results / record.spec.run_id / "adapter.safetensors").exists() for record in records)
 
@@ -128,9 +134,13 @@ def test_the_same_command_skips_what_is_done(
     ],
 )
 def test_dry_run_of_a_full_size_file_writes_nothing(
-    runner: ModuleType, flag: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    runner: ModuleType,
+    flag: str,
+    names: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert call(runner, flag, "--smoke", "--dry-run", "--output-dir", "out") == 0
     printed = capsys.readouterr().out
@@ -143,8 +153,10 @@ def test_dry_run_of_a_full_size_file_writes_nothing(
 def test_run_all_alone_means_the_three_full_size_files(runner: ModuleType) -> None:
     files = [Path(word) for word in runner.command(runner.parse(["--run-all"])) if word.endswith(".yaml")]
     assert [file.name for file in files] == [
-        "fixed_rank_baselines.yaml", "adalora_comprehensive_experiment.yaml", "qa_lora_comprehensive_experiment.yaml",
-    ]  # fmt: skip
+        "fixed_rank_baselines.yaml",
+        "adalora_comprehensive_experiment.yaml",
+        "qa_lora_comprehensive_experiment.yaml",
+    ]
     assert all(file.is_file() for file in files)
 
 

@@ -146,13 +146,19 @@ def test_seeds_of_the_study_are_those_of_no_other_configuration() -> None:
 
 def test_the_rate_is_chosen_by_validation_accuracy_then_loss_and_a_failed_run_is_the_majority_class() -> None:
     rows = [
-        ("a", 1e-3, 0, "done", 0.80, 0.5), ("a", 1e-3, 1, "done", 0.70, 0.5),  # mean 0.75
-        ("a", 1e-2, 0, "done", 0.76, 0.6), ("a", 1e-2, 1, "done", 0.76, 0.6),  # mean 0.76: chosen
-        ("b", 1e-3, 0, "done", 0.75, 0.7), ("b", 1e-3, 1, "done", 0.75, 0.7),
-        ("b", 1e-2, 0, "done", 0.80, 0.4), ("b", 1e-2, 1, "done", 0.70, 0.4),  # equal mean, lower loss: chosen
-        ("c", 1e-3, 0, "done", 0.90, 0.3), ("c", 1e-3, 1, "failed", None, None),  # (0.9 + 0.6) / 2 = 0.75
-        ("c", 1e-2, 0, "done", 0.76, 0.3), ("c", 1e-2, 1, "done", 0.76, 0.3),  # chosen
-    ]  # fmt: skip
+        ("a", 1e-3, 0, "done", 0.80, 0.5),
+        ("a", 1e-3, 1, "done", 0.70, 0.5),  # mean 0.75
+        ("a", 1e-2, 0, "done", 0.76, 0.6),
+        ("a", 1e-2, 1, "done", 0.76, 0.6),  # mean 0.76: chosen
+        ("b", 1e-3, 0, "done", 0.75, 0.7),
+        ("b", 1e-3, 1, "done", 0.75, 0.7),
+        ("b", 1e-2, 0, "done", 0.80, 0.4),
+        ("b", 1e-2, 1, "done", 0.70, 0.4),  # equal mean, lower loss: chosen
+        ("c", 1e-3, 0, "done", 0.90, 0.3),
+        ("c", 1e-3, 1, "failed", None, None),  # (0.9 + 0.6) / 2 = 0.75
+        ("c", 1e-2, 0, "done", 0.76, 0.3),
+        ("c", 1e-2, 1, "done", 0.76, 0.3),  # chosen
+    ]
     columns = ["method", "learning_rate", "seed", "status", "validation_accuracy", "validation_nll"]
     pilot = pd.DataFrame(rows, columns=columns).assign(majority_accuracy=[0.6] * len(rows))
     pilot.loc[pilot.status == "failed", "majority_accuracy"] = float("nan")

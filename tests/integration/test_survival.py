@@ -24,8 +24,11 @@ SCRIPT = Path(__file__).parents[1] / "crash_study.py"
 def test_a_study_survives(tmp_path, mode, numbers, said) -> None:
     ended = subprocess.run(
         [sys.executable, str(SCRIPT), mode, str(tmp_path), *map(str, numbers)],
-        capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr
     assert said in ended.stdout
     assert "Traceback" not in ended.stderr

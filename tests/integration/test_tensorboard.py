@@ -19,25 +19,39 @@ pytestmark = pytest.mark.part("runner")
 
 
 ADALORA = {
-    "total_rank_budget": 40, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
-    "update_frequency": 1, "warmup_steps": 2, "final_steps": 2,
-}  # fmt: skip
+    "total_rank_budget": 40,
+    "allocation_strategy": "proportional",
+    "importance_metric": "sensitivity",
+    "update_frequency": 1,
+    "warmup_steps": 2,
+    "final_steps": 2,
+}
 STUDY = {
-    "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32",
+    "name": "tiny",
+    "seeds": [0],
+    "threads": 1,
+    "device": "cpu",
+    "precision": "fp32",
     "backbone": {"model": "test_vit", "weights": "random"},
     "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
     "training": {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3},
     "experiments": [
         {"name": "adalora", "method": "adalora", "adalora": {**ADALORA, "parametrization": "svd"}},
         {
-            "name": "qa_adalora", "method": "qa_adalora", "adalora": ADALORA,
+            "name": "qa_adalora",
+            "method": "qa_adalora",
+            "adalora": ADALORA,
             "qa_lora": {
-                "quantization_bits": 4, "quantization_type": "int4", "quantization_schedule": "linear",
-                "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16,
+                "quantization_bits": 4,
+                "quantization_type": "int4",
+                "quantization_schedule": "linear",
+                "gradient_scaling_factor": 1.0,
+                "use_group_quantization": True,
+                "group_size": 16,
             },
         },
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

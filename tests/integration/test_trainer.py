@@ -32,9 +32,14 @@ class AllocateRanks(transformers.TrainerCallback):
 
 def settings(**changes) -> AdaLoraConfig:
     return AdaLoraConfig(
-        allocation_strategy="proportional", importance_metric="gradient_norm", warmup_steps=2, update_frequency=2,
-        final_steps=2, budget_schedule="constant", **changes,
-    )  # fmt: skip
+        allocation_strategy="proportional",
+        importance_metric="gradient_norm",
+        warmup_steps=2,
+        update_frequency=2,
+        final_steps=2,
+        budget_schedule="constant",
+        **changes,
+    )
 
 
 def with_peft(model):
@@ -50,9 +55,16 @@ def with_ours(model):
 def trainer_for(model, batch, folder, **options):
     images, labels = batch
     arguments = {
-        "max_steps": STEPS, "per_device_train_batch_size": 6, "learning_rate": 1e-2, "max_grad_norm": 0,
-        "use_cpu": True, "save_strategy": "no", "report_to": [], "disable_tqdm": True, **options,
-    }  # fmt: skip
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        **options,
+    }
     return transformers.Trainer(
         model=WithLoss(model),
         args=transformers.TrainingArguments(output_dir=str(folder), **arguments),

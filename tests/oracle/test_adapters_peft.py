@@ -31,9 +31,13 @@ def gradients_of(model, batch):
 def test_lora_on_separate_matrices(tiny_vit, batch, fill_adapters) -> None:
     ours = pair(tiny_vit, fill_adapters, tuple(MODULES))
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=SCALE * RANK, lora_dropout=0.0, bias="none", target_modules=r".*(attn\.proj|mlp\.fc[12])",
+        r=RANK,
+        lora_alpha=SCALE * RANK,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=r".*(attn\.proj|mlp\.fc[12])",
         modules_to_save=["head"],
-    )  # fmt: skip
+    )
     theirs = peft.get_peft_model(tiny_vit(), config)
     layers = {}
     with torch.no_grad():

@@ -299,16 +299,21 @@ BAD_TENSORS = {
     "head is missing": (lambda t: t.pop(HEAD), HEAD, "is missing"),
     "patch embedding": (
         lambda t: t.update({"base_model.model.patch_embed.proj.lora_A.weight": torch.ones(3, 3, 8, 8)}),
-        "patch_embed.proj.lora_A", "no place here",
+        "patch_embed.proj.lora_A",
+        "no place here",
     ),
     "a block too many": (
-        lambda t: t.update({QKV_A.replace("blocks.0", "blocks.2"): torch.ones(3, 64)}), "blocks.2", "no place here"
+        lambda t: t.update({QKV_A.replace("blocks.0", "blocks.2"): torch.ones(3, 64)}),
+        "blocks.2",
+        "no place here",
     ),
     "a path for a name": (lambda t: t.update({"../../etc/\x1b[0m\n": torch.ones(1)}), "../../etc/\\x1b", "no place"),
     "a private attribute": (
-        lambda t: t.update({"base_model.model.__class__.lora_A.weight": torch.ones(1)}), "__class__", "no place here"
+        lambda t: t.update({"base_model.model.__class__.lora_A.weight": torch.ones(1)}),
+        "__class__",
+        "no place here",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", BAD_TENSORS)

@@ -33,11 +33,20 @@ INIT, FINAL, EVERY, TOTAL = (
 def published(**settings) -> AdaLoraConfig:
     """Return AdaLoRA's own settings."""
     given = {
-        "total_rank_budget": END * len(TARGETS), "initial_budget": START * len(TARGETS), "targets": TARGETS,
-        "parametrization": "svd", "allocation_strategy": "global", "importance_metric": "sensitivity",
-        "prune": "reversible", "budget_schedule": "cubic", "orthogonality_weight": 0.1,
-        "uncertainty_beta": 0.8, "warmup_steps": INIT, "final_steps": FINAL, "update_frequency": EVERY,
-    }  # fmt: skip
+        "total_rank_budget": END * len(TARGETS),
+        "initial_budget": START * len(TARGETS),
+        "targets": TARGETS,
+        "parametrization": "svd",
+        "allocation_strategy": "global",
+        "importance_metric": "sensitivity",
+        "prune": "reversible",
+        "budget_schedule": "cubic",
+        "orthogonality_weight": 0.1,
+        "uncertainty_beta": 0.8,
+        "warmup_steps": INIT,
+        "final_steps": FINAL,
+        "update_frequency": EVERY,
+    }
     return AdaLoraConfig(**{**given, **settings})
 
 
@@ -56,9 +65,14 @@ class Peer:
                 site.add_module(theirs, nn.ParameterDict({"default": nn.Parameter(value)}))
             self.holder.add_module(f"site{index}", site)
         given = {
-            "beta1": 0.85, "beta2": 0.8, "tinit": INIT, "tfinal": FINAL, "total_step": TOTAL, "deltaT": EVERY,
+            "beta1": 0.85,
+            "beta2": 0.8,
+            "tinit": INIT,
+            "tfinal": FINAL,
+            "total_step": TOTAL,
+            "deltaT": EVERY,
             "target_r": END,
-        }  # fmt: skip
+        }
         self.settings = SimpleNamespace(**{**given, **settings})
         self.allocator = layer.RankAllocator(self.holder, self.settings, "default")
 
@@ -211,9 +225,7 @@ def test_trap_ties_keep_fewer_than_the_budget_in_peft(tiny_vit, batch, monkeypat
     peer.allocator.update_ipt(peer.holder)
     mask = peer.allocator.mask_to_budget(peer.holder, 8)
     assert sum(map(sum, mask.values())) == 4
-    monkeypatch.setattr(
-        controller.tracker, "update", lambda adapters, scale: dict(zip(adapters, tied, strict=True))
-    )  # fmt: skip
+    monkeypatch.setattr(controller.tracker, "update", lambda adapters, scale: dict(zip(adapters, tied, strict=True)))
     scores = controller.update_importance_scores(model, 6)
     controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, 6))
     assert sum(controller.ranks.values()) == sum(current_ranks(model).values()) == 8
@@ -237,9 +249,14 @@ def test_trap_equal_start_and_target_stop_peft(tiny_vit, batch) -> None:
 def peft_model(model, **settings):
     """Return the model with PEFT's AdaLoRA on the same four matrices (query, key and value are fused)."""
     given = {
-        "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 8,
+        "init_r": 4,
+        "target_r": 2,
+        "tinit": 1,
+        "tfinal": 2,
+        "deltaT": 1,
+        "total_step": 8,
         "target_modules": ["qkv", "attn.proj"],
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     return peft.get_peft_model(model, peft.AdaLoraConfig(**{**given, **settings}))
 

@@ -17,9 +17,15 @@ TARGETS = ["qkv", "attn.proj", "fc1", "fc2"]
 
 def settings(**changes) -> AdaLoraConfig:
     values = {
-        "total_rank_budget": 20, "initial_budget": 32, "minimum_rank": 1, "allocation_strategy": "proportional",
-        "importance_metric": "sensitivity", "warmup_steps": 2, "update_frequency": 2, "final_steps": 3,
-    }  # fmt: skip
+        "total_rank_budget": 20,
+        "initial_budget": 32,
+        "minimum_rank": 1,
+        "allocation_strategy": "proportional",
+        "importance_metric": "sensitivity",
+        "warmup_steps": 2,
+        "update_frequency": 2,
+        "final_steps": 3,
+    }
     return AdaLoraConfig(**{**values, **changes})
 
 

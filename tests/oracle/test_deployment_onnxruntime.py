@@ -22,18 +22,30 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 CARD = ModelCard(
-    run="study/experiment/seed_0", model="test_vit", weights_name="none", weights_sha256=None, image_size=32,
-    channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), class_names=("a", "b", "c"),
-)  # fmt: skip
+    run="study/experiment/seed_0",
+    model="test_vit",
+    weights_name="none",
+    weights_sha256=None,
+    image_size=32,
+    channels=3,
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.3, 0.25),
+    class_names=("a", "b", "c"),
+)
 FORMATS = [  # with offset, which an update has changed; blocks of one and of several to a group
-    *(QuantizationFormat(kind, size, offset=True, scale_dtype=torch.float16)
-      for kind in ("int2", "int4", "int8", "nf4", "fp4") for size in (16, 64)),
-    *(QuantizationFormat(kind, None, offset=False, scale_dtype=torch.float16)
-      for kind in ("int2", "int4", "int8", "nf4", "fp4")),
+    *(
+        QuantizationFormat(kind, size, offset=True, scale_dtype=torch.float16)
+        for kind in ("int2", "int4", "int8", "nf4", "fp4")
+        for size in (16, 64)
+    ),
+    *(
+        QuantizationFormat(kind, None, offset=False, scale_dtype=torch.float16)
+        for kind in ("int2", "int4", "int8", "nf4", "fp4")
+    ),
     QuantizationFormat("int4", 32, offset=True),  # float32
     QuantizationFormat("int8", 32, offset=False),
     QuantizationFormat("nf4", 32, offset=False),
-]  # fmt: skip
+]
 
 
 def plain_vit() -> nn.Module:

@@ -8,13 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft_vit.adapters import (
-    attach_adapters,
-    correct_young_triplets,
-    current_ranks,
-    resize_adapters,
-    site_adapters,
-)
+from peft_vit.adapters import attach_adapters, correct_young_triplets, current_ranks, resize_adapters, site_adapters
 from peft_vit.backbones import find_sites
 
 pytestmark = pytest.mark.part("controller")
@@ -134,9 +128,13 @@ def adapted(tiny_vit, fill_adapters, parametrization):
     model = tiny_vit()
     sites = find_sites(model)
     attach_adapters(
-        model, sites, dict.fromkeys((site.name for site in sites), 4), scale=2.0, seed=0,
+        model,
+        sites,
+        dict.fromkeys((site.name for site in sites), 4),
+        scale=2.0,
+        seed=0,
         parametrization=parametrization,
-    )  # fmt: skip
+    )
     fill_adapters(model)
     return model
 

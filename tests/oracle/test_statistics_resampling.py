@@ -37,9 +37,15 @@ def scipys_interval(
         return statistic(values[np.sort(positions, axis=axis)])
 
     theirs = stats.bootstrap(
-        (np.arange(len(values)),), of_positions, n_resamples=799, method="BCa", confidence_level=confidence,
-        vectorized=True, axis=-1, rng=np.random.default_rng(5),
-    )  # fmt: skip
+        (np.arange(len(values)),),
+        of_positions,
+        n_resamples=799,
+        method="BCa",
+        confidence_level=confidence,
+        vectorized=True,
+        axis=-1,
+        rng=np.random.default_rng(5),
+    )
     return tuple(theirs.confidence_interval), drawn[0]
 
 
@@ -55,9 +61,10 @@ def ends(interval: Interval) -> tuple[float, float]:
 def test_bca_interval_of_the_mean_equals_scipy(n: int, confidence: float, kind: str) -> None:
     rng = np.random.default_rng(n)
     values = {
-        "normal": rng.normal(0.8, 0.02, n), "skewed": rng.exponential(1.0, n),
+        "normal": rng.normal(0.8, 0.02, n),
+        "skewed": rng.exponential(1.0, n),
         "whole numbers": rng.integers(480, 490, n).astype(float),
-    }[kind]  # fmt: skip
+    }[kind]
     values.sort()
     theirs, indices = scipys_interval(values, lambda resamples: resamples.mean(axis=-1), confidence)
     own = bca_interval(rng.permutation(values), indices, confidence=confidence)

@@ -226,19 +226,20 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         ("csv", folder / "csv" / "images.csv", (lines, plain)),
         ("tiny-imagenet", folder / "tiny-imagenet" / "words.txt", (lines, plain)),
         ("tiny-imagenet", folder / "tiny-imagenet" / "val" / "val_annotations.txt", (lines, plain)),
-        *(
-            (name, next((folder / name).iterdir()), (packed, plain)) for name in ("cifar10", "cifar100")
-        ),
+        *((name, next((folder / name).iterdir()), (packed, plain)) for name in ("cifar10", "cifar100")),
         *(("fashion-mnist", file, (packed, plain)) for file in sorted((folder / "fashion-mnist").iterdir())),
-    ]  # fmt: skip
+    ]
     targets = [
         Target(
-            file, spoil, _decoding(name, _path_of(configuration), configuration),
-            ("plan", configuration, "--no-calibration", "--output-dir", sound.out), names=(configuration,),
+            file,
+            spoil,
+            _decoding(name, _path_of(configuration), configuration),
+            ("plan", configuration, "--no-calibration", "--output-dir", sound.out),
+            names=(configuration,),
         )
         for name, file, spoil in files
         for configuration in [folder / f"{name}.yaml"]
-    ]  # fmt: skip
+    ]
     for image in sorted((images / "class_0").iterdir())[:5]:
         others = [file for file in images.rglob("*.*") if file.suffix != image.suffix]
         ways = [nasty.of_bytes(*others[:3])]
@@ -289,9 +290,11 @@ def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     for kind in plan_with_costs().values():
         keep_costs(kind, Costs(start_s=2.0, step_s=0.01, image_s=0.001, peak_memory_bytes=10**8, images=24))
     cases: list[tuple[str, Callable[[], object], Path]] = [
-        ("pixels", images, tiny), ("hashes", images, tiny), ("unpacked", cifar, data / "cifar10.yaml"),
+        ("pixels", images, tiny),
+        ("hashes", images, tiny),
+        ("unpacked", cifar, data / "cifar10.yaml"),
         ("costs", plan_with_costs, tiny),
-    ]  # fmt: skip
+    ]
     targets = []
     for name, read, configuration in cases:
         read()

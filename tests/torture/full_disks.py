@@ -77,10 +77,11 @@ class Study:
         self.folder = folder
         self.run = f"{method}/seed_{seed}"
         self._configs = {
-            every_s: write_study(folder / f"every-{every_s}", {method: METHODS[method]}, (seed,),
-                                 checkpoint_every_s=every_s)
+            every_s: write_study(
+                folder / f"every-{every_s}", {method: METHODS[method]}, (seed,), checkpoint_every_s=every_s
+            )
             for every_s in (0, 3600)
-        }  # fmt: skip
+        }
 
     def start(self, out: Path, log: str, *, checkpoints: bool) -> Command:
         """Start the command."""
@@ -120,8 +121,14 @@ def pad_ledger(study: Study, out: Path) -> None:
     attempt = first.attempt
     while size + 2 * len(encode(first)) < PAGE:  # the next start fits, and its end does not
         attempt += 1
-        row = Row(at=now(), run=first.run, event="started", attempt=attempt, worker=first.worker,
-                  total_steps=first.total_steps)  # fmt: skip
+        row = Row(
+            at=now(),
+            run=first.run,
+            event="started",
+            attempt=attempt,
+            worker=first.worker,
+            total_steps=first.total_steps,
+        )
         ledger.append(row)
         size += len(encode(row))
     ledger.close()

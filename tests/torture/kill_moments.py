@@ -38,10 +38,12 @@ class Watched:
     def wait(self, command: Command, moment: str) -> bool:
         """Wait for a moment while a run is under way, and a random time longer; tell whether the command still runs."""
         sign, longest_s = {
-            START: (lambda: True, self._run_s / 2), STEP: (self._stepped, self._run_s),
-            CHECKPOINT: (self._nth_checkpoint(), _FILE_S), LAST: (self._last, self._run_s / 10),
+            START: (lambda: True, self._run_s / 2),
+            STEP: (self._stepped, self._run_s),
+            CHECKPOINT: (self._nth_checkpoint(), _FILE_S),
+            LAST: (self._last, self._run_s / 10),
             RESULTS: (lambda: self._has_new(_RESULTS), 4 * _FILE_S),
-        }[moment]  # fmt: skip
+        }[moment]
         if command.wait(lambda: bool(self.under_way()) and sign()):
             time.sleep(self._rng.uniform(0, longest_s))
         return not command.ended()

@@ -100,16 +100,21 @@ class Study:
     """A study that is killed several times and then let finish."""
 
     def __init__(
-        self, folder: Path, way: Way, method: str, seeds: tuple[int, ...], undisturbed: dict[str, End],
+        self,
+        folder: Path,
+        way: Way,
+        method: str,
+        seeds: tuple[int, ...],
+        undisturbed: dict[str, End],
         rng: random.Random,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.way = way
         self.method = method
         self.seeds = seeds
         self.every_s = rng.choice((0, 0, 0.05))
         self.config = write_study(
             folder, {method: METHODS[method]}, seeds, retries=100, checkpoint_every_s=self.every_s
-        )  # fmt: skip
+        )
         self.out = folder / "out"
         self.kills: list[Kill] = []
         self.beside = 0  # kills that met no run under way
@@ -274,9 +279,13 @@ def report(counts: Counts, results: Path | None) -> bool:
             import torture_results
 
             torture_results.add(
-                groups[group], kind, trials=kills, passed=passed, faults=counts.faults.get((group, kind), ()),
+                groups[group],
+                kind,
+                trials=kills,
+                passed=passed,
+                faults=counts.faults.get((group, kind), ()),
                 file=results,
-            )  # fmt: skip
+            )
     print(f"{counts.resumed} attempts went on from a checkpoint; {counts.beside} more kills met no run under way")
     return not counts.faults
 

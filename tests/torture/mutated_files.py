@@ -170,9 +170,15 @@ def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> tuple[st
     target.prepare()
     try:
         done = subprocess.run(
-            command, cwd=trap, env={**environment, "PYTHONPATH": str(hook)}, capture_output=True, text=True,
-            errors="backslashreplace", timeout=COMMAND_S, check=False,
-        )  # fmt: skip
+            command,
+            cwd=trap,
+            env={**environment, "PYTHONPATH": str(hook)},
+            capture_output=True,
+            text=True,
+            errors="backslashreplace",
+            timeout=COMMAND_S,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return f"took more than {COMMAND_S:.0f} s", False
     fault = None

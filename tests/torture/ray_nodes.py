@@ -73,9 +73,7 @@ def study(cluster: Cluster, file: Path, seen: Seen) -> float:
                 began = time.monotonic()
             seen(event)
 
-        outcome = drive(
-            plan, lock, lambda: open_executor("ray", plan, file.parent, ray_address=cluster.address), tell
-        )  # fmt: skip
+        outcome = drive(plan, lock, lambda: open_executor("ray", plan, file.parent, ray_address=cluster.address), tell)
     if outcome.failed:
         raise RuntimeError(str(outcome.failed))
     return time.monotonic() - began

@@ -38,18 +38,27 @@ _EXPERIMENTS: dict[str, dict[str, Any]] = {
     "adaptive": {
         "method": "adalora",
         "adalora": {
-            "total_rank_budget": 40, "allocation_strategy": "top_k", "importance_metric": "sensitivity",
-            "update_frequency": 1, "warmup_steps": 1, "final_steps": 1,
+            "total_rank_budget": 40,
+            "allocation_strategy": "top_k",
+            "importance_metric": "sensitivity",
+            "update_frequency": 1,
+            "warmup_steps": 1,
+            "final_steps": 1,
         },
     },
     "quantized": {
         "method": "qa_lora",
         "qa_lora": {
-            "quantization_bits": 4, "quantization_type": "int4", "quantization_schedule": "constant",
-            "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 2,
+            "quantization_bits": 4,
+            "quantization_type": "int4",
+            "quantization_schedule": "constant",
+            "gradient_scaling_factor": 1.0,
+            "use_group_quantization": True,
+            "group_size": 16,
+            "rank": 2,
         },
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -115,11 +124,16 @@ class SoundFiles:
     def environment(self) -> dict[str, str]:
         """Return variables for processes that are to stay in these folders and without a network."""
         return {
-            "HOME": str(self.root / "home"), "TMPDIR": str(self.root / "tmp"), "PEFT_VIT_CACHE": str(self.cache),
-            "MPLCONFIGDIR": str(self.root / "home" / "matplotlib"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1",
-            "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+            "HOME": str(self.root / "home"),
+            "TMPDIR": str(self.root / "tmp"),
+            "PEFT_VIT_CACHE": str(self.cache),
+            "MPLCONFIGDIR": str(self.root / "home" / "matplotlib"),
+            "HF_HUB_OFFLINE": "1",
+            "PIP_NO_INDEX": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(self.root / "tmp" / "inductor"),  # torch sets it, and children inherit it
-        }  # fmt: skip
+        }
 
 
 def make_sound_files(root: Path, *, onnx: bool = True) -> SoundFiles:
@@ -161,12 +175,16 @@ def _make_weights(folder: Path) -> None:
 def study_mapping(inputs: Path, data: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of the study `tiny` on some data."""
     return {
-        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32",
+        "name": "tiny",
+        "seeds": [0],
+        "threads": 1,
+        "device": "cpu",
+        "precision": "fp32",
         "backbone": {"model": "test_vit", "weights": "file", "file": str(inputs / "weights.safetensors")},
         "data": {"image_size": SIDE, "validation_images": 6, "test_images": 6, **data},
         "training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2},
         "experiments": [{"name": name, **experiment} for name, experiment in _EXPERIMENTS.items()],
-    }  # fmt: skip
+    }
 
 
 def _do_runs(sound: SoundFiles) -> None:
@@ -187,9 +205,11 @@ def _do_runs(sound: SoundFiles) -> None:
         checkpoints = Checkpoints(run_folder(sound.interrupted, planned.spec), 0)
         try:
             run_one(
-                planned.spec, checkpoints=checkpoints, on_progress=lambda progress: steps.append(progress.step),
+                planned.spec,
+                checkpoints=checkpoints,
+                on_progress=lambda progress: steps.append(progress.step),
                 should_stop=lambda: len(steps) == 3,
-            )  # fmt: skip
+            )
         except Interrupted as stop:
             store.interrupted(run_name(planned.spec), stop.step)
 

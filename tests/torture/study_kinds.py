@@ -62,9 +62,11 @@ def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
 
     run = ("run", sound.inputs / "tiny.yaml", "--output-dir", copy)
     ways: tuple[tuple[Callable[[], None], tuple[object, ...]], ...] = (
-        (status, ("status", sound.results)), (status_while_locked, ("status", sound.results)),
-        (remake, ("rebuild", copy)), (go_on, run),
-    )  # fmt: skip
+        (status, ("status", sound.results)),
+        (status_while_locked, ("status", sound.results)),
+        (remake, ("rebuild", copy)),
+        (go_on, run),
+    )
     spoil: dict[str, tuple[mutations.Mutation, ...]] = {
         LEDGER_FILE: (mutations.of_json_lines(nasty.texts, signed), nasty.of_bytes()),
         STUDY_FILE: (mutations.of_json(nasty.texts), nasty.of_bytes()),
@@ -109,8 +111,9 @@ def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     names = (copy / planned.spec.run_id,)
     targets = []
     for name, way in (
-        (VALUES_FILE, mutations.of_json(nasty.texts)), (TENSORS_FILE, mutations.of_safetensors(nasty.texts)),
-    ):  # fmt: skip
+        (VALUES_FILE, mutations.of_json(nasty.texts)),
+        (TENSORS_FILE, mutations.of_safetensors(nasty.texts)),
+    ):
         for opened in (lambda: read_checkpoint(newest), go_on):
             spoil = (way, nasty.of_bytes())
             targets.append(Target(newest / name, spoil, opened, command, believed(name), names, prepare=prepare))
@@ -118,6 +121,6 @@ def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     ways = (mutations.of_json(nasty.texts), nasty.of_bytes())
     manifest = Target(
         newest / MANIFEST_FILE, ways, lambda: read_checkpoint(newest), command, names=names, prepare=prepare
-    )  # fmt: skip
+    )
     targets.append(manifest)
     return targets

@@ -16,13 +16,21 @@ from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger
 NAME = "tiny"
 STEPS = 12  # of a run: 24 images in batches of 8, four times
 _ADALORA = {
-    "total_rank_budget": 40, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
-    "update_frequency": 2, "warmup_steps": 3, "final_steps": 3,
-}  # fmt: skip
+    "total_rank_budget": 40,
+    "allocation_strategy": "proportional",
+    "importance_metric": "sensitivity",
+    "update_frequency": 2,
+    "warmup_steps": 3,
+    "final_steps": 3,
+}
 _QA_LORA = {
-    "quantization_bits": 4, "quantization_type": "int4", "quantization_schedule": "linear",
-    "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16,
-}  # fmt: skip
+    "quantization_bits": 4,
+    "quantization_type": "int4",
+    "quantization_schedule": "linear",
+    "gradient_scaling_factor": 1.0,
+    "use_group_quantization": True,
+    "group_size": 16,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 2}},
     "adalora": {"adalora": {**_ADALORA, "parametrization": "svd"}},
@@ -49,13 +57,18 @@ def write_study(
     """
     training = {"epochs": 4, "batch_size": 8, "learning_rate": 3e-3}
     study = {
-        "name": NAME, "seeds": list(seeds), "threads": 1, "device": "cpu", "precision": "fp32", "execution": execution,
+        "name": NAME,
+        "seeds": list(seeds),
+        "threads": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "execution": execution,
         "backbone": {"model": "test_vit", "weights": "random"},
         "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
         "experiments": [
             {"name": name, "training": training, "method": name, **sections} for name, sections in experiments.items()
         ],
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{NAME}.yaml"
     file.write_text(json.dumps(study))  # which is YAML too

@@ -68,9 +68,7 @@ def read(file: Path = FILE) -> list[Result]:
     return [Result(**{**entry, "faults": tuple(entry["faults"])}) for entry in json.loads(file.read_text())]
 
 
-def add(
-    promise: str, kind: str, *, trials: int, passed: int, faults: Sequence[str] = (), file: Path = FILE
-) -> Result:  # fmt: skip
+def add(promise: str, kind: str, *, trials: int, passed: int, faults: Sequence[str] = (), file: Path = FILE) -> Result:
     """Add trials to those of earlier calls on this machine, and return all of this kind."""
     today = datetime.now(UTC).date().isoformat()
     commit, dirty = git_state()
@@ -80,9 +78,12 @@ def add(
         for index, old in enumerate(results):
             if (old.promise, old.kind, old.machine) == (new.promise, new.kind, new.machine):
                 new = replace(
-                    new, trials=old.trials + trials, passed=old.passed + passed, first=old.first,
+                    new,
+                    trials=old.trials + trials,
+                    passed=old.passed + passed,
+                    first=old.first,
                     faults=(*old.faults, *new.faults)[:_FAULTS_KEPT],
-                )  # fmt: skip
+                )
                 results[index] = new
                 return new
         results.append(new)

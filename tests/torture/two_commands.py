@@ -53,18 +53,21 @@ def commands(folder: Path, trials: int) -> list[str]:
         logs = [folder / f"{trial}-{two.index(command)}.txt" for command in (loser, winner)]
         fault = _fault(loser, winner, logs, out, expected)
         losers.append(loser)
-        print(f"commands {trial}: the loser left after {loser.seconds:.2f} s, {loser.busy_s:.2f} s of a core: "
-              f"{fault or 'sound'}", flush=True)  # fmt: skip
+        print(
+            f"commands {trial}: the loser left after {loser.seconds:.2f} s, {loser.busy_s:.2f} s of a core: "
+            f"{fault or 'sound'}",
+            flush=True,
+        )
         faults += [f"commands {trial}: {fault}"] if fault else []
     slowest = max(losers, key=lambda command: command.seconds)
-    print(f"commands: one winner in {trials - len(faults)} of {trials}; the slowest loser left {slowest.seconds:.2f} s "
-          f"after its start, of which its interpreter and it were busy for {slowest.busy_s:.2f} s")  # fmt: skip
+    print(
+        f"commands: one winner in {trials - len(faults)} of {trials}; the slowest loser left {slowest.seconds:.2f} s "
+        f"after its start, of which its interpreter and it were busy for {slowest.busy_s:.2f} s"
+    )
     return faults
 
 
-def _fault(
-    loser: Command, winner: Command, logs: Sequence[Path], out: Path, expected: Mapping[str, End]
-) -> str | None:  # fmt: skip
+def _fault(loser: Command, winner: Command, logs: Sequence[Path], out: Path, expected: Mapping[str, End]) -> str | None:
     """Return what is wrong with the end of two commands."""
     while not loser.ended():
         winner.wait(loser.ended, POLL_S)
@@ -89,8 +92,9 @@ def main() -> None:
     sound = True
     with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
         for do, trials, kind in (
-            (drivers, asked.drivers, "forked drivers"), (commands, asked.commands, "fresh commands"),
-        ):  # fmt: skip
+            (drivers, asked.drivers, "forked drivers"),
+            (commands, asked.commands, "fresh commands"),
+        ):
             if not trials:
                 continue
             faults = do(Path(folder) / kind, trials)

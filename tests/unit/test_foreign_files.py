@@ -27,10 +27,14 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "endless").symlink_to("/dev/zero")
     for name, words in (
-        ("pipe", "no regular file"), ("endless", "no regular file"), (".", "Is a directory"),
-        ("nothing", "No such file"), ("loop", "Too many levels"),
-        ("a\0b", "impossible name"), ("x" * 300, "File name too long"),
-    ):  # fmt: skip
+        ("pipe", "no regular file"),
+        ("endless", "no regular file"),
+        (".", "Is a directory"),
+        ("nothing", "No such file"),
+        ("loop", "Too many levels"),
+        ("a\0b", "impossible name"),
+        ("x" * 300, "File name too long"),
+    ):
         with pytest.raises(OSError, match=words) as caught:
             read_bytes(tmp_path / name)
         assert caught.value.strerror

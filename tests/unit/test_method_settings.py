@@ -49,18 +49,20 @@ def test_defaults_are_those_of_peft_where_it_has_some(tmp_path) -> None:
         ("peft_lora: {rank: 2, targets: [query, fc1]}", "peft_lora", "names query alone"),
         ("peft_lora: {rank: 2, targets: [query, value]}", "peft_lora", "name all three or none"),
         (
-            "peft_adalora: {initial_rank: 8, update_frequency: 1, warmup_steps: 1}", "peft_adalora",
+            "peft_adalora: {initial_rank: 8, update_frequency: 1, warmup_steps: 1}",
+            "peft_adalora",
             "target_rank 8 does not lie below initial_rank 8",
         ),
         (
-            "peft_adalora: {initial_rank: 8, target_rank: 9, update_frequency: 1, warmup_steps: 1}", "peft_adalora",
+            "peft_adalora: {initial_rank: 8, target_rank: 9, update_frequency: 1, warmup_steps: 1}",
+            "peft_adalora",
             "target_rank 9 does not lie below initial_rank 8",
         ),
         ("peft_adalora: {update_frequency: 1, warmup_steps: 0}", "peft_adalora.warmup_steps", "greater than or equal"),
         ("peft_adalora: {update_frequency: 1}", "peft_adalora.warmup_steps", "is missing"),
         ("peft_adalora: {update_frequency: 1, warmup_steps: 1, beta1: 1.0}", "peft_adalora.beta1", "less than 1"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused(tmp_path, section, field, said) -> None:
     with pytest.raises(UserError, match=r"study\.yaml:\d+: ") as caught:
         load(tmp_path, section)

@@ -55,9 +55,15 @@ def spec(experiment: str = "qa_lora_fp4_cosine", seed: int = 1) -> RunSpec:
     config = study()
     chosen = next(one for one in config.experiments if one.name == experiment)
     return RunSpec(
-        study=config.name, seed=seed, experiment=chosen, backbone=config.backbone, data=config.data,
-        device=config.device, precision="bf16", threads=config.threads,
-    )  # fmt: skip
+        study=config.name,
+        seed=seed,
+        experiment=chosen,
+        backbone=config.backbone,
+        data=config.data,
+        device=config.device,
+        precision="bf16",
+        threads=config.threads,
+    )
 
 
 def record(of: RunSpec) -> RunRecord:
@@ -65,19 +71,33 @@ def record(of: RunSpec) -> RunRecord:
     metrics = Metrics(n=7, accuracy=5 / 7, balanced_accuracy=0.1 + 0.2, auroc=None, nll=1e-17, ece=1 / 3)
     site = "blocks.0.attn.query"
     return RunRecord(
-        spec=of, spec_digest=of.digest(), status="done", started_at="2025-01-01T00:00:00+00:00", seconds=1.1,
+        spec=of,
+        spec_digest=of.digest(),
+        status="done",
+        started_at="2025-01-01T00:00:00+00:00",
+        seconds=1.1,
         provenance=Provenance(
-            packages={"torch": "2.13"}, python="3.11.9", platform="Linux", processor="some \u00b5 processor",
-            cpu_count=2, device="cpu", threads=2, git_hash=None, git_dirty=None, weights_name="w",
-            weights_sha256=None, random_weights=True, data_sha256="d", split_sha256="s",
-            head_init_sha256="h", data_order_sha256="o",
+            packages={"torch": "2.13"},
+            python="3.11.9",
+            platform="Linux",
+            processor="some \u00b5 processor",
+            cpu_count=2,
+            device="cpu",
+            threads=2,
+            git_hash=None,
+            git_dirty=None,
+            weights_name="w",
+            weights_sha256=None,
+            random_weights=True,
+            data_sha256="d",
+            split_sha256="s",
+            head_init_sha256="h",
+            data_order_sha256="o",
         ),
         class_names=["functional", "defective"],
         split_sizes={"train": 5, "validation": 7, "test": 7},
         sites=[SiteInfo(name=site, block=0, matrix="query", in_features=384, out_features=384)],
-        steps=[
-            StepRow(step=1, loss=0.7, learning_rate=1e-3, gradient_norm=2, seconds=0.1, penalties={"p": 0.1})
-        ],
+        steps=[StepRow(step=1, loss=0.7, learning_rate=1e-3, gradient_norm=2, seconds=0.1, penalties={"p": 0.1})],
         evaluations=[Evaluation(step=1, epoch=1, deployable=True, metrics=metrics)],
         rank_history=[
             RankEntry(step=0, budget=6000, ranks={site: 8}, unit="parameters"),
@@ -87,19 +107,30 @@ def record(of: RunSpec) -> RunRecord:
         importance_history=[ImportanceEntry(step=1, scores={site: 0.3})],
         bits_history=[BitsEntry(step=0, bits_per_weight={site: 4.5})],
         quantization=QuantizationSummary(
-            relative_error={site: 0.09}, bits_per_weight=4.5, quantized_bytes=123,
+            relative_error={site: 0.09},
+            bits_per_weight=4.5,
+            quantized_bytes=123,
             balance=[{"step": 1.0, "share": 0.5}],
             size=ModelSize(
-                weights=30, layers={site: LayerSize(weights=20, codes_bytes=10, scales_bytes=4, offsets_bytes=4)},
-                float_bytes={"head": 8, "norms": 32}, merging_bytes=0, live_bytes=58, file_bytes=99,
+                weights=30,
+                layers={site: LayerSize(weights=20, codes_bytes=10, scales_bytes=4, offsets_bytes=4)},
+                float_bytes={"head": 8, "norms": 32},
+                merging_bytes=0,
+                live_bytes=58,
+                file_bytes=99,
             ),
         ),
         parameters=ParameterCounts(initial=3, final=2, peak=3, head=1, backbone_total=22),
         bytes=ByteCounts(frozen_bytes=1, trainable_bytes=2, optimizer_bytes=3, adapter_file_bytes=4),
-        seconds_per_step=0.1, overhead_s={"allocation": 0.01}, peak_memory_bytes=5, chosen_step=1,
+        seconds_per_step=0.1,
+        overhead_s={"allocation": 0.01},
+        peak_memory_bytes=5,
+        chosen_step=1,
         majority_accuracy={"validation": 0.6, "test": 0.7},
-        validation=metrics, test=metrics, adapter_sha256="a",
-    )  # fmt: skip
+        validation=metrics,
+        test=metrics,
+        adapter_sha256="a",
+    )
 
 
 @pytest.mark.parametrize("experiment", [one.name for one in study().experiments])
@@ -126,8 +157,9 @@ def test_a_record_from_before_budgets_had_units_is_read(tmp_path: Path) -> None:
     read = read_record(file)
     assert read.spec == written.spec
     assert [(entry.unit, entry.budget, entry.spent) for entry in read.rank_history[:2]] == [
-        ("ranks", 6000, 8), ("ranks", None, 0),
-    ]  # fmt: skip
+        ("ranks", 6000, 8),
+        ("ranks", None, 0),
+    ]
 
 
 def test_a_record_from_before_sizes_were_counted_is_read(tmp_path: Path) -> None:
@@ -144,9 +176,14 @@ def test_a_record_from_before_sizes_were_counted_is_read(tmp_path: Path) -> None
 def test_a_failed_run_is_a_record_too(tmp_path: Path) -> None:
     of = spec()
     written = RunRecord(
-        spec=of, spec_digest=of.digest(), status="failed", error="loss is not finite", traceback="a\nb",
-        started_at="2025-01-01T00:00:00+00:00", seconds=0.5,
-    )  # fmt: skip
+        spec=of,
+        spec_digest=of.digest(),
+        status="failed",
+        error="loss is not finite",
+        traceback="a\nb",
+        started_at="2025-01-01T00:00:00+00:00",
+        seconds=0.5,
+    )
     assert read_record(write_record(tmp_path, written)) == written
 
 
@@ -155,8 +192,10 @@ def test_records_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     for one in specs:
         write_record(tmp_path, record(one))
     assert [one.spec.run_id for one in read_records(tmp_path)] == [
-        "quickstart/lora_r1/seed_0", "quickstart/lora_r1/seed_1", "quickstart/lora_r2/seed_1",
-    ]  # fmt: skip
+        "quickstart/lora_r1/seed_0",
+        "quickstart/lora_r1/seed_1",
+        "quickstart/lora_r2/seed_1",
+    ]
 
 
 @pytest.mark.parametrize(("make", "words"), [(True, "holds no record.json"), (False, "does not exist")])
@@ -353,11 +392,17 @@ def test_a_run_stays_below_the_results_directory() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("spec", "study"), "../../etc"), (("spec", "study"), "/etc"), (("spec", "study"), ""), (("spec", "seed"), -1),
-        (("spec", "study"), "a" * 300), (("spec", "experiment", "name"), ".."), (("spec", "seed"), 10**4000),
-        (("spec", "study"), "Study"), (("spec", "experiment", "name"), "a\0"),
+        (("spec", "study"), "../../etc"),
+        (("spec", "study"), "/etc"),
+        (("spec", "study"), ""),
+        (("spec", "seed"), -1),
+        (("spec", "study"), "a" * 300),
+        (("spec", "experiment", "name"), ".."),
+        (("spec", "seed"), 10**4000),
+        (("spec", "study"), "Study"),
+        (("spec", "experiment", "name"), "a\0"),
     ],
-)  # fmt: skip
+)
 def test_a_record_whose_names_lead_out_is_refused(path: tuple[str, ...], value: object, tmp_path: Path) -> None:
     file = write_record(tmp_path, record(spec()))
     data = json.loads(file.read_text())

@@ -13,17 +13,47 @@ SOURCES = sorted(file for folder in ("src", "experiments", "benchmarks") for fil
 
 # Modules that unpickle or evaluate; and XML, whose entities are bombs.
 MODULES = {
-    "cPickle", "cloudpickle", "code", "dbm", "dill", "imp", "joblib", "jsonpickle", "marshal", "pickle", "pickletools",
-    "runpy", "shelve", "xml",
-}  # fmt: skip
+    "cPickle",
+    "cloudpickle",
+    "code",
+    "dbm",
+    "dill",
+    "imp",
+    "joblib",
+    "jsonpickle",
+    "marshal",
+    "pickle",
+    "pickletools",
+    "runpy",
+    "shelve",
+    "xml",
+}
 BUILTINS = {"__import__", "compile", "eval", "exec"}
 # Calls that are refused however they are made.
 CALLS = {
-    "onnx.load", "onnx.load_model", "os.popen", "os.system", "pandas.read_hdf", "pandas.read_pickle", "pd.read_pickle",
-    "shutil.unpack_archive", "subprocess.getoutput", "subprocess.getstatusoutput", "torch.hub.load", "torch.jit.load",
-    "torch.export.load", "torch.package.PackageImporter", "yaml.full_load", "yaml.full_load_all", "yaml.load",
-    "yaml.load_all", "yaml.safe_load", "yaml.safe_load_all", "yaml.unsafe_load", "yaml.unsafe_load_all",
-}  # fmt: skip
+    "onnx.load",
+    "onnx.load_model",
+    "os.popen",
+    "os.system",
+    "pandas.read_hdf",
+    "pandas.read_pickle",
+    "pd.read_pickle",
+    "shutil.unpack_archive",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "torch.hub.load",
+    "torch.jit.load",
+    "torch.export.load",
+    "torch.package.PackageImporter",
+    "yaml.full_load",
+    "yaml.full_load_all",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.safe_load",
+    "yaml.safe_load_all",
+    "yaml.unsafe_load",
+    "yaml.unsafe_load_all",
+}
 METHODS = {"extractall", "read_pickle"}  # on whatever object
 # Calls that need an argument to be safe.
 NEEDED = {
@@ -77,14 +107,33 @@ def test_the_sources_are_found() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "import pickle", "from pickle import loads", "import os, joblib", "import xml.etree.ElementTree as tree",
-        "torch.load(file)", "torch.load(file, weights_only=False)", "torch.load(file, weights_only=flag)",
-        "from torch import load", "np.load(file)", "np.load(file, allow_pickle=True)", "yaml.load(text, Loader=L)",
-        "yaml.safe_load(text)", "from yaml import safe_load", "eval(text)", "exec(text)", "compile(text, 'x', 'exec')",
-        "__import__(name)", "tar.extractall()", "shutil.unpack_archive(file)", "onnx.load(file)", "Image.open(file)",
-        "subprocess.run(text, shell=True)", "os.system(text)", "torch.jit.load(file)", "frame = pandas.read_pickle(x)",
+        "import pickle",
+        "from pickle import loads",
+        "import os, joblib",
+        "import xml.etree.ElementTree as tree",
+        "torch.load(file)",
+        "torch.load(file, weights_only=False)",
+        "torch.load(file, weights_only=flag)",
+        "from torch import load",
+        "np.load(file)",
+        "np.load(file, allow_pickle=True)",
+        "yaml.load(text, Loader=L)",
+        "yaml.safe_load(text)",
+        "from yaml import safe_load",
+        "eval(text)",
+        "exec(text)",
+        "compile(text, 'x', 'exec')",
+        "__import__(name)",
+        "tar.extractall()",
+        "shutil.unpack_archive(file)",
+        "onnx.load(file)",
+        "Image.open(file)",
+        "subprocess.run(text, shell=True)",
+        "os.system(text)",
+        "torch.jit.load(file)",
+        "frame = pandas.read_pickle(x)",
     ],
-)  # fmt: skip
+)
 def test_each_way_would_be_found(line: str) -> None:
     assert len(list(faults(line))) == 1
 

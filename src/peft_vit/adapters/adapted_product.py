@@ -114,9 +114,14 @@ class _LowRankProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: FrozenWeight, bias: Tensor | None, rows: tuple[slice, ...],
-        dtype: torch.dtype, *factors: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        frozen: FrozenWeight,
+        bias: Tensor | None,
+        rows: tuple[slice, ...],
+        dtype: torch.dtype,
+        *factors: Tensor,
+    ) -> Tensor:
         total = _with_updates(frozen, rows, factors, dtype)
         x = x.to(dtype)
         again = not frozen.is_float

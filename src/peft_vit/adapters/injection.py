@@ -63,10 +63,16 @@ def attach_adapters(
             setattr(model.get_submodule(parent), child, module)
         assert isinstance(module, AdaptedLinear)
         adapter = SiteAdapter(
-            site.in_features, site.out_features, ranks[site.name], scale=scale,
+            site.in_features,
+            site.out_features,
+            ranks[site.name],
+            scale=scale,
             generator=torch_generator(seed, "adapter_init", order[site.name]),
-            parametrization=parametrization, factor_start=factor_start, lambda_gain=lambda_gain, pool=pool,
-        )  # fmt: skip
+            parametrization=parametrization,
+            factor_start=factor_start,
+            lambda_gain=lambda_gain,
+            pool=pool,
+        )
         module.add_site(site.matrix, site.rows, adapter.to(next(model.parameters()).device))
 
 

@@ -68,11 +68,9 @@ def read_peft(
     _check_tensors(tensors, expected, folder / TENSORS_FILE)
     _check_targets(config, modules, folder / CONFIG_FILE)
     updates = {
-        name: (
-            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"], config.scale(name)
-        )
+        name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"], config.scale(name))
         for name in modules
-    }  # fmt: skip
+    }
     head = {name: tensors[_head(name)] for name in ("weight", "bias") if _head(name) in expected}
     return PeftAdapter(updates, head, config.lora_dropout)
 
@@ -179,10 +177,18 @@ class _LoraFile(BaseModel):
 # tensors say which they are), and settings of switches that are off.
 _HARMLESS = frozenset(
     {
-        "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "megatron_core", "peft_version",
-        "qalora_group_size", "revision", "runtime_config", "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
     }
-)  # fmt: skip
+)
 _OFF: tuple[Any, ...] = (None, False, "none", [], {})
 
 
@@ -197,8 +203,9 @@ def _read_config(file: Path) -> _LoraFile:
         if field not in _HARMLESS and value not in _OFF:
             raise UserError(
                 f"{short(value)} changes what the adapter computes and is not supported; only plain LoRA is",
-                file=file, field=short(field)[1:-1],
-            )  # fmt: skip
+                file=file,
+                field=short(field)[1:-1],
+            )
     return config
 
 
@@ -244,8 +251,10 @@ def _check_tensors(tensors: dict[str, Tensor], expected: Mapping[str, tuple[int,
     for name in sorted(tensors.keys() - expected.keys()):
         raise UserError(
             f"this tensor has no place here by {CONFIG_FILE}; only LoRA on a block's qkv, proj, fc1, fc2 and a head "
-            "that modules_to_save names can be imported", file=file, field=repr(name[:200]),
-        )  # fmt: skip
+            "that modules_to_save names can be imported",
+            file=file,
+            field=repr(name[:200]),
+        )
     for name, shape in expected.items():
         if name not in tensors:
             problem = f"is missing, which {CONFIG_FILE} asks for; save the adapter with PEFT's save_pretrained"

@@ -111,7 +111,7 @@ def _check_exportable(model: nn.Module) -> None:
         if module.quantized is not None or any(adapter.pool != 1 for _, adapter in module.adapters()):
             raise UserError(
                 f"the adapter of {name} belongs to a quantized weight and PEFT would add it to the float one, "
-                "which is another model; merged_state_dict(model) gives its weights",
+                "which is another model; merged_state_dict(model) gives its weights"
             )
     for name, layer in peft_layers(model).items():
         check_plain(name, layer)

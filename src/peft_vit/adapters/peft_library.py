@@ -56,7 +56,7 @@ def attach_peft_lora(model: nn.Module, config: PeftLoraConfig, *, seed: int) -> 
     alpha: Any = config.scale * config.rank  # PEFT says int and takes any number
     _attach(
         model, seed, peft.LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=_modules(model, config.targets))
-    )  # fmt: skip
+    )
 
 
 def attach_peft_adalora(
@@ -75,12 +75,19 @@ def attach_peft_adalora(
         model,
         seed,
         peft.AdaLoraConfig(
-            init_r=config.initial_rank, target_r=config.target_rank, lora_alpha=alpha,
-            tinit=config.warmup_steps, tfinal=final_steps, deltaT=config.update_frequency, total_step=total_steps,
-            beta1=config.beta1, beta2=config.beta2, orth_reg_weight=config.orthogonality_weight,
+            init_r=config.initial_rank,
+            target_r=config.target_rank,
+            lora_alpha=alpha,
+            tinit=config.warmup_steps,
+            tfinal=final_steps,
+            deltaT=config.update_frequency,
+            total_step=total_steps,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            orth_reg_weight=config.orthogonality_weight,
             target_modules=_modules(model, config.targets),
         ),
-    )  # fmt: skip
+    )
 
 
 def _modules(model: nn.Module, targets: Sequence[Matrix]) -> list[str]:
@@ -140,8 +147,9 @@ def check_plain(name: str, layer: Any) -> None:
     if type(layer).__name__ not in kinds or more:
         raise UserError(
             f"PEFT computes more there than one plain LoRA or AdaLoRA named '{ADAPTER}'; use PEFT's own "
-            "save_pretrained or merge_and_unload", field=name,
-        )  # fmt: skip
+            "save_pretrained or merge_and_unload",
+            field=name,
+        )
 
 
 @torch.no_grad()

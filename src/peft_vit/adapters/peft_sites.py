@@ -142,9 +142,12 @@ class _Lora(NamedTuple):
         matrix: Any = "out" if leaf == "proj" else leaf
         layer = self.layers[key]
         return SiteInfo(
-            name=f"blocks.{block}.{part}.{matrix}", block=int(block), matrix=matrix,
-            in_features=layer.in_features, out_features=layer.out_features,
-        )  # fmt: skip
+            name=f"blocks.{block}.{part}.{matrix}",
+            block=int(block),
+            matrix=matrix,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+        )
 
 
 def _lora_of(model: nn.Module) -> _Lora | None:

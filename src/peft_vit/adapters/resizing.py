@@ -18,10 +18,7 @@ _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq"
 
 
 def resize_adapters(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ranks: Mapping[str, int],
-    triplet_scores: Mapping[str, Tensor],
+    model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Mapping[str, int], triplet_scores: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Give each named site its new rank.
 
@@ -100,9 +97,14 @@ def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, gr
 
 
 def _carry_state(
-    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, keep: Tensor, dim: int, zeros: Tensor,
+    optimizer: torch.optim.Optimizer,
+    old: nn.Parameter,
+    new: nn.Parameter,
+    keep: Tensor,
+    dim: int,
+    zeros: Tensor,
     factor: float,
-) -> None:  # fmt: skip
+) -> None:
     """Let moments follow their triplets; of a value that is `factor` times as large they are those of 1 / factor."""
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):

@@ -142,10 +142,14 @@ class AdaLoRAController:
     def _record(self, step: int, ranks: dict[str, int], gave_way: dict[str, int]) -> None:
         self.rank_history.append(
             {
-                "step": step, "budget": self.schedule.budget_at(step), "ranks": ranks,
-                "unit": self.config.budget.unit, "cost": self._cost(ranks), "gave_way": gave_way,
+                "step": step,
+                "budget": self.schedule.budget_at(step),
+                "ranks": ranks,
+                "unit": self.config.budget.unit,
+                "cost": self._cost(ranks),
+                "gave_way": gave_way,
             }
-        )  # fmt: skip
+        )
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Refuse what can't follow a change of rank, and let Adam know of it; call once before the first step.
@@ -249,13 +253,20 @@ class AdaLoRAController:
         young = [self._ages.young(name).numpy() for name in self.names]
         least = protected_minimum(np.array([one.sum() for one in young]), scores, budget, self.bounds, self.costs)
         ranks = allocate(
-            self.config.allocation_strategy, scores, budget, Bounds(least, self.bounds.maximum), costs=self.costs,
-            threshold_tau=self.config.threshold_tau, top_k=self.config.top_k,
+            self.config.allocation_strategy,
+            scores,
+            budget,
+            Bounds(least, self.bounds.maximum),
+            costs=self.costs,
+            threshold_tau=self.config.threshold_tau,
+            top_k=self.config.top_k,
             triplet_scores=[
                 shielded(self._triplet_scores[name].cpu().double().numpy(), grown, int(count))
                 for name, grown, count in zip(self.names, young, least, strict=True)
-            ] if self.config.allocation_strategy == "global" else None,
-        )  # fmt: skip
+            ]
+            if self.config.allocation_strategy == "global"
+            else None,
+        )
         return dict(zip(self.names, (int(rank) for rank in ranks), strict=True))
 
     def apply_ranks(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
@@ -354,14 +365,21 @@ class AdaLoRAController:
             "values": plain values, ready for JSON; "tensors": tensors by name, ready for safetensors.
         """
         tensors = {
-            "generator": self.tracker.generator.get_state(), "births": self._ages.births,
-            "active": self._active or {}, "smoothed": self.tracker.state_dict(),
-        }  # fmt: skip
+            "generator": self.tracker.generator.get_state(),
+            "births": self._ages.births,
+            "active": self._active or {},
+            "smoothed": self.tracker.state_dict(),
+        }
         values = {
-            "made_with": self._made_with(), "scored": self._scored, "decided": self._decided,
-            "decisions": self._ages.decisions, "last_scores": self._last_scores, "rank_history": self.rank_history,
-            "score_history": self.score_history, "probe_history": self.probe_history,
-        }  # fmt: skip
+            "made_with": self._made_with(),
+            "scored": self._scored,
+            "decided": self._decided,
+            "decisions": self._ages.decisions,
+            "last_scores": self._last_scores,
+            "rank_history": self.rank_history,
+            "score_history": self.score_history,
+            "probe_history": self.probe_history,
+        }
         return {"values": copy.deepcopy(values), "tensors": flatten(tensors)}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:

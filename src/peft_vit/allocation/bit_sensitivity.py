@@ -90,9 +90,14 @@ def fit_head(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[LinearHe
 
 
 def layer_losses(
-    model: nn.Module, formats: Mapping[str, Sequence[QuantizationFormat]], images: Tensor, head: LinearHead,
-    *, by: Literal["fisher", "loss"], seed: int,
-) -> dict[str, list[float]]:  # fmt: skip
+    model: nn.Module,
+    formats: Mapping[str, Sequence[QuantizationFormat]],
+    images: Tensor,
+    head: LinearHead,
+    *,
+    by: Literal["fisher", "loss"],
+    seed: int,
+) -> dict[str, list[float]]:
     """Return the predicted rise of the loss, in nats, for each of a layer's formats.
 
     Args:
@@ -211,9 +216,8 @@ def _norms_by_rank(matrix: Tensor) -> Floats:
 
 
 def _sample_gradients(
-    model: nn.Module, modules: Sequence[str], images: Tensor, head: LinearHead,
-    loss: Callable[[Tensor, slice], Tensor],
-) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    model: nn.Module, modules: Sequence[str], images: Tensor, head: LinearHead, loss: Callable[[Tensor, slice], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (module, gradient of one image's loss with respect to its weight) for all images.
 
     Args:

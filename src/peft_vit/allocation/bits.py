@@ -80,9 +80,12 @@ def _undominated(losses: Sequence[float], sizes: Sequence[int]) -> list[int]:
 
 
 def _solve(
-    losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], kept: Sequence[Sequence[int]], room: int,
+    losses: Sequence[Sequence[float]],
+    sizes: Sequence[Sequence[int]],
+    kept: Sequence[Sequence[int]],
+    room: int,
     node_limit: int,
-) -> tuple[list[int], float]:  # fmt: skip
+) -> tuple[list[int], float]:
     """Return the chosen place of each group, and the lower bound of the total loss.
 
     Losses and sizes are counted from those of the group's largest and smallest option, so that what differs between

@@ -28,10 +28,16 @@ def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool: 
         _check_own(model, config, pool)
     else:
         attach_adapters(
-            model, sites, dict.fromkeys((site.name for site in sites), 0),
-            scale=config.scale, seed=seed, parametrization=config.parametrization,
-            factor_start=config.factor_start, lambda_gain=config.lambda_gain, pool=pool,
-        )  # fmt: skip
+            model,
+            sites,
+            dict.fromkeys((site.name for site in sites), 0),
+            scale=config.scale,
+            seed=seed,
+            parametrization=config.parametrization,
+            factor_start=config.factor_start,
+            lambda_gain=config.lambda_gain,
+            pool=pool,
+        )
     different = set(site_adapters(model)) ^ {site.name for site in sites}
     if different:
         raise UserError(f"the model's adapters and adalora.targets differ at {min(different)}", field="adalora.targets")

@@ -40,9 +40,12 @@ def place_probes(adapters: Mapping[str, Adapter], *, seed: int, step: int) -> No
     for adapter in adapters.values():
         if isinstance(adapter, SiteAdapter):
             adapter.probe = Probe(
-                adapter.in_features // adapter.pool, adapter.out_features, PROBE_TRIPLETS,
-                generator=generator, device=adapter.lora_A.device,
-            )  # fmt: skip
+                adapter.in_features // adapter.pool,
+                adapter.out_features,
+                PROBE_TRIPLETS,
+                generator=generator,
+                device=adapter.lora_A.device,
+            )
 
 
 def take_probes(adapters: Mapping[str, Adapter]) -> tuple[dict[str, float], int]:

@@ -16,15 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_vit.analysis.comparability import PoolKind, Refusal, RunsOf, difference
-from peft_vit.analysis.comparison import (
-    ALPHA,
-    Comparison,
-    MethodResult,
-    compare,
-    correct,
-    method_results,
-    references,
-)
+from peft_vit.analysis.comparison import ALPHA, Comparison, MethodResult, compare, correct, method_results, references
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.limits import is_time
 from peft_vit.analysis.pooling import Pooled, interquartile_over_studies, stratified_mean
@@ -175,8 +167,9 @@ def _refuse_copies(found: Sequence[tuple[Path, Study]]) -> None:
                 same = "holds it" if name == other_name else f"holds it as {other_name!r}"
                 raise UserError(
                     f"holds the run {name!r}, and {other} {same} too, which would count it twice as evidence; give one "
-                    "of them", file=directory,
-                )  # fmt: skip
+                    "of them",
+                    file=directory,
+                )
             seen[key] = directory, name
 
 
@@ -223,12 +216,15 @@ def compare_studies(
     order = {name: place for place, name in enumerate(shared)}
     pooled, times, refusals = _pooled(studies, shared, chosen, frozenset(pool))
     return Across(
-        studies=tuple(studies), reference=chosen,
+        studies=tuple(studies),
+        reference=chosen,
         rows=tuple(sorted(rows, key=lambda row: order[row.name])),
-        pooled=pooled, times=times, refusals=refusals,
+        pooled=pooled,
+        times=times,
+        refusals=refusals,
         alone={name: labels[0] for name, labels in found_in.items() if len(labels) == 1},
         agreements=_agreements(studies),
-    )  # fmt: skip
+    )
 
 
 def _agreements(studies: Sequence[LabelledStudy]) -> tuple[StudyAgreement, ...]:

@@ -166,6 +166,10 @@ def _flat(plain: Any, path: str) -> Iterable[tuple[str, Any]]:
 
 
 _DIFFERENCES: dict[PoolKind, Callable[[RunsOf], str | None]] = {
-    "configurations": _configurations, "precision": _precision, "versions": _versions, "splits": _splits,
-    "weights": _weights, "timings": _timings,
-}  # fmt: skip
+    "configurations": _configurations,
+    "precision": _precision,
+    "versions": _versions,
+    "splits": _splits,
+    "weights": _weights,
+    "timings": _timings,
+}

@@ -20,9 +20,14 @@ CONTROLS: tuple[Control, ...] = get_args(Control)
 PARAMETERS = 1_000  # unit of accuracy per parameter
 
 _OF_THE_SCORES = {
-    "importance_metric", "importance_gradient", "sensitivity_beta", "uncertainty_beta", "allocation_strategy", "top_k",
+    "importance_metric",
+    "importance_gradient",
+    "sensitivity_beta",
+    "uncertainty_beta",
+    "allocation_strategy",
+    "top_k",
     "threshold_tau",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,13 @@ def _mean_final(runs: Sequence[Run]) -> float:
 
 
 def _compare(
-    experiment: ExperimentConfig, control: ExperimentConfig | None, kind: Control,
-    runs_of: dict[str, tuple[Run, ...]], *, per_parameter: bool = False,
-) -> Comparison:  # fmt: skip
+    experiment: ExperimentConfig,
+    control: ExperimentConfig | None,
+    kind: Control,
+    runs_of: dict[str, tuple[Run, ...]],
+    *,
+    per_parameter: bool = False,
+) -> Comparison:
     name = experiment.name
     if control is None:
         note = f"the study has no finished experiment with importance_metric: {kind} and the same budget and training"

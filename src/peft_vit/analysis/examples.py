@@ -122,7 +122,5 @@ def _images(run: Run, other: Run) -> tuple[PredictedImage, ...]:
     one, two = run.record.predictions, other.record.predictions
     assert one is not None
     assert two is not None
-    columns = zip(
-        one.images, one.labels, one.predicted, one.probability, two.predicted, two.probability, strict=True
-    )  # fmt: skip
+    columns = zip(one.images, one.labels, one.predicted, one.probability, two.predicted, two.probability, strict=True)
     return tuple(PredictedImage(*row) for row in columns)

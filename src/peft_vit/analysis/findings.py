@@ -183,11 +183,22 @@ def _nothing(reason: str) -> Measured:
 def _untested(hypothesis: Hypothesis, one: Measured, study: str, registry: Registry | None) -> Finding:
     """Return a finding whose verdict needs no test, or does not stand yet."""
     finding = Finding(
-        hypothesis=hypothesis, study=study, subject=one.subject, labels=one.labels, values=one.values, n_of=one.n_of,
-        interval=mean_interval(one.values) if one.values else None, test="none", p_value=None, opposite_p=None,
-        outcome="", verdict="not decided", mark=_mark(hypothesis, one, registry), note=one.note,
+        hypothesis=hypothesis,
+        study=study,
+        subject=one.subject,
+        labels=one.labels,
+        values=one.values,
+        n_of=one.n_of,
+        interval=mean_interval(one.values) if one.values else None,
+        test="none",
+        p_value=None,
+        opposite_p=None,
+        outcome="",
+        verdict="not decided",
+        mark=_mark(hypothesis, one, registry),
+        note=one.note,
         rivals=one.rivals,
-    )  # fmt: skip
+    )
     if not one.values:
         return replace(finding, verdict="no data", outcome=one.note or "no finished run tells", note="")
     if hypothesis.test == "described":
@@ -265,9 +276,13 @@ def _decided(
         found = equivalence_verdict(shown, opposite, p_value, opposite_p, ALPHA)
         said = f"p = {p_value or 0:.3g} for it, {opposite_p or 0:.3g} against it ({over})"
     return replace(
-        finding, test=_named(hypothesis, shown), p_value=p_value, opposite_p=opposite_p, verdict=found,
+        finding,
+        test=_named(hypothesis, shown),
+        p_value=p_value,
+        opposite_p=opposite_p,
+        verdict=found,
         outcome=said if shown.decidable else shown.sentence(),
-    )  # fmt: skip
+    )
 
 
 def _named(hypothesis: Hypothesis, shown: Significance) -> str:

@@ -14,9 +14,22 @@ from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, history_rows, write_atomically
 
 COLUMNS = (
-    "study", "smoke", "experiment", "seed", "step", "site", "block", "matrix", "in_features", "out_features",
-    "score", "probed", "rank", "budget", "budget_unit",
-)  # fmt: skip
+    "study",
+    "smoke",
+    "experiment",
+    "seed",
+    "step",
+    "site",
+    "block",
+    "matrix",
+    "in_features",
+    "out_features",
+    "score",
+    "probed",
+    "rank",
+    "budget",
+    "budget_unit",
+)
 
 
 def history_table(results_dir: Path) -> list[dict[str, Any]]:
@@ -29,13 +42,11 @@ def history_table(results_dir: Path) -> list[dict[str, Any]]:
         UserError: if there is no record, if one can't be read, if a run stands twice, or if no run has adapters.
     """
     rows = [
-        {
-            "study": study.name, "smoke": study.smoke, "experiment": run.experiment.name, "seed": run.seed, **row,
-        }
+        {"study": study.name, "smoke": study.smoke, "experiment": run.experiment.name, "seed": run.seed, **row}
         for study in load_studies(results_dir)
         for run in study.runs
         for row in _rows(run.record)
-    ]  # fmt: skip
+    ]
     if not rows:
         raise UserError("no finished run with adapters, so there is no history to write", file=results_dir)
     return rows

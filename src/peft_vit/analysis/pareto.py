@@ -125,18 +125,14 @@ def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
 
 def _points(study: Study, methods: Sequence[MethodResult], costs: dict[str, float]) -> tuple[FrontPoint, ...]:
     ordered = sorted(
-        (m for m in methods if m.experiment.name in costs),
-        key=lambda m: (costs[m.experiment.name], m.experiment.name),
+        (m for m in methods if m.experiment.name in costs), key=lambda m: (costs[m.experiment.name], m.experiment.name)
     )
     names = [m.experiment.name for m in ordered]
     at = [costs[name] for name in names]
     on_front = pareto_front(at, [m.validation_accuracy.estimate for m in ordered])
     on_test_front = pareto_front(at, [m.test_accuracy.estimate for m in ordered])
     members = [name for name, is_on in zip(names, on_front, strict=True) if is_on]
-    leads = correct([
-        compare(study.of(name), study.of(cheaper), name, cheaper)
-        for cheaper, name in pairwise(members)
-    ])  # fmt: skip
+    leads = correct([compare(study.of(name), study.of(cheaper), name, cheaper) for cheaper, name in pairwise(members)])
     lead_of = {lead.name: lead for lead in leads}
     return tuple(
         FrontPoint(

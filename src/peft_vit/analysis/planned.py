@@ -66,9 +66,7 @@ def unfinished_runs(
     of_ledger = {_parts(run) for folder in plan.folders for run in last_rows(folder.rows)}
     named = set(plan.runs) if plan.is_known else {*expected, *of_ledger}
     runs = sorted({*named, *why} - set(recorded))
-    return tuple(
-        UnfinishedRun(*run, "left out", why[run]) if run in why else _state(plan, run) for run in runs
-    )  # fmt: skip
+    return tuple(UnfinishedRun(*run, "left out", why[run]) if run in why else _state(plan, run) for run in runs)
 
 
 def _parts(run: str) -> tuple[str, int]:
@@ -125,9 +123,7 @@ def seeds_in_words(seeds: Sequence[int]) -> str:
             stretches[-1].append(seed)
         else:
             stretches.append([seed])
-    parts = [
-        f"{one[0]}–{one[-1]}" if len(one) > 2 else ", ".join(str(seed) for seed in one) for one in stretches
-    ]  # fmt: skip
+    parts = [f"{one[0]}–{one[-1]}" if len(one) > 2 else ", ".join(str(seed) for seed in one) for one in stretches]
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(parts)}"
 
 

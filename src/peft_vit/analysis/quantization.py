@@ -139,9 +139,12 @@ def _nll(run: Run) -> float:
 
 
 def _compare(
-    experiment: ExperimentConfig, settings: QaLoraConfig, runs: Sequence[Run], twin: Sequence[Run],
+    experiment: ExperimentConfig,
+    settings: QaLoraConfig,
+    runs: Sequence[Run],
+    twin: Sequence[Run],
     value: Callable[[Run], float | None],
-) -> Comparison:  # fmt: skip
+) -> Comparison:
     if twin:
         return compare(runs, twin, experiment.name, twin[0].experiment.name, value)
     ranks = f"LoRA of rank {settings.fixed_rank} with the same scale, targets"
@@ -160,14 +163,20 @@ def _equal_but_float(experiment: ExperimentConfig, settings: QaLoraConfig, other
         return False
     section = other.lora
     return section is not None and (section.rank, section.scale, set(section.targets)) == (
-        settings.fixed_rank, settings.scale, set(settings.targets),
-    )  # fmt: skip
+        settings.fixed_rank,
+        settings.scale,
+        set(settings.targets),
+    )
 
 
 def _impact(
-    experiment: ExperimentConfig, settings: QaLoraConfig, runs: Sequence[Run], twin: Sequence[Run],
-    against: Comparison, against_float: AgainstFloat,
-) -> QuantizationImpact:  # fmt: skip
+    experiment: ExperimentConfig,
+    settings: QaLoraConfig,
+    runs: Sequence[Run],
+    twin: Sequence[Run],
+    against: Comparison,
+    against_float: AgainstFloat,
+) -> QuantizationImpact:
     summaries = [run.record.quantization for run in runs if run.record.quantization is not None]
     errors = _mean_errors(summaries)
     bits = float(np.mean([summary.bits_per_weight for summary in summaries]))

@@ -265,11 +265,21 @@ def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure =
     smallest.sort(key=lambda one: -one.validation_accuracy)
     outcome, chosen = _outcome(candidates, smallest, best, bool(within))
     return Recommendation(
-        study=study, outcome=outcome, best=best, chosen=chosen, candidates=candidates, as_small=tuple(smallest[1:]),
+        study=study,
+        outcome=outcome,
+        best=best,
+        chosen=chosen,
+        candidates=candidates,
+        as_small=tuple(smallest[1:]),
         outside=tuple(one for one in rated if one.faults),
         larger=tuple(one for one in within if one not in smaller and one is not best),
-        left_out=left_out, limits=limits, measure=measure, margin=margin, alpha=ALPHA, latency_batch=batch,
-    )  # fmt: skip
+        left_out=left_out,
+        limits=limits,
+        measure=measure,
+        margin=margin,
+        alpha=ALPHA,
+        latency_batch=batch,
+    )
 
 
 def _outcome(

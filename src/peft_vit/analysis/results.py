@@ -67,11 +67,13 @@ def load_results(directory: Path) -> Results:
     own = {problem: _concerned(problem, keys, contents, root) for problem in problems}
     studies = tuple(
         make_study(
-            *key, groups.get(key, ()), Plan(tuple(folders.get(key, ())), _left_out(key[0], problems, root)),
+            *key,
+            groups.get(key, ()),
+            Plan(tuple(folders.get(key, ())), _left_out(key[0], problems, root)),
             _in_words([problem for problem in problems if key in own[problem]]),
         )
         for key in keys
-    )  # fmt: skip
+    )
     return Results(directory, studies, problems)
 
 

@@ -143,8 +143,11 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
     rows = []
     for a, b in combinations(found, 2):
         alike = (a.metric, a.strategy, a.pattern.experiment.method, a.study.smoke) == (
-            b.metric, b.strategy, b.pattern.experiment.method, b.study.smoke,
-        )  # fmt: skip
+            b.metric,
+            b.strategy,
+            b.pattern.experiment.method,
+            b.study.smoke,
+        )
         shared = sorted(a.relative.keys() & b.relative.keys())
         if a.study.label == b.study.label or not alike or not shared:
             continue

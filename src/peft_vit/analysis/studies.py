@@ -164,9 +164,13 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
     unfinished = tuple(sorted(unfinished, key=lambda run: (place.get(run.experiment, len(place)), *_named(run))))
     runs = tuple(sorted(runs, key=lambda run: (_order(run.experiment), run.seed)))
     notices = (
-        *first, *_notices(smoke, runs, failed), *_progress(plan, len(runs), len(failed), unfinished),
-        *_unplanned(plan, group), *_warnings(records), *_differences(runs),
-    )  # fmt: skip
+        *first,
+        *_notices(smoke, runs, failed),
+        *_progress(plan, len(runs), len(failed), unfinished),
+        *_unplanned(plan, group),
+        *_warnings(records),
+        *_differences(runs),
+    )
     return Study(name, smoke, experiments, runs, failed, unfinished, notices, plan)
 
 
@@ -291,11 +295,7 @@ _SHOULD_AGREE: tuple[tuple[str, Callable[[Run], object], str], ...] = (
         "runs that differ in this are not paired",
     ),
     ("data sets", lambda run: run.provenance.data_sha256, "runs that differ in this are not paired"),
-    (
-        "numbers of threads",
-        lambda run: run.provenance.threads,
-        "last bits and seconds may differ",
-    ),
+    ("numbers of threads", lambda run: run.provenance.threads, "last bits and seconds may differ"),
     (
         "machines",
         lambda run: (run.provenance.processor, run.provenance.cpu_count, run.provenance.device),

@@ -86,10 +86,12 @@ def _scalars(record: RunRecord) -> Iterator[tuple[int, dict[str, float]]]:
     """Yield a step and what is known of it, by tag; a step may come several times."""
     for row in record.steps:
         values = {
-            "train/loss": row.loss, "train/learning_rate": row.learning_rate,
-            "train/gradient_norm": row.gradient_norm, "train/seconds": row.seconds,
+            "train/loss": row.loss,
+            "train/learning_rate": row.learning_rate,
+            "train/gradient_norm": row.gradient_norm,
+            "train/seconds": row.seconds,
             **{f"train/penalty/{name}": value for name, value in row.penalties.items()},
-        }  # fmt: skip
+        }
         if row.quantized_share is not None:
             values["train/quantized_share"] = row.quantized_share
         yield row.step, values

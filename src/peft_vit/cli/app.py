@@ -9,9 +9,12 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    name="peft-vit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="peft-vit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Fine-tune Vision Transformers with LoRA, AdaLoRA and QA-LoRA, and see which layers deserve rank and bits.",
-)  # fmt: skip
+)
 
 DEFAULT_OUTPUT = Path("experiments/outputs/adaptive")
 SMOKE_OUTPUT = Path("experiments/outputs/adaptive_smoke")  # apart: a smoke run must not stand in for a real one

@@ -31,7 +31,9 @@ def export(
     to: Annotated[
         Path,
         typer.Option(
-            "--to", "--output", show_default=False,
+            "--to",
+            "--output",
+            show_default=False,
             help="a .onnx or .safetensors file; peft: a new or empty folder; history: a .parquet, .json or .csv file; "
             "tensorboard: what its --logdir is given",
         ),
@@ -44,7 +46,7 @@ def export(
             "metrics of finished runs, also while a study goes on"
         ),
     ] = ExportFormat.PEFT,
-) -> None:  # fmt: skip
+) -> None:
     """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
     if format is ExportFormat.HISTORY:
         from peft_vit.analysis.history import export_history

@@ -55,9 +55,7 @@ def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
     except ImportError as error:
         raise UserError(f"the images can't be opened here ({error})") from None
     spec, origin = record.spec, record.provenance
-    return thumbnails(
-        spec.data, positions, data_sha256="" if origin is None else origin.data_sha256, smoke=spec.smoke
-    )  # fmt: skip
+    return thumbnails(spec.data, positions, data_sha256="" if origin is None else origin.data_sha256, smoke=spec.smoke)
 
 
 @app.command()
@@ -73,8 +71,7 @@ def report(
         ),
     ] = False,
     examples: Annotated[
-        bool,
-        typer.Option(help="pictures of test images on the page, if they are on this machine; takes seconds"),
+        bool, typer.Option(help="pictures of test images on the page, if they are on this machine; takes seconds")
     ] = True,
 ) -> None:
     """Write the report: one HTML file that needs no network, Markdown, and every figure as PNG and SVG.
@@ -84,9 +81,12 @@ def report(
     from peft_vit.report import build_report
 
     files = build_report(
-        results_dir, output_dir or results_dir / "report", publication=publication,
-        thumbnails=_thumbnails if examples else None, hypotheses=hypotheses,
-    )  # fmt: skip
+        results_dir,
+        output_dir or results_dir / "report",
+        publication=publication,
+        thumbnails=_thumbnails if examples else None,
+        hypotheses=hypotheses,
+    )
     print(f"Report: {files.html}\nMarkdown: {files.markdown}")
     say_left_out(files.results)
 

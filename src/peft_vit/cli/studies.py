@@ -181,11 +181,25 @@ def train(
     from peft_vit.experiments.own_images import OwnImages
 
     asked = OwnImages(
-        images_dir, method.value, shots=shots, model=model, weights=weights, image_size=image_size, minutes=minutes,
-        steps=steps, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, rank=rank, budget=budget,
-        head_start=None if head_start is None else head_start.value, precision=precision.value, device=device.value,
-        seed=seed, threads=threads,
-    )  # fmt: skip
+        images_dir,
+        method.value,
+        shots=shots,
+        model=model,
+        weights=weights,
+        image_size=image_size,
+        minutes=minutes,
+        steps=steps,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        rank=rank,
+        budget=budget,
+        head_start=None if head_start is None else head_start.value,
+        precision=precision.value,
+        device=device.value,
+        seed=seed,
+        threads=threads,
+    )
     _train(asked, output_dir, smoke)
 
 
@@ -213,10 +227,23 @@ def import_adapter(
     from peft_vit.experiments.own_images import OwnImages
 
     asked = OwnImages(
-        images_dir, "lora", shots=shots, model=model, weights=weights, image_size=image_size, minutes=minutes,
-        steps=steps, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, precision=precision.value,
-        device=device.value, seed=seed, threads=threads, start=adapter_dir,
-    )  # fmt: skip
+        images_dir,
+        "lora",
+        shots=shots,
+        model=model,
+        weights=weights,
+        image_size=image_size,
+        minutes=minutes,
+        steps=steps,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        precision=precision.value,
+        device=device.value,
+        seed=seed,
+        threads=threads,
+        start=adapter_dir,
+    )
     _train(asked, output_dir, smoke)
 
 

@@ -28,12 +28,23 @@ class _Layout:
 
 
 LAYOUTS = {
-    "cifar10": _Layout("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
-                       tuple(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin",
-                       "batches.meta.txt", 1),
-    "cifar100": _Layout("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8",
-                        ("train.bin",), "test.bin", "fine_label_names.txt", 2),
-}  # fmt: skip
+    "cifar10": _Layout(
+        "cifar-10-binary.tar.gz",
+        "c32a1d4ab5d03f1284b67883e8d87530",
+        tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
+        "test_batch.bin",
+        "batches.meta.txt",
+        1,
+    ),
+    "cifar100": _Layout(
+        "cifar-100-binary.tar.gz",
+        "03b5dce01913d631647c71ecec9e9cb8",
+        ("train.bin",),
+        "test.bin",
+        "fine_label_names.txt",
+        2,
+    ),
+}
 
 
 def read_cifar(name: str, path: Path | None, licence: str) -> ImageIndex:
@@ -66,9 +77,15 @@ def read_cifar(name: str, path: Path | None, licence: str) -> ImageIndex:
         return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
 
     return ImageIndex(
-        name=name, labels=labels, strata=labels, class_names=class_names,
-        official_test=np.arange(len(labels)) >= starts[-2], licence=licence, sha256=sha256, read=read,
-    )  # fmt: skip
+        name=name,
+        labels=labels,
+        strata=labels,
+        class_names=class_names,
+        official_test=np.arange(len(labels)) >= starts[-2],
+        licence=licence,
+        sha256=sha256,
+        read=read,
+    )
 
 
 def _unpacked(layout: _Layout, wanted: tuple[str, ...], path: Path | None) -> tuple[Path, str, str]:

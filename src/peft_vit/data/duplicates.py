@@ -84,10 +84,14 @@ def _left_out(index: ImageIndex, splits: Splits, rows: np.ndarray) -> list[str]:
     copies[rows] = False
     if index.official_test is not None:
         copies &= ~index.official_test
-    return [] if not copies.any() else [
-        f"{np.count_nonzero(copies)} files are left out as copies of validation or test images, such as "
-        f"{index.title(int(np.argmax(copies)))}"
-    ]  # fmt: skip
+    return (
+        []
+        if not copies.any()
+        else [
+            f"{np.count_nonzero(copies)} files are left out as copies of validation or test images, such as "
+            f"{index.title(int(np.argmax(copies)))}"
+        ]
+    )
 
 
 def _same(index: ImageIndex, rows: np.ndarray, sides: np.ndarray, equal: np.ndarray) -> list[str]:

@@ -60,9 +60,10 @@ class FileTree:
         found = [name for name in self.names if f"/{name}".endswith(f"/{ending}")]
         if len(found) != 1:
             raise UserError(
-                f"holds {len(found)} files called {ending}, expected one; "
-                "name the data set's own folder or archive", file=self.location, field="data.path",
-            )  # fmt: skip
+                f"holds {len(found)} files called {ending}, expected one; name the data set's own folder or archive",
+                file=self.location,
+                field="data.path",
+            )
         return found[0]
 
 
@@ -84,15 +85,20 @@ def open_tree(location: Path) -> FileTree:
         root = location.resolve()
         names = tuple(sorted(_names_below(root)))
         return FileTree(
-            root, names, lambda name: read_bytes(root / name),
+            root,
+            names,
+            lambda name: read_bytes(root / name),
             lambda used: content_sha256({name: root / name for name in used}),
             lambda used: list(map(content_hashes({name: root / name for name in used}).__getitem__, used)),
-        )  # fmt: skip
+        )
     archive, members = _open_zip(location)
     return FileTree(
-        location, tuple(sorted(members)), lambda name: _read_member(archive, members[name]),
-        lambda _: content_sha256({"": location}), lambda used: _member_contents(archive, [members[n] for n in used]),
-    )  # fmt: skip
+        location,
+        tuple(sorted(members)),
+        lambda name: _read_member(archive, members[name]),
+        lambda _: content_sha256({"": location}),
+        lambda used: _member_contents(archive, [members[n] for n in used]),
+    )
 
 
 def _open_zip(location: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
@@ -216,8 +222,7 @@ def write_to_cache(file: Path, content: bytes) -> None:
 def cache_not_writable(file: Path, error: OSError) -> UserError:
     """Return the error for a cache without space or permission."""
     return UserError(
-        f"cannot be written ({error.strerror}); free space, or set PEFT_VIT_CACHE to another folder",
-        file=file,
+        f"cannot be written ({error.strerror}); free space, or set PEFT_VIT_CACHE to another folder", file=file
     )
 
 

@@ -31,20 +31,32 @@ _CSV_SPLITS = ("train", "test")
 
 
 def _index(
-    name: str, tree: FileTree, files: list[str], classes: list[str], is_test: list[bool] | None,
-    *, licence: str, sha256: str, titles: dict[str, str] | None = None, contents: list[str] | None = None,
-) -> ImageIndex:  # fmt: skip
+    name: str,
+    tree: FileTree,
+    files: list[str],
+    classes: list[str],
+    is_test: list[bool] | None,
+    *,
+    licence: str,
+    sha256: str,
+    titles: dict[str, str] | None = None,
+    contents: list[str] | None = None,
+) -> ImageIndex:
     class_ids = sorted(set(classes))
     number = {class_id: k for k, class_id in enumerate(class_ids)}
     labels = np.array([number[class_id] for class_id in classes], dtype=np.int64)
     return ImageIndex(
-        name=name, labels=labels, strata=labels,
+        name=name,
+        labels=labels,
+        strata=labels,
         class_names=tuple((titles or {}).get(class_id, class_id) for class_id in class_ids),
         official_test=np.array(is_test, dtype=bool) if is_test and any(is_test) else None,
-        licence=licence, sha256=sha256,
-        read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])), names=files,
+        licence=licence,
+        sha256=sha256,
+        read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
+        names=files,
         contents=None if contents is None else np.unique(contents, return_inverse=True)[1].astype(np.int64),
-    )  # fmt: skip
+    )
 
 
 def read_tiny_imagenet(path: Path | None, licence: str) -> ImageIndex:
@@ -114,9 +126,15 @@ def read_image_folder(path: Path | None, licence: str) -> ImageIndex:
     images, classes = list(parts), [part[-2] for part in parts.values()]
     is_test = _official_test(path, [part[0] for part in parts.values()], classes) if is_split else None
     return _index(
-        "image-folder", tree, images, classes, is_test, licence=licence, sha256=tree.sha256(images),
+        "image-folder",
+        tree,
+        images,
+        classes,
+        is_test,
+        licence=licence,
+        sha256=tree.sha256(images),
         contents=tree.contents(images),
-    )  # fmt: skip
+    )
 
 
 def _is_image(name: str) -> bool:
@@ -199,8 +217,6 @@ def _checked_row(row: dict[str, str], where: str, root: Path, seen: dict[str, Pa
         raise UserError(f"{name} stands twice, it could land in train and test; remove one", file=where, field="path")
     if row.get("split") not in (None, *_CSV_SPLITS):
         raise UserError(
-            f"expected train or test, got {row['split']!r}; validation is drawn from train",
-            file=where,
-            field="split",
+            f"expected train or test, got {row['split']!r}; validation is drawn from train", file=where, field="split"
         )
     return name

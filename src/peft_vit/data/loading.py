@@ -49,11 +49,15 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         for rows in (splits.train, splits.validation, splits.test)
     )
     return Data(
-        class_names=index.class_names, train=train, validation=validation,
+        class_names=index.class_names,
+        train=train,
+        validation=validation,
         test=SealedImages(test, len(index.class_names)),
-        data_sha256=index.sha256, split_sha256=splits.sha256, licence=index.licence,
+        data_sha256=index.sha256,
+        split_sha256=splits.sha256,
+        licence=index.licence,
         warnings=image_warnings(index, splits, config.image_size),
-    )  # fmt: skip
+    )
 
 
 def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:

@@ -21,8 +21,17 @@ from peft_vit.foreign_files import LARGEST_BYTES, require_regular
 from peft_vit.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
 
 _FASHION_CLASSES = (
-    "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
+    "T-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 _MODULE_TYPES = ("mono", "poly")
 
 
@@ -54,11 +63,17 @@ def read_elpv(path: Path | None, licence: str) -> ImageIndex:
             raise UserError(f"{name} is not there; fetch the data set again", file=where)
     label = np.array(labels, dtype=np.int64)
     return ImageIndex(
-        name="elpv", labels=label, strata=label * len(_MODULE_TYPES) + np.array(modules, dtype=np.int64),
-        class_names=("functional", "defective"), official_test=None, licence=licence,
-        sha256=tree.sha256([table, *names]), channels=1,
-        read=lambda i: decode_image(lambda: tree.read(names[i]), tree.file(names[i])), names=names,
-    )  # fmt: skip
+        name="elpv",
+        labels=label,
+        strata=label * len(_MODULE_TYPES) + np.array(modules, dtype=np.int64),
+        class_names=("functional", "defective"),
+        official_test=None,
+        licence=licence,
+        sha256=tree.sha256([table, *names]),
+        channels=1,
+        read=lambda i: decode_image(lambda: tree.read(names[i]), tree.file(names[i])),
+        names=names,
+    )
 
 
 def _probability(text: str) -> float:
@@ -80,10 +95,16 @@ def read_digits(path: Path | None, licence: str) -> ImageIndex:
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
     labels = digits.target.astype(np.int64)
     return ImageIndex(
-        name="digits", labels=labels, strata=labels, class_names=tuple("0123456789"), official_test=None,
-        licence=licence, sha256=hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest(),
-        read=lambda i: Image.fromarray(pixels[i]), channels=1,
-    )  # fmt: skip
+        name="digits",
+        labels=labels,
+        strata=labels,
+        class_names=tuple("0123456789"),
+        official_test=None,
+        licence=licence,
+        sha256=hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest(),
+        read=lambda i: Image.fromarray(pixels[i]),
+        channels=1,
+    )
 
 
 def read_fashion_mnist(path: Path | None, licence: str) -> ImageIndex:
@@ -111,15 +132,25 @@ def read_fashion_mnist(path: Path | None, licence: str) -> ImageIndex:
     is_test = np.arange(len(label)) >= len(labels[0])
     train, test = pixels
     return ImageIndex(
-        name="fashion-mnist", labels=label, strata=label, class_names=_FASHION_CLASSES, official_test=is_test,
-        licence=licence, sha256=content_sha256(files), channels=1,
+        name="fashion-mnist",
+        labels=label,
+        strata=label,
+        class_names=_FASHION_CLASSES,
+        official_test=is_test,
+        licence=licence,
+        sha256=content_sha256(files),
+        channels=1,
         read=lambda i: Image.fromarray(train[i] if i < len(train) else test[i - len(train)]),
-    )  # fmt: skip
+    )
 
 
 def _fashion_folder() -> Path:
-    shares = (Path(sysconfig.get_path("data"), "share"), Path(sys.base_prefix, "share"),
-              Path("/usr/local/share"), Path("/usr/share"))  # fmt: skip
+    shares = (
+        Path(sysconfig.get_path("data"), "share"),
+        Path(sys.base_prefix, "share"),
+        Path("/usr/local/share"),
+        Path("/usr/share"),
+    )
     for share in shares:
         if (share / "datasets" / "fashion-mnist").is_dir():
             return share / "datasets" / "fashion-mnist"
@@ -134,8 +165,9 @@ def _fashion_folder() -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
         raise UserError(
             f"Fashion-MNIST could not be downloaded ({reason}); install Debian's package "
-            "dataset-fashion-mnist, or name the folder with its idx .gz files", field="data.path",
-        ) from None  # fmt: skip
+            "dataset-fashion-mnist, or name the folder with its idx .gz files",
+            field="data.path",
+        ) from None
     return root / "FashionMNIST" / "raw"
 
 

@@ -42,18 +42,25 @@ DATASETS: dict[str, DatasetInfo] = {
         channels=1,
     ),
     "digits": DatasetInfo(
-        "1,797 handwritten digits, 8 x 8 grey", "CC BY 4.0 (UCI)", "comes with scikit-learn",
-        "10 classes; no official test split", channels=1,
+        "1,797 handwritten digits, 8 x 8 grey",
+        "CC BY 4.0 (UCI)",
+        "comes with scikit-learn",
+        "10 classes; no official test split",
+        channels=1,
     ),
     "fashion-mnist": DatasetInfo(
-        "70,000 pieces of clothing, 28 x 28 grey", "MIT",
+        "70,000 pieces of clothing, 28 x 28 grey",
+        "MIT",
         "data.path (folder of idx .gz files), else Debian's dataset-fashion-mnist, else downloaded",
-        "10 classes; 10,000 official test images", channels=1,
+        "10 classes; 10,000 official test images",
+        channels=1,
     ),
-    "cifar10": DatasetInfo("60,000 photographs, 32 x 32 colour", _CIFAR_LICENCE, _CIFAR_SOURCE,
-                           "10 classes; 10,000 official test images"),
-    "cifar100": DatasetInfo("60,000 photographs, 32 x 32 colour", _CIFAR_LICENCE, _CIFAR_SOURCE,
-                            "100 classes; 10,000 official test images"),
+    "cifar10": DatasetInfo(
+        "60,000 photographs, 32 x 32 colour", _CIFAR_LICENCE, _CIFAR_SOURCE, "10 classes; 10,000 official test images"
+    ),
+    "cifar100": DatasetInfo(
+        "60,000 photographs, 32 x 32 colour", _CIFAR_LICENCE, _CIFAR_SOURCE, "100 classes; 10,000 official test images"
+    ),
     "tiny-imagenet": DatasetInfo(
         "110,000 labelled photographs, 64 x 64 colour",
         "ImageNet's terms: research and education, not commercial",
@@ -61,14 +68,18 @@ DATASETS: dict[str, DatasetInfo] = {
         "200 classes; the 10,000 official validation images serve as the test split",
     ),
     "image-folder": DatasetInfo(
-        "your own images, ROOT/<class>/<image>", "yours", "data.path (folder or zip)",
+        "your own images, ROOT/<class>/<image>",
+        "yours",
+        "data.path (folder or zip)",
         "classes are folders; ROOT/train with ROOT/test or ROOT/val is an official test split",
     ),
     "csv": DatasetInfo(
-        "your own images, listed in a CSV", "yours", "data.path (CSV with the columns path, label[, split])",
+        "your own images, listed in a CSV",
+        "yours",
+        "data.path (CSV with the columns path, label[, split])",
         "classes are labels; split: test is an official test split",
     ),
-}  # fmt: skip
+}
 
 _READERS: dict[str, _Reader] = {
     "elpv": read_elpv,
@@ -105,7 +116,8 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
     if classes < 2:
         raise UserError(
             f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed",
-            file=path, field="data.path",
-        )  # fmt: skip
+            file=path,
+            field="data.path",
+        )
     check_class_names(index.class_names, path, "data.path")
     return index

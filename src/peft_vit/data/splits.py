@@ -66,15 +66,17 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     if config.validation_images > len(source):
         raise UserError(
             f"is {config.validation_images}, but the {len(rest)} files beside the test split hold {len(source)} "
-            "different images; ask for fewer", field="data.validation_images",
-        )  # fmt: skip
+            "different images; ask for fewer",
+            field="data.validation_images",
+        )
     validation = stratified_draw(source, index.strata, config.validation_images, rng)
     pool = _without(index, rest, validation)
     if wanted - config.validation_images > len(pool):
         raise UserError(
             f"{wanted - config.validation_images} training images are needed, {len(pool)} remain without copies of "
-            "validation images; ask for fewer", field="data.train_images",
-        )  # fmt: skip
+            "validation images; ask for fewer",
+            field="data.train_images",
+        )
     train = _draw_train(index, config, seed, pool)
     _check_every_class(index, train, pool)
     return Splits(train, validation, test, _hash(train, validation, test))
@@ -85,8 +87,7 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
     if index.official_test is None:
         if config.test_images is None:
             raise UserError(
-                f"is missing; {index.name} has no test split of its own, say how many images",
-                field="data.test_images",
+                f"is missing; {index.name} has no test split of its own, say how many images", field="data.test_images"
             )
         source = _one_of_each(index, everything)
     else:
@@ -98,8 +99,9 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
     if config.test_split == "per_seed" and index.official_test is not None and count == len(source):
         raise UserError(
             f"per_seed would test the same images with each seed, all {count} of the test split that comes with "
-            f"{index.name}; set data.test_images below {count}, or say fixed", field="data.test_split",
-        )  # fmt: skip
+            f"{index.name}; set data.test_images below {count}, or say fixed",
+            field="data.test_split",
+        )
     test = stratified_draw(source, index.strata, count, rng)
     if index.official_test is None:
         return test, _without(index, everything, test)
@@ -133,8 +135,9 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
     if not fixed and count == len(pool):
         raise UserError(
             f"per_seed has no effect, all {len(pool)} images that remain are trained on; "
-            "lower data.train_images or say fixed", field="data.train_subset",
-        )  # fmt: skip
+            "lower data.train_images or say fixed",
+            field="data.train_subset",
+        )
     return stratified_draw(pool, index.strata, count, rng)
 
 

@@ -27,9 +27,15 @@ from peft_vit.packages import cache_dir
 _VERSION = 2  # raise when the files change
 # Where the format fixes the number of classes, it is the real one.
 CLASS_COUNTS = {
-    "elpv": 2, "digits": 10, "fashion-mnist": 10, "cifar10": 10, "cifar100": 100,
-    "tiny-imagenet": 4, "image-folder": 3, "csv": 3,
-}  # fmt: skip
+    "elpv": 2,
+    "digits": 10,
+    "fashion-mnist": 10,
+    "cifar10": 10,
+    "cifar100": 100,
+    "tiny-imagenet": 4,
+    "image-folder": 3,
+    "csv": 3,
+}
 _TIME = (2000, 1, 1, 0, 0, 0)
 
 

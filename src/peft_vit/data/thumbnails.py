@@ -16,9 +16,7 @@ from peft_vit.packages import no_downloads
 SIDE_PX = 96
 
 
-def thumbnails(
-    config: DataConfig, positions: Sequence[int], *, data_sha256: str, smoke: bool = False
-) -> list[bytes]:  # fmt: skip
+def thumbnails(config: DataConfig, positions: Sequence[int], *, data_sha256: str, smoke: bool = False) -> list[bytes]:
     """Return images as PNG, the longer side `SIDE_PX` pixels; smaller ones are enlarged without smoothing.
 
     Args:

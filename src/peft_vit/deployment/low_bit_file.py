@@ -97,8 +97,9 @@ def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
     if found != header.sha256:
         raise UserError(
             f"was changed after it was written: content of SHA-256 {found}, its header says {header.sha256}; "
-            "export the run again", file=file,
-        )  # fmt: skip
+            "export the run again",
+            file=file,
+        )
     return _build(header, tensors, file), header.card
 
 

@@ -79,9 +79,15 @@ def _traced(model: nn.Module, image_size: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own insides
         program = torch.onnx.export(
-            model, (torch.zeros(2, 3, image_size, image_size),), dynamo=True, opset_version=_OPSET, verbose=False,
-            input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )  # fmt: skip
+            model,
+            (torch.zeros(2, 3, image_size, image_size),),
+            dynamo=True,
+            opset_version=_OPSET,
+            verbose=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
     assert program is not None
     return program.model_proto
 

@@ -71,9 +71,13 @@ class OnnxLinear(nn.Module):
         if self.blocks_per_group > 1:
             by_block = scales.unsqueeze(-1).expand(-1, -1, self.blocks_per_group).flatten(1)
         y = torch.onnx.ops.symbolic(
-            f"com.microsoft::{self.operator}", (x, self.codes, by_block.flatten()), dict(self.attributes),
-            dtype=torch.float32, shape=(*x.shape[:-1], self.out_features), version=1,
-        )  # fmt: skip
+            f"com.microsoft::{self.operator}",
+            (x, self.codes, by_block.flatten()),
+            dict(self.attributes),
+            dtype=torch.float32,
+            shape=(*x.shape[:-1], self.out_features),
+            version=1,
+        )
         if self.offsets is not None:
             constant = self.offsets.float() + self.shift * scales if self.shift else self.offsets.float()
             y = y + x.unflatten(-1, (self.groups, -1)).sum(-1) @ constant.T  # (B, T, groups) (groups, out)

@@ -101,8 +101,9 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
     if backbone.weights_sha256 != card.weights_sha256:
         raise UserError(
             f"names weights of SHA-256 {card.weights_sha256}, and {backbone.weights_name} has "
-            f"{backbone.weights_sha256}; name the right ones with --weights", file=file,
-        )  # fmt: skip
+            f"{backbone.weights_sha256}; name the right ones with --weights",
+            file=file,
+        )
     with agreeing_with(file):
         import_peft(backbone.model, folder)
     return torch_classifier(backbone.model, card)

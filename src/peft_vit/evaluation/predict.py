@@ -42,6 +42,8 @@ def predictions(logits: NDArray[np.floating], labels: NDArray[np.int64], positio
     log_probability = log_softmax(logits.astype(np.float64))
     predicted = log_probability.argmax(1)
     return Predictions(
-        images=positions.tolist(), labels=labels.tolist(), predicted=predicted.tolist(),
+        images=positions.tolist(),
+        labels=labels.tolist(),
+        predicted=predicted.tolist(),
         probability=np.exp(log_probability.max(1)).tolist(),
-    )  # fmt: skip
+    )

@@ -48,9 +48,11 @@ def model_size(model: nn.Module) -> ModelSize:
 def _layer_size(quantized: QuantizedTensor) -> LayerSize:
     kept = {kind: tensor.nbytes for kind, tensor in quantized.tensors().items()}
     return LayerSize(
-        weights=quantized.shape[0] * quantized.shape[1], codes_bytes=kept["codes"], scales_bytes=kept["scales"],
+        weights=quantized.shape[0] * quantized.shape[1],
+        codes_bytes=kept["codes"],
+        scales_bytes=kept["scales"],
         offsets_bytes=kept.get("offsets", 0),
-    )  # fmt: skip
+    )
 
 
 def _part(model: nn.Module, name: str, tensor: Tensor) -> FloatPart:

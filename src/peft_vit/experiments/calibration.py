@@ -12,15 +12,7 @@ from peft_vit.backbones import load_run_backbone
 from peft_vit.config import ExperimentConfig, TrainingConfig
 from peft_vit.data import Data
 from peft_vit.records import FisherCheck, RunSpec
-from peft_vit.training import (
-    AllocationHook,
-    ChosenBits,
-    QALoRATrainer,
-    Setting,
-    StepHook,
-    allocate_bits,
-    class_weights,
-)
+from peft_vit.training import AllocationHook, ChosenBits, QALoRATrainer, Setting, StepHook, allocate_bits, class_weights
 
 _IMAGES = 32  # of a calibration batch
 
@@ -81,8 +73,5 @@ def calibrate_fisher(
     started = time.perf_counter()
     images, labels = calibration_batch(data, setting, seed, _IMAGES)
     weights = class_weights(data.train.labels, len(data.class_names)) if config.class_weights else None
-    check = check_fisher(
-        model, images, labels,
-        class_weights=None if weights is None else weights.to(setting.device),
-    )  # fmt: skip
+    check = check_fisher(model, images, labels, class_weights=None if weights is None else weights.to(setting.device))
     return check, {"fisher_check": time.perf_counter() - started}

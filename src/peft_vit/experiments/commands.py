@@ -248,9 +248,7 @@ def _drive(
                     watch.on_event(event)
 
                 make_executor = partial(_open, plan.in_time, lock, execution)
-                outcome = drive(
-                    plan, lock, make_executor, tell, keep_failed=execution.keep_failed, deadline=deadline
-                )  # fmt: skip
+                outcome = drive(plan, lock, make_executor, tell, keep_failed=execution.keep_failed, deadline=deadline)
                 failed |= outcome.failed
     return failed
 
@@ -265,6 +263,9 @@ def _open(plan: Plan, lock: StudyLock, execution: Execution) -> Executor:
     from peft_vit.experiments.executors import open_executor
 
     return open_executor(
-        execution.executor, plan, lock.folder.parent, oversubscribe=execution.oversubscribe,
+        execution.executor,
+        plan,
+        lock.folder.parent,
+        oversubscribe=execution.oversubscribe,
         ray_address=execution.ray_address,
-    )  # fmt: skip
+    )

@@ -88,6 +88,9 @@ def costs_of(record: RunRecord, seen: list[tuple[Progress, float]]) -> Costs:
     image_s = sum(evaluations) / len(evaluations) / record.split_sizes["validation"]
     many_times = len(record.steps) * step_s + sum(evaluations) + record.split_sizes["test"] * image_s
     return Costs(
-        start_s=max(0.0, record.seconds - many_times), step_s=step_s, image_s=image_s,
-        peak_memory_bytes=record.peak_memory_bytes or 0, images=sum(record.split_sizes.values()),
-    )  # fmt: skip
+        start_s=max(0.0, record.seconds - many_times),
+        step_s=step_s,
+        image_s=image_s,
+        peak_memory_bytes=record.peak_memory_bytes or 0,
+        images=sum(record.split_sizes.values()),
+    )

@@ -69,9 +69,14 @@ def keep_costs(kind: RunSpec, costs: Costs) -> None:
 def _place(kind: RunSpec) -> tuple[Path, dict[str, Any]]:
     """Return the file that holds a kind's costs, and all that they depend on."""
     depends_on = {
-        "run": kind.model_dump(mode="json"), "packages": package_versions(), "python": platform.python_version(),
-        "machine": platform.node(), "processor": processor_name(), "cpu_count": cpu_count(), "device": _device_name(),
-    }  # fmt: skip
+        "run": kind.model_dump(mode="json"),
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "machine": platform.node(),
+        "processor": processor_name(),
+        "cpu_count": cpu_count(),
+        "device": _device_name(),
+    }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "costs" / f"{digest[:32]}.json", depends_on
 

@@ -64,9 +64,16 @@ class Deadline:
     """
 
     def __init__(
-        self, runs: Sequence[Sequence[PlannedRun]], workers: int, over_at: float, past_at: float, *,
-        left: Mapping[str, float] | None = None, begun: int = 0, clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+        self,
+        runs: Sequence[Sequence[PlannedRun]],
+        workers: int,
+        over_at: float,
+        past_at: float,
+        *,
+        left: Mapping[str, float] | None = None,
+        begun: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.under_way: set[str] = set()
         self._runs = runs
         self._workers = workers

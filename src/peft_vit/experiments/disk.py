@@ -43,9 +43,13 @@ class DiskUse:
 
 
 def disk_use(
-    spec: RunSpec, shape: BackboneShape, class_names: Sequence[str], total_steps: int, validations: int,
+    spec: RunSpec,
+    shape: BackboneShape,
+    class_names: Sequence[str],
+    total_steps: int,
+    validations: int,
     test_images: int,
-) -> DiskUse:  # fmt: skip
+) -> DiskUse:
     """Estimate what a run takes on disk.
 
     Args:

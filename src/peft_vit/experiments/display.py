@@ -79,10 +79,14 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     table.add_column("state")
     for run in plan.in_time.runs or plan.runs:
         table.add_row(
-            f"{run.spec.experiment.name}/seed_{run.spec.seed}", str(run.total_steps), f"{run.estimate.seconds:.0f}",
-            f"{run.estimate.peak_memory_bytes / 1e6:.0f}", f"{run.estimate.disk.kept_bytes / 1e6:.1f}",
-            run.estimate.basis, "done" if run.done else "to do",
-        )  # fmt: skip
+            f"{run.spec.experiment.name}/seed_{run.spec.seed}",
+            str(run.total_steps),
+            f"{run.estimate.seconds:.0f}",
+            f"{run.estimate.peak_memory_bytes / 1e6:.0f}",
+            f"{run.estimate.disk.kept_bytes / 1e6:.1f}",
+            run.estimate.basis,
+            "done" if run.done else "to do",
+        )
     console.print(table)
     _print_total(plan, console)
     for line in () if plan.within is None else plan.within.lines:
@@ -117,8 +121,11 @@ def _print_precision(plan: Plan, console: Console) -> None:
         console.print(
             f"BF16 MAY BE SLOW HERE: {precision.support.reason}; a matrix product takes {plan.bf16_factor:.1f} times "
             "as long as in fp32.",
-            style="bold yellow", soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
+            style="bold yellow",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
 
 
 def _print_total(plan: Plan, console: Console) -> None:
@@ -142,8 +149,9 @@ def _print_total(plan: Plan, console: Console) -> None:
     console.print(
         f"At most {memory / 1e9:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here); "
         f"{kept / 1e6:.1f} MB on disk in the end, and up to {checkpoints / 1e6:.1f} MB of checkpoints on the way.",
-        soft_wrap=True, highlight=False,
-    )  # fmt: skip
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def print_deviation(found: Deviation, console: Console) -> None:
@@ -154,5 +162,6 @@ def print_deviation(found: Deviation, console: Console) -> None:
         console.print(
             f"  {name}: {ratios.median:.2f} x the estimate at the median of the runs ({ratios.least:.2f} to "
             f"{ratios.most:.2f}), {ratios.total:.2f} x all together",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -12,16 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from peft_vit.errors import UserError
-from peft_vit.experiments.events import (
-    Event,
-    Executor,
-    Notice,
-    RunEnded,
-    RunInterrupted,
-    RunRetried,
-    RunStarted,
-    Told,
-)
+from peft_vit.experiments.events import Event, Executor, Notice, RunEnded, RunInterrupted, RunRetried, RunStarted, Told
 from peft_vit.experiments.ledger import now, run_name
 from peft_vit.experiments.lock import StudyLock
 from peft_vit.experiments.store import StudyStore
@@ -52,9 +43,14 @@ class Outcome:
 
 
 def drive(
-    plan: Plan, lock: StudyLock, make_executor: Callable[[], Executor], tell: Callable[[Told], None], *,
-    keep_failed: bool = False, deadline: Deadline | None = None,
-) -> Outcome:  # fmt: skip
+    plan: Plan,
+    lock: StudyLock,
+    make_executor: Callable[[], Executor],
+    tell: Callable[[Told], None],
+    *,
+    keep_failed: bool = False,
+    deadline: Deadline | None = None,
+) -> Outcome:
     """Do what a plan says is pending, and return when every run has ended, or the time that there is.
 
     Args:
@@ -73,9 +69,7 @@ def drive(
     tell = _undisturbed(tell)
     names = {run_name(run.spec) for run in plan.runs}
     limited = None if plan.within is None else plan.within.limited
-    asked = study_file(
-        plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256, limited=limited
-    )  # fmt: skip
+    asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256, limited=limited)
     content = go_on(lock.folder, asked, source=plan.file, part=plan.part)
     executor = make_executor() if plan.pending else None  # may refuse, and then nothing was begun
     try:
@@ -115,9 +109,13 @@ def _reason(store: StudyStore, run: PlannedRun) -> str:
 
 
 def _carry_out(
-    runs: list[PlannedRun], executor: Executor, store: StudyStore, tell: Callable[[Told], None], retries: int,
+    runs: list[PlannedRun],
+    executor: Executor,
+    store: StudyStore,
+    tell: Callable[[Told], None],
+    retries: int,
     deadline: Deadline | None,
-) -> None:  # fmt: skip
+) -> None:
     with _signals() as signals:
         attempts = _Attempts(runs, executor, store, tell, retries)
         if deadline is None:
@@ -159,9 +157,13 @@ class _Attempts:
     """What of a call is not over yet, and what each event means for it."""
 
     def __init__(
-        self, runs: Iterable[PlannedRun], executor: Executor, store: StudyStore, tell: Callable[[Told], None],
+        self,
+        runs: Iterable[PlannedRun],
+        executor: Executor,
+        store: StudyStore,
+        tell: Callable[[Told], None],
         retries: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.waiting = {run_name(run.spec) for run in runs}
         self.running: set[str] = set()
         self.stopping = False
@@ -239,9 +241,14 @@ def _stuck(event: RunInterrupted) -> RunRecord:
     """Return the record of an attempt that nobody asked to stop and that made no step: it must not repeat for ever."""
     spec = event.run.spec
     return RunRecord(
-        spec=spec, spec_digest=spec.digest(), status="failed", failure="killed", seconds=0.0,
-        error=f"it was interrupted at step {event.step} without a step since the last time", started_at=now(),
-    )  # fmt: skip
+        spec=spec,
+        spec_digest=spec.digest(),
+        status="failed",
+        failure="killed",
+        seconds=0.0,
+        error=f"it was interrupted at step {event.step} without a step since the last time",
+        started_at=now(),
+    )
 
 
 class _Signals:

@@ -96,15 +96,17 @@ def _end(record: RunRecord) -> dict[str, Any]:
         return _failure(record)
     validation = None if record.validation is None else record.validation.accuracy
     return {
-        "seconds": record.seconds, "attempts": record.attempts, "peak_memory_bytes": record.peak_memory_bytes,
-        "validation_accuracy": validation, "chosen_step": record.chosen_step, "adapter_sha256": record.adapter_sha256,
-    }  # fmt: skip
+        "seconds": record.seconds,
+        "attempts": record.attempts,
+        "peak_memory_bytes": record.peak_memory_bytes,
+        "validation_accuracy": validation,
+        "chosen_step": record.chosen_step,
+        "adapter_sha256": record.adapter_sha256,
+    }
 
 
 def _failure(record: RunRecord) -> dict[str, Any]:
-    return {
-        "seconds": record.seconds, "attempts": record.attempts, "failure": record.failure, "error": record.error
-    }  # fmt: skip
+    return {"seconds": record.seconds, "attempts": record.attempts, "failure": record.failure, "error": record.error}
 
 
 def _finite(value: float | None) -> float | None:

@@ -100,8 +100,9 @@ def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
     if method in _NOT_AS_PEFT:
         raise UserError(
             f"{_NOT_AS_PEFT[method]}; use --format safetensors or onnx, or export a run of lora, adalora or linear, or "
-            "of PEFT's methods", file=run_dir,
-        )  # fmt: skip
+            "of PEFT's methods",
+            file=run_dir,
+        )
     run = restore_run(run_dir)
     export_peft(run.model, output_dir, run.card.model_dump(mode="json"))
 
@@ -189,8 +190,10 @@ def restore_run(run_dir: Path) -> RestoredRun:
     if backbone.weights_sha256 != provenance.weights_sha256:
         raise UserError(
             f"{backbone.weights_name} has SHA-256 {backbone.weights_sha256}, the run was trained on "
-            f"{provenance.weights_sha256}; get those weights again", file=run_dir / RECORD_FILE, field="provenance",
-        )  # fmt: skip
+            f"{provenance.weights_sha256}; get those weights again",
+            file=run_dir / RECORD_FILE,
+            field="provenance",
+        )
     with agreeing_with(run_dir / RECORD_FILE):
         if spec.experiment.start is None:
             prepare_as_saved(

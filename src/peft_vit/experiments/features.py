@@ -104,12 +104,20 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[StepHook]) -> Path
         return None
     packed = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
     depends_on: dict[str, Any] = {
-        "model": spec.backbone.model, "weights": provenance.weights_sha256, "data": provenance.data_sha256,
-        "image_size": spec.data.image_size, "pixels": FORMAT_VERSION, "pillow": PIL.__version__,
-        "precision": spec.precision, "device": provenance.device, "threads": spec.threads, "torch": torch.__version__,
-        "timm": provenance.packages.get("timm"), "processor": provenance.processor,
+        "model": spec.backbone.model,
+        "weights": provenance.weights_sha256,
+        "data": provenance.data_sha256,
+        "image_size": spec.data.image_size,
+        "pixels": FORMAT_VERSION,
+        "pillow": PIL.__version__,
+        "precision": spec.precision,
+        "device": provenance.device,
+        "threads": spec.threads,
+        "torch": torch.__version__,
+        "timm": provenance.packages.get("timm"),
+        "processor": provenance.processor,
         "formats": {} if packed is None else {name: one.as_json() for name, one in packed.formats.items()},
         "quantized_share": 0.0 if packed is None else packed.share,
-    }  # fmt: skip
+    }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "features" / f"{digest[:32]}.safetensors"

@@ -15,15 +15,7 @@ from peft_vit.evaluation import trainable_parameters
 from peft_vit.experiments.features import SharedFeatures
 from peft_vit.experiments.resuming import Attempt
 from peft_vit.records import RunSpec
-from peft_vit.training import (
-    LinearProbe,
-    Setting,
-    StepHook,
-    TrainingResult,
-    class_weights,
-    fit_probe,
-    head_logits,
-)
+from peft_vit.training import LinearProbe, Setting, StepHook, TrainingResult, class_weights, fit_probe, head_logits
 
 
 @dataclass(frozen=True)
@@ -53,9 +45,12 @@ class HeadStart:
         assert self.probe is not None
         fitted = trainable_parameters(model)
         return TrainingResult(
-            steps=list(self.probe.steps), evaluations=list(self.probe.evaluations), chosen=self.probe.chosen,
-            initial_parameters=fitted, peak_parameters=fitted,
-        )  # fmt: skip
+            steps=list(self.probe.steps),
+            evaluations=list(self.probe.evaluations),
+            chosen=self.probe.chosen,
+            initial_parameters=fitted,
+            peak_parameters=fitted,
+        )
 
 
 def start_head(

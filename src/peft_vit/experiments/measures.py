@@ -114,8 +114,13 @@ def _deployed(model: nn.Module, backbone: LoadedBackbone, data: Data, spec: RunS
 
 def _card(backbone: LoadedBackbone, data: Data, spec: RunSpec) -> ModelCard:
     return ModelCard(
-        run=spec.run_id, model=spec.backbone.model, weights_name=backbone.weights_name,
-        weights_sha256=backbone.weights_sha256, image_size=spec.data.image_size,
-        channels=DATASETS[spec.data.dataset].channels, mean=backbone.mean, std=backbone.std,
+        run=spec.run_id,
+        model=spec.backbone.model,
+        weights_name=backbone.weights_name,
+        weights_sha256=backbone.weights_sha256,
+        image_size=spec.data.image_size,
+        channels=DATASETS[spec.data.dataset].channels,
+        mean=backbone.mean,
+        std=backbone.std,
         class_names=data.class_names,
-    )  # fmt: skip
+    )

@@ -41,9 +41,14 @@ from peft_vit.training import (
 
 
 def prepare(
-    model: nn.Module, experiment: ExperimentConfig, *, total_steps: int, seed: int,
-    formats: Mapping[str, QuantizationFormat] | None = None, ranks: Mapping[str, int] | None = None,
-) -> list[StepHook]:  # fmt: skip
+    model: nn.Module,
+    experiment: ExperimentConfig,
+    *,
+    total_steps: int,
+    seed: int,
+    formats: Mapping[str, QuantizationFormat] | None = None,
+    ranks: Mapping[str, int] | None = None,
+) -> list[StepHook]:
     """Make the model trainable as the method says, in place, and return what the loop has to call.
 
     Args:
@@ -83,9 +88,13 @@ def prepare_as_saved(
     if qa_lora is None or qa_lora.adaptive_bits is None:
         return prepare(model, experiment, total_steps=total_steps, seed=seed)
     return prepare(
-        model, experiment, total_steps=total_steps, seed=seed, formats=saved_formats(file),
+        model,
+        experiment,
+        total_steps=total_steps,
+        seed=seed,
+        formats=saved_formats(file),
         ranks=saved_ranks(file) if qa_lora.adaptive_bits.ranks else None,
-    )  # fmt: skip
+    )
 
 
 def pooled(adalora: AdaLoraConfig, qa_lora: QaLoraConfig | None) -> tuple[AdaLoraConfig, int]:

@@ -22,15 +22,19 @@ _LONG_STEP = 2e12  # multiply-adds of a step: some 20 s on two cores
 _UPDATE_FREQUENCY = 3  # more often, and scores and probes of a decision would weigh more than in the whole run
 _VALIDATION_BATCHES = 4  # as large as a training batch each, as the loop has it
 _NEUTRAL: dict[str, Any] = {
-    "learning_rate": 1e-4, "weight_decay": 0.01, "schedule": "constant", "steps": None, "validate_every": None,
-    "patience": None, "head_start": "random",
-}  # fmt: skip
+    "learning_rate": 1e-4,
+    "weight_decay": 0.01,
+    "schedule": "constant",
+    "steps": None,
+    "validate_every": None,
+    "patience": None,
+    "head_start": "random",
+}
 
 
 def miniature(
-    spec: RunSpec, total_steps: int, shape: BackboneShape, index: ImageIndex, splits: Splits, *,
-    at_most: int = _STEPS,
-) -> RunSpec:  # fmt: skip
+    spec: RunSpec, total_steps: int, shape: BackboneShape, index: ImageIndex, splits: Splits, *, at_most: int = _STEPS
+) -> RunSpec:
     """Return a run of a few steps and a few validation batches that stands for another one.
 
     Args:
@@ -62,19 +66,22 @@ def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> Data
     if qa_lora is not None and qa_lora.adaptive_bits is not None:
         images = max(images, qa_lora.adaptive_bits.calibration_images)
     evaluated = max(
-        _VALIDATION_BATCHES * spec.experiment.training.batch_size, 2 * len(index.class_names),
+        _VALIDATION_BATCHES * spec.experiment.training.batch_size,
+        2 * len(index.class_names),
         spec.measures.removal_images or 0,
-    )  # fmt: skip
+    )
     train = min(len(splits.train), max(images, 2))
     while True:
         data = spec.data.model_copy(
             update={
-                "train_images": train, "shots_per_class": None, "train_subset": "fixed",
+                "train_images": train,
+                "shots_per_class": None,
+                "train_subset": "fixed",
                 "test_split": "fixed",  # a split that holds each class may not do so with another seed
                 "validation_images": min(len(splits.validation), evaluated),
                 "test_images": min(len(splits.test), evaluated),
             }
-        )  # fmt: skip
+        )
         try:
             make_splits(index, data, spec.seed)
         except UserError:  # a class would get no image
@@ -99,7 +106,7 @@ def with_shorter_schedules(experiment: ExperimentConfig, total_steps: int, steps
                 "update_frequency": max(_UPDATE_FREQUENCY, round(part * adalora.update_frequency)),
                 "warmup_steps": min(max(1, round(part * adalora.warmup_steps)), steps - final),
             }
-        )  # fmt: skip
+        )
     if experiment.peft_adalora is not None:
         peft_adalora = experiment.peft_adalora
         final = min(round(part * (total_steps - last_update(peft_adalora, total_steps))), steps - 3)

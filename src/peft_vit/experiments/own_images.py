@@ -97,9 +97,12 @@ def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[Stud
     """
     _check(asked)
     data: dict[str, Any] = {
-        "dataset": "image-folder", "path": str(asked.folder), "image_size": 224, "validation_images": 2,
+        "dataset": "image-folder",
+        "path": str(asked.folder),
+        "image_size": 224,
+        "validation_images": 2,
         "test_images": 2,
-    }  # fmt: skip
+    }
     index = open_index(_study(asked, data, {"name": "check", "method": "linear", "training": {}}).data)
     counts = _counts(asked, index)
     data["validation_images"] = counts.validation
@@ -159,9 +162,16 @@ class _Pace:
         device = resolve_device(asked.device)
         precision = choose_precision(cast(AskedPrecision, asked.precision), None, device).chosen
         workload = Workload(
-            shape=shape, image_size=0, channels=3, device=device, precision=precision, threads=asked.threads, train=0,
-            validation=0, test=0,
-        )  # fmt: skip
+            shape=shape,
+            image_size=0,
+            channels=3,
+            device=device,
+            precision=precision,
+            threads=asked.threads,
+            train=0,
+            validation=0,
+            test=0,
+        )
         return cls(asked, counts, backbone, product_rate(workload))
 
     def seconds(self, shape: BackboneShape, steps: int) -> float:
@@ -201,8 +211,9 @@ class _Pace:
             wanted = self.seconds(shape, _LEAST_STEPS) / 60
             raise UserError(
                 f"{self.asked.minutes:g} minutes are too few for {_LEAST_STEPS} steps here, which take about "
-                f"{wanted:.1f}; raise it, lower --image-size, or take --method linear", field="--minutes",
-            )  # fmt: skip
+                f"{wanted:.1f}; raise it, lower --image-size, or take --method linear",
+                field="--minutes",
+            )
         return min(_MOST_STEPS, steps // 10 * 10)
 
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
@@ -257,10 +268,15 @@ def experiment_for(asked: OwnImages, counts: Counts, shape: BackboneShape, steps
 
 def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
     mapping = {
-        "name": STUDY_NAME, "seeds": [asked.seed], "threads": asked.threads, "precision": asked.precision,
-        "device": asked.device, "backbone": {"model": asked.model, **_source(asked)}, "data": data,
+        "name": STUDY_NAME,
+        "seeds": [asked.seed],
+        "threads": asked.threads,
+        "precision": asked.precision,
+        "device": asked.device,
+        "backbone": {"model": asked.model, **_source(asked)},
+        "data": data,
         "experiments": [experiment],
-    }  # fmt: skip
+    }
     return study_from_mapping(mapping, file=asked.folder)
 
 
@@ -296,7 +312,10 @@ def _adaptive(asked: OwnImages, shape: BackboneShape, steps: int) -> dict[str, A
         raise UserError(f"{steps} steps are too few to move ranks; give more", field="--steps")
     early = max(1, min(_DECIDED_AFTER, steps // 12))
     return {
-        "total_rank_budget": asked.budget or 4 * len(shape.sites), "allocation_strategy": "global",
-        "importance_metric": "magnitude", "update_frequency": early, "warmup_steps": early,
+        "total_rank_budget": asked.budget or 4 * len(shape.sites),
+        "allocation_strategy": "global",
+        "importance_metric": "magnitude",
+        "update_frequency": early,
+        "warmup_steps": early,
         "final_steps": steps - 2 * early,
-    }  # fmt: skip
+    }

@@ -45,9 +45,13 @@ class _Kind:
 
 
 def measure_pace(
-    study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, tell: Callable[[str], None],
+    study: StudyConfig,
+    index: ImageIndex,
+    workload: Workload,
+    budget_s: float,
+    tell: Callable[[str], None],
     speed: Callable[[], Speed] = machine_speed,
-) -> Pace:  # fmt: skip
+) -> Pace:
     """Measure what runs of a study cost; where not even one experiment could be measured, arithmetic has to do.
 
     The first two experiments are measured at the study's size and at the smallest that it may be cut down to, then
@@ -108,9 +112,12 @@ def reckoned_pace(study: StudyConfig, workload: Workload, rate: float) -> Pace:
     image_s = TIME_OUTSIDE_PRODUCTS * workload.shape.parameters * workload.tokens / rate
     batch_size = experiment.training.batch_size
     costs = Costs(
-        start_s=_START_S, step_s=forward_passes(experiment.method) * batch_size * image_s, image_s=image_s,
-        peak_memory_bytes=1, images=1,
-    )  # fmt: skip
+        start_s=_START_S,
+        step_s=forward_passes(experiment.method) * batch_size * image_s,
+        image_s=image_s,
+        peak_memory_bytes=1,
+        images=1,
+    )
     return Pace({experiment.name: [Probe(experiment.method, workload.tokens, batch_size, costs)]}, _PROCESS_S)
 
 
@@ -193,7 +200,9 @@ def _mean(costs: list[Costs]) -> Costs:
     """Return what several runs that went side by side have cost each."""
     count = len(costs)
     return Costs(
-        start_s=sum(one.start_s for one in costs) / count, step_s=sum(one.step_s for one in costs) / count,
+        start_s=sum(one.start_s for one in costs) / count,
+        step_s=sum(one.step_s for one in costs) / count,
         image_s=sum(one.image_s for one in costs) / count,
-        peak_memory_bytes=max(one.peak_memory_bytes for one in costs), images=costs[0].images,
-    )  # fmt: skip
+        peak_memory_bytes=max(one.peak_memory_bytes for one in costs),
+        images=costs[0].images,
+    )

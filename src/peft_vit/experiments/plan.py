@@ -135,9 +135,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def plan_study(
-    study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool = False, part: bool = False,
-    measure: Measure | None = None, limited: Limited | None = None,
-) -> Plan:  # fmt: skip
+    study: StudyConfig,
+    results_dir: Path,
+    *,
+    file: Path,
+    smoke: bool = False,
+    part: bool = False,
+    measure: Measure | None = None,
+    limited: Limited | None = None,
+) -> Plan:
     """Check a study against its backbone and its data, and plan its runs.
 
     Args:
@@ -162,9 +168,14 @@ def plan_study(
 
 
 def _plan(
-    study: StudyConfig, results_dir: Path, file: Path, smoke: bool, part: bool, measure: Measure | None,
+    study: StudyConfig,
+    results_dir: Path,
+    file: Path,
+    smoke: bool,
+    part: bool,
+    measure: Measure | None,
     limited: Limited | None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     registration = _registration(study, file)
     device = resolve_device(study.device)
     if smoke:
@@ -200,10 +211,16 @@ def _plan(
         check_weights(study.backbone)
         notices = _notices(index, study, drawn)
     workload = Workload(
-        shape=shape, image_size=study.data.image_size, channels=index.channels, device=device,
-        precision=precision.chosen, threads=study.threads, train=len(splits.train),
-        validation=len(splits.validation), test=len(splits.test),
-    )  # fmt: skip
+        shape=shape,
+        image_size=study.data.image_size,
+        channels=index.channels,
+        device=device,
+        precision=precision.chosen,
+        threads=study.threads,
+        train=len(splits.train),
+        validation=len(splits.validation),
+        test=len(splits.test),
+    )
     estimates, deviation = estimate_runs(wanted, workload, None if smoke else measure)
     runs = tuple(
         PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None, registration=registration)
@@ -253,10 +270,17 @@ def _registration(study: StudyConfig, file: Path) -> Registration:
 def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:
     """Return what a run of a study, whose precision is decided, is specified by; `place` is its experiment's."""
     return RunSpec(
-        study=study.name, seed=seed, experiment=study.experiments[place], backbone=study.backbone, data=study.data,
-        device=study.device, precision=cast(Precision, study.precision), threads=study.threads, smoke=smoke,
+        study=study.name,
+        seed=seed,
+        experiment=study.experiments[place],
+        backbone=study.backbone,
+        data=study.data,
+        device=study.device,
+        precision=cast(Precision, study.precision),
+        threads=study.threads,
+        smoke=smoke,
         measures=study.measures,
-    )  # fmt: skip
+    )
 
 
 def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> Taken | None:
@@ -272,8 +296,9 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> Taken | None:
         raise UserError(
             "was made with another configuration, see below; "
             "give the study or the experiment another name, or choose another --output-dir",
-            file=file, details=difference(old, new, str(file), "asked for"),
-        )  # fmt: skip
+            file=file,
+            details=difference(old, new, str(file), "asked for"),
+        )
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output-dir", file=file)
     start = spec.experiment.start

@@ -32,9 +32,8 @@ def git_state(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:
     folder = source.parent
     try:
         subprocess.run(
-            ["git", "ls-files", "--error-unmatch", source.name],
-            cwd=folder, capture_output=True, check=True, timeout=10,
-        )  # fmt: skip
+            ["git", "ls-files", "--error-unmatch", source.name], cwd=folder, capture_output=True, check=True, timeout=10
+        )
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()

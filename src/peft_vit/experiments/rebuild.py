@@ -18,20 +18,57 @@ from peft_vit.records.ledger import LEDGER_FILE, read_ledger, sound_rows
 
 RUNS_FILE = "runs.parquet"
 _WHOLE = (
-    "seed", "attempts", "steps", "chosen_step", "peak_memory_bytes", "own_memory_bytes", "parameters_initial",
-    "parameters_final", "parameters_peak", "frozen_bytes", "trainable_bytes", "optimizer_bytes", "adapter_file_bytes",
+    "seed",
+    "attempts",
+    "steps",
+    "chosen_step",
+    "peak_memory_bytes",
+    "own_memory_bytes",
+    "parameters_initial",
+    "parameters_final",
+    "parameters_peak",
+    "frozen_bytes",
+    "trainable_bytes",
+    "optimizer_bytes",
+    "adapter_file_bytes",
     "ranks",
-)  # fmt: skip
+)
 _MEASURES = ("accuracy", "balanced_accuracy", "auroc", "nll", "ece")
 _REAL = ("seconds", "seconds_per_step", "bits_per_weight", *(f"validation_{m}" for m in _MEASURES))
 _TYPES = dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys((*_REAL, *(f"test_{m}" for m in _MEASURES)), "float64")
 COLUMNS = (
-    "study", "smoke", "experiment", "method", "seed", "state", "attempts", "failure", "error", "started_at", "seconds",
-    "seconds_per_step", "steps", "chosen_step", *(f"validation_{m}" for m in _MEASURES),
-    *(f"test_{m}" for m in _MEASURES), "parameters_initial", "parameters_final", "parameters_peak", "frozen_bytes",
-    "trainable_bytes", "optimizer_bytes", "adapter_file_bytes", "peak_memory_bytes", "own_memory_bytes", "ranks",
-    "bits_per_weight", "spec_digest", "outcome_digest", "adapter_sha256", "optimizer_sha256",
-)  # fmt: skip
+    "study",
+    "smoke",
+    "experiment",
+    "method",
+    "seed",
+    "state",
+    "attempts",
+    "failure",
+    "error",
+    "started_at",
+    "seconds",
+    "seconds_per_step",
+    "steps",
+    "chosen_step",
+    *(f"validation_{m}" for m in _MEASURES),
+    *(f"test_{m}" for m in _MEASURES),
+    "parameters_initial",
+    "parameters_final",
+    "parameters_peak",
+    "frozen_bytes",
+    "trainable_bytes",
+    "optimizer_bytes",
+    "adapter_file_bytes",
+    "peak_memory_bytes",
+    "own_memory_bytes",
+    "ranks",
+    "bits_per_weight",
+    "spec_digest",
+    "outcome_digest",
+    "adapter_sha256",
+    "optimizer_sha256",
+)
 
 
 def rebuild(directory: Path) -> Iterator[str]:
@@ -80,22 +117,34 @@ def run_rows(status: StudyStatus) -> list[dict[str, Any]]:
         file = status.folder / run.run / RECORD_FILE
         measured = _measured(read_record(file)) if file.exists() else {}
         known = {
-            "study": status.folder.name, "experiment": experiment, "seed": int(seed), "state": run.state,
+            "study": status.folder.name,
+            "experiment": experiment,
+            "seed": int(seed),
+            "state": run.state,
             "attempts": run.attempts,
-        }  # fmt: skip
+        }
         rows.append(dict.fromkeys(COLUMNS) | measured | known)
     return rows
 
 
 def _measured(record: RunRecord) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "smoke": record.spec.smoke, "method": record.spec.experiment.method, "failure": record.failure,
-        "error": record.error, "started_at": record.started_at, "seconds": record.seconds,
-        "seconds_per_step": record.seconds_per_step, "steps": len(record.steps), "chosen_step": record.chosen_step,
-        "peak_memory_bytes": record.peak_memory_bytes, "own_memory_bytes": record.own_memory_bytes,
-        "spec_digest": record.spec_digest, "outcome_digest": outcome_digest(record),
-        "adapter_sha256": record.adapter_sha256, "optimizer_sha256": record.optimizer_sha256,
-    }  # fmt: skip
+        "smoke": record.spec.smoke,
+        "method": record.spec.experiment.method,
+        "failure": record.failure,
+        "error": record.error,
+        "started_at": record.started_at,
+        "seconds": record.seconds,
+        "seconds_per_step": record.seconds_per_step,
+        "steps": len(record.steps),
+        "chosen_step": record.chosen_step,
+        "peak_memory_bytes": record.peak_memory_bytes,
+        "own_memory_bytes": record.own_memory_bytes,
+        "spec_digest": record.spec_digest,
+        "outcome_digest": outcome_digest(record),
+        "adapter_sha256": record.adapter_sha256,
+        "optimizer_sha256": record.optimizer_sha256,
+    }
     for split, metrics in (("validation", record.validation), ("test", record.test)):
         if metrics is not None:
             row |= {f"{split}_{measure}": getattr(metrics, measure) for measure in _MEASURES}

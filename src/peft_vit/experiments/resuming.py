@@ -22,9 +22,15 @@ from peft_vit.training import CheckpointKeeper, Checkpoints, CheckpointWarning, 
 RECORDED = (SilentNoEffectWarning, UnderflowWarning, DataWarning, CheckpointWarning)
 # Of what a run is made of: with another one it would be another run.
 _THE_SAME = (
-    "data_sha256", "split_sha256", "weights_name", "weights_sha256", "random_weights", "head_init_sha256",
-    "data_order_sha256", "start_sha256",
-)  # fmt: skip
+    "data_sha256",
+    "split_sha256",
+    "weights_name",
+    "weights_sha256",
+    "random_weights",
+    "head_init_sha256",
+    "data_order_sha256",
+    "start_sha256",
+)
 # What carried it out: with another one the numbers may round otherwise.
 _ALIKE = ("packages", "python", "processor", "device", "git_hash")
 
@@ -60,9 +66,13 @@ class Attempt:
     """
 
     def __init__(
-        self, spec: RunSpec, checkpoints: Checkpoints | None, should_stop: Callable[[], bool] | None,
-        heard: Sequence[warnings.WarningMessage], registration: Registration | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        spec: RunSpec,
+        checkpoints: Checkpoints | None,
+        should_stop: Callable[[], bool] | None,
+        heard: Sequence[warnings.WarningMessage],
+        registration: Registration | None = None,
+    ) -> None:
         self._spec_digest = spec.digest()
         self._keeper = None if checkpoints is None else CheckpointKeeper(checkpoints)
         self._folder = None if checkpoints is None else checkpoints.folder
@@ -108,8 +118,10 @@ class Attempt:
         step = 0 if self._keeper is None else self._keeper.step
         return UserError(
             f"the checkpoint of step {step} can't be gone on from: {reason}; remove the checkpoint-* folders there, "
-            "and the run starts anew", file=self._folder, field=field,
-        )  # fmt: skip
+            "and the run starts anew",
+            file=self._folder,
+            field=field,
+        )
 
     def earlier_bits(self, experiment: ExperimentConfig) -> tuple[ChosenBits | None, dict[str, float]] | None:
         """Return the bits that an earlier attempt has chosen, and its seconds for it; None if there was none."""
@@ -164,8 +176,10 @@ class Attempt:
             step = 0 if self._keeper is None else self._keeper.step
             warnings.warn(
                 f"the run went on from step {step} with {', '.join(changes)}; uninterrupted, its numbers may have "
-                "rounded otherwise", CheckpointWarning, stacklevel=2,
-            )  # fmt: skip
+                "rounded otherwise",
+                CheckpointWarning,
+                stacklevel=2,
+            )
         self._provenance = first
         return first
 
@@ -186,13 +200,19 @@ class Attempt:
         assert self._provenance is not None
         bits, bits_s = self._bits
         kept = Earlier(
-            spec_digest=self._spec_digest, provenance=self._provenance, started_at=self.started_at,
-            seconds=self.seconds, checkpoints_s=self.checkpoints_s, warnings=self.warnings,
-            peak_memory_bytes=self.peak_memory_bytes, own_memory_bytes=self.own_memory_bytes,
-            bit_allocation=None if bits is None else bits.record, bits_s=bits_s,
+            spec_digest=self._spec_digest,
+            provenance=self._provenance,
+            started_at=self.started_at,
+            seconds=self.seconds,
+            checkpoints_s=self.checkpoints_s,
+            warnings=self.warnings,
+            peak_memory_bytes=self.peak_memory_bytes,
+            own_memory_bytes=self.own_memory_bytes,
+            bit_allocation=None if bits is None else bits.record,
+            bits_s=bits_s,
             registration=self.registration,
             head_fit=self.head_fit,
-        )  # fmt: skip
+        )
         return kept.model_dump(mode="json")
 
     # --- what the record says of all attempts, as far as checkpoints tell ---------------------------------------------

@@ -128,9 +128,14 @@ def run_one(
 
     def record_of(outcome: dict[str, Any]) -> RunRecord:
         return RunRecord(
-            spec=spec, spec_digest=spec.digest(), started_at=attempt.started_at, seconds=attempt.seconds,
-            warnings=attempt.warnings, registration=attempt.registration, **outcome,
-        )  # fmt: skip
+            spec=spec,
+            spec_digest=spec.digest(),
+            started_at=attempt.started_at,
+            seconds=attempt.seconds,
+            warnings=attempt.warnings,
+            registration=attempt.registration,
+            **outcome,
+        )
 
     adapter = None
     with warnings.catch_warnings(record=True) as caught:
@@ -190,9 +195,13 @@ def _execute(
         model, spec.experiment, data, setting, spec.seed
     )
     hooks = prepare(
-        model, spec.experiment, total_steps=total_steps, seed=spec.seed,
-        formats=None if bits is None else bits.formats, ranks=None if bits is None else bits.ranks,
-    )  # fmt: skip
+        model,
+        spec.experiment,
+        total_steps=total_steps,
+        seed=spec.seed,
+        formats=None if bits is None else bits.formats,
+        ranks=None if bits is None else bits.ranks,
+    )
     # Now that the head is the one that training starts from.
     provenance = attempt.begin(_provenance(spec, data, backbone, device), bits, bits_s)
     _say_doubts(spec, provenance, data)
@@ -203,9 +212,16 @@ def _execute(
         result, tested = head.result(model), _test(data, head.predict)
     else:
         result = train(
-            model, data, config, setting, seed=spec.seed, hooks=hooks, on_progress=on_progress,
-            between_steps=attempt.between_steps, resume=attempt.take_training(),
-        )  # fmt: skip
+            model,
+            data,
+            config,
+            setting,
+            seed=spec.seed,
+            hooks=hooks,
+            on_progress=on_progress,
+            between_steps=attempt.between_steps,
+            resume=attempt.take_training(),
+        )
         for hook in hooks:
             if isinstance(hook, PeftAdaLoraHook):
                 hook.check_finalized(model)
@@ -229,13 +245,19 @@ def _execute(
         **_trained(model, result, backbone_total, content),
         "head_fit": attempt.head_fit,
         "overhead_s": {
-            **bits_s, **head.seconds, **result.overhead_s, **_probing(hooks, result.steps), **calibration_s,
-            **balance_s, **measures_s, "checkpoints": attempt.checkpoints_s,
+            **bits_s,
+            **head.seconds,
+            **result.overhead_s,
+            **_probing(hooks, result.steps),
+            **calibration_s,
+            **balance_s,
+            **measures_s,
+            "checkpoints": attempt.checkpoints_s,
         },
         **memory_bytes,
         **tested,
         **measured,
-    }  # fmt: skip
+    }
     return outcome, content
 
 
@@ -264,14 +286,24 @@ def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: tor
     epochs = -(-steps // steps_per_epoch(len(data.train), training.batch_size))
     orders = (data.train.order(spec.seed, epoch) for epoch in range(1, epochs + 1))
     return Provenance(
-        packages=package_versions(), python=platform.python_version(), platform=platform.platform(),
-        processor=processor_name(), cpu_count=cpu_count(), device=str(device), threads=torch.get_num_threads(),
-        git_hash=commit, git_dirty=dirty, weights_name=backbone.weights_name,
-        weights_sha256=backbone.weights_sha256, random_weights=backbone.random_weights,
-        data_sha256=data.data_sha256, split_sha256=data.split_sha256,
-        head_init_sha256=hash_arrays(head.parameters()), data_order_sha256=hash_arrays(orders),
+        packages=package_versions(),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        processor=processor_name(),
+        cpu_count=cpu_count(),
+        device=str(device),
+        threads=torch.get_num_threads(),
+        git_hash=commit,
+        git_dirty=dirty,
+        weights_name=backbone.weights_name,
+        weights_sha256=backbone.weights_sha256,
+        random_weights=backbone.random_weights,
+        data_sha256=data.data_sha256,
+        split_sha256=data.split_sha256,
+        head_init_sha256=hash_arrays(head.parameters()),
+        data_order_sha256=hash_arrays(orders),
         start_sha256=None if start is None else peft_sha256(Path(start)),
-    )  # fmt: skip
+    )
 
 
 def _say_doubts(spec: RunSpec, provenance: Provenance, data: Data) -> None:
@@ -316,18 +348,19 @@ def _histories(hooks: Sequence[StepHook], initial_ranks: dict[str, int]) -> dict
             ranks = [RankEntry(**entry) for entry in hook.rank_history]
         if isinstance(hook, QALoRATrainer):
             bits = [BitsEntry(**entry) for entry in hook.bits_history]
-    return {
-        "rank_history": ranks, "importance_history": importance, "probe_history": probes, "bits_history": bits,
-    }  # fmt: skip
+    return {"rank_history": ranks, "importance_history": importance, "probe_history": probes, "bits_history": bits}
 
 
 def _quantization(trainer: QALoRATrainer, model: nn.Module) -> QuantizationSummary:
     size = model_size(model)
     stored = sum(layer.stored_bytes for layer in size.layers.values())
     return QuantizationSummary(
-        relative_error=trainer.relative_error, balance=trainer.balance_history, size=size, quantized_bytes=stored,
+        relative_error=trainer.relative_error,
+        balance=trainer.balance_history,
+        size=size,
+        quantized_bytes=stored,
         bits_per_weight=8 * stored / sum(layer.weights for layer in size.layers.values()),
-    )  # fmt: skip
+    )
 
 
 def _trained(model: nn.Module, result: TrainingResult, backbone_total: int, content: bytes) -> dict[str, Any]:
@@ -342,14 +375,19 @@ def _trained(model: nn.Module, result: TrainingResult, backbone_total: int, cont
         "optimizer_sha256": result.optimizer_sha256 or None,
         "adapter_sha256": hashlib.sha256(content).hexdigest(),
         "parameters": ParameterCounts(
-            initial=result.initial_parameters, final=trainable_parameters(model), peak=result.peak_parameters,
-            head=head_parameters(model), backbone_total=backbone_total,
+            initial=result.initial_parameters,
+            final=trainable_parameters(model),
+            peak=result.peak_parameters,
+            head=head_parameters(model),
+            backbone_total=backbone_total,
         ),
         "bytes": ByteCounts(
-            frozen_bytes=frozen_bytes(model), trainable_bytes=trainable_bytes(model),
-            optimizer_bytes=result.optimizer_bytes, adapter_file_bytes=len(content),
+            frozen_bytes=frozen_bytes(model),
+            trainable_bytes=trainable_bytes(model),
+            optimizer_bytes=result.optimizer_bytes,
+            adapter_file_bytes=len(content),
         ),
-    }  # fmt: skip
+    }
 
 
 def _probing(hooks: Sequence[StepHook], steps: Sequence[StepRow]) -> dict[str, float]:

@@ -56,10 +56,17 @@ def _glance(file: Path, run: str) -> Row:
     try:
         data: Any = json.loads(read_bytes(file))
         return Row(
-            at=now(), run=run, event=data["status"], attempt=data.get("attempts", 1), seconds=data["seconds"],
-            adapter_sha256=data.get("adapter_sha256"), failure=data.get("failure"), error=data.get("error"),
-            traceback=data.get("traceback"), found=True,
-        )  # fmt: skip
+            at=now(),
+            run=run,
+            event=data["status"],
+            attempt=data.get("attempts", 1),
+            seconds=data["seconds"],
+            adapter_sha256=data.get("adapter_sha256"),
+            failure=data.get("failure"),
+            error=data.get("error"),
+            traceback=data.get("traceback"),
+            found=True,
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         problem = "is not a readable record; move it away and run the study again"
         raise UserError(problem, file=file) from None
@@ -135,10 +142,17 @@ class StudyStore:
             self._write(record, None)
         self._append(
             Row(
-                at=now(), run=run, event="failed", attempt=record.attempts, seconds=record.seconds,
-                failure=record.failure, error=record.error, traceback=record.traceback, retried=retried,
+                at=now(),
+                run=run,
+                event="failed",
+                attempt=record.attempts,
+                seconds=record.seconds,
+                failure=record.failure,
+                error=record.error,
+                traceback=record.traceback,
+                retried=retried,
             )
-        )  # fmt: skip
+        )
         return record
 
     def done(self, record: RunRecord, adapter: bytes) -> RunRecord:
@@ -148,10 +162,14 @@ class StudyStore:
         self._write(record, adapter)
         self._append(
             Row(
-                at=now(), run=run, event="done", attempt=record.attempts, seconds=record.seconds,
+                at=now(),
+                run=run,
+                event="done",
+                attempt=record.attempts,
+                seconds=record.seconds,
                 adapter_sha256=record.adapter_sha256,
             )
-        )  # fmt: skip
+        )
         self._clean_up(run)
         return record
 

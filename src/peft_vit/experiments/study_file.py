@@ -97,8 +97,10 @@ def refuse_another(before: StudyConfig, asked: StudyConfig, file: Path, source: 
         remedy = "set it back, name the study otherwise, or choose another --output-dir"
         raise UserError(
             f"was begun with another configuration, see below; {remedy}",
-            file=file, field="configuration", details=difference(old, new, str(file), str(source)),
-        )  # fmt: skip
+            file=file,
+            field="configuration",
+            details=difference(old, new, str(file), str(source)),
+        )
 
 
 def in_place_of(smaller: DataConfig, asked: DataConfig) -> str:

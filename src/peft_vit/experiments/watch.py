@@ -64,9 +64,13 @@ class Watch:
     """
 
     def __init__(
-        self, plan: Plan, *, console: Console | None = None, plain_every_s: float = _PLAIN_EVERY_S,
+        self,
+        plan: Plan,
+        *,
+        console: Console | None = None,
+        plain_every_s: float = _PLAIN_EVERY_S,
         until: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._until = until
         self._workers = plan.study.execution.workers
         self._console = open_console() if console is None else console
@@ -167,7 +171,7 @@ class Watch:
             [pace * run.estimate.seconds for run in list(self._waiting.values())],
             max(self._workers, len(self._running)),  # on a cluster it shows how many there are
             busy=[running.left_s(now, pace) for running in list(self._running.values())],
-        )  # fmt: skip
+        )
         return left_s if self._until is None else min(left_s, max(0.0, self._until - now))
 
     def _view(self) -> Group:

@@ -49,9 +49,14 @@ Measure = Callable[[StudyConfig, ImageIndex, Workload, float, Callable[[str], No
 
 
 def plan_within(
-    study: StudyConfig, results_dir: Path, limit: Limit, *, file: Path, tell: Callable[[str], None],
+    study: StudyConfig,
+    results_dir: Path,
+    limit: Limit,
+    *,
+    file: Path,
+    tell: Callable[[str], None],
     measure: Measure = measure_pace,
-) -> tuple[Plan, Deadline]:  # fmt: skip
+) -> tuple[Plan, Deadline]:
     """Plan what a limited time is spent on; see `choose` for what comes first.
 
     A study that is begun now is cut down to sizes at which two experiments get enough seeds for a verdict. One that
@@ -161,10 +166,16 @@ def _at_pace(plan: Plan, pace: Pace, workload: Workload) -> Plan:
 def _workload(study: StudyConfig, index: ImageIndex) -> Workload:
     sizes = Sizes.of(study.data, splits_of(index, study)[study.seeds[0]])
     return Workload(
-        shape=describe(study.backbone, sizes.image_size), image_size=sizes.image_size, channels=index.channels,
-        device=resolve_device(study.device), precision=cast(Precision, study.precision), threads=study.threads,
-        train=sizes.train, validation=sizes.validation, test=sizes.test,
-    )  # fmt: skip
+        shape=describe(study.backbone, sizes.image_size),
+        image_size=sizes.image_size,
+        channels=index.channels,
+        device=resolve_device(study.device),
+        precision=cast(Precision, study.precision),
+        threads=study.threads,
+        train=sizes.train,
+        validation=sizes.validation,
+        test=sizes.test,
+    )
 
 
 def _that_fits(study: StudyConfig, index: ImageIndex, pace: Pace, limit: Limit) -> StudyConfig:
@@ -215,9 +226,7 @@ def _choose(
         tuple(_lines(choice, names, study, asked, limit)),
     )
     ordered = seed_by_seed(taken, choice.experiments, len(study.seeds))
-    deadline = Deadline(
-        taken, workers, limit.over_at, limit.past_at, left=left, begun=begun, clock=limit.clock
-    )  # fmt: skip
+    deadline = Deadline(taken, workers, limit.over_at, limit.past_at, left=left, begun=begun, clock=limit.clock)
     return replace(plan, runs=tuple(ordered), within=within), deadline
 
 
@@ -228,9 +237,7 @@ def _left(results_dir: Path, run: PlannedRun) -> float:
     return 1 - max(checkpoint_folders(run_folder(results_dir, run.spec)), default=0) / run.total_steps
 
 
-def _lines(
-    choice: Choice, names: Sequence[str], study: StudyConfig, asked: StudyConfig, limit: Limit
-) -> list[str]:  # fmt: skip
+def _lines(choice: Choice, names: Sequence[str], study: StudyConfig, asked: StudyConfig, limit: Limit) -> list[str]:
     """Return what was taken, and what was left out and why."""
     seeds, there = choice.seeds, len(study.seeds)
     whole = choice.experiments == len(names) and seeds == there

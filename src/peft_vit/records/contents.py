@@ -133,9 +133,7 @@ def _nothing(directory: Path, problems: list[Problem]) -> UserError:
     return UserError(first.message + more, file=directory / first.file, details=details)
 
 
-def _attempt(
-    read: Callable[[], _Content], directory: Path, file: str, problems: list[Problem]
-) -> _Content | None:  # fmt: skip
+def _attempt(read: Callable[[], _Content], directory: Path, file: str, problems: list[Problem]) -> _Content | None:
     try:
         return read()
     except UserError as error:
@@ -165,7 +163,7 @@ def _sound(file: Path) -> tuple[Row, ...]:
 
 def _of_ledger(
     file: str, ledger: LedgerContent | None, rows: tuple[Row, ...], owner: Owner | None
-) -> Iterator[Problem]:  # fmt: skip
+) -> Iterator[Problem]:
     if ledger is not None and ledger.torn and owner is None:
         yield Problem(file, "its last line is cut short; the lines before it count", left_out=False)
     seen: dict[Row, int] = {}

@@ -120,8 +120,9 @@ def read_record(file: Path) -> RunRecord:
         if version != SCHEMA_VERSION:
             raise UserError(
                 f"expected {SCHEMA_VERSION}, got {version!r}; move it away and run the study again",
-                file=file, field="schema_version",
-            )  # fmt: skip
+                file=file,
+                field="schema_version",
+            )
         record = RunRecord.model_validate(_tuples(data))
         _check_rows(record, file)
         return record
@@ -136,9 +137,12 @@ def read_record(file: Path) -> RunRecord:
 def _check_rows(record: RunRecord, file: Path) -> None:
     """Refuse histories in which a row stands twice, or whose rows are in units that can't be added up."""
     histories: dict[str, Sequence[StepRow | Evaluation | RankEntry | ImportanceEntry | BitsEntry]] = {
-        "steps": record.steps, "evaluations": record.evaluations, "rank_history": record.rank_history,
-        "importance_history": record.importance_history, "bits_history": record.bits_history,
-    }  # fmt: skip
+        "steps": record.steps,
+        "evaluations": record.evaluations,
+        "rank_history": record.rank_history,
+        "importance_history": record.importance_history,
+        "bits_history": record.bits_history,
+    }
     for name, rows in histories.items():
         for before, row in pairwise(rows):
             again = before.step >= row.step if name in ("steps", "evaluations") else before == row

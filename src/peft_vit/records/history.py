@@ -9,9 +9,11 @@ from peft_vit.records.values import ImportanceEntry, ProbeEntry, RankEntry, Site
 
 
 def history_rows(
-    sites: Sequence[SiteInfo], ranks: Sequence[RankEntry], importance: Sequence[ImportanceEntry],
+    sites: Sequence[SiteInfo],
+    ranks: Sequence[RankEntry],
+    importance: Sequence[ImportanceEntry],
     probes: Sequence[ProbeEntry],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Return ranks and scores as a tidy table: one row a step and site, plain values, in the sites' order.
 
     Steps are those at which ranks or scores were recorded. `rank` and `budget` hold from that step on; a site that an
@@ -28,8 +30,12 @@ def history_rows(
         present = entries.get(step, present)
         rows += [
             {
-                "step": step, "site": site.name, "block": site.block, "matrix": site.matrix,
-                "in_features": site.in_features, "out_features": site.out_features,
+                "step": step,
+                "site": site.name,
+                "block": site.block,
+                "matrix": site.matrix,
+                "in_features": site.in_features,
+                "out_features": site.out_features,
                 "score": scores.get(step, {}).get(site.name),
                 "probed": (step, site.name) in probed,
                 "rank": None if present is None else present.ranks.get(site.name, 0),
@@ -38,5 +44,5 @@ def history_rows(
             }
             for site in sites
             if site.name in named
-        ]  # fmt: skip
+        ]
     return rows

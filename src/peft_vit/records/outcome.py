@@ -9,11 +9,31 @@ from typing import Any
 from peft_vit.records.values import RunRecord
 
 _FIELDS = (
-    "spec_digest", "status", "class_names", "split_sizes", "sites", "steps", "evaluations", "rank_history",
-    "importance_history", "probe_history", "fisher_check", "bits_history", "bit_allocation", "quantization",
-    "parameters", "bytes", "chosen_step", "majority_accuracy", "validation", "test", "predictions", "removal",
-    "adapter_sha256", "optimizer_sha256",
-)  # fmt: skip
+    "spec_digest",
+    "status",
+    "class_names",
+    "split_sizes",
+    "sites",
+    "steps",
+    "evaluations",
+    "rank_history",
+    "importance_history",
+    "probe_history",
+    "fisher_check",
+    "bits_history",
+    "bit_allocation",
+    "quantization",
+    "parameters",
+    "bytes",
+    "chosen_step",
+    "majority_accuracy",
+    "validation",
+    "test",
+    "predictions",
+    "removal",
+    "adapter_sha256",
+    "optimizer_sha256",
+)
 
 
 def outcome_digest(record: RunRecord) -> str:

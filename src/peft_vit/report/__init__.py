@@ -47,9 +47,13 @@ class ReportFiles:
 
 
 def build_report(
-    results_dir: Path, output_dir: Path, *, publication: bool = False, thumbnails: Thumbnails | None = None,
+    results_dir: Path,
+    output_dir: Path,
+    *,
+    publication: bool = False,
+    thumbnails: Thumbnails | None = None,
     hypotheses: Path | None = None,
-) -> ReportFiles:  # fmt: skip
+) -> ReportFiles:
     """Write the report on all records below a directory that can be read: HTML, Markdown, figures, tables.
 
     Args:
@@ -93,9 +97,7 @@ def _writing_to(output_dir: Path) -> Iterator[None]:
         raise UserError(problem, file=output_dir) from None
 
 
-def _documents(
-    results: Results, registry: Registry, thumbnails: Thumbnails | None = None
-) -> tuple[StudyDocument, ...]:  # fmt: skip
+def _documents(results: Results, registry: Registry, thumbnails: Thumbnails | None = None) -> tuple[StudyDocument, ...]:
     return study_documents([analyze(study, registry) for study in results.studies], thumbnails)
 
 

@@ -23,9 +23,20 @@ from peft_vit.statistics import Interval
 _NOT_OF_ACCURACY: tuple[PoolKind, ...] = ("timings",)
 _NOT_OF_TIMES: tuple[PoolKind, ...] = ("splits", "weights")
 COLUMNS = (
-    "row", "study", "experiment", "reference", "measure", "estimate", "low", "high", "n", "p_value", "p_holm",
-    "verdict", "note",
-)  # fmt: skip
+    "row",
+    "study",
+    "experiment",
+    "reference",
+    "measure",
+    "estimate",
+    "low",
+    "high",
+    "n",
+    "p_value",
+    "p_holm",
+    "verdict",
+    "note",
+)
 
 
 def print_comparison(found: Across, to: Path | None) -> None:
@@ -82,8 +93,16 @@ def _by_study(found: Across) -> Table:
         slug="by_study",
         title="By study",
         columns=(
-            "experiment", "study", "test accuracy", "n", f"against {found.reference} (points)", "pairs",
-            "more accurate?", "to store", "parameters", "s a step",
+            "experiment",
+            "study",
+            "test accuracy",
+            "n",
+            f"against {found.reference} (points)",
+            "pairs",
+            "more accurate?",
+            "to store",
+            "parameters",
+            "s a step",
         ),
         rows=tuple(_study_row(row) for row in found.rows),
         note=(
@@ -91,7 +110,7 @@ def _by_study(found: Across) -> Table:
             "and split; the exact Wilcoxon signed-rank test decides at 5 %, Holm-corrected over a study's experiments."
         ),
         data=(),
-    )  # fmt: skip
+    )
 
 
 def _study_row(row: InStudy) -> tuple[str, ...]:
@@ -103,10 +122,15 @@ def _study_row(row: InStudy) -> tuple[str, ...]:
         against = points_interval(comparison.difference), str(len(comparison.seeds)), verdict + note
     step = result.seconds_per_step
     return (
-        row.name, row.study, percent_interval(result.test_accuracy), str(result.test_accuracy.n), *against,
-        megabytes(result.frozen_bytes + result.adapter_file_bytes), count(result.final_parameters),
+        row.name,
+        row.study,
+        percent_interval(result.test_accuracy),
+        str(result.test_accuracy.n),
+        *against,
+        megabytes(result.frozen_bytes + result.adapter_file_bytes),
+        count(result.final_parameters),
         "–" if step is None else fixed(step),
-    )  # fmt: skip
+    )
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -121,8 +145,15 @@ def _pooled(rows: Sequence[PooledDifference], reference: str) -> Table:
         slug="pooled",
         title=f"Over studies: test accuracy against {reference} (points)",
         columns=(
-            "experiment", "studies", "pairs", "mean over studies", "ahead in", "p (Holm)", "more accurate?",
-            "interquartile mean", "mixed model",
+            "experiment",
+            "studies",
+            "pairs",
+            "mean over studies",
+            "ahead in",
+            "p (Holm)",
+            "more accurate?",
+            "interquartile mean",
+            "mixed model",
         ),
         rows=tuple(
             (
@@ -145,7 +176,7 @@ def _pooled(rows: Sequence[PooledDifference], reference: str) -> Table:
             "taken to be the same in all."
         ),
         data=(),
-    )  # fmt: skip
+    )
 
 
 def _points(interval: Interval | None, note: str = "") -> str:
@@ -191,8 +222,13 @@ def _agreements(rows: Sequence[StudyAgreement]) -> Table:
         columns=("metric", "study", "experiment", "other study", "its experiment", "rho", "sites", "backbone"),
         rows=tuple(
             (
-                row.metric, row.study, row.experiment, row.other, row.other_experiment,
-                "– (constant)" if row.rho is None else fixed(row.rho), str(row.sites),
+                row.metric,
+                row.study,
+                row.experiment,
+                row.other,
+                row.other_experiment,
+                "– (constant)" if row.rho is None else fixed(row.rho),
+                str(row.sites),
                 "the same" if row.same_backbone else "another: sites share no more than a name",
             )
             for row in rows
@@ -202,7 +238,7 @@ def _agreements(rows: Sequence[StudyAgreement]) -> Table:
             "sites of one network are no independent draws, so there is no interval and no p-value."
         ),
         data=(),
-    )  # fmt: skip
+    )
 
 
 def _refused(found: Across) -> Iterator[str]:
@@ -243,8 +279,11 @@ def comparison_rows(found: Across) -> list[dict[str, Raw]]:
         if comparison is not None:
             p = None if comparison.significance is None else comparison.significance.p_value
             decision: dict[str, Raw] = {
-                "p_value": p, "p_holm": comparison.adjusted_p, "verdict": comparison.verdict, "note": comparison.note,
-            }  # fmt: skip
+                "p_value": p,
+                "p_holm": comparison.adjusted_p,
+                "verdict": comparison.verdict,
+                "note": comparison.note,
+            }
             named = one.study, one.name, found.reference, "test_accuracy_difference"
             rows.append(_row("difference", *named, comparison.difference) | decision)
     for row in found.pooled:
@@ -272,17 +311,31 @@ def comparison_rows(found: Across) -> list[dict[str, Raw]]:
 
 
 def _row(
-    row: str, study: str, experiment: str, reference: str | None, measure: str, interval: Interval | None,
+    row: str,
+    study: str,
+    experiment: str,
+    reference: str | None,
+    measure: str,
+    interval: Interval | None,
     note: str = "",
-) -> dict[str, Raw]:  # fmt: skip
+) -> dict[str, Raw]:
     values = ends("estimate", interval)
     reason = interval.reason if interval is not None and interval.reason else ""
     return {
-        "row": row, "study": study, "experiment": experiment, "reference": reference, "measure": measure,
-        "estimate": values["estimate"], "low": values["estimate_low"], "high": values["estimate_high"],
-        "n": values["n"], "p_value": None, "p_holm": None, "verdict": None,
+        "row": row,
+        "study": study,
+        "experiment": experiment,
+        "reference": reference,
+        "measure": measure,
+        "estimate": values["estimate"],
+        "low": values["estimate_low"],
+        "high": values["estimate_high"],
+        "n": values["n"],
+        "p_value": None,
+        "p_holm": None,
+        "verdict": None,
         "note": "; ".join(part for part in (reason, note) if part),
-    }  # fmt: skip
+    }
 
 
 def _content(found: Across, file: Path) -> bytes:

@@ -83,8 +83,13 @@ def allocation_course_table(allocations: Sequence[Allocation]) -> Table:
         slug="allocation_course",
         title="How much moved, and how early the final ranks stood",
         columns=(
-            "experiment", "seed", "moved at an update, mean", "in place at the start", "after half of the updates",
-            f"at least {percent(SETTLED_AT)} in place from step", "last update",
+            "experiment",
+            "seed",
+            "moved at an update, mean",
+            "in place at the start",
+            "after half of the updates",
+            f"at least {percent(SETTLED_AT)} in place from step",
+            "last update",
         ),
         rows=tuple(
             (
@@ -105,7 +110,7 @@ def allocation_course_table(allocations: Sequence[Allocation]) -> Table:
             "At the start nothing was decided: what is in place there is what equal ranks give. One row is one run."
         ),
         data=tuple(_course_row(a, run, i) for a in allocations for run in a.runs for i in range(len(run.steps))),
-    )  # fmt: skip
+    )
 
 
 def _mean_share(shares: Sequence[float]) -> str:
@@ -146,8 +151,15 @@ def control_table(rows: Sequence[AgainstControl]) -> Table:
         slug="allocation_against_controls",
         title="Scored ranks against uniform and random ones at equal cost",
         columns=(
-            "experiment", "control", "its experiment", "difference (points)", "n", "more accurate?", "test",
-            f"points per {count(PARAMETERS)} parameters", "parameters, ratio",
+            "experiment",
+            "control",
+            "its experiment",
+            "difference (points)",
+            "n",
+            "more accurate?",
+            "test",
+            f"points per {count(PARAMETERS)} parameters",
+            "parameters, ratio",
         ),
         rows=tuple(
             (
@@ -185,7 +197,7 @@ def control_table(rows: Sequence[AgainstControl]) -> Table:
             }
             for r in rows
         ),
-    )  # fmt: skip
+    )
 
 
 def _small_points(share: Interval | None) -> str:

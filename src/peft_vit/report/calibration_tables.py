@@ -13,8 +13,11 @@ from peft_vit.report.tables import OVER_SEEDS, ends, measured
 from peft_vit.statistics import Interval
 
 _TITLES: dict[Measure, str] = {
-    "nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier score",
-}  # fmt: skip
+    "nll": "NLL (nats)",
+    "ece": "ECE",
+    "adaptive_ece": "adaptive ECE",
+    "brier": "Brier score",
+}
 
 
 def calibration_blocks(

@@ -201,9 +201,15 @@ def _draw_bundle(axes: Axes, marks: Marks, bundle: _Bundle, index: int, stride: 
         return
     kept = _kept(bundle.mean.steps.size, stride)
     (line,) = axes.plot(
-        bundle.mean.steps[kept], bundle.mean.values[kept], color=color, lw=1.6, ls=dashes, marker=marker, ms=3.5,
+        bundle.mean.steps[kept],
+        bundle.mean.values[kept],
+        color=color,
+        lw=1.6,
+        ls=dashes,
+        marker=marker,
+        ms=3.5,
         label=name,
-    )  # fmt: skip
+    )
     marks.add(name, line, _texts(bundle, bundle.mean, kept))
 
 
@@ -216,9 +222,12 @@ def _texts(bundle: _Bundle, curve: _Curve, kept: np.ndarray) -> list[str]:
 def _data_rows(bundle: _Bundle, stride: int) -> list[dict[str, Raw]]:
     return [
         {
-            "experiment": bundle.experiment, "measure": bundle.measure, "of": curve.of,
-            "step": int(curve.steps[i]), "value": float(curve.values[i]),
+            "experiment": bundle.experiment,
+            "measure": bundle.measure,
+            "of": curve.of,
+            "step": int(curve.steps[i]),
+            "value": float(curve.values[i]),
         }
         for curve in bundle.curves()
         for i in _kept(curve.steps.size, stride)
-    ]  # fmt: skip
+    ]

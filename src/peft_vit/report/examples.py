@@ -46,11 +46,16 @@ def _counts_table(found: ImageExamples) -> Table:
         "LoRA of smallest rank. Both runs of a row share the seed and the images. The middle two columns are what "
         f"McNemar's test would take; no test is made here.{left_out}",
         data=tuple(
-            {"best": found.best, "baseline": found.baseline, "seed": seed,
-             **{group.replace(" ", "_"): counts[group] for group in GROUPS}, "images": sum(counts.values())}
+            {
+                "best": found.best,
+                "baseline": found.baseline,
+                "seed": seed,
+                **{group.replace(" ", "_"): counts[group] for group in GROUPS},
+                "images": sum(counts.values()),
+            }
             for seed, counts in seeds
         ),
-    )  # fmt: skip
+    )
 
 
 def _chosen(found: ImageExamples) -> list[PredictedImage]:
@@ -66,7 +71,9 @@ def _images_table(found: ImageExamples) -> Table:
         columns=("Group", "Image", "Truth", plain(found.best), plain(found.baseline)),
         rows=tuple(
             (
-                image.group, str(image.position), _class(names, image.label),
+                image.group,
+                str(image.position),
+                _class(names, image.label),
                 f"{_class(names, image.best)}, {percent(image.best_probability)}",
                 f"{_class(names, image.baseline)}, {percent(image.baseline_probability)}",
             )
@@ -76,13 +83,17 @@ def _images_table(found: ImageExamples) -> Table:
         "what it predicted, not calibrated. The CSV file holds every test image of this seed.",
         data=tuple(
             {
-                "position": image.position, "group": image.group, "label": image.label, "best": image.best,
-                "best_probability": image.best_probability, "baseline": image.baseline,
+                "position": image.position,
+                "group": image.group,
+                "label": image.label,
+                "best": image.best,
+                "best_probability": image.best_probability,
+                "baseline": image.baseline,
                 "baseline_probability": image.baseline_probability,
             }
             for image in found.images
         ),
-    )  # fmt: skip
+    )
 
 
 def _class(names: Sequence[str], number: int) -> str:
@@ -130,6 +141,8 @@ def _gallery(found: ImageExamples, thumbnails: Thumbnails | None, terms: str) ->
 
 
 def _title(group: str, found: ImageExamples) -> str:
-    names = {"only the best right": f"Only {plain(found.best)} right",
-             "only the baseline right": f"Only {plain(found.baseline)} right"}  # fmt: skip
+    names = {
+        "only the best right": f"Only {plain(found.best)} right",
+        "only the baseline right": f"Only {plain(found.baseline)} right",
+    }
     return names.get(group, group.capitalize())

@@ -67,7 +67,7 @@ def _maps_note(drawn: int, there: int) -> str:
 
 def accuracy_by_method(
     methods: Sequence[MethodResult], majority: Mapping[int, float], *, images_by_seed: bool
-) -> Drawing:  # fmt: skip
+) -> Drawing:
     """Draw one row an experiment: each seed, mean, interval, and the majority class as a line.
 
     Args:
@@ -120,13 +120,19 @@ def seeds_caption(methods: Sequence[MethodResult]) -> str:
 def _accuracy_rows(methods: Sequence[MethodResult], majority: Mapping[int, float]) -> list[dict[str, Raw]]:
     return [
         {
-            "experiment": m.experiment.name, "method": m.experiment.method, "seed": seed, "test_accuracy": value,
-            "mean": m.test_accuracy.estimate, "low": m.test_accuracy.low, "high": m.test_accuracy.high,
-            "seeds": len(m.seeds), "majority_accuracy": majority.get(seed),
+            "experiment": m.experiment.name,
+            "method": m.experiment.method,
+            "seed": seed,
+            "test_accuracy": value,
+            "mean": m.test_accuracy.estimate,
+            "low": m.test_accuracy.low,
+            "high": m.test_accuracy.high,
+            "seeds": len(m.seeds),
+            "majority_accuracy": majority.get(seed),
         }
         for m in methods
         for seed, value in zip(m.seeds, m.by_seed, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _limits(shares: Sequence[float]) -> tuple[float, float]:
@@ -152,9 +158,13 @@ def _method_row(axes: Axes, marks: Marks, method: MethodResult, row: int, limits
     (diamond,) = axes.plot([mean], [row], "D", ms=5, color=color, mec=PAPER, mew=0.6, zorder=4)
     marks.add(name, diamond, [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}"])
     number = axes.annotate(
-        f"{fixed(mean, 1)}", (1.0, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
-        textcoords="offset points", va="center",
-    )  # fmt: skip
+        f"{fixed(mean, 1)}",
+        (1.0, row),
+        xycoords=("axes fraction", "data"),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+    )
     marks.add(name, number)
 
 

@@ -20,9 +20,27 @@ from peft_vit.report.terminal import print_blocks
 from peft_vit.statistics import Interval
 
 COLUMNS = (
-    "study", "id", "sentence", "subject", "verdict", "marked", "estimate", "low", "high", "unit", "n", "n_of", "test",
-    "margin", "p_holm", "p_holm_opposite", "outcome", "note", "refuted_by", "source",
-)  # fmt: skip
+    "study",
+    "id",
+    "sentence",
+    "subject",
+    "verdict",
+    "marked",
+    "estimate",
+    "low",
+    "high",
+    "unit",
+    "n",
+    "n_of",
+    "test",
+    "margin",
+    "p_holm",
+    "p_holm_opposite",
+    "outcome",
+    "note",
+    "refuted_by",
+    "source",
+)
 _HOW = (
     "Each sentence is worded so that a positive estimate speaks for it, whatever comes out. Registered: it stood "
     "written down, as it does now, before every run that was used began; exploratory: it did not, or changed since. "
@@ -57,11 +75,17 @@ def _verdicts(concluded: Sequence[Conclusion]) -> Table:
             "The table below has the estimates."
         ),
         data=tuple(
-            {"id": c.hypothesis.id, "sentence": c.hypothesis.sentence, "verdict": c.verdict, "counts": c.counts,
-             "marked": c.mark, "n": len(c.findings)}
+            {
+                "id": c.hypothesis.id,
+                "sentence": c.hypothesis.sentence,
+                "verdict": c.verdict,
+                "counts": c.counts,
+                "marked": c.mark,
+                "n": len(c.findings),
+            }
             for c in concluded
         ),
-    )  # fmt: skip
+    )
 
 
 def _details(concluded: Sequence[Conclusion]) -> Table:
@@ -125,12 +149,27 @@ def finding_rows(findings: Sequence[Finding]) -> list[dict[str, Raw]]:
     for finding in findings:
         hypothesis, interval = finding.hypothesis, finding.interval
         values: tuple[Raw, ...] = (
-            finding.study, hypothesis.id, hypothesis.sentence, finding.subject, finding.verdict, finding.mark,
-            None if interval is None else interval.estimate, None if interval is None else interval.low,
-            None if interval is None else interval.high, hypothesis.unit, finding.n, finding.n_of, finding.test,
-            hypothesis.margin, finding.p_value, finding.opposite_p, finding.outcome, finding.note,
-            hypothesis.refuted_by, hypothesis.source,
-        )  # fmt: skip
+            finding.study,
+            hypothesis.id,
+            hypothesis.sentence,
+            finding.subject,
+            finding.verdict,
+            finding.mark,
+            None if interval is None else interval.estimate,
+            None if interval is None else interval.low,
+            None if interval is None else interval.high,
+            hypothesis.unit,
+            finding.n,
+            finding.n_of,
+            finding.test,
+            hypothesis.margin,
+            finding.p_value,
+            finding.opposite_p,
+            finding.outcome,
+            finding.note,
+            hypothesis.refuted_by,
+            hypothesis.source,
+        )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 

@@ -97,9 +97,7 @@ def _limits(drawn: Sequence[Comparison], margin: float | None) -> tuple[float, f
     return low - 0.05 * room, high + 0.05 * room
 
 
-def _row(
-    axes: Axes, marks: Marks, comparison: Comparison, row: int, color: str, limits: tuple[float, float]
-) -> None:  # fmt: skip
+def _row(axes: Axes, marks: Marks, comparison: Comparison, row: int, color: str, limits: tuple[float, float]) -> None:
     difference, name = comparison.difference, comparison.name
     assert difference is not None
     marks.series(name, color, "s")
@@ -122,9 +120,13 @@ def _row(
     text = f"mean of {len(pairs)} pairs: {points_interval(difference)} points\nmore accurate? {comparison.verdict}"
     marks.add(name, square, [text.replace(" 1 pairs", " 1 pair")])
     number = axes.annotate(
-        signed(mean), (1.0, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
-        textcoords="offset points", va="center",
-    )  # fmt: skip
+        signed(mean),
+        (1.0, row),
+        xycoords=("axes fraction", "data"),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+    )
     marks.add(name, number)
 
 
@@ -143,11 +145,17 @@ def _legend(margin: float | None) -> list[Line2D | Patch]:
 def _rows(paired: Sequence[Comparison], margin: float | None) -> list[dict[str, Raw]]:
     return [
         {
-            "experiment": c.name, "reference": c.reference, "seed": seed, "difference": value,
-            "mean": c.difference.estimate, "low": c.difference.low, "high": c.difference.high, "verdict": c.verdict,
+            "experiment": c.name,
+            "reference": c.reference,
+            "seed": seed,
+            "difference": value,
+            "mean": c.difference.estimate,
+            "low": c.difference.low,
+            "high": c.difference.high,
+            "verdict": c.verdict,
             "margin": margin,
         }
         for c in paired
         if c.difference is not None
         for seed, value in zip(c.seeds, c.by_seed, strict=True)
-    ]  # fmt: skip
+    ]

@@ -54,10 +54,13 @@ def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> t
             _panel(axes, marks, front, looks)
             if index % columns == 0:
                 axes.set_ylabel("validation accuracy (%)")
-        place_legend(figure, [
-            Line2D([], [], marker=marker, ls="", color=color, ms=6, label=name)
-            for name, (color, marker) in looks.items()
-        ])  # fmt: skip
+        place_legend(
+            figure,
+            [
+                Line2D([], [], marker=marker, ls="", color=color, ms=6, label=name)
+                for name, (color, marker) in looks.items()
+            ],
+        )
         return marks
 
     caption = (
@@ -100,9 +103,16 @@ def _panel(axes: Axes, marks: Marks, front: Front, looks: Mapping[str, tuple[str
             continue
         color, marker = looks[point.experiment]
         (mark,) = axes.plot(
-            [scale * point.cost], [100 * point.validation_accuracy], marker, ms=6, color=color,
-            mfc=color if point.on_front else PAPER, mec=color, mew=1.2, zorder=3,
-        )  # fmt: skip
+            [scale * point.cost],
+            [100 * point.validation_accuracy],
+            marker,
+            ms=6,
+            color=color,
+            mfc=color if point.on_front else PAPER,
+            mec=color,
+            mew=1.2,
+            zorder=3,
+        )
         stands = "on the front" if point.on_front else "not on the front"
         accuracies = f"validation {percent(point.validation_accuracy)}, test {percent(point.test_accuracy.estimate)}"
         marks.add(point.experiment, mark, [f"{_cost(front, point.cost)}: {stands}\n{accuracies}"])
@@ -128,10 +138,13 @@ def _cost(front: Front, cost: float) -> str:
 def _rows(fronts: Sequence[Front]) -> list[dict[str, Raw]]:
     return [
         {
-            "cost": front.cost, "experiment": point.experiment, "value": point.cost,
-            "validation_accuracy": point.validation_accuracy, "test_accuracy": point.test_accuracy.estimate,
+            "cost": front.cost,
+            "experiment": point.experiment,
+            "value": point.cost,
+            "validation_accuracy": point.validation_accuracy,
+            "test_accuracy": point.test_accuracy.estimate,
             "on_front": "yes" if point.on_front else "no",
         }
         for front in fronts
         for point in front.points
-    ]  # fmt: skip
+    ]

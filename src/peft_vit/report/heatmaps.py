@@ -126,10 +126,13 @@ def _rank_row(
             maps = [allocation.maps[i] for i in frames]
             moving = [
                 Panel(
-                    gid=str(mesh.get_gid()), first_point=first, titles=tuple(_map_title(m, end) for m in maps),
-                    frames=tuple(_cells(m.ranks) for m in maps), frame_at=(),
+                    gid=str(mesh.get_gid()),
+                    first_point=first,
+                    titles=tuple(_map_title(m, end) for m in maps),
+                    frames=tuple(_cells(m.ranks) for m in maps),
+                    frame_at=(),
                 )
-            ]  # fmt: skip
+            ]
     bar = subfigure.colorbar(ScalarMappable(norm, _colors()), ax=list(panels), pad=0.02, aspect=24)
     bar.outline.set_visible(False)
     bar.set_label("rank")
@@ -163,13 +166,16 @@ def _rank_rows(allocation: Allocation, frames: list[int]) -> list[dict[str, Raw]
     grid = allocation.grid
     return [
         {
-            "experiment": allocation.experiment.name, "step": allocation.maps[i].step, "block": block,
-            "matrix": matrix, "rank": _known(allocation.maps[i].ranks[row, column]),
+            "experiment": allocation.experiment.name,
+            "step": allocation.maps[i].step,
+            "block": block,
+            "matrix": matrix,
+            "rank": _known(allocation.maps[i].ranks[row, column]),
         }
         for i in frames
         for row, block in enumerate(grid.blocks)
         for column, matrix in enumerate(grid.matrices)
-    ]  # fmt: skip
+    ]
 
 
 def _known(value: float) -> float | None:
@@ -228,21 +234,21 @@ def _score_rows(pattern: ImportancePattern) -> list[dict[str, Raw]]:
     mean, grid = np.mean(pattern.relative_final, axis=0), pattern.grid
     return [
         {
-            "experiment": pattern.experiment.name, "block": block, "matrix": matrix,
-            "relative_score": _known(mean[row, column]), "score": _known(pattern.raw_final[row, column]),
+            "experiment": pattern.experiment.name,
+            "block": block,
+            "matrix": matrix,
+            "relative_score": _known(mean[row, column]),
+            "score": _known(pattern.raw_final[row, column]),
             "seeds": len(pattern.seeds),
         }
         for row, block in enumerate(grid.blocks)
         for column, matrix in enumerate(grid.matrices)
-    ]  # fmt: skip
+    ]
 
 
 def _block_lines(axes: Axes, marks: Marks, pattern: ImportancePattern) -> None:
     attention, blocks, name = pattern.grid.is_attention(), pattern.grid.blocks, pattern.experiment.name
-    groups = (
-        ("attention", attention, METHOD_COLORS["lora"], "o"),
-        ("MLP", ~attention, METHOD_COLORS["adalora"], "s"),
-    )
+    groups = (("attention", attention, METHOD_COLORS["lora"], "o"), ("MLP", ~attention, METHOD_COLORS["adalora"], "s"))
     for label, columns, color, marker in groups:
         if not columns.any():
             continue

@@ -19,9 +19,20 @@ from matplotlib.text import Text
 from peft_vit.report.document import Player, Point, Series
 
 GLYPHS = {
-    "o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "<": "◀", ">": "▶", "p": "⬟", "h": "⬢",
-    "*": "★", "": "━",
-}  # fmt: skip
+    "o": "●",
+    "s": "■",
+    "^": "▲",
+    "D": "◆",
+    "v": "▼",
+    "P": "✚",
+    "X": "✖",
+    "<": "◀",
+    ">": "▶",
+    "p": "⬟",
+    "h": "⬢",
+    "*": "★",
+    "": "━",
+}
 _POINTS_PER_INCH = 72.0
 
 

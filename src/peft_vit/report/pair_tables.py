@@ -89,8 +89,13 @@ def _decided_table(pairs: AllPairs, *, holds_data: bool) -> Table:
         slug="all_pairs" if holds_data else "decided_pairs",
         title="Decided pairs of experiments, largest difference first",
         columns=(
-            "more accurate", "less accurate", "difference (points)", "n", "effect size (Hedges' g)",
-            "seeds that agree", "test",
+            "more accurate",
+            "less accurate",
+            "difference (points)",
+            "n",
+            "effect size (Hedges' g)",
+            "seeds that agree",
+            "test",
         ),
         rows=tuple(_decided_row(pair) for pair in shown),
         note=(
@@ -98,7 +103,7 @@ def _decided_table(pairs: AllPairs, *, holds_data: bool) -> Table:
             "size: the difference in units of its spread over seeds; a large one can be few points."
         ),
         data=_data(pairs) if holds_data else tuple(_pair_data(pair) for pair in ordered),
-    )  # fmt: skip
+    )
 
 
 def _size(pair: Pair) -> float:
@@ -179,8 +184,15 @@ def _fronts_table(fronts: Sequence[Front]) -> Table:
         slug="pareto_fronts",
         title="Pareto fronts: who is most accurate for what it takes",
         columns=(
-            "front of", "experiment", "takes", "validation", "test accuracy", "lead over the one before (points)",
-            "more accurate?", "test", "on the front of test accuracies",
+            "front of",
+            "experiment",
+            "takes",
+            "validation",
+            "test accuracy",
+            "lead over the one before (points)",
+            "more accurate?",
+            "test",
+            "on the front of test accuracies",
         ),
         rows=tuple(_front_row(front, point) for front in fronts for point in front.on_front),
         note=(
@@ -190,7 +202,7 @@ def _fronts_table(fronts: Sequence[Front]) -> Table:
             f"{OVER_SEEDS} The CSV file has every experiment, on a front or not."
         ),
         data=tuple(_front_data(front, point) for front in fronts for point in front.points),
-    )  # fmt: skip
+    )
 
 
 def _front_row(front: Front, point: FrontPoint) -> tuple[str, ...]:

@@ -12,9 +12,14 @@ from peft_vit.report.style import METHOD_TITLES
 
 _SHOWN_SETTINGS = 4
 _COLUMN_OF = {
-    "done": "done", "failed": "failed", "running": "running", "pending": "pending", "left out": "left_out",
-    "skipped": "skipped", "missing": "missing",
-}  # fmt: skip
+    "done": "done",
+    "failed": "failed",
+    "running": "running",
+    "pending": "pending",
+    "left out": "left_out",
+    "skipped": "skipped",
+    "missing": "missing",
+}
 
 
 def progress(study: Study) -> tuple[Block, ...]:
@@ -54,10 +59,19 @@ def _planned_table(study: Study) -> Table:
         own = [run for run in runs if run.experiment == experiment.name]
         counts = {"done": 0} | {state: sum(run.state == state for run in own) for state in STATES}
         states = joined(f"{n} {state}" for state, n in counts.items() if n)
-        rows.append((experiment.name, METHOD_TITLES[experiment.method], _settings(experiment),
-                     seeds_in_words([run.seed for run in own]).split(" ", 1)[-1], states))  # fmt: skip
-        data.append({"experiment": experiment.name, "method": experiment.method}
-                    | {_COLUMN_OF[state]: n for state, n in counts.items()})  # fmt: skip
+        rows.append(
+            (
+                experiment.name,
+                METHOD_TITLES[experiment.method],
+                _settings(experiment),
+                seeds_in_words([run.seed for run in own]).split(" ", 1)[-1],
+                states,
+            )
+        )
+        data.append(
+            {"experiment": experiment.name, "method": experiment.method}
+            | {_COLUMN_OF[state]: n for state, n in counts.items()}
+        )
     return Table(
         slug="planned",
         title="What was planned",

@@ -101,7 +101,13 @@ def against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
         slug="quantization_against_float",
         title="Low bits minus the same LoRA on float weights, paired by seed",
         columns=(
-            "experiment", "bits", "format", "groups", "schedule", "n", *(measure.title for measure in _AGAINST_FLOAT),
+            "experiment",
+            "bits",
+            "format",
+            "groups",
+            "schedule",
+            "n",
+            *(measure.title for measure in _AGAINST_FLOAT),
             "float twin",
         ),
         rows=tuple(
@@ -121,7 +127,7 @@ def against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
             f"minibatches, which pairs share. Each measure is one family of tests. {FAMILY_NOTE}"
         ),
         data=tuple(_against_float_row(q, measure) for q in impacts for measure in _AGAINST_FLOAT),
-    )  # fmt: skip
+    )
 
 
 def _settings(q: QuantizationImpact) -> tuple[str, str, str, str]:
@@ -175,7 +181,12 @@ def quantization_cost_table(impacts: Sequence[QuantizationImpact]) -> Table:
         slug="quantization_cost",
         title="What low bits take, against the same LoRA on float weights",
         columns=(
-            "experiment", "bits a weight, layers", "to store", "memory of a run", "a step", "latency, 1 image",
+            "experiment",
+            "bits a weight, layers",
+            "to store",
+            "memory of a run",
+            "a step",
+            "latency, 1 image",
             "float twin",
         ),
         rows=tuple(
@@ -195,7 +206,7 @@ def quantization_cost_table(impacts: Sequence[QuantizationImpact]) -> Table:
             "of other batch sizes: CSV. – : not recorded."
         ),
         data=tuple(_cost_row(q) for q in impacts),
-    )  # fmt: skip
+    )
 
 
 def _timed(q: QuantizationImpact) -> tuple[tuple[Callable[[float], str], float | None, float | None], ...]:

@@ -240,8 +240,11 @@ def _latency(value: float) -> str:
 
 
 _UNITS: dict[Option, Callable[[float], str]] = {
-    "--max-bytes": _bytes, "--max-params": _parameters, "--max-seconds": _seconds, "--max-latency-ms": _latency,
-}  # fmt: skip
+    "--max-bytes": _bytes,
+    "--max-params": _parameters,
+    "--max-seconds": _seconds,
+    "--max-latency-ms": _latency,
+}
 
 
 def _limit(fault: Fault) -> str:

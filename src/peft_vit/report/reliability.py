@@ -70,8 +70,12 @@ def reliability_diagram(calibrations: Sequence[Calibration], validation: Mapping
 def _rows(calibration: Calibration) -> list[dict[str, Raw]]:
     return [
         {
-            "experiment": calibration.experiment.name, "low": b.low, "high": b.high, "predictions": b.count,
-            "confidence": b.confidence, "accuracy": b.accuracy,
+            "experiment": calibration.experiment.name,
+            "low": b.low,
+            "high": b.high,
+            "predictions": b.count,
+            "confidence": b.confidence,
+            "accuracy": b.accuracy,
         }
         for b in calibration.bins
-    ]  # fmt: skip
+    ]

@@ -87,12 +87,16 @@ def _stored(method: MethodResult) -> str:
 def _rows(methods: Sequence[MethodResult], cost: Callable[[MethodResult], dict[str, Raw]]) -> list[dict[str, Raw]]:
     return [
         {
-            "experiment": m.experiment.name, "method": m.experiment.method, "seed": seed, "test_accuracy": value,
-            "mean_test_accuracy": m.test_accuracy.estimate, **cost(m),
+            "experiment": m.experiment.name,
+            "method": m.experiment.method,
+            "seed": seed,
+            "test_accuracy": value,
+            "mean_test_accuracy": m.test_accuracy.estimate,
+            **cost(m),
         }
         for m in methods
         for seed, value in zip(m.seeds, m.by_seed, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _fixed_rank(methods: Sequence[MethodResult]) -> list[MethodResult]:
@@ -121,9 +125,7 @@ def _scatter(
         )
         marks.add(name, line)
         if not many_seeds([method]):
-            (dots,) = axes.plot(
-                [x] * len(seeds), seeds, ".", ms=4, color=color, alpha=0.7, zorder=3, transform=moved
-            )  # fmt: skip
+            (dots,) = axes.plot([x] * len(seeds), seeds, ".", ms=4, color=color, alpha=0.7, zorder=3, transform=moved)
             texts = [f"seed {s}: {percent(v)}" for s, v in zip(method.seeds, method.by_seed, strict=True)]
             marks.add(name, dots, [f"{text}\n{cost(method)}" for text in texts])
         mean = 100 * method.test_accuracy.estimate
@@ -148,9 +150,13 @@ def place_legend(figure: Figure, handles: list[Line2D]) -> None:
         return
     longest = max(len(str(handle.get_label())) for handle in handles)
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=1 if longest > 26 else 2, handletextpad=0.3,
-        labelspacing=0.3, columnspacing=1.0,
-    )  # fmt: skip
+        handles=handles,
+        loc="outside lower center",
+        ncols=1 if longest > 26 else 2,
+        handletextpad=0.3,
+        labelspacing=0.3,
+        columnspacing=1.0,
+    )
 
 
 def _side_by_side(positions: Sequence[float]) -> list[float]:

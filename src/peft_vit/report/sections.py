@@ -30,11 +30,26 @@ from peft_vit.report.reliability import reliability_diagram
 from peft_vit.report.selection import validation_means
 
 # What a reader looks up rather than reads: it stands behind a table or a figure that is always shown.
-FOLDED = frozenset({
-    "pareto_fronts", "quality", "calibration", "reliability", "convergence", "examples", "importance_by_block",
-    "importance_over_time", "importance_course", "allocation", "allocation_course", "size_parts", "bits_by_layer",
-    "quantization_balance", "findings", "without_data",
-})  # fmt: skip
+FOLDED = frozenset(
+    {
+        "pareto_fronts",
+        "quality",
+        "calibration",
+        "reliability",
+        "convergence",
+        "examples",
+        "importance_by_block",
+        "importance_over_time",
+        "importance_course",
+        "allocation",
+        "allocation_course",
+        "size_parts",
+        "bits_by_layer",
+        "quantization_balance",
+        "findings",
+        "without_data",
+    }
+)
 
 
 def study_documents(analyses: Sequence[Analysis], thumbnails: Thumbnails | None = None) -> tuple[StudyDocument, ...]:
@@ -60,7 +75,7 @@ def slug_of(name: str) -> str:
 
 def _document(
     analysis: Analysis, slug: str, agreements: Sequence[StudyAgreement], thumbnails: Thumbnails | None
-) -> StudyDocument:  # fmt: skip
+) -> StudyDocument:
     study = analysis.study
     methods = (*_methods(analysis), *example_blocks(analysis, thumbnails))
     contents = (_importance(analysis, agreements), _allocation(analysis), _quantization(analysis), methods)
@@ -143,12 +158,16 @@ def _quantization(analysis: Analysis) -> tuple[Block, ...]:
         return (Paragraph("No finished run of this study quantized the backbone."),)
     impacts = analysis.quantization
     always = (
-        quantization_tables.quantization_table(impacts), quantization_tables.against_float_table(impacts),
-        quantization_tables.quantization_cost_table(impacts), size_tables.size_table(impacts),
-    )  # fmt: skip
+        quantization_tables.quantization_table(impacts),
+        quantization_tables.against_float_table(impacts),
+        quantization_tables.quantization_cost_table(impacts),
+        size_tables.size_table(impacts),
+    )
     measured = (
-        size_tables.bytes_table(impacts), size_tables.layers_table(impacts), quantization_tables.balance_table(impacts),
-    )  # fmt: skip
+        size_tables.bytes_table(impacts),
+        size_tables.layers_table(impacts),
+        quantization_tables.balance_table(impacts),
+    )
     return (*always, *(table for table in measured if table.rows))
 
 
@@ -161,10 +180,11 @@ def _methods(analysis: Analysis) -> tuple[Block, ...]:
         block
         for reference in dict.fromkeys(c.reference for c in analysis.comparisons)
         for block in (
-            forest.get(f"differences_to_{reference}"), tables.comparison_table(analysis.comparisons, reference)
+            forest.get(f"differences_to_{reference}"),
+            tables.comparison_table(analysis.comparisons, reference),
         )
         if block is not None
-    )  # fmt: skip
+    )
     if not analysis.comparisons:
         compared = (
             Paragraph("No paired differences: no linear probe or LoRA run has finished beside another method."),
@@ -175,11 +195,19 @@ def _methods(analysis: Analysis) -> tuple[Block, ...]:
     diagram = reliability_diagram(analysis.calibration, validation_means(analysis.methods))
     pairs, fronts = pair_tables.pair_blocks(analysis.pairs), pair_tables.front_blocks(analysis.fronts)
     return (
-        first, accuracy, *compared, *pairs, *rest, tables.cost_table(analysis.methods), *panels, *fronts,
-        quality, *diagram,
+        first,
+        accuracy,
+        *compared,
+        *pairs,
+        *rest,
+        tables.cost_table(analysis.methods),
+        *panels,
+        *fronts,
+        quality,
+        *diagram,
         *calibration_tables.calibration_blocks(analysis.calibration, analysis.calibration_differences),
         calibration_tables.convergence_table(analysis.convergence),
-    )  # fmt: skip
+    )
 
 
 def _insights(analysis: Analysis) -> tuple[Block, ...]:

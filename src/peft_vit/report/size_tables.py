@@ -18,8 +18,17 @@ def size_table(impacts: Sequence[QuantizationImpact]) -> Table:
         slug="size",
         title="How much smaller: claimed and measured",
         columns=(
-            "experiment", "claimed", "layers: bits a weight", "fp32 / layers", "fp16 / layers", "model: bits a weight",
-            "fp32 / model", "fp16 / model", "live", "file", "memory of a run",
+            "experiment",
+            "claimed",
+            "layers: bits a weight",
+            "fp32 / layers",
+            "fp16 / layers",
+            "model: bits a weight",
+            "fp32 / model",
+            "fp16 / model",
+            "live",
+            "file",
+            "memory of a run",
         ),
         rows=tuple(
             (
@@ -42,7 +51,7 @@ def size_table(impacts: Sequence[QuantizationImpact]) -> Table:
             "(older) records."
         ),
         data=tuple(_size_row(q) for q in impacts),
-    )  # fmt: skip
+    )
 
 
 def _times(ratio: float | None) -> str:

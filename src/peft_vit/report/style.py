@@ -109,10 +109,19 @@ def draw(
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
     return Drawing(
-        slug=slug, title=title, caption=caption, svg=svg.getvalue(), png=png.getvalue(),
-        series=marks.all_series(), points=marks.points(figure), data=tuple(data), player=marks.player,
-        height_in=height_in, narrow_height_in=narrow_height_in or height_in, paint=paint,
-    )  # fmt: skip
+        slug=slug,
+        title=title,
+        caption=caption,
+        svg=svg.getvalue(),
+        png=png.getvalue(),
+        series=marks.all_series(),
+        points=marks.points(figure),
+        data=tuple(data),
+        player=marks.player,
+        height_in=height_in,
+        narrow_height_in=narrow_height_in or height_in,
+        paint=paint,
+    )
 
 
 def laid_out(width_in: float, height_in: float, paint: Painter) -> tuple[Figure, Marks]:

@@ -14,13 +14,7 @@ from peft_vit.statistics.bootstrap import bca_interval, resampling_indices, stra
 from peft_vit.statistics.checked import shifted
 from peft_vit.statistics.concentration import gini, normalized_entropy
 from peft_vit.statistics.effect_size import EffectSize, effect_size, hedges_factor
-from peft_vit.statistics.equivalence import (
-    beyond_margin,
-    equivalence,
-    equivalence_verdict,
-    inferiority,
-    noninferiority,
-)
+from peft_vit.statistics.equivalence import beyond_margin, equivalence, equivalence_verdict, inferiority, noninferiority
 from peft_vit.statistics.intervals import Interval, mean_interval, paired_difference, proportion_interval
 from peft_vit.statistics.mixed import MixedEffect, mixed_effect
 from peft_vit.statistics.permutation import random_signs, sign_flip

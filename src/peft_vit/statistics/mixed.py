@@ -142,6 +142,15 @@ def _fitted(
         note = "the variance between groups is below a hundredth of that within: a fit at or near its edge"
     half = float(special.stdtrit(degrees, 0.5 + confidence / 2)) * error
     return MixedEffect(
-        unit * estimate, unit * (estimate - half), unit * (estimate + half), len(y), groups,
-        unit * max(0.0, between) ** 0.5, unit * within**0.5, degrees, confidence, True, note,
-    )  # fmt: skip
+        unit * estimate,
+        unit * (estimate - half),
+        unit * (estimate + half),
+        len(y),
+        groups,
+        unit * max(0.0, between) ** 0.5,
+        unit * within**0.5,
+        degrees,
+        confidence,
+        True,
+        note,
+    )

@@ -140,14 +140,22 @@ def wilcoxon_against_each(
     ahead = [(test.p_value or 0.0) if way > 0 else 1.0 for test, way in zip(tests, towards, strict=True)]
     behind = [(test.p_value or 0.0) if way < 0 else 1.0 for test, way in zip(tests, towards, strict=True)]
     shown = Significance(
-        f"{least.test}, each of {count} rivals", least.n, max(ahead), least.minimum_n, least.dropped,
+        f"{least.test}, each of {count} rivals",
+        least.n,
+        max(ahead),
+        least.minimum_n,
+        least.dropped,
         1 if min(towards) > 0 else 0,
-    )  # fmt: skip
+    )
     against = tests[behind.index(min(behind))]
     opposite = Significance(
-        f"{against.test}, the worst of {count} rivals", against.n, min(1.0, count * min(behind)),
-        minimum_n_wilcoxon(alpha, comparisons * count), against.dropped, -1 if min(towards) < 0 else 0,
-    )  # fmt: skip
+        f"{against.test}, the worst of {count} rivals",
+        against.n,
+        min(1.0, count * min(behind)),
+        minimum_n_wilcoxon(alpha, comparisons * count),
+        against.dropped,
+        -1 if min(towards) < 0 else 0,
+    )
     return shown, opposite
 
 

@@ -5,12 +5,7 @@ from peft_vit.training.adaptive_bits import ChosenBits, allocate_bits, check_bit
 from peft_vit.training.allocation_hook import AllocationHook
 from peft_vit.training.checkpoint import CheckpointKeeper, Checkpoints, CheckpointWarning, Interrupted
 from peft_vit.training.linear_probe import Features, LinearProbe, fit_probe, flip_axes, head_inputs, head_logits
-from peft_vit.training.loop import (
-    TrainingResult,
-    build_optimizer,
-    steps_per_epoch,
-    train,
-)
+from peft_vit.training.loop import TrainingResult, build_optimizer, steps_per_epoch, train
 from peft_vit.training.loss import class_weights
 from peft_vit.training.optimization import StepHook, optimization_step
 from peft_vit.training.peft_adalora_hook import PeftAdaLoraHook, last_update

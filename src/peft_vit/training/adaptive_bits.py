@@ -102,14 +102,19 @@ def allocate_bits(
     _warn_of_no_effect(formats, ranks)
     rise = sum(losses[name][place] for name, place in types.items())
     record = BitAllocation(
-        images=len(images), budget_bytes=budget, spent_bytes=choice.size,
-        types={name: format.type for name, format in formats.items()}, ranks=ranks or None,
+        images=len(images),
+        budget_bytes=budget,
+        spent_bytes=choice.size,
+        types={name: format.type for name, format in formats.items()},
+        ranks=ranks or None,
         losses={
             name: {one.type: loss for one, loss in zip(options.formats[name], losses[name], strict=True)}
             for name in formats
         },
-        predicted_rise=rise, predicted_gain=rise - choice.loss, gap=choice.loss - choice.lower_bound,
-    )  # fmt: skip
+        predicted_rise=rise,
+        predicted_gain=rise - choice.loss,
+        gap=choice.loss - choice.lower_bound,
+    )
     return ChosenBits(formats, record.ranks, record)
 
 

@@ -26,9 +26,12 @@ class AllocationHook:
 
     name = "allocation"
     purposes: ClassVar[Mapping[str, str]] = {
-        "after_backward": "scoring", "before_step": "scoring", "after_step": "reallocation", "attach": "reallocation",
+        "after_backward": "scoring",
+        "before_step": "scoring",
+        "after_step": "reallocation",
+        "attach": "reallocation",
         "penalties": "penalty",
-    }  # fmt: skip
+    }
 
     def __init__(self, controller: AdaLoRAController) -> None:
         self.controller = controller

@@ -110,9 +110,10 @@ class CheckpointKeeper:
             return state
         if folders:
             warnings.warn(
-                f"{self._folder}: no checkpoint is whole; the run starts from its beginning", CheckpointWarning,
+                f"{self._folder}: no checkpoint is whole; the run starts from its beginning",
+                CheckpointWarning,
                 stacklevel=2,
-            )  # fmt: skip
+            )
         return None
 
     def is_due(self) -> bool:

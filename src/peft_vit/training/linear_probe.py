@@ -164,9 +164,14 @@ def head_logits(head: nn.Module, features: NDArray[np.float32], setting: Setting
 
 
 def fit_probe(
-    train: Features, validation: Features, head: nn.Linear, setting: Setting, *,
-    class_weights: NDArray[np.float64] | None = None, l2: Sequence[float] = PROBE_L2,
-) -> LinearProbe:  # fmt: skip
+    train: Features,
+    validation: Features,
+    head: nn.Linear,
+    setting: Setting,
+    *,
+    class_weights: NDArray[np.float64] | None = None,
+    l2: Sequence[float] = PROBE_L2,
+) -> LinearProbe:
     """Fit a head at each strength, and return the one that validation prefers; the given head is left as it is.
 
     Args:
@@ -194,9 +199,12 @@ def fit_probe(
     best = max(range(len(fits)), key=lambda i: (evaluations[i].metrics.accuracy, -evaluations[i].metrics.nll, -i))
     weight_, bias_, gradient_norm = fits[best]
     fit = HeadFit(
-        l2=tuple(ordered), validation=tuple(one.metrics for one in evaluations), chosen_l2=ordered[best],
-        gradient_norm=gradient_norm, images=len(train.labels),
-    )  # fmt: skip
+        l2=tuple(ordered),
+        validation=tuple(one.metrics for one in evaluations),
+        chosen_l2=ordered[best],
+        gradient_norm=gradient_norm,
+        images=len(train.labels),
+    )
     return LinearProbe(weight_, bias_, fit, tuple(steps), tuple(evaluations))
 
 

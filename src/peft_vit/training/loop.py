@@ -130,9 +130,14 @@ def train(
     while not course.ended:
         epoch = len(result.steps) // epoch_steps + 1
         batches = data.train.shuffled_batches(
-            config.batch_size, setting.mean, setting.std, flips=setting.flips, seed=seed, epoch=epoch,
+            config.batch_size,
+            setting.mean,
+            setting.std,
+            flips=setting.flips,
+            seed=seed,
+            epoch=epoch,
             skip=len(result.steps) % epoch_steps,
-        )  # fmt: skip
+        )
         for images, labels in batches:
             course.step(criterion, images, labels, setting)
             tell(result.steps[-1].loss)
@@ -158,9 +163,13 @@ class _Course:
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainingConfig, hooks: Sequence[StepHook], train_images: int,
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        hooks: Sequence[StepHook],
+        train_images: int,
         resume: State | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model = model
         self.config = config
         self.end = config.total_steps(train_images)
@@ -183,9 +192,7 @@ class _Course:
         """Do one step on a batch."""
         result = self.result
         number = len(result.steps) + 1
-        row = _step(
-            self.model, self.optimizer, criterion, images, labels, number, self.config, setting, self.hooks
-        )  # fmt: skip
+        row = _step(self.model, self.optimizer, criterion, images, labels, number, self.config, setting, self.hooks)
         self.scheduler.step()
         result.steps.append(row)
         result.peak_parameters = max(result.peak_parameters, trainable_parameters(self.model))
@@ -237,16 +244,21 @@ class _Course:
         counted = {
             "steps": [row.model_dump(mode="json") for row in result.steps],
             "evaluations": [one.model_dump(mode="json") for one in result.evaluations],
-            "initial_parameters": result.initial_parameters, "peak_parameters": result.peak_parameters,
-            "end": self.end, "overhead_s": dict(result.overhead_s),
+            "initial_parameters": result.initial_parameters,
+            "peak_parameters": result.peak_parameters,
+            "end": self.end,
+            "overhead_s": dict(result.overhead_s),
             "hooks_s": [dict(hook.seconds) for hook in self.hooks],
-        }  # fmt: skip
+        }
         return State.of_parts(
-            model=model_state(self.model), optimizer=optimizer_state(self.optimizer),
-            scheduler=State({}, self.scheduler.state_dict()), best=self.best.state(), counted=State({}, counted),
+            model=model_state(self.model),
+            optimizer=optimizer_state(self.optimizer),
+            scheduler=State({}, self.scheduler.state_dict()),
+            best=self.best.state(),
+            counted=State({}, counted),
             generators=generators_state(),
             hooks=State.of_parts(**{str(place): hook.state() for place, hook in enumerate(self.hooks)}),
-        )  # fmt: skip
+        )
 
     def _load(self, state: State) -> None:
         load_optimizer_state(self.optimizer, state.part("optimizer"))
@@ -276,9 +288,16 @@ class _Course:
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Criterion, images: Tensor, labels: Tensor, step: int,
-    config: TrainingConfig, setting: Setting, hooks: Sequence[StepHook],
-) -> StepRow:  # fmt: skip
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    criterion: Criterion,
+    images: Tensor,
+    labels: Tensor,
+    step: int,
+    config: TrainingConfig,
+    setting: Setting,
+    hooks: Sequence[StepHook],
+) -> StepRow:
     started = time.perf_counter()
     learning_rate = optimizer.param_groups[0]["lr"]
     notes = {name: value for hook in hooks for name, value in hook.notes().items()}
@@ -287,15 +306,25 @@ def _step(
     loss = criterion(logits.float(), labels.to(setting.device))
     outcome = optimization_step(model, optimizer, loss, step, hooks=hooks, clip_norm=config.clip_norm)
     return StepRow(
-        step=step, loss=outcome.loss, learning_rate=learning_rate, gradient_norm=outcome.gradient_norm,
-        seconds=time.perf_counter() - started, penalties=outcome.penalties, **notes,
-    )  # fmt: skip
+        step=step,
+        loss=outcome.loss,
+        learning_rate=learning_rate,
+        gradient_norm=outcome.gradient_norm,
+        seconds=time.perf_counter() - started,
+        penalties=outcome.penalties,
+        **notes,
+    )
 
 
 def _validate(
-    model: nn.Module, data: Data, config: TrainingConfig, setting: Setting, step: int, epoch: int,
+    model: nn.Module,
+    data: Data,
+    config: TrainingConfig,
+    setting: Setting,
+    step: int,
+    epoch: int,
     hooks: Sequence[StepHook],
-) -> Evaluation:  # fmt: skip
+) -> Evaluation:
     # No larger than in training, or a method that keeps few activations would have its largest memory here.
     batches = data.validation.ordered_batches(config.batch_size, setting.mean, setting.std)
     logits, labels = predict(model, batches, device=setting.device, precision=setting.precision)

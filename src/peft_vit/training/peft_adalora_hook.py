@@ -141,9 +141,10 @@ class PeftAdaLoraHook:
         """Return PEFT's smoothed scores and its latest mask."""
         allocator = self.tuner.rankallocator
         values = {
-            "mask": self.tuner.peft_config[ADAPTER].rank_pattern, "rank_history": copy.deepcopy(self.rank_history),
+            "mask": self.tuner.peft_config[ADAPTER].rank_pattern,
+            "rank_history": copy.deepcopy(self.rank_history),
             "finalized": self._finalized,
-        }  # fmt: skip
+        }
         return State(flatten({name: getattr(allocator, name) for name in _SCORES}), values)
 
     def load_state(self, model: nn.Module, state: State) -> None:

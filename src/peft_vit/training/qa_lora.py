@@ -310,10 +310,14 @@ class QALoRATrainer:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside model and optimiser, between two steps: plain values."""
         state = {
-            "made_with": self._made_with(), "part": self._part, "pace": self._pace, "scale": self._managed_scale,
-            "share_history": self.share_history, "bits_history": self.bits_history,
+            "made_with": self._made_with(),
+            "part": self._part,
+            "pace": self._pace,
+            "scale": self._managed_scale,
+            "share_history": self.share_history,
+            "bits_history": self.bits_history,
             "balance_history": self.balance_history,
-        }  # fmt: skip
+        }
         return copy.deepcopy(state)
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:

@@ -29,9 +29,13 @@ from peft_vit.quantization import QuantizationFormat, quantize
 def adapted(model, rank=2, parametrization="product", targets=("query", "fc1")):
     sites = find_sites(model, targets)
     attach_adapters(
-        model, sites, dict.fromkeys((site.name for site in sites), rank),
-        scale=2.0, seed=0, parametrization=parametrization,
-    )  # fmt: skip
+        model,
+        sites,
+        dict.fromkeys((site.name for site in sites), rank),
+        scale=2.0,
+        seed=0,
+        parametrization=parametrization,
+    )
     return model
 
 
@@ -163,8 +167,13 @@ def test_a_header_that_lies_is_refused_before_memory_is_asked_for(tiny_vit, tmp_
 
 def test_a_form_without_scales_and_a_deep_header_are_refused(tiny_vit, tmp_path) -> None:
     file = tmp_path / "adapter.safetensors"
-    for header in ('{"ranks": {"a": 1}, "form": {"a": {"scale": [1]}}}', '{"ranks": {"a": 1}, "form": {}}',
-                   '{"ranks": {"a": 1}, "form": ' + "[" * 50_000, "{}", "null"):  # fmt: skip
+    for header in (
+        '{"ranks": {"a": 1}, "form": {"a": {"scale": [1]}}}',
+        '{"ranks": {"a": 1}, "form": {}}',
+        '{"ranks": {"a": 1}, "form": ' + "[" * 50_000,
+        "{}",
+        "null",
+    ):
         save_file({"x": torch.zeros(1)}, file, metadata={"peft_vit": header})
         with pytest.raises(UserError, match="damaged peft_vit header"):
             saved_scales(file)

@@ -11,13 +11,20 @@ from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 
 ADALORA = AdaLoraConfig(
-    total_rank_budget=8, allocation_strategy="proportional", importance_metric="magnitude",
-    update_frequency=1, warmup_steps=1,
-)  # fmt: skip
+    total_rank_budget=8,
+    allocation_strategy="proportional",
+    importance_metric="magnitude",
+    update_frequency=1,
+    warmup_steps=1,
+)
 QA_LORA = QaLoraConfig(
-    quantization_bits=4, quantization_type="nf4", quantization_schedule="constant", gradient_scaling_factor=1.0,
-    use_group_quantization=True, rank=1,
-)  # fmt: skip
+    quantization_bits=4,
+    quantization_type="nf4",
+    quantization_schedule="constant",
+    gradient_scaling_factor=1.0,
+    use_group_quantization=True,
+    rank=1,
+)
 
 
 def attach(model: nn.Module, rank: int = 2, seed: int = 0, targets=("query", "fc2")) -> nn.Module:

@@ -22,9 +22,13 @@ def trained(model, batch, kind="adamw", parametrization="product", rank=4, steps
     """Return an optimiser after some steps on a model with adapters of one rank."""
     sites = find_sites(model)
     attach_adapters(
-        model, sites, dict.fromkeys((site.name for site in sites), rank),
-        scale=2.0, seed=0, parametrization=parametrization,
-    )  # fmt: skip
+        model,
+        sites,
+        dict.fromkeys((site.name for site in sites), rank),
+        scale=2.0,
+        seed=0,
+        parametrization=parametrization,
+    )
     optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad])
     for _ in range(steps):
         optimize(model, optimizer, batch)

@@ -100,9 +100,14 @@ def test_the_gain_is_part_of_the_update_and_of_the_file(tiny_vit, batch, fill_ad
         vit = tiny_vit()
         sites = find_sites(vit)
         attach_adapters(
-            vit, sites, dict.fromkeys((site.name for site in sites), 2), scale=1.0, seed=0, parametrization="svd",
+            vit,
+            sites,
+            dict.fromkeys((site.name for site in sites), 2),
+            scale=1.0,
+            seed=0,
+            parametrization="svd",
             lambda_gain=gain,
-        )  # fmt: skip
+        )
         return vit.eval()
 
     tuned = model(5.0)

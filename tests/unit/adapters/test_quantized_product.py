@@ -21,18 +21,30 @@ FORMATS = [("nf4", True), ("nf4", False), ("int4", True), ("int4", False), ("int
 
 
 def layer_of(
-    type: str, offset: bool, *, pool: int, parametrization: str = "product", share: float = 1.0, ranks=RANKS,
+    type: str,
+    offset: bool,
+    *,
+    pool: int,
+    parametrization: str = "product",
+    share: float = 1.0,
+    ranks=RANKS,
     group: int | None = 8,
-) -> AdaptedLinear:  # fmt: skip
+) -> AdaptedLinear:
     """Return a fused layer of three sites, all numbers random; at share 1 the float weight is gone."""
     generator = torch.Generator().manual_seed(0)
     base = nn.Linear(IN, 3 * HEAD)
     layer = AdaptedLinear(base)
     for index, (matrix, rank) in enumerate(ranks.items()):
         adapter = SiteAdapter(
-            IN, HEAD, rank, scale=SCALE, generator=generator, parametrization=parametrization, pool=pool,
+            IN,
+            HEAD,
+            rank,
+            scale=SCALE,
+            generator=generator,
+            parametrization=parametrization,
+            pool=pool,
             lambda_gain=1.5,
-        )  # fmt: skip
+        )
         layer.add_site(matrix, (HEAD * index, HEAD * index + HEAD), adapter)
     with torch.no_grad():
         for parameter in layer.parameters():

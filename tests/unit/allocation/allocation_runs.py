@@ -10,9 +10,13 @@ STEPS = 9
 
 def config(**settings) -> AdaLoraConfig:
     default = {
-        "total_rank_budget": 15, "allocation_strategy": "proportional", "importance_metric": "gradient_norm",
-        "update_frequency": 2, "warmup_steps": 2, "final_steps": 2,
-    }  # fmt: skip
+        "total_rank_budget": 15,
+        "allocation_strategy": "proportional",
+        "importance_metric": "gradient_norm",
+        "update_frequency": 2,
+        "warmup_steps": 2,
+        "final_steps": 2,
+    }
     return AdaLoraConfig(**{**default, **settings})
 
 

@@ -60,8 +60,9 @@ def test_more_budget_is_never_worse(groups, budgets) -> None:
 @settings(deadline=None)
 @given(
     losses=st.lists(st.lists(st.floats(0, 1e3), min_size=3, max_size=3), min_size=1, max_size=30),
-    columns=st.lists(st.integers(1, 50), min_size=30, max_size=30), uniform=st.integers(0, 2),
-)  # fmt: skip
+    columns=st.lists(st.integers(1, 50), min_size=30, max_size=30),
+    uniform=st.integers(0, 2),
+)
 def test_the_same_type_everywhere_is_never_better_at_its_bytes(losses, columns, uniform) -> None:
     formats = [QuantizationFormat(type, 16, True, torch.float16) for type in ("int2", "int4", "int8")]
     sizes = [[one.stored_bytes(8, 16 * n) for one in formats] for n in columns[: len(losses)]]

@@ -17,9 +17,12 @@ pytestmark = pytest.mark.part("controller")
 
 def config(**settings) -> AdaLoraConfig:
     default = {
-        "total_rank_budget": 8, "allocation_strategy": "proportional", "importance_metric": "magnitude",
-        "update_frequency": 6, "warmup_steps": 12,
-    }  # fmt: skip
+        "total_rank_budget": 8,
+        "allocation_strategy": "proportional",
+        "importance_metric": "magnitude",
+        "update_frequency": 6,
+        "warmup_steps": 12,
+    }
     return AdaLoraConfig(**{**default, **settings})
 
 
@@ -37,9 +40,13 @@ def test_the_quickstarts_steps_of_decision() -> None:
 
 
 @given(
-    total=st.integers(1, 100), more=st.integers(0, 200), warmup=st.integers(1, 20), middle=st.integers(0, 60),
-    final=st.integers(0, 20), every=st.integers(1, 15),
-)  # fmt: skip
+    total=st.integers(1, 100),
+    more=st.integers(0, 200),
+    warmup=st.integers(1, 20),
+    middle=st.integers(0, 60),
+    final=st.integers(0, 20),
+    every=st.integers(1, 15),
+)
 def test_cubic_course(total, more, warmup, middle, final, every) -> None:
     schedule = BudgetSchedule(total + more, total, warmup, every, final, warmup + middle + final)
     budgets = [schedule.budget_at(step) for step in range(schedule.total_steps + 1)]
@@ -139,10 +146,7 @@ def test_budgets_in_other_units_that_the_sites_cannot_meet_are_refused(settings,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"minimum_rank": 2},
-            r"adalora\.minimum_rank: the minimum ranks of 4 sites take the 8 ranks of total_rank",
-        ),
+        ({"minimum_rank": 2}, r"adalora\.minimum_rank: the minimum ranks of 4 sites take the 8 ranks of total_rank"),
         (
             {"total_rank_budget": None, "total_parameter_budget": 5376 + 767, "minimum_rank": 1},
             r"adalora\.minimum_rank: .* take the 6143 parameters of total_parameter_budget, and nothing is left",

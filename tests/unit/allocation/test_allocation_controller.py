@@ -34,9 +34,13 @@ STRATEGIES = ("proportional", "threshold", "top_k", "global")
 def test_the_budget_is_never_exceeded(tiny_vit, batch, strategy, metric, budget_schedule) -> None:
     model = tiny_vit(depth=1)
     settings = config(
-        allocation_strategy=strategy, importance_metric=metric, budget_schedule=budget_schedule,
-        minimum_rank=1, maximum_rank=9, parametrization="svd" if metric == "sensitivity" else "product",
-    )  # fmt: skip
+        allocation_strategy=strategy,
+        importance_metric=metric,
+        budget_schedule=budget_schedule,
+        minimum_rank=1,
+        maximum_rank=9,
+        parametrization="svd" if metric == "sensitivity" else "product",
+    )
     controller, optimizer = start(model, settings)
     allowed = controller.schedule.budget_at
     assert sum(current_ranks(model).values()) == allowed(0) == (22 if budget_schedule == "cubic" else 15)
@@ -73,9 +77,12 @@ def planted_model() -> VisionTransformer:
 def test_ranks_go_to_the_only_site_that_matters(batch, metric, strategy) -> None:
     model = planted_model()
     settings = config(
-        allocation_strategy=strategy, importance_metric=metric, targets=("query", "value", "out", "fc1"),
-        total_rank_budget=8, top_k=1 if strategy == "top_k" else None,
-    )  # fmt: skip
+        allocation_strategy=strategy,
+        importance_metric=metric,
+        targets=("query", "value", "out", "fc1"),
+        total_rank_budget=8,
+        top_k=1 if strategy == "top_k" else None,
+    )
     controller, optimizer = start(model, settings)
     for step in range(1, STEPS + 1):
         train_step(model, controller, optimizer, batch, step)
@@ -226,15 +233,17 @@ def test_adapters_that_exceed_the_budget_are_refused(tiny_vit) -> None:
         ({"parametrization": "svd"}, {}, r"adalora\.parametrization: .* has svd, the settings say product; make them"),
         ({}, {"parametrization": "svd"}, r"adalora\.parametrization: .* has product, the settings say svd"),
         (
-            {"parametrization": "svd"}, {"parametrization": "svd", "factor_start": "orthonormal"},
+            {"parametrization": "svd"},
+            {"parametrization": "svd", "factor_start": "orthonormal"},
             r"adalora\.factor_start: .* has normal, the settings say orthonormal",
         ),
         (
-            {"parametrization": "svd", "lambda_gain": 9.0}, {"parametrization": "svd", "lambda_gain": 3.0},
+            {"parametrization": "svd", "lambda_gain": 9.0},
+            {"parametrization": "svd", "lambda_gain": 3.0},
             r"adalora\.lambda_gain: .* has 9\.0, the settings say 3\.0",
         ),
     ],
-)  # fmt: skip
+)
 def test_adapters_of_other_settings_are_refused(tiny_vit, present, settings, message) -> None:
     model = tiny_vit(depth=1)
     sites = find_sites(model)

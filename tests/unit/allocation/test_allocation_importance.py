@@ -20,13 +20,9 @@ BETA1, BETA2, RANK = 0.85, 0.7, 3
 SMOOTHED = ("gradient_norm", "fisher", "sensitivity")
 
 
-def site(
-    parametrization: str, seed: int = 0, rank: int = RANK, *, scale: float = 2.0, **settings: Any
-) -> SiteAdapter:  # fmt: skip
+def site(parametrization: str, seed: int = 0, rank: int = RANK, *, scale: float = 2.0, **settings: Any) -> SiteAdapter:
     generator = torch.Generator().manual_seed(seed)
-    adapter = SiteAdapter(
-        6, 5, rank, scale=scale, generator=generator, parametrization=parametrization, **settings
-    )  # fmt: skip
+    adapter = SiteAdapter(6, 5, rank, scale=scale, generator=generator, parametrization=parametrization, **settings)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -202,9 +198,13 @@ def test_the_controller_passes_the_loss_scale_on(tiny_vit, batch, fill_adapters)
     for scale in (1.0, 1024.0):
         model = tiny_vit(depth=1)
         config = AdaLoraConfig(
-            total_rank_budget=12, allocation_strategy="proportional", importance_metric="fisher",
-            update_frequency=1, warmup_steps=1, final_steps=1,
-        )  # fmt: skip
+            total_rank_budget=12,
+            allocation_strategy="proportional",
+            importance_metric="fisher",
+            update_frequency=1,
+            warmup_steps=1,
+            final_steps=1,
+        )
         controller = AdaLoRAController(model, config, 4)
         fill_adapters(model)
         (scale * F.cross_entropy(model(batch[0]), batch[1])).backward()

@@ -169,8 +169,8 @@ def test_a_site_of_young_triplets_keeps_the_score_that_let_it_grow(tiny_vit, bat
 
 def test_a_falling_budget_comes_first_and_who_gave_way_is_recorded(tiny_vit, batch) -> None:
     model, controller, optimizer, names = one_block(
-        tiny_vit, budget_schedule="cubic", total_rank_budget=4, initial_budget=18, warmup_steps=2, update_frequency=9,
-    )  # fmt: skip
+        tiny_vit, budget_schedule="cubic", total_rank_budget=4, initial_budget=18, warmup_steps=2, update_frequency=9
+    )
     ups = {name: {names[0]: 8.0, names[5]: 6.0}.get(name, 0.01) for name in names}
     first = decided(model, controller, optimizer, batch, 2, ups)
     grown = {name: first[name] - 3 for name in (names[0], names[5])}
@@ -178,9 +178,7 @@ def test_a_falling_budget_comes_first_and_who_gave_way_is_recorded(tiny_vit, bat
     downs = {name: {names[0]: 0.5, names[5]: 0.2}.get(name, 1.0) for name in names}
     second = decided(model, controller, optimizer, batch, 11, downs)
     entry = controller.rank_history[-1]
-    assert entry["gave_way"] == {
-        name: grown[name] - second[name] for name in grown if grown[name] > second[name]
-    }  # fmt: skip
+    assert entry["gave_way"] == {name: grown[name] - second[name] for name in grown if grown[name] > second[name]}
     assert names[5] in entry["gave_way"]  # of the lower score
     assert sum(second.values()) == entry["budget"]
     assert second[names[0]] >= second[names[5]]

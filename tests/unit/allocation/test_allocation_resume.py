@@ -20,10 +20,12 @@ RUNS = {
     "sensitivity": {"importance_metric": "sensitivity", "parametrization": "svd", "initial_budget": 30},
     "random": {"importance_metric": "random"},
     "reversible": {
-        "importance_metric": "sensitivity", "parametrization": "svd", "allocation_strategy": "global",
+        "importance_metric": "sensitivity",
+        "parametrization": "svd",
+        "allocation_strategy": "global",
         "prune": "reversible",
     },
-}  # fmt: skip
+}
 
 
 def stored(state):

@@ -86,9 +86,13 @@ def test_permuted_sites_get_permuted_ranks(problem, strategy, data) -> None:
     order = data.draw(st.permutations(range(len(scores))))
     ranks = allocate(strategy, scores, budget, limits, costs=costs, triplet_scores=triplets)
     permuted = allocate(
-        strategy, scores[order], budget, bounds(limits.minimum[order], limits.maximum[order]), costs=costs[order],
+        strategy,
+        scores[order],
+        budget,
+        bounds(limits.minimum[order], limits.maximum[order]),
+        costs=costs[order],
         triplet_scores=[triplets[site] for site in order],
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(permuted, ranks[order])
 
 
@@ -103,10 +107,7 @@ def test_the_unit_of_the_scores_does_not_matter(problem, strategy, exponent) -> 
     np.testing.assert_array_equal(again, ranks)
 
 
-@given(
-    weights=st.lists(st.integers(0, 20), min_size=1, max_size=10).filter(any),
-    budget=st.integers(0, 60),
-)
+@given(weights=st.lists(st.integers(0, 20), min_size=1, max_size=10).filter(any), budget=st.integers(0, 60))
 def test_proportional_is_the_method_of_largest_remainders(weights, budget) -> None:
     total = sum(weights)
     quotas = [Fraction(budget * weight, total) for weight in weights]

@@ -40,9 +40,11 @@ def counted(model, images, unit: str) -> int:
 def test_the_budget_holds_for_what_is_there(tiny_vit, batch, strategy, unit, parametrization) -> None:
     model = tiny_vit(depth=1)
     settings = config(
-        allocation_strategy=strategy, parametrization=parametrization, total_rank_budget=None,
+        allocation_strategy=strategy,
+        parametrization=parametrization,
+        total_rank_budget=None,
         **{FIELDS[unit]: TOTALS[unit]},
-    )  # fmt: skip
+    )
     controller, optimizer = start(model, settings)
     for step in range(STEPS + 1):
         if step:

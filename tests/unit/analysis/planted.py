@@ -50,11 +50,7 @@ _EXPERIMENTS: list[dict[str, Any]] = [
                 "warmup_steps": 12,
             },
         }
-        for strategy, metric in (
-            ("proportional", "magnitude"),
-            ("threshold", "gradient_norm"),
-            ("top_k", "fisher"),
-        )
+        for strategy, metric in (("proportional", "magnitude"), ("threshold", "gradient_norm"), ("top_k", "fisher"))
     ),
     *(
         {
@@ -94,13 +90,7 @@ ACCURACY = {
 
 
 def _study(experiments_section: list[dict[str, Any]]) -> StudyConfig:
-    data = {
-        "dataset": "elpv",
-        "image_size": 84,
-        "train_images": 512,
-        "validation_images": 400,
-        "test_images": 600,
-    }
+    data = {"dataset": "elpv", "image_size": 84, "train_images": 512, "validation_images": 400, "test_images": 600}
     training = {"epochs": EPOCHS, "learning_rate": 0.001}
     mapping = {
         "name": "quickstart",
@@ -234,11 +224,13 @@ def _quantization(experiment: ExperimentConfig) -> QuantizationSummary | None:
     modules = {f"blocks.{block}.{kind}": weights for block in range(BLOCKS) for kind, weights in LAYERS.items()}
     layers = {
         name: LayerSize(
-            weights=weights, codes_bytes=int(weights * codes), scales_bytes=round(weights * (bits / 8 - codes) / 2),
+            weights=weights,
+            codes_bytes=int(weights * codes),
+            scales_bytes=round(weights * (bits / 8 - codes) / 2),
             offsets_bytes=round(weights * (bits / 8 - codes) / 2),
         )
         for name, weights in modules.items()
-    }  # fmt: skip
+    }
     live = sum(layer.stored_bytes for layer in layers.values()) + LEFT_IN_FLOAT + 3080
     return QuantizationSummary(
         relative_error={name: error * (1 + 0.02 * i) for i, name in enumerate(modules)},
@@ -330,11 +322,7 @@ def record(
         "bits_history": _bits_history(experiment),
         "quantization": quantization,
         "parameters": ParameterCounts(
-            initial=initial,
-            final=final,
-            peak=max(initial, final),
-            head=head,
-            backbone_total=BACKBONE_PARAMETERS,
+            initial=initial, final=final, peak=max(initial, final), head=head, backbone_total=BACKBONE_PARAMETERS
         ),
         "bytes": ByteCounts(
             frozen_bytes=frozen,

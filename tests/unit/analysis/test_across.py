@@ -26,7 +26,7 @@ N_TEST = 100_000
 
 def records(
     study: str, differences: dict[str, list[float]], *, images: str = "b", level: float = 0.7, **provenance: Any
-) -> list[RunRecord]:  # fmt: skip
+) -> list[RunRecord]:
     """Return runs of lora_r8, and of others that lie the given differences above it, by seed."""
     most = max(len(values) for values in differences.values())
     made = []
@@ -233,10 +233,15 @@ def test_the_same_split_by_seed_is_no_difference() -> None:
     a, b, c, d = (planted.record(EXPERIMENTS["lora_r4"], seed, 0.7) for seed in (0, 1, 1, 2))
     assert difference("splits", {"a": _runs([a, b]), "b": _runs([c, d])}) is None
     per_seed = {
-        label: _runs([one.model_copy(update={"provenance": planted.provenance(seed, split_sha256=f"{seed:064x}")})
-                      for one in own for seed in [one.spec.seed]])
+        label: _runs(
+            [
+                one.model_copy(update={"provenance": planted.provenance(seed, split_sha256=f"{seed:064x}")})
+                for one in own
+                for seed in [one.spec.seed]
+            ]
+        )
         for label, own in {"a": [a, b], "b": [c, d]}.items()
-    }  # fmt: skip
+    }
     assert difference("splits", per_seed) is None, "seed 1, which both have, is divided alike"
     apart = {"a": per_seed["a"], "b": per_seed["b"][1:]}
     assert difference("splits", apart) == "a and b divide the same images otherwise", "no seed tells that they agree"
@@ -258,10 +263,13 @@ def test_only_common_experiments_are_compared_and_others_named(tmp_path: Path) -
 
 def test_without_a_common_reference_there_are_no_differences(tmp_path: Path) -> None:
     made = [
-        [one for one in records(name, {"full_finetuning": A, "adalora_top_k_fisher": B}, images=images)
-         if one.spec.experiment.name != "lora_r8"]
+        [
+            one
+            for one in records(name, {"full_finetuning": A, "adalora_top_k_fisher": B}, images=images)
+            if one.spec.experiment.name != "lora_r8"
+        ]
         for name, images in (("a", "b"), ("b", "c"))
-    ]  # fmt: skip
+    ]
     studies = loaded(tmp_path, *made)
     found = compare_studies(studies)
     assert (found.reference, found.pooled) == (None, ())

@@ -55,9 +55,13 @@ def with_parameters(record: RunRecord, final: int) -> RunRecord:
 
 def qa(name: str, **changes: Any) -> dict[str, Any]:
     section = {
-        "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
-        "gradient_scaling_factor": 1.0, "use_group_quantization": True, "rank": 8,
-    }  # fmt: skip
+        "quantization_bits": 4,
+        "quantization_type": "nf4",
+        "quantization_schedule": "constant",
+        "gradient_scaling_factor": 1.0,
+        "use_group_quantization": True,
+        "rank": 8,
+    }
     return {"name": name, "method": "qa_lora", "qa_lora": {**section, **changes}}
 
 
@@ -118,18 +122,26 @@ def test_spread_of_ranks() -> None:
 def test_strategies_are_paired_where_nothing_else_differs() -> None:
     section = {"total_rank_budget": 288, "importance_metric": "magnitude", "update_frequency": 6, "warmup_steps": 12}
     made = planted.experiments_of(
-        *({"name": f"{strategy}_{steps}", "method": "adalora",
-           "adalora": {**section, "warmup_steps": steps, "allocation_strategy": strategy}}
-          for strategy in ("proportional", "top_k", "threshold") for steps in (12, 18)),
-    )  # fmt: skip
+        *(
+            {
+                "name": f"{strategy}_{steps}",
+                "method": "adalora",
+                "adalora": {**section, "warmup_steps": steps, "allocation_strategy": strategy},
+            }
+            for strategy in ("proportional", "top_k", "threshold")
+            for steps in (12, 18)
+        )
+    )
     even, uneven = (
         ranks(query=2, key=2, value=2, out=2, fc1=2, fc2=2),
         ranks(query=12, key=0, value=0, out=0, fc1=0, fc2=0),
     )
     records = [
-        run(made["top_k_12"], rank_history=uneven), run(made["proportional_12"], rank_history=even),
-        run(made["threshold_12"], rank_history=even), run(made["top_k_18"], rank_history=uneven),
-    ]  # fmt: skip
+        run(made["top_k_12"], rank_history=uneven),
+        run(made["proportional_12"], rank_history=even),
+        run(made["threshold_12"], rank_history=even),
+        run(made["top_k_18"], rank_history=uneven),
+    ]
     top_k = only(records, "top-k-concentrates")
     assert top_k.subject == "top_k_12 against proportional_12", "top_k_18 has no partner with as many steps"
     assert top_k.values == pytest.approx((5 / 6,)), "one matrix of six has everything"
@@ -167,9 +179,13 @@ def test_seeds_on_other_images_are_no_pair_and_two_sites_no_order() -> None:
 
 def removal(rises: dict[str, float], mlp_accuracy: float = 0.75) -> AdapterRemoval:
     return AdapterRemoval(
-        images=100, loss=0.5, accuracy=0.80, site_loss_rise=rises, group_loss_rise={"mlp": 0.1, "all": 0.3},
+        images=100,
+        loss=0.5,
+        accuracy=0.80,
+        site_loss_rise=rises,
+        group_loss_rise={"mlp": 0.1, "all": 0.3},
         group_accuracy={"mlp": mlp_accuracy, "all": 0.5},
-    )  # fmt: skip
+    )
 
 
 def test_importance_against_harm() -> None:
@@ -243,11 +259,14 @@ def test_scaled_gradients_are_named_beside_what_bits_cost() -> None:
 
 def test_settings_of_quantization_are_paired_with_what_differs_in_them_alone() -> None:
     made = planted.experiments_of(
-        qa("base"), qa("one_scale", use_group_quantization=False), qa("scaled", gradient_scaling_factor=2.0),
-        qa("adaptive", gradient_scaling="adaptive"), qa("linear", quantization_schedule="linear"),
+        qa("base"),
+        qa("one_scale", use_group_quantization=False),
+        qa("scaled", gradient_scaling_factor=2.0),
+        qa("adaptive", gradient_scaling="adaptive"),
+        qa("linear", quantization_schedule="linear"),
         qa("warm", quantization_schedule="linear", quantization_warmup_steps=16),
         qa("both", gradient_scaling_factor=2.0, use_group_quantization=False),
-    )  # fmt: skip
+    )
     accuracy = {name: (480 + place) / 600 for place, name in enumerate(made)}
     records = [run(one, 0, accuracy[name]) for name, one in made.items()]
 
@@ -256,8 +275,10 @@ def test_settings_of_quantization_are_paired_with_what_differs_in_them_alone() -
 
     assert pairs("groups-help") == {"base against one_scale": -1, "scaled against both": -4}
     assert pairs("gradient-scaling-helps") == {
-        "scaled against base": 2, "adaptive against base": 3, "both against one_scale": 5,
-    }  # fmt: skip
+        "scaled against base": 2,
+        "adaptive against base": 3,
+        "both against one_scale": 5,
+    }
     assert pairs("warm-up-helps") == {"warm against linear": 1}
     assert set(pairs("schedule-steadies")) == {"linear against base", "warm against base"}
 
@@ -407,9 +428,14 @@ def test_memory_factors() -> None:
 def on(data: str, seed: int, order: tuple[int, ...], **named: Any) -> RunRecord:
     history = scores({site.name: float(value) for site, value in zip(SITES, order, strict=False)})
     return planted.record(
-        ADALORA, seed, 0.8, study=f"on_{data}", provenance_changes={"data_sha256": data * 64},
-        changes={"importance_history": history}, **named,
-    )  # fmt: skip
+        ADALORA,
+        seed,
+        0.8,
+        study=f"on_{data}",
+        provenance_changes={"data_sha256": data * 64},
+        changes={"importance_history": history},
+        **named,
+    )
 
 
 def test_agreement_of_data_sets() -> None:
@@ -448,10 +474,20 @@ def varied(gains: list[int], seeds: int, scatter: float = 0.0) -> list[RunRecord
     """Return experiments whose scores vary the more the later they stand, with gains in images of 600."""
     section = {"total_rank_budget": 288, "allocation_strategy": "proportional", "update_frequency": 6}
     made = planted.experiments_of(
-        *({"name": f"e{i:02}", "method": "adalora",
-           "adalora": {**section, "warmup_steps": 12, "importance_metric": "magnitude", "total_rank_budget": 288 + i}}
-          for i in range(len(gains)))
-    )  # fmt: skip
+        *(
+            {
+                "name": f"e{i:02}",
+                "method": "adalora",
+                "adalora": {
+                    **section,
+                    "warmup_steps": 12,
+                    "importance_metric": "magnitude",
+                    "total_rank_budget": 288 + i,
+                },
+            }
+            for i in range(len(gains))
+        )
+    )
     rng = np.random.default_rng(0)
     records = [record for seed in range(seeds) for record in lora_line(seed, {1: 450 / 600, 2: 450 / 600})]
     for seed in range(seeds):

@@ -18,9 +18,16 @@ SIMULATIONS = 1000
 
 def hypothesis(test: str = "superiority", name: str = "h", **changes: Any) -> Hypothesis:
     values: dict[str, Any] = {
-        "id": name, "sentence": "s", "test": test, "measure": "above_majority", "parameters": {"of": {}},
-        "unit": "share", "source": "me", "family": "f", "refuted_by": "r",
-    }  # fmt: skip
+        "id": name,
+        "sentence": "s",
+        "test": test,
+        "measure": "above_majority",
+        "parameters": {"of": {}},
+        "unit": "share",
+        "source": "me",
+        "family": "f",
+        "refuted_by": "r",
+    }
     if test in ("counted", "described"):
         del values["family"]
     if test == "described":

@@ -49,10 +49,13 @@ def test_rows_by_hand() -> None:
     assert [{key: row[key] for key in fixed} for row in rows] == [fixed] * 6
     keys = ("step", "matrix", "score", "probed", "rank", "budget")
     assert [tuple(row[key] for key in keys) for row in rows] == [
-        (0, "fc1", None, False, 4, 96), (0, "fc2", None, False, 0, 96),
-        (3, "fc1", 1.5, False, 4, 96), (3, "fc2", None, False, 0, 96),  # the last ranks hold
-        (6, "fc1", 3.0, False, 0, 48), (6, "fc2", 7.0, True, 2, 48),
-    ]  # fmt: skip
+        (0, "fc1", None, False, 4, 96),
+        (0, "fc2", None, False, 0, 96),
+        (3, "fc1", 1.5, False, 4, 96),
+        (3, "fc2", None, False, 0, 96),  # the last ranks hold
+        (6, "fc1", 3.0, False, 0, 48),
+        (6, "fc2", 7.0, True, 2, 48),
+    ]
 
 
 def test_every_run_step_and_site_has_one_row(results: Path) -> None:

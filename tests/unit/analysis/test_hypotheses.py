@@ -102,7 +102,7 @@ def test_an_own_file_adds(tmp_path) -> None:
         ("id: mine", "id: Mine!", 2, "hypotheses[0].id: "),
         ("hypotheses:", "hypothesis:", 1, "hypothesis: unknown key here"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(tmp_path, change, to, line, expected) -> None:
     assert change in ENTRY
     file = own(tmp_path, ENTRY.replace(change, to))

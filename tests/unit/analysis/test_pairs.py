@@ -37,10 +37,7 @@ def test_all_pairs_are_what_comparing_one_at_a_time_gives() -> None:
     records = [r for r in records if not (r.spec.experiment.name == "lora_r1" and r.spec.seed > 2)]
     records = [r for r in records if not (r.spec.experiment.name == "lora_r2" and r.spec.seed < 3)]
     records = [r for r in records if r.spec.experiment.name not in {"lora_r4", "full_finetuning"}]
-    for name, changes in (
-        ("lora_r4", {"split_sha256": "f" * 64}),
-        ("full_finetuning", {"head_init_sha256": "e" * 64}),
-    ):
+    for name, changes in (("lora_r4", {"split_sha256": "f" * 64}), ("full_finetuning", {"head_init_sha256": "e" * 64})):
         records += [
             planted.record(EXPERIMENTS[name], seed, 0.8, provenance_changes=changes if seed % 2 else None)
             for seed in range(7)

@@ -16,12 +16,15 @@ from peft_vit.report.sections import study_documents
 SIZES = {"qkv": (384, 1152), "out": (384, 384), "fc1": (384, 1536), "fc2": (1536, 384)}
 SITES = [
     SiteInfo(
-        name=f"blocks.{block}.{'mlp' if m[0] == 'f' else 'attn'}.{m}", block=block, matrix=m,
-        in_features=SIZES[m][0], out_features=SIZES[m][1],
+        name=f"blocks.{block}.{'mlp' if m[0] == 'f' else 'attn'}.{m}",
+        block=block,
+        matrix=m,
+        in_features=SIZES[m][0],
+        out_features=SIZES[m][1],
     )
     for block in range(planted.BLOCKS)
     for m in SIZES
-]  # fmt: skip
+]
 LOUD = 0.9  # so accurate that it would show wherever it was mixed in
 
 
@@ -74,8 +77,13 @@ def test_they_are_compared_under_their_own_names(study) -> None:
     analysis = analyze(study)
     rows = {method.experiment.name: method for method in analysis.methods}
     assert [n for n in rows if n.startswith(("peft", "lora", "imported", "adalora"))][:6] == [
-        "imported", "lora_r1", "lora_r2", "lora_r4", "lora_r8", "peft_r8"
-    ]  # fmt: skip
+        "imported",
+        "lora_r1",
+        "lora_r2",
+        "lora_r4",
+        "lora_r8",
+        "peft_r8",
+    ]
     for name in ("peft_r8", "peft_12_8", "imported"):
         assert rows[name].test_accuracy.estimate == pytest.approx(LOUD)
         (against,) = (c for c in analysis.comparisons if (c.name, c.reference) == (name, "lora_r8"))
@@ -89,8 +97,11 @@ def test_ranks_of_fused_matrices(study) -> None:
     assert allocation.grid.matrices == ("qkv", "out", "fc1", "fc2")
     assert list(allocation.grid.is_attention()) == [True, True, False, False]
     assert {matrix: i.estimate for matrix, i in allocation.rank_by_matrix.items()} == {
-        "qkv": 16, "out": 0, "fc1": 8, "fc2": 8
-    }  # fmt: skip
+        "qkv": 16,
+        "out": 0,
+        "fc1": 8,
+        "fc2": 8,
+    }
     assert allocation.query_lead == ()
     assert [(run.used, run.sites, run.sites_without_rank) for run in allocation.runs] == [(384, 48, 12)] * 2
     assert Grid.of([*SITES, *planted.sites()]).matrices == ("qkv", "query", "key", "value", "out", "fc1", "fc2")

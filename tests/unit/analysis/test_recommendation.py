@@ -32,9 +32,7 @@ N_TEST = 100_000  # so that a share of whole images is as good as the planted nu
 NOISE = (0.9, -1.1, 0.3, -0.6, 1.4, -0.8, 0.1, 0.7, -1.3, 0.4)  # mean 0, in the unit of the spread
 
 
-def records(
-    accuracy: dict[str, float], n: int = 10, *, spread: float = 0.006, **options: Any
-) -> list[RunRecord]:  # fmt: skip
+def records(accuracy: dict[str, float], n: int = 10, *, spread: float = 0.006, **options: Any) -> list[RunRecord]:
     """Return runs whose differences to lora_r8 by seed are the planted ones plus `spread` times NOISE."""
     made = []
     for name, value in accuracy.items():
@@ -217,8 +215,9 @@ def test_limits_leave_out_and_say_what_is_nearest() -> None:
     assert (nothing.outcome, nothing.chosen) == ("nothing within", None)
     nearest = smallest_that_exists(nothing)
     assert [(fault.option, rated.name) for fault, rated in nearest] == [
-        ("--max-bytes", TINY), ("--max-params", "linear_probe"),
-    ]  # fmt: skip
+        ("--max-bytes", TINY),
+        ("--max-params", "linear_probe"),
+    ]
     assert nearest[1][0].value == 770
 
 
@@ -298,19 +297,46 @@ def test_one_study_is_chosen_by_name_or_label() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("5MB", 5e6), ("5 MB", 5e6), ("5e6", 5e6), ("5000000", 5e6), ("1.5GiB", 1.5 * 2**30), (".5kB", 500.0),
-        ("12B", 12.0), ("2KiB", 2048.0), ("1E3KB", 1e6),
+        ("5MB", 5e6),
+        ("5 MB", 5e6),
+        ("5e6", 5e6),
+        ("5000000", 5e6),
+        ("1.5GiB", 1.5 * 2**30),
+        (".5kB", 500.0),
+        ("12B", 12.0),
+        ("2KiB", 2048.0),
+        ("1E3KB", 1e6),
     ],
-)  # fmt: skip
+)
 def test_bytes_as_a_person_writes_them(text: str, expected: float) -> None:
     assert parse_bytes(text, "--max-bytes") == expected
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "MB", "5mb", "5 M", "5Mb", "-5MB", "0", "0MB", "1e400", "nan", "inf", "5,000", "5_000", "0x10", "5MB5",
-     "٥MB", "5  MB", "1e-400", "5 \n"],
-)  # fmt: skip
+    [
+        "",
+        " ",
+        "MB",
+        "5mb",
+        "5 M",
+        "5Mb",
+        "-5MB",
+        "0",
+        "0MB",
+        "1e400",
+        "nan",
+        "inf",
+        "5,000",
+        "5_000",
+        "0x10",
+        "5MB5",
+        "٥MB",
+        "5  MB",
+        "1e-400",
+        "5 \n",
+    ],
+)
 def test_other_bytes_are_refused_in_one_line(text: str) -> None:
     with pytest.raises(UserError, match=r"^command line: --max-bytes: expected bytes above 0") as raised:
         parse_bytes(text, "--max-bytes")

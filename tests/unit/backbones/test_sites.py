@@ -102,8 +102,12 @@ def test_replaced_modules_have_the_same_sites(tiny: nn.Module) -> None:
 def test_info_is_what_a_record_keeps(tiny: nn.Module) -> None:
     info = find_sites(tiny)[4].info()
     assert info.model_dump() == {
-        "name": "blocks.0.mlp.fc1", "block": 0, "matrix": "fc1", "in_features": 64, "out_features": 192,
-    }  # fmt: skip
+        "name": "blocks.0.mlp.fc1",
+        "block": 0,
+        "matrix": "fc1",
+        "in_features": 64,
+        "out_features": 192,
+    }
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "resnet18"])

@@ -16,10 +16,12 @@ WITHOUT_TEST = ("elpv", "digits")
 
 def full(name, **settings):
     defaults = {
-        "image_size": 224, "train_images": None, "validation_images": 500,
+        "image_size": 224,
+        "train_images": None,
+        "validation_images": 500,
         "test_images": 600 if name in WITHOUT_TEST else None,
         "path": "/nowhere/at/all" if name in NEEDS_PATH else None,
-    }  # fmt: skip
+    }
     return DataConfig(dataset=name, **(defaults | settings))
 
 

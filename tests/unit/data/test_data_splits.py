@@ -15,10 +15,15 @@ from peft_vit.seeding import numpy_generator
 def index_of(labels, strata=None, official_test=None):
     labels = np.asarray(labels, dtype=np.int64)
     return ImageIndex(
-        name="toy", labels=labels, strata=labels if strata is None else np.asarray(strata, dtype=np.int64),
-        class_names=tuple(f"class{k}" for k in range(labels.max() + 1)), official_test=official_test,
-        licence="none", sha256="0" * 64, read=lambda i: pytest.fail("splits must not decode"),
-    )  # fmt: skip
+        name="toy",
+        labels=labels,
+        strata=labels if strata is None else np.asarray(strata, dtype=np.int64),
+        class_names=tuple(f"class{k}" for k in range(labels.max() + 1)),
+        official_test=official_test,
+        licence="none",
+        sha256="0" * 64,
+        read=lambda i: pytest.fail("splits must not decode"),
+    )
 
 
 def config(**settings):
@@ -71,9 +76,13 @@ def test_splits_are_disjoint_and_of_the_size_asked_for(sizes, official, train_su
     labels = np.repeat(np.arange(3), sizes)
     official_test = np.arange(len(labels)) % 3 == 2 if official else None
     asked = config(
-        train_images=20, validation_images=9, test_images=7, split_seed=split_seed, train_subset=train_subset,
+        train_images=20,
+        validation_images=9,
+        test_images=7,
+        split_seed=split_seed,
+        train_subset=train_subset,
         test_split=test_split,
-    )  # fmt: skip
+    )
     splits = make_splits(index_of(labels, official_test=official_test), asked, seed)
     parts = [splits.train, splits.validation, splits.test]
     assert [len(part) for part in parts] == [20, 9, 7]

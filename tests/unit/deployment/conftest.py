@@ -13,9 +13,16 @@ from peft_vit.deployment import ModelCard
 from peft_vit.quantization import QuantizationFormat, quantize
 
 CARD = ModelCard(
-    run="study/experiment/seed_0", model="test_vit", weights_name="none", weights_sha256=None, image_size=32,
-    channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25), class_names=("a", "b", "c", "d", "e"),
-)  # fmt: skip
+    run="study/experiment/seed_0",
+    model="test_vit",
+    weights_name="none",
+    weights_sha256=None,
+    image_size=32,
+    channels=3,
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.3, 0.25),
+    class_names=("a", "b", "c", "d", "e"),
+)
 
 
 @pytest.fixture
@@ -35,8 +42,14 @@ def quantized_vit(fill_adapters: Callable[[nn.Module], None]) -> Callable[..., n
                 for parameter in model.parameters():
                     parameter.add_(0.1 * torch.randn_like(parameter))
         sites = find_sites(model)
-        attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 2), scale=1.5, seed=seed,
-                        pool=format.group_size or 1)  # fmt: skip
+        attach_adapters(
+            model,
+            sites,
+            dict.fromkeys((site.name for site in sites), 2),
+            scale=1.5,
+            seed=seed,
+            pool=format.group_size or 1,
+        )
         fill_adapters(model, std=std)  # type: ignore[call-arg]
         for _, module in adapted_modules(model):
             assert module.weight is not None

@@ -94,8 +94,9 @@ def test_the_layout_is_the_documented_one(quantized_vit, card, tmp_path) -> None
             layer = layers[name]
             out_features, in_features = layer["shape"]
             packed = tensors[f"{name}.weight.codes"].numpy()
-            codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(out_features, -1, layer["group_size"] or
-                                                                          in_features)  # fmt: skip
+            codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(
+                out_features, -1, layer["group_size"] or in_features
+            )
             if layer["type"] == "nf4":
                 values = code_values("nf4").numpy().astype(np.float64)[codes]
             else:
@@ -196,10 +197,16 @@ def test_names_and_pipes_that_could_not_be_opened(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("image_size", 1 << 30), ("image_size", 0), ("std", [0.0, 1.0, 1.0]), ("std", [1e999, 1.0, 1.0]),
-        ("mean", [float("nan")] * 3), ("class_names", []), ("channels", 2), ("surprise", 1),
+        ("image_size", 1 << 30),
+        ("image_size", 0),
+        ("std", [0.0, 1.0, 1.0]),
+        ("std", [1e999, 1.0, 1.0]),
+        ("mean", [float("nan")] * 3),
+        ("class_names", []),
+        ("channels", 2),
+        ("surprise", 1),
     ],
-)  # fmt: skip
+)
 def test_a_card_that_would_fill_the_memory_or_make_no_sense(card, tmp_path, field, value) -> None:
     data = {**card.model_dump(mode="json"), field: value}
     with pytest.raises(UserError, match=rf"peft_vit\.json: {field}.*: "):

@@ -44,9 +44,14 @@ def test_packed_weights_are_counted_with_their_scales(tiny_vit) -> None:
     model = tiny_vit()
     plain = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head"))
     config = QaLoraConfig(
-        quantization_bits=4, quantization_type="fp4", quantization_schedule="constant", gradient_scaling_factor=1.0,
-        use_group_quantization=True, group_size=16, rank=1,
-    )  # fmt: skip
+        quantization_bits=4,
+        quantization_type="fp4",
+        quantization_schedule="constant",
+        gradient_scaling_factor=1.0,
+        use_group_quantization=True,
+        group_size=16,
+        rank=1,
+    )
     QALoRATrainer(model, config, 4)
     weights = sum(module.in_features * module.out_features for _, module in adapted_modules(model))
     assert weights == 2 * 64 * (3 * 64 + 64 + 2 * 128)

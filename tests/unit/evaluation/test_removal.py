@@ -23,13 +23,19 @@ pytestmark = pytest.mark.part("importance analysis")
 CPU = torch.device("cpu")
 GROUPS = {"attention": ("query", "key", "value", "out", "qkv"), "mlp": ("fc1", "fc2")}
 ADALORA = {
-    "total_rank_budget": 20, "allocation_strategy": "proportional", "importance_metric": "magnitude",
-    "budget_schedule": "constant", "update_frequency": 2, "warmup_steps": 2,
-}  # fmt: skip
+    "total_rank_budget": 20,
+    "allocation_strategy": "proportional",
+    "importance_metric": "magnitude",
+    "budget_schedule": "constant",
+    "update_frequency": 2,
+    "warmup_steps": 2,
+}
 QA_LORA = {
-    "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
+    "quantization_bits": 4,
+    "quantization_type": "nf4",
+    "quantization_schedule": "constant",
     "gradient_scaling_factor": 1.0,
-}  # fmt: skip
+}
 
 
 def lora(model: nn.Module) -> None:
@@ -61,10 +67,13 @@ METHODS: dict[str, Callable[[nn.Module], None]] = {
     "qa_adalora": qa_adalora,
     "peft_lora": lambda model: attach_peft_lora(model, PeftLoraConfig(rank=2), seed=0),
     "peft_adalora": lambda model: attach_peft_adalora(
-        model, PeftAdaLoraConfig(initial_rank=3, target_rank=2, update_frequency=2, warmup_steps=2),
-        final_steps=1, total_steps=9, seed=0,
+        model,
+        PeftAdaLoraConfig(initial_rank=3, target_rank=2, update_frequency=2, warmup_steps=2),
+        final_steps=1,
+        total_steps=9,
+        seed=0,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -222,8 +231,9 @@ def test_the_model_is_as_it_was_also_after_an_error(adapted, batch, method: str)
 
 def test_a_site_without_adapter_is_named(adapted) -> None:
     model = adapted("lora")
-    with pytest.raises(UserError, match=r"no adapter on blocks\.7\.mlp\.fc1") as caught, without_updates(
-        model, ["blocks.0.mlp.fc1", "blocks.7.mlp.fc1"]
-    ):  # fmt: skip
+    with (
+        pytest.raises(UserError, match=r"no adapter on blocks\.7\.mlp\.fc1") as caught,
+        without_updates(model, ["blocks.0.mlp.fc1", "blocks.7.mlp.fc1"]),
+    ):
         pytest.fail("nothing may be done without it")
     assert caught.value.field == "sites"

@@ -14,40 +14,64 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 2}},
     "adalora": {
         "adalora": {
-            "total_rank_budget": 40, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
-            "update_frequency": 1, "warmup_steps": 2, "final_steps": 2, "parametrization": "svd",
+            "total_rank_budget": 40,
+            "allocation_strategy": "proportional",
+            "importance_metric": "sensitivity",
+            "update_frequency": 1,
+            "warmup_steps": 2,
+            "final_steps": 2,
+            "parametrization": "svd",
         }
     },
     "qa_lora": {
         "qa_lora": {
-            "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
-            "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 2,
+            "quantization_bits": 4,
+            "quantization_type": "nf4",
+            "quantization_schedule": "constant",
+            "gradient_scaling_factor": 1.0,
+            "use_group_quantization": True,
+            "group_size": 16,
+            "rank": 2,
         }
     },
     "qa_linear": {
         "qa_lora": {
-            "quantization_bits": 4, "quantization_type": "nf4", "use_group_quantization": True, "group_size": 16,
+            "quantization_bits": 4,
+            "quantization_type": "nf4",
+            "use_group_quantization": True,
+            "group_size": 16,
         }
     },
     "adaptive_bits": {
         "method": "qa_lora",
         "qa_lora": {
-            "quantization_schedule": "constant", "gradient_scaling_factor": 1.0, "use_group_quantization": True,
+            "quantization_schedule": "constant",
+            "gradient_scaling_factor": 1.0,
+            "use_group_quantization": True,
             "group_size": 16,
             "adaptive_bits": {"total_byte_budget": 170000, "ranks": True, "calibration_images": 24},
         },
     },
     "qa_adalora": {
         "adalora": {
-            "total_rank_budget": 40, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
-            "update_frequency": 1, "warmup_steps": 2, "final_steps": 2,
+            "total_rank_budget": 40,
+            "allocation_strategy": "proportional",
+            "importance_metric": "sensitivity",
+            "update_frequency": 1,
+            "warmup_steps": 2,
+            "final_steps": 2,
         },
         "qa_lora": {
-            "quantization_bits": 4, "quantization_type": "int4", "quantization_schedule": "linear",
-            "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "targets": ["out", "fc2"],
+            "quantization_bits": 4,
+            "quantization_type": "int4",
+            "quantization_schedule": "linear",
+            "gradient_scaling_factor": 1.0,
+            "use_group_quantization": True,
+            "group_size": 16,
+            "targets": ["out", "fc2"],
         },
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")
@@ -64,17 +88,25 @@ def study(cache: str) -> Callable[..., StudyConfig]:
         settings = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, **training}
         of_probes = {name: settings[name] for name in ("batch_size", "class_weights") if name in settings}
         mapping = {
-            "name": "tiny", "seeds": list(seeds), "threads": 1, "device": "cpu", "precision": "fp32",
+            "name": "tiny",
+            "seeds": list(seeds),
+            "threads": 1,
+            "device": "cpu",
+            "precision": "fp32",
             "backbone": {"model": "test_vit", "weights": "random"},
             "data": {
-                "dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30
+                "dataset": "digits",
+                "image_size": 32,
+                "train_images": 24,
+                "validation_images": 20,
+                "test_images": 30,
             },
             "experiments": [
                 {"name": method, "method": method, "training": of_probes if method in PROBES else settings}
                 | METHODS[method]
                 for method in methods
             ],
-        }  # fmt: skip
+        }
         return study_from_mapping(mapping, file=Path("tiny.yaml"))
 
     return make

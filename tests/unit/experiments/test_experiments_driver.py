@@ -109,9 +109,12 @@ def test_what_may_pass_is_retried_as_configured(tmp_path, failure) -> None:
     assert sum(isinstance(one, RunRetried) for one in told) == 4
     failed = [row for row in ledger_rows(tmp_path) if row.event == "failed"]
     assert [(row.run, row.attempt, row.retried) for row in failed] == [
-        ("a/seed_0", 1, True), ("b/seed_0", 1, True), ("a/seed_0", 2, True), ("b/seed_0", 2, True),
+        ("a/seed_0", 1, True),
+        ("b/seed_0", 1, True),
+        ("a/seed_0", 2, True),
+        ("b/seed_0", 2, True),
         ("b/seed_0", 3, False),
-    ]  # fmt: skip
+    ]
     assert all(
         (row.failure, row.error, row.traceback) == (failure, f"it was {failure}", "Traceback ...") for row in failed
     )
@@ -180,8 +183,9 @@ def test_records_of_an_earlier_version_are_taken_over(tmp_path) -> None:
     assert executor.submitted == ["a/seed_1", "b/seed_0", "b/seed_1"]
     rows = ledger_rows(tmp_path)
     assert [(row.run, row.event, row.found) for row in rows[:2]] == [
-        ("a/seed_0", "done", True), ("a/seed_1", "failed", True)
-    ]  # fmt: skip
+        ("a/seed_0", "done", True),
+        ("a/seed_1", "failed", True),
+    ]
     assert events(tmp_path, "a/seed_1") == [("failed", 1), ("started", 2), ("done", 2)]
     check_complete(STUDY, tmp_path)
 

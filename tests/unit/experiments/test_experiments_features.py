@@ -15,9 +15,13 @@ from peft_vit.training import QALoRATrainer, Setting, head_inputs
 
 pytestmark = pytest.mark.part("runner")
 PROVENANCE = {
-    "random_weights": False, "weights_sha256": "a" * 64, "data_sha256": "d" * 64, "device": "cpu",
-    "packages": {"timm": "1"}, "processor": "p",
-}  # fmt: skip
+    "random_weights": False,
+    "weights_sha256": "a" * 64,
+    "data_sha256": "d" * 64,
+    "device": "cpu",
+    "packages": {"timm": "1"},
+    "processor": "p",
+}
 SETTING = Setting(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -88,8 +92,7 @@ def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("flips", "ways"),
-    [("none", [()]), ("horizontal", [(), (-1,)]), ("both", [(), (-1,), (-2,), (-2, -1)])],
+    ("flips", "ways"), [("none", [()]), ("horizontal", [(), (-1,)]), ("both", [(), (-1,), (-2,), (-2, -1)])]
 )
 def test_training_images_come_in_every_way_in_which_they_are_shown(counted, spec, images, flips, ways) -> None:
     shared = counted.features(with_data(spec, flips=flips))
@@ -104,19 +107,32 @@ def test_training_images_come_in_every_way_in_which_they_are_shown(counted, spec
 
 def packed(model, **settings):
     default = {
-        "quantization_bits": 4, "quantization_type": "nf4", "use_group_quantization": True, "group_size": 16, "rank": 1,
-    }  # fmt: skip
+        "quantization_bits": 4,
+        "quantization_type": "nf4",
+        "use_group_quantization": True,
+        "group_size": 16,
+        "rank": 1,
+    }
     return QALoRATrainer(model, QaLoraConfig(**{**default, **settings}), 1, seed=0)
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"weights_sha256": "b" * 64}, {"data_sha256": "e" * 64}, {"device": "cuda"}, {"processor": "q"},
-        {"packages": {"timm": "2"}}, "bf16", "image size", "threads", "nf4", "int4", "fading",
+        {"weights_sha256": "b" * 64},
+        {"data_sha256": "e" * 64},
+        {"device": "cuda"},
+        {"processor": "q"},
+        {"packages": {"timm": "2"}},
+        "bf16",
+        "image size",
+        "threads",
+        "nf4",
+        "int4",
+        "fading",
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_differs_is_not_shared(counted, spec, images, tmp_path, tiny_vit, other) -> None:
     counted.features(spec).of(images)
     counted.passes = 0

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.part("runner")
 ROWS = [
     Row(at="2030-01-01T00:00:00+00:00", run="a/seed_0", event="started", attempt=1, worker="µ", total_steps=9),
     Row(at="2030-01-01T00:00:01+00:00", run="a/seed_0", event="interrupted", attempt=1, step=4),
-    Row(at="2030-01-01T00:00:02+00:00", run="b/seed_7", event="failed", attempt=2, error="a\n\"b\ud800", retried=True),
+    Row(at="2030-01-01T00:00:02+00:00", run="b/seed_7", event="failed", attempt=2, error='a\n"b\ud800', retried=True),
     Row(at="2030-01-01T00:00:03+00:00", run="a/seed_0", event="done", attempt=2, seconds=0.1, adapter_sha256="ff"),
-]  # fmt: skip
+]
 LINES = [encode(row) for row in ROWS]
 WHOLE = b"".join(LINES)
 ENDS = [len(b"".join(LINES[:count])) for count in range(len(LINES) + 1)]
@@ -50,8 +50,12 @@ def test_rows_come_back_as_they_were_written(folder) -> None:
     assert list(read_ledger(file).rows) == ledger.rows == ROWS
     assert last_rows(ROWS) == {"a/seed_0": ROWS[3], "b/seed_7": ROWS[2]}
     assert json.loads(LINES[1])["row"] == {
-        "at": "2030-01-01T00:00:01+00:00", "run": "a/seed_0", "event": "interrupted", "attempt": 1, "step": 4
-    }  # fmt: skip
+        "at": "2030-01-01T00:00:01+00:00",
+        "run": "a/seed_0",
+        "event": "interrupted",
+        "attempt": 1,
+        "step": 4,
+    }
 
 
 def test_no_ledger_has_no_rows(tmp_path) -> None:
@@ -145,10 +149,15 @@ def test_any_bytes_at_all_are_a_torn_line_or_an_error(folder, content) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        b"[" * 100_000, b'{"row":{},"sha256":"44136fa355b3678a"}', b'{"row":' + b"9" * 5000 + b',"sha256":""}', b"\xff",
-        b'{"row":NaN,"sha256":""}', b'{"sha256":""}', b"null",
+        b"[" * 100_000,
+        b'{"row":{},"sha256":"44136fa355b3678a"}',
+        b'{"row":' + b"9" * 5000 + b',"sha256":""}',
+        b"\xff",
+        b'{"row":NaN,"sha256":""}',
+        b'{"sha256":""}',
+        b"null",
     ],
-)  # fmt: skip
+)
 def test_odd_lines_are_damaged_ones(folder, line) -> None:
     file = lay(folder, LINES[0] + line + b"\n" + LINES[1])
     with pytest.raises(UserError, match=r"ledger\.jsonl:2: this line is damaged \(.*peft-vit rebuild"):

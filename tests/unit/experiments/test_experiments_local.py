@@ -269,10 +269,13 @@ def test_a_broken_image_shows_before_the_first_run(study, tmp_path, monkeypatch)
     config = study("linear")
     data = config.data.model_copy(
         update={
-            "dataset": "image-folder", "path": str(tmp_path / "images"), "train_images": 20, "validation_images": 10,
+            "dataset": "image-folder",
+            "path": str(tmp_path / "images"),
+            "train_images": 20,
+            "validation_images": 10,
             "test_images": 10,
         }
-    )  # fmt: skip
+    )
     plan = plan_study(config.model_copy(update={"data": data}), tmp_path / "out", file=tmp_path / "tiny.yaml")
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(UserError, match=r"07\.png: is not a readable image"):

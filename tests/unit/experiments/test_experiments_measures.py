@@ -165,10 +165,14 @@ def test_no_rank_at_all_is_said(study, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("method", "qa_lora", "is_merged"),
     [
-        ("linear", {}, True), ("full", {}, True), ("lora", {}, True), ("adalora", {}, True), ("qa_lora", {}, True),
+        ("linear", {}, True),
+        ("full", {}, True),
+        ("lora", {}, True),
+        ("adalora", {}, True),
+        ("qa_lora", {}, True),
         ("qa_lora", {"use_group_quantization": False, "group_size": None}, False),
     ],
-)  # fmt: skip
+)
 def test_what_is_timed_computes_what_was_tested(study, tmp_path, monkeypatch, method, qa_lora, is_merged) -> None:
     timed = []
     monkeypatch.setattr(measures_module, "forward_s", lambda model, images, precision: timed.append((model, images)))

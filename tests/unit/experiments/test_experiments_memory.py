@@ -18,7 +18,11 @@ TOLERANCE_BYTES = 24e6
 LEFT_BYTES = 50e6
 TRAINING = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "schedule": "constant"}
 STUDY = {
-    "name": "memory", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32",
+    "name": "memory",
+    "seeds": [0],
+    "threads": 1,
+    "device": "cpu",
+    "precision": "fp32",
     "backbone": {"model": "vit_tiny_patch16_224", "weights": "random"},
     "data": {"dataset": "digits", "image_size": 64, "train_images": 64, "validation_images": 64, "test_images": 64},
     "experiments": [
@@ -26,7 +30,7 @@ STUDY = {
         {"name": "full", "method": "full", "training": TRAINING},
         {"name": "peft_lora", "method": "peft_lora", "peft_lora": {"rank": 2}, "training": TRAINING},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what memory is made of")

@@ -17,9 +17,15 @@ def spec_of(config, place: int = 0, **training) -> RunSpec:
     experiment = config.experiments[place]
     experiment = experiment.model_copy(update={"training": experiment.training.model_copy(update=training)})
     return RunSpec(
-        study=config.name, seed=3, experiment=experiment, backbone=config.backbone, data=config.data,
-        device=config.device, precision=config.precision, threads=config.threads,
-    )  # fmt: skip
+        study=config.name,
+        seed=3,
+        experiment=experiment,
+        backbone=config.backbone,
+        data=config.data,
+        device=config.device,
+        precision=config.precision,
+        threads=config.threads,
+    )
 
 
 def small(spec: RunSpec, total_steps: int) -> RunSpec:

@@ -123,10 +123,12 @@ def test_options_reach_the_study(asked) -> None:
     [
         *((method, "rank", 4) for method in ("linear", "qa_linear", "full", "adalora", "peft_adalora", "qa_adalora")),
         *((method, "budget", 9) for method in ("linear", "qa_linear", "full", "lora", "qa_lora", "peft_adalora")),
-        *(("linear", option, 3) for option in ("steps", "epochs", "learning_rate")), ("qa_linear", "steps", 3),
-        ("linear", "head_start", "probe"), ("qa_linear", "head_start", "random"),
+        *(("linear", option, 3) for option in ("steps", "epochs", "learning_rate")),
+        ("qa_linear", "steps", 3),
+        ("linear", "head_start", "probe"),
+        ("qa_linear", "head_start", "random"),
     ],
-)  # fmt: skip
+)
 def test_an_option_without_effect_is_refused(asked, method, option, value) -> None:
     name = "--" + option.replace("_", "-")
     with pytest.raises(UserError, match=rf"^{name}: has no effect with --method {method}; leave it out"):

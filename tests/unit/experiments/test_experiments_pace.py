@@ -24,9 +24,7 @@ def costs(start_s: float, step_s: float, image_s: float) -> Costs:
 
 
 def workload(config, image_size: int = 32, train: int = 24) -> Workload:
-    return Workload(
-        describe(config.backbone, image_size), image_size, 1, torch.device("cpu"), "fp32", 1, train, 20, 30
-    )  # fmt: skip
+    return Workload(describe(config.backbone, image_size), image_size, 1, torch.device("cpu"), "fp32", 1, train, 20, 30)
 
 
 LARGE, SMALL = 5, 2  # tokens; batches of 8 images
@@ -98,8 +96,9 @@ def test_real_steps_are_measured_with_as_many_at_a_time_as_will_run(study) -> No
     pace = measure_pace(config, open_index(config.data), workload(config, 64), 500.0, told.append, lambda: STEADY)
     assert told == ["measuring steps of the study's methods, 500 s at most"]
     assert {name: [probe.tokens for probe in probes] for name, probes in pace.probes.items()} == {
-        "lora": [17, 5], "full": [17, 5]
-    }  # fmt: skip
+        "lora": [17, 5],
+        "full": [17, 5],
+    }
     assert pace.process_s > 0
     sizes = workload(config, 64)
     spec = spec_of(config, 1, 0)

@@ -36,10 +36,12 @@ def beside(study):
         theirs = (
             ExperimentConfig(name="theirs", method="peft_lora", training=training, peft_lora=PeftLoraConfig(rank=rank)),
             ExperimentConfig(
-                name="adaptive", method="peft_adalora", training=training,
+                name="adaptive",
+                method="peft_adalora",
+                training=training,
                 peft_adalora=ADALORA.model_copy(update=adalora),
             ),
-        )  # fmt: skip
+        )
         return base.model_copy(update={"experiments": (*base.experiments, *theirs)})
 
     return make
@@ -57,7 +59,7 @@ def planned(config, folder, **options):
         ({"final_steps": 5}, "experiments[3].peft_adalora.warmup_steps", "leave no step for a decision in 6 steps"),
         ({"update_frequency": 4}, "experiments[3].peft_adalora.update_frequency", "no multiple of 4 lies between"),
     ],
-)  # fmt: skip
+)
 def test_what_peft_would_fail_on_or_ignore_is_refused_by_the_plan(beside, tmp_path, settings, field, said) -> None:
     with pytest.raises(UserError) as caught:
         planned(beside(**settings), tmp_path)
@@ -99,8 +101,11 @@ def test_runs_are_paired_with_ours_and_recorded_alike(beside, tmp_path) -> None:
     fixed, adaptive = by_name["theirs"], by_name["adaptive"]
     for record in (fixed, adaptive):
         assert [site.name for site in record.sites[:4]] == [
-            "blocks.0.attn.qkv", "blocks.0.attn.out", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"
-        ]  # fmt: skip
+            "blocks.0.attn.qkv",
+            "blocks.0.attn.out",
+            "blocks.0.mlp.fc1",
+            "blocks.0.mlp.fc2",
+        ]
         assert [site.matrix for site in record.sites[:4]] == ["qkv", "out", "fc1", "fc2"]
         assert (record.sites[0].in_features, record.sites[0].out_features) == (64, 192)
         extra = 1 if record is adaptive else 0

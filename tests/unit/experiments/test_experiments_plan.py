@@ -40,8 +40,11 @@ def test_every_run_is_counted_and_estimated(study, tmp_path, tmp_path_factory, m
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path_factory.mktemp("nothing_measured")))
     plan = planned(config, tmp_path)
     assert [run.spec.run_id for run in plan.runs] == [
-        "tiny/linear/seed_3", "tiny/linear/seed_4", "tiny/lora/seed_3", "tiny/lora/seed_4"
-    ]  # fmt: skip
+        "tiny/linear/seed_3",
+        "tiny/linear/seed_4",
+        "tiny/lora/seed_3",
+        "tiny/lora/seed_4",
+    ]
     assert plan.pending == plan.runs
     assert [run.total_steps for run in plan.runs] == [*2 * [len(PROBE_L2)], 6, 6]  # of a probe, its fits
     assert all(run.estimate.seconds > 0 and run.estimate.peak_memory_bytes > 1e8 for run in plan.runs)
@@ -72,9 +75,15 @@ def test_a_split_that_only_another_seed_cannot_have_is_refused_by_the_plan(study
     """Of 10 and 30 images, the second test image is of either class by lot: 9 or 8 of the 10 are left to train on."""
     labels = np.repeat([0, 1], [10, 30])
     index = ImageIndex(
-        name="toy", labels=labels, strata=labels, class_names=("few", "many"), official_test=None, licence="none",
-        sha256="0" * 64, read=lambda i: Image.fromarray(np.full((8, 8), 6 * i, np.uint8)),
-    )  # fmt: skip
+        name="toy",
+        labels=labels,
+        strata=labels,
+        class_names=("few", "many"),
+        official_test=None,
+        licence="none",
+        sha256="0" * 64,
+        read=lambda i: Image.fromarray(np.full((8, 8), 6 * i, np.uint8)),
+    )
     monkeypatch.setattr("peft_vit.experiments.plan.open_index", lambda *_, **__: index)
     sizes = {"train_images": None, "shots_per_class": 9, "test_images": 2, "validation_images": 4}
     config = study("linear")
@@ -91,9 +100,15 @@ def test_a_plan_says_which_class_is_in_no_split_and_with_which_seeds(study, tmp_
     """Of 3 and 57 images, 10 are tested with one or none of class 'few', by lot, and 10 validated with none or one."""
     labels = np.repeat([0, 1], [3, 57])
     index = ImageIndex(
-        name="toy", labels=labels, strata=labels, class_names=("few", "many"), official_test=None, licence="none",
-        sha256="0" * 64, read=lambda i: Image.fromarray(np.full((8, 8), 4 * i, np.uint8)),
-    )  # fmt: skip
+        name="toy",
+        labels=labels,
+        strata=labels,
+        class_names=("few", "many"),
+        official_test=None,
+        licence="none",
+        sha256="0" * 64,
+        read=lambda i: Image.fromarray(np.full((8, 8), 4 * i, np.uint8)),
+    )
     monkeypatch.setattr("peft_vit.experiments.plan.open_index", lambda *_, **__: index)
     config, seeds = study("linear"), tuple(range(6))
     data = config.data.model_copy(
@@ -180,8 +195,13 @@ def test_a_changed_configuration_under_the_same_name_is_refused_with_the_differe
     assert message.startswith(str(file))
     assert "another name, or choose another --output-dir" in message
     assert caught.value.details.splitlines() == [
-        f"--- {file}", "+++ asked for", " experiment:", "   lora:", "-    rank: 2", "+    rank: 3"
-    ]  # fmt: skip
+        f"--- {file}",
+        "+++ asked for",
+        " experiment:",
+        "   lora:",
+        "-    rank: 2",
+        "+    rank: 3",
+    ]
     assert file.read_bytes() == before
     other_seeds = config.model_copy(update={"seeds": (0, 5)})
     assert [run.done for run in planned(other_seeds, tmp_path).runs] == [True, False]
@@ -205,7 +225,8 @@ def test_a_damaged_record_is_refused_by_its_file(study, tmp_path) -> None:
         ("lora", {"rank": 65}, r"lora\.rank: rank 65 is wasted on blocks\.0\.attn\.query: .* at most 64"),
         ("adalora", {"total_rank_budget": 35, "minimum_rank": 1}, r"adalora\.total_rank_budget: expected 36"),
         (
-            "adalora", {"total_rank_budget": None, "total_parameter_budget": 127},
+            "adalora",
+            {"total_rank_budget": None, "total_parameter_budget": 127},
             r"adalora\.total_parameter_budget: expected 129 \(one rank of the cheapest site\) to \d+ parameters",
         ),
         ("adalora", {"warmup_steps": 6}, r"adalora\.warmup_steps: .* leave no step for a decision in 6 steps"),
@@ -213,11 +234,12 @@ def test_a_damaged_record_is_refused_by_its_file(study, tmp_path) -> None:
         ("qa_lora", {"group_size": 48}, r"qa_lora\.group_size: 48 does not divide the 64 inputs of blocks\.0"),
         ("qa_lora", {"rank": 5}, r"qa_lora\.rank: rank 5 is wasted on blocks\.0\.attn\.query"),
         (
-            "qa_lora", {"quantization_schedule": "linear", "quantization_end_step": 7},
+            "qa_lora",
+            {"quantization_schedule": "linear", "quantization_end_step": 7},
             r"qa_lora\.quantization_end_step: .* can't finish within 6 steps",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_a_run_would_refuse_is_refused_by_the_plan(study, tmp_path, method, settings, field) -> None:
     config = with_section(study("linear", method), method, **settings)
     with pytest.raises(UserError, match=rf"tiny\.yaml: experiments\[1\]\.{field}"):

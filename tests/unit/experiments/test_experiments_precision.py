@@ -87,11 +87,19 @@ def test_a_processor_without_a_line_of_flags_is_asked_of_pytorch(monkeypatch, tm
 @pytest.mark.parametrize(
     ("limit", "native"),
     [
-        ("AVX2", False), ("avx2", False), ("SSE41", False), ("AVX2_VNNI_2", False), ("AVX512_CORE", False),
-        ("AVX512_CORE_VNNI", False), ("AVX512_CORE_BF16", True), ("AVX512_CORE_AMX", True), ("DEFAULT", True),
-        ("ALL", True), ("no_such_limit", True),
+        ("AVX2", False),
+        ("avx2", False),
+        ("SSE41", False),
+        ("AVX2_VNNI_2", False),
+        ("AVX512_CORE", False),
+        ("AVX512_CORE_VNNI", False),
+        ("AVX512_CORE_BF16", True),
+        ("AVX512_CORE_AMX", True),
+        ("DEFAULT", True),
+        ("ALL", True),
+        ("no_such_limit", True),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
 def test_a_limit_on_instructions_counts(processor, monkeypatch, variable: str, limit: str, native: bool) -> None:
     processor(ZEN_4)
@@ -136,17 +144,23 @@ def test_a_gpu_is_asked_without_its_emulation(monkeypatch, native: bool) -> None
         ("auto", None, EMULATED, "fp32", "precision: auto is fp32: it lacks the instructions"),
         ("auto", "bf16", NATIVE, "bf16", "precision: auto is bf16: it has the instructions"),
         (
-            "auto", "bf16", EMULATED, "bf16",
+            "auto",
+            "bf16",
+            EMULATED,
+            "bf16",
             "precision: bf16, as the study was begun, though auto would be fp32 here: it lacks the instructions",
         ),
         (
-            "auto", "fp32", NATIVE, "fp32",
+            "auto",
+            "fp32",
+            NATIVE,
+            "fp32",
             "precision: fp32, as the study was begun, though auto would be bf16 here: it has the instructions",
         ),
         ("bf16", None, EMULATED, "bf16", None),
         ("fp32", "bf16", NATIVE, "fp32", None),  # go_on refuses it
     ],
-)  # fmt: skip
+)
 def test_auto_takes_what_the_study_has_and_then_what_the_device_computes_in(
     machine, asked, begun, support, chosen, note
 ) -> None:

@@ -26,22 +26,25 @@ GPU = {"CPU": 8.0, "GPU": 1.0, "memory": 16e9}
         (Need(2), [SMALL], None),
         (Need(8, 0.5, 16), [SMALL, GPU], None),
         (
-            Need(3), [SMALL],
+            Need(3),
+            [SMALL],
             "a run asks for 3 CPUs; the biggest node of the cluster (1 in all) has 2 CPUs, 0 GPUs, 4.0 GB",
         ),
         (
-            Need(2, 2, 4.5), [SMALL, GPU, SMALL],
+            Need(2, 2, 4.5),
+            [SMALL, GPU, SMALL],
             "a run asks for 2 CPUs, 2 GPUs, 4.5 GB; the biggest node of the cluster (3 in all) has 8 CPUs, 1 GPU, "
             "16.0 GB",
         ),
         (  # two nodes together are no node
-            Need(4, 1, 4), [{"CPU": 4.0, "memory": 8e9}, {"CPU": 2.0, "GPU": 1.0, "memory": 8e9}],
+            Need(4, 1, 4),
+            [{"CPU": 4.0, "memory": 8e9}, {"CPU": 2.0, "GPU": 1.0, "memory": 8e9}],
             "a run asks for 4 CPUs, 1 GPU, 4.0 GB; the biggest node of the cluster (2 in all) has 4 CPUs, 0 GPUs, "
             "8.0 GB",
         ),
         (Need(1), [], "a run asks for 1 CPU, and the cluster has no node"),
     ],
-)  # fmt: skip
+)
 def test_what_a_run_needs_has_to_be_on_one_node(need, nodes, refusal) -> None:
     assert need.refusal(nodes) == refusal
 

@@ -66,9 +66,12 @@ def test_a_resumed_run_keeps_what_stood_there_at_its_first_attempt(study, tmp_pa
     told: list[int] = []
     with pytest.raises(Interrupted):
         run_one(
-            planned.spec, checkpoints=Checkpoints(tmp_path / "run", 0), should_stop=lambda: 2 in told,
-            on_progress=lambda progress: told.append(progress.step), registration=planned.registration,
-        )  # fmt: skip
+            planned.spec,
+            checkpoints=Checkpoints(tmp_path / "run", 0),
+            should_stop=lambda: 2 in told,
+            on_progress=lambda progress: told.append(progress.step),
+            registration=planned.registration,
+        )
     later = Registration(sha256="1" * 64, hypotheses={"afterthought": "2" * 64})
     record = run_one(planned.spec, checkpoints=Checkpoints(tmp_path / "run", 0), registration=later).record
     assert record.status == "done"

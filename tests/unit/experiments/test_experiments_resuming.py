@@ -37,9 +37,11 @@ def interrupted(spec, folder, step: int) -> None:
     told = []
     with pytest.raises(Interrupted) as stopped:
         run_one(
-            spec, checkpoints=Checkpoints(folder, 0), should_stop=lambda: bool(told) and told[-1] >= step,
+            spec,
+            checkpoints=Checkpoints(folder, 0),
+            should_stop=lambda: bool(told) and told[-1] >= step,
             on_progress=lambda progress: told.append(progress.step),
-        )  # fmt: skip
+        )
     assert stopped.value.step == step
     assert max(checkpoint_folders(folder)) == step
 

@@ -172,15 +172,20 @@ def raises(error):
 @pytest.mark.parametrize(
     ("action", "kind"),
     [
-        (asks_for_too_much, "out_of_memory"), (raises(MemoryError()), "out_of_memory"),
+        (asks_for_too_much, "out_of_memory"),
+        (raises(MemoryError()), "out_of_memory"),
         (raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")), "out_of_memory"),
         (raises(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")), "out_of_memory"),
-        (raises(RuntimeError("shapes cannot be multiplied")), "error"), (raises(UserError("out of memory")), "error"),
-        (raises(OSError(errno.ENOSPC, "x")), "disk_full"), (raises(OSError(errno.EDQUOT, "x")), "disk_full"),
-        (raises(OSError(errno.EIO, "x")), "io"), (raises(ConnectionError()), "io"),
-        (raises(DivergedError("x")), "diverged"), (raises(RecursionError()), "error"),
+        (raises(RuntimeError("shapes cannot be multiplied")), "error"),
+        (raises(UserError("out of memory")), "error"),
+        (raises(OSError(errno.ENOSPC, "x")), "disk_full"),
+        (raises(OSError(errno.EDQUOT, "x")), "disk_full"),
+        (raises(OSError(errno.EIO, "x")), "io"),
+        (raises(ConnectionError()), "io"),
+        (raises(DivergedError("x")), "diverged"),
+        (raises(RecursionError()), "error"),
     ],
-)  # fmt: skip
+)
 def test_failures_are_told_apart(study, tmp_path, monkeypatch, action, kind) -> None:
     (spec,) = specs(study("lora"), tmp_path)
     monkeypatch.setattr("peft_vit.experiments.run.load_data", lambda *arguments, **named: action())
@@ -227,9 +232,13 @@ def test_a_class_without_a_test_image_is_said_in_plan_and_record(study, tmp_path
     )
     assert list(plan.notices) == record.warnings
     assert record.test.balanced_accuracy == pytest.approx(
-        np.mean([np.mean(np.array(record.predictions.predicted)[np.array(record.predictions.labels) == k] == k)
-                 for k in set(record.predictions.labels)])
-    )  # fmt: skip
+        np.mean(
+            [
+                np.mean(np.array(record.predictions.predicted)[np.array(record.predictions.labels) == k] == k)
+                for k in set(record.predictions.labels)
+            ]
+        )
+    )
     assert [str(entry.message) for entry in recwarn if "Images: " in str(entry.message)] == []
 
 

@@ -90,11 +90,13 @@ def test_what_a_dead_owner_left_is_not_running_under_the_next_one(tmp_path) -> N
 
 rows = st.lists(
     st.tuples(
-        st.sampled_from(RUNS), st.sampled_from(["started", "done", "failed", "interrupted", "lost"]),
-        st.integers(1, 3), st.booleans(),
+        st.sampled_from(RUNS),
+        st.sampled_from(["started", "done", "failed", "interrupted", "lost"]),
+        st.integers(1, 3),
+        st.booleans(),
     ),
     max_size=12,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -158,8 +160,9 @@ def test_a_record_that_cannot_be_read_is_no_result(tmp_path) -> None:
         (folder / "a/seed_0/record.json").write_bytes(content)
         run = study_status(folder).runs[0]
         assert (run.state, run.note[-71:]) == (
-            "pending", "record.json: is not a readable record; move it away and run the study again"[-71:]
-        )  # fmt: skip
+            "pending",
+            "record.json: is not a readable record; move it away and run the study again"[-71:],
+        )
 
 
 def test_where_there_is_no_study(tmp_path) -> None:

@@ -144,6 +144,15 @@ def test_the_difference_shows_what_changed_and_where_it_stands() -> None:
     old = {"a": 1, "b": {"c": [1, 2, 3], "d": {"e": 1, "f": 2}}, "g": {"h": 1}}
     new = {"a": 1, "b": {"c": [1, 3], "d": {"e": 1, "f": 5}}, "g": {"h": 1, "i": 2}}
     assert difference(old, new, "x", "y").splitlines() == [
-        "--- x", "+++ y", " b:", "   c:", "-  - 2", "   d:", "-    f: 2", "+    f: 5", " g:", "+  i: 2"
-    ]  # fmt: skip
+        "--- x",
+        "+++ y",
+        " b:",
+        "   c:",
+        "-  - 2",
+        "   d:",
+        "-    f: 2",
+        "+    f: 5",
+        " g:",
+        "+  i: 2",
+    ]
     assert yaml.safe_load("b:\n  c:\n  - 2")  # the indentation that is expected above is PyYAML's

@@ -106,9 +106,10 @@ def test_the_choice_is_the_best_of_all_there_are() -> None:
 
         whole = takes(len(rows), seeds) <= left_s
         decided = [
-            e for e, needed in itertools.product(range(2, len(rows) + 1), range(6, seeds + 1))
+            e
+            for e, needed in itertools.product(range(2, len(rows) + 1), range(6, seeds + 1))
             if (e - 1) * 2 / 2**needed <= 0.05 and 1.3 * takes(e, needed) <= left_s
-        ]  # fmt: skip
+        ]
         assert found.fits is (whole or bool(decided))
         expected = len(rows) if whole else max(decided, default=2)
         assert found.experiments == expected

@@ -12,14 +12,7 @@ from rich.console import Console
 from peft_vit.errors import UserError
 from peft_vit.experiments import plan_study
 from peft_vit.experiments.event_log import EventLog
-from peft_vit.experiments.events import (
-    Notice,
-    RunEnded,
-    RunInterrupted,
-    RunProgress,
-    RunRetried,
-    RunStarted,
-)
+from peft_vit.experiments.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.experiments.executors.local import LocalExecutor
 from peft_vit.experiments.plan import Plan
 from peft_vit.experiments.watch import Watch
@@ -37,7 +30,12 @@ def happened(_session_cache, method_sections, tmp_path_factory):
     training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3}
     diverging = {**training, "learning_rate": 1e30, "optimizer": "sgd", "clip_norm": None}
     mapping = {
-        "name": "tiny", "seeds": [0], "threads": 1, "device": "cpu", "precision": "fp32", "execution": {"workers": 2},
+        "name": "tiny",
+        "seeds": [0],
+        "threads": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "execution": {"workers": 2},
         "backbone": {"model": "test_vit", "weights": "random"},
         "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
         "experiments": [
@@ -45,7 +43,7 @@ def happened(_session_cache, method_sections, tmp_path_factory):
             {"name": "quantized", "method": "qa_lora", "training": training, **method_sections["qa_lora"]},
             {"name": "diverging", "method": "full", "training": diverging},
         ],
-    }  # fmt: skip
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         plan = plan_study(study_from_mapping(mapping, file=folder / "tiny.yaml"), folder, file=folder / "tiny.yaml")
@@ -161,12 +159,13 @@ def test_retries_stops_and_notices_are_said(happened) -> None:
     lines = shown(
         plan,
         [
-            Notice("the last line of the ledger was cut short"), RunStarted(first, "a node"),
+            Notice("the last line of the ledger was cut short"),
+            RunStarted(first, "a node"),
             RunRetried(first, failed.model_copy(update={"error": "the worker was killed"})),
             RunStarted(first, "another"),
             RunInterrupted(first, 4),
         ],
-    )  # fmt: skip
+    )
     assert lines == [
         "the last line of the ledger was cut short",
         "[0/3] tiny/adaptive/seed_0: started on a node",

@@ -89,9 +89,7 @@ def within(tmp_path):
 def begin(plan, tmp_path) -> None:
     """Write what the driver would before its first run."""
     names = [f"{run.spec.experiment.name}/seed_{run.spec.seed}" for run in plan.runs]
-    content = study_file(
-        plan.study, names, smoke=False, data_sha256=plan.data_sha256, limited=plan.within.limited
-    )  # fmt: skip
+    content = study_file(plan.study, names, smoke=False, data_sha256=plan.data_sha256, limited=plan.within.limited)
     (tmp_path / "tiny").mkdir()
     write_study_file(tmp_path / "tiny", content)
 
@@ -258,8 +256,10 @@ def test_finished_runs_of_the_study_tell_the_pace_without_a_measurement(study, w
     again = within(config, 60, never).plan
     estimates = {run.spec.experiment.name: run.estimate for run in again.runs}
     assert {name: one.basis for name, one in estimates.items()} == {
-        "lora": "records", "full": "records", "linear": "calibration"
-    }  # fmt: skip
+        "lora": "records",
+        "full": "records",
+        "linear": "calibration",
+    }
     assert estimates["lora"].seconds == records[0].seconds
     assert 0 < estimates["linear"].seconds < 10
     assert sum(run.done for run in again.runs) == 2
@@ -280,9 +280,7 @@ def test_what_the_study_file_says(config, within, tmp_path) -> None:
         drive(plan, lock, make_executor, lambda told: None)
     assert read_study_file(tmp_path / "tiny") is None  # nothing was begun
     begin_folder = tmp_path / "tiny"
-    content = study_file(
-        plan.study, [], smoke=False, data_sha256=plan.data_sha256, limited=plan.within.limited
-    )  # fmt: skip
+    content = study_file(plan.study, [], smoke=False, data_sha256=plan.data_sha256, limited=plan.within.limited)
     write_study_file(begin_folder, content)
     read = read_study_file(begin_folder)
     assert read == content

@@ -18,11 +18,7 @@ def test_unpacking_undoes_packing(bits: int, rows: int, columns: int, seed: int)
 
 @pytest.mark.parametrize(
     ("bits", "codes", "packed"),
-    [
-        (4, [0x1, 0x2, 0xF], [0x21, 0x0F]),
-        (2, [0, 1, 2, 3, 3], [0b11100100, 0b00000011]),
-        (8, [7, 200], [7, 200]),
-    ],
+    [(4, [0x1, 0x2, 0xF], [0x21, 0x0F]), (2, [0, 1, 2, 3, 3], [0b11100100, 0b00000011]), (8, [7, 200], [7, 200])],
 )
 def test_layout_is_the_documented_one(bits: int, codes: list[int], packed: list[int]) -> None:
     assert pack_codes(torch.tensor([codes], dtype=torch.uint8), bits).tolist() == [packed]

@@ -38,10 +38,13 @@ def test_a_field_that_no_format_has_is_refused(field: str, arguments: tuple) -> 
 
 @pytest.mark.part("quantization")
 @given(
-    type=st.sampled_from(["nf4", "fp4", "int2", "int4", "int8"]), group=st.sampled_from([None, 2, 3, 16]),
-    offset=st.booleans(), dtype=st.sampled_from([torch.float16, torch.float32]), rows=st.integers(1, 5),
+    type=st.sampled_from(["nf4", "fp4", "int2", "int4", "int8"]),
+    group=st.sampled_from([None, 2, 3, 16]),
+    offset=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    rows=st.integers(1, 5),
     groups=st.integers(1, 4),
-)  # fmt: skip
+)
 def test_bytes_from_the_shape_are_the_stored_ones(type, group, offset, dtype, rows, groups) -> None:
     format = QuantizationFormat(type, group, offset, dtype)
     columns = groups * (group or 5)

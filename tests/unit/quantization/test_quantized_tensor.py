@@ -9,14 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from peft_vit.errors import UserError
-from peft_vit.quantization import (
-    QuantizationFormat,
-    QuantizedTensor,
-    code_values,
-    pack_codes,
-    quantize,
-    unpack_codes,
-)
+from peft_vit.quantization import QuantizationFormat, QuantizedTensor, code_values, pack_codes, quantize, unpack_codes
 from peft_vit.quantization.formats import SCALE_DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::peft_vit.errors.UnderflowWarning")  # tiny weights are drawn

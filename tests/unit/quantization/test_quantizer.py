@@ -8,14 +8,7 @@ from quantization_strategies import INTEGERS, formats_and_weights
 from torch import Tensor
 
 from peft_vit.errors import UserError
-from peft_vit.quantization import (
-    QuantizationFormat,
-    QuantizedTensor,
-    code_values,
-    error_bound,
-    quantize,
-    unpack_codes,
-)
+from peft_vit.quantization import QuantizationFormat, QuantizedTensor, code_values, error_bound, quantize, unpack_codes
 
 pytestmark = pytest.mark.filterwarnings("ignore::peft_vit.errors.UnderflowWarning")  # tiny weights are drawn
 

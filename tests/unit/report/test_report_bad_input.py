@@ -143,8 +143,10 @@ def test_a_study_of_which_only_its_file_is_there_has_a_page_without_bare_titles(
         assert_no_bare_title("## Insights\n", page)
 
 
-BUILD = "import sys; from pathlib import Path; from peft_vit.report import build_report\n" \
-    "build_report(Path(sys.argv[1]), Path(sys.argv[2]))"  # fmt: skip
+BUILD = (
+    "import sys; from pathlib import Path; from peft_vit.report import build_report\n"
+    "build_report(Path(sys.argv[1]), Path(sys.argv[2]))"
+)
 
 
 def test_two_processes_with_other_hashes_write_the_same_bytes(few: list[RunRecord], tmp_path: Path) -> None:

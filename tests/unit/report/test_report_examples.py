@@ -28,10 +28,11 @@ LABELS = [i % 2 for i in range(N)]
 def predictions(seed: int, wrong: set[int]) -> Predictions:
     rng = np.random.default_rng(seed)
     return Predictions(
-        images=POSITIONS, labels=LABELS,
+        images=POSITIONS,
+        labels=LABELS,
         predicted=[1 - label if i in wrong else label for i, label in enumerate(LABELS)],
         probability=[float(p) for p in rng.uniform(0.5, 1, N)],
-    )  # fmt: skip
+    )
 
 
 def with_predictions(name: str, seed: int, accuracy: float, wrong: set[int]) -> RunRecord:

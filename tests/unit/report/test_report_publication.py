@@ -109,9 +109,12 @@ def test_hostile_names_are_text_in_the_svg_of_the_page(hostile: Drawing) -> None
 
 def _every(analysis: Analysis) -> list[Drawing]:
     blocks = (
-        *comparison_figures(analysis), *importance_figures(analysis), *allocation_figures(analysis), *forests(analysis),
+        *comparison_figures(analysis),
+        *importance_figures(analysis),
+        *allocation_figures(analysis),
+        *forests(analysis),
         *pareto_panels(analysis.fronts, analysis.methods),
-    )  # fmt: skip
+    )
     return [block for block in blocks if isinstance(block, Drawing)]
 
 
@@ -230,10 +233,13 @@ def test_the_bytes_are_the_same_in_every_process(few: list[RunRecord], tmp_path:
     running = [
         subprocess.Popen(
             [sys.executable, "-c", _BUILD, str(results), str(tmp_path / f"out_{seed}"), *folders],
-            env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for seed in ("0", "12345")
-    ]  # fmt: skip
+    ]
     (first, error), (second, _) = (process.communicate() for process in running)
     assert running[0].returncode == 0, error
     assert {"report.html", "_one_column.pdf"} <= {line.split()[0] for line in first.splitlines()}

@@ -34,9 +34,17 @@ def test_claimed_and_measured_stand_side_by_side(report: Path) -> None:
     total = WEIGHTS * 5 / 8 + planted.LEFT_IN_FLOAT + 3080
     bits = 8 * total / (planted.BACKBONE_PARAMETERS + 770)
     expected = [
-        "8.0 ×", "5.00", "6.4 ×", "3.2 ×", f"{bits:.2f}", f"{32 / bits:.1f} ×", f"{16 / bits:.1f} ×",
-        f"{total / 1e6:.1f} MB", f"{(total + 9000) / 1e6:.1f} MB", "900.0 MB",
-    ]  # fmt: skip
+        "8.0 ×",
+        "5.00",
+        "6.4 ×",
+        "3.2 ×",
+        f"{bits:.2f}",
+        f"{32 / bits:.1f} ×",
+        f"{16 / bits:.1f} ×",
+        f"{total / 1e6:.1f} MB",
+        f"{(total + 9000) / 1e6:.1f} MB",
+        "900.0 MB",
+    ]
     assert row(report, "How much smaller: claimed and measured", NF4.name)[1:] == expected
     page = (report / "report.html").read_text()
     assert "How much smaller: claimed and measured" in page

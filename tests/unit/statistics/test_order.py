@@ -33,8 +33,9 @@ from peft_vit.statistics import (
 # Accuracies of 600 images and arbitrary floats: ties, and sums that depend on their order.
 VALUES = st.lists(
     st.one_of(st.integers(-600, 600).map(lambda k: k / 600), st.floats(-1e3, 1e3, allow_subnormal=False)),
-    min_size=1, max_size=14,
-)  # fmt: skip
+    min_size=1,
+    max_size=14,
+)
 FUNCTIONS = {
     "t interval": mean_interval,
     "BCa": lambda x: bca_interval(x, resampling_indices(len(x), 50, np.random.default_rng(0))),

@@ -82,8 +82,7 @@ def test_minimum_n_of_a_family_is_where_holm_lets_the_extreme_outcome_pass(test,
 
 
 @pytest.mark.parametrize(
-    "test",
-    [paired_t, lambda x: equivalence(x, 2.0), lambda x: noninferiority(x, 0.1), lambda x: beyond_margin(x, 0.1)],
+    "test", [paired_t, lambda x: equivalence(x, 2.0), lambda x: noninferiority(x, 0.1), lambda x: beyond_margin(x, 0.1)]
 )
 def test_two_pairs_can_pass_any_family_under_a_t_test(test) -> None:
     found = test([1.0, 1.0 + 1e-9])

@@ -195,10 +195,7 @@ def test_ties_at_the_margin_are_no_proof() -> None:
 
 @pytest.mark.parametrize(
     ("shown", "opposite", "means"),
-    [
-        (equivalence, beyond_margin, [3.0, -3.0, 3.0]),
-        (noninferiority, inferiority, [-3.0, -3.0, -3.0]),
-    ],
+    [(equivalence, beyond_margin, [3.0, -3.0, 3.0]), (noninferiority, inferiority, [-3.0, -3.0, -3.0])],
 )
 def test_a_family_of_claims_holds_its_level(shown: Callable, opposite: Callable, means: Sequence[float]) -> None:
     """All three means stand at the margin, where both errors are at their largest."""
@@ -215,9 +212,13 @@ def test_a_family_of_claims_holds_its_level(shown: Callable, opposite: Callable,
 
 
 NAMED: list[Test] = [
-    wilcoxon, sign_flip, lambda x: equivalence(x, 1.0), lambda x: beyond_margin(x, 1.0),
-    lambda x: noninferiority(x, 1.0), lambda x: inferiority(x, 1.0),
-]  # fmt: skip
+    wilcoxon,
+    sign_flip,
+    lambda x: equivalence(x, 1.0),
+    lambda x: beyond_margin(x, 1.0),
+    lambda x: noninferiority(x, 1.0),
+    lambda x: inferiority(x, 1.0),
+]
 
 
 @pytest.mark.parametrize("test", NAMED)

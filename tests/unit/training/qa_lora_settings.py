@@ -5,16 +5,24 @@ from peft_vit import QaLoraConfig
 
 def config(**settings) -> QaLoraConfig:
     default = {
-        "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
-        "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16,
-    }  # fmt: skip
+        "quantization_bits": 4,
+        "quantization_type": "nf4",
+        "quantization_schedule": "constant",
+        "gradient_scaling_factor": 1.0,
+        "use_group_quantization": True,
+        "group_size": 16,
+    }
     return QaLoraConfig(**{**default, **settings})
 
 
 def scheduled(**settings) -> QaLoraConfig:
     return config(
         **{
-            "quantization_schedule": "linear", "quantization_warmup_steps": 2, "quantization_end_step": 6,
-            "quantization_bits": 8, "quantization_type": "int8", **settings,
+            "quantization_schedule": "linear",
+            "quantization_warmup_steps": 2,
+            "quantization_end_step": 6,
+            "quantization_bits": 8,
+            "quantization_type": "int8",
+            **settings,
         }
-    )  # fmt: skip
+    )

@@ -14,15 +14,21 @@ from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.training import check_bits
 
 pytestmark = [
-    pytest.mark.part("quantization"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
-]  # fmt: skip
+    pytest.mark.part("quantization"),
+    pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning"),
+]
 
 
 def config(targets=("query", "key", "value", "out", "fc1", "fc2"), **adaptive) -> QaLoraConfig:
     return QaLoraConfig(
-        quantization_schedule="constant", gradient_scaling_factor=1.0, use_group_quantization=True, group_size=16,
-        rank=None if adaptive.get("ranks") else 2, targets=targets, adaptive_bits=adaptive,
-    )  # fmt: skip
+        quantization_schedule="constant",
+        gradient_scaling_factor=1.0,
+        use_group_quantization=True,
+        group_size=16,
+        rank=None if adaptive.get("ranks") else 2,
+        targets=targets,
+        adaptive_bits=adaptive,
+    )
 
 
 def uniform_bytes(model, type: str, targets) -> int:

@@ -33,11 +33,15 @@ def state(step: int = 1) -> State:
         "model/b": torch.randn(3, 4, generator=generator),
         "model/a": torch.randn(4, 6, generator=generator).T,  # lies column by column
         "model/one": torch.linalg.qr(torch.randn(8, 1, generator=generator)).Q.T,
-        "column": torch.zeros_like(torch.randn(1, 64)[:, 0]), "none": torch.zeros(0, 5), "scalar": torch.tensor(2.5),
+        "column": torch.zeros_like(torch.randn(1, 64)[:, 0]),
+        "none": torch.zeros(0, 5),
+        "scalar": torch.tensor(2.5),
         "half": torch.randn(5, generator=generator).bfloat16(),
-        "births": torch.arange(step, step + 3), "mask": torch.tensor([True, False]),
-        "generator": generator.get_state(), "double": torch.randn(2, dtype=torch.float64, generator=generator),
-    }  # fmt: skip
+        "births": torch.arange(step, step + 3),
+        "mask": torch.tensor([True, False]),
+        "generator": generator.get_state(),
+        "double": torch.randn(2, dtype=torch.float64, generator=generator),
+    }
     values = {"loss": 0.1 + 0.2, "z": step, "a": {"y": [1, None, "ä"], "b": 1e-310, "none": float("nan")}, "e": {}}
     return State(tensors, values)
 
@@ -195,13 +199,18 @@ def to_link(file: Path) -> None:
 
 
 DAMAGE = {
-    "missing": Path.unlink, "empty": lambda file: file.write_bytes(b""), "flipped": flip,
+    "missing": Path.unlink,
+    "empty": lambda file: file.write_bytes(b""),
+    "flipped": flip,
     "cut": lambda file: os.truncate(file, file.stat().st_size - 2),
-    "longer": lambda file: file.write_bytes(file.read_bytes() + b" \0"), "pipe": to_pipe, "folder": to_folder,
-    "link": to_link, "garbage": lambda file: file.write_bytes(os.urandom(100)),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b" \0"),
+    "pipe": to_pipe,
+    "folder": to_folder,
+    "link": to_link,
+    "garbage": lambda file: file.write_bytes(os.urandom(100)),
     "pickle": lambda file: file.write_bytes(pickle.dumps({"a": 1})),
     "deep": lambda file: file.write_bytes(b"[" * 100_000),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -258,9 +267,12 @@ def test_without_a_whole_one_the_run_starts_anew_and_says_so(tmp_path) -> None:
 @st.composite
 def edits(draw) -> tuple[str, int, bytes, int]:
     """Replace some bytes of a file by others, of any number."""
-    return draw(st.sampled_from(FILES)), draw(st.integers(0, 3000)), draw(st.binary(max_size=12)), draw(
-        st.integers(0, 40)
-    )  # fmt: skip
+    return (
+        draw(st.sampled_from(FILES)),
+        draw(st.integers(0, 3000)),
+        draw(st.binary(max_size=12)),
+        draw(st.integers(0, 40)),
+    )
 
 
 def no_pickle(*_, **__):
@@ -325,9 +337,14 @@ def test_an_impossible_layout_is_refused(tmp_path, strides) -> None:
 # --- interrupted while writing ----------------------------------------------------------------------------------------
 
 CALLS = {
-    "mkdtemp": (checkpoint.tempfile, "mkdtemp"), "tensors": (checkpoint, "save_file"), "text": (Path, "write_text"),
-    "fsync": (os, "fsync"), "rename": (os, "rename"), "open": (os, "open"), "chmod": (os, "chmod"),
-}  # fmt: skip
+    "mkdtemp": (checkpoint.tempfile, "mkdtemp"),
+    "tensors": (checkpoint, "save_file"),
+    "text": (Path, "write_text"),
+    "fsync": (os, "fsync"),
+    "rename": (os, "rename"),
+    "open": (os, "open"),
+    "chmod": (os, "chmod"),
+}
 
 
 def nth(patch: pytest.MonkeyPatch, name: str, count: int, then) -> list[int]:

@@ -122,10 +122,12 @@ def test_validations_of_what_can_t_be_chosen_do_not_count(trained) -> None:
 @pytest.mark.parametrize(
     ("settings", "steps", "validated"),
     [
-        ({"steps": 7, "validate_every": 3}, 7, [3, 6, 7]), ({"steps": 6, "validate_every": None}, 6, [3, 6]),
-        ({"steps": 2, "validate_every": 5}, 2, [2]), ({"steps": None, "epochs": 2, "validate_every": 4}, 6, [4, 6]),
+        ({"steps": 7, "validate_every": 3}, 7, [3, 6, 7]),
+        ({"steps": 6, "validate_every": None}, 6, [3, 6]),
+        ({"steps": 2, "validate_every": 5}, 2, [2]),
+        ({"steps": None, "epochs": 2, "validate_every": 4}, 6, [4, 6]),
     ],
-)  # fmt: skip
+)
 def test_steps_and_validations_are_those_asked_for(trained, settings, steps, validated) -> None:
     settings = {"patience": None, "schedule": "constant", **settings}
     result = trained(99, **settings)

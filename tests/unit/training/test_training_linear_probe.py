@@ -55,9 +55,13 @@ def test_it_is_the_optimum_that_another_solver_finds(setting, classes, weighted,
     weights = np.ones(len(x)) if by_class is None else by_class[train.labels]
     arguments = (x - mean) / spread, train.labels, weights, l2, classes
     found = minimize(
-        softmax_objective, np.zeros(7 * classes), arguments, method="L-BFGS-B", jac=True,
+        softmax_objective,
+        np.zeros(7 * classes),
+        arguments,
+        method="L-BFGS-B",
+        jac=True,
         options={"maxiter": 20_000, "maxfun": 20_000, "ftol": 0, "gtol": 1e-10},
-    )  # fmt: skip
+    )
     assert np.linalg.norm(softmax_objective(found.x, *arguments)[1]) < 1e-7
     weight, bias = found.x[:-classes].reshape(classes, -1), found.x[-classes:]
     for one in (train, other):  # the head takes features as they are: the standardization is folded into it

@@ -141,9 +141,14 @@ def test_the_test_split_stays_sealed(tiny_vit, data, setting) -> None:
 def test_counts_and_history_with_moving_ranks(tiny_vit, data, setting) -> None:
     model = tiny_vit()
     settings = AdaLoraConfig(
-        total_rank_budget=12, initial_budget=36, allocation_strategy="top_k", importance_metric="fisher",
-        update_frequency=2, warmup_steps=2, final_steps=3,
-    )  # fmt: skip
+        total_rank_budget=12,
+        initial_budget=36,
+        allocation_strategy="top_k",
+        importance_metric="fisher",
+        update_frequency=2,
+        warmup_steps=2,
+        final_steps=3,
+    )
     hook = AllocationHook(AdaLoRAController(model, settings, 9))
     before = trainable_parameters(model)
     result = train(model, data(), config(), setting, seed=0, hooks=[hook])
@@ -170,8 +175,14 @@ def test_hooks_are_attached_once_before_the_first_step(tiny_vit, data, setting) 
     model = lora(tiny_vit())
     train(model, data(), config(epochs=1), setting, seed=0, hooks=[Noted(1)])
     assert [call[:2] for call in calls] == [
-        ("attach", 0), ("before", 1), ("after", 1), ("before", 2), ("after", 2), ("before", 3), ("after", 3),
-    ]  # fmt: skip
+        ("attach", 0),
+        ("before", 1),
+        ("after", 1),
+        ("before", 2),
+        ("after", 2),
+        ("before", 3),
+        ("after", 3),
+    ]
     assert calls[1][2] == sum(p.requires_grad for p in model.parameters())
     assert calls[0][2] is calls[2][2]
 
@@ -205,17 +216,24 @@ def test_seconds_count_by_the_purpose_of_each_call(tiny_vit, data, setting, monk
     result = train(lora(tiny_vit()), data(), config(epochs=1), setting, seed=0, hooks=[Slow(1), Split(1)])  # 3 steps
     assert result.overhead_s.pop("evaluation") == 0
     assert result.overhead_s == {
-        "late": pytest.approx(3 * 1.111 + 1e-4), "scoring": pytest.approx(3 * 0.11),
-        "reallocation": pytest.approx(3 + 1e-4), "penalty": pytest.approx(3e-3),
-    }  # fmt: skip
+        "late": pytest.approx(3 * 1.111 + 1e-4),
+        "scoring": pytest.approx(3 * 0.11),
+        "reallocation": pytest.approx(3 + 1e-4),
+        "penalty": pytest.approx(3e-3),
+    }
 
 
 def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, setting) -> None:
     model = tiny_vit()
     settings = AdaLoraConfig(
-        total_rank_budget=8, budget_schedule="constant", allocation_strategy="proportional",
-        importance_metric="fisher", update_frequency=2, warmup_steps=1, final_steps=3,
-    )  # fmt: skip
+        total_rank_budget=8,
+        budget_schedule="constant",
+        allocation_strategy="proportional",
+        importance_metric="fisher",
+        update_frequency=2,
+        warmup_steps=1,
+        final_steps=3,
+    )
     hook = AllocationHook(AdaLoRAController(model, settings, 9))
     result = train(model, data(), config(), setting, seed=0, hooks=[hook])
     assert [entry["step"] for entry in hook.controller.probe_history] == [1, 3, 5, 6]  # the first through attach
@@ -228,9 +246,13 @@ def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, sett
 def test_progress_learning_rates_and_shares(tiny_vit, data, setting) -> None:
     seen = []
     result = train(
-        lora(tiny_vit()), data(), config(epochs=2, schedule="constant", optimizer="sgd"), setting, seed=0,
+        lora(tiny_vit()),
+        data(),
+        config(epochs=2, schedule="constant", optimizer="sgd"),
+        setting,
+        seed=0,
         on_progress=seen.append,
-    )  # fmt: skip
+    )
     assert {row.learning_rate for row in result.steps} == {3e-3}
     assert all(row.quantized_share is None for row in result.steps)
     assert [(p.step, p.total_steps) for p in seen] == [(s, 6) for s in (1, 2, 3, 3, 4, 5, 6, 6)]

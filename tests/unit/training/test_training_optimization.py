@@ -97,10 +97,15 @@ def test_penalties_reach_the_step_and_the_hooks_only_before_it(tiny_vit, batch) 
 
 def adaptive(model, weight: float | None, parametrization: str = "svd", **settings) -> AllocationHook:
     config = AdaLoraConfig(
-        total_rank_budget=24, allocation_strategy="global", update_frequency=1, warmup_steps=2, final_steps=0,
-        parametrization=parametrization, orthogonality_weight=weight,
+        total_rank_budget=24,
+        allocation_strategy="global",
+        update_frequency=1,
+        warmup_steps=2,
+        final_steps=0,
+        parametrization=parametrization,
+        orthogonality_weight=weight,
         **{"importance_metric": "sensitivity", **settings},
-    )  # fmt: skip
+    )
     return AllocationHook(AdaLoRAController(model, config, 4))
 
 

@@ -12,13 +12,24 @@ from peft_vit.training import PeftAdaLoraHook, Progress, train
 pytestmark = pytest.mark.part("trainer")
 
 ADALORA = AdaLoraConfig(
-    total_rank_budget=24, initial_budget=48, allocation_strategy="proportional", importance_metric="sensitivity",
-    update_frequency=2, warmup_steps=2, final_steps=3,
-)  # fmt: skip
+    total_rank_budget=24,
+    initial_budget=48,
+    allocation_strategy="proportional",
+    importance_metric="sensitivity",
+    update_frequency=2,
+    warmup_steps=2,
+    final_steps=3,
+)
 QA_LORA = QaLoraConfig(
-    quantization_bits=4, quantization_type="int4", quantization_schedule="linear", gradient_scaling_factor=1.0,
-    use_group_quantization=True, group_size=16, rank=2, quantization_end_step=5,
-)  # fmt: skip
+    quantization_bits=4,
+    quantization_type="int4",
+    quantization_schedule="linear",
+    gradient_scaling_factor=1.0,
+    use_group_quantization=True,
+    group_size=16,
+    rank=2,
+    quantization_end_step=5,
+)
 TRAINING = TrainingConfig(epochs=3, batch_size=8, learning_rate=3e-3)
 
 

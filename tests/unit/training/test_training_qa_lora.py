@@ -25,19 +25,28 @@ RATE = 0.1
 
 def config(**settings) -> QaLoraConfig:
     default = {
-        "quantization_bits": 4, "quantization_type": "nf4", "quantization_schedule": "constant",
-        "gradient_scaling_factor": 1.0, "use_group_quantization": True, "group_size": 16, "rank": 2,
-    }  # fmt: skip
+        "quantization_bits": 4,
+        "quantization_type": "nf4",
+        "quantization_schedule": "constant",
+        "gradient_scaling_factor": 1.0,
+        "use_group_quantization": True,
+        "group_size": 16,
+        "rank": 2,
+    }
     return QaLoraConfig(**{**default, **settings})
 
 
 def linear(**settings) -> QaLoraConfig:
     return config(
         **{
-            "quantization_schedule": "linear", "quantization_warmup_steps": 2, "quantization_end_step": 6,
-            "quantization_bits": 8, "quantization_type": "int8", **settings,
+            "quantization_schedule": "linear",
+            "quantization_warmup_steps": 2,
+            "quantization_end_step": 6,
+            "quantization_bits": 8,
+            "quantization_type": "int8",
+            **settings,
         }
-    )  # fmt: skip
+    )
 
 
 def sgd(model) -> torch.optim.SGD:
@@ -61,9 +70,11 @@ def test_schedules() -> None:
 
 
 @given(
-    kind=st.sampled_from(["linear", "cosine"]), warmup=st.integers(0, 50), length=st.integers(1, 80),
+    kind=st.sampled_from(["linear", "cosine"]),
+    warmup=st.integers(0, 50),
+    length=st.integers(1, 80),
     rest=st.integers(0, 50),
-)  # fmt: skip
+)
 def test_every_schedule_rises_from_0_to_exactly_1(kind, warmup, length, rest) -> None:
     end = warmup + length
     settings = linear(quantization_schedule=kind, quantization_warmup_steps=warmup, quantization_end_step=end)
@@ -241,9 +252,11 @@ def test_balance_equals_numpy(tiny_vit, batch, fill_adapters) -> None:
         ratios.append(np.linalg.norm(delta) / difference)
     assert len(errors) == 8
     expected = {
-        "relative_quantization_error": np.mean(errors), "signal_to_noise_db": np.mean(decibels),
-        "adapter_to_error_ratio": np.mean(ratios), "quantized_share": 1.0,
-    }  # fmt: skip
+        "relative_quantization_error": np.mean(errors),
+        "signal_to_noise_db": np.mean(decibels),
+        "adapter_to_error_ratio": np.mean(ratios),
+        "quantized_share": 1.0,
+    }
     assert measures == pytest.approx(expected, rel=1e-4)
     exported = trainer.export_quantization_data()
     assert json.loads(json.dumps(exported)) == exported

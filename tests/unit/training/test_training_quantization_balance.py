@@ -69,16 +69,23 @@ def test_measures_equal_numpy(tiny_vit, batch, fill_adapters, grouped) -> None:
         energy = np.sum(error**2)
         expected.append(
             (
-                np.sqrt(energy / np.sum(weight**2)), 10 * np.log10(np.sum(weight**2) / energy),
-                np.sqrt(np.sum(delta**2) / energy), 1.0, 1 - np.sum((error - delta) ** 2) / energy,
+                np.sqrt(energy / np.sum(weight**2)),
+                10 * np.log10(np.sum(weight**2) / energy),
+                np.sqrt(np.sum(delta**2) / energy),
+                1.0,
+                1 - np.sum((error - delta) ** 2) / energy,
                 1 - np.sum((x @ (error - delta).T) ** 2) / np.sum((x @ error.T) ** 2),
             )
-        )  # fmt: skip
+        )
     assert len(expected) == 8
     names = (
-        "relative_quantization_error", "signal_to_noise_db", "adapter_to_error_ratio", "quantized_share",
-        "error_removed_in_weights", "error_removed_in_outputs",
-    )  # fmt: skip
+        "relative_quantization_error",
+        "signal_to_noise_db",
+        "adapter_to_error_ratio",
+        "quantized_share",
+        "error_removed_in_weights",
+        "error_removed_in_outputs",
+    )
     assert measures == pytest.approx(dict(zip(names, np.mean(expected, axis=0), strict=True)), rel=2e-4)
     assert trainer.export_quantization_data()["balance"] == [{"step": 0, **measures}]
     assert model.training
@@ -150,9 +157,7 @@ def test_another_models_weights_are_refused(tiny_vit, change, message) -> None:
 # --- a target -------------------------------------------------------------------------------------------------------
 
 
-@given(
-    st.floats(0, 1e6), st.floats(1e-3, 1e3), st.floats(0, 1), st.integers(1, 60), st.lists(st.floats(0, 1e6)),
-)  # fmt: skip
+@given(st.floats(0, 1e6), st.floats(1e-3, 1e3), st.floats(0, 1), st.integers(1, 60), st.lists(st.floats(0, 1e6)))
 def test_scale_and_pace_are_bounded_and_a_managed_schedule_ends_at_exactly_one(
     ratio, target, share, steps, ratios
 ) -> None:

@@ -76,9 +76,12 @@ def test_gradients_of_a_mixed_weight_equal_plain_autograd(tiny_vit, batch, fill_
 
 
 MANAGED = [
-    {}, {"quantization_schedule": "cosine"}, {"balance_target": 2.0, "balance_by": "schedule_pace"},
-    {"balance_target": 2.0}, {"gradient_scaling": "adaptive"},
-]  # fmt: skip
+    {},
+    {"quantization_schedule": "cosine"},
+    {"balance_target": 2.0, "balance_by": "schedule_pace"},
+    {"balance_target": 2.0},
+    {"gradient_scaling": "adaptive"},
+]
 
 
 @pytest.mark.parametrize("settings", MANAGED)

@@ -103,9 +103,13 @@ def test_adapters_that_are_not_pooled_leave_groups_to_storage_and_it_is_said(tin
 
 def test_the_controllers_adapters_are_pooled_over_the_groups(tiny_vit) -> None:
     settings = AdaLoraConfig(
-        total_rank_budget=20, allocation_strategy="proportional", importance_metric="gradient_norm", warmup_steps=2,
-        update_frequency=2, final_steps=2,
-    )  # fmt: skip
+        total_rank_budget=20,
+        allocation_strategy="proportional",
+        importance_metric="gradient_norm",
+        warmup_steps=2,
+        update_frequency=2,
+        final_steps=2,
+    )
     controller = AdaLoRAController(model := tiny_vit(), settings, 8, pool=16)
     assert {one.pool for one in site_adapters(model).values()} == {16}
     assert controller.bounds.maximum.tolist() == [4, 4, 4, 4, 4, 8] * 2  # 64 / 16 and 128 / 16 groups

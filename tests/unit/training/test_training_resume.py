@@ -53,9 +53,13 @@ def lora(model):
 def adalora(**settings):
     def prepare(model, pool=1):
         default = {
-            "total_rank_budget": 18, "allocation_strategy": "proportional", "importance_metric": "sensitivity",
-            "update_frequency": 2, "warmup_steps": 3, "final_steps": 3,
-        }  # fmt: skip
+            "total_rank_budget": 18,
+            "allocation_strategy": "proportional",
+            "importance_metric": "sensitivity",
+            "update_frequency": 2,
+            "warmup_steps": 3,
+            "final_steps": 3,
+        }
         made = AdaLoraConfig(**{**default, **settings})
         return [AllocationHook(AdaLoRAController(model, made, STEPS, seed=3, pool=pool))]
 
@@ -87,9 +91,14 @@ def peft_adalora(model):
 # 12 sites share 18 ranks: sites without rank, probes, growth, young triplets with moments of their own age
 GROWING = {"budget_schedule": "constant", "parametrization": "product", "importance_metric": "fisher"}
 METHODS = {
-    "linear": linear, "full": full, "lora": lora, "peft_lora": peft_lora, "peft_adalora": peft_adalora,
+    "linear": linear,
+    "full": full,
+    "lora": lora,
+    "peft_lora": peft_lora,
+    "peft_adalora": peft_adalora,
     "adalora": adalora(parametrization="svd", initial_budget=30),
-    "growing": adalora(**GROWING), "orthonormal": adalora(parametrization="svd", factor_start="orthonormal"),
+    "growing": adalora(**GROWING),
+    "orthonormal": adalora(parametrization="svd", factor_start="orthonormal"),
     "reversible": adalora(parametrization="svd", allocation_strategy="global", prune="reversible"),
     "random": adalora(importance_metric="random", allocation_strategy="threshold", threshold_tau=1.5),
     "with_penalty": adalora(parametrization="svd", importance_gradient="task_and_penalty"),
@@ -98,15 +107,18 @@ METHODS = {
         quantization_schedule="cosine", balance_target=0.5, balance_by="schedule_pace", quantization_end_step=12
     ),
     "qa_adalora": both,
-}  # fmt: skip
+}
 TRAININGS = {
     "sgd": {"optimizer": "sgd", "learning_rate": 0.05},
     "constant": {"schedule": "constant", "clip_norm": None},
 }
 CASES = [
-    *((method, {}) for method in METHODS), ("lora", TRAININGS["sgd"]), ("growing", TRAININGS["sgd"]),
-    ("lora", TRAININGS["constant"] | {"class_weights": True}), ("growing", TRAININGS["constant"]),
-]  # fmt: skip
+    *((method, {}) for method in METHODS),
+    ("lora", TRAININGS["sgd"]),
+    ("growing", TRAININGS["sgd"]),
+    ("lora", TRAININGS["constant"] | {"class_weights": True}),
+    ("growing", TRAININGS["constant"]),
+]
 
 
 class Run:
@@ -157,12 +169,17 @@ def left(model, hooks, result) -> dict:
     tensors = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
     plain = [{key: value for key, value in hook.state().values.items() if key != "own_s"} for hook in hooks]
     return {
-        "steps": steps, "evaluations": result.evaluations, "chosen": result.chosen, "ranks": current_ranks(model),
+        "steps": steps,
+        "evaluations": result.evaluations,
+        "chosen": result.chosen,
+        "ranks": current_ranks(model),
         "counts": (result.initial_parameters, result.peak_parameters, result.optimizer_bytes),
-        "optimizer": result.optimizer_sha256, "model": State(tensors).sha256(), "plain": repr(plain),
+        "optimizer": result.optimizer_sha256,
+        "model": State(tensors).sha256(),
+        "plain": repr(plain),
         "strides": {name: tensor.stride() for name, tensor in tensors.items()},
         "hooks": [State(hook.state().tensors).sha256() for hook in hooks],
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -296,9 +313,14 @@ def test_what_was_gone_on_from_is_not_kept_in_memory(make) -> None:
         return state
 
     train(
-        tiny_vit(), data(), run.training, setting, seed=4, resume=read(),
+        tiny_vit(),
+        data(),
+        run.training,
+        setting,
+        seed=4,
+        resume=read(),
         between_steps=lambda step, state: there.append(held[0]() is not None),
-    )  # fmt: skip
+    )
     assert there
     assert not any(there)
 
@@ -320,9 +342,10 @@ def test_a_state_of_another_training_is_refused(make, change) -> None:
     ("method", "part", "shown_by"),
     [
         *(("growing", part, "optimizer") for part in ("optimizer", "scheduler", "model")),
-        ("growing", "hooks", "hooks"), ("managed_pace", "hooks", "plain"),
+        ("growing", "hooks", "hooks"),
+        ("managed_pace", "hooks", "plain"),
     ],
-)  # fmt: skip
+)
 def test_every_part_of_the_state_matters(make, method, part, shown_by) -> None:
     """What a state holds is needed: with a part of another step in its place, the end is another one."""
     run = make(method)

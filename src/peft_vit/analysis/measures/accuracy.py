@@ -57,9 +57,18 @@ class _Quantity:
 
 
 Quantity = Literal[
-    "test_accuracy", "validation_accuracy", "balanced_accuracy", "nll", "ece", "late_loss_deviation", "roughness",
-    "rank_gini", "rank_entropy", "seconds_per_step", "own_memory_bytes",
-]  # fmt: skip
+    "test_accuracy",
+    "validation_accuracy",
+    "balanced_accuracy",
+    "nll",
+    "ece",
+    "late_loss_deviation",
+    "roughness",
+    "rank_gini",
+    "rank_entropy",
+    "seconds_per_step",
+    "own_memory_bytes",
+]
 _QUANTITIES: dict[Quantity, _Quantity] = {
     "test_accuracy": _Quantity("share", lambda run: run.test.accuracy),
     "validation_accuracy": _Quantity("share", lambda run: run.validation.accuracy),
@@ -190,10 +199,14 @@ def parameters_at_equal_accuracy(
         records = (*measured.records, *records_of(evidence.study, loras, seeds))
         found.append(
             Measured(
-                subject=f"{subject.name} against fixed LoRA at equal accuracy", values=measured.values,
-                labels=measured.labels, n_of="seeds", records=records, note=together(measured.note, note),
+                subject=f"{subject.name} against fixed LoRA at equal accuracy",
+                values=measured.values,
+                labels=measured.labels,
+                n_of="seeds",
+                records=records,
+                note=together(measured.note, note),
             )
-        )  # fmt: skip
+        )
     return tuple(found)
 
 

@@ -77,9 +77,13 @@ class Evidence:
     """One study, and what other parts of the analysis have made of it; that is computed when first asked for."""
 
     def __init__(
-        self, study: Study, *, importance: Sequence[ImportancePattern] | None = None,
-        allocation: Sequence[Allocation] | None = None, quantization: Sequence[QuantizationImpact] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        study: Study,
+        *,
+        importance: Sequence[ImportancePattern] | None = None,
+        allocation: Sequence[Allocation] | None = None,
+        quantization: Sequence[QuantizationImpact] | None = None,
+    ) -> None:
         self.study = study
         self._importance = importance
         self._allocation = allocation

@@ -73,10 +73,13 @@ def _between_seeds(subject: Subject) -> Measured:
     constant = [label for label in rhos if label not in known]
     undefined = f"scores are all equal, not finite, or of too few sites: seeds {joined(constant)}" if constant else ""
     return Measured(
-        subject=subject.name, values=tuple(known.values()), labels=tuple(known), n_of="pairs of seeds",
+        subject=subject.name,
+        values=tuple(known.values()),
+        labels=tuple(known),
+        n_of="pairs of seeds",
         records=tuple(run.record for a, b in pairs if f"{a.seed}-{b.seed}" in known for run in (a, b)),
         note=together(subject.note, odd, refused if len(pairs) < len(formed) else "", drawn, undefined),
-    )  # fmt: skip
+    )
 
 
 def _drawn_by_seed(a: Run, b: Run) -> bool:
@@ -92,11 +95,7 @@ def _drawn_by_seed(a: Run, b: Run) -> bool:
 def importance_against_harm(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
     """Return Spearman's rho, over sites with rank, between last scores and the loss rise when a site is left out."""
     return tuple(
-        by_seed(
-            subject,
-            _with_harm,
-            "whose scores or losses are all equal, not finite, or of too few sites",
-        )
+        by_seed(subject, _with_harm, "whose scores or losses are all equal, not finite, or of too few sites")
         for subject in evidence.subjects(parameters.of, needs)
     )
 

@@ -72,10 +72,12 @@ def _agreement(left: Evidence, a: Subject, right: Evidence, b: Subject) -> Measu
     known = {seed: rho for seed, rho in rhos.items() if rho is not None}
     return Measured(
         subject=f"{a.name} on {left.study.label} and {right.study.label}",
-        values=tuple(known.values()), labels=tuple(str(seed) for seed in known), n_of="seeds",
+        values=tuple(known.values()),
+        labels=tuple(str(seed) for seed in known),
+        n_of="seeds",
         records=_records(run for pair in pairs if pair[0].seed in known for run in pair),
         note="" if known else "no seed has scores in both",
-    )  # fmt: skip
+    )
 
 
 def gain_where_importance_varies(
@@ -129,10 +131,11 @@ def _gains(studies: Sequence[Evidence], parameters: OfParameters, needs: Sequenc
     return Measured(
         subject=f"experiments of {joined(evidence.study.label for evidence in studies)}",
         values=tuple(upper.gain - lower.gain for lower, upper in pairs),
-        labels=tuple(f"{upper.name} - {lower.name}" for lower, upper in pairs), n_of="pairs of experiments",
+        labels=tuple(f"{upper.name} - {lower.name}" for lower, upper in pairs),
+        n_of="pairs of experiments",
         records=tuple(record for pair in pairs for one in pair for record in one.records),
         note=note,
-    )  # fmt: skip
+    )
 
 
 def _gains_of(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> Iterator[_Gain]:

@@ -40,9 +40,12 @@ def open_executor(
 
     study, execution = plan.study, plan.study.execution
     local = LocalExecutor(
-        execution.workers, study.threads, results_dir, checkpoint_every_s=execution.checkpoint_every_s,
+        execution.workers,
+        study.threads,
+        results_dir,
+        checkpoint_every_s=execution.checkpoint_every_s,
         oversubscribe=oversubscribe,
-    )  # fmt: skip
+    )
     decode_images(plan.pending)
     return local
 

@@ -91,6 +91,12 @@ def lost(
         traceback: of what ended it, if it is known.
     """
     return RunRecord(
-        spec=spec, spec_digest=spec.digest(), status="failed", seconds=seconds, error=reason, failure=failure,
-        traceback=traceback, started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )  # fmt: skip
+        spec=spec,
+        spec_digest=spec.digest(),
+        status="failed",
+        seconds=seconds,
+        error=reason,
+        failure=failure,
+        traceback=traceback,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )

@@ -69,9 +69,14 @@ class LocalExecutor:
     """
 
     def __init__(
-        self, workers: int, threads: int, results_dir: Path, *, checkpoint_every_s: float = 30.0,
+        self,
+        workers: int,
+        threads: int,
+        results_dir: Path,
+        *,
+        checkpoint_every_s: float = 30.0,
         oversubscribe: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if workers * threads > cpu_count() and not oversubscribe:
             problem = f"workers x threads, {workers} x {threads}, exceed the {cpu_count()} cores of this process"
             remedy = "lower workers, or pass --oversubscribe"
@@ -245,9 +250,13 @@ def _serve(pipe: Connection, parent: int) -> None:
         order = inbox.next_order()
         try:
             finished: Finished | Interrupted = run_one(
-                order.spec, on_progress=inbox.reply, checkpoints=order.checkpoints,
-                should_stop=inbox.asked_to_stop, read=weights, registration=order.registration,
-            )  # fmt: skip
+                order.spec,
+                on_progress=inbox.reply,
+                checkpoints=order.checkpoints,
+                should_stop=inbox.asked_to_stop,
+                read=weights,
+                registration=order.registration,
+            )
         except Interrupted as interrupted:
             finished = interrupted
         inbox.reply(finished)

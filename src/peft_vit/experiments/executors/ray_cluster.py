@@ -138,9 +138,12 @@ class RayExecutor:
         self._told: ray.ObjectRef | None = None
         variables = ALLOCATOR | {name: os.environ[name] for name in _HANDED_DOWN if name in os.environ}
         self._task = ray.remote(carry_out).options(
-            num_cpus=need.cpus, num_gpus=need.gpus, memory=need.memory_bytes, max_retries=0,
+            num_cpus=need.cpus,
+            num_gpus=need.gpus,
+            memory=need.memory_bytes,
+            max_retries=0,
             runtime_env={"env_vars": variables},
-        )  # fmt: skip
+        )
 
     def submit(self, run: PlannedRun) -> None:
         """Take an attempt on, to be started when a node has room for it."""

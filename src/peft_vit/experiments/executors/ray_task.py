@@ -96,9 +96,13 @@ def carry_out(
     line.tell(f"process {os.getpid()} on {platform.node()}, Ray's node {node[:12]}")
     try:
         return run_one(
-            spec, on_progress=line.tell, checkpoints=checkpoints if place.is_seen() else None,
-            should_stop=line.asked_to_stop, read=_weights_once(), registration=registration,
-        )  # fmt: skip
+            spec,
+            on_progress=line.tell,
+            checkpoints=checkpoints if place.is_seen() else None,
+            should_stop=line.asked_to_stop,
+            read=_weights_once(),
+            registration=registration,
+        )
     except Interrupted as interrupted:
         return interrupted
     finally:
