@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 from peft_vit.errors import UserError
 
 LARGEST_BYTES = 1 << 28  # of an image, a table or a record; far more than any real one
+# Each is of some systems only: O_BINARY of Windows, the others of POSIX.
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
 
 def read_bytes(file: str | Path, limit_bytes: int | None = LARGEST_BYTES) -> bytes:
@@ -27,7 +29,7 @@ def read_bytes(file: str | Path, limit_bytes: int | None = LARGEST_BYTES) -> byt
             name is impossible; `strerror` says why.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(file, _FLAGS)
     except ValueError:  # a NUL in its name
         raise OSError(errno.EINVAL, "impossible name", str(file)) from None
     status = os.fstat(descriptor)

@@ -34,7 +34,12 @@ _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 
 def flush(path: Path) -> None:
-    """Flush a file to disk, or a folder's list of names, without which a new file may be gone after a power failure."""
+    """Flush a file to disk, or a folder's list of names, without which a new file may be lost with the power.
+
+    Windows flushes no folders.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,11 @@
-"""Who works on a study at present, as its lock says; the lock itself is taken by what runs studies."""
+"""Who works on a study at present, as its lock says; the lock itself is taken by what runs studies.
+
+The lock is the kernel's: a killed process holds none, and asking writes nothing, also where nothing can be written. So
+it is no `filelock`, which is asked by taking it, and makes the file.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from dataclasses import dataclass
@@ -38,6 +41,10 @@ class Owner:
 
 def owner_of(folder: Path) -> Owner | None:
     """Return who works on a study at present; None if nobody does. Writes nothing."""
+    try:
+        import fcntl
+    except ImportError:  # studies run on POSIX systems; elsewhere are copies of them, on which nobody works
+        return None
     try:
         descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

@@ -245,3 +245,22 @@ def test_a_report_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_report_needs_nothing_of_posix(tmp_path: Path) -> None:
+    """As on Windows: no `fcntl` and the like, and `os` without what is of POSIX."""
+    planted.write(tmp_path / "results", LINEAR_ONLY)
+    code = f"""
+import os, sys
+import matplotlib.font_manager, multiprocessing, pandas, subprocess, tempfile  # what these do on POSIX is theirs
+for name in ("fcntl", "grp", "pwd", "resource", "syslog", "termios"):
+    sys.modules[name] = None
+for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "fork", "getuid", "pread", "pwrite", "uname"):
+    delattr(os, name)
+import peft_vit.analysis, peft_vit.config, peft_vit.records, peft_vit.report, peft_vit.statistics
+from peft_vit.cli import main
+main(["report", {str(tmp_path / "results")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results" / "report" / "report.html").exists()
