@@ -4,12 +4,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from peft_vit.adapters import site_adapters
 
 torch.set_num_threads(1)  # every model here is too small for two; and the number of threads changes bits
+
+# No test holds a clock: an example may take as long as a busy machine needs.
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def test_a_model_with_adapters_is_refused(tmp_path) -> None:
         export_onnx(model, tmp_path / "model.onnx", CARD)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_cut_or_altered_file_is_refused(exported, tmp_path, data) -> None:
     content = bytearray(exported[1].read_bytes())

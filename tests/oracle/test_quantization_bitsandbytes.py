@@ -64,7 +64,7 @@ def test_zero_constant_tiny_and_outlying_groups(type: str) -> None:
     assert_equal_to_bitsandbytes(weight, type, 32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     type=st.sampled_from(TYPES),
     group=st.sampled_from([32, 64, 256]),

@@ -924,9 +924,7 @@ SPLICES = [
     "\u2028",
     "a: " * 30,
 ]
-FUZZ = settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = settings(max_examples=300, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ

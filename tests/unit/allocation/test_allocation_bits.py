@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_vit.allocation.bits import Choice, choose
@@ -32,7 +32,6 @@ def chosen(groups, budget: int, **limits: int) -> Choice:
     return choose([losses for losses, _ in groups], [sizes for _, sizes in groups], budget, **limits)
 
 
-@settings(deadline=None)
 @given(groups=GROUPS, share=st.floats(0, 1.1))
 def test_no_combination_within_the_budget_is_better(groups, share) -> None:
     totals = every_total(groups)
@@ -49,7 +48,6 @@ def test_no_combination_within_the_budget_is_better(groups, share) -> None:
     assert chosen(groups, budget) == choice
 
 
-@settings(deadline=None)
 @given(groups=GROUPS, budgets=st.tuples(st.integers(0, 250), st.integers(0, 250)))
 def test_more_budget_is_never_worse(groups, budgets) -> None:
     least = sum(min(sizes) for _, sizes in groups)
@@ -57,7 +55,6 @@ def test_more_budget_is_never_worse(groups, budgets) -> None:
     assert chosen(groups, least + more).loss <= chosen(groups, least + less).loss + 1e-9
 
 
-@settings(deadline=None)
 @given(
     losses=st.lists(st.lists(st.floats(0, 1e3), min_size=3, max_size=3), min_size=1, max_size=30),
     columns=st.lists(st.integers(1, 50), min_size=30, max_size=30),

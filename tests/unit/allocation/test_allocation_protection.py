@@ -25,7 +25,7 @@ def problems(draw):
     return numbers(0, 6), numbers(0, 4).astype(float), budget, bounds, costs
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(problems())
 def test_the_budget_comes_before_protection_and_the_worst_sites_give_way_first(problem) -> None:
     young, scores, budget, bounds, costs = problem

@@ -35,7 +35,7 @@ def dominated(i: int, costs: list[int], values: list[int]) -> bool:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=14))
 def test_the_front_is_what_nothing_dominates(pairs: list[tuple[int, int]]) -> None:
     costs, values = [c for c, _ in pairs], [v for _, v in pairs]

@@ -135,7 +135,7 @@ def content(tmp_path_factory) -> list[bytes]:
     return []
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_cut_or_altered_file_is_refused(quantized_vit, card, tmp_path, content, data) -> None:
     if not content:

@@ -108,7 +108,7 @@ def mutated(kind, place, what) -> bytes:
     return WHOLE[:place] + WHOLE[place + what :]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(changes)
 def test_a_ledger_that_was_changed_is_never_believed(folder, change) -> None:
     """No row comes out that was not written; what is not the last line is an error that names its line."""
@@ -134,7 +134,7 @@ def test_a_ledger_that_was_changed_is_never_believed(folder, change) -> None:
     assert set(map(encode, rows)) <= set(LINES)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300))
 def test_any_bytes_at_all_are_a_torn_line_or_an_error(folder, content) -> None:
     file = lay(folder, content)

@@ -99,7 +99,7 @@ rows = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows, st.sets(st.sampled_from(RUNS)), st.sets(st.sampled_from(RUNS)), st.sets(st.sampled_from(RUNS)))
 def test_planned_is_the_sum_whatever_the_ledger_and_the_files_say(tmp_path_factory, history, done, bare, asked) -> None:
     out = tmp_path_factory.mktemp("out")

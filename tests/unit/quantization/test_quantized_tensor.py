@@ -21,7 +21,7 @@ def random_weight(rows: int = 6, columns: int = 64) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(formats_and_weights())
 def test_dequantize_follows_the_formula(case: FormatAndWeights) -> None:
     format, weight = case
@@ -100,7 +100,7 @@ def test_bits_per_weight_count_scales_and_offsets(
     assert quantized.bits_per_weight == bits
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(formats_and_weights())
 def test_nbytes_is_what_the_live_storages_take(case: FormatAndWeights) -> None:
     format, weight = case
@@ -110,7 +110,7 @@ def test_nbytes_is_what_the_live_storages_take(case: FormatAndWeights) -> None:
     assert quantized.nbytes == sum(storage.nbytes() for storage in storages)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(formats_and_weights(), st.floats(-8, 8), st.integers(0, 99), st.sampled_from([None, *SCALE_DTYPES]))
 def test_merging_into_the_offset_adds_the_update(
     case: FormatAndWeights, size: float, seed: int, dtype: torch.dtype | None
@@ -158,7 +158,7 @@ def test_a_merge_that_overflows_is_refused() -> None:
         quantized.with_offset_added(torch.full((6, 2), 7e4))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(formats_and_weights())
 def test_saved_and_loaded_equals_kept_in_memory(case: FormatAndWeights) -> None:
     format, weight = case

@@ -40,7 +40,7 @@ def assert_rounded_outwards(actual: Tensor, exact: np.ndarray, direction: float)
         assert (inwards > exact).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(formats_and_weights(INTEGERS, offset=True))
 def test_integers_with_offset_follow_the_formula(case: FormatAndWeights) -> None:
     format, weight = case
@@ -59,7 +59,7 @@ def test_integers_with_offset_follow_the_formula(case: FormatAndWeights) -> None
     assert expected.max() <= largest_code, "no weight is clipped"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(formats_and_weights(INTEGERS, offset=False))
 def test_symmetric_integers_follow_the_formula(case: FormatAndWeights) -> None:
     format, weight = case
@@ -75,7 +75,7 @@ def test_symmetric_integers_follow_the_formula(case: FormatAndWeights) -> None:
     assert np.abs(expected).max() <= largest_code, "no weight is clipped"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(formats_and_weights(("nf4", "fp4")))
 def test_codebooks_choose_a_nearest_value(case: FormatAndWeights) -> None:
     format, weight = case
@@ -101,7 +101,7 @@ def test_an_offset_starts_at_zero_and_leaves_codebook_codes_alone(type: str) -> 
     assert torch.equal(with_offset.dequantize(), plain.dequantize())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(formats_and_weights())
 def test_error_is_at_most_half_the_gap_around_the_weight(case: FormatAndWeights) -> None:
     format, weight = case
@@ -132,7 +132,7 @@ def strong_groups(quantized: QuantizedTensor) -> Tensor:
     return quantized.scales >= torch.finfo(quantized.scales.dtype).tiny
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(formats_and_weights(("nf4", "fp4")))
 def test_quantizing_codebook_values_again_changes_nothing(case: FormatAndWeights) -> None:
     format, weight = case
@@ -144,7 +144,7 @@ def test_quantizing_codebook_values_again_changes_nothing(case: FormatAndWeights
     assert torch.equal(again.dequantize().view(rows)[strong], once.dequantize().view(rows)[strong])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(formats_and_weights(INTEGERS))
 def test_quantizing_integers_again_changes_nothing_but_rounding(case: FormatAndWeights) -> None:
     format, weight = case

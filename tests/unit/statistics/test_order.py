@@ -53,7 +53,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @example(values=[0.0, 1e-210, 3e-210], data=None)  # squares of these are zero
 @given(values=VALUES, data=st.data())
 def test_order_does_not_change_a_bit_and_nothing_is_nan(
@@ -67,7 +67,7 @@ def test_order_does_not_change_a_bit_and_nothing_is_nan(
     assert all(np.isfinite(x) for x in numbers)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), runs=st.integers(1, 6), tasks=st.integers(1, 4))
 def test_order_of_runs_tasks_and_pairs_does_not_change_a_bit(seed: int, runs: int, tasks: int) -> None:
     rng = np.random.default_rng(seed)
@@ -92,7 +92,7 @@ def test_order_of_many_pairs_does_not_change_a_bit_of_random_sign_flips() -> Non
     assert sign_flip(differences, signs=signs) == sign_flip(rng.permutation(differences), signs=signs)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6))
 def test_order_of_runs_does_not_change_a_bit_of_a_mixed_model(seed: int) -> None:
     rng = np.random.default_rng(seed)
