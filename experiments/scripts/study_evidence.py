@@ -29,8 +29,8 @@ from peft_vit.analysis import Analysis, Finding, analyze, load_studies
 from peft_vit.analysis.findings import ALL_STUDIES, all_findings
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.errors import UserError
-from peft_vit.foreign_files import folder_below
 from peft_vit.records import RECORD_FILE, RunRecord, read_records, write_atomically
+from peft_vit.safe_io import folder_below
 
 CONFIGS = ROOT / "experiments" / "configs"
 HYPOTHESES = CONFIGS / "hypotheses_study.yaml"

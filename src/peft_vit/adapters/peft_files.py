@@ -19,8 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from peft_vit.errors import UserError
-from peft_vit.foreign_files import read_bytes
 from peft_vit.records import SiteInfo
+from peft_vit.safe_io import read_bytes
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"

@@ -17,11 +17,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from peft_vit.analysis.measures import MEASURES, Measure
-from peft_vit.config import Name, one_line
+from peft_vit.config import Frozen, Lines, Name, one_line, read_mapping
 from peft_vit.errors import UserError
-from peft_vit.method_settings import Frozen
 from peft_vit.records import Registration, RunRecord
-from peft_vit.strict_yaml import Lines, read_mapping
 
 PACKAGED = Path(__file__).with_name("hypotheses.yaml")
 Test = Literal["superiority", "noninferiority", "equivalence", "counted", "described", "untestable"]

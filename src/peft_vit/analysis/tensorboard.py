@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 
 from peft_vit.errors import UserError
-from peft_vit.foreign_files import folder_below
 from peft_vit.records import Metrics, RunRecord, read_records, write_atomically
+from peft_vit.safe_io import folder_below
 
 EVENTS_FILE = "events.out.tfevents.peft-vit"  # TensorBoard looks for "tfevents"; one name, so that a file is replaced
 _VERSION = "brain.Event:2"  # what an event file's first record says

@@ -11,7 +11,7 @@ from PIL import Image
 from peft_vit.data.files import content_sha256, downloaded, unpacked
 from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.errors import UserError
-from peft_vit.foreign_files import read_bytes
+from peft_vit.safe_io import read_bytes
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE

@@ -21,7 +21,7 @@ from peft_vit.data.files import (
 )
 from peft_vit.data.index import ImageIndex, check_class_names, decode_image
 from peft_vit.errors import UserError
-from peft_vit.foreign_files import read_bytes
+from peft_vit.safe_io import read_bytes
 
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"

@@ -17,8 +17,8 @@ from PIL import Image
 from peft_vit.data.files import content_sha256, open_tree
 from peft_vit.data.index import ImageIndex, decode_image
 from peft_vit.errors import UserError
-from peft_vit.foreign_files import LARGEST_BYTES, require_regular
 from peft_vit.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
+from peft_vit.safe_io import LARGEST_BYTES, require_regular
 
 _FASHION_CLASSES = (
     "T-shirt/top",

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.backbones.catalog import create_model
+from peft_vit.config import QuantizationType
 from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
 from peft_vit.errors import UserError
-from peft_vit.quantization import CodeType, QuantizationFormat, QuantizedTensor
+from peft_vit.quantization import QuantizationFormat, QuantizedTensor
 from peft_vit.quantization.formats import dtype_name
 from peft_vit.records import write_atomically
 
@@ -29,7 +30,7 @@ class _Layer(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    type: CodeType
+    type: QuantizationType
     group_size: int | None
     offset: bool
     scale_dtype: Literal["float16", "float32"]

@@ -24,8 +24,8 @@ from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
 from peft_vit.deployment.onnx_layers import OnnxLinear
 from peft_vit.errors import UserError
-from peft_vit.foreign_files import read_bytes
 from peft_vit.records import write_atomically
+from peft_vit.safe_io import read_bytes
 
 INPUT, OUTPUT = "images", "logits"
 _OPSET = 20

@@ -21,7 +21,7 @@ from peft_vit.deployment.low_bit_file import load_low_bit
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import open_onnx
 from peft_vit.errors import UserError, agreeing_with, named
-from peft_vit.foreign_files import read_bytes
+from peft_vit.safe_io import read_bytes
 
 _BATCH = 32
 

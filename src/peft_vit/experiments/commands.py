@@ -15,8 +15,8 @@ from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
 from peft_vit.experiments.ledger import run_name
 from peft_vit.experiments.lock import StudyLock, study_lock
-from peft_vit.foreign_files import folder_below
 from peft_vit.records.study_file import read_study_file
+from peft_vit.safe_io import folder_below
 
 if TYPE_CHECKING:
     from peft_vit.experiments.costs import Costs

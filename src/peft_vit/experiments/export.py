@@ -28,8 +28,8 @@ from peft_vit.deployment import (
 )
 from peft_vit.errors import UserError, agreeing_with
 from peft_vit.experiments.methods import prepare_as_saved
-from peft_vit.foreign_files import read_bytes
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record
+from peft_vit.safe_io import read_bytes
 
 _NOT_AS_PEFT = {
     "full": "full fine-tuning changes every weight, so there is no adapter to export",

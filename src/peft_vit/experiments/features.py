@@ -18,9 +18,9 @@ from torch import nn
 
 from peft_vit.data import LabelledImages
 from peft_vit.data.pixels import FORMAT_VERSION
-from peft_vit.foreign_files import read_bytes
 from peft_vit.packages import cache_dir
 from peft_vit.records import Provenance, RunSpec, write_atomically
+from peft_vit.safe_io import read_bytes
 from peft_vit.training import Features, QALoRATrainer, Setting, StepHook, flip_axes, head_inputs
 
 _log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peft_vit.errors import UserError
-from peft_vit.foreign_files import read_bytes
 from peft_vit.records import RunSpec, flush, write_atomically
 from peft_vit.records.ledger import LEDGER_FILE, Row, encode, read_ledger
 from peft_vit.records.owner import LOCK_FILE
+from peft_vit.safe_io import read_bytes
 
 
 def run_name(spec: RunSpec) -> str:

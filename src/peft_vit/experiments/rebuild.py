@@ -12,9 +12,9 @@ from peft_vit.experiments.ledger import no_room, rewrite_ledger
 from peft_vit.experiments.lock import study_lock
 from peft_vit.experiments.status import StudyStatus, find_studies, study_runs, study_status
 from peft_vit.experiments.store import StudyStore
-from peft_vit.foreign_files import folder_below
 from peft_vit.records import RECORD_FILE, RunRecord, outcome_digest, read_record, write_atomically
 from peft_vit.records.ledger import LEDGER_FILE, read_ledger, sound_rows
+from peft_vit.safe_io import folder_below
 
 RUNS_FILE = "runs.parquet"
 _WHOLE = (

@@ -14,9 +14,9 @@ from typing import Any
 from peft_vit.errors import UserError
 from peft_vit.experiments.ledger import Ledger, no_room, now, run_name
 from peft_vit.experiments.lock import StudyLock
-from peft_vit.foreign_files import folder_below, read_bytes
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, checkpoint_folders, write_result
 from peft_vit.records.ledger import Row, last_rows
+from peft_vit.safe_io import folder_below, read_bytes
 
 # What checkpoints and files are called while they are written, see `write_checkpoint` and `write_atomically`.
 _UNFINISHED = (".checkpoint-", f".{RECORD_FILE}.", f".{ADAPTER_FILE}.")

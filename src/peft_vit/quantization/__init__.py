@@ -5,13 +5,12 @@ The package works on plain tensors. It knows nothing of models, adapters or trai
 
 from peft_vit.quantization.codebooks import code_values
 from peft_vit.quantization.error_measures import error_bound, relative_error, signal_to_noise_db
-from peft_vit.quantization.formats import CodeType, QuantizationFormat
+from peft_vit.quantization.formats import QuantizationFormat
 from peft_vit.quantization.packing import pack_codes, unpack_codes
 from peft_vit.quantization.quantizer import quantize
 from peft_vit.quantization.tensor import QuantizedTensor
 
 __all__ = [
-    "CodeType",
     "QuantizationFormat",
     "QuantizedTensor",
     "code_values",

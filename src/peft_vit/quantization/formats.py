@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 
+from peft_vit.config import BITS_OF_TYPE, QuantizationType
 from peft_vit.errors import UserError
 
-CodeType = Literal["nf4", "fp4", "int2", "int4", "int8"]
-BITS: dict[CodeType, int] = {"nf4": 4, "fp4": 4, "int2": 2, "int4": 4, "int8": 8}
 SCALE_DTYPES = (torch.float32, torch.float16)
 
 
@@ -44,14 +43,14 @@ class QuantizationFormat:
         UserError: if a field has a value that no format has.
     """
 
-    type: CodeType
+    type: QuantizationType
     group_size: int | None
     offset: bool
     scale_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if self.type not in BITS:
-            raise UserError(f"expected one of {', '.join(BITS)}, got {self.type!r}", field="type")
+        if self.type not in BITS_OF_TYPE:
+            raise UserError(f"expected one of {', '.join(BITS_OF_TYPE)}, got {self.type!r}", field="type")
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise UserError(f"expected at least 1 or none at all, got {self.group_size}", field="group_size")
         if not isinstance(self.offset, bool):
@@ -76,7 +75,7 @@ class QuantizationFormat:
     @property
     def bits(self) -> int:
         """Bits of one code, without what scales and offsets add."""
-        return BITS[self.type]
+        return BITS_OF_TYPE[self.type]
 
     @property
     def codes_per_byte(self) -> int:

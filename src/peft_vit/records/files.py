@@ -15,7 +15,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from peft_vit.errors import UserError, first_fault
-from peft_vit.foreign_files import folder_below, read_bytes
 from peft_vit.records.values import (
     SCHEMA_VERSION,
     BitsEntry,
@@ -26,6 +25,7 @@ from peft_vit.records.values import (
     RunSpec,
     StepRow,
 )
+from peft_vit.safe_io import folder_below, read_bytes
 
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"

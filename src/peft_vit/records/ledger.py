@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from peft_vit.errors import UserError, first_fault
-from peft_vit.foreign_files import read_bytes
 from peft_vit.records.owner import Owner
+from peft_vit.safe_io import read_bytes
 
 LEDGER_FILE = "ledger.jsonl"
 # Experiment and seed, which is also the run's folder below the study's: nothing that leads out of it.

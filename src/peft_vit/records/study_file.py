@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.config import Name, StudyConfig
 from peft_vit.errors import UserError, first_fault
-from peft_vit.foreign_files import read_bytes
 from peft_vit.records.ledger import RunName
+from peft_vit.safe_io import read_bytes
 
 STUDY_FILE = "study.json"
 

@@ -31,8 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peft_vit.errors import UserError, first_fault, is_out_of_memory
-from peft_vit.foreign_files import read_bytes, require_regular
 from peft_vit.records import checkpoint_folders, flush, make_folder
+from peft_vit.safe_io import read_bytes, require_regular
 from peft_vit.training.state import State
 
 TENSORS_FILE = "state.safetensors"

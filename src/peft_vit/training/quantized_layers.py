@@ -21,9 +21,9 @@ from peft_vit.adapters import (
 from peft_vit.adapters.peft_library import peft_layers
 from peft_vit.allocation.placement import check_stays
 from peft_vit.backbones import find_sites
-from peft_vit.config import QaLoraConfig
+from peft_vit.config import QaLoraConfig, QuantizationType
 from peft_vit.errors import SilentNoEffectWarning, UserError
-from peft_vit.quantization import CodeType, QuantizationFormat
+from peft_vit.quantization import QuantizationFormat
 
 
 class QuantizedLayer(NamedTuple):
@@ -115,7 +115,7 @@ def check_rank(site: str, in_features: int, out_features: int, rank: int, pool: 
         raise UserError(f"rank {rank} is wasted on {site}: {reason} at most {largest}; lower it", field="rank")
 
 
-def format_of(config: QaLoraConfig, type: CodeType | None = None) -> QuantizationFormat:
+def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> QuantizationFormat:
     """Return the storage of the frozen weights, of the section's type or of another one.
 
     Raises:

@@ -5,8 +5,7 @@ import planted
 import pytest
 
 from peft_vit.analysis.study_yaml import study_yaml
-from peft_vit.config import PROBES, StudyConfig, load_study, study_from_mapping
-from peft_vit.method_settings import AdaptiveBitsConfig
+from peft_vit.config import PROBES, AdaptiveBitsConfig, StudyConfig, load_study, study_from_mapping
 from peft_vit.records import RunSpec, read_record, write_record
 
 ADALORA = {

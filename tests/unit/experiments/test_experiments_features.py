@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from peft_vit.config import QaLoraConfig
 from peft_vit.data import LabelledImages
 from peft_vit.experiments import plan_study
 from peft_vit.experiments.features import SharedFeatures
-from peft_vit.method_settings import QaLoraConfig
 from peft_vit.training import QALoRATrainer, Setting, head_inputs
 
 pytestmark = pytest.mark.part("runner")

@@ -6,12 +6,12 @@ import torch
 from written_runs import run_and_write
 
 from peft_vit.adapters import current_ranks
+from peft_vit.config import PROBE_L2
 from peft_vit.data import SealedImages, load_data
 from peft_vit.evaluation import predict
 from peft_vit.experiments import plan_study
 from peft_vit.experiments import run as run_module
 from peft_vit.experiments.export import restore_run
-from peft_vit.method_settings import PROBE_L2
 from peft_vit.records import run_folder
 
 pytestmark = pytest.mark.part("runner")

@@ -26,8 +26,7 @@ from peft_vit.analysis.measures.evidence import (
 )
 from peft_vit.analysis.measures.selection import Reference, Selection
 from peft_vit.analysis.studies import Run
-from peft_vit.config import ExperimentConfig
-from peft_vit.method_settings import Frozen
+from peft_vit.config import ExperimentConfig, Frozen
 from peft_vit.statistics import gini, normalized_entropy
 
 

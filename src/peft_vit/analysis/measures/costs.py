@@ -12,7 +12,7 @@ from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, by_
 from peft_vit.analysis.measures.selection import Selection
 from peft_vit.analysis.size import FLOAT32_BITS, measured_size
 from peft_vit.analysis.studies import Run
-from peft_vit.method_settings import Frozen
+from peft_vit.config import Frozen
 
 Part = Literal["scoring", "reallocation"]
 

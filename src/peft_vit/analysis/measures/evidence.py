@@ -14,8 +14,7 @@ from peft_vit.analysis.importance import ImportancePattern, importance_patterns
 from peft_vit.analysis.measures.selection import Reference, Selection, settings_without
 from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import ExperimentConfig
-from peft_vit.method_settings import Frozen
+from peft_vit.config import ExperimentConfig, Frozen
 from peft_vit.records import RunRecord
 
 Unit = Literal["share", "log2 ratio", "ranks", "rho", "index", "factor", "nats", "s", "bytes"]

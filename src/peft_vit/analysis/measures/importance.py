@@ -13,7 +13,7 @@ from peft_vit.analysis.measures.accuracy import OfParameters
 from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, Subject, by_seed, joined, together
 from peft_vit.analysis.measures.selection import Selection
 from peft_vit.analysis.studies import Run
-from peft_vit.method_settings import Frozen
+from peft_vit.config import Frozen
 from peft_vit.statistics import spearman
 
 _FEWEST_SITES = 3  # with two, a rank correlation is 1 or -1 whatever they are

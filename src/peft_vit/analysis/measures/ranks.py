@@ -12,8 +12,7 @@ from peft_vit.analysis.measures.accuracy import rank_entropy, rank_gini
 from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, Subject, by_seed, together
 from peft_vit.analysis.measures.selection import Selection
 from peft_vit.analysis.studies import Run
-from peft_vit.config import SiteMatrix
-from peft_vit.method_settings import Frozen
+from peft_vit.config import Frozen, SiteMatrix
 
 
 class RankLeadParameters(Frozen):

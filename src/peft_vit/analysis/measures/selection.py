@@ -9,8 +9,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from peft_vit.config import ExperimentConfig, Method
-from peft_vit.method_settings import Frozen
+from peft_vit.config import ExperimentConfig, Frozen, Method
 
 Value = bool | int | float | str | None
 

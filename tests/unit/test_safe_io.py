@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peft_vit.errors import UserError
-from peft_vit.foreign_files import folder_below, read_bytes
+from peft_vit.safe_io import folder_below, read_bytes
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:

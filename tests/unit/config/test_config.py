@@ -20,7 +20,7 @@ from peft_vit.errors import UserError
 
 pytestmark = pytest.mark.part("configuration")
 
-CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+CONFIGS = Path(__file__).parents[3] / "experiments" / "configs"
 STUDIES = sorted(file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("hypotheses"))
 QUICKSTART = (CONFIGS / "quickstart.yaml").read_text()
 

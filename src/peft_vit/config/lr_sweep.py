@@ -1,4 +1,4 @@
-"""A list of learning rates in a file stands for an experiment a rate. Behind `config` nothing knows of such lists."""
+"""A list of learning rates in a file stands for an experiment a rate. Nothing outside `config` knows of such lists."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from peft_vit.config.yaml_loader import Lines, dotted
 from peft_vit.errors import UserError
-from peft_vit.strict_yaml import Lines, dotted
 
 _LARGEST = 1e6
 

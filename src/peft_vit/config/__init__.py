@@ -1,0 +1,96 @@
+"""Strict YAML to frozen models: the only place where configuration is read and checked.
+
+What needs only the file is checked here. What needs the model's sites or the data set's size (a rank above a
+width, a group that does not divide the inputs, a schedule longer than the run) is checked by
+``experiments.plan``, before any expensive work, with the same kind of error.
+"""
+
+from peft_vit.config.adalora import GRADIENT_METRICS, AdaLoraConfig, BudgetUnit, Metric, Strategy
+from peft_vit.config.base import (
+    AS_WRITTEN,
+    FUSED,
+    MATRICES,
+    SITE_MATRICES,
+    AdapterConfig,
+    Frozen,
+    Matrix,
+    SiteMatrix,
+    is_given,
+)
+from peft_vit.config.loading import load_study, one_line, study_from_mapping
+from peft_vit.config.lora import LoraConfig
+from peft_vit.config.peft import PeftAdaLoraConfig, PeftLoraConfig
+from peft_vit.config.qa_lora import BITS_OF_TYPE, AdaptiveBitsConfig, QaLoraConfig, QuantizationType
+from peft_vit.config.study import (
+    ALL_SECTIONS,
+    NEEDS_PATH,
+    PROBE_L2,
+    PROBE_READS,
+    PROBES,
+    SECTIONS,
+    AskedPrecision,
+    BackboneConfig,
+    DataConfig,
+    DatasetName,
+    Device,
+    ExecutionConfig,
+    ExperimentConfig,
+    MeasuresConfig,
+    Method,
+    Name,
+    Precision,
+    StudyConfig,
+    TrainingConfig,
+    WeightsSource,
+)
+from peft_vit.config.yaml_loader import KeyPath, Lines, read_mapping
+
+__all__ = [
+    "ALL_SECTIONS",
+    "AS_WRITTEN",
+    "BITS_OF_TYPE",
+    "FUSED",
+    "GRADIENT_METRICS",
+    "MATRICES",
+    "NEEDS_PATH",
+    "PROBES",
+    "PROBE_L2",
+    "PROBE_READS",
+    "SECTIONS",
+    "SITE_MATRICES",
+    "AdaLoraConfig",
+    "AdapterConfig",
+    "AdaptiveBitsConfig",
+    "AskedPrecision",
+    "BackboneConfig",
+    "BudgetUnit",
+    "DataConfig",
+    "DatasetName",
+    "Device",
+    "ExecutionConfig",
+    "ExperimentConfig",
+    "Frozen",
+    "KeyPath",
+    "Lines",
+    "LoraConfig",
+    "Matrix",
+    "MeasuresConfig",
+    "Method",
+    "Metric",
+    "Name",
+    "PeftAdaLoraConfig",
+    "PeftLoraConfig",
+    "Precision",
+    "QaLoraConfig",
+    "QuantizationType",
+    "SiteMatrix",
+    "Strategy",
+    "StudyConfig",
+    "TrainingConfig",
+    "WeightsSource",
+    "is_given",
+    "load_study",
+    "one_line",
+    "read_mapping",
+    "study_from_mapping",
+]

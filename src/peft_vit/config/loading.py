@@ -1,0 +1,144 @@
+"""A YAML file to a study: shared settings are filled in, and every fault is one line that names where it stands."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from peft_vit.config.base import AS_WRITTEN
+from peft_vit.config.lr_sweep import at_each_rate, at_first_rates, check_rates
+from peft_vit.config.study import PROBE_READS, PROBES, StudyConfig, TrainingConfig
+from peft_vit.config.yaml_loader import KeyPath, Lines, dotted, read_mapping
+from peft_vit.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+
+def load_study(file: str | Path) -> StudyConfig:
+    """Read and check one configuration file.
+
+    Args:
+        file: path of a YAML file.
+
+    Raises:
+        UserError: with file, line, field and remedy, for anything that is not a valid study.
+    """
+    file = Path(file)
+    data, lines = read_mapping(file)
+    _check_probes(data, lines, file)
+    filled = _fill_training(data, lines, file)
+    check_rates(filled, lines, file)
+    study = study_from_mapping(at_first_rates(filled), file=file, lines=lines)  # names faults where they stand, once
+    expanded = at_each_rate(filled)
+    return study if expanded == filled else study_from_mapping(expanded, file=file)
+
+
+def study_from_mapping(data: dict[str, Any], *, file: Path, lines: Lines | None = None) -> StudyConfig:
+    """Check a mapping of the shape of a configuration file; `file` is only named in errors."""
+    try:
+        # Through JSON, so that strict checking still turns lists into tuples.
+        return StudyConfig.model_validate_json(json.dumps(data, default=str), context=AS_WRITTEN)
+    except ValidationError as error:
+        raise one_line(error, lines or {}, file) from None
+    except ValueError as error:
+        raise UserError(str(error), file=file) from None
+
+
+def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, Any]:
+    """Put the study's `training:` under each experiment's own."""
+    shared, experiments = data.get("training", {}), data.get("experiments")
+    if not isinstance(shared, dict):
+        problem = f"expected a mapping of settings, got {reprlib.repr(shared)}"
+        raise UserError(problem, file=f"{file}:{lines['training',]}", field="training")
+    filled = {key: value for key, value in data.items() if key != "training"}
+    if isinstance(experiments, list):
+        filled["experiments"] = [_with_training(one, shared) for one in experiments]
+    return filled
+
+
+def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
+    own = experiment.get("training", {}) if isinstance(experiment, dict) else None
+    if not isinstance(own, dict):
+        return experiment  # of the wrong shape: validation names it
+    if experiment.get("method") in PROBES:
+        shared = {key: value for key, value in shared.items() if key in PROBE_READS}
+    elif {"epochs", "steps"} & own.keys():  # a length of one's own replaces the study's, however either is said
+        shared = {key: value for key, value in shared.items() if key not in ("epochs", "steps")}
+    return {**experiment, "training": {**shared, **own}}
+
+
+def _check_probes(data: dict[str, Any], lines: Lines, file: Path) -> None:
+    """Refuse settings of training that no experiment reads: a probe's own, and the study's where all are probes."""
+    experiments = data.get("experiments")
+    listed = [one for one in experiments if isinstance(one, dict)] if isinstance(experiments, list) else []
+    probes = [one.get("method") in PROBES for one in listed]
+    places: list[tuple[KeyPath, Any]] = [
+        (("experiments", place, "training"), one.get("training")) for place, one in enumerate(listed) if probes[place]
+    ]
+    if probes and all(probes):
+        places.append((("training",), data.get("training")))
+    for path, training in places:
+        for key in training if isinstance(training, dict) else {}:
+            if key in TrainingConfig.model_fields and key not in PROBE_READS:
+                at: KeyPath = (*path, key)
+                raise UserError(
+                    "has no effect on a linear probe, which is fitted to convergence; remove it",
+                    file=f"{file}:{lines[at]}" if at in lines else file,
+                    field=dotted(at),
+                )
+
+
+def _message(error: ErrorDetails, path: KeyPath) -> str:
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return "unknown key here; remove it or correct its spelling"
+    if kind == "missing":
+        return "is missing; add it"
+    if kind == "string_too_short":
+        return "is empty; fill it in"
+    if kind == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    if kind == "string_pattern_mismatch" and path[-1:] == ("name",):
+        message = "use lower-case letters, digits, '-' and '_', at most 64"
+    else:
+        message = f"{error['msg'][0].lower()}{error['msg'][1:]}".replace("an object", "a mapping")
+        message = message.replace("valid array", "list")
+    return f"{message}, got {reprlib.repr(error['input'])}"
+
+
+def one_line(error: ValidationError, lines: Lines, file: Path, below: KeyPath = ()) -> UserError:
+    """Return the first fault with its line, and how many more there are.
+
+    Args:
+        error: of what a file said.
+        lines: where its keys stand.
+        file: named in the error.
+        below: the keys under which the faulty values stand, if they are not the whole file.
+    """
+    details = error.errors(include_url=False)
+    echoes = {path[:n] for path in ((*below, *one["loc"]) for one in details) for n in range(len(path))}
+    faults: dict[KeyPath, ErrorDetails] = {}
+    for one in details:
+        path = _as_written((*below, *one["loc"]), lines)
+        # A list whose items have faults is also too short for pydantic, which counts only the sound ones.
+        if one["type"] != "too_short" or path not in echoes:
+            faults.setdefault(path, one)
+    # An unknown key first: a misspelled one is also reported as missing, which misleads.
+    path, first = min(faults.items(), key=lambda item: item[1]["type"] != "extra_forbidden")
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    message = _message(first, path)
+    more = len(faults) - 1
+    if more:
+        message += f" ({more} more fault{'s' if more > 1 else ''} in this file)"
+    return UserError(message, file=f"{file}:{line}" if line else str(file), field=dotted(path))
+
+
+def _as_written(path: KeyPath, lines: Lines) -> KeyPath:
+    """Return where a setting stands in the file; one of the study's shared `training` was copied to the experiments."""
+    shared: KeyPath = ("training", *path[3:])
+    return shared if path[2:3] == ("training",) and path not in lines and shared in lines else path
