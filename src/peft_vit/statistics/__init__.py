@@ -1,4 +1,4 @@
-"""Pure functions on arrays: intervals, paired tests, equivalence, effect sizes, resampling, concentration, association.
+"""Pure functions on arrays: intervals, paired tests, equivalence, effect sizes, concentration, association.
 
 docs/statistics.md says which test is primary, what each interval describes, and how often the intervals hold.
 """
@@ -7,17 +7,14 @@ from peft_vit.statistics.aggregates import (
     interquartile_mean,
     interquartile_mean_interval,
     paired_improvement,
-    probability_of_improvement,
+    stratified_indices,
 )
-from peft_vit.statistics.association import Association, spearman
-from peft_vit.statistics.bootstrap import bca_interval, resampling_indices, stratified_indices
 from peft_vit.statistics.checked import shifted
-from peft_vit.statistics.concentration import gini, normalized_entropy
+from peft_vit.statistics.descriptive import Association, gini, normalized_entropy, spearman
 from peft_vit.statistics.effect_size import EffectSize, effect_size, hedges_factor
 from peft_vit.statistics.equivalence import beyond_margin, equivalence, equivalence_verdict, inferiority, noninferiority
 from peft_vit.statistics.intervals import Interval, mean_interval, paired_difference, proportion_interval
 from peft_vit.statistics.mixed import MixedEffect, mixed_effect
-from peft_vit.statistics.permutation import random_signs, sign_flip
 from peft_vit.statistics.significance import (
     Significance,
     Verdict,
@@ -27,7 +24,6 @@ from peft_vit.statistics.significance import (
     wilcoxon,
     wilcoxon_against_each,
 )
-from peft_vit.statistics.student import paired_t
 
 __all__ = [
     "Association",
@@ -36,7 +32,6 @@ __all__ = [
     "MixedEffect",
     "Significance",
     "Verdict",
-    "bca_interval",
     "beyond_margin",
     "effect_size",
     "equivalence",
@@ -54,13 +49,8 @@ __all__ = [
     "normalized_entropy",
     "paired_difference",
     "paired_improvement",
-    "paired_t",
-    "probability_of_improvement",
     "proportion_interval",
-    "random_signs",
-    "resampling_indices",
     "shifted",
-    "sign_flip",
     "spearman",
     "stratified_indices",
     "verdict",

@@ -1,8 +1,9 @@
-"""Runs on one or many tasks: interquartile mean and probability of improvement.
+"""Runs on one or many tasks: interquartile mean, and who wins a pair.
 
-Arrays are (runs, tasks), or (runs,) for one task. Intervals come from the stratified bootstrap: each task's runs are
-resampled by themselves, and tasks are never resampled, so the interval describes what another draw of seeds would
-change on these tasks. It says nothing about other tasks. Assumption: runs are independent draws within a task.
+Arrays are (runs, tasks), or (runs,) for one task. The interquartile mean's interval is the stratified bootstrap's: each
+task's runs are resampled by themselves, and tasks are never resampled, so the interval describes what another draw of
+seeds would change on these tasks. It says nothing about other tasks. Assumption: runs are independent draws within a
+task. With a handful of seeds it is too short, as no resample goes beyond the values observed (docs/statistics.md).
 Source: Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice (NeurIPS 2021).
 """
 
@@ -14,9 +15,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from peft_vit.statistics.bootstrap import percentile_interval
-from peft_vit.statistics.checked import between_zero_and_one, finite, runs_by_task, without_rounding
+from peft_vit.statistics.checked import ROUNDING, between_zero_and_one, finite, runs_by_task, without_rounding
 from peft_vit.statistics.intervals import Interval
+
+
+def stratified_indices(runs: int, tasks: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """Return positions of runs drawn with replacement, independently in each task: (resamples, runs, tasks).
+
+    Source: the stratified bootstrap of Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical
+    Precipice (NeurIPS 2021), as in rliable.
+    """
+    return generator.integers(0, runs, (resamples, runs, tasks))
 
 
 def interquartile_mean(scores: ArrayLike) -> float:
@@ -55,49 +64,7 @@ def interquartile_mean_interval(scores: ArrayLike, indices: ArrayLike, confidenc
     rows = _checked_indices(indices, data.shape)
     resampled = np.take_along_axis(data[None], rows, axis=1)  # (B, runs, tasks)
     means = _middle(np.sort(resampled.reshape(len(rows), -1), axis=1))
-    return percentile_interval(interquartile_mean(data), means, len(data), confidence)
-
-
-def probability_of_improvement(
-    values: ArrayLike, reference: ArrayLike, indices: ArrayLike, reference_indices: ArrayLike, confidence: float = 0.95
-) -> Interval:
-    """Return the probability that a run of `values` beats one of `reference`, with its stratified bootstrap interval.
-
-    In each task the share of all pairs of runs in which the first is larger, ties counted as half (Mann & Whitney,
-    Annals of Mathematical Statistics 18, 1947); then the mean over tasks. Runs need not be paired; those that share
-    a seed are better served by `paired_improvement`. Source: Agarwal et al. (2021), 4.4.
-
-    Where every run of one side beats every run of the other, resampling shows no spread and there is no interval,
-    for it would claim certainty.
-
-    Args:
-        values: (runs, tasks) or (runs,).
-        reference: (other runs, tasks) or (other runs,), on the same tasks in the same order.
-        indices: (B, runs, tasks) from `stratified_indices`: positions among each task's runs in ascending order.
-        reference_indices: (B, other runs, tasks) likewise.
-        confidence: nominal coverage, between 0 and 1.
-
-    Returns:
-        The interval; n counts the runs of the smaller side.
-
-    Raises:
-        ValueError: for values that are not finite, unequal tasks, indices of another shape or out of range.
-    """
-    between_zero_and_one(confidence, "confidence")
-    left = np.sort(runs_by_task(values, "values"), axis=0)
-    right = np.sort(runs_by_task(reference, "reference"), axis=0)
-    if left.shape[1] != right.shape[1]:
-        raise ValueError(f"expected the same tasks on both sides, got {left.shape[1]} and {right.shape[1]}")
-    both = _in_order(np.concatenate([left, right]))
-    left, right = both[: len(left)], both[len(left) :]
-    wins = 0.5 * (np.sign(left.T[:, :, None] - right.T[:, None, :]) + 1)  # (tasks, runs, other runs) of 0, 0.5, 1
-    counts = _counts(_checked_indices(indices, left.shape))
-    reference_counts = _counts(_checked_indices(reference_indices, right.shape))
-    if counts.shape[1] != reference_counts.shape[1]:
-        raise ValueError("expected as many resamples of one side as of the other")
-    won = counts @ wins  # (tasks, B, other runs), each what the resample wins against one run; halves are exact
-    sums = (won * reference_counts).sum(axis=(0, 2))
-    return percentile_interval(float(wins.mean()), sums / wins.size, min(len(left), len(right)), confidence)
+    return _percentile_interval(interquartile_mean(data), means, len(data), confidence)
 
 
 def paired_improvement(differences: ArrayLike, confidence: float = 0.95) -> Interval:
@@ -126,6 +93,25 @@ def paired_improvement(differences: ArrayLike, confidence: float = 0.95) -> Inte
     return Interval(share, max(0.0, center - half), min(1.0, center + half), n, confidence)
 
 
+def _percentile_interval(estimate: float, resampled: np.ndarray, n: int, confidence: float) -> Interval:
+    """Return the percentile interval of resampled values, with a reason instead of ends if they have no spread.
+
+    Source: Efron & Tibshirani (1993), 13.3.
+
+    Args:
+        estimate: the statistic of the values themselves.
+        resampled: (B,) the statistic of each resample.
+        n: number of values, or of runs of each task.
+        confidence: nominal coverage.
+    """
+    if n < 2:
+        return Interval(estimate, None, None, n, confidence, "one run has no spread to resample")
+    if np.ptp(resampled) <= ROUNDING * np.abs(resampled).max():
+        return Interval(estimate, None, None, n, confidence, "all resamples give the same value")
+    low, high = np.quantile(resampled, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Interval(estimate, float(low), float(high), n, confidence)
+
+
 def _middle(ascending: np.ndarray) -> np.ndarray:
     """Return the mean of the middle half of each row: (B, n) to (B,)."""
     cut = ascending.shape[1] // 4
@@ -135,13 +121,6 @@ def _middle(ascending: np.ndarray) -> np.ndarray:
 def _in_order(columns: np.ndarray) -> np.ndarray:
     """Return tasks in an order that depends on their values only: (runs, tasks) to the same."""
     return np.ascontiguousarray(columns[:, np.lexsort(columns[::-1])])
-
-
-def _counts(indices: np.ndarray) -> np.ndarray:
-    """Return how often each run was drawn: (B, runs, tasks) to (tasks, B, runs)."""
-    resamples, runs, tasks = indices.shape
-    cells = (np.arange(tasks) * resamples + np.arange(resamples)[:, None])[:, None, :] * runs + indices
-    return np.bincount(cells.ravel(), minlength=indices.size).reshape(tasks, resamples, runs).astype(np.float64)
 
 
 def _checked_indices(indices: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:

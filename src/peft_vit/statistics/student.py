@@ -6,13 +6,11 @@ import math
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy import special
 
-from peft_vit.statistics.checked import finite, has_spread
-from peft_vit.statistics.significance import Significance
+from peft_vit.statistics.checked import has_spread
 
-Tail = Literal["two-sided", "greater", "less"]
+Tail = Literal["greater", "less"]
 
 MINIMUM_PAIRS = 2
 """A t statistic of two pairs can be as large as one likes, so no correction for many tests raises this number."""
@@ -43,22 +41,4 @@ def t_probability(data: np.ndarray, center: float, tail: Tail) -> float | None:
         return None
     mean, error = mean_and_error(data)
     t = (mean - center) / error
-    if tail == "two-sided":
-        return 2 * float(special.stdtr(data.size - 1, -abs(t)))
     return float(special.stdtr(data.size - 1, -t if tail == "greater" else t))
-
-
-def paired_t(differences: ArrayLike) -> Significance:
-    """Test whether paired differences have mean zero: Student's paired t test, two-sided.
-
-    Describes what another draw of seeds would change. Assumption: differences are independent and normal, which a
-    handful of seeds can't check. Source: Student, Biometrika 6 (1908).
-
-    Args:
-        differences: (n,) one difference a pair.
-
-    Raises:
-        ValueError: for no values, or values that are not finite.
-    """
-    data = finite(differences, "differences")
-    return Significance("paired t", int(data.size), t_probability(data, 0.0, "two-sided"), MINIMUM_PAIRS)
