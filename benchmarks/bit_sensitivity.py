@@ -24,9 +24,9 @@ from peft_vit.adapters import adapted_modules, merged_state_dict
 from peft_vit.allocation.bit_sensitivity import LinearHead, fit_head, layer_losses, rank_gains
 from peft_vit.backbones import find_sites, load_run_backbone
 from peft_vit.data import load_data
-from peft_vit.experiments.calibration import calibration_batch
-from peft_vit.experiments.export import restore_run
 from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.runs.calibration import calibration_batch
+from peft_vit.runs.export import restore_run
 from peft_vit.statistics import spearman
 from peft_vit.training import Setting
 

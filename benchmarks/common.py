@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_vit.experiments.executors.attempt import ALLOCATOR
+from peft_vit.studies.executors.worker import ALLOCATOR
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -29,7 +29,7 @@ def machine(threads: int) -> dict[str, Any]:
     import timm
     import torch
 
-    from peft_vit.experiments.provenance import cpu_count, processor_name
+    from peft_vit.runs.provenance import cpu_count, processor_name
 
     return {
         "processor": processor_name(),

@@ -32,16 +32,17 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from peft_vit.config import StudyConfig, study_from_mapping  # noqa: E402
-from peft_vit.experiments import plan_study, run_one  # noqa: E402
-from peft_vit.experiments.driver import drive  # noqa: E402
-from peft_vit.experiments.event_log import EventLog  # noqa: E402
-from peft_vit.experiments.events import Event, RunEnded, RunProgress, RunStarted, Told  # noqa: E402
-from peft_vit.experiments.lock import study_lock  # noqa: E402
-from peft_vit.experiments.plan import Plan, PlannedRun  # noqa: E402
-from peft_vit.experiments.run import Finished  # noqa: E402
-from peft_vit.experiments.watch import Watch  # noqa: E402
 from peft_vit.records import Evaluation, Metrics, RunRecord, StepRow, checkpoint_folders, read_records, run_folder  # noqa: E402
 from peft_vit.records import write_record as write_run  # noqa: E402
+from peft_vit.runs import run_one  # noqa: E402
+from peft_vit.runs.execute import Finished  # noqa: E402
+from peft_vit.studies import plan_study  # noqa: E402
+from peft_vit.studies.event_log import EventLog  # noqa: E402
+from peft_vit.studies.events import Event, RunEnded, RunProgress, RunStarted, Told  # noqa: E402
+from peft_vit.studies.lock import study_lock  # noqa: E402
+from peft_vit.studies.plan import Plan, PlannedRun  # noqa: E402
+from peft_vit.studies.progress_view import Watch  # noqa: E402
+from peft_vit.studies.scheduler import drive  # noqa: E402
 from peft_vit.training import Checkpoints, Progress  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -19,7 +19,7 @@ from typing import Any
 from fake_study import FakeExecutor, check_complete, fake_config, fake_drive
 
 from peft_vit.errors import UserError
-from peft_vit.experiments.status import study_status
+from peft_vit.studies.status import study_status
 
 CALLS = ("write", "fsync", "replace", "ftruncate", "open", "mkdir", "unlink", "rmdir")
 STUDY = fake_config(experiments=("a",), seeds=(0, 1))

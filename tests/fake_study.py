@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.config import StudyConfig, study_from_mapping
-from peft_vit.experiments.driver import Outcome, drive
-from peft_vit.experiments.events import Event, RunEnded, RunInterrupted, RunStarted, Told
-from peft_vit.experiments.ledger import run_name
-from peft_vit.experiments.lock import study_lock
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Failure, RunRecord, RunSpec, read_record, run_folder
 from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger
+from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunStarted, Told
+from peft_vit.studies.ledger import run_name
+from peft_vit.studies.lock import study_lock
+from peft_vit.studies.scheduler import Outcome, drive
 
 STARTED_AT = "2030-01-01T00:00:00+00:00"
 

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from peft_vit.experiments.run import run_one
 from peft_vit.records import RECORD_FILE, RunRecord, RunSpec, read_record, run_folder, write_result
+from peft_vit.runs.execute import run_one
 
 
 def run_and_write(spec: RunSpec, folder: Path) -> RunRecord:

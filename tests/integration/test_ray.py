@@ -18,14 +18,15 @@ from ray_clusters import PATIENCE_S, small_cluster
 
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.errors import UserError
-from peft_vit.experiments import plan_study, run_one
-from peft_vit.experiments.driver import drive
-from peft_vit.experiments.events import RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
-from peft_vit.experiments.executors import open_executor
-from peft_vit.experiments.executors.ray_cluster import Need, RayExecutor
-from peft_vit.experiments.lock import study_lock
 from peft_vit.records import Registration, outcome_digest, read_records
 from peft_vit.records.ledger import LEDGER_FILE, read_ledger
+from peft_vit.runs import run_one
+from peft_vit.studies import plan_study
+from peft_vit.studies.events import RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
+from peft_vit.studies.executors import open_executor
+from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
+from peft_vit.studies.lock import study_lock
+from peft_vit.studies.scheduler import drive
 
 pytestmark = pytest.mark.part("runner")
 
@@ -176,9 +177,9 @@ DRIVER = """
 import sys
 from pathlib import Path
 from peft_vit.config import load_study
-from peft_vit.experiments import plan_study
-from peft_vit.experiments.events import RunStarted
-from peft_vit.experiments.executors.ray_cluster import Need, RayExecutor
+from peft_vit.studies import plan_study
+from peft_vit.studies.events import RunStarted
+from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
 from ray_clusters import patient_ray
 
 if __name__ == "__main__":

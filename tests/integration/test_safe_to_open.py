@@ -10,11 +10,11 @@ from fake_study import FakeExecutor, fake_config, fake_drive
 
 from peft_vit.cli import main
 from peft_vit.errors import UserError
-from peft_vit.experiments.rebuild import RUNS_FILE, rebuild
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE
 from peft_vit.records.ledger import LEDGER_FILE
 from peft_vit.records.owner import LOCK_FILE
 from peft_vit.records.study_file import STUDY_FILE
+from peft_vit.studies.repair import RUNS_FILE, repair
 
 QUICKSTART = str(Path(__file__).parents[2] / "experiments" / "configs" / "quickstart.yaml")
 BAD = "<the bad path>"
@@ -23,7 +23,7 @@ COMMANDS = {
     "run into": ["run", QUICKSTART, "--smoke", "--output-dir", BAD],
     "plan": ["plan", BAD],
     "status": ["status", BAD],
-    "rebuild": ["rebuild", BAD],
+    "repair": ["repair", BAD],
     "analyze": ["analyze", BAD],
     "report": ["report", BAD],
     "export": ["export", BAD, "--to", "out"],
@@ -57,7 +57,7 @@ PLACES = (LEDGER_FILE, STUDY_FILE, RUNS_FILE, LOCK_FILE, f"a/seed_0/{RECORD_FILE
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("study")
     fake_drive(fake_config(("a",), (0,)), out, FakeExecutor())
-    list(rebuild(out))
+    list(repair(out))
     return out
 
 
@@ -72,7 +72,7 @@ def test_a_link_in_place_of_a_file_is_not_written_through(place, study, tmp_path
         target.write_bytes(b"{}")
     file.symlink_to(target)
     before = target.read_bytes()
-    for write in (lambda: list(rebuild(out)), lambda: fake_drive(fake_config(("a", "b"), (0,)), out, FakeExecutor())):
+    for write in (lambda: list(repair(out)), lambda: fake_drive(fake_config(("a", "b"), (0,)), out, FakeExecutor())):
         try:
             write()
         except UserError as error:

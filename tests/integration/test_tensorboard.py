@@ -11,8 +11,8 @@ from peft_vit.analysis.tensorboard import EVENTS_FILE, export_to_tensorboard
 from peft_vit.cli import main
 from peft_vit.config import load_study
 from peft_vit.errors import UserError
-from peft_vit.experiments import plan_study
 from peft_vit.records import read_record, run_folder, write_result
+from peft_vit.studies import plan_study
 
 pytest.importorskip("tensorboard")
 pytestmark = pytest.mark.part("runner")

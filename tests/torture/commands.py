@@ -95,7 +95,7 @@ def run_forked(arguments: list[str], log: Path) -> Command:
 
     def run() -> None:
         from peft_vit.cli import main
-        from peft_vit.experiments.executors import local
+        from peft_vit.studies.executors import local
 
         local.multiprocessing = SimpleNamespace(get_context=_forking)  # type: ignore[assignment]
         serve = local._serve
@@ -130,13 +130,6 @@ def _let_go(pipe: int) -> None:
 
 
 def _import_all() -> None:
-    import peft_vit.cli
-    import peft_vit.experiments.commands
-    import peft_vit.experiments.driver
-    import peft_vit.experiments.event_log
-    import peft_vit.experiments.executors.local
-    import peft_vit.experiments.plan
-    import peft_vit.experiments.watch  # noqa: F401
 
     deadline = time.monotonic() + 60
     while len(names := _threads()) > 1 + names.count(_MINDS_FORKS):  # some say their names late

@@ -28,9 +28,9 @@ from commands import PATIENCE_S, Command, run_forked
 from tiny_studies import METHODS, NAME, End, difference, ends_of, ledger_rows, under_way, write_study
 
 from peft_vit.errors import UserError
-from peft_vit.experiments.ledger import Ledger, now
 from peft_vit.records import ADAPTER_FILE, checkpoint_folders
 from peft_vit.records.ledger import LEDGER_FILE, Row, encode
+from peft_vit.studies.ledger import Ledger, now
 
 PROMISE = "disk full: stopped in one line, identical with room again"
 PAGE = 4096

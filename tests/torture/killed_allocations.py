@@ -51,7 +51,7 @@ MOMENTS = ("before its checkpoint", "after its checkpoint")
 def spec_of(folder: Path, kind: str, seed: int) -> RunSpec:
     """Return the run of a kind of allocation."""
     from peft_vit.config import load_study
-    from peft_vit.experiments import plan_study
+    from peft_vit.studies import plan_study
 
     file = write_study(folder, {kind: KINDS[kind]}, (seed,))
     return plan_study(load_study(file), folder / "out", file=file).runs[0].spec
@@ -78,8 +78,8 @@ class Attempt:
 
 
 def _run(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None, said: Path) -> None:
-    from peft_vit.experiments import run_one
     from peft_vit.records import outcome_digest
+    from peft_vit.runs import run_one
     from peft_vit.training import AllocationHook, CheckpointKeeper, Checkpoints
 
     if kill_at is not None:

@@ -31,11 +31,11 @@ from torture_results import add
 from written_runs import run_and_write
 
 from peft_vit.config import load_study
-from peft_vit.experiments import plan_study
-from peft_vit.experiments.driver import drive
-from peft_vit.experiments.events import RunEnded, RunRetried, RunStarted, Told
-from peft_vit.experiments.executors import open_executor
-from peft_vit.experiments.lock import study_lock
+from peft_vit.studies import plan_study
+from peft_vit.studies.events import RunEnded, RunRetried, RunStarted, Told
+from peft_vit.studies.executors import open_executor
+from peft_vit.studies.lock import study_lock
+from peft_vit.studies.scheduler import drive
 
 PROMISE = "Ray node removed mid-study: each run recorded exactly once"
 KIND = "one of two nodes, at a random moment, with a run under way on it"

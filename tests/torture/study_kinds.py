@@ -16,20 +16,20 @@ from sound_files import SoundFiles
 
 from peft_vit.config import load_study
 from peft_vit.errors import UserError
-from peft_vit.experiments.plan import plan_study
-from peft_vit.experiments.rebuild import rebuild
-from peft_vit.experiments.run import run_one
-from peft_vit.experiments.status import find_studies, status_lines, study_status
 from peft_vit.records import checkpoint_folders
 from peft_vit.records.ledger import LEDGER_FILE, _checksum
 from peft_vit.records.owner import LOCK_FILE
 from peft_vit.records.study_file import STUDY_FILE
+from peft_vit.runs.execute import run_one
+from peft_vit.studies.plan import plan_study
+from peft_vit.studies.repair import repair
+from peft_vit.studies.status import find_studies, status_lines, study_status
 from peft_vit.training import Checkpoints
 from peft_vit.training.checkpoint import MANIFEST_FILE, TENSORS_FILE, VALUES_FILE, read_checkpoint
 
 
 def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
-    """ledger.jsonl, study.json and the lock's file, as `status`, `rebuild` and `run` read them."""
+    """ledger.jsonl, study.json and the lock's file, as `status`, `repair` and `run` read them."""
     copy = sound.out / "results"
 
     def prepare() -> None:
@@ -48,7 +48,7 @@ def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
 
     def remake() -> None:
         prepare()
-        for line in rebuild(copy):
+        for line in repair(copy):
             assert is_one_line(line), line
 
     def go_on() -> None:
@@ -64,7 +64,7 @@ def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     ways: tuple[tuple[Callable[[], None], tuple[object, ...]], ...] = (
         (status, ("status", sound.results)),
         (status_while_locked, ("status", sound.results)),
-        (remake, ("rebuild", copy)),
+        (remake, ("repair", copy)),
         (go_on, run),
     )
     spoil: dict[str, tuple[mutations.Mutation, ...]] = {

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 
-from peft_vit.experiments.provenance import cpu_count, git_state, processor_name
 from peft_vit.records import write_atomically
+from peft_vit.runs.provenance import cpu_count, git_state, processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "results" / "torture.json"

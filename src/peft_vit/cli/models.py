@@ -57,13 +57,13 @@ def export(
 
         print(f"{export_to_tensorboard(directory, to)} runs: {to}\nNext: tensorboard --logdir {to}")
     elif format is ExportFormat.PEFT:
-        from peft_vit.experiments.export import export_run_to_peft
+        from peft_vit.runs.export import export_run_to_peft
 
         export_run_to_peft(directory, to)
         print(f"{format.value}: {to}\nThe base that it belongs to: {to / 'peft_vit.json'}")
     else:
-        from peft_vit.experiments.display import print_export
-        from peft_vit.experiments.export import FileFormat, export_run_to_file
+        from peft_vit.runs.export import FileFormat, export_run_to_file
+        from peft_vit.studies.printing import print_export
 
         kind: FileFormat = "onnx" if format is ExportFormat.ONNX else "safetensors"
         print_export(export_run_to_file(directory, to, kind), to)
@@ -81,7 +81,7 @@ def predict(
 ) -> None:
     """Print each image's class and its probability."""
     from peft_vit.deployment import predict_files
-    from peft_vit.experiments.export import open_model
+    from peft_vit.runs.export import open_model
 
     failed = False
     for outcome in predict_files(open_model(model, weights), images):

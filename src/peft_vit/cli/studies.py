@@ -43,8 +43,8 @@ from peft_vit.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from peft_vit.experiments import Plan
-    from peft_vit.experiments.own_images import OwnImages
+    from peft_vit.studies import Plan
+    from peft_vit.studies.own_images import OwnImages
 
 
 class ExecutorName(StrEnum):
@@ -92,7 +92,7 @@ def run(
     from their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes:
     0 every run is done, or --minutes are over, 1 a run failed, 2 bad input, 130 interrupted.
     """
-    from peft_vit.experiments.commands import Asked, Execution, plan_studies, run_studies
+    from peft_vit.studies.commands import Asked, Execution, plan_studies, run_studies
 
     results_dir = output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
     asked = Asked(configs, results_dir, smoke, method, seeds, workers, minutes=minutes)
@@ -119,7 +119,7 @@ def plan(
     Known are runs that are done and what was measured before; of any other kind of run a few steps are done now, and
     what they took is kept for later plans. Smoke studies are never measured.
     """
-    from peft_vit.experiments.commands import Asked, plan_studies
+    from peft_vit.studies.commands import Asked, plan_studies
 
     results_dir = output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
     plan_studies(Asked(configs, results_dir, smoke, workers=workers, calibrate=calibration), _print_plan)
@@ -128,7 +128,7 @@ def plan(
 @app.command()
 def status(results_dir: StudiesDir) -> None:
     """Say what has become of every planned run, with the reason of each failure; changes nothing."""
-    from peft_vit.experiments.status import find_studies, status_lines, study_status
+    from peft_vit.studies.status import find_studies, status_lines, study_status
 
     for folder in find_studies(results_dir):
         for line in status_lines(study_status(folder)):
@@ -136,11 +136,11 @@ def status(results_dir: StudiesDir) -> None:
 
 
 @app.command()
-def rebuild(results_dir: StudiesDir) -> None:
+def repair(results_dir: StudiesDir) -> None:
     """Make anew what follows from records: a damaged ledger, which is set aside, and runs.parquet."""
-    from peft_vit.experiments.rebuild import rebuild as rebuild_studies
+    from peft_vit.studies.repair import repair as repair_studies
 
-    for line in rebuild_studies(results_dir):
+    for line in repair_studies(results_dir):
         print(line)
 
 
@@ -178,7 +178,7 @@ def train(
     The head starts as the linear probe of the frozen backbone. Training goes on for as long as validation gains, within
     the minutes; what it returns is never below the probe on validation.
     """
-    from peft_vit.experiments.own_images import OwnImages
+    from peft_vit.studies.own_images import OwnImages
 
     asked = OwnImages(
         images_dir,
@@ -224,7 +224,7 @@ def import_adapter(
     smoke: Smoke = False,
 ) -> None:
     """Go on training a LoRA adapter of the PEFT library on your own images, over the weights that it belongs to."""
-    from peft_vit.experiments.own_images import OwnImages
+    from peft_vit.studies.own_images import OwnImages
 
     asked = OwnImages(
         images_dir,
@@ -248,13 +248,13 @@ def import_adapter(
 
 
 def _train(asked: OwnImages, output_dir: Path, smoke: bool) -> None:
-    from peft_vit.experiments.commands import run_on_own_images
+    from peft_vit.studies.commands import run_on_own_images
 
     _sum_up(run_on_own_images(asked, output_dir, _print_plan, smoke=smoke), output_dir)
 
 
 def _print_plan(planned: Plan) -> None:
-    from peft_vit.experiments.display import print_plan
+    from peft_vit.studies.printing import print_plan
 
     print_plan(planned)
 
@@ -262,7 +262,7 @@ def _print_plan(planned: Plan) -> None:
 def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
     print(f"Records: {results_dir}\nNext: peft-vit report {results_dir}")
     if failed:
-        from peft_vit.experiments.display import counted
+        from peft_vit.studies.printing import counted
 
         print(f"{counted(len(failed), 'run')} failed:", file=sys.stderr)
         for run_id, reason in failed.items():

@@ -2,7 +2,7 @@
 
 What needs only the file is checked here. What needs the model's sites or the data set's size (a rank above a
 width, a group that does not divide the inputs, a schedule longer than the run) is checked by
-``experiments.plan``, before any expensive work, with the same kind of error.
+``studies.plan``, before any expensive work, with the same kind of error.
 """
 
 from peft_vit.config.adalora import GRADIENT_METRICS, AdaLoraConfig, BudgetUnit, Metric, Strategy

@@ -98,7 +98,7 @@ def read_ledger(file: Path) -> LedgerContent:
         except ValueError as error:
             if number == len(lines):
                 return LedgerContent(tuple(rows), sound_bytes, line)
-            problem = f"this line is damaged ({_reason(error)}); `peft-vit rebuild {file.parent}` makes the ledger anew"
+            problem = f"this line is damaged ({_reason(error)}); `peft-vit repair {file.parent}` makes the ledger anew"
             raise UserError(f"{problem} from the records", file=f"{file}:{number}") from None
         sound_bytes += len(line)
     return LedgerContent(tuple(rows), sound_bytes, b"")

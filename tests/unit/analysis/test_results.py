@@ -13,10 +13,10 @@ from peft_vit.analysis import load_results, load_studies
 from peft_vit.analysis.planned import seeds_in_words
 from peft_vit.config import study_from_mapping
 from peft_vit.errors import UserError
-from peft_vit.experiments.ledger import Row, encode
-from peft_vit.experiments.lock import study_lock
-from peft_vit.experiments.study_file import study_file, write_study_file
 from peft_vit.records import RECORD_FILE, RunRecord, read_records
+from peft_vit.studies.ledger import Row, encode
+from peft_vit.studies.lock import study_lock
+from peft_vit.studies.study_file import study_file, write_study_file
 
 EXPERIMENTS = planted.experiments()
 GOOD = [planted.record(EXPERIMENTS["linear_probe"], seed, 0.7) for seed in range(3)]

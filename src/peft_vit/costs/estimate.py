@@ -1,0 +1,276 @@
+"""What a run will take, before it starts: from finished runs of its kind, from a calibration, or from arithmetic."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+from peft_vit.backbones import BackboneShape
+from peft_vit.config import Method, Precision
+from peft_vit.costs.cache import Costs, known_costs
+from peft_vit.costs.disk import DiskUse
+from peft_vit.evaluation.latency import TIMED_PASSES, WARMUP_PASSES
+from peft_vit.records import RunRecord, RunSpec
+from peft_vit.runs.provenance import cpu_count, processor_name
+from peft_vit.training import flip_axes
+
+# Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
+TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
+_PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
+VALUES_KEPT_PER_TOKEN = 34  # activations kept for backward, per token, block and unit of width
+# Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
+# AdaLoRA 12 -> 8 with its penalty and its allocation; PEFT 0.21.2, the allocator's defaults.
+_TIME_OVER_OURS = {"peft_lora": 1.42 / 1.29, "peft_adalora": 1.81 / 1.29}
+_PRODUCTS: dict[Method, int] = {"linear": 1, "qa_linear": 1, "full": 3}  # of a step, else 2: forward, gradients
+START_S = 6.0  # loading weights and images
+
+Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, nothing was measured
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take, and what that is known from."""
+
+    seconds: float
+    peak_memory_bytes: int
+    disk: DiskUse
+    basis: Basis
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What all runs of a study share."""
+
+    shape: BackboneShape
+    image_size: int
+    channels: int
+    device: torch.device
+    precision: Precision
+    threads: int
+    train: int
+    validation: int
+    test: int
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of one image, class token included."""
+        return (self.image_size // self.shape.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a finished run took; `here`: on this machine. Its record has every step, too much to hold for all runs."""
+
+    seconds: float
+    peak_memory_bytes: int
+    here: bool
+
+    @classmethod
+    def of(cls, record: RunRecord) -> Taken:
+        """Read it off a record."""
+        made = record.provenance
+        here = made is None or (made.processor, made.cpu_count) == (processor_name(), cpu_count())
+        return cls(record.seconds, record.peak_memory_bytes or 0, here)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run that is to be estimated.
+
+    Attributes:
+        spec: of the run.
+        steps: optimiser steps.
+        kind: its miniature; runs of one kind cost the same a step.
+        kind_sha256: of the miniature, computed once for all seeds.
+        disk: what it takes.
+        taken: what it took, if it is done.
+    """
+
+    spec: RunSpec
+    steps: int
+    kind: RunSpec
+    kind_sha256: str
+    disk: DiskUse
+    taken: Taken | None
+
+
+Measure = Callable[[Mapping[str, RunSpec]], Mapping[str, Costs]]  # miniatures by a name to show; some may fail
+
+
+def estimate_runs(
+    runs: Sequence[Wanted], workload: Workload, measure: Measure | None = None
+) -> tuple[list[Estimate], Deviation | None]:
+    """Estimate each run, and tell how far off that would have been for those that are done.
+
+    Args:
+        runs: of a study.
+        workload: what they share.
+        measure: measures what runs cost that are not done and of which nothing is known; None: arithmetic does.
+
+    Returns:
+        An estimate each; and the deviation of the done ones from what is known without their records.
+    """
+    records: dict[tuple[str, int], list[Taken]] = {}
+    for run in runs:
+        if run.taken is not None and run.taken.here:
+            records.setdefault((run.kind_sha256, run.steps), []).append(run.taken)
+    first = {run.kind_sha256: run for run in reversed(runs)}
+    costs = {kind: known_costs(run.kind) for kind, run in first.items()}
+    if measure is not None:
+        unknown = {
+            run.kind_sha256: run
+            for run in runs
+            if run.taken is None
+            and not run.spec.experiment.is_probe  # it takes no steps, and its features may be there already
+            and (run.kind_sha256, run.steps) not in records
+            and costs[run.kind_sha256] is None
+        }
+        found = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
+        costs |= {kind: found.get(run.spec.experiment.name) for kind, run in unknown.items()}
+    rate = product_rate(workload) if None in costs.values() else 1.0
+    estimates, compared = [], []
+    for run in runs:
+        cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
+        without = _from_arithmetic(run, workload, rate) if cost is None else _from_costs(run, workload, cost)
+        estimates.append(without if alike is None else _from_records(run, alike))
+        if run.taken is not None and alike is not None:
+            compared.append(Compared(without, run.taken.seconds, run.taken.peak_memory_bytes))
+    return estimates, deviation(compared)
+
+
+def _from_records(run: Wanted, records: Sequence[Taken]) -> Estimate:
+    seconds = statistics.median(one.seconds for one in records)
+    return Estimate(seconds, max(one.peak_memory_bytes for one in records), run.disk, "records")
+
+
+def _from_costs(run: Wanted, workload: Workload, costs: Costs) -> Estimate:
+    evaluated = run.spec.experiment.validations(workload.train) * workload.validation + workload.test
+    seconds = costs.start_s + run.steps * costs.step_s + evaluated * costs.image_s
+    more_images = workload.train + workload.validation + workload.test - costs.images
+    pixels = more_images * workload.image_size**2 * workload.channels  # mapped into memory as they are read
+    return Estimate(seconds, costs.peak_memory_bytes + max(0, pixels), run.disk, "calibration")
+
+
+def _from_arithmetic(run: Wanted, workload: Workload, rate: float) -> Estimate:
+    experiment = run.spec.experiment
+    parameters = workload.shape.parameters
+    measured = measured_images(run.spec, workload)
+    if experiment.is_probe:  # each image once, in every way in which training shows it
+        ways = len(flip_axes(run.spec.data.flips))
+        work = parameters * workload.tokens * (ways * workload.train + workload.validation + workload.test + measured)
+    else:
+        trained = _PRODUCTS.get(experiment.method, 2) * run.steps * min(experiment.training.batch_size, workload.train)
+        read = experiment.validations(workload.train) * workload.validation + workload.test + measured
+        work = parameters * workload.tokens * (trained + read)
+    seconds = START_S + TIME_OUTSIDE_PRODUCTS * _TIME_OVER_OURS.get(experiment.method, 1.0) * work / rate
+    value_bytes = 2 if workload.precision == "bf16" else 4
+    batch = experiment.training.batch_size
+    kept = 0 if experiment.is_probe else VALUES_KEPT_PER_TOKEN
+    activations = batch * workload.tokens * workload.shape.depth * workload.shape.width * kept * value_bytes
+    copies = {"linear": 4, "full": 16}.get(experiment.method, 4 + value_bytes)  # bytes per frozen or trained value
+    return Estimate(seconds, int(_PROCESS_BYTES + activations + parameters * copies), run.disk, "estimate")
+
+
+def forward_passes(method: Method) -> float:
+    """Return how many forward passes a step takes, by what it multiplies: the weights, for its input, for their own."""
+    return _PRODUCTS.get(method, 2) * _TIME_OVER_OURS.get(method, 1.0)
+
+
+def measured_images(spec: RunSpec, workload: Workload) -> float:
+    """Return the images that pass through the whole model for what the study's `measures` ask for.
+
+    Leaving the updates of six sites a block out takes about 3 passes a block, see `evaluation.measure_removal`.
+    """
+    measures = spec.measures
+    images: float = (WARMUP_PASSES + TIMED_PASSES) * sum(measures.latency_batches)
+    if measures.removal_images is not None and spec.experiment.has_adapters:
+        images += (3 * workload.shape.depth + 7) * min(measures.removal_images, workload.validation)
+    return images
+
+
+def bf16_factor(workload: Workload) -> float:
+    """Return the time of a matrix product in bf16 over that in fp32, measured in about 0.2 s."""
+    fp32, bf16 = (product_rate(replace(workload, precision=one), budget_s=0.1) for one in get_args(Precision))
+    return fp32 / bf16
+
+
+def product_rate(workload: Workload, *, budget_s: float = 0.2) -> float:
+    """Return multiply-adds per second of a product of the model's own shape.
+
+    Args:
+        workload: says shape, device, precision and threads.
+        budget_s: for how long products are timed, about; three are in any case.
+    """
+    dtype = torch.bfloat16 if workload.precision == "bf16" else torch.float32
+    before = torch.get_num_threads()
+    torch.set_num_threads(workload.threads)
+    x = torch.ones(32 * workload.tokens, workload.shape.width, dtype=dtype, device=workload.device)
+    weight = torch.ones(4 * workload.shape.width, workload.shape.width, dtype=dtype, device=workload.device)
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 3 or (time.perf_counter() - started < budget_s and len(times) < 200):
+        begin = time.perf_counter()
+        float((x @ weight.T)[0, 0])
+        times.append(time.perf_counter() - begin)
+    torch.set_num_threads(before)
+    return x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
+
+
+# --- afterwards -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run's estimate beside what it took."""
+
+    planned: Estimate
+    seconds: float
+    peak_memory_bytes: int
+
+    @classmethod
+    def of(cls, planned: Estimate, record: RunRecord) -> Compared:
+        """Return the comparison of a run that is done."""
+        return cls(planned, record.seconds, record.peak_memory_bytes or 0)
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """What runs took over what was planned: at the median, from least to most, and all of them together."""
+
+    median: float
+    least: float
+    most: float
+    total: float
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[float, float]]) -> Ratios:
+        """Return the ratios of (taken, planned)."""
+        each = [taken / planned for taken, planned in pairs]
+        total = sum(taken for taken, _ in pairs) / sum(planned for _, planned in pairs)
+        return cls(statistics.median(each), min(each), max(each), total)
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far off the estimates of some runs were; `bases` counts what they were known from."""
+
+    bases: dict[Basis, int]
+    seconds: Ratios
+    memory: Ratios
+
+
+def deviation(compared: Sequence[Compared]) -> Deviation | None:
+    """Return how far off estimates were; None without a run."""
+    if not compared:
+        return None
+    return Deviation(
+        bases=dict(Counter(one.planned.basis for one in compared)),
+        seconds=Ratios.of([(one.seconds, one.planned.seconds) for one in compared]),
+        memory=Ratios.of([(one.peak_memory_bytes, one.planned.peak_memory_bytes) for one in compared]),
+    )

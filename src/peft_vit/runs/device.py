@@ -1,0 +1,126 @@
+"""What a configuration leaves to the machine: which device, and which precision, `auto` is.
+
+A CPU computes in bf16 with the instructions AVX512_BF16 or AMX (Intel 64 and IA-32 Architectures Software Developer's
+Manual, volume 1); without them oneDNN, which computes PyTorch's products, emulates it, which costs more than it saves
+(oneDNN developer guide, "Data Types"). ONEDNN_MAX_CPU_ISA, earlier DNNL_MAX_CPU_ISA, keeps oneDNN from newer
+instructions (the same, "CPU Dispatcher Control"). ATEN_CPU_CAPABILITY does not: it limits PyTorch's own kernels, and a
+product in bf16 took 2.8 ms without it, 3.0 with avx2 and 2.8 with default, where fp32 took 10.4 and emulated bf16 62.
+GPUs of NVIDIA compute in bf16 from compute capability 8.0, Ampere, on (CUDA C++ Programming Guide).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from peft_vit.config import AskedPrecision, Precision
+from peft_vit.errors import UserError
+
+_CPUINFO = Path("/proc/cpuinfo")
+_INSTRUCTIONS = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX"}  # as Linux and PyTorch spell them, and as people do
+# Limits of oneDNN, by rising instructions, that leave out bf16 products; AVX2_VNNI_2 only converts from and to bf16.
+_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+@dataclass(frozen=True)
+class Bf16Support:
+    """Whether a device computes in bf16; `reason` is a clause that says why, or why not."""
+
+    native: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class ChosenPrecision:
+    """The precision of a study's runs.
+
+    Attributes:
+        chosen: what every run has.
+        support: of bf16 on this machine's device.
+        note: a line that says what `auto` became and why; None if the configuration named the precision.
+    """
+
+    chosen: Precision
+    support: Bf16Support
+    note: str | None
+
+    @property
+    def emulated(self) -> bool:
+        """Return whether runs here take bf16 although the device is not known to compute in it."""
+        return self.chosen == "bf16" and not self.support.native
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of a configuration; auto takes cuda, then mps, then cpu.
+
+    Raises:
+        UserError: if the named device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, present in there.items() if present)
+    if not there[name]:
+        raise UserError(f"{name} is not available on this machine; use auto or cpu", field="device")
+    return torch.device(name)
+
+
+def choose_precision(asked: AskedPrecision, begun: AskedPrecision | None, device: torch.device) -> ChosenPrecision:
+    """Return the precision of a study's runs.
+
+    Args:
+        asked: by the configuration.
+        begun: with what the study was begun, maybe on another machine; auto goes on with it. None: it is new.
+        device: of the runs.
+    """
+    support = bf16_support(device)
+    if asked != "auto":
+        return ChosenPrecision(asked, support, None)
+    here: Precision = "bf16" if support.native else "fp32"
+    chosen: Precision = here if begun is None or begun == "auto" else begun
+    if chosen == here:
+        return ChosenPrecision(here, support, f"precision: auto is {here}: {support.reason}")
+    note = f"precision: {chosen}, as the study was begun, though auto would be {here} here: {support.reason}"
+    return ChosenPrecision(chosen, support, note)
+
+
+def bf16_support(device: torch.device) -> Bf16Support:
+    """Return whether a device computes in bf16; mps counts as no, since nothing of this package was tried there."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Bf16Support(True, f"{name} computes in bf16")
+        return Bf16Support(False, f"{name} only emulates bf16, GPUs compute in it from Ampere on")
+    if device.type == "cpu":
+        return _cpu_support()
+    return Bf16Support(False, f"bf16 is untried on {device.type}")
+
+
+def _cpu_support() -> Bf16Support:
+    found = [name for flag, name in _INSTRUCTIONS.items() if flag in _cpu_flags()]
+    if not found:
+        return Bf16Support(False, "this CPU has neither AVX512_BF16 nor AMX instructions")
+    has = f"this CPU has {' and '.join(found)} instructions"
+    if not torch.backends.mkldnn.is_available():
+        return Bf16Support(False, f"{has}, but this PyTorch comes without oneDNN, which would use them")
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        limit = os.environ.get(variable)
+        if limit is not None:  # oneDNN reads the second only in the absence of the first
+            kept = limit.upper() not in _WITHOUT_BF16
+            return Bf16Support(kept, has if kept else f"{has}, but {variable}={limit} leaves them out")
+    return Bf16Support(True, has)
+
+
+def _cpu_flags() -> set[str]:
+    """Return the processor's flags as Linux tells them, elsewhere as PyTorch does; none if it is too old for that."""
+    try:
+        line = re.search(r"^flags\s*:(.*)$", _CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        line = None
+    if line is not None:
+        return set(line[1].split())
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return {name for name, there in capabilities.items() if there is True}

@@ -1,0 +1,408 @@
+"""One run, from its specification to its record and the content of its adapter file."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import platform
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from peft_vit.adapters import adapter_bytes, current_ranks
+from peft_vit.adapters.peft_files import doubts_about, peft_sha256
+from peft_vit.adapters.peft_library import load_peft, peft_ranks
+from peft_vit.backbones import (
+    LoadedBackbone,
+    Site,
+    Weights,
+    choose_attention,
+    find_sites,
+    fused_sites,
+    load_run_backbone,
+    read_weights,
+)
+from peft_vit.config import SITE_MATRICES, BackboneConfig
+from peft_vit.data import Data, LabelledImages, load_data
+from peft_vit.errors import (
+    DataWarning,
+    DivergedError,
+    SilentNoEffectWarning,
+    UnderflowWarning,
+    UserError,
+    is_out_of_memory,
+)
+from peft_vit.evaluation import (
+    frozen_bytes,
+    head_parameters,
+    measure,
+    model_size,
+    predict,
+    predictions,
+    trainable_bytes,
+    trainable_parameters,
+)
+from peft_vit.records import (
+    BitsEntry,
+    ByteCounts,
+    Failure,
+    ImportanceEntry,
+    ParameterCounts,
+    ProbeEntry,
+    Provenance,
+    QuantizationSummary,
+    RankEntry,
+    Registration,
+    RunRecord,
+    RunSpec,
+    SiteInfo,
+    StepRow,
+)
+from peft_vit.runs.calibration import calibrate_fisher, choose_bits, measure_balance
+from peft_vit.runs.device import resolve_device
+from peft_vit.runs.head_start import start_head
+from peft_vit.runs.measures import take_measures
+from peft_vit.runs.methods import prepare
+from peft_vit.runs.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
+from peft_vit.runs.resume import RECORDED, Attempt
+from peft_vit.training import (
+    AllocationHook,
+    Checkpoints,
+    Interrupted,
+    PeftAdaLoraHook,
+    Progress,
+    QALoRATrainer,
+    Setting,
+    StepHook,
+    TrainingResult,
+    steps_per_epoch,
+    train,
+)
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What came out of a run; nothing of it is written yet.
+
+    Attributes:
+        record: what happened.
+        adapter: content of the adapter file; None if the run failed.
+    """
+
+    record: RunRecord
+    adapter: bytes | None
+
+
+def run_one(
+    spec: RunSpec,
+    *,
+    on_progress: OnProgress | None = None,
+    checkpoints: Checkpoints | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    read: Callable[[BackboneConfig], Weights] = read_weights,
+    registration: Registration | None = None,
+) -> Finished:
+    """Do one run, from where its newest checkpoint has left it; a failure is recorded with its reason, not raised.
+
+    Args:
+        spec: what to do.
+        on_progress: told after each step.
+        checkpoints: where to keep what the run needs to go on; None: nothing is written at all.
+        should_stop: asked after each step.
+        read: gets the backbone's weights, see `load_backbone`.
+        registration: the hypotheses that stand written down now; None: those that come with the package.
+
+    Raises:
+        Interrupted: if it should stop; a checkpoint was written then.
+    """
+
+    def record_of(outcome: dict[str, Any]) -> RunRecord:
+        return RunRecord(
+            spec=spec,
+            spec_digest=spec.digest(),
+            started_at=attempt.started_at,
+            seconds=attempt.seconds,
+            warnings=attempt.warnings,
+            registration=attempt.registration,
+            **outcome,
+        )
+
+    adapter = None
+    with warnings.catch_warnings(record=True) as caught:
+        for category in RECORDED:
+            warnings.simplefilter("always", category)
+        attempt = Attempt(spec, checkpoints, should_stop, caught, registration)
+        try:
+            outcome, adapter = _execute(spec, attempt, on_progress, read)
+            record = record_of(outcome)
+        except Interrupted:
+            raise
+        except Exception as error:
+            plain = isinstance(error, UserError) and not isinstance(error, DivergedError)
+            kind = _kind(error)
+            reason = str(error) if plain else f"{type(error).__name__}: {error}"
+            if kind == "error" and not plain:  # a program's fault as a rule; a changed checkpoint can bring it out too
+                reason += attempt.gone_on_from
+            failed = {"status": "failed", "error": reason, "failure": kind, "traceback": traceback.format_exc()}
+            adapter, record = None, record_of(failed)
+    for entry in caught:
+        if entry.category not in (SilentNoEffectWarning, UnderflowWarning, DataWarning):  # of those the record speaks
+            warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
+    return Finished(record, adapter)
+
+
+def _kind(error: Exception) -> Failure:
+    """Return what kind of failure an exception is."""
+    if isinstance(error, DivergedError):
+        return "diverged"
+    if is_out_of_memory(error):
+        return "out_of_memory"
+    if isinstance(error, OSError):
+        return "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "io"
+    return "error"
+
+
+def _execute(
+    spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None, read: Callable[[BackboneConfig], Weights]
+) -> tuple[dict[str, Any], bytes]:
+    load_peft(spec.experiment)
+    memory = attempt.watch_memory()
+    torch.set_num_threads(spec.threads)
+    device = resolve_device(spec.device)
+    data = load_data(spec.data, spec.seed, smoke=spec.smoke)
+    for text in data.warnings:
+        warnings.warn(DataWarning(text), stacklevel=2)
+    attempt.look_back(data.data_sha256)
+    backbone = load_run_backbone(spec, len(data.class_names), read)
+    model = backbone.model.to(device)
+    choose_attention(model, device, spec.precision)
+    backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
+    sites = find_sites(model)
+    config = spec.experiment.training
+    total_steps = spec.experiment.total_steps(len(data.train))
+    setting = Setting(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
+    bits, bits_s = attempt.earlier_bits(spec.experiment) or choose_bits(
+        model, spec.experiment, data, setting, spec.seed
+    )
+    hooks = prepare(
+        model,
+        spec.experiment,
+        total_steps=total_steps,
+        seed=spec.seed,
+        formats=None if bits is None else bits.formats,
+        ranks=None if bits is None else bits.ranks,
+    )
+    # Now that the head is the one that training starts from.
+    provenance = attempt.begin(_provenance(spec, data, backbone, device), bits, bits_s)
+    _say_doubts(spec, provenance, data)
+    initial_ranks = current_ranks(model) | peft_ranks(model)
+    memory.prepared()
+    head = start_head(model, spec, attempt, data, hooks, setting)
+    if spec.experiment.is_probe:
+        result, tested = head.result(model), _test(data, head.predict)
+    else:
+        result = train(
+            model,
+            data,
+            config,
+            setting,
+            seed=spec.seed,
+            hooks=hooks,
+            on_progress=on_progress,
+            between_steps=attempt.between_steps,
+            resume=attempt.take_training(),
+        )
+        for hook in hooks:
+            if isinstance(hook, PeftAdaLoraHook):
+                hook.check_finalized(model)
+        tested = _test(data, lambda images: _predict(model, images, spec, setting))
+    fisher_check, calibration_s = calibrate_fisher(hooks, model, data, config, setting, spec.seed)
+    content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
+    # Before the float weights come back for a comparison.
+    memory_bytes = {"peak_memory_bytes": attempt.peak_memory_bytes, "own_memory_bytes": attempt.own_memory_bytes}
+    trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
+    balance_s = {} if trainer is None else measure_balance(trainer, model, data, spec, setting)
+    measured, measures_s = take_measures(model, backbone, data, spec, setting)
+    outcome = {
+        "status": "done",
+        "provenance": provenance,
+        **_images(data),
+        "sites": _adapted(sites, initial_ranks),
+        **_histories(hooks, initial_ranks),
+        "fisher_check": fisher_check,
+        "bit_allocation": None if bits is None else bits.record,
+        "quantization": None if trainer is None else _quantization(trainer, model),
+        **_trained(model, result, backbone_total, content),
+        "head_fit": attempt.head_fit,
+        "overhead_s": {
+            **bits_s,
+            **head.seconds,
+            **result.overhead_s,
+            **_probing(hooks, result.steps),
+            **calibration_s,
+            **balance_s,
+            **measures_s,
+            "checkpoints": attempt.checkpoints_s,
+        },
+        **memory_bytes,
+        **tested,
+        **measured,
+    }
+    return outcome, content
+
+
+def _test(
+    data: Data, predict_images: Callable[[LabelledImages], tuple[NDArray[np.float32], NDArray[np.int64]]]
+) -> dict[str, Any]:
+    """Read the test split, the only time, and return what was measured and what was predicted there."""
+    images = data.test.open()
+    logits, labels = predict_images(images)
+    return {"test": measure(logits, labels), "predictions": predictions(logits, labels, images.positions)}
+
+
+def _predict(
+    model: nn.Module, images: LabelledImages, spec: RunSpec, setting: Setting
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    batches = images.ordered_batches(spec.experiment.training.batch_size, setting.mean, setting.std)
+    return predict(model, batches, device=setting.device, precision=setting.precision)
+
+
+def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:
+    commit, dirty = loaded_git_state()
+    start = spec.experiment.start
+    head: nn.Module = backbone.model.get_classifier()  # type: ignore[operator]
+    training = spec.experiment.training
+    steps = 0 if spec.experiment.is_probe else spec.experiment.total_steps(len(data.train))
+    epochs = -(-steps // steps_per_epoch(len(data.train), training.batch_size))
+    orders = (data.train.order(spec.seed, epoch) for epoch in range(1, epochs + 1))
+    return Provenance(
+        packages=package_versions(),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        processor=processor_name(),
+        cpu_count=cpu_count(),
+        device=str(device),
+        threads=torch.get_num_threads(),
+        git_hash=commit,
+        git_dirty=dirty,
+        weights_name=backbone.weights_name,
+        weights_sha256=backbone.weights_sha256,
+        random_weights=backbone.random_weights,
+        data_sha256=data.data_sha256,
+        split_sha256=data.split_sha256,
+        head_init_sha256=hash_arrays(head.parameters()),
+        data_order_sha256=hash_arrays(orders),
+        start_sha256=None if start is None else peft_sha256(Path(start)),
+    )
+
+
+def _say_doubts(spec: RunSpec, provenance: Provenance, data: Data) -> None:
+    """Warn of an adapter to go on from that was trained on something else, as far as its files tell."""
+    start = spec.experiment.start
+    if start is None:
+        return
+    for doubt in doubts_about(
+        Path(start), spec.backbone.model, provenance.weights_name, provenance.weights_sha256, data.class_names
+    ):
+        warnings.warn(SilentNoEffectWarning(doubt), stacklevel=2)
+
+
+def _images(data: Data) -> dict[str, Any]:
+    """Return what a record says of the images; majority: the accuracy of a constant guess at its best."""
+    validation = torch.bincount(torch.from_numpy(data.validation.labels)).max().item() / len(data.validation)
+    return {
+        "class_names": list(data.class_names),
+        "split_sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+        "majority_accuracy": {"validation": validation, "test": float(data.test.class_counts().max() / len(data.test))},
+    }
+
+
+def _adapted(sites: Sequence[Site], ranks: Mapping[str, int]) -> list[SiteInfo]:
+    """Return the sites that carry adapters, block by block; a fused matrix may be one of them, or its parts."""
+    known = [*fused_sites(sites).values(), *(site.info() for site in sites)]
+    adapted = {site.name: site for site in known if site.name in ranks}
+    return sorted(adapted.values(), key=lambda site: (site.block, SITE_MATRICES.index(site.matrix)))
+
+
+def _histories(hooks: Sequence[StepHook], initial_ranks: dict[str, int]) -> dict[str, Any]:
+    ranks = [RankEntry(step=0, budget=None, ranks=initial_ranks)] if initial_ranks else []
+    importance: list[ImportanceEntry] = []
+    probes: list[ProbeEntry] = []
+    bits: list[BitsEntry] = []
+    for hook in hooks:
+        if isinstance(hook, AllocationHook):
+            ranks = [RankEntry(**entry) for entry in hook.controller.rank_history]
+            importance = [ImportanceEntry(**entry) for entry in hook.controller.score_history]
+            probes = [ProbeEntry(**entry) for entry in hook.controller.probe_history]
+        if isinstance(hook, PeftAdaLoraHook):
+            ranks = [RankEntry(**entry) for entry in hook.rank_history]
+        if isinstance(hook, QALoRATrainer):
+            bits = [BitsEntry(**entry) for entry in hook.bits_history]
+    return {"rank_history": ranks, "importance_history": importance, "probe_history": probes, "bits_history": bits}
+
+
+def _quantization(trainer: QALoRATrainer, model: nn.Module) -> QuantizationSummary:
+    size = model_size(model)
+    stored = sum(layer.stored_bytes for layer in size.layers.values())
+    return QuantizationSummary(
+        relative_error=trainer.relative_error,
+        balance=trainer.balance_history,
+        size=size,
+        quantized_bytes=stored,
+        bits_per_weight=8 * stored / sum(layer.weights for layer in size.layers.values()),
+    )
+
+
+def _trained(model: nn.Module, result: TrainingResult, backbone_total: int, content: bytes) -> dict[str, Any]:
+    """Return the course of training, the state that it chose, and what is counted on that."""
+    assert result.chosen is not None
+    return {
+        "steps": result.steps,
+        "evaluations": result.evaluations,
+        "chosen_step": result.chosen.step,
+        "validation": result.chosen.metrics,
+        "seconds_per_step": result.seconds_per_step if result.optimizer_sha256 else None,  # a probe takes no step
+        "optimizer_sha256": result.optimizer_sha256 or None,
+        "adapter_sha256": hashlib.sha256(content).hexdigest(),
+        "parameters": ParameterCounts(
+            initial=result.initial_parameters,
+            final=trainable_parameters(model),
+            peak=result.peak_parameters,
+            head=head_parameters(model),
+            backbone_total=backbone_total,
+        ),
+        "bytes": ByteCounts(
+            frozen_bytes=frozen_bytes(model),
+            trainable_bytes=trainable_bytes(model),
+            optimizer_bytes=result.optimizer_bytes,
+            adapter_file_bytes=len(content),
+        ),
+    }
+
+
+def _probing(hooks: Sequence[StepHook], steps: Sequence[StepRow]) -> dict[str, float]:
+    """Return what probes have cost, if there were any and there are steps to compare with."""
+    overhead_s = {}
+    for hook in hooks:
+        if isinstance(hook, AllocationHook) and (seconds := hook.probing_s(steps)) is not None:
+            overhead_s["probes"] = seconds
+    return overhead_s
+
+
+def _adapter_metadata(spec: RunSpec, provenance: Provenance, data: Data) -> dict[str, Any]:
+    return {
+        "spec": spec.model_dump(mode="json"),
+        "class_names": list(data.class_names),
+        "weights_name": provenance.weights_name,
+        "weights_sha256": provenance.weights_sha256,
+    }

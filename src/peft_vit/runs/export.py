@@ -1,0 +1,222 @@
+"""From a finished run's folder back to its model, and on to files that run elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters import adapted_modules, load_trained, saved_scales
+from peft_vit.adapters.peft_format import attach_fused, export_peft
+from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
+from peft_vit.data import DATASETS, LabelledImages, load_data
+from peft_vit.deployment import (
+    Classifier,
+    Merged,
+    ModelCard,
+    export_onnx,
+    merge,
+    open_exported,
+    require_onnx_export,
+    save_low_bit,
+    torch_classifier,
+)
+from peft_vit.errors import UserError, agreeing_with
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record
+from peft_vit.runs.methods import prepare_as_saved
+from peft_vit.safe_io import read_bytes
+
+_NOT_AS_PEFT = {
+    "full": "full fine-tuning changes every weight, so there is no adapter to export",
+    "qa_lora": "a QA-LoRA adapter belongs to the quantized weights; PEFT would add it to the float ones, another model",
+    "qa_adalora": "its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model",
+}
+_COMPARED_AT_ONCE = 32
+
+FileFormat = Literal["onnx", "safetensors"]
+
+
+@dataclass(frozen=True)
+class RestoredRun:
+    """A run's model as it was saved, and what is known of it."""
+
+    record: RunRecord
+    backbone: LoadedBackbone
+    model: nn.Module  # carries adapters and head at the chosen step; on the CPU, in evaluation mode
+
+    @property
+    def card(self) -> ModelCard:
+        """Return what an export says of the model."""
+        spec = self.record.spec
+        return ModelCard(
+            run=spec.run_id,
+            model=spec.backbone.model,
+            weights_name=self.backbone.weights_name,
+            weights_sha256=self.backbone.weights_sha256,
+            image_size=spec.data.image_size,
+            channels=DATASETS[spec.data.dataset].channels,
+            mean=self.backbone.mean,
+            std=self.backbone.std,
+            class_names=tuple(self.record.class_names),
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An exported file, opened again, against the run's model as it was trained; both in float32."""
+
+    images: int  # of the run's validation split
+    same_predictions: float  # share
+    logit_error: float  # largest difference over the largest magnitude
+    trained_accuracy: float
+    exported_accuracy: float
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did."""
+
+    merged: Merged
+    comparison: Comparison | None  # None: the run's images are not there
+    not_compared: str = ""  # why
+
+
+def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
+    """Write a run's adapter and head in PEFT's format, with peft_vit.json beside them.
+
+    Args:
+        run_dir: holds record.json and adapter.safetensors.
+        output_dir: created; must be empty.
+
+    Raises:
+        UserError: if the run can't be restored, or its method has no PEFT counterpart.
+    """
+    method = _done_record(run_dir).spec.experiment.method
+    if method in _NOT_AS_PEFT:
+        raise UserError(
+            f"{_NOT_AS_PEFT[method]}; use --format safetensors or onnx, or export a run of lora, adalora or linear, or "
+            "of PEFT's methods",
+            file=run_dir,
+        )
+    run = restore_run(run_dir)
+    export_peft(run.model, output_dir, run.card.model_dump(mode="json"))
+
+
+def export_run_to_file(run_dir: Path, file: Path, format: FileFormat) -> Exported:
+    """Merge a run's adapters, write the model into one file, and compare the file with the model.
+
+    Args:
+        run_dir: holds record.json and adapter.safetensors.
+        file: ends in the format's name; replaced if it exists.
+        format: onnx: for onnxruntime; safetensors: packed weights, for this package.
+
+    Raises:
+        UserError: if the run can't be restored, or the file can't be written.
+    """
+    if file.suffix != f".{format}":
+        raise UserError(f"expected a name that ends in .{format}", file=file, field="--to")
+    if format == "onnx":
+        require_onnx_export()
+    run = restore_run(run_dir)
+    merged = merge(run.model, run.card)
+    (export_onnx if format == "onnx" else save_low_bit)(merged.model, file, run.card)
+    spec = run.record.spec
+    try:
+        images = load_data(spec.data, spec.seed, smoke=spec.smoke).validation
+    except UserError as error:
+        return Exported(merged, None, str(error))
+    return Exported(merged, compare(torch_classifier(run.model, run.card), open_exported(file), images))
+
+
+def compare(trained: Classifier, exported: Classifier, images: LabelledImages) -> Comparison:
+    """Return how far a classifier's outputs are from another's, on labelled images."""
+    logits: list[tuple[Tensor, Tensor]] = []
+    labels = []
+    card = trained.card
+    for batch, targets in images.ordered_batches(_COMPARED_AT_ONCE, card.mean, card.std):
+        logits.append((trained.logits(batch), exported.logits(batch)))
+        labels.append(targets)
+    before, after = (torch.cat(side) for side in zip(*logits, strict=True))
+    truth = torch.cat(labels)
+    return Comparison(
+        images=len(truth),
+        same_predictions=float((before.argmax(1) == after.argmax(1)).float().mean()),
+        logit_error=float((after - before).abs().max() / before.abs().max()),
+        trained_accuracy=float((before.argmax(1) == truth).float().mean()),
+        exported_accuracy=float((after.argmax(1) == truth).float().mean()),
+    )
+
+
+def open_model(path: Path, weights: str | None = None) -> Classifier:
+    """Return the classifier of a run's folder, or of anything that `peft-vit export` has written.
+
+    Args:
+        path: of a file or folder.
+        weights: of a PEFT folder's base, see `deployment.open_peft`.
+
+    Raises:
+        UserError: if it is none of these, or is damaged.
+    """
+    if weights is None and os.path.isfile(path / RECORD_FILE):  # unlike Path.is_file, also False for an impossible name
+        run = restore_run(path)
+        return torch_classifier(run.model, run.card)
+    return open_exported(path, weights)
+
+
+def restore_run(run_dir: Path) -> RestoredRun:
+    """Build a run's backbone again, prepare it as its method says, and load what was trained.
+
+    Raises:
+        UserError: if the run failed, a file is missing or has changed, or the backbone's weights are others now.
+    """
+    record = _done_record(run_dir)
+    spec, provenance = record.spec, record.provenance
+    assert provenance is not None
+    file = run_dir / ADAPTER_FILE
+    try:
+        found = hashlib.sha256(read_bytes(file, None)).hexdigest()
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror}); move or rerun the whole run", file=file) from None
+    if found != record.adapter_sha256:
+        problem = f"has SHA-256 {found}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
+        raise UserError(problem, file=file, field="adapter_sha256")
+    with agreeing_with(run_dir / RECORD_FILE):
+        backbone = load_run_backbone(spec, len(record.class_names))
+    if backbone.weights_sha256 != provenance.weights_sha256:
+        raise UserError(
+            f"{backbone.weights_name} has SHA-256 {backbone.weights_sha256}, the run was trained on "
+            f"{provenance.weights_sha256}; get those weights again",
+            file=run_dir / RECORD_FILE,
+            field="provenance",
+        )
+    with agreeing_with(run_dir / RECORD_FILE):
+        if spec.experiment.start is None:
+            prepare_as_saved(
+                backbone.model,
+                spec.experiment,
+                file,
+                total_steps=spec.experiment.total_steps(record.split_sizes["train"]),
+                seed=spec.seed,
+            )
+        else:  # the adapter that it went on from need not be there any more: its scales stand in the file
+            attach_fused(backbone.model, saved_scales(file), seed=spec.seed)
+        load_trained(backbone.model, file)
+    choose_attention(backbone.model, torch.device("cpu"), spec.precision)  # as in the run: equal to the last bit
+    for _, module in adapted_modules(backbone.model):
+        if module.quantized is not None:
+            module.drop_float()  # wherever the schedule starts, a saved run stands on quantized weights alone
+    return RestoredRun(record, backbone, backbone.model.eval())
+
+
+def _done_record(run_dir: Path) -> RunRecord:
+    record = read_record(run_dir / RECORD_FILE)
+    if record.status != "done" or record.provenance is None:
+        raise UserError(f"this run failed ({record.error}); rerun it", file=run_dir / RECORD_FILE, field="status")
+    if not record.class_names:
+        raise UserError("holds no class; rerun this run", file=run_dir / RECORD_FILE, field="class_names")
+    return record

@@ -1,0 +1,84 @@
+"""The head that a run starts from: fitted to the frozen backbone's features, where method or `head_start` say so."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from peft_vit.data import Data, LabelledImages
+from peft_vit.evaluation import trainable_parameters
+from peft_vit.records import RunSpec
+from peft_vit.runs.features import SharedFeatures
+from peft_vit.runs.resume import Attempt
+from peft_vit.training import LinearProbe, Setting, StepHook, TrainingResult, class_weights, fit_probe, head_logits
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """What became of the head before the first step.
+
+    Attributes:
+        head: of the model.
+        features: of the model as it is before training.
+        setting: where the model runs.
+        probe: None if none was asked for, or if a checkpoint holds what became of it.
+        seconds: by purpose.
+    """
+
+    head: nn.Linear
+    features: SharedFeatures
+    setting: Setting
+    probe: LinearProbe | None
+    seconds: dict[str, float]
+
+    def predict(self, images: LabelledImages) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return logits (N, classes) and labels (N,) of a model of which nothing but the head was fitted."""
+        return head_logits(self.head, self.features.of(images).values, self.setting), images.labels
+
+    def result(self, model: nn.Module) -> TrainingResult:
+        """Return what a run says that ends here."""
+        assert self.probe is not None
+        fitted = trainable_parameters(model)
+        return TrainingResult(
+            steps=list(self.probe.steps),
+            evaluations=list(self.probe.evaluations),
+            chosen=self.probe.chosen,
+            initial_parameters=fitted,
+            peak_parameters=fitted,
+        )
+
+
+def start_head(
+    model: nn.Module, spec: RunSpec, attempt: Attempt, data: Data, hooks: list[StepHook], setting: Setting
+) -> HeadStart:
+    """Fit the head, and put it in its place, if the run asks for it and no earlier attempt has begun to train.
+
+    Args:
+        model: prepared, with updates of zero.
+        spec: of the run.
+        attempt: at it; takes note of the fit.
+        data: images and labels.
+        hooks: the method's.
+        setting: where the model runs.
+    """
+    training = spec.experiment.training
+    head = cast(nn.Linear, model.get_classifier())  # type: ignore[operator]
+    features = SharedFeatures(model, spec, attempt.provenance, hooks, setting)
+    if attempt.goes_on or not (spec.experiment.is_probe or training.head_start == "probe"):
+        return HeadStart(head, features, setting, None, {})
+    started = time.perf_counter()
+    of_training, of_validation = features.of_training(data.train), features.of(data.validation)
+    computed = time.perf_counter()
+    weights = class_weights(data.train.labels, len(data.class_names)) if training.class_weights else None
+    probe = fit_probe(
+        of_training, of_validation, head, setting, class_weights=None if weights is None else weights.double().numpy()
+    )
+    probe.set_head(head, 1.0 if spec.experiment.is_probe else probe.temperature(of_validation))
+    attempt.head_fit = probe.fit
+    seconds = {"features": computed - started, "probe": time.perf_counter() - computed}
+    return HeadStart(head, features, setting, probe, seconds)

@@ -1,0 +1,271 @@
+"""What the commands that run studies do: read all files, take all locks, plan everything, then drive study by study."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from peft_vit.config import StudyConfig, load_study
+from peft_vit.errors import UserError
+from peft_vit.records.study_file import read_study_file
+from peft_vit.safe_io import folder_below
+from peft_vit.studies.ledger import run_name
+from peft_vit.studies.lock import StudyLock, study_lock
+
+if TYPE_CHECKING:
+    from peft_vit.costs.cache import Costs
+    from peft_vit.records import RunSpec
+    from peft_vit.studies.deadline import Deadline, Limit
+    from peft_vit.studies.events import Executor, Told
+    from peft_vit.studies.own_images import OwnImages
+    from peft_vit.studies.plan import Plan
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command was asked for.
+
+    Attributes:
+        configs: files of studies.
+        results_dir: a study's folder lies below it.
+        smoke: compress the studies.
+        method: only runs of this method; the others are skipped, not removed.
+        seeds: only runs of these, as in 0,1,2.
+        workers: in place of those that the studies set.
+        calibrate: measure what runs cost of which nothing is known, instead of estimating it.
+        minutes: that the command may take; what does not fit is left for a later one.
+    """
+
+    configs: list[Path]
+    results_dir: Path
+    smoke: bool = False
+    method: str | None = None
+    seeds: str | None = None
+    workers: int | None = None
+    calibrate: bool = False
+    minutes: float | None = None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How runs are carried out, beyond what the studies say; see `open_executor`, `drive` and `EventLog`."""
+
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    oversubscribe: bool = False
+    keep_failed: bool = False
+    log_json: Path | None = None
+
+
+def plan_studies(asked: Asked, show: Callable[[Plan], None]) -> list[Plan]:
+    """Check every study and plan it; nothing is written.
+
+    Raises:
+        UserError: for anything that would fail later.
+    """
+    if asked.minutes is not None:
+        limit = _limit(asked)
+        ((study, file),) = _load(asked)
+        plan, _ = _plan_within(asked, study, file, limit)
+        show(plan)
+        return [plan]
+    return _plan(asked, _load(asked), show)
+
+
+def run_studies(asked: Asked, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
+    """Do every run that is asked for and not done; return the reason by run id for those that have failed.
+
+    Raises:
+        UserError: before any run starts, for anything that would fail later or if another command works on one of
+            the studies; later if there is no room for a result.
+        KeyboardInterrupt: see `drive`.
+    """
+    if asked.minutes is not None:
+        return _run_within(asked, execution, show)
+    if execution.executor == "ray":
+        asked = _without_workers(asked)
+    studies = _load(asked)
+    with _locks(asked.results_dir, [study.name for study, _ in studies]) as locks:
+        return _drive(_plan(asked, studies, show), locks, execution)
+
+
+def _run_within(asked: Asked, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
+    """Do what fits into a limited time; once all that was taken is done, take more, as long as more fits."""
+    from peft_vit.studies.status import study_status
+
+    if execution.executor == "ray":
+        problem = "works with --executor local only: it measures how fast this machine is; leave one of the two out"
+        raise UserError(problem, field="--minutes")
+    limit = _limit(asked)
+    ((study, file),) = _load(asked)
+    with _locks(asked.results_dir, [study.name]) as (lock,):
+        taken: set[str] = set()
+        while True:
+            plan, deadline = _plan_within(asked, study, file, limit)
+            if taken and not plan.pending:  # there is time left, but not enough for more
+                break
+            show(plan)
+            failed = _drive([plan], [lock], execution, deadline)
+            taken |= {run_name(run.spec) for run in plan.runs}
+            left = {run.run for run in study_status(lock.folder).runs if run.state not in ("done", "failed")}
+            if failed or not left or left & taken or deadline.over:
+                break
+    if left:
+        runs, them = (
+            ("1 run of the study is", "it") if len(left) == 1 else (f"{len(left)} runs of the study are", "them")
+        )
+        print(f"{runs} left; the same command goes on with {them}, for another {asked.minutes:g} minutes.")
+    return failed
+
+
+def _limit(asked: Asked) -> Limit:
+    """Start the time that a command has.
+
+    Raises:
+        UserError: if something else is asked for that it can't be combined with.
+    """
+    from peft_vit.studies.deadline import Limit
+
+    assert asked.minutes is not None
+    others = {
+        "--smoke": (asked.smoke, "a smoke study takes seconds"),
+        "--method": (asked.method is not None, "the time decides which experiments are taken"),
+        "--seeds": (asked.seeds is not None, "the time decides which seeds are taken"),
+    }
+    for option, (given, why) in others.items():
+        if given:
+            raise UserError(f"can't be combined with {option}: {why}; leave one of the two out", field="--minutes")
+    if len(asked.configs) > 1:
+        problem = f"is of one study, and {len(asked.configs)} are given; give one, or leave --minutes out"
+        raise UserError(problem, field="--minutes")
+    if not 0 < asked.minutes < math.inf:
+        raise UserError(f"is {asked.minutes:g}; give more than 0", field="--minutes")
+    return Limit(asked.minutes, time.monotonic())
+
+
+def _plan_within(asked: Asked, study: StudyConfig, file: Path, limit: Limit) -> tuple[Plan, Deadline]:
+    from peft_vit.studies.within import plan_within
+
+    if asked.workers is not None:
+        workers = study.execution.model_copy(update={"workers": asked.workers})
+        study = study.model_copy(update={"execution": workers})
+    return plan_within(study, asked.results_dir, limit, file=file, tell=partial(print, flush=True))
+
+
+def run_on_own_images(
+    asked: OwnImages, results_dir: Path, show: Callable[[Plan], None], *, smoke: bool = False
+) -> dict[str, str]:
+    """Do one run on somebody's own images, beside those that the directory holds already; as `run_studies`."""
+    from peft_vit.studies.own_images import STUDY_NAME, study_of
+    from peft_vit.studies.plan import plan_study
+
+    with _locks(results_dir, [STUDY_NAME]) as locks:
+        earlier = read_study_file(results_dir / STUDY_NAME)
+        study, line = study_of(asked, None if earlier is None else earlier.configuration)
+        print(line)
+        plan = plan_study(study, results_dir, file=asked.folder, smoke=smoke, part=True)
+        show(plan)
+        return _drive([plan], locks, Execution())
+
+
+def _load(asked: Asked) -> list[tuple[StudyConfig, Path]]:
+    studies = [(load_study(file), file) for file in asked.configs]
+    names = [study.name for study, _ in studies]
+    for study, file in studies:
+        if names.count(study.name) > 1:
+            raise UserError(f"'{study.name}' names two of the given studies; rename one", file=file, field="name")
+        _chosen_seeds(study, asked.seeds, file)
+        if asked.method not in (None, *(experiment.method for experiment in study.experiments)):
+            raise UserError(f"no experiment is of method {asked.method}", file=file, field="experiments")
+    return studies
+
+
+def _without_workers(asked: Asked) -> Asked:
+    """Return the same for a cluster, on which as many runs go at a time as there is room for; planned is with one."""
+    if asked.workers is not None:
+        problem = "has no effect with --executor ray, where as many runs go at a time as nodes have room for"
+        raise UserError(f"{problem}; leave it out", field="--workers")
+    return replace(asked, workers=1)
+
+
+def _chosen_seeds(study: StudyConfig, seeds: str | None, file: Path) -> tuple[int, ...]:
+    if seeds is None:
+        return study.seeds
+    there = {str(seed) for seed in study.seeds}
+    wanted = {seed.strip() for seed in seeds.split(",")}
+    if not wanted <= there:
+        problem = f"--seeds asks for {min(wanted - there)!r}, the study has {study.seeds}"
+        raise UserError(problem, file=file, field="seeds")
+    return tuple(seed for seed in study.seeds if str(seed) in wanted)
+
+
+@contextmanager
+def _locks(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
+    """Hold all locks from before planning on: whoever comes too late leaves before torch is loaded."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
+
+
+def _plan(asked: Asked, studies: list[tuple[StudyConfig, Path]], show: Callable[[Plan], None]) -> list[Plan]:
+    from peft_vit.studies.plan import plan_study
+
+    plans = []
+    for study, file in studies:
+        seeds = _chosen_seeds(study, asked.seeds, file)
+        changes: dict[str, object] = {"seeds": seeds} if asked.smoke else {}  # it has one seed, the first asked for
+        if asked.workers is not None:
+            changes["execution"] = study.execution.model_copy(update={"workers": asked.workers})
+        changed = study.model_copy(update=changes)
+        measure = _measure if asked.calibrate else None
+        plan = plan_study(changed, asked.results_dir, file=file, smoke=asked.smoke, measure=measure)
+        plans.append(plan.only(asked.method, seeds))
+    for plan in plans:
+        show(plan)
+    return plans
+
+
+def _drive(
+    plans: list[Plan], locks: list[StudyLock], execution: Execution, deadline: Deadline | None = None
+) -> dict[str, str]:
+    from peft_vit.studies.event_log import EventLog
+    from peft_vit.studies.progress_view import Watch
+    from peft_vit.studies.scheduler import drive
+
+    failed: dict[str, str] = {}
+    with nullcontext() if execution.log_json is None else EventLog(execution.log_json) as log:
+        for plan, lock in zip(plans, locks, strict=True):
+            with Watch(plan, until=None if deadline is None else deadline.over_at) as watch:
+
+                def tell(event: Told, watch: Watch = watch) -> None:
+                    if log is not None:
+                        log.on_event(event)
+                    watch.on_event(event)
+
+                make_executor = partial(_open, plan.in_time, lock, execution)
+                outcome = drive(plan, lock, make_executor, tell, keep_failed=execution.keep_failed, deadline=deadline)
+                failed |= outcome.failed
+    return failed
+
+
+def _measure(kinds: Mapping[str, RunSpec]) -> Mapping[str, Costs]:
+    from peft_vit.studies.profiling import measure_costs
+
+    return measure_costs(kinds, partial(print, flush=True))
+
+
+def _open(plan: Plan, lock: StudyLock, execution: Execution) -> Executor:
+    from peft_vit.studies.executors import open_executor
+
+    return open_executor(
+        execution.executor,
+        plan,
+        lock.folder.parent,
+        oversubscribe=execution.oversubscribe,
+        ray_address=execution.ray_address,
+    )

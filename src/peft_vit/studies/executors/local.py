@@ -1,0 +1,311 @@
+"""Runs on this machine, several at a time, each in a worker process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from peft_vit.errors import UserError
+from peft_vit.records import Registration, RunSpec, checkpoint_folders, run_folder
+from peft_vit.runs.execute import Finished, run_one
+from peft_vit.runs.provenance import cpu_count
+from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted
+from peft_vit.studies.executors.worker import ALLOCATOR, WeightsOnce, environment, lost, prepare_process
+from peft_vit.studies.plan import PlannedRun
+from peft_vit.training import Checkpoints, Interrupted, Progress
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a worker is asked to do; None in its place asks it to stop what it does."""
+
+    spec: RunSpec
+    checkpoints: Checkpoints
+    registration: Registration | None
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A worker process as its parent sees it. No other process holds an end of its pipe, so its death closes it."""
+
+    process: BaseProcess
+    pipe: Connection
+    run: PlannedRun | None = None  # what it works on
+    since: float = 0.0  # time.monotonic()
+    stepped: bool = False  # it has told of a step of this attempt
+
+
+class LocalExecutor:
+    """Spawned processes that do one run after the other; one that dies costs its own run only.
+
+    Call it from one thread, and one that lives as long as it does: on Linux, workers end with the thread that started
+    them. Images should be in the cache before (`decode_images`), or workers decode them, each for itself.
+
+    Args:
+        workers: processes, started as there are runs for them.
+        threads: of a run.
+        results_dir: a run's folder with its checkpoints lies below it.
+        checkpoint_every_s: see `Checkpoints`.
+        oversubscribe: allow more threads than this process may use cores.
+
+    Raises:
+        UserError: if workers x threads exceed the cores.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        threads: int,
+        results_dir: Path,
+        *,
+        checkpoint_every_s: float = 30.0,
+        oversubscribe: bool = False,
+    ) -> None:
+        if workers * threads > cpu_count() and not oversubscribe:
+            problem = f"workers x threads, {workers} x {threads}, exceed the {cpu_count()} cores of this process"
+            remedy = "lower workers, or pass --oversubscribe"
+            raise UserError(f"{problem}; {remedy}", field="execution.workers")
+        self._count = workers
+        self._results_dir = results_dir
+        self._checkpoint_every_s = checkpoint_every_s
+        self._waiting: deque[PlannedRun] = deque()
+        self._events: deque[Event] = deque()
+        self._workers: list[_Worker] = []
+
+    def submit(self, run: PlannedRun) -> None:
+        """Take an attempt on, to be started when a worker is free."""
+        self._waiting.append(run)
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        """Return what happened next; None if nothing did within the time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._hand_out()
+            if self._events:
+                return self._events.popleft()
+            left_s = deadline - time.monotonic()
+            if left_s < 0 or not self._workers:
+                return None
+            ready = wait([worker.pipe for worker in self._workers], left_s)
+            for worker in [worker for worker in self._workers if worker.pipe in ready]:
+                self._hear(worker)
+
+    def stop(self) -> None:
+        """Forget what has not started; let what runs write a checkpoint and report `RunInterrupted`.
+
+        An attempt that has made no step has nothing to keep: its worker, which may still be starting, is ended.
+        """
+        self._waiting.clear()
+        for worker in [worker for worker in self._workers if worker.run is not None]:
+            if worker.stepped:
+                _send(worker, None)
+            else:
+                self._end_before_first_step(worker)
+
+    def close(self) -> None:
+        """End at once, whatever runs; leave no process behind."""
+        self._waiting.clear()
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.pipe.close()
+        self._workers.clear()
+
+    def _hand_out(self) -> None:
+        for idle in [worker for worker in self._workers if worker.run is None]:
+            if idle.pipe.poll():  # without a run it has nothing to say: it is dead, and would cost the next run
+                self._hear(idle)
+        while self._waiting:
+            worker = next((worker for worker in self._workers if worker.run is None), None)
+            if worker is None and len(self._workers) < self._count:
+                worker = self._another()
+            if worker is None:
+                return
+            run = self._waiting.popleft()
+            worker.run, worker.since, worker.stepped = run, time.monotonic(), False
+            self._events.append(RunStarted(run, f"process {worker.process.pid} on {platform.node()}"))
+            checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
+            _send(worker, _Order(run.spec, checkpoints, run.registration))
+
+    def _another(self) -> _Worker | None:
+        """Start a worker; None if the system allows no further process now, while others may yet take the run."""
+        try:
+            worker = _start_worker()
+        except OSError as error:
+            if self._workers:
+                return None
+            problem = f"no worker process can be started ({error.strerror or error})"
+            remedy = "free processes or memory, or raise this user's limits (ulimit); the same command goes on"
+            raise UserError(f"{problem}; {remedy}", field="execution.workers") from None
+        self._workers.append(worker)
+        return worker
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            message = worker.pipe.recv()
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        assert worker.run is not None
+        match message:
+            case Progress():
+                worker.stepped = True
+                self._events.append(RunProgress(worker.run, message))
+                return
+            case Finished():
+                self._events.append(RunEnded(worker.run, message.record, message.adapter))
+            case Interrupted():
+                self._events.append(RunInterrupted(worker.run, message.step))
+        worker.run = None
+
+    def _end_before_first_step(self, worker: _Worker) -> None:
+        assert worker.run is not None
+        worker.process.kill()
+        self._remove(worker)
+        steps = checkpoint_folders(run_folder(self._results_dir, worker.run.spec))  # of earlier attempts
+        self._events.append(RunInterrupted(worker.run, max(steps, default=0)))
+
+    def _remove(self, worker: _Worker) -> None:
+        worker.process.join()
+        worker.pipe.close()
+        self._workers.remove(worker)
+
+    def _bury(self, worker: _Worker) -> None:
+        self._remove(worker)
+        if worker.run is not None:
+            reason = f"the worker process {_how_it_ended(worker.process.exitcode)}"
+            record = lost(worker.run.spec, reason, time.monotonic() - worker.since)
+            self._events.append(RunEnded(worker.run, record, None))
+
+
+def _how_it_ended(exitcode: int | None) -> str:
+    if exitcode == -signal.SIGKILL:
+        return "was killed (SIGKILL: by somebody, or by the system, which was out of memory)"
+    if exitcode is not None and exitcode < 0:
+        return f"was ended by {signal.Signals(-exitcode).name}"
+    return f"ended with code {exitcode}"
+
+
+def _send(worker: _Worker, order: _Order | None) -> None:
+    try:
+        worker.pipe.send(order)
+    except OSError:
+        return  # it is dead, which `next_event` is about to notice
+
+
+def _start_worker() -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+    try:
+        with _environment_of_workers():
+            process.start()
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return _Worker(process, ours)
+
+
+@contextmanager
+def _environment_of_workers() -> Iterator[None]:
+    """Hand down the allocator's settings, and no Ctrl-C: a worker leaves it to its parent from its first instant on.
+
+    Python would look for modules in the working directory first, which may hold anybody's data.
+    """
+    with environment(ALLOCATOR | {"PYTHONSAFEPATH": "1"}):
+        resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _serve(pipe: Connection, parent: int) -> None:
+    """Do what comes through the pipe, until its other end is closed."""
+    _end_with(parent)
+    prepare_process()
+    inbox = _Inbox(pipe)
+    weights = WeightsOnce()
+    while True:
+        order = inbox.next_order()
+        try:
+            finished: Finished | Interrupted = run_one(
+                order.spec,
+                on_progress=inbox.reply,
+                checkpoints=order.checkpoints,
+                should_stop=inbox.asked_to_stop,
+                read=weights,
+                registration=order.registration,
+            )
+        except Interrupted as interrupted:
+            finished = interrupted
+        inbox.reply(finished)
+        del finished  # or record and adapter would lie in memory beside the next run's
+
+
+class _Inbox:
+    """The worker's end of its pipe. Without a parent at the other end there is nothing left to do."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._stop = False
+
+    def next_order(self) -> _Order:
+        """Wait for a run; a request to stop that came after the end of the one before is void."""
+        self._stop = False
+        while True:
+            order = self._receive()
+            if order is not None:
+                return order
+
+    def asked_to_stop(self) -> bool:
+        """Tell whether the parent wants the run to be interrupted."""
+        if not self._stop and self._pipe.poll():
+            self._stop = self._receive() is None
+        return self._stop
+
+    def reply(self, message: Progress | Finished | Interrupted) -> None:
+        """Tell the parent what happened."""
+        try:
+            self._pipe.send(message)
+        except OSError:
+            os._exit(1)
+
+    def _receive(self) -> _Order | None:
+        try:
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            os._exit(1)
+
+
+def _end_with(parent: int) -> None:
+    """See that this process does not outlive its parent: at once on Linux, within a second elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

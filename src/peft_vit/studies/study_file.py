@@ -1,0 +1,148 @@
+"""How study.json is written, and how later calls are held beside what it says."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peft_vit.config import DataConfig, StudyConfig
+from peft_vit.errors import UserError
+from peft_vit.records import write_atomically
+from peft_vit.records.study_file import STUDY_FILE, Limited, StudyFile, read_study_file
+from peft_vit.studies.ledger import no_room
+
+_FREE = {"description", "execution", "hypotheses"}  # no result depends on them
+
+
+def study_file(
+    study: StudyConfig, asked: Collection[str], *, smoke: bool, data_sha256: str, limited: Limited | None = None
+) -> StudyFile:
+    """Return what study.json will say; `asked` are the names of the runs that the command does not leave out."""
+    runs = tuple(f"{experiment.name}/seed_{seed}" for experiment in study.experiments for seed in study.seeds)
+    skipped = tuple(run for run in runs if run not in asked)
+    return StudyFile(
+        smoke=smoke, data_sha256=data_sha256, runs=runs, skipped=skipped, configuration=study, limited=limited
+    )
+
+
+def write_study_file(folder: Path, content: StudyFile) -> None:
+    """Replace study.json.
+
+    Raises:
+        UserError: if there is no room for it.
+    """
+    file = folder / STUDY_FILE
+    try:
+        write_atomically(file, (content.model_dump_json(indent=1) + "\n").encode())
+    except OSError as error:
+        raise no_room(file, error) from None
+
+
+def go_on(folder: Path, asked: StudyFile, *, source: Path, part: bool = False) -> StudyFile:
+    """Return what study.json will say after a command asked for `asked`; seeds and experiments may be added.
+
+    Args:
+        folder: the study's.
+        asked: by the command.
+        source: the configuration file, named in the difference.
+        part: experiments and seeds that `asked` does not name stay, instead of counting as removed.
+
+    Raises:
+        UserError: with the difference, if the folder holds another study or one that was configured otherwise.
+    """
+    before = read_study_file(folder)
+    if before is None:
+        return asked
+    file, remedy = folder / STUDY_FILE, "choose another --output-dir"
+    if before.smoke != asked.smoke:
+        kinds = {True: "a smoke study", False: "a real study"}
+        problem = f"belongs to {kinds[before.smoke]}, not to {kinds[asked.smoke]}; {remedy}"
+        raise UserError(problem, file=file, field="smoke")
+    if before.limited is not None and before.smaller_than_asked:
+        if asked.limited is None:
+            sizes = in_place_of(before.configuration.data, before.limited.asked.data)
+            problem = f"was begun smaller, for want of time ({sizes})"
+            raise UserError(f"{problem}; give --minutes to go on, or {remedy}", file=file, field="limited")
+        refuse_another(before.limited.asked, asked.limited.asked, file, source, part=part)
+    refuse_another(before.configuration, asked.configuration, file, source, part=part)
+    if before.data_sha256 != asked.data_sha256:
+        raise UserError(f"was begun with other images under the same path; {remedy}", file=file, field="data_sha256")
+    runs = tuple(dict.fromkeys((*asked.runs, *before.runs)))
+    left_out = {*before.runs, *asked.skipped} - ({*asked.runs} - {*asked.skipped})
+    return asked.model_copy(
+        update={
+            "runs": runs,
+            "skipped": tuple(run for run in runs if run in left_out),
+            "configuration": _together(before.configuration, asked.configuration) if part else asked.configuration,
+        }
+    )
+
+
+def refuse_another(before: StudyConfig, asked: StudyConfig, file: Path, source: Path, *, part: bool = False) -> None:
+    """Raise UserError, with the difference, if a study was begun with another configuration.
+
+    Args:
+        before: as it was begun.
+        asked: by the command.
+        file: what says how it was begun.
+        source: the configuration file.
+        part: see `go_on`.
+    """
+    old, new = _comparable(before, asked, part)
+    if old != new:
+        remedy = "set it back, name the study otherwise, or choose another --output-dir"
+        raise UserError(
+            f"was begun with another configuration, see below; {remedy}",
+            file=file,
+            field="configuration",
+            details=difference(old, new, str(file), str(source)),
+        )
+
+
+def in_place_of(smaller: DataConfig, asked: DataConfig) -> str:
+    """Return what differs, in words: image_size 56 in place of 84."""
+    pairs = {name: (getattr(smaller, name), getattr(asked, name)) for name in type(asked).model_fields}
+    return ", ".join(
+        f"{name} {left}" + ("" if right is None else f" in place of {right}")
+        for name, (left, right) in pairs.items()
+        if left != right
+    )
+
+
+def _comparable(before: StudyConfig, asked: StudyConfig, part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return both as plain values, without what may change: experiments by name, and only what both could have."""
+    old, new = (study.model_dump(mode="json", exclude=_FREE, exclude_none=True) for study in (before, asked))
+    named = [{experiment["name"]: experiment for experiment in study["experiments"]} for study in (old, new)]
+    both = named[0].keys() & named[1].keys()
+    for study, experiments, kept in ((old, named[0], both if part else named[0]), (new, named[1], both)):
+        study["experiments"] = {name: one for name, one in experiments.items() if name in kept}
+        if not study["experiments"]:
+            del study["experiments"]
+    new["seeds"] = sorted(set(new["seeds"]) & set(old["seeds"]))
+    old["seeds"] = new["seeds"] if part else sorted(old["seeds"])
+    return old, new
+
+
+def _together(before: StudyConfig, asked: StudyConfig) -> StudyConfig:
+    named = {experiment.name: experiment for experiment in (*before.experiments, *asked.experiments)}
+    seeds = tuple(dict.fromkeys((*before.seeds, *asked.seeds)))
+    return asked.model_copy(update={"experiments": tuple(named.values()), "seeds": seeds})
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: str) -> str:
+    """Return a unified difference of two mappings as YAML: what changed, below the keys that it stands under."""
+    before, after = (yaml.safe_dump(one, sort_keys=False, allow_unicode=True).splitlines() for one in (old, new))
+    whole = max(len(before), len(after))
+    header, other, _, *lines = difflib.unified_diff(before, after, old_name, new_name, lineterm="", n=whole)
+    kept = []
+    depth = 0  # a line that is less deep has one of the kept lines below it
+    for line in reversed(lines):
+        indent = len(line) - len(line[1:].lstrip()) + line[1:].lstrip().startswith("- ")
+        if line[0] != " " or indent < depth:
+            kept.append(line)
+            depth = indent
+    return "\n".join([header, other, *reversed(kept)])

@@ -1,0 +1,144 @@
+"""Estimates: what they are known from, how they add up, and how far off they were."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from written_runs import run_and_write
+
+from peft_vit.backbones import describe
+from peft_vit.costs.cache import Costs, keep_costs
+from peft_vit.costs.disk import DiskUse
+from peft_vit.costs.estimate import Compared, Estimate, Ratios, Wanted, Workload, deviation
+from peft_vit.costs.estimate import estimate_runs as estimate
+from peft_vit.records import write_record
+from peft_vit.studies import plan_study
+from peft_vit.studies.time_limit import makespan
+
+pytestmark = pytest.mark.part("runner")
+
+DISK = DiskUse(1, 2, 3)
+COSTS = Costs(start_s=2.0, step_s=0.5, image_s=0.01, peak_memory_bytes=400_000_000, images=50)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path_factory.mktemp("costs")))
+
+
+def planned(config, folder, **options):
+    return plan_study(config, folder, file=folder / "tiny.yaml", **options)
+
+
+def wanted(config, folder) -> tuple[list[Wanted], Workload]:
+    runs = [
+        Wanted(run.spec, run.total_steps, run.spec, run.spec.digest(), DISK, None)
+        for run in planned(config, folder).runs
+    ]
+    workload = Workload(describe(config.backbone, 32), 32, 1, torch.device("cpu"), "fp32", 1, 24, 20, 30)
+    return runs, workload
+
+
+def simulated(seconds: list[float], workers: int, busy: list[float]) -> float:
+    """Move a clock from one end of a run to the next."""
+    clock, waiting, running = 0.0, list(seconds), sorted(busy)
+    while waiting or running:
+        while waiting and len(running) < workers:
+            running.append(clock + waiting.pop(0))
+        running.sort()
+        clock = running.pop(0)
+    return clock
+
+
+def test_the_makespan_is_that_of_a_simulation() -> None:
+    draw = random.Random(0)
+    for workers, count, occupied in itertools.product((1, 2, 3, 7), (0, 1, 2, 5, 20), (0, 1, 2)):
+        seconds = [draw.choice((1.0, 2.5, 7.0, draw.random())) for _ in range(count)]
+        busy = [draw.random() * 5 for _ in range(min(occupied, workers))]
+        expected = simulated(seconds, workers, busy)
+        assert makespan(seconds, workers, busy=busy) == pytest.approx(expected), (seconds, workers, busy)
+    assert makespan([3.0, 1.0, 1.0, 1.0], 2) == 3.0
+    assert makespan([1.0, 1.0, 1.0, 3.0], 2) == 4.0  # a long run at the end
+
+
+def test_costs_are_put_together(study, tmp_path) -> None:
+    runs, workload = wanted(study("lora", epochs=4), tmp_path)
+    (run,) = runs
+    keep_costs(run.kind, COSTS)
+    (found,), nothing = estimate(runs, workload)
+    # 12 steps; 20 validation images in each of 4 epochs and 30 test images
+    assert found.seconds == pytest.approx(2.0 + 12 * 0.5 + (4 * 20 + 30) * 0.01)
+    assert found.peak_memory_bytes == 400_000_000 + (24 + 20 + 30 - 50) * 32 * 32  # more grey images
+    assert (found.basis, found.disk, nothing) == ("calibration", DISK, None)
+
+
+def test_what_is_not_known_is_measured_once_a_kind_or_estimated(study, tmp_path) -> None:
+    asked = []
+
+    def measure(kinds):
+        asked.append(sorted(kinds))
+        return {"lora": COSTS}
+
+    config = study("linear", "lora", seeds=(0, 1))
+    plan = planned(config, tmp_path, measure=measure)
+    assert asked == [["lora"]]  # a probe takes no steps that could be measured
+    assert [run.estimate.basis for run in plan.runs] == ["estimate", "estimate", "calibration", "calibration"]
+    run_and_write(plan.runs[0].spec, tmp_path)
+    again = planned(config, tmp_path, measure=measure)
+    assert asked[1:] == [["lora"]]
+    assert [run.estimate.basis for run in again.runs] == ["records", "records", "calibration", "calibration"]
+    assert planned(config, tmp_path / "smoke", smoke=True, measure=measure).runs[0].estimate.basis == "estimate"
+    assert len(asked) == 2  # never of a smoke study
+
+
+def test_records_serve_runs_of_the_same_kind_and_length(study, tmp_path) -> None:
+    config = study("lora")
+    (one,) = config.experiments
+    training = one.training
+    alike = one.model_copy(update={"name": "rate", "training": training.model_copy(update={"learning_rate": 1e-4})})
+    longer = one.model_copy(update={"name": "longer", "training": training.model_copy(update={"epochs": 3})})
+    config = config.model_copy(update={"experiments": (one, alike, longer)})
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
+    found = [run.estimate for run in planned(config, tmp_path).runs]
+    assert [one.basis for one in found] == ["records", "records", "estimate"]
+    assert [one.seconds for one in found[:2]] == [record.seconds] * 2
+    assert [one.peak_memory_bytes for one in found[:2]] == [record.peak_memory_bytes] * 2
+
+
+def test_records_of_another_machine_tell_nothing(study, tmp_path) -> None:
+    config = study("linear", seeds=(0, 1))
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
+    elsewhere = record.provenance.model_copy(update={"processor": "another one"})
+    write_record(tmp_path, record.model_copy(update={"provenance": elsewhere}))
+    plan = planned(config, tmp_path)
+    assert [run.estimate.basis for run in plan.runs] == ["estimate", "estimate"]
+    assert plan.deviation is None
+
+
+def test_how_far_off_it_was() -> None:
+    def one(basis, planned_s, seconds, planned_bytes, taken) -> Compared:
+        return Compared(Estimate(planned_s, planned_bytes, DISK, basis), seconds, taken)
+
+    found = deviation(
+        [one("calibration", 10, 20, 100, 100), one("calibration", 10, 9, 100, 110), one("estimate", 100, 100, 200, 100)]
+    )
+    assert found.bases == {"calibration": 2, "estimate": 1}
+    assert found.seconds == Ratios(median=1.0, least=0.9, most=2.0, total=129 / 120)
+    assert found.memory == Ratios(median=1.0, least=0.5, most=1.1, total=310 / 400)
+    assert deviation([]) is None
+
+
+def test_done_runs_are_held_against_what_is_known_without_them(study, tmp_path) -> None:
+    config = study("lora", seeds=(0, 1))
+    plan = planned(config, tmp_path)
+    records = [run_and_write(run.spec, tmp_path) for run in plan.runs]
+    with_arithmetic = planned(config, tmp_path).deviation
+    assert with_arithmetic.bases == {"estimate": 2}
+    measured = {}
+    planned(study("lora"), tmp_path / "elsewhere", measure=lambda kinds: measured.update(kinds) or {})
+    keep_costs(measured["lora"], COSTS)
+    found = planned(config, tmp_path).deviation
+    assert found.bases == {"calibration": 2}
+    taken = sum(record.seconds for record in records)
+    assert found.seconds.total == pytest.approx(taken / (2 * (2.0 + 6 * 0.5 + (2 * 20 + 30) * 0.01)))

@@ -1,0 +1,155 @@
+"""Times of runs from a few measured steps: lines through two sizes, ratios of methods; and a real measurement."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peft_vit.backbones import describe
+from peft_vit.costs.cache import Costs
+from peft_vit.costs.estimate import Workload
+from peft_vit.costs.pace import Pace, Probe
+from peft_vit.costs.steadiness import Speed, disturbance, machine_speed
+from peft_vit.data import open_index
+from peft_vit.studies.pace_measurement import measure_pace, reckoned_pace
+from peft_vit.studies.plan import spec_of
+
+pytestmark = pytest.mark.part("runner")
+
+STEADY = Speed(1000.0, 1.0)
+
+
+def costs(start_s: float, step_s: float, image_s: float) -> Costs:
+    return Costs(start_s=start_s, step_s=step_s, image_s=image_s, peak_memory_bytes=1, images=1)
+
+
+def workload(config, image_size: int = 32, train: int = 24) -> Workload:
+    return Workload(describe(config.backbone, image_size), image_size, 1, torch.device("cpu"), "fp32", 1, train, 20, 30)
+
+
+LARGE, SMALL = 5, 2  # tokens; batches of 8 images
+PROBES = {
+    "lora": [Probe("lora", LARGE, 8, costs(2.0, 0.5, 0.010)), Probe("lora", SMALL, 8, costs(2.0, 0.26, 0.004))],
+    "qa_lora": [Probe("qa_lora", LARGE, 4, costs(4.0, 0.6, 0.010))],
+}
+
+
+def test_a_run_is_its_start_its_steps_and_what_it_evaluates(study) -> None:
+    config = study("lora", epochs=4)
+    seconds = Pace(PROBES, 3.0).run_s(spec_of(config, 0, 0), workload(config))
+    assert seconds == pytest.approx(2.0 + 12 * 0.5 + (4 * 20 + 30) * 0.010)  # 32 px: 2 x 2 patches and the class token
+
+
+def test_steps_of_other_sizes_lie_on_the_line_through_two(study) -> None:
+    experiment = study("lora").experiments[0]  # batches of 8
+    pace = Pace(PROBES, 3.0)
+    # 40 tokens a batch take 0.5 s, 16 take 0.26 s: 0.1 s, and 0.01 s a token
+    assert pace.step_s(experiment, LARGE) == pytest.approx(0.5)
+    assert pace.step_s(experiment, 17) == pytest.approx(0.1 + 8 * 17 * 0.01)
+    assert pace.image_s(3) == pytest.approx(0.006)
+    assert pace.image_s(LARGE) == pytest.approx(0.010)
+
+
+def test_one_size_is_spread_as_two_of_another_experiment(study) -> None:
+    """In batches of 4 images lora would take 0.1 + 20 x 0.01 = 0.3 s: qa_lora takes twice as long at any size."""
+    experiment = study("qa_lora").experiments[0]
+    assert Pace(PROBES, 3.0).step_s(experiment, LARGE) == pytest.approx(2 * 0.5)
+    assert Pace(PROBES, 3.0).start_s(experiment) == 4.0
+
+
+def test_what_was_not_measured_is_reckoned_from_what_it_multiplies(study) -> None:
+    full, linear = study("full", "linear").experiments
+    pace = Pace(PROBES, 3.0)
+    assert pace.step_s(full, LARGE) == pytest.approx(0.5 * 3 / 2)
+    assert pace.step_s(linear, LARGE) == pytest.approx(0.5 / 2)
+    assert pace.start_s(full) == 2.0  # the median of 2, 2 and 4
+
+
+def test_noise_makes_no_step_shorter_than_none(study) -> None:
+    """A small size that took longer than the large one, or so little that the line would begin below 0."""
+    experiment = study("lora").experiments[0]
+    for small_s, of_ten, of_one in ((0.6, 0.5, 0.5), (0.1, 1.0, 0.1)):
+        probes = {"lora": [PROBES["lora"][0], Probe("lora", SMALL, 8, costs(2.0, small_s, 0.02))]}
+        pace = Pace(probes, 0.0)
+        assert (pace.step_s(experiment, 10), pace.step_s(experiment, 1)) == pytest.approx((of_ten, of_one))
+
+
+def test_without_a_measurement_matrices_have_to_do(study) -> None:
+    config = study("linear", "lora")
+    shape = describe(config.backbone, 32)
+    pace = reckoned_pace(config, workload(config), 1e9)
+    per_image = 1.8 * shape.parameters * 5 / 1e9  # 1.8: a step's time over its products'
+    assert pace.image_s(5) == pytest.approx(per_image)
+    assert pace.step_s(config.experiments[0], 5) == pytest.approx(8 * per_image)
+    assert pace.step_s(config.experiments[1], 5) == pytest.approx(2 * 8 * per_image)
+
+
+def test_real_steps_are_measured_with_as_many_at_a_time_as_will_run(study) -> None:
+    config = study("linear", "lora", "full", epochs=20)
+    config = config.model_copy(
+        update={
+            "execution": config.execution.model_copy(update={"workers": 2}),
+            "data": config.data.model_copy(update={"image_size": 64}),
+        }
+    )
+    told: list[str] = []
+    pace = measure_pace(config, open_index(config.data), workload(config, 64), 500.0, told.append, lambda: STEADY)
+    assert told == ["measuring steps of the study's methods, 500 s at most"]
+    assert {name: [probe.tokens for probe in probes] for name, probes in pace.probes.items()} == {
+        "lora": [17, 5],
+        "full": [17, 5],
+    }
+    assert pace.process_s > 0
+    sizes = workload(config, 64)
+    spec = spec_of(config, 1, 0)
+    (large, _) = pace.probes["lora"]
+    assert pace.step_s(spec.experiment, large.tokens) == pytest.approx(large.costs.step_s)
+    assert pace.run_s(spec, sizes) > spec.experiment.total_steps(sizes.train) * large.costs.step_s
+
+
+def test_a_probe_takes_no_steps_and_shares_its_features(study) -> None:
+    config = study("linear", "lora")
+    sizes = workload(config)
+    costs = Costs(start_s=2.0, step_s=10.0, image_s=0.5, peak_memory_bytes=1, images=1)
+    pace = Pace({"lora": [Probe("lora", sizes.tokens, 32, costs)]}, 0.0)
+    spec = spec_of(config, 0, 0)
+    once = 2 * sizes.train + sizes.validation + sizes.test  # flips: horizontal; the same training images for all seeds
+    assert pace.run_s(spec, sizes) == pytest.approx(2.0 + 3.0 + 0.5 * once / 6)
+    drawn = spec.model_copy(update={"data": spec.data.model_copy(update={"train_subset": "per_seed"})})
+    assert pace.run_s(drawn, sizes) == pytest.approx(2.0 + 3.0 + 0.5 * (once + 2 * sizes.train) / 6)
+
+
+def test_no_time_to_measure_is_said(study) -> None:
+    config = study("lora")
+    told: list[str] = []
+    speeds = iter((STEADY, replace(STEADY, products_per_s=700.0)))
+    pace = measure_pace(config, open_index(config.data), workload(config), 0.0, told.append, lambda: next(speeds))
+    assert [len(probes) for probes in pace.probes.values()] == [1]
+    assert told[1:] == [
+        "the machine was busy (its speed before and after differs by 30%, more than 20%), so these times may be long; "
+        "what finished runs take corrects them",
+        "no experiment could be measured in this time; how fast matrices are multiplied has to do",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        (STEADY, STEADY, None),
+        (STEADY, Speed(810, 1.0), None),
+        (STEADY, Speed(790, 1.0), "its speed before and after differs by 21%, more than 20%"),
+        (Speed(790, 1.0), STEADY, "its speed before and after differs by 21%, more than 20%"),
+        (STEADY, Speed(1000, 0.86), None),
+        (Speed(1000, 0.5), STEADY, "other programs took 50% of a core, more than 15%"),
+    ],
+)
+def test_a_busy_machine_is_told_from_a_steady_one(before, after, reason) -> None:
+    assert disturbance(before, after) == reason
+
+
+def test_the_speed_is_measured_and_leaves_the_threads_alone() -> None:
+    threads = torch.get_num_threads()
+    found = machine_speed()
+    assert found.products_per_s > 0
+    assert 0 < found.cpu_share < 1.1
+    assert torch.get_num_threads() == threads

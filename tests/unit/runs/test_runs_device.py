@@ -1,0 +1,268 @@
+"""Whether a device computes in bf16, what `precision: auto` makes of that, and how a study goes on elsewhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from written_runs import run_and_write
+
+from peft_vit.costs import estimate
+from peft_vit.errors import UserError
+from peft_vit.records.study_file import read_study_file
+from peft_vit.runs import device as precision
+from peft_vit.runs.device import Bf16Support, bf16_support, choose_precision, resolve_device
+from peft_vit.studies import plan_study
+from peft_vit.studies.printing import print_plan
+from peft_vit.studies.smoke import smoke_study
+from peft_vit.studies.study_file import study_file, write_study_file
+
+pytestmark = pytest.mark.part("runner")
+CPU = torch.device("cpu")
+NATIVE, EMULATED = Bf16Support(True, "it has the instructions"), Bf16Support(False, "it lacks the instructions")
+SAPPHIRE_RAPIDS = "avx2 avx512f avx512bw avx512_bf16 amx_bf16 avx512_fp16 amx_tile amx_int8"
+ZEN_4, ZEN_3 = "avx2 avx512f avx512bw avx512_bf16 avx512_vnni", "avx avx2 fma"
+
+
+@pytest.fixture(autouse=True)
+def _no_limits(monkeypatch) -> None:
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def processor(tmp_path, monkeypatch):
+    """Let Linux tell other flags of the processor; None: there is no Linux."""
+
+    def pretend(flags: str | None) -> None:
+        file = tmp_path / "cpuinfo"
+        if flags is not None:
+            one = f"processor\t: 0\nmodel name\t: any avx512_bf16\nflags\t\t: fpu {flags}\nbugs\t\t: amx_bf16\n\n"
+            file.write_text(one + one.replace(": 0", ": 1"))
+        monkeypatch.setattr(precision, "_CPUINFO", file)
+
+    return pretend
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Let the machine compute in bf16, or not."""
+
+    def pretend(support: Bf16Support) -> None:
+        monkeypatch.setattr(precision, "bf16_support", lambda device: support)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("flags", "native", "reason"),
+    [
+        (SAPPHIRE_RAPIDS, True, "this CPU has AVX512_BF16 and AMX instructions"),
+        (ZEN_4, True, "this CPU has AVX512_BF16 instructions"),
+        ("avx2 amx_bf16 amx_tile", True, "this CPU has AMX instructions"),
+        ("avx2 amx_tile amx_int8 avx512_bf16x", False, "this CPU has neither AVX512_BF16 nor AMX instructions"),
+        (ZEN_3, False, "this CPU has neither AVX512_BF16 nor AMX instructions"),
+    ],
+)
+def test_a_processor_is_known_by_its_flags(processor, flags: str, native: bool, reason: str) -> None:
+    processor(flags)
+    assert bf16_support(CPU) == Bf16Support(native, reason)
+
+
+def test_without_linux_pytorch_is_asked(processor, monkeypatch) -> None:
+    processor(None)
+    for there in (True, False):
+        capabilities = {"avx512_bf16": there, "amx_bf16": False, "cpu_name": "any", "num_logical_cores": 1}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert bf16_support(CPU).native == there
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in earlier versions
+    assert not bf16_support(CPU).native
+
+
+def test_a_processor_without_a_line_of_flags_is_asked_of_pytorch(monkeypatch, tmp_path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert bf16_support(CPU).native
+
+
+@pytest.mark.parametrize(
+    ("limit", "native"),
+    [
+        ("AVX2", False),
+        ("avx2", False),
+        ("SSE41", False),
+        ("AVX2_VNNI_2", False),
+        ("AVX512_CORE", False),
+        ("AVX512_CORE_VNNI", False),
+        ("AVX512_CORE_BF16", True),
+        ("AVX512_CORE_AMX", True),
+        ("DEFAULT", True),
+        ("ALL", True),
+        ("no_such_limit", True),
+    ],
+)
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_a_limit_on_instructions_counts(processor, monkeypatch, variable: str, limit: str, native: bool) -> None:
+    processor(ZEN_4)
+    monkeypatch.setenv(variable, limit)
+    found = bf16_support(CPU)
+    assert found.native == native
+    assert found.reason.endswith("instructions" if native else f"but {variable}={limit} leaves them out")
+
+
+def test_of_two_limits_the_newer_name_counts_and_that_of_pytorch_itself_does_not(processor, monkeypatch) -> None:
+    processor(ZEN_4)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert bf16_support(CPU).native
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    assert not bf16_support(CPU).native
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "DEFAULT")
+    assert bf16_support(CPU).native
+
+
+def test_pytorch_without_onednn_uses_no_instructions(processor, monkeypatch) -> None:
+    processor(ZEN_4)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not bf16_support(CPU).native
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_is_asked_without_its_emulation(monkeypatch, native: bool) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU [x]")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert bf16_support(torch.device("cuda")).native == native
+    assert "a GPU [x]" in bf16_support(torch.device("cuda")).reason
+    assert not bf16_support(torch.device("mps")).native
+
+
+@pytest.mark.parametrize(
+    ("asked", "begun", "support", "chosen", "note"),
+    [
+        ("auto", None, NATIVE, "bf16", "precision: auto is bf16: it has the instructions"),
+        ("auto", None, EMULATED, "fp32", "precision: auto is fp32: it lacks the instructions"),
+        ("auto", "bf16", NATIVE, "bf16", "precision: auto is bf16: it has the instructions"),
+        (
+            "auto",
+            "bf16",
+            EMULATED,
+            "bf16",
+            "precision: bf16, as the study was begun, though auto would be fp32 here: it lacks the instructions",
+        ),
+        (
+            "auto",
+            "fp32",
+            NATIVE,
+            "fp32",
+            "precision: fp32, as the study was begun, though auto would be bf16 here: it has the instructions",
+        ),
+        ("bf16", None, EMULATED, "bf16", None),
+        ("fp32", "bf16", NATIVE, "fp32", None),  # go_on refuses it
+    ],
+)
+def test_auto_takes_what_the_study_has_and_then_what_the_device_computes_in(
+    machine, asked, begun, support, chosen, note
+) -> None:
+    machine(support)
+    found = choose_precision(asked, begun, CPU)
+    assert (found.chosen, found.note) == (chosen, note)
+    assert found.emulated == (chosen == "bf16" and support is EMULATED)
+
+
+def planned(config, folder: Path, **settings):
+    return plan_study(config, folder, file=folder / "tiny.yaml", **settings)
+
+
+def begin(plan, folder: Path) -> None:
+    (folder / "tiny").mkdir()
+    write_study_file(folder / "tiny", study_file(plan.study, (), smoke=False, data_sha256=plan.data_sha256))
+
+
+def printed(plan) -> str:
+    console = Console(width=400, record=True)
+    print_plan(plan, console)
+    return console.export_text()
+
+
+def as_asked(config, asked: str):
+    return config.model_copy(update={"precision": asked})
+
+
+@pytest.mark.parametrize(("support", "chosen"), [(NATIVE, "bf16"), (EMULATED, "fp32")])
+def test_auto_is_decided_by_the_plan_printed_and_kept(study, tmp_path, machine, support, chosen) -> None:
+    machine(support)
+    plan = planned(as_asked(study("linear"), "auto"), tmp_path)
+    assert {run.spec.precision for run in plan.runs} == {chosen}
+    assert f"precision: auto is {chosen}: {support.reason}\n" in printed(plan)
+    assert "SLOW" not in printed(plan)
+    begin(plan, tmp_path)
+    assert read_study_file(tmp_path / "tiny").configuration.precision == chosen
+
+
+@pytest.mark.parametrize(("first", "then", "kept"), [(NATIVE, EMULATED, "bf16"), (EMULATED, NATIVE, "fp32")])
+@pytest.mark.parametrize("part", [False, True])
+def test_a_study_goes_on_elsewhere_in_its_precision(study, tmp_path, machine, first, then, kept, part) -> None:
+    config = as_asked(study("linear", seeds=(0, 1)), "auto")
+    machine(first)
+    plan = planned(config, tmp_path)
+    begin(plan, tmp_path)
+    run_and_write(plan.runs[0].spec, tmp_path)
+    machine(then)
+    again = planned(config, tmp_path, part=part)
+    assert [(run.done, run.spec.precision) for run in again.runs] == [(True, kept), (False, kept)]
+    assert printed(again).count(f"precision: {kept}, as the study was begun, though auto would be") == 1
+    named = planned(as_asked(config, kept), tmp_path, part=part)
+    assert [run.spec for run in named.runs] == [run.spec for run in again.runs]
+    other = {"bf16": "fp32", "fp32": "bf16"}[kept]
+    with pytest.raises(UserError, match="was begun with another configuration") as caught:
+        planned(as_asked(config, other), tmp_path, part=part)
+    assert f"-precision: {kept}\n+precision: {other}" in caught.value.details
+
+
+def test_bf16_where_it_is_emulated_is_told_loudly_with_what_it_costs(study, tmp_path, machine, monkeypatch) -> None:
+    asked = []
+
+    def rate(workload, *, budget_s=0.2):
+        asked.append((workload.precision, budget_s))
+        return {"bf16": 2e9, "fp32": 13.2e9}[workload.precision]
+
+    monkeypatch.setattr(estimate, "product_rate", rate)
+    config = as_asked(study("linear"), "bf16")
+    machine(NATIVE)
+    assert "SLOW" not in printed(planned(config, tmp_path))
+    machine(EMULATED)
+    asked.clear()
+    plan = planned(config, tmp_path)
+    line = "BF16 MAY BE SLOW HERE: it lacks the instructions; a matrix product takes 6.6 times as long as in fp32.\n"
+    assert line in printed(plan)
+    assert sum(budget_s for _, budget_s in asked if budget_s < 0.2) == pytest.approx(0.2)
+    run_and_write(plan.runs[0].spec, tmp_path)
+    asked.clear()
+    assert "SLOW" not in printed(planned(config, tmp_path))  # nothing is left to do
+    assert ("fp32", 0.1) not in asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "small"), [("auto", {"bf16", "fp32"}), ("bf16", {"bf16", "fp32"}), ("fp32", {"fp32"})]
+)
+def test_no_smoke_study_emulates_bf16(study, tmp_path, machine, asked: str, small: set[str]) -> None:
+    config = as_asked(study("linear"), asked)
+    found = set()
+    for support in (NATIVE, EMULATED):
+        machine(support)
+        plan = planned(config, tmp_path, smoke=True)
+        assert not plan.precision.emulated
+        found.add(plan.study.precision)
+    assert found == small
+    assert smoke_study(config, 8).precision == ("fp32" if asked == "fp32" else "auto")
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    missing = next(n for n in ("mps", "cuda") if not {"mps": torch.backends.mps, "cuda": torch.cuda}[n].is_available())
+    with pytest.raises(UserError, match=f"device: {missing} is not available on this machine; use auto or cpu"):
+        resolve_device(missing)

@@ -1,0 +1,210 @@
+"""Features are computed once for all runs of the same frozen backbone, and of no other."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from peft_vit.config import QaLoraConfig
+from peft_vit.data import LabelledImages
+from peft_vit.runs.features import SharedFeatures
+from peft_vit.studies import plan_study
+from peft_vit.training import QALoRATrainer, Setting, head_inputs
+
+pytestmark = pytest.mark.part("runner")
+PROVENANCE = {
+    "random_weights": False,
+    "weights_sha256": "a" * 64,
+    "data_sha256": "d" * 64,
+    "device": "cpu",
+    "packages": {"timm": "1"},
+    "processor": "p",
+}
+SETTING = Setting(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture
+def images() -> LabelledImages:
+    rng = np.random.default_rng(0)
+    return LabelledImages(
+        rng.integers(0, 256, (10, 32, 32, 3), dtype=np.uint8), np.arange(10) % 5, np.arange(100, 0, -10)
+    )
+
+
+@pytest.fixture
+def spec(study, tmp_path, monkeypatch):
+    (planned,) = plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml").runs
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / "cache"))  # of this test alone
+    return planned.spec
+
+
+def with_data(spec, **changes):
+    return spec.model_copy(update={"data": spec.data.model_copy(update=changes)})
+
+
+class Counted:
+    """A model that counts its forward passes, and the features of it that runs would share."""
+
+    def __init__(self, tiny_vit) -> None:
+        self.model = tiny_vit().eval()
+        self.passes = 0
+        self.model.register_forward_hook(self._count)
+
+    def _count(self, *arguments) -> None:
+        self.passes += 1
+
+    def features(self, spec, hooks=(), setting=SETTING, **provenance) -> SharedFeatures:
+        told = SimpleNamespace(**{**PROVENANCE, **provenance})
+        return SharedFeatures(self.model, spec, told, list(hooks), setting)
+
+
+@pytest.fixture
+def counted(tiny_vit) -> Counted:
+    return Counted(tiny_vit)
+
+
+def files(tmp_path):
+    return sorted((tmp_path / "cache" / "features").glob("*"))
+
+
+def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> None:
+    first = counted.features(spec).of(images)
+    assert counted.passes == 1
+    np.testing.assert_array_equal(first.values, head_inputs(counted.model, images, SETTING, 32))
+    counted.passes = 0
+    other_seed = spec.model_copy(update={"seed": 9})
+    again = counted.features(other_seed).of(images)
+    assert counted.passes == 0
+    np.testing.assert_array_equal(again.values, first.values)
+    assert len(files(tmp_path)) == 1
+    # of images that are known in part, in another order, only the others are computed
+    rng = np.random.default_rng(1)
+    pixels = np.concatenate([images.pixels[[7, 2]], rng.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)])
+    mixed = LabelledImages(pixels, np.array([2, 2, 0]), np.array([30, 80, 5]))
+    found = counted.features(spec).of(mixed)
+    assert counted.passes == 1
+    np.testing.assert_array_equal(found.values[:2], first.values[[7, 2]])
+    np.testing.assert_allclose(found.values, head_inputs(counted.model, mixed, SETTING, 32), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(found.labels, mixed.labels)
+    assert sorted(load_file(files(tmp_path)[0])["places"]) == sorted([*(4 * images.positions), 20])
+
+
+@pytest.mark.parametrize(
+    ("flips", "ways"), [("none", [()]), ("horizontal", [(), (-1,)]), ("both", [(), (-1,), (-2,), (-2, -1)])]
+)
+def test_training_images_come_in_every_way_in_which_they_are_shown(counted, spec, images, flips, ways) -> None:
+    shared = counted.features(with_data(spec, flips=flips))
+    found = shared.of_training(images)
+    expected = [head_inputs(counted.model, images, SETTING, 32, axes) for axes in ways]
+    np.testing.assert_array_equal(found.values, np.concatenate(expected))
+    np.testing.assert_array_equal(found.labels, np.tile(images.labels, len(ways)))
+    counted.passes = 0
+    np.testing.assert_array_equal(shared.of(images).values, expected[0])  # never flipped, and shared with training's
+    assert counted.passes == 0
+
+
+def packed(model, **settings):
+    default = {
+        "quantization_bits": 4,
+        "quantization_type": "nf4",
+        "use_group_quantization": True,
+        "group_size": 16,
+        "rank": 1,
+    }
+    return QALoRATrainer(model, QaLoraConfig(**{**default, **settings}), 1, seed=0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"weights_sha256": "b" * 64},
+        {"data_sha256": "e" * 64},
+        {"device": "cuda"},
+        {"processor": "q"},
+        {"packages": {"timm": "2"}},
+        "bf16",
+        "image size",
+        "threads",
+        "nf4",
+        "int4",
+        "fading",
+    ],
+    ids=str,
+)
+def test_what_differs_is_not_shared(counted, spec, images, tmp_path, tiny_vit, other) -> None:
+    counted.features(spec).of(images)
+    counted.passes = 0
+    hooks, provenance = [], {}
+    if isinstance(other, dict):
+        provenance = other
+    elif other == "bf16":
+        spec = spec.model_copy(update={"precision": "bf16"})
+    elif other == "image size":
+        spec = with_data(spec, image_size=64)
+    elif other == "threads":
+        spec = spec.model_copy(update={"threads": 3})
+    elif other == "fading":
+        hooks = [packed(tiny_vit(), quantization_schedule="linear")]
+    else:
+        counted.features(spec, [packed(tiny_vit(), quantization_type="fp4")]).of(images)
+        counted.passes = 0
+        hooks = [packed(tiny_vit(), quantization_type=other)]
+    counted.features(spec, hooks, **provenance).of(images)
+    assert counted.passes == 1
+    assert len(files(tmp_path)) == (3 if other in ("nf4", "int4") else 2)
+
+
+def test_packed_alike_is_shared(counted, spec, images, tiny_vit) -> None:
+    counted.features(spec, [packed(tiny_vit(), rank=1)]).of(images)
+    counted.features(spec, [packed(tiny_vit(), rank=2)]).of(images)
+    assert counted.passes == 1
+
+
+@pytest.mark.parametrize("spoil", ["bytes", "empty", "not finite", "length", "names"])
+def test_a_spoiled_file_is_computed_anew_with_a_warning(counted, spec, images, tmp_path, caplog, spoil) -> None:
+    first = counted.features(spec).of(images)
+    (file,) = files(tmp_path)
+    content = load_file(file)
+    if spoil == "bytes":
+        file.write_bytes(file.read_bytes()[:-7])
+    elif spoil == "empty":
+        file.write_bytes(b"")
+    elif spoil == "not finite":
+        content["values"][3, 3] = np.nan
+        save_file(content, file)
+    elif spoil == "length":
+        save_file(content | {"places": content["places"][:-1]}, file)
+    else:
+        save_file({"values": content["values"]}, file)
+    counted.passes = 0
+    with caplog.at_level("WARNING"):
+        again = counted.features(spec).of(images)
+    assert counted.passes == 1
+    np.testing.assert_array_equal(again.values, first.values)
+    (said,) = caplog.messages
+    assert said.startswith(f"{file} is of no use (")
+    assert said.endswith("; features are computed anew")
+    caplog.clear()
+    counted.features(spec).of(images)
+    assert (counted.passes, caplog.messages) == (1, [])
+
+
+def test_random_weights_and_adapters_to_go_on_from_are_never_kept(counted, spec, images, tmp_path) -> None:
+    shared = counted.features(spec, random_weights=True)
+    np.testing.assert_array_equal(shared.of(images).values, shared.of(images).values)
+    assert counted.passes == 2
+    lora = spec.experiment.lora.model_copy(update={"start": "adapter"})
+    going_on = spec.model_copy(update={"experiment": spec.experiment.model_copy(update={"lora": lora})})
+    counted.features(going_on).of(images)
+    assert counted.passes == 3
+    assert files(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written_is_said(counted, spec, images, tmp_path, caplog) -> None:
+    (tmp_path / "cache").write_text("a file in its place")
+    with caplog.at_level("WARNING"):
+        found = counted.features(spec).of(images)
+    assert found.values.shape == (10, 64)
+    assert any("other runs compute features anew" in message for message in caplog.messages)

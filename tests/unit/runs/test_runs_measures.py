@@ -1,0 +1,300 @@
+"""What a record holds of predictions, updates left out and forward passes; older studies stay as they are."""
+
+import hashlib
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from written_runs import read_without, run_and_write
+
+from peft_vit.adapters import adapted_modules, current_ranks, load_trained
+from peft_vit.backbones import describe, load_backbone
+from peft_vit.config import MeasuresConfig, PeftAdaLoraConfig, PeftLoraConfig, StudyConfig, study_from_mapping
+from peft_vit.costs.disk import DiskUse
+from peft_vit.costs.estimate import Wanted, Workload, estimate_runs
+from peft_vit.costs.proxy_run import miniature
+from peft_vit.data import LabelledImages, load_data, make_splits, open_index
+from peft_vit.errors import UserError
+from peft_vit.evaluation import predict
+from peft_vit.records import ADAPTER_FILE, RunRecord, outcome_digest, read_record, run_folder
+from peft_vit.records.study_file import STUDY_FILE
+from peft_vit.runs import measures as measures_module
+from peft_vit.runs import run_one
+from peft_vit.runs.measures import removal_images
+from peft_vit.runs.methods import prepare
+from peft_vit.studies import plan_study
+from peft_vit.studies.study_file import go_on, study_file, write_study_file
+from peft_vit.training import Checkpoints, Setting
+
+pytestmark = pytest.mark.part("runner")
+ASKED = MeasuresConfig(removal_images=7, latency_batches=(1, 30))
+
+
+def asking(config: StudyConfig, measures: MeasuresConfig = ASKED) -> StudyConfig:
+    return config.model_copy(update={"measures": measures})
+
+
+def specs(config, folder) -> list:
+    return [planned.spec for planned in plan_study(config, folder, file=folder / "tiny.yaml").runs]
+
+
+def done(config, folder) -> list[RunRecord]:
+    records = [run_and_write(spec, folder) for spec in specs(config, folder)]
+    assert [record.error for record in records] == [None] * len(records)
+    return records
+
+
+def trained_again(record: RunRecord, folder):
+    """Return the model out of a run's adapter file, and what its images are normalised by."""
+    spec = record.spec
+    backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=77)
+    prepare(backbone.model, spec.experiment, total_steps=len(record.steps), seed=77)
+    load_trained(backbone.model, run_folder(folder, spec) / ADAPTER_FILE)
+    for _, module in adapted_modules(backbone.model):
+        if module.quantized is not None:
+            module.drop_float()
+    return backbone
+
+
+def test_predictions_are_of_the_one_reading_of_test(study, tmp_path) -> None:
+    (record,) = done(study("lora"), tmp_path)
+    index = open_index(record.spec.data)
+    images = make_splits(index, record.spec.data, record.spec.seed).test
+    found = record.predictions
+    assert found.images == images.tolist()
+    assert found.labels == index.labels[images].tolist()
+    backbone = trained_again(record, tmp_path)
+    batches = load_data(record.spec.data, 0).test.open().ordered_batches(30, backbone.mean, backbone.std)
+    logits, _ = predict(backbone.model, batches, device=torch.device("cpu"), precision="fp32")
+    probability = softmax(logits.astype(np.float64), axis=1)
+    assert found.predicted == probability.argmax(1).tolist()
+    assert found.probability == pytest.approx(probability.max(1), abs=1e-6)
+    hits = np.equal(found.predicted, found.labels)
+    assert hits.mean() == record.test.accuracy
+    assert 0 < hits.sum() < 30  # or labels and predictions could be the same list
+    assert read_record(run_folder(tmp_path, record.spec) / "record.json") == record
+
+
+def test_what_is_not_asked_for_is_not_measured(study, tmp_path) -> None:
+    (record,) = done(study("lora"), tmp_path)
+    assert record.removal is None
+    assert record.latency_s == {}
+    assert not {"removal", "latency"} & record.overhead_s.keys()
+
+
+def test_measures_of_every_method_that_has_something_to_leave_out(study, tmp_path) -> None:
+    records = done(asking(study("linear", "full", "lora", "adalora", "qa_lora", "qa_adalora")), tmp_path)
+    for record in records:
+        assert list(record.latency_s) == [1, 30]  # 30 of 20 validation images: some twice
+        assert all(seconds > 0 for seconds in record.latency_s.values())
+        assert record.overhead_s["latency"] >= 25 * sum(record.latency_s.values()) / 4
+        assert not any("removal" in text for text in record.warnings)
+        assert read_record(run_folder(tmp_path, record.spec) / "record.json") == record
+        if record.spec.experiment.method in ("linear", "full"):
+            assert record.removal is None
+            continue
+        assert record.removal.images == 7
+        assert record.overhead_s["removal"] > 0
+        final = record.rank_history[-1].ranks
+        assert record.removal.site_loss_rise.keys() == {name for name, rank in final.items() if rank}
+        assert set(record.removal.group_loss_rise) == {"attention", "mlp", "all"}
+        assert record.validation.n == 20
+
+
+def test_updates_of_the_peft_library_are_left_out_and_merged_too(study, tmp_path) -> None:
+    pytest.importorskip("peft")
+    config = study("linear", "lora")
+    adalora = PeftAdaLoraConfig(initial_rank=4, target_rank=2, warmup_steps=1, update_frequency=2, final_steps=2)
+    theirs = [
+        {"method": "peft_lora", "peft_lora": PeftLoraConfig(rank=2)},
+        {"method": "peft_adalora", "peft_adalora": adalora},
+    ]
+    base = config.experiments[1]
+    experiments = tuple(base.model_copy(update={"name": one["method"], "lora": None, **one}) for one in theirs)
+    for record in done(asking(config.model_copy(update={"experiments": experiments})), tmp_path):
+        final = record.rank_history[-1].ranks
+        assert record.removal.site_loss_rise.keys() == {name for name, rank in final.items() if rank}
+        assert {name.rsplit(".")[-1] for name in final} == {"qkv", "out", "fc1", "fc2"}
+        assert any(record.removal.site_loss_rise.values())
+        assert list(record.latency_s) == [1, 30]
+        assert record.warnings == []
+
+
+def test_removal_is_measured_at_the_chosen_weights_on_the_drawn_images(study, tmp_path) -> None:
+    (record,) = done(asking(study("qa_adalora")), tmp_path)
+    backbone = trained_again(record, tmp_path)
+    assert current_ranks(backbone.model) == record.rank_history[-1].ranks
+    drawn = removal_images(load_data(record.spec.data, 0).validation, record.spec.data.split_seed, 7)
+
+    def loss() -> float:
+        batches = drawn.ordered_batches(32, backbone.mean, backbone.std)
+        logits, labels = predict(backbone.model, batches, device=torch.device("cpu"), precision="fp32")
+        return -np.log(softmax(logits.astype(np.float64), axis=1)[np.arange(7), labels]).mean()
+
+    whole = loss()
+    assert record.removal.loss == pytest.approx(whole, abs=1e-6)
+    with torch.no_grad():
+        for name, module in adapted_modules(backbone.model):
+            if name.endswith("fc2"):
+                for _, adapter in module.adapters():
+                    adapter.lora_B.zero_()
+    assert record.removal.group_loss_rise["mlp"] == pytest.approx(loss() - whole, abs=1e-6)
+    assert abs(record.removal.group_loss_rise["mlp"]) > 1e-4
+
+
+def test_the_images_are_the_same_in_every_run_and_each_class_has_its_share() -> None:
+    labels = np.repeat([0, 1, 2], [60, 30, 10])  # sorted, as the images of a folder are
+    images = LabelledImages(np.arange(100, dtype=np.uint8)[:, None, None, None], labels, np.arange(500, 600))
+    drawn, again, other = (removal_images(images, seed, 20) for seed in (4, 4, 5))
+    assert drawn.positions.tolist() == again.positions.tolist() != other.positions.tolist()
+    assert Counter(drawn.labels.tolist()) == {0: 12, 1: 6, 2: 2}
+    assert (drawn.positions - 500).tolist() == drawn.pixels[:, 0, 0, 0].tolist()
+    assert (labels[drawn.positions - 500] == drawn.labels).all()
+    assert removal_images(images, 4, 1000).positions.tolist() == images.positions.tolist()
+
+
+def test_no_rank_at_all_is_said(study, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(measures_module, "update_ranks", lambda model: {"blocks.0.attn.query": 0})
+    (record,) = done(asking(study("lora")), tmp_path)
+    assert record.removal is None
+    assert record.warnings == ["measures.removal_images has no effect: no site has any rank left"]
+
+
+@pytest.mark.parametrize(
+    ("method", "qa_lora", "is_merged"),
+    [
+        ("linear", {}, True),
+        ("full", {}, True),
+        ("lora", {}, True),
+        ("adalora", {}, True),
+        ("qa_lora", {}, True),
+        ("qa_lora", {"use_group_quantization": False, "group_size": None}, False),
+    ],
+)
+def test_what_is_timed_computes_what_was_tested(study, tmp_path, monkeypatch, method, qa_lora, is_merged) -> None:
+    timed = []
+    monkeypatch.setattr(measures_module, "forward_s", lambda model, images, precision: timed.append((model, images)))
+    (experiment,) = study(method).experiments
+    if qa_lora:
+        given = {key: value for key, value in qa_lora.items() if value is not None}
+        dumped = experiment.qa_lora.model_dump(exclude={"group_size"}) | given
+        experiment = experiment.model_copy(update={"qa_lora": type(experiment.qa_lora)(**dumped)})
+    config = study(method).model_copy(update={"experiments": (experiment,)})
+    (spec,) = specs(config, tmp_path)
+    (record,) = done(config, tmp_path)
+    backbone, data = trained_again(record, tmp_path), load_data(spec.data, 0)
+    setting = Setting(torch.device("cpu"), "fp32", backbone.mean, backbone.std)
+    before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    asked = spec.model_copy(update={"measures": ASKED})
+    measures_module.time_forward(backbone.model, backbone, data, asked, setting)
+    assert [len(images) for _, images in timed] == [1, 30]
+    model, images = timed[1]
+    assert torch.equal(images[:10], images[20:])
+    assert any(module.sites for _, module in adapted_modules(model)) != is_merged
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(images), backbone.model.eval()(images), atol=2e-3, rtol=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.model.state_dict().items())
+    assert any(module.sites for _, module in adapted_modules(backbone.model)) == (method not in ("linear", "full"))
+
+
+def test_an_attempt_that_ends_in_a_measure_is_followed_by_one_that_measures_anew(study, tmp_path, monkeypatch) -> None:
+    (spec,) = specs(asking(study("adalora")), tmp_path)
+    whole = run_one(spec).record
+    with monkeypatch.context() as patched:
+        patched.setattr(measures_module, "measure_removal", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "x")))
+        failed = run_one(spec, checkpoints=Checkpoints(tmp_path / "run", 0)).record
+    assert (failed.status, failed.failure, failed.removal) == ("failed", "io", None)
+    again = run_one(spec, checkpoints=Checkpoints(tmp_path / "run", 0)).record
+    assert again.removal == whole.removal
+    assert again.predictions == whole.predictions
+    assert outcome_digest(again) == outcome_digest(whole)
+    assert outcome_digest(again.model_copy(update={"latency_s": {1: 9.0}})) == outcome_digest(whole)
+    for field, other in (("removal", None), ("predictions", None)):
+        assert outcome_digest(again.model_copy(update={field: other})) != outcome_digest(whole)
+
+
+def test_a_run_without_measures_is_the_run_from_before_there_were_any(study, tmp_path) -> None:
+    (record,) = done(study("lora"), tmp_path)
+    spec = record.spec
+    older = json.loads(spec.model_dump_json())
+    del older["measures"], older["data"]["test_split"]
+    for later in ("steps", "validate_every", "patience", "head_start"):
+        del older["experiment"]["training"][later]
+    assert spec.digest() == hashlib.sha256(json.dumps(older, separators=(",", ":")).encode()).hexdigest()
+    assert asking(spec).digest() != spec.digest()
+    file = run_folder(tmp_path, spec) / "record.json"
+    written = json.loads(file.read_text())
+    del written["spec"]["measures"]
+    file.write_text(json.dumps(written))
+    assert read_record(file).spec == spec
+    assert plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml").runs[0].done
+    assert read_without("predictions", record, tmp_path).predictions is None
+
+
+def test_a_study_begun_before_there_were_measures_goes_on(study, tmp_path) -> None:
+    config = study("lora")
+
+    def asked(config):
+        return study_file(config, {"lora/seed_0"}, smoke=False, data_sha256="d")
+
+    write_study_file(tmp_path, asked(config))
+    content = json.loads((tmp_path / STUDY_FILE).read_text())
+    del content["configuration"]["measures"]
+    (tmp_path / STUDY_FILE).write_text(json.dumps(content))
+    assert go_on(tmp_path, asked(config), source="s.yaml").configuration == config
+    with pytest.raises(UserError, match="was begun with another configuration") as caught:
+        go_on(tmp_path, asked(asking(config)), source="s.yaml")
+    assert "+  removal_images: 7" in caught.value.details
+
+
+@pytest.mark.parametrize(
+    ("measures", "method", "field", "said"),
+    [
+        ({"latency_batches": [1, 8, 1]}, "lora", "measures.latency_batches", "a batch size stands twice"),
+        ({"latency_batches": [0]}, "lora", "measures.latency_batches[0]", "greater than or equal to 1, got 0"),
+        ({"latency_batches": 4}, "lora", "measures.latency_batches", "should be a list, got 4"),
+        ({"removal_images": 0}, "lora", "measures.removal_images", "greater than or equal to 1, got 0"),
+        ({"removal": 8}, "lora", "measures.removal", "unknown key"),
+        ({"removal_images": 8}, "linear", None, "measures.removal_images has no effect: no experiment"),
+    ],
+)
+def test_faults_in_the_section_are_named(study, tmp_path, measures, method, field, said) -> None:
+    content = study(method).model_dump(mode="json", exclude_none=True) | {"measures": measures}
+    with pytest.raises(UserError) as caught:
+        study_from_mapping(content, file=tmp_path / "s.yaml")
+    assert said in str(caught.value)
+    assert caught.value.field == field
+
+
+@pytest.mark.usefixtures("cache")
+def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("peft_vit.costs.estimate.product_rate", lambda workload: 1e6)
+    config = study("linear", "lora")
+    shape, index = describe(config.backbone, 32), open_index(config.data)
+    workload = Workload(shape, 32, 1, torch.device("cpu"), "fp32", 1, 24, 20, 30)
+    splits = make_splits(index, config.data, 0)
+
+    def seconds(measures: MeasuresConfig) -> list[float]:
+        planned = specs(asking(config, measures), tmp_path)
+        runs = [Wanted(spec, 6, spec, spec.digest(), DiskUse(1, 2, 3), None) for spec in planned]
+        return [one.seconds for one in estimate_runs(runs, workload)[0]]
+
+    def passes(measures: MeasuresConfig) -> list[float]:
+        """Return the images that go through the model beyond those of a run without measures."""
+        an_image = 1.8 * shape.parameters * workload.tokens / 1e6
+        return [(a - b) / an_image for a, b in zip(seconds(measures), seconds(MeasuresConfig()), strict=True)]
+
+    assert passes(MeasuresConfig(latency_batches=(1, 8))) == pytest.approx([225, 225])
+    assert shape.depth == 6
+    removal = (1 + 6 * (1 + 2 + 3 + 4 + 5 + 6) / 6 + 3) * 8  # all updates; of each block's sites the rest; the groups
+    assert passes(MeasuresConfig(removal_images=8)) == pytest.approx([0, 25 * 8])
+    assert removal == 25 * 8
+    assert passes(MeasuresConfig(removal_images=500))[1] == pytest.approx(25 * 20)  # there are no more
+    (spec,) = specs(asking(study("lora", batch_size=1), MeasuresConfig(removal_images=20)), tmp_path)
+    kind = miniature(spec, 48, shape, index, splits)
+    assert kind.data.validation_images == 20  # without, twice the ten classes; and the measure is a part of it
+    assert kind.measures == spec.measures

@@ -1,0 +1,176 @@
+"""PEFT's methods beside ours: the same split, head, order of images and records; what would fail is refused early."""
+
+import importlib.util
+
+import pytest
+import torch
+from written_runs import run_and_write
+
+from peft_vit.adapters import load_trained
+from peft_vit.adapters.peft_library import peft_layers
+from peft_vit.backbones import load_backbone
+from peft_vit.config import ExperimentConfig, PeftAdaLoraConfig, PeftLoraConfig
+from peft_vit.errors import UserError
+from peft_vit.evaluation import trainable_parameters
+from peft_vit.records import ADAPTER_FILE, read_record, run_folder
+from peft_vit.report import build_report
+from peft_vit.runs.methods import prepare
+from peft_vit.runs.provenance import package_versions
+from peft_vit.studies import plan_study
+from peft_vit.studies.smoke import smoke_study
+from peft_vit.training import PeftAdaLoraHook
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.part("runner")
+
+ADALORA = PeftAdaLoraConfig(initial_rank=4, target_rank=2, warmup_steps=1, update_frequency=2, final_steps=2)
+
+
+@pytest.fixture
+def beside(study):
+    """Make a study of the linear probe, our LoRA and PEFT's two methods; keyword arguments change PEFT's AdaLoRA."""
+
+    def make(seeds=(0,), rank=2, **adalora):
+        base = study("linear", "lora", seeds=seeds)
+        training = base.experiments[1].training
+        theirs = (
+            ExperimentConfig(name="theirs", method="peft_lora", training=training, peft_lora=PeftLoraConfig(rank=rank)),
+            ExperimentConfig(
+                name="adaptive",
+                method="peft_adalora",
+                training=training,
+                peft_adalora=ADALORA.model_copy(update=adalora),
+            ),
+        )
+        return base.model_copy(update={"experiments": (*base.experiments, *theirs)})
+
+    return make
+
+
+def planned(config, folder, **options):
+    return plan_study(config, folder, file=folder / "tiny.yaml", **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "said"),
+    [
+        ({"rank": 65}, "experiments[2].peft_lora.rank", "wasted on blocks.0.attn.qkv: its smaller side allows"),
+        ({"initial_rank": 65}, "experiments[3].peft_adalora.initial_rank", "at most 64"),
+        ({"final_steps": 5}, "experiments[3].peft_adalora.warmup_steps", "leave no step for a decision in 6 steps"),
+        ({"update_frequency": 4}, "experiments[3].peft_adalora.update_frequency", "no multiple of 4 lies between"),
+    ],
+)
+def test_what_peft_would_fail_on_or_ignore_is_refused_by_the_plan(beside, tmp_path, settings, field, said) -> None:
+    with pytest.raises(UserError) as caught:
+        planned(beside(**settings), tmp_path)
+    assert caught.value.field == field
+    assert said in caught.value.message
+
+
+def test_without_peft_a_plan_is_one_line(beside, tmp_path, monkeypatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    with pytest.raises(UserError) as caught:
+        planned(beside(), tmp_path)
+    assert caught.value.field == "experiments[2].method"
+    assert "pip install 'peft-vit[peft]'" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert "peft" not in package_versions()
+
+
+def test_runs_are_paired_with_ours_and_recorded_alike(beside, tmp_path) -> None:
+    folder = tmp_path / "runs"
+    records = [run_and_write(run.spec, folder) for run in planned(beside(seeds=(0, 1)), folder).runs]
+    assert [record.error for record in records] == [None] * 8
+    draws = {0: set(), 1: set()}
+    for record in records:
+        p = record.provenance
+        if record.spec.experiment.method != "linear":  # it draws no order
+            draws[record.spec.seed].add((p.head_init_sha256, p.data_order_sha256, p.split_sha256))
+        assert "peft" in p.packages
+        assert record == read_record(run_folder(folder, record.spec) / "record.json")
+    assert len(draws[0]) == len(draws[1]) == 1
+    assert draws[0] != draws[1]
+    by_name = {r.spec.experiment.name: r for r in records if r.spec.seed == 0}
+    trained = [record for record in by_name.values() if record.head_fit is None]
+    assert len(trained) == 3
+    assert len({record.steps[0].loss for record in trained}) == 1  # the same images through the same model
+    assert by_name["theirs"].steps[-1].loss != by_name["lora"].steps[-1].loss
+
+    fixed, adaptive = by_name["theirs"], by_name["adaptive"]
+    for record in (fixed, adaptive):
+        assert [site.name for site in record.sites[:4]] == [
+            "blocks.0.attn.qkv",
+            "blocks.0.attn.out",
+            "blocks.0.mlp.fc1",
+            "blocks.0.mlp.fc2",
+        ]
+        assert [site.matrix for site in record.sites[:4]] == ["qkv", "out", "fc1", "fc2"]
+        assert (record.sites[0].in_features, record.sites[0].out_features) == (64, 192)
+        extra = 1 if record is adaptive else 0
+        size = sum(
+            record.rank_history[0].ranks[site.name] * (site.in_features + site.out_features + extra)
+            for site in record.sites
+        )
+        assert record.parameters.initial == record.parameters.final == record.parameters.peak == size + 650
+        assert record.bytes.trainable_bytes == 4 * record.parameters.final
+        file = run_folder(folder, record.spec) / ADAPTER_FILE
+        assert record.bytes.adapter_file_bytes == file.stat().st_size
+    assert set(fixed.rank_history[-1].ranks.values()) == {2}
+    assert [(e.step, e.budget) for e in adaptive.rank_history] == [(0, 96), (2, 62), (4, 48)]
+    assert sum(adaptive.rank_history[-1].ranks.values()) == 48
+    assert all(row.penalties["orthogonality"] > 0 for row in adaptive.steps)
+    assert [e.deployable for e in adaptive.evaluations] == [False, True]
+
+    again = run_and_write(adaptive.spec, tmp_path / "again")
+    assert again.adapter_sha256 == adaptive.adapter_sha256
+    other_seed = next(r for r in records if r.spec.experiment.name == "adaptive" and r.spec.seed == 1)
+    assert other_seed.adapter_sha256 != adaptive.adapter_sha256
+    text = build_report(folder, tmp_path / "report").markdown.read_text()
+    assert "theirs" in text
+    assert "adaptive" in text
+
+
+@pytest.mark.parametrize("name", ["theirs", "adaptive"])
+def test_a_saved_adapter_fits_a_fresh_model(beside, tmp_path, name) -> None:
+    (spec,) = (run.spec for run in planned(beside(), tmp_path).runs if run.spec.experiment.name == name)
+    record = run_and_write(spec, tmp_path)
+    fresh = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=9).model
+    prepare(fresh, spec.experiment, total_steps=len(record.steps), seed=9)
+    load_trained(fresh, run_folder(tmp_path, spec) / ADAPTER_FILE)
+    assert trainable_parameters(fresh) == record.parameters.final
+    if name == "adaptive":
+        live = [int((layer.lora_E["default"] != 0).sum()) for layer in peft_layers(fresh).values()]
+        assert live == list(record.rank_history[-1].ranks.values())
+
+
+def test_a_state_that_lost_its_mask_fails_the_run(beside, tmp_path, monkeypatch) -> None:
+    spec = planned(beside(), tmp_path).runs[-1].spec
+    after_step = PeftAdaLoraHook.after_step
+
+    def revive(self, model, optimizer, step) -> None:
+        after_step(self, model, optimizer, step)
+        if step == 6:
+            with torch.no_grad():
+                for layer in peft_layers(model).values():
+                    layer.lora_E["default"].fill_(0.1)
+
+    monkeypatch.setattr(PeftAdaLoraHook, "after_step", revive)
+    record = run_and_write(spec, tmp_path)
+    assert record.status == "failed"
+    assert "PEFT's final mask left 48 triplets, 96 of them in use, of 48 at step 4" in record.error
+
+
+def test_smoke_keeps_the_method_and_shortens_its_schedule(beside, tmp_path) -> None:
+    small = smoke_study(beside(warmup_steps=100, update_frequency=50), patch_size=16)
+    assert [e.method for e in small.experiments] == ["linear", "lora", "peft_lora", "peft_adalora"]
+    runs = planned(beside(warmup_steps=100, update_frequency=50), tmp_path, smoke=True).runs
+    record = run_and_write(runs[-1].spec, tmp_path)
+    assert (record.status, record.error) == ("done", None)
+    assert sum(record.rank_history[-1].ranks.values()) == 48
+
+
+def test_estimates_of_peft_are_above_those_of_ours(beside, tmp_path) -> None:
+    _, ours, fixed, adaptive = (run.estimate.seconds for run in planned(beside(), tmp_path).runs)
+    assert ours < fixed < adaptive

@@ -1,0 +1,296 @@
+"""Runs in worker processes: as in this one, several at a time; a worker that dies costs its own run only."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from peft_vit.errors import UserError
+from peft_vit.records import Registration, outcome_digest
+from peft_vit.runs import run_one
+from peft_vit.runs.provenance import cpu_count
+from peft_vit.studies import plan_study
+from peft_vit.studies.events import RunEnded, RunInterrupted, RunProgress, RunStarted
+from peft_vit.studies.executors import local, open_executor
+from peft_vit.studies.executors.local import LocalExecutor
+
+pytestmark = pytest.mark.part("runner")
+
+WRITTEN_DOWN = Registration(sha256="1" * 64, hypotheses={"h": "2" * 64})
+PATIENCE_S = 600  # for what takes seconds on an idle machine
+
+
+def endless(config, *names):
+    """Return the study with some experiments that train until they are stopped."""
+    long = [one.training.model_copy(update={"epochs": 100_000}) for one in config.experiments]
+    changed = [
+        one.model_copy(update={"training": training}) if one.name in names else one
+        for one, training in zip(config.experiments, long, strict=True)
+    ]
+    return config.model_copy(update={"experiments": tuple(changed)})
+
+
+def events_of(executor, until):
+    """Return what happens until the condition holds of all that has happened."""
+    events = []
+    deadline = time.monotonic() + PATIENCE_S
+    while not until(events):
+        assert time.monotonic() < deadline, [type(event) for event in events if not isinstance(event, RunProgress)]
+        event = executor.next_event(0.2)
+        events += [] if event is None else [event]
+    return events
+
+
+def of(events, kind, name=None):
+    return [one for one in events if isinstance(one, kind) and name in (None, one.run.spec.experiment.name)]
+
+
+def worker_of(events, name):
+    return int(of(events, RunStarted, name)[-1].worker.split()[1])
+
+
+def workers_alive(events):
+    return [pid for pid in {int(one.worker.split()[1]) for one in of(events, RunStarted)} if alive(pid)]
+
+
+def alive(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_any_number_of_workers_gives_what_this_process_gives(study, tmp_path) -> None:
+    plan = plan_study(study("linear", "lora", "adalora"), tmp_path, file=tmp_path / "tiny.yaml")
+    expected = {run.spec.run_id: outcome_digest(run_one(run.spec).record) for run in plan.runs}
+    for workers in (1, 2):
+        executor = LocalExecutor(workers, 1, tmp_path, oversubscribe=True)
+        try:
+            for run in plan.runs:
+                executor.submit(replace(run, registration=WRITTEN_DOWN))
+            events = events_of(executor, lambda events: len(of(events, RunEnded)) == 3)
+        finally:
+            executor.close()
+        assert {one.run.spec.run_id: outcome_digest(one.record) for one in of(events, RunEnded)} == expected
+        assert len({one.worker for one in of(events, RunStarted)}) == workers
+        assert all(one.adapter for one in of(events, RunEnded))
+        assert all(one.record.registration == WRITTEN_DOWN for one in of(events, RunEnded))
+        steps = [one.progress.step for one in of(events, RunProgress, "lora")]
+        assert steps == [1, 2, 3, 3, 4, 5, 6, 6]  # nothing is lost on the way
+        assert not workers_alive(events)
+
+
+def test_a_stop_does_not_wait_for_workers_that_are_still_starting(study, tmp_path) -> None:
+    plan = plan_study(study("linear", "lora"), tmp_path, file=tmp_path / "tiny.yaml")
+    (tmp_path / "tiny" / "linear" / "seed_0" / "checkpoint-3").mkdir(parents=True)
+    executor = LocalExecutor(2, 1, tmp_path, oversubscribe=True)
+    try:
+        for run in plan.runs:
+            executor.submit(run)
+        events = [executor.next_event(0), executor.next_event(0)]
+        assert [type(event) for event in events] == [RunStarted, RunStarted]
+        assert len(workers_alive(events)) == 2
+        executor.stop()
+        assert not workers_alive(events)
+        stopped = [executor.next_event(0), executor.next_event(0)]
+        assert stopped == [RunInterrupted(plan.runs[0], 3), RunInterrupted(plan.runs[1], 0)]
+    finally:
+        executor.close()
+
+
+def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> None:
+    config = endless(study("qa_lora", "lora", "full"), "qa_lora", "lora")
+    plan = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
+    executor = LocalExecutor(2, 1, tmp_path, oversubscribe=True)
+    try:
+        for run in plan.runs:
+            executor.submit(run)
+        both = events_of(executor, lambda e: of(e, RunProgress, "qa_lora") and of(e, RunProgress, "lora"))
+        assert {one.run.spec.experiment.name for one in of(both, RunStarted)} == {"qa_lora", "lora"}
+        os.kill(worker_of(both, "lora"), signal.SIGINT)  # which is not for workers
+        os.kill(worker_of(both, "qa_lora"), signal.SIGKILL)
+        rest = events_of(executor, lambda e: of(e, RunEnded, "full"))
+        (lost,) = of(rest, RunEnded, "qa_lora")
+        assert (lost.record.status, lost.record.failure, lost.adapter) == ("failed", "killed", None)
+        assert lost.record.error == (
+            "the worker process was killed (SIGKILL: by somebody, or by the system, which was out of memory)"
+        )
+        assert worker_of(rest, "full") not in (worker_of(both, "qa_lora"), worker_of(both, "lora"))
+        assert of(rest, RunEnded, "full")[0].record.status == "done"
+        before = (of(both, RunProgress, "lora") + of(rest, RunProgress, "lora"))[-1].progress.step
+        executor.submit(plan.runs[0])  # for the free worker
+        executor.submit(plan.runs[2])  # waits
+        events_of(executor, lambda e: of(e, RunProgress, "qa_lora"))
+        executor.stop()
+        last = events_of(executor, lambda e: len(of(e, RunInterrupted)) == 2)
+        (stopped,) = of(last, RunInterrupted, "lora")
+        assert stopped.step > before
+        assert (tmp_path / "tiny" / "lora" / "seed_0" / f"checkpoint-{stopped.step}").is_dir()
+        assert executor.next_event(0.3) is None  # the run that waited is forgotten
+        assert not of(last, RunStarted)
+    finally:
+        executor.close()
+    assert not workers_alive(both + rest)
+
+
+def test_without_a_process_for_it_a_run_waits_for_another_worker(study, tmp_path, monkeypatch) -> None:
+    plan = plan_study(study("linear", "lora"), tmp_path, file=tmp_path / "tiny.yaml")
+    start = local._start_worker
+    asked = []
+
+    def limited():
+        asked.append(1)
+        if len(asked) > 1:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return start()
+
+    monkeypatch.setattr(local, "_start_worker", limited)
+    executor = LocalExecutor(2, 1, tmp_path, oversubscribe=True)
+    try:
+        for run in plan.runs:
+            executor.submit(run)
+        events = events_of(executor, lambda events: len(of(events, RunEnded)) == 2)
+    finally:
+        executor.close()
+    assert [one.record.error for one in of(events, RunEnded)] == [None, None]
+    assert len({one.worker for one in of(events, RunStarted)}) == 1
+    assert len(asked) > 1
+
+
+def test_a_study_without_any_process_for_it_is_one_line(study, tmp_path, monkeypatch) -> None:
+    def refused(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    (run,) = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", refused)
+    before = psutil.Process().num_fds()
+    executor = LocalExecutor(1, 1, tmp_path)
+    executor.submit(run)
+    with pytest.raises(UserError, match=r"^execution\.workers: no worker process can be started \(Too many open files"):
+        executor.next_event(0)
+    executor.close()
+    monkeypatch.undo()
+    assert psutil.Process().num_fds() <= before + 2  # Python's own resource tracker may have come
+
+
+def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
+    (run,) = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs
+    executor = LocalExecutor(1, 1, tmp_path, oversubscribe=True)
+    try:
+        executor.submit(run)
+        first = events_of(executor, lambda events: of(events, RunEnded))
+        dead = worker_of(first, "linear")
+        os.kill(dead, signal.SIGKILL)
+        executor._workers[0].process.join()  # until its last thread, and with it its end of the pipe, is gone
+        executor.submit(run)
+        again = events_of(executor, lambda events: of(events, RunEnded))
+        assert [one.record.error for one in of(first + again, RunEnded)] == [None, None]
+        assert worker_of(again, "linear") != dead
+    finally:
+        executor.close()
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from peft_vit.config import load_study
+from peft_vit.studies import plan_study
+from peft_vit.studies.events import RunStarted
+from peft_vit.studies.executors.local import LocalExecutor
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    executor = LocalExecutor(1, 1, file.parent)
+    for run in plan_study(load_study(file), file.parent, file=file).runs:
+        executor.submit(run)
+    while True:
+        event = executor.next_event(1)
+        if isinstance(event, RunStarted):
+            print(event.worker, flush=True)
+"""
+STUDY = """
+{name: long, seeds: [0], threads: 1, device: cpu, precision: fp32, backbone: {model: test_vit, weights: random},
+ data: {dataset: digits, image_size: 32, train_images: 24, validation_images: 20, test_images: 30},
+ training: {epochs: 100000, learning_rate: 1e-3}, experiments: [{name: full, method: full}]}
+"""
+
+
+def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path, cache: str) -> None:
+    (tmp_path / "long.yaml").write_text(STUDY)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    driver = subprocess.Popen(
+        [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "long.yaml")], stdout=subprocess.PIPE, text=True
+    )
+    assert driver.stdout is not None
+    assert alive(int(driver.stdout.readline().split()[1]))
+    everything = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.communicate()
+    deadline = time.monotonic() + PATIENCE_S
+    while any(alive(process.pid) for process in everything) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [process.pid for process in everything if alive(process.pid)] == []
+
+
+def no_worker(*_):
+    raise AssertionError("a worker was started")
+
+
+def test_more_threads_than_cores_are_refused_unless_asked_for(tmp_path) -> None:
+    cores = cpu_count()
+    with pytest.raises(
+        UserError,
+        match=rf"^execution\.workers: workers x threads, {cores} x 2, exceed the {cores} cores of this process; "
+        r"lower workers, or pass --oversubscribe$",
+    ):
+        LocalExecutor(cores, 2, tmp_path)
+    LocalExecutor(cores, 1, tmp_path).close()
+    LocalExecutor(cores, 2, tmp_path, oversubscribe=True).close()
+
+
+def test_an_address_means_nothing_without_ray(study, tmp_path) -> None:
+    plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
+    with pytest.raises(UserError, match=r"^--ray-address: has no effect with --executor local; add --executor ray$"):
+        open_executor("local", plan, tmp_path, ray_address="head:6379")
+
+
+def test_a_broken_image_shows_before_the_first_run(study, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(local, "_start_worker", no_worker)
+    for index in range(40):
+        file = tmp_path / "images" / f"class_{index % 2}" / f"{index:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (index, 0, 0)).save(file)
+    broken = tmp_path / "images" / "class_1" / "07.png"
+    config = study("linear")
+    data = config.data.model_copy(
+        update={
+            "dataset": "image-folder",
+            "path": str(tmp_path / "images"),
+            "train_images": 20,
+            "validation_images": 10,
+            "test_images": 10,
+        }
+    )
+    plan = plan_study(config.model_copy(update={"data": data}), tmp_path / "out", file=tmp_path / "tiny.yaml")
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"07\.png: is not a readable image"):
+        open_executor("local", plan, tmp_path / "out")
+    assert list((tmp_path / "out").rglob("*.json")) == []
+
+
+def test_no_module_is_taken_from_the_working_directory(tmp_path, monkeypatch) -> None:
+    """It may be a folder of images that somebody has put a program into."""
+    for name in ("pickle", "selectors", "struct", "tempfile", "torch", "yaml"):
+        (tmp_path / f"{name}.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    monkeypatch.chdir(tmp_path)
+    worker = local._start_worker()
+    worker.pipe.close()  # there is nothing to do
+    worker.process.join()
+    assert not (tmp_path / "ran").exists()
+    assert "PYTHONSAFEPATH" not in os.environ

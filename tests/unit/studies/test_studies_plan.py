@@ -1,0 +1,331 @@
+"""A plan counts, checks and estimates every run before the first; what is done is skipped, what changed is refused."""
+
+import shutil
+import weakref
+
+import numpy as np
+import pytest
+from PIL import Image
+from written_runs import run_and_write
+
+from peft_vit.config import PROBE_L2
+from peft_vit.data import ImageIndex, make_splits
+from peft_vit.errors import UserError
+from peft_vit.records import read_record, run_folder, write_record
+from peft_vit.studies import plan_study
+from peft_vit.studies.smoke import smoke_study
+from peft_vit.studies.study_file import study_file, write_study_file
+
+pytestmark = pytest.mark.part("runner")
+
+
+def planned(config, folder):
+    return plan_study(config, folder, file=folder / "tiny.yaml")
+
+
+def with_section(config, method: str, **settings):
+    """Return the study with other settings in the section of one method."""
+    changed = []
+    for experiment in config.experiments:
+        section = getattr(experiment, experiment.method, None)
+        update = {experiment.method: section.model_copy(update=settings)} if experiment.method == method else {}
+        changed.append(experiment.model_copy(update=update))
+    return config.model_copy(update={"experiments": tuple(changed)})
+
+
+def test_every_run_is_counted_and_estimated(study, tmp_path, tmp_path_factory, monkeypatch) -> None:
+    config = study("linear", "lora", seeds=(3, 4))
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path_factory.mktemp("nothing_measured")))
+    plan = planned(config, tmp_path)
+    assert [run.spec.run_id for run in plan.runs] == [
+        "tiny/linear/seed_3",
+        "tiny/linear/seed_4",
+        "tiny/lora/seed_3",
+        "tiny/lora/seed_4",
+    ]
+    assert plan.pending == plan.runs
+    assert [run.total_steps for run in plan.runs] == [*2 * [len(PROBE_L2)], 6, 6]  # of a probe, its fits
+    assert all(run.estimate.seconds > 0 and run.estimate.peak_memory_bytes > 1e8 for run in plan.runs)
+    assert {run.estimate.basis for run in plan.runs} == {"estimate"}
+    assert list(tmp_path.iterdir()) == []  # planning writes nothing
+
+
+def test_the_records_of_finished_runs_are_not_held(study, tmp_path, monkeypatch) -> None:
+    """A thousand of them, with all their steps, would take gigabytes."""
+    config = study("linear", seeds=(3, 4, 5))
+    for run in planned(config, tmp_path).runs:
+        run_and_write(run.spec, tmp_path)
+    held = []
+
+    def read(file):
+        record = read_record(file)
+        assert [one() for one in held[:-1]] == [None] * len(held[:-1])  # the one before may still be looked at
+        held.append(weakref.ref(record))
+        return record
+
+    monkeypatch.setattr("peft_vit.studies.plan.read_record", read)
+    plan = planned(config, tmp_path)
+    assert [run.done for run in plan.runs] == [True] * 3
+    assert [one() for one in held] == [None] * 3
+
+
+def test_a_split_that_only_another_seed_cannot_have_is_refused_by_the_plan(study, tmp_path, monkeypatch) -> None:
+    """Of 10 and 30 images, the second test image is of either class by lot: 9 or 8 of the 10 are left to train on."""
+    labels = np.repeat([0, 1], [10, 30])
+    index = ImageIndex(
+        name="toy",
+        labels=labels,
+        strata=labels,
+        class_names=("few", "many"),
+        official_test=None,
+        licence="none",
+        sha256="0" * 64,
+        read=lambda i: Image.fromarray(np.full((8, 8), 6 * i, np.uint8)),
+    )
+    monkeypatch.setattr("peft_vit.studies.plan.open_index", lambda *_, **__: index)
+    sizes = {"train_images": None, "shots_per_class": 9, "test_images": 2, "validation_images": 4}
+    config = study("linear")
+    data = config.data.model_copy(update={**sizes, "test_split": "per_seed"})
+    tested = {seed: make_splits(index, data.model_copy(update={"shots_per_class": 1}), seed).test for seed in range(20)}
+    lacking = next(seed for seed, images in tested.items() if images.min() < 10)
+    enough = [seed for seed, images in tested.items() if images.min() >= 10][:2]
+    assert len(planned(config.model_copy(update={"data": data, "seeds": tuple(enough)}), tmp_path).runs) == 2
+    with pytest.raises(UserError, match=rf"data\.shots_per_class: with seed {lacking}: 9 images of class 'few'"):
+        planned(config.model_copy(update={"data": data, "seeds": (enough[0], lacking)}), tmp_path)
+
+
+def test_a_plan_says_which_class_is_in_no_split_and_with_which_seeds(study, tmp_path, monkeypatch) -> None:
+    """Of 3 and 57 images, 10 are tested with one or none of class 'few', by lot, and 10 validated with none or one."""
+    labels = np.repeat([0, 1], [3, 57])
+    index = ImageIndex(
+        name="toy",
+        labels=labels,
+        strata=labels,
+        class_names=("few", "many"),
+        official_test=None,
+        licence="none",
+        sha256="0" * 64,
+        read=lambda i: Image.fromarray(np.full((8, 8), 4 * i, np.uint8)),
+    )
+    monkeypatch.setattr("peft_vit.studies.plan.open_index", lambda *_, **__: index)
+    config, seeds = study("linear"), tuple(range(6))
+    data = config.data.model_copy(
+        update={"train_images": None, "validation_images": 10, "test_images": 10, "test_split": "per_seed"}
+    )
+    lacking = {
+        name: [seed for seed in seeds if not (labels[getattr(make_splits(index, data, seed), name)] == 0).any()]
+        for name in ("validation", "test")
+    }
+    assert all(0 < len(own) < 6 for own in lacking.values())
+    plan = planned(config.model_copy(update={"data": data, "seeds": seeds}), tmp_path)
+    assert sorted(plan.notices) == [
+        f"Images: no {name} image is of class 'few'; balanced {name} accuracy is the mean over 1 of 2 classes (seen "
+        f"with seed {', '.join(map(str, lacking[name]))})"
+        for name in ("test", "validation")
+    ]
+
+
+def test_a_plan_refuses_what_its_first_run_would(study, tmp_path) -> None:
+    for i in range(30):
+        for split in ("train", "test"):
+            file = tmp_path / "images" / split / f"class_{i % 2}" / f"{i:02d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i, split == "train", i == 7)).save(file)
+    shutil.copyfile(tmp_path / "images/train/class_1/07.png", tmp_path / "images/test/class_1/07.png")
+    config = study("linear")
+    data = config.data.model_copy(
+        update={"dataset": "image-folder", "path": str(tmp_path / "images"), "train_images": 10, "test_images": None}
+    )
+    message = (
+        r"tiny\.yaml: data\.path: test/class_1/07\.png \(test\) and train/class_1/07\.png \(training\) are the same"
+    )
+    with pytest.raises(UserError, match=message):
+        planned(config.model_copy(update={"data": data}), tmp_path)
+
+
+def test_a_plan_of_some_methods_or_seeds(study, tmp_path) -> None:
+    plan = planned(study("linear", "lora", seeds=(3, 4)), tmp_path)
+    assert plan.only(None, None) == plan
+    assert [run.spec.run_id for run in plan.only("lora", (4, 9)).runs] == ["tiny/lora/seed_4"]
+    assert plan.only("lora", None).study == plan.study
+
+
+def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(study, tmp_path) -> None:
+    plan = planned(study("full"), tmp_path)
+    (tmp_path / "tiny").mkdir()
+    begun = study_file(plan.study, ["full/seed_0"], smoke=False, data_sha256=plan.data_sha256)
+    write_study_file(tmp_path / "tiny", begun)
+    with pytest.raises(UserError, match=r"study\.json: configuration: was begun with another configuration") as caught:
+        planned(study("full", epochs=3), tmp_path)
+    assert "-      epochs: 2\n+      epochs: 3" in caught.value.details
+    with pytest.raises(UserError, match="was begun with another configuration"):
+        planned(study("lora"), tmp_path)
+    added = plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml", part=True)
+    assert (added.part, len(added.runs)) == (True, 1)
+
+
+def test_done_runs_are_skipped_and_estimate_the_others(study, tmp_path) -> None:
+    config = study("linear", seeds=(0, 1))
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
+    plan = planned(config, tmp_path)
+    assert [run.done for run in plan.runs] == [True, False]
+    assert [run.spec.seed for run in plan.pending] == [1]
+    assert {(run.estimate.basis, run.estimate.seconds) for run in plan.runs} == {("records", record.seconds)}
+
+
+def test_failed_runs_are_done_again(study, tmp_path) -> None:
+    config = study("linear")
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
+    write_record(tmp_path, record.model_copy(update={"status": "failed", "error": "the worker process died"}))
+    assert len(planned(config, tmp_path).pending) == 1
+    run_and_write(record.spec, tmp_path)
+    assert planned(config, tmp_path).pending == ()
+
+
+def test_a_changed_configuration_under_the_same_name_is_refused_with_the_difference(study, tmp_path) -> None:
+    config = study("lora")
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
+    file = run_folder(tmp_path, record.spec) / "record.json"
+    before = file.read_bytes()
+    with pytest.raises(UserError) as caught:
+        planned(with_section(config, "lora", rank=3), tmp_path)
+    message = str(caught.value)
+    assert message.startswith(str(file))
+    assert "another name, or choose another --output-dir" in message
+    assert caught.value.details.splitlines() == [
+        f"--- {file}",
+        "+++ asked for",
+        " experiment:",
+        "   lora:",
+        "-    rank: 2",
+        "+    rank: 3",
+    ]
+    assert file.read_bytes() == before
+    other_seeds = config.model_copy(update={"seeds": (0, 5)})
+    assert [run.done for run in planned(other_seeds, tmp_path).runs] == [True, False]
+
+
+def test_a_damaged_record_is_refused_by_its_file(study, tmp_path) -> None:
+    config = study("linear")
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
+    file = run_folder(tmp_path, record.spec) / "record.json"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(UserError, match=r"record\.json: is not a readable record .* move it away"):
+        planned(config, tmp_path)
+    with pytest.raises(UserError, match="not a readable record"):
+        read_record(file)
+
+
+@pytest.mark.part("configuration")
+@pytest.mark.parametrize(
+    ("method", "settings", "field"),
+    [
+        ("lora", {"rank": 65}, r"lora\.rank: rank 65 is wasted on blocks\.0\.attn\.query: .* at most 64"),
+        ("adalora", {"total_rank_budget": 35, "minimum_rank": 1}, r"adalora\.total_rank_budget: expected 36"),
+        (
+            "adalora",
+            {"total_rank_budget": None, "total_parameter_budget": 127},
+            r"adalora\.total_parameter_budget: expected 129 \(one rank of the cheapest site\) to \d+ parameters",
+        ),
+        ("adalora", {"warmup_steps": 6}, r"adalora\.warmup_steps: .* leave no step for a decision in 6 steps"),
+        ("adalora", {"allocation_strategy": "top_k", "top_k": 37}, r"adalora\.top_k: 37 exceeds the 36 sites"),
+        ("qa_lora", {"group_size": 48}, r"qa_lora\.group_size: 48 does not divide the 64 inputs of blocks\.0"),
+        ("qa_lora", {"rank": 5}, r"qa_lora\.rank: rank 5 is wasted on blocks\.0\.attn\.query"),
+        (
+            "qa_lora",
+            {"quantization_schedule": "linear", "quantization_end_step": 7},
+            r"qa_lora\.quantization_end_step: .* can't finish within 6 steps",
+        ),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_by_the_plan(study, tmp_path, method, settings, field) -> None:
+    config = with_section(study("linear", method), method, **settings)
+    with pytest.raises(UserError, match=rf"tiny\.yaml: experiments\[1\]\.{field}"):
+        planned(config, tmp_path)
+
+
+@pytest.mark.part("configuration")
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        ("adalora", {"total_rank_budget": 97}, r"adalora\.total_rank_budget: expected 1 .* to 96 ranks"),
+        ("adalora", {"minimum_rank": 5}, r"adalora\.minimum_rank: 5 lies above a site's largest rank 4"),
+        ("adalora", {"maximum_rank": 13}, r"adalora\.maximum_rank: 13 lies above the widest site's 12"),
+        ("adalora", {"warmup_steps": 6}, r"adalora\.warmup_steps: .* leave no step for a decision in 6 steps"),
+        (
+            "qa_lora",
+            {"group_size": 48},
+            r"qa_lora\.group_size: 48 does not divide the 64 inputs of blocks\.0\.attn\.out",
+        ),
+        ("qa_lora", {"group_size": 32}, r"adalora\.total_rank_budget: expected 1 .* to 48 ranks"),
+        ("qa_lora", {"quantization_end_step": 7}, r"qa_lora\.quantization_end_step: .* can't finish within 6 steps"),
+    ],
+)
+def test_what_adaptive_ranks_on_quantized_sites_cannot_do_is_refused_by_the_plan(
+    study, tmp_path, section, settings, message
+) -> None:
+    """Six sites of 64 inputs and six of 192: at most 4 and 12 ranks in groups of 16, 2 and 6 in groups of 32."""
+    config = study("qa_adalora")
+    (experiment,) = config.experiments
+    budget = experiment.adalora.model_copy(update={"total_rank_budget": 49})
+    experiment = experiment.model_copy(update={"adalora": budget})
+    changed = getattr(experiment, section).model_copy(update=settings)
+    config = config.model_copy(update={"experiments": (experiment.model_copy(update={section: changed}),)})
+    with pytest.raises(UserError, match=rf"tiny\.yaml: experiments\[0\]\.{message}"):
+        planned(config, tmp_path)
+
+
+def test_smoke_shrinks_schedules_and_keeps_methods(study) -> None:
+    config = study("linear", "lora", "adalora", "qa_lora", seeds=(5, 6))
+    small = smoke_study(config, patch_size=16)
+    assert small.seeds == (5,)
+    assert small.threads == 1
+    assert small.backbone.weights == "random"
+    assert [e.method for e in small.experiments] == [e.method for e in config.experiments]
+    before, after = config.experiments[2].adalora, small.experiments[2].adalora
+    kept = {"warmup_steps", "update_frequency", "final_steps"}
+    assert before.model_dump(exclude=kept) == after.model_dump(exclude=kept)
+    assert small.experiments[3].qa_lora == config.experiments[3].qa_lora  # constant: nothing to shorten
+    assert {-(-small.data.train_images // e.training.batch_size) for e in small.experiments} == {4}
+
+
+def test_what_failed_may_be_run_with_another_configuration(study, tmp_path) -> None:
+    config = study("lora")
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
+    write_record(tmp_path, record.model_copy(update={"status": "failed", "error": "the loss is nan"}))
+    assert len(planned(study("lora", learning_rate=1e-4), tmp_path).pending) == 1
+
+
+def test_a_done_run_needs_its_adapter_and_the_same_images(study, tmp_path) -> None:
+    config = study("linear")
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
+    assert record.provenance is not None
+    other = record.provenance.model_copy(update={"data_sha256": "0" * 64})
+    write_record(tmp_path, record.model_copy(update={"provenance": other}))
+    with pytest.raises(UserError, match="other images under the same path"):
+        planned(config, tmp_path)
+    write_record(tmp_path, record)
+    (run_folder(tmp_path, record.spec) / "adapter.safetensors").unlink()
+    assert len(planned(config, tmp_path).pending) == 1
+
+
+def test_one_cycle_needs_some_steps(study, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"experiments\[0\]\.training\.epochs: 1 steps are too few"):
+        planned(study("full", epochs=1, batch_size=24), tmp_path)
+    assert planned(study("full", epochs=1, batch_size=24, schedule="constant"), tmp_path).runs[0].total_steps == 1
+    fits = planned(study("linear", batch_size=24), tmp_path).runs[0].total_steps
+    assert fits == len(PROBE_L2)  # they need no course
+
+
+def test_adaptive_ranks_on_quantized_sites_run_as_smoke_in_the_svd_form_too(study, tmp_path) -> None:
+    config = study("qa_adalora")
+    (experiment,) = config.experiments
+    adalora = experiment.adalora.model_copy(update={"parametrization": "svd"})
+    config = config.model_copy(update={"experiments": (experiment.model_copy(update={"adalora": adalora}),)})
+    (run,) = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml", smoke=True).runs
+    small = run.spec.experiment
+    assert (small.adalora.warmup_steps, small.qa_lora.quantization_end_step) == (1, 3)
+    record = run_and_write(run.spec, tmp_path)
+    assert record.error is None
+    assert record.rank_history[-1].spent == 40
+    assert record.quantization.balance[-1]["quantized_share"] == 1.0

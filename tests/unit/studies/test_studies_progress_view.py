@@ -1,0 +1,245 @@
+"""What a person and a program see of two runs at a time that really happen, one of them failing, one stopped."""
+
+import io
+import json
+import re
+import time
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from peft_vit.errors import UserError
+from peft_vit.studies import plan_study
+from peft_vit.studies.event_log import EventLog
+from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
+from peft_vit.studies.executors.local import LocalExecutor
+from peft_vit.studies.plan import Plan
+from peft_vit.studies.progress_view import Watch
+from peft_vit.training import Progress
+
+pytestmark = pytest.mark.part("runner")
+
+
+@pytest.fixture(scope="module")
+def happened(_session_cache, method_sections, tmp_path_factory):
+    """Return a plan of adaptive ranks, low bits and a run that diverges, and all that two workers told of it."""
+    from peft_vit.config import study_from_mapping
+
+    folder = tmp_path_factory.mktemp("watched")
+    training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3}
+    diverging = {**training, "learning_rate": 1e30, "optimizer": "sgd", "clip_norm": None}
+    mapping = {
+        "name": "tiny",
+        "seeds": [0],
+        "threads": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "execution": {"workers": 2},
+        "backbone": {"model": "test_vit", "weights": "random"},
+        "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
+        "experiments": [
+            {"name": "adaptive", "method": "adalora", "training": training, **method_sections["adalora"]},
+            {"name": "quantized", "method": "qa_lora", "training": training, **method_sections["qa_lora"]},
+            {"name": "diverging", "method": "full", "training": diverging},
+        ],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_VIT_CACHE", _session_cache)
+        plan = plan_study(study_from_mapping(mapping, file=folder / "tiny.yaml"), folder, file=folder / "tiny.yaml")
+        executor = LocalExecutor(2, 1, folder, oversubscribe=True)
+        try:
+            for run in plan.runs:
+                executor.submit(run)
+            events = []
+            while sum(isinstance(event, RunEnded) for event in events) < 3:
+                event = executor.next_event(600.0)
+                assert event is not None
+                events.append(event)
+        finally:
+            executor.close()
+    assert sorted(event.record.status for event in events if isinstance(event, RunEnded)) == ["done", "done", "failed"]
+    return plan, events
+
+
+def console(*, terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None, legacy_windows=False)
+
+
+def shown(plan: Plan, events, **options) -> list[str]:
+    """Return the lines that a watch prints where the output is no terminal."""
+    plain = console(terminal=False)
+    with Watch(plan, console=plain, **options) as watch:
+        for event in events:
+            watch.on_event(event)
+    return plain.file.getvalue().splitlines()
+
+
+def test_plain_lines_say_what_a_terminal_shows(happened) -> None:
+    plan, events = happened
+    lines = shown(plan, events, plain_every_s=0.0)
+    started = [line for line in lines if "started on process" in line]
+    assert len(started) == 3
+    steps = [line for line in lines if "tiny/adaptive/seed_0: step" in line]
+    assert len(steps) == sum(isinstance(e, RunProgress) and e.run.spec.experiment.name == "adaptive" for e in events)
+    last = [e.progress for e in events if isinstance(e, RunProgress) and e.run.spec.experiment.name == "adaptive"][-1]
+    wanted = (
+        f"step 6/6, loss {last.loss:.3f}, validation {last.validation_accuracy:.1%}, mean rank {last.mean_rank:.1f}; "
+    )
+    assert wanted in steps[-1]
+    bits = [line for line in lines if "tiny/quantized/seed_0: step" in line]
+    assert all("mean rank 2.0, mean bits 6.0; " in line for line in bits)
+    end = r"\[\d/3\] tiny/quantized/seed_0: validation \d+\.\d%, loss \d\.\d+, \d+ s, \d+ MB(; about .* left)?"
+    assert any(re.fullmatch(end, line) for line in lines)
+    assert re.search(r"\[\d/3\] tiny/diverging/seed_0: FAILED, DivergedError: ", str(lines))
+    assert "[3/3] " in [line for line in lines if line.startswith("[")][-1]
+
+
+def test_plain_lines_are_few(happened) -> None:
+    plan, events = happened
+    assert not [line for line in shown(plan, events) if ": step " in line]  # one each 30 s
+
+
+def test_the_end_says_how_far_off_the_plan_was(happened) -> None:
+    plan, events = happened
+    lines = shown(plan, events)
+    assert lines[-3] == "How far off the plan was (2 from arithmetic):"
+    records = [e.record for e in events if isinstance(e, RunEnded) and e.record.status == "done"]
+    planned = sum(run.estimate.seconds for run in plan.runs if run.spec.experiment.name != "diverging")
+    total = sum(record.seconds for record in records) / planned
+    assert re.fullmatch(
+        r"  seconds: \d\.\d\d x the estimate at the median of the runs \(.* to .*\), " + f"{total:.2f} x all together",
+        lines[-2],
+    )
+    assert lines[-1].startswith("  peak memory: ")
+
+
+def test_a_terminal_shows_all_that_runs_at_a_moment(happened) -> None:
+    plan, events = happened
+    terminal = console(terminal=True)
+    with Watch(plan, console=terminal) as watch:
+        before = console(terminal=False)
+        before.print(watch._view())
+        assert re.fullmatch(r"0 of 3 runs ended, about .* left\n", before.file.getvalue())
+        for event in events:
+            watch.on_event(event)
+            if isinstance(event, RunProgress) and event.progress.step == 5:
+                break
+        view = console(terminal=False)
+        view.print(watch._view())
+    running = {e.run.spec.experiment.name for e in events[: events.index(event)] if isinstance(e, RunStarted)}
+    running -= {e.run.spec.experiment.name for e in events[: events.index(event)] if isinstance(e, RunEnded)}
+    header, *rows, total = view.file.getvalue().splitlines()
+    assert header.split() == ["run", "step", "left", "loss", "validation", "rank", "bits"]
+    assert {row.split("/")[0] for row in rows} == running
+    (row,) = [row for row in rows if row.startswith(event.run.spec.experiment.name)]
+    cells = row.split()
+    assert cells[:2] == [f"{event.run.spec.experiment.name}/seed_0", "5/6"]
+    assert f"{event.progress.loss:.3f}" in cells
+    assert f"{event.progress.validation_accuracy:.1%}" in cells
+    assert f"{event.progress.mean_rank:.1f}" in cells
+    assert re.fullmatch(r"\d of 3 runs ended, about .* left", total)
+    assert "seed_0" in terminal.file.getvalue()  # the table was drawn at least once
+
+
+def test_a_terminal_that_can_do_nothing_gets_lines(happened, monkeypatch) -> None:
+    plan, events = happened
+    dumb = Console(file=io.StringIO(), force_terminal=True, width=120, _environ={"TERM": "dumb"})
+    with Watch(plan, console=dumb, plain_every_s=0.0) as watch:
+        for event in events:
+            watch.on_event(event)
+    assert "\x1b[" not in dumb.file.getvalue().replace("\x1b[0m", "")
+    assert "mean bits 6.0" in dumb.file.getvalue()
+
+
+def test_retries_stops_and_notices_are_said(happened) -> None:
+    plan, events = happened
+    failed = next(event.record for event in events if isinstance(event, RunEnded) and event.record.status == "failed")
+    first = plan.runs[0]
+    lines = shown(
+        plan,
+        [
+            Notice("the last line of the ledger was cut short"),
+            RunStarted(first, "a node"),
+            RunRetried(first, failed.model_copy(update={"error": "the worker was killed"})),
+            RunStarted(first, "another"),
+            RunInterrupted(first, 4),
+        ],
+    )
+    assert lines == [
+        "the last line of the ledger was cut short",
+        "[0/3] tiny/adaptive/seed_0: started on a node",
+        "[0/3] tiny/adaptive/seed_0: the worker was killed; it is tried again",
+        "[0/3] tiny/adaptive/seed_0: started on another",
+        "[0/3] tiny/adaptive/seed_0: stopped after step 4",
+    ]
+
+
+def test_what_is_left_follows_from_the_run_itself(happened, monkeypatch) -> None:
+    """A run that goes on at step 100 and makes 10 steps in 20 s has 90 steps and 180 s left; before, half of it all."""
+    plan, _ = happened
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    run = replace(plan.runs[0], total_steps=200, estimate=replace(plan.runs[0].estimate, seconds=50.0))
+    plain = console(terminal=False)
+    with Watch(plan, console=plain, plain_every_s=15.0) as watch:
+        watch.on_event(RunStarted(run, "here"))
+        clock[0] += 90.0  # its process starts
+        watch.on_event(RunProgress(run, Progress(100, 200, 0.5, None)))
+        clock[0] += 20.0
+        watch.on_event(RunProgress(run, Progress(110, 200, 0.4, 0.75)))
+    assert plain.file.getvalue().splitlines()[-2:] == [
+        "[0/3] tiny/adaptive/seed_0: step 100/200, loss 0.500; 25 s left",
+        "[0/3] tiny/adaptive/seed_0: step 110/200, loss 0.400, validation 75.0%; 3.0 min left",
+    ]
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_an_object_for_every_event(happened, tmp_path) -> None:
+    _plan, events = happened
+    with EventLog(tmp_path / "log.jsonl") as log:
+        for place, event in enumerate(events, start=1):
+            log.on_event(event)
+            assert len((tmp_path / "log.jsonl").read_bytes().splitlines()) == place  # flushed
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows] == [event.run.spec.run_id for event in events]
+    for row, event in zip(rows, events, strict=True):
+        assert row["at"].endswith("+00:00")
+        if isinstance(event, RunProgress):
+            assert row["event"] == "progress"
+            assert {key: row[key] for key in ("step", "loss", "mean_rank", "mean_bits")} == {
+                key: getattr(event.progress, key) for key in ("step", "loss", "mean_rank", "mean_bits")
+            }
+    ends = {row["run"]: row for row in rows if row["event"] in ("done", "failed")}
+    assert ends["tiny/diverging/seed_0"]["failure"] == "diverged"
+    (record,) = [e.record for e in events if isinstance(e, RunEnded) and e.run.spec.experiment.name == "quantized"]
+    assert ends["tiny/quantized/seed_0"]["adapter_sha256"] == record.adapter_sha256
+
+
+def test_the_log_goes_on_after_a_torn_line_and_knows_no_nan(happened, tmp_path) -> None:
+    plan, _ = happened
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"event": "done"}\n{"event": "prog')
+    with EventLog(file) as log:
+        log.on_event(RunProgress(plan.runs[0], Progress(1, 6, float("nan"), None)))
+        log.on_event(RunInterrupted(plan.runs[0], 1))
+        log.on_event(Notice("stopping"))
+    lines = file.read_text().splitlines()
+    assert lines[1] == '{"event": "prog'
+    rows = [json.loads(line) for line in lines[2:]]
+    assert [row["event"] for row in rows] == ["progress", "interrupted", "notice"]
+    assert rows[0]["loss"] is None
+
+
+def test_a_log_that_cannot_be_written(happened, tmp_path, capsys) -> None:
+    _plan, events = happened
+    with pytest.raises(UserError, match=r"--log-json: can't be written \(Is a directory\)"):
+        EventLog(tmp_path)
+    with EventLog(tmp_path / "log.jsonl") as log:
+        log._handle.close()
+        log._handle = open("/dev/full", "ab")  # noqa: SIM115
+        for event in events[:3]:
+            log.on_event(event)  # the study goes on
+    assert capsys.readouterr().err.count("No space left on device") == 1

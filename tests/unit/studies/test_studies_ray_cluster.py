@@ -1,0 +1,105 @@
+"""What is refused before anything runs on Ray; no cluster is started here."""
+
+import socket
+import sys
+from dataclasses import replace
+
+import pytest
+import ray
+
+from peft_vit.errors import UserError
+from peft_vit.studies import plan_study
+from peft_vit.studies.commands import Asked, Execution, run_studies
+from peft_vit.studies.executors import open_executor
+from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
+from peft_vit.studies.executors.ray_task import Place
+
+pytestmark = pytest.mark.part("runner")
+
+SMALL = {"CPU": 2.0, "memory": 4e9, "node:10.0.0.1": 1.0}
+GPU = {"CPU": 8.0, "GPU": 1.0, "memory": 16e9}
+
+
+@pytest.mark.parametrize(
+    ("need", "nodes", "refusal"),
+    [
+        (Need(2), [SMALL], None),
+        (Need(8, 0.5, 16), [SMALL, GPU], None),
+        (
+            Need(3),
+            [SMALL],
+            "a run asks for 3 CPUs; the biggest node of the cluster (1 in all) has 2 CPUs, 0 GPUs, 4.0 GB",
+        ),
+        (
+            Need(2, 2, 4.5),
+            [SMALL, GPU, SMALL],
+            "a run asks for 2 CPUs, 2 GPUs, 4.5 GB; the biggest node of the cluster (3 in all) has 8 CPUs, 1 GPU, "
+            "16.0 GB",
+        ),
+        (  # two nodes together are no node
+            Need(4, 1, 4),
+            [{"CPU": 4.0, "memory": 8e9}, {"CPU": 2.0, "GPU": 1.0, "memory": 8e9}],
+            "a run asks for 4 CPUs, 1 GPU, 4.0 GB; the biggest node of the cluster (2 in all) has 4 CPUs, 0 GPUs, "
+            "8.0 GB",
+        ),
+        (Need(1), [], "a run asks for 1 CPU, and the cluster has no node"),
+    ],
+)
+def test_what_a_run_needs_has_to_be_on_one_node(need, nodes, refusal) -> None:
+    assert need.refusal(nodes) == refusal
+
+
+def test_ray_is_not_asked_for_an_address_at_which_nobody_answers(tmp_path, monkeypatch) -> None:
+    """It would try for minutes."""
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked"))
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+    with pytest.raises(
+        UserError, match=r"^--ray-address: no connection to the Ray cluster 127\.0\.0\.1:\d+ \(.*refused"
+    ):
+        RayExecutor(address, Need(1), tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=r"^--ray-address: no connection to the Ray cluster 127\.0\.0\.1:\d+ \("):
+        RayExecutor(None, Need(1), tmp_path)
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "127.0.0.1:port"])
+def test_an_address_of_another_kind_is_refused(tmp_path, address) -> None:
+    with pytest.raises(
+        UserError, match=rf"no connection to the Ray cluster {address} .* correct the address to host:port"
+    ):
+        RayExecutor(address, Need(1), tmp_path)
+
+
+def test_without_ray_the_command_to_install_it_is_told(study, tmp_path, monkeypatch) -> None:
+    plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for name in ("ray_cluster", "ray_task"):
+        monkeypatch.delitem(sys.modules, f"peft_vit.studies.executors.{name}", raising=False)
+    with pytest.raises(UserError, match=r"^--executor ray: Ray is not installed; pip install 'peft-vit\[ray\]'$"):
+        open_executor("ray", plan, tmp_path)
+
+
+def test_what_would_change_nothing_is_refused(study, tmp_path) -> None:
+    plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
+    with pytest.raises(UserError, match=r"^--oversubscribe: has no effect with --executor ray"):
+        open_executor("ray", plan, tmp_path, oversubscribe=True)
+    with pytest.raises(UserError, match=r"^--workers: has no effect with --executor ray"):
+        run_studies(Asked([], tmp_path, workers=2), Execution("ray"), print)
+
+
+def test_a_run_that_needs_a_gpu_has_to_ask_for_it(study, tmp_path) -> None:
+    plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
+    plan = replace(plan, study=plan.study.model_copy(update={"device": "cuda"}))
+    with pytest.raises(UserError, match=r"^execution\.gpus: a run on Ray sees the GPUs that it asks for"):
+        open_executor("ray", plan, tmp_path)
+
+
+def test_checkpoints_are_written_only_where_the_drivers_files_are_seen(tmp_path) -> None:
+    lock = tmp_path / "lock"
+    lock.write_bytes(b"driver 1")
+    assert Place(str(tmp_path), lock, b"driver 1").is_seen()
+    assert not Place(str(tmp_path), lock, b"driver 2").is_seen()  # a folder of the same name on another machine
+    assert not Place(str(tmp_path), tmp_path / "none" / "lock", b"driver 1").is_seen()
+    assert not Place(str(tmp_path), lock, None).is_seen()

@@ -1,0 +1,372 @@
+"""The driver attempts what is pending, retries what may pass, writes every result once, and stops when it is asked."""
+
+import errno
+import os
+import signal
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+from fake_study import (
+    FakeExecutor,
+    check_complete,
+    done_record,
+    failed_record,
+    fake_adapter,
+    fake_config,
+    fake_drive,
+    fake_plan,
+    ledger_rows,
+)
+
+from peft_vit.errors import UserError
+from peft_vit.records import read_record, write_result
+from peft_vit.records.owner import LOCK_FILE, owner_of
+from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunRetried, RunStarted
+from peft_vit.studies.status import study_status
+
+pytestmark = pytest.mark.part("runner")
+
+STUDY = fake_config(("a", "b"), (0, 1))
+
+
+def events(out, run=None):
+    return [(row.event, row.attempt) for row in ledger_rows(out) if run in (None, row.run)]
+
+
+def spec(name, seed, study=STUDY):
+    return next(run.spec for run in fake_plan(study, Path("x")).runs if run.spec.run_id == f"fake/{name}/seed_{seed}")
+
+
+def test_every_run_is_done_once_and_nothing_is_done_again(tmp_path) -> None:
+    told = []
+    executor = FakeExecutor(checkpoints_in=tmp_path)
+    outcome = fake_drive(STUDY, tmp_path, executor, told.append)
+    ended = [one.record.spec.run_id for one in told if isinstance(one, RunEnded)]
+    assert ended == ["fake/a/seed_0", "fake/a/seed_1", "fake/b/seed_0", "fake/b/seed_1"]
+    assert outcome.failed == {}
+    assert executor.closed
+    assert [type(one) for one in told] == 4 * [RunStarted, RunEnded]
+    check_complete(STUDY, tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def never() -> FakeExecutor:
+        raise AssertionError("an executor was made")
+
+    assert fake_drive(STUDY, tmp_path, never, told.append).failed == {}
+    assert len(told) == 8
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert owner_of(tmp_path / "fake") is None
+
+
+def test_seeds_and_experiments_that_are_added_run_and_the_others_do_not(tmp_path) -> None:
+    fake_drive(STUDY, tmp_path)
+    more = fake_config(("a", "b", "c"), (0, 1, 2))
+    executor = FakeExecutor()
+    fake_drive(more, tmp_path, executor)
+    assert executor.submitted == ["a/seed_2", "b/seed_2", "c/seed_0", "c/seed_1", "c/seed_2"]
+    check_complete(more, tmp_path)
+
+
+@pytest.mark.parametrize("failure", [BrokenPipeError(), OSError(errno.ENOSPC, "full"), SystemExit(1)])
+def test_a_watcher_that_cannot_write_does_not_stop_the_study(tmp_path, failure) -> None:
+    told = []
+
+    def tell(event) -> None:
+        told.append(event)
+        raise failure
+
+    assert fake_drive(STUDY, tmp_path, tell=tell).failed == {}
+    assert len(told) == 8
+    check_complete(STUDY, tmp_path)
+
+
+def test_the_records_of_ended_runs_are_not_held(tmp_path) -> None:
+    """A thousand of them, with all their steps, would take gigabytes."""
+    held = []
+    alive = []
+
+    def tell(told) -> None:
+        alive.append(sum(one() is not None for one in held))
+        if isinstance(told, RunEnded):
+            held.append(weakref.ref(told.record))
+
+    fake_drive(STUDY, tmp_path, tell=tell)
+    assert len(held) == 4
+    assert max(alive) <= 1  # the one that has just ended
+
+
+@pytest.mark.parametrize("failure", ["killed", "out_of_memory", "io"])
+def test_what_may_pass_is_retried_as_configured(tmp_path, failure) -> None:
+    study = fake_config(("a", "b"), (0,), execution={"retries": 2})
+    told = []
+    outcomes = {"a/seed_0": [failure, failure], "b/seed_0": [failure, failure, failure]}
+    outcome = fake_drive(study, tmp_path, FakeExecutor(outcomes), told.append)
+    assert outcome.failed == {"fake/b/seed_0": f"it was {failure}"}
+    ended = [one.record for one in told if isinstance(one, RunEnded)]
+    assert [(record.status, record.attempts) for record in ended] == [("done", 3), ("failed", 3)]
+    assert sum(isinstance(one, RunRetried) for one in told) == 4
+    failed = [row for row in ledger_rows(tmp_path) if row.event == "failed"]
+    assert [(row.run, row.attempt, row.retried) for row in failed] == [
+        ("a/seed_0", 1, True),
+        ("b/seed_0", 1, True),
+        ("a/seed_0", 2, True),
+        ("b/seed_0", 2, True),
+        ("b/seed_0", 3, False),
+    ]
+    assert all(
+        (row.failure, row.error, row.traceback) == (failure, f"it was {failure}", "Traceback ...") for row in failed
+    )
+
+
+@pytest.mark.parametrize("failure", ["diverged", "error"])
+def test_what_would_fail_again_is_not_retried_and_does_not_stop_the_others(tmp_path, failure) -> None:
+    told = []
+    outcome = fake_drive(STUDY, tmp_path, FakeExecutor({"a/seed_0": [failure]}), told.append)
+    assert outcome.failed == {"fake/a/seed_0": f"it was {failure}"}
+    assert sum(isinstance(one, RunEnded) for one in told) == 4
+    record = read_record(tmp_path / "fake/a/seed_0/record.json")
+    assert (record.status, record.failure, record.traceback) == ("failed", failure, "Traceback ...")
+
+
+def test_a_later_call_tries_failed_runs_again_or_leaves_them(tmp_path) -> None:
+    fake_drive(STUDY, tmp_path, FakeExecutor({"a/seed_0": ["diverged"], "b/seed_1": ["error"]}))
+    kept = FakeExecutor()
+    outcome = fake_drive(STUDY, tmp_path, kept, keep_failed=True)
+    assert kept.submitted == []
+    assert outcome.failed == {"fake/a/seed_0": "it was diverged", "fake/b/seed_1": "it was error"}
+    again = FakeExecutor()
+    assert fake_drive(STUDY, tmp_path, again).failed == {}
+    assert again.submitted == ["a/seed_0", "b/seed_1"]
+    check_complete(STUDY, tmp_path)
+    assert events(tmp_path, "a/seed_0") == [("started", 1), ("failed", 1), ("started", 2), ("done", 2)]
+
+
+def test_without_its_lock_file_a_study_still_has_one_writer(tmp_path) -> None:
+    seen = []
+
+    class Robbed(FakeExecutor):
+        def next_event(self, timeout_s):
+            if not seen:
+                (tmp_path / "fake" / LOCK_FILE).unlink()
+                second = FakeExecutor()
+                with pytest.raises(UserError, match=r"ledger\.jsonl: another command writes to it") as caught:
+                    fake_drive(STUDY, tmp_path, second)
+                seen.append((str(caught.value), second.submitted))
+            return super().next_event(timeout_s)
+
+    fake_drive(STUDY, tmp_path, Robbed())
+    assert seen[0][1] == []
+    check_complete(STUDY, tmp_path)
+
+
+def test_odd_characters_of_an_error_can_be_written(tmp_path) -> None:
+    class Odd(FakeExecutor):
+        def next_event(self, timeout_s):
+            event = super().next_event(timeout_s)
+            if isinstance(event, RunEnded):
+                record = failed_record(event.run.spec, "error").model_copy(update={"error": "no file \udcff\n"})
+                return RunEnded(event.run, record, None)
+            return event
+
+    outcome = fake_drive(fake_config(("a",), (0,)), tmp_path, Odd())
+    assert outcome.failed == {"fake/a/seed_0": "no file \\udcff\n"}
+
+
+def test_records_of_an_earlier_version_are_taken_over(tmp_path) -> None:
+    write_result(tmp_path, done_record(spec("a", 0)), fake_adapter(spec("a", 0)))
+    write_result(tmp_path, failed_record(spec("a", 1), "error"), None)
+    assert [run.state for run in study_status(tmp_path / "fake").runs] == ["done", "failed"]
+    executor = FakeExecutor()
+    fake_drive(STUDY, tmp_path, executor)
+    assert executor.submitted == ["a/seed_1", "b/seed_0", "b/seed_1"]
+    rows = ledger_rows(tmp_path)
+    assert [(row.run, row.event, row.found) for row in rows[:2]] == [
+        ("a/seed_0", "done", True),
+        ("a/seed_1", "failed", True),
+    ]
+    assert events(tmp_path, "a/seed_1") == [("failed", 1), ("started", 2), ("done", 2)]
+    check_complete(STUDY, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["record.json", "adapter.safetensors"])
+def test_a_result_that_is_gone_is_made_again(tmp_path, name) -> None:
+    fake_drive(STUDY, tmp_path)
+    (tmp_path / "fake/a/seed_1" / name).unlink()
+    state = {run.run: run.state for run in study_status(tmp_path / "fake").runs}
+    assert (state["a/seed_1"], state["a/seed_0"]) == ("pending", "done")
+    told = []
+    executor = FakeExecutor()
+    fake_drive(STUDY, tmp_path, executor, told.append)
+    assert executor.submitted == ["a/seed_1"]
+    assert told[0] == Notice("a/seed_1: was done, but its record or its adapter is gone; it runs again")
+    assert events(tmp_path, "a/seed_1") == [("started", 1), ("done", 1), ("lost", 1), ("started", 2), ("done", 2)]
+    assert {run.state for run in study_status(tmp_path / "fake").runs} == {"done"}
+
+
+def test_late_words_of_a_run_that_has_ended_change_nothing(tmp_path) -> None:
+    """A node that was thought dead may still report what was done elsewhere meanwhile."""
+
+    class Echo(FakeExecutor):
+        def next_event(self, timeout_s):
+            if echoes:
+                return echoes.pop(0)
+            event = super().next_event(timeout_s)
+            if isinstance(event, RunEnded):
+                echoes.extend([RunStarted(event.run, "late"), event, RunInterrupted(event.run, 1)])
+            return event
+
+    echoes = []
+    assert fake_drive(STUDY, tmp_path, Echo()).failed == {}
+    check_complete(STUDY, tmp_path)
+
+
+def test_an_interruption_that_nobody_asked_for_is_carried_on(tmp_path) -> None:
+    class Preempted(FakeExecutor):
+        def next_event(self, timeout_s):
+            event = super().next_event(timeout_s)
+            if isinstance(event, RunEnded) and self.submitted.count("a/seed_0") == 1:
+                return RunInterrupted(event.run, 5)
+            return event
+
+    study = fake_config(("a",), (0,))
+    fake_drive(study, tmp_path, Preempted())
+    assert events(tmp_path) == [("started", 1), ("interrupted", 1), ("started", 2), ("done", 2)]
+    check_complete(study, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "attempts", "failed"), [([0, 0, 0], 2, True), ([3, 3, 3], 3, True), ([3, 3, 4, 5], 5, False)]
+)
+def test_interruptions_without_a_step_are_failures_of_which_there_are_few(tmp_path, steps, attempts, failed) -> None:
+    class Preempted(FakeExecutor):
+        def next_event(self, timeout_s):
+            event = super().next_event(timeout_s)
+            if isinstance(event, RunEnded) and left:
+                return RunInterrupted(event.run, left.pop(0))
+            return event
+
+    left = list(steps)
+    executor = Preempted()
+    outcome = fake_drive(fake_config(("a",), (0,), execution={"retries": 1}), tmp_path, executor)
+    assert len(executor.submitted) == attempts
+    reason = f"it was interrupted at step {steps[0]} without a step since the last time"
+    assert outcome.failed == ({"fake/a/seed_0": reason} if failed else {})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_cleanly_and_the_next_call_goes_on(tmp_path, number) -> None:
+    told = []
+
+    def interrupt(event) -> None:
+        told.append(event)
+        if isinstance(event, RunStarted) and event.run.spec.run_id == "fake/a/seed_1":
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background may ignore it
+    executor = FakeExecutor(steps=5, checkpoints_in=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fake_drive(STUDY, tmp_path, executor, interrupt)
+    assert executor.closed
+    assert signal.getsignal(number) == before or number == signal.SIGINT
+    assert [type(one) for one in told] == [RunStarted, RunEnded, RunStarted, Notice, RunInterrupted]
+    assert events(tmp_path) == [("started", 1), ("done", 1), ("started", 1), ("interrupted", 1)]
+    states = [run.state for run in study_status(tmp_path / "fake").runs]
+    assert states == ["done", "pending", "pending", "pending"]
+    fake_drive(STUDY, tmp_path)
+    assert events(tmp_path, "a/seed_1") == [("started", 1), ("interrupted", 1), ("started", 2), ("done", 2)]
+    check_complete(STUDY, tmp_path)
+
+
+def test_what_dies_while_a_study_stops_has_not_failed(tmp_path) -> None:
+    """Ctrl-C in a terminal may reach a worker too, whose end is then no reason to give its run up."""
+
+    class Dying(FakeExecutor):
+        def next_event(self, timeout_s):
+            event = super().next_event(timeout_s)
+            if isinstance(event, RunInterrupted):
+                return RunEnded(event.run, failed_record(event.run.spec, "killed"), None)
+            return event
+
+    def interrupt(event) -> None:
+        if isinstance(event, RunStarted):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    study = fake_config(("a",), (0,), execution={"retries": 0})
+    with pytest.raises(KeyboardInterrupt):
+        fake_drive(study, tmp_path, Dying(steps=5), interrupt)
+    (run,) = study_status(tmp_path / "fake").runs
+    assert (run.state, run.note) == ("pending", "to be tried again after: it was killed")
+    fake_drive(study, tmp_path)
+    check_complete(study, tmp_path)
+
+
+def test_a_second_signal_ends_at_once(tmp_path) -> None:
+    class Deaf(FakeExecutor):
+        def stop(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    def interrupt(event) -> None:
+        if isinstance(event, RunStarted):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    executor = Deaf(steps=5)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        fake_drive(STUDY, tmp_path, executor, interrupt)
+    assert time.monotonic() - started < 30
+    assert executor.closed
+    fake_drive(STUDY, tmp_path)
+    check_complete(STUDY, tmp_path)
+
+
+def test_what_an_executor_refuses_is_passed_on_and_it_is_closed(tmp_path) -> None:
+    class Refusing(FakeExecutor):
+        def submit(self, run) -> None:
+            raise UserError("no node has 99 CPUs")
+
+    executor = Refusing()
+    with pytest.raises(UserError, match="99 CPUs"):
+        fake_drive(STUDY, tmp_path, executor)
+    assert executor.closed
+    assert {run.state for run in study_status(tmp_path / "fake").runs} == {"pending"}
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path, monkeypatch) -> None:
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill(event) -> None:
+        if isinstance(event, RunStarted) and event.run.spec.run_id == "fake/b/seed_0":
+            monkeypatch.setattr(os, "replace", full)
+
+    with pytest.raises(UserError) as caught:
+        fake_drive(STUDY, tmp_path, FakeExecutor(checkpoints_in=tmp_path), fill)
+    assert str(caught.value) == (
+        f"{tmp_path / 'fake/b/seed_0'}: can't be written (No space left on device); nothing that was written is lost: "
+        "make room, or make it writable, and the same command goes on"
+    )
+    assert (tmp_path / "fake/b/seed_0/checkpoint-1").is_dir()
+    monkeypatch.undo()
+    executor = FakeExecutor()
+    fake_drive(STUDY, tmp_path, executor)
+    assert executor.submitted == ["b/seed_0", "b/seed_1"]
+    check_complete(STUDY, tmp_path)
+
+
+def test_no_room_for_a_checkpoint_ends_the_study_and_fails_no_run(tmp_path) -> None:
+    """Every other run would meet the same full disk."""
+    executor = FakeExecutor({"a/seed_1": ["disk_full"]})
+    with pytest.raises(UserError) as caught:
+        fake_drive(STUDY, tmp_path, executor)
+    assert str(caught.value) == (
+        f"{tmp_path / 'fake/a/seed_1'}: no room for what it writes (it was disk_full); make room, and the same command "
+        "goes on"
+    )
+    assert executor.closed
+    assert [run.state for run in study_status(tmp_path / "fake").runs] == ["done", "pending", "pending", "pending"]
+    fake_drive(STUDY, tmp_path, FakeExecutor(), keep_failed=True)
+    check_complete(STUDY, tmp_path)
