@@ -8,7 +8,7 @@ STAMP := $(VENV)/.setup-done
 DEMO := experiments/outputs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup demo smoke test test-avx2 torture bench check format clean
+.PHONY: help setup demo smoke test test-all test-avx2 torture bench check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,16 +23,20 @@ demo: setup ## compare a probe, LoRA and LoRA on 4-bit weights within ten minute
 smoke: setup ## run the quickstart's whole path with random weights and synthetic images
 	$(BIN)/peft-vit run experiments/configs/quickstart.yaml --smoke --output-dir experiments/outputs/smoke
 
-test: setup ## run the tests, one thread in each of two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test: setup ## run the tests that are not marked slow, one thread in each of two processes
+	$(PYTEST) -m "not slow" --durations 25
+
+test-all: setup ## run all tests, as continuous integration does
+	$(PYTEST) --durations 50
 
 # Without AVX-512 other kernels compute, and bf16 is emulated, so products and rounding differ.
 CORE := $(addprefix tests/unit/,adapters quantization training deployment) \
   $(wildcard $(addprefix tests/oracle/test_,adapters*.py quantization*.py training*.py deployment*.py resizing*.py))
 
 test-avx2: setup ## run the tests of the numerical core as a processor without AVX-512 computes them
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(CORE)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(CORE)
 
 # Each tool writes what it found down before it ends; the last one says whether anything failed, now or earlier.
 torture: setup ## break files and kill runs for hours; results add up over calls and are told in docs/reliability.md

@@ -29,9 +29,10 @@ from peft_vit.report.style import draw
 
 CHROMIUM = os.environ.get("PEFT_VIT_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-pytestmark = pytest.mark.skipif(
-    not os.access(CHROMIUM, os.X_OK), reason="no Chromium here; name one in PEFT_VIT_CHROMIUM"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.access(CHROMIUM, os.X_OK), reason="no Chromium here; name one in PEFT_VIT_CHROMIUM"),
+]
 
 KEPT = ("linear_probe", "lora_r1", "lora_r8", "adalora_top_k_fisher", "qa_lora_4bit_nf4_constant")
 HOSTILE = "</script><script>alert(1)</script>\"'<!--\u2028\u200f<img src=x onerror=alert(2)> $x^2$ &lt;"

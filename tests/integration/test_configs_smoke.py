@@ -1,7 +1,6 @@
-"""Every configuration in the repository loads and plans, and each kind of experiment does its smoke run, at real width.
+"""Every configuration in the repository loads and plans; few of their experiments do smoke runs, at real width.
 
-An experiment is run where its method or what is around it (backbone, images, measures, precision) was not met before.
-Settings that are numbers count as equal: another rank or rate takes no other way through the program.
+They are chosen so that each value of each setting of each method, each backbone, kind of images and measure is tried.
 """
 
 from functools import cache
@@ -55,46 +54,45 @@ def test_it_plans(file: Path) -> None:
     assert planned(file).runs
 
 
-def halves(study: StudyConfig, place: int) -> tuple[str, str]:
-    """Return what an experiment's smoke run depends on, but for numbers: the method, and all around it."""
-    small = smoke_study(study, patch_size=16)  # of the backbone's own, which follows from its name
-    method = small.experiments[place].model_copy(update={"name": "any"})
-    around = [words(part.model_dump(mode="json")) for part in (small.data, small.measures)]
-    return str(words(method.model_dump(mode="json"))), f"{small.backbone.model} {small.precision} {around}"
-
-
-def words(value: object) -> object:
-    """Return the value with all its numbers alike."""
+def ways(value: object, path: tuple[str, ...] = ()) -> set[tuple[object, ...]]:
+    """Return each setting with its value; all numbers are alike, since another rank takes no other way."""
     if isinstance(value, dict):
-        return {key: words(one) for key, one in value.items()}
+        return set().union(*(ways(one, (*path, key)) for key, one in value.items()))
     if isinstance(value, list):
-        return [words(one) for one in value]
-    return value if isinstance(value, str | bool | None) else "a number"
+        return {(*path, str([one if isinstance(one, str) else "a number" for one in value]))}
+    return {(*path, value if isinstance(value, str | bool | None) else "a number")}
 
 
-def distinct() -> list[tuple[Path, int]]:
-    """Return file and place of experiments whose method or surroundings no earlier one has; the quickstart's first."""
-    found: list[tuple[Path, int]] = []
-    seen: set[str] = set()
-    for file in sorted(CONFIGS, key=lambda one: one.stem != "quickstart"):
-        study = load_study(file)
-        for place in range(len(study.experiments)):
-            if not seen.issuperset(own := halves(study, place)):
-                found.append((file, place))
-            seen.update(own)
+def ways_of(study: StudyConfig) -> list[set[tuple[object, ...]]]:
+    """Return what the smoke run of each experiment tries: its method's settings, the backbone, images and measures."""
+    small = smoke_study(study, patch_size=16)  # of the backbone's own, which follows from its name
+    around = ways(small.model_dump(mode="json", include={"data", "measures", "precision"}))
+    around |= {("model", small.backbone.model)}
+    methods = [one.model_dump(mode="json", exclude={"name"}) for one in small.experiments]
+    return [around | ways(one, (one["method"],)) for one in methods]
+
+
+def chosen() -> list[tuple[Path, int, bool]]:
+    """Choose few experiments that try all there is to try: file, place, and whether its method is met anew."""
+    studies = {file: load_study(file) for file in CONFIGS}
+    tried = {(file, place): one for file, study in studies.items() for place, one in enumerate(ways_of(study))}
+    left = set().union(*tried.values())
+    found, methods = [], set()
+    while left:
+        file, place = max(tried, key=lambda each: len(tried[each] & left))
+        left -= tried[file, place]
+        method = studies[file].experiments[place].method
+        found.append((file, place, method not in methods))
+        methods.add(method)
     return found
 
 
+@pytest.mark.part("runner")
 @pytest.mark.parametrize(
     ("file", "place"),
     [
-        pytest.param(
-            file,
-            place,
-            id=f"{file.stem}-{place}",
-            marks=[pytest.mark.part("runner")] if file.stem == "quickstart" else [],
-        )
-        for file, place in distinct()
+        pytest.param(file, place, id=f"{file.stem}-{place}", marks=() if anew else pytest.mark.slow)
+        for file, place, anew in chosen()
     ],
 )
 def test_smoke(file: Path, place: int, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def predicted_elsewhere(models: list[tuple[object, ...]], *images: Path) -> list
     return [{Path(file): (name, float(probability)) for file, name, probability in table} for table in rows]
 
 
+@pytest.mark.slow
 def test_every_export_says_in_another_process_what_the_run_does(runs, images, weights, tmp_path, capsys) -> None:
     models: list[tuple[object, ...]] = []
     sources = []

@@ -30,6 +30,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.part("runner")
 def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path, cache: str) -> None:
     config = tmp_path / "long.yaml"

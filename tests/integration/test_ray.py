@@ -28,7 +28,7 @@ from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.scheduler import drive
 
-pytestmark = pytest.mark.part("runner")
+pytestmark = [pytest.mark.part("runner"), pytest.mark.slow]
 
 WRITTEN_DOWN = Registration(sha256="1" * 64, hypotheses={"h": "2" * 64})
 

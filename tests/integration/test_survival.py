@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.part("runner")
+pytestmark = [pytest.mark.part("runner"), pytest.mark.slow]
 
 SCRIPT = Path(__file__).parents[1] / "crash_study.py"
 

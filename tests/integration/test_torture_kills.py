@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.part("runner")
+pytestmark = [pytest.mark.part("runner"), pytest.mark.slow]
 
 TOOLS = Path(__file__).parents[1] / "torture"
 

@@ -17,6 +17,7 @@ def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_spoiled_files_are_read_or_refused_in_one_line() -> None:
     done = python(
         TORTURE / "mutated_files.py", "--trials", "225", "--commands", "2", "--seed", "5", "--without-onnx", "--dry"

@@ -104,6 +104,7 @@ def test_a_stop_does_not_wait_for_workers_that_are_still_starting(study, tmp_pat
         executor.close()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> None:
     config = endless(study("qa_lora", "lora", "full"), "qa_lora", "lora")
     plan = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
@@ -179,6 +180,7 @@ def test_a_study_without_any_process_for_it_is_one_line(study, tmp_path, monkeyp
     assert psutil.Process().num_fds() <= before + 2  # Python's own resource tracker may have come
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
     (run,) = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs
     executor = LocalExecutor(1, 1, tmp_path, oversubscribe=True)
@@ -221,6 +223,7 @@ STUDY = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path, cache: str) -> None:
     (tmp_path / "long.yaml").write_text(STUDY)
     (tmp_path / "driver.py").write_text(DRIVER)
