@@ -8,7 +8,7 @@ STAMP := $(VENV)/.setup-done
 DEMO := experiments/outputs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup demo smoke test test-all test-avx2 torture bench check format clean
+.PHONY: help setup demo smoke test test-all test-avx2 torture bench check sizes format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,11 +59,19 @@ bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/coverage.py
 
-check: setup ## lint, formatting, types, import rules; changes nothing
+check: setup ## lint, formatting, types, import rules, sizes; changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory sizes
+
+sizes: ## count lines of Python by package; nothing is asked of the numbers
+	@find src tests -name '*.py' -exec wc -l {} + | awk '$$2 != "total" { \
+	  sub("/[^/]*$$", "", $$2); n = split($$2, at, "/"); all[at[1]] += $$1; \
+	  lines[at[1] (n > 1 ? "/" at[2] : "") (n > 2 ? "/" at[3] : "")] += $$1 } \
+	  END { for (one in lines) printf "%7d  %s\n", lines[one], one; \
+	        for (one in all) printf "%7d  %s, all\n", all[one], one }' | sort -k 2
 
 format: setup ## repair what ruff can
 	$(BIN)/ruff check --fix
