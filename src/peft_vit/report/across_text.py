@@ -14,7 +14,7 @@ from peft_vit.analysis.comparison import Comparison
 from peft_vit.analysis.stability import StudyAgreement
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
-from peft_vit.report.document import Paragraph, Raw, Table
+from peft_vit.report.document import Paragraph, Raw, Row, Table
 from peft_vit.report.numbers import count, fixed, megabytes, percent_interval, points_interval
 from peft_vit.report.tables import OTHER_SEEDS, ends
 from peft_vit.report.terminal import print_blocks
@@ -89,48 +89,33 @@ def comparison_blocks(found: Across) -> Iterator[Paragraph | Table]:
 
 
 def _by_study(found: Across) -> Table:
-    return Table(
-        slug="by_study",
-        title="By study",
-        columns=(
-            "experiment",
-            "study",
-            "test accuracy",
-            "n",
-            f"against {found.reference} (points)",
-            "pairs",
-            "more accurate?",
-            "to store",
-            "parameters",
-            "s a step",
-        ),
-        rows=tuple(_study_row(row) for row in found.rows),
-        note=(
-            f"95 % t intervals: {OTHER_SEEDS}. Pairs share seed, weights, images "
-            "and split; the exact Wilcoxon signed-rank test decides at 5 %, Holm-corrected over a study's experiments."
-        ),
-        data=(),
+    return Table.of(
+        "by_study",
+        "By study",
+        (_study_row(row, f"against {found.reference} (points)") for row in found.rows),
+        f"95 % t intervals: {OTHER_SEEDS}. Pairs share seed, weights, images "
+        "and split; the exact Wilcoxon signed-rank test decides at 5 %, Holm-corrected over a study's experiments.",
     )
 
 
-def _study_row(row: InStudy) -> tuple[str, ...]:
+def _study_row(row: InStudy, against: str) -> Row:
     result, comparison = row.result, row.comparison
-    against = ("–", "–", "–")
+    difference, pairs, verdict = "–", "–", "–"
     if comparison is not None:
-        verdict = _verdict(comparison)
-        note = f" ({comparison.note})" if comparison.note else ""
-        against = points_interval(comparison.difference), str(len(comparison.seeds)), verdict + note
-    step = result.seconds_per_step
-    return (
-        row.name,
-        row.study,
-        percent_interval(result.test_accuracy),
-        str(result.test_accuracy.n),
-        *against,
-        megabytes(result.frozen_bytes + result.adapter_file_bytes),
-        count(result.final_parameters),
-        "–" if step is None else fixed(step),
-    )
+        difference, pairs = points_interval(comparison.difference), str(len(comparison.seeds))
+        verdict = _verdict(comparison) + (f" ({comparison.note})" if comparison.note else "")
+    return {
+        "experiment": row.name,
+        "study": row.study,
+        "test accuracy": percent_interval(result.test_accuracy),
+        "n": str(result.test_accuracy.n),
+        against: difference,
+        "pairs": pairs,
+        "more accurate?": verdict,
+        "to store": megabytes(result.frozen_bytes + result.adapter_file_bytes),
+        "parameters": count(result.final_parameters),
+        "s a step": "–" if result.seconds_per_step is None else fixed(result.seconds_per_step),
+    }
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -141,41 +126,27 @@ def _verdict(comparison: Comparison) -> str:
 
 
 def _pooled(rows: Sequence[PooledDifference], reference: str) -> Table:
-    return Table(
-        slug="pooled",
-        title=f"Over studies: test accuracy against {reference} (points)",
-        columns=(
-            "experiment",
-            "studies",
-            "pairs",
-            "mean over studies",
-            "ahead in",
-            "p (Holm)",
-            "more accurate?",
-            "interquartile mean",
-            "mixed model",
-        ),
-        rows=tuple(
-            (
-                row.name,
-                str(len(row.studies)),
-                str(row.pooled.interval.n),
-                _points(row.pooled.interval),
-                f"{row.ahead} of {len(row.studies)}",
-                "–" if row.adjusted_p is None else f"{row.adjusted_p:.2g}",
-                row.verdict,
-                _points(row.interquartile, row.interquartile_note),
-                _mixed(row),
-            )
+    return Table.of(
+        "pooled",
+        f"Over studies: test accuracy against {reference} (points)",
+        (
+            {
+                "experiment": row.name,
+                "studies": str(len(row.studies)),
+                "pairs": str(row.pooled.interval.n),
+                "mean over studies": _points(row.pooled.interval),
+                "ahead in": f"{row.ahead} of {len(row.studies)}",
+                "p (Holm)": "–" if row.adjusted_p is None else f"{row.adjusted_p:.2g}",
+                "more accurate?": row.verdict,
+                "interquartile mean": _points(row.interquartile, row.interquartile_note),
+                "mixed model": _mixed(row),
+            }
             for row in rows
         ),
-        note=(
-            "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none "
-            "of them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over "
-            "this table. Interquartile mean: stratified bootstrap. Mixed model: random intercept by study, the effect "
-            "taken to be the same in all."
-        ),
-        data=(),
+        "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none "
+        "of them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over "
+        "this table. Interquartile mean: stratified bootstrap. Mixed model: random intercept by study, the effect "
+        "taken to be the same in all.",
     )
 
 
@@ -199,13 +170,19 @@ def _interval(row: PooledDifference) -> Interval | None:
 
 
 def _times(rows: Sequence[PooledTime], reference: str) -> Table:
-    return Table(
-        slug="times",
-        title=f"Over studies: seconds a step, as a multiple of {reference}'s",
-        columns=("experiment", "studies", "pairs", "geometric mean over studies"),
-        rows=tuple((row.name, str(len(row.studies)), str(row.ratio.n), _multiple(row.ratio)) for row in rows),
-        note="95 % t intervals of the logarithms; each study counts the same.",
-        data=(),
+    return Table.of(
+        "times",
+        f"Over studies: seconds a step, as a multiple of {reference}'s",
+        (
+            {
+                "experiment": row.name,
+                "studies": str(len(row.studies)),
+                "pairs": str(row.ratio.n),
+                "geometric mean over studies": _multiple(row.ratio),
+            }
+            for row in rows
+        ),
+        "95 % t intervals of the logarithms; each study counts the same.",
     )
 
 
@@ -216,28 +193,24 @@ def _multiple(ratio: Interval) -> str:
 
 
 def _agreements(rows: Sequence[StudyAgreement]) -> Table:
-    return Table(
-        slug="agreement",
-        title="Do two studies agree on which sites matter?",
-        columns=("metric", "study", "experiment", "other study", "its experiment", "rho", "sites", "backbone"),
-        rows=tuple(
-            (
-                row.metric,
-                row.study,
-                row.experiment,
-                row.other,
-                row.other_experiment,
-                "– (constant)" if row.rho is None else fixed(row.rho),
-                str(row.sites),
-                "the same" if row.same_backbone else "another: sites share no more than a name",
-            )
+    return Table.of(
+        "agreement",
+        "Do two studies agree on which sites matter?",
+        (
+            {
+                "metric": row.metric,
+                "study": row.study,
+                "experiment": row.experiment,
+                "other study": row.other,
+                "its experiment": row.other_experiment,
+                "rho": "– (constant)" if row.rho is None else fixed(row.rho),
+                "sites": str(row.sites),
+                "backbone": "the same" if row.same_backbone else "another: sites share no more than a name",
+            }
             for row in rows
         ),
-        note=(
-            "Spearman's rho of mean relative scores at the last decision, over sites that both have. It describes: the "
-            "sites of one network are no independent draws, so there is no interval and no p-value."
-        ),
-        data=(),
+        "Spearman's rho of mean relative scores at the last decision, over sites that both have. It describes: the "
+        "sites of one network are no independent draws, so there is no interval and no p-value.",
     )
 
 

@@ -7,65 +7,54 @@ from dataclasses import replace
 
 from peft_vit.analysis import AgainstControl, Allocation, RunAllocation
 from peft_vit.analysis.allocation import SETTLED_AT
-from peft_vit.analysis.comparison import outcome
 from peft_vit.analysis.effectiveness import PARAMETERS
 from peft_vit.analysis.limits import SAME_SIZE
-from peft_vit.report.document import Paragraph, Raw, Table
+from peft_vit.report.document import Cell, Paragraph, Raw, Table
 from peft_vit.report.numbers import count, fixed, joined, number_interval, percent, plain, points_interval
-from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, differences_table, ends, measured, with_n
+from peft_vit.report.tables import (
+    FAMILY_NOTE,
+    OVER_SEEDS,
+    differences_table,
+    ends,
+    measured,
+    number_cell,
+    tested,
+    text_cell,
+    with_n,
+)
 from peft_vit.statistics import Interval
 
 
 def allocation_table(allocations: Sequence[Allocation]) -> Table:
     """Return where the budget went, how it moved, and whether it paid."""
-    return Table(
-        slug="allocation",
-        title="Final ranks and how they were reached",
-        columns=(
-            "experiment",
-            "seed",
-            "ranks / budget",
-            "sites without",
-            "Gini",
-            "evenness",
-            "ranks moved at each update",
-        ),
-        rows=tuple(
-            (
-                a.experiment.name,
-                str(run.seed),
-                _ranks_and_budget(run),
-                f"{run.sites_without_rank} of {run.sites}",
-                "–" if run.gini is None else fixed(run.gini),
-                "–" if run.entropy is None else fixed(run.entropy),
-                ", ".join(str(moved) for moved in run.moved) or "no update",
-            )
-            for a in allocations
-            for run in a.runs
-        ),
-        note=(
-            "Gini: 0 if all sites have the same rank, near 1 if one has all. Evenness: entropy of the ranks "
-            "over its largest value, 1 if all are equal. Moved: ranks that changed their site; what the "
-            "shrinking budget took does not count. Each row describes one run; there is no interval."
-        ),
-        data=tuple(
+    return Table.of(
+        "allocation",
+        "Final ranks and how they were reached",
+        (
             {
-                "experiment": a.experiment.name,
-                "seed": run.seed,
-                "budget": run.budget,
-                "unit": run.unit,
-                "spent": run.spent,
-                "used": run.used,
-                "sites": run.sites,
-                "sites_without_rank": run.sites_without_rank,
-                "gini": run.gini,
-                "evenness": run.entropy,
-                "updates": run.updates,
-                "moved": " ".join(str(moved) for moved in run.moved),
+                "experiment": text_cell("experiment", a.experiment.name),
+                "seed": number_cell("seed", run.seed),
+                "ranks / budget": Cell(
+                    _ranks_and_budget(run),
+                    {"budget": run.budget, "unit": run.unit, "spent": run.spent, "used": run.used},
+                ),
+                "sites without": Cell(
+                    f"{run.sites_without_rank} of {run.sites}",
+                    {"sites": run.sites, "sites_without_rank": run.sites_without_rank},
+                ),
+                "Gini": number_cell("gini", run.gini, fixed),
+                "evenness": number_cell("evenness", run.entropy, fixed),
+                "ranks moved at each update": Cell(
+                    ", ".join(str(moved) for moved in run.moved) or "no update",
+                    {"updates": run.updates, "moved": " ".join(str(moved) for moved in run.moved)},
+                ),
             }
             for a in allocations
             for run in a.runs
         ),
+        "Gini: 0 if all sites have the same rank, near 1 if one has all. Evenness: entropy of the ranks "
+        "over its largest value, 1 if all are equal. Moved: ranks that changed their site; what the "
+        "shrinking budget took does not count. Each row describes one run; there is no interval.",
     )
 
 
@@ -79,37 +68,30 @@ def _ranks_and_budget(run: RunAllocation) -> str:
 
 def allocation_course_table(allocations: Sequence[Allocation]) -> Table:
     """Return how much moved and how early the final allocation was visible; the CSV file has every update."""
-    return Table(
-        slug="allocation_course",
-        title="How much moved, and how early the final ranks stood",
-        columns=(
-            "experiment",
-            "seed",
-            "moved at an update, mean",
-            "in place at the start",
-            "after half of the updates",
-            f"at least {percent(SETTLED_AT)} in place from step",
-            "last update",
-        ),
-        rows=tuple(
-            (
-                a.experiment.name,
-                str(run.seed),
-                _mean_share([c for c in run.churn if c is not None]),
-                _share(run.overlap_with_final[0]),
-                _share(run.overlap_with_final[len(run.overlap_with_final) // 2]) if run.updates else "–",
-                "–" if run.settled_step is None else str(run.settled_step),
-                str(run.steps[-1]) if run.updates else "no update",
-            )
+    return Table.of(
+        "allocation_course",
+        "How much moved, and how early the final ranks stood",
+        (
+            {
+                "experiment": a.experiment.name,
+                "seed": str(run.seed),
+                "moved at an update, mean": _mean_share([c for c in run.churn if c is not None]),
+                "in place at the start": _share(run.overlap_with_final[0]),
+                "after half of the updates": _share(run.overlap_with_final[len(run.overlap_with_final) // 2])
+                if run.updates
+                else "–",
+                f"at least {percent(SETTLED_AT)} in place from step": "–"
+                if run.settled_step is None
+                else str(run.settled_step),
+                "last update": str(run.steps[-1]) if run.updates else "no update",
+            }
             for a in allocations
             for run in a.runs
         ),
-        note=(
-            "Moved: ranks that changed their site, over the ranks held afterwards. In place: share of the final ranks "
-            "that stood where they end, both taken as shares of all ranks, so that a larger budget is no difference. "
-            "At the start nothing was decided: what is in place there is what equal ranks give. One row is one run."
-        ),
-        data=tuple(_course_row(a, run, i) for a in allocations for run in a.runs for i in range(len(run.steps))),
+        "Moved: ranks that changed their site, over the ranks held afterwards. In place: share of the final ranks "
+        "that stood where they end, both taken as shares of all ranks, so that a larger budget is no difference. "
+        "At the start nothing was decided: what is in place there is what equal ranks give. One row is one run.",
+        data=(_course_row(a, run, i) for a in allocations for run in a.runs for i in range(len(run.steps))),
     )
 
 
@@ -147,56 +129,36 @@ def control_blocks(rows: Sequence[AgainstControl]) -> tuple[Table | Paragraph, .
 
 def control_table(rows: Sequence[AgainstControl]) -> Table:
     """Return scored ranks against ranks that look at nothing, at equal cost."""
-    return Table(
-        slug="allocation_against_controls",
-        title="Scored ranks against uniform and random ones at equal cost",
-        columns=(
-            "experiment",
-            "control",
-            "its experiment",
-            "difference (points)",
-            "n",
-            "more accurate?",
-            "test",
-            f"points per {count(PARAMETERS)} parameters",
-            "parameters, ratio",
-        ),
-        rows=tuple(
-            (
-                r.experiment,
-                r.control,
-                _control_name(r),
-                points_interval(r.accuracy.difference),
-                str(len(r.accuracy.by_seed)),
-                r.accuracy.verdict,
-                outcome(r.accuracy) + (f" ({r.accuracy.note})" if r.accuracy.note else ""),
-                _small_points(r.per_parameter.difference),
-                "–" if r.parameters_ratio is None else fixed(r.parameters_ratio),
-            )
-            for r in rows
-        ),
-        note=(
-            "A control has the same budget, course, training and targets, but importance_metric: uniform or random. "
-            "Difference in test accuracy, paired by seed, and difference in accuracy per trainable parameter, which "
-            "means something only where the ratio of parameters is near 1. The exact Wilcoxon signed-rank test at 5 % "
-            f"decides, with Holm's correction over the rows of one control. {OVER_SEEDS}"
-        ),
-        data=tuple(
+    return Table.of(
+        "allocation_against_controls",
+        "Scored ranks against uniform and random ones at equal cost",
+        (
             {
-                "experiment": r.experiment,
-                "control": r.control,
-                "control_experiment": r.control_experiment,
-                "same_strategy": int(r.same_strategy),
-                **measured("difference", r.accuracy.difference),
-                "p_holm": r.accuracy.adjusted_p,
-                "verdict": r.accuracy.verdict,
-                **measured("per_1000_parameters", r.per_parameter.difference),
-                "per_1000_parameters_p_holm": r.per_parameter.adjusted_p,
-                "parameters_ratio": r.parameters_ratio,
-                "note": r.accuracy.note,
+                "experiment": text_cell("experiment", r.experiment),
+                "control": text_cell("control", r.control),
+                "its experiment": Cell(
+                    _control_name(r),
+                    {"control_experiment": r.control_experiment, "same_strategy": int(r.same_strategy)},
+                ),
+                "difference (points)": Cell(
+                    points_interval(r.accuracy.difference), measured("difference", r.accuracy.difference)
+                ),
+                "n": str(len(r.accuracy.by_seed)),
+                "more accurate?": text_cell("verdict", r.accuracy.verdict),
+                "test": Cell(tested(r.accuracy), {"p_holm": r.accuracy.adjusted_p, "note": r.accuracy.note}),
+                f"points per {count(PARAMETERS)} parameters": Cell(
+                    _small_points(r.per_parameter.difference),
+                    measured("per_1000_parameters", r.per_parameter.difference)
+                    | {"per_1000_parameters_p_holm": r.per_parameter.adjusted_p},
+                ),
+                "parameters, ratio": number_cell("parameters_ratio", r.parameters_ratio, fixed),
             }
             for r in rows
         ),
+        "A control has the same budget, course, training and targets, but importance_metric: uniform or random. "
+        "Difference in test accuracy, paired by seed, and difference in accuracy per trainable parameter, which "
+        "means something only where the ratio of parameters is near 1. The exact Wilcoxon signed-rank test at 5 % "
+        f"decides, with Holm's correction over the rows of one control. {OVER_SEEDS}",
     )
 
 
@@ -226,16 +188,19 @@ def allocation_value_table(allocations: Sequence[Allocation]) -> Table:
 def rank_by_matrix_table(allocations: Sequence[Allocation]) -> Table:
     """Return mean final ranks by matrix type."""
     matrices = list(dict.fromkeys(name for a in allocations for name in a.rank_by_matrix))
-    return Table(
-        slug="rank_by_matrix",
-        title="Mean final rank by matrix type",
-        columns=("matrix", *(with_n(a.experiment.name, len(a.runs)) for a in allocations)),
-        rows=tuple(
-            (m, *(number_interval(i, 1) if (i := a.rank_by_matrix.get(m)) else "–" for a in allocations))
+    return Table.of(
+        "rank_by_matrix",
+        "Mean final rank by matrix type",
+        (
+            {"matrix": m}
+            | {
+                with_n(a.experiment.name, len(a.runs)): number_interval(i, 1) if (i := a.rank_by_matrix.get(m)) else "–"
+                for a in allocations
+            }
             for m in matrices
         ),
-        note=f"Mean over the sites of a type. {OVER_SEEDS}",
-        data=tuple(
+        f"Mean over the sites of a type. {OVER_SEEDS}",
+        data=(
             {"experiment": a.experiment.name, "matrix": matrix, **ends("mean_rank", interval)}
             for a in allocations
             for matrix, interval in a.rank_by_matrix.items()

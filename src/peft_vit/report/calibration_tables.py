@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from peft_vit.analysis import Calibration, CalibrationDifferences, Comparison, Convergence
 from peft_vit.analysis.calibration import BINS, Measure
 from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS
-from peft_vit.report.document import Block, Paragraph, Raw, Table
+from peft_vit.report.document import Block, Cell, Paragraph, Raw, Table
 from peft_vit.report.numbers import fixed, joined, number_interval, percent
-from peft_vit.report.tables import OVER_SEEDS, ends, measured
+from peft_vit.report.tables import OVER_SEEDS, comparison_values, ends, interval_cell, number_cell, text_cell
 from peft_vit.statistics import Interval
 
 _TITLES: dict[Measure, str] = {
@@ -44,41 +44,34 @@ def calibration_blocks(
 
 
 def _calibration_table(calibrations: Sequence[Calibration]) -> Table:
-    return Table(
-        slug="calibration",
-        title="Calibration on test",
-        columns=("experiment", "NLL (nats)", "ECE", "adaptive ECE", "Brier score", "overconfidence", "n"),
-        rows=tuple(
-            (
-                c.experiment.name,
-                *(_number(interval) for interval in (c.nll, c.ece, c.adaptive_ece, c.brier, c.overconfidence)),
-                str(c.nll.n),
-            )
-            for c in calibrations
-        ),
-        note=(
-            f"Smaller is better. ECE: gap between confidence and accuracy over {BINS} bins, equally wide or, adaptive, "
-            "of equal counts; it is biased upwards where bins hold few images. Brier score: mean squared error of the "
-            "probability of the predicted class; with two classes that is the usual one. Overconfidence: mean "
-            f"confidence minus accuracy, best at 0. n counts seeds. {OVER_SEEDS}"
-        ),
-        data=tuple(
+    return Table.of(
+        "calibration",
+        "Calibration on test",
+        (
             {
-                "experiment": c.experiment.name,
-                **measured("nll", c.nll),
-                **measured("ece", c.ece),
-                **measured("adaptive_ece", c.adaptive_ece),
-                **measured("brier", c.brier),
-                **measured("overconfidence", c.overconfidence),
-                "seeds_without_predictions": " ".join(str(seed) for seed in c.without),
+                "experiment": text_cell("experiment", c.experiment.name),
+                "NLL (nats)": interval_cell("nll", c.nll, _number),
+                "ECE": interval_cell("ece", c.ece, _number),
+                "adaptive ECE": interval_cell("adaptive_ece", c.adaptive_ece, _number),
+                "Brier score": interval_cell("brier", c.brier, _number),
+                "overconfidence": interval_cell("overconfidence", c.overconfidence, _number),
+                "n": Cell(str(c.nll.n), {"seeds_without_predictions": " ".join(str(seed) for seed in c.without)}),
             }
             for c in calibrations
         ),
+        f"Smaller is better. ECE: gap between confidence and accuracy over {BINS} bins, equally wide or, adaptive, "
+        "of equal counts; it is biased upwards where bins hold few images. Brier score: mean squared error of the "
+        "probability of the predicted class; with two classes that is the usual one. Overconfidence: mean "
+        f"confidence minus accuracy, best at 0. n counts seeds. {OVER_SEEDS}",
     )
 
 
-def _number(interval: Interval | None) -> str:
-    return "–" if interval is None else number_interval(interval, 3)
+def _number(found: Interval) -> str:
+    return number_interval(found, 3)
+
+
+def _whole(found: Interval) -> str:
+    return number_interval(found, 0)
 
 
 def _differences_table(families: Sequence[CalibrationDifferences], reference: str) -> Table:
@@ -86,27 +79,23 @@ def _differences_table(families: Sequence[CalibrationDifferences], reference: st
     for family in families:
         for comparison in family.comparisons:
             by_name.setdefault(comparison.name, {})[family.measure] = comparison
-    shown = [family.measure for family in families]
-    return Table(
-        slug=f"calibration_against_{reference}",
-        title=f"Calibration minus that of {reference}, paired by seed",
-        columns=("experiment", *(_TITLES[measure] for measure in shown)),
-        rows=tuple((name, *(_difference(found[measure]) for measure in shown)) for name, found in by_name.items()),
-        note=(
-            "Negative is better calibrated; p-values are in the CSV file. The exact Wilcoxon signed-rank test at 5 % "
-            f"decides, with Holm's correction over the rows, for each measure apart. {OVER_SEEDS}"
+    return Table.of(
+        f"calibration_against_{reference}",
+        f"Calibration minus that of {reference}, paired by seed",
+        (
+            {"experiment": name} | {_TITLES[family.measure]: _difference(found[family.measure]) for family in families}
+            for name, found in by_name.items()
         ),
-        data=tuple(
+        "Negative is better calibrated; p-values are in the CSV file. The exact Wilcoxon signed-rank test at 5 % "
+        f"decides, with Holm's correction over the rows, for each measure apart. {OVER_SEEDS}",
+        data=(
             {
                 "experiment": name,
                 "reference": reference,
                 "measure": measure,
                 **ends("difference", comparison.difference),
-                "p_value": None if comparison.significance is None else comparison.significance.p_value,
-                "p_holm": comparison.adjusted_p,
-                "needed_n": None if comparison.significance is None else comparison.significance.minimum_n,
+                **comparison_values(comparison),
                 "verdict": {"supported": "larger", "refuted": "smaller"}.get(comparison.verdict, comparison.verdict),
-                "note": comparison.note,
             }
             for name, found in by_name.items()
             for measure, comparison in found.items()
@@ -131,16 +120,14 @@ def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
             return "–"
         return f"{percent(one.confidence)} / {percent(one.accuracy)} ({one.count:,})"
 
-    return Table(
-        slug="reliability",
-        title="Reliability: mean confidence / accuracy (predictions) by confidence",
-        columns=("experiment", *(f"{fixed(100 * m / BINS, 0)} to {percent((m + 1) / BINS)}" for m in filled)),
-        rows=tuple((c.experiment.name, *(cell(c, m) for m in filled)) for c in known),
-        note=(
-            "Predictions of all seeds together: they share test images, so their number is no sample size and no "
-            "interval is given. Accuracy below confidence is overconfidence."
-        ),
-        data=tuple(_bin_row(c, m) for c in known for m in range(BINS)),
+    titles = {m: f"{fixed(100 * m / BINS, 0)} to {percent((m + 1) / BINS)}" for m in filled}
+    return Table.of(
+        "reliability",
+        "Reliability: mean confidence / accuracy (predictions) by confidence",
+        ({"experiment": c.experiment.name} | {title: cell(c, m) for m, title in titles.items()} for c in known),
+        "Predictions of all seeds together: they share test images, so their number is no sample size and no "
+        "interval is given. Accuracy below confidence is overconfidence.",
+        data=(_bin_row(c, m) for c in known for m in range(BINS)),
     )
 
 
@@ -158,36 +145,24 @@ def _bin_row(c: Calibration, m: int) -> dict[str, Raw]:
 
 def convergence_table(convergences: Sequence[Convergence]) -> Table:
     """Return how steadily each experiment's loss came down."""
-    return Table(
-        slug="convergence",
-        title="How steadily the loss came down",
-        columns=("experiment", "late deviation (nats)", "roughness (nats)", "near the end from step", "of steps", "n"),
-        rows=tuple(
-            (
-                c.experiment.name,
-                _number(c.late_deviation),
-                _number(c.roughness),
-                "–" if c.settled_step is None else number_interval(c.settled_step, 0),
-                str(c.steps),
-                str(len(c.seeds)),
-            )
-            for c in convergences
-        ),
-        note=(
-            "Late deviation: standard deviation of the training loss about its own line over the last third of the "
-            "steps. Roughness: spread of a step's loss about the mean of its neighbours. Both hold the noise of "
-            "minibatches. Near the end: first evaluation from which on the validation loss stays within "
-            f"{SETTLED_WITHIN_NATS} nats of its last value. – : not measurable in these records. {OVER_SEEDS}"
-        ),
-        data=tuple(
+    return Table.of(
+        "convergence",
+        "How steadily the loss came down",
+        (
             {
-                "experiment": c.experiment.name,
-                **measured("late_deviation", c.late_deviation),
-                **measured("roughness", c.roughness),
-                **measured("settled_step", c.settled_step),
-                "steps": c.steps,
-                "n": len(c.seeds),
+                "experiment": text_cell("experiment", c.experiment.name),
+                "late deviation (nats)": interval_cell("late_deviation", c.late_deviation, _number),
+                "roughness (nats)": interval_cell("roughness", c.roughness, _number),
+                "near the end from step": interval_cell(
+                    "settled_step", c.settled_step, lambda i: number_interval(i, 0)
+                ),
+                "of steps": number_cell("steps", c.steps),
+                "n": number_cell("n", len(c.seeds)),
             }
             for c in convergences
         ),
+        "Late deviation: standard deviation of the training loss about its own line over the last third of the "
+        "steps. Roughness: spread of a step's loss about the mean of its neighbours. Both hold the noise of "
+        "minibatches. Near the end: first evaluation from which on the validation loss stays within "
+        f"{SETTLED_WITHIN_NATS} nats of its last value. – : not measurable in these records. {OVER_SEEDS}",
     )

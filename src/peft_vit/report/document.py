@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,19 @@ class Paragraph:
 
     text: str
     kind: Literal["paragraph"] = "paragraph"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: the text that a reader sees, and the unrounded values behind it by their columns' names."""
+
+    text: str
+    values: Mapping[str, Raw] = field(default_factory=dict)
+
+
+Row = Mapping[str, Cell | str]
+"""Cells by their headings; a text alone stands for nothing more. `UNSEEN` heads values that are not shown."""
+UNSEEN = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,25 @@ class Table:
     data: tuple[dict[str, Raw], ...]
     folded: bool = False
     kind: Literal["table"] = "table"
+
+    @classmethod
+    def of(
+        cls, slug: str, title: str, rows: Iterable[Row], note: str, *, data: Iterable[dict[str, Raw]] | None = None
+    ) -> Table:
+        """Return a table of cells.
+
+        Args:
+            slug: name for files and anchors.
+            title: what it shows.
+            rows: each with the same headings in the same order; without any there are no headings, and the note is all.
+            note: how to read it.
+            data: rows for the CSV file; None: the values of the cells.
+        """
+        cells = [{name: Cell(c) if isinstance(c, str) else c for name, c in row.items()} for row in rows]
+        if data is None:
+            data = [{key: value for cell in row.values() for key, value in cell.values.items()} for row in cells]
+        columns = tuple(name for name in (cells[0] if cells else {}) if name != UNSEEN)
+        return cls(slug, title, columns, tuple(tuple(row[c].text for c in columns) for row in cells), note, tuple(data))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from peft_vit.analysis import Analysis
 from peft_vit.analysis.examples import GROUPS, ImageExamples, PredictedImage, image_examples
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
-from peft_vit.report.document import Block, Gallery, Paragraph, Picture, Table
-from peft_vit.report.numbers import joined, percent, plain
+from peft_vit.report.document import UNSEEN, Block, Cell, Gallery, Paragraph, Picture, Table
+from peft_vit.report.numbers import count, joined, percent, plain
 from peft_vit.report.summary import best_on_validation, licence
+from peft_vit.report.tables import number_cell
 
 # From a run's record and positions in its data set to PNG files; raises UserError if the images are not at hand.
 Thumbnails = Callable[[RunRecord, Sequence[int]], list[bytes]]
@@ -31,30 +32,26 @@ def example_blocks(analysis: Analysis, thumbnails: Thumbnails | None) -> tuple[B
 def _counts_table(found: ImageExamples) -> Table:
     """Return how many test images each of both gets right, by seed."""
     names = [plain(name) for name in (found.best, found.baseline)]
-    columns = ("Both right", f"Only {names[0]} right", f"Only {names[1]} right", "Both wrong")
-    seeds = [*found.counts.items()]
+    titles = ("Both right", f"Only {names[0]} right", f"Only {names[1]} right", "Both wrong")
     left_out = f" Left out: {joined(found.left_out)}." if found.left_out else ""
-    return Table(
-        slug="agreement",
-        title=f"Test images that {names[0]} and {names[1]} get right",
-        columns=("Seed", *columns, "Images"),
-        rows=tuple(
-            (str(seed), *(f"{counts[group]:,}" for group in GROUPS), f"{sum(counts.values()):,}")
-            for seed, counts in seeds
+    return Table.of(
+        "agreement",
+        f"Test images that {names[0]} and {names[1]} get right",
+        (
+            {
+                UNSEEN: Cell("", {"best": found.best, "baseline": found.baseline}),
+                "Seed": number_cell("seed", seed),
+                **{
+                    title: number_cell(group.replace(" ", "_"), counts[group], count)
+                    for title, group in zip(titles, GROUPS, strict=True)
+                },
+                "Images": number_cell("images", sum(counts.values()), count),
+            }
+            for seed, counts in found.counts.items()
         ),
-        note=f"{names[0]} is the best on validation, {names[1]} the baseline: the linear probe, or without one the "
+        f"{names[0]} is the best on validation, {names[1]} the baseline: the linear probe, or without one the "
         "LoRA of smallest rank. Both runs of a row share the seed and the images. The middle two columns are what "
         f"McNemar's test would take; no test is made here.{left_out}",
-        data=tuple(
-            {
-                "best": found.best,
-                "baseline": found.baseline,
-                "seed": seed,
-                **{group.replace(" ", "_"): counts[group] for group in GROUPS},
-                "images": sum(counts.values()),
-            }
-            for seed, counts in seeds
-        ),
     )
 
 
@@ -65,23 +62,22 @@ def _chosen(found: ImageExamples) -> list[PredictedImage]:
 def _images_table(found: ImageExamples) -> Table:
     """Return the images that are shown; the file has every test image of that seed."""
     names = found.run.record.class_names
-    return Table(
-        slug="examples",
-        title=f"Predictions of these images, seed {found.seeds[0]}",
-        columns=("Group", "Image", "Truth", plain(found.best), plain(found.baseline)),
-        rows=tuple(
-            (
-                image.group,
-                str(image.position),
-                _class(names, image.label),
-                f"{_class(names, image.best)}, {percent(image.best_probability)}",
-                f"{_class(names, image.baseline)}, {percent(image.baseline_probability)}",
-            )
+    return Table.of(
+        "examples",
+        f"Predictions of these images, seed {found.seeds[0]}",
+        (
+            {
+                "Group": image.group,
+                "Image": str(image.position),
+                "Truth": _class(names, image.label),
+                plain(found.best): f"{_class(names, image.best)}, {percent(image.best_probability)}",
+                plain(found.baseline): f"{_class(names, image.baseline)}, {percent(image.baseline_probability)}",
+            }
             for image in _chosen(found)
         ),
-        note="Image: its position in the data set, counted from 0. Percent: the probability that the model gave to "
+        "Image: its position in the data set, counted from 0. Percent: the probability that the model gave to "
         "what it predicted, not calibrated. The CSV file holds every test image of this seed.",
-        data=tuple(
+        data=(
             {
                 "position": image.position,
                 "group": image.group,

@@ -13,9 +13,9 @@ from peft_vit.analysis import Study
 from peft_vit.analysis.findings import Conclusion, Finding, conclude, unknown_registrations
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
-from peft_vit.report.document import Paragraph, Raw, Table
+from peft_vit.report.document import UNSEEN, Cell, Paragraph, Raw, Row, Table
 from peft_vit.report.numbers import number_interval, plain, points_interval
-from peft_vit.report.tables import OVER_SEEDS
+from peft_vit.report.tables import OVER_SEEDS, text_cell
 from peft_vit.report.terminal import print_blocks
 from peft_vit.statistics import Interval
 
@@ -65,51 +65,57 @@ def findings_blocks(study: Study, findings: Sequence[Finding]) -> tuple[Paragrap
 
 
 def _verdicts(concluded: Sequence[Conclusion]) -> Table:
-    return Table(
-        slug="verdicts",
-        title="Verdicts",
-        columns=("sentence", "verdict", "experiments or pairs", "marked"),
-        rows=tuple((plain(c.hypothesis.sentence), c.verdict, c.counts or "1", c.mark or "–") for c in concluded),
-        note=(
-            "Supported: in every experiment with data. Refuted: in at least one, and supported in none. "
-            "The table below has the estimates."
-        ),
-        data=tuple(
+    return Table.of(
+        "verdicts",
+        "Verdicts",
+        (
             {
-                "id": c.hypothesis.id,
-                "sentence": c.hypothesis.sentence,
-                "verdict": c.verdict,
-                "counts": c.counts,
-                "marked": c.mark,
-                "n": len(c.findings),
+                UNSEEN: Cell("", {"id": c.hypothesis.id}),
+                "sentence": Cell(plain(c.hypothesis.sentence), {"sentence": c.hypothesis.sentence}),
+                "verdict": text_cell("verdict", c.verdict),
+                "experiments or pairs": Cell(c.counts or "1", {"counts": c.counts}),
+                "marked": Cell(c.mark or "–", {"marked": c.mark, "n": len(c.findings)}),
             }
             for c in concluded
         ),
+        "Supported: in every experiment with data. Refuted: in at least one, and supported in none. "
+        "The table below has the estimates.",
     )
 
 
 def _details(concluded: Sequence[Conclusion]) -> Table:
     findings = [finding for conclusion in concluded for finding in conclusion.findings]
-    return Table(
-        slug="findings",
-        title="Findings by experiment",
-        columns=("sentence", "experiment or pair", "verdict", "marked", "estimate", "n", "test"),
-        rows=tuple((plain(f.hypothesis.sentence), f.subject, f.verdict, f.mark or "–", *_numbers(f)) for f in findings),
-        note=_HOW,
-        data=tuple(finding_rows(findings)),
+    return Table.of(
+        "findings",
+        "Findings by experiment",
+        (
+            {
+                "sentence": plain(f.hypothesis.sentence),
+                "experiment or pair": f.subject,
+                "verdict": f.verdict,
+                "marked": f.mark or "–",
+                **_numbers(f),
+            }
+            for f in findings
+        ),
+        _HOW,
+        data=finding_rows(findings),
     )
 
 
 def _without_data(concluded: Sequence[Conclusion]) -> Table:
-    return Table(
-        slug="without_data",
-        title="Sentences that these records say nothing about",
-        columns=("sentence", "why"),
-        rows=tuple((plain(c.hypothesis.sentence), _reasons(c)) for c in concluded),
-        note="Most are about other experiments than this study has; docs/hypotheses.md says which records each needs.",
-        data=tuple(
-            {"id": c.hypothesis.id, "sentence": c.hypothesis.sentence, "reason": _reasons(c)} for c in concluded
+    return Table.of(
+        "without_data",
+        "Sentences that these records say nothing about",
+        (
+            {
+                UNSEEN: Cell("", {"id": c.hypothesis.id}),
+                "sentence": Cell(plain(c.hypothesis.sentence), {"sentence": c.hypothesis.sentence}),
+                "why": text_cell("reason", _reasons(c)),
+            }
+            for c in concluded
         ),
+        "Most are about other experiments than this study has; docs/hypotheses.md says which records each needs.",
     )
 
 
@@ -117,10 +123,11 @@ def _reasons(conclusion: Conclusion) -> str:
     return plain("; ".join(dict.fromkeys(finding.outcome for finding in conclusion.findings)))
 
 
-def _numbers(finding: Finding) -> tuple[str, str, str]:
+def _numbers(finding: Finding) -> dict[str, str]:
     n_of = finding.n_of if finding.n != 1 else finding.n_of.replace("seeds", "seed").replace("pairs", "pair")
     said = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
-    return estimate_of(finding), f"{finding.n} {n_of}", plain(said + (f" ({finding.note})" if finding.note else ""))
+    note = f" ({finding.note})" if finding.note else ""
+    return {"estimate": estimate_of(finding), "n": f"{finding.n} {n_of}", "test": plain(said + note)}
 
 
 def estimate_of(finding: Finding) -> str:
@@ -205,10 +212,9 @@ def _blocks(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[str]) -
     for study, findings in by_study.items():
         concluded = conclude(findings)
         told = [one for one in concluded if one.verdict != "no data"]
-        columns = ("hypothesis", "sentence", "verdict", "marked", "estimate", "n", "test")
-        rows = tuple(row for conclusion in told for row in _terminal_rows(conclusion))
-        if rows:
-            yield Table("findings", f"Findings of {study}", columns, rows, note="", data=())
+        if told:
+            rows = (row for conclusion in told for row in _terminal_rows(conclusion))
+            yield Table.of("findings", f"Findings of {study}", rows, note="")
         else:
             yield Paragraph(f"\nFindings of {study}: none")
         yield from (
@@ -219,15 +225,20 @@ def _blocks(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[str]) -
     yield Paragraph(f"\n{_HOW}")
 
 
-def _terminal_rows(conclusion: Conclusion) -> Iterator[tuple[str, ...]]:
-    hypothesis, mark = conclusion.hypothesis, conclusion.mark or "–"
+def _terminal_rows(conclusion: Conclusion) -> Iterator[Row]:
+    hypothesis = conclusion.hypothesis
+
+    def row(id: str, sentence: str, of: Conclusion | Finding, numbers: dict[str, str]) -> Row:
+        return {"hypothesis": id, "sentence": sentence, "verdict": of.verdict, "marked": of.mark or "–"} | numbers
+
     if len(conclusion.findings) == 1:
         (only,) = conclusion.findings
-        yield hypothesis.id, f"{hypothesis.sentence} ({only.subject})", only.verdict, mark, *_numbers(only)
+        yield row(hypothesis.id, f"{hypothesis.sentence} ({only.subject})", only, _numbers(only))
         return
-    yield hypothesis.id, hypothesis.sentence, conclusion.verdict, mark, "", "", conclusion.counts
+    counts = {"estimate": "", "n": "", "test": conclusion.counts}
+    yield row(hypothesis.id, hypothesis.sentence, conclusion, counts)
     for finding in conclusion.findings:
-        yield "", f"  {finding.subject}", finding.verdict, finding.mark or "–", *_numbers(finding)
+        yield row("", f"  {finding.subject}", finding, _numbers(finding))
 
 
 def _content(rows: list[dict[str, Raw]], to: Path) -> bytes:

@@ -58,7 +58,8 @@ def _block(block: Block, document: StudyDocument, figure_path: Callable[[StudyDo
     if isinstance(block, Paragraph):
         return escaped(block.text)
     if isinstance(block, Table):
-        return f"**{escaped(block.title)}**\n\n{_rows(block.columns, block.rows)}\n\n{escaped(block.note)}"
+        parts = (f"**{escaped(block.title)}**", *([_rows(block.columns, block.rows)] if block.rows else []))
+        return "\n\n".join((*parts, escaped(block.note)))
     if isinstance(block, Gallery):
         return f"{escaped(block.title)}: the pictures stand in report.html. {escaped(block.caption)}"
     return (

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peft_vit.analysis import AllPairs, Comparison, Front, Pair
-from peft_vit.analysis.comparison import outcome
 from peft_vit.analysis.pareto import CostName, FrontPoint
-from peft_vit.report.document import Block, Paragraph, Raw, Table
+from peft_vit.report.document import Block, Paragraph, Raw, Row, Table
 from peft_vit.report.numbers import count, fixed, joined, megabytes, percent, percent_interval, points_interval, signed
-from peft_vit.report.tables import OVER_SEEDS, measured
+from peft_vit.report.tables import OVER_SEEDS, comparison_values, measured, tested
 
 MATRIX_UP_TO = 12  # experiments; a wider one can't be read
 DECIDED_UP_TO = 40  # rows; the CSV file has every pair
@@ -38,7 +37,7 @@ def pair_blocks(pairs: AllPairs) -> tuple[Block, ...]:
 
 def _matrix(pairs: AllPairs) -> Table:
     by_names = {(p.comparison.name, p.comparison.reference): p.comparison for p in pairs.pairs}
-    numbered = [f"{i}" for i in range(1, len(pairs.experiments) + 1)]
+    numbered = [(str(i), name) for i, name in enumerate(pairs.experiments, start=1)]
 
     def cell(row: str, column: str) -> str:
         if row == column:
@@ -46,19 +45,13 @@ def _matrix(pairs: AllPairs) -> Table:
         forward, backward = by_names.get((row, column)), by_names.get((column, row))
         return _cell(forward, 1) if forward is not None else _cell(backward, -1)
 
-    return Table(
-        slug="all_pairs",
-        title="All pairs: row minus column, points of test accuracy",
-        columns=("experiment", *numbered),
-        rows=tuple(
-            (f"{number} {row}", *(cell(row, column) for column in pairs.experiments))
-            for number, row in zip(numbered, pairs.experiments, strict=True)
-        ),
-        note=(
-            f"▲: the row is the more accurate one, ▼: the column is. {_count_sentence(pairs)} "
-            f"{_PAIRS_NOTE.format(pairs=len(pairs.pairs))} Intervals, effect sizes and p-values are in the CSV file."
-        ),
-        data=_data(pairs),
+    return Table.of(
+        "all_pairs",
+        "All pairs: row minus column, points of test accuracy",
+        ({"experiment": f"{n} {row}"} | {m: cell(row, other) for m, other in numbered} for n, row in numbered),
+        f"▲: the row is the more accurate one, ▼: the column is. {_count_sentence(pairs)} "
+        f"{_PAIRS_NOTE.format(pairs=len(pairs.pairs))} Intervals, effect sizes and p-values are in the CSV file.",
+        data=map(_pair_data, pairs.pairs),
     )
 
 
@@ -85,24 +78,13 @@ def _decided_table(pairs: AllPairs, *, holds_data: bool) -> Table:
     shown = ordered[:DECIDED_UP_TO]
     left = len(ordered) - len(shown)
     more = f" {count(left)} more decided pairs are in the CSV file." if left else ""
-    return Table(
-        slug="all_pairs" if holds_data else "decided_pairs",
-        title="Decided pairs of experiments, largest difference first",
-        columns=(
-            "more accurate",
-            "less accurate",
-            "difference (points)",
-            "n",
-            "effect size (Hedges' g)",
-            "seeds that agree",
-            "test",
-        ),
-        rows=tuple(_decided_row(pair) for pair in shown),
-        note=(
-            f"{_count_sentence(pairs)}{more} {_PAIRS_NOTE.format(pairs=count(len(pairs.pairs)))} {OVER_SEEDS} Effect "
-            "size: the difference in units of its spread over seeds; a large one can be few points."
-        ),
-        data=_data(pairs) if holds_data else tuple(_pair_data(pair) for pair in ordered),
+    return Table.of(
+        "all_pairs" if holds_data else "decided_pairs",
+        "Decided pairs of experiments, largest difference first",
+        map(_decided_row, shown),
+        f"{_count_sentence(pairs)}{more} {_PAIRS_NOTE.format(pairs=count(len(pairs.pairs)))} {OVER_SEEDS} Effect "
+        "size: the difference in units of its spread over seeds; a large one can be few points.",
+        data=map(_pair_data, pairs.pairs if holds_data else ordered),
     )
 
 
@@ -110,7 +92,7 @@ def _size(pair: Pair) -> float:
     return abs(pair.comparison.difference.estimate) if pair.comparison.difference is not None else 0.0
 
 
-def _decided_row(pair: Pair) -> tuple[str, ...]:
+def _decided_row(pair: Pair) -> Row:
     comparison, effect, improvement = pair.comparison, pair.effect, pair.improvement
     forward = comparison.verdict == "supported"
     better, worse = (comparison.name, comparison.reference)[:: 1 if forward else -1]
@@ -120,38 +102,29 @@ def _decided_row(pair: Pair) -> tuple[str, ...]:
     else:
         text = points_interval(interval)
     share = None if improvement is None else improvement.estimate if forward else 1 - improvement.estimate
-    return (
-        better,
-        worse,
-        text,
-        str(len(comparison.by_seed)),
-        "–" if effect is None or effect.g is None else fixed(abs(effect.g)),
-        "–" if share is None else percent(share),
-        outcome(comparison) + (f" ({comparison.note})" if comparison.note else ""),
-    )
-
-
-def _data(pairs: AllPairs) -> tuple[dict[str, Raw], ...]:
-    return tuple(_pair_data(pair) for pair in pairs.pairs)
+    return {
+        "more accurate": better,
+        "less accurate": worse,
+        "difference (points)": text,
+        "n": str(len(comparison.by_seed)),
+        "effect size (Hedges' g)": "–" if effect is None or effect.g is None else fixed(abs(effect.g)),
+        "seeds that agree": "–" if share is None else percent(share),
+        "test": tested(comparison),
+    }
 
 
 def _pair_data(pair: Pair) -> dict[str, Raw]:
     comparison, effect = pair.comparison, pair.effect
-    significance = comparison.significance
     return {
         "experiment": comparison.name,
         "reference": comparison.reference,
         **measured("difference", comparison.difference),
-        "p_value": None if significance is None else significance.p_value,
-        "p_holm": comparison.adjusted_p,
-        "needed_n": None if significance is None else significance.minimum_n,
-        "verdict": comparison.verdict,
+        **comparison_values(comparison),
         "cohens_d": None if effect is None else effect.d,
         "cohens_d_low": None if effect is None else effect.low,
         "cohens_d_high": None if effect is None else effect.high,
         "hedges_g": None if effect is None else effect.g,
         **measured("improvement", pair.improvement),
-        "note": comparison.note,
     }
 
 
@@ -180,44 +153,31 @@ def front_blocks(fronts: Sequence[Front]) -> tuple[Block, ...]:
 
 
 def _fronts_table(fronts: Sequence[Front]) -> Table:
-    return Table(
-        slug="pareto_fronts",
-        title="Pareto fronts: who is most accurate for what it takes",
-        columns=(
-            "front of",
-            "experiment",
-            "takes",
-            "validation",
-            "test accuracy",
-            "lead over the one before (points)",
-            "more accurate?",
-            "test",
-            "on the front of test accuracies",
-        ),
-        rows=tuple(_front_row(front, point) for front in fronts for point in front.on_front),
-        note=(
-            "Chosen by mean validation accuracy: no other experiment has at least as much of it and takes no more. "
-            "Cheapest first. The lead is the paired difference in test accuracy to the row above, decided by the exact "
-            "Wilcoxon signed-rank test at 5 % with Holm's correction over one front. "
-            f"{OVER_SEEDS} The CSV file has every experiment, on a front or not."
-        ),
-        data=tuple(_front_data(front, point) for front in fronts for point in front.points),
+    return Table.of(
+        "pareto_fronts",
+        "Pareto fronts: who is most accurate for what it takes",
+        (_front_row(front, point) for front in fronts for point in front.on_front),
+        "Chosen by mean validation accuracy: no other experiment has at least as much of it and takes no more. "
+        "Cheapest first. The lead is the paired difference in test accuracy to the row above, decided by the exact "
+        "Wilcoxon signed-rank test at 5 % with Holm's correction over one front. "
+        f"{OVER_SEEDS} The CSV file has every experiment, on a front or not.",
+        data=(_front_data(front, point) for front in fronts for point in front.points),
     )
 
 
-def _front_row(front: Front, point: FrontPoint) -> tuple[str, ...]:
+def _front_row(front: Front, point: FrontPoint) -> Row:
     lead = point.lead
-    return (
-        _COST_WORDS[front.cost],
-        point.experiment,
-        _cost(front.cost, point.cost),
-        percent(point.validation_accuracy),
-        percent_interval(point.test_accuracy),
-        "–" if lead is None else points_interval(lead.difference),
-        "cheapest" if lead is None else lead.verdict,
-        "–" if lead is None else outcome(lead) + (f" ({lead.note})" if lead.note else ""),
-        "yes" if point.on_test_front else "no",
-    )
+    return {
+        "front of": _COST_WORDS[front.cost],
+        "experiment": point.experiment,
+        "takes": _cost(front.cost, point.cost),
+        "validation": percent(point.validation_accuracy),
+        "test accuracy": percent_interval(point.test_accuracy),
+        "lead over the one before (points)": "–" if lead is None else points_interval(lead.difference),
+        "more accurate?": "cheapest" if lead is None else lead.verdict,
+        "test": "–" if lead is None else tested(lead),
+        "on the front of test accuracies": "yes" if point.on_test_front else "no",
+    }
 
 
 def _cost(name: CostName, value: float) -> str:

@@ -6,20 +6,11 @@ from peft_vit.analysis import Study
 from peft_vit.analysis.planned import STATES, UnfinishedRun, seeds_in_words
 from peft_vit.analysis.studies import why_unfinished
 from peft_vit.config import ALL_SECTIONS, ExperimentConfig
-from peft_vit.report.document import Block, Paragraph, Raw, Table
+from peft_vit.report.document import Block, Cell, Paragraph, Row, Table
 from peft_vit.report.numbers import joined, plain
 from peft_vit.report.style import METHOD_TITLES
 
 _SHOWN_SETTINGS = 4
-_COLUMN_OF = {
-    "done": "done",
-    "failed": "failed",
-    "running": "running",
-    "pending": "pending",
-    "left out": "left_out",
-    "skipped": "skipped",
-    "missing": "missing",
-}
 
 
 def progress(study: Study) -> tuple[Block, ...]:
@@ -53,33 +44,24 @@ def _not_done(study: Study) -> list[UnfinishedRun]:
 def _planned_table(study: Study) -> Table:
     """Return one row an experiment: its settings and what has become of its runs."""
     runs = _not_done(study)
-    rows: list[tuple[str, ...]] = []
-    data: list[dict[str, Raw]] = []
+    rows: list[Row] = []
     for experiment in study.experiments:
         own = [run for run in runs if run.experiment == experiment.name]
         counts = {"done": 0} | {state: sum(run.state == state for run in own) for state in STATES}
-        states = joined(f"{n} {state}" for state, n in counts.items() if n)
         rows.append(
-            (
-                experiment.name,
-                METHOD_TITLES[experiment.method],
-                _settings(experiment),
-                seeds_in_words([run.seed for run in own]).split(" ", 1)[-1],
-                states,
-            )
+            {
+                "Experiment": Cell(plain(experiment.name), {"experiment": experiment.name}),
+                "Method": Cell(METHOD_TITLES[experiment.method], {"method": experiment.method}),
+                "Settings": plain(_settings(experiment)),
+                "Seeds": seeds_in_words([run.seed for run in own]).split(" ", 1)[-1],
+                "Runs": Cell(
+                    joined(f"{n} {state}" for state, n in counts.items() if n),
+                    {state.replace(" ", "_"): n for state, n in counts.items()},
+                ),
+            }
         )
-        data.append(
-            {"experiment": experiment.name, "method": experiment.method}
-            | {_COLUMN_OF[state]: n for state, n in counts.items()}
-        )
-    return Table(
-        slug="planned",
-        title="What was planned",
-        columns=("Experiment", "Method", "Settings", "Seeds", "Runs"),
-        rows=tuple(tuple(plain(cell) for cell in row) for row in rows),
-        note="Settings that are not at their defaults; all of them stand in the configuration and in study.json.",
-        data=tuple(data),
-    )
+    note = "Settings that are not at their defaults; all of them stand in the configuration and in study.json."
+    return Table.of("planned", "What was planned", rows, note)
 
 
 def _settings(experiment: ExperimentConfig) -> str:
@@ -98,17 +80,21 @@ def _not_done_table(study: Study, runs: list[UnfinishedRun]) -> Table:
     groups: dict[tuple[str, str, str], list[int]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.state, run.note), []).append(run.seed)
-    return Table(
-        slug="not_done",
-        title="Runs that are not done",
-        columns=("Experiment", "Seeds", "State", "Why, or how far"),
-        rows=tuple(
-            (plain(experiment), seeds_in_words(seeds).split(" ", 1)[-1], state, plain(note) or "–")
+    return Table.of(
+        "not_done",
+        "Runs that are not done",
+        (
+            {
+                "Experiment": plain(experiment),
+                "Seeds": seeds_in_words(seeds).split(" ", 1)[-1],
+                "State": state,
+                "Why, or how far": plain(note) or "–",
+            }
             for (experiment, state, note), seeds in groups.items()
         ),
-        note=f"{len(runs)} of {sum(study.counts().values())} runs. No number in this report has anything of them; "
+        f"{len(runs)} of {sum(study.counts().values())} runs. No number in this report has anything of them; "
         "tracebacks of failed runs stand under Provenance.",
-        data=tuple(
+        data=(
             {"experiment": run.experiment, "seed": run.seed, "state": run.state, "reason": plain(run.note)}
             for run in runs
         ),

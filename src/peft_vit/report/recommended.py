@@ -128,36 +128,24 @@ def _not_decided(found: Recommendation) -> Iterator[str]:
 
 def _tested_table(found: Recommendation) -> Table:
     interval = f"{100 * found.confidence:.4g} %"
-    return Table(
-        slug="recommendation",
-        title="Candidates, smallest first",
-        columns=(
-            "experiment",
-            "to store",
-            "parameters",
-            "difference (points)",
-            "n",
-            "p (Holm)",
-            "loses less than asked?",
-        ),
-        rows=tuple(
-            (
-                one.rated.name,
-                megabytes(one.rated.cost.stored_bytes),
-                count(one.rated.cost.parameters),
-                points_interval(one.difference),
-                str(len(one.seeds)),
-                "–" if one.adjusted_p is None else f"{one.adjusted_p:.2g}",
-                _verdict(one, found.margin) + (f" ({one.note})" if one.note else ""),
-            )
+    return Table.of(
+        "recommendation",
+        "Candidates, smallest first",
+        (
+            {
+                "experiment": one.rated.name,
+                "to store": megabytes(one.rated.cost.stored_bytes),
+                "parameters": count(one.rated.cost.parameters),
+                "difference (points)": points_interval(one.difference),
+                "n": str(len(one.seeds)),
+                "p (Holm)": "–" if one.adjusted_p is None else f"{one.adjusted_p:.2g}",
+                "loses less than asked?": _verdict(one, found.margin) + (f" ({one.note})" if one.note else ""),
+            }
             for one in found.candidates
         ),
-        note=(
-            f"Test accuracy, candidate minus {found.best.name}, n pairs by seed; negative is a loss. One-sided "
-            f"non-inferiority t test against {_points(found)} at 5 %, {_family(found)}. The {interval} t intervals "
-            "hold for all candidates at once. 'Would do': 80 % power, if mean and spread stayed what they are."
-        ),
-        data=(),
+        f"Test accuracy, candidate minus {found.best.name}, n pairs by seed; negative is a loss. One-sided "
+        f"non-inferiority t test against {_points(found)} at 5 %, {_family(found)}. The {interval} t intervals "
+        "hold for all candidates at once. 'Would do': 80 % power, if mean and spread stayed what they are.",
     )
 
 

@@ -1,12 +1,12 @@
-"""Tables of methods: what a reader sees, and the unrounded values for the CSV file."""
+"""Cells that tables share, and tables of methods."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from peft_vit.analysis import Comparison, MethodResult
 from peft_vit.analysis.comparison import outcome
-from peft_vit.report.document import Raw, Table
+from peft_vit.report.document import UNSEEN, Cell, Raw, Table
 from peft_vit.report.numbers import (
     count,
     fixed,
@@ -35,6 +35,38 @@ def measured(name: str, interval: Interval | None) -> dict[str, Raw]:
     return {f"{name}_n" if key == "n" else key: value for key, value in ends(name, interval).items()}
 
 
+def number_cell(name: str, number: float | None, write: Callable[[float], str] = str) -> Cell:
+    """Return a number's cell; – where it is not known."""
+    return Cell("–" if number is None else write(number), {name: number})
+
+
+def text_cell(name: str, text: str) -> Cell:
+    """Return a text's cell."""
+    return Cell(text, {name: text})
+
+
+def interval_cell(name: str, found: Interval | None, write: Callable[[Interval], str]) -> Cell:
+    """Return the cell of an interval whose n has a column of its own; – where there is none."""
+    return Cell("–" if found is None else write(found), measured(name, found))
+
+
+def comparison_values(comparison: Comparison) -> dict[str, Raw]:
+    """Return what decided a comparison."""
+    significance = comparison.significance
+    return {
+        "p_value": None if significance is None else significance.p_value,
+        "p_holm": comparison.adjusted_p,
+        "needed_n": None if significance is None else significance.minimum_n,
+        "verdict": comparison.verdict,
+        "note": comparison.note,
+    }
+
+
+def tested(comparison: Comparison) -> str:
+    """Return what the test said, with its note."""
+    return outcome(comparison) + (f" ({comparison.note})" if comparison.note else "")
+
+
 def with_n(name: str, n: int) -> str:
     """Return a column's heading with the number of seeds behind it."""
     return f"{name} (n = {n})"
@@ -42,117 +74,73 @@ def with_n(name: str, n: int) -> str:
 
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
     """Return test accuracy by experiment, each seed visible."""
-    return Table(
-        slug="accuracy",
-        title="Test accuracy by method",
-        columns=("experiment", "test accuracy", "n", "each seed (%)", "validation", "above majority (points)"),
-        rows=tuple(
-            (
-                m.experiment.name,
-                percent_interval(m.test_accuracy),
-                str(len(m.seeds)),
-                _by_seed(m.by_seed, m.seeds),
-                percent(m.validation_accuracy.estimate),
-                signed(100 * m.above_majority.estimate),
-            )
-            for m in methods
-        ),
-        note=(
-            f"n counts seeds. {OVER_SEEDS} With two seeds they are wide and may pass 100 %. Validation chose "
-            "the epoch; test was read once."
-        ),
-        data=tuple(
+    return Table.of(
+        "accuracy",
+        "Test accuracy by method",
+        (
             {
-                "experiment": m.experiment.name,
-                "method": m.experiment.method,
-                **ends("test_accuracy", m.test_accuracy),
-                "validation_accuracy": m.validation_accuracy.estimate,
-                "above_majority": m.above_majority.estimate,
-                **{f"seed_{seed}": value for seed, value in zip(m.seeds, m.by_seed, strict=True)},
+                "experiment": text_cell("experiment", m.experiment.name),
+                UNSEEN: Cell("", {"method": m.experiment.method}),
+                "test accuracy": Cell(percent_interval(m.test_accuracy), ends("test_accuracy", m.test_accuracy)),
+                "n": str(len(m.seeds)),
+                "each seed (%)": Cell(
+                    _by_seed(m.by_seed, m.seeds),
+                    {f"seed_{seed}": accuracy for seed, accuracy in zip(m.seeds, m.by_seed, strict=True)},
+                ),
+                "validation": number_cell("validation_accuracy", m.validation_accuracy.estimate, percent),
+                "above majority (points)": number_cell(
+                    "above_majority", m.above_majority.estimate, lambda x: signed(100 * x)
+                ),
             }
             for m in methods
         ),
+        f"n counts seeds. {OVER_SEEDS} With two seeds they are wide and may pass 100 %. Validation chose "
+        "the epoch; test was read once.",
     )
 
 
 def cost_table(methods: Sequence[MethodResult]) -> Table:
     """Return what each experiment costs."""
-    return Table(
-        slug="cost",
-        title="Cost by method",
-        columns=(
-            "experiment",
-            "trainable at end",
-            "largest",
-            "adapter alone",
-            "frozen",
-            "adapter file",
-            "s a step",
-            "latency (ms)",
-            "memory of a run",
-        ),
-        rows=tuple(
-            (
-                m.experiment.name,
-                count(m.final_parameters),
-                count(m.peak_parameters),
-                count(m.adapter_parameters),
-                megabytes(m.frozen_bytes),
-                megabytes(m.adapter_file_bytes),
-                "–" if m.seconds_per_step is None else fixed(m.seconds_per_step, 3),
-                "–" if m.latency_s is None else fixed(1000 * m.latency_s, 1),
-                "–" if m.own_memory_bytes is None else megabytes(m.own_memory_bytes),
-            )
-            for m in methods
-        ),
-        note=(
-            "Means over seeds. Trainable parameters include the head and are counted on the live model; "
-            "'adapter alone' is the end without the head. Latency: a forward pass of one image. Memory of a run: what "
-            "it added to its process's memory at most, the model included; – in older records. MB are 10⁶ bytes. "
-            "Seconds and memory hold for the machine named under provenance."
-        ),
-        data=tuple(
+    return Table.of(
+        "cost",
+        "Cost by method",
+        (
             {
-                "experiment": m.experiment.name,
-                "final_parameters": m.final_parameters,
-                "peak_parameters": m.peak_parameters,
-                "adapter_parameters": m.adapter_parameters,
-                "frozen_bytes": m.frozen_bytes,
-                "adapter_file_bytes": m.adapter_file_bytes,
-                "seconds_per_step": m.seconds_per_step,
-                "latency_s": m.latency_s,
-                "own_memory_bytes": m.own_memory_bytes,
-                "n": len(m.seeds),
+                "experiment": text_cell("experiment", m.experiment.name),
+                "trainable at end": number_cell("final_parameters", m.final_parameters, count),
+                "largest": number_cell("peak_parameters", m.peak_parameters, count),
+                "adapter alone": number_cell("adapter_parameters", m.adapter_parameters, count),
+                "frozen": number_cell("frozen_bytes", m.frozen_bytes, megabytes),
+                "adapter file": number_cell("adapter_file_bytes", m.adapter_file_bytes, megabytes),
+                "s a step": number_cell("seconds_per_step", m.seconds_per_step, lambda x: fixed(x, 3)),
+                "latency (ms)": number_cell("latency_s", m.latency_s, lambda x: fixed(1000 * x, 1)),
+                "memory of a run": number_cell("own_memory_bytes", m.own_memory_bytes, megabytes),
+                UNSEEN: Cell("", {"n": len(m.seeds)}),
             }
             for m in methods
         ),
+        "Means over seeds. Trainable parameters include the head and are counted on the live model; "
+        "'adapter alone' is the end without the head. Latency: a forward pass of one image. Memory of a run: what "
+        "it added to its process's memory at most, the model included; – in older records. MB are 10⁶ bytes. "
+        "Seconds and memory hold for the machine named under provenance.",
     )
 
 
 def quality_table(methods: Sequence[MethodResult]) -> Table:
     """Return the other measures of right answers on test; how far they can be believed stands with calibration."""
-    return Table(
-        slug="quality",
-        title="Other measures on test",
-        columns=("experiment", "balanced accuracy", "AUROC", "n"),
-        rows=tuple(
-            (
-                m.experiment.name,
-                percent_interval(m.balanced_accuracy),
-                "–" if m.auroc is None else number_interval(m.auroc, 3),
-                str(m.balanced_accuracy.n),
-            )
-            for m in methods
-        ),
-        note=f"n counts seeds. AUROC for two classes only. {OVER_SEEDS}",
-        data=tuple(
+    return Table.of(
+        "quality",
+        "Other measures on test",
+        (
             {
-                "experiment": m.experiment.name,
-                **measured("balanced_accuracy", m.balanced_accuracy),
-                **measured("auroc", m.auroc),
+                "experiment": text_cell("experiment", m.experiment.name),
+                "balanced accuracy": interval_cell("balanced_accuracy", m.balanced_accuracy, percent_interval),
+                "AUROC": interval_cell("auroc", m.auroc, lambda i: number_interval(i, 3)),
+                "n": str(m.balanced_accuracy.n),
             }
             for m in methods
         ),
+        f"n counts seeds. AUROC for two classes only. {OVER_SEEDS}",
     )
 
 
@@ -173,36 +161,24 @@ FAMILY_NOTE = (
 
 def differences_table(slug: str, title: str, comparisons: Sequence[Comparison], note: str) -> Table:
     """Return one family of comparisons."""
-    return Table(
-        slug=slug,
-        title=title,
-        columns=("experiment", "difference (points)", "each seed", "n", "more accurate?", "test"),
-        rows=tuple(
-            (
-                c.name,
-                points_interval(c.difference),
-                ", ".join(signed(100 * d) for d in c.by_seed),
-                str(len(c.by_seed)),
-                c.verdict,
-                outcome(c) + (f" ({c.note})" if c.note else ""),
-            )
-            for c in comparisons
-        ),
-        note=note,
-        data=tuple(
+    return Table.of(
+        slug,
+        title,
+        (
             {
-                "experiment": c.name,
-                "reference": c.reference,
-                **ends("difference", c.difference),
-                **{f"seed_{seed}": value for seed, value in zip(c.seeds, c.by_seed, strict=True)},
-                "p_value": None if c.significance is None else c.significance.p_value,
-                "p_holm": c.adjusted_p,
-                "needed_n": None if c.significance is None else c.significance.minimum_n,
-                "verdict": c.verdict,
-                "note": c.note,
+                "experiment": Cell(c.name, {"experiment": c.name, "reference": c.reference}),
+                "difference (points)": Cell(points_interval(c.difference), ends("difference", c.difference)),
+                "each seed": Cell(
+                    ", ".join(signed(100 * d) for d in c.by_seed),
+                    {f"seed_{seed}": difference for seed, difference in zip(c.seeds, c.by_seed, strict=True)},
+                ),
+                "n": str(len(c.by_seed)),
+                "more accurate?": c.verdict,
+                "test": Cell(tested(c), comparison_values(c)),
             }
             for c in comparisons
         ),
+        note,
     )
 
 
