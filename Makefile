@@ -17,11 +17,11 @@ help: ## list the targets
 setup: $(STAMP) ## build .venv, fetch weights and the study's images
 
 demo: setup ## compare a probe, LoRA and LoRA on 4-bit weights within ten minutes, and write the report
-	$(BIN)/peft-vit run experiments/configs/demo.yaml --minutes 9 --output-dir $(DEMO)
+	$(BIN)/peft-vit run experiments/configs/demo.yaml --minutes 9 --output $(DEMO)
 	$(BIN)/peft-vit report $(DEMO)
 
 smoke: setup ## run the quickstart's whole path with random weights and synthetic images
-	$(BIN)/peft-vit run experiments/configs/quickstart.yaml --smoke --output-dir experiments/outputs/smoke
+	$(BIN)/peft-vit run experiments/configs/quickstart.yaml --smoke --output experiments/outputs/smoke
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 

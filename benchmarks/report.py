@@ -57,7 +57,7 @@ def main() -> None:
 def build(results: Path, output: Path) -> tuple[float, float]:
     """Return the seconds of one build, and those of a processor."""
     shutil.rmtree(output, ignore_errors=True)
-    command = [str(Path(sys.executable).with_name("peft-vit")), "report", str(results), "--output-dir", str(output)]
+    command = [str(Path(sys.executable).with_name("peft-vit")), "report", str(results), "--output", str(output)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

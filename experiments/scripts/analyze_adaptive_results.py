@@ -1,4 +1,4 @@
-"""Write analysis_summary.md on the adaptive study's records. A thin script over `peft-vit analyze`.
+"""Write analysis_summary.md on the adaptive study's records. A thin script over `peft-vit report`.
 
 Exit code 2, with one line, if there is nothing to analyze.
 """
@@ -34,9 +34,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, and hand the directories to `peft-vit analyze`."""
+    """Parse, and hand the directories to `peft-vit report`."""
     asked = parse(arguments)
-    cli.main(["analyze", str(asked.results_dir), "--output-dir", str(asked.output_dir)])
+    cli.main(["report", str(asked.results_dir), "--format", "md", "--output", str(asked.output_dir)])
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def run(folder: Path, draws: int) -> None:
                 content = study(dataset, shots, draw)
                 file = folder / f"{content['name']}.yaml"
                 file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-                command = [sys.executable, "-m", "peft_vit.cli", "run", str(file), "--output-dir", str(folder)]
+                command = [sys.executable, "-m", "peft_vit.cli", "run", str(file), "--output", str(folder)]
                 subprocess.run(command, check=True)
 
 

@@ -52,7 +52,7 @@ def command(asked: argparse.Namespace) -> list[str]:
     output_dir = asked.output_dir or OUTPUTS / ("adaptive_smoke" if asked.smoke else "adaptive")
     flags = [flag for flag, on in (("--dry-run", asked.dry_run), ("--smoke", asked.smoke)) if on]
     only = [] if asked.method == "all" else ["--method", asked.method]
-    return ["run", *map(str, asked.config or files), "--output-dir", str(output_dir), *flags, *only]
+    return ["run", *map(str, asked.config or files), "--output", str(output_dir), *flags, *only]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -146,7 +146,7 @@ def test_a_bad_configuration(fault, tmp_path, finished, capsys) -> None:
     assert STUDY.count(old) == 1
     file = write(tmp_path, STUDY.replace(old, new))
     before = snapshot(finished)
-    line = refusal(capsys, "run", file, "--output-dir", finished)
+    line = refusal(capsys, "run", file, "--output", finished)
     assert str(file) in line or "/nowhere" in line
     assert field in line
     assert remedy in line
@@ -162,7 +162,7 @@ def test_what_is_no_configuration(command, content, said, tmp_path, capsys) -> N
     file = tmp_path / "study.yaml"
     if content is not None:
         file.write_text(content)
-    line = refusal(capsys, command, file, "--output-dir", tmp_path / "out")
+    line = refusal(capsys, command, file, "--output", tmp_path / "out")
     assert str(file) in line
     assert said in line
 
@@ -171,12 +171,12 @@ def test_bad_weights_files(tmp_path, finished, capsys) -> None:
     weights = tmp_path / "weights.safetensors"
     text = STUDY.replace("weights: random", f"weights: file\n  file: {weights}\n  sha256: '{SHA}'")
     file, before = write(tmp_path, text), snapshot(finished)
-    line = refusal(capsys, "run", file, "--output-dir", tmp_path / "out")
+    line = refusal(capsys, "run", file, "--output", tmp_path / "out")
     assert "backbone.file" in line
     assert "does not exist" in line
     assert str(weights) in line
     save_file({"a": torch.zeros(1)}, weights)
-    line = refusal(capsys, "run", file, "--output-dir", tmp_path / "out")
+    line = refusal(capsys, "run", file, "--output", tmp_path / "out")
     assert "backbone.sha256" in line
     assert SHA in line
     assert "get the right file or correct the hash" in line
@@ -193,7 +193,7 @@ def test_a_corrupted_image(tmp_path, capsys) -> None:
     broken.write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     file = write(tmp_path, STUDY.replace("dataset: digits", f"dataset: image-folder\n  path: {tmp_path / 'images'}"))
     file.write_text(file.read_text().replace("train_images: 24", "train_images: 20"))
-    line = refusal(capsys, "run", file, "--output-dir", tmp_path / "out")
+    line = refusal(capsys, "run", file, "--output", tmp_path / "out")
     assert "04.png" in line
     assert "replace it or take it out" in line
     line = refusal(
@@ -208,7 +208,7 @@ def test_a_corrupted_image(tmp_path, capsys) -> None:
         "random",
         "--image-size",
         "32",
-        "--output-dir",
+        "--output",
         tmp_path / "out",
     )
     assert "04.png" in line
@@ -220,9 +220,9 @@ def test_two_studies_of_one_name_and_a_changed_study(tmp_path, finished, capsys)
     (tmp_path / "other").mkdir()
     second = write(tmp_path / "other")
     before = snapshot(finished)
-    assert "'tiny' names two of the given studies" in refusal(capsys, "run", first, second, "--output-dir", finished)
+    assert "'tiny' names two of the given studies" in refusal(capsys, "run", first, second, "--output", finished)
     changed = write(tmp_path, STUDY.replace("train_images: 24", "train_images: 25"))
-    said = refusal(capsys, "run", changed, "--output-dir", finished, details=True).splitlines()
+    said = refusal(capsys, "run", changed, "--output", finished, details=True).splitlines()
     assert "probe/seed_0/record.json: was made with another configuration" in said[0]
     assert said[-3:] == [" data:", "-  train_images: 24", "+  train_images: 25"]
     assert snapshot(finished) == before
@@ -230,9 +230,9 @@ def test_two_studies_of_one_name_and_a_changed_study(tmp_path, finished, capsys)
 
 def test_results_that_are_not_there(tmp_path, capsys) -> None:
     (tmp_path / "empty").mkdir()
-    for command in ("analyze", "report"):
+    for format in ("md", "html"):
         for folder, said in (("missing", "does not exist"), ("empty", "holds no record.json")):
-            line = refusal(capsys, command, tmp_path / folder)
+            line = refusal(capsys, "report", tmp_path / folder, "--format", format)
             assert str(tmp_path / folder) in line
             assert said in line
 
@@ -251,29 +251,29 @@ def ended(*arguments: str | Path) -> int:
 def test_a_study_is_done_once_and_a_failed_run_again(tmp_path, capsys) -> None:
     head, _, _ = STUDY.partition("  - name: low_rank")
     file, out = write(tmp_path, head + DIVERGING), tmp_path / "out"
-    assert ended("run", file, "--output-dir", out, "--method", "linear") == 0
+    assert ended("run", file, "--output", out, "--method", "linear") == 0
     assert ended("status", out) == 0
     assert "tiny: 2 planned = 1 done + 0 failed + 0 pending + 0 running + 1 skipped" in capsys.readouterr().out
-    assert ended("run", file, "--output-dir", out) == 1
+    assert ended("run", file, "--output", out) == 1
     said = capsys.readouterr()
     assert "1 run failed:" in said.err
     assert "tiny/diverging/seed_0: DivergedError" in said.err
     assert "[1/1] tiny/diverging/seed_0: FAILED, DivergedError" in said.out
     assert {r.spec.experiment.name: r.status for r in read_records(out)} == {"probe": "done", "diverging": "failed"}
     before = snapshot(out)
-    assert ended("plan", file, "--output-dir", out) == 0
+    assert ended("plan", file, "--output", out) == 0
     assert "2 runs: 1 to do" in capsys.readouterr().out
     assert ended("status", out) == 0
     assert capsys.readouterr().out.splitlines() == [
         "tiny: 2 planned = 1 done + 1 failed + 0 pending + 0 running + 0 skipped",
         f"  failed   diverging/seed_0: {next(r.error for r in read_records(out) if r.status == 'failed')}",
     ]
-    assert ended("run", file, "--output-dir", out, "--keep-failed") == 1
+    assert ended("run", file, "--output", out, "--skip-failed") == 1
     assert "tiny/diverging/seed_0: DivergedError" in capsys.readouterr().err
     assert snapshot(out) == before
-    assert ended("run", file, "--output-dir", out, "--method", "linear") == 0
+    assert ended("run", file, "--output", out, "--method", "linear") == 0
     assert "1 run: 0 to do, 1 already done and skipped." in capsys.readouterr().out
-    assert ended("run", file, "--output-dir", out) == 1
+    assert ended("run", file, "--output", out) == 1
     assert "attempt 2: DivergedError" in "".join([str(ended("status", out)), capsys.readouterr().out])
 
 
@@ -282,22 +282,22 @@ def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, capsys) -> None:
     head, _, _ = STUDY.partition("  - name: low_rank")
     head = head.replace("method: linear", "method: full")  # a probe alone would refuse the study's epochs
     file, out = write(tmp_path, head), tmp_path / "out"
-    assert ended("run", file, "--output-dir", out) == 0
+    assert ended("run", file, "--output", out) == 0
     record = out / "tiny/probe/seed_0/record.json"
     written = record.stat().st_mtime_ns
     for old, new in (("batch_size: 8", "batch_size: 4"), ("seeds: [0]", "seeds: [1]"), ("name: probe", "name: other")):
-        said = refusal(capsys, "run", write(tmp_path, head.replace(old, new)), "--output-dir", out, details=True)
+        said = refusal(capsys, "run", write(tmp_path, head.replace(old, new)), "--output", out, details=True)
         assert f"{out / 'tiny/study.json'}: configuration: was begun with another configuration" in said.splitlines()[0]
         assert f"+++ {file}" in said
     more = head.replace("seeds: [0]", "description: more\nexecution: {retries: 0}\nseeds: [0, 1]")
-    assert ended("run", write(tmp_path, more), "--output-dir", out) == 0
+    assert ended("run", write(tmp_path, more), "--output", out) == 0
     assert ended("status", out) == 0
     assert "tiny: 2 planned = 2 done + 0 failed + 0 pending + 0 running + 0 skipped" in capsys.readouterr().out
     assert record.stat().st_mtime_ns == written
     assert ended("repair", out) == 0
     assert capsys.readouterr().out == f"{out / 'tiny/runs.parquet'}: 2 runs\n"
-    for command in ("analyze", "report"):
-        assert ended(command, out) == 0
+    for format in ("md", "html"):
+        assert ended("report", out, "--format", format) == 0
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, capsys) -> None:
 def test_what_minutes_cannot_be_combined_with(options, said, tmp_path, capsys) -> None:
     file = write(tmp_path)
     options = [option.format(file=file) for option in options]
-    line = refusal(capsys, "run", file, "--output-dir", tmp_path / "out", "--minutes", "10", *options)
+    line = refusal(capsys, "run", file, "--output", tmp_path / "out", "--minutes", "10", *options)
     assert line == f"error: --minutes: {said}"
     assert not (tmp_path / "out").exists()
 
@@ -333,7 +333,7 @@ def test_what_minutes_cannot_be_combined_with(options, said, tmp_path, capsys) -
 def test_a_study_within_minutes(tmp_path, capsys, monkeypatch) -> None:
     head, _, _ = STUDY.partition("  - name: adaptive")
     file, out = write(tmp_path, head), tmp_path / "out"
-    command = ("run", file, "--output-dir", out, "--minutes", "60")
+    command = ("run", file, "--output", out, "--minutes", "60")
     assert ended(*command, "--dry-run") == 0
     said = capsys.readouterr().out
     assert "60 minutes, 2 experiments x 1 of 1 seeds: all of the study." in said
@@ -357,7 +357,7 @@ def test_a_study_within_minutes(tmp_path, capsys, monkeypatch) -> None:
     assert "2 runs: 0 to do, 2 already done and skipped." in said
     assert "measuring" not in said  # finished runs tell what there is to know
     assert snapshot(out) == before
-    assert ended("run", file, "--output-dir", out) == 0
+    assert ended("run", file, "--output", out) == 0
     assert ended("report", out) == 0
 
 
@@ -365,7 +365,7 @@ def test_a_study_within_minutes(tmp_path, capsys, monkeypatch) -> None:
 def test_time_that_is_left_over_is_spent_on_what_it_is_enough_for(tmp_path, capsys, monkeypatch) -> None:
     """The choice is made again when all that was taken is done: first for no more, in another call for one more."""
     head, _, _ = STUDY.partition("  - name: adaptive")
-    command = ("run", write(tmp_path, head), "--output-dir", tmp_path / "out", "--minutes", "60")
+    command = ("run", write(tmp_path, head), "--output", tmp_path / "out", "--minutes", "60")
     choices = [Choice(experiments, 1, None, fits=True) for experiments in (1, 1, 1, 2)]
     monkeypatch.setattr("peft_vit.studies.within.choose", lambda *_, **__: choices.pop(0))
     assert ended(*command) == 0
@@ -383,11 +383,11 @@ def test_time_that_is_left_over_is_spent_on_what_it_is_enough_for(tmp_path, caps
 def test_who_comes_second_leaves_and_names_the_first(tmp_path, capsys) -> None:
     file, out = write(tmp_path), tmp_path / "out"
     with study_lock(out / "tiny"):
-        line = refusal(capsys, "run", file, "--output-dir", out)
+        line = refusal(capsys, "run", file, "--output", out)
         assert f"{out / 'tiny'}: another command works on this study, process {os.getpid()} on " in line
         done = python("-c", SECOND, str(file), str(out))  # and has not waited for torch before
         assert (done.returncode, done.stdout) == (2, "")
-        assert ended("plan", file, "--output-dir", out) == 0  # planning disturbs nobody
+        assert ended("plan", file, "--output", out) == 0  # planning disturbs nobody
     assert not out.exists()
 
 
@@ -412,7 +412,7 @@ SECOND = """
 import sys
 from peft_vit.cli import main
 try:
-    main(["run", sys.argv[1], "--output-dir", sys.argv[2]])
+    main(["run", sys.argv[1], "--output", sys.argv[2]])
 except SystemExit as end:
     assert "torch" not in sys.modules
     raise
@@ -458,7 +458,7 @@ def test_the_public_names() -> None:
 
 def test_a_real_process_ends_with_one_line(tmp_path) -> None:
     file = write(tmp_path, STUDY.replace("epochs: 2", "epochs: -2"))
-    done = python("-m", "peft_vit.cli", "run", str(file), "--output-dir", str(tmp_path / "out"))
+    done = python("-m", "peft_vit.cli", "run", str(file), "--output", str(tmp_path / "out"))
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()

@@ -145,11 +145,11 @@ def test_every_export_says_in_another_process_what_the_run_does(runs, images, we
         models.append((run_dir,))
         sources.append(name)
         for kind in ("safetensors", "onnx") if name in ("lora", "int4") else ("safetensors",):
-            assert command("export", run_dir, "--format", kind, "--to", tmp_path / f"{name}.{kind}") == 0
+            assert command("export", run_dir, "--format", kind, "--output", tmp_path / f"{name}.{kind}") == 0
             models.append((tmp_path / f"{name}.{kind}",))
             sources.append(name)
         if name in ("lora", "theirs"):
-            assert command("export", run_dir, "--to", tmp_path / name) == 0
+            assert command("export", run_dir, "--output", tmp_path / name) == 0
             models.append((tmp_path / name, "--weights", weights))
             sources.append(name)
     printed = capsys.readouterr().out
@@ -174,7 +174,7 @@ def report(capsys, *arguments: object) -> str:
 
 
 def test_merge_errors_are_printed(runs, tmp_path, capsys) -> None:
-    printed = report(capsys, runs["int4"], "--format", "safetensors", "--to", tmp_path / "model.safetensors")
+    printed = report(capsys, runs["int4"], "--format", "safetensors", "--output", tmp_path / "model.safetensors")
     errors = {
         dtype: float(error)
         for dtype, error in re.findall(
@@ -184,7 +184,7 @@ def test_merge_errors_are_printed(runs, tmp_path, capsys) -> None:
     assert errors["float32"] < 1e-6 < errors["float16"] < 5e-3
     assert "stored: float16 offsets" in printed
     assert "100.00 % of predictions equal" in printed
-    printed = report(capsys, runs["by_row"], "--format", "safetensors", "--to", tmp_path / "model.safetensors")
+    printed = report(capsys, runs["by_row"], "--format", "safetensors", "--output", tmp_path / "model.safetensors")
     assert "quantized anew" in printed
     assert re.search(r"with codes: relative error of the weights at most \d\.\de-\d\d \(blocks\.", printed)
     before, after = re.findall(r"accuracy (\S+) % before and (\S+) % after", printed)[0]
@@ -196,7 +196,7 @@ def test_missing_images_are_said(runs, images, tmp_path, capsys) -> None:
     hidden = images.with_name("hidden")
     images.rename(hidden)
     try:
-        printed = report(capsys, runs["by_row"], "--format", "safetensors", "--to", tmp_path / "model.safetensors")
+        printed = report(capsys, runs["by_row"], "--format", "safetensors", "--output", tmp_path / "model.safetensors")
     finally:
         hidden.rename(images)
     assert "Not compared with the run's model" in printed
@@ -254,8 +254,10 @@ def test_what_is_no_model_is_refused(runs, images, weights, tmp_path, capsys) ->
     (tmp_path / "cut.onnx").write_bytes(b"")
     assert "cut.onnx" in refusal(capsys, "predict", tmp_path / "cut.onnx", image)
     assert "--weights" in refusal(capsys, "predict", tmp_path / "cut.onnx", image, "--weights", "hub")
-    assert "ends in .onnx" in refusal(capsys, "export", runs["lora"], "--format", "onnx", "--to", tmp_path / "x.bin")
-    command("export", runs["lora"], "--to", tmp_path / "peft")
+    assert "ends in .onnx" in refusal(
+        capsys, "export", runs["lora"], "--format", "onnx", "--output", tmp_path / "x.bin"
+    )
+    command("export", runs["lora"], "--output", tmp_path / "peft")
     assert "give their path with --weights" in refusal(capsys, "predict", tmp_path / "peft", image)
     save_file(timm.create_model("test_vit", img_size=32).state_dict(), tmp_path / "other.safetensors")
     line = refusal(capsys, "predict", tmp_path / "peft", image, "--weights", tmp_path / "other.safetensors")
@@ -274,5 +276,5 @@ def test_what_is_no_model_is_refused(runs, images, weights, tmp_path, capsys) ->
 
 
 def test_quantized_runs_go_elsewhere_than_to_peft(runs, tmp_path, capsys) -> None:
-    line = refusal(capsys, "export", runs["int4"], "--to", tmp_path / "peft")
+    line = refusal(capsys, "export", runs["int4"], "--output", tmp_path / "peft")
     assert "--format safetensors or onnx" in line

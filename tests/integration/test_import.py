@@ -117,7 +117,7 @@ def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp
         "1e-2",
         "--shots",
         "4",
-        "--output-dir",
+        "--output",
         tmp_path / "out",
     )
     assert code == 0
@@ -200,7 +200,7 @@ def refusal(capsys, adapter: Path, images: Path, weights: Path, out: Path) -> st
     """Return the one line that the command prints, after checking that no run began."""
     before = sorted(out.rglob("*"))
     capsys.readouterr()
-    assert command("import", adapter, images, *MODEL, "--weights", weights, "--epochs", "8", "--output-dir", out) == 2
+    assert command("import", adapter, images, *MODEL, "--weights", weights, "--epochs", "8", "--output", out) == 2
     assert sorted(out.rglob("*")) == before
     (line,) = capsys.readouterr().err.splitlines()
     return line

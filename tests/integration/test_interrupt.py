@@ -36,7 +36,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path, cache: str) -> Non
     config = tmp_path / "long.yaml"
     config.write_text(STUDY)
     process = subprocess.Popen(
-        [sys.executable, "-c", MAIN, "run", str(config), "--output-dir", str(tmp_path / "out")],
+        [sys.executable, "-c", MAIN, "run", str(config), "--output", str(tmp_path / "out")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -39,7 +39,7 @@ def config(tmp_path) -> Path:
 
 def test_from_plan_to_report(config, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["plan", str(config), "--smoke", "--output-dir", str(tmp_path / "out")])
+        main(["plan", str(config), "--smoke", "--output", str(tmp_path / "out")])
     assert ended.value.code == 0
     assert "peft_12_8/seed_0" in capsys.readouterr().out
     plan = plan_study(load_study(config), tmp_path / "out", file=config, smoke=True)

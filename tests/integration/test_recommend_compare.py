@@ -88,7 +88,7 @@ def test_neither_command_loads_torch(ten: Path, other: Path) -> None:
 
 def test_equal_accuracy_at_a_third_of_the_bytes(ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "chosen.yaml"
-    text = told(capsys, "recommend", ten, "--max-bytes", "30MB", "--to", file)
+    text = told(capsys, "recommend", ten, "--max-bytes", "30MB", "--output", file)
     assert f"Recommended: {THIRD}." in text
     assert "n = 10 pairs" in text
     assert "(Holm over 2 candidates)" in text
@@ -97,8 +97,10 @@ def test_equal_accuracy_at_a_third_of_the_bytes(ten: Path, tmp_path: Path, capsy
     study = load_study(file)
     assert study.experiments == (EXPERIMENTS[THIRD],)
     assert (study.name, study.seeds) == ("ten-recommended", tuple(range(10)))
-    assert told(capsys, "recommend", ten, "--max-bytes", "30MB", "--to", file) == text, "the same file is no conflict"
-    assert "says something else" in refused_after(capsys, "recommend", ten, "--max-drop", "2", "--to", file)
+    assert told(capsys, "recommend", ten, "--max-bytes", "30MB", "--output", file) == text, (
+        "the same file is no conflict"
+    )
+    assert "says something else" in refused_after(capsys, "recommend", ten, "--margin", "2", "--output", file)
 
 
 def refused_after(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -121,7 +123,7 @@ def test_the_configuration_is_printed_where_no_file_is_named(
 def test_three_seeds_decide_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = planted.write(tmp_path / "results", records("three", 3))
     file = tmp_path / "chosen.yaml"
-    text = told(capsys, "recommend", results, "--max-drop", "0.5", "--to", file)
+    text = told(capsys, "recommend", results, "--margin", "0.5", "--output", file)
     assert "Not decided: none of 2 candidates is shown to lose less than 0.5 points" in text
     assert f"The safe choice is {BEST} itself" in text
     assert "would do" in text
@@ -139,7 +141,7 @@ def test_nothing_within_the_limits_names_what_is_nearest(ten: Path, capsys: pyte
 def test_bad_input_of_recommend_is_one_line(ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--max-bytes: expected bytes above 0" in refused(capsys, "recommend", ten, "--max-bytes", "5 mb")
     assert "--max-params: expected a number" in refused(capsys, "recommend", ten, "--max-params", "-3")
-    assert "--max-drop: expected points above 0" in refused(capsys, "recommend", ten, "--max-drop", "0")
+    assert "--margin: expected points above 0" in refused(capsys, "recommend", ten, "--margin", "0")
     assert "--max-seconds: expected seconds above 0" in refused(capsys, "recommend", ten, "--max-seconds", "nan")
     assert "hold no latency" in refused(capsys, "recommend", ten, "--max-latency-ms", "20")
     assert "'none' is none of its studies, which are ten" in refused(capsys, "recommend", ten, "--study", "none")
@@ -175,7 +177,7 @@ def test_studies_are_compared_and_their_hardware_is_refused_by_name(
 ) -> None:
     files = [tmp_path / "rows.csv", tmp_path / "rows.json"]
     for file in files:
-        text = told(capsys, "compare", ten, other, "--to", file)
+        text = told(capsys, "compare", ten, other, "--output", file)
     assert "Over studies: test accuracy against lora_r8 (points)" in text
     assert "Not pooled, seconds: timings differ: cpu on another, 2 processors, 2 threads in other" in text
     assert "Over studies: seconds" not in text
@@ -200,7 +202,7 @@ def test_studies_are_compared_and_their_hardware_is_refused_by_name(
     ]
     assert float(pooled[WORSE]["estimate"]) == pytest.approx(np.mean(means), abs=1e-12)
     assert (pooled[WORSE]["verdict"], pooled[THIRD]["verdict"]) == ("refuted", "not decided")
-    told_again = told(capsys, "compare", ten, other, "--pool", "timings")
+    told_again = told(capsys, "compare", ten, other, "--allow-mismatch", "timings")
     assert "Over studies: seconds a step" in told_again
     assert "Pooled although timings differ, as asked" in told_again
 
@@ -211,12 +213,14 @@ def test_bad_input_of_compare_is_one_line(
     assert "is given twice" in refused(capsys, "compare", ten, ten)
     assert "holds one study (ten), and it takes two" in refused(capsys, "compare", ten)
     assert "holds the run 'ten/" in refused(capsys, "compare", ten, ten / "ten")
-    assert "--pool: 'everything' is none of" in refused(capsys, "compare", ten, other, "--pool", "everything")
+    assert "--allow-mismatch: 'everything' is none of" in refused(
+        capsys, "compare", ten, other, "--allow-mismatch", "everything"
+    )
     assert "--reference: 'lora_r1' has finished runs" in refused(
         capsys, "compare", ten, other, "--reference", "lora_r1"
     )
     assert "expected a name that ends in .csv or .json" in refused(
-        capsys, "compare", ten, other, "--to", tmp_path / "rows.txt"
+        capsys, "compare", ten, other, "--output", tmp_path / "rows.txt"
     )
     assert "Missing argument" in refused(capsys, "compare")
 
@@ -228,7 +232,7 @@ def test_the_page_shows_what_the_commands_say(
     three = planted.write(tmp_path / "three", records("three", 3))
     said = [
         told(capsys, "recommend", ten, "--max-bytes", "30MB"),
-        told(capsys, "recommend", three, "--max-drop", "0.5"),
+        told(capsys, "recommend", three, "--margin", "0.5"),
         told(capsys, "compare", ten, other),
     ]
     blocks = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

@@ -20,14 +20,14 @@ QUICKSTART = str(Path(__file__).parents[2] / "experiments" / "configs" / "quicks
 BAD = "<the bad path>"
 COMMANDS = {
     "run": ["run", BAD],
-    "run into": ["run", QUICKSTART, "--smoke", "--output-dir", BAD],
+    "run into": ["run", QUICKSTART, "--smoke", "--output", BAD],
     "plan": ["plan", BAD],
     "status": ["status", BAD],
     "repair": ["repair", BAD],
-    "analyze": ["analyze", BAD],
+    "summary": ["report", BAD, "--format", "md"],
     "report": ["report", BAD],
-    "export": ["export", BAD, "--to", "out"],
-    "history": ["export", BAD, "--format", "history", "--to", "x.csv"],
+    "export": ["export", BAD, "--output", "out"],
+    "history": ["export", BAD, "--format", "history", "--output", "x.csv"],
     "predict": ["predict", BAD, "."],
     "train": ["train", BAD, "--method", "lora", "--smoke"],
     "train from": ["train", ".", "--method", "lora", "--weights", BAD],

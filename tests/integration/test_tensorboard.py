@@ -114,7 +114,7 @@ def test_a_study_that_goes_on_is_exported_again(results, tmp_path) -> None:
 
 def test_the_command(results, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["export", str(results), "--format", "tensorboard", "--to", str(tmp_path / "logs")])
+        main(["export", str(results), "--format", "tensorboard", "--output", str(tmp_path / "logs")])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"2 runs: {tmp_path / 'logs'}\nNext: tensorboard --logdir {tmp_path / 'logs'}\n"
 

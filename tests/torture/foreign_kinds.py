@@ -55,7 +55,7 @@ def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:
                 assert run_folder(sound.out, run.spec).is_relative_to(sound.out)
 
         spoil = (mutations.of_lines(nasty.texts), mutations.of_lines(nasty.texts), nasty.of_bytes(*files))
-        return Target(file, spoil, plan, ("plan", file, "--smoke", "--output-dir", sound.out), places=True)
+        return Target(file, spoil, plan, ("plan", file, "--smoke", "--output", sound.out), places=True)
 
     return [target(file) for file in files]
 
@@ -77,7 +77,7 @@ def records(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         file = sound.run(name) / RECORD_FILE
         spoil = (mutations.of_json(nasty.texts), mutations.of_json(nasty.texts), nasty.of_bytes())
         targets += [
-            Target(file, spoil, analysis(file), ("report", sound.results, "--output-dir", sound.out), places=True),
+            Target(file, spoil, analysis(file), ("report", sound.results, "--output", sound.out), places=True),
             Target(file, spoil, predicting(sound, file.parent), ("predict", file.parent, sound.image), places=True),
         ]
     return targets
@@ -234,7 +234,7 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
             file,
             spoil,
             _decoding(name, _path_of(configuration), configuration),
-            ("plan", configuration, "--no-calibration", "--output-dir", sound.out),
+            ("plan", configuration, "--no-profile", "--output", sound.out),
             names=(configuration,),
         )
         for name, file, spoil in files
@@ -301,7 +301,7 @@ def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         files = [file for file in (sound.cache / name).rglob("*") if file.is_file()]
         file = min(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
         ways = (mutations.of_json(nasty.texts), nasty.of_bytes()) if file.suffix == ".json" else (nasty.of_bytes(),)
-        targets.append(Target(file, ways, read, ("plan", configuration, "--output-dir", sound.out)))
+        targets.append(Target(file, ways, read, ("plan", configuration, "--output", sound.out)))
     return targets
 
 

@@ -86,7 +86,7 @@ class Study:
     def start(self, out: Path, log: str, *, checkpoints: bool) -> Command:
         """Start the command."""
         config = self._configs[0 if checkpoints else 3600]
-        return run_forked([str(config), "--output-dir", str(out)], self.folder / log)
+        return run_forked([str(config), "--output", str(out)], self.folder / log)
 
     def said(self, log: str) -> list[str]:
         """Return the errors that the command printed, and anything of a traceback."""

@@ -84,7 +84,7 @@ class Way:
     def start(self, config: Path, life: int, workers: int) -> Command:
         """Start the command once more."""
         out, log = config.parent / "out", config.parent / f"life-{life}"
-        arguments = [str(config), "--output-dir", str(out), "--workers", str(workers), "--oversubscribe"]
+        arguments = [str(config), "--output", str(out), "--workers", str(workers), "--oversubscribe"]
         arguments += ["--log-json", str(log.with_suffix(".events"))]
         return (run_fresh if self.fresh else run_forked)(arguments, log.with_suffix(".txt"))
 
@@ -228,7 +228,7 @@ def undisturbed(folder: Path, method: str) -> tuple[dict[str, End], float]:
     """Return what a method's runs come to when nothing happens, and the seconds of one of them."""
     config = write_study(folder, {method: METHODS[method]}, SEEDS, checkpoint_every_s=3600)
     log = folder / "undisturbed.txt"
-    code = run_forked([str(config), "--output-dir", str(folder / "out")], log).finish()
+    code = run_forked([str(config), "--output", str(folder / "out")], log).finish()
     if code:
         raise RuntimeError(f"the undisturbed study ended with {code}: {log.read_text()[-3000:]}")
     seconds = statistics.median(record.seconds for record in read_records(folder / "out"))

@@ -79,7 +79,7 @@ class SoundFiles:
 
     @property
     def out(self) -> Path:
-        """Return what is given as --output-dir."""
+        """Return what is given as --output."""
         return self.root / "out"
 
     @property

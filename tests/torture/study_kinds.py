@@ -60,7 +60,7 @@ def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
             data["sha256"] = _checksum(data["row"])
         return data
 
-    run = ("run", sound.inputs / "tiny.yaml", "--output-dir", copy)
+    run = ("run", sound.inputs / "tiny.yaml", "--output", copy)
     ways: tuple[tuple[Callable[[], None], tuple[object, ...]], ...] = (
         (status, ("status", sound.results)),
         (status_while_locked, ("status", sound.results)),
@@ -107,7 +107,7 @@ def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
 
         return change
 
-    command = ("run", sound.inputs / "interrupted.yaml", "--output-dir", copy)
+    command = ("run", sound.inputs / "interrupted.yaml", "--output", copy)
     names = (copy / planned.spec.run_id,)
     targets = []
     for name, way in (

@@ -39,7 +39,7 @@ def drivers(folder: Path, trials: int) -> list[str]:
 def commands(folder: Path, trials: int) -> list[str]:
     """Let fresh commands compete; return what went wrong."""
     config = write_study(folder, {"lora": METHODS["lora"]}, (0,))
-    arguments = [str(config), "--output-dir"]
+    arguments = [str(config), "--output"]
     if run_forked([*arguments, str(folder / "undisturbed")], folder / "undisturbed.txt").finish() != 0:
         raise RuntimeError((folder / "undisturbed.txt").read_text()[-3000:])
     expected = ends_of(folder / "undisturbed")

@@ -21,7 +21,7 @@ class Refusal:
     """Something that was not pooled.
 
     Attributes:
-        kind: what differs, as `--pool` names it.
+        kind: what differs, as `--allow-mismatch` names it.
         experiments: of which nothing was pooled for that reason.
         studies: in which they would have been.
         reason: what differs, in words.

@@ -19,7 +19,7 @@ app = typer.Typer(
 DEFAULT_OUTPUT = Path("experiments/outputs/adaptive")
 SMOKE_OUTPUT = Path("experiments/outputs/adaptive_smoke")  # apart: a smoke run must not stand in for a real one
 Configs = Annotated[list[Path], typer.Argument(help="YAML files of studies", show_default=False)]
-OutputDir = Annotated[
+Output = Annotated[
     Path | None,
     typer.Option(help=f"where records go; done runs are skipped. Default {DEFAULT_OUTPUT}; smoke: {SMOKE_OUTPUT}"),
 ]
@@ -27,7 +27,7 @@ Smoke = Annotated[bool, typer.Option("--smoke", help="random weights, synthetic 
 Workers = Annotated[
     int | None, typer.Option(min=1, help="runs at a time, in place of the studies' own; results do not depend on it")
 ]
-StudiesDir = Annotated[Path, typer.Argument(help="what --output-dir was, or a study in it", show_default=False)]
+StudiesDir = Annotated[Path, typer.Argument(help="what --output was, or a study in it", show_default=False)]
 ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
 ImagesDir = Annotated[Path, typer.Argument(help="one folder of images per class", show_default=False)]
 Shots = Annotated[int | None, typer.Option(min=1, help="training images per class; default: all that remain")]

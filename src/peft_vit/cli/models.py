@@ -28,11 +28,9 @@ def export(
     directory: Annotated[
         Path, typer.Argument(help="a run's folder; history, tensorboard: or a results directory", show_default=False)
     ],
-    to: Annotated[
+    output: Annotated[
         Path,
         typer.Option(
-            "--to",
-            "--output",
             show_default=False,
             help="a .onnx or .safetensors file; peft: a new or empty folder; history: a .parquet, .json or .csv file; "
             "tensorboard: what its --logdir is given",
@@ -51,22 +49,22 @@ def export(
     if format is ExportFormat.HISTORY:
         from peft_vit.analysis.history import export_history
 
-        print(f"{export_history(directory, to)} rows: {to}")
+        print(f"{export_history(directory, output)} rows: {output}")
     elif format is ExportFormat.TENSORBOARD:
         from peft_vit.analysis.tensorboard import export_to_tensorboard
 
-        print(f"{export_to_tensorboard(directory, to)} runs: {to}\nNext: tensorboard --logdir {to}")
+        print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
     elif format is ExportFormat.PEFT:
         from peft_vit.runs.export import export_run_to_peft
 
-        export_run_to_peft(directory, to)
-        print(f"{format.value}: {to}\nThe base that it belongs to: {to / 'peft_vit.json'}")
+        export_run_to_peft(directory, output)
+        print(f"{format.value}: {output}\nThe base that it belongs to: {output / 'peft_vit.json'}")
     else:
         from peft_vit.runs.export import FileFormat, export_run_to_file
         from peft_vit.studies.printing import print_export
 
         kind: FileFormat = "onnx" if format is ExportFormat.ONNX else "safetensors"
-        print_export(export_run_to_file(directory, to, kind), to)
+        print_export(export_run_to_file(directory, output, kind), output)
 
 
 @app.command()

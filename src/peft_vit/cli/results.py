@@ -31,21 +31,11 @@ def say_left_out(results: Results) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
-def analyze(
-    results_dir: ResultsDir,
-    output_dir: Annotated[Path | None, typer.Option(help="default: RESULTS_DIR/analysis")] = None,
-    hypotheses: Hypotheses = None,
-) -> None:
-    """Write analysis_summary.md with tables and figures from records.
+class ReportFormat(StrEnum):
+    """What `report` writes."""
 
-    Exit codes: 0 done, 1 written, but a file that may be a result was left out and is named, 2 bad input.
-    """
-    from peft_vit.report import write_analysis
-
-    files = write_analysis(results_dir, output_dir or results_dir / "analysis", hypotheses=hypotheses)
-    print(f"Analysis: {files.markdown}")
-    say_left_out(files.results)
+    HTML = "html"
+    MARKDOWN = "md"
 
 
 def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
@@ -61,7 +51,12 @@ def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
 @app.command()
 def report(
     results_dir: ResultsDir,
-    output_dir: Annotated[Path | None, typer.Option(help="default: RESULTS_DIR/report")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="a folder; default: RESULTS_DIR/report, without the page RESULTS_DIR/analysis")
+    ] = None,
+    format: Annotated[
+        ReportFormat, typer.Option(help="html: the page, and all else; md: only analysis_summary.md, tables, figures")
+    ] = ReportFormat.HTML,
     hypotheses: Hypotheses = None,
     publication: Annotated[
         bool,
@@ -80,14 +75,18 @@ def report(
     """
     from peft_vit.report import build_report
 
+    page = format is ReportFormat.HTML
     files = build_report(
         results_dir,
-        output_dir or results_dir / "report",
+        output or results_dir / ("report" if page else "analysis"),
+        page=page,
         publication=publication,
-        thumbnails=_thumbnails if examples else None,
+        thumbnails=_thumbnails if page and examples else None,
         hypotheses=hypotheses,
     )
-    print(f"Report: {files.html}\nMarkdown: {files.markdown}")
+    if page:
+        print(f"Report: {files.html}")
+    print(f"Markdown: {files.markdown}")
     say_left_out(files.results)
 
 
@@ -95,7 +94,7 @@ def report(
 def findings(
     results_dir: ResultsDir,
     hypotheses: Hypotheses = None,
-    to: Annotated[
+    output: Annotated[
         Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
     ] = None,
 ) -> None:
@@ -111,7 +110,7 @@ def findings(
     registry = load_registry(hypotheses)
     results = load_results(results_dir)
     print_findings(
-        all_findings(results.studies, registry), unknown_registrations(results.studies, registry.digests), to
+        all_findings(results.studies, registry), unknown_registrations(results.studies, registry.digests), output
     )
     say_left_out(results)
 
@@ -131,18 +130,18 @@ def recommend(
     max_params: Annotated[str | None, typer.Option(help="trainable at the end, head included: 300k or 3e5")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="of one training step")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="of one forward pass, where it was measured")] = None,
-    max_drop: Annotated[
+    margin: Annotated[
         float, typer.Option(help="points of test accuracy whose loss matters; to be chosen before looking")
     ] = 1.0,
     smallest: Annotated[
         SmallestBy, typer.Option(help="by which measure; sizes within one percent are equal")
     ] = SmallestBy.BYTES,
     study: Annotated[str | None, typer.Option(help="its name, where RESULTS_DIR holds several")] = None,
-    to: Annotated[
+    output: Annotated[
         Path | None, typer.Option(help="write the configuration to this file; default: print it", show_default=False)
     ] = None,
 ) -> None:
-    """Name the smallest configuration that is shown to lose less than --max-drop against the best, and print it.
+    """Name the smallest configuration that is shown to lose less than --margin against the best, and print it.
 
     Where the data does not decide, nothing is recommended, and it says how many seeds would. Exit codes: 0 done,
     2 bad input.
@@ -158,9 +157,8 @@ def recommend(
         seconds_per_step=limits.check_positive(max_seconds, "--max-seconds", "seconds"),
         latency_s=limits.milliseconds(max_latency_ms, "--max-latency-ms"),
     )
-    margin = check_margin(max_drop, "--max-drop")
     chosen = choose_study(load_studies(results_dir), study, results_dir)
-    print_recommendation(find(chosen, asked, margin=margin, measure=smallest.value), to)
+    print_recommendation(find(chosen, asked, margin=check_margin(margin, "--margin"), measure=smallest.value), output)
 
 
 @app.command()
@@ -170,10 +168,10 @@ def compare(
         str | None,
         typer.Option(help="experiment to compare with; default: the LoRA, or the linear probe, of every study"),
     ] = None,
-    pool: Annotated[
+    allow_mismatch: Annotated[
         str, typer.Option(help="pool although these differ, as in versions,timings; see docs/results.md")
     ] = "",
-    to: Annotated[
+    output: Annotated[
         Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
     ] = None,
 ) -> None:
@@ -186,5 +184,5 @@ def compare(
     from peft_vit.analysis.comparability import parse_pool
     from peft_vit.report.across_text import print_comparison
 
-    allowed = parse_pool(pool, "--pool")
-    print_comparison(compare_studies(load_across(results_dirs), reference=reference, pool=allowed), to)
+    allowed = parse_pool(allow_mismatch, "--allow-mismatch")
+    print_comparison(compare_studies(load_across(results_dirs), reference=reference, pool=allowed), output)

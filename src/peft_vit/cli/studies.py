@@ -27,7 +27,7 @@ from peft_vit.cli.app import (
     MethodName,
     Minutes,
     Model,
-    OutputDir,
+    Output,
     PrecisionName,
     PrecisionOption,
     RunsDir,
@@ -57,7 +57,7 @@ class ExecutorName(StrEnum):
 @app.command()
 def run(
     configs: Configs,
-    output_dir: OutputDir = None,
+    output: Output = None,
     smoke: Smoke = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
     method: Annotated[MethodName | None, typer.Option(help="only the studies' experiments of this method")] = None,
@@ -70,8 +70,8 @@ def run(
     oversubscribe: Annotated[
         bool, typer.Option("--oversubscribe", help="allow more threads, workers x threads, than there are cores")
     ] = False,
-    keep_failed: Annotated[
-        bool, typer.Option("--keep-failed", help="leave runs alone that failed in an earlier call")
+    skip_failed: Annotated[
+        bool, typer.Option("--skip-failed", help="leave runs alone that failed in an earlier call")
     ] = False,
     executor: Annotated[
         ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")
@@ -94,24 +94,24 @@ def run(
     """
     from peft_vit.studies.commands import Asked, Execution, plan_studies, run_studies
 
-    results_dir = output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
+    results_dir = output or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
     asked = Asked(configs, results_dir, smoke, method, seeds, workers, minutes=minutes)
     if dry_run:
         plan_studies(asked, _print_plan)
     else:
         name: Literal["local", "ray"] = "ray" if executor is ExecutorName.RAY else "local"
-        execution = Execution(name, ray_address, oversubscribe, keep_failed, log_json)
+        execution = Execution(name, ray_address, oversubscribe, skip_failed, log_json)
         _sum_up(run_studies(asked, execution, _print_plan), results_dir)
 
 
 @app.command()
 def plan(
     configs: Configs,
-    output_dir: OutputDir = None,
+    output: Output = None,
     smoke: Smoke = False,
     workers: Workers = None,
-    calibration: Annotated[
-        bool, typer.Option("--calibration/--no-calibration", help="measure a few steps of what is not known yet")
+    profile: Annotated[
+        bool, typer.Option("--profile/--no-profile", help="measure a few steps of what is not known yet")
     ] = True,
 ) -> None:
     """Check the studies and print what every run will take: seconds, peak memory, disk.
@@ -121,8 +121,8 @@ def plan(
     """
     from peft_vit.studies.commands import Asked, plan_studies
 
-    results_dir = output_dir or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
-    plan_studies(Asked(configs, results_dir, smoke, workers=workers, calibrate=calibration), _print_plan)
+    results_dir = output or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
+    plan_studies(Asked(configs, results_dir, smoke, workers=workers, calibrate=profile), _print_plan)
 
 
 @app.command()
@@ -170,7 +170,7 @@ def train(
     device: DeviceOption = DeviceName.AUTO,
     seed: Seed = 0,
     threads: Threads = 2,
-    output_dir: RunsDir = DEFAULT_RUNS,
+    output: RunsDir = DEFAULT_RUNS,
     smoke: Smoke = False,
 ) -> None:
     """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests.
@@ -200,7 +200,7 @@ def train(
         seed=seed,
         threads=threads,
     )
-    _train(asked, output_dir, smoke)
+    _train(asked, output, smoke)
 
 
 @app.command("import")
@@ -220,7 +220,7 @@ def import_adapter(
     device: DeviceOption = DeviceName.AUTO,
     seed: Seed = 0,
     threads: Threads = 2,
-    output_dir: RunsDir = DEFAULT_RUNS,
+    output: RunsDir = DEFAULT_RUNS,
     smoke: Smoke = False,
 ) -> None:
     """Go on training a LoRA adapter of the PEFT library on your own images, over the weights that it belongs to."""
@@ -244,13 +244,13 @@ def import_adapter(
         threads=threads,
         start=adapter_dir,
     )
-    _train(asked, output_dir, smoke)
+    _train(asked, output, smoke)
 
 
-def _train(asked: OwnImages, output_dir: Path, smoke: bool) -> None:
+def _train(asked: OwnImages, results_dir: Path, smoke: bool) -> None:
     from peft_vit.studies.commands import run_on_own_images
 
-    _sum_up(run_on_own_images(asked, output_dir, _print_plan, smoke=smoke), output_dir)
+    _sum_up(run_on_own_images(asked, results_dir, _print_plan, smoke=smoke), results_dir)
 
 
 def _print_plan(planned: Plan) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_vit.analysis import Results, analyze, load_results
-from peft_vit.analysis.hypotheses import Registry, load_registry
+from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.errors import UserError
 from peft_vit.records import HTML_FILE, MARKDOWN_FILE, write_atomically
 from peft_vit.report.document import Drawing, StudyDocument, Table
@@ -20,7 +20,7 @@ from peft_vit.report.markdown import write_markdown
 from peft_vit.report.publication import write_publication
 from peft_vit.report.sections import study_documents
 
-__all__ = ["ReportFiles", "Thumbnails", "build_report", "write_analysis"]
+__all__ = ["ReportFiles", "Thumbnails", "build_report"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def build_report(
     results_dir: Path,
     output_dir: Path,
     *,
+    page: bool = True,
     publication: bool = False,
     thumbnails: Thumbnails | None = None,
     hypotheses: Path | None = None,
@@ -59,6 +60,7 @@ def build_report(
     Args:
         results_dir: where records lie, at any depth.
         output_dir: where to write; files of an earlier report are replaced.
+        page: also write the HTML; the summary has the same tables and figures.
         publication: also draw every figure at the widths of a paper, which takes several times as long.
         thumbnails: gets pictures of test images for the page, from where the images lie; None: no pictures.
         hypotheses: a file of own ones, beside those that come with the package.
@@ -67,25 +69,15 @@ def build_report(
         UserError: if there is no record that can be read, or if the output can't be written.
     """
     results = load_results(results_dir)
-    documents = _documents(results, load_registry(hypotheses), thumbnails)
-    html = output_dir / HTML_FILE
+    registry = load_registry(hypotheses)
+    documents = study_documents([analyze(study, registry) for study in results.studies], thumbnails)
+    html = output_dir / HTML_FILE if page else None
     with _writing_to(output_dir):
-        write_atomically(html, write_html(documents).encode())
+        if html is not None:
+            write_atomically(html, write_html(documents).encode())
         parts = _write_parts(documents, output_dir)
         paper = write_publication(documents, output_dir / "figures" / "publication") if publication else ()
         return ReportFiles(results, html, *parts, paper)
-
-
-def write_analysis(results_dir: Path, output_dir: Path, *, hypotheses: Path | None = None) -> ReportFiles:
-    """Write the summary as Markdown with its figures and tables, without the page.
-
-    Raises:
-        UserError: as in `build_report`.
-    """
-    results = load_results(results_dir)
-    documents = _documents(results, load_registry(hypotheses))
-    with _writing_to(output_dir):
-        return ReportFiles(results, None, *_write_parts(documents, output_dir))
 
 
 @contextmanager
@@ -93,12 +85,8 @@ def _writing_to(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = f"can't be written to ({error.strerror}); choose another --output-dir"
+        problem = f"can't be written to ({error.strerror}); choose another --output"
         raise UserError(problem, file=output_dir) from None
-
-
-def _documents(results: Results, registry: Registry, thumbnails: Thumbnails | None = None) -> tuple[StudyDocument, ...]:
-    return study_documents([analyze(study, registry) for study in results.studies], thumbnails)
 
 
 def _write_parts(

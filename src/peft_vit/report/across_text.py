@@ -52,7 +52,7 @@ def print_comparison(found: Across, to: Path | None) -> None:
             write_atomically(to, content)
         except OSError as error:
             raise UserError(
-                f"can't be written ({error.strerror}); choose another file", file=to, field="--to"
+                f"can't be written ({error.strerror}); choose another file", file=to, field="--output"
             ) from None
         print_blocks([Paragraph(f"{len(comparison_rows(found))} rows: {to}")])
 
@@ -218,7 +218,8 @@ def _refused(found: Across) -> Iterator[str]:
     for one in found.refusals:
         yield (
             f"Not pooled, {_what(one.kind)}: {one.kind} {_differ(one.kind)}: {one.reason}. Experiments: "
-            f"{', '.join(one.experiments)}; studies: {', '.join(one.studies)}. Pool all the same: --pool {one.kind}."
+            f"{', '.join(one.experiments)}; studies: {', '.join(one.studies)}. Pool all the same: "
+            f"--allow-mismatch {one.kind}."
         )
 
 
@@ -314,7 +315,7 @@ def _row(
 def _content(found: Across, file: Path) -> bytes:
     write = _WRITERS.get(file.suffix.lower())
     if write is None:
-        raise UserError(f"expected a name that ends in {' or '.join(_WRITERS)}", file=file, field="--to")
+        raise UserError(f"expected a name that ends in {' or '.join(_WRITERS)}", file=file, field="--output")
     return write(comparison_rows(found))
 
 

@@ -200,7 +200,7 @@ def print_findings(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[
             write_atomically(to, content)
         except OSError as error:
             problem = f"can't be written ({error.strerror}); choose another file"
-            raise UserError(problem, file=to, field="--to") from None
+            raise UserError(problem, file=to, field="--output") from None
         print_blocks([Paragraph(f"{len(rows)} rows: {to}")])
 
 
@@ -245,7 +245,7 @@ def _content(rows: list[dict[str, Raw]], to: Path) -> bytes:
     if to.suffix.lower() == ".json":
         return (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
     if to.suffix.lower() != ".csv":
-        raise UserError("expected a name that ends in .csv or .json", file=to, field="--to")
+        raise UserError("expected a name that ends in .csv or .json", file=to, field="--output")
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()

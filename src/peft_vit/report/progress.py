@@ -106,7 +106,7 @@ def _how_to_go_on(runs: list[UnfinishedRun]) -> str:
     sentences = []
     if again:
         sentences.append(
-            "To go on: peft-vit run CONFIG --output-dir DIR, with this study's configuration file and the directory "
+            "To go on: peft-vit run CONFIG --output DIR, with this study's configuration file and the directory "
             "that holds its folder; it does what is not done, and tries again what has failed."
         )
     if any(run.state == "left out" for run in runs):

@@ -46,7 +46,7 @@ def _write(file: Path, content: bytes) -> None:
         write_atomically(file, content)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"can't be written ({reason}); choose another file", file=file, field="--to") from None
+        raise UserError(f"can't be written ({reason}); choose another file", file=file, field="--output") from None
 
 
 def recommendation_blocks(found: Recommendation) -> Iterator[Paragraph | Table]:

@@ -119,7 +119,7 @@ def export_run_to_file(run_dir: Path, file: Path, format: FileFormat) -> Exporte
         UserError: if the run can't be restored, or the file can't be written.
     """
     if file.suffix != f".{format}":
-        raise UserError(f"expected a name that ends in .{format}", file=file, field="--to")
+        raise UserError(f"expected a name that ends in .{format}", file=file, field="--output")
     if format == "onnx":
         require_onnx_export()
     run = restore_run(run_dir)

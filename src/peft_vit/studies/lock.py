@@ -45,7 +45,7 @@ def study_lock(folder: Path) -> Iterator[StudyLock]:
         descriptor = _acquire(folder)
     except OSError as error:
         _remove_empty(missing)
-        problem = f"can't be written to ({error.strerror}); make it writable or choose another --output-dir"
+        problem = f"can't be written to ({error.strerror}); make it writable or choose another --output"
         raise UserError(problem, file=folder) from None
     try:
         yield StudyLock(folder)

@@ -270,13 +270,13 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> Taken | None:
         old, new = (one.model_dump(mode="json", exclude_none=True) for one in (record.spec, spec))
         raise UserError(
             "was made with another configuration, see below; "
-            "give the study or the experiment another name, or choose another --output-dir",
+            "give the study or the experiment another name, or choose another --output",
             file=file,
             details=difference(old, new, str(file), "asked for"),
         )
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
-        raise UserError("was made with other images under the same path; choose another --output-dir", file=file)
+        raise UserError("was made with other images under the same path; choose another --output", file=file)
     start = spec.experiment.start
     if start and record.provenance is not None and record.provenance.start_sha256 != peft_sha256(Path(start)):
-        raise UserError("was made with another adapter under the same path; choose another --output-dir", file=file)
+        raise UserError("was made with another adapter under the same path; choose another --output", file=file)
     return Taken.of(record)

@@ -47,7 +47,7 @@ def find_studies(directory: Path) -> list[Path]:
     """
     if not os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
         problem = "is no directory" if os.path.lexists(directory) else "does not exist"
-        raise UserError(f"{problem}; give what --output-dir was", file=directory)
+        raise UserError(f"{problem}; give what --output was", file=directory)
     if _is_study(directory):
         return [directory]
     folders = [folder for folder in sorted(directory.iterdir()) if folder.is_dir() and _is_study(folder)]

@@ -57,7 +57,7 @@ def go_on(folder: Path, asked: StudyFile, *, source: Path, part: bool = False) -
     before = read_study_file(folder)
     if before is None:
         return asked
-    file, remedy = folder / STUDY_FILE, "choose another --output-dir"
+    file, remedy = folder / STUDY_FILE, "choose another --output"
     if before.smoke != asked.smoke:
         kinds = {True: "a smoke study", False: "a real study"}
         problem = f"belongs to {kinds[before.smoke]}, not to {kinds[asked.smoke]}; {remedy}"
@@ -94,7 +94,7 @@ def refuse_another(before: StudyConfig, asked: StudyConfig, file: Path, source: 
     """
     old, new = _comparable(before, asked, part)
     if old != new:
-        remedy = "set it back, name the study otherwise, or choose another --output-dir"
+        remedy = "set it back, name the study otherwise, or choose another --output"
         raise UserError(
             f"was begun with another configuration, see below; {remedy}",
             file=file,

@@ -169,7 +169,7 @@ def test_what_differs_is_not_pooled_unless_asked_by_name(three: Callable[..., Ac
 @pytest.mark.parametrize("kind", DIFFERING)
 def test_what_is_asked_for_by_name_is_pooled_and_told(three: Callable[..., Across], kind: str) -> None:
     changes, reason = DIFFERING[kind]
-    (row,) = three(changes, pool=parse_pool(kind, "--pool")).pooled
+    (row,) = three(changes, pool=parse_pool(kind, "--allow-mismatch")).pooled
     assert row.allowed == ((kind, reason),)
 
 
@@ -365,11 +365,11 @@ def test_nothing_in_common_is_bad_input(tmp_path: Path) -> None:
 
 
 def test_what_may_be_pooled_is_named_strictly() -> None:
-    assert parse_pool("", "--pool") == frozenset()
-    assert parse_pool(" versions, timings", "--pool") == {"versions", "timings"}
+    assert parse_pool("", "--allow-mismatch") == frozenset()
+    assert parse_pool(" versions, timings", "--allow-mismatch") == {"versions", "timings"}
     for text in ("all", "versions,", "Versions", ",", "versions timings"):
-        with pytest.raises(UserError, match=r"--pool: .* is none of configurations"):
-            parse_pool(text, "--pool")
+        with pytest.raises(UserError, match=r"--allow-mismatch: .* is none of configurations"):
+            parse_pool(text, "--allow-mismatch")
     assert set(POOL_KINDS) == {"configurations", "precision", "versions", "splits", "weights", "timings"}
 
 

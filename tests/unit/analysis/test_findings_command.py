@@ -151,7 +151,7 @@ def test_what_runs_registered_and_no_registry_has_is_named(capsys, tmp_path) -> 
 def test_values_in_full_precision_for_other_programs(capsys, tmp_path, ending) -> None:
     planted.write(tmp_path / "results", records(None))
     to = tmp_path / f"found{ending}"
-    printed = findings(capsys, tmp_path / "results", "--hypotheses", own(tmp_path), "--to", to)
+    printed = findings(capsys, tmp_path / "results", "--hypotheses", own(tmp_path), "--output", to)
     rows = json.loads(to.read_text()) if ending == ".json" else list(csv.DictReader(to.read_text().splitlines()))
     (row,) = (row for row in rows if row["id"] == "at-least-full")
     assert float(row["estimate"]) == pytest.approx((10 + 11 + 12) / 3 / 600, rel=1e-12)
@@ -173,8 +173,8 @@ def test_the_same_records_give_the_same_bytes(capsys, tmp_path) -> None:
         (["nowhere"], "nowhere"),
         (["results", "--hypotheses", "absent.yaml"], "absent.yaml: is no file"),
         (["results", "--hypotheses", "own.yaml"], "own.yaml:1: hypothesis: unknown key here"),
-        (["results", "--to", "found.txt"], "found.txt: --to: expected a name that ends in .csv or .json"),
-        (["results", "--to", "results"], "--to: "),
+        (["results", "--output", "found.txt"], "found.txt: --output: expected a name that ends in .csv or .json"),
+        (["results", "--output", "results"], "--output: "),
     ],
 )
 def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, arguments, expected) -> None:

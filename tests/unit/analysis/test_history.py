@@ -145,10 +145,10 @@ def test_what_can_not_be_written_is_one_line(results: Path, tmp_path: Path) -> N
 def test_the_command(results: Path, tmp_path: Path, capsys) -> None:
     file = tmp_path / "history.csv"
     with pytest.raises(SystemExit) as stop:
-        main(["export", str(results), "--format", "history", "--to", str(file)])
+        main(["export", str(results), "--format", "history", "--output", str(file)])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"{len(history_table(results))} rows: {file}\n"
     with pytest.raises(SystemExit) as stop:
-        main(["export", str(results), "--format", "history", "--to", str(tmp_path / "history")])
+        main(["export", str(results), "--format", "history", "--output", str(tmp_path / "history")])
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1

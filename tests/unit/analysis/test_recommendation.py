@@ -352,9 +352,9 @@ def test_other_limits() -> None:
     for value in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="--max-seconds"):
             check_positive(value, "--max-seconds", "seconds")
-        with pytest.raises(UserError, match="--max-drop"):
-            check_margin(value, "--max-drop")
-    assert check_margin(1.5, "--max-drop") == 0.015
+        with pytest.raises(UserError, match="--margin"):
+            check_margin(value, "--margin")
+    assert check_margin(1.5, "--margin") == 0.015
 
 
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 0.01), (-0.005, 0.004), (0.004, 0.03)])

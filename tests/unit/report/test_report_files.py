@@ -4,7 +4,6 @@ import csv
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from peft_vit.analysis import analyze, group_by_study
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
-from peft_vit.report import ReportFiles, build_report, write_analysis
+from peft_vit.report import ReportFiles, build_report
 from peft_vit.report.document import SECTION_TITLES, Table
 from peft_vit.report.sections import FOLDED, study_documents
 
@@ -143,10 +142,10 @@ def test_two_builds_are_the_same_bytes(few: list[RunRecord], tmp_path: Path) -> 
     assert [name for name in first if first[name] != second[name]] == []
 
 
-def test_write_analysis_is_the_same_without_the_page(tmp_path: Path) -> None:
+def test_the_rest_is_the_same_without_the_page(tmp_path: Path) -> None:
     results = planted.write(tmp_path / "results", LINEAR_ONLY)
     build_report(results, tmp_path / "report")
-    markdown = write_analysis(results, tmp_path / "analysis").markdown
+    markdown = build_report(results, tmp_path / "analysis", page=False).markdown
     assert markdown == tmp_path / "analysis" / "analysis_summary.md"
     report, analysis = contents(tmp_path / "report"), contents(tmp_path / "analysis")
     assert report.pop("report.html")
@@ -216,21 +215,20 @@ def test_hostile_names_are_escaped_everywhere(tmp_path: Path) -> None:
 
 
 def test_an_empty_or_missing_directory_is_one_line(tmp_path: Path) -> None:
-    for entry in (build_report, write_analysis):
-        with pytest.raises(UserError, match=r"holds no record\.json"):
-            entry(tmp_path, tmp_path / "out")
-        with pytest.raises(UserError, match="does not exist"):
-            entry(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds no record\.json"):
+        build_report(tmp_path, tmp_path / "out")
+    with pytest.raises(UserError, match="does not exist"):
+        build_report(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("entry", [build_report, write_analysis])
+@pytest.mark.parametrize("page", [True, False])
 @pytest.mark.parametrize("output", ["a_file", "a_file/below", "x" * 300])
-def test_an_output_directory_that_cannot_be_is_one_line(entry: Callable, output: str, tmp_path: Path) -> None:
+def test_an_output_directory_that_cannot_be_is_one_line(page: bool, output: str, tmp_path: Path) -> None:
     (tmp_path / "a_file").write_text("kept")
     results = planted.write(tmp_path / "results", LINEAR_ONLY)
-    with pytest.raises(UserError, match=r"can't be written to \(.+\); choose another --output-dir$") as caught:
-        entry(results, tmp_path / output)
+    with pytest.raises(UserError, match=r"can't be written to \(.+\); choose another --output$") as caught:
+        build_report(results, tmp_path / output, page=page)
     assert caught.value.file == str(tmp_path / output)
     assert (tmp_path / "a_file").read_text() == "kept"
 

@@ -191,7 +191,7 @@ def test_a_changed_configuration_under_the_same_name_is_refused_with_the_differe
         planned(with_section(config, "lora", rank=3), tmp_path)
     message = str(caught.value)
     assert message.startswith(str(file))
-    assert "another name, or choose another --output-dir" in message
+    assert "another name, or choose another --output" in message
     assert caught.value.details.splitlines() == [
         f"--- {file}",
         "+++ asked for",

@@ -88,7 +88,7 @@ def test_a_change_is_refused_with_the_difference(begun, change) -> None:
         go_on(begun, asked(make(fake_config(("a", "b"), (0, 1)))), source="s.yaml")
     said = str(caught.value)
     assert said.startswith(f"{begun / STUDY_FILE}: configuration: was begun with another configuration, see below")
-    assert "choose another --output-dir" in said
+    assert "choose another --output" in said
     header, other, *lines = caught.value.details.splitlines()
     assert (header, other) == (f"--- {begun / STUDY_FILE}", "+++ s.yaml")
     place = 0

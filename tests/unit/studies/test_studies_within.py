@@ -237,7 +237,7 @@ def test_without_minutes_a_smaller_study_is_refused_in_one_line(config, within, 
         plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
     assert str(caught.value) == (
         f"{tmp_path / 'tiny/study.json'}: limited: was begun smaller, for want of time (image_size 48 in place of 64); "
-        "give --minutes to go on, or choose another --output-dir"
+        "give --minutes to go on, or choose another --output"
     )
 
 
