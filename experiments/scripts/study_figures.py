@@ -15,7 +15,7 @@ from study_tables import DESCRIPTIVE, MAIN, MARGIN, REFERENCE
 from peft_vit.analysis import Analysis
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Drawing
-from peft_vit.report.forest import forests
+from peft_vit.report.forest_plot import forests
 from peft_vit.report.heatmaps import rank_maps
 from peft_vit.report.scatter import accuracy_by_bytes
 

@@ -13,8 +13,8 @@ from peft_vit.analysis.limits import Limits
 from peft_vit.analysis.recommendation import recommend
 from peft_vit.report.document import Paragraph
 from peft_vit.report.findings_tables import estimate_of
+from peft_vit.report.formatting import count, fixed, joined, percent, percent_interval, points_interval
 from peft_vit.report.markdown import escaped
-from peft_vit.report.numbers import count, fixed, joined, percent, percent_interval, points_interval
 from peft_vit.report.recommended import recommendation_blocks
 
 REFERENCE = "lora_r8"

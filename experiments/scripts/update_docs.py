@@ -14,8 +14,8 @@ from peft_vit import cli
 from peft_vit.analysis import Analysis, MethodResult, Run, analyze, load_studies
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
+from peft_vit.report.formatting import count, fixed, joined, megabytes, percent
 from peft_vit.report.markdown import escaped
-from peft_vit.report.numbers import count, fixed, joined, megabytes, percent
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "experiments" / "docs" / "task_8_3_implementation.md",)

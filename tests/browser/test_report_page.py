@@ -23,8 +23,8 @@ import planted
 from peft_vit.records import RunRecord
 from peft_vit.report import ReportFiles, build_report
 from peft_vit.report.document import SECTION_TITLES, Drawing, StudyDocument, Table
+from peft_vit.report.hover import HoverPoints
 from peft_vit.report.html import write_html
-from peft_vit.report.marks import Marks
 from peft_vit.report.style import draw
 
 CHROMIUM = os.environ.get("PEFT_VIT_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
@@ -307,16 +307,16 @@ def test_without_script_the_figures_stand_and_no_button_pretends(open_page, buil
 def hostile_document() -> StudyDocument:
     """Return a document whose every text is hostile."""
 
-    def paint(figure: Figure) -> Marks:
-        axes, marks = figure.add_subplot(), Marks()
-        marks.series(HOSTILE, "#0072b2", "o")
-        marks.series("harmless", "#d55e00", "s")
+    def paint(figure: Figure) -> HoverPoints:
+        axes, hover = figure.add_subplot(), HoverPoints()
+        hover.series(HOSTILE, "#0072b2", "o")
+        hover.series("harmless", "#d55e00", "s")
         for y, name in ((1, HOSTILE), (2, "harmless")):
             (line,) = axes.plot([1, 2], [y, y], "o", label=name)
-            marks.add(name, line, [f"{HOSTILE} {i}" for i in range(2)])
+            hover.add(name, line, [f"{HOSTILE} {i}" for i in range(2)])
         axes.set_title(HOSTILE)
         axes.legend()
-        return marks
+        return hover
 
     rows = ({"experiment": HOSTILE, "value": 0.1}, {"experiment": "a,b", "value": None})
     drawing: Drawing = draw("figure", HOSTILE, HOSTILE, 3.0, paint, rows)

@@ -10,7 +10,6 @@ from peft_vit.analysis.comparison import Comparison, MethodResult, compare_all, 
 from peft_vit.analysis.convergence import Convergence, convergences
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.analysis.findings import Finding, study_findings
-from peft_vit.analysis.fisher import FisherAgreement, fisher_agreements
 from peft_vit.analysis.hypotheses import Registry, load_registry
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
 from peft_vit.analysis.measures import Evidence
@@ -18,7 +17,14 @@ from peft_vit.analysis.pairs import AllPairs, Pair, all_pairs
 from peft_vit.analysis.pareto import Front, fronts
 from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
 from peft_vit.analysis.results import Results, load_results, load_studies
-from peft_vit.analysis.stability import SeedAgreement, StudyAgreement, seed_agreements, study_agreements
+from peft_vit.analysis.stability import (
+    FisherAgreement,
+    SeedAgreement,
+    StudyAgreement,
+    fisher_agreements,
+    seed_agreements,
+    study_agreements,
+)
 from peft_vit.analysis.studies import Run, Study, group_by_study
 
 __all__ = [

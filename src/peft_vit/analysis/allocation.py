@@ -8,14 +8,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from peft_vit.analysis.agreement import rho_with_last
 from peft_vit.analysis.comparison import Comparison, compare_values, correct, same_problem
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.limits import SAME_SIZE
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import BudgetUnit, ExperimentConfig
 from peft_vit.records import SiteInfo
-from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy
+from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, rho_with_last
 
 SETTLED_AT = 0.9  # share of the final ranks
 

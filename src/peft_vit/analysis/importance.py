@@ -11,11 +11,10 @@ from itertools import combinations
 
 import numpy as np
 
-from peft_vit.analysis.agreement import mean_rho_of_pairs, rho_with_last
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig
-from peft_vit.statistics import Interval, mean_interval, spearman
+from peft_vit.statistics import Interval, mean_interval, mean_rho_of_pairs, rho_with_last, spearman
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Does importance repeat? Over the seeds of one experiment, and over studies with other images.
+"""Does importance repeat? Over seeds, over studies with other images, and with the empirical Fisher for `fisher`.
 
-Both describe. The sites of one network are no independent draws, so no p-value comes from their number.
+All describe. The sites of one network are no independent draws, so no p-value comes from their number.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from scipy import stats
 from peft_vit.analysis.importance import ImportancePattern
 from peft_vit.analysis.studies import Study
 from peft_vit.config import ExperimentConfig
+from peft_vit.records import FisherCheck
 from peft_vit.statistics import spearman
 
 _FEWEST_SITES = 3
@@ -186,3 +187,27 @@ def _scored(study: Study, patterns: Sequence[ImportancePattern]) -> list[_Scored
 
 def _images(study: Study) -> str:
     return ", ".join(sorted({run.record.spec.data.dataset for run in study.runs}))
+
+
+@dataclass(frozen=True)
+class FisherAgreement:
+    """How far the score `fisher` is from the empirical Fisher in one experiment: what its runs recorded, one a seed."""
+
+    experiment: ExperimentConfig
+    checks: tuple[FisherCheck, ...]
+
+    @property
+    def rhos(self) -> tuple[float, ...]:
+        """Return Spearman's rho over the sites, of the seeds that have one."""
+        return tuple(check.rho for check in self.checks if check.rho is not None)
+
+
+def fisher_agreements(study: Study) -> tuple[FisherAgreement, ...]:
+    """Return one for each experiment whose runs recorded the comparison."""
+    found = []
+    for experiment in study.experiments:
+        checks = [run.record.fisher_check for run in study.of(experiment.name)]
+        kept = tuple(check for check in checks if check is not None)
+        if kept:
+            found.append(FisherAgreement(experiment, kept))
+    return tuple(found)

@@ -16,6 +16,7 @@ from peft_vit.records.contents import (
     read_contents,
     read_records,
 )
+from peft_vit.records.derived import history_rows, outcome_digest
 from peft_vit.records.files import (
     ADAPTER_FILE,
     RECORD_FILE,
@@ -28,8 +29,6 @@ from peft_vit.records.files import (
     write_record,
     write_result,
 )
-from peft_vit.records.history import history_rows
-from peft_vit.records.outcome import outcome_digest
 from peft_vit.records.values import (
     SCHEMA_VERSION,
     AdapterRemoval,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +11,12 @@ from peft_vit.analysis import Results, analyze, load_results
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.errors import UserError
 from peft_vit.records import HTML_FILE, MARKDOWN_FILE, write_atomically
-from peft_vit.report.document import Drawing, StudyDocument, Table
+from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.examples import Thumbnails
 from peft_vit.report.html import write_html
 from peft_vit.report.markdown import write_markdown
 from peft_vit.report.publication import write_publication
+from peft_vit.report.rows import as_csv
 from peft_vit.report.sections import study_documents
 
 __all__ = ["ReportFiles", "Thumbnails", "build_report"]
@@ -102,10 +101,10 @@ def _write_parts(
             figures += [png, svg]
             if drawing.data:
                 data.append(png.with_suffix(".csv"))
-                write_atomically(data[-1], as_csv(drawing).encode())
+                write_atomically(data[-1], as_csv(drawing.data).encode())
         for table in document.tables():
             file = output_dir / "tables" / f"{document.slug}_{table.slug}.csv"
-            write_atomically(file, as_csv(table).encode())
+            write_atomically(file, as_csv(table.data).encode())
             tables.append(file)
     markdown = output_dir / MARKDOWN_FILE
     write_atomically(markdown, write_markdown(documents, _figure_path).encode())
@@ -114,13 +113,3 @@ def _write_parts(
 
 def _figure_path(document: StudyDocument, drawing: Drawing) -> str:
     return f"figures/{document.slug}_{drawing.slug}.png"
-
-
-def as_csv(table: Table | Drawing) -> str:
-    """Return a table's or a figure's unrounded values; floats in the shortest form that reads back to the same bits."""
-    columns = list(dict.fromkeys(key for row in table.data for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table.data)
-    return text.getvalue()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peft_vit.analysis.across import Across, InStudy, PooledDifference, PooledTime
 from peft_vit.analysis.comparability import PoolKind
 from peft_vit.analysis.comparison import Comparison
 from peft_vit.analysis.stability import StudyAgreement
-from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Paragraph, Raw, Row, Table
-from peft_vit.report.numbers import count, fixed, megabytes, percent_interval, points_interval
+from peft_vit.report.formatting import count, fixed, megabytes, percent_interval, points_interval
+from peft_vit.report.rows import encoded, writing
 from peft_vit.report.tables import OTHER_SEEDS, ends
 from peft_vit.report.terminal import print_blocks
 from peft_vit.statistics import Interval
@@ -39,22 +36,19 @@ COLUMNS = (
 )
 
 
-def print_comparison(found: Across, to: Path | None) -> None:
+def print_comparison(found: Across, output: Path | None) -> None:
     """Print the tables; write their unrounded values to a .csv or .json file if one is named.
 
     Raises:
         UserError: for another ending, or if the file can't be written.
     """
-    content = None if to is None else _content(found, to)
+    rows = comparison_rows(found)
+    content = None if output is None else encoded(rows, COLUMNS, output)
     print_blocks(comparison_blocks(found))
-    if to is not None and content is not None:
-        try:
-            write_atomically(to, content)
-        except OSError as error:
-            raise UserError(
-                f"can't be written ({error.strerror}); choose another file", file=to, field="--output"
-            ) from None
-        print_blocks([Paragraph(f"{len(comparison_rows(found))} rows: {to}")])
+    if output is not None and content is not None:
+        with writing(output):
+            write_atomically(output, content)
+        print_blocks([Paragraph(f"{len(rows)} rows: {output}")])
 
 
 def comparison_blocks(found: Across) -> Iterator[Paragraph | Table]:
@@ -310,25 +304,3 @@ def _row(
         "verdict": None,
         "note": "; ".join(part for part in (reason, note) if part),
     }
-
-
-def _content(found: Across, file: Path) -> bytes:
-    write = _WRITERS.get(file.suffix.lower())
-    if write is None:
-        raise UserError(f"expected a name that ends in {' or '.join(_WRITERS)}", file=file, field="--output")
-    return write(comparison_rows(found))
-
-
-def _as_csv(rows: list[dict[str, Raw]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _as_json(rows: list[dict[str, Raw]]) -> bytes:
-    return (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-_WRITERS: dict[str, Callable[[list[dict[str, Raw]]], bytes]] = {".csv": _as_csv, ".json": _as_json}

@@ -10,7 +10,7 @@ from peft_vit.analysis.allocation import SETTLED_AT
 from peft_vit.analysis.effectiveness import PARAMETERS
 from peft_vit.analysis.limits import SAME_SIZE
 from peft_vit.report.document import Cell, Paragraph, Raw, Table
-from peft_vit.report.numbers import count, fixed, joined, number_interval, percent, plain, points_interval
+from peft_vit.report.formatting import count, fixed, joined, number_interval, percent, plain, points_interval
 from peft_vit.report.tables import (
     FAMILY_NOTE,
     OVER_SEEDS,

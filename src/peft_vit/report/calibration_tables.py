@@ -8,7 +8,7 @@ from peft_vit.analysis import Calibration, CalibrationDifferences, Comparison, C
 from peft_vit.analysis.calibration import BINS, Measure
 from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS
 from peft_vit.report.document import Block, Cell, Paragraph, Raw, Table
-from peft_vit.report.numbers import fixed, joined, number_interval, percent
+from peft_vit.report.formatting import fixed, joined, number_interval, percent
 from peft_vit.report.tables import OVER_SEEDS, comparison_values, ends, interval_cell, number_cell, text_cell
 from peft_vit.statistics import Interval
 

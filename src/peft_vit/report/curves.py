@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from peft_vit.analysis import Run, Study
 from peft_vit.config import ExperimentConfig, Method
 from peft_vit.report.document import Block, Paragraph, Raw
-from peft_vit.report.marks import Marks
-from peft_vit.report.numbers import counted, fixed
-from peft_vit.report.selection import leading, selection_note
+from peft_vit.report.formatting import counted, fixed
+from peft_vit.report.hover import HoverPoints
+from peft_vit.report.plot_selection import leading, selection_note
 from peft_vit.report.style import METHOD_TITLES, draw, is_narrow, quiet_grid
 
 _ROW_IN = 1.65
@@ -81,16 +81,16 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     bundles = {e.name: _bundles(e.name, by_name[e.name], window) for e in drawn}
     stride = _stride([c for pair in bundles.values() for bundle in pair for c in bundle.curves()])
 
-    def paint(figure: Figure) -> Marks:
-        marks = Marks()
+    def paint(figure: Figure) -> HoverPoints:
+        hover = HoverPoints()
         for (method, members), (left, right) in zip(rows.items(), _panels(figure, len(rows)), strict=True):
             for index, experiment in enumerate(members):
-                marks.series(experiment.name, LINE_COLORS[index % len(LINE_COLORS)], "")
+                hover.series(experiment.name, LINE_COLORS[index % len(LINE_COLORS)], "")
                 for axes, bundle in zip((left, right), bundles[experiment.name], strict=True):
-                    _draw_bundle(axes, marks, bundle, index, stride)
+                    _draw_bundle(axes, hover, bundle, index, stride)
             left.set_ylabel(METHOD_TITLES[method])
             _legend(figure, left, right)
-        return marks
+        return hover
 
     note = selection_note(len(drawn), len(recorded)).replace("accuracy on validation", "accuracy on validation, by row")
     caption = (
@@ -183,19 +183,19 @@ def _legend(figure: Figure, left: Axes, right: Axes) -> None:
         right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.8, borderaxespad=0.3)
 
 
-def _draw_bundle(axes: Axes, marks: Marks, bundle: _Bundle, index: int, stride: int) -> None:
+def _draw_bundle(axes: Axes, hover: HoverPoints, bundle: _Bundle, index: int, stride: int) -> None:
     color, dashes = LINE_COLORS[index % len(LINE_COLORS)], DASHES[index // len(LINE_COLORS) % len(DASHES)]
     marker, name = ("o" if bundle.measure == "validation NLL" else ""), bundle.experiment
     if bundle.ends is not None:
         low, high = bundle.ends
         kept = _kept(low.steps.size, stride)
         band = axes.fill_between(low.steps[kept], low.values[kept], high.values[kept], color=color, alpha=0.15, lw=0)
-        marks.add(name, band)
+        hover.add(name, band)
     else:
         for curve in bundle.seeds:
             kept = _kept(curve.steps.size, stride)
             (line,) = axes.plot(curve.steps[kept], curve.values[kept], color=color, lw=0.7, alpha=0.4, ls=dashes)
-            marks.add(name, line, [] if bundle.mean else _texts(bundle, curve, kept))
+            hover.add(name, line, [] if bundle.mean else _texts(bundle, curve, kept))
     if bundle.mean is None:
         axes.plot([], [], color=color, lw=1.6, ls=dashes, label=name)
         return
@@ -210,7 +210,7 @@ def _draw_bundle(axes: Axes, marks: Marks, bundle: _Bundle, index: int, stride: 
         ms=3.5,
         label=name,
     )
-    marks.add(name, line, _texts(bundle, bundle.mean, kept))
+    hover.add(name, line, _texts(bundle, bundle.mean, kept))
 
 
 def _texts(bundle: _Bundle, curve: _Curve, kept: np.ndarray) -> list[str]:

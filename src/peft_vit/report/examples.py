@@ -9,7 +9,7 @@ from peft_vit.analysis.examples import GROUPS, ImageExamples, PredictedImage, im
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.report.document import UNSEEN, Block, Cell, Gallery, Paragraph, Picture, Table
-from peft_vit.report.numbers import count, joined, percent, plain
+from peft_vit.report.formatting import count, joined, percent, plain
 from peft_vit.report.summary import best_on_validation, licence
 from peft_vit.report.tables import number_cell
 

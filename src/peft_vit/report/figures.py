@@ -14,11 +14,11 @@ from matplotlib.markers import CARETLEFT, CARETRIGHT
 from peft_vit.analysis import Analysis, MethodResult
 from peft_vit.report.curves import loss_curves
 from peft_vit.report.document import Block, Drawing, Paragraph, Raw
+from peft_vit.report.formatting import counted, fixed, percent, percent_interval
 from peft_vit.report.heatmaps import importance_maps, rank_maps
-from peft_vit.report.marks import Marks
-from peft_vit.report.numbers import counted, fixed, percent, percent_interval
+from peft_vit.report.hover import HoverPoints
+from peft_vit.report.plot_selection import leading, many_seeds, selection_note, validation_means
 from peft_vit.report.scatter import accuracy_by_bytes, accuracy_by_parameters
-from peft_vit.report.selection import leading, many_seeds, selection_note, validation_means
 from peft_vit.report.style import INK, METHOD_COLORS, MUTED, PAPER, draw, is_narrow, quiet_grid
 
 _ROW_IN = 0.31
@@ -81,11 +81,11 @@ def accuracy_by_method(
     differs = bool(shares) and shares[0] != shares[-1]
     line = fmean(shares) if differs else next(iter(shares), None)  # a mean of equal ones may round
 
-    def paint(figure: Figure) -> Marks:
-        axes, marks = figure.add_subplot(), Marks()
+    def paint(figure: Figure) -> HoverPoints:
+        axes, hover = figure.add_subplot(), HoverPoints()
         low, high = _limits([v for m in drawn for v in m.by_seed] + ([line] if line else []))
         for row, method in enumerate(drawn):
-            _method_row(axes, marks, method, row, (low, high))
+            _method_row(axes, hover, method, row, (low, high))
         if line:
             axes.axvline(100 * line, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
         axes.set_xlim(low, high)
@@ -97,7 +97,7 @@ def accuracy_by_method(
         columns = 2 if is_narrow(figure) else 4
         legend = _dot_legend(line, differs=differs)
         figure.legend(handles=legend, loc="outside lower center", ncols=columns, handletextpad=0.4)
-        return marks
+        return hover
 
     left_out = selection_note(len(drawn), len(methods))
     on = "on the same test images, not other images"
@@ -142,21 +142,21 @@ def _limits(shares: Sequence[float]) -> tuple[float, float]:
     return max(0.0, low - pad), min(100.5, high + pad)
 
 
-def _method_row(axes: Axes, marks: Marks, method: MethodResult, row: int, limits: tuple[float, float]) -> None:
+def _method_row(axes: Axes, hover: HoverPoints, method: MethodResult, row: int, limits: tuple[float, float]) -> None:
     name, color = method.experiment.name, METHOD_COLORS[method.experiment.method]
-    marks.series(name, color, "D")
-    _interval_line(axes, marks, method, row, limits)
+    hover.series(name, color, "D")
+    _interval_line(axes, hover, method, row, limits)
     seeds = [100 * value for value in method.by_seed]
     if many_seeds([method]):
         (span,) = axes.plot([min(seeds), max(seeds)], [row, row], color=color, lw=5, alpha=0.2, zorder=1.5)
-        marks.add(name, span)
+        hover.add(name, span)
     else:
         (dots,) = axes.plot(seeds, [row] * len(seeds), "o", ms=4.5, mfc=PAPER, mec=color, mew=1.1, zorder=3)
         texts = [f"seed {seed}: {percent(v)}" for seed, v in zip(method.seeds, method.by_seed, strict=True)]
-        marks.add(name, dots, texts)
+        hover.add(name, dots, texts)
     mean = 100 * method.test_accuracy.estimate
     (diamond,) = axes.plot([mean], [row], "D", ms=5, color=color, mec=PAPER, mew=0.6, zorder=4)
-    marks.add(name, diamond, [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}"])
+    hover.add(name, diamond, [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}"])
     number = axes.annotate(
         f"{fixed(mean, 1)}",
         (1.0, row),
@@ -165,20 +165,20 @@ def _method_row(axes: Axes, marks: Marks, method: MethodResult, row: int, limits
         textcoords="offset points",
         va="center",
     )
-    marks.add(name, number)
+    hover.add(name, number)
 
 
-def _interval_line(axes: Axes, marks: Marks, method: MethodResult, row: int, limits: tuple[float, float]) -> None:
+def _interval_line(axes: Axes, hover: HoverPoints, method: MethodResult, row: int, limits: tuple[float, float]) -> None:
     interval, color = method.test_accuracy, METHOD_COLORS[method.experiment.method]
     if interval.low is None or interval.high is None:
         return
     ends = np.clip([100 * interval.low, 100 * interval.high], *limits)
     (line,) = axes.plot(ends, [row, row], color=color, lw=2.2, alpha=0.45, solid_capstyle="butt", zorder=2)
-    marks.add(method.experiment.name, line)
+    hover.add(method.experiment.name, line)
     for end, limit, marker in zip(ends, limits, (CARETLEFT, CARETRIGHT), strict=True):
         if end == limit:
             (arrow,) = axes.plot([end], [row], marker=marker, ms=6, color=color, clip_on=False, zorder=3)
-            marks.add(method.experiment.name, arrow)
+            hover.add(method.experiment.name, arrow)
 
 
 def _dot_legend(majority: float | None, *, differs: bool) -> list[Line2D]:

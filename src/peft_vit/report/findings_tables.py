@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from peft_vit.analysis import Study
 from peft_vit.analysis.findings import Conclusion, Finding, conclude, unknown_registrations
-from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 from peft_vit.report.document import UNSEEN, Cell, Paragraph, Raw, Row, Table
-from peft_vit.report.numbers import number_interval, plain, points_interval
+from peft_vit.report.formatting import number_interval, plain, points_interval
+from peft_vit.report.rows import encoded, writing
 from peft_vit.report.tables import OVER_SEEDS, text_cell
 from peft_vit.report.terminal import print_blocks
 from peft_vit.statistics import Interval
@@ -181,27 +178,24 @@ def finding_rows(findings: Sequence[Finding]) -> list[dict[str, Raw]]:
     return rows
 
 
-def print_findings(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[str], to: Path | None) -> None:
+def print_findings(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[str], output: Path | None) -> None:
     """Print one table a study; write all findings to a .csv or .json file if one is named.
 
     Args:
         by_study: in order.
         unknown: ids that runs registered and that the registry does not have.
-        to: the file; None: nothing is written.
+        output: the file; None: nothing is written.
 
     Raises:
         UserError: for another ending, or if the file can't be written.
     """
     rows = finding_rows([finding for findings in by_study.values() for finding in findings])
-    content = None if to is None else _content(rows, to)
+    content = None if output is None else encoded(rows, COLUMNS, output)
     print_blocks(_blocks(by_study, unknown))
-    if to is not None and content is not None:
-        try:
-            write_atomically(to, content)
-        except OSError as error:
-            problem = f"can't be written ({error.strerror}); choose another file"
-            raise UserError(problem, file=to, field="--output") from None
-        print_blocks([Paragraph(f"{len(rows)} rows: {to}")])
+    if output is not None and content is not None:
+        with writing(output):
+            write_atomically(output, content)
+        print_blocks([Paragraph(f"{len(rows)} rows: {output}")])
 
 
 def _blocks(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[str]) -> Iterator[Paragraph | Table]:
@@ -239,15 +233,3 @@ def _terminal_rows(conclusion: Conclusion) -> Iterator[Row]:
     yield row(hypothesis.id, hypothesis.sentence, conclusion, counts)
     for finding in conclusion.findings:
         yield row("", f"  {finding.subject}", finding, _numbers(finding))
-
-
-def _content(rows: list[dict[str, Raw]], to: Path) -> bytes:
-    if to.suffix.lower() == ".json":
-        return (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
-    if to.suffix.lower() != ".csv":
-        raise UserError("expected a name that ends in .csv or .json", file=to, field="--output")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()

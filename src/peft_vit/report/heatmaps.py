@@ -18,8 +18,8 @@ from peft_vit.analysis import Allocation, ImportancePattern
 from peft_vit.analysis.allocation import RankMap
 from peft_vit.analysis.grid import Grid
 from peft_vit.report.document import Drawing, Panel, Player, Raw
-from peft_vit.report.marks import Marks, title_of
-from peft_vit.report.numbers import fixed
+from peft_vit.report.formatting import fixed
+from peft_vit.report.hover import HoverPoints, title_of
 from peft_vit.report.style import GRID, METHOD_COLORS, MUTED, PAPER, SEQUENTIAL, draw, is_narrow, quiet_grid
 
 _PANEL_IN = 2.25
@@ -76,14 +76,14 @@ def rank_maps(allocations: Sequence[Allocation], note: str = "") -> Drawing:
     highest = max(float(np.nanmax(a.maps[i].ranks)) for a in allocations for i in frames[a.experiment.name])
     norm = Normalize(0, max(1.0, highest))
 
-    def paint(figure: Figure) -> Marks:
-        marks, panels = Marks(), []
+    def paint(figure: Figure) -> HoverPoints:
+        hover, panels = HoverPoints(), []
         rows = figure.subfigures(len(allocations), 1, squeeze=False)[:, 0]
         for subfigure, allocation in zip(rows, allocations, strict=True):
             subfigure.suptitle(allocation.experiment.name, x=0.01, ha="left", fontweight="bold", fontsize="medium")
-            panels += _rank_row(subfigure, marks, allocation, norm, frames[allocation.experiment.name])
-        marks.player = _player(allocations, frames, norm, panels)
-        return marks
+            panels += _rank_row(subfigure, hover, allocation, norm, frames[allocation.experiment.name])
+        hover.player = _player(allocations, frames, norm, panels)
+        return hover
 
     skipped = any(len(frames[a.experiment.name]) < len(a.maps) for a in allocations)
     caption = (
@@ -106,11 +106,11 @@ def _frames(allocation: Allocation, experiments: int) -> list[int]:
 
 
 def _rank_row(
-    subfigure: SubFigure, marks: Marks, allocation: Allocation, norm: Normalize, frames: list[int]
+    subfigure: SubFigure, hover: HoverPoints, allocation: Allocation, norm: Normalize, frames: list[int]
 ) -> list[Panel]:
     """Draw one experiment, and return the map that can move, if any."""
     name, grid, shown = allocation.experiment.name, allocation.grid, _shown(allocation)
-    marks.series(name, METHOD_COLORS[allocation.experiment.method])
+    hover.series(name, METHOD_COLORS[allocation.experiment.method])
     end = "\n" if is_narrow(subfigure) else " "
     moving: list[Panel] = []
     panels = subfigure.subplots(1, 3, squeeze=False)[0]
@@ -120,7 +120,7 @@ def _rank_row(
         entry = allocation.maps[index]
         mesh = _heat(axes, entry.ranks, norm, grid, labels=column == 0)
         title = axes.set_title(_map_title(entry, end))
-        first = marks.add(name, mesh, _cell_texts(grid, _cells(entry.ranks), "rank"))
+        first = hover.add(name, mesh, _cell_texts(grid, _cells(entry.ranks), "rank"))
         if index == len(allocation.maps) // 2 and len(frames) > 1:
             title_of(mesh, title)
             maps = [allocation.maps[i] for i in frames]
@@ -195,23 +195,23 @@ def importance_maps(patterns: Sequence[ImportancePattern], note: str = "") -> Dr
         note: a sentence for the caption, with a space before it.
     """
 
-    def paint(figure: Figure) -> Marks:
-        marks = Marks()
+    def paint(figure: Figure) -> HoverPoints:
+        hover = HoverPoints()
         rows = figure.subfigures(len(patterns), 1, squeeze=False)[:, 0]
         for subfigure, pattern in zip(rows, patterns, strict=True):
             name = pattern.experiment.name
-            marks.series(name, METHOD_COLORS[pattern.experiment.method])
+            hover.series(name, METHOD_COLORS[pattern.experiment.method])
             subfigure.suptitle(name, x=0.01, ha="left", fontweight="bold", fontsize="medium")
             left, right = subfigure.subplots(1, 2, width_ratios=(1, 1.35))
             mean = np.mean(pattern.relative_final, axis=0)  # (blocks, matrices)
             norm = Normalize(0, float(np.nanmax(mean)))
             mesh = _heat(left, mean, norm, pattern.grid)
-            marks.add(name, mesh, _cell_texts(pattern.grid, _cells(mean), "relative score"))
+            hover.add(name, mesh, _cell_texts(pattern.grid, _cells(mean), "relative score"))
             bar = subfigure.colorbar(ScalarMappable(norm, _colors()), ax=left, pad=0.03, aspect=24)
             bar.outline.set_visible(False)
             bar.ax.tick_params(length=0)
-            _block_lines(right, marks, pattern)
-        return marks
+            _block_lines(right, hover, pattern)
+        return hover
 
     many = any(len(p.seeds) > SINGLE_SEEDS for p in patterns)
     seeds = (
@@ -246,7 +246,7 @@ def _score_rows(pattern: ImportancePattern) -> list[dict[str, Raw]]:
     ]
 
 
-def _block_lines(axes: Axes, marks: Marks, pattern: ImportancePattern) -> None:
+def _block_lines(axes: Axes, hover: HoverPoints, pattern: ImportancePattern) -> None:
     attention, blocks, name = pattern.grid.is_attention(), pattern.grid.blocks, pattern.experiment.name
     groups = (("attention", attention, METHOD_COLORS["lora"], "o"), ("MLP", ~attention, METHOD_COLORS["adalora"], "s"))
     for label, columns, color, marker in groups:
@@ -255,18 +255,18 @@ def _block_lines(axes: Axes, marks: Marks, pattern: ImportancePattern) -> None:
         by_seed = np.mean(pattern.relative_final[:, :, columns], axis=2)  # (seeds, blocks)
         if len(by_seed) > SINGLE_SEEDS:
             band = axes.fill_between(blocks, by_seed.min(axis=0), by_seed.max(axis=0), color=color, alpha=0.2, lw=0)
-            marks.add(name, band)
+            hover.add(name, band)
         else:
             for one in by_seed:
                 (thin,) = axes.plot(blocks, one, color=color, lw=0.8, alpha=0.45)
-                marks.add(name, thin)
+                hover.add(name, thin)
         mean = by_seed.mean(axis=0)
         (line,) = axes.plot(blocks, mean, color=color, lw=1.8, marker=marker, ms=4, label=label)
         texts = [
             f"block {b}, mean of {label} sites\nrelative score {fixed(float(v))}"
             for b, v in zip(blocks, mean, strict=True)
         ]
-        marks.add(name, line, texts)
+        hover.add(name, line, texts)
     axes.axhline(1, color=MUTED, lw=0.8, ls=(0, (4, 3)))
     axes.set_ylim(bottom=0)
     axes.set_xticks(blocks[:: max(1, len(blocks) // (6 if is_narrow(axes.figure) else 12))])

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from peft_vit.report.document import SECTION_TITLES, Drawing, StudyDocument
-from peft_vit.report.embed import embedded, script, script_hash
+from peft_vit.report.figure_json import embedded, script, script_hash
 from peft_vit.report.style import THEME
 
 # A page is read from the top: what the methods reached comes first.

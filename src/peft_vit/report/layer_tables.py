@@ -8,7 +8,7 @@ import numpy as np
 
 from peft_vit.analysis import ImportancePattern, SeedAgreement, StudyAgreement
 from peft_vit.report.document import Cell, Table
-from peft_vit.report.numbers import fixed, number_interval, plain
+from peft_vit.report.formatting import fixed, number_interval, plain
 from peft_vit.report.tables import OVER_SEEDS, ends, number_cell, text_cell, with_n
 
 

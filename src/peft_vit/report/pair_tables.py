@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from peft_vit.analysis import AllPairs, Comparison, Front, Pair
 from peft_vit.analysis.pareto import CostName, FrontPoint
 from peft_vit.report.document import Block, Paragraph, Raw, Row, Table
-from peft_vit.report.numbers import count, fixed, joined, megabytes, percent, percent_interval, points_interval, signed
+from peft_vit.report.formatting import (
+    count,
+    fixed,
+    joined,
+    megabytes,
+    percent,
+    percent_interval,
+    points_interval,
+    signed,
+)
 from peft_vit.report.tables import OVER_SEEDS, comparison_values, measured, tested
 
 MATRIX_UP_TO = 12  # experiments; a wider one can't be read

@@ -7,7 +7,7 @@ from peft_vit.analysis.planned import STATES, UnfinishedRun, seeds_in_words
 from peft_vit.analysis.studies import why_unfinished
 from peft_vit.config import ALL_SECTIONS, ExperimentConfig
 from peft_vit.report.document import Block, Cell, Paragraph, Row, Table
-from peft_vit.report.numbers import joined, plain
+from peft_vit.report.formatting import joined, plain
 from peft_vit.report.style import METHOD_TITLES
 
 _SHOWN_SETTINGS = 4

@@ -9,7 +9,7 @@ from peft_vit.analysis import Comparison, QuantizationImpact
 from peft_vit.analysis.comparison import outcome
 from peft_vit.analysis.quantization import BalanceStep, Costs
 from peft_vit.report.document import Cell, Raw, Row, Table
-from peft_vit.report.numbers import fixed, megabytes, number_interval, percent_interval, points_interval
+from peft_vit.report.formatting import fixed, megabytes, number_interval, percent_interval, points_interval
 from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, comparison_values, ends, number_cell, text_cell
 
 

@@ -12,7 +12,8 @@ from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Paragraph, Table
-from peft_vit.report.numbers import count, counted, fixed, margin_in_points, megabytes, percent, points_interval
+from peft_vit.report.formatting import count, counted, fixed, margin_in_points, megabytes, percent, points_interval
+from peft_vit.report.rows import writing
 from peft_vit.report.terminal import print_blocks
 
 _SUFFIX = "-recommended"
@@ -20,7 +21,7 @@ _CLEARLY = f"by more than {100 * SAME_SIZE:.0f} %"
 _ORDER: dict[Measure, str] = {"bytes": "bytes to store", "params": "trainable parameters", "latency": "latency"}
 
 
-def print_recommendation(found: Recommendation, to: Path | None) -> None:
+def print_recommendation(found: Recommendation, output: Path | None) -> None:
     """Print what is recommended and why; write its configuration to a file, or print it below the text.
 
     Raises:
@@ -29,24 +30,18 @@ def print_recommendation(found: Recommendation, to: Path | None) -> None:
     print_blocks(recommendation_blocks(found))
     configuration = recommended_yaml(found)
     if configuration is None:
-        if to is not None:
-            print_blocks([Paragraph(f"{to} is not written: nothing is recommended.")])
-    elif to is None:
+        if output is not None:
+            print_blocks([Paragraph(f"{output} is not written: nothing is recommended.")])
+    elif output is None:
         print_blocks([Paragraph("\nThe configuration to train it:\n")])
         print(configuration, end="")
     else:
-        _write(to, configuration.encode())
-        print_blocks([Paragraph(f"Its configuration: {to}\nNext: peft-vit plan {to}")])
-
-
-def _write(file: Path, content: bytes) -> None:
-    try:
-        if file.exists() and file.read_bytes() != content:
-            raise UserError("is there and says something else; move it away or choose another file", file=file)
-        write_atomically(file, content)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"can't be written ({reason}); choose another file", file=file, field="--output") from None
+        content = configuration.encode()
+        with writing(output):
+            if output.exists() and output.read_bytes() != content:
+                raise UserError("is there and says something else; move it away or choose another file", file=output)
+            write_atomically(output, content)
+        print_blocks([Paragraph(f"Its configuration: {output}\nNext: peft-vit plan {output}")])
 
 
 def recommendation_blocks(found: Recommendation) -> Iterator[Paragraph | Table]:

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from peft_vit.analysis import Calibration
 from peft_vit.report.curves import DASHES, LINE_COLORS
 from peft_vit.report.document import Drawing, Raw
-from peft_vit.report.marks import Marks
-from peft_vit.report.numbers import counted, fixed
+from peft_vit.report.formatting import counted, fixed
+from peft_vit.report.hover import HoverPoints
+from peft_vit.report.plot_selection import leading, selection_note
 from peft_vit.report.scatter import place_legend
-from peft_vit.report.selection import leading, selection_note
 from peft_vit.report.style import MUTED, draw, quiet_grid
 
 LINES = 8
@@ -30,12 +30,12 @@ def reliability_diagram(calibrations: Sequence[Calibration], validation: Mapping
         return ()
     drawn = [recorded[i] for i in leading([c.experiment.name for c in recorded], validation, LINES)]
 
-    def paint(figure: Figure) -> Marks:
-        axes, marks, handles = figure.add_subplot(), Marks(), []
+    def paint(figure: Figure) -> HoverPoints:
+        axes, hover, handles = figure.add_subplot(), HoverPoints(), []
         axes.plot([0, 100], [0, 100], color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
         for index, calibration in enumerate(drawn):
             name, color = calibration.experiment.name, LINE_COLORS[index % len(LINE_COLORS)]
-            marks.series(name, color, "")
+            hover.series(name, color, "")
             filled = [(b, b.confidence, b.accuracy) for b in calibration.bins if b.count]
             x = [100 * (confidence or 0.0) for _, confidence, _ in filled]
             y = [100 * (accuracy or 0.0) for _, _, accuracy in filled]
@@ -46,7 +46,7 @@ def reliability_diagram(calibrations: Sequence[Calibration], validation: Mapping
                 f"{counted(len(calibration.seeds), 'seed')}"
                 for said, right, (b, _, _) in zip(x, y, filled, strict=True)
             ]
-            marks.add(name, line, texts)
+            hover.add(name, line, texts)
             handles.append(line)
         axes.set_xlabel("mean confidence of a bin (%)")
         axes.set_ylabel("right in that bin (%)")
@@ -55,7 +55,7 @@ def reliability_diagram(calibrations: Sequence[Calibration], validation: Mapping
         axes.set_xlim(max(0.0, 100 * low - 4), 102)
         quiet_grid(axes)
         place_legend(figure, handles)
-        return marks
+        return hover
 
     bins = len(drawn[0].bins)
     caption = (

@@ -12,9 +12,9 @@ from matplotlib.transforms import ScaledTranslation
 
 from peft_vit.analysis import MethodResult
 from peft_vit.report.document import Drawing, Raw
-from peft_vit.report.marks import Marks
-from peft_vit.report.numbers import count, counted, megabytes, percent, percent_interval
-from peft_vit.report.selection import leading, many_seeds, selection_note, validation_means
+from peft_vit.report.formatting import count, counted, megabytes, percent, percent_interval
+from peft_vit.report.hover import HoverPoints
+from peft_vit.report.plot_selection import leading, many_seeds, selection_note, validation_means
 from peft_vit.report.style import METHOD_COLORS, PAPER, draw, is_narrow, quiet_grid
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
@@ -30,9 +30,9 @@ def accuracy_by_parameters(methods: Sequence[MethodResult]) -> Drawing:
     """Draw accuracy against final trainable parameters, log scale."""
     drawn = _drawn(methods)
 
-    def paint(figure: Figure) -> Marks:
+    def paint(figure: Figure) -> HoverPoints:
         axes = figure.add_subplot()
-        marks = _scatter(figure, axes, drawn, lambda m: m.final_parameters, _parameters)
+        hover = _scatter(figure, axes, drawn, lambda m: m.final_parameters, _parameters)
         line = [(m.final_parameters, 100 * m.test_accuracy.estimate) for m in _fixed_rank(drawn)]
         if len(line) > 1:
             axes.plot(*zip(*sorted(line), strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
@@ -41,7 +41,7 @@ def accuracy_by_parameters(methods: Sequence[MethodResult]) -> Drawing:
         axes.minorticks_off()
         end = "\n" if is_narrow(figure) else " "
         axes.set_xlabel(f"trainable parameters at the end of the run,{end}head included (log scale)")
-        return marks
+        return hover
 
     caption = (
         f"{_SCATTER_CAPTION} The blue line joins the fixed-rank LoRA means: an adaptive method earns "
@@ -56,12 +56,12 @@ def accuracy_by_bytes(methods: Sequence[MethodResult]) -> Drawing:
     """Draw accuracy against the bytes to store: frozen weights plus adapter file."""
     drawn = _drawn(methods)
 
-    def paint(figure: Figure) -> Marks:
+    def paint(figure: Figure) -> HoverPoints:
         axes = figure.add_subplot()
-        marks = _scatter(figure, axes, drawn, lambda m: m.stored_bytes / 1e6, _stored)
+        hover = _scatter(figure, axes, drawn, lambda m: m.stored_bytes / 1e6, _stored)
         axes.set_xlim(0, 1.1 * max(m.stored_bytes for m in drawn) / 1e6)  # room for markers beside the last one
         axes.set_xlabel("frozen weights + adapter file (MB, 10⁶ bytes)")
-        return marks
+        return hover
 
     caption = (
         "What must be stored for one task: the frozen weights as they are held, scales and offsets "
@@ -109,29 +109,29 @@ def _scatter(
     methods: Sequence[MethodResult],
     position: Callable[[MethodResult], float],
     cost: Callable[[MethodResult], str],
-) -> Marks:
-    marks, seen = Marks(), dict[str, int]()
+) -> HoverPoints:
+    hover, seen = HoverPoints(), dict[str, int]()
     handles = []
     offsets = _side_by_side([position(method) for method in methods])
     for method, offset in zip(methods, offsets, strict=True):
         name, family = method.experiment.name, method.experiment.method
         index = seen[family] = seen.get(family, -1) + 1
         color, marker = METHOD_COLORS[family], MARKERS[index % len(MARKERS)]
-        marks.series(name, color, marker)
+        hover.series(name, color, marker)
         moved = axes.transData + ScaledTranslation(offset / 72, 0, figure.dpi_scale_trans)
         x, seeds = position(method), [100 * value for value in method.by_seed]
         (line,) = axes.plot(
             [x, x], [min(seeds), max(seeds)], "-", color=color, lw=0.8, alpha=0.5, zorder=2, transform=moved
         )
-        marks.add(name, line)
+        hover.add(name, line)
         if not many_seeds([method]):
             (dots,) = axes.plot([x] * len(seeds), seeds, ".", ms=4, color=color, alpha=0.7, zorder=3, transform=moved)
             texts = [f"seed {s}: {percent(v)}" for s, v in zip(method.seeds, method.by_seed, strict=True)]
-            marks.add(name, dots, [f"{text}\n{cost(method)}" for text in texts])
+            hover.add(name, dots, [f"{text}\n{cost(method)}" for text in texts])
         mean = 100 * method.test_accuracy.estimate
         (large,) = axes.plot([x], [mean], marker, ms=6.5, color=color, mec=PAPER, mew=0.6, zorder=4, transform=moved)
         of = f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}"
-        marks.add(name, large, [f"{of}\n{cost(method)}"])
+        hover.add(name, large, [f"{of}\n{cost(method)}"])
         handles.append(Line2D([], [], marker=marker, ls="", color=color, ms=6, label=name))
     points = [(position(m), 100 * value) for m in methods for value in m.by_seed]
     axes.update_datalim(points)  # moved artists do not count for the limits on their own
@@ -140,7 +140,7 @@ def _scatter(
     axes.set_ylabel("test accuracy (%)")
     quiet_grid(axes)
     place_legend(figure, handles)
-    return marks
+    return hover
 
 
 def place_legend(figure: Figure, handles: list[Line2D]) -> None:

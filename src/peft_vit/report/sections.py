@@ -22,12 +22,12 @@ from peft_vit.report import (
 from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument, Table
 from peft_vit.report.examples import Thumbnails, example_blocks
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
-from peft_vit.report.forest import forests
-from peft_vit.report.fronts import pareto_panels
-from peft_vit.report.numbers import counted, fixed, joined, plain
+from peft_vit.report.forest_plot import forests
+from peft_vit.report.formatting import counted, fixed, joined, plain
+from peft_vit.report.pareto_plot import pareto_panels
+from peft_vit.report.plot_selection import validation_means
 from peft_vit.report.progress import progress
 from peft_vit.report.reliability import reliability_diagram
-from peft_vit.report.selection import validation_means
 
 # What a reader looks up rather than reads: it stands behind a table or a figure that is always shown.
 FOLDED = frozenset(

@@ -9,7 +9,7 @@ from peft_vit.analysis import QuantizationImpact
 from peft_vit.analysis.size import FLOAT16_BITS, FLOAT32_BITS, ModelBytes
 from peft_vit.records import FloatPart
 from peft_vit.report.document import Cell, Table
-from peft_vit.report.numbers import fixed, megabytes
+from peft_vit.report.formatting import fixed, megabytes
 from peft_vit.report.tables import number_cell, text_cell
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure, FigureBase
 
 from peft_vit.config import Method
 from peft_vit.report.document import Drawing, Raw
-from peft_vit.report.marks import Marks
+from peft_vit.report.hover import HoverPoints
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6671", "#d8dee4", "#ffffff"
 # The colors that a figure shares with the page follow the page's theme.
@@ -80,7 +80,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-Painter = Callable[[Figure], Marks | None]
+Painter = Callable[[Figure], HoverPoints | None]
 
 
 def draw(
@@ -104,7 +104,7 @@ def draw(
         narrow_height_in: height in one column of a paper; none: as high as on the page.
     """
     with matplotlib.rc_context(STYLE):
-        figure, marks = laid_out(WIDTH_IN, height_in, paint)
+        figure, hover = laid_out(WIDTH_IN, height_in, paint)
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
@@ -114,26 +114,26 @@ def draw(
         caption=caption,
         svg=svg.getvalue(),
         png=png.getvalue(),
-        series=marks.all_series(),
-        points=marks.points(figure),
+        series=hover.all_series(),
+        points=hover.points(figure),
         data=tuple(data),
-        player=marks.player,
+        player=hover.player,
         height_in=height_in,
         narrow_height_in=narrow_height_in or height_in,
         paint=paint,
     )
 
 
-def laid_out(width_in: float, height_in: float, paint: Painter) -> tuple[Figure, Marks]:
+def laid_out(width_in: float, height_in: float, paint: Painter) -> tuple[Figure, HoverPoints]:
     """Paint a figure and lay it out once; every file then takes that layout. The style must be set."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    marks = paint(figure) or Marks()
-    marks.claim_legends(figure)
+    hover = paint(figure) or HoverPoints()
+    hover.claim_legends(figure)
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
     figure.set_layout_engine("none")
-    return figure, marks
+    return figure, hover
 
 
 def is_narrow(figure: FigureBase) -> bool:

@@ -10,7 +10,7 @@ from peft_vit.config import ALL_SECTIONS, StudyConfig
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunSpec
 from peft_vit.report.document import Card, RunDetails
-from peft_vit.report.numbers import (
+from peft_vit.report.formatting import (
     count,
     counted,
     fixed,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from peft_vit.analysis import Comparison, MethodResult
 from peft_vit.analysis.comparison import outcome
 from peft_vit.report.document import UNSEEN, Cell, Raw, Table
-from peft_vit.report.numbers import (
+from peft_vit.report.formatting import (
     count,
     fixed,
     megabytes,

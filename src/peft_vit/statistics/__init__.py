@@ -10,7 +10,14 @@ from peft_vit.statistics.aggregates import (
     stratified_indices,
 )
 from peft_vit.statistics.checked import shifted
-from peft_vit.statistics.descriptive import Association, gini, normalized_entropy, spearman
+from peft_vit.statistics.descriptive import (
+    Association,
+    gini,
+    mean_rho_of_pairs,
+    normalized_entropy,
+    rho_with_last,
+    spearman,
+)
 from peft_vit.statistics.effect_size import EffectSize, effect_size, hedges_factor
 from peft_vit.statistics.equivalence import beyond_margin, equivalence, equivalence_verdict, inferiority, noninferiority
 from peft_vit.statistics.intervals import Interval, mean_interval, paired_difference, proportion_interval
@@ -43,6 +50,7 @@ __all__ = [
     "interquartile_mean",
     "interquartile_mean_interval",
     "mean_interval",
+    "mean_rho_of_pairs",
     "minimum_n_wilcoxon",
     "mixed_effect",
     "noninferiority",
@@ -50,6 +58,7 @@ __all__ = [
     "paired_difference",
     "paired_improvement",
     "proportion_interval",
+    "rho_with_last",
     "shifted",
     "spearman",
     "stratified_indices",

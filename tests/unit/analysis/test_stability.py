@@ -11,10 +11,10 @@ import pytest
 from scipy import stats
 
 from peft_vit.analysis import Study, group_by_study
-from peft_vit.analysis.agreement import mean_rho_of_pairs, rho_with_last
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.stability import StudyAgreement, kendalls_w, seed_agreements, study_agreements
 from peft_vit.records import ImportanceEntry, RunRecord
+from peft_vit.statistics import mean_rho_of_pairs, rho_with_last
 
 EXPERIMENTS = planted.experiments()
 ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]

@@ -25,9 +25,9 @@ from peft_vit.records import RunRecord
 from peft_vit.report import publication
 from peft_vit.report.document import Drawing
 from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
-from peft_vit.report.forest import forests
-from peft_vit.report.fronts import pareto_panels
-from peft_vit.report.marks import Marks
+from peft_vit.report.forest_plot import forests
+from peft_vit.report.hover import HoverPoints
+from peft_vit.report.pareto_plot import pareto_panels
 from peft_vit.report.reliability import reliability_diagram
 from peft_vit.report.style import METHOD_COLORS, draw
 
@@ -35,14 +35,14 @@ HOSTILE = "</script><script>alert(1)</script>\"' <!-- --> \u2028\u200f $x^2$ & ]
 
 
 def _hostile_drawing() -> Drawing:
-    def paint(figure: Figure) -> Marks:
-        axes, marks = figure.add_subplot(), Marks()
-        marks.series(HOSTILE, "#0072b2", "o")
+    def paint(figure: Figure) -> HoverPoints:
+        axes, hover = figure.add_subplot(), HoverPoints()
+        hover.series(HOSTILE, "#0072b2", "o")
         (line,) = axes.plot([1, 2, 3], [1, 3, 2], "o-", label=HOSTILE)
-        marks.add(HOSTILE, line, ["one", "two", HOSTILE])
+        hover.add(HOSTILE, line, ["one", "two", HOSTILE])
         axes.set_xlabel("share (%)")
         axes.legend()
-        return marks
+        return hover
 
     return draw("hostile", HOSTILE, HOSTILE, 2.5, paint, [{"name": HOSTILE, "value": 0.1}])
 
@@ -247,14 +247,14 @@ def test_the_bytes_are_the_same_in_every_process(few: list[RunRecord], tmp_path:
 
 
 def test_a_legend_entry_goes_with_its_series() -> None:
-    figure, marks = Figure(), Marks()
+    figure, hover = Figure(), HoverPoints()
     axes = figure.add_subplot()
-    marks.series("a", "#000000")
+    hover.series("a", "#000000")
     axes.plot([1], [1], label="a")
     axes.plot([2], [2], label="b")
     figure.legend(handles=[Line2D([], [], label="a")])
     axes.legend()
-    marks.claim_legends(figure)
+    hover.claim_legends(figure)
     claimed = [text.get_gid() for text in figure.findobj(Text) if text.get_text() in {"a", "b"}]
     assert sum(gid is not None for gid in claimed) == 2
     assert len(claimed) == 3

@@ -1,9 +1,9 @@
 import pytest
 
 from peft_vit.report.curves import smoothed
+from peft_vit.report.formatting import fixed, megabytes, percent, percent_interval, plain, points_interval, signed
 from peft_vit.report.html import soft
 from peft_vit.report.markdown import escaped
-from peft_vit.report.numbers import fixed, megabytes, percent, percent_interval, plain, points_interval, signed
 from peft_vit.report.scatter import _side_by_side, short_count
 from peft_vit.report.sections import slug_of
 from peft_vit.statistics import mean_interval

@@ -11,10 +11,10 @@ from matplotlib.ticker import FuncFormatter
 
 from peft_vit.analysis import Front, MethodResult
 from peft_vit.report.document import Drawing, Raw
-from peft_vit.report.marks import Marks
-from peft_vit.report.numbers import count, fixed, megabytes, percent
+from peft_vit.report.formatting import count, fixed, megabytes, percent
+from peft_vit.report.hover import HoverPoints
+from peft_vit.report.plot_selection import leading, validation_means
 from peft_vit.report.scatter import LEGEND_ENTRIES, MARKERS, place_legend, short_count
-from peft_vit.report.selection import leading, validation_means
 from peft_vit.report.style import INK, METHOD_COLORS, PAPER, draw, is_narrow, quiet_grid
 
 _PANEL_IN = 2.5
@@ -41,17 +41,17 @@ def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> t
     chosen = leading([m.experiment.name for m in methods], first, LEGEND_ENTRIES)
     looks = _looks([methods[i] for i in chosen])
 
-    def paint(figure: Figure) -> Marks:
-        marks = Marks()
+    def paint(figure: Figure) -> HoverPoints:
+        hover = HoverPoints()
         for name, (color, marker) in looks.items():
-            marks.series(name, color, marker)
+            hover.series(name, color, marker)
         columns = 1 if is_narrow(figure) else 2
         rows = -(-len(shown) // columns)
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
         for index, (axes, front) in enumerate(zip(panels, shown, strict=False)):
-            _panel(axes, marks, front, looks)
+            _panel(axes, hover, front, looks)
             if index % columns == 0:
                 axes.set_ylabel("validation accuracy (%)")
         place_legend(
@@ -61,7 +61,7 @@ def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> t
                 for name, (color, marker) in looks.items()
             ],
         )
-        return marks
+        return hover
 
     caption = (
         "Means over seeds. Filled: on the front of validation accuracy, which nobody beats at no more cost, and joined "
@@ -94,7 +94,7 @@ def _looks(methods: Sequence[MethodResult]) -> dict[str, tuple[str, str]]:
     return looks
 
 
-def _panel(axes: Axes, marks: Marks, front: Front, looks: Mapping[str, tuple[str, str]]) -> None:
+def _panel(axes: Axes, hover: HoverPoints, front: Front, looks: Mapping[str, tuple[str, str]]) -> None:
     label, scale = _AXES[front.cost]
     stair = [(scale * p.cost, 100 * p.validation_accuracy) for p in front.on_front]
     axes.step(*zip(*stair, strict=True), where="post", color=INK, lw=0.9, alpha=0.6, zorder=2)
@@ -115,7 +115,7 @@ def _panel(axes: Axes, marks: Marks, front: Front, looks: Mapping[str, tuple[str
         )
         stands = "on the front" if point.on_front else "not on the front"
         accuracies = f"validation {percent(point.validation_accuracy)}, test {percent(point.test_accuracy.estimate)}"
-        marks.add(point.experiment, mark, [f"{_cost(front, point.cost)}: {stands}\n{accuracies}"])
+        hover.add(point.experiment, mark, [f"{_cost(front, point.cost)}: {stands}\n{accuracies}"])
     if front.cost == "final_parameters":
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))

@@ -14,9 +14,9 @@ from matplotlib.patches import Patch
 from peft_vit.analysis import Analysis, Comparison
 from peft_vit.config import Method
 from peft_vit.report.document import Drawing, Raw
-from peft_vit.report.marks import Marks
-from peft_vit.report.numbers import margin_in_points, points_interval, signed
-from peft_vit.report.selection import SEED_DOTS, leading, selection_note, validation_means
+from peft_vit.report.formatting import margin_in_points, points_interval, signed
+from peft_vit.report.hover import HoverPoints
+from peft_vit.report.plot_selection import SEED_DOTS, leading, selection_note, validation_means
 from peft_vit.report.style import GRID, INK, METHOD_COLORS, MUTED, PAPER, draw, is_narrow, quiet_grid
 
 _ROW_IN = 0.31
@@ -50,13 +50,13 @@ def _forest(
 ) -> Drawing:
     limits = _limits(drawn, margin)
 
-    def paint(figure: Figure) -> Marks:
-        axes, marks = figure.add_subplot(), Marks()
+    def paint(figure: Figure) -> HoverPoints:
+        axes, hover = figure.add_subplot(), HoverPoints()
         if margin is not None:
             axes.axvspan(-100 * margin, 100 * margin, color=GRID, alpha=0.6, lw=0, zorder=0)
         axes.axvline(0, color=INK, lw=1, zorder=1)
         for row, comparison in enumerate(drawn):
-            _row(axes, marks, comparison, row, METHOD_COLORS[methods[comparison.name]], limits)
+            _row(axes, hover, comparison, row, METHOD_COLORS[methods[comparison.name]], limits)
         axes.set_xlim(*limits)
         axes.set_ylim(len(drawn) - 0.4, -0.6)
         axes.set_yticks(range(len(drawn)), [c.name for c in drawn])
@@ -65,7 +65,7 @@ def _forest(
         axes.spines["left"].set_visible(False)
         columns = 2 if is_narrow(figure) else 4
         figure.legend(handles=_legend(margin), loc="outside lower center", ncols=columns, handletextpad=0.4)
-        return marks
+        return hover
 
     missing = "" if margin is None else " The band is the margin within which a difference does not matter."
     caption = (
@@ -97,28 +97,30 @@ def _limits(drawn: Sequence[Comparison], margin: float | None) -> tuple[float, f
     return low - 0.05 * room, high + 0.05 * room
 
 
-def _row(axes: Axes, marks: Marks, comparison: Comparison, row: int, color: str, limits: tuple[float, float]) -> None:
+def _row(
+    axes: Axes, hover: HoverPoints, comparison: Comparison, row: int, color: str, limits: tuple[float, float]
+) -> None:
     difference, name = comparison.difference, comparison.name
     assert difference is not None
-    marks.series(name, color, "s")
+    hover.series(name, color, "s")
     if difference.low is not None and difference.high is not None:
         ends = np.clip([100 * difference.low, 100 * difference.high], *limits)
         (line,) = axes.plot(ends, [row, row], color=color, lw=2.2, alpha=0.45, solid_capstyle="butt", zorder=2)
-        marks.add(name, line)
+        hover.add(name, line)
         for end, limit, marker in zip(ends, limits, (CARETLEFT, CARETRIGHT), strict=True):
             if end == limit:
                 (arrow,) = axes.plot([end], [row], marker=marker, ms=6, color=color, clip_on=False, zorder=3)
-                marks.add(name, arrow)
+                hover.add(name, arrow)
     pairs = [100 * value for value in comparison.by_seed]
     if len(pairs) <= SEED_DOTS:
         (dots,) = axes.plot(pairs, [row] * len(pairs), "o", ms=3.5, mfc=PAPER, mec=color, mew=0.9, zorder=3)
         texts = [f"seed {s}: {signed(p)} points" for s, p in zip(comparison.seeds, pairs, strict=True)]
-        marks.add(name, dots, texts)
+        hover.add(name, dots, texts)
     mean = 100 * difference.estimate
     face = PAPER if comparison.verdict == "not decided" else color
     (square,) = axes.plot([mean], [row], "s", ms=5.5, mfc=face, mec=color, mew=1.2, zorder=4)
     text = f"mean of {len(pairs)} pairs: {points_interval(difference)} points\nmore accurate? {comparison.verdict}"
-    marks.add(name, square, [text.replace(" 1 pairs", " 1 pair")])
+    hover.add(name, square, [text.replace(" 1 pairs", " 1 pair")])
     number = axes.annotate(
         signed(mean),
         (1.0, row),
@@ -127,7 +129,7 @@ def _row(axes: Axes, marks: Marks, comparison: Comparison, row: int, color: str,
         textcoords="offset points",
         va="center",
     )
-    marks.add(name, number)
+    hover.add(name, number)
 
 
 def _legend(margin: float | None) -> list[Line2D | Patch]:

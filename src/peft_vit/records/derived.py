@@ -1,11 +1,51 @@
-"""Ranks and scores of a record as a table."""
+"""What follows from a record: the digest of its outcome, and its ranks and scores as a table."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from peft_vit.records.values import ImportanceEntry, ProbeEntry, RankEntry, SiteInfo
+from peft_vit.records.values import ImportanceEntry, ProbeEntry, RankEntry, RunRecord, SiteInfo
+
+_FIELDS = (
+    "spec_digest",
+    "status",
+    "class_names",
+    "split_sizes",
+    "sites",
+    "steps",
+    "evaluations",
+    "rank_history",
+    "importance_history",
+    "probe_history",
+    "fisher_check",
+    "bits_history",
+    "bit_allocation",
+    "quantization",
+    "parameters",
+    "bytes",
+    "chosen_step",
+    "majority_accuracy",
+    "validation",
+    "test",
+    "predictions",
+    "removal",
+    "adapter_sha256",
+    "optimizer_sha256",
+)
+
+
+def outcome_digest(record: RunRecord) -> str:
+    """Return the SHA-256 of everything that must not depend on interruptions, on the time or on the pace.
+
+    Equal for a run and its repetition on the same machine, with the same torch and as many threads, however often it
+    was killed in between.
+    """
+    values: dict[str, Any] = record.model_dump(mode="json", include=set(_FIELDS))
+    values["steps"] = [{key: value for key, value in row.items() if key != "seconds"} for row in values["steps"]]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def history_rows(

@@ -36,7 +36,7 @@ GLYPHS = {
 _POINTS_PER_INCH = 72.0
 
 
-class Marks:
+class HoverPoints:
     """Series and points of one figure, collected while it is painted.
 
     Attributes:
