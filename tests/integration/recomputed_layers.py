@@ -1,10 +1,9 @@
-"""Tables of scores, ranks and bits computed again from record.json files: see `recomputed_tables`."""
+"""Tables of ranks and bits computed again from record.json files: see `recomputed_tables`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import combinations
 
 import numpy as np
 from recomputed_methods import (
@@ -22,121 +21,8 @@ from recomputed_methods import (
 from scipy import stats
 
 
-def scores(record: Record, at: int = -1) -> np.ndarray:
-    """Scores in the order of the record's sites."""
-    return np.array([record["importance_history"][at]["scores"][site["name"]] for site in record["sites"]])
-
-
-def matrices(record: Record) -> np.ndarray:
-    return np.array([site["matrix"] for site in record["sites"]])
-
-
 def scored(led: Ledger) -> list[str]:
     return led.with_section("adalora")
-
-
-def importance_by_matrix(led: Ledger, _: str) -> list[Row]:
-    rows = []
-    for name in scored(led):
-        runs = [led.runs[name][seed] for seed in sorted(led.runs[name])]
-        kinds = matrices(runs[0])
-        mlp = np.isin(kinds, ["fc1", "fc2"])
-        logs = [math.log2(scores(r)[~mlp].mean() / scores(r)[mlp].mean()) for r in runs]
-        rhos = [stats.spearmanr(scores(a), scores(b)).statistic for a, b in combinations(runs, 2)]
-        for kind in dict.fromkeys(kinds):
-            relative = [scores(r)[kinds == kind].mean() / scores(r).mean() for r in runs]
-            rows.append(
-                {
-                    "experiment": name,
-                    "matrix": kind,
-                    **interval("relative_score", relative),
-                    "log2_attention_over_mlp": np.mean(logs),
-                    "agreement_between_seeds": np.mean(rhos),
-                }
-            )
-    return rows
-
-
-def importance_by_block(led: Ledger, _: str) -> list[Row]:
-    rows = []
-    for name in scored(led):
-        runs = list(led.runs[name].values())
-        for i, site in enumerate(runs[0]["sites"]):
-            rows.append(
-                {
-                    "experiment": name,
-                    "site": site["name"],
-                    "block": site["block"],
-                    "mean_score": np.mean([scores(r)[i] for r in runs]),
-                    "mean_relative_score": np.mean([scores(r)[i] / scores(r).mean() for r in runs]),
-                }
-            )
-    return rows
-
-
-def importance_over_time(led: Ledger, _: str) -> list[Row]:
-    return [
-        {
-            "experiment": name,
-            "step": entry["step"],
-            "rho_with_final": np.mean(
-                [stats.spearmanr(scores(r, i), scores(r)).statistic for r in led.runs[name].values()]
-            ),
-        }
-        for name in scored(led)
-        for i, entry in enumerate(next(iter(led.runs[name].values()))["importance_history"])
-    ]
-
-
-def importance_course(led: Ledger, _: str) -> list[Row]:
-    rows = []
-    for name in scored(led):
-        runs = list(led.runs[name].values())
-        kinds = matrices(runs[0])
-        for i, entry in enumerate(runs[0]["importance_history"]):
-            rows += [
-                {
-                    "experiment": name,
-                    "step": entry["step"],
-                    "matrix": kind,
-                    "mean_relative_score": np.mean(
-                        [scores(r, i)[kinds == kind].mean() / scores(r, i).mean() for r in runs]
-                    ),
-                }
-                for kind in dict.fromkeys(kinds)
-            ]
-    return rows
-
-
-def kendalls_w(columns: np.ndarray) -> float:
-    """Of m orderings of n things, (m, n), with the correction for ties."""
-    m, n = columns.shape
-    ranks = np.apply_along_axis(stats.rankdata, 1, columns)
-    s = ((ranks.sum(axis=0) - m * (n + 1) / 2) ** 2).sum()
-    ties = sum((c**3 - c) for row in ranks for c in np.unique(row, return_counts=True)[1])
-    return float(12 * s / (m**2 * (n**3 - n) - m * ties))
-
-
-def importance_across_seeds(led: Ledger, _: str) -> list[Row]:
-    rows = []
-    for name in scored(led):
-        runs = list(led.runs[name].values())
-        blocks, kinds = np.array([site["block"] for site in runs[0]["sites"]]), matrices(runs[0])
-        means = [
-            np.array([[scores(r)[of == one].mean() for one in dict.fromkeys(of)] for r in runs])
-            for of in (blocks, kinds)
-        ]
-        rows.append(
-            {
-                "experiment": name,
-                "seeds": len(runs),
-                "sites": len(blocks),
-                "kendalls_w": kendalls_w(np.array([scores(r) for r in runs])),
-                "kendalls_w_blocks": kendalls_w(np.round(means[0], 9)),
-                "kendalls_w_matrices": kendalls_w(np.round(means[1], 9)),
-            }
-        )
-    return rows
 
 
 def ranks_at(record: Record, at: int = -1) -> np.ndarray:
@@ -147,7 +33,7 @@ def rank_by_matrix(led: Ledger, _: str) -> list[Row]:
     rows = []
     for name in scored(led):
         runs = [led.runs[name][seed] for seed in sorted(led.runs[name])]
-        kinds = matrices(runs[0])
+        kinds = np.array([site["matrix"] for site in runs[0]["sites"]])
         rows += [
             {
                 "experiment": name,
@@ -288,81 +174,6 @@ def quantization_cost(led: Ledger, _: str) -> list[Row]:
             "float_seconds_per_step": mean_of(led, "lora_r8", "seconds_per_step"),
         }
         for n in low_bit(led)
-    ]
-
-
-def parts(record: Record) -> dict[str, float]:
-    size = record["quantization"]["size"]
-    layers = size["layers"].values()
-    return {p: sum(layer[f"{p}_bytes"] for layer in layers) for p in ("codes", "scales", "offsets")} | size[
-        "float_bytes"
-    ]
-
-
-def size(led: Ledger, _: str) -> list[Row]:
-    rows = []
-    for name in low_bit(led):
-        first = next(iter(led.runs[name].values()))
-        model = first["quantization"]["size"]
-        bits = mean_of(led, name, "quantization", "bits_per_weight")
-        whole = 8 * (sum(parts(first).values()) + model["merging_bytes"]) / model["weights"]
-        rows.append(
-            {
-                "experiment": name,
-                "claimed_vs_fp32": 32 / first["spec"]["experiment"]["qa_lora"]["quantization_bits"],
-                "layers_bits_per_weight": bits,
-                "layers_vs_fp32": 32 / bits,
-                "layers_vs_fp16": 16 / bits,
-                "model_bits_per_weight": whole,
-                "model_vs_fp32": 32 / whole,
-                "model_vs_fp16": 16 / whole,
-                "live_bytes": model["live_bytes"],
-                "file_bytes": model["file_bytes"],
-                "own_memory_bytes": mean_of(led, name, "own_memory_bytes"),
-            }
-        )
-    return rows
-
-
-def size_parts(led: Ledger, _: str) -> list[Row]:
-    return [
-        {
-            "experiment": n,
-            **parts(r),
-            "total_bytes": sum(parts(r).values()),
-            "weights": r["quantization"]["size"]["weights"],
-        }
-        for n in low_bit(led)
-        for r in [next(iter(led.runs[n].values()))]
-    ]
-
-
-def bits_by_layer(led: Ledger, _: str) -> list[Row]:
-    return [
-        {
-            "experiment": n,
-            "layer": layer,
-            "bits_per_weight": bits,
-            "relative_error": np.mean([r["quantization"]["relative_error"][layer] for r in led.runs[n].values()]),
-        }
-        for n in low_bit(led)
-        for layer, bits in next(iter(led.runs[n].values()))["bits_history"][-1]["bits_per_weight"].items()
-    ]
-
-
-def quantization_balance(led: Ledger, _: str) -> list[Row]:
-    return [
-        {
-            "experiment": n,
-            "measure": measure,
-            "step": row["step"],
-            "n": len(led.runs[n]),
-            "mean": np.mean([r["quantization"]["balance"][i][measure] for r in led.runs[n].values()]),
-        }
-        for n in low_bit(led)
-        for i, row in enumerate(next(iter(led.runs[n].values()))["quantization"]["balance"])
-        for measure in row
-        if measure != "step"
     ]
 
 

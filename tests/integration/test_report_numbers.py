@@ -84,7 +84,7 @@ def test_every_number_of_every_table(files: ReportFiles, results: Path) -> None:
         elif slug not in NOT_COVERED:
             found.append(f"{slug}: no recomputation; write one in recomputed_tables.py")
     print(f"{numbers} numbers; not computed again here:", *(f"\n  {t}: {why}" for t, why in NOT_COVERED.items()))
-    assert numbers > 3000
+    assert numbers > 2500
     assert found == []
 
 
