@@ -76,7 +76,7 @@ def without_each(trained, adapted, sites, images) -> list[float]:
     target, modules, found = trained(images).log_softmax(1), dict(adapted_modules(adapted)), []
     for site in sites:
         rows = trained.get_submodule(site.module).weight[slice(*site.rows)]
-        update = dict(modules[site.module].adapters())[site.matrix].delta()
+        update = dict(modules[site.module].adapters())[site].delta()
         rows -= update
         found.append(float(F.kl_div(trained(images).log_softmax(1), target, reduction="batchmean", log_target=True)))
         rows += update

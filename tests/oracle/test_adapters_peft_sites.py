@@ -63,7 +63,7 @@ def test_the_fused_matrix_is_one_site(tiny_vit) -> None:
     model = wrapped(tiny_vit())
     assert list(site_adapters(model)) == [site.name for site in peft_sites(model)] == NAMES
     first = peft_sites(model)[0]
-    assert (first.block, first.matrix, first.in_features, first.out_features) == (0, "qkv", 64, 192)
+    assert (first.layer, first.kind, first.in_features, first.out_features) == (0, "qkv", 64, 192)
     adapter = site_adapters(model)["blocks.1.attn.out"]
     assert (adapter.rank, adapter.largest_rank, adapter.scale, adapter.pool) == (4, 64, 2.0, 1)
     assert list(adapter.parameters()) == [adapter.lora_A, adapter.lora_B]

@@ -251,7 +251,8 @@ def test_half_a_record_is_refused(tmp_path: Path) -> None:
     [
         (("seconds",), "long", "seconds"),
         (("status",), "perhaps", "status"),
-        (("sites", 0, "matrix"), "gate", "sites.0.matrix"),
+        (("sites", 0, "matrix"), "<b>", "sites.0.matrix"),
+        (("sites", 0, "role"), "head", "sites.0.role"),
         (("spec", "experiment", "qa_lora", "rank"), 0, "spec.experiment.qa_lora.rank"),
         (("spec", "threads"), None, "spec.threads"),
         (("invented",), 1, "invented"),

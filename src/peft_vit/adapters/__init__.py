@@ -6,6 +6,7 @@ from peft_vit.adapters.bias_correction import correct_young_triplets
 from peft_vit.adapters.injection import (
     Adapter,
     adapted_modules,
+    adapted_sites,
     attach_adapters,
     current_ranks,
     freeze_backbone,
@@ -23,7 +24,7 @@ from peft_vit.adapters.merging import (
     set_ranks,
     trained_tensors,
 )
-from peft_vit.adapters.peft_sites import PeftSite, peft_sites, vision_transformer
+from peft_vit.adapters.peft_sites import PeftSite, peft_sites
 from peft_vit.adapters.probe import Probe
 from peft_vit.adapters.quantized_merging import merge_by_requantizing, merge_into_offsets
 from peft_vit.adapters.resizable import check_resizable
@@ -36,6 +37,7 @@ __all__ = [
     "Probe",
     "SiteAdapter",
     "adapted_modules",
+    "adapted_sites",
     "adapter_bytes",
     "attach_adapters",
     "check_resizable",
@@ -56,6 +58,5 @@ __all__ = [
     "site_adapters",
     "trained_tensors",
     "update_ranks",
-    "vision_transformer",
     "without_updates",
 ]

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from peft_vit.adapters.adapted_linear import AdaptedLinear
-from peft_vit.adapters.injection import adapted_modules, current_ranks, site_of
-from peft_vit.adapters.peft_library import peft_layers_by_site, peft_ranks
+from peft_vit.adapters.injection import adapted_modules, current_ranks
+from peft_vit.adapters.peft_layers import peft_layers_by_site, peft_ranks
 from peft_vit.errors import UserError
 
 
@@ -36,8 +36,8 @@ def without_updates(model: nn.Module, sites: Collection[str]) -> Iterator[None]:
     if unknown:
         raise UserError(f"the model has no adapter on {unknown[0]}; name sites that have one", field="sites")
     with ExitStack() as stack:
-        for path, module in adapted_modules(model):
-            named = {matrix for matrix, _ in module.adapters() if site_of(path, matrix) in sites}
+        for _, module in adapted_modules(model):
+            named = {site.name for site, _ in module.adapters()}.intersection(sites)
             if named:
                 stack.enter_context(_skipping(module, named))
         for site, layer in peft_layers_by_site(model).items():
@@ -47,13 +47,13 @@ def without_updates(model: nn.Module, sites: Collection[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _skipping(module: AdaptedLinear, matrices: set[str]) -> Iterator[None]:
-    before = module.left_out
-    module.left_out = before.union(matrices)
+def _skipping(module: AdaptedLinear, sites: set[str]) -> Iterator[None]:
+    before = module.ablated
+    module.ablated = before.union(sites)
     try:
         yield
     finally:
-        module.left_out = before
+        module.ablated = before
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The module that takes the place of a timm Linear: a frozen weight, float or quantized, and the sites' adapters."""
+"""The module that takes the place of a Linear: a frozen weight, float or quantized, and the sites' adapters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from peft_vit.adapters.adapted_product import adapted_product
 from peft_vit.adapters.frozen_weight import FrozenWeight
 from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.adapters.probe import Probe
+from peft_vit.backbones import Site
 from peft_vit.quantization import QuantizedTensor, relative_error
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer whose rows carry one adapter (out, fc1, fc2) or three (query, key, value).
+    """A frozen linear layer whose rows carry one adapter, or several on slices (query, key, value).
 
     The weight in use is ``(1 - share) * float + share * quantized``. At share 1 for good (`drop_float`) only the
     packed weight is left.
@@ -31,21 +32,21 @@ class AdaptedLinear(nn.Module):
         self.bias = None if base.bias is None else nn.Parameter(base.bias.detach(), requires_grad=False)
         self.quantized: QuantizedTensor | None = None
         self.quantized_share = 0.0
-        self.sites = nn.ModuleDict()
-        self.rows: dict[str, slice] = {}
-        self.left_out: frozenset[str] = frozenset()  # matrices whose updates `without_updates` leaves out for now
+        self.sites = nn.ModuleDict()  # adapters, by the kind of their site
+        self._sites: dict[str, Site] = {}  # likewise
+        self.ablated: frozenset[str] = frozenset()  # names of sites whose updates `without_updates` skips for now
 
-    def add_site(self, matrix: str, rows: tuple[int, int], adapter: SiteAdapter) -> None:
-        """Put an adapter on rows [start, stop); all of a layer act on the same groups of inputs."""
+    def add_site(self, site: Site, adapter: SiteAdapter) -> None:
+        """Put an adapter on a site's rows; all of a layer act on the same groups of inputs."""
         if self.sites and adapter.pool != self.pool:
             raise ValueError(f"the layer's adapters pool {self.pool} inputs, this one {adapter.pool}")
-        self.sites[matrix] = adapter
-        self.rows[matrix] = slice(*rows)
+        self.sites[site.kind] = adapter
+        self._sites[site.kind] = site
 
     def remove_sites(self) -> None:
         """Leave a frozen linear layer without adapters."""
         self.sites = nn.ModuleDict()
-        self.rows = {}
+        self._sites = {}
 
     def set_quantized(self, quantized: QuantizedTensor) -> float:
         """Hold a packed copy of the weight beside the float one; return its relative error."""
@@ -71,8 +72,8 @@ class AdaptedLinear(nn.Module):
     def merged_weight(self) -> Tensor:
         """Return the weight with every update added, (out, in) float32."""
         total = self.frozen_weight()
-        for matrix, adapter in self.adapters():
-            total[self.rows[matrix]] += adapter.delta()
+        for site, adapter in self.adapters():
+            total[site.span] += adapter.delta()
         return total
 
     @property
@@ -80,17 +81,17 @@ class AdaptedLinear(nn.Module):
         """Return how many adjacent inputs share an update; 1 without adapters."""
         return next((adapter.pool for _, adapter in self.adapters()), 1)
 
-    def adapters(self) -> list[tuple[str, SiteAdapter]]:
-        """Return (matrix, adapter) of each site, in the order of the rows."""
-        return [(matrix, adapter) for matrix, adapter in self.sites.items() if isinstance(adapter, SiteAdapter)]
+    def adapters(self) -> list[tuple[Site, SiteAdapter]]:
+        """Return each site and its adapter, in the order of the rows."""
+        return [(self._sites[kind], one) for kind, one in self.sites.items() if isinstance(one, SiteAdapter)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        adapters = [(matrix, adapter) for matrix, adapter in self.adapters() if matrix not in self.left_out]
+        adapters = [(site.span, adapter) for site, adapter in self.adapters() if site.name not in self.ablated]
         updates: list[tuple[slice, SiteAdapter | Probe]]
-        updates = [(self.rows[matrix], adapter) for matrix, adapter in adapters if adapter.rank]
+        updates = [(span, adapter) for span, adapter in adapters if adapter.rank]
         if torch.is_grad_enabled():  # a probe adds exactly nothing and is there for its gradient alone
-            updates += [(self.rows[matrix], adapter.probe) for matrix, adapter in adapters if adapter.probe is not None]
+            updates += [(span, adapter.probe) for span, adapter in adapters if adapter.probe is not None]
         return adapted_product(x, self._frozen(), self.bias, updates, pool=self.pool)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

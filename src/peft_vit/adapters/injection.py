@@ -1,16 +1,17 @@
-"""Put adapters on a timm model's sites, and find them again."""
+"""Put adapters on a model's sites, and find them again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
 from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.low_rank import FactorStart, Parametrization, SiteAdapter
+from peft_vit.adapters.peft_layers import sites_of_layers
 from peft_vit.adapters.peft_sites import PeftSite, peft_site_adapters
-from peft_vit.backbones import Site, find_sites
+from peft_vit.backbones import Backbone, Site
 from peft_vit.errors import UserError
 from peft_vit.seeding import torch_generator
 
@@ -21,7 +22,7 @@ def freeze_backbone(model: nn.Module) -> None:
     """Leave only the classification head trainable."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    head: Any = model.get_classifier()  # type: ignore[operator]
+    head = Backbone(model).head
     if not any(True for _ in head.parameters()):
         raise UserError("the model has no classification head; create it with num_classes", field="num_classes")
     for parameter in head.parameters():
@@ -54,13 +55,13 @@ def attach_adapters(
     if next(iter(site_adapters(model)), None) is not None:
         raise UserError("the model already carries adapters; attach once", field="model")
     freeze_backbone(model)
-    order = {site.name: index for index, site in enumerate(find_sites(model))}
+    backbone = Backbone(model)
+    order = {name: index for index, name in enumerate(name for one in backbone.layout() for name in one.site_names())}
     for site in sites:
         module = model.get_submodule(site.module)
         if isinstance(module, nn.Linear):
             module = AdaptedLinear(module)
-            parent, _, child = site.module.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
+            model.set_submodule(site.module, module)
         assert isinstance(module, AdaptedLinear)
         adapter = SiteAdapter(
             site.in_features,
@@ -73,7 +74,7 @@ def attach_adapters(
             lambda_gain=lambda_gain,
             pool=pool,
         )
-        module.add_site(site.matrix, site.rows, adapter.to(next(model.parameters()).device))
+        module.add_site(site, adapter.to(next(model.parameters()).device))
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
@@ -86,20 +87,22 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 def site_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapter of each site by the site's name, block by block; PEFT's LoRA layers count as adapters."""
     found: dict[str, Adapter] = {**peft_site_adapters(model)}
-    for name, module in adapted_modules(model):
-        for matrix, adapter in module.adapters():
-            found[site_of(name, matrix)] = adapter
+    for _, module in adapted_modules(model):
+        for site, adapter in module.adapters():
+            found[site.name] = adapter
     return found
 
 
-def site_of(path: str, matrix: str) -> str:
-    """Return a site's name, `blocks.3.attn.query`, from the path of the module that carries its adapter.
-
-    Args:
-        path: `blocks.3.attn.qkv`, with whatever module the VisionTransformer lies in before it.
-        matrix: the site's.
-    """
-    return f"{path[path.rfind('blocks.') :].rpartition('.')[0]}.{matrix}"
+def adapted_sites(model: nn.Module) -> dict[str, Site]:
+    """Return the sites that carry an adapter of this package's or of the PEFT library's, by name, block by block."""
+    by_peft = sites_of_layers(model)
+    found: dict[str, Site] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            found |= {site.name: site for site, _ in module.adapters()}
+        elif name in by_peft:
+            found[by_peft[name].name] = by_peft[name]
+    return found
 
 
 def current_ranks(model: nn.Module) -> dict[str, int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters.injection import adapted_modules, current_ranks, site_adapters
 from peft_vit.adapters.low_rank import SiteAdapter
-from peft_vit.adapters.peft_library import check_plain, peft_factors, peft_layers
+from peft_vit.adapters.peft_layers import check_plain, peft_factors, peft_layers
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from safetensors import safe_open
 from torch import Tensor
 
+from peft_vit.backbones import Site
 from peft_vit.errors import UserError
-from peft_vit.records import SiteInfo
 from peft_vit.safe_io import read_bytes
 
 CONFIG_FILE = "adapter_config.json"
@@ -39,7 +39,7 @@ class PeftAdapter:
 
 
 def read_peft(
-    folder: Path, sites: Mapping[str, SiteInfo], head_shapes: Mapping[str, tuple[int, ...]] | None
+    folder: Path, sites: Mapping[str, Site], head_shapes: Mapping[str, tuple[int, ...]] | None
 ) -> PeftAdapter:
     """Read an adapter and check it against a model's shapes.
 

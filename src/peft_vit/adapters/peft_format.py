@@ -33,10 +33,10 @@ from peft_vit.adapters.injection import adapted_modules, freeze_backbone, site_a
 from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.adapters.merging import trained_tensors
 from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE, HEAD, PREFIX, TENSORS_FILE, read_peft
-from peft_vit.adapters.peft_library import check_plain, peft_factors, peft_layers
-from peft_vit.backbones import find_sites, fused_sites
+from peft_vit.adapters.peft_layers import check_plain, peft_factors, peft_layers
+from peft_vit.backbones import Site, find_sites, fused_sites
 from peft_vit.errors import SilentNoEffectWarning, UserError
-from peft_vit.records import SiteInfo, write_atomically
+from peft_vit.records import write_atomically
 from peft_vit.seeding import torch_generator
 
 _NO_MODULE = "dummy-target-modules"  # PEFT's name for "adapt nothing"
@@ -134,8 +134,8 @@ def _fused_factors(module: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
     lora_A = torch.cat([adapter.lora_A for _, adapter in adapters])  # (r, in)
     lora_B = lora_A.new_zeros(module.out_features, len(lora_A))  # (out, r)
     start = 0
-    for matrix, adapter in adapters:
-        lora_B[module.rows[matrix], start : start + adapter.rank] = adapter.left() * (adapter.scale / scale)
+    for site, adapter in adapters:
+        lora_B[site.span, start : start + adapter.rank] = adapter.left() * (adapter.scale / scale)
         start += adapter.rank
     return lora_A, lora_B, scale
 
@@ -189,7 +189,7 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bo
         _warn(f"the adapter of {folder} brings {theirs} and these images have {len(head['bias'])}: the head is fresh")
     for index, (name, (lora_A, lora_B, scale)) in enumerate(adapter.updates.items()):
         generator = torch_generator(seed, "adapter_init", index)
-        site_adapter = _attach(model, name, sites[name], scale=scale, generator=generator)
+        site_adapter = _attach(model, sites[name], scale=scale, generator=generator)
         device = site_adapter.lora_A.device
         site_adapter.lora_A, site_adapter.lora_B = nn.Parameter(lora_A.to(device)), nn.Parameter(lora_B.to(device))
 
@@ -207,21 +207,19 @@ def attach_fused(model: nn.Module, scales: Mapping[str, float], *, seed: int = 0
         seed: as above.
     """
     freeze_backbone(model)
-    modules = {site.name: (module, site) for module, site in fused_sites(find_sites(model)).items()}
+    sites = {site.name: site for site in fused_sites(find_sites(model)).values()}
     for index, (name, scale) in enumerate(scales.items()):
-        module, site = modules[name]
-        _attach(model, module, site, scale=scale, generator=torch_generator(seed, "adapter_init", index))
+        _attach(model, sites[name], scale=scale, generator=torch_generator(seed, "adapter_init", index))
 
 
-def _attach(model: nn.Module, name: str, site: SiteInfo, *, scale: float, generator: torch.Generator) -> SiteAdapter:
-    base = model.get_submodule(name)
+def _attach(model: nn.Module, site: Site, *, scale: float, generator: torch.Generator) -> SiteAdapter:
+    base = model.get_submodule(site.module)
     assert isinstance(base, nn.Linear)
     adapter = SiteAdapter(site.in_features, site.out_features, 0, scale=scale, generator=generator)
     adapter = adapter.to(base.weight.device)
-    parent, _, child = name.rpartition(".")
     module = AdaptedLinear(base)
-    module.add_site(site.matrix, (0, base.out_features), adapter)
-    setattr(model.get_submodule(parent), child, module)
+    module.add_site(site, adapter)
+    model.set_submodule(site.module, module)
     return adapter
 
 

@@ -17,20 +17,17 @@ only when it is asked for.
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft_vit.adapters.injection import freeze_backbone
-from peft_vit.backbones import find_sites, fused_sites
+from peft_vit.backbones import Backbone, find_sites, fused_sites
 from peft_vit.config import ExperimentConfig, Matrix, PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.seeding import torch_generator
-
-ADAPTER = "default"  # PEFT's name for a model's first adapter
 
 
 def require_peft() -> None:
@@ -103,61 +100,6 @@ def _attach(model: nn.Module, seed: int, config: Any) -> Any:
         torch.default_generator.manual_seed(torch_generator(seed, "adapter_init").initial_seed())
         tuner = peft.get_peft_model(model, config).base_model
     # The head is trained as it is: under modules_to_save PEFT would train a copy and keep the original as well.
-    for parameter in model.get_classifier().parameters():  # type: ignore[operator]
+    for parameter in Backbone(model).head.parameters():
         parameter.requires_grad_(True)
     return tuner
-
-
-def peft_layers(model: nn.Module) -> dict[str, Any]:
-    """Return PEFT's LoRA and AdaLoRA layers by the name of the module that they took the place of."""
-    if "peft" not in sys.modules:
-        return {}
-    from peft.tuners.lora import LoraLayer
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-
-
-def peft_layers_by_site(model: nn.Module) -> dict[str, Any]:
-    """Return the same layers by the name of the site, `blocks.3.attn.qkv`."""
-    layers = peft_layers(model)
-    sites = fused_sites(find_sites(model)) if layers else {}
-    return {sites[name].name: layer for name, layer in layers.items()}
-
-
-def peft_ranks(model: nn.Module) -> dict[str, int]:
-    """Return the rank of each site that PEFT adapts, `blocks.3.attn.qkv`: what its last mask left, or what it made."""
-    layers = peft_layers(model)
-    if not layers:
-        return {}
-    pattern = getattr(model.peft_config[ADAPTER], "rank_pattern", None) or {}  # type: ignore[index]
-    sites = fused_sites(find_sites(model))
-    # LoRA's pattern holds ranks that its layers have already; AdaLoRA's holds masks.
-    masks = {name.partition(".lora_E")[0]: mask for name, mask in pattern.items() if not isinstance(mask, int)}
-    return {sites[n].name: sum(masks[n]) if n in masks else layer.r[ADAPTER] for n, layer in layers.items()}
-
-
-def check_plain(name: str, layer: Any) -> None:
-    """Refuse a layer whose update is not scale * B A of one adapter.
-
-    Raises:
-        UserError: naming the module.
-    """
-    kinds = ("Linear", "SVDLinear")
-    more = layer.lora_variant or layer.merged or any(layer.lora_bias.values()) or list(layer.lora_A) != [ADAPTER]
-    if type(layer).__name__ not in kinds or more:
-        raise UserError(
-            f"PEFT computes more there than one plain LoRA or AdaLoRA named '{ADAPTER}'; use PEFT's own "
-            "save_pretrained or merge_and_unload",
-            field=name,
-        )
-
-
-@torch.no_grad()
-def peft_factors(layer: Any) -> tuple[Tensor, Tensor, float]:
-    """Return A (r, in), B (out, r) and the scale of a layer, so that dW = scale * B A; masked triplets are left out."""
-    if hasattr(layer, "lora_E"):
-        diagonal = layer.lora_E[ADAPTER].flatten()  # (r0,); a mask sets its triplets' to exactly 0
-        kept = diagonal != 0
-        left = (layer.lora_B[ADAPTER] * diagonal)[:, kept]
-        return layer.lora_A[ADAPTER][kept], left, layer.scaling[ADAPTER] / (float(layer.ranknum[ADAPTER]) + 1e-5)
-    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]

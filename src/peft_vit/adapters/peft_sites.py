@@ -1,26 +1,24 @@
-"""LoRA that the PEFT library has put into a timm VisionTransformer, seen as sites whose rank can change.
+"""LoRA that the PEFT library has put into a Vision Transformer, seen as sites whose rank can change.
 
 A LoRA layer of PEFT is one site, named as a block's matrices are here: `blocks.3.attn.qkv` (the fused matrix with one
-rank), `blocks.3.attn.out`, `blocks.3.mlp.fc1`, `blocks.3.mlp.fc2`. PEFT is not imported: without it a model has none.
+rank), `blocks.3.attn.out`, `blocks.3.mlp.fc1`, `blocks.3.mlp.fc2`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
+from peft_vit.backbones import Site
 from peft_vit.errors import UserError
-from peft_vit.records import SiteInfo
 
-_MATRIX = re.compile(r"blocks\.(\d+)\.(attn|mlp)\.(qkv|proj|fc1|fc2)")
 _STARTS = (True, False, "gaussian")  # other starts change the base's weights too, or allow some ranks only
 _generators: WeakKeyDictionary[nn.Module, torch.Generator] = WeakKeyDictionary()  # held by a layer it would bar copying
 
@@ -126,52 +124,24 @@ class PeftSite:
 
 
 class _Lora(NamedTuple):
-    """What PEFT has done to a model that holds a VisionTransformer."""
+    """What PEFT has done to a model."""
 
     config: Any  # of the first adapter
     adapters: tuple[str, ...]
     layers: dict[str, Any]  # every layer of PEFT's by its name, as PEFT's patterns match it
-    prefix: str  # of the VisionTransformer in these names
-
-    def site(self, key: str) -> SiteInfo | None:
-        """Return the site of a layer; None if it is no matrix of a block."""
-        found = _MATRIX.fullmatch(key.removeprefix(self.prefix))
-        if found is None:
-            return None
-        block, part, leaf = found.groups()
-        matrix: Any = "out" if leaf == "proj" else leaf
-        layer = self.layers[key]
-        return SiteInfo(
-            name=f"blocks.{block}.{part}.{matrix}",
-            block=int(block),
-            matrix=matrix,
-            in_features=layer.in_features,
-            out_features=layer.out_features,
-        )
+    sites: dict[str, Site]  # likewise; of layers on a block's matrices
 
 
 def _lora_of(model: nn.Module) -> _Lora | None:
     """Return what PEFT has done to a model; None if it has put no layers of LoRA's kind into it."""
-    peft = sys.modules.get("peft.tuners.lora.layer")
-    if peft is None or not any(isinstance(module, peft.LoraLayer) for module in model.modules()):
+    if not peft_layers(model):
         return None
     # PEFT keeps its configuration at the model that it was given too: the innermost holder.
     base: Any = next((module for module in reversed([*model.modules()]) if "peft_config" in vars(module)), None)
     if base is None:
         raise UserError("PEFT has put LoRA into it; hand over the model that get_peft_model returned", field="model")
-    vit = vision_transformer(base)
-    name = next(name for name, module in base.named_modules() if module is vit)
-    layers = {key: module for key, module in base.named_modules() if isinstance(module, peft.LoraLayer)}
     configs = base.peft_config
-    return _Lora(next(iter(configs.values())), tuple(configs), layers, f"{name}." if name else "")
-
-
-def vision_transformer(model: nn.Module) -> VisionTransformer:
-    """Return the timm VisionTransformer that a model is, or wraps."""
-    for module in model.modules():
-        if isinstance(module, VisionTransformer):
-            return module
-    raise UserError(f"{type(model).__name__} holds no timm VisionTransformer; no other class can be adapted")
+    return _Lora(next(iter(configs.values())), tuple(configs), peft_layers(base), sites_of_layers(base))
 
 
 def peft_site_adapters(model: nn.Module) -> dict[str, PeftSite]:
@@ -179,11 +149,10 @@ def peft_site_adapters(model: nn.Module) -> dict[str, PeftSite]:
     lora = _lora_of(model)
     if lora is None:
         return {}
-    sites = {key: lora.site(key) for key, layer in lora.layers.items() if _is_plain(layer)}
-    return {site.name: PeftSite(key, lora) for key, site in sites.items() if site}
+    return {site.name: PeftSite(key, lora) for key, site in lora.sites.items() if _is_plain(lora.layers[key])}
 
 
-def peft_sites(model: nn.Module) -> tuple[SiteInfo, ...]:
+def peft_sites(model: nn.Module) -> tuple[Site, ...]:
     """List the sites on which PEFT has put LoRA, block by block; none without PEFT.
 
     Raises:
@@ -202,18 +171,15 @@ def peft_sites(model: nn.Module) -> tuple[SiteInfo, ...]:
             f"use one of {', '.join(map(repr, _STARTS))}",
             field="init_lora_weights",
         )
-    sites = []
     for key, layer in lora.layers.items():
-        site = lora.site(key)
-        if site is None:
+        if key not in lora.sites:
             raise UserError(
                 r"PEFT has adapted it too, and it is no matrix of a block; narrow target_modules, e.g. to "
                 r"r'.*blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])'",
                 field=key,
             )
         _check_plain(key, layer)
-        sites.append(site)
-    return tuple(sites)
+    return tuple(lora.sites.values())
 
 
 def _is_plain(layer: Any) -> bool:

@@ -39,9 +39,9 @@ def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = N
                 field="model",
             )
         delta = torch.zeros(quantized.scales.shape, device=quantized.scales.device)  # (out, groups)
-        for matrix, adapter in module.adapters():
+        for site, adapter in module.adapters():
             left, right = adapter.factors()
-            delta[module.rows[matrix]] += left @ right
+            delta[site.span] += left @ right
         merged[name] = (module, quantized.with_offset_added(delta, offset_dtype, name=name))
     return _put_in_place(merged)
 

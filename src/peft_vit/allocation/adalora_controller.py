@@ -36,7 +36,6 @@ from peft_vit.adapters import (
     resize_adapters,
     set_ranks,
     site_adapters,
-    vision_transformer,
 )
 from peft_vit.allocation.budget import bounds_for, costs_for, schedule_for
 from peft_vit.allocation.importance import ImportanceTracker, mean_per_triplet
@@ -48,7 +47,6 @@ from peft_vit.allocation.protection import TripletAges, protected_minimum, shiel
 from peft_vit.allocation.strategies import Bounds, allocate, even_ranks
 from peft_vit.allocation.summary import layer_summary
 from peft_vit.allocation.tensor_tree import flatten, unflatten
-from peft_vit.backbones import tokens_per_image
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import DivergedError, UserError
 from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, history_rows
@@ -80,12 +78,13 @@ class AdaLoRAController:
         self.config = config
         self.total_steps = total_steps
         self.seed = seed
-        self.sites = place_adapters(model, config, seed=seed, pool=pool)
-        self.names = tuple(site.name for site in self.sites)
-        adapters = site_adapters(model)
-        shapes = [(one.in_features // one.pool, one.out_features) for one in adapters.values()]
-        self.costs = costs_for(config, shapes, tokens_per_image(vision_transformer(model)))
-        self.bounds = bounds_for(config, [adapter.largest_rank for adapter in adapters.values()], self.costs)
+        sites = place_adapters(model, config, seed=seed, pool=pool)
+        self.sites = tuple(site.info() for site in sites)
+        self.names = tuple(site.name for site in sites)
+        adapters = [site_adapters(model)[name] for name in self.names]
+        shapes = [(one.in_features // one.pool, one.out_features) for one in adapters]
+        self.costs = costs_for(config, shapes, [site.tokens for site in sites])
+        self.bounds = bounds_for(config, [adapter.largest_rank for adapter in adapters], self.costs)
         self.schedule = schedule_for(config, total_steps, self.bounds, self.costs)
         self.tracker = ImportanceTracker(
             config.importance_metric,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_vit.backbones import Site
+from peft_vit.backbones import Backbone, Site, evaluating, visit_blocks
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 from peft_vit.seeding import torch_generator
@@ -58,7 +58,7 @@ def fit_head(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[LinearHe
     """Fit logistic regression with an L2 penalty to the features that the model's own head would see.
 
     Args:
-        model: a timm VisionTransformer.
+        model: a Vision Transformer.
         images: (N, 3, S, S), normalised, on the model's device.
         labels: (N,) int64.
 
@@ -74,8 +74,9 @@ def fit_head(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[LinearHe
             f"the {len(labels)} calibration images are all of one class, so nothing can be measured on them; take more",
             field="qa_lora.adaptive_bits.calibration_images",
         )
+    backbone = Backbone(model)
     with _frozen(model), torch.no_grad():
-        features = torch.cat([_features(model, chunk) for chunk in images.split(_FORWARD_IMAGES)])
+        features = torch.cat([backbone.features(chunk) for chunk in images.split(_FORWARD_IMAGES)])
     centre = features.mean(0)
     spread = (features - centre).square().sum(1).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     fitted = LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000).fit(
@@ -101,7 +102,7 @@ def layer_losses(
     """Return the predicted rise of the loss, in nats, for each of a layer's formats.
 
     Args:
-        model: a timm VisionTransformer without adapters; is left as it was.
+        model: a Vision Transformer without adapters; is left as it was.
         formats: by module, `blocks.3.attn.qkv`: what it may be quantized to.
         images: calibration batch (N, 3, S, S) of training images, normalised, on the model's device.
         head: from `fit_head`.
@@ -138,23 +139,24 @@ def _divergences(
 ) -> dict[str, list[float]]:
     """Return mean KL(p || q); what lies before a layer's block is computed once."""
     low = {name: [quantize(_weight(model, name), one, name=name) for one in formats[name]] for name in formats}
-    blocks: Any = model.blocks
+    backbone = Backbone(model)
+    by_block = [[name for name in low if name.startswith(f"{block}.")] for block in backbone.blocks]
     totals = {name: [0.0] * len(candidates) for name, candidates in low.items()}
     for chunk in images.split(_FORWARD_IMAGES):
-        inputs: list[Tensor] = []
-        with blocks[0].register_forward_pre_hook(lambda _, given, into=inputs: into.append(given[0])):
-            target = head(_features(model, chunk)).double().log_softmax(1)
-        (x,) = inputs  # (N, T, D)
-        for place, block in enumerate(blocks):
-            for name, candidates in low.items():
-                if not name.startswith(f"blocks.{place}."):
-                    continue
-                for candidate, quantized in enumerate(candidates):
+        logits: dict[str, list[Tensor]] = {name: [] for name in low}
+
+        def visit(block: int, rest: Callable[[], Tensor], logits: dict[str, list[Tensor]] = logits) -> None:
+            for name in by_block[block]:
+                for quantized in low[name]:
                     with _weight_replaced(_weight(model, name), quantized.dequantize()):
-                        logits = head(_from_block(model, place, x)).double().log_softmax(1)
-                    divergence = F.kl_div(logits, target, reduction="sum", log_target=True)
-                    totals[name][candidate] += float(divergence) / len(images)
-            x = block(x)
+                        logits[name].append(head(rest()))
+
+        features = visit_blocks(backbone, lambda chunk=chunk: backbone.features(chunk), visit)
+        target = head(features).double().log_softmax(1)
+        for name, found in logits.items():
+            for candidate, one in enumerate(found):
+                divergence = F.kl_div(one.double().log_softmax(1), target, reduction="sum", log_target=True)
+                totals[name][candidate] += float(divergence) / len(images)
     return totals
 
 
@@ -227,6 +229,7 @@ def _sample_gradients(
         head: makes logits of features.
         loss: of a batch's logits and its place among the images: a sum over them.
     """
+    backbone = Backbone(model)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -240,25 +243,13 @@ def _sample_gradients(
     try:
         for start in range(0, len(images), _BACKWARD_IMAGES):
             part = slice(start, start + _BACKWARD_IMAGES)
-            loss(head(_features(model, images[part].clone().requires_grad_())), part).backward()
+            loss(head(backbone.features(images[part].clone().requires_grad_())), part).backward()
             for name in modules:
                 for gradient, x in zip(*seen.pop(name), strict=True):  # (T, out), (T, in)
                     yield name, gradient.T @ x
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _features(model: Any, images: Tensor) -> Tensor:
-    """Return what the head sees, (N, width)."""
-    features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
-    return features
-
-
-def _from_block(model: Any, place: int, x: Tensor) -> Tensor:
-    """Return the features that follow from the tokens (N, T, D) in front of a block."""
-    features: Tensor = model.forward_head(model.norm(model.blocks[place:](x)), pre_logits=True)
-    return features
 
 
 def _weight(model: nn.Module, module: str) -> Tensor:
@@ -279,13 +270,12 @@ def _weight_replaced(own: Tensor, other: Tensor) -> Iterator[None]:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode without trainable parameters for a while."""
-    was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval()
+    trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        model.train(was_training)
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -75,7 +75,7 @@ class BudgetSchedule:
         return self.total + (self.initial - self.total) * left**3 // span**3
 
 
-def costs_for(config: AdaLoraConfig, shapes: Sequence[tuple[int, int]], tokens: int) -> Ints:
+def costs_for(config: AdaLoraConfig, shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> Ints:
     """Return what one rank of each site costs in the unit of the budget, (sites,).
 
     A triplet of a site holds (in / pool) + out trained values, in the svd form one more. In ranks each triplet costs
@@ -85,13 +85,15 @@ def costs_for(config: AdaLoraConfig, shapes: Sequence[tuple[int, int]], tokens: 
     Args:
         config: the `adalora` section.
         shapes: of each site: inputs of its A, which are in / pool, and outputs.
-        tokens: of one image, prefix tokens included; each passes through every site.
+        tokens: of one image that pass through each site.
     """
     unit = config.budget.unit
     if unit == "ranks":
         return np.ones(len(shapes), dtype=np.int64)
     values = np.array(shapes, dtype=np.int64).sum(axis=1) + (config.parametrization == "svd")
-    return values * {"parameters": 1, "bytes": 4, "macs": tokens}[unit]
+    if unit == "macs":
+        return values * np.array(tokens, dtype=np.int64)
+    return values * {"parameters": 1, "bytes": 4}[unit]
 
 
 def schedule_for(config: AdaLoraConfig, total_steps: int, bounds: Bounds, costs: Ints) -> BudgetSchedule:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from peft_vit.adapters import attach_adapters, peft_sites, site_adapters
-from peft_vit.backbones import find_sites
+from peft_vit.adapters import adapted_sites, attach_adapters, peft_sites, site_adapters
+from peft_vit.backbones import Site, find_sites
 from peft_vit.config import FUSED, AdaLoraConfig, AdapterConfig
 from peft_vit.errors import UserError
-from peft_vit.records import SiteInfo
 
 _STATED = ("scale", "parametrization", "factor_start", "lambda_gain")
 
 
-def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool: int = 1) -> tuple[SiteInfo, ...]:
+def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool: int = 1) -> tuple[Site, ...]:
     """Return the sites that carry adapters, block by block; on a plain model they are put there first, at rank 0.
 
     Raises:
@@ -41,14 +40,15 @@ def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool: 
     different = set(site_adapters(model)) ^ {site.name for site in sites}
     if different:
         raise UserError(f"the model's adapters and adalora.targets differ at {min(different)}", field="adalora.targets")
-    return tuple(site.info() for site in sites)
+    return sites
 
 
 def _check_own(model: nn.Module, config: AdaLoraConfig, pool: int) -> None:
     """Refuse adapters of ours that compute something else than the settings say."""
     stated = {f"adalora.{name}": getattr(config, name) for name in _STATED} | {"pool": pool}
+    sites = adapted_sites(model)
     for name, adapter in site_adapters(model).items():
-        if name.endswith(".qkv"):
+        if sites[name].kind == "qkv":
             raise UserError(
                 "query, key and value share this adapter, as import_peft attaches it, and can't have ranks of their "
                 "own; hand over a plain model, or one that peft.PeftModel.from_pretrained has wrapped",
@@ -76,12 +76,11 @@ def _check_peft(model: nn.Module, config: AdaLoraConfig, pool: int) -> None:
 
 def check_stays(model: nn.Module, config: AdapterConfig, section: str) -> None:
     """Refuse a scale or targets that were set and say otherwise what the model's adapters have decided."""
-    adapters = site_adapters(model)
-    scales = sorted({adapter.scale for adapter in adapters.values()})
+    scales = sorted({adapter.scale for adapter in site_adapters(model).values()})
     if "scale" in config.model_fields_set and scales != [config.scale]:
         stated = ", ".join(map(str, scales))
         raise UserError(f"the model's adapters have {stated}; leave it out", field=f"{section}.scale")
-    matrices = {name.rpartition(".")[2] for name in adapters}
-    adapted = matrices - {"qkv"} | (set(FUSED) if "qkv" in matrices else set())
+    kinds = {site.kind for site in adapted_sites(model).values()}
+    adapted = kinds - {"qkv"} | (set(FUSED) if "qkv" in kinds else set())
     if "targets" in config.model_fields_set and set(config.targets) != adapted:
         raise UserError(f"adapters are on {', '.join(sorted(adapted))}; leave it out", field=f"{section}.targets")

@@ -10,8 +10,6 @@ import numpy as np
 from peft_vit.config import SITE_MATRICES
 from peft_vit.records import SiteInfo
 
-ATTENTION = ("qkv", "query", "key", "value", "out")
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -24,9 +22,10 @@ class Grid:
     @classmethod
     def of(cls, sites: Sequence[SiteInfo]) -> Grid:
         """Lay out the sites of a run."""
-        present = {site.matrix for site in sites}
+        present = dict.fromkeys(site.matrix for site in sites)
         blocks = tuple(sorted({site.block for site in sites}))
-        return cls(blocks, tuple(m for m in SITE_MATRICES if m in present), tuple(sites))
+        matrices = [m for m in (*SITE_MATRICES, *present) if m in present]
+        return cls(blocks, tuple(dict.fromkeys(matrices)), tuple(sites))
 
     def fill(self, values: Mapping[str, float]) -> np.ndarray:
         """Return (blocks, matrices); NaN where no value was recorded."""
@@ -42,4 +41,5 @@ class Grid:
 
     def is_attention(self) -> np.ndarray:
         """Return (matrices,) whether a column belongs to attention rather than to the MLP."""
-        return np.array([matrix in ATTENTION for matrix in self.matrices])
+        roles = {site.matrix: site.role for site in self.sites}
+        return np.array([roles[matrix] == "attention" for matrix in self.matrices])

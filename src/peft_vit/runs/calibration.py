@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
 from peft_vit.allocation import check_fisher
-from peft_vit.backbones import load_run_backbone
-from peft_vit.config import ExperimentConfig, TrainingConfig
+from peft_vit.backbones import Weights, load_run_backbone, read_weights
+from peft_vit.config import BackboneConfig, ExperimentConfig, TrainingConfig
 from peft_vit.data import Data
 from peft_vit.records import FisherCheck, RunSpec
 from peft_vit.training import AllocationHook, ChosenBits, QALoRATrainer, Setting, StepHook, allocate_bits, class_weights
@@ -42,17 +42,30 @@ def choose_bits(
 
 
 def measure_balance(
-    trainer: QALoRATrainer, model: nn.Module, data: Data, spec: RunSpec, setting: Setting
+    trainer: QALoRATrainer,
+    model: nn.Module,
+    data: Data,
+    spec: RunSpec,
+    setting: Setting,
+    read: Callable[[BackboneConfig], Weights] = read_weights,
 ) -> dict[str, float]:
     """Measure the balance of quantization and adaptation; the trainer keeps it.
 
-    The float weights are gone by then: they are read again from where the backbone came from.
+    The float weights are gone by then: they are taken from where the backbone's came from.
+
+    Args:
+        trainer: of the run.
+        model: as it was trained.
+        data: of the run.
+        spec: of the run.
+        setting: of the run.
+        read: gets the backbone's weights, see `load_backbone`.
 
     Returns:
         Its seconds by purpose.
     """
     started = time.perf_counter()
-    floats = load_run_backbone(spec, len(data.class_names)).model.state_dict()
+    floats = load_run_backbone(spec, len(data.class_names), read).model.state_dict()
     images, _ = calibration_batch(data, setting, spec.seed, _IMAGES)
     trainer.validate_quantization_adaptation_balance(model, reference=floats, images=images)
     return {"balance": time.perf_counter() - started}

@@ -7,7 +7,7 @@ import hashlib
 import platform
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from peft_vit.adapters import adapter_bytes, current_ranks
+from peft_vit.adapters import adapted_sites, adapter_bytes, current_ranks
 from peft_vit.adapters.peft_files import doubts_about, peft_sha256
-from peft_vit.adapters.peft_library import load_peft, peft_ranks
-from peft_vit.backbones import (
-    LoadedBackbone,
-    Site,
-    Weights,
-    choose_attention,
-    find_sites,
-    fused_sites,
-    load_run_backbone,
-    read_weights,
-)
-from peft_vit.config import SITE_MATRICES, BackboneConfig
+from peft_vit.adapters.peft_layers import peft_ranks
+from peft_vit.adapters.peft_library import load_peft
+from peft_vit.backbones import LoadedBackbone, Weights, choose_attention, load_run_backbone, read_weights
+from peft_vit.config import BackboneConfig
 from peft_vit.data import Data, LabelledImages, load_data
 from peft_vit.errors import (
     DataWarning,
@@ -63,7 +55,6 @@ from peft_vit.records import (
     Registration,
     RunRecord,
     RunSpec,
-    SiteInfo,
     StepRow,
 )
 from peft_vit.runs.calibration import calibrate_fisher, choose_bits, measure_balance
@@ -187,7 +178,6 @@ def _execute(
     model = backbone.model.to(device)
     choose_attention(model, device, spec.precision)
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
-    sites = find_sites(model)
     config = spec.experiment.training
     total_steps = spec.experiment.total_steps(len(data.train))
     setting = Setting(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
@@ -206,6 +196,7 @@ def _execute(
     provenance = attempt.begin(_provenance(spec, data, backbone, device), bits, bits_s)
     _say_doubts(spec, provenance, data)
     initial_ranks = current_ranks(model) | peft_ranks(model)
+    sites = [site.info() for site in adapted_sites(model).values()]
     memory.prepared()
     head = start_head(model, spec, attempt, data, hooks, setting)
     if spec.experiment.is_probe:
@@ -231,13 +222,13 @@ def _execute(
     # Before the float weights come back for a comparison.
     memory_bytes = {"peak_memory_bytes": attempt.peak_memory_bytes, "own_memory_bytes": attempt.own_memory_bytes}
     trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
-    balance_s = {} if trainer is None else measure_balance(trainer, model, data, spec, setting)
+    balance_s = {} if trainer is None else measure_balance(trainer, model, data, spec, setting, read)
     measured, measures_s = take_measures(model, backbone, data, spec, setting)
     outcome = {
         "status": "done",
         "provenance": provenance,
         **_images(data),
-        "sites": _adapted(sites, initial_ranks),
+        "sites": sites,
         **_histories(hooks, initial_ranks),
         "fisher_check": fisher_check,
         "bit_allocation": None if bits is None else bits.record,
@@ -280,7 +271,6 @@ def _predict(
 def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:
     commit, dirty = loaded_git_state()
     start = spec.experiment.start
-    head: nn.Module = backbone.model.get_classifier()  # type: ignore[operator]
     training = spec.experiment.training
     steps = 0 if spec.experiment.is_probe else spec.experiment.total_steps(len(data.train))
     epochs = -(-steps // steps_per_epoch(len(data.train), training.batch_size))
@@ -300,7 +290,7 @@ def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: tor
         random_weights=backbone.random_weights,
         data_sha256=data.data_sha256,
         split_sha256=data.split_sha256,
-        head_init_sha256=hash_arrays(head.parameters()),
+        head_init_sha256=hash_arrays(backbone.backbone.head.parameters()),
         data_order_sha256=hash_arrays(orders),
         start_sha256=None if start is None else peft_sha256(Path(start)),
     )
@@ -325,13 +315,6 @@ def _images(data: Data) -> dict[str, Any]:
         "split_sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
         "majority_accuracy": {"validation": validation, "test": float(data.test.class_counts().max() / len(data.test))},
     }
-
-
-def _adapted(sites: Sequence[Site], ranks: Mapping[str, int]) -> list[SiteInfo]:
-    """Return the sites that carry adapters, block by block; a fused matrix may be one of them, or its parts."""
-    known = [*fused_sites(sites).values(), *(site.info() for site in sites)]
-    adapted = {site.name: site for site in known if site.name in ranks}
-    return sorted(adapted.values(), key=lambda site: (site.block, SITE_MATRICES.index(site.matrix)))
 
 
 def _histories(hooks: Sequence[StepHook], initial_ranks: dict[str, int]) -> dict[str, Any]:

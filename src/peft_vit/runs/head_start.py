@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from peft_vit.backbones import Backbone
 from peft_vit.data import Data, LabelledImages
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.records import RunSpec
@@ -67,7 +68,7 @@ def start_head(
         setting: where the model runs.
     """
     training = spec.experiment.training
-    head = cast(nn.Linear, model.get_classifier())  # type: ignore[operator]
+    head = cast(nn.Linear, Backbone(model).head)
     features = SharedFeatures(model, spec, attempt.provenance, hooks, setting)
     if attempt.goes_on or not (spec.experiment.is_probe or training.head_start == "probe"):
         return HeadStart(head, features, setting, None, {})

@@ -27,7 +27,6 @@ from peft_vit.backbones import BackboneShape, Site, find_sites, fused_sites
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, Matrix, QaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
-from peft_vit.records import SiteInfo
 from peft_vit.training import (
     AllocationHook,
     PeftAdaLoraHook,
@@ -200,17 +199,17 @@ def rank_course(adalora: AdaLoraConfig, pool: int, shape: BackboneShape, total_s
     """
     sites = chosen(shape.sites, adalora.targets)
     shapes = [(site.in_features // pool, site.out_features) for site in sites]
-    costs = costs_for(adalora, shapes, shape.tokens)
+    costs = costs_for(adalora, shapes, [site.tokens for site in sites])
     bounds = bounds_for(adalora, [min(sides) for sides in shapes], costs)
     return RankCourse(sites, costs, bounds, schedule_for(adalora, total_steps, bounds, costs))
 
 
 def chosen(sites: Sequence[Site], targets: Sequence[Matrix]) -> list[Site]:
     """Return the sites on matrices that are wanted."""
-    return [site for site in sites if site.matrix in targets]
+    return [site for site in sites if site.kind in targets]
 
 
-def _check_rank(field: str, site: Site | SiteInfo, rank: int, pool: int) -> None:
+def _check_rank(field: str, site: Site, rank: int, pool: int) -> None:
     try:
         check_rank(site.name, site.in_features, site.out_features, rank, pool)
     except UserError as error:

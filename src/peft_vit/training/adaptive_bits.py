@@ -138,7 +138,7 @@ def _warn_of_no_effect(formats: dict[str, QuantizationFormat], ranks: dict[str, 
 
 def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
     assert config.adaptive_bits is not None
-    wanted = [site for site in sites if site.matrix in config.targets]
+    wanted = [site for site in sites if site.kind in config.targets]
     for site in wanted:
         check_rank(site.name, site.in_features, site.out_features, 0, config.pool)
     candidates = [format_of(config, type) for type in config.adaptive_bits.types]

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from peft_vit.backbones import Backbone
 from peft_vit.config import PROBE_L2
 from peft_vit.data import LabelledImages
 from peft_vit.evaluation import measure
@@ -146,9 +147,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watched_head(model: nn.Module) -> Iterator[list[Tensor]]:
-    head: nn.Module = model.get_classifier()  # type: ignore[operator]
     seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    handle = Backbone(model).head.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
     try:
         yield seen
     finally:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters.peft_library import ADAPTER, attach_peft_adalora, peft_layers, peft_ranks
+from peft_vit.adapters.peft_layers import ADAPTER, peft_layers, peft_ranks
+from peft_vit.adapters.peft_library import attach_peft_adalora
 from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.config import PeftAdaLoraConfig
 from peft_vit.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from peft_vit.adapters import adapted_modules, site_adapters
-from peft_vit.adapters.peft_library import ADAPTER, peft_layers, peft_ranks
+from peft_vit.adapters.peft_layers import ADAPTER, peft_layers, peft_ranks
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from peft_vit.adapters import (
     peft_sites,
     site_adapters,
 )
-from peft_vit.adapters.peft_library import peft_layers
+from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
 from peft_vit.allocation.placement import check_stays
 from peft_vit.backbones import find_sites
 from peft_vit.config import QaLoraConfig, QuantizationType
@@ -34,16 +34,15 @@ class QuantizedLayer(NamedTuple):
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Return the layers that carry adapters by timm's name, `blocks.3.attn.qkv`, whatever the model is wrapped in."""
-    adapters, layers = site_adapters(model), {}
-    for path, module in adapted_modules(model):
-        name = path[path.rfind("blocks.") :].removesuffix(".base_layer")  # PEFT's name for what it has adapted
-        stem, _, leaf = name.rpartition(".")
-        updates: list[tuple[slice, Adapter]] = [(module.rows[matrix], adapter) for matrix, adapter in module.adapters()]
-        by_peft = adapters.get(f"{stem}.{'out' if leaf == 'proj' else leaf}")
-        if not updates and by_peft is not None:
-            updates = [(slice(0, module.out_features), by_peft)]
-        layers[name] = QuantizedLayer(module, tuple(updates))
+    """Return the layers that carry adapters by the model's name, `blocks.3.attn.qkv`, whatever it is wrapped in."""
+    layers = {}
+    for _, module in adapted_modules(model):
+        if own := module.adapters():
+            layers[own[0][0].module] = QuantizedLayer(module, tuple((site.span, adapter) for site, adapter in own))
+    adapters, by_peft = site_adapters(model), peft_layers(model)
+    for name, site in sites_of_layers(model).items():
+        if isinstance(base := by_peft[name].base_layer, AdaptedLinear):
+            layers[site.module] = QuantizedLayer(base, ((site.span, adapters[site.name]),))
     return layers
 
 

@@ -23,7 +23,7 @@ RATE = 1e-2
 @pytest.fixture
 def model(tiny_vit) -> nn.Module:
     model = tiny_vit(depth=1)
-    site = Site(SITE, 0, "fc1", SITE, (0, 128), 64, 128)
+    site = Site(SITE, SITE, (0, 128), 0, "fc1", "mlp", 64, 128, tokens=17)
     attach_adapters(model, [site], {SITE: 2}, scale=2.0, seed=0)
     return model
 

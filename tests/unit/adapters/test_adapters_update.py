@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from loose_sites import loose_site
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -100,18 +101,18 @@ def one_layer(parametrization: str, pool: int, *, bias: bool = True) -> AdaptedL
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        layer.add_site(matrix, (4 * index, 4 * index + 4), adapter)
+        layer.add_site(loose_site(matrix, (4 * index, 4 * index + 4), 8), adapter)
     return layer
 
 
 def plain_formula(layer: AdaptedLinear, x: Tensor) -> Tensor:
     output = F.linear(x, layer.weight, layer.bias)
     parts = []
-    for matrix, adapter in layer.sites.items():
+    for site, adapter in layer.adapters():
         inner = x.unflatten(-1, (-1, adapter.pool)).sum(-1) @ adapter.lora_A.T
         if adapter.lora_lambda is not None:
             inner = inner * adapter.lora_lambda
-        parts.append(output[..., layer.rows[matrix]] + SCALE * inner @ adapter.lora_B.T)
+        parts.append(output[..., site.span] + SCALE * inner @ adapter.lora_B.T)
     return torch.cat(parts, -1)
 
 
@@ -136,7 +137,7 @@ def test_gradients_equal_those_of_the_plain_formula(parametrization, pool, bias)
 @pytest.mark.parametrize(("parametrization", "pool"), [("product", 1), ("svd", 2)])
 def test_gradcheck(parametrization, pool) -> None:
     layer = one_layer(parametrization, pool).double()
-    updates = [(layer.rows[matrix], adapter) for matrix, adapter in layer.adapters() if adapter.rank]
+    updates = [(site.span, adapter) for site, adapter in layer.adapters() if adapter.rank]
     trained = [p for _, adapter in updates for p in adapter.parameters()]
 
     def function(x: Tensor, *_: Tensor) -> Tensor:

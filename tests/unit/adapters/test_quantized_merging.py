@@ -53,7 +53,7 @@ def trained(
     """Return a quantized copy with adapters whose factors are random, none of them zero."""
     model = copy.deepcopy(plain)
     sites = find_sites(model)
-    ranks = {site.name: 0 if site.matrix == "key" else 1 + index % 3 for index, site in enumerate(sites)}
+    ranks = {site.name: 0 if site.kind == "key" else 1 + index % 3 for index, site in enumerate(sites)}
     attach_adapters(model, sites, ranks, scale=SCALE, seed=0, pool=pool, parametrization=parametrization)  # type: ignore[arg-type]
     for _, module in adapted_modules(model):
         assert module.weight is not None
@@ -84,10 +84,10 @@ def merged_in_numpy(module: AdaptedLinear, pool: int) -> NDArray[np.float64]:
     weight = values * quantized.scales.double().numpy().repeat(size, 1)
     if quantized.offsets is not None:
         weight += quantized.offsets.double().numpy().repeat(size, 1)
-    for matrix, adapter in module.adapters():
+    for site, adapter in module.adapters():
         factors = {name: p.detach().double().numpy() for name, p in adapter.named_parameters()}
         left = factors["lora_B"] * factors.get("lora_lambda", 1.0)
-        weight[module.rows[matrix]] += SCALE * (left @ factors["lora_A"]).repeat(pool, 1)
+        weight[site.span] += SCALE * (left @ factors["lora_A"]).repeat(pool, 1)
     return weight
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from loose_sites import loose_site
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,7 +46,7 @@ def layer_of(
             pool=pool,
             lambda_gain=1.5,
         )
-        layer.add_site(matrix, (HEAD * index, HEAD * index + HEAD), adapter)
+        layer.add_site(loose_site(matrix, (HEAD * index, HEAD * index + HEAD), IN), adapter)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -137,10 +138,10 @@ def test_a_trained_bias_and_an_input_without_gradient(pool) -> None:
 
 def test_adapters_of_other_groups_in_one_layer_are_refused() -> None:
     layer = AdaptedLinear(nn.Linear(IN, 2 * HEAD))
-    generator = torch.Generator()
-    layer.add_site("query", (0, HEAD), SiteAdapter(IN, HEAD, 1, scale=1.0, generator=generator, pool=8))
+    of_8, of_4 = (SiteAdapter(IN, HEAD, 1, scale=1.0, generator=torch.Generator(), pool=pool) for pool in (8, 4))
+    layer.add_site(loose_site("query", (0, HEAD), IN), of_8)
     with pytest.raises(ValueError, match="pool 8 inputs, this one 4"):
-        layer.add_site("key", (HEAD, 2 * HEAD), SiteAdapter(IN, HEAD, 1, scale=1.0, generator=generator, pool=4))
+        layer.add_site(loose_site("key", (HEAD, 2 * HEAD), IN), of_4)
 
 
 @dataclass

@@ -95,6 +95,7 @@ def test_budgets_that_the_sites_cannot_meet_are_refused(settings, message) -> No
 
 
 SHAPES = [(384, 384), (384, 384), (384, 1536), (1536, 384)]  # query, out, fc1, fc2 of ViT-S
+TOKENS = [37] * 4
 
 
 @pytest.mark.parametrize(
@@ -108,17 +109,22 @@ SHAPES = [(384, 384), (384, 384), (384, 1536), (1536, 384)]  # query, out, fc1, 
     ],
 )
 def test_what_a_rank_costs(settings, costs) -> None:
-    assert costs_for(config(**{"total_rank_budget": None, **settings}), SHAPES, 37).tolist() == costs
+    assert costs_for(config(**{"total_rank_budget": None, **settings}), SHAPES, TOKENS).tolist() == costs
+
+
+def test_macs_count_the_tokens_of_each_site() -> None:
+    settings = config(total_rank_budget=None, total_mac_budget=400_000)
+    assert costs_for(settings, SHAPES, [49, 49, 196, 1]).tolist() == [49 * 768, 49 * 768, 196 * 1920, 1920]
 
 
 def test_grouped_inputs_cost_less() -> None:
     settings = config(total_rank_budget=None, total_parameter_budget=9000)
-    assert costs_for(settings, [(384 // 32, 384)], 37).tolist() == [396]
+    assert costs_for(settings, [(384 // 32, 384)], [37]).tolist() == [396]
 
 
 def test_bounds_and_course_in_parameters() -> None:
     settings = config(total_rank_budget=None, total_parameter_budget=9000, minimum_rank=1)
-    costs = costs_for(settings, SHAPES, 37)
+    costs = costs_for(settings, SHAPES, TOKENS)
     bounds = bounds_for(settings, [384] * 4, costs)
     assert schedule_for(settings, 48, bounds, costs).initial == 13500
     small = config(total_rank_budget=None, total_parameter_budget=800)
@@ -140,7 +146,7 @@ def test_bounds_and_course_in_parameters() -> None:
 def test_budgets_in_other_units_that_the_sites_cannot_meet_are_refused(settings, message) -> None:
     settings = config(total_rank_budget=None, **settings)
     with pytest.raises(UserError, match=message):
-        bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, 37))
+        bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,7 @@ def test_budgets_in_other_units_that_the_sites_cannot_meet_are_refused(settings,
 def test_settings_that_leave_nothing_to_decide_are_refused(settings, message) -> None:
     settings = config(**settings)
     with pytest.raises(UserError, match=message):
-        bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, 37))
+        bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,7 @@ def test_settings_that_leave_nothing_to_decide_are_refused(settings, message) ->
 )
 def test_the_least_that_is_left_to_decide(settings) -> None:
     settings = config(**settings)
-    assert len(bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, 37)).minimum) == 4
+    assert len(bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, TOKENS)).minimum) == 4
 
 
 def test_an_initial_budget_beyond_the_sites_is_refused() -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from allocation_runs import backward, config, optimizer_of, start, train_step
+from loose_sites import loose_site
 from torch.nn import functional as F
 
 from peft_vit.adapters import (
@@ -300,7 +301,7 @@ def test_a_pooled_probe_feels_the_gradient_summed_over_groups() -> None:
     generator = torch.Generator().manual_seed(0)
     layer = AdaptedLinear(torch.nn.Linear(32, 10))
     adapter = SiteAdapter(32, 10, 0, scale=2.0, generator=generator, pool=8)
-    layer.add_site("out", (0, 10), adapter)
+    layer.add_site(loose_site("out", (0, 10), 32), adapter)
     adapter.probe = probe = Probe(4, 10, 3, generator=generator, device=torch.device("cpu"))
     x, to_output = torch.randn(5, 32, generator=generator), torch.randn(5, 10, generator=generator)
     (layer(x) * to_output).sum().backward()

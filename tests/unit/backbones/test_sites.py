@@ -30,20 +30,22 @@ def test_dinov2_small_has_72_sites_in_order() -> None:
     sites = find_sites(_meta("vit_small_patch14_dinov2"))
     parts = ("attn.query", "attn.key", "attn.value", "attn.out", "mlp.fc1", "mlp.fc2")
     assert [s.name for s in sites] == [f"blocks.{b}.{part}" for b in range(12) for part in parts]
-    assert [s.block for s in sites] == [b for b in range(12) for _ in range(6)]
-    assert [s.matrix for s in sites] == list(MATRICES) * 12
+    assert [s.layer for s in sites] == [b for b in range(12) for _ in range(6)]
+    assert [s.kind for s in sites] == list(MATRICES) * 12
+    assert [s.role for s in sites] == ["attention", "attention", "attention", "attention", "mlp", "mlp"] * 12
+    assert {s.tokens for s in sites} == {37 * 37 + 1}  # 518 px, patches of 14, a class token
 
 
 def test_deit_tiny_rows_and_shapes() -> None:
     sites = find_sites(_meta("deit_tiny_patch16_224"))
     assert len(sites) == 72
     assert sites[18:24] == (
-        Site("blocks.3.attn.query", 3, "query", "blocks.3.attn.qkv", (0, 192), 192, 192),
-        Site("blocks.3.attn.key", 3, "key", "blocks.3.attn.qkv", (192, 384), 192, 192),
-        Site("blocks.3.attn.value", 3, "value", "blocks.3.attn.qkv", (384, 576), 192, 192),
-        Site("blocks.3.attn.out", 3, "out", "blocks.3.attn.proj", (0, 192), 192, 192),
-        Site("blocks.3.mlp.fc1", 3, "fc1", "blocks.3.mlp.fc1", (0, 768), 192, 768),
-        Site("blocks.3.mlp.fc2", 3, "fc2", "blocks.3.mlp.fc2", (0, 192), 768, 192),
+        Site("blocks.3.attn.query", "blocks.3.attn.qkv", (0, 192), 3, "query", "attention", 192, 192, 197),
+        Site("blocks.3.attn.key", "blocks.3.attn.qkv", (192, 384), 3, "key", "attention", 192, 192, 197),
+        Site("blocks.3.attn.value", "blocks.3.attn.qkv", (384, 576), 3, "value", "attention", 192, 192, 197),
+        Site("blocks.3.attn.out", "blocks.3.attn.proj", (0, 192), 3, "out", "attention", 192, 192, 197),
+        Site("blocks.3.mlp.fc1", "blocks.3.mlp.fc1", (0, 768), 3, "fc1", "mlp", 192, 768, 197),
+        Site("blocks.3.mlp.fc2", "blocks.3.mlp.fc2", (0, 192), 3, "fc2", "mlp", 768, 192, 197),
     )
 
 
@@ -73,7 +75,7 @@ def test_slice_is_the_matrix_it_is_called(
 
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
     images = torch.randn(1, 3, 32, 32)
-    site = next(s for s in find_sites(tiny, (matrix,)) if s.block == 2)
+    site = next(s for s in find_sites(tiny, (matrix,)) if s.layer == 2)
     with torch.no_grad():
         tiny(images)
         tiny.get_submodule(site.module).weight[slice(*site.rows)] += 0.1
@@ -84,7 +86,7 @@ def test_slice_is_the_matrix_it_is_called(
 
 def test_targets_select_and_keep_the_order(tiny: nn.Module) -> None:
     sites = find_sites(tiny, ("fc2", "query"))
-    assert [s.matrix for s in sites] == ["query", "fc2"] * len(tiny.blocks)
+    assert [s.kind for s in sites] == ["query", "fc2"] * len(tiny.blocks)
 
 
 def test_replaced_modules_have_the_same_sites(tiny: nn.Module) -> None:
@@ -93,10 +95,25 @@ def test_replaced_modules_have_the_same_sites(tiny: nn.Module) -> None:
             super().__init__()
             self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
 
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x)
+
     before = find_sites(tiny)
     for module in {site.module for site in before}:
         tiny.set_submodule(module, Adapted(tiny.get_submodule(module)))
     assert find_sites(tiny) == before
+
+
+def test_tokens_are_those_of_a_forward_pass(tiny: nn.Module) -> None:
+    with torch.device("meta"):
+        registers = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=56)
+    assert {site.tokens for site in find_sites(registers)} == {4 * 4 + 1 + 4}
+    tiny.train()
+    tiny.blocks[1].eval()
+    patches, prefix = tiny.patch_embed.num_patches, tiny.num_prefix_tokens
+    assert {site.tokens for site in find_sites(tiny, ("out",))} == {patches + prefix}
+    modes = [(module.training, module in [*tiny.blocks[1].modules()]) for module in tiny.modules()]
+    assert all(training != inner for training, inner in modes)  # each module is in the mode that it was in
 
 
 def test_info_is_what_a_record_keeps(tiny: nn.Module) -> None:
@@ -105,6 +122,7 @@ def test_info_is_what_a_record_keeps(tiny: nn.Module) -> None:
         "name": "blocks.0.mlp.fc1",
         "block": 0,
         "matrix": "fc1",
+        "role": "mlp",
         "in_features": 64,
         "out_features": 192,
     }
@@ -127,7 +145,7 @@ def test_a_site_that_is_missing_is_named(tiny: nn.Module) -> None:
         find_sites(_meta("vit_giant_patch14_dinov2"))  # SwiGLU
     with pytest.raises(UserError, match=r"blocks\.0\.attn\.query: .*blocks\.0\.attn\.qkv"):
         find_sites(_meta("vit_base_patch16_xp_224"))  # parallel blocks
-    tiny.blocks[4].attn.qkv = nn.Identity()
+    tiny.blocks[4].attn.qkv = nn.Sequential(tiny.blocks[4].attn.qkv)
     with pytest.raises(UserError, match=r"blocks\.4\.attn\.key"):
         find_sites(tiny, ("key", "out"))
     assert len(find_sites(tiny, ("out",))) == len(tiny.blocks)

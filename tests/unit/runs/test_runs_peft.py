@@ -7,7 +7,7 @@ import torch
 from written_runs import run_and_write
 
 from peft_vit.adapters import load_trained
-from peft_vit.adapters.peft_library import peft_layers
+from peft_vit.adapters.peft_layers import peft_layers
 from peft_vit.backbones import load_backbone
 from peft_vit.config import ExperimentConfig, PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError

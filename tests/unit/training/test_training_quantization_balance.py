@@ -31,9 +31,9 @@ def double(tensor) -> np.ndarray:
 
 def update_of(module, pool: int) -> np.ndarray:
     delta = np.zeros((module.out_features, module.in_features))
-    for matrix, adapter in module.adapters():
+    for site, adapter in module.adapters():
         grouped = adapter.scale * double(adapter.lora_B) @ double(adapter.lora_A)
-        delta[module.rows[matrix]] = np.repeat(grouped, pool, axis=1)
+        delta[site.span] = np.repeat(grouped, pool, axis=1)
     return delta
 
 

@@ -58,19 +58,19 @@ def test_gradients_of_a_mixed_weight_equal_plain_autograd(tiny_vit, batch, fill_
         low = module.quantized.dequantize().double()
         total = (1 - share) * weights[f"{name}.weight"].detach() + share * low
         rows = []
-        for matrix, adapter in module.adapters():
+        for site, adapter in module.adapters():
             A, B = (p.detach().double().requires_grad_() for p in (adapter.lora_A, adapter.lora_B))
-            factors[f"{name}.{matrix}"] = (A, B)
+            factors[site.name] = (A, B)
             rows.append(adapter.scale * (B @ A).repeat_interleave(16, dim=1))
         weights[f"{name}.weight"] = total + torch.cat(rows)
     again = batch[0].double().requires_grad_()
     F.cross_entropy(torch.func.functional_call(plain, weights, (again,)), batch[1]).backward()
 
     torch.testing.assert_close(images.grad.double(), again.grad, rtol=1e-3, atol=1e-5)
-    for name, (module, _) in quantized_layers(model).items():
+    for module, _ in quantized_layers(model).values():
         assert module.weight.grad is None
-        for matrix, adapter in module.adapters():
-            A, B = factors[f"{name}.{matrix}"]
+        for site, adapter in module.adapters():
+            A, B = factors[site.name]
             torch.testing.assert_close(adapter.lora_A.grad.double(), A.grad, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(adapter.lora_B.grad.double(), B.grad, rtol=1e-3, atol=1e-5)
 

@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Literal
 
 from peft_vit.analysis.comparison import same_problem, same_source
-from peft_vit.analysis.grid import ATTENTION
 from peft_vit.analysis.measures.accuracy import OfParameters
 from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, Subject, by_seed, joined, together
 from peft_vit.analysis.measures.selection import Selection
@@ -29,8 +28,8 @@ def attention_over_mlp(evidence: Evidence, parameters: OfParameters, needs: Sequ
 
 def _attention_over_mlp(run: Run) -> float | None:
     scores = last_scores(run)
-    attention = [scores[s.name] for s in run.record.sites if s.name in scores and s.matrix in ATTENTION]
-    mlp = [scores[s.name] for s in run.record.sites if s.name in scores and s.matrix not in ATTENTION]
+    attention = [scores[s.name] for s in run.record.sites if s.name in scores and s.role == "attention"]
+    mlp = [scores[s.name] for s in run.record.sites if s.name in scores and s.role == "mlp"]
     if not attention or not mlp or fmean(attention) <= 0 or fmean(mlp) <= 0:
         return None
     return math.log2(fmean(attention) / fmean(mlp))

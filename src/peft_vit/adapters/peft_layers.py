@@ -1,0 +1,91 @@
+"""LoRA and AdaLoRA layers that the PEFT library has put into a model: their sites, ranks and updates.
+
+PEFT is not imported: where nobody else has, a model has none of its layers.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.backbones import Backbone, Site, fused_sites
+from peft_vit.errors import UserError
+
+ADAPTER = "default"  # PEFT's name for a model's first adapter
+_SITE = "peft_vit_site"  # a layer keeps its site under this name
+
+
+def peft_layers(model: nn.Module) -> dict[str, Any]:
+    """Return PEFT's LoRA and AdaLoRA layers by the name of the module that they took the place of."""
+    peft = sys.modules.get("peft.tuners.lora.layer")
+    if peft is None:
+        return {}
+    return {name: module for name, module in model.named_modules() if isinstance(module, peft.LoraLayer)}
+
+
+def sites_of_layers(model: nn.Module) -> dict[str, Site]:
+    """Return the site of each of PEFT's layers, `blocks.3.attn.qkv`, by the layer's name as above.
+
+    A fused matrix is one site with one rank. Layers that stand elsewhere than on a block's matrices are left out.
+
+    Args:
+        model: is or wraps one of a class that a family knows.
+    """
+    layers = peft_layers(model)
+    if not all(hasattr(layer, _SITE) for layer in layers.values()):
+        backbone = Backbone.within(model)
+        known = {id(backbone.model.get_submodule(name)): site for name, site in fused_sites(backbone.sites).items()}
+        for layer in layers.values():
+            setattr(layer, _SITE, known.get(id(layer)))
+    sites = {name: getattr(layer, _SITE) for name, layer in layers.items()}
+    return {name: site for name, site in sites.items() if site is not None}
+
+
+def peft_layers_by_site(model: nn.Module) -> dict[str, Any]:
+    """Return the layers by the names of their sites."""
+    layers = peft_layers(model)
+    return {site.name: layers[name] for name, site in sites_of_layers(model).items()}
+
+
+def peft_ranks(model: nn.Module) -> dict[str, int]:
+    """Return the rank of each site that PEFT adapts, `blocks.3.attn.qkv`: what its last mask left, or what it made."""
+    layers = peft_layers(model)
+    if not layers:
+        return {}
+    pattern = getattr(model.peft_config[ADAPTER], "rank_pattern", None) or {}  # type: ignore[index]
+    # LoRA's pattern holds ranks that its layers have already; AdaLoRA's holds masks.
+    masks = {name.partition(".lora_E")[0]: mask for name, mask in pattern.items() if not isinstance(mask, int)}
+    return {
+        site.name: sum(masks[name]) if name in masks else layers[name].r[ADAPTER]
+        for name, site in sites_of_layers(model).items()
+    }
+
+
+def check_plain(name: str, layer: Any) -> None:
+    """Refuse a layer whose update is not scale * B A of one adapter.
+
+    Raises:
+        UserError: naming the module.
+    """
+    kinds = ("Linear", "SVDLinear")
+    more = layer.lora_variant or layer.merged or any(layer.lora_bias.values()) or list(layer.lora_A) != [ADAPTER]
+    if type(layer).__name__ not in kinds or more:
+        raise UserError(
+            f"PEFT computes more there than one plain LoRA or AdaLoRA named '{ADAPTER}'; use PEFT's own "
+            "save_pretrained or merge_and_unload",
+            field=name,
+        )
+
+
+@torch.no_grad()
+def peft_factors(layer: Any) -> tuple[Tensor, Tensor, float]:
+    """Return A (r, in), B (out, r) and the scale of a layer, so that dW = scale * B A; masked triplets are left out."""
+    if hasattr(layer, "lora_E"):
+        diagonal = layer.lora_E[ADAPTER].flatten()  # (r0,); a mask sets its triplets' to exactly 0
+        kept = diagonal != 0
+        left = (layer.lora_B[ADAPTER] * diagonal)[:, kept]
+        return layer.lora_A[ADAPTER][kept], left, layer.scaling[ADAPTER] / (float(layer.ranknum[ADAPTER]) + 1e-5)
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]

@@ -1,0 +1,203 @@
+"""A model, and what the package asks of any Vision Transformer: its sites, head, blocks, features and input size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.backbones.families import FAMILIES, Family
+from peft_vit.backbones.site import LinearLayout, Site
+from peft_vit.errors import UserError
+
+
+class Backbone:
+    """A view of a model, which stays as it is.
+
+    Args:
+        model: of a class that one of the families knows, with adapters or without.
+
+    Raises:
+        UserError: if the model is of another class.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        family = _family_of(model)
+        if family is None:
+            raise UserError(f"{type(model).__name__} is not a {_known()}; no other class can be adapted")
+        self.model = model
+        self.family: Family = family
+
+    @classmethod
+    def within(cls, model: nn.Module) -> Backbone:
+        """Return the view of the model of a known class that a model is, or wraps."""
+        for module in model.modules():
+            if _family_of(module) is not None:
+                return cls(module)
+        raise UserError(f"{type(model).__name__} holds no {_known()}; no other class can be adapted")
+
+    @property
+    def head(self) -> nn.Module:
+        """Return the classification head; without parameters if the model has none."""
+        model: Any = self.model
+        head: nn.Module = model.get_classifier()
+        return head
+
+    @property
+    def blocks(self) -> list[str]:
+        """Return the names of the blocks, in the order of a forward pass."""
+        return self.family.blocks(self.model)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Return channels, height and width of an image, in pixels."""
+        model: Any = self.model
+        height, width = model.patch_embed.img_size
+        return int(model.patch_embed.proj.weight.shape[1]), int(height), int(width)
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Return the RGB mean of timm's pretraining of this model, for inputs in [0, 1]."""
+        return self._pretrained("mean")
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Return the RGB standard deviation likewise."""
+        return self._pretrained("std")
+
+    def _pretrained(self, field: str) -> tuple[float, float, float]:
+        model: Any = self.model
+        red, green, blue = model.pretrained_cfg[field]
+        return red, green, blue
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the head sees, (B, width), of normalised images (B, 3, S, S)."""
+        model: Any = self.model
+        features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+        return features
+
+    def layout(self) -> list[LinearLayout]:
+        """Return the linear modules that may carry adapters, block by block."""
+        return self.family.layout(self.model)
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Return all sites, found once: block by block, in the model's order."""
+        return self.find_sites(None)
+
+    def find_sites(self, kinds: Sequence[str] | None) -> tuple[Site, ...]:
+        """Return the sites of some kinds, or all; tokens are counted in a forward pass of one image.
+
+        Modules are read by their `in_features` and `out_features`, so replacing Linear layers by adapted ones
+        leaves the sites as they are.
+
+        Raises:
+            UserError: if a block lacks a wanted matrix.
+        """
+        wanted = [one for one in self.layout() if kinds is None or not set(kinds).isdisjoint(one.kinds)]
+        found = [part for linear in wanted for part in self._parts(linear, kinds)]
+        tokens = self._count_tokens([linear.module for linear in wanted])
+        return tuple(
+            Site(name, one.module, rows, one.layer, kind, one.role, width, rows[1] - rows[0], tokens[one.module])
+            for one, name, kind, rows, width in found
+        )
+
+    def _parts(
+        self, linear: LinearLayout, kinds: Sequence[str] | None
+    ) -> Iterator[tuple[LinearLayout, str, str, tuple[int, int], int]]:
+        """Yield layout, name, kind, rows and inputs of each wanted site of a module."""
+        for part, (name, kind) in enumerate(zip(linear.site_names(), linear.kinds, strict=True)):
+            if kinds is not None and kind not in kinds:
+                continue
+            in_features, out_features = self._features(linear.module, name)
+            if out_features % len(linear.kinds):
+                *some, last = linear.kinds
+                parts = f"{', '.join(some)} and {last}"
+                raise _missing(name, f"{linear.module} has {out_features} rows, not {parts} of one size")
+            if linear.feeds is not None and self._features(linear.feeds, name)[0] != out_features:
+                hidden, leaf = self._features(linear.feeds, name)[0], linear.feeds.rpartition(".")[2]
+                raise _missing(
+                    name, f"{linear.module} has {out_features} rows but {leaf} takes {hidden} inputs (a gated MLP)"
+                )
+            size = out_features // len(linear.kinds)
+            yield linear, name, kind, (part * size, (part + 1) * size), in_features
+
+    def _features(self, module: str, site: str) -> tuple[int, int]:
+        try:
+            found: Any = self.model.get_submodule(module)
+            return int(found.in_features), int(found.out_features)
+        except (AttributeError, TypeError):
+            raise _missing(site, f"there is no linear module {module}") from None
+
+    def _count_tokens(self, modules: Sequence[str]) -> dict[str, int]:
+        """Return how many tokens of one image pass through each module."""
+        tokens: dict[str, int] = {}
+
+        def count(name: str, given: tuple[Tensor, ...]) -> None:
+            tokens[name] = given[0].numel() // given[0].shape[-1]  # (1, T, in), or windows of it (W, T / W, in)
+
+        handles = [
+            self.model.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: count(name, given))
+            for name in modules
+        ]
+        parameter = next(self.model.parameters())
+        try:
+            with evaluating(self.model), torch.no_grad():
+                self.model(torch.zeros(1, *self.input_size, device=parameter.device, dtype=parameter.dtype))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tokens
+
+
+def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[Site, ...]:
+    """List the sites of a model, block by block, in the model's order.
+
+    Args:
+        model: a timm VisionTransformer.
+        targets: the kinds of matrices wanted, in any order; None: all.
+
+    Raises:
+        UserError: if the model is of another class or has several heads, a target is unknown, or a block lacks
+            a wanted matrix.
+    """
+    backbone = Backbone(model)
+    if not isinstance(backbone.head, nn.Linear | nn.Identity):
+        raise UserError(
+            f"{type(model).__name__} has more than one classifier head; choose a model without distillation"
+        )
+    if targets is not None:
+        known = dict.fromkeys(kind for linear in backbone.layout() for kind in linear.kinds)
+        unknown = [target for target in targets if target not in known]
+        if unknown or not targets:
+            wrong = f"unknown matrix {unknown[0]!r}" if unknown else "no matrix asked for"
+            raise UserError(f"{wrong}; expected some of {', '.join(known)}", field="targets")
+    return backbone.find_sites(targets)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _family_of(model: nn.Module) -> Family | None:
+    return next((family for family in FAMILIES if isinstance(model, family.model_class)), None)
+
+
+def _known() -> str:
+    return "timm " + " or ".join(family.model_class.__name__ for family in FAMILIES)
+
+
+def _missing(site: str, reason: str) -> UserError:
+    return UserError(f"this model has no site {site}: {reason}; choose a model with plain blocks")

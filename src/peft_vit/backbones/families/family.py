@@ -1,0 +1,27 @@
+"""What the package has to know of a class of models to adapt it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from peft_vit.backbones.site import LinearLayout
+
+
+@dataclass(frozen=True)
+class Family:
+    """A class of timm's models whose blocks hold their matrices in one way.
+
+    Attributes:
+        model_class: of timm.
+        layout: lists the linear modules of a model that may carry adapters, block by block, in the model's order.
+        blocks: names the blocks of a model, in the order in which a forward pass calls them.
+        fit_weights: takes the tensors of a checkpoint to a model's own names and image size.
+    """
+
+    model_class: type[nn.Module]
+    layout: Callable[[nn.Module], list[LinearLayout]]
+    blocks: Callable[[nn.Module], list[str]]
+    fit_weights: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]

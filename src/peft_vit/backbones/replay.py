@@ -1,0 +1,87 @@
+"""A forward pass that is taken up again at its blocks, whatever the class of the model.
+
+A hook catches the arguments that reach a block, and the rest of the pass is the model's own: blocks before the caught
+one hand their input on, and it gets those arguments again. So no forward pass is written a second time here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_vit.backbones.backbone import Backbone
+
+Rest = Callable[[], Tensor]
+
+
+def visit_blocks(backbone: Backbone, run: Rest, visit: Callable[[int, Rest], None]) -> Tensor:
+    """Run a model once, and let `visit` repeat what follows from each block on, as often as it likes.
+
+    What is held is one block's input at a time.
+
+    Args:
+        backbone: its blocks are called one after the other, each with what the one before has returned.
+        run: a forward pass of the backbone's model, say `lambda: model(images)`.
+        visit: called in front of each block with its place and a function that returns what `run` does, from that
+            block on. It may change the block and later ones, if it changes them back.
+
+    Returns:
+        What `run` returned.
+    """
+    is_repeating = False
+
+    def reach(place: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        def rest() -> Tensor:
+            nonlocal is_repeating
+            is_repeating = True
+            try:
+                with _starting_at(backbone, place, args, kwargs):
+                    return run()
+            finally:
+                is_repeating = False
+
+        if not is_repeating:
+            visit(place, rest)
+
+    with ExitStack() as stack:
+        for place, name in enumerate(backbone.blocks):
+            handle = backbone.model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, kwargs, place=place: reach(place, args, kwargs), with_kwargs=True
+            )
+            stack.callback(handle.remove)
+        return run()
+
+
+class _HandsOn(nn.Module):
+    """Stands in for a block that was passed before."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+
+class _Again(nn.Module):
+    """Calls a block with arguments that were caught."""
+
+    def __init__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.block, self.args, self.kwargs = block, args, kwargs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*self.args, **self.kwargs)
+
+
+@contextmanager
+def _starting_at(backbone: Backbone, place: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    names = backbone.blocks[: place + 1]
+    blocks = [backbone.model.get_submodule(name) for name in names]
+    try:
+        for name in names[:-1]:
+            backbone.model.set_submodule(name, _HandsOn())
+        backbone.model.set_submodule(names[-1], _Again(blocks[-1], args, kwargs))
+        yield
+    finally:
+        for name, block in zip(names, blocks, strict=True):
+            backbone.model.set_submodule(name, block)

@@ -1,0 +1,83 @@
+"""Sites: the weight matrices of a Vision Transformer that may carry an adapter. PEFT calls them target modules.
+
+Where a model fuses several matrices in one Linear, as timm does with query, key and value (3 D rows, in this order),
+each is a site with a rank of its own: a slice of the fused module's rows. The product with the input stays one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from peft_vit.records import Role, SiteInfo
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight matrix, or one slice of a fused one, of shape (out_features, in_features)."""
+
+    name: str  # blocks.3.attn.query
+    module: str  # of the model, that holds it: blocks.3.attn.qkv
+    rows: tuple[int, int]  # [start, stop) of the module's output rows
+    layer: int  # number of its block, from 0
+    kind: str  # in the family's own words: query
+    role: Role
+    in_features: int
+    out_features: int
+    tokens: int  # of one image that pass through it
+
+    @property
+    def span(self) -> slice:
+        """Return the rows as a slice."""
+        return slice(*self.rows)
+
+    def info(self) -> SiteInfo:
+        """Return what a record keeps of this site."""
+        return SiteInfo(
+            name=self.name,
+            block=self.layer,
+            matrix=self.kind,
+            role=self.role,
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
+
+
+@dataclass(frozen=True)
+class LinearLayout:
+    """A linear module of a block, and the matrices that it holds.
+
+    Attributes:
+        module: its path in the model, `blocks.3.attn.qkv`.
+        layer: number of the block.
+        kinds: what equal slices of its rows are, from the first row on.
+        role: of all of them.
+        feeds: path of the module whose inputs its outputs are, one to one, if that has to be so.
+    """
+
+    module: str
+    layer: int
+    kinds: tuple[str, ...]
+    role: Role
+    feeds: str | None = None
+
+    def site_names(self) -> list[str]:
+        """Return the names of its sites, `blocks.3.attn.query`."""
+        parent = self.module.rpartition(".")[0]
+        return [f"{parent}.{kind}" for kind in self.kinds]
+
+
+def fused_sites(sites: Sequence[Site]) -> dict[str, Site]:
+    """Return one site for each module, by its name: query, key and value of a fused matrix are `blocks.3.attn.qkv`.
+
+    Args:
+        sites: from `find_sites`; of a fused matrix all parts or none.
+    """
+    fused: dict[str, Site] = {}
+    for site in sites:
+        whole = site
+        if site.module in fused:
+            stop, leaf = site.rows[1], site.module.rpartition(".")[2]  # the last part's end counts
+            whole = replace(site, name=site.module, kind=leaf, rows=(0, stop), out_features=stop)
+        fused[site.module] = whole
+    return fused
