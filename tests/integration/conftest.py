@@ -26,9 +26,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def do_runs(
     weights: Path, _session_cache: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Path]]:
-    """Do one run of each experiment on these weights; return their folders by the experiments' names."""
+    """Do one run of each experiment on these weights, or another backbone; return folders by the experiments' names."""
 
-    def do(experiments: dict[str, dict[str, object]], **data: object) -> dict[str, Path]:
+    def do(
+        experiments: dict[str, dict[str, object]], backbone: dict[str, str] | None = None, **data: object
+    ) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("runs")
         mapping = {
             "name": "tiny",
@@ -36,7 +38,7 @@ def do_runs(
             "threads": 1,
             "device": "cpu",
             "precision": "fp32",
-            "backbone": {"model": "test_vit", "weights": "file", "file": str(weights)},
+            "backbone": backbone or {"model": "test_vit", "weights": "file", "file": str(weights)},
             "data": {"image_size": 32, **data},
             "experiments": [
                 {"name": name, "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}, **experiment}

@@ -3,8 +3,10 @@
 from peft_vit.adapters.ablation import update_ranks, without_updates
 from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.bias_correction import correct_young_triplets
+from peft_vit.adapters.gradient_probe import GradientProbe
 from peft_vit.adapters.injection import (
     Adapter,
+    adapted_kinds,
     adapted_modules,
     adapted_sites,
     attach_adapters,
@@ -25,7 +27,6 @@ from peft_vit.adapters.merging import (
     trained_tensors,
 )
 from peft_vit.adapters.peft_sites import PeftSite, peft_sites
-from peft_vit.adapters.probe import Probe
 from peft_vit.adapters.quantized_merging import merge_by_requantizing, merge_into_offsets
 from peft_vit.adapters.resizable import check_resizable
 from peft_vit.adapters.resizing import resize_adapters
@@ -33,9 +34,10 @@ from peft_vit.adapters.resizing import resize_adapters
 __all__ = [
     "AdaptedLinear",
     "Adapter",
+    "GradientProbe",
     "PeftSite",
-    "Probe",
     "SiteAdapter",
+    "adapted_kinds",
     "adapted_modules",
     "adapted_sites",
     "adapter_bytes",

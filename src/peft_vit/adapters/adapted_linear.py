@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_product import adapted_product
 from peft_vit.adapters.frozen_weight import FrozenWeight
+from peft_vit.adapters.gradient_probe import GradientProbe
 from peft_vit.adapters.low_rank import SiteAdapter
-from peft_vit.adapters.probe import Probe
 from peft_vit.backbones import Site
 from peft_vit.quantization import QuantizedTensor, relative_error
 
@@ -88,7 +88,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         adapters = [(site.span, adapter) for site, adapter in self.adapters() if site.name not in self.ablated]
-        updates: list[tuple[slice, SiteAdapter | Probe]]
+        updates: list[tuple[slice, SiteAdapter | GradientProbe]]
         updates = [(span, adapter) for span, adapter in adapters if adapter.rank]
         if torch.is_grad_enabled():  # a probe adds exactly nothing and is there for its gradient alone
             updates += [(span, adapter.probe) for span, adapter in adapters if adapter.probe is not None]

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_vit.adapters.frozen_weight import FrozenWeight
+from peft_vit.adapters.gradient_probe import GradientProbe
 from peft_vit.adapters.low_rank import SiteAdapter
-from peft_vit.adapters.probe import Probe
 from peft_vit.errors import UserError
 
 
@@ -25,7 +25,7 @@ def adapted_product(
     x: Tensor,
     frozen: FrozenWeight,
     bias: Tensor | None,
-    updates: Sequence[tuple[slice, SiteAdapter | Probe]],
+    updates: Sequence[tuple[slice, SiteAdapter | GradientProbe]],
     *,
     pool: int = 1,
 ) -> Tensor:

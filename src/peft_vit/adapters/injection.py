@@ -22,7 +22,9 @@ def freeze_backbone(model: nn.Module) -> None:
     """Leave only the classification head trainable."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    head = Backbone(model).head
+    backbone = Backbone(model)
+    backbone.prepare()
+    head = backbone.head
     if not any(True for _ in head.parameters()):
         raise UserError("the model has no classification head; create it with num_classes", field="num_classes")
     for parameter in head.parameters():
@@ -44,7 +46,7 @@ def attach_adapters(
     """Freeze the backbone and put one adapter on each site; the model's outputs do not change.
 
     Args:
-        model: a timm VisionTransformer, changed in place.
+        model: a Vision Transformer of timm, changed in place.
         sites: from `backbones.find_sites`.
         ranks: rank of each site by name; every site must be named, 0 is allowed.
         scale: factor on each update.
@@ -103,6 +105,15 @@ def adapted_sites(model: nn.Module) -> dict[str, Site]:
         elif name in by_peft:
             found[by_peft[name].name] = by_peft[name]
     return found
+
+
+def adapted_kinds(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the kinds of the matrices that each adapted site covers: several where they are fused and share it."""
+    kinds = {linear.module: linear.kinds for linear in Backbone.within(model).layout()}
+    sites = adapted_sites(model)
+    return {
+        name: (site.kind,) if site.kind in kinds[site.module] else kinds[site.module] for name, site in sites.items()
+    }
 
 
 def current_ranks(model: nn.Module) -> dict[str, int]:

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters.probe import Probe
+from peft_vit.adapters.gradient_probe import GradientProbe
 
 Parametrization = Literal["product", "svd"]
 FactorStart = Literal["normal", "orthonormal"]
@@ -70,7 +70,7 @@ class SiteAdapter(nn.Module):
         self.pool = pool
         self.generator = generator
         self.reference_rank: float | None = None  # whose steps triplets of any rank make together, see `start_size`
-        self.probe: Probe | None = None  # for one step, see `allocation.probes`
+        self.probe: GradientProbe | None = None  # for one step, see `allocation.gradient_probes`
         lora_A, lora_B, lora_lambda = self.fresh_triplets(rank)
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)

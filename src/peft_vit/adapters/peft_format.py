@@ -1,4 +1,4 @@
-"""To and from the PEFT library's LoRA files, for plain timm VisionTransformer models.
+"""To and from the PEFT library's LoRA files, for models of timm.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``; PEFT's update of a module is
 ``alpha / r * B A`` (arXiv 2106.09685, eq. 3; ``alpha / sqrt(r)`` with ``use_rslora``, arXiv 2312.03732).
@@ -34,7 +34,7 @@ from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.adapters.merging import trained_tensors
 from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE, HEAD, PREFIX, TENSORS_FILE, read_peft
 from peft_vit.adapters.peft_layers import check_plain, peft_factors, peft_layers
-from peft_vit.backbones import Site, find_sites, fused_sites
+from peft_vit.backbones import Backbone, Site, find_sites, fused_sites
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.records import write_atomically
 from peft_vit.seeding import torch_generator
@@ -56,8 +56,16 @@ def export_peft(model: nn.Module, folder: Path, base: Mapping[str, Any]) -> None
 
     Raises:
         UserError: if the model was trained in a way that PEFT's LoRA can't express, or the folder holds files.
+
+    Warns:
+        SilentNoEffectWarning: if PEFT's layers have no effect in such a model as timm builds it.
     """
     _check_exportable(model)
+    if Backbone(model).prepare():
+        _warn(
+            "timm adds this model's bias of query, key and value past PEFT's layers: set qkv_bias_separate = True on "
+            "each block's attn before PEFT loads the adapter, or it has no effect there"
+        )
     updates = {**_own_updates(model), **{name: peft_factors(layer) for name, layer in peft_layers(model).items()}}
     updates = {name: update for name, update in updates.items() if len(update[0])}  # PEFT knows no rank 0
     config, tensors = _config_of(updates), _tensors_of(model, updates)
@@ -148,7 +156,7 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bool = False) -> None:
-    """Attach a PEFT LoRA adapter to a timm VisionTransformer, so that outputs are PEFT's and training can go on.
+    """Attach a PEFT LoRA adapter to a Vision Transformer of timm, so that outputs are PEFT's and training can go on.
 
     Each adapted module carries one adapter on all its rows, at PEFT's rank and scale: `attn.qkv` as the one site
     `blocks.i.attn.qkv`, the others as `out`, `fc1`, `fc2`. All else is frozen but the head, which is loaded if the

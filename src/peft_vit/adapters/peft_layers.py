@@ -37,6 +37,7 @@ def sites_of_layers(model: nn.Module) -> dict[str, Site]:
     layers = peft_layers(model)
     if not all(hasattr(layer, _SITE) for layer in layers.values()):
         backbone = Backbone.within(model)
+        backbone.prepare()
         known = {id(backbone.model.get_submodule(name)): site for name, site in fused_sites(backbone.sites).items()}
         for layer in layers.values():
             setattr(layer, _SITE, known.get(id(layer)))
@@ -64,20 +65,25 @@ def peft_ranks(model: nn.Module) -> dict[str, int]:
     }
 
 
-def check_plain(name: str, layer: Any) -> None:
-    """Refuse a layer whose update is not scale * B A of one adapter.
+def check_plain(name: str, layer: Any, adapter: str = ADAPTER) -> None:
+    """Refuse a layer that computes more than W x + scale * B A x, or whose factors are not all of it.
 
     Raises:
         UserError: naming the module.
     """
-    kinds = ("Linear", "SVDLinear")
-    more = layer.lora_variant or layer.merged or any(layer.lora_bias.values()) or list(layer.lora_A) != [ADAPTER]
-    if type(layer).__name__ not in kinds or more:
+    if type(layer).__name__ not in ("Linear", "SVDLinear") or list(layer.lora_A) != [adapter]:
         raise UserError(
-            f"PEFT computes more there than one plain LoRA or AdaLoRA named '{ADAPTER}'; use PEFT's own "
-            "save_pretrained or merge_and_unload",
+            f"PEFT's {type(layer).__name__} is more there than one plain LoRA or AdaLoRA named '{adapter}'; use PEFT's "
+            "own save_pretrained or merge_and_unload",
             field=name,
         )
+    if any(layer.lora_bias.values()):
+        raise UserError("lora_bias does not belong to a rank; switch it off", field=name)
+    if layer.lora_variant:
+        variant = next(iter(layer.lora_variant.values()))
+        raise UserError(f"{type(variant).__name__} is more than plain LoRA; switch it off (DoRA and so on)", field=name)
+    if layer.merged:
+        raise UserError("its update is merged into the weight; call unmerge_adapter first", field=name)
 
 
 @torch.no_grad()

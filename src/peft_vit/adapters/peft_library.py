@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from peft_vit.adapters.injection import freeze_backbone
-from peft_vit.backbones import Backbone, find_sites, fused_sites
-from peft_vit.config import ExperimentConfig, Matrix, PeftAdaLoraConfig, PeftLoraConfig
+from peft_vit.backbones import Backbone, find_sites, whole_modules
+from peft_vit.config import ExperimentConfig, PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.seeding import torch_generator
 
@@ -87,9 +87,9 @@ def attach_peft_adalora(
     )
 
 
-def _modules(model: nn.Module, targets: Sequence[Matrix]) -> list[str]:
+def _modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """Return full names: the suffix `proj` would hit patch_embed.proj too."""
-    return list(fused_sites(find_sites(model, targets)))
+    return list(whole_modules(find_sites(model), targets))
 
 
 def _attach(model: nn.Module, seed: int, config: Any) -> Any:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
+from peft_vit.adapters.peft_layers import check_plain, peft_layers, sites_of_layers
 from peft_vit.backbones import Site
 from peft_vit.errors import UserError
 
@@ -178,24 +178,13 @@ def peft_sites(model: nn.Module) -> tuple[Site, ...]:
                 r"r'.*blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])'",
                 field=key,
             )
-        _check_plain(key, layer)
+        if not _is_plain(layer):
+            raise UserError(
+                f"PEFT's {type(layer).__name__} can't change its rank here; only LoRA on nn.Linear can", field=key
+            )
+        check_plain(key, layer, lora.adapters[0])
     return tuple(lora.sites.values())
 
 
 def _is_plain(layer: Any) -> bool:
     return bool(type(layer) is sys.modules["peft.tuners.lora.layer"].Linear)
-
-
-def _check_plain(key: str, layer: Any) -> None:
-    """Refuse a layer that computes more than W x + scale * B A x, or whose factors are not all of it."""
-    if not _is_plain(layer):
-        raise UserError(
-            f"PEFT's {type(layer).__name__} can't change its rank here; only LoRA on nn.Linear can", field=key
-        )
-    if any(layer.lora_bias.values()):
-        raise UserError("lora_bias does not belong to a rank; switch it off", field=key)
-    if layer.lora_variant:
-        variant = next(iter(layer.lora_variant.values()))
-        raise UserError(f"{type(variant).__name__} is more than plain LoRA; switch it off (DoRA and so on)", field=key)
-    if layer.merged:
-        raise UserError("its update is merged into the weight; call unmerge_adapter first", field=key)

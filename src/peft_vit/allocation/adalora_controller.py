@@ -37,15 +37,14 @@ from peft_vit.adapters import (
     set_ranks,
     site_adapters,
 )
+from peft_vit.allocation.attach import attach_or_check
 from peft_vit.allocation.budget import bounds_for, costs_for, schedule_for
-from peft_vit.allocation.importance import ImportanceTracker, mean_per_triplet
+from peft_vit.allocation.gradient_probes import attach_probes, probed_scores, take_probes
+from peft_vit.allocation.importance import ImportanceTracker, layer_summary, mean_per_triplet
 from peft_vit.allocation.masking import silence_others, strongest
 from peft_vit.allocation.no_effect import warn_of_a_bar_too_high, warn_of_a_held_start, warn_of_equal_scores
-from peft_vit.allocation.placement import place_adapters
-from peft_vit.allocation.probes import place_probes, probed_scores, take_probes
 from peft_vit.allocation.protection import TripletAges, protected_minimum, shielded
 from peft_vit.allocation.strategies import Bounds, allocate, even_ranks
-from peft_vit.allocation.summary import layer_summary
 from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import DivergedError, UserError
@@ -56,10 +55,10 @@ _STREAMS = 1 << 16  # generators of one change; the start's have lower numbers
 
 
 class AdaLoRAController:
-    """Adaptive rank allocation on a timm VisionTransformer.
+    """Adaptive rank allocation on a Vision Transformer of timm.
 
     Args:
-        model: a timm VisionTransformer with a classification head. If it carries no adapters yet, they are attached
+        model: a Vision Transformer of timm with a classification head. If it carries no adapters yet, they are attached
             with equal ranks within the initial budget. Or one that `peft.get_peft_model` has wrapped with LoRA.
         config: the settings, see `config.AdaLoraConfig`.
         total_steps: optimiser steps of the whole run; the budget's course depends on it.
@@ -78,7 +77,7 @@ class AdaLoRAController:
         self.config = config
         self.total_steps = total_steps
         self.seed = seed
-        sites = place_adapters(model, config, seed=seed, pool=pool)
+        sites = attach_or_check(model, config, seed=seed, pool=pool)
         self.sites = tuple(site.info() for site in sites)
         self.names = tuple(site.name for site in sites)
         adapters = [site_adapters(model)[name] for name in self.names]
@@ -334,10 +333,10 @@ class AdaLoRAController:
         can_grow = self._active is None and self.config.allocation_strategy != "global"
         is_measured = self.config.importance_metric not in ("random", "uniform")
         if is_due and can_grow and is_measured and 0 in self.ranks.values():
-            place_probes(site_adapters(model), seed=self.seed, step=step)
+            attach_probes(site_adapters(model), seed=self.seed, step=step)
 
     def get_layer_importance_summary(self) -> dict[str, dict[str, float]]:
-        """Return mean, std, trend and rank of each site, block, matrix type and overall, see `summary`."""
+        """Return mean, std, trend and rank of each site, block, matrix type and overall, see `layer_summary`."""
         return layer_summary(self.sites, self.score_history, self.ranks)
 
     def history_rows(self) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -151,7 +152,7 @@ def _divergences(
                     with _weight_replaced(_weight(model, name), quantized.dequantize()):
                         logits[name].append(head(rest()))
 
-        features = visit_blocks(backbone, lambda chunk=chunk: backbone.features(chunk), visit)
+        features = visit_blocks(backbone, partial(backbone.features, chunk), visit)
         target = head(features).double().log_softmax(1)
         for name, found in logits.items():
             for candidate, one in enumerate(found):

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from peft_vit.adapters import Adapter, SiteAdapter
 from peft_vit.adapters.low_rank import start_size
 from peft_vit.config import Metric
 from peft_vit.errors import UserError
+from peft_vit.records import SiteInfo
 
 
 class _Part(NamedTuple):
@@ -245,3 +246,39 @@ def _by_site(
     for part, value in zip(parts, values, strict=True):
         total[part.site] = combine(total[part.site], value) if part.site in total else value
     return total
+
+
+def layer_summary(
+    sites: Sequence[SiteInfo], score_history: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]
+) -> dict[str, dict[str, float]]:
+    """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.
+
+    Args:
+        sites: in their order.
+        score_history: of each decision, with "scores" by site.
+        ranks: by site, as they are now.
+
+    Returns:
+        By site, then by `blocks.<i>`, matrix type and `overall`: of the mean score over the group's sites, each site
+        counted once whatever its rank; ranks are summed.
+    """
+    groups: dict[str, list[str]] = {site.name: [site.name] for site in sites}
+    for site in sites:
+        for key in (f"blocks.{site.block}", site.matrix, "overall"):
+            groups.setdefault(key, []).append(site.name)
+    return {
+        key: {
+            **_course(np.array([np.mean([entry["scores"][name] for name in members]) for entry in score_history])),
+            "rank": float(sum(ranks[name] for name in members)),
+        }
+        for key, members in groups.items()
+    }
+
+
+def _course(series: np.ndarray) -> dict[str, float]:
+    several = len(series) > 1
+    return {
+        "mean": float(series.mean()) if len(series) else 0.0,
+        "std": float(series.std(ddof=1)) if several else 0.0,
+        "trend": float(np.polyfit(np.arange(len(series)), series, 1)[0]) if several else 0.0,
+    }

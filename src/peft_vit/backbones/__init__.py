@@ -5,7 +5,7 @@ from peft_vit.backbones.backbone import Backbone, evaluating, find_sites
 from peft_vit.backbones.catalog import MODELS, BackboneShape, ModelInfo, describe, native_size, patch_size_of
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
 from peft_vit.backbones.replay import visit_blocks
-from peft_vit.backbones.site import Site, fused_sites
+from peft_vit.backbones.site import Site, chosen, fused_sites, wanted_kinds, whole_modules
 from peft_vit.backbones.weights import Weights, check_weights, read_weights
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Weights",
     "check_weights",
     "choose_attention",
+    "chosen",
     "describe",
     "evaluating",
     "find_sites",
@@ -28,4 +29,6 @@ __all__ = [
     "patch_size_of",
     "read_weights",
     "visit_blocks",
+    "wanted_kinds",
+    "whole_modules",
 ]

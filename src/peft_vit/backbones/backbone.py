@@ -6,17 +6,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from peft_vit.backbones.families import FAMILIES, Family
-from peft_vit.backbones.site import LinearLayout, Site
+from peft_vit.backbones.site import LinearLayout, Site, wanted_kinds
 from peft_vit.errors import UserError
+
+# What one pass has counted, by input size and module; it goes with its model.
+_tokens: WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], dict[str, int]]] = WeakKeyDictionary()
 
 
 class Backbone:
-    """A view of a model, which stays as it is.
+    """A view of a model. What finding its sites may change is how timm adds a bias, see `prepare`.
 
     Args:
         model: of a class that one of the families knows, with adapters or without.
@@ -28,7 +32,7 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         family = _family_of(model)
         if family is None:
-            raise UserError(f"{type(model).__name__} is not a {_known()}; no other class can be adapted")
+            raise UserError(f"{type(model).__name__} is not a {known_classes()}; no other class can be adapted")
         self.model = model
         self.family: Family = family
 
@@ -38,7 +42,7 @@ class Backbone:
         for module in model.modules():
             if _family_of(module) is not None:
                 return cls(module)
-        raise UserError(f"{type(model).__name__} holds no {_known()}; no other class can be adapted")
+        raise UserError(f"{type(model).__name__} holds no {known_classes()}; no other class can be adapted")
 
     @property
     def head(self) -> nn.Module:
@@ -79,6 +83,14 @@ class Backbone:
         model: Any = self.model
         features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
         return features
+
+    def prepare(self) -> bool:
+        """Make the model compute each matrix by its module, so that what stands there instead has an effect.
+
+        Returns:
+            Whether timm builds such a model otherwise.
+        """
+        return self.family.prepare(self.model)
 
     def layout(self) -> list[LinearLayout]:
         """Return the linear modules that may carry adapters, block by block."""
@@ -134,7 +146,14 @@ class Backbone:
             raise _missing(site, f"there is no linear module {module}") from None
 
     def _count_tokens(self, modules: Sequence[str]) -> dict[str, int]:
-        """Return how many tokens of one image pass through each module."""
+        """Return how many tokens of one image pass through each module; counted once for a model and an image size."""
+        known = _tokens.setdefault(self.model, {}).setdefault(self.input_size, {})
+        if not known.keys() >= set(modules):
+            known |= self._tokens_of_one_pass(modules)
+        return known
+
+    def _tokens_of_one_pass(self, modules: Sequence[str]) -> dict[str, int]:
+        self.prepare()  # or a hook would miss a module that timm goes past
         tokens: dict[str, int] = {}
 
         def count(name: str, given: tuple[Tensor, ...]) -> None:
@@ -151,6 +170,9 @@ class Backbone:
         finally:
             for handle in handles:
                 handle.remove()
+        unseen = next((name for name in modules if name not in tokens), None)
+        if unseen is not None:
+            raise _missing(unseen, "no forward pass calls its module")
         return tokens
 
 
@@ -158,8 +180,8 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[
     """List the sites of a model, block by block, in the model's order.
 
     Args:
-        model: a timm VisionTransformer.
-        targets: the kinds of matrices wanted, in any order; None: all.
+        model: a VisionTransformer or Eva of timm.
+        targets: the kinds of matrices wanted, in any order; None, or the six of a plain block: all.
 
     Raises:
         UserError: if the model is of another class or has several heads, a target is unknown, or a block lacks
@@ -170,13 +192,9 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[
         raise UserError(
             f"{type(model).__name__} has more than one classifier head; choose a model without distillation"
         )
-    if targets is not None:
-        known = dict.fromkeys(kind for linear in backbone.layout() for kind in linear.kinds)
-        unknown = [target for target in targets if target not in known]
-        if unknown or not targets:
-            wrong = f"unknown matrix {unknown[0]!r}" if unknown else "no matrix asked for"
-            raise UserError(f"{wrong}; expected some of {', '.join(known)}", field="targets")
-    return backbone.find_sites(targets)
+    if targets is None:
+        return backbone.sites
+    return backbone.find_sites(wanted_kinds((kind for one in backbone.layout() for kind in one.kinds), targets))
 
 
 @contextmanager
@@ -195,7 +213,8 @@ def _family_of(model: nn.Module) -> Family | None:
     return next((family for family in FAMILIES if isinstance(model, family.model_class)), None)
 
 
-def _known() -> str:
+def known_classes() -> str:
+    """Return the names of the classes that can be adapted, for people."""
     return "timm " + " or ".join(family.model_class.__name__ for family in FAMILIES)
 
 

@@ -11,7 +11,7 @@ import timm
 import torch
 from timm.layers import PatchEmbed
 
-from peft_vit.backbones.backbone import Backbone, find_sites
+from peft_vit.backbones.backbone import Backbone, find_sites, known_classes
 from peft_vit.backbones.site import Site
 from peft_vit.config import BackboneConfig, WeightsSource
 from peft_vit.errors import UserError
@@ -43,6 +43,10 @@ MODELS: dict[str, ModelInfo] = {
         ModelInfo("vit_base_patch14_dinov2", "ViT-B/14, DINOv2 on LVD-142M", _ANY),
         ModelInfo("vit_small_patch14_reg4_dinov2", "ViT-S/14 with 4 registers, DINOv2 on LVD-142M", _ANY),
         ModelInfo("vit_base_patch14_reg4_dinov2", "ViT-B/14 with 4 registers, DINOv2 on LVD-142M", _ANY),
+        ModelInfo("vit_small_patch16_dinov3", "ViT-S/16, rotary positions, 4 registers, DINOv3 on LVD-1689M", _ANY),
+        ModelInfo("vit_base_patch16_dinov3", "ViT-B/16, rotary positions, 4 registers, DINOv3 on LVD-1689M", _ANY),
+        ModelInfo("vit_large_patch16_dinov3", "ViT-L/16, rotary positions, 4 registers, DINOv3 on LVD-1689M", _ANY),
+        ModelInfo("eva02_base_patch14_224", "ViT-B/14, rotary positions, gated MLPs, EVA-02 on ImageNet-22k", _ANY),
     )
 }
 
@@ -72,7 +76,7 @@ def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
         image_size: side of the square input, in pixels.
 
     Raises:
-        UserError: if the model is unknown, no plain VisionTransformer, or does not take this image size.
+        UserError: if the model is unknown, not one that can be adapted, or does not take this image size.
     """
     with torch.device("meta"):
         model = create_model(config.model, image_size, num_classes=1)
@@ -99,7 +103,27 @@ def create_model(name: str, image_size: int, num_classes: int) -> Any:
     check_model_name(name)
     with torch.device("meta"):
         _check_model(name, timm.create_model(name), image_size)
-    return timm.create_model(name, img_size=image_size, num_classes=num_classes)
+    model = timm.create_model(name, img_size=image_size, num_classes=num_classes)
+    Backbone(model).prepare()
+    return model
+
+
+def create_skeleton(name: str, image_size: int, num_classes: int) -> Any:
+    """Build a model without memory for what a state dict holds, to be assigned; all else is there, on the CPU.
+
+    Raises:
+        UserError: as `describe`.
+    """
+    with torch.device("meta"):
+        model = create_model(name, image_size, num_classes)
+    absent = [buffer for buffer, _ in model.named_buffers() if buffer not in model.state_dict()]
+    if absent:  # rotary embeddings, say: computed from the image size, and in no file
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            whole = create_model(name, image_size, num_classes)
+        for buffer in absent:
+            owner, _, leaf = buffer.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, whole.get_buffer(buffer), persistent=False)
+    return model
 
 
 def native_size(name: str) -> int:
@@ -146,7 +170,7 @@ def _check_model(name: str, model: Any, image_size: int) -> None:
     try:
         Backbone(model)
     except UserError:
-        raise refuse(f"is a {type(model).__name__}, not a timm VisionTransformer") from None
+        raise refuse(f"is a {type(model).__name__}, not a {known_classes()}") from None
     if not isinstance(model.patch_embed, PatchEmbed):
         raise refuse(f"embeds patches with {type(model.patch_embed).__name__}, which is not supported")
     if model.pretrained_cfg["classifier"] != HEAD_PREFIX.rstrip("."):

@@ -6,9 +6,11 @@ each is a site with a rank of its own: a slice of the fused module's rows. The p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from peft_vit.config import MATRICES
+from peft_vit.errors import UserError
 from peft_vit.records import Role, SiteInfo
 
 
@@ -65,6 +67,54 @@ class LinearLayout:
         """Return the names of its sites, `blocks.3.attn.query`."""
         parent = self.module.rpartition(".")[0]
         return [f"{parent}.{kind}" for kind in self.kinds]
+
+
+def wanted_kinds(known: Iterable[str], targets: Sequence[str]) -> tuple[str, ...]:
+    """Return the kinds that targets ask for, in the model's order.
+
+    The six of a plain block together, which are the default of `targets`, stand for all that a model has.
+
+    Raises:
+        UserError: if a target is no kind of this model's, or there is none.
+    """
+    kinds = tuple(dict.fromkeys(known))
+    if set(targets) == set(MATRICES):
+        return kinds
+    unknown = [target for target in targets if target not in kinds]
+    if unknown or not targets:
+        wrong = f"unknown matrix {unknown[0]!r}" if unknown else "no matrix asked for"
+        raise UserError(f"{wrong}; expected some of {', '.join(kinds)}", field="targets")
+    return tuple(kind for kind in kinds if kind in targets)
+
+
+def chosen(sites: Sequence[Site], targets: Sequence[str]) -> list[Site]:
+    """Return the sites of the kinds that targets ask for, out of all of a model; errors as `wanted_kinds`."""
+    kinds = wanted_kinds((site.kind for site in sites), targets)
+    return [site for site in sites if site.kind in kinds]
+
+
+def whole_modules(sites: Sequence[Site], targets: Sequence[str]) -> dict[str, Site]:
+    """Return one site for each module that targets ask for, as `fused_sites`: where a module has one adapter.
+
+    Args:
+        sites: all of a model.
+        targets: kinds of matrices.
+
+    Raises:
+        UserError: as `wanted_kinds`, and if targets ask for some parts of a fused matrix alone.
+    """
+    wanted = chosen(sites, targets)
+    modules = {site.module for site in wanted}
+    left = next((site for site in sites if site.module in modules and site not in wanted), None)
+    if left is not None:
+        named = [site.kind for site in wanted if site.module == left.module]
+        *some, last = [site.kind for site in sites if site.module == left.module]
+        raise UserError(
+            f"names {' and '.join(named)} alone, but {', '.join(some)} and {last} are one module of this model and one "
+            "for PEFT; name all of them or none",
+            field="targets",
+        )
+    return fused_sites(wanted)
 
 
 def fused_sites(sites: Sequence[Site]) -> dict[str, Site]:

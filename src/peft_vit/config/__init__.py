@@ -6,17 +6,7 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 """
 
 from peft_vit.config.adalora import GRADIENT_METRICS, AdaLoraConfig, BudgetUnit, Metric, Strategy
-from peft_vit.config.base import (
-    AS_WRITTEN,
-    FUSED,
-    MATRICES,
-    SITE_MATRICES,
-    AdapterConfig,
-    Frozen,
-    Matrix,
-    SiteMatrix,
-    is_given,
-)
+from peft_vit.config.base import AS_WRITTEN, MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, SiteMatrix, is_given
 from peft_vit.config.loading import load_study, one_line, study_from_mapping
 from peft_vit.config.lora import LoraConfig
 from peft_vit.config.peft import PeftAdaLoraConfig, PeftLoraConfig
@@ -49,7 +39,6 @@ __all__ = [
     "ALL_SECTIONS",
     "AS_WRITTEN",
     "BITS_OF_TYPE",
-    "FUSED",
     "GRADIENT_METRICS",
     "MATRICES",
     "NEEDS_PATH",
@@ -71,9 +60,9 @@ __all__ = [
     "ExperimentConfig",
     "Frozen",
     "KeyPath",
+    "Kind",
     "Lines",
     "LoraConfig",
-    "Matrix",
     "MeasuresConfig",
     "Method",
     "Metric",

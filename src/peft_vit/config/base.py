@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
 
-Matrix = Literal["query", "key", "value", "out", "fc1", "fc2"]
-MATRICES: tuple[Matrix, ...] = ("query", "key", "value", "out", "fc1", "fc2")
-FUSED: tuple[Matrix, ...] = ("query", "key", "value")  # timm computes them as one matrix, qkv
-# Where an adapter may sit: on a matrix, or on timm's fused query, key and value, which PEFT takes as one module.
+Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # of a matrix, in its model's own words
+MATRICES: tuple[str, ...] = ("query", "key", "value", "out", "fc1", "fc2")  # of a plain block
+# Where an adapter may sit in one: on a matrix, or on the fused query, key and value, which PEFT takes as one module.
 SiteMatrix = Literal["qkv", "query", "key", "value", "out", "fc1", "fc2"]
-SITE_MATRICES: tuple[SiteMatrix, ...] = ("qkv", *MATRICES)
+SITE_MATRICES: tuple[str, ...] = ("qkv", *MATRICES)
 
 
 class Frozen(BaseModel):
@@ -34,7 +33,11 @@ class AdapterConfig(Frozen):
     """What all adapters have."""
 
     scale: float = Field(default=2.0, gt=0, description="alpha / rank; stays when the rank moves")
-    targets: tuple[Matrix, ...] = Field(default=MATRICES, min_length=1)
+    targets: tuple[Kind, ...] = Field(
+        default=MATRICES,
+        min_length=1,
+        description="kinds of matrices; the default, the six of a plain block, stands for all that the model has",
+    )
 
     @model_validator(mode="after")
     def _targets_unique(self) -> Self:

@@ -6,28 +6,16 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from peft_vit.config.base import FUSED, AdapterConfig
+from peft_vit.config.base import AdapterConfig
 
 
-class _PeftConfig(AdapterConfig):
-    @model_validator(mode="after")
-    def _fused_matrix_whole(self) -> Self:
-        fused = [matrix for matrix in FUSED if matrix in self.targets]
-        if len(fused) not in (0, len(FUSED)):
-            raise ValueError(
-                f"targets names {' and '.join(fused)} alone, but timm's query, key and value are one module for PEFT; "
-                "name all three or none"
-            )
-        return self
-
-
-class PeftLoraConfig(_PeftConfig):
-    """LoRA by the PEFT library; one rank for timm's fused query, key and value."""
+class PeftLoraConfig(AdapterConfig):
+    """LoRA by the PEFT library; one rank for a fused query, key and value."""
 
     rank: int = Field(ge=1)
 
 
-class PeftAdaLoraConfig(_PeftConfig):
+class PeftAdaLoraConfig(AdapterConfig):
     """AdaLoRA (arXiv 2303.10512) by the PEFT library; its names for the settings stand in the descriptions."""
 
     initial_rank: int = Field(default=12, ge=2, description="init_r: rank of every module until the first mask")

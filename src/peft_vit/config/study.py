@@ -25,9 +25,9 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
 
 
 class BackboneConfig(Frozen):
-    """Which timm VisionTransformer, and where its weights come from."""
+    """Which Vision Transformer of timm, and where its weights come from."""
 
-    model: str = Field(min_length=1, max_length=128, description="name of a timm VisionTransformer")
+    model: str = Field(min_length=1, max_length=128, description="timm's name of a Vision Transformer")
     weights: WeightsSource
     file: str | None = Field(default=None, min_length=1, description="safetensors or .pth file, for weights: file")
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="expected hash of the file")

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from peft_vit.adapters.peft_files import TENSORS_FILE
-from peft_vit.backbones import BackboneShape, fused_sites
+from peft_vit.backbones import BackboneShape, chosen, fused_sites
 from peft_vit.backbones.catalog import create_model
 from peft_vit.config import ExperimentConfig, QaLoraConfig
 from peft_vit.records import RunSpec
-from peft_vit.runs.methods import chosen, pooled, rank_course
+from peft_vit.runs.methods import pooled, rank_course
 from peft_vit.training import format_of, last_update
 
 _VALUE_BYTES = 4  # what is trained is float32, whatever the products are

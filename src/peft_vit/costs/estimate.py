@@ -185,7 +185,7 @@ def forward_passes(method: Method) -> float:
 def measured_images(spec: RunSpec, workload: Workload) -> float:
     """Return the images that pass through the whole model for what the study's `measures` ask for.
 
-    Leaving the updates of six sites a block out takes about 3 passes a block, see `evaluation.measure_removal`.
+    Leaving the updates of six sites a block out takes about 3 passes a block, see `evaluation.measure_ablation`.
     """
     measures = spec.measures
     images: float = (WARMUP_PASSES + TIMED_PASSES) * sum(measures.latency_batches)

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules
-from peft_vit.backbones.catalog import create_model
+from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.config import QuantizationType
 from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
@@ -53,7 +53,7 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard) -> None:
     """Write a model: packed weights of its quantized layers, every other tensor as timm has it.
 
     Args:
-        model: a timm VisionTransformer whose adapters are merged (`merge`); float layers only are fine too.
+        model: a Vision Transformer of timm whose adapters are merged (`merge`); float layers only are fine too.
         file: replaced if it exists.
         card: what the file says of the model.
 
@@ -118,8 +118,7 @@ def _digest(header: _Header, tensors: dict[str, Tensor]) -> str:
 def _build(header: _Header, tensors: dict[str, Tensor], file: Path) -> nn.Module:
     """Return the model that header and tensors describe, on the tensors' own memory."""
     card = header.card
-    with torch.device("meta"):
-        model = create_model(card.model, card.image_size, len(card.class_names))
+    model: nn.Module = create_skeleton(card.model, card.image_size, len(card.class_names))
     tensors = dict(tensors)
     for name, layer in header.layers.items():
         try:
@@ -138,8 +137,7 @@ def _build(header: _Header, tensors: dict[str, Tensor], file: Path) -> nn.Module
         except UserError as error:
             raise UserError(error.message, file=file, field=f"{prefix}{error.field or 'codes'}") from None
         module.drop_float()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        model.set_submodule(name, module)
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise UserError(f"expected finite float32 numbers, got {tensor.dtype}", file=file, field=name)

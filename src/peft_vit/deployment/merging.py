@@ -6,12 +6,11 @@ import copy
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
 from peft_vit.adapters import adapted_modules, merged_state_dict
 from peft_vit.adapters.quantized_merging import merge_by_requantizing, merge_into_offsets
-from peft_vit.backbones.catalog import create_model
+from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.errors import UserError
 from peft_vit.quantization.formats import SCALE_DTYPES, dtype_name
@@ -22,7 +21,7 @@ class Merged:
     """A model without adapters.
 
     Attributes:
-        model: a timm VisionTransformer; its quantized layers compute on packed weights.
+        model: of timm; its quantized layers compute on packed weights.
         how: float weights took the updates exactly; the groups' offsets took them; or the sums were quantized anew.
         errors: by what offsets are stored in ("float32", "float16") and by layer,
             ||W_merged - W_trained||_F / ||W_trained||_F; re-quantized: under "codes"; float weights: none.
@@ -68,7 +67,7 @@ def check_merged(model: nn.Module) -> None:
 
 
 def _with_float_weights(model: nn.Module, card: ModelCard) -> nn.Module:
-    with torch.device("meta"):
-        plain = create_model(card.model, card.image_size, len(card.class_names))
+    plain = create_skeleton(card.model, card.image_size, len(card.class_names))
     plain.load_state_dict({key: tensor.detach() for key, tensor in merged_state_dict(model).items()}, assign=True)
-    return plain.requires_grad_(False).eval()
+    merged: nn.Module = plain.requires_grad_(False).eval()
+    return merged

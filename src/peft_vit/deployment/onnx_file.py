@@ -50,7 +50,7 @@ def export_onnx(model: nn.Module, file: Path, card: ModelCard) -> None:
     """Write a model with a batch of any size: `images` (B, 3, S, S) normalised float32, to `logits` (B, classes).
 
     Args:
-        model: a timm VisionTransformer whose adapters are merged (`merge`), quantized or not; it stays as it is.
+        model: a Vision Transformer of timm whose adapters are merged (`merge`), quantized or not; it stays as it is.
         file: replaced if it exists.
         card: what the file's metadata says of the model.
 

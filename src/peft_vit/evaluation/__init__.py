@@ -1,5 +1,6 @@
 """Quality of predictions, what single updates bring to it, and what a model weighs and takes."""
 
+from peft_vit.evaluation.ablation import measure_ablation
 from peft_vit.evaluation.footprint import (
     MemoryWatch,
     available_memory_bytes,
@@ -15,7 +16,6 @@ from peft_vit.evaluation.footprint import (
 from peft_vit.evaluation.latency import forward_s
 from peft_vit.evaluation.metrics import expected_calibration_error, measure
 from peft_vit.evaluation.predict import predict, predictions
-from peft_vit.evaluation.removal import measure_removal
 from peft_vit.evaluation.size import model_size
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "frozen_bytes",
     "head_parameters",
     "measure",
-    "measure_removal",
+    "measure_ablation",
     "model_size",
     "optimizer_bytes",
     "peak_memory_bytes",

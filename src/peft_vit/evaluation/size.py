@@ -29,6 +29,8 @@ def model_size(model: nn.Module) -> ModelSize:
     stored = left | {
         f"{name}.{kind}": t for name, quantized in packed.items() for kind, t in quantized.tensors().items()
     }
+    computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()  # rotary embeddings, say
+    in_file = {name: tensor for name, tensor in stored.items() if name not in computed}
     once = [tensor.numel() for name, tensor in left.items() if name.removesuffix(".weight") not in packed]
     sizes = {name: _layer_size(quantized) for name, quantized in packed.items()}
     return ModelSize(
@@ -42,7 +44,7 @@ def model_size(model: nn.Module) -> ModelSize:
             and any(adapter.pool > 1 and adapter.rank for _, adapter in module.adapters())
         ),
         live_bytes=storage_bytes(stored.values()),
-        file_bytes=len(save({name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()})),
+        file_bytes=len(save({name: tensor.detach().cpu().contiguous() for name, tensor in in_file.items()})),
     )
 
 

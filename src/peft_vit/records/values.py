@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from peft_vit.config import (
     BackboneConfig,
@@ -17,6 +17,7 @@ from peft_vit.config import (
     DataConfig,
     Device,
     ExperimentConfig,
+    Kind,
     MeasuresConfig,
     Name,
     Precision,
@@ -95,7 +96,7 @@ class SiteInfo(_Value):
 
     name: str  # blocks.3.attn.query
     block: int
-    matrix: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # in the model's own words
+    matrix: Kind
     role: Role
     in_features: int
     out_features: int

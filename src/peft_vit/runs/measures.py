@@ -18,7 +18,7 @@ from peft_vit.backbones import LoadedBackbone, choose_attention
 from peft_vit.data import DATASETS, Data, LabelledImages, stratified_draw
 from peft_vit.deployment import ModelCard, merge
 from peft_vit.errors import SilentNoEffectWarning
-from peft_vit.evaluation import forward_s, measure_removal
+from peft_vit.evaluation import forward_s, measure_ablation
 from peft_vit.records import AdapterRemoval, RunSpec
 from peft_vit.seeding import numpy_generator
 from peft_vit.training import Setting
@@ -56,7 +56,7 @@ def leave_out_updates(
     started = time.perf_counter()
     images = removal_images(data.validation, spec.data.split_seed, count)
     batches = images.ordered_batches(_BATCH, setting.mean, setting.std)
-    removal = measure_removal(model, batches, device=setting.device, precision=setting.precision)
+    removal = measure_ablation(model, batches, device=setting.device, precision=setting.precision)
     return removal, {"removal": time.perf_counter() - started}
 
 

@@ -23,8 +23,8 @@ from peft_vit.allocation import (
     even_ranks,
     schedule_for,
 )
-from peft_vit.backbones import BackboneShape, Site, find_sites, fused_sites
-from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, Matrix, QaLoraConfig
+from peft_vit.backbones import BackboneShape, Site, chosen, find_sites, fused_sites, whole_modules
+from peft_vit.config import SECTIONS, AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 from peft_vit.training import (
@@ -130,6 +130,8 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, 
             f"{total_steps} steps are too few for schedule one_cycle; train longer or use schedule: constant",
             field="training.epochs",
         )
+    for section in SECTIONS.get(experiment.method, ()):
+        _check_targets(section, getattr(experiment, section).targets, shape)
     if experiment.lora is not None:
         _check_lora(experiment.lora, shape)
     if experiment.peft_lora is not None:
@@ -171,8 +173,16 @@ def _check_lora(config: LoraConfig, shape: BackboneShape) -> None:
             raise UserError(str(error), field="lora.start") from None
 
 
-def _check_fused(field: str, shape: BackboneShape, targets: Sequence[Matrix], rank: int) -> None:
-    for site in fused_sites(chosen(shape.sites, targets)).values():
+def _check_targets(section: str, targets: Sequence[str], shape: BackboneShape) -> None:
+    """Refuse kinds of matrices that the model lacks, and for PEFT parts of a fused one alone."""
+    try:
+        (whole_modules if section.startswith("peft") else chosen)(shape.sites, targets)
+    except UserError as error:
+        raise UserError(error.message, field=f"{section}.targets") from None
+
+
+def _check_fused(field: str, shape: BackboneShape, targets: Sequence[str], rank: int) -> None:
+    for site in whole_modules(shape.sites, targets).values():
         _check_rank(field, site, rank, 1)
 
 
@@ -202,11 +212,6 @@ def rank_course(adalora: AdaLoraConfig, pool: int, shape: BackboneShape, total_s
     costs = costs_for(adalora, shapes, [site.tokens for site in sites])
     bounds = bounds_for(adalora, [min(sides) for sides in shapes], costs)
     return RankCourse(sites, costs, bounds, schedule_for(adalora, total_steps, bounds, costs))
-
-
-def chosen(sites: Sequence[Site], targets: Sequence[Matrix]) -> list[Site]:
-    """Return the sites on matrices that are wanted."""
-    return [site for site in sites if site.kind in targets]
 
 
 def _check_rank(field: str, site: Site, rank: int, pool: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import site_adapters
 from peft_vit.allocation.bit_sensitivity import fit_head, layer_losses, rank_gains
 from peft_vit.allocation.bits import choose
-from peft_vit.backbones import Site, find_sites, fused_sites
+from peft_vit.backbones import Site, chosen, find_sites, fused_sites
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.quantization import QuantizationFormat
@@ -75,7 +75,7 @@ def allocate_bits(
     """Measure what each type would cost each layer, and choose under the budget; the model is left as it was.
 
     Args:
-        model: a timm VisionTransformer without adapters.
+        model: a Vision Transformer of timm without adapters.
         config: a `qa_lora` section with `adaptive_bits`.
         images: calibration batch (N, 3, S, S) of training images, normalised, on the model's device.
         labels: (N,) int64.
@@ -138,7 +138,7 @@ def _warn_of_no_effect(formats: dict[str, QuantizationFormat], ranks: dict[str, 
 
 def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
     assert config.adaptive_bits is not None
-    wanted = [site for site in sites if site.kind in config.targets]
+    wanted = chosen(sites, config.targets)
     for site in wanted:
         check_rank(site.name, site.in_features, site.out_features, 0, config.pool)
     candidates = [format_of(config, type) for type in config.adaptive_bits.types]

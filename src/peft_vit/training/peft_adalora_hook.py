@@ -51,7 +51,7 @@ class PeftAdaLoraHook:
     """PEFT's part of a step, in the order that PEFT documents: its scores see the penalty and the clipping.
 
     Args:
-        model: a timm VisionTransformer without adapters; PEFT's are attached.
+        model: a Vision Transformer of timm without adapters; PEFT's are attached.
         config: the settings, see `config.PeftAdaLoraConfig`.
         total_steps: optimiser steps of the whole run; PEFT's schedule depends on it.
         seed: of the adapters' start.

@@ -38,20 +38,20 @@ from peft_vit.training.quantization_balance import (
     removed_in_weights,
 )
 from peft_vit.training.quantization_schedule import end_step, next_part, quantized_share, share_at
-from peft_vit.training.quantized_layers import formats_of, place_layers, quantized_layers
+from peft_vit.training.quantized_layers import attach_layers, formats_of, quantized_layers
 from peft_vit.training.state import State
 
 _FLOAT_BITS = 32.0
 
 
 class QALoRATrainer:
-    """Quantization-aware LoRA on a timm VisionTransformer.
+    """Quantization-aware LoRA on a Vision Transformer of timm.
 
     With groups, the adapter's input is summed over the quantizer's groups, so that the trained update can be moved
     into the offsets. Without groups, it is a plain LoRA adapter over a quantized weight (QLoRA, arXiv 2305.14314).
 
     Args:
-        model: a timm VisionTransformer; adapters are attached and its sites' weights are quantized. If it carries
+        model: a Vision Transformer of timm; adapters are attached and its sites' weights are quantized. If it carries
             adapters already (an AdaLoRAController's, imported ones, or LoRA by `peft.get_peft_model`), these are taken
             as they are, and the weights under them are quantized.
         config: the settings, see `config.QaLoraConfig`.
@@ -83,7 +83,7 @@ class QALoRATrainer:
         self.total_steps = total_steps
         self.clip_norm = clip_norm
         self.last_step = end_step(config, total_steps)
-        place_layers(model, config, ranks, seed=seed)
+        attach_layers(model, config, ranks, seed=seed)
         layers = quantized_layers(model)
         self.formats = formats_of(layers, config, formats)
         self.relative_error: dict[str, float] = {}

@@ -19,7 +19,7 @@ from peft_vit.adapters import (
     site_adapters,
 )
 from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
-from peft_vit.allocation.placement import check_stays
+from peft_vit.allocation.attach import check_stays
 from peft_vit.backbones import find_sites
 from peft_vit.config import QaLoraConfig, QuantizationType
 from peft_vit.errors import SilentNoEffectWarning, UserError
@@ -46,7 +46,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return layers
 
 
-def place_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, int] | None, *, seed: int) -> None:
+def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, int] | None, *, seed: int) -> None:
     """Put adapters on a plain model, or take those that it carries as they are.
 
     Args:

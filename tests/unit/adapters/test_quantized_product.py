@@ -61,12 +61,11 @@ def reference(layer: AdaptedLinear, weight: Tensor, x: Tensor) -> tuple[Tensor, 
     """Return float64 outputs by x W^T + s ((x pooled) A^T lambda) B^T, and leaves that took the parameters' place."""
     leaves = {name: p.detach().double().requires_grad_() for name, p in layer.sites.named_parameters()}
     parts = []
-    for matrix, rows in layer.rows.items():
-        adapter = layer.sites[matrix]
-        inner = x.unflatten(-1, (-1, adapter.pool)).sum(-1) @ leaves[f"{matrix}.lora_A"].T
+    for site, adapter in layer.adapters():
+        inner = x.unflatten(-1, (-1, adapter.pool)).sum(-1) @ leaves[f"{site.kind}.lora_A"].T
         if adapter.lora_lambda is not None:
-            inner = inner * leaves[f"{matrix}.lora_lambda"] * adapter.lambda_gain
-        parts.append(x @ weight[rows].T + SCALE * inner @ leaves[f"{matrix}.lora_B"].T)
+            inner = inner * leaves[f"{site.kind}.lora_lambda"] * adapter.lambda_gain
+        parts.append(x @ weight[site.span].T + SCALE * inner @ leaves[f"{site.kind}.lora_B"].T)
     return torch.cat(parts, -1) + layer.bias.double(), leaves
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from peft_vit.adapters import (
     AdaptedLinear,
-    Probe,
+    GradientProbe,
     SiteAdapter,
     current_ranks,
     merged_state_dict,
@@ -17,7 +17,7 @@ from peft_vit.adapters import (
     site_adapters,
 )
 from peft_vit.allocation import AdaLoRAController
-from peft_vit.allocation.probes import PROBE_TRIPLETS, place_probes, probed_scores, take_probes
+from peft_vit.allocation.gradient_probes import PROBE_TRIPLETS, attach_probes, probed_scores, take_probes
 from peft_vit.backbones import find_sites
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.records import StepRow
@@ -54,7 +54,7 @@ def test_outputs_stay_bit_for_bit_and_nothing_new_is_trained(tiny_vit, batch, fi
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         logits = model(batch[0])
         names, parameters = list(model.state_dict()), trainable_parameters(model)
-        place_probes(adapters, seed=0, step=1)
+        attach_probes(adapters, seed=0, step=1)
         probed = model(batch[0])
     assert torch.equal(probed, logits)
     assert list(model.state_dict()) == names
@@ -68,7 +68,7 @@ def test_outputs_stay_bit_for_bit_and_nothing_new_is_trained(tiny_vit, batch, fi
 def test_each_lambda_feels_the_gradient_along_its_directions(tiny_vit, batch, fill_adapters) -> None:
     model, adapters = adapted(tiny_vit, fill_adapters)
     expected = plain_gradients(tiny_vit, model, batch)
-    place_probes(adapters, seed=0, step=1)
+    attach_probes(adapters, seed=0, step=1)
     backward(model, batch)
     for name, adapter in adapters.items():
         left, right = adapter.probe._left.double().numpy(), adapter.probe._right.double().numpy()
@@ -84,7 +84,7 @@ def test_the_root_mean_square_estimates_the_size_of_the_gradient(tiny_vit, batch
     expected = {name: np.sqrt(np.mean(g**2)) for name, g in plain_gradients(tiny_vit, model, batch).items()}
     squares = {name: [] for name in adapters}
     for step in range(200):
-        place_probes(adapters, seed=0, step=step)
+        attach_probes(adapters, seed=0, step=step)
         backward(model, batch)
         for name, size in take_probes(adapters)[0].items():
             squares[name].append(size**2)
@@ -97,7 +97,7 @@ def test_directions_follow_from_seed_and_step(tiny_vit, fill_adapters) -> None:
     _, adapters = adapted(tiny_vit, fill_adapters)
     drawn = []
     for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1)):
-        place_probes(adapters, seed=seed, step=step)
+        attach_probes(adapters, seed=seed, step=step)
         drawn.append(torch.cat([adapter.probe._left.flatten() for adapter in adapters.values()]))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
@@ -250,8 +250,8 @@ def test_evaluation_between_two_steps_does_not_carry_the_probes(tiny_vit, batch,
     for step in (1, 2):
         train_step(model, controller, optimizer, batch, step)
     asked = []
-    factors = Probe.factors
-    monkeypatch.setattr(Probe, "factors", lambda probe: asked.append(probe) or factors(probe))
+    factors = GradientProbe.factors
+    monkeypatch.setattr(GradientProbe, "factors", lambda probe: asked.append(probe) or factors(probe))
     with torch.no_grad():
         plain = model(batch[0])
     assert not asked
@@ -302,7 +302,7 @@ def test_a_pooled_probe_feels_the_gradient_summed_over_groups() -> None:
     layer = AdaptedLinear(torch.nn.Linear(32, 10))
     adapter = SiteAdapter(32, 10, 0, scale=2.0, generator=generator, pool=8)
     layer.add_site(loose_site("out", (0, 10), 32), adapter)
-    adapter.probe = probe = Probe(4, 10, 3, generator=generator, device=torch.device("cpu"))
+    adapter.probe = probe = GradientProbe(4, 10, 3, generator=generator, device=torch.device("cpu"))
     x, to_output = torch.randn(5, 32, generator=generator), torch.randn(5, 10, generator=generator)
     (layer(x) * to_output).sum().backward()
     gradient = to_output.double().numpy().T @ x.double().numpy()  # dL/dW

@@ -46,8 +46,6 @@ def test_defaults_are_those_of_peft_where_it_has_some(tmp_path) -> None:
         ("lora: {start: folder, targets: [fc1]}", "lora", "targets has no effect with start"),
         ("peft_lora: {}", "peft_lora.rank", "is missing"),
         ("peft_lora: {rank: 2, start: folder}", "peft_lora.start", "unknown key"),
-        ("peft_lora: {rank: 2, targets: [query, fc1]}", "peft_lora", "names query alone"),
-        ("peft_lora: {rank: 2, targets: [query, value]}", "peft_lora", "name all three or none"),
         (
             "peft_adalora: {initial_rank: 8, update_frequency: 1, warmup_steps: 1}",
             "peft_adalora",

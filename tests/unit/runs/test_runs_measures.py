@@ -204,7 +204,7 @@ def test_an_attempt_that_ends_in_a_measure_is_followed_by_one_that_measures_anew
     (spec,) = specs(asking(study("adalora")), tmp_path)
     whole = run_one(spec).record
     with monkeypatch.context() as patched:
-        patched.setattr(measures_module, "measure_removal", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "x")))
+        patched.setattr(measures_module, "measure_ablation", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "x")))
         failed = run_one(spec, checkpoints=Checkpoints(tmp_path / "run", 0)).record
     assert (failed.status, failed.failure, failed.removal) == ("failed", "io", None)
     again = run_one(spec, checkpoints=Checkpoints(tmp_path / "run", 0)).record

@@ -221,6 +221,13 @@ def test_a_damaged_record_is_refused_by_its_file(study, tmp_path) -> None:
     ("method", "settings", "field"),
     [
         ("lora", {"rank": 65}, r"lora\.rank: rank 65 is wasted on blocks\.0\.attn\.query: .* at most 64"),
+        (
+            "lora",
+            {"targets": ["qkv"]},
+            r"lora\.targets: unknown matrix 'qkv'; expected some of query, key, value, out, fc1",
+        ),
+        ("adalora", {"targets": ["gate"]}, r"adalora\.targets: unknown matrix 'gate'; expected some of query, key"),
+        ("qa_lora", {"targets": ["out", "up"]}, r"qa_lora\.targets: unknown matrix 'up'; expected some of query, key"),
         ("adalora", {"total_rank_budget": 35, "minimum_rank": 1}, r"adalora\.total_rank_budget: expected 36"),
         (
             "adalora",
@@ -241,6 +248,16 @@ def test_a_damaged_record_is_refused_by_its_file(study, tmp_path) -> None:
 def test_what_a_run_would_refuse_is_refused_by_the_plan(study, tmp_path, method, settings, field) -> None:
     config = with_section(study("linear", method), method, **settings)
     with pytest.raises(UserError, match=rf"tiny\.yaml: experiments\[1\]\.{field}"):
+        planned(config, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["peft_lora", "peft_adalora"])
+@pytest.mark.parametrize(("targets", "named"), [(["query", "fc1"], "query"), (["value", "query"], "query and value")])
+def test_parts_of_a_fused_matrix_alone_are_refused_for_peft(study, tmp_path, method, targets, named) -> None:
+    pytest.importorskip("peft")
+    config = with_section(study("linear", method), method, targets=targets)
+    said = rf"experiments\[1\]\.{method}\.targets: names {named} alone, but query, key and value are one module"
+    with pytest.raises(UserError, match=said):
         planned(config, tmp_path)
 
 

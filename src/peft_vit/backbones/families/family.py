@@ -19,9 +19,12 @@ class Family:
         layout: lists the linear modules of a model that may carry adapters, block by block, in the model's order.
         blocks: names the blocks of a model, in the order in which a forward pass calls them.
         fit_weights: takes the tensors of a checkpoint to a model's own names and image size.
+        prepare: makes a model compute each matrix by the forward pass of its module, where an adapter can stand; tells
+            whether timm builds such a model otherwise.
     """
 
     model_class: type[nn.Module]
     layout: Callable[[nn.Module], list[LinearLayout]]
     blocks: Callable[[nn.Module], list[str]]
     fit_weights: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
+    prepare: Callable[[nn.Module], bool]

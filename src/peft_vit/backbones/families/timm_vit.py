@@ -34,4 +34,9 @@ def _fit_weights(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return checkpoint_filter_fn(tensors, cast(VisionTransformer, model), adapt_layer_scale=True)
 
 
-TIMM_VIT = Family(VisionTransformer, _layout, _blocks, _fit_weights)
+def _prepare(_: nn.Module) -> bool:
+    """Do nothing: every matrix computes by its own module."""
+    return False
+
+
+TIMM_VIT = Family(VisionTransformer, _layout, _blocks, _fit_weights, _prepare)

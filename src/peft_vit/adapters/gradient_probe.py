@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Probe:
+class GradientProbe:
     """Triplets p_i lambda_i q_i of random unit vectors p_i, q_i at lambda_i = 0; only lambda has a gradient.
 
     With G = dL/dW of the site, dL/dlambda_i = p_i^T G q_i. The directions are uniform on the spheres, so its square

@@ -28,7 +28,7 @@ _LeftOut = frozenset[str]  # names of sites
 _WITH_ALL: _LeftOut = frozenset()
 
 
-def measure_removal(
+def measure_ablation(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, precision: Precision
 ) -> AdapterRemoval:
     """Measure loss and accuracy with every update, then without each one, and without those of each group.
@@ -37,7 +37,7 @@ def measure_removal(
     6 sites in each of L blocks it takes about 3 L + 7 full passes in place of 6 L + 4.
 
     Args:
-        model: a timm VisionTransformer with adapters of this package or of the PEFT library; left as it was.
+        model: a Vision Transformer of timm with adapters of this package or of the PEFT library; left as it was.
         batches: images and labels, as for `predict`; at least one.
         device: where the model is.
         precision: of the forward pass.

@@ -1,7 +1,7 @@
 """Scores for sites without rank, from the gradient on temporary triplets.
 
 A site at rank 0 has no triplet that could be scored, and |w dL/dw| of a triplet that changes nothing is 0 whatever the
-site is worth. What can be measured is the gradient that its weight would receive: a probe (`adapters.Probe`) estimates
+site is worth. What can be measured is the gradient that its weight would receive: an `adapters.GradientProbe` estimates
 g, the root mean square over the elements of dL/dW. It is turned into the metric's units by the sites that have both:
 
     score_s = g_s^k * median over sites t with measured triplets of (score_t / g_t^k)
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from peft_vit.adapters import Adapter, Probe, SiteAdapter
+from peft_vit.adapters import Adapter, GradientProbe, SiteAdapter
 from peft_vit.config import Metric
 from peft_vit.seeding import torch_generator
 
@@ -30,7 +30,7 @@ _QUADRATIC: tuple[Metric, ...] = ("fisher", "sensitivity")
 PROBE_TRIPLETS = 4  # the estimate of a squared norm from n random directions has a relative error of sqrt(2 / n)
 
 
-def place_probes(adapters: Mapping[str, Adapter], *, seed: int, step: int) -> None:
+def attach_probes(adapters: Mapping[str, Adapter], *, seed: int, step: int) -> None:
     """Put temporary triplets on every site for the forward and backward pass of one step.
 
     Their directions follow from seed and step alone, so that a resumed run draws the same. A model that PEFT has
@@ -39,7 +39,7 @@ def place_probes(adapters: Mapping[str, Adapter], *, seed: int, step: int) -> No
     generator = torch_generator(seed, "probe", step)
     for adapter in adapters.values():
         if isinstance(adapter, SiteAdapter):
-            adapter.probe = Probe(
+            adapter.probe = GradientProbe(
                 adapter.in_features // adapter.pool,
                 adapter.out_features,
                 PROBE_TRIPLETS,

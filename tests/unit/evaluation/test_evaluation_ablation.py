@@ -16,7 +16,7 @@ from peft_vit.adapters.peft_library import attach_peft_adalora, attach_peft_lora
 from peft_vit.backbones import find_sites
 from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
-from peft_vit.evaluation import measure_removal
+from peft_vit.evaluation import measure_ablation
 from peft_vit.records import AdapterRemoval
 from peft_vit.training import QALoRATrainer
 
@@ -126,7 +126,7 @@ def in_two_batches(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_what_a_copy_with_zeros_loses(adapted, batch, method: str) -> None:
     model = adapted(method)
-    found = measure_removal(model, in_two_batches(batch), device=CPU, precision="fp32")
+    found = measure_ablation(model, in_two_batches(batch), device=CPU, precision="fp32")
     sites = [name for name, rank in update_ranks(model).items() if rank]
     assert ("blocks.1.mlp.fc2" in sites) == (method != "lora")
     loss, accuracy = loss_and_accuracy(model, *batch)
@@ -164,7 +164,7 @@ def test_passing_the_first_blocks_once_changes_no_bit(adapted, batch, method: st
         name: float(-log_softmax(np.concatenate(parts).astype(np.float64), 1)[np.arange(6), labels].mean())
         for name, parts in logits.items()
     }
-    found = measure_removal(model, in_two_batches(batch), device=CPU, precision=precision)
+    found = measure_ablation(model, in_two_batches(batch), device=CPU, precision=precision)
     # The log of a sum may round otherwise in another library; 1e-14 is far below what another bit of a logit moves.
     assert found.loss == pytest.approx(losses.pop(""), abs=1e-14)
     assert found.site_loss_rise == pytest.approx({name: loss - found.loss for name, loss in losses.items()}, abs=1e-14)
@@ -175,7 +175,7 @@ def test_the_walk_passes_each_block_as_often_as_it_has_to(adapted, batch) -> Non
     passes = [0, 0]
     for block in range(2):
         model.blocks[block].register_forward_hook(lambda *_, block=block: passes.__setitem__(block, passes[block] + 1))
-    measure_removal(model, [batch], device=CPU, precision="fp32")
+    measure_ablation(model, [batch], device=CPU, precision="fp32")
     # Block 0: all updates, its 6 sites, 3 groups. Block 1: as often again, and its own 5 sites.
     assert passes == [10, 15]
 
@@ -185,7 +185,7 @@ def test_groups_without_a_site_are_left_out_and_equal_ones_agree(tiny_vit, batch
     sites = find_sites(model, ("query", "value"))
     attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 1), scale=2.0, seed=0)
     fill_adapters(model)
-    found = measure_removal(model, [batch], device=CPU, precision="fp32")
+    found = measure_ablation(model, [batch], device=CPU, precision="fp32")
     assert list(found.group_loss_rise) == ["attention", "all"]
     assert found.group_loss_rise["attention"] == found.group_loss_rise["all"]
 
@@ -194,7 +194,7 @@ def test_without_any_rank_there_are_no_rises(tiny_vit, batch) -> None:
     model = tiny_vit()
     sites = find_sites(model)
     attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 0), scale=2.0, seed=0)
-    found = measure_removal(model, [batch], device=CPU, precision="fp32")
+    found = measure_ablation(model, [batch], device=CPU, precision="fp32")
     loss, accuracy = loss_and_accuracy(model, *batch)
     assert found.loss == pytest.approx(loss, abs=1e-6)
     assert found == AdapterRemoval(

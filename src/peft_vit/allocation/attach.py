@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from peft_vit.adapters import adapted_sites, attach_adapters, peft_sites, site_adapters
-from peft_vit.backbones import Site, find_sites
-from peft_vit.config import FUSED, AdaLoraConfig, AdapterConfig
+from peft_vit.adapters import adapted_kinds, attach_adapters, peft_sites, site_adapters
+from peft_vit.backbones import Backbone, Site, find_sites, wanted_kinds
+from peft_vit.config import AdaLoraConfig, AdapterConfig
 from peft_vit.errors import UserError
 
 _STATED = ("scale", "parametrization", "factor_start", "lambda_gain")
 
 
-def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool: int = 1) -> tuple[Site, ...]:
+def attach_or_check(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool: int = 1) -> tuple[Site, ...]:
     """Return the sites that carry adapters, block by block; on a plain model they are put there first, at rank 0.
 
     Raises:
@@ -46,12 +46,13 @@ def place_adapters(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool: 
 def _check_own(model: nn.Module, config: AdaLoraConfig, pool: int) -> None:
     """Refuse adapters of ours that compute something else than the settings say."""
     stated = {f"adalora.{name}": getattr(config, name) for name in _STATED} | {"pool": pool}
-    sites = adapted_sites(model)
+    kinds = adapted_kinds(model)
     for name, adapter in site_adapters(model).items():
-        if sites[name].kind == "qkv":
+        if len(kinds[name]) > 1:
+            *some, last = kinds[name]
             raise UserError(
-                "query, key and value share this adapter, as import_peft attaches it, and can't have ranks of their "
-                "own; hand over a plain model, or one that peft.PeftModel.from_pretrained has wrapped",
+                f"{', '.join(some)} and {last} share this adapter, as import_peft attaches it, and can't have ranks of "
+                "their own; hand over a plain model, or one that peft.PeftModel.from_pretrained has wrapped",
                 field=name,
             )
         for field, value in stated.items():
@@ -80,7 +81,7 @@ def check_stays(model: nn.Module, config: AdapterConfig, section: str) -> None:
     if "scale" in config.model_fields_set and scales != [config.scale]:
         stated = ", ".join(map(str, scales))
         raise UserError(f"the model's adapters have {stated}; leave it out", field=f"{section}.scale")
-    kinds = {site.kind for site in adapted_sites(model).values()}
-    adapted = kinds - {"qkv"} | (set(FUSED) if "qkv" in kinds else set())
-    if "targets" in config.model_fields_set and set(config.targets) != adapted:
+    adapted = {kind for kinds in adapted_kinds(model).values() for kind in kinds}
+    known = (kind for linear in Backbone.within(model).layout() for kind in linear.kinds)
+    if "targets" in config.model_fields_set and set(wanted_kinds(known, config.targets)) != adapted:
         raise UserError(f"adapters are on {', '.join(sorted(adapted))}; leave it out", field=f"{section}.targets")
