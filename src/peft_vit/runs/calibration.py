@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from peft_vit.allocation import check_fisher
-from peft_vit.backbones import Weights, load_run_backbone, read_weights
-from peft_vit.config import BackboneConfig, ExperimentConfig, TrainingConfig
+from peft_vit.backbones import Weights, load_run_backbone
+from peft_vit.config import BackboneConfig, ExperimentConfig
 from peft_vit.data import Data
-from peft_vit.records import FisherCheck, RunSpec
-from peft_vit.training import AllocationHook, ChosenBits, QALoRATrainer, Setting, StepHook, allocate_bits, class_weights
-
-_IMAGES = 32  # of a calibration batch
+from peft_vit.records import RunSpec, StepRow
+from peft_vit.training import ChosenBits, Setting, allocate_bits, class_weights
 
 
 def calibration_batch(data: Data, setting: Setting, seed: int, count: int) -> tuple[Tensor, Tensor]:
@@ -41,50 +39,27 @@ def choose_bits(
     return chosen, {"bit_allocation": time.perf_counter() - started}
 
 
-def measure_balance(
-    trainer: QALoRATrainer,
-    model: nn.Module,
-    data: Data,
-    spec: RunSpec,
-    setting: Setting,
-    read: Callable[[BackboneConfig], Weights] = read_weights,
-) -> dict[str, float]:
-    """Measure the balance of quantization and adaptation; the trainer keeps it.
+@dataclass(frozen=True)
+class OfTraining:
+    """What a run lets its hooks use once training is over, see `training.AfterTraining`."""
 
-    The float weights are gone by then: they are taken from where the backbone's came from.
+    spec: RunSpec
+    data: Data
+    setting: Setting
+    read: Callable[[BackboneConfig], Weights]
+    steps: Sequence[StepRow]
 
-    Args:
-        trainer: of the run.
-        model: as it was trained.
-        data: of the run.
-        spec: of the run.
-        setting: of the run.
-        read: gets the backbone's weights, see `load_backbone`.
+    @property
+    def class_weights(self) -> Tensor | None:
+        """Return the loss's weights (classes,), None if all are 1."""
+        if not self.spec.experiment.training.class_weights:
+            return None
+        return class_weights(self.data.train.labels, len(self.data.class_names)).to(self.setting.device)
 
-    Returns:
-        Its seconds by purpose.
-    """
-    started = time.perf_counter()
-    floats = load_run_backbone(spec, len(data.class_names), read).model.state_dict()
-    images, _ = calibration_batch(data, setting, spec.seed, _IMAGES)
-    trainer.validate_quantization_adaptation_balance(model, reference=floats, images=images)
-    return {"balance": time.perf_counter() - started}
+    def calibration_batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the first training images in an order of their own, and their labels, on the device."""
+        return calibration_batch(self.data, self.setting, self.spec.seed, count)
 
-
-def calibrate_fisher(
-    hooks: Sequence[StepHook], model: nn.Module, data: Data, config: TrainingConfig, setting: Setting, seed: int
-) -> tuple[FisherCheck | None, dict[str, float]]:
-    """Compare the score `fisher` with the empirical Fisher, if ranks were decided by it.
-
-    Returns:
-        The comparison, None for any other metric; and its seconds by purpose.
-    """
-    if not any(
-        isinstance(one, AllocationHook) and one.controller.config.importance_metric == "fisher" for one in hooks
-    ):
-        return None, {}
-    started = time.perf_counter()
-    images, labels = calibration_batch(data, setting, seed, _IMAGES)
-    weights = class_weights(data.train.labels, len(data.class_names)) if config.class_weights else None
-    check = check_fisher(model, images, labels, class_weights=None if weights is None else weights.to(setting.device))
-    return check, {"fisher_check": time.perf_counter() - started}
+    def float_weights(self) -> Mapping[str, Tensor]:
+        """Return the weights as the backbone was loaded: those of the run may have been dropped."""
+        return load_run_backbone(self.spec, len(self.data.class_names), self.read).model.state_dict()

@@ -7,7 +7,7 @@ import hashlib
 import platform
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,47 +36,29 @@ from peft_vit.evaluation import (
     frozen_bytes,
     head_parameters,
     measure,
-    model_size,
     predict,
     predictions,
     trainable_bytes,
     trainable_parameters,
 )
 from peft_vit.records import (
-    BitsEntry,
     ByteCounts,
     Failure,
-    ImportanceEntry,
     ParameterCounts,
-    ProbeEntry,
     Provenance,
-    QuantizationSummary,
     RankEntry,
     Registration,
     RunRecord,
     RunSpec,
-    StepRow,
 )
-from peft_vit.runs.calibration import calibrate_fisher, choose_bits, measure_balance
+from peft_vit.runs.calibration import OfTraining, choose_bits
 from peft_vit.runs.device import resolve_device
 from peft_vit.runs.head_start import start_head
 from peft_vit.runs.measures import take_measures
 from peft_vit.runs.methods import prepare
 from peft_vit.runs.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
 from peft_vit.runs.resume import RECORDED, Attempt
-from peft_vit.training import (
-    AllocationHook,
-    Checkpoints,
-    Interrupted,
-    PeftAdaLoraHook,
-    Progress,
-    QALoRATrainer,
-    Setting,
-    StepHook,
-    TrainingResult,
-    steps_per_epoch,
-    train,
-)
+from peft_vit.training import Checkpoints, Interrupted, Progress, Setting, TrainingResult, steps_per_epoch, train
 
 OnProgress = Callable[[Progress], None]
 
@@ -213,35 +195,28 @@ def _execute(
             between_steps=attempt.between_steps,
             resume=attempt.take_training(),
         )
-        for hook in hooks:
-            if isinstance(hook, PeftAdaLoraHook):
-                hook.check_finalized(model)
         tested = _test(data, lambda images: _predict(model, images, spec, setting))
-    fisher_check, calibration_s = calibrate_fisher(hooks, model, data, config, setting, spec.seed)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
     # Before the float weights come back for a comparison.
     memory_bytes = {"peak_memory_bytes": attempt.peak_memory_bytes, "own_memory_bytes": attempt.own_memory_bytes}
-    trainer = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
-    balance_s = {} if trainer is None else measure_balance(trainer, model, data, spec, setting, read)
+    after = OfTraining(spec, data, setting, read, result.steps)
+    hooks_s = {purpose: seconds for hook in hooks for purpose, seconds in hook.finish(model, after).items()}
     measured, measures_s = take_measures(model, backbone, data, spec, setting)
     outcome = {
         "status": "done",
         "provenance": provenance,
         **_images(data),
         "sites": sites,
-        **_histories(hooks, initial_ranks),
-        "fisher_check": fisher_check,
+        "rank_history": [RankEntry(step=0, budget=None, ranks=initial_ranks)] if initial_ranks else [],
         "bit_allocation": None if bits is None else bits.record,
-        "quantization": None if trainer is None else _quantization(trainer, model),
+        **{field: value for hook in hooks for field, value in hook.record(model).items()},
         **_trained(model, result, backbone_total, content),
         "head_fit": attempt.head_fit,
         "overhead_s": {
             **bits_s,
             **head.seconds,
             **result.overhead_s,
-            **_probing(hooks, result.steps),
-            **calibration_s,
-            **balance_s,
+            **hooks_s,
             **measures_s,
             "checkpoints": attempt.checkpoints_s,
         },
@@ -317,35 +292,6 @@ def _images(data: Data) -> dict[str, Any]:
     }
 
 
-def _histories(hooks: Sequence[StepHook], initial_ranks: dict[str, int]) -> dict[str, Any]:
-    ranks = [RankEntry(step=0, budget=None, ranks=initial_ranks)] if initial_ranks else []
-    importance: list[ImportanceEntry] = []
-    probes: list[ProbeEntry] = []
-    bits: list[BitsEntry] = []
-    for hook in hooks:
-        if isinstance(hook, AllocationHook):
-            ranks = [RankEntry(**entry) for entry in hook.controller.rank_history]
-            importance = [ImportanceEntry(**entry) for entry in hook.controller.score_history]
-            probes = [ProbeEntry(**entry) for entry in hook.controller.probe_history]
-        if isinstance(hook, PeftAdaLoraHook):
-            ranks = [RankEntry(**entry) for entry in hook.rank_history]
-        if isinstance(hook, QALoRATrainer):
-            bits = [BitsEntry(**entry) for entry in hook.bits_history]
-    return {"rank_history": ranks, "importance_history": importance, "probe_history": probes, "bits_history": bits}
-
-
-def _quantization(trainer: QALoRATrainer, model: nn.Module) -> QuantizationSummary:
-    size = model_size(model)
-    stored = sum(layer.stored_bytes for layer in size.layers.values())
-    return QuantizationSummary(
-        relative_error=trainer.relative_error,
-        balance=trainer.balance_history,
-        size=size,
-        quantized_bytes=stored,
-        bits_per_weight=8 * stored / sum(layer.weights for layer in size.layers.values()),
-    )
-
-
 def _trained(model: nn.Module, result: TrainingResult, backbone_total: int, content: bytes) -> dict[str, Any]:
     """Return the course of training, the state that it chose, and what is counted on that."""
     assert result.chosen is not None
@@ -371,15 +317,6 @@ def _trained(model: nn.Module, result: TrainingResult, backbone_total: int, cont
             adapter_file_bytes=len(content),
         ),
     }
-
-
-def _probing(hooks: Sequence[StepHook], steps: Sequence[StepRow]) -> dict[str, float]:
-    """Return what probes have cost, if there were any and there are steps to compare with."""
-    overhead_s = {}
-    for hook in hooks:
-        if isinstance(hook, AllocationHook) and (seconds := hook.probing_s(steps)) is not None:
-            overhead_s["probes"] = seconds
-    return overhead_s
 
 
 def _adapter_metadata(spec: RunSpec, provenance: Provenance, data: Data) -> dict[str, Any]:

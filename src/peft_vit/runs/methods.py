@@ -31,7 +31,7 @@ from peft_vit.training import (
     AllocationHook,
     PeftAdaLoraHook,
     QALoRATrainer,
-    StepHook,
+    RunHook,
     check_bits,
     check_rank,
     end_step,
@@ -47,7 +47,7 @@ def prepare(
     seed: int,
     formats: Mapping[str, QuantizationFormat] | None = None,
     ranks: Mapping[str, int] | None = None,
-) -> list[StepHook]:
+) -> list[RunHook]:
     """Make the model trainable as the method says, in place, and return what the loop has to call.
 
     Args:
@@ -66,7 +66,7 @@ def prepare(
         return []
     if experiment.peft_adalora is not None:
         return [PeftAdaLoraHook(model, experiment.peft_adalora, total_steps, seed=seed)]
-    hooks: list[StepHook] = []
+    hooks: list[RunHook] = []
     if experiment.adalora is not None:  # first: in `before_step` it scores what the trainer then scales
         config, pool = pooled(experiment.adalora, experiment.qa_lora)
         hooks.append(AllocationHook(AdaLoRAController(model, config, total_steps, seed=seed, pool=pool)))
@@ -81,7 +81,7 @@ def prepare(
 
 def prepare_as_saved(
     model: nn.Module, experiment: ExperimentConfig, file: Path, *, total_steps: int, seed: int
-) -> list[StepHook]:
+) -> list[RunHook]:
     """Do as `prepare`, with the formats and ranks that `adaptive_bits` chose for a run, out of its adapter file."""
     qa_lora = experiment.qa_lora
     if qa_lora is None or qa_lora.adaptive_bits is None:

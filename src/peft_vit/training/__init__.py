@@ -7,7 +7,7 @@ from peft_vit.training.checkpoint import CheckpointKeeper, Checkpoints, Checkpoi
 from peft_vit.training.linear_probe import Features, LinearProbe, fit_probe, flip_axes, head_inputs, head_logits
 from peft_vit.training.loop import TrainingResult, build_optimizer, steps_per_epoch, train
 from peft_vit.training.loss import class_weights
-from peft_vit.training.optimization import StepHook, optimization_step
+from peft_vit.training.optimization import AfterTraining, RunHook, StepHook, optimization_step
 from peft_vit.training.peft_adalora_hook import PeftAdaLoraHook, last_update
 from peft_vit.training.progress import Progress
 from peft_vit.training.qa_lora import QALoRATrainer
@@ -17,6 +17,7 @@ from peft_vit.training.setting import Setting
 from peft_vit.training.state import State
 
 __all__ = [
+    "AfterTraining",
     "AllocationHook",
     "CheckpointKeeper",
     "CheckpointWarning",
@@ -29,6 +30,7 @@ __all__ = [
     "PeftAdaLoraHook",
     "Progress",
     "QALoRATrainer",
+    "RunHook",
     "Setting",
     "State",
     "StepHook",

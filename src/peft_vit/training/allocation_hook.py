@@ -6,15 +6,18 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters import SiteAdapter, site_adapters
-from peft_vit.allocation import AdaLoRAController
-from peft_vit.records import StepRow
+from peft_vit.allocation import AdaLoRAController, check_fisher
+from peft_vit.records import FisherCheck, ImportanceEntry, ProbeEntry, RankEntry, StepRow
+from peft_vit.training.optimization import AfterTraining
 from peft_vit.training.state import State
+
+_FISHER_IMAGES = 32  # of the calibration batch
 
 
 class AllocationHook:
@@ -37,6 +40,7 @@ class AllocationHook:
         self.controller = controller
         self._scores: dict[str, float] = {}
         self._own_s: dict[int, float] = defaultdict(float)  # by step
+        self._fisher_check: FisherCheck | None = None
         self._with_penalty = controller.config.importance_gradient == "task_and_penalty"
         default = 0.1 if controller.config.parametrization == "svd" else 0.0  # 0.1: the official AdaLoRA code
         weight = controller.config.orthogonality_weight
@@ -90,6 +94,26 @@ class AllocationHook:
             return None
         usual = statistics.median(plain)
         return max(0.0, sum(value - usual for step, value in seconds.items() if step in probed))
+
+    def finish(self, model: nn.Module, after: AfterTraining) -> dict[str, float]:
+        """Compare the score `fisher` with the empirical Fisher, if ranks were decided by it."""
+        probing_s = self.probing_s(after.steps)
+        seconds = {} if probing_s is None else {"probes": probing_s}
+        if self.controller.config.importance_metric == "fisher":
+            started = time.perf_counter()
+            images, labels = after.calibration_batch(_FISHER_IMAGES)
+            self._fisher_check = check_fisher(model, images, labels, class_weights=after.class_weights)
+            seconds["fisher_check"] = time.perf_counter() - started
+        return seconds
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        """Return ranks, scores and probes by step, and how the score `fisher` compares with the Fisher."""
+        return {
+            "rank_history": [RankEntry(**entry) for entry in self.controller.rank_history],
+            "importance_history": [ImportanceEntry(**entry) for entry in self.controller.score_history],
+            "probe_history": [ProbeEntry(**entry) for entry in self.controller.probe_history],
+            "fisher_check": self._fisher_check,
+        }
 
     def notes(self) -> dict[str, float]:
         """Return nothing: ranks have a history of their own."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from peft_vit.errors import DivergedError, UserError
+from peft_vit.records import StepRow
 from peft_vit.training.state import State
 
 
@@ -61,6 +62,43 @@ class StepHook(Protocol):
 
     def load_state(self, model: nn.Module, state: State) -> None:
         """Go on from such a state. The model and its adapters are as they were then; `attach` is called after this."""
+        ...
+
+
+class AfterTraining(Protocol):
+    """What a run lets its hooks use once training is over; nothing of it comes from validation or test images."""
+
+    @property
+    def steps(self) -> Sequence[StepRow]:
+        """Return the rows of the steps that were taken."""
+        ...
+
+    @property
+    def class_weights(self) -> Tensor | None:
+        """Return the loss's weights (classes,), None if all are 1."""
+        ...
+
+    def calibration_batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the first training images (count, C, H, W) in an order of their own, and their labels (count,)."""
+        ...
+
+    def float_weights(self) -> Mapping[str, Tensor]:
+        """Return the backbone's weights by name, read again as they were before anything was quantized."""
+        ...
+
+
+class RunHook(StepHook, Protocol):
+    """A hook that knows what a run's record should hold."""
+
+    def finish(self, model: nn.Module, after: AfterTraining) -> dict[str, float]:
+        """Check what can be checked once training is over, measure, and return the seconds of it by purpose.
+
+        Called once; the model stands in the state that was chosen, and its adapter file is made.
+        """
+        ...
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        """Return what this hook knows of the run, by field of the record; called after `finish`."""
         ...
 
 

@@ -14,6 +14,8 @@ from peft_vit.adapters.peft_library import attach_peft_adalora
 from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.config import PeftAdaLoraConfig
 from peft_vit.errors import UserError
+from peft_vit.records import RankEntry
+from peft_vit.training.optimization import AfterTraining
 from peft_vit.training.state import State
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator, by parameter
@@ -125,6 +127,15 @@ class PeftAdaLoraHook:
         if not self._finalized:
             raise RuntimeError(f"PEFT's AdaLoRA was not finalized: step {self.last_update} did not come")
         self._check_mask(model, self.rank_history[-1]["budget"])
+
+    def finish(self, model: nn.Module, after: AfterTraining) -> dict[str, float]:
+        """Make sure that the model stands under the final mask."""
+        self.check_finalized(model)
+        return {}
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        """Return the ranks by step."""
+        return {"rank_history": [RankEntry(**entry) for entry in self.rank_history]}
 
     def notes(self) -> dict[str, float]:
         """Return nothing: ranks have a history of their own."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -26,8 +27,10 @@ from torch import Tensor, nn
 from peft_vit.adapters.resizable import unwrapped
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.evaluation import model_size
 from peft_vit.quantization import QuantizationFormat, quantize
-from peft_vit.training.optimization import optimization_step
+from peft_vit.records import BitsEntry, QuantizationSummary
+from peft_vit.training.optimization import AfterTraining, optimization_step
 from peft_vit.training.quantization_balance import (
     MEASURE_EVERY_STEPS,
     adapter_to_error_ratio,
@@ -42,6 +45,7 @@ from peft_vit.training.quantized_layers import attach_layers, formats_of, quanti
 from peft_vit.training.state import State
 
 _FLOAT_BITS = 32.0
+_BALANCE_IMAGES = 32  # of the calibration batch on which outputs are compared
 
 
 class QALoRATrainer:
@@ -338,6 +342,28 @@ class QALoRATrainer:
             module.quantized_share = self.share
             if self.share == 1.0:
                 module.drop_float()
+
+    def finish(self, model: nn.Module, after: AfterTraining) -> dict[str, float]:
+        """Measure the balance of quantization and adaptation against the float weights, which are read again."""
+        started = time.perf_counter()
+        images, _ = after.calibration_batch(_BALANCE_IMAGES)
+        self.validate_quantization_adaptation_balance(model, reference=after.float_weights(), images=images)
+        return {"balance": time.perf_counter() - started}
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        """Return bits by step, and what the packed weights hold and have lost."""
+        size = model_size(model)
+        stored = sum(layer.stored_bytes for layer in size.layers.values())
+        return {
+            "bits_history": [BitsEntry(**entry) for entry in self.bits_history],
+            "quantization": QuantizationSummary(
+                relative_error=self.relative_error,
+                balance=self.balance_history,
+                size=size,
+                quantized_bytes=stored,
+                bits_per_weight=8 * stored / sum(layer.weights for layer in size.layers.values()),
+            ),
+        }
 
     def start_deployable(self) -> bool:
         """Say whether only quantized weights are used from the start."""
