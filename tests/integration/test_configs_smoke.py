@@ -11,10 +11,11 @@ from written_runs import run_and_write
 
 from peft_vit.adapters import current_ranks, load_trained
 from peft_vit.backbones import load_backbone
-from peft_vit.config import PROBE_L2, PROBES, StudyConfig, load_study
+from peft_vit.config import PROBE_L2, StudyConfig, load_study
 from peft_vit.evaluation import trainable_parameters
+from peft_vit.methods import METHODS
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
-from peft_vit.runs.methods import prepare_as_saved
+from peft_vit.runs.export import prepare_as_saved
 from peft_vit.studies import Plan, plan_study
 from peft_vit.studies.smoke import smoke_study
 
@@ -141,7 +142,9 @@ def check_record(record: RunRecord) -> None:
         == (method in ("qa_linear", "qa_lora", "qa_adalora"))
         == bool(record.bits_history)
     )
-    assert parameters.final == parameters.head if method in PROBES else parameters.final > parameters.head
+    assert (
+        parameters.final == parameters.head if METHODS[method].trains == "head" else parameters.final > parameters.head
+    )
     if method == "full":
         assert parameters.final == parameters.head + parameters.backbone_total
         assert record.bytes.frozen_bytes == 0

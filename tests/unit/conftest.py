@@ -6,12 +6,24 @@ from typing import Any
 
 import pytest
 
-from peft_vit.config import PROBES, StudyConfig, study_from_mapping
+from peft_vit.config import StudyConfig, study_from_mapping
+from peft_vit.methods import METHODS as REGISTRY
 
+PROBES = {name for name, method in REGISTRY.items() if method.trains == "head"}
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
     "full": {},
     "lora": {"lora": {"rank": 2}},
+    "peft_lora": {"peft_lora": {"rank": 2}},
+    "peft_adalora": {
+        "peft_adalora": {
+            "initial_rank": 4,
+            "target_rank": 2,
+            "update_frequency": 1,
+            "warmup_steps": 1,
+            "final_steps": 1,
+        }
+    },
     "adalora": {
         "adalora": {
             "total_rank_budget": 40,

@@ -25,7 +25,7 @@ from torch import nn
 
 from peft_vit.adapters.injection import freeze_backbone
 from peft_vit.backbones import Backbone, find_sites, whole_modules
-from peft_vit.config import ExperimentConfig, PeftAdaLoraConfig, PeftLoraConfig
+from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.seeding import torch_generator
 
@@ -38,11 +38,10 @@ def require_peft() -> None:
         )
 
 
-def load_peft(experiment: ExperimentConfig) -> None:
-    """Import the PEFT library if an experiment needs it: with transformers, some 90 MB that stay in the process."""
-    if experiment.peft_lora is not None or experiment.peft_adalora is not None:
-        require_peft()
-        import peft  # noqa: F401
+def load_peft() -> None:
+    """Import the PEFT library: with transformers, some 90 MB that stay in the process."""
+    require_peft()
+    import peft  # noqa: F401
 
 
 def attach_peft_lora(model: nn.Module, config: PeftLoraConfig, *, seed: int) -> None:

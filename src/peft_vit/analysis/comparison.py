@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import ExperimentConfig
+from peft_vit.config import ExperimentConfig, LoraConfig
 from peft_vit.statistics import (
     Interval,
     Significance,
@@ -123,7 +123,7 @@ def references(study: Study) -> tuple[str, ...]:
     """
     linear = [e.name for e in study.with_method("linear")]
     loras = study.fixed_rank_loras()
-    up_to_8 = [e for e in loras if e.lora is not None and (e.lora.rank or 0) <= 8]
+    up_to_8 = [e for e in loras if (e.need(LoraConfig).rank or 0) <= 8]
     lora = [up_to_8[-1].name] if up_to_8 else [e.name for e in loras[:1]]
     return (*linear[:1], *lora)
 

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from peft_vit.analysis.comparison import Comparison, compare, correct
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import ExperimentConfig
+from peft_vit.config import AdaLoraConfig, ExperimentConfig, QaLoraConfig
 
 Control = Literal["uniform", "random"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
@@ -65,7 +65,7 @@ def accuracy_per_parameter(run: Run) -> float:
 def against_controls(study: Study) -> tuple[AgainstControl, ...]:
     """Compare each experiment whose ranks follow scores with its controls; corrected over experiments, by control."""
     adaptive = study.with_method("adalora", "qa_adalora")
-    scored = [e for e in adaptive if e.adalora is not None and e.adalora.importance_metric not in CONTROLS]
+    scored = [e for e in adaptive if e.need(AdaLoraConfig).importance_metric not in CONTROLS]
     runs_of = {e.name: study.of(e.name) for e in adaptive}
     rows: list[AgainstControl] = []
     for control in CONTROLS:
@@ -91,9 +91,7 @@ def _control_of(
     experiment: ExperimentConfig, control: Control, adaptive: Sequence[ExperimentConfig]
 ) -> ExperimentConfig | None:
     at_equal_cost = [
-        e
-        for e in adaptive
-        if e.adalora is not None and e.adalora.importance_metric == control and _cost(e) == _cost(experiment)
+        e for e in adaptive if e.need(AdaLoraConfig).importance_metric == control and _cost(e) == _cost(experiment)
     ]
     same = [e for e in at_equal_cost if _strategy(e) == _strategy(experiment)]
     return next(iter((*same, *at_equal_cost)), None)
@@ -101,12 +99,12 @@ def _control_of(
 
 def _cost(experiment: ExperimentConfig) -> tuple[object, ...]:
     """Return everything that a control must share."""
-    settings = {} if experiment.adalora is None else experiment.adalora.model_dump(exclude=_OF_THE_SCORES)
-    return experiment.method, experiment.training, experiment.qa_lora, settings
+    settings = experiment.need(AdaLoraConfig).model_dump(exclude=_OF_THE_SCORES)
+    return experiment.method, experiment.training, experiment.section(QaLoraConfig), settings
 
 
 def _strategy(experiment: ExperimentConfig) -> tuple[object, ...]:
-    section = experiment.adalora
+    section = experiment.section(AdaLoraConfig)
     return () if section is None else (section.allocation_strategy, section.top_k, section.threshold_tau)
 
 

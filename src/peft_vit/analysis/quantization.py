@@ -13,7 +13,7 @@ from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, 
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.size import MeasuredSize, bits_by_layer, measured_size
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import ExperimentConfig, QaLoraConfig
+from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
 from peft_vit.records import QuantizationSummary
 from peft_vit.statistics import Interval, mean_interval
 
@@ -112,8 +112,8 @@ def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
     found = []
     for experiment in study.with_method("qa_lora", "qa_adalora"):
         runs = [run for run in study.of(experiment.name) if run.record.quantization is not None]
-        if runs and experiment.qa_lora is not None:
-            found.append((experiment, experiment.qa_lora, runs))
+        if runs:
+            found.append((experiment, experiment.need(QaLoraConfig), runs))
     twins = [_float_twin(study, experiment, settings) for experiment, settings, _ in found]
 
     def family(value: Callable[[Run], float | None]) -> tuple[Comparison, ...]:
@@ -128,7 +128,8 @@ def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
 
 def _float_twin(study: Study, experiment: ExperimentConfig, settings: QaLoraConfig) -> tuple[Run, ...]:
     """Return the runs of the study's experiment that differs only in that its weights are float; () without one."""
-    for other in study.with_method("adalora") if experiment.adalora is not None else study.fixed_rank_loras():
+    adaptive = experiment.section(AdaLoraConfig) is not None
+    for other in study.with_method("adalora") if adaptive else study.fixed_rank_loras():
         if _equal_but_float(experiment, settings, other):
             return study.of(other.name)
     return ()
@@ -148,7 +149,7 @@ def _compare(
     if twin:
         return compare(runs, twin, experiment.name, twin[0].experiment.name, value)
     ranks = f"LoRA of rank {settings.fixed_rank} with the same scale, targets"
-    if experiment.adalora is not None:
+    if experiment.section(AdaLoraConfig) is not None:
         ranks = "AdaLoRA with the same adalora section"
     note = f"the study has no float {ranks} and training"
     return Comparison(experiment.name, "unquantized LoRA of equal rank", None, (), (), None, None, "not decided", note)
@@ -157,11 +158,11 @@ def _compare(
 def _equal_but_float(experiment: ExperimentConfig, settings: QaLoraConfig, other: ExperimentConfig) -> bool:
     if other.training != experiment.training:
         return False
-    if experiment.adalora is not None:
-        return other.adalora == experiment.adalora
+    if experiment.section(AdaLoraConfig) is not None:
+        return other.section(AdaLoraConfig) == experiment.section(AdaLoraConfig)
     if settings.adaptive_bits is not None and settings.adaptive_bits.ranks:
         return False
-    section = other.lora
+    section = other.section(LoraConfig)
     return section is not None and (section.rank, section.scale, set(section.targets)) == (
         settings.fixed_rank,
         settings.scale,

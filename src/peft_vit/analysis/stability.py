@@ -15,7 +15,7 @@ from scipy import stats
 
 from peft_vit.analysis.importance import ImportancePattern
 from peft_vit.analysis.studies import Study
-from peft_vit.config import ExperimentConfig
+from peft_vit.config import AdaLoraConfig, ExperimentConfig
 from peft_vit.records import FisherCheck
 from peft_vit.statistics import spearman
 
@@ -173,7 +173,7 @@ def _scored(study: Study, patterns: Sequence[ImportancePattern]) -> list[_Scored
     backbone = frozenset((run.record.spec.backbone.model, run.provenance.weights_sha256) for run in study.runs)
     found = []
     for pattern in patterns:
-        section = pattern.experiment.adalora
+        section = pattern.experiment.section(AdaLoraConfig)
         if section is None:  # PEFT's own allocator: its metric is no setting of ours
             continue
         mean = np.mean(pattern.relative_final, axis=0)  # (B, M)

@@ -13,11 +13,12 @@ from functools import cached_property
 from pathlib import Path
 
 from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
-from peft_vit.config import ExperimentConfig
+from peft_vit.config import ExperimentConfig, LoraConfig, PeftLoraConfig
 from peft_vit.errors import DataWarning, UserError
+from peft_vit.methods import METHODS
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord
 
-METHOD_ORDER = ("linear", "qa_linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora")
+METHOD_ORDER = tuple(METHODS)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Study:
         LoRA that goes on from an adapter was trained before, and that of the PEFT library has one rank for the fused
         query, key and value: both stand under their own names, and are no reference.
         """
-        return tuple(e for e in self.with_method("lora") if e.lora is not None and e.lora.rank is not None)
+        return tuple(e for e in self.with_method("lora") if e.need(LoraConfig).rank is not None)
 
 
 def group_by_study(records: Iterable[RunRecord], *, source: Path) -> tuple[Study, ...]:
@@ -179,7 +180,7 @@ def _named(run: UnfinishedRun) -> tuple[str, int]:
 
 
 def _order(experiment: ExperimentConfig) -> tuple[int, int, str]:
-    section = experiment.lora or experiment.peft_lora
+    section = experiment.section(LoraConfig) or experiment.section(PeftLoraConfig)
     rank = section.rank if section is not None and section.rank is not None else 0
     return METHOD_ORDER.index(experiment.method), rank, experiment.name
 

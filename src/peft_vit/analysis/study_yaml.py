@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from peft_vit.config import ALL_SECTIONS, PROBE_READS, StudyConfig
+from peft_vit.config import PROBE_READS, StudyConfig
 from peft_vit.records import RunSpec
 
 _LONGEST_NAME = 64
@@ -45,7 +45,7 @@ def study_yaml(spec: RunSpec, seeds: Sequence[int], *, suffix: str, comments: Se
     experiment = spec.experiment
     sections = {
         name: section.model_dump(mode="json", exclude_defaults=True)
-        for name in ALL_SECTIONS
+        for name in experiment.kind.settings
         if (section := getattr(experiment, name)) is not None
     }
     content: dict[str, Any] = {

@@ -18,10 +18,10 @@ from peft_vit.cli import results  # noqa: F401
 from peft_vit.cli import models  # noqa: F401
 
 # isort: split
-from peft_vit.cli.app import MethodName, app
+from peft_vit.cli.app import app
 from peft_vit.errors import UserError
 
-__all__ = ["MethodName", "app", "main", "user_errors"]
+__all__ = ["app", "main", "user_errors"]
 
 _INTERRUPTED = 130  # what shells report for SIGINT
 

@@ -76,17 +76,3 @@ class DeviceName(StrEnum):
 
 PrecisionOption = Annotated[PrecisionName, typer.Option(help="auto: bf16 where the device computes in it, else fp32")]
 DeviceOption = Annotated[DeviceName, typer.Option(help="auto: a GPU if there is one")]
-
-
-class MethodName(StrEnum):
-    """Methods of `train`, one preset each."""
-
-    LINEAR = "linear"
-    QA_LINEAR = "qa_linear"
-    FULL = "full"
-    LORA = "lora"
-    PEFT_LORA = "peft_lora"
-    ADALORA = "adalora"
-    PEFT_ADALORA = "peft_adalora"
-    QA_LORA = "qa_lora"
-    QA_ADALORA = "qa_adalora"

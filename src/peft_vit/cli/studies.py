@@ -24,7 +24,6 @@ from peft_vit.cli.app import (
     ImagesDir,
     ImageSize,
     LearningRate,
-    MethodName,
     Minutes,
     Model,
     Output,
@@ -41,6 +40,7 @@ from peft_vit.cli.app import (
     Workers,
     app,
 )
+from peft_vit.config import MethodName
 
 if TYPE_CHECKING:
     from peft_vit.studies import Plan
@@ -182,7 +182,7 @@ def train(
 
     asked = OwnImages(
         images_dir,
-        method.value,
+        method,
         shots=shots,
         model=model,
         weights=weights,

@@ -5,19 +5,10 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 ``studies.plan``, before any expensive work, with the same kind of error.
 """
 
-from peft_vit.config.adalora import GRADIENT_METRICS, AdaLoraConfig, BudgetUnit, Metric, Strategy
-from peft_vit.config.base import AS_WRITTEN, MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, SiteMatrix, is_given
 from peft_vit.config.loading import load_study, one_line, study_from_mapping
-from peft_vit.config.lora import LoraConfig
-from peft_vit.config.peft import PeftAdaLoraConfig, PeftLoraConfig
-from peft_vit.config.qa_lora import BITS_OF_TYPE, AdaptiveBitsConfig, QaLoraConfig, QuantizationType
 from peft_vit.config.study import (
-    ALL_SECTIONS,
     NEEDS_PATH,
-    PROBE_L2,
     PROBE_READS,
-    PROBES,
-    SECTIONS,
     AskedPrecision,
     BackboneConfig,
     DataConfig,
@@ -26,7 +17,7 @@ from peft_vit.config.study import (
     ExecutionConfig,
     ExperimentConfig,
     MeasuresConfig,
-    Method,
+    MethodName,
     Name,
     Precision,
     StudyConfig,
@@ -34,18 +25,21 @@ from peft_vit.config.study import (
     WeightsSource,
 )
 from peft_vit.config.yaml_loader import KeyPath, Lines, read_mapping
+from peft_vit.methods.adalora import GRADIENT_METRICS, AdaLoraConfig, BudgetUnit, Metric, Strategy
+from peft_vit.methods.linear import PROBE_L2
+from peft_vit.methods.lora import LoraConfig
+from peft_vit.methods.peft import PeftAdaLoraConfig, PeftLoraConfig
+from peft_vit.methods.qa_lora import BITS_OF_TYPE, AdaptiveBitsConfig, QaLoraConfig, QuantizationType
+from peft_vit.settings import AS_WRITTEN, MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, SiteMatrix, is_given
 
 __all__ = [
-    "ALL_SECTIONS",
     "AS_WRITTEN",
     "BITS_OF_TYPE",
     "GRADIENT_METRICS",
     "MATRICES",
     "NEEDS_PATH",
-    "PROBES",
     "PROBE_L2",
     "PROBE_READS",
-    "SECTIONS",
     "SITE_MATRICES",
     "AdaLoraConfig",
     "AdapterConfig",
@@ -64,7 +58,7 @@ __all__ = [
     "Lines",
     "LoraConfig",
     "MeasuresConfig",
-    "Method",
+    "MethodName",
     "Metric",
     "Name",
     "PeftAdaLoraConfig",

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from peft_vit.config.base import AS_WRITTEN
 from peft_vit.config.lr_sweep import at_each_rate, at_first_rates, check_rates
-from peft_vit.config.study import PROBE_READS, PROBES, StudyConfig, TrainingConfig
+from peft_vit.config.study import PROBE_READS, StudyConfig, TrainingConfig
 from peft_vit.config.yaml_loader import KeyPath, Lines, dotted, read_mapping
 from peft_vit.errors import UserError
+from peft_vit.methods import METHODS
+from peft_vit.settings import AS_WRITTEN
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -65,18 +66,23 @@ def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
     own = experiment.get("training", {}) if isinstance(experiment, dict) else None
     if not isinstance(own, dict):
         return experiment  # of the wrong shape: validation names it
-    if experiment.get("method") in PROBES:
+    if _is_probe(experiment):
         shared = {key: value for key, value in shared.items() if key in PROBE_READS}
     elif {"epochs", "steps"} & own.keys():  # a length of one's own replaces the study's, however either is said
         shared = {key: value for key, value in shared.items() if key not in ("epochs", "steps")}
     return {**experiment, "training": {**shared, **own}}
 
 
+def _is_probe(experiment: dict[str, Any]) -> bool:
+    method = experiment.get("method")
+    return isinstance(method, str) and method in METHODS and METHODS[method].trains == "head"
+
+
 def _check_probes(data: dict[str, Any], lines: Lines, file: Path) -> None:
     """Refuse settings of training that no experiment reads: a probe's own, and the study's where all are probes."""
     experiments = data.get("experiments")
     listed = [one for one in experiments if isinstance(one, dict)] if isinstance(experiments, list) else []
-    probes = [one.get("method") in PROBES for one in listed]
+    probes = [_is_probe(one) for one in listed]
     places: list[tuple[KeyPath, Any]] = [
         (("experiments", place, "training"), one.get("training")) for place, one in enumerate(listed) if probes[place]
     ]

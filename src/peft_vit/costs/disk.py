@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 
 from peft_vit.adapters.peft_files import TENSORS_FILE
-from peft_vit.backbones import BackboneShape, chosen, fused_sites
+from peft_vit.backbones import BackboneShape, fused_sites
 from peft_vit.backbones.catalog import create_model
-from peft_vit.config import ExperimentConfig, QaLoraConfig
+from peft_vit.config import QaLoraConfig
+from peft_vit.methods import RankPlan
 from peft_vit.records import RunSpec
-from peft_vit.runs.methods import pooled, rank_course
-from peft_vit.training import format_of, last_update
 
 _VALUE_BYTES = 4  # what is trained is float32, whatever the products are
 _CHECKPOINTS = 3  # two are kept while the next one is written
@@ -61,87 +60,36 @@ def disk_use(
         test_images: whose predictions the record keeps.
     """
     experiment = spec.experiment
-    ranks = _ranks(experiment, shape, total_steps, at_start=False)
-    decisions, scored = _decisions(experiment, shape, total_steps)
+    plan = experiment.kind.plan_ranks(experiment, shape, total_steps)
     record = 3500 + _REGISTRATION_BYTES + 200 * total_steps + 450 * validations
-    record += len(ranks) * (175 + 35 * decisions + 50 * scored) + (9000 if experiment.qa_lora is not None else 0)
-    values, tensors = _trained(spec, shape, ranks, len(class_names))
+    record += len(plan.last) * (175 + 35 * plan.decisions + 50 * plan.scored)
+    record += 9000 if experiment.section(QaLoraConfig) else 0
+    values, tensors = _trained(spec, shape, plan, plan.last, len(class_names))
     adapter = _VALUE_BYTES * values + 110 * tensors + 1800
-    ranks = _ranks(experiment, shape, total_steps, at_start=True)
-    values, tensors = max((values, tensors), _trained(spec, shape, ranks, len(class_names)))
-    copies = 2 + (1 if experiment.training.optimizer == "sgd" else 2) + _scores(experiment)  # 2: the best state too
+    values, tensors = max((values, tensors), _trained(spec, shape, plan, plan.first, len(class_names)))
+    copies = 2 + (1 if experiment.training.optimizer == "sgd" else 2) + plan.scores_per_value  # 2: the best state too
     checkpoint = copies * (_VALUE_BYTES * values + 110 * tensors) + record * 4 // 5 + 20_000
     record += _PREDICTION_BYTES * test_images
     if spec.measures.removal_images is not None:
-        record += 300 + 55 * len(ranks)
+        record += 300 + 55 * len(plan.last)
     return DiskUse(record, adapter, 0 if experiment.is_probe else _CHECKPOINTS * checkpoint)  # a probe takes no step
 
 
-def _ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, *, at_start: bool) -> dict[str, int]:
-    """Return the rank of each adapted site when training starts, or when it ends; of PEFT's methods by fused site."""
-    if experiment.adalora is not None:
-        course = rank_course(*pooled(experiment.adalora, experiment.qa_lora), shape, total_steps)
-        return course.even_ranks(course.schedule.initial if at_start else course.schedule.total)
-    if experiment.peft_lora is not None:
-        fused = fused_sites(chosen(shape.sites, experiment.peft_lora.targets))
-        return {site.name: experiment.peft_lora.rank for site in fused.values()}
-    if experiment.peft_adalora is not None:  # its tensors keep their size, masks are zeros
-        fused = fused_sites(chosen(shape.sites, experiment.peft_adalora.targets))
-        return {site.name: experiment.peft_adalora.initial_rank for site in fused.values()}
-    if experiment.lora is not None and experiment.lora.rank is not None:
-        return {site.name: experiment.lora.rank for site in chosen(shape.sites, experiment.lora.targets)}
-    if experiment.qa_lora is None or experiment.is_probe:
-        return {}
-    return _quantized_ranks(experiment.qa_lora, shape)
-
-
-def _quantized_ranks(config: QaLoraConfig, shape: BackboneShape) -> dict[str, int]:
-    sites = chosen(shape.sites, config.targets)
-    rank = config.fixed_rank
-    if config.adaptive_bits is not None and config.adaptive_bits.total_byte_budget and config.adaptive_bits.ranks:
-        formats = [format_of(config, type) for type in config.adaptive_bits.types]
-        layers = fused_sites(sites).values()
-        fewest = sum(min(one.stored_bytes(of.out_features, of.in_features) for one in formats) for of in layers)
-        left = config.adaptive_bits.total_byte_budget - fewest
-        rank = left // sum(_VALUE_BYTES * (site.in_features // config.pool + site.out_features) for site in sites)
-    return {site.name: min(rank, site.in_features // config.pool, site.out_features) for site in sites}
-
-
-def _trained(spec: RunSpec, shape: BackboneShape, ranks: Mapping[str, int], classes: int) -> tuple[int, int]:
+def _trained(
+    spec: RunSpec, shape: BackboneShape, plan: RankPlan, ranks: Mapping[str, int], classes: int
+) -> tuple[int, int]:
     """Return how many values are trained, and in how many tensors."""
     experiment = spec.experiment
-    if experiment.method == "full":
+    if experiment.kind.trains == "everything":
         with torch.device("meta"):
             model = create_model(spec.backbone.model, spec.data.image_size, classes)
         return sum(one.numel() for one in model.parameters()), len(list(model.parameters()))
     values, tensors = classes * (shape.width + 1), 2  # the head
     if experiment.start is not None:  # the adapter that it goes on from
         return values + Path(experiment.start, TENSORS_FILE).stat().st_size // _VALUE_BYTES, tensors + 1
-    pool = 1 if experiment.qa_lora is None else experiment.qa_lora.pool
-    has_lambda = experiment.adalora is not None and experiment.adalora.parametrization == "svd"
-    per_rank = 1 if has_lambda or experiment.peft_adalora is not None else 0
     sites = [*shape.sites, *fused_sites(shape.sites).values()]
     for site in {site.name: site for site in sites}.values():  # one that is not fused stands in both
         if rank := ranks.get(site.name, 0):
-            values += rank * (site.in_features // pool + site.out_features + per_rank)
-            tensors += 2 + per_rank
+            values += rank * (site.in_features // plan.pool + site.out_features + plan.values_per_rank)
+            tensors += 2 + plan.values_per_rank
     return values, tensors
-
-
-def _scores(experiment: ExperimentConfig) -> int:
-    """Return how many scores a method keeps for each value that is trained."""
-    if experiment.peft_adalora is not None:
-        return 3
-    return 2 if experiment.adalora is not None and experiment.adalora.importance_metric == "sensitivity" else 0
-
-
-def _decisions(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> tuple[int, int]:
-    """Return how often ranks are decided, and how many of these decisions leave scores in the record."""
-    if experiment.adalora is not None:
-        schedule = rank_course(*pooled(experiment.adalora, experiment.qa_lora), shape, total_steps).schedule
-        count = 1 + -(-(schedule.last_update - schedule.warmup_steps) // schedule.update_frequency)
-        return count, count
-    if experiment.peft_adalora is not None:
-        every, last = experiment.peft_adalora.update_frequency, last_update(experiment.peft_adalora, total_steps)
-        return last // every - experiment.peft_adalora.warmup_steps // every + (last % every > 0), 0
-    return 0, 0

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from peft_vit.backbones import BackboneShape
-from peft_vit.config import Method, Precision
+from peft_vit.config import Precision
 from peft_vit.costs.cache import Costs, known_costs
 from peft_vit.costs.disk import DiskUse
 from peft_vit.evaluation.latency import TIMED_PASSES, WARMUP_PASSES
@@ -24,10 +24,6 @@ from peft_vit.training import flip_axes
 TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
 _PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
 VALUES_KEPT_PER_TOKEN = 34  # activations kept for backward, per token, block and unit of width
-# Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
-# AdaLoRA 12 -> 8 with its penalty and its allocation; PEFT 0.21.2, the allocator's defaults.
-_TIME_OVER_OURS = {"peft_lora": 1.42 / 1.29, "peft_adalora": 1.81 / 1.29}
-_PRODUCTS: dict[Method, int] = {"linear": 1, "qa_linear": 1, "full": 3}  # of a step, else 2: forward, gradients
 START_S = 6.0  # loading weights and images
 
 Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, nothing was measured
@@ -165,21 +161,16 @@ def _from_arithmetic(run: Wanted, workload: Workload, rate: float) -> Estimate:
         ways = len(flip_axes(run.spec.data.flips))
         work = parameters * workload.tokens * (ways * workload.train + workload.validation + workload.test + measured)
     else:
-        trained = _PRODUCTS.get(experiment.method, 2) * run.steps * min(experiment.training.batch_size, workload.train)
+        trained = experiment.kind.forward_passes * run.steps * min(experiment.training.batch_size, workload.train)
         read = experiment.validations(workload.train) * workload.validation + workload.test + measured
         work = parameters * workload.tokens * (trained + read)
-    seconds = START_S + TIME_OUTSIDE_PRODUCTS * _TIME_OVER_OURS.get(experiment.method, 1.0) * work / rate
+    seconds = START_S + TIME_OUTSIDE_PRODUCTS * work / rate
     value_bytes = 2 if workload.precision == "bf16" else 4
     batch = experiment.training.batch_size
     kept = 0 if experiment.is_probe else VALUES_KEPT_PER_TOKEN
     activations = batch * workload.tokens * workload.shape.depth * workload.shape.width * kept * value_bytes
-    copies = {"linear": 4, "full": 16}.get(experiment.method, 4 + value_bytes)  # bytes per frozen or trained value
+    copies = experiment.kind.bytes_per_weight or 4 + value_bytes
     return Estimate(seconds, int(_PROCESS_BYTES + activations + parameters * copies), run.disk, "estimate")
-
-
-def forward_passes(method: Method) -> float:
-    """Return how many forward passes a step takes, by what it multiplies: the weights, for its input, for their own."""
-    return _PRODUCTS.get(method, 2) * _TIME_OVER_OURS.get(method, 1.0)
 
 
 def measured_images(spec: RunSpec, workload: Workload) -> float:

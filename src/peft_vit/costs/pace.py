@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from peft_vit.config import ExperimentConfig, Method
+from peft_vit.config import ExperimentConfig, MethodName
 from peft_vit.costs.cache import Costs
-from peft_vit.costs.estimate import Workload, forward_passes, measured_images
+from peft_vit.costs.estimate import Workload, measured_images
+from peft_vit.methods import METHODS
 from peft_vit.records import RunSpec
 from peft_vit.training import flip_axes
 
@@ -20,7 +21,7 @@ _FITS_S = 3.0  # of a probe at each strength
 class Probe:
     """What runs of a method cost with so many tokens an image and so many images a batch."""
 
-    method: Method
+    method: MethodName
     tokens: int
     batch_size: int
     costs: Costs
@@ -66,7 +67,7 @@ class Pace:
         """Return the seconds of a step: a part that no size changes, and one in proportion to its batch's tokens.
 
         An experiment that was measured at one size only is taken to share them out as one that was at two does, and
-        one that was not measured to take as much longer than another as it multiplies more, see `forward_passes`.
+        one that was not measured to take as much longer than another as it multiplies more.
         """
         batch_tokens = tokens * experiment.training.batch_size
         at_two = next((probes for probes in self.probes.values() if len(probes) > 1), None)
@@ -75,7 +76,7 @@ class Pace:
             return _line(own, batch_tokens)
         like = at_two or next(iter(self.probes.values()))
         if own is None:
-            longer = forward_passes(experiment.method) / forward_passes(like[0].method)
+            longer = experiment.kind.forward_passes / METHODS[like[0].method].forward_passes
         else:
             longer = own[0].costs.step_s / _line(like, own[0].tokens * own[0].batch_size)
         return longer * _line(like, batch_tokens)

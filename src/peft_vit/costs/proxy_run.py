@@ -10,16 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 from peft_vit.backbones import BackboneShape
-from peft_vit.config import DataConfig, ExperimentConfig
+from peft_vit.config import DataConfig, QaLoraConfig
 from peft_vit.data import ImageIndex, Splits, make_splits
 from peft_vit.errors import UserError
+from peft_vit.methods import shorten
 from peft_vit.records import RunSpec
-from peft_vit.training import end_step, last_update, steps_per_epoch
+from peft_vit.training import steps_per_epoch
 
 _STEPS = 8
 _STEPS_IF_LONG = 4
 _LONG_STEP = 2e12  # multiply-adds of a step: some 20 s on two cores
-_UPDATE_FREQUENCY = 3  # more often, and scores and probes of a decision would weigh more than in the whole run
+LEAST_BETWEEN_DECISIONS = 3  # steps; with fewer, scores and probes would weigh more than in the whole run
 _VALIDATION_BATCHES = 4  # as large as a training batch each, as the loop has it
 _NEUTRAL: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -52,7 +53,7 @@ def miniature(
     assert data.train_images is not None
     an_epoch = steps_per_epoch(data.train_images, batch_size)
     epochs = -(-steps // an_epoch)
-    experiment = with_shorter_schedules(spec.experiment, total_steps, epochs * an_epoch)
+    experiment = shorten(spec.experiment, total_steps, epochs * an_epoch, every=LEAST_BETWEEN_DECISIONS)
     training = experiment.training
     if not experiment.is_probe:
         training = training.model_copy(update={**_NEUTRAL, "epochs": epochs})
@@ -62,7 +63,7 @@ def miniature(
 
 def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> DataConfig:
     """Return the same images, but fewer: at least as many as asked for, and at least one of each class."""
-    qa_lora = spec.experiment.qa_lora
+    qa_lora = spec.experiment.section(QaLoraConfig)
     if qa_lora is not None and qa_lora.adaptive_bits is not None:
         images = max(images, qa_lora.adaptive_bits.calibration_images)
     evaluated = max(
@@ -90,34 +91,3 @@ def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> Data
             train = min(len(splits.train), 2 * train)
         else:
             return data
-
-
-def with_shorter_schedules(experiment: ExperimentConfig, total_steps: int, steps: int) -> ExperimentConfig:
-    """Return an experiment of `total_steps` with schedules that fit fewer steps."""
-    part = steps / total_steps
-    update: dict[str, Any] = {}
-    if experiment.adalora is not None:
-        adalora = experiment.adalora
-        final = total_steps // 4 if adalora.final_steps is None else adalora.final_steps
-        final = min(round(part * final), steps - 1)
-        update["adalora"] = adalora.model_copy(
-            update={
-                "final_steps": final,
-                "update_frequency": max(_UPDATE_FREQUENCY, round(part * adalora.update_frequency)),
-                "warmup_steps": min(max(1, round(part * adalora.warmup_steps)), steps - final),
-            }
-        )
-    if experiment.peft_adalora is not None:
-        peft_adalora = experiment.peft_adalora
-        final = min(round(part * (total_steps - last_update(peft_adalora, total_steps))), steps - 3)
-        shrunk = min(max(1, round(part * peft_adalora.warmup_steps)), steps - final - 2)
-        update["peft_adalora"] = peft_adalora.model_copy(
-            update={"final_steps": final, "update_frequency": 1, "warmup_steps": shrunk}
-        )
-    if experiment.qa_lora is not None and experiment.qa_lora.quantization_schedule != "constant":
-        warmup = round(part * experiment.qa_lora.quantization_warmup_steps)
-        end = max(warmup + 1, round(part * end_step(experiment.qa_lora, total_steps)))
-        update["qa_lora"] = experiment.qa_lora.model_copy(
-            update={"quantization_warmup_steps": min(warmup, steps - 1), "quantization_end_step": min(end, steps)}
-        )
-    return experiment.model_copy(update=update)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peft_vit.analysis import Run, Study
-from peft_vit.config import ExperimentConfig, Method
+from peft_vit.config import ExperimentConfig
 from peft_vit.report.document import Block, Paragraph, Raw
 from peft_vit.report.formatting import counted, fixed
 from peft_vit.report.hover import HoverPoints
@@ -107,8 +107,8 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
 
 def _rows_of(
     recorded: Sequence[ExperimentConfig], validation: Mapping[str, float]
-) -> dict[Method, list[ExperimentConfig]]:
-    rows: dict[Method, list[ExperimentConfig]] = {}
+) -> dict[str, list[ExperimentConfig]]:
+    rows: dict[str, list[ExperimentConfig]] = {}
     for experiment in recorded:
         rows.setdefault(experiment.method, []).append(experiment)
     return {m: [es[i] for i in leading([e.name for e in es], validation, PER_METHOD)] for m, es in rows.items()}

@@ -12,7 +12,6 @@ from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.patches import Patch
 
 from peft_vit.analysis import Analysis, Comparison
-from peft_vit.config import Method
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.formatting import margin_in_points, points_interval, signed
 from peft_vit.report.hover import HoverPoints
@@ -30,7 +29,7 @@ def forests(analysis: Analysis, margin: float | None = None) -> tuple[Drawing, .
         analysis: of the study.
         margin: a difference, as a share, below which one does not matter; drawn as a band around 0.
     """
-    methods: dict[str, Method] = {m.experiment.name: m.experiment.method for m in analysis.methods}
+    methods: dict[str, str] = {m.experiment.name: m.experiment.method for m in analysis.methods}
     validation = validation_means(analysis.methods)
     found = []
     for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
@@ -44,7 +43,7 @@ def forests(analysis: Analysis, margin: float | None = None) -> tuple[Drawing, .
 def _forest(
     drawn: Sequence[Comparison],
     paired: Sequence[Comparison],
-    methods: dict[str, Method],
+    methods: dict[str, str],
     reference: str,
     margin: float | None,
 ) -> Drawing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft_vit.analysis import Study
 from peft_vit.analysis.planned import STATES, UnfinishedRun, seeds_in_words
 from peft_vit.analysis.studies import why_unfinished
-from peft_vit.config import ALL_SECTIONS, ExperimentConfig
+from peft_vit.config import ExperimentConfig
 from peft_vit.report.document import Block, Cell, Paragraph, Row, Table
 from peft_vit.report.formatting import joined, plain
 from peft_vit.report.style import METHOD_TITLES
@@ -67,7 +67,7 @@ def _planned_table(study: Study) -> Table:
 def _settings(experiment: ExperimentConfig) -> str:
     """Return what an experiment's own section sets, training apart."""
     found = []
-    for name in ALL_SECTIONS:
+    for name in experiment.kind.settings:
         section = getattr(experiment, name)
         if section is not None:
             found += [f"{key} {value}" for key, value in section.model_dump(exclude_defaults=True).items()]

@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from peft_vit.analysis import MethodResult
+from peft_vit.config import LoraConfig
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.formatting import count, counted, megabytes, percent, percent_interval
 from peft_vit.report.hover import HoverPoints
@@ -100,7 +101,7 @@ def _rows(methods: Sequence[MethodResult], cost: Callable[[MethodResult], dict[s
 
 
 def _fixed_rank(methods: Sequence[MethodResult]) -> list[MethodResult]:
-    return [m for m in methods if m.experiment.lora is not None and m.experiment.lora.rank is not None]
+    return [m for m in methods if (lora := m.experiment.section(LoraConfig)) is not None and lora.rank is not None]
 
 
 def _scatter(

@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
-from peft_vit.config import Method
+from peft_vit.methods import METHODS
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.hover import HoverPoints
 
@@ -22,28 +22,8 @@ INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6671", "#d8dee4", "#ffffff"
 # The colors that a figure shares with the page follow the page's theme.
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
 THEME["#882255"] = "var(--wine)"  # too dark for a dark page
-METHOD_COLORS: dict[Method, str] = {
-    "linear": "#7a828a",
-    "qa_linear": "#a99f86",
-    "full": "#cc79a7",
-    "lora": "#0072b2",
-    "peft_lora": "#56b4e9",
-    "adalora": "#d55e00",
-    "peft_adalora": "#e69f00",
-    "qa_lora": "#009e73",
-    "qa_adalora": "#882255",
-}
-METHOD_TITLES: dict[Method, str] = {
-    "linear": "Linear probe",
-    "qa_linear": "Linear probe on low-bit weights",
-    "full": "Full fine-tuning",
-    "lora": "LoRA, fixed rank",
-    "peft_lora": "LoRA by PEFT",
-    "adalora": "AdaLoRA",
-    "peft_adalora": "AdaLoRA by PEFT",
-    "qa_lora": "QA-LoRA",
-    "qa_adalora": "AdaLoRA + QA-LoRA",
-}
+METHOD_COLORS = {method.name: method.color for method in METHODS.values()}
+METHOD_TITLES = {method.name: method.title for method in METHODS.values()}
 SEQUENTIAL = "viridis"  # perceptually uniform, readable in grey and under color-vision deficiencies
 WIDTH_IN = 7.2
 PNG_DPI = 160

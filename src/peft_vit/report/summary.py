@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
-from peft_vit.config import ALL_SECTIONS, StudyConfig
+from peft_vit.config import StudyConfig
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunSpec
 from peft_vit.report.document import Card, RunDetails
@@ -291,5 +291,5 @@ def _provenance(run: Run) -> tuple[tuple[str, str], ...]:
 
 
 def _settings(run: Run) -> str:
-    sections = {name: getattr(run.experiment, name) for name in ("training", *ALL_SECTIONS)}
+    sections = {name: getattr(run.experiment, name) for name in ("training", *run.experiment.kind.settings)}
     return "; ".join(f"{name} {section.model_dump_json()}" for name, section in sections.items() if section is not None)

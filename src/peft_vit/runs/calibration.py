@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from peft_vit.backbones import Weights, load_run_backbone
-from peft_vit.config import BackboneConfig, ExperimentConfig
+from peft_vit.config import BackboneConfig, ExperimentConfig, QaLoraConfig
 from peft_vit.data import Data
 from peft_vit.records import RunSpec, StepRow
 from peft_vit.training import ChosenBits, Setting, allocate_bits, class_weights
@@ -30,7 +30,7 @@ def choose_bits(
     Returns:
         What was chosen, None without `adaptive_bits`; and its seconds by purpose.
     """
-    config = experiment.qa_lora
+    config = experiment.section(QaLoraConfig)
     if config is None or config.adaptive_bits is None:
         return None, {}
     started = time.perf_counter()

@@ -41,6 +41,7 @@ from peft_vit.evaluation import (
     trainable_bytes,
     trainable_parameters,
 )
+from peft_vit.methods import prepare
 from peft_vit.records import (
     ByteCounts,
     Failure,
@@ -55,7 +56,6 @@ from peft_vit.runs.calibration import OfTraining, choose_bits
 from peft_vit.runs.device import resolve_device
 from peft_vit.runs.head_start import start_head
 from peft_vit.runs.measures import take_measures
-from peft_vit.runs.methods import prepare
 from peft_vit.runs.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
 from peft_vit.runs.resume import RECORDED, Attempt
 from peft_vit.training import Checkpoints, Interrupted, Progress, Setting, TrainingResult, steps_per_epoch, train
@@ -148,7 +148,8 @@ def _kind(error: Exception) -> Failure:
 def _execute(
     spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None, read: Callable[[BackboneConfig], Weights]
 ) -> tuple[dict[str, Any], bytes]:
-    load_peft(spec.experiment)
+    if spec.experiment.kind.uses_peft:
+        load_peft()
     memory = attempt.watch_memory()
     torch.set_num_threads(spec.threads)
     device = resolve_device(spec.device)

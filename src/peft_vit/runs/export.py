@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules, load_trained, saved_scales
+from peft_vit.adapters import adapted_modules, load_trained, saved_formats, saved_ranks, saved_scales
 from peft_vit.adapters.peft_format import attach_fused, export_peft
 from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
+from peft_vit.config import ExperimentConfig, QaLoraConfig
 from peft_vit.data import DATASETS, LabelledImages, load_data
 from peft_vit.deployment import (
     Classifier,
@@ -27,15 +28,11 @@ from peft_vit.deployment import (
     torch_classifier,
 )
 from peft_vit.errors import UserError, agreeing_with
+from peft_vit.methods import prepare
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record
-from peft_vit.runs.methods import prepare_as_saved
 from peft_vit.safe_io import read_bytes
+from peft_vit.training import RunHook
 
-_NOT_AS_PEFT = {
-    "full": "full fine-tuning changes every weight, so there is no adapter to export",
-    "qa_lora": "a QA-LoRA adapter belongs to the quantized weights; PEFT would add it to the float ones, another model",
-    "qa_adalora": "its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model",
-}
 _COMPARED_AT_ONCE = 32
 
 FileFormat = Literal["onnx", "safetensors"]
@@ -96,10 +93,9 @@ def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
     Raises:
         UserError: if the run can't be restored, or its method has no PEFT counterpart.
     """
-    method = _done_record(run_dir).spec.experiment.method
-    if method in _NOT_AS_PEFT:
+    if why := _done_record(run_dir).spec.experiment.kind.why_not_peft:
         raise UserError(
-            f"{_NOT_AS_PEFT[method]}; use --format safetensors or onnx, or export a run of lora, adalora or linear, or "
+            f"{why}; use --format safetensors or onnx, or export a run of lora, adalora or linear, or "
             "of PEFT's methods",
             file=run_dir,
         )
@@ -196,13 +192,8 @@ def restore_run(run_dir: Path) -> RestoredRun:
         )
     with agreeing_with(run_dir / RECORD_FILE):
         if spec.experiment.start is None:
-            prepare_as_saved(
-                backbone.model,
-                spec.experiment,
-                file,
-                total_steps=spec.experiment.total_steps(record.split_sizes["train"]),
-                seed=spec.seed,
-            )
+            total_steps = spec.experiment.total_steps(record.split_sizes["train"])
+            prepare_as_saved(backbone.model, spec.experiment, file, total_steps=total_steps, seed=spec.seed)
         else:  # the adapter that it went on from need not be there any more: its scales stand in the file
             attach_fused(backbone.model, saved_scales(file), seed=spec.seed)
         load_trained(backbone.model, file)
@@ -211,6 +202,22 @@ def restore_run(run_dir: Path) -> RestoredRun:
         if module.quantized is not None:
             module.drop_float()  # wherever the schedule starts, a saved run stands on quantized weights alone
     return RestoredRun(record, backbone, backbone.model.eval())
+
+
+def prepare_as_saved(
+    model: nn.Module, experiment: ExperimentConfig, file: Path, *, total_steps: int, seed: int
+) -> list[RunHook]:
+    """Do as `prepare`, with the formats and ranks that `adaptive_bits` chose for a run, out of its adapter file."""
+    qa_lora = experiment.section(QaLoraConfig)
+    adaptive = None if qa_lora is None else qa_lora.adaptive_bits
+    return prepare(
+        model,
+        experiment,
+        total_steps=total_steps,
+        seed=seed,
+        formats=saved_formats(file) if adaptive is not None else None,
+        ranks=saved_ranks(file) if adaptive is not None and adaptive.ranks else None,
+    )
 
 
 def _done_record(run_dir: Path) -> RunRecord:

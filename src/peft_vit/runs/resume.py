@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.analysis.hypotheses import load_registry
-from peft_vit.config import ExperimentConfig
+from peft_vit.config import ExperimentConfig, QaLoraConfig
 from peft_vit.errors import DataWarning, SilentNoEffectWarning, UnderflowWarning, UserError, first_fault, printable
 from peft_vit.evaluation import MemoryWatch
 from peft_vit.records import BitAllocation, HeadFit, Provenance, Registration, RunSpec
@@ -128,9 +128,10 @@ class Attempt:
         if self._earlier is None:
             return None
         record = self._earlier.bit_allocation
-        if record is None or experiment.qa_lora is None:
+        qa_lora = experiment.section(QaLoraConfig)
+        if record is None or qa_lora is None:
             return None, {}
-        return ChosenBits.of_record(record, experiment.qa_lora), self._earlier.bits_s
+        return ChosenBits.of_record(record, qa_lora), self._earlier.bits_s
 
     @property
     def goes_on(self) -> bool:

@@ -7,33 +7,21 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from peft_vit.backbones import BackboneShape, describe, native_size, patch_size_of
-from peft_vit.config import (
-    PROBES,
-    SECTIONS,
-    AskedPrecision,
-    BackboneConfig,
-    Method,
-    StudyConfig,
-    WeightsSource,
-    study_from_mapping,
-)
+from peft_vit.config import AskedPrecision, BackboneConfig, StudyConfig, WeightsSource, study_from_mapping
 from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES_KEPT_PER_TOKEN, Workload, product_rate
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
+from peft_vit.methods import METHODS, Wishes
 from peft_vit.runs.device import choose_precision, resolve_device
 
-# At the plateau, from the probe's head on: about half of what pilots chose as the peak of one cycle; others 1e-3.
-_LEARNING_RATE = {"full": 2e-5, "lora": 5e-4, "peft_lora": 5e-4, "adalora": 5e-4, "peft_adalora": 5e-3}
 STUDY_NAME = "own-images"
-_RANK = 8
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
 # Steps without a gain: a few hundred validation images scatter by some points from one validation to the next, so 50
 # steps end before LoRA has learned what it can (a pilot on Fashion-MNIST, docs/few_labels.md).
 _PATIENCE_STEPS = 150
 _LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS = 20, 200, 1000
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time
-_LEAST_ADAPTIVE, _DECIDED_AFTER = 12, 16  # steps
 _SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that are tried, below the model's own
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 
@@ -71,6 +59,11 @@ class OwnImages:
     def experiment(self) -> str:
         """Return the name of the one experiment."""
         return self.method if self.start is None else "imported"
+
+    @property
+    def is_probe(self) -> bool:
+        """Return whether only a head is fitted."""
+        return METHODS[self.method].trains == "head"
 
 
 @dataclass(frozen=True)
@@ -118,11 +111,11 @@ def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[Stud
 
 def _check(asked: OwnImages) -> None:
     """Refuse options that would have no effect with the method."""
-    steps = asked.method not in PROBES
-    fixed = asked.method in ("lora", "peft_lora", "qa_lora") and asked.start is None
+    steps = not asked.is_probe
+    size = None if asked.start else METHODS[asked.method].size_option
     for option, value, acts, remedy in (
-        ("--rank", asked.rank, fixed, "leave it out; adaptive ranks have --budget"),
-        ("--budget", asked.budget, asked.method in ("adalora", "qa_adalora"), "leave it out; fixed ranks have --rank"),
+        ("--rank", asked.rank, size == "rank", "leave it out; adaptive ranks have --budget"),
+        ("--budget", asked.budget, size == "budget", "leave it out; fixed ranks have --rank"),
         ("--steps", asked.steps, steps, "leave it out"),
         ("--epochs", asked.epochs, steps, "leave it out"),
         ("--learning-rate", asked.learning_rate, steps, "leave it out"),
@@ -176,7 +169,7 @@ class _Pace:
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
         image = shape.parameters * shape.tokens + 2 * shape.depth * shape.width * shape.tokens**2  # multiply-adds
-        products = 3 if self.asked.method == "full" else 2
+        products = METHODS[self.asked.method].forward_passes
         validations = 1 + steps // _validate_every(self.asked, self.counts)
         passes = 2 * self.counts.train + (1 + validations) * self.counts.validation + self.counts.test
         return START_S + TIME_OUTSIDE_PRODUCTS * image * (products * steps * self.asked.batch_size + passes) / self.rate
@@ -185,7 +178,7 @@ class _Pace:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
         patch, native = patch_size_of(self.asked.model), native_size(self.asked.model)
         wished = _asked_steps(self.asked, self.counts) or _WISHED_STEPS
-        steps = 0 if self.asked.method in PROBES else wished
+        steps = 0 if self.asked.is_probe else wished
         sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)})
         fitting = [size for size in sizes if self._fits(describe(self.backbone, size), steps)]
         return max(fitting, default=sizes[0])
@@ -202,7 +195,7 @@ class _Pace:
         Raises:
             UserError: if they are too few to learn anything.
         """
-        if self.asked.method in PROBES:
+        if self.asked.is_probe:
             return 0
         none, many = self.seconds(shape, 0), self.seconds(shape, _MOST_STEPS)
         steps = int((60 * self.asked.minutes - none) / (many - none) * _MOST_STEPS)
@@ -220,7 +213,7 @@ class _Pace:
         length = (
             f", {steps} steps" if self.asked.epochs else f", up to {steps} steps, fewer if validation stops to gain"
         )
-        length = "" if self.asked.method in PROBES else length
+        length = "" if self.asked.is_probe else length
         patch = shape.patch_size
         half = max(patch, image_size // 2 // patch * patch)
         share = self.seconds(describe(self.backbone, half), steps) / self.seconds(shape, steps)
@@ -249,8 +242,9 @@ def experiment_for(asked: OwnImages, counts: Counts, shape: BackboneShape, steps
     """
     experiment: dict[str, Any] = {"name": asked.experiment, "method": asked.method}
     training: dict[str, Any] = {"batch_size": asked.batch_size}
-    if asked.method not in PROBES:
-        rate = _LEARNING_RATE.get(asked.method, 1e-3) if asked.learning_rate is None else asked.learning_rate
+    method = METHODS[asked.method]
+    if not asked.is_probe:
+        rate = method.learning_rate if asked.learning_rate is None else asked.learning_rate
         head_start = asked.head_start or ("probe" if asked.start is None else "random")  # an adapter brings its head
         training |= {"learning_rate": rate, "head_start": head_start}
         if asked.epochs is not None:
@@ -261,8 +255,8 @@ def experiment_for(asked: OwnImages, counts: Counts, shape: BackboneShape, steps
             training |= {"steps": steps, "validate_every": every, **schedule}
     if asked.start is not None:
         return {**experiment, "training": training, "lora": {"start": str(asked.start)}}
-    sections = SECTIONS.get(cast(Method, asked.method), ())
-    return {**experiment, "training": training} | {name: _section(name, asked, shape, steps) for name in sections}
+    wishes = Wishes(rank=asked.rank, budget=asked.budget, steps=steps, shape=shape)
+    return {**experiment, "training": training, **method.defaults(wishes)}
 
 
 def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
@@ -282,39 +276,3 @@ def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -
 def _source(asked: OwnImages) -> dict[str, str]:
     named = set(get_args(WeightsSource)) - {"file"}
     return {"weights": asked.weights} if asked.weights in named else {"weights": "file", "file": asked.weights}
-
-
-def _section(section: str, asked: OwnImages, shape: BackboneShape, steps: int) -> dict[str, Any]:
-    if section == "peft_adalora":
-        if steps < _LEAST_ADAPTIVE:
-            raise UserError(f"{steps} steps are too few to move ranks; give more", field="--steps")
-        return {"update_frequency": max(1, steps // 8), "warmup_steps": max(1, steps // 4)}
-    if section == "adalora":
-        return _adaptive(asked, shape, steps)
-    if section == "qa_lora":
-        packed = {"quantization_bits": 4, "quantization_type": "nf4", "use_group_quantization": True}
-        if asked.method == "qa_linear":  # nothing is merged into offsets, so none are needed
-            return {**packed, "quantization_offset": False}
-        # A pooled adapter sees one input a group of 32: a rank above their number would be wasted.
-        return (
-            packed if asked.method == "qa_adalora" else {**packed, "rank": asked.rank or min(_RANK, shape.width // 32)}
-        )
-    return {"rank": asked.rank or _RANK}
-
-
-def _adaptive(asked: OwnImages, shape: BackboneShape, steps: int) -> dict[str, Any]:
-    """Return mean rank 4 unless told otherwise, decided early, by magnitude.
-
-    It is what docs/adaptive_ranks.md found to keep up with LoRA at its learning rate.
-    """
-    if steps < _LEAST_ADAPTIVE:
-        raise UserError(f"{steps} steps are too few to move ranks; give more", field="--steps")
-    early = max(1, min(_DECIDED_AFTER, steps // 12))
-    return {
-        "total_rank_budget": asked.budget or 4 * len(shape.sites),
-        "allocation_strategy": "global",
-        "importance_metric": "magnitude",
-        "update_frequency": early,
-        "warmup_steps": early,
-        "final_steps": steps - 2 * early,
-    }

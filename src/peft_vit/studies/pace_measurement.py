@@ -11,7 +11,7 @@ from pathlib import Path
 from peft_vit.backbones import describe
 from peft_vit.config import MeasuresConfig, StudyConfig
 from peft_vit.costs.cache import Costs
-from peft_vit.costs.estimate import TIME_OUTSIDE_PRODUCTS, Workload, forward_passes, product_rate
+from peft_vit.costs.estimate import TIME_OUTSIDE_PRODUCTS, Workload, product_rate
 from peft_vit.costs.pace import Pace, Probe
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.costs.steadiness import Speed, disturbance, machine_speed
@@ -113,7 +113,7 @@ def reckoned_pace(study: StudyConfig, workload: Workload, rate: float) -> Pace:
     batch_size = experiment.training.batch_size
     costs = Costs(
         start_s=_START_S,
-        step_s=forward_passes(experiment.method) * batch_size * image_s,
+        step_s=experiment.kind.forward_passes * batch_size * image_s,
         image_s=image_s,
         peak_memory_bytes=1,
         images=1,
@@ -144,7 +144,7 @@ def _unlike(study: StudyConfig, index: ImageIndex, workload: Workload, image_siz
             continue
         spec = spec_of(study, place, study.seeds[0])
         training = experiment.training
-        a_step = TIME_OUTSIDE_PRODUCTS * forward_passes(experiment.method) * shape.parameters * shape.tokens / rate
+        a_step = TIME_OUTSIDE_PRODUCTS * experiment.kind.forward_passes * shape.parameters * shape.tokens / rate
         batch_size = training.batch_size
         while batch_size > 1 and a_step * batch_size > _LONGEST_STEP_S:
             batch_size //= 2

@@ -16,10 +16,10 @@ from peft_vit.costs.estimate import Deviation, Estimate, Measure, Taken, Wanted,
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index
 from peft_vit.errors import UserError
+from peft_vit.methods import check
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
 from peft_vit.records.study_file import Limited, read_study_file
 from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
-from peft_vit.runs.methods import check
 from peft_vit.studies.ledger import run_name
 from peft_vit.studies.smoke import smoke_study
 from peft_vit.studies.study_file import difference, go_on, study_file

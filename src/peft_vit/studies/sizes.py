@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from peft_vit.backbones import describe
 from peft_vit.config import DataConfig, StudyConfig
-from peft_vit.costs.proxy_run import with_shorter_schedules
+from peft_vit.costs.proxy_run import LEAST_BETWEEN_DECISIONS
 from peft_vit.data import ImageIndex, Splits
-from peft_vit.runs.methods import check
+from peft_vit.methods import check, shorten
 from peft_vit.studies.plan import splits_of
 
 _FEWEST_PATCHES = 2  # a side
@@ -95,7 +95,7 @@ def smaller_study(study: StudyConfig, data: DataConfig, index: ImageIndex) -> St
     experiments = []
     for experiment in study.experiments:
         before, after = (experiment.total_steps(images) for images in (full, train))
-        shorter = experiment if before == after else with_shorter_schedules(experiment, before, after)
+        shorter = experiment if before == after else shorten(experiment, before, after, every=LEAST_BETWEEN_DECISIONS)
         check(shorter, shape, after, train)
         experiments.append(shorter)
     return smaller.model_copy(update={"experiments": tuple(experiments)})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from peft_vit.config import BackboneConfig, ExperimentConfig, QaLoraConfig, StudyConfig
 from peft_vit.data import smoke_config
+from peft_vit.methods import shorten
 
 _EPOCHS = 2
 _STEPS_PER_EPOCH = 4
+_ENDLESS = 10**9  # steps; beside them each phase of a schedule that a study gives in steps is as short as it can be
 _CALIBRATION_IMAGES = 16  # no smoke study has fewer to train on
 
 
@@ -36,18 +38,10 @@ def _compress(experiment: ExperimentConfig, batch_size: int) -> ExperimentConfig
     training = experiment.training.model_copy(
         update={"batch_size": batch_size, **({} if experiment.is_probe else few_steps)}
     )
+    short = shorten(experiment, _ENDLESS, _EPOCHS * _STEPS_PER_EPOCH)
     update: dict[str, object] = {"training": training}
-    if experiment.adalora is not None:
-        short = {"warmup_steps": 1, "update_frequency": 1, "final_steps": 1}
-        update["adalora"] = experiment.adalora.model_copy(update=short)
-    if experiment.peft_adalora is not None:
-        short = {"warmup_steps": 1, "update_frequency": 1, "final_steps": 1}
-        update["peft_adalora"] = experiment.peft_adalora.model_copy(update=short)
-    if experiment.qa_lora is not None and experiment.qa_lora.quantization_schedule != "constant":
-        short = {"quantization_warmup_steps": 1, "quantization_end_step": 3}
-        update["qa_lora"] = experiment.qa_lora.model_copy(update=short)
-    qa_lora = update.get("qa_lora", experiment.qa_lora)
-    if isinstance(qa_lora, QaLoraConfig) and qa_lora.adaptive_bits is not None:
+    qa_lora = short.section(QaLoraConfig)
+    if qa_lora is not None and qa_lora.adaptive_bits is not None:
         few = {"calibration_images": min(qa_lora.adaptive_bits.calibration_images, _CALIBRATION_IMAGES)}
         update["qa_lora"] = qa_lora.model_copy(update={"adaptive_bits": qa_lora.adaptive_bits.model_copy(update=few)})
-    return experiment.model_copy(update=update)
+    return short.model_copy(update=update)

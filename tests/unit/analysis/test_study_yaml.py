@@ -5,7 +5,8 @@ import planted
 import pytest
 
 from peft_vit.analysis.study_yaml import study_yaml
-from peft_vit.config import PROBES, AdaptiveBitsConfig, StudyConfig, load_study, study_from_mapping
+from peft_vit.config import AdaptiveBitsConfig, StudyConfig, load_study, study_from_mapping
+from peft_vit.methods import METHODS
 from peft_vit.records import RunSpec, read_record, write_record
 
 ADALORA = {
@@ -85,7 +86,7 @@ def planted_study(**changes: Any) -> StudyConfig:
         "measures": {"latency_batches": [1, 8]},
         "experiments": [
             one
-            if one["method"] in PROBES
+            if METHODS[one["method"]].trains == "head"
             else {**one, "training": {"epochs": 3, "learning_rate": 1e-3, **one.get("training", {})}}
             for one in EXPERIMENTS
         ],

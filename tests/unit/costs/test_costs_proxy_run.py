@@ -6,8 +6,8 @@ from peft_vit.backbones import describe
 from peft_vit.config import PeftAdaLoraConfig
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import make_splits, open_index
+from peft_vit.methods import check
 from peft_vit.records import RunSpec
-from peft_vit.runs.methods import check
 from peft_vit.training import steps_per_epoch
 
 pytestmark = pytest.mark.part("runner")

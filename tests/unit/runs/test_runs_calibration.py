@@ -8,9 +8,9 @@ from peft_vit.allocation import check_fisher
 from peft_vit.backbones import load_backbone
 from peft_vit.config import StudyConfig
 from peft_vit.data import load_data
+from peft_vit.methods import prepare
 from peft_vit.records import ADAPTER_FILE, RunRecord, run_folder
 from peft_vit.runs.export import restore_run
-from peft_vit.runs.methods import prepare
 from peft_vit.studies import plan_study
 
 pytestmark = pytest.mark.part("importance analysis")

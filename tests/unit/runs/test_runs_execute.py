@@ -14,11 +14,11 @@ from peft_vit.backbones import load_backbone, load_run_backbone
 from peft_vit.data import SealedImages, load_data
 from peft_vit.errors import DivergedError, UserError
 from peft_vit.evaluation import measure, predict, trainable_parameters
+from peft_vit.methods import prepare
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
 from peft_vit.runs import execute as run
 from peft_vit.runs import provenance
 from peft_vit.runs.execute import run_one
-from peft_vit.runs.methods import prepare
 from peft_vit.runs.provenance import git_state, hash_arrays, package_versions
 from peft_vit.studies import plan_study
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_vit.config import ExperimentConfig
-from peft_vit.runs.methods import prepare
+from peft_vit.methods import prepare
 from peft_vit.training import AllocationHook, optimization_step
 
 pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]

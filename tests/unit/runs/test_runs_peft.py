@@ -12,9 +12,9 @@ from peft_vit.backbones import load_backbone
 from peft_vit.config import ExperimentConfig, PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.evaluation import trainable_parameters
+from peft_vit.methods import prepare
 from peft_vit.records import ADAPTER_FILE, read_record, run_folder
 from peft_vit.report import build_report
-from peft_vit.runs.methods import prepare
 from peft_vit.runs.provenance import package_versions
 from peft_vit.studies import plan_study
 from peft_vit.studies.smoke import smoke_study

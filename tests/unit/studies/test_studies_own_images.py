@@ -2,16 +2,14 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from peft_vit.cli import MethodName
-from peft_vit.config import PROBES, SECTIONS, Method
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
+from peft_vit.methods import METHODS
 from peft_vit.studies import own_images
 from peft_vit.studies.own_images import OwnImages, study_of
 
@@ -88,15 +86,13 @@ def test_a_rate_of_zero_is_no_rate(asked) -> None:
         study_of(asked(learning_rate=0.0))
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_preset(asked, method) -> None:
     (experiment,) = study_of(asked(method))[0].experiments
     assert experiment.method == method
-    assert MethodName(method).value == method
-    sections = {name for name in SECTIONS.get(method, ()) if getattr(experiment, name) is not None}
-    assert sections == set(SECTIONS.get(method, ()))
+    assert all(isinstance(getattr(experiment, name), kind) for name, kind in METHODS[method].settings.items())
     training = experiment.training
-    if method not in PROBES:
+    if not experiment.is_probe:
         assert (training.schedule, training.head_start) == ("warmup_stable_decay", "probe")
         assert 150 <= training.patience * training.validate_every < 150 + 5 * training.validate_every
         rates = {"full": 2e-5, "lora": 5e-4, "adalora": 5e-4, "peft_lora": 5e-4, "peft_adalora": 5e-3}

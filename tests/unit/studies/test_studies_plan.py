@@ -341,7 +341,7 @@ def test_adaptive_ranks_on_quantized_sites_run_as_smoke_in_the_svd_form_too(stud
     config = config.model_copy(update={"experiments": (experiment.model_copy(update={"adalora": adalora}),)})
     (run,) = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml", smoke=True).runs
     small = run.spec.experiment
-    assert (small.adalora.warmup_steps, small.qa_lora.quantization_end_step) == (1, 3)
+    assert (small.adalora.warmup_steps, small.qa_lora.quantization_end_step) == (1, 5)
     record = run_and_write(run.spec, tmp_path)
     assert record.error is None
     assert record.rank_history[-1].spent == 40

@@ -6,7 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 from peft_vit.adapters import adapted_modules
 from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, PeftAdaLoraConfig, QaLoraConfig, TrainingConfig
-from peft_vit.runs.methods import prepare
+from peft_vit.methods import prepare
 from peft_vit.training import PeftAdaLoraHook, Progress, train
 
 pytestmark = pytest.mark.part("trainer")

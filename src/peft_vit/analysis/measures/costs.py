@@ -12,7 +12,7 @@ from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, by_
 from peft_vit.analysis.measures.selection import Selection
 from peft_vit.analysis.size import FLOAT32_BITS, measured_size
 from peft_vit.analysis.studies import Run
-from peft_vit.config import Frozen
+from peft_vit.config import Frozen, QaLoraConfig
 
 Part = Literal["scoring", "reallocation"]
 
@@ -69,9 +69,10 @@ def memory_factor(evidence: Evidence, parameters: MemoryParameters, needs: Seque
 
 
 def _factor(run: Run, scope: Literal["layers", "model"]) -> float | None:
-    if run.record.quantization is None or run.experiment.qa_lora is None:
+    qa_lora = run.experiment.section(QaLoraConfig)
+    if run.record.quantization is None or qa_lora is None:
         return None
-    size = measured_size(run.experiment.qa_lora, [run])
+    size = measured_size(qa_lora, [run])
     if scope == "layers":
         return FLOAT32_BITS / size.layers_bits
     return None if size.model is None else FLOAT32_BITS / size.model.bits_per_weight

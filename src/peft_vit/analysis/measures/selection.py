@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from peft_vit.config import ExperimentConfig, Frozen, Method
+from peft_vit.config import ExperimentConfig, Frozen, MethodName
 
 Value = bool | int | float | str | None
 
@@ -56,7 +56,7 @@ class Selection(Frozen):
     """Experiments of a study; all that is said must hold."""
 
     names: tuple[str, ...] = Field(default=(), description="patterns as in lora_r*; one must fit")
-    methods: tuple[Method, ...] = Field(default=(), description="one must be its own")
+    methods: tuple[MethodName, ...] = Field(default=(), description="one must be its own")
     where: Conditions = Field(default={}, description="settings and the value, or values, that they have")
     unless: Conditions = Field(default={}, description="settings and the values that exclude an experiment")
     reference_lora: bool = Field(

@@ -1,12 +1,24 @@
-"""Settings of adaptive ranks: the section `adalora`."""
+"""LoRA with ranks that move between sites under a budget (AdaLoRA, arXiv 2303.10512): the section `adalora`."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from peft_vit.config.base import AdapterConfig, is_given
+from peft_vit.methods.method import Method, Preparation, RankPlan, Wishes, sites_of
+from peft_vit.settings import AdapterConfig, Frozen, is_given
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from peft_vit.allocation import Bounds, BudgetSchedule
+    from peft_vit.backbones import BackboneShape, Site
+    from peft_vit.config import ExperimentConfig
+    from peft_vit.training import RunHook
 
 Strategy = Literal["proportional", "threshold", "top_k", "global"]
 Metric = Literal["magnitude", "gradient_norm", "fisher", "sensitivity", "random", "uniform"]
@@ -147,3 +159,130 @@ class AdaLoraConfig(AdapterConfig):
                 "the last sites go; use it with proportional"
             )
         return self
+
+
+@dataclass(frozen=True)
+class RankCourse:
+    """What is known of adaptive ranks before the run: the sites, what a rank of each costs and may be, the budget."""
+
+    sites: list[Site]
+    costs: NDArray[np.int64]  # of one rank, in the unit of the budget
+    bounds: Bounds
+    schedule: BudgetSchedule
+
+    def even_ranks(self, budget: int) -> dict[str, int]:
+        """Return equal ranks within a budget, by site: those that a run starts with."""
+        from peft_vit.allocation import even_ranks
+
+        ranks = even_ranks(budget, self.bounds, self.costs)
+        return {site.name: int(rank) for site, rank in zip(self.sites, ranks, strict=True)}
+
+    @property
+    def decisions(self) -> int:
+        """Return how often ranks are decided."""
+        schedule = self.schedule
+        return 1 + -(-(schedule.last_update - schedule.warmup_steps) // schedule.update_frequency)
+
+
+def rank_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total_steps: int) -> RankCourse:
+    """Return the course of adaptive ranks; `pool`: inputs that an adapter sums before it multiplies.
+
+    Raises:
+        UserError: if the budget does not fit the sites, or the schedule the steps.
+    """
+    from peft_vit.allocation import bounds_for, costs_for, schedule_for
+
+    sites = sites_of("adalora", settings, shape)
+    shapes = [(site.in_features // pool, site.out_features) for site in sites]
+    costs = costs_for(settings, shapes, [site.tokens for site in sites])
+    bounds = bounds_for(settings, [min(sides) for sides in shapes], costs)
+    return RankCourse(sites, costs, bounds, schedule_for(settings, total_steps, bounds, costs))
+
+
+def controller_hook(model: nn.Module, settings: AdaLoraConfig, preparation: Preparation, *, pool: int = 1) -> RunHook:
+    """Attach adapters whose ranks move, and return what moves them."""
+    from peft_vit.allocation import AdaLoRAController
+    from peft_vit.training import AllocationHook
+
+    return AllocationHook(AdaLoRAController(model, settings, preparation.total_steps, seed=preparation.seed, pool=pool))
+
+
+def shortened(settings: AdaLoraConfig, total_steps: int, steps: int, every: int) -> AdaLoraConfig:
+    """Return the settings for fewer steps: each phase keeps its share."""
+    part = steps / total_steps
+    final = total_steps // 4 if settings.final_steps is None else settings.final_steps
+    final = min(round(part * final), steps - 1)
+    return settings.model_copy(
+        update={
+            "final_steps": final,
+            "update_frequency": max(every, round(part * settings.update_frequency)),
+            "warmup_steps": min(max(1, round(part * settings.warmup_steps)), steps - final),
+        }
+    )
+
+
+def plan_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total_steps: int) -> RankPlan:
+    """Tell the ranks of a run before it is run; adaptive ones are taken as equal ones."""
+    course = rank_course(settings, pool, shape, total_steps)
+    return RankPlan(
+        first=course.even_ranks(course.schedule.initial),
+        last=course.even_ranks(course.schedule.total),
+        decisions=course.decisions,
+        scored=course.decisions,
+        values_per_rank=int(settings.parametrization == "svd"),
+        scores_per_value=2 if settings.importance_metric == "sensitivity" else 0,
+        pool=pool,
+    )
+
+
+_FEWEST_STEPS, _DECIDED_AFTER, _MEAN_RANK = 12, 16, 4  # of what `train` takes
+
+
+def defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
+    """Return mean rank 4 unless told otherwise, decided early, by magnitude.
+
+    It is what docs/adaptive_ranks.md found to keep up with LoRA at its learning rate.
+    """
+    wishes.enough_steps(_FEWEST_STEPS)
+    early = max(1, min(_DECIDED_AFTER, wishes.steps // 12))
+    section = {
+        "total_rank_budget": wishes.budget or _MEAN_RANK * len(wishes.shape.sites),
+        "allocation_strategy": "global",
+        "importance_metric": "magnitude",
+        "update_frequency": early,
+        "warmup_steps": early,
+        "final_steps": wishes.steps - 2 * early,
+    }
+    return {"adalora": section}
+
+
+def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+    return [controller_hook(model, experiment.need(AdaLoraConfig), preparation)]
+
+
+def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    rank_course(experiment.need(AdaLoraConfig), 1, shape, total_steps)
+
+
+def _shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
+    return {"adalora": shortened(experiment.need(AdaLoraConfig), total_steps, steps, every)}
+
+
+def _plan_ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
+    return plan_course(experiment.need(AdaLoraConfig), 1, shape, total_steps)
+
+
+ADALORA = Method(
+    name="adalora",
+    title="AdaLoRA",
+    color="#d55e00",
+    trains="adapters",
+    settings={"adalora": AdaLoraConfig},
+    prepare=_prepare,
+    check=_check,
+    shorten=_shorten,
+    plan_ranks=_plan_ranks,
+    defaults=defaults,
+    learning_rate=5e-4,
+    size_option="budget",
+)

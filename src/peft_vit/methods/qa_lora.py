@@ -1,12 +1,23 @@
-"""Settings of LoRA on quantized weights: the section `qa_lora`, and the number formats that weights may have."""
+"""LoRA on quantized weights (QA-LoRA, arXiv 2309.14717): the section `qa_lora`, and the formats of weights."""
 
 from __future__ import annotations
 
-from typing import Literal, Self, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from peft_vit.config.base import AdapterConfig, Frozen, is_given
+from peft_vit.errors import UserError
+from peft_vit.methods.lora import DEFAULT_RANK
+from peft_vit.methods.method import Method, Preparation, RankPlan, Wishes, check_rank_at, sites_of
+from peft_vit.settings import AdapterConfig, Frozen, is_given
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peft_vit.backbones import BackboneShape
+    from peft_vit.config import ExperimentConfig
+    from peft_vit.training import RunHook
 
 # A format's name ends with the bits of a code.
 QuantizationType = Literal["nf4", "fp4", "int2", "int4", "int8"]
@@ -127,3 +138,121 @@ class QaLoraConfig(AdapterConfig):
         if self.balance_by == "schedule_pace" and self.quantization_schedule == "constant":
             raise ValueError("balance_by: schedule_pace has no effect with a constant schedule; use linear or cosine")
         return self
+
+
+PACKED_BY_DEFAULT: dict[str, Any] = {  # what `peft-vit train` takes
+    "quantization_bits": 4,
+    "quantization_type": "nf4",
+    "use_group_quantization": True,
+}
+_GROUP = 32
+_VALUE_BYTES = 4  # of an adapter's value
+
+
+def trainer(
+    model: nn.Module, experiment: ExperimentConfig, preparation: Preparation, *, ranks: Mapping[str, int] | None = None
+) -> RunHook:
+    """Pack the weights, attach adapters where there are none, and return what runs the schedule."""
+    from peft_vit.training import QALoRATrainer
+
+    return QALoRATrainer(
+        model,
+        experiment.need(QaLoraConfig),
+        preparation.total_steps,
+        seed=preparation.seed,
+        formats=preparation.formats,
+        ranks=preparation.ranks if ranks is None else ranks,
+    )
+
+
+def check_packing(
+    experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int, *, rank: int
+) -> None:
+    """Refuse groups and ranks that do not fit the sites, a schedule the steps, or too many calibration images.
+
+    Args:
+        experiment: has a section `qa_lora`.
+        shape: of the backbone.
+        total_steps: of the run.
+        train_images: of the run.
+        rank: of every adapter; 0 where something else decides ranks.
+    """
+    from peft_vit.training import check_bits, end_step
+
+    settings = experiment.need(QaLoraConfig)
+    check_rank_at("qa_lora.rank", sites_of("qa_lora", settings, shape), rank, settings.pool)
+    end_step(settings, total_steps)
+    if settings.adaptive_bits is not None:
+        check_bits(settings, shape.sites)
+        if (images := settings.adaptive_bits.calibration_images) > train_images:
+            raise UserError(
+                f"{images} are more than the {train_images} training images; lower it",
+                field="qa_lora.adaptive_bits.calibration_images",
+            )
+
+
+def shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
+    """Return the section with a schedule for fewer steps."""
+    from peft_vit.training import end_step
+
+    settings = experiment.need(QaLoraConfig)
+    if settings.quantization_schedule == "constant":
+        return {}
+    part = steps / total_steps
+    warmup = round(part * settings.quantization_warmup_steps)
+    end = max(warmup + 1, round(part * end_step(settings, total_steps)))
+    short = {"quantization_warmup_steps": min(warmup, steps - 1), "quantization_end_step": min(end, steps)}
+    return {"qa_lora": settings.model_copy(update=short)}
+
+
+def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+    return [trainer(model, experiment, preparation)]
+
+
+def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    settings = experiment.need(QaLoraConfig)
+    ranks_are_chosen = settings.adaptive_bits is not None and settings.adaptive_bits.ranks
+    check_packing(experiment, shape, total_steps, train_images, rank=0 if ranks_are_chosen else settings.fixed_rank)
+
+
+def _plan_ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
+    """Tell the ranks; where `adaptive_bits` chooses them, as large as the budget allows at the fewest bits."""
+    from peft_vit.backbones import fused_sites
+    from peft_vit.training import format_of
+
+    settings = experiment.need(QaLoraConfig)
+    sites = sites_of("qa_lora", settings, shape)
+    rank = settings.fixed_rank
+    adaptive = settings.adaptive_bits
+    if adaptive is not None and adaptive.total_byte_budget and adaptive.ranks:
+        formats = [format_of(settings, type) for type in adaptive.types]
+        layers = fused_sites(sites).values()
+        fewest = sum(min(one.stored_bytes(of.out_features, of.in_features) for one in formats) for of in layers)
+        a_rank = sum(_VALUE_BYTES * (site.in_features // settings.pool + site.out_features) for site in sites)
+        rank = (adaptive.total_byte_budget - fewest) // a_rank
+    ranks = {site.name: min(rank, site.in_features // settings.pool, site.out_features) for site in sites}
+    return RankPlan(ranks, ranks, pool=settings.pool)
+
+
+def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
+    # A pooled adapter sees one input a group: a rank above their number would be wasted.
+    rank = wishes.rank or min(DEFAULT_RANK, wishes.shape.width // _GROUP)
+    return {"qa_lora": {**PACKED_BY_DEFAULT, "rank": rank}}
+
+
+QA_LORA = Method(
+    name="qa_lora",
+    title="QA-LoRA",
+    color="#009e73",
+    trains="adapters",
+    settings={"qa_lora": QaLoraConfig},
+    prepare=_prepare,
+    check=_check,
+    shorten=shorten,
+    plan_ranks=_plan_ranks,
+    defaults=_defaults,
+    size_option="rank",
+    why_not_peft=(
+        "a QA-LoRA adapter belongs to the quantized weights; PEFT would add it to the float ones, another model"
+    ),
+)

@@ -1,0 +1,80 @@
+"""The methods of fine-tuning: a module each, and a line each in `METHODS`, in the order in which reports show them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from peft_vit.errors import UserError
+from peft_vit.methods.adalora import ADALORA
+from peft_vit.methods.full import FULL
+from peft_vit.methods.linear import LINEAR, QA_LINEAR
+from peft_vit.methods.lora import LORA
+from peft_vit.methods.method import Method, Preparation, RankPlan, Wishes
+from peft_vit.methods.peft import PEFT_ADALORA, PEFT_LORA
+from peft_vit.methods.qa_adalora import QA_ADALORA
+from peft_vit.methods.qa_lora import QA_LORA
+from peft_vit.settings import Frozen
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peft_vit.backbones import BackboneShape
+    from peft_vit.config import ExperimentConfig
+    from peft_vit.quantization import QuantizationFormat
+    from peft_vit.training import RunHook
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (LINEAR, QA_LINEAR, FULL, LORA, PEFT_LORA, ADALORA, PEFT_ADALORA, QA_LORA, QA_ADALORA)
+}
+# Every section that an experiment may have, and the model of its settings; a probe has none of its own.
+SECTIONS: dict[str, type[Frozen]] = {
+    section: settings
+    for method in METHODS.values()
+    if method.trains != "head"
+    for section, settings in method.settings.items()
+}
+_FEWEST_ONE_CYCLE_STEPS = 4  # below, one_cycle starts or ends the run at its lowest rate
+
+
+def prepare(
+    model: nn.Module,
+    experiment: ExperimentConfig,
+    *,
+    total_steps: int,
+    seed: int,
+    formats: Mapping[str, QuantizationFormat] | None = None,
+    ranks: Mapping[str, int] | None = None,
+) -> list[RunHook]:
+    """Make a plain model trainable as the method says, in place, and return what the loop has to call.
+
+    Args:
+        model: a plain one, from `load_backbone`.
+        experiment: which method, and its settings.
+        total_steps, seed, formats, ranks: see `Preparation`.
+    """
+    return experiment.kind.prepare(model, experiment, Preparation(total_steps, seed, formats, ranks))
+
+
+def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    """Refuse what `prepare` or the run would refuse later, from the backbone's shape and two numbers alone.
+
+    Raises:
+        UserError: with the field below the experiment.
+    """
+    one_cycle = not experiment.is_probe and experiment.training.schedule == "one_cycle"
+    if one_cycle and total_steps < _FEWEST_ONE_CYCLE_STEPS:
+        raise UserError(
+            f"{total_steps} steps are too few for schedule one_cycle; train longer or use schedule: constant",
+            field="training.epochs",
+        )
+    experiment.kind.check(experiment, shape, total_steps, train_images)
+
+
+def shorten(experiment: ExperimentConfig, total_steps: int, steps: int, *, every: int = 1) -> ExperimentConfig:
+    """Return an experiment of `total_steps` with schedules that fit fewer, deciding every `every` steps at most."""
+    return experiment.model_copy(update=experiment.kind.shorten(experiment, total_steps, steps, every))
+
+
+__all__ = ["METHODS", "SECTIONS", "Method", "Preparation", "RankPlan", "Wishes", "check", "prepare", "shorten"]

@@ -1,0 +1,189 @@
+"""What a method of fine-tuning is to the rest of the package.
+
+A method is one module beside this one and a line in `METHODS`. Its settings are read by everything that reads a
+configuration, a report without torch among them, so a method's module imports what trains only inside its functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationInfo
+
+from peft_vit.errors import UserError
+from peft_vit.settings import AdapterConfig, Frozen
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from peft_vit.backbones import BackboneShape, Site
+    from peft_vit.config import ExperimentConfig
+    from peft_vit.quantization import QuantizationFormat
+    from peft_vit.training import RunHook
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What preparing a model depends on, beside the experiment.
+
+    Attributes:
+        total_steps: of the run.
+        seed: of the run.
+        formats: of quantized weights, by module, where `adaptive_bits` has chosen them or a file says so.
+        ranks: likewise by site, where `adaptive_bits` chooses ranks.
+    """
+
+    total_steps: int
+    seed: int
+    formats: Mapping[str, QuantizationFormat] | None = None
+    ranks: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What is known of a method's ranks and tensors before a run.
+
+    Attributes:
+        first: rank of each adapted site when training starts.
+        last: likewise when it ends.
+        decisions: how often ranks are decided.
+        scored: how many of these decisions leave scores in the record.
+        values_per_rank: trained for a rank beside its column and its row.
+        scores_per_value: kept for each value that is trained.
+        pool: inputs that an adapter sums before it multiplies.
+    """
+
+    first: Mapping[str, int] = field(default_factory=dict)
+    last: Mapping[str, int] = field(default_factory=dict)
+    decisions: int = 0
+    scored: int = 0
+    values_per_rank: int = 0
+    scores_per_value: int = 0
+    pool: int = 1
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What `peft-vit train` was asked for, and what it trains on, as far as a method's settings depend on it."""
+
+    rank: int | None
+    budget: int | None
+    steps: int
+    shape: BackboneShape
+
+    def enough_steps(self, fewest: int) -> None:
+        """Refuse fewer steps than adaptive ranks need."""
+        if self.steps < fewest:
+            raise UserError(f"{self.steps} steps are too few to move ranks; give more", field="--steps")
+
+
+def _agreed(experiment: ExperimentConfig, info: ValidationInfo) -> None: ...
+
+
+def _as_it_is(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+    return []
+
+
+def _checked(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None: ...
+
+
+def _no_schedule(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
+    return {}
+
+
+def _no_ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
+    return RankPlan()
+
+
+def _no_sections(wishes: Wishes) -> dict[str, dict[str, Any]]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Everything that differs from method to method.
+
+    Attributes:
+        name: what a configuration says.
+        title: what a report says.
+        color: of its marks in figures.
+        trains: a probe fits a head on features of the frozen backbone and takes no step.
+        settings: the sections of an experiment that it reads, and their models.
+        agree: refuses settings that contradict each other between sections (ValueError).
+        prepare: makes a plain model trainable, in place, and returns what the loop has to call.
+        check: refuses what `prepare` or the run would refuse later, from shapes and numbers alone (UserError).
+        shorten: returns the sections with schedules of `total_steps` that fit `steps`, deciding every `every` steps at
+            most; for smoke runs and measurements of cost.
+        plan_ranks: tells the ranks of a run before it is run.
+        defaults: the sections that `peft-vit train` takes.
+        learning_rate: that `peft-vit train` takes: at the plateau, from the probe's head on, about half of what pilots
+            chose as the peak of one cycle.
+        size_option: of `peft-vit train`, by which ranks are asked for.
+        forward_passes: that a step takes as long as: the weights, for its input, for their own gradients.
+        bytes_per_weight: of the backbone's weights, gradients and moments; None: frozen, and as the precision has it.
+        uses_peft: whether the PEFT library has to be there.
+        why_not_peft: why its adapter can't be exported to the PEFT library; empty if it can.
+    """
+
+    name: str
+    title: str
+    color: str
+    trains: Literal["head", "adapters", "everything"]
+    settings: Mapping[str, type[Frozen]] = field(default_factory=dict)
+    agree: Callable[[Any, ValidationInfo], None] = _agreed
+    prepare: Callable[[nn.Module, ExperimentConfig, Preparation], list[RunHook]] = _as_it_is
+    check: Callable[[ExperimentConfig, BackboneShape, int, int], None] = _checked
+    shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = _no_schedule
+    plan_ranks: Callable[[ExperimentConfig, BackboneShape, int], RankPlan] = _no_ranks
+    defaults: Callable[[Wishes], dict[str, dict[str, Any]]] = _no_sections
+    learning_rate: float = 1e-3
+    size_option: Literal["rank", "budget"] | None = None
+    forward_passes: float = 2.0
+    bytes_per_weight: int | None = None
+    uses_peft: bool = False
+    why_not_peft: str = ""
+
+
+@contextmanager
+def below(field_name: str) -> Iterator[None]:
+    """Name the setting at which a fault of what it asks for is to be mended.
+
+    Raises:
+        UserError: as inside, with the field, below the experiment.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.message, field=field_name) from None
+
+
+def sites_of(section: str, settings: AdapterConfig, shape: BackboneShape) -> list[Site]:
+    """Return the sites that a section's `targets` names.
+
+    Raises:
+        UserError: if it names kinds of matrices that the model lacks.
+    """
+    from peft_vit.backbones import chosen
+
+    with below(f"{section}.targets"):
+        return chosen(shape.sites, settings.targets)
+
+
+def check_rank_at(field_name: str, sites: Sequence[Site], rank: int, pool: int = 1) -> None:
+    """Refuse a rank that does not fit a site.
+
+    Raises:
+        UserError: with the field, below the experiment.
+    """
+    from peft_vit.training import check_rank
+
+    for site in sites:
+        try:
+            check_rank(site.name, site.in_features, site.out_features, rank, pool)
+        except UserError as error:
+            raise UserError(error.message, field=error.field if error.field != "rank" else field_name) from None

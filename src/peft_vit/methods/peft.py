@@ -1,0 +1,167 @@
+"""LoRA and AdaLoRA by the PEFT library, references that stand beside ours: sections `peft_lora`, `peft_adalora`.
+
+The library is an extra, and imported only when a run needs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field, model_validator
+
+from peft_vit.methods.lora import DEFAULT_RANK
+from peft_vit.methods.method import Method, Preparation, RankPlan, Wishes, below, check_rank_at
+from peft_vit.settings import AdapterConfig, Frozen
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peft_vit.backbones import BackboneShape, Site
+    from peft_vit.config import ExperimentConfig
+    from peft_vit.training import RunHook
+
+# Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
+# AdaLoRA 12 -> 8 with its penalty and its allocation; PEFT 0.21.2, the allocator's defaults.
+_LORA_OVER_OURS, _ADALORA_OVER_OURS = 1.42 / 1.29, 1.81 / 1.29
+_FEWEST_STEPS = 12  # for which `train` takes AdaLoRA
+
+
+class PeftLoraConfig(AdapterConfig):
+    """LoRA by the PEFT library; one rank for a fused query, key and value."""
+
+    rank: int = Field(ge=1)
+
+
+class PeftAdaLoraConfig(AdapterConfig):
+    """AdaLoRA (arXiv 2303.10512) by the PEFT library; its names for the settings stand in the descriptions."""
+
+    initial_rank: int = Field(default=12, ge=2, description="init_r: rank of every module until the first mask")
+    target_rank: int = Field(default=8, ge=1, description="target_r: mean rank of the modules in the end")
+    update_frequency: int = Field(ge=1, description="deltaT: masks are made at multiples of it")
+    warmup_steps: int = Field(ge=1, description="tinit: no mask up to this step; at 0 PEFT masks before it has scores")
+    final_steps: int | None = Field(default=None, ge=0, description="tfinal: steps under the last mask; a quarter")
+    orthogonality_weight: float = Field(default=0.5, ge=0, description="orth_reg_weight; applied by our loop")
+    beta1: float = Field(default=0.85, gt=0, lt=1, description="smoothing of the sensitivity")
+    beta2: float = Field(default=0.85, gt=0, lt=1, description="smoothing of its uncertainty")
+
+    @model_validator(mode="after")
+    def _rank_falls(self) -> Self:
+        if self.target_rank >= self.initial_rank:
+            raise ValueError(
+                f"target_rank {self.target_rank} does not lie below initial_rank {self.initial_rank}, and PEFT fails "
+                "when it has nothing to mask; raise initial_rank, or use peft_lora"
+            )
+        return self
+
+
+def _modules(section: str, settings: AdapterConfig, shape: BackboneShape) -> list[Site]:
+    """Return the modules that PEFT adapts, each as one site."""
+    from peft_vit.backbones import whole_modules
+
+    with below(f"{section}.targets"):
+        return list(whole_modules(shape.sites, settings.targets).values())
+
+
+def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+    from peft_vit.adapters.peft_library import attach_peft_lora
+
+    attach_peft_lora(model, experiment.need(PeftLoraConfig), seed=preparation.seed)
+    return []
+
+
+def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    from peft_vit.adapters.peft_library import require_peft
+
+    require_peft()
+    settings = experiment.need(PeftLoraConfig)
+    check_rank_at("peft_lora.rank", _modules("peft_lora", settings, shape), settings.rank)
+
+
+def _plan_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
+    settings = experiment.need(PeftLoraConfig)
+    ranks = {site.name: settings.rank for site in _modules("peft_lora", settings, shape)}
+    return RankPlan(ranks, ranks)
+
+
+def _lora_defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
+    return {"peft_lora": {"rank": wishes.rank or DEFAULT_RANK}}
+
+
+PEFT_LORA = Method(
+    name="peft_lora",
+    title="LoRA by PEFT",
+    color="#56b4e9",
+    trains="adapters",
+    settings={"peft_lora": PeftLoraConfig},
+    prepare=_prepare_lora,
+    check=_check_lora,
+    plan_ranks=_plan_lora,
+    defaults=_lora_defaults,
+    learning_rate=5e-4,
+    size_option="rank",
+    forward_passes=2 * _LORA_OVER_OURS,
+    uses_peft=True,
+)
+
+
+def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+    from peft_vit.training import PeftAdaLoraHook
+
+    settings = experiment.need(PeftAdaLoraConfig)
+    return [PeftAdaLoraHook(model, settings, preparation.total_steps, seed=preparation.seed)]
+
+
+def _check_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    from peft_vit.adapters.peft_library import require_peft
+    from peft_vit.training import last_update
+
+    require_peft()
+    settings = experiment.need(PeftAdaLoraConfig)
+    sites = _modules("peft_adalora", settings, shape)
+    check_rank_at("peft_adalora.initial_rank", sites, settings.initial_rank)
+    last_update(settings, total_steps)
+
+
+def _shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
+    from peft_vit.training import last_update
+
+    settings = experiment.need(PeftAdaLoraConfig)
+    part = steps / total_steps
+    final = min(round(part * (total_steps - last_update(settings, total_steps))), steps - 3)
+    warmup = min(max(1, round(part * settings.warmup_steps)), steps - final - 2)
+    short = {"final_steps": final, "update_frequency": 1, "warmup_steps": warmup}
+    return {"peft_adalora": settings.model_copy(update=short)}
+
+
+def _plan_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
+    from peft_vit.training import last_update
+
+    settings = experiment.need(PeftAdaLoraConfig)
+    ranks = {
+        site.name: settings.initial_rank for site in _modules("peft_adalora", settings, shape)
+    }  # masks are zeros: tensors stay
+    every, last = settings.update_frequency, last_update(settings, total_steps)
+    decisions = last // every - settings.warmup_steps // every + (last % every > 0)
+    return RankPlan(ranks, ranks, decisions=decisions, values_per_rank=1, scores_per_value=3)
+
+
+def _adalora_defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
+    wishes.enough_steps(_FEWEST_STEPS)
+    return {"peft_adalora": {"update_frequency": max(1, wishes.steps // 8), "warmup_steps": max(1, wishes.steps // 4)}}
+
+
+PEFT_ADALORA = Method(
+    name="peft_adalora",
+    title="AdaLoRA by PEFT",
+    color="#e69f00",
+    trains="adapters",
+    settings={"peft_adalora": PeftAdaLoraConfig},
+    prepare=_prepare_adalora,
+    check=_check_adalora,
+    shorten=_shorten_adalora,
+    plan_ranks=_plan_adalora,
+    defaults=_adalora_defaults,
+    learning_rate=5e-3,
+    forward_passes=2 * _ADALORA_OVER_OURS,
+    uses_peft=True,
+)

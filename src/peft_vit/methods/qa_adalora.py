@@ -1,0 +1,80 @@
+"""Ranks that move between sites, on quantized weights: the sections `adalora` and `qa_lora` together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationInfo
+
+from peft_vit.methods import adalora, qa_lora
+from peft_vit.methods.adalora import AdaLoraConfig
+from peft_vit.methods.method import Method, Preparation, RankPlan, Wishes
+from peft_vit.methods.qa_lora import QaLoraConfig
+from peft_vit.settings import Frozen
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peft_vit.backbones import BackboneShape
+    from peft_vit.config import ExperimentConfig
+    from peft_vit.training import RunHook
+
+
+def pooled(experiment: ExperimentConfig) -> tuple[AdaLoraConfig, int]:
+    """Return the settings of adaptive ranks with scale and targets of `qa_lora`, and the inputs that adapters pool."""
+    settings, packing = experiment.need(AdaLoraConfig), experiment.need(QaLoraConfig)
+    return settings.model_copy(update={"scale": packing.scale, "targets": packing.targets}), packing.pool
+
+
+def _agree(experiment: Any, info: ValidationInfo) -> None:
+    """The ranks are adalora's, and what every adapter has is said once, in `qa_lora`."""
+    settings, packing = experiment.need(AdaLoraConfig), experiment.need(QaLoraConfig)
+    if packing.rank is not None:
+        raise ValueError("qa_lora.rank has no effect with method: qa_adalora, adalora decides ranks; remove it")
+    if packing.adaptive_bits is not None and packing.adaptive_bits.ranks:
+        raise ValueError("qa_lora.adaptive_bits.ranks and the adalora section both decide ranks; remove one")
+    for field in ("scale", "targets"):
+        if getattr(settings, field) != AdaLoraConfig.model_fields[field].default:
+            raise ValueError(f"adalora.{field} has no effect with method: qa_adalora; set qa_lora.{field}")
+
+
+def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+    settings, pool = pooled(experiment)
+    # First, since in `before_step` it scores what the trainer then scales.
+    allocation = adalora.controller_hook(model, settings, preparation, pool=pool)
+    return [allocation, qa_lora.trainer(model, experiment, preparation)]
+
+
+def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    qa_lora.check_packing(experiment, shape, total_steps, train_images, rank=0)
+    adalora.rank_course(*pooled(experiment), shape, total_steps)
+
+
+def _shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
+    settings = adalora.shortened(experiment.need(AdaLoraConfig), total_steps, steps, every)
+    return {"adalora": settings, **qa_lora.shorten(experiment, total_steps, steps, every)}
+
+
+def _plan_ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
+    return adalora.plan_course(*pooled(experiment), shape, total_steps)
+
+
+def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
+    return {**adalora.defaults(wishes), "qa_lora": qa_lora.PACKED_BY_DEFAULT}
+
+
+QA_ADALORA = Method(
+    name="qa_adalora",
+    title="AdaLoRA + QA-LoRA",
+    color="#882255",
+    trains="adapters",
+    settings={"adalora": AdaLoraConfig, "qa_lora": QaLoraConfig},
+    agree=_agree,
+    prepare=_prepare,
+    check=_check,
+    shorten=_shorten,
+    plan_ranks=_plan_ranks,
+    defaults=_defaults,
+    size_option="budget",
+    why_not_peft=("its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model"),
+)

@@ -1,0 +1,66 @@
+"""The registry: a method's line is all that configuration, `train`, plans and reports know of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from pydantic import ValidationError
+
+from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
+from peft_vit.methods import METHODS, SECTIONS, shorten
+from peft_vit.report.style import METHOD_COLORS, METHOD_TITLES
+
+TRAINING = {"epochs": 1, "learning_rate": 1e-3}
+ADALORA = {
+    "total_rank_budget": 24,
+    "allocation_strategy": "global",
+    "importance_metric": "sensitivity",
+    "update_frequency": 10,
+    "warmup_steps": 100,
+    "final_steps": 200,
+}
+
+
+def experiment(method: str, **sections: dict[str, object]) -> ExperimentConfig:
+    return ExperimentConfig.model_validate({"name": "a", "method": method, "training": TRAINING, **sections})
+
+
+def test_names_titles_and_colors_are_each_methods_own() -> None:
+    assert all(name == method.name for name, method in METHODS.items())
+    for values in (METHOD_TITLES.values(), METHOD_COLORS.values()):
+        assert len(set(values)) == len(METHODS)
+
+
+def test_an_experiment_has_a_field_for_every_section() -> None:
+    assert set(SECTIONS) < set(ExperimentConfig.model_fields)
+    assert {name: kind for method in METHODS.values() for name, kind in method.settings.items()} == SECTIONS
+
+
+def test_a_section_is_found_by_its_kind() -> None:
+    lora = experiment("lora", lora={"rank": 4})
+    assert lora.need(LoraConfig).rank == 4
+    assert lora.section(QaLoraConfig) is None
+    assert lora.kind is METHODS["lora"]
+
+
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.settings])
+def test_a_method_without_its_section_is_refused(method: str) -> None:
+    with pytest.raises(ValidationError, match=f"method: {method} needs a section"):
+        experiment(method)
+
+
+def test_a_method_of_ones_own_is_a_line_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "lora", replace(METHODS["lora"], trains="head"))
+    assert experiment("lora", lora={"rank": 4}).is_probe
+
+
+def test_shorter_schedules_keep_their_shares() -> None:
+    settings = shorten(experiment("adalora", adalora=ADALORA), 400, 40).need(AdaLoraConfig)
+    assert (settings.warmup_steps, settings.update_frequency, settings.final_steps) == (10, 1, 20)
+    assert shorten(experiment("adalora", adalora=ADALORA), 400, 40, every=3).need(AdaLoraConfig).update_frequency == 3
+
+
+def test_beside_endless_steps_every_phase_is_as_short_as_it_can_be() -> None:
+    settings = shorten(experiment("adalora", adalora=ADALORA), 10**9, 8).need(AdaLoraConfig)
+    assert (settings.warmup_steps, settings.update_frequency, settings.final_steps) == (1, 1, 0)
