@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from covering_pairs import covering_pairs
 from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -104,10 +105,10 @@ def distance(logits: Tensor, expected: Tensor) -> float:
     return float((logits.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-@pytest.mark.parametrize("parametrization", ["product", "svd"])
-@pytest.mark.parametrize("group", [16, 32, 64, 128])
-@pytest.mark.parametrize("offset", [True, False])
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize(
+    ("type", "group", "offset", "parametrization"),
+    covering_pairs(TYPES, [16, 32, 64, 128], [True, False], ["product", "svd"]),
+)
 @torch.no_grad()
 def test_merging_into_float32_offsets_is_exact(
     plain, images, fill_adapters, type, offset, group, parametrization

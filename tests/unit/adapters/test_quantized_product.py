@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from covering_pairs import covering_pairs
 from loose_sites import loose_site
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -78,12 +79,12 @@ def distance(ours: Tensor, exact: Tensor) -> float:
     return float(((ours.double() - exact).norm() / exact.norm()).detach())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("parametrization", ["product", "svd"])
-@pytest.mark.parametrize("pool", [1, 8])
-@pytest.mark.parametrize(("type", "offset"), FORMATS)
-@pytest.mark.parametrize("bf16", [False, True])
-def test_outputs_and_gradients_equal_float64_autograd(type, offset, pool, parametrization, share, bf16) -> None:
+@pytest.mark.parametrize(
+    ("format", "share", "pool", "parametrization", "bf16"),
+    covering_pairs(FORMATS, [0.0, 0.3, 1.0], [1, 8], ["product", "svd"], [False, True]),
+)
+def test_outputs_and_gradients_equal_float64_autograd(format, share, pool, parametrization, bf16) -> None:
+    type, offset = format
     layer = layer_of(type, offset, pool=pool, parametrization=parametrization, share=share)
     x, target = input_and_target()
     weight = layer.quantized.dequantize().double()

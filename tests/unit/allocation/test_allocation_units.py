@@ -3,6 +3,7 @@
 import pytest
 import torch
 from allocation_runs import STEPS, config, start, train_step
+from covering_pairs import covering_pairs
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_vit.adapters import site_adapters
@@ -34,9 +35,9 @@ def counted(model, images, unit: str) -> int:
     return total
 
 
-@pytest.mark.parametrize("parametrization", ["product", "svd"])
-@pytest.mark.parametrize("unit", TOTALS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "unit", "parametrization"), covering_pairs(STRATEGIES, [*TOTALS], ["product", "svd"])
+)
 def test_the_budget_holds_for_what_is_there(tiny_vit, batch, strategy, unit, parametrization) -> None:
     model = tiny_vit(depth=1)
     settings = config(

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covering_pairs import covering_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantization_strategies import TYPES, formats_and_weights
@@ -41,9 +42,10 @@ def test_dequantize_follows_the_formula(case: FormatAndWeights) -> None:
     assert ((quantized.dequantize() - expected).abs() <= 2.0**-22 * scale_of_rounding + 1e-44).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("columns", [12, 9])
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize(
+    ("type", "columns", "dtype"),
+    covering_pairs(TYPES, [12, 9], [torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+)
 def test_dequantize_gives_the_same_in_every_dtype_and_place(type: str, columns: int, dtype: torch.dtype) -> None:
     quantized = quantize(random_weight(5, columns), QuantizationFormat(type, 3, offset=True))  # type: ignore[arg-type]
     expected = quantized.dequantize().to(dtype)
