@@ -28,7 +28,7 @@ from peft_vit.quantization import QuantizationFormat, quantize
 from peft_vit.runs.calibration import calibration_batch
 from peft_vit.runs.export import restore_run
 from peft_vit.statistics import spearman
-from peft_vit.training import Setting
+from peft_vit.training import RuntimeConfig
 
 TYPES = ("int2", "int4")
 GROUP = 32
@@ -41,7 +41,7 @@ def check(run_dir: Path, images: int) -> dict[str, float]:
     backbone, trained = (load_run_backbone(spec, len(run.record.class_names)).model for _ in range(2))
     trained.load_state_dict(merged_state_dict(run.model))
     data = load_data(spec.data, spec.seed)
-    setting = Setting(torch.device("cpu"), "fp32", run.backbone.mean, run.backbone.std)
+    setting = RuntimeConfig(torch.device("cpu"), "fp32", run.backbone.mean, run.backbone.std)
     batch, labels = calibration_batch(data, setting, spec.seed, images)
     held_out, _ = next(data.validation.ordered_batches(images, run.backbone.mean, run.backbone.std))
     formats = [QuantizationFormat(one, GROUP, True, torch.float16) for one in TYPES]

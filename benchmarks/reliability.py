@@ -38,7 +38,7 @@ from peft_vit.runs import run_one  # noqa: E402
 from peft_vit.runs.execute import Finished  # noqa: E402
 from peft_vit.studies import plan_study  # noqa: E402
 from peft_vit.studies.event_log import EventLog  # noqa: E402
-from peft_vit.studies.events import Event, RunEnded, RunProgress, RunStarted, Told  # noqa: E402
+from peft_vit.studies.events import Event, RunEnded, RunProgress, RunStarted, StudyEvent  # noqa: E402
 from peft_vit.studies.lock import study_lock  # noqa: E402
 from peft_vit.studies.plan import Plan, PlannedRun  # noqa: E402
 from peft_vit.studies.progress_view import Watch  # noqa: E402
@@ -190,7 +190,7 @@ def drive_other_end(pipe: Connection, config: StudyConfig, folder: Path) -> None
         Watch(plan, console=Console(file=io.StringIO())) as watch,
     ):
 
-        def tell(event: Told) -> None:
+        def tell(event: StudyEvent) -> None:
             log.on_event(event)
             watch.on_event(event)
 

@@ -14,7 +14,8 @@ from typing import Any
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Failure, RunRecord, RunSpec, read_record, run_folder
 from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger
-from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunStarted, Told
+from peft_vit.records.study_file import StudyFile, read_study_file
+from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunStarted, StudyEvent
 from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.scheduler import Outcome, drive
@@ -60,6 +61,7 @@ class FakePlan:
     data_sha256: str = "d" * 64
     part: bool = False
     within: Any = None
+    before: StudyFile | None = None
 
     @property
     def pending(self) -> tuple[FakeRun, ...]:
@@ -84,7 +86,7 @@ def fake_plan(study: StudyConfig, results_dir: Path, **settings: Any) -> FakePla
             folder = run_folder(results_dir, spec)
             written = (folder / RECORD_FILE).exists() and read_record(folder / RECORD_FILE).status == "done"
             runs.append(FakeRun(spec, done=written and (folder / ADAPTER_FILE).exists()))
-    return FakePlan(study, tuple(runs), **settings)
+    return FakePlan(study, tuple(runs), before=read_study_file(results_dir / study.name), **settings)
 
 
 def fake_adapter(spec: RunSpec) -> bytes:
@@ -173,7 +175,7 @@ def fake_drive(
     study: StudyConfig,
     results_dir: Path,
     executor: Any = None,
-    tell: Callable[[Told], None] = lambda told: None,
+    on_event: Callable[[StudyEvent], None] = lambda event: None,
     *,
     keep_failed: bool = False,
     **settings: Any,
@@ -181,7 +183,7 @@ def fake_drive(
     """Do what the command does: lock, plan, drive."""
     with study_lock(results_dir / study.name) as lock:
         plan: Any = fake_plan(study, results_dir, **settings)
-        return drive(plan, lock, lambda: executor or FakeExecutor(), tell, keep_failed=keep_failed)
+        return drive(plan, lock, lambda: executor or FakeExecutor(), on_event, keep_failed=keep_failed)
 
 
 def ledger_rows(results_dir: Path, name: str = "fake") -> tuple[Row, ...]:

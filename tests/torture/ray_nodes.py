@@ -32,7 +32,7 @@ from written_runs import run_and_write
 
 from peft_vit.config import load_study
 from peft_vit.studies import plan_study
-from peft_vit.studies.events import RunEnded, RunRetried, RunStarted, Told
+from peft_vit.studies.events import RunEnded, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.executors import open_executor
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.scheduler import drive
@@ -51,7 +51,7 @@ class Seen:
         self.retried = 0
         self.first = threading.Event()
 
-    def __call__(self, event: Told) -> None:
+    def __call__(self, event: StudyEvent) -> None:
         """Take in what happened."""
         if isinstance(event, RunStarted):
             self.on[event.run.spec.run_id] = event.worker.split()[-1]
@@ -67,7 +67,7 @@ def study(cluster: Cluster, file: Path, seen: Seen) -> float:
     with study_lock(file.parent / NAME) as lock:
         began = time.monotonic()
 
-        def tell(event: Told) -> None:
+        def tell(event: StudyEvent) -> None:
             nonlocal began
             if not seen.first.is_set():
                 began = time.monotonic()

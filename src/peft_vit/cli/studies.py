@@ -92,10 +92,10 @@ def run(
     from their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes:
     0 every run is done, or --minutes are over, 1 a run failed, 2 bad input, 130 interrupted.
     """
-    from peft_vit.studies.commands import Asked, Execution, plan_studies, run_studies
+    from peft_vit.studies.commands import Execution, RunRequest, plan_studies, run_studies
 
     results_dir = output or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
-    asked = Asked(configs, results_dir, smoke, method, seeds, workers, minutes=minutes)
+    asked = RunRequest(configs, results_dir, smoke, method, seeds, workers, minutes=minutes)
     if dry_run:
         plan_studies(asked, _print_plan)
     else:
@@ -119,10 +119,10 @@ def plan(
     Known are runs that are done and what was measured before; of any other kind of run a few steps are done now, and
     what they took is kept for later plans. Smoke studies are never measured.
     """
-    from peft_vit.studies.commands import Asked, plan_studies
+    from peft_vit.studies.commands import RunRequest, plan_studies
 
     results_dir = output or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
-    plan_studies(Asked(configs, results_dir, smoke, workers=workers, calibrate=profile), _print_plan)
+    plan_studies(RunRequest(configs, results_dir, smoke, workers=workers, calibrate=profile), _print_plan)
 
 
 @app.command()

@@ -60,7 +60,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Taken:
+class MeasuredCost:
     """What a finished run took; `here`: on this machine. Its record has every step, too much to hold for all runs."""
 
     seconds: float
@@ -68,7 +68,7 @@ class Taken:
     here: bool
 
     @classmethod
-    def of(cls, record: RunRecord) -> Taken:
+    def of(cls, record: RunRecord) -> MeasuredCost:
         """Read it off a record."""
         made = record.provenance
         here = made is None or (made.processor, made.cpu_count) == (processor_name(), cpu_count())
@@ -76,7 +76,7 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EstimateRequest:
     """A run that is to be estimated.
 
     Attributes:
@@ -93,14 +93,14 @@ class Wanted:
     kind: RunSpec
     kind_sha256: str
     disk: DiskUse
-    taken: Taken | None
+    taken: MeasuredCost | None
 
 
 Measure = Callable[[Mapping[str, RunSpec]], Mapping[str, Costs]]  # miniatures by a name to show; some may fail
 
 
 def estimate_runs(
-    runs: Sequence[Wanted], workload: Workload, measure: Measure | None = None
+    runs: Sequence[EstimateRequest], workload: Workload, measure: Measure | None = None
 ) -> tuple[list[Estimate], Deviation | None]:
     """Estimate each run, and tell how far off that would have been for those that are done.
 
@@ -112,7 +112,7 @@ def estimate_runs(
     Returns:
         An estimate each; and the deviation of the done ones from what is known without their records.
     """
-    records: dict[tuple[str, int], list[Taken]] = {}
+    records: dict[tuple[str, int], list[MeasuredCost]] = {}
     for run in runs:
         if run.taken is not None and run.taken.here:
             records.setdefault((run.kind_sha256, run.steps), []).append(run.taken)
@@ -140,12 +140,12 @@ def estimate_runs(
     return estimates, deviation(compared)
 
 
-def _from_records(run: Wanted, records: Sequence[Taken]) -> Estimate:
+def _from_records(run: EstimateRequest, records: Sequence[MeasuredCost]) -> Estimate:
     seconds = statistics.median(one.seconds for one in records)
     return Estimate(seconds, max(one.peak_memory_bytes for one in records), run.disk, "records")
 
 
-def _from_costs(run: Wanted, workload: Workload, costs: Costs) -> Estimate:
+def _from_costs(run: EstimateRequest, workload: Workload, costs: Costs) -> Estimate:
     evaluated = run.spec.experiment.validations(workload.train) * workload.validation + workload.test
     seconds = costs.start_s + run.steps * costs.step_s + evaluated * costs.image_s
     more_images = workload.train + workload.validation + workload.test - costs.images
@@ -153,7 +153,7 @@ def _from_costs(run: Wanted, workload: Workload, costs: Costs) -> Estimate:
     return Estimate(seconds, costs.peak_memory_bytes + max(0, pixels), run.disk, "calibration")
 
 
-def _from_arithmetic(run: Wanted, workload: Workload, rate: float) -> Estimate:
+def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> Estimate:
     experiment = run.spec.experiment
     parameters = workload.shape.parameters
     measured = measured_images(run.spec, workload)

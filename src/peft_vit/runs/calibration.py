@@ -12,10 +12,10 @@ from peft_vit.backbones import Weights, load_run_backbone
 from peft_vit.config import BackboneConfig, ExperimentConfig, QaLoraConfig
 from peft_vit.data import Data
 from peft_vit.records import RunSpec, StepRow
-from peft_vit.training import ChosenBits, Setting, allocate_bits, class_weights
+from peft_vit.training import ChosenBits, RuntimeConfig, allocate_bits, class_weights
 
 
-def calibration_batch(data: Data, setting: Setting, seed: int, count: int) -> tuple[Tensor, Tensor]:
+def calibration_batch(data: Data, setting: RuntimeConfig, seed: int, count: int) -> tuple[Tensor, Tensor]:
     """Return the first training images in an order of their own, without flips, and their labels, on the device."""
     rows = data.train.order(seed, 0)[:count]  # epochs count from 1
     images, labels = next(data.train.chosen(rows).ordered_batches(len(rows), setting.mean, setting.std))
@@ -23,7 +23,7 @@ def calibration_batch(data: Data, setting: Setting, seed: int, count: int) -> tu
 
 
 def choose_bits(
-    model: nn.Module, experiment: ExperimentConfig, data: Data, setting: Setting, seed: int
+    model: nn.Module, experiment: ExperimentConfig, data: Data, setting: RuntimeConfig, seed: int
 ) -> tuple[ChosenBits | None, dict[str, float]]:
     """Choose the bits of each layer of a plain model, if the method leaves them to `adaptive_bits`.
 
@@ -45,7 +45,7 @@ class OfTraining:
 
     spec: RunSpec
     data: Data
-    setting: Setting
+    setting: RuntimeConfig
     read: Callable[[BackboneConfig], Weights]
     steps: Sequence[StepRow]
 

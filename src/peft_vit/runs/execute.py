@@ -58,7 +58,7 @@ from peft_vit.runs.head_start import start_head
 from peft_vit.runs.measures import take_measures
 from peft_vit.runs.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
 from peft_vit.runs.resume import RECORDED, Attempt
-from peft_vit.training import Checkpoints, Interrupted, Progress, Setting, TrainingResult, steps_per_epoch, train
+from peft_vit.training import Checkpoints, Interrupted, Progress, RuntimeConfig, TrainingResult, steps_per_epoch, train
 
 OnProgress = Callable[[Progress], None]
 
@@ -163,7 +163,7 @@ def _execute(
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
     config = spec.experiment.training
     total_steps = spec.experiment.total_steps(len(data.train))
-    setting = Setting(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
+    setting = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
     bits, bits_s = attempt.earlier_bits(spec.experiment) or choose_bits(
         model, spec.experiment, data, setting, spec.seed
     )
@@ -238,7 +238,7 @@ def _test(
 
 
 def _predict(
-    model: nn.Module, images: LabelledImages, spec: RunSpec, setting: Setting
+    model: nn.Module, images: LabelledImages, spec: RunSpec, setting: RuntimeConfig
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     batches = images.ordered_batches(spec.experiment.training.batch_size, setting.mean, setting.std)
     return predict(model, batches, device=setting.device, precision=setting.precision)

@@ -21,7 +21,7 @@ from peft_vit.data.pixels import FORMAT_VERSION
 from peft_vit.packages import cache_dir
 from peft_vit.records import Provenance, RunSpec, write_atomically
 from peft_vit.safe_io import read_bytes
-from peft_vit.training import Features, QALoRATrainer, RunHook, Setting, flip_axes, head_inputs
+from peft_vit.training import Features, QALoRATrainer, RunHook, RuntimeConfig, flip_axes, head_inputs
 
 _log = logging.getLogger(__name__)
 _LARGEST_BYTES = 1 << 28  # of one file of the cache; more features are computed, but not kept
@@ -44,7 +44,7 @@ class SharedFeatures:
     """
 
     def __init__(
-        self, model: nn.Module, spec: RunSpec, provenance: Provenance, hooks: list[RunHook], setting: Setting
+        self, model: nn.Module, spec: RunSpec, provenance: Provenance, hooks: list[RunHook], setting: RuntimeConfig
     ) -> None:
         self._model = model
         self._setting = setting

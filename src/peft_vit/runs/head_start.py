@@ -16,7 +16,7 @@ from peft_vit.evaluation import trainable_parameters
 from peft_vit.records import RunSpec
 from peft_vit.runs.features import SharedFeatures
 from peft_vit.runs.resume import Attempt
-from peft_vit.training import LinearProbe, RunHook, Setting, TrainingResult, class_weights, fit_probe, head_logits
+from peft_vit.training import LinearProbe, RunHook, RuntimeConfig, TrainingResult, class_weights, fit_probe, head_logits
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class HeadStart:
 
     head: nn.Linear
     features: SharedFeatures
-    setting: Setting
+    setting: RuntimeConfig
     probe: LinearProbe | None
     seconds: dict[str, float]
 
@@ -55,7 +55,7 @@ class HeadStart:
 
 
 def start_head(
-    model: nn.Module, spec: RunSpec, attempt: Attempt, data: Data, hooks: list[RunHook], setting: Setting
+    model: nn.Module, spec: RunSpec, attempt: Attempt, data: Data, hooks: list[RunHook], setting: RuntimeConfig
 ) -> HeadStart:
     """Fit the head, and put it in its place, if the run asks for it and no earlier attempt has begun to train.
 

@@ -21,13 +21,13 @@ from peft_vit.errors import SilentNoEffectWarning
 from peft_vit.evaluation import forward_s, measure_ablation
 from peft_vit.records import AdapterRemoval, RunSpec
 from peft_vit.seeding import numpy_generator
-from peft_vit.training import Setting
+from peft_vit.training import RuntimeConfig
 
 _BATCH = 32  # images of a forward pass without an update
 
 
 def take_measures(
-    model: nn.Module, backbone: LoadedBackbone, data: Data, spec: RunSpec, setting: Setting
+    model: nn.Module, backbone: LoadedBackbone, data: Data, spec: RunSpec, setting: RuntimeConfig
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the record's fields that the study asks for, by their names, and the seconds that they took by purpose."""
     removal, removal_s = leave_out_updates(model, data, spec, setting)
@@ -36,7 +36,7 @@ def take_measures(
 
 
 def leave_out_updates(
-    model: nn.Module, data: Data, spec: RunSpec, setting: Setting
+    model: nn.Module, data: Data, spec: RunSpec, setting: RuntimeConfig
 ) -> tuple[AdapterRemoval | None, dict[str, float]]:
     """Measure what is lost without single updates, if `measures.removal_images` asks for it.
 
@@ -74,7 +74,7 @@ def removal_images(validation: LabelledImages, split_seed: int, count: int) -> L
 
 
 def time_forward(
-    model: nn.Module, backbone: LoadedBackbone, data: Data, spec: RunSpec, setting: Setting
+    model: nn.Module, backbone: LoadedBackbone, data: Data, spec: RunSpec, setting: RuntimeConfig
 ) -> tuple[dict[int, float], dict[str, float]]:
     """Time forward passes of the model as it would be deployed in PyTorch, at each of `measures.latency_batches`.
 
@@ -93,7 +93,9 @@ def time_forward(
     return found, {"latency": time.perf_counter() - started}
 
 
-def _deployed(model: nn.Module, backbone: LoadedBackbone, data: Data, spec: RunSpec, setting: Setting) -> nn.Module:
+def _deployed(
+    model: nn.Module, backbone: LoadedBackbone, data: Data, spec: RunSpec, setting: RuntimeConfig
+) -> nn.Module:
     """Return the model without adapters, where it computes the same; the given one stays as it is.
 
     Updates on float weights are added to them. On weights quantized in groups they go into the offsets, which round.

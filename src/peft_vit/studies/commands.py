@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from peft_vit.costs.cache import Costs
     from peft_vit.records import RunSpec
     from peft_vit.studies.deadline import Deadline, Limit
-    from peft_vit.studies.events import Executor, Told
+    from peft_vit.studies.events import Executor, StudyEvent
     from peft_vit.studies.own_images import OwnImages
     from peft_vit.studies.plan import Plan
 
 
 @dataclass(frozen=True)
-class Asked:
+class RunRequest:
     """What a command was asked for.
 
     Attributes:
@@ -63,22 +63,22 @@ class Execution:
     log_json: Path | None = None
 
 
-def plan_studies(asked: Asked, show: Callable[[Plan], None]) -> list[Plan]:
+def plan_studies(request: RunRequest, show: Callable[[Plan], None]) -> list[Plan]:
     """Check every study and plan it; nothing is written.
 
     Raises:
         UserError: for anything that would fail later.
     """
-    if asked.minutes is not None:
-        limit = _limit(asked)
-        ((study, file),) = _load(asked)
-        plan, _ = _plan_within(asked, study, file, limit)
+    if request.minutes is not None:
+        limit = _limit(request)
+        ((study, file),) = _load(request)
+        plan, _ = _plan_within(request, study, file, limit)
         show(plan)
         return [plan]
-    return _plan(asked, _load(asked), show)
+    return _plan(request, _load(request), show)
 
 
-def run_studies(asked: Asked, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
+def run_studies(request: RunRequest, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
     """Do every run that is asked for and not done; return the reason by run id for those that have failed.
 
     Raises:
@@ -86,28 +86,28 @@ def run_studies(asked: Asked, execution: Execution, show: Callable[[Plan], None]
             the studies; later if there is no room for a result.
         KeyboardInterrupt: see `drive`.
     """
-    if asked.minutes is not None:
-        return _run_within(asked, execution, show)
+    if request.minutes is not None:
+        return _run_within(request, execution, show)
     if execution.executor == "ray":
-        asked = _without_workers(asked)
-    studies = _load(asked)
-    with _locks(asked.results_dir, [study.name for study, _ in studies]) as locks:
-        return _drive(_plan(asked, studies, show), locks, execution)
+        request = _without_workers(request)
+    studies = _load(request)
+    with _locks(request.results_dir, [study.name for study, _ in studies]) as locks:
+        return _drive(_plan(request, studies, show), locks, execution)
 
 
-def _run_within(asked: Asked, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
+def _run_within(request: RunRequest, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
     """Do what fits into a limited time; once all that was taken is done, take more, as long as more fits."""
     from peft_vit.studies.status import study_status
 
     if execution.executor == "ray":
         problem = "works with --executor local only: it measures how fast this machine is; leave one of the two out"
         raise UserError(problem, field="--minutes")
-    limit = _limit(asked)
-    ((study, file),) = _load(asked)
-    with _locks(asked.results_dir, [study.name]) as (lock,):
+    limit = _limit(request)
+    ((study, file),) = _load(request)
+    with _locks(request.results_dir, [study.name]) as (lock,):
         taken: set[str] = set()
         while True:
-            plan, deadline = _plan_within(asked, study, file, limit)
+            plan, deadline = _plan_within(request, study, file, limit)
             if taken and not plan.pending:  # there is time left, but not enough for more
                 break
             show(plan)
@@ -120,11 +120,11 @@ def _run_within(asked: Asked, execution: Execution, show: Callable[[Plan], None]
         runs, them = (
             ("1 run of the study is", "it") if len(left) == 1 else (f"{len(left)} runs of the study are", "them")
         )
-        print(f"{runs} left; the same command goes on with {them}, for another {asked.minutes:g} minutes.")
+        print(f"{runs} left; the same command goes on with {them}, for another {request.minutes:g} minutes.")
     return failed
 
 
-def _limit(asked: Asked) -> Limit:
+def _limit(request: RunRequest) -> Limit:
     """Start the time that a command has.
 
     Raises:
@@ -132,66 +132,66 @@ def _limit(asked: Asked) -> Limit:
     """
     from peft_vit.studies.deadline import Limit
 
-    assert asked.minutes is not None
+    assert request.minutes is not None
     others = {
-        "--smoke": (asked.smoke, "a smoke study takes seconds"),
-        "--method": (asked.method is not None, "the time decides which experiments are taken"),
-        "--seeds": (asked.seeds is not None, "the time decides which seeds are taken"),
+        "--smoke": (request.smoke, "a smoke study takes seconds"),
+        "--method": (request.method is not None, "the time decides which experiments are taken"),
+        "--seeds": (request.seeds is not None, "the time decides which seeds are taken"),
     }
     for option, (given, why) in others.items():
         if given:
             raise UserError(f"can't be combined with {option}: {why}; leave one of the two out", field="--minutes")
-    if len(asked.configs) > 1:
-        problem = f"is of one study, and {len(asked.configs)} are given; give one, or leave --minutes out"
+    if len(request.configs) > 1:
+        problem = f"is of one study, and {len(request.configs)} are given; give one, or leave --minutes out"
         raise UserError(problem, field="--minutes")
-    if not 0 < asked.minutes < math.inf:
-        raise UserError(f"is {asked.minutes:g}; give more than 0", field="--minutes")
-    return Limit(asked.minutes, time.monotonic())
+    if not 0 < request.minutes < math.inf:
+        raise UserError(f"is {request.minutes:g}; give more than 0", field="--minutes")
+    return Limit(request.minutes, time.monotonic())
 
 
-def _plan_within(asked: Asked, study: StudyConfig, file: Path, limit: Limit) -> tuple[Plan, Deadline]:
+def _plan_within(request: RunRequest, study: StudyConfig, file: Path, limit: Limit) -> tuple[Plan, Deadline]:
     from peft_vit.studies.within import plan_within
 
-    if asked.workers is not None:
-        workers = study.execution.model_copy(update={"workers": asked.workers})
+    if request.workers is not None:
+        workers = study.execution.model_copy(update={"workers": request.workers})
         study = study.model_copy(update={"execution": workers})
-    return plan_within(study, asked.results_dir, limit, file=file, tell=partial(print, flush=True))
+    return plan_within(study, request.results_dir, limit, file=file, tell=partial(print, flush=True))
 
 
 def run_on_own_images(
-    asked: OwnImages, results_dir: Path, show: Callable[[Plan], None], *, smoke: bool = False
+    request: OwnImages, results_dir: Path, show: Callable[[Plan], None], *, smoke: bool = False
 ) -> dict[str, str]:
     """Do one run on somebody's own images, beside those that the directory holds already; as `run_studies`."""
     from peft_vit.studies.own_images import STUDY_NAME, study_of
-    from peft_vit.studies.plan import plan_study
+    from peft_vit.studies.plan import plan_begun_study
 
     with _locks(results_dir, [STUDY_NAME]) as locks:
         earlier = read_study_file(results_dir / STUDY_NAME)
-        study, line = study_of(asked, None if earlier is None else earlier.configuration)
+        study, line = study_of(request, None if earlier is None else earlier.configuration)
         print(line)
-        plan = plan_study(study, results_dir, file=asked.folder, smoke=smoke, part=True)
+        plan = plan_begun_study(study, earlier, results_dir, file=request.folder, smoke=smoke, part=True)
         show(plan)
         return _drive([plan], locks, Execution())
 
 
-def _load(asked: Asked) -> list[tuple[StudyConfig, Path]]:
-    studies = [(load_study(file), file) for file in asked.configs]
+def _load(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
+    studies = [(load_study(file), file) for file in request.configs]
     names = [study.name for study, _ in studies]
     for study, file in studies:
         if names.count(study.name) > 1:
             raise UserError(f"'{study.name}' names two of the given studies; rename one", file=file, field="name")
-        _chosen_seeds(study, asked.seeds, file)
-        if asked.method not in (None, *(experiment.method for experiment in study.experiments)):
-            raise UserError(f"no experiment is of method {asked.method}", file=file, field="experiments")
+        _chosen_seeds(study, request.seeds, file)
+        if request.method not in (None, *(experiment.method for experiment in study.experiments)):
+            raise UserError(f"no experiment is of method {request.method}", file=file, field="experiments")
     return studies
 
 
-def _without_workers(asked: Asked) -> Asked:
+def _without_workers(request: RunRequest) -> RunRequest:
     """Return the same for a cluster, on which as many runs go at a time as there is room for; planned is with one."""
-    if asked.workers is not None:
+    if request.workers is not None:
         problem = "has no effect with --executor ray, where as many runs go at a time as nodes have room for"
         raise UserError(f"{problem}; leave it out", field="--workers")
-    return replace(asked, workers=1)
+    return replace(request, workers=1)
 
 
 def _chosen_seeds(study: StudyConfig, seeds: str | None, file: Path) -> tuple[int, ...]:
@@ -212,19 +212,19 @@ def _locks(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
         yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
 
 
-def _plan(asked: Asked, studies: list[tuple[StudyConfig, Path]], show: Callable[[Plan], None]) -> list[Plan]:
+def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path]], show: Callable[[Plan], None]) -> list[Plan]:
     from peft_vit.studies.plan import plan_study
 
     plans = []
     for study, file in studies:
-        seeds = _chosen_seeds(study, asked.seeds, file)
-        changes: dict[str, object] = {"seeds": seeds} if asked.smoke else {}  # it has one seed, the first asked for
-        if asked.workers is not None:
-            changes["execution"] = study.execution.model_copy(update={"workers": asked.workers})
+        seeds = _chosen_seeds(study, request.seeds, file)
+        changes: dict[str, object] = {"seeds": seeds} if request.smoke else {}  # it has one seed, the first asked for
+        if request.workers is not None:
+            changes["execution"] = study.execution.model_copy(update={"workers": request.workers})
         changed = study.model_copy(update=changes)
-        measure = _measure if asked.calibrate else None
-        plan = plan_study(changed, asked.results_dir, file=file, smoke=asked.smoke, measure=measure)
-        plans.append(plan.only(asked.method, seeds))
+        measure = _measure if request.calibrate else None
+        plan = plan_study(changed, request.results_dir, file=file, smoke=request.smoke, measure=measure)
+        plans.append(plan.only(request.method, seeds))
     for plan in plans:
         show(plan)
     return plans
@@ -242,13 +242,15 @@ def _drive(
         for plan, lock in zip(plans, locks, strict=True):
             with Watch(plan, until=None if deadline is None else deadline.over_at) as watch:
 
-                def tell(event: Told, watch: Watch = watch) -> None:
+                def on_event(event: StudyEvent, watch: Watch = watch) -> None:
                     if log is not None:
                         log.on_event(event)
                     watch.on_event(event)
 
                 make_executor = partial(_open, plan.in_time, lock, execution)
-                outcome = drive(plan, lock, make_executor, tell, keep_failed=execution.keep_failed, deadline=deadline)
+                outcome = drive(
+                    plan, lock, make_executor, on_event, keep_failed=execution.keep_failed, deadline=deadline
+                )
                 failed |= outcome.failed
     return failed
 

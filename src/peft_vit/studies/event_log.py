@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
-from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, Told
+from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.ledger import now
 
 
@@ -56,7 +56,7 @@ class EventLog:
         except OSError as failure:
             self._give_up(failure)
 
-    def on_event(self, event: Told) -> None:
+    def on_event(self, event: StudyEvent) -> None:
         """Write an event down."""
         if not self._works:
             return
@@ -73,7 +73,7 @@ class EventLog:
         self._works = False
 
 
-def _content(event: Told) -> dict[str, Any]:
+def _content(event: StudyEvent) -> dict[str, Any]:
     match event:
         case Notice():
             return {"event": "notice", "text": event.text}

@@ -73,7 +73,7 @@ class Notice:
 
 
 # What watchers are told; a RunEnded only once a run, when no further attempt follows.
-Told = Event | RunRetried | Notice
+StudyEvent = Event | RunRetried | Notice
 
 
 class Executor(Protocol):

@@ -12,13 +12,22 @@ from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.backbones import check_weights, describe
 from peft_vit.config import Precision, StudyConfig
 from peft_vit.costs.disk import disk_use
-from peft_vit.costs.estimate import Deviation, Estimate, Measure, Taken, Wanted, Workload, bf16_factor, estimate_runs
+from peft_vit.costs.estimate import (
+    Deviation,
+    Estimate,
+    EstimateRequest,
+    Measure,
+    MeasuredCost,
+    Workload,
+    bf16_factor,
+    estimate_runs,
+)
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.methods import check
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
-from peft_vit.records.study_file import Limited, read_study_file
+from peft_vit.records.study_file import Limited, StudyFile, read_study_file
 from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.studies.ledger import run_name
 from peft_vit.studies.smoke import smoke_study
@@ -71,6 +80,7 @@ class Plan:
         notices: what to know of the images before believing a number; none if nothing is to be done.
         deviation: how far off the estimates of the runs that are done would have been; None: none is done.
         within: what a limited time has made of the study; None: it has all the time it takes.
+        before: what study.json says, read while planning; None: the study is new.
     """
 
     study: StudyConfig
@@ -84,6 +94,7 @@ class Plan:
     deviation: Deviation | None = None
     notices: tuple[str, ...] = ()
     within: Within | None = None
+    before: StudyFile | None = None
 
     @property
     def pending(self) -> tuple[PlannedRun, ...]:
@@ -110,14 +121,7 @@ class Plan:
 
 
 def plan_study(
-    study: StudyConfig,
-    results_dir: Path,
-    *,
-    file: Path,
-    smoke: bool = False,
-    part: bool = False,
-    measure: Measure | None = None,
-    limited: Limited | None = None,
+    study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool = False, measure: Measure | None = None
 ) -> Plan:
     """Check a study against its backbone and its data, and plan its runs.
 
@@ -126,16 +130,44 @@ def plan_study(
         results_dir: where records lie; runs that are done there are not planned again.
         file: the configuration file, named in errors.
         smoke: compress the study, see `smoke.smoke_study`.
-        part: the results directory may hold other experiments and seeds of this study.
         measure: measures what runs cost of which nothing is known yet; None: they are estimated. See `measure_costs`.
-        limited: what a limit of time has made the study of.
 
     Raises:
         UserError: for anything that would fail later, with file, field and remedy; and if the results directory
             holds a study of this name that was configured otherwise, with the difference.
     """
+    before = read_study_file(results_dir / study.name)
+    return plan_begun_study(study, before, results_dir, file=file, smoke=smoke, measure=measure)
+
+
+def plan_begun_study(
+    study: StudyConfig,
+    before: StudyFile | None,
+    results_dir: Path,
+    *,
+    file: Path,
+    smoke: bool = False,
+    part: bool = False,
+    measure: Measure | None = None,
+    limited: Limited | None = None,
+) -> Plan:
+    """Plan a study whose study.json is read already, as `plan_study`.
+
+    Args:
+        study: as there.
+        before: what study.json says; None: the study is new.
+        results_dir: as there.
+        file: as there.
+        smoke: as there.
+        part: the results directory may hold other experiments and seeds of this study.
+        measure: as there.
+        limited: what a limit of time has made the study of.
+
+    Raises:
+        UserError: as there.
+    """
     try:
-        return _plan(study, results_dir, file, smoke, part, measure, limited)
+        return _plan(study, before, results_dir, file, smoke, part, measure, limited)
     except UserError as error:
         if error.file is not None:
             raise
@@ -144,6 +176,7 @@ def plan_study(
 
 def _plan(
     study: StudyConfig,
+    before: StudyFile | None,
     results_dir: Path,
     file: Path,
     smoke: bool,
@@ -156,15 +189,15 @@ def _plan(
     if smoke:
         patch_size = describe(study.backbone, study.data.image_size).patch_size
         study = smoke_study(study, patch_size)
-    precision = decide_precision(study, results_dir)
+    precision = decide_precision(study, before)
     study = study.model_copy(update={"precision": precision.chosen})
     shape = describe(study.backbone, study.data.image_size)
     index = open_index(study.data, smoke=smoke)
     asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256, limited=limited)
-    go_on(results_dir / study.name, asked, source=file, part=part)
+    go_on(results_dir / study.name, before, asked, source=file, part=part)
     drawn = splits_of(index, study)
     splits = drawn[study.seeds[0]]
-    wanted: list[Wanted] = []
+    wanted: list[EstimateRequest] = []
     for place, experiment in enumerate(study.experiments):
         total_steps = experiment.total_steps(len(splits.train))
         try:
@@ -179,7 +212,7 @@ def _plan(
         for seed in study.seeds:
             spec = spec_of(study, place, seed, smoke=smoke)
             taken = _taken(results_dir, spec, index.sha256)
-            wanted.append(Wanted(spec, total_steps, kind, kind_sha256, disk, taken))
+            wanted.append(EstimateRequest(spec, total_steps, kind, kind_sha256, disk, taken))
     notices: tuple[str, ...] = ()
     pending = any(run.taken is None for run in wanted)
     if pending:
@@ -202,14 +235,15 @@ def _plan(
         for run, estimate in zip(wanted, estimates, strict=True)
     )
     factor = bf16_factor(workload) if precision.emulated and pending and not smoke else None
-    return Plan(study, file, index.licence, index.sha256, runs, precision, factor, part, deviation, notices)
+    return Plan(
+        study, file, index.licence, index.sha256, runs, precision, factor, part, deviation, notices, before=before
+    )
 
 
-def decide_precision(study: StudyConfig, results_dir: Path) -> ChosenPrecision:
+def decide_precision(study: StudyConfig, before: StudyFile | None) -> ChosenPrecision:
     """Return the precision of a study's runs: the one that it was begun with, or what `auto` is on this machine."""
     device = resolve_device(study.device)
-    begun = read_study_file(results_dir / study.name)
-    return choose_precision(study.precision, None if begun is None else begun.configuration.precision, device)
+    return choose_precision(study.precision, None if before is None else before.configuration.precision, device)
 
 
 def splits_of(index: ImageIndex, study: StudyConfig) -> dict[int, Splits]:
@@ -258,7 +292,7 @@ def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -
     )
 
 
-def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> Taken | None:
+def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost | None:
     """Return what a finished run took; one that failed or lost its adapter is run again, a changed one refused."""
     file = run_folder(results_dir, spec) / RECORD_FILE
     if not file.exists():
@@ -279,4 +313,4 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> Taken | None:
     start = spec.experiment.start
     if start and record.provenance is not None and record.provenance.start_sha256 != peft_sha256(Path(start)):
         raise UserError("was made with another adapter under the same path; choose another --output", file=file)
-    return Taken.of(record)
+    return MeasuredCost.of(record)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from peft_vit.costs.estimate import Compared, deviation
 from peft_vit.records import RunRecord
-from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, Told
+from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.ledger import run_name
 from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.studies.printing import duration, open_console, print_deviation
@@ -96,7 +96,7 @@ class Watch:
         if found is not None and error is None:
             print_deviation(found, self._console)
 
-    def on_event(self, event: Told) -> None:
+    def on_event(self, event: StudyEvent) -> None:
         """Take in what happened, and say it."""
         match event:
             case Notice():

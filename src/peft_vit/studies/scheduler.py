@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING, Any
 from peft_vit.errors import UserError
 from peft_vit.records import Failure, RunRecord
 from peft_vit.records.ledger import has_failed
-from peft_vit.records.study_file import read_study_file
-from peft_vit.studies.events import Event, Executor, Notice, RunEnded, RunInterrupted, RunRetried, RunStarted, Told
+from peft_vit.studies.events import (
+    Event,
+    Executor,
+    Notice,
+    RunEnded,
+    RunInterrupted,
+    RunRetried,
+    RunStarted,
+    StudyEvent,
+)
 from peft_vit.studies.ledger import now, run_name
 from peft_vit.studies.lock import StudyLock
 from peft_vit.studies.store import StudyStore
@@ -46,7 +54,7 @@ def drive(
     plan: Plan,
     lock: StudyLock,
     make_executor: Callable[[], Executor],
-    tell: Callable[[Told], None],
+    on_event: Callable[[StudyEvent], None],
     *,
     keep_failed: bool = False,
     deadline: Deadline | None = None,
@@ -57,7 +65,7 @@ def drive(
         plan: made while the lock was held.
         lock: of the study's folder.
         make_executor: called once, if there is something to do; nothing is written if it refuses.
-        tell: told what happens; whether it can write is of no importance.
+        on_event: told what happens; whether it can write is of no importance.
         keep_failed: leave runs alone that an earlier call has seen fail.
         deadline: what is started, and until when; None: everything, however long it takes.
 
@@ -66,22 +74,22 @@ def drive(
             result; nothing that was written is lost.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when what ran has been stopped; at once after the second.
     """
-    tell = _undisturbed(tell)
+    on_event = _undisturbed(on_event)
     names = {run_name(run.spec) for run in plan.runs}
     limited = None if plan.within is None else plan.within.limited
     asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256, limited=limited)
-    content = go_on(lock.folder, asked, source=plan.file, part=plan.part)
+    content = go_on(lock.folder, plan.before, asked, source=plan.file, part=plan.part)
     executor = make_executor() if plan.pending else None  # may refuse, and then nothing was begun
     try:
-        if content != read_study_file(lock.folder):
+        if content != plan.before:
             write_study_file(lock.folder, content)
         with closing(StudyStore(lock, content.runs)) as store:
             for text in store.notices:
-                tell(Notice(text))
+                on_event(Notice(text))
             waiting = [run for run in plan.pending if not (keep_failed and _failed(store, run))]
             retries = plan.study.execution.retries
             if executor is not None:
-                _carry_out(waiting, executor, store, tell, retries, deadline)
+                _carry_out(waiting, executor, store, on_event, retries, deadline)
             failed = {run.spec.run_id: _reason(store, run) for run in plan.runs if _failed(store, run)}
             return Outcome(failed)
     finally:
@@ -89,12 +97,12 @@ def drive(
             executor.close()
 
 
-def _undisturbed(tell: Callable[[Told], None]) -> Callable[[Told], None]:
+def _undisturbed(on_event: Callable[[StudyEvent], None]) -> Callable[[StudyEvent], None]:
     """Let a study go on whose watcher can't write: its terminal is gone, nobody reads its pipe, its disk is full."""
 
-    def told(event: Told) -> None:
+    def told(event: StudyEvent) -> None:
         with suppress(OSError, SystemExit):  # to exit is rich's answer to a broken pipe
-            tell(event)
+            on_event(event)
 
     return told
 
@@ -112,12 +120,12 @@ def _carry_out(
     runs: list[PlannedRun],
     executor: Executor,
     store: StudyStore,
-    tell: Callable[[Told], None],
+    on_event: Callable[[StudyEvent], None],
     retries: int,
     deadline: Deadline | None,
 ) -> None:
     with _signals() as signals:
-        attempts = _Attempts(runs, executor, store, tell, retries)
+        attempts = _Attempts(runs, executor, store, on_event, retries)
         if deadline is None:
             for run in runs:
                 executor.submit(run)
@@ -125,7 +133,7 @@ def _carry_out(
             if signals.asked and not attempts.stopping:
                 attempts.stop(_STOPPING)
             if deadline is not None:
-                _keep(deadline, attempts, executor, tell)
+                _keep(deadline, attempts, executor, on_event)
                 if deadline.past if attempts.stopping else not deadline.under_way:
                     break
             event = executor.next_event(_POLL_S)
@@ -139,7 +147,7 @@ def _carry_out(
             raise KeyboardInterrupt
 
 
-def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor, tell: Callable[[Told], None]) -> None:
+def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor, on_event: Callable[[StudyEvent], None]) -> None:
     """Start what is expected to end in time, and stop what runs when the time is over."""
     if attempts.stopping:
         return
@@ -150,7 +158,7 @@ def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor, tell: Cal
     for run in deadline.to_start(attempts.waiting):
         executor.submit(run)
     for line in deadline.news():
-        tell(Notice(line))
+        on_event(Notice(line))
 
 
 class _Attempts:
@@ -161,7 +169,7 @@ class _Attempts:
         runs: Iterable[PlannedRun],
         executor: Executor,
         store: StudyStore,
-        tell: Callable[[Told], None],
+        on_event: Callable[[StudyEvent], None],
         retries: int,
     ) -> None:
         self.waiting = {run_name(run.spec) for run in runs}
@@ -169,14 +177,14 @@ class _Attempts:
         self.stopping = False
         self._executor = executor
         self._store = store
-        self._tell = tell
+        self._on_event = on_event
         self._retries = retries
         self._failures: Counter[str] = Counter()
         self._reached: Counter[str] = Counter()  # step of the last interruption that nobody asked for
 
     def stop(self, why: str) -> None:
         """Have what runs stopped, and start nothing more."""
-        self._tell(Notice(why))
+        self._on_event(Notice(why))
         self.stopping = True
         self._executor.stop()
 
@@ -195,7 +203,7 @@ class _Attempts:
             self.running.add(run)
         elif isinstance(event, RunInterrupted):
             self._interrupted(event.run, run, event.step)
-        self._tell(event)
+        self._on_event(event)
 
     def _interrupted(self, planned: PlannedRun, run: str, step: int) -> None:
         self._store.interrupted(run, step)
@@ -217,15 +225,15 @@ class _Attempts:
         elif self._try_again(record, run):
             record = self._store.failed(record, retried=True)
             if self.stopping:
-                self._tell(Notice(f"{record.spec.run_id}: {record.error}"))
+                self._on_event(Notice(f"{record.spec.run_id}: {record.error}"))
             else:
-                self._tell(RunRetried(event.run, record))
+                self._on_event(RunRetried(event.run, record))
                 self._executor.submit(event.run)
             return
         else:
             record = self._store.failed(record, retried=False)
         self.waiting.discard(run)
-        self._tell(RunEnded(event.run, record, event.adapter))
+        self._on_event(RunEnded(event.run, record, event.adapter))
 
     def _try_again(self, record: RunRecord, run: str) -> bool:
         """Tell whether a failure may pass: what a stop or Ctrl-C has killed counts as none."""

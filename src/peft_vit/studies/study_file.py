@@ -12,7 +12,7 @@ import yaml
 from peft_vit.config import DataConfig, StudyConfig
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
-from peft_vit.records.study_file import STUDY_FILE, Limited, StudyFile, read_study_file
+from peft_vit.records.study_file import STUDY_FILE, Limited, StudyFile
 from peft_vit.studies.ledger import no_room
 
 _FREE = {"description", "execution", "hypotheses"}  # no result depends on them
@@ -42,11 +42,12 @@ def write_study_file(folder: Path, content: StudyFile) -> None:
         raise no_room(file, error) from None
 
 
-def go_on(folder: Path, asked: StudyFile, *, source: Path, part: bool = False) -> StudyFile:
+def go_on(folder: Path, before: StudyFile | None, asked: StudyFile, *, source: Path, part: bool = False) -> StudyFile:
     """Return what study.json will say after a command asked for `asked`; seeds and experiments may be added.
 
     Args:
         folder: the study's.
+        before: what study.json says; None: the study is new.
         asked: by the command.
         source: the configuration file, named in the difference.
         part: experiments and seeds that `asked` does not name stay, instead of counting as removed.
@@ -54,7 +55,6 @@ def go_on(folder: Path, asked: StudyFile, *, source: Path, part: bool = False) -
     Raises:
         UserError: with the difference, if the folder holds another study or one that was configured otherwise.
     """
-    before = read_study_file(folder)
     if before is None:
         return asked
     file, remedy = folder / STUDY_FILE, "choose another --output"

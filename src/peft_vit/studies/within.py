@@ -21,7 +21,7 @@ from peft_vit.runs.device import resolve_device
 from peft_vit.studies.deadline import Deadline, Limit
 from peft_vit.studies.ledger import run_name
 from peft_vit.studies.pace_measurement import measure_pace, reckoned_pace
-from peft_vit.studies.plan import Plan, PlannedRun, Within, decide_precision, plan_study, spec_of, splits_of
+from peft_vit.studies.plan import Plan, PlannedRun, Within, decide_precision, plan_begun_study, spec_of, splits_of
 from peft_vit.studies.sizes import Sizes, smaller_sizes, smaller_study, with_sizes
 from peft_vit.studies.study_file import in_place_of, refuse_another
 from peft_vit.studies.time_limit import (
@@ -80,17 +80,17 @@ def plan_within(
 def _plan_within(
     study: StudyConfig, results_dir: Path, limit: Limit, file: Path, tell: Callable[[str], None], measure: Measure
 ) -> tuple[Plan, Deadline]:
-    precision = decide_precision(study, results_dir)
-    study = study.model_copy(update={"precision": precision.chosen})
     folder = results_dir / study.name
     before = read_study_file(folder)
+    precision = decide_precision(study, before)
+    study = study.model_copy(update={"precision": precision.chosen})
     index = open_index(study.data)
     taken = study
     if before is not None and before.limited is not None and before.smaller_than_asked:
         refuse_another(before.limited.asked, study, folder / STUDY_FILE, file)  # of which the sizes may make no sense
         taken = smaller_study(study, before.configuration.data, index)
     first = () if before is None or before.limited is None else before.limited.first
-    plan = plan_study(taken, results_dir, file=file, limited=Limited(asked=study, first=first))
+    plan = plan_begun_study(taken, before, results_dir, file=file, limited=Limited(asked=study, first=first))
     begun = before is not None or any(run.done for run in plan.runs)
     may_shrink = not begun and most_decided(len(study.experiments), len(study.seeds)) > 0
     pace: Pace | None = None
@@ -105,7 +105,7 @@ def _plan_within(
     if pace is not None and may_shrink:
         taken = _that_fits(study, index, pace, limit)
         if taken != study:
-            plan = plan_study(taken, results_dir, file=file, limited=Limited(asked=study, first=first))
+            plan = plan_begun_study(taken, before, results_dir, file=file, limited=Limited(asked=study, first=first))
     if pace is not None:
         plan = _at_pace(plan, pace, _workload(taken, index))
     plan = replace(plan, precision=precision)  # with the reason, which the plan of a decided one can't know

@@ -13,7 +13,7 @@ from peft_vit.training.progress import Progress
 from peft_vit.training.qa_lora import QALoRATrainer
 from peft_vit.training.quantization_schedule import end_step, quantized_share
 from peft_vit.training.quantized_layers import check_rank, format_of
-from peft_vit.training.setting import Setting
+from peft_vit.training.runtime import RuntimeConfig
 from peft_vit.training.state import State
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "Progress",
     "QALoRATrainer",
     "RunHook",
-    "Setting",
+    "RuntimeConfig",
     "State",
     "StepHook",
     "TrainingResult",

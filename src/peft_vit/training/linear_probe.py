@@ -29,7 +29,7 @@ from peft_vit.config import PROBE_L2
 from peft_vit.data import LabelledImages
 from peft_vit.evaluation import measure
 from peft_vit.records import Evaluation, HeadFit, StepRow
-from peft_vit.training.setting import Setting
+from peft_vit.training.runtime import RuntimeConfig
 
 Floats = NDArray[np.float64]
 _LARGEST_GRADIENT = 1e-7  # at which the fit has converged; L-BFGS ends there or at its most iterations
@@ -105,7 +105,7 @@ class LinearProbe:
 
 @torch.inference_mode()
 def head_inputs(
-    model: nn.Module, images: LabelledImages, setting: Setting, batch_size: int, axes: tuple[int, ...] = ()
+    model: nn.Module, images: LabelledImages, setting: RuntimeConfig, batch_size: int, axes: tuple[int, ...] = ()
 ) -> NDArray[np.float32]:
     """Return what the head sees of images, (N, D).
 
@@ -156,7 +156,7 @@ def _watched_head(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.inference_mode()
-def head_logits(head: nn.Module, features: NDArray[np.float32], setting: Setting) -> NDArray[np.float32]:
+def head_logits(head: nn.Module, features: NDArray[np.float32], setting: RuntimeConfig) -> NDArray[np.float32]:
     """Return the logits of a head (N, classes) in the setting's precision, as the model has them."""
     with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
         logits: Tensor = head(torch.from_numpy(features).to(setting.device))
@@ -167,7 +167,7 @@ def fit_probe(
     train: Features,
     validation: Features,
     head: nn.Linear,
-    setting: Setting,
+    setting: RuntimeConfig,
     *,
     class_weights: NDArray[np.float64] | None = None,
     l2: Sequence[float] = PROBE_L2,

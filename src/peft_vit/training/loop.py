@@ -33,7 +33,7 @@ from peft_vit.training.learning_rate import build_scheduler
 from peft_vit.training.loss import Criterion, class_weights, weighted_cross_entropy
 from peft_vit.training.optimization import StepHook, optimization_step
 from peft_vit.training.progress import Gauges, Progress
-from peft_vit.training.setting import Setting
+from peft_vit.training.runtime import RuntimeConfig
 from peft_vit.training.state import State
 
 
@@ -75,7 +75,7 @@ def train(
     model: nn.Module,
     data: Data,
     config: TrainingConfig,
-    setting: Setting,
+    setting: RuntimeConfig,
     *,
     seed: int,
     hooks: Sequence[StepHook] = (),
@@ -188,7 +188,7 @@ class _Course:
         if resume is not None:  # last: whatever was built anew may have drawn from them
             self._refuse_another_state(lambda state: load_generators_state(state.part("generators")), resume)
 
-    def step(self, criterion: Criterion, images: Tensor, labels: Tensor, setting: Setting) -> None:
+    def step(self, criterion: Criterion, images: Tensor, labels: Tensor, setting: RuntimeConfig) -> None:
         """Do one step on a batch."""
         result = self.result
         number = len(result.steps) + 1
@@ -216,7 +216,7 @@ class _Course:
         else:
             self.end = self._decay.bring_down(len(self.result.steps))
 
-    def validate(self, data: Data, setting: Setting, epoch: int) -> None:
+    def validate(self, data: Data, setting: RuntimeConfig, epoch: int) -> None:
         """Evaluate on the validation split, and remember the weights if they are the best so far."""
         started = time.perf_counter()
         result = self.result
@@ -295,7 +295,7 @@ def _step(
     labels: Tensor,
     step: int,
     config: TrainingConfig,
-    setting: Setting,
+    setting: RuntimeConfig,
     hooks: Sequence[StepHook],
 ) -> StepRow:
     started = time.perf_counter()
@@ -320,7 +320,7 @@ def _validate(
     model: nn.Module,
     data: Data,
     config: TrainingConfig,
-    setting: Setting,
+    setting: RuntimeConfig,
     step: int,
     epoch: int,
     hooks: Sequence[StepHook],

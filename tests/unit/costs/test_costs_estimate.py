@@ -10,7 +10,7 @@ from written_runs import run_and_write
 from peft_vit.backbones import describe
 from peft_vit.costs.cache import Costs, keep_costs
 from peft_vit.costs.disk import DiskUse
-from peft_vit.costs.estimate import Compared, Estimate, Ratios, Wanted, Workload, deviation
+from peft_vit.costs.estimate import Compared, Estimate, EstimateRequest, Ratios, Workload, deviation
 from peft_vit.costs.estimate import estimate_runs as estimate
 from peft_vit.records import write_record
 from peft_vit.studies import plan_study
@@ -31,9 +31,9 @@ def planned(config, folder, **options):
     return plan_study(config, folder, file=folder / "tiny.yaml", **options)
 
 
-def wanted(config, folder) -> tuple[list[Wanted], Workload]:
+def wanted(config, folder) -> tuple[list[EstimateRequest], Workload]:
     runs = [
-        Wanted(run.spec, run.total_steps, run.spec, run.spec.digest(), DISK, None)
+        EstimateRequest(run.spec, run.total_steps, run.spec, run.spec.digest(), DISK, None)
         for run in planned(config, folder).runs
     ]
     workload = Workload(describe(config.backbone, 32), 32, 1, torch.device("cpu"), "fp32", 1, 24, 20, 30)

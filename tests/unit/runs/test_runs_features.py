@@ -11,7 +11,7 @@ from peft_vit.config import QaLoraConfig
 from peft_vit.data import LabelledImages
 from peft_vit.runs.features import SharedFeatures
 from peft_vit.studies import plan_study
-from peft_vit.training import QALoRATrainer, Setting, head_inputs
+from peft_vit.training import QALoRATrainer, RuntimeConfig, head_inputs
 
 pytestmark = pytest.mark.part("runner")
 PROVENANCE = {
@@ -22,7 +22,7 @@ PROVENANCE = {
     "packages": {"timm": "1"},
     "processor": "p",
 }
-SETTING = Setting(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SETTING = RuntimeConfig(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @pytest.fixture

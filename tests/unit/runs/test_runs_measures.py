@@ -14,20 +14,20 @@ from peft_vit.adapters import adapted_modules, current_ranks, load_trained
 from peft_vit.backbones import describe, load_backbone
 from peft_vit.config import MeasuresConfig, PeftAdaLoraConfig, PeftLoraConfig, StudyConfig, study_from_mapping
 from peft_vit.costs.disk import DiskUse
-from peft_vit.costs.estimate import Wanted, Workload, estimate_runs
+from peft_vit.costs.estimate import EstimateRequest, Workload, estimate_runs
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import LabelledImages, load_data, make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict
 from peft_vit.methods import prepare
 from peft_vit.records import ADAPTER_FILE, RunRecord, outcome_digest, read_record, run_folder
-from peft_vit.records.study_file import STUDY_FILE
+from peft_vit.records.study_file import STUDY_FILE, read_study_file
 from peft_vit.runs import measures as measures_module
 from peft_vit.runs import run_one
 from peft_vit.runs.measures import removal_images
 from peft_vit.studies import plan_study
 from peft_vit.studies.study_file import go_on, study_file, write_study_file
-from peft_vit.training import Checkpoints, Setting
+from peft_vit.training import Checkpoints, RuntimeConfig
 
 pytestmark = pytest.mark.part("runner")
 ASKED = MeasuresConfig(removal_images=7, latency_batches=(1, 30))
@@ -186,7 +186,7 @@ def test_what_is_timed_computes_what_was_tested(study, tmp_path, monkeypatch, me
     (spec,) = specs(config, tmp_path)
     (record,) = done(config, tmp_path)
     backbone, data = trained_again(record, tmp_path), load_data(spec.data, 0)
-    setting = Setting(torch.device("cpu"), "fp32", backbone.mean, backbone.std)
+    setting = RuntimeConfig(torch.device("cpu"), "fp32", backbone.mean, backbone.std)
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     asked = spec.model_copy(update={"measures": ASKED})
     measures_module.time_forward(backbone.model, backbone, data, asked, setting)
@@ -244,9 +244,9 @@ def test_a_study_begun_before_there_were_measures_goes_on(study, tmp_path) -> No
     content = json.loads((tmp_path / STUDY_FILE).read_text())
     del content["configuration"]["measures"]
     (tmp_path / STUDY_FILE).write_text(json.dumps(content))
-    assert go_on(tmp_path, asked(config), source="s.yaml").configuration == config
+    assert go_on(tmp_path, read_study_file(tmp_path), asked(config), source="s.yaml").configuration == config
     with pytest.raises(UserError, match="was begun with another configuration") as caught:
-        go_on(tmp_path, asked(asking(config)), source="s.yaml")
+        go_on(tmp_path, read_study_file(tmp_path), asked(asking(config)), source="s.yaml")
     assert "+  removal_images: 7" in caught.value.details
 
 
@@ -280,7 +280,7 @@ def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
 
     def seconds(measures: MeasuresConfig) -> list[float]:
         planned = specs(asking(config, measures), tmp_path)
-        runs = [Wanted(spec, 6, spec, spec.digest(), DiskUse(1, 2, 3), None) for spec in planned]
+        runs = [EstimateRequest(spec, 6, spec, spec.digest(), DiskUse(1, 2, 3), None) for spec in planned]
         return [one.seconds for one in estimate_runs(runs, workload)[0]]
 
     def passes(measures: MeasuresConfig) -> list[float]:

@@ -9,7 +9,7 @@ import ray
 
 from peft_vit.errors import UserError
 from peft_vit.studies import plan_study
-from peft_vit.studies.commands import Asked, Execution, run_studies
+from peft_vit.studies.commands import Execution, RunRequest, run_studies
 from peft_vit.studies.executors import open_executor
 from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
 from peft_vit.studies.executors.ray_task import Place
@@ -86,7 +86,7 @@ def test_what_would_change_nothing_is_refused(study, tmp_path) -> None:
     with pytest.raises(UserError, match=r"^--oversubscribe: has no effect with --executor ray"):
         open_executor("ray", plan, tmp_path, oversubscribe=True)
     with pytest.raises(UserError, match=r"^--workers: has no effect with --executor ray"):
-        run_studies(Asked([], tmp_path, workers=2), Execution("ray"), print)
+        run_studies(RunRequest([], tmp_path, workers=2), Execution("ray"), print)
 
 
 def test_a_run_that_needs_a_gpu_has_to_ask_for_it(study, tmp_path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from peft_vit.analysis import hypotheses
 from peft_vit.errors import UserError
 from peft_vit.records import Registration
+from peft_vit.records.study_file import read_study_file
 from peft_vit.runs import run_one
 from peft_vit.studies import plan_study
 from peft_vit.studies.study_file import go_on, study_file, write_study_file
@@ -94,4 +95,7 @@ def test_adding_hypotheses_makes_no_other_study(study, tmp_path) -> None:
     write_study_file(folder, before)
     config = study("linear").model_copy(update={"hypotheses": "own.yaml"})
     asked = study_file(config, (), smoke=False, data_sha256="0" * 64)
-    assert go_on(folder, asked, source=tmp_path / "tiny.yaml").configuration.hypotheses == "own.yaml"
+    assert (
+        go_on(folder, read_study_file(folder), asked, source=tmp_path / "tiny.yaml").configuration.hypotheses
+        == "own.yaml"
+    )

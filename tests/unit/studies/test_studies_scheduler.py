@@ -77,7 +77,7 @@ def test_a_watcher_that_cannot_write_does_not_stop_the_study(tmp_path, failure) 
         told.append(event)
         raise failure
 
-    assert fake_drive(STUDY, tmp_path, tell=tell).failed == {}
+    assert fake_drive(STUDY, tmp_path, on_event=tell).failed == {}
     assert len(told) == 8
     check_complete(STUDY, tmp_path)
 
@@ -92,7 +92,7 @@ def test_the_records_of_ended_runs_are_not_held(tmp_path) -> None:
         if isinstance(told, RunEnded):
             held.append(weakref.ref(told.record))
 
-    fake_drive(STUDY, tmp_path, tell=tell)
+    fake_drive(STUDY, tmp_path, on_event=tell)
     assert len(held) == 4
     assert max(alive) <= 1  # the one that has just ended
 

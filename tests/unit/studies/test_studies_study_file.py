@@ -44,7 +44,7 @@ def test_it_is_read_as_it_was_written(tmp_path) -> None:
 
 def test_seeds_and_experiments_may_be_added_in_any_order(begun) -> None:
     more = fake_config(("c", "b", "a"), (2, 1, 0))
-    content = go_on(begun, asked(more), source="s.yaml")
+    content = go_on(begun, read_study_file(begun), asked(more), source="s.yaml")
     assert content.configuration == more
     assert set(content.runs) == {f"{name}/seed_{seed}" for name in "abc" for seed in range(3)}
     assert content.skipped == ()
@@ -52,15 +52,15 @@ def test_seeds_and_experiments_may_be_added_in_any_order(begun) -> None:
 
 def test_what_no_result_depends_on_may_change(begun) -> None:
     other = fake_config(("a", "b"), (0, 1), execution={"workers": 7, "retries": 0}, description="other words")
-    assert go_on(begun, asked(other), source="s.yaml").configuration == other
+    assert go_on(begun, read_study_file(begun), asked(other), source="s.yaml").configuration == other
 
 
 def test_runs_that_a_command_leaves_out_are_skipped_until_one_asks_for_them(begun) -> None:
     config = fake_config(("a", "b"), (0, 1))
-    content = go_on(begun, asked(config, {"a/seed_0"}), source="s.yaml")
+    content = go_on(begun, read_study_file(begun), asked(config, {"a/seed_0"}), source="s.yaml")
     assert content.skipped == ("a/seed_1", "b/seed_0", "b/seed_1")
     write_study_file(begun, content)
-    content = go_on(begun, asked(config, {"b/seed_0", "b/seed_1"}), source="s.yaml")
+    content = go_on(begun, read_study_file(begun), asked(config, {"b/seed_0", "b/seed_1"}), source="s.yaml")
     assert content.skipped == ("a/seed_0", "a/seed_1")
 
 
@@ -85,7 +85,7 @@ def test_a_change_is_refused_with_the_difference(begun, change) -> None:
     make, expected = CHANGES[change]
     before = (begun / STUDY_FILE).read_bytes()
     with pytest.raises(UserError) as caught:
-        go_on(begun, asked(make(fake_config(("a", "b"), (0, 1)))), source="s.yaml")
+        go_on(begun, read_study_file(begun), asked(make(fake_config(("a", "b"), (0, 1)))), source="s.yaml")
     said = str(caught.value)
     assert said.startswith(f"{begun / STUDY_FILE}: configuration: was begun with another configuration, see below")
     assert "choose another --output" in said
@@ -101,22 +101,24 @@ def test_a_change_is_refused_with_the_difference(begun, change) -> None:
 def test_other_images_and_smoke_are_other_studies(begun) -> None:
     config = fake_config(("a", "b"), (0, 1))
     with pytest.raises(UserError, match="begun with other images"):
-        go_on(begun, asked(config, data="e"), source="s.yaml")
+        go_on(begun, read_study_file(begun), asked(config, data="e"), source="s.yaml")
     with pytest.raises(UserError, match="smoke: belongs to a real study, not to a smoke study"):
-        go_on(begun, asked(config, smoke=True), source="s.yaml")
+        go_on(begun, read_study_file(begun), asked(config, smoke=True), source="s.yaml")
 
 
 def test_a_part_adds_its_runs_and_leaves_the_others(begun) -> None:
     part = fake_config(("b", "c"), (1, 4))
-    content = go_on(begun, asked(part), source="images", part=True)
+    content = go_on(begun, read_study_file(begun), asked(part), source="images", part=True)
     assert [one.name for one in content.configuration.experiments] == ["a", "b", "c"]
     assert content.configuration.seeds == (0, 1, 4)
     assert set(content.runs) - set(content.skipped) == {"b/seed_1", "b/seed_4", "c/seed_1", "c/seed_4"}
     assert content.skipped == ("a/seed_0", "a/seed_1", "b/seed_0")
     with pytest.raises(UserError, match="another configuration"):
-        go_on(begun, asked(with_rank(part, "b", 3)), source="images", part=True)
+        go_on(begun, read_study_file(begun), asked(with_rank(part, "b", 3)), source="images", part=True)
     assert (
-        go_on(begun, asked(with_rank(part, "c", 3)), source="images", part=True).configuration.experiments[2].lora.rank
+        go_on(begun, read_study_file(begun), asked(with_rank(part, "c", 3)), source="images", part=True)
+        .configuration.experiments[2]
+        .lora.rank
         == 3
     )
 

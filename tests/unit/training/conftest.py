@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peft_vit.data import Data, LabelledImages, SealedImages
-from peft_vit.training import Setting
+from peft_vit.training import RuntimeConfig
 
 
 @pytest.fixture
@@ -29,5 +29,5 @@ def data() -> Callable[..., Data]:
 
 
 @pytest.fixture
-def setting() -> Setting:
-    return Setting(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "horizontal")
+def setting() -> RuntimeConfig:
+    return RuntimeConfig(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "horizontal")

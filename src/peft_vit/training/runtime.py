@@ -11,7 +11,7 @@ from peft_vit.config import Precision
 
 
 @dataclass(frozen=True)
-class Setting:
+class RuntimeConfig:
     """Where a model runs, and what images go through before it."""
 
     device: torch.device
