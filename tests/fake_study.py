@@ -188,7 +188,7 @@ def fake_drive(
 
 def ledger_rows(results_dir: Path, name: str = "fake") -> tuple[Row, ...]:
     content = read_ledger(results_dir / name / LEDGER_FILE)
-    assert content.torn == b""
+    assert content.unreadable == ()
     return content.rows
 
 

@@ -399,10 +399,8 @@ def test_what_status_and_repair_cannot_read(tmp_path, capsys) -> None:
         assert "holds no study; run one first" in refusal(capsys, command, tmp_path / "out")
         assert "does not exist" in refusal(capsys, command, tmp_path / "nowhere")
     (folder / "ledger.jsonl").write_text("{}\n{}\n")
-    assert f"ledger.jsonl:1: this line is damaged (its checksum is another); `peft-vit repair {folder}`" in refusal(
-        capsys, "status", tmp_path / "out"
-    )
-    (folder / "ledger.jsonl").write_text("")
+    assert ended("status", tmp_path / "out") == 0
+    assert "ledger.jsonl: line 1 and 1 more can't be read" in capsys.readouterr().out
     (folder / "study.json").write_text("{}")
     for command in ("status", "repair"):
         assert "study.json: smoke: Field required; move it away" in refusal(capsys, command, tmp_path / "out")

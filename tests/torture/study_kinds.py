@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mutations
 from kinds_of_files import Nasty, Target, is_one_line
@@ -17,7 +16,7 @@ from sound_files import SoundFiles
 from peft_vit.config import load_study
 from peft_vit.errors import UserError
 from peft_vit.records import checkpoint_folders
-from peft_vit.records.ledger import LEDGER_FILE, _checksum
+from peft_vit.records.ledger import LEDGER_FILE
 from peft_vit.records.owner import LOCK_FILE
 from peft_vit.records.study_file import STUDY_FILE
 from peft_vit.runs.execute import run_one
@@ -55,11 +54,6 @@ def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         file = sound.inputs / "tiny.yaml"
         plan_study(load_study(file), sound.results, file=file)
 
-    def signed(data: Any) -> Any:
-        if isinstance(data, dict) and "row" in data:
-            data["sha256"] = _checksum(data["row"])
-        return data
-
     run = ("run", sound.inputs / "tiny.yaml", "--output", copy)
     ways: tuple[tuple[Callable[[], None], tuple[object, ...]], ...] = (
         (status, ("status", sound.results)),
@@ -68,7 +62,7 @@ def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         (go_on, run),
     )
     spoil: dict[str, tuple[mutations.Mutation, ...]] = {
-        LEDGER_FILE: (mutations.of_json_lines(nasty.texts, signed), nasty.of_bytes()),
+        LEDGER_FILE: (mutations.of_json_lines(nasty.texts), nasty.of_bytes()),
         STUDY_FILE: (mutations.of_json(nasty.texts), nasty.of_bytes()),
         LOCK_FILE: (mutations.of_json(nasty.texts), nasty.of_bytes()),
     }

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from peft_vit.errors import UserError
 from peft_vit.records.files import RECORD_FILE, read_record
-from peft_vit.records.ledger import LEDGER_FILE, LedgerContent, Row, read_ledger, sound_rows
+from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger, unreadable_lines
 from peft_vit.records.owner import Owner, owner_of
 from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
 from peft_vit.records.values import RunRecord
@@ -68,7 +68,7 @@ class StudyFolder:
         folder: relative to the directory that was read; "." for itself.
         name: of the folder.
         file: what was planned; None if it can't be known.
-        rows: of the ledger, the sound ones.
+        rows: of the ledger.
         owner: who works on the study at present.
     """
 
@@ -148,31 +148,10 @@ def _study_folder(directory: Path, folder: str, problems: list[Problem]) -> Stud
     owner = owner_of(place)  # first: who ends meanwhile has left nothing under way
     ledger_file, study_file = (PurePosixPath(folder, name).as_posix() for name in (LEDGER_FILE, STUDY_FILE))
     ledger = _attempt(lambda: read_ledger(place / LEDGER_FILE), directory, ledger_file, problems)
-    rows = _sound(place / LEDGER_FILE) if ledger is None else ledger.rows
-    problems += _of_ledger(ledger_file, ledger, rows, owner)
+    if ledger is not None and ledger.unreadable:
+        problems.append(Problem(ledger_file, unreadable_lines(ledger), left_out=False))
     content = _attempt(lambda: read_study_file(place), directory, study_file, problems)
-    return StudyFolder(folder, Path(os.path.abspath(place)).name, content, rows, owner)
-
-
-def _sound(file: Path) -> tuple[Row, ...]:
-    try:
-        return tuple(sound_rows(file)[0])
-    except UserError:  # as a problem it is known already
-        return ()
-
-
-def _of_ledger(
-    file: str, ledger: LedgerContent | None, rows: tuple[Row, ...], owner: Owner | None
-) -> Iterator[Problem]:
-    if ledger is not None and ledger.torn and owner is None:
-        yield Problem(file, "its last line is cut short; the lines before it count", left_out=False)
-    seen: dict[Row, int] = {}
-    for row in rows:
-        seen[row] = seen.get(row, 0) + 1
-    for row, times in seen.items():
-        if times > 1:
-            problem = f"says {times} times the same of {row.run} ({row.event}, attempt {row.attempt}); it counts once"
-            yield Problem(file, problem, left_out=False)
+    return StudyFolder(folder, Path(os.path.abspath(place)).name, content, () if ledger is None else ledger.rows, owner)
 
 
 @dataclass

@@ -1,17 +1,20 @@
-"""The ledger of a study as it is read: one JSON object a line, each with its checksum."""
+"""The ledger of a study as it is read: what happened to its runs, one JSON object a line.
+
+What is done, records decide. The ledger says what is under way, and how often a run was begun; without it that is lost
+and nothing else.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from peft_vit.errors import UserError, first_fault
+from peft_vit.errors import UserError
 from peft_vit.records.owner import Owner
 from peft_vit.safe_io import read_bytes
 
@@ -74,92 +77,47 @@ class LedgerContent:
 
     Attributes:
         rows: in the order in which they were written.
-        sound_bytes: length of the lines of these rows.
-        torn: what follows them, cut short; b"" as a rule.
+        unreadable: numbers of the lines that are no rows, from 1; a last one that does not end is not among them.
+        whole_bytes: length of the lines that end; what follows was cut short, or is being written.
     """
 
     rows: tuple[Row, ...]
-    sound_bytes: int
-    torn: bytes
+    unreadable: tuple[int, ...]
+    whole_bytes: int
 
 
 def read_ledger(file: Path) -> LedgerContent:
     """Read a ledger, which may be written to at the same time; without a file there are no rows.
 
     Raises:
-        UserError: with file and line, if a line before the last is damaged, or if the file can't be read.
+        UserError: if the file can't be read.
     """
-    lines = _lines(file)
+    try:
+        content = read_bytes(file)
+    except FileNotFoundError:
+        return LedgerContent((), (), 0)
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror}); make it readable", file=file) from None
+    *lines, rest = content.split(b"\n")
     rows: list[Row] = []
-    sound_bytes = 0
+    unreadable = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(_decode(line))
-        except ValueError as error:
-            if number == len(lines):
-                return LedgerContent(tuple(rows), sound_bytes, line)
-            problem = f"this line is damaged ({_reason(error)}); `peft-vit repair {file.parent}` makes the ledger anew"
-            raise UserError(f"{problem} from the records", file=f"{file}:{number}") from None
-        sound_bytes += len(line)
-    return LedgerContent(tuple(rows), sound_bytes, b"")
+            data: Any = json.loads(line)
+            rows.append(Row.model_validate(data.get("row", data)))  # below "row", beside a checksum, in older ledgers
+        except (ValueError, AttributeError, RecursionError):
+            unreadable.append(number)
+    return LedgerContent(tuple(rows), tuple(unreadable), len(content) - len(rest))
 
 
-def sound_rows(file: Path) -> tuple[list[Row], int]:
-    """Return the rows of a damaged ledger that are as they were written, and the number of other lines."""
-    rows = []
-    lines = _lines(file)
-    for line in lines:
-        try:
-            rows.append(_decode(line))
-        except ValueError:
-            continue
-    return rows, len(lines) - len(rows)
+def unreadable_lines(content: LedgerContent) -> str:
+    """Return what to say of a ledger in which not every line is a row."""
+    first, *more = content.unreadable
+    which = f"line {first}" + (f" and {len(more)} more" if more else "")
+    return f"{which} can't be read and does not count; `peft-vit repair` makes the ledger anew from the records"
 
 
 def encode(row: Row) -> bytes:
     """Return a row's line."""
     data = row.model_dump(mode="json", exclude_defaults=True)
-    return _canonical({"row": data, "sha256": _checksum(data)}) + b"\n"
-
-
-def _decode(line: bytes) -> Row:
-    """Return a line's row.
-
-    Raises:
-        ValueError: if it is not exactly what was written.
-    """
-    if not line.endswith(b"\n"):
-        raise ValueError("it does not end")
-    try:
-        data: Any = json.loads(line)
-    except RecursionError:
-        raise ValueError("it is no JSON") from None
-    if not isinstance(data, dict) or data.keys() != {"row", "sha256"} or data["sha256"] != _checksum(data["row"]):
-        raise ValueError("its checksum is another")
-    return Row.model_validate(data["row"])
-
-
-def _reason(error: ValueError) -> str:
-    if isinstance(error, ValidationError):
-        field, fault = first_fault(error)
-        return f"{field}: {fault}"
-    return "it is no JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
-
-
-def _canonical(data: Any) -> bytes:
-    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _checksum(row: Any) -> str:
-    return hashlib.sha256(_canonical(row)).hexdigest()[:16]
-
-
-def _lines(file: Path) -> list[bytes]:
-    try:
-        content = read_bytes(file)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror}); make it readable", file=file) from None
-    *lines, rest = content.split(b"\n")
-    return [line + b"\n" for line in lines] + ([rest] if rest else [])
+    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode() + b"\n"

@@ -1,7 +1,7 @@
-"""What happened to the runs of a study, one JSON object a line, each with its checksum and flushed to disk.
+"""What happened to the runs of a study, one JSON object a line, flushed to disk.
 
-The driver that holds the study's lock is the only writer. A line that a crash or a full disk cut short is set aside
-when the ledger is opened again, never appended to; whatever it said stands in the run's record or happens again.
+The scheduler that holds the study's lock is the only writer. A line that a crash or a full disk cut short is dropped
+when the ledger is opened again; whatever it said stands in the run's record or happens again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from peft_vit.errors import UserError
 from peft_vit.records import RunSpec, flush, write_atomically
 from peft_vit.records.ledger import LEDGER_FILE, Row, encode, read_ledger
 from peft_vit.records.owner import LOCK_FILE
-from peft_vit.safe_io import read_bytes
 
 
 def run_name(spec: RunSpec) -> str:
@@ -37,24 +35,18 @@ class Ledger:
 
     Attributes:
         rows: all rows so far.
-        set_aside: where a torn last line went, if there was one.
 
     Raises:
-        UserError: as in `read_ledger`, if another process writes to it, and if the disk has no room for a line; the
-            ledger is then as before.
+        UserError: as in `read_ledger`, if another process writes to it, and if the disk has no room for a line.
     """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / LEDGER_FILE
-        self.set_aside: Path | None = None
         self._descriptor = -1
         try:
             self._open()
             content = read_ledger(self.file)
-            if content.torn:
-                self.set_aside = free_name(folder / "ledger.torn")
-                write_atomically(self.set_aside, content.torn)
-                self._cut(content.sound_bytes)
+            os.ftruncate(self._descriptor, content.whole_bytes)
             flush(folder)
         except OSError as error:
             self.close()
@@ -63,7 +55,6 @@ class Ledger:
             self.close()
             raise
         self.rows = list(content.rows)
-        self._bytes = content.sound_bytes
 
     def _open(self) -> None:
         # Not blocking, in case it is a pipe, which is refused when it is read.
@@ -84,10 +75,7 @@ class Ledger:
                 written += os.write(self._descriptor, line[written:])
             os.fsync(self._descriptor)
         except OSError as error:
-            with suppress(OSError):  # what is left of the line is then set aside when the ledger is opened again
-                self._cut(self._bytes)
             raise no_room(self.file, error) from None
-        self._bytes += len(line)
         self.rows.append(row)
 
     def close(self) -> None:
@@ -96,30 +84,14 @@ class Ledger:
             os.close(self._descriptor)
         self._descriptor = -1
 
-    def _cut(self, length: int) -> None:
-        os.ftruncate(self._descriptor, length)
-        os.fsync(self._descriptor)
 
-
-def rewrite_ledger(folder: Path, rows: Iterable[Row]) -> Path | None:
-    """Replace a ledger by one with these rows; return where the old one was set aside, if there was one."""
+def rewrite_ledger(folder: Path, rows: Iterable[Row]) -> None:
+    """Replace a ledger by one with these rows."""
     file = folder / LEDGER_FILE
-    aside = free_name(folder / "ledger.damaged") if file.exists() else None
     try:
-        if aside is not None:
-            write_atomically(aside, read_bytes(file))
         write_atomically(file, b"".join(map(encode, rows)))
     except OSError as error:
         raise no_room(file, error) from None
-    return aside
-
-
-def free_name(file: Path) -> Path:
-    """Return the first of ``file-1``, ``file-2``, ... that is not there."""
-    number = 1
-    while file.with_name(f"{file.name}-{number}").exists():
-        number += 1
-    return file.with_name(f"{file.name}-{number}")
 
 
 def no_room(file: Path, error: OSError) -> UserError:

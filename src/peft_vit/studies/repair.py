@@ -1,4 +1,4 @@
-"""What can be derived from records, made anew: the ledger if it is damaged, and the table of runs."""
+"""What can be derived from records, made anew: the ledger where it can't be read, and the table of runs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.analysis.history import check_pyarrow, parquet_bytes
-from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, RunRecord, outcome_digest, read_record, write_atomically
-from peft_vit.records.ledger import LEDGER_FILE, read_ledger, sound_rows
+from peft_vit.records.ledger import LEDGER_FILE, read_ledger
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.ledger import no_room, rewrite_ledger
 from peft_vit.studies.lock import study_lock
@@ -74,8 +73,7 @@ COLUMNS = (
 def repair(directory: Path) -> Iterator[str]:
     """Make what is derived anew, study by study, and yield what was done.
 
-    A damaged ledger is set aside. Of its rows those whose checksums hold are kept; what records say beyond them is
-    entered.
+    Lines of a ledger that can't be read are dropped, and what records say beyond the others is entered.
 
     Raises:
         UserError: if there is no study, if another command works on one, if a record can't be read, if a link
@@ -100,13 +98,10 @@ def repair(directory: Path) -> Iterator[str]:
 
 
 def _mended_ledger(folder: Path) -> Iterator[str]:
-    file = folder / LEDGER_FILE
-    try:
-        read_ledger(file)
-    except UserError:
-        rows, damaged = sound_rows(file)
-        aside = rewrite_ledger(folder, rows)
-        yield f"{file}: {damaged} damaged lines, {len(rows)} sound ones kept; the damaged ledger is now {aside}"
+    content = read_ledger(folder / LEDGER_FILE)
+    if content.unreadable:
+        rewrite_ledger(folder, content.rows)
+        yield f"{folder / LEDGER_FILE}: {len(content.unreadable)} unreadable lines are gone, {len(content.rows)} stay"
 
 
 def run_rows(status: StudyStatus) -> list[dict[str, Any]]:

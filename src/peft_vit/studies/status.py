@@ -11,10 +11,10 @@ from typing import Literal, get_args
 
 from peft_vit.errors import UserError, printable
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, checkpoint_folders
-from peft_vit.records.ledger import LEDGER_FILE, Row, last_rows, read_ledger, unfinished_state
+from peft_vit.records.ledger import LEDGER_FILE, Row, last_rows, read_ledger, unfinished_state, unreadable_lines
 from peft_vit.records.owner import Owner, owner_of
 from peft_vit.records.study_file import STUDY_FILE, read_study_file
-from peft_vit.studies.store import unknown_to
+from peft_vit.studies.store import last_known
 
 State = Literal["done", "failed", "pending", "running", "skipped"]
 
@@ -76,21 +76,23 @@ def study_status(folder: Path) -> StudyStatus:
     """Read what has become of a study's runs.
 
     Raises:
-        UserError: if its study.json or its ledger is damaged.
+        UserError: if its study.json is damaged, or its ledger can't be read.
     """
     owner = owner_of(folder)  # first: who ends meanwhile has left nothing under way
-    rows = read_ledger(folder / LEDGER_FILE).rows
+    ledger = read_ledger(folder / LEDGER_FILE)
     content = read_study_file(folder)
     recorded = sorted(_recorded(folder))
     notices = []
     if content is None:
         notices.append("made by an earlier version: its records are all that is known; `peft-vit run` takes them over")
+    if ledger.unreadable:
+        notices.append(f"{LEDGER_FILE}: {unreadable_lines(ledger)}")
     planned = tuple(recorded) if content is None else content.runs
     if foreign := sorted(set(recorded) - set(planned)):
         notices.append(f"{len(foreign)} records are of runs that the study does not have, such as {foreign[0]}")
     skipped = set() if content is None else set(content.skipped)
-    last = last_rows(rows)
-    total_steps = {row.run: row.total_steps for row in rows if row.total_steps is not None}
+    last = last_rows(ledger.rows)
+    total_steps = {row.run: row.total_steps for row in ledger.rows if row.total_steps is not None}
     runs = tuple(_status(folder, run, last.get(run), total_steps.get(run), owner, run in skipped) for run in planned)
     return StudyStatus(folder, runs, owner, tuple(notices))
 
@@ -99,7 +101,7 @@ def _status(
     folder: Path, run: str, last: Row | None, total_steps: int | None, owner: Owner | None, skipped: bool
 ) -> RunStatus:
     try:
-        last = unknown_to(last, folder, run) or last
+        last = last_known(last, folder, run)
     except UserError as error:
         return RunStatus(run, "pending", 0, str(error))
     attempts = 0 if last is None else last.attempt

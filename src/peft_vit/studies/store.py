@@ -1,4 +1,4 @@
-"""A study's folder in the hands of its driver: the ledger, the results, and how the two are brought together.
+"""A study's folder in the hands of its scheduler: results, which decide what is done, and the ledger beside them.
 
 A result is written in the order adapter, record, ledger, removal of the checkpoints. Whoever is killed in between has
 lost nothing: a record that the ledger does not know yet is entered into it when the study is opened again.
@@ -22,13 +22,16 @@ from peft_vit.studies.lock import StudyLock
 _UNFINISHED = (".checkpoint-", f".{RECORD_FILE}.", f".{ADAPTER_FILE}.")
 
 
-def unknown_to(last: Row | None, folder: Path, run: str) -> Row | None:
-    """Return what a run's files say beyond the ledger, as the row that is missing in it.
+def last_known(last: Row | None, folder: Path, run: str) -> Row | None:
+    """Return what is known last of a run: its record decides what has ended, the ledger knows what came after it.
 
     Args:
         last: what the ledger says last of the run.
         folder: the study's.
         run: the run's name.
+
+    Returns:
+        The ledger's row, or the one that is missing in it.
 
     Raises:
         UserError: if the record that decides can't be read, or if a link leads out of the study's folder.
@@ -37,18 +40,17 @@ def unknown_to(last: Row | None, folder: Path, run: str) -> Row | None:
     adapter = file.with_name(ADAPTER_FILE).exists()
     if last is not None and last.event == "done":
         if file.exists() and adapter:
-            return None
+            return last
         return Row(at=now(), run=run, event="lost", attempt=last.attempt)
     if not file.exists():
-        return None
+        return last
     record = _glance(file, run)
-    attempt = max(record.attempt, 1 if last is None else last.attempt)
-    if record.event == "done":
-        return record.model_copy(update={"attempt": attempt}) if adapter else None
-    under_way = last is not None and last.event in ("started", "interrupted")
-    if last is None or (under_way and record.attempt >= last.attempt):
-        return record.model_copy(update={"attempt": attempt})
-    return None
+    if record.event == "done" and not adapter:
+        return last
+    later = last is not None and (last.event in ("failed", "lost") or last.attempt > record.attempt)
+    if later and record.event != "done":
+        return last
+    return record.model_copy(update={"attempt": max(record.attempt, 1 if last is None else last.attempt)})
 
 
 def _glance(file: Path, run: str) -> Row:
@@ -92,24 +94,22 @@ class StudyStore:
         self.folder = lock.folder
         self.notices: list[str] = []
         self._ledger = Ledger(lock.folder)
-        if self._ledger.set_aside is not None:
-            self.notices.append(f"{self._ledger.file}: its last line was cut short; moved to {self._ledger.set_aside}")
         self._last = last_rows(self._ledger.rows)
         try:
             for run in runs:
-                self._bring_together(run)
+                self._look_at(run)
         except BaseException:
             self.close()
             raise
 
-    def _bring_together(self, run: str) -> None:
-        row = unknown_to(self._last.get(run), self.folder, run)
-        if row is not None:
+    def _look_at(self, run: str) -> None:
+        row = last_known(self._last.get(run), self.folder, run)
+        if row is not self._last.get(run):
+            assert row is not None
             self._append(row)
             if row.event == "lost":
                 self.notices.append(f"{run}: was done, but its record or its adapter is gone; it runs again")
-        last = self._last.get(run)
-        if last is not None and last.event == "done":
+        if row is not None and row.event == "done":
             self._clean_up(run)
 
     def last(self, run: str) -> Row | None:

@@ -175,22 +175,17 @@ def test_where_there_is_no_study(tmp_path) -> None:
         find_studies(tmp_path / "file")
 
 
-def test_a_damaged_ledger_is_made_anew_and_set_aside(tmp_path) -> None:
+def test_lines_that_are_no_rows_are_told_and_repaired(tmp_path) -> None:
     fake_drive(STUDY, tmp_path, FakeExecutor({"b/seed_0": ["diverged"]}))
     folder = tmp_path / "fake"
     file = folder / LEDGER_FILE
-    whole = file.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    damaged = b"".join([lines[0], lines[1].replace(b"done", b"lost"), *lines[2:]])
-    file.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"ledger\.jsonl:2: .*`peft-vit repair .*fake`"):
-        study_status(folder)
-    with pytest.raises(UserError, match=r"ledger\.jsonl:2: "):
-        fake_drive(STUDY, tmp_path)
-    said = list(repair(tmp_path))
-    aside = folder / "ledger.damaged-1"
-    assert said[0] == f"{file}: 1 damaged lines, 7 sound ones kept; the damaged ledger is now {aside}"
-    assert aside.read_bytes() == damaged
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([lines[0], lines[1].replace(b"done", b"dome"), *lines[2:]]))
+    _, notice, failed = status_lines(study_status(folder))
+    assert notice.startswith("  ledger.jsonl: line 2 can't be read and does not count; `peft-vit repair`")
+    assert failed == "  failed   b/seed_0: it was diverged"
+    assert states(folder) == ["done", "done", "failed", "done"]  # records decide
+    assert next(repair(tmp_path)) == f"{file}: 1 unreadable lines are gone, 7 stay"
     assert states(folder) == ["done", "done", "failed", "done"]
     (found,) = [entry for entry in read_ledger(file).rows if entry.found]
     assert (found.run, found.event, found.attempt) == ("a/seed_0", "done", 1)
