@@ -114,7 +114,7 @@ def unreadable_lines(content: LedgerContent) -> str:
     """Return what to say of a ledger in which not every line is a row."""
     first, *more = content.unreadable
     which = f"line {first}" + (f" and {len(more)} more" if more else "")
-    return f"{which} can't be read and does not count; `peft-vit repair` makes the ledger anew from the records"
+    return f"{which} can't be read, so nothing of it counts; `peft-vit repair` makes the ledger anew from the records"
 
 
 def encode(row: Row) -> bytes:

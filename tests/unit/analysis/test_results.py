@@ -226,7 +226,7 @@ def test_lines_of_a_ledger_that_are_no_rows_are_noted(tmp_path: Path) -> None:
     results = load_results(folder)
     assert results.is_whole
     (line,) = results.lines()
-    assert line.startswith(f"note: {ledger}: line 1 can't be read and does not count; `peft-vit repair`")
+    assert line.startswith(f"note: {ledger}: line 1 can't be read, so nothing of it counts; `peft-vit repair`")
     assert results.studies[0].unfinished[0].note == "interrupted at step 7"
 
 

@@ -130,7 +130,7 @@ def test_any_bytes_at_all_are_no_rows(folder, content) -> None:
 def test_odd_lines_are_passed_over(folder, line) -> None:
     content = read_ledger(lay(folder, LINES[0] + line + b"\n" + LINES[1]))
     assert list(content.rows) == ROWS[:2]
-    assert unreadable_lines(content).startswith("line 2 can't be read and does not count; `peft-vit repair`")
+    assert unreadable_lines(content).startswith("line 2 can't be read, so nothing of it counts; `peft-vit repair`")
 
 
 def test_a_row_cannot_name_a_place_outside_the_study() -> None:

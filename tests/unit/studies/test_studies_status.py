@@ -182,10 +182,11 @@ def test_lines_that_are_no_rows_are_told_and_repaired(tmp_path) -> None:
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([lines[0], lines[1].replace(b"done", b"dome"), *lines[2:]]))
     _, notice, failed = status_lines(study_status(folder))
-    assert notice.startswith("  ledger.jsonl: line 2 can't be read and does not count; `peft-vit repair`")
+    assert notice.startswith("  ledger.jsonl: line 2 can't be read, so nothing of it counts; `peft-vit repair`")
     assert failed == "  failed   b/seed_0: it was diverged"
     assert states(folder) == ["done", "done", "failed", "done"]  # records decide
-    assert next(repair(tmp_path)) == f"{file}: 1 unreadable lines are gone, 7 stay"
+    said = list(repair(tmp_path))
+    assert said[0] == f"{file}: 1 unreadable lines are gone, 7 stay"
     assert states(folder) == ["done", "done", "failed", "done"]
     (found,) = [entry for entry in read_ledger(file).rows if entry.found]
     assert (found.run, found.event, found.attempt) == ("a/seed_0", "done", 1)
