@@ -114,7 +114,7 @@ def plan(
         bool, typer.Option("--profile/--no-profile", help="measure a few steps of what is not known yet")
     ] = True,
 ) -> None:
-    """Check the studies and print what every run will take: seconds, peak memory, disk.
+    """Check the studies and print what every run will take: seconds and peak memory.
 
     Known are runs that are done and what was measured before; of any other kind of run a few steps are done now, and
     what they took is kept for later plans. Smoke studies are never measured.

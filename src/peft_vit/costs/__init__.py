@@ -1,1 +1,1 @@
-"""What runs cost: seconds, memory and disk, as arithmetic, earlier measurements and records know it."""
+"""What runs cost: seconds and memory, as arithmetic, earlier measurements and records know it."""

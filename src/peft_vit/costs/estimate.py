@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -14,7 +13,6 @@ import torch
 from peft_vit.backbones import BackboneShape
 from peft_vit.config import Precision
 from peft_vit.costs.cache import Costs, known_costs
-from peft_vit.costs.disk import DiskUse
 from peft_vit.evaluation.latency import TIMED_PASSES, WARMUP_PASSES
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.runs.provenance import cpu_count, processor_name
@@ -35,7 +33,6 @@ class Estimate:
 
     seconds: float
     peak_memory_bytes: int
-    disk: DiskUse
     basis: Basis
 
 
@@ -84,7 +81,6 @@ class EstimateRequest:
         steps: optimiser steps.
         kind: its miniature; runs of one kind cost the same a step.
         kind_sha256: of the miniature, computed once for all seeds.
-        disk: what it takes.
         taken: what it took, if it is done.
     """
 
@@ -92,7 +88,6 @@ class EstimateRequest:
     steps: int
     kind: RunSpec
     kind_sha256: str
-    disk: DiskUse
     taken: MeasuredCost | None
 
 
@@ -101,8 +96,8 @@ Measure = Callable[[Mapping[str, RunSpec]], Mapping[str, Costs]]  # miniatures b
 
 def estimate_runs(
     runs: Sequence[EstimateRequest], workload: Workload, measure: Measure | None = None
-) -> tuple[list[Estimate], Deviation | None]:
-    """Estimate each run, and tell how far off that would have been for those that are done.
+) -> list[Estimate]:
+    """Estimate each run.
 
     Args:
         runs: of a study.
@@ -110,7 +105,7 @@ def estimate_runs(
         measure: measures what runs cost that are not done and of which nothing is known; None: arithmetic does.
 
     Returns:
-        An estimate each; and the deviation of the done ones from what is known without their records.
+        An estimate each.
     """
     records: dict[tuple[str, int], list[MeasuredCost]] = {}
     for run in runs:
@@ -130,19 +125,21 @@ def estimate_runs(
         found = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
         costs |= {kind: found.get(run.spec.experiment.name) for kind, run in unknown.items()}
     rate = product_rate(workload) if None in costs.values() else 1.0
-    estimates, compared = [], []
+    estimates = []
     for run in runs:
         cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
-        without = _from_arithmetic(run, workload, rate) if cost is None else _from_costs(run, workload, cost)
-        estimates.append(without if alike is None else _from_records(run, alike))
-        if run.taken is not None and alike is not None:
-            compared.append(Compared(without, run.taken.seconds, run.taken.peak_memory_bytes))
-    return estimates, deviation(compared)
+        if alike is not None:
+            estimates.append(_from_records(alike))
+        elif cost is not None:
+            estimates.append(_from_costs(run, workload, cost))
+        else:
+            estimates.append(_from_arithmetic(run, workload, rate))
+    return estimates
 
 
-def _from_records(run: EstimateRequest, records: Sequence[MeasuredCost]) -> Estimate:
+def _from_records(records: Sequence[MeasuredCost]) -> Estimate:
     seconds = statistics.median(one.seconds for one in records)
-    return Estimate(seconds, max(one.peak_memory_bytes for one in records), run.disk, "records")
+    return Estimate(seconds, max(one.peak_memory_bytes for one in records), "records")
 
 
 def _from_costs(run: EstimateRequest, workload: Workload, costs: Costs) -> Estimate:
@@ -150,7 +147,7 @@ def _from_costs(run: EstimateRequest, workload: Workload, costs: Costs) -> Estim
     seconds = costs.start_s + run.steps * costs.step_s + evaluated * costs.image_s
     more_images = workload.train + workload.validation + workload.test - costs.images
     pixels = more_images * workload.image_size**2 * workload.channels  # mapped into memory as they are read
-    return Estimate(seconds, costs.peak_memory_bytes + max(0, pixels), run.disk, "calibration")
+    return Estimate(seconds, costs.peak_memory_bytes + max(0, pixels), "calibration")
 
 
 def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> Estimate:
@@ -170,7 +167,7 @@ def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> E
     kept = 0 if experiment.is_probe else VALUES_KEPT_PER_TOKEN
     activations = batch * workload.tokens * workload.shape.depth * workload.shape.width * kept * value_bytes
     copies = experiment.kind.bytes_per_weight or 4 + value_bytes
-    return Estimate(seconds, int(_PROCESS_BYTES + activations + parameters * copies), run.disk, "estimate")
+    return Estimate(seconds, int(_PROCESS_BYTES + activations + parameters * copies), "estimate")
 
 
 def measured_images(spec: RunSpec, workload: Workload) -> float:
@@ -211,57 +208,3 @@ def product_rate(workload: Workload, *, budget_s: float = 0.2) -> float:
         times.append(time.perf_counter() - begin)
     torch.set_num_threads(before)
     return x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
-
-
-# --- afterwards -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A run's estimate beside what it took."""
-
-    planned: Estimate
-    seconds: float
-    peak_memory_bytes: int
-
-    @classmethod
-    def of(cls, planned: Estimate, record: RunRecord) -> Compared:
-        """Return the comparison of a run that is done."""
-        return cls(planned, record.seconds, record.peak_memory_bytes or 0)
-
-
-@dataclass(frozen=True)
-class Ratios:
-    """What runs took over what was planned: at the median, from least to most, and all of them together."""
-
-    median: float
-    least: float
-    most: float
-    total: float
-
-    @classmethod
-    def of(cls, pairs: Sequence[tuple[float, float]]) -> Ratios:
-        """Return the ratios of (taken, planned)."""
-        each = [taken / planned for taken, planned in pairs]
-        total = sum(taken for taken, _ in pairs) / sum(planned for _, planned in pairs)
-        return cls(statistics.median(each), min(each), max(each), total)
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """How far off the estimates of some runs were; `bases` counts what they were known from."""
-
-    bases: dict[Basis, int]
-    seconds: Ratios
-    memory: Ratios
-
-
-def deviation(compared: Sequence[Compared]) -> Deviation | None:
-    """Return how far off estimates were; None without a run."""
-    if not compared:
-        return None
-    return Deviation(
-        bases=dict(Counter(one.planned.basis for one in compared)),
-        seconds=Ratios.of([(one.seconds, one.planned.seconds) for one in compared]),
-        memory=Ratios.of([(one.peak_memory_bytes, one.planned.peak_memory_bytes) for one in compared]),
-    )

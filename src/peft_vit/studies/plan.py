@@ -11,9 +11,7 @@ from peft_vit.adapters.peft_files import peft_sha256
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.backbones import check_weights, describe
 from peft_vit.config import Precision, StudyConfig
-from peft_vit.costs.disk import disk_use
 from peft_vit.costs.estimate import (
-    Deviation,
     Estimate,
     EstimateRequest,
     Measure,
@@ -78,7 +76,6 @@ class Plan:
         precision: of the runs, and how it was decided.
         bf16_factor: time of a product in bf16 over fp32's, where runs to do have to emulate bf16.
         notices: what to know of the images before believing a number; none if nothing is to be done.
-        deviation: how far off the estimates of the runs that are done would have been; None: none is done.
         within: what a limited time has made of the study; None: it has all the time it takes.
         before: what study.json says, read while planning; None: the study is new.
     """
@@ -91,7 +88,6 @@ class Plan:
     precision: ChosenPrecision
     bf16_factor: float | None = None
     part: bool = False
-    deviation: Deviation | None = None
     notices: tuple[str, ...] = ()
     within: Within | None = None
     before: StudyFile | None = None
@@ -205,14 +201,12 @@ def _plan(
         except UserError as error:
             raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
         first = spec_of(study, place, study.seeds[0], smoke=smoke)
-        validations = experiment.validations(len(splits.train))
-        disk = disk_use(first, shape, index.class_names, total_steps, validations, len(splits.test))
         kind = miniature(first, total_steps, shape, index, splits)
         kind_sha256 = kind.digest()
         for seed in study.seeds:
             spec = spec_of(study, place, seed, smoke=smoke)
             taken = _taken(results_dir, spec, index.sha256)
-            wanted.append(EstimateRequest(spec, total_steps, kind, kind_sha256, disk, taken))
+            wanted.append(EstimateRequest(spec, total_steps, kind, kind_sha256, taken))
     notices: tuple[str, ...] = ()
     pending = any(run.taken is None for run in wanted)
     if pending:
@@ -229,15 +223,13 @@ def _plan(
         validation=len(splits.validation),
         test=len(splits.test),
     )
-    estimates, deviation = estimate_runs(wanted, workload, None if smoke else measure)
+    estimates = estimate_runs(wanted, workload, None if smoke else measure)
     runs = tuple(
         PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None, registration=registration)
         for run, estimate in zip(wanted, estimates, strict=True)
     )
     factor = bf16_factor(workload) if precision.emulated and pending and not smoke else None
-    return Plan(
-        study, file, index.licence, index.sha256, runs, precision, factor, part, deviation, notices, before=before
-    )
+    return Plan(study, file, index.licence, index.sha256, runs, precision, factor, part, notices, before=before)
 
 
 def decide_precision(study: StudyConfig, before: StudyFile | None) -> ChosenPrecision:

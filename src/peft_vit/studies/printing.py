@@ -1,4 +1,4 @@
-"""What a person sees before and after a study: the plan as a table, what it was worth, and what an export did."""
+"""What a person sees before and after a study: the plan as a table, and what an export did."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peft_vit.costs.estimate import Basis, Deviation
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.runs.export import Exported
@@ -25,7 +24,6 @@ def open_console() -> Console:
     return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
 
 
-_BASES: dict[Basis, str] = {"records": "records", "calibration": "a calibration", "estimate": "arithmetic"}
 _MERGED = {
     "float": "Updates added to float weights.",
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
@@ -68,12 +66,12 @@ def counted(number: int, what: str) -> str:
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print every run with what it will take, what all together will, and how far off that was where runs are done."""
+    """Print every run with what it will take, and what all together will."""
     console = open_console() if console is None else console
     _print_study(plan, console)
     table = Table()
     table.add_column("run", no_wrap=True)
-    for name in ("steps", "seconds", "peak MB", "disk MB"):
+    for name in ("steps", "seconds", "peak MB"):
         table.add_column(name, justify="right")
     table.add_column("known from")
     table.add_column("state")
@@ -83,7 +81,6 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
             str(run.total_steps),
             f"{run.estimate.seconds:.0f}",
             f"{run.estimate.peak_memory_bytes / 1e6:.0f}",
-            f"{run.estimate.disk.kept_bytes / 1e6:.1f}",
             run.estimate.basis,
             "done" if run.done else "to do",
         )
@@ -91,8 +88,6 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     _print_total(plan, console)
     for line in () if plan.within is None else plan.within.lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    if plan.deviation is not None:
-        print_deviation(plan.deviation, console)
 
 
 def _print_study(plan: Plan, console: Console) -> None:
@@ -144,24 +139,8 @@ def _print_total(plan: Plan, console: Console) -> None:
         return
     of = "at a time" if workers > 1 else "a run"
     memory = sum(sorted(run.estimate.peak_memory_bytes for run in pending)[-workers:])
-    kept = sum(run.estimate.disk.kept_bytes for run in pending)
-    checkpoints = sum(sorted(run.estimate.disk.checkpoints_bytes for run in pending)[-workers:])
     console.print(
-        f"At most {memory / 1e9:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here); "
-        f"{kept / 1e6:.1f} MB on disk in the end, and up to {checkpoints / 1e6:.1f} MB of checkpoints on the way.",
+        f"At most {memory / 1e9:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here).",
         soft_wrap=True,
         highlight=False,
     )
-
-
-def print_deviation(found: Deviation, console: Console) -> None:
-    """Print how far off estimates were."""
-    bases = ", ".join(f"{count} from {_BASES[basis]}" for basis, count in found.bases.items())
-    console.print(f"How far off the plan was ({bases}):", highlight=False, soft_wrap=True)
-    for name, ratios in (("seconds", found.seconds), ("peak memory", found.memory)):
-        console.print(
-            f"  {name}: {ratios.median:.2f} x the estimate at the median of the runs ({ratios.least:.2f} to "
-            f"{ratios.most:.2f}), {ratios.total:.2f} x all together",
-            highlight=False,
-            soft_wrap=True,
-        )

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from peft_vit.costs.cache import Costs, keep_costs
-from peft_vit.costs.disk import DiskUse
 from peft_vit.costs.estimate import Estimate
 from peft_vit.costs.steadiness import Speed, disturbance, machine_speed
 from peft_vit.records import RunRecord, RunSpec
@@ -21,7 +20,7 @@ from peft_vit.training import Progress
 
 _POLL_S = 1.0
 _NEVER_S = 1e9
-UNKNOWN = Estimate(0.0, 0, DiskUse(0, 0, 0), "estimate")
+UNKNOWN = Estimate(0.0, 0, "estimate")
 
 
 def measure_costs(

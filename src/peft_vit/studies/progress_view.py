@@ -12,12 +12,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from peft_vit.costs.estimate import Compared, deviation
 from peft_vit.records import RunRecord
 from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.ledger import run_name
 from peft_vit.studies.plan import Plan, PlannedRun
-from peft_vit.studies.printing import duration, open_console, print_deviation
+from peft_vit.studies.printing import duration, open_console
 from peft_vit.studies.time_limit import makespan
 from peft_vit.training import Progress
 
@@ -78,7 +77,7 @@ class Watch:
         self._waiting = {run_name(run.spec): run for run in plan.pending}
         self._count = len(self._waiting)
         self._running: dict[str, _Running] = {}
-        self._done: list[Compared] = []
+        self._taken_s = self._planned_s = 0.0  # of the runs that are done
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -92,9 +91,6 @@ class Watch:
     ) -> None:
         if self._live is not None:
             self._live.stop()
-        found = deviation(self._done)
-        if found is not None and error is None:
-            print_deviation(found, self._console)
 
     def on_event(self, event: StudyEvent) -> None:
         """Take in what happened, and say it."""
@@ -152,7 +148,8 @@ class Watch:
         if record.status == "failed" or record.validation is None:
             self._say(f"{place} {run_id}: FAILED, {record.error}")
             return
-        self._done.append(Compared.of(event.run.estimate, record))
+        self._taken_s += record.seconds
+        self._planned_s += event.run.estimate.seconds
         left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
         self._say(
             f"{place} {run_id}: validation {record.validation.accuracy:.1%}{_probe(record)}, "
@@ -162,8 +159,7 @@ class Watch:
 
     def _pace(self) -> float:
         """Return how much longer runs took than they were planned to."""
-        planned = sum(one.planned.seconds for one in self._done)
-        return sum(one.seconds for one in self._done) / planned if planned else 1.0
+        return self._taken_s / self._planned_s if self._planned_s else 1.0
 
     def _left_s(self) -> float:
         now, pace = time.monotonic(), self._pace()

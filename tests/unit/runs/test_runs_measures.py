@@ -13,7 +13,6 @@ from written_runs import read_without, run_and_write
 from peft_vit.adapters import adapted_modules, current_ranks, load_trained
 from peft_vit.backbones import describe, load_backbone
 from peft_vit.config import MeasuresConfig, PeftAdaLoraConfig, PeftLoraConfig, StudyConfig, study_from_mapping
-from peft_vit.costs.disk import DiskUse
 from peft_vit.costs.estimate import EstimateRequest, Workload, estimate_runs
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import LabelledImages, load_data, make_splits, open_index
@@ -280,8 +279,8 @@ def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
 
     def seconds(measures: MeasuresConfig) -> list[float]:
         planned = specs(asking(config, measures), tmp_path)
-        runs = [EstimateRequest(spec, 6, spec, spec.digest(), DiskUse(1, 2, 3), None) for spec in planned]
-        return [one.seconds for one in estimate_runs(runs, workload)[0]]
+        runs = [EstimateRequest(spec, 6, spec, spec.digest(), None) for spec in planned]
+        return [one.seconds for one in estimate_runs(runs, workload)]
 
     def passes(measures: MeasuresConfig) -> list[float]:
         """Return the images that go through the model beyond those of a run without measures."""

@@ -100,20 +100,6 @@ def test_plain_lines_are_few(happened) -> None:
     assert not [line for line in shown(plan, events) if ": step " in line]  # one each 30 s
 
 
-def test_the_end_says_how_far_off_the_plan_was(happened) -> None:
-    plan, events = happened
-    lines = shown(plan, events)
-    assert lines[-3] == "How far off the plan was (2 from arithmetic):"
-    records = [e.record for e in events if isinstance(e, RunEnded) and e.record.status == "done"]
-    planned = sum(run.estimate.seconds for run in plan.runs if run.spec.experiment.name != "diverging")
-    total = sum(record.seconds for record in records) / planned
-    assert re.fullmatch(
-        r"  seconds: \d\.\d\d x the estimate at the median of the runs \(.* to .*\), " + f"{total:.2f} x all together",
-        lines[-2],
-    )
-    assert lines[-1].startswith("  peak memory: ")
-
-
 def test_a_terminal_shows_all_that_runs_at_a_moment(happened) -> None:
     plan, events = happened
     terminal = console(terminal=True)
