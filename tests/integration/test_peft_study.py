@@ -11,7 +11,7 @@ from peft_vit.report import build_report
 from peft_vit.studies import plan_study
 
 pytest.importorskip("peft")
-pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache")]
+pytestmark = [pytest.mark.part("runner"), pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 STUDY = """\
 name: beside_peft

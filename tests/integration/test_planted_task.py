@@ -167,7 +167,7 @@ def test_only_the_planted_sites_can_help() -> None:
     assert {name for name, changed in changes.items() if changed} == set(PLANTED)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("noise_level", [0.25, 0.5])
 @pytest.mark.parametrize("metric", ["sensitivity", "fisher", "gradient_norm"])
 def test_metrics_find_the_planted_sites_where_noise_is_below_the_signal(

@@ -34,6 +34,7 @@ STUDY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell what memory is made of")
 def test_a_run_takes_as_much_first_in_its_worker_as_after_others(cache, tmp_path) -> None:
     file = tmp_path / "memory.yaml"
