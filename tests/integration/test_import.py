@@ -105,9 +105,12 @@ def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp
     torch.testing.assert_close(logits(start), before, rtol=0, atol=1e-5)
 
     code = command(
-        "import",
-        adapter,
+        "train",
         images,
+        "--method",
+        "lora",
+        "--init-adapter",
+        adapter,
         *MODEL,
         "--weights",
         weights,
@@ -196,11 +199,28 @@ def test_doubts_about_the_base_are_said_once(adapter, images, weights, tmp_path)
     assert "['light', 'dark'] and this run has ['dark', 'light']" in classes
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--method", "adalora"), "--init-adapter: goes on training LoRA, and the method is adalora"),
+        (("--method", "lora", "--rank", "4"), "--rank: is the adapter's own with --init-adapter"),
+        (("--method", "lora", "--head-start", "probe"), "--head-start: is the adapter's own with --init-adapter"),
+    ],
+)
+def test_what_an_adapter_has_decided_is_not_asked_for(options, said, adapter, images, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert command("train", images, *options, "--init-adapter", adapter, *MODEL, "--output", out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not out.exists()
+
+
 def refusal(capsys, adapter: Path, images: Path, weights: Path, out: Path) -> str:
     """Return the one line that the command prints, after checking that no run began."""
     before = sorted(out.rglob("*"))
     capsys.readouterr()
-    assert command("import", adapter, images, *MODEL, "--weights", weights, "--epochs", "8", "--output", out) == 2
+    start = ("--method", "lora", "--init-adapter", adapter)
+    assert command("train", images, *start, *MODEL, "--weights", weights, "--epochs", "8", "--output", out) == 2
     assert sorted(out.rglob("*")) == before
     (line,) = capsys.readouterr().err.splitlines()
     return line

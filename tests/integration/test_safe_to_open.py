@@ -31,7 +31,7 @@ COMMANDS = {
     "predict": ["predict", BAD, "."],
     "train": ["train", BAD, "--method", "lora", "--smoke"],
     "train from": ["train", ".", "--method", "lora", "--weights", BAD],
-    "import": ["import", BAD, "."],
+    "train on": ["train", ".", "--method", "lora", "--init-adapter", BAD],
 }
 
 

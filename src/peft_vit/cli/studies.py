@@ -166,6 +166,9 @@ def train(
     head_start: Annotated[
         HeadStartName | None, typer.Option(help="what the head starts as; default: the linear probe of the backbone")
     ] = None,
+    init_adapter: Annotated[
+        Path | None, typer.Option(help="folder of a PEFT LoRA adapter to go on from, with --method lora")
+    ] = None,
     precision: PrecisionOption = PrecisionName.AUTO,
     device: DeviceOption = DeviceName.AUTO,
     seed: Seed = 0,
@@ -176,7 +179,7 @@ def train(
     """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests.
 
     The head starts as the linear probe of the frozen backbone. Training goes on for as long as validation gains, within
-    the minutes; what it returns is never below the probe on validation.
+    the minutes; what it returns is never below the probe on validation. An adapter to go on from brings its own head.
     """
     from peft_vit.studies.own_images import OwnImages
 
@@ -199,50 +202,7 @@ def train(
         device=device.value,
         seed=seed,
         threads=threads,
-    )
-    _train(asked, output, smoke)
-
-
-@app.command("import")
-def import_adapter(
-    adapter_dir: Annotated[Path, typer.Argument(help="holds PEFT's adapter_config.json", show_default=False)],
-    images_dir: ImagesDir,
-    shots: Shots = None,
-    model: Model = DEFAULT_MODEL,
-    weights: Weights = DEFAULT_WEIGHTS,
-    image_size: ImageSize = None,
-    minutes: Minutes = 10.0,
-    steps: Steps = None,
-    epochs: Epochs = None,
-    learning_rate: LearningRate = None,
-    batch_size: BatchSize = 32,
-    precision: PrecisionOption = PrecisionName.AUTO,
-    device: DeviceOption = DeviceName.AUTO,
-    seed: Seed = 0,
-    threads: Threads = 2,
-    output: RunsDir = DEFAULT_RUNS,
-    smoke: Smoke = False,
-) -> None:
-    """Go on training a LoRA adapter of the PEFT library on your own images, over the weights that it belongs to."""
-    from peft_vit.studies.own_images import OwnImages
-
-    asked = OwnImages(
-        images_dir,
-        "lora",
-        shots=shots,
-        model=model,
-        weights=weights,
-        image_size=image_size,
-        minutes=minutes,
-        steps=steps,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        precision=precision.value,
-        device=device.value,
-        seed=seed,
-        threads=threads,
-        start=adapter_dir,
+        start=init_adapter,
     )
     _train(asked, output, smoke)
 

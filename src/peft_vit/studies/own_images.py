@@ -111,8 +111,10 @@ def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[Stud
 
 def _check(asked: OwnImages) -> None:
     """Refuse options that would have no effect with the method."""
+    if asked.start is not None:
+        _check_start(asked)
     steps = not asked.is_probe
-    size = None if asked.start else METHODS[asked.method].size_option
+    size = METHODS[asked.method].size_option
     for option, value, acts, remedy in (
         ("--rank", asked.rank, size == "rank", "leave it out; adaptive ranks have --budget"),
         ("--budget", asked.budget, size == "budget", "leave it out; fixed ranks have --rank"),
@@ -125,6 +127,16 @@ def _check(asked: OwnImages) -> None:
             raise UserError(f"has no effect with --method {asked.method}; {remedy}", field=option)
     if asked.steps is not None and asked.epochs is not None:
         raise UserError("excludes --epochs; give one of them", field="--steps")
+
+
+def _check_start(asked: OwnImages) -> None:
+    """Refuse what an adapter to go on from has decided already."""
+    if asked.method != "lora":
+        problem = f"goes on training LoRA, and the method is {asked.method}; give --method lora, or leave it out"
+        raise UserError(problem, field="--init-adapter")
+    for option, value in (("--rank", asked.rank), ("--head-start", asked.head_start)):
+        if value is not None:
+            raise UserError("is the adapter's own with --init-adapter; leave one of the two out", field=option)
 
 
 def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
