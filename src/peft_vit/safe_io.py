@@ -6,8 +6,10 @@ A name in somebody's archive or results may be a pipe that never ends, a link th
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
 from peft_vit.errors import UserError
@@ -15,6 +17,25 @@ from peft_vit.errors import UserError
 LARGEST_BYTES = 1 << 28  # of an image, a table or a record; far more than any real one
 # Each is of some systems only: O_BINARY of Windows, the others of POSIX.
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+
+
+def open_regular(file: str | Path) -> BufferedReader:
+    """Open a file for reading, without waiting for it; links are followed.
+
+    Raises:
+        OSError: if it can't be read, is no regular file (a pipe could wait for ever), or if its name is impossible;
+            `strerror` says why.
+    """
+    try:
+        descriptor = os.open(file, _FLAGS)
+    except ValueError:  # a NUL in its name
+        raise OSError(errno.EINVAL, "impossible name", str(file)) from None
+    try:
+        require_regular(os.fstat(descriptor), file)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
 
 
 def read_bytes(file: str | Path, limit_bytes: int | None = LARGEST_BYTES) -> bytes:
@@ -25,22 +46,18 @@ def read_bytes(file: str | Path, limit_bytes: int | None = LARGEST_BYTES) -> byt
         limit_bytes: what it may hold at most; None: anything, for weights.
 
     Raises:
-        OSError: if it can't be read, is larger, is no regular file (reading a pipe could wait for ever), or if its
-            name is impossible; `strerror` says why.
+        OSError: as `open_regular`, and if it is larger; `strerror` says why.
     """
-    try:
-        descriptor = os.open(file, _FLAGS)
-    except ValueError:  # a NUL in its name
-        raise OSError(errno.EINVAL, "impossible name", str(file)) from None
-    status = os.fstat(descriptor)
-    if stat.S_ISDIR(status.st_mode):  # fdopen would name the descriptor
-        os.close(descriptor)
-        require_regular(status, file)
-    with os.fdopen(descriptor, "rb") as handle:
-        require_regular(status, file)
-        if limit_bytes is not None and status.st_size > limit_bytes:
+    with open_regular(file) as handle:
+        if limit_bytes is not None and os.fstat(handle.fileno()).st_size > limit_bytes:
             raise OSError(errno.EFBIG, f"larger than {limit_bytes} bytes", str(file))
         return handle.read()
+
+
+def sha256_of(file: str | Path) -> str:
+    """Return the SHA-256 of a file's content as hex; raises OSError as `open_regular`."""
+    with open_regular(file) as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def require_regular(status: os.stat_result, file: str | Path) -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from peft_vit.cli import main
 from peft_vit.data import load_data
 from peft_vit.evaluation import measure, predict
-from peft_vit.packages import sha256_of
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, read_record
 from peft_vit.runs.export import RestoredRun, restore_run
+from peft_vit.safe_io import sha256_of
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("cache")

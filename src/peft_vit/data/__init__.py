@@ -4,11 +4,10 @@ from peft_vit.data.duplicates import image_warnings
 from peft_vit.data.files import IMAGE_SUFFIXES
 from peft_vit.data.images import LabelledImages, SealedImages, normalised
 from peft_vit.data.index import ImageIndex, decode_image
-from peft_vit.data.loading import Data, load_data, smoke_config
+from peft_vit.data.loading import Data, load_data, smoke_config, thumbnails
 from peft_vit.data.pixels import to_pixels
 from peft_vit.data.registry import DATASETS, DatasetInfo, open_index
 from peft_vit.data.splits import Splits, class_gaps, make_splits, stratified_draw
-from peft_vit.data.thumbnails import thumbnails
 
 __all__ = [
     "DATASETS",

@@ -74,7 +74,7 @@ def read_cifar(name: str, path: Path | None, licence: str) -> ImageIndex:
     def read(i: int) -> Image.Image:
         k = int(np.searchsorted(starts, i, side="right")) - 1
         planes = parts[k][i - starts[k], layout.label_bytes :].reshape(3, _SIDE, _SIDE)
-        return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+        return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))  # (3, S, S) -> (S, S, 3)
 
     return ImageIndex(
         name=name,
@@ -121,4 +121,4 @@ def _records(file: Path, label_bytes: int, remedy: str) -> np.ndarray:
     size = file.stat().st_size
     if size == 0 or size % (label_bytes + _PIXELS):
         raise UserError(f"is {size} bytes, no multiple of a record; {remedy}", file=file)
-    return np.memmap(file, dtype=np.uint8, mode="r").reshape(-1, label_bytes + _PIXELS)
+    return np.memmap(file, dtype=np.uint8, mode="r").reshape(-1, label_bytes + _PIXELS)  # (N, bytes of a record)

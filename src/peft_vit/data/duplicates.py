@@ -167,7 +167,7 @@ def _groups(parts: list[np.ndarray]) -> np.ndarray:
 
 def _near(parts: list[np.ndarray], equal: np.ndarray) -> np.ndarray:
     """Return for each validation and test image its nearest one of the splits before, if that is near and not equal."""
-    thumbnails = np.concatenate([_thumbnails(part) for part in parts])
+    thumbnails = np.concatenate([_thumbnails(part) for part in parts])  # (N, 256)
     starts = np.cumsum([0, *map(len, parts)])
     pairs = []
     for start, end in pairwise(starts[1:]):
@@ -175,13 +175,13 @@ def _near(parts: list[np.ndarray], equal: np.ndarray) -> np.ndarray:
             own = np.arange(first, min(first + _BLOCK, end))
             best, nearest = np.full(len(own), -1.0, dtype=np.float32), np.zeros(len(own), dtype=np.int64)
             for other in range(0, start, _BLOCK):
-                found = thumbnails[own] @ thumbnails[other : min(other + _BLOCK, start)].T
+                found = thumbnails[own] @ thumbnails[other : min(other + _BLOCK, start)].T  # (own, other)
                 place = found.argmax(1)
                 value = found[np.arange(len(own)), place]
                 nearest = np.where(value > best, other + place, nearest)
                 best = np.maximum(best, value)
             own, nearest = own[best >= _LEAST_CORRELATION], nearest[best >= _LEAST_CORRELATION]
-            a, b = _detail(thumbnails[own]), _detail(thumbnails[nearest])
+            a, b = _detail(thumbnails[own]), _detail(thumbnails[nearest])  # (near, 196) each
             alike = (a * b).sum(1) >= _LEAST_DETAIL_CORRELATION * np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
             pairs.append(np.stack([own, nearest], 1)[alike & (equal[own] != equal[nearest])])
     return np.concatenate(pairs).astype(np.int64)
@@ -191,10 +191,9 @@ def _thumbnails(pixels: np.ndarray) -> np.ndarray:
     """Return grey thumbnails (N, 256) float32 less their mean, of length 1; 0 where there is no detail."""
     small = []
     for start in range(0, len(pixels), _BATCH):
-        images = torch.from_numpy(pixels[start : start + _BATCH].astype(np.float32)).mean(
-            3
-        )  # (B, S, S, C) -> (B, S, S)
-        small.append(adaptive_avg_pool2d(images[:, None], _SIDE).flatten(1).numpy())
+        images = torch.from_numpy(pixels[start : start + _BATCH].astype(np.float32))  # (B, S, S, C)
+        grey_images = images.mean(3)[:, None]  # (B, 1, S, S)
+        small.append(adaptive_avg_pool2d(grey_images, _SIDE).flatten(1).numpy())  # (B, 1, 16, 16) -> (B, 256)
     grey = np.concatenate([np.empty((0, _SIDE**2), np.float32), *small])
     plain = _detail(grey).std(1) < _LEAST_DETAIL
     grey -= grey.mean(1, keepdims=True)
@@ -205,7 +204,7 @@ def _thumbnails(pixels: np.ndarray) -> np.ndarray:
 
 def _detail(thumbnails: np.ndarray) -> np.ndarray:
     """Return the second differences of thumbnails, (N, 14 * 14) less their mean: the negative discrete Laplacian."""
-    t = thumbnails.reshape(-1, _SIDE, _SIDE)
+    t = thumbnails.reshape(-1, _SIDE, _SIDE)  # (N, 256) -> (N, 16, 16)
     inner = 4 * t[:, 1:-1, 1:-1] - t[:, :-2, 1:-1] - t[:, 2:, 1:-1] - t[:, 1:-1, :-2] - t[:, 1:-1, 2:]
-    flat: np.ndarray = inner.reshape(-1, (_SIDE - 2) ** 2)
+    flat: np.ndarray = inner.reshape(-1, (_SIDE - 2) ** 2)  # (N, 14, 14) -> (N, 196)
     return flat - flat.mean(1, keepdims=True)

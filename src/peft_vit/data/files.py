@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from peft_vit.errors import UserError
-from peft_vit.packages import cache_dir, check_download, sha256_of
+from peft_vit.packages import cache_dir, check_download
 from peft_vit.records import write_atomically
-from peft_vit.safe_io import LARGEST_BYTES, read_bytes, require_regular
+from peft_vit.safe_io import LARGEST_BYTES, read_bytes, require_regular, sha256_of
 
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # hidden files, and what macOS adds to zips
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

@@ -100,7 +100,7 @@ class LabelledImages:
 
 
 def _flipped(images: Tensor, chosen: Tensor, axis: int) -> Tensor:
-    return torch.where(chosen[:, None, None, None], images.flip(axis), images)
+    return torch.where(chosen[:, None, None, None], images.flip(axis), images)  # (B,) beside (B, C, S, S)
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -111,7 +111,7 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
         mean: of each of the 3 channels, on a scale where white is 1.
         std: likewise.
     """
-    shift = torch.tensor(mean, dtype=torch.float32)[:, None, None]
+    shift = torch.tensor(mean, dtype=torch.float32)[:, None, None]  # (3, 1, 1)
     width = torch.tensor(std, dtype=torch.float32)[:, None, None]
     return ((images.float() / 255 - shift) / width).contiguous()  # (B, 1 or 3, S, S) -> (B, 3, S, S)
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from PIL import Image
 
 from peft_vit.config import DataConfig
 from peft_vit.data.duplicates import image_warnings
 from peft_vit.data.images import LabelledImages, SealedImages
-from peft_vit.data.pixels import cached_pixels
+from peft_vit.data.pixels import cached_pixels, on_white
 from peft_vit.data.registry import open_index
 from peft_vit.data.splits import make_splits
 from peft_vit.data.synthetic import CLASS_COUNTS
+from peft_vit.errors import UserError
+from peft_vit.packages import no_downloads
 
 _SMALLEST_IMAGE = 14  # DataConfig.image_size accepts nothing below
+_THUMBNAIL_SIDE = 96  # pixels
 
 
 @dataclass(frozen=True)
@@ -77,3 +84,34 @@ def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
             "test_images": None if config.test_images is None else 8,
         }
     )
+
+
+def thumbnails(config: DataConfig, positions: Sequence[int], *, data_sha256: str, smoke: bool = False) -> list[bytes]:
+    """Return a few images as PNG for a report, the longer side 96 pixels; smaller ones are enlarged without smoothing.
+
+    Nothing is downloaded for them.
+
+    Args:
+        config: which data set, and where it lies.
+        positions: in the data set.
+        data_sha256: of the images that a run saw.
+        smoke: the synthetic files, see `open_index`.
+
+    Raises:
+        UserError: if the images are not on this machine, are others than those, or can't be decoded.
+    """
+    with no_downloads():
+        index = open_index(config, smoke=smoke)
+    if index.sha256 != data_sha256 or not all(0 <= position < len(index.labels) for position in positions):
+        raise UserError(f"the images of {config.dataset} on this machine are not those of the run", field="data")
+    return [_png(index.read(position), index.channels) for position in positions]
+
+
+def _png(image: Image.Image, channels: int) -> bytes:
+    plain = on_white(image).convert("L" if channels == 1 else "RGB")
+    scale = _THUMBNAIL_SIDE / max(plain.size)
+    size = (max(1, round(plain.width * scale)), max(1, round(plain.height * scale)))
+    small = plain.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    small.save(file, format="PNG", optimize=True)
+    return file.getvalue()

@@ -123,7 +123,8 @@ def _write_cifar(dataset: str, folder: Path) -> None:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for file, name in enumerate((*layout.train, layout.test)):
             labels = _balanced(classes, 2)
-            planes = _images(labels, classes, 32, 3, file).transpose(0, 3, 1, 2).reshape(len(labels), -1)
+            pixels = _images(labels, classes, 32, 3, file)  # (N, 32, 32, 3)
+            planes = pixels.transpose(0, 3, 1, 2).reshape(len(labels), -1)  # (N, 3, 32, 32) -> (N, 3072)
             leading = np.repeat(labels[:, None], layout.label_bytes, axis=1).astype(np.uint8)
             _add(archive, f"{dataset}/{name}", np.hstack([leading, planes]).tobytes())
         _add(archive, f"{dataset}/{layout.names}", "".join(f"class {k}\n" for k in range(classes)).encode())

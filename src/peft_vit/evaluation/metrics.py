@@ -28,8 +28,8 @@ def expected_calibration_error(
         correct: whether the prediction is right, (N,).
         bins: number of bins; bin m holds confidences in ((m - 1) / bins, m / bins].
     """
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(index, weights=correct.astype(float) - confidence, minlength=bins)
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # (N,)
+    gaps = np.bincount(index, weights=correct.astype(float) - confidence, minlength=bins)  # (N,) -> (bins,)
     return float(np.abs(gaps).sum() / len(confidence))
 
 
@@ -45,8 +45,8 @@ def measure(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> Metrics:
         labels: (N,).
     """
     log_probability = log_softmax(logits.astype(np.float64))
-    probability = np.exp(log_probability)
-    predicted = log_probability.argmax(1)
+    probability = np.exp(log_probability)  # (N, classes)
+    predicted = log_probability.argmax(1)  # (N,)
     correct = predicted == labels
     binary = logits.shape[1] == 2 and len(np.unique(labels)) == 2
     return Metrics(

@@ -24,11 +24,11 @@ def predict(
     logits, labels = [], []
     for images, targets in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = model(images.to(device))
+            output = model(images.to(device))  # (B, 3, S, S) -> (B, classes)
         logits.append(output.float().cpu().numpy())
         labels.append(targets.numpy())
     model.train(was_training)
-    return np.concatenate(logits), np.concatenate(labels)
+    return np.concatenate(logits), np.concatenate(labels)  # (N, classes), (N,)
 
 
 def predictions(logits: NDArray[np.floating], labels: NDArray[np.int64], positions: NDArray[np.int64]) -> Predictions:
@@ -40,7 +40,7 @@ def predictions(logits: NDArray[np.floating], labels: NDArray[np.int64], positio
         positions: of the images in their data set, (N,).
     """
     log_probability = log_softmax(logits.astype(np.float64))
-    predicted = log_probability.argmax(1)
+    predicted = log_probability.argmax(1)  # (N,)
     return Predictions(
         images=positions.tolist(),
         labels=labels.tolist(),

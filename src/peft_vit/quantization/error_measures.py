@@ -57,7 +57,8 @@ def error_bound(quantized: QuantizedTensor) -> Tensor:
     scales = quantized.scales.float().unsqueeze(-1)  # (out, groups, 1)
     largest = scales * largest_value
     if quantized.offsets is not None:
-        largest = largest + quantized.offsets.float().abs().unsqueeze(-1)
+        largest = largest + quantized.offsets.float().abs().unsqueeze(-1)  # (out, groups, 1)
     numbers = torch.finfo(torch.float32)
     slack = 4 * numbers.eps * largest + numbers.tiny
-    return (gaps.unflatten(1, (scales.shape[1], -1)) * scales + slack).flatten(1)
+    grouped = gaps.unflatten(1, (scales.shape[1], -1))  # (out, in) -> (out, groups, group size)
+    return (grouped * scales + slack).flatten(1)

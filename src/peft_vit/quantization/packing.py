@@ -30,7 +30,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         return codes.contiguous()
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte))
-    packed = padded[:, ::per_byte].clone(memory_format=torch.contiguous_format)
+    packed = padded[:, ::per_byte].clone(memory_format=torch.contiguous_format)  # (out, bytes)
     for position in range(1, per_byte):
         packed |= padded[:, position::per_byte] << (bits * position)
     return packed
@@ -66,7 +66,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
         words = packed.to(torch.int32, memory_format=torch.contiguous_format)
         words.bitwise_or_(words << 12).bitwise_and_(0x000F000F)
         words.bitwise_or_(words << 6).bitwise_and_(0x03030303)
-    return words.view(torch.uint8)[:, :columns]
+    return words.view(torch.uint8)[:, :columns]  # (out, bytes) -> (out, codes)
 
 
 def _check_bits(bits: int) -> None:

@@ -68,8 +68,8 @@ def quantize(weight: Tensor, format: QuantizationFormat, *, name: str = "the wei
     else:
         codes, scales, offsets = _to_symmetric_integers(grouped, format)
     quantized = QuantizedTensor(
-        codes=pack_codes(codes.flatten(1), format.bits),
-        scales=scales.squeeze(-1),
+        codes=pack_codes(codes.flatten(1), format.bits),  # (out, groups, group size) -> (out, in) -> bytes
+        scales=scales.squeeze(-1),  # (out, groups, 1) -> (out, groups)
         offsets=None if offsets is None else offsets.squeeze(-1),
         shape=(rows, columns),
         format=format,

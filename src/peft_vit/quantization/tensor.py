@@ -89,14 +89,14 @@ class QuantizedTensor:
                 raise ValueError(f"expected an update of shape {tuple(self.scales.shape)}, got {tuple(added.shape)}")
             constant = added.float() if constant is None else constant + added.float()
         if constant is not None:
-            grouped.add_(constant.unsqueeze(-1))
+            grouped.add_(constant.unsqueeze(-1))  # (out, groups, 1)
         return out if in_place else out.copy_(weights)
 
     def _decode(self, values: Tensor) -> None:
         """Write the codes' values, before scale and offset, into contiguous float32 rows of whole bytes."""
         if self.format.has_codebook:
             table = byte_table(cast(Codebook, self.format.type), values.device)
-            words = values.view(-1).view(torch.int64)
+            words = values.view(-1).view(torch.int64)  # (out * bytes,): a pair of float32 each
             torch.index_select(table, 0, self.codes.view(-1).int(), out=words)
             return
         codes = unpack_codes(self.codes, self.format.bits, values.shape[1])

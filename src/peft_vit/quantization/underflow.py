@@ -39,7 +39,7 @@ def warn_of_scales(grouped: Tensor, format: QuantizationFormat, name: str) -> No
     """
     if format.scale_dtype is not torch.float16:
         return
-    largest = grouped.abs().amax(-1)
+    largest = grouped.abs().amax(-1)  # (out, groups, group size) -> (out, groups)
     limit = SPACING * codes_up_to_largest(format) / LARGEST_LOSS
     _warn(f"{name}: float16 is too coarse for the {format.type} scales of", (largest > 0) & (largest < limit), 5)
 

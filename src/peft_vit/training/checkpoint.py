@@ -2,9 +2,8 @@
 
 A checkpoint is a folder `checkpoint-<step>` in the run's folder::
 
-    state.safetensors   tensors
-    state.json          plain values, and the tensors' order and layout in memory
-    manifest.json       SHA-256 and bytes of the other two
+    tensors.safetensors   tensors
+    state.json            plain values, the tensors' order and layout in memory, and the SHA-256 of all that
 
 It is written under another name, flushed to disk and renamed, so that a kill at any instant leaves the one before. The
 last two are kept. The layout is kept too: a product may round otherwise if a factor lies otherwise in memory.
@@ -23,21 +22,21 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peft_vit.errors import UserError, first_fault, is_out_of_memory
 from peft_vit.records import checkpoint_folders, flush, make_folder
-from peft_vit.safe_io import read_bytes, require_regular
-from peft_vit.training.state import State
+from peft_vit.safe_io import read_bytes, sha256_of
+from peft_vit.training.checkpoint_state import State
 
-TENSORS_FILE = "state.safetensors"
-VALUES_FILE = "state.json"
-MANIFEST_FILE = "manifest.json"
+TENSORS_FILE = "tensors.safetensors"
+STATE_FILE = "state.json"
+_FORMAT = 2
 _KEPT = 2
 _UNFINISHED = ".checkpoint-"  # begins the names of folders that are being written
 _SHARE = 100  # of a run's time that checkpoints may take: one part in so many
@@ -164,22 +163,27 @@ def write_checkpoint(folder: Path, step: int, state: State) -> None:
 
 
 def _write_files(place: Path, step: int, state: State) -> None:
-    layout = {name: _strides(tensor) for name, tensor in state.tensors.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     try:
         save_file(tensors, place / TENSORS_FILE)
     except SafetensorError as error:
         raise _as_os_error(error, place / TENSORS_FILE) from None
+    saved = {
+        "format": _FORMAT,
+        "step": step,
+        "tensors_sha256": sha256_of(place / TENSORS_FILE),
+        "strides": {name: _strides(tensor) for name, tensor in state.tensors.items()},
+        "values": state.values,
+    }
     # Not sorted: what is added up in the order of a mapping must come back in that order.
-    (place / VALUES_FILE).write_text(json.dumps({"tensors": layout, "values": state.values}), encoding="utf-8")
-    files = {}
-    for name in (TENSORS_FILE, VALUES_FILE):
-        sha256, size = _hash(place / name)
-        files[name] = {"sha256": sha256, "bytes": size}
-    manifest = json.dumps({"format": 1, "step": step, "files": files}, indent=1)
-    (place / MANIFEST_FILE).write_text(manifest + "\n", encoding="utf-8")
-    for file in (place / TENSORS_FILE, place / VALUES_FILE, place / MANIFEST_FILE, place):
-        flush(file)
+    (place / STATE_FILE).write_text(json.dumps({"sha256": _digest(saved), **saved}), encoding="utf-8")
+    for written in (place / TENSORS_FILE, place / STATE_FILE, place):
+        flush(written)
+
+
+def _digest(saved: dict[str, Any]) -> str:
+    """Return the SHA-256 of plain values; what JSON has carried has the same one."""
+    return hashlib.sha256(json.dumps(saved).encode()).hexdigest()
 
 
 def _strides(tensor: torch.Tensor) -> list[int] | None:
@@ -207,36 +211,14 @@ def _remove(path: Path) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class _File(BaseModel):
+class _Saved(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-    bytes: Annotated[int, Field(ge=0)]
-
-
-class _Files(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    tensors: Annotated[_File, Field(alias=TENSORS_FILE)]
-    values: Annotated[_File, Field(alias=VALUES_FILE)]
-
-
-class _Manifest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    format: Literal[1]
+    format: Literal[2]
     step: Annotated[int, Field(ge=1)]
-    files: _Files
-
-
-class _Values(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    tensors: dict[str, list[int] | None]
+    tensors_sha256: str
+    strides: dict[str, list[int] | None]  # by tensor, in the state's order; None: row by row
     values: dict[str, Any]
-
-
-_Model = TypeVar("_Model", _Manifest, _Values)
 
 
 def read_checkpoint(path: Path) -> State:
@@ -248,50 +230,33 @@ def read_checkpoint(path: Path) -> State:
     Raises:
         UserError: if it is damaged: something is missing, cut short or altered, or lies where a link leads.
     """
-    for place in (path, path / MANIFEST_FILE, path / VALUES_FILE, path / TENSORS_FILE):
+    for place in (path, path / STATE_FILE, path / TENSORS_FILE):
         if place.is_symlink():
             raise UserError("is a link; a checkpoint is never made of links", file=place)
-    manifest = _read_json(path / MANIFEST_FILE, _Manifest)
-    if path.name != f"checkpoint-{manifest.step}":
-        raise UserError(f"is of step {manifest.step}", file=path / MANIFEST_FILE, field="step")
-    for name, expected in ((VALUES_FILE, manifest.files.values), (TENSORS_FILE, manifest.files.tensors)):
-        _check(path / name, expected)
-    values = _read_json(path / VALUES_FILE, _Values)
-    tensors = _read_tensors(path / TENSORS_FILE)
-    if tensors.keys() != values.tensors.keys():
-        name = min(tensors.keys() ^ values.tensors.keys())
-        raise UserError(f"names other tensors than {VALUES_FILE}", file=path / TENSORS_FILE, field=name)
+    saved = _read_state(path / STATE_FILE)
+    if path.name != f"checkpoint-{saved.step}":
+        raise UserError(f"is of step {saved.step}", file=path / STATE_FILE, field="step")
+    tensors = _read_tensors(path / TENSORS_FILE, saved.tensors_sha256)
+    if tensors.keys() != saved.strides.keys():
+        name = min(tensors.keys() ^ saved.strides.keys())
+        raise UserError(f"names other tensors than {STATE_FILE}", file=path / TENSORS_FILE, field=name)
     try:
-        laid_out = {name: _laid_out(tensors[name], strides) for name, strides in values.tensors.items()}
+        laid_out = {name: _laid_out(tensors[name], strides) for name, strides in saved.strides.items()}
     except (ValueError, RuntimeError) as error:
         if is_out_of_memory(error):  # says nothing of the file
             raise
-        raise UserError(f"holds an impossible layout ({error})", file=path / VALUES_FILE, field="tensors") from None
-    return State(laid_out, values.values, path)
+        raise UserError(f"holds an impossible layout ({error})", file=path / STATE_FILE, field="strides") from None
+    return State(laid_out, saved.values, path)
 
 
-def _check(file: Path, expected: _File) -> None:
+def _read_state(file: Path) -> _Saved:
     try:
-        sha256, size = _hash(file)
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror})", file=file) from None
-    if size != expected.bytes:
-        raise UserError(f"has {size} bytes, its {MANIFEST_FILE} says {expected.bytes}", file=file)
-    if sha256 != expected.sha256:
-        raise UserError(f"is not what its {MANIFEST_FILE} says: SHA-256 differs", file=file)
-
-
-def _hash(file: Path) -> tuple[str, int]:
-    """Return the SHA-256 and the bytes of a regular file."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
-    with os.fdopen(descriptor, "rb") as handle:
-        require_regular(os.fstat(descriptor), file)
-        return hashlib.file_digest(handle, "sha256").hexdigest(), os.fstat(descriptor).st_size
-
-
-def _read_json(file: Path, model: type[_Model]) -> _Model:
-    try:
-        return model.model_validate(json.loads(read_bytes(file)))
+        saved = json.loads(read_bytes(file))
+        if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
+            raise UserError(f"is of another version of this program, expected format {_FORMAT}", file=file)
+        if saved.pop("sha256", None) != _digest(saved):
+            raise UserError("is not what was written: SHA-256 differs", file=file)
+        return _Saved.model_validate(saved)
     except ValidationError as error:
         field, fault = first_fault(error)
         raise UserError(fault, file=file, field=field) from None
@@ -300,13 +265,16 @@ def _read_json(file: Path, model: type[_Model]) -> _Model:
         raise UserError(f"is no readable JSON ({reason})", file=file) from None
 
 
-def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(file: Path, sha256: str) -> dict[str, torch.Tensor]:
     try:
+        if sha256_of(file) != sha256:
+            raise UserError(f"is not what its {STATE_FILE} says: SHA-256 differs", file=file)
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"is not a readable safetensors file ({error})", file=file) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"is not a readable safetensors file ({reason})", file=file) from None
 
 
 def _laid_out(tensor: torch.Tensor, strides: list[int] | None) -> torch.Tensor:

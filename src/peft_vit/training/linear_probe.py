@@ -105,7 +105,7 @@ class LinearProbe:
 
 @torch.inference_mode()
 def head_inputs(
-    model: nn.Module, images: LabelledImages, setting: RuntimeConfig, batch_size: int, axes: tuple[int, ...] = ()
+    model: nn.Module, images: LabelledImages, runtime: RuntimeConfig, batch_size: int, axes: tuple[int, ...] = ()
 ) -> NDArray[np.float32]:
     """Return what the head sees of images, (N, D).
 
@@ -113,21 +113,21 @@ def head_inputs(
     depend on the others.
 
     Args:
-        model: a ViT, on the setting's device.
+        model: a ViT, on the runtime's device.
         images: N of them.
-        setting: device, precision and normalisation.
+        runtime: device, precision and normalisation.
         batch_size: images of a forward pass.
         axes: along which the images are flipped: -1 left-right, -2 upside down.
     """
     found = []
     with _evaluating(model), _watched_head(model) as seen:
-        for batch, _ in images.ordered_batches(batch_size, setting.mean, setting.std):
+        for batch, _ in images.ordered_batches(batch_size, runtime.mean, runtime.std):
             flipped = batch.flip(axes) if axes else batch  # (B, 3, S, S)
             filled = torch.cat([flipped, flipped[-1:].expand(batch_size - len(flipped), -1, -1, -1)])
-            with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
-                model(filled.to(setting.device))
+            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+                model(filled.to(runtime.device))  # (batch_size, 3, S, S)
             found.append(seen.pop().float().cpu().numpy()[: len(batch)])  # (B, D)
-    return np.concatenate(found)
+    return np.concatenate(found)  # (N, D)
 
 
 def flip_axes(flips: str) -> tuple[tuple[int, ...], ...]:
@@ -156,10 +156,10 @@ def _watched_head(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.inference_mode()
-def head_logits(head: nn.Module, features: NDArray[np.float32], setting: RuntimeConfig) -> NDArray[np.float32]:
-    """Return the logits of a head (N, classes) in the setting's precision, as the model has them."""
-    with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
-        logits: Tensor = head(torch.from_numpy(features).to(setting.device))
+def head_logits(head: nn.Module, features: NDArray[np.float32], runtime: RuntimeConfig) -> NDArray[np.float32]:
+    """Return the logits of a head (N, classes) in the runtime's precision, as the model has them."""
+    with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+        logits: Tensor = head(torch.from_numpy(features).to(runtime.device))
     return logits.float().cpu().numpy()
 
 
@@ -167,7 +167,7 @@ def fit_probe(
     train: Features,
     validation: Features,
     head: nn.Linear,
-    setting: RuntimeConfig,
+    runtime: RuntimeConfig,
     *,
     class_weights: NDArray[np.float64] | None = None,
     l2: Sequence[float] = PROBE_L2,
@@ -178,7 +178,7 @@ def fit_probe(
         train: every class is among them.
         validation: what chooses.
         head: of the model; says where and in what type logits are computed.
-        setting: likewise, its precision.
+        runtime: likewise, its precision.
         class_weights: on the loss, (classes,); None: all 1.
         l2: the strengths.
     """
@@ -192,7 +192,7 @@ def fit_probe(
         with torch.no_grad():
             trial.weight.copy_(torch.from_numpy(weight))
             trial.bias.copy_(torch.from_numpy(bias))
-        metrics = measure(head_logits(trial, validation.values, setting), validation.labels)
+        metrics = measure(head_logits(trial, validation.values, runtime), validation.labels)
         fits.append((trial.weight.detach().clone(), trial.bias.detach().clone(), gradient))
         steps.append(StepRow(step=place, loss=loss, learning_rate=0.0, gradient_norm=gradient, seconds=seconds))
         evaluations.append(Evaluation(step=place, epoch=0, deployable=True, metrics=metrics))
@@ -216,9 +216,9 @@ def _fits(
     from threadpoolctl import threadpool_limits
 
     values = train.values.astype(np.float64)
-    centre, spread = values.mean(0), values.std(0)
+    centre, spread = values.mean(0), values.std(0)  # (D,)
     spread[spread <= 1e-12 * np.abs(centre).max()] = 1.0  # a constant feature tells nothing, and must not divide
-    z = (values - centre) / spread
+    z = (values - centre) / spread  # (N, D)
     weights = np.ones(len(z)) if sample_weights is None else sample_weights
     model = LogisticRegression(tol=_LARGEST_GRADIENT, max_iter=_MOST_ITERATIONS, warm_start=True)
     for l2 in strengths:
@@ -226,9 +226,9 @@ def _fits(
         model.set_params(C=(2.0 if classes == 2 else 1.0) / (l2 * weights.sum()))
         with threadpool_limits(torch.get_num_threads()):
             model.fit(z, train.labels, sample_weight=weights)
-        weight, bias = model.coef_, model.intercept_
+        weight, bias = model.coef_, model.intercept_  # (classes, D), (classes,); (1, D), (1,) of two
         if classes == 2:
-            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2  # (2, D), (2,)
         loss, gradient = objective(weight, bias, z, train.labels, weights, l2)
         folded = weight / spread
         yield folded, bias - folded @ centre, loss, gradient, time.perf_counter() - started
@@ -246,6 +246,6 @@ def objective(
     shares = weights / weights.sum()
     loss = float(-(shares * np.log(np.maximum(probability[rows, labels], 1e-300))).sum())
     probability[rows, labels] -= 1.0
-    residual = shares[:, None] * probability
-    by_weight = residual.T @ z + l2 * weight
+    residual = shares[:, None] * probability  # (N, classes)
+    by_weight = residual.T @ z + l2 * weight  # (classes, D)
     return loss, float(np.sqrt((by_weight**2).sum() + (residual.sum(0) ** 2).sum()))

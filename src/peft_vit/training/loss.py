@@ -15,7 +15,7 @@ Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # of logits (N, class
 
 def class_weights(labels: np.ndarray, classes: int) -> Tensor:
     """Return n / (classes * n_c) for each class c, (classes,); over the images they average to 1."""
-    counts = np.bincount(labels, minlength=classes)
+    counts = np.bincount(labels, minlength=classes)  # (N,) -> (classes,)
     return torch.tensor(len(labels) / (classes * counts), dtype=torch.float32)
 
 

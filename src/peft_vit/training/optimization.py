@@ -1,4 +1,4 @@
-"""One optimiser step, the same for every method; what a method adds comes in through hooks."""
+"""The optimiser and one step of it, the same for every method; what a method adds comes in through hooks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from peft_vit.config import TrainingConfig
 from peft_vit.errors import DivergedError, UserError
 from peft_vit.records import StepRow
-from peft_vit.training.state import State
+from peft_vit.training.checkpoint_state import State
 
 
 class StepHook(Protocol):
@@ -165,3 +166,13 @@ def _check_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and id(parameter) not in held:
             raise UserError("has a gradient but is not in the optimizer; build it after attaching adapters", field=name)
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimiser over everything that is trainable."""
+    assert config.learning_rate is not None
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
+    fused = {parameter.device.type for parameter in parameters} <= {"cpu", "cuda"}  # one kernel a tensor, not twelve
+    return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, fused=fused)

@@ -15,8 +15,8 @@ from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.config import PeftAdaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.records import RankEntry
+from peft_vit.training.checkpoint_state import State
 from peft_vit.training.optimization import AfterTraining
-from peft_vit.training.state import State
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator, by parameter
 
@@ -85,10 +85,11 @@ class PeftAdaLoraHook:
             return {}
         grams = []
         for layer in peft_layers(model).values():
-            right, left = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            right, left = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]  # (r0, in), (out, r0)
             grams += [right @ right.T, left.T @ left]  # (r0, r0) each
         eye = torch.eye(len(grams[0]), device=grams[0].device)
-        return {"orthogonality": self.weight * torch.linalg.matrix_norm(torch.stack(grams) - eye).mean()}
+        norms = torch.linalg.matrix_norm(torch.stack(grams) - eye)  # (2 L, r0, r0) -> (2 L,) of L layers
+        return {"orthogonality": self.weight * norms.mean()}
 
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Do nothing: PEFT scores after the optimiser's step."""

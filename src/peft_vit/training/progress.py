@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_vit.adapters import adapted_modules, site_adapters
 from peft_vit.adapters.peft_layers import ADAPTER, peft_layers, peft_ranks
+from peft_vit.training.training_state import TrainingResult
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,17 @@ class Gauges:
         self._quantized = [layer for _, layer in adapted_modules(model) if layer.quantized is not None]
         self._weights = sum(layer.in_features * layer.out_features for layer in self._quantized)
         self._packed_bytes = sum(layer.quantized.nbytes for layer in self._quantized if layer.quantized is not None)
+
+    def progress(self, result: TrainingResult, total_steps: int) -> Progress:
+        """Return what a watcher is told after the last step of a training."""
+        return Progress(
+            step=len(result.steps),
+            total_steps=total_steps,
+            loss=result.steps[-1].loss,
+            validation_accuracy=result.evaluations[-1].metrics.accuracy if result.evaluations else None,
+            mean_rank=self.mean_rank(),
+            mean_bits=self.mean_bits(),
+        )
 
     def mean_rank(self) -> float | None:
         """Return the mean rank over the adapted sites now."""

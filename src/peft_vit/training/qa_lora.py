@@ -30,6 +30,7 @@ from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.evaluation import model_size
 from peft_vit.quantization import QuantizationFormat, quantize
 from peft_vit.records import BitsEntry, QuantizationSummary
+from peft_vit.training.checkpoint_state import State
 from peft_vit.training.optimization import AfterTraining, optimization_step
 from peft_vit.training.quantization_balance import (
     MEASURE_EVERY_STEPS,
@@ -42,7 +43,6 @@ from peft_vit.training.quantization_balance import (
 )
 from peft_vit.training.quantization_schedule import end_step, next_part, quantized_share, share_at
 from peft_vit.training.quantized_layers import attach_layers, formats_of, quantized_layers
-from peft_vit.training.state import State
 
 _FLOAT_BITS = 32.0
 _BALANCE_IMAGES = 32  # of the calibration batch on which outputs are compared

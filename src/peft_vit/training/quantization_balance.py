@@ -53,7 +53,7 @@ def adapter_norm(layer: QuantizedLayer) -> float:
     """
     energy = 0.0
     for _, adapter in layer.updates:
-        left, right = adapter.factors()
+        left, right = adapter.factors()  # (out, r), (r, in / pool)
         energy += adapter.pool * float(((left.T @ left) * (right @ right.T)).sum())
     return math.sqrt(max(energy, 0.0))
 
@@ -126,7 +126,7 @@ def removed_in_outputs(
         def measure(module: AdaptedLinear, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].float().flatten(0, -2)  # (N, in)
             error, rest = _error_and_rest(layer, weight)
-            shares.append(_removed(x @ rest.T, x @ error.T))
+            shares.append(_removed(x @ rest.T, x @ error.T))  # (N, in) -> (N, out)
 
         return layer.module.register_forward_pre_hook(measure)
 

@@ -18,7 +18,7 @@ from peft_vit.backbones import check_weights, load_backbone
 from peft_vit.backbones.catalog import create_model
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
-from peft_vit.packages import sha256_of
+from peft_vit.safe_io import sha256_of
 
 Tensors = dict[str, torch.Tensor]
 

@@ -176,12 +176,12 @@ def test_a_damaged_checkpoint_costs_a_step_and_both_cost_the_run_so_far(spec_of,
     whole = outcome_digest(run_one(spec).record)
     interrupted(spec, tmp_path / "one", 4)
     shutil.copytree(tmp_path / "one", tmp_path / "both")
-    os.truncate(tmp_path / "one" / "checkpoint-4" / "state.safetensors", 1000)
+    os.truncate(tmp_path / "one" / "checkpoint-4" / "tensors.safetensors", 1000)
     with pytest.warns(CheckpointWarning, match="left aside"):
         record = resumed(spec, tmp_path / "one", 4).record
     assert outcome_digest(record) == whole
     assert len(record.warnings) == 1
-    for step, file in ((3, "manifest.json"), (4, "state.json")):
+    for step, file in ((3, "tensors.safetensors"), (4, "state.json")):
         (tmp_path / "both" / f"checkpoint-{step}" / file).unlink()
     with pytest.warns(CheckpointWarning, match="no checkpoint is whole; the run starts from its beginning"):
         record = resumed(spec, tmp_path / "both", 1).record

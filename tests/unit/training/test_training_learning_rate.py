@@ -7,8 +7,9 @@ from peft_vit.adapters import attach_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.config import TrainingConfig
 from peft_vit.records import Evaluation, Metrics
-from peft_vit.training import loop, train
+from peft_vit.training import train
 from peft_vit.training.learning_rate import WarmupStableDecay
+from peft_vit.training.training_state import TrainingState
 
 pytestmark = pytest.mark.part("runner")
 
@@ -69,14 +70,15 @@ def trained(tiny_vit, data, setting, monkeypatch):
     """Train with planted validation accuracies: rising up to a step, then one less."""
 
     def make(best: int, *hooks, **settings):
-        def planted(model, data, config, setting, step, epoch, hooks) -> Evaluation:
+        def planted(state: TrainingState) -> Evaluation:
+            step = state.steps
             accuracy = min(step, best - 1 if step > best else best) / 100
             metrics = Metrics(n=1, accuracy=accuracy, balanced_accuracy=accuracy, auroc=None, nll=1.0, ece=0.0)
             return Evaluation(
-                step=step, epoch=epoch, deployable=all(hook.deployable(step) for hook in hooks), metrics=metrics
+                step=step, epoch=state.epoch, deployable=all(hook.deployable(step) for hook in hooks), metrics=metrics
             )
 
-        monkeypatch.setattr(loop, "_validate", planted)
+        monkeypatch.setattr(TrainingState, "_evaluation", planted)
         model = tiny_vit()
         sites = find_sites(model)
         attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 1), scale=1.0, seed=0)

@@ -12,7 +12,7 @@ from peft_vit.config import TrainingConfig
 from peft_vit.evaluation import measure, predict, trainable_parameters
 from peft_vit.records import Evaluation, Metrics
 from peft_vit.training import AllocationHook, DivergedError, class_weights, steps_per_epoch, train
-from peft_vit.training.loop import _Best
+from peft_vit.training.training_state import BestState
 
 pytestmark = pytest.mark.part("trainer")
 
@@ -116,7 +116,7 @@ def test_an_earlier_choice_comes_back_with_its_ranks(tiny_vit, batch, fill_adapt
         metrics = Metrics(n=1, accuracy=accuracy, balanced_accuracy=accuracy, auroc=None, nll=1.0, ece=0.0)
         return Evaluation(step=step, epoch=step, deployable=True, metrics=metrics)
 
-    model, best = lora(tiny_vit()), _Best()
+    model, best = lora(tiny_vit()), BestState()
     fill_adapters(model)
     ranks = current_ranks(model)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_seconds_count_by_the_purpose_of_each_call(tiny_vit, data, setting, monk
         purposes = AllocationHook.purposes
 
     now = [0.0]
-    monkeypatch.setattr("peft_vit.training.loop.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("peft_vit.training.training_state.time.perf_counter", lambda: now[0])
     result = train(lora(tiny_vit()), data(), config(epochs=1), setting, seed=0, hooks=[Slow(1), Split(1)])  # 3 steps
     assert result.overhead_s.pop("evaluation") == 0
     assert result.overhead_s == {

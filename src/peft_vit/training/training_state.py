@@ -1,0 +1,369 @@
+"""A training between two steps: what the next one depends on, to the bit, and what has been seen so far."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from peft_vit.adapters import current_ranks, restore_trained, set_ranks, site_adapters, trained_tensors
+from peft_vit.config import TrainingConfig
+from peft_vit.data import Data
+from peft_vit.errors import DivergedError, UserError, is_out_of_memory, named
+from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
+from peft_vit.records import Evaluation, StepRow
+from peft_vit.training.checkpoint_state import (
+    State,
+    generators_state,
+    load_generators_state,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+)
+from peft_vit.training.learning_rate import build_scheduler
+from peft_vit.training.loss import class_weights, weighted_cross_entropy
+from peft_vit.training.optimization import StepHook, build_optimizer, optimization_step
+from peft_vit.training.runtime import RuntimeConfig
+
+
+@dataclass
+class TrainingResult:
+    """What the loop saw. The model is left in the chosen state."""
+
+    steps: list[StepRow] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    chosen: Evaluation | None = None
+    initial_parameters: int = 0
+    peak_parameters: int = 0
+    optimizer_bytes: int = 0  # when training ended
+    optimizer_sha256: str = ""  # likewise
+    overhead_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Return the median time of a step."""
+        return statistics.median(row.seconds for row in self.steps)
+
+
+def steps_per_epoch(train_images: int, batch_size: int) -> int:
+    """Return the number of batches that hold every image once; the last one may be smaller."""
+    return -(-train_images // batch_size)
+
+
+class TrainingState:
+    """A training between two steps: all that the next one depends on, and what the record will say of those before.
+
+    Args:
+        model: with adapters attached; under `resume` brought to where it was.
+        data: images and labels.
+        config: how long and how fast.
+        runtime: device, precision and normalisation.
+        hooks: what the method does around a step.
+        resume: what `state` has returned, or None at the start.
+
+    Raises:
+        UserError: if the state to go on from is not one of this training's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        config: TrainingConfig,
+        runtime: RuntimeConfig,
+        hooks: Sequence[StepHook],
+        resume: State | None,
+    ) -> None:
+        self.model = model
+        self.result = TrainingResult(initial_parameters=trainable_parameters(model))
+        self.end = config.total_steps(len(data.train))
+        self._data, self._config, self._runtime = data, config, runtime
+        self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
+        self._validated_at = frozenset(config.validation_steps(len(data.train)))
+        weights = class_weights(data.train.labels, len(data.class_names)) if config.class_weights else None
+        self._class_weights = None if weights is None else weights.to(runtime.device)  # (classes,)
+        self._hooks = [_TimedHook(hook) for hook in hooks]
+        self._best = BestState()
+        if resume is not None:
+            self._refuse_another_state(lambda state: load_model_state(model, state.part("model")), resume)
+        self._optimizer = build_optimizer(model, config)
+        self._scheduler, self._decay = build_scheduler(self._optimizer, config, self.end)
+        if resume is not None:
+            self._refuse_another_state(self._load, resume)
+        for hook in self._hooks:
+            hook.attach(model, self._optimizer)
+        if resume is not None:  # last: whatever was built anew may have drawn from them
+            self._refuse_another_state(lambda state: load_generators_state(state.part("generators")), resume)
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps are done."""
+        return len(self.result.steps)
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch of the last step, from 1; 0 before the first."""
+        return -(-self.steps // self._epoch_steps)
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a batch for each step that is left: images (B, 3, S, S) and labels (B,), in the order of the seed."""
+        while not self.ended:
+            epoch = self._data.train.shuffled_batches(
+                self._config.batch_size,
+                self._runtime.mean,
+                self._runtime.std,
+                flips=self._runtime.flips,
+                seed=seed,
+                epoch=self.steps // self._epoch_steps + 1,
+                skip=self.steps % self._epoch_steps,
+            )
+            for images, labels in epoch:
+                yield images, labels
+                if self.ended:
+                    break
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Do one step on a batch, images (B, 3, S, S) and labels (B,)."""
+        started = time.perf_counter()
+        learning_rate = self._optimizer.param_groups[0]["lr"]
+        notes = {name: value for hook in self._hooks for name, value in hook.notes().items()}
+        device, number = self._runtime.device, self.steps + 1
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._runtime.precision == "bf16"):
+            logits = self.model(images.to(device))  # (B, classes)
+        loss = weighted_cross_entropy(logits.float(), labels.to(device), self._class_weights)
+        outcome = optimization_step(
+            self.model, self._optimizer, loss, number, hooks=self._hooks, clip_norm=self._config.clip_norm
+        )
+        row = StepRow(
+            step=number,
+            loss=outcome.loss,
+            learning_rate=learning_rate,
+            gradient_norm=outcome.gradient_norm,
+            seconds=time.perf_counter() - started,
+            penalties=outcome.penalties,
+            **notes,
+        )
+        self._scheduler.step()
+        self.result.steps.append(row)
+        self.result.peak_parameters = max(self.result.peak_parameters, trainable_parameters(self.model))
+
+    @property
+    def ended(self) -> bool:
+        """Return whether no step is left."""
+        return self.steps >= self.end
+
+    @property
+    def validation_is_due(self) -> bool:
+        """Return whether validation comes after the last step."""
+        return self.ended or self.steps in self._validated_at
+
+    def end_if_nothing_is_gained(self) -> None:
+        """Let the learning rate come down, or end, once `patience` validations in a row have brought no gain."""
+        if self._config.patience is None or self._best.stale < self._config.patience:
+            return
+        if self._decay is None:
+            self.end = self.steps
+        else:
+            self.end = self._decay.bring_down(self.steps)
+
+    def validate(self) -> None:
+        """Evaluate on the validation split, and remember the weights if they are the best so far."""
+        started = time.perf_counter()
+        result = self.result
+        evaluation = self._evaluation()
+        result.evaluations.append(evaluation)
+        final = all(hook.deployable(evaluation.step) for hook in self._hooks)
+        self._best.offer(evaluation, self.model, without_updates=not final)
+        result.overhead_s["evaluation"] = result.overhead_s.get("evaluation", 0.0) + time.perf_counter() - started
+
+    def _evaluation(self) -> Evaluation:
+        runtime = self._runtime
+        # No larger than in training, or a method that keeps few activations would have its largest memory here.
+        batches = self._data.validation.ordered_batches(self._config.batch_size, runtime.mean, runtime.std)
+        logits, labels = predict(self.model, batches, device=runtime.device, precision=runtime.precision)
+        if not np.isfinite(logits).all():
+            raise DivergedError(f"predictions after step {self.steps} are not finite; lower the learning rate")
+        return Evaluation(
+            step=self.steps,
+            epoch=self.epoch,
+            deployable=all(
+                hook.deployable(self.steps) if self.steps else hook.start_deployable() for hook in self._hooks
+            ),
+            metrics=measure(logits, labels),
+        )
+
+    def finish(self) -> TrainingResult:
+        """Take the chosen weights, and return what happened."""
+        result = self.result
+        result.peak_parameters = max(result.peak_parameters, result.initial_parameters)
+        result.optimizer_bytes = optimizer_bytes(self._optimizer)
+        result.optimizer_sha256 = optimizer_state(self._optimizer).sha256()
+        for hook in self._hooks:
+            for purpose, seconds in hook.seconds.items():
+                result.overhead_s[purpose] = result.overhead_s.get(purpose, 0.0) + seconds
+        result.chosen = self._best.restore(self.model)
+        return result
+
+    def state(self) -> State:
+        """Return what a training that is built anew needs to go on from here, to the bit."""
+        result = self.result
+        counted = {
+            "steps": [row.model_dump(mode="json") for row in result.steps],
+            "evaluations": [one.model_dump(mode="json") for one in result.evaluations],
+            "initial_parameters": result.initial_parameters,
+            "peak_parameters": result.peak_parameters,
+            "end": self.end,
+            "overhead_s": dict(result.overhead_s),
+            "hooks_s": [dict(hook.seconds) for hook in self._hooks],
+        }
+        return State.of_parts(
+            model=model_state(self.model),
+            optimizer=optimizer_state(self._optimizer),
+            scheduler=State({}, self._scheduler.state_dict()),
+            best=self._best.state(),
+            counted=State({}, counted),
+            generators=generators_state(),
+            hooks=State.of_parts(**{str(place): hook.state() for place, hook in enumerate(self._hooks)}),
+        )
+
+    def _load(self, state: State) -> None:
+        load_optimizer_state(self._optimizer, state.part("optimizer"))
+        self._scheduler.load_state_dict(state.part("scheduler").values)
+        self._best.load_state(state.part("best"))
+        counted, result = state.part("counted").values, self.result
+        result.steps = [StepRow.model_validate(row) for row in counted["steps"]]
+        result.evaluations = [Evaluation.model_validate(one) for one in counted["evaluations"]]
+        self.end = counted["end"]
+        result.initial_parameters = counted["initial_parameters"]
+        result.peak_parameters = counted["peak_parameters"]
+        result.overhead_s = dict(counted["overhead_s"])
+        for place, (hook, seconds) in enumerate(zip(self._hooks, counted["hooks_s"], strict=True)):
+            hook.seconds = dict(seconds)
+            hook.load_state(self.model, state.part("hooks").part(str(place)))
+
+    def _refuse_another_state(self, load: Callable[[State], None], state: State) -> None:
+        try:
+            with named(state.source):
+                load(state)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+            if is_out_of_memory(error):  # says nothing of the state
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            problem = f"is not of this run ({reason}); remove it and the run starts anew"
+            raise UserError(problem, file=state.source, field="state") from None
+
+
+_RANKS = TypeAdapter(dict[str, int])
+
+
+class BestState:
+    """Keeps a copy of what was trained, in the best deployable state so far."""
+
+    def __init__(self) -> None:
+        self.evaluation: Evaluation | None = None
+        self.stale = 0  # deployable evaluations since the best one
+        self._ranks: dict[str, int] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._source: Path | None = None  # the checkpoint that they came from, if they did
+
+    def offer(self, evaluation: Evaluation, model: nn.Module, *, without_updates: bool = False) -> None:
+        """Take a state if it is better; without updates its sites have no rank, which is within every budget."""
+        if not evaluation.deployable:
+            return
+        self.stale += 1
+        if self.evaluation is None or _quality(evaluation) > _quality(self.evaluation):
+            self.evaluation, self.stale, self._source = evaluation, 0, None
+            tensors = trained_tensors(model)
+            self._ranks = current_ranks(model)
+            if without_updates:
+                self._ranks = dict.fromkeys(self._ranks, 0)
+                updates = {id(one) for adapter in site_adapters(model).values() for one in adapter.parameters()}
+                tensors = {
+                    name: one for name, one in model.named_parameters() if name in tensors and id(one) not in updates
+                }
+            self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def state(self) -> State:
+        """Return what it keeps."""
+        evaluation = None if self.evaluation is None else self.evaluation.model_dump(mode="json")
+        return State(self._tensors, {"evaluation": evaluation, "ranks": self._ranks, "stale": self.stale})
+
+    def load_state(self, state: State) -> None:
+        """Go on from such a state."""
+        evaluation = state.values["evaluation"]
+        self.evaluation = None if evaluation is None else Evaluation.model_validate(evaluation)
+        self._ranks = _RANKS.validate_python(state.values["ranks"], strict=True)
+        self.stale = int(state.values["stale"])
+        self._tensors, self._source = state.tensors, state.source
+
+    def restore(self, model: nn.Module) -> Evaluation:
+        """Bring a model to the best state, and return its evaluation."""
+        if self.evaluation is None:
+            raise RuntimeError("no validation found a deployable state; the schedule was not checked against the steps")
+        set_ranks(model, self._ranks, file=self._source)
+        restore_trained(model, self._tensors, file=self._source)
+        return self.evaluation
+
+
+def _quality(evaluation: Evaluation) -> tuple[float, float]:
+    return evaluation.metrics.accuracy, -evaluation.metrics.nll
+
+
+class _TimedHook:
+    """Adds up the seconds that a hook takes, by purpose; otherwise it is the hook."""
+
+    def __init__(self, hook: StepHook) -> None:
+        self.hook = hook
+        self.name = hook.name
+        self.seconds: dict[str, float] = {}
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        with self._counted("attach"):
+            self.hook.attach(model, optimizer)
+
+    def penalties(self, model: nn.Module) -> dict[str, Tensor]:
+        with self._counted("penalties"):
+            return self.hook.penalties(model)
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        with self._counted("after_backward"):
+            self.hook.after_backward(model, step)
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        with self._counted("before_step"):
+            self.hook.before_step(model, step)
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        with self._counted("after_step"):
+            self.hook.after_step(model, optimizer, step)
+
+    @contextmanager
+    def _counted(self, call: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        purpose = getattr(self.hook, "purposes", {}).get(call, self.name)
+        self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - started
+
+    def notes(self) -> dict[str, float]:
+        return self.hook.notes()
+
+    def deployable(self, step: int) -> bool:
+        return self.hook.deployable(step)
+
+    def start_deployable(self) -> bool:
+        return self.hook.start_deployable()
+
+    def state(self) -> State:
+        return self.hook.state()
+
+    def load_state(self, model: nn.Module, state: State) -> None:
+        self.hook.load_state(model, state)
