@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters.injection import adapted_modules, current_ranks, site_adapters
 from peft_vit.adapters.low_rank import SiteAdapter
-from peft_vit.adapters.peft_layers import check_plain, peft_factors, peft_layers
+from peft_vit.adapters.peft_layers import check_plain, is_plain, merged_base, peft_factors, tuner_layers
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 
@@ -22,7 +22,7 @@ from peft_vit.quantization import QuantizationFormat
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict of the plain timm model, with every update added to its weight (float32)."""
     adapted = dict(adapted_modules(model))
-    by_peft = peft_layers(model)
+    by_peft = tuner_layers(model)
     state = {}
     for name, tensor in model.state_dict().items():
         owner = next((module for module in (*adapted, *by_peft) if name.startswith(f"{module}.")), None)
@@ -33,10 +33,14 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if module.bias is not None:
             state[f"{name}.bias"] = module.bias.detach()
     for name, layer in by_peft.items():
-        check_plain(name, layer)
-        base = layer.get_base_layer()
-        right, left, scale = peft_factors(layer)
-        state[f"{name}.weight"] = base.weight.detach() + scale * (left @ right)
+        if is_plain(layer):
+            check_plain(name, layer)
+            base = layer.get_base_layer()
+            right, left, scale = peft_factors(layer)
+            state[f"{name}.weight"] = base.weight.detach() + scale * (left @ right)
+        else:
+            base = merged_base(layer)
+            state[f"{name}.weight"] = base.weight.detach()
         if base.bias is not None:
             state[f"{name}.bias"] = base.bias.detach()
     return state

@@ -33,7 +33,8 @@ from peft_vit.adapters.injection import adapted_modules, freeze_backbone, site_a
 from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.adapters.merging import trained_tensors
 from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE, HEAD, PREFIX, TENSORS_FILE, read_peft
-from peft_vit.adapters.peft_layers import check_plain, peft_factors, peft_layers
+from peft_vit.adapters.peft_layers import check_plain, is_plain, peft_factors, peft_layers, tuner_layers
+from peft_vit.adapters.peft_tuner import tuner_export
 from peft_vit.backbones import Backbone, Site, find_sites, fused_sites
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.records import write_atomically
@@ -60,15 +61,25 @@ def export_peft(model: nn.Module, folder: Path, base: Mapping[str, Any]) -> None
     Warns:
         SilentNoEffectWarning: if PEFT's layers have no effect in such a model as timm builds it.
     """
-    _check_exportable(model)
+    head = _head_parameters(model)
     if Backbone(model).prepare():
         _warn(
             "timm adds this model's bias of query, key and value past PEFT's layers: set qkv_bias_separate = True on "
             "each block's attn before PEFT loads the adapter, or it has no effect there"
         )
+    if any(not is_plain(layer) for layer in tuner_layers(model).values()):
+        config, tensors = tuner_export(model)
+        config["modules_to_save"] = [HEAD]
+        tensors |= {f"{PREFIX}{HEAD}.{name}": parameter for name, parameter in head.items()}
+        _write(folder, base, config, _plain_tensors(tensors))
+        return
+    _check_exportable(model)
     updates = {**_own_updates(model), **{name: peft_factors(layer) for name, layer in peft_layers(model).items()}}
     updates = {name: update for name, update in updates.items() if len(update[0])}  # PEFT knows no rank 0
-    config, tensors = _config_of(updates), _tensors_of(model, updates)
+    _write(folder, base, _config_of(updates), _tensors_of(model, updates))
+
+
+def _write(folder: Path, base: Mapping[str, Any], config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -109,11 +120,14 @@ def _tensors_of(model: nn.Module, updates: _Updates) -> dict[str, Tensor]:
     for name, (lora_A, lora_B, _) in updates.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": lora_A, f"{PREFIX}{name}.lora_B.weight": lora_B}
     tensors |= {f"{PREFIX}{HEAD}.{name}": parameter for name, parameter in _head_parameters(model).items()}
+    return _plain_tensors(tensors)
+
+
+def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _check_exportable(model: nn.Module) -> None:
-    _head_parameters(model)
     adapted = dict(adapted_modules(model))
     for name, module in adapted.items():
         if module.quantized is not None or any(adapter.pool != 1 for _, adapter in module.adapters()):

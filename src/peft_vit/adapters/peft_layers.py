@@ -1,10 +1,11 @@
-"""LoRA and AdaLoRA layers that the PEFT library has put into a model: their sites, ranks and updates.
+"""Layers that the PEFT library has put into a model: their sites, ranks and updates.
 
 PEFT is not imported: where nobody else has, a model has none of its layers.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -26,6 +27,14 @@ def peft_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, peft.LoraLayer)}
 
 
+def tuner_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the layers of any tuner of PEFT by the name of the module that they took the place of."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None:
+        return {}
+    return {name: module for name, module in model.named_modules() if isinstance(module, peft.BaseTunerLayer)}
+
+
 def sites_of_layers(model: nn.Module) -> dict[str, Site]:
     """Return the site of each of PEFT's layers, `blocks.3.attn.qkv`, by the layer's name as above.
 
@@ -34,7 +43,7 @@ def sites_of_layers(model: nn.Module) -> dict[str, Site]:
     Args:
         model: is or wraps one of a class that a family knows.
     """
-    layers = peft_layers(model)
+    layers = tuner_layers(model)
     if not all(hasattr(layer, _SITE) for layer in layers.values()):
         backbone = Backbone.within(model)
         backbone.prepare()
@@ -48,12 +57,15 @@ def sites_of_layers(model: nn.Module) -> dict[str, Site]:
 def peft_layers_by_site(model: nn.Module) -> dict[str, Any]:
     """Return the layers by the names of their sites."""
     layers = peft_layers(model)
-    return {site.name: layers[name] for name, site in sites_of_layers(model).items()}
+    return {site.name: layers[name] for name, site in sites_of_layers(model).items() if name in layers}
 
 
 def peft_ranks(model: nn.Module) -> dict[str, int]:
-    """Return the rank of each site that PEFT adapts, `blocks.3.attn.qkv`: what its last mask left, or what it made."""
-    layers = peft_layers(model)
+    """Return the rank of each site that PEFT adapts, `blocks.3.attn.qkv`: what its last mask left, or what it made.
+
+    A tuner without ranks, as IA3, has none.
+    """
+    layers = {name: layer for name, layer in tuner_layers(model).items() if ADAPTER in getattr(layer, "r", {})}
     if not layers:
         return {}
     pattern = getattr(model.peft_config[ADAPTER], "rank_pattern", None) or {}  # type: ignore[index]
@@ -62,7 +74,22 @@ def peft_ranks(model: nn.Module) -> dict[str, int]:
     return {
         site.name: sum(masks[name]) if name in masks else layers[name].r[ADAPTER]
         for name, site in sites_of_layers(model).items()
+        if name in layers
     }
+
+
+@torch.no_grad()
+def merged_base(layer: Any) -> Any:
+    """Return a copy of the layer that a tuner wraps, with the update in its weight, as PEFT merges it."""
+    merged = copy.deepcopy(layer)
+    merged.merge(adapter_names=[ADAPTER])
+    base: nn.Module = merged.get_base_layer()
+    return base
+
+
+def is_plain(layer: Any) -> bool:
+    """Tell whether a layer computes no more than W x + scale * B A x."""
+    return type(layer).__name__ in ("Linear", "SVDLinear") and hasattr(layer, "lora_A") and not layer.lora_variant
 
 
 def check_plain(name: str, layer: Any, adapter: str = ADAPTER) -> None:

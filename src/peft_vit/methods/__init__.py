@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from peft_vit.errors import UserError
@@ -10,14 +10,14 @@ from peft_vit.methods.adalora import ADALORA
 from peft_vit.methods.full import FULL
 from peft_vit.methods.linear import LINEAR, QA_LINEAR
 from peft_vit.methods.lora import LORA
-from peft_vit.methods.method import Method, Preparation, RankPlan, Wishes
-from peft_vit.methods.peft import PEFT_ADALORA, PEFT_LORA
+from peft_vit.methods.method import Method, Preparation, Wishes
+from peft_vit.methods.peft import PEFT, PEFT_ADALORA, PEFT_LORA
 from peft_vit.methods.qa_adalora import QA_ADALORA
 from peft_vit.methods.qa_lora import QA_LORA
 from peft_vit.settings import Frozen
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from peft_vit.backbones import BackboneShape
     from peft_vit.config import ExperimentConfig
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (LINEAR, QA_LINEAR, FULL, LORA, PEFT_LORA, ADALORA, PEFT_ADALORA, QA_LORA, QA_ADALORA)
+    for method in (LINEAR, QA_LINEAR, FULL, LORA, PEFT_LORA, ADALORA, PEFT_ADALORA, QA_LORA, QA_ADALORA, PEFT)
 }
 # Every section that an experiment may have, and the model of its settings; a probe has none of its own.
 SECTIONS: dict[str, type[Frozen]] = {
@@ -46,15 +46,18 @@ def prepare(
     seed: int,
     formats: Mapping[str, QuantizationFormat] | None = None,
     ranks: Mapping[str, int] | None = None,
+    calibration: Callable[[int], Tensor] | None = None,
+    module_ranks: Mapping[str, int] | None = None,
 ) -> list[RunHook]:
     """Make a plain model trainable as the method says, in place, and return what the loop has to call.
 
     Args:
         model: a plain one, from `load_backbone`.
         experiment: which method, and its settings.
-        total_steps, seed, formats, ranks: see `Preparation`.
+        total_steps, seed, formats, ranks, calibration, module_ranks: see `Preparation`.
     """
-    return experiment.kind.prepare(model, experiment, Preparation(total_steps, seed, formats, ranks))
+    preparation = Preparation(total_steps, seed, formats, ranks, calibration, module_ranks)
+    return experiment.kind.prepare(model, experiment, preparation)
 
 
 def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
@@ -77,4 +80,4 @@ def shorten(experiment: ExperimentConfig, total_steps: int, steps: int, *, every
     return experiment.model_copy(update=experiment.kind.shorten(experiment, total_steps, steps, every))
 
 
-__all__ = ["METHODS", "SECTIONS", "Method", "Preparation", "RankPlan", "Wishes", "check", "prepare", "shorten"]
+__all__ = ["METHODS", "SECTIONS", "Method", "Preparation", "Wishes", "check", "prepare", "shorten"]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from peft_vit.methods.method import Method, Preparation, RankPlan, Wishes, sites_of
+from peft_vit.methods.method import Method, Preparation, Wishes, sites_of
 from peft_vit.settings import AdapterConfig, Frozen, is_given
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import nn
 
-    from peft_vit.allocation import Bounds, BudgetSchedule
-    from peft_vit.backbones import BackboneShape, Site
+    from peft_vit.backbones import BackboneShape
     from peft_vit.config import ExperimentConfig
     from peft_vit.training import RunHook
 
@@ -161,34 +157,17 @@ class AdaLoraConfig(AdapterConfig):
         return self
 
 
-@dataclass(frozen=True)
-class RankCourse:
-    """What is known of adaptive ranks before the run: the sites, what a rank of each costs and may be, the budget."""
+def check_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total_steps: int) -> None:
+    """Refuse a budget that does not fit the sites, or a schedule that does not fit the steps.
 
-    sites: list[Site]
-    costs: NDArray[np.int64]  # of one rank, in the unit of the budget
-    bounds: Bounds
-    schedule: BudgetSchedule
-
-    def even_ranks(self, budget: int) -> dict[str, int]:
-        """Return equal ranks within a budget, by site: those that a run starts with."""
-        from peft_vit.allocation import even_ranks
-
-        ranks = even_ranks(budget, self.bounds, self.costs)
-        return {site.name: int(rank) for site, rank in zip(self.sites, ranks, strict=True)}
-
-    @property
-    def decisions(self) -> int:
-        """Return how often ranks are decided."""
-        schedule = self.schedule
-        return 1 + -(-(schedule.last_update - schedule.warmup_steps) // schedule.update_frequency)
-
-
-def rank_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total_steps: int) -> RankCourse:
-    """Return the course of adaptive ranks; `pool`: inputs that an adapter sums before it multiplies.
+    Args:
+        settings: of adaptive ranks.
+        pool: inputs that an adapter sums before it multiplies.
+        shape: of the backbone.
+        total_steps: of the run.
 
     Raises:
-        UserError: if the budget does not fit the sites, or the schedule the steps.
+        UserError: with the setting, below the experiment.
     """
     from peft_vit.allocation import bounds_for, costs_for, schedule_for
 
@@ -196,7 +175,7 @@ def rank_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total_
     shapes = [(site.in_features // pool, site.out_features) for site in sites]
     costs = costs_for(settings, shapes, [site.tokens for site in sites])
     bounds = bounds_for(settings, [min(sides) for sides in shapes], costs)
-    return RankCourse(sites, costs, bounds, schedule_for(settings, total_steps, bounds, costs))
+    schedule_for(settings, total_steps, bounds, costs)
 
 
 def controller_hook(model: nn.Module, settings: AdaLoraConfig, preparation: Preparation, *, pool: int = 1) -> RunHook:
@@ -218,20 +197,6 @@ def shortened(settings: AdaLoraConfig, total_steps: int, steps: int, every: int)
             "update_frequency": max(every, round(part * settings.update_frequency)),
             "warmup_steps": min(max(1, round(part * settings.warmup_steps)), steps - final),
         }
-    )
-
-
-def plan_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total_steps: int) -> RankPlan:
-    """Tell the ranks of a run before it is run; adaptive ones are taken as equal ones."""
-    course = rank_course(settings, pool, shape, total_steps)
-    return RankPlan(
-        first=course.even_ranks(course.schedule.initial),
-        last=course.even_ranks(course.schedule.total),
-        decisions=course.decisions,
-        scored=course.decisions,
-        values_per_rank=int(settings.parametrization == "svd"),
-        scores_per_value=2 if settings.importance_metric == "sensitivity" else 0,
-        pool=pool,
     )
 
 
@@ -261,15 +226,11 @@ def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Prepar
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    rank_course(experiment.need(AdaLoraConfig), 1, shape, total_steps)
+    check_course(experiment.need(AdaLoraConfig), 1, shape, total_steps)
 
 
 def _shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
     return {"adalora": shortened(experiment.need(AdaLoraConfig), total_steps, steps, every)}
-
-
-def _plan_ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
-    return plan_course(experiment.need(AdaLoraConfig), 1, shape, total_steps)
 
 
 ADALORA = Method(
@@ -281,7 +242,6 @@ ADALORA = Method(
     prepare=_prepare,
     check=_check,
     shorten=_shorten,
-    plan_ranks=_plan_ranks,
     defaults=defaults,
     learning_rate=5e-4,
     size_option="budget",

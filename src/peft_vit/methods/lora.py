@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, ValidationInfo, model_validator
 
 from peft_vit.errors import UserError
-from peft_vit.methods.method import Method, Preparation, RankPlan, Wishes, check_rank_at, sites_of
+from peft_vit.methods.method import Method, Preparation, Wishes, check_rank_at, sites_of
 from peft_vit.settings import AdapterConfig, is_given
 
 if TYPE_CHECKING:
@@ -69,14 +69,6 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
             raise UserError(str(error), field="lora.start") from None
 
 
-def _plan_ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
-    settings = experiment.need(LoraConfig)
-    if settings.rank is None:
-        return RankPlan()
-    ranks = {site.name: settings.rank for site in sites_of("lora", settings, shape)}
-    return RankPlan(ranks, ranks)
-
-
 def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
     return {"lora": {"rank": wishes.rank or DEFAULT_RANK}}
 
@@ -89,7 +81,6 @@ LORA = Method(
     settings={"lora": LoraConfig},
     prepare=_prepare,
     check=_check,
-    plan_ranks=_plan_ranks,
     defaults=_defaults,
     learning_rate=5e-4,
     size_option="rank",

@@ -19,7 +19,7 @@ from peft_vit.settings import AdapterConfig, Frozen
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from peft_vit.backbones import BackboneShape, Site
     from peft_vit.config import ExperimentConfig
@@ -36,35 +36,16 @@ class Preparation:
         seed: of the run.
         formats: of quantized weights, by module, where `adaptive_bits` has chosen them or a file says so.
         ranks: likewise by site, where `adaptive_bits` chooses ranks.
+        calibration: gives so many training images (N, C, H, W), where the start of training depends on data.
+        module_ranks: in place of such a start, the ranks of a saved run by module.
     """
 
     total_steps: int
     seed: int
     formats: Mapping[str, QuantizationFormat] | None = None
     ranks: Mapping[str, int] | None = None
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """What is known of a method's ranks and tensors before a run.
-
-    Attributes:
-        first: rank of each adapted site when training starts.
-        last: likewise when it ends.
-        decisions: how often ranks are decided.
-        scored: how many of these decisions leave scores in the record.
-        values_per_rank: trained for a rank beside its column and its row.
-        scores_per_value: kept for each value that is trained.
-        pool: inputs that an adapter sums before it multiplies.
-    """
-
-    first: Mapping[str, int] = field(default_factory=dict)
-    last: Mapping[str, int] = field(default_factory=dict)
-    decisions: int = 0
-    scored: int = 0
-    values_per_rank: int = 0
-    scores_per_value: int = 0
-    pool: int = 1
+    calibration: Callable[[int], Tensor] | None = None
+    module_ranks: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,10 +77,6 @@ def _no_schedule(experiment: ExperimentConfig, total_steps: int, steps: int, eve
     return {}
 
 
-def _no_ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
-    return RankPlan()
-
-
 def _no_sections(wishes: Wishes) -> dict[str, dict[str, Any]]:
     return {}
 
@@ -119,7 +96,6 @@ class Method:
         check: refuses what `prepare` or the run would refuse later, from shapes and numbers alone (UserError).
         shorten: returns the sections with schedules of `total_steps` that fit `steps`, deciding every `every` steps at
             most; for smoke runs and measurements of cost.
-        plan_ranks: tells the ranks of a run before it is run.
         defaults: the sections that `peft-vit train` takes.
         learning_rate: that `peft-vit train` takes: at the plateau, from the probe's head on, about half of what pilots
             chose as the peak of one cycle.
@@ -139,7 +115,6 @@ class Method:
     prepare: Callable[[nn.Module, ExperimentConfig, Preparation], list[RunHook]] = _as_it_is
     check: Callable[[ExperimentConfig, BackboneShape, int, int], None] = _checked
     shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = _no_schedule
-    plan_ranks: Callable[[ExperimentConfig, BackboneShape, int], RankPlan] = _no_ranks
     defaults: Callable[[Wishes], dict[str, dict[str, Any]]] = _no_sections
     learning_rate: float = 1e-3
     size_option: Literal["rank", "budget"] | None = None

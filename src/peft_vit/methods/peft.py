@@ -1,4 +1,4 @@
-"""LoRA and AdaLoRA by the PEFT library, references that stand beside ours: sections `peft_lora`, `peft_adalora`.
+"""Tuners of the PEFT library: any that takes the model (`peft`), LoRA (`peft_lora`) and AdaLoRA (`peft_adalora`).
 
 The library is an extra, and imported only when a run needs it.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from peft_vit.errors import UserError
 from peft_vit.methods.lora import DEFAULT_RANK
-from peft_vit.methods.method import Method, Preparation, RankPlan, Wishes, below, check_rank_at
+from peft_vit.methods.method import Method, Preparation, Wishes, below, check_rank_at
 from peft_vit.settings import AdapterConfig, Frozen
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
 # AdaLoRA 12 -> 8 with its penalty and its allocation; PEFT 0.21.2, the allocator's defaults.
 _LORA_OVER_OURS, _ADALORA_OVER_OURS = 1.42 / 1.29, 1.81 / 1.29
+_CALIBRATION_IMAGES = 64  # for a start that depends on data
 _FEWEST_STEPS = 12  # for which `train` takes AdaLoRA
 
 
@@ -63,24 +65,18 @@ def _modules(section: str, settings: AdapterConfig, shape: BackboneShape) -> lis
 
 
 def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
-    from peft_vit.adapters.peft_library import attach_peft_lora
+    from peft_vit.adapters.peft_tuner import attach_peft_lora
 
     attach_peft_lora(model, experiment.need(PeftLoraConfig), seed=preparation.seed)
     return []
 
 
 def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    from peft_vit.adapters.peft_library import require_peft
+    from peft_vit.adapters.peft_tuner import require_peft
 
     require_peft()
     settings = experiment.need(PeftLoraConfig)
     check_rank_at("peft_lora.rank", _modules("peft_lora", settings, shape), settings.rank)
-
-
-def _plan_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
-    settings = experiment.need(PeftLoraConfig)
-    ranks = {site.name: settings.rank for site in _modules("peft_lora", settings, shape)}
-    return RankPlan(ranks, ranks)
 
 
 def _lora_defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
@@ -95,7 +91,6 @@ PEFT_LORA = Method(
     settings={"peft_lora": PeftLoraConfig},
     prepare=_prepare_lora,
     check=_check_lora,
-    plan_ranks=_plan_lora,
     defaults=_lora_defaults,
     learning_rate=5e-4,
     size_option="rank",
@@ -112,7 +107,7 @@ def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, preparation
 
 
 def _check_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    from peft_vit.adapters.peft_library import require_peft
+    from peft_vit.adapters.peft_tuner import require_peft
     from peft_vit.training import last_update
 
     require_peft()
@@ -133,18 +128,6 @@ def _shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int,
     return {"peft_adalora": settings.model_copy(update=short)}
 
 
-def _plan_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
-    from peft_vit.training import last_update
-
-    settings = experiment.need(PeftAdaLoraConfig)
-    ranks = {
-        site.name: settings.initial_rank for site in _modules("peft_adalora", settings, shape)
-    }  # masks are zeros: tensors stay
-    every, last = settings.update_frequency, last_update(settings, total_steps)
-    decisions = last // every - settings.warmup_steps // every + (last % every > 0)
-    return RankPlan(ranks, ranks, decisions=decisions, values_per_rank=1, scores_per_value=3)
-
-
 def _adalora_defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
     wishes.enough_steps(_FEWEST_STEPS)
     return {"peft_adalora": {"update_frequency": max(1, wishes.steps // 8), "warmup_steps": max(1, wishes.steps // 4)}}
@@ -159,9 +142,57 @@ PEFT_ADALORA = Method(
     prepare=_prepare_adalora,
     check=_check_adalora,
     shorten=_shorten_adalora,
-    plan_ranks=_plan_adalora,
     defaults=_adalora_defaults,
     learning_rate=5e-3,
     forward_passes=2 * _ADALORA_OVER_OURS,
+    uses_peft=True,
+)
+
+
+class PeftConfig(Frozen):
+    """A tuner of the PEFT library with PEFT's own settings, which PEFT's own configuration checks."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(min_length=1, description="as PEFT names it, in small letters; and dora, rslora, eva")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what is handed on to PEFT."""
+        return dict(self.model_extra or {})
+
+
+def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+    from peft_vit.adapters.peft_tuner import attach_peft
+
+    config = experiment.need(PeftConfig)
+    images = None if preparation.calibration is None else preparation.calibration(_CALIBRATION_IMAGES)
+    attach_peft(
+        model, config.type, config.settings, seed=preparation.seed, images=images, ranks=preparation.module_ranks
+    )
+    return []
+
+
+def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    from peft_vit.adapters.peft_tuner import tuner_config
+
+    config = experiment.need(PeftConfig)
+    if config.type == "adalora":
+        raise UserError("moves ranks after each step; use method: peft_adalora, which does it", field="peft.type")
+    tuner_config(config.type, config.settings, shape.sites)
+
+
+PEFT = Method(
+    name="peft",
+    title="Tuner of PEFT",
+    color="#44aa99",
+    trains="adapters",
+    settings={"peft": PeftConfig},
+    prepare=_prepare,
+    check=_check,
+    defaults=lambda wishes: {"peft": {"type": "dora", "r": wishes.rank or DEFAULT_RANK}},
+    learning_rate=5e-4,
+    size_option="rank",
+    forward_passes=2 * _LORA_OVER_OURS,
     uses_peft=True,
 )

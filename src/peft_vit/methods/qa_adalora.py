@@ -8,7 +8,7 @@ from pydantic import ValidationInfo
 
 from peft_vit.methods import adalora, qa_lora
 from peft_vit.methods.adalora import AdaLoraConfig
-from peft_vit.methods.method import Method, Preparation, RankPlan, Wishes
+from peft_vit.methods.method import Method, Preparation, Wishes
 from peft_vit.methods.qa_lora import QaLoraConfig
 from peft_vit.settings import Frozen
 
@@ -47,16 +47,12 @@ def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Prepar
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     qa_lora.check_packing(experiment, shape, total_steps, train_images, rank=0)
-    adalora.rank_course(*pooled(experiment), shape, total_steps)
+    adalora.check_course(*pooled(experiment), shape, total_steps)
 
 
 def _shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
     settings = adalora.shortened(experiment.need(AdaLoraConfig), total_steps, steps, every)
     return {"adalora": settings, **qa_lora.shorten(experiment, total_steps, steps, every)}
-
-
-def _plan_ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
-    return adalora.plan_course(*pooled(experiment), shape, total_steps)
 
 
 def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
@@ -73,7 +69,6 @@ QA_ADALORA = Method(
     prepare=_prepare,
     check=_check,
     shorten=_shorten,
-    plan_ranks=_plan_ranks,
     defaults=_defaults,
     size_option="budget",
     why_not_peft=("its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model"),

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from peft_vit.errors import UserError
 from peft_vit.methods.lora import DEFAULT_RANK
-from peft_vit.methods.method import Method, Preparation, RankPlan, Wishes, check_rank_at, sites_of
+from peft_vit.methods.method import Method, Preparation, Wishes, check_rank_at, sites_of
 from peft_vit.settings import AdapterConfig, Frozen, is_given
 
 if TYPE_CHECKING:
@@ -146,7 +146,6 @@ PACKED_BY_DEFAULT: dict[str, Any] = {  # what `peft-vit train` takes
     "use_group_quantization": True,
 }
 _GROUP = 32
-_VALUE_BYTES = 4  # of an adapter's value
 
 
 def trainer(
@@ -215,25 +214,6 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
     check_packing(experiment, shape, total_steps, train_images, rank=0 if ranks_are_chosen else settings.fixed_rank)
 
 
-def _plan_ranks(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int) -> RankPlan:
-    """Tell the ranks; where `adaptive_bits` chooses them, as large as the budget allows at the fewest bits."""
-    from peft_vit.backbones import fused_sites
-    from peft_vit.training import format_of
-
-    settings = experiment.need(QaLoraConfig)
-    sites = sites_of("qa_lora", settings, shape)
-    rank = settings.fixed_rank
-    adaptive = settings.adaptive_bits
-    if adaptive is not None and adaptive.total_byte_budget and adaptive.ranks:
-        formats = [format_of(settings, type) for type in adaptive.types]
-        layers = fused_sites(sites).values()
-        fewest = sum(min(one.stored_bytes(of.out_features, of.in_features) for one in formats) for of in layers)
-        a_rank = sum(_VALUE_BYTES * (site.in_features // settings.pool + site.out_features) for site in sites)
-        rank = (adaptive.total_byte_budget - fewest) // a_rank
-    ranks = {site.name: min(rank, site.in_features // settings.pool, site.out_features) for site in sites}
-    return RankPlan(ranks, ranks, pool=settings.pool)
-
-
 def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
     # A pooled adapter sees one input a group: a rank above their number would be wasted.
     rank = wishes.rank or min(DEFAULT_RANK, wishes.shape.width // _GROUP)
@@ -249,7 +229,6 @@ QA_LORA = Method(
     prepare=_prepare,
     check=_check,
     shorten=shorten,
-    plan_ranks=_plan_ranks,
     defaults=_defaults,
     size_option="rank",
     why_not_peft=(

@@ -35,6 +35,7 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Seconds = Annotated[FiniteFloat, Field(ge=0)]
 
 
+_LATER_SECTIONS = ("peft",)
 _LATER_TRAINING = ("steps", "validate_every", "patience", "head_start")
 
 
@@ -74,7 +75,9 @@ class RunSpec(_Value):
         later = {
             name for name in _LATER_TRAINING if getattr(training, name) == type(training).model_fields[name].default
         }
-        unasked["experiment"] = {"training": later}
+        unasked["experiment"] = {"training": later} | {
+            name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None
+        }
         return hashlib.sha256(self.model_dump_json(exclude=unasked).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from peft_vit.adapters import adapted_sites, adapter_bytes, current_ranks
 from peft_vit.adapters.peft_files import doubts_about, peft_sha256
 from peft_vit.adapters.peft_layers import peft_ranks
-from peft_vit.adapters.peft_library import load_peft
+from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import LoadedBackbone, Weights, choose_attention, load_run_backbone, read_weights
 from peft_vit.config import BackboneConfig
 from peft_vit.data import Data, LabelledImages, load_data
@@ -52,7 +52,7 @@ from peft_vit.records import (
     RunRecord,
     RunSpec,
 )
-from peft_vit.runs.calibration import OfTraining, choose_bits
+from peft_vit.runs.calibration import OfTraining, calibration_batch, choose_bits
 from peft_vit.runs.device import resolve_device
 from peft_vit.runs.head_start import start_head
 from peft_vit.runs.measures import take_measures
@@ -174,6 +174,7 @@ def _execute(
         seed=spec.seed,
         formats=None if bits is None else bits.formats,
         ranks=None if bits is None else bits.ranks,
+        calibration=lambda count: calibration_batch(data, setting, spec.seed, min(count, len(data.train)))[0],
     )
     # Now that the head is the one that training starts from.
     provenance = attempt.begin(_provenance(spec, data, backbone, device), bits, bits_s)

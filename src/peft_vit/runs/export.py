@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules, load_trained, saved_formats, saved_ranks, saved_scales
 from peft_vit.adapters.peft_format import attach_fused, export_peft
+from peft_vit.adapters.peft_tuner import saved_module_ranks
 from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
 from peft_vit.config import ExperimentConfig, QaLoraConfig
 from peft_vit.data import DATASETS, LabelledImages, load_data
@@ -217,6 +218,7 @@ def prepare_as_saved(
         seed=seed,
         formats=saved_formats(file) if adaptive is not None else None,
         ranks=saved_ranks(file) if adaptive is not None and adaptive.ranks else None,
+        module_ranks=saved_module_ranks(file) if experiment.kind.uses_peft else None,
     )
 
 

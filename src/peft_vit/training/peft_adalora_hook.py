@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.peft_layers import ADAPTER, peft_layers, peft_ranks
-from peft_vit.adapters.peft_library import attach_peft_adalora
+from peft_vit.adapters.peft_tuner import attach_peft_adalora
 from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.config import PeftAdaLoraConfig
 from peft_vit.errors import UserError

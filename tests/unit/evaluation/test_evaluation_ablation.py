@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft_vit import AdaLoraConfig, AdaLoRAController, QaLoraConfig
 from peft_vit.adapters import attach_adapters, site_adapters, update_ranks, without_updates
 from peft_vit.adapters.peft_layers import ADAPTER, peft_layers
-from peft_vit.adapters.peft_library import attach_peft_adalora, attach_peft_lora
+from peft_vit.adapters.peft_tuner import attach_peft_adalora, attach_peft_lora
 from peft_vit.backbones import find_sites
 from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError

@@ -103,7 +103,7 @@ def test_measures_of_every_method_that_has_something_to_leave_out(study, tmp_pat
         assert record.validation.n == 20
 
 
-def test_updates_of_the_peft_library_are_left_out_and_merged_too(study, tmp_path) -> None:
+def test_updates_of_the_peft_tuner_are_left_out_and_merged_too(study, tmp_path) -> None:
     pytest.importorskip("peft")
     config = study("linear", "lora")
     adalora = PeftAdaLoraConfig(initial_rank=4, target_rank=2, warmup_steps=1, update_frequency=2, final_steps=2)

@@ -95,7 +95,7 @@ def test_every_method_has_a_preset(asked, method) -> None:
     if not experiment.is_probe:
         assert (training.schedule, training.head_start) == ("warmup_stable_decay", "probe")
         assert 150 <= training.patience * training.validate_every < 150 + 5 * training.validate_every
-        rates = {"full": 2e-5, "lora": 5e-4, "adalora": 5e-4, "peft_lora": 5e-4, "peft_adalora": 5e-3}
+        rates = {"full": 2e-5, "lora": 5e-4, "adalora": 5e-4, "peft_lora": 5e-4, "peft": 5e-4, "peft_adalora": 5e-3}
         assert training.learning_rate == rates.get(method, 1e-3)
 
 

@@ -77,7 +77,7 @@ def both(model):
 
 
 def peft_lora(model):
-    from peft_vit.adapters.peft_library import attach_peft_lora
+    from peft_vit.adapters.peft_tuner import attach_peft_lora
 
     attach_peft_lora(model, PeftLoraConfig(rank=2), seed=3)
     return []
