@@ -132,7 +132,7 @@ def test_an_option_without_effect_is_refused(asked, method, option, value) -> No
 
 
 def test_a_rank_has_no_effect_on_an_adapter_that_has_one(asked, tmp_path) -> None:
-    with pytest.raises(UserError, match=r"^--rank: has no effect"):
+    with pytest.raises(UserError, match=r"^--rank: is the adapter"):
         study_of(asked(start=tmp_path / "adapter", rank=4))
     assert training_of(asked(start=tmp_path / "adapter")).head_start == "random"  # it brings its own
 
