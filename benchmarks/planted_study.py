@@ -12,7 +12,7 @@ import numpy as np
 from peft_vit.config import ExperimentConfig
 from peft_vit.records import RunRecord, write_record
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit" / "analysis"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import planted
 

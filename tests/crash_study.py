@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ STUDY = fake_config(experiments=("a",), seeds=(0, 1))
 KILLED = 9
 
 
-def in_child(action: Callable[[], None]) -> int:
+def in_child(action: Callable[[], object]) -> int:
     """Do something in a forked process; return its exit status, negative for a signal."""
     child = os.fork()
     if child == 0:
@@ -78,7 +79,7 @@ def crash_everywhere(folder: Path) -> None:
         if (out / "fake").exists():
             counted = study_status(out / "fake") if any((out / "fake").iterdir()) else None
             assert counted is None or counted.owner is None
-        assert in_child(lambda out=out: fake_drive(STUDY, out, FakeExecutor(checkpoints_in=out))) == 0  # type: ignore[misc]
+        assert in_child(partial(fake_drive, STUDY, out, FakeExecutor(checkpoints_in=out))) == 0
         check_complete(STUDY, out)
         if code == 0:
             print(f"{count - 1} crash points")
@@ -150,7 +151,7 @@ def full_disk(folder: Path) -> None:
         code = in_child(disturbed)
         assert code in (0, 2), code
         refused += code == 2
-        assert in_child(lambda out=out: fake_drive(STUDY, out, FakeExecutor(checkpoints_in=out))) == 0  # type: ignore[misc]
+        assert in_child(partial(fake_drive, STUDY, out, FakeExecutor(checkpoints_in=out))) == 0
         check_complete(STUDY, out)
     print(f"{refused} full disks")
 
@@ -169,7 +170,7 @@ def small_files(folder: Path) -> None:
         code = in_child(disturbed)
         assert code in (0, 2), code
         refused += code == 2
-        assert in_child(lambda out=out: fake_drive(study, out, FakeExecutor(checkpoints_in=out))) == 0  # type: ignore[misc]
+        assert in_child(partial(fake_drive, study, out, FakeExecutor(checkpoints_in=out))) == 0
         check_complete(study, out)
     print(f"{refused} files too large")
 

@@ -71,6 +71,7 @@ class FakePlan:
 def fake_plan(study: StudyConfig, results_dir: Path, **settings: Any) -> FakePlan:
     """Plan all runs of a study; those with a record of success and an adapter are done."""
     runs = []
+    assert study.precision != "auto"
     for experiment in study.experiments:
         for seed in study.seeds:
             spec = RunSpec(
@@ -145,8 +146,9 @@ class FakeExecutor:
         if run is None:
             if not self._queue:
                 return None
-            self._running, self._step = self._queue.popleft(), 0
-            return RunStarted(self._running, f"process {os.getpid()}")
+            run = self._running = self._queue.popleft()
+            self._step = 0
+            return RunStarted(run, f"process {os.getpid()}")
         if self.stopped:
             self._running = None
             return RunInterrupted(run, self._step)

@@ -5,20 +5,16 @@ import io
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import planted
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "analysis"))
-
-import planted
 
 from peft_vit.records import RunRecord
 from peft_vit.report import ReportFiles, build_report

@@ -12,7 +12,7 @@ import pytest
 from peft_vit.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "experiments" / "scripts"), str(ROOT / "tests" / "unit" / "analysis")]
+sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
 import evidence as evidence_module  # noqa: E402
 import planted  # noqa: E402
 

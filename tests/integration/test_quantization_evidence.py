@@ -14,7 +14,7 @@ from peft_vit.config import load_study
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "experiments" / "configs"
-sys.path[:0] = [str(ROOT / "experiments" / "scripts"), str(ROOT / "tests" / "unit" / "analysis")]
+sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
 import planted  # noqa: E402
 import quantization_evidence as evidence  # noqa: E402
 

@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import planted
 import pytest
 import typer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "analysis"))
-
-import planted
 
 from peft_vit.analysis.comparability import POOL_KINDS
 from peft_vit.cli import app, main

@@ -2,16 +2,12 @@
 
 import csv
 import math
-import sys
 from pathlib import Path
 
+import planted
 import pytest
 from recomputed_methods import Ledger, Row
 from recomputed_tables import KEYS, NOT_COVERED, recomputation_of
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "analysis"))
-
-import planted
 
 from peft_vit.report import ReportFiles, build_report
 

@@ -16,7 +16,7 @@ from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "experiments" / "scripts"), str(ROOT / "tests" / "unit" / "analysis")]
+sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
 import evidence  # noqa: E402
 import planted  # noqa: E402
 import study_evidence  # noqa: E402

@@ -1,6 +1,9 @@
 """A controller in a plain loop, for several test files."""
 
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
@@ -8,8 +11,8 @@ from peft_vit import AdaLoraConfig, AdaLoRAController
 STEPS = 9
 
 
-def config(**settings) -> AdaLoraConfig:
-    default = {
+def config(**settings: Any) -> AdaLoraConfig:
+    default: dict[str, Any] = {
         "total_rank_budget": 15,
         "allocation_strategy": "proportional",
         "importance_metric": "gradient_norm",
@@ -20,20 +23,28 @@ def config(**settings) -> AdaLoraConfig:
     return AdaLoraConfig(**{**default, **settings})
 
 
-def optimizer_of(model) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-3)
 
 
-def start(model, settings: AdaLoraConfig, steps: int = STEPS, seed: int = 0):
+def start(
+    model: nn.Module, settings: AdaLoraConfig, steps: int = STEPS, seed: int = 0
+) -> tuple[AdaLoRAController, torch.optim.Optimizer]:
     controller = AdaLoRAController(model, settings, steps, seed=seed)
     return controller, optimizer_of(model)
 
 
-def backward(model, batch) -> None:
+def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     F.cross_entropy(model(batch[0]), batch[1]).backward()
 
 
-def train_step(model, controller, optimizer, batch, step) -> dict[str, int]:
+def train_step(
+    model: nn.Module,
+    controller: AdaLoRAController,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    step: int,
+) -> dict[str, int]:
     backward(model, batch)
     scores = controller.update_importance_scores(model, step)
     optimizer.step()

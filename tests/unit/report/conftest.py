@@ -1,11 +1,5 @@
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))  # the planted records serve both folders
-
 import planted
+import pytest
 
 from peft_vit.records import RunRecord
 

@@ -1,10 +1,12 @@
 """Settings that the tests of QALoRATrainer share."""
 
+from typing import Any
+
 from peft_vit import QaLoraConfig
 
 
-def config(**settings) -> QaLoraConfig:
-    default = {
+def config(**settings: Any) -> QaLoraConfig:
+    default: dict[str, Any] = {
         "quantization_bits": 4,
         "quantization_type": "nf4",
         "quantization_schedule": "constant",
@@ -15,7 +17,7 @@ def config(**settings) -> QaLoraConfig:
     return QaLoraConfig(**{**default, **settings})
 
 
-def scheduled(**settings) -> QaLoraConfig:
+def scheduled(**settings: Any) -> QaLoraConfig:
     return config(
         **{
             "quantization_schedule": "linear",

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.config import MATRICES, ExperimentConfig, StudyConfig, study_from_mapping
+from peft_vit.config import (
+    MATRICES,
+    AdaLoraConfig,
+    ExperimentConfig,
+    LoraConfig,
+    QaLoraConfig,
+    StudyConfig,
+    study_from_mapping,
+)
 from peft_vit.records import (
     BitsEntry,
     ByteCounts,
@@ -120,6 +128,7 @@ def sites() -> list[SiteInfo]:
             name=f"blocks.{block}.{'mlp' if matrix in WIDTHS else 'attn'}.{matrix}",
             block=block,
             matrix=matrix,
+            role="mlp" if matrix in WIDTHS else "attention",
             in_features=WIDTHS.get(matrix, (384, 384))[0],
             out_features=WIDTHS.get(matrix, (384, 384))[1],
         )
@@ -191,10 +200,11 @@ def _adapter_parameters(ranks: dict[str, int]) -> int:
 
 def _histories(experiment: ExperimentConfig, seed: int) -> tuple[list[RankEntry], list[ImportanceEntry]]:
     names = [site.name for site in sites()]
-    if experiment.adalora is None:
-        section = experiment.lora or experiment.qa_lora
+    if experiment.section(AdaLoraConfig) is None:
+        section = experiment.section(LoraConfig) or experiment.section(QaLoraConfig)
         if section is None:
             return [], []
+        assert section.rank is not None
         return [RankEntry(step=0, budget=None, ranks=dict.fromkeys(names, section.rank))], []
     ranks = [RankEntry(step=0, budget=432, ranks=dict.fromkeys(names, 6))]
     importance = []
@@ -211,16 +221,19 @@ LEFT_IN_FLOAT = 4 * (BACKBONE_PARAMETERS - BLOCKS * sum(LAYERS.values()))  # byt
 
 
 def _bits(experiment: ExperimentConfig) -> float:
-    assert experiment.qa_lora is not None
-    return experiment.qa_lora.quantization_bits + (1.0 if experiment.qa_lora.use_group_quantization else 0.08)
+    section = experiment.need(QaLoraConfig)
+    assert section.quantization_bits is not None
+    return section.quantization_bits + (1.0 if section.use_group_quantization else 0.08)
 
 
 def _quantization(experiment: ExperimentConfig) -> QuantizationSummary | None:
-    if experiment.qa_lora is None:
+    section = experiment.section(QaLoraConfig)
+    if section is None:
         return None
-    bits = _bits(experiment)
-    codes = experiment.qa_lora.quantization_bits / 8
-    error = {4: 0.09, 8: 0.006}[experiment.qa_lora.quantization_bits]
+    bits, stated = _bits(experiment), section.quantization_bits
+    assert stated is not None
+    codes = stated / 8
+    error = {4: 0.09, 8: 0.006}[stated]
     modules = {f"blocks.{block}.{kind}": weights for block in range(BLOCKS) for kind, weights in LAYERS.items()}
     layers = {
         name: LayerSize(

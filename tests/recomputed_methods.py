@@ -109,16 +109,17 @@ def against(led: Ledger, slug: str) -> list[Row]:
     return compared([({"experiment": n}, *differences(led, n, reference, on_test)) for n in others])
 
 
+def of_test(measure: str) -> Callable[[Record], float]:
+    return lambda record: record["test"][measure]
+
+
 def calibration_against(led: Ledger, slug: str) -> list[Row]:
     reference = slug.removeprefix("calibration_against_")
     rows = []
     for measure in ("nll", "ece"):
         rows += compared(
             [
-                (
-                    {"experiment": n, "measure": measure},
-                    *differences(led, n, reference, lambda r, m=measure: r["test"][m]),
-                )
+                ({"experiment": n, "measure": measure}, *differences(led, n, reference, of_test(measure)))
                 for n in led.runs
                 if n != reference
             ]
@@ -128,12 +129,12 @@ def calibration_against(led: Ledger, slug: str) -> list[Row]:
 
 def all_pairs(led: Ledger, _: str) -> list[Row]:
     names = sorted(led.runs)
-    rows = []
+    pairs: list[tuple[Row, list[int], list[float]]] = []
     for one, other in combinations(names, 2):
         seeds, values = differences(led, one, other, on_test)
-        rows.append(({"experiment": one, "reference": other}, seeds, values))
-    family = compared(rows, "difference_n")
-    for row, (_, seeds, values) in zip(family, rows, strict=True):
+        pairs.append(({"experiment": one, "reference": other}, seeds, values))
+    family = compared(pairs, "difference_n")
+    for row, (_keys, seeds, values) in zip(family, pairs, strict=True):
         for seed in seeds:
             del row[f"seed_{seed}"]
         row["improvement"] = np.mean([(v > 1e-12) + 0.5 * (abs(v) <= 1e-12) for v in values])
@@ -237,7 +238,7 @@ def of_metrics(*measures: str) -> Callable[[Ledger, str], list[Row]]:
             | {
                 key: value
                 for m in measures
-                for key, value in interval(m, led.over_seeds(n, lambda r, m=m: r["test"][m]), f"{m}_n").items()
+                for key, value in interval(m, led.over_seeds(n, of_test(m)), f"{m}_n").items()
             }
             for n in led.runs
         ]
