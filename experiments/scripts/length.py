@@ -2,9 +2,9 @@
 
     .venv/bin/python experiments/scripts/length.py [DIR]
 
-DIR holds the runs; of each one row is kept, without its test accuracy, which chooses nothing. Without DIR only the table
-is made anew. The best of a run's validations rises with their number even where nothing is learned, and a longer run
-has more of them, so the accuracy at the last step stands beside it.
+DIR holds the runs; of each one row is kept, without its test accuracy, which chooses nothing. Without DIR only the
+table is made anew. The best of a run's validations rises with their number even where nothing is learned, and a longer
+run has more of them, so the accuracy at the last step stands beside it.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def table() -> str:
             )
     seeds = ", ".join(str(seed) for seed in sorted(rows.seed.unique()))
     note = (
-        f"Mean validation accuracy in %: the best of a run's validations / the last one. {len(rows)} runs, seeds {seeds}. "
-        f"Commit {', '.join(sorted(rows.commit.unique()))}."
+        f"Mean validation accuracy in %: the best of a run's validations / the last one. {len(rows)} runs, "
+        f"seeds {seeds}. Commit {', '.join(sorted(rows.commit.unique()))}."
     )
     return "\n".join([*lines, "", note])
 
