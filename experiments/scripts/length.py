@@ -3,8 +3,7 @@
     .venv/bin/python experiments/scripts/length.py [DIR]
 
 DIR holds the runs; of each one row is kept, without its test accuracy, which chooses nothing. Without DIR only the
-table is made anew. The best of a run's validations rises with their number even where nothing is learned, and a longer
-run has more of them, so the accuracy at the last step stands beside it.
+table is made anew. A run's best validation is partly luck, so the accuracy at its last step stands beside it.
 """
 
 from __future__ import annotations
