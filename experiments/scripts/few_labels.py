@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from evidence import RESULTS, ROOT, filled
+from evidence import RESULTS, ROOT, filled, merge
 
 from peft_vit import cli
 from peft_vit.records import read_records, write_atomically
@@ -84,6 +84,7 @@ def keep(folder: Path) -> None:
     """Put a row a run into results/."""
     rows = [
         {
+            "experiment": f"{record.spec.study}_{record.spec.experiment.name}",
             "dataset": record.spec.data.dataset,
             "shots": record.spec.data.shots_per_class,
             "method": record.spec.experiment.method,
@@ -100,8 +101,8 @@ def keep(folder: Path) -> None:
         for record in read_records(folder)
         if record.status == "done" and record.validation and record.test and record.provenance
     ]
-    table = pd.DataFrame(rows).sort_values(["dataset", "shots", "method", "seed"])
-    write_atomically(ROWS, table.to_csv(index=False, lineterminator="\n").encode())
+    present = ROWS.read_text(encoding="utf-8") if ROWS.exists() else None
+    write_atomically(ROWS, merge(present, pd.DataFrame(rows)).encode())
 
 
 def table() -> str:

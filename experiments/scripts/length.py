@@ -13,7 +13,7 @@ import io
 from pathlib import Path
 
 import pandas as pd
-from evidence import RESULTS, ROOT, filled
+from evidence import RESULTS, ROOT, filled, merge
 
 from peft_vit import cli
 from peft_vit.errors import UserError
@@ -33,8 +33,7 @@ def keep(folder: Path) -> None:
     records = list(read_records(folder))
     if not records or any(r.spec.study != STUDY or r.spec.smoke or r.status != "done" for r in records):
         raise UserError(f"expected runs of {STUDY}, all of them done; run its configuration to the end", file=folder)
-    table = pd.DataFrame([_row(record) for record in records]).sort_values(["method", "learning_rate", "steps", "seed"])
-    write_atomically(ROWS, table.to_csv(index=False, lineterminator="\n").encode())
+    write_atomically(ROWS, merge(None, pd.DataFrame([_row(record) for record in records])).encode())
 
 
 def _row(record: RunRecord) -> dict[str, object]:
