@@ -13,7 +13,7 @@ import io
 from pathlib import Path
 
 import pandas as pd
-from evidence import RESULTS, ROOT, filled, merge
+from evidence import RESULTS, ROOT, filled, markdown, merge
 
 from peft_vit import cli
 from peft_vit.errors import UserError
@@ -61,7 +61,7 @@ def table() -> str:
     lengths = sorted(rows.steps.unique())
     first, last = lengths[0], lengths[-1]
     head = [*(f"{steps} steps" for steps in lengths), f"{last} minus {first} (sd)", f"seconds, {first} and {last}"]
-    lines = [f"| method | rate | {' | '.join(head)} |", f"| --- | {' | '.join(['---:'] * (len(head) + 1))} |"]
+    lines: list[tuple[str, ...]] = [("method", "rate", *head)]
     for method, title in TITLES.items():
         for rate, part in rows[rows.method == method].groupby("learning_rate"):
             cells = [
@@ -76,15 +76,13 @@ def table() -> str:
             ]
             gain = " / ".join(f"{one.mean():+.1f} ({one.std():.1f})" for one in gains)
             seconds = part.groupby("steps").seconds.median()
-            lines.append(
-                f"| {title} | {rate:g} | {' | '.join(cells)} | {gain} | {seconds[first]:.0f} and {seconds[last]:.0f} |"
-            )
+            lines.append((title, f"{rate:g}", *cells, gain, f"{seconds[first]:.0f} and {seconds[last]:.0f}"))
     seeds = ", ".join(str(seed) for seed in sorted(rows.seed.unique()))
     note = (
         f"Mean validation accuracy in %: the best of a run's validations / the last one. {len(rows)} runs, "
         f"seeds {seeds}. Commit {', '.join(sorted(rows.commit.unique()))}."
     )
-    return "\n".join([*lines, "", note])
+    return f"{markdown(lines, right=1)}\n\n{note}"
 
 
 def main() -> None:
