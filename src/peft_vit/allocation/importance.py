@@ -16,6 +16,8 @@ gradients g = dL/dw, the score after each backward pass is
     random         uniform noise from the run's seed: a control
     uniform        1: a control
 
+Metrics of the frozen weight (`methods.metrics`) score a site once, and each of its triplets alike.
+
 Smoothing is v <- beta v + (1 - beta) new, from v = 0, with beta1. New triplets start from 0 as at the beginning.
 """
 
@@ -27,11 +29,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_vit.adapters import Adapter, SiteAdapter
+from peft_vit.adapters import AdaptedLinear, Adapter, SiteAdapter, adapted_modules
 from peft_vit.adapters.low_rank import start_size
-from peft_vit.config import Metric
+from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
+from peft_vit.config import METRICS, Metric
 from peft_vit.errors import UserError
 from peft_vit.records import SiteInfo
 
@@ -62,15 +65,23 @@ class ImportanceTracker:
         sensitivity_beta: beta1.
         uncertainty_beta: beta2.
         generator: for `random`.
+        of_sites: scores from `weight_scores`.
     """
 
     def __init__(
-        self, metric: Metric, *, sensitivity_beta: float, uncertainty_beta: float, generator: torch.Generator
+        self,
+        metric: Metric,
+        *,
+        sensitivity_beta: float,
+        uncertainty_beta: float,
+        generator: torch.Generator,
+        of_sites: Mapping[str, float] | None = None,
     ) -> None:
         self.metric = metric
         self.beta1 = sensitivity_beta
         self.beta2 = uncertainty_beta
         self.generator = generator
+        self.of_sites = of_sites or {}
         self._state: dict[tuple[str, str], Tensor] = {}  # by site and quantity, see state_dict
 
     @torch.no_grad()
@@ -91,6 +102,8 @@ class ImportanceTracker:
             raise UserError(f"expected a positive number, got {loss_scale}", field="loss_scale")
         if self.metric == "uniform":
             return {name: torch.ones(one.rank, device=one.lora_A.device) for name, one in adapters.items()}
+        if METRICS[self.metric].of_weight is not None:
+            return {name: one.lora_A.new_full((one.rank,), self.of_sites[name]) for name, one in adapters.items()}
         if self.metric == "random":
             noise = {name: torch.rand(one.rank, generator=self.generator) for name, one in adapters.items()}
             return {name: values.to(adapters[name].lora_A.device) for name, values in noise.items()}
@@ -170,6 +183,21 @@ class ImportanceTracker:
     def move_to(self, device: torch.device) -> None:
         """Bring the smoothed quantities to the adapters' device: a loaded state may lie elsewhere."""
         self._state = {key: value.to(device) for key, value in self._state.items()}
+
+
+@torch.no_grad()
+def weight_scores(model: nn.Module, metric: Metric) -> dict[str, float]:
+    """Return the score of each adapted site from its frozen weight, nothing under a metric that scores triplets."""
+    score = METRICS[metric].of_weight
+    if score is None:
+        return {}
+    ours = [(site, module) for _, module in adapted_modules(model) for site, _ in module.adapters()]
+    theirs = [(site, peft_layers(model)[name].base_layer) for name, site in sites_of_layers(model).items()]
+    weights = {
+        site.name: (module.frozen_weight() if isinstance(module, AdaptedLinear) else module.weight)[site.span]
+        for site, module in [*ours, *theirs]
+    }
+    return {name: score(weight.float()) for name, weight in weights.items()}
 
 
 def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from pydantic import Field, ValidationInfo, model_validator
 
 from peft_vit.methods.method import Method, Preparation, Wishes, sites_of
+from peft_vit.methods.metrics import GRADIENT_METRICS, Metric
 from peft_vit.settings import AdapterConfig, Frozen, is_given
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from peft_vit.training import RunHook
 
 Strategy = Literal["proportional", "threshold", "top_k", "global"]
-Metric = Literal["magnitude", "gradient_norm", "fisher", "sensitivity", "random", "uniform"]
-GRADIENT_METRICS: tuple[Metric, ...] = ("gradient_norm", "fisher", "sensitivity")
 BudgetUnit = Literal["ranks", "parameters", "bytes", "macs"]
 
 
