@@ -30,6 +30,14 @@ class ImportanceMetric:
     of_weight: Callable[[Tensor], float] | None = None
 
 
+def _stable_rank(weight: Tensor) -> float:
+    """Return ||W||_F^2 / ||W||_2^2, between 1 and the rank (Rudelson and Vershynin, arXiv math/0503442); 0 of zeros."""
+    from torch.linalg import matrix_norm
+
+    largest = float(matrix_norm(weight, 2))
+    return float(matrix_norm(weight)) ** 2 / largest**2 if largest else 0.0
+
+
 METRICS: dict[str, ImportanceMetric] = {
     "magnitude": ImportanceMetric(probe_power=1),
     "gradient_norm": ImportanceMetric(reads_gradient=True, probe_power=1),
@@ -37,6 +45,7 @@ METRICS: dict[str, ImportanceMetric] = {
     "sensitivity": ImportanceMetric(reads_gradient=True, probe_power=2),
     "random": ImportanceMetric(),
     "uniform": ImportanceMetric(),
+    "stable_rank": ImportanceMetric(of_weight=_stable_rank),
 }
 GRADIENT_METRICS = tuple(name for name, metric in METRICS.items() if metric.reads_gradient)
 

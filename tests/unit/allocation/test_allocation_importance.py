@@ -297,3 +297,36 @@ def test_a_site_scores_the_mean_over_its_triplets() -> None:
     scores = {"a": torch.tensor([1.0, 2.0, 6.0]), "without": torch.zeros(0), "b": torch.tensor([0.5])}
     assert mean_per_triplet(scores) == {"a": 3.0, "b": 0.5}
     assert mean_per_triplet({}) == {}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_stable_rank_of_the_frozen_weight_decides_without_gradients(tiny_vit, wrapped) -> None:
+    plain, model = tiny_vit(), tiny_vit()
+    with torch.no_grad():
+        for one in (plain, model):
+            one.blocks[1].mlp.fc2.weight.zero_()
+    settings = AdaLoraConfig(
+        total_rank_budget=6,
+        budget_schedule="constant",
+        allocation_strategy="proportional",
+        importance_metric="stable_rank",
+        update_frequency=1,
+        warmup_steps=1,
+    )
+    if wrapped:
+        peft = pytest.importorskip("peft")
+        targets = r".*blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+        model = peft.get_peft_model(model, peft.LoraConfig(r=1, lora_alpha=2, target_modules=targets))
+        settings = settings.model_copy(update={"total_rank_budget": 9, "minimum_rank": 1})
+    controller = AdaLoRAController(model, settings, 4)
+    scores = controller.update_importance_scores(model, 1)  # of sites without rank, too
+    assert scores.keys() == {one.name for one in controller.sites}
+    for one in controller.sites:
+        rows = {"query": slice(0, 64), "key": slice(64, 128), "value": slice(128, 192)}.get(one.matrix, slice(None))
+        module = {"out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}.get(one.matrix, "attn.qkv")
+        weight = plain.get_submodule(f"blocks.{one.block}.{module}").weight[rows].detach().double().numpy()
+        singular = np.linalg.svd(weight, compute_uv=False)
+        expected = (singular**2).sum() / singular[0] ** 2 if singular[0] else 0.0
+        assert scores[one.name] == pytest.approx(expected, rel=1e-4)
+    ranks = controller.reallocate_ranks(scores, 1)
+    assert ranks["blocks.1.mlp.fc2"] == wrapped  # the least that it may have
