@@ -127,8 +127,9 @@ def check_record(record: RunRecord) -> None:
     assert (record.test.auroc is not None) == binary
     method, parameters = record.spec.experiment.method, record.parameters
     if method in ("adalora", "qa_adalora"):
-        budget = record.spec.experiment.adalora.budget
-        assert [entry.step for entry in record.importance_history] == list(range(1, 8))
+        adalora = record.spec.experiment.adalora
+        budget = adalora.budget
+        assert [entry.step for entry in record.importance_history] == list(range(1, 9 - adalora.final_steps))
         assert {entry.unit for entry in record.rank_history} == {budget.unit}
         assert all(entry.spent <= entry.budget for entry in record.rank_history)
         assert record.rank_history[-1].budget == budget.total

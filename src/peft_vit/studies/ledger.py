@@ -46,7 +46,8 @@ class Ledger:
         try:
             self._open()
             content = read_ledger(self.file)
-            os.ftruncate(self._descriptor, content.whole_bytes)
+            if os.fstat(self._descriptor).st_size > content.whole_bytes:
+                os.ftruncate(self._descriptor, content.whole_bytes)
             flush(folder)
         except OSError as error:
             self.close()

@@ -203,22 +203,21 @@ def test_auto_is_decided_by_the_plan_printed_and_kept(study, tmp_path, machine, 
 
 
 @pytest.mark.parametrize(("first", "then", "kept"), [(NATIVE, EMULATED, "bf16"), (EMULATED, NATIVE, "fp32")])
-@pytest.mark.parametrize("part", [False, True])
-def test_a_study_goes_on_elsewhere_in_its_precision(study, tmp_path, machine, first, then, kept, part) -> None:
+def test_a_study_goes_on_elsewhere_in_its_precision(study, tmp_path, machine, first, then, kept) -> None:
     config = as_asked(study("linear", seeds=(0, 1)), "auto")
     machine(first)
     plan = planned(config, tmp_path)
     begin(plan, tmp_path)
     run_and_write(plan.runs[0].spec, tmp_path)
     machine(then)
-    again = planned(config, tmp_path, part=part)
+    again = planned(config, tmp_path)
     assert [(run.done, run.spec.precision) for run in again.runs] == [(True, kept), (False, kept)]
     assert printed(again).count(f"precision: {kept}, as the study was begun, though auto would be") == 1
-    named = planned(as_asked(config, kept), tmp_path, part=part)
+    named = planned(as_asked(config, kept), tmp_path)
     assert [run.spec for run in named.runs] == [run.spec for run in again.runs]
     other = {"bf16": "fp32", "fp32": "bf16"}[kept]
     with pytest.raises(UserError, match="was begun with another configuration") as caught:
-        planned(as_asked(config, other), tmp_path, part=part)
+        planned(as_asked(config, other), tmp_path)
     assert f"-precision: {kept}\n+precision: {other}" in caught.value.details
 
 
