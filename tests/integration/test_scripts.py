@@ -247,19 +247,6 @@ def test_a_document_without_both_marks_is_left_alone(
     assert document.read_text() == f"text {marks} text"
 
 
-def validate(root: Path, tests: str) -> subprocess.CompletedProcess[str]:
-    """Run the validation over other tests than the repository's."""
-    (root / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['part(name): a part']\n")
-    (root / "tests").mkdir()
-    (root / "tests" / "test_it.py").write_text(f"import pytest\n\n\n{tests}")
-    code = (
-        "import sys, pathlib, test_adaptive_experiments as validation\n"
-        f"validation.ROOT = pathlib.Path({str(root)!r})\n"
-        "sys.exit(validation.main(['-p', 'no:cacheprovider']))"
-    )
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def marked_tests(parts: tuple[str, ...]) -> str:
     return "".join(f"@pytest.mark.part({part!r})\ndef test_{i}():\n    pass\n\n\n" for i, part in enumerate(parts))
 
@@ -284,7 +271,19 @@ NO_SETUP = (
     ],
     ids=["all pass", "one fails", "one cannot start", "a part without test", "unknown part", "no import"],
 )
-def test_the_validation_counts_and_fails_when_it_should(tmp_path: Path, tests: str, code: int, printed: str) -> None:
-    done = validate(tmp_path, tests)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert printed in done.stdout
+def test_the_validation_counts_and_fails_when_it_should(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tests: str,
+    code: int,
+    printed: str,
+) -> None:
+    """It runs over other tests than the repository's, which lie in modules of a name that nothing else has."""
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['part(name): a part']\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / f"test_{tmp_path.name}.py").write_text(f"import pytest\n\n\n{tests}")
+    validation = load(ROOT / "test_adaptive_experiments.py")
+    monkeypatch.setattr(validation, "ROOT", tmp_path)
+    assert validation.main(["-p", "no:cacheprovider"]) == code
+    assert printed in capfd.readouterr().out

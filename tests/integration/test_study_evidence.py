@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import evidence
 import numpy as np
 import pandas as pd
+import planted
 import pytest
+import study_evidence
+import study_figures
+import study_tables
 
 from peft_vit.analysis import analyze, load_studies
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
-import evidence  # noqa: E402
-import planted  # noqa: E402
-import study_evidence  # noqa: E402
-import study_figures  # noqa: E402
-import study_tables  # noqa: E402
 
 CONFIGS = ROOT / "experiments" / "configs"
 PILOT_OF = {

@@ -1,7 +1,7 @@
 """How often each interval of `peft_vit.statistics` holds the truth at 3, 5 and 10 seeds, by simulation.
 
-    python benchmarks/coverage.py            simulate (two minutes on one core), write the result, fill the document
-    python benchmarks/coverage.py --table    fill docs/statistics.md from the result that is there
+    python benchmarks/interval_coverage.py           simulate for two minutes, write the result, fill the document
+    python benchmarks/interval_coverage.py --table   fill docs/statistics.md from the result that is there
 
 Each cell is 4,000 studies with a known truth. The functions measured are those that reports use, called once a study;
 only the mixed model is taken in its closed form for complete pairs, which a test compares with the fitted one. Two
@@ -293,8 +293,8 @@ def table(result: Mapping[str, Any]) -> str:
             f"{setting['resamples']} resamples. "
             f"{SHARE[0].upper()}{SHARE[1:]}, 82 % right, exactly: {shares}.",
             "",
-            f"`benchmarks/coverage.py`, seed {setting['seed']}, {result['date']}, {machine['processor']}, Python "
-            f"{machine['python']}, {versions}.",
+            f"`benchmarks/interval_coverage.py`, seed {setting['seed']}, {result['date']}, {machine['processor']}, "
+            f"Python {machine['python']}, {versions}.",
         ]
     )
 
