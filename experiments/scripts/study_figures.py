@@ -32,9 +32,8 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Drawing]]:
     for name, analysis in analyses.items():
         if name == DESCRIPTIVE:
             continue
-        for drawing in forests(analysis, MARGIN):
-            if drawing.slug.endswith(REFERENCE):
-                yield f"{name}_differences.png", drawing
+        if (drawing := forests(analysis, MARGIN).get(REFERENCE)) is not None:
+            yield f"{name}_differences.png", drawing
     if (elpv := analyses.get(MAIN)) is not None:
         yield f"{MAIN}_bytes.png", accuracy_by_bytes(elpv.methods)
         shown = [one for one in elpv.allocation if one.experiment.name in _RANKED]

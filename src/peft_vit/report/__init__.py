@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_vit.analysis import Results, analyze, load_results
+from peft_vit.analysis import Results, analyze, load_results, study_agreements
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.errors import UserError
 from peft_vit.records import HTML_FILE, MARKDOWN_FILE, write_atomically
@@ -69,7 +69,9 @@ def build_report(
     """
     results = load_results(results_dir)
     registry = load_registry(hypotheses)
-    documents = study_documents([analyze(study, registry) for study in results.studies], thumbnails)
+    analyses = [analyze(study, registry) for study in results.studies]
+    agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
+    documents = study_documents(analyses, agreements, thumbnails)
     html = output_dir / HTML_FILE if page else None
     with _writing_to(output_dir):
         if html is not None:

@@ -62,22 +62,31 @@ class Table:
 
     @classmethod
     def of(
-        cls, slug: str, title: str, rows: Iterable[Row], note: str, *, data: Iterable[dict[str, Raw]] | None = None
+        cls,
+        slug: str,
+        title: str,
+        rows: Iterable[Row],
+        note: str,
+        *,
+        data: Iterable[dict[str, Raw]] | None = None,
+        folded: bool = False,
     ) -> Table:
         """Return a table of cells.
 
         Args:
-            slug: name for files and anchors.
-            title: what it shows.
+            slug: as in the class, like `title`, `note` and `folded`.
+            title: see there.
             rows: each with the same headings in the same order; without any there are no headings, and the note is all.
-            note: how to read it.
+            note: see there.
             data: rows for the CSV file; None: the values of the cells.
+            folded: see there.
         """
         cells = [{name: Cell(c) if isinstance(c, str) else c for name, c in row.items()} for row in rows]
         if data is None:
             data = [{key: value for cell in row.values() for key, value in cell.values.items()} for row in cells]
         columns = tuple(name for name in (cells[0] if cells else {}) if name != UNSEEN)
-        return cls(slug, title, columns, tuple(tuple(row[c].text for c in columns) for row in cells), note, tuple(data))
+        texts = tuple(tuple(row[name].text for name in columns) for row in cells)
+        return cls(slug, title, columns, texts, note, tuple(data), folded)
 
 
 @dataclass(frozen=True)

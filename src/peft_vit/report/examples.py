@@ -11,7 +11,7 @@ from peft_vit.records import RunRecord
 from peft_vit.report.document import UNSEEN, Block, Cell, Gallery, Paragraph, Picture, Table
 from peft_vit.report.formatting import count, joined, percent, plain
 from peft_vit.report.summary import best_on_validation, licence
-from peft_vit.report.tables import number_cell
+from peft_vit.report.tables import cell
 
 # From a run's record and positions in its data set to PNG files; raises UserError if the images are not at hand.
 Thumbnails = Callable[[RunRecord, Sequence[int]], list[bytes]]
@@ -40,12 +40,12 @@ def _counts_table(found: ImageExamples) -> Table:
         (
             {
                 UNSEEN: Cell("", {"best": found.best, "baseline": found.baseline}),
-                "Seed": number_cell("seed", seed),
+                "Seed": cell("seed", seed),
                 **{
-                    title: number_cell(group.replace(" ", "_"), counts[group], count)
+                    title: cell(group.replace(" ", "_"), counts[group], count)
                     for title, group in zip(titles, GROUPS, strict=True)
                 },
-                "Images": number_cell("images", sum(counts.values()), count),
+                "Images": cell("images", sum(counts.values()), count),
             }
             for seed, counts in found.counts.items()
         ),
@@ -77,6 +77,7 @@ def _images_table(found: ImageExamples) -> Table:
         ),
         "Image: its position in the data set, counted from 0. Percent: the probability that the model gave to "
         "what it predicted, not calibrated. The CSV file holds every test image of this seed.",
+        folded=True,
         data=(
             {
                 "position": image.position,

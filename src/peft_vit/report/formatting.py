@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+from peft_vit.analysis.pareto import CostName
 from peft_vit.statistics import Interval
 
 _MINUS = "\u2212"
@@ -86,3 +88,25 @@ def megabytes(value: float) -> str:
 def joined(names: Iterable[str]) -> str:
     """Return names as a list in prose."""
     return ", ".join(names)
+
+
+class CostWords(NamedTuple):
+    """How a cost is written: in a table, in the text of a value, and on an axis that shows it times `scale`."""
+
+    what: str
+    write: Callable[[float], str]
+    unit: str  # what a value alone does not say
+    axis: str
+    scale: float
+
+
+COSTS: dict[CostName, CostWords] = {
+    "final_parameters": CostWords("trainable parameters", count, " trainable parameters", "trainable parameters", 1.0),
+    "stored_bytes": CostWords("bytes to store", megabytes, " to store", "stored (MB, 10⁶ bytes)", 1e-6),
+    "seconds_per_step": CostWords(
+        "seconds a step", lambda s: f"{fixed(s, 3)} s", " a step", "training (s a step)", 1.0
+    ),
+    "latency_s": CostWords(
+        "latency of one image", lambda s: f"{fixed(1000 * s, 1)} ms", " an image", "latency of one image (ms)", 1e3
+    ),
+}

@@ -7,14 +7,16 @@ value nearest to a pointer without knowing anything of how the figure was drawn.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
+from numpy.typing import ArrayLike
 
 from peft_vit.report.document import Player, Point, Series
 
@@ -74,6 +76,12 @@ class HoverPoints:
             self._count += len(texts)
         return first
 
+    def plot(self, name: str, axes: Axes, x: ArrayLike, y: ArrayLike, texts: Sequence[str] = (), **look: Any) -> Line2D:
+        """Draw a line or markers into a declared series; arguments as those of `add` and of `Axes.plot`."""
+        (line,) = axes.plot(x, y, **look)
+        self.add(name, line, texts)
+        return line
+
     def all_series(self) -> tuple[Series, ...]:
         """Return the series in the order in which they were declared."""
         return tuple(self._series.values())
@@ -97,11 +105,6 @@ class HoverPoints:
                 for (x, y), text in zip(places, texts, strict=True)
             ]
         return tuple(found)
-
-
-def title_of(mesh: QuadMesh, title: Text) -> None:
-    """Name a map's title after the map, so that it can change with it."""
-    title.set_gid(f"{mesh.get_gid()}-title")
 
 
 def _places(artist: Artist) -> np.ndarray:

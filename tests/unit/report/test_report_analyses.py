@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import planted
 import pytest
 
@@ -36,7 +36,7 @@ def quickstart() -> Analysis:
     return analysis_of(planted.quickstart())
 
 
-def table(blocks: tuple[Block, ...], slug: str) -> Table:
+def table(blocks: Iterable[Block], slug: str) -> Table:
     (found,) = [block for block in blocks if isinstance(block, Table) and block.slug == slug]
     return found
 
@@ -90,16 +90,6 @@ def test_many_experiments_have_their_decided_pairs_and_a_csv_of_all() -> None:
     assert len(decided.data) == 13 * 12 // 2
 
 
-def test_pairs_in_the_csv_file_are_the_records_differences(quickstart: Analysis) -> None:
-    accuracy = {(run.experiment.name, run.seed): run.test.accuracy for run in quickstart.study.runs}
-    data = table(pair_blocks(quickstart.pairs), "all_pairs").data
-    assert len(data) == 66
-    for row in data:
-        a, b = row["experiment"], row["reference"]
-        expected = np.mean([accuracy[str(a), seed] - accuracy[str(b), seed] for seed in (0, 1)])
-        assert row["difference"] == pytest.approx(expected, abs=1e-12)
-
-
 def test_fronts_show_members_and_keep_the_rest_in_the_csv_file(quickstart: Analysis) -> None:
     fronts = table(front_blocks(quickstart.fronts), "pareto_fronts")
     rows = [row for row in fronts.rows if row[0] == "trainable parameters"]
@@ -126,7 +116,7 @@ def test_calibration_names_runs_without_predictions() -> None:
         planted.record(EXPERIMENTS["lora_r2"], 0, 0.8),
     ]
     found = analysis_of(records)
-    blocks = calibration_blocks(found.calibration, found.calibration_differences)
+    blocks = list(calibration_blocks(found.calibration, found.calibration_differences))
     (said,) = [block.text for block in blocks if isinstance(block, Paragraph)]
     assert "lora_r2, lora_r8 (1 of 2)" in said
     rows = {row[0]: row for row in table(blocks, "calibration").rows}
@@ -137,7 +127,7 @@ def test_calibration_names_runs_without_predictions() -> None:
 
 
 def test_a_study_without_controls_says_so_in_a_sentence_a_kind_that_names_each_experiment(quickstart: Analysis) -> None:
-    blocks = control_blocks(quickstart.against_controls)
+    blocks = list(control_blocks(quickstart.against_controls))
     assert [block.kind for block in blocks] == ["paragraph", "paragraph"]
     for block, control in zip(blocks, ("uniform", "random"), strict=True):
         assert isinstance(block, Paragraph)
@@ -157,7 +147,7 @@ def test_a_control_that_some_experiments_have_stands_in_the_table_and_the_others
     )["u"]
     names = ("adalora_proportional_magnitude", "adalora_top_k_fisher")
     records = [planted.record(e, seed, 0.8) for e in (uniform, *(EXPERIMENTS[n] for n in names)) for seed in (0, 1)]
-    blocks = control_blocks(analysis_of(records).against_controls)
+    blocks = list(control_blocks(analysis_of(records).against_controls))
     assert table(blocks, "allocation_against_controls").rows[0][:3] == (names[0], "uniform", "u")
     said = [block.text for block in blocks if isinstance(block, Paragraph)]
     assert any("importance_metric: random" in text and names[0] in text and names[1] in text for text in said)

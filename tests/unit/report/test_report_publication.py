@@ -24,11 +24,9 @@ from peft_vit.analysis.calibration import Bin
 from peft_vit.records import RunRecord
 from peft_vit.report import publication
 from peft_vit.report.document import Drawing
-from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
-from peft_vit.report.forest_plot import forests
 from peft_vit.report.hover import HoverPoints
-from peft_vit.report.pareto_plot import pareto_panels
 from peft_vit.report.reliability import reliability_diagram
+from peft_vit.report.sections import study_documents
 from peft_vit.report.style import METHOD_COLORS, draw
 
 HOSTILE = "</script><script>alert(1)</script>\"' <!-- --> \u2028\u200f $x^2$ & ]]>"
@@ -107,23 +105,12 @@ def test_hostile_names_are_text_in_the_svg_of_the_page(hostile: Drawing) -> None
     assert not list(tree.iter("{http://www.w3.org/2000/svg}script"))
 
 
-def _every(analysis: Analysis) -> list[Drawing]:
-    blocks = (
-        *comparison_figures(analysis),
-        *importance_figures(analysis),
-        *allocation_figures(analysis),
-        *forests(analysis),
-        *pareto_panels(analysis.fronts, analysis.methods),
-    )
-    return [block for block in blocks if isinstance(block, Drawing)]
-
-
 @pytest.fixture(scope="module")
-def drawings(analysis: Analysis) -> list[Drawing]:
-    return _every(analysis)
+def drawings(analysis: Analysis) -> tuple[Drawing, ...]:
+    return study_documents([analysis])[0].drawings()
 
 
-def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: list[Drawing]) -> None:
+def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: tuple[Drawing, ...]) -> None:
     assert len(drawings) == 9
     for drawing in drawings:
         assert drawing.paint is not None
@@ -136,7 +123,7 @@ def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: list[
             assert min(text.get_fontsize() for text in texts) >= 6.5, drawing.slug
 
 
-def test_every_point_lies_inside_its_figure_and_says_what_the_data_holds(drawings: list[Drawing]) -> None:
+def test_every_point_lies_inside_its_figure_and_says_what_the_data_holds(drawings: tuple[Drawing, ...]) -> None:
     for drawing in drawings:
         assert drawing.points
         assert drawing.data
@@ -148,7 +135,7 @@ def test_every_point_lies_inside_its_figure_and_says_what_the_data_holds(drawing
         assert {point.series for point in drawing.points} == set(range(len(drawing.series)))
 
 
-def test_points_stand_where_matplotlib_drew_their_markers(drawings: list[Drawing]) -> None:
+def test_points_stand_where_matplotlib_drew_their_markers(drawings: tuple[Drawing, ...]) -> None:
     """The SVG's own coordinates are the second opinion: one `use` element a marker."""
     drawing = next(d for d in drawings if d.slug == "accuracy_by_bytes")
     used = {(float(x), float(y)) for x, y in re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', drawing.svg)}
@@ -157,7 +144,9 @@ def test_points_stand_where_matplotlib_drew_their_markers(drawings: list[Drawing
         assert nearest < 0.1, point
 
 
-def test_filled_marks_are_those_that_nobody_beats_at_their_cost(analysis: Analysis, drawings: list[Drawing]) -> None:
+def test_filled_marks_are_those_that_nobody_beats_at_their_cost(
+    analysis: Analysis, drawings: tuple[Drawing, ...]
+) -> None:
     rows = next(d for d in drawings if d.slug == "pareto_fronts").data
     for cost in {row["cost"] for row in rows}:
         points = [row for row in rows if row["cost"] == cost]
@@ -201,7 +190,7 @@ def test_methods_differ_in_color_under_color_vision_deficiencies(deficiency: str
     assert _distances(list(METHOD_COLORS.values()), np.array(matrix)).min() > 0.07, deficiency
 
 
-def test_captions_name_every_figure_and_escape_names(hostile: Drawing, drawings: list[Drawing]) -> None:
+def test_captions_name_every_figure_and_escape_names(hostile: Drawing, drawings: tuple[Drawing, ...]) -> None:
     document = type("Document", (), {"slug": "s", "label": HOSTILE, "notices": (HOSTILE,)})()
     document.drawings = lambda: (hostile, *drawings)
     text = publication.captions([document])
