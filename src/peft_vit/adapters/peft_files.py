@@ -15,9 +15,9 @@ from reprlib import repr as short
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from safetensors import safe_open
 from torch import Tensor
 
+from peft_vit.adapters.adapter_file import read_safetensors
 from peft_vit.backbones import Site
 from peft_vit.errors import UserError
 from peft_vit.safe_io import read_bytes
@@ -239,11 +239,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
             "does not exist; a .bin file is not read, since it may run code: save with safe_serialization=True",
             file=file,
         )
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except Exception as error:  # a foreign file can fail in any way; the user needs one line
-        raise UserError(f"is not a readable safetensors file ({error})", file=file) from None
+    return read_safetensors(file)[1]
 
 
 def _check_tensors(tensors: dict[str, Tensor], expected: Mapping[str, tuple[int, ...]], file: Path) -> None:

@@ -53,10 +53,6 @@ class BudgetSchedule:
             return self.last_update
         return step - (step - self.warmup_steps) % self.update_frequency
 
-    def is_update(self, step: int) -> bool:
-        """Say whether ranks are decided after this step."""
-        return step > 0 and self.last_due(step) == step
-
     def budget_at(self, step: int) -> int:
         """Return what is allowed while no later decision was taken than the one at or before `step`.
 

@@ -8,8 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, merged_state_dict
-from peft_vit.adapters.quantized_merging import merge_by_requantizing, merge_into_offsets
+from peft_vit.adapters import adapted_modules, merge_by_requantizing, merge_into_offsets, merged_state_dict
 from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.errors import UserError

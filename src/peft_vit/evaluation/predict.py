@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from peft_vit.backbones import evaluating
 from peft_vit.config import Precision
 from peft_vit.evaluation.metrics import log_softmax
 from peft_vit.records import Predictions
@@ -19,15 +20,13 @@ def predict(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, precision: Precision
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return logits (N, classes) and labels (N,) over all batches, in their order."""
-    was_training = model.training
-    model.eval()
     logits, labels = [], []
-    for images, targets in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = model(images.to(device))  # (B, 3, S, S) -> (B, classes)
-        logits.append(output.float().cpu().numpy())
-        labels.append(targets.numpy())
-    model.train(was_training)
+    with evaluating(model):
+        for images, targets in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                output = model(images.to(device))  # (B, 3, S, S) -> (B, classes)
+            logits.append(output.float().cpu().numpy())
+            labels.append(targets.numpy())
     return np.concatenate(logits), np.concatenate(labels)  # (N, classes), (N,)
 
 

@@ -50,8 +50,7 @@ def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Prepar
         return []
     assert settings.rank is not None
     sites = find_sites(model, settings.targets)
-    ranks = dict.fromkeys((site.name for site in sites), settings.rank)
-    attach_adapters(model, sites, ranks, scale=settings.scale, seed=preparation.seed)
+    attach_adapters(model, sites, settings.rank, scale=settings.scale, seed=preparation.seed)
     return []
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules, load_trained, saved_formats, saved_ranks, saved_scales
+from peft_vit.adapters import adapted_modules, load_trained, read_adapter_file
 from peft_vit.adapters.peft_format import attach_fused, export_peft
 from peft_vit.adapters.peft_tuner import saved_module_ranks
 from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
@@ -196,7 +196,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
             total_steps = spec.experiment.total_steps(record.split_sizes["train"])
             prepare_as_saved(backbone.model, spec.experiment, file, total_steps=total_steps, seed=spec.seed)
         else:  # the adapter that it went on from need not be there any more: its scales stand in the file
-            attach_fused(backbone.model, saved_scales(file), seed=spec.seed)
+            attach_fused(backbone.model, read_adapter_file(file).scales, seed=spec.seed)
         load_trained(backbone.model, file)
     choose_attention(backbone.model, torch.device("cpu"), spec.precision)  # as in the run: equal to the last bit
     for _, module in adapted_modules(backbone.model):
@@ -216,8 +216,8 @@ def prepare_as_saved(
         experiment,
         total_steps=total_steps,
         seed=seed,
-        formats=saved_formats(file) if adaptive is not None else None,
-        ranks=saved_ranks(file) if adaptive is not None and adaptive.ranks else None,
+        formats=read_adapter_file(file).formats if adaptive is not None else None,
+        ranks=read_adapter_file(file).ranks if adaptive is not None and adaptive.ranks else None,
         module_ranks=saved_module_ranks(file) if experiment.kind.uses_peft else None,
     )
 

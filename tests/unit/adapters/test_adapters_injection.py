@@ -28,8 +28,7 @@ QA_LORA = QaLoraConfig(
 
 
 def attach(model: nn.Module, rank: int = 2, seed: int = 0, targets=("query", "fc2")) -> nn.Module:
-    sites = find_sites(model, targets)
-    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), rank), scale=2.0, seed=seed)
+    attach_adapters(model, find_sites(model, targets), rank, scale=2.0, seed=seed)
     return model
 
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from allocation_runs import STEPS, backward, config, start, train_step
+from allocation_runs import STEPS, backward, config, start, train, train_step
 
 from peft_vit import AdaLoraConfig
 from peft_vit.adapters import current_ranks, site_adapters
@@ -95,8 +95,7 @@ def test_a_loser_receives_gradients_and_comes_back_with_its_moments(tiny_vit, ba
 def test_resizing_at_the_end_leaves_the_function_that_the_mask_would(tiny_vit, batch) -> None:
     model = tiny_vit()
     controller, optimizer = reversible(model)
-    for step in range(1, 7):
-        train_step(model, controller, optimizer, batch, step)
+    train(model, controller, optimizer, batch, range(1, 7))
     backward(model, batch)
     scores = controller.update_importance_scores(model, 7)
     triplets = {name: values.clone() for name, values in controller._triplet_scores.items()}
@@ -116,8 +115,7 @@ def test_resizing_at_the_end_leaves_the_function_that_the_mask_would(tiny_vit, b
 def test_a_sites_score_is_the_mean_over_its_active_triplets(tiny_vit, batch) -> None:
     model = tiny_vit()
     controller, optimizer = reversible(model)
-    for step in range(1, 5):
-        train_step(model, controller, optimizer, batch, step)
+    train(model, controller, optimizer, batch, range(1, 5))
     backward(model, batch)
     scores = controller.update_importance_scores(model, 5)
     assert 0 < sum(controller.ranks.values()) < sum(current_ranks(model).values())
@@ -130,8 +128,7 @@ def test_a_sites_score_is_the_mean_over_its_active_triplets(tiny_vit, batch) -> 
 def test_the_missed_last_decision_is_taken_late(tiny_vit, batch) -> None:
     model = tiny_vit()
     controller, optimizer = reversible(model)
-    for step in (1, 2, 9):
-        train_step(model, controller, optimizer, batch, step)
+    train(model, controller, optimizer, batch, (1, 2, 9))
     assert sum(current_ranks(model).values()) == 12
 
 

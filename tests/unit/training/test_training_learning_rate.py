@@ -80,8 +80,7 @@ def trained(tiny_vit, data, setting, monkeypatch):
 
         monkeypatch.setattr(TrainingState, "_evaluation", planted)
         model = tiny_vit()
-        sites = find_sites(model)
-        attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 1), scale=1.0, seed=0)
+        attach_adapters(model, find_sites(model), 1, scale=1.0, seed=0)
         return train(model, data(), config(**settings), setting, seed=0, hooks=hooks)
 
     return make

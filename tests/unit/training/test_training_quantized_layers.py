@@ -14,8 +14,7 @@ pytestmark = pytest.mark.part("trainer")
 
 
 def with_adapters(model, *, rank: int = 2, pool: int = 16, scale: float = 2.0, targets=("query", "fc1")):
-    sites = find_sites(model, targets)
-    attach_adapters(model, sites, dict.fromkeys((s.name for s in sites), rank), scale=scale, seed=0, pool=pool)
+    attach_adapters(model, find_sites(model, targets), rank, scale=scale, seed=0, pool=pool)
     return model
 
 

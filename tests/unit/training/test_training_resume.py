@@ -45,8 +45,7 @@ def full(model):
 
 
 def lora(model):
-    sites = find_sites(model)
-    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 2), scale=2.0, seed=0)
+    attach_adapters(model, find_sites(model), 2, scale=2.0, seed=0)
     return []
 
 

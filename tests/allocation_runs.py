@@ -1,5 +1,6 @@
 """A controller in a plain loop, for several test files."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,3 +53,14 @@ def train_step(
     controller.apply_ranks(model, optimizer, ranks)
     optimizer.zero_grad()
     return ranks
+
+
+def train(
+    model: nn.Module,
+    controller: AdaLoRAController,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    steps: Iterable[int] = range(1, STEPS + 1),
+) -> None:
+    for step in steps:
+        train_step(model, controller, optimizer, batch, step)
