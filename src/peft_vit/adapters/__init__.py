@@ -23,7 +23,7 @@ from peft_vit.adapters.injection import (
 )
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.adapters.merging import merge_by_requantizing, merge_into_offsets, merged_state_dict
-from peft_vit.adapters.peft_sites import PeftSite, peft_sites
+from peft_vit.adapters.peft_sites import peft_sites
 from peft_vit.adapters.resizable import check_resizable
 from peft_vit.adapters.resizing import resize_adapters
 
@@ -31,7 +31,6 @@ __all__ = [
     "AdaptedLinear",
     "Adapter",
     "GradientProbe",
-    "PeftSite",
     "SiteAdapter",
     "adapted_kinds",
     "adapted_modules",

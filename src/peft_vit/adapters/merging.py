@@ -43,12 +43,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = None) -> dict[str, float]:
     """Move each update into its layer's offsets: offset <- offset + scale * B A; no code and no scale changes.
 
+    The adapters are removed. `offset_dtype` is float32 or float16; None: as the layer's format stores offsets.
+
     This is QA-LoRA's merge, arXiv 2309.14717, sec. 3.3. It is exact but for the rounding of the offsets. It takes
     adapters whose input is summed over the quantizer's groups.
-
-    Args:
-        model: its adapters are removed.
-        offset_dtype: float32 or float16; None: as the layer's format stores them.
 
     Returns:
         By module, ||W_merged - W_trained||_F / ||W_trained||_F.
@@ -76,14 +74,11 @@ def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = N
 
 @torch.no_grad()
 def merge_by_requantizing(model: nn.Module) -> dict[str, float]:
-    """Add each update to its layer's weight and quantize the sum anew, to the layer's own format.
+    """Replace adapters by their sum with the layer's weight, quantized anew to the layer's own format.
 
     For adapters over a quantized weight that act on single inputs (QLoRA, arXiv 2305.14314). The update is rounded to
     codes with the weight, and what is smaller than half a code's step may be lost: look at the error, and at the
     accuracy before and after.
-
-    Args:
-        model: its adapters are removed.
 
     Returns:
         By module, ||W_merged - W_trained||_F / ||W_trained||_F.

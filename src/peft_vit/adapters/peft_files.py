@@ -92,13 +92,6 @@ def doubts_about(
     """Return sentences on what an adapter was trained on and a run is not, as far as its files tell.
 
     PEFT's files hold no hash of the base's weights; ours beside them, if this package wrote the adapter, do.
-
-    Args:
-        folder: of the adapter.
-        model: timm's name of the run's backbone.
-        weights_name: of the run's weights.
-        weights_sha256: of the run's weights; None: random.
-        class_names: of the run's images.
     """
     doubts = []
     named = _read_json(folder / CONFIG_FILE).get("base_model_name_or_path")

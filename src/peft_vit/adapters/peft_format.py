@@ -206,13 +206,7 @@ def _warn(text: str) -> None:
 
 
 def attach_fused(model: nn.Module, scales: Mapping[str, float], *, seed: int = 0) -> None:
-    """Freeze the backbone and put an adapter of rank 0 on whole modules, as `import_peft` does, for `load_trained`.
-
-    Args:
-        model: a plain timm VisionTransformer, changed in place.
-        scales: factor on the update by site, `blocks.3.attn.qkv` for a fused matrix.
-        seed: as above.
-    """
+    """Freeze the backbone and put an adapter of rank 0 on whole modules, as `import_peft` does, for `load_trained`."""
     sites = {site.name: site for site in fused_sites(find_sites(model)).values()}
     attach_adapters(model, [sites[name] for name in scales], 0, scale=scales, seed=seed)
 

@@ -95,12 +95,6 @@ def costs_for(config: AdaLoraConfig, shapes: Sequence[tuple[int, int]], tokens: 
 def schedule_for(config: AdaLoraConfig, total_steps: int, bounds: Bounds, costs: Ints) -> BudgetSchedule:
     """Return the schedule of a configuration, in the unit of its budget.
 
-    Args:
-        config: the `adalora` section.
-        total_steps: optimiser steps of the run.
-        bounds: ranks that each site may have, from `bounds_for`.
-        costs: of one rank of each site, from `costs_for`.
-
     Raises:
         UserError: if the initial budget is more than the sites can hold, or the steps leave none for a decision.
     """

@@ -201,11 +201,7 @@ def weight_scores(model: nn.Module, metric: Metric) -> dict[str, float]:
 
 
 def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the score of each site that has triplets, with one transfer from the device.
-
-    Args:
-        triplet_scores: (rank,) by site, from `ImportanceTracker.update`.
-    """
+    """Return the score of each site that has triplets, from theirs (rank,), with one transfer from the device."""
     present = {name: values for name, values in triplet_scores.items() if values.shape[0]}
     if not present:
         return {}
@@ -280,11 +276,6 @@ def layer_summary(
     sites: Sequence[SiteInfo], score_history: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]
 ) -> dict[str, dict[str, float]]:
     """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.
-
-    Args:
-        sites: in their order.
-        score_history: of each decision, with "scores" by site.
-        ranks: by site, as they are now.
 
     Returns:
         By site, then by `blocks.<i>`, matrix type and `overall`: of the mean score over the group's sites, each site

@@ -14,12 +14,6 @@ def warn_of_a_held_start(config: AdaLoraConfig, ranks: Ints, costs: Ints, bounds
     """Warn if only removals are to be decided, and the final budget holds every triplet of the start.
 
     Under prune: reversible nothing grows; the global ranking grows sites only by what its budget has left.
-
-    Args:
-        config: the `adalora` section.
-        ranks: at the start, (sites,).
-        costs: of one rank of each site, (sites,).
-        bounds: of each site.
     """
     unit, total, _ = config.budget
     held = int(costs @ ranks)

@@ -39,10 +39,6 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
     Updates on float weights are added to them. On quantized weights they go into the groups' offsets, which stay in
     the format's dtype (the error is given for both dtypes), or, without groups, the sum is quantized anew.
 
-    Args:
-        model: adapted or not, by this package or by PEFT.
-        card: of the model.
-
     Raises:
         UserError: if float weights are still in use beside quantized ones, or an offset overflows.
     """

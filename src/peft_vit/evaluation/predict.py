@@ -33,10 +33,7 @@ def predict(
 def predictions(logits: NDArray[np.floating], labels: NDArray[np.int64], positions: NDArray[np.int64]) -> Predictions:
     """Return the most probable class of each image and its probability; of equal ones the first.
 
-    Args:
-        logits: (N, classes), finite.
-        labels: (N,).
-        positions: of the images in their data set, (N,).
+    Logits are (N, classes) and finite, labels and positions in the data set (N,).
     """
     log_probability = log_softmax(logits.astype(np.float64))
     predicted = log_probability.argmax(1)  # (N,)

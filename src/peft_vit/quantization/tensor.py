@@ -191,12 +191,7 @@ class QuantizedTensor:
 
 
 def relative_error(weight: Tensor, quantized: QuantizedTensor) -> float:
-    """Return ||W - Wq||_F / ||W||_F; 0 if the two are equal, infinity if only W is zero.
-
-    Args:
-        weight: the float weights, (out, in).
-        quantized: what stands for them.
-    """
+    """Return ||W - Wq||_F / ||W||_F of float weights (out, in); 0 if the two are equal, infinity if only W is zero."""
     weight = weight.detach().cpu().double()
     error = float(torch.linalg.vector_norm(weight - quantized.dequantize().cpu().double()))
     norm = float(torch.linalg.vector_norm(weight))

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from allocation_runs import STEPS, config, start, train, train_step
+from allocation_runs import STEPS, config, scored, start, train, train_step
 from covering_pairs import covering_pairs
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
@@ -101,12 +101,10 @@ def test_a_site_without_rank_keeps_its_score_and_can_come_back(tiny_vit, batch) 
     settings = config(budget_schedule="constant", total_rank_budget=6, warmup_steps=3)
     controller, optimizer = start(model, settings)
     names = list(controller.names)
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
-    first = controller.update_importance_scores(model, 1)
+    first = scored(model, controller, batch, 1)
     controller.apply_ranks(model, optimizer, dict(zip(names, [6, 0, 0, 0, 0, 0], strict=True)))
     optimizer.zero_grad()
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
-    second = controller.update_importance_scores(model, 2)  # no decision follows, so nothing was probed
+    second = scored(model, controller, batch, 2)  # no decision follows, so nothing was probed
     assert {name: second[name] for name in names[1:]} == {name: first[name] for name in names[1:]}
     assert second[names[0]] != first[names[0]]
     controller.update_importance_scores(model, 3)
@@ -133,8 +131,7 @@ def test_scores_before_backward_and_diverged_scores_are_refused(tiny_vit, batch)
 def test_deciding_changes_nothing_and_off_schedule_nothing_is_decided(tiny_vit, batch) -> None:
     model = tiny_vit(depth=1)
     controller, _ = start(model, config())
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
-    scores = controller.update_importance_scores(model, 1)
+    scores = scored(model, controller, batch, 1)
     before = current_ranks(model)
     assert controller.reallocate_ranks(scores, 1) == before
     scores = controller.update_importance_scores(model, 2)
@@ -267,8 +264,7 @@ def test_steps_count_up_and_a_missed_decision_is_taken_late(tiny_vit, batch) -> 
 def test_more_ranks_than_the_budget_and_stale_scores_are_refused(tiny_vit, batch) -> None:
     model = tiny_vit(depth=1)
     controller, optimizer = start(model, config())
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
-    controller.update_importance_scores(model, 1)
+    scored(model, controller, batch, 1)
     before = current_ranks(model)
     with pytest.raises(UserError, match=r"ranks: \d+ ranks exceed the \d+ of step 0"):
         controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 60))
@@ -284,8 +280,7 @@ def test_a_site_that_never_had_rank_is_tried(tiny_vit, batch) -> None:
     controller, _ = start(model, settings)
     without = [name for name, rank in controller.ranks.items() if rank == 0]
     assert len(without) == 4
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
-    scores = controller.update_importance_scores(model, 1)
+    scores = scored(model, controller, batch, 1)
     seen = [score for name, score in scores.items() if name not in without]
     assert [scores[name] for name in without] == pytest.approx([sum(seen) / len(seen)] * 4)
 
@@ -293,8 +288,7 @@ def test_a_site_that_never_had_rank_is_tried(tiny_vit, batch) -> None:
 def test_a_refused_change_leaves_everything_as_it_was(tiny_vit, batch) -> None:
     model = tiny_vit(depth=1)
     controller, optimizer = start(model, config(total_rank_budget=90, budget_schedule="constant"))
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
-    scores = controller.update_importance_scores(model, 2)
+    scores = scored(model, controller, batch, 2)
     controller.reallocate_ranks(scores, 2)
     ranks, before = current_ranks(model), json.dumps(controller.state_dict()["values"])
     name = controller.names[0]
@@ -316,8 +310,7 @@ def test_a_triplet_that_grew_starts_with_adams_first_step(tiny_vit, batch) -> No
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
     train(model, controller, optimizer, batch, range(1, 6))
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
-    controller.update_importance_scores(model, 6)
+    scored(model, controller, batch, 6)
     optimizer.step()
     name = controller.names[4]
     controller.reallocate_ranks(dict.fromkeys(controller.names, 1.0), 6)

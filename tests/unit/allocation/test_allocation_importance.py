@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from peft_vit.adapters import SiteAdapter, attach_adapters, site_adapters
-from peft_vit.allocation import ImportanceTracker
+from peft_vit.allocation import AdaLoRAController, ImportanceTracker
 from peft_vit.allocation.importance import mean_per_triplet
 from peft_vit.backbones import find_sites
-from peft_vit.config import METRICS
+from peft_vit.config import METRICS, AdaLoraConfig
 from peft_vit.errors import UserError
 
 pytestmark = pytest.mark.part("importance analysis")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from allocation_runs import backward, config, start, train, train_step
+from allocation_runs import backward, config, scored, start, train, train_step
 from tiny_models import loose_site
 from torch.nn import functional as F
 
@@ -153,8 +153,7 @@ def test_the_site_with_the_largest_gradient_comes_back(tiny_vit, batch) -> None:
     model.zero_grad()
     best = max(size, key=size.__getitem__)
     controller, optimizer = start(model, config(budget_schedule="constant", total_rank_budget=24, warmup_steps=3))
-    backward(model, batch)
-    controller.update_importance_scores(model, 1)
+    scored(model, controller, batch, 1)
     others = [name for name in controller.names if name != best]
     controller.apply_ranks(model, optimizer, dict(zip(others, (3,) * 8 + (0,) * 3, strict=True)) | {best: 0})
     optimizer.zero_grad()
