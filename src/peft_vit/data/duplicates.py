@@ -152,7 +152,7 @@ def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: i
 
 def _kept(file: Path, count: int) -> np.ndarray | None:
     try:
-        found = np.load(file, allow_pickle=False)
+        found = np.load(file, allow_pickle=False)  # noqa: TID251 - numbers alone
     except Exception:  # whatever was in its place, it is not this package's file
         return None
     plausible = found.dtype == np.int64 and found.ndim == 1 and len(found) >= count and (len(found) - count) % 2 == 0

@@ -72,7 +72,7 @@ def decode_image(read: Callable[[], bytes], file: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's, on damage that it can do with, and on many pixels
-            image = Image.open(io.BytesIO(read()), formats=_FORMATS)
+            image = Image.open(io.BytesIO(read()), formats=_FORMATS)  # noqa: TID251 - these alone
             deep = _is_deep_png(image)  # to be asked before it is loaded
             width, height = image.size
             if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:

@@ -64,7 +64,7 @@ def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     if not file.is_file():
         return None
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        array = np.load(file, mmap_mode="r", allow_pickle=False)  # noqa: TID251 - numbers alone
     except Exception:  # whatever was in its place, it is not this package's file
         array = None
     if array is not None and array.shape == shape and array.dtype == np.uint8:

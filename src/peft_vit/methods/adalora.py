@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from peft_vit.backbones import BackboneShape
     from peft_vit.config import ExperimentConfig
-    from peft_vit.training import RunHook
+    from peft_vit.training import Hook
 
 Strategy = Literal["proportional", "threshold", "top_k", "global"]
 BudgetUnit = Literal["ranks", "parameters", "bytes", "macs"]
@@ -157,13 +157,7 @@ class AdaLoraConfig(AdapterConfig):
 
 
 def check_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total_steps: int) -> None:
-    """Refuse a budget that does not fit the sites, or a schedule that does not fit the steps.
-
-    Args:
-        settings: of adaptive ranks.
-        pool: inputs that an adapter sums before it multiplies.
-        shape: of the backbone.
-        total_steps: of the run.
+    """Refuse a budget that does not fit the sites, whose adapters sum `pool` inputs, or a schedule the steps.
 
     Raises:
         UserError: with the setting, below the experiment.
@@ -177,7 +171,7 @@ def check_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total
     schedule_for(settings, total_steps, bounds, costs)
 
 
-def controller_hook(model: nn.Module, settings: AdaLoraConfig, preparation: Preparation, *, pool: int = 1) -> RunHook:
+def controller_hook(model: nn.Module, settings: AdaLoraConfig, preparation: Preparation, *, pool: int = 1) -> Hook:
     """Attach adapters whose ranks move, and return what moves them."""
     from peft_vit.allocation import AdaLoRAController
     from peft_vit.training import AllocationHook
@@ -220,7 +214,7 @@ def defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
     return {"adalora": section}
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     return [controller_hook(model, experiment.need(AdaLoraConfig), preparation)]
 
 

@@ -52,13 +52,23 @@ from peft_vit.records import (
     RunRecord,
     RunSpec,
 )
-from peft_vit.runs.calibration import OfTraining, calibration_batch, choose_bits
+from peft_vit.runs.calibration import Calibration, choose_bits
 from peft_vit.runs.device import resolve_device
 from peft_vit.runs.head_start import start_head
 from peft_vit.runs.measures import take_measures
 from peft_vit.runs.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
 from peft_vit.runs.resume import RECORDED, Attempt
-from peft_vit.training import Checkpoints, Interrupted, Progress, RuntimeConfig, TrainingResult, steps_per_epoch, train
+from peft_vit.training import (
+    AfterTraining,
+    Checkpoints,
+    Interrupted,
+    Progress,
+    RuntimeConfig,
+    TrainingResult,
+    loss_weights,
+    steps_per_epoch,
+    train,
+)
 
 OnProgress = Callable[[Progress], None]
 
@@ -100,13 +110,14 @@ def run_one(
     """
 
     def record_of(outcome: dict[str, Any]) -> RunRecord:
+        known = attempt.so_far()
         return RunRecord(
             spec=spec,
-            spec_digest=spec.digest(),
-            started_at=attempt.started_at,
-            seconds=attempt.seconds,
-            warnings=attempt.warnings,
-            registration=attempt.registration,
+            spec_digest=known.spec_digest,
+            started_at=known.started_at,
+            seconds=known.seconds,
+            warnings=known.warnings,
+            registration=known.registration,
             **outcome,
         )
 
@@ -163,10 +174,10 @@ def _execute(
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
     config = spec.experiment.training
     total_steps = spec.experiment.total_steps(len(data.train))
-    setting = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
-    bits, bits_s = attempt.earlier_bits(spec.experiment) or choose_bits(
-        model, spec.experiment, data, setting, spec.seed
-    )
+    runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
+
+    calibration = Calibration(data, runtime, spec.seed)
+    bits = choose_bits(model, spec, attempt, calibration)
     hooks = prepare(
         model,
         spec.experiment,
@@ -174,15 +185,15 @@ def _execute(
         seed=spec.seed,
         formats=None if bits is None else bits.formats,
         ranks=None if bits is None else bits.ranks,
-        calibration=lambda count: calibration_batch(data, setting, spec.seed, min(count, len(data.train)))[0],
+        calibration=calibration.images,
     )
     # Now that the head is the one that training starts from.
-    provenance = attempt.begin(_provenance(spec, data, backbone, device), bits, bits_s)
+    provenance = attempt.begin(_provenance(spec, data, backbone, device))
     _say_doubts(spec, provenance, data)
     initial_ranks = current_ranks(model) | peft_ranks(model)
     sites = [site.info() for site in adapted_sites(model).values()]
     memory.prepared()
-    head = start_head(model, spec, attempt, data, hooks, setting)
+    head = start_head(model, spec, attempt, data, hooks, runtime)
     if spec.experiment.is_probe:
         result, tested = head.result(model), _test(data, head.predict)
     else:
@@ -190,39 +201,40 @@ def _execute(
             model,
             data,
             config,
-            setting,
+            runtime,
             seed=spec.seed,
             hooks=hooks,
             on_progress=on_progress,
             between_steps=attempt.between_steps,
             resume=attempt.take_training(),
+            overhead=attempt.overhead,
         )
-        tested = _test(data, lambda images: _predict(model, images, spec, setting))
+        tested = _test(data, lambda images: _predict(model, images, spec, runtime))
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
-    # Before the float weights come back for a comparison.
-    memory_bytes = {"peak_memory_bytes": attempt.peak_memory_bytes, "own_memory_bytes": attempt.own_memory_bytes}
-    after = OfTraining(spec, data, setting, read, result.steps)
-    hooks_s = {purpose: seconds for hook in hooks for purpose, seconds in hook.finish(model, after).items()}
-    measured, measures_s = take_measures(model, backbone, data, spec, setting)
+    until_here = attempt.so_far()  # its memory, too: the float weights may come back for a comparison
+    after = AfterTraining(
+        steps=result.steps,
+        class_weights=loss_weights(config, data, device),
+        calibration_batch=calibration.batch,
+        float_weights=lambda: dict(load_run_backbone(spec, len(data.class_names), read).model.state_dict()),
+        overhead=attempt.overhead,
+    )
+    for hook in hooks:
+        hook.finish(model, after)
+    measured = take_measures(model, backbone, data, spec, runtime, attempt.overhead)
     outcome = {
         "status": "done",
         "provenance": provenance,
         **_images(data),
         "sites": sites,
         "rank_history": [RankEntry(step=0, budget=None, ranks=initial_ranks)] if initial_ranks else [],
-        "bit_allocation": None if bits is None else bits.record,
+        "bit_allocation": attempt.known.bit_allocation,
         **{field: value for hook in hooks for field, value in hook.record(model).items()},
         **_trained(model, result, backbone_total, content),
-        "head_fit": attempt.head_fit,
-        "overhead_s": {
-            **bits_s,
-            **head.seconds,
-            **result.overhead_s,
-            **hooks_s,
-            **measures_s,
-            "checkpoints": attempt.checkpoints_s,
-        },
-        **memory_bytes,
+        "head_fit": attempt.known.head_fit,
+        "overhead_s": attempt.overhead,
+        "peak_memory_bytes": until_here.peak_memory_bytes,
+        "own_memory_bytes": until_here.own_memory_bytes,
         **tested,
         **measured,
     }
@@ -239,10 +251,10 @@ def _test(
 
 
 def _predict(
-    model: nn.Module, images: LabelledImages, spec: RunSpec, setting: RuntimeConfig
+    model: nn.Module, images: LabelledImages, spec: RunSpec, runtime: RuntimeConfig
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    batches = images.ordered_batches(spec.experiment.training.batch_size, setting.mean, setting.std)
-    return predict(model, batches, device=setting.device, precision=setting.precision)
+    batches = images.ordered_batches(spec.experiment.training.batch_size, runtime.mean, runtime.std)
+    return predict(model, batches, device=runtime.device, precision=runtime.precision)
 
 
 def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,9 +31,9 @@ from peft_vit.deployment import (
 )
 from peft_vit.errors import UserError, agreeing_with
 from peft_vit.methods import prepare
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
 from peft_vit.safe_io import read_bytes
-from peft_vit.training import RunHook
+from peft_vit.training import Hook
 
 _COMPARED_AT_ONCE = 32
 
@@ -50,18 +51,22 @@ class RestoredRun:
     @property
     def card(self) -> ModelCard:
         """Return what an export says of the model."""
-        spec = self.record.spec
-        return ModelCard(
-            run=spec.run_id,
-            model=spec.backbone.model,
-            weights_name=self.backbone.weights_name,
-            weights_sha256=self.backbone.weights_sha256,
-            image_size=spec.data.image_size,
-            channels=DATASETS[spec.data.dataset].channels,
-            mean=self.backbone.mean,
-            std=self.backbone.std,
-            class_names=tuple(self.record.class_names),
-        )
+        return model_card(self.record.spec, self.backbone, self.record.class_names)
+
+
+def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[str]) -> ModelCard:
+    """Return what an export says of a run's model."""
+    return ModelCard(
+        run=spec.run_id,
+        model=spec.backbone.model,
+        weights_name=backbone.weights_name,
+        weights_sha256=backbone.weights_sha256,
+        image_size=spec.data.image_size,
+        channels=DATASETS[spec.data.dataset].channels,
+        mean=backbone.mean,
+        std=backbone.std,
+        class_names=tuple(class_names),
+    )
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
 
 def prepare_as_saved(
     model: nn.Module, experiment: ExperimentConfig, file: Path, *, total_steps: int, seed: int
-) -> list[RunHook]:
+) -> list[Hook]:
     """Do as `prepare`, with the formats and ranks that `adaptive_bits` chose for a run, out of its adapter file."""
     qa_lora = experiment.section(QaLoraConfig)
     adaptive = None if qa_lora is None else qa_lora.adaptive_bits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import string
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +114,6 @@ def test_every_configuration_of_the_repository_loads_and_opens_with_what_it_asks
         assert word in header
     if study.backbone.weights == "hub":
         assert "NOT RUN" in header
-
-
-def test_the_configurations_that_are_promised_exist() -> None:
-    assert {file.stem for file in STUDIES} >= {
-        "quickstart",
-        "adalora_comprehensive_experiment",
-        "qa_lora_comprehensive_experiment",
-        "fixed_rank_baselines",
-        "cifar100_vit_small",
-        "tiny_imagenet_deit_small",
-    }
 
 
 def test_full_size_files_share_all_but_their_experiments() -> None:
@@ -529,37 +517,8 @@ def check_loads_or_refuses(file: Path) -> None:
         assert StudyConfig.model_validate_json(result.model_dump_json()) == result
 
 
-SPLICES = [
-    "",
-    "\n",
-    "\t",
-    ":",
-    "- ",
-    "? ",
-    "&a ",
-    "*a",
-    "!!int ",
-    "[",
-    "{",
-    "}",
-    "|",
-    '"',
-    '"\\ud800"',
-    "\x00",
-    "\ufeff",
-    "1e999",
-    ".nan",
-    "9" * 5_000,
-    "~",
-    "<<: ",
-    "---\n",
-    "%YAML 1.1\n",
-    "2024-13-45",
-    "0o9",
-    "é",
-    "\u2028",
-    "a: " * 30,
-]
+SPLICES = ["", "9" * 5_000, '"\\ud800"', "a: " * 30, "---\n", "%YAML 1.1\n", "- ", "? ", "&a ", "*a", "!!int "]
+SPLICES += ["<<: ", "0o9", "1e999", ".nan", "2024-13-45", *'\n\t:[{}|~é\x00\ufeff\u2028"']
 FUZZ = settings(max_examples=300, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -582,15 +541,6 @@ def test_mutated_bytes_load_or_are_refused(changes: list[tuple[int, int]], tmp_p
     file = tmp_path / "study.yaml"
     file.write_bytes(content)
     check_loads_or_refuses(file)
-
-
-@FUZZ
-@given(content=st.binary(max_size=60) | st.text(string.punctuation + " \nab1", max_size=60).map(str.encode))
-def test_noise_is_refused(content: bytes, tmp_path: Path) -> None:
-    file = tmp_path / "study.yaml"
-    file.write_bytes(content)
-    with pytest.raises(UserError):
-        load_study(file)
 
 
 json_values = st.recursive(

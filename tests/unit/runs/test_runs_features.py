@@ -22,7 +22,7 @@ PROVENANCE = {
     "packages": {"timm": "1"},
     "processor": "p",
 }
-SETTING = RuntimeConfig(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+RUNTIME = RuntimeConfig(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ class Counted:
     def _count(self, *arguments) -> None:
         self.passes += 1
 
-    def features(self, spec, hooks=(), setting=SETTING, **provenance) -> SharedFeatures:
+    def features(self, spec, hooks=(), runtime=RUNTIME, **provenance) -> SharedFeatures:
         told = SimpleNamespace(**{**PROVENANCE, **provenance})
-        return SharedFeatures(self.model, spec, told, list(hooks), setting)
+        return SharedFeatures(self.model, spec, told, list(hooks), runtime)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def files(tmp_path):
 def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> None:
     first = counted.features(spec).of(images)
     assert counted.passes == 1
-    np.testing.assert_array_equal(first.values, head_inputs(counted.model, images, SETTING, 32))
+    np.testing.assert_array_equal(first.values, head_inputs(counted.model, images, RUNTIME, 32))
     counted.passes = 0
     other_seed = spec.model_copy(update={"seed": 9})
     again = counted.features(other_seed).of(images)
@@ -86,7 +86,7 @@ def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> Non
     found = counted.features(spec).of(mixed)
     assert counted.passes == 1
     np.testing.assert_array_equal(found.values[:2], first.values[[7, 2]])
-    np.testing.assert_allclose(found.values, head_inputs(counted.model, mixed, SETTING, 32), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.values, head_inputs(counted.model, mixed, RUNTIME, 32), rtol=0, atol=1e-6)
     np.testing.assert_array_equal(found.labels, mixed.labels)
     assert sorted(load_file(files(tmp_path)[0])["places"]) == sorted([*(4 * images.positions), 20])
 
@@ -97,7 +97,7 @@ def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> Non
 def test_training_images_come_in_every_way_in_which_they_are_shown(counted, spec, images, flips, ways) -> None:
     shared = counted.features(with_data(spec, flips=flips))
     found = shared.of_training(images)
-    expected = [head_inputs(counted.model, images, SETTING, 32, axes) for axes in ways]
+    expected = [head_inputs(counted.model, images, RUNTIME, 32, axes) for axes in ways]
     np.testing.assert_array_equal(found.values, np.concatenate(expected))
     np.testing.assert_array_equal(found.labels, np.tile(images.labels, len(ways)))
     counted.passes = 0

@@ -1,5 +1,7 @@
 """The balance measures against float64 NumPy; references that are not this model's are refused; a target is held."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -87,7 +89,11 @@ def test_measures_equal_numpy(tiny_vit, batch, fill_adapters, grouped) -> None:
         "error_removed_in_outputs",
     )
     assert measures == pytest.approx(dict(zip(names, np.mean(expected, axis=0), strict=True)), rel=2e-4)
-    assert trainer.export_quantization_data()["balance"] == [{"step": 0, **measures}]
+    exported = trainer.export_quantization_data()
+    assert json.loads(json.dumps(exported)) == exported
+    assert exported["balance"] == [{"step": 0, **measures}]
+    errors = dict(zip((name for name, _ in adapted_modules(model)), (row[0] for row in expected), strict=True))
+    assert exported["relative_error"] == pytest.approx(errors, rel=1e-4)
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())
 

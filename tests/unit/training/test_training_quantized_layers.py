@@ -8,7 +8,7 @@ from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
 from peft_vit.adapters import adapted_modules, attach_adapters, current_ranks, site_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.errors import SilentNoEffectWarning, UserError
-from peft_vit.training import format_of
+from peft_vit.training.quantized_layers import format_of
 
 pytestmark = pytest.mark.part("trainer")
 

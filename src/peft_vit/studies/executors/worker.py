@@ -75,7 +75,8 @@ class WeightsOnce:
             self._config, self._weights = config, replace(weights, tensors={})
             del weights  # the first run, too, gets what lies in memory as for those after it
         self._file.seek(0)
-        return replace(self._weights, tensors=torch.load(self._file, weights_only=True))
+        tensors = torch.load(self._file, weights_only=True)  # noqa: TID251 - tensors alone
+        return replace(self._weights, tensors=tensors)
 
 
 def lost(
