@@ -1,5 +1,6 @@
 """What tests of finished runs share: weights out of a file, images in a folder, and one run of each method on them."""
 
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from _pytest.capture import CaptureResult
 from PIL import Image
 from safetensors.torch import save_file
 from small_methods import EXPERIMENTS
@@ -15,7 +17,11 @@ from written_runs import run_and_write
 
 from peft_vit.cli import main
 from peft_vit.config import study_from_mapping
-from peft_vit.studies import plan_study
+from peft_vit.runs.execute import run_one
+from peft_vit.studies import PlannedRun, plan_study
+from peft_vit.studies.events import Event, RunEnded, RunProgress, RunStarted
+
+Said = CaptureResult[str]
 
 
 @pytest.fixture(scope="session")
@@ -74,19 +80,60 @@ def run_of(
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return a call of the command line: what it printed, after checking its exit code; of bad input the one line."""
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Return a call of the command line: what it prints, after checking its exit code."""
 
-    def call(*arguments: object, code: int = 0) -> str:
+    def call(*arguments: object, code: int = 0) -> Said:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
         said = capsys.readouterr()
         assert ended.value.code == code, said.err
-        if code != 2:
-            return said.out
-        assert said.err.startswith("error: ")
-        (line,) = said.err.splitlines()
+        assert "Traceback" not in said.err
+        return said
+
+    return call
+
+
+@pytest.fixture
+def refused(command: Callable[..., Said]) -> Callable[..., str]:
+    """Return a call of the command line on bad input: the one line that it complains with."""
+
+    def call(*arguments: object) -> str:
+        (line,) = command(*arguments, code=2).err.splitlines()
+        assert line.startswith("error: ")
         return line
 
     return call
+
+
+class InThisProcess:
+    """Carries runs out in the process of the test, one after the other."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self._waiting: deque[PlannedRun] = deque()
+        self._events: deque[Event] = deque()
+
+    def submit(self, run: PlannedRun) -> None:
+        self._waiting.append(run)
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        if not self._events and self._waiting:
+            run = self._waiting.popleft()
+            self._events.append(RunStarted(run, "this process"))
+            done = run_one(run.spec, on_progress=lambda progress: self._events.append(RunProgress(run, progress)))
+            self._events.append(RunEnded(run, done.record, done.adapter))
+        return self._events.popleft() if self._events else None
+
+    def stop(self) -> None:
+        self._waiting.clear()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands start no worker processes, each of which takes seconds to import what is imported here."""
+    for place in ("executors.local", "pace_measurement"):
+        monkeypatch.setattr(f"peft_vit.studies.{place}.LocalExecutor", InThisProcess)

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from peft_vit.cli import main
 from peft_vit.deployment import ModelCard, save_low_bit
 from peft_vit.runs.export import restore_run
 
@@ -69,7 +68,7 @@ def test_every_export_says_in_another_process_what_the_run_does(run_of, images, 
         sources.append(name)
         for kind in ("safetensors", "onnx") if name in ("lora", "int4") else ("safetensors",):
             file = tmp_path / f"{name}.{kind}"
-            assert "12 validation images" in command("export", run_dir, "--format", kind, "--output", file)
+            assert "12 validation images" in command("export", run_dir, "--format", kind, "--output", file).out
             models.append((file,))
             sources.append(name)
         if name in ("lora", "theirs"):
@@ -91,7 +90,7 @@ def test_every_export_says_in_another_process_what_the_run_does(run_of, images, 
 
 def test_merge_errors_are_printed(run_of, tmp_path, command) -> None:
     to_file = ("--format", "safetensors", "--output", tmp_path / "model.safetensors")
-    printed = command("export", run_of("int4"), *to_file)
+    printed = command("export", run_of("int4"), *to_file).out
     errors = {
         dtype: float(error)
         for dtype, error in re.findall(
@@ -101,7 +100,7 @@ def test_merge_errors_are_printed(run_of, tmp_path, command) -> None:
     assert errors["float32"] < 1e-6 < errors["float16"] < 5e-3
     assert "stored: float16 offsets" in printed
     assert "100.00 % of predictions equal" in printed
-    printed = command("export", run_of("by_row"), *to_file)
+    printed = command("export", run_of("by_row"), *to_file).out
     assert "quantized anew" in printed
     assert re.search(r"with codes: relative error of the weights at most \d\.\de-\d\d \(blocks\.", printed)
     before, after = re.findall(r"accuracy (\S+) % before and (\S+) % after", printed)[0]
@@ -113,36 +112,25 @@ def test_missing_images_are_said(run_of, images, tmp_path, command) -> None:
     run_dir, hidden = run_of("by_row"), images.with_name("hidden")
     images.rename(hidden)
     try:
-        printed = command("export", run_dir, "--format", "safetensors", "--output", tmp_path / "model.safetensors")
+        said = command("export", run_dir, "--format", "safetensors", "--output", tmp_path / "model.safetensors")
     finally:
         hidden.rename(images)
-    assert "Not compared with the run's model" in printed
-    assert str(images) in printed
+    assert "Not compared with the run's model" in said.out
+    assert str(images) in said.out
     assert (tmp_path / "model.safetensors").exists()
 
 
-def predicted(capsys, *arguments: object) -> tuple[list[str], list[str]]:
-    """Return the lines of what a prediction prints and of what it complains about, some files being bad."""
-    with pytest.raises(SystemExit) as ended:
-        main(["predict", *map(str, arguments)])
-    assert ended.value.code == 1
-    captured = capsys.readouterr()
-    return captured.out.splitlines(), captured.err.splitlines()
-
-
-def test_bad_images_are_named_and_the_others_predicted(run_of, images, tmp_path, capsys) -> None:
+def test_bad_images_are_named_and_the_others_predicted(run_of, images, tmp_path, command) -> None:
     good = images / "class_0" / "00.png"
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no image")
     bad = [tmp_path / "text.png", tmp_path / "nowhere.png", tmp_path / "empty"]
-    run_dir = run_of("lora")
-    capsys.readouterr()
-    said, complaints = predicted(capsys, run_dir, bad[0], good, *bad[1:], good)
-    assert [line.split("\t")[0] for line in said] == [str(good), str(good)]
-    assert [str(path) in line for path, line in zip(bad, complaints, strict=True)] == [True] * 3
+    said = command("predict", run_of("lora"), bad[0], good, *bad[1:], good, code=1)
+    assert [line.split("\t")[0] for line in said.out.splitlines()] == [str(good), str(good)]
+    assert [str(path) in line for path, line in zip(bad, said.err.splitlines(), strict=True)] == [True] * 3
 
 
-def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, capsys) -> None:
+def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, command) -> None:
     names = ("\x1b[2Ja", "two\nlines\tand a tab", "\u202egnp")
     card = ModelCard(
         run="s/e/seed_0",
@@ -159,23 +147,22 @@ def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, capsys) ->
     files = [tmp_path / name for name in ("\x1b]0;title\x07.png", "a\nb.png", "\udce9.png", "bad\x9b.png")]
     for file in files[:3]:
         shutil.copy(images / "class_0" / "00.png", file)
-    said, complaints = predicted(capsys, tmp_path / "model.safetensors", *files)
-    assert len(said) == 3
-    assert all(len(line.split("\t")) == 3 for line in said)
-    assert all(line.replace("\t", "").isprintable() for line in (*said, *complaints))
-    assert r"\x9b" in "".join(complaints)
+    said = command("predict", tmp_path / "model.safetensors", *files, code=1)
+    assert [len(line.split("\t")) for line in said.out.splitlines()] == [3, 3, 3]
+    assert all(line.replace("\t", "").isprintable() for line in (said.out + said.err).splitlines())
+    assert r"\x9b" in said.err
 
 
-def test_what_is_no_model_is_refused(run_of, images, weights, tmp_path, command) -> None:
+def test_what_is_no_model_is_refused(run_of, images, weights, tmp_path, command, refused) -> None:
     def refusal(model: Path, *options: object) -> str:
-        return command("predict", model, images / "class_0" / "00.png", *options, code=2)
+        return refused("predict", model, images / "class_0" / "00.png", *options)
 
     assert "expected a .safetensors or .onnx file" in refusal(tmp_path)
     (tmp_path / "cut.onnx").write_bytes(b"")
     assert "cut.onnx" in refusal(tmp_path / "cut.onnx")
     assert "--weights" in refusal(tmp_path / "cut.onnx", "--weights", "hub")
     to_onnx = ("--format", "onnx", "--output", tmp_path / "x.bin")
-    assert "ends in .onnx" in command("export", run_of("lora"), *to_onnx, code=2)
+    assert "ends in .onnx" in refused("export", run_of("lora"), *to_onnx)
     exported = tmp_path / "peft"
     command("export", run_of("lora"), "--output", exported)
     assert "give their path with --weights" in refusal(exported)

@@ -46,7 +46,7 @@ def test_a_restored_run_has_its_test_metrics(run_of, name) -> None:
 
 @pytest.mark.parametrize("name", ["linear", "lora", "adaptive", "triplets", "theirs", "theirs_adaptive"])
 def test_peft_loads_an_export_over_the_plain_model(run_of, weights, tmp_path, command, name) -> None:
-    said = command("export", run_of(name), "--format", "peft", "--output", tmp_path / "out")
+    said = command("export", run_of(name), "--format", "peft", "--output", tmp_path / "out").out
     assert str(tmp_path / "out" / "peft_vit.json") in said
     base = json.loads((tmp_path / "out" / "peft_vit.json").read_text())
     assert base["weights_sha256"] == sha256_of(weights)
@@ -65,12 +65,12 @@ def test_peft_loads_an_export_over_the_plain_model(run_of, weights, tmp_path, co
 
 
 @pytest.fixture
-def refusal(command: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
+def refusal(refused: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
     """Return a call of the export: the one line that it prints, after checking that it wrote nothing."""
 
     def call(run_dir: Path, output: Path = tmp_path / "out") -> str:
         before = sorted(output.rglob("*"))
-        line = command("export", run_dir, "--output", output, code=2)
+        line = refused("export", run_dir, "--output", output)
         assert sorted(output.rglob("*")) == before
         return line
 

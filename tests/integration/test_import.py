@@ -86,6 +86,7 @@ def imported(adapter: Path, images: Path, weights: Path, out: Path, *, seed: int
     return run_and_write(planned(adapter, images, weights, out, seed=seed).spec, out)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp_path, command) -> None:
     before = logits(peft.PeftModel.from_pretrained(plain_model(weights), adapter))
     start = plain_model(weights)
@@ -175,19 +176,19 @@ def test_doubts_about_the_base_are_said_once(adapter, images, weights, tmp_path)
         (("--method", "lora", "--head-start", "probe"), "--head-start: is the adapter's own with --init-adapter"),
     ],
 )
-def test_what_an_adapter_has_decided_is_not_asked_for(options, said, adapter, images, tmp_path, command) -> None:
+def test_what_an_adapter_has_decided_is_not_asked_for(options, said, adapter, images, tmp_path, refused) -> None:
     start = ("--init-adapter", adapter, *MODEL, "--output", tmp_path / "out")
-    assert said in command("train", images, *options, *start, code=2)
+    assert said in refused("train", images, *options, *start)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
-def refusal(command, images: Path, weights: Path, tmp_path: Path) -> Callable[..., str]:
+def refusal(refused, images: Path, weights: Path, tmp_path: Path) -> Callable[..., str]:
     """Return a call of the training with an adapter: the one line that it prints, after checking that no run began."""
 
     def call(adapter: Path, images: Path = images) -> str:
         start = ("--method", "lora", "--init-adapter", adapter, *MODEL, "--weights", weights)
-        line = command("train", images, *start, "--epochs", "8", "--output", tmp_path / "out", code=2)
+        line = refused("train", images, *start, "--epochs", "8", "--output", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return line
 

@@ -30,7 +30,7 @@ name: three_methods
 seeds: [0]
 threads: 1
 precision: fp32
-backbone: {model: vit_tiny_patch16_224, weights: random}
+backbone: {model: test_vit, weights: random}
 data: {dataset: digits, image_size: 32, validation_images: 100, test_images: 100}
 training: {epochs: 1, learning_rate: 1e-3}
 experiments:
@@ -38,13 +38,13 @@ experiments:
   - name: adaptive
     method: adalora
     adalora:
-      {total_rank_budget: 144, allocation_strategy: proportional, importance_metric: magnitude,
+      {total_rank_budget: 36, allocation_strategy: proportional, importance_metric: magnitude,
        update_frequency: 10, warmup_steps: 10}
   - name: four_bits
     method: qa_lora
     qa_lora:
       {quantization_bits: 4, quantization_type: nf4, quantization_schedule: constant, gradient_scaling_factor: 1.0,
-       use_group_quantization: true, rank: 2}
+       use_group_quantization: true, group_size: 16, rank: 2}
 """
 
 

@@ -70,7 +70,7 @@ def test_a_study_that_goes_on_is_exported_again(results, tmp_path) -> None:
 
 
 def test_the_command(results, tmp_path, command) -> None:
-    said = command("export", results, "--format", "tensorboard", "--output", tmp_path / "logs")
+    said = command("export", results, "--format", "tensorboard", "--output", tmp_path / "logs").out
     assert said == f"2 runs: {tmp_path / 'logs'}\nNext: tensorboard --logdir {tmp_path / 'logs'}\n"
 
 

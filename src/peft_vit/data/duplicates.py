@@ -28,11 +28,10 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from peft_vit.config import NEEDS_PATH
-from peft_vit.data.copies import SIDES, crossing, refuse_across
 from peft_vit.data.files import write_to_cache
 from peft_vit.data.index import ImageIndex
 from peft_vit.data.pixels import cached_pixels
-from peft_vit.data.splits import Splits, class_gaps
+from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across
 from peft_vit.errors import DataWarning
 from peft_vit.packages import cache_dir
 
@@ -84,14 +83,10 @@ def _left_out(index: ImageIndex, splits: Splits, rows: np.ndarray) -> list[str]:
     copies[rows] = False
     if index.official_test is not None:
         copies &= ~index.official_test
-    return (
-        []
-        if not copies.any()
-        else [
-            f"{np.count_nonzero(copies)} files are left out as copies of validation or test images, such as "
-            f"{index.title(int(np.argmax(copies)))}"
-        ]
-    )
+    if not copies.any():
+        return []
+    such_as = index.title(int(np.argmax(copies)))
+    return [f"{np.count_nonzero(copies)} files are left out as copies of validation or test images, such as {such_as}"]
 
 
 def _same(index: ImageIndex, rows: np.ndarray, sides: np.ndarray, equal: np.ndarray) -> list[str]:

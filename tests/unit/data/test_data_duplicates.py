@@ -12,8 +12,8 @@ from scipy.signal import convolve2d
 
 from peft_vit.config import DataConfig
 from peft_vit.data import ImageIndex, duplicates, image_warnings, load_data, make_splits, open_index, synthetic
-from peft_vit.data.copies import crossing
 from peft_vit.data.packaged import read_idx
+from peft_vit.data.splits import crossing
 from peft_vit.errors import UserError
 
 
