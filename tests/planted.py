@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from peft_vit.analysis.planned import Plan
+from peft_vit.analysis.studies import Study, make_study
 from peft_vit.config import (
     MATRICES,
     AdaLoraConfig,
@@ -391,3 +393,17 @@ def write(results_dir: Path, records: list[RunRecord]) -> Path:
     for one in records:
         write_record(results_dir, one)
     return results_dir
+
+
+def studies_of(records: list[RunRecord]) -> tuple[Study, ...]:
+    """Return the studies of some records by name, smoke studies after real ones."""
+    groups: dict[tuple[str, bool], list[RunRecord]] = {}
+    for one in records:
+        groups.setdefault((one.spec.study, one.spec.smoke), []).append(one)
+    return tuple(make_study(*key, groups[key], Plan(), ()) for key in sorted(groups))
+
+
+def study_of(records: list[RunRecord]) -> Study:
+    """Return the one study of some records."""
+    (study,) = studies_of(records)
+    return study

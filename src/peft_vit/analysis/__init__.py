@@ -25,38 +25,7 @@ from peft_vit.analysis.stability import (
     seed_agreements,
     study_agreements,
 )
-from peft_vit.analysis.studies import Run, Study, group_by_study
-
-__all__ = [
-    "AgainstControl",
-    "AllPairs",
-    "Allocation",
-    "Analysis",
-    "Calibration",
-    "CalibrationDifferences",
-    "Comparison",
-    "Convergence",
-    "Finding",
-    "FisherAgreement",
-    "Front",
-    "ImportancePattern",
-    "MethodResult",
-    "Pair",
-    "QuantizationImpact",
-    "Results",
-    "Run",
-    "RunAllocation",
-    "SeedAgreement",
-    "Study",
-    "StudyAgreement",
-    "analyze",
-    "compare_all",
-    "group_by_study",
-    "load_results",
-    "load_studies",
-    "method_results",
-    "study_agreements",
-]
+from peft_vit.analysis.studies import Run, Study
 
 
 @dataclass(frozen=True)

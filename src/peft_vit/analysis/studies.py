@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
 from peft_vit.config import ExperimentConfig, LoraConfig, PeftLoraConfig
-from peft_vit.errors import DataWarning, UserError
+from peft_vit.errors import DataWarning
 from peft_vit.methods import METHODS
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord
 
@@ -68,7 +67,7 @@ class Study:
     failed: tuple[RunRecord, ...]
     unfinished: tuple[UnfinishedRun, ...]
     notices: tuple[str, ...]
-    plan: Plan = field(default_factory=Plan)
+    plan: Plan
 
     @property
     def missing(self) -> tuple[tuple[str, int], ...]:
@@ -119,27 +118,6 @@ class Study:
         query, key and value: both stand under their own names, and are no reference.
         """
         return tuple(e for e in self.with_method("lora") if e.need(LoraConfig).rank is not None)
-
-
-def group_by_study(records: Iterable[RunRecord], *, source: Path) -> tuple[Study, ...]:
-    """Group records by study and by whether they are smoke runs; `source` is only named in errors.
-
-    Raises:
-        UserError: if a run stands twice.
-    """
-    groups: dict[tuple[str, bool], dict[tuple[str, int], RunRecord]] = {}
-    for record in records:
-        spec = record.spec
-        group = groups.setdefault((spec.study, spec.smoke), {})
-        key = (spec.experiment.name, spec.seed)
-        if key in group:
-            raise UserError(
-                f"holds the run {spec.run_id!r} twice, which would count it twice as evidence; "
-                "give the directory of one set of results, or move the copy away",
-                file=source,
-            )
-        group[key] = record
-    return tuple(make_study(*key, list(group.values()), Plan(), ()) for key, group in sorted(groups.items()))
 
 
 def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan, first: Sequence[str]) -> Study:

@@ -16,6 +16,7 @@ from statsmodels.regression.mixed_linear_model import MixedLM
 from peft_vit.analysis.across import Across, LabelledStudy, compare_studies, load_across
 from peft_vit.analysis.comparability import POOL_KINDS, difference, parse_pool
 from peft_vit.analysis.pooling import interquartile_over_studies, stratified_mean
+from peft_vit.analysis.studies import Run
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
@@ -41,6 +42,10 @@ def records(
 
 
 A, B, C = [0.010, 0.014, 0.006], [0.030, 0.022, 0.026, 0.034], [-0.004, 0.004, 0.012]
+
+
+def runs_of(made: list[RunRecord]) -> tuple[Run, ...]:
+    return planted.study_of(made).runs
 
 
 def loaded(tmp_path: Path, *studies: list[RunRecord]) -> tuple[LabelledStudy, ...]:
@@ -231,9 +236,9 @@ def test_precision_and_configuration_are_told_by_field(tmp_path: Path) -> None:
 
 def test_the_same_split_by_seed_is_no_difference() -> None:
     a, b, c, d = (planted.record(EXPERIMENTS["lora_r4"], seed, 0.7) for seed in (0, 1, 1, 2))
-    assert difference("splits", {"a": _runs([a, b]), "b": _runs([c, d])}) is None
+    assert difference("splits", {"a": runs_of([a, b]), "b": runs_of([c, d])}) is None
     per_seed = {
-        label: _runs(
+        label: runs_of(
             [
                 one.model_copy(update={"provenance": planted.provenance(seed, split_sha256=f"{seed:064x}")})
                 for one in own
@@ -245,12 +250,6 @@ def test_the_same_split_by_seed_is_no_difference() -> None:
     assert difference("splits", per_seed) is None, "seed 1, which both have, is divided alike"
     apart = {"a": per_seed["a"], "b": per_seed["b"][1:]}
     assert difference("splits", apart) == "a and b divide the same images otherwise", "no seed tells that they agree"
-
-
-def _runs(made: list[RunRecord]) -> Any:
-    from peft_vit.analysis import group_by_study
-
-    return group_by_study(made, source=Path("results"))[0].runs
 
 
 def test_only_common_experiments_are_compared_and_others_named(tmp_path: Path) -> None:

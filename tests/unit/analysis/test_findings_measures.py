@@ -8,7 +8,6 @@ import planted
 import pytest
 from scipy import stats
 
-from peft_vit.analysis import Study, group_by_study
 from peft_vit.analysis.findings import Finding, all_findings
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.config import ExperimentConfig
@@ -22,12 +21,8 @@ SITES = planted.sites()
 REGISTRY = load_registry()
 
 
-def studies_of(records: list[RunRecord]) -> tuple[Study, ...]:
-    return group_by_study(records, source=planted.Path("planted"))
-
-
 def found(records: list[RunRecord], hypothesis: str) -> list[Finding]:
-    findings = [f for of_study in all_findings(studies_of(records), REGISTRY).values() for f in of_study]
+    findings = [f for of_study in all_findings(planted.studies_of(records), REGISTRY).values() for f in of_study]
     return [finding for finding in findings if finding.hypothesis.id == hypothesis]
 
 
@@ -386,7 +381,7 @@ def test_above_majority() -> None:
 
 
 def test_nothing_finished_is_no_data_everywhere() -> None:
-    findings = all_findings(studies_of([planted.failed(ADALORA, 0, "out of memory")]), REGISTRY)
+    findings = all_findings(planted.studies_of([planted.failed(ADALORA, 0, "out of memory")]), REGISTRY)
     assert {f.verdict for of_study in findings.values() for f in of_study} == {"no data"}
     assert all(f.outcome for of_study in findings.values() for f in of_study)
 

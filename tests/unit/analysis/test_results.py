@@ -265,10 +265,9 @@ def test_budgets_in_different_units_are_named() -> None:
     adaptive = EXPERIMENTS["adalora_top_k_fisher"]
     other = planted.record(adaptive.model_copy(update={"name": "by_bytes"}), 0, 0.8)
     in_bytes = [entry.model_copy(update={"unit": "bytes"}) for entry in other.rank_history]
-    from peft_vit.analysis import group_by_study
 
     records = [planted.record(adaptive, 0, 0.8), other.model_copy(update={"rank_history": in_bytes})]
-    (study,) = group_by_study(records, source=Path("results"))
+    study = planted.study_of(records)
     assert any("(bytes: by_bytes; ranks: adalora_top_k_fisher)" in notice for notice in study.notices)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import planted
 import pytest
 from scipy import stats
 
-from peft_vit.analysis import Study, group_by_study
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.stability import StudyAgreement, kendalls_w, seed_agreements, study_agreements
 from peft_vit.records import ImportanceEntry, RunRecord
@@ -19,10 +17,6 @@ from peft_vit.statistics import mean_rho_of_pairs, rho_with_last
 EXPERIMENTS = planted.experiments()
 ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]
 NAMES = [site.name for site in planted.sites()]
-
-
-def studies_of(records: list[RunRecord]) -> tuple[Study, ...]:
-    return group_by_study(records, source=Path("results"))
 
 
 def by_formula(scores: np.ndarray) -> float:
@@ -90,7 +84,7 @@ def test_scores_of_a_matrix_type_over_time() -> None:
         for i, weight in enumerate(weights)
     ]
     records = [planted.record(ADALORA, seed, 0.8, changes={"importance_history": entries}) for seed in (0, 1)]
-    (study,) = studies_of(records)
+    study = planted.study_of(records)
     (pattern,) = importance_patterns(study)
     assert pattern.steps == (12, 24)
     np.testing.assert_allclose(pattern.matrix_course[:, 0], [2 / (7 / 6), 4 / (9 / 6)], rtol=1e-12)
@@ -113,7 +107,7 @@ def test_seeds_that_agree_by_block_but_not_within() -> None:
     rng = np.random.default_rng(3)
     blocks = np.repeat(np.arange(1.0, 13.0), 6)  # the order of sites
     rows = [blocks * 100 + np.tile(rng.permutation(6), 12) for _ in range(3)]
-    (study,) = studies_of([scored(seed, row) for seed, row in enumerate(rows)])
+    study = planted.study_of([scored(seed, row) for seed, row in enumerate(rows)])
     (one,) = seed_agreements(importance_patterns(study))
     assert (one.seeds, one.sites) == (3, 72)
     assert one.by_block == pytest.approx(1)
@@ -123,13 +117,13 @@ def test_seeds_that_agree_by_block_but_not_within() -> None:
 
 
 def test_one_seed_agrees_with_nobody() -> None:
-    (study,) = studies_of([scored(0, np.arange(1.0, 73.0))])
+    study = planted.study_of([scored(0, np.arange(1.0, 73.0))])
     (one,) = seed_agreements(importance_patterns(study))
     assert (one.w, one.by_block, one.by_matrix) == (None, None, None)
 
 
 def agreements(records: list[RunRecord]) -> tuple[StudyAgreement, ...]:
-    return study_agreements([(study, importance_patterns(study)) for study in studies_of(records)])
+    return study_agreements([(study, importance_patterns(study)) for study in planted.studies_of(records)])
 
 
 def test_two_studies_are_set_side_by_side() -> None:

@@ -1,10 +1,7 @@
 """A budget is shown in its unit: ranks as ranks, parameters never as ranks."""
 
-from pathlib import Path
-
 import planted
 
-from peft_vit.analysis import group_by_study
 from peft_vit.analysis.allocation import allocations
 from peft_vit.records import RankEntry
 from peft_vit.report.allocation_tables import allocation_table
@@ -23,7 +20,7 @@ def test_the_budget_stands_in_its_unit() -> None:
         planted.record(ADALORA, 0, 0.8),
         planted.record(in_parameters, 0, 0.8, changes={"rank_history": one_each}),
     ]
-    (study,) = group_by_study(records, source=Path("results"))
+    study = planted.study_of(records)
     table = allocation_table(allocations(study))
     column = table.columns.index("ranks / budget")
     assert {row[0]: row[column] for row in table.rows} == {

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import planted
 import pytest
 
-from peft_vit.analysis import Analysis, analyze, group_by_study
+from peft_vit.analysis import Analysis, analyze
 from peft_vit.analysis.pairs import AllPairs, all_pairs
 from peft_vit.records import Predictions, RunRecord
 from peft_vit.report.allocation_tables import allocation_course_table, control_blocks
@@ -22,12 +21,12 @@ EXPERIMENTS = planted.experiments()
 
 
 def analysis_of(records: list[RunRecord]) -> Analysis:
-    (study,) = group_by_study(records, source=Path("results"))
+    study = planted.study_of(records)
     return analyze(study)
 
 
 def pairs_of(records: list[RunRecord], **options: int) -> AllPairs:
-    (study,) = group_by_study(records, source=Path("results"))
+    study = planted.study_of(records)
     return all_pairs(study, **options)
 
 

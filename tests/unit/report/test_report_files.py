@@ -10,7 +10,7 @@ import numpy as np
 import planted
 import pytest
 
-from peft_vit.analysis import analyze, group_by_study
+from peft_vit.analysis import analyze
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.report import ReportFiles, build_report
@@ -114,7 +114,7 @@ def test_page_and_markdown_state_accuracy_with_n_and_each_seed(built: ReportFile
 
 
 def test_what_is_looked_up_is_folded_and_the_main_tables_are_not(few: list[RunRecord]) -> None:
-    (study,) = group_by_study(few, source=Path("results"))
+    study = planted.study_of(few)
     (document,) = study_documents([analyze(study)])
     folded = {table.slug: table.folded for table in document.tables()}
     assert {"quality", "calibration_against_lora_r8", "allocation", "findings"} <= {

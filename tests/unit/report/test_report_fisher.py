@@ -1,11 +1,9 @@
 """One line says how far the score fisher is from the empirical Fisher, with its n; none where nothing was recorded."""
 
-from pathlib import Path
-
 import planted
 import pytest
 
-from peft_vit.analysis import analyze, group_by_study
+from peft_vit.analysis import analyze
 from peft_vit.records import FisherCheck, RunRecord
 from peft_vit.report.document import Paragraph
 from peft_vit.report.sections import study_documents
@@ -25,7 +23,7 @@ def with_checks(*checks: FisherCheck | None) -> list[RunRecord]:
 
 
 def lines(records: list[RunRecord]) -> list[str]:
-    (study,) = group_by_study(records, source=Path("results"))
+    study = planted.study_of(records)
     (document,) = study_documents([analyze(study)])
     blocks = document.sections["Layer importance patterns"]
     return [block.text for block in blocks if isinstance(block, Paragraph)]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import planted
 import pytest
 
-from peft_vit.analysis import Analysis, analyze, group_by_study
+from peft_vit.analysis import Analysis, analyze
 from peft_vit.records import RunRecord
 from peft_vit.report import summary
 from peft_vit.report.document import Drawing
@@ -29,7 +28,7 @@ def drawn(test_split: str, train_subset: str = "fixed") -> Analysis:
             one = planted.record(planted.experiments()[name], seed, accuracy, changes=changes, provenance_changes=split)
             data = one.spec.data.model_copy(update={"test_split": test_split, "train_subset": train_subset})
             records.append(one.model_copy(update={"spec": one.spec.model_copy(update={"data": data})}))
-    (study,) = group_by_study(records, source=Path("results"))
+    study = planted.study_of(records)
     return analyze(study)
 
 

@@ -9,8 +9,6 @@ from peft_vit.analysis.measures.importance import IMPORTANCE_MEASURES
 from peft_vit.analysis.measures.ranks import RANK_MEASURES
 from peft_vit.analysis.measures.several_studies import MEASURES_OF_SEVERAL_STUDIES
 
-__all__ = ["MEASURES", "Evidence", "Measure", "Measured", "NoDataError", "Unit"]
-
 MEASURES: dict[str, Measure] = {
     **ACCURACY_MEASURES,
     **COST_MEASURES,
