@@ -57,7 +57,7 @@ def check(run_dir: Path, images: int) -> dict[str, float]:
         for weight in [backbone.get_submodule(name).weight.detach()]
     }
     found = {
-        f"{type}: {by}": spearman([row[place] for row in losses.values()], [row[place] for row in truth.values()]).rho
+        f"{type}: {by}": spearman([row[place] for row in losses.values()], [row[place] for row in truth.values()])
         for place, type in enumerate(TYPES)
         for by, losses in predicted.items()
     }
@@ -65,7 +65,7 @@ def check(run_dir: Path, images: int) -> dict[str, float]:
     for pool in (1, GROUP):
         gains = rank_gains(backbone, sites, batch, places, head, pool=pool)
         rank = run.record.spec.experiment.lora.rank
-        found[f"rank {rank}, groups of {pool}"] = spearman([gain[rank] for gain in gains.values()], removed).rho
+        found[f"rank {rank}, groups of {pool}"] = spearman([gain[rank] for gain in gains.values()], removed)
     return found
 
 

@@ -32,7 +32,6 @@ from peft_vit.statistics import (
     mean_interval,
     paired_improvement,
     proportion_interval,
-    stratified_indices,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,7 +140,7 @@ def middle_of_three_tasks(rng: np.random.Generator, population: Population, n: i
 
 def _middle(rng: np.random.Generator, population: Population, n: int, tasks: int) -> tuple[list[Ends], float]:
     studies = population.draw(rng, (SIMULATIONS, n, tasks))
-    found = [interquartile_mean_interval(runs, stratified_indices(n, tasks, RESAMPLES, rng)) for runs in studies]
+    found = [interquartile_mean_interval(runs, rng, resamples=RESAMPLES) for runs in studies]
     return [(interval.low, interval.high) for interval in found], population.middle
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 from peft_vit import cli
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, read_records, write_atomically
-from peft_vit.statistics import Interval, holm, noninferiority, paired_difference, wilcoxon
+from peft_vit.statistics import Interval, holm, mean_interval, noninferiority, wilcoxon
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -139,7 +139,7 @@ def compared(candidate: pd.Series, reference: pd.Series, margin: float = MARGIN)
         return Comparison()
     left, right = candidate[shared].to_numpy(), reference[shared].to_numpy()
     return Comparison(
-        difference=paired_difference(left, right),
+        difference=mean_interval(left - right),
         not_inferior=noninferiority(left - right, margin).p_value,
         differs=wilcoxon(left - right).p_value,
     )

@@ -59,5 +59,5 @@ def check_fisher(
         parameter.grad = gradient
     minibatch = mean_per_triplet(squared_gradients(adapters))
     model.zero_grad(set_to_none=True)
-    rho = spearman(list(minibatch.values()), list(per_sample.values())).rho
+    rho = spearman(list(minibatch.values()), list(per_sample.values()))
     return FisherCheck(images=len(labels), minibatch=minibatch, per_sample=per_sample, rho=rho)

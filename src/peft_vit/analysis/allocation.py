@@ -14,7 +14,7 @@ from peft_vit.analysis.limits import SAME_SIZE
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import BudgetUnit, ExperimentConfig
 from peft_vit.records import SiteInfo
-from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, rho_with_last
+from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, spearman
 
 SETTLED_AT = 0.9  # share of the final ranks
 
@@ -148,7 +148,7 @@ def _run_allocation(run: Run) -> RunAllocation:
         steps=steps,
         moved=moved,
         churn=tuple(m / sum(after) if sum(after) else None for m, after in zip(moved, ranks[1:], strict=True)),
-        agreement_with_final=rho_with_last(ranks),
+        agreement_with_final=tuple(spearman(then, final) for then in ranks),
         overlap_with_final=overlaps,
         settled_step=settled_step(steps, overlaps),
     )

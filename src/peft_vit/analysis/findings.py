@@ -232,8 +232,8 @@ def _tests(finding: Finding) -> tuple[Significance, Significance]:
         off = shifted(data, hypothesis.expected or 0.0)
         return equivalence(off, margin), beyond_margin(off, margin)
     if finding.rivals:
-        return wilcoxon_against_each([shifted(values, margin) for values in finding.rivals], ALPHA)
-    both = wilcoxon(shifted(data, margin), ALPHA)
+        return wilcoxon_against_each([shifted(values, margin) for values in finding.rivals])
+    both = wilcoxon(shifted(data, margin))
     return both, both
 
 

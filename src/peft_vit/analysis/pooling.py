@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from peft_vit.statistics import Interval, interquartile_mean_interval, stratified_indices
+from peft_vit.statistics import Interval, interquartile_mean_interval
 from peft_vit.statistics.checked import has_spread
 
-RESAMPLES = 5000
 LEAST_STUDIES = 3  # for an interquartile mean: of two studies it says nothing that their means do not
 
 
@@ -85,8 +84,7 @@ def interquartile_over_studies(by_seed: Sequence[Mapping[int, float]]) -> tuple[
     if len(seeds) < 2:
         return None, "the studies have fewer than 2 seeds in common"
     scores = np.array([[values[seed] for values in by_seed] for seed in seeds])  # (seeds, studies)
-    generator = np.random.default_rng(0)  # of the resampling alone: the same records give the same interval
-    indices = stratified_indices(len(seeds), len(by_seed), RESAMPLES, generator)
     dropped = sum(len(values) - len(seeds) for values in by_seed)
     note = f"over the {len(seeds)} seeds that all studies have; {dropped} other pairs left out" if dropped else ""
-    return interquartile_mean_interval(scores, indices), note
+    generator = np.random.default_rng(0)  # of the resampling alone: the same records give the same interval
+    return interquartile_mean_interval(scores, generator), note

@@ -161,7 +161,7 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
                 other_experiment=b.pattern.experiment.name,
                 images=_images(a.study),
                 other_images=_images(b.study),
-                rho=spearman([a.relative[s] for s in shared], [b.relative[s] for s in shared]).rho,
+                rho=spearman([a.relative[s] for s in shared], [b.relative[s] for s in shared]),
                 sites=len(shared),
                 same_backbone=len(a.backbone | b.backbone) == 1,
             )

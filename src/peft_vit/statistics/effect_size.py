@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from numpy.typing import ArrayLike
 from scipy import optimize, special
 
-from peft_vit.statistics.checked import between_zero_and_one, finite, has_spread
-from peft_vit.statistics.student import mean_and_error
+from peft_vit.statistics.checked import check_level, finite, has_spread
+from peft_vit.statistics.intervals import mean_and_error
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,9 @@ class EffectSize:
 
     Attributes:
         d: Cohen's d_z, mean over standard deviation; None if there is no spread to divide by.
-        low: lower end of its interval; None with d.
-        high: upper end likewise.
+        low, high: ends of its interval; None with d.
         g: Hedges' g, d without its bias; None also for two pairs, where the correction is zero.
-        g_low: lower end of the interval of g.
-        g_high: upper end likewise.
+        g_low, g_high: ends of its interval; None with g.
         n: number of pairs.
         confidence: nominal coverage, e.g. 0.95.
         reason: why something is None; None if nothing is.
@@ -40,7 +38,7 @@ class EffectSize:
 
 
 def effect_size(differences: ArrayLike, confidence: float = 0.95) -> EffectSize:
-    """Return Cohen's d_z of paired differences and Hedges' g, with intervals by the noncentral t distribution.
+    """Return Cohen's d_z of (n,) paired differences and Hedges' g, with intervals by the noncentral t distribution.
 
     ``d = mean / s``; ``sqrt(n) d`` follows a noncentral t with n - 1 degrees of freedom and noncentrality ``sqrt(n)
     delta``. The interval holds the deltas under which the d observed is in neither tail. Hedges' factor ``J =
@@ -51,14 +49,10 @@ def effect_size(differences: ArrayLike, confidence: float = 0.95) -> EffectSize:
     or heavy tails the interval covers less. Sources: Cohen, Statistical Power Analysis (1988), 2.3.5; Hedges, Journal
     of Educational Statistics 6 (1981); Steiger & Fouladi (1997) on the interval.
 
-    Args:
-        differences: (n,) one difference a pair.
-        confidence: nominal coverage, between 0 and 1.
-
     Raises:
         ValueError: for no values, or values that are not finite.
     """
-    between_zero_and_one(confidence, "confidence")
+    check_level(confidence, "confidence")
     data = finite(differences, "differences")
     n = int(data.size)
     if not has_spread(data):
@@ -76,11 +70,7 @@ def effect_size(differences: ArrayLike, confidence: float = 0.95) -> EffectSize:
 
 
 def hedges_factor(degrees: int) -> float:
-    """Return what takes the bias out of Cohen's d: exact, not the approximation 1 - 3 / (4 f - 1).
-
-    Args:
-        degrees: degrees of freedom of the standard deviation, at least 2.
-    """
+    """Return what takes the bias out of Cohen's d, at 2 degrees or more: exact, not 1 - 3 / (4 f - 1)."""
     return math.exp(math.lgamma(degrees / 2) - math.lgamma((degrees - 1) / 2)) / math.sqrt(degrees / 2)
 
 

@@ -12,7 +12,6 @@ from scipy import stats
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.stability import StudyAgreement, kendalls_w, seed_agreements, study_agreements
 from peft_vit.records import ImportanceEntry, RunRecord
-from peft_vit.statistics import mean_rho_of_pairs, rho_with_last
 
 EXPERIMENTS = planted.experiments()
 ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]
@@ -60,20 +59,6 @@ def test_too_few_or_constant_scores_have_no_w(scores: list[list[float]]) -> None
 def test_scores_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         kendalls_w([[1, 2, float("nan")], [1, 2, 3]])
-
-
-def test_rho_of_many_lists_is_rho_of_each_pair() -> None:
-    rows = np.round(np.random.default_rng(5).normal(size=(6, 15)), 1)
-    rows[2] = 1.0
-    expected = [None if i == 2 else stats.spearmanr(row, rows[-1]).statistic for i, row in enumerate(rows)]
-    found = rho_with_last(rows)
-    assert found[2] is None
-    assert [v for v in found if v is not None] == pytest.approx([v for v in expected if v is not None], abs=1e-12)
-    rhos = [stats.spearmanr(rows[i], rows[j]).statistic for i in range(6) for j in range(i) if 2 not in (i, j)]
-    mean, count = mean_rho_of_pairs(rows)
-    assert (mean, count) == (pytest.approx(np.mean(rhos), abs=1e-12), 10)
-    assert rho_with_last([[1, 2, 3], [1, 2, 3]]) == (1.0, 1.0)
-    assert mean_rho_of_pairs([[1, 2, 3]]) == (None, 0)
 
 
 def test_scores_of_a_matrix_type_over_time() -> None:

@@ -45,7 +45,7 @@ def rank_correlation(left: dict[str, float], right: dict[str, float]) -> float |
     common = sorted(name for name in left.keys() & right.keys() if math.isfinite(left[name] + right[name]))
     if len(common) < max(_FEWEST_SITES, len(left.keys() & right.keys())):
         return None
-    return spearman([left[name] for name in common], [right[name] for name in common]).rho
+    return spearman([left[name] for name in common], [right[name] for name in common])
 
 
 def importance_between_seeds(
