@@ -9,7 +9,7 @@ from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, c
 from peft_vit.analysis.comparison import Comparison, MethodResult, compare_all, method_results, references
 from peft_vit.analysis.convergence import Convergence, convergences
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
-from peft_vit.analysis.findings import Finding, study_findings
+from peft_vit.analysis.findings import Finding, find
 from peft_vit.analysis.hypotheses import Registry, load_registry
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
 from peft_vit.analysis.measures import Evidence
@@ -76,8 +76,9 @@ def analyze(study: Study, registry: Registry | None = None) -> Analysis:
         allocation=allocated,
         against_controls=against_controls(study),
         quantization=quantized,
-        findings=study_findings(
-            Evidence(study, importance=patterns, allocation=allocated, quantization=quantized),
+        findings=find(
+            [Evidence(study, importance=patterns, allocation=allocated, quantization=quantized)],
             load_registry() if registry is None else registry,
+            study.label,
         ),
     )

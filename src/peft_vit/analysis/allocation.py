@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +14,6 @@ from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.limits import SAME_SIZE
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import BudgetUnit, ExperimentConfig
-from peft_vit.records import SiteInfo
 from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, spearman
 
 SETTLED_AT = 0.9  # share of the final ranks
@@ -85,7 +85,7 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
     """Return one row for each experiment with adaptive ranks that has a finished run with recorded ranks."""
     found = []
     for experiment in study.with_method("adalora", "peft_adalora", "qa_adalora"):
-        runs = [run for run in study.of(experiment.name) if run.record.rank_history and _adapted_sites(run)]
+        runs = [run for run in study.of(experiment.name) if run.adapted_sites()]
         if runs:
             found.append((experiment, runs))
     family = correct([against_fixed_lora(study, runs, experiment.name) for experiment, runs in found])
@@ -95,7 +95,7 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
 
 
 def _allocation(experiment: ExperimentConfig, runs: list[Run], against: Comparison) -> Allocation:
-    grid = Grid.of(_adapted_sites(runs[0]))
+    grid = Grid.of(runs[0].adapted_sites())
     finals = np.stack([_fill_ranks(grid, run.final_ranks()) for run in runs])  # (seeds, blocks, matrices)
     lead: tuple[float, ...] = ()
     if "query" in grid.matrices and len(grid.matrices) > 1:
@@ -115,11 +115,6 @@ def _allocation(experiment: ExperimentConfig, runs: list[Run], against: Comparis
     )
 
 
-def _adapted_sites(run: Run) -> list[SiteInfo]:
-    named = {name for entry in run.record.rank_history for name in entry.ranks}
-    return [site for site in run.record.sites if site.name in named]
-
-
 def _fill_ranks(grid: Grid, ranks: dict[str, int]) -> np.ndarray:
     """Return (blocks, matrices); a site left out by an entry has rank 0, a place without a site is NaN."""
     return grid.fill({site.name: ranks.get(site.name, 0) for site in grid.sites})
@@ -127,7 +122,7 @@ def _fill_ranks(grid: Grid, ranks: dict[str, int]) -> np.ndarray:
 
 def _run_allocation(run: Run) -> RunAllocation:
     history = run.record.rank_history
-    names = [site.name for site in _adapted_sites(run)]
+    names = [site.name for site in run.adapted_sites()]
     ranks = [[entry.ranks.get(name, 0) for name in names] for entry in history]
     final = ranks[-1]
     spread = sum(final) > 0 and len(final) > 1
@@ -227,17 +222,22 @@ def against_fixed_lora(study: Study, runs: list[Run], name: str) -> Comparison:
     return compare_values(by_seed, name=name, reference="fixed LoRA at equal parameters", note=note)
 
 
-def _on_lora_line(study: Study, run: Run) -> float | None:
-    points = sorted(
-        (float(np.log(other.parameters.final)), other.test.accuracy)
-        for e in study.fixed_rank_loras()
-        for other in study.of(e.name)
+def fixed_lora_line(study: Study, run: Run) -> list[tuple[float, float]]:
+    """Return log2 of the trainable parameters and accuracy of the fixed LoRAs of a run's seed, smallest first."""
+    return sorted(
+        (math.log2(other.parameters.final), other.test.accuracy)
+        for lora in study.fixed_rank_loras()
+        for other in study.of(lora.name)
         if other.seed == run.seed and same_problem(other) == same_problem(run)
     )
+
+
+def _on_lora_line(study: Study, run: Run) -> float | None:
+    points = fixed_lora_line(study, run)
     if not points:
         return None
-    position = float(np.log(run.parameters.final))
+    position = math.log2(run.parameters.final)
     x, y = zip(*points, strict=True)
-    if not x[0] - np.log1p(SAME_SIZE) <= position <= x[-1] + np.log1p(SAME_SIZE):
+    if not x[0] - math.log2(1 + SAME_SIZE) <= position <= x[-1] + math.log2(1 + SAME_SIZE):
         return None
     return float(np.interp(position, x, y))  # beyond an end, the value there

@@ -15,7 +15,8 @@ import numpy as np
 
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.analysis.hypotheses import Hypothesis, Registry
-from peft_vit.analysis.measures import Evidence, Measured, NoDataError
+from peft_vit.analysis.measures import Evidence, Measured, NoDataError, Subjects
+from peft_vit.analysis.measures.selection import Selection
 from peft_vit.analysis.studies import Study
 from peft_vit.statistics import (
     Interval,
@@ -106,23 +107,22 @@ class Conclusion:
 def all_findings(studies: Sequence[Study], registry: Registry) -> dict[str, tuple[Finding, ...]]:
     """Return study -> what it says about every sentence about one study; then what all of them say about the others."""
     evidence = [Evidence(study) for study in studies]
-    of_one = replace(registry, hypotheses=tuple(one for one in registry.hypotheses if not one.is_about_several))
-    found = {one.study.label: study_findings(one, of_one) for one in evidence}
-    several = findings_over(evidence, registry)
+    of_one, of_several = (
+        replace(registry, hypotheses=tuple(h for h in registry.hypotheses if h.is_about_several == several))
+        for several in (False, True)
+    )
+    found = {one.study.label: find([one], of_one, one.study.label) for one in evidence}
+    several = find(evidence, of_several, ALL_STUDIES)
     return {**found, ALL_STUDIES: several} if several else found
 
 
-def study_findings(evidence: Evidence, registry: Registry) -> tuple[Finding, ...]:
-    """Return what one study says about every sentence, in the registry's order.
+def find(studies: Sequence[Evidence], registry: Registry, name: str) -> tuple[Finding, ...]:
+    """Return what studies say about every sentence, in the registry's order; `name` is what they are called.
 
-    Sentences over several studies are asked of this one alone, which may have enough experiments.
+    Sentences about one study are asked of the first, and those over several of all, of which there may be one alone.
     """
-    return _found([evidence], registry, evidence.study.label, of_one=True)
-
-
-def findings_over(studies: Sequence[Evidence], registry: Registry) -> tuple[Finding, ...]:
-    """Return what several studies say about the sentences that are about several."""
-    return _found(studies, registry, ALL_STUDIES, of_one=False)
+    measured = [(hypothesis, one) for hypothesis in registry.hypotheses for one in _measure(hypothesis, studies)]
+    return judge(measured, name, registry)
 
 
 def conclude(findings: Iterable[Finding]) -> tuple[Conclusion, ...]:
@@ -154,26 +154,25 @@ def judge(
     return tuple(findings)
 
 
-def _found(studies: Sequence[Evidence], registry: Registry, study: str, *, of_one: bool) -> tuple[Finding, ...]:
-    measured: list[tuple[Hypothesis, Measured]] = []
-    for hypothesis in registry.hypotheses:
-        if hypothesis.test == "untestable":
-            if of_one:
-                measured.append((hypothesis, _nothing(f"no data can test it: {hypothesis.reason}")))
-        elif of_one or hypothesis.is_about_several:
-            measured += [(hypothesis, one) for one in _measure(hypothesis, studies)]
-    return judge(measured, study, registry)
-
-
 def _measure(hypothesis: Hypothesis, studies: Sequence[Evidence]) -> tuple[Measured, ...]:
+    if hypothesis.test == "untestable":
+        return (_nothing(f"no data can test it: {hypothesis.reason}"),)
     how, arguments = hypothesis.how, hypothesis.arguments()
     try:
-        if how.of_studies is not None:
-            return how.of_studies(studies, arguments, hypothesis.needs)
-        assert how.of_study is not None
-        return how.of_study(studies[0], arguments, hypothesis.needs)
+        if how.of_study is not None:
+            return how.of_study(studies[0], studies[0].subjects(arguments.of, hypothesis.needs), arguments)
+        assert how.of_studies is not None
+        found = [(one, _subjects_or_none(one, arguments.of, hypothesis.needs)) for one in studies]
+        return how.of_studies(found, arguments)
     except NoDataError as reason:
         return (_nothing(str(reason)),)
+
+
+def _subjects_or_none(evidence: Evidence, selection: Selection, needs: Sequence[str]) -> Subjects:
+    try:
+        return evidence.subjects(selection, needs)
+    except NoDataError:
+        return ()
 
 
 def _nothing(reason: str) -> Measured:

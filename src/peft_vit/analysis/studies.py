@@ -15,7 +15,7 @@ from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words
 from peft_vit.config import ExperimentConfig, LoraConfig, PeftLoraConfig
 from peft_vit.errors import DataWarning
 from peft_vit.methods import METHODS
-from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord
+from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo
 
 METHOD_ORDER = tuple(METHODS)
 
@@ -41,9 +41,18 @@ class Run:
         """Return what was asked."""
         return self.record.spec.experiment
 
+    def adapted_sites(self) -> list[SiteInfo]:
+        """Return the sites that ever had a rank named, in the sites' order; none without adapters."""
+        named = {name for entry in self.record.rank_history for name in entry.ranks}
+        return [site for site in self.record.sites if site.name in named]
+
     def final_ranks(self) -> dict[str, int]:
-        """Return site -> rank at the end of the run; empty without adapters."""
-        return dict(self.record.rank_history[-1].ranks) if self.record.rank_history else {}
+        """Return adapted site -> rank at the end of the run; one that the last entry leaves out has rank 0."""
+        return {site.name: self.record.rank_history[-1].ranks.get(site.name, 0) for site in self.adapted_sites()}
+
+    def last_scores(self) -> dict[str, float]:
+        """Return site -> score at the last decision; empty without scores."""
+        return self.record.importance_history[-1].scores if self.record.importance_history else {}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from peft_vit.records import RunRecord
 Unit = Literal["share", "log2 ratio", "ranks", "rho", "index", "factor", "nats", "s", "bytes"]
 
 # Where the fields that not every record has come from; what is not named here, every finished run has.
-HOW_TO_RECORD = {
+_HOW_TO_RECORD = {
     "importance_history": "runs with adaptive ranks record it",
     "rank_history": "runs with adapters record it",
     "quantization": "runs on quantized weights record it",
@@ -120,7 +120,7 @@ class Evidence:
             NoDataError: if there is none, with what is missing.
         """
         meant = [e for e in self.study.experiments if selection.takes(e, self.reference_lora)]
-        finished = [(e, self.runs_of(e)) for e in meant]
+        finished = [(e, self.study.of(e.name)) for e in meant]
         if not any(runs for _, runs in finished):
             left = " has finished" if meant else ""
             raise NoDataError(f"no experiment {selection.words()}{left}")
@@ -133,7 +133,7 @@ class Evidence:
                 found.append(Subject(experiment, whole, together(note, self._unfinished(experiment))))
         if not found:
             lacking = sorted({field for _, runs in finished for run in runs for field in _missing(run, needs)})
-            how = [f"no record has {field}: {HOW_TO_RECORD.get(field, 'it was not recorded')}" for field in lacking]
+            how = [f"no record has {field}: {_HOW_TO_RECORD.get(field, 'it was not recorded')}" for field in lacking]
             raise NoDataError("; ".join(how))
         return tuple(found)
 
@@ -142,23 +142,12 @@ class Evidence:
         for other in self.study.experiments:
             if (
                 other.name != experiment.name
-                and self.runs_of(other)
+                and self.study.of(other.name)
                 and reference.takes(other, self.reference_lora)
                 and reference.differ(experiment, other)
                 and (not reference.same_but or self._rest(experiment, reference) == self._rest(other, reference))
             ):
                 yield other
-
-    def runs_of(self, experiment: ExperimentConfig) -> tuple[Run, ...]:
-        """Return the finished runs of an experiment, by seed."""
-        return self._runs.get(experiment.name, ())
-
-    @cached_property
-    def _runs(self) -> dict[str, tuple[Run, ...]]:
-        runs: dict[str, tuple[Run, ...]] = {}
-        for run in self.study.runs:
-            runs[run.experiment.name] = (*runs.get(run.experiment.name, ()), run)
-        return runs
 
     def _rest(self, experiment: ExperimentConfig, reference: Reference) -> str:
         """Return what must be equal; kept, since every pair of experiments asks for it."""
@@ -212,6 +201,15 @@ def records_of(study: Study, experiments: Iterable[str], seeds: Iterable[int]) -
     return tuple(run.record for name in experiments for run in study.of(name) if run.seed in wanted)
 
 
+class OfParameters(Frozen):
+    """What a hypothesis says under `parameters`: the experiments, and in subclasses what else a measure asks."""
+
+    of: Selection
+
+
+Subjects = tuple[Subject, ...]
+
+
 @dataclass(frozen=True)
 class Measure:
     """A function from studies to values, and what a hypothesis has to say to use it.
@@ -219,11 +217,27 @@ class Measure:
     Attributes:
         parameters: model of what stands under `parameters` in the registry.
         unit: of the values, and so of the margin.
-        of_study: values of one study; None where several are needed.
-        of_studies: values over all studies of a directory; None where one is enough.
+        of_study: values of one study's selected experiments; None where several studies are needed.
+        of_studies: values over all studies of a directory, each with its selected experiments, if any; None where one
+            study is enough.
     """
 
-    parameters: type[Frozen]
-    unit: Callable[[Any], Unit]
-    of_study: Callable[[Evidence, Any, Sequence[str]], tuple[Measured, ...]] | None = None
-    of_studies: Callable[[Sequence[Evidence], Any, Sequence[str]], tuple[Measured, ...]] | None = None
+    parameters: type[OfParameters]
+    unit: Unit | Callable[[Any], Unit]
+    of_study: Callable[[Evidence, Subjects, Any], tuple[Measured, ...]] | None = None
+    of_studies: Callable[[Sequence[tuple[Evidence, Subjects]], Any], tuple[Measured, ...]] | None = None
+
+    def unit_of(self, parameters: OfParameters) -> Unit:
+        """Return the unit of the values."""
+        return self.unit(parameters) if callable(self.unit) else self.unit
+
+
+def each_run(
+    value: Callable[[Run, Any], float | None], without: str
+) -> Callable[[Evidence, Subjects, Any], tuple[Measured, ...]]:
+    """Return the measure that takes one value from each run; `without` as in `by_seed`."""
+
+    def measured(_: Evidence, subjects: Subjects, parameters: Any) -> tuple[Measured, ...]:
+        return tuple(by_seed(subject, lambda run: value(run, parameters), without) for subject in subjects)
+
+    return measured
