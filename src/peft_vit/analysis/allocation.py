@@ -77,7 +77,6 @@ class Allocation:
     runs: tuple[RunAllocation, ...]
     maps: tuple[RankMap, ...]  # at the steps that all seeds share
     rank_by_matrix: dict[str, Interval]  # mean final rank of a matrix type, interval over seeds
-    query_lead: tuple[float, ...]  # mean final rank of query minus that of all other sites, one value a seed
     against_fixed: Comparison  # test accuracy minus that of fixed LoRA at equal trainable parameters
 
 
@@ -97,11 +96,6 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
 def _allocation(experiment: ExperimentConfig, runs: list[Run], against: Comparison) -> Allocation:
     grid = Grid.of(runs[0].adapted_sites())
     finals = np.stack([_fill_ranks(grid, run.final_ranks()) for run in runs])  # (seeds, blocks, matrices)
-    lead: tuple[float, ...] = ()
-    if "query" in grid.matrices and len(grid.matrices) > 1:
-        column = grid.matrices.index("query")
-        others = np.delete(finals, column, axis=2)
-        lead = tuple(float(v) for v in np.nanmean(finals[:, :, column], axis=1) - np.nanmean(others, axis=(1, 2)))
     return Allocation(
         experiment=experiment,
         grid=grid,
@@ -110,7 +104,6 @@ def _allocation(experiment: ExperimentConfig, runs: list[Run], against: Comparis
         rank_by_matrix={
             matrix: mean_interval(np.nanmean(finals[:, :, i], axis=1)) for i, matrix in enumerate(grid.matrices)
         },
-        query_lead=lead,
         against_fixed=against,
     )
 
@@ -161,17 +154,10 @@ def moved_ranks(before: list[int], after: list[int]) -> int:
 def overlap(ranks: Sequence[int], final: Sequence[int]) -> float | None:
     """Return the share of the final ranks that already stood where they end: ``sum_i min(p_i, q_i)``.
 
-    p and q are the shares of all ranks that each site holds, then and in the end. Shares and not counts: while the
-    budget is still larger than in the end, nearly every site holds its final rank and more. It is 1 minus half of
+    p and q are the shares of all ranks that each of (sites,) holds, then and in the end. Shares and not counts: while
+    the budget is still larger than in the end, nearly every site holds its final rank and more. It is 1 minus half of
     ``sum_i |p_i - q_i|``, the total variation distance. Equal ranks at the start overlap a good deal with any final
-    ones, so the value at step 0 is what nothing decided gives.
-
-    Args:
-        ranks: (sites,) then.
-        final: (sites,) in the end, in the same order.
-
-    Returns:
-        None if either has no rank at all.
+    ones, so the value at step 0 is what nothing decided gives. None if either has no rank at all.
     """
     total, end = sum(ranks), sum(final)
     if not total or not end:
@@ -180,12 +166,7 @@ def overlap(ranks: Sequence[int], final: Sequence[int]) -> float | None:
 
 
 def settled_step(steps: Sequence[int], overlaps: Sequence[float | None]) -> int | None:
-    """Return the first step from which on every overlap with the final ranks is at least SETTLED_AT.
-
-    Args:
-        steps: (entries,) ascending.
-        overlaps: (entries,) of the same entries.
-    """
+    """Return the first of (entries,) steps from which on every overlap with the final ranks is at least SETTLED_AT."""
     settled = None
     for step, value in zip(reversed(steps), reversed(overlaps), strict=True):
         if value is None or value < SETTLED_AT:
@@ -203,17 +184,12 @@ def _rank_maps(grid: Grid, runs: list[Run]) -> tuple[RankMap, ...]:
 
 
 def against_fixed_lora(study: Study, runs: list[Run], name: str) -> Comparison:
-    """Compare with fixed-rank LoRA at equal trainable parameters, paired by seed.
+    """Compare an adaptive experiment with fixed-rank LoRA at equal trainable parameters, paired by seed.
 
     The reference accuracy is read off the line through the same seed's LoRA runs, linear in the logarithm of
     trainable parameters (head included, as at the end of the run). Outside the range of those runs nothing is
     extrapolated: the seed is left out and counted in the note. Sizes within SAME_SIZE are equal, so a run that lies
     outside by no more than that is compared with the run at the range's end.
-
-    Args:
-        study: where the LoRA runs are.
-        runs: runs of one adaptive experiment.
-        name: its name.
     """
     on_line = {run.seed: (run.test.accuracy, _on_lora_line(study, run)) for run in runs}
     by_seed = {seed: (own, line) for seed, (own, line) in on_line.items() if line is not None}

@@ -7,11 +7,11 @@ one of another strategy at equal cost is taken and named.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from peft_vit.analysis.comparison import Comparison, compare, correct
+from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, compare_values, correct
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, QaLoraConfig
 
@@ -66,12 +66,11 @@ def against_controls(study: Study) -> tuple[AgainstControl, ...]:
     """Compare each experiment whose ranks follow scores with its controls; corrected over experiments, by control."""
     adaptive = study.with_method("adalora", "qa_adalora")
     scored = [e for e in adaptive if e.need(AdaLoraConfig).importance_metric not in CONTROLS]
-    runs_of = {e.name: study.of(e.name) for e in adaptive}
     rows: list[AgainstControl] = []
     for control in CONTROLS:
         found = [(e, _control_of(e, control, adaptive)) for e in scored]
-        accuracy = correct([_compare(e, c, control, runs_of) for e, c in found])
-        per_parameter = correct([_compare(e, c, control, runs_of, per_parameter=True) for e, c in found])
+        accuracy = correct([_compare(e, c, control, study) for e, c in found])
+        per_parameter = correct([_compare(e, c, control, study, accuracy_per_parameter) for e, c in found])
         rows += [
             AgainstControl(
                 experiment=e.name,
@@ -80,7 +79,7 @@ def against_controls(study: Study) -> tuple[AgainstControl, ...]:
                 same_strategy=c is not None and _strategy(c) == _strategy(e),
                 accuracy=by_accuracy,
                 per_parameter=by_parameter,
-                parameters_ratio=None if c is None else _mean_final(runs_of[e.name]) / _mean_final(runs_of[c.name]),
+                parameters_ratio=None if c is None else _mean_final(study.of(e.name)) / _mean_final(study.of(c.name)),
             )
             for (e, c), by_accuracy, by_parameter in zip(found, accuracy, per_parameter, strict=True)
         ]
@@ -116,13 +115,11 @@ def _compare(
     experiment: ExperimentConfig,
     control: ExperimentConfig | None,
     kind: Control,
-    runs_of: dict[str, tuple[Run, ...]],
-    *,
-    per_parameter: bool = False,
+    study: Study,
+    value: Callable[[Run], float] = accuracy_on_test,
 ) -> Comparison:
     name = experiment.name
     if control is None:
         note = f"the study has no finished experiment with importance_metric: {kind} and the same budget and training"
-        return Comparison(name, f"{kind} importance", None, (), (), None, None, "not decided", note)
-    value = (accuracy_per_parameter,) if per_parameter else ()
-    return compare(runs_of[name], runs_of[control.name], name, control.name, *value)
+        return compare_values({}, name=name, reference=f"{kind} importance", note=note)
+    return compare(study.of(name), study.of(control.name), name, control.name, value)

@@ -35,7 +35,7 @@ class ImportancePattern:
         agreement_with_final: (steps,) Spearman's rho between the scores then and the last ones, mean over
             seeds. matrix_course: (steps, matrices) mean relative score of a matrix type at each of these steps,
             over seeds; NaN where no seed scored it. agreement_between_seeds: mean Spearman's rho over pairs of
-            seeds, or None. pairs_of_seeds: number of those pairs.
+            seeds, or None.
     """
 
     experiment: ExperimentConfig
@@ -50,7 +50,6 @@ class ImportancePattern:
     agreement_with_final: tuple[float | None, ...]
     matrix_course: np.ndarray
     agreement_between_seeds: float | None
-    pairs_of_seeds: int
 
 
 def importance_patterns(study: Study) -> tuple[ImportancePattern, ...]:
@@ -97,7 +96,6 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         ),
         matrix_course=_matrix_course(grid, by_run, steps),
         agreement_between_seeds=_mean_known(between),
-        pairs_of_seeds=len(between),
     )
 
 

@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 
 from peft_vit.analysis.comparability import hardware
-from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, correct, known_mean
+from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, compare_values, correct, known_mean
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.size import MeasuredSize, bits_by_layer, measured_size
 from peft_vit.analysis.studies import Run, Study
@@ -71,7 +71,6 @@ class QuantizationImpact:
         settings: its quantization section.
         test_accuracy: interval over seeds.
         against_unquantized: difference to the LoRA of equal rank, scale and targets on float weights.
-        bits_per_weight: stored bits a weight over the quantized layers, scales and offsets included.
         mean_relative_error: mean over modules (and seeds) of ||W - Wq|| / ||W||.
         worst_module: the module with the largest error, and that error.
         quantized_bytes: bytes of the quantized layers.
@@ -91,7 +90,6 @@ class QuantizationImpact:
     settings: QaLoraConfig
     test_accuracy: Interval
     against_unquantized: Comparison
-    bits_per_weight: float
     mean_relative_error: float
     worst_module: tuple[str, float]
     quantized_bytes: float
@@ -119,7 +117,7 @@ def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
     def family(value: Callable[[Run], float | None]) -> tuple[Comparison, ...]:
         return correct([_compare(*one, twin, value) for one, twin in zip(found, twins, strict=True)])
 
-    more = map(AgainstFloat, family(_nll), family(late_loss_deviation), family(roughness))
+    more = map(AgainstFloat, family(lambda run: run.test.nll), family(late_loss_deviation), family(roughness))
     return tuple(
         _impact(*one, twin, against, against_float)
         for one, twin, against, against_float in zip(found, twins, family(accuracy_on_test), more, strict=True)
@@ -135,10 +133,6 @@ def _float_twin(study: Study, experiment: ExperimentConfig, settings: QaLoraConf
     return ()
 
 
-def _nll(run: Run) -> float:
-    return run.test.nll
-
-
 def _compare(
     experiment: ExperimentConfig,
     settings: QaLoraConfig,
@@ -152,7 +146,7 @@ def _compare(
     if experiment.section(AdaLoraConfig) is not None:
         ranks = "AdaLoRA with the same adalora section"
     note = f"the study has no float {ranks} and training"
-    return Comparison(experiment.name, "unquantized LoRA of equal rank", None, (), (), None, None, "not decided", note)
+    return compare_values({}, name=experiment.name, reference="unquantized LoRA of equal rank", note=note)
 
 
 def _equal_but_float(experiment: ExperimentConfig, settings: QaLoraConfig, other: ExperimentConfig) -> bool:
@@ -180,14 +174,12 @@ def _impact(
 ) -> QuantizationImpact:
     summaries = [run.record.quantization for run in runs if run.record.quantization is not None]
     errors = _mean_errors(summaries)
-    bits = float(np.mean([summary.bits_per_weight for summary in summaries]))
     worst = max(errors, key=lambda name: (errors[name], name)) if errors else ""
     return QuantizationImpact(
         experiment=experiment,
         settings=settings,
         test_accuracy=mean_interval([run.test.accuracy for run in runs]),
         against_unquantized=against,
-        bits_per_weight=bits,
         mean_relative_error=float(np.mean(list(errors.values()))) if errors else float("nan"),
         worst_module=(worst, errors.get(worst, float("nan"))),
         quantized_bytes=float(np.mean([summary.quantized_bytes for summary in summaries])),

@@ -44,9 +44,10 @@ from peft_vit.analysis.limits import SAME_SIZE, Cost, Fault, Limits, Measure, co
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.errors import UserError
 from peft_vit.statistics import Interval, holm, mean_interval, noninferiority
+from peft_vit.statistics.intervals import mean_and_error
 
 ALPHA = 0.05  # one-sided, of the whole family
-POWER = 0.8  # of the n that would be needed
+_POWER = 0.8  # of the n that would be needed
 _MOST_SEEDS = 1000  # beyond this nobody asks for how many
 
 Outcome = Literal["smaller", "best", "not decided", "nothing within"]
@@ -67,33 +68,21 @@ class Decision:
     shown: tuple[bool, ...]
 
 
-def decide(differences: Sequence[ArrayLike], margin: float, alpha: float = ALPHA) -> Decision:
-    """Return which candidates are shown to lose less than the margin.
-
-    Args:
-        differences: m arrays (n,), n of each its own: candidate minus best by seed.
-        margin: in the unit of the differences, positive.
-        alpha: one-sided level of the family.
-    """
+def decide(differences: Sequence[ArrayLike], margin: float) -> Decision:
+    """Return which of m candidates, (n,) differences to the best each, are shown to lose less than the margin."""
     p_values = tuple(noninferiority(values, margin).p_value if np.size(values) else None for values in differences)
     corrected = holm([1.0 if p is None else p for p in p_values])
     adjusted = tuple(None if p is None else q for p, q in zip(p_values, corrected, strict=True))
-    shown = tuple(q is not None and q <= alpha for q in adjusted)
+    shown = tuple(q is not None and q <= ALPHA for q in adjusted)
     return Decision(p_values, adjusted, shown)
 
 
-def needed_pairs(differences: ArrayLike, margin: float, level: float, power: float = POWER) -> int | None:
-    """Return the smallest n at which the test succeeds with the given power, if mean and spread stay what they are.
+def needed_pairs(differences: ArrayLike, margin: float, level: float) -> int | None:
+    """Return the smallest n at which the one-sided test succeeds with 80 % power, if mean and spread stay as they are.
 
     The power of the one-sided t test, by the noncentral t distribution: ``P(T > t_{n-1, 1-level})`` with noncentrality
     ``(mean + margin) sqrt(n) / s``. It is as uncertain as the mean and s of a few seeds are. Source: Johnson & Welch,
     Biometrika 31 (1940); Julious, Statistics in Medicine 23 (2004), 6.
-
-    Args:
-        differences: (n,) candidate minus best.
-        margin: in their unit, positive.
-        level: one-sided, of this one test.
-        power: probability of success.
 
     Returns:
         n; None where no n would do (the mean lies at the margin or below), none up to 1000 does, or nothing is known
@@ -102,12 +91,12 @@ def needed_pairs(differences: ArrayLike, margin: float, level: float, power: flo
     data = np.asarray(differences, dtype=np.float64)
     if data.size < 2 or np.ptp(data) == 0:
         return None
-    mean = math.fsum(data) / data.size
-    effect = (mean + margin) / math.sqrt(math.fsum((data - mean) ** 2) / (data.size - 1))
+    mean, error = mean_and_error(data)
+    effect = (mean + margin) / (error * math.sqrt(data.size))
     if effect <= 0:
         return None
     n = np.arange(2, _MOST_SEEDS + 1)
-    reached = stats.nct.sf(stats.t.isf(level, n - 1), n - 1, effect * np.sqrt(n)) >= power
+    reached = stats.nct.sf(stats.t.isf(level, n - 1), n - 1, effect * np.sqrt(n)) >= _POWER
     return int(n[np.argmax(reached)]) if reached.any() else None
 
 
@@ -172,8 +161,7 @@ class Recommendation:
         larger: experiments within the limits that are not smaller than the best, which keeps them too, by more than
             one percent.
         left_out: experiment -> why nothing can be said of it.
-        limits, measure, margin, alpha: what was asked; the margin as a share.
-        latency_batch: images of the forward pass whose latency is meant; None: none was recorded.
+        limits, measure, margin: what was asked; the margin as a share.
     """
 
     study: Study
@@ -188,13 +176,11 @@ class Recommendation:
     limits: Limits
     measure: Measure
     margin: float
-    alpha: float
-    latency_batch: int | None
 
     @property
     def confidence(self) -> float:
         """Return the nominal coverage of a candidate's interval."""
-        return _confidence(self.alpha, len(self.candidates))
+        return _confidence(len(self.candidates))
 
     def comparison_of(self, rated: Rated) -> Candidate | None:
         """Return what was tested of an experiment; None of the best, which is what others are tested against."""
@@ -277,8 +263,6 @@ def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure =
         limits=limits,
         measure=measure,
         margin=margin,
-        alpha=ALPHA,
-        latency_batch=batch,
     )
 
 
@@ -342,7 +326,7 @@ _TIMED = ("--max-seconds", "--max-latency-ms")
 def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candidate, ...]:
     compared = [compare(one.runs, best.runs, one.name, best.name) for one in smaller]
     decision = decide([comparison.by_seed for comparison in compared], margin)
-    confidence = _confidence(ALPHA, len(smaller))
+    confidence = _confidence(len(smaller))
     return tuple(
         Candidate(
             rated=one,
@@ -359,20 +343,16 @@ def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candi
     )
 
 
-def _confidence(alpha: float, family: int) -> float:
-    return 1 - 2 * alpha / max(1, family)
+def _confidence(family: int) -> float:
+    return 1 - 2 * ALPHA / max(1, family)
 
 
 def smallest_that_exists(recommendation: Recommendation) -> list[tuple[Fault, Rated]]:
     """Return, for each limit that was given, the experiment that comes nearest to it, with what it costs."""
-    nearest = []
-    for place in range(len(recommendation.limits.given(recommendation.best.cost))):
-        beside = [(rated.cost, rated) for rated in recommendation.outside]
-        known = [
-            (fault.value, rated.name, fault, rated)
-            for cost, rated in beside
-            if (fault := recommendation.limits.given(cost)[place]).value is not None
-        ]
+    limits, nearest = recommendation.limits, []
+    for place in range(len(limits.given(recommendation.best.cost))):
+        beside = [(limits.given(rated.cost)[place], rated) for rated in recommendation.outside]
+        known = [(fault.value, rated.name, fault, rated) for fault, rated in beside if fault.value is not None]
         if known:
             _, _, fault, rated = min(known, key=lambda one: one[:2])
             nearest.append((fault, rated))

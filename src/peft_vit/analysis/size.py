@@ -54,24 +54,20 @@ class MeasuredSize:
         claimed: float32 over the bits of a code, as if that were all; None if neither settings nor records tell.
         layers_bits: stored bits a weight over the quantized layers, scales and offsets included.
         model: the whole model; None in older records.
-        own_memory_bytes: what a run added to its process's memory at most; None in older records.
     """
 
     claimed: float | None
     layers_bits: float
     model: ModelBytes | None
-    own_memory_bytes: float | None
 
 
 def measured_size(settings: QaLoraConfig, runs: Sequence[Run]) -> MeasuredSize:
     """Return the size that quantized runs of one experiment recorded."""
     summaries = [run.record.quantization for run in runs if run.record.quantization is not None]
-    peaks = [run.record.own_memory_bytes for run in runs if run.record.own_memory_bytes is not None]
     return MeasuredSize(
         claimed=_claimed(settings, summaries),
         layers_bits=fmean(summary.bits_per_weight for summary in summaries),
         model=_model_bytes(summaries),
-        own_memory_bytes=fmean(peaks) if peaks else None,
     )
 
 

@@ -45,7 +45,7 @@ def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 "frozen": Cell(
                     megabytes(q.frozen_bytes),
                     {
-                        "bits_per_weight": q.bits_per_weight,
+                        "bits_per_weight": q.size.layers_bits,
                         "quantized_bytes": q.quantized_bytes,
                         "frozen_bytes": q.frozen_bytes,
                         "float_backbone_bytes": q.float_backbone_bytes,
@@ -154,7 +154,7 @@ def _cost_row(q: QuantizationImpact) -> Row:
     values |= _cost_values("", q.costs) | _cost_values("float_", q.float_costs)
     return {
         "experiment": cell("experiment", q.experiment.name),
-        "bits a weight, layers": cell("bits_per_weight", q.bits_per_weight, fixed),
+        "bits a weight, layers": cell("bits_per_weight", q.size.layers_bits, fixed),
         "to store": _with_factor(megabytes, own.stored_bytes, twin.stored_bytes),
         "memory of a run": _with_factor(megabytes, own.own_memory_bytes, timed.own_memory_bytes),
         "a step": _with_factor(COSTS["seconds_per_step"].write, own.seconds_per_step, timed.seconds_per_step),
@@ -224,7 +224,7 @@ def size_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 **_bits_and_ratios("model", q.size.model.bits_per_weight if q.size.model else None),
                 "live": cell("live_bytes", q.size.model and q.size.model.live, megabytes),
                 "file": cell("file_bytes", q.size.model and q.size.model.file, megabytes),
-                "memory of a run": cell("own_memory_bytes", q.size.own_memory_bytes, megabytes),
+                "memory of a run": cell("own_memory_bytes", q.costs.own_memory_bytes, megabytes),
             }
             for q in impacts
         ),

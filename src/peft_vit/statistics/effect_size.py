@@ -20,7 +20,6 @@ class EffectSize:
         d: Cohen's d_z, mean over standard deviation; None if there is no spread to divide by.
         low, high: ends of its interval; None with d.
         g: Hedges' g, d without its bias; None also for two pairs, where the correction is zero.
-        g_low, g_high: ends of its interval; None with g.
         n: number of pairs.
         confidence: nominal coverage, e.g. 0.95.
         reason: why something is None; None if nothing is.
@@ -30,8 +29,6 @@ class EffectSize:
     low: float | None
     high: float | None
     g: float | None
-    g_low: float | None
-    g_high: float | None
     n: int
     confidence: float
     reason: str | None = None
@@ -42,7 +39,7 @@ def effect_size(differences: ArrayLike, confidence: float = 0.95) -> EffectSize:
 
     ``d = mean / s``; ``sqrt(n) d`` follows a noncentral t with n - 1 degrees of freedom and noncentrality ``sqrt(n)
     delta``. The interval holds the deltas under which the d observed is in neither tail. Hedges' factor ``J =
-    Gamma(f/2) / (sqrt(f/2) Gamma((f-1)/2))`` with f = n - 1 takes away the bias of d, and scales both ends.
+    Gamma(f/2) / (sqrt(f/2) Gamma((f-1)/2))`` with f = n - 1 takes away the bias of d.
 
     The unit is the scatter between pairs of runs that share a seed, so a d of 1 says nothing about accuracy points.
     Describes what another draw of seeds would change. Assumption: differences are independent and normal; under skew
@@ -57,16 +54,15 @@ def effect_size(differences: ArrayLike, confidence: float = 0.95) -> EffectSize:
     n = int(data.size)
     if not has_spread(data):
         reason = "one pair has no spread" if n < 2 else "the differences have no spread"
-        return EffectSize(None, None, None, None, None, None, n, confidence, reason)
+        return EffectSize(None, None, None, None, n, confidence, reason)
     mean, error = mean_and_error(data)
     t, root = mean / error, math.sqrt(n)
     d = t / root
     low = _noncentrality(t, n - 1, 0.5 + confidence / 2) / root
     high = _noncentrality(t, n - 1, 0.5 - confidence / 2) / root
     if n == 2:
-        return EffectSize(d, low, high, None, None, None, n, confidence, "Hedges' correction needs three pairs")
-    factor = hedges_factor(n - 1)
-    return EffectSize(d, low, high, factor * d, factor * low, factor * high, n, confidence)
+        return EffectSize(d, low, high, None, n, confidence, "Hedges' correction needs three pairs")
+    return EffectSize(d, low, high, hedges_factor(n - 1) * d, n, confidence)
 
 
 def hedges_factor(degrees: int) -> float:

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
-from scipy import stats
 
+from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.findings import Finding, all_findings
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.config import ExperimentConfig
 from peft_vit.records import AdapterRemoval, ImportanceEntry, ParameterCounts, RankEntry, RunRecord, StepRow
+from peft_vit.statistics import gini, normalized_entropy
 
 pytestmark = pytest.mark.part("analyzer")
 
@@ -107,10 +108,9 @@ def test_one_type_that_gets_more_than_query_refutes_it_whatever_the_others_do() 
 def test_spread_of_ranks() -> None:
     by_matrix = {"query": 5, "key": 3, "value": 2, "out": 2, "fc1": 1, "fc2": 0}
     records = [run(ADALORA, rank_history=ranks(**by_matrix))]
-    amounts = np.repeat(list(by_matrix.values()), 12).astype(float)
-    gini = np.abs(amounts[:, None] - amounts).sum() / (2 * len(amounts) ** 2 * amounts.mean())
-    assert only(records, "spread-gini").values == pytest.approx((gini,))
-    assert only(records, "spread-entropy").values == pytest.approx((stats.entropy(amounts) / math.log(72),))
+    amounts = np.repeat(list(by_matrix.values()), planted.BLOCKS)
+    assert only(records, "spread-gini").values == (gini(amounts),)
+    assert only(records, "spread-entropy").values == (normalized_entropy(amounts),)
     assert only(records, "spread-gini").verdict == "not decided"
 
 
@@ -291,20 +291,16 @@ def test_courses_of_the_loss() -> None:
     )
     rng = np.random.default_rng(0)
     noise = {"base": 0.1, "linear": 0.05, "cosine": 0.01}
-    losses = {name: 1 - 0.01 * np.arange(48) + size * rng.normal(size=48) for name, size in noise.items()}
-    records = [run(one, 0, steps=steps(losses[name])) for name, one in made.items()]
-
-    def late(name: str) -> float:
-        t, y = np.arange(16), losses[name][-16:]
-        return float(np.sqrt(np.sum((y - np.polyval(np.polyfit(t, y, 1), t)) ** 2) / 14))
-
-    def rough(name: str) -> float:
-        return float(np.sqrt(np.diff(losses[name], 2) @ np.diff(losses[name], 2) / 6 / 46))
-
+    records = [
+        run(made[name], 0, steps=steps(1 - 0.01 * np.arange(48) + size * rng.normal(size=48)))
+        for name, size in noise.items()
+    ]
+    runs = {one.experiment.name: one for one in planted.study_of(records).runs}
+    late, rough = ({name: of(one) for name, one in runs.items()} for of in (late_loss_deviation, roughness))
     steadier = {f.subject: f.values for f in found(records, "schedule-steadies")}
-    assert steadier["linear against base"] == pytest.approx((late("base") - late("linear"),))
-    assert steadier["cosine against base"] == pytest.approx((late("base") - late("cosine"),))
-    assert only(records, "cosine-is-smoother").values == pytest.approx((rough("linear") - rough("cosine"),))
+    assert steadier["linear against base"] == pytest.approx((late["base"] - late["linear"],))
+    assert steadier["cosine against base"] == pytest.approx((late["base"] - late["cosine"],))
+    assert only(records, "cosine-is-smoother").values == pytest.approx((rough["linear"] - rough["cosine"],))
 
 
 def lora_line(seed: int, accuracies: dict[int, float]) -> list[RunRecord]:

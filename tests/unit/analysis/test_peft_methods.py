@@ -102,7 +102,6 @@ def test_ranks_of_fused_matrices(study) -> None:
         "fc1": 8,
         "fc2": 8,
     }
-    assert allocation.query_lead == ()
     assert [(run.used, run.sites, run.sites_without_rank) for run in allocation.runs] == [(384, 48, 12)] * 2
     assert Grid.of([*SITES, *planted.sites()]).matrices == ("qkv", "query", "key", "value", "out", "fc1", "fc2")
 

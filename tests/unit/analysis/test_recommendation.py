@@ -261,7 +261,6 @@ def test_latency_where_it_was_measured() -> None:
     slow = {BEST: {1: 0.01, 8: 0.03}, THIRD: {1: 0.02, 4: 0.03, 8: 0.05}}
     timed = [one.model_copy(update={"latency_s": slow[one.spec.experiment.name]}) for one in made]
     found = asked(timed, Limits(latency_s=0.015))
-    assert found.latency_batch == 1
     assert (found.outcome, [one.name for one in found.outside]) == ("best", [THIRD])
     half = [one.model_copy(update={"latency_s": {}}) if one.spec.experiment.name == THIRD else one for one in timed]
     assert asked(half, measure="latency").left_out == {THIRD: "has runs without a recorded latency"}
