@@ -13,7 +13,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.adapters.injection import adapted_modules, current_ranks, site_adapters
-from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 
@@ -36,7 +35,7 @@ def _form(model: nn.Module) -> dict[str, Any]:
     forms = {}
     for name, adapter in site_adapters(model).items():
         forms[name] = {"scale": adapter.scale, "parametrization": adapter.parametrization, "pool": adapter.pool}
-        if isinstance(adapter, SiteAdapter) and adapter.lora_lambda is not None:
+        if adapter.lora_lambda is not None:
             forms[name]["lambda_gain"] = adapter.lambda_gain
     values = list(forms.values())
     return values[0] if values and all(value == values[0] for value in values) else forms

@@ -45,6 +45,8 @@ class SiteAdapter(nn.Module):
         pool: inputs per group on which the update is constant; 1 for a plain adapter.
     """
 
+    smallest_rank = 0
+
     def __init__(
         self,
         in_features: int,
@@ -101,9 +103,21 @@ class SiteAdapter(nn.Module):
             if self.factor_start == "orthonormal":
                 return torch.linalg.qr(lora_A.T).Q.T, torch.linalg.qr(lora_B).Q, torch.zeros(count)
             return lora_A * _SVD_INIT_STD, lora_B * _SVD_INIT_STD, torch.zeros(count)
-        bound = start_size(self, count + beside) / math.sqrt(self.in_features)
+        bound = self.start_size(count + beside) / math.sqrt(self.in_features)
         lora_A = (torch.rand(count, columns, generator=self.generator) * 2 - 1) * bound
         return lora_A, torch.zeros(self.out_features, count), None
+
+    def start_size(self, rank: int) -> float:
+        """Return how large A of the product form is at a rank, over LoRA's own start: reference_rank / rank.
+
+        Adam moves every element of B by about the learning rate, whatever the gradient G, so a step of r triplets goes
+        r times as far along G as that of one: <G, d(BA)> = rate * sum_i |G a_i|_1. LoRA (arXiv 2106.09685, sec. 4.1)
+        divides its alpha by r for this; here the scale stays, and A carries the factor. A rate that suits LoRA at the
+        reference rank then suits a site of rank 2 or 40. Without a reference rank it is 1.
+        """
+        if self.reference_rank is None or self.parametrization == "svd":
+            return 1.0
+        return self.reference_rank / max(rank, 1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r), scale included, and right (r, in / pool): left @ right is dW, once per group."""
@@ -124,19 +138,6 @@ class SiteAdapter(nn.Module):
         return torch.linalg.matrix_norm(self.lora_B.T @ self.lora_B - eye) + torch.linalg.matrix_norm(
             self.lora_A @ self.lora_A.T - eye
         )
-
-
-def start_size(adapter: SiteAdapter, rank: int) -> float:
-    """Return how large A of the product form is at a rank, over LoRA's own start: reference_rank / rank.
-
-    Adam moves every element of B by about the learning rate, whatever the gradient G, so a step of r triplets goes r
-    times as far along G as that of one: <G, d(BA)> = rate * sum_i |G a_i|_1. LoRA (arXiv 2106.09685, sec. 4.1) divides
-    its alpha by r for this; here the scale stays, and A carries the factor. A rate that suits LoRA at the reference
-    rank then suits a site of rank 2 or 40. Without a reference rank it is 1.
-    """
-    if adapter.reference_rank is None or adapter.parametrization == "svd":
-        return 1.0
-    return adapter.reference_rank / max(rank, 1)
 
 
 class GradientProbe:

@@ -193,7 +193,7 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bo
         theirs = f"a head of {len(adapter.head['bias'])} classes" if adapter.head else "no head"
         _warn(f"the adapter of {folder} brings {theirs} and these images have {len(head['bias'])}: the head is fresh")
     scales = {sites[module].name: scale for module, (_, _, scale) in adapter.updates.items()}
-    attach_fused(model, scales, seed=seed)
+    attach_adapters(model, [sites[module] for module in adapter.updates], 0, scale=scales, seed=seed)
     by_site = site_adapters(model)
     for module, (lora_A, lora_B, _) in adapter.updates.items():
         one = by_site[sites[module].name]

@@ -34,6 +34,7 @@ class PeftSite:
     parametrization: Literal["product"] = "product"
     pool = 1
     lora_lambda: nn.Parameter | None = None
+    lambda_gain = 1.0
     probe = None
 
     def __init__(self, holder: Any, key: str) -> None:
@@ -102,6 +103,10 @@ class PeftSite:
         bound = 1 / math.sqrt(self.in_features)
         lora_A = (torch.rand(count, self.in_features, generator=self.generator) * 2 - 1) * bound
         return lora_A, torch.zeros(self.out_features, count), None
+
+    def start_size(self, rank: int) -> float:
+        """Return how large A is at a rank, over LoRA's own start: 1."""
+        return 1.0
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r), scale included, and right (r, in): left @ right is dW."""

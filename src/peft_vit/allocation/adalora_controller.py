@@ -112,9 +112,9 @@ class AdaLoRAController:
         """Give sites that have no rank yet equal ranks within the initial budget."""
         adapters = site_adapters(model)
         if not any(adapter.rank for adapter in adapters.values()):
-            for adapter in adapters.values():
-                if isinstance(adapter, SiteAdapter):
-                    adapter.reference_rank = self.config.budget.total / float(self.costs.sum())  # if all ended equal
+            for adapter in adapters.values():  # PEFT's have rank
+                assert isinstance(adapter, SiteAdapter)
+                adapter.reference_rank = self.config.budget.total / float(self.costs.sum())  # if all ended equal
             even = even_ranks(self.schedule.initial, self.bounds, self.costs)
             ranks = dict(zip(self.names, (int(rank) for rank in even), strict=True))
             set_ranks(model, ranks)

@@ -56,7 +56,7 @@ def take_probes(adapters: Mapping[str, Adapter]) -> tuple[dict[str, float], int]
     """
     gradients, values = {}, 0
     for name, adapter in adapters.items():
-        if not isinstance(adapter, SiteAdapter) or adapter.probe is None:
+        if adapter.probe is None:
             continue
         gradient = adapter.probe.gradient()
         if gradient is not None:

@@ -6,7 +6,7 @@ gradients g = dL/dw, the score after each backward pass is
     magnitude      scale gain |lambda_i| ||P_i|| ||Q_i||, or scale ||b_i|| ||a_i||: the Frobenius norm of the triplet's
                    update; sites that PEFT made may have scales of their own
     gradient_norm  smoothed ||g||_2 over the triplet's parameters; here and under fisher A counts at LoRA's own size and
-                   B at the inverse, whatever the rank has made of them (`low_rank.start_size`)
+                   B at the inverse, whatever the rank has made of them (`SiteAdapter.start_size`)
     fisher         smoothed ||g||_2^2: trace of the diagonal minibatch empirical Fisher, of the mean gradient of a
                    batch (Kunstner et al. 2019, arXiv 1905.12558, on why it is not the Fisher; `per_sample_fisher`
                    measures how far its ranking is from the empirical Fisher's)
@@ -31,8 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear, Adapter, SiteAdapter, adapted_modules
-from peft_vit.adapters.low_rank import start_size
+from peft_vit.adapters import AdaptedLinear, Adapter, adapted_modules
 from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
 from peft_vit.config import METRICS, Metric
 from peft_vit.errors import UserError
@@ -224,7 +223,7 @@ def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
         lora_A, lora_B, lora_lambda = adapter.lora_A, adapter.lora_B, adapter.lora_lambda
         if lora_A.shape[0] == 0:
             continue
-        size = start_size(adapter, adapter.rank) if isinstance(adapter, SiteAdapter) else 1.0
+        size = adapter.start_size(adapter.rank)
         parts.append(_Part(site, "lora_A", lora_A.float(), lora_A.grad, 1, size))
         parts.append(_Part(site, "lora_B", lora_B.float(), lora_B.grad, 0, 1 / size))
         if lora_lambda is not None:
@@ -234,7 +233,7 @@ def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
 
 def _factor(adapter: Adapter) -> float:
     """Return the Frobenius norm of a triplet's update over the product of its parameters' norms."""
-    gain = adapter.lambda_gain if isinstance(adapter, SiteAdapter) and adapter.lora_lambda is not None else 1.0
+    gain = 1.0 if adapter.lora_lambda is None else adapter.lambda_gain
     return abs(adapter.scale * gain) * math.sqrt(adapter.pool)  # each value of A stands for a pool of equal columns
 
 

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from allocation_runs import config
 from torch.nn import functional as F
 
 from peft_vit.adapters import SiteAdapter, attach_adapters, site_adapters
 from peft_vit.allocation import AdaLoRAController, ImportanceTracker
 from peft_vit.allocation.importance import mean_per_triplet
 from peft_vit.backbones import find_sites
-from peft_vit.config import METRICS, AdaLoraConfig
+from peft_vit.config import METRICS
 from peft_vit.errors import UserError
 
 pytestmark = pytest.mark.part("importance analysis")
@@ -283,14 +284,7 @@ def test_the_stable_rank_of_the_frozen_weight_decides_without_gradients(tiny_vit
     with torch.no_grad():
         for one in (plain, model):
             one.blocks[1].mlp.fc2.weight.zero_()
-    settings = AdaLoraConfig(
-        total_rank_budget=6,
-        budget_schedule="constant",
-        allocation_strategy="proportional",
-        importance_metric="stable_rank",
-        update_frequency=1,
-        warmup_steps=1,
-    )
+    settings = config(total_rank_budget=6, budget_schedule="constant", importance_metric="stable_rank", warmup_steps=1)
     if wrapped:
         peft = pytest.importorskip("peft")
         targets = r".*blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"

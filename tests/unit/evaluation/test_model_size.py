@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from qa_lora_settings import config
 from tiny_models import CARD
 from torch import nn
 
 from peft_vit.adapters import adapted_modules, merge_into_offsets
 from peft_vit.backbones.catalog import create_model
-from peft_vit.config import QaLoraConfig
 from peft_vit.deployment import save_low_bit
 from peft_vit.evaluation import model_size
 from peft_vit.training import QALoRATrainer
@@ -21,16 +21,7 @@ WEIGHTS = DEPTH * WIDTH * (3 * WIDTH + WIDTH + 2 * 2 * WIDTH)  # of its matrices
 
 
 def quantized(model: nn.Module, **settings) -> nn.Module:
-    given = {
-        "quantization_bits": 4,
-        "quantization_type": "nf4",
-        "quantization_schedule": "constant",
-        "gradient_scaling_factor": 1.0,
-        "use_group_quantization": True,
-        "group_size": 16,
-        "rank": 1,
-    }
-    QALoRATrainer(model, QaLoraConfig(**{**given, **settings}), 4)
+    QALoRATrainer(model, config(rank=1, **settings), 4)
     return model
 
 
