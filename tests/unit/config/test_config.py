@@ -280,7 +280,7 @@ FAULTS: list[tuple[str, str, str | None, str, str]] = [
     ("weights: random", f"weights: file\n  file: a.pth\n  sha256: {'A' * 64}", None, "backbone.sha256", "pattern"),
     ("rank: 4", "rank: 0", None, "experiments[1].lora.rank", "greater than or equal to 1, got 0"),
     ("  epochs: 2", "  epochs: 2\n  batch_size: 0", None, "training.batch_size", "greater than or equal to 1"),
-    ("{rank: 4}", "{rank: 4, targets: [query, query]}", None, "experiments[1].lora", "names a matrix twice"),
+    ("{rank: 4}", "{rank: 4, targets: [query, query]}", None, "experiments[1].lora.targets", "names a matrix twice"),
     ("{rank: 4}", "{rank: 4, targets: []}", None, "experiments[1].lora.targets", "at least 1 item"),
     ("{rank: 4}", "{rank: 4, targets: [<b>]}", None, "experiments[1].lora.targets[0]", "should match pattern"),
     (
