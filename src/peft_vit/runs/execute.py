@@ -61,6 +61,7 @@ from peft_vit.runs.resume import RECORDED, Attempt
 from peft_vit.training import (
     AfterTraining,
     Checkpoints,
+    Hook,
     Interrupted,
     Progress,
     RuntimeConfig,
@@ -172,16 +173,13 @@ def _execute(
     model = backbone.model.to(device)
     choose_attention(model, device, spec.precision)
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
-    config = spec.experiment.training
-    total_steps = spec.experiment.total_steps(len(data.train))
     runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
-
     calibration = Calibration(data, runtime, spec.seed)
     bits = choose_bits(model, spec, attempt, calibration)
     hooks = prepare(
         model,
         spec.experiment,
-        total_steps=total_steps,
+        total_steps=spec.experiment.total_steps(len(data.train)),
         seed=spec.seed,
         formats=None if bits is None else bits.formats,
         ranks=None if bits is None else bits.ranks,
@@ -190,55 +188,72 @@ def _execute(
     # Now that the head is the one that training starts from.
     provenance = attempt.begin(_provenance(spec, data, backbone, device))
     _say_doubts(spec, provenance, data)
-    initial_ranks = current_ranks(model) | peft_ranks(model)
-    sites = [site.info() for site in adapted_sites(model).values()]
+    start = _start(model)
     memory.prepared()
-    head = start_head(model, spec, attempt, data, hooks, runtime)
-    if spec.experiment.is_probe:
-        result, tested = head.result(model), _test(data, head.predict)
-    else:
-        result = train(
-            model,
-            data,
-            config,
-            runtime,
-            seed=spec.seed,
-            hooks=hooks,
-            on_progress=on_progress,
-            between_steps=attempt.between_steps,
-            resume=attempt.take_training(),
-            overhead=attempt.overhead,
-        )
-        tested = _test(data, lambda images: _predict(model, images, spec, runtime))
+    result, tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
     until_here = attempt.so_far()  # its memory, too: the float weights may come back for a comparison
     after = AfterTraining(
         steps=result.steps,
-        class_weights=loss_weights(config, data, device),
+        class_weights=loss_weights(spec.experiment.training, data, device),
         calibration_batch=calibration.batch,
         float_weights=lambda: dict(load_run_backbone(spec, len(data.class_names), read).model.state_dict()),
         overhead=attempt.overhead,
     )
     for hook in hooks:
         hook.finish(model, after)
-    measured = take_measures(model, backbone, data, spec, runtime, attempt.overhead)
     outcome = {
         "status": "done",
         "provenance": provenance,
-        **_images(data),
-        "sites": sites,
-        "rank_history": [RankEntry(step=0, budget=None, ranks=initial_ranks)] if initial_ranks else [],
         "bit_allocation": attempt.known.bit_allocation,
-        **{field: value for hook in hooks for field, value in hook.record(model).items()},
-        **_trained(model, result, backbone_total, content),
         "head_fit": attempt.known.head_fit,
         "overhead_s": attempt.overhead,
         "peak_memory_bytes": until_here.peak_memory_bytes,
         "own_memory_bytes": until_here.own_memory_bytes,
+        **start,
+        **_images(data),
+        **{field: value for hook in hooks for field, value in hook.record(model).items()},
+        **_trained(model, result, backbone_total, content),
         **tested,
-        **measured,
+        **take_measures(model, backbone, data, spec, runtime, attempt.overhead),
     }
     return outcome, content
+
+
+def _start(model: nn.Module) -> dict[str, Any]:
+    """Return what a record says of a prepared model: its sites and their ranks."""
+    ranks = current_ranks(model) | peft_ranks(model)
+    return {
+        "sites": [site.info() for site in adapted_sites(model).values()],
+        "rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else [],
+    }
+
+
+def _train_and_test(
+    model: nn.Module,
+    data: Data,
+    spec: RunSpec,
+    runtime: RuntimeConfig,
+    hooks: list[Hook],
+    attempt: Attempt,
+    on_progress: OnProgress | None,
+) -> tuple[TrainingResult, dict[str, Any]]:
+    head = start_head(model, spec, attempt, data, hooks, runtime)
+    if spec.experiment.is_probe:
+        return head.result(model), _test(data, head.predict)
+    result = train(
+        model,
+        data,
+        spec.experiment.training,
+        runtime,
+        seed=spec.seed,
+        hooks=hooks,
+        on_progress=on_progress,
+        between_steps=attempt.between_steps,
+        resume=attempt.take_training(),
+        overhead=attempt.overhead,
+    )
+    return result, _test(data, lambda images: _predict(model, images, spec, runtime))
 
 
 def _test(
