@@ -117,43 +117,37 @@ def packed(model, **settings):
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("change", "provenance"),
     [
-        {"weights_sha256": "b" * 64},
-        {"data_sha256": "e" * 64},
-        {"device": "cuda"},
-        {"processor": "q"},
-        {"packages": {"timm": "2"}},
-        "bf16",
-        "image size",
-        "threads",
-        "nf4",
-        "int4",
-        "fading",
+        *(
+            (lambda spec: spec, one)
+            for one in (
+                {"weights_sha256": "b" * 64},
+                {"data_sha256": "e" * 64},
+                {"device": "cuda"},
+                {"processor": "q"},
+                {"packages": {"timm": "2"}},
+            )
+        ),
+        (lambda spec: spec.model_copy(update={"precision": "bf16"}), {}),
+        (lambda spec: spec.model_copy(update={"threads": 3}), {}),
+        (lambda spec: with_data(spec, image_size=64), {}),
     ],
-    ids=str,
 )
-def test_what_differs_is_not_shared(counted, spec, images, tmp_path, tiny_vit, other) -> None:
+def test_what_differs_is_not_shared(counted, spec, images, tmp_path, change, provenance) -> None:
     counted.features(spec).of(images)
-    counted.passes = 0
-    hooks, provenance = [], {}
-    if isinstance(other, dict):
-        provenance = other
-    elif other == "bf16":
-        spec = spec.model_copy(update={"precision": "bf16"})
-    elif other == "image size":
-        spec = with_data(spec, image_size=64)
-    elif other == "threads":
-        spec = spec.model_copy(update={"threads": 3})
-    elif other == "fading":
-        hooks = [packed(tiny_vit(), quantization_schedule="linear")]
-    else:
-        counted.features(spec, [packed(tiny_vit(), quantization_type="fp4")]).of(images)
-        counted.passes = 0
-        hooks = [packed(tiny_vit(), quantization_type=other)]
-    counted.features(spec, hooks, **provenance).of(images)
-    assert counted.passes == 1
-    assert len(files(tmp_path)) == (3 if other in ("nf4", "int4") else 2)
+    counted.features(change(spec), **provenance).of(images)
+    assert counted.passes == len(files(tmp_path)) == 2
+
+
+def test_weights_that_are_packed_otherwise_are_not_shared(counted, spec, images, tmp_path, tiny_vit) -> None:
+    counted.features(spec).of(images)
+    for settings in (
+        *({"quantization_type": one} for one in ("fp4", "nf4", "int4")),
+        {"quantization_schedule": "linear"},
+    ):
+        counted.features(spec, [packed(tiny_vit(), **settings)]).of(images)
+    assert counted.passes == len(files(tmp_path)) == 5
 
 
 def test_packed_alike_is_shared(counted, spec, images, tiny_vit) -> None:
