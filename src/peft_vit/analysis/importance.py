@@ -86,7 +86,7 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         grid=grid,
         raw_final=np.mean(raw, axis=0),
         relative_final=relative,
-        by_block=np.stack([_row_means(one) for one in relative]),
+        by_block=np.stack([row_means(one) for one in relative]),
         by_matrix=by_matrix,
         attention_over_mlp=_attention_over_mlp(relative, grid.is_attention()),
         steps=steps,
@@ -99,8 +99,8 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
     )
 
 
-def _row_means(relative: np.ndarray) -> np.ndarray:
-    """Return (blocks,) means that ignore sites without a score; NaN for a block without any."""
+def row_means(relative: np.ndarray) -> np.ndarray:
+    """Return (rows,) means of (rows, columns) that ignore what has no score; NaN for a row without any."""
     known = np.isfinite(relative)
     total = np.where(known, relative, 0.0).sum(axis=1)
     return np.divide(total, known.sum(axis=1), out=np.full(len(relative), np.nan), where=known.any(axis=1))
@@ -126,9 +126,9 @@ def _matrix_course(grid: Grid, by_run: list[dict[int, dict[str, float]]], steps:
             raw = grid.fill(entries[step])  # (B, M)
             total = np.nansum(raw)
             if total > 0:  # nothing is relative to a mean of zero
-                relative.append(_row_means((raw / (total / np.isfinite(raw).sum())).T))
+                relative.append(row_means((raw / (total / np.isfinite(raw).sum())).T))
         if relative:
-            course[row] = _row_means(np.stack(relative).T)
+            course[row] = row_means(np.stack(relative).T)
     return course
 
 

@@ -298,7 +298,7 @@ def _left_out(study: Study, limits: Limits, measure: Measure, batch: int | None)
         runs = study.of(experiment.name)
         if not runs:
             reasons.append((experiment.name, "has no finished run"))
-        elif len({run.record.spec.model_copy(update={"seed": 0}).model_dump_json() for run in runs}) > 1:
+        elif len({run.configuration() for run in runs}) > 1:
             reasons.append((experiment.name, "was configured differently from seed to seed"))
         elif measure == "latency" and cost_of(runs, batch).latency_s is None:
             reasons.append((experiment.name, "has runs without a recorded latency"))

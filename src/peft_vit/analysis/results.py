@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_vit.analysis.planned import Plan
+from peft_vit.analysis.planned import Plan, run_of
 from peft_vit.analysis.studies import Study, make_study
 from peft_vit.errors import UserError
 from peft_vit.records import Contents, Problem, RunRecord, StudyFolder, read_contents
@@ -125,8 +125,7 @@ def _left_out(study: str, problems: Iterable[Problem], root: str) -> tuple[tuple
     found = []
     for problem in problems:
         if problem.left_out and problem.run is not None and (problem.run[0] or root) == study:
-            experiment, _, seed = problem.run[1].partition("/seed_")
-            found.append((experiment, int(seed), problem.message))
+            found.append((*run_of(problem.run[1]), problem.message))
     return tuple(found)
 
 

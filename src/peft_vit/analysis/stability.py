@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from peft_vit.analysis.importance import ImportancePattern
+from peft_vit.analysis.importance import ImportancePattern, row_means
 from peft_vit.analysis.studies import Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig
 from peft_vit.records import FisherCheck
@@ -78,10 +78,7 @@ def _seed_agreement(pattern: ImportancePattern) -> SeedAgreement:
     seeds = len(pattern.seeds)
     relative = pattern.relative_final.reshape(seeds, -1)  # (S, B * M)
     sites = _judged_by_all(relative)
-    known = np.isfinite(pattern.relative_final)
-    total = np.where(known, pattern.relative_final, 0.0).sum(axis=1)  # (S, M)
-    count = known.sum(axis=1)
-    by_matrix = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    by_matrix = np.stack([row_means(one.T) for one in pattern.relative_final])  # (S, M)
     return SeedAgreement(
         experiment=pattern.experiment,
         w=kendalls_w(sites),
@@ -126,8 +123,7 @@ class StudyAgreement:
 class _Scored:
     study: Study
     pattern: ImportancePattern
-    metric: str
-    strategy: str
+    kind: tuple[str, str, str, bool]  # metric, strategy, method, smoke
     relative: dict[str, float]
     backbone: frozenset[tuple[str, str | None]]
 
@@ -143,18 +139,12 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
     found = [one for study, patterns in scored for one in _scored(study, patterns)]
     rows = []
     for a, b in combinations(found, 2):
-        alike = (a.metric, a.strategy, a.pattern.experiment.method, a.study.smoke) == (
-            b.metric,
-            b.strategy,
-            b.pattern.experiment.method,
-            b.study.smoke,
-        )
         shared = sorted(a.relative.keys() & b.relative.keys())
-        if a.study.label == b.study.label or not alike or not shared:
+        if a.study.label == b.study.label or a.kind != b.kind or not shared:
             continue
         rows.append(
             StudyAgreement(
-                metric=a.metric,
+                metric=a.kind[0],
                 study=a.study.label,
                 other=b.study.label,
                 experiment=a.pattern.experiment.name,
@@ -179,9 +169,8 @@ def _scored(study: Study, patterns: Sequence[ImportancePattern]) -> list[_Scored
         mean = np.mean(pattern.relative_final, axis=0)  # (B, M)
         by_site = {site.name: pattern.grid.pick(mean, site) for site in pattern.grid.sites}
         relative = {name: value for name, value in by_site.items() if np.isfinite(value)}
-        found.append(
-            _Scored(study, pattern, section.importance_metric, section.allocation_strategy, relative, backbone)
-        )
+        kind = (section.importance_metric, section.allocation_strategy, pattern.experiment.method, study.smoke)
+        found.append(_Scored(study, pattern, kind, relative, backbone))
     return found
 
 
