@@ -371,6 +371,11 @@ def failed(experiment: ExperimentConfig, seed: int, error: str, *, study: str = 
     )
 
 
+def asking(record: RunRecord, **changes: Any) -> RunRecord:
+    """Return a record of a run that was asked for with other settings."""
+    return record.model_copy(update={"spec": record.spec.model_copy(update=changes)})
+
+
 def quickstart(seeds: tuple[int, ...] = (0, 1), *, spread: float = 0.02, **options: Any) -> list[RunRecord]:
     """Return all runs; the seed shifts every experiment by the same amount, plus a little of its own."""
     rng = np.random.default_rng(5)

@@ -50,12 +50,7 @@ class Analysis:
 
 
 def analyze(study: Study, registry: Registry | None = None) -> Analysis:
-    """Compute all tables and findings of one study.
-
-    Args:
-        study: all its runs.
-        registry: the sentences to test; None: those that come with the package.
-    """
+    """Compute all tables and findings of one study; `registry` None: the sentences that come with the package."""
     methods = method_results(study)
     patterns = importance_patterns(study)
     allocated = allocations(study)

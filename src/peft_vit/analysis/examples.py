@@ -73,12 +73,7 @@ class ImageExamples:
 
 
 def image_examples(study: Study, best: str) -> ImageExamples | str:
-    """Return the best experiment beside a baseline; as text why not, where that is impossible.
-
-    Args:
-        study: finished runs.
-        best: the name of the experiment that validation chose.
-    """
+    """Return the experiment that validation chose beside a baseline; as text why not, where that is impossible."""
     baseline = _baseline(study, best)
     if baseline is None:
         return "no linear probe and no LoRA has finished beside it that it could be set against"

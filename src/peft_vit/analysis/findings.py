@@ -138,10 +138,7 @@ def judge(
 ) -> tuple[Finding, ...]:
     """Return a finding for each set of values, corrected over those given that share a family.
 
-    Args:
-        measured: sentences and values; all of one study.
-        study: its name.
-        registry: tells which runs had the sentence registered; None: nobody asks, all are exploratory.
+    The registry tells which runs had the sentence registered; None: nobody asks, all are exploratory.
     """
     findings = [_untested(hypothesis, one, study, registry) for hypothesis, one in measured]
     families: dict[str, list[int]] = {}

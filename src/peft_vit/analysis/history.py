@@ -15,10 +15,7 @@ from peft_vit.records import history_rows, write_atomically
 
 
 def history_table(results_dir: Path) -> list[dict[str, Any]]:
-    """Return one row a run, step and site, with what it is of, and the columns of `records.history_rows`.
-
-    Args:
-        results_dir: a results directory, or one run's folder.
+    """Return one row a run, step and site, with the columns of `records.history_rows`, of a results or a run's folder.
 
     Raises:
         UserError: if there is no record, if one can't be read, if a run stands twice, or if no run has adapters.

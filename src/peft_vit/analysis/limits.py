@@ -99,12 +99,7 @@ class Cost:
 
 
 def cost_of(runs: Sequence[Run], latency_batch: int | None) -> Cost:
-    """Return the cost of one experiment.
-
-    Args:
-        runs: its finished runs, at least one.
-        latency_batch: images a forward pass, of the latency; None: no latency is asked for.
-    """
+    """Return the cost of one experiment's finished runs; no latency is asked for where there is no batch size."""
     stored = [run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs]
     parameters = [run.parameters.final for run in runs]
     latencies = [None if latency_batch is None else run.record.latency_s.get(latency_batch) for run in runs]

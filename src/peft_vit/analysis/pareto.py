@@ -74,14 +74,10 @@ class Front:
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool, ...]:
-    """Return which of n pairs nothing dominates; small costs and large values are better.
+    """Return which of n pairs nothing dominates, from (n,) each; small costs and large values are better.
 
     A pair is dominated if another has no larger cost and no smaller value, and differs from it. So equal pairs stand or
     fall together. Source: Pareto (1906); the sweep by cost is Kung, Luccio & Preparata, Journal of the ACM 22 (1975).
-
-    Args:
-        costs: (n,) finite.
-        values: (n,) finite, in the same order.
 
     Raises:
         ValueError: for unequal lengths, or a number that is not one.
@@ -102,12 +98,7 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool,
 
 
 def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
-    """Return one front for each cost that any experiment has recorded.
-
-    Args:
-        study: the runs, for the paired tests.
-        methods: their means, `comparison.method_results(study)`.
-    """
+    """Return one front for each cost that any experiment has recorded; `methods` are the study's `method_results`."""
     found = []
     machines = {hardware(run) for run in study.runs}
     for cost, of in _COSTS.items():

@@ -23,15 +23,14 @@ _FEWEST_SITES = 3
 
 
 def kendalls_w(scores: ArrayLike) -> float | None:
-    """Return Kendall's coefficient of concordance: 1 if all judges order alike, near 0 if they do as chance would.
+    """Return Kendall's W of (m, n) scores: 1 if all m judges order n things alike, near 0 if they do as chance would.
+
+    Judges are seeds here, and things are sites.
 
     ``W = 12 S / (m^2 (n^3 - n) - m T)``, S the squared deviations of the n rank sums from their mean, T the sum of
     t^3 - t over groups of t ties of each judge. Without ties the mean Spearman's rho over pairs of judges is ``(m W
     - 1) / (m - 1)``. Source: Kendall & Babington Smith, Annals of Mathematical Statistics 10 (1939); computed from
     Friedman's statistic of `scipy.stats.friedmanchisquare`, which is m (n - 1) W.
-
-    Args:
-        scores: (m, n) one row a judge (here a seed), one column a thing judged (here a site).
 
     Returns:
         None for fewer than 2 judges or 3 things, or if a judge makes no difference between things.
@@ -132,9 +131,6 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
     """Return one row for each two experiments of two studies with the same method, metric and strategy.
 
     Smoke studies are set against no real ones. Experiments without shared sites make no row.
-
-    Args:
-        scored: studies with their `importance_patterns`.
     """
     found = [one for study, patterns in scored for one in _scored(study, patterns)]
     rows = []

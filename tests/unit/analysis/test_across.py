@@ -212,7 +212,7 @@ def test_a_time_that_is_none_is_no_time(tmp_path: Path, broken: float | None) ->
 
 
 def with_precision(made: list[RunRecord], precision: str) -> list[RunRecord]:
-    return [one.model_copy(update={"spec": one.spec.model_copy(update={"precision": precision})}) for one in made]
+    return [planted.asking(one, precision=precision) for one in made]
 
 
 def test_precision_and_configuration_are_told_by_field(tmp_path: Path) -> None:
@@ -220,9 +220,7 @@ def test_precision_and_configuration_are_told_by_field(tmp_path: Path) -> None:
     experiment = EXPERIMENTS["lora_r4"]
     longer = experiment.model_copy(update={"training": experiment.training.model_copy(update={"epochs": 9})})
     second = [
-        one.model_copy(update={"spec": one.spec.model_copy(update={"experiment": longer})})
-        if one.spec.experiment.name == "lora_r4"
-        else one
+        planted.asking(one, experiment=longer) if one.spec.experiment.name == "lora_r4" else one
         for one in with_precision(second, "fp32")
     ]
     found = compare_studies(loaded(tmp_path, first, second))
@@ -326,7 +324,7 @@ def test_the_same_images_in_another_folder_are_the_same_images(tmp_path: Path) -
     for study, folder in (("a", "here"), ("b", "there")):
         made = records(study, {"lora_r4": A})
         data = made[0].spec.data.model_copy(update={"dataset": "image-folder", "path": folder})
-        moved = [one.model_copy(update={"spec": one.spec.model_copy(update={"data": data})}) for one in made]
+        moved = [planted.asking(one, data=data) for one in made]
         places.append(planted.write(tmp_path / folder, moved))
     with pytest.raises(UserError, match=r"holds the run 'b/.* holds it as 'a/"):
         load_across(places)
@@ -377,11 +375,6 @@ def test_a_setting_of_one_side_only_is_a_difference(tmp_path: Path) -> None:
     section = EXPERIMENTS[name].adalora
     assert isinstance(section, AdaLoraConfig)
     other = EXPERIMENTS[name].model_copy(update={"adalora": section.model_copy(update={"top_k": 12})})
-    second = [
-        one.model_copy(update={"spec": one.spec.model_copy(update={"experiment": other})})
-        if one.spec.experiment.name == name
-        else one
-        for one in second
-    ]
+    second = [planted.asking(one, experiment=other) if one.spec.experiment.name == name else one for one in second]
     (refusal,) = compare_studies(loaded(tmp_path, first, second)).refusals
     assert refusal.reason == f"{name}.adalora.top_k: None in a, 12 in b"

@@ -162,7 +162,7 @@ def test_seeds_on_other_images_are_no_pair_and_two_sites_no_order() -> None:
     finding = only([*records[:3], records[3].model_copy(update={"provenance": other})], "seeds-agree")
     assert (finding.labels, finding.note) == (("0-1",), "1 pair(s) refused: other weights, images or splits")
     drawn = [
-        record.model_copy(update={"spec": record.spec.model_copy(update={"data": own})})
+        planted.asking(record, data=own)
         for record in (*records[:3], records[3].model_copy(update={"provenance": other}))
         for own in [record.spec.data.model_copy(update={"train_subset": "per_seed"})]
     ]
@@ -448,15 +448,13 @@ def test_data_sets_may_differ_in_when_ranks_were_decided_but_not_in_the_budget(
     other = [on("b", seed, (2, 1, 3, 4, 5)) for seed in range(3)]
     adalora = ADALORA.adalora.model_copy(update=changes)
     experiment = ADALORA.model_copy(update={"adalora": adalora})
-    other = [r.model_copy(update={"spec": r.spec.model_copy(update={"experiment": experiment})}) for r in other]
+    other = [planted.asking(r, experiment=experiment) for r in other]
     finding = only([*(on("a", seed, (1, 2, 3, 4, 5)) for seed in range(3)), *other], "data-sets-agree")
     assert (finding.verdict != "no data") == agree
 
 
 def test_data_sets_are_told_apart_by_their_images_and_smoke_runs_stand_apart() -> None:
-    same = [on("a", 0, (1, 2, 3))] + [
-        r.model_copy(update={"spec": r.spec.model_copy(update={"study": "other"})}) for r in [on("a", 0, (1, 2, 3))]
-    ]
+    same = [on("a", 0, (1, 2, 3))] + [planted.asking(r, study="other") for r in [on("a", 0, (1, 2, 3))]]
     assert only(same, "data-sets-agree").verdict == "no data"
     assert only([on("a", 0, (1, 2, 3)), on("b", 0, (1, 2, 3), smoke=True)], "data-sets-agree").verdict == "no data"
 

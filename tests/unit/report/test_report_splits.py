@@ -27,7 +27,7 @@ def drawn(test_split: str, train_subset: str = "fixed") -> Analysis:
             split = {"split_sha256": f"{seed:064x}"} if differs else {}
             one = planted.record(planted.experiments()[name], seed, accuracy, changes=changes, provenance_changes=split)
             data = one.spec.data.model_copy(update={"test_split": test_split, "train_subset": train_subset})
-            records.append(one.model_copy(update={"spec": one.spec.model_copy(update={"data": data})}))
+            records.append(planted.asking(one, data=data))
     study = planted.study_of(records)
     return analyze(study)
 
