@@ -14,11 +14,10 @@ from peft_vit.analysis import Front, MethodResult
 from peft_vit.config import LoraConfig
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.formatting import COSTS, count, counted, megabytes, percent, percent_interval
-from peft_vit.report.hover import HoverPoints
+from peft_vit.report.hover import MARKERS, HoverPoints
 from peft_vit.report.plot_selection import SEED_DOTS, leading, selection_note, validation_means
 from peft_vit.report.style import INK, METHOD_COLORS, PAPER, draw, is_narrow, place_legend, quiet_grid
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 LEGEND_ENTRIES = 24
 _MARKER_STEP_PT = 7.0
 _PANEL_IN = 2.5

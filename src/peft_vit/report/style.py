@@ -65,7 +65,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-Painter = Callable[[Figure], HoverPoints | None]
+Painter = Callable[[Figure], HoverPoints]
 
 
 def draw(
@@ -74,7 +74,7 @@ def draw(
     caption: str,
     height_in: float,
     paint: Painter,
-    data: Sequence[dict[str, Raw]] = (),
+    data: Sequence[dict[str, Raw]],
     narrow_height_in: float | None = None,
 ) -> Drawing:
     """Draw one figure and return it as SVG and PNG, with what the page needs to answer a pointer.
@@ -84,7 +84,7 @@ def draw(
         title: shown above the figure in the report, not in it.
         caption: how to read it.
         height_in: height in inches; the width is the same for all.
-        paint: draws into an empty figure, and returns what can be pointed at and switched off, if anything.
+        paint: draws into an empty figure, and returns what can be pointed at and switched off.
         data: the rows behind it, in full precision.
         narrow_height_in: height in one column of a paper; none: as high as on the page.
     """
@@ -112,7 +112,7 @@ def draw(
 def laid_out(width_in: float, height_in: float, paint: Painter) -> tuple[Figure, HoverPoints]:
     """Paint a figure and lay it out once; every file then takes that layout. The style must be set."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    hover = paint(figure) or HoverPoints()
+    hover = paint(figure)
     hover.claim_legends(figure)
     engine = figure.get_layout_engine()
     assert engine is not None
