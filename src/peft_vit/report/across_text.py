@@ -9,7 +9,6 @@ from typing import NamedTuple
 from peft_vit.analysis.across import Across, InStudy, PooledDifference, PooledTime
 from peft_vit.analysis.comparability import PoolKind
 from peft_vit.analysis.comparison import Comparison
-from peft_vit.analysis.stability import StudyAgreement
 from peft_vit.report.document import Paragraph, Row, Table
 from peft_vit.report.formatting import (
     count,
@@ -20,6 +19,7 @@ from peft_vit.report.formatting import (
     percent_interval,
     points_interval,
 )
+from peft_vit.report.layer_tables import study_agreement_table
 from peft_vit.report.rows import print_with_rows
 from peft_vit.report.tables import OTHER_SEEDS
 from peft_vit.statistics import Interval
@@ -54,7 +54,7 @@ def _blocks(found: Across) -> Iterator[Paragraph | Table]:
         yield Paragraph(f"In one study only, so not compared: {alone}.")
     yield _by_study(found)
     if found.agreements:
-        yield _agreements(found.agreements)
+        yield study_agreement_table(found.agreements)
     if found.reference is None:
         yield Paragraph(
             "No LoRA and no linear probe is the reference of every study, so there are no differences; name an "
@@ -65,8 +65,20 @@ def _blocks(found: Across) -> Iterator[Paragraph | Table]:
         yield _pooled(found.pooled, found.reference)
     if found.times:
         yield _times(found.times, found.reference)
-    yield from map(Paragraph, _refused(found))
-    yield from map(Paragraph, _allowed(found))
+    for refusal in found.refusals:
+        kind = refusal.kind
+        yield Paragraph(
+            f"Not pooled, {_what(kind)}: {kind} {_differ(kind)}: {refusal.reason}. Experiments: "
+            f"{joined(refusal.experiments)}; studies: {joined(refusal.studies)}. Pool all the same: "
+            f"--allow-mismatch {kind}."
+        )
+    told: dict[tuple[PoolKind, str], dict[str, None]] = {}
+    rows: tuple[PooledDifference | PooledTime, ...] = (*found.pooled, *found.times)
+    for row in rows:
+        for kind, why in row.allowed:
+            told.setdefault((kind, why), {})[row.name] = None
+    for (kind, why), names in told.items():
+        yield Paragraph(f"Pooled although {kind} {_differ(kind)}, as asked: {why}. Experiments: {joined(names)}.")
 
 
 def _by_study(found: Across) -> Table:
@@ -93,7 +105,7 @@ def _study_row(row: InStudy, against: str) -> Row:
         against: difference,
         "pairs": pairs,
         "more accurate?": verdict,
-        "to store": megabytes(result.frozen_bytes + result.adapter_file_bytes),
+        "to store": megabytes(result.stored_bytes),
         "parameters": count(result.final_parameters),
         "s a step": "–" if result.seconds_per_step is None else fixed(result.seconds_per_step),
     }
@@ -164,37 +176,6 @@ def _multiple(ratio: Interval) -> str:
     return number_interval(ratio) + (f" ({ratio.reason})" if ratio.low is None else "")
 
 
-def _agreements(rows: Sequence[StudyAgreement]) -> Table:
-    return Table.of(
-        "agreement",
-        "Do two studies agree on which sites matter?",
-        (
-            {
-                "metric": row.metric,
-                "study": row.study,
-                "experiment": row.experiment,
-                "other study": row.other,
-                "its experiment": row.other_experiment,
-                "rho": "– (constant)" if row.rho is None else fixed(row.rho),
-                "sites": str(row.sites),
-                "backbone": "the same" if row.same_backbone else "another: sites share no more than a name",
-            }
-            for row in rows
-        ),
-        "Spearman's rho of mean relative scores at the last decision, over sites that both have. It describes: the "
-        "sites of one network are no independent draws, so there is no interval and no p-value.",
-    )
-
-
-def _refused(found: Across) -> Iterator[str]:
-    for one in found.refusals:
-        yield (
-            f"Not pooled, {_what(one.kind)}: {one.kind} {_differ(one.kind)}: {one.reason}. Experiments: "
-            f"{', '.join(one.experiments)}; studies: {', '.join(one.studies)}. Pool all the same: "
-            f"--allow-mismatch {one.kind}."
-        )
-
-
 def _what(kind: PoolKind) -> str:
     if kind in _NOT_OF_ACCURACY:
         return "seconds"
@@ -203,17 +184,6 @@ def _what(kind: PoolKind) -> str:
 
 def _differ(kind: PoolKind) -> str:
     return "differs" if kind == "precision" else "differ"
-
-
-def _allowed(found: Across) -> Iterator[str]:
-    told: dict[tuple[PoolKind, str], list[str]] = {}
-    rows: tuple[PooledDifference | PooledTime, ...] = (*found.pooled, *found.times)
-    for row in rows:
-        for kind, why in row.allowed:
-            names = told.setdefault((kind, why), [])
-            names += [row.name] if row.name not in names else []
-    for (kind, why), names in told.items():
-        yield f"Pooled although {kind} {_differ(kind)}, as asked: {why}. Experiments: {', '.join(names)}."
 
 
 class _ValueRow(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from peft_vit.analysis import Analysis
-from peft_vit.analysis.examples import GROUPS, ImageExamples, PredictedImage, image_examples
+from peft_vit.analysis.examples import GROUPS, Group, ImageExamples, PredictedImage, image_examples
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.report.document import UNSEEN, Block, Cell, Gallery, Paragraph, Picture, Table
@@ -30,8 +30,8 @@ def example_blocks(analysis: Analysis, thumbnails: Thumbnails | None) -> tuple[B
     return (_counts_table(found), gallery, _images_table(found))
 
 
-def _titles(found: ImageExamples) -> dict[str, str]:
-    names = {"only the best right": found.best, "only the baseline right": found.baseline}
+def _titles(found: ImageExamples) -> dict[Group, str]:
+    names: dict[Group, str] = {"only the best right": found.best, "only the baseline right": found.baseline}
     return {g: f"Only {plain(names[g])} right" if g in names else g.capitalize() for g in GROUPS}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -16,15 +16,7 @@ from matplotlib.patches import Patch
 
 from peft_vit.analysis import Analysis, Comparison, MethodResult, Study
 from peft_vit.report.document import Drawing
-from peft_vit.report.formatting import (
-    counted,
-    fixed,
-    margin_in_points,
-    percent,
-    percent_interval,
-    points_interval,
-    signed,
-)
+from peft_vit.report.formatting import counted, fixed, margin_in_points, percent_interval, points_interval, signed
 from peft_vit.report.hover import HoverPoints
 from peft_vit.report.plot_selection import SEED_DOTS, leading, selection_note, validation_means
 from peft_vit.report.style import DASHED, GRID, INK, METHOD_COLORS, MUTED, PAPER, draw, is_narrow, quiet_grid
@@ -33,31 +25,44 @@ from peft_vit.statistics import Interval
 _ROW_IN = 0.31
 ROWS = 40
 _Look = dict[str, Any]  # of artists, as matplotlib names it
-_MEAN: _Look = {"marker": "D", "ms": 5, "mec": PAPER, "mew": 0.6}
-_MEAN_DIFFERENCE: _Look = {"marker": "s", "ms": 5.5, "mew": 1.2}
-_SEED: _Look = {"marker": "o", "ms": 4.5, "mew": 1.1}
-_PAIR: _Look = {"marker": "o", "ms": 3.5, "mew": 0.9}
 _INTERVAL: _Look = {"lw": 2.2, "alpha": 0.45}
 
 
 @dataclass(frozen=True)
+class _Kind:
+    """What rows show: looks, and how a value in percent or points is written."""
+
+    mean: _Look
+    seed: _Look
+    write: Callable[[float], str]
+    unit: str
+
+
+_ACCURACY = _Kind(
+    mean={"marker": "D", "ms": 5, "mec": PAPER, "mew": 0.6},
+    seed={"marker": "o", "ms": 4.5, "mew": 1.1},
+    write=lambda value: fixed(value, 1),
+    unit=" %",
+)
+_DIFFERENCE = _Kind(
+    mean={"marker": "s", "ms": 5.5, "mew": 1.2},
+    seed={"marker": "o", "ms": 3.5, "mew": 0.9},
+    write=signed,
+    unit=" points",
+)
+
+
+@dataclass(frozen=True)
 class _Row:
-    """One experiment: values in percent or points, and what is said of them."""
+    """One experiment; values as shares."""
 
     name: str
     color: str
-    mean: float
-    ends: tuple[float, float] | None  # of the interval
-    seeds: Sequence[float]
-    seeds_say: Sequence[str]
+    interval: Interval
+    seeds: Sequence[int]
+    by_seed: Sequence[float]
     mean_says: str
-    number: str  # at the right
-    mean_look: _Look
-    seed_look: _Look
-
-
-def _ends(interval: Interval) -> tuple[float, float] | None:
-    return None if interval.low is None or interval.high is None else (100 * interval.low, 100 * interval.high)
+    filled: bool = True
 
 
 def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing:
@@ -76,14 +81,24 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
     if line:
         label = f"majority class, {'on average ' if differs else ''}{fixed(100 * line, 1)} %"
         legend.append(Line2D([], [], color=INK, lw=1, ls=DASHED, label=label))
-    rows = [_accuracy(method) for method in drawn]
+    rows = [
+        _Row(
+            name=m.experiment.name,
+            color=METHOD_COLORS[m.experiment.method],
+            interval=m.test_accuracy,
+            seeds=m.seeds,
+            by_seed=m.by_seed,
+            mean_says=f"mean, {counted(len(m.seeds), 'seed')}: {percent_interval(m.test_accuracy)}",
+        )
+        for m in drawn
+    ]
 
     def paint(figure: Figure) -> HoverPoints:
         axes, hover = figure.add_subplot(), HoverPoints()
         if line:
             axes.axvline(100 * line, color=INK, lw=1, ls=DASHED, zorder=1)
-        limits = _around([v for row in rows for v in row.seeds] + ([100 * line] if line else []))
-        _draw_rows(figure, axes, hover, rows, limits, legend)
+        limits = _around([100 * v for row in rows for v in row.by_seed] + ([100 * line] if line else []))
+        _draw_rows(figure, axes, hover, rows, _ACCURACY, limits, legend)
         axes.set_xlabel("test accuracy (%)")
         return hover
 
@@ -114,22 +129,6 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
         for seed, value in zip(m.seeds, m.by_seed, strict=True)
     ]
     return draw("accuracy_by_method", "Accuracy by method", caption, 1.15 + _ROW_IN * len(drawn), paint, data)
-
-
-def _accuracy(method: MethodResult) -> _Row:
-    mean, color = method.test_accuracy, METHOD_COLORS[method.experiment.method]
-    return _Row(
-        name=method.experiment.name,
-        color=color,
-        mean=100 * mean.estimate,
-        ends=_ends(mean),
-        seeds=[100 * value for value in method.by_seed],
-        seeds_say=[f"seed {seed}: {percent(v)}" for seed, v in zip(method.seeds, method.by_seed, strict=True)],
-        mean_says=f"mean, {counted(len(method.seeds), 'seed')}: {percent_interval(mean)}",
-        number=fixed(100 * mean.estimate, 1),
-        mean_look=_MEAN,
-        seed_look=_SEED,
-    )
 
 
 def _around(values: Sequence[float]) -> tuple[float, float]:
@@ -165,7 +164,7 @@ def _forest(
     legend: list[Line2D | Patch] = [
         Line2D([], [], ls="", mfc=PAPER, mec=MUTED, marker="o", ms=3.5, label="one pair"),
         Line2D([], [], ls="", color=MUTED, marker="s", ms=5.5, label="mean, decided"),
-        Line2D([], [], ls="", mfc=PAPER, mec=MUTED, **_MEAN_DIFFERENCE, label="mean, not decided"),
+        Line2D([], [], ls="", mfc=PAPER, mec=MUTED, **_DIFFERENCE.mean, label="mean, not decided"),
         Line2D([], [], color=MUTED, **_INTERVAL, label="95 % interval"),
     ]
     if margin is not None:
@@ -177,7 +176,7 @@ def _forest(
         if margin is not None:
             axes.axvspan(-100 * margin, 100 * margin, color=GRID, alpha=0.6, lw=0, zorder=0)
         axes.axvline(0, color=INK, lw=1, zorder=1)
-        _draw_rows(figure, axes, hover, rows, limits, legend)
+        _draw_rows(figure, axes, hover, rows, _DIFFERENCE, limits, legend)
         end = "\n" if is_narrow(figure) else " "
         axes.set_xlabel(f"test accuracy minus that of {reference}{end}(percentage points)")
         return hover
@@ -209,30 +208,19 @@ def _forest(
 
 
 def _difference(comparison: Comparison, difference: Interval, color: str) -> _Row:
-    pairs, mean = [100 * value for value in comparison.by_seed], 100 * difference.estimate
-    of = f"mean of {len(pairs)} pair{'' if len(pairs) == 1 else 's'}: {points_interval(difference)} points"
-    face = PAPER if comparison.verdict == "not decided" else color
-    return _Row(
-        name=comparison.name,
-        color=color,
-        mean=mean,
-        ends=_ends(difference),
-        seeds=pairs,
-        seeds_say=[f"seed {s}: {signed(p)} points" for s, p in zip(comparison.seeds, pairs, strict=True)],
-        mean_says=f"{of}\nmore accurate? {comparison.verdict}",
-        number=signed(mean),
-        mean_look=_MEAN_DIFFERENCE | {"mfc": face, "mec": color},
-        seed_look=_PAIR,
-    )
+    n, decided = len(comparison.by_seed), comparison.verdict != "not decided"
+    mean = f"mean of {n} pair{'' if n == 1 else 's'}: {points_interval(difference)} points"
+    says = f"{mean}\nmore accurate? {comparison.verdict}"
+    return _Row(comparison.name, color, difference, comparison.seeds, comparison.by_seed, says, decided)
 
 
 def _around_zero(rows: Sequence[_Row], margin: float | None) -> tuple[float, float]:
     """Return limits around zero, the margin and the pairs, and intervals up to that width beside them."""
     band = 100 * (margin or 0.0)
-    inner = [-band, band, *(pair for row in rows for pair in row.seeds)]
+    inner = [-band, band, *(100 * pair for row in rows for pair in row.by_seed)]
     low, high = min(inner), max(inner)
     room = max(0.5, high - low)
-    ends = [end for row in rows for end in row.ends or ()]
+    ends = [100 * end for row in rows for end in (row.interval.low, row.interval.high) if end is not None]
     low, high = max(low - room, min([low, *ends])), min(high + room, max([high, *ends]))
     return low - 0.05 * room, high + 0.05 * room
 
@@ -242,11 +230,12 @@ def _draw_rows(
     axes: Axes,
     hover: HoverPoints,
     rows: Sequence[_Row],
+    kind: _Kind,
     limits: tuple[float, float],
     legend: Sequence[Line2D | Patch],
 ) -> None:
     for at, row in enumerate(rows):
-        _draw_row(axes, hover, row, at, limits)
+        _draw_row(axes, hover, row, kind, at, limits)
     axes.set_xlim(*limits)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
@@ -257,24 +246,26 @@ def _draw_rows(
 
 
 def _crowded(row: _Row) -> bool:
-    return len(row.seeds) > SEED_DOTS
+    return len(row.by_seed) > SEED_DOTS
 
 
-def _draw_row(axes: Axes, hover: HoverPoints, row: _Row, at: int, limits: tuple[float, float]) -> None:
-    name, color = row.name, row.color
-    hover.series(name, color, row.mean_look["marker"])
-    if row.ends is not None:
-        ends = np.clip(row.ends, *limits)
+def _draw_row(axes: Axes, hover: HoverPoints, row: _Row, kind: _Kind, at: int, limits: tuple[float, float]) -> None:
+    name, color, mean = row.name, row.color, 100 * row.interval.estimate
+    low, high, seeds = row.interval.low, row.interval.high, [100 * value for value in row.by_seed]
+    hover.series(name, color, kind.mean["marker"])
+    if low is not None and high is not None:
+        ends = np.clip([100 * low, 100 * high], *limits)
         hover.plot(name, axes, ends, [at, at], color=color, **_INTERVAL, solid_capstyle="butt", zorder=2)
         for end, limit, arrow in zip(ends, limits, (CARETLEFT, CARETRIGHT), strict=True):
             if end == limit:
                 hover.plot(name, axes, [end], [at], marker=arrow, ms=6, color=color, clip_on=False, zorder=3)
     if _crowded(row):
-        span = [min(row.seeds), max(row.seeds)]
-        hover.plot(name, axes, span, [at, at], color=color, lw=5, alpha=0.2, zorder=1.5)
+        hover.plot(name, axes, [min(seeds), max(seeds)], [at, at], color=color, lw=5, alpha=0.2, zorder=1.5)
     else:
-        where = [at] * len(row.seeds)
-        hover.plot(name, axes, row.seeds, where, row.seeds_say, ls="", mfc=PAPER, mec=color, **row.seed_look, zorder=3)
-    hover.plot(name, axes, [row.mean], [at], [row.mean_says], ls="", color=color, **row.mean_look, zorder=4)
-    right: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-    hover.add(name, axes.annotate(row.number, (1.0, at), xycoords=("axes fraction", "data"), **right))
+        says = [f"seed {seed}: {kind.write(value)}{kind.unit}" for seed, value in zip(row.seeds, seeds, strict=True)]
+        hover.plot(name, axes, seeds, [at] * len(seeds), says, ls="", mfc=PAPER, mec=color, **kind.seed, zorder=3)
+    look = {"color": color, "mec": color, "mfc": color if row.filled else PAPER, "ls": "", "zorder": 4} | kind.mean
+    hover.plot(name, axes, [mean], [at], [row.mean_says], **look)
+    right: _Look = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+    number = axes.annotate(kind.write(mean), (1.0, at), xycoords=("axes fraction", "data"), **right)
+    hover.add(name, number)

@@ -8,7 +8,7 @@ from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.config import StudyConfig
 from peft_vit.errors import CONTROL_CHARACTER
-from peft_vit.records import RunSpec
+from peft_vit.records import RunRecord, RunSpec
 from peft_vit.report.document import Card, RunDetails
 from peft_vit.report.formatting import (
     count,
@@ -119,7 +119,7 @@ def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
         lines = [
             f"{counted(len(best.seeds), 'seed')}: {seeds} %",
             f"{count(best.final_parameters)} trainable parameters",
-            f"{megabytes(best.frozen_bytes + best.adapter_file_bytes)} to store",
+            f"{megabytes(best.stored_bytes)} to store",
         ]
         if best.seconds_per_step is not None:
             lines.append(f"{fixed(best.seconds_per_step, 2)} s a step")
@@ -241,21 +241,19 @@ def not_shown(study: Study) -> tuple[str, ...]:
 def run_details(study: Study) -> tuple[RunDetails, ...]:
     """Return the provenance of every run, finished or failed."""
     finished = [RunDetails(f"{run.experiment.name}, seed {run.seed}", _provenance(run)) for run in study.runs]
-    failed = [
-        RunDetails(
-            f"{r.spec.experiment.name}, seed {r.spec.seed}: failed",
-            (
-                ("error", plain(r.error or "")),
-                ("kind", r.failure or "unknown"),
-                ("attempts", str(r.attempts)),
-                ("started", r.started_at),
-                ("specification", r.spec_digest),
-            ),
-            _lines(r.traceback or ""),
-        )
-        for r in study.failed
-    ]
-    return (*finished, *failed)
+    return (*finished, *map(_failure, study.failed))
+
+
+def _failure(record: RunRecord) -> RunDetails:
+    rows = (
+        ("error", plain(record.error or "")),
+        ("kind", record.failure or "unknown"),
+        ("attempts", str(record.attempts)),
+        ("started", record.started_at),
+        ("specification", record.spec_digest),
+    )
+    title = f"{record.spec.experiment.name}, seed {record.spec.seed}: failed"
+    return RunDetails(title, rows, _lines(record.traceback or ""))
 
 
 def _lines(text: str) -> str:

@@ -123,15 +123,6 @@ def test_what_is_looked_up_is_folded_and_the_main_tables_are_not(few: list[RunRe
     assert {"accuracy", "all_pairs", "cost", "verdicts"} <= {slug for slug, is_so in folded.items() if not is_so}
 
 
-def test_two_builds_are_the_same_bytes(few: list[RunRecord], tmp_path: Path) -> None:
-    results = planted.write(tmp_path / "results", few)
-    build_report(results, tmp_path / "one")
-    build_report(results, tmp_path / "two")
-    first, second = contents(tmp_path / "one"), contents(tmp_path / "two")
-    assert list(first) == list(second)
-    assert [name for name in first if first[name] != second[name]] == []
-
-
 def test_the_rest_is_the_same_without_the_page(tmp_path: Path) -> None:
     results = planted.write(tmp_path / "results", LINEAR_ONLY)
     build_report(results, tmp_path / "report")
@@ -157,16 +148,6 @@ def test_missing_data_leaves_a_sentence_that_says_why(tmp_path: Path) -> None:
         assert "No finished run of this study quantized the backbone." in text
         assert "No paired differences" in text
         assert "[no interval]" in text
-
-
-def test_a_study_with_nothing_finished_still_gives_a_page(tmp_path: Path) -> None:
-    broken = [planted.failed(EXPERIMENTS["lora_r8"], 0, "out of memory")]
-    files = build_report(planted.write(tmp_path / "results", broken), tmp_path / "report")
-    assert files.figures == ()
-    for text in (files.markdown.read_text(), files.html.read_text()):
-        assert "Failed: lora" in text
-        assert "out of memory" in text
-        assert "Nothing: no run of this study has finished." in text
 
 
 def test_smoke_and_real_studies_stand_apart_with_the_notice_above_the_numbers(tmp_path: Path) -> None:
