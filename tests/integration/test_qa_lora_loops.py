@@ -1,11 +1,14 @@
 """QALoRATrainer in others' loops: on a model that PEFT has wrapped, in transformers' Trainer, beside the controller."""
 
+from functools import partial
+
 import pytest
 import torch
+from qa_lora_settings import config
 from torch.nn import functional as F
 from with_loss import trainer_of
 
-from peft_vit import AdaLoraConfig, AdaLoRAController, QaLoraConfig, QALoRATrainer
+from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
 from peft_vit.adapters import AdaptedLinear, adapted_modules, current_ranks, merge_by_requantizing, site_adapters
 from peft_vit.adapters.peft_format import import_peft
 from peft_vit.errors import SilentNoEffectWarning, UserError
@@ -18,25 +21,13 @@ STEPS = 8
 TARGETS = ["qkv", "attn.proj", "fc1", "fc2"]
 
 
-def settings(**changes) -> QaLoraConfig:
-    default = {
-        "quantization_bits": 4,
-        "quantization_type": "nf4",
-        "quantization_schedule": "constant",
-        "gradient_scaling_factor": 1.0,
-        "use_group_quantization": True,
-        "group_size": 16,
-        "quantization_offset": False,
-    }
-    return QaLoraConfig(**{**default, **changes})
-
-
+settings = partial(config, quantization_offset=False)
 LINEAR = {"quantization_schedule": "linear", "quantization_warmup_steps": 2, "quantization_end_step": 6}
 
 
 def wrapped(model, **changes):
-    config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "modules_to_save": ["head"], **changes}
-    return peft.get_peft_model(model, peft.LoraConfig(**config))
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "modules_to_save": ["head"], **changes}
+    return peft.get_peft_model(model, peft.LoraConfig(**lora))
 
 
 def optimizer_of(model, rate: float = 1e-2):
