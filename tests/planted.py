@@ -371,6 +371,12 @@ def failed(experiment: ExperimentConfig, seed: int, error: str, *, study: str = 
     )
 
 
+def counts(final: int) -> dict[str, ParameterCounts]:
+    """Return what to change in a record of a run with so many trainable parameters from first to last."""
+    of = ParameterCounts(initial=final, final=final, peak=final, head=0, backbone_total=BACKBONE_PARAMETERS)
+    return {"parameters": of}
+
+
 def asking(record: RunRecord, **changes: Any) -> RunRecord:
     """Return a record of a run that was asked for with other settings."""
     return record.model_copy(update={"spec": record.spec.model_copy(update=changes)})

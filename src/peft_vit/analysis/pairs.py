@@ -13,7 +13,7 @@ from peft_vit.analysis.comparison import Comparison, compare, correct
 from peft_vit.analysis.studies import Study
 from peft_vit.statistics import EffectSize, Interval, effect_size, paired_improvement
 
-MOST_PAIRS = 20_000  # of experiments, 200 of them: half a minute
+MOST_PAIRS = 20_000  # of experiments, 200 of them: a few seconds
 
 
 @dataclass(frozen=True)

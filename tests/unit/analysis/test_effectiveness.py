@@ -9,7 +9,7 @@ import pytest
 from peft_vit.analysis.allocation import allocations, overlap, settled_step
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.config import ExperimentConfig
-from peft_vit.records import ParameterCounts, RankEntry, RunRecord
+from peft_vit.records import RankEntry, RunRecord
 
 ADALORA = planted.experiments()["adalora_proportional_magnitude"]
 NAMES = [site.name for site in planted.sites()]
@@ -22,8 +22,7 @@ def variant(name: str, **settings: object) -> ExperimentConfig:
 
 
 def run(experiment: ExperimentConfig, seed: int, accuracy: float, final: int = 1000) -> RunRecord:
-    counts = ParameterCounts(initial=final, final=final, peak=final, head=0, backbone_total=planted.BACKBONE_PARAMETERS)
-    return planted.record(experiment, seed, accuracy, changes={"parameters": counts})
+    return planted.record(experiment, seed, accuracy, changes=planted.counts(final))
 
 
 def rows_of(records: list[RunRecord]) -> dict[tuple[str, str], AgainstControl]:

@@ -11,7 +11,7 @@ from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.findings import Finding, all_findings
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.config import ExperimentConfig
-from peft_vit.records import AdapterRemoval, ImportanceEntry, ParameterCounts, RankEntry, RunRecord, StepRow
+from peft_vit.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord, StepRow
 from peft_vit.statistics import gini, normalized_entropy
 
 pytestmark = pytest.mark.part("analyzer")
@@ -45,8 +45,7 @@ def scores(values: dict[str, float]) -> list[ImportanceEntry]:
 
 
 def with_parameters(record: RunRecord, final: int) -> RunRecord:
-    counts = ParameterCounts(initial=final, final=final, peak=final, head=770, backbone_total=21_500_000)
-    return record.model_copy(update={"parameters": counts})
+    return record.model_copy(update=planted.counts(final))
 
 
 def qa(name: str, **changes: Any) -> dict[str, Any]:

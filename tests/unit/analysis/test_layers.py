@@ -8,7 +8,7 @@ from peft_vit.analysis import Study
 from peft_vit.analysis.allocation import allocations, moved_ranks
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.quantization import quantization_impacts
-from peft_vit.records import ImportanceEntry, ParameterCounts, RankEntry
+from peft_vit.records import ImportanceEntry, RankEntry
 
 EXPERIMENTS = planted.experiments()
 ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]
@@ -92,17 +92,12 @@ def test_equal_ranks_have_no_concentration() -> None:
     assert one.runs[0].entropy == pytest.approx(1)
 
 
-def counts(final: int) -> dict[str, ParameterCounts]:
-    values = ParameterCounts(initial=final, final=final, peak=final, head=0, backbone_total=planted.BACKBONE_PARAMETERS)
-    return {"parameters": values}
-
-
 def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:
     """Between 100 and 10,000 parameters the geometric middle, 1,000, has the mean accuracy."""
     records = [
-        planted.record(EXPERIMENTS["lora_r1"], 0, 0.70, changes=counts(100)),
-        planted.record(EXPERIMENTS["lora_r8"], 0, 0.80, changes=counts(10_000)),
-        planted.record(ADALORA, 0, 0.78, changes=counts(1_000)),
+        planted.record(EXPERIMENTS["lora_r1"], 0, 0.70, changes=planted.counts(100)),
+        planted.record(EXPERIMENTS["lora_r8"], 0, 0.80, changes=planted.counts(10_000)),
+        planted.record(ADALORA, 0, 0.78, changes=planted.counts(1_000)),
     ]
     (one,) = allocations(planted.study_of(records))
     assert one.against_fixed.difference is not None
@@ -112,8 +107,8 @@ def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:
 @pytest.mark.parametrize(("final", "paired"), [(9_901, True), (9_900, False), (10_100, True), (10_101, False)])
 def test_sizes_within_one_percent_are_equal(final, paired) -> None:
     records = [
-        planted.record(EXPERIMENTS["lora_r8"], 0, 0.80, changes=counts(10_000)),
-        planted.record(ADALORA, 0, 0.78, changes=counts(final)),
+        planted.record(EXPERIMENTS["lora_r8"], 0, 0.80, changes=planted.counts(10_000)),
+        planted.record(ADALORA, 0, 0.78, changes=planted.counts(final)),
     ]
     (one,) = allocations(planted.study_of(records))
     assert (one.against_fixed.difference is not None) == paired
@@ -123,8 +118,8 @@ def test_sizes_within_one_percent_are_equal(final, paired) -> None:
 
 def test_nothing_is_extrapolated_beyond_the_fixed_ranks() -> None:
     records = [
-        planted.record(EXPERIMENTS["lora_r1"], 0, 0.70, changes=counts(100)),
-        planted.record(ADALORA, 0, 0.78, changes=counts(1_000)),
+        planted.record(EXPERIMENTS["lora_r1"], 0, 0.70, changes=planted.counts(100)),
+        planted.record(ADALORA, 0, 0.78, changes=planted.counts(1_000)),
     ]
     (one,) = allocations(planted.study_of(records))
     assert one.against_fixed.difference is None

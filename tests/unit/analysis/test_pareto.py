@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peft_vit.analysis import method_results
 from peft_vit.analysis.pareto import Front, fronts, pareto_front
-from peft_vit.records import ParameterCounts, RunRecord
+from peft_vit.records import RunRecord
 
 EXPERIMENTS = planted.experiments()
 
@@ -43,12 +43,8 @@ def test_unequal_lengths_and_nan_are_refused() -> None:
         pareto_front([1, 2], [1, float("nan")])
 
 
-def parameters(final: int) -> ParameterCounts:
-    return ParameterCounts(initial=final, final=final, peak=final, head=0, backbone_total=planted.BACKBONE_PARAMETERS)
-
-
 def lora(name: str, seed: int, accuracy: float, final: int, validation: float | None = None) -> RunRecord:
-    changes: dict[str, Any] = {"parameters": parameters(final)}
+    changes: dict[str, Any] = dict(planted.counts(final))
     if validation is not None:
         changes["validation"] = planted.metrics(validation, 400)
     return planted.record(EXPERIMENTS[name], seed, accuracy, changes=changes)
