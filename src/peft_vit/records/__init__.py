@@ -30,7 +30,6 @@ from peft_vit.records.files import (
     write_result,
 )
 from peft_vit.records.values import (
-    SCHEMA_VERSION,
     AdapterRemoval,
     BitAllocation,
     BitsEntry,

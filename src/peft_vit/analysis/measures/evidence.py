@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from peft_vit.analysis.allocation import Allocation, allocations
 from peft_vit.analysis.comparison import references
-from peft_vit.analysis.importance import ImportancePattern, importance_patterns
 from peft_vit.analysis.measures.selection import Reference, Selection, settings_without
 from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
 from peft_vit.analysis.studies import Run, Study
@@ -75,37 +74,19 @@ class Subject:
 class Evidence:
     """One study, and what other parts of the analysis have made of it; that is computed when first asked for."""
 
-    def __init__(
-        self,
-        study: Study,
-        *,
-        importance: Sequence[ImportancePattern] | None = None,
-        allocation: Sequence[Allocation] | None = None,
-        quantization: Sequence[QuantizationImpact] | None = None,
-    ) -> None:
+    def __init__(self, study: Study) -> None:
         self.study = study
-        self._importance = importance
-        self._allocation = allocation
-        self._quantization = quantization
         self._rests: dict[tuple[str, tuple[str, ...]], str] = {}
-
-    @cached_property
-    def importance(self) -> dict[str, ImportancePattern]:
-        """Return experiment -> its scores."""
-        found = importance_patterns(self.study) if self._importance is None else self._importance
-        return {one.experiment.name: one for one in found}
 
     @cached_property
     def allocation(self) -> dict[str, Allocation]:
         """Return experiment -> what became of its ranks."""
-        found = allocations(self.study) if self._allocation is None else self._allocation
-        return {one.experiment.name: one for one in found}
+        return {one.experiment.name: one for one in allocations(self.study)}
 
     @cached_property
     def quantization(self) -> dict[str, QuantizationImpact]:
         """Return experiment -> what quantization did."""
-        found = quantization_impacts(self.study) if self._quantization is None else self._quantization
-        return {one.experiment.name: one for one in found}
+        return {one.experiment.name: one for one in quantization_impacts(self.study)}
 
     @cached_property
     def reference_lora(self) -> str | None:
