@@ -103,8 +103,8 @@ def _cost(experiment: ExperimentConfig) -> tuple[object, ...]:
 
 
 def _strategy(experiment: ExperimentConfig) -> tuple[object, ...]:
-    section = experiment.section(AdaLoraConfig)
-    return () if section is None else (section.allocation_strategy, section.top_k, section.threshold_tau)
+    section = experiment.need(AdaLoraConfig)
+    return section.allocation_strategy, section.top_k, section.threshold_tau
 
 
 def _mean_final(runs: Sequence[Run]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
@@ -154,20 +154,16 @@ class Limits:
     seconds_per_step: float | None = None
     latency_s: float | None = None
 
-    def faults(self, cost: Cost) -> tuple[Fault, ...]:
-        """Return the limits that a cost does not keep, or of which nothing was recorded."""
-        return tuple(
-            Fault(option, limit, value)
-            for option, limit, value in self._beside(cost)
-            if limit is not None and (value is None or value > limit)
-        )
-
-    def _beside(self, cost: Cost) -> Iterator[tuple[Option, float | None, float | None]]:
-        yield "--max-bytes", self.stored_bytes, cost.largest_bytes
-        yield "--max-params", self.parameters, cost.largest_parameters
-        yield "--max-seconds", self.seconds_per_step, cost.seconds_per_step
-        yield "--max-latency-ms", self.latency_s, cost.latency_s
-
     def given(self, cost: Cost) -> tuple[Fault, ...]:
         """Return every limit that was given, beside what a cost says of it."""
-        return tuple(Fault(option, limit, value) for option, limit, value in self._beside(cost) if limit is not None)
+        beside: tuple[tuple[Option, float | None, float | None], ...] = (
+            ("--max-bytes", self.stored_bytes, cost.largest_bytes),
+            ("--max-params", self.parameters, cost.largest_parameters),
+            ("--max-seconds", self.seconds_per_step, cost.seconds_per_step),
+            ("--max-latency-ms", self.latency_s, cost.latency_s),
+        )
+        return tuple(Fault(option, limit, value) for option, limit, value in beside if limit is not None)
+
+    def faults(self, cost: Cost) -> tuple[Fault, ...]:
+        """Return the limits that a cost does not keep, or of which nothing was recorded."""
+        return tuple(one for one in self.given(cost) if one.value is None or one.value > one.limit)

@@ -48,6 +48,7 @@ from peft_vit.statistics.intervals import mean_and_error
 
 ALPHA = 0.05  # one-sided, of the whole family
 _POWER = 0.8  # of the n that would be needed
+_TIMED = ("--max-seconds", "--max-latency-ms")
 _MOST_SEEDS = 1000  # beyond this nobody asks for how many
 
 Outcome = Literal["smaller", "best", "not decided", "nothing within"]
@@ -232,7 +233,7 @@ def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure =
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
     _require_times(study, limits, measure)
     batch = smallest_latency_batch(study.runs)
-    left_out = dict(_left_out(study, limits, measure, batch))
+    left_out = _left_out(study, measure, batch)
     rated = [
         _rate(experiment.name, study.of(experiment.name), limits, batch)
         for experiment in study.experiments
@@ -292,16 +293,16 @@ def _rate(name: str, runs: tuple[Run, ...], limits: Limits, batch: int | None) -
     return Rated(name, runs, cost, accuracy, limits.faults(cost))
 
 
-def _left_out(study: Study, limits: Limits, measure: Measure, batch: int | None) -> list[tuple[str, str]]:
-    reasons = []
+def _left_out(study: Study, measure: Measure, batch: int | None) -> dict[str, str]:
+    reasons = {}
     for experiment in study.experiments:
         runs = study.of(experiment.name)
         if not runs:
-            reasons.append((experiment.name, "has no finished run"))
+            reasons[experiment.name] = "has no finished run"
         elif len({run.configuration() for run in runs}) > 1:
-            reasons.append((experiment.name, "was configured differently from seed to seed"))
+            reasons[experiment.name] = "was configured differently from seed to seed"
         elif measure == "latency" and cost_of(runs, batch).latency_s is None:
-            reasons.append((experiment.name, "has runs without a recorded latency"))
+            reasons[experiment.name] = "has runs without a recorded latency"
     return reasons
 
 
@@ -318,9 +319,6 @@ def _require_times(study: Study, limits: Limits, measure: Measure) -> None:
     if needs_latency and smallest_latency_batch(study.runs) is None:
         what = " and ".join(option for option in asked if option != "--max-seconds")
         raise UserError(f"its records hold no latency; ask without {what}, or measure it", file=study.label)
-
-
-_TIMED = ("--max-seconds", "--max-latency-ms")
 
 
 def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candidate, ...]:
