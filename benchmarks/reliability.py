@@ -36,7 +36,7 @@ from peft_vit.records import write_record as write_run  # noqa: E402
 from peft_vit.runs import run_one  # noqa: E402
 from peft_vit.runs.execute import Finished  # noqa: E402
 from peft_vit.studies import plan_study  # noqa: E402
-from peft_vit.studies.event_log import EventLog  # noqa: E402
+from peft_vit.studies.event_log import event_log  # noqa: E402
 from peft_vit.studies.events import Event, RunEnded, RunProgress, RunStarted, StudyEvent  # noqa: E402
 from peft_vit.studies.lock import study_lock  # noqa: E402
 from peft_vit.studies.plan import Plan, PlannedRun  # noqa: E402
@@ -185,12 +185,12 @@ def drive_other_end(pipe: Connection, config: StudyConfig, folder: Path) -> None
     plan = planned(config, folder)
     with (
         study_lock(folder / config.name) as lock,
-        EventLog(folder / "log.jsonl") as log,
+        event_log(folder / "log.jsonl") as log,
         Watch(plan, console=Console(file=io.StringIO())) as watch,
     ):
 
         def tell(event: StudyEvent) -> None:
-            log.on_event(event)
+            log(event)
             watch.on_event(event)
 
         drive(plan, lock, lambda: OtherEnd(pipe), tell)

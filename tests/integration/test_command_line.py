@@ -79,22 +79,8 @@ BAD = {
     "a ResNet": ("model: test_vit", "model: resnet10t", "backbone.model", "ResNet"),
     "rank 0": ("lora: {rank: 2}", "lora: {rank: 0}", "experiments[1].lora.rank", "greater than or equal to 1"),
     "rank above the width": ("lora: {rank: 2}", "lora: {rank: 65}", "experiments[1].lora.rank", "at most 64"),
-    "group size": ("group_size: 16", "group_size: 24", "experiments[3].qa_lora.group_size", "does not divide the 64"),
-    "rank above the groups": ("group_size: 16", "group_size: 64", "experiments[3].qa_lora.rank", "at most 1"),
-    "budget below the minima": (
-        "total_rank_budget: 40",
-        "minimum_rank: 2\n      total_rank_budget: 40",
-        "experiments[2].adalora.total_rank_budget",
-        "expected 72",
-    ),
     "nf4 with 8 bits": ("quantization_bits: 4", "quantization_bits: 8", "experiments[3].qa_lora", "nf4 stores 4 bits"),
     "no step to decide": ("warmup_steps: 2", "warmup_steps: 6", "experiments[2].adalora.warmup_steps", "train longer"),
-    "no step to finish": (
-        "group_size: 16",
-        "group_size: 16\n      quantization_end_step: 7",
-        "experiments[3].qa_lora.quantization_end_step",
-        "within 6 steps",
-    ),
     "no device": ("device: cpu", f"device: {MISSING_DEVICE}", "device", "use auto or cpu"),
     "image size": ("image_size: 32", "image_size: 33", "data.image_size", "use 32 or 48"),
     "too many images": ("train_images: 24", "train_images: 9999", "data.train_images", "ask for fewer"),
@@ -293,7 +279,7 @@ def test_a_study_within_minutes(tmp_path, command, monkeypatch) -> None:
     assert "60 minutes, 2 experiments x 1 of 1 seeds: all of the study." in command(*run, "--dry-run").out
     assert not out.exists()
     with monkeypatch.context() as patch:  # a time that is over as soon as it begins
-        patch.setattr("peft_vit.studies.deadline.Deadline.over", True)
+        patch.setattr("peft_vit.studies.time_limit.Deadline.over", True)
         said = command(*run).out
     assert "2 runs of the study are left; the same command goes on with them, for another 60 minutes." in said
     assert "tiny: 2 planned = 0 done + 0 failed + 2 pending" in command("status", out).out

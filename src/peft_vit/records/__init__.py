@@ -20,6 +20,7 @@ from peft_vit.records.derived import history_rows, outcome_digest
 from peft_vit.records.files import (
     ADAPTER_FILE,
     RECORD_FILE,
+    REGISTRATION_FILE,
     checkpoint_folders,
     flush,
     make_folder,

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from peft_vit.errors import UserError
-from peft_vit.records.files import RECORD_FILE, read_record
+from peft_vit.records.files import RECORD_FILE, REGISTRATION_FILE, read_record
 from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger, unreadable_lines
 from peft_vit.records.owner import Owner, owner_of
 from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
@@ -22,7 +22,7 @@ MARKDOWN_FILE = "analysis_summary.md"
 RUNS_FILE = "runs.parquet"
 
 _TABLES = {".json", ".jsonl", ".csv", ".parquet"}  # what results of others are kept in
-_OWN = {RECORD_FILE, STUDY_FILE, LEDGER_FILE, RUNS_FILE}
+_OWN = {RECORD_FILE, REGISTRATION_FILE, STUDY_FILE, LEDGER_FILE, RUNS_FILE}
 _OUTPUTS = {HTML_FILE, MARKDOWN_FILE}  # in a folder beside them lies what was written from records, not a source
 _BELOW_OUTPUTS = {"tables", "figures"}
 _CHECKPOINT = re.compile(r"\.?checkpoint-.*")

@@ -42,16 +42,7 @@ from peft_vit.evaluation import (
     trainable_parameters,
 )
 from peft_vit.methods import prepare
-from peft_vit.records import (
-    ByteCounts,
-    Failure,
-    ParameterCounts,
-    Provenance,
-    RankEntry,
-    Registration,
-    RunRecord,
-    RunSpec,
-)
+from peft_vit.records import ByteCounts, Failure, ParameterCounts, Provenance, RankEntry, RunRecord, RunSpec
 from peft_vit.runs.calibration import Calibration, choose_bits
 from peft_vit.runs.device import resolve_device
 from peft_vit.runs.head_start import start_head
@@ -94,7 +85,6 @@ def run_one(
     checkpoints: Checkpoints | None = None,
     should_stop: Callable[[], bool] | None = None,
     read: Callable[[BackboneConfig], Weights] = read_weights,
-    registration: Registration | None = None,
 ) -> Finished:
     """Do one run, from where its newest checkpoint has left it; a failure is recorded with its reason, not raised.
 
@@ -104,7 +94,6 @@ def run_one(
         checkpoints: where to keep what the run needs to go on; None: nothing is written at all.
         should_stop: asked after each step.
         read: gets the backbone's weights, see `load_backbone`.
-        registration: the hypotheses that stand written down now; None: those that come with the package.
 
     Raises:
         Interrupted: if it should stop; a checkpoint was written then.
@@ -118,7 +107,6 @@ def run_one(
             started_at=known.started_at,
             seconds=known.seconds,
             warnings=known.warnings,
-            registration=known.registration,
             **outcome,
         )
 
@@ -126,7 +114,7 @@ def run_one(
     with warnings.catch_warnings(record=True) as caught:
         for category in RECORDED:
             warnings.simplefilter("always", category)
-        attempt = Attempt(spec, checkpoints, should_stop, caught, registration)
+        attempt = Attempt(spec, checkpoints, should_stop, caught)
         try:
             outcome, adapter = _execute(spec, attempt, on_progress, read)
             record = record_of(outcome)

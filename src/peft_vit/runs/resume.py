@@ -11,10 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.errors import DataWarning, SilentNoEffectWarning, UnderflowWarning, UserError, first_fault, printable
 from peft_vit.evaluation import MemoryWatch
-from peft_vit.records import BitAllocation, HeadFit, Provenance, Registration, RunSpec
+from peft_vit.records import BitAllocation, HeadFit, Provenance, RunSpec
 from peft_vit.training import CheckpointKeeper, Checkpoints, CheckpointWarning, Interrupted, Overhead, State
 
 # What a record keeps of the warnings.
@@ -41,7 +40,6 @@ class Known(BaseModel):
 
     spec_digest: str
     started_at: str  # ISO 8601, UTC
-    registration: Registration | None  # the hypotheses that stood written down then; None: nobody looked
     provenance: Provenance | None = None  # what training began with
     bit_allocation: BitAllocation | None = None
     head_fit: HeadFit | None = None
@@ -60,7 +58,6 @@ class Attempt:
         checkpoints: where they lie; None: there are none and none are written.
         should_stop: asked between two steps.
         heard: the warnings so far, as `warnings.catch_warnings` collects them.
-        registration: the hypotheses that stand written down now; None: those that come with the package.
 
     Attributes:
         known: of the attempts before, and what this one has found since; `so_far` brings its sums up to date.
@@ -73,7 +70,6 @@ class Attempt:
         checkpoints: Checkpoints | None,
         should_stop: Callable[[], bool] | None,
         heard: Sequence[warnings.WarningMessage],
-        registration: Registration | None = None,
     ) -> None:
         self._keeper = None if checkpoints is None else CheckpointKeeper(checkpoints)
         self._folder = None if checkpoints is None else checkpoints.folder
@@ -83,11 +79,7 @@ class Attempt:
         self._memory: MemoryWatch | None = None
         self._training: State | None = None
         self._source: Path | None = None
-        self.known = Known(
-            spec_digest=spec.digest(),
-            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            registration=load_registry().registration() if registration is None else registration,
-        )
+        self.known = Known(spec_digest=spec.digest(), started_at=datetime.now(UTC).isoformat(timespec="seconds"))
         self.overhead = Overhead(self.known.overhead_s)
 
     # --- what was ---------------------------------------------------------------------------------------------------

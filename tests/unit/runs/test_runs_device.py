@@ -219,9 +219,9 @@ def test_a_study_goes_on_elsewhere_in_its_precision(study, tmp_path, machine, fi
 def test_bf16_where_it_is_emulated_is_told_loudly_with_what_it_costs(study, tmp_path, machine, monkeypatch) -> None:
     asked = []
 
-    def rate(workload, *, budget_s=0.2):
-        asked.append((workload.precision, budget_s))
-        return {"bf16": 2e9, "fp32": 13.2e9}[workload.precision]
+    def rate(shape, device, precision, threads, *, budget_s):
+        asked.append((precision, budget_s))
+        return {"bf16": 2e9, "fp32": 13.2e9}[precision]
 
     monkeypatch.setattr(estimate, "product_rate", rate)
     config = as_asked(study("linear"), "bf16")

@@ -249,7 +249,7 @@ def test_faults_in_the_section_are_named(study, tmp_path, measures, method, fiel
 @pytest.mark.usefixtures("cache")
 def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("peft_vit.costs.estimate.product_rate", lambda workload: 1e6)
+    monkeypatch.setattr("peft_vit.costs.estimate.product_rate", lambda *_, **__: 1e6)
     config = study("linear", "lora")
     shape, index = describe(config.backbone, 32), open_index(config.data)
     workload = Workload(shape, 32, 1, torch.device("cpu"), "fp32", 1, 24, 20, 30)

@@ -151,7 +151,7 @@ class RayExecutor:
         checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
         lock = self._results_dir / run.spec.study / LOCK_FILE
         place = Place(os.getcwd(), lock, lock.read_bytes() if lock.exists() else None)
-        task = self._task.remote(self._channel, self._submitted, run.spec, checkpoints, place, run.registration)
+        task = self._task.remote(self._channel, self._submitted, run.spec, checkpoints, place)
         self._attempts[self._submitted] = _Attempt(run, task, time.monotonic())
 
     def next_event(self, timeout_s: float) -> Event | None:
