@@ -200,12 +200,6 @@ def pair(out: Path) -> float:
     return left_s
 
 
-def two_at_once(folder: Path, trials: int) -> None:
-    """Start pairs; one of each wins, the other names it and leaves."""
-    slowest_s = max(pair(folder / str(trial)) for trial in range(trials))
-    print(f"{trials} trials, one winner each; the other left within {slowest_s:.2f} s")
-
-
 if __name__ == "__main__":
     mode, where, *numbers = sys.argv[1:]
     globals()[mode](Path(where), *map(int, numbers))

@@ -18,7 +18,6 @@ SCRIPT = Path(__file__).parents[1] / "crash_study.py"
         ("kill_at_random", [40], "studies complete"),
         ("full_disk", [], "full disks"),
         ("small_files", [], "files too large"),
-        ("two_at_once", [3], "3 trials, one winner each"),
     ],
 )
 def test_a_study_survives(tmp_path, mode, numbers, said) -> None:
