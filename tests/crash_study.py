@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-import resource
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -86,29 +83,6 @@ def crash_everywhere(folder: Path) -> None:
             return
 
 
-def kill_at_random(folder: Path, kills: int, seed: int = 0) -> None:
-    """Kill drivers after random times until enough have died; every study is then complete, every run once."""
-    random.seed(seed)
-    study = fake_config(experiments=("a", "b"), seeds=range(5))
-    died = studies = 0
-    while died < kills:
-        studies += 1
-        out = folder / str(studies)
-        while True:
-            child = os.fork()
-            if child == 0:
-                fake_drive(study, out, FakeExecutor(steps=2, step_s=0.001, checkpoints_in=out))
-                os._exit(0)
-            time.sleep(random.uniform(0, 0.1))
-            os.kill(child, signal.SIGKILL)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            died += code != 0
-            if code == 0:
-                break
-        check_complete(study, out)
-    print(f"{died} kills, {studies} studies complete")
-
-
 def fill_disk(room: int) -> None:
     """Let writes to files fail as on a full disk after so many bytes, the last one half way."""
 
@@ -156,25 +130,6 @@ def full_disk(folder: Path) -> None:
     print(f"{refused} full disks")
 
 
-def small_files(folder: Path) -> None:
-    """The kernel itself cuts writes short: files may not grow beyond a size."""
-    refused = 0
-    study = fake_config(experiments=("a",), seeds=range(20))
-    for size in range(2500, 7500, 700):
-        out = folder / str(size)
-
-        def disturbed(size: int = size, out: Path = out) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-            fake_drive(study, out, FakeExecutor(checkpoints_in=out))
-
-        code = in_child(disturbed)
-        assert code in (0, 2), code
-        refused += code == 2
-        assert in_child(partial(fake_drive, study, out, FakeExecutor(checkpoints_in=out))) == 0
-        check_complete(study, out)
-    print(f"{refused} files too large")
-
-
 def pair(out: Path) -> float:
     """Start two drivers on one fresh directory at the same moment; return the seconds until the loser left."""
     go, start = os.pipe()
@@ -201,5 +156,5 @@ def pair(out: Path) -> float:
 
 
 if __name__ == "__main__":
-    mode, where, *numbers = sys.argv[1:]
-    globals()[mode](Path(where), *map(int, numbers))
+    mode, where = sys.argv[1:]
+    globals()[mode](Path(where))

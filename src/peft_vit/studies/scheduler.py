@@ -22,8 +22,9 @@ from peft_vit.studies.events import (
     RunRetried,
     RunStarted,
     StudyEvent,
+    lost,
 )
-from peft_vit.studies.ledger import now, run_name
+from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import StudyLock
 from peft_vit.studies.store import StudyStore
 from peft_vit.studies.study_file import go_on, study_file, write_study_file
@@ -185,7 +186,8 @@ class _Attempts:
         if run not in self.waiting:  # a late word, say of a node that was thought dead
             return
         if isinstance(event, RunInterrupted) and not self.stopping and event.step <= self._reached[run]:
-            event = RunEnded(event.run, _stuck(event), None)
+            # It must not repeat for ever.
+            event = lost(event.run, f"it was interrupted at step {event.step} without a step since the last time")
         if isinstance(event, RunEnded):
             self._ended(event, run)
             return
@@ -230,20 +232,6 @@ class _Attempts:
             return True
         self._failures[run] += 1
         return self._failures[run] <= self._retries
-
-
-def _stuck(event: RunInterrupted) -> RunRecord:
-    """Return the record of an attempt that nobody asked to stop and that made no step: it must not repeat for ever."""
-    spec = event.run.spec
-    return RunRecord(
-        spec=spec,
-        spec_digest=spec.digest(),
-        status="failed",
-        failure="killed",
-        seconds=0.0,
-        error=f"it was interrupted at step {event.step} without a step since the last time",
-        started_at=now(),
-    )
 
 
 class _Signals:

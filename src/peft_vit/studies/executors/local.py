@@ -23,8 +23,8 @@ from peft_vit.errors import UserError
 from peft_vit.records import RunSpec, checkpoint_folders, run_folder
 from peft_vit.runs.execute import Finished, run_one
 from peft_vit.runs.provenance import cpu_count
-from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted
-from peft_vit.studies.executors.worker import ALLOCATOR, WeightsOnce, environment, lost, prepare_process
+from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
+from peft_vit.studies.executors.worker import ALLOCATOR, WeightsOnce, environment, prepare_process
 from peft_vit.studies.plan import PlannedRun
 from peft_vit.training import Checkpoints, Interrupted, Progress
 
@@ -190,8 +190,7 @@ class LocalExecutor:
         self._remove(worker)
         if worker.run is not None:
             reason = f"the worker process {_how_it_ended(worker.process.exitcode)}"
-            record = lost(worker.run.spec, reason, time.monotonic() - worker.since)
-            self._events.append(RunEnded(worker.run, record, None))
+            self._events.append(lost(worker.run, reason, time.monotonic() - worker.since))
 
 
 def _how_it_ended(exitcode: int | None) -> str:
