@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from peft_vit.cli.app import app
 from peft_vit.config import MethodName
-
-if TYPE_CHECKING:
-    from peft_vit.studies import Plan
 
 DEFAULT_OUTPUT = Path("experiments/outputs/adaptive")
 SMOKE_OUTPUT = Path("experiments/outputs/adaptive_smoke")  # apart: a smoke run must not stand in for a real one
@@ -72,10 +69,10 @@ def run(
     results_dir = output or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
     asked = RunRequest(configs, results_dir, smoke, method, seeds, workers, minutes=minutes)
     if dry_run:
-        plan_studies(asked, _print_plan)
+        plan_studies(asked)
     else:
         execution = Execution(executor, ray_address, oversubscribe, skip_failed, log_json)
-        _sum_up(run_studies(asked, execution, _print_plan), results_dir)
+        _sum_up(run_studies(asked, execution), results_dir)
 
 
 @app.command()
@@ -96,7 +93,7 @@ def plan(
     from peft_vit.studies.commands import RunRequest, plan_studies
 
     results_dir = output or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
-    plan_studies(RunRequest(configs, results_dir, smoke, workers=workers, calibrate=profile), _print_plan)
+    plan_studies(RunRequest(configs, results_dir, smoke, workers=workers, calibrate=profile))
 
 
 @app.command()
@@ -195,13 +192,7 @@ def train(
         threads=threads,
         start=init_adapter,
     )
-    _sum_up(run_on_own_images(asked, output, _print_plan, smoke=smoke), output)
-
-
-def _print_plan(planned: Plan) -> None:
-    from peft_vit.studies.printing import print_plan
-
-    print_plan(planned)
+    _sum_up(run_on_own_images(asked, output, smoke=smoke), output)
 
 
 def _sum_up(failed: dict[str, str], results_dir: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -61,8 +61,8 @@ class Execution:
     log_json: Path | None = None
 
 
-def plan_studies(request: RunRequest, show: Callable[[Plan], None]) -> None:
-    """Check every study and plan it; nothing is written.
+def plan_studies(request: RunRequest) -> None:
+    """Check every study and print its plan; nothing is written.
 
     Raises:
         UserError: for anything that would fail later.
@@ -70,13 +70,13 @@ def plan_studies(request: RunRequest, show: Callable[[Plan], None]) -> None:
     if request.minutes is not None:
         limit = _limit(request)
         ((study, file),) = _load(request)
-        show(_plan_within(request, study, file, limit)[0])
+        _show(_plan_within(request, study, file, limit)[0])
     else:
-        _plan(request, _load(request), show)
+        _plan(request, _load(request))
 
 
-def run_studies(request: RunRequest, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
-    """Do every run that is asked for and not done; return the reason by run id for those that have failed.
+def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
+    """Print the plans, do every run that is asked for and not done, and return why runs have failed, by run id.
 
     Raises:
         UserError: before any run starts, for anything that would fail later or if another command works on one of
@@ -84,7 +84,7 @@ def run_studies(request: RunRequest, execution: Execution, show: Callable[[Plan]
         KeyboardInterrupt: see `drive`.
     """
     if request.minutes is not None:
-        return _run_within(request, execution, show)
+        return _run_within(request, execution)
     if execution.executor == "ray":
         if request.workers is not None:
             problem = "has no effect with --executor ray, where as many runs go at a time as nodes have room for"
@@ -92,10 +92,10 @@ def run_studies(request: RunRequest, execution: Execution, show: Callable[[Plan]
         request = replace(request, workers=1)  # for the plan
     studies = _load(request)
     with _locks(request.results_dir, [study.name for study, _ in studies]) as locks:
-        return _drive(_plan(request, studies, show), locks, execution)
+        return _drive(_plan(request, studies), locks, execution)
 
 
-def _run_within(request: RunRequest, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
+def _run_within(request: RunRequest, execution: Execution) -> dict[str, str]:
     """Do what fits into a limited time; once all that was taken is done, take more, as long as more fits."""
     from peft_vit.studies.status import study_status
 
@@ -110,16 +110,15 @@ def _run_within(request: RunRequest, execution: Execution, show: Callable[[Plan]
             plan, deadline = _plan_within(request, study, file, limit)
             if taken and not plan.pending:  # there is time left, but not enough for more
                 break
-            show(plan)
+            _show(plan)
             failed = _drive([plan], [lock], execution, deadline)
             taken |= {run_name(run.spec) for run in plan.runs}
             left = {run.run for run in study_status(lock.folder).runs if run.state not in ("done", "failed")}
             if failed or not left or left & taken or deadline.over:
                 break
     if left:
-        runs, them = (
-            ("1 run of the study is", "it") if len(left) == 1 else (f"{len(left)} runs of the study are", "them")
-        )
+        one = len(left) == 1
+        runs, them = ("1 run of the study is", "it") if one else (f"{len(left)} runs of the study are", "them")
         print(f"{runs} left; the same command goes on with {them}, for another {request.minutes:g} minutes.")
     return failed
 
@@ -155,9 +154,7 @@ def _plan_within(request: RunRequest, study: StudyConfig, file: Path, limit: Lim
     return plan_within(study, request.results_dir, limit, file=file, tell=partial(print, flush=True))
 
 
-def run_on_own_images(
-    request: OwnImages, results_dir: Path, show: Callable[[Plan], None], *, smoke: bool = False
-) -> dict[str, str]:
+def run_on_own_images(request: OwnImages, results_dir: Path, *, smoke: bool = False) -> dict[str, str]:
     """Do one run on somebody's own images, beside those that the directory holds already; as `run_studies`."""
     from peft_vit.studies.own_images import STUDY_NAME, study_of
     from peft_vit.studies.plan import plan_begun_study
@@ -168,7 +165,7 @@ def run_on_own_images(
         print(line)
         with named(request.folder):
             plan = plan_begun_study(study, earlier, results_dir, file=request.folder, smoke=smoke, part=True)
-        show(plan)
+        _show(plan)
         return _drive([plan], locks, Execution())
 
 
@@ -208,7 +205,7 @@ def _locks(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
         yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
 
 
-def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path]], show: Callable[[Plan], None]) -> list[Plan]:
+def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path]]) -> list[Plan]:
     from peft_vit.studies.plan import plan_study
     from peft_vit.studies.profiling import measure_costs
 
@@ -221,8 +218,14 @@ def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path]], show: Ca
         plan = plan_study(study, request.results_dir, file=file, smoke=request.smoke, measure=measure)
         plans.append(plan.only(request.method, seeds))
     for plan in plans:
-        show(plan)
+        _show(plan)
     return plans
+
+
+def _show(plan: Plan) -> None:
+    from peft_vit.studies.printing import print_plan
+
+    print_plan(plan)
 
 
 def _drive(
