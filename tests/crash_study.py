@@ -17,11 +17,19 @@ from typing import Any
 from fake_study import FakeExecutor, check_complete, fake_config, fake_drive
 
 from peft_vit.errors import UserError
+from peft_vit.records import Registration, read_records
 from peft_vit.studies.status import study_status
 
 CALLS = ("write", "fsync", "replace", "ftruncate", "open", "mkdir", "unlink", "rmdir")
 STUDY = fake_config(experiments=("a",), seeds=(0, 1))
 KILLED = 9
+WRITTEN_DOWN = Registration(sha256="1" * 64, hypotheses={"h": "2" * 64})
+
+
+def drive(out: Path, executor: FakeExecutor) -> None:
+    """Drive the study, while some hypotheses stand written down."""
+    fake_drive(STUDY, out, executor, registration=WRITTEN_DOWN)
+    assert all(record.registration == WRITTEN_DOWN for record in read_records(out))
 
 
 def in_child(action: Callable[[], object]) -> int:
@@ -69,14 +77,14 @@ def crash_everywhere(folder: Path) -> None:
 
         def disturbed(count: int = count, out: Path = out) -> None:
             die_at(count)
-            fake_drive(STUDY, out, FakeExecutor(checkpoints_in=out))
+            drive(out, FakeExecutor(checkpoints_in=out))
 
         code = in_child(disturbed)
         assert code in (0, KILLED), code
         if (out / "fake").exists():
             counted = study_status(out / "fake") if any((out / "fake").iterdir()) else None
             assert counted is None or counted.owner is None
-        assert in_child(partial(fake_drive, STUDY, out, FakeExecutor(checkpoints_in=out))) == 0
+        assert in_child(partial(drive, out, FakeExecutor(checkpoints_in=out))) == 0
         check_complete(STUDY, out)
         if code == 0:
             print(f"{count - 1} crash points")
@@ -120,12 +128,12 @@ def full_disk(folder: Path) -> None:
 
         def disturbed(room: int = room, out: Path = out) -> None:
             fill_disk(room)
-            fake_drive(STUDY, out, FakeExecutor(checkpoints_in=out))
+            drive(out, FakeExecutor(checkpoints_in=out))
 
         code = in_child(disturbed)
         assert code in (0, 2), code
         refused += code == 2
-        assert in_child(partial(fake_drive, STUDY, out, FakeExecutor(checkpoints_in=out))) == 0
+        assert in_child(partial(drive, out, FakeExecutor(checkpoints_in=out))) == 0
         check_complete(STUDY, out)
     print(f"{refused} full disks")
 
@@ -139,7 +147,7 @@ def pair(out: Path) -> float:
             os.read(go, 1)  # until the parent closes its end
             code = 0
             try:
-                fake_drive(STUDY, out, FakeExecutor(steps=1, step_s=1.0))
+                drive(out, FakeExecutor(steps=1, step_s=1.0))
             except UserError as error:
                 code = 2 if "another command works on this study, process " in str(error) else 3
             finally:
