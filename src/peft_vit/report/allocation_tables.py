@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from peft_vit.analysis import AgainstControl, Allocation, RunAllocation
 from peft_vit.analysis.allocation import SETTLED_AT
 from peft_vit.analysis.effectiveness import PARAMETERS
 from peft_vit.analysis.limits import SAME_SIZE
 from peft_vit.report.document import Block, Cell, Paragraph, Table
-from peft_vit.report.formatting import count, fixed, joined, number_interval, percent, plain, points_interval
+from peft_vit.report.formatting import count, fixed, joined, number_interval, percent, plain, points_interval, scaled
 from peft_vit.report.tables import (
     FAMILY_NOTE,
     OVER_SEEDS,
@@ -164,10 +163,7 @@ def _control_table(rows: Sequence[AgainstControl]) -> Table:
 
 def _small_points(share: Interval | None) -> str:
     """Return a difference of shares in points with the decimals that a thousandth of an accuracy needs."""
-    if share is None:
-        return "not computed"
-    low, high = (None if end is None else 100 * end for end in (share.low, share.high))
-    return number_interval(replace(share, estimate=100 * share.estimate, low=low, high=high), 4)
+    return "not computed" if share is None else number_interval(scaled(share, 100), 4)
 
 
 def allocation_value_table(allocations: Sequence[Allocation]) -> Table:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from peft_vit.analysis import Study
 from peft_vit.analysis.findings import Conclusion, Finding, conclude, unknown_registrations
 from peft_vit.report.document import UNSEEN, Cell, Paragraph, Raw, Row, Table
-from peft_vit.report.formatting import number_interval, plain, points_interval
+from peft_vit.report.formatting import number_interval, plain, points_interval, scaled
 from peft_vit.report.rows import print_with_rows
 from peft_vit.report.tables import OVER_SEEDS, cell
-from peft_vit.statistics import Interval
 
 _HOW = (
     "Each sentence is worded so that a positive estimate speaks for it, whatever comes out. Registered: it stood "
@@ -110,15 +108,10 @@ def estimate_of(finding: Finding) -> str:
     if unit == "share":
         return f"{points_interval(interval)} points"
     if unit == "bytes":
-        return f"{number_interval(_scaled(interval, 1e-6), 1)} MB"
+        return f"{number_interval(scaled(interval, 1e-6), 1)} MB"
     if unit == "nats" and abs(interval.estimate) < 0.1:
         return f"{number_interval(interval, 4)} nats"
     return f"{number_interval(interval)} {unit}"
-
-
-def _scaled(interval: Interval, factor: float) -> Interval:
-    low, high = (None if end is None else factor * end for end in (interval.low, interval.high))
-    return replace(interval, estimate=factor * interval.estimate, low=low, high=high)
 
 
 def finding_rows(findings: Sequence[Finding]) -> list[dict[str, Raw]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 from peft_vit.analysis.pareto import CostName
@@ -60,6 +61,13 @@ def points_interval(interval: Interval | None) -> str:
     if interval.low is None or interval.high is None:
         return f"{signed(100 * interval.estimate)} [no interval]"
     return f"{signed(100 * interval.estimate)} [{signed(100 * interval.low)}, {signed(100 * interval.high)}]"
+
+
+def scaled(interval: Interval, factor: float) -> Interval:
+    """Return a number and its interval in another unit; a factor below 0 turns it round."""
+    ends = (interval.low, interval.high) if factor > 0 else (interval.high, interval.low)
+    low, high = (None if end is None else factor * end for end in ends)
+    return replace(interval, estimate=factor * interval.estimate, low=low, high=high)
 
 
 def number_interval(interval: Interval, decimals: int = 2) -> str:

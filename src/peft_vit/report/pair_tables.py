@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from peft_vit.analysis import AllPairs, Front, Pair
 from peft_vit.analysis.pareto import FrontPoint
 from peft_vit.report.document import Block, Paragraph, Raw, Row, Table
-from peft_vit.report.formatting import COSTS, count, fixed, joined, percent, percent_interval, points_interval, signed
+from peft_vit.report.formatting import (
+    COSTS,
+    count,
+    fixed,
+    joined,
+    percent,
+    percent_interval,
+    points_interval,
+    scaled,
+    signed,
+)
 from peft_vit.report.tables import OVER_SEEDS, comparison_values, measured, tested
 from peft_vit.statistics import Interval
 
@@ -90,8 +99,7 @@ def _decided_row(pair: Pair, difference: Interval) -> Row:
     agree = None if pair.improvement is None else pair.improvement.estimate
     if comparison.verdict == "refuted":
         better, worse, agree = worse, better, None if agree is None else 1 - agree
-        low, high = (None if end is None else -end for end in (difference.high, difference.low))
-        difference = replace(difference, estimate=-difference.estimate, low=low, high=high)
+        difference = scaled(difference, -1)
     return {
         "more accurate": better,
         "less accurate": worse,
