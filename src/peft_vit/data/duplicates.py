@@ -76,10 +76,8 @@ def _titled(index: ImageIndex, row: int, side: int) -> str:
 
 def _left_out(index: ImageIndex, splits: Splits, rows: np.ndarray) -> list[str]:
     """Tell of copies that training could have had if they were not in validation or test, see `make_splits`."""
-    if index.contents is None:
-        return []
     tested = np.concatenate([splits.validation, splits.test])
-    copies = np.isin(index.contents, index.contents[tested])
+    copies = np.isin(index.groups, index.groups[tested])
     copies[rows] = False
     if index.official_test is not None:
         copies &= ~index.official_test
@@ -112,12 +110,9 @@ def _same(index: ImageIndex, rows: np.ndarray, sides: np.ndarray, equal: np.ndar
 
 def _labels(index: ImageIndex, rows: np.ndarray, equal: np.ndarray) -> list[str]:
     """Tell of an image under two classes, be one of its files in no split."""
-    groups = np.full(len(index.labels), -1)
-    groups[rows] = equal
-    if index.contents is not None:  # a file in no split is not decoded, but may be a copy of one that is
-        group_of = np.full(index.contents.max() + 1, -1)
-        group_of[index.contents[rows]] = equal
-        groups = np.where(groups < 0, group_of[index.contents], groups)
+    group_of = np.full(index.groups.max() + 1, -1)
+    group_of[index.groups[rows]] = equal
+    groups = group_of[index.groups]  # a file in no split is not decoded, but may be a copy of one that is
     known = np.flatnonzero(groups >= 0)
     count, pair = crossing(groups[known], index.labels[known])
     if not count:

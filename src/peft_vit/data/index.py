@@ -39,7 +39,7 @@ class ImageIndex:
         read: decodes image i; raises UserError naming the file if it is broken.
         channels: 1 if every image is grey, else 3; how many the decoded cache stores.
         names: of the files, N of them; None: they are not files.
-        contents: equal numbers for files with equal content, (N,) int64; None: not looked at, splits ignore copies.
+        contents: equal numbers for files with equal content, (N,) int64; None: not looked at.
     """
 
     name: str
@@ -53,6 +53,11 @@ class ImageIndex:
     channels: Literal[1, 3] = 3
     names: Sequence[str] | None = None
     contents: np.ndarray | None = None
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Equal numbers for copies, (N,) int64; where nobody looked for copies every image is one of its own."""
+        return np.arange(len(self.labels)) if self.contents is None else self.contents
 
     def title(self, i: int) -> str:
         """Return what to call image i."""

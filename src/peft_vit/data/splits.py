@@ -46,8 +46,8 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
         UserError: if there are too few images, a class gets no training image, per_seed would change nothing, or a file
             stands on both sides of the data set's own test split; names field and numbers, or both files.
     """
-    if index.contents is not None and index.official_test is not None:
-        refuse_across(index, index.contents, np.where(index.official_test, 2, 0))
+    if index.official_test is not None:
+        refuse_across(index, index.groups, np.where(index.official_test, 2, 0))
     rng = (
         numpy_generator(config.split_seed, "split")
         if config.test_split == "fixed"
@@ -110,16 +110,12 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
 
 def _one_of_each(index: ImageIndex, rows: np.ndarray) -> np.ndarray:
     """Return the rows whose file has no copy among those before them."""
-    if index.contents is None:
-        return rows
-    return rows[np.sort(np.unique(index.contents[rows], return_index=True)[1])]
+    return rows[np.sort(np.unique(index.groups[rows], return_index=True)[1])]
 
 
 def _without(index: ImageIndex, rows: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Return the rows that are neither drawn nor copies of what is."""
-    if index.contents is None:
-        return np.setdiff1d(rows, drawn)
-    return rows[~np.isin(index.contents[rows], index.contents[drawn])]
+    return rows[~np.isin(index.groups[rows], index.groups[drawn])]
 
 
 def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarray) -> np.ndarray:
