@@ -17,7 +17,7 @@ from peft_vit.records import RunRecord
 from peft_vit.report import build_report
 
 EXPERIMENTS = planted.experiments()
-TORN = bad.WHOLE[:5000]
+TORN = planted.record(EXPERIMENTS["lora_r8"], 1, 0.8).model_dump_json().encode()[:5000]
 
 
 def texts(results: Path, output: Path) -> tuple[str, str]:
