@@ -41,16 +41,11 @@ class LabelledStudy:
 
 @dataclass(frozen=True)
 class InStudy:
-    """One experiment in one study: what it reached, and its difference to the reference.
+    """One experiment in one study: what it reached, and its difference to the reference."""
 
-    Attributes:
-        study: label of the study.
-        result: over the study's seeds.
-        comparison: with the reference, corrected over the study's table; None of the reference itself, or without one.
-    """
-
-    study: str
-    result: MethodResult
+    study: str  # label of the study
+    result: MethodResult  # over the study's seeds
+    # with the reference, corrected over the study's table; None of the reference itself, or without one
     comparison: Comparison | None
 
     @property
@@ -61,31 +56,18 @@ class InStudy:
 
 @dataclass(frozen=True)
 class PooledDifference:
-    """One experiment against the reference over several studies.
-
-    Attributes:
-        name: of the experiment.
-        studies: labels of the studies with pairs of both.
-        pooled: test accuracy, experiment minus reference, mean over studies.
-        ahead: in how many studies the experiment's mean is higher.
-        adjusted_p: the pooled p-value after Holm's correction over the table.
-        verdict: on "is more accurate than the reference, on average over these studies".
-        interquartile: over pairs and studies; None with the reason in its note.
-        interquartile_note: what restricts it.
-        mixed: effect of the experiment with a random intercept by study, over all paired runs.
-        allowed: kinds that differ and were pooled all the same, with what differs.
-    """
+    """One experiment against the reference over several studies."""
 
     name: str
-    studies: tuple[str, ...]
-    pooled: Pooled
-    ahead: int
-    adjusted_p: float | None
-    verdict: Verdict
-    interquartile: Interval | None
-    interquartile_note: str
-    mixed: MixedEffect
-    allowed: tuple[tuple[PoolKind, str], ...]
+    studies: tuple[str, ...]  # labels of the studies with pairs of both
+    pooled: Pooled  # test accuracy, experiment minus reference, mean over studies
+    ahead: int  # in how many studies the experiment's mean is higher
+    adjusted_p: float | None  # the pooled p-value after Holm's correction over the table
+    verdict: Verdict  # on "is more accurate than the reference, on average over these studies"
+    interquartile: Interval | None  # over pairs and studies; None with the reason in its note
+    interquartile_note: str  # what restricts it
+    mixed: MixedEffect  # effect of the experiment with a random intercept by study, over all paired runs
+    allowed: tuple[tuple[PoolKind, str], ...]  # kinds that differ and were pooled all the same, with what differs
 
 
 @dataclass(frozen=True)
@@ -100,26 +82,16 @@ class PooledTime:
 
 @dataclass(frozen=True)
 class Across:
-    """Several studies, side by side and pooled.
+    """Several studies, side by side and pooled."""
 
-    Attributes:
-        studies: in the order given.
-        reference: what the others are compared with; None if no experiment stands in every study.
-        rows: every experiment that occurs in two studies and more, by experiment, then study.
-        pooled: one row an experiment that may be pooled.
-        times: likewise, of seconds a step.
-        refusals: what was not pooled, and why.
-        alone: experiment -> the one study with finished runs of it.
-        agreements: of the importance of sites, between experiments of two studies with the same strategy and metric.
-    """
-
-    studies: tuple[LabelledStudy, ...]
-    reference: str | None
-    rows: tuple[InStudy, ...]
-    pooled: tuple[PooledDifference, ...]
-    times: tuple[PooledTime, ...]
-    refusals: tuple[Refusal, ...]
-    alone: dict[str, str]
+    studies: tuple[LabelledStudy, ...]  # in the order given
+    reference: str | None  # what the others are compared with; None if no experiment stands in every study
+    rows: tuple[InStudy, ...]  # every experiment that occurs in two studies and more, by experiment, then study
+    pooled: tuple[PooledDifference, ...]  # one row an experiment that may be pooled
+    times: tuple[PooledTime, ...]  # likewise, of seconds a step
+    refusals: tuple[Refusal, ...]  # what was not pooled, and why
+    alone: dict[str, str]  # experiment -> the one study with finished runs of it
+    # of the importance of sites, between experiments of two studies with the same strategy and metric
     agreements: tuple[StudyAgreement, ...]
 
 

@@ -21,43 +21,26 @@ SETTLED_AT = 0.9  # share of the final ranks
 
 @dataclass(frozen=True)
 class RunAllocation:
-    """One run's ranks.
-
-    Attributes:
-        seed: the run's seed.
-        used: ranks at the end.
-        spent: what they cost, in the budget's unit.
-        budget: allowed at the end, in its unit.
-        unit: of the budget.
-        gini: concentration of the final ranks over sites, 0 for equal ranks.
-        entropy: evenness of the final ranks, 1 for equal ranks.
-        sites: number of sites.
-        sites_without_rank: sites with rank 0 at the end.
-        updates: number of rank entries after the first.
-        steps: at which entries begin, the first included.
-        moved: ranks that went from one site to another at each update; what the budget took away does not
-            count. churn: `moved` over the ranks that are held after the update; None where none are.
-        agreement_with_final: Spearman's rho of the ranks from each entry on with the final ones.
-        overlap_with_final: `overlap` of the ranks from each entry on with the final ones; None without ranks.
-        settled_step: first step from which on that overlap is at least SETTLED_AT; None without final ranks.
-    """
+    """One run's ranks."""
 
     seed: int
-    used: int
-    spent: int
-    budget: int | None
-    unit: BudgetUnit
-    gini: float | None
-    entropy: float | None
+    used: int  # ranks at the end
+    spent: int  # what they cost, in the budget's unit
+    budget: int | None  # allowed at the end, in its unit
+    unit: BudgetUnit  # of the budget
+    gini: float | None  # concentration of the final ranks over sites, 0 for equal ranks
+    entropy: float | None  # evenness of the final ranks, 1 for equal ranks
     sites: int
-    sites_without_rank: int
-    updates: int
-    steps: tuple[int, ...]
+    sites_without_rank: int  # sites with rank 0 at the end
+    updates: int  # number of rank entries after the first
+    steps: tuple[int, ...]  # at which entries begin, the first included
+    # ranks that went from one site to another at each update; what the budget took away does not count
     moved: tuple[int, ...]
-    churn: tuple[float | None, ...]
-    agreement_with_final: tuple[float | None, ...]
+    churn: tuple[float | None, ...]  # `moved` over the ranks that are held after the update; None where none are
+    agreement_with_final: tuple[float | None, ...]  # Spearman's rho of the ranks from each entry on with the final ones
+    # `overlap` of the ranks from each entry on with the final ones; None without ranks
     overlap_with_final: tuple[float | None, ...]
-    settled_step: int | None
+    settled_step: int | None  # first step from which on that overlap is at least SETTLED_AT; None without final ranks
 
 
 @dataclass(frozen=True)

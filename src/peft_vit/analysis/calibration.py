@@ -27,49 +27,31 @@ Measure = Literal["nll", "ece", "adaptive_ece", "brier"]
 
 @dataclass(frozen=True)
 class Bin:
-    """Predictions of similar confidence.
+    """Predictions of similar confidence."""
 
-    Attributes:
-        low: no confidence in it lies below; the bin's own end, or with equal counts its smallest confidence.
-        high: likewise above.
-        count: predictions in it.
-        confidence: their mean; None in an empty bin.
-        accuracy: share of right ones among them; None in an empty bin.
-    """
-
-    low: float
-    high: float
-    count: int
-    confidence: float | None
-    accuracy: float | None
+    low: float  # no confidence in it lies below; the bin's own end, or with equal counts its smallest confidence
+    high: float  # likewise above
+    count: int  # predictions in it
+    confidence: float | None  # their mean; None in an empty bin
+    accuracy: float | None  # share of right ones among them; None in an empty bin
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """One experiment. Intervals are over seeds.
-
-    Attributes:
-        experiment: what was asked.
-        nll: mean negative log likelihood on test, nats; with ece known for every run.
-        ece: expected calibration error, 15 equal-width bins.
-        adaptive_ece: the same with bins of equal counts; None without predictions, which goes for all below.
-        brier: `confidence_brier`.
-        overconfidence: mean confidence minus accuracy.
-        bins: equal-width bins over the predictions of all seeds. Seeds share images, so they are no independent
-            draws, and an interval from their count would be too narrow.
-        seeds: with predictions.
-        without: seeds whose record holds no predictions.
-    """
+    """One experiment. Intervals are over seeds."""
 
     experiment: ExperimentConfig
-    nll: Interval
-    ece: Interval
+    nll: Interval  # mean negative log likelihood on test, nats; with ece known for every run
+    ece: Interval  # expected calibration error, 15 equal-width bins
+    # the same with bins of equal counts; None without predictions, which goes for all below
     adaptive_ece: Interval | None
-    brier: Interval | None
-    overconfidence: Interval | None
+    brier: Interval | None  # `confidence_brier`
+    overconfidence: Interval | None  # mean confidence minus accuracy
+    # equal-width bins over the predictions of all seeds. Seeds share images, so they are no independent draws, and an
+    # interval from their count would be too narrow
     bins: tuple[Bin, ...]
-    seeds: tuple[int, ...]
-    without: tuple[int, ...]
+    seeds: tuple[int, ...]  # with predictions
+    without: tuple[int, ...]  # seeds whose record holds no predictions
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,12 @@ _MOST_NAMED = 4  # differences in one line
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something that was not pooled.
+    """Something that was not pooled."""
 
-    Attributes:
-        kind: what differs, as `--allow-mismatch` names it.
-        experiments: of which nothing was pooled for that reason.
-        studies: in which they would have been.
-        reason: what differs, in words.
-    """
-
-    kind: PoolKind
-    experiments: tuple[str, ...]
-    studies: tuple[str, ...]
-    reason: str
+    kind: PoolKind  # what differs, as `--allow-mismatch` names it
+    experiments: tuple[str, ...]  # of which nothing was pooled for that reason
+    studies: tuple[str, ...]  # in which they would have been
+    reason: str  # what differs, in words
 
 
 def parse_pool(text: str, option: str) -> frozenset[PoolKind]:

@@ -24,23 +24,14 @@ _FEWEST = 3  # losses: with fewer nothing is left beside a line
 
 @dataclass(frozen=True)
 class Convergence:
-    """One experiment's course of the loss, over its seeds.
-
-    Attributes:
-        experiment: what was asked.
-        seeds: its finished runs.
-        late_deviation: `late_loss_deviation`, nats; None if no run has it, which goes for the others too.
-        roughness: `roughness`, nats.
-        settled_step: `settled_step`.
-        steps: recorded in the longest run.
-    """
+    """One experiment's course of the loss, over its seeds."""
 
     experiment: ExperimentConfig
-    seeds: tuple[int, ...]
-    late_deviation: Interval | None
-    roughness: Interval | None
-    settled_step: Interval | None
-    steps: int
+    seeds: tuple[int, ...]  # its finished runs
+    late_deviation: Interval | None  # `late_loss_deviation`, nats; None if no run has it, which goes for the others too
+    roughness: Interval | None  # `roughness`, nats
+    settled_step: Interval | None  # `settled_step`
+    steps: int  # recorded in the longest run
 
 
 def convergences(study: Study) -> tuple[Convergence, ...]:

@@ -32,25 +32,16 @@ _OF_THE_SCORES = {
 
 @dataclass(frozen=True)
 class AgainstControl:
-    """One experiment with scored ranks against one control.
-
-    Attributes:
-        experiment: its name.
-        control: which kind.
-        control_experiment: the experiment that was found; None if the study has none.
-        same_strategy: whether both share the strategy.
-        accuracy: difference in test accuracy, paired by seed.
-        per_parameter: difference in `accuracy_per_parameter`, paired by seed.
-        parameters_ratio: mean trainable parameters in the end over the control's, 1 at equal cost. An equal budget in
-            ranks need not be equal in parameters, since matrices differ in size.
-    """
+    """One experiment with scored ranks against one control."""
 
     experiment: str
-    control: Control
-    control_experiment: str | None
-    same_strategy: bool
-    accuracy: Comparison
-    per_parameter: Comparison
+    control: Control  # which kind
+    control_experiment: str | None  # the experiment that was found; None if the study has none
+    same_strategy: bool  # whether both share the strategy
+    accuracy: Comparison  # difference in test accuracy, paired by seed
+    per_parameter: Comparison  # difference in `accuracy_per_parameter`, paired by seed
+    # mean trainable parameters in the end over the control's, 1 at equal cost. An equal budget in ranks need not be
+    # equal in parameters, since matrices differ in size
     parameters_ratio: float | None
 
 

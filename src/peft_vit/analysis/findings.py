@@ -42,42 +42,24 @@ ALL_STUDIES = "all studies together"
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about one experiment, or about one pair.
+    """One sentence about one experiment, or about one pair."""
 
-    Attributes:
-        hypothesis: the sentence and how it is decided.
-        study: whose runs these are.
-        subject: which experiment or pair; empty where there is no data.
-        labels: what each value belongs to, as a rule a seed.
-        values: a positive one speaks for the sentence.
-        n_of: what n counts, in the plural.
-        interval: mean of the values, 95 % t interval; None without values.
-        test: its name; "none" if nothing is tested.
-        p_value: of the test that can show the sentence, after Holm's correction; None if there is none.
-        opposite_p: of the test that can show its opposite, likewise; for superiority the same.
-        outcome: what the test said, or why it says nothing.
-        verdict: on the sentence.
-        mark: registered if the sentence stood written down, as it does now, before every run that was used; None
-            without data.
-        note: what restricts it.
-        rivals: see `Measured`.
-    """
-
-    hypothesis: Hypothesis
-    study: str
-    subject: str
-    labels: tuple[str, ...]
-    values: tuple[float, ...]
-    n_of: str
-    interval: Interval | None
-    test: str
-    p_value: float | None
-    opposite_p: float | None
-    outcome: str
-    verdict: FindingVerdict
+    hypothesis: Hypothesis  # the sentence and how it is decided
+    study: str  # whose runs these are
+    subject: str  # which experiment or pair; empty where there is no data
+    labels: tuple[str, ...]  # what each value belongs to, as a rule a seed
+    values: tuple[float, ...]  # a positive one speaks for the sentence
+    n_of: str  # what n counts, in the plural
+    interval: Interval | None  # mean of the values, 95 % t interval; None without values
+    test: str  # its name; "none" if nothing is tested
+    p_value: float | None  # of the test that can show the sentence, after Holm's correction; None if there is none
+    opposite_p: float | None  # of the test that can show its opposite, likewise; for superiority the same
+    outcome: str  # what the test said, or why it says nothing
+    verdict: FindingVerdict  # on the sentence
+    # registered if the sentence stood written down, as it does now, before every run that was used; None without data
     mark: Mark | None
-    note: str
-    rivals: tuple[tuple[float, ...], ...] = ()
+    note: str  # what restricts it
+    rivals: tuple[tuple[float, ...], ...] = ()  # see `Measured`
 
     @property
     def n(self) -> int:
@@ -87,21 +69,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """One sentence over several experiments.
+    """One sentence over several experiments."""
 
-    Attributes:
-        hypothesis: the sentence.
-        verdict: supported if every finding with data is, refuted if one is and none supported, else not decided.
-        counts: how many of them, in words; empty for a single one.
-        mark: registered if every finding with data is.
-        findings: those with data; without any, all.
-    """
-
-    hypothesis: Hypothesis
+    hypothesis: Hypothesis  # the sentence
+    # supported if every finding with data is, refuted if one is and none supported, else not decided
     verdict: FindingVerdict
-    counts: str
-    mark: Mark | None
-    findings: tuple[Finding, ...]
+    counts: str  # how many of them, in words; empty for a single one
+    mark: Mark | None  # registered if every finding with data is
+    findings: tuple[Finding, ...]  # those with data; without any, all
 
 
 def all_findings(studies: Sequence[Study], registry: Registry) -> dict[str, tuple[Finding, ...]]:

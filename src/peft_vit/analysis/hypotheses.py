@@ -96,17 +96,11 @@ class _File(Frozen):
 
 @dataclass(frozen=True)
 class Registry:
-    """All hypotheses of one or two files.
+    """All hypotheses of one or two files."""
 
-    Attributes:
-        hypotheses: in the order of the files.
-        sha256: of the files' bytes, one after the other.
-        digests: id -> SHA-256 of what the registry says under it and under the others of its family.
-    """
-
-    hypotheses: tuple[Hypothesis, ...]
-    sha256: str
-    digests: dict[str, str]
+    hypotheses: tuple[Hypothesis, ...]  # in the order of the files
+    sha256: str  # of the files' bytes, one after the other
+    digests: dict[str, str]  # id -> SHA-256 of what the registry says under it and under the others of its family
 
     def registration(self) -> Registration:
         """Return what goes into the record of a run that is about to begin."""

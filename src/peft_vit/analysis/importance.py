@@ -20,36 +20,23 @@ from peft_vit.statistics import Interval, mean_interval, spearman
 
 @dataclass(frozen=True)
 class ImportancePattern:
-    """Scores of one experiment.
-
-    Attributes:
-        experiment: what was asked.
-        seeds: seeds with scores.
-        grid: where each site stands.
-        raw_final: (blocks, matrices) mean over seeds of the last scores, in the metric's own unit.
-        relative_final: (seeds, blocks, matrices) last scores, over each run's mean.
-        by_block: (seeds, blocks) mean relative score of a block.
-        by_matrix: matrix type -> mean relative score, interval over seeds.
-        attention_over_mlp: log2 of the mean attention score over the mean MLP score, one value a seed.
-        steps: steps at which scores were recorded in every seed.
-        agreement_with_final: (steps,) Spearman's rho between the scores then and the last ones, mean over
-            seeds. matrix_course: (steps, matrices) mean relative score of a matrix type at each of these steps,
-            over seeds; NaN where no seed scored it. agreement_between_seeds: mean Spearman's rho over pairs of
-            seeds, or None.
-    """
+    """Scores of one experiment."""
 
     experiment: ExperimentConfig
-    seeds: tuple[int, ...]
-    grid: Grid
-    raw_final: np.ndarray
-    relative_final: np.ndarray
-    by_block: np.ndarray
-    by_matrix: dict[str, Interval]
-    attention_over_mlp: tuple[float, ...]
-    steps: tuple[int, ...]
+    seeds: tuple[int, ...]  # seeds with scores
+    grid: Grid  # where each site stands
+    raw_final: np.ndarray  # (blocks, matrices) mean over seeds of the last scores, in the metric's own unit
+    relative_final: np.ndarray  # (seeds, blocks, matrices) last scores, over each run's mean
+    by_block: np.ndarray  # (seeds, blocks) mean relative score of a block
+    by_matrix: dict[str, Interval]  # matrix type -> mean relative score, interval over seeds
+    attention_over_mlp: tuple[float, ...]  # log2 of the mean attention score over the mean MLP score, one value a seed
+    steps: tuple[int, ...]  # steps at which scores were recorded in every seed
+    # (steps,) Spearman's rho between the scores then and the last ones, mean over seeds
     agreement_with_final: tuple[float | None, ...]
+    # (steps, matrices) mean relative score of a matrix type at each of these steps, over seeds; NaN where no seed
+    # scored it
     matrix_course: np.ndarray
-    agreement_between_seeds: float | None
+    agreement_between_seeds: float | None  # mean Spearman's rho over pairs of seeds, or None
 
 
 def importance_patterns(study: Study) -> tuple[ImportancePattern, ...]:

@@ -75,23 +75,14 @@ def milliseconds(value: float | None, option: str) -> float | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the finished runs of one experiment cost.
+    """What the finished runs of one experiment cost."""
 
-    Attributes:
-        stored_bytes: frozen weights as they are kept, and the adapter file; mean over seeds.
-        largest_bytes: the same of the largest run.
-        parameters: trainable at the end, head included; mean over seeds.
-        largest_parameters: of the largest run.
-        seconds_per_step: mean over seeds of the runs' medians; None if a run lacks it.
-        latency_s: mean over seeds of the runs' median forward pass; None if a run lacks it.
-    """
-
-    stored_bytes: float
-    largest_bytes: int
-    parameters: float
-    largest_parameters: int
-    seconds_per_step: float | None
-    latency_s: float | None
+    stored_bytes: float  # frozen weights as they are kept, and the adapter file; mean over seeds
+    largest_bytes: int  # the same of the largest run
+    parameters: float  # trainable at the end, head included; mean over seeds
+    largest_parameters: int  # of the largest run
+    seconds_per_step: float | None  # mean over seeds of the runs' medians; None if a run lacks it
+    latency_s: float | None  # mean over seeds of the runs' median forward pass; None if a run lacks it
 
     def by(self, measure: Measure) -> float | None:
         """Return what experiments are ordered by."""

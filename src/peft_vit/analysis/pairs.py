@@ -18,32 +18,21 @@ MOST_PAIRS = 20_000  # of experiments, 200 of them: a few seconds
 
 @dataclass(frozen=True)
 class Pair:
-    """Two experiments. Effect and improvement describe; neither decides.
+    """Two experiments. Effect and improvement describe; neither decides."""
 
-    Attributes:
-        comparison: difference, interval, test, verdict.
-        effect: the difference in units of its standard deviation over pairs of runs; None without any.
-        improvement: share of pairs of runs in which the first is the more accurate one, ties as half; None likewise.
-    """
-
-    comparison: Comparison
-    effect: EffectSize | None
+    comparison: Comparison  # difference, interval, test, verdict
+    effect: EffectSize | None  # the difference in units of its standard deviation over pairs of runs; None without any
+    # share of pairs of runs in which the first is the more accurate one, ties as half; None likewise
     improvement: Interval | None
 
 
 @dataclass(frozen=True)
 class AllPairs:
-    """Comparisons of all pairs of experiments that have a finished run.
+    """Comparisons of all pairs of experiments that have a finished run."""
 
-    Attributes:
-        experiments: their names, in the study's order.
-        pairs: in the order (1, 2), (1, 3), ..., (2, 3), ...; empty if there are too many.
-        not_formed: pairs that were not formed because they are more than MOST_PAIRS; 0 otherwise.
-    """
-
-    experiments: tuple[str, ...]
-    pairs: tuple[Pair, ...]
-    not_formed: int
+    experiments: tuple[str, ...]  # their names, in the study's order
+    pairs: tuple[Pair, ...]  # in the order (1, 2), (1, 3), ..., (2, 3), ...; empty if there are too many
+    not_formed: int  # pairs that were not formed because they are more than MOST_PAIRS; 0 otherwise
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:

@@ -30,42 +30,27 @@ _TIMED: tuple[CostName, ...] = ("seconds_per_step", "latency_s")
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """One experiment, means over its seeds.
-
-    Attributes:
-        experiment: its name.
-        cost: in the unit of the front's cost.
-        validation_accuracy: mean.
-        test_accuracy: mean with interval.
-        on_front: whether no other has at least this validation accuracy at no more cost, and more of one of both.
-        on_test_front: the same of test accuracy; described, not used.
-        lead: test accuracy minus that of the one before it on the front; None off the front and for the cheapest.
-    """
+    """One experiment, means over its seeds."""
 
     experiment: str
-    cost: float
-    validation_accuracy: float
-    test_accuracy: Interval
-    on_front: bool
-    on_test_front: bool
+    cost: float  # in the unit of the front's cost
+    validation_accuracy: float  # mean
+    test_accuracy: Interval  # mean with interval
+    on_front: bool  # whether no other has at least this validation accuracy at no more cost, and more of one of both
+    on_test_front: bool  # the same of test accuracy; described, not used
+    # test accuracy minus that of the one before it on the front; None off the front and for the cheapest
     lead: Comparison | None
 
 
 @dataclass(frozen=True)
 class Front:
-    """Accuracy against one cost.
+    """Accuracy against one cost."""
 
-    Attributes:
-        cost: which.
-        points: every experiment with a known cost, cheapest first, then by name; empty where costs can't be compared.
-        left_out: experiments for which the cost was not recorded.
-        refused: why costs can't be compared; empty if they can.
-    """
-
-    cost: CostName
+    cost: CostName  # which
+    # every experiment with a known cost, cheapest first, then by name; empty where costs can't be compared
     points: tuple[FrontPoint, ...]
-    left_out: tuple[str, ...]
-    refused: str
+    left_out: tuple[str, ...]  # experiments for which the cost was not recorded
+    refused: str  # why costs can't be compared; empty if they can
 
     @property
     def on_front(self) -> tuple[FrontPoint, ...]:

@@ -31,15 +31,10 @@ class UnfinishedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a study beside its records.
+    """What is known of a study beside its records."""
 
-    Attributes:
-        folders: those of this study; several if its results were brought together.
-        left_out: experiment and seed of runs whose records do not count, and why.
-    """
-
-    folders: tuple[StudyFolder, ...] = ()
-    left_out: tuple[tuple[str, int, str], ...] = ()
+    folders: tuple[StudyFolder, ...] = ()  # those of this study; several if its results were brought together
+    left_out: tuple[tuple[str, int, str], ...] = ()  # experiment and seed of runs whose records do not count, and why
 
     @property
     def is_known(self) -> bool:

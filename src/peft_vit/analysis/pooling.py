@@ -18,15 +18,10 @@ LEAST_STUDIES = 3  # for an interquartile mean: of two studies it says nothing t
 
 @dataclass(frozen=True)
 class Pooled:
-    """A mean over studies.
+    """A mean over studies."""
 
-    Attributes:
-        interval: estimate and interval; n counts all pairs.
-        p_value: two-sided, of "the mean is 0"; None without an interval.
-    """
-
-    interval: Interval
-    p_value: float | None
+    interval: Interval  # estimate and interval; n counts all pairs
+    p_value: float | None  # two-sided, of "the mean is 0"; None without an interval
 
 
 def stratified_mean(strata: Sequence[ArrayLike], confidence: float = 0.95) -> Pooled:

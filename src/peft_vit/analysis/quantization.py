@@ -32,77 +32,44 @@ class BalanceStep:
 
 @dataclass(frozen=True)
 class AgainstFloat:
-    """Paired differences to the twin on float weights, by seed; each measure is a family over the study's experiments.
+    """Paired differences to the twin on float weights, by seed; each measure is a family over all experiments."""
 
-    Attributes:
-        nll: mean negative log likelihood on test, nats; positive is worse.
-        late_deviation: `convergence.late_loss_deviation`, nats; positive is less steady.
-        roughness: `convergence.roughness`, nats; positive is rougher.
-    """
-
-    nll: Comparison
-    late_deviation: Comparison
-    roughness: Comparison
+    nll: Comparison  # mean negative log likelihood on test, nats; positive is worse
+    late_deviation: Comparison  # `convergence.late_loss_deviation`, nats; positive is less steady
+    roughness: Comparison  # `convergence.roughness`, nats; positive is rougher
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What runs took, means over seeds; None where nothing was recorded.
+    """What runs took, means over seeds; None where nothing was recorded."""
 
-    Attributes:
-        stored_bytes: everything frozen and the adapter file.
-        own_memory_bytes: see `RunRecord`.
-        seconds_per_step: of training.
-        latency_s: batch size -> seconds of a forward pass, for the sizes that all runs measured.
-    """
-
-    stored_bytes: float
-    own_memory_bytes: float | None
-    seconds_per_step: float | None
-    latency_s: dict[int, float]
+    stored_bytes: float  # everything frozen and the adapter file
+    own_memory_bytes: float | None  # see `RunRecord`
+    seconds_per_step: float | None  # of training
+    latency_s: dict[int, float]  # batch size -> seconds of a forward pass, for the sizes that all runs measured
 
 
 @dataclass(frozen=True)
 class QuantizationImpact:
-    """One QA-LoRA experiment.
-
-    Attributes:
-        experiment: what was asked.
-        settings: its quantization section.
-        test_accuracy: interval over seeds.
-        against_unquantized: difference to the LoRA of equal rank, scale and targets on float weights.
-        mean_relative_error: mean over modules (and seeds) of ||W - Wq|| / ||W||.
-        worst_module: the module with the largest error, and that error.
-        quantized_bytes: bytes of the quantized layers.
-        size: what is claimed of the format and what was counted, layers and whole model.
-        bits_by_layer: stored bits a weight in the end, by module.
-        error_by_layer: relative error by module.
-        frozen_bytes: bytes of everything that is frozen.
-        float_backbone_bytes: bytes of the whole backbone in float32, head excluded.
-        balance: measures of the balance check, at every step at which they were recorded.
-        against_float: more differences to the same LoRA.
-        costs: what its runs took.
-        float_costs: what the runs of that LoRA took; None without it.
-        same_machine: whether both ran on one machine with as many threads, so that seconds and memory compare.
-    """
+    """One QA-LoRA experiment."""
 
     experiment: ExperimentConfig
-    settings: QaLoraConfig
-    test_accuracy: Interval
-    against_unquantized: Comparison
-    mean_relative_error: float
-    worst_module: tuple[str, float]
-    quantized_bytes: float
-    size: MeasuredSize
-    bits_by_layer: dict[str, float]
-    error_by_layer: dict[str, float]
-    frozen_bytes: float
-    float_backbone_bytes: float
-    balance: tuple[BalanceStep, ...]
-    against_float: AgainstFloat
-    costs: Costs
-    float_costs: Costs | None
-    same_machine: bool
+    settings: QaLoraConfig  # its quantization section
+    test_accuracy: Interval  # interval over seeds
+    against_unquantized: Comparison  # difference to the LoRA of equal rank, scale and targets on float weights
+    mean_relative_error: float  # mean over modules (and seeds) of ||W - Wq|| / ||W||
+    worst_module: tuple[str, float]  # the module with the largest error, and that error
+    quantized_bytes: float  # bytes of the quantized layers
+    size: MeasuredSize  # what is claimed of the format and what was counted, layers and whole model
+    bits_by_layer: dict[str, float]  # stored bits a weight in the end, by module
+    error_by_layer: dict[str, float]  # relative error by module
+    frozen_bytes: float  # bytes of everything that is frozen
+    float_backbone_bytes: float  # bytes of the whole backbone in float32, head excluded
+    balance: tuple[BalanceStep, ...]  # measures of the balance check, at every step at which they were recorded
+    against_float: AgainstFloat  # more differences to the same LoRA
+    costs: Costs  # what its runs took
+    float_costs: Costs | None  # what the runs of that LoRA took; None without it
+    same_machine: bool  # whether both ran on one machine with as many threads, so that seconds and memory compare
 
 
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:

@@ -56,17 +56,12 @@ Outcome = Literal["smaller", "best", "not decided", "nothing within"]
 
 @dataclass(frozen=True)
 class Decision:
-    """What the tests of m candidates say.
+    """What the tests of m candidates say."""
 
-    Attributes:
-        p_values: one a candidate, one-sided; None where the test is undefined (no pair, one pair, no spread).
-        adjusted: Holm's over all m, an undefined one counted as 1; None likewise.
-        shown: whether the candidate is shown not to lose the margin.
-    """
-
+    # one a candidate, one-sided; None where the test is undefined (no pair, one pair, no spread)
     p_values: tuple[float | None, ...]
-    adjusted: tuple[float | None, ...]
-    shown: tuple[bool, ...]
+    adjusted: tuple[float | None, ...]  # Holm's over all m, an undefined one counted as 1; None likewise
+    shown: tuple[bool, ...]  # whether the candidate is shown not to lose the margin
 
 
 def decide(differences: Sequence[ArrayLike], margin: float) -> Decision:
@@ -119,61 +114,41 @@ class Rated:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A smaller experiment within the limits, compared with the best on test.
-
-    Attributes:
-        rated: the experiment.
-        by_seed: candidate minus best, test accuracy, of pairs that share seed, weights, images and split.
-        seeds: of the pairs.
-        difference: their mean, with the interval that holds for all candidates at once; None without a pair.
-        p_value: one-sided; None where the test is undefined.
-        adjusted_p: after Holm's correction.
-        shown: whether it is shown to lose less than the margin.
-        needed_n: pairs at which it would be shown with 80 % power if mean and spread stayed; None: none is known.
-        note: what restricts the pairs.
-    """
+    """A smaller experiment within the limits, compared with the best on test."""
 
     rated: Rated
+    # candidate minus best, test accuracy, of pairs that share seed, weights, images and split
     by_seed: tuple[float, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # of the pairs
+    # their mean, with the interval that holds for all candidates at once; None without a pair
     difference: Interval | None
-    p_value: float | None
-    adjusted_p: float | None
-    shown: bool
+    p_value: float | None  # one-sided; None where the test is undefined
+    adjusted_p: float | None  # after Holm's correction
+    shown: bool  # whether it is shown to lose less than the margin
+    # pairs at which it would be shown with 80 % power if mean and spread stayed; None: none is known
     needed_n: int | None
-    note: str
+    note: str  # what restricts the pairs
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What one study recommends.
-
-    Attributes:
-        study: the study.
-        outcome: smaller: a candidate was shown not to lose the margin; best: nothing within the limits is smaller than
-            the best itself by more than one percent; not decided: no candidate was shown; nothing within: no
-            experiment keeps the limits.
-        best: by validation.
-        chosen: what is recommended; None if nothing is.
-        candidates: what was tested, smallest first.
-        outside: experiments that do not keep the limits.
-        as_small: candidates not larger than the smallest that was shown by more than one percent, shown, too, but
-            with no higher validation accuracy than the chosen one.
-        larger: experiments within the limits that are not smaller than the best, which keeps them too, by more than
-            one percent.
-        left_out: experiment -> why nothing can be said of it.
-        limits, measure, margin: what was asked; the margin as a share.
-    """
+    """What one study recommends."""
 
     study: Study
+    # smaller: a candidate was shown not to lose the margin; best: nothing within the limits is smaller than the best
+    # itself by more than one percent; not decided: no candidate was shown; nothing within: none keeps the limits
     outcome: Outcome
-    best: Rated
-    chosen: Rated | None
-    candidates: tuple[Candidate, ...]
+    best: Rated  # by validation
+    chosen: Rated | None  # what is recommended; None if nothing is
+    candidates: tuple[Candidate, ...]  # what was tested, smallest first
+    # candidates not larger than the smallest that was shown by more than one percent, shown, too, but with no higher
+    # validation accuracy than the chosen one
     as_small: tuple[Rated, ...]
-    outside: tuple[Rated, ...]
+    outside: tuple[Rated, ...]  # experiments that do not keep the limits
+    # experiments within the limits that are not smaller than the best, which keeps them too, by more than one percent
     larger: tuple[Rated, ...]
-    left_out: dict[str, str]
+    left_out: dict[str, str]  # experiment -> why nothing can be said of it
+    # limits, measure, margin: what was asked; the margin as a share
     limits: Limits
     measure: Measure
     margin: float

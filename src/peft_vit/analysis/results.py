@@ -16,17 +16,11 @@ _Key = tuple[str, bool]  # a study's name, and whether it is of smoke runs
 
 @dataclass(frozen=True)
 class Results:
-    """What was read.
+    """What was read."""
 
-    Attributes:
-        directory: from where.
-        studies: by name, smoke studies after real ones; what concerns one stands in its notices too.
-        problems: what was left out, or stands there beside, by file.
-    """
-
-    directory: Path
-    studies: tuple[Study, ...]
-    problems: tuple[Problem, ...]
+    directory: Path  # from where
+    studies: tuple[Study, ...]  # by name, smoke studies after real ones; what concerns one stands in its notices too
+    problems: tuple[Problem, ...]  # what was left out, or stands there beside, by file
 
     @property
     def is_whole(self) -> bool:

@@ -49,23 +49,14 @@ def kendalls_w(scores: ArrayLike) -> float | None:
 
 @dataclass(frozen=True)
 class SeedAgreement:
-    """Do the seeds of one experiment agree on the order of sites?
-
-    Attributes:
-        experiment: what was asked.
-        w: Kendall's W over seeds of the last scores; None as in `kendalls_w`.
-        seeds: judges.
-        sites: that all seeds scored.
-        by_block: Kendall's W of the blocks' mean relative scores.
-        by_matrix: the same of the matrix types'.
-    """
+    """Do the seeds of one experiment agree on the order of sites?"""
 
     experiment: ExperimentConfig
-    w: float | None
-    seeds: int
-    sites: int
-    by_block: float | None
-    by_matrix: float | None
+    w: float | None  # Kendall's W over seeds of the last scores; None as in `kendalls_w`
+    seeds: int  # judges
+    sites: int  # that all seeds scored
+    by_block: float | None  # Kendall's W of the blocks' mean relative scores
+    by_matrix: float | None  # the same of the matrix types'
 
 
 def seed_agreements(patterns: Sequence[ImportancePattern]) -> tuple[SeedAgreement, ...]:
@@ -94,28 +85,22 @@ def _judged_by_all(scores: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class StudyAgreement:
-    """Do two studies agree on which sites matter, by the same metric?
+    """Do two studies agree on which sites matter, by the same metric?"""
 
-    Attributes:
-        metric: the importance metric of both.
-        study, other: labels of the studies.
-        experiment, other_experiment: whose scores.
-        images, other_images: data sets.
-        rho: Spearman's rho of the mean final relative scores of shared sites; None if one of both is constant.
-        sites: shared.
-        same_backbone: whether both have the same model and weights; otherwise sites share no more than a name.
-    """
-
-    metric: str
+    metric: str  # the importance metric of both
+    # study, other: labels of the studies
     study: str
     other: str
+    # experiment, other_experiment: whose scores
     experiment: str
     other_experiment: str
+    # images, other_images: data sets
     images: str
     other_images: str
+    # Spearman's rho of the mean final relative scores of shared sites; None if one of both is constant
     rho: float | None
-    sites: int
-    same_backbone: bool
+    sites: int  # shared
+    same_backbone: bool  # whether both have the same model and weights; otherwise sites share no more than a name
 
 
 @dataclass(frozen=True)

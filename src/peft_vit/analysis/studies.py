@@ -61,26 +61,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of one study, either real ones or smoke runs.
-
-    Attributes:
-        name: the study's name.
-        smoke: whether these are smoke runs.
-        experiments: in the order of methods, then of rank, then of name; those without a finished run
-            included. runs: finished runs, by experiment and seed. failed: records of runs that failed or that
-            lack outcomes. unfinished: runs that have no record that counts: planned ones, or where no study.json
-            tells what was planned, pairs of an experiment and a seed that occurs elsewhere. notices: sentences
-            that stand above every number. plan: what is known beside the records.
-    """
+    """All runs of one study, either real ones or smoke runs."""
 
     name: str
-    smoke: bool
+    smoke: bool  # whether these are smoke runs
+    # in the order of methods, then of rank, then of name; those without a finished run included
     experiments: tuple[ExperimentConfig, ...]
-    runs: tuple[Run, ...]
-    failed: tuple[RunRecord, ...]
+    runs: tuple[Run, ...]  # finished runs, by experiment and seed
+    failed: tuple[RunRecord, ...]  # records of runs that failed or that lack outcomes
+    # runs that have no record that counts: planned ones, or where no study.json tells what was planned, pairs of an
+    # experiment and a seed that occurs elsewhere
     unfinished: tuple[UnfinishedRun, ...]
-    notices: tuple[str, ...]
-    plan: Plan
+    notices: tuple[str, ...]  # sentences that stand above every number
+    plan: Plan  # what is known beside the records
 
     @property
     def missing(self) -> tuple[tuple[str, int], ...]:

@@ -14,24 +14,16 @@ from peft_vit.statistics.intervals import mean_and_error
 
 @dataclass(frozen=True)
 class EffectSize:
-    """The mean of paired differences in units of their standard deviation.
+    """The mean of paired differences in units of their standard deviation."""
 
-    Attributes:
-        d: Cohen's d_z, mean over standard deviation; None if there is no spread to divide by.
-        low, high: ends of its interval; None with d.
-        g: Hedges' g, d without its bias; None also for two pairs, where the correction is zero.
-        n: number of pairs.
-        confidence: nominal coverage, e.g. 0.95.
-        reason: why something is None; None if nothing is.
-    """
-
-    d: float | None
+    d: float | None  # Cohen's d_z, mean over standard deviation; None if there is no spread to divide by
+    # low, high: ends of its interval; None with d
     low: float | None
     high: float | None
-    g: float | None
-    n: int
-    confidence: float
-    reason: str | None = None
+    g: float | None  # Hedges' g, d without its bias; None also for two pairs, where the correction is zero
+    n: int  # number of pairs
+    confidence: float  # nominal coverage, e.g. 0.95
+    reason: str | None = None  # why something is None; None if nothing is
 
 
 def effect_size(differences: ArrayLike, confidence: float = 0.95) -> EffectSize:

@@ -17,23 +17,14 @@ from peft_vit.statistics.checked import check_level, finite, has_spread, without
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, or another estimate, and where the population's may lie.
+    """A mean, or another estimate, and where the population's may lie."""
 
-    Attributes:
-        estimate: the estimate, in the unit of the values.
-        low: lower end; None if there is no interval, e.g. for too few values (n < 2).
-        high: upper end; None likewise.
-        n: number of values.
-        confidence: nominal coverage, e.g. 0.95.
-        reason: why there is no interval, where more than a single value is behind it.
-    """
-
-    estimate: float
-    low: float | None
-    high: float | None
-    n: int
-    confidence: float
-    reason: str | None = None
+    estimate: float  # the estimate, in the unit of the values
+    low: float | None  # lower end; None if there is no interval, e.g. for too few values (n < 2)
+    high: float | None  # upper end; None likewise
+    n: int  # number of values
+    confidence: float  # nominal coverage, e.g. 0.95
+    reason: str | None = None  # why there is no interval, where more than a single value is behind it
 
 
 def mean_and_error(data: np.ndarray) -> tuple[float, float]:

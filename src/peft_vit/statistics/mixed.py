@@ -17,30 +17,20 @@ _NEXT_TO_NOTHING = 0.01  # variance between groups over that within: the optimiz
 
 @dataclass(frozen=True)
 class MixedEffect:
-    """The fixed effect of one condition, with what the fit says of itself.
+    """The fixed effect of one condition, with what the fit says of itself."""
 
-    Attributes:
-        n: number of runs.
-        groups: number of groups.
-        confidence: nominal coverage, e.g. 0.95.
-        note: what to know of the fit, or why there is none; None if nothing.
-        estimate: change of the response for one unit of the condition; None, as all below, if there is no fit to trust.
-        low, high: ends of the interval.
-        between: standard deviation of the groups' intercepts.
-        within: standard deviation of the runs within a group.
-        degrees: degrees of freedom of the interval.
-    """
-
-    n: int
-    groups: int
-    confidence: float
-    note: str | None
+    n: int  # number of runs
+    groups: int  # number of groups
+    confidence: float  # nominal coverage, e.g. 0.95
+    note: str | None  # what to know of the fit, or why there is none; None if nothing
+    # change of the response for one unit of the condition; None, as all below, if there is no fit to trust
     estimate: float | None = None
+    # low, high: ends of the interval
     low: float | None = None
     high: float | None = None
-    between: float | None = None
-    within: float | None = None
-    degrees: int | None = None
+    between: float | None = None  # standard deviation of the groups' intercepts
+    within: float | None = None  # standard deviation of the runs within a group
+    degrees: int | None = None  # degrees of freedom of the interval
 
 
 def mixed_effect(

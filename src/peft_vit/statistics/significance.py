@@ -21,23 +21,15 @@ _EXACT_UP_TO = 50  # pairs; beyond, the normal approximation is accurate to four
 
 @dataclass(frozen=True)
 class Significance:
-    """What a test says.
+    """What a test says."""
 
-    Attributes:
-        test: name of the test.
-        n: pairs that the test could use (Wilcoxon drops pairs without a difference).
-        p_value: two-sided unless the name says otherwise; None if the test is undefined for these values.
-        minimum_n: smallest n at which any outcome could be significant.
-        dropped: pairs without a difference, which the test could not use.
-        direction: 1 if the test's own statistic speaks for a positive difference, -1 for a negative one, 0 for
-            neither; None if it follows the mean.
-    """
-
-    test: str
-    n: int
-    p_value: float | None
-    minimum_n: int
-    dropped: int = 0
+    test: str  # name of the test
+    n: int  # pairs that the test could use (Wilcoxon drops pairs without a difference)
+    p_value: float | None  # two-sided unless the name says otherwise; None if the test is undefined for these values
+    minimum_n: int  # smallest n at which any outcome could be significant
+    dropped: int = 0  # pairs without a difference, which the test could not use
+    # 1 if the test's own statistic speaks for a positive difference, -1 for a negative one, 0 for neither; None if it
+    # follows the mean
     direction: int | None = None
 
     @property

@@ -35,25 +35,16 @@ class NoDataError(Exception):
 
 @dataclass(frozen=True)
 class Measured:
-    """Values of one experiment, or of one pair of experiments; a positive one speaks for the sentence.
+    """Values of one experiment, or of one pair of experiments; a positive one speaks for the sentence."""
 
-    Attributes:
-        subject: whose values these are.
-        values: one for each of `labels`; empty if there are none.
-        labels: what each value belongs to, as a rule a seed.
-        n_of: what n counts, in the plural.
-        records: all that the values come from.
-        note: what restricts them; for no values, why there are none.
-        rivals: for a sentence about the most of several: the values against each rival, of which `values` are those
-            with the smallest mean; empty for any other sentence.
-    """
-
-    subject: str
-    values: tuple[float, ...]
-    labels: tuple[str, ...]
-    n_of: str
-    records: tuple[RunRecord, ...]
-    note: str = ""
+    subject: str  # whose values these are
+    values: tuple[float, ...]  # one for each of `labels`; empty if there are none
+    labels: tuple[str, ...]  # what each value belongs to, as a rule a seed
+    n_of: str  # what n counts, in the plural
+    records: tuple[RunRecord, ...]  # all that the values come from
+    note: str = ""  # what restricts them; for no values, why there are none
+    # for a sentence about the most of several: the values against each rival, of which `values` are those with the
+    # smallest mean; empty for any other sentence
     rivals: tuple[tuple[float, ...], ...] = ()
 
 
@@ -193,19 +184,13 @@ Subjects = tuple[Subject, ...]
 
 @dataclass(frozen=True)
 class Measure:
-    """A function from studies to values, and what a hypothesis has to say to use it.
+    """A function from studies to values, and what a hypothesis has to say to use it."""
 
-    Attributes:
-        parameters: model of what stands under `parameters` in the registry.
-        unit: of the values, and so of the margin.
-        of_study: values of one study's selected experiments; None where several studies are needed.
-        of_studies: values over all studies of a directory, each with its selected experiments, if any; None where one
-            study is enough.
-    """
-
-    parameters: type[OfParameters]
-    unit: Unit | Callable[[Any], Unit]
+    parameters: type[OfParameters]  # model of what stands under `parameters` in the registry
+    unit: Unit | Callable[[Any], Unit]  # of the values, and so of the margin
+    # values of one study's selected experiments; None where several studies are needed
     of_study: Callable[[Evidence, Subjects, Any], tuple[Measured, ...]] | None = None
+    # values over all studies of a directory, each with its selected experiments, if any; None where one study is enough
     of_studies: Callable[[Sequence[tuple[Evidence, Subjects]], Any], tuple[Measured, ...]] | None = None
 
     def unit_of(self, parameters: OfParameters) -> Unit:
