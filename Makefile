@@ -57,7 +57,7 @@ bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour
 	$(BIN)/python benchmarks/deployment.py
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python benchmarks/report.py
-	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/interval_coverage.py
 
 check: setup ## lint, formatting, types, import rules, sizes; changes nothing
 	$(BIN)/ruff check

@@ -7,12 +7,11 @@ Batches of 32, six heads of 64. `backbones.choose_attention` follows from these 
 
 from __future__ import annotations
 
-from common import in_turn, machine, table, with_tuned_allocator, write
+from common import in_turn, machine, parser, table, with_tuned_allocator, write
 
 with_tuned_allocator()
 
-import argparse  # noqa: E402 - torch must be loaded under the tuned allocator
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable  # noqa: E402 - torch must be loaded under the tuned allocator
 
 import torch  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
@@ -38,10 +37,7 @@ def passes(tokens: int, dtype: torch.dtype, *, fused: bool) -> Callable[[], None
 
 def main() -> None:
     """Time both ways at every length."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = parser(__doc__, rounds=20, threads=2).parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -25,7 +25,7 @@ from peft_vit.allocation.bit_sensitivity import LinearHead, fit_head, layer_loss
 from peft_vit.backbones import find_sites, load_run_backbone
 from peft_vit.data import load_data
 from peft_vit.quantization import QuantizationFormat, quantize
-from peft_vit.runs.calibration import calibration_batch
+from peft_vit.runs.calibration import Calibration
 from peft_vit.runs.export import restore_run
 from peft_vit.statistics import spearman
 from peft_vit.training import RuntimeConfig
@@ -41,8 +41,8 @@ def check(run_dir: Path, images: int) -> dict[str, float]:
     backbone, trained = (load_run_backbone(spec, len(run.record.class_names)).model for _ in range(2))
     trained.load_state_dict(merged_state_dict(run.model))
     data = load_data(spec.data, spec.seed)
-    setting = RuntimeConfig(torch.device("cpu"), "fp32", run.backbone.mean, run.backbone.std)
-    batch, labels = calibration_batch(data, setting, spec.seed, images)
+    runtime = RuntimeConfig(torch.device("cpu"), "fp32", run.backbone.mean, run.backbone.std)
+    batch, labels = Calibration(data, runtime, spec.seed).batch(images)
     held_out, _ = next(data.validation.ordered_batches(images, run.backbone.mean, run.backbone.std))
     formats = [QuantizationFormat(one, GROUP, True, torch.float16) for one in TYPES]
     sites = find_sites(backbone)
@@ -57,7 +57,7 @@ def check(run_dir: Path, images: int) -> dict[str, float]:
         for weight in [backbone.get_submodule(name).weight.detach()]
     }
     found = {
-        f"{type}: {by}": spearman([row[place] for row in losses.values()], [row[place] for row in truth.values()]).rho
+        f"{type}: {by}": spearman([row[place] for row in losses.values()], [row[place] for row in truth.values()])
         for place, type in enumerate(TYPES)
         for by, losses in predicted.items()
     }
@@ -65,7 +65,7 @@ def check(run_dir: Path, images: int) -> dict[str, float]:
     for pool in (1, GROUP):
         gains = rank_gains(backbone, sites, batch, places, head, pool=pool)
         rank = run.record.spec.experiment.lora.rank
-        found[f"rank {rank}, groups of {pool}"] = spearman([gain[rank] for gain in gains.values()], removed).rho
+        found[f"rank {rank}, groups of {pool}"] = spearman([gain[rank] for gain in gains.values()], removed)
     return found
 
 

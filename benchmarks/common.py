@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,33 @@ def with_tuned_allocator() -> None:
     """Start this process again with the allocator settings that peft-vit gives its workers, unless it has them."""
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+
+
+def parser(about: str | None, **defaults: int) -> argparse.ArgumentParser:
+    """Return a parser with an option for each of these whole numbers: image_size is --image-size."""
+    made = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    for name, default in defaults.items():
+        made.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    return made
+
+
+def with_one_side(options: argparse.ArgumentParser, sides: Iterable[str]) -> argparse.Namespace:
+    """Return what is asked for, one side alone perhaps: this process is then one of `measured_alone`."""
+    options.add_argument("--side", choices=[*sides], help="measure this one's memory only, in this process")
+    options.add_argument("--bf16", action="store_true")
+    return options.parse_args()
+
+
+def measured_alone(
+    file: str, sides: Iterable[str], options: argparse.Namespace, *, bf16: bool
+) -> Iterator[tuple[str, int, int]]:
+    """Start a benchmark again for each side, in a process of its own; yield the two numbers that each prints last."""
+    for name in sides:
+        size = ["--image-size", str(options.image_size), "--threads", str(options.threads)]
+        command = [sys.executable, file, "--side", name, *size, *(["--bf16"] if bf16 else [])]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        first, second = map(int, done.stdout.split()[-2:])
+        yield name, first, second
 
 
 def machine(threads: int) -> dict[str, Any]:

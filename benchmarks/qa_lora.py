@@ -9,7 +9,7 @@ during six steps, each side in a process of its own that first gives back what b
 
 from __future__ import annotations
 
-from common import in_turn, machine, table, with_tuned_allocator, write
+from common import in_turn, machine, measured_alone, parser, table, with_one_side, with_tuned_allocator, write
 
 with_tuned_allocator()
 
@@ -17,8 +17,6 @@ import argparse  # noqa: E402 - torch must be loaded under the tuned allocator
 import ctypes  # noqa: E402
 import gc  # noqa: E402
 import re  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 from unittest import mock  # noqa: E402
@@ -28,7 +26,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from peft_vit.adapters import adapted_modules  # noqa: E402
-from peft_vit.adapters.frozen_weight import FrozenWeight  # noqa: E402
+from peft_vit.adapters.adapted_product import FrozenWeight  # noqa: E402
 
 FLOOR = "floor: frozen timm model"
 STEPS = 6
@@ -89,26 +87,13 @@ def _resident_bytes(entry: str) -> int:
     return 1024 * int(found[1])
 
 
-def memory(size: int, threads: int) -> list[dict[str, Any]]:
+def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare peak memory, each side in a process of its own."""
-    print(f"\nPeak resident memory of {STEPS} steps, {size} px")
+    print(f"\nPeak resident memory of {STEPS} steps, {options.image_size} px")
     rows = []
     for bf16 in (False, True):
-        for name in SIDES if bf16 else (*SIDES, ONCE):
-            command = [
-                sys.executable,
-                __file__,
-                "--side",
-                name,
-                "--image-size",
-                str(size),
-                "--threads",
-                str(threads),
-                *(["--bf16"] if bf16 else []),
-            ]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            before, peak = (int(part) for part in done.stdout.split()[-2:])
-            precision = "bf16" if bf16 else "fp32"
+        precision, chosen = ("bf16", [*SIDES]) if bf16 else ("fp32", [*SIDES, ONCE])
+        for name, before, peak in measured_alone(__file__, chosen, options, bf16=bf16):
             print(
                 f"  {precision}  {name:50} peak {peak / 1e6:6.0f} MB, at the start {before / 1e6:6.0f} MB", flush=True
             )
@@ -132,13 +117,7 @@ def stored_bits(size: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--side", choices=[*SIDES, ONCE], help="measure this one's memory only, in this process")
-    parser.add_argument("--bf16", action="store_true")
-    options = parser.parse_args()
+    options = with_one_side(parser(__doc__, rounds=12, image_size=112, threads=2), [*SIDES, ONCE])
     torch.set_num_threads(options.threads)
     size = options.image_size
     if options.side:
@@ -151,7 +130,7 @@ def main() -> None:
             "setting": {"model": sides.MODEL, "image_size": size, "batch": sides.BATCH, "rounds": options.rounds},
             "fp32": step_times(size, options.rounds, bf16=False),
             "bf16": step_times(size, options.rounds, bf16=True),
-            "memory": memory(size, options.threads),
+            "memory": memory(options),
             "stored_bits": stored_bits(size),
         },
     )

@@ -10,12 +10,11 @@ result are written by that driver too. A run that does not wait for its driver, 
 
 from __future__ import annotations
 
-from common import machine, with_tuned_allocator, write
+from common import machine, parser, with_tuned_allocator, write
 
 with_tuned_allocator()
 
-import argparse  # noqa: E402 - torch must be loaded under the tuned allocator
-import io  # noqa: E402
+import io  # noqa: E402 - torch must be loaded under the tuned allocator
 import multiprocessing  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
@@ -37,7 +36,7 @@ from peft_vit.records import write_record as write_run  # noqa: E402
 from peft_vit.runs import run_one  # noqa: E402
 from peft_vit.runs.execute import Finished  # noqa: E402
 from peft_vit.studies import plan_study  # noqa: E402
-from peft_vit.studies.event_log import EventLog  # noqa: E402
+from peft_vit.studies.event_log import event_log  # noqa: E402
 from peft_vit.studies.events import Event, RunEnded, RunProgress, RunStarted, StudyEvent  # noqa: E402
 from peft_vit.studies.lock import study_lock  # noqa: E402
 from peft_vit.studies.plan import Plan, PlannedRun  # noqa: E402
@@ -186,12 +185,12 @@ def drive_other_end(pipe: Connection, config: StudyConfig, folder: Path) -> None
     plan = planned(config, folder)
     with (
         study_lock(folder / config.name) as lock,
-        EventLog(folder / "log.jsonl") as log,
+        event_log(folder / "log.jsonl") as log,
         Watch(plan, console=Console(file=io.StringIO())) as watch,
     ):
 
         def tell(event: StudyEvent) -> None:
-            log.on_event(event)
+            log(event)
             watch.on_event(event)
 
         drive(plan, lock, lambda: OtherEnd(pipe), tell)
@@ -346,7 +345,7 @@ def full_record(record: RunRecord, steps: int = 48, epochs: int = 3) -> RunRecor
 
 
 def many_runs(runs: int, repeats: int) -> dict[str, Any]:
-    """Time `peft-vit status` and `peft-vit rebuild` as whole commands, on a study of which a tenth has failed."""
+    """Time `peft-vit status` and `peft-vit repair` as whole commands, on a study of which a tenth has failed."""
     experiments = [f"experiment_{number}" for number in range(runs // 10)]
     config = fake_config(experiments=experiments, seeds=range(10))
     with tempfile.TemporaryDirectory() as place:
@@ -362,7 +361,7 @@ def many_runs(runs: int, repeats: int) -> dict[str, Any]:
         assert len(fake_plan(config, folder).pending) == len(experiments)
         record_bytes = (run_folder(folder, records[0].spec) / "record.json").stat().st_size
         status_s = [command("status", folder, expected=f"{runs} planned") for _ in range(repeats)]
-        rebuild_s = [command("rebuild", folder, expected=f"{runs} runs") for _ in range(repeats)]
+        repair_s = [command("repair", folder, expected=f"{runs} runs") for _ in range(repeats)]
     row = {
         "runs": runs,
         "failed": len(experiments),
@@ -370,13 +369,13 @@ def many_runs(runs: int, repeats: int) -> dict[str, Any]:
         "n": repeats,
         "status_s": round(statistics.median(status_s), 3),
         "status_most_s": round(max(status_s), 3),
-        "rebuild_s": round(statistics.median(rebuild_s), 3),
-        "rebuild_most_s": round(max(rebuild_s), 3),
+        "repair_s": round(statistics.median(repair_s), 3),
+        "repair_most_s": round(max(repair_s), 3),
         "writing_ms_per_run": round(1e3 * writing_s / runs, 3),
     }
     print(
-        f"{runs} runs: status {row['status_s']:.2f} s (at most {row['status_most_s']:.2f}), rebuild "
-        f"{row['rebuild_s']:.2f} s (at most {row['rebuild_most_s']:.2f}), "
+        f"{runs} runs: status {row['status_s']:.2f} s (at most {row['status_most_s']:.2f}), repair "
+        f"{row['repair_s']:.2f} s (at most {row['repair_most_s']:.2f}), "
         f"{row['writing_ms_per_run']} ms to enter and write one",
         flush=True,
     )
@@ -395,14 +394,8 @@ def command(name: str, folder: Path, *, expected: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=96)
-    parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--checkpoints", type=int, default=12)
-    options = parser.parse_args()
+    counts = {"steps": 96, "runs": 1000, "repeats": 5, "checkpoints": 12}
+    options = parser(__doc__, image_size=112, threads=2, **counts).parse_args()
     torch.set_num_threads(options.threads)
     size, threads = options.image_size, options.threads
     write(

@@ -9,7 +9,6 @@ disk in a headless Chromium, if there is one, until its load event and until the
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import shutil
@@ -22,17 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import planted_study
-from common import machine, write
+from common import machine, parser, write
 
 _READY = "() => new Promise(done => requestAnimationFrame(() => setTimeout(() => done(performance.now()), 0)))"
 
 
 def main() -> None:
     """Measure, print, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=3)
-    asked = parser.parse_args()
+    asked = parser(__doc__, seeds=50, repeats=3).parse_args()
     with tempfile.TemporaryDirectory(prefix="peft-vit-report-") as place:
         results, output = Path(place) / "results", Path(place) / "report"
         runs = planted_study.write(results, asked.seeds)

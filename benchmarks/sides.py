@@ -16,7 +16,7 @@ from peft_vit.adapters import attach_adapters, current_ranks
 from peft_vit.allocation import AdaLoRAController
 from peft_vit.backbones import choose_attention, find_sites
 from peft_vit.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
-from peft_vit.training import AllocationHook, QALoRATrainer, StepHook, optimization_step
+from peft_vit.training import AllocationHook, Hook, QALoRATrainer, optimization_step
 from peft_vit.training.optimization import build_optimizer
 
 MODEL, BATCH, RANK, START_RANK, SCALE = "vit_small_patch14_dinov2", 32, 8, 12, 2.0
@@ -42,7 +42,7 @@ class Side:
         *,
         bf16: bool,
         image_size: int,
-        hooks: Sequence[StepHook] = (),
+        hooks: Sequence[Hook] = (),
         own_loop: bool = False,
         after_step: Callable[[int], Any] | None = None,
         penalty: Callable[[], Tensor] | None = None,

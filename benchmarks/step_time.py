@@ -9,12 +9,11 @@ second floor shares our plain attention, to show what the adapters alone add.
 
 from __future__ import annotations
 
-from common import in_turn, machine, table, with_tuned_allocator, write
+from common import in_turn, machine, parser, table, with_tuned_allocator, write
 
 with_tuned_allocator()
 
-import argparse  # noqa: E402 - torch must be loaded under the tuned allocator
-import copy  # noqa: E402
+import copy  # noqa: E402 - torch must be loaded under the tuned allocator
 from typing import Any  # noqa: E402
 
 import sides  # noqa: E402
@@ -91,12 +90,7 @@ def merged_inference(size: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--run-steps", type=int, default=48)
-    options = parser.parse_args()
+    options = parser(__doc__, rounds=12, image_size=112, threads=2, run_steps=48).parse_args()
     torch.set_num_threads(options.threads)
     size, rounds = options.image_size, options.rounds
     write(

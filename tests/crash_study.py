@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-import resource
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +17,19 @@ from typing import Any
 from fake_study import FakeExecutor, check_complete, fake_config, fake_drive
 
 from peft_vit.errors import UserError
+from peft_vit.records import Registration, read_records
 from peft_vit.studies.status import study_status
 
 CALLS = ("write", "fsync", "replace", "ftruncate", "open", "mkdir", "unlink", "rmdir")
 STUDY = fake_config(experiments=("a",), seeds=(0, 1))
 KILLED = 9
+WRITTEN_DOWN = Registration(sha256="1" * 64, hypotheses={"h": "2" * 64})
+
+
+def drive(out: Path, executor: FakeExecutor) -> None:
+    """Drive the study, while some hypotheses stand written down."""
+    fake_drive(STUDY, out, executor, registration=WRITTEN_DOWN)
+    assert all(record.registration == WRITTEN_DOWN for record in read_records(out))
 
 
 def in_child(action: Callable[[], object]) -> int:
@@ -72,41 +77,18 @@ def crash_everywhere(folder: Path) -> None:
 
         def disturbed(count: int = count, out: Path = out) -> None:
             die_at(count)
-            fake_drive(STUDY, out, FakeExecutor(checkpoints_in=out))
+            drive(out, FakeExecutor(checkpoints_in=out))
 
         code = in_child(disturbed)
         assert code in (0, KILLED), code
         if (out / "fake").exists():
             counted = study_status(out / "fake") if any((out / "fake").iterdir()) else None
             assert counted is None or counted.owner is None
-        assert in_child(partial(fake_drive, STUDY, out, FakeExecutor(checkpoints_in=out))) == 0
+        assert in_child(partial(drive, out, FakeExecutor(checkpoints_in=out))) == 0
         check_complete(STUDY, out)
         if code == 0:
             print(f"{count - 1} crash points")
             return
-
-
-def kill_at_random(folder: Path, kills: int, seed: int = 0) -> None:
-    """Kill drivers after random times until enough have died; every study is then complete, every run once."""
-    random.seed(seed)
-    study = fake_config(experiments=("a", "b"), seeds=range(5))
-    died = studies = 0
-    while died < kills:
-        studies += 1
-        out = folder / str(studies)
-        while True:
-            child = os.fork()
-            if child == 0:
-                fake_drive(study, out, FakeExecutor(steps=2, step_s=0.001, checkpoints_in=out))
-                os._exit(0)
-            time.sleep(random.uniform(0, 0.1))
-            os.kill(child, signal.SIGKILL)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            died += code != 0
-            if code == 0:
-                break
-        check_complete(study, out)
-    print(f"{died} kills, {studies} studies complete")
 
 
 def fill_disk(room: int) -> None:
@@ -146,33 +128,14 @@ def full_disk(folder: Path) -> None:
 
         def disturbed(room: int = room, out: Path = out) -> None:
             fill_disk(room)
-            fake_drive(STUDY, out, FakeExecutor(checkpoints_in=out))
+            drive(out, FakeExecutor(checkpoints_in=out))
 
         code = in_child(disturbed)
         assert code in (0, 2), code
         refused += code == 2
-        assert in_child(partial(fake_drive, STUDY, out, FakeExecutor(checkpoints_in=out))) == 0
+        assert in_child(partial(drive, out, FakeExecutor(checkpoints_in=out))) == 0
         check_complete(STUDY, out)
     print(f"{refused} full disks")
-
-
-def small_files(folder: Path) -> None:
-    """The kernel itself cuts writes short: files may not grow beyond a size."""
-    refused = 0
-    study = fake_config(experiments=("a",), seeds=range(20))
-    for size in range(2500, 7500, 700):
-        out = folder / str(size)
-
-        def disturbed(size: int = size, out: Path = out) -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-            fake_drive(study, out, FakeExecutor(checkpoints_in=out))
-
-        code = in_child(disturbed)
-        assert code in (0, 2), code
-        refused += code == 2
-        assert in_child(partial(fake_drive, study, out, FakeExecutor(checkpoints_in=out))) == 0
-        check_complete(study, out)
-    print(f"{refused} files too large")
 
 
 def pair(out: Path) -> float:
@@ -184,7 +147,7 @@ def pair(out: Path) -> float:
             os.read(go, 1)  # until the parent closes its end
             code = 0
             try:
-                fake_drive(STUDY, out, FakeExecutor(steps=1, step_s=1.0))
+                drive(out, FakeExecutor(steps=1, step_s=1.0))
             except UserError as error:
                 code = 2 if "another command works on this study, process " in str(error) else 3
             finally:
@@ -200,12 +163,6 @@ def pair(out: Path) -> float:
     return left_s
 
 
-def two_at_once(folder: Path, trials: int) -> None:
-    """Start pairs; one of each wins, the other names it and leaves."""
-    slowest_s = max(pair(folder / str(trial)) for trial in range(trials))
-    print(f"{trials} trials, one winner each; the other left within {slowest_s:.2f} s")
-
-
 if __name__ == "__main__":
-    mode, where, *numbers = sys.argv[1:]
-    globals()[mode](Path(where), *map(int, numbers))
+    mode, where = sys.argv[1:]
+    globals()[mode](Path(where))

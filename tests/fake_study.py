@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.config import StudyConfig, study_from_mapping
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Failure, RunRecord, RunSpec, read_record, run_folder
+from peft_vit.records import (
+    ADAPTER_FILE,
+    RECORD_FILE,
+    Failure,
+    Registration,
+    RunRecord,
+    RunSpec,
+    read_record,
+    run_folder,
+)
 from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger
 from peft_vit.records.study_file import StudyFile, read_study_file
 from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunStarted, StudyEvent
 from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import study_lock
-from peft_vit.studies.scheduler import Outcome, drive
+from peft_vit.studies.scheduler import drive
 
 STARTED_AT = "2030-01-01T00:00:00+00:00"
 
@@ -61,6 +70,7 @@ class FakePlan:
     data_sha256: str = "d" * 64
     part: bool = False
     within: Any = None
+    registration: Registration | None = None
     before: StudyFile | None = None
 
     @property
@@ -123,10 +133,11 @@ class FakeExecutor:
     """Carries runs out one after the other; `outcomes` are the failures of a run's first attempts, by its name.
 
     An attempt takes `steps` calls of `next_event` between its start and its end, each of which lasts `step_s` and
-    leaves a checkpoint where `checkpoints_in` is given.
+    leaves a checkpoint where `checkpoints_in` is given. `ending` may change what is told of an attempt's end.
     """
 
     outcomes: dict[str, list[Failure]] = field(default_factory=dict)
+    ending: Callable[[RunEnded], Event] = lambda event: event
     steps: int = 1
     step_s: float = 0.0
     checkpoints_in: Path | None = None
@@ -162,8 +173,8 @@ class FakeExecutor:
             return None
         self._running = None
         if failures := self.outcomes.get(run_name(run.spec)):
-            return RunEnded(run, failed_record(run.spec, failures.pop(0)), None)
-        return RunEnded(run, done_record(run.spec), fake_adapter(run.spec))
+            return self.ending(RunEnded(run, failed_record(run.spec, failures.pop(0)), None))
+        return self.ending(RunEnded(run, done_record(run.spec), fake_adapter(run.spec)))
 
     def stop(self) -> None:
         self.stopped = True
@@ -179,13 +190,13 @@ def fake_drive(
     executor: Any = None,
     on_event: Callable[[StudyEvent], None] = lambda event: None,
     *,
-    keep_failed: bool = False,
+    skip_failed: bool = False,
     **settings: Any,
-) -> Outcome:
+) -> dict[str, str]:
     """Do what the command does: lock, plan, drive."""
     with study_lock(results_dir / study.name) as lock:
         plan: Any = fake_plan(study, results_dir, **settings)
-        return drive(plan, lock, lambda: executor or FakeExecutor(), on_event, keep_failed=keep_failed)
+        return drive(plan, lock, lambda: executor or FakeExecutor(), on_event, skip_failed=skip_failed)
 
 
 def ledger_rows(results_dir: Path, name: str = "fake") -> tuple[Row, ...]:
@@ -202,6 +213,6 @@ def check_complete(study: StudyConfig, results_dir: Path) -> None:
     for run in runs:
         folder = run_folder(results_dir, run.spec)
         record = read_record(folder / RECORD_FILE)
-        assert record.model_copy(update={"attempts": 1}) == done_record(run.spec)
+        assert record.model_copy(update={"attempts": 1, "registration": None}) == done_record(run.spec)
         assert (folder / ADAPTER_FILE).read_bytes() == fake_adapter(run.spec)
         assert sorted(path.name for path in folder.iterdir()) == [ADAPTER_FILE, RECORD_FILE]

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from peft_vit.analysis.planned import Plan
+from peft_vit.analysis.studies import Study, make_study
 from peft_vit.config import (
     MATRICES,
     AdaLoraConfig,
@@ -369,6 +371,17 @@ def failed(experiment: ExperimentConfig, seed: int, error: str, *, study: str = 
     )
 
 
+def counts(final: int) -> dict[str, ParameterCounts]:
+    """Return what to change in a record of a run with so many trainable parameters from first to last."""
+    of = ParameterCounts(initial=final, final=final, peak=final, head=0, backbone_total=BACKBONE_PARAMETERS)
+    return {"parameters": of}
+
+
+def asking(record: RunRecord, **changes: Any) -> RunRecord:
+    """Return a record of a run that was asked for with other settings."""
+    return record.model_copy(update={"spec": record.spec.model_copy(update=changes)})
+
+
 def quickstart(seeds: tuple[int, ...] = (0, 1), *, spread: float = 0.02, **options: Any) -> list[RunRecord]:
     """Return all runs; the seed shifts every experiment by the same amount, plus a little of its own."""
     rng = np.random.default_rng(5)
@@ -391,3 +404,17 @@ def write(results_dir: Path, records: list[RunRecord]) -> Path:
     for one in records:
         write_record(results_dir, one)
     return results_dir
+
+
+def studies_of(records: list[RunRecord]) -> tuple[Study, ...]:
+    """Return the studies of some records by name, smoke studies after real ones."""
+    groups: dict[tuple[str, bool], list[RunRecord]] = {}
+    for one in records:
+        groups.setdefault((one.spec.study, one.spec.smoke), []).append(one)
+    return tuple(make_study(*key, groups[key], Plan(), ()) for key in sorted(groups))
+
+
+def study_of(records: list[RunRecord]) -> Study:
+    """Return the one study of some records."""
+    (study,) = studies_of(records)
+    return study

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from at_work import PATIENCE_S
 from ray._private import services
 from ray.cluster_utils import Cluster
-
-PATIENCE_S = 600  # for what takes seconds on an idle machine
 
 
 @contextmanager

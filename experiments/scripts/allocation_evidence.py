@@ -10,32 +10,40 @@ anew from these files and from benchmarks/results; the same files give the same 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pandas as pd
 from evidence import (
     MARGIN,
     ROOT,
+    Cell,
+    Comparison,
     accuracy_by_seed,
     benchmark,
     benchmark_tables,
+    by_experiment,
     compared,
+    condense,
+    corrected,
     counted,
-    filled,
+    each,
     interval,
-    markdown,
     mean_and_spread,
     measured_on,
+    measured_with,
+    name_of,
     of,
-    or_one,
     origin,
     p,
     percent,
     run,
     study_tables,
+    table,
 )
 
 from peft_vit.records import RunRecord
-from peft_vit.statistics import gini, holm
+from peft_vit.statistics import gini
 
 DOCUMENT = ROOT / "docs" / "adaptive_ranks.md"
 ALLOCATION = ("allocation", "scoring", "reallocation", "penalty")  # older records and PEFT's AdaLoRA have the first
@@ -56,61 +64,49 @@ def columns(record: RunRecord) -> dict[str, object]:
 
 def pilot(runs: pd.DataFrame) -> str:
     """Return validation accuracy by experiment; the test split plays no part here."""
-    rows: list[tuple[str, ...]] = [("experiment", "runs (failed)", "validation accuracy, mean (sd), %", "each seed")]
     runs = runs.assign(validation_accuracy=runs.validation_accuracy.fillna(runs.majority_accuracy.max()))
     order = runs.groupby("experiment").validation_accuracy.mean().sort_values(ascending=False, kind="stable")
-    for name in order.index:
-        part = runs[runs.experiment == name].sort_values("seed")
-        values = percent(part.validation_accuracy)
-        each = ", ".join(f"{value:.1f}" for value in values)
-        rows.append((f"`{name}`", counted(part), mean_and_spread(values), each))
-    return f"{markdown(rows, 1)}\n\n{origin(runs)}"
+    columns: dict[str, Cell] = {
+        "validation accuracy, mean (sd), %": lambda part: mean_and_spread(percent(part.validation_accuracy)),
+        "each seed": lambda part: each(percent(part.validation_accuracy)),
+    }
+    return by_experiment(runs, order.index, columns)
 
 
 def given_up(runs: pd.DataFrame) -> str:
     """Return test accuracy of choices that were given up."""
-    rows: list[tuple[str, ...]] = [("experiment", "runs (failed)", "test accuracy, mean (sd), %", "each seed")]
-    for name in sorted(runs.experiment.unique()):
-        values = of(runs, name)
-        each = ", ".join(f"{value:.1f}" for value in values)
-        rows.append((f"`{name}`", counted(runs[runs.experiment == name]), mean_and_spread(values), each))
-    return f"{markdown(rows, 1)}\n\n{origin(runs)}"
+    columns: dict[str, Cell] = {
+        "test accuracy, mean (sd), %": lambda part: mean_and_spread(accuracy_by_seed(runs, part)),
+        "each seed": lambda part: each(accuracy_by_seed(runs, part)),
+    }
+    return by_experiment(runs, sorted(runs.experiment.unique()), columns)
 
 
 def learning_rates(runs: pd.DataFrame) -> str:
     """Return accuracy by learning rate, and the comparisons that were announced."""
     rates = sorted(runs.learning_rate.unique())
     families = list(dict.fromkeys(name.rsplit("_lr_", 1)[0] for name in runs.experiment.unique()))
-    lora = {rate: _series(runs, "lora_r8", rate) for rate in rates}
-    rows: list[tuple[str, ...]] = [
-        (
-            "method",
-            "learning rate",
-            "runs (failed)",
-            "test accuracy, mean (sd), %",
-            "worst seed",
-            "minus LoRA r=8 at the same rate [95 %]",
-            f"p, not inferior by {MARGIN:g}",
-        )
-    ]
-    for family in families:
-        for rate in rates:
-            part, values = _part(runs, family, rate), _series(runs, family, rate)
-            if part.empty:
-                continue
-            versus = compared(values, lora[rate]) if family != "lora_r8" and not lora[rate].empty else None
-            rows.append(
-                (
-                    f"`{family}`",
-                    f"{rate:g}",
-                    counted(part),
-                    mean_and_spread(values),
-                    f"{values.min():.1f}",
-                    interval(versus.difference) if versus else "–",
-                    p(versus.not_inferior) if versus else "–",
-                )
-            )
-    return f"{markdown(rows, 1)}\n\n{_across(runs, families, rates)}\n\n{origin(runs)}"
+    values = {
+        (family, rate): series
+        for family in families
+        for rate in rates
+        if not (series := _series(runs, family, rate)).empty
+    }
+    versus = {
+        (family, rate): compared(series, values["lora_r8", rate])
+        for (family, rate), series in values.items()
+        if family != "lora_r8" and ("lora_r8", rate) in values
+    }
+    columns: dict[str, Callable[[tuple[str, float]], str]] = {
+        "method": lambda one: f"`{one[0]}`",
+        "learning rate": lambda one: f"{one[1]:g}",
+        "runs (failed)": lambda one: counted(_part(runs, *one)),
+        "test accuracy, mean (sd), %": lambda one: mean_and_spread(values[one]),
+        "worst seed": lambda one: f"{values[one].min():.1f}",
+        "minus LoRA r=8 at the same rate [95 %]": lambda one: interval(versus.get(one, Comparison()).difference),
+        f"p, not inferior by {MARGIN:g}": lambda one: p(versus.get(one, Comparison()).not_inferior),
+    }
+    return f"{table(values, columns)}\n\n{_across(runs, families, rates)}\n\n{origin(runs)}"
 
 
 def _part(runs: pd.DataFrame, family: str, rate: float) -> pd.DataFrame:
@@ -151,42 +147,25 @@ def _across(runs: pd.DataFrame, families: list[str], rates: list[float]) -> str:
 
 def ablation(runs: pd.DataFrame) -> str:
     """Return every metric and strategy against the same rank everywhere, corrected over the sixteen."""
-    reference = of(runs, "lora_r4")
-    controls = ["lora_r4", "uniform", "random"]
-    tested = [name for name in runs.experiment.unique() if name not in controls]
-    found = {name: compared(of(runs, name), reference) for name in [*tested, *controls[1:]]}
-    corrected = dict(zip(tested, holm([or_one(found[name].differs) for name in tested]), strict=True))
-    not_worse = dict(zip(tested, holm([or_one(found[name].not_inferior) for name in tested]), strict=True))
-    order = [*controls, *sorted(tested, key=lambda name: -of(runs, name).mean())]
-    rows: list[tuple[str, ...]] = [
-        (
-            "allocation",
-            "runs (failed)",
-            "test accuracy, mean (sd), %",
-            "minus `lora_r4` [95 %]",
-            "p, differs (Holm)",
-            f"p, not inferior by {MARGIN:g} (Holm)",
-            "values trained",
-            "sites at rank 0",
-            "Gini of ranks",
-        )
-    ]
-    for name in order:
-        part = runs[runs.experiment == name]
-        rows.append(
-            (
-                f"`{name}`",
-                counted(part),
-                mean_and_spread(of(runs, name)),
-                interval(found[name].difference) if name in found else "–",
-                p(corrected[name]) if name in corrected else "–",
-                p(not_worse[name]) if name in not_worse else "–",
-                f"{part.adapter_parameters.mean():,.0f}",
-                f"{part.sites_without_rank.mean():.1f}",
-                f"{part.gini_of_ranks.mean():.2f}",
-            )
-        )
-    return f"{markdown(rows, 1)}\n\n{_spread(runs, tested)}\n\n{origin(runs)}"
+    reference, controls = "lora_r4", ("uniform", "random")
+    versus = {
+        name: compared(of(runs, name), of(runs, reference)) for name in runs.experiment.unique() if name != reference
+    }
+    tested = [name for name in versus if name not in controls]
+    found = {reference: Comparison()}
+    found |= {name: Comparison(versus[name].difference) for name in controls}
+    found |= corrected({name: versus[name] for name in tested})
+    columns: dict[str, Cell] = {
+        "test accuracy, mean (sd), %": lambda part: mean_and_spread(accuracy_by_seed(runs, part)),
+        f"minus `{reference}` [95 %]": lambda part: interval(found[name_of(part)].difference),
+        "p, differs (Holm)": lambda part: p(found[name_of(part)].differs),
+        f"p, not inferior by {MARGIN:g} (Holm)": lambda part: p(found[name_of(part)].not_inferior),
+        "values trained": lambda part: f"{part.adapter_parameters.mean():,.0f}",
+        "sites at rank 0": lambda part: f"{part.sites_without_rank.mean():.1f}",
+        "Gini of ranks": lambda part: f"{part.gini_of_ranks.mean():.2f}",
+    }
+    order = [reference, *controls, *sorted(tested, key=lambda name: -of(runs, name).mean())]
+    return by_experiment(runs, order, columns, first="allocation", said=_spread(runs, tested))
 
 
 def _spread(runs: pd.DataFrame, tested: list[str]) -> str:
@@ -202,42 +181,44 @@ def _spread(runs: pd.DataFrame, tested: list[str]) -> str:
 def step_time() -> str:
     """Return the ratios of `make bench` beside the floor, from its JSON."""
     found = benchmark("step_time")
-    rows: list[tuple[str, ...]] = [("a step of", "median, ms", "over the floor", "over it with our attention")]
     titles = {"lora_fp32": "LoRA r=8, fp32", "lora_bf16": "LoRA r=8, bf16", "adalora_whole_run": "whole run, fp32"}
-    for key, title in titles.items():
-        own = next((row["median_s"] for row in found[key] if "our attention" in row["side"]), None)
-        rows += [
-            (
-                f"{title}: {row['side']}",
-                f"{1e3 * row['median_s']:.0f}",
-                f"{row['ratio']:.2f}",
-                f"{row['median_s'] / own:.2f}" if own else "",
-            )
-            for row in found[key]
-        ]
+    rows = [
+        {"title": title, "own": own, **row}
+        for key, title in titles.items()
+        for own in [next((row["median_s"] for row in found[key] if "our attention" in row["side"]), None)]
+        for row in found[key]
+    ]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "a step of": lambda row: f"{row['title']}: {row['side']}",
+        "median, ms": lambda row: f"{1e3 * row['median_s']:.0f}",
+        "over the floor": lambda row: f"{row['ratio']:.2f}",
+        "over it with our attention": lambda row: f"{row['median_s'] / row['own']:.2f}" if row["own"] else "",
+    }
     adaptive = next(row for row in found["adalora_whole_run"] if "over_fixed" in row)
     by_rank = ", ".join(
         f"{row['side'].removeprefix('mean rank ')}: {1e3 * row['median_s']:.0f}" for row in found["by_rank"]
     )
     merged = next(row for row in found["merged_inference"] if row["side"].startswith("merged"))
-    size, batch = found["setting"]["image_size"], found["setting"]["batch"]
     return (
-        f"{markdown(rows, 1)}\n\n- AdaLoRA over fixed ranks of the same mean: {adaptive['over_fixed']:.3f}.\n"
+        f"{table(rows, columns)}\n\n- AdaLoRA over fixed ranks of the same mean: {adaptive['over_fixed']:.3f}.\n"
         f"- Milliseconds a step by mean rank: {by_rank}.\n"
         f"- Merged model over the plain one, inference: {merged['ratio']:.3f}.\n\n"
-        f"{found['setting']['model']}, {size} px, batches of {batch}; {measured_on(found['machine'])}"
+        f"{measured_with(found)}"
     )
 
 
 def memory() -> str:
     """Return the peak of training by side, from the benchmark's JSON."""
     found = benchmark("memory")
-    rows: list[tuple[str, ...]] = [("peak of training beyond the loaded model", "fp32, MB", "bf16, MB")]
     by_side: dict[str, dict[str, int]] = {}
     for row in found["rows"]:
         by_side.setdefault(row["side"], {})[row["precision"]] = row["training_bytes"]
-    rows += [(side, f"{of['fp32'] / 1e6:.0f}", f"{of['bf16'] / 1e6:.0f}") for side, of in by_side.items()]
-    return f"{markdown(rows, 1)}\n\nEach side in a process of its own; {measured_on(found['machine'])}"
+    columns: dict[str, Callable[[str], str]] = {
+        "peak of training beyond the loaded model": str,
+        "fp32, MB": lambda side: f"{by_side[side]['fp32'] / 1e6:.0f}",
+        "bf16, MB": lambda side: f"{by_side[side]['bf16'] / 1e6:.0f}",
+    }
+    return f"{table(by_side, columns)}\n\nEach side in a process of its own; {measured_on(found['machine'])}"
 
 
 BENCHMARK_TABLES: dict[str, Callable[[], str]] = {"step_time": step_time, "memory": memory}
@@ -251,10 +232,10 @@ TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
 }
 
 
-def with_tables(text: str) -> str:
-    """Return the document with the tables of every study and benchmark whose results are there."""
-    return filled(text, study_tables(TABLES) | benchmark_tables(BENCHMARK_TABLES))
+def tables() -> dict[str, str]:
+    """Return the tables of every study and benchmark whose results are there."""
+    return study_tables(TABLES) | benchmark_tables(BENCHMARK_TABLES)
 
 
 if __name__ == "__main__":
-    run(__doc__, DOCUMENT, columns, with_tables)
+    run(__doc__, partial(condense, columns=columns), tables, DOCUMENT)

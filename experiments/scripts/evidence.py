@@ -12,14 +12,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from peft_vit import cli
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, read_records, write_atomically
-from peft_vit.statistics import Interval, noninferiority, paired_difference, wilcoxon
+from peft_vit.statistics import Interval, holm, mean_interval, noninferiority, wilcoxon
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -28,6 +28,8 @@ MARGIN = 1.0  # points of accuracy; stated in the configurations before the data
 KEY = ["experiment", "seed"]
 
 Columns = Callable[[RunRecord], Mapping[str, object]]
+Cell = Callable[[pd.DataFrame], str]  # of the runs of an experiment
+Row = TypeVar("Row")
 
 
 def row_of(record: RunRecord, columns: Columns) -> dict[str, object]:
@@ -125,22 +127,32 @@ class Comparison:
         differs: p-value of Wilcoxon's test.
     """
 
-    difference: Interval | None
-    not_inferior: float | None
-    differs: float | None
+    difference: Interval | None = None
+    not_inferior: float | None = None
+    differs: float | None = None
 
 
 def compared(candidate: pd.Series, reference: pd.Series, margin: float = MARGIN) -> Comparison:
     """Return the paired comparison over the seeds that both have run."""
     shared = candidate.index.intersection(reference.index)
     if shared.empty:
-        return Comparison(None, None, None)
+        return Comparison()
     left, right = candidate[shared].to_numpy(), reference[shared].to_numpy()
     return Comparison(
-        difference=paired_difference(left, right),
+        difference=mean_interval(left - right),
         not_inferior=noninferiority(left - right, margin).p_value,
         differs=wilcoxon(left - right).p_value,
     )
+
+
+def corrected(found: Mapping[str, Comparison]) -> dict[str, Comparison]:
+    """Return comparisons with their p-values corrected by Holm over all of them."""
+    differs = holm([or_one(one.differs) for one in found.values()])
+    not_inferior = holm([or_one(one.not_inferior) for one in found.values()])
+    return {
+        name: Comparison(one.difference, not_inferior[place], differs[place])
+        for place, (name, one) in enumerate(found.items())
+    }
 
 
 def or_one(value: float | None) -> float:
@@ -148,16 +160,35 @@ def or_one(value: float | None) -> float:
     return 1.0 if value is None else value
 
 
-def markdown(rows: list[tuple[str, ...]], right: int) -> str:
-    """Return a Markdown table of which all but the first `right` columns are aligned to the right."""
-    head, *body = rows
-    rule = tuple("---" if place < right else "---:" for place in range(len(head)))
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+def table(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]], left: int = 1) -> str:
+    """Return a Markdown table: of each column its title, and its cell of a row; after the first `left`, numbers."""
+    rule = ["---" if place < left else "---:" for place in range(len(columns))]
+    lines = [list(columns), rule, *([cell(row) for cell in columns.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_experiment(
+    runs: pd.DataFrame, names: Iterable[str], columns: Mapping[str, Cell], *, first: str = "experiment", said: str = ""
+) -> str:
+    """Return a table of one row an experiment, made from its runs; below it what is `said`, and its origin."""
+    parts = [runs[runs.experiment == name].sort_values("seed") for name in names]
+    own = {first: lambda part: f"`{name_of(part)}`", "runs (failed)": counted}
+    return "\n\n".join([table(parts, {**own, **columns}), *([said] if said else []), origin(runs)])
+
+
+def name_of(part: pd.DataFrame) -> str:
+    """Return the experiment whose runs these are."""
+    return str(part.experiment.iloc[0])
 
 
 def counted(part: pd.DataFrame) -> str:
     """Return how many runs there are, and how many of them failed."""
     return f"{len(part)} ({(part.status != 'done').sum()})"
+
+
+def each(values: Iterable[float]) -> str:
+    """Return every value."""
+    return ", ".join(f"{value:.1f}" for value in values)
 
 
 def mean_and_spread(values: pd.Series) -> str:
@@ -217,6 +248,13 @@ def measured_on(machine: dict[str, Any]) -> str:
     )
 
 
+def measured_with(found: dict[str, Any]) -> str:
+    """Return on what a benchmark ran, and with which model and images."""
+    setting = found["setting"]
+    batch = f", batches of {setting['batch']}" if "batch" in setting else ""
+    return f"{setting['model']}, {setting['image_size']} px{batch}; {measured_on(found['machine'])}"
+
+
 def study_tables(makers: Mapping[str, Callable[[pd.DataFrame], str]]) -> dict[str, str]:
     """Return the table of every study that results/ holds."""
     files = {study: RESULTS / f"{study}.csv" for study in makers}
@@ -243,13 +281,17 @@ def filled(text: str, tables: Mapping[str, str]) -> str:
     return text
 
 
-def run(about: str | None, document: Path, columns: Columns, with_tables: Callable[[str], str]) -> None:
-    """Condense the directories that the command names, then make the document's tables anew."""
+def run(
+    about: str | None, keep: Callable[[Path], None], tables: Callable[[], Mapping[str, str]], *documents: Path
+) -> None:
+    """Keep what the directories hold that the command names, then make the documents' tables anew."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results_dirs", nargs="*", type=Path, help="records to add to the tables in results/")
     asked = parser.parse_args()
     with cli.user_errors():
         for results_dir in asked.results_dirs:
-            condense(results_dir, columns)
-    write_atomically(document, with_tables(document.read_text(encoding="utf-8")).encode())
-    print(document)
+            keep(results_dir)
+        made = tables()
+        for document in documents:
+            write_atomically(document, filled(document.read_text(encoding="utf-8"), made).encode())
+            print(document)

@@ -1,21 +1,22 @@
 """Whether longer training is better: the runs of length_elpv.yaml to results/, and from there to docs/findings.md.
 
-    .venv/bin/python experiments/scripts/length.py [DIR]
+    .venv/bin/python experiments/scripts/length.py [DIR ...]
 
-DIR holds the runs; of each one row is kept, without its test accuracy, which chooses nothing. Without DIR only the
+A DIR holds the runs; of each one row is kept, without its test accuracy, which chooses nothing. Without DIR only the
 table is made anew. A run's best validation is partly luck, so the accuracy at its last step stands beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import evidence
 import pandas as pd
-from evidence import RESULTS, ROOT, filled, markdown, merge
+from evidence import RESULTS, ROOT, merge
 
-from peft_vit import cli
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, read_records, write_atomically
 
@@ -60,43 +61,35 @@ def table() -> str:
     rows = pd.read_csv(io.StringIO(ROWS.read_text(encoding="utf-8")))
     lengths = sorted(rows.steps.unique())
     first, last = lengths[0], lengths[-1]
-    head = [*(f"{steps} steps" for steps in lengths), f"{last} minus {first} (sd)", f"seconds, {first} and {last}"]
-    lines: list[tuple[str, ...]] = [("method", "rate", *head)]
-    for method, title in TITLES.items():
-        for rate, part in rows[rows.method == method].groupby("learning_rate"):
-            cells = [
-                f"{100 * one.best.mean():.1f} / {100 * one['last'].mean():.1f}"
-                for steps in lengths
-                for one in [part[part.steps == steps]]
-            ]
-            gains = [
-                100 * (wide[last] - wide[first])
-                for kind in ("best", "last")
-                for wide in [part.pivot(index="seed", columns="steps", values=kind)]
-            ]
-            gain = " / ".join(f"{one.mean():+.1f} ({one.std():.1f})" for one in gains)
-            seconds = part.groupby("steps").seconds.median()
-            lines.append((title, f"{rate:g}", *cells, gain, f"{seconds[first]:.0f} and {seconds[last]:.0f}"))
+
+    def mean_of(part: pd.DataFrame, steps: int) -> str:
+        of_length = part[part.steps == steps]
+        return f"{100 * of_length.best.mean():.1f} / {100 * of_length['last'].mean():.1f}"
+
+    def gains(part: pd.DataFrame) -> str:
+        wide = (part.pivot(index="seed", columns="steps", values=kind) for kind in ("best", "last"))
+        gained = (100 * (one[last] - one[first]) for one in wide)
+        return " / ".join(f"{one.mean():+.1f} ({one.std():.1f})" for one in gained)
+
+    def seconds(part: pd.DataFrame) -> str:
+        medians = part.groupby("steps").seconds.median()
+        return f"{medians[first]:.0f} and {medians[last]:.0f}"
+
+    parts = [part for method in TITLES for _, part in rows[rows.method == method].groupby("learning_rate")]
+    columns: dict[str, Callable[[pd.DataFrame], str]] = {
+        "method": lambda part: TITLES[part.method.iloc[0]],
+        "rate": lambda part: f"{part.learning_rate.iloc[0]:g}",
+        **{f"{steps} steps": partial(mean_of, steps=steps) for steps in lengths},
+        f"{last} minus {first} (sd)": gains,
+        f"seconds, {first} and {last}": seconds,
+    }
     seeds = ", ".join(str(seed) for seed in sorted(rows.seed.unique()))
     note = (
         f"Mean validation accuracy in %: the best of a run's validations / the last one. {len(rows)} runs, "
         f"seeds {seeds}. Commit {', '.join(sorted(rows.commit.unique()))}."
     )
-    return f"{markdown(lines, right=1)}\n\n{note}"
-
-
-def main() -> None:
-    """Keep the directory that the command names, then make the table anew."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="the runs to put into results/")
-    asked = parser.parse_args()
-    with cli.user_errors():
-        if asked.folder is not None:
-            keep(asked.folder)
-        text = filled(DOCUMENT.read_text(encoding="utf-8"), {"length": table()})
-        write_atomically(DOCUMENT, text.encode())
-        print(DOCUMENT)
+    return f"{evidence.table(parts, columns)}\n\n{note}"
 
 
 if __name__ == "__main__":
-    main()
+    evidence.run(__doc__, keep, lambda: {"length": table()}, DOCUMENT)

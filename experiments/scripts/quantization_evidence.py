@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,22 +21,26 @@ import pandas as pd
 from evidence import (
     MARGIN,
     ROOT,
+    Cell,
+    Comparison,
+    accuracy_by_seed,
     benchmark,
     benchmark_tables,
+    by_experiment,
     compared,
-    counted,
-    filled,
+    condense,
+    corrected,
     interval,
-    markdown,
     mean_and_spread,
-    measured_on,
+    measured_with,
+    name_of,
     of,
     or_one,
-    origin,
     p,
     percent,
     run,
     study_tables,
+    table,
 )
 
 from peft_vit.records import RunRecord
@@ -150,33 +156,29 @@ def verdicts(found: list[Evidence]) -> list[tuple[Verdict, float]]:
 
 def sentences(runs: pd.DataFrame) -> str:
     """Return each common sentence with its estimate and its verdict."""
-    rows: list[tuple[str, ...]] = [
-        ("sentence", "comparison", "estimate [95 %]", "n", "p (Holm)", "verdict"),
+    rows = [
         *_accuracy_rows(runs),
-        *_size_row(runs, "4 bits are 8x smaller", "nf4", 4),
-        *_size_row(runs, "8 bits are 4x smaller", "int8", 8),
+        *_size_rows(runs, "4 bits are 8x smaller", "nf4", 4),
+        *_size_rows(runs, "8 bits are 4x smaller", "int8", 8),
     ]
-    return markdown(rows, 2)
+    titles = ("sentence", "comparison", "estimate [95 %]", "n", "p (Holm)", "verdict")
+    return table(rows, {title: itemgetter(place) for place, title in enumerate(titles)}, left=2)
 
 
 def _accuracy_rows(runs: pd.DataFrame) -> list[tuple[str, ...]]:
     pairs = [(of(runs, sentence.candidate), of(runs, sentence.reference)) for sentence in SENTENCES]
-    found = []
-    for sentence, (candidate, reference) in zip(SENTENCES, pairs, strict=True):
-        differences = (candidate - reference).dropna().to_numpy()  # aligned by seed
-        found.append((weighed(sentence.claim, differences), len(differences)))
+    differences = [(candidate - reference).dropna().to_numpy() for candidate, reference in pairs]  # aligned by seed
+    decided = verdicts([weighed(one.claim, values) for one, values in zip(SENTENCES, differences, strict=True)])
     rows: list[tuple[str, ...]] = []
-    decided = verdicts([evidence for evidence, _ in found])
-    for sentence, pair, (_, n), (verdict, value) in zip(SENTENCES, pairs, found, decided, strict=True):
+    for sentence, pair, values, (verdict, value) in zip(SENTENCES, pairs, differences, decided, strict=True):
         difference = compared(*pair).difference
-        estimate = "–" if difference is None else f"{interval(difference)} points"
         rows.append(
             (
                 f'"{sentence.text}"',
                 f"`{sentence.candidate}` − `{sentence.reference}`",
-                estimate,
-                str(n),
-                p(value) if n > 1 else "–",
+                "–" if difference is None else f"{interval(difference)} points",
+                str(len(values)),
+                p(value) if len(values) > 1 else "–",
                 verdict,
             )
         )
@@ -186,7 +188,7 @@ def _accuracy_rows(runs: pd.DataFrame) -> list[tuple[str, ...]]:
 _NEARLY = 0.98  # of a claimed ratio, and the claim counts as met
 
 
-def _size_row(runs: pd.DataFrame, text: str, name: str, bits: int) -> list[tuple[str, ...]]:
+def _size_rows(runs: pd.DataFrame, text: str, name: str, bits: int) -> list[tuple[str, ...]]:
     """Return what was counted against float32, for the quantized layers and for the whole model."""
     part, claimed = runs[runs.experiment == name], FLOAT32_BITS / bits
     rows: list[tuple[str, ...]] = []
@@ -206,51 +208,33 @@ def ablation(runs: pd.DataFrame) -> str:
     """Return every quantized setting against float LoRA of equal rank and optimizer, corrected over all of them."""
     floats = ("lora_r8", "lora_r8_sgd")
     tested = [name for name in runs.experiment.unique() if name not in floats]
-    found = {name: compared(of(runs, name), of(runs, floats["_sgd" in name])) for name in tested}
-    differs = dict(zip(tested, holm([or_one(found[name].differs) for name in tested]), strict=True))
-    not_worse = dict(zip(tested, holm([or_one(found[name].not_inferior) for name in tested]), strict=True))
-    rows: list[tuple[str, ...]] = [
-        (
-            "setting",
-            "runs (failed)",
-            "test accuracy, mean (sd), %",
-            "minus float [95 %]",
-            "p, differs (Holm)",
-            f"p, not inferior by {MARGIN:g} (Holm)",
-            "relative error, %",
-            "update over error",
-            "bits a weight, layers",
-            "whole model",
-            "model, MB",
-            "file, MB",
-            "peak of the process, MB",
-        )
-    ]
-    for name in sorted(runs.experiment.unique(), key=lambda name: (name not in floats, -of(runs, name).mean())):
-        part = runs[runs.experiment == name]
-        rows.append(
-            (
-                f"`{name}`",
-                counted(part),
-                mean_and_spread(of(runs, name)),
-                interval(found[name].difference) if name in found else "–",
-                p(differs[name]) if name in found else "–",
-                p(not_worse[name]) if name in found else "–",
-                _mean(part, "relative_error", 100),
-                _mean(part, "adapter_to_error_ratio"),
-                _mean(part, "layers_bits"),
-                _mean(part, "model_bits"),
-                _mean(part, "model_bytes", 1e-6),
-                _mean(part, "file_bytes", 1e-6),
-                _mean(part, "peak_memory_bytes", 1e-6, 0),
-            )
-        )
-    return f"{markdown(rows, 1)}\n\n{origin(runs)}"
+    found = dict.fromkeys(floats, Comparison())
+    found |= corrected({name: compared(of(runs, name), of(runs, floats["_sgd" in name])) for name in tested})
+    columns: dict[str, Cell] = {
+        "test accuracy, mean (sd), %": lambda part: mean_and_spread(accuracy_by_seed(runs, part)),
+        "minus float [95 %]": lambda part: interval(found[name_of(part)].difference),
+        "p, differs (Holm)": lambda part: p(found[name_of(part)].differs),
+        f"p, not inferior by {MARGIN:g} (Holm)": lambda part: p(found[name_of(part)].not_inferior),
+        "relative error, %": _mean("relative_error", 100),
+        "update over error": _mean("adapter_to_error_ratio"),
+        "bits a weight, layers": _mean("layers_bits"),
+        "whole model": _mean("model_bits"),
+        "model, MB": _mean("model_bytes", 1e-6),
+        "file, MB": _mean("file_bytes", 1e-6),
+        "peak of the process, MB": _mean("peak_memory_bytes", 1e-6, 0),
+    }
+    order = sorted(runs.experiment.unique(), key=lambda name: (name not in floats, -of(runs, name).mean()))
+    return by_experiment(runs, order, columns, first="setting")
 
 
-def _mean(part: pd.DataFrame, column: str, factor: float = 1.0, decimals: int = 2) -> str:
-    values = part[column].dropna() if column in part else pd.Series(dtype=float)
-    return f"{factor * values.mean():.{decimals}f}" if len(values) else "–"
+def _mean(column: str, factor: float = 1.0, decimals: int = 2) -> Cell:
+    """Return a cell with the mean of a column, as far as the runs have it."""
+
+    def cell(part: pd.DataFrame) -> str:
+        values = part[column].dropna() if column in part else pd.Series(dtype=float)
+        return f"{factor * values.mean():.{decimals}f}" if len(values) else "–"
+
+    return cell
 
 
 class Choice(NamedTuple):
@@ -281,81 +265,64 @@ def _twice(part: pd.DataFrame) -> float:
 
 def pilot(runs: pd.DataFrame) -> str:
     """Return validation accuracy and balance by experiment, and what follows; the test split plays no part here."""
-    rows: list[tuple[str, ...]] = [
-        ("experiment", "runs (failed)", "validation accuracy, mean (sd), %", "update over error in the end")
-    ]
-    for name in runs.experiment.unique():
-        part = runs[runs.experiment == name]
-        accuracy = mean_and_spread(percent(part.validation_accuracy.dropna()))
-        rows.append((f"`{name}`", counted(part), accuracy, _mean(part, "adapter_to_error_ratio")))
+    columns: dict[str, Cell] = {
+        "validation accuracy, mean (sd), %": lambda part: mean_and_spread(percent(part.validation_accuracy.dropna())),
+        "update over error in the end": _mean("adapter_to_error_ratio"),
+    }
     choice = chosen(runs)
     edge = " The best rate is the last that was tried: add the next half decade." if choice.at_the_edge else ""
-    return (
-        f"{markdown(rows, 1)}\n\nChosen: SGD's learning rate {choice.learning_rate:g}, `balance_target` "
-        f"{choice.scale_target:g} by gradient scale and {choice.pace_target:g} by pace.{edge}\n\n{origin(runs)}"
+    said = (
+        f"Chosen: SGD's learning rate {choice.learning_rate:g}, `balance_target` "
+        f"{choice.scale_target:g} by gradient scale and {choice.pace_target:g} by pace.{edge}"
     )
+    return by_experiment(runs, runs.experiment.unique(), columns, said=said)
 
 
 def adaptive_bits(runs: pd.DataFrame) -> str:
     """Return bits chosen by layer against the same bits everywhere at the same bytes, corrected over all of them."""
     int2, int4 = of(runs, "uniform_int2"), of(runs, "uniform_int4")
     references = {"bytes": int4, "3_5_bits": 0.75 * int2 + 0.25 * int4}  # the latter at 3.5 stored bits a weight
-    tested = [name for name in runs.experiment.unique() if not name.startswith("uniform_")]
-    found = {
-        name: compared(of(runs, name), next(line for end, line in references.items() if name.endswith(end)).dropna())
-        for name in tested
+    versus = {
+        name: compared(of(runs, name), line.dropna())
+        for name in runs.experiment.unique()
+        for end, line in references.items()
+        if name.endswith(end) and not name.startswith("uniform_")
     }
-    corrected = dict(zip(tested, holm([or_one(found[name].differs) for name in tested]), strict=True))
-    rows: list[tuple[str, ...]] = [
-        (
-            "setting",
-            "runs (failed)",
-            "test accuracy, mean (sd), %",
-            "minus uniform at its bytes [95 %]",
-            "p, differs (Holm)",
-            "bits a weight, layers",
-            "layers, MB",
-            "adapter values",
-            "relative error, %",
-        )
-    ]
-    for name in sorted(runs.experiment.unique(), key=lambda name: (name in found, -of(runs, name).mean())):
-        part = runs[runs.experiment == name]
-        rows.append(
-            (
-                f"`{name}`",
-                counted(part),
-                mean_and_spread(of(runs, name)),
-                interval(found[name].difference) if name in found else "–",
-                p(corrected[name]) if name in found else "–",
-                _mean(part, "layers_bits"),
-                _mean(part, "layers_bytes", 1e-6),
-                f"{part.adapter_parameters.mean():,.0f}",
-                _mean(part, "relative_error", 100),
-            )
-        )
-    return f"{markdown(rows, 1)}\n\n{origin(runs)}"
+    found = dict.fromkeys(runs.experiment.unique(), Comparison()) | corrected(versus)
+    columns: dict[str, Cell] = {
+        "test accuracy, mean (sd), %": lambda part: mean_and_spread(accuracy_by_seed(runs, part)),
+        "minus uniform at its bytes [95 %]": lambda part: interval(found[name_of(part)].difference),
+        "p, differs (Holm)": lambda part: p(found[name_of(part)].differs),
+        "bits a weight, layers": _mean("layers_bits"),
+        "layers, MB": _mean("layers_bytes", 1e-6),
+        "adapter values": lambda part: f"{part.adapter_parameters.mean():,.0f}",
+        "relative error, %": _mean("relative_error", 100),
+    }
+    order = sorted(runs.experiment.unique(), key=lambda name: (name in versus, -of(runs, name).mean()))
+    return by_experiment(runs, order, columns, first="setting")
 
 
 def qa_lora() -> str:
     """Return time and memory of a training step by side, and stored bits, from the benchmark's JSON."""
     found = benchmark("qa_lora")
     own = {(row["precision"], row["side"]): (row["peak_bytes"] - row["start_bytes"]) / 1e6 for row in found["memory"]}
-    rows: list[tuple[str, ...]] = [
-        ("a training step of", "fp32, ms", "over the floor", "peak, MB", "bf16, ms", "over the floor", "peak, MB")
-    ]
-    bf16 = {row["side"]: row for row in found["bf16"]}
-    for row in found["fp32"]:
-        side = row["side"]
-        cells = [_time(row), f"{row['ratio']:.3f}", f"{own['fp32', side]:.0f}"]
-        cells += (
-            [_time(bf16[side]), f"{bf16[side]['ratio']:.3f}", f"{own['bf16', side]:.0f}"] if side in bf16 else 3 * ["–"]
-        )
-        rows.append((side, *cells))
+    times = {(precision, row["side"]): row for precision in ("fp32", "bf16") for row in found[precision]}
+
+    def cell(precision: str, text: Callable[[tuple[str, str]], str]) -> Callable[[str], str]:
+        return lambda side: text((precision, side)) if (precision, side) in times else "–"
+
+    columns: dict[str, Callable[[str], str]] = {"a training step of": str}
+    for precision in ("fp32", "bf16"):
+        columns |= {
+            f"{precision}, ms": cell(precision, lambda key: _time(times[key])),
+            f"{precision}, over the floor": cell(precision, lambda key: f"{times[key]['ratio']:.3f}"),
+            f"{precision}, peak MB": cell(precision, lambda key: f"{own[key]:.0f}"),
+        }
     bits = [f"{one['type']} {_groups(one)} {one['bits_per_weight']:.3f}" for one in found["stored_bits"]]
     return (
-        f"{markdown(rows, 1)}\n\nStored bits a weight of the frozen linear layers: {', '.join(bits)}.\n\n"
-        f"Peak: resident memory beyond what the process held before the steps. {_setting(found)}"
+        f"{table([row['side'] for row in found['fp32']], columns)}\n\n"
+        f"Stored bits a weight of the frozen linear layers: {', '.join(bits)}.\n\n"
+        f"Peak: resident memory beyond what the process held before the steps. {measured_with(found)}"
     )
 
 
@@ -364,32 +331,25 @@ def deployment() -> str:
     found = benchmark("deployment")
     whole = found["files"][0]["bytes"]
     latency = {(row["batch"], row["side"]): row for row in found["latency"]}
-    batches = sorted({row["batch"] for row in found["latency"]})
-    rows: list[tuple[str, ...]] = [
-        (
-            "file",
-            "MB",
-            "of float32",
-            "equal predictions, %",
-            "logits, relative error",
-            *(f"batch {batch}, ms (over float32)" for batch in batches),
-        )
-    ]
-    for one in found["files"]:
-        times = [latency[batch, one["format"]] for batch in batches]
-        rows.append(
-            (
-                one["format"],
-                f"{one['bytes'] / 1e6:.1f}",
-                f"{one['bytes'] / whole:.3f}",
-                f"{100 * one['same_predictions']:.2f}",
-                f"{one['logit_error']:.1e}",
-                *(f"{_time(row)} ({row['ratio']:.2f})" for row in times),
-            )
-        )
+
+    def time(file: dict[str, Any], batch: int) -> str:
+        row = latency[batch, file["format"]]
+        return f"{_time(row)} ({row['ratio']:.2f})"
+
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "file": itemgetter("format"),
+        "MB": lambda file: f"{file['bytes'] / 1e6:.1f}",
+        "of float32": lambda file: f"{file['bytes'] / whole:.3f}",
+        "equal predictions, %": lambda file: f"{100 * file['same_predictions']:.2f}",
+        "logits, relative error": lambda file: f"{file['logit_error']:.1e}",
+        **{
+            f"batch {batch}, ms (over float32)": partial(time, batch=batch)
+            for batch in sorted({row["batch"] for row in found["latency"]})
+        },
+    }
     return (
-        f"{markdown(rows, 1)}\n\nAgreement with the model in PyTorch on {found['files'][0]['images']} random images; "
-        f"onnxruntime {found['machine']['onnxruntime']}. {_setting(found)}"
+        f"{table(found['files'], columns)}\n\nAgreement with the model in PyTorch on {found['files'][0]['images']} "
+        f"random images; onnxruntime {found['machine']['onnxruntime']}. {measured_with(found)}"
     )
 
 
@@ -402,12 +362,6 @@ def _groups(one: dict[str, Any]) -> str:
     return f"{groups} with offset" if one["offset"] else groups
 
 
-def _setting(found: dict[str, Any]) -> str:
-    setting = found["setting"]
-    batch = f", batches of {setting['batch']}" if "batch" in setting else ""
-    return f"{setting['model']}, {setting['image_size']} px{batch}; {measured_on(found['machine'])}"
-
-
 BENCHMARK_TABLES: dict[str, Callable[[], str]] = {"qa_lora": qa_lora, "deployment": deployment}
 TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
     "quantization_pilot": pilot,
@@ -416,13 +370,11 @@ TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
 }
 
 
-def with_tables(text: str) -> str:
-    """Return the document with the tables of every study and benchmark whose results are there."""
-    tables = study_tables(TABLES)
-    if "quantization_ablation" in tables:
-        tables |= {"sentences": study_tables({"quantization_ablation": sentences})["quantization_ablation"]}
-    return filled(text, tables | benchmark_tables(BENCHMARK_TABLES))
+def tables() -> dict[str, str]:
+    """Return the tables of every study and benchmark whose results are there."""
+    decided = study_tables({"quantization_ablation": sentences}).values()
+    return study_tables(TABLES) | dict(zip(["sentences"], decided, strict=False)) | benchmark_tables(BENCHMARK_TABLES)
 
 
 if __name__ == "__main__":
-    run(__doc__, DOCUMENT, columns, with_tables)
+    run(__doc__, partial(condense, columns=columns), tables, DOCUMENT)

@@ -10,7 +10,6 @@ documents are made anew.
 
 from __future__ import annotations
 
-import argparse
 import io
 import tarfile
 import tempfile
@@ -20,11 +19,10 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from evidence import RESULTS, ROOT, filled, merge
+from evidence import RESULTS, ROOT, merge, run
 from study_figures import write_figures
 from study_tables import DESCRIPTIVE, SHORT, pilot_table, study_blocks
 
-from peft_vit import cli
 from peft_vit.analysis import Analysis, Finding, analyze, load_studies
 from peft_vit.analysis.findings import ALL_STUDIES, all_findings
 from peft_vit.analysis.hypotheses import load_registry
@@ -175,25 +173,6 @@ def blocks() -> dict[str, str]:
     return study_blocks(analyses, over_all(analyses), pilots) | rates
 
 
-def write_documents(tables: Mapping[str, str]) -> None:
-    """Put the tables between their marks."""
-    for document in (README, FINDINGS):
-        text = document.read_text(encoding="utf-8")
-        write_atomically(document, filled(text, tables).encode())
-        print(document)
-
-
-def main() -> None:
-    """Keep the directories that the command names, then make the documents anew."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results_dirs", nargs="*", type=Path, help="records to put into results/")
-    asked = parser.parse_args()
-    with cli.user_errors():
-        for results_dir in asked.results_dirs:
-            keep(results_dir)
-        write_documents(blocks())
-        write_figures({name: analysis_of(name) for name in kept_studies()}, IMAGES)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, keep, blocks, README, FINDINGS)
+    write_figures({name: analysis_of(name) for name in kept_studies()}, IMAGES)

@@ -32,9 +32,8 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Drawing]]:
     for name, analysis in analyses.items():
         if name == DESCRIPTIVE:
             continue
-        for drawing in forests(analysis, MARGIN):
-            if drawing.slug.endswith(REFERENCE):
-                yield f"{name}_differences.png", drawing
+        if (drawing := forests(analysis, MARGIN).get(REFERENCE)) is not None:
+            yield f"{name}_differences.png", drawing
     if (elpv := analyses.get(MAIN)) is not None:
         yield f"{MAIN}_bytes.png", accuracy_by_bytes(elpv.methods)
         shown = [one for one in elpv.allocation if one.experiment.name in _RANKED]
@@ -53,7 +52,7 @@ def _rounded(value: object) -> object:
 
 def recorded_digest(file: Path) -> str | None:
     """Return the digest of the numbers that a figure's file was drawn from; None if it has none."""
-    with Image.open(file, formats=("PNG",)) as image:
+    with Image.open(file, formats=("PNG",)) as image:  # noqa: TID251 - this format alone
         return dict(image.info).get(DIGEST)
 
 
@@ -65,7 +64,7 @@ def write_figures(analyses: Mapping[str, Analysis], folder: Path) -> None:
             continue
         info, content = PngInfo(), io.BytesIO()
         info.add_text(DIGEST, own)
-        with Image.open(io.BytesIO(drawing.png), formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(drawing.png), formats=("PNG",)) as image:  # noqa: TID251 - this format alone
             image.save(content, format="png", pnginfo=info, optimize=True)
         write_atomically(file, content.getvalue())
         print(file)

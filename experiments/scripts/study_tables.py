@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 
 import pandas as pd
-from evidence import markdown
+from evidence import table
 
 from peft_vit.analysis import Analysis, Comparison, Finding, MethodResult
 from peft_vit.analysis.findings import Conclusion, conclude
@@ -100,32 +102,30 @@ def main_table(analysis: Analysis) -> str:
     against = {one.name: one for one in analysis.comparisons if one.reference == REFERENCE}
     not_worse = {finding.subject: finding for finding in _of(analysis, _NOT_WORSE)}
     registered = _registered_otherwise(analysis, against)
-    rows: list[tuple[str, ...]] = [
-        (
-            "method",
-            "test accuracy [95 %]",
-            "minus LoRA r=8, points [95 %]",
-            f"differs? (Holm over {len(against)})",
-            f"within a point? (Holm over {len(not_worse)})",
-            "trained values",
-            "to store, MB",
-        )
-    ]
-    for method in in_order(analysis):
-        name = method.experiment.name
-        finding = not_worse.get(f"{name} against {REFERENCE}")
-        rows.append(
-            (
-                titled(name),
-                percent_interval(method.test_accuracy),
-                "–" if name == REFERENCE else points_interval(against[name].difference),
-                "–" if name == REFERENCE else _differs(against[name].verdict) + registered.get(name, ""),
-                "–" if finding is None else _WITHIN[finding.verdict],
-                count(method.final_parameters),
-                fixed(method.stored_bytes / 1e6, 1),
-            )
-        )
-    return markdown(rows, right=1)
+    columns: dict[str, Callable[[MethodResult], str]] = {
+        "method": _title,
+        "test accuracy [95 %]": lambda method: percent_interval(method.test_accuracy),
+        "minus LoRA r=8, points [95 %]": _unless_reference(lambda name: points_interval(against[name].difference)),
+        f"differs? (Holm over {len(against)})": _unless_reference(
+            lambda name: _differs(against[name].verdict) + registered.get(name, "")
+        ),
+        f"within a point? (Holm over {len(not_worse)})": lambda method: (
+            _WITHIN[finding.verdict]
+            if (finding := not_worse.get(f"{method.experiment.name} against {REFERENCE}"))
+            else "–"
+        ),
+        "trained values": lambda method: count(method.final_parameters),
+        "to store, MB": lambda method: fixed(method.stored_bytes / 1e6, 1),
+    }
+    return table(in_order(analysis), columns)
+
+
+def _title(method: MethodResult) -> str:
+    return titled(method.experiment.name)
+
+
+def _unless_reference(cell: Callable[[str], str]) -> Callable[[MethodResult], str]:
+    return lambda method: "–" if method.experiment.name == REFERENCE else cell(method.experiment.name)
 
 
 _WITHIN = {"supported": "yes", "refuted": "**no, worse**", "not decided": "not decided", "no data": "no data"}
@@ -255,28 +255,21 @@ def _compared(finding: Finding) -> tuple[str, str]:
     return titled(name), titled(other)
 
 
-def _rate(learning_rate: float | None) -> str:
-    """Return a learning rate; a probe has none."""
-    return "–" if learning_rate is None else f"{learning_rate:g}"
-
-
 def cost_table(analysis: Analysis) -> str:
     """Return one row a method: learning rate, every seed, and what training took."""
-    rows: list[tuple[str, ...]] = [
-        ("method", "learning rate", "test accuracy by seed, %", "validation, %", "s a step", "one image, ms")
-    ]
-    for method in in_order(analysis):
-        rows.append(
-            (
-                titled(method.experiment.name),
-                _rate(method.experiment.training.learning_rate),
-                joined(fixed(100 * value, 1) for value in method.by_seed),
-                fixed(100 * method.validation_accuracy.estimate, 1),
-                _or_dash(method.seconds_per_step, lambda value: fixed(value, 2)),
-                _or_dash(method.latency_s, lambda value: fixed(1e3 * value, 1)),
-            )
-        )
-    return markdown(rows, right=1)
+    columns: dict[str, Callable[[MethodResult], str]] = {
+        "method": _title,
+        "learning rate": lambda method: _or_dash(method.experiment.training.learning_rate, lambda rate: f"{rate:g}"),
+        "test accuracy by seed, %": _by_seed,
+        "validation, %": lambda method: fixed(100 * method.validation_accuracy.estimate, 1),
+        "s a step": lambda method: _or_dash(method.seconds_per_step, lambda value: fixed(value, 2)),
+        "one image, ms": lambda method: _or_dash(method.latency_s, lambda value: fixed(1e3 * value, 1)),
+    }
+    return table(in_order(analysis), columns)
+
+
+def _by_seed(method: MethodResult) -> str:
+    return joined(fixed(100 * value, 1) for value in method.by_seed)
 
 
 def _or_dash(value: float | None, written: Callable[[float], str]) -> str:
@@ -287,17 +280,14 @@ def verdicts(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) -> s
     """Return one row a sentence, one column a data set; what all say together, and what none says, stand below."""
     concluded = {name: {c.hypothesis.id: c for c in conclude(one.findings)} for name, one in analyses.items()}
     together = [finding for finding in over_all if finding.verdict != "no data"]
-    rows: list[tuple[str, ...]] = [("sentence", *(SHORT[name] for name in analyses))]
-    silent = []
-    for identity, conclusion in next(iter(concluded.values())).items():
-        own = [found[identity] for found in concluded.values()]
-        sentence = escaped(conclusion.hypothesis.sentence)
-        if any(one.verdict != "no data" for one in own):
-            rows.append((sentence, *(_said(one) for one in own)))
-        elif not any(finding.hypothesis.id == identity for finding in together):
-            silent.append(sentence)
+    sentences = {name: escaped(one.hypothesis.sentence) for name, one in next(iter(concluded.values())).items()}
+    told = [name for name in sentences if any(found[name].verdict != "no data" for found in concluded.values())]
+    over_several = {finding.hypothesis.id for finding in together}
+    silent = [sentence for name, sentence in sentences.items() if name not in {*told, *over_several}]
+    columns: dict[str, Callable[[str], str]] = {"sentence": sentences.__getitem__}
+    columns |= {SHORT[study]: lambda name, found=found: _said(found[name]) for study, found in concluded.items()}
     parts = [
-        markdown(rows, right=len(rows[0])),
+        table(told, columns, left=len(columns)),
         *(["Over several data sets:\n\n" + finding_table(together)] if together else []),
         f"No data in these studies, or none that could test it: {'; '.join(silent)}.",
     ]
@@ -307,28 +297,36 @@ def verdicts(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) -> s
 def _said(conclusion: Conclusion) -> str:
     if conclusion.verdict == "no data":
         return "–"
-    verdict = "described" if conclusion.hypothesis.test == "described" else conclusion.verdict
-    mark = "" if conclusion.mark == "registered" else " (exploratory)"
     if len(conclusion.findings) == 1:
-        return f"{verdict}{mark}: {escaped(estimate_of(conclusion.findings[0]))}"
-    return f"{verdict}{mark}: {conclusion.counts}" if verdict != "described" else f"{conclusion.counts}{mark}"
+        return f"{_verdict(conclusion)}: {escaped(estimate_of(conclusion.findings[0]))}"
+    if conclusion.hypothesis.test == "described":
+        return f"{conclusion.counts}{'' if conclusion.mark == 'registered' else ' (exploratory)'}"
+    return f"{_verdict(conclusion)}: {conclusion.counts}"
 
 
 def finding_table(findings: Sequence[Finding]) -> str:
     """Return one row a finding with data, with the test and what it said."""
-    rows: list[tuple[str, ...]] = [("sentence", "experiment or pair", "verdict", "estimate [95 %]", "n", "test")]
-    for finding in findings:
-        if finding.verdict == "no data":
-            continue
-        described = finding.hypothesis.test == "described"
-        said = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
-        said = "not tested" if described else said
-        said += f" ({finding.note})" if finding.note else ""
-        verdict = "described" if described else finding.verdict
-        mark = "" if finding.mark == "registered" else " (exploratory)"
-        cells = (finding.hypothesis.id, finding.subject, verdict + mark, estimate_of(finding), str(finding.n), said)
-        rows.append(tuple(escaped(cell) for cell in cells))
-    return markdown(rows, right=len(rows[0]))
+    columns: dict[str, Callable[[Finding], str]] = {
+        "sentence": lambda one: one.hypothesis.id,
+        "experiment or pair": lambda one: one.subject,
+        "verdict": _verdict,
+        "estimate [95 %]": estimate_of,
+        "n": lambda one: str(one.n),
+        "test": _tested,
+    }
+    escaping = {title: lambda one, cell=cell: escaped(cell(one)) for title, cell in columns.items()}
+    return table([one for one in findings if one.verdict != "no data"], escaping, left=len(columns))
+
+
+def _verdict(one: Finding | Conclusion) -> str:
+    verdict = "described" if one.hypothesis.test == "described" else one.verdict
+    return verdict if one.mark == "registered" else f"{verdict} (exploratory)"
+
+
+def _tested(finding: Finding) -> str:
+    said = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
+    said = "not tested" if finding.hypothesis.test == "described" else said
+    return f"{said} ({finding.note})" if finding.note else said
 
 
 def undecided(analysis: Analysis) -> str:
@@ -346,52 +344,52 @@ def undecided(analysis: Analysis) -> str:
 
 def costs(analyses: Mapping[str, Analysis], pilots: Mapping[str, pd.DataFrame]) -> str:
     """Return what all runs took, by study; of pilots what their tables hold."""
-    rows: list[tuple[str, ...]] = [("study", "runs", "failed", "core hours", "machine", "commit")]
-    for name, analysis in analyses.items():
-        runs = analysis.study.runs
-        seconds = sum(run.record.seconds * run.provenance.threads for run in runs)
-        machines = sorted({f"{run.provenance.processor}, {run.provenance.cpu_count} processors" for run in runs})
-        commits = sorted({(run.provenance.git_hash or "unknown")[:7] for run in runs})
-        dirty = any(run.provenance.git_dirty for run in runs)
-        rows.append(
-            (
-                SHORT[name],
-                str(len(runs) + len(analysis.study.failed)),
-                str(len(analysis.study.failed)),
-                fixed(seconds / 3600, 1),
-                escaped("; ".join(machines)),
-                joined(commits) + (", with local changes" if dirty else ""),
-            )
-        )
+    rows = [_cost_of(SHORT[name], analysis) for name, analysis in analyses.items()]
     for name, runs in pilots.items():
         commits = sorted({str(commit)[:7] for commit in runs.commit.dropna()})
         rows.append(
-            (
-                f"{SHORT[name.removesuffix('_pilot')]}, pilot",
-                str(len(runs)),
-                str((runs.status != "done").sum()),
-                fixed(runs.seconds.sum() / 3600, 1),
-                "–",
-                joined(commits),
-            )
+            {
+                "study": f"{SHORT[name.removesuffix('_pilot')]}, pilot",
+                "runs": str(len(runs)),
+                "failed": str((runs.status != "done").sum()),
+                "core hours": fixed(runs.seconds.sum() / 3600, 1),
+                "machine": "–",
+                "commit": joined(commits),
+            }
         )
-    return markdown(rows, right=1)
+    return table(rows, {title: itemgetter(title) for title in rows[0]})
+
+
+def _cost_of(name: str, analysis: Analysis) -> dict[str, str]:
+    runs, failed = analysis.study.runs, analysis.study.failed
+    seconds = sum(run.record.seconds * run.provenance.threads for run in runs)
+    machines = sorted({f"{run.provenance.processor}, {run.provenance.cpu_count} processors" for run in runs})
+    commits = sorted({(run.provenance.git_hash or "unknown")[:7] for run in runs})
+    dirty = any(run.provenance.git_dirty for run in runs)
+    return {
+        "study": name,
+        "runs": str(len(runs) + len(failed)),
+        "failed": str(len(failed)),
+        "core hours": fixed(seconds / 3600, 1),
+        "machine": escaped("; ".join(machines)),
+        "commit": joined(commits) + (", with local changes" if dirty else ""),
+    }
 
 
 def published_table(analysis: Analysis) -> str:
     """Return the methods of the published protocol beside what was published; described, nothing is tested."""
-    rows: list[tuple[str, ...]] = [("method", "test accuracy, %", "by split, %", "source")]
-    for method in in_order(analysis):
-        rows.append(
-            (
-                titled(method.experiment.name),
-                f"{fixed(100 * method.test_accuracy.estimate, 1)}, mean of {len(method.by_seed)} splits",
-                joined(fixed(100 * value, 1) for value in method.by_seed),
-                "this study",
-            )
+    titles = ("method", "test accuracy, %", "by split, %", "source")
+    rows = [
+        (
+            _title(method),
+            f"{fixed(100 * method.test_accuracy.estimate, 1)}, mean of {len(method.by_seed)} splits",
+            _by_seed(method),
+            "this study",
         )
+        for method in in_order(analysis)
+    ]
     rows += [(what, accuracy, "–", source) for what, accuracy, source in PUBLISHED]
-    return markdown(rows, right=len(rows[0]))
+    return table(rows, {title: itemgetter(place) for place, title in enumerate(titles)}, left=len(titles))
 
 
 def pilot_table(pilot: pd.DataFrame, means: pd.DataFrame, chosen: Mapping[str, float]) -> str:
@@ -402,17 +400,14 @@ def pilot_table(pilot: pd.DataFrame, means: pd.DataFrame, chosen: Mapping[str, f
         means: mean validation accuracy and loss by method and rate.
         chosen: rate by method.
     """
-    rates = sorted(means.learning_rate.unique())
-    rows: list[tuple[str, ...]] = [("method", *(f"{rate:g}" for rate in rates))]
-    for method in dict.fromkeys(means.method):
-        own = means[means.method == method].set_index("learning_rate").validation_accuracy
-        cells = (fixed(100 * own[rate], 1) if rate in own.index else "–" for rate in rates)
-        rows.append(
-            (
-                titled(method),
-                *(f"**{cell}**" if rate == chosen[method] else cell for rate, cell in zip(rates, cells, strict=True)),
-            )
-        )
+    accuracy = means.set_index(["method", "learning_rate"]).validation_accuracy
+
+    def cell(method: str, rate: float) -> str:
+        text = fixed(100 * accuracy[method, rate], 1) if (method, rate) in accuracy.index else "–"
+        return f"**{text}**" if rate == chosen[method] else text
+
+    columns: dict[str, Callable[[str], str]] = {"method": titled}
+    columns |= {f"{rate:g}": partial(cell, rate=rate) for rate in sorted(means.learning_rate.unique())}
     ends = means.groupby("method").learning_rate.agg(["min", "max"])
     at_an_end = [titled(method) for method, rate in chosen.items() if rate in set(ends.loc[method])]
     failed = int((pilot.status != "done").sum())
@@ -421,7 +416,7 @@ def pilot_table(pilot: pd.DataFrame, means: pd.DataFrame, chosen: Mapping[str, f
         f"chosen rate. {len(pilot)} runs, {failed or 'none'} failed. Chosen at an end of what was tried: "
         f"{joined(at_an_end) or 'none'}."
     )
-    return f"{markdown(rows, right=1)}\n\n{note}"
+    return f"{table(dict.fromkeys(means.method), columns)}\n\n{note}"
 
 
 def caption(analysis: Analysis) -> str:

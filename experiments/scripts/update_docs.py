@@ -8,7 +8,10 @@ The same records give the same text, so running it twice changes nothing.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+
+from evidence import ROOT, filled, table
 
 from peft_vit import cli
 from peft_vit.analysis import Analysis, MethodResult, Run, analyze, load_studies
@@ -17,35 +20,21 @@ from peft_vit.records import write_atomically
 from peft_vit.report.formatting import count, fixed, joined, megabytes, percent
 from peft_vit.report.markdown import escaped
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "experiments" / "docs" / "task_8_3_implementation.md",)
-BEGIN, END = "<!-- quickstart-table -->", "<!-- /quickstart-table -->"
-COLUMNS = (
-    "experiment",
-    "test accuracy, each seed (%)",
-    "mean (%)",
-    "trainable parameters",
-    "to store",
-    "seconds a step",
-)
+MARK = "quickstart-table"
+COLUMNS: dict[str, Callable[[MethodResult], str]] = {
+    "experiment": lambda method: f"`{method.experiment.name}`",
+    "test accuracy, each seed (%)": lambda method: joined(fixed(100 * value, 1) for value in method.by_seed),
+    "mean (%)": lambda method: fixed(100 * method.test_accuracy.estimate, 1),
+    "trainable parameters": lambda method: count(method.final_parameters),
+    "to store": lambda method: megabytes(method.stored_bytes),
+    "seconds a step": lambda method: "–" if method.seconds_per_step is None else fixed(method.seconds_per_step, 2),
+}
 
 
 def method_table(analysis: Analysis) -> str:
     """Return one row a method as Markdown, and below it what the numbers are."""
-    rows = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 2)), *(_row(method) for method in analysis.methods)]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, "", _caption(analysis)])
-
-
-def _row(method: MethodResult) -> tuple[str, ...]:
-    return (
-        f"`{method.experiment.name}`",
-        joined(fixed(100 * value, 1) for value in method.by_seed),
-        fixed(100 * method.test_accuracy.estimate, 1),
-        count(method.final_parameters),
-        megabytes(method.stored_bytes),
-        "–" if method.seconds_per_step is None else fixed(method.seconds_per_step, 2),
-    )
+    return f"{table(analysis.methods, COLUMNS, left=2)}\n\n{_caption(analysis)}"
 
 
 def _caption(analysis: Analysis) -> str:
@@ -74,7 +63,7 @@ def _caption(analysis: Analysis) -> str:
     return " ".join(sentences)
 
 
-def fill(document: Path, table: str) -> bool:
+def fill(document: Path, content: str) -> bool:
     """Put the table between a document's marks; return whether that changed it.
 
     Raises:
@@ -84,14 +73,13 @@ def fill(document: Path, table: str) -> bool:
         text = document.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", file=document) from None
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise UserError(f"expected {BEGIN} and below it {END}, each once; put them back", file=document)
-    filled = f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
-    if filled != text:
-        write_atomically(document, filled.encode())
-    return filled != text
+    begin, end = f"<!-- {MARK} -->", f"<!-- /{MARK} -->"
+    if not (text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)):
+        raise UserError(f"expected {begin} and below it {end}, each once; put them back", file=document)
+    new = filled(text, {MARK: content})
+    if new != text:
+        write_atomically(document, new.encode())
+    return new != text
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -105,9 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
         if len(studies) != 1 or not studies[0].runs:
             found = joined(study.label for study in studies)
             raise UserError(f"expected one study with a finished run, found {found}", file=asked.results_dir)
-        table = method_table(analyze(studies[0]))
+        content = method_table(analyze(studies[0]))
         for document in asked.documents:
-            print(f"{document}: {'updated' if fill(document, table) else 'unchanged'}")
+            print(f"{document}: {'updated' if fill(document, content) else 'unchanged'}")
 
 
 if __name__ == "__main__":

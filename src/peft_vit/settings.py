@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo
 
 Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # of a matrix, in its model's own words
 MATRICES: tuple[str, ...] = ("query", "key", "value", "out", "fc1", "fc2")  # of a plain block
@@ -29,18 +29,23 @@ def is_given(config: BaseModel, field: str, info: ValidationInfo) -> bool:
     return bool(getattr(config, field) != type(config).model_fields[field].default)
 
 
+def without_repeats(problem: str) -> AfterValidator:
+    """Refuse a tuple in which something stands twice."""
+
+    def check(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError(problem)
+        return values
+
+    return AfterValidator(check)
+
+
 class AdapterConfig(Frozen):
     """What all adapters have."""
 
     scale: float = Field(default=2.0, gt=0, description="alpha / rank; stays when the rank moves")
-    targets: tuple[Kind, ...] = Field(
+    targets: Annotated[tuple[Kind, ...], without_repeats("names a matrix twice; remove one")] = Field(
         default=MATRICES,
         min_length=1,
         description="kinds of matrices; the default, the six of a plain block, stands for all that the model has",
     )
-
-    @model_validator(mode="after")
-    def _targets_unique(self) -> Self:
-        if len(set(self.targets)) != len(self.targets):
-            raise ValueError("targets names a matrix twice; remove one")
-        return self

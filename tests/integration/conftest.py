@@ -1,16 +1,27 @@
-"""What tests of finished runs share: weights out of a file, and one run of each experiment on them."""
+"""What tests of finished runs share: weights out of a file, images in a folder, and one run of each method on them."""
 
+from collections import deque
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from _pytest.capture import CaptureResult
+from PIL import Image
 from safetensors.torch import save_file
+from small_methods import EXPERIMENTS
 from written_runs import run_and_write
 
+from peft_vit.cli import main
 from peft_vit.config import study_from_mapping
-from peft_vit.studies import plan_study
+from peft_vit.runs.execute import run_one
+from peft_vit.studies import PlannedRun, plan_study
+from peft_vit.studies.events import Event, RunEnded, RunProgress, RunStarted
+
+Said = CaptureResult[str]
 
 
 @pytest.fixture(scope="session")
@@ -23,35 +34,106 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def do_runs(
-    weights: Path, _session_cache: str, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., dict[str, Path]]:
-    """Do one run of each experiment on these weights, or another backbone; return folders by the experiments' names."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write 48 images of three classes, each of its colour."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label, colour in enumerate(((200, 60, 60), (60, 200, 60), (60, 60, 200))):
+        (root / f"class_{label}").mkdir()
+        for number in range(16):
+            pixels = rng.normal(colour, 70, (20, 30, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"class_{label}" / f"{number:02}.png")
+    return root
 
-    def do(
-        experiments: dict[str, dict[str, object]], backbone: dict[str, str] | None = None, **data: object
-    ) -> dict[str, Path]:
-        folder = tmp_path_factory.mktemp("runs")
+
+@pytest.fixture(scope="session")
+def run_of(
+    images: Path, weights: Path, _session_cache: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Return the folder of a finished run of a method, on these weights or on another model; it is done once."""
+
+    @cache
+    def do(name: str, model: str = "test_vit") -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        start = {"weights": "file", "file": str(weights)} if model == "test_vit" else {"weights": "random"}
+        data = {"dataset": "image-folder", "path": str(images), "validation_images": 12, "test_images": 12}
+        training = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
         mapping = {
             "name": "tiny",
             "seeds": [0],
             "threads": 1,
             "device": "cpu",
             "precision": "fp32",
-            "backbone": backbone or {"model": "test_vit", "weights": "file", "file": str(weights)},
+            "backbone": {"model": model, **start},
             "data": {"image_size": 32, **data},
-            "experiments": [
-                {"name": name, "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}, **experiment}
-                for name, experiment in experiments.items()
-            ],
+            "experiments": [{"name": name, "training": training, **EXPERIMENTS[name]}],
         }
         file = folder / "tiny.yaml"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PEFT_VIT_CACHE", _session_cache)
-            plan = plan_study(study_from_mapping(mapping, file=file), folder, file=file)
-            for planned in plan.runs:
-                record = run_and_write(planned.spec, folder)
-                assert record.status == "done", record.traceback
-        return {planned.spec.experiment.name: folder / planned.spec.run_id for planned in plan.runs}
+            (planned,) = plan_study(study_from_mapping(mapping, file=file), folder, file=file).runs
+            record = run_and_write(planned.spec, folder)
+        assert record.status == "done", record.traceback
+        return folder / planned.spec.run_id
 
     return do
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Return a call of the command line: what it prints, after checking its exit code."""
+
+    def call(*arguments: object, code: int = 0) -> Said:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        assert ended.value.code == code, said.err
+        assert "Traceback" not in said.err
+        return said
+
+    return call
+
+
+@pytest.fixture
+def refused(command: Callable[..., Said]) -> Callable[..., str]:
+    """Return a call of the command line on bad input: the one line that it complains with."""
+
+    def call(*arguments: object) -> str:
+        (line,) = command(*arguments, code=2).err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return call
+
+
+class InThisProcess:
+    """Carries runs out in the process of the test, one after the other."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self._waiting: deque[PlannedRun] = deque()
+        self._events: deque[Event] = deque()
+
+    def submit(self, run: PlannedRun) -> None:
+        self._waiting.append(run)
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        if not self._events and self._waiting:
+            run = self._waiting.popleft()
+            self._events.append(RunStarted(run, "this process"))
+            done = run_one(run.spec, on_progress=lambda progress: self._events.append(RunProgress(run, progress)))
+            self._events.append(RunEnded(run, done.record, done.adapter))
+        return self._events.popleft() if self._events else None
+
+    def stop(self) -> None:
+        self._waiting.clear()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands start no worker processes, each of which takes seconds to import what is imported here."""
+    for place in ("executors.local", "profiling"):
+        monkeypatch.setattr(f"peft_vit.studies.{place}.LocalExecutor", InThisProcess)

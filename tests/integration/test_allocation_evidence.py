@@ -1,30 +1,10 @@
 """The documents' tables of AdaLoRA's studies: they are those of the files, and say what was planted."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
+import allocation_evidence as evidence
 import numpy as np
 import pandas as pd
-import pytest
+from evidence import filled
 from scipy import stats
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def evidence(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "experiments" / "scripts")  # as when a person calls the script
-    spec = importlib.util.spec_from_file_location(
-        "allocation_evidence", ROOT / "experiments/scripts/allocation_evidence.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def runs(accuracies: dict[str, list[float]], rates: dict[str, float] | None = None) -> pd.DataFrame:
@@ -51,12 +31,12 @@ def runs(accuracies: dict[str, list[float]], rates: dict[str, float] | None = No
     return pd.DataFrame(rows)
 
 
-def test_the_document_holds_the_tables_of_the_files(evidence) -> None:
+def test_the_document_holds_the_tables_of_the_files() -> None:
     text = evidence.DOCUMENT.read_text(encoding="utf-8")
-    assert evidence.with_tables(text) == text
+    assert filled(text, evidence.tables()) == text
 
 
-def test_the_ablation_is_compared_with_the_same_rank_everywhere_and_corrected(evidence) -> None:
+def test_the_ablation_is_compared_with_the_same_rank_everywhere_and_corrected() -> None:
     rng = np.random.default_rng(0)
     base = 0.80 + 0.01 * rng.standard_normal(10)
     better, same = base + 0.03 + 0.002 * rng.standard_normal(10), base + 0.002 * rng.standard_normal(10)
@@ -72,7 +52,7 @@ def test_the_ablation_is_compared_with_the_same_rank_everywhere_and_corrected(ev
     assert all(line.count("| – |") for line in controls)  # no tests: they are not of the family
 
 
-def test_learning_rates_are_compared_at_the_same_rate_and_losses_are_named(evidence) -> None:
+def test_learning_rates_are_compared_at_the_same_rate_and_losses_are_named() -> None:
     names = {
         f"{family}_lr_{text}": rate
         for family in ("lora_r8", "adalora")
@@ -95,7 +75,7 @@ def test_learning_rates_are_compared_at_the_same_rate_and_losses_are_named(evide
     assert f"`lora_r8` loses {lost:.1f} points" in table
 
 
-def test_failed_runs_count_as_the_majority_class_and_are_named(evidence) -> None:
+def test_failed_runs_count_as_the_majority_class_and_are_named() -> None:
     rates = {"lora_r8_lr_1e3": 1e-3, "adalora_lr_1e3": 1e-3}
     data = runs({"lora_r8_lr_1e3": [0.8] * 4, "adalora_lr_1e3": [0.81, 0.82, 0.831, 0.84]}, rates)
     failed = (data.experiment == "adalora_lr_1e3") & (data.seed == 3)
@@ -114,7 +94,7 @@ def test_failed_runs_count_as_the_majority_class_and_are_named(evidence) -> None
     assert "| `adalora_lr_1e3` | 4 (1) |" in evidence.pilot(data)
 
 
-def test_a_study_that_is_not_complete_makes_a_table_and_says_how_far_it_is(evidence) -> None:
+def test_a_study_that_is_not_complete_makes_a_table_and_says_how_far_it_is() -> None:
     data = runs({"lora_r4": [0.8, 0.81, 0.83], "uniform": [0.8], "random": [0.8], "good": [0.84, 0.82], "new": [0.8]})
     data.loc[data.experiment == "new", "seed"] = 7
     table = evidence.ablation(data)

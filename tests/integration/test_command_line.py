@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from written_runs import run_and_write
 
-from peft_vit.cli import main
 from peft_vit.config import load_study
 from peft_vit.records import read_records
 from peft_vit.records.study_file import Limited, read_study_file
@@ -80,22 +79,8 @@ BAD = {
     "a ResNet": ("model: test_vit", "model: resnet10t", "backbone.model", "ResNet"),
     "rank 0": ("lora: {rank: 2}", "lora: {rank: 0}", "experiments[1].lora.rank", "greater than or equal to 1"),
     "rank above the width": ("lora: {rank: 2}", "lora: {rank: 65}", "experiments[1].lora.rank", "at most 64"),
-    "group size": ("group_size: 16", "group_size: 24", "experiments[3].qa_lora.group_size", "does not divide the 64"),
-    "rank above the groups": ("group_size: 16", "group_size: 64", "experiments[3].qa_lora.rank", "at most 1"),
-    "budget below the minima": (
-        "total_rank_budget: 40",
-        "minimum_rank: 2\n      total_rank_budget: 40",
-        "experiments[2].adalora.total_rank_budget",
-        "expected 72",
-    ),
     "nf4 with 8 bits": ("quantization_bits: 4", "quantization_bits: 8", "experiments[3].qa_lora", "nf4 stores 4 bits"),
     "no step to decide": ("warmup_steps: 2", "warmup_steps: 6", "experiments[2].adalora.warmup_steps", "train longer"),
-    "no step to finish": (
-        "group_size: 16",
-        "group_size: 16\n      quantization_end_step: 7",
-        "experiments[3].qa_lora.quantization_end_step",
-        "within 6 steps",
-    ),
     "no device": ("device: cpu", f"device: {MISSING_DEVICE}", "device", "use auto or cpu"),
     "image size": ("image_size: 32", "image_size: 33", "data.image_size", "use 32 or 48"),
     "too many images": ("train_images: 24", "train_images: 9999", "data.train_images", "ask for fewer"),
@@ -108,20 +93,6 @@ def write(folder: Path, text: str = STUDY) -> Path:
     file = folder / "study.yaml"
     file.write_text(text)
     return file
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path, details: bool = False) -> str:
-    """Return what a command prints on bad input, after checking that it is one line, apart from details below it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert error.endswith("\n")
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1 or details
-    assert "Traceback" not in error
-    return error.rstrip("\n")
 
 
 @pytest.fixture(scope="module")
@@ -141,42 +112,42 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_a_bad_configuration(fault, tmp_path, finished, capsys) -> None:
+def test_a_bad_configuration(fault, tmp_path, finished, refused) -> None:
     old, new, field, remedy = BAD[fault]
     assert STUDY.count(old) == 1
     file = write(tmp_path, STUDY.replace(old, new))
     before = snapshot(finished)
-    line = refusal(capsys, "run", file, "--output", finished)
+    line = refused("run", file, "--output", finished)
     assert str(file) in line or "/nowhere" in line
     assert field in line
     assert remedy in line
     assert snapshot(finished) == before
 
 
-@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize("name", ["run", "plan"])
 @pytest.mark.parametrize(
     ("content", "said"),
     [(None, "give the path of a YAML file"), ("", ""), ("- a\n", ""), ("a: [1\n", ""), ("\x00", "")],
 )
-def test_what_is_no_configuration(command, content, said, tmp_path, capsys) -> None:
+def test_what_is_no_configuration(name, content, said, tmp_path, refused) -> None:
     file = tmp_path / "study.yaml"
     if content is not None:
         file.write_text(content)
-    line = refusal(capsys, command, file, "--output", tmp_path / "out")
+    line = refused(name, file, "--output", tmp_path / "out")
     assert str(file) in line
     assert said in line
 
 
-def test_bad_weights_files(tmp_path, finished, capsys) -> None:
+def test_bad_weights_files(tmp_path, finished, refused) -> None:
     weights = tmp_path / "weights.safetensors"
     text = STUDY.replace("weights: random", f"weights: file\n  file: {weights}\n  sha256: '{SHA}'")
     file, before = write(tmp_path, text), snapshot(finished)
-    line = refusal(capsys, "run", file, "--output", tmp_path / "out")
+    line = refused("run", file, "--output", tmp_path / "out")
     assert "backbone.file" in line
     assert "does not exist" in line
     assert str(weights) in line
     save_file({"a": torch.zeros(1)}, weights)
-    line = refusal(capsys, "run", file, "--output", tmp_path / "out")
+    line = refused("run", file, "--output", tmp_path / "out")
     assert "backbone.sha256" in line
     assert SHA in line
     assert "get the right file or correct the hash" in line
@@ -184,55 +155,37 @@ def test_bad_weights_files(tmp_path, finished, capsys) -> None:
     assert snapshot(finished) == before
 
 
-def test_a_corrupted_image(tmp_path, capsys) -> None:
-    for index in range(60):
-        image = tmp_path / "images" / f"class_{index % 3}" / f"{index:02d}.png"
-        image.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (32, 32), index).save(image)
-    broken = tmp_path / "images" / "class_1" / "04.png"
-    broken.write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
-    file = write(tmp_path, STUDY.replace("dataset: digits", f"dataset: image-folder\n  path: {tmp_path / 'images'}"))
-    file.write_text(file.read_text().replace("train_images: 24", "train_images: 20"))
-    line = refusal(capsys, "run", file, "--output", tmp_path / "out")
-    assert "04.png" in line
-    assert "replace it or take it out" in line
-    line = refusal(
-        capsys,
-        "train",
-        tmp_path / "images",
-        "--method",
-        "lora",
-        "--model",
-        "test_vit",
-        "--weights",
-        "random",
-        "--image-size",
-        "32",
-        "--output",
-        tmp_path / "out",
-    )
-    assert "04.png" in line
+def test_a_corrupted_image(images, tmp_path, refused) -> None:
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    (folder / "class_1" / "04.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    text = STUDY.replace("dataset: digits", f"dataset: image-folder\n  path: {folder}")
+    file = write(tmp_path, text.replace("_images: 20", "_images: 12"))
+    own = ("--method", "lora", "--model", "test_vit", "--weights", "random", "--image-size", "32")
+    for words in (("run", file), ("train", folder, *own)):
+        line = refused(*words, "--output", tmp_path / "out")
+        assert "04.png" in line
+        assert "replace it or take it out" in line
     assert list((tmp_path / "out").rglob("*.json")) == []
 
 
-def test_two_studies_of_one_name_and_a_changed_study(tmp_path, finished, capsys) -> None:
+def test_two_studies_of_one_name_and_a_changed_study(tmp_path, finished, command, refused) -> None:
     first = write(tmp_path)
     (tmp_path / "other").mkdir()
     second = write(tmp_path / "other")
     before = snapshot(finished)
-    assert "'tiny' names two of the given studies" in refusal(capsys, "run", first, second, "--output", finished)
+    assert "'tiny' names two of the given studies" in refused("run", first, second, "--output", finished)
     changed = write(tmp_path, STUDY.replace("train_images: 24", "train_images: 25"))
-    said = refusal(capsys, "run", changed, "--output", finished, details=True).splitlines()
+    said = command("run", changed, "--output", finished, code=2).err.splitlines()
     assert "probe/seed_0/record.json: was made with another configuration" in said[0]
     assert said[-3:] == [" data:", "-  train_images: 24", "+  train_images: 25"]
     assert snapshot(finished) == before
 
 
-def test_results_that_are_not_there(tmp_path, capsys) -> None:
+def test_results_that_are_not_there(tmp_path, refused) -> None:
     (tmp_path / "empty").mkdir()
     for format in ("md", "html"):
         for folder, said in (("missing", "does not exist"), ("empty", "holds no record.json")):
-            line = refusal(capsys, "report", tmp_path / folder, "--format", format)
+            line = refused("report", tmp_path / folder, "--format", format)
             assert str(tmp_path / folder) in line
             assert said in line
 
@@ -240,64 +193,52 @@ def test_results_that_are_not_there(tmp_path, capsys) -> None:
 DIVERGING = "  - {name: diverging, method: full, training: {learning_rate: 1e30, optimizer: sgd, clip_norm: null}}\n"
 
 
-def ended(*arguments: str | Path) -> int:
-    """Return the exit code of a command."""
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return int(str(end.value.code))
-
-
 @pytest.mark.part("runner")
-def test_a_study_is_done_once_and_a_failed_run_again(tmp_path, capsys) -> None:
+@pytest.mark.usefixtures("in_this_process")
+def test_a_study_is_done_once_and_a_failed_run_again(tmp_path, command) -> None:
     head, _, _ = STUDY.partition("  - name: low_rank")
     file, out = write(tmp_path, head + DIVERGING), tmp_path / "out"
-    assert ended("run", file, "--output", out, "--method", "linear") == 0
-    assert ended("status", out) == 0
-    assert "tiny: 2 planned = 1 done + 0 failed + 0 pending + 0 running + 1 skipped" in capsys.readouterr().out
-    assert ended("run", file, "--output", out) == 1
-    said = capsys.readouterr()
+    run = ("run", file, "--output", out)
+    command(*run, "--method", "linear")
+    assert "tiny: 2 planned = 1 done + 0 failed + 0 pending + 0 running + 1 skipped" in command("status", out).out
+    said = command(*run, code=1)
     assert "1 run failed:" in said.err
     assert "tiny/diverging/seed_0: DivergedError" in said.err
     assert "[1/1] tiny/diverging/seed_0: FAILED, DivergedError" in said.out
     assert {r.spec.experiment.name: r.status for r in read_records(out)} == {"probe": "done", "diverging": "failed"}
     before = snapshot(out)
-    assert ended("plan", file, "--output", out) == 0
-    assert "2 runs: 1 to do" in capsys.readouterr().out
-    assert ended("status", out) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    assert "2 runs: 1 to do" in command("plan", file, "--output", out).out
+    assert command("status", out).out.splitlines() == [
         "tiny: 2 planned = 1 done + 1 failed + 0 pending + 0 running + 0 skipped",
         f"  failed   diverging/seed_0: {next(r.error for r in read_records(out) if r.status == 'failed')}",
     ]
-    assert ended("run", file, "--output", out, "--skip-failed") == 1
-    assert "tiny/diverging/seed_0: DivergedError" in capsys.readouterr().err
+    assert "tiny/diverging/seed_0: DivergedError" in command(*run, "--skip-failed", code=1).err
     assert snapshot(out) == before
-    assert ended("run", file, "--output", out, "--method", "linear") == 0
-    assert "1 run: 0 to do, 1 already done and skipped." in capsys.readouterr().out
-    assert ended("run", file, "--output", out) == 1
-    assert "attempt 2: DivergedError" in "".join([str(ended("status", out)), capsys.readouterr().out])
+    assert "1 run: 0 to do, 1 already done and skipped." in command(*run, "--method", "linear").out
+    command(*run, code=1)
+    assert "attempt 2: DivergedError" in command("status", out).out
 
 
 @pytest.mark.part("runner")
-def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, capsys) -> None:
+@pytest.mark.usefixtures("in_this_process")
+def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, command) -> None:
     head, _, _ = STUDY.partition("  - name: low_rank")
     head = head.replace("method: linear", "method: full")  # a probe alone would refuse the study's epochs
     file, out = write(tmp_path, head), tmp_path / "out"
-    assert ended("run", file, "--output", out) == 0
+    command("run", file, "--output", out)
     record = out / "tiny/probe/seed_0/record.json"
     written = record.stat().st_mtime_ns
     for old, new in (("batch_size: 8", "batch_size: 4"), ("seeds: [0]", "seeds: [1]"), ("name: probe", "name: other")):
-        said = refusal(capsys, "run", write(tmp_path, head.replace(old, new)), "--output", out, details=True)
+        said = command("run", write(tmp_path, head.replace(old, new)), "--output", out, code=2).err
         assert f"{out / 'tiny/study.json'}: configuration: was begun with another configuration" in said.splitlines()[0]
         assert f"+++ {file}" in said
     more = head.replace("seeds: [0]", "description: more\nexecution: {retries: 0}\nseeds: [0, 1]")
-    assert ended("run", write(tmp_path, more), "--output", out) == 0
-    assert ended("status", out) == 0
-    assert "tiny: 2 planned = 2 done + 0 failed + 0 pending + 0 running + 0 skipped" in capsys.readouterr().out
+    command("run", write(tmp_path, more), "--output", out)
+    assert "tiny: 2 planned = 2 done + 0 failed + 0 pending + 0 running + 0 skipped" in command("status", out).out
     assert record.stat().st_mtime_ns == written
-    assert ended("repair", out) == 0
-    assert capsys.readouterr().out == f"{out / 'tiny/runs.parquet'}: 2 runs\n"
+    assert command("repair", out).out == f"{out / 'tiny/runs.parquet'}: 2 runs\n"
     for format in ("md", "html"):
-        assert ended("report", out, "--format", format) == 0
+        command("report", out, "--format", format)
 
 
 @pytest.mark.parametrize(
@@ -321,89 +262,82 @@ def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, capsys) -> None:
         (["{file}"], "is of one study, and 2 are given; give one, or leave --minutes out"),
     ],
 )
-def test_what_minutes_cannot_be_combined_with(options, said, tmp_path, capsys) -> None:
+def test_what_minutes_cannot_be_combined_with(options, said, tmp_path, refused) -> None:
     file = write(tmp_path)
     options = [option.format(file=file) for option in options]
-    line = refusal(capsys, "run", file, "--output", tmp_path / "out", "--minutes", "10", *options)
+    line = refused("run", file, "--output", tmp_path / "out", "--minutes", "10", *options)
     assert line == f"error: --minutes: {said}"
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.part("runner")
-def test_a_study_within_minutes(tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.usefixtures("in_this_process")
+def test_a_study_within_minutes(tmp_path, command, monkeypatch) -> None:
     head, _, _ = STUDY.partition("  - name: adaptive")
     file, out = write(tmp_path, head), tmp_path / "out"
-    command = ("run", file, "--output", out, "--minutes", "60")
-    assert ended(*command, "--dry-run") == 0
-    said = capsys.readouterr().out
-    assert "60 minutes, 2 experiments x 1 of 1 seeds: all of the study." in said
+    run = ("run", file, "--output", out, "--minutes", "60")
+    assert "60 minutes, 2 experiments x 1 of 1 seeds: all of the study." in command(*run, "--dry-run").out
     assert not out.exists()
     with monkeypatch.context() as patch:  # a time that is over as soon as it begins
-        patch.setattr("peft_vit.studies.deadline.Deadline.over", True)
-        assert ended(*command) == 0
-    said = capsys.readouterr().out
+        patch.setattr("peft_vit.studies.time_limit.Deadline.over", True)
+        said = command(*run).out
     assert "2 runs of the study are left; the same command goes on with them, for another 60 minutes." in said
-    assert ended("status", out) == 0
-    assert "tiny: 2 planned = 0 done + 0 failed + 2 pending" in capsys.readouterr().out
+    assert "tiny: 2 planned = 0 done + 0 failed + 2 pending" in command("status", out).out
     begun = read_study_file(out / "tiny")
     assert begun.limited == Limited(asked=load_study(file), first=("probe", "low_rank"))
     assert not begun.smaller_than_asked
-    assert ended(*command) == 0
-    assert "are left" not in capsys.readouterr().out
+    assert "are left" not in command(*run).out
     assert {record.status for record in read_records(out)} == {"done"}
     before = snapshot(out)
-    assert ended(*command) == 0
-    said = capsys.readouterr().out
+    said = command(*run).out
     assert "2 runs: 0 to do, 2 already done and skipped." in said
     assert "measuring" not in said  # finished runs tell what there is to know
     assert snapshot(out) == before
-    assert ended("run", file, "--output", out) == 0
-    assert ended("report", out) == 0
+    command("run", file, "--output", out)
+    command("report", out, "--format", "md")
 
 
 @pytest.mark.part("runner")
-def test_time_that_is_left_over_is_spent_on_what_it_is_enough_for(tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.usefixtures("in_this_process")
+def test_time_that_is_left_over_is_spent_on_what_it_is_enough_for(tmp_path, command, monkeypatch) -> None:
     """The choice is made again when all that was taken is done: first for no more, in another call for one more."""
     head, _, _ = STUDY.partition("  - name: adaptive")
-    command = ("run", write(tmp_path, head), "--output", tmp_path / "out", "--minutes", "60")
+    run = ("run", write(tmp_path, head), "--output", tmp_path / "out", "--minutes", "60")
     choices = [Choice(experiments, 1, None, fits=True) for experiments in (1, 1, 1, 2)]
     monkeypatch.setattr("peft_vit.studies.within.choose", lambda *_, **__: choices.pop(0))
-    assert ended(*command) == 0
-    said = capsys.readouterr().out
+    said = command(*run).out
     assert "Left for a later call: 1 experiment (low_rank)." in said
     assert "1 run of the study is left; the same command goes on with it, for another 60 minutes." in said
-    assert ended("status", tmp_path / "out") == 0
-    assert "tiny: 2 planned = 1 done + 0 failed + 0 pending + 0 running + 1 skipped" in capsys.readouterr().out
-    assert ended(*command) == 0
-    assert " left; the same command" not in capsys.readouterr().out
+    done = "tiny: 2 planned = 1 done + 0 failed + 0 pending + 0 running + 1 skipped"
+    assert done in command("status", tmp_path / "out").out
+    assert " left; the same command" not in command(*run).out
     assert len(list(read_records(tmp_path / "out"))) == 2
 
 
 @pytest.mark.part("runner")
-def test_who_comes_second_leaves_and_names_the_first(tmp_path, capsys) -> None:
+def test_who_comes_second_leaves_and_names_the_first(tmp_path, command, refused) -> None:
     file, out = write(tmp_path), tmp_path / "out"
     with study_lock(out / "tiny"):
-        line = refusal(capsys, "run", file, "--output", out)
+        line = refused("run", file, "--output", out)
         assert f"{out / 'tiny'}: another command works on this study, process {os.getpid()} on " in line
         done = python("-c", SECOND, str(file), str(out))  # and has not waited for torch before
         assert (done.returncode, done.stdout) == (2, "")
-        assert ended("plan", file, "--output", out) == 0  # planning disturbs nobody
+        command("plan", file, "--output", out)  # planning disturbs nobody
     assert not out.exists()
 
 
 @pytest.mark.part("runner")
-def test_what_status_and_repair_cannot_read(tmp_path, capsys) -> None:
+def test_what_status_and_repair_cannot_read(tmp_path, command, refused) -> None:
     folder = tmp_path / "out" / "tiny"
     folder.mkdir(parents=True)
-    for command in ("status", "repair"):
-        assert "holds no study; run one first" in refusal(capsys, command, tmp_path / "out")
-        assert "does not exist" in refusal(capsys, command, tmp_path / "nowhere")
+    for name in ("status", "repair"):
+        assert "holds no study; run one first" in refused(name, tmp_path / "out")
+        assert "does not exist" in refused(name, tmp_path / "nowhere")
     (folder / "ledger.jsonl").write_text("{}\n{}\n")
-    assert ended("status", tmp_path / "out") == 0
-    assert "ledger.jsonl: line 1 and 1 more can't be read" in capsys.readouterr().out
+    assert "ledger.jsonl: line 1 and 1 more can't be read" in command("status", tmp_path / "out").out
     (folder / "study.json").write_text("{}")
-    for command in ("status", "repair"):
-        assert "study.json: smoke: Field required; move it away" in refusal(capsys, command, tmp_path / "out")
+    for name in ("status", "repair"):
+        assert "study.json: smoke: Field required; move it away" in refused(name, tmp_path / "out")
 
 
 SECOND = """
@@ -417,13 +351,10 @@ except SystemExit as end:
 """
 
 
-def test_lists(capsys, monkeypatch) -> None:
+def test_lists(command, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")  # narrower, names are folded
-    for command, wanted in (("datasets", "elpv"), ("models", "vit_small_patch14_dinov2")):
-        with pytest.raises(SystemExit) as ended:
-            main([command])
-        assert ended.value.code == 0
-        assert wanted in capsys.readouterr().out
+    for name, wanted in (("datasets", "elpv"), ("models", "vit_small_patch14_dinov2")):
+        assert wanted in command(name).out
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

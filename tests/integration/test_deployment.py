@@ -16,92 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from peft_vit.cli import main
 from peft_vit.deployment import ModelCard, save_low_bit
 from peft_vit.runs.export import restore_run
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-_QA_LORA = {
-    "quantization_bits": 4,
-    "quantization_type": "int4",
-    "quantization_schedule": "constant",
-    "gradient_scaling_factor": 1.0,
-    "rank": 2,
-    "use_group_quantization": True,
-    "group_size": 32,
-}
-EXPERIMENTS = {
-    "lora": {"method": "lora", "lora": {"rank": 2, "scale": 1.7}},
-    "full": {"method": "full"},
-    "theirs": {"method": "peft_lora", "peft_lora": {"rank": 2, "scale": 1.7}},
-    "int4": {"method": "qa_lora", "qa_lora": _QA_LORA},
-    "nf4": {"method": "qa_lora", "qa_lora": {**_QA_LORA, "quantization_type": "nf4", "group_size": 16}},
-    "adaptive": {
-        "method": "qa_adalora",
-        "qa_lora": {key: value for key, value in _QA_LORA.items() if key != "rank"},
-        "adalora": {
-            "importance_metric": "sensitivity",
-            "update_frequency": 1,
-            "warmup_steps": 2,
-            "final_steps": 2,
-            "allocation_strategy": "global",
-            "total_rank_budget": 40,
-        },
-    },
-    "packed_probe": {
-        "method": "qa_linear",
-        "training": {},
-        "qa_lora": {
-            "quantization_bits": 4,
-            "quantization_type": "int4",
-            "use_group_quantization": True,
-            "group_size": 32,
-        },
-    },
-    "mixed": {
-        "method": "qa_lora",
-        "qa_lora": {
-            **{key: value for key, value in _QA_LORA.items() if not key.startswith("quantization_")},
-            "quantization_schedule": "constant",
-            "adaptive_bits": {"average_bits": 6.0, "calibration_images": 8},
-        },
-    },
-    "by_row": {
-        "method": "qa_lora",
-        "qa_lora": {key: value for key, value in _QA_LORA.items() if key != "group_size"}
-        | {"use_group_quantization": False},
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """Write colour images of three classes, to train on and to predict."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for label, colour in enumerate(((200, 60, 60), (60, 200, 60), (60, 60, 200))):
-        (root / f"class_{label}").mkdir()
-        for number in range(16):
-            pixels = rng.normal(colour, 70, (20, 30, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / f"class_{label}" / f"{number:02}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def runs(images, do_runs) -> dict[str, Path]:
-    return do_runs(EXPERIMENTS, dataset="image-folder", path=str(images), validation_images=12, test_images=12)
-
-
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-def command(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 def expected(run_dir: Path, files: list[Path]) -> dict[Path, tuple[str, float]]:
@@ -138,27 +58,28 @@ def predicted_elsewhere(models: list[tuple[object, ...]], *images: Path) -> list
 
 
 @pytest.mark.slow
-def test_every_export_says_in_another_process_what_the_run_does(runs, images, weights, tmp_path, capsys) -> None:
+def test_every_export_says_in_another_process_what_the_run_does(run_of, images, weights, tmp_path, command) -> None:
+    names = ("lora", "full", "theirs", "int4", "nf4", "int4_adaptive", "packed_linear", "mixed", "by_row")
     models: list[tuple[object, ...]] = []
     sources = []
-    for name, run_dir in runs.items():
+    for name in names:
+        run_dir = run_of(name)
         models.append((run_dir,))
         sources.append(name)
         for kind in ("safetensors", "onnx") if name in ("lora", "int4") else ("safetensors",):
-            assert command("export", run_dir, "--format", kind, "--output", tmp_path / f"{name}.{kind}") == 0
-            models.append((tmp_path / f"{name}.{kind}",))
+            file = tmp_path / f"{name}.{kind}"
+            assert "12 validation images" in command("export", run_dir, "--format", kind, "--output", file).out
+            models.append((file,))
             sources.append(name)
         if name in ("lora", "theirs"):
-            assert command("export", run_dir, "--output", tmp_path / name) == 0
+            command("export", run_dir, "--output", tmp_path / name)
             models.append((tmp_path / name, "--weights", weights))
             sources.append(name)
-    printed = capsys.readouterr().out
-    assert "12 validation images" in printed
     files = sorted(images.rglob("*.png"))
     for model, name, found in zip(models, sources, predicted_elsewhere(models, images), strict=True):
-        wanted = expected(runs[name], files)
+        wanted = expected(run_of(name), files)
         assert list(found) == files
-        exact = name != "by_row" or model == (runs[name],)
+        exact = name != "by_row" or model == (run_of(name),)
         for file in files:
             if exact:
                 assert found[file][0] == wanted[file][0], (model, file)
@@ -167,14 +88,9 @@ def test_every_export_says_in_another_process_what_the_run_does(runs, images, we
             assert np.mean([found[file][0] == wanted[file][0] for file in files]) > 0.5
 
 
-def report(capsys, *arguments: object) -> str:
-    capsys.readouterr()
-    assert command("export", *arguments) == 0
-    return capsys.readouterr().out
-
-
-def test_merge_errors_are_printed(runs, tmp_path, capsys) -> None:
-    printed = report(capsys, runs["int4"], "--format", "safetensors", "--output", tmp_path / "model.safetensors")
+def test_merge_errors_are_printed(run_of, tmp_path, command) -> None:
+    to_file = ("--format", "safetensors", "--output", tmp_path / "model.safetensors")
+    printed = command("export", run_of("int4"), *to_file).out
     errors = {
         dtype: float(error)
         for dtype, error in re.findall(
@@ -184,45 +100,37 @@ def test_merge_errors_are_printed(runs, tmp_path, capsys) -> None:
     assert errors["float32"] < 1e-6 < errors["float16"] < 5e-3
     assert "stored: float16 offsets" in printed
     assert "100.00 % of predictions equal" in printed
-    printed = report(capsys, runs["by_row"], "--format", "safetensors", "--output", tmp_path / "model.safetensors")
+    printed = command("export", run_of("by_row"), *to_file).out
     assert "quantized anew" in printed
     assert re.search(r"with codes: relative error of the weights at most \d\.\de-\d\d \(blocks\.", printed)
     before, after = re.findall(r"accuracy (\S+) % before and (\S+) % after", printed)[0]
-    assert float(before) == pytest.approx(100 * restore_run(runs["by_row"]).record.validation.accuracy, abs=0.01)
+    assert float(before) == pytest.approx(100 * restore_run(run_of("by_row")).record.validation.accuracy, abs=0.01)
     assert 0 <= float(after) <= 100
 
 
-def test_missing_images_are_said(runs, images, tmp_path, capsys) -> None:
-    hidden = images.with_name("hidden")
+def test_missing_images_are_said(run_of, images, tmp_path, command) -> None:
+    run_dir, hidden = run_of("by_row"), images.with_name("hidden")
     images.rename(hidden)
     try:
-        printed = report(capsys, runs["by_row"], "--format", "safetensors", "--output", tmp_path / "model.safetensors")
+        said = command("export", run_dir, "--format", "safetensors", "--output", tmp_path / "model.safetensors")
     finally:
         hidden.rename(images)
-    assert "Not compared with the run's model" in printed
-    assert str(images) in printed
+    assert "Not compared with the run's model" in said.out
+    assert str(images) in said.out
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_bad_images_are_named_and_the_others_predicted(runs, images, tmp_path, capsys) -> None:
+def test_bad_images_are_named_and_the_others_predicted(run_of, images, tmp_path, command) -> None:
     good = images / "class_0" / "00.png"
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no image")
     bad = [tmp_path / "text.png", tmp_path / "nowhere.png", tmp_path / "empty"]
-    assert command("predict", runs["lora"], bad[0], good, *bad[1:], good) == 1
-    captured = capsys.readouterr()
-    assert [line.split("\t")[0] for line in captured.out.splitlines()] == [str(good), str(good)]
-    assert [str(path) in line for path, line in zip(bad, captured.err.splitlines(), strict=True)] == [True] * 3
+    said = command("predict", run_of("lora"), bad[0], good, *bad[1:], good, code=1)
+    assert [line.split("\t")[0] for line in said.out.splitlines()] == [str(good), str(good)]
+    assert [str(path) in line for path, line in zip(bad, said.err.splitlines(), strict=True)] == [True] * 3
 
 
-def refusal(capsys, *arguments: object) -> str:
-    capsys.readouterr()
-    assert command(*arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, capsys) -> None:
+def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, command) -> None:
     names = ("\x1b[2Ja", "two\nlines\tand a tab", "\u202egnp")
     card = ModelCard(
         run="s/e/seed_0",
@@ -239,42 +147,34 @@ def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, capsys) ->
     files = [tmp_path / name for name in ("\x1b]0;title\x07.png", "a\nb.png", "\udce9.png", "bad\x9b.png")]
     for file in files[:3]:
         shutil.copy(images / "class_0" / "00.png", file)
-    assert command("predict", tmp_path / "model.safetensors", *files) == 1
-    captured = capsys.readouterr()
-    assert len(captured.out.splitlines()) == 3
-    assert all(len(line.split("\t")) == 3 for line in captured.out.splitlines())
-    for line in (*captured.out.splitlines(), *captured.err.splitlines()):
-        assert line.replace("\t", "").isprintable()
-    assert r"\x9b" in captured.err
+    said = command("predict", tmp_path / "model.safetensors", *files, code=1)
+    assert [len(line.split("\t")) for line in said.out.splitlines()] == [3, 3, 3]
+    assert all(line.replace("\t", "").isprintable() for line in (said.out + said.err).splitlines())
+    assert r"\x9b" in said.err
 
 
-def test_what_is_no_model_is_refused(runs, images, weights, tmp_path, capsys) -> None:
-    image = images / "class_0" / "00.png"
-    assert "expected a .safetensors or .onnx file" in refusal(capsys, "predict", tmp_path, image)
+def test_what_is_no_model_is_refused(run_of, images, weights, tmp_path, command, refused) -> None:
+    def refusal(model: Path, *options: object) -> str:
+        return refused("predict", model, images / "class_0" / "00.png", *options)
+
+    assert "expected a .safetensors or .onnx file" in refusal(tmp_path)
     (tmp_path / "cut.onnx").write_bytes(b"")
-    assert "cut.onnx" in refusal(capsys, "predict", tmp_path / "cut.onnx", image)
-    assert "--weights" in refusal(capsys, "predict", tmp_path / "cut.onnx", image, "--weights", "hub")
-    assert "ends in .onnx" in refusal(
-        capsys, "export", runs["lora"], "--format", "onnx", "--output", tmp_path / "x.bin"
-    )
-    command("export", runs["lora"], "--output", tmp_path / "peft")
-    assert "give their path with --weights" in refusal(capsys, "predict", tmp_path / "peft", image)
+    assert "cut.onnx" in refusal(tmp_path / "cut.onnx")
+    assert "--weights" in refusal(tmp_path / "cut.onnx", "--weights", "hub")
+    to_onnx = ("--format", "onnx", "--output", tmp_path / "x.bin")
+    assert "ends in .onnx" in refused("export", run_of("lora"), *to_onnx)
+    exported = tmp_path / "peft"
+    command("export", run_of("lora"), "--output", exported)
+    assert "give their path with --weights" in refusal(exported)
     save_file(timm.create_model("test_vit", img_size=32).state_dict(), tmp_path / "other.safetensors")
-    line = refusal(capsys, "predict", tmp_path / "peft", image, "--weights", tmp_path / "other.safetensors")
-    assert "name the right ones" in line
-    card = tmp_path / "peft" / "peft_vit.json"
+    assert "name the right ones" in refusal(exported, "--weights", tmp_path / "other.safetensors")
+    card = exported / "peft_vit.json"
     content = json.loads(card.read_text())
     card.write_text(json.dumps(content | {"class_names": ["a", "b"]}))
-    line = refusal(capsys, "predict", tmp_path / "peft", image, "--weights", weights)
+    line = refusal(exported, "--weights", weights)
     assert "head.weight: expected shape (2, " in line
     assert line.endswith("; or peft_vit.json is wrong")
     card.write_text(json.dumps(content | {"model": "no_vit"}))
-    line = refusal(capsys, "predict", tmp_path / "peft", image, "--weights", weights)
-    assert "peft_vit.json: backbone.model: unknown model" in line
+    assert "peft_vit.json: backbone.model: unknown model" in refusal(exported, "--weights", weights)
     card.unlink()
-    assert "peft_vit.json" in refusal(capsys, "predict", tmp_path / "peft", image)
-
-
-def test_quantized_runs_go_elsewhere_than_to_peft(runs, tmp_path, capsys) -> None:
-    line = refusal(capsys, "export", runs["int4"], "--output", tmp_path / "peft")
-    assert "--format safetensors or onnx" in line
+    assert "peft_vit.json" in refusal(exported)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import ModuleType
 
+import evidence as evidence_module
 import pandas as pd
+import planted
 import pytest
 
 from peft_vit.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
-import evidence as evidence_module  # noqa: E402
-import planted  # noqa: E402
 
 EXPERIMENTS = planted.experiments()
 LORA, OTHER = EXPERIMENTS["lora_r8"], EXPERIMENTS["lora_r1"]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
+import evidence
+import few_labels
+import length
 import pandas as pd
+import planted
 import pytest
 
 from peft_vit.config import load_study
 from peft_vit.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
-import evidence  # noqa: E402
-import few_labels  # noqa: E402
-import length  # noqa: E402
-import planted  # noqa: E402
 
 PAGES = pytest.mark.parametrize(
     ("document", "name", "script"),

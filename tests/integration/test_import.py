@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from written_runs import run_and_write
 
 from peft_vit.adapters import site_adapters
 from peft_vit.adapters.peft_files import peft_sha256
 from peft_vit.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft
-from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, read_record
 from peft_vit.runs.export import restore_run
@@ -31,28 +29,16 @@ MODEL = ("--model", "test_vit", "--image-size", "32", "--threads", "1")
 INPUT = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """Make a folder of 2 classes whose grey level tells the class."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for level, name in ((40, "dark"), (160, "light")):
-        (folder / name).mkdir()
-        for place in range(20):
-            pixels = (level + rng.integers(0, 60, (36, 36, 3))).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{place}.png")
-    return folder
-
-
-def plain_model(weights: Path, classes: int = 2):
+def plain_model(weights: Path):
     model = timm.create_model("test_vit", img_size=32)
     model.load_state_dict(load_file(weights))
-    model.reset_classifier(classes)
+    model.reset_classifier(3)
     return model
 
 
 @pytest.fixture(scope="module")
 def adapter(weights, tmp_path_factory) -> Path:
-    """Save a PEFT LoRA adapter with a head of 2 classes, its factors random, as if trained."""
+    """Save a PEFT LoRA adapter with a head of 3 classes, its factors random, as if trained."""
     folder = tmp_path_factory.mktemp("adapter")
     config = peft.LoraConfig(r=3, lora_alpha=4.5, target_modules=["qkv", "fc1"], modules_to_save=["head"])
     theirs = peft.get_peft_model(plain_model(weights), config)
@@ -65,15 +51,17 @@ def adapter(weights, tmp_path_factory) -> Path:
     return folder
 
 
+def changed(adapter: Path, folder: Path, tensors=None, **config) -> Path:
+    shutil.copytree(adapter, folder)
+    (folder / CONFIG_FILE).write_text(json.dumps(json.loads((folder / CONFIG_FILE).read_text()) | config))
+    if tensors is not None:
+        save_file(tensors(load_file(folder / TENSORS_FILE)), folder / TENSORS_FILE)
+    return folder
+
+
 def logits(model) -> torch.Tensor:
     with torch.inference_mode():
         return model.eval()(INPUT)
-
-
-def command(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
 
 
 def planned(adapter: Path, images: Path, weights: Path, out: Path, *, seed: int = 0) -> PlannedRun:
@@ -98,32 +86,16 @@ def imported(adapter: Path, images: Path, weights: Path, out: Path, *, seed: int
     return run_and_write(planned(adapter, images, weights, out, seed=seed).spec, out)
 
 
-def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp_path) -> None:
+@pytest.mark.usefixtures("in_this_process")
+def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp_path, command) -> None:
     before = logits(peft.PeftModel.from_pretrained(plain_model(weights), adapter))
     start = plain_model(weights)
     import_peft(start, adapter)
     torch.testing.assert_close(logits(start), before, rtol=0, atol=1e-5)
 
-    code = command(
-        "train",
-        images,
-        "--method",
-        "lora",
-        "--init-adapter",
-        adapter,
-        *MODEL,
-        "--weights",
-        weights,
-        "--epochs",
-        "8",
-        "--learning-rate",
-        "1e-2",
-        "--shots",
-        "4",
-        "--output",
-        tmp_path / "out",
-    )
-    assert code == 0
+    asked = ("--method", "lora", "--init-adapter", adapter, *MODEL, "--weights", weights)
+    length = ("--epochs", "8", "--learning-rate", "1e-2", "--shots", "4")
+    command("train", images, *asked, *length, "--output", tmp_path / "out")
     run = tmp_path / "out" / "own-images" / "imported" / "seed_0"
     record = read_record(run / "record.json")
     assert (record.status, record.warnings) == ("done", [])
@@ -132,19 +104,18 @@ def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp
     assert record.spec.experiment.lora.start == str(adapter)
     assert [(s.name, s.matrix) for s in record.sites[:2]] == [("blocks.0.attn.qkv", "qkv"), ("blocks.0.mlp.fc1", "fc1")]
     assert set(record.rank_history[0].ranks.values()) == {3}
-    assert record.parameters.final == 6 * 2 * 3 * (64 + 192) + 2 * 65
+    assert record.parameters.final == 6 * 2 * 3 * (64 + 192) + 3 * 65
 
     trained = logits(restore_run(run).model)
     assert (trained - before).abs().max() > 0.01
-    assert command("export", run, "--format", "peft", "--output", tmp_path / "again") == 0
+    command("export", run, "--format", "peft", "--output", tmp_path / "again")
     theirs = peft.PeftModel.from_pretrained(plain_model(weights), tmp_path / "again")
     torch.testing.assert_close(logits(theirs), trained, rtol=0, atol=1e-5)
-    assert command("report", tmp_path / "out") == 0
+    command("report", tmp_path / "out")
 
 
 def test_a_finished_run_knows_its_start_and_is_restored_without_it(adapter, images, weights, tmp_path) -> None:
-    mine, out = tmp_path / "mine", tmp_path / "out"
-    shutil.copytree(adapter, mine)
+    mine, out = changed(adapter, tmp_path / "mine"), tmp_path / "out"
     first = imported(mine, images, weights, out)
     assert planned(mine, images, weights, out).done
     config = json.loads((mine / CONFIG_FILE).read_text())
@@ -162,41 +133,39 @@ def test_a_finished_run_knows_its_start_and_is_restored_without_it(adapter, imag
 
 @pytest.mark.parametrize("case", ["other size", "none"])
 def test_a_head_that_does_not_fit_starts_afresh_and_says_so(adapter, images, weights, tmp_path, case) -> None:
-    mine = tmp_path / "mine"
-    shutil.copytree(adapter, mine)
-    tensors, config = load_file(mine / TENSORS_FILE), json.loads((mine / CONFIG_FILE).read_text())
-    heads = {name: tensors.pop(name) for name in list(tensors) if ".head." in name}
-    assert len(heads) == 2
-    if case == "none":
-        config["modules_to_save"] = None
-    else:
-        tensors |= {name: torch.cat([tensor, tensor]) for name, tensor in heads.items()}
-    (mine / CONFIG_FILE).write_text(json.dumps(config))
-    save_file(tensors, mine / TENSORS_FILE)
+    def with_such_a_head(tensors):
+        heads = {name: tensors.pop(name) for name in list(tensors) if ".head." in name}
+        assert len(heads) == 2
+        return tensors if case == "none" else tensors | {name: torch.cat([one, one]) for name, one in heads.items()}
+
+    mine = changed(
+        adapter, tmp_path / "mine", with_such_a_head, **({"modules_to_save": None} if case == "none" else {})
+    )
     record = imported(mine, images, weights, tmp_path / "out")
     (warning,) = record.warnings
-    brought = "no head" if case == "none" else "a head of 4 classes"
-    assert f"brings {brought} and these images have 2: the head is fresh" in warning
-    assert record.test.n == 8
+    brought = "no head" if case == "none" else "a head of 6 classes"
+    assert f"brings {brought} and these images have 3: the head is fresh" in warning
+    assert record.test.n == 9
     head = record.provenance.head_init_sha256
     assert head != imported(adapter, images, weights, tmp_path / "with").provenance.head_init_sha256
 
 
 def test_doubts_about_the_base_are_said_once(adapter, images, weights, tmp_path) -> None:
-    mine = tmp_path / "mine"
-    shutil.copytree(adapter, mine)
-    config = json.loads((mine / CONFIG_FILE).read_text())
-    (mine / CONFIG_FILE).write_text(json.dumps({**config, "base_model_name_or_path": "timm/test_vit.r160_in1k"}))
-    assert imported(mine, images, weights, tmp_path / "same").warnings == []
-    (mine / CONFIG_FILE).write_text(json.dumps({**config, "base_model_name_or_path": "timm/vit_tiny_patch16_224"}))
-    base = {"weights_name": "file other.safetensors", "weights_sha256": "0" * 64, "class_names": ["light", "dark"]}
+    same = changed(adapter, tmp_path / "same", base_model_name_or_path="timm/test_vit.r160_in1k")
+    assert imported(same, images, weights, tmp_path / "out").warnings == []
+    mine = changed(adapter, tmp_path / "mine", base_model_name_or_path="timm/vit_tiny_patch16_224")
+    base = {
+        "weights_name": "file other.safetensors",
+        "weights_sha256": "0" * 64,
+        "class_names": ["class_1", "class_0", "class_2"],
+    }
     (mine / "peft_vit.json").write_text(json.dumps(base))
     named, trained, classes = imported(mine, images, weights, tmp_path / "other").warnings
     assert "names the base model 'timm/vit_tiny_patch16_224' and this run adapts test_vit" in named
     assert "PEFT's files can't tell whether the weights agree" in named
     assert "other.safetensors" in trained
     assert "0" * 64 in trained
-    assert "['light', 'dark'] and this run has ['dark', 'light']" in classes
+    assert "['class_1', 'class_0', 'class_2'] and this run has ['class_0', 'class_1', 'class_2']" in classes
 
 
 @pytest.mark.parametrize(
@@ -207,31 +176,23 @@ def test_doubts_about_the_base_are_said_once(adapter, images, weights, tmp_path)
         (("--method", "lora", "--head-start", "probe"), "--head-start: is the adapter's own with --init-adapter"),
     ],
 )
-def test_what_an_adapter_has_decided_is_not_asked_for(options, said, adapter, images, tmp_path, capsys) -> None:
-    out = tmp_path / "out"
-    assert command("train", images, *options, "--init-adapter", adapter, *MODEL, "--output", out) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
-    assert not out.exists()
+def test_what_an_adapter_has_decided_is_not_asked_for(options, said, adapter, images, tmp_path, refused) -> None:
+    start = ("--init-adapter", adapter, *MODEL, "--output", tmp_path / "out")
+    assert said in refused("train", images, *options, *start)
+    assert not (tmp_path / "out").exists()
 
 
-def refusal(capsys, adapter: Path, images: Path, weights: Path, out: Path) -> str:
-    """Return the one line that the command prints, after checking that no run began."""
-    before = sorted(out.rglob("*"))
-    capsys.readouterr()
-    start = ("--method", "lora", "--init-adapter", adapter)
-    assert command("train", images, *start, *MODEL, "--weights", weights, "--epochs", "8", "--output", out) == 2
-    assert sorted(out.rglob("*")) == before
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+@pytest.fixture
+def refusal(refused, images: Path, weights: Path, tmp_path: Path) -> Callable[..., str]:
+    """Return a call of the training with an adapter: the one line that it prints, after checking that no run began."""
 
+    def call(adapter: Path, images: Path = images) -> str:
+        start = ("--method", "lora", "--init-adapter", adapter, *MODEL, "--weights", weights)
+        line = refused("train", images, *start, "--epochs", "8", "--output", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return line
 
-def changed(adapter: Path, folder: Path, tensors=None, **config) -> Path:
-    shutil.copytree(adapter, folder)
-    (folder / CONFIG_FILE).write_text(json.dumps(json.loads((folder / CONFIG_FILE).read_text()) | config))
-    if tensors is not None:
-        save_file(tensors(load_file(folder / TENSORS_FILE)), folder / TENSORS_FILE)
-    return folder
+    return call
 
 
 def of_other_width(tensors):
@@ -255,29 +216,28 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_what_does_not_fit_is_one_line_before_any_work(adapter, images, weights, tmp_path, capsys, case) -> None:
+def test_what_does_not_fit_is_one_line_before_any_work(adapter, tmp_path, refusal, case) -> None:
     config, tensors, said = UNFIT[case]
     mine = changed(adapter, tmp_path / "mine", tensors, **config)
-    line = refusal(capsys, mine, images, weights, tmp_path / "out")
+    line = refusal(mine)
     assert "experiments[0].lora.start: " in line
     assert str(mine) in line
     assert said in line
 
 
-def test_a_note_on_the_base_that_is_none(adapter, images, weights, tmp_path, capsys) -> None:
+def test_a_note_on_the_base_that_is_none(adapter, tmp_path, refusal) -> None:
     mine = changed(adapter, tmp_path / "mine")
     for content, said in (("[]", "is not what `peft-vit export` writes"), ("{", "is not a readable JSON file")):
         (mine / "peft_vit.json").write_text(content)
-        line = refusal(capsys, mine, images, weights, tmp_path / "out")
+        line = refusal(mine)
         assert "peft_vit.json" in line
         assert said in line
 
 
-def test_folders_that_hold_no_adapter(adapter, images, weights, tmp_path, capsys) -> None:
-    assert "is no folder" in refusal(capsys, tmp_path / "nowhere", images, weights, tmp_path / "out")
+def test_folders_that_hold_no_adapter(adapter, tmp_path, refusal) -> None:
+    assert "is no folder" in refusal(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert CONFIG_FILE in refusal(capsys, tmp_path / "empty", images, weights, tmp_path / "out")
+    assert CONFIG_FILE in refusal(tmp_path / "empty")
     shutil.copy(adapter / CONFIG_FILE, tmp_path / "empty")
-    assert TENSORS_FILE in refusal(capsys, tmp_path / "empty", images, weights, tmp_path / "out")
-    line = refusal(capsys, adapter, tmp_path / "no images", weights, tmp_path / "out")
-    assert "no images" in line
+    assert TENSORS_FILE in refusal(tmp_path / "empty")
+    assert "no images" in refusal(adapter, tmp_path / "no images")

@@ -154,8 +154,7 @@ def agreement(model: nn.Module, task: Task) -> float:
 
 def test_only_the_planted_sites_can_help() -> None:
     task, model = Task(0), network()
-    sites = find_sites(model, TARGETS)
-    attach_adapters(model, sites, {site.name: 4 for site in sites}, scale=SCALE, seed=0)
+    attach_adapters(model, find_sites(model, TARGETS), 4, scale=SCALE, seed=0)
     images, _ = task.batch()
     changes = {}
     for name, adapter in site_adapters(model).items():

@@ -1,11 +1,14 @@
 """QALoRATrainer in others' loops: on a model that PEFT has wrapped, in transformers' Trainer, beside the controller."""
 
+from functools import partial
+
 import pytest
 import torch
+from qa_lora_settings import config
 from torch.nn import functional as F
-from with_loss import WithLoss
+from with_loss import trainer_of
 
-from peft_vit import AdaLoraConfig, AdaLoRAController, QaLoraConfig, QALoRATrainer
+from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
 from peft_vit.adapters import AdaptedLinear, adapted_modules, current_ranks, merge_by_requantizing, site_adapters
 from peft_vit.adapters.peft_format import import_peft
 from peft_vit.errors import SilentNoEffectWarning, UserError
@@ -18,25 +21,13 @@ STEPS = 8
 TARGETS = ["qkv", "attn.proj", "fc1", "fc2"]
 
 
-def settings(**changes) -> QaLoraConfig:
-    default = {
-        "quantization_bits": 4,
-        "quantization_type": "nf4",
-        "quantization_schedule": "constant",
-        "gradient_scaling_factor": 1.0,
-        "use_group_quantization": True,
-        "group_size": 16,
-        "quantization_offset": False,
-    }
-    return QaLoraConfig(**{**default, **changes})
-
-
+settings = partial(config, quantization_offset=False)
 LINEAR = {"quantization_schedule": "linear", "quantization_warmup_steps": 2, "quantization_end_step": 6}
 
 
 def wrapped(model, **changes):
-    config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "modules_to_save": ["head"], **changes}
-    return peft.get_peft_model(model, peft.LoraConfig(**config))
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "modules_to_save": ["head"], **changes}
+    return peft.get_peft_model(model, peft.LoraConfig(**lora))
 
 
 def optimizer_of(model, rate: float = 1e-2):
@@ -189,22 +180,7 @@ def test_transformers_trainer_does_what_a_plain_loop_does(tiny_vit, batch, tmp_p
         return model, QALoRATrainer(model, config, STEPS, clip_norm=None)
 
     model, quantizer = prepared()
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=STEPS,
-        per_device_train_batch_size=6,
-        learning_rate=1e-2,
-        max_grad_norm=0,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        use_cpu=True,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    images, labels = batch
-    data = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
-    trainer = transformers.Trainer(model=WithLoss(model), args=arguments, train_dataset=data)
+    trainer = trainer_of(model, batch, tmp_path, STEPS, optim="sgd", lr_scheduler_type="constant")
     trainer.add_callback(Quantize(quantizer))
     trainer.train()
     assert [row["share"] for row in quantizer.share_history] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
@@ -224,17 +200,7 @@ def test_transformers_trainer_does_what_a_plain_loop_does(tiny_vit, batch, tmp_p
 def test_adam_that_accelerate_has_wrapped_is_known(tiny_vit, batch, tmp_path) -> None:
     model = tiny_vit()
     quantizer = QALoRATrainer(model, settings(gradient_scaling_factor=2.0, rank=2), 1)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        per_device_train_batch_size=6,
-        use_cpu=True,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    data = [{"pixel_values": x, "labels": y} for x, y in zip(*batch, strict=True)]
-    trainer = transformers.Trainer(model=WithLoss(model), args=arguments, train_dataset=data)
+    trainer = trainer_of(model, batch, tmp_path, steps=1)
     trainer.add_callback(Quantize(quantizer))
     with pytest.warns(SilentNoEffectWarning, match=r"gradient_scaling_factor 2\.0 nearly cancels under AdamW"):
         trainer.train()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import planted
 import pytest
+import quantization_evidence as evidence
+from evidence import filled
 from scipy import stats
 
 from peft_vit.config import load_study
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "experiments" / "configs"
-sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
-import planted  # noqa: E402
-import quantization_evidence as evidence  # noqa: E402
 
 STUDY = load_study(CONFIGS / "quantization_ablation.yaml")
 SEEDS = 10
@@ -269,6 +268,6 @@ def test_records_become_rows() -> None:
 
 
 def test_the_document_holds_the_tables_of_the_files() -> None:
-    text = evidence.DOCUMENT.read_text(encoding="utf-8")
-    assert evidence.with_tables(text) == text
-    assert all(f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text for name in (*evidence.TABLES, "sentences"))
+    text, tables = evidence.DOCUMENT.read_text(encoding="utf-8"), evidence.tables()
+    assert filled(text, tables) == text
+    assert all(f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text for name in tables)

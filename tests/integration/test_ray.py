@@ -1,24 +1,18 @@
 """Runs on Ray: on one node, on two and after one of them is lost the results are those of this process."""
 
-import os
-import re
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
+from at_work import at_work, events_of, left_by_killed_driver, of
 from ray.cluster_utils import Cluster
-from ray_clusters import PATIENCE_S, small_cluster
+from ray_clusters import small_cluster
 
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.errors import UserError
-from peft_vit.records import Registration, outcome_digest, read_records
+from peft_vit.records import outcome_digest, read_records
 from peft_vit.records.ledger import LEDGER_FILE, read_ledger
 from peft_vit.runs import run_one
 from peft_vit.studies import plan_study
@@ -29,8 +23,6 @@ from peft_vit.studies.lock import study_lock
 from peft_vit.studies.scheduler import drive
 
 pytestmark = [pytest.mark.part("runner"), pytest.mark.slow]
-
-WRITTEN_DOWN = Registration(sha256="1" * 64, hypotheses={"h": "2" * 64})
 
 EXPERIMENTS = {
     "full": {"method": "full"},
@@ -79,21 +71,6 @@ def cluster() -> Iterator[Cluster]:
         yield made
 
 
-def events_of(executor: RayExecutor, until: Callable[[list], object]) -> list:
-    """Return what happens until the condition holds of all that has happened."""
-    events: list = []
-    deadline = time.monotonic() + PATIENCE_S
-    while not until(events):
-        assert time.monotonic() < deadline, [event for event in events if not isinstance(event, RunProgress)]
-        event = executor.next_event(0.2)
-        events += [] if event is None else [event]
-    return events
-
-
-def of(events: list, kind: type, name: str | None = None) -> list:
-    return [one for one in events if isinstance(one, kind) and name in (None, one.run.spec.experiment.name)]
-
-
 def kinds_of(events: list, name: str) -> list[type]:
     return [type(event) for event in of(events, object, name)]
 
@@ -102,16 +79,11 @@ def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> No
     plan = plan_of(study(adalora=2, full=100_000, lora=2), tmp_path)
     expected = outcome_digest(run_one(plan.runs[0].spec).record)
     with study_lock(tmp_path / "tiny"):
-        executor = open_executor("ray", plan, tmp_path, ray_address=cluster.address)
-        try:
-            for run in plan.runs:
-                executor.submit(replace(run, registration=WRITTEN_DOWN))
+        with at_work(open_executor("ray", plan, tmp_path, ray_address=cluster.address), *plan.runs) as executor:
             events = events_of(executor, lambda e: of(e, RunProgress, "full"))
             executor.stop()
             events += events_of(executor, lambda e: of(e, RunInterrupted))
             assert executor.next_event(0.5) is None
-        finally:
-            executor.close()
         step = events[-1].step
         assert step > 0
         assert (tmp_path / "tiny" / "full" / "seed_0" / f"checkpoint-{step}").is_dir()
@@ -120,7 +92,6 @@ def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> No
     assert not kinds_of(events, "lora")  # what had not started was forgotten
     assert outcome_digest(of(events, RunEnded)[0].record) == expected
     assert of(events, RunEnded)[0].adapter
-    assert of(events, RunEnded)[0].record.registration == WRITTEN_DOWN
     assert [one.progress.step for one in of(events, RunProgress, "adalora")] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert not ray.is_initialized()
 
@@ -173,66 +144,13 @@ def test_what_no_node_has_is_refused_before_any_run(cluster: Cluster, tmp_path: 
     assert not ray.is_initialized()
 
 
-DRIVER = """
-import sys
-from pathlib import Path
-from peft_vit.config import load_study
-from peft_vit.studies import plan_study
-from peft_vit.studies.events import RunStarted
-from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
-from ray_clusters import patient_ray
-
-if __name__ == "__main__":
-    file = Path(sys.argv[1])
-    with patient_ray():
-        executor = RayExecutor(sys.argv[2], Need(1), file.parent)
-    for run in plan_study(load_study(file), file.parent, file=file).runs:
-        executor.submit(run)
-    while True:
-        event = executor.next_event(1)
-        if isinstance(event, RunStarted):
-            print(event.worker, flush=True)
-"""
-STUDY = """
-{name: long, seeds: [0], threads: 1, device: cpu, precision: fp32, backbone: {model: test_vit, weights: random},
- data: {dataset: digits, image_size: 32, train_images: 24, validation_images: 20, test_images: 30},
- training: {epochs: 100000, learning_rate: 1e-3}, experiments: [{name: whole, method: full}]}
-"""
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 @pytest.mark.parametrize("own", [False, True], ids=["a cluster that was there", "its own cluster"])
 def test_a_killed_driver_leaves_no_process_behind(cluster: Cluster, cache: str, tmp_path: Path, own: bool) -> None:
-    (tmp_path / "long.yaml").write_text(STUDY)
-    (tmp_path / "driver.py").write_text(DRIVER)
-    command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "long.yaml")]
-    folders = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(
-        [*command, "local" if own else cluster.address],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": folders},
-    ) as driver:
-        assert driver.stdout is not None
-        said = re.match(r"process (\d+) on ", driver.stdout.readline())
-        assert said is not None
-        worker = int(said[1])
-        ray_processes = [process.pid for process in psutil.Process(driver.pid).children(recursive=True)]
-        assert alive(worker)
-        assert (len(ray_processes) > 1) == own
-        driver.kill()
-    assert gone([worker])
-    assert gone(ray_processes)  # helpers of Ray, which look for their node now and then
-
-
-def gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
-    while any(map(alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not any(map(alive, pids))
+    """Helpers of Ray among them, which look for their node now and then."""
+    make = (
+        "from ray_clusters import patient_ray; from peft_vit.studies.executors.ray_cluster import Need, RayExecutor\n"
+        f"    with patient_ray(): executor = RayExecutor({('local' if own else cluster.address)!r}, Need(1), folder)"
+    )
+    started, left = left_by_killed_driver(tmp_path, make)
+    assert (started > 1) == own
+    assert left == []

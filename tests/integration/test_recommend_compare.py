@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import typer
 
 from peft_vit.analysis.comparability import POOL_KINDS
-from peft_vit.cli import app, main
+from peft_vit.cli import app
 from peft_vit.config import load_study
 from peft_vit.records import RECORD_FILE, RunRecord
 
@@ -44,19 +45,9 @@ def records(study: str, n: int, *, images: str = "b", **provenance: Any) -> list
     return made
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:
-    with pytest.raises(SystemExit) as raised:
-        main([str(argument) for argument in arguments])
-    output = capsys.readouterr()
-    assert raised.value.code == code, output
-    if code == 2:
-        assert output.err.count("\n") == 1, "bad input is one line"
-        assert output.out == ""
-    return output.err if code == 2 else output.out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    return told(capsys, *arguments, code=2)
+@pytest.fixture
+def told(command: Callable[..., Any]) -> Callable[..., str]:
+    return lambda *arguments: command(*arguments).out
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +74,9 @@ def test_neither_command_loads_torch(ten: Path, other: Path) -> None:
     assert "Over studies" in done.stdout
 
 
-def test_equal_accuracy_at_a_third_of_the_bytes(ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_accuracy_at_a_third_of_the_bytes(ten: Path, tmp_path: Path, told, command) -> None:
     file = tmp_path / "chosen.yaml"
-    text = told(capsys, "recommend", ten, "--max-bytes", "30MB", "--output", file)
+    text = told("recommend", ten, "--max-bytes", "30MB", "--output", file)
     assert f"Recommended: {THIRD}." in text
     assert "n = 10 pairs" in text
     assert "(Holm over 2 candidates)" in text
@@ -94,33 +85,22 @@ def test_equal_accuracy_at_a_third_of_the_bytes(ten: Path, tmp_path: Path, capsy
     study = load_study(file)
     assert study.experiments == (EXPERIMENTS[THIRD],)
     assert (study.name, study.seeds) == ("ten-recommended", tuple(range(10)))
-    assert told(capsys, "recommend", ten, "--max-bytes", "30MB", "--output", file) == text, (
-        "the same file is no conflict"
-    )
-    assert "says something else" in refused_after(capsys, "recommend", ten, "--margin", "2", "--output", file)
+    assert told("recommend", ten, "--max-bytes", "30MB", "--output", file) == text, "the same file is no conflict"
+    otherwise = command("recommend", ten, "--margin", "2", "--output", file, code=2)  # its tables come before
+    assert "says something else" in otherwise.err
 
 
-def refused_after(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """Return the line of a refusal that comes after the tables."""
-    with pytest.raises(SystemExit) as raised:
-        main([str(argument) for argument in arguments])
-    assert raised.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_the_configuration_is_printed_where_no_file_is_named(
-    ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = told(capsys, "recommend", ten)
+def test_the_configuration_is_printed_where_no_file_is_named(ten: Path, tmp_path: Path, told) -> None:
+    text = told("recommend", ten)
     file = tmp_path / "printed.yaml"
     file.write_text(text[text.index(f"\n# {THIRD} of study ten") :], encoding="utf-8")
     assert load_study(file).experiments == (EXPERIMENTS[THIRD],)
 
 
-def test_three_seeds_decide_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_seeds_decide_nothing(tmp_path: Path, told) -> None:
     results = planted.write(tmp_path / "results", records("three", 3))
     file = tmp_path / "chosen.yaml"
-    text = told(capsys, "recommend", results, "--margin", "0.5", "--output", file)
+    text = told("recommend", results, "--margin", "0.5", "--output", file)
     assert "Not decided: none of 2 candidates is shown to lose less than 0.5 points" in text
     assert f"The safe choice is {BEST} itself" in text
     assert "would do" in text
@@ -128,53 +108,53 @@ def test_three_seeds_decide_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not file.exists()
 
 
-def test_nothing_within_the_limits_names_what_is_nearest(ten: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = told(capsys, "recommend", ten, "--max-bytes", "5MB")
+def test_nothing_within_the_limits_names_what_is_nearest(ten: Path, told) -> None:
+    text = told("recommend", ten, "--max-bytes", "5MB")
     assert "Nothing is within the limits, so nothing is recommended." in text
     assert f"Nearest to at most 5.0 MB: {WORSE} with 14.6 MB." in text
     assert "# " not in text
 
 
-def test_bad_input_of_recommend_is_one_line(ten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--max-bytes: expected bytes above 0" in refused(capsys, "recommend", ten, "--max-bytes", "5 mb")
-    assert "--max-params: expected a number" in refused(capsys, "recommend", ten, "--max-params", "-3")
-    assert "--margin: expected points above 0" in refused(capsys, "recommend", ten, "--margin", "0")
-    assert "--max-seconds: expected seconds above 0" in refused(capsys, "recommend", ten, "--max-seconds", "nan")
-    assert "hold no latency" in refused(capsys, "recommend", ten, "--max-latency-ms", "20")
-    assert "'none' is none of its studies, which are ten" in refused(capsys, "recommend", ten, "--study", "none")
-    assert "does not exist" in refused(capsys, "recommend", tmp_path / "nowhere")
-    assert "Try --help" in refused(capsys, "recommend", ten, "--smallest", "size")
+def test_bad_input_of_recommend_is_one_line(ten: Path, tmp_path: Path, refused) -> None:
+    assert "--max-bytes: expected bytes above 0" in refused("recommend", ten, "--max-bytes", "5 mb")
+    assert "--max-params: expected a number" in refused("recommend", ten, "--max-params", "-3")
+    assert "--margin: expected points above 0" in refused("recommend", ten, "--margin", "0")
+    assert "--max-seconds: expected seconds above 0" in refused("recommend", ten, "--max-seconds", "nan")
+    assert "hold no latency" in refused("recommend", ten, "--max-latency-ms", "20")
+    assert "'none' is none of its studies, which are ten" in refused("recommend", ten, "--study", "none")
+    assert "does not exist" in refused("recommend", tmp_path / "nowhere")
+    assert "Try --help" in refused("recommend", ten, "--smallest", "size")
 
 
-def test_several_studies_are_chosen_from_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_studies_are_chosen_from_by_name(tmp_path: Path, told, refused) -> None:
     both = planted.write(tmp_path, [*records("one", 2), *records("two", 10)])
-    assert "holds 2 studies (one, two); choose one with --study NAME" in refused(capsys, "recommend", both)
-    assert "Recommended" in told(capsys, "recommend", both, "--study", "two")
+    assert "holds 2 studies (one, two); choose one with --study NAME" in refused("recommend", both)
+    assert "Recommended" in told("recommend", both, "--study", "two")
 
 
-def test_failed_and_missing_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_and_missing_runs_are_named(tmp_path: Path, told) -> None:
     made = [one for one in records("gaps", 10) if (one.spec.experiment.name, one.spec.seed) != (THIRD, 9)]
     failed = planted.failed(EXPERIMENTS["lora_r1"], 0, "out of memory", study="gaps")
-    text = told(capsys, "recommend", planted.write(tmp_path, [*made, failed]))
+    text = told("recommend", planted.write(tmp_path, [*made, failed]))
     assert "Failed: lora_r1, seed 0: out of memory" in text
     assert f"{THIRD} seed 9" in text
     assert "Left out: lora_r1 has no finished run." in text
     assert "n = 9 pairs" in text
 
 
-def test_a_damaged_record_stops_a_decision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_record_stops_a_decision(tmp_path: Path, refused) -> None:
     results = planted.write(tmp_path, records("torn", 3))
     next(iter(sorted(results.rglob(RECORD_FILE)))).write_text("{")
     for command in (("recommend", results), ("compare", results, results.parent)):
-        assert RECORD_FILE in refused(capsys, *command)
+        assert RECORD_FILE in refused(*command)
 
 
 def test_studies_are_compared_and_their_hardware_is_refused_by_name(
-    ten: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ten: Path, other: Path, tmp_path: Path, told
 ) -> None:
     files = [tmp_path / "rows.csv", tmp_path / "rows.json"]
     for file in files:
-        text = told(capsys, "compare", ten, other, "--output", file)
+        text = told("compare", ten, other, "--output", file)
     assert "Over studies: test accuracy against lora_r8 (points)" in text
     assert "Not pooled, seconds: timings differ: cpu on another, 2 processors, 2 threads in other" in text
     assert "Over studies: seconds" not in text
@@ -199,38 +179,31 @@ def test_studies_are_compared_and_their_hardware_is_refused_by_name(
     ]
     assert float(pooled[WORSE]["estimate"]) == pytest.approx(np.mean(means), abs=1e-12)
     assert (pooled[WORSE]["verdict"], pooled[THIRD]["verdict"]) == ("refuted", "not decided")
-    told_again = told(capsys, "compare", ten, other, "--allow-mismatch", "timings")
+    told_again = told("compare", ten, other, "--allow-mismatch", "timings")
     assert "Over studies: seconds a step" in told_again
     assert "Pooled although timings differ, as asked" in told_again
 
 
-def test_bad_input_of_compare_is_one_line(
-    ten: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert "is given twice" in refused(capsys, "compare", ten, ten)
-    assert "holds one study (ten), and it takes two" in refused(capsys, "compare", ten)
-    assert "holds the run 'ten/" in refused(capsys, "compare", ten, ten / "ten")
-    assert "--allow-mismatch: 'everything' is none of" in refused(
-        capsys, "compare", ten, other, "--allow-mismatch", "everything"
-    )
-    assert "--reference: 'lora_r1' has finished runs" in refused(
-        capsys, "compare", ten, other, "--reference", "lora_r1"
-    )
-    assert "expected a name that ends in .csv or .json" in refused(
-        capsys, "compare", ten, other, "--output", tmp_path / "rows.txt"
-    )
-    assert "Missing argument" in refused(capsys, "compare")
+def test_bad_input_of_compare_is_one_line(ten: Path, other: Path, tmp_path: Path, refused) -> None:
+    assert "is given twice" in refused("compare", ten, ten)
+    assert "holds one study (ten), and it takes two" in refused("compare", ten)
+    assert "holds the run 'ten/" in refused("compare", ten, ten / "ten")
+    for option, value, said in (
+        ("--allow-mismatch", "everything", "--allow-mismatch: 'everything' is none of"),
+        ("--reference", "lora_r1", "--reference: 'lora_r1' has finished runs"),
+        ("--output", tmp_path / "rows.txt", "expected a name that ends in .csv or .json"),
+    ):
+        assert said in refused("compare", ten, other, option, value)
+    assert "Missing argument" in refused("compare")
 
 
-def test_the_page_shows_what_the_commands_say(
-    ten: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_shows_what_the_commands_say(ten: Path, other: Path, tmp_path: Path, told) -> None:
     page = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
     three = planted.write(tmp_path / "three", records("three", 3))
     said = [
-        told(capsys, "recommend", ten, "--max-bytes", "30MB"),
-        told(capsys, "recommend", three, "--margin", "0.5"),
-        told(capsys, "compare", ten, other),
+        told("recommend", ten, "--max-bytes", "30MB"),
+        told("recommend", three, "--margin", "0.5"),
+        told("compare", ten, other),
     ]
     blocks = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == len(said)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,7 +9,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import analyze_adaptive_results as analyzer
 import pytest
+import run_adaptive_experiments as runner
+import update_docs
 
 from peft_vit.records import read_records
 
@@ -24,13 +26,12 @@ SECTIONS = (
     "## Method comparison",
     "## Insights",
 )
-BEGIN, END = "<!-- quickstart-table -->", "<!-- /quickstart-table -->"
 STUDY = """
 name: three_methods
 seeds: [0]
 threads: 1
 precision: fp32
-backbone: {model: vit_tiny_patch16_224, weights: random}
+backbone: {model: test_vit, weights: random}
 data: {dataset: digits, image_size: 32, validation_images: 100, test_images: 100}
 training: {epochs: 1, learning_rate: 1e-3}
 experiments:
@@ -38,23 +39,14 @@ experiments:
   - name: adaptive
     method: adalora
     adalora:
-      {total_rank_budget: 144, allocation_strategy: proportional, importance_metric: magnitude,
+      {total_rank_budget: 36, allocation_strategy: proportional, importance_metric: magnitude,
        update_frequency: 10, warmup_steps: 10}
   - name: four_bits
     method: qa_lora
     qa_lora:
       {quantization_bits: 4, quantization_type: nf4, quantization_schedule: constant, gradient_scaling_factor: 1.0,
-       use_group_quantization: true, rank: 2}
+       use_group_quantization: true, group_size: 16, rank: 2}
 """
-
-
-def load(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def call(module: ModuleType, *arguments: str | Path) -> int:
@@ -64,16 +56,6 @@ def call(module: ModuleType, *arguments: str | Path) -> int:
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
-
-
-@pytest.fixture(scope="module")
-def runner() -> ModuleType:
-    return load(SCRIPTS / "run_adaptive_experiments.py")
-
-
-@pytest.fixture(scope="module")
-def analyzer() -> ModuleType:
-    return load(SCRIPTS / "analyze_adaptive_results.py")
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +95,7 @@ def test_run_all_does_every_run_and_marks_smoke(results: Path) -> None:
 
 
 @pytest.mark.part("runner")
-def test_the_same_command_skips_what_is_done(
-    runner: ModuleType, study: Path, results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_same_command_skips_what_is_done(study: Path, results: Path, capsys) -> None:
     before = {file: file.stat().st_mtime_ns for file in results.rglob("*") if file.is_file()}
     assert call(runner, "--run-all", "--config", study, "--smoke", "--output-dir", results) == 0
     assert "3 already done and skipped" in capsys.readouterr().out
@@ -134,12 +114,7 @@ def test_the_same_command_skips_what_is_done(
     ],
 )
 def test_dry_run_of_a_full_size_file_writes_nothing(
-    runner: ModuleType,
-    flag: str,
-    names: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    flag: str, names: list[str], tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert call(runner, flag, "--smoke", "--dry-run", "--output-dir", "out") == 0
@@ -150,7 +125,7 @@ def test_dry_run_of_a_full_size_file_writes_nothing(
 
 
 @pytest.mark.part("runner")
-def test_run_all_alone_means_the_three_full_size_files(runner: ModuleType) -> None:
+def test_run_all_alone_means_the_three_full_size_files() -> None:
     files = [Path(word) for word in runner.command(runner.parse(["--run-all"])) if word.endswith(".yaml")]
     assert [file.name for file in files] == [
         "fixed_rank_baselines.yaml",
@@ -161,17 +136,13 @@ def test_run_all_alone_means_the_three_full_size_files(runner: ModuleType) -> No
 
 
 @pytest.mark.part("runner")
-def test_one_method_of_a_given_study_is_the_same_run_as_in_the_whole(
-    runner: ModuleType, study: Path, results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_method_of_a_given_study_is_the_same_run_as_in_the_whole(study: Path, results: Path, capsys) -> None:
     assert call(runner, "--run-adalora", "--config", study, "--smoke", "--dry-run", "--output-dir", results) == 0
     assert "1 run: 0 to do" in capsys.readouterr().out
 
 
 @pytest.mark.part("runner")
-def test_a_study_without_the_method_is_refused_in_one_line(
-    runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_study_without_the_method_is_refused_in_one_line(tmp_path: Path, capsys) -> None:
     assert call(runner, "--run-adalora", "--config", runner.BASELINES, "--output-dir", tmp_path) == 2
     error = capsys.readouterr().err
     assert error == f"error: {runner.BASELINES}: experiments: no experiment is of method adalora\n"
@@ -179,12 +150,12 @@ def test_a_study_without_the_method_is_refused_in_one_line(
 
 @pytest.mark.part("runner")
 @pytest.mark.parametrize("arguments", [(), ("--run-all", "--run-adalora"), ("--run-all", "--config", "missing.yaml")])
-def test_a_wrong_call_exits_with_2(runner: ModuleType, arguments: tuple[str, ...]) -> None:
+def test_a_wrong_call_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert call(runner, *arguments) == 2
 
 
 @pytest.mark.part("analyzer")
-def test_analysis_has_the_five_sections_in_order(analyzer: ModuleType, results: Path, tmp_path: Path) -> None:
+def test_analysis_has_the_five_sections_in_order(results: Path, tmp_path: Path) -> None:
     assert call(analyzer, "--results-dir", results, "--output-dir", tmp_path) == 0
     text = (tmp_path / "analysis_summary.md").read_text(encoding="utf-8")
     places = [text.index(section) for section in SECTIONS]
@@ -193,9 +164,7 @@ def test_analysis_has_the_five_sections_in_order(analyzer: ModuleType, results: 
 
 
 @pytest.mark.part("analyzer")
-def test_an_empty_directory_is_one_line_and_exit_2(
-    analyzer: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_directory_is_one_line_and_exit_2(tmp_path: Path, capsys) -> None:
     assert call(analyzer, "--results-dir", tmp_path, "--output-dir", tmp_path / "summary") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -204,19 +173,14 @@ def test_an_empty_directory_is_one_line_and_exit_2(
 
 
 @pytest.mark.part("analyzer")
-def test_default_directories_lie_in_the_repository(
-    analyzer: ModuleType, runner: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_default_directories_lie_in_the_repository(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     asked = analyzer.parse([])
     assert asked.results_dir == ROOT / "experiments" / "outputs" / "adaptive" == runner.OUTPUTS / "adaptive"
     assert asked.output_dir == ROOT / "experiments" / "outputs" / "adaptive_analysis"
 
 
-def test_documents_are_filled_from_records_and_then_stay(
-    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    update_docs = load(SCRIPTS / "update_docs.py")
+def test_documents_are_filled_from_records_and_then_stay(results: Path, tmp_path: Path, capsys) -> None:
     copies = [Path(shutil.copy(document, tmp_path)) for document in update_docs.DOCUMENTS]
     assert call(update_docs, results, *copies) == 0
     filled = [copy.read_bytes() for copy in copies]
@@ -237,27 +201,12 @@ def test_documents_are_filled_from_records_and_then_stay(
 @pytest.mark.parametrize(
     "marks", ["", "<!-- quickstart-table -->", "<!-- /quickstart-table --><!-- quickstart-table -->"]
 )
-def test_a_document_without_both_marks_is_left_alone(
-    results: Path, tmp_path: Path, marks: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_document_without_both_marks_is_left_alone(results: Path, tmp_path: Path, marks: str, capsys) -> None:
     document = tmp_path / "page.md"
     document.write_text(f"text {marks} text")
-    assert call(load(SCRIPTS / "update_docs.py"), results, document) == 2
+    assert call(update_docs, results, document) == 2
     assert capsys.readouterr().err.startswith(f"error: {document}: expected <!-- quickstart-table -->")
     assert document.read_text() == f"text {marks} text"
-
-
-def validate(root: Path, tests: str) -> subprocess.CompletedProcess[str]:
-    """Run the validation over other tests than the repository's."""
-    (root / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['part(name): a part']\n")
-    (root / "tests").mkdir()
-    (root / "tests" / "test_it.py").write_text(f"import pytest\n\n\n{tests}")
-    code = (
-        "import sys, pathlib, test_adaptive_experiments as validation\n"
-        f"validation.ROOT = pathlib.Path({str(root)!r})\n"
-        "sys.exit(validation.main(['-p', 'no:cacheprovider']))"
-    )
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def marked_tests(parts: tuple[str, ...]) -> str:
@@ -284,7 +233,16 @@ NO_SETUP = (
     ],
     ids=["all pass", "one fails", "one cannot start", "a part without test", "unknown part", "no import"],
 )
-def test_the_validation_counts_and_fails_when_it_should(tmp_path: Path, tests: str, code: int, printed: str) -> None:
-    done = validate(tmp_path, tests)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert printed in done.stdout
+def test_the_validation_counts_and_fails_when_it_should(
+    tmp_path: Path, monkeypatch, capfd, tests: str, code: int, printed: str
+) -> None:
+    """It runs over other tests than the repository's, which lie in modules of a name that nothing else has."""
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['part(name): a part']\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / f"test_{tmp_path.name}.py").write_text(f"import pytest\n\n\n{tests}")
+    monkeypatch.syspath_prepend(ROOT)
+    import test_adaptive_experiments as validation
+
+    monkeypatch.setattr(validation, "ROOT", tmp_path)
+    assert validation.main(["-p", "no:cacheprovider"]) == code
+    assert printed in capfd.readouterr().out

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import evidence
 import numpy as np
 import pandas as pd
+import planted
 import pytest
+import study_evidence
+import study_figures
+import study_tables
 
-from peft_vit.analysis import analyze, load_studies
+from peft_vit.analysis import Analysis, analyze, load_studies
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
-import evidence  # noqa: E402
-import planted  # noqa: E402
-import study_evidence  # noqa: E402
-import study_figures  # noqa: E402
-import study_tables  # noqa: E402
 
 CONFIGS = ROOT / "experiments" / "configs"
 PILOT_OF = {
@@ -182,13 +180,17 @@ def planted_study(folder: Path, name: str = "study_elpv", seeds: int = 8) -> Pat
     return planted.write(folder, records)
 
 
-def test_the_main_table_names_what_loses_and_what_takes_more(tmp_path: Path) -> None:
-    (study,) = load_studies(planted_study(tmp_path))
-    analysis = analyze(study, study_evidence.load_registry(study_evidence.HYPOTHESES))
+@pytest.fixture(scope="module")
+def analysis(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
+    (study,) = load_studies(planted_study(tmp_path_factory.mktemp("planted")))
+    return analyze(study, study_evidence.load_registry(study_evidence.HYPOTHESES))
+
+
+def test_the_main_table_names_what_loses_and_what_takes_more(analysis: Analysis) -> None:
     table, words = study_tables.main_table(analysis), " ".join(study_tables.in_words(analysis))
     row = next(line for line in table.splitlines() if line.startswith("| LoRA r=1 |"))
-    by_seed = {run.seed: run.test.accuracy for run in study.of("lora_r1")}
-    fixed = {run.seed: run.test.accuracy for run in study.of("lora_r8")}
+    by_seed = {run.seed: run.test.accuracy for run in analysis.study.of("lora_r1")}
+    fixed = {run.seed: run.test.accuracy for run in analysis.study.of("lora_r8")}
     mean = 100 * np.mean([by_seed[seed] - fixed[seed] for seed in by_seed])
     assert f"| \u2212{-mean:.1f} [" in row
     assert row.count("worse") == 2  # it differs, and by more than a point
@@ -213,9 +215,7 @@ def test_the_main_table_names_what_loses_and_what_takes_more(tmp_path: Path) -> 
         ("full_finetuning", "supported", "better; as a registered sentence (Holm over 2): not decided"),
     ],
 )
-def test_the_row_says_where_a_registered_sentence_is_decided_otherwise(tmp_path: Path, method, in_all, said) -> None:
-    (study,) = load_studies(planted_study(tmp_path))
-    analysis = analyze(study, study_evidence.load_registry(study_evidence.HYPOTHESES))
+def test_the_row_says_where_a_registered_sentence_is_decided_otherwise(analysis, method, in_all, said) -> None:
     comparisons = tuple(
         replace(one, verdict=in_all) if (one.name, one.reference) == (method, "lora_r8") else one
         for one in analysis.comparisons
@@ -228,7 +228,7 @@ def test_the_row_says_where_a_registered_sentence_is_decided_otherwise(tmp_path:
 
 def test_a_kept_study_comes_out_as_it_went_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_evidence, "RESULTS", tmp_path / "results")
-    results = planted_study(tmp_path / "out")
+    results = planted_study(tmp_path / "out", seeds=2)
     study_evidence.keep(results)
     first = (tmp_path / "results" / "study_elpv.tar.xz").read_bytes()
     with study_evidence.unpacked("study_elpv") as folder:
@@ -241,21 +241,21 @@ def test_a_kept_study_comes_out_as_it_went_in(tmp_path: Path, monkeypatch: pytes
 
 def test_a_pilot_is_kept_without_its_test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_evidence, "RESULTS", tmp_path / "results")
-    study_evidence.keep(planted_study(tmp_path / "out", "study_elpv_pilot"))
+    study_evidence.keep(planted_study(tmp_path / "out", "study_elpv_pilot", seeds=2))
     table = pd.read_csv(tmp_path / "results" / "study_elpv_pilot.csv")
-    assert len(table) == 40
+    assert len(table) == 10
     assert not [column for column in table.columns if "test" in column]
 
 
 def test_a_study_that_is_not_at_its_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_evidence, "RESULTS", tmp_path / "results")
-    results = planted_study(tmp_path / "out")
+    results = planted_study(tmp_path / "out", seeds=2)
     next(results.rglob("record.json")).unlink()
-    with pytest.raises(UserError, match="1 of 40 runs of study_elpv are not done; run it to its end"):
+    with pytest.raises(UserError, match="1 of 10 runs of study_elpv are not done; run it to its end"):
         study_evidence.keep(results)
     assert not (tmp_path / "results").exists()
 
 
 def test_runs_of_another_study_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected real runs of study_\*, found others"):
-        study_evidence.keep(planted_study(tmp_path, "quickstart"))
+        study_evidence.keep(planted_study(tmp_path, "quickstart", seeds=1))

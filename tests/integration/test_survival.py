@@ -1,4 +1,4 @@
-"""Drivers are killed, refused and starved in processes of their own; see `crash_study`, which checks what is left."""
+"""Drivers are killed and starved in processes of their own; see `crash_study`, which checks what is left."""
 
 import subprocess
 import sys
@@ -11,23 +11,10 @@ pytestmark = [pytest.mark.part("runner"), pytest.mark.slow]
 SCRIPT = Path(__file__).parents[1] / "crash_study.py"
 
 
-@pytest.mark.parametrize(
-    ("mode", "numbers", "said"),
-    [
-        ("crash_everywhere", [], "crash points"),
-        ("kill_at_random", [40], "studies complete"),
-        ("full_disk", [], "full disks"),
-        ("small_files", [], "files too large"),
-        ("two_at_once", [3], "3 trials, one winner each"),
-    ],
-)
-def test_a_study_survives(tmp_path, mode, numbers, said) -> None:
+@pytest.mark.parametrize(("mode", "said"), [("crash_everywhere", "crash points"), ("full_disk", "full disks")])
+def test_a_study_survives(tmp_path, mode, said) -> None:
     ended = subprocess.run(
-        [sys.executable, str(SCRIPT), mode, str(tmp_path), *map(str, numbers)],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
+        [sys.executable, str(SCRIPT), mode, str(tmp_path)], capture_output=True, text=True, timeout=1800, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert said in ended.stdout

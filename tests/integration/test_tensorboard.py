@@ -1,70 +1,27 @@
 """What TensorBoard's own reader finds in the event files equals the records they were made from."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from written_runs import run_and_write
 
 from peft_vit.analysis.tensorboard import EVENTS_FILE, export_to_tensorboard
-from peft_vit.cli import main
-from peft_vit.config import load_study
 from peft_vit.errors import UserError
 from peft_vit.records import read_record, run_folder, write_result
-from peft_vit.studies import plan_study
 
 pytest.importorskip("tensorboard")
 pytestmark = pytest.mark.part("runner")
-
-
-ADALORA = {
-    "total_rank_budget": 40,
-    "allocation_strategy": "proportional",
-    "importance_metric": "sensitivity",
-    "update_frequency": 1,
-    "warmup_steps": 2,
-    "final_steps": 2,
-}
-STUDY = {
-    "name": "tiny",
-    "seeds": [0],
-    "threads": 1,
-    "device": "cpu",
-    "precision": "fp32",
-    "backbone": {"model": "test_vit", "weights": "random"},
-    "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
-    "training": {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3},
-    "experiments": [
-        {"name": "adalora", "method": "adalora", "adalora": {**ADALORA, "parametrization": "svd"}},
-        {
-            "name": "qa_adalora",
-            "method": "qa_adalora",
-            "adalora": ADALORA,
-            "qa_lora": {
-                "quantization_bits": 4,
-                "quantization_type": "int4",
-                "quantization_schedule": "linear",
-                "gradient_scaling_factor": 1.0,
-                "use_group_quantization": True,
-                "group_size": 16,
-            },
-        },
-    ],
-}
+NAMES = ("triplets", "int4_adaptive")
 
 
 @pytest.fixture(scope="module")
-def results(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(run_of, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory of two finished runs."""
     folder = tmp_path_factory.mktemp("results")
-    config = folder / "tiny.yaml"
-    config.write_text(yaml.safe_dump(STUDY))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PEFT_VIT_CACHE", _session_cache)
-        for run in plan_study(load_study(config), folder / "out", file=config).runs:
-            assert run_and_write(run.spec, folder / "out").status == "done"
-    return folder / "out"
+    for name in NAMES:
+        shutil.copytree(run_of(name), folder / "tiny" / name / "seed_0")
+    return folder
 
 
 def read_back(folder: Path) -> dict[str, dict[int, float]]:
@@ -77,7 +34,7 @@ def read_back(folder: Path) -> dict[str, dict[int, float]]:
 
 def test_its_reader_finds_what_the_records_say(results, tmp_path) -> None:
     assert export_to_tensorboard(results, tmp_path / "logs") == 2
-    for name in ("adalora", "qa_adalora"):
+    for name in NAMES:
         record = read_record(results / "tiny" / name / "seed_0" / "record.json")
         found = read_back(tmp_path / "logs" / "tiny" / name / "seed_0")
         expected = {
@@ -88,7 +45,7 @@ def test_its_reader_finds_what_the_records_say(results, tmp_path) -> None:
             "rank/mean": {one.step: sum(one.ranks.values()) / len(one.ranks) for one in record.rank_history},
             "rank/blocks.0.attn.out": {one.step: one.ranks["blocks.0.attn.out"] for one in record.rank_history},
         }
-        if name == "adalora":
+        if name == "triplets":
             expected["train/penalty/orthogonality"] = {r.step: r.penalties["orthogonality"] for r in record.steps}
             assert "bits/mean" not in found
         else:
@@ -103,7 +60,7 @@ def test_its_reader_finds_what_the_records_say(results, tmp_path) -> None:
 
 
 def test_a_study_that_goes_on_is_exported_again(results, tmp_path) -> None:
-    export_to_tensorboard(results / "tiny" / "adalora", tmp_path / "logs")
+    export_to_tensorboard(results / "tiny" / NAMES[0], tmp_path / "logs")
     (first,) = (tmp_path / "logs").rglob("*tfevents*")
     before = first.read_bytes()
     assert export_to_tensorboard(results, tmp_path / "logs") == 2
@@ -112,15 +69,13 @@ def test_a_study_that_goes_on_is_exported_again(results, tmp_path) -> None:
     assert first.name == EVENTS_FILE
 
 
-def test_the_command(results, tmp_path, capsys) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["export", str(results), "--format", "tensorboard", "--output", str(tmp_path / "logs")])
-    assert ended.value.code == 0
-    assert capsys.readouterr().out == f"2 runs: {tmp_path / 'logs'}\nNext: tensorboard --logdir {tmp_path / 'logs'}\n"
+def test_the_command(results, tmp_path, command) -> None:
+    said = command("export", results, "--format", "tensorboard", "--output", tmp_path / "logs").out
+    assert said == f"2 runs: {tmp_path / 'logs'}\nNext: tensorboard --logdir {tmp_path / 'logs'}\n"
 
 
 def test_what_it_refuses(results, tmp_path, monkeypatch) -> None:
-    record = read_record(results / "tiny" / "adalora" / "seed_0" / "record.json")
+    record = read_record(results / "tiny" / NAMES[0] / "seed_0" / "record.json")
     failed = record.model_copy(update={"status": "failed", "steps": []})
     write_result(tmp_path / "failed", failed, None)
     with pytest.raises(UserError, match="no run is finished yet"):

@@ -1,7 +1,7 @@
 """The controller inside transformers' Trainer, with PEFT's layers and with ours."""
 
 import pytest
-from with_loss import WithLoss
+from with_loss import trainer_of
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
 from peft_vit.adapters import current_ranks
@@ -52,33 +52,13 @@ def with_ours(model):
     return model, settings(total_rank_budget=24)
 
 
-def trainer_for(model, batch, folder, **options):
-    images, labels = batch
-    arguments = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 6,
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        **options,
-    }
-    return transformers.Trainer(
-        model=WithLoss(model),
-        args=transformers.TrainingArguments(output_dir=str(folder), **arguments),
-        train_dataset=[{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)],
-    )
-
-
 @pytest.mark.parametrize("place", [with_peft, with_ours])
 @pytest.mark.parametrize("options", [{}, {"optim": "adamw_torch", "gradient_accumulation_steps": 2}, {"optim": "sgd"}])
 def test_ranks_change_within_the_budget(tiny_vit, batch, tmp_path, place, options) -> None:
     model, config = place(tiny_vit())
     controller = AdaLoRAController(model, config, STEPS)
     before = controller.ranks
-    trainer = trainer_for(model, batch, tmp_path, **options)
+    trainer = trainer_of(model, batch, tmp_path, STEPS, **options)
     trainer.add_callback(AllocateRanks(controller, trainer))
     trainer.train()
     assert controller.ranks == current_ranks(model) != before
@@ -94,7 +74,7 @@ def test_ranks_change_within_the_budget(tiny_vit, batch, tmp_path, place, option
 def test_a_model_that_trainer_compiles_is_refused(tiny_vit, batch, tmp_path) -> None:
     model, config = with_peft(tiny_vit())
     controller = AdaLoRAController(model, config, STEPS)
-    trainer = trainer_for(model, batch, tmp_path, torch_compile=True, torch_compile_backend="eager")
+    trainer = trainer_of(model, batch, tmp_path, STEPS, torch_compile=True, torch_compile_backend="eager")
     trainer.add_callback(AllocateRanks(controller, trainer))
     with pytest.raises(UserError, match=r"torch\.compile has fixed"):
         trainer.train()

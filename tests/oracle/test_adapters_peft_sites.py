@@ -211,7 +211,7 @@ def test_our_adapters_do_not_go_on_top_of_pefts(tiny_vit) -> None:
     wrapped(base, modules_to_save=None)
     sites = find_sites(base)
     with pytest.raises(UserError, match="already carries adapters"):
-        attach_adapters(base, sites, dict.fromkeys((site.name for site in sites), 1), scale=1.0, seed=0)
+        attach_adapters(base, sites, 1, scale=1.0, seed=0)
 
 
 def test_a_frozen_adapter_is_refused(tiny_vit, batch) -> None:

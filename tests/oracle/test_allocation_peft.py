@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from allocation_runs import backward, train_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -193,7 +194,7 @@ def adaptive(tiny_vit, batch, total=8, **settings):
     given = {"total_rank_budget": 8, "initial_budget": 16, "warmup_steps": 1, "final_steps": 2, "update_frequency": 1}
     controller = AdaLoRAController(model, published(**{**given, **settings}), total)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    backward(model, batch)
     return model, controller, optimizer
 
 
@@ -280,11 +281,7 @@ def test_trap_finalisation_needs_an_exact_step_in_peft(tiny_vit, batch) -> None:
     optimizer.zero_grad()
     for step in (1, 2, 7, 8):  # 6 = 8 - 2 is left out
         peft_step(theirs, peer, batch, step)
-        F.cross_entropy(ours(batch[0]), batch[1]).backward()
-        scores = controller.update_importance_scores(ours, step)
-        optimizer.step()
-        controller.apply_ranks(ours, optimizer, controller.reallocate_ranks(scores, step))
-        optimizer.zero_grad()
+        train_step(ours, controller, optimizer, batch, step)
     assert alive_in_peft(theirs) > 2 * 2  # target_r of two modules
     assert sum(current_ranks(ours).values()) == 8
 
@@ -366,11 +363,7 @@ def test_trap_masks_free_nothing_and_importance_is_not_saved_in_peft(tiny_vit, b
     sizes = {}
     for step in range(1, 9):
         peft_step(theirs, peer, batch, step)
-        F.cross_entropy(ours(batch[0]), batch[1]).backward()
-        scores = controller.update_importance_scores(ours, step)
-        optimizer.step()
-        controller.apply_ranks(ours, optimizer, controller.reallocate_ranks(scores, step))
-        optimizer.zero_grad()
+        train_step(ours, controller, optimizer, batch, step)
         sizes[step] = [
             (trainable_parameters(model), optimizer_bytes(o)) for model, o in ((theirs, peer), (ours, optimizer))
         ]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
+from allocation_runs import train
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
 from peft_vit.adapters import current_ranks, site_adapters
@@ -38,12 +38,7 @@ def run(model, config, batch, seed=0):
     controller = AdaLoRAController(model, config, STEPS, seed=seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     controller.attach(model, optimizer)
-    for step in range(1, STEPS + 1):
-        F.cross_entropy(model(batch[0]), batch[1]).backward()
-        scores = controller.update_importance_scores(model, step)
-        optimizer.step()
-        controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, step))
-        optimizer.zero_grad()
+    train(model, controller, optimizer, batch, range(1, STEPS + 1))
     return controller
 
 

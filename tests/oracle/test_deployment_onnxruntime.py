@@ -4,15 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import CARD, random_model
 from torch import nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules, attach_adapters
 from peft_vit.backbones import find_sites
-from peft_vit.deployment import ModelCard, export_onnx, open_exported
+from peft_vit.deployment import export_onnx, open_exported
 from peft_vit.deployment.onnx_file import HEADER, _digest, _Header
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
@@ -21,17 +21,6 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-CARD = ModelCard(
-    run="study/experiment/seed_0",
-    model="test_vit",
-    weights_name="none",
-    weights_sha256=None,
-    image_size=32,
-    channels=3,
-    mean=(0.5, 0.4, 0.3),
-    std=(0.2, 0.3, 0.25),
-    class_names=("a", "b", "c"),
-)
 FORMATS = [  # with offset, which an update has changed; blocks of one and of several to a group
     *(
         QuantizationFormat(kind, size, offset=True, scale_dtype=torch.float16)
@@ -48,19 +37,9 @@ FORMATS = [  # with offset, which an update has changed; blocks of one and of se
 ]
 
 
-def plain_vit() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = timm.create_model(CARD.model, img_size=CARD.image_size, num_classes=len(CARD.class_names))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
 def quantized_vit(formats: list[QuantizationFormat]) -> nn.Module:
     """Quantize the k-th linear layer to the k-th format, the last for all that remain; move its offsets."""
-    model = plain_vit()
+    model = random_model("test_vit")
     generator = torch.Generator().manual_seed(1)
     for index, name in enumerate(dict.fromkeys(site.module for site in find_sites(model))):
         module = AdaptedLinear(model.get_submodule(name))
@@ -120,7 +99,7 @@ def test_the_low_bit_kernels_do_the_products(exported) -> None:
 
 
 def test_a_float_model_is_exported_as_it_is(tmp_path) -> None:
-    model = plain_vit()
+    model = random_model("test_vit")
     export_onnx(model, tmp_path / "model.onnx", CARD)
     assert compared(model, tmp_path / "model.onnx", 3)[0] <= 1e-5
     assert not [node for node in onnx.load(tmp_path / "model.onnx").graph.node if node.domain]
@@ -129,7 +108,7 @@ def test_a_float_model_is_exported_as_it_is(tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["int2", "int4", "int8", "nf4", "fp4"])
 def test_constant_groups_are_exact_and_finite(tmp_path, kind) -> None:
-    model = plain_vit()
+    model = random_model("test_vit")
     layer = AdaptedLinear(model.blocks[5].mlp.fc2)
     weight = layer.weight.detach()
     weight[:, :64] = 0.05  # scale 0
@@ -150,9 +129,8 @@ def test_groups_too_small_for_the_kernels_are_refused(tmp_path) -> None:
 
 
 def test_a_model_with_adapters_is_refused(tmp_path) -> None:
-    model = plain_vit()
-    sites = find_sites(model, ("out",))
-    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 2), scale=1.0, seed=0)
+    model = random_model("test_vit")
+    attach_adapters(model, find_sites(model, ("out",)), 2, scale=1.0, seed=0)
     with pytest.raises(UserError, match="merge the model first"):
         export_onnx(model, tmp_path / "model.onnx", CARD)
 

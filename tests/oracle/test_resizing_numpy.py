@@ -126,15 +126,7 @@ def largest_deviation(model, optimizer, batch, reference_of) -> float:
 
 def adapted(tiny_vit, fill_adapters, parametrization):
     model = tiny_vit()
-    sites = find_sites(model)
-    attach_adapters(
-        model,
-        sites,
-        dict.fromkeys((site.name for site in sites), 4),
-        scale=2.0,
-        seed=0,
-        parametrization=parametrization,
-    )
+    attach_adapters(model, find_sites(model), 4, scale=2.0, seed=0, parametrization=parametrization)
     fill_adapters(model)
     return model
 

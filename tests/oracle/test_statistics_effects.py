@@ -52,7 +52,6 @@ def test_effect_size_equals_pingouin_and_its_interval_the_noncentral_t(n: int, s
     assert noncentral_t(t, n - 1, own.low * np.sqrt(n)) == pytest.approx(0.95, **CLOSE)
     assert noncentral_t(t, n - 1, own.high * np.sqrt(n)) == pytest.approx(0.05, **CLOSE)
     assert own.g == pytest.approx(hedges_factor(n - 1) * d, **CLOSE)
-    assert own.g_low == pytest.approx(hedges_factor(n - 1) * own.low, **CLOSE)
 
 
 @pytest.mark.parametrize("degrees", [2, 4, 9, 50])
@@ -105,7 +104,7 @@ def test_mixed_effect_of_complete_pairs_is_the_paired_difference(groups: int) ->
     paired = mean_interval(differences)
     assert (own.low, own.high) == pytest.approx((paired.low, paired.high), abs=1e-3 * (paired.high - paired.low))
     assert own.degrees == groups - 1
-    assert (own.converged, own.note, own.n, own.groups) == (True, None, 2 * groups, groups)
+    assert (own.note, own.n, own.groups) == (None, 2 * groups, groups)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -39,8 +39,7 @@ def train(model, batch, steps=5, hooks=(), watch=lambda: None):
 
 def test_lora_of_both_learns_alike_from_the_same_start(tiny_vit, batch) -> None:
     ours, theirs = tiny_vit(), tiny_vit()
-    sites = find_sites(ours, tuple(MODULES))
-    attach_adapters(ours, sites, {site.name: 3 for site in sites}, scale=1.5, seed=0)
+    attach_adapters(ours, find_sites(ours, tuple(MODULES)), 3, scale=1.5, seed=0)
     attach_peft_lora(theirs, PeftLoraConfig(rank=3, scale=1.5, targets=tuple(MODULES)), seed=0)
     layers = peft_layers(theirs)
     with torch.no_grad():
@@ -159,7 +158,7 @@ def test_masks_end_at_the_budget_and_free_nothing(tiny_vit, batch) -> None:
     deployable = []
     train(model, batch, STEPS, [hook], lambda: deployable.append(hook.deployable(len(deployable) + 1)))
     assert deployable == [False] * (LAST - 1) + [True] * (STEPS - LAST + 1)
-    hook.check_finalized(model)
+    hook.finish(model, None)
     ranks = peft_ranks(model)
     assert sum(ranks.values()) == 16
     assert len(set(ranks.values())) > 1
@@ -171,7 +170,7 @@ def test_masks_end_at_the_budget_and_free_nothing(tiny_vit, batch) -> None:
     with torch.no_grad():
         masked.lora_E["default"].fill_(1.0)
     with pytest.raises(RuntimeError, match=r"left 16 triplets, (17|18|19|20) of them in use, of 16"):
-        hook.check_finalized(model)
+        hook.finish(model, None)
 
 
 def test_a_run_that_misses_the_last_decision_is_an_error(tiny_vit, batch) -> None:
@@ -180,7 +179,7 @@ def test_a_run_that_misses_the_last_decision_is_an_error(tiny_vit, batch) -> Non
     train(model, batch, LAST - 1, [hook])
     assert not hook.deployable(STEPS)
     with pytest.raises(RuntimeError, match="not finalized: step 6 did not come"):
-        hook.check_finalized(model)
+        hook.finish(model, None)
 
 
 def test_a_final_mask_that_takes_everything_is_an_error(tiny_vit, batch) -> None:

@@ -8,6 +8,7 @@ workers are forked as well and not spawned.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,13 @@ _ASKED = os.environ.get("OMP_NUM_THREADS")
 os.environ["OMP_NUM_THREADS"] = "1"  # numpy, loaded after this, starts no threads then; a fork would miss them
 POLL_S = 0.0005
 PATIENCE_S = 1800.0  # for what takes seconds on an idle machine
+_IMPORTED = (
+    "peft_vit.cli",
+    *(
+        f"peft_vit.studies.{name}"
+        for name in ("commands", "event_log", "executors.local", "plan", "profiling", "progress_view", "scheduler")
+    ),
+)
 _MINDS_FORKS = "jemalloc_bg_thd"  # a thread of pyarrow's allocator, which starts it anew where need be
 
 
@@ -130,7 +138,8 @@ def _let_go(pipe: int) -> None:
 
 
 def _import_all() -> None:
-
+    for module in _IMPORTED:
+        importlib.import_module(module)
     deadline = time.monotonic() + 60
     while len(names := _threads()) > 1 + names.count(_MINDS_FORKS):  # some say their names late
         if time.monotonic() > deadline:

@@ -3,40 +3,37 @@
     .venv/bin/python tests/torture/full_disks.py --trials 60        as `make torture` does; mounts, so it takes root
 
 The disk is a tmpfs with a ballast that leaves room for a number of pages. That room is drawn so that it gives out
-where the study begins (its lock, its study.json, its ledger), in a checkpoint, in a run's adapter or record, or in the
-ledger where it grows beyond a page, which earlier killed attempts have nearly filled. A trial is a command that did
-not fit. It has passed if it ended with exit code 2 and one line that names what could not be written, if every
-checkpoint that it left can be read, and if after the ballast is gone the same command ends with all runs done once and
-as undisturbed ones. Commands are forked, see `commands`.
+where the study begins (its lock, its study.json, its ledger), in a checkpoint, or in a run's adapter or record. A trial
+is a command that did not fit. It has passed if it ended with exit code 2 and one line that names what could not be
+written, if every checkpoint that it left can be read, and if after the ballast is gone the same command ends with all
+runs done once and as undisturbed ones. Commands are forked, see `commands`.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import os
 import random
 import subprocess
-import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from commands import PATIENCE_S, Command, run_forked
-from tiny_studies import METHODS, NAME, End, difference, ends_of, ledger_rows, under_way, write_study
+import harness
+from commands import Command, run_forked
+from harness import Tally
+from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, checkpoint_folders
-from peft_vit.records.ledger import LEDGER_FILE, Row, encode
-from peft_vit.studies.ledger import Ledger, now
+from peft_vit.records.ledger import LEDGER_FILE
 
 PROMISE = "disk full: stopped in one line, identical with room again"
 PAGE = 4096
 _DISK = 16 << 20
 _FIRST = 3  # pages of lock, study.json and ledger
-SCENARIOS = ("begin", "checkpoints", "results", "ledger")
+SCENARIOS = ("begin", "checkpoints", "results")
 
 
 @contextmanager
@@ -110,52 +107,14 @@ class Study:
         return ends, most
 
 
-def pad_ledger(study: Study, out: Path) -> None:
-    """Leave a ledger as attempts leave it that were killed so often that its page is nearly full."""
-    command = study.start(out, "padding.txt", checkpoints=False)
-    if not command.wait(lambda: bool(under_way(out))) or not command.kill(group=True):
-        raise RuntimeError((study.folder / "padding.txt").read_text()[-3000:])
-    (first,) = ledger_rows(out)
-    ledger = _free_ledger(out / NAME)
-    size = (out / NAME / LEDGER_FILE).stat().st_size
-    attempt = first.attempt
-    while size + 2 * len(encode(first)) < PAGE:  # the next start fits, and its end does not
-        attempt += 1
-        row = Row(
-            at=now(),
-            run=first.run,
-            event="started",
-            attempt=attempt,
-            worker=first.worker,
-            total_steps=first.total_steps,
-        )
-        ledger.append(row)
-        size += len(encode(row))
-    ledger.close()
-
-
-def _free_ledger(folder: Path) -> Ledger:
-    """Open a ledger as soon as the killed worker is gone: a forked one has a copy of the driver's lock at first."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return Ledger(folder)
-        except UserError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-
-
 def trial(
     study: Study, disk: Path, scenario: str, expected: Mapping[str, End], most: Mapping[bool, int], rng: random.Random
 ) -> tuple[str | None, str | None]:
     """Let one command run out of room; return what could not be written (None: it all fitted), and what is wrong."""
     out = disk / "out"
-    checkpoints = scenario == "checkpoints" or (scenario in ("begin", "ledger") and rng.random() < 0.5)
+    checkpoints = scenario == "checkpoints" or (scenario == "begin" and rng.random() < 0.5)
     log = f"{disk.name}.txt"
-    if scenario == "ledger":
-        pad_ledger(study, out)
-    ballast = fill(disk, _room(scenario, most[checkpoints], rng, checkpoints=checkpoints))
+    ballast = fill(disk, _room(scenario, most[checkpoints], rng))
     code = study.start(out, log, checkpoints=checkpoints).finish()
     if code == 0:
         return None, difference(out, expected)
@@ -172,21 +131,24 @@ def trial(
     return what, fault or difference(out, expected)
 
 
-def _room(scenario: str, most: int, rng: random.Random, *, checkpoints: bool) -> int:
+def _room(scenario: str, most: int, rng: random.Random) -> int:
     """Return for how many pages there is room: lock, study.json and ledger take one each, what follows the rest."""
     if scenario == "begin":
         return rng.randrange(_FIRST + 1)
     if scenario == "results":
         return most - (rng.randint(1, 4) if rng.random() < 0.5 else rng.randint(5, most - _FIRST))
-    if scenario == "ledger" and not checkpoints:  # its last row comes after everything else
-        return most - _FIRST - rng.randrange(2)
-    return rng.randrange(_FIRST if scenario == "checkpoints" else 0, most)
+    return rng.randrange(_FIRST, most)
 
 
 def _what(said: list[str], run: Path) -> str:
     """Return what could not be written, as the error says it."""
     line = said[-1] if said else ""
-    for sign, what in ((".checkpoint-", "a checkpoint"), (LEDGER_FILE, "the ledger"), ("study.json", "study.json")):
+    for sign, what in (
+        (".checkpoint-", "a checkpoint"),
+        (LEDGER_FILE, "the ledger"),
+        ("study.json", "study.json"),
+        ("registration.json", "the registration"),
+    ):
         if sign in line:
             return what
     if f"{run.parent.name}/{run.name}: " in line:
@@ -206,56 +168,32 @@ def unreadable(run: Path) -> str | None:
     return None
 
 
-def torture(
-    folder: Path, trials: int, seed: int, methods: tuple[str, ...]
-) -> tuple[Counter[str], dict[str, list[str]]]:
-    """Fill disks so often; return the trials by what could not be written, and what went wrong."""
+def torture(folder: Path, trials: int, seed: int, methods: Sequence[str], tally: Tally) -> None:
+    """Fill disks so often; what could not be written is the kind of a trial."""
     studies = {method: Study(folder / method, method, seed=seed % 3) for method in methods}
     known = {method: study.measure() for method, study in studies.items()}
-    tried: Counter[str] = Counter()
-    faults: dict[str, list[str]] = {}
-    number = 0
-    while sum(tried.values()) < trials:
+    for number in itertools.count():
+        if tally.trials.total() >= trials:
+            return
         rng = random.Random(f"{seed}:{number}")
         method, scenario = methods[number % len(methods)], SCENARIOS[number % len(SCENARIOS)]
         with small_disk(folder / f"disk-{number}") as disk:
             what, fault = trial(studies[method], disk, scenario, *known[method], rng)
-        print(
-            f"{method}, {scenario}, --seed {seed}, {number}: {what or 'everything fitted'}; {fault or 'sound'}",
-            flush=True,
-        )
-        if what is None and fault is not None:
-            what = "everything fitted"
-        if what is not None:
-            tried[what] += 1
-        if what is not None and fault is not None:
-            faults.setdefault(what, []).append(f"{method}, {scenario}, --seed {seed}, {number}: {fault}")
-        number += 1
-    return tried, faults
+        what = what or "everything fitted"
+        said = f"{method}, {scenario}, --seed {seed}, {number}: {what}; {fault or 'sound'}"
+        print(said, flush=True)
+        if fault or what != "everything fitted":
+            tally.add(what, said if fault else None)
 
 
 def main() -> None:
     """Run the command line."""
-    import torture_results
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__)
     parser.add_argument("--trials", type=int, default=60, help="commands that ran out of room")
     parser.add_argument("--methods", nargs="+", default=["lora", "adalora", "qa_lora"], choices=METHODS)
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the clock, so that calls add up")
-    parser.add_argument("--dry", action="store_true", help="keep no results")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
-        try:
-            tried, faults = torture(Path(folder), asked.trials, asked.seed, tuple(asked.methods))
-        except PermissionError as error:
-            sys.exit(f"NOTHING WAS TRIED: {error}")
-    for what, trials in sorted(tried.items()):
-        wrong = faults.get(what, [])
-        print("\n".join([f"{what}: {trials - len(wrong)} of {trials}", *wrong]))
-        if not asked.dry:
-            torture_results.add(PROMISE, what, trials=trials, passed=trials - len(wrong), faults=wrong)
-    if faults:
-        sys.exit(1)
+    with harness.torture(PROMISE, dry=asked.dry) as (folder, tally):
+        torture(folder, asked.trials, asked.seed, asked.methods, tally)
 
 
 if __name__ == "__main__":

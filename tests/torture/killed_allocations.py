@@ -13,19 +13,18 @@ metrics, histories, adapter and optimiser of a run that nothing happened to.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import shutil
 import signal
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 from commands import fork
+from harness import Tally
 from tiny_studies import METHODS, STEPS, newest_step, with_adalora, write_study
 
 from peft_vit.records import RankEntry, RunSpec
@@ -138,22 +137,19 @@ def steps_of(ranks: list[RankEntry], kind: str) -> list[int]:
     return sorted({warm - 1, warm, warm + 1, *decisions, final - 1, final, final + 1, final + 2})
 
 
-def torture(folder: Path, kind: str, seed: int, only: list[int] | None) -> tuple[int, list[str]]:
-    """Kill and resume at each step and moment; return how often, and what went wrong."""
+def torture(folder: Path, kind: str, seed: int, only: list[int] | None, tally: Tally) -> None:
+    """Kill and resume at each step and moment."""
     spec = spec_of(folder / "study", kind, seed)
     undisturbed = Attempt(spec, folder / "undisturbed").said()
     ranks = [RankEntry.model_validate(entry) for entry in undisturbed["end"]["ranks"]]
-    trials, faults = 0, []
     for step in only or steps_of(ranks, kind):
         for moment in MOMENTS:
-            trials += 1
             place = folder / f"{step}-{moment.split()[0]}"
             fault = _trial(spec, place, (step, moment), undisturbed["end"])
-            print(f"{kind}, seed {seed}, killed at step {step} {moment}: {fault or 'equal'}", flush=True)
-            if fault:
-                faults.append(f"{kind}, seed {seed}, step {step} {moment}: {fault}")
+            said = f"{kind}, seed {seed}, killed at step {step} {moment}: {fault or 'equal'}"
+            print(said, flush=True)
+            tally.add(kind, said if fault else None)
             shutil.rmtree(place)
-    return trials, faults
 
 
 def _trial(spec: RunSpec, folder: Path, kill_at: tuple[int, str], expected: dict[str, Any]) -> str | None:
@@ -176,24 +172,14 @@ def _trial(spec: RunSpec, folder: Path, kill_at: tuple[int, str], expected: dict
 
 def main() -> None:
     """Run the command line."""
-    import torture_results
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__)
     parser.add_argument("--only", nargs="+", default=list(KINDS), choices=KINDS, help="these kinds of allocation")
     parser.add_argument("--steps", nargs="+", type=int, help="in place of all that matter")
-    parser.add_argument("--seed", type=int, default=0, help="of the runs")
-    parser.add_argument("--dry", action="store_true", help="keep no results")
+    parser.set_defaults(seed=0)
     asked = parser.parse_args()
-    sound = True
-    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
+    with harness.torture(PROMISE, dry=asked.dry) as (folder, tally):
         for kind in asked.only:
-            trials, faults = torture(Path(folder) / kind, kind, asked.seed, asked.steps)
-            print(f"{kind}: {trials - len(faults)} of {trials} identical")
-            sound &= not faults
-            if not asked.dry:
-                torture_results.add(PROMISE, kind, trials=trials, passed=trials - len(faults), faults=faults)
-    if not sound:
-        sys.exit(1)
+            torture(folder / kind, kind, asked.seed, asked.steps, tally)
 
 
 if __name__ == "__main__":

@@ -19,23 +19,22 @@ if every attempt went on from the newest checkpoint that was there.
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
 import statistics
-import sys
-import tempfile
-import time
-from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import harness
 from commands import Command, run_forked, run_fresh
+from harness import Tally
 from kill_moments import CHECKPOINT, LAST, RESULTS, START, STEP, Watched, runs_of
 from tiny_studies import METHODS, NAME, End, difference, ends_of, ledger_rows, newest_step, write_study
 
@@ -51,23 +50,6 @@ class Kill:
 
     place: str
     left: dict[str, int]  # newest checkpoint by run
-
-
-@dataclass
-class Counts:
-    """Kills by group and kind, and how many of them passed."""
-
-    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
-    passed: Counter[tuple[str, str]] = field(default_factory=Counter)
-    faults: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    beside: int = 0  # met no run under way
-    resumed: int = 0  # attempts that went on from a checkpoint
-
-    def add(self, kind: tuple[str, str], fault: str | None) -> None:
-        self.kills[kind] += 1
-        self.passed[kind] += fault is None
-        if fault is not None:
-            self.faults.setdefault(kind, []).append(fault)
 
 
 @dataclass(frozen=True)
@@ -238,12 +220,13 @@ def undisturbed(folder: Path, method: str) -> tuple[dict[str, End], float]:
 # --- the tool itself --------------------------------------------------------------------------------------------------
 
 
-def torture(folder: Path, ways: tuple[Way, ...], kills: int, seed: int, methods: tuple[str, ...]) -> Counts:
+def torture(folder: Path, ways: tuple[Way, ...], kills: int, seed: int, methods: Sequence[str], tally: Tally) -> None:
     """Kill studies until so many kills have met a run under way."""
-    counts = Counts()
     known: dict[str, tuple[dict[str, End], float]] = {}
-    number = 0
-    while sum(count for (group, _), count in counts.kills.items() if group == "way") < kills:
+    met = beside = resumed = 0
+    for number in itertools.count():
+        if met >= kills:
+            break
         rng = random.Random(f"{seed}:{number}")
         way, method = rng.choice(ways), rng.choice(methods)
         two = way.victim != "worker" and rng.random() < (0.25 if way.fresh else 0.5)
@@ -257,59 +240,27 @@ def torture(folder: Path, ways: tuple[Way, ...], kills: int, seed: int, methods:
         said = f"{way}, {method}, seeds {seeds}, every {study.every_s} s, {study.moments}, --seed {seed}, {number}"
         print(f"{said}: {len(study.kills)} kills, {fault or 'equal'}", flush=True)
         for kill in study.kills:
-            for kind in (("way", str(way)), ("method", method), ("place", kill.place)):
-                counts.add(kind, f"{said}: {fault}" if fault else None)
-        counts.beside += study.beside
-        counts.resumed += study.resumed
+            for kind, of in ((str(way), ""), (method, " (the same, by method)"), (kill.place, " (the same, by place)")):
+                tally.add(kind, f"{said}: {fault}" if fault else None, of=of)
+        met += len(study.kills)
+        beside += study.beside
+        resumed += study.resumed
         if fault is None:
             shutil.rmtree(place)
-        else:
-            print(f"{place} is kept", file=sys.stderr, flush=True)
-        number += 1
-    return counts
-
-
-def report(counts: Counts, results: Path | None) -> bool:
-    """Print and keep what came out; tell whether all passed."""
-    groups = {"way": PROMISE, "method": f"{PROMISE} (the same, by method)", "place": f"{PROMISE} (the same, by place)"}
-    for (group, kind), kills in sorted(counts.kills.items()):
-        passed = counts.passed[group, kind]
-        print(f"{group}: {kind}: {passed} of {kills} kills")
-        if results is not None:
-            import torture_results
-
-            torture_results.add(
-                groups[group],
-                kind,
-                trials=kills,
-                passed=passed,
-                faults=counts.faults.get((group, kind), ()),
-                file=results,
-            )
-    print(f"{counts.resumed} attempts went on from a checkpoint; {counts.beside} more kills met no run under way")
-    return not counts.faults
+    print(f"{resumed} attempts went on from a checkpoint; {beside} more kills met no run under way")
 
 
 def main() -> None:
     """Run the command line."""
-    import torture_results
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__)
     parser.add_argument("--fresh", type=int, default=0, metavar="KILLS", help="of fresh commands")
     parser.add_argument("--forked", type=int, default=0, metavar="KILLS", help="of forked commands")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the clock, so that calls add up")
-    parser.add_argument("--dry", action="store_true", help="keep no results")
     asked = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="peft-vit-torture-"))
-    sound = True
-    for ways, kills in ((FORKED, asked.forked), (FRESH, asked.fresh)):
-        if kills:
-            counts = torture(folder / str(ways[0].fresh), ways, kills, asked.seed, tuple(asked.methods))
-            sound &= report(counts, None if asked.dry else torture_results.FILE)
-    if not sound:
-        sys.exit(1)
-    shutil.rmtree(folder)
+    with harness.torture(PROMISE, dry=asked.dry) as (folder, tally):
+        for name, ways, kills in (("forked", FORKED, asked.forked), ("fresh", FRESH, asked.fresh)):
+            if kills:
+                torture(folder / name, ways, kills, asked.seed, asked.methods, tally)
 
 
 if __name__ == "__main__":

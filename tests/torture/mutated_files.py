@@ -20,15 +20,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import guard
+import harness
 
 if TYPE_CHECKING:  # the process that waits for others needs no torch
+    from harness import Tally
     from kinds_of_files import Target
     from spoiled_cases import Cases
 
@@ -40,42 +40,24 @@ CASE_S = 600.0  # a case that waits for something uses no processor
 COMMAND_S = 600.0
 
 
-@dataclass
-class Outcomes:
-    """Counts by kind, and what failed."""
-
-    trials: Counter[str] = field(default_factory=Counter)
-    read: Counter[str] = field(default_factory=Counter)  # of them, those that the package took
-    faults: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, kind: str, fault: str | None, *, read: bool = False) -> None:
-        """Count a case."""
-        self.trials[kind] += 1
-        self.read[kind] += read
-        if fault is not None:
-            self.faults.setdefault(kind, []).append(fault)
-
-
 # --- in process: a child does the cases and says what came out, a parent sees to it that it says so -------------------
 
 
-def in_process(trials: int, seed: int, *, first: int = 0, onnx: bool = True, kinds: Sequence[str] = ()) -> Outcomes:
-    """Do cases first .. first + trials - 1 in child processes, and count what came out."""
-    outcomes = Outcomes()
-    case, end = first, first + trials
-    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
-        while case < end:
-            place = Path(folder) / f"from-{case}"
-            options = ["--kinds", *kinds] if kinds else []
-            options += [] if onnx else ["--without-onnx"]
-            asked = ["--child", str(place), str(case), str(end), "--seed", str(seed)]
-            command = [sys.executable, __file__, *asked, *options]
-            case = _follow(command, case, seed, outcomes)
-    return outcomes
+def in_process(folder: Path, asked: argparse.Namespace, tally: Tally) -> int:
+    """Do the cases that are asked for in child processes; return how many files the package took."""
+    options = ["--seed", str(asked.seed), *(["--kinds", *asked.kinds] if asked.kinds else [])]
+    options += ["--without-onnx"] if asked.without_onnx else []
+    case = read = 0
+    while case < asked.trials:
+        child = ["--child", str(folder / f"from-{case}"), str(case), str(asked.trials)]
+        case, took = _follow([sys.executable, __file__, *child, *options], case, asked.seed, tally)
+        read += took
+    return read
 
 
-def _follow(command: list[str], case: int, seed: int, outcomes: Outcomes) -> int:
-    """Read what a child says until it ends; return the case to go on from."""
+def _follow(command: list[str], case: int, seed: int, tally: Tally) -> tuple[int, int]:
+    """Read what a child says until it ends; return the case to go on from, and how many files the package took."""
+    read = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stderr is not None
@@ -91,7 +73,8 @@ def _follow(command: list[str], case: int, seed: int, outcomes: Outcomes) -> int
             if "begins" in said:
                 kind = said["begins"]
             else:
-                outcomes.add(kind, said["fault"], read=said["read"])
+                tally.add(f"{kind}, in process", said["fault"])
+                read += said["read"]
                 if said["fault"] is not None:
                     print(said["fault"], file=sys.stderr, flush=True)
                 case += 1
@@ -105,9 +88,9 @@ def _follow(command: list[str], case: int, seed: int, outcomes: Outcomes) -> int
             raise RuntimeError(f"the sound files could not be made:\n{''.join(complaints)[-4000:]}")
         fault = f"{kind}:{seed}:{case}: the process ended with {code}: {''.join(complaints)[-500:]}"
         print(fault, file=sys.stderr, flush=True)
-        outcomes.add(kind, fault)
+        tally.add(f"{kind}, in process", fault)
         case += 1
-    return case
+    return case, read
 
 
 def _child(root: Path, first: int, end: int, seed: int, *, onnx: bool, kinds: Sequence[str]) -> None:
@@ -126,28 +109,25 @@ def _child(root: Path, first: int, end: int, seed: int, *, onnx: bool, kinds: Se
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def by_command(trials: int, seed: int, *, first: int = 0, onnx: bool = True, kinds: Sequence[str] = ()) -> Outcomes:
+def by_command(folder: Path, asked: argparse.Namespace, tally: Tally) -> None:
     """Do cases through the real command line, each a process of its own that is watched from inside and outside."""
     from spoiled_cases import Cases
 
-    outcomes = Outcomes()
-    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
-        cases = Cases(Path(folder) / "files", seed, onnx=onnx, kinds=kinds, watched=False)
-        hook = Path(folder) / "hook"
-        hook.mkdir()
-        (hook / "sitecustomize.py").write_text(
-            f"import sys\nsys.path.append({str(HERE)!r})\nimport guard\n"
-            "sys.path.pop()\nguard.install_from_environment()\n"
-        )
-        trap = _trap(Path(folder) / "files" / "tmp" / "here", cases.sound.marker)
-        for number in range(first, first + trials):
-            with cases.spoiled(cases.kind(number), number) as target:
-                fault, read = _commanded(cases, target, hook, trap)
-            if fault is not None:
-                fault = f"{cases.kind(number)}:{seed}:{number}: {' '.join(map(str, target.command))}: {fault}"
-                print(fault, file=sys.stderr, flush=True)
-            outcomes.add(cases.kind(number), fault, read=read)
-    return outcomes
+    cases = Cases(folder / "files", asked.seed, onnx=not asked.without_onnx, kinds=asked.kinds, watched=False)
+    hook = folder / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        f"import sys\nsys.path.append({str(HERE)!r})\nimport guard\nsys.path.pop()\nguard.install_from_environment()\n"
+    )
+    trap = _trap(folder / "files" / "tmp" / "here", cases.sound.marker)
+    for number in range(asked.commands):
+        kind = cases.kind(number)
+        with cases.spoiled(kind, number) as target:
+            fault = _commanded(cases, target, hook, trap)
+        if fault is not None:
+            fault = f"{kind}:{asked.seed}:{number}: {' '.join(map(str, target.command))}: {fault}"
+            print(fault, file=sys.stderr, flush=True)
+        tally.add(f"{kind}, through the command line", fault)
 
 
 def _trap(folder: Path, marker: Path) -> Path:
@@ -158,7 +138,7 @@ def _trap(folder: Path, marker: Path) -> Path:
     return folder
 
 
-def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> tuple[str | None, bool]:
+def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> str | None:
     from spoiled_cases import fault_of
 
     sound = cases.sound
@@ -180,7 +160,7 @@ def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> tuple[st
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"took more than {COMMAND_S:.0f} s", False
+        return f"took more than {COMMAND_S:.0f} s"
     fault = None
     if "Traceback" in done.stderr + done.stdout or done.returncode not in (0, 1, 2):
         fault = f"exit code {done.returncode}: {done.stderr[-3000:]}"
@@ -194,7 +174,7 @@ def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> tuple[st
         fault = f"something was made outside: {[path.name for path in sound.outside.iterdir()]}"
         shutil.rmtree(sound.outside)
         sound.outside.mkdir()
-    return fault, done.returncode == 0
+    return fault
 
 
 def _refusal(said: str) -> str:
@@ -218,24 +198,27 @@ def _fingerprint(folder: Path) -> list[tuple[str, int, int]]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__)
     parser.add_argument("--trials", type=int, default=0, help="in process")
     parser.add_argument("--commands", type=int, default=0, help="through the command line")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the clock, so that calls add up")
     parser.add_argument("--kinds", nargs="+", default=[], help="only these")
     parser.add_argument("--without-onnx", action="store_true", help="make no ONNX file, which takes seconds")
     parser.add_argument("--only", metavar="KIND:SEED:NUMBER", help="one case again, in this process")
-    parser.add_argument("--dry", action="store_true", help="keep no results")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
         root, first, end = asked.child
         _child(Path(root), int(first), int(end), asked.seed, onnx=not asked.without_onnx, kinds=asked.kinds)
-    elif asked.only:
+        return
+    if asked.only:
         kind, seed, number = asked.only.rsplit(":", 2)
         _again(kind, int(seed), int(number), onnx=not asked.without_onnx)
-    else:
-        _all(asked)
+        return
+    with harness.torture(PROMISE, dry=asked.dry) as (folder, tally):
+        if asked.trials:
+            print(f"{in_process(folder, asked, tally)} of {asked.trials} spoiled files were read in process")
+        if asked.commands:
+            by_command(folder / "commands", asked, tally)
 
 
 def _again(kind: str, seed: int, number: int, *, onnx: bool) -> None:
@@ -248,29 +231,6 @@ def _again(kind: str, seed: int, number: int, *, onnx: bool) -> None:
             shutil.copy(target.file, kept)
             print(f"{target.file}, kept as {kept}\n{' '.join(map(str, target.command))}")
             target.open()
-
-
-def _all(asked: argparse.Namespace) -> None:
-    failed = 0
-    for count, way, do in (
-        (asked.trials, "in process", in_process),
-        (asked.commands, "through the command line", by_command),
-    ):
-        if not count:
-            continue
-        outcomes = do(count, asked.seed, onnx=not asked.without_onnx, kinds=asked.kinds)
-        for kind, trials in sorted(outcomes.trials.items()):
-            faults = outcomes.faults.get(kind, [])
-            failed += len(faults)
-            print(f"{kind}, {way}: {trials - len(faults)} of {trials} passed, {outcomes.read[kind]} were read")
-            if not asked.dry:
-                import torture_results
-
-                torture_results.add(
-                    PROMISE, f"{kind}, {way}", trials=trials, passed=trials - len(faults), faults=faults
-                )
-    if failed:
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ histories, adapter bytes and optimiser hashes equal those of runs in a process w
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import os
 import random
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -24,10 +23,11 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import harness
+from at_work import PATIENCE_S
 from ray.cluster_utils import Cluster
-from ray_clusters import PATIENCE_S, small_cluster
+from ray_clusters import small_cluster
 from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
-from torture_results import add
 from written_runs import run_and_write
 
 from peft_vit.config import load_study
@@ -73,9 +73,9 @@ def study(cluster: Cluster, file: Path, seen: Seen) -> float:
                 began = time.monotonic()
             seen(event)
 
-        outcome = drive(plan, lock, lambda: open_executor("ray", plan, file.parent, ray_address=cluster.address), tell)
-    if outcome.failed:
-        raise RuntimeError(str(outcome.failed))
+        failed = drive(plan, lock, lambda: open_executor("ray", plan, file.parent, ray_address=cluster.address), tell)
+    if failed:
+        raise RuntimeError(str(failed))
     return time.monotonic() - began
 
 
@@ -122,34 +122,27 @@ def undisturbed(folder: Path) -> dict[str, End]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__)
     parser.add_argument("--trials", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--dry", action="store_true", help="count nothing in results/torture.json")
-    arguments = parser.parse_args()
-    seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
-    rng, done, number, passed = random.Random(seed), 0, 0, 0
-    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as place, small_cluster() as cluster:
-        os.environ["PEFT_VIT_CACHE"] = str(Path(place) / "cache")
-        expected = undisturbed(Path(place) / "undisturbed")
-        longest_s = study(cluster, write_study(Path(place) / "alone", two_methods(), SEEDS, **EXECUTION), Seen())
-        print(f"seed {seed}; alone, one node takes {longest_s:.0f} s", flush=True)
-        while done < arguments.trials:
-            number += 1
+    asked = parser.parse_args()
+    rng = random.Random(asked.seed)
+    with harness.torture(PROMISE, dry=asked.dry) as (place, tally), small_cluster() as cluster:
+        os.environ["PEFT_VIT_CACHE"] = str(place / "cache")
+        expected = undisturbed(place / "undisturbed")
+        longest_s = study(cluster, write_study(place / "alone", two_methods(), SEEDS, **EXECUTION), Seen())
+        print(f"seed {asked.seed}; alone, one node takes {longest_s:.0f} s", flush=True)
+        for number in itertools.count():
+            if tally.trials.total() >= asked.trials:
+                break
             delay_s = rng.uniform(0, longest_s / 2)
-            met, fault, retried = trial(cluster, Path(place) / str(number), delay_s, expected)
-            print(
-                f"{number}: removed after {delay_s:.1f} s, {'a' if met else 'no'} run on it, "
-                f"{'retried' if retried else 'not retried'}: {fault or 'each run once, as undisturbed'}",
-                flush=True,
+            met, fault, retried = trial(cluster, place / str(number), delay_s, expected)
+            said = (
+                f"--seed {asked.seed}, {number}: removed after {delay_s:.1f} s, {'a' if met else 'no'} run on it, "
+                f"{'retried' if retried else 'not retried'}: {fault or 'each run once, as undisturbed'}"
             )
+            print(said, flush=True)
             if met or fault:
-                done += 1
-                passed += fault is None
-                faults = [] if fault is None else [f"--seed {seed}, study {number}: {fault}"]
-                if not arguments.dry:
-                    add(PROMISE, KIND, trials=1, passed=int(fault is None), faults=faults)
-    sys.exit(0 if passed == done else 1)
+                tally.add(KIND, said if fault else None)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,61 +60,20 @@ _EXPERIMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
 class SoundFiles:
-    """Where everything lies.
+    """Where everything lies below one folder."""
 
-    Attributes:
-        root: holds all of it; `inputs` are read, `out`, `cache`, `home` and `temporary` may be written to, nothing may
-            ever appear in `outside`.
-    """
-
-    root: Path
-
-    @property
-    def inputs(self) -> Path:
-        """Return what is read, and must stay as it is."""
-        return self.root / "in"
-
-    @property
-    def out(self) -> Path:
-        """Return what is given as --output."""
-        return self.root / "out"
-
-    @property
-    def cache(self) -> Path:
-        """Return the package's cache."""
-        return self.root / "cache"
-
-    @property
-    def outside(self) -> Path:
-        """Return the folder that malicious names and programs are after."""
-        return self.root / "outside"
-
-    @property
-    def marker(self) -> Path:
-        """Return the folder that comes to be if a file's code is run."""
-        return self.outside / "ran"
-
-    @property
-    def writable(self) -> tuple[Path, ...]:
-        """Return the folders that may be written to."""
-        return (self.out, self.cache, self.root / "home", self.root / "tmp")
-
-    @property
-    def results(self) -> Path:
-        """Return the directory of three finished runs of the study `tiny`."""
-        return self.inputs / "results"
-
-    @property
-    def interrupted(self) -> Path:
-        """Return the directory of the same study with one run, of which half is done."""
-        return self.inputs / "interrupted"
-
-    @property
-    def image(self) -> Path:
-        """Return an image to predict."""
-        return self.inputs / "images" / "class_0" / "00.png"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.inputs = root / "in"  # what is read, and must stay as it is
+        self.out = root / "out"  # what is given as --output
+        self.cache = root / "cache"  # the package's
+        self.outside = root / "outside"  # what malicious names and programs are after: nothing may ever appear here
+        self.marker = self.outside / "ran"  # comes to be if a file's code is run
+        self.writable = (self.out, self.cache, root / "home", root / "tmp")
+        self.results = self.inputs / "results"  # three finished runs of the study `tiny`
+        self.interrupted = self.inputs / "interrupted"  # the same study with one run, of which half is done
+        self.image = self.inputs / "images" / "class_0" / "00.png"
 
     def run(self, experiment: str) -> Path:
         """Return the folder of a run: plain, adaptive or quantized."""
@@ -196,7 +154,7 @@ def _do_runs(sound: SoundFiles) -> None:
             finished = run_one(planned.spec)
             if finished.adapter is None:
                 raise RuntimeError(finished.record.traceback)
-            store.done(finished.record, finished.adapter)
+            store.ended(finished.record, finished.adapter)
     mapping["experiments"] = mapping["experiments"][1:2]
     with _begun(mapping, sound.inputs / "interrupted.yaml", sound.interrupted) as (plan, store):
         (planned,) = plan.runs

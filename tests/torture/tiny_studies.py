@@ -119,12 +119,6 @@ def ledger_rows(results_dir: Path) -> tuple[Row, ...]:
     return read_ledger(results_dir / NAME / LEDGER_FILE).rows
 
 
-def under_way(results_dir: Path) -> list[str]:
-    """Return the runs that have begun and not ended, as far as the ledger knows."""
-    last = {row.run: row.event for row in ledger_rows(results_dir)}
-    return [run for run, event in last.items() if event == "started"]
-
-
 def newest_step(folder: Path) -> int:
     """Return the step of the newest checkpoint in a run's folder; 0 if there is none."""
     return max(checkpoint_folders(folder), default=0)

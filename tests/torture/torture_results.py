@@ -7,12 +7,9 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,60 +53,37 @@ class Result:
     faults: tuple[str, ...] = ()
 
 
-def machine() -> str:
-    """Return what results depend on, in words."""
-    return f"{processor_name()}, {cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
-
-
-def read(file: Path = FILE) -> list[Result]:
+def read() -> list[Result]:
     """Return all results so far."""
-    if not file.exists():
+    if not FILE.exists():
         return []
-    return [Result(**{**entry, "faults": tuple(entry["faults"])}) for entry in json.loads(file.read_text())]
+    return [Result(**{**entry, "faults": tuple(entry["faults"])}) for entry in json.loads(FILE.read_text())]
 
 
-def add(promise: str, kind: str, *, trials: int, passed: int, faults: Sequence[str] = (), file: Path = FILE) -> Result:
-    """Add trials to those of earlier calls on this machine, and return all of this kind."""
+def write(results: Sequence[Result]) -> None:
+    """Replace what is known so far."""
+    content = json.dumps([asdict(result) for result in results], indent=1, ensure_ascii=False)
+    write_atomically(FILE, f"{content}\n".encode())
+
+
+def add(promise: str, kind: str, *, trials: int, passed: int, faults: Sequence[str] = ()) -> None:
+    """Add trials to those of earlier calls on this machine."""
+    machine = f"{processor_name()}, {cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
     today = datetime.now(UTC).date().isoformat()
     commit, dirty = git_state()
     version = f"{(commit or 'unknown')[:12]}{'+' if dirty else ''}"
-    new = Result(promise, kind, machine(), trials, passed, today, today, version, tuple(faults)[:_FAULTS_KEPT])
-    with _changing(file) as results:
-        for index, old in enumerate(results):
-            if (old.promise, old.kind, old.machine) == (new.promise, new.kind, new.machine):
-                new = replace(
-                    new,
-                    trials=old.trials + trials,
-                    passed=old.passed + passed,
-                    first=old.first,
-                    faults=(*old.faults, *new.faults)[:_FAULTS_KEPT],
-                )
-                results[index] = new
-                return new
-        results.append(new)
-    return new
-
-
-def forget(promise: str, file: Path = FILE) -> None:
-    """Drop what is known of a promise, since the code that it was about has changed."""
-    with _changing(file) as results:
-        results[:] = [result for result in results if result.promise != promise]
-
-
-@contextmanager
-def _changing(file: Path) -> Iterator[list[Result]]:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)  # what is locked, since the file itself is replaced
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        results = read(file)
-        try:
-            yield results
-        finally:
-            content = json.dumps([asdict(result) for result in results], indent=1, ensure_ascii=False)
-            write_atomically(file, f"{content}\n".encode())
-    finally:
-        os.close(folder)
+    results = {(old.promise, old.kind, old.machine): old for old in read()}
+    none = Result(promise, kind, machine, trials=0, passed=0, first=today, last=today, commit=version)
+    old = results.get((promise, kind, machine), none)
+    results[promise, kind, machine] = replace(
+        old,
+        trials=old.trials + trials,
+        passed=old.passed + passed,
+        last=today,
+        commit=version,
+        faults=(*old.faults, *faults)[:_FAULTS_KEPT],
+    )
+    write(list(results.values()))
 
 
 def table(results: Sequence[Result]) -> str:
@@ -125,22 +99,16 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join([*rows, "", *places])
 
 
-def update(document: Path = DOCUMENT, file: Path = FILE) -> None:
-    """Put the table between the marks of a document."""
-    text = document.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    write_atomically(document, f"{before}{BEGIN}\n{table(read(file))}\n{END}{after}".encode())
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forget", metavar="PROMISE")
     arguments = parser.parse_args()
     if arguments.forget:
-        forget(arguments.forget)
-    update()
+        write([result for result in read() if result.promise != arguments.forget])
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    write_atomically(DOCUMENT, f"{before}{BEGIN}\n{table(read())}\n{END}{after}".encode())
     failed = [result for result in read() if result.passed < result.trials]
     for result in failed:
         print(f"{result.promise}, {result.kind}: {result.passed} of {result.trials}", *result.faults, sep="\n")

@@ -9,42 +9,39 @@ with exit code 2 and one line that names the owner, and the winner with all runs
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import harness
 from commands import POLL_S, Command, run_forked, run_fresh
 from crash_study import pair
+from harness import Tally
 from tiny_studies import METHODS, End, difference, ends_of, write_study
 
 PROMISE = "two runners on one directory: one winner"
 
 
-def drivers(folder: Path, trials: int) -> list[str]:
-    """Let forked drivers compete; return what went wrong."""
-    faults, slowest_s = [], 0.0
+def drivers(folder: Path, trials: int, tally: Tally) -> None:
+    """Let forked drivers compete."""
     for trial in range(trials):
         try:
-            slowest_s = max(slowest_s, pair(folder / str(trial)))
+            said, fault = f"the loser left after {pair(folder / str(trial)):.2f} s", None
         except AssertionError as error:
-            faults.append(f"drivers {trial}: {error}")
-    print(f"drivers: one winner in {trials - len(faults)} of {trials}; the slowest loser left after {slowest_s:.2f} s")
-    return faults
+            said = fault = f"drivers {trial}: {error}"
+        print(f"drivers {trial}: {said}", flush=True)
+        tally.add("forked drivers", fault)
 
 
-def commands(folder: Path, trials: int) -> list[str]:
-    """Let fresh commands compete; return what went wrong."""
+def commands(folder: Path, trials: int, tally: Tally) -> None:
+    """Let fresh commands compete."""
     config = write_study(folder, {"lora": METHODS["lora"]}, (0,))
     arguments = [str(config), "--output"]
     if run_forked([*arguments, str(folder / "undisturbed")], folder / "undisturbed.txt").finish() != 0:
         raise RuntimeError((folder / "undisturbed.txt").read_text()[-3000:])
     expected = ends_of(folder / "undisturbed")
-    faults = []
-    losers = []
     for trial in range(trials):
         out = folder / str(trial)
         two = [run_fresh([*arguments, str(out)], folder / f"{trial}-{number}.txt") for number in range(2)]
@@ -52,19 +49,12 @@ def commands(folder: Path, trials: int) -> list[str]:
         loser, winner = (two if first else two[::-1])[:2]
         logs = [folder / f"{trial}-{two.index(command)}.txt" for command in (loser, winner)]
         fault = _fault(loser, winner, logs, out, expected)
-        losers.append(loser)
-        print(
+        said = (
             f"commands {trial}: the loser left after {loser.seconds:.2f} s, {loser.busy_s:.2f} s of a core: "
-            f"{fault or 'sound'}",
-            flush=True,
+            f"{fault or 'sound'}"
         )
-        faults += [f"commands {trial}: {fault}"] if fault else []
-    slowest = max(losers, key=lambda command: command.seconds)
-    print(
-        f"commands: one winner in {trials - len(faults)} of {trials}; the slowest loser left {slowest.seconds:.2f} s "
-        f"after its start, of which its interpreter and it were busy for {slowest.busy_s:.2f} s"
-    )
-    return faults
+        print(said, flush=True)
+        tally.add("fresh commands", said if fault else None)
 
 
 def _fault(loser: Command, winner: Command, logs: Sequence[Path], out: Path, expected: Mapping[str, End]) -> str | None:
@@ -82,28 +72,14 @@ def _fault(loser: Command, winner: Command, logs: Sequence[Path], out: Path, exp
 
 def main() -> None:
     """Run the command line."""
-    import torture_results
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.options(__doc__)
     parser.add_argument("--drivers", type=int, default=0, metavar="TRIALS", help="of forked drivers")
     parser.add_argument("--commands", type=int, default=0, metavar="TRIALS", help="of fresh commands")
-    parser.add_argument("--dry", action="store_true", help="keep no results")
     asked = parser.parse_args()
-    sound = True
-    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
-        for do, trials, kind in (
-            (drivers, asked.drivers, "forked drivers"),
-            (commands, asked.commands, "fresh commands"),
-        ):
-            if not trials:
-                continue
-            faults = do(Path(folder) / kind, trials)
-            sound &= not faults
-            print("\n".join(faults), end="\n" if faults else "")
-            if not asked.dry:
-                torture_results.add(PROMISE, kind, trials=trials, passed=trials - len(faults), faults=faults)
-    if not sound:
-        sys.exit(1)
+    with harness.torture(PROMISE, dry=asked.dry) as (folder, tally):
+        drivers(folder / "drivers", asked.drivers, tally)
+        if asked.commands:
+            commands(folder / "commands", asked.commands, tally)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,15 @@
 
 from peft_vit.adapters.ablation import update_ranks, without_updates
 from peft_vit.adapters.adapted_linear import AdaptedLinear
+from peft_vit.adapters.adapter_file import (
+    adapter_bytes,
+    load_trained,
+    read_adapter_file,
+    restore_trained,
+    set_ranks,
+    trained_tensors,
+)
 from peft_vit.adapters.bias_correction import correct_young_triplets
-from peft_vit.adapters.gradient_probe import GradientProbe
 from peft_vit.adapters.injection import (
     Adapter,
     adapted_kinds,
@@ -14,20 +21,9 @@ from peft_vit.adapters.injection import (
     freeze_backbone,
     site_adapters,
 )
-from peft_vit.adapters.low_rank import SiteAdapter
-from peft_vit.adapters.merging import (
-    adapter_bytes,
-    load_trained,
-    merged_state_dict,
-    restore_trained,
-    saved_formats,
-    saved_ranks,
-    saved_scales,
-    set_ranks,
-    trained_tensors,
-)
-from peft_vit.adapters.peft_sites import PeftSite, peft_sites
-from peft_vit.adapters.quantized_merging import merge_by_requantizing, merge_into_offsets
+from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
+from peft_vit.adapters.merging import merge_by_requantizing, merge_into_offsets, merged_state_dict
+from peft_vit.adapters.peft_sites import peft_sites
 from peft_vit.adapters.resizable import check_resizable
 from peft_vit.adapters.resizing import resize_adapters
 
@@ -35,7 +31,6 @@ __all__ = [
     "AdaptedLinear",
     "Adapter",
     "GradientProbe",
-    "PeftSite",
     "SiteAdapter",
     "adapted_kinds",
     "adapted_modules",
@@ -51,11 +46,9 @@ __all__ = [
     "merge_into_offsets",
     "merged_state_dict",
     "peft_sites",
+    "read_adapter_file",
     "resize_adapters",
     "restore_trained",
-    "saved_formats",
-    "saved_ranks",
-    "saved_scales",
     "set_ranks",
     "site_adapters",
     "trained_tensors",

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.injection import adapted_modules, current_ranks
-from peft_vit.adapters.peft_layers import peft_layers_by_site, peft_ranks
+from peft_vit.adapters.peft_layers import peft_layers, peft_ranks, sites_of_layers
 from peft_vit.errors import UserError
 
 
@@ -40,8 +40,9 @@ def without_updates(model: nn.Module, sites: Collection[str]) -> Iterator[None]:
             named = {site.name for site, _ in module.adapters()}.intersection(sites)
             if named:
                 stack.enter_context(_skipping(module, named))
-        for site, layer in peft_layers_by_site(model).items():
-            if site in sites and not layer.disable_adapters:
+        places = sites_of_layers(model)
+        for name, layer in peft_layers(model).items():
+            if name in places and places[name].name in sites and not layer.disable_adapters:
                 stack.enter_context(_disabled(layer))
         yield
 

@@ -9,16 +9,63 @@ kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft_vit.adapters.frozen_weight import FrozenWeight
-from peft_vit.adapters.gradient_probe import GradientProbe
-from peft_vit.adapters.low_rank import SiteAdapter
+from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizedTensor
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenWeight:
+    """The weight under adapters, (1 - share) * float + share * quantized, of shape (out, in).
+
+    Attributes:
+        floating: the float weight; None once it has been freed, and then the share counts as 1.
+        quantized: the packed weight; None if there is none, and then the share counts as 0.
+        share: 0 to 1.
+    """
+
+    floating: Tensor | None
+    quantized: QuantizedTensor | None = None
+    share: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        """Return the number of outputs."""
+        if self.floating is not None:
+            return self.floating.shape[0]
+        assert self.quantized is not None
+        return self.quantized.shape[0]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the float weight alone is in use."""
+        return self.quantized is None or (self.floating is not None and self.share == 0)
+
+    def unpack(self, added: Tensor | None = None) -> Tensor:
+        """Return the weight in float, (out, in), without a gradient and in memory of its own.
+
+        Args:
+            added: (out, groups), added to every weight of the group of inputs.
+        """
+        if self.floating is None or (self.quantized is not None and self.share == 1):
+            assert self.quantized is not None
+            return self.quantized.dequantize(added=added)
+        weight = self.floating.detach()
+        if self.is_float:
+            weight = weight.clone()
+        else:
+            assert self.quantized is not None
+            weight = self.quantized.dequantize(weight.dtype).lerp_(weight, 1 - self.share)
+        if added is not None:
+            weight.unflatten(1, (added.shape[1], -1)).add_(added.detach().unsqueeze(-1))
+        return weight
 
 
 def adapted_product(

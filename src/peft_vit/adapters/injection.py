@@ -34,9 +34,9 @@ def freeze_backbone(model: nn.Module) -> None:
 def attach_adapters(
     model: nn.Module,
     sites: Sequence[Site],
-    ranks: Mapping[str, int],
+    ranks: Mapping[str, int] | int,
     *,
-    scale: float,
+    scale: Mapping[str, float] | float,
     seed: int,
     parametrization: Parametrization = "product",
     factor_start: FactorStart = "normal",
@@ -47,9 +47,9 @@ def attach_adapters(
 
     Args:
         model: a Vision Transformer of timm, changed in place.
-        sites: from `backbones.find_sites`.
-        ranks: rank of each site by name; every site must be named, 0 is allowed.
-        scale: factor on each update.
+        sites: from `backbones.find_sites`, or `fused_sites` of them.
+        ranks: of each site by name, or one for all; 0 is allowed.
+        scale: factor on the update, likewise.
         seed: the run's seed. Each site has its own stream, so other sites or ranks do not move its start.
         parametrization: of the update, see `low_rank`; so for `factor_start` and `lambda_gain`.
         pool: inputs per group on which the update is constant; 1 for a plain adapter.
@@ -58,7 +58,9 @@ def attach_adapters(
         raise UserError("the model already carries adapters; attach once", field="model")
     freeze_backbone(model)
     backbone = Backbone(model)
-    order = {name: index for index, name in enumerate(name for one in backbone.layout() for name in one.site_names())}
+    layout = backbone.layout()
+    order = {name: index for index, name in enumerate(name for linear in layout for name in linear.site_names())}
+    order |= {linear.module: order[linear.site_names()[0]] for linear in layout}  # of a fused matrix as one site
     for site in sites:
         module = model.get_submodule(site.module)
         if isinstance(module, nn.Linear):
@@ -68,8 +70,8 @@ def attach_adapters(
         adapter = SiteAdapter(
             site.in_features,
             site.out_features,
-            ranks[site.name],
-            scale=scale,
+            ranks[site.name] if isinstance(ranks, Mapping) else ranks,
+            scale=scale[site.name] if isinstance(scale, Mapping) else scale,
             generator=torch_generator(seed, "adapter_init", order[site.name]),
             parametrization=parametrization,
             factor_start=factor_start,

@@ -24,8 +24,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters.gradient_probe import GradientProbe
-
 Parametrization = Literal["product", "svd"]
 FactorStart = Literal["normal", "orthonormal"]
 _SVD_INIT_STD = 0.02  # the official AdaLoRA code and PEFT: N(0, 0.02^2) factors, lambda = 0
@@ -46,6 +44,8 @@ class SiteAdapter(nn.Module):
         lambda_gain: of the svd form.
         pool: inputs per group on which the update is constant; 1 for a plain adapter.
     """
+
+    smallest_rank = 0
 
     def __init__(
         self,
@@ -103,9 +103,21 @@ class SiteAdapter(nn.Module):
             if self.factor_start == "orthonormal":
                 return torch.linalg.qr(lora_A.T).Q.T, torch.linalg.qr(lora_B).Q, torch.zeros(count)
             return lora_A * _SVD_INIT_STD, lora_B * _SVD_INIT_STD, torch.zeros(count)
-        bound = start_size(self, count + beside) / math.sqrt(self.in_features)
+        bound = self.start_size(count + beside) / math.sqrt(self.in_features)
         lora_A = (torch.rand(count, columns, generator=self.generator) * 2 - 1) * bound
         return lora_A, torch.zeros(self.out_features, count), None
+
+    def start_size(self, rank: int) -> float:
+        """Return how large A of the product form is at a rank, over LoRA's own start: reference_rank / rank.
+
+        Adam moves every element of B by about the learning rate, whatever the gradient G, so a step of r triplets goes
+        r times as far along G as that of one: <G, d(BA)> = rate * sum_i |G a_i|_1. LoRA (arXiv 2106.09685, sec. 4.1)
+        divides its alpha by r for this; here the scale stays, and A carries the factor. A rate that suits LoRA at the
+        reference rank then suits a site of rank 2 or 40. Without a reference rank it is 1.
+        """
+        if self.reference_rank is None or self.parametrization == "svd":
+            return 1.0
+        return self.reference_rank / max(rank, 1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r), scale included, and right (r, in / pool): left @ right is dW, once per group."""
@@ -127,19 +139,45 @@ class SiteAdapter(nn.Module):
             self.lora_A @ self.lora_A.T - eye
         )
 
-    def extra_repr(self) -> str:
-        """Describe the site in one line."""
-        return f"rank={self.rank}, scale={self.scale}, {self.parametrization}, pool={self.pool}"
 
+class GradientProbe:
+    """Temporary triplets p_i lambda_i q_i of random unit vectors p_i, q_i at lambda_i = 0; only lambda has a
+    gradient.
 
-def start_size(adapter: SiteAdapter, rank: int) -> float:
-    """Return how large A of the product form is at a rank, over LoRA's own start: reference_rank / rank.
+    With G = dL/dW of the site, dL/dlambda_i = p_i^T G q_i. The directions are uniform on the spheres, so its square
+    has the expectation ||G||_F^2 / (in * out): the root mean square over the triplets estimates the size of an element
+    of G, whatever the adapter's rank. Where an update is constant on groups of inputs, q_i is too, and G is the
+    gradient summed over each group: what an adapter there can follow.
 
-    Adam moves every element of B by about the learning rate, whatever the gradient G, so a step of r triplets goes r
-    times as far along G as that of one: <G, d(BA)> = rate * sum_i |G a_i|_1. LoRA (arXiv 2106.09685, sec. 4.1) divides
-    its alpha by r for this; here the scale stays, and A carries the factor. A rate that suits LoRA at the reference
-    rank then suits a site of rank 2 or 40. Without a reference rank it is 1.
+    A probe is no module and no parameter: no optimiser holds it, no state dict saves it, nothing counts it as trained.
+
+    Args:
+        in_features: inputs of the site's weight, or the groups of them on which its update is constant.
+        out_features: outputs of the site's weight.
+        count: number of triplets.
+        generator: source of the directions.
+        device: of the site's adapter.
     """
-    if adapter.reference_rank is None or adapter.parametrization == "svd":
-        return 1.0
-    return adapter.reference_rank / max(rank, 1)
+
+    def __init__(
+        self, in_features: int, out_features: int, count: int, *, generator: torch.Generator, device: torch.device
+    ) -> None:
+        left = torch.randn(out_features, count, generator=generator)
+        right = torch.randn(count, in_features, generator=generator)
+        self._left = (left / left.norm(dim=0)).to(device)  # (out, count)
+        self._right = (right / right.norm(dim=1, keepdim=True)).to(device)  # (count, in / pool)
+        self.lambdas = torch.zeros(count, device=device, requires_grad=True)
+
+    @property
+    def values(self) -> int:
+        """Return how many numbers it holds."""
+        return self._left.numel() + self._right.numel() + self.lambdas.numel()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return left (out, count), zero with a gradient, and right (count, in / pool)."""
+        return self._left * self.lambdas, self._right
+
+    def gradient(self) -> Tensor | None:
+        """Return the root mean square of dL/dlambda, a scalar; None before backward."""
+        gradient = self.lambdas.grad
+        return None if gradient is None else gradient.square().mean().sqrt()

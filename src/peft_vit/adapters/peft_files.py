@@ -15,9 +15,9 @@ from reprlib import repr as short
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from safetensors import safe_open
 from torch import Tensor
 
+from peft_vit.adapters.adapter_file import read_safetensors
 from peft_vit.backbones import Site
 from peft_vit.errors import UserError
 from peft_vit.safe_io import read_bytes
@@ -92,13 +92,6 @@ def doubts_about(
     """Return sentences on what an adapter was trained on and a run is not, as far as its files tell.
 
     PEFT's files hold no hash of the base's weights; ours beside them, if this package wrote the adapter, do.
-
-    Args:
-        folder: of the adapter.
-        model: timm's name of the run's backbone.
-        weights_name: of the run's weights.
-        weights_sha256: of the run's weights; None: random.
-        class_names: of the run's images.
     """
     doubts = []
     named = _read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
@@ -239,11 +232,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
             "does not exist; a .bin file is not read, since it may run code: save with safe_serialization=True",
             file=file,
         )
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except Exception as error:  # a foreign file can fail in any way; the user needs one line
-        raise UserError(f"is not a readable safetensors file ({error})", file=file) from None
+    return read_safetensors(file)[1]
 
 
 def _check_tensors(tensors: dict[str, Tensor], expected: Mapping[str, tuple[int, ...]], file: Path) -> None:

@@ -29,16 +29,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_linear import AdaptedLinear
-from peft_vit.adapters.injection import adapted_modules, freeze_backbone, site_adapters
-from peft_vit.adapters.low_rank import SiteAdapter
-from peft_vit.adapters.merging import trained_tensors
+from peft_vit.adapters.adapter_file import trained_tensors
+from peft_vit.adapters.injection import adapted_modules, attach_adapters, site_adapters
 from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE, HEAD, PREFIX, TENSORS_FILE, read_peft
 from peft_vit.adapters.peft_layers import check_plain, is_plain, peft_factors, peft_layers, tuner_layers
 from peft_vit.adapters.peft_tuner import tuner_export
-from peft_vit.backbones import Backbone, Site, find_sites, fused_sites
+from peft_vit.backbones import Backbone, find_sites, fused_sites
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.records import write_atomically
-from peft_vit.seeding import torch_generator
 
 _NO_MODULE = "dummy-target-modules"  # PEFT's name for "adapt nothing"
 
@@ -70,33 +68,35 @@ def export_peft(model: nn.Module, folder: Path, base: Mapping[str, Any]) -> None
     if any(not is_plain(layer) for layer in tuner_layers(model).values()):
         config, tensors = tuner_export(model)
         config["modules_to_save"] = [HEAD]
-        tensors |= {f"{PREFIX}{HEAD}.{name}": parameter for name, parameter in head.items()}
-        _write(folder, base, config, _plain_tensors(tensors))
-        return
-    _check_exportable(model)
-    updates = {**_own_updates(model), **{name: peft_factors(layer) for name, layer in peft_layers(model).items()}}
-    updates = {name: update for name, update in updates.items() if len(update[0])}  # PEFT knows no rank 0
-    _write(folder, base, _config_of(updates), _tensors_of(model, updates))
+    else:
+        _check_exportable(model)
+        config, tensors = _as_lora(model)
+    tensors |= {f"{PREFIX}{HEAD}.{name}": parameter for name, parameter in head.items()}
+    _write(folder, base, config, tensors)
 
 
-def _write(folder: Path, base: Mapping[str, Any], config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+def _write(folder: Path, base: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    plain = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError("holds files already; choose another folder", file=folder)
         write_atomically(folder / BASE_FILE, _json_bytes(base))
-        write_atomically(folder / TENSORS_FILE, save(tensors, metadata={"format": "pt"}))
+        write_atomically(folder / TENSORS_FILE, save(plain, metadata={"format": "pt"}))
         write_atomically(folder / CONFIG_FILE, _json_bytes(config))  # last: without it PEFT sees no adapter
     except OSError as error:
         raise UserError(f"can't be written to ({error.strerror}); choose another folder", file=folder) from None
 
 
-_Updates = dict[str, tuple[Tensor, Tensor, float]]  # module -> A (r, in), B (out, r), scale
-
-
-def _config_of(updates: _Updates) -> dict[str, Any]:
-    """Return the content of adapter_config.json."""
-    return {
+def _as_lora(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the content of adapter_config.json, and the tensors of the adapters by PEFT's names."""
+    updates = {name: _fused_factors(module) for name, module in adapted_modules(model)}
+    updates |= {name: peft_factors(layer) for name, layer in peft_layers(model).items()}
+    updates = {name: update for name, update in updates.items() if len(update[0])}  # PEFT knows no rank 0
+    tensors: dict[str, Tensor] = {}
+    for name, (lora_A, lora_B, _) in updates.items():
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": lora_A, f"{PREFIX}{name}.lora_B.weight": lora_B}
+    config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
@@ -112,19 +112,7 @@ def _config_of(updates: _Updates) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "modules_to_save": [HEAD],
     }
-
-
-def _tensors_of(model: nn.Module, updates: _Updates) -> dict[str, Tensor]:
-    """Return the content of adapter_model.safetensors, float32 on the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for name, (lora_A, lora_B, _) in updates.items():
-        tensors |= {f"{PREFIX}{name}.lora_A.weight": lora_A, f"{PREFIX}{name}.lora_B.weight": lora_B}
-    tensors |= {f"{PREFIX}{HEAD}.{name}": parameter for name, parameter in _head_parameters(model).items()}
-    return _plain_tensors(tensors)
-
-
-def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    return config, tensors
 
 
 def _check_exportable(model: nn.Module) -> None:
@@ -142,10 +130,6 @@ def _check_exportable(model: nn.Module) -> None:
             raise UserError(
                 f"{name} was trained too, and a PEFT adapter holds only adapters and head; save the weights"
             )
-
-
-def _own_updates(model: nn.Module) -> _Updates:
-    return {name: _fused_factors(module) for name, module in adapted_modules(model)}
 
 
 @torch.no_grad()
@@ -201,7 +185,6 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bo
     adapter = read_peft(folder, sites, None if fresh_head else own)
     if adapter.dropout:
         _warn(f"lora_dropout {adapter.dropout} is not applied here")
-    freeze_backbone(model)
     if {name: tuple(tensor.shape) for name, tensor in adapter.head.items()} == own:
         with torch.no_grad():
             for name, tensor in adapter.head.items():
@@ -209,11 +192,13 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bo
     elif fresh_head:
         theirs = f"a head of {len(adapter.head['bias'])} classes" if adapter.head else "no head"
         _warn(f"the adapter of {folder} brings {theirs} and these images have {len(head['bias'])}: the head is fresh")
-    for index, (name, (lora_A, lora_B, scale)) in enumerate(adapter.updates.items()):
-        generator = torch_generator(seed, "adapter_init", index)
-        site_adapter = _attach(model, sites[name], scale=scale, generator=generator)
-        device = site_adapter.lora_A.device
-        site_adapter.lora_A, site_adapter.lora_B = nn.Parameter(lora_A.to(device)), nn.Parameter(lora_B.to(device))
+    scales = {sites[module].name: scale for module, (_, _, scale) in adapter.updates.items()}
+    attach_adapters(model, [sites[module] for module in adapter.updates], 0, scale=scales, seed=seed)
+    by_site = site_adapters(model)
+    for module, (lora_A, lora_B, _) in adapter.updates.items():
+        one = by_site[sites[module].name]
+        device = one.lora_A.device
+        one.lora_A, one.lora_B = nn.Parameter(lora_A.to(device)), nn.Parameter(lora_B.to(device))
 
 
 def _warn(text: str) -> None:
@@ -221,28 +206,9 @@ def _warn(text: str) -> None:
 
 
 def attach_fused(model: nn.Module, scales: Mapping[str, float], *, seed: int = 0) -> None:
-    """Freeze the backbone and put an adapter of rank 0 on whole modules, as `import_peft` does, for `load_trained`.
-
-    Args:
-        model: a plain timm VisionTransformer, changed in place.
-        scales: factor on the update by site, `blocks.3.attn.qkv` for a fused matrix.
-        seed: as above.
-    """
-    freeze_backbone(model)
+    """Freeze the backbone and put an adapter of rank 0 on whole modules, as `import_peft` does, for `load_trained`."""
     sites = {site.name: site for site in fused_sites(find_sites(model)).values()}
-    for index, (name, scale) in enumerate(scales.items()):
-        _attach(model, sites[name], scale=scale, generator=torch_generator(seed, "adapter_init", index))
-
-
-def _attach(model: nn.Module, site: Site, *, scale: float, generator: torch.Generator) -> SiteAdapter:
-    base = model.get_submodule(site.module)
-    assert isinstance(base, nn.Linear)
-    adapter = SiteAdapter(site.in_features, site.out_features, 0, scale=scale, generator=generator)
-    adapter = adapter.to(base.weight.device)
-    module = AdaptedLinear(base)
-    module.add_site(site, adapter)
-    model.set_submodule(site.module, module)
-    return adapter
+    attach_adapters(model, [sites[name] for name in scales], 0, scale=scales, seed=seed)
 
 
 def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -38,10 +38,8 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
 def sites_of_layers(model: nn.Module) -> dict[str, Site]:
     """Return the site of each of PEFT's layers, `blocks.3.attn.qkv`, by the layer's name as above.
 
-    A fused matrix is one site with one rank. Layers that stand elsewhere than on a block's matrices are left out.
-
-    Args:
-        model: is or wraps one of a class that a family knows.
+    The model is or wraps one of a class that a family knows. A fused matrix is one site with one rank. Layers that
+    stand elsewhere than on a block's matrices are left out.
     """
     layers = tuner_layers(model)
     if not all(hasattr(layer, _SITE) for layer in layers.values()):
@@ -52,12 +50,6 @@ def sites_of_layers(model: nn.Module) -> dict[str, Site]:
             setattr(layer, _SITE, known.get(id(layer)))
     sites = {name: getattr(layer, _SITE) for name, layer in layers.items()}
     return {name: site for name, site in sites.items() if site is not None}
-
-
-def peft_layers_by_site(model: nn.Module) -> dict[str, Any]:
-    """Return the layers by the names of their sites."""
-    layers = peft_layers(model)
-    return {site.name: layers[name] for name, site in sites_of_layers(model).items() if name in layers}
 
 
 def peft_ranks(model: nn.Module) -> dict[str, int]:

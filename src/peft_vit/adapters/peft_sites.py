@@ -7,9 +7,8 @@ rank), `blocks.3.attn.out`, `blocks.3.mlp.fc1`, `blocks.3.mlp.fc2`.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,21 +26,22 @@ class PeftSite:
     """One LoRA layer of PEFT in the role of a `SiteAdapter`: what is set here, PEFT computes and saves.
 
     Args:
-        key: a layer's name as PEFT's patterns match it; the layer is a `peft.tuners.lora.Linear`.
-        lora: what PEFT has done to the model.
+        holder: the model that PEFT was given, which has its configuration too.
+        key: a layer's name below it, as PEFT's patterns match it; the layer is a `peft.tuners.lora.Linear`.
     """
 
     smallest_rank = 1  # PEFT has no layer, and its file no place, for rank 0
     parametrization: Literal["product"] = "product"
     pool = 1
     lora_lambda: nn.Parameter | None = None
+    lambda_gain = 1.0
     probe = None
 
-    def __init__(self, key: str, lora: _Lora) -> None:
+    def __init__(self, holder: Any, key: str) -> None:
+        self._holder = holder
         self._key = key
-        self._layer = lora.layers[key]
-        self._lora = lora
-        self._adapter = lora.adapters[0]
+        self._layer = holder.get_submodule(key)
+        self._adapter, self._config = next(iter(holder.peft_config.items()))
         self.in_features: int = self._layer.in_features
         self.out_features: int = self._layer.out_features
 
@@ -104,6 +104,10 @@ class PeftSite:
         lora_A = (torch.rand(count, self.in_features, generator=self.generator) * 2 - 1) * bound
         return lora_A, torch.zeros(self.out_features, count), None
 
+    def start_size(self, rank: int) -> float:
+        """Return how large A is at a rank, over LoRA's own start: 1."""
+        return 1.0
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r), scale included, and right (r, in): left @ right is dW."""
         return self.lora_B * self.scale, self.lora_A
@@ -118,38 +122,33 @@ class PeftSite:
         alpha = self.scale * (math.sqrt(rank) if self._layer.use_rslora[self._adapter] else rank)
         self._layer.r[self._adapter], self._layer.lora_alpha[self._adapter] = rank, alpha
         # Full names for all, in place of the user's patterns: PEFT sorts the keys and lets the first that fits win.
-        layers = self._lora.layers.items()
-        self._lora.config.rank_pattern = {key: layer.r[self._adapter] for key, layer in layers}
-        self._lora.config.alpha_pattern = {key: layer.lora_alpha[self._adapter] for key, layer in layers}
+        layers = peft_layers(self._holder).items()
+        self._config.rank_pattern = {key: layer.r[self._adapter] for key, layer in layers}
+        self._config.alpha_pattern = {key: layer.lora_alpha[self._adapter] for key, layer in layers}
 
 
-class _Lora(NamedTuple):
-    """What PEFT has done to a model."""
-
-    config: Any  # of the first adapter
-    adapters: tuple[str, ...]
-    layers: dict[str, Any]  # every layer of PEFT's by its name, as PEFT's patterns match it
-    sites: dict[str, Site]  # likewise; of layers on a block's matrices
-
-
-def _lora_of(model: nn.Module) -> _Lora | None:
-    """Return what PEFT has done to a model; None if it has put no layers of LoRA's kind into it."""
+def _holder_of(model: nn.Module) -> Any | None:
+    """Return the innermost module that holds PEFT's configuration; None without layers of LoRA's kind."""
     if not peft_layers(model):
         return None
-    # PEFT keeps its configuration at the model that it was given too: the innermost holder.
-    base: Any = next((module for module in reversed([*model.modules()]) if "peft_config" in vars(module)), None)
-    if base is None:
+    holder = next((module for module in reversed([*model.modules()]) if "peft_config" in vars(module)), None)
+    if holder is None:
         raise UserError("PEFT has put LoRA into it; hand over the model that get_peft_model returned", field="model")
-    configs = base.peft_config
-    return _Lora(next(iter(configs.values())), tuple(configs), peft_layers(base), sites_of_layers(base))
+    return holder
+
+
+def _can_resize(layer: Any) -> bool:
+    return type(layer).__name__ == "Linear"  # of LoRA's kinds; others are AdaLoRA's, or on other modules
 
 
 def peft_site_adapters(model: nn.Module) -> dict[str, PeftSite]:
-    """Return PEFT's plain LoRA layers on a model by the names of their sites; none without PEFT."""
-    lora = _lora_of(model)
-    if lora is None:
+    """Return PEFT's LoRA layers on a model's linear layers by the names of their sites; none without PEFT."""
+    holder = _holder_of(model)
+    if holder is None:
         return {}
-    return {site.name: PeftSite(key, lora) for key, site in lora.sites.items() if _is_plain(lora.layers[key])}
+    layers = peft_layers(holder)
+    sites = sites_of_layers(holder).items()
+    return {site.name: PeftSite(holder, key) for key, site in sites if _can_resize(layers[key])}
 
 
 def peft_sites(model: nn.Module) -> tuple[Site, ...]:
@@ -158,33 +157,32 @@ def peft_sites(model: nn.Module) -> tuple[Site, ...]:
     Raises:
         UserError: if PEFT computes more than plain LoRA, or elsewhere than on a block's matrices.
     """
-    lora = _lora_of(model)
-    if lora is None:
+    holder = _holder_of(model)
+    if holder is None:
         return ()
-    if len(lora.adapters) > 1:
+    adapter, *others = holder.peft_config
+    if others:
         raise UserError(
-            f"PEFT holds the adapters {', '.join(lora.adapters)}; keep one, see delete_adapter", field="peft"
+            f"PEFT holds the adapters {', '.join(holder.peft_config)}; keep one, see delete_adapter", field="peft"
         )
-    if lora.config.init_lora_weights not in _STARTS:
+    start = holder.peft_config[adapter].init_lora_weights
+    if start not in _STARTS:
         raise UserError(
-            f"ranks can't change after a start that depends on them, got {lora.config.init_lora_weights!r}; "
+            f"ranks can't change after a start that depends on them, got {start!r}; "
             f"use one of {', '.join(map(repr, _STARTS))}",
             field="init_lora_weights",
         )
-    for key, layer in lora.layers.items():
-        if key not in lora.sites:
+    sites = sites_of_layers(holder)
+    for key, layer in peft_layers(holder).items():
+        if key not in sites:
             raise UserError(
                 r"PEFT has adapted it too, and it is no matrix of a block; narrow target_modules, e.g. to "
                 r"r'.*blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])'",
                 field=key,
             )
-        if not _is_plain(layer):
+        if not _can_resize(layer):
             raise UserError(
                 f"PEFT's {type(layer).__name__} can't change its rank here; only LoRA on nn.Linear can", field=key
             )
-        check_plain(key, layer, lora.adapters[0])
-    return tuple(lora.sites.values())
-
-
-def _is_plain(layer: Any) -> bool:
-    return bool(type(layer) is sys.modules["peft.tuners.lora.layer"].Linear)
+        check_plain(key, layer, adapter)
+    return tuple(sites.values())

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from peft_vit.adapters.injection import freeze_backbone
 from peft_vit.adapters.peft_files import PREFIX
 from peft_vit.adapters.peft_layers import ADAPTER
-from peft_vit.backbones import Backbone, Site, find_sites, fused_sites, whole_modules
+from peft_vit.backbones import Backbone, Site, evaluating, find_sites, fused_sites, whole_modules
 from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.seeding import torch_generator
@@ -214,17 +214,15 @@ def _start_from(images: Tensor | None, wrapped: Any, model: nn.Module) -> None:
         found: Tensor = inputs[0] if isinstance(inputs, tuple) else inputs
         return found.reshape(-1, found.shape[-1])  # (B, T, D) to (B T, D)
 
-    was_training = model.training
-    model.eval()
-    initialize_lora_eva_weights(
-        wrapped,
-        [images],
-        forward_fn=lambda peft_model, batch: peft_model(batch),
-        prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=rows,
-        show_progress_bar=False,
-    )
-    model.train(was_training)
+    with evaluating(model):
+        initialize_lora_eva_weights(
+            wrapped,
+            [images],
+            forward_fn=lambda peft_model, batch: peft_model(batch),
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=rows,
+            show_progress_bar=False,
+        )
 
 
 def tuner_export(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

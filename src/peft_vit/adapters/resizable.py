@@ -30,10 +30,6 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def check_resizable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse what can't follow a change of rank.
 
-    Args:
-        model: carries the adapters, or is to carry them.
-        optimizer: of `torch.optim`, as it is or wrapped by accelerate.
-
     Raises:
         UserError: for another optimiser, for a model that is distributed, sharded or compiled, or one that PEFT has
             wrapped with more than plain LoRA.

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from peft_vit.adapters.bias_correction import TRIPLETS, triplets_after
 from peft_vit.adapters.injection import Adapter, site_adapters
-from peft_vit.adapters.low_rank import SiteAdapter, start_size
-from peft_vit.adapters.peft_sites import PeftSite
 from peft_vit.adapters.resizable import check_resizable, unwrapped
 from peft_vit.errors import UserError
 
@@ -24,7 +22,7 @@ def resize_adapters(
 
     A site that shrinks loses exactly its triplets with the lowest scores (of equal ones the later); the others keep
     their order and their updates. Under a reference rank A of those that stay changes its size with the rank, and B
-    the other way, see `low_rank.start_size`. A site that grows gets triplets that leave the function as it was, with
+    the other way, see `SiteAdapter.start_size`. A site that grows gets triplets that leave the function as it was, with
     moments of zero; their age is kept too, see `correct_young_triplets`.
 
     Args:
@@ -65,9 +63,9 @@ def _check_ranks(adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimiz
         if name not in adapters:
             raise UserError(f"the model has no adapter on {name}", field="ranks")
         adapter = adapters[name]
-        smallest = adapter.smallest_rank if isinstance(adapter, PeftSite) else 0
-        if not smallest <= rank <= adapter.largest_rank:
-            raise UserError(f"expected {smallest} to {adapter.largest_rank}, got {rank}", field=f"ranks[{name}]")
+        least, most = adapter.smallest_rank, adapter.largest_rank
+        if not least <= rank <= most:
+            raise UserError(f"expected {least} to {most}, got {rank}", field=f"ranks[{name}]")
         if not all(id(parameter) in held for parameter in adapter.parameters()):
             raise UserError("does not hold the adapters' parameters; build it after attaching them", field="optimizer")
 
@@ -80,9 +78,8 @@ def _strongest(scores: Tensor, count: int) -> Tensor:
 def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, grow: int) -> None:
     keep = keep.to(adapter.lora_A.device)
     fresh = adapter.fresh_triplets(grow, beside=len(keep))
-    larger = 1.0  # A by this factor and B by its inverse: the update stays, and its steps fit the new rank
-    if isinstance(adapter, SiteAdapter):
-        larger = start_size(adapter, len(keep) + grow) / start_size(adapter, adapter.rank)
+    # A by this factor and B by its inverse: the update stays, and its steps fit the new rank.
+    larger = adapter.start_size(len(keep) + grow) / adapter.start_size(adapter.rank)
     factors = {"lora_A": larger, "lora_B": 1 / larger, "lora_lambda": 1.0}
     for name, dim, new in zip(("lora_A", "lora_B", "lora_lambda"), (0, 1, 0), fresh, strict=True):
         old = getattr(adapter, name)

@@ -4,7 +4,7 @@ from peft_vit.allocation.adalora_controller import AdaLoRAController
 from peft_vit.allocation.budget import BudgetSchedule, bounds_for, costs_for, schedule_for
 from peft_vit.allocation.fisher import check_fisher
 from peft_vit.allocation.importance import ImportanceTracker
-from peft_vit.allocation.strategies import Bounds, allocate, even_ranks
+from peft_vit.allocation.strategies import Bounds, allocate
 
 __all__ = [
     "AdaLoRAController",
@@ -15,6 +15,5 @@ __all__ = [
     "bounds_for",
     "check_fisher",
     "costs_for",
-    "even_ranks",
     "schedule_for",
 ]

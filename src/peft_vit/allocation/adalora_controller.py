@@ -40,13 +40,13 @@ from peft_vit.adapters import (
 from peft_vit.allocation.attach import attach_or_check
 from peft_vit.allocation.budget import bounds_for, costs_for, schedule_for
 from peft_vit.allocation.gradient_probes import attach_probes, probed_scores, take_probes
-from peft_vit.allocation.importance import ImportanceTracker, layer_summary, mean_per_triplet
+from peft_vit.allocation.importance import ImportanceTracker, layer_summary, mean_per_triplet, weight_scores
 from peft_vit.allocation.masking import silence_others, strongest
 from peft_vit.allocation.no_effect import warn_of_a_bar_too_high, warn_of_a_held_start, warn_of_equal_scores
 from peft_vit.allocation.protection import TripletAges, protected_minimum, shielded
 from peft_vit.allocation.strategies import Bounds, allocate, even_ranks
 from peft_vit.allocation.tensor_tree import flatten, unflatten
-from peft_vit.config import AdaLoraConfig
+from peft_vit.config import METRICS, AdaLoraConfig
 from peft_vit.errors import DivergedError, UserError
 from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, history_rows
 from peft_vit.seeding import torch_generator
@@ -90,12 +90,13 @@ class AdaLoRAController:
             sensitivity_beta=config.sensitivity_beta,
             uncertainty_beta=config.uncertainty_beta,
             generator=torch_generator(seed, "probe"),
+            of_sites=weight_scores(model, config.importance_metric),
         )
         self.rank_history: list[dict[str, Any]] = []
         self.score_history: list[dict[str, Any]] = []
         self.probe_history: list[dict[str, Any]] = []  # step, sites scored by a probe, temporary values held
         self._triplet_scores: dict[str, Tensor] = {}
-        self._last_scores: dict[str, float] = {}  # of sites that had rank at some time
+        self._last_scores = dict(self.tracker.of_sites)  # and of sites that had rank at some time
         self._scored = 0  # step of the latest scores
         self._decided = 0  # step of the latest decision
         self._optimizer: torch.optim.Optimizer | None = None  # as attached
@@ -111,9 +112,9 @@ class AdaLoRAController:
         """Give sites that have no rank yet equal ranks within the initial budget."""
         adapters = site_adapters(model)
         if not any(adapter.rank for adapter in adapters.values()):
-            for adapter in adapters.values():
-                if isinstance(adapter, SiteAdapter):
-                    adapter.reference_rank = self.config.budget.total / float(self.costs.sum())  # if all ended equal
+            for adapter in adapters.values():  # PEFT's have rank
+                assert isinstance(adapter, SiteAdapter)
+                adapter.reference_rank = self.config.budget.total / float(self.costs.sum())  # if all ended equal
             even = even_ranks(self.schedule.initial, self.bounds, self.costs)
             ranks = dict(zip(self.names, (int(rank) for rank in even), strict=True))
             set_ranks(model, ranks)
@@ -331,8 +332,8 @@ class AdaLoRAController:
         step = self._scored + 1
         is_due = self.schedule.last_due(step) > self._decided
         can_grow = self._active is None and self.config.allocation_strategy != "global"
-        is_measured = self.config.importance_metric not in ("random", "uniform")
-        if is_due and can_grow and is_measured and 0 in self.ranks.values():
+        is_probed = METRICS[self.config.importance_metric].probe_power is not None
+        if is_due and can_grow and is_probed and 0 in self.ranks.values():
             attach_probes(site_adapters(model), seed=self.seed, step=step)
 
     def get_layer_importance_summary(self) -> dict[str, dict[str, float]]:

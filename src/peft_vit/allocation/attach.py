@@ -29,7 +29,7 @@ def attach_or_check(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool:
         attach_adapters(
             model,
             sites,
-            dict.fromkeys((site.name for site in sites), 0),
+            0,
             scale=config.scale,
             seed=seed,
             parametrization=config.parametrization,

@@ -53,10 +53,6 @@ class BudgetSchedule:
             return self.last_update
         return step - (step - self.warmup_steps) % self.update_frequency
 
-    def is_update(self, step: int) -> bool:
-        """Say whether ranks are decided after this step."""
-        return step > 0 and self.last_due(step) == step
-
     def budget_at(self, step: int) -> int:
         """Return what is allowed while no later decision was taken than the one at or before `step`.
 
@@ -98,12 +94,6 @@ def costs_for(config: AdaLoraConfig, shapes: Sequence[tuple[int, int]], tokens: 
 
 def schedule_for(config: AdaLoraConfig, total_steps: int, bounds: Bounds, costs: Ints) -> BudgetSchedule:
     """Return the schedule of a configuration, in the unit of its budget.
-
-    Args:
-        config: the `adalora` section.
-        total_steps: optimiser steps of the run.
-        bounds: ranks that each site may have, from `bounds_for`.
-        costs: of one rank of each site, from `costs_for`.
 
     Raises:
         UserError: if the initial budget is more than the sites can hold, or the steps leave none for a decision.

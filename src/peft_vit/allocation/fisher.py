@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from peft_vit.adapters import site_adapters
 from peft_vit.allocation.importance import mean_per_triplet, squared_gradients
+from peft_vit.backbones import evaluating
 from peft_vit.errors import UserError
 from peft_vit.records import FisherCheck
 from peft_vit.statistics import spearman
@@ -44,21 +45,19 @@ def check_fisher(
         raise UserError("no site has rank; there is nothing to compare", field="model")
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
     share = torch.ones(len(labels), device=labels.device) if class_weights is None else class_weights[labels]  # (N,)
-    was_training = model.training
-    model.eval()
     per_sample = dict.fromkeys(adapters, 0.0)
     mean_gradients = [torch.zeros_like(parameter) for parameter in parameters]
-    for image, label, factor in zip(images, labels, share, strict=True):
-        model.zero_grad(set_to_none=True)
-        (factor * F.cross_entropy(model(image[None]), label[None])).backward()
-        for name, value in mean_per_triplet(squared_gradients(adapters)).items():
-            per_sample[name] += value / len(labels)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_add_(mean_gradients, gradients, alpha=1 / len(labels))
+    with evaluating(model):
+        for image, label, factor in zip(images, labels, share, strict=True):
+            model.zero_grad(set_to_none=True)
+            (factor * F.cross_entropy(model(image[None]), label[None])).backward()
+            for name, value in mean_per_triplet(squared_gradients(adapters)).items():
+                per_sample[name] += value / len(labels)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            torch._foreach_add_(mean_gradients, gradients, alpha=1 / len(labels))
     for parameter, gradient in zip(parameters, mean_gradients, strict=True):
         parameter.grad = gradient
     minibatch = mean_per_triplet(squared_gradients(adapters))
     model.zero_grad(set_to_none=True)
-    model.train(was_training)
-    rho = spearman(list(minibatch.values()), list(per_sample.values())).rho
+    rho = spearman(list(minibatch.values()), list(per_sample.values()))
     return FisherCheck(images=len(labels), minibatch=minibatch, per_sample=per_sample, rho=rho)

@@ -23,10 +23,9 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from peft_vit.adapters import Adapter, GradientProbe, SiteAdapter
-from peft_vit.config import Metric
+from peft_vit.config import METRICS, Metric
 from peft_vit.seeding import torch_generator
 
-_QUADRATIC: tuple[Metric, ...] = ("fisher", "sensitivity")
 PROBE_TRIPLETS = 4  # the estimate of a squared norm from n random directions has a relative error of sqrt(2 / n)
 
 
@@ -57,7 +56,7 @@ def take_probes(adapters: Mapping[str, Adapter]) -> tuple[dict[str, float], int]
     """
     gradients, values = {}, 0
     for name, adapter in adapters.items():
-        if not isinstance(adapter, SiteAdapter) or adapter.probe is None:
+        if adapter.probe is None:
             continue
         gradient = adapter.probe.gradient()
         if gradient is not None:
@@ -81,7 +80,8 @@ def probed_scores(
         measured: scores of sites from their own triplets in the same backward pass.
         sought: sites without rank. They get no score if no measured site has a gradient to set theirs in relation to.
     """
-    power = 2 if metric in _QUADRATIC else 1
+    power = METRICS[metric].probe_power
+    assert power is not None
     sizes = {name: size**power for name, size in gradients.items()}
     ratios = [score / sizes[name] for name, score in measured.items() if sizes.get(name)]
     if not ratios:

@@ -6,7 +6,7 @@ gradients g = dL/dw, the score after each backward pass is
     magnitude      scale gain |lambda_i| ||P_i|| ||Q_i||, or scale ||b_i|| ||a_i||: the Frobenius norm of the triplet's
                    update; sites that PEFT made may have scales of their own
     gradient_norm  smoothed ||g||_2 over the triplet's parameters; here and under fisher A counts at LoRA's own size and
-                   B at the inverse, whatever the rank has made of them (`low_rank.start_size`)
+                   B at the inverse, whatever the rank has made of them (`SiteAdapter.start_size`)
     fisher         smoothed ||g||_2^2: trace of the diagonal minibatch empirical Fisher, of the mean gradient of a
                    batch (Kunstner et al. 2019, arXiv 1905.12558, on why it is not the Fisher; `per_sample_fisher`
                    measures how far its ranking is from the empirical Fisher's)
@@ -15,6 +15,8 @@ gradients g = dL/dw, the score after each backward pass is
                    s(lambda_i) + mean s(P_i) + mean s(Q_i), without the first term in the product form
     random         uniform noise from the run's seed: a control
     uniform        1: a control
+
+Metrics of the frozen weight (`methods.metrics`) score a site once, and each of its triplets alike.
 
 Smoothing is v <- beta v + (1 - beta) new, from v = 0, with beta1. New triplets start from 0 as at the beginning.
 """
@@ -27,11 +29,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_vit.adapters import Adapter, SiteAdapter
-from peft_vit.adapters.low_rank import start_size
-from peft_vit.config import Metric
+from peft_vit.adapters import AdaptedLinear, Adapter, adapted_modules
+from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
+from peft_vit.config import METRICS, Metric
 from peft_vit.errors import UserError
 from peft_vit.records import SiteInfo
 
@@ -62,15 +64,23 @@ class ImportanceTracker:
         sensitivity_beta: beta1.
         uncertainty_beta: beta2.
         generator: for `random`.
+        of_sites: scores from `weight_scores`.
     """
 
     def __init__(
-        self, metric: Metric, *, sensitivity_beta: float, uncertainty_beta: float, generator: torch.Generator
+        self,
+        metric: Metric,
+        *,
+        sensitivity_beta: float,
+        uncertainty_beta: float,
+        generator: torch.Generator,
+        of_sites: Mapping[str, float] | None = None,
     ) -> None:
         self.metric = metric
         self.beta1 = sensitivity_beta
         self.beta2 = uncertainty_beta
         self.generator = generator
+        self.of_sites = of_sites or {}
         self._state: dict[tuple[str, str], Tensor] = {}  # by site and quantity, see state_dict
 
     @torch.no_grad()
@@ -91,6 +101,8 @@ class ImportanceTracker:
             raise UserError(f"expected a positive number, got {loss_scale}", field="loss_scale")
         if self.metric == "uniform":
             return {name: torch.ones(one.rank, device=one.lora_A.device) for name, one in adapters.items()}
+        if METRICS[self.metric].of_weight is not None:
+            return {name: one.lora_A.new_full((one.rank,), self.of_sites[name]) for name, one in adapters.items()}
         if self.metric == "random":
             noise = {name: torch.rand(one.rank, generator=self.generator) for name, one in adapters.items()}
             return {name: values.to(adapters[name].lora_A.device) for name, values in noise.items()}
@@ -172,12 +184,23 @@ class ImportanceTracker:
         self._state = {key: value.to(device) for key, value in self._state.items()}
 
 
-def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the score of each site that has triplets, with one transfer from the device.
+@torch.no_grad()
+def weight_scores(model: nn.Module, metric: Metric) -> dict[str, float]:
+    """Return the score of each adapted site from its frozen weight, nothing under a metric that scores triplets."""
+    score = METRICS[metric].of_weight
+    if score is None:
+        return {}
+    ours = [(site, module) for _, module in adapted_modules(model) for site, _ in module.adapters()]
+    theirs = [(site, peft_layers(model)[name].base_layer) for name, site in sites_of_layers(model).items()]
+    weights = {
+        site.name: (module.frozen_weight() if isinstance(module, AdaptedLinear) else module.weight)[site.span]
+        for site, module in [*ours, *theirs]
+    }
+    return {name: score(weight.float()) for name, weight in weights.items()}
 
-    Args:
-        triplet_scores: (rank,) by site, from `ImportanceTracker.update`.
-    """
+
+def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the score of each site that has triplets, from theirs (rank,), with one transfer from the device."""
     present = {name: values for name, values in triplet_scores.items() if values.shape[0]}
     if not present:
         return {}
@@ -200,7 +223,7 @@ def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
         lora_A, lora_B, lora_lambda = adapter.lora_A, adapter.lora_B, adapter.lora_lambda
         if lora_A.shape[0] == 0:
             continue
-        size = start_size(adapter, adapter.rank) if isinstance(adapter, SiteAdapter) else 1.0
+        size = adapter.start_size(adapter.rank)
         parts.append(_Part(site, "lora_A", lora_A.float(), lora_A.grad, 1, size))
         parts.append(_Part(site, "lora_B", lora_B.float(), lora_B.grad, 0, 1 / size))
         if lora_lambda is not None:
@@ -210,7 +233,7 @@ def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
 
 def _factor(adapter: Adapter) -> float:
     """Return the Frobenius norm of a triplet's update over the product of its parameters' norms."""
-    gain = adapter.lambda_gain if isinstance(adapter, SiteAdapter) and adapter.lora_lambda is not None else 1.0
+    gain = 1.0 if adapter.lora_lambda is None else adapter.lambda_gain
     return abs(adapter.scale * gain) * math.sqrt(adapter.pool)  # each value of A stands for a pool of equal columns
 
 
@@ -252,11 +275,6 @@ def layer_summary(
     sites: Sequence[SiteInfo], score_history: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]
 ) -> dict[str, dict[str, float]]:
     """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.
-
-    Args:
-        sites: in their order.
-        score_history: of each decision, with "scores" by site.
-        ranks: by site, as they are now.
 
     Returns:
         By site, then by `blocks.<i>`, matrix type and `overall`: of the mean score over the group's sites, each site

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-from peft_vit.allocation.strategies import Bounds, Floats, Ints, worthy
+from peft_vit.allocation.strategies import Bounds, Floats, Ints, reach_threshold
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning
 
@@ -14,12 +14,6 @@ def warn_of_a_held_start(config: AdaLoraConfig, ranks: Ints, costs: Ints, bounds
     """Warn if only removals are to be decided, and the final budget holds every triplet of the start.
 
     Under prune: reversible nothing grows; the global ranking grows sites only by what its budget has left.
-
-    Args:
-        config: the `adalora` section.
-        ranks: at the start, (sites,).
-        costs: of one rank of each site, (sites,).
-        bounds: of each site.
     """
     unit, total, _ = config.budget
     held = int(costs @ ranks)
@@ -48,7 +42,7 @@ def warn_of_equal_scores(config: AdaLoraConfig, scores: Mapping[str, float]) -> 
 
 def warn_of_a_bar_too_high(config: AdaLoraConfig, scores: Floats, costs: Ints) -> bool:
     """Warn if the threshold strategy chooses no site, so that all share what is left; tell whether it is so."""
-    missed = config.allocation_strategy == "threshold" and not worthy(scores, costs, config.threshold_tau)
+    missed = config.allocation_strategy == "threshold" and not reach_threshold(scores, costs, config.threshold_tau)
     if missed:
         _warn(
             f"threshold_tau {config.threshold_tau} has no effect: no site's score reaches so many times the mean, and "

@@ -66,17 +66,10 @@ class TripletAges:
 
 
 def protected_minimum(young: Ints, scores: Floats, budget: int, bounds: Bounds, costs: Ints) -> Ints:
-    """Return each site's smallest rank with its young triplets protected, (sites,).
+    """Return each site's smallest rank with its young triplets, so many of each site, protected, (sites,).
 
     If the budget can't hold them all, those of the sites with the lowest scores give way. (In other units than ranks,
     a cheap one of a lower score may still fit where a dear one did not.)
-
-    Args:
-        young: number of young triplets of each site, (sites,).
-        scores: of each site, (sites,).
-        budget: over all sites, in the unit of the costs.
-        bounds: of each site.
-        costs: of one rank of each site, (sites,).
     """
     least: Ints = bounds.minimum.copy()
     left = budget - int(costs @ least)

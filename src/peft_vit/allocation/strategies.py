@@ -95,7 +95,8 @@ def allocate(
         UserError: if the minima cost more than the budget, a score is negative or not finite, or a cost below 1.
     """
     _check_scores(scores)
-    sites = _sites(scores, np.ones(len(scores), np.int64) if costs is None else costs)
+    costs = np.ones(len(scores), np.int64) if costs is None else costs
+    sites = _sites(scores, costs)
     low, high = [int(rank) for rank in bounds.minimum], [int(rank) for rank in bounds.maximum]
     if budget < sites.cost(low):
         raise UserError(
@@ -107,7 +108,12 @@ def allocate(
             raise UserError("the global strategy ranks triplets; give their scores", field="triplet_scores")
         ranks = _keep_best_triplets(sites, triplet_scores, budget, low, high)
     else:
-        chosen = _choose(strategy, sites, threshold_tau, top_k)
+        chosen = set(range(len(scores)))
+        if strategy == "threshold":
+            chosen = reach_threshold(scores, costs, threshold_tau)
+        elif strategy == "top_k":
+            wanted = max(1, len(scores) // 2) if top_k is None else top_k
+            chosen = {site for site, place in enumerate(sites.place) if place < wanted}
         reach = [most if site in chosen else least for site, (least, most) in enumerate(zip(low, high, strict=True))]
         weights = _per_cost([1.0] * len(scores), sites.costs) if strategy == "top_k" else sites.worth
         ranks = _share(sites, weights, budget, low, reach)
@@ -115,14 +121,11 @@ def allocate(
     return np.array(_share(sites, sites.worth, budget, ranks, high), dtype=np.int64)
 
 
-def worthy(scores: Floats, costs: Ints, threshold_tau: float) -> set[int]:
+def reach_threshold(scores: Floats, costs: Ints, threshold_tau: float) -> set[int]:
     """Return the sites that `threshold` chooses; arguments as for `allocate`."""
-    return _worthy(_sites(scores, costs), threshold_tau)
-
-
-def _worthy(sites: _Sites, threshold_tau: float) -> set[int]:
-    bar = Fraction(threshold_tau) * sum(sites.worth) / len(sites.worth)
-    return {site for site, worth in enumerate(sites.worth) if worth >= bar}
+    worth = _sites(scores, costs).worth
+    bar = Fraction(threshold_tau) * sum(worth) / len(worth)
+    return {site for site, one in enumerate(worth) if one >= bar}
 
 
 def _check_scores(scores: Floats) -> None:
@@ -150,16 +153,6 @@ def _per_cost(values: Sequence[float], costs: Sequence[int]) -> list[int]:
     return [
         above * (denominator // below) * (multiple // cost) for (above, below), cost in zip(ratios, costs, strict=True)
     ]
-
-
-def _choose(strategy: Strategy, sites: _Sites, threshold_tau: float, top_k: int | None) -> set[int]:
-    count = len(sites.worth)
-    if strategy == "threshold":
-        return _worthy(sites, threshold_tau)
-    if strategy == "top_k":
-        wanted = max(1, count // 2) if top_k is None else top_k
-        return {site for site, place in enumerate(sites.place) if place < wanted}
-    return set(range(count))
 
 
 def _share(sites: _Sites, weights: list[int], budget: int, low: list[int], high: list[int]) -> list[int]:

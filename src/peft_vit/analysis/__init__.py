@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_vit.analysis.allocation import Allocation, RunAllocation, allocations
+from peft_vit.analysis.allocation import Allocation, RunAllocation
 from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, calibration
 from peft_vit.analysis.comparison import Comparison, MethodResult, compare_all, method_results, references
 from peft_vit.analysis.convergence import Convergence, convergences
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
-from peft_vit.analysis.findings import Finding, study_findings
+from peft_vit.analysis.findings import Finding, find
 from peft_vit.analysis.hypotheses import Registry, load_registry
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
 from peft_vit.analysis.measures import Evidence
 from peft_vit.analysis.pairs import AllPairs, Pair, all_pairs
 from peft_vit.analysis.pareto import Front, fronts
-from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
+from peft_vit.analysis.quantization import QuantizationImpact
 from peft_vit.analysis.results import Results, load_results, load_studies
 from peft_vit.analysis.stability import (
     FisherAgreement,
@@ -25,38 +25,7 @@ from peft_vit.analysis.stability import (
     seed_agreements,
     study_agreements,
 )
-from peft_vit.analysis.studies import Run, Study, group_by_study
-
-__all__ = [
-    "AgainstControl",
-    "AllPairs",
-    "Allocation",
-    "Analysis",
-    "Calibration",
-    "CalibrationDifferences",
-    "Comparison",
-    "Convergence",
-    "Finding",
-    "FisherAgreement",
-    "Front",
-    "ImportancePattern",
-    "MethodResult",
-    "Pair",
-    "QuantizationImpact",
-    "Results",
-    "Run",
-    "RunAllocation",
-    "SeedAgreement",
-    "Study",
-    "StudyAgreement",
-    "analyze",
-    "compare_all",
-    "group_by_study",
-    "load_results",
-    "load_studies",
-    "method_results",
-    "study_agreements",
-]
+from peft_vit.analysis.studies import Run, Study
 
 
 @dataclass(frozen=True)
@@ -81,16 +50,10 @@ class Analysis:
 
 
 def analyze(study: Study, registry: Registry | None = None) -> Analysis:
-    """Compute all tables and findings of one study.
-
-    Args:
-        study: all its runs.
-        registry: the sentences to test; None: those that come with the package.
-    """
+    """Compute all tables and findings of one study; `registry` None: the sentences that come with the package."""
     methods = method_results(study)
     patterns = importance_patterns(study)
-    allocated = allocations(study)
-    quantized = quantization_impacts(study)
+    evidence = Evidence(study)
     calibrated, calibration_differences = calibration(study)
     return Analysis(
         study=study,
@@ -104,11 +67,8 @@ def analyze(study: Study, registry: Registry | None = None) -> Analysis:
         importance=patterns,
         seed_agreements=seed_agreements(patterns),
         fisher=fisher_agreements(study),
-        allocation=allocated,
+        allocation=tuple(evidence.allocation.values()),
         against_controls=against_controls(study),
-        quantization=quantized,
-        findings=study_findings(
-            Evidence(study, importance=patterns, allocation=allocated, quantization=quantized),
-            load_registry() if registry is None else registry,
-        ),
+        quantization=tuple(evidence.quantization.values()),
+        findings=find([evidence], load_registry() if registry is None else registry, study.label),
     )

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peft_vit.analysis.comparability import PoolKind, Refusal, RunsOf, difference
+from peft_vit.analysis.comparability import POOL_KINDS, PoolKind, Refusal, difference
 from peft_vit.analysis.comparison import ALPHA, Comparison, MethodResult, compare, correct, method_results, references
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.limits import is_time
@@ -41,16 +41,11 @@ class LabelledStudy:
 
 @dataclass(frozen=True)
 class InStudy:
-    """One experiment in one study: what it reached, and its difference to the reference.
+    """One experiment in one study: what it reached, and its difference to the reference."""
 
-    Attributes:
-        study: label of the study.
-        result: over the study's seeds.
-        comparison: with the reference, corrected over the study's table; None of the reference itself, or without one.
-    """
-
-    study: str
-    result: MethodResult
+    study: str  # label of the study
+    result: MethodResult  # over the study's seeds
+    # with the reference, corrected over the study's table; None of the reference itself, or without one
     comparison: Comparison | None
 
     @property
@@ -61,31 +56,18 @@ class InStudy:
 
 @dataclass(frozen=True)
 class PooledDifference:
-    """One experiment against the reference over several studies.
-
-    Attributes:
-        name: of the experiment.
-        studies: labels of the studies with pairs of both.
-        pooled: test accuracy, experiment minus reference, mean over studies.
-        ahead: in how many studies the experiment's mean is higher.
-        adjusted_p: the pooled p-value after Holm's correction over the table.
-        verdict: on "is more accurate than the reference, on average over these studies".
-        interquartile: over pairs and studies; None with the reason in its note.
-        interquartile_note: what restricts it.
-        mixed: effect of the experiment with a random intercept by study, over all paired runs.
-        allowed: kinds that differ and were pooled all the same, with what differs.
-    """
+    """One experiment against the reference over several studies."""
 
     name: str
-    studies: tuple[str, ...]
-    pooled: Pooled
-    ahead: int
-    adjusted_p: float | None
-    verdict: Verdict
-    interquartile: Interval | None
-    interquartile_note: str
-    mixed: MixedEffect
-    allowed: tuple[tuple[PoolKind, str], ...]
+    studies: tuple[str, ...]  # labels of the studies with pairs of both
+    pooled: Pooled  # test accuracy, experiment minus reference, mean over studies
+    ahead: int  # in how many studies the experiment's mean is higher
+    adjusted_p: float | None  # the pooled p-value after Holm's correction over the table
+    verdict: Verdict  # on "is more accurate than the reference, on average over these studies"
+    interquartile: Interval | None  # over pairs and studies; None with the reason in its note
+    interquartile_note: str  # what restricts it
+    mixed: MixedEffect  # effect of the experiment with a random intercept by study, over all paired runs
+    allowed: tuple[tuple[PoolKind, str], ...]  # kinds that differ and were pooled all the same, with what differs
 
 
 @dataclass(frozen=True)
@@ -100,26 +82,16 @@ class PooledTime:
 
 @dataclass(frozen=True)
 class Across:
-    """Several studies, side by side and pooled.
+    """Several studies, side by side and pooled."""
 
-    Attributes:
-        studies: in the order given.
-        reference: what the others are compared with; None if no experiment stands in every study.
-        rows: every experiment that occurs in two studies and more, by experiment, then study.
-        pooled: one row an experiment that may be pooled.
-        times: likewise, of seconds a step.
-        refusals: what was not pooled, and why.
-        alone: experiment -> the one study with finished runs of it.
-        agreements: of the importance of sites, between experiments of two studies with the same strategy and metric.
-    """
-
-    studies: tuple[LabelledStudy, ...]
-    reference: str | None
-    rows: tuple[InStudy, ...]
-    pooled: tuple[PooledDifference, ...]
-    times: tuple[PooledTime, ...]
-    refusals: tuple[Refusal, ...]
-    alone: dict[str, str]
+    studies: tuple[LabelledStudy, ...]  # in the order given
+    reference: str | None  # what the others are compared with; None if no experiment stands in every study
+    rows: tuple[InStudy, ...]  # every experiment that occurs in two studies and more, by experiment, then study
+    pooled: tuple[PooledDifference, ...]  # one row an experiment that may be pooled
+    times: tuple[PooledTime, ...]  # likewise, of seconds a step
+    refusals: tuple[Refusal, ...]  # what was not pooled, and why
+    alone: dict[str, str]  # experiment -> the one study with finished runs of it
+    # of the importance of sites, between experiments of two studies with the same strategy and metric
     agreements: tuple[StudyAgreement, ...]
 
 
@@ -174,15 +146,11 @@ def _refuse_copies(found: Sequence[tuple[Path, Study]]) -> None:
 
 
 def _what_was_run(run: Run) -> str:
-    plain = run.record.spec.model_copy(update={"study": "any", "device": "auto", "threads": 1})
-    made = run.provenance
+    """Return configuration, seed and images; the same images elsewhere are the same images."""
+    spec, made = run.record.spec, run.provenance
+    anywhere = {"study": "any", "device": "auto", "threads": 1, "data": spec.data.model_copy(update={"path": None})}
     images = made.data_sha256, made.split_sha256, made.weights_sha256
-    return f"{plain.model_copy(update={'data': _any_place(run)}).model_dump_json()} {images}"
-
-
-def _any_place(run: Run) -> object:
-    """Return the run's data without the path: the same images elsewhere are the same images."""
-    return run.record.spec.data.model_copy(update={"path": None})
+    return f"{spec.model_copy(update=anywhere).model_dump_json()} {images}"
 
 
 def compare_studies(
@@ -215,6 +183,7 @@ def compare_studies(
     rows = tuple(row for one in studies for row in _in_study(one, shared, chosen))
     order = {name: place for place, name in enumerate(shared)}
     pooled, times, refusals = _pooled(studies, shared, chosen, frozenset(pool))
+    apart = [replace(one.study, name=one.label.removesuffix(" (smoke)")) for one in studies]  # two may share a name
     return Across(
         studies=tuple(studies),
         reference=chosen,
@@ -223,13 +192,8 @@ def compare_studies(
         times=times,
         refusals=refusals,
         alone={name: labels[0] for name, labels in found_in.items() if len(labels) == 1},
-        agreements=_agreements(studies),
+        agreements=study_agreements([(study, importance_patterns(study)) for study in apart]),
     )
-
-
-def _agreements(studies: Sequence[LabelledStudy]) -> tuple[StudyAgreement, ...]:
-    apart = [replace(one.study, name=one.label.removesuffix(" (smoke)")) for one in studies]  # two may share a name
-    return study_agreements([(study, importance_patterns(study)) for study in apart])
 
 
 def _reference(studies: Sequence[LabelledStudy], shared: Collection[str]) -> str | None:
@@ -264,20 +228,21 @@ def _pooled(
     times: list[PooledTime] = []
     refused: dict[tuple[PoolKind, tuple[str, ...], str], list[str]] = {}
     for name in shared:
-        pairs = {one.label: _pairs(one.study, name, reference) for one in studies} if reference is not None else {}
-        pairs = {label: own for label, own in pairs.items() if own}
+        pairs = {one.label: own for one in studies if (own := _pairs(one.study, name, reference))}
         if name == reference or len(pairs) < 2:
             continue
         runs_of = {label: [run for pair in own for run in pair] for label, own in pairs.items()}
-        differing = _differing(runs_of)
+        differing = {kind: why for kind in POOL_KINDS if (why := difference(kind, runs_of)) is not None}
         for kind in differing.keys() - pool:
             refused.setdefault((kind, tuple(pairs), differing[kind]), []).append(name)
-        if not any(kind in differing for kind in _ACCURACY_NEEDS if kind not in pool):
-            allowed = tuple((kind, differing[kind]) for kind in _ACCURACY_NEEDS if kind in differing)
-            rows.append(_difference(name, pairs, allowed))
-        if not any(kind in differing for kind in _TIME_NEEDS if kind not in pool):
-            allowed = tuple((kind, differing[kind]) for kind in _TIME_NEEDS if kind in differing)
-            times += _time(name, pairs, allowed)
+        accuracy, time = (
+            tuple((kind, differing[kind]) for kind in needs if kind in differing)
+            for needs in (_ACCURACY_NEEDS, _TIME_NEEDS)
+        )
+        if all(kind in pool for kind, _ in accuracy):
+            rows.append(_difference(name, pairs, accuracy))
+        if all(kind in pool for kind, _ in time):
+            times += _time(name, pairs, time)
     refusals = tuple(Refusal(kind, tuple(names), labels, why) for (kind, labels, why), names in refused.items())
     return _corrected(rows), tuple(times), tuple(sorted(refusals, key=lambda one: (one.kind, one.experiments)))
 
@@ -292,11 +257,6 @@ def _pairs(study: Study, name: str, reference: str | None) -> list[tuple[Run, Ru
     runs, others = ({run.seed: run for run in study.of(one)} for one in (name, reference))
     seeds = compare(tuple(runs.values()), tuple(others.values()), name, reference).seeds
     return [(runs[seed], others[seed]) for seed in sorted(seeds)]
-
-
-def _differing(runs_of: RunsOf) -> dict[PoolKind, str]:
-    kinds = dict.fromkeys((*_ACCURACY_NEEDS, *_TIME_NEEDS))
-    return {kind: why for kind in kinds if (why := difference(kind, runs_of)) is not None}
 
 
 def _difference(name: str, pairs: Pairs, allowed: tuple[tuple[PoolKind, str], ...]) -> PooledDifference:
@@ -345,9 +305,8 @@ def _corrected(rows: Sequence[PooledDifference]) -> tuple[PooledDifference, ...]
     corrected = []
     for row, counted in zip(rows, adjusted, strict=True):
         p = None if row.pooled.p_value is None else counted
-        decided = p is not None and p <= ALPHA
         verdict: Verdict = "not decided"
-        if decided:
+        if p is not None and p <= ALPHA:
             verdict = "supported" if row.pooled.interval.estimate > 0 else "refuted"
         corrected.append(replace(row, adjusted_p=p, verdict=verdict))
     return tuple(corrected)

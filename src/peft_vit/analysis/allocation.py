@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,51 +14,33 @@ from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.limits import SAME_SIZE
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import BudgetUnit, ExperimentConfig
-from peft_vit.records import SiteInfo
-from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, rho_with_last
+from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, spearman
 
 SETTLED_AT = 0.9  # share of the final ranks
 
 
 @dataclass(frozen=True)
 class RunAllocation:
-    """One run's ranks.
-
-    Attributes:
-        seed: the run's seed.
-        used: ranks at the end.
-        spent: what they cost, in the budget's unit.
-        budget: allowed at the end, in its unit.
-        unit: of the budget.
-        gini: concentration of the final ranks over sites, 0 for equal ranks.
-        entropy: evenness of the final ranks, 1 for equal ranks.
-        sites: number of sites.
-        sites_without_rank: sites with rank 0 at the end.
-        updates: number of rank entries after the first.
-        steps: at which entries begin, the first included.
-        moved: ranks that went from one site to another at each update; what the budget took away does not
-            count. churn: `moved` over the ranks that are held after the update; None where none are.
-        agreement_with_final: Spearman's rho of the ranks from each entry on with the final ones.
-        overlap_with_final: `overlap` of the ranks from each entry on with the final ones; None without ranks.
-        settled_step: first step from which on that overlap is at least SETTLED_AT; None without final ranks.
-    """
+    """One run's ranks."""
 
     seed: int
-    used: int
-    spent: int
-    budget: int | None
-    unit: BudgetUnit
-    gini: float | None
-    entropy: float | None
+    used: int  # ranks at the end
+    spent: int  # what they cost, in the budget's unit
+    budget: int | None  # allowed at the end, in its unit
+    unit: BudgetUnit  # of the budget
+    gini: float | None  # concentration of the final ranks over sites, 0 for equal ranks
+    entropy: float | None  # evenness of the final ranks, 1 for equal ranks
     sites: int
-    sites_without_rank: int
-    updates: int
-    steps: tuple[int, ...]
+    sites_without_rank: int  # sites with rank 0 at the end
+    updates: int  # number of rank entries after the first
+    steps: tuple[int, ...]  # at which entries begin, the first included
+    # ranks that went from one site to another at each update; what the budget took away does not count
     moved: tuple[int, ...]
-    churn: tuple[float | None, ...]
-    agreement_with_final: tuple[float | None, ...]
+    churn: tuple[float | None, ...]  # `moved` over the ranks that are held after the update; None where none are
+    agreement_with_final: tuple[float | None, ...]  # Spearman's rho of the ranks from each entry on with the final ones
+    # `overlap` of the ranks from each entry on with the final ones; None without ranks
     overlap_with_final: tuple[float | None, ...]
-    settled_step: int | None
+    settled_step: int | None  # first step from which on that overlap is at least SETTLED_AT; None without final ranks
 
 
 @dataclass(frozen=True)
@@ -77,7 +60,6 @@ class Allocation:
     runs: tuple[RunAllocation, ...]
     maps: tuple[RankMap, ...]  # at the steps that all seeds share
     rank_by_matrix: dict[str, Interval]  # mean final rank of a matrix type, interval over seeds
-    query_lead: tuple[float, ...]  # mean final rank of query minus that of all other sites, one value a seed
     against_fixed: Comparison  # test accuracy minus that of fixed LoRA at equal trainable parameters
 
 
@@ -85,7 +67,7 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
     """Return one row for each experiment with adaptive ranks that has a finished run with recorded ranks."""
     found = []
     for experiment in study.with_method("adalora", "peft_adalora", "qa_adalora"):
-        runs = [run for run in study.of(experiment.name) if run.record.rank_history and _adapted_sites(run)]
+        runs = [run for run in study.of(experiment.name) if run.adapted_sites()]
         if runs:
             found.append((experiment, runs))
     family = correct([against_fixed_lora(study, runs, experiment.name) for experiment, runs in found])
@@ -95,13 +77,8 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
 
 
 def _allocation(experiment: ExperimentConfig, runs: list[Run], against: Comparison) -> Allocation:
-    grid = Grid.of(_adapted_sites(runs[0]))
+    grid = Grid.of(runs[0].adapted_sites())
     finals = np.stack([_fill_ranks(grid, run.final_ranks()) for run in runs])  # (seeds, blocks, matrices)
-    lead: tuple[float, ...] = ()
-    if "query" in grid.matrices and len(grid.matrices) > 1:
-        column = grid.matrices.index("query")
-        others = np.delete(finals, column, axis=2)
-        lead = tuple(float(v) for v in np.nanmean(finals[:, :, column], axis=1) - np.nanmean(others, axis=(1, 2)))
     return Allocation(
         experiment=experiment,
         grid=grid,
@@ -110,14 +87,8 @@ def _allocation(experiment: ExperimentConfig, runs: list[Run], against: Comparis
         rank_by_matrix={
             matrix: mean_interval(np.nanmean(finals[:, :, i], axis=1)) for i, matrix in enumerate(grid.matrices)
         },
-        query_lead=lead,
         against_fixed=against,
     )
-
-
-def _adapted_sites(run: Run) -> list[SiteInfo]:
-    named = {name for entry in run.record.rank_history for name in entry.ranks}
-    return [site for site in run.record.sites if site.name in named]
 
 
 def _fill_ranks(grid: Grid, ranks: dict[str, int]) -> np.ndarray:
@@ -127,7 +98,7 @@ def _fill_ranks(grid: Grid, ranks: dict[str, int]) -> np.ndarray:
 
 def _run_allocation(run: Run) -> RunAllocation:
     history = run.record.rank_history
-    names = [site.name for site in _adapted_sites(run)]
+    names = [site.name for site in run.adapted_sites()]
     ranks = [[entry.ranks.get(name, 0) for name in names] for entry in history]
     final = ranks[-1]
     spread = sum(final) > 0 and len(final) > 1
@@ -148,7 +119,7 @@ def _run_allocation(run: Run) -> RunAllocation:
         steps=steps,
         moved=moved,
         churn=tuple(m / sum(after) if sum(after) else None for m, after in zip(moved, ranks[1:], strict=True)),
-        agreement_with_final=rho_with_last(ranks),
+        agreement_with_final=tuple(spearman(then, final) for then in ranks),
         overlap_with_final=overlaps,
         settled_step=settled_step(steps, overlaps),
     )
@@ -166,17 +137,10 @@ def moved_ranks(before: list[int], after: list[int]) -> int:
 def overlap(ranks: Sequence[int], final: Sequence[int]) -> float | None:
     """Return the share of the final ranks that already stood where they end: ``sum_i min(p_i, q_i)``.
 
-    p and q are the shares of all ranks that each site holds, then and in the end. Shares and not counts: while the
-    budget is still larger than in the end, nearly every site holds its final rank and more. It is 1 minus half of
+    p and q are the shares of all ranks that each of (sites,) holds, then and in the end. Shares and not counts: while
+    the budget is still larger than in the end, nearly every site holds its final rank and more. It is 1 minus half of
     ``sum_i |p_i - q_i|``, the total variation distance. Equal ranks at the start overlap a good deal with any final
-    ones, so the value at step 0 is what nothing decided gives.
-
-    Args:
-        ranks: (sites,) then.
-        final: (sites,) in the end, in the same order.
-
-    Returns:
-        None if either has no rank at all.
+    ones, so the value at step 0 is what nothing decided gives. None if either has no rank at all.
     """
     total, end = sum(ranks), sum(final)
     if not total or not end:
@@ -185,12 +149,7 @@ def overlap(ranks: Sequence[int], final: Sequence[int]) -> float | None:
 
 
 def settled_step(steps: Sequence[int], overlaps: Sequence[float | None]) -> int | None:
-    """Return the first step from which on every overlap with the final ranks is at least SETTLED_AT.
-
-    Args:
-        steps: (entries,) ascending.
-        overlaps: (entries,) of the same entries.
-    """
+    """Return the first of (entries,) steps from which on every overlap with the final ranks is at least SETTLED_AT."""
     settled = None
     for step, value in zip(reversed(steps), reversed(overlaps), strict=True):
         if value is None or value < SETTLED_AT:
@@ -208,17 +167,12 @@ def _rank_maps(grid: Grid, runs: list[Run]) -> tuple[RankMap, ...]:
 
 
 def against_fixed_lora(study: Study, runs: list[Run], name: str) -> Comparison:
-    """Compare with fixed-rank LoRA at equal trainable parameters, paired by seed.
+    """Compare an adaptive experiment with fixed-rank LoRA at equal trainable parameters, paired by seed.
 
     The reference accuracy is read off the line through the same seed's LoRA runs, linear in the logarithm of
     trainable parameters (head included, as at the end of the run). Outside the range of those runs nothing is
     extrapolated: the seed is left out and counted in the note. Sizes within SAME_SIZE are equal, so a run that lies
     outside by no more than that is compared with the run at the range's end.
-
-    Args:
-        study: where the LoRA runs are.
-        runs: runs of one adaptive experiment.
-        name: its name.
     """
     on_line = {run.seed: (run.test.accuracy, _on_lora_line(study, run)) for run in runs}
     by_seed = {seed: (own, line) for seed, (own, line) in on_line.items() if line is not None}
@@ -227,17 +181,22 @@ def against_fixed_lora(study: Study, runs: list[Run], name: str) -> Comparison:
     return compare_values(by_seed, name=name, reference="fixed LoRA at equal parameters", note=note)
 
 
-def _on_lora_line(study: Study, run: Run) -> float | None:
-    points = sorted(
-        (float(np.log(other.parameters.final)), other.test.accuracy)
-        for e in study.fixed_rank_loras()
-        for other in study.of(e.name)
+def fixed_lora_line(study: Study, run: Run) -> list[tuple[float, float]]:
+    """Return log2 of the trainable parameters and accuracy of the fixed LoRAs of a run's seed, smallest first."""
+    return sorted(
+        (math.log2(other.parameters.final), other.test.accuracy)
+        for lora in study.fixed_rank_loras()
+        for other in study.of(lora.name)
         if other.seed == run.seed and same_problem(other) == same_problem(run)
     )
+
+
+def _on_lora_line(study: Study, run: Run) -> float | None:
+    points = fixed_lora_line(study, run)
     if not points:
         return None
-    position = float(np.log(run.parameters.final))
+    position = math.log2(run.parameters.final)
     x, y = zip(*points, strict=True)
-    if not x[0] - np.log1p(SAME_SIZE) <= position <= x[-1] + np.log1p(SAME_SIZE):
+    if not x[0] - math.log2(1 + SAME_SIZE) <= position <= x[-1] + math.log2(1 + SAME_SIZE):
         return None
     return float(np.interp(position, x, y))  # beyond an end, the value there

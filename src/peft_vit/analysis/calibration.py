@@ -27,49 +27,31 @@ Measure = Literal["nll", "ece", "adaptive_ece", "brier"]
 
 @dataclass(frozen=True)
 class Bin:
-    """Predictions of similar confidence.
+    """Predictions of similar confidence."""
 
-    Attributes:
-        low: no confidence in it lies below; the bin's own end, or with equal counts its smallest confidence.
-        high: likewise above.
-        count: predictions in it.
-        confidence: their mean; None in an empty bin.
-        accuracy: share of right ones among them; None in an empty bin.
-    """
-
-    low: float
-    high: float
-    count: int
-    confidence: float | None
-    accuracy: float | None
+    low: float  # no confidence in it lies below; the bin's own end, or with equal counts its smallest confidence
+    high: float  # likewise above
+    count: int  # predictions in it
+    confidence: float | None  # their mean; None in an empty bin
+    accuracy: float | None  # share of right ones among them; None in an empty bin
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """One experiment. Intervals are over seeds.
-
-    Attributes:
-        experiment: what was asked.
-        nll: mean negative log likelihood on test, nats; with ece known for every run.
-        ece: expected calibration error, 15 equal-width bins.
-        adaptive_ece: the same with bins of equal counts; None without predictions, which goes for all below.
-        brier: `confidence_brier`.
-        overconfidence: mean confidence minus accuracy.
-        bins: equal-width bins over the predictions of all seeds. Seeds share images, so they are no independent
-            draws, and an interval from their count would be too narrow.
-        seeds: with predictions.
-        without: seeds whose record holds no predictions.
-    """
+    """One experiment. Intervals are over seeds."""
 
     experiment: ExperimentConfig
-    nll: Interval
-    ece: Interval
+    nll: Interval  # mean negative log likelihood on test, nats; with ece known for every run
+    ece: Interval  # expected calibration error, 15 equal-width bins
+    # the same with bins of equal counts; None without predictions, which goes for all below
     adaptive_ece: Interval | None
-    brier: Interval | None
-    overconfidence: Interval | None
+    brier: Interval | None  # `confidence_brier`
+    overconfidence: Interval | None  # mean confidence minus accuracy
+    # equal-width bins over the predictions of all seeds. Seeds share images, so they are no independent draws, and an
+    # interval from their count would be too narrow
     bins: tuple[Bin, ...]
-    seeds: tuple[int, ...]
-    without: tuple[int, ...]
+    seeds: tuple[int, ...]  # with predictions
+    without: tuple[int, ...]  # seeds whose record holds no predictions
 
 
 @dataclass(frozen=True)
@@ -91,14 +73,9 @@ class _Measured:
 
 
 def equal_width_bins(confidence: ArrayLike, right: ArrayLike, bins: int = BINS) -> tuple[Bin, ...]:
-    """Return predictions by confidence: bin m of M holds those in ((m - 1) / M, m / M], the first one 0 too.
+    """Return (n,) predictions by confidence: bin m of M holds those in ((m - 1) / M, m / M], the first one 0 too.
 
     Source: Guo et al. 2017, arXiv 1706.04599, figure 1; the same bins as the ECE of the records.
-
-    Args:
-        confidence: (n,) probability of the predicted class.
-        right: (n,) whether the prediction is right.
-        bins: M.
 
     Raises:
         ValueError: for no predictions, unequal lengths, or a confidence outside 0 to 1.
@@ -113,9 +90,7 @@ def equal_count_bins(confidence: ArrayLike, right: ArrayLike, bins: int = BINS) 
 
     A prediction of midrank r among n by confidence goes to bin floor((r - 1/2) M / n): equal confidences stay together,
     so the bins do not depend on the order of the images. Source: Nguyen & O'Connor 2015, arXiv 1508.05154, adaptive
-    binning; Nixon et al. 2019, arXiv 1904.01685.
-
-    Args and errors as in `equal_width_bins`.
+    binning; Nixon et al. 2019, arXiv 1904.01685. Errors as in `equal_width_bins`.
     """
     p, hit = _checked(confidence, right)
     index = np.floor((stats.rankdata(p) - 0.5) * bins / p.size).astype(np.int64)
@@ -129,15 +104,12 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     It is biased upwards where bins hold few predictions, as their accuracy then strays by chance. Source: Naeini,
     Cooper & Hauskrecht, AAAI 2015; Guo et al. 2017, arXiv 1706.04599.
     """
-    total = sum(one.count for one in bins)
-    return (
-        math.fsum(
-            one.count * abs(one.accuracy - one.confidence)
-            for one in bins
-            if one.accuracy is not None and one.confidence is not None
-        )
-        / total
+    gaps = (
+        one.count * abs(one.accuracy - one.confidence)
+        for one in bins
+        if one.accuracy is not None and one.confidence is not None
     )
+    return math.fsum(gaps) / sum(one.count for one in bins)
 
 
 def confidence_brier(confidence: ArrayLike, right: ArrayLike) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
 from typing import Any, Literal, get_args
 
 from peft_vit.analysis.studies import Run
@@ -18,19 +20,12 @@ _MOST_NAMED = 4  # differences in one line
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something that was not pooled.
+    """Something that was not pooled."""
 
-    Attributes:
-        kind: what differs, as `--allow-mismatch` names it.
-        experiments: of which nothing was pooled for that reason.
-        studies: in which they would have been.
-        reason: what differs, in words.
-    """
-
-    kind: PoolKind
-    experiments: tuple[str, ...]
-    studies: tuple[str, ...]
-    reason: str
+    kind: PoolKind  # what differs, as `--allow-mismatch` names it
+    experiments: tuple[str, ...]  # of which nothing was pooled for that reason
+    studies: tuple[str, ...]  # in which they would have been
+    reason: str  # what differs, in words
 
 
 def parse_pool(text: str, option: str) -> frozenset[PoolKind]:
@@ -83,16 +78,12 @@ def _few(texts: Iterable[str]) -> str:
 
 def _versions(runs_of: RunsOf) -> str | None:
     names = sorted({name for runs in runs_of.values() for run in runs for name in run.provenance.packages})
-    found = [f"{name} {text}" for name in names if (text := _among(runs_of, _version_of(name)))]
+    found = [f"{name} {text}" for name in names if (text := _among(runs_of, partial(_version, name)))]
     return _few(found) if found else None
 
 
-def _version_of(name: str) -> Callable[[Run], str]:
-    return lambda run: run.provenance.packages.get(name, "not there")
-
-
-def _precision(runs_of: RunsOf) -> str | None:
-    return _among(runs_of, lambda run: run.record.spec.precision)
+def _version(name: str, run: Run) -> str:
+    return run.provenance.packages.get(name, "not there")
 
 
 def _weights(runs_of: RunsOf) -> str | None:
@@ -117,11 +108,9 @@ def _splits(runs_of: RunsOf) -> str | None:
             own = {run.seed: run.provenance.split_sha256 for run in runs if run.provenance.data_sha256 == images}
             if own:
                 splits[label] = own
-        labels = list(splits)
         found += [
             f"{first} and {second} divide the same images otherwise"
-            for place, first in enumerate(labels)
-            for second in labels[place + 1 :]
+            for first, second in combinations(splits, 2)
             if not _same_splits(splits[first], splits[second])
         ]
     return _few(found) if found else None
@@ -132,10 +121,6 @@ def _same_splits(first: Mapping[int, str], second: Mapping[int, str]) -> bool:
     if shared:
         return all(first[seed] == second[seed] for seed in shared)
     return set(first.values()) == set(second.values())
-
-
-def _timings(runs_of: RunsOf) -> str | None:
-    return _among(runs_of, hardware)
 
 
 def _configurations(runs_of: RunsOf) -> str | None:
@@ -167,9 +152,9 @@ def _flat(plain: Any, path: str) -> Iterable[tuple[str, Any]]:
 
 _DIFFERENCES: dict[PoolKind, Callable[[RunsOf], str | None]] = {
     "configurations": _configurations,
-    "precision": _precision,
+    "precision": lambda runs_of: _among(runs_of, lambda run: run.record.spec.precision),
     "versions": _versions,
     "splits": _splits,
     "weights": _weights,
-    "timings": _timings,
+    "timings": lambda runs_of: _among(runs_of, hardware),
 }

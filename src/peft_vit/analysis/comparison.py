@@ -21,7 +21,6 @@ from peft_vit.statistics import (
     holm,
     mean_interval,
     minimum_n_wilcoxon,
-    paired_difference,
     verdict,
     wilcoxon,
 )
@@ -148,39 +147,22 @@ def compare(
 ) -> Comparison:
     """Compare two experiments, pairing runs by seed; not yet corrected for a family.
 
-    A pair counts only if both runs used the same backbone weights and the same images in the same split.
-
-    Args:
-        runs: of one experiment.
-        reference_runs: of the other.
-        name: of the first.
-        reference: of the other.
-        value: what is compared; test accuracy unless told otherwise. Pairs in which a run has None are left out and
-            counted in the note.
+    A pair counts only if both runs used the same backbone weights and the same images in the same split. Pairs in which
+    a run's value is None are left out and counted in the note.
     """
     partner = {run.seed: run for run in reference_runs}
     pairs = [(run, partner[run.seed]) for run in runs if run.seed in partner]
     paired = [(a, b) for a, b in pairs if same_problem(a) == same_problem(b)]
     values = {a.seed: (value(a), value(b)) for a, b in paired}
     by_seed = {seed: (left, right) for seed, (left, right) in values.items() if left is not None and right is not None}
-    note = pairing_note(
-        refused=len(pairs) - len(paired),
-        unknown=len(paired) - len(by_seed),
-        other_draws=any(other_draws(a, b) for a, b in paired if a.seed in by_seed),
-    )
-    return compare_values(by_seed, name=name, reference=reference, note=note)
-
-
-def pairing_note(*, refused: int, unknown: int = 0, other_draws: bool) -> str:
-    """Return what restricts pairs of runs, in words."""
     notes = []
-    if refused:
+    if refused := len(pairs) - len(paired):
         notes.append(f"{refused} pair(s) refused: other weights, images or splits")
-    if unknown:
+    if unknown := len(paired) - len(by_seed):
         notes.append(f"{unknown} pair(s) left out: not recorded, or no finite number, in one of both runs")
-    if other_draws:
+    if any(_other_draws(a, b) for a, b in paired if a.seed in by_seed):
         notes.append("pairs differ in the initial head or in the order of images")
-    return "; ".join(notes)
+    return compare_values(by_seed, name=name, reference=reference, note="; ".join(notes))
 
 
 def compare_values(
@@ -192,7 +174,7 @@ def compare_values(
         by_seed: seed -> (value, value of the reference).
         name: whose value comes first.
         reference: what it is compared with.
-        note: what restricts the comparison.
+        note: what restricts the comparison, or why there is no pair.
     """
     if not by_seed:
         reason = note or "no pair of runs with the same seed"
@@ -202,10 +184,10 @@ def compare_values(
     return Comparison(
         name=name,
         reference=reference,
-        difference=paired_difference(values, against),
+        difference=mean_interval(np.subtract(values, against)),
         by_seed=tuple(float(d) for d in differences),
         seeds=tuple(by_seed),
-        significance=wilcoxon(differences, ALPHA),
+        significance=wilcoxon(differences),
         adjusted_p=None,
         verdict="not decided",
         note=note,
@@ -214,16 +196,15 @@ def compare_values(
 
 def correct(family: Sequence[Comparison]) -> tuple[Comparison, ...]:
     """Apply Holm's correction over a family of comparisons, and give the verdicts."""
-    tested = [c for c in family if _p_value(c) is not None]
-    adjusted = holm([p for c in tested if (p := _p_value(c)) is not None])
-    by_name = dict(zip([(c.name, c.reference) for c in tested], adjusted, strict=True))
+    p_values = [p for c in family if c.significance is not None and (p := c.significance.p_value) is not None]
+    adjusted = iter(holm(p_values))
     corrected = []
     for comparison in family:
-        p = by_name.get((comparison.name, comparison.reference))
         if comparison.difference is None or comparison.significance is None:
             corrected.append(comparison)
             continue
-        significance = replace(comparison.significance, minimum_n=minimum_n_wilcoxon(ALPHA, len(tested)))
+        p = next(adjusted)
+        significance = replace(comparison.significance, minimum_n=minimum_n_wilcoxon(ALPHA, len(p_values)))
         decision = verdict(comparison.difference.estimate, significance, p, ALPHA)
         corrected.append(replace(comparison, significance=significance, adjusted_p=p, verdict=decision))
     return tuple(corrected)
@@ -239,10 +220,6 @@ def outcome(comparison: Comparison) -> str:
     return f"p = {comparison.adjusted_p:.3g} (Holm)"
 
 
-def _p_value(comparison: Comparison) -> float | None:
-    return None if comparison.significance is None else comparison.significance.p_value
-
-
 def same_problem(run: Run) -> tuple[object, ...]:
     """Return what must be equal for two runs to be a pair: backbone, weights, images and split."""
     return *same_source(run), run.provenance.split_sha256
@@ -253,13 +230,9 @@ def same_source(run: Run) -> tuple[object, ...]:
     return run.record.spec.backbone.model, run.provenance.weights_sha256, run.provenance.data_sha256
 
 
-def draws(run: Run) -> tuple[str, str] | None:
-    """Return what a common seed makes equal, initial head and order of images; None: of a probe, which has neither."""
-    if run.experiment.is_probe:
-        return None
-    return run.provenance.head_init_sha256, run.provenance.data_order_sha256
-
-
-def other_draws(a: Run, b: Run) -> bool:
-    """Return whether two runs of a seed drew otherwise what it should make equal."""
-    return None not in (draws(a), draws(b)) and draws(a) != draws(b)
+def _other_draws(a: Run, b: Run) -> bool:
+    """Return whether runs of a seed differ in initial head or order of images; of a probe, which has neither, False."""
+    if a.experiment.is_probe or b.experiment.is_probe:
+        return False
+    one, other = a.provenance, b.provenance
+    return (one.head_init_sha256, one.data_order_sha256) != (other.head_init_sha256, other.data_order_sha256)

@@ -24,43 +24,30 @@ _FEWEST = 3  # losses: with fewer nothing is left beside a line
 
 @dataclass(frozen=True)
 class Convergence:
-    """One experiment's course of the loss, over its seeds.
-
-    Attributes:
-        experiment: what was asked.
-        seeds: its finished runs.
-        late_deviation: `late_loss_deviation`, nats; None if no run has it, which goes for the others too.
-        roughness: `roughness`, nats.
-        settled_step: `settled_step` within SETTLED_WITHIN_NATS.
-        steps: recorded in the longest run.
-    """
+    """One experiment's course of the loss, over its seeds."""
 
     experiment: ExperimentConfig
-    seeds: tuple[int, ...]
-    late_deviation: Interval | None
-    roughness: Interval | None
-    settled_step: Interval | None
-    steps: int
+    seeds: tuple[int, ...]  # its finished runs
+    late_deviation: Interval | None  # `late_loss_deviation`, nats; None if no run has it, which goes for the others too
+    roughness: Interval | None  # `roughness`, nats
+    settled_step: Interval | None  # `settled_step`
+    steps: int  # recorded in the longest run
 
 
 def convergences(study: Study) -> tuple[Convergence, ...]:
     """Return one row for each experiment with a finished run."""
-    rows = []
-    for experiment in study.experiments:
-        runs = study.of(experiment.name)
-        if not runs:
-            continue
-        rows.append(
-            Convergence(
-                experiment=experiment,
-                seeds=tuple(run.seed for run in runs),
-                late_deviation=_over_seeds([late_loss_deviation(run) for run in runs]),
-                roughness=_over_seeds([roughness(run) for run in runs]),
-                settled_step=_over_seeds([settled_step(run, SETTLED_WITHIN_NATS) for run in runs]),
-                steps=max(len(run.record.steps) for run in runs),
-            )
+    return tuple(
+        Convergence(
+            experiment=experiment,
+            seeds=tuple(run.seed for run in runs),
+            late_deviation=_over_seeds([late_loss_deviation(run) for run in runs]),
+            roughness=_over_seeds([roughness(run) for run in runs]),
+            settled_step=_over_seeds([settled_step(run) for run in runs]),
+            steps=max(len(run.record.steps) for run in runs),
         )
-    return tuple(rows)
+        for experiment in study.experiments
+        if (runs := study.of(experiment.name))
+    )
 
 
 def _over_seeds(values: Sequence[float | None]) -> Interval | None:
@@ -118,29 +105,20 @@ def _measurable(losses: np.ndarray) -> bool:
     return bool((np.abs(losses) < 1e150).all())
 
 
-def settled_step(run: Run, within: float) -> int | None:
+def settled_step(run: Run) -> int | None:
     """Return the first evaluated step from which on the validation loss stays near where it ends.
 
-    ``min {s : |v_t - v_end| <= within for all evaluated t >= s}``. From there on, not there once: a loss that
-    passes the final value on its way down, and comes back to it from below, has not settled at the first crossing.
-    Evaluations are an epoch apart, and so is what this can tell.
-
-    Args:
-        run: a finished run.
-        within: nats, of the last evaluation's mean negative log likelihood; not negative.
+    ``min {s : |v_t - v_end| <= SETTLED_WITHIN_NATS for all evaluated t >= s}``, v the mean negative log likelihood.
+    From there on, not there once: a loss that passes the final value on its way down, and comes back to it from below,
+    has not settled at the first crossing. Evaluations are an epoch apart, and so is what this can tell.
 
     Returns:
         None without an evaluation. At the latest the last evaluation, which is near itself.
-
-    Raises:
-        ValueError: for a negative distance.
     """
-    if within < 0:
-        raise ValueError(f"expected a distance of at least 0, got {within}")
     settled = None
     evaluations = sorted(run.record.evaluations, key=lambda evaluation: evaluation.step, reverse=True)
     for evaluation in evaluations:
-        if not abs(evaluation.metrics.nll - evaluations[0].metrics.nll) <= within:
+        if not abs(evaluation.metrics.nll - evaluations[0].metrics.nll) <= SETTLED_WITHIN_NATS:
             break
         settled = evaluation.step
     return settled

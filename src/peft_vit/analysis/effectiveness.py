@@ -7,11 +7,11 @@ one of another strategy at equal cost is taken and named.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from peft_vit.analysis.comparison import Comparison, compare, correct
+from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, compare_values, correct
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, QaLoraConfig
 
@@ -32,25 +32,16 @@ _OF_THE_SCORES = {
 
 @dataclass(frozen=True)
 class AgainstControl:
-    """One experiment with scored ranks against one control.
-
-    Attributes:
-        experiment: its name.
-        control: which kind.
-        control_experiment: the experiment that was found; None if the study has none.
-        same_strategy: whether both share the strategy.
-        accuracy: difference in test accuracy, paired by seed.
-        per_parameter: difference in `accuracy_per_parameter`, paired by seed.
-        parameters_ratio: mean trainable parameters in the end over the control's, 1 at equal cost. An equal budget in
-            ranks need not be equal in parameters, since matrices differ in size.
-    """
+    """One experiment with scored ranks against one control."""
 
     experiment: str
-    control: Control
-    control_experiment: str | None
-    same_strategy: bool
-    accuracy: Comparison
-    per_parameter: Comparison
+    control: Control  # which kind
+    control_experiment: str | None  # the experiment that was found; None if the study has none
+    same_strategy: bool  # whether both share the strategy
+    accuracy: Comparison  # difference in test accuracy, paired by seed
+    per_parameter: Comparison  # difference in `accuracy_per_parameter`, paired by seed
+    # mean trainable parameters in the end over the control's, 1 at equal cost. An equal budget in ranks need not be
+    # equal in parameters, since matrices differ in size
     parameters_ratio: float | None
 
 
@@ -66,12 +57,11 @@ def against_controls(study: Study) -> tuple[AgainstControl, ...]:
     """Compare each experiment whose ranks follow scores with its controls; corrected over experiments, by control."""
     adaptive = study.with_method("adalora", "qa_adalora")
     scored = [e for e in adaptive if e.need(AdaLoraConfig).importance_metric not in CONTROLS]
-    runs_of = {e.name: study.of(e.name) for e in adaptive}
     rows: list[AgainstControl] = []
     for control in CONTROLS:
         found = [(e, _control_of(e, control, adaptive)) for e in scored]
-        accuracy = correct([_compare(e, c, control, runs_of) for e, c in found])
-        per_parameter = correct([_compare(e, c, control, runs_of, per_parameter=True) for e, c in found])
+        accuracy = correct([_compare(e, c, control, study) for e, c in found])
+        per_parameter = correct([_compare(e, c, control, study, accuracy_per_parameter) for e, c in found])
         rows += [
             AgainstControl(
                 experiment=e.name,
@@ -80,7 +70,7 @@ def against_controls(study: Study) -> tuple[AgainstControl, ...]:
                 same_strategy=c is not None and _strategy(c) == _strategy(e),
                 accuracy=by_accuracy,
                 per_parameter=by_parameter,
-                parameters_ratio=None if c is None else _mean_final(runs_of[e.name]) / _mean_final(runs_of[c.name]),
+                parameters_ratio=None if c is None else _mean_final(study.of(e.name)) / _mean_final(study.of(c.name)),
             )
             for (e, c), by_accuracy, by_parameter in zip(found, accuracy, per_parameter, strict=True)
         ]
@@ -104,8 +94,8 @@ def _cost(experiment: ExperimentConfig) -> tuple[object, ...]:
 
 
 def _strategy(experiment: ExperimentConfig) -> tuple[object, ...]:
-    section = experiment.section(AdaLoraConfig)
-    return () if section is None else (section.allocation_strategy, section.top_k, section.threshold_tau)
+    section = experiment.need(AdaLoraConfig)
+    return section.allocation_strategy, section.top_k, section.threshold_tau
 
 
 def _mean_final(runs: Sequence[Run]) -> float:
@@ -116,13 +106,11 @@ def _compare(
     experiment: ExperimentConfig,
     control: ExperimentConfig | None,
     kind: Control,
-    runs_of: dict[str, tuple[Run, ...]],
-    *,
-    per_parameter: bool = False,
+    study: Study,
+    value: Callable[[Run], float] = accuracy_on_test,
 ) -> Comparison:
     name = experiment.name
     if control is None:
         note = f"the study has no finished experiment with importance_metric: {kind} and the same budget and training"
-        return Comparison(name, f"{kind} importance", None, (), (), None, None, "not decided", note)
-    value = (accuracy_per_parameter,) if per_parameter else ()
-    return compare(runs_of[name], runs_of[control.name], name, control.name, *value)
+        return compare_values({}, name=name, reference=f"{kind} importance", note=note)
+    return compare(study.of(name), study.of(control.name), name, control.name, value)

@@ -43,25 +43,16 @@ class PredictedImage:
 
 @dataclass(frozen=True)
 class ImageExamples:
-    """The best experiment beside a baseline, image by image.
+    """The best experiment beside a baseline, image by image."""
 
-    Attributes:
-        best: name, chosen on validation.
-        baseline: name.
-        seeds: those that both have predictions of, on the same images; the first is the one that is shown.
-        left_out: seeds that both have finished, and why they are no part of this.
-        images: of the first seed, in the order of the test split.
-        counts: images in each group, by seed.
-        run: the run of the best with the first seed, which says which images these are.
-    """
-
-    best: str
-    baseline: str
+    best: str  # name, chosen on validation
+    baseline: str  # name
+    # those that both have predictions of, on the same images; the first is the one that is shown
     seeds: tuple[int, ...]
-    left_out: tuple[str, ...]
-    images: tuple[PredictedImage, ...]
-    counts: dict[int, dict[Group, int]]
-    run: Run
+    left_out: tuple[str, ...]  # seeds that both have finished, and why they are no part of this
+    images: tuple[PredictedImage, ...]  # of the first seed, in the order of the test split
+    counts: dict[int, dict[Group, int]]  # images in each group, by seed
+    run: Run  # the run of the best with the first seed, which says which images these are
 
     def shown(self, group: Group) -> tuple[PredictedImage, ...]:
         """Return up to MOST_SHOWN images of a group: the largest confidence gap first, the lower position among equals.
@@ -73,12 +64,7 @@ class ImageExamples:
 
 
 def image_examples(study: Study, best: str) -> ImageExamples | str:
-    """Return the best experiment beside a baseline; as text why not, where that is impossible.
-
-    Args:
-        study: finished runs.
-        best: the name of the experiment that validation chose.
-    """
+    """Return the experiment that validation chose beside a baseline; as text why not, where that is impossible."""
     baseline = _baseline(study, best)
     if baseline is None:
         return "no linear probe and no LoRA has finished beside it that it could be set against"

@@ -15,7 +15,8 @@ import numpy as np
 
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.analysis.hypotheses import Hypothesis, Registry
-from peft_vit.analysis.measures import Evidence, Measured, NoDataError
+from peft_vit.analysis.measures import Evidence, Measured, NoDataError, Subjects
+from peft_vit.analysis.measures.selection import Selection
 from peft_vit.analysis.studies import Study
 from peft_vit.statistics import (
     Interval,
@@ -41,42 +42,24 @@ ALL_STUDIES = "all studies together"
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about one experiment, or about one pair.
+    """One sentence about one experiment, or about one pair."""
 
-    Attributes:
-        hypothesis: the sentence and how it is decided.
-        study: whose runs these are.
-        subject: which experiment or pair; empty where there is no data.
-        labels: what each value belongs to, as a rule a seed.
-        values: a positive one speaks for the sentence.
-        n_of: what n counts, in the plural.
-        interval: mean of the values, 95 % t interval; None without values.
-        test: its name; "none" if nothing is tested.
-        p_value: of the test that can show the sentence, after Holm's correction; None if there is none.
-        opposite_p: of the test that can show its opposite, likewise; for superiority the same.
-        outcome: what the test said, or why it says nothing.
-        verdict: on the sentence.
-        mark: registered if the sentence stood written down, as it does now, before every run that was used; None
-            without data.
-        note: what restricts it.
-        rivals: see `Measured`.
-    """
-
-    hypothesis: Hypothesis
-    study: str
-    subject: str
-    labels: tuple[str, ...]
-    values: tuple[float, ...]
-    n_of: str
-    interval: Interval | None
-    test: str
-    p_value: float | None
-    opposite_p: float | None
-    outcome: str
-    verdict: FindingVerdict
+    hypothesis: Hypothesis  # the sentence and how it is decided
+    study: str  # whose runs these are
+    subject: str  # which experiment or pair; empty where there is no data
+    labels: tuple[str, ...]  # what each value belongs to, as a rule a seed
+    values: tuple[float, ...]  # a positive one speaks for the sentence
+    n_of: str  # what n counts, in the plural
+    interval: Interval | None  # mean of the values, 95 % t interval; None without values
+    test: str  # its name; "none" if nothing is tested
+    p_value: float | None  # of the test that can show the sentence, after Holm's correction; None if there is none
+    opposite_p: float | None  # of the test that can show its opposite, likewise; for superiority the same
+    outcome: str  # what the test said, or why it says nothing
+    verdict: FindingVerdict  # on the sentence
+    # registered if the sentence stood written down, as it does now, before every run that was used; None without data
     mark: Mark | None
-    note: str
-    rivals: tuple[tuple[float, ...], ...] = ()
+    note: str  # what restricts it
+    rivals: tuple[tuple[float, ...], ...] = ()  # see `Measured`
 
     @property
     def n(self) -> int:
@@ -86,43 +69,35 @@ class Finding:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """One sentence over several experiments.
+    """One sentence over several experiments."""
 
-    Attributes:
-        hypothesis: the sentence.
-        verdict: supported if every finding with data is, refuted if one is and none supported, else not decided.
-        counts: how many of them, in words; empty for a single one.
-        mark: registered if every finding with data is.
-        findings: those with data; without any, all.
-    """
-
-    hypothesis: Hypothesis
+    hypothesis: Hypothesis  # the sentence
+    # supported if every finding with data is, refuted if one is and none supported, else not decided
     verdict: FindingVerdict
-    counts: str
-    mark: Mark | None
-    findings: tuple[Finding, ...]
+    counts: str  # how many of them, in words; empty for a single one
+    mark: Mark | None  # registered if every finding with data is
+    findings: tuple[Finding, ...]  # those with data; without any, all
 
 
 def all_findings(studies: Sequence[Study], registry: Registry) -> dict[str, tuple[Finding, ...]]:
     """Return study -> what it says about every sentence about one study; then what all of them say about the others."""
     evidence = [Evidence(study) for study in studies]
-    of_one = replace(registry, hypotheses=tuple(one for one in registry.hypotheses if not one.is_about_several))
-    found = {one.study.label: study_findings(one, of_one) for one in evidence}
-    several = findings_over(evidence, registry)
+    of_one, of_several = (
+        replace(registry, hypotheses=tuple(h for h in registry.hypotheses if h.is_about_several == several))
+        for several in (False, True)
+    )
+    found = {one.study.label: find([one], of_one, one.study.label) for one in evidence}
+    several = find(evidence, of_several, ALL_STUDIES)
     return {**found, ALL_STUDIES: several} if several else found
 
 
-def study_findings(evidence: Evidence, registry: Registry) -> tuple[Finding, ...]:
-    """Return what one study says about every sentence, in the registry's order.
+def find(studies: Sequence[Evidence], registry: Registry, name: str) -> tuple[Finding, ...]:
+    """Return what studies say about every sentence, in the registry's order; `name` is what they are called.
 
-    Sentences over several studies are asked of this one alone, which may have enough experiments.
+    Sentences about one study are asked of the first, and those over several of all, of which there may be one alone.
     """
-    return _found([evidence], registry, evidence.study.label, of_one=True)
-
-
-def findings_over(studies: Sequence[Evidence], registry: Registry) -> tuple[Finding, ...]:
-    """Return what several studies say about the sentences that are about several."""
-    return _found(studies, registry, ALL_STUDIES, of_one=False)
+    measured = [(hypothesis, one) for hypothesis in registry.hypotheses for one in _measure(hypothesis, studies)]
+    return judge(measured, name, registry)
 
 
 def conclude(findings: Iterable[Finding]) -> tuple[Conclusion, ...]:
@@ -138,10 +113,7 @@ def judge(
 ) -> tuple[Finding, ...]:
     """Return a finding for each set of values, corrected over those given that share a family.
 
-    Args:
-        measured: sentences and values; all of one study.
-        study: its name.
-        registry: tells which runs had the sentence registered; None: nobody asks, all are exploratory.
+    The registry tells which runs had the sentence registered; None: nobody asks, all are exploratory.
     """
     findings = [_untested(hypothesis, one, study, registry) for hypothesis, one in measured]
     families: dict[str, list[int]] = {}
@@ -154,26 +126,25 @@ def judge(
     return tuple(findings)
 
 
-def _found(studies: Sequence[Evidence], registry: Registry, study: str, *, of_one: bool) -> tuple[Finding, ...]:
-    measured: list[tuple[Hypothesis, Measured]] = []
-    for hypothesis in registry.hypotheses:
-        if hypothesis.test == "untestable":
-            if of_one:
-                measured.append((hypothesis, _nothing(f"no data can test it: {hypothesis.reason}")))
-        elif of_one or hypothesis.is_about_several:
-            measured += [(hypothesis, one) for one in _measure(hypothesis, studies)]
-    return judge(measured, study, registry)
-
-
 def _measure(hypothesis: Hypothesis, studies: Sequence[Evidence]) -> tuple[Measured, ...]:
+    if hypothesis.test == "untestable":
+        return (_nothing(f"no data can test it: {hypothesis.reason}"),)
     how, arguments = hypothesis.how, hypothesis.arguments()
     try:
-        if how.of_studies is not None:
-            return how.of_studies(studies, arguments, hypothesis.needs)
-        assert how.of_study is not None
-        return how.of_study(studies[0], arguments, hypothesis.needs)
+        if how.of_study is not None:
+            return how.of_study(studies[0], studies[0].subjects(arguments.of, hypothesis.needs), arguments)
+        assert how.of_studies is not None
+        found = [(one, _subjects_or_none(one, arguments.of, hypothesis.needs)) for one in studies]
+        return how.of_studies(found, arguments)
     except NoDataError as reason:
         return (_nothing(str(reason)),)
+
+
+def _subjects_or_none(evidence: Evidence, selection: Selection, needs: Sequence[str]) -> Subjects:
+    try:
+        return evidence.subjects(selection, needs)
+    except NoDataError:
+        return ()
 
 
 def _nothing(reason: str) -> Measured:
@@ -232,8 +203,8 @@ def _tests(finding: Finding) -> tuple[Significance, Significance]:
         off = shifted(data, hypothesis.expected or 0.0)
         return equivalence(off, margin), beyond_margin(off, margin)
     if finding.rivals:
-        return wilcoxon_against_each([shifted(values, margin) for values in finding.rivals], ALPHA)
-    both = wilcoxon(shifted(data, margin), ALPHA)
+        return wilcoxon_against_each([shifted(values, margin) for values in finding.rivals])
+    both = wilcoxon(shifted(data, margin))
     return both, both
 
 

@@ -11,32 +11,11 @@ from typing import Any
 
 from peft_vit.analysis.results import load_studies
 from peft_vit.errors import UserError
-from peft_vit.records import RunRecord, history_rows, write_atomically
-
-COLUMNS = (
-    "study",
-    "smoke",
-    "experiment",
-    "seed",
-    "step",
-    "site",
-    "block",
-    "matrix",
-    "in_features",
-    "out_features",
-    "score",
-    "probed",
-    "rank",
-    "budget",
-    "budget_unit",
-)
+from peft_vit.records import history_rows, write_atomically
 
 
 def history_table(results_dir: Path) -> list[dict[str, Any]]:
-    """Return one row a run, step and site, with COLUMNS as keys; see `records.history_rows`.
-
-    Args:
-        results_dir: a results directory, or one run's folder.
+    """Return one row a run, step and site, with the columns of `records.history_rows`, of a results or a run's folder.
 
     Raises:
         UserError: if there is no record, if one can't be read, if a run stands twice, or if no run has adapters.
@@ -45,21 +24,18 @@ def history_table(results_dir: Path) -> list[dict[str, Any]]:
         {"study": study.name, "smoke": study.smoke, "experiment": run.experiment.name, "seed": run.seed, **row}
         for study in load_studies(results_dir)
         for run in study.runs
-        for row in _rows(run.record)
+        for record in [run.record]
+        for row in history_rows(record.sites, record.rank_history, record.importance_history, record.probe_history)
     ]
     if not rows:
         raise UserError("no finished run with adapters, so there is no history to write", file=results_dir)
     return rows
 
 
-def _rows(record: RunRecord) -> list[dict[str, Any]]:
-    return history_rows(record.sites, record.rank_history, record.importance_history, record.probe_history)
-
-
 def export_history(results_dir: Path, file: Path) -> int:
     """Write the table as the file's ending says, and return its number of rows.
 
-    Parquet has one column a COLUMN, empty values as null; CSV leaves them empty; JSON is a list of objects.
+    Parquet holds empty values as null; CSV leaves them empty; JSON is a list of objects.
 
     Raises:
         UserError: as in `history_table`; for another ending, if Parquet can't be written for want of pyarrow, or if
@@ -101,7 +77,7 @@ def parquet_bytes(rows: list[dict[str, Any]], columns: Sequence[str], types: dic
 
 
 def _as_parquet(rows: list[dict[str, Any]]) -> bytes:
-    return parquet_bytes(rows, COLUMNS, {"rank": "Int64", "budget": "Int64", "score": "float64"})
+    return parquet_bytes(rows, list(rows[0]), {"rank": "Int64", "budget": "Int64", "score": "float64"})
 
 
 def _as_json(rows: list[dict[str, Any]]) -> bytes:
@@ -110,7 +86,7 @@ def _as_json(rows: list[dict[str, Any]]) -> bytes:
 
 def _as_csv(rows: list[dict[str, Any]]) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()

@@ -16,16 +16,26 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from peft_vit.analysis.measures import MEASURES, Measure
+from peft_vit.analysis.measures import MEASURES, Measure, OfParameters
 from peft_vit.config import Frozen, Lines, Name, one_line, read_mapping
 from peft_vit.errors import UserError
 from peft_vit.records import Registration, RunRecord
 
 PACKAGED = Path(__file__).with_name("hypotheses.yaml")
 Test = Literal["superiority", "noninferiority", "equivalence", "counted", "described", "untestable"]
-_TESTED: tuple[Test, ...] = ("superiority", "noninferiority", "equivalence")
-_NEEDS_MARGIN: tuple[Test, ...] = ("noninferiority", "equivalence", "counted")
 _Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
+
+
+_SAID = ("measure", "unit")
+_TESTED = ("refuted_by", "family", *_SAID)
+_FIELDS: dict[Test, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what each test needs, and what it may have besides
+    "superiority": (_TESTED, ("margin", "parameters", "needs")),
+    "noninferiority": (("margin", *_TESTED), ("parameters", "needs")),
+    "equivalence": (("margin", *_TESTED), ("expected", "parameters", "needs")),
+    "counted": (("refuted_by", "margin", *_SAID), ("parameters", "needs")),
+    "described": (("reason", *_SAID), ("parameters", "needs")),
+    "untestable": (("reason",), ()),
+}
 
 
 class Hypothesis(Frozen):
@@ -46,34 +56,13 @@ class Hypothesis(Frozen):
     source: _Text = Field(description="who states it")
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
-        needed = ["reason"] if self.test in ("described", "untestable") else ["refuted_by"]
-        if self.test in _NEEDS_MARGIN:
-            needed.append("margin")
-        if self.test in _TESTED:
-            needed.append("family")
-        if self.test != "untestable":
-            needed += ["measure", "unit"]
-        for field in needed:
+    def _fits_its_test(self) -> Self:
+        required, optional = _FIELDS[self.test]
+        for field in required:
             if getattr(self, field) is None:
                 raise ValueError(f"test: {self.test} needs the field '{field}'; add it")
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_without_effect(self) -> Self:
-        idle = [] if self.test in (*_NEEDS_MARGIN, "superiority") else ["margin"]
-        if self.test != "equivalence":
-            idle.append("expected")
-        if self.test not in _TESTED:
-            idle.append("family")
-        if self.test == "untestable":
-            idle += ["measure", "parameters", "unit", "needs", "refuted_by"]
-        elif self.test != "described":
-            idle.append("reason")
-        else:
-            idle.append("refuted_by")
-        for field in idle:
-            if field in self.model_fields_set:
+        for field in ("margin", "expected", "family", "measure", "parameters", "unit", "needs", "refuted_by", "reason"):
+            if field in self.model_fields_set and field not in (*required, *optional):
                 raise ValueError(f"'{field}' has no effect with test: {self.test}; remove it")
         if self.test in ("noninferiority", "equivalence") and not (self.margin or 0) > 0:
             raise ValueError(f"test: {self.test} needs a margin above 0")
@@ -96,7 +85,7 @@ class Hypothesis(Frozen):
         """
         return MEASURES[self.measure or ""]
 
-    def arguments(self) -> Frozen:
+    def arguments(self) -> OfParameters:
         """Return the parameters as the measure takes them."""
         return self.how.parameters.model_validate_json(json.dumps(self.parameters))
 
@@ -107,17 +96,11 @@ class _File(Frozen):
 
 @dataclass(frozen=True)
 class Registry:
-    """All hypotheses of one or two files.
+    """All hypotheses of one or two files."""
 
-    Attributes:
-        hypotheses: in the order of the files.
-        sha256: of the files' bytes, one after the other.
-        digests: id -> SHA-256 of what the registry says under it and under the others of its family.
-    """
-
-    hypotheses: tuple[Hypothesis, ...]
-    sha256: str
-    digests: dict[str, str]
+    hypotheses: tuple[Hypothesis, ...]  # in the order of the files
+    sha256: str  # of the files' bytes, one after the other
+    digests: dict[str, str]  # id -> SHA-256 of what the registry says under it and under the others of its family
 
     def registration(self) -> Registration:
         """Return what goes into the record of a run that is about to begin."""
@@ -199,7 +182,7 @@ def _entry(raw: dict[str, Any], place: int, lines: Lines, file: Path) -> Hypothe
         arguments = hypothesis.arguments()
     except ValidationError as error:
         raise one_line(error, lines, file, (*path, "parameters")) from None
-    unit = hypothesis.how.unit(arguments)
+    unit = hypothesis.how.unit_of(arguments)
     if hypothesis.unit != unit:
         raise _fault(f"the measure's unit is {unit!r}, not {hypothesis.unit!r}", (*path, "unit"), lines, file)
     return hypothesis

@@ -6,6 +6,7 @@ its sites: a relative score of 1 is an average site of that run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -14,42 +15,28 @@ import numpy as np
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig
-from peft_vit.statistics import Interval, mean_interval, mean_rho_of_pairs, rho_with_last, spearman
+from peft_vit.statistics import Interval, mean_interval, spearman
 
 
 @dataclass(frozen=True)
 class ImportancePattern:
-    """Scores of one experiment.
-
-    Attributes:
-        experiment: what was asked.
-        seeds: seeds with scores.
-        grid: where each site stands.
-        raw_final: (blocks, matrices) mean over seeds of the last scores, in the metric's own unit.
-        relative_final: (seeds, blocks, matrices) last scores, over each run's mean.
-        by_block: (seeds, blocks) mean relative score of a block.
-        by_matrix: matrix type -> mean relative score, interval over seeds.
-        attention_over_mlp: log2 of the mean attention score over the mean MLP score, one value a seed.
-        steps: steps at which scores were recorded in every seed.
-        agreement_with_final: (steps,) Spearman's rho between the scores then and the last ones, mean over
-            seeds. matrix_course: (steps, matrices) mean relative score of a matrix type at each of these steps,
-            over seeds; NaN where no seed scored it. agreement_between_seeds: mean Spearman's rho over pairs of
-            seeds, or None. pairs_of_seeds: number of those pairs.
-    """
+    """Scores of one experiment."""
 
     experiment: ExperimentConfig
-    seeds: tuple[int, ...]
-    grid: Grid
-    raw_final: np.ndarray
-    relative_final: np.ndarray
-    by_block: np.ndarray
-    by_matrix: dict[str, Interval]
-    attention_over_mlp: tuple[float, ...]
-    steps: tuple[int, ...]
+    seeds: tuple[int, ...]  # seeds with scores
+    grid: Grid  # where each site stands
+    raw_final: np.ndarray  # (blocks, matrices) mean over seeds of the last scores, in the metric's own unit
+    relative_final: np.ndarray  # (seeds, blocks, matrices) last scores, over each run's mean
+    by_block: np.ndarray  # (seeds, blocks) mean relative score of a block
+    by_matrix: dict[str, Interval]  # matrix type -> mean relative score, interval over seeds
+    attention_over_mlp: tuple[float, ...]  # log2 of the mean attention score over the mean MLP score, one value a seed
+    steps: tuple[int, ...]  # steps at which scores were recorded in every seed
+    # (steps,) Spearman's rho between the scores then and the last ones, mean over seeds
     agreement_with_final: tuple[float | None, ...]
+    # (steps, matrices) mean relative score of a matrix type at each of these steps, over seeds; NaN where no seed
+    # scored it
     matrix_course: np.ndarray
-    agreement_between_seeds: float | None
-    pairs_of_seeds: int
+    agreement_between_seeds: float | None  # mean Spearman's rho over pairs of seeds, or None
 
 
 def importance_patterns(study: Study) -> tuple[ImportancePattern, ...]:
@@ -68,38 +55,39 @@ def _usable(run: Run) -> bool:
 
 
 def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern:
-    scored = {name for run in runs for name in run.record.importance_history[-1].scores}
-    grid = Grid.of([site for site in runs[0].record.sites if site.name in scored])
-    raw = np.stack([grid.fill(run.record.importance_history[-1].scores) for run in runs])  # (S, B, M)
+    by_run = [{entry.step: entry.scores for entry in run.record.importance_history} for run in runs]
+    steps = tuple(sorted(set.intersection(*(set(entries) for entries in by_run))))
+    finals = [run.record.importance_history[-1].scores for run in runs]
+    grid = Grid.of([site for site in runs[0].record.sites if any(site.name in scores for scores in finals)])
+    raw = np.stack([grid.fill(scores) for scores in finals])  # (S, B, M)
     relative = raw / np.nanmean(raw, axis=(1, 2), keepdims=True)
     by_matrix = {
         matrix: mean_interval(np.nanmean(relative[:, :, column], axis=1))
         for column, matrix in enumerate(grid.matrices)
         if np.isfinite(relative[:, :, column]).any(axis=1).all()
     }
-    steps = tuple(sorted(set.intersection(*({e.step for e in run.record.importance_history} for run in runs))))
-    with_final = [_with_final(run) for run in runs]
-    agreement = tuple(_mean_known([rhos.get(step) for rhos in with_final]) for step in steps)
-    between, pairs = _between([run.record.importance_history[-1].scores for run in runs])
+    between = [rho for a, b in combinations(finals, 2) if (rho := _rho(a, b)) is not None]
     return ImportancePattern(
         experiment=experiment,
         seeds=tuple(run.seed for run in runs),
         grid=grid,
         raw_final=np.mean(raw, axis=0),
         relative_final=relative,
-        by_block=np.stack([_row_means(one) for one in relative]),
+        by_block=np.stack([row_means(one) for one in relative]),
         by_matrix=by_matrix,
         attention_over_mlp=_attention_over_mlp(relative, grid.is_attention()),
         steps=steps,
-        agreement_with_final=agreement,
-        matrix_course=_matrix_course(grid, runs, steps),
-        agreement_between_seeds=between,
-        pairs_of_seeds=pairs,
+        agreement_with_final=tuple(
+            _mean_known(_rho(entries[step], final) for entries, final in zip(by_run, finals, strict=True))
+            for step in steps
+        ),
+        matrix_course=_matrix_course(grid, by_run, steps),
+        agreement_between_seeds=_mean_known(between),
     )
 
 
-def _row_means(relative: np.ndarray) -> np.ndarray:
-    """Return (blocks,) means that ignore sites without a score; NaN for a block without any."""
+def row_means(relative: np.ndarray) -> np.ndarray:
+    """Return (rows,) means of (rows, columns) that ignore what has no score; NaN for a row without any."""
     known = np.isfinite(relative)
     total = np.where(known, relative, 0.0).sum(axis=1)
     return np.divide(total, known.sum(axis=1), out=np.full(len(relative), np.nan), where=known.any(axis=1))
@@ -116,44 +104,27 @@ def _attention_over_mlp(relative: np.ndarray, attention: np.ndarray) -> tuple[fl
     return tuple(float(ratio) for ratio in np.log2(left / right))
 
 
-def _matrix_course(grid: Grid, runs: list[Run], steps: tuple[int, ...]) -> np.ndarray:
+def _matrix_course(grid: Grid, by_run: list[dict[int, dict[str, float]]], steps: tuple[int, ...]) -> np.ndarray:
     """Return (steps, matrices): mean relative score of a matrix type at each step, over the seeds that scored it."""
     course = np.full((len(steps), len(grid.matrices)), np.nan)
-    by_run = [{entry.step: entry.scores for entry in run.record.importance_history} for run in runs]
     for row, step in enumerate(steps):
         relative = []
         for entries in by_run:
             raw = grid.fill(entries[step])  # (B, M)
             total = np.nansum(raw)
             if total > 0:  # nothing is relative to a mean of zero
-                relative.append(_row_means((raw / (total / np.isfinite(raw).sum())).T))
+                relative.append(row_means((raw / (total / np.isfinite(raw).sum())).T))
         if relative:
-            course[row] = _row_means(np.stack(relative).T)
+            course[row] = row_means(np.stack(relative).T)
     return course
 
 
-def _with_final(run: Run) -> dict[int, float | None]:
-    """Return step -> rho with the last scores, over the sites that both entries score."""
-    history = run.record.importance_history
-    final = history[-1].scores
-    if all(entry.scores.keys() == final.keys() for entry in history):
-        rows = [[entry.scores[name] for name in sorted(final)] for entry in history]
-        return dict(zip((entry.step for entry in history), rho_with_last(rows), strict=True))
-    return {entry.step: spearman(*_both(entry.scores, final)).rho for entry in history}
-
-
-def _between(finals: list[dict[str, float]]) -> tuple[float | None, int]:
-    if all(scores.keys() == finals[0].keys() for scores in finals):
-        return mean_rho_of_pairs([[scores[name] for name in sorted(scores)] for scores in finals])
-    rhos = [rho for a, b in combinations(finals, 2) if (rho := spearman(*_both(a, b)).rho) is not None]
-    return _mean_known(list(rhos)), len(rhos)
-
-
-def _both(left: dict[str, float], right: dict[str, float]) -> tuple[list[float], list[float]]:
+def _rho(left: dict[str, float], right: dict[str, float]) -> float | None:
+    """Return Spearman's rho over the sites that both score."""
     common = sorted(left.keys() & right.keys())
-    return [left[name] for name in common], [right[name] for name in common]
+    return spearman([left[name] for name in common], [right[name] for name in common])
 
 
-def _mean_known(values: list[float | None]) -> float | None:
+def _mean_known(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None

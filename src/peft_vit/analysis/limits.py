@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
@@ -75,23 +75,14 @@ def milliseconds(value: float | None, option: str) -> float | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the finished runs of one experiment cost.
+    """What the finished runs of one experiment cost."""
 
-    Attributes:
-        stored_bytes: frozen weights as they are kept, and the adapter file; mean over seeds.
-        largest_bytes: the same of the largest run.
-        parameters: trainable at the end, head included; mean over seeds.
-        largest_parameters: of the largest run.
-        seconds_per_step: mean over seeds of the runs' medians; None if a run lacks it.
-        latency_s: mean over seeds of the runs' median forward pass; None if a run lacks it.
-    """
-
-    stored_bytes: float
-    largest_bytes: int
-    parameters: float
-    largest_parameters: int
-    seconds_per_step: float | None
-    latency_s: float | None
+    stored_bytes: float  # frozen weights as they are kept, and the adapter file; mean over seeds
+    largest_bytes: int  # the same of the largest run
+    parameters: float  # trainable at the end, head included; mean over seeds
+    largest_parameters: int  # of the largest run
+    seconds_per_step: float | None  # mean over seeds of the runs' medians; None if a run lacks it
+    latency_s: float | None  # mean over seeds of the runs' median forward pass; None if a run lacks it
 
     def by(self, measure: Measure) -> float | None:
         """Return what experiments are ordered by."""
@@ -99,12 +90,7 @@ class Cost:
 
 
 def cost_of(runs: Sequence[Run], latency_batch: int | None) -> Cost:
-    """Return the cost of one experiment.
-
-    Args:
-        runs: its finished runs, at least one.
-        latency_batch: images a forward pass, of the latency; None: no latency is asked for.
-    """
+    """Return the cost of one experiment's finished runs; no latency is asked for where there is no batch size."""
     stored = [run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs]
     parameters = [run.parameters.final for run in runs]
     latencies = [None if latency_batch is None else run.record.latency_s.get(latency_batch) for run in runs]
@@ -159,20 +145,16 @@ class Limits:
     seconds_per_step: float | None = None
     latency_s: float | None = None
 
-    def faults(self, cost: Cost) -> tuple[Fault, ...]:
-        """Return the limits that a cost does not keep, or of which nothing was recorded."""
-        return tuple(
-            Fault(option, limit, value)
-            for option, limit, value in self._beside(cost)
-            if limit is not None and (value is None or value > limit)
-        )
-
-    def _beside(self, cost: Cost) -> Iterator[tuple[Option, float | None, float | None]]:
-        yield "--max-bytes", self.stored_bytes, cost.largest_bytes
-        yield "--max-params", self.parameters, cost.largest_parameters
-        yield "--max-seconds", self.seconds_per_step, cost.seconds_per_step
-        yield "--max-latency-ms", self.latency_s, cost.latency_s
-
     def given(self, cost: Cost) -> tuple[Fault, ...]:
         """Return every limit that was given, beside what a cost says of it."""
-        return tuple(Fault(option, limit, value) for option, limit, value in self._beside(cost) if limit is not None)
+        beside: tuple[tuple[Option, float | None, float | None], ...] = (
+            ("--max-bytes", self.stored_bytes, cost.largest_bytes),
+            ("--max-params", self.parameters, cost.largest_parameters),
+            ("--max-seconds", self.seconds_per_step, cost.seconds_per_step),
+            ("--max-latency-ms", self.latency_s, cost.latency_s),
+        )
+        return tuple(Fault(option, limit, value) for option, limit, value in beside if limit is not None)
+
+    def faults(self, cost: Cost) -> tuple[Fault, ...]:
+        """Return the limits that a cost does not keep, or of which nothing was recorded."""
+        return tuple(one for one in self.given(cost) if one.value is None or one.value > one.limit)

@@ -30,42 +30,27 @@ _TIMED: tuple[CostName, ...] = ("seconds_per_step", "latency_s")
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """One experiment, means over its seeds.
-
-    Attributes:
-        experiment: its name.
-        cost: in the unit of the front's cost.
-        validation_accuracy: mean.
-        test_accuracy: mean with interval.
-        on_front: whether no other has at least this validation accuracy at no more cost, and more of one of both.
-        on_test_front: the same of test accuracy; described, not used.
-        lead: test accuracy minus that of the one before it on the front; None off the front and for the cheapest.
-    """
+    """One experiment, means over its seeds."""
 
     experiment: str
-    cost: float
-    validation_accuracy: float
-    test_accuracy: Interval
-    on_front: bool
-    on_test_front: bool
+    cost: float  # in the unit of the front's cost
+    validation_accuracy: float  # mean
+    test_accuracy: Interval  # mean with interval
+    on_front: bool  # whether no other has at least this validation accuracy at no more cost, and more of one of both
+    on_test_front: bool  # the same of test accuracy; described, not used
+    # test accuracy minus that of the one before it on the front; None off the front and for the cheapest
     lead: Comparison | None
 
 
 @dataclass(frozen=True)
 class Front:
-    """Accuracy against one cost.
+    """Accuracy against one cost."""
 
-    Attributes:
-        cost: which.
-        points: every experiment with a known cost, cheapest first, then by name; empty where costs can't be compared.
-        left_out: experiments for which the cost was not recorded.
-        refused: why costs can't be compared; empty if they can.
-    """
-
-    cost: CostName
+    cost: CostName  # which
+    # every experiment with a known cost, cheapest first, then by name; empty where costs can't be compared
     points: tuple[FrontPoint, ...]
-    left_out: tuple[str, ...]
-    refused: str
+    left_out: tuple[str, ...]  # experiments for which the cost was not recorded
+    refused: str  # why costs can't be compared; empty if they can
 
     @property
     def on_front(self) -> tuple[FrontPoint, ...]:
@@ -74,14 +59,10 @@ class Front:
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool, ...]:
-    """Return which of n pairs nothing dominates; small costs and large values are better.
+    """Return which of n pairs nothing dominates, from (n,) each; small costs and large values are better.
 
     A pair is dominated if another has no larger cost and no smaller value, and differs from it. So equal pairs stand or
     fall together. Source: Pareto (1906); the sweep by cost is Kung, Luccio & Preparata, Journal of the ACM 22 (1975).
-
-    Args:
-        costs: (n,) finite.
-        values: (n,) finite, in the same order.
 
     Raises:
         ValueError: for unequal lengths, or a number that is not one.
@@ -102,12 +83,7 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool,
 
 
 def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
-    """Return one front for each cost that any experiment has recorded.
-
-    Args:
-        study: the runs, for the paired tests.
-        methods: their means, `comparison.method_results(study)`.
-    """
+    """Return one front for each cost that any experiment has recorded; `methods` are the study's `method_results`."""
     found = []
     machines = {hardware(run) for run in study.runs}
     for cost, of in _COSTS.items():

@@ -23,18 +23,18 @@ class UnfinishedRun:
     state: State
     note: str = ""
 
+    @property
+    def run(self) -> tuple[str, int]:
+        """Return experiment and seed."""
+        return self.experiment, self.seed
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a study beside its records.
+    """What is known of a study beside its records."""
 
-    Attributes:
-        folders: those of this study; several if its results were brought together.
-        left_out: experiment and seed of runs whose records do not count, and why.
-    """
-
-    folders: tuple[StudyFolder, ...] = ()
-    left_out: tuple[tuple[str, int, str], ...] = ()
+    folders: tuple[StudyFolder, ...] = ()  # those of this study; several if its results were brought together
+    left_out: tuple[tuple[str, int, str], ...] = ()  # experiment and seed of runs whose records do not count, and why
 
     @property
     def is_known(self) -> bool:
@@ -49,27 +49,25 @@ class Plan:
     @property
     def runs(self) -> tuple[tuple[str, int], ...]:
         """Return experiment and seed of each planned run."""
-        return tuple(_parts(run) for folder in self.folders if folder.file is not None for run in folder.file.runs)
+        return tuple(run_of(run) for folder in self.folders if folder.file is not None for run in folder.file.runs)
 
 
 def unfinished_runs(
     plan: Plan, recorded: Iterable[tuple[str, int]], expected: Iterable[tuple[str, int]]
 ) -> tuple[UnfinishedRun, ...]:
-    """Return the runs that have no record that counts, by experiment and seed.
+    """Return the runs that have no record that counts, by experiment and seed; `recorded` are those that have one.
 
-    Args:
-        plan: what is known beside the records.
-        recorded: runs that have one.
-        expected: what the records make one expect, every experiment with every seed; counts only without a plan.
+    Without a plan `expected` counts: what the records make one expect, every experiment with every seed.
     """
     why = {(experiment, seed): reason for experiment, seed, reason in plan.left_out}
-    of_ledger = {_parts(run) for folder in plan.folders for run in last_rows(folder.rows)}
+    of_ledger = {run_of(run) for folder in plan.folders for run in last_rows(folder.rows)}
     named = set(plan.runs) if plan.is_known else {*expected, *of_ledger}
     runs = sorted({*named, *why} - set(recorded))
     return tuple(UnfinishedRun(*run, "left out", why[run]) if run in why else _state(plan, run) for run in runs)
 
 
-def _parts(run: str) -> tuple[str, int]:
+def run_of(run: str) -> tuple[str, int]:
+    """Return experiment and seed of ``lora_r8/seed_0``."""
     experiment, _, seed = run.partition("/seed_")
     return experiment, int(seed)
 
@@ -107,12 +105,12 @@ def _why_pending(last: Row) -> str:
     return "was done, and its record is gone" if last.event in ("done", "lost") else "was cut off"
 
 
-def runs_in_words(runs: Sequence[UnfinishedRun]) -> str:
+def runs_in_words(runs: Iterable[tuple[str, int]], between: str = " ") -> str:
     """Return experiments with their seeds, e.g. ``lora_r8 seeds 0–2, 5; lora_r4 seed 1``."""
     seeds: dict[str, list[int]] = {}
-    for run in runs:
-        seeds.setdefault(run.experiment, []).append(run.seed)
-    return "; ".join(f"{name} {seeds_in_words(own)}" for name, own in seeds.items())
+    for experiment, seed in runs:
+        seeds.setdefault(experiment, []).append(seed)
+    return "; ".join(f"{name}{between}{seeds_in_words(own)}" for name, own in seeds.items())
 
 
 def seeds_in_words(seeds: Sequence[int]) -> str:

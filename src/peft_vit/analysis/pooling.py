@@ -10,30 +10,22 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from peft_vit.statistics import Interval, interquartile_mean_interval, stratified_indices
+from peft_vit.statistics import Interval, interquartile_mean_interval
 from peft_vit.statistics.checked import has_spread
 
-RESAMPLES = 5000
 LEAST_STUDIES = 3  # for an interquartile mean: of two studies it says nothing that their means do not
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """A mean over studies.
+    """A mean over studies."""
 
-    Attributes:
-        interval: estimate and interval; n counts all pairs.
-        degrees: of freedom of the t distribution; None without an interval.
-        p_value: two-sided, of "the mean is 0"; None without an interval.
-    """
-
-    interval: Interval
-    degrees: float | None
-    p_value: float | None
+    interval: Interval  # estimate and interval; n counts all pairs
+    p_value: float | None  # two-sided, of "the mean is 0"; None without an interval
 
 
 def stratified_mean(strata: Sequence[ArrayLike], confidence: float = 0.95) -> Pooled:
-    """Return the mean over studies of each study's mean, with a t interval over seeds within studies.
+    """Return the mean over S studies of each study's (n_s,) mean, with a t interval over seeds within studies.
 
     ``m = sum_s m_s / S``, ``v = sum_s s_s^2 / n_s / S^2``, and Satterthwaite's degrees of freedom ``v^2 / sum_s (s_s^2
     / n_s / S^2)^2 / (n_s - 1)``. Studies are strata, not draws: the interval describes what other seeds would change on
@@ -41,10 +33,6 @@ def stratified_mean(strata: Sequence[ArrayLike], confidence: float = 0.95) -> Po
 
     Assumption: values are independent between and within studies and roughly normal; variances may differ. Source:
     Cochran, Sampling Techniques (1977), 5.4; Satterthwaite, Biometrics Bulletin 2 (1946).
-
-    Args:
-        strata: S arrays (n_s,), n_s each its own: one value a pair of runs.
-        confidence: nominal coverage, between 0 and 1.
     """
     values = [np.asarray(stratum, dtype=np.float64) for stratum in strata]
     number = len(values)
@@ -52,7 +40,7 @@ def stratified_mean(strata: Sequence[ArrayLike], confidence: float = 0.95) -> Po
     estimate, n = math.fsum(means) / number, sum(one.size for one in values)
     if any(one.size < 2 for one in values):
         reason = "a study has a single pair, which has no spread"
-        return Pooled(Interval(estimate, None, None, n, confidence, reason), None, None)
+        return Pooled(Interval(estimate, None, None, n, confidence, reason), None)
     parts = [
         math.fsum((one - mean) ** 2) / (one.size - 1) / one.size / number**2
         for one, mean in zip(values, means, strict=True)
@@ -60,12 +48,12 @@ def stratified_mean(strata: Sequence[ArrayLike], confidence: float = 0.95) -> Po
     variance = math.fsum(parts)
     if not any(has_spread(one) for one in values):
         reason = "the pairs of no study differ, so there is no spread"
-        return Pooled(Interval(estimate, None, None, n, confidence, reason), None, None)
+        return Pooled(Interval(estimate, None, None, n, confidence, reason), None)
     degrees = variance**2 / math.fsum(part**2 / (one.size - 1) for part, one in zip(parts, values, strict=True))
     error = math.sqrt(variance)
     half = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * error
     p_value = 2 * float(stats.t.sf(abs(estimate) / error, degrees))
-    return Pooled(Interval(estimate, estimate - half, estimate + half, n, confidence), degrees, p_value)
+    return Pooled(Interval(estimate, estimate - half, estimate + half, n, confidence), p_value)
 
 
 def interquartile_over_studies(by_seed: Sequence[Mapping[int, float]]) -> tuple[Interval | None, str]:
@@ -85,8 +73,7 @@ def interquartile_over_studies(by_seed: Sequence[Mapping[int, float]]) -> tuple[
     if len(seeds) < 2:
         return None, "the studies have fewer than 2 seeds in common"
     scores = np.array([[values[seed] for values in by_seed] for seed in seeds])  # (seeds, studies)
-    generator = np.random.default_rng(0)  # of the resampling alone: the same records give the same interval
-    indices = stratified_indices(len(seeds), len(by_seed), RESAMPLES, generator)
     dropped = sum(len(values) - len(seeds) for values in by_seed)
     note = f"over the {len(seeds)} seeds that all studies have; {dropped} other pairs left out" if dropped else ""
-    return interquartile_mean_interval(scores, indices), note
+    generator = np.random.default_rng(0)  # of the resampling alone: the same records give the same interval
+    return interquartile_mean_interval(scores, generator), note

@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 
 from peft_vit.analysis.comparability import hardware
-from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, correct, known_mean
+from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, compare_values, correct, known_mean
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.size import MeasuredSize, bits_by_layer, measured_size
 from peft_vit.analysis.studies import Run, Study
@@ -32,79 +32,44 @@ class BalanceStep:
 
 @dataclass(frozen=True)
 class AgainstFloat:
-    """Paired differences to the twin on float weights, by seed; each measure is a family over the study's experiments.
+    """Paired differences to the twin on float weights, by seed; each measure is a family over all experiments."""
 
-    Attributes:
-        nll: mean negative log likelihood on test, nats; positive is worse.
-        late_deviation: `convergence.late_loss_deviation`, nats; positive is less steady.
-        roughness: `convergence.roughness`, nats; positive is rougher.
-    """
-
-    nll: Comparison
-    late_deviation: Comparison
-    roughness: Comparison
+    nll: Comparison  # mean negative log likelihood on test, nats; positive is worse
+    late_deviation: Comparison  # `convergence.late_loss_deviation`, nats; positive is less steady
+    roughness: Comparison  # `convergence.roughness`, nats; positive is rougher
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What runs took, means over seeds; None where nothing was recorded.
+    """What runs took, means over seeds; None where nothing was recorded."""
 
-    Attributes:
-        stored_bytes: everything frozen and the adapter file.
-        own_memory_bytes: see `RunRecord`.
-        seconds_per_step: of training.
-        latency_s: batch size -> seconds of a forward pass, for the sizes that all runs measured.
-    """
-
-    stored_bytes: float
-    own_memory_bytes: float | None
-    seconds_per_step: float | None
-    latency_s: dict[int, float]
+    stored_bytes: float  # everything frozen and the adapter file
+    own_memory_bytes: float | None  # see `RunRecord`
+    seconds_per_step: float | None  # of training
+    latency_s: dict[int, float]  # batch size -> seconds of a forward pass, for the sizes that all runs measured
 
 
 @dataclass(frozen=True)
 class QuantizationImpact:
-    """One QA-LoRA experiment.
-
-    Attributes:
-        experiment: what was asked.
-        settings: its quantization section.
-        test_accuracy: interval over seeds.
-        against_unquantized: difference to the LoRA of equal rank, scale and targets on float weights.
-        bits_per_weight: stored bits a weight over the quantized layers, scales and offsets included.
-        mean_relative_error: mean over modules (and seeds) of ||W - Wq|| / ||W||.
-        worst_module: the module with the largest error, and that error.
-        quantized_bytes: bytes of the quantized layers.
-        size: what is claimed of the format and what was counted, layers and whole model.
-        bits_by_layer: stored bits a weight in the end, by module.
-        error_by_layer: relative error by module.
-        frozen_bytes: bytes of everything that is frozen.
-        float_backbone_bytes: bytes of the whole backbone in float32, head excluded.
-        balance: measures of the balance check, at every step at which they were recorded.
-        against_float: more differences to the same LoRA.
-        costs: what its runs took.
-        float_costs: what the runs of that LoRA took; None without it.
-        same_machine: whether both ran on one machine with as many threads, so that seconds and memory compare.
-    """
+    """One QA-LoRA experiment."""
 
     experiment: ExperimentConfig
-    settings: QaLoraConfig
-    test_accuracy: Interval
-    against_unquantized: Comparison
-    bits_per_weight: float
-    mean_relative_error: float
-    worst_module: tuple[str, float]
-    quantized_bytes: float
-    size: MeasuredSize
-    bits_by_layer: dict[str, float]
-    error_by_layer: dict[str, float]
-    frozen_bytes: float
-    float_backbone_bytes: float
-    balance: tuple[BalanceStep, ...]
-    against_float: AgainstFloat
-    costs: Costs
-    float_costs: Costs | None
-    same_machine: bool
+    settings: QaLoraConfig  # its quantization section
+    test_accuracy: Interval  # interval over seeds
+    against_unquantized: Comparison  # difference to the LoRA of equal rank, scale and targets on float weights
+    mean_relative_error: float  # mean over modules (and seeds) of ||W - Wq|| / ||W||
+    worst_module: tuple[str, float]  # the module with the largest error, and that error
+    quantized_bytes: float  # bytes of the quantized layers
+    size: MeasuredSize  # what is claimed of the format and what was counted, layers and whole model
+    bits_by_layer: dict[str, float]  # stored bits a weight in the end, by module
+    error_by_layer: dict[str, float]  # relative error by module
+    frozen_bytes: float  # bytes of everything that is frozen
+    float_backbone_bytes: float  # bytes of the whole backbone in float32, head excluded
+    balance: tuple[BalanceStep, ...]  # measures of the balance check, at every step at which they were recorded
+    against_float: AgainstFloat  # more differences to the same LoRA
+    costs: Costs  # what its runs took
+    float_costs: Costs | None  # what the runs of that LoRA took; None without it
+    same_machine: bool  # whether both ran on one machine with as many threads, so that seconds and memory compare
 
 
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
@@ -119,7 +84,7 @@ def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
     def family(value: Callable[[Run], float | None]) -> tuple[Comparison, ...]:
         return correct([_compare(*one, twin, value) for one, twin in zip(found, twins, strict=True)])
 
-    more = map(AgainstFloat, family(_nll), family(late_loss_deviation), family(roughness))
+    more = map(AgainstFloat, family(lambda run: run.test.nll), family(late_loss_deviation), family(roughness))
     return tuple(
         _impact(*one, twin, against, against_float)
         for one, twin, against, against_float in zip(found, twins, family(accuracy_on_test), more, strict=True)
@@ -135,10 +100,6 @@ def _float_twin(study: Study, experiment: ExperimentConfig, settings: QaLoraConf
     return ()
 
 
-def _nll(run: Run) -> float:
-    return run.test.nll
-
-
 def _compare(
     experiment: ExperimentConfig,
     settings: QaLoraConfig,
@@ -152,7 +113,7 @@ def _compare(
     if experiment.section(AdaLoraConfig) is not None:
         ranks = "AdaLoRA with the same adalora section"
     note = f"the study has no float {ranks} and training"
-    return Comparison(experiment.name, "unquantized LoRA of equal rank", None, (), (), None, None, "not decided", note)
+    return compare_values({}, name=experiment.name, reference="unquantized LoRA of equal rank", note=note)
 
 
 def _equal_but_float(experiment: ExperimentConfig, settings: QaLoraConfig, other: ExperimentConfig) -> bool:
@@ -180,14 +141,12 @@ def _impact(
 ) -> QuantizationImpact:
     summaries = [run.record.quantization for run in runs if run.record.quantization is not None]
     errors = _mean_errors(summaries)
-    bits = float(np.mean([summary.bits_per_weight for summary in summaries]))
     worst = max(errors, key=lambda name: (errors[name], name)) if errors else ""
     return QuantizationImpact(
         experiment=experiment,
         settings=settings,
         test_accuracy=mean_interval([run.test.accuracy for run in runs]),
         against_unquantized=against,
-        bits_per_weight=bits,
         mean_relative_error=float(np.mean(list(errors.values()))) if errors else float("nan"),
         worst_module=(worst, errors.get(worst, float("nan"))),
         quantized_bytes=float(np.mean([summary.quantized_bytes for summary in summaries])),

@@ -44,9 +44,11 @@ from peft_vit.analysis.limits import SAME_SIZE, Cost, Fault, Limits, Measure, co
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.errors import UserError
 from peft_vit.statistics import Interval, holm, mean_interval, noninferiority
+from peft_vit.statistics.intervals import mean_and_error
 
 ALPHA = 0.05  # one-sided, of the whole family
-POWER = 0.8  # of the n that would be needed
+_POWER = 0.8  # of the n that would be needed
+_TIMED = ("--max-seconds", "--max-latency-ms")
 _MOST_SEEDS = 1000  # beyond this nobody asks for how many
 
 Outcome = Literal["smaller", "best", "not decided", "nothing within"]
@@ -54,46 +56,29 @@ Outcome = Literal["smaller", "best", "not decided", "nothing within"]
 
 @dataclass(frozen=True)
 class Decision:
-    """What the tests of m candidates say.
+    """What the tests of m candidates say."""
 
-    Attributes:
-        p_values: one a candidate, one-sided; None where the test is undefined (no pair, one pair, no spread).
-        adjusted: Holm's over all m, an undefined one counted as 1; None likewise.
-        shown: whether the candidate is shown not to lose the margin.
-    """
-
+    # one a candidate, one-sided; None where the test is undefined (no pair, one pair, no spread)
     p_values: tuple[float | None, ...]
-    adjusted: tuple[float | None, ...]
-    shown: tuple[bool, ...]
+    adjusted: tuple[float | None, ...]  # Holm's over all m, an undefined one counted as 1; None likewise
+    shown: tuple[bool, ...]  # whether the candidate is shown not to lose the margin
 
 
-def decide(differences: Sequence[ArrayLike], margin: float, alpha: float = ALPHA) -> Decision:
-    """Return which candidates are shown to lose less than the margin.
-
-    Args:
-        differences: m arrays (n,), n of each its own: candidate minus best by seed.
-        margin: in the unit of the differences, positive.
-        alpha: one-sided level of the family.
-    """
+def decide(differences: Sequence[ArrayLike], margin: float) -> Decision:
+    """Return which of m candidates, (n,) differences to the best each, are shown to lose less than the margin."""
     p_values = tuple(noninferiority(values, margin).p_value if np.size(values) else None for values in differences)
     corrected = holm([1.0 if p is None else p for p in p_values])
     adjusted = tuple(None if p is None else q for p, q in zip(p_values, corrected, strict=True))
-    shown = tuple(q is not None and q <= alpha for q in adjusted)
+    shown = tuple(q is not None and q <= ALPHA for q in adjusted)
     return Decision(p_values, adjusted, shown)
 
 
-def needed_pairs(differences: ArrayLike, margin: float, level: float, power: float = POWER) -> int | None:
-    """Return the smallest n at which the test succeeds with the given power, if mean and spread stay what they are.
+def needed_pairs(differences: ArrayLike, margin: float, level: float) -> int | None:
+    """Return the smallest n at which the one-sided test succeeds with 80 % power, if mean and spread stay as they are.
 
     The power of the one-sided t test, by the noncentral t distribution: ``P(T > t_{n-1, 1-level})`` with noncentrality
     ``(mean + margin) sqrt(n) / s``. It is as uncertain as the mean and s of a few seeds are. Source: Johnson & Welch,
     Biometrika 31 (1940); Julious, Statistics in Medicine 23 (2004), 6.
-
-    Args:
-        differences: (n,) candidate minus best.
-        margin: in their unit, positive.
-        level: one-sided, of this one test.
-        power: probability of success.
 
     Returns:
         n; None where no n would do (the mean lies at the margin or below), none up to 1000 does, or nothing is known
@@ -102,12 +87,12 @@ def needed_pairs(differences: ArrayLike, margin: float, level: float, power: flo
     data = np.asarray(differences, dtype=np.float64)
     if data.size < 2 or np.ptp(data) == 0:
         return None
-    mean = math.fsum(data) / data.size
-    effect = (mean + margin) / math.sqrt(math.fsum((data - mean) ** 2) / (data.size - 1))
+    mean, error = mean_and_error(data)
+    effect = (mean + margin) / (error * math.sqrt(data.size))
     if effect <= 0:
         return None
     n = np.arange(2, _MOST_SEEDS + 1)
-    reached = stats.nct.sf(stats.t.isf(level, n - 1), n - 1, effect * np.sqrt(n)) >= power
+    reached = stats.nct.sf(stats.t.isf(level, n - 1), n - 1, effect * np.sqrt(n)) >= _POWER
     return int(n[np.argmax(reached)]) if reached.any() else None
 
 
@@ -129,72 +114,49 @@ class Rated:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A smaller experiment within the limits, compared with the best on test.
-
-    Attributes:
-        rated: the experiment.
-        by_seed: candidate minus best, test accuracy, of pairs that share seed, weights, images and split.
-        seeds: of the pairs.
-        difference: their mean, with the interval that holds for all candidates at once; None without a pair.
-        p_value: one-sided; None where the test is undefined.
-        adjusted_p: after Holm's correction.
-        shown: whether it is shown to lose less than the margin.
-        needed_n: pairs at which it would be shown with 80 % power if mean and spread stayed; None: none is known.
-        note: what restricts the pairs.
-    """
+    """A smaller experiment within the limits, compared with the best on test."""
 
     rated: Rated
+    # candidate minus best, test accuracy, of pairs that share seed, weights, images and split
     by_seed: tuple[float, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # of the pairs
+    # their mean, with the interval that holds for all candidates at once; None without a pair
     difference: Interval | None
-    p_value: float | None
-    adjusted_p: float | None
-    shown: bool
+    p_value: float | None  # one-sided; None where the test is undefined
+    adjusted_p: float | None  # after Holm's correction
+    shown: bool  # whether it is shown to lose less than the margin
+    # pairs at which it would be shown with 80 % power if mean and spread stayed; None: none is known
     needed_n: int | None
-    note: str
+    note: str  # what restricts the pairs
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What one study recommends.
-
-    Attributes:
-        study: the study.
-        outcome: smaller: a candidate was shown not to lose the margin; best: nothing within the limits is smaller than
-            the best itself by more than one percent; not decided: no candidate was shown; nothing within: no
-            experiment keeps the limits.
-        best: by validation.
-        chosen: what is recommended; None if nothing is.
-        candidates: what was tested, smallest first.
-        outside: experiments that do not keep the limits.
-        as_small: candidates not larger than the smallest that was shown by more than one percent, shown, too, but
-            with no higher validation accuracy than the chosen one.
-        larger: experiments within the limits that are not smaller than the best, which keeps them too, by more than
-            one percent.
-        left_out: experiment -> why nothing can be said of it.
-        limits, measure, margin, alpha: what was asked; the margin as a share.
-        latency_batch: images of the forward pass whose latency is meant; None: none was recorded.
-    """
+    """What one study recommends."""
 
     study: Study
+    # smaller: a candidate was shown not to lose the margin; best: nothing within the limits is smaller than the best
+    # itself by more than one percent; not decided: no candidate was shown; nothing within: none keeps the limits
     outcome: Outcome
-    best: Rated
-    chosen: Rated | None
-    candidates: tuple[Candidate, ...]
+    best: Rated  # by validation
+    chosen: Rated | None  # what is recommended; None if nothing is
+    candidates: tuple[Candidate, ...]  # what was tested, smallest first
+    # candidates not larger than the smallest that was shown by more than one percent, shown, too, but with no higher
+    # validation accuracy than the chosen one
     as_small: tuple[Rated, ...]
-    outside: tuple[Rated, ...]
+    outside: tuple[Rated, ...]  # experiments that do not keep the limits
+    # experiments within the limits that are not smaller than the best, which keeps them too, by more than one percent
     larger: tuple[Rated, ...]
-    left_out: dict[str, str]
+    left_out: dict[str, str]  # experiment -> why nothing can be said of it
+    # limits, measure, margin: what was asked; the margin as a share
     limits: Limits
     measure: Measure
     margin: float
-    alpha: float
-    latency_batch: int | None
 
     @property
     def confidence(self) -> float:
         """Return the nominal coverage of a candidate's interval."""
-        return _confidence(self.alpha, len(self.candidates))
+        return _confidence(len(self.candidates))
 
     def comparison_of(self, rated: Rated) -> Candidate | None:
         """Return what was tested of an experiment; None of the best, which is what others are tested against."""
@@ -246,7 +208,7 @@ def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure =
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
     _require_times(study, limits, measure)
     batch = smallest_latency_batch(study.runs)
-    left_out = dict(_left_out(study, limits, measure, batch))
+    left_out = _left_out(study, measure, batch)
     rated = [
         _rate(experiment.name, study.of(experiment.name), limits, batch)
         for experiment in study.experiments
@@ -277,8 +239,6 @@ def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure =
         limits=limits,
         measure=measure,
         margin=margin,
-        alpha=ALPHA,
-        latency_batch=batch,
     )
 
 
@@ -308,16 +268,16 @@ def _rate(name: str, runs: tuple[Run, ...], limits: Limits, batch: int | None) -
     return Rated(name, runs, cost, accuracy, limits.faults(cost))
 
 
-def _left_out(study: Study, limits: Limits, measure: Measure, batch: int | None) -> list[tuple[str, str]]:
-    reasons = []
+def _left_out(study: Study, measure: Measure, batch: int | None) -> dict[str, str]:
+    reasons = {}
     for experiment in study.experiments:
         runs = study.of(experiment.name)
         if not runs:
-            reasons.append((experiment.name, "has no finished run"))
-        elif len({run.record.spec.model_copy(update={"seed": 0}).model_dump_json() for run in runs}) > 1:
-            reasons.append((experiment.name, "was configured differently from seed to seed"))
+            reasons[experiment.name] = "has no finished run"
+        elif len({run.configuration() for run in runs}) > 1:
+            reasons[experiment.name] = "was configured differently from seed to seed"
         elif measure == "latency" and cost_of(runs, batch).latency_s is None:
-            reasons.append((experiment.name, "has runs without a recorded latency"))
+            reasons[experiment.name] = "has runs without a recorded latency"
     return reasons
 
 
@@ -336,13 +296,10 @@ def _require_times(study: Study, limits: Limits, measure: Measure) -> None:
         raise UserError(f"its records hold no latency; ask without {what}, or measure it", file=study.label)
 
 
-_TIMED = ("--max-seconds", "--max-latency-ms")
-
-
 def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candidate, ...]:
     compared = [compare(one.runs, best.runs, one.name, best.name) for one in smaller]
     decision = decide([comparison.by_seed for comparison in compared], margin)
-    confidence = _confidence(ALPHA, len(smaller))
+    confidence = _confidence(len(smaller))
     return tuple(
         Candidate(
             rated=one,
@@ -359,20 +316,16 @@ def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candi
     )
 
 
-def _confidence(alpha: float, family: int) -> float:
-    return 1 - 2 * alpha / max(1, family)
+def _confidence(family: int) -> float:
+    return 1 - 2 * ALPHA / max(1, family)
 
 
 def smallest_that_exists(recommendation: Recommendation) -> list[tuple[Fault, Rated]]:
     """Return, for each limit that was given, the experiment that comes nearest to it, with what it costs."""
-    nearest = []
-    for place in range(len(recommendation.limits.given(recommendation.best.cost))):
-        beside = [(rated.cost, rated) for rated in recommendation.outside]
-        known = [
-            (fault.value, rated.name, fault, rated)
-            for cost, rated in beside
-            if (fault := recommendation.limits.given(cost)[place]).value is not None
-        ]
+    limits, nearest = recommendation.limits, []
+    for place in range(len(limits.given(recommendation.best.cost))):
+        beside = [(limits.given(rated.cost)[place], rated) for rated in recommendation.outside]
+        known = [(fault.value, rated.name, fault, rated) for fault, rated in beside if fault.value is not None]
         if known:
             _, _, fault, rated = min(known, key=lambda one: one[:2])
             nearest.append((fault, rated))

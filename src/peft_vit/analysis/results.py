@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_vit.analysis.planned import Plan
+from peft_vit.analysis.planned import Plan, run_of
 from peft_vit.analysis.studies import Study, make_study
 from peft_vit.errors import UserError
 from peft_vit.records import Contents, Problem, RunRecord, StudyFolder, read_contents
@@ -16,17 +16,11 @@ _Key = tuple[str, bool]  # a study's name, and whether it is of smoke runs
 
 @dataclass(frozen=True)
 class Results:
-    """What was read.
+    """What was read."""
 
-    Attributes:
-        directory: from where.
-        studies: by name, smoke studies after real ones; what concerns one stands in its notices too.
-        problems: what was left out, or stands there beside, by file.
-    """
-
-    directory: Path
-    studies: tuple[Study, ...]
-    problems: tuple[Problem, ...]
+    directory: Path  # from where
+    studies: tuple[Study, ...]  # by name, smoke studies after real ones; what concerns one stands in its notices too
+    problems: tuple[Problem, ...]  # what was left out, or stands there beside, by file
 
     @property
     def is_whole(self) -> bool:
@@ -125,8 +119,7 @@ def _left_out(study: str, problems: Iterable[Problem], root: str) -> tuple[tuple
     found = []
     for problem in problems:
         if problem.left_out and problem.run is not None and (problem.run[0] or root) == study:
-            experiment, _, seed = problem.run[1].partition("/seed_")
-            found.append((experiment, int(seed), problem.message))
+            found.append((*run_of(problem.run[1]), problem.message))
     return tuple(found)
 
 

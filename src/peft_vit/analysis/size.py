@@ -15,25 +15,15 @@ FLOAT32_BITS, FLOAT16_BITS = 32, 16
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """Where the bytes of a low-bit model are, mean over seeds.
+    """Where the bytes of a low-bit model are, mean over seeds."""
 
-    Attributes:
-        codes: packed codes of the quantized layers.
-        scales: their scales.
-        offsets: their offsets, with those that merging adds.
-        in_float: everything else, by part.
-        weights: values of the float model, head included.
-        live: distinct storages.
-        file: the same as a safetensors file.
-    """
-
-    codes: float
-    scales: float
-    offsets: float
-    in_float: dict[FloatPart, float]
-    weights: float
-    live: float
-    file: float
+    codes: float  # packed codes of the quantized layers
+    scales: float  # their scales
+    offsets: float  # their offsets, with those that merging adds
+    in_float: dict[FloatPart, float]  # everything else, by part
+    weights: float  # values of the float model, head included
+    live: float  # distinct storages
+    file: float  # the same as a safetensors file
 
     @property
     def total(self) -> float:
@@ -48,30 +38,21 @@ class ModelBytes:
 
 @dataclass(frozen=True)
 class MeasuredSize:
-    """What is commonly claimed of a format, and what was counted; ratios are of bits, larger is smaller.
+    """What is commonly claimed of a format, and what was counted; ratios are of bits, larger is smaller."""
 
-    Attributes:
-        claimed: float32 over the bits of a code, as if that were all; None if neither settings nor records tell.
-        layers_bits: stored bits a weight over the quantized layers, scales and offsets included.
-        model: the whole model; None in older records.
-        own_memory_bytes: what a run added to its process's memory at most; None in older records.
-    """
-
+    # float32 over the bits of a code, as if that were all; None if neither settings nor records tell
     claimed: float | None
-    layers_bits: float
-    model: ModelBytes | None
-    own_memory_bytes: float | None
+    layers_bits: float  # stored bits a weight over the quantized layers, scales and offsets included
+    model: ModelBytes | None  # the whole model; None in older records
 
 
 def measured_size(settings: QaLoraConfig, runs: Sequence[Run]) -> MeasuredSize:
     """Return the size that quantized runs of one experiment recorded."""
     summaries = [run.record.quantization for run in runs if run.record.quantization is not None]
-    peaks = [run.record.own_memory_bytes for run in runs if run.record.own_memory_bytes is not None]
     return MeasuredSize(
         claimed=_claimed(settings, summaries),
         layers_bits=fmean(summary.bits_per_weight for summary in summaries),
         model=_model_bytes(summaries),
-        own_memory_bytes=fmean(peaks) if peaks else None,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from peft_vit.analysis.importance import ImportancePattern
+from peft_vit.analysis.importance import ImportancePattern, row_means
 from peft_vit.analysis.studies import Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig
 from peft_vit.records import FisherCheck
@@ -23,15 +23,14 @@ _FEWEST_SITES = 3
 
 
 def kendalls_w(scores: ArrayLike) -> float | None:
-    """Return Kendall's coefficient of concordance: 1 if all judges order alike, near 0 if they do as chance would.
+    """Return Kendall's W of (m, n) scores: 1 if all m judges order n things alike, near 0 if they do as chance would.
+
+    Judges are seeds here, and things are sites.
 
     ``W = 12 S / (m^2 (n^3 - n) - m T)``, S the squared deviations of the n rank sums from their mean, T the sum of
     t^3 - t over groups of t ties of each judge. Without ties the mean Spearman's rho over pairs of judges is ``(m W
     - 1) / (m - 1)``. Source: Kendall & Babington Smith, Annals of Mathematical Statistics 10 (1939); computed from
     Friedman's statistic of `scipy.stats.friedmanchisquare`, which is m (n - 1) W.
-
-    Args:
-        scores: (m, n) one row a judge (here a seed), one column a thing judged (here a site).
 
     Returns:
         None for fewer than 2 judges or 3 things, or if a judge makes no difference between things.
@@ -50,23 +49,14 @@ def kendalls_w(scores: ArrayLike) -> float | None:
 
 @dataclass(frozen=True)
 class SeedAgreement:
-    """Do the seeds of one experiment agree on the order of sites?
-
-    Attributes:
-        experiment: what was asked.
-        w: Kendall's W over seeds of the last scores; None as in `kendalls_w`.
-        seeds: judges.
-        sites: that all seeds scored.
-        by_block: Kendall's W of the blocks' mean relative scores.
-        by_matrix: the same of the matrix types'.
-    """
+    """Do the seeds of one experiment agree on the order of sites?"""
 
     experiment: ExperimentConfig
-    w: float | None
-    seeds: int
-    sites: int
-    by_block: float | None
-    by_matrix: float | None
+    w: float | None  # Kendall's W over seeds of the last scores; None as in `kendalls_w`
+    seeds: int  # judges
+    sites: int  # that all seeds scored
+    by_block: float | None  # Kendall's W of the blocks' mean relative scores
+    by_matrix: float | None  # the same of the matrix types'
 
 
 def seed_agreements(patterns: Sequence[ImportancePattern]) -> tuple[SeedAgreement, ...]:
@@ -78,10 +68,7 @@ def _seed_agreement(pattern: ImportancePattern) -> SeedAgreement:
     seeds = len(pattern.seeds)
     relative = pattern.relative_final.reshape(seeds, -1)  # (S, B * M)
     sites = _judged_by_all(relative)
-    known = np.isfinite(pattern.relative_final)
-    total = np.where(known, pattern.relative_final, 0.0).sum(axis=1)  # (S, M)
-    count = known.sum(axis=1)
-    by_matrix = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    by_matrix = np.stack([row_means(one.T) for one in pattern.relative_final])  # (S, M)
     return SeedAgreement(
         experiment=pattern.experiment,
         w=kendalls_w(sites),
@@ -98,36 +85,29 @@ def _judged_by_all(scores: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class StudyAgreement:
-    """Do two studies agree on which sites matter, by the same metric?
+    """Do two studies agree on which sites matter, by the same metric?"""
 
-    Attributes:
-        metric: the importance metric of both.
-        study, other: labels of the studies.
-        experiment, other_experiment: whose scores.
-        images, other_images: data sets.
-        rho: Spearman's rho of the mean final relative scores of shared sites; None if one of both is constant.
-        sites: shared.
-        same_backbone: whether both have the same model and weights; otherwise sites share no more than a name.
-    """
-
-    metric: str
+    metric: str  # the importance metric of both
+    # study, other: labels of the studies
     study: str
     other: str
+    # experiment, other_experiment: whose scores
     experiment: str
     other_experiment: str
+    # images, other_images: data sets
     images: str
     other_images: str
+    # Spearman's rho of the mean final relative scores of shared sites; None if one of both is constant
     rho: float | None
-    sites: int
-    same_backbone: bool
+    sites: int  # shared
+    same_backbone: bool  # whether both have the same model and weights; otherwise sites share no more than a name
 
 
 @dataclass(frozen=True)
 class _Scored:
     study: Study
     pattern: ImportancePattern
-    metric: str
-    strategy: str
+    kind: tuple[str, str, str, bool]  # metric, strategy, method, smoke
     relative: dict[str, float]
     backbone: frozenset[tuple[str, str | None]]
 
@@ -136,32 +116,23 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
     """Return one row for each two experiments of two studies with the same method, metric and strategy.
 
     Smoke studies are set against no real ones. Experiments without shared sites make no row.
-
-    Args:
-        scored: studies with their `importance_patterns`.
     """
     found = [one for study, patterns in scored for one in _scored(study, patterns)]
     rows = []
     for a, b in combinations(found, 2):
-        alike = (a.metric, a.strategy, a.pattern.experiment.method, a.study.smoke) == (
-            b.metric,
-            b.strategy,
-            b.pattern.experiment.method,
-            b.study.smoke,
-        )
         shared = sorted(a.relative.keys() & b.relative.keys())
-        if a.study.label == b.study.label or not alike or not shared:
+        if a.study.label == b.study.label or a.kind != b.kind or not shared:
             continue
         rows.append(
             StudyAgreement(
-                metric=a.metric,
+                metric=a.kind[0],
                 study=a.study.label,
                 other=b.study.label,
                 experiment=a.pattern.experiment.name,
                 other_experiment=b.pattern.experiment.name,
                 images=_images(a.study),
                 other_images=_images(b.study),
-                rho=spearman([a.relative[s] for s in shared], [b.relative[s] for s in shared]).rho,
+                rho=spearman([a.relative[s] for s in shared], [b.relative[s] for s in shared]),
                 sites=len(shared),
                 same_backbone=len(a.backbone | b.backbone) == 1,
             )
@@ -179,9 +150,8 @@ def _scored(study: Study, patterns: Sequence[ImportancePattern]) -> list[_Scored
         mean = np.mean(pattern.relative_final, axis=0)  # (B, M)
         by_site = {site.name: pattern.grid.pick(mean, site) for site in pattern.grid.sites}
         relative = {name: value for name, value in by_site.items() if np.isfinite(value)}
-        found.append(
-            _Scored(study, pattern, section.importance_metric, section.allocation_strategy, relative, backbone)
-        )
+        kind = (section.importance_metric, section.allocation_strategy, pattern.experiment.method, study.smoke)
+        found.append(_Scored(study, pattern, kind, relative, backbone))
     return found
 
 

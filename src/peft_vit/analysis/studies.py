@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
+from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, unfinished_runs
 from peft_vit.config import ExperimentConfig, LoraConfig, PeftLoraConfig
-from peft_vit.errors import DataWarning, UserError
+from peft_vit.errors import DataWarning
 from peft_vit.methods import METHODS
-from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord
+from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo
 
 METHOD_ORDER = tuple(METHODS)
 
@@ -42,38 +41,44 @@ class Run:
         """Return what was asked."""
         return self.record.spec.experiment
 
+    def configuration(self) -> str:
+        """Return everything that was asked but for the seed, as text that is equal where it is."""
+        return self.record.spec.model_copy(update={"seed": 0}).model_dump_json()
+
+    def adapted_sites(self) -> list[SiteInfo]:
+        """Return the sites that ever had a rank named, in the sites' order; none without adapters."""
+        named = {name for entry in self.record.rank_history for name in entry.ranks}
+        return [site for site in self.record.sites if site.name in named]
+
     def final_ranks(self) -> dict[str, int]:
-        """Return site -> rank at the end of the run; empty without adapters."""
-        return dict(self.record.rank_history[-1].ranks) if self.record.rank_history else {}
+        """Return adapted site -> rank at the end of the run; one that the last entry leaves out has rank 0."""
+        return {site.name: self.record.rank_history[-1].ranks.get(site.name, 0) for site in self.adapted_sites()}
+
+    def last_scores(self) -> dict[str, float]:
+        """Return site -> score at the last decision; empty without scores."""
+        return self.record.importance_history[-1].scores if self.record.importance_history else {}
 
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of one study, either real ones or smoke runs.
-
-    Attributes:
-        name: the study's name.
-        smoke: whether these are smoke runs.
-        experiments: in the order of methods, then of rank, then of name; those without a finished run
-            included. runs: finished runs, by experiment and seed. failed: records of runs that failed or that
-            lack outcomes. unfinished: runs that have no record that counts: planned ones, or where no study.json
-            tells what was planned, pairs of an experiment and a seed that occurs elsewhere. notices: sentences
-            that stand above every number. plan: what is known beside the records.
-    """
+    """All runs of one study, either real ones or smoke runs."""
 
     name: str
-    smoke: bool
+    smoke: bool  # whether these are smoke runs
+    # in the order of methods, then of rank, then of name; those without a finished run included
     experiments: tuple[ExperimentConfig, ...]
-    runs: tuple[Run, ...]
-    failed: tuple[RunRecord, ...]
+    runs: tuple[Run, ...]  # finished runs, by experiment and seed
+    failed: tuple[RunRecord, ...]  # records of runs that failed or that lack outcomes
+    # runs that have no record that counts: planned ones, or where no study.json tells what was planned, pairs of an
+    # experiment and a seed that occurs elsewhere
     unfinished: tuple[UnfinishedRun, ...]
-    notices: tuple[str, ...]
-    plan: Plan = field(default_factory=Plan)
+    notices: tuple[str, ...]  # sentences that stand above every number
+    plan: Plan  # what is known beside the records
 
     @property
     def missing(self) -> tuple[tuple[str, int], ...]:
         """Return experiment and seed of the runs that have no record that counts."""
-        return tuple((run.experiment, run.seed) for run in self.unfinished)
+        return tuple(run.run for run in self.unfinished)
 
     def counts(self) -> dict[str, int]:
         """Return the number of runs by state; their sum is the number of planned runs."""
@@ -102,8 +107,7 @@ class Study:
 
     @cached_property
     def _by_experiment(self) -> dict[str, tuple[Run, ...]]:
-        """Return the finished runs by experiment; with a thousand of them nobody should look through all each time."""
-        found: dict[str, list[Run]] = {}
+        found: dict[str, list[Run]] = {}  # with a thousand runs nobody should look through all each time
         for run in self.runs:
             found.setdefault(run.experiment.name, []).append(run)
         return {name: tuple(runs) for name, runs in found.items()}
@@ -121,37 +125,8 @@ class Study:
         return tuple(e for e in self.with_method("lora") if e.need(LoraConfig).rank is not None)
 
 
-def group_by_study(records: Iterable[RunRecord], *, source: Path) -> tuple[Study, ...]:
-    """Group records by study and by whether they are smoke runs; `source` is only named in errors.
-
-    Raises:
-        UserError: if a run stands twice.
-    """
-    groups: dict[tuple[str, bool], dict[tuple[str, int], RunRecord]] = {}
-    for record in records:
-        spec = record.spec
-        group = groups.setdefault((spec.study, spec.smoke), {})
-        key = (spec.experiment.name, spec.seed)
-        if key in group:
-            raise UserError(
-                f"holds the run {spec.run_id!r} twice, which would count it twice as evidence; "
-                "give the directory of one set of results, or move the copy away",
-                file=source,
-            )
-        group[key] = record
-    return tuple(make_study(*key, list(group.values()), Plan(), ()) for key, group in sorted(groups.items()))
-
-
 def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan, first: Sequence[str]) -> Study:
-    """Return the study of some records.
-
-    Args:
-        name: the study's.
-        smoke: whether these are smoke runs.
-        records: each run's once.
-        plan: what is known beside them.
-        first: notices that stand above those that follow from the records.
-    """
+    """Return the study of some records, each run's once; the notices in `first` stand above those that follow."""
     group = {(record.spec.experiment.name, record.spec.seed): record for record in records}
     records = [group[key] for key in sorted(group)]
     candidates = [_finished(record) for record in records]
@@ -162,7 +137,7 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
     seeds = sorted({seed for _, seed in group})
     unfinished = unfinished_runs(plan, group, [(e.name, seed) for e in experiments for seed in seeds])
     place = {e.name: index for index, e in enumerate(experiments)}
-    unfinished = tuple(sorted(unfinished, key=lambda run: (place.get(run.experiment, len(place)), *_named(run))))
+    unfinished = tuple(sorted(unfinished, key=lambda run: (place.get(run.experiment, len(place)), run.run)))
     runs = tuple(sorted(runs, key=lambda run: (_order(run.experiment), run.seed)))
     notices = (
         *first,
@@ -173,10 +148,6 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
         *_differences(runs),
     )
     return Study(name, smoke, experiments, runs, failed, unfinished, notices, plan)
-
-
-def _named(run: UnfinishedRun) -> tuple[str, int]:
-    return run.experiment, run.seed
 
 
 def _order(experiment: ExperimentConfig) -> tuple[int, int, str]:
@@ -223,18 +194,18 @@ def _progress(plan: Plan, done: int, failed: int, unfinished: Sequence[Unfinishe
     """Say which planned runs there is nothing of, and who works on them."""
     notices = [f"In progress: {folder.owner}." for folder in plan.folders if folder.owner is not None]
     notices += [f"Failed: {r.experiment}, seed {r.seed}: {r.note}" for r in unfinished if r.state == "failed"]
-    open_ = [run for run in unfinished if run.state in ("running", "pending", "skipped")]
+    runs_in = {
+        state: [run.run for run in unfinished if run.state == state]
+        for state in ("running", "pending", "skipped", "missing")
+    }
+    missing = runs_in.pop("missing")
+    open_ = sum(map(len, runs_in.values()))
     if open_:
-        which = [
-            f"{state}: {runs_in_words([run for run in open_ if run.state == state])}"
-            for state in ("running", "pending", "skipped")
-            if any(run.state == state for run in open_)
-        ]
+        which = ". ".join(f"{state.capitalize()}: {runs_in_words(runs)}" for state, runs in runs_in.items() if runs)
         notices.append(
-            f"Incomplete: {len(open_)} of {done + failed + len(unfinished)} planned runs are not done yet, and no "
-            f"number here has anything of them. {'. '.join(part[0].upper() + part[1:] for part in which)}."
+            f"Incomplete: {open_} of {done + failed + len(unfinished)} planned runs are not done yet, and no "
+            f"number here has anything of them. {which}."
         )
-    missing = [run for run in unfinished if run.state == "missing"]
     if missing:
         notices.append(f"Missing: no record of {runs_in_words(missing)}. The study is incomplete or still running.")
     return notices
@@ -244,8 +215,7 @@ def _unplanned(plan: Plan, recorded: Iterable[tuple[str, int]]) -> list[str]:
     foreign = sorted(set(recorded) - set(plan.runs)) if plan.is_known else []
     if not foreign:
         return []
-    runs = runs_in_words([UnfinishedRun(*run, "missing") for run in foreign])
-    return [f"Not planned: study.json does not name {runs}, of which there are records. They count."]
+    return [f"Not planned: study.json does not name {runs_in_words(foreign)}, of which there are records. They count."]
 
 
 def _warnings(records: Sequence[RunRecord]) -> list[str]:
@@ -261,19 +231,17 @@ def _warnings(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _runs(records: Sequence[RunRecord]) -> str:
-    """Return experiments with their seeds, as a list in prose."""
-    seeds: dict[str, list[int]] = {}
-    for record in records:
-        seeds.setdefault(record.spec.experiment.name, []).append(record.spec.seed)
-    return "; ".join(f"{name}, {seeds_in_words(own)}" for name, own in seeds.items())
+    return runs_in_words(((record.spec.experiment.name, record.spec.seed) for record in records), ", ")
 
 
 def _differences(runs: tuple[Run, ...]) -> list[str]:
     """Name what differs among runs that are about to be compared."""
     notices = []
-    for name in dict.fromkeys(run.experiment.name for run in runs):
-        own = [run for run in runs if run.experiment.name == name]
-        if len({_configuration(run) for run in own}) > 1:
+    configurations: dict[str, set[str]] = {}
+    for run in runs:
+        configurations.setdefault(run.experiment.name, set()).add(run.configuration())
+    for name, own in configurations.items():
+        if len(own) > 1:
             notices.append(f"Configurations differ between the seeds of {name}: its mean mixes them.")
     units: dict[str, list[str]] = {}
     for run in runs:
@@ -308,8 +276,3 @@ _SHOULD_AGREE: tuple[tuple[str, Callable[[Run], object], str], ...] = (
         "numbers may differ for that reason",
     ),
 )
-
-
-def _configuration(run: Run) -> str:
-    spec = run.record.spec
-    return spec.model_copy(update={"seed": 0}).model_dump_json()

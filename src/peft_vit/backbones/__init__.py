@@ -2,7 +2,7 @@
 
 from peft_vit.backbones.attention import choose_attention
 from peft_vit.backbones.backbone import Backbone, evaluating, find_sites
-from peft_vit.backbones.catalog import MODELS, BackboneShape, ModelInfo, describe, native_size, patch_size_of
+from peft_vit.backbones.catalog import MODELS, BackboneShape, describe, native_size, patch_size_of
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
 from peft_vit.backbones.replay import visit_blocks
 from peft_vit.backbones.site import Site, chosen, fused_sites, wanted_kinds, whole_modules
@@ -13,7 +13,6 @@ __all__ = [
     "Backbone",
     "BackboneShape",
     "LoadedBackbone",
-    "ModelInfo",
     "Site",
     "Weights",
     "check_weights",

@@ -20,11 +20,6 @@ def choose_attention(model: nn.Module, device: torch.device, precision: Precisio
     save, and in bfloat16 its backward pass on CPUs costs several times what the products do: see `attention` in
     benchmarks/. (In float32 the two are close, and the fused one holds less.) Both compute
     softmax(q k^T / sqrt(d)) v; they round differently.
-
-    Args:
-        model: a Vision Transformer of timm, changed in place.
-        device: where it will run.
-        precision: of its forward pass.
     """
     if device.type != "cpu" or precision != "bf16" or max(site.tokens for site in Backbone(model).sites) > _SHORT:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -111,17 +112,12 @@ class Backbone:
             UserError: if a block lacks a wanted matrix.
         """
         wanted = [one for one in self.layout() if kinds is None or not set(kinds).isdisjoint(one.kinds)]
-        found = [part for linear in wanted for part in self._parts(linear, kinds)]
+        found = [site for linear in wanted for site in self._sites_of(linear, kinds)]
         tokens = self._count_tokens([linear.module for linear in wanted])
-        return tuple(
-            Site(name, one.module, rows, one.layer, kind, one.role, width, rows[1] - rows[0], tokens[one.module])
-            for one, name, kind, rows, width in found
-        )
+        return tuple(replace(site, tokens=tokens[site.module]) for site in found)
 
-    def _parts(
-        self, linear: LinearLayout, kinds: Sequence[str] | None
-    ) -> Iterator[tuple[LinearLayout, str, str, tuple[int, int], int]]:
-        """Yield layout, name, kind, rows and inputs of each wanted site of a module."""
+    def _sites_of(self, linear: LinearLayout, kinds: Sequence[str] | None) -> Iterator[Site]:
+        """Yield the wanted sites of a module, whose tokens are still to be counted."""
         for part, (name, kind) in enumerate(zip(linear.site_names(), linear.kinds, strict=True)):
             if kinds is not None and kind not in kinds:
                 continue
@@ -136,7 +132,8 @@ class Backbone:
                     name, f"{linear.module} has {out_features} rows but {leaf} takes {hidden} inputs (a gated MLP)"
                 )
             size = out_features // len(linear.kinds)
-            yield linear, name, kind, (part * size, (part + 1) * size), in_features
+            rows = (part * size, (part + 1) * size)
+            yield Site(name, linear.module, rows, linear.layer, kind, linear.role, in_features, size, tokens=0)
 
     def _features(self, module: str, site: str) -> tuple[int, int]:
         try:

@@ -55,7 +55,6 @@ MODELS: dict[str, ModelInfo] = {
 class BackboneShape:
     """What is known of a backbone without its weights."""
 
-    model: str
     sites: tuple[Site, ...]  # all matrices of every block
     width: int
     depth: int
@@ -71,10 +70,6 @@ class BackboneShape:
 def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
     """Return a backbone's shape; cheap, no weights are allocated or read.
 
-    Args:
-        config: model and weights source.
-        image_size: side of the square input, in pixels.
-
     Raises:
         UserError: if the model is unknown, not one that can be adapted, or does not take this image size.
     """
@@ -85,7 +80,6 @@ def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
     except UserError as error:
         raise UserError(f"{config.model} can't be adapted: {error}", field="backbone.model") from None
     return BackboneShape(
-        model=config.model,
         sites=sites,
         width=model.embed_dim,
         depth=len(model.blocks),

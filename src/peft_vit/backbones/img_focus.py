@@ -95,11 +95,7 @@ def _read_graph(wheel: Path) -> onnx.GraphProto:
 
 
 def convert(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
-    """Return the graph's backbone under the names of timm's VisionTransformer.
-
-    Args:
-        graph: of a model around a transformers Dinov2Model called `backbone`.
-    """
+    """Return, under the names of timm's VisionTransformer, the transformers Dinov2Model `backbone` in a graph."""
     found = _named_tensors(graph)
     tensors = {
         "cls_token": found["embeddings.cls_token"],

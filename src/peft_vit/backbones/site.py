@@ -94,11 +94,7 @@ def chosen(sites: Sequence[Site], targets: Sequence[str]) -> list[Site]:
 
 
 def whole_modules(sites: Sequence[Site], targets: Sequence[str]) -> dict[str, Site]:
-    """Return one site for each module that targets ask for, as `fused_sites`: where a module has one adapter.
-
-    Args:
-        sites: all of a model.
-        targets: kinds of matrices.
+    """Return one site for each module that targets ask for, out of all of a model: where a module has one adapter.
 
     Raises:
         UserError: as `wanted_kinds`, and if targets ask for some parts of a fused matrix alone.
@@ -120,8 +116,7 @@ def whole_modules(sites: Sequence[Site], targets: Sequence[str]) -> dict[str, Si
 def fused_sites(sites: Sequence[Site]) -> dict[str, Site]:
     """Return one site for each module, by its name: query, key and value of a fused matrix are `blocks.3.attn.qkv`.
 
-    Args:
-        sites: from `find_sites`; of a fused matrix all parts or none.
+    Of a fused matrix all parts or none are given.
     """
     fused: dict[str, Site] = {}
     for site in sites:

@@ -96,7 +96,7 @@ def _read_file(file: Path) -> dict[str, torch.Tensor]:
             content = load_file(file)
         else:  # weights_only: never runs code that the file may hold
             _check_pickle(file)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors alone
     except Exception as error:  # a foreign file can fail in any way; the user needs one line
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise _unusable(file, f"can't be read as weights ({reason})") from None

@@ -9,13 +9,13 @@ from typing import Any
 
 import typer
 
-from peft_vit.cli import studies  # noqa: F401 - each of the three adds its commands, in this order
+from peft_vit.cli import studies
 
 # isort: split
-from peft_vit.cli import results  # noqa: F401
+from peft_vit.cli import results
 
 # isort: split
-from peft_vit.cli import models  # noqa: F401
+from peft_vit.cli import models
 
 # isort: split
 from peft_vit.cli.app import app

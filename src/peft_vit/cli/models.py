@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from peft_vit.cli.app import app
 from peft_vit.errors import UserError, printable
-
-
-class ExportFormat(StrEnum):
-    """Formats of `export`."""
-
-    ONNX = "onnx"
-    SAFETENSORS = "safetensors"
-    PEFT = "peft"
-    HISTORY = "history"
-    TENSORBOARD = "tensorboard"
 
 
 @app.command()
@@ -37,34 +26,33 @@ def export(
         ),
     ],
     format: Annotated[
-        ExportFormat,
+        Literal["onnx", "safetensors", "peft", "history", "tensorboard"],
         typer.Option(
             help="onnx: the whole model for onnxruntime; safetensors: the whole model, quantized layers packed; "
             "peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: "
             "metrics of finished runs, also while a study goes on"
         ),
-    ] = ExportFormat.PEFT,
+    ] = "peft",
 ) -> None:
     """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
-    if format is ExportFormat.HISTORY:
+    if format == "history":
         from peft_vit.analysis.history import export_history
 
         print(f"{export_history(directory, output)} rows: {output}")
-    elif format is ExportFormat.TENSORBOARD:
+    elif format == "tensorboard":
         from peft_vit.analysis.tensorboard import export_to_tensorboard
 
         print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
-    elif format is ExportFormat.PEFT:
+    elif format == "peft":
         from peft_vit.runs.export import export_run_to_peft
 
         export_run_to_peft(directory, output)
-        print(f"{format.value}: {output}\nThe base that it belongs to: {output / 'peft_vit.json'}")
+        print(f"peft: {output}\nThe base that it belongs to: {output / 'peft_vit.json'}")
     else:
-        from peft_vit.runs.export import FileFormat, export_run_to_file
+        from peft_vit.runs.export import export_run_to_file
         from peft_vit.studies.printing import print_export
 
-        kind: FileFormat = "onnx" if format is ExportFormat.ONNX else "safetensors"
-        print_export(export_run_to_file(directory, output, kind), output)
+        print_export(export_run_to_file(directory, output, format), output)
 
 
 @app.command()

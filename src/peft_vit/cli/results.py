@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peft_vit.cli.app import ResultsDir, app
+from peft_vit.cli.app import app
 from peft_vit.errors import UserError
 
 if TYPE_CHECKING:
     from peft_vit.analysis import Results
     from peft_vit.records import RunRecord
 
-
+ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
 Hypotheses = Annotated[
     Path | None, typer.Option(help="file of own hypotheses, beside those that come along", show_default=False)
 ]
@@ -29,13 +28,6 @@ def say_left_out(results: Results) -> None:
         print(line, file=sys.stderr)
     if not results.is_whole:
         raise typer.Exit(1)
-
-
-class ReportFormat(StrEnum):
-    """What `report` writes."""
-
-    HTML = "html"
-    MARKDOWN = "md"
 
 
 def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
@@ -55,8 +47,9 @@ def report(
         Path | None, typer.Option(help="a folder; default: RESULTS_DIR/report, without the page RESULTS_DIR/analysis")
     ] = None,
     format: Annotated[
-        ReportFormat, typer.Option(help="html: the page, and all else; md: only analysis_summary.md, tables, figures")
-    ] = ReportFormat.HTML,
+        Literal["html", "md"],
+        typer.Option(help="html: the page, and all else; md: only analysis_summary.md, tables, figures"),
+    ] = "html",
     hypotheses: Hypotheses = None,
     publication: Annotated[
         bool,
@@ -75,7 +68,7 @@ def report(
     """
     from peft_vit.report import build_report
 
-    page = format is ReportFormat.HTML
+    page = format == "html"
     files = build_report(
         results_dir,
         output or results_dir / ("report" if page else "analysis"),
@@ -115,14 +108,6 @@ def findings(
     say_left_out(results)
 
 
-class SmallestBy(StrEnum):
-    """What `recommend` orders experiments by."""
-
-    BYTES = "bytes"
-    PARAMS = "params"
-    LATENCY = "latency"
-
-
 @app.command()
 def recommend(
     results_dir: ResultsDir,
@@ -134,8 +119,8 @@ def recommend(
         float, typer.Option(help="points of test accuracy whose loss matters; to be chosen before looking")
     ] = 1.0,
     smallest: Annotated[
-        SmallestBy, typer.Option(help="by which measure; sizes within one percent are equal")
-    ] = SmallestBy.BYTES,
+        Literal["bytes", "params", "latency"], typer.Option(help="by which measure; sizes within one percent are equal")
+    ] = "bytes",
     study: Annotated[str | None, typer.Option(help="its name, where RESULTS_DIR holds several")] = None,
     output: Annotated[
         Path | None, typer.Option(help="write the configuration to this file; default: print it", show_default=False)
@@ -158,7 +143,7 @@ def recommend(
         latency_s=limits.milliseconds(max_latency_ms, "--max-latency-ms"),
     )
     chosen = choose_study(load_studies(results_dir), study, results_dir)
-    print_recommendation(find(chosen, asked, margin=check_margin(margin, "--margin"), measure=smallest.value), output)
+    print_recommendation(find(chosen, asked, margin=check_margin(margin, "--margin"), measure=smallest), output)
 
 
 @app.command()

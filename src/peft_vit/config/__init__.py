@@ -25,9 +25,10 @@ from peft_vit.config.study import (
     WeightsSource,
 )
 from peft_vit.config.yaml_loader import KeyPath, Lines, read_mapping
-from peft_vit.methods.adalora import GRADIENT_METRICS, AdaLoraConfig, BudgetUnit, Metric, Strategy
+from peft_vit.methods.adalora import AdaLoraConfig, BudgetUnit, Strategy
 from peft_vit.methods.linear import PROBE_L2
 from peft_vit.methods.lora import LoraConfig
+from peft_vit.methods.metrics import METRICS, Metric
 from peft_vit.methods.peft import PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.methods.qa_lora import BITS_OF_TYPE, AdaptiveBitsConfig, QaLoraConfig, QuantizationType
 from peft_vit.settings import AS_WRITTEN, MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, SiteMatrix, is_given
@@ -35,8 +36,8 @@ from peft_vit.settings import AS_WRITTEN, MATRICES, SITE_MATRICES, AdapterConfig
 __all__ = [
     "AS_WRITTEN",
     "BITS_OF_TYPE",
-    "GRADIENT_METRICS",
     "MATRICES",
+    "METRICS",
     "NEEDS_PATH",
     "PROBE_L2",
     "PROBE_READS",

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 def load_study(file: str | Path) -> StudyConfig:
     """Read and check one configuration file.
 
-    Args:
-        file: path of a YAML file.
-
     Raises:
         UserError: with file, line, field and remedy, for anything that is not a valid study.
     """

@@ -13,13 +13,7 @@ _LARGEST = 1e6
 
 
 def check_rates(study: dict[str, Any], lines: Lines, file: Path) -> None:
-    """Refuse lists that hold anything but learning rates that differ.
-
-    Args:
-        study: what the file says, with its `training` under each experiment.
-        lines: where its keys stand.
-        file: named in the error.
-    """
+    """Refuse lists that hold anything but learning rates that differ, in a study with `training` filled in."""
     for place, experiment in enumerate(_experiments(study)):
         rates = _rates(experiment)
         if rates is None:

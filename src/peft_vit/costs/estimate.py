@@ -55,6 +55,10 @@ class Workload:
         """Return the tokens of one image."""
         return self.shape.tokens
 
+    def product_rate(self, *, budget_s: float = 0.2) -> float:
+        """Return multiply-adds per second, see `product_rate`."""
+        return product_rate(self.shape, self.device, self.precision, self.threads, budget_s=budget_s)
+
 
 @dataclass(frozen=True)
 class MeasuredCost:
@@ -124,7 +128,7 @@ def estimate_runs(
         }
         found = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
         costs |= {kind: found.get(run.spec.experiment.name) for kind, run in unknown.items()}
-    rate = product_rate(workload) if None in costs.values() else 1.0
+    rate = workload.product_rate() if None in costs.values() else 1.0
     estimates = []
     for run in runs:
         cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
@@ -150,24 +154,27 @@ def _from_costs(run: EstimateRequest, workload: Workload, costs: Costs) -> Estim
     return Estimate(seconds, costs.peak_memory_bytes + max(0, pixels), "calibration")
 
 
+def reckoned_s(spec: RunSpec, steps: int, workload: Workload, rate: float) -> float:
+    """Return the seconds of a run by how much it multiplies, at `rate` multiply-adds per second."""
+    experiment = spec.experiment
+    images = workload.test + measured_images(spec, workload)
+    if experiment.is_probe:  # each image once, in every way in which training shows it
+        images += len(flip_axes(spec.data.flips)) * workload.train + workload.validation
+    else:
+        images += experiment.kind.forward_passes * steps * min(experiment.training.batch_size, workload.train)
+        images += experiment.validations(workload.train) * workload.validation
+    return START_S + TIME_OUTSIDE_PRODUCTS * workload.shape.parameters * workload.tokens * images / rate
+
+
 def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> Estimate:
     experiment = run.spec.experiment
-    parameters = workload.shape.parameters
-    measured = measured_images(run.spec, workload)
-    if experiment.is_probe:  # each image once, in every way in which training shows it
-        ways = len(flip_axes(run.spec.data.flips))
-        work = parameters * workload.tokens * (ways * workload.train + workload.validation + workload.test + measured)
-    else:
-        trained = experiment.kind.forward_passes * run.steps * min(experiment.training.batch_size, workload.train)
-        read = experiment.validations(workload.train) * workload.validation + workload.test + measured
-        work = parameters * workload.tokens * (trained + read)
-    seconds = START_S + TIME_OUTSIDE_PRODUCTS * work / rate
     value_bytes = 2 if workload.precision == "bf16" else 4
     batch = experiment.training.batch_size
     kept = 0 if experiment.is_probe else VALUES_KEPT_PER_TOKEN
     activations = batch * workload.tokens * workload.shape.depth * workload.shape.width * kept * value_bytes
-    copies = experiment.kind.bytes_per_weight or 4 + value_bytes
-    return Estimate(seconds, int(_PROCESS_BYTES + activations + parameters * copies), "estimate")
+    weights = workload.shape.parameters * (experiment.kind.bytes_per_weight or 4 + value_bytes)
+    seconds = reckoned_s(run.spec, run.steps, workload, rate)
+    return Estimate(seconds, int(_PROCESS_BYTES + activations + weights), "estimate")
 
 
 def measured_images(spec: RunSpec, workload: Workload) -> float:
@@ -184,22 +191,27 @@ def measured_images(spec: RunSpec, workload: Workload) -> float:
 
 def bf16_factor(workload: Workload) -> float:
     """Return the time of a matrix product in bf16 over that in fp32, measured in about 0.2 s."""
-    fp32, bf16 = (product_rate(replace(workload, precision=one), budget_s=0.1) for one in get_args(Precision))
+    fp32, bf16 = (replace(workload, precision=one).product_rate(budget_s=0.1) for one in get_args(Precision))
     return fp32 / bf16
 
 
-def product_rate(workload: Workload, *, budget_s: float = 0.2) -> float:
+def product_rate(
+    shape: BackboneShape, device: torch.device, precision: Precision, threads: int, *, budget_s: float = 0.2
+) -> float:
     """Return multiply-adds per second of a product of the model's own shape.
 
     Args:
-        workload: says shape, device, precision and threads.
+        shape: of the model.
+        device: on which it computes.
+        precision: in which it computes.
+        threads: of a run.
         budget_s: for how long products are timed, about; three are in any case.
     """
-    dtype = torch.bfloat16 if workload.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     before = torch.get_num_threads()
-    torch.set_num_threads(workload.threads)
-    x = torch.ones(32 * workload.tokens, workload.shape.width, dtype=dtype, device=workload.device)
-    weight = torch.ones(4 * workload.shape.width, workload.shape.width, dtype=dtype, device=workload.device)
+    torch.set_num_threads(threads)
+    x = torch.ones(32 * shape.tokens, shape.width, dtype=dtype, device=device)
+    weight = torch.ones(4 * shape.width, shape.width, dtype=dtype, device=device)
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - started < budget_s and len(times) < 200):

@@ -5,16 +5,48 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from peft_vit.config import ExperimentConfig, MethodName
 from peft_vit.costs.cache import Costs
-from peft_vit.costs.estimate import Workload, measured_images
+from peft_vit.costs.estimate import Workload, measured_images, reckoned_s
 from peft_vit.methods import METHODS
 from peft_vit.records import RunSpec
 from peft_vit.training import flip_axes
 
 _SEEDS_OF_A_STUDY = 6  # that share features; a verdict takes as many
 _FITS_S = 3.0  # of a probe at each strength
+_PROCESS_S = 10.0  # until a worker process is ready, where that was not measured
+
+
+class Pace(Protocol):
+    """What runs cost on this machine while as many run as the study has workers."""
+
+    @property
+    def process_s(self) -> float:
+        """Return the seconds until a worker process is ready for its first run."""
+        ...
+
+    def run_s(self, spec: RunSpec, workload: Workload) -> float:
+        """Return the seconds of a run.
+
+        Args:
+            spec: of the run.
+            workload: of its study, with the sizes that it has.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ReckonedPace:
+    """What runs cost by how much they multiply, where nothing was measured; `rate`: multiply-adds per second."""
+
+    rate: float
+    process_s: float = _PROCESS_S
+
+    def run_s(self, spec: RunSpec, workload: Workload) -> float:
+        """Return the seconds of a run."""
+        return reckoned_s(spec, spec.experiment.total_steps(workload.train), workload, self.rate)
 
 
 @dataclass(frozen=True)
@@ -26,37 +58,35 @@ class Probe:
     batch_size: int
     costs: Costs
 
+    @property
+    def batch_tokens(self) -> int:
+        """Return the tokens of a batch."""
+        return self.tokens * self.batch_size
+
 
 @dataclass(frozen=True)
-class Pace:
-    """What runs cost on this machine while as many run as the study has workers.
-
-    Attributes:
-        probes: by experiment, one or two of it, the larger one first; at least one experiment has some.
-        process_s: seconds until a worker process is ready for its first run.
-    """
+class MeasuredPace:
+    """What was measured, by experiment, at one size or two, the larger one first; of one experiment at least."""
 
     probes: Mapping[str, Sequence[Probe]]
     process_s: float
 
     def run_s(self, spec: RunSpec, workload: Workload) -> float:
-        """Return the seconds of a run.
+        """Return the seconds of a run: its start, its steps, and each image that it evaluates.
 
-        Args:
-            spec: of the run.
-            workload: of its study, with the sizes that it has.
+        A linear probe passes each image through the model once in every way in which training shows it, whatever the
+        number of seeds: runs share its features. Seeds that train on other images have taken about twice as many of
+        them in the end.
         """
-        if spec.experiment.is_probe:
-            return probe_s(self, spec, workload)
-        return self.trained_s(spec, workload)
-
-    def trained_s(self, spec: RunSpec, workload: Workload) -> float:
-        """Return the seconds of a run that trains step by step, and validates after each epoch."""
-        steps = spec.experiment.total_steps(workload.train)
-        validated = spec.experiment.validations(workload.train) * workload.validation
-        evaluated = validated + workload.test + measured_images(spec, workload)
-        step_s, image_s = self.step_s(spec.experiment, workload.tokens), self.image_s(workload.tokens)
-        return self.start_s(spec.experiment) + steps * step_s + evaluated * image_s
+        experiment, images = spec.experiment, measured_images(spec, workload)
+        if experiment.is_probe:
+            trained = len(flip_axes(spec.data.flips)) * workload.train * (1 + (spec.data.train_subset == "per_seed"))
+            images += (trained + workload.validation + workload.test) / _SEEDS_OF_A_STUDY
+            steps_s = _FITS_S
+        else:
+            images += experiment.validations(workload.train) * workload.validation + workload.test
+            steps_s = experiment.total_steps(workload.train) * self.step_s(experiment, workload.tokens)
+        return self.start_s(experiment) + steps_s + images * self.image_s(workload.tokens)
 
     def start_s(self, experiment: ExperimentConfig) -> float:
         """Return the seconds of all that a run does once, beside what its study's `measures` ask for."""
@@ -69,17 +99,13 @@ class Pace:
         An experiment that was measured at one size only is taken to share them out as one that was at two does, and
         one that was not measured to take as much longer than another as it multiplies more.
         """
-        batch_tokens = tokens * experiment.training.batch_size
-        at_two = next((probes for probes in self.probes.values() if len(probes) > 1), None)
-        own = self.probes.get(experiment.name)
-        if own is not None and (len(own) > 1 or at_two is None):
-            return _line(own, batch_tokens)
-        like = at_two or next(iter(self.probes.values()))
-        if own is None:
-            longer = experiment.kind.forward_passes / METHODS[like[0].method].forward_passes
+        own = self.probes.get(experiment.name, ())
+        like = max(own, *self.probes.values(), key=len)  # itself, if no other was measured at more sizes
+        if own:
+            longer = own[0].costs.step_s / _line(like, own[0].batch_tokens)
         else:
-            longer = own[0].costs.step_s / _line(like, own[0].tokens * own[0].batch_size)
-        return longer * _line(like, batch_tokens)
+            longer = experiment.kind.forward_passes / METHODS[like[0].method].forward_passes
+        return longer * _line(like, tokens * experiment.training.batch_size)
 
     def image_s(self, tokens: int) -> float:
         """Return the seconds of a forward pass for each of its images: a line through the smallest and the largest."""
@@ -93,20 +119,9 @@ class Pace:
         return [probe for probes in self.probes.values() for probe in probes]
 
 
-def probe_s(pace: Pace, spec: RunSpec, workload: Workload) -> float:
-    """Return the seconds of a linear probe, a share of what all seeds take together.
-
-    Each image passes through the model once in every way in which training shows it, whatever the number of seeds:
-    runs share its features. Seeds that train on other images have taken about twice as many of them in the end.
-    """
-    trained = len(flip_axes(spec.data.flips)) * workload.train * (2 if spec.data.train_subset == "per_seed" else 1)
-    images = (trained + workload.validation + workload.test) / _SEEDS_OF_A_STUDY + measured_images(spec, workload)
-    return pace.start_s(spec.experiment) + _FITS_S + images * pace.image_s(workload.tokens)
-
-
 def _line(probes: Sequence[Probe], batch_tokens: int) -> float:
     """Return the seconds of a step by a line through what was measured."""
-    points = [(probe.tokens * probe.batch_size, probe.costs.step_s) for probe in probes]
+    points = [(probe.batch_tokens, probe.costs.step_s) for probe in probes]
     return _between(min(points), max(points), batch_tokens)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from peft_vit.data.files import content_sha256, downloaded, unpacked
+from peft_vit.data.files import downloaded, hashes, unpacked
 from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.errors import UserError
 from peft_vit.safe_io import read_bytes
@@ -94,7 +94,7 @@ def _unpacked(layout: _Layout, wanted: tuple[str, ...], path: Path | None) -> tu
         missing = [name for name in wanted if not (path / name).is_file()]
         if missing:
             raise UserError("is missing; unpack the binary archive again", file=path / missing[0], field="data.path")
-        sha256 = content_sha256({name: path / name for name in wanted})
+        sha256 = hashes({name: path / name for name in wanted}).sha256
         return path, sha256, "unpack the binary archive again"
     if path is None:
         archive = downloaded(f"https://www.cs.toronto.edu/~kriz/{layout.archive}", layout.md5)
@@ -102,7 +102,7 @@ def _unpacked(layout: _Layout, wanted: tuple[str, ...], path: Path | None) -> tu
         archive = path / layout.archive if path.is_dir() else path
     if not archive.is_file():
         raise UserError(f"holds no {layout.archive}; put it there", file=path, field="data.path")
-    sha256 = content_sha256({"": archive})
+    sha256 = hashes({"": archive}).sha256
     folder = unpacked(archive, wanted, sha256)
     return folder, sha256, f"delete it, and if that does not help fetch {archive} again, where it comes from"
 

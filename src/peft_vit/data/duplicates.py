@@ -28,11 +28,10 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from peft_vit.config import NEEDS_PATH
-from peft_vit.data.copies import SIDES, crossing, refuse_across
 from peft_vit.data.files import write_to_cache
 from peft_vit.data.index import ImageIndex
 from peft_vit.data.pixels import cached_pixels
-from peft_vit.data.splits import Splits, class_gaps
+from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across
 from peft_vit.errors import DataWarning
 from peft_vit.packages import cache_dir
 
@@ -77,21 +76,15 @@ def _titled(index: ImageIndex, row: int, side: int) -> str:
 
 def _left_out(index: ImageIndex, splits: Splits, rows: np.ndarray) -> list[str]:
     """Tell of copies that training could have had if they were not in validation or test, see `make_splits`."""
-    if index.contents is None:
-        return []
     tested = np.concatenate([splits.validation, splits.test])
-    copies = np.isin(index.contents, index.contents[tested])
+    copies = np.isin(index.groups, index.groups[tested])
     copies[rows] = False
     if index.official_test is not None:
         copies &= ~index.official_test
-    return (
-        []
-        if not copies.any()
-        else [
-            f"{np.count_nonzero(copies)} files are left out as copies of validation or test images, such as "
-            f"{index.title(int(np.argmax(copies)))}"
-        ]
-    )
+    if not copies.any():
+        return []
+    such_as = index.title(int(np.argmax(copies)))
+    return [f"{np.count_nonzero(copies)} files are left out as copies of validation or test images, such as {such_as}"]
 
 
 def _same(index: ImageIndex, rows: np.ndarray, sides: np.ndarray, equal: np.ndarray) -> list[str]:
@@ -117,12 +110,9 @@ def _same(index: ImageIndex, rows: np.ndarray, sides: np.ndarray, equal: np.ndar
 
 def _labels(index: ImageIndex, rows: np.ndarray, equal: np.ndarray) -> list[str]:
     """Tell of an image under two classes, be one of its files in no split."""
-    groups = np.full(len(index.labels), -1)
-    groups[rows] = equal
-    if index.contents is not None:  # a file in no split is not decoded, but may be a copy of one that is
-        group_of = np.full(index.contents.max() + 1, -1)
-        group_of[index.contents[rows]] = equal
-        groups = np.where(groups < 0, group_of[index.contents], groups)
+    group_of = np.full(index.groups.max() + 1, -1)
+    group_of[index.groups[rows]] = equal
+    groups = group_of[index.groups]  # a file in no split is not decoded, but may be a copy of one that is
     known = np.flatnonzero(groups >= 0)
     count, pair = crossing(groups[known], index.labels[known])
     if not count:
@@ -152,7 +142,7 @@ def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: i
 
 def _kept(file: Path, count: int) -> np.ndarray | None:
     try:
-        found = np.load(file, allow_pickle=False)
+        found = np.load(file, allow_pickle=False)  # noqa: TID251 - numbers alone
     except Exception:  # whatever was in its place, it is not this package's file
         return None
     plausible = found.dtype == np.int64 and found.ndim == 1 and len(found) >= count and (len(found) - count) % 2 == 0

@@ -12,8 +12,10 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from peft_vit.errors import UserError
 from peft_vit.packages import cache_dir, check_download
@@ -33,15 +35,13 @@ class FileTree:
         location: the folder or the zip.
         names: relative names with '/', sorted.
         read: returns the content of the file with a given name.
-        sha256: returns the hash of the zip, or of the folder's files with the given names.
-        contents: returns a text for each of the given names; files with equal content, and no others, have equal ones.
+        hashed: hashes the zip, or the folder's files with the given names, and tells these files apart.
     """
 
     location: Path
     names: tuple[str, ...]
     read: Callable[[str], bytes]
-    sha256: Callable[[list[str]], str]
-    contents: Callable[[list[str]], list[str]]
+    hashed: Callable[[list[str]], Hashes]
 
     def file(self, name: str) -> str:
         """Return what to call a file in an error."""
@@ -85,19 +85,16 @@ def open_tree(location: Path) -> FileTree:
         root = location.resolve()
         names = tuple(sorted(_names_below(root)))
         return FileTree(
-            root,
-            names,
-            lambda name: read_bytes(root / name),
-            lambda used: content_sha256({name: root / name for name in used}),
-            lambda used: list(map(content_hashes({name: root / name for name in used}).__getitem__, used)),
+            root, names, lambda name: read_bytes(root / name), lambda used: hashes({name: root / name for name in used})
         )
     archive, members = _open_zip(location)
     return FileTree(
         location,
         tuple(sorted(members)),
         lambda name: _read_member(archive, members[name]),
-        lambda _: content_sha256({"": location}),
-        lambda used: _member_contents(archive, [members[n] for n in used]),
+        lambda used: Hashes(
+            hashes({"": location}).sha256, _told_apart(archive, {name: members[name] for name in used})
+        ),
     )
 
 
@@ -134,16 +131,16 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     return content
 
 
-def _member_contents(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> list[str]:
+def _told_apart(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, str]:
     """Return what tells members apart; only those are unpacked that agree with another one in checksum and size."""
-    marks = [f"{info.CRC} {info.file_size}" for info in members]
-    seen = Counter(marks)
-    for place, info in enumerate(members):
-        if seen[marks[place]] > 1:
+    marks = {name: f"{info.CRC} {info.file_size}" for name, info in members.items()}
+    seen = Counter(marks.values())
+    for name, mark in marks.items():
+        if seen[mark] > 1:
             try:
-                marks[place] = hashlib.sha256(_read_member(archive, info)).hexdigest()
+                marks[name] = hashlib.sha256(_read_member(archive, members[name])).hexdigest()
             except Exception:  # a foreign archive can fail in any way; who decodes the image says so, if it is used
-                marks[place] = info.filename
+                marks[name] = name
     return marks
 
 
@@ -154,7 +151,7 @@ def _names_below(root: Path) -> Iterator[str]:
             raise UserError("is an empty folder; fill it or remove it", file=folder)
         for entry in (*subfolders, *files):
             path = os.path.join(folder, entry)
-            if not _is_unicode(entry):  # neither a record nor a page could hold the class
+            if any("\ud800" <= character <= "\udfff" for character in entry):  # no record or page could hold the class
                 raise UserError("has a name that is not UTF-8; rename it", file=path)
             if os.path.islink(path):
                 refuse_outside(Path(path), root)
@@ -165,36 +162,35 @@ def _names_below(root: Path) -> Iterator[str]:
         yield from (prefix + name for name in files if not name.startswith("."))
 
 
-def _is_unicode(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
 def refuse_outside(path: Path, root: Path) -> None:
     """Raise UserError if a path, with its links followed, does not lie below `root` (already resolved)."""
     if not Path(os.path.realpath(path)).is_relative_to(root):  # Path.resolve fails on a link to itself
         raise UserError(f"leads out of {root}; copy the file into it", file=path)
 
 
-def content_sha256(files: Mapping[str, Path]) -> str:
-    """Return the hash of one file, or of the names and contents of several."""
-    return combined_sha256(content_hashes(files))
+class Hashes(NamedTuple):
+    """Hash of one file, or of the names and contents of several; and by name what is equal for equal contents alone."""
+
+    sha256: str
+    each: Mapping[str, str]
 
 
-def combined_sha256(hashes: Mapping[str, str]) -> str:
-    """Return the hash of one file, or of the names and contents of several, from their sorted hashes by name."""
-    lines = "".join(f"{name}\0{digest}\n" for name, digest in hashes.items())
-    return next(iter(hashes.values())) if len(hashes) == 1 else hashlib.sha256(lines.encode()).hexdigest()
-
-
-def content_hashes(files: Mapping[str, Path]) -> dict[str, str]:
-    """Return the hash of each file by its name, sorted.
+def hashes(files: Mapping[str, Path]) -> Hashes:
+    """Hash files by their names.
 
     Hashing a large folder takes as long as reading it, so the hashes are remembered in the cache while every
     path, size and modification time stays the same.
     """
+    each = _remembered(dict(sorted(files.items())))
+    lines = "".join(f"{name}\0{digest}\n" for name, digest in each.items())
+    whole = next(iter(each.values())) if len(each) == 1 else hashlib.sha256(lines.encode()).hexdigest()
+    return Hashes(whole, each)
+
+
+def _remembered(files: Mapping[str, Path]) -> dict[str, str]:
     stamp = hashlib.sha256()
     try:
-        for name, path in sorted(files.items()):
+        for name, path in files.items():
             status = path.stat()
             require_regular(status, path)
             line = f"{name}\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n"
@@ -203,12 +199,12 @@ def content_hashes(files: Mapping[str, Path]) -> dict[str, str]:
         if memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}(\n[0-9a-f]{64})*", known := memo.read_bytes()):
             remembered = known.decode().split("\n")
             if len(remembered) == len(files):
-                return dict(zip(sorted(files), remembered, strict=True))
-        hashes = {name: sha256_of(path) for name, path in sorted(files.items())}
+                return dict(zip(files, remembered, strict=True))
+        digests = {name: sha256_of(path) for name, path in files.items()}
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
-    write_to_cache(memo, "\n".join(hashes.values()).encode())
-    return hashes
+    write_to_cache(memo, "\n".join(digests.values()).encode())
+    return digests
 
 
 def write_to_cache(file: Path, content: bytes) -> None:
@@ -217,6 +213,29 @@ def write_to_cache(file: Path, content: bytes) -> None:
         write_atomically(file, content)
     except OSError as error:
         raise cache_not_writable(file, error) from None
+
+
+@contextmanager
+def new_in_cache(target: Path) -> Iterator[Path]:
+    """Give a path for a file or folder that takes its name in the cache once it is written, and is gone on errors.
+
+    Of two processes that make the same at once the first one's folder stays, or the last one's file.
+
+    Raises:
+        UserError: if the cache cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
+            made = Path(folder, target.name)
+            yield made
+            try:
+                made.replace(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+    except OSError as error:
+        raise cache_not_writable(target, error) from None
 
 
 def cache_not_writable(file: Path, error: OSError) -> UserError:
@@ -247,15 +266,14 @@ def downloaded(url: str, md5: str) -> Path:
     check_download(name)
     from torchvision.datasets.utils import download_url
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
+    with new_in_cache(file) as temporary:
         try:
-            download_url(url, temporary, name, md5)
+            download_url(url, str(temporary.parent), name, md5)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"could not be downloaded ({error}); set data.path to a folder that holds {name}", file=url
             ) from None
-        return Path(temporary, name).replace(file)
+    return file
 
 
 def unpacked(archive: Path, wanted: tuple[str, ...], sha256: str) -> Path:

@@ -9,16 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from peft_vit.data.files import (
-    IMAGE_SUFFIXES,
-    FileTree,
-    combined_sha256,
-    content_hashes,
-    decode_text,
-    downloaded,
-    open_tree,
-    refuse_outside,
-)
+from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, decode_text, downloaded, hashes, open_tree, refuse_outside
 from peft_vit.data.index import ImageIndex, check_class_names, decode_image
 from peft_vit.errors import UserError
 from peft_vit.safe_io import read_bytes
@@ -38,10 +29,12 @@ def _index(
     is_test: list[bool] | None,
     *,
     licence: str,
-    sha256: str,
     titles: dict[str, str] | None = None,
-    contents: list[str] | None = None,
+    beside: tuple[str, ...] = (),
 ) -> ImageIndex:
+    """Index files; what stands `beside` them is hashed too, and then files of equal content are not looked for."""
+    hashed = tree.hashed([*beside, *files])
+    contents = None if beside else np.unique([hashed.each[name] for name in files], return_inverse=True)[1]
     class_ids = sorted(set(classes))
     number = {class_id: k for k, class_id in enumerate(class_ids)}
     labels = np.array([number[class_id] for class_id in classes], dtype=np.int64)
@@ -52,10 +45,10 @@ def _index(
         class_names=tuple((titles or {}).get(class_id, class_id) for class_id in class_ids),
         official_test=np.array(is_test, dtype=bool) if is_test and any(is_test) else None,
         licence=licence,
-        sha256=sha256,
+        sha256=hashed.sha256,
         read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
         names=files,
-        contents=None if contents is None else np.unique(contents, return_inverse=True)[1].astype(np.int64),
+        contents=None if contents is None else contents.astype(np.int64),
     )
 
 
@@ -92,8 +85,8 @@ def read_tiny_imagenet(path: Path | None, licence: str) -> ImageIndex:
     titles = {id_: f"{id_} {words.get(id_, '').split(',')[0]}".strip() for id_ in known}
     check_class_names(titles.values(), tree.file(words_file))
     is_test = [k >= training for k in range(len(files))]
-    sha256 = tree.sha256([words_file, annotations_file, *files])
-    return _index("tiny-imagenet", tree, files, classes, is_test, licence=licence, sha256=sha256, titles=titles)
+    beside = (words_file, annotations_file)
+    return _index("tiny-imagenet", tree, files, classes, is_test, licence=licence, titles=titles, beside=beside)
 
 
 def read_image_folder(path: Path | None, licence: str) -> ImageIndex:
@@ -125,16 +118,7 @@ def read_image_folder(path: Path | None, licence: str) -> ImageIndex:
         raise UserError(problem, file=path, field="data.path")
     images, classes = list(parts), [part[-2] for part in parts.values()]
     is_test = _official_test(path, [part[0] for part in parts.values()], classes) if is_split else None
-    return _index(
-        "image-folder",
-        tree,
-        images,
-        classes,
-        is_test,
-        licence=licence,
-        sha256=tree.sha256(images),
-        contents=tree.contents(images),
-    )
+    return _index("image-folder", tree, images, classes, is_test, licence=licence)
 
 
 def _is_image(name: str) -> bool:
@@ -188,12 +172,9 @@ def read_csv(path: Path | None, licence: str) -> ImageIndex:
         raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.reader.line_num}") from None
     if not files:
         raise UserError("names no image; add rows", file=path)
-    hashes = content_hashes({"": path, **files})
-    sha256 = combined_sha256(hashes)
-    tree = FileTree(root, tuple(files), lambda name: read_bytes(files[name]), lambda _: sha256, lambda _: [])
+    tree = FileTree(root, tuple(files), lambda name: read_bytes(files[name]), lambda _: hashes({"": path, **files}))
     is_test = [split == "test" for split in splits] if "split" in columns else None
-    contents = [hashes[name] for name in files]
-    return _index("csv", tree, list(files), classes, is_test, licence=licence, sha256=sha256, contents=contents)
+    return _index("csv", tree, list(files), classes, is_test, licence=licence)
 
 
 def _content(path: Path) -> bytes:

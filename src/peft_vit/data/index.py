@@ -39,7 +39,7 @@ class ImageIndex:
         read: decodes image i; raises UserError naming the file if it is broken.
         channels: 1 if every image is grey, else 3; how many the decoded cache stores.
         names: of the files, N of them; None: they are not files.
-        contents: equal numbers for files with equal content, (N,) int64; None: not looked at, splits ignore copies.
+        contents: equal numbers for files with equal content, (N,) int64; None: not looked at.
     """
 
     name: str
@@ -53,6 +53,11 @@ class ImageIndex:
     channels: Literal[1, 3] = 3
     names: Sequence[str] | None = None
     contents: np.ndarray | None = None
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Equal numbers for copies, (N,) int64; where nobody looked for copies every image is one of its own."""
+        return np.arange(len(self.labels)) if self.contents is None else self.contents
 
     def title(self, i: int) -> str:
         """Return what to call image i."""
@@ -72,7 +77,7 @@ def decode_image(read: Callable[[], bytes], file: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's, on damage that it can do with, and on many pixels
-            image = Image.open(io.BytesIO(read()), formats=_FORMATS)
+            image = Image.open(io.BytesIO(read()), formats=_FORMATS)  # noqa: TID251 - these alone
             deep = _is_deep_png(image)  # to be asked before it is loaded
             width, height = image.size
             if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from peft_vit.data.files import content_sha256, open_tree
+from peft_vit.data.files import hashes, open_tree
 from peft_vit.data.index import ImageIndex, decode_image
 from peft_vit.errors import UserError
 from peft_vit.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
@@ -69,7 +69,7 @@ def read_elpv(path: Path | None, licence: str) -> ImageIndex:
         class_names=("functional", "defective"),
         official_test=None,
         licence=licence,
-        sha256=tree.sha256([table, *names]),
+        sha256=tree.hashed([table, *names]).sha256,
         channels=1,
         read=lambda i: decode_image(lambda: tree.read(names[i]), tree.file(names[i])),
         names=names,
@@ -138,7 +138,7 @@ def read_fashion_mnist(path: Path | None, licence: str) -> ImageIndex:
         class_names=_FASHION_CLASSES,
         official_test=is_test,
         licence=licence,
-        sha256=content_sha256(files),
+        sha256=hashes(files).sha256,
         channels=1,
         read=lambda i: Image.fromarray(train[i] if i < len(train) else test[i - len(train)]),
     )

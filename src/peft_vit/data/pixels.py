@@ -11,14 +11,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import PIL
 from PIL import Image
 
-from peft_vit.data.files import cache_not_writable
+from peft_vit.data.files import cache_not_writable, new_in_cache
 from peft_vit.data.index import ImageIndex
 from peft_vit.packages import cache_dir
 
@@ -64,7 +63,7 @@ def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     if not file.is_file():
         return None
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        array = np.load(file, mmap_mode="r", allow_pickle=False)  # noqa: TID251 - numbers alone
     except Exception:  # whatever was in its place, it is not this package's file
         array = None
     if array is not None and array.shape == shape and array.dtype == np.uint8:
@@ -74,27 +73,15 @@ def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _build(file: Path, index: ImageIndex, rows: np.ndarray, shape: tuple[int, ...]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=".decoding-")
-    except OSError as error:
-        raise cache_not_writable(file, error) from None
-    try:
-        # Written as a stream: on a full disk a memory map would end the process, write() raises.
-        with os.fdopen(descriptor, "wb") as handle:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(handle, header)
-            for row in rows:
-                pixels = to_pixels(index.read(int(row)), shape[1], index.channels)
-                handle.write(pixels.tobytes())
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise cache_not_writable(file, error) from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    # Written as a stream: on a full disk a memory map would end the process, write() raises.
+    with new_in_cache(file) as temporary, temporary.open("wb") as handle:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(handle, header)
+        for row in rows:
+            pixels = to_pixels(index.read(int(row)), shape[1], index.channels)
+            handle.write(pixels.tobytes())
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:

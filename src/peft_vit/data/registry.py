@@ -20,18 +20,25 @@ from peft_vit.errors import UserError
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a user should know before choosing a data set."""
+    """What a user should know before choosing a data set, and what indexes it: a path or None, and the licence."""
 
     description: str
     licence: str
     source: str
     task: str
+    read: Callable[[Path | None, str], ImageIndex]
     channels: Literal[1, 3] = 3  # 1: grey, and so is what is predicted on later
 
 
-_Reader = Callable[[Path | None, str], ImageIndex]
-_CIFAR_LICENCE = "none stated by the authors; cite Krizhevsky 2009"
-_CIFAR_SOURCE = "data.path (binary archive, or folder with it), else downloaded from cs.toronto.edu"
+def _cifar(name: str, classes: int) -> DatasetInfo:
+    return DatasetInfo(
+        "60,000 photographs, 32 x 32 colour",
+        "none stated by the authors; cite Krizhevsky 2009",
+        "data.path (binary archive, or folder with it), else downloaded from cs.toronto.edu",
+        f"{classes} classes; 10,000 official test images",
+        partial(read_cifar, name),
+    )
+
 
 DATASETS: dict[str, DatasetInfo] = {
     "elpv": DatasetInfo(
@@ -39,6 +46,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "CC BY-NC-SA 4.0: research only, no commercial use",
         "PyPI wheel elpv-dataset, fetched once",
         "binary: defect probability >= 0.5; stratified by label and module type; no official test split",
+        read_elpv,
         channels=1,
     ),
     "digits": DatasetInfo(
@@ -46,6 +54,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "CC BY 4.0 (UCI)",
         "comes with scikit-learn",
         "10 classes; no official test split",
+        read_digits,
         channels=1,
     ),
     "fashion-mnist": DatasetInfo(
@@ -53,43 +62,32 @@ DATASETS: dict[str, DatasetInfo] = {
         "MIT",
         "data.path (folder of idx .gz files), else Debian's dataset-fashion-mnist, else downloaded",
         "10 classes; 10,000 official test images",
+        read_fashion_mnist,
         channels=1,
     ),
-    "cifar10": DatasetInfo(
-        "60,000 photographs, 32 x 32 colour", _CIFAR_LICENCE, _CIFAR_SOURCE, "10 classes; 10,000 official test images"
-    ),
-    "cifar100": DatasetInfo(
-        "60,000 photographs, 32 x 32 colour", _CIFAR_LICENCE, _CIFAR_SOURCE, "100 classes; 10,000 official test images"
-    ),
+    "cifar10": _cifar("cifar10", 10),
+    "cifar100": _cifar("cifar100", 100),
     "tiny-imagenet": DatasetInfo(
         "110,000 labelled photographs, 64 x 64 colour",
         "ImageNet's terms: research and education, not commercial",
         "data.path (tiny-imagenet-200.zip or its folder), else downloaded from cs231n.stanford.edu",
         "200 classes; the 10,000 official validation images serve as the test split",
+        read_tiny_imagenet,
     ),
     "image-folder": DatasetInfo(
         "your own images, ROOT/<class>/<image>",
         "yours",
         "data.path (folder or zip)",
         "classes are folders; ROOT/train with ROOT/test or ROOT/val is an official test split",
+        read_image_folder,
     ),
     "csv": DatasetInfo(
         "your own images, listed in a CSV",
         "yours",
         "data.path (CSV with the columns path, label[, split])",
         "classes are labels; split: test is an official test split",
+        read_csv,
     ),
-}
-
-_READERS: dict[str, _Reader] = {
-    "elpv": read_elpv,
-    "digits": read_digits,
-    "fashion-mnist": read_fashion_mnist,
-    "cifar10": partial(read_cifar, "cifar10"),
-    "cifar100": partial(read_cifar, "cifar100"),
-    "tiny-imagenet": read_tiny_imagenet,
-    "image-folder": read_image_folder,
-    "csv": read_csv,
 }
 
 
@@ -111,7 +109,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
     else:
         licence = info.licence
         path = None if config.path is None else existing(config.path)
-    index = _READERS[config.dataset](path, licence)
+    index = info.read(path, licence)
     classes = len(index.class_names)
     if classes < 2:
         raise UserError(

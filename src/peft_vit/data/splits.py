@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from peft_vit.config import DataConfig
-from peft_vit.data.copies import refuse_across
 from peft_vit.data.index import ImageIndex
 from peft_vit.errors import DataWarning, UserError
 from peft_vit.seeding import numpy_generator
 
 _NAMED = 3  # classes in a warning
+SIDES = ("training", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
         UserError: if there are too few images, a class gets no training image, per_seed would change nothing, or a file
             stands on both sides of the data set's own test split; names field and numbers, or both files.
     """
-    if index.contents is not None and index.official_test is not None:
-        refuse_across(index, index.contents, np.where(index.official_test, 2, 0))
+    if index.official_test is not None:
+        refuse_across(index, index.groups, np.where(index.official_test, 2, 0))
     rng = (
         numpy_generator(config.split_seed, "split")
         if config.test_split == "fixed"
@@ -110,16 +110,12 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
 
 def _one_of_each(index: ImageIndex, rows: np.ndarray) -> np.ndarray:
     """Return the rows whose file has no copy among those before them."""
-    if index.contents is None:
-        return rows
-    return rows[np.sort(np.unique(index.contents[rows], return_index=True)[1])]
+    return rows[np.sort(np.unique(index.groups[rows], return_index=True)[1])]
 
 
 def _without(index: ImageIndex, rows: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Return the rows that are neither drawn nor copies of what is."""
-    if index.contents is None:
-        return np.setdiff1d(rows, drawn)
-    return rows[~np.isin(index.contents[rows], index.contents[drawn])]
+    return rows[~np.isin(index.groups[rows], index.groups[drawn])]
 
 
 def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarray) -> np.ndarray:
@@ -217,3 +213,43 @@ def _hash(*parts: np.ndarray) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int]]:
+    """Count groups whose members bear different marks.
+
+    Args:
+        groups: of each image, (N,) integers; equal images are of one group.
+        marks: of each image, (N,) integers: its side of a split, or its label.
+
+    Returns:
+        The number of groups, and the positions of two members with different marks, the lower first; (0, 0) if there
+        is no such group.
+    """
+    order = np.lexsort((marks, groups))
+    group, mark = groups[order], marks[order]
+    differs = np.flatnonzero((group[1:] == group[:-1]) & (mark[1:] != mark[:-1]))
+    if len(differs) == 0:
+        return 0, (0, 0)
+    low, high = sorted(order[differs[0] : differs[0] + 2].tolist())
+    return len(np.unique(group[differs])), (low, high)
+
+
+def refuse_across(index: ImageIndex, groups: np.ndarray, sides: np.ndarray, rows: np.ndarray | None = None) -> None:
+    """Raise UserError if equal images stand on different sides.
+
+    Args:
+        index: the data set.
+        groups: as in `crossing`.
+        sides: positions in `SIDES`, (N,).
+        rows: in the data set, (N,); None: these are all of it.
+    """
+    count, pair = crossing(groups, sides)
+    if count:
+        a, b = pair if rows is None else rows[list(pair)].tolist()
+        among = f"; {count} images are on several sides like this one" if count > 1 else ""
+        raise UserError(
+            f"{index.title(a)} ({SIDES[sides[pair[0]]]}) and {index.title(b)} ({SIDES[sides[pair[1]]]}) are the same "
+            f"image, which tells nothing about new ones{among}; remove one of them",
+            field="data.path",
+        )

@@ -9,10 +9,8 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import shutil
 import struct
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from peft_vit.data.cifar import LAYOUTS
-from peft_vit.data.files import cache_not_writable
+from peft_vit.data.files import new_in_cache
 from peft_vit.packages import cache_dir
 
 _VERSION = 2  # raise when the files change
@@ -49,24 +47,10 @@ def files_for(dataset: str) -> Path | None:
         return None
     folder = cache_dir() / "smoke" / f"{dataset}-v{_VERSION}"
     if not folder.is_dir():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        with new_in_cache(folder) as temporary:
+            temporary.mkdir()
             _WRITERS[dataset](temporary)
-            temporary.chmod(0o755)
-            _move(temporary, folder)
-        except OSError as error:
-            raise cache_not_writable(folder, error) from None
     return folder / _ENTRY.get(dataset, "")
-
-
-def _move(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(temporary)  # another process was faster; its files are the same
 
 
 def _images(labels: np.ndarray, classes: int, side: int, channels: int, file: int = 0) -> np.ndarray:

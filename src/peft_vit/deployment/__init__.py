@@ -4,14 +4,7 @@ from peft_vit.deployment.low_bit_file import load_low_bit, save_low_bit
 from peft_vit.deployment.merging import Merged, merge
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import export_onnx, open_onnx, require_onnx_export
-from peft_vit.deployment.predicting import (
-    Classifier,
-    Prediction,
-    open_exported,
-    open_peft,
-    predict_files,
-    torch_classifier,
-)
+from peft_vit.deployment.predicting import Classifier, Prediction, open_exported, predict_files, torch_classifier
 
 __all__ = [
     "Classifier",
@@ -23,7 +16,6 @@ __all__ = [
     "merge",
     "open_exported",
     "open_onnx",
-    "open_peft",
     "predict_files",
     "require_onnx_export",
     "save_low_bit",

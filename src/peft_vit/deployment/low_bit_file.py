@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules
+from peft_vit.adapters.adapter_file import read_safetensors
 from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.config import QuantizationType
 from peft_vit.deployment.merging import check_merged
@@ -83,17 +82,10 @@ def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
     Raises:
         UserError: if the file is cut off, was changed after it was written, or is not of this layout.
     """
-    try:
-        if not os.path.isfile(file):  # opening a pipe could wait for ever
-            raise ValueError("no regular file")
-        with safe_open(file, framework="pt") as handle:
-            text = (handle.metadata() or {}).get(HEADER)
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except Exception as error:  # a damaged file can fail in any way; the user needs one line
-        raise UserError(f"is not a readable safetensors file ({error}); export the run again", file=file) from None
-    if text is None:
+    texts, tensors = read_safetensors(file)
+    if HEADER not in texts:
         raise UserError("was not written by `peft-vit export --format safetensors`", file=file)
-    header = read_json(_Header, text, file)
+    header = read_json(_Header, texts[HEADER], file)
     found = _digest(header, tensors)
     if found != header.sha256:
         raise UserError(

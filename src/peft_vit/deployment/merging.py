@@ -8,8 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, merged_state_dict
-from peft_vit.adapters.quantized_merging import merge_by_requantizing, merge_into_offsets
+from peft_vit.adapters import adapted_modules, merge_by_requantizing, merge_into_offsets, merged_state_dict
 from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.errors import UserError
@@ -39,10 +38,6 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
 
     Updates on float weights are added to them. On quantized weights they go into the groups' offsets, which stay in
     the format's dtype (the error is given for both dtypes), or, without groups, the sum is quantized anew.
-
-    Args:
-        model: adapted or not, by this package or by PEFT.
-        card: of the model.
 
     Raises:
         UserError: if float weights are still in use beside quantized ones, or an offset overflows.

@@ -30,10 +30,6 @@ _BNB4_TYPE = {"fp4": 0, "nf4": 1}
 class OnnxLinear(nn.Module):
     """A packed linear layer whose forward pass can only be exported.
 
-    Args:
-        layer: holds packed weights only, without adapters.
-        name: of the layer, for errors.
-
     Raises:
         UserError: if the operators have no blocks that fit its groups.
     """

@@ -123,9 +123,7 @@ def _backbone(card: ModelCard, weights: str | None, file: Path) -> BackboneConfi
 def predict_files(classifier: Classifier, paths: Iterable[Path]) -> Iterator[Prediction | UserError]:
     """Yield one prediction an image, in the order of the paths, or what is wrong with a file or folder.
 
-    Args:
-        classifier: says how images are prepared.
-        paths: image files, and folders whose images, and those below, are taken in the order of their paths.
+    Of folders all images, those below too, are taken in the order of their paths.
     """
     remaining = iter(_files(paths))
     while chunk := list(islice(remaining, _BATCH)):

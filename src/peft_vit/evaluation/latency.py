@@ -8,6 +8,7 @@ import time
 import torch
 from torch import Tensor, nn
 
+from peft_vit.backbones import evaluating
 from peft_vit.config import Precision
 
 WARMUP_PASSES = 5
@@ -22,24 +23,17 @@ def forward_s(model: nn.Module, images: Tensor, *, precision: Precision) -> floa
     says so; reading, decoding, normalising and moving images is left out. Other work on the machine counts in.
 
     Args:
-        model: left in the mode that it was in.
+        model: left as it was.
         images: a batch (B, 3, S, S), normalised, where the model is.
         precision: of the forward pass.
     """
-    was_training = model.training
-    model.eval()
     seconds = []
-    for _ in range(WARMUP_PASSES + TIMED_PASSES):
-        started = time.perf_counter()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            model(images)
-        _wait(images.device)
-        seconds.append(time.perf_counter() - started)
-    model.train(was_training)
+    with evaluating(model):
+        for _ in range(WARMUP_PASSES + TIMED_PASSES):
+            started = time.perf_counter()
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                model(images)
+            if images.device.type != "cpu":  # it works on its own: a call returns before its result is there
+                torch.accelerator.synchronize(images.device)
+            seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[WARMUP_PASSES:])
-
-
-def _wait(device: torch.device) -> None:
-    """Wait for a device that works on its own: a call returns before its result is there."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -34,15 +34,11 @@ def expected_calibration_error(
 
 
 def measure(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> Metrics:
-    """Return every measure of a split.
+    """Return every measure of a split, from finite logits (N, classes) and labels (N,).
 
     Balanced accuracy is the mean, over the classes that have an image in the split, of the share of their images that
     is found (scikit-learn's `balanced_accuracy_score`); of a class without an image nothing is known, and the run's
     record names it in its warnings. AUROC is None unless there are two classes and both have images.
-
-    Args:
-        logits: (N, classes), finite.
-        labels: (N,).
     """
     log_probability = log_softmax(logits.astype(np.float64))
     probability = np.exp(log_probability)  # (N, classes)

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from peft_vit.backbones import evaluating
 from peft_vit.config import Precision
 from peft_vit.evaluation.metrics import log_softmax
 from peft_vit.records import Predictions
@@ -19,25 +20,20 @@ def predict(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, precision: Precision
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return logits (N, classes) and labels (N,) over all batches, in their order."""
-    was_training = model.training
-    model.eval()
     logits, labels = [], []
-    for images, targets in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = model(images.to(device))  # (B, 3, S, S) -> (B, classes)
-        logits.append(output.float().cpu().numpy())
-        labels.append(targets.numpy())
-    model.train(was_training)
+    with evaluating(model):
+        for images, targets in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                output = model(images.to(device))  # (B, 3, S, S) -> (B, classes)
+            logits.append(output.float().cpu().numpy())
+            labels.append(targets.numpy())
     return np.concatenate(logits), np.concatenate(labels)  # (N, classes), (N,)
 
 
 def predictions(logits: NDArray[np.floating], labels: NDArray[np.int64], positions: NDArray[np.int64]) -> Predictions:
     """Return the most probable class of each image and its probability; of equal ones the first.
 
-    Args:
-        logits: (N, classes), finite.
-        labels: (N,).
-        positions: of the images in their data set, (N,).
+    Logits are (N, classes) and finite, labels and positions in the data set (N,).
     """
     log_probability = log_softmax(logits.astype(np.float64))
     predicted = log_probability.argmax(1)  # (N,)

@@ -13,11 +13,7 @@ from peft_vit.records import FloatPart, LayerSize, ModelSize
 
 
 def model_size(model: nn.Module) -> ModelSize:
-    """Count the low-bit model live and as a file, adapters left out.
-
-    Args:
-        model: a ViT with quantized layers. A float copy that a layer still has beside its codes counts in bytes.
-    """
+    """Count a low-bit model live and as a file, without adapters, with float copies that layers have beside codes."""
     layers = {name: module for name, module in adapted_modules(model) if module.quantized is not None}
     packed = {name: module.quantized for name, module in layers.items() if module.quantized is not None}
     adapters = {id(p) for adapter in site_adapters(model).values() for p in adapter.parameters()}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft_vit.backbones import BackboneShape
     from peft_vit.config import ExperimentConfig
     from peft_vit.quantization import QuantizationFormat
-    from peft_vit.training import RunHook
+    from peft_vit.training import Hook
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -48,13 +48,10 @@ def prepare(
     ranks: Mapping[str, int] | None = None,
     calibration: Callable[[int], Tensor] | None = None,
     module_ranks: Mapping[str, int] | None = None,
-) -> list[RunHook]:
-    """Make a plain model trainable as the method says, in place, and return what the loop has to call.
+) -> list[Hook]:
+    """Make a plain model, from `load_backbone`, trainable as the method says, in place; return what the loop calls.
 
-    Args:
-        model: a plain one, from `load_backbone`.
-        experiment: which method, and its settings.
-        total_steps, seed, formats, ranks, calibration, module_ranks: see `Preparation`.
+    What it depends on beside the experiment is told by `Preparation`.
     """
     preparation = Preparation(total_steps, seed, formats, ranks, calibration, module_ranks)
     return experiment.kind.prepare(model, experiment, preparation)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from pydantic import Field, ValidationInfo, model_validator
 
 from peft_vit.methods.method import Method, Preparation, Wishes, sites_of
+from peft_vit.methods.metrics import GRADIENT_METRICS, Metric
 from peft_vit.settings import AdapterConfig, Frozen, is_given
 
 if TYPE_CHECKING:
@@ -14,11 +15,9 @@ if TYPE_CHECKING:
 
     from peft_vit.backbones import BackboneShape
     from peft_vit.config import ExperimentConfig
-    from peft_vit.training import RunHook
+    from peft_vit.training import Hook
 
 Strategy = Literal["proportional", "threshold", "top_k", "global"]
-Metric = Literal["magnitude", "gradient_norm", "fisher", "sensitivity", "random", "uniform"]
-GRADIENT_METRICS: tuple[Metric, ...] = ("gradient_norm", "fisher", "sensitivity")
 BudgetUnit = Literal["ranks", "parameters", "bytes", "macs"]
 
 
@@ -158,13 +157,7 @@ class AdaLoraConfig(AdapterConfig):
 
 
 def check_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total_steps: int) -> None:
-    """Refuse a budget that does not fit the sites, or a schedule that does not fit the steps.
-
-    Args:
-        settings: of adaptive ranks.
-        pool: inputs that an adapter sums before it multiplies.
-        shape: of the backbone.
-        total_steps: of the run.
+    """Refuse a budget that does not fit the sites, whose adapters sum `pool` inputs, or a schedule the steps.
 
     Raises:
         UserError: with the setting, below the experiment.
@@ -178,7 +171,7 @@ def check_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total
     schedule_for(settings, total_steps, bounds, costs)
 
 
-def controller_hook(model: nn.Module, settings: AdaLoraConfig, preparation: Preparation, *, pool: int = 1) -> RunHook:
+def controller_hook(model: nn.Module, settings: AdaLoraConfig, preparation: Preparation, *, pool: int = 1) -> Hook:
     """Attach adapters whose ranks move, and return what moves them."""
     from peft_vit.allocation import AdaLoRAController
     from peft_vit.training import AllocationHook
@@ -221,7 +214,7 @@ def defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
     return {"adalora": section}
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     return [controller_hook(model, experiment.need(AdaLoraConfig), preparation)]
 
 

@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
     from peft_vit.backbones import BackboneShape
     from peft_vit.config import ExperimentConfig
-    from peft_vit.training import RunHook
+    from peft_vit.training import Hook
 
 # Strengths of the head's penalty, see `training.linear_probe`; validation chooses.
 PROBE_L2 = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     from peft_vit.adapters import freeze_backbone
 
     freeze_backbone(model)
     return []
 
 
-def _prepare_packed(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+def _prepare_packed(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     from peft_vit.adapters import freeze_backbone
     from peft_vit.backbones import find_sites
 
     names = [site.name for site in find_sites(model, experiment.need(QaLoraConfig).targets)]
-    hooks: list[RunHook] = [qa_lora.trainer(model, experiment, preparation, ranks=dict.fromkeys(names, 0))]
+    hooks: list[Hook] = [qa_lora.trainer(model, experiment, preparation, ranks=dict.fromkeys(names, 0))]
     freeze_backbone(model)
     return hooks
 

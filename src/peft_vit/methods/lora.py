@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from peft_vit.backbones import BackboneShape
     from peft_vit.config import ExperimentConfig
-    from peft_vit.training import RunHook
+    from peft_vit.training import Hook
 
 DEFAULT_RANK = 8  # of `peft-vit train`
 
@@ -39,7 +39,7 @@ class LoraConfig(AdapterConfig):
         return self
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     from peft_vit.adapters import attach_adapters
     from peft_vit.adapters.peft_format import import_peft
     from peft_vit.backbones import find_sites
@@ -50,8 +50,7 @@ def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Prepar
         return []
     assert settings.rank is not None
     sites = find_sites(model, settings.targets)
-    ranks = dict.fromkeys((site.name for site in sites), settings.rank)
-    attach_adapters(model, sites, ranks, scale=settings.scale, seed=preparation.seed)
+    attach_adapters(model, sites, settings.rank, scale=settings.scale, seed=preparation.seed)
     return []
 
 

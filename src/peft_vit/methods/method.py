@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft_vit.backbones import BackboneShape, Site
     from peft_vit.config import ExperimentConfig
     from peft_vit.quantization import QuantizationFormat
-    from peft_vit.training import RunHook
+    from peft_vit.training import Hook
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Wishes:
 def _agreed(experiment: ExperimentConfig, info: ValidationInfo) -> None: ...
 
 
-def _as_it_is(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+def _as_it_is(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     return []
 
 
@@ -112,7 +112,7 @@ class Method:
     trains: Literal["head", "adapters", "everything"]
     settings: Mapping[str, type[Frozen]] = field(default_factory=dict)
     agree: Callable[[Any, ValidationInfo], None] = _agreed
-    prepare: Callable[[nn.Module, ExperimentConfig, Preparation], list[RunHook]] = _as_it_is
+    prepare: Callable[[nn.Module, ExperimentConfig, Preparation], list[Hook]] = _as_it_is
     check: Callable[[ExperimentConfig, BackboneShape, int, int], None] = _checked
     shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = _no_schedule
     defaults: Callable[[Wishes], dict[str, dict[str, Any]]] = _no_sections

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from peft_vit.backbones import BackboneShape, Site
     from peft_vit.config import ExperimentConfig
-    from peft_vit.training import RunHook
+    from peft_vit.training import Hook
 
 # Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
 # AdaLoRA 12 -> 8 with its penalty and its allocation; PEFT 0.21.2, the allocator's defaults.
@@ -64,7 +64,7 @@ def _modules(section: str, settings: AdapterConfig, shape: BackboneShape) -> lis
         return list(whole_modules(shape.sites, settings.targets).values())
 
 
-def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     from peft_vit.adapters.peft_tuner import attach_peft_lora
 
     attach_peft_lora(model, experiment.need(PeftLoraConfig), seed=preparation.seed)
@@ -99,7 +99,7 @@ PEFT_LORA = Method(
 )
 
 
-def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     from peft_vit.training import PeftAdaLoraHook
 
     settings = experiment.need(PeftAdaLoraConfig)
@@ -162,7 +162,7 @@ class PeftConfig(Frozen):
         return dict(self.model_extra or {})
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     from peft_vit.adapters.peft_tuner import attach_peft
 
     config = experiment.need(PeftConfig)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from peft_vit.backbones import BackboneShape
     from peft_vit.config import ExperimentConfig
-    from peft_vit.training import RunHook
+    from peft_vit.training import Hook
 
 
 def pooled(experiment: ExperimentConfig) -> tuple[AdaLoraConfig, int]:
@@ -38,7 +38,7 @@ def _agree(experiment: Any, info: ValidationInfo) -> None:
             raise ValueError(f"adalora.{field} has no effect with method: qa_adalora; set qa_lora.{field}")
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     settings, pool = pooled(experiment)
     # First, since in `before_step` it scores what the trainer then scales.
     allocation = adalora.controller_hook(model, settings, preparation, pool=pool)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from peft_vit.backbones import BackboneShape
     from peft_vit.config import ExperimentConfig
-    from peft_vit.training import RunHook
+    from peft_vit.training import Hook
 
 # A format's name ends with the bits of a code.
 QuantizationType = Literal["nf4", "fp4", "int2", "int4", "int8"]
@@ -150,7 +150,7 @@ _GROUP = 32
 
 def trainer(
     model: nn.Module, experiment: ExperimentConfig, preparation: Preparation, *, ranks: Mapping[str, int] | None = None
-) -> RunHook:
+) -> Hook:
     """Pack the weights, attach adapters where there are none, and return what runs the schedule."""
     from peft_vit.training import QALoRATrainer
 
@@ -169,12 +169,7 @@ def check_packing(
 ) -> None:
     """Refuse groups and ranks that do not fit the sites, a schedule the steps, or too many calibration images.
 
-    Args:
-        experiment: has a section `qa_lora`.
-        shape: of the backbone.
-        total_steps: of the run.
-        train_images: of the run.
-        rank: of every adapter; 0 where something else decides ranks.
+    The rank is every adapter's; 0 where something else decides ranks.
     """
     from peft_vit.training import check_bits, end_step
 
@@ -204,7 +199,7 @@ def shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: i
     return {"qa_lora": settings.model_copy(update=short)}
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[RunHook]:
+def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     return [trainer(model, experiment, preparation)]
 
 

@@ -1,23 +1,20 @@
-"""Low-bit weights: codebooks and affine codes on groups, packed storage, measures of their error.
+"""Low-bit weights: codebooks and affine codes on groups, packed storage, and their error.
 
 The package works on plain tensors. It knows nothing of models, adapters or training.
 """
 
 from peft_vit.quantization.codebooks import code_values
-from peft_vit.quantization.error_measures import error_bound, relative_error, signal_to_noise_db
 from peft_vit.quantization.formats import QuantizationFormat
 from peft_vit.quantization.packing import pack_codes, unpack_codes
 from peft_vit.quantization.quantizer import quantize
-from peft_vit.quantization.tensor import QuantizedTensor
+from peft_vit.quantization.tensor import QuantizedTensor, relative_error
 
 __all__ = [
     "QuantizationFormat",
     "QuantizedTensor",
     "code_values",
-    "error_bound",
     "pack_codes",
     "quantize",
     "relative_error",
-    "signal_to_noise_db",
     "unpack_codes",
 ]

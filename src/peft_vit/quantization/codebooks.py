@@ -86,12 +86,3 @@ def nearest_codes(weights: Tensor, scales: Tensor, type: Codebook) -> Tensor:
     scaled = (weights * (1.0 / scales.clamp(min=_SMALLEST_SCALE))).clamp_(-1, 1)
     ranks = torch.bucketize(scaled, _THRESHOLDS[type], out_int32=True)
     return _ORDER[type].to(torch.uint8)[ranks]
-
-
-def half_gaps(type: Codebook) -> Tensor:
-    """Return, per code, half the distance from its value to the farther neighbour, float32 of shape (16,)."""
-    order = _ORDER[type]
-    gaps = torch.nn.functional.pad(_VALUES[type][order].diff(), (1, 1))  # (17,), none beyond the ends
-    halves = torch.empty_like(_VALUES[type])
-    halves[order] = torch.maximum(gaps[:-1], gaps[1:]) / 2
-    return halves

@@ -88,10 +88,7 @@ class QuantizationFormat:
         return self.type in ("nf4", "fp4")
 
     def groups(self, columns: int) -> int:
-        """Return the number of groups in a row.
-
-        Args:
-            columns: inputs of the weight matrix.
+        """Return the number of groups in a row of so many inputs.
 
         Raises:
             UserError: if the group size does not divide them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self, cast
@@ -49,36 +50,20 @@ class QuantizedTensor:
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
     @torch.no_grad()
-    def dequantize(
-        self, dtype: torch.dtype = torch.float32, out: Tensor | None = None, *, added: Tensor | None = None
-    ) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32, *, added: Tensor | None = None) -> Tensor:
         """Return the weights that the codes stand for, of shape (out, in); no gradient passes.
 
-        They are computed in float32 and rounded once to a narrower dtype. A contiguous float32 result with a
-        whole number of bytes a row is computed in place, without a copy.
-
         Args:
-            dtype: of the result, if it is allocated here.
-            out: where to put the result; then its dtype counts.
+            dtype: of the result; weights are computed in float32 and rounded once to a narrower one.
             added: (out, groups), added to every weight of the group, in float32 with the offsets: what an update
                 makes of the weights before it is merged.
 
         Raises:
-            ValueError: if `out` or `added` has another shape.
+            ValueError: if `added` has another shape.
         """
         rows, columns = self.shape
-        if out is None:
-            out = torch.empty(rows, columns, dtype=dtype, device=self.codes.device)
-        elif out.shape != self.shape:
-            raise ValueError(f"expected an output of shape {self.shape}, got {tuple(out.shape)}")
         stored_columns = self.codes.shape[1] * self.format.codes_per_byte
-        in_place = (
-            out.dtype == torch.float32
-            and out.is_contiguous()
-            and stored_columns == columns
-            and out.storage_offset() % 2 == 0  # pairs of float32 are written as 64-bit words
-        )
-        values = out if in_place else out.new_empty(rows, stored_columns, dtype=torch.float32)
+        values = torch.empty(rows, stored_columns, dtype=torch.float32, device=self.codes.device)
         self._decode(values)
         weights = values[:, :columns]
         grouped = weights.unflatten(1, (self.scales.shape[1], -1))  # (out, groups, group size)
@@ -90,7 +75,9 @@ class QuantizedTensor:
             constant = added.float() if constant is None else constant + added.float()
         if constant is not None:
             grouped.add_(constant.unsqueeze(-1))  # (out, groups, 1)
-        return out if in_place else out.copy_(weights)
+        if stored_columns != columns:  # rows end within a byte
+            values = weights.contiguous()
+        return values.to(dtype)
 
     def _decode(self, values: Tensor) -> None:
         """Write the codes' values, before scale and offset, into contiguous float32 rows of whole bytes."""
@@ -201,6 +188,16 @@ class QuantizedTensor:
             shape=(rows, columns),
             format=format,
         )
+
+
+def relative_error(weight: Tensor, quantized: QuantizedTensor) -> float:
+    """Return ||W - Wq||_F / ||W||_F of float weights (out, in); 0 if the two are equal, infinity if only W is zero."""
+    weight = weight.detach().cpu().double()
+    error = float(torch.linalg.vector_norm(weight - quantized.dequantize().cpu().double()))
+    norm = float(torch.linalg.vector_norm(weight))
+    if error == 0:
+        return 0.0
+    return error / norm if norm > 0 else math.inf
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]) -> None:

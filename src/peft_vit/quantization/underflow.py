@@ -31,11 +31,6 @@ def warn_of_scales(grouped: Tensor, format: QuantizationFormat, name: str) -> No
 
     With M the group's largest magnitude and L from `codes_up_to_largest` the step is about M / L, and 2^-24 more than
     LARGEST_LOSS of that if M < 2^-24 L / LARGEST_LOSS. A minimum rounded down to be the offset adds no more to it.
-
-    Args:
-        grouped: the float weights, (out, groups, group size).
-        format: what they are quantized to; with float32 scales there is nothing to say.
-        name: of the layer.
     """
     if format.scale_dtype is not torch.float16:
         return
@@ -47,12 +42,7 @@ def warn_of_scales(grouped: Tensor, format: QuantizationFormat, name: str) -> No
 def warn_of_offsets(exact: Tensor, stored: Tensor, scales: Tensor, format: QuantizationFormat, name: str) -> None:
     """Warn if storing offsets moved the weights of a group by more than LARGEST_LOSS of the largest they may have.
 
-    Args:
-        exact: the offsets in float32, (out, groups).
-        stored: as they are stored, likewise.
-        scales: likewise.
-        format: of the codes; L from `codes_up_to_largest`.
-        name: of the layer.
+    All are (out, groups): the offsets in float32 and as they are stored, and the scales.
     """
     largest = scales.float() * codes_up_to_largest(format) + exact.abs()
     lost = (stored.float() - exact).abs() > LARGEST_LOSS * largest

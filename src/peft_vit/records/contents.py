@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from peft_vit.errors import UserError
-from peft_vit.records.files import RECORD_FILE, read_record
+from peft_vit.records.files import RECORD_FILE, REGISTRATION_FILE, read_record
 from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger, unreadable_lines
 from peft_vit.records.owner import Owner, owner_of
 from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
@@ -22,7 +22,7 @@ MARKDOWN_FILE = "analysis_summary.md"
 RUNS_FILE = "runs.parquet"
 
 _TABLES = {".json", ".jsonl", ".csv", ".parquet"}  # what results of others are kept in
-_OWN = {RECORD_FILE, STUDY_FILE, LEDGER_FILE, RUNS_FILE}
+_OWN = {RECORD_FILE, REGISTRATION_FILE, STUDY_FILE, LEDGER_FILE, RUNS_FILE}
 _OUTPUTS = {HTML_FILE, MARKDOWN_FILE}  # in a folder beside them lies what was written from records, not a source
 _BELOW_OUTPUTS = {"tables", "figures"}
 _CHECKPOINT = re.compile(r"\.?checkpoint-.*")
@@ -34,17 +34,11 @@ _Content = TypeVar("_Content")
 
 @dataclass(frozen=True)
 class Problem:
-    """What a reader of a results directory has to know of a file in it.
+    """What a reader of a results directory has to know of a file in it."""
 
-    Attributes:
-        file: relative to the directory, with "/"; a line of it stands after a colon.
-        message: the field, what is wrong, what to do.
-        left_out: whether something that may be a result does not count because of it.
-    """
-
-    file: str
-    message: str
-    left_out: bool = True
+    file: str  # relative to the directory, with "/"; a line of it stands after a colon
+    message: str  # the field, what is wrong, what to do
+    left_out: bool = True  # whether something that may be a result does not count because of it
 
     @property
     def run(self) -> tuple[str, str] | None:
@@ -62,21 +56,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """A study's folder, apart from its records.
+    """A study's folder, apart from its records."""
 
-    Attributes:
-        folder: relative to the directory that was read; "." for itself.
-        name: of the folder.
-        file: what was planned; None if it can't be known.
-        rows: of the ledger.
-        owner: who works on the study at present.
-    """
-
-    folder: str
-    name: str
-    file: StudyFile | None
-    rows: tuple[Row, ...]
-    owner: Owner | None
+    folder: str  # relative to the directory that was read; "." for itself
+    name: str  # of the folder
+    file: StudyFile | None  # what was planned; None if it can't be known
+    rows: tuple[Row, ...]  # of the ledger
+    owner: Owner | None  # who works on the study at present
 
 
 @dataclass(frozen=True)

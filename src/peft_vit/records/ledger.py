@@ -73,17 +73,12 @@ def unfinished_state(
 
 @dataclass(frozen=True)
 class LedgerContent:
-    """A ledger as it was read.
+    """A ledger as it was read."""
 
-    Attributes:
-        rows: in the order in which they were written.
-        unreadable: numbers of the lines that are no rows, from 1; a last one that does not end is not among them.
-        whole_bytes: length of the lines that end; what follows was cut short, or is being written.
-    """
-
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...]  # in the order in which they were written
+    # numbers of the lines that are no rows, from 1; a last one that does not end is not among them
     unreadable: tuple[int, ...]
-    whole_bytes: int
+    whole_bytes: int  # length of the lines that end; what follows was cut short, or is being written
 
 
 def read_ledger(file: Path) -> LedgerContent:

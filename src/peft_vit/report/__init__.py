@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_vit.analysis import Results, analyze, load_results
+from peft_vit.analysis import Results, analyze, load_results, study_agreements
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.errors import UserError
 from peft_vit.records import HTML_FILE, MARKDOWN_FILE, write_atomically
@@ -24,25 +24,15 @@ __all__ = ["ReportFiles", "Thumbnails", "build_report"]
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Where a report lies.
+    """Where a report lies."""
 
-    Attributes:
-        results: what it is on, and what was left out of it.
-        html: the page, complete in itself; None if only the summary was written.
-        markdown: the summary, which shows the PNG files.
-        figures: PNG and SVG files.
-        tables: CSV files with unrounded values.
-        figure_data: CSV files with the values that are drawn, as the page offers them.
-        publication: figures for a paper and their captions, if they were asked for.
-    """
-
-    results: Results
-    html: Path | None
-    markdown: Path
-    figures: tuple[Path, ...]
-    tables: tuple[Path, ...]
-    figure_data: tuple[Path, ...]
-    publication: tuple[Path, ...] = ()
+    results: Results  # what it is on, and what was left out of it
+    html: Path | None  # the page, complete in itself; None if only the summary was written
+    markdown: Path  # the summary, which shows the PNG files
+    figures: tuple[Path, ...]  # PNG and SVG files
+    figure_data: tuple[Path, ...]  # CSV files with the values that are drawn, as the page offers them
+    tables: tuple[Path, ...]  # CSV files with unrounded values
+    publication: tuple[Path, ...]  # figures for a paper and their captions, if they were asked for
 
 
 def build_report(
@@ -69,14 +59,27 @@ def build_report(
     """
     results = load_results(results_dir)
     registry = load_registry(hypotheses)
-    documents = study_documents([analyze(study, registry) for study in results.studies], thumbnails)
-    html = output_dir / HTML_FILE if page else None
+    analyses = [analyze(study, registry) for study in results.studies]
+    agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
+    documents = study_documents(analyses, agreements, thumbnails)
     with _writing_to(output_dir):
-        if html is not None:
-            write_atomically(html, write_html(documents).encode())
-        parts = _write_parts(documents, output_dir)
-        paper = write_publication(documents, output_dir / "figures" / "publication") if publication else ()
-        return ReportFiles(results, html, *parts, paper)
+        return ReportFiles(
+            results=results,
+            html=_write(output_dir / HTML_FILE, write_html(documents)) if page else None,
+            figures=tuple(_write_figures(documents, output_dir)),
+            figure_data=tuple(
+                _write((output_dir / _figure_path(document, drawing)).with_suffix(".csv"), as_csv(drawing.data))
+                for document in documents
+                for drawing in document.drawings()
+            ),
+            tables=tuple(
+                _write(output_dir / "tables" / f"{document.slug}_{table.slug}.csv", as_csv(table.data))
+                for document in documents
+                for table in document.tables()
+            ),
+            markdown=_write(output_dir / MARKDOWN_FILE, write_markdown(documents, _figure_path)),
+            publication=write_publication(documents, output_dir / "figures" / "publication") if publication else (),
+        )
 
 
 @contextmanager
@@ -88,27 +91,18 @@ def _writing_to(output_dir: Path) -> Iterator[None]:
         raise UserError(problem, file=output_dir) from None
 
 
-def _write_parts(
-    documents: Sequence[StudyDocument], output_dir: Path
-) -> tuple[Path, tuple[Path, ...], tuple[Path, ...], tuple[Path, ...]]:
-    figures, tables, data = [], [], []
+def _write(file: Path, text: str) -> Path:
+    write_atomically(file, text.encode())
+    return file
+
+
+def _write_figures(documents: Sequence[StudyDocument], output_dir: Path) -> Iterator[Path]:
     for document in documents:
         for drawing in document.drawings():
             png = output_dir / _figure_path(document, drawing)
-            svg = png.with_suffix(".svg")
             write_atomically(png, drawing.png)
-            write_atomically(svg, drawing.svg.encode())
-            figures += [png, svg]
-            if drawing.data:
-                data.append(png.with_suffix(".csv"))
-                write_atomically(data[-1], as_csv(drawing.data).encode())
-        for table in document.tables():
-            file = output_dir / "tables" / f"{document.slug}_{table.slug}.csv"
-            write_atomically(file, as_csv(table.data).encode())
-            tables.append(file)
-    markdown = output_dir / MARKDOWN_FILE
-    write_atomically(markdown, write_markdown(documents, _figure_path).encode())
-    return markdown, tuple(figures), tuple(tables), tuple(data)
+            yield png
+            yield _write(png.with_suffix(".svg"), drawing.svg)
 
 
 def _figure_path(document: StudyDocument, drawing: Drawing) -> str:

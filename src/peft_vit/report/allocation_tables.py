@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
 from peft_vit.analysis import AgainstControl, Allocation, RunAllocation
 from peft_vit.analysis.allocation import SETTLED_AT
 from peft_vit.analysis.effectiveness import PARAMETERS
 from peft_vit.analysis.limits import SAME_SIZE
-from peft_vit.report.document import Cell, Paragraph, Raw, Table
-from peft_vit.report.formatting import count, fixed, joined, number_interval, percent, plain, points_interval
+from peft_vit.report.document import Block, Cell, Paragraph, Table
+from peft_vit.report.formatting import count, fixed, joined, number_interval, percent, plain, points_interval, scaled
 from peft_vit.report.tables import (
     FAMILY_NOTE,
     OVER_SEEDS,
+    cell,
+    crossed,
     differences_table,
     ends,
     measured,
-    number_cell,
     tested,
-    text_cell,
     with_n,
 )
 from peft_vit.statistics import Interval
@@ -32,8 +31,8 @@ def allocation_table(allocations: Sequence[Allocation]) -> Table:
         "Final ranks and how they were reached",
         (
             {
-                "experiment": text_cell("experiment", a.experiment.name),
-                "seed": number_cell("seed", run.seed),
+                "experiment": cell("experiment", a.experiment.name),
+                "seed": cell("seed", run.seed),
                 "ranks / budget": Cell(
                     _ranks_and_budget(run),
                     {"budget": run.budget, "unit": run.unit, "spent": run.spent, "used": run.used},
@@ -42,8 +41,8 @@ def allocation_table(allocations: Sequence[Allocation]) -> Table:
                     f"{run.sites_without_rank} of {run.sites}",
                     {"sites": run.sites, "sites_without_rank": run.sites_without_rank},
                 ),
-                "Gini": number_cell("gini", run.gini, fixed),
-                "evenness": number_cell("evenness", run.entropy, fixed),
+                "Gini": cell("gini", run.gini, fixed),
+                "evenness": cell("evenness", run.entropy, fixed),
                 "ranks moved at each update": Cell(
                     ", ".join(str(moved) for moved in run.moved) or "no update",
                     {"updates": run.updates, "moved": " ".join(str(moved) for moved in run.moved)},
@@ -55,6 +54,7 @@ def allocation_table(allocations: Sequence[Allocation]) -> Table:
         "Gini: 0 if all sites have the same rank, near 1 if one has all. Evenness: entropy of the ranks "
         "over its largest value, 1 if all are equal. Moved: ranks that changed their site; what the "
         "shrinking budget took does not count. Each row describes one run; there is no interval.",
+        folded=True,
     )
 
 
@@ -75,7 +75,7 @@ def allocation_course_table(allocations: Sequence[Allocation]) -> Table:
             {
                 "experiment": a.experiment.name,
                 "seed": str(run.seed),
-                "moved at an update, mean": _mean_share([c for c in run.churn if c is not None]),
+                "moved at an update, mean": percent(sum(churn) / len(churn)) if churn else "–",
                 "in place at the start": _share(run.overlap_with_final[0]),
                 "after half of the updates": _share(run.overlap_with_final[len(run.overlap_with_final) // 2])
                 if run.updates
@@ -87,71 +87,70 @@ def allocation_course_table(allocations: Sequence[Allocation]) -> Table:
             }
             for a in allocations
             for run in a.runs
+            for churn in ([share for share in run.churn if share is not None],)
         ),
         "Moved: ranks that changed their site, over the ranks held afterwards. In place: share of the final ranks "
         "that stood where they end, both taken as shares of all ranks, so that a larger budget is no difference. "
         "At the start nothing was decided: what is in place there is what equal ranks give. One row is one run.",
-        data=(_course_row(a, run, i) for a in allocations for run in a.runs for i in range(len(run.steps))),
+        data=(
+            {
+                "experiment": a.experiment.name,
+                "seed": run.seed,
+                "step": step,
+                "moved": run.moved[i - 1] if i else None,
+                "churn": run.churn[i - 1] if i else None,
+                "rho_with_final": run.agreement_with_final[i],
+                "overlap_with_final": run.overlap_with_final[i],
+                "settled_step": run.settled_step,
+            }
+            for a in allocations
+            for run in a.runs
+            for i, step in enumerate(run.steps)
+        ),
+        folded=True,
     )
-
-
-def _mean_share(shares: Sequence[float]) -> str:
-    return percent(sum(shares) / len(shares)) if shares else "–"
 
 
 def _share(value: float | None) -> str:
     return "–" if value is None else percent(value)
 
 
-def _course_row(allocation: Allocation, run: RunAllocation, i: int) -> dict[str, Raw]:
-    return {
-        "experiment": allocation.experiment.name,
-        "seed": run.seed,
-        "step": run.steps[i],
-        "moved": run.moved[i - 1] if i else None,
-        "churn": run.churn[i - 1] if i else None,
-        "rho_with_final": run.agreement_with_final[i],
-        "overlap_with_final": run.overlap_with_final[i],
-        "settled_step": run.settled_step,
-    }
-
-
-def control_blocks(rows: Sequence[AgainstControl]) -> tuple[Table | Paragraph, ...]:
-    """Return the comparisons with controls that the study has, and in a sentence each which it lacks."""
+def control_blocks(rows: Sequence[AgainstControl]) -> Iterator[Block]:
+    """Yield the comparisons with controls that the study has, and in a sentence each which it lacks."""
+    if compared := [row for row in rows if row.control_experiment is not None]:
+        yield _control_table(compared)
     missing: dict[str, list[str]] = {}
     for row in rows:
         if row.control_experiment is None:
-            missing.setdefault(row.accuracy.note, []).append(row.experiment)
-    compared = [row for row in rows if row.control_experiment is not None]
-    named = (f"Not compared, as {reason}: {joined(plain(name) for name in own)}." for reason, own in missing.items())
-    return (*([control_table(compared)] if compared else []), *map(Paragraph, named))
+            missing.setdefault(row.accuracy.note, []).append(plain(row.experiment))
+    yield from (Paragraph(f"Not compared, as {reason}: {joined(own)}.") for reason, own in missing.items())
 
 
-def control_table(rows: Sequence[AgainstControl]) -> Table:
+def _control_table(rows: Sequence[AgainstControl]) -> Table:
     """Return scored ranks against ranks that look at nothing, at equal cost."""
     return Table.of(
         "allocation_against_controls",
         "Scored ranks against uniform and random ones at equal cost",
         (
             {
-                "experiment": text_cell("experiment", r.experiment),
-                "control": text_cell("control", r.control),
+                "experiment": cell("experiment", r.experiment),
+                "control": cell("control", r.control),
                 "its experiment": Cell(
-                    _control_name(r),
+                    f"{r.control_experiment}{'' if r.same_strategy else ' (another strategy)'}",
                     {"control_experiment": r.control_experiment, "same_strategy": int(r.same_strategy)},
                 ),
                 "difference (points)": Cell(
                     points_interval(r.accuracy.difference), measured("difference", r.accuracy.difference)
                 ),
                 "n": str(len(r.accuracy.by_seed)),
-                "more accurate?": text_cell("verdict", r.accuracy.verdict),
+                "more accurate?": cell("verdict", r.accuracy.verdict),
                 "test": Cell(tested(r.accuracy), {"p_holm": r.accuracy.adjusted_p, "note": r.accuracy.note}),
                 f"points per {count(PARAMETERS)} parameters": Cell(
                     _small_points(r.per_parameter.difference),
                     measured("per_1000_parameters", r.per_parameter.difference)
                     | {"per_1000_parameters_p_holm": r.per_parameter.adjusted_p},
                 ),
-                "parameters, ratio": number_cell("parameters_ratio", r.parameters_ratio, fixed),
+                "parameters, ratio": cell("parameters_ratio", r.parameters_ratio, fixed),
             }
             for r in rows
         ),
@@ -164,14 +163,7 @@ def control_table(rows: Sequence[AgainstControl]) -> Table:
 
 def _small_points(share: Interval | None) -> str:
     """Return a difference of shares in points with the decimals that a thousandth of an accuracy needs."""
-    if share is None:
-        return "not computed"
-    low, high = (None if end is None else 100 * end for end in (share.low, share.high))
-    return number_interval(replace(share, estimate=100 * share.estimate, low=low, high=high), 4)
-
-
-def _control_name(row: AgainstControl) -> str:
-    return f"{row.control_experiment}{'' if row.same_strategy else ' (another strategy)'}"
+    return "not computed" if share is None else number_interval(scaled(share, 100), 4)
 
 
 def allocation_value_table(allocations: Sequence[Allocation]) -> Table:
@@ -187,18 +179,14 @@ def allocation_value_table(allocations: Sequence[Allocation]) -> Table:
 
 def rank_by_matrix_table(allocations: Sequence[Allocation]) -> Table:
     """Return mean final ranks by matrix type."""
-    matrices = list(dict.fromkeys(name for a in allocations for name in a.rank_by_matrix))
+    columns = {
+        with_n(a.experiment.name, len(a.runs)): {m: number_interval(found, 1) for m, found in a.rank_by_matrix.items()}
+        for a in allocations
+    }
     return Table.of(
         "rank_by_matrix",
         "Mean final rank by matrix type",
-        (
-            {"matrix": m}
-            | {
-                with_n(a.experiment.name, len(a.runs)): number_interval(i, 1) if (i := a.rank_by_matrix.get(m)) else "–"
-                for a in allocations
-            }
-            for m in matrices
-        ),
+        crossed("matrix", dict.fromkeys(matrix for of in columns.values() for matrix in of), columns),
         f"Mean over the sites of a type. {OVER_SEEDS}",
         data=(
             {"experiment": a.experiment.name, "matrix": matrix, **ends("mean_rank", interval)}

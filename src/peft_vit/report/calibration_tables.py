@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from peft_vit.analysis import Calibration, CalibrationDifferences, Comparison, Convergence
 from peft_vit.analysis.calibration import BINS, Measure
 from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS
-from peft_vit.report.document import Block, Cell, Paragraph, Raw, Table
+from peft_vit.report.document import Block, Cell, Paragraph, Table
 from peft_vit.report.formatting import fixed, joined, number_interval, percent
-from peft_vit.report.tables import OVER_SEEDS, comparison_values, ends, interval_cell, number_cell, text_cell
+from peft_vit.report.tables import OVER_SEEDS, cell, comparison_values, ends, interval_cell
 from peft_vit.statistics import Interval
 
 _TITLES: dict[Measure, str] = {
@@ -22,25 +22,23 @@ _TITLES: dict[Measure, str] = {
 
 def calibration_blocks(
     calibrations: Sequence[Calibration], differences: Sequence[CalibrationDifferences]
-) -> tuple[Block, ...]:
-    """Return calibration by experiment, its differences to the references, reliability bins, and what is not known."""
+) -> Iterator[Block]:
+    """Yield calibration by experiment, its differences to the references, reliability bins, and what is not known."""
     if not calibrations:
-        return ()
+        return
+    yield _calibration_table(calibrations)
+    for reference in dict.fromkeys(family.reference for family in differences):
+        yield _differences_table([family for family in differences if family.reference == reference], reference)
+    if bins := [c for c in calibrations if c.bins]:
+        yield _reliability_table(bins)
     without = [c.experiment.name for c in calibrations if not c.seeds]
-    some = [f"{c.experiment.name} ({len(c.without)} of {len(c.without) + len(c.seeds)})" for c in calibrations]
-    partly = [text for text, c in zip(some, calibrations, strict=True) if c.seeds and c.without]
-    said = []
-    if without or partly:
-        named = joined([*without, *partly])
-        said.append(Paragraph(f"Runs without recorded predictions, so without all but NLL and ECE: {named}."))
-    references = dict.fromkeys(family.reference for family in differences)
-    bins = _reliability_table(calibrations)
-    return (
-        _calibration_table(calibrations),
-        *(_differences_table([f for f in differences if f.reference == name], name) for name in references),
-        *([bins] if bins.rows else []),
-        *said,
-    )
+    partly = [(c.experiment.name, len(c.without), len(c.without) + len(c.seeds)) for c in calibrations if c.seeds]
+    if named := [*without, *(f"{name} ({n} of {of})" for name, n, of in partly if n)]:
+        yield Paragraph(f"Runs without recorded predictions, so without all but NLL and ECE: {joined(named)}.")
+
+
+def _three_decimals(found: Interval) -> str:
+    return number_interval(found, 3)
 
 
 def _calibration_table(calibrations: Sequence[Calibration]) -> Table:
@@ -49,12 +47,9 @@ def _calibration_table(calibrations: Sequence[Calibration]) -> Table:
         "Calibration on test",
         (
             {
-                "experiment": text_cell("experiment", c.experiment.name),
-                "NLL (nats)": interval_cell("nll", c.nll, _number),
-                "ECE": interval_cell("ece", c.ece, _number),
-                "adaptive ECE": interval_cell("adaptive_ece", c.adaptive_ece, _number),
-                "Brier score": interval_cell("brier", c.brier, _number),
-                "overconfidence": interval_cell("overconfidence", c.overconfidence, _number),
+                "experiment": cell("experiment", c.experiment.name),
+                **{title: interval_cell(name, getattr(c, name), _three_decimals) for name, title in _TITLES.items()},
+                "overconfidence": interval_cell("overconfidence", c.overconfidence, _three_decimals),
                 "n": Cell(str(c.nll.n), {"seeds_without_predictions": " ".join(str(seed) for seed in c.without)}),
             }
             for c in calibrations
@@ -63,15 +58,8 @@ def _calibration_table(calibrations: Sequence[Calibration]) -> Table:
         "of equal counts; it is biased upwards where bins hold few images. Brier score: mean squared error of the "
         "probability of the predicted class; with two classes that is the usual one. Overconfidence: mean "
         f"confidence minus accuracy, best at 0. n counts seeds. {OVER_SEEDS}",
+        folded=True,
     )
-
-
-def _number(found: Interval) -> str:
-    return number_interval(found, 3)
-
-
-def _whole(found: Interval) -> str:
-    return number_interval(found, 0)
 
 
 def _differences_table(families: Sequence[CalibrationDifferences], reference: str) -> Table:
@@ -100,6 +88,7 @@ def _differences_table(families: Sequence[CalibrationDifferences], reference: st
             for name, found in by_name.items()
             for measure, comparison in found.items()
         ),
+        folded=True,
     )
 
 
@@ -107,14 +96,13 @@ def _difference(comparison: Comparison) -> str:
     if comparison.difference is None:
         return comparison.note
     word = {"supported": "worse", "refuted": "better", "not decided": "not decided"}[comparison.verdict]
-    return f"{number_interval(comparison.difference, 3)}, {word}"
+    return f"{_three_decimals(comparison.difference)}, {word}"
 
 
 def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
-    known = [c for c in calibrations if c.bins]
-    filled = [m for m in range(BINS) if any(c.bins[m].count for c in known)]
+    filled = [m for m in range(BINS) if any(c.bins[m].count for c in calibrations)]
 
-    def cell(c: Calibration, m: int) -> str:
+    def text(c: Calibration, m: int) -> str:
         one = c.bins[m]
         if one.confidence is None or one.accuracy is None:
             return "–"
@@ -124,23 +112,23 @@ def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
     return Table.of(
         "reliability",
         "Reliability: mean confidence / accuracy (predictions) by confidence",
-        ({"experiment": c.experiment.name} | {title: cell(c, m) for m, title in titles.items()} for c in known),
+        ({"experiment": c.experiment.name} | {title: text(c, m) for m, title in titles.items()} for c in calibrations),
         "Predictions of all seeds together: they share test images, so their number is no sample size and no "
         "interval is given. Accuracy below confidence is overconfidence.",
-        data=(_bin_row(c, m) for c in known for m in range(BINS)),
+        data=(
+            {
+                "experiment": c.experiment.name,
+                "low": one.low,
+                "high": one.high,
+                "count": one.count,
+                "mean_confidence": one.confidence,
+                "accuracy": one.accuracy,
+            }
+            for c in calibrations
+            for one in c.bins
+        ),
+        folded=True,
     )
-
-
-def _bin_row(c: Calibration, m: int) -> dict[str, Raw]:
-    one = c.bins[m]
-    return {
-        "experiment": c.experiment.name,
-        "low": one.low,
-        "high": one.high,
-        "count": one.count,
-        "mean_confidence": one.confidence,
-        "accuracy": one.accuracy,
-    }
 
 
 def convergence_table(convergences: Sequence[Convergence]) -> Table:
@@ -150,14 +138,14 @@ def convergence_table(convergences: Sequence[Convergence]) -> Table:
         "How steadily the loss came down",
         (
             {
-                "experiment": text_cell("experiment", c.experiment.name),
-                "late deviation (nats)": interval_cell("late_deviation", c.late_deviation, _number),
-                "roughness (nats)": interval_cell("roughness", c.roughness, _number),
+                "experiment": cell("experiment", c.experiment.name),
+                "late deviation (nats)": interval_cell("late_deviation", c.late_deviation, _three_decimals),
+                "roughness (nats)": interval_cell("roughness", c.roughness, _three_decimals),
                 "near the end from step": interval_cell(
-                    "settled_step", c.settled_step, lambda i: number_interval(i, 0)
+                    "settled_step", c.settled_step, lambda found: number_interval(found, 0)
                 ),
-                "of steps": number_cell("steps", c.steps),
-                "n": number_cell("n", len(c.seeds)),
+                "of steps": cell("steps", c.steps),
+                "n": cell("n", len(c.seeds)),
             }
             for c in convergences
         ),
@@ -165,4 +153,5 @@ def convergence_table(convergences: Sequence[Convergence]) -> Table:
         "steps. Roughness: spread of a step's loss about the mean of its neighbours. Both hold the noise of "
         "minibatches. Near the end: first evaluation from which on the validation loss stays within "
         f"{SETTLED_WITHIN_NATS} nats of its last value. – : not measurable in these records. {OVER_SEEDS}",
+        folded=True,
     )

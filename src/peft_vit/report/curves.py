@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,13 +16,10 @@ from peft_vit.report.document import Block, Paragraph, Raw
 from peft_vit.report.formatting import counted, fixed
 from peft_vit.report.hover import HoverPoints
 from peft_vit.report.plot_selection import leading, selection_note
-from peft_vit.report.style import METHOD_TITLES, draw, is_narrow, quiet_grid
+from peft_vit.report.style import METHOD_TITLES, draw, is_narrow, line_look, quiet_grid
 
 _ROW_IN = 1.65
 _ENTRY_IN = 0.16
-# Within a row only few lines need telling apart: Okabe and Ito's colors without yellow, which is faint on paper.
-LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 PER_METHOD = 8  # a row has room for so many names
 SINGLE_SEEDS = 10  # with more, a band from the lowest to the highest stands for them
 VERTICES = 12_000  # of all lines together
@@ -78,30 +75,47 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     window = longest // 20 * 2 + 1  # about a tenth, odd so that it has a center
     rows = _rows_of(recorded, validation)
     drawn = [e for members in rows.values() for e in members]
-    bundles = {e.name: _bundles(e.name, by_name[e.name], window) for e in drawn}
-    stride = _stride([c for pair in bundles.values() for bundle in pair for c in bundle.curves()])
+    pairs = {e.name: _bundles(e.name, by_name[e.name], window) for e in drawn}
+    bundles = [bundle for pair in pairs.values() for bundle in pair]
+    vertices = sum(curve.steps.size for bundle in bundles for curve in bundle.curves())
+    stride = max(1, -(-vertices // VERTICES))  # every so many-th vertex of each line is few enough to draw
 
     def paint(figure: Figure) -> HoverPoints:
         hover = HoverPoints()
         for (method, members), (left, right) in zip(rows.items(), _panels(figure, len(rows)), strict=True):
             for index, experiment in enumerate(members):
-                hover.series(experiment.name, LINE_COLORS[index % len(LINE_COLORS)], "")
-                for axes, bundle in zip((left, right), bundles[experiment.name], strict=True):
+                hover.series(experiment.name, line_look(index)["color"], "")
+                for axes, bundle in zip((left, right), pairs[experiment.name], strict=True):
                     _draw_bundle(axes, hover, bundle, index, stride)
             left.set_ylabel(METHOD_TITLES[method])
             _legend(figure, left, right)
         return hover
 
     note = selection_note(len(drawn), len(recorded)).replace("accuracy on validation", "accuracy on validation, by row")
+    if stride > 1:
+        note = f" To keep the page small, one point in {stride} of each line is drawn, the last too.{note}"
+    said = {False: "thin: single seeds", True: f"band: lowest to highest of more than {SINGLE_SEEDS} seeds"}
     caption = (
         f"Left: task loss of the training batches, centered moving average over {window} steps. "
         f"Right: negative log-likelihood on the validation images after each epoch. Thick: mean over seeds; "
-        f"{_seeds_caption(bundles.values())}. All rows of a column share one scale.{_stride_note(stride)}{note}"
+        f"{'; '.join(said[kind] for kind in sorted({bundle.ends is not None for bundle in bundles}))}. "
+        f"All rows of a column share one scale.{note}"
     )
     entries = max(len(members) for members in rows.values())
     height = 0.6 + max(_ROW_IN, 0.5 + _ENTRY_IN * entries) * len(rows)
     narrow = 0.6 + (_ROW_IN + _ENTRY_IN * entries) * len(rows)
-    data = [row for pair in bundles.values() for bundle in pair for row in _data_rows(bundle, stride)]
+    data: list[dict[str, Raw]] = [
+        {
+            "experiment": bundle.experiment,
+            "measure": bundle.measure,
+            "of": curve.of,
+            "step": int(curve.steps[i]),
+            "value": float(curve.values[i]),
+        }
+        for bundle in bundles
+        for curve in bundle.curves()
+        for i in _kept(curve, stride)
+    ]
     return draw("loss_curves", "Loss curves", caption, height, paint, data, narrow)
 
 
@@ -111,7 +125,7 @@ def _rows_of(
     rows: dict[str, list[ExperimentConfig]] = {}
     for experiment in recorded:
         rows.setdefault(experiment.method, []).append(experiment)
-    return {m: [es[i] for i in leading([e.name for e in es], validation, PER_METHOD)] for m, es in rows.items()}
+    return {method: leading(row, lambda e: e.name, validation, PER_METHOD) for method, row in rows.items()}
 
 
 def _bundles(name: str, runs: Sequence[Run], window: int) -> tuple[_Bundle, _Bundle]:
@@ -135,23 +149,9 @@ def _bundle(name: str, measure: Measure, curves: Sequence[_Curve]) -> _Bundle:
     return _Bundle(name, measure, tuple(curves), _Curve("mean", steps, values.mean(axis=0)), ends)
 
 
-def _stride(curves: Sequence[_Curve]) -> int:
-    """Return k, so that every k-th vertex of each line is few enough to draw."""
-    return max(1, -(-sum(curve.steps.size for curve in curves) // VERTICES))
-
-
-def _stride_note(stride: int) -> str:
-    return "" if stride == 1 else f" To keep the page small, one point in {stride} of each line is drawn, the last too."
-
-
-def _seeds_caption(bundles: Any) -> str:
-    kinds = {bundle.ends is not None for pair in bundles for bundle in pair}
-    texts = {False: "thin: single seeds", True: f"band: lowest to highest of more than {SINGLE_SEEDS} seeds"}
-    return "; ".join(texts[kind] for kind in sorted(kinds))
-
-
-def _kept(size: int, stride: int) -> np.ndarray:
+def _kept(curve: _Curve, stride: int) -> np.ndarray:
     """Return every stride-th place, and the last."""
+    size = curve.steps.size
     return np.unique(np.append(np.arange(0, size, stride), max(0, size - 1))) if size else np.arange(0)
 
 
@@ -184,50 +184,25 @@ def _legend(figure: Figure, left: Axes, right: Axes) -> None:
 
 
 def _draw_bundle(axes: Axes, hover: HoverPoints, bundle: _Bundle, index: int, stride: int) -> None:
-    color, dashes = LINE_COLORS[index % len(LINE_COLORS)], DASHES[index // len(LINE_COLORS) % len(DASHES)]
-    marker, name = ("o" if bundle.measure == "validation NLL" else ""), bundle.experiment
-    if bundle.ends is not None:
-        low, high = bundle.ends
-        kept = _kept(low.steps.size, stride)
-        band = axes.fill_between(low.steps[kept], low.values[kept], high.values[kept], color=color, alpha=0.15, lw=0)
-        hover.add(name, band)
-    else:
+    name, look = bundle.experiment, line_look(index)
+
+    def line(curve: _Curve, texts: bool, **more: object) -> None:
+        kept = _kept(curve, stride)
+        of = f"mean, {counted(len(bundle.seeds), 'seed')}" if curve is bundle.mean else curve.of
+        what = f"{bundle.measure} (nats), {of}"
+        said = [f"step {curve.steps[i]}: {fixed(float(curve.values[i]), 3)}\n{what}" for i in kept] if texts else []
+        hover.plot(name, axes, curve.steps[kept], curve.values[kept], said, **look, **more)
+
+    if bundle.ends is None:
         for curve in bundle.seeds:
-            kept = _kept(curve.steps.size, stride)
-            (line,) = axes.plot(curve.steps[kept], curve.values[kept], color=color, lw=0.7, alpha=0.4, ls=dashes)
-            hover.add(name, line, [] if bundle.mean else _texts(bundle, curve, kept))
+            line(curve, bundle.mean is None, lw=0.7, alpha=0.4)
+    else:
+        low, high = bundle.ends
+        kept = _kept(low, stride)
+        at, color = low.steps[kept], look["color"]
+        hover.add(name, axes.fill_between(at, low.values[kept], high.values[kept], color=color, alpha=0.15, lw=0))
     if bundle.mean is None:
-        axes.plot([], [], color=color, lw=1.6, ls=dashes, label=name)
-        return
-    kept = _kept(bundle.mean.steps.size, stride)
-    (line,) = axes.plot(
-        bundle.mean.steps[kept],
-        bundle.mean.values[kept],
-        color=color,
-        lw=1.6,
-        ls=dashes,
-        marker=marker,
-        ms=3.5,
-        label=name,
-    )
-    hover.add(name, line, _texts(bundle, bundle.mean, kept))
-
-
-def _texts(bundle: _Bundle, curve: _Curve, kept: np.ndarray) -> list[str]:
-    of = f"mean, {counted(len(bundle.seeds), 'seed')}" if curve.of == "mean" else curve.of
-    what = f"{bundle.measure} (nats), {of}"
-    return [f"step {curve.steps[i]}: {fixed(float(curve.values[i]), 3)}\n{what}" for i in kept]
-
-
-def _data_rows(bundle: _Bundle, stride: int) -> list[dict[str, Raw]]:
-    return [
-        {
-            "experiment": bundle.experiment,
-            "measure": bundle.measure,
-            "of": curve.of,
-            "step": int(curve.steps[i]),
-            "value": float(curve.values[i]),
-        }
-        for curve in bundle.curves()
-        for i in _kept(curve.steps.size, stride)
-    ]
+        axes.plot([], [], **look, lw=1.6, label=name)
+    else:
+        marker = "o" if bundle.measure == "validation NLL" else ""
+        line(bundle.mean, True, lw=1.6, marker=marker, ms=3.5, label=name)

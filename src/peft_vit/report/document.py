@@ -39,45 +39,39 @@ UNSEEN = ""
 
 @dataclass(frozen=True)
 class Table:
-    """A table: what a reader sees, and the unrounded values behind it.
+    """A table: what a reader sees, and the unrounded values behind it."""
 
-    Attributes:
-        slug: name for files and anchors.
-        title: what it shows.
-        columns: headings.
-        rows: texts, one a column.
-        note: how to read it, which uncertainty the intervals describe.
-        data: rows for the CSV file, in full precision and plain units.
-        folded: whether the page shows only its title until a reader opens it; paper and Markdown show all of it.
-    """
-
-    slug: str
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str
-    data: tuple[dict[str, Raw], ...]
-    folded: bool = False
+    slug: str  # name for files and anchors
+    title: str  # what it shows
+    columns: tuple[str, ...]  # headings
+    rows: tuple[tuple[str, ...], ...]  # texts, one a column
+    note: str  # how to read it, which uncertainty the intervals describe
+    data: tuple[dict[str, Raw], ...]  # rows for the CSV file, in full precision and plain units
+    folded: bool = False  # the page shows only its title until a reader opens it; paper and Markdown show all of it
     kind: Literal["table"] = "table"
 
     @classmethod
     def of(
-        cls, slug: str, title: str, rows: Iterable[Row], note: str, *, data: Iterable[dict[str, Raw]] | None = None
+        cls,
+        slug: str,
+        title: str,
+        rows: Iterable[Row],
+        note: str,
+        *,
+        data: Iterable[dict[str, Raw]] | None = None,
+        folded: bool = False,
     ) -> Table:
         """Return a table of cells.
 
-        Args:
-            slug: name for files and anchors.
-            title: what it shows.
-            rows: each with the same headings in the same order; without any there are no headings, and the note is all.
-            note: how to read it.
-            data: rows for the CSV file; None: the values of the cells.
+        Rows have the same headings in the same order; without any there are no headings, and the note is all. `data`
+        defaults to the values of the cells.
         """
         cells = [{name: Cell(c) if isinstance(c, str) else c for name, c in row.items()} for row in rows]
         if data is None:
             data = [{key: value for cell in row.values() for key, value in cell.values.items()} for row in cells]
         columns = tuple(name for name in (cells[0] if cells else {}) if name != UNSEEN)
-        return cls(slug, title, columns, tuple(tuple(row[c].text for c in columns) for row in cells), note, tuple(data))
+        texts = tuple(tuple(row[name].text for name in columns) for row in cells)
+        return cls(slug, title, columns, texts, note, tuple(data), folded)
 
 
 @dataclass(frozen=True)
@@ -91,87 +85,54 @@ class Series:
 
 @dataclass(frozen=True)
 class Point:
-    """One value that a reader can point at.
+    """One value that a reader can point at."""
 
-    Attributes:
-        series: index of its series.
-        x_pt: distance from the figure's left edge in points, as in the SVG. y_pt: from its upper edge.
-        text: what it is, with unit; lines are separated by a line feed.
-    """
-
-    series: int
-    x_pt: float
-    y_pt: float
-    text: str
+    series: int  # its index
+    x_pt: float  # from the figure's left edge in points, as in the SVG
+    y_pt: float  # from its upper edge
+    text: str  # what it is, with unit; lines are separated by a line feed
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A heat map that can show other steps than the one it was drawn with.
+    """A heat map that can show other steps than the one it was drawn with."""
 
-    Attributes:
-        gid: of its cells in the SVG; that of its title ends in ``-title``.
-        first_point: index of its first cell among the points; cells follow by row.
-        titles: one for each of its frames.
-        frames: texts of the cells, one tuple a frame; empty where there is no value.
-        frame_at: the frame to show at each of the player's positions.
-    """
-
-    gid: str
-    first_point: int
-    titles: tuple[str, ...]
-    frames: tuple[tuple[str, ...], ...]
-    frame_at: tuple[int, ...]
+    gid: str  # of its cells in the SVG; that of its title ends in ``-title``
+    first_point: int  # index of its first cell among the points; cells follow by row
+    titles: tuple[str, ...]  # one a frame
+    frames: tuple[tuple[str, ...], ...]  # texts of the cells, one tuple a frame; empty where there is no value
+    frame_at: tuple[int, ...]  # the frame to show at each of the player's positions
 
 
 @dataclass(frozen=True)
 class Player:
-    """A walk of heat maps through recorded steps.
+    """A walk of heat maps through recorded steps."""
 
-    Attributes:
-        steps: the positions. start: index of the first to show.
-        unit: of the values, as a word before the number.
-        colors: from 0 to `highest`. missing: for a cell without a value.
-        panels: the maps that change.
-    """
-
-    steps: tuple[int, ...]
-    start: int
-    unit: str
-    colors: tuple[str, ...]
-    missing: str
+    steps: tuple[int, ...]  # the positions
+    start: int  # index of the first to show
+    unit: str  # of the values, as a word before the number
+    colors: tuple[str, ...]  # from 0 to `highest`
+    missing: str  # color of a cell without a value
     highest: float
-    panels: tuple[Panel, ...]
+    panels: tuple[Panel, ...]  # the maps that change
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure as SVG text and PNG bytes.
+    """A finished figure as SVG text and PNG bytes."""
 
-    Attributes:
-        slug: name for files and anchors.
-        title: stands above it. caption: how to read it.
-        svg: text of the figure for a page. png: the same as an image.
-        series: what can be switched off.
-        points: what can be pointed at.
-        data: rows for the CSV file, in full precision and plain units.
-        player: the walk through steps, for heat maps.
-        height_in: height at the width of the page. narrow_height_in: in one column of a paper.
-        paint: draws it again into an empty figure of another width, for publication.
-    """
-
-    slug: str
-    title: str
-    caption: str
-    svg: str
+    slug: str  # name for files and anchors
+    title: str  # stands above it
+    caption: str  # how to read it
+    svg: str  # for a page
     png: bytes
-    series: tuple[Series, ...] = ()
-    points: tuple[Point, ...] = ()
-    data: tuple[dict[str, Raw], ...] = ()
-    player: Player | None = None
-    height_in: float = 4.0
-    narrow_height_in: float = 4.0
-    paint: Callable[[Any], Any] | None = field(default=None, repr=False, compare=False)
+    series: tuple[Series, ...]  # what can be switched off
+    points: tuple[Point, ...]  # what can be pointed at
+    data: tuple[dict[str, Raw], ...]  # rows for the CSV file, in full precision and plain units
+    player: Player | None  # the walk through steps, for heat maps
+    height_in: float  # at the width of the page
+    narrow_height_in: float  # in one column of a paper
+    paint: Callable[[Any], Any] = field(repr=False, compare=False)  # draws it again at another width, for publication
     kind: Literal["figure"] = "figure"
 
 
@@ -218,33 +179,19 @@ class RunDetails:
 
 @dataclass(frozen=True)
 class StudyDocument:
-    """The report of one study.
+    """The report of one study."""
 
-    Attributes:
-        label: the study's name as shown.
-        slug: the name in files and anchors.
-        notices: what stands above every number.
-        facts: what was asked, key and value.
-        cards: the best experiment of each method, chosen on validation.
-        came_out: sentences: what came out.
-        how_sure: sentences: how sure that is.
-        sections: title of one of SECTION_TITLES -> blocks.
-        not_shown: what this does not show.
-        runs: provenance.
-        progress: which runs are not done, and how to go on; stands after `how_sure`.
-    """
-
-    label: str
-    slug: str
-    notices: tuple[str, ...]
-    facts: tuple[tuple[str, str], ...]
-    cards: tuple[Card, ...]
-    came_out: tuple[str, ...]
-    how_sure: tuple[str, ...]
-    sections: dict[str, tuple[Block, ...]]
-    not_shown: tuple[str, ...]
-    runs: tuple[RunDetails, ...]
-    progress: tuple[Block, ...] = ()
+    label: str  # the study's name as shown
+    slug: str  # the name in files and anchors
+    notices: tuple[str, ...]  # what stands above every number
+    facts: tuple[tuple[str, str], ...]  # what was asked, key and value
+    cards: tuple[Card, ...]  # the best experiment of each method, chosen on validation
+    came_out: tuple[str, ...]  # sentences
+    how_sure: tuple[str, ...]  # sentences
+    progress: tuple[Block, ...]  # which runs are not done, and how to go on
+    sections: dict[str, tuple[Block, ...]]  # by SECTION_TITLES
+    not_shown: tuple[str, ...]  # sentences: what this does not show
+    runs: tuple[RunDetails, ...]  # provenance
 
     def drawings(self) -> tuple[Drawing, ...]:
         """Return all figures, in order."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 from peft_vit.analysis import Analysis
-from peft_vit.analysis.examples import GROUPS, ImageExamples, PredictedImage, image_examples
+from peft_vit.analysis.examples import GROUPS, Group, ImageExamples, PredictedImage, image_examples
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.report.document import UNSEEN, Block, Cell, Gallery, Paragraph, Picture, Table
 from peft_vit.report.formatting import count, joined, percent, plain
 from peft_vit.report.summary import best_on_validation, licence
-from peft_vit.report.tables import number_cell
+from peft_vit.report.tables import cell
 
 # From a run's record and positions in its data set to PNG files; raises UserError if the images are not at hand.
 Thumbnails = Callable[[RunRecord, Sequence[int]], list[bytes]]
@@ -29,34 +30,31 @@ def example_blocks(analysis: Analysis, thumbnails: Thumbnails | None) -> tuple[B
     return (_counts_table(found), gallery, _images_table(found))
 
 
+def _titles(found: ImageExamples) -> dict[Group, str]:
+    names: dict[Group, str] = {"only the best right": found.best, "only the baseline right": found.baseline}
+    return {g: f"Only {plain(names[g])} right" if g in names else g.capitalize() for g in GROUPS}
+
+
 def _counts_table(found: ImageExamples) -> Table:
     """Return how many test images each of both gets right, by seed."""
-    names = [plain(name) for name in (found.best, found.baseline)]
-    titles = ("Both right", f"Only {names[0]} right", f"Only {names[1]} right", "Both wrong")
+    best, baseline = plain(found.best), plain(found.baseline)
     left_out = f" Left out: {joined(found.left_out)}." if found.left_out else ""
     return Table.of(
         "agreement",
-        f"Test images that {names[0]} and {names[1]} get right",
+        f"Test images that {best} and {baseline} get right",
         (
             {
                 UNSEEN: Cell("", {"best": found.best, "baseline": found.baseline}),
-                "Seed": number_cell("seed", seed),
-                **{
-                    title: number_cell(group.replace(" ", "_"), counts[group], count)
-                    for title, group in zip(titles, GROUPS, strict=True)
-                },
-                "Images": number_cell("images", sum(counts.values()), count),
+                "Seed": cell("seed", seed),
+                **{title: cell(g.replace(" ", "_"), counts[g], count) for g, title in _titles(found).items()},
+                "Images": cell("images", sum(counts.values()), count),
             }
             for seed, counts in found.counts.items()
         ),
-        f"{names[0]} is the best on validation, {names[1]} the baseline: the linear probe, or without one the "
+        f"{best} is the best on validation, {baseline} the baseline: the linear probe, or without one the "
         "LoRA of smallest rank. Both runs of a row share the seed and the images. The middle two columns are what "
         f"McNemar's test would take; no test is made here.{left_out}",
     )
-
-
-def _chosen(found: ImageExamples) -> list[PredictedImage]:
-    return [image for group in GROUPS for image in found.shown(group)]
 
 
 def _images_table(found: ImageExamples) -> Table:
@@ -73,22 +71,13 @@ def _images_table(found: ImageExamples) -> Table:
                 plain(found.best): f"{_class(names, image.best)}, {percent(image.best_probability)}",
                 plain(found.baseline): f"{_class(names, image.baseline)}, {percent(image.baseline_probability)}",
             }
-            for image in _chosen(found)
+            for group in GROUPS
+            for image in found.shown(group)
         ),
         "Image: its position in the data set, counted from 0. Percent: the probability that the model gave to "
         "what it predicted, not calibrated. The CSV file holds every test image of this seed.",
-        data=(
-            {
-                "position": image.position,
-                "group": image.group,
-                "label": image.label,
-                "best": image.best,
-                "best_probability": image.best_probability,
-                "baseline": image.baseline,
-                "baseline_probability": image.baseline_probability,
-            }
-            for image in found.images
-        ),
+        data=({"position": image.position, "group": image.group} | asdict(image) for image in found.images),
+        folded=True,
     )
 
 
@@ -97,7 +86,8 @@ def _class(names: Sequence[str], number: int) -> str:
 
 
 def _gallery(found: ImageExamples, thumbnails: Thumbnails | None, terms: str) -> Block:
-    chosen = _chosen(found)
+    shown = {group: found.shown(group) for group in GROUPS}
+    positions = [image.position for images in shown.values() for image in images]
     rule = (
         f"Seed {found.seeds[0]}, the first. Of each group the images on which the probabilities of both predictions "
         "lie farthest apart, the lower position among equals; so they are no typical images."
@@ -105,40 +95,26 @@ def _gallery(found: ImageExamples, thumbnails: Thumbnails | None, terms: str) ->
     if thumbnails is None:
         return Paragraph(f"{rule} No pictures: none were asked for.")
     try:
-        pictures = thumbnails(found.run.record, [image.position for image in chosen])
+        pictures = dict(zip(positions, thumbnails(found.run.record, positions), strict=True))
     except UserError as error:
         return Paragraph(f"{rule} No pictures: {plain(str(error))}.")
-    names = found.run.record.class_names
-    by_position = dict(zip([image.position for image in chosen], pictures, strict=True))
-    groups = tuple(
-        (
-            f"{_title(group, found)}: {found.counts[found.seeds[0]][group]:,} of {len(found.images):,} images",
-            tuple(
-                Picture(
-                    by_position[image.position],
-                    (
-                        f"image {image.position}: {_class(names, image.label)}",
-                        f"best: {_class(names, image.best)}, {percent(image.best_probability)}",
-                        f"baseline: {_class(names, image.baseline)}, {percent(image.baseline_probability)}",
-                    ),
-                )
-                for image in found.shown(group)
-            ),
+    names, counts, titles = found.run.record.class_names, found.counts[found.seeds[0]], _titles(found)
+
+    def picture(image: PredictedImage) -> Picture:
+        lines = (
+            f"image {image.position}: {_class(names, image.label)}",
+            f"best: {_class(names, image.best)}, {percent(image.best_probability)}",
+            f"baseline: {_class(names, image.baseline)}, {percent(image.baseline_probability)}",
         )
-        for group in GROUPS
-    )
+        return Picture(pictures[image.position], lines)
+
     return Gallery(
         slug="pictures",
         title=f"Images, and what {plain(found.best)} (best) and {plain(found.baseline)} (baseline) made of them",
         caption=f"{rule} Licence of the images: {terms}. They stand here, scaled down, to look at a model's errors, "
         "which is research; whoever passes this page on passes them on.",
-        groups=groups,
+        groups=tuple(
+            (f"{titles[group]}: {counts[group]:,} of {len(found.images):,} images", tuple(map(picture, images)))
+            for group, images in shown.items()
+        ),
     )
-
-
-def _title(group: str, found: ImageExamples) -> str:
-    names = {
-        "only the best right": f"Only {plain(found.best)} right",
-        "only the baseline right": f"Only {plain(found.baseline)} right",
-    }
-    return names.get(group, group.capitalize())

@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from peft_vit.analysis import Study
 from peft_vit.analysis.findings import Conclusion, Finding, conclude, unknown_registrations
-from peft_vit.records import write_atomically
 from peft_vit.report.document import UNSEEN, Cell, Paragraph, Raw, Row, Table
-from peft_vit.report.formatting import number_interval, plain, points_interval
-from peft_vit.report.rows import encoded, writing
-from peft_vit.report.tables import OVER_SEEDS, text_cell
-from peft_vit.report.terminal import print_blocks
-from peft_vit.statistics import Interval
+from peft_vit.report.formatting import number_interval, plain, points_interval, scaled
+from peft_vit.report.rows import print_with_rows
+from peft_vit.report.tables import OVER_SEEDS, cell
 
-COLUMNS = (
-    "study",
-    "id",
-    "sentence",
-    "subject",
-    "verdict",
-    "marked",
-    "estimate",
-    "low",
-    "high",
-    "unit",
-    "n",
-    "n_of",
-    "test",
-    "margin",
-    "p_holm",
-    "p_holm_opposite",
-    "outcome",
-    "note",
-    "refuted_by",
-    "source",
-)
 _HOW = (
     "Each sentence is worded so that a positive estimate speaks for it, whatever comes out. Registered: it stood "
     "written down, as it does now, before every run that was used began; exploratory: it did not, or changed since. "
@@ -61,15 +35,19 @@ def findings_blocks(study: Study, findings: Sequence[Finding]) -> tuple[Paragrap
     return (*([Paragraph(named)] if unknown else []), *(table for table in tables if table.rows))
 
 
+def _sentence(conclusion: Conclusion) -> dict[str, Cell]:
+    hypothesis = conclusion.hypothesis
+    return {UNSEEN: Cell("", {"id": hypothesis.id}), "sentence": cell("sentence", hypothesis.sentence, plain)}
+
+
 def _verdicts(concluded: Sequence[Conclusion]) -> Table:
     return Table.of(
         "verdicts",
         "Verdicts",
         (
             {
-                UNSEEN: Cell("", {"id": c.hypothesis.id}),
-                "sentence": Cell(plain(c.hypothesis.sentence), {"sentence": c.hypothesis.sentence}),
-                "verdict": text_cell("verdict", c.verdict),
+                **_sentence(c),
+                "verdict": cell("verdict", c.verdict),
                 "experiments or pairs": Cell(c.counts or "1", {"counts": c.counts}),
                 "marked": Cell(c.mark or "–", {"marked": c.mark, "n": len(c.findings)}),
             }
@@ -97,6 +75,7 @@ def _details(concluded: Sequence[Conclusion]) -> Table:
         ),
         _HOW,
         data=finding_rows(findings),
+        folded=True,
     )
 
 
@@ -104,15 +83,9 @@ def _without_data(concluded: Sequence[Conclusion]) -> Table:
     return Table.of(
         "without_data",
         "Sentences that these records say nothing about",
-        (
-            {
-                UNSEEN: Cell("", {"id": c.hypothesis.id}),
-                "sentence": Cell(plain(c.hypothesis.sentence), {"sentence": c.hypothesis.sentence}),
-                "why": text_cell("reason", _reasons(c)),
-            }
-            for c in concluded
-        ),
+        ({**_sentence(c), "why": cell("reason", _reasons(c))} for c in concluded),
         "Most are about other experiments than this study has; docs/hypotheses.md says which records each needs.",
+        folded=True,
     )
 
 
@@ -135,47 +108,39 @@ def estimate_of(finding: Finding) -> str:
     if unit == "share":
         return f"{points_interval(interval)} points"
     if unit == "bytes":
-        return f"{number_interval(_scaled(interval, 1e-6), 1)} MB"
+        return f"{number_interval(scaled(interval, 1e-6), 1)} MB"
     if unit == "nats" and abs(interval.estimate) < 0.1:
         return f"{number_interval(interval, 4)} nats"
     return f"{number_interval(interval)} {unit}"
 
 
-def _scaled(interval: Interval, factor: float) -> Interval:
-    low = None if interval.low is None else factor * interval.low
-    high = None if interval.high is None else factor * interval.high
-    return replace(interval, estimate=factor * interval.estimate, low=low, high=high)
-
-
 def finding_rows(findings: Sequence[Finding]) -> list[dict[str, Raw]]:
-    """Return findings as rows in full precision, with COLUMNS as keys."""
-    rows: list[dict[str, Raw]] = []
-    for finding in findings:
-        hypothesis, interval = finding.hypothesis, finding.interval
-        values: tuple[Raw, ...] = (
-            finding.study,
-            hypothesis.id,
-            hypothesis.sentence,
-            finding.subject,
-            finding.verdict,
-            finding.mark,
-            None if interval is None else interval.estimate,
-            None if interval is None else interval.low,
-            None if interval is None else interval.high,
-            hypothesis.unit,
-            finding.n,
-            finding.n_of,
-            finding.test,
-            hypothesis.margin,
-            finding.p_value,
-            finding.opposite_p,
-            finding.outcome,
-            finding.note,
-            hypothesis.refuted_by,
-            hypothesis.source,
-        )
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
-    return rows
+    """Return findings as rows in full precision."""
+    return [
+        {
+            "study": f.study,
+            "id": f.hypothesis.id,
+            "sentence": f.hypothesis.sentence,
+            "subject": f.subject,
+            "verdict": f.verdict,
+            "marked": f.mark,
+            "estimate": None if f.interval is None else f.interval.estimate,
+            "low": None if f.interval is None else f.interval.low,
+            "high": None if f.interval is None else f.interval.high,
+            "unit": f.hypothesis.unit,
+            "n": f.n,
+            "n_of": f.n_of,
+            "test": f.test,
+            "margin": f.hypothesis.margin,
+            "p_holm": f.p_value,
+            "p_holm_opposite": f.opposite_p,
+            "outcome": f.outcome,
+            "note": f.note,
+            "refuted_by": f.hypothesis.refuted_by,
+            "source": f.hypothesis.source,
+        }
+        for f in findings
+    ]
 
 
 def print_findings(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[str], output: Path | None) -> None:
@@ -190,12 +155,7 @@ def print_findings(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[
         UserError: for another ending, or if the file can't be written.
     """
     rows = finding_rows([finding for findings in by_study.values() for finding in findings])
-    content = None if output is None else encoded(rows, COLUMNS, output)
-    print_blocks(_blocks(by_study, unknown))
-    if output is not None and content is not None:
-        with writing(output):
-            write_atomically(output, content)
-        print_blocks([Paragraph(f"{len(rows)} rows: {output}")])
+    print_with_rows(_blocks(by_study, unknown), rows, output)
 
 
 def _blocks(by_study: Mapping[str, Sequence[Finding]], unknown: Sequence[str]) -> Iterator[Paragraph | Table]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import NamedTuple
 
+from peft_vit.analysis.pareto import CostName
 from peft_vit.statistics import Interval
 
 _MINUS = "\u2212"
@@ -60,6 +63,13 @@ def points_interval(interval: Interval | None) -> str:
     return f"{signed(100 * interval.estimate)} [{signed(100 * interval.low)}, {signed(100 * interval.high)}]"
 
 
+def scaled(interval: Interval, factor: float) -> Interval:
+    """Return a number and its interval in another unit; a factor below 0 turns it round."""
+    ends = (interval.low, interval.high) if factor > 0 else (interval.high, interval.low)
+    low, high = (None if end is None else factor * end for end in ends)
+    return replace(interval, estimate=factor * interval.estimate, low=low, high=high)
+
+
 def number_interval(interval: Interval, decimals: int = 2) -> str:
     """Return a number with its interval."""
     if interval.low is None or interval.high is None:
@@ -86,3 +96,25 @@ def megabytes(value: float) -> str:
 def joined(names: Iterable[str]) -> str:
     """Return names as a list in prose."""
     return ", ".join(names)
+
+
+class CostWords(NamedTuple):
+    """How a cost is written: in a table, in the text of a value, and on an axis that shows it times `scale`."""
+
+    what: str
+    write: Callable[[float], str]
+    unit: str  # what a value alone does not say
+    axis: str
+    scale: float
+
+
+COSTS: dict[CostName, CostWords] = {
+    "final_parameters": CostWords("trainable parameters", count, " trainable parameters", "trainable parameters", 1.0),
+    "stored_bytes": CostWords("bytes to store", megabytes, " to store", "stored (MB, 10⁶ bytes)", 1e-6),
+    "seconds_per_step": CostWords(
+        "seconds a step", lambda s: f"{fixed(s, 3)} s", " a step", "training (s a step)", 1.0
+    ),
+    "latency_s": CostWords(
+        "latency of one image", lambda s: f"{fixed(1000 * s, 1)} ms", " an image", "latency of one image (ms)", 1e3
+    ),
+}

@@ -6,33 +6,22 @@ value nearest to a pointer without knowing anything of how the figure was drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
+from numpy.typing import ArrayLike
 
 from peft_vit.report.document import Player, Point, Series
 
-GLYPHS = {
-    "o": "●",
-    "s": "■",
-    "^": "▲",
-    "D": "◆",
-    "v": "▼",
-    "P": "✚",
-    "X": "✖",
-    "<": "◀",
-    ">": "▶",
-    "p": "⬟",
-    "h": "⬢",
-    "*": "★",
-    "": "━",
-}
+MARKERS = "os^DvPX<>ph*"  # of matplotlib
+_GLYPHS = dict(zip(MARKERS, "●■▲◆▼✚✖◀▶⬟⬢★", strict=True)) | {"": "━"}
 _POINTS_PER_INCH = 72.0
 
 
@@ -47,13 +36,12 @@ class HoverPoints:
         self._series: dict[str, Series] = {}
         self._artists: list[int] = []  # how many each series has
         self._placed: list[tuple[int, Artist, Sequence[str]]] = []
-        self._count = 0
         self.player: Player | None = None
 
     def series(self, name: str, color: str, marker: str = "s") -> None:
         """Declare what can be switched off; a name that stands already keeps its first look."""
         if name not in self._series:
-            self._series[name] = Series(name, color, GLYPHS.get(marker, "■"))
+            self._series[name] = Series(name, color, _GLYPHS[marker])
             self._artists.append(0)
 
     def add(self, name: str, artist: Artist, texts: Sequence[str] = ()) -> int:
@@ -68,11 +56,16 @@ class HoverPoints:
         index = list(self._series).index(name)
         artist.set_gid(f"series{index}-{self._artists[index]}")
         self._artists[index] += 1
-        first = self._count
+        first = sum(len(said) for _, _, said in self._placed)
         if texts:
             self._placed.append((index, artist, texts))
-            self._count += len(texts)
         return first
+
+    def plot(self, name: str, axes: Axes, x: ArrayLike, y: ArrayLike, texts: Sequence[str] = (), **look: Any) -> Line2D:
+        """Draw a line or markers into a declared series; arguments as those of `add` and of `Axes.plot`."""
+        (line,) = axes.plot(x, y, **look)
+        self.add(name, line, texts)
+        return line
 
     def all_series(self) -> tuple[Series, ...]:
         """Return the series in the order in which they were declared."""
@@ -89,22 +82,15 @@ class HoverPoints:
     def points(self, figure: Figure) -> tuple[Point, ...]:
         """Return what can be pointed at, once the figure is laid out."""
         scale, height = _POINTS_PER_INCH / figure.dpi, _POINTS_PER_INCH * figure.get_figheight()
-        found: list[Point] = []
-        for index, artist, texts in self._placed:
-            places = scale * _places(artist)  # (points, 2) from the lower left corner
-            found += [
-                Point(index, round(float(x), 1), round(float(height - y), 1), text)
-                for (x, y), text in zip(places, texts, strict=True)
-            ]
-        return tuple(found)
-
-
-def title_of(mesh: QuadMesh, title: Text) -> None:
-    """Name a map's title after the map, so that it can change with it."""
-    title.set_gid(f"{mesh.get_gid()}-title")
+        return tuple(
+            Point(index, round(float(x), 1), round(float(height - y), 1), text)
+            for index, artist, texts in self._placed
+            for (x, y), text in zip(scale * _places(artist), texts, strict=True)
+        )
 
 
 def _places(artist: Artist) -> np.ndarray:
+    """Return where the points of an artist are: (points, 2) from the lower left corner."""
     if isinstance(artist, Line2D):
         return np.asarray(artist.get_transform().transform(artist.get_xydata()))
     assert isinstance(artist, QuadMesh)
@@ -114,12 +100,11 @@ def _places(artist: Artist) -> np.ndarray:
     return np.asarray(artist.axes.transData.transform(centers.reshape(-1, 2)))
 
 
-def _legends(figure: Figure) -> list[Legend]:
-    """Return the legends of a figure, of its subfigures and of all axes."""
-    own: list[Legend] = []
+def _legends(figure: Figure) -> Iterator[Legend]:
+    """Yield the legends of a figure, of its subfigures and of all axes."""
     waiting: list[FigureBase] = [figure]
     while waiting:
         part = waiting.pop(0)
-        own += part.legends
+        yield from part.legends
         waiting += part.subfigs
-    return own + [legend for legend in (axes.get_legend() for axes in figure.axes) if legend is not None]
+    yield from (legend for legend in (axes.get_legend() for axes in figure.axes) if legend is not None)

@@ -1,21 +1,30 @@
-"""The report as one HTML file: no network, figures inline, light and dark, complete without its one script."""
+"""The report as one HTML file: no network, figures inline, light and dark, complete without its one script.
+
+What a figure's script needs stands in the page as JSON: points, rows of the CSV file, the walk through steps. Texts
+repeat (names, steps), so each column holds its distinct texts once and an index a row. Every character that could end
+the block or a string literal is written as an escape: no name can break out of it.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from peft_vit.report.document import SECTION_TITLES, Drawing, StudyDocument
-from peft_vit.report.figure_json import embedded, script, script_hash
+from peft_vit.report.document import SECTION_TITLES, Drawing, Player, Raw, StudyDocument
 from peft_vit.report.style import THEME
 
 # A page is read from the top: what the methods reached comes first.
 PAGE_ORDER = (SECTION_TITLES[3], *SECTION_TITLES[:3], SECTION_TITLES[4])
+_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}  # U+2028 and all else beyond ASCII: json escapes it
 MAIN_FACTS = ("Backbone", "Images", "Experiments", "Seeds", "Runs")  # of what was asked; the others stand folded below
 
 
@@ -25,8 +34,11 @@ def write_html(documents: Sequence[StudyDocument]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["soft"] = soft
-    source = files("peft_vit.report").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    templates = files("peft_vit.report").joinpath("templates")
+    script = templates.joinpath("figures.js").read_text(encoding="utf-8")
+    assert "</" not in script
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.from_string(templates.joinpath("report.html.j2").read_text(encoding="utf-8")).render(
         documents=documents,
         page_order=PAGE_ORDER,
         main_facts=MAIN_FACTS,
@@ -34,8 +46,8 @@ def write_html(documents: Sequence[StudyDocument]) -> str:
         inline_svg=inline_svg,
         embedded=embedded,
         theme=THEME,
-        script=script(),
-        script_hash=script_hash(),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",  # as a Content-Security-Policy names it: no other script runs on the page
     )
 
 
@@ -68,3 +80,62 @@ def inline_svg(document: StudyDocument, drawing: Drawing) -> Markup:
     head, rest = svg.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     return Markup(f'{head} role="img" aria-label="{escape(drawing.title)}">{rest}')
+
+
+def embedded(document: StudyDocument, drawing: Drawing) -> Markup:
+    """Return the content of a figure's JSON block."""
+    points, rows = drawing.points, drawing.data
+    columns = dict.fromkeys(name for row in rows for name in row)
+    content: dict[str, Any] = {
+        "file": f"{document.slug}_{drawing.slug}.csv",
+        "names": [series.name for series in drawing.series],
+        "x": [_place(point.x_pt) for point in points],
+        "y": [_place(point.y_pt) for point in points],
+        "series": [point.series for point in points],
+        "text": _coded(point.text for point in points),
+        "columns": [{"name": name, **_coded(_as_written(row.get(name)) for row in rows)} for name in columns],
+    }
+    if drawing.player is not None:
+        content["player"] = _player(drawing.player)
+    text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup("".join(_UNSAFE.get(character, character) for character in text))
+
+
+def _place(distance_pt: float) -> float:
+    """Return where a value stands; one that is not finite is not drawn, and stands where no pointer comes near."""
+    return distance_pt if math.isfinite(distance_pt) else -1e6
+
+
+def _as_written(value: Raw) -> str:
+    """Return a value as the CSV file writes it."""
+    if value is None:
+        return ""
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _coded(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """Return texts as indices into their distinct values, in order of appearance."""
+    place: dict[str, int] = {}
+    index = [place.setdefault(text, len(place)) for text in texts]
+    return {"values": list(place), "index": index}
+
+
+def _player(player: Player) -> dict[str, Any]:
+    return {
+        "steps": player.steps,
+        "unit": player.unit,
+        "colors": player.colors,
+        "missing": THEME.get(player.missing, player.missing),
+        "highest": player.highest,
+        "panels": [
+            {
+                "gid": panel.gid,
+                "first": panel.first_point,
+                "titles": panel.titles,
+                "at": panel.frame_at,
+                "cells": len(panel.frames[0]),
+                **_coded(text for frame in panel.frames for text in frame),
+            }
+            for panel in player.panels
+        ],
+    }

@@ -46,7 +46,7 @@ def _summary(document: StudyDocument, figure_path: Callable[[StudyDocument, Draw
     parts = [f"**Study: {escaped(document.label)}**"]
     if document.notices:
         parts.append("\n".join(f"> **{escaped(notice)}**  " for notice in document.notices))
-    parts.append(_rows(("asked", ""), [(key, value) for key, value in document.facts]))
+    parts.append(_rows(("asked", ""), document.facts))
     parts.append("**What came out**\n\n" + _bullets(document.came_out))
     parts.append("**How sure**\n\n" + _bullets(document.how_sure))
     parts += [_block(block, document, figure_path) for block in document.progress]
@@ -68,12 +68,9 @@ def _block(block: Block, document: StudyDocument, figure_path: Callable[[StudyDo
 
 
 def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [_row(columns), _row(["---"] * len(columns), escape=False), *(_row(row) for row in rows)]
-    return "\n".join(lines)
-
-
-def _row(cells: Sequence[str], *, escape: bool = True) -> str:
-    return f"| {' | '.join(escaped(cell) if escape else cell for cell in cells)} |"
+    escaped_rows = [[escaped(text) for text in row] for row in (columns, *rows)]
+    escaped_rows.insert(1, ["---"] * len(columns))
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped_rows)
 
 
 def _bullets(sentences: Sequence[str]) -> str:

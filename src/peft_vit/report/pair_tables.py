@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from peft_vit.analysis import AllPairs, Comparison, Front, Pair
-from peft_vit.analysis.pareto import CostName, FrontPoint
+from peft_vit.analysis import AllPairs, Front, Pair
+from peft_vit.analysis.pareto import FrontPoint
 from peft_vit.report.document import Block, Paragraph, Raw, Row, Table
 from peft_vit.report.formatting import (
+    COSTS,
     count,
     fixed,
     joined,
-    megabytes,
     percent,
     percent_interval,
     points_interval,
+    scaled,
     signed,
 )
 from peft_vit.report.tables import OVER_SEEDS, comparison_values, measured, tested
+from peft_vit.statistics import Interval
 
 MATRIX_UP_TO = 12  # experiments; a wider one can't be read
 DECIDED_UP_TO = 40  # rows; the CSV file has every pair
@@ -28,49 +30,42 @@ _PAIRS_NOTE = (
 )
 
 
-def pair_blocks(pairs: AllPairs) -> tuple[Block, ...]:
-    """Return all pairs: a matrix of few experiments, the decided pairs of many, always with how many are decided."""
+def pair_blocks(pairs: AllPairs) -> Iterator[Block]:
+    """Yield all pairs: a matrix of few experiments, the decided pairs of many, always with how many are decided."""
     if pairs.not_formed:
-        return (
-            Paragraph(
-                f"{len(pairs.experiments)} experiments make {count(pairs.not_formed)} pairs, too many to compare all: "
-                "none was formed. The differences to the references above stand."
-            ),
+        yield Paragraph(
+            f"{len(pairs.experiments)} experiments make {count(pairs.not_formed)} pairs, too many to compare all: "
+            "none was formed. The differences to the references above stand."
         )
-    if len(pairs.experiments) <= 2:
-        return ()  # one pair: it stands against the reference already
-    small = len(pairs.experiments) <= MATRIX_UP_TO
-    decided = _decided_table(pairs, holds_data=not small) if pairs.decided or not small else None
-    return (*([_matrix(pairs)] if small else []), *([decided] if decided else []))
+    elif len(pairs.experiments) > MATRIX_UP_TO:
+        yield _decided_table(pairs, holds_data=True)
+    elif len(pairs.experiments) > 2:  # one pair stands against the reference already
+        yield _matrix(pairs)
+        if pairs.decided:
+            yield _decided_table(pairs, holds_data=False)
 
 
 def _matrix(pairs: AllPairs) -> Table:
-    by_names = {(p.comparison.name, p.comparison.reference): p.comparison for p in pairs.pairs}
+    found = {(p.comparison.name, p.comparison.reference): p.comparison for p in pairs.pairs}
     numbered = [(str(i), name) for i, name in enumerate(pairs.experiments, start=1)]
 
-    def cell(row: str, column: str) -> str:
+    def text(row: str, column: str) -> str:
         if row == column:
             return "–"
-        forward, backward = by_names.get((row, column)), by_names.get((column, row))
-        return _cell(forward, 1) if forward is not None else _cell(backward, -1)
+        comparison, sign = (found[row, column], 1) if (row, column) in found else (found[column, row], -1)
+        if comparison.difference is None:
+            return "no pair"
+        marks = {"supported": ("", " ▲", " ▼"), "refuted": ("", " ▼", " ▲"), "not decided": ("", "", "")}
+        return signed(sign * 100 * comparison.difference.estimate) + marks[comparison.verdict][sign]
 
     return Table.of(
         "all_pairs",
         "All pairs: row minus column, points of test accuracy",
-        ({"experiment": f"{n} {row}"} | {m: cell(row, other) for m, other in numbered} for n, row in numbered),
+        ({"experiment": f"{n} {row}"} | {m: text(row, other) for m, other in numbered} for n, row in numbered),
         f"▲: the row is the more accurate one, ▼: the column is. {_count_sentence(pairs)} "
         f"{_PAIRS_NOTE.format(pairs=len(pairs.pairs))} Intervals, effect sizes and p-values are in the CSV file.",
         data=map(_pair_data, pairs.pairs),
     )
-
-
-def _cell(comparison: Comparison | None, sign: int) -> str:
-    if comparison is None or comparison.difference is None:
-        return "no pair"
-    mark = {"supported": " ▲", "refuted": " ▼", "not decided": ""}[comparison.verdict]
-    if sign < 0:
-        mark = mark.translate(str.maketrans("▲▼", "▼▲"))
-    return f"{signed(sign * 100 * comparison.difference.estimate)}{mark}"
 
 
 def _count_sentence(pairs: AllPairs) -> str:
@@ -82,42 +77,36 @@ def _count_sentence(pairs: AllPairs) -> str:
 
 
 def _decided_table(pairs: AllPairs, *, holds_data: bool) -> Table:
+    decided = [(pair, pair.comparison.difference) for pair in pairs.decided if pair.comparison.difference is not None]
     # Largest difference first: the rows that are left out are those that say least.
-    ordered = sorted(pairs.decided, key=lambda p: (-_size(p), p.comparison.name, p.comparison.reference))
-    shown = ordered[:DECIDED_UP_TO]
-    left = len(ordered) - len(shown)
-    more = f" {count(left)} more decided pairs are in the CSV file." if left else ""
+    decided.sort(key=lambda one: (-abs(one[1].estimate), one[0].comparison.name, one[0].comparison.reference))
+    left = len(decided) - DECIDED_UP_TO
+    more = f" {count(left)} more decided pairs are in the CSV file." if left > 0 else ""
     return Table.of(
         "all_pairs" if holds_data else "decided_pairs",
         "Decided pairs of experiments, largest difference first",
-        map(_decided_row, shown),
+        (_decided_row(pair, difference) for pair, difference in decided[:DECIDED_UP_TO]),
         f"{_count_sentence(pairs)}{more} {_PAIRS_NOTE.format(pairs=count(len(pairs.pairs)))} {OVER_SEEDS} Effect "
         "size: the difference in units of its spread over seeds; a large one can be few points.",
-        data=map(_pair_data, pairs.pairs if holds_data else ordered),
+        data=map(_pair_data, pairs.pairs if holds_data else [pair for pair, _ in decided]),
     )
 
 
-def _size(pair: Pair) -> float:
-    return abs(pair.comparison.difference.estimate) if pair.comparison.difference is not None else 0.0
-
-
-def _decided_row(pair: Pair) -> Row:
-    comparison, effect, improvement = pair.comparison, pair.effect, pair.improvement
-    forward = comparison.verdict == "supported"
-    better, worse = (comparison.name, comparison.reference)[:: 1 if forward else -1]
-    interval = comparison.difference
-    if interval is not None and not forward and interval.low is not None and interval.high is not None:
-        text = f"{signed(-100 * interval.estimate)} [{signed(-100 * interval.high)}, {signed(-100 * interval.low)}]"
-    else:
-        text = points_interval(interval)
-    share = None if improvement is None else improvement.estimate if forward else 1 - improvement.estimate
+def _decided_row(pair: Pair, difference: Interval) -> Row:
+    """Return a row in which the more accurate experiment stands first."""
+    comparison, effect = pair.comparison, pair.effect
+    better, worse = comparison.name, comparison.reference
+    agree = None if pair.improvement is None else pair.improvement.estimate
+    if comparison.verdict == "refuted":
+        better, worse, agree = worse, better, None if agree is None else 1 - agree
+        difference = scaled(difference, -1)
     return {
         "more accurate": better,
         "less accurate": worse,
-        "difference (points)": text,
+        "difference (points)": points_interval(difference),
         "n": str(len(comparison.by_seed)),
         "effect size (Hedges' g)": "–" if effect is None or effect.g is None else fixed(abs(effect.g)),
-        "seeds that agree": "–" if share is None else percent(share),
+        "seeds that agree": "–" if agree is None else percent(agree),
         "test": tested(comparison),
     }
 
@@ -137,28 +126,16 @@ def _pair_data(pair: Pair) -> dict[str, Raw]:
     }
 
 
-_COST_WORDS: dict[CostName, str] = {
-    "final_parameters": "trainable parameters",
-    "stored_bytes": "bytes to store",
-    "seconds_per_step": "seconds a step",
-    "latency_s": "latency of one image",
-}
-
-
-def front_blocks(fronts: Sequence[Front]) -> tuple[Block, ...]:
-    """Return who stands on each Pareto front, and what could not be put on one."""
-    if not fronts:
-        return ()
-    said = []
+def front_blocks(fronts: Sequence[Front]) -> Iterator[Block]:
+    """Yield who stands on each Pareto front, and what could not be put on one."""
+    if any(front.points for front in fronts):
+        yield _fronts_table(fronts)
     for front in fronts:
-        words = _COST_WORDS[front.cost]
+        words = COSTS[front.cost].what
         if front.refused:
-            said.append(Paragraph(f"No Pareto front of {words}: {front.refused}."))
+            yield Paragraph(f"No Pareto front of {words}: {front.refused}.")
         elif front.left_out:
-            said.append(
-                Paragraph(f"Not on the Pareto front of {words}, as it was not recorded: {joined(front.left_out)}.")
-            )
-    return (_fronts_table(fronts), *said) if any(front.points for front in fronts) else tuple(said)
+            yield Paragraph(f"Not on the Pareto front of {words}, as it was not recorded: {joined(front.left_out)}.")
 
 
 def _fronts_table(fronts: Sequence[Front]) -> Table:
@@ -171,15 +148,16 @@ def _fronts_table(fronts: Sequence[Front]) -> Table:
         "Wilcoxon signed-rank test at 5 % with Holm's correction over one front. "
         f"{OVER_SEEDS} The CSV file has every experiment, on a front or not.",
         data=(_front_data(front, point) for front in fronts for point in front.points),
+        folded=True,
     )
 
 
 def _front_row(front: Front, point: FrontPoint) -> Row:
-    lead = point.lead
+    lead, cost = point.lead, COSTS[front.cost]
     return {
-        "front of": _COST_WORDS[front.cost],
+        "front of": cost.what,
         "experiment": point.experiment,
-        "takes": _cost(front.cost, point.cost),
+        "takes": cost.write(point.cost),
         "validation": percent(point.validation_accuracy),
         "test accuracy": percent_interval(point.test_accuracy),
         "lead over the one before (points)": "–" if lead is None else points_interval(lead.difference),
@@ -187,14 +165,6 @@ def _front_row(front: Front, point: FrontPoint) -> Row:
         "test": "–" if lead is None else tested(lead),
         "on the front of test accuracies": "yes" if point.on_test_front else "no",
     }
-
-
-def _cost(name: CostName, value: float) -> str:
-    if name == "final_parameters":
-        return count(value)
-    if name == "stored_bytes":
-        return megabytes(value)
-    return f"{fixed(1000 * value, 1)} ms" if name == "latency_s" else f"{fixed(value, 3)} s"
 
 
 def _front_data(front: Front, point: FrontPoint) -> dict[str, Raw]:

@@ -6,11 +6,13 @@ have it. Validation chooses, never test.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from peft_vit.analysis import MethodResult
 
 SEED_DOTS = 150  # more dots in one row cover one another
+T = TypeVar("T")
 
 
 def validation_means(methods: Sequence[MethodResult]) -> dict[str, float]:
@@ -18,16 +20,18 @@ def validation_means(methods: Sequence[MethodResult]) -> dict[str, float]:
     return {m.experiment.name: m.validation_accuracy.estimate for m in methods}
 
 
-def leading(names: Sequence[str], validation: Mapping[str, float], limit: int) -> list[int]:
-    """Return which to draw: the `limit` best on validation, by place; all where there are no more.
+def leading(items: Sequence[T], name: Callable[[T], str], validation: Mapping[str, float], limit: int) -> list[T]:
+    """Return the `limit` best on validation in their order; all where there are no more.
 
     Args:
-        names: experiments in the order of the figure.
+        items: in the order of the figure.
+        name: of an item's experiment.
         validation: experiment -> mean validation accuracy; an experiment without one comes last.
         limit: how many at most.
     """
+    names = [name(item) for item in items]
     best = sorted(range(len(names)), key=lambda i: (-validation.get(names[i], float("-inf")), names[i], i))
-    return sorted(best[:limit])
+    return [items[i] for i in sorted(best[:limit])]
 
 
 def selection_note(drawn: int, there: int) -> str:
@@ -35,8 +39,3 @@ def selection_note(drawn: int, there: int) -> str:
     if drawn == there:
         return ""
     return f" Drawn are the {drawn} of {there} experiments with the highest mean accuracy on validation."
-
-
-def many_seeds(methods: Sequence[MethodResult]) -> bool:
-    """Return whether single seeds would cover one another, so that their range stands for them."""
-    return any(len(m.by_seed) > SEED_DOTS for m in methods)

@@ -9,6 +9,7 @@ from peft_vit.config import ExperimentConfig
 from peft_vit.report.document import Block, Cell, Paragraph, Row, Table
 from peft_vit.report.formatting import joined, plain
 from peft_vit.report.style import METHOD_TITLES
+from peft_vit.report.tables import cell
 
 _SHOWN_SETTINGS = 4
 
@@ -44,24 +45,23 @@ def _not_done(study: Study) -> list[UnfinishedRun]:
 def _planned_table(study: Study) -> Table:
     """Return one row an experiment: its settings and what has become of its runs."""
     runs = _not_done(study)
-    rows: list[Row] = []
-    for experiment in study.experiments:
+
+    def row(experiment: ExperimentConfig) -> Row:
         own = [run for run in runs if run.experiment == experiment.name]
         counts = {"done": 0} | {state: sum(run.state == state for run in own) for state in STATES}
-        rows.append(
-            {
-                "Experiment": Cell(plain(experiment.name), {"experiment": experiment.name}),
-                "Method": Cell(METHOD_TITLES[experiment.method], {"method": experiment.method}),
-                "Settings": plain(_settings(experiment)),
-                "Seeds": seeds_in_words([run.seed for run in own]).split(" ", 1)[-1],
-                "Runs": Cell(
-                    joined(f"{n} {state}" for state, n in counts.items() if n),
-                    {state.replace(" ", "_"): n for state, n in counts.items()},
-                ),
-            }
-        )
+        return {
+            "Experiment": cell("experiment", experiment.name, plain),
+            "Method": Cell(METHOD_TITLES[experiment.method], {"method": experiment.method}),
+            "Settings": plain(_settings(experiment)),
+            "Seeds": seeds_in_words([run.seed for run in own]).split(" ", 1)[-1],
+            "Runs": Cell(
+                joined(f"{n} {state}" for state, n in counts.items() if n),
+                {state.replace(" ", "_"): n for state, n in counts.items()},
+            ),
+        }
+
     note = "Settings that are not at their defaults; all of them stand in the configuration and in study.json."
-    return Table.of("planned", "What was planned", rows, note)
+    return Table.of("planned", "What was planned", map(row, study.experiments), note)
 
 
 def _settings(experiment: ExperimentConfig) -> str:
@@ -102,16 +102,15 @@ def _not_done_table(study: Study, runs: list[UnfinishedRun]) -> Table:
 
 
 def _how_to_go_on(runs: list[UnfinishedRun]) -> str:
-    again = any(run.state in ("failed", "pending", "skipped", "missing") for run in runs)
+    states = {run.state for run in runs}
     sentences = []
-    if again:
+    if states & {"failed", "pending", "skipped", "missing"}:
         sentences.append(
             "To go on: peft-vit run CONFIG --output DIR, with this study's configuration file and the directory "
             "that holds its folder; it does what is not done, and tries again what has failed."
         )
-    if any(run.state == "left out" for run in runs):
+    if "left out" in states:
         sentences.append(
             "For runs that are left out, first do what the notice above says; what was moved away runs again."
         )
-    sentences.append("peft-vit status DIR says how far it is.")
-    return " ".join(sentences)
+    return " ".join([*sentences, "peft-vit status DIR says how far it is."])

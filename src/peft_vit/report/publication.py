@@ -47,11 +47,8 @@ def publication_files(drawing: Drawing) -> Iterator[tuple[str, bytes]]:
     """Draw a figure again at the widths of a paper.
 
     Yields:
-        The end of the file's name, such as ``_one_column.pdf``, and its content; nothing for a figure that does
-        not know how to be drawn again.
+        The end of the file's name, such as ``_one_column.pdf``, and its content.
     """
-    if drawing.paint is None:
-        return
     for columns, width_in in WIDTHS_IN.items():
         with matplotlib.rc_context(style_of(columns)):
             height_in = drawing.narrow_height_in if columns == "one" else drawing.height_in
@@ -99,8 +96,6 @@ def _captions(document: StudyDocument) -> list[str]:
     if document.notices:
         parts.append("\n".join(f"> **{escaped(notice)}**  " for notice in document.notices))
     for drawing in document.drawings():
-        if drawing.paint is None:
-            continue
         sizes = f"{drawing.narrow_height_in:.1f} inches high in one column, {drawing.height_in:.1f} in two"
         if max(drawing.narrow_height_in, drawing.height_in) > PAGE_HEIGHT_IN:
             sizes += f"; a page holds {PAGE_HEIGHT_IN} inches"

@@ -1,35 +1,37 @@
-"""Tables of what fewer bits cost: accuracy, loss, steadiness, bytes, memory, latency, and the balance over time."""
+"""Tables of low bits: what they cost in accuracy and steadiness, what they take, and where the bytes are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import get_args
 
 from peft_vit.analysis import Comparison, QuantizationImpact
 from peft_vit.analysis.comparison import outcome
 from peft_vit.analysis.quantization import BalanceStep, Costs
+from peft_vit.analysis.size import FLOAT16_BITS, FLOAT32_BITS, ModelBytes
+from peft_vit.records import FloatPart
 from peft_vit.report.document import Cell, Raw, Row, Table
-from peft_vit.report.formatting import fixed, megabytes, number_interval, percent_interval, points_interval
-from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, comparison_values, ends, number_cell, text_cell
+from peft_vit.report.formatting import COSTS, fixed, megabytes, number_interval, percent_interval, points_interval
+from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, cell, comparison_values, ends
 
 
 def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
     """Return accuracy and error by format."""
+    compared = [q.against_unquantized for q in impacts]
+    twins = ", ".join(sorted({c.reference for c in compared if c.difference is not None}))
     return Table.of(
         "quantization",
         "Accuracy and error by format",
         (
             {
-                "experiment": text_cell("experiment", q.experiment.name),
+                "experiment": cell("experiment", q.experiment.name),
                 **_settings(q),
                 "test accuracy": Cell(percent_interval(q.test_accuracy), ends("test_accuracy", q.test_accuracy)),
                 "against float (points)": Cell(
-                    points_interval(q.against_unquantized.difference),
+                    points_interval(against.difference),
                     {
-                        "difference_to_float": None
-                        if q.against_unquantized.difference is None
-                        else q.against_unquantized.difference.estimate,
-                        "float_reference": q.against_unquantized.reference,
+                        "difference_to_float": None if against.difference is None else against.difference.estimate,
+                        "float_reference": against.reference,
                     },
                 ),
                 "relative error": Cell(
@@ -43,70 +45,19 @@ def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 "frozen": Cell(
                     megabytes(q.frozen_bytes),
                     {
-                        "bits_per_weight": q.bits_per_weight,
+                        "bits_per_weight": q.size.layers_bits,
                         "quantized_bytes": q.quantized_bytes,
                         "frozen_bytes": q.frozen_bytes,
                         "float_backbone_bytes": q.float_backbone_bytes,
                     },
                 ),
             }
-            for q in impacts
+            for q, against in zip(impacts, compared, strict=True)
         ),
-        _quantization_note(impacts),
-    )
-
-
-def _quantization_note(impacts: Sequence[QuantizationImpact]) -> str:
-    return (
         "Against float: the same LoRA rank, scale and targets on float weights, paired by seed"
-        f"{_float_reference(impacts)}. Relative error: ‖W − Wq‖ / ‖W‖, mean over layers. "
+        f"{f' ({twins})' if twins else ''}. Relative error: ‖W − Wq‖ / ‖W‖, mean over layers. "
         "Frozen: everything that is frozen, quantized or not; the float backbone takes "
-        f"{megabytes(impacts[0].float_backbone_bytes)}. {OVER_SEEDS}"
-    )
-
-
-def _float_reference(impacts: Sequence[QuantizationImpact]) -> str:
-    found = sorted({q.against_unquantized.reference for q in impacts if q.against_unquantized.difference is not None})
-    return f" ({', '.join(found)})" if found else ""
-
-
-class _Measure(NamedTuple):
-    name: str
-    title: str
-    of: Callable[[QuantizationImpact], Comparison]
-
-
-_AGAINST_FLOAT = (
-    _Measure("accuracy", "accuracy (points)", lambda q: q.against_unquantized),
-    _Measure("nll", "NLL (nats)", lambda q: q.against_float.nll),
-    _Measure("late_deviation", "late deviation (nats)", lambda q: q.against_float.late_deviation),
-    _Measure("roughness", "roughness (nats)", lambda q: q.against_float.roughness),
-)
-
-
-def against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return every paired difference to the float twin, beside bits, format, groups and schedule."""
-    return Table.of(
-        "quantization_against_float",
-        "Low bits minus the same LoRA on float weights, paired by seed",
-        (
-            {
-                "experiment": q.experiment.name,
-                "bits": str(q.settings.quantization_bits or "by layer"),
-                **_settings(q),
-                "n": str(len(q.against_unquantized.by_seed)),
-                **{measure.title: _difference(measure, q) for measure in _AGAINST_FLOAT},
-                "float twin": q.against_unquantized.reference
-                if q.against_unquantized.by_seed
-                else q.against_unquantized.note,
-            }
-            for q in impacts
-        ),
-        "Accuracy: negative is a loss. NLL on test, late deviation and roughness: positive is worse, less steady, "
-        "rougher. Late deviation: standard deviation of the training loss about its own line over the last third "
-        "of the steps; roughness: spread of a step's loss about its neighbours' mean. Both hold the noise of "
-        f"minibatches, which pairs share. Each measure is one family of tests. {FAMILY_NOTE}",
-        data=(_against_float_row(q, measure) for q in impacts for measure in _AGAINST_FLOAT),
+        f"{megabytes(impacts[0].float_backbone_bytes)}. {OVER_SEEDS}",
     )
 
 
@@ -123,32 +74,60 @@ def _settings(q: QuantizationImpact) -> dict[str, Cell]:
     }
 
 
-def _difference(measure: _Measure, q: QuantizationImpact) -> str:
-    comparison = measure.of(q)
-    if comparison.difference is None:
+_MEASURES: dict[str, tuple[str, Callable[[QuantizationImpact], Comparison]]] = {
+    "accuracy": ("accuracy (points)", lambda q: q.against_unquantized),
+    "nll": ("NLL (nats)", lambda q: q.against_float.nll),
+    "late_deviation": ("late deviation (nats)", lambda q: q.against_float.late_deviation),
+    "roughness": ("roughness (nats)", lambda q: q.against_float.roughness),
+}
+
+
+def against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    """Return every paired difference to the float twin, beside bits, format, groups and schedule."""
+    return Table.of(
+        "quantization_against_float",
+        "Low bits minus the same LoRA on float weights, paired by seed",
+        (
+            {
+                "experiment": q.experiment.name,
+                "bits": str(q.settings.quantization_bits or "by layer"),
+                **_settings(q),
+                "n": str(len(q.against_unquantized.by_seed)),
+                **{title: _difference(measure, of(q)) for measure, (title, of) in _MEASURES.items()},
+                "float twin": q.against_unquantized.reference
+                if q.against_unquantized.by_seed
+                else q.against_unquantized.note,
+            }
+            for q in impacts
+        ),
+        "Accuracy: negative is a loss. NLL on test, late deviation and roughness: positive is worse, less steady, "
+        "rougher. Late deviation: standard deviation of the training loss about its own line over the last third "
+        "of the steps; roughness: spread of a step's loss about its neighbours' mean. Both hold the noise of "
+        f"minibatches, which pairs share. Each measure is one family of tests. {FAMILY_NOTE}",
+        data=(
+            {
+                "experiment": q.experiment.name,
+                "bits": q.settings.quantization_bits,
+                **{name: value for one in _settings(q).values() for name, value in one.values.items()},
+                "measure": measure,
+                "float_reference": of(q).reference,
+                **ends("difference", of(q).difference),
+                **comparison_values(of(q)),
+            }
+            for q in impacts
+            for measure, (_, of) in _MEASURES.items()
+        ),
+    )
+
+
+def _difference(measure: str, comparison: Comparison) -> str:
+    found = comparison.difference
+    if found is None:
         return "not computed"
-    interval = comparison.difference
-    text = points_interval(interval) if measure.name == "accuracy" else number_interval(interval, 3)
-    return f"{text}, {_word(comparison)}"
-
-
-def _word(comparison: Comparison) -> str:
+    text = points_interval(found) if measure == "accuracy" else number_interval(found, 3)
     if comparison.verdict == "not decided":
-        return "not decided"
-    return f"{'more' if comparison.verdict == 'supported' else 'less'}, {outcome(comparison)}"
-
-
-def _against_float_row(q: QuantizationImpact, measure: _Measure) -> dict[str, Raw]:
-    comparison = measure.of(q)
-    return {
-        "experiment": q.experiment.name,
-        "bits": q.settings.quantization_bits,
-        **{name: found for cell in _settings(q).values() for name, found in cell.values.items()},
-        "measure": measure.name,
-        "float_reference": comparison.reference,
-        **ends("difference", comparison.difference),
-        **comparison_values(comparison),
-    }
+        return f"{text}, not decided"
+    return f"{text}, {'more' if comparison.verdict == 'supported' else 'less'}, {outcome(comparison)}"
 
 
 def quantization_cost_table(impacts: Sequence[QuantizationImpact]) -> Table:
@@ -172,15 +151,14 @@ def _cost_row(q: QuantizationImpact) -> Row:
     timed = twin if q.same_machine else _NOTHING
     reference = None if q.float_costs is None else q.against_unquantized.reference
     values: dict[str, Raw] = {"float_reference": reference, "same_machine": int(q.same_machine)}
-    for prefix, costs in (("", q.costs), ("float_", q.float_costs)):
-        values |= {f"{prefix}{name}": cost for name, cost in _cost_values(costs).items()}
+    values |= _cost_values("", q.costs) | _cost_values("float_", q.float_costs)
     return {
-        "experiment": text_cell("experiment", q.experiment.name),
-        "bits a weight, layers": number_cell("bits_per_weight", q.bits_per_weight, fixed),
+        "experiment": cell("experiment", q.experiment.name),
+        "bits a weight, layers": cell("bits_per_weight", q.size.layers_bits, fixed),
         "to store": _with_factor(megabytes, own.stored_bytes, twin.stored_bytes),
         "memory of a run": _with_factor(megabytes, own.own_memory_bytes, timed.own_memory_bytes),
-        "a step": _with_factor(_seconds, own.seconds_per_step, timed.seconds_per_step),
-        "latency, 1 image": _with_factor(_milliseconds, own.latency_s.get(1), timed.latency_s.get(1)),
+        "a step": _with_factor(COSTS["seconds_per_step"].write, own.seconds_per_step, timed.seconds_per_step),
+        "latency, 1 image": _with_factor(COSTS["latency_s"].write, own.latency_s.get(1), timed.latency_s.get(1)),
         "float twin": Cell(reference or "none in this study", values),
     }
 
@@ -191,56 +169,138 @@ def _with_factor(write: Callable[[float], str], own: float | None, other: float 
     return f"{write(own)} (× {fixed(own / other)})" if other else write(own)
 
 
-def _seconds(value: float) -> str:
-    return f"{fixed(value, 3)} s"
-
-
-def _milliseconds(value: float) -> str:
-    return f"{fixed(1000 * value, 1)} ms"
-
-
-def _cost_values(costs: Costs | None) -> dict[str, Raw]:
-    if costs is None:
-        return {"stored_bytes": None, "own_memory_bytes": None, "seconds_per_step": None}
+def _cost_values(prefix: str, costs: Costs | None) -> dict[str, Raw]:
     return {
-        "stored_bytes": costs.stored_bytes,
-        "own_memory_bytes": costs.own_memory_bytes,
-        "seconds_per_step": costs.seconds_per_step,
-        **{f"latency_s_batch_{size}": seconds for size, seconds in costs.latency_s.items()},
+        f"{prefix}stored_bytes": None if costs is None else costs.stored_bytes,
+        f"{prefix}own_memory_bytes": None if costs is None else costs.own_memory_bytes,
+        f"{prefix}seconds_per_step": None if costs is None else costs.seconds_per_step,
+        **{f"{prefix}latency_s_batch_{size}": s for size, s in (costs.latency_s.items() if costs else ())},
     }
 
 
 def balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
     """Return the measures of the balance at the first, the middle and the last check; the CSV file has every one."""
-    courses = [(q, name, course) for q in impacts for name, course in _courses(q).items()]
+    courses: dict[tuple[str, str], list[BalanceStep]] = {}
+    for q in impacts:
+        for at in q.balance:
+            courses.setdefault((q.experiment.name, at.name), []).append(at)
+
+    def check(at: BalanceStep) -> str:
+        return f"{at.mean:.4g} (step {at.step})"
+
     return Table.of(
         "quantization_balance",
         "Balance of quantization and adaptation",
         (
             {
-                "experiment": q.experiment.name,
+                "experiment": experiment,
                 "measure": name,
-                "first check": _check(course[0]),
-                "in between": _check(course[len(course) // 2]) if len(course) > 2 else "–",
-                "last check": _check(course[-1]) if len(course) > 1 else "–",
+                "first check": check(course[0]),
+                "in between": check(course[len(course) // 2]) if len(course) > 2 else "–",
+                "last check": check(course[-1]) if len(course) > 1 else "–",
             }
-            for q, name, course in courses
+            for (experiment, name), course in courses.items()
         ),
         "As recorded by the balance check, mean over the seeds that measured it then. The CSV has every check.",
         data=(
-            {"experiment": q.experiment.name, "measure": name, "step": at.step, "mean": at.mean, "n": at.n}
-            for q, name, course in courses
+            {"experiment": experiment, "measure": name, "step": at.step, "mean": at.mean, "n": at.n}
+            for (experiment, name), course in courses.items()
             for at in course
         ),
+        folded=True,
     )
 
 
-def _courses(q: QuantizationImpact) -> dict[str, list[BalanceStep]]:
-    courses: dict[str, list[BalanceStep]] = {}
-    for at in q.balance:
-        courses.setdefault(at.name, []).append(at)
-    return courses
+def size_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    """Return what is claimed of each format beside what was measured, for its layers and for the whole model."""
+    return Table.of(
+        "size",
+        "How much smaller: claimed and measured",
+        (
+            {
+                "experiment": cell("experiment", q.experiment.name),
+                "claimed": cell("claimed_vs_fp32", q.size.claimed, _times),
+                **_bits_and_ratios("layers", q.size.layers_bits),
+                **_bits_and_ratios("model", q.size.model.bits_per_weight if q.size.model else None),
+                "live": cell("live_bytes", q.size.model and q.size.model.live, megabytes),
+                "file": cell("file_bytes", q.size.model and q.size.model.file, megabytes),
+                "memory of a run": cell("own_memory_bytes", q.costs.own_memory_bytes, megabytes),
+            }
+            for q in impacts
+        ),
+        "Claimed: 32 over the bits of a code, 8 × for 4 bits and 4 × for 8, as is commonly said. Layers: codes, "
+        "scales and offsets of the quantized layers. Model: with all that is left in float, once adapters are "
+        "merged; against 4 bytes (fp32) and 2 bytes (fp16) for each value of the float model. Live: distinct "
+        "storages of the low-bit model; file: the same as safetensors. Memory of a run: what training "
+        "added to its process's memory at most, model and activations included. Means over seeds. – : not in these "
+        "(older) records.",
+    )
 
 
-def _check(at: BalanceStep) -> str:
-    return f"{at.mean:.4g} (step {at.step})"
+def _times(ratio: float) -> str:
+    return f"{fixed(ratio, 1)} ×"
+
+
+def _bits_and_ratios(of: str, bits: float | None) -> dict[str, Cell]:
+    return {
+        f"{of}: bits a weight": cell(f"{of}_bits_per_weight", bits, fixed),
+        f"fp32 / {of}": cell(f"{of}_vs_fp32", bits and FLOAT32_BITS / bits, _times),
+        f"fp16 / {of}": cell(f"{of}_vs_fp16", bits and FLOAT16_BITS / bits, _times),
+    }
+
+
+def bytes_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    """Return where the bytes of each low-bit model are."""
+    counted = [(q, q.size.model) for q in impacts if q.size.model is not None]
+    parts = [part for part in get_args(FloatPart) if any(part in model.in_float for _, model in counted)]
+
+    def share(part: str, size: float, model: ModelBytes) -> Cell:
+        return Cell(f"{megabytes(size)} ({fixed(100 * size / model.total, 1)} %)" if size else "–", {part: size})
+
+    return Table.of(
+        "size_parts",
+        "Where the bytes are",
+        (
+            {
+                "experiment": cell("experiment", q.experiment.name),
+                **{part: share(part, getattr(model, part), model) for part in ("codes", "scales", "offsets")},
+                **{f"{part} (float)": share(part, model.in_float.get(part, 0.0), model) for part in parts},
+                "together": Cell(megabytes(model.total), {"total_bytes": model.total, "weights": model.weights}),
+            }
+            for q, model in counted
+        ),
+        "Shares of the whole in brackets. Other: class and register tokens, layer scales. Means over seeds.",
+        folded=True,
+    )
+
+
+def layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    """Return stored bits a weight by kind of layer; the CSV file has every layer, with its error."""
+    by_kind: dict[str, dict[str, list[float]]] = {}  # kind -> experiment -> bits of its layers
+    for q in impacts:
+        for name, bits in q.bits_by_layer.items():
+            by_kind.setdefault(name.rpartition(".")[2], {}).setdefault(q.experiment.name, []).append(bits)
+
+    def text(found: list[float]) -> str:
+        return " to ".join(dict.fromkeys((fixed(min(found)), fixed(max(found))))) if found else "–"
+
+    return Table.of(
+        "bits_by_layer",
+        "Bits a weight by layer",
+        (
+            {"experiment": name, **{kind: text(of.get(name, [])) for kind, of in by_kind.items()}}
+            for name in (q.experiment.name for q in impacts)
+        ),
+        "Scales and offsets included; from the smallest to the largest over the blocks. The CSV has every layer.",
+        data=(
+            {
+                "experiment": q.experiment.name,
+                "layer": name,
+                "bits_per_weight": bits,
+                "relative_error": q.error_by_layer.get(name),
+            }
+            for q in impacts
+            for name, bits in q.bits_by_layer.items()
+        ),
+        folded=True,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peft_vit.analysis.comparability import hardware
@@ -12,7 +12,16 @@ from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Paragraph, Table
-from peft_vit.report.formatting import count, counted, fixed, margin_in_points, megabytes, percent, points_interval
+from peft_vit.report.formatting import (
+    count,
+    counted,
+    fixed,
+    joined,
+    margin_in_points,
+    megabytes,
+    percent,
+    points_interval,
+)
 from peft_vit.report.rows import writing
 from peft_vit.report.terminal import print_blocks
 
@@ -64,10 +73,11 @@ def _asked(found: Recommendation) -> Iterator[str]:
         f"Study {study.label}. Best by validation: {best.name}, mean validation accuracy "
         f"{percent(best.validation_accuracy)} ({seeds}); {_cost(best)}."
     )
-    if uneven := [one for one in _rated(found) if set(one.seeds) != set(best.seeds)]:
-        listed = ", ".join(f"{one.name} {_seeds(one)}" for one in uneven)
+    rated = (*(one.rated for one in found.candidates), *found.outside, *found.larger)
+    if uneven := [one for one in rated if set(one.seeds) != set(best.seeds)]:
+        listed = joined(f"{one.name} {_seeds(one)}" for one in uneven)
         yield f"Validation means are over different seeds than the best's ({_seeds(best)}): {listed}."
-    limits = ", ".join(_limit(fault) for fault in found.limits.given(best.cost)) or "none"
+    limits = joined(_limit(fault) for fault in found.limits.given(best.cost)) or "none"
     yield (
         f"Asked: the smallest by {_ORDER[found.measure]} that loses less than {_points(found)} of test accuracy "
         f"against it. Limits: {limits}."
@@ -102,7 +112,7 @@ def _recommended(found: Recommendation, chosen: Rated) -> Iterator[str]:
         f"{_points(found)} or more is rejected with p = {tested.adjusted_p:.2g} ({_family(found)})."
     )
     if found.as_small:
-        names = ", ".join(one.name for one in found.as_small)
+        names = joined(one.name for one in found.as_small)
         yield f"Shown, too, and not larger {_CLEARLY}, but with no higher validation accuracy: {names}."
     yield f"Against {found.best.name} it {'; '.join(_savings(found.best, chosen))}."
 
@@ -180,10 +190,6 @@ def recommended_yaml(found: Recommendation) -> str | None:
     return study_yaml(chosen.runs[0].record.spec, chosen.seeds, suffix=_SUFFIX, comments=comments)
 
 
-def _rated(found: Recommendation) -> Sequence[Rated]:
-    return (*(one.rated for one in found.candidates), *found.outside, *found.larger)
-
-
 def _seeds(rated: Rated) -> str:
     return f"seed{'' if len(rated.seeds) == 1 else 's'} {', '.join(map(str, rated.seeds))}"
 
@@ -210,23 +216,11 @@ def _bytes(value: float) -> str:
     return megabytes(value) if value >= 1e4 else f"{count(value)} bytes"
 
 
-def _parameters(value: float) -> str:
-    return f"{count(value)} parameters"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s a step"
-
-
-def _latency(value: float) -> str:
-    return f"{1000 * value:.3g} ms latency"
-
-
 _UNITS: dict[Option, Callable[[float], str]] = {
     "--max-bytes": _bytes,
-    "--max-params": _parameters,
-    "--max-seconds": _seconds,
-    "--max-latency-ms": _latency,
+    "--max-params": lambda value: f"{count(value)} parameters",
+    "--max-seconds": lambda value: f"{value:.3g} s a step",
+    "--max-latency-ms": lambda value: f"{1000 * value:.3g} ms latency",
 }
 
 
@@ -243,18 +237,18 @@ def _broken(fault: Fault) -> str:
 
 
 def _savings(best: Rated, chosen: Rated) -> Iterator[str]:
-    yield _saved(best.cost.stored_bytes, chosen.cost.stored_bytes, _bytes)
-    yield _saved(best.cost.parameters, chosen.cost.parameters, _parameters)
-    times = [
-        (best.cost.seconds_per_step, chosen.cost.seconds_per_step, _seconds),
-        (best.cost.latency_s, chosen.cost.latency_s, _latency),
-    ]
-    known = [(before, after, words) for before, after, words in times if before is not None and after is not None]
+    before, after = best.cost, chosen.cost
+    yield _saved(before.stored_bytes, after.stored_bytes, _UNITS["--max-bytes"])
+    yield _saved(before.parameters, after.parameters, _UNITS["--max-params"])
+    times = (
+        (before.seconds_per_step, after.seconds_per_step, _UNITS["--max-seconds"]),
+        (before.latency_s, after.latency_s, _UNITS["--max-latency-ms"]),
+    )
+    known = [(one, other, words) for one, other, words in times if one is not None and other is not None]
     if known and len({hardware(run) for run in (*best.runs, *chosen.runs)}) > 1:
         yield "was timed on other machines, so times do not compare"
-        return
-    for before, after, words in known:
-        yield _saved(before, after, words)
+    else:
+        yield from (_saved(one, other, words) for one, other, words in known)
 
 
 def _saved(before: float, after: float, words: Callable[[float], str]) -> str:

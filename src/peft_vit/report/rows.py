@@ -5,36 +5,46 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from peft_vit.errors import UserError
-from peft_vit.report.document import Raw
+from peft_vit.records import write_atomically
+from peft_vit.report.document import Paragraph, Raw, Table
+from peft_vit.report.terminal import print_blocks
 
 
-def as_csv(rows: Sequence[dict[str, Raw]], columns: Sequence[str] | None = None) -> str:
-    """Return rows as CSV; `columns`: by default those that occur, in the order in which they do."""
+def as_csv(rows: Sequence[dict[str, Raw]], columns: Sequence[str] = ()) -> str:
+    """Return rows as CSV: some columns in any case, then those that occur, in the order in which they do."""
     text = io.StringIO()
-    names = columns or list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def encoded(rows: Sequence[dict[str, Raw]], columns: Sequence[str], file: Path) -> bytes:
-    """Return the content of a file with rows, in the format that its name asks for.
+def print_with_rows(
+    blocks: Iterable[Paragraph | Table],
+    rows: Sequence[dict[str, Raw]],
+    output: Path | None,
+    columns: Sequence[str] = (),
+) -> None:
+    """Print blocks; write rows to a .csv or .json file if one is named, with some columns even if there is no row.
 
     Raises:
-        UserError: for another ending than .csv and .json.
+        UserError: for another ending, or if the file can't be written.
     """
-    ending = file.suffix.lower()
-    if ending == ".csv":
-        return as_csv(rows, columns).encode()
-    if ending == ".json":
-        return (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
-    raise UserError("expected a name that ends in .csv or .json", file=file, field="--output")
+    ending = "" if output is None else output.suffix.lower()
+    if output is not None and ending not in (".csv", ".json"):
+        raise UserError("expected a name that ends in .csv or .json", file=output, field="--output")
+    print_blocks(blocks)
+    if output is not None:
+        text = as_csv(rows, columns) if ending == ".csv" else json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+        with writing(output):
+            write_atomically(output, text.encode())
+        print_blocks([Paragraph(f"{len(rows)} rows: {output}")])
 
 
 @contextmanager

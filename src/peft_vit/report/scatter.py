@@ -1,8 +1,8 @@
-"""Accuracy against what it costs: each seed, the mean, and the line of fixed-rank LoRA."""
+"""Accuracy against what it costs: by parameters and by bytes with every seed, and the Pareto front of each cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,21 +10,23 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from peft_vit.analysis import MethodResult
+from peft_vit.analysis import Front, MethodResult
 from peft_vit.config import LoraConfig
 from peft_vit.report.document import Drawing, Raw
-from peft_vit.report.formatting import count, counted, megabytes, percent, percent_interval
-from peft_vit.report.hover import HoverPoints
-from peft_vit.report.plot_selection import leading, many_seeds, selection_note, validation_means
-from peft_vit.report.style import METHOD_COLORS, PAPER, draw, is_narrow, quiet_grid
+from peft_vit.report.formatting import COSTS, count, counted, megabytes, percent, percent_interval
+from peft_vit.report.hover import MARKERS, HoverPoints
+from peft_vit.report.plot_selection import SEED_DOTS, leading, selection_note, validation_means
+from peft_vit.report.style import INK, METHOD_COLORS, PAPER, draw, is_narrow, place_legend, quiet_grid
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 LEGEND_ENTRIES = 24
 _MARKER_STEP_PT = 7.0
+_PANEL_IN = 2.5
 _SCATTER_CAPTION = (
     "Dots: single seeds, joined by a thin line. Large marker: mean. Of markers at the same place the "
     "leftmost stands where it belongs, the others beside it."
 )
+Looks = Mapping[str, tuple[str, str]]
+"""Experiment -> color of its method, and a marker that others of the method do not have."""
 
 
 def accuracy_by_parameters(methods: Sequence[MethodResult]) -> Drawing:
@@ -33,13 +35,12 @@ def accuracy_by_parameters(methods: Sequence[MethodResult]) -> Drawing:
 
     def paint(figure: Figure) -> HoverPoints:
         axes = figure.add_subplot()
-        hover = _scatter(figure, axes, drawn, lambda m: m.final_parameters, _parameters)
-        line = [(m.final_parameters, 100 * m.test_accuracy.estimate) for m in _fixed_rank(drawn)]
+        says = [f"{count(m.final_parameters)} trainable parameters" for m in drawn]
+        hover = _scatter(figure, axes, drawn, [m.final_parameters for m in drawn], says)
+        line = [(m.final_parameters, 100 * m.test_accuracy.estimate) for m in drawn if _has_fixed_rank(m)]
         if len(line) > 1:
             axes.plot(*zip(*sorted(line), strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-        axes.minorticks_off()
+        _count_axis(axes)
         end = "\n" if is_narrow(figure) else " "
         axes.set_xlabel(f"trainable parameters at the end of the run,{end}head included (log scale)")
         return hover
@@ -58,9 +59,10 @@ def accuracy_by_bytes(methods: Sequence[MethodResult]) -> Drawing:
     drawn = _drawn(methods)
 
     def paint(figure: Figure) -> HoverPoints:
-        axes = figure.add_subplot()
-        hover = _scatter(figure, axes, drawn, lambda m: m.stored_bytes / 1e6, _stored)
-        axes.set_xlim(0, 1.1 * max(m.stored_bytes for m in drawn) / 1e6)  # room for markers beside the last one
+        axes, stored = figure.add_subplot(), [m.stored_bytes / 1e6 for m in drawn]
+        says = [f"{megabytes(m.stored_bytes)} to store" for m in drawn]
+        hover = _scatter(figure, axes, drawn, stored, says)
+        axes.set_xlim(0, 1.1 * max(stored))  # room for markers beside the last one
         axes.set_xlabel("frozen weights + adapter file (MB, 10⁶ bytes)")
         return hover
 
@@ -73,16 +75,12 @@ def accuracy_by_bytes(methods: Sequence[MethodResult]) -> Drawing:
 
 
 def _drawn(methods: Sequence[MethodResult]) -> list[MethodResult]:
-    chosen = leading([m.experiment.name for m in methods], validation_means(methods), LEGEND_ENTRIES)
-    return [methods[i] for i in chosen]
+    return leading(methods, lambda m: m.experiment.name, validation_means(methods), LEGEND_ENTRIES)
 
 
-def _parameters(method: MethodResult) -> str:
-    return f"{count(method.final_parameters)} trainable parameters"
-
-
-def _stored(method: MethodResult) -> str:
-    return f"{megabytes(method.stored_bytes)} to store"
+def _has_fixed_rank(method: MethodResult) -> bool:
+    lora = method.experiment.section(LoraConfig)
+    return lora is not None and lora.rank is not None
 
 
 def _rows(methods: Sequence[MethodResult], cost: Callable[[MethodResult], dict[str, Raw]]) -> list[dict[str, Raw]]:
@@ -100,64 +98,49 @@ def _rows(methods: Sequence[MethodResult], cost: Callable[[MethodResult], dict[s
     ]
 
 
-def _fixed_rank(methods: Sequence[MethodResult]) -> list[MethodResult]:
-    return [m for m in methods if (lora := m.experiment.section(LoraConfig)) is not None and lora.rank is not None]
+def _looks(methods: Sequence[MethodResult]) -> Looks:
+    seen: dict[str, int] = {}
+    looks = {}
+    for method in methods:
+        family = method.experiment.method
+        index = seen[family] = seen.get(family, -1) + 1
+        looks[method.experiment.name] = (METHOD_COLORS[family], MARKERS[index % len(MARKERS)])
+    return looks
+
+
+def _legend(figure: Figure, looks: Looks) -> None:
+    marks = [Line2D([], [], marker=m, ls="", color=color, ms=6, label=name) for name, (color, m) in looks.items()]
+    place_legend(figure, marks)
 
 
 def _scatter(
-    figure: Figure,
-    axes: Axes,
-    methods: Sequence[MethodResult],
-    position: Callable[[MethodResult], float],
-    cost: Callable[[MethodResult], str],
+    figure: Figure, axes: Axes, methods: Sequence[MethodResult], places: Sequence[float], says: Sequence[str]
 ) -> HoverPoints:
-    hover, seen = HoverPoints(), dict[str, int]()
-    handles = []
-    offsets = _side_by_side([position(method) for method in methods])
-    for method, offset in zip(methods, offsets, strict=True):
-        name, family = method.experiment.name, method.experiment.method
-        index = seen[family] = seen.get(family, -1) + 1
-        color, marker = METHOD_COLORS[family], MARKERS[index % len(MARKERS)]
+    """Draw each seed and the mean of each method at its place; `says` is what a place is."""
+    hover, looks = HoverPoints(), _looks(methods)
+    for method, x, offset, said in zip(methods, places, _side_by_side(places), says, strict=True):
+        name, mean = method.experiment.name, 100 * method.test_accuracy.estimate
+        color, marker = looks[name]
         hover.series(name, color, marker)
         moved = axes.transData + ScaledTranslation(offset / 72, 0, figure.dpi_scale_trans)
-        x, seeds = position(method), [100 * value for value in method.by_seed]
-        (line,) = axes.plot(
-            [x, x], [min(seeds), max(seeds)], "-", color=color, lw=0.8, alpha=0.5, zorder=2, transform=moved
-        )
-        hover.add(name, line)
-        if not many_seeds([method]):
-            (dots,) = axes.plot([x] * len(seeds), seeds, ".", ms=4, color=color, alpha=0.7, zorder=3, transform=moved)
-            texts = [f"seed {s}: {percent(v)}" for s, v in zip(method.seeds, method.by_seed, strict=True)]
-            hover.add(name, dots, [f"{text}\n{cost(method)}" for text in texts])
-        mean = 100 * method.test_accuracy.estimate
-        (large,) = axes.plot([x], [mean], marker, ms=6.5, color=color, mec=PAPER, mew=0.6, zorder=4, transform=moved)
-        of = f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}"
-        hover.add(name, large, [f"{of}\n{cost(method)}"])
-        handles.append(Line2D([], [], marker=marker, ls="", color=color, ms=6, label=name))
-    points = [(position(m), 100 * value) for m in methods for value in m.by_seed]
-    axes.update_datalim(points)  # moved artists do not count for the limits on their own
+        seeds = [100 * value for value in method.by_seed]
+        span = [min(seeds), max(seeds)]
+        hover.plot(name, axes, [x, x], span, color=color, lw=0.8, alpha=0.5, zorder=2, transform=moved)
+        if len(seeds) <= SEED_DOTS:
+            texts = [f"seed {s}: {percent(v)}\n{said}" for s, v in zip(method.seeds, method.by_seed, strict=True)]
+            look = {"marker": ".", "ls": "", "ms": 4, "alpha": 0.7, "zorder": 3}
+            hover.plot(name, axes, [x] * len(seeds), seeds, texts, color=color, transform=moved, **look)
+        texts = [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}\n{said}"]
+        look = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
+        hover.plot(name, axes, [x], [mean], texts, color=color, transform=moved, **look)
+    # Moved artists do not count for the limits on their own.
+    axes.update_datalim([(x, 100 * v) for m, x in zip(methods, places, strict=True) for v in m.by_seed])
     axes.margins(x=0.1, y=0.08)
     axes.autoscale_view()
     axes.set_ylabel("test accuracy (%)")
     quiet_grid(axes)
-    place_legend(figure, handles)
+    _legend(figure, looks)
     return hover
-
-
-def place_legend(figure: Figure, handles: list[Line2D]) -> None:
-    """Put a legend of experiments at the right, or below where there is no room at the right."""
-    if not is_narrow(figure):
-        figure.legend(handles=handles, loc="outside right upper", handletextpad=0.3, labelspacing=0.55)
-        return
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=1 if longest > 26 else 2,
-        handletextpad=0.3,
-        labelspacing=0.3,
-        columnspacing=1.0,
-    )
 
 
 def _side_by_side(positions: Sequence[float]) -> list[float]:
@@ -169,9 +152,99 @@ def _side_by_side(positions: Sequence[float]) -> list[float]:
     return offsets
 
 
+def _count_axis(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+    axes.minorticks_off()
+
+
 def short_count(value: float) -> str:
     """Return 1000 as 1k and 1000000 as 1M."""
     for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:g}{suffix}"
     return f"{value:g}"
+
+
+def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> tuple[Drawing, ...]:
+    """Return one figure with a panel for each cost that can be compared; none where there is no such cost.
+
+    Args:
+        fronts: of the study.
+        methods: of the study, for colors and for what is drawn where there are many.
+    """
+    shown = [front for front in fronts if front.points]
+    if not shown or len(methods) < 2:
+        return ()
+    on_front = {point.experiment for front in shown for point in front.on_front}
+    first = {name: value + (name in on_front) for name, value in validation_means(methods).items()}
+    looks = _looks(leading(methods, lambda m: m.experiment.name, first, LEGEND_ENTRIES))
+
+    def paint(figure: Figure) -> HoverPoints:
+        hover = HoverPoints()
+        for name, (color, marker) in looks.items():
+            hover.series(name, color, marker)
+        columns = 1 if is_narrow(figure) else 2
+        panels = figure.subplots(-(-len(shown) // columns), columns, squeeze=False, sharey=True).ravel()
+        for axes in panels[len(shown) :]:
+            axes.set_visible(False)
+        for axes, front in zip(panels, shown, strict=False):
+            _front_panel(axes, hover, front, looks)
+        for axes in panels[: len(shown) : columns]:
+            axes.set_ylabel("validation accuracy (%)")
+        _legend(figure, looks)
+        return hover
+
+    some = (
+        f" Drawn are {len(looks)} of {len(methods)} experiments: those on a front first, then those with the highest "
+        "mean accuracy on validation."
+    )
+    caption = (
+        "Means over seeds. Filled: on the front of validation accuracy, which nobody beats at no more cost, and joined "
+        "by a stair. Open: beaten by another. Validation chooses the front; the table has the accuracy on test and "
+        f"what the paired test says of each step.{'' if len(looks) == len(methods) else some}"
+    )
+    height = _PANEL_IN * -(-len(shown) // 2) + 0.4
+    narrow = _PANEL_IN * len(shown) + 0.4 + 0.14 * len(looks)
+    title = "Pareto fronts: accuracy against what it costs"
+    data: list[dict[str, Raw]] = [
+        {
+            "cost": front.cost,
+            "experiment": point.experiment,
+            "value": point.cost,
+            "validation_accuracy": point.validation_accuracy,
+            "test_accuracy": point.test_accuracy.estimate,
+            "on_front": "yes" if point.on_front else "no",
+        }
+        for front in shown
+        for point in front.points
+    ]
+    return (draw("pareto_fronts", title, caption, height, paint, data, narrow),)
+
+
+def _front_panel(axes: Axes, hover: HoverPoints, front: Front, looks: Looks) -> None:
+    cost = COSTS[front.cost]
+    stair = [(cost.scale * p.cost, 100 * p.validation_accuracy) for p in front.on_front]
+    axes.step(*zip(*stair, strict=True), where="post", color=INK, lw=0.9, alpha=0.6, zorder=2)
+    for point in front.points:
+        if point.experiment not in looks:
+            continue
+        color, marker = looks[point.experiment]
+        stands = "on the front" if point.on_front else "not on the front"
+        accuracies = f"validation {percent(point.validation_accuracy)}, test {percent(point.test_accuracy.estimate)}"
+        texts = [f"{cost.write(point.cost)}{cost.unit}: {stands}\n{accuracies}"]
+        look = {
+            "marker": marker,
+            "ls": "",
+            "ms": 6,
+            "mfc": color if point.on_front else PAPER,
+            "mec": color,
+            "mew": 1.2,
+        }
+        x, y = cost.scale * point.cost, 100 * point.validation_accuracy
+        hover.plot(point.experiment, axes, [x], [y], texts, color=color, **look, zorder=3)
+    if front.cost == "final_parameters":
+        _count_axis(axes)
+    axes.margins(x=0.08, y=0.1)
+    axes.set_xlabel(cost.axis)
+    quiet_grid(axes)

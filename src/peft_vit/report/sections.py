@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from peft_vit.analysis import Analysis, FisherAgreement, StudyAgreement, study_agreements
+from peft_vit.analysis import Analysis, FisherAgreement, StudyAgreement
 from peft_vit.report import (
     allocation_tables,
     calibration_tables,
@@ -15,56 +14,44 @@ from peft_vit.report import (
     layer_tables,
     pair_tables,
     quantization_tables,
-    size_tables,
     summary,
     tables,
 )
-from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument, Table
+from peft_vit.report.curves import loss_curves
+from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.report.examples import Thumbnails, example_blocks
-from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
-from peft_vit.report.forest_plot import forests
+from peft_vit.report.forest_plot import accuracy_by_method, forests
 from peft_vit.report.formatting import counted, fixed, joined, plain
-from peft_vit.report.pareto_plot import pareto_panels
-from peft_vit.report.plot_selection import validation_means
+from peft_vit.report.heatmaps import importance_maps, rank_maps
+from peft_vit.report.plot_selection import leading, selection_note, validation_means
 from peft_vit.report.progress import progress
 from peft_vit.report.reliability import reliability_diagram
+from peft_vit.report.scatter import accuracy_by_bytes, accuracy_by_parameters, pareto_panels
 
-# What a reader looks up rather than reads: it stands behind a table or a figure that is always shown.
-FOLDED = frozenset(
-    {
-        "pareto_fronts",
-        "quality",
-        "calibration",
-        "reliability",
-        "convergence",
-        "examples",
-        "importance_by_block",
-        "importance_over_time",
-        "importance_course",
-        "allocation",
-        "allocation_course",
-        "size_parts",
-        "bits_by_layer",
-        "quantization_balance",
-        "findings",
-        "without_data",
-    }
-)
+MAPS = 6
+_EVERY_RUN = " `peft-vit export --format history` writes those of every run."
 
 
-def study_documents(analyses: Sequence[Analysis], thumbnails: Thumbnails | None = None) -> tuple[StudyDocument, ...]:
-    """Return one document a study, each with a slug of its own; `thumbnails` gets pictures of test images."""
+def study_documents(
+    analyses: Sequence[Analysis], agreements: Sequence[StudyAgreement] = (), thumbnails: Thumbnails | None = None
+) -> tuple[StudyDocument, ...]:
+    """Return one document a study, each with a slug of its own.
+
+    Args:
+        analyses: of the studies.
+        agreements: between them.
+        thumbnails: gets pictures of test images.
+    """
     taken: set[str] = set()
     documents = []
-    agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
     for analysis in analyses:
         base = slug = slug_of(analysis.study.label)
         number = 2
         while slug in taken:
             slug, number = f"{base}_{number}", number + 1
         taken.add(slug)
-        mine = [a for a in agreements if analysis.study.label in (a.study, a.other)]
-        documents.append(_document(analysis, slug, mine, thumbnails))
+        own = [a for a in agreements if analysis.study.label in (a.study, a.other)]
+        documents.append(_document(analysis, slug, own, thumbnails))
     return tuple(documents)
 
 
@@ -77,10 +64,15 @@ def _document(
     analysis: Analysis, slug: str, agreements: Sequence[StudyAgreement], thumbnails: Thumbnails | None
 ) -> StudyDocument:
     study = analysis.study
-    methods = (*_methods(analysis), *example_blocks(analysis, thumbnails))
-    contents = (_importance(analysis, agreements), _allocation(analysis), _quantization(analysis), methods)
-    shown = [[_folded(block) for block in blocks] for blocks in (*contents, _insights(analysis))]
-    sections = dict(zip(SECTION_TITLES, map(tuple, shown), strict=True))
+    contents: tuple[tuple[Block, ...], ...] = ((),) * len(SECTION_TITLES)
+    if study.runs:
+        contents = (
+            tuple(_importance(analysis, agreements)),
+            tuple(_allocation(analysis)),
+            tuple(_quantization(analysis)),
+            (*_methods(analysis), *example_blocks(analysis, thumbnails)),
+            findings_tables.findings_blocks(study, analysis.findings),
+        )
     return StudyDocument(
         label=plain(study.label),
         slug=slug,
@@ -90,35 +82,32 @@ def _document(
         came_out=summary.came_out(analysis),
         how_sure=summary.how_sure(analysis),
         progress=progress(study),
-        sections=sections if study.runs else dict.fromkeys(SECTION_TITLES, ()),
+        sections=dict(zip(SECTION_TITLES, contents, strict=True)),
         not_shown=summary.not_shown(study),
         runs=summary.run_details(study),
     )
 
 
-def _folded(block: Block) -> Block:
-    if isinstance(block, Table) and (block.slug in FOLDED or block.slug.startswith("calibration_against_")):
-        return replace(block, folded=True)
-    return block
+def _maps_note(drawn: int, there: int) -> str:
+    return selection_note(drawn, there) + (_EVERY_RUN if drawn < there else "")
 
 
-def _importance(analysis: Analysis, agreements: Sequence[StudyAgreement]) -> tuple[Block, ...]:
-    figures = importance_figures(analysis)
-    across = [layer_tables.study_agreement_table(agreements)] if agreements else []
-    fisher = tuple(Paragraph(_fisher_line(agreement)) for agreement in analysis.fisher)
-    if not analysis.importance:
-        return (*figures, *fisher)
+def _importance(analysis: Analysis, agreements: Sequence[StudyAgreement]) -> Iterator[Block]:
     patterns = analysis.importance
-    return (
-        *figures,
-        *fisher,
-        layer_tables.importance_table(patterns),
-        layer_tables.importance_by_block_table(patterns),
-        layer_tables.importance_over_time_table(patterns),
-        layer_tables.importance_course_table(patterns),
-        layer_tables.seed_agreement_table(analysis.seed_agreements),
-        *across,
-    )
+    if patterns:
+        shown = leading(patterns, lambda p: p.experiment.name, validation_means(analysis.methods), MAPS)
+        yield importance_maps(shown, _maps_note(len(shown), len(patterns)))
+    else:
+        yield Paragraph("No figure of importance: no finished run of this study recorded importance scores.")
+    yield from (Paragraph(_fisher_line(agreement)) for agreement in analysis.fisher)
+    if patterns:
+        yield layer_tables.importance_table(patterns)
+        yield layer_tables.importance_by_block_table(patterns)
+        yield layer_tables.importance_over_time_table(patterns)
+        yield layer_tables.importance_course_table(patterns)
+        yield layer_tables.seed_agreement_table(analysis.seed_agreements)
+        if agreements:
+            yield layer_tables.study_agreement_table(agreements)
 
 
 def _fisher_line(agreement: FisherAgreement) -> str:
@@ -138,77 +127,54 @@ def _fisher_line(agreement: FisherAgreement) -> str:
     )
 
 
-def _allocation(analysis: Analysis) -> tuple[Block, ...]:
-    figures = allocation_figures(analysis)
-    if not analysis.allocation:
-        return figures
+def _allocation(analysis: Analysis) -> Iterator[Block]:
     allocated = analysis.allocation
-    return (
-        *figures,
-        allocation_tables.allocation_value_table(allocated),
-        *allocation_tables.control_blocks(analysis.against_controls),
-        allocation_tables.rank_by_matrix_table(allocated),
-        allocation_tables.allocation_table(allocated),
-        allocation_tables.allocation_course_table(allocated),
-    )
+    mapped = [a for a in allocated if a.maps]
+    if mapped:
+        shown = leading(mapped, lambda a: a.experiment.name, validation_means(analysis.methods), MAPS)
+        yield rank_maps(shown, _maps_note(len(shown), len(mapped)))
+    else:
+        yield Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks.")
+    if allocated:
+        yield allocation_tables.allocation_value_table(allocated)
+        yield from allocation_tables.control_blocks(analysis.against_controls)
+        yield allocation_tables.rank_by_matrix_table(allocated)
+        yield allocation_tables.allocation_table(allocated)
+        yield allocation_tables.allocation_course_table(allocated)
 
 
-def _quantization(analysis: Analysis) -> tuple[Block, ...]:
-    if not analysis.quantization:
-        return (Paragraph("No finished run of this study quantized the backbone."),)
+def _quantization(analysis: Analysis) -> Iterator[Block]:
     impacts = analysis.quantization
-    always = (
-        quantization_tables.quantization_table(impacts),
-        quantization_tables.against_float_table(impacts),
-        quantization_tables.quantization_cost_table(impacts),
-        size_tables.size_table(impacts),
-    )
-    measured = (
-        size_tables.bytes_table(impacts),
-        size_tables.layers_table(impacts),
-        quantization_tables.balance_table(impacts),
-    )
-    return (*always, *(table for table in measured if table.rows))
+    if not impacts:
+        yield Paragraph("No finished run of this study quantized the backbone.")
+        return
+    yield quantization_tables.quantization_table(impacts)
+    yield quantization_tables.against_float_table(impacts)
+    yield quantization_tables.quantization_cost_table(impacts)
+    yield quantization_tables.size_table(impacts)
+    measured = (quantization_tables.bytes_table, quantization_tables.layers_table, quantization_tables.balance_table)
+    yield from (table for table in (make(impacts) for make in measured) if table.rows)
 
 
-def _methods(analysis: Analysis) -> tuple[Block, ...]:
-    figures = comparison_figures(analysis)
-    if not analysis.methods:
-        return figures
-    forest = {drawing.slug: drawing for drawing in forests(analysis)}
-    compared: tuple[Block, ...] = tuple(
-        block
-        for reference in dict.fromkeys(c.reference for c in analysis.comparisons)
-        for block in (
-            forest.get(f"differences_to_{reference}"),
-            tables.comparison_table(analysis.comparisons, reference),
-        )
-        if block is not None
-    )
+def _methods(analysis: Analysis) -> Iterator[Block]:
+    methods = analysis.methods
+    yield accuracy_by_method(analysis.study, methods)
+    yield tables.accuracy_table(methods)
+    forest = forests(analysis)
+    for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
+        if reference in forest:
+            yield forest[reference]
+        yield tables.comparison_table(analysis.comparisons, reference)
     if not analysis.comparisons:
-        compared = (
-            Paragraph("No paired differences: no linear probe or LoRA run has finished beside another method."),
-        )
-    accuracy, quality = tables.accuracy_table(analysis.methods), tables.quality_table(analysis.methods)
-    first, *rest = figures
-    panels = pareto_panels(analysis.fronts, analysis.methods)
-    diagram = reliability_diagram(analysis.calibration, validation_means(analysis.methods))
-    pairs, fronts = pair_tables.pair_blocks(analysis.pairs), pair_tables.front_blocks(analysis.fronts)
-    return (
-        first,
-        accuracy,
-        *compared,
-        *pairs,
-        *rest,
-        tables.cost_table(analysis.methods),
-        *panels,
-        *fronts,
-        quality,
-        *diagram,
-        *calibration_tables.calibration_blocks(analysis.calibration, analysis.calibration_differences),
-        calibration_tables.convergence_table(analysis.convergence),
-    )
-
-
-def _insights(analysis: Analysis) -> tuple[Block, ...]:
-    return findings_tables.findings_blocks(analysis.study, analysis.findings)
+        yield Paragraph("No paired differences: no linear probe or LoRA run has finished beside another method.")
+    yield from pair_tables.pair_blocks(analysis.pairs)
+    yield accuracy_by_parameters(methods)
+    yield accuracy_by_bytes(methods)
+    yield loss_curves(analysis.study, validation_means(methods))
+    yield tables.cost_table(methods)
+    yield from pareto_panels(analysis.fronts, methods)
+    yield from pair_tables.front_blocks(analysis.fronts)
+    yield tables.quality_table(methods)
+    yield from reliability_diagram(analysis.calibration, validation_means(methods))
+    yield from calibration_tables.calibration_blocks(analysis.calibration, analysis.calibration_differences)
+    yield calibration_tables.convergence_table(analysis.convergence)

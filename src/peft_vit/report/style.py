@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
+from matplotlib.lines import Line2D
 
 from peft_vit.methods import METHODS
 from peft_vit.report.document import Drawing, Raw
@@ -25,6 +26,10 @@ THEME["#882255"] = "var(--wine)"  # too dark for a dark page
 METHOD_COLORS = {method.name: method.color for method in METHODS.values()}
 METHOD_TITLES = {method.name: method.title for method in METHODS.values()}
 SEQUENTIAL = "viridis"  # perceptually uniform, readable in grey and under color-vision deficiencies
+DASHED = (0, (4, 3))
+# Within one diagram only few lines need telling apart: Okabe and Ito's colors without yellow, which is faint on paper.
+LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 WIDTH_IN = 7.2
 PNG_DPI = 160
 
@@ -60,7 +65,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-Painter = Callable[[Figure], HoverPoints | None]
+Painter = Callable[[Figure], HoverPoints]
 
 
 def draw(
@@ -69,7 +74,7 @@ def draw(
     caption: str,
     height_in: float,
     paint: Painter,
-    data: Sequence[dict[str, Raw]] = (),
+    data: Sequence[dict[str, Raw]],
     narrow_height_in: float | None = None,
 ) -> Drawing:
     """Draw one figure and return it as SVG and PNG, with what the page needs to answer a pointer.
@@ -79,7 +84,7 @@ def draw(
         title: shown above the figure in the report, not in it.
         caption: how to read it.
         height_in: height in inches; the width is the same for all.
-        paint: draws into an empty figure, and returns what can be pointed at and switched off, if anything.
+        paint: draws into an empty figure, and returns what can be pointed at and switched off.
         data: the rows behind it, in full precision.
         narrow_height_in: height in one column of a paper; none: as high as on the page.
     """
@@ -107,7 +112,7 @@ def draw(
 def laid_out(width_in: float, height_in: float, paint: Painter) -> tuple[Figure, HoverPoints]:
     """Paint a figure and lay it out once; every file then takes that layout. The style must be set."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    hover = paint(figure) or HoverPoints()
+    hover = paint(figure)
     hover.claim_legends(figure)
     engine = figure.get_layout_engine()
     assert engine is not None
@@ -119,6 +124,22 @@ def laid_out(width_in: float, height_in: float, paint: Painter) -> tuple[Figure,
 def is_narrow(figure: FigureBase) -> bool:
     """Return whether a figure is one column of a paper wide, so that legends go below the data."""
     return bool(figure.get_figure(root=True).get_figwidth() < 5.0)
+
+
+def line_look(index: int) -> dict[str, Any]:
+    """Return color and dashes of a diagram's line; all lines differ up to 24."""
+    turn, place = divmod(index, len(LINE_COLORS))
+    return {"color": LINE_COLORS[place], "ls": _DASHES[turn % len(_DASHES)]}
+
+
+def place_legend(figure: Figure, handles: list[Line2D]) -> None:
+    """Put a legend of experiments at the right, or below where there is no room at the right."""
+    if not is_narrow(figure):
+        figure.legend(handles=handles, loc="outside right upper", handletextpad=0.3, labelspacing=0.55)
+        return
+    columns = 1 if max(len(str(handle.get_label())) for handle in handles) > 26 else 2
+    spacing = {"handletextpad": 0.3, "labelspacing": 0.3, "columnspacing": 1.0}
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, **spacing)
 
 
 def quiet_grid(axes: Axes, axis: str = "both") -> None:

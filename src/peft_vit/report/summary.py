@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.config import StudyConfig
 from peft_vit.errors import CONTROL_CHARACTER
-from peft_vit.records import RunSpec
+from peft_vit.records import RunRecord, RunSpec
 from peft_vit.report.document import Card, RunDetails
 from peft_vit.report.formatting import (
     count,
@@ -45,21 +45,21 @@ def facts(study: Study) -> tuple[tuple[str, str], ...]:
     asked: Sequence[RunSpec | StudyConfig] = [record.spec for record in records] or planned
     seeds = sorted({*study.seeds, *(run.seed for run in study.unfinished)})
     rows = [
-        ("Backbone", _distinct([one.backbone.model for one in asked])),
-        ("Weights", _distinct([_weights(run) for run in runs]) or "unknown: no run has finished"),
-        ("Images", _distinct([_images(study, one.data.dataset, one.data.image_size) for one in asked])),
-        ("Licence of the images", _distinct([licence(study, one.data.dataset) for one in asked])),
-        ("Split", _distinct([_split(run) for run in runs])),
+        ("Backbone", _distinct(one.backbone.model for one in asked)),
+        ("Weights", _distinct(_weights(run) for run in runs) or "unknown: no run has finished"),
+        ("Images", _distinct(_images(study, one.data.dataset, one.data.image_size) for one in asked)),
+        ("Licence of the images", _distinct(licence(study, one.data.dataset) for one in asked)),
+        ("Split", _distinct(_split(run) for run in runs)),
         ("Classes", _distinct(_classes(runs))),
         ("Experiments", f"{len(study.experiments)}: {joined(e.name for e in study.experiments)}"),
         ("Seeds", f"{len(seeds)}: {joined(str(seed) for seed in seeds)}"),
         ("Runs", runs_fact(study)),
-        ("Precision", _distinct([f"{one.precision}, {one.threads} threads" for one in asked])),
+        ("Precision", _distinct(f"{one.precision}, {one.threads} threads" for one in asked)),
     ]
     return tuple((key, value) for key, value in rows if value)
 
 
-def _distinct(values: Sequence[str]) -> str:
+def _distinct(values: Iterable[str]) -> str:
     return " / ".join(dict.fromkeys(plain(value) for value in values))
 
 
@@ -89,20 +89,18 @@ def _split(run: Run) -> str:
     return f"{joined(sizes)}; training images {subset}"
 
 
-def _classes(runs: Sequence[Run]) -> list[str]:
-    """Return the classes, as a rule of all runs the same, with the share of the most frequent one or its range."""
+def _classes(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield the classes, as a rule of all runs the same, with the share of the most frequent one or its range."""
     shares: dict[tuple[str, ...], list[float]] = {}
     for run in runs:
         found = shares.setdefault(tuple(run.record.class_names), [])
         found += [share for name, share in run.record.majority_accuracy.items() if name == "test"]
-    return [f"{len(names)}: {joined(names[:6])}{', …' * (len(names) > 6)}{_share(of)}" for names, of in shares.items()]
-
-
-def _share(majority: Sequence[float]) -> str:
-    if not majority:
-        return ""
-    low, high = fixed(100 * min(majority), 1), fixed(100 * max(majority), 1)
-    return f"; the most frequent has {low if low == high else f'{low} to {high}'} % of the test images"
+    for names, of in shares.items():
+        text = f"{len(names)}: {joined(names[:6])}{', …' * (len(names) > 6)}"
+        if of:
+            ends = dict.fromkeys(fixed(100 * share, 1) for share in (min(of), max(of)))
+            text += f"; the most frequent has {' to '.join(ends)} % of the test images"
+        yield text
 
 
 def best_on_validation(methods: Sequence[MethodResult]) -> MethodResult | None:
@@ -121,7 +119,7 @@ def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
         lines = [
             f"{counted(len(best.seeds), 'seed')}: {seeds} %",
             f"{count(best.final_parameters)} trainable parameters",
-            f"{megabytes(best.frozen_bytes + best.adapter_file_bytes)} to store",
+            f"{megabytes(best.stored_bytes)} to store",
         ]
         if best.seconds_per_step is not None:
             lines.append(f"{fixed(best.seconds_per_step, 2)} s a step")
@@ -154,12 +152,11 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
 
 
 def _decided(comparison: Comparison) -> str:
-    if comparison.verdict == "not decided":
-        significance = comparison.significance
-        undecidable = significance is not None and not significance.decidable
-        return significance.sentence() if significance is not None and undecidable else "not decided"
-    word = "more" if comparison.verdict == "supported" else "less"
-    return f"{word} accurate (p = {comparison.adjusted_p:.3g} after Holm's correction)"
+    significance = comparison.significance
+    if comparison.verdict != "not decided":
+        word = "more" if comparison.verdict == "supported" else "less"
+        return f"{word} accurate (p = {comparison.adjusted_p:.3g} after Holm's correction)"
+    return "not decided" if significance is None or significance.decidable else significance.sentence()
 
 
 def how_sure(analysis: Analysis) -> tuple[str, ...]:
@@ -176,24 +173,24 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
         "seeds on, several at once need more."
     ]
     best = best_on_validation(analysis.methods)
-    if best is not None:
-        run = study.of(best.experiment.name)[0]
-        image = proportion_interval(round(run.test.accuracy * run.test.n), run.test.n)
-        alone = (
-            f"with {run.test.n:,} of them one run's {percent(run.test.accuracy)} has a 95 % interval of "
-            f"{fixed(100 * (image.low or 0), 1)} to {fixed(100 * (image.high or 0), 1)} % (Wilson). All methods share "
+    assert best is not None  # as there is a run
+    run = study.of(best.experiment.name)[0]
+    image = proportion_interval(round(run.test.accuracy * run.test.n), run.test.n)
+    alone = (
+        f"with {run.test.n:,} of them one run's {percent(run.test.accuracy)} has a 95 % interval of "
+        f"{fixed(100 * (image.low or 0), 1)} to {fixed(100 * (image.high or 0), 1)} % (Wilson). All methods share "
+    )
+    if study.images_tested_by_seed:
+        sentences += [
+            f"Each seed draws its own test images, so intervals over seeds hold that choice too; {alone}a seed's "
+            "images, so this matters less for differences.",
+            "An image that one seed is tested on may have been trained on or validated with another: choosing the "
+            "best on mean validation accuracy has then seen some test images, through other seeds' models.",
+        ]
+    else:
+        sentences.append(
+            f"On top comes the choice of test images: {alone}these images, so this matters less for differences."
         )
-        if study.images_tested_by_seed:
-            sentences += [
-                f"Each seed draws its own test images, so intervals over seeds hold that choice too; {alone}a seed's "
-                "images, so this matters less for differences.",
-                "An image that one seed is tested on may have been trained on or validated with another: choosing the "
-                "best on mean validation accuracy has then seen some test images, through other seeds' models.",
-            ]
-        else:
-            sentences.append(
-                f"On top comes the choice of test images: {alone}these images, so this matters less for differences."
-            )
     return tuple(sentences)
 
 
@@ -244,21 +241,19 @@ def not_shown(study: Study) -> tuple[str, ...]:
 def run_details(study: Study) -> tuple[RunDetails, ...]:
     """Return the provenance of every run, finished or failed."""
     finished = [RunDetails(f"{run.experiment.name}, seed {run.seed}", _provenance(run)) for run in study.runs]
-    failed = [
-        RunDetails(
-            f"{r.spec.experiment.name}, seed {r.spec.seed}: failed",
-            (
-                ("error", plain(r.error or "")),
-                ("kind", r.failure or "unknown"),
-                ("attempts", str(r.attempts)),
-                ("started", r.started_at),
-                ("specification", r.spec_digest),
-            ),
-            _lines(r.traceback or ""),
-        )
-        for r in study.failed
-    ]
-    return (*finished, *failed)
+    return (*finished, *map(_failure, study.failed))
+
+
+def _failure(record: RunRecord) -> RunDetails:
+    rows = (
+        ("error", plain(record.error or "")),
+        ("kind", record.failure or "unknown"),
+        ("attempts", str(record.attempts)),
+        ("started", record.started_at),
+        ("specification", record.spec_digest),
+    )
+    title = f"{record.spec.experiment.name}, seed {record.spec.seed}: failed"
+    return RunDetails(title, rows, _lines(record.traceback or ""))
 
 
 def _lines(text: str) -> str:

@@ -1,12 +1,13 @@
-"""Cells that tables share, and tables of methods."""
+"""Cells and rows that tables share, and tables of methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from peft_vit.analysis import Comparison, MethodResult
 from peft_vit.analysis.comparison import outcome
-from peft_vit.report.document import UNSEEN, Cell, Raw, Table
+from peft_vit.report.document import UNSEEN, Cell, Raw, Row, Table
 from peft_vit.report.formatting import (
     count,
     fixed,
@@ -21,6 +22,20 @@ from peft_vit.statistics import Interval
 
 OTHER_SEEDS = "what other seeds would change, on the same test images unless each seed draws its own"
 OVER_SEEDS = f"95 % t intervals in brackets: {OTHER_SEEDS}."
+FAMILY_NOTE = (
+    "The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over the rows of "
+    "this table; the 95 % t interval beside it describes what other seeds would change."
+)
+
+
+def cell(name: str, value: Any, write: Callable[[Any], str] = str) -> Cell:
+    """Return the cell of a number or text, whose column in the CSV file has that name; – where it is not known."""
+    return Cell("–" if value is None else write(value), {name: value})
+
+
+def interval_cell(name: str, found: Interval | None, write: Callable[[Interval], str]) -> Cell:
+    """Return the cell of an interval whose n has a column of its own; – where there is none."""
+    return Cell("–" if found is None else write(found), measured(name, found))
 
 
 def ends(name: str, interval: Interval | None) -> dict[str, Raw]:
@@ -33,21 +48,6 @@ def ends(name: str, interval: Interval | None) -> dict[str, Raw]:
 def measured(name: str, interval: Interval | None) -> dict[str, Raw]:
     """Return an interval as columns of a CSV file in which several stand beside one another: its n is named too."""
     return {f"{name}_n" if key == "n" else key: value for key, value in ends(name, interval).items()}
-
-
-def number_cell(name: str, number: float | None, write: Callable[[float], str] = str) -> Cell:
-    """Return a number's cell; – where it is not known."""
-    return Cell("–" if number is None else write(number), {name: number})
-
-
-def text_cell(name: str, text: str) -> Cell:
-    """Return a text's cell."""
-    return Cell(text, {name: text})
-
-
-def interval_cell(name: str, found: Interval | None, write: Callable[[Interval], str]) -> Cell:
-    """Return the cell of an interval whose n has a column of its own; – where there is none."""
-    return Cell("–" if found is None else write(found), measured(name, found))
 
 
 def comparison_values(comparison: Comparison) -> dict[str, Raw]:
@@ -67,6 +67,12 @@ def tested(comparison: Comparison) -> str:
     return outcome(comparison) + (f" ({comparison.note})" if comparison.note else "")
 
 
+def crossed(first: str, keys: Iterable[Hashable], columns: Mapping[str, Mapping[Any, str]]) -> Iterator[Row]:
+    """Yield a row for each key, below `first`, with a column for each experiment; – where one lacks the key."""
+    for key in keys:
+        yield {first: str(key)} | {heading: texts.get(key, "–") for heading, texts in columns.items()}
+
+
 def with_n(name: str, n: int) -> str:
     """Return a column's heading with the number of seeds behind it."""
     return f"{name} (n = {n})"
@@ -79,17 +85,17 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
         "Test accuracy by method",
         (
             {
-                "experiment": text_cell("experiment", m.experiment.name),
+                "experiment": cell("experiment", m.experiment.name),
                 UNSEEN: Cell("", {"method": m.experiment.method}),
                 "test accuracy": Cell(percent_interval(m.test_accuracy), ends("test_accuracy", m.test_accuracy)),
                 "n": str(len(m.seeds)),
                 "each seed (%)": Cell(
-                    _by_seed(m.by_seed, m.seeds),
+                    ", ".join(f"{s}: {fixed(100 * value, 1)}" for s, value in zip(m.seeds, m.by_seed, strict=True)),
                     {f"seed_{seed}": accuracy for seed, accuracy in zip(m.seeds, m.by_seed, strict=True)},
                 ),
-                "validation": number_cell("validation_accuracy", m.validation_accuracy.estimate, percent),
-                "above majority (points)": number_cell(
-                    "above_majority", m.above_majority.estimate, lambda x: signed(100 * x)
+                "validation": cell("validation_accuracy", m.validation_accuracy.estimate, percent),
+                "above majority (points)": cell(
+                    "above_majority", m.above_majority.estimate, lambda share: signed(100 * share)
                 ),
             }
             for m in methods
@@ -106,15 +112,15 @@ def cost_table(methods: Sequence[MethodResult]) -> Table:
         "Cost by method",
         (
             {
-                "experiment": text_cell("experiment", m.experiment.name),
-                "trainable at end": number_cell("final_parameters", m.final_parameters, count),
-                "largest": number_cell("peak_parameters", m.peak_parameters, count),
-                "adapter alone": number_cell("adapter_parameters", m.adapter_parameters, count),
-                "frozen": number_cell("frozen_bytes", m.frozen_bytes, megabytes),
-                "adapter file": number_cell("adapter_file_bytes", m.adapter_file_bytes, megabytes),
-                "s a step": number_cell("seconds_per_step", m.seconds_per_step, lambda x: fixed(x, 3)),
-                "latency (ms)": number_cell("latency_s", m.latency_s, lambda x: fixed(1000 * x, 1)),
-                "memory of a run": number_cell("own_memory_bytes", m.own_memory_bytes, megabytes),
+                "experiment": cell("experiment", m.experiment.name),
+                "trainable at end": cell("final_parameters", m.final_parameters, count),
+                "largest": cell("peak_parameters", m.peak_parameters, count),
+                "adapter alone": cell("adapter_parameters", m.adapter_parameters, count),
+                "frozen": cell("frozen_bytes", m.frozen_bytes, megabytes),
+                "adapter file": cell("adapter_file_bytes", m.adapter_file_bytes, megabytes),
+                "s a step": cell("seconds_per_step", m.seconds_per_step, lambda seconds: fixed(seconds, 3)),
+                "latency (ms)": cell("latency_s", m.latency_s, lambda seconds: fixed(1000 * seconds, 1)),
+                "memory of a run": cell("own_memory_bytes", m.own_memory_bytes, megabytes),
                 UNSEEN: Cell("", {"n": len(m.seeds)}),
             }
             for m in methods
@@ -133,14 +139,15 @@ def quality_table(methods: Sequence[MethodResult]) -> Table:
         "Other measures on test",
         (
             {
-                "experiment": text_cell("experiment", m.experiment.name),
+                "experiment": cell("experiment", m.experiment.name),
                 "balanced accuracy": interval_cell("balanced_accuracy", m.balanced_accuracy, percent_interval),
-                "AUROC": interval_cell("auroc", m.auroc, lambda i: number_interval(i, 3)),
+                "AUROC": interval_cell("auroc", m.auroc, lambda found: number_interval(found, 3)),
                 "n": str(m.balanced_accuracy.n),
             }
             for m in methods
         ),
         f"n counts seeds. AUROC for two classes only. {OVER_SEEDS}",
+        folded=True,
     )
 
 
@@ -151,12 +158,6 @@ def comparison_table(comparisons: Sequence[Comparison], reference: str) -> Table
         f"Differences in test accuracy between runs that share seed, weights and images; n counts pairs. {FAMILY_NOTE}"
     )
     return differences_table(f"against_{reference}", f"Differences to {reference}, paired by seed", against, note)
-
-
-FAMILY_NOTE = (
-    "The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over the rows of "
-    "this table; the 95 % t interval beside it describes what other seeds would change."
-)
 
 
 def differences_table(slug: str, title: str, comparisons: Sequence[Comparison], note: str) -> Table:
@@ -180,7 +181,3 @@ def differences_table(slug: str, title: str, comparisons: Sequence[Comparison], 
         ),
         note,
     )
-
-
-def _by_seed(values: Sequence[float], seeds: Sequence[int]) -> str:
-    return ", ".join(f"{seed}: {fixed(100 * value, 1)}" for seed, value in zip(seeds, values, strict=True))

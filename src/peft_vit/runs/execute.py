@@ -42,23 +42,25 @@ from peft_vit.evaluation import (
     trainable_parameters,
 )
 from peft_vit.methods import prepare
-from peft_vit.records import (
-    ByteCounts,
-    Failure,
-    ParameterCounts,
-    Provenance,
-    RankEntry,
-    Registration,
-    RunRecord,
-    RunSpec,
-)
-from peft_vit.runs.calibration import OfTraining, calibration_batch, choose_bits
+from peft_vit.records import ByteCounts, Failure, ParameterCounts, Provenance, RankEntry, RunRecord, RunSpec
+from peft_vit.runs.calibration import Calibration, choose_bits
 from peft_vit.runs.device import resolve_device
 from peft_vit.runs.head_start import start_head
 from peft_vit.runs.measures import take_measures
 from peft_vit.runs.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
 from peft_vit.runs.resume import RECORDED, Attempt
-from peft_vit.training import Checkpoints, Interrupted, Progress, RuntimeConfig, TrainingResult, steps_per_epoch, train
+from peft_vit.training import (
+    AfterTraining,
+    Checkpoints,
+    Hook,
+    Interrupted,
+    Progress,
+    RuntimeConfig,
+    TrainingResult,
+    loss_weights,
+    steps_per_epoch,
+    train,
+)
 
 OnProgress = Callable[[Progress], None]
 
@@ -83,7 +85,6 @@ def run_one(
     checkpoints: Checkpoints | None = None,
     should_stop: Callable[[], bool] | None = None,
     read: Callable[[BackboneConfig], Weights] = read_weights,
-    registration: Registration | None = None,
 ) -> Finished:
     """Do one run, from where its newest checkpoint has left it; a failure is recorded with its reason, not raised.
 
@@ -93,20 +94,19 @@ def run_one(
         checkpoints: where to keep what the run needs to go on; None: nothing is written at all.
         should_stop: asked after each step.
         read: gets the backbone's weights, see `load_backbone`.
-        registration: the hypotheses that stand written down now; None: those that come with the package.
 
     Raises:
         Interrupted: if it should stop; a checkpoint was written then.
     """
 
     def record_of(outcome: dict[str, Any]) -> RunRecord:
+        known = attempt.so_far()
         return RunRecord(
             spec=spec,
-            spec_digest=spec.digest(),
-            started_at=attempt.started_at,
-            seconds=attempt.seconds,
-            warnings=attempt.warnings,
-            registration=attempt.registration,
+            spec_digest=known.spec_digest,
+            started_at=known.started_at,
+            seconds=known.seconds,
+            warnings=known.warnings,
             **outcome,
         )
 
@@ -114,7 +114,7 @@ def run_one(
     with warnings.catch_warnings(record=True) as caught:
         for category in RECORDED:
             warnings.simplefilter("always", category)
-        attempt = Attempt(spec, checkpoints, should_stop, caught, registration)
+        attempt = Attempt(spec, checkpoints, should_stop, caught)
         try:
             outcome, adapter = _execute(spec, attempt, on_progress, read)
             record = record_of(outcome)
@@ -161,72 +161,87 @@ def _execute(
     model = backbone.model.to(device)
     choose_attention(model, device, spec.precision)
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
-    config = spec.experiment.training
-    total_steps = spec.experiment.total_steps(len(data.train))
-    setting = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
-    bits, bits_s = attempt.earlier_bits(spec.experiment) or choose_bits(
-        model, spec.experiment, data, setting, spec.seed
-    )
+    runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
+    calibration = Calibration(data, runtime, spec.seed)
+    bits = choose_bits(model, spec, attempt, calibration)
     hooks = prepare(
         model,
         spec.experiment,
-        total_steps=total_steps,
+        total_steps=spec.experiment.total_steps(len(data.train)),
         seed=spec.seed,
         formats=None if bits is None else bits.formats,
         ranks=None if bits is None else bits.ranks,
-        calibration=lambda count: calibration_batch(data, setting, spec.seed, min(count, len(data.train)))[0],
+        calibration=calibration.images,
     )
     # Now that the head is the one that training starts from.
-    provenance = attempt.begin(_provenance(spec, data, backbone, device), bits, bits_s)
+    provenance = attempt.begin(_provenance(spec, data, backbone, device))
     _say_doubts(spec, provenance, data)
-    initial_ranks = current_ranks(model) | peft_ranks(model)
-    sites = [site.info() for site in adapted_sites(model).values()]
+    start = _start(model)
     memory.prepared()
-    head = start_head(model, spec, attempt, data, hooks, setting)
-    if spec.experiment.is_probe:
-        result, tested = head.result(model), _test(data, head.predict)
-    else:
-        result = train(
-            model,
-            data,
-            config,
-            setting,
-            seed=spec.seed,
-            hooks=hooks,
-            on_progress=on_progress,
-            between_steps=attempt.between_steps,
-            resume=attempt.take_training(),
-        )
-        tested = _test(data, lambda images: _predict(model, images, spec, setting))
+    result, tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
-    # Before the float weights come back for a comparison.
-    memory_bytes = {"peak_memory_bytes": attempt.peak_memory_bytes, "own_memory_bytes": attempt.own_memory_bytes}
-    after = OfTraining(spec, data, setting, read, result.steps)
-    hooks_s = {purpose: seconds for hook in hooks for purpose, seconds in hook.finish(model, after).items()}
-    measured, measures_s = take_measures(model, backbone, data, spec, setting)
+    until_here = attempt.so_far()  # its memory, too: the float weights may come back for a comparison
+    after = AfterTraining(
+        steps=result.steps,
+        class_weights=loss_weights(spec.experiment.training, data, device),
+        calibration_batch=calibration.batch,
+        float_weights=lambda: dict(load_run_backbone(spec, len(data.class_names), read).model.state_dict()),
+        overhead=attempt.overhead,
+    )
+    for hook in hooks:
+        hook.finish(model, after)
     outcome = {
         "status": "done",
         "provenance": provenance,
+        "bit_allocation": attempt.known.bit_allocation,
+        "head_fit": attempt.known.head_fit,
+        "overhead_s": attempt.overhead,
+        "peak_memory_bytes": until_here.peak_memory_bytes,
+        "own_memory_bytes": until_here.own_memory_bytes,
+        **start,
         **_images(data),
-        "sites": sites,
-        "rank_history": [RankEntry(step=0, budget=None, ranks=initial_ranks)] if initial_ranks else [],
-        "bit_allocation": None if bits is None else bits.record,
         **{field: value for hook in hooks for field, value in hook.record(model).items()},
         **_trained(model, result, backbone_total, content),
-        "head_fit": attempt.head_fit,
-        "overhead_s": {
-            **bits_s,
-            **head.seconds,
-            **result.overhead_s,
-            **hooks_s,
-            **measures_s,
-            "checkpoints": attempt.checkpoints_s,
-        },
-        **memory_bytes,
         **tested,
-        **measured,
+        **take_measures(model, backbone, data, spec, runtime, attempt.overhead),
     }
     return outcome, content
+
+
+def _start(model: nn.Module) -> dict[str, Any]:
+    """Return what a record says of a prepared model: its sites and their ranks."""
+    ranks = current_ranks(model) | peft_ranks(model)
+    return {
+        "sites": [site.info() for site in adapted_sites(model).values()],
+        "rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else [],
+    }
+
+
+def _train_and_test(
+    model: nn.Module,
+    data: Data,
+    spec: RunSpec,
+    runtime: RuntimeConfig,
+    hooks: list[Hook],
+    attempt: Attempt,
+    on_progress: OnProgress | None,
+) -> tuple[TrainingResult, dict[str, Any]]:
+    head = start_head(model, spec, attempt, data, hooks, runtime)
+    if spec.experiment.is_probe:
+        return head.result(model), _test(data, head.predict)
+    result = train(
+        model,
+        data,
+        spec.experiment.training,
+        runtime,
+        seed=spec.seed,
+        hooks=hooks,
+        on_progress=on_progress,
+        between_steps=attempt.between_steps,
+        resume=attempt.take_training(),
+        overhead=attempt.overhead,
+    )
+    return result, _test(data, lambda images: _predict(model, images, spec, runtime))
 
 
 def _test(
@@ -239,10 +254,10 @@ def _test(
 
 
 def _predict(
-    model: nn.Module, images: LabelledImages, spec: RunSpec, setting: RuntimeConfig
+    model: nn.Module, images: LabelledImages, spec: RunSpec, runtime: RuntimeConfig
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    batches = images.ordered_batches(spec.experiment.training.batch_size, setting.mean, setting.std)
-    return predict(model, batches, device=setting.device, precision=setting.precision)
+    batches = images.ordered_batches(spec.experiment.training.batch_size, runtime.mean, runtime.std)
+    return predict(model, batches, device=runtime.device, precision=runtime.precision)
 
 
 def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules, load_trained, saved_formats, saved_ranks, saved_scales
+from peft_vit.adapters import adapted_modules, load_trained, read_adapter_file
 from peft_vit.adapters.peft_format import attach_fused, export_peft
 from peft_vit.adapters.peft_tuner import saved_module_ranks
 from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
@@ -30,9 +31,9 @@ from peft_vit.deployment import (
 )
 from peft_vit.errors import UserError, agreeing_with
 from peft_vit.methods import prepare
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
 from peft_vit.safe_io import read_bytes
-from peft_vit.training import RunHook
+from peft_vit.training import Hook
 
 _COMPARED_AT_ONCE = 32
 
@@ -50,18 +51,22 @@ class RestoredRun:
     @property
     def card(self) -> ModelCard:
         """Return what an export says of the model."""
-        spec = self.record.spec
-        return ModelCard(
-            run=spec.run_id,
-            model=spec.backbone.model,
-            weights_name=self.backbone.weights_name,
-            weights_sha256=self.backbone.weights_sha256,
-            image_size=spec.data.image_size,
-            channels=DATASETS[spec.data.dataset].channels,
-            mean=self.backbone.mean,
-            std=self.backbone.std,
-            class_names=tuple(self.record.class_names),
-        )
+        return model_card(self.record.spec, self.backbone, self.record.class_names)
+
+
+def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[str]) -> ModelCard:
+    """Return what an export says of a run's model."""
+    return ModelCard(
+        run=spec.run_id,
+        model=spec.backbone.model,
+        weights_name=backbone.weights_name,
+        weights_sha256=backbone.weights_sha256,
+        image_size=spec.data.image_size,
+        channels=DATASETS[spec.data.dataset].channels,
+        mean=backbone.mean,
+        std=backbone.std,
+        class_names=tuple(class_names),
+    )
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
             total_steps = spec.experiment.total_steps(record.split_sizes["train"])
             prepare_as_saved(backbone.model, spec.experiment, file, total_steps=total_steps, seed=spec.seed)
         else:  # the adapter that it went on from need not be there any more: its scales stand in the file
-            attach_fused(backbone.model, saved_scales(file), seed=spec.seed)
+            attach_fused(backbone.model, read_adapter_file(file).scales, seed=spec.seed)
         load_trained(backbone.model, file)
     choose_attention(backbone.model, torch.device("cpu"), spec.precision)  # as in the run: equal to the last bit
     for _, module in adapted_modules(backbone.model):
@@ -207,7 +212,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
 
 def prepare_as_saved(
     model: nn.Module, experiment: ExperimentConfig, file: Path, *, total_steps: int, seed: int
-) -> list[RunHook]:
+) -> list[Hook]:
     """Do as `prepare`, with the formats and ranks that `adaptive_bits` chose for a run, out of its adapter file."""
     qa_lora = experiment.section(QaLoraConfig)
     adaptive = None if qa_lora is None else qa_lora.adaptive_bits
@@ -216,8 +221,8 @@ def prepare_as_saved(
         experiment,
         total_steps=total_steps,
         seed=seed,
-        formats=saved_formats(file) if adaptive is not None else None,
-        ranks=saved_ranks(file) if adaptive is not None and adaptive.ranks else None,
+        formats=read_adapter_file(file).formats if adaptive is not None else None,
+        ranks=read_adapter_file(file).ranks if adaptive is not None and adaptive.ranks else None,
         module_ranks=saved_module_ranks(file) if experiment.kind.uses_peft else None,
     )
 

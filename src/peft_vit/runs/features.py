@@ -21,7 +21,7 @@ from peft_vit.data.pixels import FORMAT_VERSION
 from peft_vit.packages import cache_dir
 from peft_vit.records import Provenance, RunSpec, write_atomically
 from peft_vit.safe_io import read_bytes
-from peft_vit.training import Features, QALoRATrainer, RunHook, RuntimeConfig, flip_axes, head_inputs
+from peft_vit.training import Features, Hook, RuntimeConfig, flip_axes, head_inputs
 
 _log = logging.getLogger(__name__)
 _LARGEST_BYTES = 1 << 28  # of one file of the cache; more features are computed, but not kept
@@ -34,20 +34,14 @@ class SharedFeatures:
 
     They depend on the weights, their packing, the images and the arithmetic, and on no seed: a file of the cache holds
     those of one such combination. What can't be told so (random weights, an adapter to go on from) is computed anew.
-
-    Args:
-        model: prepared, with updates of zero.
-        spec: of the run.
-        provenance: of the run.
-        hooks: the method's; one that packs weights says how.
-        setting: where the model runs.
+    The model is prepared, with updates of zero, and a hook that packs weights says how.
     """
 
     def __init__(
-        self, model: nn.Module, spec: RunSpec, provenance: Provenance, hooks: list[RunHook], setting: RuntimeConfig
+        self, model: nn.Module, spec: RunSpec, provenance: Provenance, hooks: list[Hook], runtime: RuntimeConfig
     ) -> None:
         self._model = model
-        self._setting = setting
+        self._runtime = runtime
         self._flips = spec.data.flips
         self._file = _place(spec, provenance, hooks)
 
@@ -66,7 +60,7 @@ class SharedFeatures:
         places, values = self._known()
         missing = ~np.isin(wanted, places)
         if missing.any():
-            found = head_inputs(self._model, images.chosen(np.flatnonzero(missing)), self._setting, _BATCH, axes)
+            found = head_inputs(self._model, images.chosen(np.flatnonzero(missing)), self._runtime, _BATCH, axes)
             places = np.concatenate([places, wanted[missing]])
             values = np.concatenate([values, found]) if len(values) else found
             self._keep(places, values)
@@ -99,10 +93,9 @@ class SharedFeatures:
             _log.warning("%s can't be written (%s); other runs compute features anew", self._file, error.strerror)
 
 
-def _place(spec: RunSpec, provenance: Provenance, hooks: list[RunHook]) -> Path | None:
+def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | None:
     if provenance.random_weights or spec.experiment.start is not None:
         return None
-    packed = next((hook for hook in hooks if isinstance(hook, QALoRATrainer)), None)
     depends_on: dict[str, Any] = {
         "model": spec.backbone.model,
         "weights": provenance.weights_sha256,
@@ -116,8 +109,8 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[RunHook]) -> Path 
         "torch": torch.__version__,
         "timm": provenance.packages.get("timm"),
         "processor": provenance.processor,
-        "formats": {} if packed is None else {name: one.as_json() for name, one in packed.formats.items()},
-        "quantized_share": 0.0 if packed is None else packed.share,
     }
+    for hook in hooks:
+        depends_on |= hook.features_depend_on()
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "features" / f"{digest[:32]}.safetensors"

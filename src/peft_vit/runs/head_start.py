@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -16,7 +16,7 @@ from peft_vit.evaluation import trainable_parameters
 from peft_vit.records import RunSpec
 from peft_vit.runs.features import SharedFeatures
 from peft_vit.runs.resume import Attempt
-from peft_vit.training import LinearProbe, RunHook, RuntimeConfig, TrainingResult, class_weights, fit_probe, head_logits
+from peft_vit.training import Hook, LinearProbe, RuntimeConfig, TrainingResult, fit_probe, head_logits, loss_weights
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,18 @@ class HeadStart:
     Attributes:
         head: of the model.
         features: of the model as it is before training.
-        setting: where the model runs.
+        runtime: where the model runs.
         probe: None if none was asked for, or if a checkpoint holds what became of it.
-        seconds: by purpose.
     """
 
     head: nn.Linear
     features: SharedFeatures
-    setting: RuntimeConfig
+    runtime: RuntimeConfig
     probe: LinearProbe | None
-    seconds: dict[str, float]
 
     def predict(self, images: LabelledImages) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return logits (N, classes) and labels (N,) of a model of which nothing but the head was fitted."""
-        return head_logits(self.head, self.features.of(images).values, self.setting), images.labels
+        return head_logits(self.head, self.features.of(images).values, self.runtime), images.labels
 
     def result(self, model: nn.Module) -> TrainingResult:
         """Return what a run says that ends here."""
@@ -55,31 +53,29 @@ class HeadStart:
 
 
 def start_head(
-    model: nn.Module, spec: RunSpec, attempt: Attempt, data: Data, hooks: list[RunHook], setting: RuntimeConfig
+    model: nn.Module, spec: RunSpec, attempt: Attempt, data: Data, hooks: list[Hook], runtime: RuntimeConfig
 ) -> HeadStart:
     """Fit the head, and put it in its place, if the run asks for it and no earlier attempt has begun to train.
 
-    Args:
-        model: prepared, with updates of zero.
-        spec: of the run.
-        attempt: at it; takes note of the fit.
-        data: images and labels.
-        hooks: the method's.
-        setting: where the model runs.
+    The model is prepared, with updates of zero. The attempt takes note of the fit and of its seconds.
     """
     training = spec.experiment.training
     head = cast(nn.Linear, Backbone(model).head)
-    features = SharedFeatures(model, spec, attempt.provenance, hooks, setting)
+    assert attempt.known.provenance is not None
+    features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime)
     if attempt.goes_on or not (spec.experiment.is_probe or training.head_start == "probe"):
-        return HeadStart(head, features, setting, None, {})
-    started = time.perf_counter()
-    of_training, of_validation = features.of_training(data.train), features.of(data.validation)
-    computed = time.perf_counter()
-    weights = class_weights(data.train.labels, len(data.class_names)) if training.class_weights else None
-    probe = fit_probe(
-        of_training, of_validation, head, setting, class_weights=None if weights is None else weights.double().numpy()
-    )
-    probe.set_head(head, 1.0 if spec.experiment.is_probe else probe.temperature(of_validation))
-    attempt.head_fit = probe.fit
-    seconds = {"features": computed - started, "probe": time.perf_counter() - computed}
-    return HeadStart(head, features, setting, probe, seconds)
+        return HeadStart(head, features, runtime, None)
+    with attempt.overhead.of("features"):
+        of_training, of_validation = features.of_training(data.train), features.of(data.validation)
+    with attempt.overhead.of("probe"):
+        weights = loss_weights(training, data, torch.device("cpu"))
+        probe = fit_probe(
+            of_training,
+            of_validation,
+            head,
+            runtime,
+            class_weights=None if weights is None else weights.double().numpy(),
+        )
+        probe.set_head(head, 1.0 if spec.experiment.is_probe else probe.temperature(of_validation))
+    attempt.known.head_fit = probe.fit
+    return HeadStart(head, features, runtime, probe)

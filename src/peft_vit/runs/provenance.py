@@ -29,20 +29,17 @@ def git_state(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:
 
     Installed inside somebody else's repository, say in its .venv, the package is not one of that repository's files.
     """
-    folder = source.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
     try:
-        subprocess.run(
-            ["git", "ls-files", "--error-unmatch", source.name], cwd=folder, capture_output=True, check=True, timeout=10
-        )
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        changes = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        git("ls-files", "--error-unmatch", source.name)
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return None, None
-    return commit, bool(changes)
 
 
 @functools.cache

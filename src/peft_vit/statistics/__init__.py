@@ -3,24 +3,17 @@
 docs/statistics.md says which test is primary, what each interval describes, and how often the intervals hold.
 """
 
-from peft_vit.statistics.aggregates import (
-    interquartile_mean,
-    interquartile_mean_interval,
-    paired_improvement,
-    stratified_indices,
-)
 from peft_vit.statistics.checked import shifted
-from peft_vit.statistics.descriptive import (
-    Association,
-    gini,
-    mean_rho_of_pairs,
-    normalized_entropy,
-    rho_with_last,
-    spearman,
-)
+from peft_vit.statistics.descriptive import gini, normalized_entropy, spearman
 from peft_vit.statistics.effect_size import EffectSize, effect_size, hedges_factor
 from peft_vit.statistics.equivalence import beyond_margin, equivalence, equivalence_verdict, inferiority, noninferiority
-from peft_vit.statistics.intervals import Interval, mean_interval, paired_difference, proportion_interval
+from peft_vit.statistics.intervals import (
+    Interval,
+    interquartile_mean_interval,
+    mean_interval,
+    paired_improvement,
+    proportion_interval,
+)
 from peft_vit.statistics.mixed import MixedEffect, mixed_effect
 from peft_vit.statistics.significance import (
     Significance,
@@ -31,38 +24,3 @@ from peft_vit.statistics.significance import (
     wilcoxon,
     wilcoxon_against_each,
 )
-
-__all__ = [
-    "Association",
-    "EffectSize",
-    "Interval",
-    "MixedEffect",
-    "Significance",
-    "Verdict",
-    "beyond_margin",
-    "effect_size",
-    "equivalence",
-    "equivalence_verdict",
-    "gini",
-    "hedges_factor",
-    "holm",
-    "inferiority",
-    "interquartile_mean",
-    "interquartile_mean_interval",
-    "mean_interval",
-    "mean_rho_of_pairs",
-    "minimum_n_wilcoxon",
-    "mixed_effect",
-    "noninferiority",
-    "normalized_entropy",
-    "paired_difference",
-    "paired_improvement",
-    "proportion_interval",
-    "rho_with_last",
-    "shifted",
-    "spearman",
-    "stratified_indices",
-    "verdict",
-    "wilcoxon",
-    "wilcoxon_against_each",
-]

@@ -1,8 +1,6 @@
-"""What every function here asks of its arrays, and the two comparisons that rounding must not decide."""
+"""What every function here asks of its arrays, and the comparisons that rounding must not decide."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,66 +11,27 @@ ROUNDING = 1e-12  # differences of accuracies carry rounding errors of about 1e-
 def finite(values: ArrayLike, name: str = "values") -> np.ndarray:
     """Return values as a float array of shape (n,).
 
-    Args:
-        values: (n,) numbers.
-        name: what the caller calls them, for the error.
-
     Raises:
         ValueError: for another shape, no values, or one that is not finite, which is named by its position.
     """
     data = np.asarray(values, dtype=np.float64)
-    expected = "expected a non-empty one-dimensional array of finite values"
+    expected = f"{name}: expected a non-empty one-dimensional array of finite values"
     if data.ndim != 1 or data.size == 0:
-        raise ValueError(f"{name}: {expected}, got the shape {data.shape}")
+        raise ValueError(f"{expected}, got the shape {data.shape}")
     bad = np.flatnonzero(~np.isfinite(data))
     if bad.size:
-        raise ValueError(
-            f"{name}: {expected}, got {data[bad[0]]} at position {bad[0]} ({bad.size} of {data.size} are not)"
-        )
+        raise ValueError(f"{expected}, got {data[bad[0]]} at position {bad[0]} ({bad.size} of {data.size} are not)")
     return data
 
 
-def runs_by_task(values: ArrayLike, name: str = "values") -> np.ndarray:
-    """Return values as a float array of shape (runs, tasks); (runs,) is one task.
-
-    Raises:
-        ValueError: for another shape, no values, or one that is not finite.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    if data.ndim == 1:
-        data = data[:, None]
-    if data.ndim != 2 or data.size == 0:
-        raise ValueError(f"{name}: expected the shape (runs,) or (runs, tasks), not empty, got {np.shape(values)}")
-    bad = np.argwhere(~np.isfinite(data))
-    if len(bad):
-        run, task = bad[0]
-        raise ValueError(
-            f"{name}: expected finite values, got {data[run, task]} in run {run}, task {task} "
-            f"({len(bad)} of {data.size} are not); leave out a task that lacks runs"
-        )
-    return data
-
-
-def between_zero_and_one(value: float, name: str) -> float:
-    """Return a level or a coverage.
+def check_level(value: float, name: str) -> None:
+    """Refuse a level or a coverage.
 
     Raises:
         ValueError: unless 0 < value < 1.
     """
     if not 0 < value < 1:
         raise ValueError(f"expected 0 < {name} < 1, got {value}")
-    return value
-
-
-def positive_margin(margin: float) -> float:
-    """Return a margin.
-
-    Raises:
-        ValueError: unless it is positive and finite.
-    """
-    if not (margin > 0 and math.isfinite(margin)):
-        raise ValueError(f"expected a positive margin, got {margin}")
-    return margin
 
 
 def has_spread(data: np.ndarray) -> bool:
@@ -84,37 +43,26 @@ def has_spread(data: np.ndarray) -> bool:
 
 
 def shifted(values: ArrayLike, center: float) -> np.ndarray:
-    """Return values minus a center: zero where both are one number but for rounding, equal where the values are.
+    """Return (n,) values minus a center: zero where both are one number but for rounding, equal where the values are.
 
     0.82 - 0.81 misses a margin of 0.01 by 1e-17. Beside nothing but such remains, a test would take them for
-    differences that all point one way.
-
-    Args:
-        values: (n,) finite numbers, at least one.
-        center: what is subtracted, such as a margin.
-
-    Raises:
-        ValueError: for no values, or values that are not finite.
+    differences that all point one way. Raises as `finite`.
     """
     data = finite(values)
     return data if center == 0 else without_rounding(data - center, max(float(np.abs(data).max()), abs(center)))
 
 
 def without_rounding(data: np.ndarray, unit: float | None = None) -> np.ndarray:
-    """Return values with those equal that differ by rounding only, and zero where they are zero but for rounding.
+    """Return (n,) values with those equal that differ by rounding only, and zero where they are zero but for rounding.
 
-    Sizes that lie closer together than a 1e-12th of the unit take the smallest one's size; signs stay.
-
-    Args:
-        data: (n,) finite values.
-        unit: size of the numbers that these are differences of; None: the largest of these.
+    Sizes that lie closer together than a 1e-12th of the unit, or else of the largest, take the smallest one's size;
+    signs stay. The unit is the size of the numbers that these are differences of.
     """
     sizes = np.abs(data)
     order = np.argsort(sizes, kind="stable")
     ascending = sizes[order]
-    new = np.diff(ascending, prepend=0.0) > ROUNDING * (
-        ascending[-1] if unit is None else unit
-    )  # (n,) where a new size begins
+    room = ROUNDING * (ascending[-1] if unit is None else unit)
+    new = np.diff(ascending, prepend=0.0) > room  # (n,) where a new size begins
     starts = np.concatenate([[0.0], ascending[new]])  # before the first new one everything is zero
     merged = np.empty_like(sizes)
     merged[order] = starts[np.cumsum(new)]

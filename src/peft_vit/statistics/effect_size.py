@@ -8,79 +8,57 @@ from dataclasses import dataclass
 from numpy.typing import ArrayLike
 from scipy import optimize, special
 
-from peft_vit.statistics.checked import between_zero_and_one, finite, has_spread
-from peft_vit.statistics.student import mean_and_error
+from peft_vit.statistics.checked import check_level, finite, has_spread
+from peft_vit.statistics.intervals import mean_and_error
 
 
 @dataclass(frozen=True)
 class EffectSize:
-    """The mean of paired differences in units of their standard deviation.
+    """The mean of paired differences in units of their standard deviation."""
 
-    Attributes:
-        d: Cohen's d_z, mean over standard deviation; None if there is no spread to divide by.
-        low: lower end of its interval; None with d.
-        high: upper end likewise.
-        g: Hedges' g, d without its bias; None also for two pairs, where the correction is zero.
-        g_low: lower end of the interval of g.
-        g_high: upper end likewise.
-        n: number of pairs.
-        confidence: nominal coverage, e.g. 0.95.
-        reason: why something is None; None if nothing is.
-    """
-
-    d: float | None
+    d: float | None  # Cohen's d_z, mean over standard deviation; None if there is no spread to divide by
+    # low, high: ends of its interval; None with d
     low: float | None
     high: float | None
-    g: float | None
-    g_low: float | None
-    g_high: float | None
-    n: int
-    confidence: float
-    reason: str | None = None
+    g: float | None  # Hedges' g, d without its bias; None also for two pairs, where the correction is zero
+    n: int  # number of pairs
+    confidence: float  # nominal coverage, e.g. 0.95
+    reason: str | None = None  # why something is None; None if nothing is
 
 
 def effect_size(differences: ArrayLike, confidence: float = 0.95) -> EffectSize:
-    """Return Cohen's d_z of paired differences and Hedges' g, with intervals by the noncentral t distribution.
+    """Return Cohen's d_z of (n,) paired differences and Hedges' g, with intervals by the noncentral t distribution.
 
     ``d = mean / s``; ``sqrt(n) d`` follows a noncentral t with n - 1 degrees of freedom and noncentrality ``sqrt(n)
     delta``. The interval holds the deltas under which the d observed is in neither tail. Hedges' factor ``J =
-    Gamma(f/2) / (sqrt(f/2) Gamma((f-1)/2))`` with f = n - 1 takes away the bias of d, and scales both ends.
+    Gamma(f/2) / (sqrt(f/2) Gamma((f-1)/2))`` with f = n - 1 takes away the bias of d.
 
     The unit is the scatter between pairs of runs that share a seed, so a d of 1 says nothing about accuracy points.
     Describes what another draw of seeds would change. Assumption: differences are independent and normal; under skew
     or heavy tails the interval covers less. Sources: Cohen, Statistical Power Analysis (1988), 2.3.5; Hedges, Journal
     of Educational Statistics 6 (1981); Steiger & Fouladi (1997) on the interval.
 
-    Args:
-        differences: (n,) one difference a pair.
-        confidence: nominal coverage, between 0 and 1.
-
     Raises:
         ValueError: for no values, or values that are not finite.
     """
-    between_zero_and_one(confidence, "confidence")
+    check_level(confidence, "confidence")
     data = finite(differences, "differences")
     n = int(data.size)
     if not has_spread(data):
         reason = "one pair has no spread" if n < 2 else "the differences have no spread"
-        return EffectSize(None, None, None, None, None, None, n, confidence, reason)
+        return EffectSize(None, None, None, None, n, confidence, reason)
     mean, error = mean_and_error(data)
     t, root = mean / error, math.sqrt(n)
     d = t / root
     low = _noncentrality(t, n - 1, 0.5 + confidence / 2) / root
     high = _noncentrality(t, n - 1, 0.5 - confidence / 2) / root
     if n == 2:
-        return EffectSize(d, low, high, None, None, None, n, confidence, "Hedges' correction needs three pairs")
-    factor = hedges_factor(n - 1)
-    return EffectSize(d, low, high, factor * d, factor * low, factor * high, n, confidence)
+        return EffectSize(d, low, high, None, n, confidence, "Hedges' correction needs three pairs")
+    return EffectSize(d, low, high, hedges_factor(n - 1) * d, n, confidence)
 
 
 def hedges_factor(degrees: int) -> float:
-    """Return what takes the bias out of Cohen's d: exact, not the approximation 1 - 3 / (4 f - 1).
-
-    Args:
-        degrees: degrees of freedom of the standard deviation, at least 2.
-    """
+    """Return what takes the bias out of Cohen's d, at 2 degrees or more: exact, not 1 - 3 / (4 f - 1)."""
     return math.exp(math.lgamma(degrees / 2) - math.lgamma((degrees - 1) / 2)) / math.sqrt(degrees / 2)
 
 

@@ -1,6 +1,6 @@
-"""Means with intervals. Every docstring says which uncertainty the interval describes.
+"""Means and shares with intervals. Every docstring says which uncertainty the interval describes.
 
-Sums are exact (`math.fsum`), so that the same values in another order give the same bits.
+Sums are exact (`math.fsum`) or of sorted values, so that the same values in another order give the same bits.
 """
 
 from __future__ import annotations
@@ -8,81 +8,57 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special, stats
 
-from peft_vit.statistics.checked import finite
+from peft_vit.statistics.checked import check_level, finite, has_spread, without_rounding
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, or another estimate, and where the population's may lie.
+    """A mean, or another estimate, and where the population's may lie."""
 
-    Attributes:
-        estimate: the estimate, in the unit of the values.
-        low: lower end; None if there is no interval, e.g. for too few values (n < 2).
-        high: upper end; None likewise.
-        n: number of values.
-        confidence: nominal coverage, e.g. 0.95.
-        reason: why there is no interval, where more than a single value is behind it.
-    """
+    estimate: float  # the estimate, in the unit of the values
+    low: float | None  # lower end; None if there is no interval, e.g. for too few values (n < 2)
+    high: float | None  # upper end; None likewise
+    n: int  # number of values
+    confidence: float  # nominal coverage, e.g. 0.95
+    reason: str | None = None  # why there is no interval, where more than a single value is behind it
 
-    estimate: float
-    low: float | None
-    high: float | None
-    n: int
-    confidence: float
-    reason: str | None = None
+
+def mean_and_error(data: np.ndarray) -> tuple[float, float]:
+    """Return the mean of (n,) values, n >= 2, and its standard error."""
+    mean = math.fsum(data) / data.size
+    deviation = data - mean
+    largest = float(np.abs(deviation).max())  # squares are taken in its unit: those of tiny values would vanish
+    if largest == 0:
+        return mean, 0.0
+    variance = math.fsum((deviation / largest) ** 2) / (data.size - 1)
+    return mean, largest * math.sqrt(variance / data.size)
 
 
 def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Return the mean with Student's t interval, ``m ± t_{n-1} s / sqrt(n)``.
+    """Return the mean of (n,) values with Student's t interval, ``m ± t_{n-1} s / sqrt(n)``.
 
-    Over the seeds of one experiment, the interval describes what another draw of seeds (initial head and
-    adapter, order of the images, augmentation) would change. It says nothing about other test images or other
-    data sets. Where each seed draws its own split of one data set, other splits of it count in; these overlap, so for
-    new images the interval is too narrow (Nadeau & Bengio, Machine Learning 52 (2003)).
+    Over the seeds of one experiment, the interval describes what another draw of seeds (initial head and adapter, order
+    of the images, augmentation) would change; over differences of runs that share a seed, what it would change in the
+    difference, as what both have in common drops out. It says nothing about other test images or other data sets. Where
+    each seed draws its own split of one data set, other splits of it count in; these overlap, so for new images the
+    interval is too narrow (Nadeau & Bengio, Machine Learning 52 (2003)).
 
     Assumption: values are independent and roughly normal. Source: Student, Biometrika 6 (1908).
-
-    Args:
-        values: (n,) one value a seed.
-        confidence: nominal coverage, between 0 and 1.
 
     Raises:
         ValueError: for no values, or values that are not finite.
     """
     data = finite(values)
-    n = data.size
-    mean = math.fsum(data) / n
+    n = int(data.size)
     if n < 2:
-        return Interval(mean, None, None, n, confidence)
-    variance = math.fsum((data - mean) ** 2) / (n - 1)
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * math.sqrt(variance / n)
+        return Interval(float(data[0]), None, None, n, confidence)
+    mean, error = mean_and_error(data)
+    half = float(special.stdtrit(n - 1, 0.5 + confidence / 2)) * error
     return Interval(mean, mean - half, mean + half, n, confidence)
-
-
-def paired_difference(values: ArrayLike, reference: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Return the mean of ``values - reference`` with its t interval, paired by position.
-
-    Over pairs of runs that share a seed, the interval describes what another draw of seeds would change in
-    the difference; what the two runs have in common (same head, same order of images) drops out.
-
-    Assumption: the differences are independent and roughly normal; the two sides need not be.
-    Source: Student, Biometrika 6 (1908).
-
-    Args:
-        values: (n,) one value a pair.
-        reference: (n,) the other side, in the same order.
-        confidence: nominal coverage, between 0 and 1.
-
-    Raises:
-        ValueError: for no pairs, unequal lengths, or values that are not finite.
-    """
-    left, right = finite(values), finite(reference, "reference")
-    if left.size != right.size:
-        raise ValueError(f"pairs need equal lengths, got {left.size} and {right.size}")
-    return mean_interval(left - right, confidence)
 
 
 def proportion_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
@@ -91,12 +67,80 @@ def proportion_interval(successes: int, n: int, confidence: float = 0.95) -> Int
     For one run's accuracy, the interval describes what another draw of as many test images from the same
     population would change. It says nothing about other seeds.
 
-    Assumption: images are independent. Source: Wilson, JASA 22 (1927), as in `scipy.stats.binomtest`.
+    Assumption: images are independent. Source: Wilson, JASA 22 (1927).
 
     Raises:
         ValueError: unless 0 <= successes <= n and n > 0.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"expected 0 <= successes <= n and n > 0, got {successes} of {n}")
-    ends = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    return Interval(successes / n, float(ends.low), float(ends.high), n, confidence)
+    return _wilson(successes / n, n, confidence)
+
+
+def paired_improvement(differences: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Return the share of (n,) paired differences that are positive, ties counted as half, with Wilson's interval.
+
+    Describes what another draw of seeds would change in who wins a pair. Not the bootstrap: where all pairs go one way,
+    which is common with few seeds, resampling shows no spread. With ties the variance is smaller than a share's, so the
+    interval is too wide rather than too short.
+
+    Assumption: pairs are independent. Sources: Dixon & Mood, JASA 41 (1946), on signs of pairs; Wilson, JASA 22 (1927).
+
+    Raises:
+        ValueError: for no values, or values that are not finite.
+    """
+    data = without_rounding(finite(differences, "differences"))
+    share = float(np.count_nonzero(data > 0) + 0.5 * np.count_nonzero(data == 0)) / data.size
+    return _wilson(share, int(data.size), confidence)
+
+
+def _wilson(share: float, n: int, confidence: float) -> Interval:
+    check_level(confidence, "confidence")
+    z = float(special.ndtri(0.5 + confidence / 2))
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Interval(share, max(0.0, center - half), min(1.0, center + half), n, confidence)
+
+
+def interquartile_mean_interval(
+    scores: ArrayLike, generator: np.random.Generator, *, resamples: int = 5000, confidence: float = 0.95
+) -> Interval:
+    """Return the mean of the middle half of all runs on all tasks, with its percentile interval by the bootstrap.
+
+    Each task's runs are resampled by themselves, and tasks are never resampled, so the interval describes what another
+    draw of seeds would change on these tasks. It says nothing about other tasks. With a handful of seeds it is too
+    short, as no resample goes beyond the values observed (docs/statistics.md).
+
+    Assumption: runs are independent draws within a task. Source: Agarwal et al., Deep Reinforcement Learning at the
+    Edge of the Statistical Precipice (NeurIPS 2021); computed by `scipy.stats.trim_mean` and `scipy.stats.bootstrap`.
+
+    Args:
+        scores: (runs, tasks).
+        generator: of the resampling.
+        resamples: how many.
+        confidence: nominal coverage, between 0 and 1.
+
+    Returns:
+        The interval; n counts the runs of each task.
+
+    Raises:
+        ValueError: for values that are not finite.
+    """
+    check_level(confidence, "confidence")
+    tasks = sorted(sorted(finite(task, "scores").tolist()) for task in np.transpose(scores))
+    estimate, n = float(_middle(*map(np.array, tasks))), len(tasks[0])
+    if n < 2:
+        return Interval(estimate, None, None, n, confidence, "one run has no spread to resample")
+    found = stats.bootstrap(
+        tasks, _middle, n_resamples=resamples, method="percentile", confidence_level=confidence, rng=generator
+    )
+    if not has_spread(found.bootstrap_distribution):
+        return Interval(estimate, None, None, n, confidence, "all resamples give the same value")
+    low, high = found.confidence_interval
+    return Interval(estimate, float(low), float(high), n, confidence)
+
+
+def _middle(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Return the interquartile mean over all tasks' runs: (..., runs) each to (...)."""
+    middle: np.ndarray = stats.trim_mean(np.concatenate(tasks, axis=-1), 0.25, axis=axis)
+    return middle

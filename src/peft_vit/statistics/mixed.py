@@ -4,46 +4,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from peft_vit.statistics.checked import ROUNDING, between_zero_and_one, finite, has_spread
+from peft_vit.statistics.checked import ROUNDING, check_level, finite, has_spread
 
 _NEXT_TO_NOTHING = 0.01  # variance between groups over that within: the optimizer stops somewhat short of the edge
 
 
 @dataclass(frozen=True)
 class MixedEffect:
-    """The fixed effect of one condition, with what the fit says of itself.
+    """The fixed effect of one condition, with what the fit says of itself."""
 
-    Attributes:
-        estimate: change of the response for one unit of the condition; None if there is no fit to trust.
-        low: lower end of the interval; None with the estimate.
-        high: upper end likewise.
-        n: number of runs.
-        groups: number of groups.
-        between: standard deviation of the groups' intercepts; None with the estimate.
-        within: standard deviation of the runs within a group; None with the estimate.
-        degrees: degrees of freedom of the interval; None with the estimate.
-        confidence: nominal coverage, e.g. 0.95.
-        converged: whether the fit ended at an optimum.
-        note: what to know of the fit, or why there is none; None if nothing.
-    """
-
-    estimate: float | None
-    low: float | None
-    high: float | None
-    n: int
-    groups: int
-    between: float | None
-    within: float | None
-    degrees: int | None
-    confidence: float
-    converged: bool
-    note: str | None = None
+    n: int  # number of runs
+    groups: int  # number of groups
+    confidence: float  # nominal coverage, e.g. 0.95
+    note: str | None  # what to know of the fit, or why there is none; None if nothing
+    # change of the response for one unit of the condition; None, as all below, if there is no fit to trust
+    estimate: float | None = None
+    # low, high: ends of the interval
+    low: float | None = None
+    high: float | None = None
+    between: float | None = None  # standard deviation of the groups' intercepts
+    within: float | None = None  # standard deviation of the runs within a group
+    degrees: int | None = None  # degrees of freedom of the interval
 
 
 def mixed_effect(
@@ -53,7 +40,7 @@ def mixed_effect(
 
     With seeds as groups, runs of one seed share what the seed decides; with data sets as groups, the level of each.
     The interval describes what another draw of groups and runs would change, if the effect is the same in all groups.
-    For complete pairs prefer `paired_difference`; this is for runs of which some are missing.
+    For complete pairs prefer the mean difference; this is for runs of which some are missing.
 
     Estimate and standard error are statsmodels'; its interval by the normal distribution would hold the truth in
     about four of five studies with three seeds. Here it is Student's t with the degrees of freedom of the stratum in
@@ -75,7 +62,7 @@ def mixed_effect(
     Raises:
         ValueError: for values that are not finite or unequal lengths.
     """
-    between_zero_and_one(confidence, "confidence")
+    check_level(confidence, "confidence")
     y, x = finite(response, "response"), finite(condition, "condition")
     labels = np.asarray([str(label) for label in groups])
     if not len(y) == len(x) == len(labels):
@@ -85,9 +72,8 @@ def mixed_effect(
     unique, index = np.unique(labels, return_inverse=True)
     degrees = _degrees(x, index, len(unique))
     refusal = _refusal(y, x, index, len(unique), degrees)
-    if refusal:
-        return MixedEffect(None, None, None, len(y), len(unique), None, None, None, confidence, False, refusal)
-    return _fitted(y, x, index, len(unique), degrees, confidence)
+    found = MixedEffect(len(y), len(unique), confidence, refusal)
+    return found if refusal else _fitted(found, y, x, index, degrees)
 
 
 def _degrees(x: np.ndarray, index: np.ndarray, groups: int) -> int:
@@ -113,13 +99,8 @@ def _refusal(y: np.ndarray, x: np.ndarray, index: np.ndarray, groups: int, degre
     return None
 
 
-def _fitted(
-    y: np.ndarray, x: np.ndarray, index: np.ndarray, groups: int, degrees: int, confidence: float
-) -> MixedEffect:
+def _fitted(unfitted: MixedEffect, y: np.ndarray, x: np.ndarray, index: np.ndarray, degrees: int) -> MixedEffect:
     from statsmodels.regression.mixed_linear_model import MixedLM  # slow to import
-
-    def none(note: str) -> MixedEffect:
-        return MixedEffect(None, None, None, len(y), groups, None, None, None, confidence, False, note)
 
     # In units of the scatter, so that the optimizer's tolerances mean the same for shares and for seconds.
     center, largest = float(np.mean(y)), float(np.abs(y).max())
@@ -132,25 +113,22 @@ def _fitted(
             estimate, error = float(fit.fe_params[1]), float(fit.bse_fe[1])
             between, within = float(fit.cov_re[0, 0]), float(fit.scale)
         except (np.linalg.LinAlgError, ValueError) as problem:
-            return none(f"the fit failed: {str(problem).lower()}")
+            return replace(unfitted, note=f"the fit failed: {str(problem).lower()}")
     if not fit.converged:
-        return none("the fit did not converge")
+        return replace(unfitted, note="the fit did not converge")
     if not np.isfinite([estimate, error, between, within]).all() or error <= 0:
-        return none("the fit is singular: no standard error")
+        return replace(unfitted, note="the fit is singular: no standard error")
     note = None
     if between <= _NEXT_TO_NOTHING * within:
         note = "the variance between groups is below a hundredth of that within: a fit at or near its edge"
-    half = float(special.stdtrit(degrees, 0.5 + confidence / 2)) * error
-    return MixedEffect(
-        unit * estimate,
-        unit * (estimate - half),
-        unit * (estimate + half),
-        len(y),
-        groups,
-        unit * max(0.0, between) ** 0.5,
-        unit * within**0.5,
-        degrees,
-        confidence,
-        True,
-        note,
+    half = float(special.stdtrit(degrees, 0.5 + unfitted.confidence / 2)) * error
+    return replace(
+        unfitted,
+        note=note,
+        estimate=unit * estimate,
+        low=unit * (estimate - half),
+        high=unit * (estimate + half),
+        between=unit * max(0.0, between) ** 0.5,
+        within=unit * within**0.5,
+        degrees=degrees,
     )

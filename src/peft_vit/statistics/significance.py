@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -20,23 +21,15 @@ _EXACT_UP_TO = 50  # pairs; beyond, the normal approximation is accurate to four
 
 @dataclass(frozen=True)
 class Significance:
-    """What a test says.
+    """What a test says."""
 
-    Attributes:
-        test: name of the test.
-        n: pairs that the test could use (Wilcoxon drops pairs without a difference).
-        p_value: two-sided unless the name says otherwise; None if the test is undefined for these values.
-        minimum_n: smallest n at which any outcome could be significant.
-        dropped: pairs without a difference, which the test could not use.
-        direction: 1 if the test's own statistic speaks for a positive difference, -1 for a negative one, 0 for
-            neither; None if it follows the mean.
-    """
-
-    test: str
-    n: int
-    p_value: float | None
-    minimum_n: int
-    dropped: int = 0
+    test: str  # name of the test
+    n: int  # pairs that the test could use (Wilcoxon drops pairs without a difference)
+    p_value: float | None  # two-sided unless the name says otherwise; None if the test is undefined for these values
+    minimum_n: int  # smallest n at which any outcome could be significant
+    dropped: int = 0  # pairs without a difference, which the test could not use
+    # 1 if the test's own statistic speaks for a positive difference, -1 for a negative one, 0 for neither; None if it
+    # follows the mean
     direction: int | None = None
 
     @property
@@ -62,10 +55,6 @@ def minimum_n_wilcoxon(alpha: float = 0.05, comparisons: int = 1) -> int:
     three.
 
     Assumption: no pair without a difference. Source: Wilcoxon, Biometrics Bulletin 1 (1945); Holm (1979).
-
-    Args:
-        alpha: level of the family of tests.
-        comparisons: number of tests in the family.
     """
     if not 0 < alpha < 1 or comparisons < 1:
         raise ValueError(f"expected 0 < alpha < 1 and comparisons >= 1, got {alpha}, {comparisons}")
@@ -75,25 +64,20 @@ def minimum_n_wilcoxon(alpha: float = 0.05, comparisons: int = 1) -> int:
     return n
 
 
-def wilcoxon(differences: ArrayLike, alpha: float = 0.05, comparisons: int = 1) -> Significance:
-    """Test whether paired differences are centered on zero: Wilcoxon's signed-rank test, two-sided.
+def wilcoxon(differences: ArrayLike) -> Significance:
+    """Test whether (n,) paired differences are centered on zero: Wilcoxon's signed-rank test, two-sided.
 
     Exact up to 50 pairs, ties included: the distribution of the positive rank sum over all 2^n sign patterns,
     given the midranks. Pairs without a difference are dropped (Wilcoxon's own rule). Beyond 50 pairs scipy's
-    approximation.
+    approximation. `minimum_n` is that of a test by itself at 5 %.
 
     Assumption: differences are independent and symmetric around their center. Source: Wilcoxon, Biometrics
         Bulletin 1 (1945); midranks under ties: Pratt & Gibbons, Concepts of Nonparametric Theory (1981), 3.7.
-
-    Args:
-        differences: (n,) one difference a pair.
-        alpha: level, for `minimum_n`.
-        comparisons: size of the family of tests, for `minimum_n`.
     """
     data = without_rounding(np.sort(finite(differences, "differences")))
     nonzero = data[data != 0]
     dropped = int(data.size - nonzero.size)
-    minimum = minimum_n_wilcoxon(alpha, comparisons)
+    minimum = minimum_n_wilcoxon()
     name = "exact Wilcoxon signed-rank"
     if nonzero.size == 0:
         return Significance(name, 0, 1.0, minimum, dropped, 0)
@@ -102,14 +86,13 @@ def wilcoxon(differences: ArrayLike, alpha: float = 0.05, comparisons: int = 1) 
         name = "Wilcoxon signed-rank, normal approximation"
         p_value = float(stats.wilcoxon(nonzero, method="approx").pvalue)
     else:
-        p_value = _exact_wilcoxon(nonzero)
+        doubled = np.rint(2 * stats.rankdata(np.abs(nonzero))).astype(int)  # midranks are multiples of a half
+        p_value = _exact_p(tuple(sorted(doubled.tolist())), int(doubled[nonzero > 0].sum()))
     return Significance(name, int(nonzero.size), p_value, minimum, dropped, direction)
 
 
-def wilcoxon_against_each(
-    rivals: Sequence[ArrayLike], alpha: float = 0.05, comparisons: int = 1
-) -> tuple[Significance, Significance]:
-    """Test whether something leads every one of k rivals, and whether some rival leads it, by signed ranks.
+def wilcoxon_against_each(rivals: Sequence[ArrayLike]) -> tuple[Significance, Significance]:
+    """Test whether something leads each of k rivals, and whether some rival leads it: k arrays (n,) of differences.
 
     To take the largest rival of each pair instead would compare a value with the maximum of noisy ones, which lies
     above it even if all are equal in truth.
@@ -120,11 +103,6 @@ def wilcoxon_against_each(
 
     Assumption: as in `wilcoxon`, for the differences to each rival; nothing on how rivals depend on each other.
 
-    Args:
-        rivals: k arrays (n,), differences to each rival.
-        alpha: level, for `minimum_n`.
-        comparisons: size of the family of such questions, for `minimum_n`.
-
     Returns:
         The test that can show "leads every rival", and the one that can show "some rival leads".
 
@@ -134,7 +112,7 @@ def wilcoxon_against_each(
     if not rivals:
         raise ValueError("expected at least one rival")
     count = len(rivals)
-    tests = [wilcoxon(values, alpha, comparisons) for values in rivals]
+    tests = [wilcoxon(values) for values in rivals]
     towards = [_points(values, test) for values, test in zip(rivals, tests, strict=True)]
     least = min(tests, key=lambda test: test.n)
     ahead = [(test.p_value or 0.0) if way > 0 else 1.0 for test, way in zip(tests, towards, strict=True)]
@@ -152,7 +130,7 @@ def wilcoxon_against_each(
         f"{against.test}, the worst of {count} rivals",
         against.n,
         min(1.0, count * min(behind)),
-        minimum_n_wilcoxon(alpha, comparisons * count),
+        minimum_n_wilcoxon(comparisons=count),
         against.dropped,
         -1 if min(towards) < 0 else 0,
     )
@@ -165,10 +143,10 @@ def _points(values: ArrayLike, test: Significance) -> int:
     return sign if sign == test.direction else 0
 
 
-def _exact_wilcoxon(nonzero: np.ndarray) -> float:
-    doubled = np.rint(2 * stats.rankdata(np.abs(nonzero))).astype(int)  # midranks are multiples of a half
-    observed = int(doubled[nonzero > 0].sum())
-    probability = np.zeros(int(doubled.sum()) + 1)  # of each doubled positive rank sum
+@lru_cache(maxsize=4096)  # a table of all pairs asks for few patterns of ranks many times
+def _exact_p(doubled: tuple[int, ...], observed: int) -> float:
+    """Return the two-sided p-value of a positive rank sum among those of all sign patterns; ranks and sum doubled."""
+    probability = np.zeros(sum(doubled) + 1)  # of each doubled positive rank sum
     probability[0] = 1.0
     for rank in doubled:
         shifted = np.zeros_like(probability)
@@ -179,13 +157,9 @@ def _exact_wilcoxon(nonzero: np.ndarray) -> float:
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Return Holm's adjusted p-values, in the order given: the family-wise error rate stays at alpha.
+    """Return Holm's adjusted p-values of (m,) tests, in the order given: the family-wise error rate stays at alpha.
 
-    Assumption: none on how the tests depend on each other. Source: Holm, Scandinavian Journal of Statistics 6
-        (1979).
-
-    Args:
-        p_values: (m,) one a comparison of the family.
+    Assumption: none on how the tests depend on each other. Source: Holm, Scandinavian Journal of Statistics 6 (1979).
     """
     count = len(p_values)
     adjusted = [1.0] * count
@@ -200,12 +174,7 @@ def verdict(estimate: float, significance: Significance, adjusted_p: float | Non
     """Return whether "the difference is positive" is supported, refuted or not decided.
 
     Ranks may speak for the other side than the mean does, if one seed lies far out: then nothing is decided.
-
-    Args:
-        estimate: the difference.
-        significance: the primary test.
-        adjusted_p: its p-value after correction for the family; None if there is none.
-        alpha: level of the family.
+    `adjusted_p` is the test's p-value after correction for the family; None if there is none.
     """
     if not significance.decidable or adjusted_p is None or adjusted_p > alpha or estimate == 0:
         return "not decided"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from peft_vit.config import StudyConfig, load_study
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, named
 from peft_vit.records.study_file import read_study_file
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import StudyLock, study_lock
 
 if TYPE_CHECKING:
-    from peft_vit.costs.cache import Costs
-    from peft_vit.records import RunSpec
-    from peft_vit.studies.deadline import Deadline, Limit
-    from peft_vit.studies.events import Executor, StudyEvent
+    from peft_vit.studies.events import StudyEvent
     from peft_vit.studies.own_images import OwnImages
     from peft_vit.studies.plan import Plan
+    from peft_vit.studies.time_limit import Deadline, Limit
 
 
 @dataclass(frozen=True)
@@ -54,17 +52,17 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Execution:
-    """How runs are carried out, beyond what the studies say; see `open_executor`, `drive` and `EventLog`."""
+    """How runs are carried out, beyond what the studies say; see `open_executor`, `drive` and `event_log`."""
 
     executor: Literal["local", "ray"] = "local"
     ray_address: str | None = None
     oversubscribe: bool = False
-    keep_failed: bool = False
+    skip_failed: bool = False
     log_json: Path | None = None
 
 
-def plan_studies(request: RunRequest, show: Callable[[Plan], None]) -> list[Plan]:
-    """Check every study and plan it; nothing is written.
+def plan_studies(request: RunRequest) -> None:
+    """Check every study and print its plan; nothing is written.
 
     Raises:
         UserError: for anything that would fail later.
@@ -72,14 +70,13 @@ def plan_studies(request: RunRequest, show: Callable[[Plan], None]) -> list[Plan
     if request.minutes is not None:
         limit = _limit(request)
         ((study, file),) = _load(request)
-        plan, _ = _plan_within(request, study, file, limit)
-        show(plan)
-        return [plan]
-    return _plan(request, _load(request), show)
+        _show(_plan_within(request, study, file, limit)[0])
+    else:
+        _plan(request, _load(request))
 
 
-def run_studies(request: RunRequest, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
-    """Do every run that is asked for and not done; return the reason by run id for those that have failed.
+def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
+    """Print the plans, do every run that is asked for and not done, and return why runs have failed, by run id.
 
     Raises:
         UserError: before any run starts, for anything that would fail later or if another command works on one of
@@ -87,15 +84,18 @@ def run_studies(request: RunRequest, execution: Execution, show: Callable[[Plan]
         KeyboardInterrupt: see `drive`.
     """
     if request.minutes is not None:
-        return _run_within(request, execution, show)
+        return _run_within(request, execution)
     if execution.executor == "ray":
-        request = _without_workers(request)
+        if request.workers is not None:
+            problem = "has no effect with --executor ray, where as many runs go at a time as nodes have room for"
+            raise UserError(f"{problem}; leave it out", field="--workers")
+        request = replace(request, workers=1)  # for the plan
     studies = _load(request)
     with _locks(request.results_dir, [study.name for study, _ in studies]) as locks:
-        return _drive(_plan(request, studies, show), locks, execution)
+        return _drive(_plan(request, studies), locks, execution)
 
 
-def _run_within(request: RunRequest, execution: Execution, show: Callable[[Plan], None]) -> dict[str, str]:
+def _run_within(request: RunRequest, execution: Execution) -> dict[str, str]:
     """Do what fits into a limited time; once all that was taken is done, take more, as long as more fits."""
     from peft_vit.studies.status import study_status
 
@@ -110,16 +110,15 @@ def _run_within(request: RunRequest, execution: Execution, show: Callable[[Plan]
             plan, deadline = _plan_within(request, study, file, limit)
             if taken and not plan.pending:  # there is time left, but not enough for more
                 break
-            show(plan)
+            _show(plan)
             failed = _drive([plan], [lock], execution, deadline)
             taken |= {run_name(run.spec) for run in plan.runs}
             left = {run.run for run in study_status(lock.folder).runs if run.state not in ("done", "failed")}
             if failed or not left or left & taken or deadline.over:
                 break
     if left:
-        runs, them = (
-            ("1 run of the study is", "it") if len(left) == 1 else (f"{len(left)} runs of the study are", "them")
-        )
+        one = len(left) == 1
+        runs, them = ("1 run of the study is", "it") if one else (f"{len(left)} runs of the study are", "them")
         print(f"{runs} left; the same command goes on with {them}, for another {request.minutes:g} minutes.")
     return failed
 
@@ -130,7 +129,7 @@ def _limit(request: RunRequest) -> Limit:
     Raises:
         UserError: if something else is asked for that it can't be combined with.
     """
-    from peft_vit.studies.deadline import Limit
+    from peft_vit.studies.time_limit import Limit
 
     assert request.minutes is not None
     others = {
@@ -152,15 +151,10 @@ def _limit(request: RunRequest) -> Limit:
 def _plan_within(request: RunRequest, study: StudyConfig, file: Path, limit: Limit) -> tuple[Plan, Deadline]:
     from peft_vit.studies.within import plan_within
 
-    if request.workers is not None:
-        workers = study.execution.model_copy(update={"workers": request.workers})
-        study = study.model_copy(update={"execution": workers})
     return plan_within(study, request.results_dir, limit, file=file, tell=partial(print, flush=True))
 
 
-def run_on_own_images(
-    request: OwnImages, results_dir: Path, show: Callable[[Plan], None], *, smoke: bool = False
-) -> dict[str, str]:
+def run_on_own_images(request: OwnImages, results_dir: Path, *, smoke: bool = False) -> dict[str, str]:
     """Do one run on somebody's own images, beside those that the directory holds already; as `run_studies`."""
     from peft_vit.studies.own_images import STUDY_NAME, study_of
     from peft_vit.studies.plan import plan_begun_study
@@ -169,8 +163,9 @@ def run_on_own_images(
         earlier = read_study_file(results_dir / STUDY_NAME)
         study, line = study_of(request, None if earlier is None else earlier.configuration)
         print(line)
-        plan = plan_begun_study(study, earlier, results_dir, file=request.folder, smoke=smoke, part=True)
-        show(plan)
+        with named(request.folder):
+            plan = plan_begun_study(study, earlier, results_dir, file=request.folder, smoke=smoke, part=True)
+        _show(plan)
         return _drive([plan], locks, Execution())
 
 
@@ -183,15 +178,13 @@ def _load(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
         _chosen_seeds(study, request.seeds, file)
         if request.method not in (None, *(experiment.method for experiment in study.experiments)):
             raise UserError(f"no experiment is of method {request.method}", file=file, field="experiments")
-    return studies
-
-
-def _without_workers(request: RunRequest) -> RunRequest:
-    """Return the same for a cluster, on which as many runs go at a time as there is room for; planned is with one."""
-    if request.workers is not None:
-        problem = "has no effect with --executor ray, where as many runs go at a time as nodes have room for"
-        raise UserError(f"{problem}; leave it out", field="--workers")
-    return replace(request, workers=1)
+    if request.workers is None:
+        return studies
+    workers = {"workers": request.workers}
+    return [
+        (study.model_copy(update={"execution": study.execution.model_copy(update=workers)}), file)
+        for study, file in studies
+    ]
 
 
 def _chosen_seeds(study: StudyConfig, seeds: str | None, file: Path) -> tuple[int, ...]:
@@ -212,62 +205,56 @@ def _locks(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
         yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
 
 
-def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path]], show: Callable[[Plan], None]) -> list[Plan]:
+def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path]]) -> list[Plan]:
     from peft_vit.studies.plan import plan_study
+    from peft_vit.studies.profiling import measure_costs
 
+    measure = partial(measure_costs, tell=partial(print, flush=True)) if request.calibrate else None
     plans = []
     for study, file in studies:
         seeds = _chosen_seeds(study, request.seeds, file)
-        changes: dict[str, object] = {"seeds": seeds} if request.smoke else {}  # it has one seed, the first asked for
-        if request.workers is not None:
-            changes["execution"] = study.execution.model_copy(update={"workers": request.workers})
-        changed = study.model_copy(update=changes)
-        measure = _measure if request.calibrate else None
-        plan = plan_study(changed, request.results_dir, file=file, smoke=request.smoke, measure=measure)
+        if request.smoke:  # it has one seed, the first asked for
+            study = study.model_copy(update={"seeds": seeds})  # noqa: PLW2901
+        plan = plan_study(study, request.results_dir, file=file, smoke=request.smoke, measure=measure)
         plans.append(plan.only(request.method, seeds))
     for plan in plans:
-        show(plan)
+        _show(plan)
     return plans
+
+
+def _show(plan: Plan) -> None:
+    from peft_vit.studies.printing import print_plan
+
+    print_plan(plan)
 
 
 def _drive(
     plans: list[Plan], locks: list[StudyLock], execution: Execution, deadline: Deadline | None = None
 ) -> dict[str, str]:
-    from peft_vit.studies.event_log import EventLog
+    from peft_vit.studies.event_log import event_log
+    from peft_vit.studies.executors import open_executor
     from peft_vit.studies.progress_view import Watch
     from peft_vit.studies.scheduler import drive
 
     failed: dict[str, str] = {}
-    with nullcontext() if execution.log_json is None else EventLog(execution.log_json) as log:
+    with nullcontext() if execution.log_json is None else event_log(execution.log_json) as log:
         for plan, lock in zip(plans, locks, strict=True):
-            with Watch(plan, until=None if deadline is None else deadline.over_at) as watch:
+            make_executor = partial(
+                open_executor,
+                execution.executor,
+                plan.in_time,
+                lock.folder.parent,
+                oversubscribe=execution.oversubscribe,
+                ray_address=execution.ray_address,
+            )
+            with Watch(plan, until=None if deadline is None else deadline.limit.over_at) as watch:
 
                 def on_event(event: StudyEvent, watch: Watch = watch) -> None:
                     if log is not None:
-                        log.on_event(event)
+                        log(event)
                     watch.on_event(event)
 
-                make_executor = partial(_open, plan.in_time, lock, execution)
-                outcome = drive(
-                    plan, lock, make_executor, on_event, keep_failed=execution.keep_failed, deadline=deadline
+                failed |= drive(
+                    plan, lock, make_executor, on_event, skip_failed=execution.skip_failed, deadline=deadline
                 )
-                failed |= outcome.failed
     return failed
-
-
-def _measure(kinds: Mapping[str, RunSpec]) -> Mapping[str, Costs]:
-    from peft_vit.studies.profiling import measure_costs
-
-    return measure_costs(kinds, partial(print, flush=True))
-
-
-def _open(plan: Plan, lock: StudyLock, execution: Execution) -> Executor:
-    from peft_vit.studies.executors import open_executor
-
-    return open_executor(
-        execution.executor,
-        plan,
-        lock.folder.parent,
-        oversubscribe=execution.oversubscribe,
-        ray_address=execution.ray_address,
-    )

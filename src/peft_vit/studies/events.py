@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from peft_vit.records import Failure, RunRecord
+from peft_vit.studies.ledger import now
+
 if TYPE_CHECKING:  # a driver needs no torch
-    from peft_vit.records import RunRecord
     from peft_vit.studies.plan import PlannedRun
     from peft_vit.training import Progress
 
@@ -55,6 +57,31 @@ class RunInterrupted:
 
 
 Event = RunStarted | RunProgress | RunEnded | RunInterrupted
+
+
+def lost(
+    run: PlannedRun, reason: str, seconds: float = 0.0, failure: Failure = "killed", traceback: str | None = None
+) -> RunEnded:
+    """Return the end of an attempt that can't tell it itself, since its process is gone.
+
+    Args:
+        run: what was attempted.
+        reason: one line.
+        seconds: for how long.
+        failure: its kind.
+        traceback: of what ended it, if it is known.
+    """
+    record = RunRecord(
+        spec=run.spec,
+        spec_digest=run.spec.digest(),
+        status="failed",
+        seconds=seconds,
+        error=reason,
+        failure=failure,
+        traceback=traceback,
+        started_at=now(),
+    )
+    return RunEnded(run, record, None)
 
 
 @dataclass(frozen=True)

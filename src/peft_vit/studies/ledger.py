@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -86,11 +85,10 @@ class Ledger:
         self._descriptor = -1
 
 
-def rewrite_ledger(folder: Path, rows: Iterable[Row]) -> None:
-    """Replace a ledger by one with these rows."""
-    file = folder / LEDGER_FILE
+def write_whole(file: Path, content: bytes) -> None:
+    """Replace a file of a study, as `write_atomically`; what has no room is told in one line."""
     try:
-        write_atomically(file, b"".join(map(encode, rows)))
+        write_atomically(file, content)
     except OSError as error:
         raise no_room(file, error) from None
 

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 from peft_vit.backbones import BackboneShape, describe, native_size, patch_size_of
 from peft_vit.config import AskedPrecision, BackboneConfig, StudyConfig, WeightsSource, study_from_mapping
-from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES_KEPT_PER_TOKEN, Workload, product_rate
+from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES_KEPT_PER_TOKEN, product_rate
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
@@ -28,7 +28,7 @@ _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 
 @dataclass(frozen=True)
 class OwnImages:
-    """What `peft-vit train` or `import` was asked for; None: chosen here. See `peft-vit train --help`.
+    """What `peft-vit train` was asked for; None: chosen here. See `peft-vit train --help`.
 
     Attributes:
         weights: a source of weights or the path of a file.
@@ -106,13 +106,18 @@ def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[Stud
     data["image_size"] = asked.image_size or (pace.largest_size() if earlier is None else earlier.data.image_size)
     shape = describe(pace.backbone, data["image_size"])
     steps = _asked_steps(asked, counts) or before.get(asked.experiment) or pace.most_steps(shape)
-    return _study(asked, data, experiment_for(asked, counts, shape, steps)), pace.line(shape, data["image_size"], steps)
+    return _study(asked, data, _experiment(asked, counts, shape, steps)), pace.line(shape, data["image_size"], steps)
 
 
 def _check(asked: OwnImages) -> None:
     """Refuse options that would have no effect with the method."""
-    if asked.start is not None:
-        _check_start(asked)
+    if asked.start is not None:  # an adapter to go on from has decided these
+        if asked.method != "lora":
+            problem = f"goes on training LoRA, and the method is {asked.method}; give --method lora, or leave it out"
+            raise UserError(problem, field="--init-adapter")
+        for option, own in (("--rank", asked.rank), ("--head-start", asked.head_start)):
+            if own is not None:
+                raise UserError("is the adapter's own with --init-adapter; leave one of the two out", field=option)
     steps = not asked.is_probe
     size = METHODS[asked.method].size_option
     for option, value, acts, remedy in (
@@ -127,16 +132,6 @@ def _check(asked: OwnImages) -> None:
             raise UserError(f"has no effect with --method {asked.method}; {remedy}", field=option)
     if asked.steps is not None and asked.epochs is not None:
         raise UserError("excludes --epochs; give one of them", field="--steps")
-
-
-def _check_start(asked: OwnImages) -> None:
-    """Refuse what an adapter to go on from has decided already."""
-    if asked.method != "lora":
-        problem = f"goes on training LoRA, and the method is {asked.method}; give --method lora, or leave it out"
-        raise UserError(problem, field="--init-adapter")
-    for option, value in (("--rank", asked.rank), ("--head-start", asked.head_start)):
-        if value is not None:
-            raise UserError("is the adapter's own with --init-adapter; leave one of the two out", field=option)
 
 
 def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
@@ -165,18 +160,7 @@ class _Pace:
         shape = describe(backbone, (asked.image_size or 8 * patch) // patch * patch)
         device = resolve_device(asked.device)
         precision = choose_precision(cast(AskedPrecision, asked.precision), None, device).chosen
-        workload = Workload(
-            shape=shape,
-            image_size=0,
-            channels=3,
-            device=device,
-            precision=precision,
-            threads=asked.threads,
-            train=0,
-            validation=0,
-            test=0,
-        )
-        return cls(asked, counts, backbone, product_rate(workload))
+        return cls(asked, counts, backbone, product_rate(shape, device, precision, asked.threads))
 
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
@@ -222,10 +206,11 @@ class _Pace:
 
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
         """Return what was chosen, and what half the image size would save."""
-        length = (
-            f", {steps} steps" if self.asked.epochs else f", up to {steps} steps, fewer if validation stops to gain"
-        )
-        length = "" if self.asked.is_probe else length
+        length = f", up to {steps} steps, fewer if validation stops to gain"
+        if self.asked.is_probe:
+            length = ""
+        elif self.asked.epochs:
+            length = f", {steps} steps"
         patch = shape.patch_size
         half = max(patch, image_size // 2 // patch * patch)
         share = self.seconds(describe(self.backbone, half), steps) / self.seconds(shape, steps)
@@ -243,15 +228,8 @@ def _validate_every(asked: OwnImages, counts: Counts) -> int:
     return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * counts.validation / (2 * asked.batch_size)))
 
 
-def experiment_for(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
-    """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for.
-
-    Args:
-        asked: on the command line.
-        counts: images that are trained on and read.
-        shape: of the backbone at the image size.
-        steps: at most.
-    """
+def _experiment(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
+    """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
     experiment: dict[str, Any] = {"name": asked.experiment, "method": asked.method}
     training: dict[str, Any] = {"batch_size": asked.batch_size}
     method = METHODS[asked.method]

@@ -22,7 +22,7 @@ from peft_vit.costs.estimate import (
 )
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, named
 from peft_vit.methods import check
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
 from peft_vit.records.study_file import Limited, StudyFile, read_study_file
@@ -34,16 +34,12 @@ from peft_vit.studies.study_file import difference, go_on, study_file
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run, what it will cost, and whether an earlier call has done it.
-
-    `registration` are the hypotheses that stand written down now; None: those that come with the package.
-    """
+    """One run, what it will cost, and whether an earlier call has done it."""
 
     spec: RunSpec
     total_steps: int
     estimate: Estimate
     done: bool
-    registration: Registration | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +70,7 @@ class Plan:
         runs: what is asked for, done or not.
         part: the study names only some of the experiments and seeds that its folder holds.
         precision: of the runs, and how it was decided.
+        registration: the hypotheses that stand written down now.
         bf16_factor: time of a product in bf16 over fp32's, where runs to do have to emulate bf16.
         notices: what to know of the images before believing a number; none if nothing is to be done.
         within: what a limited time has made of the study; None: it has all the time it takes.
@@ -86,6 +83,7 @@ class Plan:
     data_sha256: str
     runs: tuple[PlannedRun, ...]
     precision: ChosenPrecision
+    registration: Registration
     bf16_factor: float | None = None
     part: bool = False
     notices: tuple[str, ...] = ()
@@ -132,8 +130,10 @@ def plan_study(
         UserError: for anything that would fail later, with file, field and remedy; and if the results directory
             holds a study of this name that was configured otherwise, with the difference.
     """
-    before = read_study_file(results_dir / study.name)
-    return plan_begun_study(study, before, results_dir, file=file, smoke=smoke, measure=measure)
+    with named(file):
+        return plan_begun_study(
+            study, read_study_file(results_dir / study.name), results_dir, file=file, smoke=smoke, measure=measure
+        )
 
 
 def plan_begun_study(
@@ -147,7 +147,7 @@ def plan_begun_study(
     measure: Measure | None = None,
     limited: Limited | None = None,
 ) -> Plan:
-    """Plan a study whose study.json is read already, as `plan_study`.
+    """Plan a study whose study.json is read already, as `plan_study`; errors about its configuration name no file.
 
     Args:
         study: as there.
@@ -158,50 +158,29 @@ def plan_begun_study(
         part: the results directory may hold other experiments and seeds of this study.
         measure: as there.
         limited: what a limit of time has made the study of.
-
-    Raises:
-        UserError: as there.
     """
-    try:
-        return _plan(study, before, results_dir, file, smoke, part, measure, limited)
-    except UserError as error:
-        if error.file is not None:
-            raise
-        raise UserError(error.message, file=file, field=error.field) from None
-
-
-def _plan(
-    study: StudyConfig,
-    before: StudyFile | None,
-    results_dir: Path,
-    file: Path,
-    smoke: bool,
-    part: bool,
-    measure: Measure | None,
-    limited: Limited | None,
-) -> Plan:
-    registration = _registration(study, file)
-    device = resolve_device(study.device)
+    own_hypotheses = None if study.hypotheses is None else file.parent / study.hypotheses
+    registration = load_registry(own_hypotheses).registration()
     if smoke:
         patch_size = describe(study.backbone, study.data.image_size).patch_size
         study = smoke_study(study, patch_size)
     precision = decide_precision(study, before)
     study = study.model_copy(update={"precision": precision.chosen})
-    shape = describe(study.backbone, study.data.image_size)
     index = open_index(study.data, smoke=smoke)
     asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256, limited=limited)
     go_on(results_dir / study.name, before, asked, source=file, part=part)
     drawn = splits_of(index, study)
     splits = drawn[study.seeds[0]]
+    workload = workload_of(study, index, splits)
     wanted: list[EstimateRequest] = []
     for place, experiment in enumerate(study.experiments):
         total_steps = experiment.total_steps(len(splits.train))
         try:
-            check(experiment, shape, total_steps, len(splits.train))
+            check(experiment, workload.shape, total_steps, len(splits.train))
         except UserError as error:
             raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
         first = spec_of(study, place, study.seeds[0], smoke=smoke)
-        kind = miniature(first, total_steps, shape, index, splits)
+        kind = miniature(first, total_steps, workload.shape, index, splits)
         kind_sha256 = kind.digest()
         for seed in study.seeds:
             spec = spec_of(study, place, seed, smoke=smoke)
@@ -212,24 +191,30 @@ def _plan(
     if pending:
         check_weights(study.backbone)
         notices = _notices(index, study, drawn)
-    workload = Workload(
-        shape=shape,
+    estimates = estimate_runs(wanted, workload, None if smoke else measure)
+    runs = tuple(
+        PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None)
+        for run, estimate in zip(wanted, estimates, strict=True)
+    )
+    factor = bf16_factor(workload) if precision.emulated and pending and not smoke else None
+    return Plan(
+        study, file, index.licence, index.sha256, runs, precision, registration, factor, part, notices, before=before
+    )
+
+
+def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Workload:
+    """Return what all runs of a study share, whose precision is decided."""
+    return Workload(
+        shape=describe(study.backbone, study.data.image_size),
         image_size=study.data.image_size,
         channels=index.channels,
-        device=device,
-        precision=precision.chosen,
+        device=resolve_device(study.device),
+        precision=cast(Precision, study.precision),
         threads=study.threads,
         train=len(splits.train),
         validation=len(splits.validation),
         test=len(splits.test),
     )
-    estimates = estimate_runs(wanted, workload, None if smoke else measure)
-    runs = tuple(
-        PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None, registration=registration)
-        for run, estimate in zip(wanted, estimates, strict=True)
-    )
-    factor = bf16_factor(workload) if precision.emulated and pending and not smoke else None
-    return Plan(study, file, index.licence, index.sha256, runs, precision, factor, part, notices, before=before)
 
 
 def decide_precision(study: StudyConfig, before: StudyFile | None) -> ChosenPrecision:
@@ -260,12 +245,6 @@ def _notices(index: ImageIndex, study: StudyConfig, drawn: dict[int, Splits]) ->
     if len(drawn) == 1:
         return tuple(seeds_of)
     return tuple(f"{text} (seen with seed {', '.join(map(str, seeds))})" for text, seeds in seeds_of.items())
-
-
-def _registration(study: StudyConfig, file: Path) -> Registration:
-    """Read here what every run's record will say: a worker on another node may see neither file."""
-    own = None if study.hypotheses is None else file.parent / study.hypotheses
-    return load_registry(own).registration()
 
 
 def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:

@@ -1,32 +1,58 @@
-"""Measures what runs cost before they start: the miniature of each kind is run."""
+"""Measures what runs cost before they start: miniatures of them do a few real steps in worker processes, as runs do."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
+from peft_vit.backbones import describe
+from peft_vit.config import MeasuresConfig, StudyConfig
 from peft_vit.costs.cache import Costs, keep_costs
-from peft_vit.costs.estimate import Estimate
-from peft_vit.costs.steadiness import Speed, disturbance, machine_speed
+from peft_vit.costs.estimate import TIME_OUTSIDE_PRODUCTS, Estimate, Workload
+from peft_vit.costs.pace import MeasuredPace, Pace, Probe, ReckonedPace
+from peft_vit.costs.proxy_run import miniature
+from peft_vit.data import ImageIndex
+from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, RunSpec
-from peft_vit.studies.events import Executor, RunEnded, RunProgress
+from peft_vit.studies.events import RunEnded, RunProgress
 from peft_vit.studies.executors import decode_images
 from peft_vit.studies.executors.local import LocalExecutor
-from peft_vit.studies.plan import PlannedRun
+from peft_vit.studies.ledger import run_name
+from peft_vit.studies.plan import PlannedRun, spec_of, splits_of
+from peft_vit.studies.sizes import smallest_image
 from peft_vit.training import Progress
 
-_POLL_S = 1.0
 _NEVER_S = 1e9
-UNKNOWN = Estimate(0.0, 0, "estimate")
+_POLL_S = 0.5
+_UNKNOWN = Estimate(0.0, 0, "estimate")
+_STEPS = 3  # of a run that a pace is measured by; the first one counts as part of the start
+_LONGEST_STEP_S = 1.2  # about: of a longer one the batch is cut down
+_TWICE = 2  # so many experiments are measured at two sizes
+
+# Whether the machine was busy with something else meanwhile.
+_SPEED_S = 0.1
+_SIDE = 256  # of matrices whose product takes a fraction of a millisecond
+_DISAGREE = 0.20  # of the faster speed: clocks that rise and fall with heat change less
+_NOT_OURS = 0.15  # of a core's time
+
+Seen = list[tuple[Progress, float]]  # what a run told, and when
+
+
+# --- what runs cost, for plans ----------------------------------------------------------------------------------------
 
 
 def measure_costs(
-    kinds: Mapping[str, RunSpec], tell: Callable[[str], None], speed: Callable[[], Speed] = machine_speed
+    kinds: Mapping[str, RunSpec], tell: Callable[[str], None], speed: Callable[[], Speed] | None = None
 ) -> dict[str, Costs]:
-    """Measure, keep and return what runs of some kinds cost, one after the other in a worker process as runs are.
+    """Measure, keep and return what runs of some kinds cost, one after the other.
 
     A kind that fails is told and left out. What was measured while the machine was busy is used, but not kept.
 
@@ -35,45 +61,27 @@ def measure_costs(
         tell: told what is being done, a line each.
         speed: measures how fast the machine is, before and after each kind.
     """
+    speed = speed or machine_speed
     measured = {}
     before = speed()
-    with tempfile.TemporaryDirectory() as folder:
-        executor = LocalExecutor(1, 1, Path(folder), checkpoint_every_s=_NEVER_S, oversubscribe=True)
-        try:
-            for place, (name, kind) in enumerate(kinds.items(), start=1):
-                tell(f"measuring {place} of {len(kinds)}: {name}")
-                costs = _measure(kind, executor)
-                after = speed()
-                if isinstance(costs, str):
-                    tell(f"{name} could not be measured ({costs}); its time and memory are estimated")
+    with _executor(1) as executor:
+        for place, (name, kind) in enumerate(kinds.items(), start=1):
+            tell(f"measuring {place} of {len(kinds)}: {name}")
+            ((record, seen),) = _side_by_side(kind, 1, executor)
+            after = speed()
+            if record.status == "failed":
+                tell(f"{name} could not be measured ({record.error}); its time and memory are estimated")
+            else:
+                measured[name] = costs_of(record, seen)
+                if busy := disturbance(before, after):
+                    tell(f"{name}: the machine was busy ({busy}); its time serves this plan and is not kept")
                 else:
-                    measured[name] = costs
-                    if busy := disturbance(before, after):
-                        tell(f"{name}: the machine was busy ({busy}); its time serves this plan and is not kept")
-                    else:
-                        keep_costs(kind, costs)
-                before = after
-        finally:
-            executor.close()
+                    keep_costs(kind, measured[name])
+            before = after
     return measured
 
 
-def _measure(kind: RunSpec, executor: Executor) -> Costs | str:
-    """Return what a miniature took, or why it failed."""
-    assert kind.data.train_images is not None
-    run = PlannedRun(kind, kind.experiment.total_steps(kind.data.train_images), UNKNOWN, done=False)
-    decode_images([run])
-    executor.submit(run)
-    seen: list[tuple[Progress, float]] = []
-    while not isinstance(event := executor.next_event(_POLL_S), RunEnded):
-        if isinstance(event, RunProgress):
-            seen.append((event.progress, time.perf_counter()))
-    if event.record.status == "failed":
-        return event.record.error or "no error was recorded"
-    return costs_of(event.record, seen)
-
-
-def costs_of(record: RunRecord, seen: list[tuple[Progress, float]]) -> Costs:
+def costs_of(record: RunRecord, seen: Seen) -> Costs:
     """Return a run's costs from its record, and from when it was heard of each step and each validation.
 
     The first step is left out of the mean: it also allocates what the others find, and counts as part of the start.
@@ -93,3 +101,192 @@ def costs_of(record: RunRecord, seen: list[tuple[Progress, float]]) -> Costs:
         peak_memory_bytes=record.peak_memory_bytes or 0,
         images=sum(record.split_sizes.values()),
     )
+
+
+@contextmanager
+def _executor(workers: int) -> Iterator[LocalExecutor]:
+    with tempfile.TemporaryDirectory() as folder:
+        executor = LocalExecutor(workers, 1, Path(folder), checkpoint_every_s=_NEVER_S, oversubscribe=True)
+        with closing(executor):
+            yield executor
+
+
+def _side_by_side(
+    kind: RunSpec, workers: int, executor: LocalExecutor, ends_at: float = math.inf
+) -> list[tuple[RunRecord, Seen]]:
+    """Run a miniature on all workers at the same time; return what came of each, nothing if it took too long.
+
+    Raises:
+        UserError: if an image is broken.
+    """
+    assert kind.data.train_images is not None
+    steps = kind.experiment.total_steps(kind.data.train_images)
+    copies = [
+        PlannedRun(kind.model_copy(update={"seed": copy}), steps, _UNKNOWN, done=False) for copy in range(workers)
+    ]
+    decode_images(copies[:1])  # of all: the split is fixed
+    for run in copies:
+        executor.submit(run)
+    seen: dict[str, Seen] = {run_name(run.spec): [] for run in copies}
+    ended: list[tuple[RunRecord, Seen]] = []
+    while len(ended) < workers:
+        left_s = ends_at - time.monotonic()
+        if left_s <= 0:
+            return []
+        event = executor.next_event(min(_POLL_S, left_s))
+        if isinstance(event, RunProgress):
+            seen[run_name(event.run.spec)].append((event.progress, time.perf_counter()))
+        elif isinstance(event, RunEnded):
+            ended.append((event.record, seen[run_name(event.run.spec)]))
+    return ended
+
+
+# --- the pace of a study, for a limited time --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A run of a few steps that stands for those of some experiments."""
+
+    names: tuple[str, ...]
+    spec: RunSpec
+    tokens: int
+
+
+def measure_pace(
+    study: StudyConfig,
+    index: ImageIndex,
+    workload: Workload,
+    budget_s: float,
+    tell: Callable[[str], None],
+    speed: Callable[[], Speed] | None = None,
+) -> Pace:
+    """Measure what runs of a study cost; where not even one experiment could be measured, arithmetic has to do.
+
+    The first two experiments are measured at the study's size and at the smallest that it may be cut down to, then
+    the others at the study's, as long as there is time. As many runs go at a time as the study has workers. Nothing
+    is kept.
+
+    Args:
+        study: as its file says.
+        index: its images.
+        workload: of the study.
+        budget_s: seconds until the measurement ends, whatever it has found.
+        tell: told what is being done, a line each.
+        speed: measures how fast the machine is, before and after.
+    """
+    speed = speed or machine_speed
+    ends_at = time.monotonic() + budget_s
+    workers = study.execution.workers
+    tell(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
+    before = speed()
+    probes: dict[str, list[Probe]] = {}
+    process_s = 0.0
+    with _executor(workers) as executor:
+        for kind in _kinds(study, index, workload):
+            started = time.monotonic()
+            try:
+                ended = _side_by_side(kind.spec, workers, executor, ends_at)
+            except UserError:  # a broken image, which the study itself will name
+                break
+            if not ended:
+                break
+            costs = [costs_of(*one) for one in ended if one[0].status == "done"]
+            if not costs:
+                tell(f"{kind.names[0]} could not be measured ({ended[0][0].error})")
+                continue
+            if not probes:
+                process_s = max(0.0, time.monotonic() - started - max(record.seconds for record, _ in ended))
+            slowest = max(costs, key=lambda one: one.step_s)
+            experiment = kind.spec.experiment
+            found = Probe(experiment.method, kind.tokens, experiment.training.batch_size, slowest)
+            for name in kind.names:
+                probes.setdefault(name, []).append(found)
+    if busy := disturbance(before, speed()):
+        tell(f"the machine was busy ({busy}), so these times may be long; what finished runs take corrects them")
+    if probes:
+        return MeasuredPace(probes, process_s)
+    tell("no experiment could be measured in this time; how fast matrices are multiplied has to do")
+    return ReckonedPace(workload.product_rate())
+
+
+def _kinds(study: StudyConfig, index: ImageIndex, workload: Workload) -> Iterator[_Kind]:
+    """Yield what is measured, in this order: the first experiments, the same at the smallest size, the others."""
+    smallest = smallest_image(study.data.image_size, workload.shape.patch_size)
+    large = _unlike(study, index, workload, study.data.image_size)
+    yield from large[:_TWICE]
+    if smallest < study.data.image_size:
+        yield from _unlike(study, index, workload, smallest)[:_TWICE]
+    yield from large[_TWICE:]
+
+
+def _unlike(study: StudyConfig, index: ImageIndex, workload: Workload, image_size: int) -> list[_Kind]:
+    """Return the miniatures of a study's experiments at some image size, one for all that differ in nothing else."""
+    shape = describe(study.backbone, image_size)
+    rate = workload.product_rate()
+    splits = splits_of(index, study)[study.seeds[0]]
+    kinds: dict[str, _Kind] = {}
+    for place, experiment in enumerate(study.experiments):
+        if experiment.is_probe:  # it takes no steps; its images are timed with those of the others
+            continue
+        image_s = TIME_OUTSIDE_PRODUCTS * experiment.kind.forward_passes * shape.parameters * shape.tokens / rate
+        batch_size = experiment.training.batch_size
+        while batch_size > 1 and image_s * batch_size > _LONGEST_STEP_S:
+            batch_size //= 2
+        spec = spec_of(study, place, study.seeds[0])
+        training = experiment.training.model_copy(update={"batch_size": batch_size})
+        changes = {
+            "experiment": experiment.model_copy(update={"training": training}),
+            "data": spec.data.model_copy(update={"image_size": image_size}),
+            "measures": MeasuresConfig(),
+        }
+        total_steps = experiment.total_steps(len(splits.train))
+        small = miniature(spec.model_copy(update=changes), total_steps, shape, index, splits, at_most=_STEPS)
+        few = max(2, min(batch_size, small.data.validation_images))
+        data = small.data.model_copy(update={"validation_images": few, "test_images": few})
+        small = small.model_copy(update={"data": data})
+        known = kinds.setdefault(small.digest(), _Kind((), small, shape.tokens))
+        kinds[small.digest()] = replace(known, names=(*known.names, experiment.name))
+    return list(kinds.values())
+
+
+# --- was the machine busy with something else? ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the machine is just now: products a second on one core, and the share of that core's time it took."""
+
+    products_per_s: float
+    cpu_share: float
+
+
+def machine_speed() -> Speed:
+    """Multiply matrices on one core for a tenth of a second."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    matrix = torch.full((_SIDE, _SIDE), 1 / _SIDE)
+    count = 0
+    started, cpu_started = time.perf_counter(), time.thread_time()
+    while (seconds := time.perf_counter() - started) < _SPEED_S:
+        matrix = matrix @ matrix
+        count += 1
+    cpu_s = time.thread_time() - cpu_started
+    torch.set_num_threads(threads)
+    return Speed(count / seconds, cpu_s / seconds)
+
+
+def disturbance(before: Speed, after: Speed) -> str | None:
+    """Return why a time that was measured in between is not worth keeping, None if it is.
+
+    Args:
+        before: speed of the machine right before.
+        after: speed right after.
+    """
+    slower, faster = sorted((before.products_per_s, after.products_per_s))
+    if slower < (1 - _DISAGREE) * faster:
+        return f"its speed before and after differs by {1 - slower / faster:.0%}, more than {_DISAGREE:.0%}"
+    share = min(before.cpu_share, after.cpu_share)
+    if share < 1 - _NOT_OURS:
+        return f"other programs took {1 - share:.0%} of a core, more than {_NOT_OURS:.0%}"
+    return None

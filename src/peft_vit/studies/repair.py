@@ -7,64 +7,59 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.analysis.history import check_pyarrow, parquet_bytes
-from peft_vit.records import RECORD_FILE, RunRecord, outcome_digest, read_record, write_atomically
-from peft_vit.records.ledger import LEDGER_FILE, read_ledger
+from peft_vit.records import RECORD_FILE, RunRecord, outcome_digest, read_record
+from peft_vit.records.ledger import LEDGER_FILE, encode, read_ledger
 from peft_vit.safe_io import folder_below
-from peft_vit.studies.ledger import no_room, rewrite_ledger
+from peft_vit.studies.ledger import write_whole
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.status import StudyStatus, find_studies, study_runs, study_status
 from peft_vit.studies.store import StudyStore
 
 RUNS_FILE = "runs.parquet"
-_WHOLE = (
-    "seed",
-    "attempts",
-    "steps",
-    "chosen_step",
-    "peak_memory_bytes",
-    "own_memory_bytes",
-    "parameters_initial",
-    "parameters_final",
-    "parameters_peak",
-    "frozen_bytes",
-    "trainable_bytes",
-    "optimizer_bytes",
-    "adapter_file_bytes",
-    "ranks",
-)
 _MEASURES = ("accuracy", "balanced_accuracy", "auroc", "nll", "ece")
-_REAL = ("seconds", "seconds_per_step", "bits_per_weight", *(f"validation_{m}" for m in _MEASURES))
-_TYPES = dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys((*_REAL, *(f"test_{m}" for m in _MEASURES)), "float64")
-COLUMNS = (
-    "study",
-    "smoke",
-    "experiment",
-    "method",
-    "seed",
-    "state",
-    "attempts",
+# The columns of the table, with the types of those that may be empty.
+COLUMNS: dict[str, str | None] = {
+    "study": None,
+    "smoke": None,
+    "experiment": None,
+    "method": None,
+    "seed": "Int64",
+    "state": None,
+    "attempts": "Int64",
+    "failure": None,
+    "error": None,
+    "started_at": None,
+    "seconds": "float64",
+    "seconds_per_step": "float64",
+    "steps": "Int64",
+    "chosen_step": "Int64",
+    **{f"{split}_{measure}": "float64" for split in ("validation", "test") for measure in _MEASURES},
+    "parameters_initial": "Int64",
+    "parameters_final": "Int64",
+    "parameters_peak": "Int64",
+    "frozen_bytes": "Int64",
+    "trainable_bytes": "Int64",
+    "optimizer_bytes": "Int64",
+    "adapter_file_bytes": "Int64",
+    "peak_memory_bytes": "Int64",
+    "own_memory_bytes": "Int64",
+    "ranks": "Int64",
+    "bits_per_weight": "float64",
+    "spec_digest": None,
+    "outcome_digest": None,
+    "adapter_sha256": None,
+    "optimizer_sha256": None,
+}
+_AS_RECORDED = (
     "failure",
     "error",
     "started_at",
     "seconds",
     "seconds_per_step",
-    "steps",
     "chosen_step",
-    *(f"validation_{m}" for m in _MEASURES),
-    *(f"test_{m}" for m in _MEASURES),
-    "parameters_initial",
-    "parameters_final",
-    "parameters_peak",
-    "frozen_bytes",
-    "trainable_bytes",
-    "optimizer_bytes",
-    "adapter_file_bytes",
     "peak_memory_bytes",
     "own_memory_bytes",
-    "ranks",
-    "bits_per_weight",
     "spec_digest",
-    "outcome_digest",
     "adapter_sha256",
     "optimizer_sha256",
 )
@@ -83,28 +78,23 @@ def repair(directory: Path) -> Iterator[str]:
         if folder != directory:
             folder_below(directory, folder.name)  # no link, through which something would be written elsewhere
         with study_lock(folder) as lock:
-            yield from _mended_ledger(folder)
+            ledger = folder / LEDGER_FILE
+            content = read_ledger(ledger)
+            if content.unreadable:
+                write_whole(ledger, b"".join(map(encode, content.rows)))
+                yield f"{ledger}: {len(content.unreadable)} unreadable lines are gone, {len(content.rows)} stay"
             store = StudyStore(lock, study_runs(folder))
             store.close()
             yield from store.notices
             file = folder / RUNS_FILE
             check_pyarrow(file)
-            rows = run_rows(study_status(folder))
-            try:
-                write_atomically(file, parquet_bytes(rows, COLUMNS, _TYPES))
-            except OSError as error:
-                raise no_room(file, error) from None
+            rows = _run_rows(study_status(folder))
+            types = {name: kind for name, kind in COLUMNS.items() if kind is not None}
+            write_whole(file, parquet_bytes(rows, tuple(COLUMNS), types))
             yield f"{file}: {len(rows)} runs"
 
 
-def _mended_ledger(folder: Path) -> Iterator[str]:
-    content = read_ledger(folder / LEDGER_FILE)
-    if content.unreadable:
-        rewrite_ledger(folder, content.rows)
-        yield f"{folder / LEDGER_FILE}: {len(content.unreadable)} unreadable lines are gone, {len(content.rows)} stay"
-
-
-def run_rows(status: StudyStatus) -> list[dict[str, Any]]:
+def _run_rows(status: StudyStatus) -> list[dict[str, Any]]:
     """Return one row a run with COLUMNS as keys; what a run without a record does not have is None."""
     rows = []
     for run in status.runs:
@@ -123,22 +113,12 @@ def run_rows(status: StudyStatus) -> list[dict[str, Any]]:
 
 
 def _measured(record: RunRecord) -> dict[str, Any]:
-    row: dict[str, Any] = {
+    row: dict[str, Any] = {name: getattr(record, name) for name in _AS_RECORDED}
+    row |= {
         "smoke": record.spec.smoke,
         "method": record.spec.experiment.method,
-        "failure": record.failure,
-        "error": record.error,
-        "started_at": record.started_at,
-        "seconds": record.seconds,
-        "seconds_per_step": record.seconds_per_step,
         "steps": len(record.steps),
-        "chosen_step": record.chosen_step,
-        "peak_memory_bytes": record.peak_memory_bytes,
-        "own_memory_bytes": record.own_memory_bytes,
-        "spec_digest": record.spec_digest,
         "outcome_digest": outcome_digest(record),
-        "adapter_sha256": record.adapter_sha256,
-        "optimizer_sha256": record.optimizer_sha256,
     }
     for split, metrics in (("validation", record.validation), ("test", record.test)):
         if metrics is not None:

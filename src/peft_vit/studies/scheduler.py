@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,31 +22,21 @@ from peft_vit.studies.events import (
     RunRetried,
     RunStarted,
     StudyEvent,
+    lost,
 )
-from peft_vit.studies.ledger import now, run_name
+from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import StudyLock
 from peft_vit.studies.store import StudyStore
 from peft_vit.studies.study_file import go_on, study_file, write_study_file
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
-    from peft_vit.studies.deadline import Deadline
     from peft_vit.studies.plan import Plan, PlannedRun
+    from peft_vit.studies.time_limit import Deadline
 
 TRANSIENT: frozenset[Failure | None] = frozenset({"killed", "out_of_memory", "io"})  # another attempt may end otherwise
 _POLL_S = 0.2
 _TIME_IS_OVER = "the time is over: what still runs writes a checkpoint, with which a later call goes on"
 _STOPPING = "stopping: what runs writes a checkpoint first; Ctrl-C again ends at once"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What has become of the runs that a call was asked for.
-
-    Attributes:
-        failed: reason by run id, of those that have failed, now or before.
-    """
-
-    failed: dict[str, str]
 
 
 def drive(
@@ -56,9 +45,9 @@ def drive(
     make_executor: Callable[[], Executor],
     on_event: Callable[[StudyEvent], None],
     *,
-    keep_failed: bool = False,
+    skip_failed: bool = False,
     deadline: Deadline | None = None,
-) -> Outcome:
+) -> dict[str, str]:
     """Do what a plan says is pending, and return when every run has ended, or the time that there is.
 
     Args:
@@ -66,8 +55,11 @@ def drive(
         lock: of the study's folder.
         make_executor: called once, if there is something to do; nothing is written if it refuses.
         on_event: told what happens; whether it can write is of no importance.
-        keep_failed: leave runs alone that an earlier call has seen fail.
+        skip_failed: leave runs alone that an earlier call has seen fail.
         deadline: what is started, and until when; None: everything, however long it takes.
+
+    Returns:
+        The reason by run id of those that have failed, now or before.
 
     Raises:
         UserError: if the folder holds another study, if something in it is damaged, or if there is no room for a
@@ -83,15 +75,14 @@ def drive(
     try:
         if content != plan.before:
             write_study_file(lock.folder, content)
-        with closing(StudyStore(lock, content.runs)) as store:
+        with closing(StudyStore(lock, content.runs, plan.registration)) as store:
             for text in store.notices:
                 on_event(Notice(text))
-            waiting = [run for run in plan.pending if not (keep_failed and _failed(store, run))]
+            waiting = [run for run in plan.pending if not (skip_failed and _failed(store, run))]
             retries = plan.study.execution.retries
             if executor is not None:
                 _carry_out(waiting, executor, store, on_event, retries, deadline)
-            failed = {run.spec.run_id: _reason(store, run) for run in plan.runs if _failed(store, run)}
-            return Outcome(failed)
+            return {run.spec.run_id: _reason(store, run) for run in plan.runs if _failed(store, run)}
     finally:
         if executor is not None:
             executor.close()
@@ -157,8 +148,9 @@ def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor, on_event:
         return
     for run in deadline.to_start(attempts.waiting):
         executor.submit(run)
-    for line in deadline.news():
+    for line in deadline.news:
         on_event(Notice(line))
+    deadline.news.clear()
 
 
 class _Attempts:
@@ -194,7 +186,8 @@ class _Attempts:
         if run not in self.waiting:  # a late word, say of a node that was thought dead
             return
         if isinstance(event, RunInterrupted) and not self.stopping and event.step <= self._reached[run]:
-            event = RunEnded(event.run, _stuck(event), None)
+            # It must not repeat for ever.
+            event = lost(event.run, f"it was interrupted at step {event.step} without a step since the last time")
         if isinstance(event, RunEnded):
             self._ended(event, run)
             return
@@ -216,22 +209,18 @@ class _Attempts:
         record = event.record
         self.running.discard(run)
         if record.failure == "disk_full":
-            self._store.failed(record, retried=True)
+            self._store.ended(record, retried=True)
             problem = f"no room for what it writes ({record.error}); make room, and the same command goes on"
             raise UserError(problem, file=self._store.folder / run)
-        if record.status == "done":
-            assert event.adapter is not None
-            record = self._store.done(record, event.adapter)
-        elif self._try_again(record, run):
-            record = self._store.failed(record, retried=True)
+        if record.status == "failed" and self._try_again(record, run):
+            record = self._store.ended(record, retried=True)
             if self.stopping:
                 self._on_event(Notice(f"{record.spec.run_id}: {record.error}"))
             else:
                 self._on_event(RunRetried(event.run, record))
                 self._executor.submit(event.run)
             return
-        else:
-            record = self._store.failed(record, retried=False)
+        record = self._store.ended(record, event.adapter)
         self.waiting.discard(run)
         self._on_event(RunEnded(event.run, record, event.adapter))
 
@@ -243,20 +232,6 @@ class _Attempts:
             return True
         self._failures[run] += 1
         return self._failures[run] <= self._retries
-
-
-def _stuck(event: RunInterrupted) -> RunRecord:
-    """Return the record of an attempt that nobody asked to stop and that made no step: it must not repeat for ever."""
-    spec = event.run.spec
-    return RunRecord(
-        spec=spec,
-        spec_digest=spec.digest(),
-        status="failed",
-        failure="killed",
-        seconds=0.0,
-        error=f"it was interrupted at step {event.step} without a step since the last time",
-        started_at=now(),
-    )
 
 
 class _Signals:

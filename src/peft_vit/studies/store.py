@@ -1,5 +1,7 @@
 """A study's folder in the hands of its scheduler: results, which decide what is done, and the ledger beside them.
 
+When a run is first begun, the hypotheses that stand written down then are put beside its checkpoints, for its record.
+
 A result is written in the order adapter, record, ledger, removal of the checkpoints. Whoever is killed in between has
 lost nothing: a record that the ledger does not know yet is entered into it when the study is opened again.
 """
@@ -9,17 +11,29 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, checkpoint_folders, write_result
+from peft_vit.records import (
+    ADAPTER_FILE,
+    RECORD_FILE,
+    REGISTRATION_FILE,
+    Registration,
+    RunRecord,
+    checkpoint_folders,
+    write_result,
+)
 from peft_vit.records.ledger import Row, last_rows
 from peft_vit.safe_io import folder_below, read_bytes
-from peft_vit.studies.ledger import Ledger, no_room, now, run_name
+from peft_vit.studies.ledger import Ledger, no_room, now, run_name, write_whole
 from peft_vit.studies.lock import StudyLock
 
 # What checkpoints and files are called while they are written, see `write_checkpoint` and `write_atomically`.
-_UNFINISHED = (".checkpoint-", f".{RECORD_FILE}.", f".{ADAPTER_FILE}.")
+_TEMPORARY = (
+    ".checkpoint-",
+    *(f".{name}." for name in (RECORD_FILE, ADAPTER_FILE, REGISTRATION_FILE)),
+    REGISTRATION_FILE,
+)
 
 
 def last_known(last: Row | None, folder: Path, run: str) -> Row | None:
@@ -86,13 +100,19 @@ class StudyStore:
         folder: the study's.
         notices: what a person should know about what was found in it.
 
+    Args:
+        lock: of its folder.
+        runs: that are planned.
+        registration: the hypotheses that stand written down now.
+
     Raises:
         UserError: as of `Ledger`, and if a record can't be read.
     """
 
-    def __init__(self, lock: StudyLock, runs: tuple[str, ...]) -> None:
+    def __init__(self, lock: StudyLock, runs: tuple[str, ...], registration: Registration | None = None) -> None:
         self.folder = lock.folder
         self.notices: list[str] = []
+        self._registration = registration
         self._ledger = Ledger(lock.folder)
         self._last = last_rows(self._ledger.rows)
         try:
@@ -125,72 +145,75 @@ class StudyStore:
 
     def started(self, run: str, worker: str, total_steps: int) -> None:
         """Enter that an attempt begins."""
+        file = folder_below(self.folder, run) / REGISTRATION_FILE
+        if self._registration is not None and not file.exists():
+            write_whole(file, self._registration.model_dump_json().encode())
         last = self._last.get(run)
-        attempt = 1 if last is None else last.attempt + 1
-        self._append(Row(at=now(), run=run, event="started", attempt=attempt, worker=worker, total_steps=total_steps))
+        self._enter(run, "started", 1 if last is None else last.attempt + 1, worker=worker, total_steps=total_steps)
 
     def interrupted(self, run: str, step: int) -> None:
         """Enter that an attempt was stopped."""
-        self._append(Row(at=now(), run=run, event="interrupted", attempt=self.attempt(run), step=step))
+        self._enter(run, "interrupted", self.attempt(run), step=step)
 
-    def failed(self, record: RunRecord, *, retried: bool) -> RunRecord:
-        """Enter a failed attempt, and write its record unless the run is attempted again."""
+    def ended(self, record: RunRecord, adapter: bytes | None = None, *, retried: bool = False) -> RunRecord:
+        """Write what came of a run, unless it is attempted again, and enter it; a finished one's checkpoints go.
+
+        Args:
+            record: what happened.
+            adapter: content of the adapter file; None if the run failed.
+            retried: it failed, and is attempted again.
+
+        Returns:
+            The record with the number of attempts.
+        """
         run = run_name(record.spec)
         said = {"error": _as_utf8(record.error), "traceback": _as_utf8(record.traceback)}
-        record = record.model_copy(update={"attempts": self.attempt(run), **said})
+        known = {"attempts": self.attempt(run), "registration": self._registered(run)}
+        record = record.model_copy(update=known | said)
         if not retried:
-            self._write(record, None)
-        self._append(
-            Row(
-                at=now(),
-                run=run,
-                event="failed",
-                attempt=record.attempts,
-                seconds=record.seconds,
-                failure=record.failure,
-                error=record.error,
-                traceback=record.traceback,
-                retried=retried,
-            )
+            try:
+                write_result(self.folder.parent, record, adapter)
+            except OSError as error:
+                raise no_room(self.folder / run, error) from None
+        self._enter(
+            run,
+            record.status,
+            record.attempts,
+            seconds=record.seconds,
+            adapter_sha256=record.adapter_sha256,
+            failure=record.failure,
+            error=record.error,
+            traceback=record.traceback,
+            retried=retried,
         )
-        return record
-
-    def done(self, record: RunRecord, adapter: bytes) -> RunRecord:
-        """Write a finished run's files, enter it, and remove its checkpoints."""
-        run = run_name(record.spec)
-        record = record.model_copy(update={"attempts": self.attempt(run)})
-        self._write(record, adapter)
-        self._append(
-            Row(
-                at=now(),
-                run=run,
-                event="done",
-                attempt=record.attempts,
-                seconds=record.seconds,
-                adapter_sha256=record.adapter_sha256,
-            )
-        )
-        self._clean_up(run)
+        if record.status == "done":
+            self._clean_up(run)
         return record
 
     def close(self) -> None:
         """Give the ledger back."""
         self._ledger.close()
 
+    def _enter(
+        self, run: str, event: Literal["started", "interrupted", "done", "failed"], attempt: int, **more: Any
+    ) -> None:
+        self._append(Row(at=now(), run=run, event=event, attempt=attempt, **more))
+
     def _append(self, row: Row) -> None:
         self._ledger.append(row)
         self._last[row.run] = row
 
-    def _write(self, record: RunRecord, adapter: bytes | None) -> None:
+    def _registered(self, run: str) -> Registration | None:
+        """Return what stood written down when a run was first begun; None: nobody looked."""
         try:
-            write_result(self.folder.parent, record, adapter)
-        except OSError as error:
-            raise no_room(self.folder / run_name(record.spec), error) from None
+            return Registration.model_validate_json(read_bytes(self.folder / run / REGISTRATION_FILE))
+        except (OSError, ValueError):
+            return None
 
     def _clean_up(self, run: str) -> None:
-        """Remove a finished run's checkpoints, and files that a killed process was about to put in their places."""
+        """Remove what a finished run needs no more, and files that a killed process was about to put in place."""
         folder = self.folder / run
-        left_over = [path for path in folder.iterdir() if path.name.startswith(_UNFINISHED)]
+        left_over = [path for path in folder.iterdir() if path.name.startswith(_TEMPORARY)]
         for path in (*checkpoint_folders(folder).values(), *left_over):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)  # at worst some disk stays in use

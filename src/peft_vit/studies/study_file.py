@@ -11,9 +11,8 @@ import yaml
 
 from peft_vit.config import DataConfig, StudyConfig
 from peft_vit.errors import UserError
-from peft_vit.records import write_atomically
 from peft_vit.records.study_file import STUDY_FILE, Limited, StudyFile
-from peft_vit.studies.ledger import no_room
+from peft_vit.studies.ledger import write_whole
 
 _FREE = {"description", "execution", "hypotheses"}  # no result depends on them
 
@@ -35,11 +34,7 @@ def write_study_file(folder: Path, content: StudyFile) -> None:
     Raises:
         UserError: if there is no room for it.
     """
-    file = folder / STUDY_FILE
-    try:
-        write_atomically(file, (content.model_dump_json(indent=1) + "\n").encode())
-    except OSError as error:
-        raise no_room(file, error) from None
+    write_whole(folder / STUDY_FILE, (content.model_dump_json(indent=1) + "\n").encode())
 
 
 def go_on(folder: Path, before: StudyFile | None, asked: StudyFile, *, source: Path, part: bool = False) -> StudyFile:

@@ -7,29 +7,38 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from peft_vit.backbones import describe
-from peft_vit.config import Precision, StudyConfig
+from peft_vit.config import StudyConfig
 from peft_vit.costs.estimate import Workload
-from peft_vit.costs.pace import Pace
+from peft_vit.costs.pace import Pace, ReckonedPace
 from peft_vit.data import ImageIndex, open_index
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, named
 from peft_vit.records import checkpoint_folders, run_folder
 from peft_vit.records.study_file import STUDY_FILE, Limited, read_study_file
-from peft_vit.runs.device import resolve_device
-from peft_vit.studies.deadline import Deadline, Limit
 from peft_vit.studies.ledger import run_name
-from peft_vit.studies.pace_measurement import measure_pace, reckoned_pace
-from peft_vit.studies.plan import Plan, PlannedRun, Within, decide_precision, plan_begun_study, spec_of, splits_of
+from peft_vit.studies.plan import (
+    Plan,
+    PlannedRun,
+    Within,
+    decide_precision,
+    plan_begun_study,
+    spec_of,
+    splits_of,
+    workload_of,
+)
+from peft_vit.studies.printing import counted
+from peft_vit.studies.profiling import measure_pace
 from peft_vit.studies.sizes import Sizes, smaller_sizes, smaller_study, with_sizes
 from peft_vit.studies.study_file import in_place_of, refuse_another
 from peft_vit.studies.time_limit import (
     LATER_THAN_PLANNED,
     Choice,
+    Deadline,
+    Limit,
+    can_decide,
     choose,
     makespan,
-    most_decided,
     seed_by_seed,
     seeds_for_verdict,
 )
@@ -69,12 +78,8 @@ def plan_within(
     Raises:
         UserError: for anything that would fail later, and if no sizes are small enough.
     """
-    try:
+    with named(file):
         return _plan_within(study, results_dir, limit, file, tell, measure)
-    except UserError as error:
-        if error.file is not None:
-            raise
-        raise UserError(error.message, file=file, field=error.field) from None
 
 
 def _plan_within(
@@ -92,7 +97,7 @@ def _plan_within(
     first = () if before is None or before.limited is None else before.limited.first
     plan = plan_begun_study(taken, before, results_dir, file=file, limited=Limited(asked=study, first=first))
     begun = before is not None or any(run.done for run in plan.runs)
-    may_shrink = not begun and most_decided(len(study.experiments), len(study.seeds)) > 0
+    may_shrink = not begun and can_decide(len(study.experiments), len(study.seeds))
     pace: Pace | None = None
     may_measure = may_shrink and not _fits(plan, limit)
     if may_measure or not all(_is_known(plan, run) for run in plan.runs):
@@ -135,12 +140,10 @@ def _pace_of_records(plan: Plan, workload: Workload) -> Pace | None:
     ended = {run.spec.experiment.name: run for run in plan.runs if run.estimate.basis == "records"}
     if not ended:
         return None
-    unit = reckoned_pace(plan.study, workload, 1.0)
-    rates = []
-    for run in ended.values():
-        start_s = unit.start_s(run.spec.experiment)
-        rates.append((unit.run_s(run.spec, workload) - start_s) / max(run.estimate.seconds - start_s, start_s))
-    return reckoned_pace(plan.study, workload, statistics.median(rates))
+    unit = ReckonedPace(1.0)
+    return ReckonedPace(
+        statistics.median(unit.run_s(run.spec, workload) / run.estimate.seconds for run in ended.values())
+    )
 
 
 def _at_pace(plan: Plan, pace: Pace, workload: Workload) -> Plan:
@@ -156,18 +159,7 @@ def _at_pace(plan: Plan, pace: Pace, workload: Workload) -> Plan:
 
 
 def _workload(study: StudyConfig, index: ImageIndex) -> Workload:
-    sizes = Sizes.of(study.data, splits_of(index, study)[study.seeds[0]])
-    return Workload(
-        shape=describe(study.backbone, sizes.image_size),
-        image_size=sizes.image_size,
-        channels=index.channels,
-        device=resolve_device(study.device),
-        precision=cast(Precision, study.precision),
-        threads=study.threads,
-        train=sizes.train,
-        validation=sizes.validation,
-        test=sizes.test,
-    )
+    return workload_of(study, index, splits_of(index, study)[study.seeds[0]])
 
 
 def _that_fits(study: StudyConfig, index: ImageIndex, pace: Pace, limit: Limit) -> StudyConfig:
@@ -218,7 +210,7 @@ def _choose(
         tuple(_lines(choice, names, study, asked, limit)),
     )
     ordered = seed_by_seed(taken, choice.experiments, len(study.seeds))
-    deadline = Deadline(taken, workers, limit.over_at, limit.past_at, left=left, begun=begun, clock=limit.clock)
+    deadline = Deadline(taken, workers, limit, left=left, begun=begun)
     return replace(plan, runs=tuple(ordered), within=within), deadline
 
 
@@ -238,12 +230,12 @@ def _lines(choice: Choice, names: Sequence[str], study: StudyConfig, asked: Stud
         lines.append(f"Smaller than its file asks for, so that it fits: {in_place_of(study.data, asked.data)}.")
         if study.experiments != asked.experiments:
             lines.append("Schedules shrink with the number of steps.")
-    what = f"{limit.minutes:g} minutes, {_counted(choice.experiments, 'experiment')} x {seeds} of {there} seeds"
+    what = f"{limit.minutes:g} minutes, {counted(choice.experiments, 'experiment')} x {seeds} of {there} seeds"
     if whole:
         return [*lines, f"{what}: all of the study."]
     lines.append(f"{what} expected ({', '.join(names[: choice.experiments])}), seed by seed.")
     if left_out := names[choice.experiments :]:
-        lines.append(f"Left for a later call: {_counted(len(left_out), 'experiment')} ({', '.join(left_out)}).")
+        lines.append(f"Left for a later call: {counted(len(left_out), 'experiment')} ({', '.join(left_out)}).")
     if choice.needed is None:
         lines.append("The study has too few seeds or experiments for a verdict; the time only bounds it.")
     elif seeds < choice.needed:
@@ -253,7 +245,3 @@ def _lines(choice: Choice, names: Sequence[str], study: StudyConfig, asked: Stud
     if not choice.fits and not seeds:
         lines.append("No run may end in this time; what is begun goes on in a later call.")
     return lines
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -57,11 +57,7 @@ class _Options:
 
 
 def check_bits(config: QaLoraConfig, sites: Sequence[Site]) -> int:
-    """Return the budget of `adaptive_bits` in bytes, after checking it against the layers' shapes.
-
-    Args:
-        config: a `qa_lora` section with `adaptive_bits`.
-        sites: of the whole model.
+    """Return the budget of `adaptive_bits` in bytes, after checking it against the shapes of the whole model's sites.
 
     Raises:
         UserError: if no choice is within the budget, every choice is, or groups or ranks do not fit a site.

@@ -15,17 +15,13 @@ from peft_vit.adapters import SiteAdapter, site_adapters
 from peft_vit.allocation import AdaLoRAController, check_fisher
 from peft_vit.records import FisherCheck, ImportanceEntry, ProbeEntry, RankEntry, StepRow
 from peft_vit.training.checkpoint_state import State
-from peft_vit.training.optimization import AfterTraining
+from peft_vit.training.hooks import AfterTraining, Hook
 
 _FISHER_IMAGES = 32  # of the calibration batch
 
 
-class AllocationHook:
-    """The controller's part of a step.
-
-    Args:
-        controller: scores, decides and resizes.
-    """
+class AllocationHook(Hook):
+    """The controller's part of a step: it scores, decides and resizes."""
 
     name = "allocation"
     purposes: ClassVar[Mapping[str, str]] = {
@@ -95,16 +91,15 @@ class AllocationHook:
         usual = statistics.median(plain)
         return max(0.0, sum(value - usual for step, value in seconds.items() if step in probed))
 
-    def finish(self, model: nn.Module, after: AfterTraining) -> dict[str, float]:
+    def finish(self, model: nn.Module, after: AfterTraining) -> None:
         """Compare the score `fisher` with the empirical Fisher, if ranks were decided by it."""
         probing_s = self.probing_s(after.steps)
-        seconds = {} if probing_s is None else {"probes": probing_s}
+        if probing_s is not None:
+            after.overhead["probes"] = probing_s
         if self.controller.config.importance_metric == "fisher":
-            started = time.perf_counter()
-            images, labels = after.calibration_batch(_FISHER_IMAGES)
-            self._fisher_check = check_fisher(model, images, labels, class_weights=after.class_weights)
-            seconds["fisher_check"] = time.perf_counter() - started
-        return seconds
+            with after.overhead.of("fisher_check"):
+                images, labels = after.calibration_batch(_FISHER_IMAGES)
+                self._fisher_check = check_fisher(model, images, labels, class_weights=after.class_weights)
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         """Return ranks, scores and probes by step, and how the score `fisher` compares with the Fisher."""
@@ -115,17 +110,9 @@ class AllocationHook:
             "fisher_check": self._fisher_check,
         }
 
-    def notes(self) -> dict[str, float]:
-        """Return nothing: ranks have a history of their own."""
-        return {}
-
     def deployable(self, step: int) -> bool:
         """Say whether the last decision has been taken, so that the final budget is met."""
         return step >= self.controller.schedule.last_update
-
-    def start_deployable(self) -> bool:
-        """Say yes: no rank at all is within every budget."""
-        return True
 
     def state(self) -> State:
         """Return the controller's state, and what its own part of each step has cost so far."""

@@ -86,7 +86,6 @@ class CheckpointKeeper:
         self._whole: list[int] = []  # steps of the checkpoints that are known to be whole, the newest last
         self._since = clock()
         self._costs_s: list[float] = []  # of the last two: one disk that stalls once puts nothing off
-        self.seconds = 0.0  # of all
 
     @property
     def step(self) -> int:
@@ -136,7 +135,6 @@ class CheckpointKeeper:
                 _remove(path)
         self._since = self._clock()
         self._costs_s = [*self._costs_s, self._since - started][-2:]
-        self.seconds += self._costs_s[-1]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -222,10 +220,7 @@ class _Saved(BaseModel):
 
 
 def read_checkpoint(path: Path) -> State:
-    """Read one checkpoint.
-
-    Args:
-        path: its folder, `checkpoint-<step>`.
+    """Read one checkpoint from its folder, `checkpoint-<step>`.
 
     Raises:
         UserError: if it is damaged: something is missing, cut short or altered, or lies where a link leads.

@@ -15,10 +15,7 @@ class WarmupStableDecay:
     """Factor on the learning rate: up to 1 in a line, 1 for as long as it takes, down to 0 in a line.
 
     For trainings whose length is not known before (arXiv 2404.06395): the way down may begin at any step. It takes a
-    quarter of the steps before it, so a fifth of the run.
-
-    Args:
-        total_steps: at most; the way down begins in time for it.
+    quarter of the steps before it, so a fifth of the run, and begins in time for the last step that there may be.
     """
 
     def __init__(self, total_steps: int) -> None:

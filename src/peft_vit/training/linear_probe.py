@@ -110,14 +110,7 @@ def head_inputs(
     """Return what the head sees of images, (N, D).
 
     Batches are all of one size, the last one filled up with its last image, so that an image's features do not
-    depend on the others.
-
-    Args:
-        model: a ViT, on the runtime's device.
-        images: N of them.
-        runtime: device, precision and normalisation.
-        batch_size: images of a forward pass.
-        axes: along which the images are flipped: -1 left-right, -2 upside down.
+    depend on the others. Along the axes images are flipped: -1 left-right, -2 upside down.
     """
     found = []
     with _evaluating(model), _watched_head(model) as seen:
@@ -229,23 +222,18 @@ def _fits(
         weight, bias = model.coef_, model.intercept_  # (classes, D), (classes,); (1, D), (1,) of two
         if classes == 2:
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2  # (2, D), (2,)
-        loss, gradient = objective(weight, bias, z, train.labels, weights, l2)
+        loss, gradient = _objective(weight, bias, z, train.labels, weights, l2)
         folded = weight / spread
         yield folded, bias - folded @ centre, loss, gradient, time.perf_counter() - started
 
 
-def objective(
+def _objective(
     weight: Floats, bias: Floats, z: Floats, labels: NDArray[np.int64], weights: Floats, l2: float
 ) -> tuple[float, float]:
     """Return the mean weighted loss without the penalty, and the norm of the penalized objective's gradient."""
-    logits = z @ weight.T + bias  # (N, classes)
-    logits -= logits.max(1, keepdims=True)
-    probability = np.exp(logits)
-    probability /= probability.sum(1, keepdims=True)
-    rows = np.arange(len(labels))
-    shares = weights / weights.sum()
-    loss = float(-(shares * np.log(np.maximum(probability[rows, labels], 1e-300))).sum())
-    probability[rows, labels] -= 1.0
-    residual = shares[:, None] * probability  # (N, classes)
-    by_weight = residual.T @ z + l2 * weight  # (classes, D)
-    return loss, float(np.sqrt((by_weight**2).sum() + (residual.sum(0) ** 2).sum()))
+    W, b = (torch.from_numpy(one).double().requires_grad_() for one in (weight, bias))  # (classes, D), (classes,)
+    logits = torch.from_numpy(z) @ W.T + b  # (N, classes)
+    losses = nn.functional.cross_entropy(logits, torch.from_numpy(labels), reduction="none")  # (N,)
+    loss = (torch.from_numpy(weights / weights.sum()) * losses).sum()
+    by_weight, by_bias = torch.autograd.grad(loss + l2 / 2 * W.square().sum(), [W, b])
+    return loss.item(), math.hypot(float(by_weight.norm()), float(by_bias.norm()))

@@ -9,7 +9,7 @@ from torch import nn
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data
 from peft_vit.training.checkpoint_state import State
-from peft_vit.training.optimization import StepHook
+from peft_vit.training.hooks import Hook, Overhead
 from peft_vit.training.progress import Gauges, Progress
 from peft_vit.training.runtime import RuntimeConfig
 from peft_vit.training.training_state import TrainingResult, TrainingState
@@ -22,10 +22,11 @@ def train(
     runtime: RuntimeConfig,
     *,
     seed: int,
-    hooks: Sequence[StepHook] = (),
+    hooks: Sequence[Hook] = (),
     on_progress: Callable[[Progress], None] | None = None,
     between_steps: Callable[[int, Callable[[], State]], None] | None = None,
     resume: State | None = None,
+    overhead: Overhead | None = None,
 ) -> TrainingResult:
     """Train, evaluate now and then, and leave the model in the deployable state that validation prefers.
 
@@ -44,12 +45,13 @@ def train(
         between_steps: told how many steps are done, and handed what returns the training's state then; first before
             the first step, and after the last one of an epoch only when it was validated. It may raise.
         resume: such a state, to go on from; model and hooks are those of the start.
+        overhead: takes the seconds of validation and hooks.
 
     Raises:
         DivergedError: if loss, gradient or predictions are no longer finite.
         UserError: if the state to go on from is not one of this training's.
     """
-    training = TrainingState(model, data, config, runtime, hooks, resume)
+    training = TrainingState(model, data, config, runtime, hooks, Overhead() if overhead is None else overhead, resume)
     fresh = resume is None
     del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
     gauges = Gauges(model)

@@ -1,106 +1,48 @@
-"""The optimiser and one step of it, the same for every method; what a method adds comes in through hooks."""
+"""The task loss, the optimiser and one step of it, the same for every method; what a method adds comes in by hooks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peft_vit.config import TrainingConfig
+from peft_vit.data import Data
 from peft_vit.errors import DivergedError, UserError
-from peft_vit.records import StepRow
-from peft_vit.training.checkpoint_state import State
+from peft_vit.training.hooks import Hook, Overhead, call_each
 
 
-class StepHook(Protocol):
-    """What a method may do around a step. The loop knows no method by name.
+def class_weights(labels: np.ndarray, classes: int) -> Tensor:
+    """Return n / (classes * n_c) for each class c, (classes,); over the images they average to 1."""
+    counts = np.bincount(labels, minlength=classes)  # (N,) -> (classes,)
+    return torch.tensor(len(labels) / (classes * counts), dtype=torch.float32)
 
-    Its seconds count under `name`, those of calls that an attribute `purposes` names ({"after_backward": "scoring"})
-    under what it says of them.
+
+def loss_weights(config: TrainingConfig, data: Data, device: torch.device) -> Tensor | None:
+    """Return the loss's weights (classes,) on the device, None where a study asks for none."""
+    return class_weights(data.train.labels, len(data.class_names)).to(device) if config.class_weights else None
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Return sum_n w[y_n] l_n / N, with l_n the cross entropy of image n; plain cross entropy without weights.
+
+    torch's weighted mean divides by the batch's own weights, sum_n w[y_n], in place of N: in a batch of one the weight
+    cancels, and an image counts the less the more its batch weighs. Divided by N, an image's weight is the same in any
+    batch.
+
+    Args:
+        logits: (N, classes).
+        labels: (N,) int64.
+        weights: (classes,), see `class_weights`, or None.
     """
-
-    name: str
-
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Prepare, and refuse what can't work; called once, before the first step."""
-        ...
-
-    def penalties(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return terms to add to the loss, weighted, by name."""
-        ...
-
-    def after_backward(self, model: nn.Module, step: int) -> None:
-        """Look at the gradients of the task loss; penalties are added later."""
-        ...
-
-    def before_step(self, model: nn.Module, step: int) -> None:
-        """Look at, or scale, the whole gradient, penalties included; it is not clipped yet. Who scores comes first."""
-        ...
-
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Change ranks or weights once the optimiser has stepped."""
-        ...
-
-    def notes(self) -> dict[str, float]:
-        """Return what the step's row in the record should hold, by its field's name; asked before the step."""
-        ...
-
-    def deployable(self, step: int) -> bool:
-        """Say whether the state after this step meets the method's budget, so that it may be chosen."""
-        ...
-
-    def start_deployable(self) -> bool:
-        """Say whether the model without any update, as it is before the first step, may be chosen in the end."""
-        ...
-
-    def state(self) -> State:
-        """Return what the hook needs to go on, between two steps, beside model and optimiser."""
-        ...
-
-    def load_state(self, model: nn.Module, state: State) -> None:
-        """Go on from such a state. The model and its adapters are as they were then; `attach` is called after this."""
-        ...
-
-
-class AfterTraining(Protocol):
-    """What a run lets its hooks use once training is over; nothing of it comes from validation or test images."""
-
-    @property
-    def steps(self) -> Sequence[StepRow]:
-        """Return the rows of the steps that were taken."""
-        ...
-
-    @property
-    def class_weights(self) -> Tensor | None:
-        """Return the loss's weights (classes,), None if all are 1."""
-        ...
-
-    def calibration_batch(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the first training images (count, C, H, W) in an order of their own, and their labels (count,)."""
-        ...
-
-    def float_weights(self) -> Mapping[str, Tensor]:
-        """Return the backbone's weights by name, read again as they were before anything was quantized."""
-        ...
-
-
-class RunHook(StepHook, Protocol):
-    """A hook that knows what a run's record should hold."""
-
-    def finish(self, model: nn.Module, after: AfterTraining) -> dict[str, float]:
-        """Check what can be checked once training is over, measure, and return the seconds of it by purpose.
-
-        Called once; the model stands in the state that was chosen, and its adapter file is made.
-        """
-        ...
-
-    def record(self, model: nn.Module) -> dict[str, Any]:
-        """Return what this hook knows of the run, by field of the record; called after `finish`."""
-        ...
+    if weights is None:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, weight=weights, reduction="sum") / len(labels)
 
 
 @dataclass(frozen=True)
@@ -118,8 +60,9 @@ def optimization_step(
     loss: Tensor,
     step: int,
     *,
-    hooks: Sequence[StepHook] = (),
+    hooks: Sequence[Hook] = (),
     clip_norm: float | None = None,
+    overhead: Overhead | None = None,
 ) -> StepOutcome:
     """Do backward, hooks, penalties, clipping, the optimiser's step and zero_grad.
 
@@ -130,22 +73,23 @@ def optimization_step(
         step: number of this step, from 1.
         hooks: called in order; one that scores gradients stands before one that scales them.
         clip_norm: largest gradient norm over all trainable parameters; None: no clipping.
+        overhead: takes the seconds of the hooks.
 
     Raises:
         DivergedError: if the loss or the gradient norm is not finite; the optimiser has not stepped then.
         UserError: if a parameter that the optimiser should train is not in it.
     """
+    overhead = Overhead() if overhead is None else overhead
     value = float(loss.detach())
     if not math.isfinite(value):
         raise DivergedError(f"the loss is {value} at step {step}; lower the learning rate")
     loss.backward()
-    for hook in hooks:
-        hook.after_backward(model, step)
-    penalties = {name: term for hook in hooks for name, term in hook.penalties(model).items()}
+    call_each(hooks, "after_backward", overhead, model, step)
+    terms = call_each(hooks, "penalties", overhead, model)
+    penalties: dict[str, Tensor] = {name: term for of_hook in terms for name, term in of_hook.items()}
     if penalties:
         torch.stack(list(penalties.values())).sum().backward()
-    for hook in hooks:
-        hook.before_step(model, step)
+    call_each(hooks, "before_step", overhead, model, step)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not parameters:
         raise UserError("no parameter received a gradient; attach adapters or unfreeze the head", field="model")
@@ -154,8 +98,7 @@ def optimization_step(
     if not math.isfinite(norm):
         raise DivergedError(f"the gradient norm is {norm} at step {step}; lower the learning rate")
     optimizer.step()
-    for hook in hooks:
-        hook.after_step(model, optimizer, step)
+    call_each(hooks, "after_step", overhead, model, optimizer, step)
     optimizer.zero_grad(set_to_none=True)
     return StepOutcome(value, norm, {name: float(term.detach()) for name, term in penalties.items()})
 

@@ -16,7 +16,7 @@ from peft_vit.config import PeftAdaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.records import RankEntry
 from peft_vit.training.checkpoint_state import State
-from peft_vit.training.optimization import AfterTraining
+from peft_vit.training.hooks import AfterTraining, Hook
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator, by parameter
 
@@ -27,7 +27,7 @@ def last_update(config: PeftAdaLoraConfig, total_steps: int) -> int:
     Raises:
         UserError: if PEFT would take no decision before it.
     """
-    last = total_steps - final_steps(config, total_steps)
+    last = total_steps - (total_steps // 4 if config.final_steps is None else config.final_steps)
     first = (config.warmup_steps // config.update_frequency + 1) * config.update_frequency
     if config.warmup_steps >= last:
         raise UserError(
@@ -44,19 +44,10 @@ def last_update(config: PeftAdaLoraConfig, total_steps: int) -> int:
     return last
 
 
-def final_steps(config: PeftAdaLoraConfig, total_steps: int) -> int:
-    """Return tfinal: as configured, or a quarter of the run."""
-    return total_steps // 4 if config.final_steps is None else config.final_steps
-
-
-class PeftAdaLoraHook:
+class PeftAdaLoraHook(Hook):
     """PEFT's part of a step, in the order that PEFT documents: its scores see the penalty and the clipping.
 
-    Args:
-        model: a Vision Transformer of timm without adapters; PEFT's are attached.
-        config: the settings, see `config.PeftAdaLoraConfig`.
-        total_steps: optimiser steps of the whole run; PEFT's schedule depends on it.
-        seed: of the adapters' start.
+    PEFT's adapters are attached to the model, which is to have none.
     """
 
     name = "allocation"  # PEFT scores and masks in one call
@@ -71,9 +62,6 @@ class PeftAdaLoraHook:
         )
         budget = config.initial_rank * len(peft_layers(model))
         self.rank_history: list[dict[str, Any]] = [{"step": 0, "budget": budget, "ranks": peft_ranks(model)}]
-
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Do nothing: masks need nothing of the optimiser."""
 
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
         """Return weight * mean over all A and B of ||A A^T - I||_F and ||B^T B - I||_F.
@@ -90,12 +78,6 @@ class PeftAdaLoraHook:
         eye = torch.eye(len(grams[0]), device=grams[0].device)
         norms = torch.linalg.matrix_norm(torch.stack(grams) - eye)  # (2 L, r0, r0) -> (2 L,) of L layers
         return {"orthogonality": self.weight * norms.mean()}
-
-    def after_backward(self, model: nn.Module, step: int) -> None:
-        """Do nothing: PEFT scores after the optimiser's step."""
-
-    def before_step(self, model: nn.Module, step: int) -> None:
-        """Do nothing: PEFT scores after the optimiser's step."""
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Let PEFT score, mask and finalize; its mask of this step, if it made one, goes into the history."""
@@ -119,7 +101,7 @@ class PeftAdaLoraHook:
                 f"of {budget} at step {self.last_update}"
             )
 
-    def check_finalized(self, model: nn.Module) -> None:
+    def finish(self, model: nn.Module, after: AfterTraining) -> None:
         """Make sure that the model stands under the final mask.
 
         Raises:
@@ -129,26 +111,13 @@ class PeftAdaLoraHook:
             raise RuntimeError(f"PEFT's AdaLoRA was not finalized: step {self.last_update} did not come")
         self._check_mask(model, self.rank_history[-1]["budget"])
 
-    def finish(self, model: nn.Module, after: AfterTraining) -> dict[str, float]:
-        """Make sure that the model stands under the final mask."""
-        self.check_finalized(model)
-        return {}
-
     def record(self, model: nn.Module) -> dict[str, Any]:
         """Return the ranks by step."""
         return {"rank_history": [RankEntry(**entry) for entry in self.rank_history]}
 
-    def notes(self) -> dict[str, float]:
-        """Return nothing: ranks have a history of their own."""
-        return {}
-
     def deployable(self, step: int) -> bool:
         """Say whether the final mask has been applied; from then on PEFT applies it after every step."""
         return self._finalized and step >= self.last_update
-
-    def start_deployable(self) -> bool:
-        """Say yes: all updates are 0 then, whatever the mask."""
-        return True
 
     def state(self) -> State:
         """Return PEFT's smoothed scores and its latest mask."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from peft_vit.adapters import adapted_modules, site_adapters
-from peft_vit.adapters.peft_layers import ADAPTER, peft_layers, peft_ranks
+from peft_vit.adapters.peft_layers import peft_layers, peft_ranks
 from peft_vit.training.training_state import TrainingResult
 
 
@@ -40,7 +39,7 @@ class Gauges:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._adapters = list(site_adapters(model).values())
-        self._masked_ranks = _MaskedRanks(model) if peft_layers(model) and not self._adapters else None
+        self._masked_by_peft = bool(peft_layers(model)) and not self._adapters
         self._quantized = [layer for _, layer in adapted_modules(model) if layer.quantized is not None]
         self._weights = sum(layer.in_features * layer.out_features for layer in self._quantized)
         self._packed_bytes = sum(layer.quantized.nbytes for layer in self._quantized if layer.quantized is not None)
@@ -57,10 +56,11 @@ class Gauges:
         )
 
     def mean_rank(self) -> float | None:
-        """Return the mean rank over the adapted sites now."""
-        if self._masked_ranks is not None:
-            return self._masked_ranks.mean()
-        return sum(adapter.rank for adapter in self._adapters) / len(self._adapters) if self._adapters else None
+        """Return the mean rank over the adapted sites now; PEFT's AdaLoRA only masks triplets, so masks are counted."""
+        ranks = [adapter.rank for adapter in self._adapters]
+        if self._masked_by_peft:
+            ranks = list(peft_ranks(self._model).values())
+        return sum(ranks) / len(ranks) if ranks else None
 
     def mean_bits(self) -> float | None:
         """Return the stored bits a weight of the quantized layers now."""
@@ -68,22 +68,3 @@ class Gauges:
             return None
         floats = sum(layer.weight.nbytes for layer in self._quantized if layer.weight is not None)
         return 8 * (self._packed_bytes + floats) / self._weights
-
-
-class _MaskedRanks:
-    """The mean rank under PEFT's AdaLoRA, whose tensors keep their size; counted anew only when it made a new mask."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._mask: Any = None
-        self._mean = self._count()
-
-    def _count(self) -> float:
-        ranks = peft_ranks(self._model).values()
-        return sum(ranks) / len(ranks)
-
-    def mean(self) -> float:
-        mask = getattr(self._model.peft_config[ADAPTER], "rank_pattern", None)  # type: ignore[index]
-        if mask is not self._mask:
-            self._mask, self._mean = mask, self._count()
-        return self._mean

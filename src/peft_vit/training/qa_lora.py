@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +30,8 @@ from peft_vit.evaluation import model_size
 from peft_vit.quantization import QuantizationFormat, quantize
 from peft_vit.records import BitsEntry, QuantizationSummary
 from peft_vit.training.checkpoint_state import State
-from peft_vit.training.optimization import AfterTraining, optimization_step
+from peft_vit.training.hooks import AfterTraining, Hook
+from peft_vit.training.optimization import optimization_step
 from peft_vit.training.quantization_balance import (
     MEASURE_EVERY_STEPS,
     adapter_to_error_ratio,
@@ -48,7 +48,7 @@ _FLOAT_BITS = 32.0
 _BALANCE_IMAGES = 32  # of the calibration batch on which outputs are compared
 
 
-class QALoRATrainer:
+class QALoRATrainer(Hook):
     """Quantization-aware LoRA on a Vision Transformer of timm.
 
     With groups, the adapter's input is summed over the quantizer's groups, so that the trained update can be moved
@@ -158,13 +158,6 @@ class QALoRATrainer:
         outcome = optimization_step(model, optimizer, loss, step, hooks=[self], clip_norm=self.clip_norm)
         return {"loss": outcome.loss, "gradient_norm": outcome.gradient_norm, "quantized_share": share}
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Do nothing: the model was prepared at the start, and any optimiser will do."""
-
-    def penalties(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return nothing: QA-LoRA adds no term to the loss."""
-        return {}
-
     def gradient_scales(self) -> dict[str, float]:
         """Return the factor on the gradients of each layer's adapters.
 
@@ -177,9 +170,6 @@ class QALoRATrainer:
         if self.config.gradient_scaling == "constant" or mean == 0:
             return dict.fromkeys(self.relative_error, factor)
         return {name: factor * error / mean for name, error in self.relative_error.items()}
-
-    def after_backward(self, model: nn.Module, step: int) -> None:
-        """Do nothing yet: scores are taken of gradients that are not scaled."""
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Multiply the adapters' gradients, penalties included, by `gradient_scales`; the head's stay."""
@@ -343,12 +333,15 @@ class QALoRATrainer:
             if self.share == 1.0:
                 module.drop_float()
 
-    def finish(self, model: nn.Module, after: AfterTraining) -> dict[str, float]:
+    def features_depend_on(self) -> dict[str, Any]:
+        """Return how the weights are packed."""
+        return {"formats": {name: one.as_json() for name, one in self.formats.items()}, "quantized_share": self.share}
+
+    def finish(self, model: nn.Module, after: AfterTraining) -> None:
         """Measure the balance of quantization and adaptation against the float weights, which are read again."""
-        started = time.perf_counter()
-        images, _ = after.calibration_batch(_BALANCE_IMAGES)
-        self.validate_quantization_adaptation_balance(model, reference=after.float_weights(), images=images)
-        return {"balance": time.perf_counter() - started}
+        with after.overhead.of("balance"):
+            images, _ = after.calibration_batch(_BALANCE_IMAGES)
+            self.validate_quantization_adaptation_balance(model, reference=after.float_weights(), images=images)
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         """Return bits by step, and what the packed weights hold and have lost."""

@@ -69,10 +69,7 @@ def float_weights(
 ) -> dict[str, Tensor]:
     """Return the weight of each layer before quantization, from a state dict of the plain model.
 
-    Args:
-        layers: of the model.
-        reference: holds `<layer>.weight`, or `<layer>`, for each.
-        relative_errors: of the layers when they were quantized.
+    It holds `<layer>.weight`, or `<layer>`, for each; the errors are those of when the layers were quantized.
 
     Raises:
         UserError: if a weight is missing, has another shape, or is not the one that was quantized.
@@ -114,11 +111,8 @@ def removed_in_outputs(
 ) -> float:
     """Return the mean over layers of 1 - ||X (E - dW)^T||_F^2 / ||X E^T||_F^2.
 
-    Args:
-        model: as it is now; X (N, in) are the inputs of a layer in its forward pass, of all tokens.
-        layers: of the model.
-        weights: from `float_weights`.
-        images: a calibration batch, (B, 3, H, W).
+    X (N, in) are the inputs of a layer in a forward pass of the images (B, 3, H, W), of all tokens; the float weights
+    come from `float_weights`.
     """
     shares: list[float] = []
 

@@ -47,13 +47,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, int] | None, *, seed: int) -> None:
-    """Put adapters on a plain model, or take those that it carries as they are.
-
-    Args:
-        model: changed in place.
-        config: the `qa_lora` section.
-        ranks: by site; None: the section's rank everywhere.
-        seed: of the adapters' start.
+    """Put adapters on a plain model, with ranks by site or the section's everywhere, or take those that it carries.
 
     Raises:
         UserError: if the model is of another class or quantized already, or its adapters don't fit the settings.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,9 +28,9 @@ from peft_vit.training.checkpoint_state import (
     model_state,
     optimizer_state,
 )
+from peft_vit.training.hooks import Hook, Overhead, call_each
 from peft_vit.training.learning_rate import build_scheduler
-from peft_vit.training.loss import class_weights, weighted_cross_entropy
-from peft_vit.training.optimization import StepHook, build_optimizer, optimization_step
+from peft_vit.training.optimization import build_optimizer, loss_weights, optimization_step, weighted_cross_entropy
 from peft_vit.training.runtime import RuntimeConfig
 
 
@@ -46,7 +45,7 @@ class TrainingResult:
     peak_parameters: int = 0
     optimizer_bytes: int = 0  # when training ended
     optimizer_sha256: str = ""  # likewise
-    overhead_s: dict[str, float] = field(default_factory=dict)
+    overhead_s: Overhead = field(default_factory=Overhead)
 
     @property
     def seconds_per_step(self) -> float:
@@ -62,13 +61,7 @@ def steps_per_epoch(train_images: int, batch_size: int) -> int:
 class TrainingState:
     """A training between two steps: all that the next one depends on, and what the record will say of those before.
 
-    Args:
-        model: with adapters attached; under `resume` brought to where it was.
-        data: images and labels.
-        config: how long and how fast.
-        runtime: device, precision and normalisation.
-        hooks: what the method does around a step.
-        resume: what `state` has returned, or None at the start.
+    The arguments are those of `train`; to go on from a state, the model is brought to where it was.
 
     Raises:
         UserError: if the state to go on from is not one of this training's.
@@ -80,18 +73,18 @@ class TrainingState:
         data: Data,
         config: TrainingConfig,
         runtime: RuntimeConfig,
-        hooks: Sequence[StepHook],
+        hooks: Sequence[Hook],
+        overhead: Overhead,
         resume: State | None,
     ) -> None:
         self.model = model
-        self.result = TrainingResult(initial_parameters=trainable_parameters(model))
+        self.result = TrainingResult(initial_parameters=trainable_parameters(model), overhead_s=overhead)
         self.end = config.total_steps(len(data.train))
         self._data, self._config, self._runtime = data, config, runtime
         self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
         self._validated_at = frozenset(config.validation_steps(len(data.train)))
-        weights = class_weights(data.train.labels, len(data.class_names)) if config.class_weights else None
-        self._class_weights = None if weights is None else weights.to(runtime.device)  # (classes,)
-        self._hooks = [_TimedHook(hook) for hook in hooks]
+        self._class_weights = loss_weights(config, data, runtime.device)  # (classes,)
+        self._hooks = hooks
         self._best = BestState()
         if resume is not None:
             self._refuse_another_state(lambda state: load_model_state(model, state.part("model")), resume)
@@ -99,8 +92,7 @@ class TrainingState:
         self._scheduler, self._decay = build_scheduler(self._optimizer, config, self.end)
         if resume is not None:
             self._refuse_another_state(self._load, resume)
-        for hook in self._hooks:
-            hook.attach(model, self._optimizer)
+        call_each(hooks, "attach", overhead, model, self._optimizer)
         if resume is not None:  # last: whatever was built anew may have drawn from them
             self._refuse_another_state(lambda state: load_generators_state(state.part("generators")), resume)
 
@@ -141,7 +133,13 @@ class TrainingState:
             logits = self.model(images.to(device))  # (B, classes)
         loss = weighted_cross_entropy(logits.float(), labels.to(device), self._class_weights)
         outcome = optimization_step(
-            self.model, self._optimizer, loss, number, hooks=self._hooks, clip_norm=self._config.clip_norm
+            self.model,
+            self._optimizer,
+            loss,
+            number,
+            hooks=self._hooks,
+            clip_norm=self._config.clip_norm,
+            overhead=self.result.overhead_s,
         )
         row = StepRow(
             step=number,
@@ -177,13 +175,11 @@ class TrainingState:
 
     def validate(self) -> None:
         """Evaluate on the validation split, and remember the weights if they are the best so far."""
-        started = time.perf_counter()
-        result = self.result
-        evaluation = self._evaluation()
-        result.evaluations.append(evaluation)
-        final = all(hook.deployable(evaluation.step) for hook in self._hooks)
-        self._best.offer(evaluation, self.model, without_updates=not final)
-        result.overhead_s["evaluation"] = result.overhead_s.get("evaluation", 0.0) + time.perf_counter() - started
+        with self.result.overhead_s.of("evaluation"):
+            evaluation = self._evaluation()
+            self.result.evaluations.append(evaluation)
+            final = all(hook.deployable(evaluation.step) for hook in self._hooks)
+            self._best.offer(evaluation, self.model, without_updates=not final)
 
     def _evaluation(self) -> Evaluation:
         runtime = self._runtime
@@ -207,9 +203,6 @@ class TrainingState:
         result.peak_parameters = max(result.peak_parameters, result.initial_parameters)
         result.optimizer_bytes = optimizer_bytes(self._optimizer)
         result.optimizer_sha256 = optimizer_state(self._optimizer).sha256()
-        for hook in self._hooks:
-            for purpose, seconds in hook.seconds.items():
-                result.overhead_s[purpose] = result.overhead_s.get(purpose, 0.0) + seconds
         result.chosen = self._best.restore(self.model)
         return result
 
@@ -222,8 +215,6 @@ class TrainingState:
             "initial_parameters": result.initial_parameters,
             "peak_parameters": result.peak_parameters,
             "end": self.end,
-            "overhead_s": dict(result.overhead_s),
-            "hooks_s": [dict(hook.seconds) for hook in self._hooks],
         }
         return State.of_parts(
             model=model_state(self.model),
@@ -245,10 +236,11 @@ class TrainingState:
         self.end = counted["end"]
         result.initial_parameters = counted["initial_parameters"]
         result.peak_parameters = counted["peak_parameters"]
-        result.overhead_s = dict(counted["overhead_s"])
-        for place, (hook, seconds) in enumerate(zip(self._hooks, counted["hooks_s"], strict=True)):
-            hook.seconds = dict(seconds)
-            hook.load_state(self.model, state.part("hooks").part(str(place)))
+        of_hooks = state.part("hooks")
+        if len(of_hooks.values) != len(self._hooks):
+            raise ValueError(f"it is of {len(of_hooks.values)} hooks, not {len(self._hooks)}")
+        for place, hook in enumerate(self._hooks):
+            hook.load_state(self.model, of_hooks.part(str(place)))
 
     def _refuse_another_state(self, load: Callable[[State], None], state: State) -> None:
         try:
@@ -316,54 +308,3 @@ class BestState:
 
 def _quality(evaluation: Evaluation) -> tuple[float, float]:
     return evaluation.metrics.accuracy, -evaluation.metrics.nll
-
-
-class _TimedHook:
-    """Adds up the seconds that a hook takes, by purpose; otherwise it is the hook."""
-
-    def __init__(self, hook: StepHook) -> None:
-        self.hook = hook
-        self.name = hook.name
-        self.seconds: dict[str, float] = {}
-
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        with self._counted("attach"):
-            self.hook.attach(model, optimizer)
-
-    def penalties(self, model: nn.Module) -> dict[str, Tensor]:
-        with self._counted("penalties"):
-            return self.hook.penalties(model)
-
-    def after_backward(self, model: nn.Module, step: int) -> None:
-        with self._counted("after_backward"):
-            self.hook.after_backward(model, step)
-
-    def before_step(self, model: nn.Module, step: int) -> None:
-        with self._counted("before_step"):
-            self.hook.before_step(model, step)
-
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        with self._counted("after_step"):
-            self.hook.after_step(model, optimizer, step)
-
-    @contextmanager
-    def _counted(self, call: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        purpose = getattr(self.hook, "purposes", {}).get(call, self.name)
-        self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - started
-
-    def notes(self) -> dict[str, float]:
-        return self.hook.notes()
-
-    def deployable(self, step: int) -> bool:
-        return self.hook.deployable(step)
-
-    def start_deployable(self) -> bool:
-        return self.hook.start_deployable()
-
-    def state(self) -> State:
-        return self.hook.state()
-
-    def load_state(self, model: nn.Module, state: State) -> None:
-        self.hook.load_state(model, state)

@@ -14,9 +14,7 @@ from peft_vit.adapters import (
     current_ranks,
     freeze_backbone,
     load_trained,
-    saved_formats,
-    saved_ranks,
-    saved_scales,
+    read_adapter_file,
     set_ranks,
     trained_tensors,
 )
@@ -27,15 +25,7 @@ from peft_vit.quantization import QuantizationFormat, quantize
 
 
 def adapted(model, rank=2, parametrization="product", targets=("query", "fc1")):
-    sites = find_sites(model, targets)
-    attach_adapters(
-        model,
-        sites,
-        dict.fromkeys((site.name for site in sites), rank),
-        scale=2.0,
-        seed=0,
-        parametrization=parametrization,
-    )
+    attach_adapters(model, find_sites(model, targets), rank, scale=2.0, seed=0, parametrization=parametrization)
     return model
 
 
@@ -91,9 +81,9 @@ def test_a_file_says_how_each_weight_is_stored(tiny_vit, batch, fill_adapters, t
     fill_adapters(model)
     file = tmp_path / "adapter.safetensors"
     file.write_bytes(adapter_bytes(model, {}))
-    assert saved_formats(file) == FORMATS
-    assert saved_ranks(file) == current_ranks(model)
-    fresh = quantized(tiny_vit(), saved_formats(file))
+    saved = read_adapter_file(file)
+    assert (saved.formats, saved.ranks) == (FORMATS, current_ranks(model))
+    fresh = quantized(tiny_vit(), saved.formats)
     load_trained(fresh, file)
     with torch.no_grad():
         assert torch.equal(fresh(batch[0]), model(batch[0]))
@@ -114,15 +104,15 @@ def test_older_files_without_formats_are_read_and_damaged_ones_refused(tiny_vit,
         save_file(load_file(file), file, metadata={"peft_vit": json.dumps(header)})
 
     write(None)
-    assert saved_formats(file) == {}
+    assert read_adapter_file(file).formats == {}
     load_trained(model, file)
     good = {"type": "int4", "group_size": 16, "offset": True, "scale_dtype": "torch.float16"}  # now without "torch."
     write({"blocks.0.attn.qkv": good})
-    assert saved_formats(file) == {"blocks.0.attn.qkv": QuantizationFormat("int4", 16, True, torch.float16)}
+    assert read_adapter_file(file).formats == {"blocks.0.attn.qkv": QuantizationFormat("int4", 16, True, torch.float16)}
     for bad in ({**good, "type": "int3"}, {**good, "scale_dtype": "torch.int8"}, {**good, "x": 1}, 7):
         write({"blocks.0.attn.qkv": bad})
         with pytest.raises(UserError, match="damaged peft_vit header"):
-            saved_formats(file)
+            read_adapter_file(file)
 
 
 def test_what_is_no_adapter_file_is_refused(tiny_vit, tmp_path) -> None:
@@ -176,7 +166,7 @@ def test_a_form_without_scales_and_a_deep_header_are_refused(tiny_vit, tmp_path)
     ):
         save_file({"x": torch.zeros(1)}, file, metadata={"peft_vit": header})
         with pytest.raises(UserError, match="damaged peft_vit header"):
-            saved_scales(file)
+            read_adapter_file(file)
 
 
 def test_a_pipe_is_not_waited_for(tiny_vit, tmp_path) -> None:

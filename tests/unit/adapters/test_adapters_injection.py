@@ -1,35 +1,20 @@
 """Adapters sit on the sites of plain timm Vision Transformers, once, and start from the run's seed alone."""
 
+import allocation_runs
 import pytest
+import qa_lora_settings
 import timm
 import torch
 from torch import nn
 
-from peft_vit import AdaLoraConfig, AdaLoRAController, QaLoraConfig, QALoRATrainer
+from peft_vit import AdaLoRAController, QALoRATrainer
 from peft_vit.adapters import attach_adapters, current_ranks, freeze_backbone, site_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 
-ADALORA = AdaLoraConfig(
-    total_rank_budget=8,
-    allocation_strategy="proportional",
-    importance_metric="magnitude",
-    update_frequency=1,
-    warmup_steps=1,
-)
-QA_LORA = QaLoraConfig(
-    quantization_bits=4,
-    quantization_type="nf4",
-    quantization_schedule="constant",
-    gradient_scaling_factor=1.0,
-    use_group_quantization=True,
-    rank=1,
-)
-
 
 def attach(model: nn.Module, rank: int = 2, seed: int = 0, targets=("query", "fc2")) -> nn.Module:
-    sites = find_sites(model, targets)
-    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), rank), scale=2.0, seed=seed)
+    attach_adapters(model, find_sites(model, targets), rank, scale=2.0, seed=seed)
     return model
 
 
@@ -40,9 +25,9 @@ def test_other_classes_are_refused_by_name(name) -> None:
         model = timm.create_model(name)
     kind = type(model).__name__
     with pytest.raises(UserError, match=f"{kind} is not a timm VisionTransformer"):
-        AdaLoRAController(model, ADALORA, 10)
+        AdaLoRAController(model, allocation_runs.config(), 10)
     with pytest.raises(UserError, match=f"{kind} is not a timm VisionTransformer"):
-        QALoRATrainer(model, QA_LORA, 10)
+        QALoRATrainer(model, qa_lora_settings.config(rank=1), 10)
 
 
 def test_only_head_and_adapters_are_trainable_and_listed_in_order(tiny_vit) -> None:

@@ -17,8 +17,7 @@ pytestmark = pytest.mark.part("controller")
 @pytest.fixture
 def model(tiny_vit) -> nn.Module:
     model = tiny_vit()
-    sites = find_sites(model)
-    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 2), scale=2.0, seed=0)
+    attach_adapters(model, find_sites(model), 2, scale=2.0, seed=0)
     return model
 
 

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from peft_vit.adapters import SiteAdapter, attach_adapters, load_trained, merged_state_dict, site_adapters
-from peft_vit.adapters.merging import adapter_bytes
+from peft_vit.adapters import (
+    SiteAdapter,
+    adapter_bytes,
+    attach_adapters,
+    load_trained,
+    merged_state_dict,
+    site_adapters,
+)
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 
@@ -98,16 +104,7 @@ def test_a_gain_of_k_acts_as_k_times_the_rate_under_adam_and_k_squared_times_und
 def test_the_gain_is_part_of_the_update_and_of_the_file(tiny_vit, batch, fill_adapters, tmp_path) -> None:
     def model(gain: float) -> nn.Module:
         vit = tiny_vit()
-        sites = find_sites(vit)
-        attach_adapters(
-            vit,
-            sites,
-            dict.fromkeys((site.name for site in sites), 2),
-            scale=1.0,
-            seed=0,
-            parametrization="svd",
-            lambda_gain=gain,
-        )
+        attach_adapters(vit, find_sites(vit), 2, scale=1.0, seed=0, parametrization="svd", lambda_gain=gain)
         return vit.eval()
 
     tuned = model(5.0)

@@ -198,8 +198,7 @@ def test_float_weights_in_use_and_models_without_adapters_are_refused(plain, mer
     model = copy.deepcopy(plain)
     with pytest.raises(UserError, match="no adapters of this package on quantized weights; nothing to merge"):
         merge(model)
-    sites = find_sites(model)
-    attach_adapters(model, sites, {site.name: 2 for site in sites}, scale=SCALE, seed=0, pool=32)
+    attach_adapters(model, find_sites(model), 2, scale=SCALE, seed=0, pool=32)
     with pytest.raises(UserError, match="still has its float weight; finish the quantization schedule"):
         merge(model)
     for _, module in adapted_modules(model):

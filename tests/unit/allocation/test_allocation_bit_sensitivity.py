@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from tiny_models import TINY_EVAS, random_model
 from torch.nn import functional as F
 
 from peft_vit.allocation import bit_sensitivity
@@ -70,8 +71,9 @@ def test_fisher_equals_squared_gradients_one_image_at_a_time(tiny_vit, batch) ->
         assert expected[0] > expected[1] > expected[2] > 0
 
 
-def test_loss_equals_the_divergence_of_a_quantized_copy(tiny_vit, batch) -> None:
-    model = tiny_vit()
+@pytest.mark.parametrize("made", [None, *TINY_EVAS])
+def test_loss_equals_the_divergence_of_a_quantized_copy(tiny_vit, batch, made) -> None:
+    model = tiny_vit() if made is None else random_model(made)
     head, found = measured(model, batch, "loss")
     model.eval()
     with torch.no_grad():

@@ -35,7 +35,7 @@ def schedule_of(settings: AdaLoraConfig, total_steps: int, sites: int, largest: 
 
 def test_the_quickstarts_steps_of_decision() -> None:
     schedule = schedule_of(config(final_steps=12), total_steps=48, sites=4, largest=1000)
-    assert [step for step in range(49) if schedule.is_update(step)] == [12, 18, 24, 30, 36]
+    assert [step for step in range(49) if schedule.last_due(step) == step > 0] == [12, 18, 24, 30, 36]
     assert schedule == schedule_of(config(), 48, 4, 1000)  # a quarter is the default
 
 
@@ -58,7 +58,7 @@ def test_cubic_course(total, more, warmup, middle, final, every) -> None:
         if (step - warmup) % every == 0:
             latest = math.floor(total + more * (1 - Fraction(step - warmup, middle)) ** 3)
         assert budgets[step] == latest
-    due = [step for step in range(schedule.total_steps + 1) if schedule.is_update(step)]
+    due = [step for step in range(schedule.total_steps + 1) if schedule.last_due(step) == step > 0]
     assert due[0] == warmup if middle else due == [warmup]
     assert due[-1] == warmup + middle
     assert set(due) - {warmup + middle} == set(range(warmup, warmup + middle, every))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft_vit.adapters import attach_adapters, merged_state_dict, set_ranks, site_adapters
+from peft_vit.adapters import attach_adapters, merged_state_dict, site_adapters
 from peft_vit.allocation import check_fisher
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
@@ -73,8 +73,7 @@ def test_both_kinds_of_fisher(tiny_vit, batch, fill_adapters, parametrization, w
 
 def test_samples_of_one_kind_leave_no_difference(tiny_vit, batch, fill_adapters) -> None:
     model = tiny_vit(depth=1)
-    sites = find_sites(model)
-    attach_adapters(model, sites, {site.name: 2 for site in sites}, scale=2.0, seed=0)
+    attach_adapters(model, find_sites(model), 2, scale=2.0, seed=0)
     fill_adapters(model)
     check = check_fisher(model, batch[0][:1].expand(4, -1, -1, -1), batch[1][:1].expand(4))
     assert check.minibatch == pytest.approx(check.per_sample, rel=1e-4)
@@ -83,8 +82,6 @@ def test_samples_of_one_kind_leave_no_difference(tiny_vit, batch, fill_adapters)
 
 def test_without_rank_there_is_nothing_to_compare(tiny_vit, batch) -> None:
     model = tiny_vit(depth=1)
-    sites = find_sites(model)
-    attach_adapters(model, sites, {site.name: 2 for site in sites}, scale=2.0, seed=0)
-    set_ranks(model, {site.name: 0 for site in sites})
+    attach_adapters(model, find_sites(model), 0, scale=2.0, seed=0)
     with pytest.raises(UserError, match="no site has rank"):
         check_fisher(model, *batch)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from allocation_runs import backward, config, optimizer_of, start, train_step
-from loose_sites import loose_site
+from allocation_runs import backward, config, scored, start, train, train_step
+from tiny_models import loose_site
 from torch.nn import functional as F
 
 from peft_vit.adapters import (
@@ -125,8 +125,7 @@ def without_rank(tiny_vit, **settings):
 @pytest.mark.parametrize("metric", ["gradient_norm", "fisher", "sensitivity", "magnitude"])
 def test_sites_without_rank_are_scored_at_decisions(tiny_vit, batch, metric) -> None:
     model, controller, optimizer = without_rank(tiny_vit, importance_metric=metric)
-    for step in (1, 2):
-        train_step(model, controller, optimizer, batch, step)
+    train(model, controller, optimizer, batch, (1, 2))
     ranks, adapters = current_ranks(model), site_adapters(model)
     backward(model, batch)
     size = {name: adapter.probe.lambdas.grad.square().mean().sqrt().item() for name, adapter in adapters.items()}
@@ -154,8 +153,7 @@ def test_the_site_with_the_largest_gradient_comes_back(tiny_vit, batch) -> None:
     model.zero_grad()
     best = max(size, key=size.__getitem__)
     controller, optimizer = start(model, config(budget_schedule="constant", total_rank_budget=24, warmup_steps=3))
-    backward(model, batch)
-    controller.update_importance_scores(model, 1)
+    scored(model, controller, batch, 1)
     others = [name for name in controller.names if name != best]
     controller.apply_ranks(model, optimizer, dict(zip(others, (3,) * 8 + (0,) * 3, strict=True)) | {best: 0})
     optimizer.zero_grad()
@@ -165,48 +163,36 @@ def test_the_site_with_the_largest_gradient_comes_back(tiny_vit, batch) -> None:
     assert site_adapters(model)[best].rank == ranks[best]
 
 
-def probed_steps(model, controller, optimizer, batch, steps=9) -> list[int]:
-    """Train, and return the steps whose forward pass held probes."""
-    seen = []
+@pytest.mark.parametrize(
+    ("settings", "probed"),
+    [
+        ({}, [3, 5, 7]),
+        ({"update_frequency": 1, "warmup_steps": 1, "final_steps": 0}, list(range(1, 10))),
+        ({"importance_metric": "random"}, []),
+        ({"importance_metric": "uniform"}, []),
+        ({"allocation_strategy": "global", "budget_schedule": "cubic"}, []),  # ranks triplets that exist
+        ({"total_rank_budget": 13, "minimum_rank": 1}, []),  # no site is without rank
+    ],
+)
+@pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
+def test_steps_are_probed_that_lead_to_a_decision_of_which_something_can_come(
+    tiny_vit, batch, settings, probed
+) -> None:
+    model, controller, optimizer = without_rank(tiny_vit, **settings)
     controller.attach(model, optimizer)
-    for step in range(1, steps + 1):
+    seen = []
+    for step in range(1, 10):
         if any(adapter.probe is not None for adapter in site_adapters(model).values()):
             seen.append(step)
         train_step(model, controller, optimizer, batch, step)
         assert [entry["step"] for entry in controller.probe_history] == seen
-    return seen
-
-
-def test_only_steps_that_lead_to_a_decision_are_probed(tiny_vit, batch) -> None:
-    model, controller, optimizer = without_rank(tiny_vit)
-    assert probed_steps(model, controller, optimizer, batch) == [3, 5, 7]
-
-
-def test_every_step_can_be_probed_from_the_first(tiny_vit, batch) -> None:
-    model, controller, optimizer = without_rank(tiny_vit, update_frequency=1, warmup_steps=1, final_steps=0)
-    assert probed_steps(model, controller, optimizer, batch) == list(range(1, 10))
-    assert sum(current_ranks(model).values()) == 8
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"importance_metric": "random"},
-        {"importance_metric": "uniform"},
-        {"allocation_strategy": "global", "budget_schedule": "cubic"},  # ranks triplets that exist
-        {"total_rank_budget": 13, "minimum_rank": 1},  # no site is without rank
-    ],
-)
-@pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
-def test_nothing_is_probed_where_nothing_could_come_of_it(tiny_vit, batch, settings) -> None:
-    model, controller, optimizer = without_rank(tiny_vit, **settings)
-    assert probed_steps(model, controller, optimizer, batch) == []
+    assert seen == probed
+    assert sum(current_ranks(model).values()) == controller.config.total_rank_budget
 
 
 def test_without_a_pass_through_the_probes_a_site_keeps_its_score(tiny_vit, batch) -> None:
     model, controller, optimizer = without_rank(tiny_vit)
-    for step in (1, 2):
-        train_step(model, controller, optimizer, batch, step)
+    train(model, controller, optimizer, batch, (1, 2))
     adapters, sought = site_adapters(model), [name for name, rank in controller.ranks.items() if rank == 0]
     probes = {name: adapter.probe for name, adapter in adapters.items()}
     for adapter in adapters.values():
@@ -225,8 +211,7 @@ def test_the_loss_scale_and_accumulation_leave_probed_scores(tiny_vit, batch) ->
     results = []
     for scale, parts in ((1.0, 1), (1024.0, 1), (1.0, 2)):
         model, controller, optimizer = without_rank(tiny_vit)
-        for step in (1, 2):
-            train_step(model, controller, optimizer, batch, step)
+        train(model, controller, optimizer, batch, (1, 2))
         for images, labels in zip(batch[0].chunk(parts), batch[1].chunk(parts), strict=True):
             (scale * F.cross_entropy(model(images), labels) / parts).backward()
         results.append(controller.update_importance_scores(model, 3, loss_scale=scale))
@@ -237,8 +222,7 @@ def test_the_loss_scale_and_accumulation_leave_probed_scores(tiny_vit, batch) ->
 
 def test_an_overflow_under_a_loss_scale_leaves_the_scores(tiny_vit, batch) -> None:
     model, controller, optimizer = without_rank(tiny_vit)
-    for step in (1, 2):
-        train_step(model, controller, optimizer, batch, step)
+    train(model, controller, optimizer, batch, (1, 2))
     (F.cross_entropy(model(batch[0]), batch[1]) * torch.inf).backward()
     scores = controller.update_importance_scores(model, 3, loss_scale=65536.0)
     assert all(np.isfinite(score) for score in scores.values())
@@ -247,8 +231,7 @@ def test_an_overflow_under_a_loss_scale_leaves_the_scores(tiny_vit, batch) -> No
 
 def test_evaluation_between_two_steps_does_not_carry_the_probes(tiny_vit, batch, monkeypatch) -> None:
     model, controller, optimizer = without_rank(tiny_vit)
-    for step in (1, 2):
-        train_step(model, controller, optimizer, batch, step)
+    train(model, controller, optimizer, batch, (1, 2))
     asked = []
     factors = GradientProbe.factors
     monkeypatch.setattr(GradientProbe, "factors", lambda probe: asked.append(probe) or factors(probe))
@@ -285,16 +268,6 @@ def test_what_probes_cost_is_counted_over_steps_without(tiny_vit, batch) -> None
     assert hook.probing_s(rows) == 0
     hook._own_s = {}
     assert hook.probing_s([row for row in rows if row.step in (3, 5, 7)]) is None
-
-
-def test_optimizer_of_the_plain_loop_holds_no_probe(tiny_vit, batch) -> None:
-    model, controller, optimizer = without_rank(tiny_vit, warmup_steps=1)
-    controller.attach(model, optimizer)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    probes = [adapter.probe for adapter in site_adapters(model).values()]
-    assert None not in probes
-    assert not {id(probe.lambdas) for probe in probes} & held
-    assert {id(p) for group in optimizer_of(model).param_groups for p in group["params"]} == held
 
 
 def test_a_pooled_probe_feels_the_gradient_summed_over_groups() -> None:

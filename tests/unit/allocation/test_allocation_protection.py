@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from allocation_runs import backward, config, start
+from allocation_runs import backward, config, scored, start, train_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,17 +62,6 @@ def test_only_the_protected_are_shielded() -> None:
     assert shielded(scores, young, 9).tolist() == [5.0, np.inf, np.inf, np.inf]
 
 
-def decided(model, controller, optimizer, batch, step, scores) -> dict[str, int]:
-    """Do a step whose decision sees the given scores instead of the measured ones."""
-    backward(model, batch)
-    controller.update_importance_scores(model, step)
-    optimizer.step()
-    ranks = controller.reallocate_ranks(scores, step)
-    controller.apply_ranks(model, optimizer, ranks)
-    optimizer.zero_grad()
-    return ranks
-
-
 def one_block(tiny_vit, **given):
     model = tiny_vit(depth=1)
     controller, optimizer = start(
@@ -87,16 +76,16 @@ def test_what_grew_stays_for_one_decision_and_may_then_go(tiny_vit, batch, strat
     best = {name: 10.0 if name == names[3] else 0.1 for name in names}
     worst = {name: 0.0 if name == names[3] else 1.0 for name in names}
     assert set(controller.ranks.values()) == {2}
-    first = decided(model, controller, optimizer, batch, 2, best)
+    first = train_step(model, controller, optimizer, batch, 2, best)
     grown = first[names[3]] - 2
     assert grown >= 2
     old = site_adapters(model)[names[3]].lora_A.detach()[2:].clone()
-    second = decided(model, controller, optimizer, batch, 3, worst)
+    second = train_step(model, controller, optimizer, batch, 3, worst)
     assert second[names[3]] == grown
     kept = site_adapters(model)[names[3]].lora_A.detach()
     larger = first[names[3]] / grown  # A takes the size that belongs to the smaller rank
     torch.testing.assert_close(kept, old * larger, rtol=0, atol=0.02)  # those that grew, one step later
-    third = decided(model, controller, optimizer, batch, 4, worst)
+    third = train_step(model, controller, optimizer, batch, 4, worst)
     assert third[names[3]] == 0
     assert all(entry["gave_way"] == {} for entry in controller.rank_history)
 
@@ -105,8 +94,7 @@ def test_global_ranking_keeps_what_grew(tiny_vit, batch, monkeypatch) -> None:
     model, controller, optimizer, names = one_block(
         tiny_vit, allocation_strategy="global", budget_schedule="cubic", initial_budget=12, total_rank_budget=7
     )
-    backward(model, batch)
-    controller.update_importance_scores(model, 1)
+    scored(model, controller, batch, 1)
     zero = dict.fromkeys(names, 0)
     controller._ages.decisions = 1  # as if a decision had just been taken
     controller.apply_ranks(model, optimizer, zero | {names[0]: 6, names[1]: 2})
@@ -118,18 +106,17 @@ def test_global_ranking_keeps_what_grew(tiny_vit, batch, monkeypatch) -> None:
     monkeypatch.setattr(controller.tracker, "update", lambda adapters, scale: dict(scores))
     controller.bounds = Bounds(controller.bounds.minimum, np.full(6, 6))
     monkeypatch.setattr(type(controller.schedule), "budget_at", lambda schedule, step: 7)
-    ranks = decided(model, controller, optimizer, batch, 2, dict.fromkeys(names, 1.0))
+    ranks = train_step(model, controller, optimizer, batch, 2, dict.fromkeys(names, 1.0))
     assert ranks == {**zero, names[0]: 6, names[1]: 1}
 
 
 def test_the_young_do_not_count_in_their_sites_score(tiny_vit, batch) -> None:
     model, controller, optimizer, names = one_block(tiny_vit, warmup_steps=2, update_frequency=4)
     scores = {name: 10.0 if name == names[3] else 0.1 for name in names}
-    ranks = decided(model, controller, optimizer, batch, 2, scores)
+    ranks = train_step(model, controller, optimizer, batch, 2, scores)
     assert ranks[names[3]] > 2
     for step in (3, 4):
-        backward(model, batch)
-        scores = controller.update_importance_scores(model, step)
+        scores = scored(model, controller, batch, step)
         optimizer.zero_grad()
         triplets = controller._triplet_scores[names[3]]
         assert scores[names[3]] == pytest.approx(triplets[:2].mean().item(), rel=1e-6)
@@ -143,13 +130,11 @@ def test_a_site_of_young_triplets_keeps_the_score_that_let_it_grow(tiny_vit, bat
     model, controller, optimizer, names = one_block(tiny_vit, total_rank_budget=5, update_frequency=4)
     empty = next(name for name, rank in controller.ranks.items() if rank == 0)
     controller.attach(model, optimizer)
-    backward(model, batch)
-    controller.update_importance_scores(model, 1)
+    scored(model, controller, batch, 1)
     optimizer.step()
     controller.apply_ranks(model, optimizer, controller.ranks)  # the next step is probed
     optimizer.zero_grad()
-    backward(model, batch)
-    before = controller.update_importance_scores(model, 2)[empty]
+    before = scored(model, controller, batch, 2)[empty]
     assert controller.probe_history[0]["sites"] == [empty]
     ranks = controller.reallocate_ranks({name: float(name == empty) for name in names}, 2)
     controller.apply_ranks(model, optimizer, ranks)
@@ -159,8 +144,7 @@ def test_a_site_of_young_triplets_keeps_the_score_that_let_it_grow(tiny_vit, bat
         backward(model, batch)
         assert controller.update_importance_scores(model, step)[empty] == before
         optimizer.zero_grad()
-    backward(model, batch)
-    after = controller.update_importance_scores(model, 6)
+    after = scored(model, controller, batch, 6)
     controller.apply_ranks(model, optimizer, controller.reallocate_ranks(after, 6))
     optimizer.zero_grad()
     backward(model, batch)
@@ -172,11 +156,11 @@ def test_a_falling_budget_comes_first_and_who_gave_way_is_recorded(tiny_vit, bat
         tiny_vit, budget_schedule="cubic", total_rank_budget=4, initial_budget=18, warmup_steps=2, update_frequency=9
     )
     ups = {name: {names[0]: 8.0, names[5]: 6.0}.get(name, 0.01) for name in names}
-    first = decided(model, controller, optimizer, batch, 2, ups)
+    first = train_step(model, controller, optimizer, batch, 2, ups)
     grown = {name: first[name] - 3 for name in (names[0], names[5])}
     assert sum(grown.values()) > controller.schedule.budget_at(11)
     downs = {name: {names[0]: 0.5, names[5]: 0.2}.get(name, 1.0) for name in names}
-    second = decided(model, controller, optimizer, batch, 11, downs)
+    second = train_step(model, controller, optimizer, batch, 11, downs)
     entry = controller.rank_history[-1]
     assert entry["gave_way"] == {name: grown[name] - second[name] for name in grown if grown[name] > second[name]}
     assert names[5] in entry["gave_way"]  # of the lower score

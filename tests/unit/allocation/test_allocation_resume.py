@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from allocation_runs import config, optimizer_of, train_step
+from allocation_runs import config, optimizer_of, train, train_step
 from safetensors.torch import load, save
 
 from peft_vit import AdaLoRAController
@@ -104,8 +104,7 @@ def test_a_state_is_a_copy(tiny_vit, batch) -> None:
     train_step(model, controller, optimizer, batch, 1)
     state = controller.state_dict()
     text, tensors = json.dumps(state["values"]), {name: tensor.clone() for name, tensor in state["tensors"].items()}
-    for step in range(2, 7):
-        train_step(model, controller, optimizer, batch, step)
+    train(model, controller, optimizer, batch, range(2, 7))
     assert json.dumps(state["values"]) == text
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in state["tensors"].items())
     controller.load_state_dict(state)
@@ -128,8 +127,7 @@ def test_adapters_of_other_ranks_than_the_state_are_refused(tiny_vit, batch) -> 
     model = tiny_vit()
     controller = AdaLoRAController(model, config(), STEPS)
     optimizer = optimizer_of(model)
-    for step in (1, 2):
-        train_step(model, controller, optimizer, batch, step)
+    train(model, controller, optimizer, batch, (1, 2))
     other = tiny_vit()
     again = AdaLoRAController(other, config(), STEPS)
     again.load_state_dict(controller.state_dict())

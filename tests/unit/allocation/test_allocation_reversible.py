@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from allocation_runs import STEPS, backward, config, start, train_step
+from allocation_runs import STEPS, backward, config, scored, start, train, train_step
 
 from peft_vit import AdaLoraConfig
 from peft_vit.adapters import current_ranks, site_adapters
@@ -95,10 +95,8 @@ def test_a_loser_receives_gradients_and_comes_back_with_its_moments(tiny_vit, ba
 def test_resizing_at_the_end_leaves_the_function_that_the_mask_would(tiny_vit, batch) -> None:
     model = tiny_vit()
     controller, optimizer = reversible(model)
-    for step in range(1, 7):
-        train_step(model, controller, optimizer, batch, step)
-    backward(model, batch)
-    scores = controller.update_importance_scores(model, 7)
+    train(model, controller, optimizer, batch, range(1, 7))
+    scores = scored(model, controller, batch, 7)
     triplets = {name: values.clone() for name, values in controller._triplet_scores.items()}
     optimizer.step()
     ranks = controller.reallocate_ranks(scores, 7)
@@ -116,10 +114,8 @@ def test_resizing_at_the_end_leaves_the_function_that_the_mask_would(tiny_vit, b
 def test_a_sites_score_is_the_mean_over_its_active_triplets(tiny_vit, batch) -> None:
     model = tiny_vit()
     controller, optimizer = reversible(model)
-    for step in range(1, 5):
-        train_step(model, controller, optimizer, batch, step)
-    backward(model, batch)
-    scores = controller.update_importance_scores(model, 5)
+    train(model, controller, optimizer, batch, range(1, 5))
+    scores = scored(model, controller, batch, 5)
     assert 0 < sum(controller.ranks.values()) < sum(current_ranks(model).values())
     for name, active in controller._active.items():
         triplets = controller._triplet_scores[name]
@@ -130,16 +126,14 @@ def test_a_sites_score_is_the_mean_over_its_active_triplets(tiny_vit, batch) -> 
 def test_the_missed_last_decision_is_taken_late(tiny_vit, batch) -> None:
     model = tiny_vit()
     controller, optimizer = reversible(model)
-    for step in (1, 2, 9):
-        train_step(model, controller, optimizer, batch, step)
+    train(model, controller, optimizer, batch, (1, 2, 9))
     assert sum(current_ranks(model).values()) == 12
 
 
 def test_it_can_not_grow(tiny_vit, batch) -> None:
     model = tiny_vit()
     controller, optimizer = reversible(model)
-    backward(model, batch)
-    controller.update_importance_scores(model, 1)
+    scored(model, controller, batch, 1)
     name = controller.names[0]
     lower = dict.fromkeys(controller.names, 2)
     with pytest.raises(UserError, match=rf"{name}: prune: reversible can't grow beyond the 3 of the start"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from allocation_runs import STEPS, config, start, train_step
+from allocation_runs import STEPS, config, start, train, train_step
 from covering_pairs import covering_pairs
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,8 +73,7 @@ def test_a_budget_in_parameters_buys_more_ranks_where_they_are_cheap(tiny_vit, b
         model = tiny_vit(depth=1)
         settings = config(importance_metric="uniform", **{"total_rank_budget": None, unit: total})
         controller, optimizer = start(model, settings)
-        for step in range(1, STEPS + 1):
-            train_step(model, controller, optimizer, batch, step)
+        train(model, controller, optimizer, batch)
         ranks[unit] = list(controller.ranks.values())
     assert ranks["total_rank_budget"] == [5] * 6
     # 746.67 values a site: 5.83 ranks of query, 3.89 of fc1. Beyond whole ranks 768 values are left: 2 x 192 for fc1

@@ -16,6 +16,7 @@ from statsmodels.regression.mixed_linear_model import MixedLM
 from peft_vit.analysis.across import Across, LabelledStudy, compare_studies, load_across
 from peft_vit.analysis.comparability import POOL_KINDS, difference, parse_pool
 from peft_vit.analysis.pooling import interquartile_over_studies, stratified_mean
+from peft_vit.analysis.studies import Run
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
@@ -43,6 +44,10 @@ def records(
 A, B, C = [0.010, 0.014, 0.006], [0.030, 0.022, 0.026, 0.034], [-0.004, 0.004, 0.012]
 
 
+def runs_of(made: list[RunRecord]) -> tuple[Run, ...]:
+    return planted.study_of(made).runs
+
+
 def loaded(tmp_path: Path, *studies: list[RunRecord]) -> tuple[LabelledStudy, ...]:
     return load_across([planted.write(tmp_path / made[0].spec.study, made) for made in studies])
 
@@ -66,7 +71,6 @@ def test_two_strata_are_welchs_interval_halved() -> None:
     assert pooled.interval.estimate == pytest.approx((np.mean(A) + np.mean(B)) / 2, rel=1e-12)
     assert pooled.interval.low == pytest.approx(ends.low / 2, rel=1e-9)
     assert pooled.interval.high == pytest.approx(ends.high / 2, rel=1e-9)
-    assert pooled.degrees == pytest.approx(welch.df, rel=1e-9)
     assert pooled.p_value == pytest.approx(welch.pvalue, rel=1e-9)
     assert pooled.interval.n == 7
 
@@ -80,7 +84,7 @@ def test_one_stratum_is_students_interval() -> None:
 @pytest.mark.parametrize(("strata", "reason"), [([A, [0.1]], "single pair"), ([[0.1, 0.1], [0.3 - 0.1] * 3], "spread")])
 def test_no_interval_without_spread(strata: list[list[float]], reason: str) -> None:
     pooled = stratified_mean(strata)
-    assert (pooled.interval.low, pooled.p_value, pooled.degrees) == (None, None, None)
+    assert (pooled.interval.low, pooled.p_value) == (None, None)
     assert reason in (pooled.interval.reason or "")
 
 
@@ -208,7 +212,7 @@ def test_a_time_that_is_none_is_no_time(tmp_path: Path, broken: float | None) ->
 
 
 def with_precision(made: list[RunRecord], precision: str) -> list[RunRecord]:
-    return [one.model_copy(update={"spec": one.spec.model_copy(update={"precision": precision})}) for one in made]
+    return [planted.asking(one, precision=precision) for one in made]
 
 
 def test_precision_and_configuration_are_told_by_field(tmp_path: Path) -> None:
@@ -216,9 +220,7 @@ def test_precision_and_configuration_are_told_by_field(tmp_path: Path) -> None:
     experiment = EXPERIMENTS["lora_r4"]
     longer = experiment.model_copy(update={"training": experiment.training.model_copy(update={"epochs": 9})})
     second = [
-        one.model_copy(update={"spec": one.spec.model_copy(update={"experiment": longer})})
-        if one.spec.experiment.name == "lora_r4"
-        else one
+        planted.asking(one, experiment=longer) if one.spec.experiment.name == "lora_r4" else one
         for one in with_precision(second, "fp32")
     ]
     found = compare_studies(loaded(tmp_path, first, second))
@@ -231,9 +233,9 @@ def test_precision_and_configuration_are_told_by_field(tmp_path: Path) -> None:
 
 def test_the_same_split_by_seed_is_no_difference() -> None:
     a, b, c, d = (planted.record(EXPERIMENTS["lora_r4"], seed, 0.7) for seed in (0, 1, 1, 2))
-    assert difference("splits", {"a": _runs([a, b]), "b": _runs([c, d])}) is None
+    assert difference("splits", {"a": runs_of([a, b]), "b": runs_of([c, d])}) is None
     per_seed = {
-        label: _runs(
+        label: runs_of(
             [
                 one.model_copy(update={"provenance": planted.provenance(seed, split_sha256=f"{seed:064x}")})
                 for one in own
@@ -245,12 +247,6 @@ def test_the_same_split_by_seed_is_no_difference() -> None:
     assert difference("splits", per_seed) is None, "seed 1, which both have, is divided alike"
     apart = {"a": per_seed["a"], "b": per_seed["b"][1:]}
     assert difference("splits", apart) == "a and b divide the same images otherwise", "no seed tells that they agree"
-
-
-def _runs(made: list[RunRecord]) -> Any:
-    from peft_vit.analysis import group_by_study
-
-    return group_by_study(made, source=Path("results"))[0].runs
 
 
 def test_only_common_experiments_are_compared_and_others_named(tmp_path: Path) -> None:
@@ -328,7 +324,7 @@ def test_the_same_images_in_another_folder_are_the_same_images(tmp_path: Path) -
     for study, folder in (("a", "here"), ("b", "there")):
         made = records(study, {"lora_r4": A})
         data = made[0].spec.data.model_copy(update={"dataset": "image-folder", "path": folder})
-        moved = [one.model_copy(update={"spec": one.spec.model_copy(update={"data": data})}) for one in made]
+        moved = [planted.asking(one, data=data) for one in made]
         places.append(planted.write(tmp_path / folder, moved))
     with pytest.raises(UserError, match=r"holds the run 'b/.* holds it as 'a/"):
         load_across(places)
@@ -379,11 +375,6 @@ def test_a_setting_of_one_side_only_is_a_difference(tmp_path: Path) -> None:
     section = EXPERIMENTS[name].adalora
     assert isinstance(section, AdaLoraConfig)
     other = EXPERIMENTS[name].model_copy(update={"adalora": section.model_copy(update={"top_k": 12})})
-    second = [
-        one.model_copy(update={"spec": one.spec.model_copy(update={"experiment": other})})
-        if one.spec.experiment.name == name
-        else one
-        for one in second
-    ]
+    second = [planted.asking(one, experiment=other) if one.spec.experiment.name == name else one for one in second]
     (refusal,) = compare_studies(loaded(tmp_path, first, second)).refusals
     assert refusal.reason == f"{name}.adalora.top_k: None in a, 12 in b"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import planted
 import pytest
 from sklearn.metrics import brier_score_loss
 
-from peft_vit.analysis import Study, group_by_study
 from peft_vit.analysis.calibration import (
     calibration,
     calibration_error,
@@ -24,11 +22,6 @@ from peft_vit.evaluation.metrics import expected_calibration_error
 from peft_vit.records import Predictions, RunRecord
 
 EXPERIMENTS = planted.experiments()
-
-
-def study_of(records: list[RunRecord]) -> Study:
-    (study,) = group_by_study(records, source=Path("results"))
-    return study
 
 
 def drawn(n: int, seed: int, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +121,7 @@ def recorded(name: str, seed: int, predicted: Predictions | None, **test: float)
 def test_planted_overconfidence_is_found() -> None:
     # 7 of 10 right at confidence 0.9, then 8 of 10: accuracy 0.75 over both.
     records = [recorded("lora_r8", 0, predictions(7, 3, 0.9)), recorded("lora_r8", 1, predictions(8, 2, 0.9))]
-    (one,) = calibration(study_of(records))[0]
+    (one,) = calibration(planted.study_of(records))[0]
     assert one.overconfidence is not None
     assert one.overconfidence.estimate == pytest.approx(0.15)
     assert one.adaptive_ece is not None
@@ -149,10 +142,10 @@ def test_records_without_predictions_are_named() -> None:
         recorded("lora_r8", 1, empty),
         recorded("lora_r8", 2, predictions(1, 1, 0.5)),
     ]
-    (one,) = calibration(study_of(records))[0]
+    (one,) = calibration(planted.study_of(records))[0]
     assert (one.seeds, one.without) == ((2,), (0, 1))
     assert one.nll.n == 3
-    (none,) = calibration(study_of(records[:1]))[0]
+    (none,) = calibration(planted.study_of(records[:1]))[0]
     assert (none.brier, none.bins, none.without) == (None, (), (0,))
 
 
@@ -161,7 +154,7 @@ def test_differences_to_the_reference_are_paired_and_negative_where_better() -> 
     for seed in range(7):
         records.append(recorded("lora_r8", seed, predictions(8, 2, 0.9), nll=0.5 + 0.1 * seed))
         records.append(recorded("lora_r2", seed, predictions(8, 2, 0.8), nll=0.4 + 0.1 * seed + 0.001 * seed**2))
-    families = {family.measure: family for family in calibration(study_of(records))[1]}
+    families = {family.measure: family for family in calibration(planted.study_of(records))[1]}
     assert {family.reference for family in families.values()} == {"lora_r8"}
     (nll,) = families["nll"].comparisons
     assert nll.difference is not None
@@ -174,4 +167,4 @@ def test_differences_to_the_reference_are_paired_and_negative_where_better() -> 
 
 def test_a_measure_that_no_pair_has_makes_no_family() -> None:
     records = [recorded(name, seed, None) for name in ("lora_r8", "lora_r2") for seed in range(2)]
-    assert {family.measure for family in calibration(study_of(records))[1]} == {"nll", "ece"}
+    assert {family.measure for family in calibration(planted.study_of(records))[1]} == {"nll", "ece"}

@@ -1,23 +1,15 @@
-from pathlib import Path
-
 import planted
 import pytest
 
-from peft_vit.analysis import Study, analyze, compare_all, group_by_study, method_results
+from peft_vit.analysis import Study, analyze, compare_all, method_results
 from peft_vit.analysis.comparison import references
-from peft_vit.records import RunRecord
 
 EXPERIMENTS = planted.experiments()
 
 
-def study_of(records: list[RunRecord]) -> Study:
-    (study,) = group_by_study(records, source=Path("results"))
-    return study
-
-
 def two_methods(linear: list[float], lora: list[float]) -> Study:
     """Return a study with one run a seed for either method."""
-    return study_of(
+    return planted.study_of(
         [planted.record(EXPERIMENTS["linear_probe"], seed, value) for seed, value in enumerate(linear)]
         + [planted.record(EXPERIMENTS["lora_r8"], seed, value) for seed, value in enumerate(lora)]
     )
@@ -58,7 +50,7 @@ def test_six_seeds_decide_a_clear_difference(shift: float, expected: str) -> Non
 
 
 def test_a_larger_family_needs_more_seeds() -> None:
-    study = study_of(planted.quickstart(seeds=tuple(range(8))))
+    study = planted.study_of(planted.quickstart(seeds=tuple(range(8))))
     for comparison in compare_all(study, "linear_probe"):
         assert comparison.significance is not None
         assert comparison.significance.minimum_n == 9, "eleven comparisons: 11 * 2 / 2^9 <= 0.05"
@@ -66,7 +58,7 @@ def test_a_larger_family_needs_more_seeds() -> None:
 
 
 def test_nine_seeds_decide_within_the_whole_family() -> None:
-    study = study_of(planted.quickstart(seeds=tuple(range(9)), spread=0.004))
+    study = planted.study_of(planted.quickstart(seeds=tuple(range(9)), spread=0.004))
     verdicts = {c.name: c.verdict for c in compare_all(study, "linear_probe")}
     assert verdicts["lora_r8"] == "supported"
 
@@ -85,7 +77,7 @@ def test_only_common_seeds_are_paired() -> None:
 @pytest.mark.parametrize("field", ["split_sha256", "data_sha256", "weights_sha256"])
 def test_pairs_on_other_images_or_weights_are_refused(field: str) -> None:
     other = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes={field: "f" * 64})
-    study = study_of([planted.record(EXPERIMENTS["linear_probe"], 0, 0.7), other])
+    study = planted.study_of([planted.record(EXPERIMENTS["linear_probe"], 0, 0.7), other])
     (comparison,) = compare_all(study, "linear_probe")
     assert comparison.difference is None
     assert "1 pair(s) refused" in comparison.note
@@ -93,7 +85,7 @@ def test_pairs_on_other_images_or_weights_are_refused(field: str) -> None:
 
 def test_pairs_with_another_initial_head_are_marked() -> None:
     other = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes={"head_init_sha256": "f" * 64})
-    (comparison,) = compare_all(study_of([planted.record(EXPERIMENTS["lora_r4"], 0, 0.7), other]), "lora_r4")
+    (comparison,) = compare_all(planted.study_of([planted.record(EXPERIMENTS["lora_r4"], 0, 0.7), other]), "lora_r4")
     assert comparison.difference is not None
     assert "initial head" in comparison.note
 
@@ -104,7 +96,7 @@ def test_a_probe_is_paired_by_its_split_alone() -> None:
     probe = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7)
     for changes, note in ((drawn, ""), ({"split_sha256": "0" * 64}, "refused")):
         other = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes=changes)
-        (comparison,) = compare_all(study_of([probe, other]), "linear_probe")
+        (comparison,) = compare_all(planted.study_of([probe, other]), "linear_probe")
         assert (comparison.difference is None) == bool(note)
         assert note in comparison.note
         assert "initial head" not in comparison.note
@@ -112,13 +104,13 @@ def test_a_probe_is_paired_by_its_split_alone() -> None:
 
 def test_references_are_the_linear_probe_and_lora_of_rank_8() -> None:
     everything = planted.quickstart()
-    assert references(study_of(everything)) == ("linear_probe", "lora_r8")
+    assert references(planted.study_of(everything)) == ("linear_probe", "lora_r8")
     without = [r for r in everything if r.spec.experiment.method != "linear" and r.spec.experiment.name != "lora_r8"]
-    assert references(study_of(without)) == ("lora_r4",)
-    assert references(study_of([r for r in everything if r.spec.experiment.method == "full"])) == ()
+    assert references(planted.study_of(without)) == ("lora_r4",)
+    assert references(planted.study_of([r for r in everything if r.spec.experiment.method == "full"])) == ()
 
 
 def test_an_analysis_without_any_finished_run_is_empty() -> None:
-    analysis = analyze(study_of([planted.failed(EXPERIMENTS["lora_r8"], 0, "out of memory")]))
+    analysis = analyze(planted.study_of([planted.failed(EXPERIMENTS["lora_r8"], 0, "out of memory")]))
     assert (analysis.methods, analysis.comparisons) == ((), ())
     assert {finding.verdict for finding in analysis.findings} == {"no data"}

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import planted
 import pytest
 
-from peft_vit.analysis import Study, group_by_study
 from peft_vit.analysis.allocation import allocations, overlap, settled_step
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.config import ExperimentConfig
-from peft_vit.records import ParameterCounts, RankEntry, RunRecord
+from peft_vit.records import RankEntry, RunRecord
 
 ADALORA = planted.experiments()["adalora_proportional_magnitude"]
 NAMES = [site.name for site in planted.sites()]
-
-
-def study_of(records: list[RunRecord]) -> Study:
-    (study,) = group_by_study(records, source=Path("results"))
-    return study
 
 
 def variant(name: str, **settings: object) -> ExperimentConfig:
@@ -30,12 +22,11 @@ def variant(name: str, **settings: object) -> ExperimentConfig:
 
 
 def run(experiment: ExperimentConfig, seed: int, accuracy: float, final: int = 1000) -> RunRecord:
-    counts = ParameterCounts(initial=final, final=final, peak=final, head=0, backbone_total=planted.BACKBONE_PARAMETERS)
-    return planted.record(experiment, seed, accuracy, changes={"parameters": counts})
+    return planted.record(experiment, seed, accuracy, changes=planted.counts(final))
 
 
 def rows_of(records: list[RunRecord]) -> dict[tuple[str, str], AgainstControl]:
-    return {(row.experiment, row.control): row for row in against_controls(study_of(records))}
+    return {(row.experiment, row.control): row for row in against_controls(planted.study_of(records))}
 
 
 def test_scored_ranks_against_uniform_and_random_ones() -> None:
@@ -110,7 +101,7 @@ def history(*ranks: list[int]) -> list[RankEntry]:
 def test_churn_and_the_first_step_at_which_the_end_was_visible() -> None:
     entries = history([4, 4, 4], [2, 4, 2], [6, 1, 1], [6, 1, 1])
     record = planted.record(ADALORA, 0, 0.8, changes={"rank_history": entries})
-    (allocation,) = allocations(study_of([record]))
+    (allocation,) = allocations(planted.study_of([record]))
     found = allocation.runs[0]
     assert found.steps == (0, 10, 20, 30)
     assert found.moved == (0, 4, 0)
@@ -123,6 +114,6 @@ def test_churn_and_the_first_step_at_which_the_end_was_visible() -> None:
 
 def test_no_rank_left_at_an_update_has_no_churn() -> None:
     record = planted.record(ADALORA, 0, 0.8, changes={"rank_history": history([1, 1, 1], [0, 0, 0])})
-    (allocation,) = allocations(study_of([record]))
+    (allocation,) = allocations(planted.study_of([record]))
     assert allocation.runs[0].churn == (None,)
     assert allocation.runs[0].settled_step is None

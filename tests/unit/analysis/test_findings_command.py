@@ -9,7 +9,7 @@ from pathlib import Path
 import planted
 import pytest
 
-from peft_vit.analysis import analyze, group_by_study
+from peft_vit.analysis import analyze
 from peft_vit.analysis.findings import all_findings, conclude
 from peft_vit.analysis.hypotheses import Registry, load_registry
 from peft_vit.cli import main
@@ -55,7 +55,7 @@ def records(registration: Registration | None, seeds: int = 3) -> list[RunRecord
 
 
 def marks(runs: list[RunRecord], registry: Registry) -> dict[str, str | None]:
-    findings = all_findings(group_by_study(runs, source=Path("planted")), registry)
+    findings = all_findings(planted.studies_of(runs), registry)
     return {c.hypothesis.id: c.mark for of_study in findings.values() for c in conclude(of_study)}
 
 
@@ -108,7 +108,7 @@ def test_one_run_without_it_makes_what_uses_it_exploratory(tmp_path) -> None:
 
 
 def test_the_reports_analysis_holds_the_same_findings() -> None:
-    (study,) = group_by_study(records(None), source=Path("planted"))
+    study = planted.study_of(records(None))
     analysis = analyze(study).findings
     assert {f.hypothesis.id for f in analysis} == {h.id for h in load_registry().hypotheses}
     of_study = all_findings([study], load_registry())[study.label]

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
-from scipy import stats
 
-from peft_vit.analysis import Study, group_by_study
+from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.findings import Finding, all_findings
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.config import ExperimentConfig
-from peft_vit.records import AdapterRemoval, ImportanceEntry, ParameterCounts, RankEntry, RunRecord, StepRow
+from peft_vit.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord, StepRow
+from peft_vit.statistics import gini, normalized_entropy
 
 pytestmark = pytest.mark.part("analyzer")
 
@@ -22,12 +22,8 @@ SITES = planted.sites()
 REGISTRY = load_registry()
 
 
-def studies_of(records: list[RunRecord]) -> tuple[Study, ...]:
-    return group_by_study(records, source=planted.Path("planted"))
-
-
 def found(records: list[RunRecord], hypothesis: str) -> list[Finding]:
-    findings = [f for of_study in all_findings(studies_of(records), REGISTRY).values() for f in of_study]
+    findings = [f for of_study in all_findings(planted.studies_of(records), REGISTRY).values() for f in of_study]
     return [finding for finding in findings if finding.hypothesis.id == hypothesis]
 
 
@@ -49,8 +45,7 @@ def scores(values: dict[str, float]) -> list[ImportanceEntry]:
 
 
 def with_parameters(record: RunRecord, final: int) -> RunRecord:
-    counts = ParameterCounts(initial=final, final=final, peak=final, head=770, backbone_total=21_500_000)
-    return record.model_copy(update={"parameters": counts})
+    return record.model_copy(update=planted.counts(final))
 
 
 def qa(name: str, **changes: Any) -> dict[str, Any]:
@@ -112,10 +107,9 @@ def test_one_type_that_gets_more_than_query_refutes_it_whatever_the_others_do() 
 def test_spread_of_ranks() -> None:
     by_matrix = {"query": 5, "key": 3, "value": 2, "out": 2, "fc1": 1, "fc2": 0}
     records = [run(ADALORA, rank_history=ranks(**by_matrix))]
-    amounts = np.repeat(list(by_matrix.values()), 12).astype(float)
-    gini = np.abs(amounts[:, None] - amounts).sum() / (2 * len(amounts) ** 2 * amounts.mean())
-    assert only(records, "spread-gini").values == pytest.approx((gini,))
-    assert only(records, "spread-entropy").values == pytest.approx((stats.entropy(amounts) / math.log(72),))
+    amounts = np.repeat(list(by_matrix.values()), planted.BLOCKS)
+    assert only(records, "spread-gini").values == (gini(amounts),)
+    assert only(records, "spread-entropy").values == (normalized_entropy(amounts),)
     assert only(records, "spread-gini").verdict == "not decided"
 
 
@@ -167,7 +161,7 @@ def test_seeds_on_other_images_are_no_pair_and_two_sites_no_order() -> None:
     finding = only([*records[:3], records[3].model_copy(update={"provenance": other})], "seeds-agree")
     assert (finding.labels, finding.note) == (("0-1",), "1 pair(s) refused: other weights, images or splits")
     drawn = [
-        record.model_copy(update={"spec": record.spec.model_copy(update={"data": own})})
+        planted.asking(record, data=own)
         for record in (*records[:3], records[3].model_copy(update={"provenance": other}))
         for own in [record.spec.data.model_copy(update={"train_subset": "per_seed"})]
     ]
@@ -296,20 +290,16 @@ def test_courses_of_the_loss() -> None:
     )
     rng = np.random.default_rng(0)
     noise = {"base": 0.1, "linear": 0.05, "cosine": 0.01}
-    losses = {name: 1 - 0.01 * np.arange(48) + size * rng.normal(size=48) for name, size in noise.items()}
-    records = [run(one, 0, steps=steps(losses[name])) for name, one in made.items()]
-
-    def late(name: str) -> float:
-        t, y = np.arange(16), losses[name][-16:]
-        return float(np.sqrt(np.sum((y - np.polyval(np.polyfit(t, y, 1), t)) ** 2) / 14))
-
-    def rough(name: str) -> float:
-        return float(np.sqrt(np.diff(losses[name], 2) @ np.diff(losses[name], 2) / 6 / 46))
-
+    records = [
+        run(made[name], 0, steps=steps(1 - 0.01 * np.arange(48) + size * rng.normal(size=48)))
+        for name, size in noise.items()
+    ]
+    runs = {one.experiment.name: one for one in planted.study_of(records).runs}
+    late, rough = ({name: of(one) for name, one in runs.items()} for of in (late_loss_deviation, roughness))
     steadier = {f.subject: f.values for f in found(records, "schedule-steadies")}
-    assert steadier["linear against base"] == pytest.approx((late("base") - late("linear"),))
-    assert steadier["cosine against base"] == pytest.approx((late("base") - late("cosine"),))
-    assert only(records, "cosine-is-smoother").values == pytest.approx((rough("linear") - rough("cosine"),))
+    assert steadier["linear against base"] == pytest.approx((late["base"] - late["linear"],))
+    assert steadier["cosine against base"] == pytest.approx((late["base"] - late["cosine"],))
+    assert only(records, "cosine-is-smoother").values == pytest.approx((rough["linear"] - rough["cosine"],))
 
 
 def lora_line(seed: int, accuracies: dict[int, float]) -> list[RunRecord]:
@@ -386,7 +376,7 @@ def test_above_majority() -> None:
 
 
 def test_nothing_finished_is_no_data_everywhere() -> None:
-    findings = all_findings(studies_of([planted.failed(ADALORA, 0, "out of memory")]), REGISTRY)
+    findings = all_findings(planted.studies_of([planted.failed(ADALORA, 0, "out of memory")]), REGISTRY)
     assert {f.verdict for of_study in findings.values() for f in of_study} == {"no data"}
     assert all(f.outcome for of_study in findings.values() for f in of_study)
 
@@ -457,15 +447,13 @@ def test_data_sets_may_differ_in_when_ranks_were_decided_but_not_in_the_budget(
     other = [on("b", seed, (2, 1, 3, 4, 5)) for seed in range(3)]
     adalora = ADALORA.adalora.model_copy(update=changes)
     experiment = ADALORA.model_copy(update={"adalora": adalora})
-    other = [r.model_copy(update={"spec": r.spec.model_copy(update={"experiment": experiment})}) for r in other]
+    other = [planted.asking(r, experiment=experiment) for r in other]
     finding = only([*(on("a", seed, (1, 2, 3, 4, 5)) for seed in range(3)), *other], "data-sets-agree")
     assert (finding.verdict != "no data") == agree
 
 
 def test_data_sets_are_told_apart_by_their_images_and_smoke_runs_stand_apart() -> None:
-    same = [on("a", 0, (1, 2, 3))] + [
-        r.model_copy(update={"spec": r.spec.model_copy(update={"study": "other"})}) for r in [on("a", 0, (1, 2, 3))]
-    ]
+    same = [on("a", 0, (1, 2, 3))] + [planted.asking(r, study="other") for r in [on("a", 0, (1, 2, 3))]]
     assert only(same, "data-sets-agree").verdict == "no data"
     assert only([on("a", 0, (1, 2, 3)), on("b", 0, (1, 2, 3), smoke=True)], "data-sets-agree").verdict == "no data"
 

@@ -1,19 +1,16 @@
-"""From values to verdicts: error rates over 1,000 planted studies, Holm, margins, ties, and how many seeds it takes."""
+"""From values to verdicts: Holm, margins, ties, and how many seeds it takes. Error rates: tests/unit/statistics."""
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from peft_vit.analysis.findings import Finding, conclude, judge
 from peft_vit.analysis.hypotheses import Hypothesis
 from peft_vit.analysis.measures import Measured
+from peft_vit.statistics import wilcoxon
 
 pytestmark = pytest.mark.part("analyzer")
-
-SIMULATIONS = 1000
 
 
 def hypothesis(test: str = "superiority", name: str = "h", **changes: Any) -> Hypothesis:
@@ -45,62 +42,7 @@ def found(values: Any, test: str = "superiority", **changes: Any) -> Finding:
     return finding
 
 
-def exact_p(values: Any) -> float:
-    """Return the two-sided signed-rank p-value by listing all sign patterns."""
-    data = np.asarray([value for value in values if value != 0])
-    ranks = stats.rankdata(np.abs(data))
-    sums = [
-        sum(r for r, sign in zip(ranks, signs, strict=True) if sign)
-        for signs in itertools.product((0, 1), repeat=len(data))
-    ]
-    seen = ranks[data > 0].sum()
-    return min(1.0, 2 * min(np.mean([s <= seen for s in sums]), np.mean([s >= seen for s in sums])))
-
-
-def three_errors(rate: float) -> float:
-    return 3 * np.sqrt(rate * (1 - rate) / SIMULATIONS)
-
-
 # --- superiority ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("unequal", [False, True])
-def test_false_verdicts_on_no_effect_are_as_rare_as_the_exact_level(unequal) -> None:
-    rng = np.random.default_rng(0)
-    n = 8
-    data = rng.normal(0, 0.01, (SIMULATIONS, n)) * (np.geomspace(0.2, 5, n) if unequal else 1.0)
-    wrong = np.mean([found(row).verdict != "not decided" for row in data])
-    level = 10 / 2**n  # the positive rank sum is at most 3, or at least 33: 5 of 256 patterns each, 6 would pass 5 %
-    assert abs(wrong - level) <= three_errors(level)
-
-
-def test_a_known_effect_is_found_as_often_as_scipy_finds_it() -> None:
-    rng = np.random.default_rng(1)
-    data = rng.normal(0.01, 0.01, (SIMULATIONS, 8))
-    supported = [found(row).verdict == "supported" for row in data]
-    by_scipy = [stats.wilcoxon(row, method="exact").pvalue <= 0.05 for row in data]
-    assert 0.5 < np.mean(supported) < 0.9
-    assert supported == by_scipy, "positive means by far"
-
-
-def test_a_family_errs_at_most_as_often_as_one_test() -> None:
-    rng = np.random.default_rng(2)
-    data = rng.normal(0, 0.01, (SIMULATIONS, 3, 9))
-    wrong = np.mean(
-        [
-            any(
-                f.verdict != "not decided"
-                for f in judge([(hypothesis(name=f"h{i}"), values_of(v)) for i, v in enumerate(rows)])
-            )
-            for rows in data
-        ]
-    )
-    assert wrong <= 0.05 + three_errors(0.05)
-
-
-@pytest.mark.parametrize("values", [[0.01, 0.02, -0.005, 0.03, 0.01, 0.04], [0.1, 0.1, 0.0, -0.1, 0.1, 0.1, 0.2]])
-def test_p_value_with_ties_and_zeros_by_listing_all_signs(values) -> None:
-    assert found(values).p_value == pytest.approx(exact_p(values), abs=1e-12)
 
 
 def test_the_margin_is_subtracted_and_the_estimate_is_not() -> None:
@@ -139,7 +81,7 @@ def test_a_larger_family_needs_more_seeds() -> None:
 
 def test_holm_over_a_family_by_hand() -> None:
     rows = [np.arange(1, 11), np.array([-1, 2, 3, 4, 5, 6, 7, 8, 9, 10]), np.array([-4, 5, -6, 7, -1, 2, 3, -8, 9, 10])]
-    raw = [exact_p(row) for row in rows]
+    raw = [wilcoxon(row).p_value for row in rows]
     assert raw == sorted(raw)
     findings = judge([(hypothesis(name=f"h{i}"), values_of(row)) for i, row in enumerate(rows)])
     by_hand = [3 * raw[0], max(3 * raw[0], 2 * raw[1]), max(3 * raw[0], 2 * raw[1], raw[2])]
@@ -149,22 +91,9 @@ def test_holm_over_a_family_by_hand() -> None:
 # --- within a margin --------------------------------------------------------------------------------------------------
 
 
-def test_error_rates_of_equivalence_at_its_edge() -> None:
-    rng = np.random.default_rng(3)
-    verdicts = [
-        found(row, "equivalence", margin=0.01).verdict for row in rng.normal(0.01, 0.001, (SIMULATIONS, 8))
-    ]  # the true difference is the margin, the other edge 20 deviations away: one t test at 5 %, the opposite at 2.5 %
-    assert abs(verdicts.count("supported") / SIMULATIONS - 0.05) <= three_errors(0.05)
-    assert abs(verdicts.count("refuted") / SIMULATIONS - 0.025) <= three_errors(0.025)
-
-
-def test_equivalence_by_scipy() -> None:
+def test_equivalence() -> None:
     values = np.array([0.001, -0.002, 0.003, 0.0, 0.002, -0.001])
-    finding = found(values, "equivalence", margin=0.01)
-    lower = stats.ttest_1samp(values, -0.01, alternative="greater").pvalue
-    upper = stats.ttest_1samp(values, 0.01, alternative="less").pvalue
-    assert finding.p_value == pytest.approx(max(lower, upper), rel=1e-9)
-    assert finding.verdict == "supported"
+    assert found(values, "equivalence", margin=0.01).verdict == "supported"
     assert found(values + 0.1, "equivalence", margin=0.01).verdict == "refuted"
     assert found(values - 0.1, "equivalence", margin=0.01).verdict == "refuted"
     assert found(values * 50, "equivalence", margin=0.01).verdict == "not decided"

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-from pathlib import Path
-
 import numpy as np
 import planted
 import pytest
-from scipy import stats
 
-from peft_vit.analysis import Study, group_by_study
-from peft_vit.analysis.comparison import compare, correct
 from peft_vit.analysis.pairs import all_pairs
 from peft_vit.records import RunRecord
 
 EXPERIMENTS = planted.experiments()
-
-
-def study_of(records: list[RunRecord]) -> Study:
-    (study,) = group_by_study(records, source=Path("results"))
-    return study
 
 
 def runs(accuracies: dict[str, list[float]]) -> list[RunRecord]:
@@ -31,49 +20,6 @@ def runs(accuracies: dict[str, list[float]]) -> list[RunRecord]:
     ]
 
 
-def test_all_pairs_are_what_comparing_one_at_a_time_gives() -> None:
-    """With ties, missing seeds, other images, other heads and a pair without any common seed."""
-    records = planted.quickstart(seeds=tuple(range(7)))
-    records = [r for r in records if not (r.spec.experiment.name == "lora_r1" and r.spec.seed > 2)]
-    records = [r for r in records if not (r.spec.experiment.name == "lora_r2" and r.spec.seed < 3)]
-    records = [r for r in records if r.spec.experiment.name not in {"lora_r4", "full_finetuning"}]
-    for name, changes in (("lora_r4", {"split_sha256": "f" * 64}), ("full_finetuning", {"head_init_sha256": "e" * 64})):
-        records += [
-            planted.record(EXPERIMENTS[name], seed, 0.8, provenance_changes=changes if seed % 2 else None)
-            for seed in range(7)
-        ]
-    study = study_of(records)
-    found = all_pairs(study)
-    names = [e.name for e in study.experiments]
-    slow = correct([compare(study.of(a), study.of(b), a, b) for a, b in combinations(names, 2)])
-    assert len(found.comparisons) == 12 * 11 // 2
-    assert found.comparisons == slow
-    assert any("refused" in c.note for c in slow)
-    assert any("initial head" in c.note for c in slow)
-    assert any(c.difference is None for c in slow)
-
-
-def test_p_values_equal_scipy_and_are_corrected_by_hand() -> None:
-    rng = np.random.default_rng(1)
-    # Whole images of 600, no two differences alike in size: scipy's exact test then applies.
-    shift = {"linear_probe": 0, "lora_r8": 80, "full_finetuning": 81}
-    counts = {name: 300 + at + rng.permutation(200)[:9] for name, at in shift.items()}
-    found = all_pairs(study_of(runs({name: (values / 600).tolist() for name, values in counts.items()})))
-    expected = []
-    for c in found.comparisons:
-        difference = counts[c.name] - counts[c.reference]
-        assert len(set(np.abs(difference))) == 9, "no ties"
-        expected.append(stats.wilcoxon(difference, method="exact").pvalue)
-    got = [c.significance.p_value for c in found.comparisons if c.significance is not None]
-    assert got == pytest.approx(expected, abs=1e-12)
-    # Holm: of three, the smallest times 3, the next times 2, the last times 1, and never falling.
-    smallest, middle, largest = sorted(expected)
-    first = min(1, 3 * smallest)
-    second = max(first, min(1, 2 * middle))
-    adjusted = {smallest: first, middle: second, largest: max(second, largest)}
-    assert [c.adjusted_p for c in found.comparisons] == pytest.approx([adjusted[p] for p in expected], abs=1e-12)
-
-
 def test_planted_differences_are_decided_and_the_others_are_not() -> None:
     steps = [0.0, 0.01, -0.01, 0.005, -0.005, 0.0, 0.01, -0.01]
     accuracies = {
@@ -81,7 +27,7 @@ def test_planted_differences_are_decided_and_the_others_are_not() -> None:
         "lora_r8": [0.80 + s + 0.002 * i for i, s in enumerate(steps)],
         "full_finetuning": [0.80 + s + 0.002 * (7 - i) for i, s in enumerate(steps)],
     }
-    found = all_pairs(study_of(runs(accuracies)))
+    found = all_pairs(planted.study_of(runs(accuracies)))
     verdicts = {(c.name, c.reference): c.verdict for c in found.comparisons}
     assert verdicts == {
         ("linear_probe", "full_finetuning"): "refuted",
@@ -94,7 +40,7 @@ def test_planted_differences_are_decided_and_the_others_are_not() -> None:
 def test_effect_and_improvement_by_hand() -> None:
     differences = [0.05, 0.06, 0.04, 0.0, -0.01]
     accuracies = {"linear_probe": [0.70 + d for d in differences], "lora_r8": [0.70] * 5}
-    (pair,) = all_pairs(study_of(runs(accuracies))).pairs
+    (pair,) = all_pairs(planted.study_of(runs(accuracies))).pairs
     assert pair.effect is not None
     assert pair.effect.d == pytest.approx(np.mean(differences) / np.std(differences, ddof=1))
     assert pair.improvement is not None
@@ -102,23 +48,23 @@ def test_effect_and_improvement_by_hand() -> None:
 
 
 def test_the_family_is_all_pairs() -> None:
-    found = all_pairs(study_of(planted.quickstart(seeds=tuple(range(11)), spread=0.002)))
+    found = all_pairs(planted.study_of(planted.quickstart(seeds=tuple(range(11)), spread=0.002)))
     needed = {c.significance.minimum_n for c in found.comparisons if c.significance is not None}
     assert needed == {12}, "66 pairs: 66 * 2 / 2^12 <= 0.05 < 66 * 2 / 2^11"
     assert found.decided == (), "eleven seeds are one too few"
 
 
 def test_too_many_pairs_are_counted_and_not_formed() -> None:
-    found = all_pairs(study_of(planted.quickstart()), most=65)
+    found = all_pairs(planted.study_of(planted.quickstart()), most=65)
     assert (found.pairs, found.not_formed) == ((), 66)
     assert len(found.experiments) == 12
 
 
 def test_nothing_finished_gives_no_pair() -> None:
-    found = all_pairs(study_of([planted.failed(EXPERIMENTS["lora_r8"], 0, "out of memory")]))
+    found = all_pairs(planted.study_of([planted.failed(EXPERIMENTS["lora_r8"], 0, "out of memory")]))
     assert (found.experiments, found.pairs, found.not_formed) == ((), (), 0)
 
 
 def test_records_in_another_order_give_the_same_values() -> None:
     records = planted.quickstart(seeds=(0, 1, 2))
-    assert all_pairs(study_of(records)) == all_pairs(study_of(records[::-1]))
+    assert all_pairs(planted.study_of(records)) == all_pairs(planted.study_of(records[::-1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import planted
@@ -10,20 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_vit.analysis import Study, group_by_study, method_results
+from peft_vit.analysis import method_results
 from peft_vit.analysis.pareto import Front, fronts, pareto_front
-from peft_vit.records import ParameterCounts, RunRecord
+from peft_vit.records import RunRecord
 
 EXPERIMENTS = planted.experiments()
 
 
-def study_of(records: list[RunRecord]) -> Study:
-    (study,) = group_by_study(records, source=Path("results"))
-    return study
-
-
 def fronts_of(records: list[RunRecord]) -> dict[str, Front]:
-    study = study_of(records)
+    study = planted.study_of(records)
     return {front.cost: front for front in fronts(study, method_results(study))}
 
 
@@ -49,12 +43,8 @@ def test_unequal_lengths_and_nan_are_refused() -> None:
         pareto_front([1, 2], [1, float("nan")])
 
 
-def parameters(final: int) -> ParameterCounts:
-    return ParameterCounts(initial=final, final=final, peak=final, head=0, backbone_total=planted.BACKBONE_PARAMETERS)
-
-
 def lora(name: str, seed: int, accuracy: float, final: int, validation: float | None = None) -> RunRecord:
-    changes: dict[str, Any] = {"parameters": parameters(final)}
+    changes: dict[str, Any] = dict(planted.counts(final))
     if validation is not None:
         changes["validation"] = planted.metrics(validation, 400)
     return planted.record(EXPERIMENTS[name], seed, accuracy, changes=changes)
@@ -98,7 +88,7 @@ def test_leads_are_one_family_of_paired_tests() -> None:
 
 
 def test_stored_bytes_hold_the_frozen_weights_too() -> None:
-    study = study_of([planted.record(EXPERIMENTS["lora_r1"], 0, 0.8)])
+    study = planted.study_of([planted.record(EXPERIMENTS["lora_r1"], 0, 0.8)])
     front = fronts_of([planted.record(EXPERIMENTS["lora_r1"], 0, 0.8)])["stored_bytes"]
     counted = study.runs[0].bytes
     assert front.points[0].cost == counted.frozen_bytes + counted.adapter_file_bytes

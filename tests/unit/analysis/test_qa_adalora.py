@@ -4,7 +4,6 @@ import planted
 import pytest
 
 from peft_vit.analysis import analyze
-from peft_vit.analysis.studies import group_by_study
 from peft_vit.config import ExperimentConfig
 from peft_vit.records import RunRecord
 from peft_vit.report.sections import study_documents
@@ -30,7 +29,7 @@ def both() -> list[RunRecord]:
 
 
 def test_it_is_analyzed_by_rank_and_by_bits_and_reported_under_its_own_name() -> None:
-    (study,) = group_by_study([*planted.quickstart(), *both()], source=planted.Path("planted"))
+    study = planted.study_of([*planted.quickstart(), *both()])
     assert study.experiments[-1].name == "both"
     found = analyze(study)
     assert "both" in [one.experiment.name for one in found.allocation]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,19 +9,13 @@ import planted
 import pytest
 from scipy import stats
 
-from peft_vit.analysis import Study, group_by_study
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.stability import StudyAgreement, kendalls_w, seed_agreements, study_agreements
 from peft_vit.records import ImportanceEntry, RunRecord
-from peft_vit.statistics import mean_rho_of_pairs, rho_with_last
 
 EXPERIMENTS = planted.experiments()
 ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]
 NAMES = [site.name for site in planted.sites()]
-
-
-def studies_of(records: list[RunRecord]) -> tuple[Study, ...]:
-    return group_by_study(records, source=Path("results"))
 
 
 def by_formula(scores: np.ndarray) -> float:
@@ -35,27 +28,12 @@ def by_formula(scores: np.ndarray) -> float:
     return float(12 * s / (m**2 * (n**3 - n) - m * t))
 
 
-def test_w_by_hand() -> None:
-    # Ranks 1 2 3 and 1 3 2: sums 2 5 5, mean 4, S = 4 + 1 + 1 = 6; 12 * 6 / (4 * 24) = 0.75.
-    assert kendalls_w([[1, 2, 3], [1, 3, 2]]) == pytest.approx(0.75, abs=1e-12)
-    assert kendalls_w([[1, 2, 3], [10, 20, 30]]) == pytest.approx(1, abs=1e-12)
-    assert kendalls_w([[1, 2, 3], [3, 2, 1]]) == pytest.approx(0, abs=1e-12)
-
-
 @pytest.mark.parametrize("ties", [False, True])
 def test_w_by_the_formula(ties: bool) -> None:
     scores = np.random.default_rng(1).normal(size=(5, 12))
     if ties:
         scores = np.round(scores)
     assert kendalls_w(scores) == pytest.approx(by_formula(scores), abs=1e-12)
-
-
-def test_w_and_the_mean_of_spearmans_rho() -> None:
-    scores = np.random.default_rng(2).normal(size=(4, 9))
-    rhos = [stats.spearmanr(scores[i], scores[j]).statistic for i in range(4) for j in range(i)]
-    w = kendalls_w(scores)
-    assert w is not None
-    assert (4 * w - 1) / 3 == pytest.approx(np.mean(rhos), abs=1e-12)
 
 
 @pytest.mark.parametrize("scores", [[[1, 2, 3]], [[1, 2], [2, 1]], [[1, 2, 3], [1, 1, 1]]])
@@ -68,20 +46,6 @@ def test_scores_that_are_not_finite_are_refused() -> None:
         kendalls_w([[1, 2, float("nan")], [1, 2, 3]])
 
 
-def test_rho_of_many_lists_is_rho_of_each_pair() -> None:
-    rows = np.round(np.random.default_rng(5).normal(size=(6, 15)), 1)
-    rows[2] = 1.0
-    expected = [None if i == 2 else stats.spearmanr(row, rows[-1]).statistic for i, row in enumerate(rows)]
-    found = rho_with_last(rows)
-    assert found[2] is None
-    assert [v for v in found if v is not None] == pytest.approx([v for v in expected if v is not None], abs=1e-12)
-    rhos = [stats.spearmanr(rows[i], rows[j]).statistic for i in range(6) for j in range(i) if 2 not in (i, j)]
-    mean, count = mean_rho_of_pairs(rows)
-    assert (mean, count) == (pytest.approx(np.mean(rhos), abs=1e-12), 10)
-    assert rho_with_last([[1, 2, 3], [1, 2, 3]]) == (1.0, 1.0)
-    assert mean_rho_of_pairs([[1, 2, 3]]) == (None, 0)
-
-
 def test_scores_of_a_matrix_type_over_time() -> None:
     """Query is twice, then four times an average site of the other five types."""
     weights = (np.array([2.0, 1, 1, 1, 1, 1]), np.array([4.0, 1, 1, 1, 1, 1]))
@@ -90,7 +54,7 @@ def test_scores_of_a_matrix_type_over_time() -> None:
         for i, weight in enumerate(weights)
     ]
     records = [planted.record(ADALORA, seed, 0.8, changes={"importance_history": entries}) for seed in (0, 1)]
-    (study,) = studies_of(records)
+    study = planted.study_of(records)
     (pattern,) = importance_patterns(study)
     assert pattern.steps == (12, 24)
     np.testing.assert_allclose(pattern.matrix_course[:, 0], [2 / (7 / 6), 4 / (9 / 6)], rtol=1e-12)
@@ -113,7 +77,7 @@ def test_seeds_that_agree_by_block_but_not_within() -> None:
     rng = np.random.default_rng(3)
     blocks = np.repeat(np.arange(1.0, 13.0), 6)  # the order of sites
     rows = [blocks * 100 + np.tile(rng.permutation(6), 12) for _ in range(3)]
-    (study,) = studies_of([scored(seed, row) for seed, row in enumerate(rows)])
+    study = planted.study_of([scored(seed, row) for seed, row in enumerate(rows)])
     (one,) = seed_agreements(importance_patterns(study))
     assert (one.seeds, one.sites) == (3, 72)
     assert one.by_block == pytest.approx(1)
@@ -123,13 +87,13 @@ def test_seeds_that_agree_by_block_but_not_within() -> None:
 
 
 def test_one_seed_agrees_with_nobody() -> None:
-    (study,) = studies_of([scored(0, np.arange(1.0, 73.0))])
+    study = planted.study_of([scored(0, np.arange(1.0, 73.0))])
     (one,) = seed_agreements(importance_patterns(study))
     assert (one.w, one.by_block, one.by_matrix) == (None, None, None)
 
 
 def agreements(records: list[RunRecord]) -> tuple[StudyAgreement, ...]:
-    return study_agreements([(study, importance_patterns(study)) for study in studies_of(records)])
+    return study_agreements([(study, importance_patterns(study)) for study in planted.studies_of(records)])
 
 
 def test_two_studies_are_set_side_by_side() -> None:

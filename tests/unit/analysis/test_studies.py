@@ -3,15 +3,10 @@ from pathlib import Path
 import planted
 import pytest
 
-from peft_vit.analysis import Study, group_by_study, load_studies
+from peft_vit.analysis import load_studies
 from peft_vit.errors import UserError
-from peft_vit.records import RunRecord
 
 EXPERIMENTS = planted.experiments()
-
-
-def group(records: list[RunRecord]) -> tuple[Study, ...]:
-    return group_by_study(records, source=Path("results"))
 
 
 def test_all_runs_of_the_quickstart_are_found_in_order(tmp_path: Path) -> None:
@@ -37,7 +32,7 @@ def test_failed_and_missing_runs_are_named() -> None:
         planted.record(lora, 0, 0.8),
         planted.failed(EXPERIMENTS["lora_r4"], 0, "the loss is not finite at step 31"),
     ]
-    (study,) = group(records)
+    study = planted.study_of(records)
     assert study.missing == (("lora_r4", 1), ("lora_r8", 1))
     assert "Failed: lora_r4, seed 0: the loss is not finite at step 31" in study.notices
     assert any("lora_r8 seed 1" in notice for notice in study.notices)
@@ -46,14 +41,14 @@ def test_failed_and_missing_runs_are_named() -> None:
 
 def test_a_done_record_without_outcomes_counts_as_failed() -> None:
     hollow = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, changes={"test": None})
-    (study,) = group([hollow])
+    study = planted.study_of([hollow])
     assert study.runs == ()
     assert "outcomes are missing" in study.notices[0]
 
 
 def test_smoke_runs_and_real_runs_are_never_pooled() -> None:
     linear = EXPERIMENTS["linear_probe"]
-    studies = group([planted.record(linear, 0, 0.7), planted.record(linear, 0, 0.5, smoke=True)])
+    studies = planted.studies_of([planted.record(linear, 0, 0.7), planted.record(linear, 0, 0.5, smoke=True)])
     assert [study.label for study in studies] == ["quickstart", "quickstart (smoke)"]
     assert [len(study.runs) for study in studies] == [1, 1]
     assert studies[1].notices[0].startswith("Smoke runs")
@@ -61,13 +56,8 @@ def test_smoke_runs_and_real_runs_are_never_pooled() -> None:
 
 def test_random_weights_are_named() -> None:
     random = {"random_weights": True, "weights_sha256": None}
-    (study,) = group([planted.record(EXPERIMENTS["linear_probe"], 0, 0.5, provenance_changes=random)])
+    study = planted.study_of([planted.record(EXPERIMENTS["linear_probe"], 0, 0.5, provenance_changes=random)])
     assert study.notices[0].startswith("Random weights: the backbone of linear_probe")
-
-
-def test_a_run_that_stands_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="quickstart/linear_probe/seed_0' twice"):
-        group([planted.record(EXPERIMENTS["linear_probe"], 0, accuracy) for accuracy in (0.7, 0.8)])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +72,9 @@ def test_a_run_that_stands_twice_is_refused() -> None:
 )
 def test_what_differs_between_runs_is_named(change: dict, words: str) -> None:
     linear = EXPERIMENTS["linear_probe"]
-    (study,) = group([planted.record(linear, 0, 0.7), planted.record(linear, 1, 0.7, provenance_changes=change)])
+    study = planted.study_of(
+        [planted.record(linear, 0, 0.7), planted.record(linear, 1, 0.7, provenance_changes=change)]
+    )
     assert any(words in notice for notice in study.notices)
 
 
@@ -92,7 +84,7 @@ def test_warnings_are_named_once_a_text() -> None:
     records = [planted.record(lora, seed, 0.8, changes={"warnings": [factor]}) for seed in (0, 1)]
     records += [planted.record(adaptive, 0, 0.8, changes={"warnings": [top_k, factor, factor]})]
     records += [planted.failed(adaptive, 1, "stopped").model_copy(update={"warnings": [top_k]})]
-    (study,) = group(records)
+    study = planted.study_of(records)
     assert [notice for notice in study.notices if notice.startswith("Warning")] == [
         f"Warning: {top_k}. Runs: adalora_top_k_fisher, seeds 0, 1.",
         f"Warning: {factor}. Runs: adalora_top_k_fisher, seed 0; lora_r8, seeds 0, 1.",
@@ -102,13 +94,13 @@ def test_warnings_are_named_once_a_text() -> None:
 def test_a_warning_about_the_images_speaks_for_itself() -> None:
     gap = "Images: no test image is of class 'few'"
     record = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, changes={"warnings": [gap]})
-    (study,) = group([record])
+    study = planted.study_of([record])
     assert [notice for notice in study.notices if "few" in notice] == [f"{gap}. Runs: lora_r8, seed 0."]
 
 
 def test_another_configuration_under_one_name_is_named() -> None:
     other = EXPERIMENTS["lora_r4"].model_copy(update={"name": "lora_r8"})
-    (study,) = group([planted.record(EXPERIMENTS["lora_r8"], 0, 0.8), planted.record(other, 1, 0.8)])
+    study = planted.study_of([planted.record(EXPERIMENTS["lora_r8"], 0, 0.8), planted.record(other, 1, 0.8)])
     assert any("Configurations differ between the seeds of lora_r8" in notice for notice in study.notices)
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm.layers import attention
+from tiny_models import random_model
 from torch import nn
+from torch.nn import functional as F
 
 from peft_vit.backbones import Site, find_sites
-from peft_vit.config import MATRICES
 from peft_vit.errors import UserError
 
 TINY = "test_vit"  # timm's smallest: width 64, 6 blocks, 2 heads
+MODELS = {  # matrices of an MLP, and tokens that are no patches
+    TINY: (["fc1", "fc2"], 1),
+    "tiny_dinov3": (["fc1", "fc2"], 5),
+    "tiny_eva02": (["gate", "up", "fc2"], 1),
+    "tiny_eva02_fused": (["gate", "up", "fc2"], 1),
+}
 
 
 @pytest.fixture
@@ -26,14 +32,50 @@ def _meta(name: str) -> nn.Module:
         return timm.create_model(name)
 
 
-def test_dinov2_small_has_72_sites_in_order() -> None:
-    sites = find_sites(_meta("vit_small_patch14_dinov2"))
-    parts = ("attn.query", "attn.key", "attn.value", "attn.out", "mlp.fc1", "mlp.fc2")
-    assert [s.name for s in sites] == [f"blocks.{b}.{part}" for b in range(12) for part in parts]
-    assert [s.layer for s in sites] == [b for b in range(12) for _ in range(6)]
-    assert [s.kind for s in sites] == list(MATRICES) * 12
-    assert [s.role for s in sites] == ["attention", "attention", "attention", "attention", "mlp", "mlp"] * 12
-    assert {s.tokens for s in sites} == {37 * 37 + 1}  # 518 px, patches of 14, a class token
+@pytest.mark.parametrize("name", MODELS)
+def test_sites_are_named_in_order_and_cover_every_weight_of_the_blocks_once(name: str) -> None:
+    model = random_model(name)
+    sites, (mlp, prefix) = find_sites(model), MODELS[name]
+    kinds = ["query", "key", "value", "out", *mlp]
+    places = ["attn"] * 4 + ["mlp"] * len(mlp)
+    expected = [
+        (f"blocks.{layer}.{place}.{kind}", layer, kind, "attention" if place == "attn" else "mlp")
+        for layer in range(len(model.blocks))
+        for place, kind in zip(places, kinds, strict=True)
+    ]
+    assert [(site.name, site.layer, site.kind, site.role) for site in sites] == expected
+    assert {site.tokens for site in sites} == {model.patch_embed.num_patches + prefix}
+    covered: dict[str, torch.Tensor] = {}
+    for site in sites:
+        weight = model.get_submodule(site.module).weight
+        assert weight[site.span].shape == (site.out_features, site.in_features)
+        covered.setdefault(site.module, torch.zeros(len(weight), dtype=torch.int))[site.span] += 1
+    linear = {path for path, one in model.named_modules() if isinstance(one, nn.Linear) and path.startswith("blocks.")}
+    assert covered.keys() == linear
+    assert all((rows == 1).all() for rows in covered.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("kind", "moved"), [("query", 0), ("key", 1), ("value", 2)])
+def test_a_slice_is_the_matrix_it_is_called(
+    name: str, kind: str, moved: int, monkeypatch: pytest.MonkeyPatch, batch: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    model = random_model(name)
+    site = next(site for site in find_sites(model, (kind,)) if site.layer == 1)
+    seen: list[tuple[torch.Tensor, ...]] = []
+    original = F.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append((q.clone(), k.clone(), v.clone()))
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with torch.no_grad():
+        model(batch[0])
+        model.get_submodule(site.module).weight[site.span] += 0.1
+        model(batch[0])
+    before, after = seen[1], seen[len(model.blocks) + 1]
+    assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [i == moved for i in range(3)]
 
 
 def test_deit_tiny_rows_and_shapes() -> None:
@@ -47,42 +89,6 @@ def test_deit_tiny_rows_and_shapes() -> None:
         Site("blocks.3.mlp.fc1", "blocks.3.mlp.fc1", (0, 768), 3, "fc1", "mlp", 192, 768, 197),
         Site("blocks.3.mlp.fc2", "blocks.3.mlp.fc2", (0, 192), 3, "fc2", "mlp", 768, 192, 197),
     )
-
-
-def test_sites_cover_every_block_weight_once(tiny: nn.Module) -> None:
-    covered = {}
-    for site in find_sites(tiny):
-        weight = tiny.get_submodule(site.module).weight
-        assert weight.shape[1] == site.in_features
-        assert site.rows[1] - site.rows[0] == site.out_features
-        mask = covered.setdefault(site.module, torch.zeros(weight.shape[0], dtype=torch.int))
-        mask[slice(*site.rows)] += 1
-    linear = {name for name, m in tiny.named_modules() if isinstance(m, nn.Linear) and name.startswith("blocks.")}
-    assert covered.keys() == linear
-    assert all((mask == 1).all() for mask in covered.values())
-
-
-@pytest.mark.parametrize(("matrix", "moved"), [("query", 0), ("key", 1), ("value", 2)])
-def test_slice_is_the_matrix_it_is_called(
-    tiny: nn.Module, monkeypatch: pytest.MonkeyPatch, matrix: str, moved: int
-) -> None:
-    seen: list[tuple[torch.Tensor, ...]] = []
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
-        seen.append((q.clone(), k.clone(), v.clone()))
-        return original(q, k, v, **options)
-
-    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
-    images = torch.randn(1, 3, 32, 32)
-    site = next(s for s in find_sites(tiny, (matrix,)) if s.layer == 2)
-    seen.clear()  # of the pass that counted tokens
-    with torch.no_grad():
-        tiny(images)
-        tiny.get_submodule(site.module).weight[slice(*site.rows)] += 0.1
-        tiny(images)
-    before, after = seen[2], seen[len(tiny.blocks) + 2]
-    assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [i == moved for i in range(3)]
 
 
 def test_targets_select_and_keep_the_order(tiny: nn.Module) -> None:

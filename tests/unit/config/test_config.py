@@ -1,12 +1,9 @@
 """Every bad configuration is one line that names the file, the line, the field, and what to do."""
 
-# ruff: noqa: E501  # a fault a line or two reads as a table
-
 from __future__ import annotations
 
 import json
 import re
-import string
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +116,6 @@ def test_every_configuration_of_the_repository_loads_and_opens_with_what_it_asks
         assert "NOT RUN" in header
 
 
-def test_the_configurations_that_are_promised_exist() -> None:
-    assert {file.stem for file in STUDIES} >= {
-        "quickstart",
-        "adalora_comprehensive_experiment",
-        "qa_lora_comprehensive_experiment",
-        "fixed_rank_baselines",
-        "cifar100_vit_small",
-        "tiny_imagenet_deit_small",
-    }
-
-
 def test_full_size_files_share_all_but_their_experiments() -> None:
     names = ("adalora_comprehensive_experiment", "qa_lora_comprehensive_experiment", "fixed_rank_baselines")
     studies = [load_study(CONFIGS / f"{name}.yaml") for name in names]
@@ -195,515 +181,153 @@ def test_numbers(tmp_path: Path, written: str, value: float) -> None:
     assert study.experiments[2].training.learning_rate == value
 
 
-PACKED = "quantization_bits: 4, quantization_type: nf4, use_group_quantization: true"
-# what is wrong: (text to replace, replacement, text on the line to be named, field, words of the message)
-FAULTS: dict[str, tuple[str, str, str, str, str]] = {
-    "unknown key": (
-        "  weights: random",
-        "  weights: random\n  colour: red",
-        "colour",
-        "backbone.colour",
-        "unknown key here; remove it",
-    ),
-    "misspelled key": (  # not "epochs is missing", which would be the second fault
-        "  epochs: 2",
-        "  epoch: 2",
-        "epoch: 2",
-        "training.epoch",
-        "or correct its spelling",
-    ),
-    "odd key": ("name: tiny", 'name: tiny\n"a b\\nc": 1', '"a b', "'a b\\nc'", "unknown key"),
-    "merge key": ("{rank: 4}", "{rank: 4, <<: {scale: 1.0}}", "{rank: 4", "experiments[1].lora.'<<'", "unknown key"),
-    "missing key": ("  dataset: digits\n", "", "data:", "data.dataset", "is missing; add it"),
-    "text for a number": ("epochs: 2", "epochs: two", "epochs", "training.epochs", "valid integer, got 'two'"),
-    "number in quotes": ("epochs: 2", 'epochs: "2"', "epochs", "training.epochs", "valid integer, got '2'"),
-    "number for text": ("name: tiny", "name: 12", "name: 12", "name", "valid string, got 12"),
-    "fraction for a whole number": ("epochs: 2", "epochs: 2.5", "epochs", "training.epochs", "valid integer, got 2.5"),
-    "truth for a number": (
-        "rank: 4",
-        "rank: true",
-        "rank: true",
-        "experiments[1].lora.rank",
-        "valid integer, got True",
-    ),
-    "yes is no truth value": (
+# What is wrong: (text to replace, replacement, text on the line to be named, None for the last one, field, message)
+FAULTS: list[tuple[str, str, str | None, str, str]] = [
+    ("  weights: random", "  weights: random\n  colour: red", None, "backbone.colour", "unknown key here; remove it"),
+    ("  epochs: 2", "  epoch: 2", None, "training.epoch", "or correct its spelling"),
+    ("name: tiny", 'name: tiny\n"a b\\nc": 1', None, "'a b\\nc'", "unknown key"),
+    ("{rank: 4}", "{rank: 4, <<: {scale: 1.0}}", None, "experiments[1].lora.'<<'", "unknown key"),
+    ("  dataset: digits\n", "", "data:", "data.dataset", "is missing; add it"),
+    ("epochs: 2", "epochs: two", None, "training.epochs", "valid integer, got 'two'"),
+    ("epochs: 2", 'epochs: "2"', None, "training.epochs", "valid integer, got '2'"),
+    ("name: tiny", "name: 12", None, "name", "valid string, got 12"),
+    ("epochs: 2", "epochs: 2.5", None, "training.epochs", "valid integer, got 2.5"),
+    ("rank: 4", "rank: true", None, "experiments[1].lora.rank", "valid integer, got True"),
+    (
         "use_group_quantization: true",
         "use_group_quantization: yes",
-        "use_group",
+        None,
         "experiments[3].qa_lora.use_group_quantization",
         "valid boolean, got 'yes'",
     ),
-    "octal": ("epochs: 2", "epochs: 010", "epochs", "training.epochs", "valid integer, got '010'"),
-    "sexagesimal": ("epochs: 2", "epochs: 1:30", "epochs", "training.epochs", "valid integer, got '1:30'"),
-    "date": ("epochs: 2", "epochs: 2024-01-31", "epochs", "training.epochs", "valid integer, got '2024-01-31'"),
-    "nothing": (
+    ("epochs: 2", "epochs: 010", None, "training.epochs", "valid integer, got '010'"),
+    ("epochs: 2", "epochs: 1:30", None, "training.epochs", "valid integer, got '1:30'"),
+    ("epochs: 2", "epochs: 2024-01-31", None, "training.epochs", "valid integer, got '2024-01-31'"),
+    (
         "epochs: 2",
         "epochs:",
         "- name: low_rank",
         "experiments[1]",
         "training.epochs (or training.steps) is missing; add it",
     ),
-    "no rate": (
-        "  learning_rate: 1e-3\n",
-        "",
-        "- name: adaptive",
-        "experiments[2]",
-        "training.learning_rate is missing; add it",
-    ),
-    "two lengths": (
+    ("  learning_rate: 1e-3\n", "", "- name: adaptive", "experiments[2]", "training.learning_rate is missing; add it"),
+    (
         "{learning_rate: 2.5E-4",
         "{epochs: 3, steps: 9, learning_rate: 2.5E-4",
-        "{epochs: 3",
+        None,
         "experiments[1].training",
-        "epochs and steps exclude each other; remove one",
+        "exclude each other; remove one",
     ),
-    "no step": ("  epochs: 2", "  steps: 0", "steps: 0", "training.steps", "greater than or equal to 1, got 0"),
-    "patience with a fixed end": (
+    ("  epochs: 2", "  steps: 0", None, "training.steps", "greater than or equal to 1, got 0"),
+    (
         "{learning_rate: 2.5E-4",
         "{patience: 3, learning_rate: 2.5E-4",
-        "{patience: 3",
+        None,
         "experiments[1].training",
-        "patience does not go with schedule: one_cycle, whose end is fixed; use warmup_stable_decay or constant",
+        "patience does not go with schedule: one_cycle",
     ),
-    "unknown schedule": (
+    (
         "  epochs: 2",
         "  epochs: 2\n  schedule: cosine",
-        "schedule",
+        None,
         "training.schedule",
         "'constant' or 'warmup_stable_decay'",
     ),
-    "unknown start of the head": (
-        "  epochs: 2",
-        "  epochs: 2\n  head_start: zero",
-        "head_start",
-        "training.head_start",
-        "should be 'random' or 'probe'",
-    ),
-    "rate of a probe": (
+    ("  epochs: 2", "  epochs: 2\n  head_start: zero", None, "training.head_start", "should be 'random' or 'probe'"),
+    (
         "method: linear",
         "method: linear\n    training: {learning_rate: 1e-3}",
-        "learning_rate: 1e-3}",
+        None,
         "experiments[0].training.learning_rate",
-        "has no effect on a linear probe, which is fitted to convergence; remove it",
+        "on a linear probe, which is fitted to convergence; remove it",
     ),
-    "head start of a probe": (
+    (
         "method: linear",
         "method: linear\n    training:\n      head_start: probe",
-        "head_start",
+        None,
         "experiments[0].training.head_start",
-        "has no effect on a linear probe, which is fitted to convergence; remove it",
+        "on a linear probe, which is fitted to convergence; remove it",
     ),
-    "packed probe without a section": (
-        "method: linear",
-        "method: qa_linear",
-        "- name: probe",
-        "experiments[0]",
-        "method: qa_linear needs a section 'qa_lora:'",
-    ),
-    **{
-        f"{field} of a packed probe": (
-            "method: linear",
-            f"method: qa_linear\n    qa_lora: {{{PACKED}, {field}: {value}}}",
-            "- name: probe",
-            "experiments[0]",
-            f"qa_lora.{field} has no effect with method: qa_linear, which has no adapters; remove it",
-        )
-        for field, value in (
-            ("rank", 8),
-            ("scale", 2.0),
-            ("gradient_scaling_factor", 1.0),
-            ("gradient_scaling", "adaptive"),
-            ("balance_target", 0.5),
-        )
-    },
-    "packed probe that fades": (
-        "method: linear",
-        f"method: qa_linear\n    qa_lora: {{{PACKED}, quantization_schedule: linear}}",
-        "- name: probe",
-        "experiments[0]",
-        "set qa_lora.quantization_schedule: constant",
-    ),
-    "ranks of a packed probe": (
-        "method: linear",
-        "method: qa_linear\n    qa_lora: {use_group_quantization: true, adaptive_bits: {total_byte_budget: 170000, ranks: true}}",
-        "- name: probe",
-        "experiments[0]",
-        "qa_lora.adaptive_bits.ranks has no effect with method: qa_linear; remove it",
-    ),
-    "not a number": (
-        "learning_rate: 1e-3",
-        "learning_rate: .nan",
-        "learning_rate",
-        "training.learning_rate",
-        "valid number",
-    ),
-    "infinity": (
-        "learning_rate: 1e-3",
-        "learning_rate: .inf",
-        "learning_rate",
-        "training.learning_rate",
-        "valid number",
-    ),
-    "overflow to infinity": (
-        "learning_rate: 1e-3",
-        "learning_rate: 1e999",
-        "learning_rate",
-        "training.learning_rate",
-        "finite number",
-    ),
-    "thousands of digits": ("epochs: 2", f"epochs: {'9' * 5000}", "epochs", "training.epochs", "too many digits"),
-    "huge whole number": ("seeds: [0, 1]", f"seeds: [0, {'9' * 60}]", "seeds", "seeds[1]", "less than 2147483648"),
-    "rank above any matrix": (
-        "total_rank_budget: 8",
-        f"total_rank_budget: 8\n      minimum_rank: {'9' * 20}",
-        "minimum_rank",
-        "experiments[2].adalora.minimum_rank",
-        "less than or equal to 65536",
-    ),
-    "epochs without end": (
-        "epochs: 2",
-        "epochs: 100001",
-        "epochs",
-        "training.epochs",
-        "less than or equal to 100000, got 100001",
-    ),
-    "batch above any memory": (
-        "  epochs: 2",
-        "  epochs: 2\n  batch_size: 65537",
-        "batch_size",
-        "training.batch_size",
-        "less than or equal to 65536",
-    ),
-    "unknown precision": (
+    ("learning_rate: 1e-3", "learning_rate: .nan", None, "training.learning_rate", "valid number"),
+    ("learning_rate: 1e-3", "learning_rate: .inf", None, "training.learning_rate", "valid number"),
+    ("learning_rate: 1e-3", "learning_rate: 1e999", None, "training.learning_rate", "finite number"),
+    ("epochs: 2", f"epochs: {'9' * 5000}", None, "training.epochs", "too many digits"),
+    ("seeds: [0, 1]", f"seeds: [0, {'9' * 60}]", None, "seeds[1]", "less than 2147483648"),
+    ("epochs: 2", "epochs: 100001", None, "training.epochs", "less than or equal to 100000, got 100001"),
+    ("  epochs: 2", "  epochs: 2\n  batch_size: 65537", None, "training.batch_size", "less than or equal to 65536"),
+    (
         "seeds: [0, 1]",
         "seeds: [0, 1]\nprecision: fp16",
-        "precision",
+        None,
         "precision",
         "input should be 'auto', 'fp32' or 'bf16', got 'fp16'",
     ),
-    "negative seed": ("seeds: [0, 1]", "seeds: [0, -1]", "seeds", "seeds[1]", "greater than or equal to 0, got -1"),
-    "no seed": ("seeds: [0, 1]", "seeds: []", "seeds", "seeds", "at least 1 item"),
-    "one seed, no list": ("seeds: [0, 1]", "seeds: 3", "seeds", "seeds", "list, got 3"),
-    "unknown data set": ("dataset: digits", "dataset: mnist", "dataset", "data.dataset", "'elpv', 'digits'"),
-    "data set without a path": ("dataset: digits", "dataset: image-folder", "data:", "data", "needs the field 'path'"),
-    "weights without a file": ("weights: random", "weights: file", "backbone:", "backbone", "needs the field 'file'"),
-    "empty path of weights": (
-        "weights: random",
-        "weights: file\n  file: ''",
-        "file:",
-        "backbone.file",
-        "is empty; fill it in",
-    ),
-    "empty path of images": (
-        "dataset: digits",
-        "dataset: image-folder\n  path: ''",
-        "path:",
-        "data.path",
-        "is empty; fill it in",
-    ),
-    "file without effect": (
+    ("seeds: [0, 1]", "seeds: [0, -1]", None, "seeds[1]", "greater than or equal to 0, got -1"),
+    ("seeds: [0, 1]", "seeds: []", None, "seeds", "at least 1 item"),
+    ("seeds: [0, 1]", "seeds: 3", None, "seeds", "list, got 3"),
+    ("dataset: digits", "dataset: mnist", None, "data.dataset", "'elpv', 'digits'"),
+    ("dataset: digits", "dataset: image-folder", "data:", "data", "needs the field 'path'"),
+    ("weights: random", "weights: file", "backbone:", "backbone", "needs the field 'file'"),
+    ("weights: random", "weights: file\n  file: ''", None, "backbone.file", "is empty; fill it in"),
+    ("dataset: digits", "dataset: image-folder\n  path: ''", None, "data.path", "is empty; fill it in"),
+    (
         "weights: random",
         "weights: random\n  file: a.pth",
         "backbone:",
         "backbone",
         "no effect with weights: random; remove",
     ),
-    "hash in capitals": (
-        "weights: random",
-        f"weights: file\n  file: a.pth\n  sha256: {'A' * 64}",
-        "sha256",
-        "backbone.sha256",
-        "pattern",
-    ),
-    "rank 0": ("rank: 4", "rank: 0", "rank: 0", "experiments[1].lora.rank", "greater than or equal to 1, got 0"),
-    "batch of none": (
-        "  epochs: 2",
-        "  epochs: 2\n  batch_size: 0",
-        "batch_size",
-        "training.batch_size",
-        "greater than or equal to 1",
-    ),
-    "matrix twice": (
-        "{rank: 4}",
-        "{rank: 4, targets: [query, query]}",
-        "{rank: 4",
-        "experiments[1].lora",
-        "names a matrix twice",
-    ),
-    "no matrix": ("{rank: 4}", "{rank: 4, targets: []}", "{rank: 4", "experiments[1].lora.targets", "at least 1 item"),
-    "no name of a matrix": (
-        "{rank: 4}",
-        "{rank: 4, targets: [<b>]}",
-        "{rank: 4",
-        "experiments[1].lora.targets[0]",
-        "should match pattern",
-    ),
-    "8 bits of nf4": (
-        "quantization_bits: 4",
-        "quantization_bits: 8",
-        "qa_lora:",
-        "experiments[3].qa_lora",
-        "quantization_type: nf4 stores 4 bits, quantization_bits says 8; change one",
-    ),
-    "3 bits": (
+    ("weights: random", f"weights: file\n  file: a.pth\n  sha256: {'A' * 64}", None, "backbone.sha256", "pattern"),
+    ("rank: 4", "rank: 0", None, "experiments[1].lora.rank", "greater than or equal to 1, got 0"),
+    ("  epochs: 2", "  epochs: 2\n  batch_size: 0", None, "training.batch_size", "greater than or equal to 1"),
+    ("{rank: 4}", "{rank: 4, targets: [query, query]}", None, "experiments[1].lora.targets", "names a matrix twice"),
+    ("{rank: 4}", "{rank: 4, targets: []}", None, "experiments[1].lora.targets", "at least 1 item"),
+    ("{rank: 4}", "{rank: 4, targets: [<b>]}", None, "experiments[1].lora.targets[0]", "should match pattern"),
+    (
         "quantization_bits: 4",
         "quantization_bits: 3",
-        "quantization_bits",
+        None,
         "experiments[3].qa_lora.quantization_bits",
         "should be 2, 4 or 8, got 3",
     ),
-    "group size without groups": (
-        "use_group_quantization: true",
-        "use_group_quantization: false\n      group_size: 64",
-        "qa_lora:",
-        "experiments[3].qa_lora",
-        "group_size has no effect",
-    ),
-    "schedule without a course": (
-        "quantization_schedule: linear",
-        "quantization_schedule: constant\n      quantization_end_step: 5",
-        "qa_lora:",
-        "experiments[3].qa_lora",
-        "no effect with a constant schedule",
-    ),
-    "schedule that ends before it starts": (
-        "quantization_schedule: linear",
-        "quantization_schedule: linear\n      quantization_warmup_steps: 9\n      quantization_end_step: 9",
-        "qa_lora:",
-        "experiments[3].qa_lora",
-        "must lie after quantization_warmup_steps",
-    ),
-    "budget that would rise": (
-        "total_rank_budget: 8",
-        "total_rank_budget: 8\n      initial_budget: 7",
-        "adalora:",
-        "experiments[2].adalora",
-        "initial_budget lies below total_rank_budget",
-    ),
-    "start of factors that the product form does not draw": (
-        "total_rank_budget: 8",
-        "total_rank_budget: 8\n      factor_start: orthonormal",
-        "adalora:",
-        "experiments[2].adalora",
-        "factor_start has no effect with parametrization: product",
-    ),
-    "gain without a lambda": (
-        "total_rank_budget: 8",
-        "total_rank_budget: 8\n      lambda_gain: 10.0",
-        "adalora:",
-        "experiments[2].adalora",
-        "lambda_gain has no effect with parametrization: product",
-    ),
-    "no budget": (
-        "      total_rank_budget: 8\n",
-        "",
-        "adalora:",
-        "experiments[2].adalora",
-        "give exactly one of total_rank_budget, total_parameter_budget, total_byte_budget, total_mac_budget; got none",
-    ),
-    "two budgets": (
-        "total_rank_budget: 8",
-        "total_rank_budget: 8\n      total_byte_budget: 9000",
-        "adalora:",
-        "experiments[2].adalora",
-        "got total_rank_budget and total_byte_budget",
-    ),
-    "no bytes": (
-        "total_rank_budget: 8",
-        "total_byte_budget: 0",
-        "total_byte_budget",
-        "experiments[2].adalora.total_byte_budget",
-        "greater than or equal to 1, got 0",
-    ),
-    "budget in parameters that would rise": (
-        "total_rank_budget: 8",
-        "total_parameter_budget: 8000\n      initial_budget: 7999",
-        "adalora:",
-        "experiments[2].adalora",
-        "initial_budget lies below total_parameter_budget",
-    ),
-    "initial budget without effect": (
-        "total_rank_budget: 8",
-        "total_rank_budget: 8\n      initial_budget: 9\n      budget_schedule: constant",
-        "adalora:",
-        "experiments[2].adalora",
-        "initial_budget has no effect",
-    ),
-    "maximum below minimum": (
-        "total_rank_budget: 8",
-        "total_rank_budget: 8\n      minimum_rank: 3\n      maximum_rank: 2",
-        "adalora:",
-        "experiments[2].adalora",
-        "maximum_rank lies below minimum_rank",
-    ),
-    "top_k without effect": (
-        "total_rank_budget: 8",
-        "total_rank_budget: 8\n      top_k: 3",
-        "adalora:",
-        "experiments[2].adalora",
-        "top_k has no effect with allocation_strategy: proportional",
-    ),
-    "tau without effect": (
-        "total_rank_budget: 8",
-        "total_rank_budget: 8\n      threshold_tau: 1.0",
-        "adalora:",
-        "experiments[2].adalora",
-        "threshold_tau has no effect with allocation_strategy: proportional",
-    ),
-    "smoothing of what has none": (
-        "importance_metric: magnitude",
-        "importance_metric: magnitude\n      sensitivity_beta: 0.85",
-        "adalora:",
-        "experiments[2].adalora",
-        "sensitivity_beta has no effect with importance_metric: magnitude; remove it",
-    ),
-    "smoothing of a control": (
-        "importance_metric: magnitude",
-        "importance_metric: uniform\n      sensitivity_beta: 0.5",
-        "adalora:",
-        "experiments[2].adalora",
-        "sensitivity_beta has no effect with importance_metric: uniform",
-    ),
-    "spread of what has none": (
-        "importance_metric: magnitude",
-        "importance_metric: fisher\n      uncertainty_beta: 0.85",
-        "adalora:",
-        "experiments[2].adalora",
-        "uncertainty_beta has no effect with importance_metric: fisher; remove it",
-    ),
-    "global ranking that drops nothing": (
-        "allocation_strategy: proportional",
-        "allocation_strategy: global\n      budget_schedule: constant",
-        "adalora:",
-        "experiments[2].adalora",
-        "global has no effect with budget_schedule: constant, where every triplet stays",
-    ),
-    "control by the sites' order": (
-        "strategy: proportional\n      importance_metric: magnitude",
-        "strategy: global\n      importance_metric: uniform",
-        "adalora:",
-        "experiments[2].adalora",
-        "uniform is no control of allocation_strategy: global",
-    ),
-    "penalty without effect": (
-        "total_rank_budget: 8",
-        "total_rank_budget: 8\n      orthogonality_weight: 0.1",
-        "adalora:",
-        "experiments[2].adalora",
-        "needs parametrization: svd",
-    ),
-    "smoothing of one": (
-        "total_rank_budget: 8",
-        "total_rank_budget: 8\n      sensitivity_beta: 1.0",
-        "sensitivity_beta",
-        "experiments[2].adalora.sensitivity_beta",
-        "less than 1, got 1.0",
-    ),
-    "missing section": (
-        "    lora: {rank: 4}\n",
-        "",
-        "name: low_rank",
-        "experiments[1]",
-        "method: lora needs a section 'lora:'",
-    ),
-    "section without effect": (
-        "    lora: {rank: 4}\n",
-        "    lora: {rank: 4}\n    qa_lora: {quantization_bits: 4, quantization_type: nf4, "
-        "quantization_schedule: linear, gradient_scaling_factor: 1, use_group_quantization: true}\n",
-        "name: low_rank",
-        "experiments[1]",
-        "section 'qa_lora:' has no effect with method: lora; remove it",
-    ),
-    "section that is a list": ("lora: {rank: 4}", "lora: [4]", "lora: [4]", "experiments[1].lora", "mapping, got [4]"),
-    "unknown method": (
-        "method: linear",
-        "method: dora",
-        "method: dora",
-        "experiments[0].method",
-        "'linear', 'qa_linear', 'full'",
-    ),
-    "training of a wrong type": (
+    ("    lora: {rank: 4}\n", "", "name: low_rank", "experiments[1]", "method: lora needs a section 'lora:'"),
+    ("lora: {rank: 4}", "lora: [4]", None, "experiments[1].lora", "mapping, got [4]"),
+    ("method: linear", "method: dora", None, "experiments[0].method", "'linear', 'qa_linear', 'full'"),
+    (
         "training:\n  epochs: 2\n  learning_rate: 1e-3",
         "training: []",
-        "training: []",
+        None,
         "training",
         "expected a mapping of settings, got []",
     ),
-    "own training of a wrong type": (
-        "{learning_rate: 2.5E-4, clip_norm: null}",
-        "0",
-        "training: 0",
-        "experiments[1].training",
-        "mapping, got 0",
-    ),
-    "name with dots": (
-        "name: probe",
-        "name: ../probe",
-        "name: ../probe",
-        "experiments[0].name",
-        "use lower-case letters, digits",
-    ),
-    "name with a slash": ("name: tiny", "name: a/b", "name: a/b", "name", "use lower-case letters, digits"),
-    "name with a line break": ("name: tiny", 'name: "tiny\\n"', "name", "name", "use lower-case letters, digits"),
-    "long name": ("name: tiny", f"name: {'a' * 65}", "name", "name", "at most 64"),
-    "duplicate key": (
+    ("{learning_rate: 2.5E-4, clip_norm: null}", "0", "training: 0", "experiments[1].training", "mapping, got 0"),
+    ("name: probe", "name: ../probe", None, "experiments[0].name", "use lower-case letters, digits"),
+    ("name: tiny", "name: a/b", None, "name", "use lower-case letters, digits"),
+    ("name: tiny", 'name: "tiny\\n"', None, "name", "use lower-case letters, digits"),
+    ("name: tiny", f"name: {'a' * 65}", None, "name", "at most 64"),
+    (
         "  image_size: 32",
         "  image_size: 32\n  image_size: 64",
-        "image_size: 64",
+        None,
         "data.image_size",
         "this key stands twice; remove one",
     ),
-    "duplicate key in other words": (
-        "  image_size: 32",
-        '  image_size: 32\n  "image_size": 32',
-        '"image_size"',
-        "data.image_size",
-        "this key stands twice",
-    ),
-    "key that is a number": (
-        "  image_size: 32",
-        "  image_size: 32\n  1: 2",
-        "1: 2",
-        "data",
-        "a key must be text, not 1; rename it",
-    ),
-    "key that is empty": (
-        "  image_size: 32",
-        "  image_size: 32\n  ~: 2",
-        "~: 2",
-        "data",
-        "a key must be text, not None",
-    ),
-    "key that is a list": (
-        "  image_size: 32",
-        "  image_size: 32\n  ? [a]\n  : 2",
-        "? [a]",
-        "data",
-        "a key must be text, not a list",
-    ),
-    "half a character": (
-        "name: tiny",
-        'name: tiny\ndescription: "\\ud800"',
-        "description",
-        "description",
-        "half a character; remove it",
-    ),
-    "zero byte in a path": (
-        "dataset: digits",
-        'dataset: csv\n  path: "a\\0b"',
-        "path",
-        "data.path",
-        "control character",
-    ),
-}
+    ("  image_size: 32", '  image_size: 32\n  "image_size": 32', None, "data.image_size", "this key stands twice"),
+    ("  image_size: 32", "  image_size: 32\n  1: 2", None, "data", "a key must be text, not 1; rename it"),
+    ("  image_size: 32", "  image_size: 32\n  ~: 2", None, "data", "a key must be text, not None"),
+    ("  image_size: 32", "  image_size: 32\n  ? [a]\n  : 2", "? [a]", "data", "a key must be text, not a list"),
+    ("name: tiny", 'name: tiny\ndescription: "\\ud800"', None, "description", "half a character; remove it"),
+    ("dataset: digits", 'dataset: csv\n  path: "a\\0b"', None, "data.path", "control character"),
+]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_named_with_line_field_and_remedy(fault: str, tmp_path: Path) -> None:
-    old, new, marker, field, words = FAULTS[fault]
+@pytest.mark.parametrize(("old", "new", "marker", "field", "words"), FAULTS)
+def test_fault_is_named_with_line_field_and_remedy(
+    old: str, new: str, marker: str | None, field: str, words: str, tmp_path: Path
+) -> None:
     content = changed(old, new)
     message = refusal(tmp_path, content)
-    assert message.startswith(f":{line_of(marker, content)}: {field}: "), message
+    assert message.startswith(f":{line_of(marker or new.splitlines()[-1], content)}: {field}: "), message
     assert words in message
 
 
@@ -893,37 +517,8 @@ def check_loads_or_refuses(file: Path) -> None:
         assert StudyConfig.model_validate_json(result.model_dump_json()) == result
 
 
-SPLICES = [
-    "",
-    "\n",
-    "\t",
-    ":",
-    "- ",
-    "? ",
-    "&a ",
-    "*a",
-    "!!int ",
-    "[",
-    "{",
-    "}",
-    "|",
-    '"',
-    '"\\ud800"',
-    "\x00",
-    "\ufeff",
-    "1e999",
-    ".nan",
-    "9" * 5_000,
-    "~",
-    "<<: ",
-    "---\n",
-    "%YAML 1.1\n",
-    "2024-13-45",
-    "0o9",
-    "é",
-    "\u2028",
-    "a: " * 30,
-]
+SPLICES = ["", "9" * 5_000, '"\\ud800"', "a: " * 30, "---\n", "%YAML 1.1\n", "- ", "? ", "&a ", "*a", "!!int "]
+SPLICES += ["<<: ", "0o9", "1e999", ".nan", "2024-13-45", *'\n\t:[{}|~é\x00\ufeff\u2028"']
 FUZZ = settings(max_examples=300, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -946,15 +541,6 @@ def test_mutated_bytes_load_or_are_refused(changes: list[tuple[int, int]], tmp_p
     file = tmp_path / "study.yaml"
     file.write_bytes(content)
     check_loads_or_refuses(file)
-
-
-@FUZZ
-@given(content=st.binary(max_size=60) | st.text(string.punctuation + " \nab1", max_size=60).map(str.encode))
-def test_noise_is_refused(content: bytes, tmp_path: Path) -> None:
-    file = tmp_path / "study.yaml"
-    file.write_bytes(content)
-    with pytest.raises(UserError):
-        load_study(file)
 
 
 json_values = st.recursive(

@@ -8,11 +8,11 @@ import torch
 from peft_vit.backbones import describe
 from peft_vit.costs.cache import Costs
 from peft_vit.costs.estimate import Workload
-from peft_vit.costs.pace import Pace, Probe
-from peft_vit.costs.steadiness import Speed, disturbance, machine_speed
+from peft_vit.costs.pace import MeasuredPace as Pace
+from peft_vit.costs.pace import Probe, ReckonedPace
 from peft_vit.data import open_index
-from peft_vit.studies.pace_measurement import measure_pace, reckoned_pace
 from peft_vit.studies.plan import spec_of
+from peft_vit.studies.profiling import Speed, disturbance, machine_speed, measure_pace
 
 pytestmark = pytest.mark.part("runner")
 
@@ -76,12 +76,10 @@ def test_noise_makes_no_step_shorter_than_none(study) -> None:
 
 def test_without_a_measurement_matrices_have_to_do(study) -> None:
     config = study("linear", "lora")
-    shape = describe(config.backbone, 32)
-    pace = reckoned_pace(config, workload(config), 1e9)
-    per_image = 1.8 * shape.parameters * 5 / 1e9  # 1.8: a step's time over its products'
-    assert pace.image_s(5) == pytest.approx(per_image)
-    assert pace.step_s(config.experiments[0], 5) == pytest.approx(8 * per_image)
-    assert pace.step_s(config.experiments[1], 5) == pytest.approx(2 * 8 * per_image)
+    per_image = 1.8 * describe(config.backbone, 32).parameters * 5 / 1e9  # 1.8: a step's time over its products'
+    probe_s, trained_s = (ReckonedPace(1e9).run_s(spec_of(config, place, 0), workload(config)) for place in (0, 1))
+    assert probe_s == pytest.approx(6 + (2 * 24 + 20 + 30) * per_image)  # 6: weights and images are loaded
+    assert trained_s == pytest.approx(6 + (2 * 6 * 8 + 2 * 20 + 30) * per_image)
 
 
 def test_real_steps_are_measured_with_as_many_at_a_time_as_will_run(study) -> None:
@@ -124,7 +122,7 @@ def test_no_time_to_measure_is_said(study) -> None:
     told: list[str] = []
     speeds = iter((STEADY, replace(STEADY, products_per_s=700.0)))
     pace = measure_pace(config, open_index(config.data), workload(config), 0.0, told.append, lambda: next(speeds))
-    assert [len(probes) for probes in pace.probes.values()] == [1]
+    assert isinstance(pace, ReckonedPace)
     assert told[1:] == [
         "the machine was busy (its speed before and after differs by 30%, more than 20%), so these times may be long; "
         "what finished runs take corrects them",

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from peft_vit.costs.cache import Costs, keep_costs, known_costs
-from peft_vit.costs.steadiness import Speed
 from peft_vit.runs.execute import run_one
 from peft_vit.studies import plan_study
-from peft_vit.studies.profiling import costs_of, measure_costs
+from peft_vit.studies.profiling import Speed, costs_of, measure_costs
 from peft_vit.training import Progress
 
 pytestmark = pytest.mark.part("runner")

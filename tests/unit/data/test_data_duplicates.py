@@ -3,20 +3,23 @@
 import os
 import shutil
 import zipfile
+from functools import cache
 from itertools import combinations
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.signal import convolve2d
+from written_images import save
 
 from peft_vit.config import DataConfig
 from peft_vit.data import ImageIndex, duplicates, image_warnings, load_data, make_splits, open_index, synthetic
-from peft_vit.data.copies import crossing
 from peft_vit.data.packaged import read_idx
+from peft_vit.data.splits import crossing
 from peft_vit.errors import UserError
 
 
+@cache
 def textured(seed, side=96):
     """Return a photograph's like: blobs of all sizes, (side, side, 3)."""
     rng = np.random.default_rng(seed)
@@ -25,12 +28,6 @@ def textured(seed, side=96):
         small = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
         layers.append(np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), np.float32))
     return np.mean(layers, axis=0).astype(np.uint8)
-
-
-def save(file, pixels, **options):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(file, **options)
-    return file
 
 
 @pytest.fixture
@@ -121,15 +118,13 @@ def test_copies_of_a_file_never_come_on_two_sides_of_a_drawn_split(pool, test_sp
             )
     config = asked("image-folder", pool, test_images=8, test_split=test_split)
     index = open_index(config)
+    pixels = [index.read(row).tobytes() for row in range(len(index.labels))]
     for seed in range(5):
         splits = make_splits(index, config.model_copy(update={"split_seed": seed}), seed)
-        files = [
-            {index.read(int(row)).tobytes() for row in rows} for rows in (splits.train, splits.validation, splits.test)
-        ]
+        files = [{pixels[row] for row in rows} for rows in (splits.train, splits.validation, splits.test)]
         assert all(not one & other for one, other in combinations(files, 2))
-        assert (
-            (len(splits.validation), len(splits.test)) == (len(files[1]), len(files[2])) == (4, 8)
-        )  # no copies within
+        assert len(splits.validation) == len(files[1]) == 4  # no copies within
+        assert len(splits.test) == len(files[2]) == 8
         assert len(files[0]) == 40 - 12
         left_out = len(index.labels) - len(splits.train) - 12
         said = [text for text in image_warnings(index, splits, 48) if "left out" in text]

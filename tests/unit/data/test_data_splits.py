@@ -111,38 +111,36 @@ def same(a, b):
     return np.array_equal(a, b)
 
 
-def test_fixed_splits_follow_from_the_split_seed_alone():
-    asked = config(train_images=20)
-    first, again = make_splits(TOY, asked, 0), make_splits(TOY, asked, 1)
-    assert first.sha256 == again.sha256
-    assert same(first.train, again.train)
-    other = make_splits(TOY, asked.model_copy(update={"split_seed": 1}), 0)
-    assert other.sha256 != first.sha256
-    assert not same(first.train, other.train)
-    assert not same(first.validation, other.validation)
-    assert not same(first.test, other.test)
+ALL = {"train", "validation", "test"}
+TRAIN_PER_SEED, TEST_PER_SEED = {"train_subset": "per_seed"}, {"test_split": "per_seed"}
 
 
-def test_per_seed_moves_only_the_training_images():
-    asked = config(train_images=20, train_subset="per_seed")
-    first, other = make_splits(TOY, asked, 0), make_splits(TOY, asked, 1)
-    assert same(first.test, other.test)
-    assert same(first.validation, other.validation)
-    assert not same(first.train, other.train)
-    assert first.sha256 != other.sha256
-    assert make_splits(TOY, asked, 1).sha256 == other.sha256
-
-
-@pytest.mark.parametrize("train_images", [None, 20])
-def test_each_seed_may_draw_all_three_splits(train_images):
-    asked = config(train_images=train_images, test_split="per_seed")
-    first, other = make_splits(TOY, asked, 0), make_splits(TOY, asked, 1)
-    for part in ("test", "validation", "train"):
-        assert len(getattr(first, part)) == len(getattr(other, part))
-        assert not same(getattr(first, part), getattr(other, part))
-    assert first.sha256 != other.sha256
-    assert make_splits(TOY, asked, 1).sha256 == other.sha256
-    assert make_splits(TOY, asked.model_copy(update={"split_seed": 1}), 0).sha256 != first.sha256
+@pytest.mark.parametrize(
+    ("settings", "change", "moved"),
+    [
+        ({}, {"seed": 1}, set()),
+        ({}, {"split_seed": 1}, ALL),
+        ({}, {"validation_images": 11}, {"train", "validation"}),
+        ({}, {"train_images": 40}, {"train"}),
+        (TRAIN_PER_SEED, {"seed": 1}, {"train"}),
+        ({"shots_per_class": 8, "train_images": None}, {"seed": 1}, set()),
+        ({"shots_per_class": 8, "train_images": None, **TRAIN_PER_SEED}, {"seed": 1}, {"train"}),
+        (TEST_PER_SEED, {}, set()),
+        (TEST_PER_SEED, {"seed": 1}, ALL),
+        (TEST_PER_SEED, {"split_seed": 1}, ALL),
+        (TEST_PER_SEED, {"train_images": 40}, {"train"}),
+        ({"train_images": None, **TEST_PER_SEED}, {"seed": 1}, ALL),
+    ],
+)
+def test_what_moves_a_split(settings, change, moved):
+    first, other = (
+        make_splits(TOY, config(**{key: value for key, value in asked.items() if key != "seed"}), asked.get("seed", 0))
+        for asked in ({"train_images": 20, **settings}, {"train_images": 20, **settings, **change})
+    )
+    assert {part for part in ALL if not same(getattr(first, part), getattr(other, part))} == moved
+    assert (first.sha256 == other.sha256) == (not moved)
+    if "train_images" in change:
+        assert set(first.train) < set(other.train)  # a learning curve adds images, it does not swap them
 
 
 def test_a_seeds_splits_come_from_the_generator_of_seed_and_split_seed():
@@ -180,19 +178,6 @@ def test_a_seed_cannot_draw_from_an_official_test_split_that_is_taken_whole(test
     make_splits(index, config(test_images=29, test_split="per_seed"), 0)
 
 
-@pytest.mark.parametrize("test_split", ["fixed", "per_seed"])
-def test_validation_and_test_stay_when_the_training_size_moves(test_split):
-    few, many = (make_splits(TOY, config(train_images=n, test_split=test_split), 0) for n in (8, 40))
-    assert same(few.validation, many.validation)
-    assert same(few.test, many.test)
-    assert set(few.train) < set(many.train)  # a learning curve adds images, it does not swap them
-
-
-def test_hash_tells_the_splits_apart():
-    a, b = (make_splits(TOY, config(validation_images=v, train_images=20), 0) for v in (10, 11))
-    assert a.sha256 != b.sha256
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -223,15 +208,6 @@ def test_shots_are_exact_for_each_class_and_stratified_within():
     assert np.bincount(index.strata[splits.train]).tolist() == [4, 4, 4, 4]
     parts = [splits.train, splits.validation, splits.test]
     assert len(np.unique(np.concatenate(parts))) == 16 + 10 + 10
-
-
-def test_shots_move_with_the_seed_only_if_asked_to():
-    draws = {
-        subset: [make_splits(TOY, config(shots_per_class=8, train_subset=subset), seed).train for seed in (0, 1)]
-        for subset in ("fixed", "per_seed")
-    }
-    assert same(*draws["fixed"])
-    assert not same(*draws["per_seed"])
 
 
 def test_more_shots_than_a_class_has():

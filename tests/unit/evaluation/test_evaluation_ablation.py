@@ -3,13 +3,16 @@
 import copy
 from collections.abc import Callable
 
+import allocation_runs
 import numpy as np
 import pytest
+import qa_lora_settings
 import torch
 from scipy.special import log_softmax
+from tiny_models import TINY_EVAS, random_model
 from torch import Tensor, nn
 
-from peft_vit import AdaLoraConfig, AdaLoRAController, QaLoraConfig
+from peft_vit import AdaLoRAController
 from peft_vit.adapters import attach_adapters, site_adapters, update_ranks, without_updates
 from peft_vit.adapters.peft_layers import ADAPTER, peft_layers
 from peft_vit.adapters.peft_tuner import attach_peft_adalora, attach_peft_lora
@@ -22,21 +25,7 @@ from peft_vit.training import QALoRATrainer
 
 pytestmark = pytest.mark.part("importance analysis")
 CPU = torch.device("cpu")
-GROUPS = {"attention": ("query", "key", "value", "out", "qkv"), "mlp": ("fc1", "fc2")}
-ADALORA = {
-    "total_rank_budget": 20,
-    "allocation_strategy": "proportional",
-    "importance_metric": "magnitude",
-    "budget_schedule": "constant",
-    "update_frequency": 2,
-    "warmup_steps": 2,
-}
-QA_LORA = {
-    "quantization_bits": 4,
-    "quantization_type": "nf4",
-    "quantization_schedule": "constant",
-    "gradient_scaling_factor": 1.0,
-}
+GROUPS = {"attention": ("query", "key", "value", "out", "qkv"), "mlp": ("fc1", "fc2", "gate", "up")}
 
 
 def lora(model: nn.Module) -> None:
@@ -47,25 +36,28 @@ def lora(model: nn.Module) -> None:
 
 
 def adalora(model: nn.Module, **settings) -> None:
-    AdaLoRAController(model, AdaLoraConfig(**ADALORA, **settings), 8)
+    given = {"total_rank_budget": 20, "importance_metric": "magnitude", "budget_schedule": "constant"}
+    AdaLoRAController(model, allocation_runs.config(**given, **settings), 8)
 
 
-def qa_lora(model: nn.Module, **settings) -> None:
-    QALoRATrainer(model, QaLoraConfig(**QA_LORA, rank=2, **settings), 4)
+def qa_lora(model: nn.Module, *, groups: bool = True) -> None:
+    settings = qa_lora_settings.config(rank=2).model_copy(update={"use_group_quantization": groups})
+    QALoRATrainer(model, settings, 4)
 
 
 def qa_adalora(model: nn.Module) -> None:
-    AdaLoRAController(model, AdaLoraConfig(**ADALORA), 8, pool=16)
-    QALoRATrainer(model, QaLoraConfig(**QA_LORA, use_group_quantization=True, group_size=16), 4)
+    AdaLoRAController(model, allocation_runs.config(total_rank_budget=20, budget_schedule="constant"), 8, pool=16)
+    QALoRATrainer(model, qa_lora_settings.config(), 4)
 
 
 METHODS: dict[str, Callable[[nn.Module], None]] = {
     "lora": lora,
     "adalora": adalora,
     "adalora svd": lambda model: adalora(model, parametrization="svd"),
-    "qa_lora": lambda model: qa_lora(model, use_group_quantization=True, group_size=16),
-    "qa_lora without groups": lambda model: qa_lora(model, use_group_quantization=False),
+    "qa_lora": qa_lora,
+    "qa_lora without groups": lambda model: qa_lora(model, groups=False),
     "qa_adalora": qa_adalora,
+    **dict.fromkeys(TINY_EVAS, lora),
     "peft_lora": lambda model: attach_peft_lora(model, PeftLoraConfig(rank=2), seed=0),
     "peft_adalora": lambda model: attach_peft_adalora(
         model,
@@ -84,7 +76,7 @@ def adapted(tiny_vit: Callable[..., nn.Module]) -> Callable[[str], nn.Module]:
     def make(method: str) -> nn.Module:
         if method.startswith("peft"):
             pytest.importorskip("peft")
-        model = tiny_vit()
+        model = random_model(method).train() if method in TINY_EVAS else tiny_vit()
         METHODS[method](model)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
@@ -128,7 +120,7 @@ def test_it_is_what_a_copy_with_zeros_loses(adapted, batch, method: str) -> None
     model = adapted(method)
     found = measure_ablation(model, in_two_batches(batch), device=CPU, precision="fp32")
     sites = [name for name, rank in update_ranks(model).items() if rank]
-    assert ("blocks.1.mlp.fc2" in sites) == (method != "lora")
+    assert ("blocks.1.mlp.fc2" in sites) == (METHODS[method] is not lora)
     loss, accuracy = loss_and_accuracy(model, *batch)
     assert (found.images, found.accuracy) == (6, accuracy)
     assert found.loss == pytest.approx(loss, abs=1e-6)
@@ -182,8 +174,7 @@ def test_the_walk_passes_each_block_as_often_as_it_has_to(adapted, batch) -> Non
 
 def test_groups_without_a_site_are_left_out_and_equal_ones_agree(tiny_vit, batch, fill_adapters) -> None:
     model = tiny_vit()
-    sites = find_sites(model, ("query", "value"))
-    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 1), scale=2.0, seed=0)
+    attach_adapters(model, find_sites(model, ("query", "value")), 1, scale=2.0, seed=0)
     fill_adapters(model)
     found = measure_ablation(model, [batch], device=CPU, precision="fp32")
     assert list(found.group_loss_rise) == ["attention", "all"]
@@ -192,8 +183,7 @@ def test_groups_without_a_site_are_left_out_and_equal_ones_agree(tiny_vit, batch
 
 def test_without_any_rank_there_are_no_rises(tiny_vit, batch) -> None:
     model = tiny_vit()
-    sites = find_sites(model)
-    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 0), scale=2.0, seed=0)
+    attach_adapters(model, find_sites(model), 0, scale=2.0, seed=0)
     found = measure_ablation(model, [batch], device=CPU, precision="fp32")
     loss, accuracy = loss_and_accuracy(model, *batch)
     assert found.loss == pytest.approx(loss, abs=1e-6)
@@ -202,7 +192,7 @@ def test_without_any_rank_there_are_no_rises(tiny_vit, batch) -> None:
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["adalora svd", "qa_adalora", "peft_lora", "peft_adalora"])
 def test_the_model_is_as_it_was_also_after_an_error(adapted, batch, method: str) -> None:
     model = adapted(method)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from qa_lora_settings import config
 
 from peft_vit.adapters import adapted_modules, freeze_backbone
-from peft_vit.config import QaLoraConfig
 from peft_vit.evaluation import (
     available_memory_bytes,
     frozen_bytes,
@@ -43,16 +43,7 @@ def test_a_model_of_which_the_head_is_trained(tiny_vit) -> None:
 def test_packed_weights_are_counted_with_their_scales(tiny_vit) -> None:
     model = tiny_vit()
     plain = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head"))
-    config = QaLoraConfig(
-        quantization_bits=4,
-        quantization_type="fp4",
-        quantization_schedule="constant",
-        gradient_scaling_factor=1.0,
-        use_group_quantization=True,
-        group_size=16,
-        rank=1,
-    )
-    QALoRATrainer(model, config, 4)
+    QALoRATrainer(model, config(quantization_type="fp4", rank=1), 4)
     weights = sum(module.in_features * module.out_features for _, module in adapted_modules(model))
     assert weights == 2 * 64 * (3 * 64 + 64 + 2 * 128)
     assert frozen_bytes(model) == 4 * (plain - weights) + weights // 2 + 2 * 2 * weights // 16

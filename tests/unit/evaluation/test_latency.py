@@ -36,13 +36,3 @@ def test_it_is_the_median_of_twenty_passes_after_five(monkeypatch, precision, dt
     assert model.seconds == []
     assert model.seen == {(False, True, dtype, 3)}
     assert model.training
-
-
-def test_it_is_real_time() -> None:
-    class Sleeping(nn.Module):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            torch.ones(1)
-            __import__("time").sleep(0.002)
-            return images
-
-    assert forward_s(Sleeping(), torch.zeros(1, 3), precision="fp32") >= 0.002

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from qa_lora_settings import config
+from tiny_models import CARD
 from torch import nn
 
-from peft_vit.adapters import adapted_modules
-from peft_vit.adapters.quantized_merging import merge_into_offsets
+from peft_vit.adapters import adapted_modules, merge_into_offsets
 from peft_vit.backbones.catalog import create_model
-from peft_vit.config import QaLoraConfig
-from peft_vit.deployment import ModelCard, save_low_bit
+from peft_vit.deployment import save_low_bit
 from peft_vit.evaluation import model_size
 from peft_vit.training import QALoRATrainer
 
@@ -21,16 +21,7 @@ WEIGHTS = DEPTH * WIDTH * (3 * WIDTH + WIDTH + 2 * 2 * WIDTH)  # of its matrices
 
 
 def quantized(model: nn.Module, **settings) -> nn.Module:
-    given = {
-        "quantization_bits": 4,
-        "quantization_type": "nf4",
-        "quantization_schedule": "constant",
-        "gradient_scaling_factor": 1.0,
-        "use_group_quantization": True,
-        "group_size": 16,
-        "rank": 1,
-    }
-    QALoRATrainer(model, QaLoraConfig(**{**given, **settings}), 4)
+    QALoRATrainer(model, config(rank=1, **settings), 4)
     return model
 
 
@@ -103,17 +94,7 @@ def test_the_files_have_the_bytes_of_the_live_storages(name: str, tmp_path: Path
     assert size.file_bytes == pytest.approx(size.live_bytes, rel=0.02)
     weights = sum(p.numel() for p in create_model(name, 112, 2).parameters())
     assert 5.0 < 8 * size.live_bytes / weights < 8.0  # what is called 4-bit
-    card = ModelCard(
-        run="s/e/seed_0",
-        model=name,
-        weights_name="random",
-        weights_sha256=None,
-        image_size=112,
-        channels=3,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        class_names=("a", "b"),
-    )
+    card = CARD.model_copy(update={"model": name, "image_size": 112, "class_names": ("a", "b")})
     merge_into_offsets(model)
     save_low_bit(model, tmp_path / "model.safetensors", card)
     assert (tmp_path / "model.safetensors").stat().st_size == pytest.approx(size.live_bytes, rel=0.02)

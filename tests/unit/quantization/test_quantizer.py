@@ -8,7 +8,7 @@ from quantization_strategies import INTEGERS, formats_and_weights
 from torch import Tensor
 
 from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, QuantizedTensor, code_values, error_bound, quantize, unpack_codes
+from peft_vit.quantization import QuantizationFormat, QuantizedTensor, code_values, quantize, unpack_codes
 
 pytestmark = pytest.mark.filterwarnings("ignore::peft_vit.errors.UnderflowWarning")  # tiny weights are drawn
 
@@ -75,20 +75,6 @@ def test_symmetric_integers_follow_the_formula(case: FormatAndWeights) -> None:
     assert np.abs(expected).max() <= largest_code, "no weight is clipped"
 
 
-@settings(max_examples=150)
-@given(formats_and_weights(("nf4", "fp4")))
-def test_codebooks_choose_a_nearest_value(case: FormatAndWeights) -> None:
-    format, weight = case
-    quantized = quantize(weight, format)
-    groups = in_groups(weight, quantized)
-    assert_rounded_outwards(quantized.scales, np.abs(groups).max(-1), np.inf)
-    scales = quantized.scales.numpy().astype(np.float64)[..., None]
-    values = code_values(format.type).numpy().astype(np.float64)  # type: ignore[arg-type]
-    distances = np.abs(groups[..., None] - scales[..., None] * values)  # (out, groups, group size, 16)
-    chosen = np.take_along_axis(distances, codes_of(quantized)[..., None], -1)[..., 0]
-    assert (chosen <= distances.min(-1) + 1e-6 * scales + 1e-38).all()
-
-
 @pytest.mark.parametrize("type", ["nf4", "fp4"])
 def test_an_offset_starts_at_zero_and_leaves_codebook_codes_alone(type: str) -> None:
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
@@ -112,6 +98,7 @@ def test_error_is_at_most_half_the_gap_around_the_weight(case: FormatAndWeights)
         offsets = quantized.offsets.numpy().astype(np.float64)[..., None]
     groups = in_groups(weight, quantized)
     if format.has_codebook:
+        assert_rounded_outwards(quantized.scales, np.abs(groups).max(-1), np.inf)
         values = np.unique(code_values(format.type).numpy().astype(np.float64))  # type: ignore[arg-type]
     elif format.offset:
         values = np.arange(2.0**format.bits)
@@ -124,7 +111,6 @@ def test_error_is_at_most_half_the_gap_around_the_weight(case: FormatAndWeights)
     error = np.abs(in_groups(quantized.dequantize(), quantized) - groups)
     assert np.isfinite(error).all()
     assert (error <= half_gap + rounding).all()
-    assert ((quantized.dequantize() - weight).abs() <= error_bound(quantized)).all()
 
 
 def strong_groups(quantized: QuantizedTensor) -> Tensor:

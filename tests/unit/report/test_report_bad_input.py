@@ -17,7 +17,7 @@ from peft_vit.records import RunRecord
 from peft_vit.report import build_report
 
 EXPERIMENTS = planted.experiments()
-TORN = bad.WHOLE[:5000]
+TORN = planted.record(EXPERIMENTS["lora_r8"], 1, 0.8).model_dump_json().encode()[:5000]
 
 
 def texts(results: Path, output: Path) -> tuple[str, str]:
@@ -113,6 +113,7 @@ def hopeless() -> list[RunRecord]:
 def test_a_study_with_nothing_finished_still_says_what_was_planned_and_why_not(tmp_path: Path) -> None:
     results = bad.planned(tmp_path / "out", hopeless(), [bad.row("lora_r8/seed_1", "interrupted", step=7)])
     markdown, page = texts(results, tmp_path / "report")
+    assert not (tmp_path / "report" / "figures").exists()
     for text in (markdown, re.sub("<wbr>", "", page)):
         assert "vit_small_patch14_dinov2" in text
         assert "6 planned = 0 done + 2 failed + 4 pending" in text
@@ -143,30 +144,34 @@ def test_a_study_of_which_only_its_file_is_there_has_a_page_without_bare_titles(
         assert_no_bare_title("## Insights\n", page)
 
 
-BUILD = (
-    "import sys; from pathlib import Path; from peft_vit.report import build_report\n"
-    "build_report(Path(sys.argv[1]), Path(sys.argv[2]))"
-)
+BUILD = """
+import sys
+from pathlib import Path
+from peft_vit.report import build_report
+build_report(Path(sys.argv[1]), Path(sys.argv[2]), publication=True)
+"""
 
 
 def test_two_processes_with_other_hashes_write_the_same_bytes(few: list[RunRecord], tmp_path: Path) -> None:
+    kept = [r for r in few if r.spec.experiment.name in {"linear_probe", "adalora_top_k_fisher"}]
     broken = planted.failed(EXPERIMENTS["lora_r4"], 0, "out of memory")
-    results = bad.planned(tmp_path / "out", [*few[::2], broken], [])
+    results = bad.planned(tmp_path / "out", [*kept, broken], [])
     (results / "metrics.csv").write_text("1")
     (results / "quickstart" / "lora_r2" / "seed_0").mkdir(parents=True)
     (results / "quickstart" / "lora_r2" / "seed_0" / "record.json").write_bytes(TORN)
+    outputs = {seed: tmp_path / f"report-{seed}" for seed in ("1", "2")}
     builds = [
         subprocess.Popen(
-            [sys.executable, "-c", BUILD, str(results), str(tmp_path / f"report-{seed}")],
+            [sys.executable, "-c", BUILD, str(results), str(output)],
             env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": seed},
         )
-        for seed in ("1", "2")
+        for seed, output in outputs.items()
     ]
     assert [build.wait() for build in builds] == [0, 0]
-    written = []
-    for seed in ("1", "2"):
-        output = tmp_path / f"report-{seed}"
-        files = [file for file in sorted(output.rglob("*")) if file.is_file()]
-        written.append({str(file.relative_to(output)): file.read_bytes() for file in files})
-    assert list(written[0]) == list(written[1])
-    assert [name for name in written[0] if written[0][name] != written[1][name]] == []
+    first, second = (
+        {str(file.relative_to(output)): file.read_bytes() for file in sorted(output.rglob("*")) if file.is_file()}
+        for output in outputs.values()
+    )
+    assert list(first) == list(second)
+    assert {"report.html", "figures/publication/captions.md"} <= first.keys()
+    assert [name for name in first if first[name] != second[name]] == []

@@ -12,7 +12,6 @@ import planted
 import pytest
 from PIL import Image
 
-from peft_vit.analysis import group_by_study
 from peft_vit.analysis.examples import GROUPS, MOST_SHOWN, ImageExamples, image_examples
 from peft_vit.cli import main
 from peft_vit.errors import UserError
@@ -51,7 +50,7 @@ COUNTS = {0: [28, 9, 1, 2], 1: [39, 1, 0, 0]}
 
 
 def examples(records: list[RunRecord], best: str = "lora_r8") -> ImageExamples | str:
-    (study,) = group_by_study(records, source=Path("results"))
+    study = planted.study_of(records)
     return image_examples(study, best)
 
 

@@ -1,13 +1,9 @@
 """Figures for a paper: fonts inside, sizes as stated, the same bytes in every process, hostile names as text."""
 
 import io
-import os
 import re
 import struct
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -24,17 +20,16 @@ from peft_vit.analysis.calibration import Bin
 from peft_vit.records import RunRecord
 from peft_vit.report import publication
 from peft_vit.report.document import Drawing
-from peft_vit.report.figures import allocation_figures, comparison_figures, importance_figures
-from peft_vit.report.forest_plot import forests
 from peft_vit.report.hover import HoverPoints
-from peft_vit.report.pareto_plot import pareto_panels
 from peft_vit.report.reliability import reliability_diagram
+from peft_vit.report.sections import study_documents
 from peft_vit.report.style import METHOD_COLORS, draw
 
 HOSTILE = "</script><script>alert(1)</script>\"' <!-- --> \u2028\u200f $x^2$ & ]]>"
 
 
-def _hostile_drawing() -> Drawing:
+@pytest.fixture(scope="module")
+def hostile() -> Drawing:
     def paint(figure: Figure) -> HoverPoints:
         axes, hover = figure.add_subplot(), HoverPoints()
         hover.series(HOSTILE, "#0072b2", "o")
@@ -45,11 +40,6 @@ def _hostile_drawing() -> Drawing:
         return hover
 
     return draw("hostile", HOSTILE, HOSTILE, 2.5, paint, [{"name": HOSTILE, "value": 0.1}])
-
-
-@pytest.fixture(scope="module")
-def hostile() -> Drawing:
-    return _hostile_drawing()
 
 
 @pytest.fixture(scope="module")
@@ -107,26 +97,14 @@ def test_hostile_names_are_text_in_the_svg_of_the_page(hostile: Drawing) -> None
     assert not list(tree.iter("{http://www.w3.org/2000/svg}script"))
 
 
-def _every(analysis: Analysis) -> list[Drawing]:
-    blocks = (
-        *comparison_figures(analysis),
-        *importance_figures(analysis),
-        *allocation_figures(analysis),
-        *forests(analysis),
-        *pareto_panels(analysis.fronts, analysis.methods),
-    )
-    return [block for block in blocks if isinstance(block, Drawing)]
-
-
 @pytest.fixture(scope="module")
-def drawings(analysis: Analysis) -> list[Drawing]:
-    return _every(analysis)
+def drawings(analysis: Analysis) -> tuple[Drawing, ...]:
+    return study_documents([analysis])[0].drawings()
 
 
-def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: list[Drawing]) -> None:
+def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: tuple[Drawing, ...]) -> None:
     assert len(drawings) == 9
     for drawing in drawings:
-        assert drawing.paint is not None
         for columns, width in publication.WIDTHS_IN.items():
             with matplotlib.rc_context(publication.style_of(columns)):
                 figure = Figure(figsize=(width, drawing.height_in))
@@ -136,7 +114,7 @@ def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: list[
             assert min(text.get_fontsize() for text in texts) >= 6.5, drawing.slug
 
 
-def test_every_point_lies_inside_its_figure_and_says_what_the_data_holds(drawings: list[Drawing]) -> None:
+def test_every_point_lies_inside_its_figure_and_says_what_the_data_holds(drawings: tuple[Drawing, ...]) -> None:
     for drawing in drawings:
         assert drawing.points
         assert drawing.data
@@ -148,28 +126,13 @@ def test_every_point_lies_inside_its_figure_and_says_what_the_data_holds(drawing
         assert {point.series for point in drawing.points} == set(range(len(drawing.series)))
 
 
-def test_points_stand_where_matplotlib_drew_their_markers(drawings: list[Drawing]) -> None:
+def test_points_stand_where_matplotlib_drew_their_markers(drawings: tuple[Drawing, ...]) -> None:
     """The SVG's own coordinates are the second opinion: one `use` element a marker."""
     drawing = next(d for d in drawings if d.slug == "accuracy_by_bytes")
     used = {(float(x), float(y)) for x, y in re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', drawing.svg)}
     for point in drawing.points:
         nearest = min(np.hypot(x - point.x_pt, y - point.y_pt) for x, y in used)
         assert nearest < 0.1, point
-
-
-def test_filled_marks_are_those_that_nobody_beats_at_their_cost(analysis: Analysis, drawings: list[Drawing]) -> None:
-    rows = next(d for d in drawings if d.slug == "pareto_fronts").data
-    for cost in {row["cost"] for row in rows}:
-        points = [row for row in rows if row["cost"] == cost]
-        assert len(points) == len(analysis.methods)
-        for one in points:
-            beaten = any(
-                other["value"] <= one["value"]
-                and other["validation_accuracy"] >= one["validation_accuracy"]
-                and (other["value"], other["validation_accuracy"]) != (one["value"], one["validation_accuracy"])
-                for other in points
-            )
-            assert one["on_front"] == ("no" if beaten else "yes")
 
 
 def test_a_reliability_diagram_needs_predictions_and_names_their_number(analysis: Analysis) -> None:
@@ -201,49 +164,13 @@ def test_methods_differ_in_color_under_color_vision_deficiencies(deficiency: str
     assert _distances(list(METHOD_COLORS.values()), np.array(matrix)).min() > 0.07, deficiency
 
 
-def test_captions_name_every_figure_and_escape_names(hostile: Drawing, drawings: list[Drawing]) -> None:
+def test_captions_name_every_figure_and_escape_names(hostile: Drawing, drawings: tuple[Drawing, ...]) -> None:
     document = type("Document", (), {"slug": "s", "label": HOSTILE, "notices": (HOSTILE,)})()
     document.drawings = lambda: (hostile, *drawings)
     text = publication.captions([document])
     assert text.count("\n### s_") == len(drawings) + 1
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)" in text
-
-
-_BUILD = """
-import hashlib, sys
-from pathlib import Path
-sys.path[:0] = sys.argv[3:]
-from test_report_publication import _hostile_drawing
-from peft_vit.report import build_report
-from peft_vit.report.publication import publication_files
-for name, content in publication_files(_hostile_drawing()):
-    print(name, hashlib.sha256(content).hexdigest())
-out = Path(sys.argv[2])
-build_report(Path(sys.argv[1]), out)
-for file in sorted(out.rglob("*.*")):
-    print(file.relative_to(out), hashlib.sha256(file.read_bytes()).hexdigest())
-"""
-
-
-def test_the_bytes_are_the_same_in_every_process(few: list[RunRecord], tmp_path: Path) -> None:
-    kept = [r for r in few if r.spec.experiment.name in {"linear_probe", "adalora_top_k_fisher"}]
-    results = planted.write(tmp_path / "results", kept)
-    folders = [str(Path(__file__).parent), str(Path(planted.__file__).parent)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", _BUILD, str(results), str(tmp_path / f"out_{seed}"), *folders],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for seed in ("0", "12345")
-    ]
-    (first, error), (second, _) = (process.communicate() for process in running)
-    assert running[0].returncode == 0, error
-    assert {"report.html", "_one_column.pdf"} <= {line.split()[0] for line in first.splitlines()}
-    assert first == second
 
 
 def test_a_legend_entry_goes_with_its_series() -> None:

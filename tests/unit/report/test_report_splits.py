@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import planted
 import pytest
 
-from peft_vit.analysis import Analysis, analyze, group_by_study
+from peft_vit.analysis import Analysis, analyze
 from peft_vit.records import RunRecord
 from peft_vit.report import summary
 from peft_vit.report.document import Drawing
-from peft_vit.report.figures import comparison_figures
+from peft_vit.report.forest_plot import accuracy_by_method
 
 MAJORITY = {0: 0.685, 1: 0.682, 2: 0.69}  # a mean of 0.6857
 ACCURACY = {"linear_probe": 0.75, "lora_r8": 0.80}
@@ -28,8 +27,8 @@ def drawn(test_split: str, train_subset: str = "fixed") -> Analysis:
             split = {"split_sha256": f"{seed:064x}"} if differs else {}
             one = planted.record(planted.experiments()[name], seed, accuracy, changes=changes, provenance_changes=split)
             data = one.spec.data.model_copy(update={"test_split": test_split, "train_subset": train_subset})
-            records.append(one.model_copy(update={"spec": one.spec.model_copy(update={"data": data})}))
-    (study,) = group_by_study(records, source=Path("results"))
+            records.append(planted.asking(one, data=data))
+    study = planted.study_of(records)
     return analyze(study)
 
 
@@ -59,9 +58,7 @@ def test_the_majority_class_has_a_range_where_test_images_differ(fixed: Analysis
 
 
 def figure(analysis: Analysis) -> Drawing:
-    first = comparison_figures(analysis)[0]
-    assert isinstance(first, Drawing)
-    return first
+    return accuracy_by_method(analysis.study, analysis.methods)
 
 
 def test_the_figure_of_accuracies_has_each_seeds_majority(fixed: Analysis, per_seed: Analysis) -> None:

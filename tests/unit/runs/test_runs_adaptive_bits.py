@@ -2,10 +2,12 @@
 
 import json
 
+import done_runs
 import pytest
 import torch
+from done_runs import with_settings
 from safetensors import safe_open
-from written_runs import read_without, run_and_write
+from written_runs import read_without
 
 from peft_vit.adapters import adapted_modules, current_ranks
 from peft_vit.data import load_data
@@ -23,15 +25,11 @@ pytestmark = pytest.mark.part("quantization")
 def with_adaptive_bits(config, **settings):
     (experiment,) = config.experiments
     adaptive = experiment.qa_lora.adaptive_bits.model_copy(update=settings)
-    rank = {"rank": None if adaptive.ranks else 2}
-    qa_lora = experiment.qa_lora.model_copy(update={"adaptive_bits": adaptive, **rank})
-    return config.model_copy(update={"experiments": (experiment.model_copy(update={"qa_lora": qa_lora}),)})
+    return with_settings(config, "qa_lora", adaptive_bits=adaptive, rank=None if adaptive.ranks else 2)
 
 
 def do(config, folder) -> RunRecord:
-    (planned,) = plan_study(config, folder, file=folder / "tiny.yaml").runs
-    record = run_and_write(planned.spec, folder)
-    assert record.error is None
+    (record,) = done_runs.do(config, folder)
     return record
 
 

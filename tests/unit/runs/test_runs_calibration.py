@@ -1,7 +1,11 @@
 """A run that decides by `fisher` records how far that is from the empirical Fisher, on training images alone."""
 
+from pathlib import Path
+
+import done_runs
 import pytest
-from written_runs import read_without, run_and_write
+from done_runs import with_settings
+from written_runs import read_without
 
 from peft_vit.adapters import adapted_modules, load_trained
 from peft_vit.allocation import check_fisher
@@ -11,19 +15,13 @@ from peft_vit.data import load_data
 from peft_vit.methods import prepare
 from peft_vit.records import ADAPTER_FILE, RunRecord, run_folder
 from peft_vit.runs.export import restore_run
-from peft_vit.studies import plan_study
 
 pytestmark = pytest.mark.part("importance analysis")
 
 
-def do(config: StudyConfig, metric: str, folder, **training: object) -> RunRecord:
-    (experiment,) = config.experiments
-    adalora = experiment.adalora.model_copy(update={"importance_metric": metric})
-    settings = experiment.training.model_copy(update=training)
-    experiment = experiment.model_copy(update={"adalora": adalora, "training": settings})
-    (planned,) = plan_study(config.model_copy(update={"experiments": (experiment,)}), folder, file=folder).runs
-    record = run_and_write(planned.spec, folder)
-    assert record.error is None
+def do(config: StudyConfig, metric: str, folder: Path, **training: object) -> RunRecord:
+    config = with_settings(config, "adalora", importance_metric=metric)
+    (record,) = done_runs.do(with_settings(config, "training", **training), folder)
     return record
 
 
@@ -57,8 +55,7 @@ def test_other_metrics_have_no_check_and_older_records_are_read(study, tmp_path)
 @pytest.mark.part("trainer")
 @pytest.mark.parametrize("method", ["qa_lora", "qa_adalora"])
 def test_the_balance_is_that_of_the_saved_weights_against_the_backbones_own(study, tmp_path, method) -> None:
-    (planned,) = plan_study(study(method), tmp_path, file=tmp_path).runs
-    record = run_and_write(planned.spec, tmp_path)
+    (record,) = done_runs.do(study(method), tmp_path)
     spec = record.spec
     backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=0)
     floats = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}

@@ -32,13 +32,12 @@ def _no_limits(monkeypatch) -> None:
 
 @pytest.fixture
 def processor(tmp_path, monkeypatch):
-    """Let Linux tell other flags of the processor; None: there is no Linux."""
+    """Let Linux tell other flags of the processor."""
 
-    def pretend(flags: str | None) -> None:
+    def pretend(flags: str) -> None:
         file = tmp_path / "cpuinfo"
-        if flags is not None:
-            one = f"processor\t: 0\nmodel name\t: any avx512_bf16\nflags\t\t: fpu {flags}\nbugs\t\t: amx_bf16\n\n"
-            file.write_text(one + one.replace(": 0", ": 1"))
+        one = f"processor\t: 0\nmodel name\t: any avx512_bf16\nflags\t\t: fpu {flags}\nbugs\t\t: amx_bf16\n\n"
+        file.write_text(one + one.replace(": 0", ": 1"))
         monkeypatch.setattr(precision, "_CPUINFO", file)
 
     return pretend
@@ -69,21 +68,17 @@ def test_a_processor_is_known_by_its_flags(processor, flags: str, native: bool, 
     assert bf16_support(CPU) == Bf16Support(native, reason)
 
 
-def test_without_linux_pytorch_is_asked(processor, monkeypatch) -> None:
-    processor(None)
+@pytest.mark.parametrize("cpuinfo", [None, "processor\t: 0\nFeatures\t: fp asimd bf16\n"])
+def test_where_linux_tells_no_flags_pytorch_is_asked(cpuinfo, monkeypatch, tmp_path) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
     for there in (True, False):
         capabilities = {"avx512_bf16": there, "amx_bf16": False, "cpu_name": "any", "num_logical_cores": 1}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
         assert bf16_support(CPU).native == there
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in earlier versions
     assert not bf16_support(CPU).native
-
-
-def test_a_processor_without_a_line_of_flags_is_asked_of_pytorch(monkeypatch, tmp_path) -> None:
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
-    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    assert bf16_support(CPU).native
 
 
 @pytest.mark.parametrize(
@@ -224,9 +219,9 @@ def test_a_study_goes_on_elsewhere_in_its_precision(study, tmp_path, machine, fi
 def test_bf16_where_it_is_emulated_is_told_loudly_with_what_it_costs(study, tmp_path, machine, monkeypatch) -> None:
     asked = []
 
-    def rate(workload, *, budget_s=0.2):
-        asked.append((workload.precision, budget_s))
-        return {"bf16": 2e9, "fp32": 13.2e9}[workload.precision]
+    def rate(shape, device, precision, threads, *, budget_s):
+        asked.append((precision, budget_s))
+        return {"bf16": 2e9, "fp32": 13.2e9}[precision]
 
     monkeypatch.setattr(estimate, "product_rate", rate)
     config = as_asked(study("linear"), "bf16")

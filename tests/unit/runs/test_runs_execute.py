@@ -7,15 +7,15 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from done_runs import do, specs, trained_again, with_data, with_settings
 from written_runs import run_and_write
 
-from peft_vit.adapters import adapted_modules, current_ranks, load_trained
-from peft_vit.backbones import load_backbone, load_run_backbone
+from peft_vit.adapters import current_ranks
+from peft_vit.backbones import load_run_backbone
 from peft_vit.data import SealedImages, load_data
 from peft_vit.errors import DivergedError, UserError
 from peft_vit.evaluation import measure, predict, trainable_parameters
-from peft_vit.methods import prepare
-from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
+from peft_vit.records import ADAPTER_FILE, read_record, run_folder
 from peft_vit.runs import execute as run
 from peft_vit.runs import provenance
 from peft_vit.runs.execute import run_one
@@ -24,16 +24,6 @@ from peft_vit.studies import plan_study
 
 pytestmark = pytest.mark.part("runner")
 METHODS = ("linear", "full", "lora", "adalora", "qa_lora", "qa_adalora")
-
-
-def specs(config, folder) -> list:
-    return [planned.spec for planned in plan_study(config, folder, file=folder / "tiny.yaml").runs]
-
-
-def do(config, folder) -> list[RunRecord]:
-    records = [run_and_write(spec, folder) for spec in specs(config, folder)]
-    assert [record.error for record in records] == [None] * len(records)
-    return records
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -68,7 +58,7 @@ def test_methods_are_paired_within_a_seed(study, tmp_path) -> None:
 
 def test_methods_share_a_split_that_each_seed_draws(study, tmp_path) -> None:
     config = study("linear", "lora", seeds=(0, 1), epochs=1, schedule="constant")
-    config = config.model_copy(update={"data": config.data.model_copy(update={"test_split": "per_seed"})})
+    config = with_data(config, test_split="per_seed")
     splits = {0: set(), 1: set()}
     for record in do(config, tmp_path):
         splits[record.spec.seed].add((record.provenance.split_sha256, tuple(record.predictions.images)))
@@ -82,13 +72,7 @@ def test_methods_share_a_split_that_each_seed_draws(study, tmp_path) -> None:
 @pytest.mark.parametrize("method", ["lora", "adalora", "qa_lora", "qa_adalora"])
 def test_the_saved_adapter_gives_the_recorded_counts_and_test_results(study, tmp_path, method) -> None:
     (record,) = do(study(method), tmp_path)
-    spec = record.spec
-    backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=77)
-    prepare(backbone.model, spec.experiment, total_steps=len(record.steps), seed=77)
-    load_trained(backbone.model, run_folder(tmp_path, spec) / ADAPTER_FILE)
-    for _, module in adapted_modules(backbone.model):
-        if module.quantized is not None:
-            module.drop_float()
+    spec, backbone = record.spec, trained_again(record, tmp_path)
     assert trainable_parameters(backbone.model) == record.parameters.final
     assert current_ranks(backbone.model) == record.rank_history[-1].ranks
     images = load_data(spec.data, spec.seed).test.open()
@@ -111,12 +95,8 @@ def test_the_saved_adapter_gives_the_recorded_counts_and_test_results(study, tmp
 
 @pytest.mark.part("controller")
 def test_a_budget_in_parameters_is_one_for_the_counted_parameters(study, tmp_path) -> None:
-    config = study("adalora")
-    section = config.experiments[0].adalora.model_copy(
-        update={"total_rank_budget": None, "total_parameter_budget": 7000}
-    )
-    experiment = config.experiments[0].model_copy(update={"adalora": section})
-    (record,) = do(config.model_copy(update={"experiments": (experiment,)}), tmp_path)
+    config = with_settings(study("adalora"), "adalora", total_rank_budget=None, total_parameter_budget=7000)
+    (record,) = do(config, tmp_path)
     last = record.rank_history[-1]
     assert (last.unit, last.budget) == ("parameters", 7000)
     assert 7000 - 129 < last.spent == record.parameters.final - record.parameters.head <= 7000
@@ -196,11 +176,8 @@ def test_failures_are_told_apart(study, tmp_path, monkeypatch, action, kind) -> 
 
 
 def test_a_setting_without_effect_is_said_in_the_record(study, tmp_path) -> None:
-    config = study("qa_lora")
-    (experiment,) = config.experiments
-    scaled = experiment.qa_lora.model_copy(update={"gradient_scaling_factor": 2.0})
-    loud = config.model_copy(update={"experiments": (experiment.model_copy(update={"qa_lora": scaled}),)})
-    (record,), (quiet,) = do(loud, tmp_path / "a"), do(config, tmp_path / "b")
+    loud = with_settings(study("qa_lora"), "qa_lora", gradient_scaling_factor=2.0)
+    (record,), (quiet,) = do(loud, tmp_path / "a"), do(study("qa_lora"), tmp_path / "b")
     assert len(record.warnings) == 1
     assert "gradient_scaling_factor 2.0 nearly cancels under AdamW" in record.warnings[0]
     assert quiet.warnings == []
@@ -224,7 +201,7 @@ def test_weights_too_small_for_float16_scales_are_said_in_the_record(study, tmp_
 
 def test_a_class_without_a_test_image_is_said_in_plan_and_record(study, tmp_path, recwarn) -> None:
     config = study("linear")
-    config = config.model_copy(update={"data": config.data.model_copy(update={"test_images": 9})})
+    config = with_data(config, test_images=9)
     plan = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
     record = run_one(plan.runs[0].spec).record
     (gap,) = [text for text in record.warnings if "no test image" in text]
@@ -302,16 +279,3 @@ def test_adaptive_ranks_on_quantized_sites_leave_both_histories(study, tmp_path)
     )
     assert record.parameters.final == values + record.parameters.head
     assert not any("nothing" in text for text in record.warnings)
-
-
-@pytest.mark.part("controller")
-def test_scores_see_the_gradients_before_they_are_scaled(study, tmp_path) -> None:
-    config = study("qa_adalora")
-    (experiment,) = config.experiments
-    scaled = experiment.qa_lora.model_copy(update={"gradient_scaling_factor": 4.0})
-    other = config.model_copy(update={"experiments": (experiment.model_copy(update={"qa_lora": scaled}),)})
-    (plain,), (record,) = do(config, tmp_path / "a"), do(other, tmp_path / "b")
-    assert plain.importance_history[0].step == 2
-    first, again = plain.importance_history[0].scores, record.importance_history[0].scores
-    # Scaled first, sensitivity would be 16 times as large; Adam's clipped second step differs a little.
-    assert again == pytest.approx(first, rel=0.5)

@@ -22,7 +22,7 @@ PROVENANCE = {
     "packages": {"timm": "1"},
     "processor": "p",
 }
-SETTING = RuntimeConfig(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+RUNTIME = RuntimeConfig(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ class Counted:
     def _count(self, *arguments) -> None:
         self.passes += 1
 
-    def features(self, spec, hooks=(), setting=SETTING, **provenance) -> SharedFeatures:
+    def features(self, spec, hooks=(), runtime=RUNTIME, **provenance) -> SharedFeatures:
         told = SimpleNamespace(**{**PROVENANCE, **provenance})
-        return SharedFeatures(self.model, spec, told, list(hooks), setting)
+        return SharedFeatures(self.model, spec, told, list(hooks), runtime)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def files(tmp_path):
 def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> None:
     first = counted.features(spec).of(images)
     assert counted.passes == 1
-    np.testing.assert_array_equal(first.values, head_inputs(counted.model, images, SETTING, 32))
+    np.testing.assert_array_equal(first.values, head_inputs(counted.model, images, RUNTIME, 32))
     counted.passes = 0
     other_seed = spec.model_copy(update={"seed": 9})
     again = counted.features(other_seed).of(images)
@@ -86,7 +86,7 @@ def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> Non
     found = counted.features(spec).of(mixed)
     assert counted.passes == 1
     np.testing.assert_array_equal(found.values[:2], first.values[[7, 2]])
-    np.testing.assert_allclose(found.values, head_inputs(counted.model, mixed, SETTING, 32), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.values, head_inputs(counted.model, mixed, RUNTIME, 32), rtol=0, atol=1e-6)
     np.testing.assert_array_equal(found.labels, mixed.labels)
     assert sorted(load_file(files(tmp_path)[0])["places"]) == sorted([*(4 * images.positions), 20])
 
@@ -97,7 +97,7 @@ def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> Non
 def test_training_images_come_in_every_way_in_which_they_are_shown(counted, spec, images, flips, ways) -> None:
     shared = counted.features(with_data(spec, flips=flips))
     found = shared.of_training(images)
-    expected = [head_inputs(counted.model, images, SETTING, 32, axes) for axes in ways]
+    expected = [head_inputs(counted.model, images, RUNTIME, 32, axes) for axes in ways]
     np.testing.assert_array_equal(found.values, np.concatenate(expected))
     np.testing.assert_array_equal(found.labels, np.tile(images.labels, len(ways)))
     counted.passes = 0
@@ -117,43 +117,37 @@ def packed(model, **settings):
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("change", "provenance"),
     [
-        {"weights_sha256": "b" * 64},
-        {"data_sha256": "e" * 64},
-        {"device": "cuda"},
-        {"processor": "q"},
-        {"packages": {"timm": "2"}},
-        "bf16",
-        "image size",
-        "threads",
-        "nf4",
-        "int4",
-        "fading",
+        *(
+            (lambda spec: spec, one)
+            for one in (
+                {"weights_sha256": "b" * 64},
+                {"data_sha256": "e" * 64},
+                {"device": "cuda"},
+                {"processor": "q"},
+                {"packages": {"timm": "2"}},
+            )
+        ),
+        (lambda spec: spec.model_copy(update={"precision": "bf16"}), {}),
+        (lambda spec: spec.model_copy(update={"threads": 3}), {}),
+        (lambda spec: with_data(spec, image_size=64), {}),
     ],
-    ids=str,
 )
-def test_what_differs_is_not_shared(counted, spec, images, tmp_path, tiny_vit, other) -> None:
+def test_what_differs_is_not_shared(counted, spec, images, tmp_path, change, provenance) -> None:
     counted.features(spec).of(images)
-    counted.passes = 0
-    hooks, provenance = [], {}
-    if isinstance(other, dict):
-        provenance = other
-    elif other == "bf16":
-        spec = spec.model_copy(update={"precision": "bf16"})
-    elif other == "image size":
-        spec = with_data(spec, image_size=64)
-    elif other == "threads":
-        spec = spec.model_copy(update={"threads": 3})
-    elif other == "fading":
-        hooks = [packed(tiny_vit(), quantization_schedule="linear")]
-    else:
-        counted.features(spec, [packed(tiny_vit(), quantization_type="fp4")]).of(images)
-        counted.passes = 0
-        hooks = [packed(tiny_vit(), quantization_type=other)]
-    counted.features(spec, hooks, **provenance).of(images)
-    assert counted.passes == 1
-    assert len(files(tmp_path)) == (3 if other in ("nf4", "int4") else 2)
+    counted.features(change(spec), **provenance).of(images)
+    assert counted.passes == len(files(tmp_path)) == 2
+
+
+def test_weights_that_are_packed_otherwise_are_not_shared(counted, spec, images, tmp_path, tiny_vit) -> None:
+    counted.features(spec).of(images)
+    for settings in (
+        *({"quantization_type": one} for one in ("fp4", "nf4", "int4")),
+        {"quantization_schedule": "linear"},
+    ):
+        counted.features(spec, [packed(tiny_vit(), **settings)]).of(images)
+    assert counted.passes == len(files(tmp_path)) == 5
 
 
 def test_packed_alike_is_shared(counted, spec, images, tiny_vit) -> None:

@@ -1,9 +1,10 @@
 """A probe is a run like others; training that starts from one never returns less on validation."""
 
+import done_runs
 import numpy as np
 import pytest
 import torch
-from written_runs import run_and_write
+from done_runs import with_data, with_settings
 
 from peft_vit.adapters import current_ranks
 from peft_vit.config import PROBE_L2
@@ -12,16 +13,13 @@ from peft_vit.evaluation import predict
 from peft_vit.records import run_folder
 from peft_vit.runs import execute as run_module
 from peft_vit.runs.export import restore_run
-from peft_vit.studies import plan_study
 
 pytestmark = pytest.mark.part("runner")
 DESTROYS = {"head_start": "probe", "learning_rate": 1.0, "clip_norm": None, "schedule": "constant"}
 
 
 def do(config, folder):
-    (planned,) = plan_study(config, folder, file=folder / "tiny.yaml").runs
-    record = run_and_write(planned.spec, folder)
-    assert record.error is None
+    (record,) = done_runs.do(config, folder)
     return record
 
 
@@ -84,7 +82,7 @@ def test_a_probe_repeats_to_the_bit_and_its_seed_is_its_split_alone(study, tmp_p
 
 def test_flips_of_the_protocol_are_fitted_too(study, tmp_path) -> None:
     config = study("linear")
-    config = config.model_copy(update={"data": config.data.model_copy(update={"flips": "both"})})
+    config = with_data(config, flips="both")
     assert do(config, tmp_path).head_fit.images == 4 * 24
 
 
@@ -129,11 +127,8 @@ def test_training_that_gains_is_taken(study, tmp_path) -> None:
 
 def test_weights_that_are_still_to_be_packed_are_not_offered(study, tmp_path) -> None:
     """A head fitted to float weights, under a schedule that packs them only later, would be deployed on others."""
-    config = study("qa_lora", **DESTROYS)
-    (experiment,) = config.experiments
-    fading = experiment.qa_lora.model_copy(update={"quantization_schedule": "linear", "quantization_end_step": 5})
-    config = config.model_copy(update={"experiments": (experiment.model_copy(update={"qa_lora": fading}),)})
-    record = do(config, tmp_path)
+    fading = {"quantization_schedule": "linear", "quantization_end_step": 5}
+    record = do(with_settings(study("qa_lora", **DESTROYS), "qa_lora", **fading), tmp_path)
     assert [(one.step, one.deployable) for one in record.evaluations] == [(0, False), (3, False), (6, True)]
     assert record.chosen_step == 6
     assert_restored_as_tested(record, tmp_path)

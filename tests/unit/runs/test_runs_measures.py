@@ -7,19 +7,19 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from done_runs import do, specs, trained_again
 from scipy.special import softmax
-from written_runs import read_without, run_and_write
+from written_runs import read_without
 
-from peft_vit.adapters import adapted_modules, current_ranks, load_trained
-from peft_vit.backbones import describe, load_backbone
+from peft_vit.adapters import adapted_modules, current_ranks
+from peft_vit.backbones import describe
 from peft_vit.config import MeasuresConfig, PeftAdaLoraConfig, PeftLoraConfig, StudyConfig, study_from_mapping
 from peft_vit.costs.estimate import EstimateRequest, Workload, estimate_runs
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import LabelledImages, load_data, make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict
-from peft_vit.methods import prepare
-from peft_vit.records import ADAPTER_FILE, RunRecord, outcome_digest, read_record, run_folder
+from peft_vit.records import outcome_digest, read_record, run_folder
 from peft_vit.records.study_file import STUDY_FILE, read_study_file
 from peft_vit.runs import measures as measures_module
 from peft_vit.runs import run_one
@@ -36,30 +36,8 @@ def asking(config: StudyConfig, measures: MeasuresConfig = ASKED) -> StudyConfig
     return config.model_copy(update={"measures": measures})
 
 
-def specs(config, folder) -> list:
-    return [planned.spec for planned in plan_study(config, folder, file=folder / "tiny.yaml").runs]
-
-
-def done(config, folder) -> list[RunRecord]:
-    records = [run_and_write(spec, folder) for spec in specs(config, folder)]
-    assert [record.error for record in records] == [None] * len(records)
-    return records
-
-
-def trained_again(record: RunRecord, folder):
-    """Return the model out of a run's adapter file, and what its images are normalised by."""
-    spec = record.spec
-    backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=77)
-    prepare(backbone.model, spec.experiment, total_steps=len(record.steps), seed=77)
-    load_trained(backbone.model, run_folder(folder, spec) / ADAPTER_FILE)
-    for _, module in adapted_modules(backbone.model):
-        if module.quantized is not None:
-            module.drop_float()
-    return backbone
-
-
 def test_predictions_are_of_the_one_reading_of_test(study, tmp_path) -> None:
-    (record,) = done(study("lora"), tmp_path)
+    (record,) = do(study("lora"), tmp_path)
     index = open_index(record.spec.data)
     images = make_splits(index, record.spec.data, record.spec.seed).test
     found = record.predictions
@@ -78,14 +56,14 @@ def test_predictions_are_of_the_one_reading_of_test(study, tmp_path) -> None:
 
 
 def test_what_is_not_asked_for_is_not_measured(study, tmp_path) -> None:
-    (record,) = done(study("lora"), tmp_path)
+    (record,) = do(study("lora"), tmp_path)
     assert record.removal is None
     assert record.latency_s == {}
     assert not {"removal", "latency"} & record.overhead_s.keys()
 
 
 def test_measures_of_every_method_that_has_something_to_leave_out(study, tmp_path) -> None:
-    records = done(asking(study("linear", "full", "lora", "adalora", "qa_lora", "qa_adalora")), tmp_path)
+    records = do(asking(study("linear", "full", "lora", "adalora", "qa_lora", "qa_adalora")), tmp_path)
     for record in records:
         assert list(record.latency_s) == [1, 30]  # 30 of 20 validation images: some twice
         assert all(seconds > 0 for seconds in record.latency_s.values())
@@ -113,7 +91,7 @@ def test_updates_of_the_peft_tuner_are_left_out_and_merged_too(study, tmp_path) 
     ]
     base = config.experiments[1]
     experiments = tuple(base.model_copy(update={"name": one["method"], "lora": None, **one}) for one in theirs)
-    for record in done(asking(config.model_copy(update={"experiments": experiments})), tmp_path):
+    for record in do(asking(config.model_copy(update={"experiments": experiments})), tmp_path):
         final = record.rank_history[-1].ranks
         assert record.removal.site_loss_rise.keys() == {name for name, rank in final.items() if rank}
         assert {name.rsplit(".")[-1] for name in final} == {"qkv", "out", "fc1", "fc2"}
@@ -123,7 +101,7 @@ def test_updates_of_the_peft_tuner_are_left_out_and_merged_too(study, tmp_path) 
 
 
 def test_removal_is_measured_at_the_chosen_weights_on_the_drawn_images(study, tmp_path) -> None:
-    (record,) = done(asking(study("qa_adalora")), tmp_path)
+    (record,) = do(asking(study("qa_adalora")), tmp_path)
     backbone = trained_again(record, tmp_path)
     assert current_ranks(backbone.model) == record.rank_history[-1].ranks
     drawn = removal_images(load_data(record.spec.data, 0).validation, record.spec.data.split_seed, 7)
@@ -157,7 +135,7 @@ def test_the_images_are_the_same_in_every_run_and_each_class_has_its_share() -> 
 
 def test_no_rank_at_all_is_said(study, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(measures_module, "update_ranks", lambda model: {"blocks.0.attn.query": 0})
-    (record,) = done(asking(study("lora")), tmp_path)
+    (record,) = do(asking(study("lora")), tmp_path)
     assert record.removal is None
     assert record.warnings == ["measures.removal_images has no effect: no site has any rank left"]
 
@@ -183,12 +161,12 @@ def test_what_is_timed_computes_what_was_tested(study, tmp_path, monkeypatch, me
         experiment = experiment.model_copy(update={"qa_lora": type(experiment.qa_lora)(**dumped)})
     config = study(method).model_copy(update={"experiments": (experiment,)})
     (spec,) = specs(config, tmp_path)
-    (record,) = done(config, tmp_path)
+    (record,) = do(config, tmp_path)
     backbone, data = trained_again(record, tmp_path), load_data(spec.data, 0)
-    setting = RuntimeConfig(torch.device("cpu"), "fp32", backbone.mean, backbone.std)
+    runtime = RuntimeConfig(torch.device("cpu"), "fp32", backbone.mean, backbone.std)
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     asked = spec.model_copy(update={"measures": ASKED})
-    measures_module.time_forward(backbone.model, backbone, data, asked, setting)
+    measures_module.time_forward(backbone.model, backbone, data, asked, runtime)
     assert [len(images) for _, images in timed] == [1, 30]
     model, images = timed[1]
     assert torch.equal(images[:10], images[20:])
@@ -216,7 +194,7 @@ def test_an_attempt_that_ends_in_a_measure_is_followed_by_one_that_measures_anew
 
 
 def test_a_run_without_measures_is_the_run_from_before_there_were_any(study, tmp_path) -> None:
-    (record,) = done(study("lora"), tmp_path)
+    (record,) = do(study("lora"), tmp_path)
     spec = record.spec
     older = json.loads(spec.model_dump_json())
     del older["measures"], older["data"]["test_split"], older["experiment"]["peft"]
@@ -271,7 +249,7 @@ def test_faults_in_the_section_are_named(study, tmp_path, measures, method, fiel
 @pytest.mark.usefixtures("cache")
 def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("peft_vit.costs.estimate.product_rate", lambda workload: 1e6)
+    monkeypatch.setattr("peft_vit.costs.estimate.product_rate", lambda *_, **__: 1e6)
     config = study("linear", "lora")
     shape, index = describe(config.backbone, 32), open_index(config.data)
     workload = Workload(shape, 32, 1, torch.device("cpu"), "fp32", 1, 24, 20, 30)

@@ -59,9 +59,11 @@ def resumed(spec, folder, first_step: int):
 
 
 PROBE_FIRST = {"head_start": "probe"}
-RUNS = [
-    *((method, {}) for method in ("full", "lora", "adalora", "qa_lora", "qa_adalora", "adaptive_bits")),
-    *((method, PROBE_FIRST) for method in ("lora", "adalora", "qa_lora")),
+RUNS = [  # methods' own states: test_training_resume.py
+    ("full", {}),
+    ("qa_adalora", {}),
+    ("adaptive_bits", {}),
+    ("qa_lora", PROBE_FIRST),
     ("adalora", PROBE_FIRST | {"learning_rate": 1.0}),
 ]
 
@@ -91,7 +93,7 @@ def test_the_past_counts(spec_of, tmp_path, monkeypatch) -> None:
         patch.setattr("peft_vit.runs.resume.MemoryWatch", lambda: seen)
         interrupted(spec, tmp_path, 2)
     record = resumed(spec, tmp_path, 3).record
-    assert 1000 <= record.seconds < 10_000
+    assert record.seconds >= 1000
     assert (record.peak_memory_bytes, record.own_memory_bytes) == (1 << 50, 1 << 49)
 
 
@@ -145,7 +147,7 @@ def test_a_checkpoint_of_another_start_is_refused(spec_of, tmp_path, other_prove
     assert f"{tmp_path}: {field}: the checkpoint of step 2 can't be gone on from: " in record.error
 
 
-@pytest.mark.parametrize("field", _ALIKE)
+@pytest.mark.parametrize("field", ["packages", *_ALIKE])
 def test_other_tools_are_said_and_kept_in_the_record(spec_of, tmp_path, other_provenance, field) -> None:
     spec = spec_of("full")
     interrupted(spec, tmp_path, 2)

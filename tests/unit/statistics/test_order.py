@@ -13,14 +13,11 @@ from peft_vit.statistics import (
     equivalence,
     equivalence_verdict,
     inferiority,
-    interquartile_mean,
     interquartile_mean_interval,
     mean_interval,
     mixed_effect,
     noninferiority,
     paired_improvement,
-    proportion_interval,
-    stratified_indices,
     wilcoxon,
 )
 
@@ -32,7 +29,6 @@ VALUES = st.lists(
 )
 FUNCTIONS = {
     "t interval": mean_interval,
-    "interquartile mean": interquartile_mean,
     "paired improvement": paired_improvement,
     "effect size": effect_size,
     "Wilcoxon": wilcoxon,
@@ -54,7 +50,7 @@ def test_order_does_not_change_a_bit_and_nothing_is_nan(
     other = values[::-1] if data is None else data.draw(st.permutations(values))
     first, second = function(np.array(values)), function(np.array(other))
     assert first == second
-    numbers = [x for x in np.atleast_1d(first if isinstance(first, float) else astuple(first)) if isinstance(x, float)]
+    numbers = [x for x in np.atleast_1d(astuple(first)) if isinstance(x, float)]
     assert all(np.isfinite(x) for x in numbers)
 
 
@@ -63,9 +59,9 @@ def test_order_does_not_change_a_bit_and_nothing_is_nan(
 def test_order_of_runs_and_tasks_does_not_change_a_bit(seed: int, runs: int, tasks: int) -> None:
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 600, (runs, tasks)) / 600
-    indices = stratified_indices(runs, tasks, 40, rng)
     shuffled = rng.permuted(values, axis=0)[:, rng.permutation(tasks)]
-    assert interquartile_mean_interval(values, indices) == interquartile_mean_interval(shuffled, indices)
+    one, other = (interquartile_mean_interval(x, np.random.default_rng(1), resamples=40) for x in (values, shuffled))
+    assert one == other
 
 
 @settings(max_examples=8)
@@ -101,10 +97,9 @@ def test_a_verdict_needs_a_decidable_test_on_either_side() -> None:
 
 
 def test_runs_without_spread_have_no_interval() -> None:
-    indices = stratified_indices(3, 1, 50, np.random.default_rng(0))
-    assert interquartile_mean_interval([0.8] * 3, indices).reason == "all resamples give the same value"
-    one = stratified_indices(1, 2, 50, np.random.default_rng(0))
-    assert interquartile_mean_interval([[0.8, 0.9]], one).reason == "one run has no spread to resample"
+    rng = np.random.default_rng(0)
+    assert interquartile_mean_interval([[0.8]] * 3, rng).reason == "all resamples give the same value"
+    assert interquartile_mean_interval([[0.8, 0.9]], rng).reason == "one run has no spread to resample"
 
 
 def test_effect_sizes_that_do_not_exist_are_said_in_words() -> None:
@@ -128,7 +123,6 @@ def test_effect_sizes_that_do_not_exist_are_said_in_words() -> None:
 def test_mixed_models_that_the_runs_cannot_tell_are_refused(response, condition, groups: str, words: str) -> None:
     own = mixed_effect(response, condition, list(groups))
     assert own.estimate is None
-    assert not own.converged
     assert words in str(own.note)
 
 
@@ -152,18 +146,11 @@ def test_mixed_models_at_the_edge_or_without_an_end_say_so(monkeypatch: pytest.M
 
 
 def test_bad_arguments_are_refused() -> None:
-    two_by_two = stratified_indices(2, 2, 9, np.random.default_rng(0))
-    with pytest.raises(ValueError, match=r"shape \(resamples, 2, 2\)"):
-        interquartile_mean_interval([[1, 2], [2, 3]], two_by_two[:, :1])
-    with pytest.raises(ValueError, match="from 0 to 1, got 0 to 2"):
-        interquartile_mean_interval([[1, 2], [2, 3]], [[[0, 1], [2, 0]]])
-    with pytest.raises(ValueError, match="scores: expected finite values, got nan in run 1, task 0"):
-        interquartile_mean_interval([[1, 2], [np.nan, 3]], two_by_two)
+    with pytest.raises(ValueError, match=r"scores: .* got nan at position 1"):
+        interquartile_mean_interval([[1, 2], [np.nan, 3]], np.random.default_rng(0))
     with pytest.raises(ValueError, match="positive margin"):
         equivalence([1.0, 2.0], float("nan"))
     with pytest.raises(ValueError, match="0 < confidence < 1"):
         effect_size([1.0, 2.0], 95)
     with pytest.raises(ValueError, match="equal lengths, got 2 responses, 2 conditions, 3 groups"):
         mixed_effect([1, 2], [0, 1], list("abc"))
-    with pytest.raises(ValueError, match="successes"):
-        proportion_interval(3, 2)

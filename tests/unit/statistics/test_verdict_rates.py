@@ -6,6 +6,7 @@ within three Monte-Carlo standard errors. Where a test only promises a bound, wi
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_a_family_of_comparisons_errs_at_most_as_often_as_one(equal: int) -> Non
     rng = np.random.default_rng(1)
     wrong = 0
     for study in rng.normal(0, 1, (STUDIES, 3, 8)) + np.where(np.arange(3) < equal, 3.0, 0.0)[:, None]:
-        tests = [wilcoxon(row, ALPHA, 3) for row in study]
+        tests = [replace(wilcoxon(row), minimum_n=7) for row in study]
         adjusted = holm([test.p_value for test in tests])
         verdicts = [verdict(row.mean(), *pair) for row, *pair in zip(study, tests, adjusted, strict=True)]
         wrong += any(found != "not decided" for found in verdicts[equal:])

@@ -69,7 +69,7 @@ def test_rows_of_an_older_ledger_stand_beside_a_checksum(folder) -> None:
 def test_a_ledger_that_is_cut_short_anywhere(folder, monkeypatch) -> None:
     """Nothing is appended to what is torn, whether or not its last byte is all that lacks."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and of no account here
-    for length in range(len(WHOLE)):
+    for length in (end + more for end in ENDS[:-1] for more in (0, 1, 17, len(LINES[1]) - 1)):
         file = lay(folder, WHOLE[:length])
         count = max(index for index, end in enumerate(ENDS) if end <= length)
         content = read_ledger(file)

@@ -4,18 +4,15 @@ import errno
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from at_work import alive, at_work, events_of, left_by_killed_driver, of
 from PIL import Image
 
 from peft_vit.errors import UserError
-from peft_vit.records import Registration, outcome_digest
+from peft_vit.records import outcome_digest
 from peft_vit.runs import run_one
 from peft_vit.runs.provenance import cpu_count
 from peft_vit.studies import plan_study
@@ -24,9 +21,6 @@ from peft_vit.studies.executors import local, open_executor
 from peft_vit.studies.executors.local import LocalExecutor
 
 pytestmark = pytest.mark.part("runner")
-
-WRITTEN_DOWN = Registration(sha256="1" * 64, hypotheses={"h": "2" * 64})
-PATIENCE_S = 600  # for what takes seconds on an idle machine
 
 
 def endless(config, *names):
@@ -39,21 +33,6 @@ def endless(config, *names):
     return config.model_copy(update={"experiments": tuple(changed)})
 
 
-def events_of(executor, until):
-    """Return what happens until the condition holds of all that has happened."""
-    events = []
-    deadline = time.monotonic() + PATIENCE_S
-    while not until(events):
-        assert time.monotonic() < deadline, [type(event) for event in events if not isinstance(event, RunProgress)]
-        event = executor.next_event(0.2)
-        events += [] if event is None else [event]
-    return events
-
-
-def of(events, kind, name=None):
-    return [one for one in events if isinstance(one, kind) and name in (None, one.run.spec.experiment.name)]
-
-
 def worker_of(events, name):
     return int(of(events, RunStarted, name)[-1].worker.split()[1])
 
@@ -62,25 +41,15 @@ def workers_alive(events):
     return [pid for pid in {int(one.worker.split()[1]) for one in of(events, RunStarted)} if alive(pid)]
 
 
-def alive(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 def test_any_number_of_workers_gives_what_this_process_gives(study, tmp_path) -> None:
     plan = plan_study(study("linear", "lora", "adalora"), tmp_path, file=tmp_path / "tiny.yaml")
     expected = {run.spec.run_id: outcome_digest(run_one(run.spec).record) for run in plan.runs}
     for workers in (1, 2):
-        executor = LocalExecutor(workers, 1, tmp_path, oversubscribe=True)
-        try:
-            for run in plan.runs:
-                executor.submit(replace(run, registration=WRITTEN_DOWN))
+        with at_work(LocalExecutor(workers, 1, tmp_path, oversubscribe=True), *plan.runs) as executor:
             events = events_of(executor, lambda events: len(of(events, RunEnded)) == 3)
-        finally:
-            executor.close()
         assert {one.run.spec.run_id: outcome_digest(one.record) for one in of(events, RunEnded)} == expected
         assert len({one.worker for one in of(events, RunStarted)}) == workers
         assert all(one.adapter for one in of(events, RunEnded))
-        assert all(one.record.registration == WRITTEN_DOWN for one in of(events, RunEnded))
         steps = [one.progress.step for one in of(events, RunProgress, "lora")]
         assert steps == [1, 2, 3, 3, 4, 5, 6, 6]  # nothing is lost on the way
         assert not workers_alive(events)
@@ -89,10 +58,7 @@ def test_any_number_of_workers_gives_what_this_process_gives(study, tmp_path) ->
 def test_a_stop_does_not_wait_for_workers_that_are_still_starting(study, tmp_path) -> None:
     plan = plan_study(study("linear", "lora"), tmp_path, file=tmp_path / "tiny.yaml")
     (tmp_path / "tiny" / "linear" / "seed_0" / "checkpoint-3").mkdir(parents=True)
-    executor = LocalExecutor(2, 1, tmp_path, oversubscribe=True)
-    try:
-        for run in plan.runs:
-            executor.submit(run)
+    with at_work(LocalExecutor(2, 1, tmp_path, oversubscribe=True), *plan.runs) as executor:
         events = [executor.next_event(0), executor.next_event(0)]
         assert [type(event) for event in events] == [RunStarted, RunStarted]
         assert len(workers_alive(events)) == 2
@@ -100,18 +66,13 @@ def test_a_stop_does_not_wait_for_workers_that_are_still_starting(study, tmp_pat
         assert not workers_alive(events)
         stopped = [executor.next_event(0), executor.next_event(0)]
         assert stopped == [RunInterrupted(plan.runs[0], 3), RunInterrupted(plan.runs[1], 0)]
-    finally:
-        executor.close()
 
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> None:
     config = endless(study("qa_lora", "lora", "full"), "qa_lora", "lora")
     plan = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
-    executor = LocalExecutor(2, 1, tmp_path, oversubscribe=True)
-    try:
-        for run in plan.runs:
-            executor.submit(run)
+    with at_work(LocalExecutor(2, 1, tmp_path, oversubscribe=True), *plan.runs) as executor:
         both = events_of(executor, lambda e: of(e, RunProgress, "qa_lora") and of(e, RunProgress, "lora"))
         assert {one.run.spec.experiment.name for one in of(both, RunStarted)} == {"qa_lora", "lora"}
         os.kill(worker_of(both, "lora"), signal.SIGINT)  # which is not for workers
@@ -135,8 +96,6 @@ def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> N
         assert (tmp_path / "tiny" / "lora" / "seed_0" / f"checkpoint-{stopped.step}").is_dir()
         assert executor.next_event(0.3) is None  # the run that waited is forgotten
         assert not of(last, RunStarted)
-    finally:
-        executor.close()
     assert not workers_alive(both + rest)
 
 
@@ -152,13 +111,8 @@ def test_without_a_process_for_it_a_run_waits_for_another_worker(study, tmp_path
         return start()
 
     monkeypatch.setattr(local, "_start_worker", limited)
-    executor = LocalExecutor(2, 1, tmp_path, oversubscribe=True)
-    try:
-        for run in plan.runs:
-            executor.submit(run)
+    with at_work(LocalExecutor(2, 1, tmp_path, oversubscribe=True), *plan.runs) as executor:
         events = events_of(executor, lambda events: len(of(events, RunEnded)) == 2)
-    finally:
-        executor.close()
     assert [one.record.error for one in of(events, RunEnded)] == [None, None]
     assert len({one.worker for one in of(events, RunStarted)}) == 1
     assert len(asked) > 1
@@ -183,9 +137,7 @@ def test_a_study_without_any_process_for_it_is_one_line(study, tmp_path, monkeyp
 @pytest.mark.slow
 def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
     (run,) = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs
-    executor = LocalExecutor(1, 1, tmp_path, oversubscribe=True)
-    try:
-        executor.submit(run)
+    with at_work(LocalExecutor(1, 1, tmp_path, oversubscribe=True), run) as executor:
         first = events_of(executor, lambda events: of(events, RunEnded))
         dead = worker_of(first, "linear")
         os.kill(dead, signal.SIGKILL)
@@ -194,51 +146,14 @@ def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
         again = events_of(executor, lambda events: of(events, RunEnded))
         assert [one.record.error for one in of(first + again, RunEnded)] == [None, None]
         assert worker_of(again, "linear") != dead
-    finally:
-        executor.close()
-
-
-DRIVER = """
-import sys, time
-from pathlib import Path
-from peft_vit.config import load_study
-from peft_vit.studies import plan_study
-from peft_vit.studies.events import RunStarted
-from peft_vit.studies.executors.local import LocalExecutor
-
-if __name__ == "__main__":
-    file = Path(sys.argv[1])
-    executor = LocalExecutor(1, 1, file.parent)
-    for run in plan_study(load_study(file), file.parent, file=file).runs:
-        executor.submit(run)
-    while True:
-        event = executor.next_event(1)
-        if isinstance(event, RunStarted):
-            print(event.worker, flush=True)
-"""
-STUDY = """
-{name: long, seeds: [0], threads: 1, device: cpu, precision: fp32, backbone: {model: test_vit, weights: random},
- data: {dataset: digits, image_size: 32, train_images: 24, validation_images: 20, test_images: 30},
- training: {epochs: 100000, learning_rate: 1e-3}, experiments: [{name: full, method: full}]}
-"""
 
 
 @pytest.mark.slow
 def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path, cache: str) -> None:
-    (tmp_path / "long.yaml").write_text(STUDY)
-    (tmp_path / "driver.py").write_text(DRIVER)
-    driver = subprocess.Popen(
-        [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "long.yaml")], stdout=subprocess.PIPE, text=True
-    )
-    assert driver.stdout is not None
-    assert alive(int(driver.stdout.readline().split()[1]))
-    everything = psutil.Process(driver.pid).children(recursive=True)
-    driver.kill()
-    driver.communicate()
-    deadline = time.monotonic() + PATIENCE_S
-    while any(alive(process.pid) for process in everything) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert [process.pid for process in everything if alive(process.pid)] == []
+    make = "from peft_vit.studies.executors.local import LocalExecutor; executor = LocalExecutor(1, 1, folder)"
+    started, left = left_by_killed_driver(tmp_path, make)
+    assert started >= 1
+    assert left == []
 
 
 def no_worker(*_):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from at_work import at_work, events_of, of
 
 from peft_vit.config import study_from_mapping
 from peft_vit.runs import run_one
@@ -40,18 +41,11 @@ def test_a_run_takes_as_much_first_in_its_worker_as_after_others(cache, tmp_path
     file = tmp_path / "memory.yaml"
     plan = plan_study(study_from_mapping(STUDY, file=file), tmp_path, file=file)
     runs = {run.spec.experiment.name: run for run in plan.runs}
-    executor = LocalExecutor(1, 1, tmp_path, oversubscribe=True)
-    records = []
-    try:
-        for name in ("lora", "full", "peft_lora", "lora"):
-            executor.submit(runs[name])
-            while not isinstance(event := executor.next_event(600), RunEnded):
-                assert event is not None
-            assert event.record.error is None
-            records.append(event.record)
-    finally:
-        executor.close()
-    first, full, _, last = records
+    order = (runs[name] for name in ("lora", "full", "peft_lora", "lora"))
+    with at_work(LocalExecutor(1, 1, tmp_path, oversubscribe=True), *order) as executor:
+        events = events_of(executor, lambda events: len(of(events, RunEnded)) == 4)
+    first, full, _, last = (event.record for event in of(events, RunEnded))
+    assert {event.record.error for event in of(events, RunEnded)} == {None}
     assert last.peak_memory_bytes - first.peak_memory_bytes > LEFT_BYTES, "the worker kept what others left"
     assert abs(last.own_memory_bytes - first.own_memory_bytes) < TOLERANCE_BYTES
     assert full.own_memory_bytes > first.own_memory_bytes + full.bytes.optimizer_bytes / 4, "methods can be told apart"

@@ -21,7 +21,7 @@ def pace(cache, monkeypatch):
     """Set the machine's pace, at first a fast one with memory to spare."""
 
     def set_to(rate: float, memory: int = 1 << 40) -> None:
-        monkeypatch.setattr(own_images, "product_rate", lambda workload: rate)
+        monkeypatch.setattr(own_images, "product_rate", lambda *_: rate)
         monkeypatch.setattr(own_images, "available_memory_bytes", lambda: memory)
 
     set_to(FAST)

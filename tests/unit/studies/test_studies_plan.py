@@ -35,6 +35,23 @@ def with_section(config, method: str, **settings):
     return config.model_copy(update={"experiments": tuple(changed)})
 
 
+def toy(monkeypatch, few: int, many: int) -> ImageIndex:
+    """Have plans find so many images of two classes."""
+    labels = np.repeat([0, 1], [few, many])
+    index = ImageIndex(
+        name="toy",
+        labels=labels,
+        strata=labels,
+        class_names=("few", "many"),
+        official_test=None,
+        licence="none",
+        sha256="0" * 64,
+        read=lambda i: Image.fromarray(np.full((8, 8), 4 * i, np.uint8)),
+    )
+    monkeypatch.setattr("peft_vit.studies.plan.open_index", lambda *_, **__: index)
+    return index
+
+
 def test_every_run_is_counted_and_estimated(study, tmp_path, tmp_path_factory, monkeypatch) -> None:
     config = study("linear", "lora", seeds=(3, 4))
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path_factory.mktemp("nothing_measured")))
@@ -73,18 +90,7 @@ def test_the_records_of_finished_runs_are_not_held(study, tmp_path, monkeypatch)
 
 def test_a_split_that_only_another_seed_cannot_have_is_refused_by_the_plan(study, tmp_path, monkeypatch) -> None:
     """Of 10 and 30 images, the second test image is of either class by lot: 9 or 8 of the 10 are left to train on."""
-    labels = np.repeat([0, 1], [10, 30])
-    index = ImageIndex(
-        name="toy",
-        labels=labels,
-        strata=labels,
-        class_names=("few", "many"),
-        official_test=None,
-        licence="none",
-        sha256="0" * 64,
-        read=lambda i: Image.fromarray(np.full((8, 8), 6 * i, np.uint8)),
-    )
-    monkeypatch.setattr("peft_vit.studies.plan.open_index", lambda *_, **__: index)
+    index = toy(monkeypatch, 10, 30)
     sizes = {"train_images": None, "shots_per_class": 9, "test_images": 2, "validation_images": 4}
     config = study("linear")
     data = config.data.model_copy(update={**sizes, "test_split": "per_seed"})
@@ -98,24 +104,13 @@ def test_a_split_that_only_another_seed_cannot_have_is_refused_by_the_plan(study
 
 def test_a_plan_says_which_class_is_in_no_split_and_with_which_seeds(study, tmp_path, monkeypatch) -> None:
     """Of 3 and 57 images, 10 are tested with one or none of class 'few', by lot, and 10 validated with none or one."""
-    labels = np.repeat([0, 1], [3, 57])
-    index = ImageIndex(
-        name="toy",
-        labels=labels,
-        strata=labels,
-        class_names=("few", "many"),
-        official_test=None,
-        licence="none",
-        sha256="0" * 64,
-        read=lambda i: Image.fromarray(np.full((8, 8), 4 * i, np.uint8)),
-    )
-    monkeypatch.setattr("peft_vit.studies.plan.open_index", lambda *_, **__: index)
+    index = toy(monkeypatch, 3, 57)
     config, seeds = study("linear"), tuple(range(6))
     data = config.data.model_copy(
         update={"train_images": None, "validation_images": 10, "test_images": 10, "test_split": "per_seed"}
     )
     lacking = {
-        name: [seed for seed in seeds if not (labels[getattr(make_splits(index, data, seed), name)] == 0).any()]
+        name: [seed for seed in seeds if not (index.labels[getattr(make_splits(index, data, seed), name)] == 0).any()]
         for name in ("validation", "test")
     }
     assert all(0 < len(own) < 6 for own in lacking.values())
@@ -174,15 +169,6 @@ def test_done_runs_are_skipped_and_estimate_the_others(study, tmp_path) -> None:
     assert [run.done for run in plan.runs] == [True, False]
     assert [run.spec.seed for run in plan.pending] == [1]
     assert {(run.estimate.basis, run.estimate.seconds) for run in plan.runs} == {("records", record.seconds)}
-
-
-def test_failed_runs_are_done_again(study, tmp_path) -> None:
-    config = study("linear")
-    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
-    write_record(tmp_path, record.model_copy(update={"status": "failed", "error": "the worker process died"}))
-    assert len(planned(config, tmp_path).pending) == 1
-    run_and_write(record.spec, tmp_path)
-    assert planned(config, tmp_path).pending == ()
 
 
 def test_a_changed_configuration_under_the_same_name_is_refused_with_the_difference(study, tmp_path) -> None:
@@ -309,11 +295,14 @@ def test_smoke_shrinks_schedules_and_keeps_methods(study) -> None:
     assert {-(-small.data.train_images // e.training.batch_size) for e in small.experiments} == {4}
 
 
-def test_what_failed_may_be_run_with_another_configuration(study, tmp_path) -> None:
+def test_failed_runs_are_done_again_also_with_another_configuration(study, tmp_path) -> None:
     config = study("lora")
     record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
     write_record(tmp_path, record.model_copy(update={"status": "failed", "error": "the loss is nan"}))
-    assert len(planned(study("lora", learning_rate=1e-4), tmp_path).pending) == 1
+    for again in (config, study("lora", learning_rate=1e-4)):
+        assert len(planned(again, tmp_path).pending) == 1
+    write_record(tmp_path, record)
+    assert planned(config, tmp_path).pending == ()
 
 
 def test_a_done_run_needs_its_adapter_and_the_same_images(study, tmp_path) -> None:

@@ -5,13 +5,15 @@ import json
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from at_work import at_work, events_of, of
 from rich.console import Console
 
 from peft_vit.errors import UserError
 from peft_vit.studies import plan_study
-from peft_vit.studies.event_log import EventLog
+from peft_vit.studies.event_log import event_log
 from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.studies.executors.local import LocalExecutor
 from peft_vit.studies.plan import Plan
@@ -47,17 +49,8 @@ def happened(_session_cache, method_sections, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         plan = plan_study(study_from_mapping(mapping, file=folder / "tiny.yaml"), folder, file=folder / "tiny.yaml")
-        executor = LocalExecutor(2, 1, folder, oversubscribe=True)
-        try:
-            for run in plan.runs:
-                executor.submit(run)
-            events = []
-            while sum(isinstance(event, RunEnded) for event in events) < 3:
-                event = executor.next_event(600.0)
-                assert event is not None
-                events.append(event)
-        finally:
-            executor.close()
+        with at_work(LocalExecutor(2, 1, folder, oversubscribe=True), *plan.runs) as executor:
+            events = events_of(executor, lambda events: len(of(events, RunEnded)) == 3)
     assert sorted(event.record.status for event in events if isinstance(event, RunEnded)) == ["done", "done", "failed"]
     return plan, events
 
@@ -185,9 +178,9 @@ def test_what_is_left_follows_from_the_run_itself(happened, monkeypatch) -> None
 
 def test_the_log_has_an_object_for_every_event(happened, tmp_path) -> None:
     _plan, events = happened
-    with EventLog(tmp_path / "log.jsonl") as log:
+    with event_log(tmp_path / "log.jsonl") as log:
         for place, event in enumerate(events, start=1):
-            log.on_event(event)
+            log(event)
             assert len((tmp_path / "log.jsonl").read_bytes().splitlines()) == place  # flushed
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["run"] for row in rows] == [event.run.spec.run_id for event in events]
@@ -208,10 +201,10 @@ def test_the_log_goes_on_after_a_torn_line_and_knows_no_nan(happened, tmp_path) 
     plan, _ = happened
     file = tmp_path / "log.jsonl"
     file.write_text('{"event": "done"}\n{"event": "prog')
-    with EventLog(file) as log:
-        log.on_event(RunProgress(plan.runs[0], Progress(1, 6, float("nan"), None)))
-        log.on_event(RunInterrupted(plan.runs[0], 1))
-        log.on_event(Notice("stopping"))
+    with event_log(file) as log:
+        log(RunProgress(plan.runs[0], Progress(1, 6, float("nan"), None)))
+        log(RunInterrupted(plan.runs[0], 1))
+        log(Notice("stopping"))
     lines = file.read_text().splitlines()
     assert lines[1] == '{"event": "prog'
     rows = [json.loads(line) for line in lines[2:]]
@@ -222,10 +215,8 @@ def test_the_log_goes_on_after_a_torn_line_and_knows_no_nan(happened, tmp_path) 
 def test_a_log_that_cannot_be_written(happened, tmp_path, capsys) -> None:
     _plan, events = happened
     with pytest.raises(UserError, match=r"--log-json: can't be written \(Is a directory\)"):
-        EventLog(tmp_path)
-    with EventLog(tmp_path / "log.jsonl") as log:
-        log._handle.close()
-        log._handle = open("/dev/full", "ab")  # noqa: SIM115
+        event_log(tmp_path).__enter__()
+    with event_log(Path("/dev/full")) as log:
         for event in events[:3]:
-            log.on_event(event)  # the study goes on
+            log(event)  # the study goes on
     assert capsys.readouterr().err.count("No space left on device") == 1

@@ -86,7 +86,7 @@ def test_what_would_change_nothing_is_refused(study, tmp_path) -> None:
     with pytest.raises(UserError, match=r"^--oversubscribe: has no effect with --executor ray"):
         open_executor("ray", plan, tmp_path, oversubscribe=True)
     with pytest.raises(UserError, match=r"^--workers: has no effect with --executor ray"):
-        run_studies(RunRequest([], tmp_path, workers=2), Execution("ray"), print)
+        run_studies(RunRequest([], tmp_path, workers=2), Execution("ray"))
 
 
 def test_a_run_that_needs_a_gpu_has_to_ask_for_it(study, tmp_path) -> None:

@@ -1,18 +1,18 @@
-"""What stood written down when a run's first attempt began is in its record, whatever carries it out and resumes it."""
+"""What stood written down when a run was first begun is in its record, whatever carries it out and resumes it."""
 
 import hashlib
 from pathlib import Path
 
 import pytest
+from fake_study import FakeExecutor, fake_config, fake_drive
 
 from peft_vit.analysis import hypotheses
 from peft_vit.errors import UserError
-from peft_vit.records import Registration
+from peft_vit.records import Registration, read_records
 from peft_vit.records.study_file import read_study_file
-from peft_vit.runs import run_one
 from peft_vit.studies import plan_study
+from peft_vit.studies.events import RunStarted
 from peft_vit.studies.study_file import go_on, study_file, write_study_file
-from peft_vit.training import Checkpoints, Interrupted
 
 pytestmark = pytest.mark.part("runner")
 
@@ -40,12 +40,11 @@ def plan_of(study, folder: Path, own: str | None = None):
 
 def test_a_plan_reads_the_packaged_registry_and_the_own_one(study, tmp_path) -> None:
     packaged = hypotheses.PACKAGED.read_bytes()
-    (plain,) = plan_of(study, tmp_path).runs
-    (with_own,) = plan_of(study, tmp_path, OWN).runs
+    plain, with_own = plan_of(study, tmp_path), plan_of(study, tmp_path, OWN)
     assert plain.registration.sha256 == hashlib.sha256(packaged).hexdigest()
     assert with_own.registration.sha256 == hashlib.sha256(packaged + OWN.encode()).hexdigest()
     assert with_own.registration.hypotheses.keys() - plain.registration.hypotheses.keys() == {"own-sentence"}
-    assert with_own.spec == plain.spec, "hypotheses are no part of a run"
+    assert with_own.runs[0].spec == plain.runs[0].spec, "hypotheses are no part of a run"
 
 
 def test_a_plan_names_the_fault_of_an_own_registry(study, tmp_path) -> None:
@@ -55,37 +54,24 @@ def test_a_plan_names_the_fault_of_an_own_registry(study, tmp_path) -> None:
         plan_study(study("linear").model_copy(update={"hypotheses": "absent.yaml"}), tmp_path, file=tmp_path / "t.yaml")
 
 
-def test_a_record_says_what_it_was_handed_or_what_comes_along(study, tmp_path) -> None:
-    (planned,) = plan_of(study, tmp_path, OWN).runs
-    record = run_one(planned.spec, registration=planned.registration).record
-    assert record.status == "done"
-    assert record.registration == planned.registration
-    assert run_one(planned.spec).record.registration == plan_of(study, tmp_path).runs[0].registration
+def registered(out) -> dict[str, tuple[str, Registration | None]]:
+    return {record.spec.experiment.name: (record.status, record.registration) for record in read_records(out)}
 
 
-def test_a_resumed_run_keeps_what_stood_there_at_its_first_attempt(study, tmp_path) -> None:
-    (planned,) = plan_of(study, tmp_path).runs
-    told: list[int] = []
-    with pytest.raises(Interrupted):
-        run_one(
-            planned.spec,
-            checkpoints=Checkpoints(tmp_path / "run", 0),
-            should_stop=lambda: 2 in told,
-            on_progress=lambda progress: told.append(progress.step),
-            registration=planned.registration,
-        )
-    later = Registration(sha256="1" * 64, hypotheses={"afterthought": "2" * 64})
-    record = run_one(planned.spec, checkpoints=Checkpoints(tmp_path / "run", 0), registration=later).record
-    assert record.status == "done"
-    assert record.registration == planned.registration
+def test_a_record_has_what_stood_there_at_the_first_attempt_also_of_a_failed_or_resumed_run(tmp_path) -> None:
+    def stop_at_b(event) -> None:
+        if isinstance(event, RunStarted) and event.run.spec.experiment.name == "b":
+            raise KeyboardInterrupt
 
-
-def test_a_failed_run_has_it_too(study, tmp_path) -> None:
-    (planned,) = plan_of(study, tmp_path).runs
-    spec = planned.spec.model_copy(update={"data": planned.spec.data.model_copy(update={"path": "/nowhere"})})
-    record = run_one(spec, registration=planned.registration).record
-    assert record.status == "failed"
-    assert record.registration == planned.registration
+    first, later = (Registration(sha256=digit * 64, hypotheses={f"h{digit}": "0" * 64}) for digit in "12")
+    study = fake_config(("a", "b", "c"), (0,))
+    with pytest.raises(KeyboardInterrupt):
+        fake_drive(study, tmp_path, FakeExecutor({"a/seed_0": ["diverged"]}), stop_at_b, registration=first)
+    assert registered(tmp_path) == {"a": ("failed", first)}
+    fake_drive(study, tmp_path, registration=later)
+    assert registered(tmp_path) == {"a": ("done", first), "b": ("done", first), "c": ("done", later)}
+    names = {file.name for file in (tmp_path / "fake").rglob("*") if file.is_file()}
+    assert names == {"study.json", "ledger.jsonl", "record.json", "adapter.safetensors"}
 
 
 def test_adding_hypotheses_makes_no_other_study(study, tmp_path) -> None:

@@ -45,7 +45,7 @@ def test_every_run_is_done_once_and_nothing_is_done_again(tmp_path) -> None:
     outcome = fake_drive(STUDY, tmp_path, executor, told.append)
     ended = [one.record.spec.run_id for one in told if isinstance(one, RunEnded)]
     assert ended == ["fake/a/seed_0", "fake/a/seed_1", "fake/b/seed_0", "fake/b/seed_1"]
-    assert outcome.failed == {}
+    assert outcome == {}
     assert executor.closed
     assert [type(one) for one in told] == 4 * [RunStarted, RunEnded]
     check_complete(STUDY, tmp_path)
@@ -54,7 +54,7 @@ def test_every_run_is_done_once_and_nothing_is_done_again(tmp_path) -> None:
     def never() -> FakeExecutor:
         raise AssertionError("an executor was made")
 
-    assert fake_drive(STUDY, tmp_path, never, told.append).failed == {}
+    assert fake_drive(STUDY, tmp_path, never, told.append) == {}
     assert len(told) == 8
     assert all(file.read_bytes() == content for file, content in before.items())
     assert owner_of(tmp_path / "fake") is None
@@ -77,7 +77,7 @@ def test_a_watcher_that_cannot_write_does_not_stop_the_study(tmp_path, failure) 
         told.append(event)
         raise failure
 
-    assert fake_drive(STUDY, tmp_path, on_event=tell).failed == {}
+    assert fake_drive(STUDY, tmp_path, on_event=tell) == {}
     assert len(told) == 8
     check_complete(STUDY, tmp_path)
 
@@ -103,7 +103,7 @@ def test_what_may_pass_is_retried_as_configured(tmp_path, failure) -> None:
     told = []
     outcomes = {"a/seed_0": [failure, failure], "b/seed_0": [failure, failure, failure]}
     outcome = fake_drive(study, tmp_path, FakeExecutor(outcomes), told.append)
-    assert outcome.failed == {"fake/b/seed_0": f"it was {failure}"}
+    assert outcome == {"fake/b/seed_0": f"it was {failure}"}
     ended = [one.record for one in told if isinstance(one, RunEnded)]
     assert [(record.status, record.attempts) for record in ended] == [("done", 3), ("failed", 3)]
     assert sum(isinstance(one, RunRetried) for one in told) == 4
@@ -124,7 +124,7 @@ def test_what_may_pass_is_retried_as_configured(tmp_path, failure) -> None:
 def test_what_would_fail_again_is_not_retried_and_does_not_stop_the_others(tmp_path, failure) -> None:
     told = []
     outcome = fake_drive(STUDY, tmp_path, FakeExecutor({"a/seed_0": [failure]}), told.append)
-    assert outcome.failed == {"fake/a/seed_0": f"it was {failure}"}
+    assert outcome == {"fake/a/seed_0": f"it was {failure}"}
     assert sum(isinstance(one, RunEnded) for one in told) == 4
     record = read_record(tmp_path / "fake/a/seed_0/record.json")
     assert (record.status, record.failure, record.traceback) == ("failed", failure, "Traceback ...")
@@ -133,11 +133,11 @@ def test_what_would_fail_again_is_not_retried_and_does_not_stop_the_others(tmp_p
 def test_a_later_call_tries_failed_runs_again_or_leaves_them(tmp_path) -> None:
     fake_drive(STUDY, tmp_path, FakeExecutor({"a/seed_0": ["diverged"], "b/seed_1": ["error"]}))
     kept = FakeExecutor()
-    outcome = fake_drive(STUDY, tmp_path, kept, keep_failed=True)
+    outcome = fake_drive(STUDY, tmp_path, kept, skip_failed=True)
     assert kept.submitted == []
-    assert outcome.failed == {"fake/a/seed_0": "it was diverged", "fake/b/seed_1": "it was error"}
+    assert outcome == {"fake/a/seed_0": "it was diverged", "fake/b/seed_1": "it was error"}
     again = FakeExecutor()
-    assert fake_drive(STUDY, tmp_path, again).failed == {}
+    assert fake_drive(STUDY, tmp_path, again) == {}
     assert again.submitted == ["a/seed_0", "b/seed_1"]
     check_complete(STUDY, tmp_path)
     assert events(tmp_path, "a/seed_0") == [("started", 1), ("failed", 1), ("started", 2), ("done", 2)]
@@ -162,16 +162,12 @@ def test_without_its_lock_file_a_study_still_has_one_writer(tmp_path) -> None:
 
 
 def test_odd_characters_of_an_error_can_be_written(tmp_path) -> None:
-    class Odd(FakeExecutor):
-        def next_event(self, timeout_s):
-            event = super().next_event(timeout_s)
-            if isinstance(event, RunEnded):
-                record = failed_record(event.run.spec, "error").model_copy(update={"error": "no file \udcff\n"})
-                return RunEnded(event.run, record, None)
-            return event
+    def odd(event: RunEnded) -> RunEnded:
+        record = failed_record(event.run.spec, "error").model_copy(update={"error": "no file \udcff\n"})
+        return RunEnded(event.run, record, None)
 
-    outcome = fake_drive(fake_config(("a",), (0,)), tmp_path, Odd())
-    assert outcome.failed == {"fake/a/seed_0": "no file \\udcff\n"}
+    outcome = fake_drive(fake_config(("a",), (0,)), tmp_path, FakeExecutor(ending=odd))
+    assert outcome == {"fake/a/seed_0": "no file \\udcff\n"}
 
 
 def test_records_of_an_earlier_version_are_taken_over(tmp_path) -> None:
@@ -218,20 +214,18 @@ def test_late_words_of_a_run_that_has_ended_change_nothing(tmp_path) -> None:
             return event
 
     echoes = []
-    assert fake_drive(STUDY, tmp_path, Echo()).failed == {}
+    assert fake_drive(STUDY, tmp_path, Echo()) == {}
     check_complete(STUDY, tmp_path)
 
 
-def test_an_interruption_that_nobody_asked_for_is_carried_on(tmp_path) -> None:
-    class Preempted(FakeExecutor):
-        def next_event(self, timeout_s):
-            event = super().next_event(timeout_s)
-            if isinstance(event, RunEnded) and self.submitted.count("a/seed_0") == 1:
-                return RunInterrupted(event.run, 5)
-            return event
+def preempted(steps: list[int]) -> FakeExecutor:
+    """Return an executor whose first attempts are interrupted at these steps."""
+    return FakeExecutor(ending=lambda event: RunInterrupted(event.run, steps.pop(0)) if steps else event)
 
+
+def test_an_interruption_that_nobody_asked_for_is_carried_on(tmp_path) -> None:
     study = fake_config(("a",), (0,))
-    fake_drive(study, tmp_path, Preempted())
+    fake_drive(study, tmp_path, preempted([5]))
     assert events(tmp_path) == [("started", 1), ("interrupted", 1), ("started", 2), ("done", 2)]
     check_complete(study, tmp_path)
 
@@ -240,19 +234,11 @@ def test_an_interruption_that_nobody_asked_for_is_carried_on(tmp_path) -> None:
     ("steps", "attempts", "failed"), [([0, 0, 0], 2, True), ([3, 3, 3], 3, True), ([3, 3, 4, 5], 5, False)]
 )
 def test_interruptions_without_a_step_are_failures_of_which_there_are_few(tmp_path, steps, attempts, failed) -> None:
-    class Preempted(FakeExecutor):
-        def next_event(self, timeout_s):
-            event = super().next_event(timeout_s)
-            if isinstance(event, RunEnded) and left:
-                return RunInterrupted(event.run, left.pop(0))
-            return event
-
-    left = list(steps)
-    executor = Preempted()
+    executor = preempted(list(steps))
     outcome = fake_drive(fake_config(("a",), (0,), execution={"retries": 1}), tmp_path, executor)
     assert len(executor.submitted) == attempts
     reason = f"it was interrupted at step {steps[0]} without a step since the last time"
-    assert outcome.failed == ({"fake/a/seed_0": reason} if failed else {})
+    assert outcome == ({"fake/a/seed_0": reason} if failed else {})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -368,5 +354,5 @@ def test_no_room_for_a_checkpoint_ends_the_study_and_fails_no_run(tmp_path) -> N
     )
     assert executor.closed
     assert [run.state for run in study_status(tmp_path / "fake").runs] == ["done", "pending", "pending", "pending"]
-    fake_drive(STUDY, tmp_path, FakeExecutor(), keep_failed=True)
+    fake_drive(STUDY, tmp_path, FakeExecutor(), skip_failed=True)
     check_complete(STUDY, tmp_path)

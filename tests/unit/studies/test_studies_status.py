@@ -209,7 +209,7 @@ def test_the_table_of_runs(tmp_path) -> None:
     (tmp_path / "fake/a/seed_1/adapter.safetensors").unlink()
     assert list(repair(tmp_path))[-1] == f"{tmp_path / 'fake/runs.parquet'}: 4 runs"
     table = pandas.read_parquet(tmp_path / "fake/runs.parquet")
-    assert tuple(table.columns) == COLUMNS
+    assert list(table.columns) == list(COLUMNS)
     assert list(table.state) == ["done", "pending", "failed", "done"]
     assert list(table.experiment + "/" + table.seed.astype(str)) == ["a/0", "a/1", "b/0", "b/1"]
     record = read_record(tmp_path / "fake/a/seed_0/record.json")

@@ -8,15 +8,15 @@ from PIL import Image
 from written_runs import run_and_write
 
 from peft_vit.costs.cache import Costs, keep_costs
-from peft_vit.costs.pace import Pace, Probe
+from peft_vit.costs.pace import MeasuredPace, Probe
 from peft_vit.errors import UserError
 from peft_vit.records.study_file import read_study_file
 from peft_vit.studies import plan_study
-from peft_vit.studies.deadline import Limit
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.scheduler import drive
 from peft_vit.studies.status import study_status
 from peft_vit.studies.study_file import study_file, write_study_file
+from peft_vit.studies.time_limit import Limit
 from peft_vit.studies.within import plan_within
 
 pytestmark = pytest.mark.part("runner")
@@ -27,13 +27,13 @@ SEEDS = tuple(range(10))
 def pace_of(step_s: float, fixed_s: float = 0.0, start_s: float = 0.0):
     """Make a measurement: seconds of a step of lora with 8 images of 17 tokens, of which some are there at any size."""
 
-    def measure(study, index, workload, budget_s, tell) -> Pace:
+    def measure(study, index, workload, budget_s, tell) -> MeasuredPace:
         tell(f"measured in {budget_s:.0f} s")
         small_s = fixed_s + (step_s - fixed_s) * 5 / 17
         large, small = (
             Costs(start_s=start_s, step_s=one, image_s=1e-6, peak_memory_bytes=1, images=1) for one in (step_s, small_s)
         )
-        return Pace({"lora": [Probe("lora", 17, 8, large), Probe("lora", 5, 8, small)]}, 0.0)
+        return MeasuredPace({"lora": [Probe("lora", 17, 8, large), Probe("lora", 5, 8, small)]}, 0.0)
 
     return measure
 

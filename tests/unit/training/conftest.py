@@ -29,5 +29,5 @@ def data() -> Callable[..., Data]:
 
 
 @pytest.fixture
-def setting() -> RuntimeConfig:
+def runtime() -> RuntimeConfig:
     return RuntimeConfig(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "horizontal")

@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -178,7 +176,6 @@ def test_one_is_due_after_the_interval_and_a_hundred_times_its_cost(tmp_path) ->
     for seconds, due in ((1570.3, False), (1570.5, True)):
         now[0] = seconds
         assert keeper.is_due() is due
-    assert keeper.seconds == pytest.approx(10.2)
     always = CheckpointKeeper(Checkpoints(tmp_path / "always", 0), clock=lambda: 7.0)
     assert always.is_due()
 
@@ -429,39 +426,3 @@ def test_killed_at_any_call_the_last_one_still_loads(tmp_path, name, count) -> N
     assert step in (7, 8)
     assert_same(found, state(step))
     assert not list(tmp_path.glob(".checkpoint-*"))
-
-
-REALLY_FULL = """
-import errno, sys
-from pathlib import Path
-import torch
-from peft_vit.training import CheckpointKeeper, Checkpoints, State
-folder = Path(sys.argv[1]) / "run"
-keeper = CheckpointKeeper(Checkpoints(folder, 0))
-def state(step, size): return State({"w": torch.full((size,), float(step))}, {"step": step})
-keeper.keep(1, lambda: state(1, 100_000))
-keeper.keep(2, lambda: state(2, 100_000))
-try:
-    keeper.keep(3, lambda: state(3, 400_000))
-except OSError as error:
-    assert error.errno == errno.ENOSPC, error
-else:
-    raise AssertionError("it fitted")
-again = CheckpointKeeper(Checkpoints(folder, 0))
-found = again.newest()
-assert again.step == 2 and found.values == {"step": 2} and bool((found.tensors["w"] == 2).all())
-assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "checkpoint-2"]
-again.keep(3, lambda: state(3, 10_000))
-assert again.newest().values == {"step": 3}
-print("full")
-"""
-
-
-def test_a_file_system_that_is_really_full(tmp_path) -> None:
-    mounted = 'mount -t tmpfs -o size=2m tmpfs "$1" && exec "$2" -c "$3" "$1"'
-    command = ["unshare", "-Urm", "sh", "-c", mounted, "sh", str(tmp_path), sys.executable, REALLY_FULL]
-    probe = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$1"', "sh", str(tmp_path)]
-    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode:
-        pytest.skip("no file system may be mounted here")
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert (ended.returncode, ended.stdout) == (0, "full\n"), ended.stderr

@@ -7,7 +7,7 @@ from peft_vit.adapters import attach_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.config import TrainingConfig
 from peft_vit.records import Evaluation, Metrics
-from peft_vit.training import train
+from peft_vit.training import Hook, train
 from peft_vit.training.learning_rate import WarmupStableDecay
 from peft_vit.training.training_state import TrainingState
 
@@ -41,7 +41,7 @@ def config(**settings) -> TrainingConfig:
     return TrainingConfig(**{**default, **settings})
 
 
-class Late:
+class Late(Hook):
     """Let no state before a step be chosen."""
 
     name = "late"
@@ -52,21 +52,9 @@ class Late:
     def deployable(self, step: int) -> bool:
         return step >= self.first
 
-    def start_deployable(self) -> bool:
-        return False
-
-    def attach(self, *arguments) -> None: ...
-
-    after_backward = before_step = after_step = attach
-
-    def penalties(self, model) -> dict:
-        return {}
-
-    notes = state = lambda self, *arguments: {}
-
 
 @pytest.fixture
-def trained(tiny_vit, data, setting, monkeypatch):
+def trained(tiny_vit, data, runtime, monkeypatch):
     """Train with planted validation accuracies: rising up to a step, then one less."""
 
     def make(best: int, *hooks, **settings):
@@ -80,9 +68,8 @@ def trained(tiny_vit, data, setting, monkeypatch):
 
         monkeypatch.setattr(TrainingState, "_evaluation", planted)
         model = tiny_vit()
-        sites = find_sites(model)
-        attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 1), scale=1.0, seed=0)
-        return train(model, data(), config(**settings), setting, seed=0, hooks=hooks)
+        attach_adapters(model, find_sites(model), 1, scale=1.0, seed=0)
+        return train(model, data(), config(**settings), runtime, seed=0, hooks=hooks)
 
     return make
 

@@ -45,10 +45,10 @@ def centred(logits):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("l2", [0.03, 0.3])  # the fit is off by its gradient over l2 at most
-def test_it_is_the_optimum_that_another_solver_finds(setting, classes, weighted, l2) -> None:
+def test_it_is_the_optimum_that_another_solver_finds(runtime, classes, weighted, l2) -> None:
     train, other = features(classes), features(classes, count=40, seed=1)
     by_class = np.linspace(0.5, 2.5, classes) if weighted else None
-    probe = fit_probe(train, other, nn.Linear(6, classes), setting, class_weights=by_class, l2=(l2,))
+    probe = fit_probe(train, other, nn.Linear(6, classes), runtime, class_weights=by_class, l2=(l2,))
 
     x = train.values.astype(np.float64)
     mean, spread = x.mean(0), x.std(0)
@@ -77,21 +77,21 @@ def test_it_is_the_optimum_that_another_solver_finds(setting, classes, weighted,
     assert probe.steps[0].loss == pytest.approx(task_loss, abs=1e-6)
 
 
-def test_a_constant_feature_does_no_harm(setting) -> None:
+def test_a_constant_feature_does_no_harm(runtime) -> None:
     train, validation = features(3), features(3, seed=1)
 
     def with_constant(one: Features, value: float) -> Features:
         column = np.full((len(one.labels), 1), value, np.float32)
         return Features(np.concatenate([one.values, column], 1), one.labels)
 
-    without = fit_probe(train, validation, nn.Linear(6, 3), setting, l2=(0.1,))
-    probe = fit_probe(with_constant(train, 1.1), with_constant(validation, 9.0), nn.Linear(7, 3), setting, l2=(0.1,))
+    without = fit_probe(train, validation, nn.Linear(6, 3), runtime, l2=(0.1,))
+    probe = fit_probe(with_constant(train, 1.1), with_constant(validation, 9.0), nn.Linear(7, 3), runtime, l2=(0.1,))
     assert float(probe.weight[:, 6].abs().max()) < 1e-9
     torch.testing.assert_close(probe.weight[:, :6], without.weight, rtol=0, atol=1e-5)
     assert probe.chosen.metrics.accuracy == without.chosen.metrics.accuracy
 
 
-def test_validation_chooses_the_strength(setting) -> None:
+def test_validation_chooses_the_strength(runtime) -> None:
     """Where labels are noise a strong penalty wins, where they are not a weak one, which is also surer of itself."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=(60, 40)).astype(np.float32)
@@ -101,15 +101,15 @@ def test_validation_chooses_the_strength(setting) -> None:
     strengths = (1e-3, 1e3)
     head = nn.Linear(40, 2)
     before = head.weight.clone()
-    assert fit_probe(noise, majority, head, setting, l2=strengths).fit.chosen_l2 == 1e3
-    probe = fit_probe(told, told, head, setting, l2=strengths)
+    assert fit_probe(noise, majority, head, runtime, l2=strengths).fit.chosen_l2 == 1e3
+    probe = fit_probe(told, told, head, runtime, l2=strengths)
     assert probe.fit.chosen_l2 == 1e-3
     assert probe.fit.l2 == (1e3, 1e-3)
     assert probe.chosen.metrics == probe.fit.chosen
     assert [one.metrics for one in probe.evaluations] == list(probe.fit.validation)
     assert torch.equal(head.weight, before)
     apart = Features(np.repeat([[-9.0], [9.0]], 30, 0).astype(np.float32), np.repeat([0, 1], 30))
-    equal = fit_probe(apart, apart, nn.Linear(1, 2), setting, l2=(0.01, 0.1))
+    equal = fit_probe(apart, apart, nn.Linear(1, 2), runtime, l2=(0.01, 0.1))
     assert [one.accuracy for one in equal.fit.validation] == [1.0, 1.0]
     assert equal.fit.chosen_l2 == 0.01  # the lower NLL
     probe.set_head(head)
@@ -134,60 +134,60 @@ def images() -> LabelledImages:
 
 
 @pytest.mark.parametrize("prepare", [lambda model: model, packed], ids=["plain", "packed"])
-def test_the_head_sees_its_inputs_and_nothing_else(tiny_vit, images, setting, prepare) -> None:
+def test_the_head_sees_its_inputs_and_nothing_else(tiny_vit, images, runtime, prepare) -> None:
     plain = tiny_vit().eval()
     model = prepare(tiny_vit()).train()
-    seen = head_inputs(model, images, setting, 4)
+    seen = head_inputs(model, images, runtime, 4)
     assert model.training
     assert seen.dtype == np.float32
-    ((batch, _),) = images.ordered_batches(11, setting.mean, setting.std)
+    ((batch, _),) = images.ordered_batches(11, runtime.mean, runtime.std)
     model.eval()
     with torch.inference_mode():
         expected = model.forward_head(model.forward_features(batch), pre_logits=True)
         logits, unpacked = model(batch), plain(batch)
     np.testing.assert_allclose(seen, expected.numpy(), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(head_logits(model.head, seen, setting), logits.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(head_logits(model.head, seen, runtime), logits.numpy(), rtol=0, atol=1e-5)
     assert torch.equal(logits, unpacked) == (prepare is not packed)
     assert not model.head._forward_pre_hooks
 
 
-def test_an_image_s_features_depend_on_no_other_image(tiny_vit, images, setting) -> None:
+def test_an_image_s_features_depend_on_no_other_image(tiny_vit, images, runtime) -> None:
     model = tiny_vit()
-    whole = head_inputs(model, images, setting, 4)
+    whole = head_inputs(model, images, runtime, 4)
     for count in (1, 4, 6, 9):  # the last batch is filled up
-        assert np.array_equal(head_inputs(model, images.chosen(np.arange(count)), setting, 4), whole[:count])
-    backwards = head_inputs(model, images.chosen(np.arange(11)[::-1]), setting, 4)
+        assert np.array_equal(head_inputs(model, images.chosen(np.arange(count)), runtime, 4), whole[:count])
+    backwards = head_inputs(model, images.chosen(np.arange(11)[::-1]), runtime, 4)
     np.testing.assert_allclose(backwards[::-1], whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("flips", "ways"), [("none", 1), ("horizontal", 2), ("both", 4)])
-def test_flips_are_those_of_the_pixels(tiny_vit, images, setting, flips, ways) -> None:
+def test_flips_are_those_of_the_pixels(tiny_vit, images, runtime, flips, ways) -> None:
     model = tiny_vit()
     axes = flip_axes(flips)
     assert len(set(axes)) == ways
     assert axes[0] == ()
-    found = [head_inputs(model, images, setting, 4, one) for one in axes]
+    found = [head_inputs(model, images, runtime, 4, one) for one in axes]
     for one, values in zip(axes, found, strict=True):
         pixels = np.flip(images.pixels, [{-1: 2, -2: 1}[axis] for axis in one]).copy()
-        assert np.array_equal(values, head_inputs(model, LabelledImages(pixels, images.labels), setting, 4))
+        assert np.array_equal(values, head_inputs(model, LabelledImages(pixels, images.labels), runtime, 4))
     assert all(not np.allclose(found[0], other) for other in found[1:])
 
 
-def test_logits_have_the_setting_s_precision(setting) -> None:
+def test_logits_have_the_setting_s_precision(runtime) -> None:
     head, values = nn.Linear(6, 3), features(3).values
-    reduced = type(setting)(setting.device, "bf16", setting.mean, setting.std)
-    exact, rounded = head_logits(head, values, setting), head_logits(head, values, reduced)
+    reduced = type(runtime)(runtime.device, "bf16", runtime.mean, runtime.std)
+    exact, rounded = head_logits(head, values, runtime), head_logits(head, values, reduced)
     assert not np.array_equal(exact, rounded)
     np.testing.assert_allclose(rounded, exact, rtol=0, atol=0.2)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-def test_a_head_start_has_the_temperature_with_the_lowest_loss_on_validation(setting, classes) -> None:
+def test_a_head_start_has_the_temperature_with_the_lowest_loss_on_validation(runtime, classes) -> None:
     train, clean = features(classes, count=30, width=40), features(classes, count=200, width=40, seed=1)
     wrong = np.arange(len(clean.labels)) % 5 == 0  # a fifth of the labels: whoever is sure of all is punished
     validation = Features(clean.values, np.where(wrong, (clean.labels + 1) % classes, clean.labels))
     head = nn.Linear(40, classes)
-    probe = fit_probe(train, validation, head, setting, l2=(1e-4,))  # 30 points in 40 dimensions: separated
+    probe = fit_probe(train, validation, head, runtime, l2=(1e-4,))  # 30 points in 40 dimensions: separated
     assert probe.steps[0].loss < 0.01
     found = probe.temperature(validation)
     logits = validation.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()

@@ -9,9 +9,11 @@ from peft_vit import AdaLoraConfig, AdaLoRAController
 from peft_vit.adapters import attach_adapters, current_ranks, freeze_backbone, set_ranks
 from peft_vit.backbones import find_sites
 from peft_vit.config import TrainingConfig
+from peft_vit.errors import DivergedError
 from peft_vit.evaluation import measure, predict, trainable_parameters
 from peft_vit.records import Evaluation, Metrics
-from peft_vit.training import AllocationHook, DivergedError, class_weights, steps_per_epoch, train
+from peft_vit.training import AllocationHook, Hook, steps_per_epoch, train
+from peft_vit.training.optimization import class_weights
 from peft_vit.training.training_state import BestState
 
 pytestmark = pytest.mark.part("trainer")
@@ -22,12 +24,11 @@ def config(**settings) -> TrainingConfig:
 
 
 def lora(model):
-    sites = find_sites(model)
-    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 2), scale=2.0, seed=0)
+    attach_adapters(model, find_sites(model), 2, scale=2.0, seed=0)
     return model
 
 
-class DeployableFrom:
+class DeployableFrom(Hook):
     """A hook that only forbids early states."""
 
     name = "late"
@@ -35,39 +36,18 @@ class DeployableFrom:
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def attach(self, model, optimizer) -> None:
-        pass
-
-    def penalties(self, model):
-        return {}
-
-    def after_backward(self, model, step) -> None:
-        pass
-
-    def before_step(self, model, step) -> None:
-        pass
-
-    def after_step(self, model, optimizer, step) -> None:
-        pass
-
-    def notes(self) -> dict[str, float]:
-        return {}
-
     def deployable(self, step) -> bool:
         return step >= self.step
 
-    def start_deployable(self) -> bool:
-        return True
 
-
-def plain_loop(model, data, setting, weights) -> list[float]:
+def plain_loop(model, data, runtime, weights) -> list[float]:
     """Train as a person would, without the package's loop, and return the losses."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3, weight_decay=0.01)
     course = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=9, cycle_momentum=False)
     losses = []
     for epoch in (1, 2, 3):
         for images, labels in data.train.shuffled_batches(
-            8, setting.mean, setting.std, flips="horizontal", seed=4, epoch=epoch
+            8, runtime.mean, runtime.std, flips="horizontal", seed=4, epoch=epoch
         ):
             losses_by_image = F.cross_entropy(model(images), labels, reduction="none")
             loss = (losses_by_image * (1 if weights is None else weights[labels])).mean()
@@ -81,34 +61,34 @@ def plain_loop(model, data, setting, weights) -> list[float]:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_it_equals_a_plain_loop(tiny_vit, data, setting, weighted) -> None:
+def test_it_equals_a_plain_loop(tiny_vit, data, runtime, weighted) -> None:
     images = data()
     counts = np.bincount(images.train.labels)
     assert set(counts) == {3, 6}
     weights = torch.tensor(18 / (5 * counts), dtype=torch.float32)
     torch.testing.assert_close(class_weights(images.train.labels, 5), weights)
-    result = train(lora(tiny_vit()), images, config(class_weights=weighted), setting, seed=4, hooks=[DeployableFrom(9)])
-    expected = plain_loop(lora(tiny_vit()), images, setting, weights if weighted else None)
+    result = train(lora(tiny_vit()), images, config(class_weights=weighted), runtime, seed=4, hooks=[DeployableFrom(9)])
+    expected = plain_loop(lora(tiny_vit()), images, runtime, weights if weighted else None)
     assert [row.loss for row in result.steps] == pytest.approx(expected, rel=1e-5)
     assert [row.step for row in result.steps] == list(range(1, 10))
     assert min(expected[-3:]) < expected[0]  # it learns
 
 
-def test_validation_chooses_the_best_deployable_epoch_and_the_model_is_left_there(tiny_vit, data, setting) -> None:
-    free = train(lora(tiny_vit()), data(), config(), setting, seed=0)
+def test_validation_chooses_the_best_deployable_epoch_and_the_model_is_left_there(tiny_vit, data, runtime) -> None:
+    free = train(lora(tiny_vit()), data(), config(), runtime, seed=0)
     assert [evaluation.step for evaluation in free.evaluations] == [3, 6, 9]
     best = max(free.evaluations, key=lambda e: (e.metrics.accuracy, -e.metrics.nll))
     assert free.chosen == best
     for earliest in (1, 4, 7):
         model, images = lora(tiny_vit()), data()
-        result = train(model, images, config(), setting, seed=0, hooks=[DeployableFrom(earliest)])
+        result = train(model, images, config(), runtime, seed=0, hooks=[DeployableFrom(earliest)])
         allowed = [evaluation for evaluation in result.evaluations if evaluation.step >= earliest]
         assert [evaluation.deployable for evaluation in result.evaluations] == [s >= earliest for s in (3, 6, 9)]
         assert result.chosen == max(allowed, key=lambda e: (e.metrics.accuracy, -e.metrics.nll))
-        batches = images.validation.ordered_batches(32, setting.mean, setting.std)
-        assert measure(*predict(model, batches, device=setting.device, precision="fp32")) == result.chosen.metrics
+        batches = images.validation.ordered_batches(32, runtime.mean, runtime.std)
+        assert measure(*predict(model, batches, device=runtime.device, precision="fp32")) == result.chosen.metrics
     with pytest.raises(RuntimeError, match="no validation found a deployable state"):
-        train(lora(tiny_vit()), data(), config(), setting, seed=0, hooks=[DeployableFrom(10)])
+        train(lora(tiny_vit()), data(), config(), runtime, seed=0, hooks=[DeployableFrom(10)])
 
 
 def test_an_earlier_choice_comes_back_with_its_ranks(tiny_vit, batch, fill_adapters) -> None:
@@ -130,15 +110,15 @@ def test_an_earlier_choice_comes_back_with_its_ranks(tiny_vit, batch, fill_adapt
         assert torch.equal(model(batch[0]), logits)
 
 
-def test_the_test_split_stays_sealed(tiny_vit, data, setting) -> None:
+def test_the_test_split_stays_sealed(tiny_vit, data, runtime) -> None:
     images = data()
-    train(lora(tiny_vit()), images, config(epochs=1), setting, seed=0)
+    train(lora(tiny_vit()), images, config(epochs=1), runtime, seed=0)
     assert len(images.test.open()) == 12
     with pytest.raises(RuntimeError, match="opened before"):
         images.test.open()
 
 
-def test_counts_and_history_with_moving_ranks(tiny_vit, data, setting) -> None:
+def test_counts_and_history_with_moving_ranks(tiny_vit, data, runtime) -> None:
     model = tiny_vit()
     settings = AdaLoraConfig(
         total_rank_budget=12,
@@ -151,7 +131,7 @@ def test_counts_and_history_with_moving_ranks(tiny_vit, data, setting) -> None:
     )
     hook = AllocationHook(AdaLoRAController(model, settings, 9))
     before = trainable_parameters(model)
-    result = train(model, data(), config(), setting, seed=0, hooks=[hook])
+    result = train(model, data(), config(), runtime, seed=0, hooks=[hook])
     assert result.initial_parameters == before
     assert result.peak_parameters >= before > trainable_parameters(model)
     assert sum(current_ranks(model).values()) == 12
@@ -160,7 +140,7 @@ def test_counts_and_history_with_moving_ranks(tiny_vit, data, setting) -> None:
     assert result.optimizer_bytes >= 2 * 4 * trainable_parameters(model)
 
 
-def test_hooks_are_attached_once_before_the_first_step(tiny_vit, data, setting) -> None:
+def test_hooks_are_attached_once_before_the_first_step(tiny_vit, data, runtime) -> None:
     class Noted(DeployableFrom):
         def attach(self, model, optimizer) -> None:
             calls.append(("attach", len(optimizer.state), optimizer))
@@ -173,7 +153,7 @@ def test_hooks_are_attached_once_before_the_first_step(tiny_vit, data, setting) 
 
     calls = []
     model = lora(tiny_vit())
-    train(model, data(), config(epochs=1), setting, seed=0, hooks=[Noted(1)])
+    train(model, data(), config(epochs=1), runtime, seed=0, hooks=[Noted(1)])
     assert [call[:2] for call in calls] == [
         ("attach", 0),
         ("before", 1),
@@ -187,7 +167,7 @@ def test_hooks_are_attached_once_before_the_first_step(tiny_vit, data, setting) 
     assert calls[0][2] is calls[2][2]
 
 
-def test_seconds_count_by_the_purpose_of_each_call(tiny_vit, data, setting, monkeypatch) -> None:
+def test_seconds_count_by_the_purpose_of_each_call(tiny_vit, data, runtime, monkeypatch) -> None:
     class Slow(DeployableFrom):
         """Lets the clock go on by a power of ten in each call, so that sums tell who is in them."""
 
@@ -212,8 +192,8 @@ def test_seconds_count_by_the_purpose_of_each_call(tiny_vit, data, setting, monk
         purposes = AllocationHook.purposes
 
     now = [0.0]
-    monkeypatch.setattr("peft_vit.training.training_state.time.perf_counter", lambda: now[0])
-    result = train(lora(tiny_vit()), data(), config(epochs=1), setting, seed=0, hooks=[Slow(1), Split(1)])  # 3 steps
+    monkeypatch.setattr("peft_vit.training.hooks.time.perf_counter", lambda: now[0])
+    result = train(lora(tiny_vit()), data(), config(epochs=1), runtime, seed=0, hooks=[Slow(1), Split(1)])  # 3 steps
     assert result.overhead_s.pop("evaluation") == 0
     assert result.overhead_s == {
         "late": pytest.approx(3 * 1.111 + 1e-4),
@@ -223,7 +203,7 @@ def test_seconds_count_by_the_purpose_of_each_call(tiny_vit, data, setting, monk
     }
 
 
-def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, setting) -> None:
+def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, runtime) -> None:
     model = tiny_vit()
     settings = AdaLoraConfig(
         total_rank_budget=8,
@@ -235,7 +215,7 @@ def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, sett
         final_steps=3,
     )
     hook = AllocationHook(AdaLoRAController(model, settings, 9))
-    result = train(model, data(), config(), setting, seed=0, hooks=[hook])
+    result = train(model, data(), config(), runtime, seed=0, hooks=[hook])
     assert [entry["step"] for entry in hook.controller.probe_history] == [1, 3, 5, 6]  # the first through attach
     counted = [sum(entry["ranks"].values()) for entry in hook.controller.rank_history]
     assert counted == [8] * 5
@@ -243,13 +223,13 @@ def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, sett
     assert isinstance(hook.probing_s(result.steps), float)
 
 
-def test_progress_learning_rates_and_shares(tiny_vit, data, setting) -> None:
+def test_progress_learning_rates_and_shares(tiny_vit, data, runtime) -> None:
     seen = []
     result = train(
         lora(tiny_vit()),
         data(),
         config(epochs=2, schedule="constant", optimizer="sgd"),
-        setting,
+        runtime,
         seed=0,
         on_progress=seen.append,
     )
@@ -260,23 +240,23 @@ def test_progress_learning_rates_and_shares(tiny_vit, data, setting) -> None:
     assert result.seconds_per_step == np.median([row.seconds for row in result.steps])
 
 
-def test_bf16_trains_float32_parameters(tiny_vit, data, setting) -> None:
+def test_bf16_trains_float32_parameters(tiny_vit, data, runtime) -> None:
     model = lora(tiny_vit())
-    reduced = type(setting)(setting.device, "bf16", setting.mean, setting.std, setting.flips)
+    reduced = type(runtime)(runtime.device, "bf16", runtime.mean, runtime.std, runtime.flips)
     result = train(model, data(), config(epochs=1), reduced, seed=0)
-    full = train(lora(tiny_vit()), data(), config(epochs=1), setting, seed=0)
+    full = train(lora(tiny_vit()), data(), config(epochs=1), runtime, seed=0)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert result.steps[0].loss == pytest.approx(full.steps[0].loss, rel=0.05)
     assert result.steps[0].loss != full.steps[0].loss
 
 
-def test_it_diverges_loudly(tiny_vit, data, setting) -> None:
+def test_it_diverges_loudly(tiny_vit, data, runtime) -> None:
     model = tiny_vit()
     freeze_backbone(model)
     with torch.no_grad():
         model.head.bias[0] = torch.nan
     with pytest.raises(DivergedError, match="the loss is nan at step 1"):
-        train(model, data(), config(), setting, seed=0)
+        train(model, data(), config(), runtime, seed=0)
 
 
 def test_steps_per_epoch() -> None:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_vit.training import class_weights
-from peft_vit.training.loss import weighted_cross_entropy
+from peft_vit.training.optimization import class_weights, weighted_cross_entropy
 
 pytestmark = pytest.mark.part("trainer")
 LABELS = np.array([0, 0, 0, 0, 0, 0, 1, 1, 2])

@@ -7,14 +7,14 @@ from torch.nn import functional as F
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
 from peft_vit.adapters import freeze_backbone, site_adapters
-from peft_vit.errors import UserError
-from peft_vit.training import AllocationHook, DivergedError, optimization_step
+from peft_vit.errors import DivergedError, UserError
+from peft_vit.training import AllocationHook, Hook, optimization_step
 
 pytestmark = pytest.mark.part("trainer")
 RATE = 0.1
 
 
-class Recorder:
+class Recorder(Hook):
     """A hook that notes what it saw."""
 
     name = "recorder"
@@ -23,9 +23,6 @@ class Recorder:
         self.penalty = penalty
         self.seen = None
         self.whole = None
-
-    def attach(self, model, optimizer) -> None:
-        pass
 
     def penalties(self, model):
         return {"pull": self.penalty * model.head.bias.square().sum()} if self.penalty else {}
@@ -38,12 +35,6 @@ class Recorder:
 
     def after_step(self, model, optimizer, step) -> None:
         assert model.head.bias.grad is not None  # not yet cleared
-
-    def notes(self) -> dict[str, float]:
-        return {}
-
-    def deployable(self, step) -> bool:
-        return True
 
 
 def probe(tiny_vit):

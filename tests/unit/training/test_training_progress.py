@@ -33,12 +33,12 @@ QA_LORA = QaLoraConfig(
 TRAINING = TrainingConfig(epochs=3, batch_size=8, learning_rate=3e-3)
 
 
-def watched(model: VisionTransformer, data, setting, method: str, read, **sections) -> list[tuple[Progress, object]]:
+def watched(model: VisionTransformer, data, runtime, method: str, read, **sections) -> list[tuple[Progress, object]]:
     """Train, and return what was told beside what `read` finds in the model at that moment."""
     experiment = ExperimentConfig(name="one", method=method, training=TRAINING, **sections)
     hooks = prepare(model, experiment, total_steps=9, seed=0)
     told = []
-    train(model, data, TRAINING, setting, seed=0, hooks=hooks, on_progress=lambda p: told.append((p, read(model))))
+    train(model, data, TRAINING, runtime, seed=0, hooks=hooks, on_progress=lambda p: told.append((p, read(model))))
     assert [progress.step for progress, _ in told] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
     return told
 
@@ -58,21 +58,21 @@ def stored_bits(model) -> float:
     return bits / weights
 
 
-def test_mean_rank_follows_every_change(tiny_vit, data, setting) -> None:
-    told = watched(tiny_vit(), data(), setting, "adalora", mean_rows, adalora=ADALORA)
+def test_mean_rank_follows_every_change(tiny_vit, data, runtime) -> None:
+    told = watched(tiny_vit(), data(), runtime, "adalora", mean_rows, adalora=ADALORA)
     assert all(progress.mean_rank == found and progress.mean_bits is None for progress, found in told)
     assert (told[0][0].mean_rank, told[-1][0].mean_rank) == (4.0, 2.0)  # 48, then 24 ranks on 12 sites
 
 
-def test_mean_bits_count_the_float_weight_until_the_schedule_ends(tiny_vit, data, setting) -> None:
-    told = watched(tiny_vit(), data(), setting, "qa_lora", stored_bits, qa_lora=QA_LORA)
+def test_mean_bits_count_the_float_weight_until_the_schedule_ends(tiny_vit, data, runtime) -> None:
+    told = watched(tiny_vit(), data(), runtime, "qa_lora", stored_bits, qa_lora=QA_LORA)
     assert all(progress.mean_bits == pytest.approx(found) and progress.mean_rank == 2 for progress, found in told)
     # 4 bits, and a scale and an offset of 16 bits for 16 weights
     assert {round(progress.mean_bits, 6) for progress, _ in told} == {38.0, 6.0}
     assert [progress.mean_bits for progress, _ in told if progress.step == 5] == [6.0]
 
 
-def test_masks_of_peft_count_as_ranks(tiny_vit, data, setting) -> None:
+def test_masks_of_peft_count_as_ranks(tiny_vit, data, runtime) -> None:
     pytest.importorskip("peft")
     config = PeftAdaLoraConfig(initial_rank=4, target_rank=2, warmup_steps=1, update_frequency=2, final_steps=2)
     model = tiny_vit()
@@ -81,15 +81,15 @@ def test_masks_of_peft_count_as_ranks(tiny_vit, data, setting) -> None:
     (hook,) = hooks
     assert isinstance(hook, PeftAdaLoraHook)
     told = []
-    train(model, data(), TRAINING, setting, seed=0, hooks=hooks, on_progress=told.append)
+    train(model, data(), TRAINING, runtime, seed=0, hooks=hooks, on_progress=told.append)
     by_step = {entry["step"]: sum(entry["ranks"].values()) / len(entry["ranks"]) for entry in hook.rank_history}
     for progress in told:
         assert progress.mean_rank == by_step[max(step for step in by_step if step <= progress.step)]
     assert len({progress.mean_rank for progress in told}) > 2
 
 
-def test_without_adapters_there_is_neither(tiny_vit, data, setting) -> None:
-    told = watched(tiny_vit(), data(), setting, "linear", lambda model: None)
+def test_without_adapters_there_is_neither(tiny_vit, data, runtime) -> None:
+    told = watched(tiny_vit(), data(), runtime, "linear", lambda model: None)
     assert {(progress.mean_rank, progress.mean_bits) for progress, _ in told} == {(None, None)}
-    told = watched(tiny_vit(), data(), setting, "lora", lambda model: None, lora=LoraConfig(rank=3))
+    told = watched(tiny_vit(), data(), runtime, "lora", lambda model: None, lora=LoraConfig(rank=3))
     assert {(progress.mean_rank, progress.mean_bits) for progress, _ in told} == {(3.0, None)}

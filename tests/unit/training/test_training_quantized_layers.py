@@ -8,14 +8,13 @@ from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
 from peft_vit.adapters import adapted_modules, attach_adapters, current_ranks, site_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.errors import SilentNoEffectWarning, UserError
-from peft_vit.training import format_of
+from peft_vit.training.quantized_layers import format_of
 
 pytestmark = pytest.mark.part("trainer")
 
 
 def with_adapters(model, *, rank: int = 2, pool: int = 16, scale: float = 2.0, targets=("query", "fc1")):
-    sites = find_sites(model, targets)
-    attach_adapters(model, sites, dict.fromkeys((s.name for s in sites), rank), scale=scale, seed=0, pool=pool)
+    attach_adapters(model, find_sites(model, targets), rank, scale=scale, seed=0, pool=pool)
     return model
 
 

@@ -10,43 +10,25 @@ from typing import Literal
 
 import numpy as np
 
-from peft_vit.analysis.comparison import Comparison, compare, same_problem
+from peft_vit.analysis.allocation import fixed_lora_line
+from peft_vit.analysis.comparison import Comparison, compare
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.measures.evidence import (
     Evidence,
-    Measure,
     Measured,
     NoDataError,
+    OfParameters,
     Subject,
+    Subjects,
     Unit,
     by_seed,
     joined,
     records_of,
     together,
 )
-from peft_vit.analysis.measures.selection import Reference, Selection
+from peft_vit.analysis.measures.ranks import rank_entropy, rank_gini
+from peft_vit.analysis.measures.selection import Reference
 from peft_vit.analysis.studies import Run
-from peft_vit.config import ExperimentConfig, Frozen
-from peft_vit.statistics import gini, normalized_entropy
-
-
-def final_ranks(run: Run) -> list[int]:
-    """Return the rank in the end of every site that ever had one named, in the sites' order."""
-    named = {name for entry in run.record.rank_history for name in entry.ranks}
-    ranks = run.final_ranks()
-    return [ranks.get(site.name, 0) for site in run.record.sites if site.name in named]
-
-
-def rank_gini(run: Run) -> float | None:
-    """Return how concentrated a run's final ranks are; None without ranks on two sites."""
-    ranks = final_ranks(run)
-    return gini(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
-
-
-def rank_entropy(run: Run) -> float | None:
-    """Return how even a run's final ranks are; None without ranks on two sites."""
-    ranks = final_ranks(run)
-    return normalized_entropy(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
 
 
 @dataclass(frozen=True)
@@ -83,16 +65,20 @@ _QUANTITIES: dict[Quantity, _Quantity] = {
 }
 
 
-class DifferenceParameters(Frozen):
+class DifferenceParameters(OfParameters):
     """Of `difference`."""
 
-    of: Selection
     against: Reference
     quantity: Quantity
     better: Literal["higher", "lower"]
 
 
-def difference(evidence: Evidence, parameters: DifferenceParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+def unit_of_difference(parameters: DifferenceParameters) -> Unit:
+    """Return the unit of the quantity."""
+    return _QUANTITIES[parameters.quantity].unit
+
+
+def difference(evidence: Evidence, subjects: Subjects, parameters: DifferenceParameters) -> tuple[Measured, ...]:
     """Return, by pair of experiments, the quantity of the first minus that of the second, paired by seed.
 
     With `better: lower` the other way round, so that positive is better. Pairs share weights, images and split.
@@ -100,22 +86,16 @@ def difference(evidence: Evidence, parameters: DifferenceParameters, needs: Sequ
     value = _QUANTITIES[parameters.quantity].value
     sign = 1.0 if parameters.better == "higher" else -1.0
     found = []
-    for subject in evidence.subjects(parameters.of, needs):
+    for subject in subjects:
         for other in evidence.partners(subject.experiment, parameters.against):
-            found.append(_paired(evidence, subject, other, value, sign))
+            compared = compare(subject.runs, evidence.study.of(other.name), subject.name, other.name, value)
+            found.append(_of_comparison(evidence, subject, compared, [other.name], sign))
     if not found:
         raise NoDataError(f"no experiment {parameters.of.words()} has a partner {parameters.against.words()}")
     return tuple(found)
 
 
-def _paired(
-    evidence: Evidence, subject: Subject, other: ExperimentConfig, value: Callable[[Run], float | None], sign: float
-) -> Measured:
-    compared = compare(subject.runs, evidence.runs_of(other), subject.name, other.name, value)
-    return of_comparison(evidence, subject, compared, [other.name], sign)
-
-
-def of_comparison(
+def _of_comparison(
     evidence: Evidence, subject: Subject, compared: Comparison, against: Sequence[str], sign: float = 1.0
 ) -> Measured:
     """Return the differences of a comparison; `against` are the experiments whose runs it used on the other side."""
@@ -131,48 +111,38 @@ def of_comparison(
     )
 
 
-class OfParameters(Frozen):
-    """Of measures that need to be told nothing but the experiments."""
-
-    of: Selection
-
-
 _SCALED = "it also scales its adapters' gradients, which the float twin does not"
 
 
-def accuracy_against_float(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+def against_float(evidence: Evidence, subjects: Subjects, parameters: OfParameters) -> tuple[Measured, ...]:
     """Return test accuracy minus that of the experiment that differs only in that its weights are float."""
     found = []
-    for subject in evidence.subjects(parameters.of, needs):
+    for subject in subjects:
         impact = evidence.quantization.get(subject.name)
         if impact is not None:
             compared = impact.against_unquantized
             if impact.settings.gradient_scaling_factor != 1 or impact.settings.gradient_scaling != "constant":
                 compared = replace(compared, note=together(compared.note, _SCALED))
-            found.append(of_comparison(evidence, subject, compared, [compared.reference]))
+            found.append(_of_comparison(evidence, subject, compared, [compared.reference]))
     if not found:
         raise NoDataError(f"no record has what quantization did to an experiment {parameters.of.words()}")
     return tuple(found)
 
 
-def accuracy_at_equal_parameters(
-    evidence: Evidence, parameters: OfParameters, needs: Sequence[str]
-) -> tuple[Measured, ...]:
+def at_equal_parameters(evidence: Evidence, subjects: Subjects, parameters: OfParameters) -> tuple[Measured, ...]:
     """Return test accuracy minus that of fixed LoRA at as many trainable parameters, see `against_fixed_lora`."""
     loras = [lora.name for lora in evidence.study.fixed_rank_loras()]
     found = []
-    for subject in evidence.subjects(parameters.of, needs):
+    for subject in subjects:
         allocated = evidence.allocation.get(subject.name)
         if allocated is not None:
-            found.append(of_comparison(evidence, subject, allocated.against_fixed, loras))
+            found.append(_of_comparison(evidence, subject, allocated.against_fixed, loras))
     if not found:
         raise NoDataError(f"no record has the ranks of an experiment {parameters.of.words()}")
     return tuple(found)
 
 
-def parameters_at_equal_accuracy(
-    evidence: Evidence, parameters: OfParameters, needs: Sequence[str]
-) -> tuple[Measured, ...]:
+def parameters_at_equal_accuracy(evidence: Evidence, subjects: Subjects, _: OfParameters) -> tuple[Measured, ...]:
     """Return log2 of a run's trainable parameters over those that fixed LoRA needs for its test accuracy.
 
     What fixed LoRA needs is where the line through the same seed's runs, linear in the logarithm of trainable
@@ -182,11 +152,11 @@ def parameters_at_equal_accuracy(
     of zero (less accurate than the smallest with fewer parameters, or more accurate than the largest with more), the
     value is zero, which speaks for neither.
     """
-    if len(evidence.study.fixed_rank_loras()) < 2:
-        raise NoDataError("the study has no fixed LoRA at two ranks, whose line would tell what an accuracy needs")
     loras = [lora.name for lora in evidence.study.fixed_rank_loras()]
+    if len(loras) < 2:
+        raise NoDataError("the study has no fixed LoRA at two ranks, whose line would tell what an accuracy needs")
     found = []
-    for subject in evidence.subjects(parameters.of, needs):
+    for subject in subjects:
         needed = {run.seed: need for run in subject.runs if (need := _needed(evidence, run)) is not None}
         bounds = [seed for seed, (_, bound) in needed.items() if bound]
         measured = by_seed(subject, partial(_over_needed, needed), "without fixed LoRA at two ranks")
@@ -195,14 +165,11 @@ def parameters_at_equal_accuracy(
         open_ = [label for label in open_ if int(label) in bounds]
         note = together(note, f"set to 0, which of both needs fewer is open: seeds {joined(open_)}" if open_ else "")
         seeds = [int(label) for label in measured.labels]
-        records = (*measured.records, *records_of(evidence.study, loras, seeds))
         found.append(
-            Measured(
+            replace(
+                measured,
                 subject=f"{subject.name} against fixed LoRA at equal accuracy",
-                values=measured.values,
-                labels=measured.labels,
-                n_of="seeds",
-                records=records,
+                records=(*measured.records, *records_of(evidence.study, loras, seeds)),
                 note=together(measured.note, note),
             )
         )
@@ -224,12 +191,7 @@ def _over_needed(needed: Mapping[int, tuple[float, Bound]], run: Run) -> float |
 
 def _needed(evidence: Evidence, run: Run) -> tuple[float, Bound] | None:
     """Return log2 of the parameters that fixed LoRA needs, and whether it needs at most, or more than, these."""
-    points = sorted(
-        (math.log2(other.parameters.final), other.test.accuracy)
-        for lora in evidence.study.fixed_rank_loras()
-        for other in evidence.study.of(lora.name)
-        if other.seed == run.seed and same_problem(other) == same_problem(run)
-    )
+    points = fixed_lora_line(evidence.study, run)
     if len(points) < 2:
         return None
     sizes, accuracies = zip(*points, strict=True)
@@ -242,22 +204,7 @@ def _needed(evidence: Evidence, run: Run) -> tuple[float, Bound] | None:
     return sizes[-1], "more than"
 
 
-def above_majority(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+def above_majority(run: Run, _: OfParameters) -> float | None:
     """Return test accuracy minus that of always naming the most frequent class."""
-    return tuple(
-        by_seed(
-            subject,
-            lambda run: None if "test" not in (m := run.record.majority_accuracy) else run.test.accuracy - m["test"],
-            "without a recorded majority class",
-        )
-        for subject in evidence.subjects(parameters.of, needs)
-    )
-
-
-ACCURACY_MEASURES = {
-    "above_majority": Measure(OfParameters, lambda _: "share", above_majority),
-    "accuracy_against_float": Measure(OfParameters, lambda _: "share", accuracy_against_float),
-    "accuracy_at_equal_parameters": Measure(OfParameters, lambda _: "share", accuracy_at_equal_parameters),
-    "difference": Measure(DifferenceParameters, lambda given: _QUANTITIES[given.quantity].unit, difference),
-    "parameters_at_equal_accuracy": Measure(OfParameters, lambda _: "log2 ratio", parameters_at_equal_accuracy),
-}
+    majority = run.record.majority_accuracy.get("test")
+    return None if majority is None else run.test.accuracy - majority

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from peft_vit.analysis.allocation import Allocation, allocations
 from peft_vit.analysis.comparison import references
-from peft_vit.analysis.importance import ImportancePattern, importance_patterns
 from peft_vit.analysis.measures.selection import Reference, Selection, settings_without
 from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
 from peft_vit.analysis.studies import Run, Study
@@ -20,7 +19,7 @@ from peft_vit.records import RunRecord
 Unit = Literal["share", "log2 ratio", "ranks", "rho", "index", "factor", "nats", "s", "bytes"]
 
 # Where the fields that not every record has come from; what is not named here, every finished run has.
-HOW_TO_RECORD = {
+_HOW_TO_RECORD = {
     "importance_history": "runs with adaptive ranks record it",
     "rank_history": "runs with adapters record it",
     "quantization": "runs on quantized weights record it",
@@ -36,25 +35,16 @@ class NoDataError(Exception):
 
 @dataclass(frozen=True)
 class Measured:
-    """Values of one experiment, or of one pair of experiments; a positive one speaks for the sentence.
+    """Values of one experiment, or of one pair of experiments; a positive one speaks for the sentence."""
 
-    Attributes:
-        subject: whose values these are.
-        values: one for each of `labels`; empty if there are none.
-        labels: what each value belongs to, as a rule a seed.
-        n_of: what n counts, in the plural.
-        records: all that the values come from.
-        note: what restricts them; for no values, why there are none.
-        rivals: for a sentence about the most of several: the values against each rival, of which `values` are those
-            with the smallest mean; empty for any other sentence.
-    """
-
-    subject: str
-    values: tuple[float, ...]
-    labels: tuple[str, ...]
-    n_of: str
-    records: tuple[RunRecord, ...]
-    note: str = ""
+    subject: str  # whose values these are
+    values: tuple[float, ...]  # one for each of `labels`; empty if there are none
+    labels: tuple[str, ...]  # what each value belongs to, as a rule a seed
+    n_of: str  # what n counts, in the plural
+    records: tuple[RunRecord, ...]  # all that the values come from
+    note: str = ""  # what restricts them; for no values, why there are none
+    # for a sentence about the most of several: the values against each rival, of which `values` are those with the
+    # smallest mean; empty for any other sentence
     rivals: tuple[tuple[float, ...], ...] = ()
 
 
@@ -75,37 +65,19 @@ class Subject:
 class Evidence:
     """One study, and what other parts of the analysis have made of it; that is computed when first asked for."""
 
-    def __init__(
-        self,
-        study: Study,
-        *,
-        importance: Sequence[ImportancePattern] | None = None,
-        allocation: Sequence[Allocation] | None = None,
-        quantization: Sequence[QuantizationImpact] | None = None,
-    ) -> None:
+    def __init__(self, study: Study) -> None:
         self.study = study
-        self._importance = importance
-        self._allocation = allocation
-        self._quantization = quantization
         self._rests: dict[tuple[str, tuple[str, ...]], str] = {}
-
-    @cached_property
-    def importance(self) -> dict[str, ImportancePattern]:
-        """Return experiment -> its scores."""
-        found = importance_patterns(self.study) if self._importance is None else self._importance
-        return {one.experiment.name: one for one in found}
 
     @cached_property
     def allocation(self) -> dict[str, Allocation]:
         """Return experiment -> what became of its ranks."""
-        found = allocations(self.study) if self._allocation is None else self._allocation
-        return {one.experiment.name: one for one in found}
+        return {one.experiment.name: one for one in allocations(self.study)}
 
     @cached_property
     def quantization(self) -> dict[str, QuantizationImpact]:
         """Return experiment -> what quantization did."""
-        found = quantization_impacts(self.study) if self._quantization is None else self._quantization
-        return {one.experiment.name: one for one in found}
+        return {one.experiment.name: one for one in quantization_impacts(self.study)}
 
     @cached_property
     def reference_lora(self) -> str | None:
@@ -120,7 +92,7 @@ class Evidence:
             NoDataError: if there is none, with what is missing.
         """
         meant = [e for e in self.study.experiments if selection.takes(e, self.reference_lora)]
-        finished = [(e, self.runs_of(e)) for e in meant]
+        finished = [(e, self.study.of(e.name)) for e in meant]
         if not any(runs for _, runs in finished):
             left = " has finished" if meant else ""
             raise NoDataError(f"no experiment {selection.words()}{left}")
@@ -133,7 +105,7 @@ class Evidence:
                 found.append(Subject(experiment, whole, together(note, self._unfinished(experiment))))
         if not found:
             lacking = sorted({field for _, runs in finished for run in runs for field in _missing(run, needs)})
-            how = [f"no record has {field}: {HOW_TO_RECORD.get(field, 'it was not recorded')}" for field in lacking]
+            how = [f"no record has {field}: {_HOW_TO_RECORD.get(field, 'it was not recorded')}" for field in lacking]
             raise NoDataError("; ".join(how))
         return tuple(found)
 
@@ -142,23 +114,12 @@ class Evidence:
         for other in self.study.experiments:
             if (
                 other.name != experiment.name
-                and self.runs_of(other)
+                and self.study.of(other.name)
                 and reference.takes(other, self.reference_lora)
                 and reference.differ(experiment, other)
                 and (not reference.same_but or self._rest(experiment, reference) == self._rest(other, reference))
             ):
                 yield other
-
-    def runs_of(self, experiment: ExperimentConfig) -> tuple[Run, ...]:
-        """Return the finished runs of an experiment, by seed."""
-        return self._runs.get(experiment.name, ())
-
-    @cached_property
-    def _runs(self) -> dict[str, tuple[Run, ...]]:
-        runs: dict[str, tuple[Run, ...]] = {}
-        for run in self.study.runs:
-            runs[run.experiment.name] = (*runs.get(run.experiment.name, ()), run)
-        return runs
 
     def _rest(self, experiment: ExperimentConfig, reference: Reference) -> str:
         """Return what must be equal; kept, since every pair of experiments asks for it."""
@@ -212,18 +173,37 @@ def records_of(study: Study, experiments: Iterable[str], seeds: Iterable[int]) -
     return tuple(run.record for name in experiments for run in study.of(name) if run.seed in wanted)
 
 
+class OfParameters(Frozen):
+    """What a hypothesis says under `parameters`: the experiments, and in subclasses what else a measure asks."""
+
+    of: Selection
+
+
+Subjects = tuple[Subject, ...]
+
+
 @dataclass(frozen=True)
 class Measure:
-    """A function from studies to values, and what a hypothesis has to say to use it.
+    """A function from studies to values, and what a hypothesis has to say to use it."""
 
-    Attributes:
-        parameters: model of what stands under `parameters` in the registry.
-        unit: of the values, and so of the margin.
-        of_study: values of one study; None where several are needed.
-        of_studies: values over all studies of a directory; None where one is enough.
-    """
+    parameters: type[OfParameters]  # model of what stands under `parameters` in the registry
+    unit: Unit | Callable[[Any], Unit]  # of the values, and so of the margin
+    # values of one study's selected experiments; None where several studies are needed
+    of_study: Callable[[Evidence, Subjects, Any], tuple[Measured, ...]] | None = None
+    # values over all studies of a directory, each with its selected experiments, if any; None where one study is enough
+    of_studies: Callable[[Sequence[tuple[Evidence, Subjects]], Any], tuple[Measured, ...]] | None = None
 
-    parameters: type[Frozen]
-    unit: Callable[[Any], Unit]
-    of_study: Callable[[Evidence, Any, Sequence[str]], tuple[Measured, ...]] | None = None
-    of_studies: Callable[[Sequence[Evidence], Any, Sequence[str]], tuple[Measured, ...]] | None = None
+    def unit_of(self, parameters: OfParameters) -> Unit:
+        """Return the unit of the values."""
+        return self.unit(parameters) if callable(self.unit) else self.unit
+
+
+def each_run(
+    value: Callable[[Run, Any], float | None], without: str
+) -> Callable[[Evidence, Subjects, Any], tuple[Measured, ...]]:
+    """Return the measure that takes one value from each run; `without` as in `by_seed`."""
+
+    def measured(_: Evidence, subjects: Subjects, parameters: Any) -> tuple[Measured, ...]:
+        return tuple(by_seed(subject, lambda run: value(run, parameters), without) for subject in subjects)
+
+    return measured

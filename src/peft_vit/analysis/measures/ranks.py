@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Literal
 
-from peft_vit.analysis.measures.accuracy import rank_entropy, rank_gini
-from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, Subject, by_seed, together
-from peft_vit.analysis.measures.selection import Selection
+from peft_vit.analysis.measures.evidence import Evidence, Measured, OfParameters, Subject, Subjects, by_seed, together
 from peft_vit.analysis.studies import Run
-from peft_vit.config import Frozen, SiteMatrix
+from peft_vit.config import SiteMatrix
+from peft_vit.statistics import gini, normalized_entropy
 
 
-class RankLeadParameters(Frozen):
+class RankLeadParameters(OfParameters):
     """Of `rank_lead`."""
 
-    of: Selection
     matrix: SiteMatrix
     over: Literal["each", "mean"]
 
 
-def rank_lead(evidence: Evidence, parameters: RankLeadParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+def rank_lead(_: Evidence, subjects: Subjects, parameters: RankLeadParameters) -> tuple[Measured, ...]:
     """Return the mean final rank of a matrix type minus that of the others.
 
     `over: each` asks for the most of all types. Every other type is a rival of its own, tested over seeds; the values
@@ -31,7 +28,6 @@ def rank_lead(evidence: Evidence, parameters: RankLeadParameters, needs: Sequenc
     with chance, and lies above any single type even where all get the same on average. `over: mean` subtracts the mean
     over all other sites.
     """
-    subjects = evidence.subjects(parameters.of, needs)
     if parameters.over == "each":
         return tuple(_over_each(subject, parameters.matrix) for subject in subjects)
     return tuple(by_seed(subject, lambda run: _over_mean(run, parameters.matrix), _WITHOUT) for subject in subjects)
@@ -63,32 +59,32 @@ def _over_mean(run: Run, matrix: SiteMatrix) -> float | None:
 
 
 def _by_matrix(run: Run) -> dict[str, list[int]]:
-    """Return matrix type -> final ranks of its sites, of those that ever had one named."""
-    named = {name for entry in run.record.rank_history for name in entry.ranks}
+    """Return matrix type -> final ranks of its sites."""
     final = run.final_ranks()
     ranks: dict[str, list[int]] = {}
-    for site in run.record.sites:
-        if site.name in named:
-            ranks.setdefault(site.matrix, []).append(final.get(site.name, 0))
+    for site in run.adapted_sites():
+        ranks.setdefault(site.matrix, []).append(final[site.name])
     return ranks
 
 
-class RankSpreadParameters(Frozen):
+class RankSpreadParameters(OfParameters):
     """Of `rank_spread`."""
 
-    of: Selection
     index: Literal["gini", "entropy"]
 
 
-def rank_spread(evidence: Evidence, parameters: RankSpreadParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+def rank_spread(run: Run, parameters: RankSpreadParameters) -> float | None:
     """Return how the final ranks are spread over sites: Gini's coefficient, or entropy over its largest value."""
-    index = {"gini": rank_gini, "entropy": rank_entropy}[parameters.index]
-    return tuple(
-        by_seed(subject, index, "without ranks on two sites") for subject in evidence.subjects(parameters.of, needs)
-    )
+    return rank_gini(run) if parameters.index == "gini" else rank_entropy(run)
 
 
-RANK_MEASURES = {
-    "rank_lead": Measure(RankLeadParameters, lambda _: "ranks", rank_lead),
-    "rank_spread": Measure(RankSpreadParameters, lambda _: "index", rank_spread),
-}
+def rank_gini(run: Run) -> float | None:
+    """Return how concentrated a run's final ranks are; None without ranks on two sites."""
+    ranks = list(run.final_ranks().values())
+    return gini(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
+
+
+def rank_entropy(run: Run) -> float | None:
+    """Return how even a run's final ranks are; None without ranks on two sites."""
+    ranks = list(run.final_ranks().values())
+    return normalized_entropy(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None

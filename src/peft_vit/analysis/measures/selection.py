@@ -20,22 +20,21 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
-def _known_setting(path: str) -> str:
-    """Return the dotted name of a setting of an experiment, ``qa_lora.quantization_bits``, if there is one."""
+def _type_of(path: str) -> Any:
+    """Return the type of a setting of an experiment by its dotted name, ``qa_lora.quantization_bits``."""
     model: type[BaseModel] | None = ExperimentConfig
+    annotation: Any = None
     for part in path.split("."):
         if model is None or part not in model.model_fields:
             raise ValueError(f"an experiment has no setting {path!r}; write it as in qa_lora.quantization_bits")
         annotation = model.model_fields[part].annotation
         model = _section(annotation)
-    return path
-
-
-def _type_of(path: str) -> Any:
-    annotation: Any = ExperimentConfig
-    for part in path.split("."):
-        annotation = (_section(annotation) or ExperimentConfig).model_fields[part].annotation
     return annotation
+
+
+def _known_setting(path: str) -> str:
+    _type_of(path)
+    return path
 
 
 def _possible(conditions: dict[str, Value | tuple[Value, ...]]) -> dict[str, Value | tuple[Value, ...]]:

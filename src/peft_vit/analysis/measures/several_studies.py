@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from peft_vit.analysis.measures.accuracy import OfParameters
 from peft_vit.analysis.measures.evidence import (
     Evidence,
-    Measure,
     Measured,
     NoDataError,
+    OfParameters,
     Subject,
+    Subjects,
     joined,
     records_of,
     together,
 )
-from peft_vit.analysis.measures.importance import last_scores, rank_correlation
+from peft_vit.analysis.measures.scores import rank_correlation
 from peft_vit.analysis.measures.selection import settings_without
-from peft_vit.analysis.studies import Run
 from peft_vit.records import RunRecord
 from peft_vit.statistics import gini
 from peft_vit.statistics.checked import ROUNDING
@@ -28,9 +27,7 @@ from peft_vit.statistics.checked import ROUNDING
 _HOW_LONG = ("training", "adalora.update_frequency", "adalora.warmup_steps", "adalora.final_steps")
 
 
-def importance_between_data_sets(
-    studies: Sequence[Evidence], parameters: OfParameters, needs: Sequence[str]
-) -> tuple[Measured, ...]:
+def importance_between_data_sets(studies: Sequence[tuple[Evidence, Subjects]], _: OfParameters) -> tuple[Measured, ...]:
     """Return Spearman's rho of the final scores on two data sets, by common seed.
 
     A pair are two studies of one backbone on different images, with an experiment of the same name and the same
@@ -38,22 +35,15 @@ def importance_between_data_sets(
     """
     found = [
         _agreement(left, a, right, b)
-        for left, right in combinations(studies, 2)
+        for (left, own), (right, others) in combinations(studies, 2)
         if left.study.smoke == right.study.smoke
-        for a in _subjects(left, parameters, needs)
-        for b in _subjects(right, parameters, needs)
+        for a in own
+        for b in others
         if _comparable(a, b)
     ]
     if not found:
         raise NoDataError("needs two studies of one backbone on different images that share an experiment with scores")
     return tuple(found)
-
-
-def _subjects(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Subject, ...]:
-    try:
-        return evidence.subjects(parameters.of, needs)
-    except NoDataError:
-        return ()
 
 
 def _comparable(a: Subject, b: Subject) -> bool:
@@ -68,21 +58,19 @@ def _comparable(a: Subject, b: Subject) -> bool:
 def _agreement(left: Evidence, a: Subject, right: Evidence, b: Subject) -> Measured:
     partner = {run.seed: run for run in b.runs}
     pairs = [(run, partner[run.seed]) for run in a.runs if run.seed in partner]
-    rhos = {x.seed: rank_correlation(last_scores(x), last_scores(y)) for x, y in pairs}
+    rhos = {x.seed: rank_correlation(x.last_scores(), y.last_scores()) for x, y in pairs}
     known = {seed: rho for seed, rho in rhos.items() if rho is not None}
     return Measured(
         subject=f"{a.name} on {left.study.label} and {right.study.label}",
         values=tuple(known.values()),
         labels=tuple(str(seed) for seed in known),
         n_of="seeds",
-        records=_records(run for pair in pairs if pair[0].seed in known for run in pair),
+        records=tuple(run.record for pair in pairs if pair[0].seed in known for run in pair),
         note="" if known else "no seed has scores in both",
     )
 
 
-def gain_where_importance_varies(
-    studies: Sequence[Evidence], parameters: OfParameters, needs: Sequence[str]
-) -> tuple[Measured, ...]:
+def gain_where_importance_varies(studies: Sequence[tuple[Evidence, Subjects]], _: OfParameters) -> tuple[Measured, ...]:
     """Return, by pair of experiments, how much more the one gains whose scores vary more between sites.
 
     How much scores vary is Gini's coefficient of the final scores over sites, the gain is that in test accuracy over
@@ -95,8 +83,8 @@ def gain_where_importance_varies(
     had nothing to do with it, either one of a pair would be as likely to gain more, independently of other pairs.
     """
     return tuple(
-        _gains([evidence for evidence in studies if evidence.study.smoke == smoke], parameters, needs)
-        for smoke in sorted({evidence.study.smoke for evidence in studies})
+        _gains([(evidence, subjects) for evidence, subjects in studies if evidence.study.smoke == smoke])
+        for smoke in sorted({evidence.study.smoke for evidence, _ in studies})
     )
 
 
@@ -110,9 +98,9 @@ class _Gain:
     records: tuple[RunRecord, ...]
 
 
-def _gains(studies: Sequence[Evidence], parameters: OfParameters, needs: Sequence[str]) -> Measured:
+def _gains(studies: Sequence[tuple[Evidence, Subjects]]) -> Measured:
     found = sorted(
-        (gain for evidence in studies for gain in _gains_of(evidence, parameters, needs)),
+        (gain for evidence, subjects in studies for gain in _gains_of(evidence, subjects)),
         key=lambda one: (one.gini, one.name),
     )
     half = len(found) // 2
@@ -129,7 +117,7 @@ def _gains(studies: Sequence[Evidence], parameters: OfParameters, needs: Sequenc
         if half:
             note = "the scores vary alike in all experiments"
     return Measured(
-        subject=f"experiments of {joined(evidence.study.label for evidence in studies)}",
+        subject=f"experiments of {joined(evidence.study.label for evidence, _ in studies)}",
         values=tuple(upper.gain - lower.gain for lower, upper in pairs),
         labels=tuple(f"{upper.name} - {lower.name}" for lower, upper in pairs),
         n_of="pairs of experiments",
@@ -138,16 +126,16 @@ def _gains(studies: Sequence[Evidence], parameters: OfParameters, needs: Sequenc
     )
 
 
-def _gains_of(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> Iterator[_Gain]:
+def _gains_of(evidence: Evidence, subjects: Subjects) -> Iterator[_Gain]:
     loras = [lora.name for lora in evidence.study.fixed_rank_loras()]
-    for subject in _subjects(evidence, parameters, needs):
+    for subject in subjects:
         allocated = evidence.allocation.get(subject.name)
         if allocated is None:
             continue
         gains = dict(zip(allocated.against_fixed.seeds, allocated.against_fixed.by_seed, strict=True))
         known: dict[int, float] = {}
         for run in subject.runs:
-            scores = list(last_scores(run).values())
+            scores = list(run.last_scores().values())
             if run.seed in gains and all(map(math.isfinite, scores)) and min(scores) >= 0 and sum(scores) > 0:
                 known[run.seed] = gini(scores)
         if known:
@@ -158,13 +146,3 @@ def _gains_of(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]
                 gain=math.fsum(gains[seed] for seed in known) / len(known),
                 records=(*own, *records_of(evidence.study, loras, known)),
             )
-
-
-def _records(runs: Iterable[Run]) -> tuple[RunRecord, ...]:
-    return tuple(run.record for run in runs)
-
-
-MEASURES_OF_SEVERAL_STUDIES = {
-    "gain_where_importance_varies": Measure(OfParameters, lambda _: "share", of_studies=gain_where_importance_varies),
-    "importance_between_data_sets": Measure(OfParameters, lambda _: "rho", of_studies=importance_between_data_sets),
-}

@@ -20,11 +20,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from peft_vit.errors import UserError
-from peft_vit.records import Registration, RunSpec, checkpoint_folders, run_folder
+from peft_vit.records import RunSpec, checkpoint_folders, run_folder
 from peft_vit.runs.execute import Finished, run_one
 from peft_vit.runs.provenance import cpu_count
-from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted
-from peft_vit.studies.executors.worker import ALLOCATOR, WeightsOnce, environment, lost, prepare_process
+from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
+from peft_vit.studies.executors.worker import ALLOCATOR, WeightsOnce, environment, prepare_process
 from peft_vit.studies.plan import PlannedRun
 from peft_vit.training import Checkpoints, Interrupted, Progress
 
@@ -37,7 +37,6 @@ class _Order:
 
     spec: RunSpec
     checkpoints: Checkpoints
-    registration: Registration | None
 
 
 @dataclass(eq=False)
@@ -142,7 +141,7 @@ class LocalExecutor:
             worker.run, worker.since, worker.stepped = run, time.monotonic(), False
             self._events.append(RunStarted(run, f"process {worker.process.pid} on {platform.node()}"))
             checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
-            _send(worker, _Order(run.spec, checkpoints, run.registration))
+            _send(worker, _Order(run.spec, checkpoints))
 
     def _another(self) -> _Worker | None:
         """Start a worker; None if the system allows no further process now, while others may yet take the run."""
@@ -191,8 +190,7 @@ class LocalExecutor:
         self._remove(worker)
         if worker.run is not None:
             reason = f"the worker process {_how_it_ended(worker.process.exitcode)}"
-            record = lost(worker.run.spec, reason, time.monotonic() - worker.since)
-            self._events.append(RunEnded(worker.run, record, None))
+            self._events.append(lost(worker.run, reason, time.monotonic() - worker.since))
 
 
 def _how_it_ended(exitcode: int | None) -> str:
@@ -255,7 +253,6 @@ def _serve(pipe: Connection, parent: int) -> None:
                 checkpoints=order.checkpoints,
                 should_stop=inbox.asked_to_stop,
                 read=weights,
-                registration=order.registration,
             )
         except Interrupted as interrupted:
             finished = interrupted

@@ -30,10 +30,10 @@ from peft_vit.errors import UserError
 from peft_vit.records import Failure, run_folder
 from peft_vit.records.owner import LOCK_FILE
 from peft_vit.runs.provenance import cpu_count
-from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted
+from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
 from peft_vit.studies.executors.ray_channel import Channel
 from peft_vit.studies.executors.ray_task import Place, carry_out
-from peft_vit.studies.executors.worker import ALLOCATOR, environment, lost
+from peft_vit.studies.executors.worker import ALLOCATOR, environment
 from peft_vit.studies.plan import PlannedRun
 from peft_vit.training import Checkpoints, Interrupted, Progress
 
@@ -151,7 +151,7 @@ class RayExecutor:
         checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
         lock = self._results_dir / run.spec.study / LOCK_FILE
         place = Place(os.getcwd(), lock, lock.read_bytes() if lock.exists() else None)
-        task = self._task.remote(self._channel, self._submitted, run.spec, checkpoints, place, run.registration)
+        task = self._task.remote(self._channel, self._submitted, run.spec, checkpoints, place)
         self._attempts[self._submitted] = _Attempt(run, task, time.monotonic())
 
     def next_event(self, timeout_s: float) -> Event | None:
@@ -240,8 +240,7 @@ class RayExecutor:
 
     def _lose(self, attempt: _Attempt, reason: str, failure: Failure, traceback: str | None = None) -> None:
         reason = textwrap.shorten(reason, _REASON_CHARACTERS)
-        record = lost(attempt.run.spec, reason, time.monotonic() - attempt.since, failure, traceback)
-        self._events.append(RunEnded(attempt.run, record, None))
+        self._events.append(lost(attempt.run, reason, time.monotonic() - attempt.since, failure, traceback))
 
     def _give_up(self) -> None:
         """Report what waits for a node that the cluster does not have any more."""

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from peft_vit.records import Registration, RunSpec
+from peft_vit.records import RunSpec
 from peft_vit.runs.execute import Finished, run_one
 from peft_vit.studies.executors.worker import WeightsOnce, prepare_process
 from peft_vit.training import Checkpoints, Interrupted, Progress
@@ -85,7 +85,7 @@ def _weights_once() -> WeightsOnce:
 
 
 def carry_out(
-    channel: Any, number: int, spec: RunSpec, checkpoints: Checkpoints, place: Place, registration: Registration | None
+    channel: Any, number: int, spec: RunSpec, checkpoints: Checkpoints, place: Place
 ) -> Finished | Interrupted:
     """Do a run in one of Ray's worker processes, which may have done others of the study before."""
     prepare_process()
@@ -101,7 +101,6 @@ def carry_out(
             checkpoints=checkpoints if place.is_seen() else None,
             should_stop=line.asked_to_stop,
             read=_weights_once(),
-            registration=registration,
         )
     except Interrupted as interrupted:
         return interrupted

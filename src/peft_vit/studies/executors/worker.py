@@ -8,14 +8,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import IO
 
 import torch
 
 from peft_vit.backbones import Weights, read_weights
 from peft_vit.config import BackboneConfig
-from peft_vit.records import Failure, RunRecord, RunSpec
 from peft_vit.runs.provenance import loaded_git_state
 
 # glibc returns freed memory to the system by default and pays for it with page faults in every step.
@@ -75,28 +73,5 @@ class WeightsOnce:
             self._config, self._weights = config, replace(weights, tensors={})
             del weights  # the first run, too, gets what lies in memory as for those after it
         self._file.seek(0)
-        return replace(self._weights, tensors=torch.load(self._file, weights_only=True))
-
-
-def lost(
-    spec: RunSpec, reason: str, seconds: float, failure: Failure = "killed", traceback: str | None = None
-) -> RunRecord:
-    """Return the record of an attempt that can't tell its end itself, since its process is gone.
-
-    Args:
-        spec: what was attempted.
-        reason: one line.
-        seconds: for how long.
-        failure: its kind.
-        traceback: of what ended it, if it is known.
-    """
-    return RunRecord(
-        spec=spec,
-        spec_digest=spec.digest(),
-        status="failed",
-        seconds=seconds,
-        error=reason,
-        failure=failure,
-        traceback=traceback,
-        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+        tensors = torch.load(self._file, weights_only=True)  # noqa: TID251 - tensors alone
+        return replace(self._weights, tensors=tensors)

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
 
 from peft_vit.analysis.comparison import same_problem, same_source
-from peft_vit.analysis.measures.accuracy import OfParameters
-from peft_vit.analysis.measures.evidence import Evidence, Measure, Measured, Subject, by_seed, joined, together
-from peft_vit.analysis.measures.selection import Selection
+from peft_vit.analysis.measures.evidence import Evidence, Measured, OfParameters, Subject, Subjects, joined, together
 from peft_vit.analysis.studies import Run
-from peft_vit.config import Frozen
 from peft_vit.statistics import spearman
 
 _FEWEST_SITES = 3  # with two, a rank correlation is 1 or -1 whatever they are
 
 
-def attention_over_mlp(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+def attention_over_mlp(run: Run, _: OfParameters) -> float | None:
     """Return log2 of the mean final score of attention sites over that of MLP sites; a score is a mean per triplet."""
-    return tuple(
-        by_seed(subject, _attention_over_mlp, "without positive scores of attention and of MLP sites")
-        for subject in evidence.subjects(parameters.of, needs)
-    )
-
-
-def _attention_over_mlp(run: Run) -> float | None:
-    scores = last_scores(run)
+    scores = run.last_scores()
     attention = [scores[s.name] for s in run.record.sites if s.name in scores and s.role == "attention"]
     mlp = [scores[s.name] for s in run.record.sites if s.name in scores and s.role == "mlp"]
     if not attention or not mlp or fmean(attention) <= 0 or fmean(mlp) <= 0:
@@ -35,29 +24,22 @@ def _attention_over_mlp(run: Run) -> float | None:
     return math.log2(fmean(attention) / fmean(mlp))
 
 
-def last_scores(run: Run) -> dict[str, float]:
-    """Return site -> score at the last decision."""
-    return run.record.importance_history[-1].scores if run.record.importance_history else {}
-
-
 def rank_correlation(left: dict[str, float], right: dict[str, float]) -> float | None:
     """Return Spearman's rho over the sites that both have; None for fewer than three, a constant or not finite one."""
     common = sorted(name for name in left.keys() & right.keys() if math.isfinite(left[name] + right[name]))
     if len(common) < max(_FEWEST_SITES, len(left.keys() & right.keys())):
         return None
-    return spearman([left[name] for name in common], [right[name] for name in common]).rho
+    return spearman([left[name] for name in common], [right[name] for name in common])
 
 
-def importance_between_seeds(
-    evidence: Evidence, parameters: OfParameters, needs: Sequence[str]
-) -> tuple[Measured, ...]:
+def between_seeds(_: Evidence, subjects: Subjects, __: OfParameters) -> tuple[Measured, ...]:
     """Return Spearman's rho of the final scores of two seeds, over disjoint pairs of seeds: 1st and 2nd, 3rd and 4th.
 
     All pairs of seeds would share runs, and no test for independent values could be used; the mean over all of them
     stands in `analysis.importance`. Where each seed draws its own images out of one data set, agreement holds over
     these too, which is more than was asked; the note says so.
     """
-    return tuple(_between_seeds(subject) for subject in evidence.subjects(parameters.of, needs))
+    return tuple(_between_seeds(subject) for subject in subjects)
 
 
 def _between_seeds(subject: Subject) -> Measured:
@@ -66,7 +48,7 @@ def _between_seeds(subject: Subject) -> Measured:
     pairs = [(a, b) for a, b in formed if same_problem(a) == same_problem(b) or _drawn_by_seed(a, b)]
     refused = f"{len(formed) - len(pairs)} pair(s) refused: other weights, images or splits"
     drawn = "each seed draws its own images" if any(_drawn_by_seed(a, b) for a, b in pairs) else ""
-    rhos = {f"{a.seed}-{b.seed}": rank_correlation(last_scores(a), last_scores(b)) for a, b in pairs}
+    rhos = {f"{a.seed}-{b.seed}": rank_correlation(a.last_scores(), b.last_scores()) for a, b in pairs}
     known = {label: rho for label, rho in rhos.items() if rho is not None}
     odd = f"seed {runs[-1].seed} has no partner" if len(runs) % 2 else ""
     constant = [label for label in rhos if label not in known]
@@ -91,44 +73,21 @@ def _drawn_by_seed(a: Run, b: Run) -> bool:
     )
 
 
-def importance_against_harm(evidence: Evidence, parameters: OfParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+def against_harm(run: Run, _: OfParameters) -> float | None:
     """Return Spearman's rho, over sites with rank, between last scores and the loss rise when a site is left out."""
-    return tuple(
-        by_seed(subject, _with_harm, "whose scores or losses are all equal, not finite, or of too few sites")
-        for subject in evidence.subjects(parameters.of, needs)
-    )
-
-
-def _with_harm(run: Run) -> float | None:
     removal = run.record.removal
-    return None if removal is None else rank_correlation(last_scores(run), removal.site_loss_rise)
+    return None if removal is None else rank_correlation(run.last_scores(), removal.site_loss_rise)
 
 
-class RemovalParameters(Frozen):
+class RemovalParameters(OfParameters):
     """Of `removal_cost`."""
 
-    of: Selection
     group: Literal["attention", "mlp", "all"]
 
 
-def removal_cost(evidence: Evidence, parameters: RemovalParameters, needs: Sequence[str]) -> tuple[Measured, ...]:
+def removal_cost(run: Run, parameters: RemovalParameters) -> float | None:
     """Return the validation accuracy that is lost when the updates of a group of sites are left out."""
-    return tuple(
-        by_seed(subject, lambda run: _lost(run, parameters.group), "without a site in that group")
-        for subject in evidence.subjects(parameters.of, needs)
-    )
-
-
-def _lost(run: Run, group: str) -> float | None:
     removal = run.record.removal
-    if removal is None or group not in removal.group_accuracy:
+    if removal is None or parameters.group not in removal.group_accuracy:
         return None
-    return removal.accuracy - removal.group_accuracy[group]
-
-
-IMPORTANCE_MEASURES = {
-    "attention_over_mlp": Measure(OfParameters, lambda _: "log2 ratio", attention_over_mlp),
-    "importance_against_harm": Measure(OfParameters, lambda _: "rho", importance_against_harm),
-    "importance_between_seeds": Measure(OfParameters, lambda _: "rho", importance_between_seeds),
-    "removal_cost": Measure(RemovalParameters, lambda _: "share", removal_cost),
-}
+    return removal.accuracy - removal.group_accuracy[parameters.group]

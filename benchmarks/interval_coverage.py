@@ -1,7 +1,7 @@
 """How often each interval of `peft_vit.statistics` holds the truth at 3, 5 and 10 seeds, by simulation.
 
-    python benchmarks/coverage.py            simulate (two minutes on one core), write the result, fill the document
-    python benchmarks/coverage.py --table    fill docs/statistics.md from the result that is there
+    python benchmarks/interval_coverage.py           simulate for two minutes, write the result, fill the document
+    python benchmarks/interval_coverage.py --table   fill docs/statistics.md from the result that is there
 
 Each cell is 4,000 studies with a known truth. The functions measured are those that reports use, called once a study;
 only the mixed model is taken in its closed form for complete pairs, which a test compares with the fitted one. Two
@@ -32,7 +32,6 @@ from peft_vit.statistics import (
     mean_interval,
     paired_improvement,
     proportion_interval,
-    stratified_indices,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,7 +140,7 @@ def middle_of_three_tasks(rng: np.random.Generator, population: Population, n: i
 
 def _middle(rng: np.random.Generator, population: Population, n: int, tasks: int) -> tuple[list[Ends], float]:
     studies = population.draw(rng, (SIMULATIONS, n, tasks))
-    found = [interquartile_mean_interval(runs, stratified_indices(n, tasks, RESAMPLES, rng)) for runs in studies]
+    found = [interquartile_mean_interval(runs, rng, resamples=RESAMPLES) for runs in studies]
     return [(interval.low, interval.high) for interval in found], population.middle
 
 
@@ -293,8 +292,8 @@ def table(result: Mapping[str, Any]) -> str:
             f"{setting['resamples']} resamples. "
             f"{SHARE[0].upper()}{SHARE[1:]}, 82 % right, exactly: {shares}.",
             "",
-            f"`benchmarks/coverage.py`, seed {setting['seed']}, {result['date']}, {machine['processor']}, Python "
-            f"{machine['python']}, {versions}.",
+            f"`benchmarks/interval_coverage.py`, seed {setting['seed']}, {result['date']}, {machine['processor']}, "
+            f"Python {machine['python']}, {versions}.",
         ]
     )
 

@@ -1,5 +1,6 @@
 """A controller in a plain loop, for several test files."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,17 +39,36 @@ def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     F.cross_entropy(model(batch[0]), batch[1]).backward()
 
 
+def scored(
+    model: nn.Module, controller: AdaLoRAController, batch: tuple[Tensor, Tensor], step: int
+) -> dict[str, float]:
+    backward(model, batch)
+    return controller.update_importance_scores(model, step)
+
+
 def train_step(
     model: nn.Module,
     controller: AdaLoRAController,
     optimizer: torch.optim.Optimizer,
     batch: tuple[Tensor, Tensor],
     step: int,
+    scores: dict[str, float] | None = None,
 ) -> dict[str, int]:
-    backward(model, batch)
-    scores = controller.update_importance_scores(model, step)
+    """Do a step, whose decision may see other scores than the measured ones."""
+    measured = scored(model, controller, batch, step)
     optimizer.step()
-    ranks = controller.reallocate_ranks(scores, step)
+    ranks = controller.reallocate_ranks(scores or measured, step)
     controller.apply_ranks(model, optimizer, ranks)
     optimizer.zero_grad()
     return ranks
+
+
+def train(
+    model: nn.Module,
+    controller: AdaLoRAController,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    steps: Iterable[int] = range(1, STEPS + 1),
+) -> None:
+    for step in steps:
+        train_step(model, controller, optimizer, batch, step)

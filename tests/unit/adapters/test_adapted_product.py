@@ -1,25 +1,91 @@
-"""Products with packed weights: outputs and gradients equal plain autograd in float64, and no float weight stays."""
+"""The product with adapted weights, float or packed: nothing at the start, afterwards what the formula says in float64.
 
+Gradients included; and no float copy of a packed weight stays.
+"""
+
+import copy
 import gc
 import weakref
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from covering_pairs import covering_pairs
-from loose_sites import loose_site
+from tiny_models import loose_site
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters
-from peft_vit.adapters.frozen_weight import FrozenWeight
+from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters, merged_state_dict
+from peft_vit.adapters.adapted_product import FrozenWeight
 from peft_vit.backbones import find_sites
+from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize
 
 pytestmark = pytest.mark.part("quantization")
 IN, HEAD, SCALE = 32, 8, 1.7
 RANKS = {"query": 2, "key": 0, "value": 4}
+FORMS = [("product", 1), ("svd", 1), ("product", 8), ("svd", 8)]
+KINDS = {"none": [0], "equal": [3], "mixed": [0, 4, 1, 2, 0, 5, 3]}  # ranks of the sites in turn
 FORMATS = [("nf4", True), ("nf4", False), ("int4", True), ("int4", False), ("int2", True), ("int8", False)]
+
+
+def attached(model: nn.Module, parametrization: str = "product", pool: int = 1, kind: str = "mixed") -> nn.Module:
+    sites = find_sites(model)
+    ranks = {site.name: KINDS[kind][index % len(KINDS[kind])] for index, site in enumerate(sites)}
+    attach_adapters(model, sites, ranks, scale=SCALE, seed=3, parametrization=parametrization, pool=pool)
+    return model
+
+
+@pytest.mark.parametrize(("form", "kind", "bf16"), covering_pairs(FORMS, [*KINDS], [False, True]))
+def test_a_fresh_adapter_leaves_the_logits_bit_for_bit(tiny_vit, batch, form, kind, bf16) -> None:
+    model = tiny_vit()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        before = model(batch[0])
+        after = attached(model, *form, kind)(batch[0])
+    assert torch.equal(before, after)
+    assert before.abs().max() > 0.1  # there was something to change
+
+
+def by_hooks(plain: nn.Module, adapted: nn.Module, images: Tensor) -> Tensor:
+    """Return float64 logits with each site's update added to its module's output: x W^T + s ((x A^T) lambda) B^T."""
+    plain = copy.deepcopy(plain).double()
+    width = plain.embed_dim
+    rows = {"query": slice(0, width), "key": slice(width, 2 * width), "value": slice(2 * width, 3 * width)}
+
+    def add_updates(module: AdaptedLinear):
+        def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            output = output.clone()
+            for matrix, adapter in module.sites.items():
+                x = inputs[0].unflatten(-1, (-1, adapter.pool)).sum(-1)
+                inner = x @ adapter.lora_A.detach().double().T
+                if adapter.lora_lambda is not None:
+                    inner = inner * adapter.lora_lambda.detach().double()
+                output[..., rows.get(matrix, slice(None))] += SCALE * inner @ adapter.lora_B.detach().double().T
+            return output
+
+        return hook
+
+    for name, module in adapted_modules(adapted):
+        plain.get_submodule(name).register_forward_hook(add_updates(module))
+    with torch.no_grad():
+        return plain(images.double())
+
+
+@pytest.mark.parametrize(("parametrization", "pool"), FORMS)
+def test_merged_equals_unmerged_equals_the_formula(tiny_vit, batch, fill_adapters, parametrization, pool) -> None:
+    plain, model = tiny_vit(), attached(tiny_vit(), parametrization, pool)
+    fill_adapters(model, std=0.2 if parametrization == "svd" else 0.1)
+    images = batch[0]
+    with torch.no_grad():
+        untouched, unmerged = plain(images), model(images)
+    expected = by_hooks(plain, model, images)
+    assert (unmerged - untouched).abs().max() > 0.1  # the updates matter
+    torch.testing.assert_close(unmerged.double(), expected, rtol=0, atol=1e-5)
+    plain.load_state_dict(merged_state_dict(model), strict=True)
+    with torch.no_grad():
+        merged = plain(images)
+    torch.testing.assert_close(merged, unmerged, rtol=0, atol=1e-5)
 
 
 def layer_of(
@@ -31,11 +97,11 @@ def layer_of(
     share: float = 1.0,
     ranks=RANKS,
     group: int | None = 8,
+    bias: bool = True,
 ) -> AdaptedLinear:
     """Return a fused layer of three sites, all numbers random; at share 1 the float weight is gone."""
     generator = torch.Generator().manual_seed(0)
-    base = nn.Linear(IN, 3 * HEAD)
-    layer = AdaptedLinear(base)
+    layer = AdaptedLinear(nn.Linear(IN, 3 * HEAD, bias=bias))
     for index, (matrix, rank) in enumerate(ranks.items()):
         adapter = SiteAdapter(
             IN,
@@ -67,7 +133,8 @@ def reference(layer: AdaptedLinear, weight: Tensor, x: Tensor) -> tuple[Tensor, 
         if adapter.lora_lambda is not None:
             inner = inner * leaves[f"{site.kind}.lora_lambda"] * adapter.lambda_gain
         parts.append(x @ weight[site.span].T + SCALE * inner @ leaves[f"{site.kind}.lora_B"].T)
-    return torch.cat(parts, -1) + layer.bias.double(), leaves
+    output = torch.cat(parts, -1)
+    return output if layer.bias is None else output + layer.bias.double(), leaves
 
 
 def input_and_target() -> tuple[Tensor, Tensor]:
@@ -80,12 +147,11 @@ def distance(ours: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("format", "share", "pool", "parametrization", "bf16"),
-    covering_pairs(FORMATS, [0.0, 0.3, 1.0], [1, 8], ["product", "svd"], [False, True]),
+    ("format", "share", "pool", "parametrization", "bf16", "bias"),
+    covering_pairs(FORMATS, [0.0, 0.3, 1.0], [1, 8], ["product", "svd"], [False, True], [True, False]),
 )
-def test_outputs_and_gradients_equal_float64_autograd(format, share, pool, parametrization, bf16) -> None:
-    type, offset = format
-    layer = layer_of(type, offset, pool=pool, parametrization=parametrization, share=share)
+def test_outputs_and_gradients_equal_float64_autograd(format, share, pool, parametrization, bf16, bias) -> None:
+    layer = layer_of(*format, pool=pool, parametrization=parametrization, share=share, bias=bias)
     x, target = input_and_target()
     weight = layer.quantized.dequantize().double()
     if share < 1:
@@ -110,7 +176,8 @@ def test_outputs_and_gradients_equal_float64_autograd(format, share, pool, param
         assert distance(parameter.grad, leaves[name].grad) < bound
         compared += 1
     assert compared == (6 if parametrization == "svd" else 4)
-    assert layer.bias.grad is None
+    assert layer.bias is None or layer.bias.grad is None
+    assert layer.weight is None or layer.weight.grad is None
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
@@ -134,6 +201,35 @@ def test_a_trained_bias_and_an_input_without_gradient(pool) -> None:
     (layer(x) * target).sum().backward()
     torch.testing.assert_close(layer.bias.grad, target.sum((0, 1)))
     assert all(p.grad is not None for p in layer.sites.parameters() if p.numel())
+
+
+def test_a_weight_under_an_adapter_can_not_be_trained() -> None:
+    layer = layer_of("int4", True, pool=1, share=0.0)
+    layer.weight.requires_grad_(True)
+    with pytest.raises(UserError, match="a weight under an adapter is frozen"):
+        layer(torch.zeros(1, IN))
+
+
+def test_orthogonality_and_delta_against_numpy() -> None:
+    adapter = layer_of("int4", True, pool=1, parametrization="svd").sites["value"]
+    A, B, lam = (p.detach().double().numpy() for p in (adapter.lora_A, adapter.lora_B, adapter.lora_lambda))
+    expected = np.linalg.norm(B.T @ B - np.eye(4)) + np.linalg.norm(A @ A.T - np.eye(4))
+    assert adapter.orthogonality().item() == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(adapter.delta().detach(), SCALE * B @ np.diag(1.5 * lam) @ A, rtol=1e-5, atol=1e-5)
+
+
+def test_a_share_of_the_quantized_weight_is_in_use() -> None:
+    layer = layer_of("int4", True, pool=8, share=0.25)
+    full, packed = layer.weight.detach().clone(), layer.quantized
+    assert layer.set_quantized(packed) == pytest.approx(float((full - packed.dequantize()).norm() / full.norm()))
+    torch.testing.assert_close(layer.frozen_weight(), 0.75 * full + 0.25 * packed.dequantize())
+    layer.drop_float()
+    assert layer.weight is None
+    assert torch.equal(layer.frozen_weight(), packed.dequantize())
+    with pytest.raises(RuntimeError, match="float weight is gone"):
+        layer.set_quantized(packed)
+    with pytest.raises(RuntimeError, match="no quantized weight"):
+        AdaptedLinear(nn.Linear(IN, HEAD)).drop_float()
 
 
 def test_adapters_of_other_groups_in_one_layer_are_refused() -> None:
@@ -211,8 +307,7 @@ def test_no_float_weight_is_kept_between_forward_and_backward_or_after(unpacked,
 def test_after_a_step_of_a_whole_model_no_float_copy_of_a_quantized_layer_is_alive(tiny_vit, batch, pool) -> None:
     of_other_tests = live_floats()  # held, so that no new tensor gets the identity of one of them
     model = tiny_vit()
-    sites = find_sites(model)
-    attach_adapters(model, sites, dict.fromkeys((site.name for site in sites), 2), scale=SCALE, seed=0, pool=pool)
+    attach_adapters(model, find_sites(model), 2, scale=SCALE, seed=0, pool=pool)
     for _, module in adapted_modules(model):
         module.set_quantized(quantize(module.weight.detach(), QuantizationFormat("nf4", 16, offset=True)))
         module.drop_float()

@@ -1,0 +1,169 @@
+"""A file that holds only what was trained: adapters and head."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from peft_vit.adapters.injection import adapted_modules, current_ranks, site_adapters
+from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizationFormat
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every trainable tensor by name: adapters and head, or the whole model under full fine-tuning."""
+    return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def adapter_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
+    """Return the content of an adapter file: trained tensors as safetensors, the rest as JSON in its header."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in trained_tensors(model).items() if tensor.numel()}
+    formats = {name: format.as_json() for name, format in _formats(model).items()}
+    header = {**metadata, "ranks": current_ranks(model), "form": _form(model), "formats": formats}
+    return save(tensors, metadata={"peft_vit": json.dumps(header, sort_keys=True)})
+
+
+def _form(model: nn.Module) -> dict[str, Any]:
+    """Return what else decides an update beside its tensors, by site; sites that are alike once."""
+    forms = {}
+    for name, adapter in site_adapters(model).items():
+        forms[name] = {"scale": adapter.scale, "parametrization": adapter.parametrization, "pool": adapter.pool}
+        if adapter.lora_lambda is not None:
+            forms[name]["lambda_gain"] = adapter.lambda_gain
+    values = list(forms.values())
+    return values[0] if values and all(value == values[0] for value in values) else forms
+
+
+def _formats(model: nn.Module) -> dict[str, QuantizationFormat]:
+    """Return the number format of each quantized weight, by module."""
+    return {name: one.quantized.format for name, one in adapted_modules(model) if one.quantized is not None}
+
+
+def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
+    """Load an adapter file into a model that carries adapters on the same sites, at any rank.
+
+    Returns:
+        The metadata that was saved with it.
+
+    Raises:
+        UserError: if the file is no adapter file or does not fit the model.
+    """
+    saved = read_adapter_file(file)
+    if saved.form != _form(model):
+        raise UserError(
+            f"holds adapters of the form {saved.form}, the model's are {_form(model)}; attach them alike", file=file
+        )
+    present = _formats(model)
+    different = next((name for name in saved.formats if saved.formats[name] != present.get(name)), None)
+    if different is not None:
+        raise UserError(
+            f"was trained on {different} as {saved.formats[different]}, the model has "
+            f"{present.get(different, 'floats')}; quantize alike",
+            file=file,
+        )
+    set_ranks(model, saved.ranks, file=file)
+    restore_trained(model, saved.tensors, file=file)
+    return saved.metadata
+
+
+class AdapterFile(NamedTuple):
+    """The content of an adapter file."""
+
+    metadata: dict[str, Any]  # as it was saved
+    tensors: dict[str, Tensor]
+    form: dict[str, Any]  # what else decides the updates
+    ranks: dict[str, int]  # by site; likewise
+    scales: dict[str, float]
+    formats: dict[str, QuantizationFormat]  # of the quantized weights that the adapters were trained on, by module
+
+
+def read_adapter_file(file: Path) -> AdapterFile:
+    """Read an adapter file.
+
+    Raises:
+        UserError: if it is none, or damaged.
+    """
+    header, tensors = read_safetensors(file)
+    if "peft_vit" not in header:
+        raise UserError("has no peft_vit header; it was not written by this package", file=file)
+    try:
+        metadata = json.loads(header["peft_vit"])
+        form, formats = metadata["form"], metadata.get("formats", {})  # older files hold no formats
+        if not isinstance(form, dict) or not isinstance(formats, dict):
+            raise TypeError("form and formats are mappings")
+        ranks = {name: _rank(rank) for name, rank in metadata["ranks"].items()}
+        return AdapterFile(
+            metadata,
+            tensors,
+            form,
+            ranks,
+            scales={name: float((form if "scale" in form else form[name])["scale"]) for name in ranks},
+            formats={name: QuantizationFormat.from_json(fields) for name, fields in formats.items()},
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UserError) as error:
+        raise UserError(f"has a damaged peft_vit header ({type(error).__name__}: {error})", file=file) from None
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return header and tensors of a file that may come from anybody.
+
+    Raises:
+        UserError: if it is no safetensors file.
+    """
+    try:
+        if not os.path.isfile(file):  # opening a pipe could wait for ever
+            raise ValueError("no regular file")
+        with safe_open(file, framework="pt") as handle:
+            return handle.metadata() or {}, {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except Exception as error:  # a foreign file can fail in any way; the user needs one line
+        raise UserError(f"is not a readable safetensors file ({error})", file=file) from None
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"a rank is a whole number, not {value!r}")
+    return value
+
+
+def set_ranks(model: nn.Module, ranks: dict[str, int], *, file: Path | None = None) -> None:
+    """Give every site the named rank with fresh triplets; for models that no optimiser holds yet or any more.
+
+    Raises:
+        UserError: naming the file that the ranks came from, if a site is missing, unknown, or can't have its rank.
+    """
+    adapters = site_adapters(model)
+    if set(ranks) != set(adapters):
+        raise UserError("names other sites than the model's adapters", file=file, field="ranks")
+    for name, adapter in adapters.items():
+        if not 0 <= ranks[name] <= adapter.largest_rank:
+            problem = f"expected 0 to {adapter.largest_rank}, got {ranks[name]}"
+            raise UserError(problem, file=file, field=f"ranks[{name}]")
+        if adapter.rank != ranks[name]:
+            lora_A, lora_B, lora_lambda = adapter.fresh_triplets(ranks[name])
+            device = adapter.lora_A.device
+            adapter.lora_A = nn.Parameter(lora_A.to(device))
+            adapter.lora_B = nn.Parameter(lora_B.to(device))
+            adapter.lora_lambda = None if lora_lambda is None else nn.Parameter(lora_lambda.to(device))
+
+
+@torch.no_grad()
+def restore_trained(model: nn.Module, tensors: dict[str, Tensor], *, file: Path | None = None) -> None:
+    """Copy trained tensors back; every trainable parameter must be there with its shape."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    for name in sorted(set(parameters) ^ {name for name, tensor in tensors.items() if tensor.numel()}):
+        side = "model" if name in parameters else "file"
+        raise UserError(
+            f"stands only in the {side}; the adapter belongs to another configuration", file=file, field=name
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            shapes = f"expected shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
+            raise UserError(f"{shapes}; the adapter belongs to another configuration", file=file, field=name)
+        parameter.copy_(tensors[name])

@@ -1,0 +1,49 @@
+"""Runs of the tiny study that the tests of this folder share: planned, done, and taken out of their files again."""
+
+from pathlib import Path
+from typing import Any
+
+from written_runs import run_and_write
+
+from peft_vit.adapters import adapted_modules, load_trained
+from peft_vit.backbones import LoadedBackbone, load_backbone
+from peft_vit.config import StudyConfig
+from peft_vit.methods import prepare
+from peft_vit.records import ADAPTER_FILE, RunRecord, RunSpec, run_folder
+from peft_vit.studies import plan_study
+
+
+def with_settings(config: StudyConfig, section: str, **changes: Any) -> StudyConfig:
+    """Return a study of one experiment with other settings in one of its sections."""
+    (experiment,) = config.experiments
+    settings = getattr(experiment, section).model_copy(update=changes)
+    return config.model_copy(update={"experiments": (experiment.model_copy(update={section: settings}),)})
+
+
+def with_data(config: StudyConfig, **changes: Any) -> StudyConfig:
+    """Return a study with other images."""
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def specs(config: StudyConfig, folder: Path) -> list[RunSpec]:
+    """Return what a study's runs do."""
+    return [planned.spec for planned in plan_study(config, folder, file=folder / "tiny.yaml").runs]
+
+
+def do(config: StudyConfig, folder: Path) -> list[RunRecord]:
+    """Do a study's runs, and write what came out."""
+    records = [run_and_write(spec, folder) for spec in specs(config, folder)]
+    assert [record.error for record in records] == [None] * len(records)
+    return records
+
+
+def trained_again(record: RunRecord, folder: Path) -> LoadedBackbone:
+    """Return the model out of a run's adapter file, and what its images are normalised by."""
+    spec = record.spec
+    backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=77)
+    prepare(backbone.model, spec.experiment, total_steps=len(record.steps), seed=77)
+    load_trained(backbone.model, run_folder(folder, spec) / ADAPTER_FILE)
+    for _, module in adapted_modules(backbone.model):
+        if module.quantized is not None:
+            module.drop_float()
+    return backbone
