@@ -10,6 +10,7 @@ import typer
 
 from peft_vit.cli.app import app
 from peft_vit.config import MethodName
+from peft_vit.studies.executors import ExecutorName
 
 DEFAULT_OUTPUT = Path("experiments/outputs/adaptive")
 SMOKE_OUTPUT = Path("experiments/outputs/adaptive_smoke")  # apart: a smoke run must not stand in for a real one
@@ -45,9 +46,7 @@ def run(
     skip_failed: Annotated[
         bool, typer.Option("--skip-failed", help="leave runs alone that failed in an earlier call")
     ] = False,
-    executor: Annotated[
-        Literal["local", "ray"], typer.Option(help="processes on this machine, or a Ray cluster")
-    ] = "local",
+    executor: Annotated[ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")] = "local",
     ray_address: Annotated[
         str | None,
         typer.Option(

@@ -9,12 +9,13 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError, named
 from peft_vit.records.study_file import read_study_file
 from peft_vit.safe_io import folder_below
+from peft_vit.studies.executors import ExecutorName
 from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import StudyLock, study_lock
 
@@ -54,7 +55,7 @@ class RunRequest:
 class Execution:
     """How runs are carried out, beyond what the studies say; see `open_executor`, `drive` and `event_log`."""
 
-    executor: Literal["local", "ray"] = "local"
+    executor: ExecutorName = "local"
     ray_address: str | None = None
     oversubscribe: bool = False
     skip_failed: bool = False
