@@ -272,6 +272,7 @@ def test_what_minutes_cannot_be_combined_with(options, said, tmp_path, refused) 
 
 @pytest.mark.part("runner")
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.slow
 def test_a_study_within_minutes(tmp_path, command, monkeypatch) -> None:
     head, _, _ = STUDY.partition("  - name: adaptive")
     file, out = write(tmp_path, head), tmp_path / "out"
@@ -299,6 +300,7 @@ def test_a_study_within_minutes(tmp_path, command, monkeypatch) -> None:
 
 @pytest.mark.part("runner")
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.slow
 def test_time_that_is_left_over_is_spent_on_what_it_is_enough_for(tmp_path, command, monkeypatch) -> None:
     """The choice is made again when all that was taken is done: first for no more, in another call for one more."""
     head, _, _ = STUDY.partition("  - name: adaptive")
@@ -315,6 +317,7 @@ def test_time_that_is_left_over_is_spent_on_what_it_is_enough_for(tmp_path, comm
 
 
 @pytest.mark.part("runner")
+@pytest.mark.slow
 def test_who_comes_second_leaves_and_names_the_first(tmp_path, command, refused) -> None:
     file, out = write(tmp_path), tmp_path / "out"
     with study_lock(out / "tiny"):

@@ -26,7 +26,9 @@ def run_python_blocks(text: str, document: str) -> int:
 
 
 # The numbers of blocks: one with another fence would not be run, and nobody would notice.
-@pytest.mark.parametrize(("document", "blocks"), [("README.md", 1), ("docs/library.md", 15)])
+@pytest.mark.parametrize(
+    ("document", "blocks"), [("README.md", 1), pytest.param("docs/library.md", 15, marks=pytest.mark.slow)]
+)
 def test_every_python_block_runs(document: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the examples write files
     text = (ROOT / document).read_text(encoding="utf-8")

@@ -114,6 +114,7 @@ def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp
     command("report", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_finished_run_knows_its_start_and_is_restored_without_it(adapter, images, weights, tmp_path) -> None:
     mine, out = changed(adapter, tmp_path / "mine"), tmp_path / "out"
     first = imported(mine, images, weights, out)
@@ -131,7 +132,7 @@ def test_a_finished_run_knows_its_start_and_is_restored_without_it(adapter, imag
     )
 
 
-@pytest.mark.parametrize("case", ["other size", "none"])
+@pytest.mark.parametrize("case", ["other size", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_head_that_does_not_fit_starts_afresh_and_says_so(adapter, images, weights, tmp_path, case) -> None:
     def with_such_a_head(tensors):
         heads = {name: tensors.pop(name) for name in list(tensors) if ".head." in name}

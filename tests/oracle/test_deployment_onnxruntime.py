@@ -106,7 +106,9 @@ def test_a_float_model_is_exported_as_it_is(tmp_path) -> None:
     assert open_exported(tmp_path / "model.onnx").card == CARD
 
 
-@pytest.mark.parametrize("kind", ["int2", "int4", "int8", "nf4", "fp4"])
+@pytest.mark.parametrize(
+    "kind", ["int2", "nf4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int4", "int8", "fp4"))]
+)
 def test_constant_groups_are_exact_and_finite(tmp_path, kind) -> None:
     model = random_model("test_vit")
     layer = AdaptedLinear(model.blocks[5].mlp.fc2)

@@ -73,12 +73,17 @@ def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
     Raises:
         UserError: if the model is unknown, not one that can be adapted, or does not take this image size.
     """
+    return _shape(config.model, image_size)
+
+
+@functools.cache
+def _shape(name: str, image_size: int) -> BackboneShape:
     with torch.device("meta"):
-        model = create_model(config.model, image_size, num_classes=1)
+        model = create_model(name, image_size, num_classes=1)
     try:
         sites = find_sites(model)
     except UserError as error:
-        raise UserError(f"{config.model} can't be adapted: {error}", field="backbone.model") from None
+        raise UserError(f"{name} can't be adapted: {error}", field="backbone.model") from None
     return BackboneShape(
         sites=sites,
         width=model.embed_dim,

@@ -275,8 +275,7 @@ def live_floats_of(shape: tuple[int, int]) -> int:
     return sum(tensor.numel() == shape[0] * shape[1] for tensor in live_floats())
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("pool", [1, 8])
+@pytest.mark.parametrize(("pool", "bf16"), [(1, False), (8, True)])
 def test_no_float_weight_is_kept_between_forward_and_backward_or_after(unpacked, pool, bf16) -> None:
     adapted = [layer_of("nf4", True, pool=pool) for _ in range(3)]
     back = nn.Sequential(nn.GELU(), nn.ZeroPad1d((0, IN - 3 * HEAD)))

@@ -82,6 +82,7 @@ def test_without_a_measurement_matrices_have_to_do(study) -> None:
     assert trained_s == pytest.approx(6 + (2 * 6 * 8 + 2 * 20 + 30) * per_image)
 
 
+@pytest.mark.slow
 def test_real_steps_are_measured_with_as_many_at_a_time_as_will_run(study) -> None:
     config = study("linear", "lora", "full", epochs=20)
     config = config.model_copy(

@@ -61,6 +61,7 @@ def test_what_fails_is_said_and_estimated(study, tmp_path, own_cache) -> None:
     assert known_costs(kinds["full"]) is None
 
 
+@pytest.mark.slow
 def test_what_a_busy_machine_took_serves_once_and_is_not_kept(study, tmp_path, own_cache) -> None:
     kinds = kinds_of(study("full", "lora"), tmp_path)
     told: list[str] = []

@@ -35,6 +35,7 @@ for file in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_another_process_computes_what_the_kept_model_does(quantized_vit, card, batch, tmp_path) -> None:
     images, _ = batch
     torch.save(images, tmp_path / "images")

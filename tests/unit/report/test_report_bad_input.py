@@ -152,6 +152,7 @@ build_report(Path(sys.argv[1]), Path(sys.argv[2]), publication=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_other_hashes_write_the_same_bytes(few: list[RunRecord], tmp_path: Path) -> None:
     kept = [r for r in few if r.spec.experiment.name in {"linear_probe", "adalora_top_k_fisher"}]
     broken = planted.failed(EXPERIMENTS["lora_r4"], 0, "out of memory")

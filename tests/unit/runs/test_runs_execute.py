@@ -26,7 +26,9 @@ pytestmark = pytest.mark.part("runner")
 METHODS = ("linear", "full", "lora", "adalora", "qa_lora", "qa_adalora")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[:-1]), METHODS[-1]]
+)
 def test_the_same_seed_repeats_the_weights_and_another_does_not(study, tmp_path, method) -> None:
     first, other = do(study(method, seeds=(0, 1)), tmp_path / "a")
     (again,) = do(study(method), tmp_path / "b")
@@ -40,6 +42,7 @@ def test_the_same_seed_repeats_the_weights_and_another_does_not(study, tmp_path,
     assert (first.steps[0].loss == other.steps[0].loss) == (method == "linear")
 
 
+@pytest.mark.slow
 def test_methods_are_paired_within_a_seed(study, tmp_path) -> None:
     records = do(study(*METHODS, seeds=(0, 1), epochs=1, batch_size=4), tmp_path)
     hashes = {0: set(), 1: set()}
@@ -56,6 +59,7 @@ def test_methods_are_paired_within_a_seed(study, tmp_path) -> None:
     assert order_0 != order_1
 
 
+@pytest.mark.slow
 def test_methods_share_a_split_that_each_seed_draws(study, tmp_path) -> None:
     config = study("linear", "lora", seeds=(0, 1), epochs=1, schedule="constant")
     config = with_data(config, test_split="per_seed")

@@ -109,6 +109,7 @@ def test_the_start_is_the_probe_and_the_result_is_never_below_it(study, tmp_path
         assert record.parameters.final == record.parameters.head
 
 
+@pytest.mark.slow
 def test_the_probe_of_float_weights_is_the_run_s_of_method_linear(study, tmp_path) -> None:
     linear, lora = do(study("linear"), tmp_path / "a"), do(study("lora", **DESTROYS), tmp_path / "b")
     assert linear.head_fit == lora.head_fit

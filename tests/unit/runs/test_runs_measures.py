@@ -62,6 +62,7 @@ def test_what_is_not_asked_for_is_not_measured(study, tmp_path) -> None:
     assert not {"removal", "latency"} & record.overhead_s.keys()
 
 
+@pytest.mark.slow
 def test_measures_of_every_method_that_has_something_to_leave_out(study, tmp_path) -> None:
     records = do(asking(study("linear", "full", "lora", "adalora", "qa_lora", "qa_adalora")), tmp_path)
     for record in records:

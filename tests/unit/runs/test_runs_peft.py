@@ -79,6 +79,7 @@ def test_without_peft_a_plan_is_one_line(beside, tmp_path, monkeypatch) -> None:
     assert "peft" not in package_versions()
 
 
+@pytest.mark.slow
 def test_runs_are_paired_with_ours_and_recorded_alike(beside, tmp_path) -> None:
     folder = tmp_path / "runs"
     records = [run_and_write(run.spec, folder) for run in planned(beside(seeds=(0, 1)), folder).runs]

@@ -60,11 +60,11 @@ def resumed(spec, folder, first_step: int):
 
 PROBE_FIRST = {"head_start": "probe"}
 RUNS = [  # methods' own states: test_training_resume.py
-    ("full", {}),
     ("qa_adalora", {}),
-    ("adaptive_bits", {}),
-    ("qa_lora", PROBE_FIRST),
-    ("adalora", PROBE_FIRST | {"learning_rate": 1.0}),
+    pytest.param("full", {}, marks=pytest.mark.slow),
+    pytest.param("adaptive_bits", {}, marks=pytest.mark.slow),
+    pytest.param("qa_lora", PROBE_FIRST, marks=pytest.mark.slow),
+    pytest.param("adalora", PROBE_FIRST | {"learning_rate": 1.0}, marks=pytest.mark.slow),
 ]
 
 

@@ -41,6 +41,7 @@ def workers_alive(events):
     return [pid for pid in {int(one.worker.split()[1]) for one in of(events, RunStarted)} if alive(pid)]
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_what_this_process_gives(study, tmp_path) -> None:
     plan = plan_study(study("linear", "lora", "adalora"), tmp_path, file=tmp_path / "tiny.yaml")
     expected = {run.spec.run_id: outcome_digest(run_one(run.spec).record) for run in plan.runs}
@@ -99,6 +100,7 @@ def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> N
     assert not workers_alive(both + rest)
 
 
+@pytest.mark.slow
 def test_without_a_process_for_it_a_run_waits_for_another_worker(study, tmp_path, monkeypatch) -> None:
     plan = plan_study(study("linear", "lora"), tmp_path, file=tmp_path / "tiny.yaml")
     start = local._start_worker

@@ -70,7 +70,7 @@ def test_a_schedule_that_cannot_finish_is_refused(tiny_vit, settings, total) -> 
 
 
 @pytest.mark.part("quantization")
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("grouped", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_float_weights_are_freed_at_share_one(tiny_vit, batch, grouped) -> None:
     model = tiny_vit()
     settings = linear(use_group_quantization=grouped, **({} if grouped else {"group_size": 32}))
