@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from peft_vit.cli.app import app
-from peft_vit.config import MethodName
-from peft_vit.studies.executors import ExecutorName
+from peft_vit.config import ExecutorName, MethodName
 
 DEFAULT_OUTPUT = Path("experiments/outputs/adaptive")
 SMOKE_OUTPUT = Path("experiments/outputs/adaptive_smoke")  # apart: a smoke run must not stand in for a real one

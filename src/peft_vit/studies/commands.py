@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_vit.config import StudyConfig, load_study
+from peft_vit.config import ExecutorName, StudyConfig, load_study
 from peft_vit.errors import UserError, named
 from peft_vit.records.study_file import read_study_file
 from peft_vit.safe_io import folder_below
-from peft_vit.studies.executors import ExecutorName
 from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import StudyLock, study_lock
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from peft_vit.config import ExecutorName
 from peft_vit.errors import UserError
 from peft_vit.studies.events import Executor
 
 if TYPE_CHECKING:  # parts of this package need no torch
     from peft_vit.studies.plan import Plan, PlannedRun
 
-ExecutorName = Literal["local", "ray"]
-
-__all__ = ["ExecutorName", "decode_images", "open_executor"]
+__all__ = ["decode_images", "open_executor"]
 
 
 def open_executor(
