@@ -60,9 +60,7 @@ class Backbone:
     @property
     def input_size(self) -> tuple[int, int, int]:
         """Return channels, height and width of an image, in pixels."""
-        model: Any = self.model
-        height, width = model.patch_embed.img_size
-        return int(model.patch_embed.proj.weight.shape[1]), int(height), int(width)
+        return self.family.input_size(self.model)
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -122,7 +120,8 @@ class Backbone:
             if kinds is not None and kind not in kinds:
                 continue
             in_features, out_features = self._features(linear.module, name)
-            if out_features % len(linear.kinds):
+            rows = linear.rows or (out_features // len(linear.kinds),) * len(linear.kinds)
+            if sum(rows) != out_features:
                 *some, last = linear.kinds
                 parts = f"{', '.join(some)} and {last}"
                 raise _missing(name, f"{linear.module} has {out_features} rows, not {parts} of one size")
@@ -131,9 +130,8 @@ class Backbone:
                 raise _missing(
                     name, f"{linear.module} has {out_features} rows but {leaf} takes {hidden} inputs (a gated MLP)"
                 )
-            size = out_features // len(linear.kinds)
-            rows = (part * size, (part + 1) * size)
-            yield Site(name, linear.module, rows, linear.layer, kind, linear.role, in_features, size, tokens=0)
+            span = (sum(rows[:part]), sum(rows[: part + 1]))
+            yield Site(name, linear.module, span, linear.layer, kind, linear.role, in_features, rows[part], tokens=0)
 
     def _features(self, module: str, site: str) -> tuple[int, int]:
         try:

@@ -52,8 +52,9 @@ class LinearLayout:
     Attributes:
         module: its path in the model, `blocks.3.attn.qkv`.
         layer: number of the block.
-        kinds: what equal slices of its rows are, from the first row on.
+        kinds: what slices of its rows are, from the first row on.
         role: of all of them.
+        rows: how many each slice has; None: all the same number.
         feeds: path of the module whose inputs its outputs are, one to one, if that has to be so.
     """
 
@@ -61,6 +62,7 @@ class LinearLayout:
     layer: int
     kinds: tuple[str, ...]
     role: Role
+    rows: tuple[int, ...] | None = None
     feeds: str | None = None
 
     def site_names(self) -> list[str]:

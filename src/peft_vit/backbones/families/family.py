@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
+from peft_vit.backbones.families.timm_blocks import add_bias_apart
 from peft_vit.backbones.site import LinearLayout
+
+
+def input_of_patches(model: Any) -> tuple[int, int, int]:
+    """Return channels, height and width that a model's patch embedding takes, in pixels."""
+    height, width = model.patch_embed.img_size
+    return int(model.patch_embed.proj.weight.shape[1]), int(height), int(width)
 
 
 @dataclass(frozen=True)
@@ -21,10 +29,12 @@ class Family:
         fit_weights: takes the tensors of a checkpoint to a model's own names and image size.
         prepare: makes a model compute each matrix by the forward pass of its module, where an adapter can stand; tells
             whether timm builds such a model otherwise.
+        input_size: channels, height and width of an image, in pixels.
     """
 
     model_class: type[nn.Module]
     layout: Callable[[nn.Module], list[LinearLayout]]
     blocks: Callable[[nn.Module], list[str]]
     fit_weights: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
-    prepare: Callable[[nn.Module], bool]
+    prepare: Callable[[nn.Module], bool] = add_bias_apart
+    input_size: Callable[[nn.Module], tuple[int, int, int]] = input_of_patches

@@ -1,32 +1,40 @@
-"""timm's VisionTransformer with plain blocks: ViT, DeiT, DINOv2 with and without registers."""
+"""timm's VisionTransformer: ViT, DeiT, DINO, DINOv2 with and without registers, CLIP, SigLIP, AIMv2, TIPSv2.
+
+All blocks stand in one row. Some models pool their tokens by attention, which counts as one more block.
+"""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
+from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from peft_vit.backbones.families.family import Family
+from peft_vit.backbones.families.timm_blocks import linears_of_block, linears_of_pool
 from peft_vit.backbones.site import LinearLayout
 
-
-def _layout(model: Any) -> list[LinearLayout]:
-    return [linear for layer, block in enumerate(_blocks(model)) for linear in _of_block(layer, block)]
+POOL = "attn_pool"
 
 
-def _of_block(layer: int, block: str) -> list[LinearLayout]:
-    """Return fused query, key and value, the attention's output, and the two matrices of a plain MLP."""
-    return [
-        LinearLayout(f"{block}.attn.qkv", layer, ("query", "key", "value"), "attention"),
-        LinearLayout(f"{block}.attn.proj", layer, ("out",), "attention"),
-        LinearLayout(f"{block}.mlp.fc1", layer, ("fc1",), "mlp", feeds=f"{block}.mlp.fc2"),
-        LinearLayout(f"{block}.mlp.fc2", layer, ("fc2",), "mlp"),
-    ]
+def row_layout(model: Any) -> list[LinearLayout]:
+    """Return the linear modules of blocks in one row, and of pooling by attention."""
+    blocks = [name for name in row_of_blocks(model) if name != POOL]
+    linears = [one for layer, path in enumerate(blocks) for one in linears_of_block(path, layer, model.blocks[layer])]
+    if _has_pool(model):
+        linears += linears_of_pool(POOL, len(blocks), model.attn_pool)
+    return linears
 
 
-def _blocks(model: Any) -> list[str]:
-    return [f"blocks.{layer}" for layer in range(len(model.blocks))]
+def row_of_blocks(model: Any) -> list[str]:
+    """Return the names of blocks in one row, and of pooling by attention."""
+    names = [f"blocks.{layer}" for layer in range(len(model.blocks))]
+    return [*names, POOL] if _has_pool(model) else names
+
+
+def _has_pool(model: Any) -> bool:
+    return isinstance(getattr(model, POOL, None), AttentionPoolLatent)
 
 
 def _fit_weights(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -34,9 +42,4 @@ def _fit_weights(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return checkpoint_filter_fn(tensors, cast(VisionTransformer, model), adapt_layer_scale=True)
 
 
-def _prepare(_: nn.Module) -> bool:
-    """Do nothing: every matrix computes by its own module."""
-    return False
-
-
-TIMM_VIT = Family(VisionTransformer, _layout, _blocks, _fit_weights, _prepare)
+TIMM_VIT = Family(VisionTransformer, row_layout, row_of_blocks, _fit_weights)

@@ -1,0 +1,32 @@
+"""timm's Hiera: stages of blocks in one row; the first block of a stage widens the tokens and pools its queries.
+
+Where the width changes, the block's shortcut has a matrix of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.hiera import Hiera, checkpoint_filter_fn
+
+from peft_vit.backbones.families.family import Family
+from peft_vit.backbones.families.timm_blocks import linears_of_block
+from peft_vit.backbones.families.timm_vit import row_of_blocks
+from peft_vit.backbones.site import LinearLayout
+
+
+def _layout(model: Any) -> list[LinearLayout]:
+    linears: list[LinearLayout] = []
+    for layer, (path, block) in enumerate(zip(row_of_blocks(model), model.blocks, strict=True)):
+        linears += linears_of_block(path, layer, block)
+        if block.proj is not None:
+            linears.append(LinearLayout(f"{path}.proj", layer, ("shortcut",), "other"))
+    return linears
+
+
+def _input_size(model: Any) -> tuple[int, int, int]:
+    height, width = (tokens * stride for tokens, stride in zip(model.tokens_spatial_shape, model.patch_stride))
+    return int(model.patch_embed.proj.weight.shape[1]), height, width
+
+
+TIMM_HIERA = Family(Hiera, _layout, row_of_blocks, checkpoint_filter_fn, input_size=_input_size)
