@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 from torch import Tensor, nn
 
 from peft_vit.backbones.families.timm_blocks import add_bias_apart
@@ -13,9 +14,19 @@ from peft_vit.backbones.site import LinearLayout
 
 
 def input_of_patches(model: Any) -> tuple[int, int, int]:
-    """Return channels, height and width that a model's patch embedding takes, in pixels."""
+    """Return channels, height and width of the images that a model's patch embedding takes."""
     height, width = model.patch_embed.img_size
     return int(model.patch_embed.proj.weight.shape[1]), int(height), int(width)
+
+
+def build(name: str, image_size: int, num_classes: int) -> nn.Module:
+    """Build a model for images of a size, as timm initialises it."""
+    return timm.create_model(name, img_size=image_size, num_classes=num_classes)
+
+
+def patch_size(model: Any) -> int:
+    """Return the side of a model's patches, in pixels."""
+    return int(model.patch_embed.patch_size[0])
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,8 @@ class Family:
         prepare: makes a model compute each matrix by the forward pass of its module, where an adapter can stand; tells
             whether timm builds such a model otherwise.
         input_size: channels, height and width of an image, in pixels.
+        build: makes a model of a name for images of a side, in pixels, with so many classes.
+        size_step: what the side of an image has to be a multiple of, in pixels.
     """
 
     model_class: type[nn.Module]
@@ -38,3 +51,5 @@ class Family:
     fit_weights: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
     prepare: Callable[[nn.Module], bool] = add_bias_apart
     input_size: Callable[[nn.Module], tuple[int, int, int]] = input_of_patches
+    build: Callable[[str, int, int], nn.Module] = build
+    size_step: Callable[[nn.Module], int] = patch_size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 from timm.models import swin_transformer, swin_transformer_v2
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -33,5 +34,22 @@ def _blocks(model: Any) -> list[str]:
     return [f"layers.{stage}.blocks.{i}" for stage, one in enumerate(model.layers) for i in range(len(one.blocks))]
 
 
-TIMM_SWIN = Family(SwinTransformer, _layout, _blocks, swin_transformer.checkpoint_filter_fn)
-TIMM_SWIN_V2 = Family(SwinTransformerV2, _layout, _blocks, swin_transformer_v2.checkpoint_filter_fn)
+def _build(name: str, image_size: int, num_classes: int) -> Any:
+    """Build a model whose windows grow and shrink with the image, so that none is filled up with nothing."""
+    model = timm.create_model(name, num_classes=num_classes)
+    if image_size != model.patch_embed.img_size[0]:
+        model.set_input_size(image_size)
+    return model
+
+
+def _size_step(model: Any) -> int:
+    """Return the side of an image of which the last stage has one token: multiples of it fill all windows."""
+    return int(model.patch_embed.patch_size[0]) * 2 ** (len(model.layers) - 1)
+
+
+TIMM_SWIN = Family(
+    SwinTransformer, _layout, _blocks, swin_transformer.checkpoint_filter_fn, build=_build, size_step=_size_step
+)
+TIMM_SWIN_V2 = Family(
+    SwinTransformerV2, _layout, _blocks, swin_transformer_v2.checkpoint_filter_fn, build=_build, size_step=_size_step
+)

@@ -9,13 +9,14 @@ from typing import Any, cast
 
 from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_vit.backbones.families.family import Family
 from peft_vit.backbones.families.timm_blocks import linears_of_block, linears_of_pool
 from peft_vit.backbones.site import LinearLayout
 
 POOL = "attn_pool"
+_ALIGNED_RADIO = ("base_patch16_radio_v3", "huge_patch16_radio_v3")  # timm 1.0.31, _create_vision_transformer
 
 
 def row_layout(model: Any) -> list[LinearLayout]:
@@ -37,9 +38,15 @@ def _has_pool(model: Any) -> bool:
     return isinstance(getattr(model, POOL, None), AttentionPoolLatent)
 
 
-def _fit_weights(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Let timm rename other projects' tensors and resample the position embedding."""
-    return checkpoint_filter_fn(tensors, cast(VisionTransformer, model), adapt_layer_scale=True)
+def _fit_weights(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Let timm rename other projects' tensors and resample the position embedding, as it does for each kind of model."""
+    architecture = str(model.pretrained_cfg.get("architecture", ""))
+    how: dict[str, Any] = {}
+    if "flexi" in architecture or "radio" in architecture:
+        how = {"interpolation": "bilinear", "antialias": False}
+    if "radio" in architecture:
+        how["align_corners"] = any(name in architecture for name in _ALIGNED_RADIO)
+    return checkpoint_filter_fn(tensors, cast(VisionTransformer, model), adapt_layer_scale=True, **how)
 
 
 TIMM_VIT = Family(VisionTransformer, row_layout, row_of_blocks, _fit_weights)
