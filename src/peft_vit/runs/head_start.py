@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from peft_vit.backbones import Backbone
+from peft_vit.backbones import Backbone, Head
 from peft_vit.data import Data, LabelledImages
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.records import RunSpec
@@ -30,7 +29,7 @@ class HeadStart:
         probe: None if none was asked for, or if a checkpoint holds what became of it.
     """
 
-    head: nn.Linear
+    head: Head
     features: SharedFeatures
     runtime: RuntimeConfig
     probe: LinearProbe | None
@@ -60,7 +59,7 @@ def start_head(
     The model is prepared, with updates of zero. The attempt takes note of the fit and of its seconds.
     """
     training = spec.experiment.training
-    head = cast(nn.Linear, Backbone(model).head)
+    head = Backbone(model).head
     assert attempt.known.provenance is not None
     features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime)
     if attempt.goes_on or not (spec.experiment.is_probe or training.head_start == "probe"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from peft_vit.backbones import BackboneShape, describe, native_size, patch_size_of
+from peft_vit.backbones import BackboneShape, describe, native_size, size_step_of
 from peft_vit.config import AskedPrecision, BackboneConfig, StudyConfig, WeightsSource, study_from_mapping
 from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES_KEPT_PER_TOKEN, product_rate
 from peft_vit.data import ImageIndex, open_index
@@ -156,7 +156,7 @@ class _Pace:
     def measured(cls, asked: OwnImages, counts: Counts) -> _Pace:
         """Measure this machine's pace, in 0.2 s."""
         backbone = BackboneConfig.model_validate({"model": asked.model, **_source(asked)})
-        patch = patch_size_of(asked.model)
+        patch = size_step_of(asked.model)
         shape = describe(backbone, (asked.image_size or 8 * patch) // patch * patch)
         device = resolve_device(asked.device)
         precision = choose_precision(cast(AskedPrecision, asked.precision), None, device).chosen
@@ -172,7 +172,7 @@ class _Pace:
 
     def largest_size(self) -> int:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
-        patch, native = patch_size_of(self.asked.model), native_size(self.asked.model)
+        patch, native = size_step_of(self.asked.model), native_size(self.asked.model)
         wished = _asked_steps(self.asked, self.counts) or _WISHED_STEPS
         steps = 0 if self.asked.is_probe else wished
         sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)})
@@ -211,7 +211,7 @@ class _Pace:
             length = ""
         elif self.asked.epochs:
             length = f", {steps} steps"
-        patch = shape.patch_size
+        patch = shape.size_step
         half = max(patch, image_size // 2 // patch * patch)
         share = self.seconds(describe(self.backbone, half), steps) / self.seconds(shape, steps)
         saved = "" if half == image_size else f"; {half} px would take about {share:.0%} of the time"

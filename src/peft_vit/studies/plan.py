@@ -162,7 +162,7 @@ def plan_begun_study(
     own_hypotheses = None if study.hypotheses is None else file.parent / study.hypotheses
     registration = load_registry(own_hypotheses).registration()
     if smoke:
-        patch_size = describe(study.backbone, study.data.image_size).patch_size
+        patch_size = describe(study.backbone, study.data.image_size).size_step
         study = smoke_study(study, patch_size)
     precision = decide_precision(study, before)
     study = study.model_copy(update={"precision": precision.chosen})

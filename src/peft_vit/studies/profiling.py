@@ -212,7 +212,7 @@ def measure_pace(
 
 def _kinds(study: StudyConfig, index: ImageIndex, workload: Workload) -> Iterator[_Kind]:
     """Yield what is measured, in this order: the first experiments, the same at the smallest size, the others."""
-    smallest = smallest_image(study.data.image_size, workload.shape.patch_size)
+    smallest = smallest_image(study.data.image_size, workload.shape.size_step)
     large = _unlike(study, index, workload, study.data.image_size)
     yield from large[:_TWICE]
     if smallest < study.data.image_size:

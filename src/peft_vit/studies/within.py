@@ -172,7 +172,7 @@ def _that_fits(study: StudyConfig, index: ImageIndex, pace: Pace, limit: Limit) 
     needed = seeds_for_verdict(_DECIDED, len(study.seeds))
     assert needed is not None
     full = Sizes.of(study.data, splits_of(index, study)[study.seeds[0]])
-    patch_size = describe(study.backbone, full.image_size).patch_size
+    patch_size = describe(study.backbone, full.image_size).size_step
     least_s = math.inf
     for sizes in smaller_sizes(full, patch_size, classes):
         try:

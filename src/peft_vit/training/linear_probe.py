@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from peft_vit.backbones import Backbone
+from peft_vit.backbones import Backbone, Head, evaluating, fill_head
 from peft_vit.config import PROBE_L2
 from peft_vit.data import LabelledImages
 from peft_vit.evaluation import measure
@@ -78,11 +78,9 @@ class LinearProbe:
         """Return the evaluation of the strength that was chosen."""
         return self.evaluations[self.fit.l2.index(self.fit.chosen_l2)]
 
-    def set_head(self, head: nn.Linear, temperature: float = 1.0) -> None:
+    def set_head(self, head: Head, temperature: float = 1.0) -> None:
         """Make it the head of a model, with its logits divided by a temperature."""
-        with torch.no_grad():
-            head.weight.copy_(self.weight / temperature)
-            head.bias.copy_(self.bias / temperature)
+        fill_head(head, self.weight / temperature, self.bias / temperature)
 
     def temperature(self, validation: Features) -> float:
         """Return what logits have to be divided by for the lowest NLL on validation images (arXiv 1706.04599).
@@ -113,13 +111,14 @@ def head_inputs(
     depend on the others. Along the axes images are flipped: -1 left-right, -2 upside down.
     """
     found = []
-    with _evaluating(model), _watched_head(model) as seen:
+    backbone = Backbone(model)
+    with evaluating(model):
         for batch, _ in images.ordered_batches(batch_size, runtime.mean, runtime.std):
             flipped = batch.flip(axes) if axes else batch  # (B, 3, S, S)
             filled = torch.cat([flipped, flipped[-1:].expand(batch_size - len(flipped), -1, -1, -1)])
             with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
-                model(filled.to(runtime.device))  # (batch_size, 3, S, S)
-            found.append(seen.pop().float().cpu().numpy()[: len(batch)])  # (B, D)
+                features = backbone.features(filled.to(runtime.device))  # (batch_size, 3, S, S) to (batch_size, D)
+            found.append(features.float().cpu().numpy()[: len(batch)])  # (B, D)
     return np.concatenate(found)  # (N, D)
 
 
@@ -128,28 +127,8 @@ def flip_axes(flips: str) -> tuple[tuple[int, ...], ...]:
     return _FLIPS[flips]
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
-def _watched_head(model: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    handle = Backbone(model).head.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 @torch.inference_mode()
-def head_logits(head: nn.Module, features: NDArray[np.float32], runtime: RuntimeConfig) -> NDArray[np.float32]:
+def head_logits(head: Head, features: NDArray[np.float32], runtime: RuntimeConfig) -> NDArray[np.float32]:
     """Return the logits of a head (N, classes) in the runtime's precision, as the model has them."""
     with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
         logits: Tensor = head(torch.from_numpy(features).to(runtime.device))
@@ -159,7 +138,7 @@ def head_logits(head: nn.Module, features: NDArray[np.float32], runtime: Runtime
 def fit_probe(
     train: Features,
     validation: Features,
-    head: nn.Linear,
+    head: Head,
     runtime: RuntimeConfig,
     *,
     class_weights: NDArray[np.float64] | None = None,
@@ -177,16 +156,15 @@ def fit_probe(
     """
     ordered = sorted(l2, reverse=True)  # each fit goes on from the one before, strong to weak
     sample_weights = None if class_weights is None else class_weights[train.labels]
-    trial = nn.Linear(head.in_features, head.out_features, device=head.weight.device)
+    trial = deepcopy(head)
     fits, steps, evaluations = [], [], []
     for place, (weight, bias, loss, gradient, seconds) in enumerate(
         _fits(train, head.out_features, ordered, sample_weights), start=1
     ):
-        with torch.no_grad():
-            trial.weight.copy_(torch.from_numpy(weight))
-            trial.bias.copy_(torch.from_numpy(bias))
+        fitted = torch.from_numpy(weight).float(), torch.from_numpy(bias).float()  # (classes, D), (classes,)
+        fill_head(trial, *fitted)
         metrics = measure(head_logits(trial, validation.values, runtime), validation.labels)
-        fits.append((trial.weight.detach().clone(), trial.bias.detach().clone(), gradient))
+        fits.append((*fitted, gradient))
         steps.append(StepRow(step=place, loss=loss, learning_rate=0.0, gradient_norm=gradient, seconds=seconds))
         evaluations.append(Evaluation(step=place, epoch=0, deployable=True, metrics=metrics))
     best = max(range(len(fits)), key=lambda i: (evaluations[i].metrics.accuracy, -evaluations[i].metrics.nll, -i))

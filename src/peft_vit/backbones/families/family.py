@@ -16,7 +16,12 @@ from peft_vit.backbones.site import LinearLayout
 def input_of_patches(model: Any) -> tuple[int, int, int]:
     """Return channels, height and width of the images that a model's patch embedding takes."""
     height, width = model.patch_embed.img_size
-    return int(model.patch_embed.proj.weight.shape[1]), int(height), int(width)
+    return image_channels(model.patch_embed), int(height), int(width)
+
+
+def image_channels(stem: nn.Module) -> int:
+    """Return the channels that the first convolution of a model takes."""
+    return next(module.in_channels for module in stem.modules() if isinstance(module, nn.Conv2d))
 
 
 def build(name: str, image_size: int, num_classes: int) -> nn.Module:
@@ -25,8 +30,8 @@ def build(name: str, image_size: int, num_classes: int) -> nn.Module:
 
 
 def patch_size(model: Any) -> int:
-    """Return the side of a model's patches, in pixels."""
-    return int(model.patch_embed.patch_size[0])
+    """Return the side of a model's patches, in pixels; with a convolutional stem, of what becomes a token."""
+    return int(model.patch_embed.feat_ratio())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.hiera import Hiera, checkpoint_filter_fn
 from torch import Tensor
 
-from peft_vit.backbones.families.family import Family
+from peft_vit.backbones.families.family import Family, image_channels
 from peft_vit.backbones.families.timm_blocks import linears_of_block
 from peft_vit.backbones.families.timm_vit import row_of_blocks
 from peft_vit.backbones.site import LinearLayout
@@ -30,7 +30,7 @@ def _input_size(model: Any) -> tuple[int, int, int]:
     height, width = (
         tokens * stride for tokens, stride in zip(model.tokens_spatial_shape, model.patch_stride, strict=True)
     )
-    return int(model.patch_embed.proj.weight.shape[1]), height, width
+    return image_channels(model.patch_embed), height, width
 
 
 def _fit_weights(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

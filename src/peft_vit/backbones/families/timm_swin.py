@@ -36,7 +36,7 @@ def _blocks(model: Any) -> list[str]:
 
 def _build(name: str, image_size: int, num_classes: int) -> Any:
     """Build a model whose windows grow and shrink with the image, so that none is filled up with nothing."""
-    model = timm.create_model(name, num_classes=num_classes)
+    model: Any = timm.create_model(name, num_classes=num_classes)
     if image_size != model.patch_embed.img_size[0]:
         model.set_input_size(image_size)
     return model

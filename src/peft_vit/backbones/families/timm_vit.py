@@ -39,7 +39,7 @@ def _has_pool(model: Any) -> bool:
 
 
 def _fit_weights(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Let timm rename other projects' tensors and resample the position embedding, as it does for each kind of model."""
+    """Let timm rename other projects' tensors and resample positions, as it does for each architecture."""
     architecture = str(model.pretrained_cfg.get("architecture", ""))
     how: dict[str, Any] = {}
     if "flexi" in architecture or "radio" in architecture:
