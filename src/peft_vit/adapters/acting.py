@@ -1,0 +1,112 @@
+"""Whether adapters act: with an update that is not zero, each site must change the logits and get a gradient.
+
+A model may compute with a module's weight past the module, `F.linear(x, self.qkv.weight)`. What stands in the module's
+place, an adapter of this package or of the PEFT library, then has neither effect nor gradient, and training would say
+nothing of it. One forward and backward pass of one image tells: where the derivative of the logits by the factors of an
+update is not zero, and no factor is, the update changes the logits to first order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters.injection import adapted_sites, site_adapters
+from peft_vit.adapters.peft_layers import tuner_layers
+from peft_vit.backbones import Backbone, evaluating
+from peft_vit.errors import UserError
+
+_STD = 0.02  # of what stands in for zeros during the check
+
+
+def check_acting(model: nn.Module) -> None:
+    """Refuse a model on which an adapter has no effect; the model and all generators are left as they were.
+
+    Args:
+        model: with adapters. Of a site without rank only the call of its module is checked.
+
+    Raises:
+        UserError: naming sites, and why their adapters have no effect.
+    """
+    idle = idle_sites(model)
+    if idle:
+        reason = next(iter(idle.values()))
+        alike = [name for name, other in idle.items() if other == reason]
+        named = ", ".join(alike[:3]) + (f" and {len(alike) - 3} more" if len(alike) > 3 else "")
+        raise UserError(f"adapters have no effect on {named}: {reason}; leave them out", field="targets")
+
+
+def idle_sites(model: nn.Module) -> dict[str, str]:
+    """Return why adapters have no effect, by the names of their sites; of those that act nothing."""
+    backbone = Backbone.within(model)
+    parameters = _adapter_parameters(model)
+    sites = adapted_sites(model)
+    with _without_zeros(model), evaluating(model), _called(backbone, {s.module for s in sites.values()}) as called:
+        moved = _moved_by(backbone, [one for group in parameters.values() for one in group])
+    idle = {}
+    for name, site in sites.items():
+        if site.module not in called:
+            kind = type(backbone.model).__name__
+            idle[name] = f"{kind} computes with the weight of {site.module} and never calls the module"
+        elif parameters.get(name) and not any(id(one) in moved for one in parameters[name]):
+            idle[name] = "at this image size the logits do not depend on it"
+    return idle
+
+
+def _adapter_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of each site's adapter that hold anything, by the site's name."""
+    owners = {name: one for name, one in site_adapters(model).items() if isinstance(one, nn.Module)}
+    layers = tuner_layers(model)
+    by_module = {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}
+    for name, site in adapted_sites(model).items():
+        if name not in owners:
+            owners[name] = by_module[site.module]
+    return {
+        name: [one for one in owner.parameters() if one.requires_grad and one.numel()] for name, owner in owners.items()
+    }
+
+
+@contextmanager
+def _called(backbone: Backbone, modules: Iterable[str]) -> Iterator[set[str]]:
+    """Gather which modules are called."""
+    called: set[str] = set()
+    handles = [
+        backbone.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name in modules
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _moved_by(backbone: Backbone, parameters: list[nn.Parameter]) -> set[int]:
+    """Return the ids of the parameters by which the logits of an image have a derivative that is not zero."""
+    generator = torch.Generator().manual_seed(0)
+    like = next(backbone.model.parameters())
+    image = torch.randn(1, *backbone.input_size, generator=generator).to(like)
+    with torch.enable_grad():
+        logits: Tensor = backbone.model(image)
+        direction = torch.randn(logits.shape, generator=generator).to(logits)
+        gradients = torch.autograd.grad((logits * direction).sum(), parameters, allow_unused=True)
+    return {id(one) for one, by in zip(parameters, gradients, strict=True) if by is not None and bool(by.any())}
+
+
+@contextmanager
+def _without_zeros(model: nn.Module) -> Iterator[None]:
+    """Put noise in place of all tensors of zeros but biases, for a while: updates start there, and some norms do."""
+    generator = torch.Generator().manual_seed(1)
+    zeros = [
+        one for name, one in model.named_parameters() if not name.endswith("bias") and one.numel() and not one.any()
+    ]
+    try:
+        for one in zeros:
+            one.data.copy_(_STD * torch.randn(one.shape, generator=generator))
+        yield
+    finally:
+        for one in zeros:
+            one.data.zero_()
