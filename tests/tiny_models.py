@@ -1,10 +1,25 @@
-"""Tiny models: timm's Eva in the three ways in which its blocks hold matrices, random values, a site, a card."""
+"""Tiny models: one of each way in which timm's families hold matrices, random values, a site, a card."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import SwiGLUPacked
 from timm.models import register_model
+from timm.models.beit import _create_beit
+from timm.models.deit import _create_deit
 from timm.models.eva import Eva, _cfg, _create_eva, _dinov3_cfg
+from timm.models.hiera import _create_hiera
+from timm.models.naflexvit import NaFlexVitCfg, _create_naflexvit
+from timm.models.swin_transformer import _create_swin_transformer
+from timm.models.swin_transformer_v2 import _create_swin_transformer_v2
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    _create_vision_transformer,
+)
 from torch import nn
 
 from peft_vit.backbones import Site
@@ -45,6 +60,46 @@ def tiny_eva02(pretrained: bool = False, **kwargs: Any) -> Eva:
 def tiny_eva02_fused(pretrained: bool = False, **kwargs: Any) -> Eva:
     """Make a model as timm's EVA-02 small: query, key and value fused with the bias beside, gate and up fused too."""
     return _create_eva("tiny_eva02_fused", pretrained, **_EVA02 | kwargs | {"pretrained_cfg": _cfg()})
+
+
+_ROW: dict[str, Any] = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
+_STAGES: dict[str, Any] = {
+    "patch_size": 4,
+    "embed_dim": 32,
+    "num_heads": (1, 2),
+    "depths": (2, 2),
+    "img_size": 32,
+    "mlp_ratio": 2,
+}
+_PARALLEL: dict[str, Any] = {"class_token": False, "global_pool": "avg", "qkv_bias": False}
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "tiny_swiglu": partial(_create_vision_transformer, **_ROW | {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}),
+    "tiny_pool": partial(_create_vision_transformer, **_ROW, class_token=False, global_pool="map"),
+    "tiny_branches": partial(_create_vision_transformer, **_ROW, block_fn=ParallelThingsBlock),
+    "tiny_parallel": partial(_create_vision_transformer, **_ROW | _PARALLEL, block_fn=ParallelScalingBlock),
+    "tiny_difference": partial(_create_vision_transformer, **_ROW | _PARALLEL, block_fn=DiffParallelScalingBlock),
+    "tiny_beit": partial(_create_beit, **_ROW, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1),
+    "tiny_swin": partial(_create_swin_transformer, **_STAGES, window_size=4),
+    "tiny_swin_v2": partial(_create_swin_transformer_v2, **_STAGES, window_size=4),
+    "tiny_hiera": partial(
+        _create_hiera, embed_dim=32, num_heads=1, stages=(1, 2), q_pool=1, img_size=32, mask_unit_size=(4, 4)
+    ),
+    "tiny_distilled": partial(_create_deit, **_ROW, distilled=True),
+    "tiny_naflex": partial(_create_naflexvit, cfg=NaFlexVitCfg(**_ROW, global_pool="avg", reg_tokens=2)),
+}
+TINY_FAMILIES = (*_BUILDERS, *TINY_EVAS)
+
+
+def _register(name: str, build: Callable[..., nn.Module]) -> None:
+    def make(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build(name, pretrained, **kwargs | {"pretrained_cfg": _cfg()})
+
+    make.__name__ = make.__qualname__ = name
+    register_model(make)
+
+
+for _name, _build in _BUILDERS.items():
+    _register(_name, _build)
 
 
 def random_model(name: str) -> nn.Module:

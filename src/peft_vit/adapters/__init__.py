@@ -1,7 +1,16 @@
-"""Low-rank adapters on sites: update, resizing, injection, merging, files."""
+"""Low-rank adapters on sites: update, attaching, whether they act, resizing, merging, files."""
 
 from peft_vit.adapters.ablation import update_ranks, without_updates
+from peft_vit.adapters.acting import check_acting, idle_sites
 from peft_vit.adapters.adapted_linear import AdaptedLinear
+from peft_vit.adapters.adapted_model import (
+    Adapter,
+    adapted_kinds,
+    adapted_modules,
+    adapted_sites,
+    current_ranks,
+    site_adapters,
+)
 from peft_vit.adapters.adapter_file import (
     adapter_bytes,
     load_trained,
@@ -10,17 +19,8 @@ from peft_vit.adapters.adapter_file import (
     set_ranks,
     trained_tensors,
 )
+from peft_vit.adapters.attach import attach_adapters, freeze_backbone
 from peft_vit.adapters.bias_correction import correct_young_triplets
-from peft_vit.adapters.injection import (
-    Adapter,
-    adapted_kinds,
-    adapted_modules,
-    adapted_sites,
-    attach_adapters,
-    current_ranks,
-    freeze_backbone,
-    site_adapters,
-)
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.adapters.merging import merge_by_requantizing, merge_into_offsets, merged_state_dict
 from peft_vit.adapters.peft_sites import peft_sites
@@ -37,10 +37,12 @@ __all__ = [
     "adapted_sites",
     "adapter_bytes",
     "attach_adapters",
+    "check_acting",
     "check_resizable",
     "correct_young_triplets",
     "current_ranks",
     "freeze_backbone",
+    "idle_sites",
     "load_trained",
     "merge_by_requantizing",
     "merge_into_offsets",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peft_vit.adapters.adapted_linear import AdaptedLinear
-from peft_vit.adapters.injection import adapted_modules, current_ranks
+from peft_vit.adapters.adapted_model import adapted_modules, current_ranks
 from peft_vit.adapters.peft_layers import peft_layers, peft_ranks, sites_of_layers
 from peft_vit.errors import UserError
 

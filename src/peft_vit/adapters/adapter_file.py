@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from peft_vit.adapters.injection import adapted_modules, current_ranks, site_adapters
+from peft_vit.adapters.adapted_model import adapted_modules, current_ranks, site_adapters
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 

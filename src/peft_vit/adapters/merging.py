@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_linear import AdaptedLinear
-from peft_vit.adapters.injection import adapted_modules
+from peft_vit.adapters.adapted_model import adapted_modules
 from peft_vit.adapters.peft_layers import check_plain, is_plain, merged_base, peft_factors, tuner_layers
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizedTensor, quantize, relative_error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -25,7 +25,6 @@ from peft_vit.safe_io import read_bytes
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-HEAD = "head"
 BASE_FILE = "peft_vit.json"  # beside PEFT's two, which it ignores: what the adapter belongs to
 
 
@@ -34,19 +33,20 @@ class PeftAdapter:
     """A LoRA adapter whose tensors fit a model's modules."""
 
     updates: dict[str, tuple[Tensor, Tensor, float]]  # module -> A (r, in), B (out, r), scale: dW = scale * B A
-    head: dict[str, Tensor]  # weight and bias of the classification head; empty if the adapter brings none
+    head: dict[str, Tensor]  # by the names of the model's parameters, head.weight; empty if the adapter brings none
     dropout: float  # that it was trained with
 
 
 def read_peft(
-    folder: Path, sites: Mapping[str, Site], head_shapes: Mapping[str, tuple[int, ...]] | None
+    folder: Path, sites: Mapping[str, Site], head: Mapping[str, tuple[int, ...]], *, any_head: bool = False
 ) -> PeftAdapter:
     """Read an adapter and check it against a model's shapes.
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
         sites: of the model, by module, from `backbones.fused_sites`.
-        head_shapes: of the model's head, `weight` and `bias`; None takes a head of any size.
+        head: shapes of the parameters of the model's head by their names, `head.weight`.
+        any_head: take a head of any size.
 
     Raises:
         UserError: if a file can't be read or does not fit the model, or asks for anything but plain LoRA.
@@ -58,21 +58,22 @@ def read_peft(
     tensors = _read_tensors(folder / TENSORS_FILE)
     modules = [name for name in sites if any(f"{PREFIX}{name}.lora_{factor}.weight" in tensors for factor in "AB")]
     expected: dict[str, tuple[int, ...]] = {}
+    saved = {f"{PREFIX}{name}": shape for name, shape in head.items()}
     if config.modules_to_save:
-        own = {name: tuple(tensors[_head(name)].shape) for name in ("weight", "bias") if _head(name) in tensors}
-        shapes = {"weight": (), "bias": (), **own} if head_shapes is None else head_shapes
-        expected = {_head(name): shape for name, shape in shapes.items()}
+        _check_saved(config.modules_to_save, head, folder / CONFIG_FILE)
+        own = {name: tuple(tensors[name].shape) for name in saved if name in tensors} if any_head else {}
+        expected = {**saved, **own}
     for name in modules:
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.rank(name), sites[name].in_features)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (sites[name].out_features, config.rank(name))
-    _check_tensors(tensors, expected, folder / TENSORS_FILE)
+    _check_tensors(tensors, expected, saved.keys(), folder / TENSORS_FILE)
     _check_targets(config, modules, folder / CONFIG_FILE)
     updates = {
         name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"], config.scale(name))
         for name in modules
     }
-    head = {name: tensors[_head(name)] for name in ("weight", "bias") if _head(name) in expected}
-    return PeftAdapter(updates, head, config.lora_dropout)
+    brought = {name.removeprefix(PREFIX): tensors[name] for name in saved if name in expected}
+    return PeftAdapter(updates, brought, config.lora_dropout)
 
 
 def peft_sha256(folder: Path) -> str:
@@ -128,10 +129,6 @@ def _architecture(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].partition(".")[0]
 
 
-def _head(name: str) -> str:
-    return f"{PREFIX}{HEAD}.{name}"
-
-
 _ModuleName = Annotated[str, StringConstraints(pattern=r"^\^?[A-Za-z0-9_.]+$")]
 _Positive = Annotated[float, Field(gt=0)]
 
@@ -152,7 +149,7 @@ class _LoraFile(BaseModel):
     alpha_pattern: dict[_ModuleName, _Positive] | None = None
     use_rslora: bool = False
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    modules_to_save: list[Literal["head"]] | None = None
+    modules_to_save: list[str] | None = None
     # Other starts of training also changed the base's weights, which are not in the file.
     init_lora_weights: Literal["gaussian", "orthogonal"] | bool | None = True
 
@@ -217,6 +214,15 @@ def _of_module(pattern: Mapping[str, float], module: str, default: float) -> flo
     return default
 
 
+def _check_saved(modules: Sequence[str], head: Iterable[str], file: Path) -> None:
+    """Refuse modules that were trained whole and are no head of the model."""
+    known = {parameter.rpartition(".")[0] for parameter in head}
+    for name in modules:
+        if name not in known:
+            problem = f"{short(name)} is no head of this model, which has {' and '.join(sorted(known))}"
+            raise UserError(f"{problem}; only plain LoRA can be imported", file=file, field="modules_to_save")
+
+
 def _check_targets(config: _LoraFile, modules: Sequence[str], file: Path) -> None:
     """Refuse a list of targets that leaves out a module with tensors: PEFT would drop them without a word."""
     if isinstance(config.target_modules, str):
@@ -235,7 +241,9 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     return read_safetensors(file)[1]
 
 
-def _check_tensors(tensors: dict[str, Tensor], expected: Mapping[str, tuple[int, ...]], file: Path) -> None:
+def _check_tensors(
+    tensors: dict[str, Tensor], expected: Mapping[str, tuple[int, ...]], head: Container[str], file: Path
+) -> None:
     """Refuse tensors that are missing, left over, of another shape or no finite numbers; make the others float32."""
     for name in sorted(tensors.keys() - expected.keys()):
         raise UserError(
@@ -250,8 +258,7 @@ def _check_tensors(tensors: dict[str, Tensor], expected: Mapping[str, tuple[int,
             raise UserError(problem, file=file, field=name)
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
-            is_head = f".{HEAD}." in name
-            hint = "call model.reset_classifier" if is_head else f"is it of this model, and of this {CONFIG_FILE}?"
+            hint = "call model.reset_classifier" if name in head else f"is it of this model, and of this {CONFIG_FILE}?"
             problem = f"expected shape {shape}, got {tuple(tensor.shape)}; {hint}"
             raise UserError(problem, file=file, field=name)
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():

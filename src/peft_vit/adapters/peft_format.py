@@ -29,9 +29,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_linear import AdaptedLinear
+from peft_vit.adapters.adapted_model import adapted_modules, site_adapters
 from peft_vit.adapters.adapter_file import trained_tensors
-from peft_vit.adapters.injection import adapted_modules, attach_adapters, site_adapters
-from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE, HEAD, PREFIX, TENSORS_FILE, read_peft
+from peft_vit.adapters.attach import attach_adapters
+from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE, PREFIX, TENSORS_FILE, read_peft
 from peft_vit.adapters.peft_layers import check_plain, is_plain, peft_factors, peft_layers, tuner_layers
 from peft_vit.adapters.peft_tuner import tuner_export
 from peft_vit.backbones import Backbone, find_sites, fused_sites
@@ -67,11 +68,11 @@ def export_peft(model: nn.Module, folder: Path, base: Mapping[str, Any]) -> None
         )
     if any(not is_plain(layer) for layer in tuner_layers(model).values()):
         config, tensors = tuner_export(model)
-        config["modules_to_save"] = [HEAD]
     else:
         _check_exportable(model)
         config, tensors = _as_lora(model)
-    tensors |= {f"{PREFIX}{HEAD}.{name}": parameter for name, parameter in head.items()}
+    config["modules_to_save"] = list(Backbone(model).heads)
+    tensors |= {f"{PREFIX}{name}": parameter for name, parameter in head.items()}
     _write(folder, base, config, tensors)
 
 
@@ -110,13 +111,12 @@ def _as_lora(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": [HEAD],
     }
     return config, tensors
 
 
 def _check_exportable(model: nn.Module) -> None:
-    adapted = dict(adapted_modules(model))
+    adapted, heads = dict(adapted_modules(model)), Backbone(model).heads
     for name, module in adapted.items():
         if module.quantized is not None or any(adapter.pool != 1 for _, adapter in module.adapters()):
             raise UserError(
@@ -126,7 +126,7 @@ def _check_exportable(model: nn.Module) -> None:
     for name, layer in peft_layers(model).items():
         check_plain(name, layer)
     for name in trained_tensors(model):
-        if not name.startswith((f"{HEAD}.", *(f"{module}." for module in (*adapted, *peft_layers(model))))):
+        if not name.startswith(tuple(f"{module}." for module in (*heads, *adapted, *peft_layers(model)))):
             raise UserError(
                 f"{name} was trained too, and a PEFT adapter holds only adapters and head; save the weights"
             )
@@ -182,7 +182,7 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bo
         if not isinstance(model.get_submodule(name), nn.Linear):
             raise UserError(f"{name} is not a torch.nn.Linear; import into a plain timm model", field="model")
     own = {name: tuple(parameter.shape) for name, parameter in head.items()}
-    adapter = read_peft(folder, sites, None if fresh_head else own)
+    adapter = read_peft(folder, sites, own, any_head=fresh_head)
     if adapter.dropout:
         _warn(f"lora_dropout {adapter.dropout} is not applied here")
     if {name: tuple(tensor.shape) for name, tensor in adapter.head.items()} == own:
@@ -190,8 +190,8 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bo
             for name, tensor in adapter.head.items():
                 head[name].copy_(tensor)
     elif fresh_head:
-        theirs = f"a head of {len(adapter.head['bias'])} classes" if adapter.head else "no head"
-        _warn(f"the adapter of {folder} brings {theirs} and these images have {len(head['bias'])}: the head is fresh")
+        theirs = f"a head of {_classes(adapter.head)} classes" if adapter.head else "no head"
+        _warn(f"the adapter of {folder} brings {theirs} and these images have {_classes(head)}: the head is fresh")
     scales = {sites[module].name: scale for module, (_, _, scale) in adapter.updates.items()}
     attach_adapters(model, [sites[module] for module in adapter.updates], 0, scale=scales, seed=seed)
     by_site = site_adapters(model)
@@ -212,8 +212,18 @@ def attach_fused(model: nn.Module, scales: Mapping[str, float], *, seed: int = 0
 
 
 def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return weight and bias of the head."""
-    head = getattr(model, HEAD, None)
-    if not isinstance(head, nn.Linear):
-        raise UserError("the model has no linear classification head; create it with num_classes", field="num_classes")
-    return dict(head.named_parameters())
+    """Return weight and bias of the head, or of each of several, by their names in the model.
+
+    Raises:
+        UserError: if the model has none.
+    """
+    heads = Backbone(model).heads
+    if not heads:
+        problem = "the model has no linear classification head; create it with num_classes"
+        raise UserError(problem, field="num_classes")
+    return {f"{name}.{leaf}": one for name, layer in heads.items() for leaf, one in layer.named_parameters()}
+
+
+def _classes(head: Mapping[str, Tensor]) -> int:
+    """Return how many classes a head tells apart."""
+    return len(next(iter(head.values())))

@@ -30,7 +30,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from peft_vit.adapters.injection import freeze_backbone
+from peft_vit.adapters.acting import check_acting
+from peft_vit.adapters.attach import freeze_backbone
 from peft_vit.adapters.peft_files import PREFIX
 from peft_vit.adapters.peft_layers import ADAPTER
 from peft_vit.backbones import Backbone, Site, evaluating, find_sites, fused_sites, whole_modules
@@ -166,6 +167,7 @@ def attach_peft(
     # The head is trained as it is: under modules_to_save PEFT would train a copy and keep the original as well.
     for parameter in Backbone(model).head.parameters():
         parameter.requires_grad_(True)
+    check_acting(model)
     return wrapped.base_model
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from peft_vit.adapters.adapted_model import Adapter, site_adapters
 from peft_vit.adapters.bias_correction import TRIPLETS, triplets_after
-from peft_vit.adapters.injection import Adapter, site_adapters
 from peft_vit.adapters.resizable import check_resizable, unwrapped
 from peft_vit.errors import UserError
 

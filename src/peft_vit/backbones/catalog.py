@@ -59,6 +59,7 @@ class BackboneShape:
     depth: int
     size_step: int  # what the side of an image is a multiple of, in pixels: for most models that of a patch
     parameters: int  # at the image size asked for, head excluded
+    head: tuple[str, ...]  # names of its parameters
 
     @property
     def tokens(self) -> int:
@@ -90,6 +91,7 @@ def _shape(name: str, image_size: int) -> BackboneShape:
         depth=len(backbone.blocks),
         size_step=backbone.family.size_step(model),
         parameters=sum(p.numel() for name, p in model.named_parameters() if not backbone.is_of_head(name)),
+        head=tuple(name for name, _ in model.named_parameters() if backbone.is_of_head(name)),
     )
 
 

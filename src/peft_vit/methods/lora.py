@@ -63,7 +63,7 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
         check_rank_at("lora.rank", sites_of("lora", settings, shape), settings.rank)
     if settings.start is not None:
         try:
-            read_peft(Path(settings.start), fused_sites(shape.sites), None)
+            read_peft(Path(settings.start), fused_sites(shape.sites), dict.fromkeys(shape.head, ()), any_head=True)
         except UserError as error:
             raise UserError(str(error), field="lora.start") from None
 

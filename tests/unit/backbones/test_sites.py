@@ -135,23 +135,14 @@ def test_info_is_what_a_record_keeps(tiny: nn.Module) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "resnet18"])
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_other_classes_are_refused_by_name(name: str) -> None:
     model = _meta(name)
-    with pytest.raises(UserError, match=f"^{type(model).__name__} is not a timm VisionTransformer"):
+    with pytest.raises(UserError, match=f"^{type(model).__name__} is not a timm "):
         find_sites(model)
 
 
-def test_a_distilled_model_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"^VisionTransformerDistilled has more than one classifier head"):
-        find_sites(_meta("deit_tiny_distilled_patch16_224"))
-
-
 def test_a_site_that_is_missing_is_named(tiny: nn.Module) -> None:
-    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc1: .* gated MLP"):
-        find_sites(_meta("vit_giant_patch14_dinov2"))  # SwiGLU
-    with pytest.raises(UserError, match=r"blocks\.0\.attn\.query: .*blocks\.0\.attn\.qkv"):
-        find_sites(_meta("vit_base_patch16_xp_224"))  # parallel blocks
     tiny.blocks[4].attn.qkv = nn.Sequential(tiny.blocks[4].attn.qkv)
     with pytest.raises(UserError, match=r"blocks\.4\.attn\.key"):
         find_sites(tiny, ("key", "out"))

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_vit.backbones.families.family import Family
 from peft_vit.backbones.families.timm_vit import row_layout, row_of_blocks
 
 
+def _build(name: str, image_size: int, num_classes: int) -> nn.Module:
+    """Build a model, and note for which images: its weights are the same for all sizes."""
+    model: Any = timm.create_model(name, num_classes=num_classes)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, image_size, image_size)}
+    return model
+
+
 def _input_size(model: Any) -> tuple[int, int, int]:
-    height, width = model.embeds.default_img_size or model.pretrained_cfg["input_size"][1:]
-    return int(model.embeds.in_chans), int(height), int(width)
+    channels, height, width = model.pretrained_cfg["input_size"]
+    return int(channels), int(height), int(width)
 
 
 def _fit_weights(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -26,5 +34,5 @@ def _size_step(model: Any) -> int:
 
 
 TIMM_NAFLEXVIT = Family(
-    NaFlexVit, row_layout, row_of_blocks, _fit_weights, input_size=_input_size, size_step=_size_step
+    NaFlexVit, row_layout, row_of_blocks, _fit_weights, input_size=_input_size, build=_build, size_step=_size_step
 )

@@ -1,21 +1,18 @@
-"""Put adapters on a model's sites, and find them again."""
+"""Put adapters on a model's sites."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from peft_vit.adapters.acting import check_acting
 from peft_vit.adapters.adapted_linear import AdaptedLinear
+from peft_vit.adapters.adapted_model import site_adapters
 from peft_vit.adapters.low_rank import FactorStart, Parametrization, SiteAdapter
-from peft_vit.adapters.peft_layers import sites_of_layers
-from peft_vit.adapters.peft_sites import PeftSite, peft_site_adapters
 from peft_vit.backbones import Backbone, Site
 from peft_vit.errors import UserError
 from peft_vit.seeding import torch_generator
-
-Adapter: TypeAlias = SiteAdapter | PeftSite
 
 
 def freeze_backbone(model: nn.Module) -> None:
@@ -24,10 +21,7 @@ def freeze_backbone(model: nn.Module) -> None:
         parameter.requires_grad_(False)
     backbone = Backbone(model)
     backbone.prepare()
-    head = backbone.head
-    if not any(True for _ in head.parameters()):
-        raise UserError("the model has no classification head; create it with num_classes", field="num_classes")
-    for parameter in head.parameters():
+    for parameter in backbone.head.parameters():
         parameter.requires_grad_(True)
 
 
@@ -45,6 +39,8 @@ def attach_adapters(
 ) -> None:
     """Freeze the backbone and put one adapter on each site; the model's outputs do not change.
 
+    One forward and backward pass of one image checks that each has an effect, see `acting`.
+
     Args:
         model: a Vision Transformer of timm, changed in place.
         sites: from `backbones.find_sites`, or `fused_sites` of them.
@@ -53,6 +49,9 @@ def attach_adapters(
         seed: the run's seed. Each site has its own stream, so other sites or ranks do not move its start.
         parametrization: of the update, see `low_rank`; so for `factor_start` and `lambda_gain`.
         pool: inputs per group on which the update is constant; 1 for a plain adapter.
+
+    Raises:
+        UserError: if the model carries adapters, has no head, or an adapter has no effect.
     """
     if next(iter(site_adapters(model)), None) is not None:
         raise UserError("the model already carries adapters; attach once", field="model")
@@ -79,45 +78,4 @@ def attach_adapters(
             pool=pool,
         )
         module.add_site(site, adapter.to(next(model.parameters()).device))
-
-
-def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """Yield (name, module) of every linear layer that carries adapters, in the model's order."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
-            yield name, module
-
-
-def site_adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Return the adapter of each site by the site's name, block by block; PEFT's LoRA layers count as adapters."""
-    found: dict[str, Adapter] = {**peft_site_adapters(model)}
-    for _, module in adapted_modules(model):
-        for site, adapter in module.adapters():
-            found[site.name] = adapter
-    return found
-
-
-def adapted_sites(model: nn.Module) -> dict[str, Site]:
-    """Return the sites that carry an adapter of this package's or of the PEFT library's, by name, block by block."""
-    by_peft = sites_of_layers(model)
-    found: dict[str, Site] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
-            found |= {site.name: site for site, _ in module.adapters()}
-        elif name in by_peft:
-            found[by_peft[name].name] = by_peft[name]
-    return found
-
-
-def adapted_kinds(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the kinds of the matrices that each adapted site covers: several where they are fused and share it."""
-    kinds = {linear.module: linear.kinds for linear in Backbone.within(model).layout()}
-    sites = adapted_sites(model)
-    return {
-        name: (site.kind,) if site.kind in kinds[site.module] else kinds[site.module] for name, site in sites.items()
-    }
-
-
-def current_ranks(model: nn.Module) -> dict[str, int]:
-    """Return the rank of each site as its tensors have it now."""
-    return {name: adapter.rank for name, adapter in site_adapters(model).items()}
+    check_acting(model)

@@ -1,0 +1,141 @@
+"""Each way in which timm's families hold matrices: every one is a site, acts, and is what it is called."""
+
+import pytest
+import timm
+import torch
+from tiny_models import TINY_FAMILIES, random_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peft_vit.adapters import attach_adapters, idle_sites
+from peft_vit.backbones import Backbone, describe, fill_head, find_sites, native_size
+from peft_vit.config import BackboneConfig
+from peft_vit.errors import UserError
+
+NO_TARGETS = {"cpb_mlp", "embeds", "head", "head_dist"}  # networks of positions, patches, classes
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_every_matrix_on_tokens_is_covered_by_sites_once(name: str) -> None:
+    model = random_model(name)
+    sites = find_sites(model)
+    assert len({site.name for site in sites}) == len(sites)
+    assert [site.layer for site in sites if site.kind != "reduction"] == sorted(
+        site.layer for site in sites if site.kind != "reduction"
+    )
+    covered: dict[str, Tensor] = {}
+    for site in sites:
+        weight = model.get_submodule(site.module).weight
+        assert weight[site.span].shape == (site.out_features, site.in_features)
+        covered.setdefault(site.module, torch.zeros(len(weight), dtype=torch.int))[site.span] += 1
+    assert all((rows == 1).all() for rows in covered.values())
+    linear = {path for path, one in model.named_modules() if isinstance(one, nn.Linear)}
+    assert covered.keys() == {path for path in linear if not NO_TARGETS & set(path.split("."))}
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_tokens_are_the_rows_that_a_module_is_given(name: str) -> None:
+    model = random_model(name)
+    rows: dict[str, int] = {}
+
+    def count(module: str, given: Tensor) -> None:
+        rows[module] = given.numel() // given.shape[-1]
+
+    sites = find_sites(model)
+    for module in {site.module for site in sites}:
+        model.get_submodule(module).register_forward_hook(lambda _, given, __, at=module: count(at, given[0]))
+    model(torch.randn(3, 3, 32, 32))
+    assert {site.module: site.tokens * 3 for site in sites} == rows | {
+        module: 3
+        for module in rows
+        if module == "attn_pool.q"  # of a learnt query, the same for every image
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in TINY_FAMILIES if name not in ("tiny_swin_v2", "tiny_difference")])
+def test_query_key_and_value_are_what_attention_gets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(name)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = True
+    seen: list[tuple[Tensor, ...]] = []
+    whole = F.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+        seen.append((q.clone(), k.clone(), v.clone()))
+        return whole(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    images = torch.randn(2, 3, 32, 32)
+    model(images)
+    before = seen[0]
+    for place, kind in enumerate(("query", "key", "value")):
+        site = next(site for site in find_sites(model) if site.kind == kind)
+        weight = model.get_submodule(site.module).weight
+        with torch.no_grad():
+            kept = weight.clone()
+            weight[site.span] *= 1.5
+            seen.clear()
+            model(images)
+            weight.copy_(kept)
+        assert [not torch.equal(a, b) for a, b in zip(before, seen[0], strict=True)] == [i == place for i in range(3)]
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_every_site_acts_and_none_does_before_timm_is_told_to_call_its_module(name: str) -> None:
+    model = random_model(name)
+    sites = find_sites(model)
+    images = torch.randn(2, 3, 32, 32)
+    before = model(images)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    attach_adapters(model, sites, 2, scale=1.0, seed=0)
+    torch.testing.assert_close(model(images), before, rtol=0, atol=1e-5)
+    assert idle_sites(model) == {}
+    kept = {key.replace(".sites.", "."): value for key, value in model.state_dict().items()}
+    assert all(torch.equal(kept[key], value) for key, value in state.items())
+    past = [module for module in model.modules() if getattr(module, "q_bias", None) is not None]
+    for module in past:
+        module.qkv_bias_separate = False
+    idle = idle_sites(model)
+    assert set(idle) == ({site.name for site in sites if site.module.endswith("qkv")} if past else set())
+    assert all("never calls the module" in reason for reason in idle.values())
+
+
+def test_of_one_token_query_and_key_have_no_effect() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, depths=(1, 1, 1, 1))
+    model.set_input_size(32)  # windows of one token
+    with pytest.raises(UserError, match=r"no effect on layers\.0\.blocks\.0\.attn\.query, .* at this image size"):
+        attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
+
+
+def test_two_heads_are_one_on_their_features_side_by_side() -> None:
+    model = random_model("tiny_distilled").double()
+    backbone = Backbone(model)
+    images = torch.randn(3, 3, 32, 32).double()
+    features = backbone.features(images)  # (3, 2 x 64)
+    assert features.shape == (3, 128)
+    assert list(backbone.heads) == ["head", "head_dist"]
+    torch.testing.assert_close(backbone.head(features), model(images))
+    weight, bias = torch.randn(5, 128).double(), torch.randn(5).double()
+    fill_head(backbone.head, weight, bias)
+    torch.testing.assert_close(model(images), features @ weight.T + bias)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "remedy"),
+    [
+        ("swin_tiny_patch4_window7_224", 112, "not a multiple of 32, .* use 96 or 128"),
+        ("hiera_tiny_224", 100, "use 96 or 128"),
+        ("vit_base_r50_s16_224", 40, "use 32 or 48"),
+    ],
+)
+def test_sizes_that_windows_or_patches_do_not_divide_are_refused(name: str, size: int, remedy: str) -> None:
+    with pytest.raises(UserError, match=remedy) as caught:
+        describe(BackboneConfig(model=name, weights="random"), size)
+    assert caught.value.field == "data.image_size"
+
+
+def test_the_size_of_pretraining_is_always_taken() -> None:
+    """27 patches of 14 pixels leave 6 of 384 over, as timm has it."""
+    name = "vit_so400m_patch14_siglip_384"
+    assert describe(BackboneConfig(model=name, weights="random"), native_size(name)).tokens == 27**2
