@@ -1,7 +1,7 @@
 """Low-rank adapters on sites: update, attaching, whether they act, resizing, merging, files."""
 
 from peft_vit.adapters.ablation import update_ranks, without_updates
-from peft_vit.adapters.acting import check_acting, idle_sites
+from peft_vit.adapters.acting import Effect, check_acting, effects
 from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.adapted_model import (
     Adapter,
@@ -30,6 +30,7 @@ from peft_vit.adapters.resizing import resize_adapters
 __all__ = [
     "AdaptedLinear",
     "Adapter",
+    "Effect",
     "GradientProbe",
     "SiteAdapter",
     "adapted_kinds",
@@ -41,8 +42,8 @@ __all__ = [
     "check_resizable",
     "correct_young_triplets",
     "current_ranks",
+    "effects",
     "freeze_backbone",
-    "idle_sites",
     "load_trained",
     "merge_by_requantizing",
     "merge_into_offsets",

@@ -8,8 +8,10 @@ update is not zero, and no factor is, the update changes the logits to first ord
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,19 @@ from peft_vit.backbones import Backbone, evaluating
 from peft_vit.errors import UserError
 
 _STD = 0.02  # of what stands in for zeros during the check
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an adapter does to the logits of one image.
+
+    Attributes:
+        gradient: norm of the derivative of a random sum of the logits by the adapter's parameters; 0 without any.
+        fault: why the adapter has no effect; None if it has one, or has no rank yet.
+    """
+
+    gradient: float
+    fault: str | None
 
 
 def check_acting(model: nn.Module) -> None:
@@ -33,29 +48,43 @@ def check_acting(model: nn.Module) -> None:
     """
     if next(model.parameters()).is_meta:
         return  # it has shapes and no values
-    idle = idle_sites(model)
-    if idle:
-        reason = next(iter(idle.values()))
-        alike = [name for name, other in idle.items() if other == reason]
+    faults = {name: effect.fault for name, effect in effects(model).items() if effect.fault}
+    if faults:
+        fault = next(iter(faults.values()))
+        alike = [name for name, other in faults.items() if other == fault]
         named = ", ".join(alike[:3]) + (f" and {len(alike) - 3} more" if len(alike) > 3 else "")
-        raise UserError(f"adapters have no effect on {named}: {reason}; leave them out", field="targets")
+        raise UserError(f"adapters have no effect on {named}: {fault}; leave them out", field="targets")
 
 
-def idle_sites(model: nn.Module) -> dict[str, str]:
-    """Return why adapters have no effect, by the names of their sites; of those that act nothing."""
-    backbone = Backbone.within(model)
-    parameters = _adapter_parameters(model)
-    sites = adapted_sites(model)
-    with _without_zeros(model), evaluating(model), _called(backbone, {s.module for s in sites.values()}) as called:
-        moved = _moved_by(backbone, [one for group in parameters.values() for one in group])
-    idle = {}
-    for name, site in sites.items():
-        if site.module not in called:
-            kind = type(backbone.model).__name__
-            idle[name] = f"{kind} computes with the weight of {site.module} and never calls the module"
-        elif parameters.get(name) and not any(id(one) in moved for one in parameters[name]):
-            idle[name] = "at this image size the logits do not depend on it"
-    return idle
+def effects(model: nn.Module) -> dict[str, Effect]:
+    """Return the effect of each adapter, by the name of its site; the model and all generators stay as they were."""
+    modules = {name: site.module for name, site in adapted_sites(model).items()}
+    return effects_of(Backbone.within(model), modules, _adapter_parameters(model))
+
+
+def effects_of(
+    backbone: Backbone, modules: Mapping[str, str], parameters: Mapping[str, list[nn.Parameter]]
+) -> dict[str, Effect]:
+    """Return effects as `effects` does.
+
+    Args:
+        backbone: of the model.
+        modules: of the model that carry adapters, by the names that the effects shall have.
+        parameters: of the adapters, by the same names.
+    """
+    model = backbone.model
+    with _without_zeros(model), evaluating(model), _called(backbone, set(modules.values())) as called:
+        norms = _gradient_norms(backbone, [one for group in parameters.values() for one in group])
+    found = {}
+    for name, module in modules.items():
+        gradient = math.hypot(*(norms[id(one)] for one in parameters[name]))
+        fault = None
+        if module not in called:
+            fault = f"{type(model).__name__} computes with its module's weight and never calls the module"
+        elif parameters[name] and gradient == 0:
+            fault = "at this image size the logits do not depend on it"
+        found[name] = Effect(gradient, fault)
+    return found
 
 
 def _adapter_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -86,16 +115,16 @@ def _called(backbone: Backbone, modules: Iterable[str]) -> Iterator[set[str]]:
             handle.remove()
 
 
-def _moved_by(backbone: Backbone, parameters: list[nn.Parameter]) -> set[int]:
-    """Return the ids of the parameters by which the logits of an image have a derivative that is not zero."""
+def _gradient_norms(backbone: Backbone, parameters: list[nn.Parameter]) -> dict[int, float]:
+    """Return the norm of the derivative of a random sum of an image's logits by each parameter, by the latter's id."""
     generator = torch.Generator().manual_seed(0)
     like = next(backbone.model.parameters())
     image = torch.randn(1, *backbone.input_size, generator=generator).to(like)
     with torch.enable_grad():
-        logits: Tensor = backbone.model(image)
+        logits: Tensor = backbone.model(image)  # (1, classes)
         direction = torch.randn(logits.shape, generator=generator).to(logits)
         gradients = torch.autograd.grad((logits * direction).sum(), parameters, allow_unused=True)
-    return {id(one) for one, by in zip(parameters, gradients, strict=True) if by is not None and bool(by.any())}
+    return {id(one): 0.0 if by is None else float(by.norm()) for one, by in zip(parameters, gradients, strict=True)}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from tiny_models import TINY_FAMILIES, random_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_vit.adapters import attach_adapters, idle_sites
+from peft_vit.adapters import attach_adapters, effects
 from peft_vit.backbones import Backbone, describe, fill_head, find_sites, native_size
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
@@ -90,15 +90,15 @@ def test_every_site_acts_and_none_does_before_timm_is_told_to_call_its_module(na
     state = {key: value.clone() for key, value in model.state_dict().items()}
     attach_adapters(model, sites, 2, scale=1.0, seed=0)
     torch.testing.assert_close(model(images), before, rtol=0, atol=1e-5)
-    assert idle_sites(model) == {}
+    assert all(effect.fault is None and effect.gradient > 0 for effect in effects(model).values())
     kept = {key.replace(".sites.", "."): value for key, value in model.state_dict().items()}
     assert all(torch.equal(kept[key], value) for key, value in state.items())
     past = [module for module in model.modules() if getattr(module, "q_bias", None) is not None]
     for module in past:
         module.qkv_bias_separate = False
-    idle = idle_sites(model)
+    idle = {name: effect for name, effect in effects(model).items() if effect.fault}
     assert set(idle) == ({site.name for site in sites if site.module.endswith("qkv")} if past else set())
-    assert all("never calls the module" in reason for reason in idle.values())
+    assert all("never calls the module" in effect.fault and effect.gradient == 0 for effect in idle.values())
 
 
 def test_of_one_token_query_and_key_have_no_effect() -> None:

@@ -1,0 +1,172 @@
+"""What works on a model: sites that act, merging, ONNX, PEFT's own LoRA, and PEFT's reading of our adapters.
+
+Updates are random and large enough to be seen: half of a site's weight in norm.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters import AdaptedLinear, Effect, adapted_modules, attach_adapters, effects, merged_state_dict
+from peft_vit.adapters.acting import effects_of
+from peft_vit.adapters.peft_format import export_peft
+from peft_vit.adapters.peft_tuner import load_peft
+from peft_vit.backbones import Backbone, Site, find_sites, fused_sites
+from peft_vit.deployment.model_card import ModelCard
+from peft_vit.deployment.onnx_file import export_onnx, open_onnx, require_onnx_export
+
+_RANK = 2
+_IMAGES = 2
+LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR = 1e-5, 1e-4  # of the largest logit
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far the logits of what was made are from those of the model with adapters, over the largest of these.
+
+    Attributes:
+        error: None if it could not be made.
+        fault: why not.
+    """
+
+    error: float | None
+    fault: str | None = None
+
+    def within(self, limit: float) -> bool:
+        """Tell whether it was made, and its error is at most this."""
+        return self.error is not None and self.error <= limit
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """A site, the effect of an adapter there, and how far its module's outputs are from the merged weight's."""
+
+    site: Site
+    effect: Effect
+    merge_error: float
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """What works on a model.
+
+    Attributes:
+        sites: all of it.
+        merged: a plain model with the merged weights.
+        onnx: its ONNX file in onnxruntime; None if that was not asked for.
+        peft: PEFT, reading the adapter that is exported; None likewise.
+        peft_idle: where PEFT's LoRA has no effect on the model as it is built, by the names of modules, with the reason.
+    """
+
+    sites: tuple[SiteCheck, ...]
+    merged: Outcome
+    onnx: Outcome | None
+    peft: Outcome | None
+    peft_idle: dict[str, str]
+
+
+def check_model(build: Callable[[], nn.Module], card: ModelCard, *, onnx: bool = True, peft: bool = True) -> ModelCheck:
+    """Put adapters on all sites of a model, and see what works.
+
+    Args:
+        build: makes a plain model, each time the same one.
+        card: for exports.
+        onnx: export to ONNX.
+        peft: let the PEFT library do likewise; it takes 90 MB.
+    """
+    model = build().eval()
+    sites = find_sites(model)
+    effect = _attach_random(model, sites)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(_IMAGES, *Backbone(model).input_size, generator=generator)
+    with torch.inference_mode():
+        logits = model(images)
+        merge_errors = {name: _merge_error(module) for name, module in adapted_modules(model)}
+    state = merged_state_dict(model)
+
+    def plain() -> nn.Module:
+        merged = build().eval()
+        Backbone(merged).prepare()
+        merged.load_state_dict(state)
+        return merged
+
+    return ModelCheck(
+        tuple(SiteCheck(site, effect[site.name], merge_errors[site.module]) for site in sites),
+        _compared(logits, lambda: plain()(images)),
+        _compared(logits, lambda: _by_onnx(plain(), card, images)) if onnx else None,
+        _compared(logits, lambda: _by_peft(model, build, images)) if peft else None,
+        _idle_of_peft(build) if peft else {},
+    )
+
+
+def _attach_random(model: nn.Module, sites: Sequence[Site]) -> dict[str, Effect]:
+    attach_adapters(model, sites, _RANK, scale=1.0, seed=0, check=False)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, module in adapted_modules(model):
+            size = 0.5 * float(module.frozen_weight().norm()) / len(module.adapters()) ** 0.5
+            for _, adapter in module.adapters():
+                adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator))
+                adapter.lora_B.mul_(size / float(adapter.delta().norm()))
+    return effects(model)
+
+
+def _merge_error(module: AdaptedLinear) -> float:
+    """Return the largest difference of a module's outputs from those of its merged weight, over the largest output."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(8, module.in_features, generator=generator)  # (tokens, in)
+    outputs = module(x)  # (tokens, out)
+    merged = nn.functional.linear(x, module.merged_weight(), module.bias)
+    return float((outputs - merged).abs().max() / outputs.abs().max())
+
+
+def _compared(logits: Tensor, run: Callable[[], Tensor]) -> Outcome:
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            others = run()
+    except Exception as error:  # whatever it is that a library can't do with this model
+        return Outcome(None, f"{type(error).__name__}: {error}".split("\n")[0][:200])
+    return Outcome(float((others - logits).abs().max() / logits.abs().max()))
+
+
+def _by_onnx(model: nn.Module, card: ModelCard, images: Tensor) -> Tensor:
+    require_onnx_export()
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, Path(folder) / "model.onnx", card)
+        run, _ = open_onnx(Path(folder) / "model.onnx")
+        return run(images)
+
+
+def _by_peft(model: nn.Module, build: Callable[[], nn.Module], images: Tensor) -> Tensor:
+    load_peft()
+    from peft import PeftModel
+
+    base = build().eval()
+    Backbone(base).prepare()
+    with tempfile.TemporaryDirectory() as folder:
+        export_peft(model, Path(folder), {})
+        logits: Tensor = PeftModel.from_pretrained(base, folder).eval()(images)
+        return logits
+
+
+def _idle_of_peft(build: Callable[[], nn.Module]) -> dict[str, str]:
+    """Return where PEFT's LoRA has no effect on a model as it is built, by module."""
+    load_peft()
+    from peft import LoraConfig, get_peft_model
+
+    names = list(fused_sites(find_sites(build())))
+    model = build().eval()  # of which nothing prepares the modules' calls
+    get_peft_model(model, LoraConfig(r=_RANK, target_modules=names))
+    parameters = {
+        name: [one for key, one in model.get_submodule(name).named_parameters() if "lora_" in key] for name in names
+    }
+    found = effects_of(Backbone(model), {name: name for name in names}, parameters)
+    return {name: effect.fault for name, effect in found.items() if effect.fault}
