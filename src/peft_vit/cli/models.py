@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from peft_vit.cli.app import app
 from peft_vit.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from peft_vit.deployment.check import ModelCheck
 
 
 @app.command()
@@ -97,6 +100,45 @@ def models() -> None:
 
     rows = [(name, model.description, ", ".join(model.weights)) for name, model in MODELS.items()]
     _print_table(("name", "what it is", "weights"), rows)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="name in timm", show_default=False)],
+    image_size: Annotated[int | None, typer.Option(help="side in pixels; default: that of pretraining")] = None,
+    peft: Annotated[bool, typer.Option("--peft", help="the same for LoRA of the PEFT library")] = False,
+) -> None:
+    """Show the sites of a backbone with random weights, whether adapters act there, and which exports work."""
+    from peft_vit.deployment.check import check_timm
+
+    _print_check(check_timm(model, image_size, peft=peft))
+
+
+def _print_check(found: ModelCheck) -> None:
+    rows = [
+        (
+            *(one.site.name, one.site.kind, one.site.role, f"{one.site.out_features} x {one.site.in_features}"),
+            *(one.site.tokens, one.effect.fault or f"{one.effect.gradient:.1e}", f"{one.merge_error:.0e}"),
+        )
+        for one in found.sites
+    ]
+    _print_table(("site", "kind", "role", "shape", "tokens", "gradient", "merge error"), rows)
+    print(f"{found.acting} of {len(found.sites)} sites act.")
+    print(f"merged weights in a plain model: {found.merged}")
+    for name, outcome in (("ONNX", found.onnx), ("exported adapter in PEFT", found.peft)):
+        if outcome is not None:
+            print(f"{name}: {outcome}")
+    if found.peft is not None:
+        idle = (
+            "acts on all of these modules" if not found.peft_idle else f"has no effect on {_shortened(found.peft_idle)}"
+        )
+        print(f"PEFT's LoRA on this model as timm builds it {idle}")
+
+
+def _shortened(idle: dict[str, str]) -> str:
+    names, fault = list(idle), next(iter(idle.values()))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}: {fault}"
 
 
 def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

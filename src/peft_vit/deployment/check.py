@@ -18,12 +18,13 @@ from peft_vit.adapters import AdaptedLinear, Effect, adapted_modules, attach_ada
 from peft_vit.adapters.acting import effects_of
 from peft_vit.adapters.peft_format import export_peft
 from peft_vit.adapters.peft_tuner import load_peft
-from peft_vit.backbones import Backbone, Site, find_sites, fused_sites
+from peft_vit.backbones import Backbone, Site, find_sites, fused_sites, native_size
+from peft_vit.backbones.catalog import create_model
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import export_onnx, open_onnx, require_onnx_export
 
 _RANK = 2
-_IMAGES = 2
+_IMAGES, _CLASSES = 2, 5
 LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR = 1e-5, 1e-4  # of the largest logit
 
 
@@ -42,6 +43,9 @@ class Outcome:
     def within(self, limit: float) -> bool:
         """Tell whether it was made, and its error is at most this."""
         return self.error is not None and self.error <= limit
+
+    def __str__(self) -> str:
+        return f"FAILED, {self.fault}" if self.error is None else f"differs by {self.error:.0e} of the largest logit"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class ModelCheck:
         merged: a plain model with the merged weights.
         onnx: its ONNX file in onnxruntime; None if that was not asked for.
         peft: PEFT, reading the adapter that is exported; None likewise.
-        peft_idle: where PEFT's LoRA has no effect on the model as it is built, by the names of modules, with the reason.
+        peft_idle: the reason why PEFT's LoRA has no effect on the model as it is built, by the names of modules.
     """
 
     sites: tuple[SiteCheck, ...]
@@ -70,6 +74,48 @@ class ModelCheck:
     onnx: Outcome | None
     peft: Outcome | None
     peft_idle: dict[str, str]
+
+    @property
+    def acting(self) -> int:
+        """Return how many sites' adapters have an effect."""
+        return sum(one.effect.fault is None for one in self.sites)
+
+
+def check_timm(name: str, image_size: int | None = None, *, peft: bool = False) -> ModelCheck:
+    """Do as `check_model` for a model of timm with random weights.
+
+    Raises:
+        UserError: if the model is unknown, can't be adapted, or does not take images of this size.
+    """
+    side = native_size(name) if image_size is None else image_size
+    return check_model(lambda: random_weights(create_model(name, side, _CLASSES)), _card(name, side), peft=peft)
+
+
+def random_weights(model: nn.Module) -> nn.Module:
+    """Fill a model with values that are nowhere zero, each time the same: N(0, 1 / in) matrices, others near 1 or 0."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.1 * noise + (0 if name.endswith("bias") else 1))
+    return model
+
+
+def _card(name: str, image_size: int) -> ModelCard:
+    return ModelCard(
+        run="check",
+        model=name,
+        weights_name="random",
+        weights_sha256=None,
+        image_size=image_size,
+        channels=3,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        class_names=tuple(map(str, range(_CLASSES))),
+    )
 
 
 def check_model(build: Callable[[], nn.Module], card: ModelCard, *, onnx: bool = True, peft: bool = True) -> ModelCheck:
