@@ -223,7 +223,8 @@ def _family_of(model: nn.Module) -> Family | None:
 
 def known_classes() -> str:
     """Return the names of the classes that can be adapted, for people."""
-    return "timm " + " or ".join(family.model_class.__name__ for family in FAMILIES)
+    *some, last = (family.model_class.__name__ for family in FAMILIES)
+    return f"timm {', '.join(some)} or {last}"
 
 
 def _missing(site: str, reason: str) -> UserError:

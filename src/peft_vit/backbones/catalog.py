@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from peft_vit.backbones.backbone import Backbone, find_sites, known_classes
 from peft_vit.backbones.families import Family
@@ -101,11 +102,26 @@ def create_model(name: str, image_size: int, num_classes: int) -> Any:
     Raises:
         UserError: as `describe`.
     """
-    check_model_name(name)
-    family = _check_model(name, image_size)
-    model = family.build(name, image_size, num_classes)
+    model = build_model(name, image_size, num_classes)
     Backbone(model).prepare()
     return model
+
+
+def build_model(name: str, image_size: int, num_classes: int, *, shallow: bool = False) -> nn.Module:
+    """Do as `create_model`, but leave the model as timm builds it: some attention goes past its modules then.
+
+    Args:
+        name: as timm has it.
+        image_size: side of the square input, in pixels.
+        num_classes: outputs of the head.
+        shallow: with two blocks a stage, for checks.
+
+    Raises:
+        UserError: as `describe`.
+    """
+    check_model_name(name)
+    family = _check_model(name, image_size)
+    return family.build(name, image_size, num_classes, **(family.shallow if shallow else {}))
 
 
 def create_skeleton(name: str, image_size: int, num_classes: int) -> Any:

@@ -117,22 +117,23 @@ def check(
 def _print_check(found: ModelCheck) -> None:
     rows = [
         (
-            *(one.site.name, one.site.kind, one.site.role, f"{one.site.out_features} x {one.site.in_features}"),
-            *(one.site.tokens, one.effect.fault or f"{one.effect.gradient:.1e}", f"{one.merge_error:.0e}"),
+            one.site.name,
+            f"{one.site.out_features} x {one.site.in_features}",
+            one.site.tokens,
+            one.effect.fault or f"{one.effect.gradient:.1e}",
+            f"{one.merge_error:.0e}",
         )
         for one in found.sites
     ]
-    _print_table(("site", "kind", "role", "shape", "tokens", "gradient", "merge error"), rows)
-    print(f"{found.acting} of {len(found.sites)} sites act.")
+    _print_table(("site", "shape", "tokens", "gradient", "merge error"), rows)
+    print(f"{found.acting} of {len(found.sites)} sites act")
     print(f"merged weights in a plain model: {found.merged}")
     for name, outcome in (("ONNX", found.onnx), ("exported adapter in PEFT", found.peft)):
         if outcome is not None:
             print(f"{name}: {outcome}")
     if found.peft is not None:
-        idle = (
-            "acts on all of these modules" if not found.peft_idle else f"has no effect on {_shortened(found.peft_idle)}"
-        )
-        print(f"PEFT's LoRA on this model as timm builds it {idle}")
+        effect = f"has no effect on {_shortened(found.peft_idle)}" if found.peft_idle else "acts on all these modules"
+        print(f"PEFT's LoRA on the model as timm builds it {effect}")
 
 
 def _shortened(idle: dict[str, str]) -> str:

@@ -19,7 +19,7 @@ from peft_vit.adapters.acting import effects_of
 from peft_vit.adapters.peft_format import export_peft
 from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import Backbone, Site, find_sites, fused_sites, native_size
-from peft_vit.backbones.catalog import create_model
+from peft_vit.backbones.catalog import build_model
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import export_onnx, open_onnx, require_onnx_export
 
@@ -81,14 +81,21 @@ class ModelCheck:
         return sum(one.effect.fault is None for one in self.sites)
 
 
-def check_timm(name: str, image_size: int | None = None, *, peft: bool = False) -> ModelCheck:
-    """Do as `check_model` for a model of timm with random weights.
+def check_timm(
+    name: str, image_size: int | None = None, *, onnx: bool = True, peft: bool = False, shallow: bool = False
+) -> ModelCheck:
+    """Do as `check_model` for a model of timm with random weights, of two blocks a stage if it shall be shallow.
 
     Raises:
         UserError: if the model is unknown, can't be adapted, or does not take images of this size.
     """
     side = native_size(name) if image_size is None else image_size
-    return check_model(lambda: random_weights(create_model(name, side, _CLASSES)), _card(name, side), peft=peft)
+    return check_model(
+        lambda: random_weights(build_model(name, side, _CLASSES, shallow=shallow)),
+        _card(name, side),
+        onnx=onnx,
+        peft=peft,
+    )
 
 
 def random_weights(model: nn.Module) -> nn.Module:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
@@ -24,9 +24,9 @@ def image_channels(stem: nn.Module) -> int:
     return next(module.in_channels for module in stem.modules() if isinstance(module, nn.Conv2d))
 
 
-def build(name: str, image_size: int, num_classes: int) -> nn.Module:
-    """Build a model for images of a size, as timm initialises it."""
-    return timm.create_model(name, img_size=image_size, num_classes=num_classes)
+def build(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.Module:
+    """Build a model for images of a size, as timm initialises it; settings are those of its class."""
+    return timm.create_model(name, img_size=image_size, num_classes=num_classes, **settings)
 
 
 def patch_size(model: Any) -> int:
@@ -47,6 +47,7 @@ class Family:
             whether timm builds such a model otherwise.
         input_size: channels, height and width of an image, in pixels.
         build: makes a model of a name for images of a side, in pixels, with so many classes.
+        shallow: settings of the class for two blocks a stage.
         size_step: what the side of an image has to be a multiple of, in pixels.
     """
 
@@ -56,5 +57,6 @@ class Family:
     fit_weights: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
     prepare: Callable[[nn.Module], bool] = add_bias_apart
     input_size: Callable[[nn.Module], tuple[int, int, int]] = input_of_patches
-    build: Callable[[str, int, int], nn.Module] = build
+    build: Callable[..., nn.Module] = build
     size_step: Callable[[nn.Module], int] = patch_size
+    shallow: Mapping[str, Any] = field(default_factory=lambda: {"depth": 2})

@@ -47,4 +47,12 @@ def _size_step(model: Any) -> int:
     return int(model.patch_stride[0] * model.mask_unit_size[0])
 
 
-TIMM_HIERA = Family(Hiera, _layout, row_of_blocks, _fit_weights, input_size=_input_size, size_step=_size_step)
+TIMM_HIERA = Family(
+    Hiera,
+    _layout,
+    row_of_blocks,
+    _fit_weights,
+    input_size=_input_size,
+    size_step=_size_step,
+    shallow={"stages": (2, 2, 2, 2)},
+)

@@ -12,9 +12,9 @@ from peft_vit.backbones.families.family import Family
 from peft_vit.backbones.families.timm_vit import row_layout, row_of_blocks
 
 
-def _build(name: str, image_size: int, num_classes: int) -> nn.Module:
+def _build(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.Module:
     """Build a model, and note for which images: its weights are the same for all sizes."""
-    model: Any = timm.create_model(name, num_classes=num_classes)
+    model: Any = timm.create_model(name, num_classes=num_classes, **settings)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, image_size, image_size)}
     return model
 

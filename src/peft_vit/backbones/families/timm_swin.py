@@ -34,9 +34,9 @@ def _blocks(model: Any) -> list[str]:
     return [f"layers.{stage}.blocks.{i}" for stage, one in enumerate(model.layers) for i in range(len(one.blocks))]
 
 
-def _build(name: str, image_size: int, num_classes: int) -> Any:
+def _build(name: str, image_size: int, num_classes: int, **settings: Any) -> Any:
     """Build a model whose windows grow and shrink with the image, so that none is filled up with nothing."""
-    model: Any = timm.create_model(name, num_classes=num_classes)
+    model: Any = timm.create_model(name, num_classes=num_classes, **settings)
     if image_size != model.patch_embed.img_size[0]:
         model.set_input_size(image_size)
     return model
@@ -47,9 +47,6 @@ def _size_step(model: Any) -> int:
     return int(model.patch_embed.patch_size[0]) * 2 ** (len(model.layers) - 1)
 
 
-TIMM_SWIN = Family(
-    SwinTransformer, _layout, _blocks, swin_transformer.checkpoint_filter_fn, build=_build, size_step=_size_step
-)
-TIMM_SWIN_V2 = Family(
-    SwinTransformerV2, _layout, _blocks, swin_transformer_v2.checkpoint_filter_fn, build=_build, size_step=_size_step
-)
+_WAYS: dict[str, Any] = {"build": _build, "size_step": _size_step, "shallow": {"depths": (2, 2, 2, 2)}}
+TIMM_SWIN = Family(SwinTransformer, _layout, _blocks, swin_transformer.checkpoint_filter_fn, **_WAYS)
+TIMM_SWIN_V2 = Family(SwinTransformerV2, _layout, _blocks, swin_transformer_v2.checkpoint_filter_fn, **_WAYS)
