@@ -17,6 +17,7 @@ from typing import Any, Literal
 import onnx
 import torch
 from pydantic import BaseModel, ConfigDict
+from timm.models.hiera import MaskUnitAttention
 from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules
@@ -65,6 +66,8 @@ def export_onnx(model: nn.Module, file: Path, card: ModelCard) -> None:
         if module.quantized is not None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, OnnxLinear(module, name))
+    for attention in [one for one in model.modules() if isinstance(one, MaskUnitAttention)]:
+        setattr(attention, "fused_attn", False)  # noqa: B010 - final for timm; the exporter takes no fused one of 5 D
     proto = _traced(model, card.image_size)
     _strip(proto)
     header = _Header(card=card, sha256=_digest(card, proto))
