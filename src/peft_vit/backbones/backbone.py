@@ -193,7 +193,7 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[
     """List the sites of a model, block by block, in the model's order.
 
     Args:
-        model: a VisionTransformer or Eva of timm.
+        model: a Vision Transformer of timm.
         targets: the kinds of matrices wanted, in any order; None, or the six of a plain block: all.
 
     Raises:

@@ -1,6 +1,6 @@
 """A model without adapters as an ONNX file that onnxruntime runs, low-bit layers by its own kernels.
 
-torch.onnx.export (dynamo) writes the float part of any timm VisionTransformer; packed layers are replaced by their
+torch.onnx.export (dynamo) writes the float part of any Vision Transformer of timm; packed layers are replaced by their
 onnxruntime operators first, see `onnx_layers`.
 """
 
