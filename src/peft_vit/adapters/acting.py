@@ -123,7 +123,8 @@ def _gradient_norms(backbone: Backbone, parameters: list[nn.Parameter]) -> dict[
     with torch.enable_grad():
         logits: Tensor = backbone.model(image)  # (1, classes)
         direction = torch.randn(logits.shape, generator=generator).to(logits)
-        gradients = torch.autograd.grad((logits * direction).sum(), parameters, allow_unused=True)
+        total = (logits * direction).sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ()
     return {id(one): 0.0 if by is None else float(by.norm()) for one, by in zip(parameters, gradients, strict=True)}
 
 

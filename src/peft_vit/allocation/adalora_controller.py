@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import (
     SiteAdapter,
+    check_acting,
     check_resizable,
     correct_young_triplets,
     current_ranks,
@@ -126,6 +127,7 @@ class AdaLoRAController:
                 "the start; raise it, or start with fewer",
                 field="adalora.initial_budget" if self.config.budget_schedule == "cubic" else f"adalora.{field}",
             )
+        check_acting(model)
         self._record(0, ranks, {})
 
     def _start_reversible(self) -> None:

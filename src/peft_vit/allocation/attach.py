@@ -36,6 +36,7 @@ def attach_or_check(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool:
             factor_start=config.factor_start,
             lambda_gain=config.lambda_gain,
             pool=pool,
+            check=False,  # the ranks come later, and the check after them
         )
     different = set(site_adapters(model)) ^ {site.name for site in sites}
     if different:
