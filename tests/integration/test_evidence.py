@@ -65,6 +65,8 @@ def test_tables_that_are_kept_would_survive_a_merge_as_they_are(evidence) -> Non
     for file in (ROOT / "results").glob("*.csv"):
         text = file.read_text()
         newest = pd.read_csv(file).tail(1)
+        if "experiment" not in newest:
+            continue  # of no runs: which backbones work
         assert evidence.merge(text, newest) == text
 
 

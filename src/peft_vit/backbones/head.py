@@ -54,12 +54,16 @@ def fill_head(head: Head, weight: Tensor, bias: Tensor) -> None:
 
 
 def head_inputs(head: nn.Module, run: Callable[[], object]) -> Tensor:
-    """Run a forward pass, and return what the layers of a head saw in it, side by side: (B, features)."""
-    seen: list[Tensor] = []
-    handles = [layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in linear_layers(head)]
+    """Run a forward pass, and return what the layers of a head saw in it, side by side: (B, features).
+
+    If other passes are run within it, what counts is the head's last call.
+    """
+    layers = linear_layers(head)
+    seen: dict[nn.Module, Tensor] = {}
+    handles = [layer.register_forward_pre_hook(lambda layer, given: seen.update({layer: given[0]})) for layer in layers]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return torch.cat(seen, dim=-1)
+    return torch.cat([seen[layer] for layer in layers], dim=-1)

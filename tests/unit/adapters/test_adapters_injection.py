@@ -3,7 +3,6 @@
 import allocation_runs
 import pytest
 import qa_lora_settings
-import timm
 import torch
 from torch import nn
 
@@ -18,15 +17,12 @@ def attach(model: nn.Module, rank: int = 2, seed: int = 0, targets=("query", "fc
     return model
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "swin_tiny_patch4_window7_224"])
 @pytest.mark.part("controller")
-def test_other_classes_are_refused_by_name(name) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    kind = type(model).__name__
-    with pytest.raises(UserError, match=f"{kind} is not a timm VisionTransformer"):
+def test_other_classes_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(UserError, match="Sequential is not a timm VisionTransformer"):
         AdaLoRAController(model, allocation_runs.config(), 10)
-    with pytest.raises(UserError, match=f"{kind} is not a timm VisionTransformer"):
+    with pytest.raises(UserError, match="Sequential is not a timm VisionTransformer"):
         QALoRATrainer(model, qa_lora_settings.config(rank=1), 10)
 
 
@@ -45,7 +41,7 @@ def test_only_head_and_adapters_are_trainable_and_listed_in_order(tiny_vit) -> N
 def test_attaching_twice_and_a_missing_head_are_refused(tiny_vit) -> None:
     with pytest.raises(UserError, match="attach once"):
         attach(attach(tiny_vit()))
-    with pytest.raises(UserError, match="no classification head"):
+    with pytest.raises(UserError, match="no linear classification head"):
         freeze_backbone(tiny_vit(num_classes=0))
 
 

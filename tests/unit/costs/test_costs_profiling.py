@@ -56,7 +56,7 @@ def test_what_fails_is_said_and_estimated(study, tmp_path, own_cache) -> None:
     kinds["full"] = kinds["full"].model_copy(update={"data": gone})
     told: list[str] = []
     assert set(measure_costs(kinds, told.append, lambda: STEADY)) == {"lora"}
-    assert told[-1].startswith("full could not be measured (data.image_size: 33 is not a multiple of the patch size 16")
+    assert told[-1].startswith("full could not be measured (data.image_size: 33 is not a multiple of 16")
     assert told[-1].endswith("; its time and memory are estimated")
     assert known_costs(kinds["full"]) is None
 
