@@ -4,17 +4,18 @@ from typing import Any
 
 from peft_vit import QaLoraConfig
 
+DEFAULT: dict[str, Any] = {
+    "quantization_bits": 4,
+    "quantization_type": "nf4",
+    "quantization_schedule": "constant",
+    "gradient_scaling_factor": 1.0,
+    "use_group_quantization": True,
+    "group_size": 16,
+}
+
 
 def config(**settings: Any) -> QaLoraConfig:
-    default: dict[str, Any] = {
-        "quantization_bits": 4,
-        "quantization_type": "nf4",
-        "quantization_schedule": "constant",
-        "gradient_scaling_factor": 1.0,
-        "use_group_quantization": True,
-        "group_size": 16,
-    }
-    return QaLoraConfig(**{**default, **settings})
+    return QaLoraConfig(**{**DEFAULT, **settings})
 
 
 def scheduled(**settings: Any) -> QaLoraConfig:

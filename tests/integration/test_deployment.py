@@ -15,8 +15,9 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_models import CARD
 
-from peft_vit.deployment import ModelCard, save_low_bit
+from peft_vit.deployment import save_low_bit
 from peft_vit.runs.export import restore_run
 
 pytest.importorskip("onnxruntime")
@@ -132,17 +133,7 @@ def test_bad_images_are_named_and_the_others_predicted(run_of, images, tmp_path,
 
 def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, command) -> None:
     names = ("\x1b[2Ja", "two\nlines\tand a tab", "\u202egnp")
-    card = ModelCard(
-        run="s/e/seed_0",
-        model="test_vit",
-        weights_name="none",
-        weights_sha256=None,
-        image_size=32,
-        channels=3,
-        mean=(0.5, 0.4, 0.3),
-        std=(0.2, 0.3, 0.25),
-        class_names=names,
-    )
+    card = CARD.model_copy(update={"class_names": names})
     save_low_bit(timm.create_model("test_vit", img_size=32, num_classes=3), tmp_path / "model.safetensors", card)
     files = [tmp_path / name for name in ("\x1b]0;title\x07.png", "a\nb.png", "\udce9.png", "bad\x9b.png")]
     for file in files[:3]:

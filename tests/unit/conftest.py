@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qa_lora_settings import DEFAULT as QA_LORA
 
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.methods import METHODS as REGISTRY
@@ -35,17 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "parametrization": "svd",
         }
     },
-    "qa_lora": {
-        "qa_lora": {
-            "quantization_bits": 4,
-            "quantization_type": "nf4",
-            "quantization_schedule": "constant",
-            "gradient_scaling_factor": 1.0,
-            "use_group_quantization": True,
-            "group_size": 16,
-            "rank": 2,
-        }
-    },
+    "qa_lora": {"qa_lora": {**QA_LORA, "rank": 2}},
     "qa_linear": {
         "qa_lora": {
             "quantization_bits": 4,
