@@ -1,9 +1,10 @@
 """Labelled images: registry, splits, decode-once cache, batches, and a sealed test split."""
 
+from peft_vit.data.decoding import decode_image
 from peft_vit.data.duplicates import image_warnings
 from peft_vit.data.files import IMAGE_SUFFIXES
 from peft_vit.data.images import LabelledImages, SealedImages, normalised
-from peft_vit.data.index import ImageIndex, decode_image
+from peft_vit.data.index import ImageIndex
 from peft_vit.data.loading import Data, load_data, smoke_config, thumbnails
 from peft_vit.data.pixels import to_pixels
 from peft_vit.data.registry import DATASETS, DatasetInfo, open_index

@@ -23,7 +23,7 @@ from peft_vit.records import write_atomically
 from peft_vit.safe_io import LARGEST_BYTES, read_bytes, require_regular, sha256_of
 
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # hidden files, and what macOS adds to zips
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 _LARGEST_ARCHIVE_BYTES = 1 << 30  # unpacked; CIFAR's hold a fifth of it
 
 

@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from peft_vit.data.decoding import decode_image
 from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, decode_text, downloaded, hashes, open_tree, refuse_outside
-from peft_vit.data.index import ImageIndex, check_class_names, decode_image
+from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.errors import UserError
 from peft_vit.safe_io import read_bytes
 

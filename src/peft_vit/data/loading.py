@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from PIL import Image
 
 from peft_vit.config import DataConfig
+from peft_vit.data.decoding import on_white
 from peft_vit.data.duplicates import image_warnings
 from peft_vit.data.images import LabelledImages, SealedImages
-from peft_vit.data.pixels import cached_pixels, on_white
+from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.registry import open_index
 from peft_vit.data.splits import make_splits
 from peft_vit.data.synthetic import CLASS_COUNTS

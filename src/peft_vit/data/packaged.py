@@ -14,8 +14,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from peft_vit.data.decoding import decode_image
 from peft_vit.data.files import hashes, open_tree
-from peft_vit.data.index import ImageIndex, decode_image
+from peft_vit.data.index import ImageIndex
 from peft_vit.errors import UserError
 from peft_vit.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
 from peft_vit.safe_io import LARGEST_BYTES, require_regular

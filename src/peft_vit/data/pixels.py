@@ -17,11 +17,12 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from peft_vit.data.decoding import on_white
 from peft_vit.data.files import cache_not_writable, new_in_cache
 from peft_vit.data.index import ImageIndex
 from peft_vit.packages import cache_dir
 
-FORMAT_VERSION = 2  # raise when a reader, the resizing or the layout changes
+FORMAT_VERSION = 3  # raise when a reader, the resizing or the layout changes
 _log = logging.getLogger(__name__)
 
 
@@ -89,11 +90,3 @@ def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     plain = on_white(image).convert("L" if channels == 1 else "RGB")
     resized = plain.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return np.asarray(resized, dtype=np.uint8).reshape(image_size, image_size, channels)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """Return an image as a viewer shows it: what is transparent lies on white, whatever colour stands behind it."""
-    if not image.has_transparency_data:
-        return image
-    layered = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)

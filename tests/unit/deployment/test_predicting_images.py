@@ -1,0 +1,49 @@
+"""What predict shows a model of an image file is what training would have shown it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from peft_vit.config import DataConfig
+from peft_vit.data import normalised, open_index, to_pixels
+from peft_vit.deployment import ModelCard, predict_files
+from peft_vit.deployment.predicting import Classifier
+
+
+def write_images(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    colour, deep = rng.integers(0, 256, (40, 30, 4), np.uint8), rng.integers(0, 2**16, (40, 30), np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+    Image.fromarray(colour[..., :3]).save(folder / "cat/turned.jpg", exif=exif)
+    Image.fromarray(colour).save(folder / "cat/alpha.png")
+    Image.fromarray(colour, mode="CMYK").save(folder / "cat/inks.jpg")
+    Image.fromarray(deep).save(folder / "dog/deep.png")
+    Image.fromarray(deep).save(folder / "dog/deep.tif")
+    Image.fromarray(deep > 30_000).save(folder / "dog/bits.png")
+
+
+def test_predict_sees_what_training_sees(
+    tmp_path: Path, card: ModelCard, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    write_images(tmp_path / "images")
+    index = open_index(
+        DataConfig(dataset="image-folder", path=str(tmp_path / "images"), image_size=28, validation_images=2)
+    )
+    trained = np.stack([to_pixels(index.read(i), card.image_size, 3) for i in range(6)])  # (6, S, S, 3)
+    seen = []
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return torch.zeros(len(images), len(card.class_names))
+
+    found = list(predict_files(Classifier(card.model_copy(update={"channels": 3}), logits), [tmp_path / "images"]))
+    assert [one.file.name for one in found] == [name.split("/")[1] for name in index.names]
+    expected = normalised(torch.from_numpy(trained).permute(0, 3, 1, 2), card.mean, card.std)
+    assert torch.equal(torch.cat(seen), expected)
+    assert len(torch.unique(expected[3])) > 100  # 16 bits are no clipped white
