@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo
 
 Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # of a matrix, in its model's own words
+Target = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.*?\[\]!\-]{1,256}$")]  # a kind, or a pattern of names
 MATRICES: tuple[str, ...] = ("query", "key", "value", "out", "fc1", "fc2")  # of a plain block
 # Where an adapter may sit in one: on a matrix, or on the fused query, key and value, which PEFT takes as one module.
 SiteMatrix = Literal["qkv", "query", "key", "value", "out", "fc1", "fc2"]
@@ -44,8 +45,9 @@ class AdapterConfig(Frozen):
     """What all adapters have."""
 
     scale: float = Field(default=2.0, gt=0, description="alpha / rank; stays when the rank moves")
-    targets: Annotated[tuple[Kind, ...], without_repeats("names a matrix twice; remove one")] = Field(
+    targets: Annotated[tuple[Target, ...], without_repeats("names a matrix twice; remove one")] = Field(
         default=MATRICES,
         min_length=1,
-        description="kinds of matrices; the default, the six of a plain block, stands for all that the model has",
+        description="kinds of matrices, or patterns of their names, `blocks.*.attn.qkv`; the default, the six of a "
+        "plain block, stands for all that the model has",
     )

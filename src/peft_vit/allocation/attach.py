@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from peft_vit.adapters import adapted_kinds, attach_adapters, peft_sites, site_adapters
-from peft_vit.backbones import Backbone, Site, find_sites, wanted_kinds
+from peft_vit.adapters import adapted_kinds, adapted_sites, attach_adapters, peft_sites, site_adapters
+from peft_vit.backbones import Backbone, Site, chosen, find_sites
 from peft_vit.config import AdaLoraConfig, AdapterConfig
 from peft_vit.errors import UserError
 
@@ -82,7 +82,11 @@ def check_stays(model: nn.Module, config: AdapterConfig, section: str) -> None:
     if "scale" in config.model_fields_set and scales != [config.scale]:
         stated = ", ".join(map(str, scales))
         raise UserError(f"the model's adapters have {stated}; leave it out", field=f"{section}.scale")
-    adapted = {kind for kinds in adapted_kinds(model).values() for kind in kinds}
-    known = (kind for linear in Backbone.within(model).layout() for kind in linear.kinds)
-    if "targets" in config.model_fields_set and set(wanted_kinds(known, config.targets)) != adapted:
-        raise UserError(f"adapters are on {', '.join(sorted(adapted))}; leave it out", field=f"{section}.targets")
+    if "targets" not in config.model_fields_set:
+        return
+    sites = adapted_sites(model)
+    adapted = {(sites[name].module, kind) for name, kinds in adapted_kinds(model).items() for kind in kinds}
+    wanted = {(site.module, site.kind) for site in chosen(Backbone.within(model).sites, config.targets)}
+    if wanted != adapted:
+        kinds = ", ".join(sorted({kind for _, kind in adapted}))
+        raise UserError(f"adapters are on {kinds}; leave it out", field=f"{section}.targets")

@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from peft_vit.backbones.families import FAMILIES, Family
+from peft_vit.backbones.families import FAMILIES, Family, family_of
 from peft_vit.backbones.head import AveragedHeads, Head, head_inputs
-from peft_vit.backbones.site import LinearLayout, Site, wanted_kinds
+from peft_vit.backbones.site import LinearLayout, Site, chosen, is_pattern, wanted_kinds
 from peft_vit.errors import UserError
 
 # What one pass has counted, by input size and module; it goes with its model.
@@ -32,7 +32,7 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        family = _family_of(model)
+        family = family_of(model)
         if family is None:
             raise UserError(f"{type(model).__name__} is not a {known_classes()}; no other class can be adapted")
         self.model = model
@@ -42,7 +42,7 @@ class Backbone:
     def within(cls, model: nn.Module) -> Backbone:
         """Return the view of the model of a known class that a model is, or wraps."""
         for module in model.modules():
-            if _family_of(module) is not None:
+            if family_of(module) is not None:
                 return cls(module)
         raise UserError(f"{type(model).__name__} holds no {known_classes()}; no other class can be adapted")
 
@@ -51,7 +51,7 @@ class Backbone:
         """Return the linear layers that make logits, by name; none if the model has no head."""
         model: Any = self.model
         found = model.get_classifier()
-        wanted = {id(layer) for layer in (found if isinstance(found, tuple | list) else (found,))}
+        wanted = {id(layer) for layer in (found if isinstance(found, tuple | list | nn.ModuleList) else (found,))}
         named = self.model.named_modules()
         return {name: one for name, one in named if id(one) in wanted and isinstance(one, nn.Linear)}
 
@@ -193,8 +193,9 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[
     """List the sites of a model, block by block, in the model's order.
 
     Args:
-        model: a Vision Transformer of timm.
-        targets: the kinds of matrices wanted, in any order; None, or the six of a plain block: all.
+        model: a Vision Transformer.
+        targets: the kinds of matrices wanted, or patterns of names, in any order; None, or the six of a plain block:
+            all.
 
     Raises:
         UserError: if the model is of another class, a target is unknown, or a block lacks a wanted matrix.
@@ -202,6 +203,8 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[
     backbone = Backbone(model)
     if targets is None:
         return backbone.sites
+    if any(is_pattern(target) for target in targets):
+        return tuple(chosen(backbone.sites, targets))
     return backbone.find_sites(wanted_kinds((kind for one in backbone.layout() for kind in one.kinds), targets))
 
 
@@ -217,14 +220,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _family_of(model: nn.Module) -> Family | None:
-    return next((family for family in FAMILIES if isinstance(model, family.model_class)), None)
-
-
 def known_classes() -> str:
-    """Return the names of the classes that can be adapted, for people."""
-    *some, last = (family.model_class.__name__ for family in FAMILIES)
-    return f"timm {', '.join(some)} or {last}"
+    """Return the names of the classes that are known best, for people."""
+    names = [family.model_class.__name__ for family in FAMILIES]
+    return f"timm {', '.join(names)} or another model of timm"
 
 
 def _missing(site: str, reason: str) -> UserError:

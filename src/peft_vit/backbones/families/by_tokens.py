@@ -1,0 +1,157 @@
+"""Linear layers found where tokens pass, for models whose class no family describes by hand.
+
+Two forward passes, of one image and of two, tell which layers see tokens: inputs (N, T, in) whose tokens double with
+the images. A layer on pooled features sees one token an image. Networks that make position biases see the same for any
+number of images, or have it in their name. What lies outside of a list of blocks is left out: embeddings, pooling,
+heads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d
+from torch import nn
+
+from peft_vit.backbones.site import LinearLayout
+from peft_vit.records import Role
+
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+_POOLS = (AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d)
+_POSITIONS = re.compile(r"(^|[._])(pos|position|cpb)([._]|$)")
+_KINDS = {  # what matrices are called in timm and in transformers, by the name of their module
+    **dict.fromkeys(("query", "q_proj", "q"), "query"),
+    **dict.fromkeys(("key", "k_proj", "k"), "key"),
+    **dict.fromkeys(("value", "v_proj", "v"), "value"),
+    **dict.fromkeys(("o_proj", "out_proj"), "out"),
+    "gate_proj": "gate",
+    "down_proj": "fc2",
+}
+_FOUND = "_peft_vit_linears_on_tokens"  # attribute of a model: what was found before adapters took the layers' places
+
+
+@dataclass(frozen=True)
+class OnTokens:
+    """What was found in a model: its linear layers on tokens, and the blocks that they lie in, as they are called."""
+
+    linears: tuple[LinearLayout, ...]
+    blocks: tuple[str, ...]
+
+
+def on_tokens(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
+    """Return what a model has; looked for once, while its layers are plain.
+
+    Args:
+        model: maps images to logits.
+        input_size: channels, height and width of its images, in pixels.
+    """
+    known = model.__dict__.get(_FOUND)
+    if isinstance(known, OnTokens):
+        return known
+    found = _find(model, input_size)
+    model.__dict__[_FOUND] = found
+    return found
+
+
+def _find(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
+    one, two = (_shapes(model, (images, *input_size)) for images in (1, 2))
+    pools = [name for name, module in model.named_modules() if isinstance(module, _POOLS)]
+    names = [
+        name
+        for name, shape in one.items()
+        if len(shape) >= 3
+        and _tokens(shape) > 1
+        and _tokens(two[name]) == 2 * _tokens(shape)
+        and not _POSITIONS.search(name)
+        and not any(name.startswith(f"{pool}.") for pool in pools)
+    ]
+    lists = {name for name, module in model.named_modules() if isinstance(module, _LISTS)}
+    members = Counter(part for name in names for part in _members(name, lists))
+    own = {name: block for name in names if (block := _block_of(name, members, lists)) is not None}
+    holding = set(own.values())
+    blocks = [one for one in dict.fromkeys(own.values()) if not any(other.startswith(f"{one}.") for other in holding)]
+    linears: list[LinearLayout] = []
+    seen: Counter[tuple[int, str]] = Counter()
+    layer = 0
+    for name, block in own.items():  # in the order of calls
+        layer = blocks.index(block) if block in blocks else layer
+        kind = _kind(name, own)
+        seen[layer, kind] += 1
+        if seen[layer, kind] > 1:
+            kind = f"{kind}_{seen[layer, kind]}"
+        linears.append(LinearLayout(name, layer, (kind,), _role(name, kind)))
+    return OnTokens(tuple(linears), tuple(blocks))
+
+
+def _shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Size]:
+    """Return the shape of what each linear layer sees in a forward pass, in the order of first calls."""
+    seen: dict[str, torch.Size] = {}
+
+    def note(name: str, given: tuple[Any, ...]) -> None:
+        seen.setdefault(name, given[0].shape)
+
+    like = next(model.parameters())
+    was_training = [module for module in model.modules() if module.training]
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                handle = module.register_forward_pre_hook(lambda _, given, name=name: note(name, given))
+                stack.callback(handle.remove)
+        model.eval()
+        try:
+            model(torch.zeros(shape, device=like.device, dtype=like.dtype))
+        finally:
+            for module in was_training:
+                module.training = True
+    return seen
+
+
+def _tokens(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape[:-1]).numel())
+
+
+def _members(name: str, lists: set[str]) -> list[str]:
+    """Return the members of lists that a module lies in, from the outermost."""
+    parts = name.split(".")
+    paths = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return [path for path in paths if path.rpartition(".")[0] in lists]
+
+
+def _block_of(name: str, members: Counter[str], lists: set[str]) -> str | None:
+    """Return the innermost member of a list that holds several layers; None: there is none."""
+    return next((part for part in reversed(_members(name, lists)) if members[part] > 1), None)
+
+
+def _kind(name: str, names: dict[str, str]) -> str:
+    """Return what a matrix is, in the words of plain blocks where its name tells."""
+    path = name.split(".")
+    leaf, parent = path[-1], ".".join(path[:-1])
+    if leaf == "up_proj":
+        return "up" if f"{parent}.gate_proj" in names else "fc1"
+    if leaf == "dense":  # transformers: attention.output.dense, intermediate.dense, output.dense
+        if path[-2:-1] == ["intermediate"]:
+            return "fc1"
+        return "out" if "attention" in path[-3:-2] else "fc2"
+    if leaf == "proj" and _is_attention(path[-2:-1]):
+        return "out"
+    if leaf in _KINDS:
+        return _KINDS[leaf]
+    plain = re.sub(r"[^a-z0-9]+", "_", (leaf if leaf[0].isalpha() else f"{path[-2]}_{leaf}").lower()).strip("_")
+    return plain[:29] if plain[:1].isalpha() else f"matrix_{plain}"[:29]
+
+
+def _role(name: str, kind: str) -> Role:
+    parents = name.split(".")[:-1]
+    if kind.startswith(("fc1", "fc2", "gate", "up")) or any(re.search("mlp|ffn", part) for part in parents):
+        return "mlp"
+    return "attention" if kind.startswith(("query", "key", "value")) or _is_attention(parents) else "other"
+
+
+def _is_attention(parents: Sequence[str]) -> bool:
+    return any(re.search("attn|attention", part) for part in parents)

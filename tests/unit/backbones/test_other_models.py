@@ -1,0 +1,110 @@
+"""Models of timm that no family describes by hand: their layers are found where tokens pass."""
+
+import pytest
+import timm
+import torch
+from tiny_models import random_model
+from torch import nn
+
+from peft_vit.adapters import attach_adapters, current_ranks
+from peft_vit.backbones import describe, find_sites
+from peft_vit.backbones.catalog import build_model
+from peft_vit.backbones.families.by_tokens import on_tokens
+from peft_vit.config import BackboneConfig
+from peft_vit.deployment.check import check_timm
+from peft_vit.errors import UserError
+
+
+def shape_of(name: str, image_size: int):
+    return describe(BackboneConfig(model=name, weights="random"), image_size)
+
+
+def test_what_is_found_in_a_plain_model_is_what_its_family_says() -> None:
+    model = random_model("test_vit")
+    found = on_tokens(model, (3, 32, 32))
+    assert list(found.blocks) == [f"blocks.{layer}" for layer in range(len(model.blocks))]
+    by_family = find_sites(random_model("test_vit"))
+    assert [one.module for one in found.linears] == list(dict.fromkeys(site.module for site in by_family))
+    assert {(one.module, one.layer, one.role) for one in found.linears} == {
+        (site.module, site.layer, site.role) for site in by_family
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "sites", "blocks"),
+    [
+        # of each block: query, kv, out, fc1, fc2
+        ("pvt_v2_b0", 64, 40, 8),
+        # of 12 blocks qkv, out, fc1, fc2; of the two that attend to the class token fc1 and fc2 see that alone
+        ("convit_tiny", 224, 58, 12),
+        # MBConv is convolutional, then attention within blocks and along a grid: qkv, out, fc1, fc2 each
+        ("maxvit_tiny_tf_224", 224, 88, 11),
+    ],
+)
+def test_layers_of_other_classes_are_found(name: str, image_size: int, sites: int, blocks: int) -> None:
+    shape = shape_of(name, image_size)
+    assert (len(shape.sites), shape.depth) == (sites, blocks)
+    assert len({(site.layer, site.kind) for site in shape.sites}) == sites
+    assert not [site for site in shape.sites if "pos" in site.name]
+
+
+def test_tokens_of_stages_differ() -> None:
+    tokens = {site.name: site.tokens for site in shape_of("pvt_v2_b0", 64).sites if site.kind == "fc1"}
+    assert list(tokens.values()) == [256, 256, 64, 64, 16, 16, 4, 4]
+
+
+@pytest.mark.slow
+def test_adapters_on_them_act_and_are_exported() -> None:
+    found = check_timm("pvt_v2_b0", 64, peft=True)
+    assert found.acting == len(found.sites) == 40
+    assert found.merged.within(1e-5)
+    assert found.onnx is not None
+    assert found.onnx.within(1e-4)
+    assert found.peft is not None
+    assert found.peft.within(1e-5)
+    assert not found.peft_idle
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "fault"),
+    [
+        ("resnet18", 224, "backbone.model: ResNet has no linear layer in a block that sees tokens, as a convolutional"),
+        ("samvit_base_patch16", 1024, "backbone.model: samvit_base_patch16 can't be adapted: the model has no linear"),
+        ("twins_svt_small", 65, "data.image_size: twins_svt_small can't compute images of 65 px"),
+        ("maxvit_tiny_tf_224", 100, "data.image_size: MaxxVit can't compute images of 100 px"),
+    ],
+)
+def test_what_can_not_be_adapted_is_refused_in_a_line(name: str, image_size: int, fault: str) -> None:
+    with pytest.raises(UserError) as caught:
+        shape_of(name, image_size)
+    assert str(caught.value).startswith(fault)
+
+
+def test_targets_may_be_patterns() -> None:
+    model = random_model("test_vit")
+    names = [site.name for site in find_sites(model, ["blocks.0.*", "fc2"])]
+    assert set(names) == {site.name for site in find_sites(model) if site.layer == 0 or site.kind == "fc2"}
+    fused = find_sites(model, ["*.attn.qkv"])
+    assert {site.kind for site in fused} == {"query", "key", "value"}
+    attach_adapters(model, fused, 2, scale=1.0, seed=0)
+    assert list(current_ranks(model)) == [site.name for site in fused]
+
+
+@pytest.mark.parametrize("target", ["blocks.0.attn.qvk", "block.*.attn.qkv"])
+def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest(target: str) -> None:
+    with pytest.raises(UserError, match=r"targets: no site matches .* the nearest are blocks\.\d\.attn\.qkv"):
+        find_sites(random_model("test_vit"), [target])
+
+
+def test_a_copy_with_adapters_knows_its_sites() -> None:
+    model = build_model("pvt_v2_b0", 32, 3)
+    sites = find_sites(model)
+    attach_adapters(model, sites, 1, scale=1.0, seed=0, check=False)
+    assert find_sites(model) == sites
+
+
+def test_a_module_of_nobody_is_refused() -> None:
+    with pytest.raises(UserError, match="Sequential is not a timm VisionTransformer"):
+        find_sites(nn.Sequential(nn.Linear(3, 3)))
+    with torch.device("meta"), pytest.raises(UserError, match="no linear layer in a block"):
+        find_sites(timm.create_model("resnet18"))
