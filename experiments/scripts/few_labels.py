@@ -29,11 +29,8 @@ SHOTS = (4, 12, 50)
 FIRST_SEED = 60  # of no other study
 STEPS, VALIDATION, TEST = 300, 200, {"elpv": 600, "digits": 400, "fashion-mnist": 1000}
 TITLES = {"elpv": "ELPV", "digits": "digits", "fashion-mnist": "Fashion-MNIST"}
-DATA = {
-    "elpv": {"image_size": 56},
-    "digits": {"image_size": 56, "flips": "none"},  # a mirrored digit is another sign
-    "fashion-mnist": {"image_size": 56},
-}
+DATA = {"elpv": {"image_size": 56}, "digits": {"image_size": 56}, "fashion-mnist": {"image_size": 56}}
+TRAINING = {"digits": {"augmentation": []}}  # a mirrored digit is another sign
 
 
 def study(dataset: str, shots: int, draws: int) -> dict[str, object]:
@@ -63,6 +60,7 @@ def study(dataset: str, shots: int, draws: int) -> dict[str, object]:
         "execution": {"workers": 2},
         "backbone": backbone,
         "data": data,
+        "training": TRAINING.get(dataset, {}),
         "experiments": [experiment_for(one, counts, shape, STEPS) for one in asked],
     }
 

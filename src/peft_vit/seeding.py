@@ -16,12 +16,17 @@ Purpose = Literal[
     "head_init",
     "adapter_init",
     "data_order",
-    "augmentation",
+    "augmentation",  # flips; the others have streams by their names, below
     "train_subset",
     "split",
     "probe",
     "calibration",
     "removal",
+    "rotate90",
+    "random_resized_crop",
+    "color_jitter",
+    "rand_augment",
+    "mixing",
 ]
 
 

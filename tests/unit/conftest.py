@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from qa_lora_settings import DEFAULT as QA_LORA
 
-from peft_vit.config import StudyConfig, study_from_mapping
+from peft_vit.config import PROBE_READS, StudyConfig, study_from_mapping
 from peft_vit.methods import METHODS as REGISTRY
 
 PROBES = {name for name, method in REGISTRY.items() if method.trains == "head"}
@@ -89,7 +89,7 @@ def study(cache: str) -> Callable[..., StudyConfig]:
 
     def make(*methods: str, seeds: tuple[int, ...] = (0,), **training: object) -> StudyConfig:
         settings = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, **training}
-        of_probes = {name: settings[name] for name in ("batch_size", "class_weights") if name in settings}
+        of_probes = {name: settings[name] for name in PROBE_READS if name in settings}
         mapping = {
             "name": "tiny",
             "seeds": list(seeds),

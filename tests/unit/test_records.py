@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from peft_vit.config import AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
+from peft_vit.config import AUGMENTATION_OF_FLIPS, AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
 from peft_vit.errors import UserError
 from peft_vit.records import (
     ADAPTER_FILE,
@@ -42,6 +42,8 @@ from peft_vit.records import (
     write_record,
     write_result,
 )
+from peft_vit.records.older import study_with_augmentation
+from peft_vit.records.study_file import StudyFile
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 RESULTS = CONFIGS.parents[1] / "results"
@@ -350,21 +352,57 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
     base = spec("lora_r1")
     before = base.model_dump(mode="json")
     del before["measures"], before["data"]["test_split"], before["experiment"]["peft"]
-    for later in ("steps", "validate_every", "patience", "head_start"):
-        del before["experiment"]["training"][later]
+    training = before["experiment"]["training"]
+    for later in (
+        "steps",
+        "validate_every",
+        "patience",
+        "head_start",
+        "warmup_share",
+        "layer_decay",
+        "label_smoothing",
+    ):
+        del training[later]
+    before["data"]["flips"] = {"[]": "none"}.get(str(training.pop("augmentation")), "horizontal")
     text = json.dumps(before, separators=(",", ":"), ensure_ascii=False)
     assert base.digest() == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_the_digest_of_a_kept_run_is_what_it_was() -> None:
-    """Or a finished study would be done again; of runs that were kept before `steps`, `patience` and `head_start`."""
-    with tarfile.open(RESULTS / "study_elpv.tar.xz") as archive:
-        for member in archive:
-            if re.search(r"/lora_[^/]*/seed_\d+/record\.json$", member.name):
-                kept = json.load(archive.extractfile(member))
-                assert RunSpec.model_validate_json(json.dumps(kept["spec"])).digest() == kept["spec_digest"]
+@pytest.mark.parametrize(
+    ("archive", "experiment", "flips"),
+    [("study_elpv", "lora", "horizontal"), ("study_elpv", "linear", "horizontal"), ("study_digits", "lora", "none")],
+)
+def test_the_digest_of_a_kept_run_is_what_it_was(archive: str, experiment: str, flips: str, tmp_path: Path) -> None:
+    """Or a finished study would be done again; of runs that were kept before `steps`, `patience` and `augmentation`."""
+    with tarfile.open(RESULTS / f"{archive}.tar.xz") as kept:
+        for member in kept:
+            if re.search(rf"/{experiment}[^/]*/seed_\d+/record\.json$", member.name):
+                (tmp_path / "record.json").write_bytes(kept.extractfile(member).read())
+                read = read_record(tmp_path / "record.json")
+                assert read.spec.digest() == read.spec_digest
+                assert read.spec.experiment.training.flips == flips
+                assert '"flips"' not in read.spec.model_dump_json()
                 return
-    pytest.fail("no LoRA run among the kept ones")
+    pytest.fail("no such run among the kept ones")
+
+
+@pytest.mark.parametrize("flips", ["none", "horizontal", "both"])
+def test_flips_of_an_older_study_are_said_by_its_training(flips: str) -> None:
+    """Both configurations of one with a limit of time; what is of another form is left to who reads it."""
+    content = json.loads(study().model_dump_json())
+    for experiment in content["experiments"]:
+        experiment["training"]["augmentation"] = [one.model_dump() for one in AUGMENTATION_OF_FLIPS[flips]]
+    now = StudyConfig.model_validate_json(json.dumps(content))
+    then = json.loads(now.model_dump_json())
+    then["data"]["flips"] = flips
+    for experiment in then["experiments"]:
+        del experiment["training"]["augmentation"]
+    whole = {"smoke": False, "data_sha256": "d", "runs": [], "limited": {"asked": then, "first": []}}
+    content = json.dumps({**whole, "configuration": then}).encode()
+    read = StudyFile.model_validate_json(study_with_augmentation(content))
+    assert read.configuration == read.limited.asked == now
+    for odd in (b"[", b'["flips"]', b'{"configuration": 1, "flips": 2}', b'{"configuration": {"data": {"flips": []}}}'):
+        assert study_with_augmentation(odd) == odd
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

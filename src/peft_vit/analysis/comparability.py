@@ -128,6 +128,9 @@ def _configurations(runs_of: RunsOf) -> str | None:
     for label, runs in runs_of.items():
         for run in runs:
             plain = run.experiment.model_dump(mode="json")
+            # Not the flips: which ones leave a label right is the images' matter, as their split is.
+            training = plain["training"]
+            training["augmentation"] = [one for one in training["augmentation"] if "flip" not in one]
             known = by_name.setdefault(run.experiment.name, {}).setdefault(label, [])
             if plain not in known:
                 known.append(plain)

@@ -5,6 +5,18 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 ``studies.plan``, before any expensive work, with the same kind of error.
 """
 
+from peft_vit.config.augmentation import (
+    AUGMENTATION_OF_FLIPS,
+    Augmentation,
+    ColorJitter,
+    Cutmix,
+    Flip,
+    Flips,
+    Mixup,
+    RandAugment,
+    RandomResizedCrop,
+    Rotate90,
+)
 from peft_vit.config.loading import load_study, one_line, study_from_mapping
 from peft_vit.config.study import (
     NEEDS_PATH,
@@ -36,6 +48,7 @@ from peft_vit.settings import AS_WRITTEN, MATRICES, SITE_MATRICES, AdapterConfig
 
 __all__ = [
     "AS_WRITTEN",
+    "AUGMENTATION_OF_FLIPS",
     "BITS_OF_TYPE",
     "MATRICES",
     "METRICS",
@@ -47,14 +60,19 @@ __all__ = [
     "AdapterConfig",
     "AdaptiveBitsConfig",
     "AskedPrecision",
+    "Augmentation",
     "BackboneConfig",
     "BudgetUnit",
+    "ColorJitter",
+    "Cutmix",
     "DataConfig",
     "DatasetName",
     "Device",
     "ExecutionConfig",
     "ExecutorName",
     "ExperimentConfig",
+    "Flip",
+    "Flips",
     "Frozen",
     "KeyPath",
     "Kind",
@@ -63,12 +81,16 @@ __all__ = [
     "MeasuresConfig",
     "MethodName",
     "Metric",
+    "Mixup",
     "Name",
     "PeftAdaLoraConfig",
     "PeftLoraConfig",
     "Precision",
     "QaLoraConfig",
     "QuantizationType",
+    "RandAugment",
+    "RandomResizedCrop",
+    "Rotate90",
     "SiteMatrix",
     "Strategy",
     "StudyConfig",

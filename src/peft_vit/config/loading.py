@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from peft_vit.config.augmentation import Augmentation
 from peft_vit.config.lr_sweep import at_each_rate, at_first_rates, check_rates
-from peft_vit.config.study import PROBE_READS, StudyConfig, TrainingConfig
+from peft_vit.config.study import NO_EFFECT_ON_PROBES, PROBE_READS, StudyConfig, TrainingConfig
 from peft_vit.config.yaml_loader import KeyPath, Lines, dotted, read_mapping
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
@@ -65,6 +66,8 @@ def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
         return experiment  # of the wrong shape: validation names it
     if _is_probe(experiment):
         shared = {key: value for key, value in shared.items() if key in PROBE_READS}
+        if isinstance(listed := shared.get("augmentation"), list):  # what probes do not see is the other experiments'
+            shared["augmentation"] = [one for one in listed if _is_flip(one)]
     elif {"epochs", "steps"} & own.keys():  # a length of one's own replaces the study's, however either is said
         shared = {key: value for key, value in shared.items() if key not in ("epochs", "steps")}
     return {**experiment, "training": {**shared, **own}}
@@ -73,6 +76,20 @@ def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
 def _is_probe(experiment: dict[str, Any]) -> bool:
     method = experiment.get("method")
     return isinstance(method, str) and method in METHODS and METHODS[method].trains == "head"
+
+
+def _is_flip(entry: Any) -> bool:
+    return entry == "flip" or (isinstance(entry, dict) and "flip" in entry)
+
+
+def _is_other(entry: Any) -> bool:
+    """Tell whether an entry of `augmentation` is one that probes do not see; a misspelled one is named elsewhere."""
+    names = [entry] if isinstance(entry, str) else entry
+    return (
+        not _is_flip(entry)
+        and isinstance(names, list | dict)
+        and any(one in Augmentation.model_fields for one in names)
+    )
 
 
 def _check_probes(data: dict[str, Any], lines: Lines, file: Path) -> None:
@@ -86,18 +103,23 @@ def _check_probes(data: dict[str, Any], lines: Lines, file: Path) -> None:
     if probes and all(probes):
         places.append((("training",), data.get("training")))
     for path, training in places:
-        for key in training if isinstance(training, dict) else {}:
+        for key, value in training.items() if isinstance(training, dict) else ():
+            unread, problem = None, "has no effect on a linear probe, which is fitted to convergence; remove it"
             if key in TrainingConfig.model_fields and key not in PROBE_READS:
-                at: KeyPath = (*path, key)
-                raise UserError(
-                    "has no effect on a linear probe, which is fitted to convergence; remove it",
-                    file=f"{file}:{lines[at]}" if at in lines else file,
-                    field=dotted(at),
-                )
+                unread = (*path, key)
+            elif key == "augmentation" and isinstance(value, list):
+                others = (place for place, one in enumerate(value) if _is_other(one))
+                unread = next(((*path, key, place) for place in others), None)
+                problem = NO_EFFECT_ON_PROBES
+            if unread is not None:
+                where = f"{file}:{lines[unread]}" if unread in lines else file
+                raise UserError(problem, file=where, field=dotted(unread))
 
 
 def _message(error: ErrorDetails, path: KeyPath) -> str:
     kind = error["type"]
+    if kind == "extra_forbidden" and path == ("data", "flips"):
+        return "is said by training.augmentation: [] for none, [flip] (the default), or [flip: {direction: both}]"
     if kind == "extra_forbidden":
         return "unknown key here; remove it or correct its spelling"
     if kind == "missing":

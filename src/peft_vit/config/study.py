@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, StringConstraints, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
+from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Augmentation, Flips, checked, flips_of
 from peft_vit.methods import METHODS, SECTIONS, Method
 from peft_vit.methods.linear import PROBE_L2
 from peft_vit.methods.lora import LoraConfig
@@ -64,7 +73,6 @@ class DataConfig(Frozen):
         default="fixed",
         description="per_seed draws test and validation images anew for each seed; training images follow",
     )
-    flips: Literal["none", "horizontal", "both"] = "horizontal"
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
@@ -91,7 +99,25 @@ class TrainingConfig(Frozen):
     weight_decay: float = Field(default=0.01, ge=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     schedule: Literal["one_cycle", "constant", "warmup_stable_decay"] = "one_cycle"
+    warmup_share: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="of the steps, in which the learning rate rises; default 0.3 of one_cycle, 20 steps or a tenth of "
+        "warmup_stable_decay",
+    )
+    layer_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="factor on the learning rate from each block to the one before it; for full fine-tuning",
+    )
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
+    augmentation: Annotated[tuple[Augmentation, ...], AfterValidator(checked)] = Field(
+        default=AUGMENTATION_OF_FLIPS["horizontal"],
+        description="what changes training images, in this order; [] nothing",
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of a label spread over all classes")
     class_weights: bool = Field(default=False, description="weigh each image by its class's inverse frequency")
     head_start: Literal["random", "probe"] = Field(
         default="random",
@@ -108,6 +134,24 @@ class TrainingConfig(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        mixing = [one.name for one in self.augmentation if one.mixes]
+        if mixing and self.batch_size == 1:
+            raise ValueError(
+                f"augmentation: {mixing[0]} has no effect with batch_size: 1; remove it, or raise batch_size"
+            )
+        if self.warmup_share is not None and self.schedule == "constant":
+            raise ValueError("warmup_share has no effect with schedule: constant; remove it")
+        if self.warmup_share is not None and self.warmup_share > 0.8 and self.schedule == "warmup_stable_decay":
+            raise ValueError("warmup_share: warmup_stable_decay comes down over the last fifth; give at most 0.8")
+        return self
+
+    @property
+    def flips(self) -> Flips:
+        """Return how images are flipped, which is all of `augmentation` that probes read."""
+        return flips_of(self.augmentation)
+
     def total_steps(self, train_images: int) -> int:
         """Return the optimiser steps of a run, at most; the last batch of an epoch may be smaller."""
         if self.steps is not None:
@@ -123,7 +167,8 @@ class TrainingConfig(Frozen):
 
 
 # What a probe reads of `training`; the rest says how steps are taken, and it takes none.
-PROBE_READS = frozenset({"batch_size", "class_weights"})
+PROBE_READS = frozenset({"augmentation", "batch_size", "class_weights"})
+NO_EFFECT_ON_PROBES = "has no effect on a linear probe, which is fitted to each image and its flips; remove it"
 S = TypeVar("S", bound=Frozen)
 
 
@@ -185,8 +230,19 @@ class _Experiment(Frozen):
             raise ValueError("training.learning_rate is missing; add it")
         if not self.is_probe and self.training.epochs is None and self.training.steps is None:
             raise ValueError("training.epochs (or training.steps) is missing; add it")
+        self._recipe_fits_method()
         self.kind.agree(self, info)
         return self
+
+    def _recipe_fits_method(self) -> None:
+        other = next((one.name for one in self.training.augmentation if one.flip is None), None)
+        if self.is_probe and other is not None:
+            raise ValueError(f"training.augmentation: {other} {NO_EFFECT_ON_PROBES}")
+        if self.training.layer_decay is not None and self.kind.trains != "everything":
+            raise ValueError(
+                f"training.layer_decay has no effect with method: {self.method}, which trains no weights of the "
+                "backbone; set it in the training of experiments with method: full alone"
+            )
 
 
 if TYPE_CHECKING:

@@ -159,7 +159,7 @@ def reckoned_s(spec: RunSpec, steps: int, workload: Workload, rate: float) -> fl
     experiment = spec.experiment
     images = workload.test + measured_images(spec, workload)
     if experiment.is_probe:  # each image once, in every way in which training shows it
-        images += len(flip_axes(spec.data.flips)) * workload.train + workload.validation
+        images += len(flip_axes(experiment.training.flips)) * workload.train + workload.validation
     else:
         images += experiment.kind.forward_passes * steps * min(experiment.training.batch_size, workload.train)
         images += experiment.validations(workload.train) * workload.validation

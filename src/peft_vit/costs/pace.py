@@ -80,7 +80,11 @@ class MeasuredPace:
         """
         experiment, images = spec.experiment, measured_images(spec, workload)
         if experiment.is_probe:
-            trained = len(flip_axes(spec.data.flips)) * workload.train * (1 + (spec.data.train_subset == "per_seed"))
+            trained = (
+                len(flip_axes(spec.experiment.training.flips))
+                * workload.train
+                * (1 + (spec.data.train_subset == "per_seed"))
+            )
             images += (trained + workload.validation + workload.test) / _SEEDS_OF_A_STUDY
             steps_s = _FITS_S
         else:

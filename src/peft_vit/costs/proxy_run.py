@@ -30,6 +30,9 @@ _NEUTRAL: dict[str, Any] = {
     "validate_every": None,
     "patience": None,
     "head_start": "random",
+    "label_smoothing": 0.0,
+    "warmup_share": None,
+    "layer_decay": None,
 }
 
 

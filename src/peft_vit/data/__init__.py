@@ -1,5 +1,6 @@
 """Labelled images: registry, splits, decode-once cache, batches, and a sealed test split."""
 
+from peft_vit.data.augmentation import check_augmentation, mixed
 from peft_vit.data.decoding import decode_image
 from peft_vit.data.duplicates import image_warnings
 from peft_vit.data.files import IMAGE_SUFFIXES
@@ -19,11 +20,13 @@ __all__ = [
     "LabelledImages",
     "SealedImages",
     "Splits",
+    "check_augmentation",
     "class_gaps",
     "decode_image",
     "image_warnings",
     "load_data",
     "make_splits",
+    "mixed",
     "normalised",
     "open_index",
     "smoke_config",

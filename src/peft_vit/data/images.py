@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from peft_vit.config import Augmentation
+from peft_vit.data.augmentation import changes_of, check_augmentation
 from peft_vit.seeding import torch_generator
-
-Flips = Literal["none", "horizontal", "both"]
 
 
 class LabelledImages:
@@ -58,34 +58,37 @@ class LabelledImages:
         mean: Sequence[float],
         std: Sequence[float],
         *,
-        flips: Flips,
+        augmentation: Sequence[Augmentation],
         seed: int,
         epoch: int,
         skip: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all images once, in the order and with the flips that follow from (seed, epoch) alone.
+        """Yield all images once, in the order and with the changes that follow from (seed, epoch) alone.
 
-        Whether an image is flipped depends neither on the batch size nor on its place in the order; each
-        allowed flip happens with probability 1/2. The last batch may be smaller.
+        What happens to an image depends neither on the batch size nor on its place in the order. The last batch may be
+        smaller.
 
         Args:
             batch_size: images a batch.
             mean: as in `ordered_batches`.
             std: likewise.
-            flips: none, horizontal (left-right), or both (left-right and, independently, upside down).
+            augmentation: what changes images, in its order; what mixes whole batches is left to `mixed`.
             seed: the run's seed.
             epoch: counted from 0 or 1, as the caller likes.
             skip: batches to leave out at the start, which an interrupted run has had.
+
+        Raises:
+            UserError: see `check_augmentation`.
         """
+        *_, size, channels = self.pixels.shape
+        check_augmentation(augmentation, channels)
+        changes = changes_of(augmentation, len(self), size, seed, epoch)
         order = self.order(seed, epoch)
-        coin = torch.rand((len(self), 2), generator=torch_generator(seed, "augmentation", epoch)) < 0.5
         for start in range(skip * batch_size, len(self), batch_size):
             rows = order[start : start + batch_size]
             images = self._channels_first(rows)
-            if flips != "none":
-                images = _flipped(images, coin[rows, 0], axis=-1)
-            if flips == "both":
-                images = _flipped(images, coin[rows, 1], axis=-2)
+            for change in changes:
+                images = change(images, rows)
             yield normalised(images, mean, std), self._labels(rows)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
@@ -97,10 +100,6 @@ class LabelledImages:
 
     def _labels(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(self.labels[rows])
-
-
-def _flipped(images: Tensor, chosen: Tensor, axis: int) -> Tensor:
-    return torch.where(chosen[:, None, None, None], images.flip(axis), images)  # (B,) beside (B, C, S, S)
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

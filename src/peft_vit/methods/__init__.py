@@ -69,6 +69,12 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, 
             f"{total_steps} steps are too few for schedule one_cycle; train longer or use schedule: constant",
             field="training.epochs",
         )
+    share = experiment.training.warmup_share
+    if share is not None and 0 < share * total_steps <= 1:
+        raise UserError(
+            f"{share:g} of {total_steps} steps is no more than one; raise it, or write 0 for no warm-up",
+            field="training.warmup_share",
+        )
     experiment.kind.check(experiment, shape, total_steps, train_images)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from peft_vit.errors import UserError, first_fault
+from peft_vit.records.older import with_augmentation
 from peft_vit.records.values import (
     SCHEMA_VERSION,
     BitsEntry,
@@ -167,7 +168,7 @@ _RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names in 
 def _tuples(data: Any) -> Any:
     """Turn lists below `spec` into tuples, since the configuration's models are strict, and old names into new ones."""
     if isinstance(data, dict) and isinstance(data.get("spec"), dict):
-        return {**data, "spec": _deep_tuples(data["spec"])}
+        return {**data, "spec": with_augmentation(_deep_tuples(data["spec"]))}
     return data
 
 

@@ -10,8 +10,10 @@ import hashlib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic_core import to_json
 
 from peft_vit.config import (
+    AUGMENTATION_OF_FLIPS,
     BackboneConfig,
     BudgetUnit,
     DataConfig,
@@ -36,7 +38,15 @@ _Seconds = Annotated[FiniteFloat, Field(ge=0)]
 
 
 _LATER_SECTIONS = ("peft",)
-_LATER_TRAINING = ("steps", "validate_every", "patience", "head_start")
+_LATER_TRAINING = (
+    "steps",
+    "validate_every",
+    "patience",
+    "head_start",
+    "label_smoothing",
+    "warmup_share",
+    "layer_decay",
+)
 
 
 class _Value(BaseModel):
@@ -78,7 +88,13 @@ class RunSpec(_Value):
         unasked["experiment"] = {"training": later} | {
             name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None
         }
-        return hashlib.sha256(self.model_dump_json(exclude=unasked).encode()).hexdigest()
+        flips = next((said for said, same in AUGMENTATION_OF_FLIPS.items() if same == training.augmentation), None)
+        if flips is not None:
+            later.add("augmentation")
+        content = self.model_dump(mode="json", exclude=unasked)
+        if flips is not None:
+            content["data"]["flips"] = flips  # where flips were said when there was nothing else
+        return hashlib.sha256(to_json(content)).hexdigest()
 
 
 class Metrics(_Value):

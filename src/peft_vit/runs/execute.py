@@ -161,7 +161,7 @@ def _execute(
     model = backbone.model.to(device)
     choose_attention(model, device, spec.precision)
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
-    runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std, spec.data.flips)
+    runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std)
     calibration = Calibration(data, runtime, spec.seed)
     bits = choose_bits(model, spec, attempt, calibration)
     hooks = prepare(

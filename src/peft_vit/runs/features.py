@@ -42,7 +42,7 @@ class SharedFeatures:
     ) -> None:
         self._model = model
         self._runtime = runtime
-        self._flips = spec.data.flips
+        self._flips = spec.experiment.training.flips
         self._file = _place(spec, provenance, hooks)
 
     def of_training(self, images: LabelledImages) -> Features:

@@ -21,7 +21,7 @@ from peft_vit.costs.estimate import (
     estimate_runs,
 )
 from peft_vit.costs.proxy_run import miniature
-from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index
+from peft_vit.data import ImageIndex, Splits, check_augmentation, class_gaps, image_warnings, make_splits, open_index
 from peft_vit.errors import UserError, named
 from peft_vit.methods import check
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
@@ -177,6 +177,7 @@ def plan_begun_study(
         total_steps = experiment.total_steps(len(splits.train))
         try:
             check(experiment, workload.shape, total_steps, len(splits.train))
+            check_augmentation(experiment.training.augmentation, index.channels)
         except UserError as error:
             raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
         first = spec_of(study, place, study.seeds[0], smoke=smoke)
@@ -190,7 +191,7 @@ def plan_begun_study(
     pending = any(run.taken is None for run in wanted)
     if pending:
         check_weights(study.backbone)
-        notices = _notices(index, study, drawn)
+        notices = (*_notices(index, study, drawn), *_unseen(study))
     estimates = estimate_runs(wanted, workload, None if smoke else measure)
     runs = tuple(
         PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None)
@@ -245,6 +246,17 @@ def _notices(index: ImageIndex, study: StudyConfig, drawn: dict[int, Splits]) ->
     if len(drawn) == 1:
         return tuple(seeds_of)
     return tuple(f"{text} (seen with seed {', '.join(map(str, seeds))})" for text, seeds in seeds_of.items())
+
+
+def _unseen(study: StudyConfig) -> tuple[str, ...]:
+    """Return a line if some experiments are fitted to images that the others see changed."""
+    probes = [one.name for one in study.experiments if one.is_probe]
+    changes = dict.fromkeys(
+        change.name for one in study.experiments for change in one.training.augmentation if change.flip is None
+    )
+    if not probes or not changes:
+        return ()
+    return (f"augmentation: {', '.join(probes)} see flips alone; {', '.join(changes)} act where steps are taken",)
 
 
 def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:

@@ -34,7 +34,7 @@ def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
 
 
 def _compress(experiment: ExperimentConfig, batch_size: int) -> ExperimentConfig:
-    few_steps = {"epochs": _EPOCHS, "steps": None, "validate_every": None, "patience": None}
+    few_steps = {"epochs": _EPOCHS, "steps": None, "validate_every": None, "patience": None, "warmup_share": None}
     training = experiment.training.model_copy(
         update={"batch_size": batch_size, **({} if experiment.is_probe else few_steps)}
     )

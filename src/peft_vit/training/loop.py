@@ -68,7 +68,7 @@ def train(
         training.validate()
     model.train()
     pause()
-    for images, labels in training.batches(seed):  # (B, 3, S, S), (B,)
+    for images, labels in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)
         training.step(images, labels)
         tell()
         if training.validation_is_due:

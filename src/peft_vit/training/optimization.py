@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_vit.backbones import Backbone
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data
 from peft_vit.errors import DivergedError, UserError
@@ -28,8 +30,13 @@ def loss_weights(config: TrainingConfig, data: Data, device: torch.device) -> Te
     return class_weights(data.train.labels, len(data.class_names)).to(device) if config.class_weights else None
 
 
-def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Return sum_n w[y_n] l_n / N, with l_n the cross entropy of image n; plain cross entropy without weights.
+def weighted_cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Return sum_n sum_c w[c] t[n, c] (-log p[n, c]) / N, the cross entropy with class weights w and targets t.
+
+    With a label y_n, t[n, y_n] is 1; smoothing (arXiv 1512.00567) makes it (1 - s) t + s / classes. A mixed image has
+    shares of two classes, and each share has the weight of its class.
 
     torch's weighted mean divides by the batch's own weights, sum_n w[y_n], in place of N: in a batch of one the weight
     cancels, and an image counts the less the more its batch weighs. Divided by N, an image's weight is the same in any
@@ -37,12 +44,14 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | Non
 
     Args:
         logits: (N, classes).
-        labels: (N,) int64.
-        weights: (classes,), see `class_weights`, or None.
+        labels: (N,) int64, or shares of each class (N, classes) that add up to 1.
+        weights: (classes,), see `class_weights`, or None: all 1.
+        label_smoothing: s, from 0 to below 1.
     """
     if weights is None:
-        return F.cross_entropy(logits, labels)
-    return F.cross_entropy(logits, labels, weight=weights, reduction="sum") / len(labels)
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    total = F.cross_entropy(logits, labels, weight=weights, reduction="sum", label_smoothing=label_smoothing)
+    return total / len(labels)
 
 
 @dataclass(frozen=True)
@@ -112,10 +121,48 @@ def _check_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Return the optimiser over everything that is trainable."""
+    """Return the optimiser over everything that is trainable; its first group has the whole learning rate."""
     assert config.learning_rate is not None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[Any] = parameters
+    if config.layer_decay is not None:
+        groups = layer_groups(model, config.learning_rate, config.layer_decay)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
+        return torch.optim.SGD(groups, config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
     fused = {parameter.device.type for parameter in parameters} <= {"cpu", "cuda"}  # one kernel a tensor, not twelve
-    return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+
+
+def layer_groups(model: nn.Module, learning_rate: float, decay: float) -> list[dict[str, Any]]:
+    """Return the trainable parameters by layer, from the head down, with their learning rates.
+
+    Layer l of L blocks has learning_rate * decay^(L + 1 - l): embeddings are layer 0, the blocks 1 to L, the head and
+    the norm before it L + 1, as in BEiT (arXiv 2106.08254, `optim_factory.py`) and MAE (arXiv 2111.06377,
+    `util/lr_decay.py`). What joins two stages, as in Swin, goes with the block that it feeds.
+
+    Raises:
+        UserError: if the model is of no family that is known.
+    """
+    backbone = Backbone.within(model)
+    blocks = backbone.blocks
+    layers: dict[int, list[nn.Parameter]] = {}
+    reached = 0  # blocks that have been seen: parameters come in the order of a forward pass
+    for name, parameter in backbone.model.named_parameters():
+        own = next((place for place, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        if own is not None:
+            reached = own + 1
+        of_last = own is None and reached == len(blocks)
+        layer = len(blocks) + 1 if of_last or backbone.is_of_head(name) else _layer(own, reached)
+        if parameter.requires_grad:
+            layers.setdefault(layer, []).append(parameter)
+    return [
+        {"params": layers[layer], "lr": learning_rate * decay ** (len(blocks) + 1 - layer)}
+        for layer in sorted(layers, reverse=True)
+    ]
+
+
+def _layer(own: int | None, reached: int) -> int:
+    """Return the layer of a parameter in a block, or before the next one; before the first one stand embeddings."""
+    if own is not None:
+        return own + 1
+    return reached + 1 if reached else 0

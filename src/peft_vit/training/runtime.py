@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -18,4 +17,3 @@ class RuntimeConfig:
     precision: Precision
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    flips: Literal["none", "horizontal", "both"] = "none"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import current_ranks, restore_trained, set_ranks, site_adapters, trained_tensors
 from peft_vit.config import TrainingConfig
-from peft_vit.data import Data
+from peft_vit.data import Data, mixed
 from peft_vit.errors import DivergedError, UserError, is_out_of_memory, named
 from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
 from peft_vit.records import Evaluation, StepRow
@@ -107,31 +107,37 @@ class TrainingState:
         return -(-self.steps // self._epoch_steps)
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield a batch for each step that is left: images (B, 3, S, S) and labels (B,), in the order of the seed."""
+        """Yield a batch for each step that is left, in the order of the seed.
+
+        Images are (B, 3, S, S), labels (B,), or shares of each class (B, classes) where batches are mixed.
+        """
+        augmentation, classes = self._config.augmentation, len(self._data.class_names)
         while not self.ended:
             epoch = self._data.train.shuffled_batches(
                 self._config.batch_size,
                 self._runtime.mean,
                 self._runtime.std,
-                flips=self._runtime.flips,
+                augmentation=augmentation,
                 seed=seed,
                 epoch=self.steps // self._epoch_steps + 1,
                 skip=self.steps % self._epoch_steps,
             )
             for images, labels in epoch:
-                yield images, labels
+                yield mixed(images, labels, augmentation, classes=classes, seed=seed, step=self.steps + 1)
                 if self.ended:
                     break
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """Do one step on a batch, images (B, 3, S, S) and labels (B,)."""
+        """Do one step on a batch, images (B, 3, S, S) and labels (B,) or shares of each class (B, classes)."""
         started = time.perf_counter()
         learning_rate = self._optimizer.param_groups[0]["lr"]
         notes = {name: value for hook in self._hooks for name, value in hook.notes().items()}
         device, number = self._runtime.device, self.steps + 1
         with torch.autocast(device.type, torch.bfloat16, enabled=self._runtime.precision == "bf16"):
             logits = self.model(images.to(device))  # (B, classes)
-        loss = weighted_cross_entropy(logits.float(), labels.to(device), self._class_weights)
+        loss = weighted_cross_entropy(
+            logits.float(), labels.to(device), self._class_weights, self._config.label_smoothing
+        )
         outcome = optimization_step(
             self.model,
             self._optimizer,

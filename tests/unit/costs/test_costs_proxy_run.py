@@ -3,7 +3,7 @@
 import pytest
 
 from peft_vit.backbones import describe
-from peft_vit.config import PeftAdaLoraConfig
+from peft_vit.config import Augmentation, PeftAdaLoraConfig, Rotate90
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import make_splits, open_index
 from peft_vit.methods import check
@@ -64,7 +64,14 @@ def test_it_has_a_few_steps_and_one_validation_batch(large) -> None:
 def test_runs_share_it_if_they_differ_in_nothing_that_costs(large) -> None:
     config = large("lora")
     reference = small(spec_of(config, epochs=30), 3000)
-    for training in ({"learning_rate": 0.1}, {"epochs": 100}, {"weight_decay": 0.3}, {"schedule": "constant"}):
+    for training in (
+        {"learning_rate": 0.1},
+        {"epochs": 100},
+        {"weight_decay": 0.3},
+        {"schedule": "constant"},
+        {"label_smoothing": 0.1},
+        {"warmup_share": 0.2},
+    ):
         spec = spec_of(config, **{"epochs": 30, **training})
         assert small(spec, 100 * spec.experiment.training.epochs) == reference
     renamed = spec_of(config, epochs=30).model_copy(update={"study": "other", "seed": 9})
@@ -72,7 +79,8 @@ def test_runs_share_it_if_they_differ_in_nothing_that_costs(large) -> None:
     drawn = spec_of(config, epochs=30)
     drawn = drawn.model_copy(update={"data": drawn.data.model_copy(update={"test_split": "per_seed"})})
     assert small(drawn, 3000) == reference
-    for training in ({"batch_size": 16}, {"optimizer": "sgd"}):
+    rotated = (Augmentation(rotate90=Rotate90()),)
+    for training in ({"batch_size": 16}, {"optimizer": "sgd"}, {"augmentation": rotated}):
         assert small(spec_of(config, epochs=30, **training), 3000) != reference
     assert small(spec_of(config, epochs=30).model_copy(update={"threads": 2}), 3000) != reference
 

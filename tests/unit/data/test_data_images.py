@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import normalize
 
+from peft_vit.config import AUGMENTATION_OF_FLIPS
 from peft_vit.data import LabelledImages, SealedImages
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -24,10 +25,11 @@ def gathered(batches):
     return torch.cat(images), torch.cat(labels)
 
 
-def shuffled(images, **settings):
+def shuffled(images, flips="none", **settings):
     return gathered(
         images.shuffled_batches(
-            **({"batch_size": 8, "mean": MEAN, "std": STD, "flips": "none", "seed": 0, "epoch": 1} | settings)
+            **{"batch_size": 8, "mean": MEAN, "std": STD, "seed": 0, "epoch": 1, **settings},
+            augmentation=AUGMENTATION_OF_FLIPS[flips],
         )
     )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from peft_vit.config import QaLoraConfig
+from peft_vit.config import AUGMENTATION_OF_FLIPS, QaLoraConfig
 from peft_vit.data import LabelledImages
 from peft_vit.runs.features import SharedFeatures
 from peft_vit.studies import plan_study
@@ -42,6 +42,11 @@ def spec(study, tmp_path, monkeypatch):
 
 def with_data(spec, **changes):
     return spec.model_copy(update={"data": spec.data.model_copy(update=changes)})
+
+
+def with_flips(spec, flips):
+    training = spec.experiment.training.model_copy(update={"augmentation": AUGMENTATION_OF_FLIPS[flips]})
+    return spec.model_copy(update={"experiment": spec.experiment.model_copy(update={"training": training})})
 
 
 class Counted:
@@ -95,7 +100,7 @@ def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> Non
     ("flips", "ways"), [("none", [()]), ("horizontal", [(), (-1,)]), ("both", [(), (-1,), (-2,), (-2, -1)])]
 )
 def test_training_images_come_in_every_way_in_which_they_are_shown(counted, spec, images, flips, ways) -> None:
-    shared = counted.features(with_data(spec, flips=flips))
+    shared = counted.features(with_flips(spec, flips))
     found = shared.of_training(images)
     expected = [head_inputs(counted.model, images, RUNTIME, 32, axes) for axes in ways]
     np.testing.assert_array_equal(found.values, np.concatenate(expected))

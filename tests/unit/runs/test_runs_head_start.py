@@ -4,7 +4,7 @@ import done_runs
 import numpy as np
 import pytest
 import torch
-from done_runs import with_data, with_settings
+from done_runs import with_settings
 
 from peft_vit.adapters import current_ranks
 from peft_vit.config import PROBE_L2
@@ -81,8 +81,7 @@ def test_a_probe_repeats_to_the_bit_and_its_seed_is_its_split_alone(study, tmp_p
 
 
 def test_flips_of_the_protocol_are_fitted_too(study, tmp_path) -> None:
-    config = study("linear")
-    config = with_data(config, flips="both")
+    config = study("linear", augmentation=[{"flip": {"direction": "both"}}])
     assert do(config, tmp_path).head_fit.images == 4 * 24
 
 

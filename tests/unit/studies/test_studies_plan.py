@@ -338,3 +338,38 @@ def test_adaptive_ranks_on_quantized_sites_run_as_smoke_in_the_svd_form_too(stud
     assert record.error is None
     assert record.rank_history[-1].spent == 40
     assert record.quantization.balance[-1]["quantized_share"] == 1.0
+
+
+@pytest.mark.part("configuration")
+@pytest.mark.parametrize(
+    ("training", "problem"),
+    [
+        (
+            {"augmentation": ["flip", "color_jitter"]},
+            r"experiments\[0\]\.training\.augmentation\[1\]\.color_jitter: saturation and hue have no effect on grey",
+        ),
+        ({"warmup_share": 0.1}, r"experiments\[0\]\.training\.warmup_share: 0.1 of 6 steps is no more than one"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_images_or_steps_is_refused(study, tmp_path, training, problem) -> None:
+    with pytest.raises(UserError, match=problem):
+        planned(study("lora", **training), tmp_path)
+    fitting = {"augmentation": [{"color_jitter": {"saturation": 0}}], "warmup_share": 0.4}
+    assert len(planned(study("lora", **fitting), tmp_path).runs) == 1
+
+
+def test_a_plan_says_which_experiments_see_less_than_others(study, tmp_path) -> None:
+    line = "augmentation: linear see flips alone; rotate90, mixup act where steps are taken"
+    config = study("lora", augmentation=["flip", "rotate90", "mixup"])
+    assert line not in planned(config, tmp_path).notices
+    probe = study("linear").experiments
+    both = config.model_copy(update={"experiments": (*probe, *config.experiments)})
+    assert line in planned(both, tmp_path).notices
+
+
+def test_a_smoke_study_keeps_the_recipe_but_for_its_warm_up(study, tmp_path) -> None:
+    slow = study("full", augmentation=["rand_augment"], layer_decay=0.5, label_smoothing=0.1, warmup_share=0.5)
+    training = smoke_study(slow, 8).experiments[0].training
+    assert [one.name for one in training.augmentation] == ["rand_augment"]
+    assert training.layer_decay == 0.5
+    assert type(training).model_validate(training.model_dump()) == training

@@ -30,4 +30,4 @@ def data() -> Callable[..., Data]:
 
 @pytest.fixture
 def runtime() -> RuntimeConfig:
-    return RuntimeConfig(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "horizontal")
+    return RuntimeConfig(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

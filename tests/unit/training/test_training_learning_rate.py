@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from peft_vit.adapters import attach_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.config import TrainingConfig
 from peft_vit.records import Evaluation, Metrics
 from peft_vit.training import Hook, train
-from peft_vit.training.learning_rate import WarmupStableDecay
+from peft_vit.training.learning_rate import WarmupStableDecay, build_scheduler
 from peft_vit.training.training_state import TrainingState
 
 pytestmark = pytest.mark.part("runner")
@@ -34,6 +35,33 @@ def test_the_way_down_may_begin_at_any_step_and_begins_once() -> None:
     assert WarmupStableDecay(100).bring_down(79) == 99
     assert WarmupStableDecay(1)(0) == 0.5
     assert WarmupStableDecay(3).bring_down(1) == 2
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.1, 0.3, 0.5, 0.95])
+@pytest.mark.parametrize("steps", [12, 40])
+def test_one_cycle_warms_up_over_its_share_of_the_steps(share, steps) -> None:
+    """As torch has it, and by the formula: cosines from 1/25 to 1 and from 1 to 1/250,000."""
+    training = TrainingConfig(steps=steps, learning_rate=2.0, warmup_share=share)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 2.0)
+    scheduler, _ = build_scheduler(optimizer, training, steps)
+    top = (0.3 if share is None else share) * steps - 1  # step of the peak, counted from 0
+    for step in range(steps):
+        if step <= top:
+            start, end, part = 1 / 25, 1.0, step / top
+        else:
+            start, end, part = 1.0, 1 / 25 / 1e4, (step - top) / (steps - 1 - top)
+        expected = end + (start - end) / 2 * (1 + np.cos(np.pi * part))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * expected, rel=1e-6)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_warmup_stable_decay_warms_up_over_its_share_of_the_steps() -> None:
+    course = WarmupStableDecay(100, 0.4)
+    assert [course(step) for step in range(41)] == pytest.approx([*np.arange(1, 41) / 40, 1])
+    assert [WarmupStableDecay(100, 0.0)(step) for step in (0, 1, 79)] == [1.0, 1.0, 1.0]
+    assert WarmupStableDecay(100).warmup_steps == 10
+    assert WarmupStableDecay(10_000, 0.01).warmup_steps == 100
 
 
 def config(**settings) -> TrainingConfig:

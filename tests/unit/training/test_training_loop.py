@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from peft_vit import AdaLoraConfig, AdaLoRAController
 from peft_vit.adapters import attach_adapters, current_ranks, freeze_backbone, set_ranks
 from peft_vit.backbones import find_sites
-from peft_vit.config import TrainingConfig
+from peft_vit.config import AUGMENTATION_OF_FLIPS, TrainingConfig
 from peft_vit.errors import DivergedError
 from peft_vit.evaluation import measure, predict, trainable_parameters
 from peft_vit.records import Evaluation, Metrics
@@ -47,7 +47,7 @@ def plain_loop(model, data, runtime, weights) -> list[float]:
     losses = []
     for epoch in (1, 2, 3):
         for images, labels in data.train.shuffled_batches(
-            8, runtime.mean, runtime.std, flips="horizontal", seed=4, epoch=epoch
+            8, runtime.mean, runtime.std, augmentation=AUGMENTATION_OF_FLIPS["horizontal"], seed=4, epoch=epoch
         ):
             losses_by_image = F.cross_entropy(model(images), labels, reduction="none")
             loss = (losses_by_image * (1 if weights is None else weights[labels])).mean()
@@ -242,7 +242,7 @@ def test_progress_learning_rates_and_shares(tiny_vit, data, runtime) -> None:
 
 def test_bf16_trains_float32_parameters(tiny_vit, data, runtime) -> None:
     model = lora(tiny_vit())
-    reduced = type(runtime)(runtime.device, "bf16", runtime.mean, runtime.std, runtime.flips)
+    reduced = type(runtime)(runtime.device, "bf16", runtime.mean, runtime.std)
     result = train(model, data(), config(epochs=1), reduced, seed=0)
     full = train(lora(tiny_vit()), data(), config(epochs=1), runtime, seed=0)
     assert {p.dtype for p in model.parameters()} == {torch.float32}

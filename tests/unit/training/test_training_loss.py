@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
 
 from peft_vit.training.optimization import class_weights, weighted_cross_entropy
 
@@ -44,3 +46,33 @@ def test_in_a_batch_of_one_the_gradient_carries_the_classs_weight() -> None:
         weighted_cross_entropy(logits, torch.tensor(LABELS[-1:]), weights).backward()
         gradients.append(logits.grad)
     torch.testing.assert_close(gradients[1], 3 * gradients[0])
+
+
+SHARES = np.random.default_rng(4).dirichlet(np.ones(3), size=9)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_smoothed_labels_and_shares_are_those_of_torch_and_timm(smoothing) -> None:
+    logits, labels = torch.tensor(LOGITS), torch.tensor(LABELS)
+    found = weighted_cross_entropy(logits, labels, None, smoothing)
+    torch.testing.assert_close(found, nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, labels))
+    torch.testing.assert_close(found, LabelSmoothingCrossEntropy(smoothing)(logits, labels))
+    smoothed = torch.tensor((1 - smoothing) * SHARES + smoothing / 3)
+    torch.testing.assert_close(
+        weighted_cross_entropy(logits, torch.tensor(SHARES), None, smoothing),
+        SoftTargetCrossEntropy()(logits, smoothed),
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_each_share_of_a_label_has_the_weight_of_its_class(smoothing) -> None:
+    weights = class_weights(LABELS, 3)
+    log_shares = LOGITS - np.log(np.exp(LOGITS).sum(1, keepdims=True))
+    for labels, targets in ((torch.tensor(LABELS), np.eye(3)[LABELS]), (torch.tensor(SHARES), SHARES)):
+        smoothed = (1 - smoothing) * targets + smoothing / 3
+        expected = -(np.array([0.5, 1.5, 3.0]) * smoothed * log_shares).sum() / 9
+        loss = weighted_cross_entropy(torch.tensor(LOGITS), labels, weights.double(), smoothing)
+        assert loss.item() == pytest.approx(expected, rel=1e-9)
+    hard = weighted_cross_entropy(torch.tensor(LOGITS), torch.tensor(LABELS), weights.double(), smoothing)
+    as_torch = nn.CrossEntropyLoss(weights.double(), reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(hard, as_torch(torch.tensor(LOGITS), torch.tensor(LABELS)) / 9)

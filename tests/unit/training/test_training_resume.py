@@ -29,6 +29,7 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 def config(**settings) -> TrainingConfig:
+    settings["augmentation"] = tuple(settings.get("augmentation", ["flip"]))
     return TrainingConfig(**{"epochs": EPOCHS, "batch_size": 8, "learning_rate": 3e-3, **settings})
 
 
@@ -111,12 +112,17 @@ TRAININGS = {
     "sgd": {"optimizer": "sgd", "learning_rate": 0.05},
     "constant": {"schedule": "constant", "clip_norm": None},
 }
+IMAGES, MIXES = ("rotate90", "random_resized_crop", "color_jitter", "rand_augment"), ("mixup", "cutmix")
 CASES = [
     *((method, {}) for method in METHODS),
     ("lora", TRAININGS["sgd"]),
     ("growing", TRAININGS["sgd"]),
     ("lora", TRAININGS["constant"] | {"class_weights": True}),
     ("growing", TRAININGS["constant"]),
+    *(("lora", {"augmentation": [one, "flip"]}) for one in IMAGES),
+    *(("lora", {"augmentation": [one]}) for one in MIXES),
+    ("lora", {"augmentation": ["flip", *IMAGES, *MIXES], "class_weights": True, "label_smoothing": 0.1}),
+    ("full", {"layer_decay": 0.5, "warmup_share": 0.2}),
 ]
 
 
@@ -198,6 +204,11 @@ def test_interrupted_after_every_step_it_equals_one_that_was_not(make, method, t
         assert again[key] == value, key
     if method == "growing":
         assert "probes" in whole["plain"] or "probe_history" in whole["plain"]
+
+
+@pytest.mark.parametrize("one", [*IMAGES, *MIXES])
+def test_each_augmentation_makes_another_training(make, one) -> None:
+    assert make("lora", augmentation=[one]).once()["model"] != make("lora", augmentation=[]).once()["model"]
 
 
 EARLY_END = {"validate_every": 1, "patience": 1, "learning_rate": 1.0, "clip_norm": None, "optimizer": "sgd"}

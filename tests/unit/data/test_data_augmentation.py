@@ -1,0 +1,213 @@
+"""Each image has draws of its own, which follow from seed, epoch and image alone; batches are mixed at last."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from timm.data import mixup as timm_mixup
+from torchvision.transforms import v2
+
+from peft_vit.config import AUGMENTATION_OF_FLIPS, Augmentation
+from peft_vit.data import LabelledImages, check_augmentation, mixed
+from peft_vit.errors import UserError
+from peft_vit.seeding import numpy_generator, torch_generator
+
+pytestmark = pytest.mark.part("runner")
+MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+IMAGES = {
+    "flip": {"direction": "both"},
+    "rotate90": {},
+    "random_resized_crop": {"scale": (0.2, 0.8)},
+    "color_jitter": {"hue": 0.2},
+    "rand_augment": {"num_ops": 3, "magnitude": 20},
+}
+GREY = {**IMAGES, "color_jitter": {"saturation": 0.0}}
+
+
+def made(*names, **settings) -> tuple[Augmentation, ...]:
+    return tuple(Augmentation(**{name: settings.get(name, {})}) for name in names)
+
+
+def images_of(n=12, channels=3, size=16, start=0) -> LabelledImages:
+    """Make smooth images, of which any change is seen."""
+    rng = np.random.default_rng(start)
+    steps = np.linspace(0, 1, size)
+    corners = rng.uniform(20, 230, (4, n, 1, 1, channels))
+    x, y = steps[None, None, :, None], steps[None, :, None, None]
+    smooth = corners[0] * (1 - x) * (1 - y) + corners[1] * x * (1 - y) + corners[2] * (1 - x) * y + corners[3] * x * y
+    return LabelledImages(smooth.astype(np.uint8), np.arange(n, dtype=np.int64))
+
+
+def shown(images, augmentation, mean=(0.0,) * 3, std=(1.0,) * 3, **settings) -> dict[int, np.ndarray]:
+    """Return each image as training shows it, (3, S, S), by its label."""
+    batches = images.shuffled_batches(
+        **{"batch_size": 5, "seed": 0, "epoch": 1, **settings}, mean=mean, std=std, augmentation=augmentation
+    )
+    return {label: one.numpy() for batch, labels in batches for one, label in zip(batch, labels.tolist(), strict=True)}
+
+
+def equal(first, second) -> list[bool]:
+    return [np.array_equal(first[label], second[label]) for label in sorted(first)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "flips", "expected"),
+    [
+        ((21, 16, 16, 3), "none", "2ea9af2b9a7856d7"),
+        ((21, 16, 16, 3), "horizontal", "42117fc0f9ac94fb"),
+        ((21, 16, 16, 3), "both", "9f94e99652b7f964"),
+        ((50, 8, 8, 1), "horizontal", "751097a0a84d3c45"),
+    ],
+)
+def test_flips_are_to_the_bit_those_of_before_there_was_anything_else(shape, flips, expected) -> None:
+    """The hashes were taken of the batches of the version that knew `data.flips` alone."""
+    rng = np.random.default_rng(5)
+    if shape[0] == 50:
+        rng.integers(0, 256, (21, 16, 16, 3), dtype=np.uint8)
+    images = LabelledImages(rng.integers(0, 256, shape, dtype=np.uint8), (np.arange(shape[0]) % 5).astype(np.int64))
+    digest = hashlib.sha256()
+    for seed in (0, 7):
+        for epoch in (1, 2):
+            for batch, labels in images.shuffled_batches(
+                8, MEAN, STD, augmentation=AUGMENTATION_OF_FLIPS[flips], seed=seed, epoch=epoch
+            ):
+                digest.update(batch.numpy().tobytes())
+                digest.update(labels.numpy().tobytes())
+    assert digest.hexdigest()[:16] == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", IMAGES)
+def test_each_changes_images_and_each_image_in_its_own_way(name, channels) -> None:
+    """All images are the same one here, so what differs comes from the draws."""
+    one = images_of(1, channels)
+    images = LabelledImages(np.repeat(one.pixels, 24, 0), np.arange(24))
+    settings = (IMAGES if channels == 3 else GREY)[name]
+    found = shown(images, made(name, **{name: settings}))
+    plain = shown(images, ())
+    assert sum(equal(found, plain)) < 15  # a quarter of the turns and flips leave an image as it is
+    assert len({image.tobytes() for image in found.values()}) >= {"flip": 4, "rotate90": 4}.get(name, 12)
+    assert all(image.shape == (3, 16, 16) and image.min() >= 0 and image.max() <= 1 for image in found.values())
+    if channels == 1:
+        assert all(np.array_equal(image[0], image[2]) for image in found.values())
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_draws_follow_from_seed_epoch_and_image_alone(name) -> None:
+    images, augmentation = images_of(24), made(name, **{name: IMAGES[name]})
+    reference = shown(images, augmentation)
+    torch.manual_seed(3)
+    np.random.seed(3)
+    state = torch.get_rng_state()
+    assert all(equal(shown(images, augmentation, batch_size=7), reference))
+    assert torch.equal(torch.get_rng_state(), state)  # torch's generator was lent, and given back
+    part = shown(images, augmentation, skip=2)
+    assert len(part) == 14
+    assert all(np.array_equal(image, reference[label]) for label, image in part.items())
+    assert not all(equal(shown(images, augmentation, seed=1), reference))
+    assert not all(equal(shown(images, augmentation, epoch=2), reference))
+
+
+def test_adding_one_leaves_the_draws_of_the_others_as_they_are() -> None:
+    images = images_of(24)
+    turned = shown(images, made("rotate90"))
+    both = shown(images, made("flip", "rotate90"))
+    coin = torch.rand((24, 2), generator=torch_generator(0, "augmentation", 1))[:, 0] < 0.5
+    turns = torch.randint(4, (24,), generator=torch_generator(0, "rotate90", 1))
+    plain = shown(images, ())
+    for label in range(24):
+        flipped = plain[label][..., ::-1] if coin[label] else plain[label]
+        assert np.array_equal(both[label], np.rot90(flipped, int(turns[label]), (1, 2)))
+        assert np.array_equal(turned[label], np.rot90(plain[label], int(turns[label]), (1, 2)))
+    assert {0, 1, 2, 3} == set(turns.tolist())
+
+
+@pytest.mark.parametrize("name", ["random_resized_crop", "color_jitter", "rand_augment"])
+def test_torchvision_does_the_same_to_one_image(name) -> None:
+    images = images_of(10)
+    settings = IMAGES[name]
+    transform = {
+        "random_resized_crop": lambda: v2.RandomResizedCrop(
+            (16, 16), scale=settings["scale"], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        ),
+        "color_jitter": lambda: v2.ColorJitter(0.4, 0.4, 0.4, settings["hue"]),
+        "rand_augment": lambda: v2.RandAugment(num_ops=3, magnitude=20),
+    }[name]()
+    found = shown(images, made(name, **{name: settings}))
+    seeds = torch.randint(2**63 - 1, (10,), generator=torch_generator(0, name, 1))
+    with torch.random.fork_rng(devices=[]):
+        for label in range(10):
+            torch.manual_seed(int(seeds[label]))
+            expected = transform(torch.from_numpy(images.pixels[label]).permute(2, 0, 1))  # (S, S, C) -> (C, S, S)
+            assert np.array_equal(found[label], (expected.float() / 255).numpy())
+
+
+def test_colour_of_grey_images_is_refused_with_what_to_write() -> None:
+    with pytest.raises(UserError, match=r"augmentation\[1\]\.color_jitter: saturation and hue have no effect on grey"):
+        next(iter(shown(images_of(channels=1), made("flip", "color_jitter"))))
+    check_augmentation(made("color_jitter", color_jitter={"saturation": 0}), channels=1)
+    check_augmentation(made("color_jitter"), channels=3)
+
+
+class FromOurs:
+    """NumPy's global functions, as timm calls them, drawing from one of our generators."""
+
+    def __init__(self, generator) -> None:
+        self.generator, self.asked = generator, 0
+
+    def rand(self) -> float:
+        self.asked += 1
+        return 0.0 if self.asked == 1 else self.generator.random()  # whether to mix at all is no draw of ours
+
+    def beta(self, a, b) -> float:
+        return self.generator.beta(a, b)
+
+    def randint(self, low, high, size=None):
+        return self.generator.integers(low, high, size=size)
+
+
+@pytest.mark.parametrize("names", [("mixup",), ("cutmix",), ("mixup", "cutmix")])
+def test_batches_are_mixed_as_by_timm(names, monkeypatch) -> None:
+    alphas = {"mixup": 0.3, "cutmix": 0.8}
+    augmentation = made("flip", *names, **{name: {"alpha": alphas[name]} for name in names})
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    seen = set()
+    for step in range(1, 30):
+        images = torch.randn(6, 3, 32, 32, generator=generator)
+        found, targets = mixed(images, labels, augmentation, classes=5, seed=3, step=step)
+        theirs = timm_mixup.Mixup(
+            mixup_alpha=alphas["mixup"] if "mixup" in names else 0.0,
+            cutmix_alpha=alphas["cutmix"] if "cutmix" in names else 0.0,
+            label_smoothing=0.0,
+            num_classes=5,
+        )
+        ours = FromOurs(numpy_generator(3, "mixing", step))
+        with monkeypatch.context() as patch:
+            patch.setattr(timm_mixup.np, "random", ours)
+            expected, shares = theirs(images.clone(), labels)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(targets, shares, rtol=0, atol=1e-6)
+        kept = (found == images).flatten(1).float().mean(1)
+        seen.add("mixup" if kept.max() < 0.01 else "cutmix")
+        assert targets.dtype == torch.float32
+        torch.testing.assert_close(targets.sum(1), torch.ones(6))
+    assert seen == set(names)
+
+
+def test_mixing_follows_from_seed_and_step_and_leaves_the_middle_image() -> None:
+    images, labels = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+    augmentation = made("mixup")
+
+    def do(seed=0, step=1):
+        return mixed(images, labels, augmentation, classes=5, seed=seed, step=step)
+
+    first = do()
+    np.random.seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(first, do(), strict=True))
+    assert not torch.equal(do(step=2)[0], first[0])
+    assert not torch.equal(do(seed=1)[0], first[0])
+    torch.testing.assert_close(first[0][2], images[2])
+    assert first[1][2].tolist() == pytest.approx([0, 0, 1, 0, 0])
+    assert mixed(images, labels, made("flip"), classes=5, seed=0, step=1) == (images, labels)
