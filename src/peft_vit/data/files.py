@@ -181,13 +181,25 @@ def hashes(files: Mapping[str, Path]) -> Hashes:
     Hashing a large folder takes as long as reading it, so the hashes are remembered in the cache while every
     path, size and modification time stays the same.
     """
-    each = _remembered(dict(sorted(files.items())))
+    ordered = dict(sorted(files.items()))
+    digests = remembered(ordered, len(ordered), lambda: [sha256_of(path) for path in ordered.values()])
+    each = dict(zip(ordered, digests, strict=True))
     lines = "".join(f"{name}\0{digest}\n" for name, digest in each.items())
     whole = next(iter(each.values())) if len(each) == 1 else hashlib.sha256(lines.encode()).hexdigest()
     return Hashes(whole, each)
 
 
-def _remembered(files: Mapping[str, Path]) -> dict[str, str]:
+def remembered(files: Mapping[str, Path], count: int, compute: Callable[[], list[str]]) -> list[str]:
+    """Return hashes of what some files hold, from the cache if no path, size or modification time has changed.
+
+    Args:
+        files: by names, which are part of what is remembered.
+        count: how many hashes there are.
+        compute: them, 64 hexadecimal digits each.
+
+    Raises:
+        UserError: if a file can't be read, or the cache not written.
+    """
     stamp = hashlib.sha256()
     try:
         for name, path in files.items():
@@ -196,14 +208,15 @@ def _remembered(files: Mapping[str, Path]) -> dict[str, str]:
             line = f"{name}\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n"
             stamp.update(line.encode(errors="surrogateescape"))  # folders above may have names of any bytes
         memo = cache_dir() / "hashes" / stamp.hexdigest()
-        if memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}(\n[0-9a-f]{64})*", known := memo.read_bytes()):
-            remembered = known.decode().split("\n")
-            if len(remembered) == len(files):
-                return dict(zip(files, remembered, strict=True))
-        digests = {name: sha256_of(path) for name, path in files.items()}
+        if files and memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}(\n[0-9a-f]{64})*", known := memo.read_bytes()):
+            digests = known.decode().split("\n")
+            if len(digests) == count:
+                return digests
+        digests = compute()
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
-    write_to_cache(memo, "\n".join(digests.values()).encode())
+    if files:
+        write_to_cache(memo, "\n".join(digests).encode())
     return digests
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from peft_vit.data.decoding import decode_image
 from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, decode_text, downloaded, hashes, open_tree, refuse_outside
-from peft_vit.data.index import ImageIndex, check_class_names
+from peft_vit.data.index import ImageIndex, check_class_names, refuse_several_labels
 from peft_vit.errors import UserError
 from peft_vit.safe_io import read_bytes
 
@@ -50,6 +50,7 @@ def _index(
         read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
         names=files,
         contents=None if contents is None else contents.astype(np.int64),
+        own=not beside,
     )
 
 
@@ -157,25 +158,25 @@ def read_csv(path: Path | None, licence: str) -> ImageIndex:
         raise UserError("is not a file; name a CSV with the columns path, label[, split]", file=path, field="data.path")
     root = path.parent.resolve()
     rows = csv.DictReader(io.StringIO(decode_text(_content(path), path), newline=""), strict=True)
-    files: dict[str, Path] = {}
-    classes, splits = [], []
+    labels: dict[str, str] = {}
+    splits = []
     try:
         columns = rows.fieldnames or []
         if sorted(columns) not in (["label", "path"], ["label", "path", "split"]):
             problem = f"has the columns {', '.join(columns)}; expected path, label and perhaps split"
             raise UserError(problem, file=f"{path}:1")
         for row in rows:
-            name = _checked_row(row, f"{path}:{rows.line_num}", root, files)
-            files[name] = root / name
-            classes.append(row["label"])
+            labels[_checked_row(row, f"{path}:{rows.line_num}", root, labels)] = row["label"]
             splits.append(row.get("split"))
     except csv.Error as error:
         raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.reader.line_num}") from None
-    if not files:
+    if not labels:
         raise UserError("names no image; add rows", file=path)
+    refuse_several_labels(dict.fromkeys(labels.values()), path, "label")
+    files = {name: root / name for name in labels}
     tree = FileTree(root, tuple(files), lambda name: read_bytes(files[name]), lambda _: hashes({"": path, **files}))
     is_test = [split == "test" for split in splits] if "split" in columns else None
-    return _index("csv", tree, list(files), classes, is_test, licence=licence)
+    return _index("csv", tree, list(files), list(labels.values()), is_test, licence=licence)
 
 
 def _content(path: Path) -> bytes:
@@ -185,7 +186,7 @@ def _content(path: Path) -> bytes:
         raise UserError(f"can't be read ({error.strerror})", file=path, field="data.path") from None
 
 
-def _checked_row(row: dict[str, str], where: str, root: Path, seen: dict[str, Path]) -> str:
+def _checked_row(row: dict[str, str], where: str, root: Path, labels: dict[str, str]) -> str:
     """Return the image's name; raises UserError if the row is incomplete or has no file of its own."""
     if None in row or None in row.values() or not row["path"] or not row["label"]:
         raise UserError("expected a path and a label, one value a column", file=where)
@@ -195,7 +196,12 @@ def _checked_row(row: dict[str, str], where: str, root: Path, seen: dict[str, Pa
     if not os.path.isfile(root / name):  # unlike Path.is_file, also False for an impossible name
         raise UserError(f"{root / name} does not exist; correct the path", file=where, field="path")
     refuse_outside(root / name, root)
-    if name in seen:
+    if labels.get(name, row["label"]) != row["label"]:
+        problem = (
+            f"{name} is '{row['label']}' here and '{labels[name]}' before; an image has one label, keep one of them"
+        )
+        raise UserError(problem, file=where, field="label")
+    if name in labels:
         raise UserError(f"{name} stands twice, it could land in train and test; remove one", file=where, field="path")
     if row.get("split") not in (None, *_CSV_SPLITS):
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ class ImageIndex:
         channels: 1 if every image is grey, else 3; how many the decoded cache stores.
         names: of the files, N of them; None: they are not files.
         contents: equal numbers for files with equal content, (N,) int64; None: not looked at.
+        own: somebody's own files, of which one on both sides of a split is refused; in published sets it is told.
+        notes: what was left out of it, each in a line.
     """
 
     name: str
@@ -45,6 +48,8 @@ class ImageIndex:
     channels: Literal[1, 3] = 3
     names: Sequence[str] | None = None
     contents: np.ndarray | None = None
+    own: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def groups(self) -> np.ndarray:
@@ -64,3 +69,17 @@ def check_class_names(
         if CONTROL_CHARACTER.search(name) or len(name) > _LONGEST_CLASS_NAME:
             problem = f"class {reprlib.repr(name)} holds a control character or more than {_LONGEST_CLASS_NAME} letters"
             raise UserError(f"{problem}; {remedy}", file=file, field=field)
+
+
+def refuse_several_labels(labels: Iterable[str], file: str | Path, field: str) -> None:
+    """Raise UserError if a label is made of others, such as cat|dog: an image then has several.
+
+    It is, if it is divided by | or ; or , and each of its parts is also a label, or a part of another one.
+    """
+    for separator in "|;,":
+        parts = {label: [part.strip() for part in label.split(separator)] for label in labels}
+        seen = Counter(part for of in parts.values() for part in set(of))
+        for label, of in parts.items():
+            if len(of) > 1 and all(part and seen[part] > 1 for part in of):
+                problem = f"{reprlib.repr(label)} stands for several labels; a model here tells one class of each image"
+                raise UserError(f"{problem}, so keep one label, or take these images out", file=file, field=field)

@@ -13,6 +13,7 @@ from peft_vit.data import synthetic
 from peft_vit.data.cifar import read_cifar
 from peft_vit.data.files import existing
 from peft_vit.data.folders import read_csv, read_image_folder, read_tiny_imagenet
+from peft_vit.data.hf import read_hf
 from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.data.packaged import read_digits, read_elpv, read_fashion_mnist
 from peft_vit.errors import UserError
@@ -20,14 +21,19 @@ from peft_vit.errors import UserError
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a user should know before choosing a data set, and what indexes it: a path or None, and the licence."""
+    """What a user should know before choosing a data set, and what indexes it, given the licence."""
 
     description: str
     licence: str
     source: str
     task: str
-    read: Callable[[Path | None, str], ImageIndex]
+    read: Callable[[DataConfig, str], ImageIndex]
     channels: Literal[1, 3] = 3  # 1: grey, and so is what is predicted on later
+
+
+def _files(read: Callable[[Path | None, str], ImageIndex]) -> Callable[[DataConfig, str], ImageIndex]:
+    """Give a reader of files their path, which has to exist if there is one."""
+    return lambda config, licence: read(None if config.path is None else existing(config.path), licence)
 
 
 def _cifar(name: str, classes: int) -> DatasetInfo:
@@ -36,7 +42,7 @@ def _cifar(name: str, classes: int) -> DatasetInfo:
         "none stated by the authors; cite Krizhevsky 2009",
         "data.path (binary archive, or folder with it), else downloaded from cs.toronto.edu",
         f"{classes} classes; 10,000 official test images",
-        partial(read_cifar, name),
+        _files(partial(read_cifar, name)),
     )
 
 
@@ -46,7 +52,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "CC BY-NC-SA 4.0: research only, no commercial use",
         "PyPI wheel elpv-dataset, fetched once",
         "binary: defect probability >= 0.5; stratified by label and module type; no official test split",
-        read_elpv,
+        _files(read_elpv),
         channels=1,
     ),
     "digits": DatasetInfo(
@@ -54,7 +60,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "CC BY 4.0 (UCI)",
         "comes with scikit-learn",
         "10 classes; no official test split",
-        read_digits,
+        _files(read_digits),
         channels=1,
     ),
     "fashion-mnist": DatasetInfo(
@@ -62,7 +68,7 @@ DATASETS: dict[str, DatasetInfo] = {
         "MIT",
         "data.path (folder of idx .gz files), else Debian's dataset-fashion-mnist, else downloaded",
         "10 classes; 10,000 official test images",
-        read_fashion_mnist,
+        _files(read_fashion_mnist),
         channels=1,
     ),
     "cifar10": _cifar("cifar10", 10),
@@ -72,21 +78,28 @@ DATASETS: dict[str, DatasetInfo] = {
         "ImageNet's terms: research and education, not commercial",
         "data.path (tiny-imagenet-200.zip or its folder), else downloaded from cs231n.stanford.edu",
         "200 classes; the 10,000 official validation images serve as the test split",
-        read_tiny_imagenet,
+        _files(read_tiny_imagenet),
     ),
     "image-folder": DatasetInfo(
         "your own images, ROOT/<class>/<image>",
         "yours",
         "data.path (folder or zip)",
         "classes are folders; ROOT/train with ROOT/test or ROOT/val is an official test split",
-        read_image_folder,
+        _files(read_image_folder),
     ),
     "csv": DatasetInfo(
         "your own images, listed in a CSV",
         "yours",
         "data.path (CSV with the columns path, label[, split])",
         "classes are labels; split: test is an official test split",
-        read_csv,
+        _files(read_csv),
+    ),
+    "hf": DatasetInfo(
+        "a set of Hugging Face's hub, or your own Parquet files or images, by the library datasets",
+        "as its card on the hub says, or yours",
+        "data.path (name on the hub; folder of Parquet files, images or save_to_disk); extra peft-vit[hf]",
+        "classes are labels of one column; split test, or else validation, is an official test split",
+        read_hf,
     ),
 }
 
@@ -97,25 +110,24 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
     Args:
         config: which set, and where it lies.
         smoke: read small synthetic files of the same on-disk format instead of the real ones, and ignore
-            `config.path`. (digits is real, it needs no file.)
+            `config.path` and what else says where they lie. (digits is real, it needs no file.)
 
     Raises:
         UserError: if it is not there, broken, has fewer than two classes, or one that could not be printed.
     """
     info = DATASETS[config.dataset]
-    if smoke:
-        licence = info.licence if config.dataset == "digits" else "synthetic images, no licence needed"
-        path = synthetic.files_for(config.dataset)
-    else:
-        licence = info.licence
-        path = None if config.path is None else existing(config.path)
-    index = info.read(path, licence)
+    licence = info.licence
+    if smoke and config.dataset != "digits":
+        licence = "synthetic images, no licence needed"
+        elsewhere = dict.fromkeys(("image_column", "label_column", "hub_subset"))
+        config = config.model_copy(update={**elsewhere, "path": str(synthetic.files_for(config.dataset))})
+    index = info.read(config, licence)
     classes = len(index.class_names)
     if classes < 2:
         raise UserError(
             f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed",
-            file=path,
+            file=config.path,
             field="data.path",
         )
-    check_class_names(index.class_names, path, "data.path")
+    check_class_names(index.class_names, config.path, "data.path")
     return index

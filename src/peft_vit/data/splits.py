@@ -44,9 +44,9 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
 
     Raises:
         UserError: if there are too few images, a class gets no training image, per_seed would change nothing, or a file
-            stands on both sides of the data set's own test split; names field and numbers, or both files.
+            of somebody's own stands on both sides of the own test split; names field and numbers, or both files.
     """
-    if index.official_test is not None:
+    if index.official_test is not None and index.own:
         refuse_across(index, index.groups, np.where(index.official_test, 2, 0))
     rng = (
         numpy_generator(config.split_seed, "split")

@@ -33,6 +33,7 @@ CLASS_COUNTS = {
     "tiny-imagenet": 4,
     "image-folder": 3,
     "csv": 3,
+    "hf": 3,
 }
 _TIME = (2000, 1, 1, 0, 0, 0)
 
@@ -153,6 +154,20 @@ def _write_csv(folder: Path) -> None:
             writer.writerow([f"images/{i:03d}.png", f"class_{label}", "test" if i >= 30 else "train"])
 
 
+def _write_hf(folder: Path) -> None:
+    """Write Parquet files as the hub has them, a file a split, features in their metadata."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    classes = CLASS_COUNTS["hf"]
+    features = Features(image=Image(), label=ClassLabel(names=[f"class_{k}" for k in range(classes)]))
+    for file, (split, each) in enumerate((("train", 10), ("test", 4))):
+        labels = _balanced(classes, each)
+        images = [{"bytes": _png(pixels), "path": None} for pixels in _images(labels, classes, 40, 3, file)]
+        rows = Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
+        (folder / "data").mkdir(exist_ok=True)
+        rows.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
+
+
 _WRITERS: dict[str, Callable[[Path], None]] = {
     "elpv": _write_elpv,
     "fashion-mnist": _write_fashion_mnist,
@@ -161,5 +176,6 @@ _WRITERS: dict[str, Callable[[Path], None]] = {
     "tiny-imagenet": _write_tiny_imagenet,
     "image-folder": _write_image_folder,
     "csv": _write_csv,
+    "hf": _write_hf,
 }
 _ENTRY = {"elpv": "elpv_dataset-synthetic.zip", "csv": "images.csv"}  # elsewhere the folder itself

@@ -38,6 +38,7 @@ _Seconds = Annotated[FiniteFloat, Field(ge=0)]
 
 
 _LATER_SECTIONS = ("peft",)
+_LATER_DATA = ("test_split", "image_column", "label_column", "hub_subset")
 _LATER_TRAINING = (
     "steps",
     "validate_every",
@@ -79,12 +80,9 @@ class RunSpec(_Value):
         was anything else.
         """
         unasked: dict[str, Any] = {"measures": True} if self.measures == MeasuresConfig() else {}
-        if self.data.test_split == "fixed":
-            unasked["data"] = {"test_split": True}
         training = self.experiment.training
-        later = {
-            name for name in _LATER_TRAINING if getattr(training, name) == type(training).model_fields[name].default
-        }
+        later = _at_default(training, _LATER_TRAINING)
+        unasked["data"] = _at_default(self.data, _LATER_DATA)
         unasked["experiment"] = {"training": later} | {
             name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None
         }
@@ -95,6 +93,11 @@ class RunSpec(_Value):
         if flips is not None:
             content["data"]["flips"] = flips  # where flips were said when there was nothing else
         return hashlib.sha256(to_json(content)).hexdigest()
+
+
+def _at_default(settings: BaseModel, names: tuple[str, ...]) -> set[str]:
+    """Return those of the settings that have their default."""
+    return {name for name in names if getattr(settings, name) == type(settings).model_fields[name].default}
 
 
 class Metrics(_Value):

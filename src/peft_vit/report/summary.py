@@ -35,6 +35,7 @@ LICENCES: dict[str, str] = {
     "tiny-imagenet": "ImageNet's terms: research and education, not commercial",
     "image-folder": "your own images: their licence is yours to know",
     "csv": "your own images: their licence is yours to know",
+    "hf": "as its card on the hub says, if it has one; of your own images it is yours to know",
 }
 
 

@@ -317,6 +317,9 @@ FAULTS: list[tuple[str, str, str | None, str, str]] = [
     ("  image_size: 32", "  image_size: 32\n  ~: 2", None, "data", "a key must be text, not None"),
     ("  image_size: 32", "  image_size: 32\n  ? [a]\n  : 2", "? [a]", "data", "a key must be text, not a list"),
     ("name: tiny", 'name: tiny\ndescription: "\\ud800"', None, "description", "half a character; remove it"),
+    ("dataset: digits", "dataset: hf", "data:", "data", "needs the field 'path'"),
+    ("dataset: digits", "dataset: digits\n  label_column: y", "data:", "data", "'label_column' has no effect"),
+    ("dataset: digits", "dataset: digits\n  hub_subset: y", "data:", "data", "no effect with dataset: digits"),
     ("dataset: digits", 'dataset: csv\n  path: "a\\0b"', None, "data.path", "control character"),
 ]
 

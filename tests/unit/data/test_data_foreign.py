@@ -120,7 +120,7 @@ def test_a_pipe_is_not_waited_for(folder, config):
         open_index(config("csv", folder / "list.csv"))
 
 
-@pytest.mark.parametrize("dataset", ["image-folder", "tiny-imagenet", "elpv", "cifar10", "fashion-mnist", "csv"])
+@pytest.mark.parametrize("dataset", ["image-folder", "tiny-imagenet", "elpv", "cifar10", "fashion-mnist", "csv", "hf"])
 @pytest.mark.parametrize("name", ["pipe", "pipe/x", "x" * 300])
 def test_a_path_that_is_a_pipe_or_impossible(tmp_path, config, dataset, name):
     os.mkfifo(tmp_path / "pipe")

@@ -1,0 +1,454 @@
+"""Data sets as the library datasets reads them: columns, splits, labels, copies, and no network."""
+
+import io
+import json
+import os
+import struct
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from peft_vit.data import decode_image, image_warnings, load_data, make_splits, open_index, thumbnails
+from peft_vit.data import hub as hub_module
+from peft_vit.errors import UserError
+
+datasets = pytest.importorskip("datasets")
+CLASSES = ("cat", "dog")
+IMAGE, LABEL = datasets.Image(), datasets.ClassLabel(names=list(CLASSES))
+THREE = datasets.ClassLabel(names=["cat", "dog", "bird"])
+
+
+def png(value):
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 6), (value, 2 * value, 255 - value)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def rows(count, start=0, **columns):
+    """Return a table of different images and a column of each kind that is asked for."""
+    features = {"image": IMAGE, **{name: feature for name, (feature, _) in columns.items()}}
+    content = {"image": [{"bytes": png(start + k), "path": None} for k in range(count)]}
+    content |= {name: values for name, (_, values) in columns.items()}
+    return datasets.Dataset.from_dict(content, features=datasets.Features(features))
+
+
+def labelled(count, start=0):
+    return rows(count, start, label=(LABEL, [k % 2 for k in range(count)]))
+
+
+def parquet(folder, **splits):
+    """Write a folder as on the hub."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for split, table in splits.items():
+        table.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_library_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+@pytest.fixture
+def hf(config, tmp_path):
+    return lambda path, **settings: open_index(config("hf", path, **settings))
+
+
+def level(index, i):
+    return np.asarray(index.read(i))[0, 0, 0]
+
+
+# --- forms ----------------------------------------------------------------------------------------------------------
+
+
+def image_folder(tmp_path, made):
+    for split, table in made.items():
+        for k, row in enumerate(table.with_format("arrow").to_dict()["image"]):
+            folder = tmp_path / "folder" / split / CLASSES[k % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{k}.png").write_bytes(row["bytes"])
+    return tmp_path / "folder"
+
+
+def saved(tmp_path, made):
+    datasets.DatasetDict(made).save_to_disk(str(tmp_path / "saved"))
+    return tmp_path / "saved"
+
+
+FORMS = {
+    "parquet": lambda tmp_path, made: parquet(tmp_path / "parquet", **made),
+    "saved": saved,
+    "image folder": image_folder,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form, hf, tmp_path, monkeypatch):
+    made = {"train": labelled(6), "test": labelled(2, 50)}
+    path = FORMS[form](tmp_path, made)
+    monkeypatch.setattr("peft_vit.data.hf.decode_image", lambda *_: pytest.fail("nothing is decoded yet"))
+    index = hf(path)
+    monkeypatch.setattr("peft_vit.data.hf.decode_image", decode_image)
+    assert index.name == "hf"
+    assert index.class_names == CLASSES
+    order = np.argsort([level(index, i) for i in range(8)])  # a folder's images lie class by class
+    assert [level(index, i) for i in order] == [0, 1, 2, 3, 4, 5, 50, 51]
+    assert index.labels[order].tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert index.official_test[order].tolist() == [False] * 6 + [True] * 2
+    assert index.names[order[0]] == ("train/cat/0.png" if form == "image folder" else "train[0]")
+    assert index.contents.tolist() == np.unique(index.contents, return_inverse=True)[1].tolist()
+    assert len(set(index.contents)) == 8
+    assert (index.channels, index.licence) == (3, "as its card on the hub says, or yours")
+
+
+def test_one_hash_for_the_same_tables_however_they_are_stored(hf, tmp_path):
+    made = {"train": labelled(6), "test": labelled(2, 50)}
+    hashes = [hf(FORMS[form](tmp_path, made)).sha256 for form in ("parquet", "saved")]
+    assert hashes[0] == hashes[1]
+    assert hf(saved(tmp_path / "other", {"train": labelled(6), "test": labelled(2, 51)})).sha256 != hashes[0]
+    swapped = rows(6, 0, label=(LABEL, [1, 0, 0, 1, 0, 1]))
+    assert hf(saved(tmp_path / "swapped", {"train": swapped, "test": labelled(2, 50)})).sha256 != hashes[0]
+
+
+def test_a_single_parquet_file(hf, tmp_path):
+    parquet(tmp_path / "one", train=labelled(4))
+    index = hf(tmp_path / "one/data/train-00000-of-00001.parquet")
+    assert index.official_test is None
+    assert [level(index, i) for i in range(4)] == [0, 1, 2, 3]
+
+
+def test_changed_files_are_read_anew(hf, tmp_path):
+    folder = parquet(tmp_path / "set", train=labelled(4))
+    before = hf(folder)
+    assert hf(folder).sha256 == before.sha256
+    file = folder / "data/train-00000-of-00001.parquet"
+    labelled(4, 9).to_parquet(str(file))
+    os.utime(file, (1, 1))
+    after = hf(folder)
+    assert after.sha256 != before.sha256
+    assert level(after, 0) == 9
+
+
+def test_hashes_are_remembered(hf, tmp_path, monkeypatch):
+    folder = parquet(tmp_path / "set", train=labelled(4))
+    before = hf(folder)
+    monkeypatch.setattr("peft_vit.data.hf._digests", lambda *_: pytest.fail("hashed again"))
+    assert hf(folder).sha256 == before.sha256
+
+
+def test_a_run_on_it(config, tmp_path):
+    folder = parquet(tmp_path / "set", train=labelled(12), test=labelled(4, 50))
+    asked = config("hf", folder, validation_images=4)
+    data = load_data(asked, 0)
+    assert (len(data.train), len(data.validation), len(data.test)) == (8, 4, 4)
+    assert data.warnings == ()
+    files = thumbnails(asked, [0, 15], data_sha256=data.data_sha256)
+    assert [np.asarray(Image.open(io.BytesIO(file)))[0, 0, 0] for file in files] == [0, 53]
+
+
+# --- columns --------------------------------------------------------------------------------------------------------
+
+
+def plain_parquet(folder, images):
+    """Write Parquet as other tools do, which say nothing of images and classes."""
+    folder.mkdir()
+    pq.write_table(pa.table({"photo": images, "kind": ["x", "y"] * 2}), folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct"])
+def test_images_in_plain_parquet(hf, tmp_path, kind):
+    contents = [png(k) for k in range(4)]
+    images = contents if kind == "bytes" else [{"bytes": content, "path": "x.png"} for content in contents]
+    index = hf(plain_parquet(tmp_path / "plain", images))
+    assert [level(index, i) for i in range(4)] == [0, 1, 2, 3]
+    assert index.class_names == ("x", "y")
+
+
+INTS, TEXTS = (datasets.Value("int64"), [10, 9, 10, 9]), (datasets.Value("string"), ["b", "a", "b", "a"])
+FLOATS = (datasets.Value("float32"), [0.5] * 4)
+LISTS = (datasets.List(THREE), [[0, 1], [1], [0], [2]])
+COLUMNS = {
+    "whole numbers": ({"number": INTS}, {}, ("9", "10"), [1, 0, 1, 0]),
+    "texts": ({"kind": TEXTS}, {}, ("a", "b"), [1, 0, 1, 0]),
+    "truth": ({"is_cat": (datasets.Value("bool"), [True, False] * 2)}, {}, ("False", "True"), [1, 0, 1, 0]),
+    "classes before texts": ({"id": TEXTS, "y": (LABEL, [0, 1, 1, 0])}, {}, CLASSES, [0, 1, 1, 0]),
+    "called label": ({"id": INTS, "label": TEXTS}, {}, ("a", "b"), [1, 0, 1, 0]),
+    "chosen": ({"id": INTS, "label": TEXTS}, {"label_column": "id"}, ("9", "10"), [1, 0, 1, 0]),
+    "chosen over classes": ({"y": (LABEL, [0, 1, 1, 0]), "x": TEXTS}, {"label_column": "x"}, ("a", "b"), [1, 0, 1, 0]),
+    "labels in their order": ({"y": (THREE, [2, 0, 2, 0])}, {}, ("cat", "bird"), [1, 0, 1, 0]),
+    "a list beside": ({"y": (LABEL, [0, 1, 1, 0]), "tags": LISTS}, {}, CLASSES, [0, 1, 1, 0]),
+}
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_columns_are_found_or_chosen(case, hf, tmp_path):
+    columns, settings, names, labels = COLUMNS[case]
+    index = hf(parquet(tmp_path / "set", train=rows(4, **columns)), **settings)
+    assert index.class_names == names
+    assert index.labels.tolist() == labels
+    told = ("1 of 3 classes have no image, such as 'dog'",)
+    assert index.notes == (told if case == "labels in their order" else ())
+
+
+def test_an_image_column_is_chosen(hf, tmp_path):
+    masks = (IMAGE, [{"bytes": png(100 + k), "path": None} for k in range(4)])
+    folder = parquet(tmp_path / "set", train=rows(4, mask=masks, y=TEXTS))
+    assert level(hf(folder, image_column="mask"), 1) == 101
+    with pytest.raises(UserError, match=r"data\.image_column: 2 of the columns image, mask, y hold images; name the"):
+        hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "message"),
+    [
+        ({"tags": LISTS}, {}, r"label_column: column 'tags' holds several labels an image; a model here tells one"),
+        ({"tags": LISTS, "y": TEXTS}, {"label_column": "tags"}, r"holds several labels an image; .*; name one of y"),
+        ({"score": FLOATS}, {}, r"label_column: 0 of the columns image, score could be the label"),
+        ({"score": FLOATS}, {"label_column": "score"}, r"label_column: column 'score' holds no labels, but float32"),
+        ({"a": TEXTS, "b": TEXTS}, {}, r"label_column: 2 of the columns image, a, b could be the label; name the one"),
+        ({"a": TEXTS}, {"label_column": "c"}, r"label_column: there is no column 'c'; expected one of image, a"),
+        ({"a": TEXTS}, {"image_column": "c"}, r"image_column: there is no column 'c'"),
+        ({"a": TEXTS}, {"image_column": "a"}, r"image_column: column 'a' holds no images, but string; name one of im"),
+        (
+            {"a": (datasets.Value("string"), ["x", "x|y", "y", "x"])},
+            {},
+            r"column 'a': 'x\|y' stands for several labels",
+        ),
+        ({"a": (LABEL, [0, 1, None, 0])}, {}, r"label_column: train\[2\] has no label; take it out"),
+        ({"a": (LABEL, [-1, -1, 1, 0])}, {}, r"label_column: train\[0\] has no label, as 2 of 4 there"),
+        ({"a": (LABEL, [-1] * 4)}, {}, r"data\.path: holds no image with a label"),
+        ({"a": TEXTS}, {"hub_subset": "small"}, r"data\.hub_subset: can't be read .*'small' not found"),
+    ],
+)
+def test_columns_that_do_not_serve_are_one_line(columns, settings, message, hf, tmp_path):
+    folder = parquet(tmp_path / "set", train=rows(4, **columns))
+    with pytest.raises(UserError, match=message) as caught:
+        hf(folder, **settings)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+# --- splits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "test", "notes"),
+    [
+        (("train",), None, ()),
+        (("data",), None, ()),
+        (("train", "test"), "test", ()),
+        (("train", "validation"), "validation", ()),
+        (("train", "validation", "test"), "test", ()),
+        (("train", "extra", "test"), "test", ("split extra is left out; only train, validation and test are read",)),
+    ],
+)
+def test_own_splits_are_kept(names, test, notes, hf, tmp_path):
+    made = {name: labelled(4, 20 * k) for k, name in enumerate(names)}
+    index = hf(saved(tmp_path, made))
+    kept = [name for name in names if name != "extra"]
+    assert index.names == [f"{name}[{k}]" for name in kept for k in range(4)]
+    expected = None if test is None else [name == test for name in kept for _ in range(4)]
+    assert (None if index.official_test is None else index.official_test.tolist()) == expected
+    assert tuple(note for note in index.notes if "split" in note) == notes
+
+
+def test_test_images_without_labels_give_way_to_validation_and_that_is_told(config, tmp_path):
+    hidden = rows(4, 90, label=(LABEL, [-1] * 4))
+    made = {"train": labelled(12), "validation": labelled(4, 50), "test": hidden}
+    asked = config("hf", saved(tmp_path, made))
+    index = open_index(asked)
+    assert index.names[np.argmax(index.official_test)] == "validation[0]"
+    said = image_warnings(index, make_splits(index, asked, 0), 14)
+    assert said == ("Images: split test has no labels and is left out",)
+
+
+def test_splits_without_train_are_refused(hf, tmp_path):
+    with pytest.raises(UserError, match=r"data\.path: has the splits test, validation; expected train beside them"):
+        hf(saved(tmp_path, {"test": labelled(4), "validation": labelled(4, 9)}))
+
+
+def test_an_image_on_both_sides_of_its_own_split_is_told(config, tmp_path):
+    made = {"train": labelled(12), "test": labelled(4, 10)}
+    asked = config("hf", saved(tmp_path, made))
+    (said,) = load_data(asked, 0).warnings
+    assert said.startswith("Images: 2 images are in two splits, such as train[10] (")
+    assert said.endswith(") and test[0] (test); the splits stay as they are")
+
+
+def test_copies_stay_on_one_side_of_a_drawn_split(config, tmp_path):
+    twice = datasets.concatenate_datasets([labelled(8), labelled(8)])
+    asked = config("hf", saved(tmp_path, {"train": twice}), test_images=4)
+    index = open_index(asked)
+    splits = make_splits(index, asked, 0)
+    assert not set(index.contents[splits.train]) & set(index.contents[splits.test])
+
+
+# --- files of others ------------------------------------------------------------------------------------------------
+
+
+def one_row(folder, value):
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    images = pa.array([value, {"bytes": png(1), "path": None}], kind)
+    folder.mkdir()
+    pq.write_table(pa.table({"image": images, "label": ["a", "b"]}), folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, r"data\.image_column: train\[0\] has no image; take it out"),
+        ({"bytes": None, "path": "/etc/hostname"}, r"train\[0\]: names the file /etc/hostname, which leads out of"),
+        ({"bytes": None, "path": "none.png"}, r"train\[0\]: names the file none\.png, which does not exist"),
+        ({"bytes": None, "path": "https://x.invalid/a.png"}, r"names the file https://x\.invalid/a\.png, which does"),
+    ],
+)
+def test_rows_without_an_image_of_their_own(value, message, hf, tmp_path):
+    with pytest.raises(UserError, match=message):
+        hf(one_row(tmp_path / "set", value))
+
+
+def test_a_broken_image_is_named_when_it_is_read(hf, tmp_path):
+    index = hf(one_row(tmp_path / "set", {"bytes": b"broken", "path": None}))
+    with pytest.raises(UserError, match=r"set: train\[0\]: is not an image of a known format"):
+        index.read(0)
+
+
+def test_a_table_that_lies_about_its_values(hf, tmp_path):
+    folder = saved(tmp_path, {"train": rows(4, y=TEXTS)})
+    (file,) = (folder / "train").glob("*.arrow")
+    ends = struct.pack("<5i", 0, 1, 2, 3, 4)  # of the texts, one letter each
+    content = file.read_bytes()
+    assert content.count(ends) == 1
+    file.write_bytes(content.replace(ends, struct.pack("<5i", 0, 1, 2, 3, 1 << 30)))
+    with pytest.raises(UserError, match=r"saved: has a damaged split train \(ArrowInvalid: .*; fetch it again"):
+        hf(folder)
+
+
+def test_files_that_are_no_images_with_labels(hf, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.jsonl").write_text(json.dumps({"text": "x", "label": 1}) + "\n")
+    with pytest.raises(UserError, match=r"data\.path: is a set of the kind json; only image folders, Parquet and Arr"):
+        hf(tmp_path / "texts")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    for name, message in (("empty", "can't be read by the library"), ("file.txt", "expected a folder, a .parquet")):
+        with pytest.raises(UserError, match=rf"{name}: data\.path: {message}"):
+            hf(tmp_path / name)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/train.parquet").write_bytes(b"PAR1broken")
+    with pytest.raises(UserError, match=r"broken: data\.path: can't be read by the library datasets \(.*Parquet"):
+        hf(tmp_path / "broken")
+
+
+def test_a_card_that_leads_out_of_the_folder(hf, tmp_path):
+    parquet(tmp_path / "other", train=labelled(4))
+    folder = parquet(tmp_path / "set", train=labelled(4))
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files: {tmp_path}/other/data/*.parquet\n---\n"
+    )
+    with pytest.raises(UserError, match=r"leads out of .*set|can't be read"):
+        hf(folder)
+
+
+def test_a_set_of_several_configurations(hf, tmp_path):
+    folder = tmp_path / "set"
+    for k, name in enumerate(("small", "large")):
+        parquet(folder / name, train=labelled(4, 10 * k))
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/data/*.parquet\n" for name in ("small", "large"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert level(hf(folder, hub_subset="large"), 0) == 10
+    with pytest.raises(UserError, match=r"set: data\.hub_subset: can't be read .*pick one among .*'small', 'large'"):
+        hf(folder)
+    with pytest.raises(UserError, match=r"data\.hub_subset: has no effect here: this is one set; remove it"):
+        hf(folder / "small/data/train-00000-of-00001.parquet", hub_subset="small")
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nobody/none", "none"])
+def test_without_a_network_the_line_says_what_to_do(name, hf, monkeypatch):
+    asked = []
+
+    class Unreachable:
+        def head(self, url, timeout):
+            asked.append((url, timeout))
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", Unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: pytest.fail("it would try for half a minute"))
+    with pytest.raises(UserError) as caught:
+        hf(name)
+    said = str(caught.value)
+    assert said.startswith(f"{name}: data.path: neither exists here, nor can it be had from the hub (OSError: Name or")
+    assert f"hf download {name} --repo-type dataset --local-dir FOLDER" in said
+    assert asked == [(f"https://huggingface.co/api/datasets/{name}", 5.0)]
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./images", "a/b/c", "~nobody/x", "a\0b"])
+def test_what_can_be_no_name_does_not_exist(path, hf, monkeypatch):
+    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", lambda: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match=r"data\.path: does not exist, and is no name on the hub"):
+        hf(path)
+
+
+class Answering:
+    def head(self, url, timeout):
+        pass
+
+
+def test_what_the_hub_has_is_asked_for_by_name_and_subset(hf, tmp_path, monkeypatch):
+    folder = parquet(tmp_path / "set", train=labelled(4))
+    builder = datasets.load_dataset_builder(str(folder), cache_dir=str(tmp_path / "hub"))
+    asked = []
+    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", Answering)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args: asked.append(args) or builder)
+    assert level(hf("someone/pets", hub_subset="small"), 3) == 3
+    assert asked == [("someone/pets", "small")]
+
+
+def test_an_unknown_name_on_the_hub(hf, monkeypatch):
+    def unknown(name, subset):
+        raise datasets.exceptions.DatasetNotFoundError(
+            f"Dataset '{name}' doesn't exist on the Hub or cannot be accessed."
+        )
+
+    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", Answering)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unknown)
+    with pytest.raises(UserError, match=r"^x/y: data\.path: .*doesn't exist on the Hub or cannot be accessed"):
+        hf("x/y")
+
+
+def test_a_set_in_the_librarys_cache_is_read_without_asking_the_hub(config, hf, tmp_path, monkeypatch):
+    folder = parquet(tmp_path / "pets", train=labelled(4))
+    builder = datasets.load_dataset_builder(str(folder), cache_dir=str(tmp_path / "made"))
+    builder.download_and_prepare()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "made/pets").rename(tmp_path / "hf/someone___pets")  # as the library names those of the hub
+    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", lambda: pytest.fail("the hub was asked"))
+    index = hf("someone/pets")
+    assert [level(index, i) for i in range(4)] == [0, 1, 2, 3]
+
+
+def test_thumbnails_download_nothing(config, monkeypatch):
+    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", lambda: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match=r"the data set someone/pets of the hub: is not on this machine"):
+        thumbnails(config("hf", "someone/pets"), [0], data_sha256="0" * 64)
+
+
+@pytest.mark.parametrize("version", [None, "2.14.0"])
+def test_the_library_is_an_extra(version, hf, tmp_path, monkeypatch):
+    if version is None:
+        monkeypatch.setitem(sys.modules, "datasets", None)
+    else:
+        monkeypatch.setattr(datasets, "__version__", version)
+    with pytest.raises(
+        UserError, match=r"^data\.dataset: hf needs the package datasets.*pip install 'peft-vit\[hf\]'$"
+    ):
+        hf(tmp_path)
