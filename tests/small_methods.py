@@ -33,6 +33,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
             "final_steps": 2,
         },
     },
+    "dora": {"method": "peft", "peft": {"type": "dora", "r": 2}},
     "int4": {"method": "qa_lora", "qa_lora": {**INT4, **LINEAR, "rank": 2}},
     "nf4": {"method": "qa_lora", "qa_lora": {**INT4, **CONSTANT, "quantization_type": "nf4", "rank": 2}},
     "by_row": {

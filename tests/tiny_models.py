@@ -20,6 +20,7 @@ from timm.models.vision_transformer import (
     ParallelThingsBlock,
     _create_vision_transformer,
 )
+from timm.models.vision_transformer_hybrid import ConvStem, _create_vision_transformer_hybrid
 from torch import nn
 
 from peft_vit.backbones import Site
@@ -72,7 +73,16 @@ _STAGES: dict[str, Any] = {
     "mlp_ratio": 2,
 }
 _PARALLEL: dict[str, Any] = {"class_token": False, "global_pool": "avg", "qkv_bias": False}
+
+
+def _hybrid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    stem = ConvStem(channels=(16, 64), depth=2, kernel_size=(4, 2), stride=(4, 2), padding=0)
+    settings = {**_ROW, "patch_size": 1, "embed_args": {"proj": False}}
+    return _create_vision_transformer_hybrid(name, stem, pretrained=pretrained, **settings | kwargs)
+
+
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "tiny_hybrid": _hybrid,
     "tiny_swiglu": partial(_create_vision_transformer, **_ROW | {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}),
     "tiny_pool": partial(_create_vision_transformer, **_ROW, class_token=False, global_pool="map"),
     "tiny_branches": partial(_create_vision_transformer, **_ROW, block_fn=ParallelThingsBlock),

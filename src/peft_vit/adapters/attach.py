@@ -10,15 +10,16 @@ from peft_vit.adapters.acting import check_acting
 from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.adapted_model import site_adapters
 from peft_vit.adapters.low_rank import FactorStart, Parametrization, SiteAdapter
-from peft_vit.backbones import Backbone, Site
+from peft_vit.backbones import Backbone, Site, freeze_batch_norm
 from peft_vit.errors import UserError
 from peft_vit.seeding import torch_generator
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Leave only the classification head trainable."""
+    """Leave only the classification head trainable, and BatchNorm at its statistics."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    freeze_batch_norm(model)
     backbone = Backbone(model)
     backbone.prepare()
     for parameter in backbone.head.parameters():

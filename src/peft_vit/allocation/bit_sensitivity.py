@@ -141,13 +141,13 @@ def _divergences(
     """Return mean KL(p || q); what lies before a layer's block is computed once."""
     low = {name: [quantize(_weight(model, name), one, name=name) for one in formats[name]] for name in formats}
     backbone = Backbone(model)
-    by_block = [[name for name in low if name.startswith(f"{block}.")] for block in backbone.blocks]
+    layer_of = {site.module: site.layer for site in backbone.sites}
     totals = {name: [0.0] * len(candidates) for name, candidates in low.items()}
     for chunk in images.split(_FORWARD_IMAGES):
         logits: dict[str, list[Tensor]] = {name: [] for name in low}
 
         def visit(block: int, rest: Callable[[], Tensor], logits: dict[str, list[Tensor]] = logits) -> None:
-            for name in by_block[block]:
+            for name in (name for name in low if layer_of[name] == block):
                 for quantized in low[name]:
                     with _weight_replaced(_weight(model, name), quantized.dequantize()):
                         logits[name].append(head(rest()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peft_vit.config import SITE_MATRICES
-from peft_vit.records import SiteInfo
+from peft_vit.records import Role, SiteInfo
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Grid:
         """Return a site's entry of a (blocks, matrices) array."""
         return float(values[self.blocks.index(site.block), self.matrices.index(site.matrix)])
 
-    def is_attention(self) -> np.ndarray:
-        """Return (matrices,) whether a column belongs to attention rather than to the MLP."""
+    def columns_of(self, role: Role) -> np.ndarray:
+        """Return (matrices,) whether a column holds matrices of a role."""
         roles = {site.matrix: site.role for site in self.sites}
-        return np.array([roles[matrix] == "attention" for matrix in self.matrices])
+        return np.array([roles[matrix] == role for matrix in self.matrices])

@@ -75,7 +75,7 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         relative_final=relative,
         by_block=np.stack([row_means(one) for one in relative]),
         by_matrix=by_matrix,
-        attention_over_mlp=_attention_over_mlp(relative, grid.is_attention()),
+        attention_over_mlp=_attention_over_mlp(relative, grid),
         steps=steps,
         agreement_with_final=tuple(
             _mean_known(_rho(entries[step], final) for entries, final in zip(by_run, finals, strict=True))
@@ -93,12 +93,13 @@ def row_means(relative: np.ndarray) -> np.ndarray:
     return np.divide(total, known.sum(axis=1), out=np.full(len(relative), np.nan), where=known.any(axis=1))
 
 
-def _attention_over_mlp(relative: np.ndarray, attention: np.ndarray) -> tuple[float, ...]:
+def _attention_over_mlp(relative: np.ndarray, grid: Grid) -> tuple[float, ...]:
     """Return log2 ratios, one a seed; empty where a group is absent or has no positive mean."""
-    if attention.all() or not attention.any():
+    attention, mlp = grid.columns_of("attention"), grid.columns_of("mlp")
+    if not attention.any() or not mlp.any():
         return ()
     left = np.nanmean(relative[:, :, attention], axis=(1, 2))
-    right = np.nanmean(relative[:, :, ~attention], axis=(1, 2))
+    right = np.nanmean(relative[:, :, mlp], axis=(1, 2))
     if not ((left > 0) & (right > 0)).all():
         return ()
     return tuple(float(ratio) for ratio in np.log2(left / right))

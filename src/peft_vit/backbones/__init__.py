@@ -1,7 +1,7 @@
 """Pretrained Vision Transformers: which there are, their weights, the matrices that may carry an adapter."""
 
 from peft_vit.backbones.attention import choose_attention
-from peft_vit.backbones.backbone import Backbone, evaluating, find_sites
+from peft_vit.backbones.backbone import Backbone, evaluating, find_sites, freeze_batch_norm
 from peft_vit.backbones.catalog import MODELS, BackboneShape, describe, native_size, size_step_of
 from peft_vit.backbones.head import Head, fill_head
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
@@ -24,6 +24,7 @@ __all__ = [
     "evaluating",
     "fill_head",
     "find_sites",
+    "freeze_batch_norm",
     "fused_sites",
     "load_backbone",
     "load_run_backbone",

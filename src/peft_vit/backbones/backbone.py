@@ -220,6 +220,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let BatchNorm, as some convolutional stems have it, compute with the statistics of pretraining, and keep them.
+
+    No method here trains them: a frozen backbone is to stay what it was, and batches of fine-tuning are small. After a
+    model's `train()` it has to be called anew.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def known_classes() -> str:
     """Return the names of the classes that are known best, for people."""
     names = [family.model_class.__name__ for family in FAMILIES]

@@ -9,11 +9,13 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from peft_vit.backbones.backbone import Backbone, find_sites
+from peft_vit.backbones.backbone import Backbone, evaluating, find_sites
 from peft_vit.backbones.families import Family
-from peft_vit.backbones.site import Site
+from peft_vit.backbones.site import Site, fused_sites
 from peft_vit.config import BackboneConfig, WeightsSource
 from peft_vit.errors import UserError
 
@@ -56,8 +58,7 @@ class BackboneShape:
     """What is known of a backbone without its weights."""
 
     sites: tuple[Site, ...]  # all matrices of every block
-    width: int
-    depth: int
+    multiply_adds: int  # of one image in a forward pass, attention's own products included
     size_step: int  # what the side of an image is a multiple of, in pixels: for most models that of a patch
     parameters: int  # at the image size asked for, head excluded
     head: tuple[str, ...]  # names of its parameters
@@ -66,6 +67,19 @@ class BackboneShape:
     def tokens(self) -> int:
         """Return the tokens of one image, class token and registers included; where they differ the most."""
         return max(site.tokens for site in self.sites)
+
+    @property
+    def modules(self) -> list[Site]:
+        """Return the linear modules, each as one site."""
+        return list(fused_sites(self.sites).values())
+
+    @property
+    def matrix_values(self) -> int:
+        """Return how many values go into and come out of all matrices for one image: 16 a token and width of a block.
+
+        That is of a plain block, with 1 and 3 at the fused query, key and value, 1 and 1, 1 and 4, 4 and 1.
+        """
+        return sum(one.tokens * (one.in_features + one.out_features) for one in self.modules)
 
 
 def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
@@ -83,17 +97,25 @@ def _shape(name: str, image_size: int) -> BackboneShape:
         model = create_model(name, image_size, num_classes=1)
     backbone = Backbone(model)
     try:
-        sites, width = find_sites(model), backbone.head.in_features
+        sites, _ = find_sites(model), backbone.head  # it has one
     except UserError as error:
         raise UserError(f"{name} can't be adapted: {error.message}", field="backbone.model") from None
     return BackboneShape(
         sites=sites,
-        width=width,
-        depth=len(backbone.blocks),
+        multiply_adds=_multiply_adds(backbone),
         size_step=backbone.family.size_step(model),
         parameters=sum(p.numel() for name, p in model.named_parameters() if not backbone.is_of_head(name)),
         head=tuple(name for name, _ in model.named_parameters() if backbone.is_of_head(name)),
     )
+
+
+def _multiply_adds(backbone: Backbone) -> int:
+    """Return what torch counts in a forward pass of one image, of a model on paper that is not used any more."""
+    counter = FlopCounterMode(display=False)
+    backbone.model.requires_grad_(False)  # the counter looks for gradients, and fails on parameters that are inputs
+    with counter, evaluating(backbone.model):
+        backbone.model(torch.zeros(1, *backbone.input_size, device="meta"))
+    return int(counter.get_total_flops()) // 2
 
 
 def create_model(name: str, image_size: int, num_classes: int) -> Any:
@@ -121,7 +143,20 @@ def build_model(name: str, image_size: int, num_classes: int, *, shallow: bool =
     """
     check_model_name(name)
     family = _check_model(name, image_size)
-    return family.build(name, image_size, num_classes, **(family.shallow if shallow else {}))
+    return without_dropout(family.build(name, image_size, num_classes, **(family.shallow if shallow else {})))
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Turn off what drops values, tokens' or whole branches', in training: timm's Swin drops branches unless told.
+
+    All other families come without. It would draw from the global generator, and no two runs would be the same.
+    """
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def create_skeleton(name: str, image_size: int, num_classes: int) -> Any:

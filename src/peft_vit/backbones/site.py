@@ -35,6 +35,11 @@ class Site:
         """Return the rows as a slice."""
         return slice(*self.rows)
 
+    @property
+    def multiply_adds(self) -> int:
+        """Return the multiply-adds of its product for one image."""
+        return self.tokens * self.in_features * self.out_features
+
     def info(self) -> SiteInfo:
         """Return what a record keeps of this site."""
         return SiteInfo(

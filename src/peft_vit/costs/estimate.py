@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 
-from peft_vit.backbones import BackboneShape
+from peft_vit.backbones import BackboneShape, Site
 from peft_vit.config import Precision
 from peft_vit.costs.cache import Costs, known_costs
+from peft_vit.evaluation.ablation import GROUPS
 from peft_vit.evaluation.latency import TIMED_PASSES, WARMUP_PASSES
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.runs.provenance import cpu_count, processor_name
@@ -21,7 +24,8 @@ from peft_vit.training import flip_axes
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
 TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
 _PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
-VALUES_KEPT_PER_TOKEN = 34  # activations kept for backward, per token, block and unit of width
+# Activations kept for backward over what goes into and out of the matrices: of a plain block 34 a token and width.
+VALUES_KEPT = 34 / 16
 START_S = 6.0  # loading weights and images
 
 Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, nothing was measured
@@ -163,15 +167,15 @@ def reckoned_s(spec: RunSpec, steps: int, workload: Workload, rate: float) -> fl
     else:
         images += experiment.kind.forward_passes * steps * min(experiment.training.batch_size, workload.train)
         images += experiment.validations(workload.train) * workload.validation
-    return START_S + TIME_OUTSIDE_PRODUCTS * workload.shape.parameters * workload.tokens * images / rate
+    return START_S + TIME_OUTSIDE_PRODUCTS * workload.shape.multiply_adds * images / rate
 
 
 def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> Estimate:
     experiment = run.spec.experiment
     value_bytes = 2 if workload.precision == "bf16" else 4
     batch = experiment.training.batch_size
-    kept = 0 if experiment.is_probe else VALUES_KEPT_PER_TOKEN
-    activations = batch * workload.tokens * workload.shape.depth * workload.shape.width * kept * value_bytes
+    kept = 0 if experiment.is_probe else VALUES_KEPT
+    activations = batch * workload.shape.matrix_values * kept * value_bytes
     weights = workload.shape.parameters * (experiment.kind.bytes_per_weight or 4 + value_bytes)
     seconds = reckoned_s(run.spec, run.steps, workload, rate)
     return Estimate(seconds, int(_PROCESS_BYTES + activations + weights), "estimate")
@@ -180,13 +184,22 @@ def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> E
 def measured_images(spec: RunSpec, workload: Workload) -> float:
     """Return the images that pass through the whole model for what the study's `measures` ask for.
 
-    Leaving the updates of six sites a block out takes about 3 passes a block, see `evaluation.measure_ablation`.
+    Leaving the update of a site out takes what comes from its block on; there is a pass with all updates, and one
+    without those of each group. See `evaluation.measure_ablation`.
     """
     measures = spec.measures
     images: float = (WARMUP_PASSES + TIMED_PASSES) * sum(measures.latency_batches)
     if measures.removal_images is not None and spec.experiment.has_adapters:
-        images += (3 * workload.shape.depth + 7) * min(measures.removal_images, workload.validation)
+        passes = _passes_from_sites_on(workload.shape.sites) + 1 + len(GROUPS)
+        images += passes * min(measures.removal_images, workload.validation)
     return images
+
+
+def _passes_from_sites_on(sites: Sequence[Site]) -> float:
+    """Return how many forward passes it takes to pass, for each site, its block and those behind it."""
+    layers = sorted(site.layer for site in sites)
+    repeated = sum(site.multiply_adds * bisect_right(layers, site.layer) for site in sites)
+    return repeated / sum(site.multiply_adds for site in sites)
 
 
 def bf16_factor(workload: Workload) -> float:
@@ -198,7 +211,7 @@ def bf16_factor(workload: Workload) -> float:
 def product_rate(
     shape: BackboneShape, device: torch.device, precision: Precision, threads: int, *, budget_s: float = 0.2
 ) -> float:
-    """Return multiply-adds per second of a product of the model's own shape.
+    """Return multiply-adds per second of the product that the model spends the most on.
 
     Args:
         shape: of the model.
@@ -210,8 +223,12 @@ def product_rate(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    x = torch.ones(32 * shape.tokens, shape.width, dtype=dtype, device=device)
-    weight = torch.ones(4 * shape.width, shape.width, dtype=dtype, device=device)
+    work: Counter[tuple[int, int, int]] = Counter()
+    for one in shape.modules:
+        work[one.tokens, one.in_features, one.out_features] += one.multiply_adds
+    (tokens, inputs, outputs), _ = work.most_common(1)[0]
+    x = torch.ones(32 * tokens, inputs, dtype=dtype, device=device)
+    weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - started < budget_s and len(times) < 200):

@@ -50,7 +50,7 @@ def miniature(
         at_most: steps that it has.
     """
     batch_size = spec.experiment.training.batch_size
-    work = 3 * shape.parameters * shape.tokens * batch_size
+    work = 3 * shape.multiply_adds * batch_size
     steps = min(total_steps, at_most, _STEPS if work < _LONG_STEP else _STEPS_IF_LONG)
     data = _data(spec, steps * batch_size, index, splits)
     assert data.train_images is not None

@@ -130,9 +130,12 @@ def _build(header: _Header, tensors: dict[str, Tensor], file: Path) -> nn.Module
             raise UserError(error.message, file=file, field=f"{prefix}{error.field or 'codes'}") from None
         module.drop_float()
         model.set_submodule(name, module)
+    like = model.state_dict()
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
-            raise UserError(f"expected finite float32 numbers, got {tensor.dtype}", file=file, field=name)
+        dtype = like[name].dtype if name in like else torch.float32  # BatchNorm counts its batches in whole numbers
+        if tensor.dtype != dtype or not tensor.isfinite().all():
+            wanted = str(dtype).removeprefix("torch.")
+            raise UserError(f"expected finite {wanted} numbers, got {tensor.dtype}", file=file, field=name)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

@@ -61,7 +61,7 @@ def _agree(experiment: Any, info: ValidationInfo) -> None:
 
 def _packed_defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
     # Nothing is merged into offsets, so none are needed.
-    return {"qa_lora": {**qa_lora.PACKED_BY_DEFAULT, "quantization_offset": False}}
+    return {"qa_lora": {**qa_lora.packed_by_default(wishes.shape), "quantization_offset": False}}
 
 
 LINEAR = Method(

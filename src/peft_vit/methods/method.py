@@ -155,10 +155,9 @@ def check_rank_at(field_name: str, sites: Sequence[Site], rank: int, pool: int =
     Raises:
         UserError: with the field, below the experiment.
     """
-    from peft_vit.training import check_rank
+    from peft_vit.training import check_ranks
 
-    for site in sites:
-        try:
-            check_rank(site.name, site.in_features, site.out_features, rank, pool)
-        except UserError as error:
-            raise UserError(error.message, field=error.field if error.field != "rank" else field_name) from None
+    try:
+        check_ranks(sites, rank, pool)
+    except UserError as error:
+        raise UserError(error.message, field=error.field if error.field != "rank" else field_name) from None

@@ -56,7 +56,7 @@ def _shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: 
 
 
 def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
-    return {**adalora.defaults(wishes), "qa_lora": qa_lora.PACKED_BY_DEFAULT}
+    return {**adalora.defaults(wishes), "qa_lora": qa_lora.packed_by_default(wishes.shape)}
 
 
 QA_ADALORA = Method(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -140,12 +141,17 @@ class QaLoraConfig(AdapterConfig):
         return self
 
 
-PACKED_BY_DEFAULT: dict[str, Any] = {  # what `peft-vit train` takes
-    "quantization_bits": 4,
-    "quantization_type": "nf4",
-    "use_group_quantization": True,
-}
-_GROUP = 32
+_GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
+
+
+def packed_by_default(shape: BackboneShape) -> dict[str, Any]:
+    """Return what `peft-vit train` takes: nf4, in groups of 32 inputs or of fewer, where that does not divide a site's.
+
+    Where no group divides all of them, each row has one scale.
+    """
+    group = math.gcd(_GROUP, *(site.in_features for site in shape.sites))
+    groups = {"use_group_quantization": True, "group_size": group} if group >= _SMALLEST_GROUP else {}
+    return {"quantization_bits": 4, "quantization_type": "nf4", "use_group_quantization": False, **groups}
 
 
 def trainer(
@@ -210,9 +216,11 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
 
 
 def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
+    packing, sites = packed_by_default(wishes.shape), wishes.shape.sites
     # A pooled adapter sees one input a group: a rank above their number would be wasted.
-    rank = wishes.rank or min(DEFAULT_RANK, wishes.shape.width // _GROUP)
-    return {"qa_lora": {**PACKED_BY_DEFAULT, "rank": rank}}
+    group = packing.get("group_size", 1)
+    most = min(min(site.in_features // group, site.out_features) for site in sites)
+    return {"qa_lora": {**packing, "rank": wishes.rank or min(DEFAULT_RANK, most)}}
 
 
 QA_LORA = Method(

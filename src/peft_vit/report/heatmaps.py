@@ -17,7 +17,9 @@ from matplotlib.figure import Figure, SubFigure
 from peft_vit.analysis import Allocation, ImportancePattern
 from peft_vit.analysis.allocation import RankMap
 from peft_vit.analysis.grid import Grid
+from peft_vit.analysis.importance import row_means
 from peft_vit.config import ExperimentConfig
+from peft_vit.records import Role
 from peft_vit.report.document import Drawing, Panel, Player, Raw
 from peft_vit.report.formatting import fixed
 from peft_vit.report.hover import HoverPoints
@@ -223,12 +225,16 @@ def importance_maps(patterns: Sequence[ImportancePattern], note: str = "") -> Dr
 
 
 def _block_lines(axes: Axes, hover: HoverPoints, pattern: ImportancePattern) -> None:
-    attention, blocks, name = pattern.grid.is_attention(), pattern.grid.blocks, pattern.experiment.name
-    groups = (("attention", attention, METHOD_COLORS["lora"], "o"), ("MLP", ~attention, METHOD_COLORS["adalora"], "s"))
-    for label, columns, color, marker in groups:
+    blocks, name = pattern.grid.blocks, pattern.experiment.name
+    groups: tuple[tuple[str, Role, str, str], ...] = (
+        ("attention", "attention", METHOD_COLORS["lora"], "o"),
+        ("MLP", "mlp", METHOD_COLORS["adalora"], "s"),
+    )
+    for label, role, color, marker in groups:
+        columns = pattern.grid.columns_of(role)
         if not columns.any():
             continue
-        by_seed = np.mean(pattern.relative_final[:, :, columns], axis=2)  # (seeds, blocks)
+        by_seed = np.stack([row_means(one[:, columns]) for one in pattern.relative_final])  # (seeds, blocks)
         if len(by_seed) > SINGLE_SEEDS:
             low, high = by_seed.min(axis=0), by_seed.max(axis=0)
             hover.add(name, axes.fill_between(blocks, low, high, color=color, alpha=0.2, lw=0))

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 from peft_vit.backbones import BackboneShape, describe, native_size, size_step_of
 from peft_vit.config import AskedPrecision, BackboneConfig, StudyConfig, WeightsSource, study_from_mapping
-from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES_KEPT_PER_TOKEN, product_rate
+from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES_KEPT, product_rate
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
@@ -164,11 +164,11 @@ class _Pace:
 
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
-        image = shape.parameters * shape.tokens + 2 * shape.depth * shape.width * shape.tokens**2  # multiply-adds
         products = METHODS[self.asked.method].forward_passes
         validations = 1 + steps // _validate_every(self.asked, self.counts)
         passes = 2 * self.counts.train + (1 + validations) * self.counts.validation + self.counts.test
-        return START_S + TIME_OUTSIDE_PRODUCTS * image * (products * steps * self.asked.batch_size + passes) / self.rate
+        images = products * steps * self.asked.batch_size + passes
+        return START_S + TIME_OUTSIDE_PRODUCTS * shape.multiply_adds * images / self.rate
 
     def largest_size(self) -> int:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
@@ -180,7 +180,7 @@ class _Pace:
         return max(fitting, default=sizes[0])
 
     def _fits(self, shape: BackboneShape, steps: int) -> bool:
-        kept = VALUES_KEPT_PER_TOKEN * 4 * self.asked.batch_size * shape.tokens * shape.depth * shape.width
+        kept = VALUES_KEPT * 4 * self.asked.batch_size * shape.matrix_values
         return (
             self.seconds(shape, steps) <= 60 * self.asked.minutes and kept <= _MEMORY_SHARE * available_memory_bytes()
         )

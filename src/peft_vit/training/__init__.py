@@ -12,7 +12,7 @@ from peft_vit.training.peft_adalora_hook import PeftAdaLoraHook, last_update
 from peft_vit.training.progress import Progress
 from peft_vit.training.qa_lora import QALoRATrainer
 from peft_vit.training.quantization_schedule import end_step
-from peft_vit.training.quantized_layers import check_rank
+from peft_vit.training.quantized_layers import check_ranks
 from peft_vit.training.runtime import RuntimeConfig
 from peft_vit.training.training_state import TrainingResult, steps_per_epoch
 
@@ -36,7 +36,7 @@ __all__ = [
     "TrainingResult",
     "allocate_bits",
     "check_bits",
-    "check_rank",
+    "check_ranks",
     "end_step",
     "fit_probe",
     "flip_axes",

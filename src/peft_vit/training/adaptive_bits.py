@@ -23,7 +23,7 @@ from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.quantization import QuantizationFormat
 from peft_vit.records import BitAllocation
-from peft_vit.training.quantized_layers import check_rank, format_of
+from peft_vit.training.quantized_layers import check_ranks, format_of
 
 _VALUE_BYTES = 4  # adapters train and are saved in float32
 
@@ -135,8 +135,7 @@ def _warn_of_no_effect(formats: dict[str, QuantizationFormat], ranks: dict[str, 
 def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
     assert config.adaptive_bits is not None
     wanted = chosen(sites, config.targets)
-    for site in wanted:
-        check_rank(site.name, site.in_features, site.out_features, 0, config.pool)
+    check_ranks(wanted, 0, config.pool)
     candidates = [format_of(config, type) for type in config.adaptive_bits.types]
     modules = {name: one for name, one in fused_sites(sites).items() if name in {site.module for site in wanted}}
     return _Options(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from peft_vit.backbones import freeze_batch_norm
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data
 from peft_vit.training.checkpoint_state import State
@@ -67,6 +68,7 @@ def train(
     if fresh and config.head_start == "probe":
         training.validate()
     model.train()
+    freeze_batch_norm(model)
     pause()
     for images, labels in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)
         training.step(images, labels)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from peft_vit.adapters import (
 )
 from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
 from peft_vit.allocation.attach import check_stays
-from peft_vit.backbones import find_sites
+from peft_vit.backbones import Site, find_sites
 from peft_vit.config import QaLoraConfig, QuantizationType
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.quantization import QuantizationFormat
@@ -66,8 +67,7 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
     different = set(ranks) ^ {site.name for site in sites}
     if different:
         raise UserError(f"ranks and the model's sites differ at {min(different)}", field="ranks")
-    for site in sites:
-        check_rank(site.name, site.in_features, site.out_features, ranks[site.name], config.pool)
+    check_ranks(sites, ranks, config.pool)
     attach_adapters(model, sites, ranks, scale=config.scale, seed=seed, pool=config.pool)
 
 
@@ -94,18 +94,37 @@ def _check_present(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, i
         )
 
 
-def check_rank(site: str, in_features: int, out_features: int, rank: int, pool: int) -> None:
-    """Refuse a rank or a group size that a site can't carry; `pool` is 1 without groups.
+def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int) -> None:
+    """Refuse a rank or a group size that a site can't carry.
+
+    Args:
+        sites: that will carry adapters.
+        ranks: of each by name, or one for all.
+        pool: inputs of a group; 1 without groups.
 
     Raises:
-        UserError: naming the site and the reason.
+        UserError: naming the site, the reason, and the groups that divide the inputs of all sites.
     """
-    if in_features % pool:
-        raise UserError(f"{pool} does not divide the {in_features} inputs of {site}", field="qa_lora.group_size")
-    largest = min(out_features, in_features // pool)
-    if rank > largest:
-        reason = f"{in_features} inputs in groups of {pool} allow" if pool > 1 else "its smaller side allows"
-        raise UserError(f"rank {rank} is wasted on {site}: {reason} at most {largest}; lower it", field="rank")
+    for site in sites:
+        if site.in_features % pool:
+            raise UserError(
+                f"{pool} does not divide the {site.in_features} inputs of {site.name}; {_groups_for(sites)}",
+                field="qa_lora.group_size",
+            )
+        rank = ranks if isinstance(ranks, int) else ranks[site.name]
+        largest = min(site.out_features, site.in_features // pool)
+        if rank > largest:
+            reason = f"{site.in_features} inputs in groups of {pool} allow" if pool > 1 else "its smaller side allows"
+            raise UserError(f"rank {rank} is wasted on {site.name}: {reason} at most {largest}; lower it", field="rank")
+
+
+def _groups_for(sites: Sequence[Site]) -> str:
+    """Return a remedy: the group sizes that divide the inputs of all sites."""
+    common = math.gcd(*(site.in_features for site in sites))
+    sizes = [str(size) for size in range(2, common + 1) if common % size == 0]
+    if not sizes:
+        return "no size divides those of all sites: use_group_quantization: false, or other targets"
+    return f"use one of {', '.join(sizes)}"
 
 
 def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> QuantizationFormat:

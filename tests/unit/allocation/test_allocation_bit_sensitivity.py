@@ -71,7 +71,7 @@ def test_fisher_equals_squared_gradients_one_image_at_a_time(tiny_vit, batch) ->
         assert expected[0] > expected[1] > expected[2] > 0
 
 
-@pytest.mark.parametrize("made", [None, *TINY_EVAS])
+@pytest.mark.parametrize("made", [None, *TINY_EVAS, "tiny_pool", "tiny_parallel", "tiny_swin", "tiny_hiera"])
 def test_loss_equals_the_divergence_of_a_quantized_copy(tiny_vit, batch, made) -> None:
     model = tiny_vit() if made is None else random_model(made)
     head, found = measured(model, batch, "loss")

@@ -4,9 +4,11 @@ import pytest
 import torch
 from allocation_runs import STEPS, config, start, train, train_step
 from covering_pairs import covering_pairs
+from tiny_models import random_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from peft_vit.adapters import site_adapters
+from peft_vit.adapters import adapted_modules, site_adapters
+from peft_vit.backbones import find_sites
 
 pytestmark = pytest.mark.part("controller")
 STRATEGIES = ("proportional", "threshold", "top_k", "global")
@@ -21,17 +23,22 @@ def counted(model, images, unit: str) -> int:
         return sum(parameter.numel() for adapter in adapters.values() for parameter in adapter.parameters())
     if unit == "bytes":
         return sum(parameter.nbytes for adapter in adapters.values() for parameter in adapter.parameters())
-    tokens = []
-    handle = model.blocks[0].attn.register_forward_hook(lambda module, inputs, output: tokens.append(output.shape[1]))
+    inputs: dict[str, torch.Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _, given, __, name=name: inputs.update({name: given[0]}))
+        for name, module in adapted_modules(model)
+    ]
     model(images[:1])
-    handle.remove()
     total = 0
-    for adapter in adapters.values():
+    for site, adapter in adapters.items():
+        module = next(name for name in inputs if site in {one.name for one, _ in model.get_submodule(name).adapters()})
         with FlopCounterMode(display=False) as flops:
-            inner = torch.zeros(tokens[0], adapter.in_features) @ adapter.lora_A.T
+            inner = inputs[module] @ adapter.lora_A.T
             inner @ adapter.lora_B.T
         scaling = 0 if adapter.lora_lambda is None else inner.numel()
         total += flops.get_total_flops() // 2 + scaling
+    for handle in handles:
+        handle.remove()
     return total
 
 
@@ -55,6 +62,20 @@ def test_the_budget_holds_for_what_is_there(tiny_vit, batch, strategy, unit, par
         assert present <= controller.schedule.budget_at(step)
     assert TOTALS[unit] - min(controller.costs) < present
     assert entry["budget"] == TOTALS[unit]
+
+
+@pytest.mark.parametrize("name", ["tiny_swin", "tiny_swin_v2", "tiny_hiera", "tiny_pool"])
+def test_multiply_adds_are_those_of_each_stages_tokens(name: str, batch) -> None:
+    model = random_model(name)
+    controller, optimizer = start(model, config(total_rank_budget=None, total_mac_budget=150_000))
+    for step in range(STEPS + 1):
+        if step:
+            train_step(model, controller, optimizer, batch, step)
+        entry = controller.rank_history[-1]
+        assert entry["cost"] == counted(model, batch[0], "macs") <= controller.schedule.budget_at(step)
+    assert 150_000 - min(controller.costs) < entry["cost"]
+    each = {site.tokens for site in find_sites(model)}
+    assert len(each) > 1
 
 
 def test_it_starts_with_equal_ranks(tiny_vit) -> None:

@@ -3,12 +3,14 @@
 import numpy as np
 import planted
 import pytest
+from matplotlib.figure import Figure
 
 from peft_vit.analysis import Study
 from peft_vit.analysis.allocation import allocations, moved_ranks
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.quantization import quantization_impacts
-from peft_vit.records import ImportanceEntry, RankEntry
+from peft_vit.records import ImportanceEntry, RankEntry, SiteInfo
+from peft_vit.report.heatmaps import importance_maps
 
 EXPERIMENTS = planted.experiments()
 ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]
@@ -55,6 +57,29 @@ def test_scores_of_some_matrices_only() -> None:
     assert pattern.grid.matrices == ("query", "key", "value", "out")
     assert pattern.attention_over_mlp == ()
     assert pattern.agreement_with_final == (None,), "constant scores have no order"
+
+
+def test_a_matrix_of_some_blocks_only_counts_neither_as_attention_nor_as_mlp() -> None:
+    """As Swin's, which merges patches between stages."""
+    merge = SiteInfo(name="merge", block=1, matrix="reduction", role="other", in_features=4, out_features=2)
+    plain = planted.record(ADALORA, 0, 0.8)
+    entries = [
+        entry.model_copy(update={"scores": {**entry.scores, "merge": 1e3}}) for entry in plain.importance_history
+    ]
+    (pattern,) = importance_patterns(
+        planted.study_of([plain.model_copy(update={"importance_history": entries, "sites": [*plain.sites, merge]})])
+    )
+    assert pattern.grid.matrices[-1] == "reduction"
+    assert np.isfinite(pattern.relative_final[0, :, -1]).tolist() == [block == 1 for block in range(12)]
+    assert pattern.attention_over_mlp == pytest.approx((2.0,))
+    assert np.isfinite(pattern.by_block).all()
+    drawing = importance_maps([pattern])
+    figure = Figure(figsize=(8, 3))
+    drawing.paint(figure)
+    lines = {line.get_label(): line.get_ydata() for line in figure.subfigs[0].axes[1].lines}
+    courses = [lines[label] for label in ("attention", "MLP")]
+    assert all(len(course) == 12 and np.isfinite(course).all() for course in courses)
+    np.testing.assert_allclose(courses[0], 4 * courses[1])
 
 
 def test_runs_with_scores_of_zero_are_left_out() -> None:

@@ -95,7 +95,7 @@ def test_they_are_compared_under_their_own_names(study) -> None:
 def test_ranks_of_fused_matrices(study) -> None:
     (allocation,) = (a for a in analyze(study).allocation if a.experiment.method == "peft_adalora")
     assert allocation.grid.matrices == ("qkv", "out", "fc1", "fc2")
-    assert list(allocation.grid.is_attention()) == [True, True, False, False]
+    assert list(allocation.grid.columns_of("attention")) == [True, True, False, False]
     assert {matrix: i.estimate for matrix, i in allocation.rank_by_matrix.items()} == {
         "qkv": 16,
         "out": 0,

@@ -101,6 +101,12 @@ def test_every_site_acts_and_none_does_before_timm_is_told_to_call_its_module(na
     assert all("never calls the module" in effect.fault and effect.gradient == 0 for effect in idle.values())
 
 
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_training_draws_nothing_at_random(name: str) -> None:
+    model, images = random_model(name).train(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images), model(images))
+
+
 def test_of_one_token_query_and_key_have_no_effect() -> None:
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, depths=(1, 1, 1, 1))
     model.set_input_size(32)  # windows of one token

@@ -43,7 +43,7 @@ def test_what_is_found_in_a_plain_model_is_what_its_family_says() -> None:
 )
 def test_layers_of_other_classes_are_found(name: str, image_size: int, sites: int, blocks: int) -> None:
     shape = shape_of(name, image_size)
-    assert (len(shape.sites), shape.depth) == (sites, blocks)
+    assert (len(shape.sites), shape.sites[-1].layer + 1) == (sites, blocks)
     assert len({(site.layer, site.kind) for site in shape.sites}) == sites
     assert not [site for site in shape.sites if "pos" in site.name]
 

@@ -86,7 +86,7 @@ def test_a_skeleton_has_what_no_file_holds(name: str, batch) -> None:
 )
 def test_shapes_of_timms_own_models(name: str, width: int, sites: int, tokens: int) -> None:
     shape = describe(BackboneConfig(model=name, weights="random"), 112)
-    assert (shape.width, len(shape.sites), shape.tokens) == (width, sites, tokens)
+    assert (shape.sites[0].in_features, len(shape.sites), shape.tokens) == (width, sites, tokens)
     assert np.prod([shape.sites[0].in_features, shape.sites[0].out_features]) == width**2
 
 

@@ -76,7 +76,7 @@ def test_noise_makes_no_step_shorter_than_none(study) -> None:
 
 def test_without_a_measurement_matrices_have_to_do(study) -> None:
     config = study("linear", "lora")
-    per_image = 1.8 * describe(config.backbone, 32).parameters * 5 / 1e9  # 1.8: a step's time over its products'
+    per_image = 1.8 * describe(config.backbone, 32).multiply_adds / 1e9  # 1.8: a step's time over its products'
     probe_s, trained_s = (ReckonedPace(1e9).run_s(spec_of(config, place, 0), workload(config)) for place in (0, 1))
     assert probe_s == pytest.approx(6 + (2 * 24 + 20 + 30) * per_image)  # 6: weights and images are loaded
     assert trained_s == pytest.approx(6 + (2 * 6 * 8 + 2 * 20 + 30) * per_image)

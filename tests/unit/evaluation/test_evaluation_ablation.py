@@ -24,6 +24,7 @@ from peft_vit.records import AdapterRemoval
 from peft_vit.training import QALoRATrainer
 
 pytestmark = pytest.mark.part("importance analysis")
+OTHERS = (*TINY_EVAS, "tiny_swin", "tiny_hiera")
 CPU = torch.device("cpu")
 GROUPS = {"attention": ("query", "key", "value", "out", "qkv"), "mlp": ("fc1", "fc2", "gate", "up")}
 
@@ -57,7 +58,7 @@ METHODS: dict[str, Callable[[nn.Module], None]] = {
     "qa_lora": qa_lora,
     "qa_lora without groups": lambda model: qa_lora(model, groups=False),
     "qa_adalora": qa_adalora,
-    **dict.fromkeys(TINY_EVAS, lora),
+    **dict.fromkeys(OTHERS, lora),
     "peft_lora": lambda model: attach_peft_lora(model, PeftLoraConfig(rank=2), seed=0),
     "peft_adalora": lambda model: attach_peft_adalora(
         model,
@@ -76,7 +77,7 @@ def adapted(tiny_vit: Callable[..., nn.Module]) -> Callable[[str], nn.Module]:
     def make(method: str) -> nn.Module:
         if method.startswith("peft"):
             pytest.importorskip("peft")
-        model = random_model(method).train() if method in TINY_EVAS else tiny_vit()
+        model = random_model(method).train() if method in OTHERS else tiny_vit()
         METHODS[method](model)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():

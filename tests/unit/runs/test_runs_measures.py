@@ -269,11 +269,11 @@ def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
 
     def passes(measures: MeasuresConfig) -> list[float]:
         """Return the images that go through the model beyond those of a run without measures."""
-        an_image = 1.8 * shape.parameters * workload.tokens / 1e6
+        an_image = 1.8 * shape.multiply_adds / 1e6
         return [(a - b) / an_image for a, b in zip(seconds(measures), seconds(MeasuresConfig()), strict=True)]
 
     assert passes(MeasuresConfig(latency_batches=(1, 8))) == pytest.approx([225, 225])
-    assert shape.depth == 6
+    assert len(shape.sites) == 6 * 6
     removal = (1 + 6 * (1 + 2 + 3 + 4 + 5 + 6) / 6 + 3) * 8  # all updates; of each block's sites the rest; the groups
     assert passes(MeasuresConfig(removal_images=8)) == pytest.approx([0, 25 * 8])
     assert removal == 25 * 8

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from peft_vit.backbones import describe
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
@@ -230,3 +231,23 @@ def test_adaptive_ranks_are_decided_in_a_sixth_of_the_steps_also_where_a_folder_
     assert (longer.warmup_steps, longer.final_steps) == (16, 968)  # early in any case
     with pytest.raises(UserError, match=r"^--steps: 9 steps are too few to move ranks; give more$"):
         study_of(replace(asked, epochs=None, steps=9))
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "group", "rank"),
+    [
+        ("swin_tiny_patch4_window7_224", 128, 32, 3),  # 96 inputs, the fewest, in groups of 32
+        ("vit_so400m_patch14_siglip_224", 56, 16, 8),  # an MLP of 4304 values
+        ("eva02_large_patch14_224", 56, None, 8),  # one of 2730
+    ],
+)
+def test_groups_and_ranks_fit_every_site(asked, model, size, group, rank) -> None:
+    for method in ("qa_lora", "qa_adalora", "qa_linear"):
+        steps = {} if method == "qa_linear" else {"steps": 60}
+        study, _ = study_of(asked(method, model=model, image_size=size, **steps))
+        (experiment,) = study.experiments
+        packing = experiment.qa_lora
+        assert (packing.group_size if packing.use_group_quantization else None) == group
+        if method == "qa_lora":
+            assert packing.rank == rank
+        experiment.kind.check(experiment, describe(study.backbone, size), 60, 100)

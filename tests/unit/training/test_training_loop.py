@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny_models import random_model
 from torch.nn import functional as F
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
@@ -261,3 +262,23 @@ def test_it_diverges_loudly(tiny_vit, data, runtime) -> None:
 
 def test_steps_per_epoch() -> None:
     assert [steps_per_epoch(n, 8) for n in (1, 8, 9, 16)] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_batch_norm_keeps_the_statistics_of_pretraining(data, runtime, method) -> None:
+    """What is kept of a run are parameters, so a model that comes back has to compute with the statistics it had."""
+    model = random_model("tiny_hybrid")
+    if method == "lora":
+        lora(model)
+    statistics = {name: one.clone() for name, one in model.named_buffers() if "running" in name}
+    assert statistics
+    before = {name: one.detach().clone() for name, one in model.named_parameters() if ".bn.weight" in name}
+    seen = []
+    norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    norm.register_forward_hook(lambda module, _, __: seen.append(module.training))
+    train(model, data(), config(epochs=1), runtime, seed=4)
+    assert all(torch.equal(dict(model.named_buffers())[name], one) for name, one in statistics.items())
+    assert seen
+    assert not any(seen)
+    moved = [not torch.equal(dict(model.named_parameters())[name], one) for name, one in before.items()]
+    assert moved == [method == "full"] * len(moved)

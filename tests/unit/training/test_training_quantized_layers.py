@@ -6,9 +6,10 @@ from qa_lora_settings import config
 
 from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
 from peft_vit.adapters import adapted_modules, attach_adapters, current_ranks, site_adapters
-from peft_vit.backbones import find_sites
+from peft_vit.backbones import describe, find_sites
+from peft_vit.config import BackboneConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
-from peft_vit.training.quantized_layers import format_of
+from peft_vit.training.quantized_layers import check_ranks, format_of
 
 pytestmark = pytest.mark.part("trainer")
 
@@ -114,3 +115,18 @@ def test_the_controllers_adapters_are_pooled_over_the_groups(tiny_vit) -> None:
     assert controller.bounds.maximum.tolist() == [4, 4, 4, 4, 4, 8] * 2  # 64 / 16 and 128 / 16 groups
     with pytest.raises(UserError, match=r"pool: the model's adapter on blocks\.0\.attn\.query has 16, .* 1"):
         AdaLoRAController(model, settings, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "remedy"),
+    [
+        ("swin_tiny_patch4_window7_224", 64, "64 does not divide the 96 inputs .*; use one of 2, 3, 4, .*, 48, 96$"),
+        ("vit_so400m_patch14_siglip_224", 32, "32 does not divide the 4304 inputs .*; use one of 2, 4, 8, 16$"),
+    ],
+)
+def test_groups_that_do_not_divide_are_refused_with_those_that_divide_all_sites(name, group, remedy) -> None:
+    sites = describe(BackboneConfig(model=name, weights="random"), 224).sites
+    with pytest.raises(UserError, match=remedy) as caught:
+        check_ranks(sites, 0, group)
+    for size in map(int, caught.value.message.rpartition("use one of ")[2].split(", ")):
+        check_ranks(sites, 1, size)

@@ -1,0 +1,158 @@
+"""On a model of each family every method trains, comes back, merges, and goes to ONNX, to PEFT and into a report."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from small_methods import ADALORA, EXPERIMENTS
+from tiny_models import TINY_EVAS
+from torch import nn
+
+from peft_vit.backbones import load_backbone
+from peft_vit.backbones.catalog import build_model
+from peft_vit.config import BackboneConfig
+from peft_vit.deployment import export_onnx, load_low_bit, merge, open_onnx, save_low_bit
+from peft_vit.records import outcome_digest, read_record
+from peft_vit.runs import run_one
+from peft_vit.runs.export import restore_run
+from peft_vit.training import Checkpoints, Interrupted
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("cache")
+
+FAMILIES = ("tiny_swin", "tiny_beit", "tiny_hiera", "tiny_swin_v2", "tiny_distilled", "tiny_naflex")
+OTHERS = ("tiny_pool", "tiny_hybrid")
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def cases(*names: str, everywhere: tuple[str, ...], quick: tuple[str, ...]) -> pytest.MarkDecorator:
+    """Return methods by models: all on two models, some of them on each; those that are not quick are slow."""
+    found = []
+    for model in (*TINY_EVAS, *FAMILIES, *OTHERS):
+        for name in names if model in ("tiny_dinov3", "tiny_swin") else everywhere:
+            slow = model != "tiny_dinov3" and (model != "tiny_swin" or name not in quick)
+            found.append(pytest.param(model, name, marks=[pytest.mark.slow] if slow else []))
+    return pytest.mark.parametrize(("model", "name"), found)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(IMAGES)
+
+
+OURS, THEIRS = ("linear", "lora", "adaptive"), ("theirs", "theirs_adaptive", "dora")
+PACKED = ("int4", "int4_adaptive", "mixed")
+
+
+@cases(
+    "full", *OURS, *THEIRS, *PACKED, everywhere=("full", "adaptive", "dora", *PACKED[1:]), quick=("adaptive", "mixed")
+)
+def test_a_run_comes_back_and_its_merged_model_computes_the_same_here_and_from_a_file(
+    run_of, model, tmp_path, name
+) -> None:
+    run = restore_run(run_of(name, model))
+    expected = logits(run.model)
+    merged = merge(run.model, run.card)
+    tolerance = {"float": 1e-5, "offsets": 2e-2}[merged.how]  # offsets are rounded to float16
+    torch.testing.assert_close(logits(merged.model), expected, rtol=0, atol=tolerance)
+    save_low_bit(merged.model, tmp_path / "model.safetensors", run.card)
+    loaded, _ = load_low_bit(tmp_path / "model.safetensors")
+    assert torch.equal(logits(loaded), logits(merged.model))
+
+
+@cases("adaptive", "int4", everywhere=("int4",), quick=())
+def test_onnxruntime_computes_the_same(run_of, model, tmp_path, name) -> None:
+    pytest.importorskip("onnxscript")
+    run = restore_run(run_of(name, model))
+    merged = merge(run.model, run.card)
+    export_onnx(merged.model, tmp_path / "model.onnx", run.card)
+    predict, _ = open_onnx(tmp_path / "model.onnx")
+    torch.testing.assert_close(predict(IMAGES), logits(merged.model), rtol=0, atol=1e-4)
+
+
+@cases(*OURS, *THEIRS, everywhere=("adaptive", "theirs_adaptive"), quick=("adaptive",))
+def test_peft_loads_an_export_over_the_plain_model(run_of, model, tmp_path, command, name) -> None:
+    run_dir = run_of(name, model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        command("export", run_dir, "--format", "peft", "--output", tmp_path / "out")
+    start = load_backbone(BackboneConfig(model=model, weights="random"), image_size=32, num_classes=3, seed=1)
+    plain = build_model(model, 32, 3)
+    plain.load_state_dict(start.model.state_dict())
+    past = [one for one in plain.modules() if getattr(one, "q_bias", None) is not None]
+    assert any("qkv_bias_separate" in str(one.message) for one in caught) == bool(past)
+    for attention in past:  # docs/methods.md: timm would go past PEFT's layer
+        attention.qkv_bias_separate = True
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
+    torch.testing.assert_close(logits(theirs), logits(restore_run(run_dir).model), rtol=0, atol=1e-5)
+
+
+@cases("int4_adaptive", "full", "mixed", everywhere=("int4_adaptive", "full"), quick=("int4_adaptive",))
+def test_a_stopped_run_comes_to_the_same_end(run_of, model, tmp_path, name) -> None:
+    whole = read_record(run_of(name, model) / "record.json")
+    told: list[int] = []
+    with pytest.raises(Interrupted):
+        run_one(
+            whole.spec,
+            checkpoints=Checkpoints(tmp_path, 0),
+            should_stop=lambda: bool(told) and told[-1] >= 3,
+            on_progress=lambda progress: told.append(progress.step),
+        )
+    again = run_one(whole.spec, checkpoints=Checkpoints(tmp_path, 0)).record
+    assert again.error is None
+    assert outcome_digest(again) == outcome_digest(whole)
+
+
+STUDY = """\
+name: way
+seeds: [0, 1]
+threads: 1
+device: cpu
+precision: fp32
+backbone: {{model: {model}, weights: random}}
+data: {{dataset: image-folder, path: {images}, image_size: 32, validation_images: 12, test_images: 12}}
+measures: {{removal_images: 6}}
+training: {{epochs: 2, batch_size: 8, learning_rate: 1e-2}}
+experiments:
+  - {{name: probe, method: linear, training: {{}}}}
+  - {{name: adaptive, method: adalora, adalora: {adalora}}}
+  - {{name: packed, method: qa_lora, qa_lora: {packed}}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("model", FAMILIES)
+def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
+    macs = {key: value for key, value in ADALORA.items() if key != "total_rank_budget"} | {"total_mac_budget": 100_000}
+    file, results = tmp_path / "way.yaml", tmp_path / "results"
+    packed = EXPERIMENTS["mixed"]["qa_lora"]
+    file.write_text(STUDY.format(model=model, images=images, adalora=json.dumps(macs), packed=json.dumps(packed)))
+    command("run", file, "--output", results)
+    command("report", results)
+    page = (results / "report" / "report.html").read_text()
+    summary = (results / "report" / "analysis_summary.md").read_text()
+    kinds = {site.matrix for site in read_record(results / "way" / "adaptive" / "seed_0" / "record.json").sites}
+    assert len(kinds) >= 5
+    for kind in kinds:
+        assert kind in page
+        assert f"| {kind} |" in summary
+    files = sorted(images.rglob("*.png"))[::12]
+    for name, kinds_of_files in (("adaptive", ("onnx", "safetensors", "peft")), ("packed", ("onnx", "safetensors"))):
+        run_dir = results / "way" / name / "seed_0"
+        wanted = _predicted(command("predict", run_dir, *files).out)
+        for kind in kinds_of_files:
+            exported = tmp_path / f"{name}.{kind}"
+            command("export", run_dir, "--format", kind, "--output", exported)
+            weights = ("--weights", "random") if kind == "peft" else ()
+            found = _predicted(command("predict", exported, *files, *weights).out)
+            assert found.keys() == wanted.keys()
+            assert all(found[at][0] == wanted[at][0] for at in files)
+            assert all(found[at][1] == pytest.approx(wanted[at][1], abs=2e-3) for at in files)
+
+
+def _predicted(printed: str) -> dict[Path, tuple[str, float]]:
+    rows = [line.split("\t") for line in printed.splitlines()]
+    return {Path(file): (name, float(probability)) for file, name, probability in rows}
