@@ -15,7 +15,7 @@ TOOLS = Path(__file__).parents[1] / "torture"
 @pytest.mark.parametrize(
     ("tool", "options", "kinds", "trials"),
     [
-        ("killed_runs.py", ["--forked", "4", "--methods", "adalora", "--seed", "5"], "forked command, .*", 4),
+        ("killed_runs.py", ["--forked", "4", "--methods", "adalora", "lora", "--seed", "5"], "forked command, .*", 4),
         ("killed_allocations.py", ["--only", "growing", "--steps", "3", "9"], "growing", 4),
         ("two_commands.py", ["--drivers", "2", "--commands", "1"], "forked drivers|fresh commands", 3),
         ("full_disks.py", ["--trials", "4", "--methods", "adalora", "--seed", "1"], "[a-z.' ]+", 4),

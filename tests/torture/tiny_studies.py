@@ -31,8 +31,18 @@ _QA_LORA = {
     "use_group_quantization": True,
     "group_size": 16,
 }
+_TRAINING = {"epochs": 4, "batch_size": 8, "learning_rate": 3e-3}
+_AUGMENTATION = [  # everything that there is
+    "flip",
+    "rotate90",
+    "random_resized_crop",
+    {"color_jitter": {"saturation": 0}},
+    "rand_augment",
+    "mixup",
+    "cutmix",
+]
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"lora": {"rank": 2}},
+    "lora": {"lora": {"rank": 2}, "training": {**_TRAINING, "augmentation": _AUGMENTATION, "label_smoothing": 0.1}},
     "adalora": {"adalora": {**_ADALORA, "parametrization": "svd"}},
     "qa_lora": {"qa_lora": {**_QA_LORA, "rank": 2}},
     "qa_adalora": {"adalora": _ADALORA, "qa_lora": {**_QA_LORA, "targets": ["out", "fc2"]}},
@@ -55,7 +65,6 @@ def write_study(
         seeds: of the study.
         execution: its settings.
     """
-    training = {"epochs": 4, "batch_size": 8, "learning_rate": 3e-3}
     study = {
         "name": NAME,
         "seeds": list(seeds),
@@ -66,7 +75,7 @@ def write_study(
         "backbone": {"model": "test_vit", "weights": "random"},
         "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
         "experiments": [
-            {"name": name, "training": training, "method": name, **sections} for name, sections in experiments.items()
+            {"name": name, "training": _TRAINING, "method": name, **sections} for name, sections in experiments.items()
         ],
     }
     folder.mkdir(parents=True, exist_ok=True)

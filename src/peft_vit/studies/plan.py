@@ -256,7 +256,7 @@ def _unseen(study: StudyConfig) -> tuple[str, ...]:
     )
     if not probes or not changes:
         return ()
-    return (f"augmentation: {', '.join(probes)} see flips alone; {', '.join(changes)} act where steps are taken",)
+    return (f"augmentation: of its changes only flips reach {', '.join(probes)}, not {', '.join(changes)}",)
 
 
 def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:

@@ -359,7 +359,7 @@ def test_a_recipe_that_does_not_fit_images_or_steps_is_refused(study, tmp_path, 
 
 
 def test_a_plan_says_which_experiments_see_less_than_others(study, tmp_path) -> None:
-    line = "augmentation: linear see flips alone; rotate90, mixup act where steps are taken"
+    line = "augmentation: of its changes only flips reach linear, not rotate90, mixup"
     config = study("lora", augmentation=["flip", "rotate90", "mixup"])
     assert line not in planned(config, tmp_path).notices
     probe = study("linear").experiments
