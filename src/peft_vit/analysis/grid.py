@@ -35,6 +35,11 @@ class Grid:
                 array[self.blocks.index(site.block), self.matrices.index(site.matrix)] = values[site.name]
         return array
 
+    def has_matrix(self) -> np.ndarray:
+        """Return (blocks, matrices) whether a block has such a matrix; Swin merges patches between stages alone."""
+        there = {(site.block, site.matrix) for site in self.sites}
+        return np.array([[(block, matrix) in there for matrix in self.matrices] for block in self.blocks])
+
     def pick(self, values: np.ndarray, site: SiteInfo) -> float:
         """Return a site's entry of a (blocks, matrices) array."""
         return float(values[self.blocks.index(site.block), self.matrices.index(site.matrix)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -75,7 +75,15 @@ def _by_experiment(
 def _cell_texts(grid: Grid, values: np.ndarray, what: str) -> list[str]:
     """Return what each cell says, by row."""
     places = [f"block {block}, {matrix}" for block in grid.blocks for matrix in grid.matrices]
-    return [f"{place}\n{what} {value or 'not recorded'}" for place, value in zip(places, _cells(values), strict=True)]
+    return [
+        f"{place}\n{what} {value or 'not recorded'}" if there else f"{place}\nno such matrix in this block"
+        for place, value, there in zip(places, _cells(values), grid.has_matrix().ravel(), strict=True)
+    ]
+
+
+def _empty_cells(grids: Iterable[Grid]) -> str:
+    """Return what a caption says of them, with a space before it; nothing if every block has every matrix."""
+    return "" if all(grid.has_matrix().all() for grid in grids) else " Grey: the block has no such matrix."
 
 
 def _cells(values: np.ndarray) -> tuple[str, ...]:
@@ -114,7 +122,7 @@ def rank_maps(allocations: Sequence[Allocation], note: str = "") -> Drawing:
     caption = (
         "Rank of every site from the given step on, mean over seeds: at the start, in the middle of "
         "the recorded updates, and at the end. Rows are blocks, columns are matrices; all panels "
-        f"share one color scale.{PARTLY if skipped else ''}{note}"
+        f"share one color scale.{_empty_cells(a.grid for a in allocations)}{PARTLY if skipped else ''}{note}"
     )
     data: list[dict[str, Raw]] = [
         {"experiment": a.experiment.name, "step": entry.step, **cell}
@@ -213,7 +221,8 @@ def importance_maps(patterns: Sequence[ImportancePattern], note: str = "") -> Dr
         "Scores at the last decision, divided by the mean over the sites of their run: 1 is an "
         "average site. Left: every site, mean over seeds, each experiment on its own scale. Right: "
         f"mean by block of the attention sites and of the MLP sites, {seeds}. A "
-        f"score is what the method decided with; it is not a measured harm.{note}"
+        f"score is what the method decided with; it is not a measured harm."
+        f"{_empty_cells(p.grid for p in patterns)}{note}"
     )
     data: list[dict[str, Raw]] = [
         {"experiment": p.experiment.name, **cell, "seeds": len(p.seeds)}

@@ -74,6 +74,8 @@ def test_a_matrix_of_some_blocks_only_counts_neither_as_attention_nor_as_mlp() -
     assert pattern.attention_over_mlp == pytest.approx((2.0,))
     assert np.isfinite(pattern.by_block).all()
     drawing = importance_maps([pattern])
+    assert drawing.caption.endswith("Grey: the block has no such matrix.")
+    assert "Grey" not in importance_maps(importance_patterns(planted.study_of([plain]))).caption
     figure = Figure(figsize=(8, 3))
     drawing.paint(figure)
     lines = {line.get_label(): line.get_ydata() for line in figure.subfigs[0].axes[1].lines}

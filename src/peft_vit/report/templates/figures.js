@@ -40,7 +40,7 @@
 
     function show(point) {
       const { x, y, series, names, text } = data(), lines = text.values[text.index[point]].split("\n");
-      if (moved.has(point)) lines[1] = data().player.unit + " " + (moved.get(point) || "not recorded");
+      if (moved.get(point)) lines[1] = data().player.unit + " " + moved.get(point); // a cell without a matrix has none
       tip.replaceChildren();
       each([names[series[point]], ...lines], (line, i) => {
         const part = document.createElement(i ? "div" : "b");
