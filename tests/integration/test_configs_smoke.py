@@ -70,7 +70,8 @@ def ways_of(study: StudyConfig) -> list[set[tuple[object, ...]]]:
     around = ways(small.model_dump(mode="json", include={"data", "measures", "precision"}))
     around |= {("model", small.backbone.model)}
     methods = [one.model_dump(mode="json", exclude={"name"}) for one in small.experiments]
-    return [around | ways(one, (one["method"],)) for one in methods]
+    changes = [{"augmentation": one["training"].pop("augmentation")} for one in methods]  # the same for any method
+    return [around | ways(change) | ways(one, (one["method"],)) for change, one in zip(changes, methods, strict=True)]
 
 
 def chosen() -> list[tuple[Path, int, bool]]:
