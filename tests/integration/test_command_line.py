@@ -390,6 +390,13 @@ def test_no_torch_is_imported(code) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
+def test_data_sets_bring_no_library_that_only_one_of_them_needs() -> None:
+    unwanted = {"datasets", "pyarrow", "torchvision", "transformers"}
+    done = python("-c", f"import peft_vit.data, sys; assert not {unwanted} & set(sys.modules), 'imported'")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_public_names() -> None:
     import peft_vit
     from peft_vit.allocation.adalora_controller import AdaLoRAController

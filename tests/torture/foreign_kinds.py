@@ -224,6 +224,7 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         ("elpv", next((folder / "elpv").iterdir()), (_in_zip(plain), _in_zip(lines, "labels.csv"), plain)),
         ("image-folder", folder / "images.zip", (_in_zip(plain), plain)),
         ("csv", folder / "csv" / "images.csv", (lines, plain)),
+        ("hf", folder / "hf" / "data" / "train-00000-of-00001.parquet", (plain,)),
         ("tiny-imagenet", folder / "tiny-imagenet" / "words.txt", (lines, plain)),
         ("tiny-imagenet", folder / "tiny-imagenet" / "val" / "val_annotations.txt", (lines, plain)),
         *((name, next((folder / name).iterdir()), (packed, plain)) for name in ("cifar10", "cifar100")),

@@ -192,7 +192,7 @@ def _make_data_sets(inputs: Path) -> None:
     """Put a small set of each format below `data`, with the configuration of a study on it beside."""
     folder = inputs / "data"
     paths = {}
-    for name in ("elpv", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "csv"):
+    for name in ("elpv", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "csv", "hf"):
         path = synthetic.files_for(name)
         assert path is not None
         source = path if path.is_dir() else path.parent

@@ -156,7 +156,7 @@ def _scored(study: Study, patterns: Sequence[ImportancePattern]) -> list[_Scored
 
 
 def _images(study: Study) -> str:
-    return ", ".join(sorted({run.record.spec.data.dataset for run in study.runs}))
+    return ", ".join(sorted({run.record.spec.data.title for run in study.runs}))
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,13 @@ class DataConfig(Frozen):
                 raise ValueError(f"'{field}' has no effect with dataset: {self.dataset}; remove it")
         return self
 
+    @property
+    def title(self) -> str:
+        """Return what to call the data set, for people: of hf, which is many, with its name or folder."""
+        if self.dataset != "hf":
+            return self.dataset
+        return f"hf {self.path}" + (f" ({self.hub_subset})" if self.hub_subset else "")
+
 
 class TrainingConfig(Frozen):
     """How long and how fast. Set for the study, overridden per experiment."""

@@ -58,11 +58,12 @@ def read_hf(config: DataConfig, licence: str) -> ImageIndex:
     """
     path = str(config.path)  # the configuration has seen to it
     splits = open_splits(path, config.hub_subset)
-    features = next(iter(splits.values())).features
+    features = next((splits[name] for name in _TRAIN if name in splits), next(iter(splits.values()))).features
     image = _image_column(features, config.image_column, path)
     label = _label_column(features, image, config.label_column, path)
     notes: list[str] = []
-    parts = _labelled([_split(name, rows, image, label, path) for name, rows in splits.items()], path, notes)
+    tables = [_split(name, rows, image, label, features, path) for name, rows in splits.items()]
+    parts = _labelled(tables, path, notes)
     is_test = _official_test(parts, path, notes)
     names, labels = _classes(parts, features[label], label, path, notes)
     titles, digests = _titles_and_digests(parts, path)
@@ -174,17 +175,25 @@ def _such_as(columns: list[str]) -> str:
 # --- splits and classes ---------------------------------------------------------------------------------------------
 
 
-def _split(name: str, rows: Dataset, image: str, label: str, path: str) -> _Split:
+def _split(name: str, rows: Dataset, image: str, label: str, features: Features, path: str) -> _Split:
+    """Return a split's columns, which have to be those of `features`; only the labels may be missing."""
     import datasets
 
+    columns = [column for column in (image, label) if column in rows.features]
+    for column in (image, *columns):
+        if rows.features.get(column) != features[column]:  # classes in another order would be other numbers
+            problem = f"column '{column}' of split {name} is not as in the others; save all splits with equal columns"
+            raise UserError(problem, file=path, field="data.path")
     try:
-        table = rows.select_columns([image, label]).with_format("arrow")[:]
-        for column in (image, label):
+        table = rows.select_columns(columns).with_format("arrow")[:]
+        for column in columns:
             table.column(column).validate(full=True)  # a file of others may lie about where a value ends
     except Exception as error:  # a foreign table can fail in any way; the user needs one line
         raise UserError(f"has a damaged split {name} ({reason(error)}); fetch it again", file=path) from None
-    classes = [None if value in (None, "") else value for value in table.column(label).to_pylist()]
-    if isinstance(rows.features[label], datasets.ClassLabel):
+    classes = [None] * len(table)
+    if label in columns:
+        classes = [None if value in (None, "") else value for value in table.column(label).to_pylist()]
+    if isinstance(features[label], datasets.ClassLabel):
         classes = [None if value is None or value < 0 else value for value in classes]  # -1: kept back
     return _Split(name, table.column(image), classes, tuple(Path(file["filename"]) for file in rows.cache_files))
 

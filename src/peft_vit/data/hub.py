@@ -55,15 +55,27 @@ def open_splits(path: str, subset: str | None) -> dict[str, Dataset]:
             raise
         except Exception as error:  # a foreign set can fail in any way; the user needs one line
             field = "data.hub_subset" if "config" in str(error).lower() else "data.path"
-            raise UserError(
-                f"can't be read by the library datasets ({reason(error)})", file=path, field=field
-            ) from None
+            problem = f"can't be read by the library datasets ({reason(error)})"
+            raise UserError(problem, file=_damaged(place) or path, field=field) from None
 
 
 def reason(error: BaseException) -> str:
     """Return what went wrong, on one line; the library names it in the cause of its own error."""
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+
+
+def _damaged(place: Path) -> Path | None:
+    """Return the first Parquet file at or below a place that can't be read; the library's errors name none."""
+    from pyarrow.parquet import ParquetFile
+
+    for file in [place] if place.suffix == ".parquet" else sorted(place.rglob("*.parquet")):
+        try:
+            for _ in ParquetFile(file).iter_batches():
+                pass
+        except Exception:  # of whatever kind, the library's own error is told
+            return file
+    return None
 
 
 def roots(path: str) -> tuple[Path, ...]:

@@ -43,7 +43,7 @@ def _blocks(found: Across) -> Iterator[Paragraph | Table]:
     for one in found.studies:
         runs = len(one.study.runs)
         backbones = sorted({run.record.spec.backbone.model for run in one.study.runs})
-        data = sorted({run.record.spec.data.dataset for run in one.study.runs})
+        data = sorted({run.record.spec.data.title for run in one.study.runs})
         yield Paragraph(
             f"Study {one.label}: {joined(data) or 'no data'}, {joined(backbones) or 'no backbone'}, "
             f"{runs} finished run{'' if runs == 1 else 's'}."

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
-from peft_vit.config import StudyConfig
+from peft_vit.config import DataConfig, StudyConfig
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.report.document import Card, RunDetails
@@ -48,7 +48,7 @@ def facts(study: Study) -> tuple[tuple[str, str], ...]:
     rows = [
         ("Backbone", _distinct(one.backbone.model for one in asked)),
         ("Weights", _distinct(_weights(run) for run in runs) or "unknown: no run has finished"),
-        ("Images", _distinct(_images(study, one.data.dataset, one.data.image_size) for one in asked)),
+        ("Images", _distinct(_images(study, one.data) for one in asked)),
         ("Licence of the images", _distinct(licence(study, one.data.dataset) for one in asked)),
         ("Split", _distinct(_split(run) for run in runs)),
         ("Classes", _distinct(_classes(runs))),
@@ -71,9 +71,9 @@ def _weights(run: Run) -> str:
     return f"{provenance.weights_name} (SHA-256 {(provenance.weights_sha256 or 'unknown')[:12]}…)"
 
 
-def _images(study: Study, dataset: str, size: int) -> str:
-    kind = "synthetic images in the format of " if study.smoke else ""
-    return f"{kind}{dataset}, {size} × {size} pixels"
+def _images(study: Study, data: DataConfig) -> str:
+    name = f"synthetic images in the format of {data.dataset}" if study.smoke else data.title
+    return f"{name}, {data.image_size} × {data.image_size} pixels"
 
 
 def licence(study: Study, dataset: str) -> str:

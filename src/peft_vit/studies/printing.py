@@ -93,7 +93,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 def _print_study(plan: Plan, console: Console) -> None:
     study = plan.study
     console.print(
-        f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.dataset} "
+        f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.title} "
         f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
     )
     if plan.runs[0].spec.smoke:

@@ -267,6 +267,22 @@ def test_test_images_without_labels_give_way_to_validation_and_that_is_told(conf
     assert said == ("Images: split test has no labels and is left out",)
 
 
+def test_a_test_split_without_the_column_of_labels(hf, tmp_path):
+    index = hf(saved(tmp_path, {"test": rows(4, 90), "train": labelled(12)}))
+    assert index.official_test is None
+    assert index.notes == ("split test has no labels and is left out",)
+
+
+@pytest.mark.parametrize("other", ["classes", "image"])
+def test_splits_of_other_columns_are_refused(other, hf, tmp_path):
+    test = rows(2, 50, label=(datasets.ClassLabel(names=["dog", "cat"]), [0, 1]))
+    if other == "image":
+        test = labelled(2, 50).rename_column("image", "picture")
+    column = "label" if other == "classes" else "image"
+    with pytest.raises(UserError, match=rf"saved: data\.path: column '{column}' of split test is not as in the others"):
+        hf(saved(tmp_path, {"train": labelled(4), "test": test}))
+
+
 def test_splits_without_train_are_refused(hf, tmp_path):
     with pytest.raises(UserError, match=r"data\.path: has the splits test, validation; expected train beside them"):
         hf(saved(tmp_path, {"test": labelled(4), "validation": labelled(4, 9)}))
@@ -342,7 +358,9 @@ def test_files_that_are_no_images_with_labels(hf, tmp_path):
             hf(tmp_path / name)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/train.parquet").write_bytes(b"PAR1broken")
-    with pytest.raises(UserError, match=r"broken: data\.path: can't be read by the library datasets \(.*Parquet"):
+    with pytest.raises(
+        UserError, match=r"broken/train\.parquet: data\.path: can't be read by the library datasets \(.*Parq"
+    ):
         hf(tmp_path / "broken")
 
 
