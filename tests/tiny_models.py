@@ -23,7 +23,7 @@ from timm.models.vision_transformer import (
 from timm.models.vision_transformer_hybrid import ConvStem, _create_vision_transformer_hybrid
 from torch import nn
 
-from peft_vit.backbones import Site
+from peft_vit.backbones import Architecture, Site
 from peft_vit.backbones.catalog import create_model
 from peft_vit.deployment import ModelCard
 
@@ -116,7 +116,7 @@ def random_model(name: str) -> nn.Module:
     """Make a model of timm by name, for 32 px and 5 classes; all its values are random, biases and norms too."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: nn.Module = create_model(name, 32, 5)
+        model: nn.Module = create_model(Architecture("timm", name), 32, 5)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -20,12 +20,35 @@ import timm
 from evidence import RESULTS, ROOT, filled
 
 from peft_vit import cli
-from peft_vit.backbones.catalog import native_size, size_step_of
-from peft_vit.deployment.check import LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR, Outcome, check_timm
+from peft_vit.backbones import Architecture
+from peft_vit.backbones.catalog import describe, native_size, size_step_of
+from peft_vit.config import BackboneConfig, Library
+from peft_vit.deployment.check import LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR, Outcome, check_architecture
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 
 ROWS, DOCUMENT = RESULTS / "backbones.csv", ROOT / "docs" / "backbones.md"
+TRANSFORMERS = "transformers"
+# Types of models, each at the size of transformers' own defaults.
+TYPES = (
+    "vit",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "clip",
+    "clip_vision_model",
+    "siglip",
+    "siglip_vision_model",
+    "siglip2",
+    "siglip2_vision_model",
+    "beit",
+    "swin",
+    "swinv2",
+    "data2vec-vision",
+    "vit_msn",
+    "ijepa",
+)
 MODULES = {  # of timm, and what people call their models
     "vision_transformer": "ViT, DINO, DINOv2, CLIP, SigLIP, AIMv2",
     "vision_transformer_hybrid": "ViT with a convolutional stem",
@@ -36,6 +59,7 @@ MODULES = {  # of timm, and what people call their models
     "swin_transformer_v2": "Swin V2",
     "hiera": "Hiera",
     "naflexvit": "NaFlexViT",
+    TRANSFORMERS: "transformers: one model a class",
 }
 _SMALLEST = 64  # pixels: windows of several tokens in each stage of Swin
 CHECKS = {"merged": LARGEST_MERGE_ERROR, "onnx": LARGEST_ONNX_ERROR, "peft": LARGEST_MERGE_ERROR}
@@ -47,10 +71,11 @@ def check(patterns: list[str]) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     rows = pd.read_csv(ROWS).to_dict("records") if ROWS.exists() else []
-    known = {row["model"] for row in rows}
+    known = {(row["module"], row["model"]) for row in rows}
     for module in MODULES:
-        for name in timm.list_models(module=module):
-            if name in known or not any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+        names = TYPES if module == TRANSFORMERS else timm.list_models(module=module)
+        for name in names:
+            if (module, name) in known or not any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
                 continue
             rows.append(checked(name, module))
             print(*rows[-1].values(), sep="  ", flush=True)
@@ -60,11 +85,19 @@ def check(patterns: list[str]) -> None:
 
 def checked(name: str, module: str) -> dict[str, object]:
     """Return the row of an architecture."""
-    step = size_step_of(name)
-    side = min(native_size(name), max(2 * step, -(-_SMALLEST // step) * step))
+    library: Library = "transformers" if module == TRANSFORMERS else "timm"
+    backbone = BackboneConfig(library=library, model=name, weights="random")
+    architecture = Architecture.of(backbone)
+    step = size_step_of(architecture)
+    side = min(native_size(architecture), max(2 * step, -(-_SMALLEST // step) * step))
+    try:
+        describe(backbone, side)
+    except UserError as error:  # Swin of transformers has windows of one size
+        if error.field == "data.image_size":
+            side = native_size(architecture)
     row: dict[str, object] = {"module": module, "model": name, "image_size": side}
     try:
-        found = check_timm(name, side, peft=True, shallow=True)
+        found = check_architecture(architecture, side, peft=True, shallow=True)
     except UserError as error:
         return row | {"fault": str(error)}
     assert found.onnx is not None

@@ -10,7 +10,7 @@ from small_methods import ADALORA, EXPERIMENTS
 from tiny_models import TINY_EVAS
 from torch import nn
 
-from peft_vit.backbones import load_backbone
+from peft_vit.backbones import Architecture, load_backbone
 from peft_vit.backbones.catalog import build_model
 from peft_vit.config import BackboneConfig
 from peft_vit.deployment import export_onnx, load_low_bit, merge, open_onnx, save_low_bit
@@ -79,7 +79,7 @@ def test_peft_loads_an_export_over_the_plain_model(run_of, model, tmp_path, comm
         warnings.simplefilter("always")
         command("export", run_dir, "--format", "peft", "--output", tmp_path / "out")
     start = load_backbone(BackboneConfig(model=model, weights="random"), image_size=32, num_classes=3, seed=1)
-    plain = build_model(model, 32, 3)
+    plain = build_model(Architecture("timm", model), 32, 3)
     plain.load_state_dict(start.model.state_dict())
     past = [one for one in plain.modules() if getattr(one, "q_bias", None) is not None]
     assert any("qkv_bias_separate" in str(one.message) for one in caught) == bool(past)

@@ -1,5 +1,6 @@
 """Pretrained Vision Transformers: which there are, their weights, the matrices that may carry an adapter."""
 
+from peft_vit.backbones.architecture import Architecture
 from peft_vit.backbones.attention import choose_attention
 from peft_vit.backbones.backbone import Backbone, evaluating, find_sites, freeze_batch_norm
 from peft_vit.backbones.catalog import MODELS, BackboneShape, describe, native_size, size_step_of
@@ -11,6 +12,7 @@ from peft_vit.backbones.weights import Weights, check_weights, read_weights
 
 __all__ = [
     "MODELS",
+    "Architecture",
     "Backbone",
     "BackboneShape",
     "Head",

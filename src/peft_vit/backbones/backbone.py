@@ -233,8 +233,8 @@ def freeze_batch_norm(model: nn.Module) -> None:
 
 def known_classes() -> str:
     """Return the names of the classes that are known best, for people."""
-    names = [family.model_class.__name__ for family in FAMILIES]
-    return f"timm {', '.join(names)} or another model of timm"
+    names = [family.model_class.__name__ for family in FAMILIES[:-1]]
+    return f"timm {', '.join(names)}, another model of timm, or one of transformers that this package has loaded"
 
 
 def _missing(site: str, reason: str) -> UserError:

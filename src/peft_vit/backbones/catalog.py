@@ -9,10 +9,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from peft_vit.backbones import transformers_models
+from peft_vit.backbones.architecture import Architecture
 from peft_vit.backbones.backbone import Backbone, evaluating, find_sites
 from peft_vit.backbones.families import Family
 from peft_vit.backbones.site import Site, fused_sites
@@ -88,18 +89,18 @@ def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
     Raises:
         UserError: if the model is unknown, not one that can be adapted, or does not take this image size.
     """
-    return _shape(config.model, image_size)
+    return _shape(Architecture.of(config), image_size)
 
 
 @functools.cache
-def _shape(name: str, image_size: int) -> BackboneShape:
+def _shape(architecture: Architecture, image_size: int) -> BackboneShape:
     with torch.device("meta"):
-        model = create_model(name, image_size, num_classes=1)
+        model = create_model(architecture, image_size, num_classes=1)
     backbone = Backbone(model)
     try:
         sites, _ = find_sites(model), backbone.head  # it has one
     except UserError as error:
-        raise UserError(f"{name} can't be adapted: {error.message}", field="backbone.model") from None
+        raise UserError(f"{architecture.name} can't be adapted: {error.message}", field="backbone.model") from None
     return BackboneShape(
         sites=sites,
         multiply_adds=_multiply_adds(backbone),
@@ -118,22 +119,22 @@ def _multiply_adds(backbone: Backbone) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def create_model(name: str, image_size: int, num_classes: int) -> Any:
-    """Build a Vision Transformer with a linear head as timm initialises it, on the current default device.
+def create_model(architecture: Architecture, image_size: int, num_classes: int) -> Any:
+    """Build a Vision Transformer with a linear head as its library initialises it, on the current default device.
 
     Raises:
         UserError: as `describe`.
     """
-    model = build_model(name, image_size, num_classes)
+    model = build_model(architecture, image_size, num_classes)
     Backbone(model).prepare()
     return model
 
 
-def build_model(name: str, image_size: int, num_classes: int, *, shallow: bool = False) -> nn.Module:
-    """Do as `create_model`, but leave the model as timm builds it: some attention goes past its modules then.
+def build_model(architecture: Architecture, image_size: int, num_classes: int, *, shallow: bool = False) -> nn.Module:
+    """Do as `create_model`, but leave the model as its library builds it: some attention goes past its modules then.
 
     Args:
-        name: as timm has it.
+        architecture: of either library.
         image_size: side of the square input, in pixels.
         num_classes: outputs of the head.
         shallow: with two blocks a stage, for checks.
@@ -141,59 +142,63 @@ def build_model(name: str, image_size: int, num_classes: int, *, shallow: bool =
     Raises:
         UserError: as `describe`.
     """
-    check_model_name(name)
-    family = _check_model(name, image_size)
-    return without_dropout(family.build(name, image_size, num_classes, **(family.shallow if shallow else {})))
+    family = _check_model(architecture, image_size)
+    if architecture.library == "transformers":
+        return without_dropout(transformers_models.build(architecture, image_size, num_classes, shallow=shallow))
+    settings = family.shallow if shallow else {}
+    return without_dropout(family.build(architecture.name, image_size, num_classes, **settings))
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
     """Turn off what drops values, tokens' or whole branches', in training: timm's Swin drops branches unless told.
 
-    All other families come without. It would draw from the global generator, and no two runs would be the same.
+    All other families of timm come without. It would draw from the global generator, and no two runs would be the same.
     """
     for module in model.modules():
-        if isinstance(module, DropPath):
-            module.drop_prob = 0.0
+        if hasattr(module, "drop_prob"):  # DropPath of either library
+            module.drop_prob = 0.0  # type: ignore[assignment]
         elif isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
 
 
-def create_skeleton(name: str, image_size: int, num_classes: int) -> Any:
+def create_skeleton(architecture: Architecture, image_size: int, num_classes: int) -> Any:
     """Build a model without memory for what a state dict holds, to be assigned; all else is there, on the CPU.
 
     Raises:
         UserError: as `describe`.
     """
     with torch.device("meta"):
-        model = create_model(name, image_size, num_classes)
+        model = create_model(architecture, image_size, num_classes)
     absent = [buffer for buffer, _ in model.named_buffers() if buffer not in model.state_dict()]
     if absent:  # rotary embeddings, say: computed from the image size, and in no file
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            whole = create_model(name, image_size, num_classes)
+            whole = create_model(architecture, image_size, num_classes)
         for buffer in absent:
             owner, _, leaf = buffer.rpartition(".")
             model.get_submodule(owner).register_buffer(leaf, whole.get_buffer(buffer), persistent=False)
     return model
 
 
-def native_size(name: str) -> int:
+def native_size(architecture: Architecture) -> int:
     """Return the side of the images that a model was pretrained on, in pixels."""
-    return Backbone(_on_paper(name)).input_size[1]
+    return Backbone(_on_paper(architecture)).input_size[1]
 
 
-def size_step_of(name: str) -> int:
+def size_step_of(architecture: Architecture) -> int:
     """Return what the side of an image has to be a multiple of, in pixels: for most models that of a patch."""
-    model = _on_paper(name)
+    model = _on_paper(architecture)
     return Backbone(model).family.size_step(model)
 
 
 @functools.cache
-def _on_paper(name: str) -> Any:
+def _on_paper(architecture: Architecture) -> Any:
     """Return a model without memory for its weights, at its own image size."""
-    check_model_name(name)
     with torch.device("meta"):
-        return timm.create_model(name)
+        if architecture.library == "transformers":
+            return transformers_models.build(architecture, transformers_models.native_size(architecture), 1)
+        check_model_name(architecture.name)
+        return timm.create_model(architecture.name)
 
 
 def check_model_name(name: str) -> None:
@@ -213,8 +218,8 @@ def check_model_name(name: str) -> None:
         raise UserError(f"unknown weights tag '{tag}' of {architecture}; {choice}", field="backbone.model")
 
 
-def _check_model(name: str, image_size: int) -> Family:
-    model = _on_paper(name)
+def _check_model(architecture: Architecture, image_size: int) -> Family:
+    model = _on_paper(architecture)
     backbone = Backbone(model)
     try:
         backbone.layout()
@@ -224,7 +229,7 @@ def _check_model(name: str, image_size: int) -> Family:
     if image_size != backbone.input_size[1] and (image_size < step or image_size % step):
         below = max(image_size // step, 1) * step
         raise UserError(
-            f"{image_size} is not a multiple of {step}, which the patches and windows of {name} ask for; "
+            f"{image_size} is not a multiple of {step}, which the patches and windows of {architecture.name} ask for; "
             f"use {below} or {below + step}",
             field="data.image_size",
         )

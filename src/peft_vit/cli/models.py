@@ -24,16 +24,17 @@ def export(
         Path,
         typer.Option(
             show_default=False,
-            help="a .onnx or .safetensors file; peft: a new or empty folder; history: a .parquet, .json or .csv file; "
-            "tensorboard: what its --logdir is given",
+            help="a .onnx or .safetensors file; peft, pretrained: a new or empty folder; history: a .parquet, .json or "
+            ".csv file; tensorboard: what its --logdir is given",
         ),
     ],
     format: Annotated[
-        Literal["onnx", "safetensors", "peft", "history", "tensorboard"],
+        Literal["onnx", "safetensors", "pretrained", "peft", "history", "tensorboard"],
         typer.Option(
             help="onnx: the whole model for onnxruntime; safetensors: the whole model, quantized layers packed; "
-            "peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: "
-            "metrics of finished runs, also while a study goes on"
+            "pretrained: a folder that timm or transformers loads, all weights as floats; peft: LoRA files for the "
+            "PEFT library; history: scores and ranks by run, step and site; tensorboard: metrics of finished runs, "
+            "also while a study goes on"
         ),
     ] = "peft",
 ) -> None:
@@ -104,14 +105,24 @@ def models() -> None:
 
 @app.command()
 def check(
-    model: Annotated[str, typer.Argument(help="name in timm", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="timm's name; of transformers a hub name, a folder of save_pretrained, or a type (dinov2)",
+            show_default=False,
+        ),
+    ],
+    library: Annotated[Literal["timm", "transformers"], typer.Option(help="whose model it is")] = "timm",
     image_size: Annotated[int | None, typer.Option(help="side in pixels; default: that of pretraining")] = None,
     peft: Annotated[bool, typer.Option("--peft", help="the same for LoRA of the PEFT library")] = False,
 ) -> None:
     """Show the sites of a backbone with random weights, whether adapters act there, and which exports work."""
-    from peft_vit.deployment.check import check_timm
+    from peft_vit.backbones import Architecture
+    from peft_vit.config import BackboneConfig
+    from peft_vit.deployment.check import check_architecture
 
-    _print_check(check_timm(model, image_size, peft=peft))
+    asked = BackboneConfig(library=library, model=model, weights="random")
+    _print_check(check_architecture(Architecture.of(asked), image_size, peft=peft))
 
 
 def _print_check(found: ModelCheck) -> None:

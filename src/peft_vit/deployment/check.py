@@ -18,7 +18,7 @@ from peft_vit.adapters import AdaptedLinear, Effect, adapted_modules, attach_ada
 from peft_vit.adapters.acting import effects_of
 from peft_vit.adapters.peft_format import export_peft
 from peft_vit.adapters.peft_tuner import load_peft
-from peft_vit.backbones import Backbone, Site, find_sites, fused_sites, native_size
+from peft_vit.backbones import Architecture, Backbone, Site, find_sites, fused_sites, native_size
 from peft_vit.backbones.catalog import build_model
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import export_onnx, open_onnx, require_onnx_export
@@ -81,18 +81,23 @@ class ModelCheck:
         return sum(one.effect.fault is None for one in self.sites)
 
 
-def check_timm(
-    name: str, image_size: int | None = None, *, onnx: bool = True, peft: bool = False, shallow: bool = False
+def check_architecture(
+    architecture: Architecture,
+    image_size: int | None = None,
+    *,
+    onnx: bool = True,
+    peft: bool = False,
+    shallow: bool = False,
 ) -> ModelCheck:
-    """Do as `check_model` for a model of timm with random weights, of two blocks a stage if it shall be shallow.
+    """Do as `check_model` for a model with random weights, of two blocks a stage if it shall be shallow.
 
     Raises:
         UserError: if the model is unknown, can't be adapted, or does not take images of this size.
     """
-    side = native_size(name) if image_size is None else image_size
+    side = native_size(architecture) if image_size is None else image_size
     return check_model(
-        lambda: random_weights(build_model(name, side, _CLASSES, shallow=shallow)),
-        _card(name, side),
+        lambda: random_weights(build_model(architecture, side, _CLASSES, shallow=shallow)),
+        _card(architecture, side),
         onnx=onnx,
         peft=peft,
     )
@@ -111,10 +116,12 @@ def random_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def _card(name: str, image_size: int) -> ModelCard:
+def _card(architecture: Architecture, image_size: int) -> ModelCard:
     return ModelCard(
         run="check",
-        model=name,
+        library=architecture.library,
+        model=architecture.name,
+        config=architecture.config,
         weights_name="random",
         weights_sha256=None,
         image_size=image_size,

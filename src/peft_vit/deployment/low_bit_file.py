@@ -110,7 +110,7 @@ def _digest(header: _Header, tensors: dict[str, Tensor]) -> str:
 def _build(header: _Header, tensors: dict[str, Tensor], file: Path) -> nn.Module:
     """Return the model that header and tensors describe, on the tensors' own memory."""
     card = header.card
-    model: nn.Module = create_skeleton(card.model, card.image_size, len(card.class_names))
+    model: nn.Module = create_skeleton(card.architecture, card.image_size, len(card.class_names))
     tensors = dict(tensors)
     for name, layer in header.layers.items():
         try:

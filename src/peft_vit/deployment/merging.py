@@ -44,7 +44,7 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
     """
     layers = [module for _, module in adapted_modules(model) if module.quantized is not None]
     if not layers:
-        return Merged(_with_float_weights(model, card), "float", {})
+        return Merged(with_float_weights(model, card), "float", {})
     if all(adapter.pool == 1 for layer in layers for _, adapter in layer.adapters()):
         merged = copy.deepcopy(model)
         return Merged(merged, "codes", {"codes": merge_by_requantizing(merged)})
@@ -61,8 +61,9 @@ def check_merged(model: nn.Module) -> None:
             raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
 
 
-def _with_float_weights(model: nn.Module, card: ModelCard) -> nn.Module:
-    plain = create_skeleton(card.model, card.image_size, len(card.class_names))
+def with_float_weights(model: nn.Module, card: ModelCard) -> nn.Module:
+    """Return a plain model of its library with the weights that a model has, updates and low bits included."""
+    plain = create_skeleton(card.architecture, card.image_size, len(card.class_names))
     plain.load_state_dict({key: tensor.detach() for key, tensor in merged_state_dict(model).items()}, assign=True)
     merged: nn.Module = plain.requires_grad_(False).eval()
     return merged

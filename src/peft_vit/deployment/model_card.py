@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
+from peft_vit.backbones import Architecture
+from peft_vit.config import Library
 from peft_vit.errors import UserError, first_fault
 
 HEADER = "peft_vit_model"  # key of a file's metadata
@@ -20,7 +22,9 @@ class ModelCard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     run: str  # study/experiment/seed_k
-    model: str  # timm's name
+    library: Library = "timm"
+    model: str  # its name there
+    config: str | None = None  # of transformers: what the model is built from
     weights_name: str  # of the backbone that was fine-tuned
     weights_sha256: str | None  # None: random weights
     image_size: int = Field(ge=1, le=1024)  # side of the square input, in pixels
@@ -28,6 +32,17 @@ class ModelCard(BaseModel):
     mean: tuple[float, float, float]  # for pixels in [0, 1]
     std: tuple[_Positive, _Positive, _Positive]
     class_names: tuple[str, ...] = Field(min_length=1)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what came later where it says nothing: files hold hashes of their cards."""
+        said: dict[str, Any] = write(self)
+        return said if self.library != "timm" else {key: said[key] for key in said if key not in ("library", "config")}
+
+    @property
+    def architecture(self) -> Architecture:
+        """Return what the model is built from."""
+        return Architecture(self.library, self.model, self.config)
 
     @classmethod
     def from_json(cls, text: str | bytes, file: Path) -> Self:

@@ -90,9 +90,19 @@ def _traced(model: nn.Module, image_size: int) -> Any:
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
+            custom_translation_table={torch.ops.aten._is_all_true.default: _all_true},
         )
     assert program is not None
     return program.model_proto
+
+
+def _all_true(values: Any) -> Any:
+    """Translate what the exporter does not know: SigLIP 2 of transformers asks it of the shapes of its images."""
+    from onnxscript import opset20
+
+    op: Any = opset20
+
+    return op.Cast(op.ReduceMin(op.Cast(values, to=onnx.TensorProto.INT32), keepdims=0), to=onnx.TensorProto.BOOL)
 
 
 def _strip(proto: Any) -> None:

@@ -114,9 +114,11 @@ def _backbone(card: ModelCard, weights: str | None, file: Path) -> BackboneConfi
     given = weights or card.weights_name
     for source in sources:
         if given == source or (weights is None and given.startswith(source)):
-            return BackboneConfig(model=card.model, weights=source)
+            return BackboneConfig(library=card.library, model=card.model, weights=source)
     if weights is None:
         raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
+    if card.library == "transformers":
+        return BackboneConfig(library="transformers", model=weights, weights="file")
     return BackboneConfig(model=card.model, weights="file", file=weights)
 
 

@@ -38,6 +38,7 @@ _Seconds = Annotated[FiniteFloat, Field(ge=0)]
 
 
 _LATER_SECTIONS = ("peft",)
+_LATER_BACKBONE = ("library",)
 _LATER_DATA = ("test_split", "image_column", "label_column", "hub_subset")
 _LATER_TRAINING = (
     "steps",
@@ -83,6 +84,7 @@ class RunSpec(_Value):
         training = self.experiment.training
         later = _at_default(training, _LATER_TRAINING)
         unasked["data"] = _at_default(self.data, _LATER_DATA)
+        unasked["backbone"] = _at_default(self.backbone, _LATER_BACKBONE)
         unasked["experiment"] = {"training": later} | {
             name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None
         }

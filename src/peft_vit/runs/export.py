@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,12 @@ from peft_vit.deployment import (
     Merged,
     ModelCard,
     export_onnx,
+    load_pretrained,
     merge,
     open_exported,
     require_onnx_export,
     save_low_bit,
+    save_pretrained,
     torch_classifier,
 )
 from peft_vit.errors import UserError, agreeing_with
@@ -37,7 +39,16 @@ from peft_vit.training import Hook
 
 _COMPARED_AT_ONCE = 32
 
-FileFormat = Literal["onnx", "safetensors"]
+FileFormat = Literal["onnx", "safetensors", "pretrained"]
+
+
+# How each is written, and opened again to be compared.
+_Write: TypeAlias = Callable[[nn.Module, Path, ModelCard], None]
+_WAYS: dict[FileFormat, tuple[_Write, Callable[[Path, ModelCard], Classifier]]] = {
+    "onnx": (export_onnx, lambda file, _: open_exported(file)),
+    "safetensors": (save_low_bit, lambda file, _: open_exported(file)),
+    "pretrained": (save_pretrained, lambda folder, card: torch_classifier(load_pretrained(folder, card), card)),
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,9 @@ def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[st
     """Return what an export says of a run's model."""
     return ModelCard(
         run=spec.run_id,
-        model=spec.backbone.model,
+        library=backbone.architecture.library,
+        model=backbone.architecture.name,
+        config=backbone.architecture.config,
         weights_name=backbone.weights_name,
         weights_sha256=backbone.weights_sha256,
         image_size=spec.data.image_size,
@@ -110,29 +123,31 @@ def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
 
 
 def export_run_to_file(run_dir: Path, file: Path, format: FileFormat) -> Exported:
-    """Merge a run's adapters, write the model into one file, and compare the file with the model.
+    """Merge a run's adapters, write the model, and compare what was written with the model.
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
-        file: ends in the format's name; replaced if it exists.
-        format: onnx: for onnxruntime; safetensors: packed weights, for this package.
+        file: ends in the format's name; replaced if it exists. Of pretrained a folder, new or empty.
+        format: onnx: for onnxruntime; safetensors: packed weights, for this package; pretrained: float weights, for
+            timm or transformers.
 
     Raises:
         UserError: if the run can't be restored, or the file can't be written.
     """
-    if file.suffix != f".{format}":
+    if format != "pretrained" and file.suffix != f".{format}":
         raise UserError(f"expected a name that ends in .{format}", file=file, field="--output")
     if format == "onnx":
         require_onnx_export()
     run = restore_run(run_dir)
     merged = merge(run.model, run.card)
-    (export_onnx if format == "onnx" else save_low_bit)(merged.model, file, run.card)
+    write, open_again = _WAYS[format]
+    write(merged.model, file, run.card)
     spec = run.record.spec
     try:
         images = load_data(spec.data, spec.seed, smoke=spec.smoke).validation
     except UserError as error:
         return Exported(merged, None, str(error))
-    return Exported(merged, compare(torch_classifier(run.model, run.card), open_exported(file), images))
+    return Exported(merged, compare(torch_classifier(run.model, run.card), open_again(file, run.card), images))
 
 
 def compare(trained: Classifier, exported: Classifier, images: LabelledImages) -> Comparison:

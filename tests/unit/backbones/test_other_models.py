@@ -7,11 +7,11 @@ from tiny_models import random_model
 from torch import nn
 
 from peft_vit.adapters import attach_adapters, current_ranks
-from peft_vit.backbones import describe, find_sites
+from peft_vit.backbones import Architecture, describe, find_sites
 from peft_vit.backbones.catalog import build_model
 from peft_vit.backbones.families.by_tokens import on_tokens
 from peft_vit.config import BackboneConfig
-from peft_vit.deployment.check import check_timm
+from peft_vit.deployment.check import check_architecture
 from peft_vit.errors import UserError
 
 
@@ -21,7 +21,7 @@ def shape_of(name: str, image_size: int):
 
 def test_what_is_found_in_a_plain_model_is_what_its_family_says() -> None:
     model = random_model("test_vit")
-    found = on_tokens(model, (3, 32, 32))
+    found = on_tokens(model)
     assert list(found.blocks) == [f"blocks.{layer}" for layer in range(len(model.blocks))]
     by_family = find_sites(random_model("test_vit"))
     assert [one.module for one in found.linears] == list(dict.fromkeys(site.module for site in by_family))
@@ -55,7 +55,7 @@ def test_tokens_of_stages_differ() -> None:
 
 @pytest.mark.slow
 def test_adapters_on_them_act_and_are_exported() -> None:
-    found = check_timm("pvt_v2_b0", 64, peft=True)
+    found = check_architecture(Architecture("timm", "pvt_v2_b0"), 64, peft=True)
     assert found.acting == len(found.sites) == 40
     assert found.merged.within(1e-5)
     assert found.onnx is not None
@@ -97,7 +97,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest(target: str)
 
 
 def test_a_copy_with_adapters_knows_its_sites() -> None:
-    model = build_model("pvt_v2_b0", 32, 3)
+    model = build_model(Architecture("timm", "pvt_v2_b0"), 32, 3)
     sites = find_sites(model)
     attach_adapters(model, sites, 1, scale=1.0, seed=0, check=False)
     assert find_sites(model) == sites

@@ -9,7 +9,7 @@ from tiny_models import TINY_EVAS, random_model
 from torch.nn import functional as F
 
 from peft_vit.adapters import attach_adapters, site_adapters
-from peft_vit.backbones import describe, find_sites
+from peft_vit.backbones import Architecture, describe, find_sites
 from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.config import MATRICES, BackboneConfig
 from peft_vit.errors import UserError
@@ -67,7 +67,7 @@ def test_a_bias_that_timm_adds_past_its_module_is_added_after_it(batch) -> None:
 def test_a_skeleton_has_what_no_file_holds(name: str, batch) -> None:
     model = random_model(name)
     state = torch.get_rng_state()
-    skeleton = create_skeleton(name, 32, 5)
+    skeleton = create_skeleton(Architecture("timm", name), 32, 5)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     skeleton.load_state_dict(model.state_dict(), assign=True)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch.torch_version import TorchVersion
 
-from peft_vit.backbones import check_weights, load_backbone
+from peft_vit.backbones import Architecture, check_weights, load_backbone
 from peft_vit.backbones.catalog import create_model
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
@@ -27,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 def tensors() -> Tensors:
     """A pretrained model of 160 px, 100 position tokens, and a head of 7 classes."""
     torch.manual_seed(1)
-    return create_model("test_vit", 160, num_classes=7).state_dict()
+    return create_model(Architecture("timm", "test_vit"), 160, num_classes=7).state_dict()
 
 
 def _file(path: Path, sha256: str | None = None, model: str = "test_vit") -> BackboneConfig:

@@ -9,6 +9,7 @@ from tiny_models import CARD
 from torch import nn
 
 from peft_vit.adapters import adapted_modules, merge_into_offsets
+from peft_vit.backbones import Architecture
 from peft_vit.backbones.catalog import create_model
 from peft_vit.deployment import save_low_bit
 from peft_vit.evaluation import model_size
@@ -89,10 +90,10 @@ def test_merging_leaves_what_was_announced(
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2"])
 def test_the_files_have_the_bytes_of_the_live_storages(name: str, tmp_path: Path) -> None:
-    model = quantized(create_model(name, 112, 2), group_size=32)
+    model = quantized(create_model(Architecture("timm", name), 112, 2), group_size=32)
     size = model_size(model)
     assert size.file_bytes == pytest.approx(size.live_bytes, rel=0.02)
-    weights = sum(p.numel() for p in create_model(name, 112, 2).parameters())
+    weights = sum(p.numel() for p in create_model(Architecture("timm", name), 112, 2).parameters())
     assert 5.0 < 8 * size.live_bytes / weights < 8.0  # what is called 4-bit
     card = CARD.model_copy(update={"model": name, "image_size": 112, "class_names": ("a", "b")})
     merge_into_offsets(model)

@@ -11,6 +11,7 @@ from peft_vit.backbones.families.timm_naflexvit import TIMM_NAFLEXVIT
 from peft_vit.backbones.families.timm_other import TIMM_OTHER, is_of_timm
 from peft_vit.backbones.families.timm_swin import TIMM_SWIN, TIMM_SWIN_V2
 from peft_vit.backbones.families.timm_vit import TIMM_VIT
+from peft_vit.backbones.families.transformers_vision import TRANSFORMERS_VISION
 
 # A class stands before the one that it derives from.
 FAMILIES: tuple[Family, ...] = (
@@ -22,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     TIMM_SWIN_V2,
     TIMM_HIERA,
     TIMM_NAFLEXVIT,
+    TRANSFORMERS_VISION,
 )
 
 

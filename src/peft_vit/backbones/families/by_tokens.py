@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from timm.layers import AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d
 from torch import nn
 
 from peft_vit.backbones.site import LinearLayout
+from peft_vit.errors import UserError
 from peft_vit.records import Role
 
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -44,19 +45,59 @@ class OnTokens:
     blocks: tuple[str, ...]
 
 
-def on_tokens(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
+def on_tokens(model: Any) -> OnTokens:
     """Return what a model has; looked for once, while its layers are plain.
 
     Args:
-        model: maps images to logits.
-        input_size: channels, height and width of its images, in pixels.
+        model: maps images to logits; its `pretrained_cfg` names their size, its `default_cfg` that of pretraining.
+
+    Raises:
+        UserError: if it has no such layer, or can't compute images of this size.
     """
     known = model.__dict__.get(_FOUND)
     if isinstance(known, OnTokens):
         return known
-    found = _find(model, input_size)
+    name, size = type(model).__name__, noted_input_size(model)
+    try:
+        found = _find(model, size)
+    except Exception as error:
+        raise wrong_size(name, size[1], model.default_cfg, error) from None
+    if not found.linears:
+        raise UserError(
+            f"{name} has no linear layer in a block that sees tokens, as a convolutional network; "
+            "choose a Vision Transformer"
+        )
     model.__dict__[_FOUND] = found
     return found
+
+
+def wrong_size(name: str, image_size: int, native: Mapping[str, Any], error: Exception) -> UserError:
+    """Return what a model says, in whatever way, of images that its windows or stages do not divide."""
+    reason = f"{type(error).__name__}: {error}".split("\n")[0][:150]
+    problem = f"{name} can't compute images of {image_size} px ({reason}); it is made for {native['input_size'][1]} px"
+    return UserError(problem, field="data.image_size")
+
+
+def noted_input_size(model: Any) -> tuple[int, int, int]:
+    """Return channels, height and width of the images that a model was built for, as its `pretrained_cfg` says."""
+    channels, height, width = model.pretrained_cfg["input_size"]
+    return int(channels), int(height), int(width)
+
+
+def layout_on_tokens(model: nn.Module) -> list[LinearLayout]:
+    """Return what `Family.layout` is to return."""
+    return list(on_tokens(model).linears)
+
+
+def blocks_on_tokens(model: nn.Module) -> list[str]:
+    """Return what `Family.blocks` is to return."""
+    return list(on_tokens(model).blocks)
+
+
+def prepare_on_tokens(model: nn.Module) -> bool:
+    """Look for a model's layers while they are plain; each is called, or it would not be found."""
+    on_tokens(model)
+    return False
 
 
 def _find(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:

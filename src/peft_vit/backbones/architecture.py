@@ -1,0 +1,35 @@
+"""What a model without weights is built from: a name in timm, or a configuration of transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft_vit.config import BackboneConfig, Library
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Which model, in whose library.
+
+    Attributes:
+        library: timm or transformers.
+        name: timm's, or of transformers the hub's name, a folder, or a type of models; for people then.
+        config: of transformers, as JSON, see `transformers_models`; timm's models follow from their name.
+    """
+
+    library: Library
+    name: str
+    config: str | None = None
+
+    @classmethod
+    def of(cls, backbone: BackboneConfig) -> Architecture:
+        """Return the architecture that a configuration asks for; of transformers its files are looked for.
+
+        Raises:
+            UserError: if transformers is not installed, or its files can't be had.
+        """
+        if backbone.library == "timm":
+            return cls("timm", backbone.model)
+        from peft_vit.backbones.transformers_models import read_config
+
+        return cls("transformers", backbone.model, read_config(backbone))

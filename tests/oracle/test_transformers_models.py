@@ -1,0 +1,241 @@
+"""Models of transformers: what this package makes of their folders, against transformers itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_transformers
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters
+from peft_vit.adapters.acting import effects
+from peft_vit.adapters.peft_format import export_peft
+from peft_vit.backbones import Architecture, LoadedBackbone, describe, find_sites, load_backbone
+from peft_vit.backbones.transformers_models import TOWERS
+from peft_vit.config import BackboneConfig
+from peft_vit.deployment import (
+    ModelCard,
+    export_onnx,
+    load_low_bit,
+    load_pretrained,
+    merge,
+    open_onnx,
+    save_low_bit,
+    save_pretrained,
+)
+from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizationFormat, quantize
+
+
+def config(folder: Path, **others: object) -> BackboneConfig:
+    return BackboneConfig.model_validate({"library": "transformers", "model": str(folder), "weights": "file"} | others)
+
+
+def loaded(folder: Path, image_size: int = 32) -> LoadedBackbone:
+    return load_backbone(config(folder), image_size=image_size, num_classes=5, seed=0)
+
+
+def images(image_size: int = 32) -> Tensor:
+    return torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+
+
+def card_of(backbone: LoadedBackbone, image_size: int = 32) -> ModelCard:
+    return ModelCard(
+        run="study/experiment/seed_0",
+        library="transformers",
+        model=backbone.architecture.name,
+        config=backbone.architecture.config,
+        weights_name=backbone.weights_name,
+        weights_sha256=backbone.weights_sha256,
+        image_size=image_size,
+        channels=3,
+        mean=backbone.mean,
+        std=backbone.std,
+        class_names=("a", "b", "c", "d", "e"),
+    )
+
+
+def by_transformers(original: nn.Module, kind: str, x: Tensor, head: nn.Linear) -> Tensor:
+    """Return the logits of transformers' own forward pass, with a head in place of its own or on its pooled output."""
+    call = {"pixel_values": x, "interpolate_pos_encoding": True}
+    if kind.startswith("siglip2"):
+        patches = [image.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 3, 4, 0).reshape(-1, 192) for image in x]
+        grid = x.shape[-1] // 8
+        call = {
+            "pixel_values": torch.stack(patches),
+            "pixel_attention_mask": torch.ones(len(x), grid**2, dtype=torch.int32),
+            "spatial_shapes": torch.tensor([[grid, grid]] * len(x)),
+        }
+    if kind in TOWERS:
+        return head(original(**call).pooler_output)
+    original.classifier = head
+    return original(**call).logits
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+@pytest.mark.parametrize("kind", tiny_transformers.TYPES)
+def test_logits_are_those_of_transformers(kind: str, image_size: int, tmp_path: Path) -> None:
+    original = tiny_transformers.folder_of(kind, tmp_path)
+    backbone = loaded(tmp_path, image_size)
+    model = backbone.model.eval()
+    with torch.inference_mode():
+        expected = by_transformers(original, kind, images(image_size), model.classifier)
+        torch.testing.assert_close(model(images(image_size)), expected, rtol=1e-5, atol=1e-6)
+    assert backbone.mean == tiny_transformers.MEAN
+    assert backbone.std == tiny_transformers.STD
+    assert backbone.weights_name == f"folder {tmp_path.name}"
+
+
+@pytest.mark.parametrize("kind", tiny_transformers.TYPES)
+def test_every_matrix_is_a_site_and_acts(kind: str, tmp_path: Path) -> None:
+    tiny_transformers.folder_of(kind, tmp_path)
+    model = loaded(tmp_path).model
+    sites = find_sites(model)
+    kinds = {site.kind for site in sites}
+    assert kinds == {"query", "key", "value", "out", "fc1", "fc2"} | ({"reduction"} if "swin" in kind else set())
+    blocks = 4 if "swin" in kind else 2
+    assert len(sites) == 6 * blocks + ("swin" in kind)
+    assert {site.layer for site in sites} == set(range(blocks))
+    attach_adapters(model, sites, 2, scale=1.0, seed=0)
+    assert not [name for name, effect in effects(model).items() if effect.fault]
+
+
+def trained(folder: Path, kind: str, image_size: int = 32) -> tuple[LoadedBackbone, Tensor]:
+    """Return a model with filled adapters on all sites, and its logits."""
+    tiny_transformers.folder_of(kind, folder)
+    backbone = loaded(folder, image_size)
+    attach_adapters(backbone.model, find_sites(backbone.model), 2, scale=1.0, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for adapter in site_adapters(backbone.model).values():
+            adapter.lora_B.copy_(0.2 * torch.randn(adapter.lora_B.shape, generator=generator))
+    backbone.model.eval()
+    with torch.inference_mode():
+        return backbone, backbone.model(images(image_size))
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov3_vit", "siglip2", "swin"])
+def test_what_is_written_loads_without_this_package_and_computes_the_same(kind: str, tmp_path: Path) -> None:
+    size = 64
+    backbone, logits = trained(tmp_path / "base", kind, size)
+    card = card_of(backbone, size)
+    merged = merge(backbone.model, card).model
+    save_pretrained(merged, tmp_path / "merged", card)
+    said = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
+    assert (said["image_mean"], said["image_std"]) == (list(card.mean), list(card.std))
+    with torch.inference_mode():
+        if kind in TOWERS:
+            tower = transformers.AutoModel.from_pretrained(tmp_path / "merged")
+            head = nn.Linear(32, 5)
+            head.load_state_dict(load_file(tmp_path / "merged" / "head.safetensors"))
+            again = by_transformers(tower.eval(), kind, images(size), head)
+        else:
+            whole = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
+            assert whole.config.id2label == {0: "a", 1: "b", 2: "c", 3: "d", 4: "e"}
+            again = by_transformers(whole, kind, images(size), whole.classifier)
+        torch.testing.assert_close(again, logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(load_pretrained(tmp_path / "merged", card)(images(size)), again)
+
+
+def test_peft_reads_the_adapter_over_the_model_of_transformers(tmp_path: Path) -> None:
+    backbone, logits = trained(tmp_path / "base", "dinov2")
+    export_peft(backbone.model, tmp_path / "adapter", {})
+    base = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True
+    )
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(pixel_values=images()).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vit", "siglip2", "swin"])
+def test_onnxruntime_computes_the_same(kind: str, tmp_path: Path) -> None:
+    backbone, logits = trained(tmp_path / "base", kind)
+    card = card_of(backbone)
+    export_onnx(merge(backbone.model, card).model, tmp_path / "model.onnx", card)
+    run, read = open_onnx(tmp_path / "model.onnx")
+    assert read == card
+    torch.testing.assert_close(run(images()), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_weights_come_back_without_the_folder_that_they_came_from(tmp_path: Path) -> None:
+    backbone, _ = trained(tmp_path / "base", "vit")
+    for _, module in adapted_modules(backbone.model):
+        assert module.weight is not None
+        module.set_quantized(quantize(module.weight, QuantizationFormat("int4", None, False, torch.float16)))
+        module.drop_float()
+    card = card_of(backbone)
+    merged = merge(backbone.model, card).model
+    save_low_bit(merged, tmp_path / "model.safetensors", card)
+    for file in (tmp_path / "base").iterdir():
+        file.unlink()
+    again, read = load_low_bit(tmp_path / "model.safetensors")
+    assert read == card
+    with torch.inference_mode():
+        torch.testing.assert_close(again(images()), merged(images()))
+
+
+def without_last_mlp(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (name,) = [name for name in tensors if ".1." in name and name.endswith("intermediate.dense.weight")]  # fc1, on disk
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"backbone\.model: holds no config\.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: .* is no configuration"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "holds no preprocessor_config.json"),
+        (lambda folder: (folder / "preprocessor_config.json").write_text("[]"), "is no image processor"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "can't be read as weights"),
+        (without_last_mlp, r"lacks tensors .* vit\.layers\.1\.mlp\.fc1\.weight"),
+    ],
+)
+def test_a_spoiled_folder_is_refused_in_a_line(spoil, fault: str, tmp_path: Path) -> None:
+    tiny_transformers.folder_of("vit", tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=fault) as caught:
+        loaded(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"weights": "hub"}, "is a folder; its weights are weights: file"),
+        ({"model": "nowhere/at-all"}, "is no folder; name one that save_pretrained has written"),
+        ({"sha256": "0" * 64}, "the configuration expects 0000"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_its_files_is_refused(changes: dict, fault: str, tmp_path: Path) -> None:
+    tiny_transformers.folder_of("vit", tmp_path)
+    asked = config(tmp_path, **changes)
+    with pytest.raises(UserError, match=fault):
+        load_backbone(asked, image_size=32, num_classes=5, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("bert", "bert is no Vision Transformer"),
+        ("resnet", "ResNetForImageClassification has no linear layer in a block"),
+    ],
+)
+def test_other_models_are_refused(kind: str, fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        describe(BackboneConfig(library="transformers", model=kind, weights="random"), 224)
+
+
+def test_without_a_network_a_hub_name_gets_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = BackboneConfig(library="transformers", model="nobody/no-such-model", weights="hub")
+    with pytest.raises(UserError, match=r"could not get nobody/no-such-model from the hub .* name a folder"):
+        Architecture.of(asked)
