@@ -278,7 +278,7 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
                 if digest == _NO_BYTES:
                     beside[own[start + row]] = _own_file(file, inside, f"{path}: {own[start + row]}")
     of_files: Mapping[str, str] = hashes(beside).each if beside else {}
-    titles = [_short(beside[title], inside[0]) if title in beside else title for title in own]
+    titles = [_title(title, beside.get(title), inside[0]) for title in own]
     return titles, [of_files.get(title, digest) for title, digest in zip(own, digests, strict=True)]
 
 
@@ -305,9 +305,10 @@ def _own_file(file: str, inside: tuple[Path, ...], title: str) -> Path:
     return Path(file)
 
 
-def _short(file: Path, root: Path) -> str:
-    real = Path(os.path.realpath(file))
-    return real.relative_to(root).as_posix() if real.is_relative_to(root) else file.name
+def _title(row: str, file: Path | None, root: Path) -> str:
+    """Return what to call an image: its file's path in a local folder, else its row."""
+    real = None if file is None else Path(os.path.realpath(file))
+    return real.relative_to(root).as_posix() if real is not None and real.is_relative_to(root) else row
 
 
 def _content(value: Any) -> bytes:
