@@ -102,7 +102,7 @@ TINY_FAMILIES = (*_BUILDERS, *TINY_EVAS)
 
 def _register(name: str, build: Callable[..., nn.Module]) -> None:
     def make(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build(name, pretrained, **kwargs | {"pretrained_cfg": _cfg()})
+        return build(name, pretrained, **kwargs | {"pretrained_cfg": kwargs.get("pretrained_cfg") or _cfg()})
 
     make.__name__ = make.__qualname__ = name
     register_model(make)

@@ -55,5 +55,5 @@ def folder_of(kind: str, folder: Path) -> Any:
     model = model_of(kind)
     model.save_pretrained(folder)
     side = {"height": 32, "width": 32}
-    transformers.ViTImageProcessor(size=side, image_mean=MEAN, image_std=STD, resample=3).save_pretrained(folder)
+    transformers.ViTImageProcessor(size=side, image_mean=MEAN, image_std=STD, resample=2).save_pretrained(folder)
     return model

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tiny_transformers
 import torch
 from small_methods import ADALORA, EXPERIMENTS
 from tiny_models import TINY_EVAS
@@ -111,7 +112,7 @@ seeds: [0, 1]
 threads: 1
 device: cpu
 precision: fp32
-backbone: {{model: {model}, weights: random}}
+backbone: {backbone}
 data: {{dataset: image-folder, path: {images}, image_size: 32, validation_images: 12, test_images: 12}}
 measures: {{removal_images: 6}}
 training: {{epochs: 2, batch_size: 8, learning_rate: 1e-2}}
@@ -124,17 +125,26 @@ experiments:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize("model", [*FAMILIES, "transformers dinov2", "transformers dinov3_vit", "transformers siglip2"])
 def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
+    library, _, kind = model.rpartition(" ")
+    backbone = {"model": model, "weights": "random"}
+    if library:
+        tiny_transformers.folder_of(kind, tmp_path / "base")
+        backbone = {"library": library, "model": str(tmp_path / "base"), "weights": "file"}
     macs = {key: value for key, value in ADALORA.items() if key != "total_rank_budget"} | {"total_mac_budget": 100_000}
     file, results = tmp_path / "way.yaml", tmp_path / "results"
     packed = EXPERIMENTS["mixed"]["qa_lora"]
-    file.write_text(STUDY.format(model=model, images=images, adalora=json.dumps(macs), packed=json.dumps(packed)))
+    file.write_text(
+        STUDY.format(backbone=json.dumps(backbone), images=images, adalora=json.dumps(macs), packed=json.dumps(packed))
+    )
     command("run", file, "--output", results)
     command("report", results)
     page = (results / "report" / "report.html").read_text()
     summary = (results / "report" / "analysis_summary.md").read_text()
-    kinds = {site.matrix for site in read_record(results / "way" / "adaptive" / "seed_0" / "record.json").sites}
+    record = read_record(results / "way" / "adaptive" / "seed_0" / "record.json")
+    assert record.spec.data.interpolation == ("bilinear" if library else None)
+    kinds = {site.matrix for site in record.sites}
     assert len(kinds) >= 5
     for kind in kinds:
         assert kind in page
@@ -146,11 +156,13 @@ def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
         for kind in kinds_of_files:
             exported = tmp_path / f"{name}.{kind}"
             command("export", run_dir, "--format", kind, "--output", exported)
-            weights = ("--weights", "random") if kind == "peft" else ()
+            weights = ("--weights", tmp_path / "base" if library else "random") if kind == "peft" else ()
             found = _predicted(command("predict", exported, *files, *weights).out)
             assert found.keys() == wanted.keys()
             assert all(found[at][0] == wanted[at][0] for at in files)
             assert all(found[at][1] == pytest.approx(wanted[at][1], abs=2e-3) for at in files)
+        printed = command("export", run_dir, "--format", "pretrained", "--output", tmp_path / f"{name}.pretrained").out
+        assert "100.00 % of predictions equal" in printed
 
 
 def _predicted(printed: str) -> dict[Path, tuple[str, float]]:

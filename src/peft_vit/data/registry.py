@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -130,4 +130,4 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
             field="data.path",
         )
     check_class_names(index.class_names, config.path, "data.path")
-    return index
+    return index if config.interpolation is None else replace(index, interpolation=config.interpolation)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from peft_vit.backbones import Architecture
-from peft_vit.config import Library
+from peft_vit.config import Interpolation, Library
 from peft_vit.errors import UserError, first_fault
 
 HEADER = "peft_vit_model"  # key of a file's metadata
@@ -29,6 +29,7 @@ class ModelCard(BaseModel):
     weights_sha256: str | None  # None: random weights
     image_size: int = Field(ge=1, le=1024)  # side of the square input, in pixels
     channels: Literal[1, 3]  # 1: images are made grey first; the input has three channels all the same
+    interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float]  # for pixels in [0, 1]
     std: tuple[_Positive, _Positive, _Positive]
     class_names: tuple[str, ...] = Field(min_length=1)
@@ -37,7 +38,8 @@ class ModelCard(BaseModel):
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what came later where it says nothing: files hold hashes of their cards."""
         said: dict[str, Any] = write(self)
-        return said if self.library != "timm" else {key: said[key] for key in said if key not in ("library", "config")}
+        later = {"library": "timm", "config": None, "interpolation": "bicubic"}
+        return {key: value for key, value in said.items() if key not in later or value != later[key]}
 
     @property
     def architecture(self) -> Architecture:

@@ -155,7 +155,9 @@ def _files(paths: Iterable[Path]) -> Iterator[Path | UserError]:
 def _pixels(file: Path, card: ModelCard) -> np.ndarray | UserError:
     """Return an image as training would see it, (S, S, C) uint8."""
     try:
-        return to_pixels(decode_image(lambda: read_bytes(file), str(file)), card.image_size, card.channels)
+        return to_pixels(
+            decode_image(lambda: read_bytes(file), str(file)), card.image_size, card.channels, card.interpolation
+        )
     except UserError as error:
         return error
 

@@ -17,6 +17,7 @@ from peft_vit.deployment.merging import with_float_weights
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.errors import UserError
 
+_RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias
 
 
@@ -50,7 +51,13 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard) -> None:
 
 def _save_timm(model: Any, folder: Path, card: ModelCard) -> None:
     size = (3, card.image_size, card.image_size)
-    images = {"input_size": size, "mean": card.mean, "std": card.std, "interpolation": "bicubic", "crop_pct": 1.0}
+    images = {
+        "input_size": size,
+        "mean": card.mean,
+        "std": card.std,
+        "interpolation": card.interpolation,
+        "crop_pct": 1.0,
+    }
     save_for_hf(
         model,
         str(folder),
@@ -71,7 +78,11 @@ def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
         model.config.id2label = names
         model.config.label2id = {name: number for number, name in names.items()}
         model.save_pretrained(folder)
-    said: dict[str, Any] = {"image_mean": list(card.mean), "image_std": list(card.std), "resample": 3}
+    said: dict[str, Any] = {
+        "image_mean": list(card.mean),
+        "image_std": list(card.std),
+        "resample": _RESAMPLING[card.interpolation],
+    }
     config = vision_config(model)
     if config.model_type.startswith("siglip2"):
         said |= {"patch_size": config.patch_size, "max_num_patches": (card.image_size // config.patch_size) ** 2}

@@ -75,6 +75,7 @@ def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[st
         weights_name=backbone.weights_name,
         weights_sha256=backbone.weights_sha256,
         image_size=spec.data.image_size,
+        interpolation=spec.data.interpolation or "bicubic",
         channels=DATASETS[spec.data.dataset].channels,
         mean=backbone.mean,
         std=backbone.std,

@@ -110,6 +110,8 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
         "timm": provenance.packages.get("timm"),
         "processor": provenance.processor,
     }
+    if spec.data.interpolation is not None:
+        depends_on["interpolation"] = spec.data.interpolation
     for hook in hooks:
         depends_on |= hook.features_depend_on()
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()

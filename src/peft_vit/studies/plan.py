@@ -9,8 +9,8 @@ from typing import cast
 
 from peft_vit.adapters.peft_files import peft_sha256
 from peft_vit.analysis.hypotheses import load_registry
-from peft_vit.backbones import check_weights, describe
-from peft_vit.config import Precision, StudyConfig
+from peft_vit.backbones import Architecture, check_weights, describe, interpolation_of
+from peft_vit.config import DataConfig, Precision, StudyConfig
 from peft_vit.costs.estimate import (
     Estimate,
     EstimateRequest,
@@ -164,6 +164,7 @@ def plan_begun_study(
     if smoke:
         patch_size = describe(study.backbone, study.data.image_size).size_step
         study = smoke_study(study, patch_size)
+    study = study.model_copy(update={"data": _interpolated(study)})
     precision = decide_precision(study, before)
     study = study.model_copy(update={"precision": precision.chosen})
     index = open_index(study.data, smoke=smoke)
@@ -216,6 +217,14 @@ def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Worklo
         validation=len(splits.validation),
         test=len(splits.test),
     )
+
+
+def _interpolated(study: StudyConfig) -> DataConfig:
+    """Return a study's images, resized as the model's pretraining did it if nothing else was asked for."""
+    known = interpolation_of(Architecture.of(study.backbone))
+    if study.data.interpolation is not None or known == "bicubic":
+        return study.data
+    return study.data.model_copy(update={"interpolation": known})
 
 
 def decide_precision(study: StudyConfig, before: StudyFile | None) -> ChosenPrecision:

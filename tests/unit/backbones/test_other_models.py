@@ -7,7 +7,7 @@ from tiny_models import random_model
 from torch import nn
 
 from peft_vit.adapters import attach_adapters, current_ranks
-from peft_vit.backbones import Architecture, describe, find_sites
+from peft_vit.backbones import Architecture, Backbone, describe, find_sites
 from peft_vit.backbones.catalog import build_model
 from peft_vit.backbones.families.by_tokens import on_tokens
 from peft_vit.config import BackboneConfig
@@ -108,3 +108,10 @@ def test_a_module_of_nobody_is_refused() -> None:
         find_sites(nn.Sequential(nn.Linear(3, 3)))
     with torch.device("meta"), pytest.raises(UserError, match="no linear layer in a block"):
         find_sites(timm.create_model("resnet18"))
+
+
+def test_a_wrapper_that_hands_attributes_out_is_not_taken_for_the_model() -> None:
+    peft = pytest.importorskip("peft")
+    model = random_model("test_vit")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=["qkv"]))
+    assert Backbone.within(wrapped).model is model

@@ -151,3 +151,13 @@ def test_what_is_transparent_lies_on_white(mode, recwarn):
     if mode == "P":
         assert pixels[0, 0].tolist() != [255, 255, 255]
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "lanczos"])
+def test_another_interpolation_is_another_file_of_the_cache(interpolation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 10), dtype=np.uint8))
+    index = index_of(lambda _: image)
+    plain = np.array(cached_pixels(index, ROWS, 8))
+    other = np.array(cached_pixels(dataclasses.replace(index, interpolation=interpolation), ROWS, 8))
+    assert not np.array_equal(plain, other)
+    assert np.array_equal(other[0, ..., 0], np.asarray(image.resize((8, 8), Image.Resampling[interpolation.upper()])))

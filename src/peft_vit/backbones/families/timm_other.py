@@ -23,8 +23,8 @@ from peft_vit.backbones.families.family import Family
 
 
 def is_of_timm(model: nn.Module) -> bool:
-    """Tell whether timm has built a model."""
-    return hasattr(model, "pretrained_cfg") and hasattr(model, "get_classifier")
+    """Tell whether timm has built a model, and not whether it is wrapped by something that hands its attributes out."""
+    return "pretrained_cfg" in vars(model) and hasattr(model, "get_classifier")
 
 
 def _build(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.Module:
