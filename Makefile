@@ -50,6 +50,7 @@ torture: setup ## break files and kill runs for hours; results add up over calls
 
 bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour on two idle cores
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/qa_lora.py
 	$(BIN)/python benchmarks/attention.py

@@ -73,15 +73,20 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def in_turn(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Call every side once a round, so that all see the same machine; return the seconds of each call."""
+def in_turn(
+    sides: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Call every side once a round, so that all see the same machine; return the seconds of each call by a clock."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warm_up + rounds):
         for name, call in sides.items():
-            started = time.perf_counter()
+            started = clock()
             call()
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import bitsandbytes
 import peft
-import timm
 import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters import attach_adapters, current_ranks
 from peft_vit.allocation import AdaLoRAController
-from peft_vit.backbones import choose_attention, find_sites
+from peft_vit.backbones import Architecture, choose_attention, find_sites
+from peft_vit.backbones.catalog import build_model
 from peft_vit.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
 from peft_vit.training import AllocationHook, Hook, QALoRATrainer, optimization_step
 from peft_vit.training.optimization import build_optimizer
@@ -80,15 +80,15 @@ class Side:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def vit(image_size: int) -> Any:
-    """Return the backbone with random weights: they change no timing."""
+def vit(image_size: int, name: str = MODEL) -> Any:
+    """Return the backbone with random weights, which change no timing; without branches that are dropped at random."""
     torch.manual_seed(0)
-    return timm.create_model(MODEL, img_size=image_size, num_classes=2)
+    return build_model(Architecture("timm", name), image_size, 2)
 
 
-def floor(image_size: int, *, bf16: bool, plain_attention: bool = False) -> Side:
+def floor(image_size: int, *, bf16: bool, plain_attention: bool = False, name: str = MODEL) -> Side:
     """Return a frozen backbone that passes the gradient to its first block: what no adapter there can avoid."""
-    model = vit(image_size)
+    model = vit(image_size, name)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.head.requires_grad_(True)
@@ -98,9 +98,9 @@ def floor(image_size: int, *, bf16: bool, plain_attention: bool = False) -> Side
     return Side(model, bf16=bf16, image_size=image_size)
 
 
-def lora(image_size: int, *, bf16: bool, mean_rank: float = RANK) -> Side:
+def lora(image_size: int, *, bf16: bool, mean_rank: float = RANK, name: str = MODEL) -> Side:
     """Return our fixed-rank LoRA; a mean rank that is no whole number is spread evenly over the sites."""
-    model = vit(image_size)
+    model = vit(image_size, name)
     choose_attention(model, torch.device("cpu"), "bf16" if bf16 else "fp32")
     sites = find_sites(model)
     ends = [round(mean_rank * place) for place in range(len(sites) + 1)]
@@ -129,12 +129,12 @@ def adalora(image_size: int, *, bf16: bool, total_steps: int) -> tuple[Side, Ada
     return Side(model, bf16=bf16, image_size=image_size, hooks=hooks, own_loop=True), controller
 
 
-def peft_lora(image_size: int, *, bf16: bool) -> Side:
+def peft_lora(image_size: int, *, bf16: bool, name: str = MODEL) -> Side:
     """Return PEFT's LoRA on the same matrices; it sees query, key and value as one."""
-    config = peft.LoraConfig(
-        r=RANK, lora_alpha=int(SCALE * RANK), target_modules=PEFT_TARGETS, modules_to_save=["head"]
-    )
-    return Side(peft.get_peft_model(vit(image_size), config), bf16=bf16, image_size=image_size)
+    model = vit(image_size, name)
+    targets = [*dict.fromkeys(site.module for site in find_sites(model))]
+    config = peft.LoraConfig(r=RANK, lora_alpha=int(SCALE * RANK), target_modules=targets, modules_to_save=["head"])
+    return Side(peft.get_peft_model(model, config), bf16=bf16, image_size=image_size)
 
 
 def peft_qlora(image_size: int, *, bf16: bool) -> Side:
