@@ -36,7 +36,7 @@ from peft_vit.adapters.peft_files import PREFIX
 from peft_vit.adapters.peft_layers import ADAPTER
 from peft_vit.backbones import Backbone, Site, evaluating, find_sites, fused_sites, whole_modules
 from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, is_out_of_memory
 from peft_vit.seeding import torch_generator
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -167,7 +167,14 @@ def attach_peft(
     # The head is trained as it is: under modules_to_save PEFT would train a copy and keep the original as well.
     for parameter in Backbone(model).head.parameters():
         parameter.requires_grad_(True)
-    check_acting(model)
+    try:
+        check_acting(model)
+    except RuntimeError as error:  # PEFT's OFT, say, takes tokens on a grid, (B, H, W, C), for images
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).split("\n")[0]
+        problem = f"PEFT's {type} can't compute with a layer of this model ({reason})"
+        raise UserError(f"{problem}; choose another, or fewer target_modules", field="peft.type") from None
     return wrapped.base_model
 
 

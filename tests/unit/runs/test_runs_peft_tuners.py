@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import random_model
 from torch import nn
 from written_runs import run_and_write
 
@@ -104,6 +105,16 @@ def test_what_peft_does_not_know_is_one_line_of_the_plan(study, tmp_path, type, 
         plan_study(with_tuner(study("lora"), type, **settings), tmp_path, file=tmp_path / "tiny.yaml")
     assert caught.value.field == f"experiments[0].{field}"
     assert said in caught.value.message
+
+
+def test_a_tuner_that_cannot_compute_with_a_models_layers_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"PEFT's oft can't compute with a layer of this model .* fewer target_modules"
+    ) as at:
+        attach_peft(random_model("tiny_swin"), "oft", TUNERS["oft"], seed=0)
+    assert at.value.field == "peft.type"
+    within_windows = {**TUNERS["oft"], "target_modules": r".*attn\.(qkv|proj)"}
+    attach_peft(random_model("tiny_swin"), "oft", within_windows, seed=0)
 
 
 def test_eva_without_images_is_refused(tiny_vit) -> None:
