@@ -20,6 +20,7 @@ class Architecture:
     library: Library
     name: str
     config: str | None = None
+    config_sha256: str | None = None  # of the files that config was read from; None: of none
 
     @classmethod
     def of(cls, backbone: BackboneConfig) -> Architecture:
@@ -32,4 +33,4 @@ class Architecture:
             return cls("timm", backbone.model)
         from peft_vit.backbones.transformers_models import read_config
 
-        return cls("transformers", backbone.model, read_config(backbone))
+        return cls("transformers", backbone.model, *read_config(backbone))

@@ -12,6 +12,8 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +54,25 @@ def require_transformers() -> Any:
     return transformers
 
 
-def read_config(backbone: BackboneConfig) -> str:
-    """Return what a model is built from; downloads its two files of JSON if they are not cached.
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from printing progress, and reports that a head does not fit, which is always left aside."""
+    said = require_transformers().utils.logging
+    level, shown = said.get_verbosity(), said.is_progress_bar_enabled()
+    said.set_verbosity_error()
+    said.disable_progress_bar()
+    try:
+        yield
+    finally:
+        said.set_verbosity(level)
+        if shown:
+            said.enable_progress_bar()
+
+
+def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
+    """Return what a model is built from, and the SHA-256 of its two files of JSON; None: a type of models has no files.
+
+    Files of the hub are downloaded if they are not cached.
 
     Raises:
         UserError: if they can't be had, or the model is none that classifies images.
@@ -61,7 +80,7 @@ def read_config(backbone: BackboneConfig) -> str:
     transformers = require_transformers()
     folder = _folder(backbone, weights=False)
     if folder is None:  # a type of models, at transformers' default size
-        return _as_json(transformers.AutoConfig.for_model(backbone.model), dict(_PLAIN_IMAGES))
+        return _as_json(transformers.AutoConfig.for_model(backbone.model), dict(_PLAIN_IMAGES)), None
     if not (folder / CONFIG_FILE).is_file():
         raise _bad(f"holds no {CONFIG_FILE}; name a folder that save_pretrained has written", folder)
     try:
@@ -74,7 +93,8 @@ def read_config(backbone: BackboneConfig) -> str:
         images = dict(_PLAIN_IMAGES)
     else:
         raise _bad(f"holds no {IMAGES_FILE}, which says mean and std of images; save the image processor there", folder)
-    return _as_json(config, images)
+    files = [file for name in (CONFIG_FILE, IMAGES_FILE) if (file := folder / name).is_file()]
+    return _as_json(config, images), _sha256_of_all(files)
 
 
 def _read_images(folder: Path) -> dict[str, Any]:
@@ -199,14 +219,15 @@ def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Te
     files, sha256 = _weight_files(backbone)
     folder = files[0].parent
     source = f"hub {backbone.model}" if backbone.weights == "hub" else f"folder {folder.name}"
-    architecture = Architecture("transformers", backbone.model, read_config(backbone))
+    architecture = Architecture("transformers", backbone.model, *read_config(backbone))
     config, _ = _parsed(architecture)
     kind = _class_of(config)
     try:
-        model, found = kind.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+        with quiet():
+            model, found = kind.from_pretrained(
+                folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:  # a foreign file can fail in any way; the user needs one line
         raise _bad(f"can't be read as weights of {backbone.model} ({_line(error)})", folder) from None
     prefix = "tower." if config.model_type in TOWERS else ""
@@ -226,8 +247,7 @@ def _weight_files(backbone: BackboneConfig) -> tuple[list[Path], str]:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise _bad("holds no model.safetensors; save the model with save_pretrained", folder)
-    hashes = [sha256_of(file) for file in files]
-    sha256 = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    sha256 = _sha256_of_all(files)
     if backbone.sha256 not in (None, sha256):
         raise UserError(
             f"the weights have SHA-256 {sha256}, the configuration expects {backbone.sha256}; get the right ones or "
@@ -236,6 +256,12 @@ def _weight_files(backbone: BackboneConfig) -> tuple[list[Path], str]:
             field="backbone.sha256",
         )
     return files, sha256
+
+
+def _sha256_of_all(files: Sequence[Path]) -> str:
+    """Return the SHA-256 of a file; of several that of their SHA-256 one after the other."""
+    hashes = [sha256_of(file) for file in files]
+    return hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _folder(backbone: BackboneConfig, *, weights: bool) -> Path | None:

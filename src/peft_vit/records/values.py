@@ -335,6 +335,7 @@ class Provenance(_Value):
     git_dirty: bool | None
     weights_name: str
     weights_sha256: str | None  # None: random weights
+    config_sha256: str | None = None  # of the files that say what a model of transformers is built from, if it has some
     random_weights: bool
     data_sha256: str
     split_sha256: str

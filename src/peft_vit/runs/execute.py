@@ -279,6 +279,7 @@ def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: tor
         git_dirty=dirty,
         weights_name=backbone.weights_name,
         weights_sha256=backbone.weights_sha256,
+        config_sha256=backbone.architecture.config_sha256,
         random_weights=backbone.random_weights,
         data_sha256=data.data_sha256,
         split_sha256=data.split_sha256,

@@ -212,6 +212,13 @@ def restore_run(run_dir: Path) -> RestoredRun:
             file=run_dir / RECORD_FILE,
             field="provenance",
         )
+    if provenance.config_sha256 not in (None, backbone.architecture.config_sha256):
+        raise UserError(
+            f"config.json or preprocessor_config.json of {backbone.architecture.name} is not what the run was trained "
+            "with; get those files again",
+            file=run_dir / RECORD_FILE,
+            field="provenance",
+        )
     with agreeing_with(run_dir / RECORD_FILE):
         if spec.experiment.start is None:
             total_steps = spec.experiment.total_steps(record.split_sizes["train"])

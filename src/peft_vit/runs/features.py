@@ -99,6 +99,8 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
     depends_on: dict[str, Any] = {
         "model": spec.backbone.model,
         "weights": provenance.weights_sha256,
+        "config": provenance.config_sha256,
+        "transformers": provenance.packages.get("transformers"),
         "data": provenance.data_sha256,
         "image_size": spec.data.image_size,
         "pixels": FORMAT_VERSION,

@@ -19,8 +19,8 @@ _PACKAGES = ("peft-vit", "torch", "torchvision", "timm", "numpy", "safetensors",
 
 
 def package_versions() -> dict[str, str]:
-    """Return the installed version of each package that a result depends on; PEFT's where it is installed."""
-    optional = ("peft",) if importlib.util.find_spec("peft") is not None else ()
+    """Return the installed version of each package that a result depends on; of optional ones where they are there."""
+    optional = [name for name in ("peft", "transformers") if importlib.util.find_spec(name) is not None]
     return {name: metadata.version(name) for name in (*_PACKAGES, *optional)}
 
 

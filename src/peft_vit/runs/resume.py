@@ -24,6 +24,7 @@ _THE_SAME = (
     "split_sha256",
     "weights_name",
     "weights_sha256",
+    "config_sha256",
     "random_weights",
     "head_init_sha256",
     "data_order_sha256",

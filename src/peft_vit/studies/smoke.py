@@ -24,7 +24,7 @@ def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
     return study.model_copy(
         update={
             "seeds": study.seeds[:1],
-            "backbone": BackboneConfig(model=study.backbone.model, weights="random"),
+            "backbone": BackboneConfig(library=study.backbone.library, model=study.backbone.model, weights="random"),
             "threads": 1,  # products this small only wait for a second thread, for minutes if the machine is busy
             "precision": "auto" if study.precision == "bf16" else study.precision,
             "data": data,

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.part("runner")
 PROVENANCE = {
     "random_weights": False,
     "weights_sha256": "a" * 64,
+    "config_sha256": None,
     "data_sha256": "d" * 64,
     "device": "cpu",
     "packages": {"timm": "1"},
@@ -128,10 +129,12 @@ def packed(model, **settings):
             (lambda spec: spec, one)
             for one in (
                 {"weights_sha256": "b" * 64},
+                {"config_sha256": "c" * 64},
                 {"data_sha256": "e" * 64},
                 {"device": "cuda"},
                 {"processor": "q"},
                 {"packages": {"timm": "2"}},
+                {"packages": {"timm": "1", "transformers": "5"}},
             )
         ),
         (lambda spec: spec.model_copy(update={"precision": "bf16"}), {}),
