@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tiny_transformers
 import torch
@@ -27,6 +28,7 @@ from peft_vit.deployment import (
     save_low_bit,
     save_pretrained,
 )
+from peft_vit.deployment.predicting import open_peft
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 
@@ -152,6 +154,16 @@ def test_peft_reads_the_adapter_over_the_model_of_transformers(tmp_path: Path) -
         torch.testing.assert_close(model(pixel_values=images()).logits, logits, rtol=1e-5, atol=1e-5)
 
 
+def test_an_exported_adapter_is_put_on_the_model_that_it_was_trained_on(tmp_path: Path) -> None:
+    """A configuration that was changed since, with as many weights, would make another model."""
+    backbone, logits = trained(tmp_path / "base", "vit")
+    export_peft(backbone.model, tmp_path / "adapter", card_of(backbone).model_dump(mode="json"))
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 4}))
+    again = open_peft(tmp_path / "adapter", str(tmp_path / "base"))
+    torch.testing.assert_close(again.logits(images()), logits)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "siglip2", "swin"])
 def test_onnxruntime_computes_the_same(kind: str, tmp_path: Path) -> None:
@@ -232,6 +244,51 @@ def test_a_configuration_that_does_not_fit_its_files_is_refused(changes: dict, f
 def test_other_models_are_refused(kind: str, fault: str) -> None:
     with pytest.raises(UserError, match=fault):
         describe(BackboneConfig(library="transformers", model=kind, weights="random"), 224)
+
+
+@pytest.mark.parametrize("act", [find_sites, lambda model: attach_adapters(model, [], 2, scale=1.0, seed=0)])
+def test_a_model_that_transformers_has_loaded_is_refused_with_what_to_do(act) -> None:
+    with pytest.raises(UserError, match=r"ViTForImageClassification .* load_backbone\(BackboneConfig\(library='transf"):
+        act(tiny_transformers.model_of("vit"))
+
+
+@pytest.fixture
+def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a cached folder of the hub, in two shards, without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--somebody--vit"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    folder = repository / "snapshots" / ("0" * 40)
+    tiny_transformers.folder_of("vit", folder).save_pretrained(folder, max_shard_size="60KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(folder.glob("model-*"))) == 2
+    return folder
+
+
+def test_a_model_of_the_hub_comes_from_its_cache(on_the_hub: Path, tmp_path: Path) -> None:
+    asked = BackboneConfig(library="transformers", model="somebody/vit", weights="hub")
+    found = load_backbone(asked, image_size=32, num_classes=5, seed=0)
+    assert found.weights_name == "hub somebody/vit"
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(on_the_hub).state_dict()
+    for name, tensor in found.model.state_dict().items():
+        if not name.startswith("classifier"):
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "model-00002-of-00002.safetensors"])
+def test_what_is_cached_in_part_is_asked_of_the_hub(file: str, on_the_hub: Path) -> None:
+    (on_the_hub / file).unlink()
+    asked = BackboneConfig(library="transformers", model="somebody/vit", weights="hub")
+    with pytest.raises(UserError, match="could not get somebody/vit from the hub"):
+        load_backbone(asked, image_size=32, num_classes=5, seed=0)
+
+
+@pytest.mark.parametrize("weights", ["hub", "random"])
+def test_a_path_is_not_asked_of_the_hub(weights: str) -> None:
+    with pytest.raises(UserError, match=r"/nowhere/model: .* is no folder"):
+        Architecture.of(BackboneConfig(library="transformers", model="/nowhere/model", weights=weights))
 
 
 def test_without_a_network_a_hub_name_gets_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         family = family_of(model)
         if family is None:
-            raise UserError(f"{type(model).__name__} is not a {known_classes()}; no other class can be adapted")
+            raise UserError(f"{type(model).__name__} is not a {known_classes()}; {_remedy(model)}")
         self.model = model
         self.family: Family = family
 
@@ -44,7 +44,7 @@ class Backbone:
         for module in model.modules():
             if family_of(module) is not None:
                 return cls(module)
-        raise UserError(f"{type(model).__name__} holds no {known_classes()}; no other class can be adapted")
+        raise UserError(f"{type(model).__name__} holds no {known_classes()}; {_remedy(model)}")
 
     @property
     def heads(self) -> dict[str, nn.Linear]:
@@ -234,7 +234,13 @@ def freeze_batch_norm(model: nn.Module) -> None:
 def known_classes() -> str:
     """Return the names of the classes that are known best, for people."""
     names = [family.model_class.__name__ for family in FAMILIES[:-1]]
-    return f"timm {', '.join(names)}, another model of timm, or one of transformers that this package has loaded"
+    return f"timm {', '.join(names)}, another model of timm, or one of transformers that `load_backbone` has made"
+
+
+def _remedy(model: nn.Module) -> str:
+    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
+        return "load it with load_backbone(BackboneConfig(library='transformers', model=..., weights=...), ...)"
+    return "no other class can be adapted"
 
 
 def _missing(site: str, reason: str) -> UserError:

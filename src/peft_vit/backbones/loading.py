@@ -56,6 +56,7 @@ def load_backbone(
     seed: int,
     smoke: bool = False,
     read: Callable[[BackboneConfig], Weights] = read_weights,
+    architecture: Architecture | None = None,
 ) -> LoadedBackbone:
     """Build a Vision Transformer, load its weights and draw its head.
 
@@ -77,12 +78,13 @@ def load_backbone(
         seed: the run's seed; decides the head only.
         smoke: take random weights whatever the configuration says; nothing is downloaded or read.
         read: gets the weights of a configuration that names a source, say from where they were kept.
+        architecture: what the model is built from, if that is known; by default what the configuration names.
 
     Raises:
         UserError: if the model or image size does not suit, the weights can't be had, or any backbone tensor
             is missing, left over, of another shape or not finite.
     """
-    architecture = Architecture.of(config)
+    architecture = architecture or Architecture.of(config)
     random_weights = smoke or config.weights == "random"
     weights = None if random_weights else read(config)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):

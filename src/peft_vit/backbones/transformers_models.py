@@ -275,16 +275,19 @@ def _folder(backbone: BackboneConfig, *, weights: bool) -> Path | None:
         raise _bad("is no folder; name one that save_pretrained has written, or use weights: hub", folder)
     if backbone.weights == "random" and backbone.model in require_transformers().CONFIG_MAPPING:
         return None
-    return _from_hub(backbone.model, ["*.json", *(["model*.safetensors"] if weights else [])])
+    if backbone.model.startswith(("/", "~", "./", "../")):
+        raise _bad("is no folder; name one that save_pretrained has written, or a name on the hub", folder)
+    return _from_hub(backbone.model, weights=weights)
 
 
-def _from_hub(repository: str, patterns: list[str]) -> Path:
+def _from_hub(repository: str, *, weights: bool) -> Path:
     """Return the cached folder of a repository, downloading what it lacks; the hub is asked once before that."""
+    patterns = ["*.json", *(["model*.safetensors"] if weights else [])]
     try:
         cached = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
     except Exception:
         cached = None  # nothing of it is there
-    if cached is not None and all(any(cached.glob(pattern)) for pattern in patterns):
+    if cached is not None and _is_whole(cached, weights=weights):
         return cached
     try:
         url = huggingface_hub.hf_hub_url(repository, CONFIG_FILE)
@@ -295,6 +298,16 @@ def _from_hub(repository: str, patterns: list[str]) -> Path:
             f"could not get {repository} from the hub ({_line(error)}); check name and network, or name a folder of "
             "save_pretrained and use weights: file"
         ) from None
+
+
+def _is_whole(folder: Path, *, weights: bool) -> bool:
+    """Tell whether a cached folder has all that is read; others may have put a part of it there, or broken off."""
+    needed = {CONFIG_FILE, IMAGES_FILE}
+    if weights:
+        index = folder / "model.safetensors.index.json"  # of weights in several files
+        parts = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+        needed.update(parts)
+    return all((folder / name).is_file() for name in needed)
 
 
 def _line(error: Exception) -> str:

@@ -96,7 +96,11 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
         raise UserError(f"can't be read ({error.strerror}); `peft-vit export` writes it", file=file) from None
     with named(file):
         backbone = load_backbone(
-            _backbone(card, weights, file), image_size=card.image_size, num_classes=len(card.class_names), seed=0
+            _backbone(card, weights, file),
+            image_size=card.image_size,
+            num_classes=len(card.class_names),
+            seed=0,
+            architecture=card.architecture,
         )
     if backbone.weights_sha256 != card.weights_sha256:
         raise UserError(
