@@ -268,7 +268,7 @@ def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: tor
     epochs = -(-steps // steps_per_epoch(len(data.train), training.batch_size))
     orders = (data.train.order(spec.seed, epoch) for epoch in range(1, epochs + 1))
     return Provenance(
-        packages=package_versions(),
+        packages=package_versions(spec.backbone.library),
         python=platform.python_version(),
         platform=platform.platform(),
         processor=processor_name(),

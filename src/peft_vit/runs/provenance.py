@@ -15,13 +15,19 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from peft_vit.config import Library
+
 _PACKAGES = ("peft-vit", "torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn")
 
 
-def package_versions() -> dict[str, str]:
-    """Return the installed version of each package that a result depends on; of optional ones where they are there."""
-    optional = [name for name in ("peft", "transformers") if importlib.util.find_spec(name) is not None]
-    return {name: metadata.version(name) for name in (*_PACKAGES, *optional)}
+def package_versions(library: Library = "timm") -> dict[str, str]:
+    """Return the installed version of each package that a result depends on; PEFT's where it is installed.
+
+    Args:
+        library: whose model it is. Of a run on timm's, transformers' version would only keep it from being pooled.
+    """
+    optional = ("peft",) if importlib.util.find_spec("peft") is not None else ()
+    return {name: metadata.version(name) for name in dict.fromkeys((*_PACKAGES, library, *optional))}
 
 
 def git_state(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:

@@ -254,6 +254,8 @@ def test_a_commit_made_during_a_study_is_not_the_code_that_runs(monkeypatch) -> 
 def test_provenance() -> None:
     versions = package_versions()
     assert versions["torch"] == torch.__version__
+    assert "transformers" not in versions  # nothing of timm's models depends on it
+    assert "transformers" in package_versions("transformers")
     commit, dirty = git_state()
     assert (commit is None) == (dirty is None)
     a = np.arange(6, dtype=np.int64)
