@@ -192,6 +192,11 @@ def test_packed_weights_come_back_without_the_folder_that_they_came_from(tmp_pat
         torch.testing.assert_close(again(images()), merged(images()))
 
 
+def of_grey_images(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_channels": 1}))
+
+
 def without_last_mlp(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     (name,) = [name for name in tensors if ".1." in name and name.endswith("intermediate.dense.weight")]  # fc1, on disk
@@ -208,6 +213,7 @@ def without_last_mlp(folder: Path) -> None:
         (lambda folder: (folder / "preprocessor_config.json").write_text("[]"), "is no image processor"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "can't be read as weights"),
+        (of_grey_images, "takes images of 1 channels; expected a model of the three of RGB"),
         (without_last_mlp, r"lacks tensors .* vit\.layers\.1\.mlp\.fc1\.weight"),
     ],
 )

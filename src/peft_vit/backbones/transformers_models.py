@@ -114,6 +114,9 @@ def _read_images(folder: Path) -> dict[str, Any]:
 
 def _as_json(config: Any, images: dict[str, Any]) -> str:
     _class_of(config)
+    channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
+    if channels != 3:
+        raise _bad(f"takes images of {channels} channels; expected a model of the three of RGB")
     plain = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
     return json.dumps({"config": plain, "images": images}, sort_keys=True, default=str)
 
