@@ -106,6 +106,15 @@ def test_every_matrix_is_a_site_and_acts(kind: str, tmp_path: Path) -> None:
     assert not [name for name, effect in effects(model).items() if effect.fault]
 
 
+@pytest.mark.parametrize("kind", tiny_transformers.TYPES)
+def test_nothing_is_drawn_in_training(kind: str, tmp_path: Path) -> None:
+    tiny_transformers.folder_of(kind, tmp_path)
+    model = loaded(tmp_path).model.train()
+    before = torch.get_rng_state()
+    assert torch.equal(model(images()), model(images()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def trained(folder: Path, kind: str, image_size: int = 32) -> tuple[LoadedBackbone, Tensor]:
     """Return a model with filled adapters on all sites, and its logits."""
     tiny_transformers.folder_of(kind, folder)

@@ -153,10 +153,7 @@ def build(architecture: Architecture, image_size: int, num_classes: int, *, shal
     """
     config, images = _parsed(architecture)
     config.num_labels = num_classes
-    for part in (config, getattr(config, "vision_config", config)):
-        for name, value in vars(part).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
+    _draw_nothing(config)
     if shallow:
         _make_shallow(config)
     kind = _class_of(config)
@@ -171,6 +168,16 @@ def build(architecture: Architecture, image_size: int, num_classes: int, *, shal
     model.default_cfg = {**cfg, "input_size": (channels, native, native)}
     model.pretrained_cfg = {**cfg, "input_size": (channels, image_size, image_size)}
     return model
+
+
+def _draw_nothing(config: Any) -> None:
+    """Turn off what a model would draw from the global generator in training: no two runs would be the same."""
+    for part in (config, getattr(config, "vision_config", config)):
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+            elif name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):  # DINOv3's positions
+                setattr(part, name, None)
 
 
 def native_size(architecture: Architecture) -> int:
