@@ -363,6 +363,7 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
         "warmup_share",
         "layer_decay",
         "label_smoothing",
+        "micro_batch_size",
     ):
         del training[later]
     before["data"]["flips"] = {"[]": "none"}.get(str(training.pop("augmentation")), "horizontal")

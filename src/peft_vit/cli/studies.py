@@ -150,6 +150,9 @@ def train(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="default: by method")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images a step")] = 32,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="images of a step at a time, to save memory; default: all")
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="of each matrix, for lora, peft_lora, qa_lora; default 8")
     ] = None,
@@ -193,6 +196,7 @@ def train(
         epochs=epochs,
         learning_rate=learning_rate,
         batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
         rank=rank,
         budget=budget,
         head_start=head_start,

@@ -38,6 +38,7 @@ from peft_vit.config.study import (
     StudyConfig,
     TrainingConfig,
     WeightsSource,
+    micro_batch_fault,
 )
 from peft_vit.config.yaml_loader import KeyPath, Lines, read_mapping
 from peft_vit.methods.adalora import AdaLoraConfig, BudgetUnit, Strategy
@@ -102,6 +103,7 @@ __all__ = [
     "WeightsSource",
     "is_given",
     "load_study",
+    "micro_batch_fault",
     "one_line",
     "read_mapping",
     "study_from_mapping",

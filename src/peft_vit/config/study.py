@@ -133,6 +133,11 @@ class TrainingConfig(Frozen):
         description="validations in a row without a gain, after which the learning rate comes down and training ends",
     )
     batch_size: int = Field(default=32, ge=1, le=65_536)
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="images of a batch that pass through the model at a time; a step adds up their gradients",
+    )
     learning_rate: float | None = Field(default=None, gt=0, description="needed by all but probes")
     weight_decay: float = Field(default=0.01, ge=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -174,6 +179,9 @@ class TrainingConfig(Frozen):
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
+        fault = micro_batch_fault(self.micro_batch_size, self.batch_size)
+        if fault is not None:
+            raise ValueError(f"micro_batch_size: {fault}")
         mixing = [one.name for one in self.augmentation if one.mixes]
         if mixing and self.batch_size == 1:
             raise ValueError(
@@ -184,6 +192,16 @@ class TrainingConfig(Frozen):
         if self.warmup_share is not None and self.warmup_share > 0.8 and self.schedule == "warmup_stable_decay":
             raise ValueError("warmup_share: warmup_stable_decay comes down over the last fifth; give at most 0.8")
         return self
+
+    @property
+    def images_at_once(self) -> int:
+        """Return how many images pass through the model at a time, at most."""
+        return self.micro_batch_size or self.batch_size
+
+    def with_batch_size(self, batch_size: int) -> Self:
+        """Return the same for other batches, in micro-batches that divide them and are no larger than before."""
+        micro = self.micro_batch_size and _largest_micro_batch(self.micro_batch_size, batch_size)
+        return self.model_copy(update={"batch_size": batch_size, "micro_batch_size": micro})
 
     @property
     def flips(self) -> Flips:
@@ -202,6 +220,24 @@ class TrainingConfig(Frozen):
         total = self.total_steps(train_images)
         every = self.validate_every or -(-train_images // self.batch_size)
         return [*range(every, total, every), total]
+
+
+def micro_batch_fault(micro_batch_size: int | None, batch_size: int) -> str | None:
+    """Return what is wrong with a micro-batch, and the remedy; None: nothing."""
+    if micro_batch_size is None or (micro_batch_size < batch_size and batch_size % micro_batch_size == 0):
+        return None
+    smaller = _largest_micro_batch(micro_batch_size, batch_size)
+    if micro_batch_size == batch_size:
+        remedy = "remove it" if smaller is None else f"remove it, or take {smaller}"
+        return f"{micro_batch_size} is the whole batch, which is what passes without it; {remedy}"
+    remedy = "remove it" if smaller is None else f"take {smaller}"
+    return f"{micro_batch_size} does not divide the batch of {batch_size}; {remedy}"
+
+
+def _largest_micro_batch(at_most: int, batch_size: int) -> int | None:
+    """Return the largest number of images, up to a limit, that divides a batch into several parts."""
+    sizes = range(min(at_most, batch_size // 2), 0, -1)
+    return next((size for size in sizes if batch_size % size == 0), None)
 
 
 # What a probe reads of `training`; the rest says how steps are taken, and it takes none.

@@ -173,7 +173,7 @@ def reckoned_s(spec: RunSpec, steps: int, workload: Workload, rate: float) -> fl
 def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> Estimate:
     experiment = run.spec.experiment
     value_bytes = 2 if workload.precision == "bf16" else 4
-    batch = experiment.training.batch_size
+    batch = experiment.training.images_at_once
     kept = 0 if experiment.is_probe else VALUES_KEPT
     activations = batch * workload.shape.matrix_values * kept * value_bytes
     weights = workload.shape.parameters * (experiment.kind.bytes_per_weight or 4 + value_bytes)

@@ -48,6 +48,7 @@ _LATER_TRAINING = (
     "label_smoothing",
     "warmup_share",
     "layer_decay",
+    "micro_batch_size",
 )
 
 

@@ -256,7 +256,7 @@ def _test(
 def _predict(
     model: nn.Module, images: LabelledImages, spec: RunSpec, runtime: RuntimeConfig
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    batches = images.ordered_batches(spec.experiment.training.batch_size, runtime.mean, runtime.std)
+    batches = images.ordered_batches(spec.experiment.training.images_at_once, runtime.mean, runtime.std)
     return predict(model, batches, device=runtime.device, precision=runtime.precision)
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from peft_vit.backbones import Architecture, BackboneShape, describe, native_size, size_step_of
-from peft_vit.config import AskedPrecision, BackboneConfig, Library, StudyConfig, WeightsSource, study_from_mapping
+from peft_vit.config import (
+    AskedPrecision,
+    BackboneConfig,
+    Library,
+    StudyConfig,
+    WeightsSource,
+    micro_batch_fault,
+    study_from_mapping,
+)
 from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES_KEPT, product_rate
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
@@ -47,6 +55,7 @@ class OwnImages:
     minutes: float = 10.0
     learning_rate: float | None = None
     batch_size: int = 32
+    micro_batch_size: int | None = None
     rank: int | None = None
     budget: int | None = None
     head_start: str | None = None
@@ -128,11 +137,15 @@ def _check(asked: OwnImages) -> None:
         ("--epochs", asked.epochs, steps, "leave it out"),
         ("--learning-rate", asked.learning_rate, steps, "leave it out"),
         ("--head-start", asked.head_start, steps, "leave it out"),
+        ("--micro-batch-size", asked.micro_batch_size, steps, "leave it out"),
     ):
         if value is not None and not acts:
             raise UserError(f"has no effect with --method {asked.method}; {remedy}", field=option)
     if asked.steps is not None and asked.epochs is not None:
         raise UserError("excludes --epochs; give one of them", field="--steps")
+    fault = micro_batch_fault(asked.micro_batch_size, asked.batch_size)
+    if fault is not None:
+        raise UserError(fault, field="--micro-batch-size")
 
 
 def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
@@ -182,7 +195,8 @@ class _Pace:
         return max(fitting, default=sizes[0])
 
     def _fits(self, shape: BackboneShape, steps: int) -> bool:
-        kept = VALUES_KEPT * 4 * self.asked.batch_size * shape.matrix_values
+        at_once = self.asked.micro_batch_size or self.asked.batch_size
+        kept = VALUES_KEPT * 4 * at_once * shape.matrix_values
         return (
             self.seconds(shape, steps) <= 60 * self.asked.minutes and kept <= _MEMORY_SHARE * available_memory_bytes()
         )
@@ -238,7 +252,7 @@ def _experiment(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: i
     if not asked.is_probe:
         rate = method.learning_rate if asked.learning_rate is None else asked.learning_rate
         head_start = asked.head_start or ("probe" if asked.start is None else "random")  # an adapter brings its head
-        training |= {"learning_rate": rate, "head_start": head_start}
+        training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": asked.micro_batch_size}
         if asked.epochs is not None:
             training["epochs"] = asked.epochs
         else:

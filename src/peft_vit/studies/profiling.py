@@ -234,7 +234,7 @@ def _unlike(study: StudyConfig, index: ImageIndex, workload: Workload, image_siz
         while batch_size > 1 and image_s * batch_size > _LONGEST_STEP_S:
             batch_size //= 2
         spec = spec_of(study, place, study.seeds[0])
-        training = experiment.training.model_copy(update={"batch_size": batch_size})
+        training = experiment.training.with_batch_size(batch_size)
         changes = {
             "experiment": experiment.model_copy(update={"training": training}),
             "data": spec.data.model_copy(update={"image_size": image_size}),

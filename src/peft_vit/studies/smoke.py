@@ -35,9 +35,9 @@ def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
 
 def _compress(experiment: ExperimentConfig, batch_size: int) -> ExperimentConfig:
     few_steps = {"epochs": _EPOCHS, "steps": None, "validate_every": None, "patience": None, "warmup_share": None}
-    training = experiment.training.model_copy(
-        update={"batch_size": batch_size, **({} if experiment.is_probe else few_steps)}
-    )
+    training = experiment.training.with_batch_size(batch_size)
+    if not experiment.is_probe:
+        training = training.model_copy(update=few_steps)
     short = shorten(experiment, _ENDLESS, _EPOCHS * _STEPS_PER_EPOCH)
     update: dict[str, object] = {"training": training}
     qa_lora = short.section(QaLoraConfig)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class StepOutcome:
 def optimization_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loss: Tensor,
+    loss: Tensor | Iterable[Tensor],
     step: int,
     *,
     hooks: Sequence[Hook] = (),
@@ -78,9 +78,11 @@ def optimization_step(
     Args:
         model: trained model.
         optimizer: holds its trainable parameters.
-        loss: scalar task loss with its graph.
+        loss: scalar task loss with its graph; of a batch in micro-batches the part of each, which add up to the
+            batch's loss. A part is asked for once the backward pass of the one before is done, so one graph is held.
         step: number of this step, from 1.
-        hooks: called in order; one that scores gradients stands before one that scales them.
+        hooks: called in order, once a step, on the gradient of the whole batch; one that scores gradients stands
+            before one that scales them.
         clip_norm: largest gradient norm over all trainable parameters; None: no clipping.
         overhead: takes the seconds of the hooks.
 
@@ -89,10 +91,12 @@ def optimization_step(
         UserError: if a parameter that the optimiser should train is not in it.
     """
     overhead = Overhead() if overhead is None else overhead
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise DivergedError(f"the loss is {value} at step {step}; lower the learning rate")
-    loss.backward()
+    value = 0.0
+    for part in [loss] if isinstance(loss, Tensor) else loss:
+        value += float(part.detach())
+        if not math.isfinite(value):
+            raise DivergedError(f"the loss is {value} at step {step}; lower the learning rate")
+        part.backward()
     call_each(hooks, "after_backward", overhead, model, step)
     terms = call_each(hooks, "penalties", overhead, model)
     penalties: dict[str, Tensor] = {name: term for of_hook in terms for name, term in of_hook.items()}

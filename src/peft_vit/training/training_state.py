@@ -132,16 +132,11 @@ class TrainingState:
         started = time.perf_counter()
         learning_rate = self._optimizer.param_groups[0]["lr"]
         notes = {name: value for hook in self._hooks for name, value in hook.notes().items()}
-        device, number = self._runtime.device, self.steps + 1
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._runtime.precision == "bf16"):
-            logits = self.model(images.to(device))  # (B, classes)
-        loss = weighted_cross_entropy(
-            logits.float(), labels.to(device), self._class_weights, self._config.label_smoothing
-        )
+        number = self.steps + 1
         outcome = optimization_step(
             self.model,
             self._optimizer,
-            loss,
+            self._losses(images, labels),
             number,
             hooks=self._hooks,
             clip_norm=self._config.clip_norm,
@@ -159,6 +154,20 @@ class TrainingState:
         self._scheduler.step()
         self.result.steps.append(row)
         self.result.peak_parameters = max(self.result.peak_parameters, trainable_parameters(self.model))
+
+    def _losses(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
+        """Yield what each micro-batch of M images has in the loss of its batch of B: its own mean, times M / B.
+
+        The last batch of an epoch may be smaller, and its last micro-batch too.
+        """
+        runtime, at_once = self._runtime, self._config.images_at_once
+        for some, theirs in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
+            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+                logits = self.model(some.to(runtime.device))  # (M, classes)
+            mean = weighted_cross_entropy(
+                logits.float(), theirs.to(runtime.device), self._class_weights, self._config.label_smoothing
+            )
+            yield mean * (len(some) / len(images))
 
     @property
     def ended(self) -> bool:
@@ -190,7 +199,7 @@ class TrainingState:
     def _evaluation(self) -> Evaluation:
         runtime = self._runtime
         # No larger than in training, or a method that keeps few activations would have its largest memory here.
-        batches = self._data.validation.ordered_batches(self._config.batch_size, runtime.mean, runtime.std)
+        batches = self._data.validation.ordered_batches(self._config.images_at_once, runtime.mean, runtime.std)
         logits, labels = predict(self.model, batches, device=runtime.device, precision=runtime.precision)
         if not np.isfinite(logits).all():
             raise DivergedError(f"predictions after step {self.steps} are not finite; lower the learning rate")

@@ -75,6 +75,11 @@ def test_names_alone_and_names_with_settings(tmp_path: Path) -> None:
         ("warmup_share: 1", "warmup_share", "less than 1"),
         ("warmup_share: 0.1, schedule: constant", "", "warmup_share has no effect with schedule: constant; remove it"),
         ("warmup_share: 0.9, schedule: warmup_stable_decay", "", "comes down over the last fifth; give at most 0.8"),
+        ("micro_batch_size: 0", "micro_batch_size", "greater than or equal to 1"),
+        ("micro_batch_size: 5", "", "micro_batch_size: 5 does not divide the batch of 32; take 4"),
+        ("micro_batch_size: 64", "", "micro_batch_size: 64 does not divide the batch of 32; take 16"),
+        ("micro_batch_size: 32", "", "32 is the whole batch, which is what passes without it; remove it, or take 16"),
+        ("micro_batch_size: 1, batch_size: 1", "", "micro_batch_size: 1 is the whole batch, which is what passes"),
         ("layer_decay: 1", "layer_decay", "less than 1"),
         ("layer_decay: 0.7", "", "training.layer_decay has no effect with method: lora, which trains no weights"),
     ],
@@ -91,6 +96,23 @@ def test_what_is_refused_is_named_in_one_line(tmp_path: Path, training: str, fie
 
 def test_layer_decay_is_for_full_fine_tuning(tmp_path: Path) -> None:
     assert load(tmp_path, "layer_decay: 0.7", "full").experiments[0].training.layer_decay == 0.7
+
+
+def test_a_micro_batch_follows_another_batch_size(tmp_path: Path) -> None:
+    training = load(tmp_path, "batch_size: 24, micro_batch_size: 6").experiments[0].training
+    assert (training.images_at_once, load(tmp_path, "batch_size: 24").experiments[0].training.images_at_once) == (6, 24)
+    for size, expected in ((12, 6), (9, 3), (7, 1), (6, 3), (1, None)):
+        other = training.with_batch_size(size)
+        assert (other.batch_size, other.micro_batch_size) == (size, expected)
+        assert type(other).model_validate(other.model_dump()) == other
+
+
+def test_a_probe_has_no_micro_batches(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    probe = "  - {name: one, method: linear, training: {micro_batch_size: 4}}\n"
+    file.write_text(f"{HEAD}experiments:\n{probe}")
+    with pytest.raises(UserError, match=r"training\.micro_batch_size: has no effect on a linear probe"):
+        load_study(file)
 
 
 def test_an_older_file_is_told_what_to_write(tmp_path: Path) -> None:

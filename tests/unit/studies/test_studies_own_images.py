@@ -123,6 +123,7 @@ def test_options_reach_the_study(asked) -> None:
         *(("linear", option, 3) for option in ("steps", "epochs", "learning_rate")),
         ("qa_linear", "steps", 3),
         ("linear", "head_start", "probe"),
+        ("linear", "micro_batch_size", 4),
         ("qa_linear", "head_start", "random"),
     ],
 )
@@ -171,6 +172,14 @@ def test_little_memory_means_small_images(asked, pace) -> None:
     small = study_of(asked())[0].data.image_size
     assert small < 160
     assert study_of(asked(batch_size=4))[0].data.image_size > small
+    study, _ = study_of(asked(micro_batch_size=4))
+    assert study.data.image_size > small
+    assert study.experiments[0].training.micro_batch_size == 4
+
+
+def test_a_micro_batch_that_does_not_divide_the_batch_is_one_line(asked) -> None:
+    with pytest.raises(UserError, match=r"^--micro-batch-size: 5 does not divide the batch of 32; take 4$"):
+        study_of(asked(micro_batch_size=5))
 
 
 def test_too_few_minutes_are_one_line(asked, pace) -> None:

@@ -9,19 +9,17 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from qa_lora_settings import config as qa_lora
+from prepared_methods import METHODS, STEPS
 
-from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
-from peft_vit.adapters import attach_adapters, current_ranks, freeze_backbone, trained_tensors
-from peft_vit.backbones import find_sites
-from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig, TrainingConfig
+from peft_vit.adapters import current_ranks, trained_tensors
+from peft_vit.config import TrainingConfig
 from peft_vit.errors import UserError
-from peft_vit.training import AllocationHook, PeftAdaLoraHook, State, train
+from peft_vit.training import State, train
 from peft_vit.training.checkpoint import read_checkpoint, write_checkpoint
 from peft_vit.training.checkpoint_state import generators_state, load_generators_state, load_model_state, model_state
 
 pytestmark = pytest.mark.part("runner")
-EPOCHS, STEPS = 4, 12  # 18 images in batches of 8
+EPOCHS = 4  # of 18 images in batches of 8: 12 steps
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
@@ -33,81 +31,6 @@ def config(**settings) -> TrainingConfig:
     return TrainingConfig(**{"epochs": EPOCHS, "batch_size": 8, "learning_rate": 3e-3, **settings})
 
 
-# --- methods, each as a function that prepares a plain model and returns its hooks ------------------------------------
-
-
-def linear(model):
-    freeze_backbone(model)
-    return []
-
-
-def full(model):
-    return []
-
-
-def lora(model):
-    attach_adapters(model, find_sites(model), 2, scale=2.0, seed=0)
-    return []
-
-
-def adalora(**settings):
-    def prepare(model, pool=1):
-        default = {
-            "total_rank_budget": 18,
-            "allocation_strategy": "proportional",
-            "importance_metric": "sensitivity",
-            "update_frequency": 2,
-            "warmup_steps": 3,
-            "final_steps": 3,
-        }
-        made = AdaLoraConfig(**{**default, **settings})
-        return [AllocationHook(AdaLoRAController(model, made, STEPS, seed=3, pool=pool))]
-
-    return prepare
-
-
-def quantized(**settings):
-    return lambda model: [QALoRATrainer(model, qa_lora(rank=2, **settings), STEPS, seed=3)]
-
-
-def both(model):
-    settings = qa_lora(quantization_schedule="cosine", targets=("out", "fc2"))
-    (allocation,) = adalora(total_rank_budget=10, scale=settings.scale, targets=settings.targets)(model, settings.pool)
-    return [allocation, QALoRATrainer(model, settings, STEPS, seed=3)]
-
-
-def peft_lora(model):
-    from peft_vit.adapters.peft_tuner import attach_peft_lora
-
-    attach_peft_lora(model, PeftLoraConfig(rank=2), seed=3)
-    return []
-
-
-def peft_adalora(model):
-    settings = PeftAdaLoraConfig(initial_rank=4, target_rank=2, warmup_steps=2, update_frequency=2, final_steps=3)
-    return [PeftAdaLoraHook(model, settings, STEPS, seed=3)]
-
-
-# 12 sites share 18 ranks: sites without rank, probes, growth, young triplets with moments of their own age
-GROWING = {"budget_schedule": "constant", "parametrization": "product", "importance_metric": "fisher"}
-METHODS = {
-    "linear": linear,
-    "full": full,
-    "lora": lora,
-    "peft_lora": peft_lora,
-    "peft_adalora": peft_adalora,
-    "adalora": adalora(parametrization="svd", initial_budget=30),
-    "growing": adalora(**GROWING),
-    "orthonormal": adalora(parametrization="svd", factor_start="orthonormal"),
-    "reversible": adalora(parametrization="svd", allocation_strategy="global", prune="reversible"),
-    "random": adalora(importance_metric="random", allocation_strategy="threshold", threshold_tau=1.5),
-    "with_penalty": adalora(parametrization="svd", importance_gradient="task_and_penalty"),
-    "qa_lora": quantized(quantization_schedule="linear", quantization_warmup_steps=2),
-    "managed_pace": quantized(
-        quantization_schedule="cosine", balance_target=0.5, balance_by="schedule_pace", quantization_end_step=12
-    ),
-    "qa_adalora": both,
-}
 TRAININGS = {
     "sgd": {"optimizer": "sgd", "learning_rate": 0.05},
     "constant": {"schedule": "constant", "clip_norm": None},
@@ -123,6 +46,7 @@ CASES = [
     *(("lora", {"augmentation": [one]}) for one in MIXES),
     ("lora", {"augmentation": ["flip", *IMAGES, *MIXES], "class_weights": True, "label_smoothing": 0.1}),
     ("full", {"layer_decay": 0.5, "warmup_share": 0.2}),
+    *((method, {"micro_batch_size": 4}) for method in ("growing", "qa_lora", "peft_adalora")),
 ]
 
 
