@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -80,7 +81,19 @@ class BackboneShape:
 
         That is of a plain block, with 1 and 3 at the fused query, key and value, 1 and 1, 1 and 4, 4 and 1.
         """
-        return sum(one.tokens * (one.in_features + one.out_features) for one in self.modules)
+        return sum(self._values_by_block.values())
+
+    @property
+    def block_values(self) -> int:
+        """Return as many of the block that has the most."""
+        return max(self._values_by_block.values())
+
+    @property
+    def _values_by_block(self) -> Counter[int]:
+        values: Counter[int] = Counter()
+        for one in self.modules:
+            values[one.layer] += one.tokens * (one.in_features + one.out_features)
+        return values
 
 
 def describe(config: BackboneConfig, image_size: int) -> BackboneShape:

@@ -153,6 +153,9 @@ def train(
     micro_batch_size: Annotated[
         int | None, typer.Option(min=1, help="images of a step at a time, to save memory; default: all")
     ] = None,
+    activation_checkpointing: Annotated[
+        Literal["none", "blocks"], typer.Option(help="blocks: compute each block twice, to save more memory")
+    ] = "none",
     rank: Annotated[
         int | None, typer.Option(min=1, help="of each matrix, for lora, peft_lora, qa_lora; default 8")
     ] = None,
@@ -197,6 +200,7 @@ def train(
         learning_rate=learning_rate,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
+        activation_checkpointing=activation_checkpointing,
         rank=rank,
         budget=budget,
         head_start=head_start,

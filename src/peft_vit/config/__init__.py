@@ -21,6 +21,7 @@ from peft_vit.config.loading import load_study, one_line, study_from_mapping
 from peft_vit.config.study import (
     NEEDS_PATH,
     PROBE_READS,
+    ActivationCheckpointing,
     AskedPrecision,
     BackboneConfig,
     DataConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "PROBE_L2",
     "PROBE_READS",
     "SITE_MATRICES",
+    "ActivationCheckpointing",
     "AdaLoraConfig",
     "AdapterConfig",
     "AdaptiveBitsConfig",

@@ -29,6 +29,7 @@ Library = Literal["timm", "transformers"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]  # of a run
 AskedPrecision = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
+ActivationCheckpointing = Literal["none", "blocks"]
 NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv", "hf")
 _OF_HF = ("image_column", "label_column", "hub_subset")
 
@@ -137,6 +138,9 @@ class TrainingConfig(Frozen):
         default=None,
         ge=1,
         description="images of a batch that pass through the model at a time; a step adds up their gradients",
+    )
+    activation_checkpointing: ActivationCheckpointing = Field(
+        default="none", description="blocks: each block is computed again in the backward pass, not kept"
     )
     learning_rate: float | None = Field(default=None, gt=0, description="needed by all but probes")
     weight_decay: float = Field(default=0.01, ge=0)

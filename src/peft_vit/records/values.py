@@ -49,6 +49,7 @@ _LATER_TRAINING = (
     "warmup_share",
     "layer_decay",
     "micro_batch_size",
+    "activation_checkpointing",
 )
 
 

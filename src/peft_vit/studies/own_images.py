@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 
 from peft_vit.backbones import Architecture, BackboneShape, describe, native_size, size_step_of
 from peft_vit.config import (
+    ActivationCheckpointing,
     AskedPrecision,
     BackboneConfig,
     Library,
@@ -16,7 +17,7 @@ from peft_vit.config import (
     micro_batch_fault,
     study_from_mapping,
 )
-from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, VALUES_KEPT, product_rate
+from peft_vit.costs.estimate import RECOMPUTED_PASSES, START_S, TIME_OUTSIDE_PRODUCTS, kept_values, product_rate
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
@@ -56,6 +57,7 @@ class OwnImages:
     learning_rate: float | None = None
     batch_size: int = 32
     micro_batch_size: int | None = None
+    activation_checkpointing: ActivationCheckpointing = "none"
     rank: int | None = None
     budget: int | None = None
     head_start: str | None = None
@@ -138,6 +140,7 @@ def _check(asked: OwnImages) -> None:
         ("--learning-rate", asked.learning_rate, steps, "leave it out"),
         ("--head-start", asked.head_start, steps, "leave it out"),
         ("--micro-batch-size", asked.micro_batch_size, steps, "leave it out"),
+        ("--activation-checkpointing", _if_asked(asked.activation_checkpointing), steps, "leave it out"),
     ):
         if value is not None and not acts:
             raise UserError(f"has no effect with --method {asked.method}; {remedy}", field=option)
@@ -146,6 +149,10 @@ def _check(asked: OwnImages) -> None:
     fault = micro_batch_fault(asked.micro_batch_size, asked.batch_size)
     if fault is not None:
         raise UserError(fault, field="--micro-batch-size")
+
+
+def _if_asked(checkpointing: ActivationCheckpointing) -> str | None:
+    return None if checkpointing == "none" else checkpointing
 
 
 def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
@@ -178,7 +185,8 @@ class _Pace:
 
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
-        products = METHODS[self.asked.method].forward_passes
+        recomputed = RECOMPUTED_PASSES[self.asked.activation_checkpointing]
+        products = METHODS[self.asked.method].forward_passes + recomputed
         validations = 1 + steps // _validate_every(self.asked, self.counts)
         passes = 2 * self.counts.train + (1 + validations) * self.counts.validation + self.counts.test
         images = products * steps * self.asked.batch_size + passes
@@ -196,7 +204,7 @@ class _Pace:
 
     def _fits(self, shape: BackboneShape, steps: int) -> bool:
         at_once = self.asked.micro_batch_size or self.asked.batch_size
-        kept = VALUES_KEPT * 4 * at_once * shape.matrix_values
+        kept = 4 * at_once * kept_values(shape, self.asked.activation_checkpointing)
         return (
             self.seconds(shape, steps) <= 60 * self.asked.minutes and kept <= _MEMORY_SHARE * available_memory_bytes()
         )
@@ -252,7 +260,12 @@ def _experiment(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: i
     if not asked.is_probe:
         rate = method.learning_rate if asked.learning_rate is None else asked.learning_rate
         head_start = asked.head_start or ("probe" if asked.start is None else "random")  # an adapter brings its head
-        training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": asked.micro_batch_size}
+        training |= {
+            "learning_rate": rate,
+            "head_start": head_start,
+            "micro_batch_size": asked.micro_batch_size,
+            "activation_checkpointing": asked.activation_checkpointing,
+        }
         if asked.epochs is not None:
             training["epochs"] = asked.epochs
         else:

@@ -19,6 +19,7 @@ from peft_vit.data import Data, mixed
 from peft_vit.errors import DivergedError, UserError, is_out_of_memory, named
 from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
 from peft_vit.records import Evaluation, StepRow
+from peft_vit.training.activation_checkpointing import blocks_of, recomputed
 from peft_vit.training.checkpoint_state import (
     State,
     generators_state,
@@ -84,6 +85,7 @@ class TrainingState:
         self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
         self._validated_at = frozenset(config.validation_steps(len(data.train)))
         self._class_weights = loss_weights(config, data, runtime.device)  # (classes,)
+        self._recomputed = blocks_of(model) if config.activation_checkpointing == "blocks" else []
         self._hooks = hooks
         self._best = BestState()
         if resume is not None:
@@ -162,7 +164,8 @@ class TrainingState:
         """
         runtime, at_once = self._runtime, self._config.images_at_once
         for some, theirs in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
-            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+            bf16 = torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16")
+            with bf16, recomputed(self._recomputed):
                 logits = self.model(some.to(runtime.device))  # (M, classes)
             mean = weighted_cross_entropy(
                 logits.float(), theirs.to(runtime.device), self._class_weights, self._config.label_smoothing

@@ -80,6 +80,7 @@ def test_names_alone_and_names_with_settings(tmp_path: Path) -> None:
         ("micro_batch_size: 64", "", "micro_batch_size: 64 does not divide the batch of 32; take 16"),
         ("micro_batch_size: 32", "", "32 is the whole batch, which is what passes without it; remove it, or take 16"),
         ("micro_batch_size: 1, batch_size: 1", "", "micro_batch_size: 1 is the whole batch, which is what passes"),
+        ("activation_checkpointing: all", "activation_checkpointing", "should be 'none' or 'blocks'"),
         ("layer_decay: 1", "layer_decay", "less than 1"),
         ("layer_decay: 0.7", "", "training.layer_decay has no effect with method: lora, which trains no weights"),
     ],
@@ -107,11 +108,12 @@ def test_a_micro_batch_follows_another_batch_size(tmp_path: Path) -> None:
         assert type(other).model_validate(other.model_dump()) == other
 
 
-def test_a_probe_has_no_micro_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["micro_batch_size: 4", "activation_checkpointing: blocks"])
+def test_a_probe_keeps_no_activations(tmp_path: Path, setting: str) -> None:
     file = tmp_path / "study.yaml"
-    probe = "  - {name: one, method: linear, training: {micro_batch_size: 4}}\n"
+    probe = f"  - {{name: one, method: linear, training: {{{setting}}}}}\n"
     file.write_text(f"{HEAD}experiments:\n{probe}")
-    with pytest.raises(UserError, match=r"training\.micro_batch_size: has no effect on a linear probe"):
+    with pytest.raises(UserError, match=rf"training\.{setting.partition(':')[0]}: has no effect on a linear"):
         load_study(file)
 
 

@@ -9,7 +9,7 @@ from written_runs import run_and_write
 
 from peft_vit.backbones import describe
 from peft_vit.costs.cache import Costs, keep_costs
-from peft_vit.costs.estimate import EstimateRequest, Workload
+from peft_vit.costs.estimate import EstimateRequest, Workload, reckoned_s
 from peft_vit.costs.estimate import estimate_runs as estimate
 from peft_vit.records import write_record
 from peft_vit.studies import plan_study
@@ -102,6 +102,35 @@ def test_records_serve_runs_of_the_same_kind_and_length(study, tmp_path) -> None
     assert [one.basis for one in found] == ["records", "records", "estimate"]
     assert [one.seconds for one in found[:2]] == [record.seconds] * 2
     assert [one.peak_memory_bytes for one in found[:2]] == [record.peak_memory_bytes] * 2
+
+
+@pytest.mark.parametrize(
+    ("training", "images", "widths", "passes"),
+    [
+        ({}, 8, lambda depth: 34 * depth, 2),
+        ({"micro_batch_size": 2}, 2, lambda depth: 34 * depth, 2),
+        ({"activation_checkpointing": "blocks"}, 8, lambda depth: depth + 34, 3),
+        ({"micro_batch_size": 4, "activation_checkpointing": "blocks"}, 4, lambda depth: depth + 34, 3),
+    ],
+)
+def test_arithmetic_knows_what_a_step_keeps_and_computes_again(
+    study, tmp_path, training, images, widths, passes
+) -> None:
+    config = study("lora")
+    (one,) = config.experiments
+    batch = {"batch_size": 8, "micro_batch_size": None, "activation_checkpointing": "none"}
+    other = one.model_copy(update={"training": one.training.model_copy(update=batch | training)})
+    runs, workload = wanted(config.model_copy(update={"experiments": (other,)}), tmp_path)
+    (found,) = estimate(runs, workload)
+    query = workload.shape.sites[0]
+    depth = 1 + workload.shape.sites[-1].layer
+    plain = 14 / 16  # its MLP is 3 times as wide as its tokens, not 4
+    activations = plain * images * 4 * query.tokens * query.in_features * widths(depth)
+    float_weights = (4 + 4) * workload.shape.parameters
+    assert found.peak_memory_bytes == pytest.approx(700e6 + activations + float_weights, abs=1)
+    steps = runs[0].steps
+    whole = reckoned_s(runs[0].spec, steps, workload, 1e9) - reckoned_s(runs[0].spec, 0, workload, 1e9)
+    assert whole == pytest.approx(1.8 * passes * steps * 8 * workload.shape.multiply_adds / 1e9)
 
 
 def test_records_of_another_machine_tell_nothing(study, tmp_path) -> None:

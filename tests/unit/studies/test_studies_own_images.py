@@ -124,6 +124,7 @@ def test_options_reach_the_study(asked) -> None:
         ("qa_linear", "steps", 3),
         ("linear", "head_start", "probe"),
         ("linear", "micro_batch_size", 4),
+        ("linear", "activation_checkpointing", "blocks"),
         ("qa_linear", "head_start", "random"),
     ],
 )
@@ -175,6 +176,9 @@ def test_little_memory_means_small_images(asked, pace) -> None:
     study, _ = study_of(asked(micro_batch_size=4))
     assert study.data.image_size > small
     assert study.experiments[0].training.micro_batch_size == 4
+    study, _ = study_of(asked(activation_checkpointing="blocks"))
+    assert study.data.image_size > small
+    assert study.experiments[0].training.activation_checkpointing == "blocks"
 
 
 def test_a_micro_batch_that_does_not_divide_the_batch_is_one_line(asked) -> None:

@@ -47,6 +47,7 @@ CASES = [
     ("lora", {"augmentation": ["flip", *IMAGES, *MIXES], "class_weights": True, "label_smoothing": 0.1}),
     ("full", {"layer_decay": 0.5, "warmup_share": 0.2}),
     *((method, {"micro_batch_size": 4}) for method in ("growing", "qa_lora", "peft_adalora")),
+    *((method, {"activation_checkpointing": "blocks"}) for method in ("growing", "qa_adalora")),
 ]
 
 

@@ -1,0 +1,44 @@
+"""Activation checkpointing (Chen et al., arXiv 1604.06174): blocks are computed again for their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from peft_vit.backbones import Backbone
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of the backbone that a model is, or wraps, whatever its family."""
+    backbone = Backbone.within(model)
+    return [backbone.model.get_submodule(name) for name in backbone.blocks]
+
+
+@contextmanager
+def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let a forward pass within keep each block's inputs alone; its backward pass, wherever it is, computes the rest.
+
+    The gradients are those without, bit for bit: the same operations on the same values, with torch's generators as
+    they were, so that a dropout drops the same. Modules, their names and their hooks stay: for a while a block has a
+    `forward` of its own. Calls under `no_grad` compute as always.
+    """
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        _set(block, partial(checkpoint, block.forward, use_reentrant=False))
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del block.forward
+            else:  # another library had put one there
+                _set(block, own)
+
+
+def _set(block: Any, forward: Any) -> None:
+    block.forward = forward
