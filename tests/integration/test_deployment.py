@@ -21,6 +21,7 @@ from peft_vit.deployment import save_low_bit
 from peft_vit.runs.export import restore_run
 
 pytest.importorskip("onnxruntime")
+pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -67,8 +68,8 @@ def test_every_export_says_in_another_process_what_the_run_does(run_of, images, 
         run_dir = run_of(name)
         models.append((run_dir,))
         sources.append(name)
-        for kind in ("safetensors", "onnx") if name in ("lora", "int4") else ("safetensors",):
-            file = tmp_path / f"{name}.{kind}"
+        for kind in ("safetensors", "onnx", "openvino") if name in ("lora", "int4") else ("safetensors",):
+            file = tmp_path / f"{name}.{'xml' if kind == 'openvino' else kind}"
             assert "12 validation images" in command("export", run_dir, "--format", kind, "--output", file).out
             models.append((file,))
             sources.append(name)

@@ -79,7 +79,7 @@ def refusal(refused: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("full", "every weight"), ("nf4", "quantized weights"), ("int4", "--format safetensors or onnx")],
+    [("full", "every weight"), ("nf4", "quantized weights"), ("int4", "--format safetensors, onnx or openvino")],
 )
 def test_methods_without_a_counterpart(run_of, refusal, name, reason) -> None:
     line = refusal(run_of(name))

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ from peft_vit.costs.cache import Costs, keep_costs
 from peft_vit.data import open_index
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
-from peft_vit.deployment import low_bit_file, onnx_file, open_exported, predict_files
+from peft_vit.deployment import low_bit_file, onnx_file, open_exported, openvino_file, predict_files
 from peft_vit.errors import named
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
 from peft_vit.runs.export import open_model
@@ -117,6 +118,8 @@ def models(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         inner = (_in_onnx_card(nasty), nasty.of_bytes())
         spoil = (*(_signed(mutation, _sign_onnx) for mutation in inner), nasty.of_bytes())
         targets.append(Target(by_onnx, spoil, predicting(sound, by_onnx), ("predict", by_onnx, sound.image)))
+        targets += _openvino(sound, nasty)
+        targets += _openvino(sound, nasty)
     folder, weights = sound.inputs / "peft", str(sound.inputs / "weights.safetensors")
 
     def open_peft() -> None:
@@ -132,6 +135,26 @@ def models(sound: SoundFiles, nasty: Nasty) -> list[Target]:
             ways = (mutations.of_safetensors(nasty.texts), nasty.of_bytes())
         targets.append(Target(file, ways, open_peft, command))
     return targets
+
+
+def _openvino(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """Both files of a model for OpenVINO, likewise."""
+    description = sound.inputs / "model.xml"
+    weights = description.with_suffix(".bin")
+    before = (description.read_bytes(), weights.read_bytes())
+
+    def sign(content: bytes) -> bytes:
+        return _sign_openvino(content, before[1])
+
+    def believed(content: bytes) -> dict[Path, bytes]:
+        return {description: _sign_openvino(before[0], content)}
+
+    plain, command = nasty.of_bytes(), ("predict", description, sound.image)
+    opens = predicting(sound, description)
+    return [
+        Target(description, (_signed(plain, sign), plain), opens, command, names=(weights,)),
+        Target(weights, (plain,), opens, command, believed, names=(description,)),
+    ]
 
 
 def _signed(mutation: Mutation, sign: Callable[[bytes], bytes]) -> Mutation:
@@ -163,6 +186,13 @@ def _sign_onnx(content: bytes) -> bytes:
     header = header.model_copy(update={"sha256": onnx_file._digest(header.card, proto)})
     proto.metadata_props.add(key=onnx_file.HEADER, value=header.model_dump_json())
     return bytes(proto.SerializeToString())
+
+
+def _sign_openvino(description: bytes, weights: bytes) -> bytes:
+    found = re.search(rb"&quot;sha256&quot;:&quot;([0-9a-f]{64})", description)
+    assert found is not None
+    unsigned = description.replace(found[1], openvino_file._UNSIGNED.encode(), 1)
+    return description.replace(found[1], openvino_file._digest(unsigned, weights).encode(), 1)
 
 
 def _in_onnx_card(nasty: Nasty) -> Mutation:

@@ -108,6 +108,7 @@ def make_sound_files(root: Path, *, onnx: bool = True) -> SoundFiles:
     export_run_to_file(sound.run("quantized"), sound.inputs / "model.safetensors", "safetensors")
     if onnx:
         export_run_to_file(sound.run("quantized"), sound.inputs / "model.onnx", "onnx")
+        export_run_to_file(sound.run("quantized"), sound.inputs / "model.xml", "openvino")
     _make_data_sets(sound.inputs)
     return sound
 

@@ -24,17 +24,17 @@ def export(
         Path,
         typer.Option(
             show_default=False,
-            help="a .onnx or .safetensors file; peft, pretrained: a new or empty folder; history: a .parquet, .json or "
-            ".csv file; tensorboard: what its --logdir is given",
+            help="a .onnx or .safetensors file; openvino: a .xml file, a .bin comes beside it; peft, pretrained: a new "
+            "or empty folder; history: a .parquet, .json or .csv file; tensorboard: what its --logdir is given",
         ),
     ],
     format: Annotated[
-        Literal["onnx", "safetensors", "pretrained", "peft", "history", "tensorboard"],
+        Literal["onnx", "openvino", "safetensors", "pretrained", "peft", "history", "tensorboard"],
         typer.Option(
-            help="onnx: the whole model for onnxruntime; safetensors: the whole model, quantized layers packed; "
-            "pretrained: a folder that timm or transformers loads, all weights as floats; peft: LoRA files for the "
-            "PEFT library; history: scores and ranks by run, step and site; tensorboard: metrics of finished runs, "
-            "also while a study goes on"
+            help="onnx: the whole model for onnxruntime; openvino: the same for OpenVINO; safetensors: the whole "
+            "model, quantized layers packed; pretrained: a folder that timm or transformers loads, all weights as "
+            "floats; peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; "
+            "tensorboard: metrics of finished runs, also while a study goes on"
         ),
     ] = "peft",
 ) -> None:
@@ -62,7 +62,7 @@ def export(
 @app.command()
 def predict(
     model: Annotated[
-        Path, typer.Argument(help="what `export` wrote (.onnx, .safetensors, PEFT folder), or a run's folder")
+        Path, typer.Argument(help="what `export` wrote (.onnx, .xml, .safetensors, PEFT folder), or a run's folder")
     ],
     images: Annotated[list[Path], typer.Argument(help="image files, or folders of them", show_default=False)],
     weights: Annotated[

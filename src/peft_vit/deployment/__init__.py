@@ -1,9 +1,10 @@
-"""From a trained model to files that run elsewhere: merging, low-bit safetensors, ONNX, and predictions from them."""
+"""From a trained model to files that run elsewhere: merging, safetensors, ONNX, OpenVINO, and predictions from them."""
 
 from peft_vit.deployment.low_bit_file import load_low_bit, save_low_bit
 from peft_vit.deployment.merging import Merged, merge
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import export_onnx, open_onnx, require_onnx_export
+from peft_vit.deployment.openvino_file import export_openvino, open_openvino, require_openvino_export
 from peft_vit.deployment.predicting import Classifier, Prediction, open_exported, predict_files, torch_classifier
 from peft_vit.deployment.pretrained import load_pretrained, save_pretrained
 
@@ -13,13 +14,16 @@ __all__ = [
     "ModelCard",
     "Prediction",
     "export_onnx",
+    "export_openvino",
     "load_low_bit",
     "load_pretrained",
     "merge",
     "open_exported",
     "open_onnx",
+    "open_openvino",
     "predict_files",
     "require_onnx_export",
+    "require_openvino_export",
     "save_low_bit",
     "save_pretrained",
     "torch_classifier",

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from timm.models.hiera import MaskUnitAttention
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules
+from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
 from peft_vit.deployment.onnx_layers import OnnxLinear
@@ -61,21 +61,32 @@ def export_onnx(model: nn.Module, file: Path, card: ModelCard) -> None:
     """
     require_onnx_export()
     check_merged(model)
-    model = copy.deepcopy(model).eval()
-    for name, module in list(adapted_modules(model)):
-        if module.quantized is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, OnnxLinear(module, name))
-    for attention in [one for one in model.modules() if isinstance(one, MaskUnitAttention)]:
-        setattr(attention, "fused_attn", False)  # noqa: B010 - final for timm; the exporter takes no fused one of 5 D
-    proto = _traced(model, card.image_size)
-    _strip(proto)
+    proto = onnx_graph(model, card.image_size, OnnxLinear)
     header = _Header(card=card, sha256=_digest(card, proto))
     proto.metadata_props.add(key=HEADER, value=header.model_dump_json())
     try:
         write_atomically(file, proto.SerializeToString())
     except OSError as error:
         raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None
+
+
+def onnx_graph(model: nn.Module, image_size: int, packed: Callable[[AdaptedLinear, str], nn.Module]) -> Any:
+    """Return a merged model as onnx.ModelProto; the model stays as it is.
+
+    Args:
+        model: what `export_onnx` takes.
+        image_size: of its square images, in pixels.
+        packed: makes what is exported in place of a packed layer, from the layer and its name.
+    """
+    model = copy.deepcopy(model).eval()
+    for name, module in list(adapted_modules(model)):
+        if module.quantized is not None:
+            model.set_submodule(name, packed(module, name))
+    for attention in [one for one in model.modules() if isinstance(one, MaskUnitAttention)]:
+        setattr(attention, "fused_attn", False)  # noqa: B010 - final for timm; the exporter takes no fused one of 5 D
+    proto = _traced(model, image_size)
+    _strip(proto)
+    return proto
 
 
 def _traced(model: nn.Module, image_size: int) -> Any:

@@ -20,6 +20,7 @@ from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
 from peft_vit.deployment.low_bit_file import load_low_bit
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import open_onnx
+from peft_vit.deployment.openvino_file import open_openvino
 from peft_vit.errors import UserError, agreeing_with, named
 from peft_vit.safe_io import read_bytes
 
@@ -56,7 +57,7 @@ def torch_classifier(model: nn.Module, card: ModelCard) -> Classifier:
 
 
 def open_exported(path: Path, weights: str | None = None) -> Classifier:
-    """Return the classifier in what `peft-vit export` has written: a .safetensors or .onnx file, or a PEFT folder.
+    """Return the classifier in what `peft-vit export` has written: a .safetensors, .onnx or .xml file or a PEFT folder.
 
     Args:
         path: of the file or folder.
@@ -73,9 +74,12 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
         if path.suffix == ".onnx":
             logits, card = open_onnx(path)
             return Classifier(card, logits)
+        if path.suffix == ".xml":
+            logits, card = open_openvino(path)
+            return Classifier(card, logits)
         if path.suffix == ".safetensors":
             return torch_classifier(*load_low_bit(path))
-    raise UserError("expected a .safetensors or .onnx file, a PEFT folder or a run's folder", file=path)
+    raise UserError("expected a .safetensors, .onnx or .xml file, a PEFT folder or a run's folder", file=path)
 
 
 def open_peft(folder: Path, weights: str | None = None) -> Classifier:

@@ -23,10 +23,12 @@ from peft_vit.deployment import (
     Merged,
     ModelCard,
     export_onnx,
+    export_openvino,
     load_pretrained,
     merge,
     open_exported,
     require_onnx_export,
+    require_openvino_export,
     save_low_bit,
     save_pretrained,
     torch_classifier,
@@ -39,16 +41,19 @@ from peft_vit.training import Hook
 
 _COMPARED_AT_ONCE = 32
 
-FileFormat = Literal["onnx", "safetensors", "pretrained"]
+FileFormat = Literal["onnx", "openvino", "safetensors", "pretrained"]
 
 
 # How each is written, and opened again to be compared.
 _Write: TypeAlias = Callable[[nn.Module, Path, ModelCard], None]
 _WAYS: dict[FileFormat, tuple[_Write, Callable[[Path, ModelCard], Classifier]]] = {
     "onnx": (export_onnx, lambda file, _: open_exported(file)),
+    "openvino": (export_openvino, lambda file, _: open_exported(file)),
     "safetensors": (save_low_bit, lambda file, _: open_exported(file)),
     "pretrained": (save_pretrained, lambda folder, card: torch_classifier(load_pretrained(folder, card), card)),
 }
+_ENDINGS: dict[FileFormat, str] = {"onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors"}
+_REQUIRE: dict[FileFormat, Callable[[], None]] = {"onnx": require_onnx_export, "openvino": require_openvino_export}
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
     """
     if why := _done_record(run_dir).spec.experiment.kind.why_not_peft:
         raise UserError(
-            f"{why}; use --format safetensors or onnx, or export a run of lora, adalora or linear, or "
+            f"{why}; use --format safetensors, onnx or openvino, or export a run of lora, adalora or linear, or "
             "of PEFT's methods",
             file=run_dir,
         )
@@ -128,17 +133,19 @@ def export_run_to_file(run_dir: Path, file: Path, format: FileFormat) -> Exporte
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
-        file: ends in the format's name; replaced if it exists. Of pretrained a folder, new or empty.
-        format: onnx: for onnxruntime; safetensors: packed weights, for this package; pretrained: float weights, for
-            timm or transformers.
+        file: ends in .onnx, .safetensors or, of openvino, .xml, with a .bin beside it; replaced if it exists. Of
+            pretrained a folder, new or empty.
+        format: onnx: for onnxruntime; openvino: for OpenVINO; safetensors: packed weights, for this package;
+            pretrained: float weights, for timm or transformers.
 
     Raises:
         UserError: if the run can't be restored, or the file can't be written.
     """
-    if format != "pretrained" and file.suffix != f".{format}":
-        raise UserError(f"expected a name that ends in .{format}", file=file, field="--output")
-    if format == "onnx":
-        require_onnx_export()
+    ending = _ENDINGS.get(format)
+    if ending is not None and file.suffix != ending:
+        raise UserError(f"expected a name that ends in {ending}", file=file, field="--output")
+    if format in _REQUIRE:
+        _REQUIRE[format]()
     run = restore_run(run_dir)
     merged = merge(run.model, run.card)
     write, open_again = _WAYS[format]

@@ -190,7 +190,7 @@ def test_names_and_pipes_that_could_not_be_opened(tmp_path) -> None:
     with pytest.raises(UserError, match="no regular file"):
         load_low_bit(tmp_path / "pipe.safetensors")
     for name in ("x" * 300, "a\0b"):
-        for suffix in ("", ".safetensors", ".onnx"):
+        for suffix in ("", ".safetensors", ".onnx", ".xml"):
             with pytest.raises(UserError):
                 open_exported(tmp_path / f"{name}{suffix}")
 

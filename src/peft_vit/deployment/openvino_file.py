@@ -1,0 +1,156 @@
+"""A model without adapters as OpenVINO's model.xml and model.bin, low-bit layers by its own kernels.
+
+The float part takes the way over an ONNX graph (`onnx_file`), which OpenVINO reads; packed layers become operators on
+the run's own codes, see `openvino_layers`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import importlib.util
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from peft_vit.adapters import adapted_modules
+from peft_vit.deployment.merging import check_merged
+from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
+from peft_vit.deployment.onnx_file import INPUT, onnx_graph
+from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizedTensor
+from peft_vit.records import write_atomically
+from peft_vit.safe_io import read_bytes
+
+_UNSIGNED = "0" * 64  # in place of the hash while it is computed
+# Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
+_SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: Literal[1] = 1
+    card: ModelCard
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def require_openvino_export() -> None:
+    """Refuse an export to OpenVINO where its packages are not installed."""
+    missing = [name for name in ("onnxscript", "openvino") if importlib.util.find_spec(name) is None]
+    if missing or not hasattr(torch.onnx, "ops"):  # torch has had operators of other domains since 2.8
+        raise UserError(
+            "OpenVINO export needs torch 2.8, onnxscript and openvino; run: pip install 'peft-vit[openvino]'"
+        )
+
+
+def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
+    """Write a model with a batch of any size: `images` (B, 3, S, S) normalised float32, to `logits` (B, classes).
+
+    Args:
+        model: a Vision Transformer whose adapters are merged (`merge`), quantized or not; it stays as it is.
+        file: ends in .xml, with the weights beside it in a file that ends in .bin; both are replaced if they exist.
+        card: what the file says of the model.
+
+    Raises:
+        UserError: if a package is missing, the model carries adapters, a layer's format is none of OpenVINO's, or a
+            file can't be written.
+    """
+    require_openvino_export()
+    check_merged(model)
+    packed = {name: one.quantized for name, one in adapted_modules(model) if one.quantized is not None}
+    for name, weight in packed.items():
+        if weight.format.type == "fp4":
+            raise UserError(
+                f"{name} is in fp4, which OpenVINO has no type for (its f4e2m1 has another value at code 1); "
+                "export onnx or safetensors, or train with nf4 or int4",
+                field="quantization_type",
+            )
+    network = _network(model, card.image_size, packed)
+    network.set_rt_info(_Header(card=card, sha256=_UNSIGNED).model_dump_json(), [HEADER])
+    description, weights = _serialized(network)
+    signed = description.replace(_UNSIGNED.encode(), _digest(description, weights).encode(), 1)
+    try:
+        write_atomically(file.with_suffix(".bin"), weights)
+        write_atomically(file, signed)
+    except OSError as error:
+        raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None
+
+
+def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTensor]) -> Any:
+    """Return OpenVINO's model, packed layers by their own codes."""
+    import openvino
+    from openvino import opset13
+    from openvino.frontend.onnx import ConversionExtension
+
+    from peft_vit.deployment.openvino_layers import DOMAIN, OPERATOR, PackedPlace, weight_node
+
+    def product(node: Any) -> Any:
+        weight = weight_node(packed[node.get_attribute("layer")])
+        return opset13.matmul(node.get_input(0), weight, False, True).outputs()
+
+    proto = onnx_graph(model, image_size, PackedPlace)
+    core = openvino.Core()
+    core.add_extension(ConversionExtension(OPERATOR, DOMAIN, product))
+    return core.read_model(proto.SerializeToString(), b"")
+
+
+def _serialized(network: Any) -> tuple[bytes, bytes]:
+    """Return the .xml and the .bin."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.xml"
+        openvino.save_model(network, file, compress_to_fp16=False)
+        return file.read_bytes(), file.with_suffix(".bin").read_bytes()
+
+
+def _digest(description: bytes, weights: bytes) -> str:
+    """Return the SHA-256 over the two files' SHA-256, the .xml with zeros in place of the hash."""
+    return hashlib.sha256(hashlib.sha256(description).digest() + hashlib.sha256(weights).digest()).hexdigest()
+
+
+def open_openvino(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
+    """Return a function from normalised images (B, 3, S, S) to logits (B, classes) by OpenVINO on the CPU, and the
+    card.
+
+    Nothing of the file is given to OpenVINO before the hash is found right.
+
+    Raises:
+        UserError: if the .xml or .bin is cut off, was changed after it was written, was not written by this package, or
+            OpenVINO is missing or can't run it.
+    """
+    if importlib.util.find_spec("openvino") is None:
+        raise UserError("needs openvino; run: pip install 'peft-vit[openvino]'", file=file)
+    description, weights = (_read(part) for part in (file, file.with_suffix(".bin")))
+    found = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
+    if found is None:
+        raise UserError("was not written by `peft-vit export --format openvino`, or was cut off", file=file)
+    header = read_json(_Header, html.unescape(found[1].decode(errors="replace")), file)
+    unsigned = description.replace(header.sha256.encode(), _UNSIGNED.encode(), 1)
+    if _digest(unsigned, weights) != header.sha256:
+        raise UserError(
+            f"it or {file.with_suffix('.bin').name} was changed after it was written; export the run again", file=file
+        )
+    import openvino
+
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(description, weights), "CPU", _SETTINGS)
+    except Exception as error:  # OpenVINO's errors share no public class
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"OpenVINO {openvino.__version__} can't run it ({reason})", file=file) from None
+    return lambda images: torch.from_numpy(compiled({INPUT: images.numpy()})[0]), header.card
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return read_bytes(file, None)
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror}); export the run again", file=file) from None
