@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exported_files import compared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import CARD, random_model
@@ -53,16 +54,6 @@ def quantized_vit(formats: list[QuantizationFormat]) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
     return model.eval()
-
-
-def compared(model: nn.Module, file: Path, batch: int) -> tuple[float, float]:
-    """Return the largest relative difference of the logits and the share of equal predictions."""
-    images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    with torch.inference_mode():
-        expected = model(images)
-    found = open_exported(file).logits(images)
-    same = (found.argmax(1) == expected.argmax(1)).float().mean()
-    return float((found - expected).abs().max() / expected.abs().max()), float(same)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from exported_files import compared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import CARD, random_model
@@ -73,16 +74,6 @@ _NF4 = (  # QLoRA, arXiv 2305.14314, appendix E
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
     *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-
-
-def compared(model: nn.Module, file: Path, batch: int) -> tuple[float, float]:
-    """Return the largest relative difference of the logits and the share of equal predictions."""
-    images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    with torch.inference_mode():
-        expected = model(images)
-    found = open_exported(file).logits(images)
-    same = (found.argmax(1) == expected.argmax(1)).float().mean()
-    return float((found - expected).abs().max() / expected.abs().max()), float(same)
 
 
 @pytest.fixture(scope="module")

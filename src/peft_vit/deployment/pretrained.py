@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from peft_vit.deployment.merging import with_float_weights
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.errors import UserError
 
-_RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias
 
 
@@ -83,7 +83,7 @@ def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
     said: dict[str, Any] = {
         "image_mean": list(card.mean),
         "image_std": list(card.std),
-        "resample": _RESAMPLING[card.interpolation],
+        "resample": int(Image.Resampling[card.interpolation.upper()]),
     }
     config = vision_config(model)
     if config.model_type.startswith("siglip2"):
