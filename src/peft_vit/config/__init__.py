@@ -21,7 +21,6 @@ from peft_vit.config.loading import load_study, one_line, study_from_mapping
 from peft_vit.config.study import (
     NEEDS_PATH,
     PROBE_READS,
-    ActivationCheckpointing,
     AskedPrecision,
     BackboneConfig,
     DataConfig,
@@ -37,10 +36,9 @@ from peft_vit.config.study import (
     Name,
     Precision,
     StudyConfig,
-    TrainingConfig,
     WeightsSource,
-    micro_batch_fault,
 )
+from peft_vit.config.training import ActivationCheckpointing, TrainingConfig, micro_batch_fault
 from peft_vit.config.yaml_loader import KeyPath, Lines, read_mapping
 from peft_vit.methods.adalora import AdaLoraConfig, BudgetUnit, Strategy
 from peft_vit.methods.linear import PROBE_L2

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from peft_vit.config.augmentation import Augmentation
 from peft_vit.config.lr_sweep import at_each_rate, at_first_rates, check_rates
-from peft_vit.config.study import NO_EFFECT_ON_PROBES, PROBE_READS, StudyConfig, TrainingConfig
+from peft_vit.config.study import NO_EFFECT_ON_PROBES, PROBE_READS, StudyConfig
+from peft_vit.config.training import TrainingConfig
 from peft_vit.config.yaml_loader import KeyPath, Lines, dotted, read_mapping
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS

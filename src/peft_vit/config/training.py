@@ -1,0 +1,134 @@
+"""What a configuration file can say of training: how long, how fast, on how many images at a time."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Augmentation, Flips, checked, flips_of
+from peft_vit.settings import Frozen
+
+ActivationCheckpointing = Literal["none", "blocks"]
+
+
+class TrainingConfig(Frozen):
+    """How long and how fast. Set for the study, overridden per experiment."""
+
+    epochs: int | None = Field(default=None, ge=1, le=100_000)
+    steps: int | None = Field(default=None, ge=1, le=10_000_000, description="in place of epochs: the most steps")
+    validate_every: int | None = Field(default=None, ge=1, description="steps between validations; default an epoch")
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="validations in a row without a gain, after which the learning rate comes down and training ends",
+    )
+    batch_size: int = Field(default=32, ge=1, le=65_536)
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="images of a batch that pass through the model at a time; a step adds up their gradients",
+    )
+    activation_checkpointing: ActivationCheckpointing = Field(
+        default="none", description="blocks: each block is computed again in the backward pass, not kept"
+    )
+    learning_rate: float | None = Field(default=None, gt=0, description="needed by all but probes")
+    weight_decay: float = Field(default=0.01, ge=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    schedule: Literal["one_cycle", "constant", "warmup_stable_decay"] = "one_cycle"
+    warmup_share: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="of the steps, in which the learning rate rises; default 0.3 of one_cycle, 20 steps or a tenth of "
+        "warmup_stable_decay",
+    )
+    layer_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="factor on the learning rate from each block to the one before it; for full fine-tuning",
+    )
+    clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
+    augmentation: Annotated[tuple[Augmentation, ...], AfterValidator(checked)] = Field(
+        default=AUGMENTATION_OF_FLIPS["horizontal"],
+        description="what changes training images, in this order; [] nothing",
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of a label spread over all classes")
+    class_weights: bool = Field(default=False, description="weigh each image by its class's inverse frequency")
+    head_start: Literal["random", "probe"] = Field(
+        default="random",
+        description="probe: the head starts as the linear probe of the frozen backbone (arXiv 2202.10054)",
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps exclude each other; remove one")
+        if self.patience is not None and self.schedule == "one_cycle":
+            raise ValueError(
+                "patience does not go with schedule: one_cycle, whose end is fixed; use warmup_stable_decay or constant"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Self:
+        fault = micro_batch_fault(self.micro_batch_size, self.batch_size)
+        if fault is not None:
+            raise ValueError(f"micro_batch_size: {fault}")
+        mixing = [one.name for one in self.augmentation if one.mixes]
+        if mixing and self.batch_size == 1:
+            raise ValueError(
+                f"augmentation: {mixing[0]} has no effect with batch_size: 1; remove it, or raise batch_size"
+            )
+        if self.warmup_share is not None and self.schedule == "constant":
+            raise ValueError("warmup_share has no effect with schedule: constant; remove it")
+        if self.warmup_share is not None and self.warmup_share > 0.8 and self.schedule == "warmup_stable_decay":
+            raise ValueError("warmup_share: warmup_stable_decay comes down over the last fifth; give at most 0.8")
+        return self
+
+    @property
+    def images_at_once(self) -> int:
+        """Return how many images pass through the model at a time, at most."""
+        return self.micro_batch_size or self.batch_size
+
+    def with_batch_size(self, batch_size: int) -> Self:
+        """Return the same for other batches, in micro-batches that divide them and are no larger than before."""
+        micro = self.micro_batch_size and _largest_micro_batch(self.micro_batch_size, batch_size)
+        return self.model_copy(update={"batch_size": batch_size, "micro_batch_size": micro})
+
+    @property
+    def flips(self) -> Flips:
+        """Return how images are flipped, which is all of `augmentation` that probes read."""
+        return flips_of(self.augmentation)
+
+    def total_steps(self, train_images: int) -> int:
+        """Return the optimiser steps of a run, at most; the last batch of an epoch may be smaller."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None  # checked by the experiment
+        return self.epochs * -(-train_images // self.batch_size)
+
+    def validation_steps(self, train_images: int) -> list[int]:
+        """Return the steps after which validation comes: every `validate_every`, or an epoch, and the last one."""
+        total = self.total_steps(train_images)
+        every = self.validate_every or -(-train_images // self.batch_size)
+        return [*range(every, total, every), total]
+
+
+def micro_batch_fault(micro_batch_size: int | None, batch_size: int) -> str | None:
+    """Return what is wrong with a micro-batch, and the remedy; None: nothing."""
+    if micro_batch_size is None or (micro_batch_size < batch_size and batch_size % micro_batch_size == 0):
+        return None
+    smaller = _largest_micro_batch(micro_batch_size, batch_size)
+    if micro_batch_size == batch_size:
+        remedy = "remove it" if smaller is None else f"remove it, or take {smaller}"
+        return f"{micro_batch_size} is the whole batch, which is what passes without it; {remedy}"
+    remedy = "remove it" if smaller is None else f"take {smaller}"
+    return f"{micro_batch_size} does not divide the batch of {batch_size}; {remedy}"
+
+
+def _largest_micro_batch(at_most: int, batch_size: int) -> int | None:
+    """Return the largest number of images, up to a limit, that divides a batch into several parts."""
+    sizes = range(min(at_most, batch_size // 2), 0, -1)
+    return next((size for size in sizes if batch_size % size == 0), None)
