@@ -19,7 +19,7 @@ from peft_vit.adapters import AdaptedLinear, adapted_modules, attach_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.deployment import export_openvino, open_exported
 from peft_vit.deployment.check import random_weights
-from peft_vit.deployment.openvino_file import _SETTINGS
+from peft_vit.deployment.openvino_file import SETTINGS
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize, unpack_codes
 
@@ -93,7 +93,7 @@ def test_every_format_is_what_openvino_computes(exported, batch) -> None:
 def test_the_low_bit_kernels_do_the_products_on_the_runs_own_codes(exported) -> None:
     model, file = exported
     core = ov.Core()
-    compiled = core.compile_model(core.read_model(file), "CPU", _SETTINGS)
+    compiled = core.compile_model(core.read_model(file), "CPU", SETTINGS)
     types = [
         node.input_value(1).get_node().get_rt_info()["outputPrecisions"].value
         for node in compiled.get_runtime_model().get_ordered_ops()
@@ -121,7 +121,7 @@ def test_a_weight_is_its_definition(format) -> None:
     weight[4] *= 1e-4
     quantized = packed(weight, format)
     network = ov.Model([weight_node(quantized)], [])
-    found = ov.Core().compile_model(network, "CPU", _SETTINGS)([])[0]
+    found = ov.Core().compile_model(network, "CPU", SETTINGS)([])[0]
     wanted = dequantized(quantized)
     assert np.isfinite(found).all()
     constant = 0 if quantized.offsets is None else np.abs(quantized.offsets.numpy().astype(np.float64)).max(1)

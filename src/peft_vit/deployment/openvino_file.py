@@ -30,7 +30,7 @@ from peft_vit.safe_io import read_bytes
 
 _UNSIGNED = "0" * 64  # in place of the hash while it is computed
 # Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
-_SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
+SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
 
 class _Header(BaseModel):
@@ -142,7 +142,7 @@ def open_openvino(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
 
     try:
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(description, weights), "CPU", _SETTINGS)
+        compiled = core.compile_model(core.read_model(description, weights), "CPU", SETTINGS)
     except Exception as error:  # OpenVINO's errors share no public class
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"OpenVINO {openvino.__version__} can't run it ({reason})", file=file) from None

@@ -1,0 +1,121 @@
+"""The seconds of one model's calls, measured in a process of its own.
+
+Several runtimes in one process disturb each other's thread pools, and ratios come out up to twice as large. The process
+runs this file as a script, which imports nothing of the package for an .onnx or .xml file: torch is not in there.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_WARM_UP = 3  # calls that are not counted
+_Opened = tuple[Callable[[np.ndarray], Any], int]  # images (B, 3, S, S) -> logits; S
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What each call of a model took."""
+
+    seconds: tuple[float, ...]
+    processor_s: tuple[float, ...]  # of all threads; on a busy machine it says more, if there is one thread
+
+
+def time_alone(
+    file: Path, batches: Sequence[int], *, threads: int, rounds: int, weights: str | None = None
+) -> dict[int, Calls]:
+    """Start a process, open a model there, and time its calls on random images, a batch size after the other.
+
+    Args:
+        file: what `open_exported` takes. It is trusted: open it once before, which checks its hash.
+        batches: numbers of images a call.
+        threads: that the runtime may use.
+        rounds: calls that are timed, of each batch size.
+        weights: of a PEFT folder's base, see `open_peft`.
+
+    Returns:
+        the calls by batch size.
+
+    Raises:
+        UserError: if the process fails, which a runtime or the lack of memory can bring about.
+    """
+    from peft_vit.deployment.openvino_file import SETTINGS
+    from peft_vit.errors import UserError
+
+    job = {
+        "file": str(file),
+        "batches": list(batches),
+        "threads": threads,
+        "rounds": rounds,
+        "weights": weights,
+        "openvino": SETTINGS,
+    }
+    # -P: what lies beside this file is not found as modules of its own
+    command = [sys.executable, "-P", __file__, json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
+        raise UserError(f"can't be timed with {threads} threads ({reason})", file=file)
+    measured = json.loads(done.stdout.splitlines()[-1])
+    return {int(batch): Calls(tuple(wall), tuple(processor)) for batch, wall, processor in measured}
+
+
+def _measure(job: dict[str, Any]) -> list[tuple[int, list[float], list[float]]]:
+    call, side = _open(job)
+    measured = []
+    for batch in job["batches"]:
+        images = np.random.default_rng(0).standard_normal((batch, 3, side, side), dtype=np.float32)
+        wall, processor = [], []
+        for turn in range(_WARM_UP + job["rounds"]):
+            started, worked = time.perf_counter(), time.process_time()
+            call(images)
+            if turn >= _WARM_UP:
+                wall.append(time.perf_counter() - started)
+                processor.append(time.process_time() - worked)
+        measured.append((batch, wall, processor))
+    return measured
+
+
+def _open(job: dict[str, Any]) -> _Opened:
+    by_suffix = {".onnx": _open_onnx, ".xml": _open_openvino}
+    return by_suffix.get(Path(job["file"]).suffix, _open_torch)(job)
+
+
+def _open_onnx(job: dict[str, Any]) -> _Opened:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job["threads"]
+    session = onnxruntime.InferenceSession(job["file"], options, providers=["CPUExecutionProvider"])
+    asked = session.get_inputs()[0]
+    return lambda images: session.run(None, {asked.name: images}), asked.shape[-1]
+
+
+def _open_openvino(job: dict[str, Any]) -> _Opened:
+    import openvino
+
+    settings = job["openvino"] | {"INFERENCE_NUM_THREADS": job["threads"]}
+    compiled = openvino.Core().compile_model(job["file"], "CPU", settings)
+    return compiled, compiled.input(0).partial_shape[-1].get_length()
+
+
+def _open_torch(job: dict[str, Any]) -> _Opened:
+    import torch
+
+    from peft_vit.deployment import open_exported
+
+    torch.set_num_threads(job["threads"])
+    classifier = open_exported(Path(job["file"]), job["weights"])
+    return lambda images: classifier.logits(torch.from_numpy(images)), classifier.card.image_size
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(json.loads(sys.argv[1]))))
