@@ -26,7 +26,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,6 +68,8 @@ def fit_head(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[LinearHe
     Raises:
         UserError: if all labels are equal.
     """
+    from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
+
     classes, places = labels.unique(return_inverse=True)
     if len(classes) < 2:
         raise UserError(

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import LinearConstraint, milp
-from scipy.sparse import coo_array
+import scipy
 
 # Counted in nodes rather than seconds, so that a slow machine chooses as a fast one does. What real budgets take lies
 # far below; see `Choice.lower_bound` for what holds where it is reached.
@@ -99,12 +98,15 @@ def _solve(
     unit = math.gcd(*extra_size.tolist())
     if extra_size.max() == 0 or sum(sizes[g][p[-1]] - sizes[g][p[0]] for g, p in enumerate(kept)) <= room:
         return [places[-1] for places in kept], floor
-    rows = coo_array((np.ones(len(options)), ([group for group, _ in options], range(len(options)))))
-    result = milp(
+    rows = scipy.sparse.coo_array((np.ones(len(options)), ([group for group, _ in options], range(len(options)))))
+    result = scipy.optimize.milp(
         extra_loss / most * _LOSS_SCALE,  # in this order: the losses may be as small as floats can be
         integrality=np.ones(len(options)),
         bounds=(0, 1),
-        constraints=[LinearConstraint(rows, 1, 1), LinearConstraint((extra_size // unit)[None], 0, room // unit)],
+        constraints=[
+            scipy.optimize.LinearConstraint(rows, 1, 1),
+            scipy.optimize.LinearConstraint((extra_size // unit)[None], 0, room // unit),
+        ],
         options={"mip_rel_gap": 0.0, "node_limit": node_limit},
     )
     if result.x is None:  # the smallest options always fit

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from peft_vit.analysis.comparison import Comparison, compare, correct, references
 from peft_vit.analysis.studies import Run, Study
@@ -93,7 +93,7 @@ def equal_count_bins(confidence: ArrayLike, right: ArrayLike, bins: int = BINS) 
     binning; Nixon et al. 2019, arXiv 1904.01685. Errors as in `equal_width_bins`.
     """
     p, hit = _checked(confidence, right)
-    index = np.floor((stats.rankdata(p) - 0.5) * bins / p.size).astype(np.int64)
+    index = np.floor((scipy.stats.rankdata(p) - 0.5) * bins / p.size).astype(np.int64)
     groups = [(p[index == m], hit[index == m]) for m in np.unique(index)]
     return tuple(_bin(inside, hits, float(inside.min()), float(inside.max())) for inside, hits in groups)
 

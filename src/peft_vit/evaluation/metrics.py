@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from peft_vit.records import Metrics
 
@@ -33,12 +32,34 @@ def expected_calibration_error(
     return float(np.abs(gaps).sum() / len(confidence))
 
 
+def balanced_accuracy(predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
+    """Return the mean, over the classes that are among the labels (N,), of the share of their images that is found."""
+    _, places, images = np.unique(labels, return_inverse=True, return_counts=True)  # (N,) -> (classes,)
+    found = np.bincount(places[predicted == labels], minlength=len(images))
+    return float(np.mean(found / images))
+
+
+def area_under_roc(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Return the share of pairs of a 1 and a 0 in which the 1 has the higher score; equal scores count half.
+
+    That is the area under the receiver operating characteristic (Hanley and McNeil, Radiology 143, 1982, p. 29).
+
+    Args:
+        scores: (N,), finite.
+        labels: (N,), 0 or 1, both present.
+    """
+    _, places = np.unique(scores, return_inverse=True)  # (N,), from the lowest score on
+    ones = np.bincount(places[labels == 1], minlength=places.max() + 1)  # by score
+    zeros = np.bincount(places[labels == 0], minlength=places.max() + 1)
+    below = np.cumsum(zeros) - zeros
+    return float(np.sum(ones * (2 * below + zeros)) / (2 * ones.sum() * zeros.sum()))
+
+
 def measure(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> Metrics:
     """Return every measure of a split, from finite logits (N, classes) and labels (N,).
 
-    Balanced accuracy is the mean, over the classes that have an image in the split, of the share of their images that
-    is found (scikit-learn's `balanced_accuracy_score`); of a class without an image nothing is known, and the run's
-    record names it in its warnings. AUROC is None unless there are two classes and both have images.
+    Of a class without an image in the split nothing is known, and the run's record names it in its warnings. AUROC is
+    None unless there are two classes and both have images.
     """
     log_probability = log_softmax(logits.astype(np.float64))
     probability = np.exp(log_probability)  # (N, classes)
@@ -48,8 +69,8 @@ def measure(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> Metrics:
     return Metrics(
         n=len(labels),
         accuracy=float(correct.mean()),
-        balanced_accuracy=float(balanced_accuracy_score(labels, predicted)),
-        auroc=float(roc_auc_score(labels, log_probability[:, 1] - log_probability[:, 0])) if binary else None,
+        balanced_accuracy=balanced_accuracy(predicted, labels),
+        auroc=area_under_roc(log_probability[:, 1] - log_probability[:, 0], labels) if binary else None,
         nll=float(-log_probability[np.arange(len(labels)), labels].mean()),
         ece=expected_calibration_error(probability.max(1), correct),
     )

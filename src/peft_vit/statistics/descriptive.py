@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 
 
 def gini(amounts: ArrayLike) -> float:
@@ -33,7 +33,7 @@ def normalized_entropy(amounts: ArrayLike) -> float:
     data = _amounts(amounts)
     if data.size < 2:
         raise ValueError("evenness needs at least two sites")
-    return float(stats.entropy(data) / np.log(data.size)) + 0.0  # + 0.0 turns -0.0 into 0.0
+    return float(scipy.stats.entropy(data) / np.log(data.size)) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
 def spearman(left: ArrayLike, right: ArrayLike) -> float | None:
@@ -48,7 +48,7 @@ def spearman(left: ArrayLike, right: ArrayLike) -> float | None:
     x, y = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if x.shape != y.shape:
         raise ValueError(f"pairs need equal lengths, got {x.size} and {y.size}")
-    centered = stats.rankdata([x, y], axis=1) - (x.size + 1) / 2  # (2, n)
+    centered = scipy.stats.rankdata([x, y], axis=1) - (x.size + 1) / 2  # (2, n)
     product = centered @ centered.T  # (2, 2) multiples of 1/4, so exact, and equal lists have a rho of exactly 1
     outer = float(np.sqrt(product[0, 0] * product[1, 1]))
     return float(np.clip(product[0, 1] / outer, -1.0, 1.0)) if outer > 0 else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import scipy
 from numpy.typing import ArrayLike
-from scipy import optimize, special
 
 from peft_vit.statistics.checked import check_level, finite, has_spread
 from peft_vit.statistics.intervals import mean_and_error
@@ -69,7 +69,7 @@ def _noncentrality(t: float, degrees: int, probability: float) -> float:
 
     def excess(noncentrality: float) -> float:
         # scipy returns NaN for noncentralities far below zero, where nothing that a float can hold is missing to 1
-        below = float(special.nctdtr(degrees, noncentrality, t))
+        below = float(scipy.special.nctdtr(degrees, noncentrality, t))
         return (1.0 if math.isnan(below) else below) - probability
 
     # With noncentrality c the statistic is (z + c) / w: the answer lies around t, farther out the fewer the degrees.
@@ -79,4 +79,4 @@ def _noncentrality(t: float, degrees: int, probability: float) -> float:
         low -= width
     while excess(high) > 0:
         high += width
-    return float(optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14))
+    return float(scipy.optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14))

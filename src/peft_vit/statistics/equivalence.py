@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import scipy
 from numpy.typing import ArrayLike
-from scipy import special
 
 from peft_vit.statistics.checked import check_level, finite, has_spread
 from peft_vit.statistics.intervals import mean_and_error
@@ -94,7 +94,7 @@ def _t_test(differences: ArrayLike, margin: float, center: float, tail: Literal[
         return None
     mean, error = mean_and_error(data)
     t = (mean - center) / error
-    return float(special.stdtr(data.size - 1, -t if tail == "greater" else t))
+    return float(scipy.special.stdtr(data.size - 1, -t if tail == "greater" else t))
 
 
 def _significance(test: str, differences: ArrayLike, p_value: float | None) -> Significance:

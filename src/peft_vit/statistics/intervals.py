@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import special, stats
 
 from peft_vit.statistics.checked import check_level, finite, has_spread, without_rounding
 
@@ -57,7 +57,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     if n < 2:
         return Interval(float(data[0]), None, None, n, confidence)
     mean, error = mean_and_error(data)
-    half = float(special.stdtrit(n - 1, 0.5 + confidence / 2)) * error
+    half = float(scipy.special.stdtrit(n - 1, 0.5 + confidence / 2)) * error
     return Interval(mean, mean - half, mean + half, n, confidence)
 
 
@@ -96,7 +96,7 @@ def paired_improvement(differences: ArrayLike, confidence: float = 0.95) -> Inte
 
 def _wilson(share: float, n: int, confidence: float) -> Interval:
     check_level(confidence, "confidence")
-    z = float(special.ndtri(0.5 + confidence / 2))
+    z = float(scipy.special.ndtri(0.5 + confidence / 2))
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(share, max(0.0, center - half), min(1.0, center + half), n, confidence)
@@ -131,7 +131,7 @@ def interquartile_mean_interval(
     estimate, n = float(_middle(*map(np.array, tasks))), len(tasks[0])
     if n < 2:
         return Interval(estimate, None, None, n, confidence, "one run has no spread to resample")
-    found = stats.bootstrap(
+    found = scipy.stats.bootstrap(
         tasks, _middle, n_resamples=resamples, method="percentile", confidence_level=confidence, rng=generator
     )
     if not has_spread(found.bootstrap_distribution):
@@ -142,5 +142,5 @@ def interquartile_mean_interval(
 
 def _middle(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
     """Return the interquartile mean over all tasks' runs: (..., runs) each to (...)."""
-    middle: np.ndarray = stats.trim_mean(np.concatenate(tasks, axis=-1), 0.25, axis=axis)
+    middle: np.ndarray = scipy.stats.trim_mean(np.concatenate(tasks, axis=-1), 0.25, axis=axis)
     return middle

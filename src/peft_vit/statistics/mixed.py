@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import special
 
 from peft_vit.statistics.checked import ROUNDING, check_level, finite, has_spread
 
@@ -121,7 +121,7 @@ def _fitted(unfitted: MixedEffect, y: np.ndarray, x: np.ndarray, index: np.ndarr
     note = None
     if between <= _NEXT_TO_NOTHING * within:
         note = "the variance between groups is below a hundredth of that within: a fit at or near its edge"
-    half = float(special.stdtrit(degrees, 0.5 + unfitted.confidence / 2)) * error
+    half = float(scipy.special.stdtrit(degrees, 0.5 + unfitted.confidence / 2)) * error
     return replace(
         unfitted,
         note=note,

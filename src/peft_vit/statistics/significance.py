@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from peft_vit.statistics.checked import finite, without_rounding
 
@@ -81,12 +81,12 @@ def wilcoxon(differences: ArrayLike) -> Significance:
     name = "exact Wilcoxon signed-rank"
     if nonzero.size == 0:
         return Significance(name, 0, 1.0, minimum, dropped, 0)
-    direction = int(np.sign(np.sum(np.sign(nonzero) * stats.rankdata(np.abs(nonzero)))))
+    direction = int(np.sign(np.sum(np.sign(nonzero) * scipy.stats.rankdata(np.abs(nonzero)))))
     if nonzero.size > _EXACT_UP_TO:
         name = "Wilcoxon signed-rank, normal approximation"
-        p_value = float(stats.wilcoxon(nonzero, method="approx").pvalue)
+        p_value = float(scipy.stats.wilcoxon(nonzero, method="approx").pvalue)
     else:
-        doubled = np.rint(2 * stats.rankdata(np.abs(nonzero))).astype(int)  # midranks are multiples of a half
+        doubled = np.rint(2 * scipy.stats.rankdata(np.abs(nonzero))).astype(int)  # midranks are multiples of a half
         p_value = _exact_p(tuple(sorted(doubled.tolist())), int(doubled[nonzero > 0].sum()))
     return Significance(name, int(nonzero.size), p_value, minimum, dropped, direction)
 

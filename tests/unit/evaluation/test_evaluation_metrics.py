@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import log_loss
+from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 
 from peft_vit.evaluation import expected_calibration_error, measure
-from peft_vit.evaluation.metrics import log_softmax
+from peft_vit.evaluation.metrics import area_under_roc, balanced_accuracy, log_softmax
 
 pytestmark = pytest.mark.part("trainer")
 
@@ -73,3 +73,18 @@ def test_extreme_logits_and_one_class_stay_finite() -> None:
     assert result.auroc is None  # one class only
     assert result.accuracy == pytest.approx(2 / 3)
     assert result.nll == pytest.approx(2e4 / 3)
+
+
+def test_balanced_accuracy_is_over_the_classes_that_have_an_image() -> None:
+    labels, predicted = np.array([0, 0, 2, 2, 2, 5]), np.array([0, 1, 2, 2, 4, 0])  # of 1 and 4 there is none
+    with pytest.warns(UserWarning, match="not in y_true"):
+        expected = balanced_accuracy_score(labels, predicted)
+    assert balanced_accuracy(predicted, labels) == expected == pytest.approx((1 / 2 + 2 / 3) / 3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_area_under_the_curve_is_scikit_learns(seed) -> None:
+    rng = np.random.default_rng(seed)
+    labels = (rng.random(300) < 0.1 + 0.2 * seed).astype(int)
+    scores = np.round(labels + rng.normal(size=300), seed)  # whole numbers, and ever fewer ties
+    assert area_under_roc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), rel=1e-14)
