@@ -81,19 +81,15 @@ class BackboneShape:
 
         That is of a plain block, with 1 and 3 at the fused query, key and value, 1 and 1, 1 and 4, 4 and 1.
         """
-        return sum(self._values_by_block.values())
+        return sum(self.values_by_block)
 
     @property
-    def block_values(self) -> int:
-        """Return as many of the block that has the most."""
-        return max(self._values_by_block.values())
-
-    @property
-    def _values_by_block(self) -> Counter[int]:
+    def values_by_block(self) -> tuple[int, ...]:
+        """Return as many of each block, in the order of a forward pass."""
         values: Counter[int] = Counter()
         for one in self.modules:
             values[one.layer] += one.tokens * (one.in_features + one.out_features)
-        return values
+        return tuple(values[layer] for layer in sorted(values))
 
 
 def describe(config: BackboneConfig, image_size: int) -> BackboneShape:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Augmentation, Flips, checked, flips_of
 from peft_vit.settings import Frozen
 
-ActivationCheckpointing = Literal["none", "blocks"]
+ActivationCheckpointing = Literal["none", "blocks", "adaptive"]
 
 
 class TrainingConfig(Frozen):
@@ -30,7 +30,11 @@ class TrainingConfig(Frozen):
         description="images of a batch that pass through the model at a time; a step adds up their gradients",
     )
     activation_checkpointing: ActivationCheckpointing = Field(
-        default="none", description="blocks: each block is computed again in the backward pass, not kept"
+        default="none",
+        description="blocks: each block is computed again in the backward pass, not kept; adaptive: so many",
+    )
+    recomputed_blocks: int | None = Field(
+        default=None, ge=0, description="of adaptive: how many blocks, from the first on, are computed again"
     )
     learning_rate: float | None = Field(default=None, gt=0, description="needed by all but probes")
     weight_decay: float = Field(default=0.01, ge=0)
@@ -76,6 +80,14 @@ class TrainingConfig(Frozen):
         fault = micro_batch_fault(self.micro_batch_size, self.batch_size)
         if fault is not None:
             raise ValueError(f"micro_batch_size: {fault}")
+        adaptive = self.activation_checkpointing == "adaptive"
+        if self.recomputed_blocks is not None and not adaptive:
+            raise ValueError(
+                "recomputed_blocks has no effect with activation_checkpointing: "
+                f"{self.activation_checkpointing}; remove it, or write adaptive there"
+            )
+        if adaptive and self.recomputed_blocks is None:
+            raise ValueError("activation_checkpointing: adaptive needs recomputed_blocks; add it, or write blocks")
         mixing = [one.name for one in self.augmentation if one.mixes]
         if mixing and self.batch_size == 1:
             raise ValueError(
@@ -91,6 +103,12 @@ class TrainingConfig(Frozen):
     def images_at_once(self) -> int:
         """Return how many images pass through the model at a time, at most."""
         return self.micro_batch_size or self.batch_size
+
+    def recomputed_of(self, blocks: int) -> int:
+        """Return how many of a model's blocks, from the first on, are computed again in the backward pass."""
+        if self.activation_checkpointing == "blocks":
+            return blocks
+        return self.recomputed_blocks or 0
 
     def with_batch_size(self, batch_size: int) -> Self:
         """Return the same for other batches, in micro-batches that divide them and are no larger than before."""

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 
 from peft_vit.backbones import BackboneShape, Site
-from peft_vit.config import ActivationCheckpointing, ExperimentConfig, Precision
+from peft_vit.config import ExperimentConfig, Precision
 from peft_vit.costs.cache import Costs, known_costs
 from peft_vit.evaluation.ablation import GROUPS
 from peft_vit.evaluation.latency import TIMED_PASSES, WARMUP_PASSES
@@ -26,8 +26,6 @@ TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix prod
 _PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
 # Activations kept for backward over what goes into and out of the matrices: of a plain block 34 a token and width.
 VALUES_KEPT = 34 / 16
-# Passes more of a step: at ViT-B, 224 px, batch 8 the blocks that were computed again took 0.6 to 1 of a forward pass.
-RECOMPUTED_PASSES: Mapping[ActivationCheckpointing, int] = {"none": 0, "blocks": 1}
 START_S = 6.0  # loading weights and images
 
 Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, nothing was measured
@@ -160,19 +158,28 @@ def _from_costs(run: EstimateRequest, workload: Workload, costs: Costs) -> Estim
     return Estimate(seconds, costs.peak_memory_bytes + max(0, pixels), "calibration")
 
 
-def kept_values(shape: BackboneShape, checkpointing: ActivationCheckpointing) -> float:
+def kept_values(shape: BackboneShape, recomputed: int = 0) -> float:
     """Return the values that a step keeps of one image for its backward pass.
 
-    Of blocks that are computed again: what goes into each, 1 a token and width, and all that one of them keeps.
+    Of the first blocks, which are computed again: what goes into each, 1 a token and width. Of the others all, or as
+    much as the largest of those that are computed again, whose turn comes when nothing is left of the others.
     """
-    if checkpointing == "none":
-        return VALUES_KEPT * shape.matrix_values
-    return shape.matrix_values / 16 + VALUES_KEPT * shape.block_values
+    first, others = shape.values_by_block[:recomputed], shape.values_by_block[recomputed:]
+    return sum(first) / 16 + VALUES_KEPT * max(sum(others), *first, 0)
 
 
-def step_passes(experiment: ExperimentConfig) -> float:
+def recomputed_passes(shape: BackboneShape, recomputed: int) -> float:
+    """Return how much of a forward pass more a step takes that computes its first blocks again.
+
+    At ViT-B, 224 px, batch 8 all blocks took 0.6 to 1 of a forward pass.
+    """
+    return sum(shape.values_by_block[:recomputed]) / shape.matrix_values
+
+
+def step_passes(experiment: ExperimentConfig, shape: BackboneShape) -> float:
     """Return how many forward passes a step takes as long as."""
-    return experiment.kind.forward_passes + RECOMPUTED_PASSES[experiment.training.activation_checkpointing]
+    recomputed = experiment.training.recomputed_of(len(shape.values_by_block))
+    return experiment.kind.forward_passes + recomputed_passes(shape, recomputed)
 
 
 def reckoned_s(spec: RunSpec, steps: int, workload: Workload, rate: float) -> float:
@@ -182,7 +189,7 @@ def reckoned_s(spec: RunSpec, steps: int, workload: Workload, rate: float) -> fl
     if experiment.is_probe:  # each image once, in every way in which training shows it
         images += len(flip_axes(experiment.training.flips)) * workload.train + workload.validation
     else:
-        images += step_passes(experiment) * steps * min(experiment.training.batch_size, workload.train)
+        images += step_passes(experiment, workload.shape) * steps * min(experiment.training.batch_size, workload.train)
         images += experiment.validations(workload.train) * workload.validation
     return START_S + TIME_OUTSIDE_PRODUCTS * workload.shape.multiply_adds * images / rate
 
@@ -191,7 +198,8 @@ def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> E
     experiment = run.spec.experiment
     value_bytes = 2 if workload.precision == "bf16" else 4
     batch = experiment.training.images_at_once
-    kept = 0.0 if experiment.is_probe else kept_values(workload.shape, experiment.training.activation_checkpointing)
+    recomputed = experiment.training.recomputed_of(len(workload.shape.values_by_block))
+    kept = 0.0 if experiment.is_probe else kept_values(workload.shape, recomputed)
     activations = batch * kept * value_bytes
     weights = workload.shape.parameters * (experiment.kind.bytes_per_weight or 4 + value_bytes)
     seconds = reckoned_s(run.spec, run.steps, workload, rate)

@@ -75,6 +75,12 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, 
             f"{share:g} of {total_steps} steps is no more than one; raise it, or write 0 for no warm-up",
             field="training.warmup_share",
         )
+    recomputed, blocks = experiment.training.recomputed_blocks, len(shape.values_by_block)
+    if recomputed is not None and recomputed >= blocks:
+        raise UserError(
+            f"{recomputed} of {blocks} blocks: computing the last one again saves nothing; give at most {blocks - 1}",
+            field="training.recomputed_blocks",
+        )
     experiment.kind.check(experiment, shape, total_steps, train_images)
 
 

@@ -50,6 +50,7 @@ _LATER_TRAINING = (
     "layer_decay",
     "micro_batch_size",
     "activation_checkpointing",
+    "recomputed_blocks",
 )
 
 

@@ -17,7 +17,7 @@ from peft_vit.config import (
     micro_batch_fault,
     study_from_mapping,
 )
-from peft_vit.costs.estimate import RECOMPUTED_PASSES, START_S, TIME_OUTSIDE_PRODUCTS, kept_values, product_rate
+from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, kept_values, product_rate, recomputed_passes
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
@@ -185,8 +185,7 @@ class _Pace:
 
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
-        recomputed = RECOMPUTED_PASSES[self.asked.activation_checkpointing]
-        products = METHODS[self.asked.method].forward_passes + recomputed
+        products = METHODS[self.asked.method].forward_passes + recomputed_passes(shape, self._recomputed(shape))
         validations = 1 + steps // _validate_every(self.asked, self.counts)
         passes = 2 * self.counts.train + (1 + validations) * self.counts.validation + self.counts.test
         images = products * steps * self.asked.batch_size + passes
@@ -204,10 +203,13 @@ class _Pace:
 
     def _fits(self, shape: BackboneShape, steps: int) -> bool:
         at_once = self.asked.micro_batch_size or self.asked.batch_size
-        kept = 4 * at_once * kept_values(shape, self.asked.activation_checkpointing)
+        kept = 4 * at_once * kept_values(shape, self._recomputed(shape))
         return (
             self.seconds(shape, steps) <= 60 * self.asked.minutes and kept <= _MEMORY_SHARE * available_memory_bytes()
         )
+
+    def _recomputed(self, shape: BackboneShape) -> int:
+        return 0 if self.asked.activation_checkpointing == "none" else len(shape.values_by_block)
 
     def most_steps(self, shape: BackboneShape) -> int:
         """Return how many steps fit the time, rounded down to two digits.

@@ -229,7 +229,7 @@ def _unlike(study: StudyConfig, index: ImageIndex, workload: Workload, image_siz
     for place, experiment in enumerate(study.experiments):
         if experiment.is_probe:  # it takes no steps; its images are timed with those of the others
             continue
-        image_s = TIME_OUTSIDE_PRODUCTS * step_passes(experiment) * shape.multiply_adds / rate
+        image_s = TIME_OUTSIDE_PRODUCTS * step_passes(experiment, shape) * shape.multiply_adds / rate
         batch_size = experiment.training.batch_size
         while batch_size > 1 and image_s * batch_size > _LONGEST_STEP_S:
             batch_size //= 2

@@ -1,4 +1,10 @@
-"""Activation checkpointing (Chen et al., arXiv 1604.06174): blocks are computed again for their gradients."""
+"""Activation checkpointing (Chen et al., arXiv 1604.06174): blocks are computed again for their gradients.
+
+Where not all blocks are, it is the first ones. A step needs the most memory when its backward pass begins, and then
+that of one block after the other falls away. What the first blocks take when they are computed again comes once the
+later ones are gone; the last block's would come on top of all that the others have kept, so that computing it again
+saves nothing. Where stages differ, as in Swin and Hiera, the first blocks also keep the most.
+"""
 
 from __future__ import annotations
 

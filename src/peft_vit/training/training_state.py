@@ -85,7 +85,8 @@ class TrainingState:
         self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
         self._validated_at = frozenset(config.validation_steps(len(data.train)))
         self._class_weights = loss_weights(config, data, runtime.device)  # (classes,)
-        self._recomputed = blocks_of(model) if config.activation_checkpointing == "blocks" else []
+        blocks = blocks_of(model)
+        self._recomputed = blocks[: config.recomputed_of(len(blocks))]
         self._hooks = hooks
         self._best = BestState()
         if resume is not None:

@@ -111,6 +111,8 @@ def test_records_serve_runs_of_the_same_kind_and_length(study, tmp_path) -> None
         ({"micro_batch_size": 2}, 2, lambda depth: 34 * depth, 2),
         ({"activation_checkpointing": "blocks"}, 8, lambda depth: depth + 34, 3),
         ({"micro_batch_size": 4, "activation_checkpointing": "blocks"}, 4, lambda depth: depth + 34, 3),
+        ({"activation_checkpointing": "adaptive", "recomputed_blocks": 0}, 8, lambda depth: 34 * depth, 2),
+        ({"activation_checkpointing": "adaptive", "recomputed_blocks": 3}, 8, lambda depth: 3 + 34 * (depth - 3), 2.5),
     ],
 )
 def test_arithmetic_knows_what_a_step_keeps_and_computes_again(

@@ -349,12 +349,21 @@ def test_adaptive_ranks_on_quantized_sites_run_as_smoke_in_the_svd_form_too(stud
             r"experiments\[0\]\.training\.augmentation\[1\]\.color_jitter: saturation and hue have no effect on grey",
         ),
         ({"warmup_share": 0.1}, r"experiments\[0\]\.training\.warmup_share: 0.1 of 6 steps is no more than one"),
+        (
+            {"activation_checkpointing": "adaptive", "recomputed_blocks": 6},
+            r"experiments\[0\]\.training\.recomputed_blocks: 6 of 6 blocks: computing the last one again saves nothing",
+        ),
     ],
 )
 def test_a_recipe_that_does_not_fit_images_or_steps_is_refused(study, tmp_path, training, problem) -> None:
     with pytest.raises(UserError, match=problem):
         planned(study("lora", **training), tmp_path)
-    fitting = {"augmentation": [{"color_jitter": {"saturation": 0}}], "warmup_share": 0.4}
+    fitting = {
+        "augmentation": [{"color_jitter": {"saturation": 0}}],
+        "warmup_share": 0.4,
+        "activation_checkpointing": "adaptive",
+        "recomputed_blocks": 5,
+    }
     assert len(planned(study("lora", **fitting), tmp_path).runs) == 1
 
 
