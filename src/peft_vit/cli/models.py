@@ -87,6 +87,61 @@ def predict(
 
 
 @app.command()
+def bench(
+    models: Annotated[
+        list[Path],
+        typer.Argument(help="what `predict` takes; of a run's folder its merged model is timed", show_default=False),
+    ],
+    batch: Annotated[list[str], typer.Option(help="images a call: 1,32, or the option again")] = ["1"],  # noqa: B006
+    threads: Annotated[
+        list[str] | None, typer.Option(help="likewise; default: as many as processors", show_default=False)
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="calls that are timed in a process, of each batch size")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="processes of each model, all models in turn")] = 3,
+    weights: Annotated[str | None, typer.Option(help="of PEFT folders' bases, as with `predict`")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
+    ] = None,
+) -> None:
+    """Time exported models beside float32, each in a process of its own.
+
+    Ratios are over the fastest float32 model (.onnx, .xml, .safetensors) of those that are named. If none is, the first
+    one's architecture is exported to ONNX for that, with random weights, which take the same time. Exit codes: 0 done,
+    2 bad input.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from peft_vit.report.bench_table import bench_table
+    from peft_vit.report.rows import check_rows_file, print_with_rows
+    from peft_vit.runs.bench import bench as time_models
+
+    check_rows_file(output)
+    batches, counts = _counts(batch, "--batch"), _counts(threads or [], "--threads")
+    with Console(stderr=True).status("opening the models") as status:
+        rows = time_models(
+            models,
+            batches=batches,
+            threads=counts,
+            rounds=rounds,
+            repeats=repeats,
+            weights=weights,
+            on_start=lambda what: status.update(Text(printable(what))),
+        )
+    print_with_rows([bench_table(rows, repeats)], [row.model_dump() for row in rows], output)
+
+
+def _counts(texts: list[str], option: str) -> tuple[int, ...]:
+    """Return whole numbers above 0, each once, of options such as 1,32."""
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    if wrong := [part for part in parts if not part.isdecimal() or int(part) == 0]:
+        raise UserError(
+            f"expected whole numbers above 0, as in 1,32; got {wrong[0]!r}", file="command line", field=option
+        )
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+@app.command()
 def datasets() -> None:
     """List the data sets."""
     from peft_vit.data import DATASETS

@@ -7,6 +7,7 @@ A results directory holds one study per folder::
     DIR/<study>/<experiment>/seed_<k>/adapter.safetensors  what was trained: adapter and head
 """
 
+from peft_vit.records.bench_rows import BenchRow, read_bench
 from peft_vit.records.contents import (
     HTML_FILE,
     MARKDOWN_FILE,

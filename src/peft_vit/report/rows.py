@@ -36,15 +36,20 @@ def print_with_rows(
     Raises:
         UserError: for another ending, or if the file can't be written.
     """
-    ending = "" if output is None else output.suffix.lower()
-    if output is not None and ending not in (".csv", ".json"):
-        raise UserError("expected a name that ends in .csv or .json", file=output, field="--output")
+    check_rows_file(output)
     print_blocks(blocks)
     if output is not None:
-        text = as_csv(rows, columns) if ending == ".csv" else json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+        as_table = output.suffix.lower() == ".csv"
+        text = as_csv(rows, columns) if as_table else json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
         with writing(output):
             write_atomically(output, text.encode())
         print_blocks([Paragraph(f"{len(rows)} rows: {output}")])
+
+
+def check_rows_file(output: Path | None) -> None:
+    """Refuse another ending than .csv and .json."""
+    if output is not None and output.suffix.lower() not in (".csv", ".json"):
+        raise UserError("expected a name that ends in .csv or .json", file=output, field="--output")
 
 
 @contextmanager

@@ -1,0 +1,170 @@
+"""Exported models beside float32: each is timed in processes of its own, round after round."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from peft_vit.adapters.peft_files import CONFIG_FILE
+from peft_vit.backbones.catalog import create_model, create_skeleton
+from peft_vit.deployment import ModelCard, export_onnx, merge, require_onnx_export, save_low_bit
+from peft_vit.deployment.timing import Calls, time_alone
+from peft_vit.errors import UserError
+from peft_vit.records import RECORD_FILE, BenchRow
+from peft_vit.runs.export import open_model, restore_run
+from peft_vit.runs.provenance import cpu_count, processor_name
+
+MADE = "float32 made here"
+_FLOAT32_BYTES = 4
+_MOST_OF = 0.95  # of the bytes of all parameters in float32, which any file of float32 weights holds
+_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "safetensors": "torch", "peft": "torch"}
+_ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".safetensors": "safetensors"}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model to be timed."""
+
+    name: str  # what the user called it
+    file: Path  # what is opened
+    card: ModelCard
+    run: str | None
+
+    @property
+    def format(self) -> str:
+        return _ENDINGS.get(self.file.suffix, "peft")
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of all its files."""
+        if self.file.is_dir():
+            return sum(one.stat().st_size for one in self.file.iterdir() if one.is_file())
+        parts = [self.file, *([self.file.with_suffix(".bin")] if self.format == "openvino" else [])]
+        return sum(part.stat().st_size for part in parts)
+
+    @property
+    def is_float32(self) -> bool:
+        """Tell whether its files hold all weights in float32, by their size: quantized ones take less."""
+        plain = create_skeleton(self.card.architecture, self.card.image_size, len(self.card.class_names))
+        return self.bytes >= _MOST_OF * _FLOAT32_BYTES * sum(one.numel() for one in plain.parameters())
+
+
+def bench(
+    models: Sequence[Path],
+    *,
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] = (),
+    rounds: int = 20,
+    repeats: int = 3,
+    weights: str | None = None,
+    on_start: Callable[[str], None] = lambda _: None,
+) -> list[BenchRow]:
+    """Time models by batch size and threads, in `repeats` rounds of fresh processes, one process at a time.
+
+    Without a float32 model among them (.onnx, .xml or .safetensors), the architecture of the first is exported to ONNX
+    with random weights, which take the same time as trained ones, and timed beside them.
+
+    Args:
+        models: .onnx, .xml or .safetensors files, PEFT folders, or runs' folders, whose merged models are timed as
+            .safetensors files.
+        batches: images a call.
+        threads: of a process; default: as many as processors.
+        rounds: calls of each batch size in a process that are timed.
+        repeats: processes of each model and number of threads.
+        weights: of the PEFT folders' bases, see `deployment.open_peft`.
+        on_start: told what is timed now.
+
+    Raises:
+        UserError: if a model can't be opened or timed, threads are more than processors, or float32 can't be made.
+    """
+    threads = tuple(threads) or (cpu_count(),)
+    if max(threads) > cpu_count():
+        raise UserError(f"expected at most {cpu_count()}, the processors here; got {max(threads)}", field="--threads")
+    if weights is not None and not any(map(_is_peft, models)):
+        raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
+    with tempfile.TemporaryDirectory() as folder:
+        opened = [_opened(path, weights, Path(folder)) for path in models]
+        base = [one for one in opened if one.is_float32]
+        if not base:
+            base = [_float32_like(opened[0], Path(folder))]
+            opened = [*base, *opened]
+        calls: dict[tuple[int, int, int], list[Calls]] = {}
+        for _ in range(repeats):
+            for count in threads:
+                for place, model in enumerate(opened):
+                    on_start(f"{model.name}, threads: {count}")
+                    own = weights if _is_peft(model.file) else None
+                    timed = time_alone(model.file, batches, threads=count, rounds=rounds, weights=own)
+                    for batch, found in timed.items():
+                        calls.setdefault((count, batch, place), []).append(found)
+        return _rows(opened, {place for place, one in enumerate(opened) if one in base}, calls)
+
+
+def _is_peft(path: Path) -> bool:
+    return os.path.isfile(path / CONFIG_FILE)
+
+
+def _opened(path: Path, weights: str | None, folder: Path) -> _Model:
+    """Open a model as `predict` does, which checks its hash, and merge a run's."""
+    if not os.path.isfile(path / RECORD_FILE):
+        card = open_model(path, weights if _is_peft(path) else None).card
+        return _Model(str(path), path, card, card.run)
+    run = restore_run(path)
+    file = folder / f"{len(os.listdir(folder))}.safetensors"
+    save_low_bit(merge(run.model, run.card).model, file, run.card)
+    return _Model(str(path), file, run.card, run.card.run)
+
+
+def _float32_like(model: _Model, folder: Path) -> _Model:
+    """Export a model's architecture with random weights."""
+    try:
+        require_onnx_export()
+    except UserError as error:
+        raise UserError(f"no float32 model is named, and none can be made: {error.message}", file=model.name) from None
+    card, file = model.card, folder / "float32.onnx"
+    plain = create_model(card.architecture, card.image_size, len(card.class_names))
+    export_onnx(plain.eval(), file, card)
+    return _Model(MADE, file, card, None)
+
+
+def _rows(
+    models: Sequence[_Model], base: set[int], calls: Mapping[tuple[int, int, int], Sequence[Calls]]
+) -> list[BenchRow]:
+    """Return a row for each model, batch size and number of threads, the latter two in the outer order."""
+    pooled = {key: [s for one in found for s in one.seconds] for key, found in calls.items()}
+    worked = {key: [s for one in found for s in one.processor_s] for key, found in calls.items()}
+    medians = {key: statistics.median(values) for key, values in pooled.items()}
+    rows = []
+    for count, batch, place in sorted(calls):
+        model, median = models[place], medians[count, batch, place]
+        fastest = min(base, key=lambda other: medians[count, batch, other])
+        low, high = np.quantile(pooled[count, batch, place], (0.25, 0.75))
+        runtime = _RUNTIMES[model.format]
+        rows.append(
+            BenchRow(
+                file=model.name,
+                format=model.format,
+                bytes=model.bytes,
+                run=model.run,
+                threads=count,
+                batch=batch,
+                calls=len(pooled[count, batch, place]),
+                median_s=median,
+                low_s=float(low),
+                high_s=float(high),
+                processor_s=statistics.median(worked[count, batch, place]),
+                ratio=median / medians[count, batch, fastest],
+                over=models[fastest].name,
+                images_per_s=batch / median,
+                processor=processor_name(),
+                runtime=f"{runtime} {metadata.version(runtime)}",
+            )
+        )
+    return rows

@@ -1,0 +1,161 @@
+"""`peft-vit bench`: a row a model, batch size and number of threads, ratios of medians over float32, and bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CARD, random_model
+
+from peft_vit.adapters import AdaptedLinear
+from peft_vit.backbones import find_sites
+from peft_vit.deployment import export_onnx, export_openvino, save_low_bit
+from peft_vit.deployment.timing import Calls
+from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.records import BenchRow, read_bench
+from peft_vit.runs import bench as benching
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("openvino")
+pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.usefixtures("cache")
+
+SECONDS = {"float.xml": 2.0, "float.onnx": 4.0, "int4.onnx": 3.0, "int4.safetensors": 9.0}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, model = tmp_path_factory.mktemp("exported"), random_model("test_vit").eval()
+    for write, name in ((export_onnx, "float.onnx"), (export_openvino, "float.xml")):
+        write(model, folder / name, CARD)
+    for name in {site.module for site in find_sites(model)}:
+        layer = AdaptedLinear(model.get_submodule(name))
+        layer.set_quantized(quantize(layer.weight.detach(), QuantizationFormat("int4", 32, True, torch.float16)))
+        layer.drop_float()
+        model.set_submodule(name, layer)
+    for write, name in ((export_onnx, "int4.onnx"), (save_low_bit, "int4.safetensors")):
+        write(model, folder / name, CARD)
+    return folder
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Let each file take known seconds, times threads and batch, with one slow call; return what was asked for."""
+    asked: list[tuple[Any, ...]] = []
+
+    def known(file: Path, batches: Any, *, threads: int, rounds: int, weights: str | None) -> dict[int, Calls]:
+        asked.append((file.name, tuple(batches), threads, rounds, weights))
+        usual = SECONDS.get(file.name, 6.0)
+        each = {batch: [usual * batch / threads] * (rounds - 1) + [1000.0] for batch in batches}
+        return {batch: Calls(tuple(values), tuple(values)) for batch, values in each.items()}
+
+    monkeypatch.setattr(benching, "time_alone", known)
+    monkeypatch.setattr(benching, "cpu_count", lambda: 4)
+    return asked
+
+
+def rows_of(file: Path) -> dict[tuple[str, int, int], BenchRow]:
+    return {(Path(row.file).name, row.batch, row.threads): row for row in read_bench(file)}
+
+
+def test_real_processes_give_a_row_a_model_and_batch_size(exported, run_of, tmp_path, command) -> None:
+    models = [exported / name for name in ("int4.onnx", "float.xml", "int4.safetensors")]
+    output = tmp_path / "bench.json"
+    said = command(
+        "bench", *models, "--batch", "2,1", "--threads", 1, "--rounds", 3, "--repeats", 1, "--output", output
+    )
+    rows = rows_of(output)
+    assert list(rows) == [(model.name, batch, 1) for batch in (1, 2) for model in models]
+    for (name, batch, _), row in rows.items():
+        base = rows["float.xml", batch, 1]
+        assert row.ratio == row.median_s / base.median_s
+        assert row.images_per_s == batch / row.median_s
+        assert row.low_s <= row.median_s <= row.high_s
+        assert (row.calls, row.over) == (3, str(exported / "float.xml"))
+        assert row.run == CARD.run
+        assert name in said.out
+    sizes = {name: row.bytes for (name, _, _), row in rows.items()}
+    assert sizes["float.xml"] == sum((exported / f"float.{one}").stat().st_size for one in ("xml", "bin"))
+    assert sizes["int4.onnx"] == models[0].stat().st_size
+    assert [row.runtime.split()[0] for row in rows.values()][:3] == ["onnxruntime", "openvino", "torch"]
+
+
+def test_ratios_are_over_the_fastest_float32_model_at_each_setting(exported, planted, tmp_path, command) -> None:
+    names, output = [*SECONDS], tmp_path / "bench.json"
+    models = [exported / name for name in names]
+    options = ("--batch", 1, "--batch", "8, 8", "--threads", "1,2", "--rounds", 5, "--repeats", 2, "--output", output)
+    said = command("bench", *models, *options)
+    assert planted == [(name, (1, 8), threads, 5, None) for _ in range(2) for threads in (1, 2) for name in names]
+    rows = rows_of(output)
+    assert list(rows) == [(name, batch, threads) for threads in (1, 2) for batch in (1, 8) for name in names]
+    for (name, batch, threads), row in rows.items():
+        assert row.median_s == SECONDS[name] * batch / threads
+        assert (row.calls, row.ratio, row.over) == (10, SECONDS[name] / 2, str(exported / "float.xml"))
+    line = next(one for one in said.out.splitlines() if "int4.safetensors" in one)
+    assert line.split()[-2:] == ["4.500", "0.1"]
+
+
+def test_of_runs_the_merged_model_is_timed_and_float32_is_made(run_of, planted, tmp_path, command) -> None:
+    output = tmp_path / "bench.json"
+    command("bench", run_of("int4"), "--threads", 2, "--output", output)
+    assert [name for name, *_ in planted] == ["float32.onnx", "0.safetensors"] * 3
+    made, packed = read_bench(output)
+    assert (made.file, made.format, made.run, made.ratio) == (benching.MADE, "onnx", None, 1.0)
+    assert (packed.file, packed.format, packed.run) == (str(run_of("int4")), "safetensors", "tiny/int4/seed_0")
+    assert packed.over == benching.MADE
+    assert packed.bytes < made.bytes / 2
+
+
+def test_a_run_with_float_weights_is_float32_itself_and_peft_folders_take_weights(
+    run_of, weights, planted, tmp_path, command
+) -> None:
+    command("export", run_of("lora"), "--output", tmp_path / "adapter")
+    output = tmp_path / "bench.json"
+    command("bench", run_of("lora"), tmp_path / "adapter", "--weights", weights, "--output", output)
+    assert planted[:2] == [("0.safetensors", (1,), 4, 20, None), ("adapter", (1,), 4, 20, str(weights))]
+    whole, adapter = read_bench(output)
+    assert (whole.ratio, adapter.format, adapter.over) == (1.0, "peft", str(run_of("lora")))
+
+
+def test_what_can_not_be_timed_is_one_line_before_anything_is(
+    exported, planted, tmp_path, refused, monkeypatch
+) -> None:
+    model, unknown = exported / "float.onnx", tmp_path / "model.txt"
+    unknown.write_text("no model")
+    assert "model.txt: expected a .safetensors, .onnx or .xml file, a PEFT folder" in refused("bench", model, unknown)
+    assert "no.onnx: is not a readable ONNX file" in refused("bench", tmp_path / "no.onnx")
+    assert "expected whole numbers above 0, as in 1,32; got '0'" in refused("bench", model, "--batch", "1,0")
+    assert "--threads: expected at most 4, the processors here; got 5" in refused("bench", model, "--threads", 5)
+    assert "--weights: has no effect here" in refused("bench", model, "--weights", "hub")
+    assert "ends in .csv or .json" in refused("bench", model, "--output", tmp_path / "bench.txt")
+    changed = tmp_path / "changed.xml"
+    shutil.copy(exported / "float.bin", changed.with_suffix(".bin"))
+    changed.write_bytes((exported / "float.xml").read_bytes().replace(b"test_vit", b"test_vlt"))
+    assert "was changed after it was written" in refused("bench", model, changed)
+    monkeypatch.setattr("peft_vit.deployment.onnx_file.importlib.util.find_spec", lambda _: None)
+    line = refused("bench", exported / "int4.safetensors")
+    assert "no float32 model is named, and none can be made: ONNX export needs" in line
+    assert not planted
+
+
+def test_a_file_of_times_is_checked(tmp_path) -> None:
+    file = tmp_path / "bench.json"
+    for content, fault in (("[{}]", "0.file: Field required"), ("{", "Invalid JSON"), ("[1]", "0: Input")):
+        file.write_text(content)
+        with pytest.raises(UserError, match=r"bench\.json.*peft-vit bench") as found:
+            read_bench(file)
+        assert fault in str(found.value)
+    with pytest.raises(UserError, match="can't be read"):
+        read_bench(tmp_path / "none.json")
+    file.write_text(json.dumps([]))
+    assert read_bench(file) == ()
+
+
+def test_threads_default_to_the_processors(exported, planted, command) -> None:
+    command("bench", exported / "float.onnx")
+    assert {threads for _, _, threads, *_ in planted} == {4}
