@@ -45,6 +45,21 @@ def records(study: str, n: int, *, images: str = "b", **provenance: Any) -> list
     return made
 
 
+def timed(run: str, seconds: float) -> dict[str, Any]:
+    """Return what `peft-vit bench` writes of a model."""
+    calls = dict.fromkeys(("median_s", "low_s", "high_s", "processor_s"), seconds)
+    model = {"file": f"{run.split('/')[1]}.onnx", "format": "onnx", "bytes": 1000, "run": run}
+    setting = {"threads": 1, "batch": 1, "calls": 3, "processor": "some processor", "runtime": "onnxruntime 1"}
+    return {**model, **setting, **calls, "ratio": 1.0, "over": "float.onnx", "images_per_s": 1 / seconds}
+
+
+def good_times(file: Path) -> Path:
+    """Write times of the study `ten`: of the three experiments the best is the slowest."""
+    seconds = {BEST: 0.03, THIRD: 0.01, WORSE: 0.02}
+    file.write_text(json.dumps([timed(f"ten/{name}/seed_0", value) for name, value in seconds.items()]))
+    return file
+
+
 @pytest.fixture
 def told(command: Callable[..., Any]) -> Callable[..., str]:
     return lambda *arguments: command(*arguments).out
@@ -72,6 +87,17 @@ def test_neither_command_loads_torch(ten: Path, other: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"Recommended: {THIRD}." in done.stdout
     assert "Over studies" in done.stdout
+
+
+def test_latency_of_exported_models(ten: Path, tmp_path: Path, told) -> None:
+    times = good_times(tmp_path / "bench.json")
+    text = told("recommend", ten, "--max-latency-ms", "25", "--bench", times)
+    assert f"Recommended: {THIRD}." in text
+    assert (
+        f"Latency is that of exported models in {times}, batch 1, on some processor; of each run its fastest: " in text
+    )
+    assert f"ten/{THIRD}/seed_0 by {THIRD}.onnx (10.0 ms, onnxruntime 1, threads: 1)" in text
+    assert f"Outside the limits: {BEST}: 30 ms latency, asked at most 25 ms latency." in text
 
 
 def test_equal_accuracy_at_a_third_of_the_bytes(ten: Path, tmp_path: Path, told, command) -> None:
@@ -121,6 +147,12 @@ def test_bad_input_of_recommend_is_one_line(ten: Path, tmp_path: Path, refused) 
     assert "--margin: expected points above 0" in refused("recommend", ten, "--margin", "0")
     assert "--max-seconds: expected seconds above 0" in refused("recommend", ten, "--max-seconds", "nan")
     assert "hold no latency" in refused("recommend", ten, "--max-latency-ms", "20")
+    times = ten.parent / "bench.json"
+    times.write_text(json.dumps([timed("other/lora_r8/seed_0", 1.0)]))
+    line = refused("recommend", ten, "--max-latency-ms", "20", "--bench", times)
+    assert "bench.json: --bench: holds no model of a finished run of ten: its models are of other/lora" in line
+    assert "has no effect without --max-latency-ms" in refused("recommend", ten, "--bench", good_times(times))
+    assert "none.json: can't be read" in refused("recommend", ten, "--max-latency-ms", "20", "--bench", "none.json")
     assert "'none' is none of its studies, which are ten" in refused("recommend", ten, "--study", "none")
     assert "does not exist" in refused("recommend", tmp_path / "nowhere")
     assert "Try --help" in refused("recommend", ten, "--smallest", "size")

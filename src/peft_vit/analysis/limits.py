@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
+from peft_vit.analysis.exported_latency import ExportedLatency
 from peft_vit.analysis.studies import Run
 from peft_vit.errors import UserError
 
@@ -82,15 +83,22 @@ class Cost:
     parameters: float  # trainable at the end, head included; mean over seeds
     largest_parameters: int  # of the largest run
     seconds_per_step: float | None  # mean over seeds of the runs' medians; None if a run lacks it
-    latency_s: float | None  # mean over seeds of the runs' median forward pass; None if a run lacks it
+    # mean over seeds of the runs' median forward pass, or over those whose exported model was timed; None: not known
+    latency_s: float | None
 
     def by(self, measure: Measure) -> float | None:
         """Return what experiments are ordered by."""
         return {"bytes": self.stored_bytes, "params": self.parameters, "latency": self.latency_s}[measure]
 
 
-def cost_of(runs: Sequence[Run], latency_batch: int | None) -> Cost:
-    """Return the cost of one experiment's finished runs; no latency is asked for where there is no batch size."""
+def cost_of(runs: Sequence[Run], latency_batch: int | None, exported: ExportedLatency | None = None) -> Cost:
+    """Return the cost of one experiment's finished runs.
+
+    Args:
+        runs: at least one.
+        latency_batch: of what latency was recorded; None: it is not asked for.
+        exported: latency of exported models, to be taken instead.
+    """
     stored = [run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs]
     parameters = [run.parameters.final for run in runs]
     latencies = [None if latency_batch is None else run.record.latency_s.get(latency_batch) for run in runs]
@@ -100,7 +108,7 @@ def cost_of(runs: Sequence[Run], latency_batch: int | None) -> Cost:
         parameters=math.fsum(parameters) / len(runs),
         largest_parameters=max(parameters),
         seconds_per_step=_mean([run.record.seconds_per_step for run in runs]),
-        latency_s=_mean(latencies),
+        latency_s=_mean(latencies) if exported is None else exported.of(runs),
     )
 
 

@@ -29,8 +29,9 @@ simultaneous (Bonferroni), so that theirs cover all candidates at once and any c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +41,7 @@ from numpy.typing import ArrayLike
 
 from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import compare
+from peft_vit.analysis.exported_latency import ExportedLatency
 from peft_vit.analysis.limits import SAME_SIZE, Cost, Fault, Limits, Measure, cost_of, smallest_latency_batch
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.errors import UserError
@@ -50,6 +52,7 @@ ALPHA = 0.05  # one-sided, of the whole family
 _POWER = 0.8  # of the n that would be needed
 _TIMED = ("--max-seconds", "--max-latency-ms")
 _MOST_SEEDS = 1000  # beyond this nobody asks for how many
+_CostOf = Callable[[Sequence[Run]], Cost]
 
 Outcome = Literal["smaller", "best", "not decided", "nothing within"]
 
@@ -152,6 +155,7 @@ class Recommendation:
     limits: Limits
     measure: Measure
     margin: float
+    exported: ExportedLatency | None = None  # where latency comes from; None: from the records
 
     @property
     def confidence(self) -> float:
@@ -191,7 +195,9 @@ def choose_study(studies: Sequence[Study], name: str | None, source: Path) -> St
     raise UserError(f"holds {len(studies)} studies ({labels}); choose one with --study NAME", file=source)
 
 
-def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure = "bytes") -> Recommendation:
+def recommend(
+    study: Study, limits: Limits, *, margin: float, measure: Measure = "bytes", exported: ExportedLatency | None = None
+) -> Recommendation:
     """Return the smallest experiment within the limits that is shown not to lose the margin against the best.
 
     Args:
@@ -199,6 +205,7 @@ def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure =
         limits: what the configuration may cost.
         margin: largest loss of test accuracy that does not matter, a share above 0.
         measure: what "smallest" means; of sizes within one percent the higher validation accuracy decides.
+        exported: latency of exported models, to be taken in place of what the records say.
 
     Raises:
         UserError: if no run is finished, if times are asked for that are not comparable or not recorded, or if no
@@ -206,11 +213,12 @@ def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure =
     """
     if not study.runs:
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
-    _require_times(study, limits, measure)
-    batch = smallest_latency_batch(study.runs)
-    left_out = _left_out(study, measure, batch)
+    _require_times(study, limits, measure, exported)
+    cost = partial(cost_of, latency_batch=smallest_latency_batch(study.runs), exported=exported)
+    untimed = "has runs without a recorded latency" if exported is None else "has no exported model that was timed"
+    left_out = _left_out(study, measure, cost, untimed)
     rated = [
-        _rate(experiment.name, study.of(experiment.name), limits, batch)
+        _rate(experiment.name, study.of(experiment.name), limits, cost)
         for experiment in study.experiments
         if experiment.name not in left_out
     ]
@@ -239,6 +247,7 @@ def recommend(study: Study, limits: Limits, *, margin: float, measure: Measure =
         limits=limits,
         measure=measure,
         margin=margin,
+        exported=exported,
     )
 
 
@@ -262,13 +271,13 @@ def _size(rated: Rated, measure: Measure) -> tuple[float, float, str]:
     return size, rated.cost.parameters, rated.name
 
 
-def _rate(name: str, runs: tuple[Run, ...], limits: Limits, batch: int | None) -> Rated:
-    cost = cost_of(runs, batch)
+def _rate(name: str, runs: tuple[Run, ...], limits: Limits, cost_of: _CostOf) -> Rated:
+    cost = cost_of(runs)
     accuracy = math.fsum(run.validation.accuracy for run in runs) / len(runs)
     return Rated(name, runs, cost, accuracy, limits.faults(cost))
 
 
-def _left_out(study: Study, measure: Measure, batch: int | None) -> dict[str, str]:
+def _left_out(study: Study, measure: Measure, cost_of: _CostOf, untimed: str) -> dict[str, str]:
     reasons = {}
     for experiment in study.experiments:
         runs = study.of(experiment.name)
@@ -276,21 +285,26 @@ def _left_out(study: Study, measure: Measure, batch: int | None) -> dict[str, st
             reasons[experiment.name] = "has no finished run"
         elif len({run.configuration() for run in runs}) > 1:
             reasons[experiment.name] = "was configured differently from seed to seed"
-        elif measure == "latency" and cost_of(runs, batch).latency_s is None:
-            reasons[experiment.name] = "has runs without a recorded latency"
+        elif measure == "latency" and cost_of(runs).latency_s is None:
+            reasons[experiment.name] = untimed
     return reasons
 
 
-def _require_times(study: Study, limits: Limits, measure: Measure) -> None:
+def _require_times(study: Study, limits: Limits, measure: Measure, exported: ExportedLatency | None) -> None:
     options = [fault.option for fault in limits.given(cost_of(study.runs, None)) if fault.option in _TIMED]
     asked = [*options, *(["--smallest latency"] if measure == "latency" else [])]
+    if exported is not None:  # timed on one machine
+        if asked in ([], ["--max-seconds"]):
+            problem = "has no effect without --max-latency-ms or --smallest latency"
+            raise UserError(problem, file="command line", field="--bench")
+        asked = [option for option in asked if option == "--max-seconds"]
     if not asked:
         return
     machines = {hardware(run) for run in study.runs}
     if len(machines) > 1:
         problem = f"its runs were timed on {len(machines)} machines ({'; '.join(sorted(machines))}), so times do not "
         raise UserError(f"{problem}compare; ask without {' and '.join(asked)}", file=study.label)
-    needs_latency = measure == "latency" or limits.latency_s is not None
+    needs_latency = exported is None and (measure == "latency" or limits.latency_s is not None)
     if needs_latency and smallest_latency_batch(study.runs) is None:
         what = " and ".join(option for option in asked if option != "--max-seconds")
         raise UserError(f"its records hold no latency; ask without {what}, or measure it", file=study.label)

@@ -115,6 +115,10 @@ def recommend(
     max_params: Annotated[str | None, typer.Option(help="trainable at the end, head included: 300k or 3e5")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="of one training step")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="of one forward pass, where it was measured")] = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(help="take latency from this .json of `peft-vit bench`, by exported models", show_default=False),
+    ] = None,
     margin: Annotated[
         float, typer.Option(help="points of test accuracy whose loss matters; to be chosen before looking")
     ] = 1.0,
@@ -132,8 +136,10 @@ def recommend(
     2 bad input.
     """
     from peft_vit.analysis import limits, load_studies
+    from peft_vit.analysis.exported_latency import exported_latency
     from peft_vit.analysis.recommendation import check_margin, choose_study
     from peft_vit.analysis.recommendation import recommend as find
+    from peft_vit.records import read_bench
     from peft_vit.report.recommended import print_recommendation
 
     asked = limits.Limits(
@@ -142,8 +148,10 @@ def recommend(
         seconds_per_step=limits.check_positive(max_seconds, "--max-seconds", "seconds"),
         latency_s=limits.milliseconds(max_latency_ms, "--max-latency-ms"),
     )
+    share = check_margin(margin, "--margin")
     chosen = choose_study(load_studies(results_dir), study, results_dir)
-    print_recommendation(find(chosen, asked, margin=check_margin(margin, "--margin"), measure=smallest), output)
+    exported = None if bench is None else exported_latency(chosen, read_bench(bench), bench)
+    print_recommendation(find(chosen, asked, margin=share, measure=smallest, exported=exported), output)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peft_vit.analysis.comparability import hardware
+from peft_vit.analysis.exported_latency import ExportedLatency
 from peft_vit.analysis.limits import SAME_SIZE, Fault, Measure, Option
 from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, smallest_that_exists
 from peft_vit.analysis.study_yaml import study_yaml
@@ -60,6 +61,8 @@ def recommendation_blocks(found: Recommendation) -> Iterator[Paragraph | Table]:
     for name, reason in found.left_out.items():
         yield Paragraph(f"Left out: {name} {reason}.")
     yield from map(Paragraph, _asked(found))
+    if found.exported is not None:
+        yield Paragraph(_latency_source(found, found.exported))
     yield from map(Paragraph, _answer(found))
     if found.candidates:
         yield _tested_table(found)
@@ -81,6 +84,20 @@ def _asked(found: Recommendation) -> Iterator[str]:
     yield (
         f"Asked: the smallest by {_ORDER[found.measure]} that loses less than {_points(found)} of test accuracy "
         f"against it. Limits: {limits}."
+    )
+
+
+def _latency_source(found: Recommendation, exported: ExportedLatency) -> str:
+    timed = joined(
+        f"{row.run} by {row.file} ({fixed(1000 * row.median_s, 1)} ms, {row.runtime}, threads: {row.threads})"
+        for rows in exported.rows.values()
+        for row in rows
+    )
+    names = [one.name for one in found.study.experiments if found.study.of(one.name) and one.name not in exported.rows]
+    missing = f" Not timed there: {joined(names)}." if names else ""
+    return (
+        f"Latency is that of exported models in {exported.file}, batch {exported.batch}, on {exported.processor}; of "
+        f"each run its fastest: {timed}.{missing}"
     )
 
 
@@ -114,7 +131,7 @@ def _recommended(found: Recommendation, chosen: Rated) -> Iterator[str]:
     if found.as_small:
         names = joined(one.name for one in found.as_small)
         yield f"Shown, too, and not larger {_CLEARLY}, but with no higher validation accuracy: {names}."
-    yield f"Against {found.best.name} it {'; '.join(_savings(found.best, chosen))}."
+    yield f"Against {found.best.name} it {'; '.join(_savings(found, chosen))}."
 
 
 def _not_decided(found: Recommendation) -> Iterator[str]:
@@ -236,19 +253,22 @@ def _broken(fault: Fault) -> str:
     return f"{_value(fault)}, asked {_limit(fault)}"
 
 
-def _savings(best: Rated, chosen: Rated) -> Iterator[str]:
+def _savings(found: Recommendation, chosen: Rated) -> Iterator[str]:
+    best = found.best
     before, after = best.cost, chosen.cost
     yield _saved(before.stored_bytes, after.stored_bytes, _UNITS["--max-bytes"])
     yield _saved(before.parameters, after.parameters, _UNITS["--max-params"])
-    times = (
-        (before.seconds_per_step, after.seconds_per_step, _UNITS["--max-seconds"]),
-        (before.latency_s, after.latency_s, _UNITS["--max-latency-ms"]),
-    )
+    times = [(before.seconds_per_step, after.seconds_per_step, _UNITS["--max-seconds"])]
+    latency = (before.latency_s, after.latency_s, _UNITS["--max-latency-ms"])
+    if found.exported is None:
+        times.append(latency)
     known = [(one, other, words) for one, other, words in times if one is not None and other is not None]
     if known and len({hardware(run) for run in (*best.runs, *chosen.runs)}) > 1:
         yield "was timed on other machines, so times do not compare"
     else:
         yield from (_saved(one, other, words) for one, other, words in known)
+    if found.exported is not None and latency[0] is not None and latency[1] is not None:
+        yield _saved(latency[0], latency[1], latency[2])
 
 
 def _saved(before: float, after: float, words: Callable[[float], str]) -> str:

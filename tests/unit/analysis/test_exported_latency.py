@@ -1,0 +1,134 @@
+"""Latency of a study's experiments, out of times of their exported models: which rows count, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+
+from peft_vit.analysis.exported_latency import exported_latency
+from peft_vit.analysis.limits import Limits
+from peft_vit.analysis.recommendation import Recommendation, recommend
+from peft_vit.analysis.studies import Study
+from peft_vit.errors import UserError
+from peft_vit.records import BenchRow, RunRecord
+from peft_vit.report.recommended import recommendation_blocks
+
+EXPERIMENTS = planted.experiments()
+BEST, SMALL, WORSE = "lora_r8", "qa_lora_8bit_int8_linear", "qa_lora_4bit_fp4_cosine"
+FILE = Path("bench.json")
+
+
+def row(run: str | None, median_s: float, **changes: Any) -> BenchRow:
+    values: dict[str, Any] = {
+        "file": "model.onnx",
+        "format": "onnx",
+        "bytes": 1000,
+        "run": run,
+        "threads": 1,
+        "batch": 1,
+        "calls": 3,
+        "median_s": median_s,
+        "low_s": median_s,
+        "high_s": median_s,
+        "processor_s": 0.0,
+        "ratio": 1.0,
+        "over": "float.onnx",
+        "images_per_s": 1 / median_s,
+        "processor": "some processor",
+        "runtime": "onnxruntime 1",
+    }
+    return BenchRow(**values | changes)
+
+
+def of(experiment: str, seed: int = 0) -> str:
+    return f"quickstart/{experiment}/seed_{seed}"
+
+
+def records() -> list[RunRecord]:
+    """Return a study in which SMALL is as good as BEST, a little more or less by seed, and WORSE is not."""
+    made = []
+    for name, accuracy in ((BEST, 0.8), (SMALL, 0.7999), (WORSE, 0.7)):
+        for seed in range(6):
+            test = accuracy + (0 if name == BEST else 0.001 * (seed % 3 - 1))
+            changes = {"test": planted.metrics(test, 100_000), "validation": planted.metrics(accuracy, 100_000)}
+            made.append(planted.record(EXPERIMENTS[name], seed, accuracy, changes=changes))
+    return made
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return planted.study_of(records())
+
+
+def asked(study: Study, rows: list[BenchRow], limits: Limits, **options: Any) -> Recommendation:
+    return recommend(study, limits, margin=0.01, exported=exported_latency(study, rows, FILE), **options)
+
+
+def test_of_each_run_its_fastest_model_counts_at_the_smallest_batch_that_all_have(study) -> None:
+    rows = [
+        row(of(BEST), 0.5, batch=1),
+        row(of(BEST), 4.0, batch=8),
+        row(of(BEST), 3.0, batch=8, threads=2),
+        row(of(BEST, 1), 5.0, batch=8, format="openvino"),
+        row(of(SMALL), 2.0, batch=8),
+        row(None, 0.1, batch=8),
+        row("another/study/seed_0", 0.1, batch=8),
+    ]
+    found = exported_latency(study, rows, FILE)
+    assert (found.batch, found.processor) == (8, "some processor")
+    assert found.rows == {BEST: (rows[2], rows[3]), SMALL: (rows[4],)}
+    assert [found.of(study.of(name)) for name in (BEST, SMALL, WORSE)] == [4.0, 2.0, None]
+
+
+def test_the_limit_is_applied_to_what_was_timed_and_the_text_says_so(study) -> None:
+    rows = [row(of(BEST), 0.030), row(of(SMALL, 2), 0.012, file="small.xml", threads=2)]
+    found = asked(study, rows, Limits(latency_s=0.02))
+    assert (found.outcome, found.chosen and found.chosen.name) == ("smaller", SMALL)
+    assert [(one.name, one.faults[0].value) for one in found.outside] == [(WORSE, None), (BEST, 0.030)]
+    text = "\n".join(block.text for block in recommendation_blocks(found) if block.kind == "paragraph")
+    assert "Latency is that of exported models in bench.json, batch 1, on some processor" in text
+    assert f"{of(SMALL, 2)} by small.xml (12.0 ms, onnxruntime 1, threads: 2)" in text
+    assert f"Not timed there: {WORSE}." in text
+    assert f"Outside the limits: {WORSE}: not recorded, asked at most 20 ms latency." in text
+    assert "saves 18 ms latency of 30 ms latency (60 %)" in text
+
+
+def test_runs_of_several_machines_can_be_compared_by_models_timed_on_one(study) -> None:
+    made = records()
+    made[-1] = made[-1].model_copy(update={"provenance": planted.provenance(9, processor="another")})
+    mixed = planted.study_of(made)
+    rows = [row(of(name), seconds) for name, seconds in ((BEST, 0.03), (SMALL, 0.02), (WORSE, 0.01))]
+    found = asked(mixed, rows, Limits(latency_s=0.025), measure="latency")
+    assert found.chosen is not None
+    assert found.chosen.name == SMALL
+    with pytest.raises(UserError, match=r"timed on 2 machines .*ask without --max-seconds$"):
+        asked(mixed, rows, Limits(latency_s=0.025, seconds_per_step=1.0))
+
+
+def test_an_experiment_that_was_not_timed_has_no_place_by_latency(study) -> None:
+    found = asked(study, [row(of(BEST), 0.03), row(of(SMALL), 0.02)], Limits(), measure="latency")
+    assert found.left_out == {WORSE: "has no exported model that was timed"}
+    assert [one.rated.name for one in found.candidates] == [SMALL]
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        ([row("other/lora_r8/seed_0", 1.0)], "no model of a finished run of quickstart: its models are of other/lora"),
+        ([row(of(BEST, 77), 1.0)], "holds no model of a finished run of quickstart"),
+        ([row(None, 1.0)], "it names no run"),
+        ([], "it names no run"),
+        ([row(of(BEST), 1.0), row(of(SMALL), 1.0, processor="b")], r"several processors \(b, some processor\)"),
+        ([row(of(BEST), 1.0), row(of(SMALL), 1.0, batch=8)], "no batch size at which every run was timed"),
+    ],
+)
+def test_what_says_nothing_of_the_study_is_refused(study, rows, fault) -> None:
+    with pytest.raises(UserError, match=rf"^bench\.json: --bench: .*{fault}"):
+        exported_latency(study, rows, FILE)
+
+
+def test_a_file_of_times_has_an_effect_or_is_refused(study) -> None:
+    for limits in (Limits(), Limits(seconds_per_step=1.0), Limits(stored_bytes=1e9)):
+        with pytest.raises(UserError, match="--bench: has no effect without --max-latency-ms or --smallest latency"):
+            asked(study, [row(of(BEST), 1.0)], limits)
