@@ -366,6 +366,7 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
         "micro_batch_size",
         "activation_checkpointing",
         "recomputed_blocks",
+        "memory_limit",
     ):
         del training[later]
     before["data"]["flips"] = {"[]": "none"}.get(str(training.pop("augmentation")), "horizontal")

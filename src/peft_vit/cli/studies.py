@@ -80,7 +80,11 @@ def plan(
     smoke: Smoke = False,
     workers: Workers = None,
     profile: Annotated[
-        bool, typer.Option("--profile/--no-profile", help="measure a few steps of what is not known yet")
+        bool,
+        typer.Option(
+            "--profile/--no-profile",
+            help="measure a few steps of what is not known yet, and not only of a memory_limit",
+        ),
     ] = True,
 ) -> None:
     """Check the studies and print what every run will take: seconds and peak memory.
@@ -154,8 +158,13 @@ def train(
         int | None, typer.Option(min=1, help="images of a step at a time, to save memory; default: all")
     ] = None,
     activation_checkpointing: Annotated[
-        Literal["none", "blocks"], typer.Option(help="blocks: compute each block twice, to save more memory")
-    ] = "none",
+        Literal["none", "blocks", "adaptive"] | None,
+        typer.Option(help="blocks: compute each block twice, to save more memory; adaptive: as --memory-limit needs"),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="of the training process, as in 1GB; the fastest steps within it are measured and taken"),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="of each matrix, for lora, peft_lora, qa_lora; default 8")
     ] = None,
@@ -201,6 +210,7 @@ def train(
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         activation_checkpointing=activation_checkpointing,
+        memory_limit=memory_limit,
         rank=rank,
         budget=budget,
         head_start=head_start,

@@ -38,7 +38,7 @@ from peft_vit.config.study import (
     StudyConfig,
     WeightsSource,
 )
-from peft_vit.config.training import ActivationCheckpointing, TrainingConfig, micro_batch_fault
+from peft_vit.config.training import ActivationCheckpointing, TrainingConfig, bytes_of, micro_batch_fault
 from peft_vit.config.yaml_loader import KeyPath, Lines, read_mapping
 from peft_vit.methods.adalora import AdaLoraConfig, BudgetUnit, Strategy
 from peft_vit.methods.linear import PROBE_L2
@@ -101,6 +101,7 @@ __all__ = [
     "StudyConfig",
     "TrainingConfig",
     "WeightsSource",
+    "bytes_of",
     "is_given",
     "load_study",
     "micro_batch_fault",

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Augmentation, Flips, checked, flips_of
-from peft_vit.settings import Frozen
+from peft_vit.settings import Frozen, is_given
 
 ActivationCheckpointing = Literal["none", "blocks", "adaptive"]
+_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def bytes_of(size: str) -> int:
+    """Return the bytes of a size with its unit: 1GB is 10^9, 1GiB 2^30.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]+)", size.strip(), re.IGNORECASE)
+    unit = found and next((known for known in _UNITS if known.lower() == found[2].lower()), None)
+    if not found or unit is None or float(found[1]) == 0:
+        raise ValueError(f"{size!r} is not a size above 0 with its unit, {', '.join(_UNITS)}; write it as in 1GB")
+    return int(float(found[1]) * _UNITS[unit])
+
+
+def _size(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"{value} has no unit; write it with one of {', '.join(_UNITS)}, as in 1GB")
+    if isinstance(value, str):
+        bytes_of(value)
+    return value
 
 
 class TrainingConfig(Frozen):
@@ -31,10 +54,18 @@ class TrainingConfig(Frozen):
     )
     activation_checkpointing: ActivationCheckpointing = Field(
         default="none",
-        description="blocks: each block is computed again in the backward pass, not kept; adaptive: so many",
+        description="blocks: each block is computed again in the backward pass, not kept; adaptive: as many as "
+        "memory_limit needs; left out with one, it is adaptive",
     )
     recomputed_blocks: int | None = Field(
-        default=None, ge=0, description="of adaptive: how many blocks, from the first on, are computed again"
+        default=None,
+        ge=0,
+        description="of adaptive: how many blocks, from the first on; left out: chosen when the study is planned",
+    )
+    memory_limit: Annotated[str, BeforeValidator(_size)] | None = Field(
+        default=None,
+        description="of the resident memory of a training process, as in 1GB; micro_batch_size and recomputed_blocks, "
+        "unless given, are the fastest that keep within",
     )
     learning_rate: float | None = Field(default=None, gt=0, description="needed by all but probes")
     weight_decay: float = Field(default=0.01, ge=0)
@@ -76,18 +107,11 @@ class TrainingConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _settings_have_an_effect(self) -> Self:
+    def _settings_have_an_effect(self, info: ValidationInfo) -> Self:
         fault = micro_batch_fault(self.micro_batch_size, self.batch_size)
         if fault is not None:
             raise ValueError(f"micro_batch_size: {fault}")
-        adaptive = self.activation_checkpointing == "adaptive"
-        if self.recomputed_blocks is not None and not adaptive:
-            raise ValueError(
-                "recomputed_blocks has no effect with activation_checkpointing: "
-                f"{self.activation_checkpointing}; remove it, or write adaptive there"
-            )
-        if adaptive and self.recomputed_blocks is None:
-            raise ValueError("activation_checkpointing: adaptive needs recomputed_blocks; add it, or write blocks")
+        self._blocks_are_decided_once(info)
         mixing = [one.name for one in self.augmentation if one.mixes]
         if mixing and self.batch_size == 1:
             raise ValueError(
@@ -99,6 +123,24 @@ class TrainingConfig(Frozen):
             raise ValueError("warmup_share: warmup_stable_decay comes down over the last fifth; give at most 0.8")
         return self
 
+    def _blocks_are_decided_once(self, info: ValidationInfo) -> None:
+        adaptive = self.activation_checkpointing == "adaptive"
+        if self.recomputed_blocks is not None and not adaptive:
+            raise ValueError(
+                "recomputed_blocks has no effect with activation_checkpointing: "
+                f"{self.activation_checkpointing}; remove it, or write adaptive there"
+            )
+        if adaptive and self.recomputed_blocks is None and self.memory_limit is None:
+            raise ValueError(
+                "activation_checkpointing: adaptive computes as many blocks again as memory_limit needs; add "
+                "memory_limit, as in 1GB, or the number of blocks as recomputed_blocks"
+            )
+        if self.memory_limit is not None and not adaptive and is_given(self, "activation_checkpointing", info):
+            raise ValueError(
+                "memory_limit decides what is computed again, and activation_checkpointing: "
+                f"{self.activation_checkpointing} does so, too; remove one of them"
+            )
+
     @property
     def images_at_once(self) -> int:
         """Return how many images pass through the model at a time, at most."""
@@ -106,9 +148,20 @@ class TrainingConfig(Frozen):
 
     def recomputed_of(self, blocks: int) -> int:
         """Return how many of a model's blocks, from the first on, are computed again in the backward pass."""
-        if self.activation_checkpointing == "blocks":
-            return blocks
-        return self.recomputed_blocks or 0
+        if self.is_undecided:
+            return max(0, blocks - 1)  # at most
+        return blocks if self.activation_checkpointing == "blocks" else self.recomputed_blocks or 0
+
+    @property
+    def is_undecided(self) -> bool:
+        """Return whether what keeps within `memory_limit` is still to be chosen."""
+        return self.memory_limit is not None and self.recomputed_blocks is None
+
+    def decided(self, images: int, recomputed_blocks: int) -> Self:
+        """Return the same with so many images at a time, and so many blocks computed again."""
+        micro = None if images == self.batch_size else images
+        blocks = {"activation_checkpointing": "adaptive", "recomputed_blocks": recomputed_blocks}
+        return self.model_copy(update={"micro_batch_size": micro, **blocks})
 
     def with_batch_size(self, batch_size: int) -> Self:
         """Return the same for other batches, in micro-batches that divide them and are no larger than before."""

@@ -196,14 +196,17 @@ def reckoned_s(spec: RunSpec, steps: int, workload: Workload, rate: float) -> fl
 
 def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> Estimate:
     experiment = run.spec.experiment
-    value_bytes = 2 if workload.precision == "bf16" else 4
-    batch = experiment.training.images_at_once
     recomputed = experiment.training.recomputed_of(len(workload.shape.values_by_block))
+    memory = process_bytes(experiment, workload, experiment.training.images_at_once, recomputed)
+    return Estimate(reckoned_s(run.spec, run.steps, workload, rate), memory, "estimate")
+
+
+def process_bytes(experiment: ExperimentConfig, workload: Workload, images: int, recomputed: int) -> int:
+    """Return what a training process takes, about, with so many images at a time and blocks computed again."""
+    value_bytes = 2 if workload.precision == "bf16" else 4
     kept = 0.0 if experiment.is_probe else kept_values(workload.shape, recomputed)
-    activations = batch * kept * value_bytes
     weights = workload.shape.parameters * (experiment.kind.bytes_per_weight or 4 + value_bytes)
-    seconds = reckoned_s(run.spec, run.steps, workload, rate)
-    return Estimate(seconds, int(_PROCESS_BYTES + activations + weights), "estimate")
+    return int(_PROCESS_BYTES + images * kept * value_bytes + weights)
 
 
 def measured_images(spec: RunSpec, workload: Workload) -> float:

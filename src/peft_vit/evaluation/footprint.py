@@ -75,6 +75,11 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_memory_of(process: int) -> int:
+    """Return the largest resident memory of another process since its start or reset; 0 where the system hides it."""
+    return _memory(str(process)).get("VmHWM", 0)
+
+
 class MemoryWatch:
     """Watches a run's memory, in a process that may have done other runs before; begins with the object.
 
@@ -110,10 +115,10 @@ class MemoryWatch:
         return max(0, now["VmHWM"] - now["RssFile"] - now["RssShmem"] - self._before)
 
 
-def _memory() -> dict[str, int]:
-    """Return what Linux says of this process's resident memory in bytes, see proc(5); nothing elsewhere."""
+def _memory(process: str = "self") -> dict[str, int]:
+    """Return what Linux says of a process's resident memory in bytes, see proc(5); nothing elsewhere."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return {}
     fields = (line.split() for line in lines if line.startswith(("VmHWM:", "Rss")))

@@ -51,6 +51,7 @@ _LATER_TRAINING = (
     "micro_batch_size",
     "activation_checkpointing",
     "recomputed_blocks",
+    "memory_limit",
 )
 
 

@@ -20,6 +20,7 @@ from peft_vit.studies.lock import StudyLock, study_lock
 
 if TYPE_CHECKING:
     from peft_vit.studies.events import StudyEvent
+    from peft_vit.studies.memory_limit import MeasureStep
     from peft_vit.studies.own_images import OwnImages
     from peft_vit.studies.plan import Plan
     from peft_vit.studies.time_limit import Deadline, Limit
@@ -69,7 +70,7 @@ def plan_studies(request: RunRequest) -> None:
     """
     if request.minutes is not None:
         limit = _limit(request)
-        ((study, file),) = _load(request)
+        ((study, file),) = _load_within(request)
         _show(_plan_within(request, study, file, limit)[0])
     else:
         _plan(request, _load(request))
@@ -103,7 +104,7 @@ def _run_within(request: RunRequest, execution: Execution) -> dict[str, str]:
         problem = "works with --executor local only: it measures how fast this machine is; leave one of the two out"
         raise UserError(problem, field="--minutes")
     limit = _limit(request)
-    ((study, file),) = _load(request)
+    ((study, file),) = _load_within(request)
     with _locks(request.results_dir, [study.name]) as (lock,):
         taken: set[str] = set()
         while True:
@@ -164,7 +165,9 @@ def run_on_own_images(request: OwnImages, results_dir: Path, *, smoke: bool = Fa
         study, line = study_of(request, None if earlier is None else earlier.configuration)
         print(line)
         with named(request.folder):
-            plan = plan_begun_study(study, earlier, results_dir, file=request.folder, smoke=smoke, part=True)
+            plan = plan_begun_study(
+                study, earlier, results_dir, file=request.folder, smoke=smoke, part=True, measure_step=_measure_step()
+            )
         _show(plan)
         return _drive([plan], locks, Execution())
 
@@ -185,6 +188,18 @@ def _load(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
         (study.model_copy(update={"execution": study.execution.model_copy(update=workers)}), file)
         for study, file in studies
     ]
+
+
+def _load_within(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
+    """Load the one study that has a limit of time, which is no time to measure what keeps within one of memory."""
+    studies = _load(request)
+    for study, file in studies:
+        for place, one in enumerate(study.experiments):
+            if one.training.is_undecided:
+                problem = "is kept by measured steps, which --minutes has no time for; write down what `peft-vit plan` "
+                problem += "chooses (activation_checkpointing: adaptive, recomputed_blocks, micro_batch_size)"
+                raise UserError(problem, file=file, field=f"experiments[{place}].training.memory_limit")
+    return studies
 
 
 def _chosen_seeds(study: StudyConfig, seeds: str | None, file: Path) -> tuple[int, ...]:
@@ -215,11 +230,19 @@ def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path]]) -> list[
         seeds = _chosen_seeds(study, request.seeds, file)
         if request.smoke:  # it has one seed, the first asked for
             study = study.model_copy(update={"seeds": seeds})  # noqa: PLW2901
-        plan = plan_study(study, request.results_dir, file=file, smoke=request.smoke, measure=measure)
+        plan = plan_study(
+            study, request.results_dir, file=file, smoke=request.smoke, measure=measure, measure_step=_measure_step()
+        )
         plans.append(plan.only(request.method, seeds))
     for plan in plans:
         _show(plan)
     return plans
+
+
+def _measure_step() -> MeasureStep:
+    from peft_vit.studies.profiling import measure_step
+
+    return partial(measure_step, tell=partial(print, flush=True))
 
 
 def _show(plan: Plan) -> None:

@@ -14,6 +14,7 @@ from peft_vit.config import (
     Library,
     StudyConfig,
     WeightsSource,
+    bytes_of,
     micro_batch_fault,
     study_from_mapping,
 )
@@ -57,7 +58,8 @@ class OwnImages:
     learning_rate: float | None = None
     batch_size: int = 32
     micro_batch_size: int | None = None
-    activation_checkpointing: ActivationCheckpointing = "none"
+    activation_checkpointing: ActivationCheckpointing | None = None
+    memory_limit: str | None = None
     rank: int | None = None
     budget: int | None = None
     head_start: str | None = None
@@ -140,7 +142,8 @@ def _check(asked: OwnImages) -> None:
         ("--learning-rate", asked.learning_rate, steps, "leave it out"),
         ("--head-start", asked.head_start, steps, "leave it out"),
         ("--micro-batch-size", asked.micro_batch_size, steps, "leave it out"),
-        ("--activation-checkpointing", _if_asked(asked.activation_checkpointing), steps, "leave it out"),
+        ("--activation-checkpointing", asked.activation_checkpointing, steps, "leave it out"),
+        ("--memory-limit", asked.memory_limit, steps, "leave it out"),
     ):
         if value is not None and not acts:
             raise UserError(f"has no effect with --method {asked.method}; {remedy}", field=option)
@@ -149,10 +152,17 @@ def _check(asked: OwnImages) -> None:
     fault = micro_batch_fault(asked.micro_batch_size, asked.batch_size)
     if fault is not None:
         raise UserError(fault, field="--micro-batch-size")
-
-
-def _if_asked(checkpointing: ActivationCheckpointing) -> str | None:
-    return None if checkpointing == "none" else checkpointing
+    if asked.memory_limit is None:
+        if asked.activation_checkpointing == "adaptive":
+            raise UserError("adaptive needs --memory-limit; add it, as in 1GB", field="--activation-checkpointing")
+        return
+    if asked.activation_checkpointing not in (None, "adaptive"):
+        problem = f"{asked.activation_checkpointing} does not go with --memory-limit, which decides it; leave it out"
+        raise UserError(problem, field="--activation-checkpointing")
+    try:
+        bytes_of(asked.memory_limit)
+    except ValueError as error:
+        raise UserError(str(error), field="--memory-limit") from None
 
 
 def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
@@ -202,14 +212,18 @@ class _Pace:
         return max(fitting, default=sizes[0])
 
     def _fits(self, shape: BackboneShape, steps: int) -> bool:
-        at_once = self.asked.micro_batch_size or self.asked.batch_size
+        at_once = self.asked.micro_batch_size or (1 if self.asked.memory_limit else self.asked.batch_size)
         kept = 4 * at_once * kept_values(shape, self._recomputed(shape))
-        return (
-            self.seconds(shape, steps) <= 60 * self.asked.minutes and kept <= _MEMORY_SHARE * available_memory_bytes()
-        )
+        room = available_memory_bytes()
+        if self.asked.memory_limit is not None:
+            room = min(room, bytes_of(self.asked.memory_limit))
+        return self.seconds(shape, steps) <= 60 * self.asked.minutes and kept <= _MEMORY_SHARE * room
 
     def _recomputed(self, shape: BackboneShape) -> int:
-        return 0 if self.asked.activation_checkpointing == "none" else len(shape.values_by_block)
+        blocks = len(shape.values_by_block)
+        if self.asked.memory_limit is not None:  # at most
+            return blocks - 1
+        return blocks if self.asked.activation_checkpointing == "blocks" else 0
 
     def most_steps(self, shape: BackboneShape) -> int:
         """Return how many steps fit the time, rounded down to two digits.
@@ -262,12 +276,9 @@ def _experiment(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: i
     if not asked.is_probe:
         rate = method.learning_rate if asked.learning_rate is None else asked.learning_rate
         head_start = asked.head_start or ("probe" if asked.start is None else "random")  # an adapter brings its head
-        training |= {
-            "learning_rate": rate,
-            "head_start": head_start,
-            "micro_batch_size": asked.micro_batch_size,
-            "activation_checkpointing": asked.activation_checkpointing,
-        }
+        training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": asked.micro_batch_size}
+        limits = {"activation_checkpointing": asked.activation_checkpointing, "memory_limit": asked.memory_limit}
+        training |= {name: value for name, value in limits.items() if value is not None}
         if asked.epochs is not None:
             training["epochs"] = asked.epochs
         else:

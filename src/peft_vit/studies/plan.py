@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -20,6 +21,7 @@ from peft_vit.costs.estimate import (
     bf16_factor,
     estimate_runs,
 )
+from peft_vit.costs.memory_limit import Choice
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex, Splits, check_augmentation, class_gaps, image_warnings, make_splits, open_index
 from peft_vit.errors import UserError, named
@@ -28,6 +30,7 @@ from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, r
 from peft_vit.records.study_file import Limited, StudyFile, read_study_file
 from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.studies.ledger import run_name
+from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured
 from peft_vit.studies.smoke import smoke_study
 from peft_vit.studies.study_file import difference, go_on, study_file
 
@@ -75,6 +78,7 @@ class Plan:
         notices: what to know of the images before believing a number; none if nothing is to be done.
         within: what a limited time has made of the study; None: it has all the time it takes.
         before: what study.json says, read while planning; None: the study is new.
+        memory: what was chosen now for each `memory_limit`, and its price.
     """
 
     study: StudyConfig
@@ -89,6 +93,7 @@ class Plan:
     notices: tuple[str, ...] = ()
     within: Within | None = None
     before: StudyFile | None = None
+    memory: tuple[str, ...] = ()
 
     @property
     def pending(self) -> tuple[PlannedRun, ...]:
@@ -115,7 +120,13 @@ class Plan:
 
 
 def plan_study(
-    study: StudyConfig, results_dir: Path, *, file: Path, smoke: bool = False, measure: Measure | None = None
+    study: StudyConfig,
+    results_dir: Path,
+    *,
+    file: Path,
+    smoke: bool = False,
+    measure: Measure | None = None,
+    measure_step: MeasureStep | None = None,
 ) -> Plan:
     """Check a study against its backbone and its data, and plan its runs.
 
@@ -125,6 +136,7 @@ def plan_study(
         file: the configuration file, named in errors.
         smoke: compress the study, see `smoke.smoke_study`.
         measure: measures what runs cost of which nothing is known yet; None: they are estimated. See `measure_costs`.
+        measure_step: measures the steps among which a `memory_limit` chooses; None: it is refused if there is one.
 
     Raises:
         UserError: for anything that would fail later, with file, field and remedy; and if the results directory
@@ -132,7 +144,13 @@ def plan_study(
     """
     with named(file):
         return plan_begun_study(
-            study, read_study_file(results_dir / study.name), results_dir, file=file, smoke=smoke, measure=measure
+            study,
+            read_study_file(results_dir / study.name),
+            results_dir,
+            file=file,
+            smoke=smoke,
+            measure=measure,
+            measure_step=measure_step,
         )
 
 
@@ -145,6 +163,7 @@ def plan_begun_study(
     smoke: bool = False,
     part: bool = False,
     measure: Measure | None = None,
+    measure_step: MeasureStep | None = None,
     limited: Limited | None = None,
 ) -> Plan:
     """Plan a study whose study.json is read already, as `plan_study`; errors about its configuration name no file.
@@ -157,6 +176,7 @@ def plan_begun_study(
         smoke: as there.
         part: the results directory may hold other experiments and seeds of this study.
         measure: as there.
+        measure_step: as there.
         limited: what a limit of time has made the study of.
     """
     own_hypotheses = None if study.hypotheses is None else file.parent / study.hypotheses
@@ -164,23 +184,24 @@ def plan_begun_study(
     if smoke:
         patch_size = describe(study.backbone, study.data.image_size).size_step
         study = smoke_study(study, patch_size)
+        study = unmeasured(study, describe(study.backbone, study.data.image_size))
     study = study.model_copy(update={"data": _interpolated(study)})
     precision = decide_precision(study, before)
-    study = study.model_copy(update={"precision": precision.chosen})
+    study = as_begun(study.model_copy(update={"precision": precision.chosen}), before)
     index = open_index(study.data, smoke=smoke)
     asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256, limited=limited)
     go_on(results_dir / study.name, before, asked, source=file, part=part)
     drawn = splits_of(index, study)
     splits = drawn[study.seeds[0]]
     workload = workload_of(study, index, splits)
+    for place, experiment in enumerate(study.experiments):
+        with _below(place):
+            check(experiment, workload.shape, experiment.total_steps(len(splits.train)), len(splits.train))
+            check_augmentation(experiment.training.augmentation, index.channels)
+    study, choices = _within_memory(study, workload, index, splits, measure_step)
     wanted: list[EstimateRequest] = []
     for place, experiment in enumerate(study.experiments):
         total_steps = experiment.total_steps(len(splits.train))
-        try:
-            check(experiment, workload.shape, total_steps, len(splits.train))
-            check_augmentation(experiment.training.augmentation, index.channels)
-        except UserError as error:
-            raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
         first = spec_of(study, place, study.seeds[0], smoke=smoke)
         kind = miniature(first, total_steps, workload.shape, index, splits)
         kind_sha256 = kind.digest()
@@ -195,13 +216,59 @@ def plan_begun_study(
         notices = (*_notices(index, study, drawn), *_unseen(study))
     estimates = estimate_runs(wanted, workload, None if smoke else measure)
     runs = tuple(
-        PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None)
+        PlannedRun(run.spec, run.steps, _measured(estimate, run.spec, choices), done=run.taken is not None)
         for run, estimate in zip(wanted, estimates, strict=True)
     )
     factor = bf16_factor(workload) if precision.emulated and pending and not smoke else None
     return Plan(
-        study, file, index.licence, index.sha256, runs, precision, registration, factor, part, notices, before=before
+        study,
+        file,
+        index.licence,
+        index.sha256,
+        runs,
+        precision,
+        registration,
+        factor,
+        part,
+        notices,
+        before=before,
+        memory=tuple(line(one, choices[one.name], workload.shape) for one in study.experiments if one.name in choices),
     )
+
+
+@contextmanager
+def _below(place: int) -> Iterator[None]:
+    """Name the experiment whose setting an error is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
+
+
+def _within_memory(
+    study: StudyConfig, workload: Workload, index: ImageIndex, splits: Splits, measure_step: MeasureStep | None
+) -> tuple[StudyConfig, dict[str, Choice]]:
+    """Return the study with what keeps within every limit, and what was chosen now, by the names of experiments."""
+    experiments, choices = list(study.experiments), {}
+    for place, experiment in enumerate(study.experiments):
+        if not experiment.training.is_undecided:
+            continue
+        check_weights(study.backbone)
+        spec, steps = spec_of(study, place, study.seeds[0]), experiment.total_steps(len(splits.train))
+        with _below(place):
+            if measure_step is None:
+                raise UserError("is kept by measured steps, and none are done here", field="training.memory_limit")
+            training, choices[experiment.name] = decide(spec, steps, workload, index, splits, measure_step)
+        experiments[place] = experiment.model_copy(update={"training": training})
+    return study.model_copy(update={"experiments": tuple(experiments)}), choices
+
+
+def _measured(estimate: Estimate, spec: RunSpec, choices: Mapping[str, Choice]) -> Estimate:
+    """Return an estimate with the memory that was measured for a limit, where arithmetic alone knew it."""
+    choice = choices.get(spec.experiment.name)
+    if choice is None or estimate.basis != "estimate":
+        return estimate
+    return replace(estimate, peak_memory_bytes=choice.cost.peak_bytes)
 
 
 def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Workload:

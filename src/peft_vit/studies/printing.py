@@ -105,6 +105,8 @@ def _print_study(plan: Plan, console: Console) -> None:
     if study.threads > cpu_count():
         console.print(f"[bold yellow]threads: {study.threads} exceeds this machine's {cpu_count()} processors.[/]")
     console.print(f"Images: {plan.licence}")
+    for line in plan.memory:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     for notice in plan.notices:  # they quote names of files, which may look like markup
         console.print(Text(printable(notice), style="bold yellow"), soft_wrap=True)
 

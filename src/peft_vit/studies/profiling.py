@@ -17,6 +17,7 @@ from peft_vit.backbones import describe
 from peft_vit.config import MeasuresConfig, StudyConfig
 from peft_vit.costs.cache import Costs, keep_costs
 from peft_vit.costs.estimate import TIME_OUTSIDE_PRODUCTS, Estimate, Workload, step_passes
+from peft_vit.costs.memory_limit import StepCost
 from peft_vit.costs.pace import MeasuredPace, Pace, Probe, ReckonedPace
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex
@@ -100,6 +101,35 @@ def costs_of(record: RunRecord, seen: Seen) -> Costs:
         image_s=image_s,
         peak_memory_bytes=record.peak_memory_bytes or 0,
         images=sum(record.split_sizes.values()),
+    )
+
+
+def measure_step(spec: RunSpec, tell: Callable[[str], None]) -> StepCost | None:
+    """Do a run of a few steps in a worker process of its own, as runs do; None: there was not enough memory for it.
+
+    Args:
+        spec: of the few steps.
+        tell: told what is being done, a line.
+
+    Raises:
+        UserError: if it fails for another reason.
+    """
+    training = spec.experiment.training
+    again = f"{training.recomputed_blocks or 'no'} block{'' if training.recomputed_blocks == 1 else 's'}"
+    tell(f"measuring {spec.experiment.method}: {training.images_at_once} at a time, {again} computed again")
+    with _executor(1) as executor:
+        ((record, _),) = _side_by_side(spec, 1, executor)
+        peak = executor.peak_memory_bytes()
+    if record.failure in ("killed", "out_of_memory"):
+        return None
+    if record.status == "failed":
+        raise UserError(f"a step could not be measured ({record.error})", field="training.memory_limit")
+    assert record.bytes is not None
+    return StepCost(
+        step_s=min(row.seconds for row in record.steps[1:] or record.steps),
+        peak_bytes=max(peak, record.peak_memory_bytes or 0),
+        own_bytes=record.own_memory_bytes,
+        model_bytes=record.bytes.frozen_bytes + record.bytes.trainable_bytes,
     )
 
 

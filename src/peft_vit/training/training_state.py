@@ -85,6 +85,9 @@ class TrainingState:
         self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
         self._validated_at = frozenset(config.validation_steps(len(data.train)))
         self._class_weights = loss_weights(config, data, runtime.device)  # (classes,)
+        if config.is_undecided:
+            problem = "is kept where a study is planned; here, give micro_batch_size or activation_checkpointing"
+            raise UserError(problem, field="training.memory_limit")
         blocks = blocks_of(model)
         self._recomputed = blocks[: config.recomputed_of(len(blocks))]
         self._hooks = hooks

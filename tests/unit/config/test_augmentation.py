@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_vit.config import Augmentation, StudyConfig, TrainingConfig, load_study
+from peft_vit.config import Augmentation, StudyConfig, TrainingConfig, bytes_of, load_study
 from peft_vit.errors import UserError
 
 pytestmark = pytest.mark.part("configuration")
@@ -81,7 +81,16 @@ def test_names_alone_and_names_with_settings(tmp_path: Path) -> None:
         ("micro_batch_size: 32", "", "32 is the whole batch, which is what passes without it; remove it, or take 16"),
         ("micro_batch_size: 1, batch_size: 1", "", "micro_batch_size: 1 is the whole batch, which is what passes"),
         ("activation_checkpointing: all", "activation_checkpointing", "should be 'none', 'blocks' or 'adaptive'"),
-        ("activation_checkpointing: adaptive", "", "adaptive needs recomputed_blocks"),
+        (
+            "activation_checkpointing: adaptive",
+            "",
+            "as many blocks again as memory_limit needs; add memory_limit, as in 1GB",
+        ),
+        ("memory_limit: 1000000000", "memory_limit", "1000000000 has no unit; write it with one of kB, MB, GB, KiB"),
+        ("memory_limit: 1GBit", "memory_limit", "'1GBit' is not a size above 0 with its unit, kB, MB, GB, KiB, MiB"),
+        ("memory_limit: 0GB", "memory_limit", "'0GB' is not a size above 0 with its unit"),
+        ("memory_limit: 1GB, activation_checkpointing: none", "", "activation_checkpointing: none does so, too;"),
+        ("memory_limit: 1GB, activation_checkpointing: blocks", "", "memory_limit decides what is computed again, and"),
         ("recomputed_blocks: 2", "", "recomputed_blocks has no effect with activation_checkpointing: none; remove it"),
         ("activation_checkpointing: adaptive, recomputed_blocks: -1", "recomputed_blocks", "greater than or equal"),
         ("layer_decay: 1", "layer_decay", "less than 1"),
@@ -111,7 +120,22 @@ def test_a_micro_batch_follows_another_batch_size(tmp_path: Path) -> None:
         assert type(other).model_validate(other.model_dump()) == other
 
 
-@pytest.mark.parametrize("setting", ["micro_batch_size: 4", "activation_checkpointing: blocks"])
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("1GB", 10**9), ("1.5 GB", 15 * 10**8), ("700MB", 7 * 10**8), ("64kB", 64_000), ("1GiB", 2**30), ("2mib", 2**21)],
+)
+def test_a_limit_of_memory_has_a_unit(tmp_path: Path, size: str, expected: int) -> None:
+    training = load(tmp_path, f"memory_limit: {size}").experiments[0].training
+    assert bytes_of(training.memory_limit) == expected
+    assert training.is_undecided
+    assert training.recomputed_of(12) == 11  # at most
+    decided = training.decided(8, 3)
+    assert (decided.micro_batch_size, decided.recomputed_of(12), decided.is_undecided) == (8, 3, False)
+    assert decided.decided(32, 0).micro_batch_size is None
+    assert type(decided).model_validate_json(decided.model_dump_json()) == decided
+
+
+@pytest.mark.parametrize("setting", ["micro_batch_size: 4", "activation_checkpointing: blocks", "memory_limit: 1GB"])
 def test_a_probe_keeps_no_activations(tmp_path: Path, setting: str) -> None:
     file = tmp_path / "study.yaml"
     probe = f"  - {{name: one, method: linear, training: {{{setting}}}}}\n"

@@ -125,6 +125,7 @@ def test_options_reach_the_study(asked) -> None:
         ("linear", "head_start", "probe"),
         ("linear", "micro_batch_size", 4),
         ("linear", "activation_checkpointing", "blocks"),
+        ("qa_linear", "memory_limit", "1GB"),
         ("qa_linear", "head_start", "random"),
     ],
 )
@@ -179,6 +180,34 @@ def test_little_memory_means_small_images(asked, pace) -> None:
     study, _ = study_of(asked(activation_checkpointing="blocks"))
     assert study.data.image_size > small
     assert study.experiments[0].training.activation_checkpointing == "blocks"
+
+
+def test_a_limit_of_memory_reaches_the_study(asked, pace) -> None:
+    pace(FAST)
+    (experiment,) = study_of(asked(memory_limit="64MB"))[0].experiments
+    assert (experiment.training.memory_limit, experiment.training.is_undecided) == ("64MB", True)
+    assert training_of(asked(memory_limit="1GB", activation_checkpointing="adaptive")).is_undecided
+    roomy, tight, few = (
+        study_of(asked(memory_limit=limit, micro_batch_size=micro))[0].data.image_size
+        for limit, micro in (("4GB", None), ("8MB", None), ("8MB", 16))
+    )
+    assert roomy >= tight > few  # an image at a time, if need be
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"memory_limit": "1"}, r"--memory-limit: '1' is not a size above 0 with its unit, kB, MB, GB, KiB, MiB, GiB"),
+        (
+            {"memory_limit": "1GB", "activation_checkpointing": "none"},
+            "--activation-checkpointing: none does not go with --memory-limit, which decides it; leave it out",
+        ),
+        ({"activation_checkpointing": "adaptive"}, "--activation-checkpointing: adaptive needs --memory-limit; add it"),
+    ],
+)
+def test_a_limit_of_memory_decides_what_is_computed_again(asked, options, problem) -> None:
+    with pytest.raises(UserError, match=rf"^{problem}"):
+        study_of(asked(**options))
 
 
 def test_a_micro_batch_that_does_not_divide_the_batch_is_one_line(asked) -> None:

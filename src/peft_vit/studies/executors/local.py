@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from peft_vit.errors import UserError
+from peft_vit.evaluation import peak_memory_of
 from peft_vit.records import RunSpec, checkpoint_folders, run_folder
 from peft_vit.runs.execute import Finished, run_one
 from peft_vit.runs.provenance import cpu_count
@@ -104,6 +105,10 @@ class LocalExecutor:
             ready = wait([worker.pipe for worker in self._workers], left_s)
             for worker in [worker for worker in self._workers if worker.pipe in ready]:
                 self._hear(worker)
+
+    def peak_memory_bytes(self) -> int:
+        """Return the largest resident memory of a worker since training began in it; 0 where the system hides it."""
+        return max((peak_memory_of(worker.process.pid or 0) for worker in self._workers), default=0)
 
     def stop(self) -> None:
         """Forget what has not started; let what runs write a checkpoint and report `RunInterrupted`.

@@ -1,0 +1,174 @@
+"""A limit of memory is met by what measured steps take; the choice is part of the study from its start on."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from peft_vit.backbones import describe
+from peft_vit.costs.memory_limit import StepCost
+from peft_vit.errors import UserError
+from peft_vit.records.study_file import read_study_file
+from peft_vit.runs import run_one
+from peft_vit.studies import plan_study, profiling
+from peft_vit.studies.memory_limit import model_bytes
+from peft_vit.studies.plan import spec_of
+from peft_vit.studies.profiling import measure_step
+from peft_vit.studies.study_file import study_file, write_study_file
+
+pytestmark = pytest.mark.part("runner")
+
+
+class Steps:
+    """Say that a process takes 400 MB, and 10 for each image and block; a pass of a step takes 0.1 s."""
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def __call__(self, spec) -> StepCost:
+        training = spec.experiment.training
+        self.asked.append(training)
+        kept = 6 - training.recomputed_blocks
+        seconds = 1 + 0.1 * training.batch_size / training.images_at_once + 0.05 * training.recomputed_blocks
+        return StepCost(seconds, int(400e6 + 10e6 * training.images_at_once * kept), int(90e6), int(1e6))
+
+
+@pytest.fixture
+def planned(tmp_path):
+    return functools.partial(plan_study, results_dir=tmp_path / "out", file=tmp_path / "tiny.yaml")
+
+
+def begin(plan, folder) -> None:
+    folder.mkdir(parents=True)
+    write_study_file(folder, study_file(plan.study, (), smoke=False, data_sha256=plan.data_sha256))
+
+
+def test_the_choice_is_in_every_run_and_the_price_is_said(study, planned) -> None:
+    steps = Steps()
+    plan = planned(study("lora", seeds=(0, 1), memory_limit="650MB"), measure_step=steps)
+    training = plan.study.experiments[0].training
+    assert (training.micro_batch_size, training.recomputed_blocks) == (4, 0)
+    assert (training.memory_limit, training.activation_checkpointing) == ("650MB", "adaptive")
+    assert [run.spec.experiment for run in plan.runs] == [plan.study.experiments[0]] * 2
+    assert [run.estimate.peak_memory_bytes for run in plan.runs] == [640e6] * 2
+    assert plan.memory == (
+        "lora, memory_limit 650MB: 4 images at a time, no block computed again. Measured: 640 MB in all, 90 MB of it "
+        "beyond Python and its libraries, 1.20 s a step, 1.09 of that with 8 images at a time, no block computed "
+        "again, which takes 880 MB.",
+    )
+    assert (4, 0) in [(one.micro_batch_size, one.recomputed_blocks) for one in steps.asked]
+    (free,) = planned(study("lora", memory_limit="1GB"), measure_step=Steps()).memory
+    assert free.endswith("1.10 s a step; the limit is not reached.")
+
+
+def test_it_is_measured_as_the_runs_will_be(study, planned) -> None:
+    config, specs = study("qa_lora", memory_limit="410MB", head_start="probe"), []
+    with pytest.raises(UserError, match="too little"):
+        planned(config, measure_step=lambda spec: specs.append(spec) or StepCost(1.0, 10**9))
+    for spec in specs:
+        assert spec.experiment.qa_lora.rank == config.experiments[0].qa_lora.rank
+        assert (spec.backbone, spec.precision, spec.threads) == (config.backbone, config.precision, config.threads)
+        assert spec.data.image_size == config.data.image_size
+        assert spec.experiment.training.head_start == "probe"  # features are computed in batches of their own
+        assert spec.experiment.total_steps(spec.data.train_images) == 3
+
+
+def test_what_was_chosen_stays_and_is_not_measured_again(study, planned, tmp_path) -> None:
+    config = study("lora", "full", memory_limit="580MB")
+    plan = planned(config, measure_step=Steps())
+    begin(plan, tmp_path / "out" / "tiny")
+    again = planned(config)  # on another machine, say
+    assert again.study == plan.study
+    assert [run.spec for run in again.runs] == [run.spec for run in plan.runs]
+    assert again.memory == ()
+    assert read_study_file(tmp_path / "out" / "tiny").configuration == plan.study
+    more = Steps()
+    added = planned(study("lora", "full", "qa_lora", memory_limit="580MB"), measure_step=more)
+    assert added.study.experiments[:2] == plan.study.experiments
+    assert len(added.memory) == 1
+    assert len(more.asked) > 0
+    with pytest.raises(UserError, match="was begun with another configuration") as problem:
+        planned(study("lora", "full", memory_limit="900MB"))
+    assert "+      memory_limit: 900MB" in problem.value.details
+    assert "recomputed" not in problem.value.details
+    with pytest.raises(UserError, match="was begun with another configuration"):
+        planned(study("lora", "full", memory_limit="580MB", micro_batch_size=1))
+
+
+def test_a_micro_batch_that_is_given_stays(study, planned) -> None:
+    steps = Steps()
+    plan = planned(study("lora", memory_limit="560MB", micro_batch_size=4), measure_step=steps)
+    training = plan.study.experiments[0].training
+    assert (training.micro_batch_size, training.recomputed_blocks) == (4, 2)
+    assert {one.micro_batch_size for one in steps.asked} == {4}
+    both = study(
+        "lora", memory_limit="560MB", micro_batch_size=4, activation_checkpointing="adaptive", recomputed_blocks=1
+    )
+    assert planned(both).study.experiments == both.experiments  # nothing is left to choose
+
+
+@pytest.mark.parametrize(
+    ("limit", "problem"),
+    [
+        ("401MB", r"memory_limit: 401MB is too little; the least that fits is 410MB, with 1 image at a time"),
+        ("500kB", r"memory_limit: 500kB is less than the model alone, 1 MB; about 70\d MB is the least that a"),
+    ],
+)
+def test_too_little_is_one_line_with_the_least_that_fits(study, planned, limit, problem) -> None:
+    with pytest.raises(UserError, match=rf"experiments\[0\]\.training\.{problem}") as found:
+        planned(study("lora", memory_limit=limit), measure_step=Steps())
+    assert "\n" not in str(found.value)
+    assert "1 MB of it is the model" in str(found.value) or limit == "500kB"
+
+
+def test_what_can_not_be_measured_is_said(study, planned, monkeypatch) -> None:
+    config = study("lora", memory_limit="1GB")
+    with pytest.raises(UserError, match=r"memory_limit: is kept by measured steps, and none are done here"):
+        planned(config)
+    with pytest.raises(UserError, match="not even a step of 1 image at a time, no block computed again could"):
+        planned(config, measure_step=lambda spec: None)
+    monkeypatch.setattr("peft_vit.studies.plan.resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("peft_vit.studies.plan.choose_precision", lambda *_: SimpleNamespace(chosen="fp32"))
+    with pytest.raises(UserError, match="is measured on the CPU alone, and runs go to cuda here; set device: cpu"):
+        planned(config, measure_step=Steps())
+
+
+def test_a_smoke_study_measures_nothing(study, planned) -> None:
+    plan = planned(study("lora", memory_limit="1GB"), smoke=True)
+    training = plan.study.experiments[0].training
+    assert (training.micro_batch_size, training.recomputed_blocks, training.memory_limit) == (None, 5, "1GB")
+
+
+@pytest.mark.parametrize("method", ["lora", "qa_lora"])
+def test_no_model_takes_less_than_is_said_of_it(study, method) -> None:
+    config = study(method, epochs=1)
+    least = model_bytes(config.experiments[0], describe(config.backbone, config.data.image_size))
+    record = run_one(spec_of(config, 0, 0)).record
+    assert 0.4 * record.bytes.frozen_bytes < least < record.bytes.frozen_bytes + record.bytes.trainable_bytes
+
+
+def test_a_step_is_measured_in_a_process_of_its_own(study, planned, tmp_path) -> None:
+    told: list[str] = []
+    config = study("lora", memory_limit="4GB")
+    plan = planned(config, measure_step=functools.partial(measure_step, tell=told.append))
+    assert told == ["measuring lora: 8 at a time, no blocks computed again"]
+    assert plan.study.experiments[0].training.recomputed_blocks == 0
+    (run,) = plan.runs
+    assert 1e8 < run.estimate.peak_memory_bytes < 4e9
+    record = run_one(run.spec).record
+    assert record.status == "done"
+    assert record.spec.experiment.training.memory_limit == "4GB"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("failure", ["killed", "out_of_memory", "io"])
+def test_a_step_without_enough_memory_is_no_error(study, monkeypatch, failure) -> None:
+    spec = spec_of(study("lora"), 0, 0)
+    record = SimpleNamespace(status="failed", failure=failure, error="no room")
+    monkeypatch.setattr(profiling, "_side_by_side", lambda *_: [(record, [])])
+    if failure == "io":
+        with pytest.raises(UserError, match=r"training.memory_limit: a step could not be measured \(no room\)"):
+            measure_step(spec, print)
+    else:
+        assert measure_step(spec, print) is None
