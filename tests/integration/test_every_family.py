@@ -1,4 +1,4 @@
-"""On a model of each family every method trains, comes back, merges, and goes to ONNX, to PEFT and into a report."""
+"""On a model of each family every method trains, comes back, merges, goes to ONNX, OpenVINO, PEFT and into a report."""
 
 import json
 import warnings
@@ -15,7 +15,15 @@ from peft_vit.adapters.peft_format import import_peft
 from peft_vit.backbones import Architecture, load_backbone
 from peft_vit.backbones.catalog import build_model
 from peft_vit.config import BackboneConfig
-from peft_vit.deployment import export_onnx, load_low_bit, merge, open_onnx, save_low_bit
+from peft_vit.deployment import (
+    export_onnx,
+    export_openvino,
+    load_low_bit,
+    merge,
+    open_onnx,
+    open_openvino,
+    save_low_bit,
+)
 from peft_vit.records import outcome_digest, read_record
 from peft_vit.runs import run_one
 from peft_vit.runs.export import restore_run
@@ -73,6 +81,19 @@ def test_onnxruntime_computes_the_same(run_of, model, tmp_path, name) -> None:
     export_onnx(merged.model, tmp_path / "model.onnx", run.card)
     predict, _ = open_onnx(tmp_path / "model.onnx")
     torch.testing.assert_close(predict(IMAGES), logits(merged.model), rtol=0, atol=1e-4)
+
+
+@cases("int4", everywhere=("int4",), quick=())
+def test_openvino_computes_the_same(run_of, model, tmp_path, name) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("openvino")
+    run = restore_run(run_of(name, model))
+    merged = merge(run.model, run.card)
+    export_openvino(merged.model, tmp_path / "model.xml", run.card)
+    predict, _ = open_openvino(tmp_path / "model.xml")
+    expected = logits(merged.model)
+    # Offsets are rounded once more, as zero points in float16.
+    torch.testing.assert_close(predict(IMAGES), expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
 
 
 @cases(*OURS, *THEIRS, everywhere=("adaptive", "theirs_adaptive"), quick=("adaptive",))

@@ -169,6 +169,7 @@ def check(
     ],
     library: Annotated[Literal["timm", "transformers"], typer.Option(help="whose model it is")] = "timm",
     image_size: Annotated[int | None, typer.Option(help="side in pixels; default: that of pretraining")] = None,
+    openvino: Annotated[bool, typer.Option("--openvino", help="export to OpenVINO, too")] = False,
     peft: Annotated[bool, typer.Option("--peft", help="the same for LoRA of the PEFT library")] = False,
 ) -> None:
     """Show the sites of a backbone with random weights, whether adapters act there, and which exports work."""
@@ -179,7 +180,8 @@ def check(
     if not model:
         raise UserError("is empty; expected a model's name", field="MODEL")
     asked = BackboneConfig(library=library, model=model, weights="random")
-    _print_check(check_architecture(Architecture.of(asked), image_size, peft=peft), library)
+    found = check_architecture(Architecture.of(asked), image_size, openvino=openvino, peft=peft)
+    _print_check(found, library)
 
 
 def _print_check(found: ModelCheck, library: str) -> None:
@@ -196,7 +198,7 @@ def _print_check(found: ModelCheck, library: str) -> None:
     _print_table(("site", "shape", "tokens", "gradient", "merge error"), rows)
     print(f"{found.acting} of {len(found.sites)} sites act")
     print(f"merged weights in a plain model: {found.merged}")
-    for name, outcome in (("ONNX", found.onnx), ("exported adapter in PEFT", found.peft)):
+    for name, outcome in (("ONNX", found.onnx), ("OpenVINO", found.openvino), ("exported adapter in PEFT", found.peft)):
         if outcome is not None:
             print(f"{name}: {outcome}")
     if found.peft is not None:

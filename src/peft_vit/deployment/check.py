@@ -1,4 +1,4 @@
-"""What works on a model: sites that act, merging, ONNX, PEFT's own LoRA, and PEFT's reading of our adapters.
+"""What works on a model: sites that act, merging, ONNX, OpenVINO, PEFT's own LoRA, and PEFT's reading of our adapters.
 
 Updates are random and large enough to be seen: half of a site's weight in norm.
 """
@@ -21,11 +21,13 @@ from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import Architecture, Backbone, Site, find_sites, fused_sites, native_size
 from peft_vit.backbones.catalog import build_model
 from peft_vit.deployment.model_card import ModelCard
-from peft_vit.deployment.onnx_file import export_onnx, open_onnx, require_onnx_export
+from peft_vit.deployment.onnx_file import export_onnx, require_onnx_export
+from peft_vit.deployment.openvino_file import export_openvino, require_openvino_export
+from peft_vit.deployment.predicting import open_exported
 
 _RANK = 2
 _IMAGES, _CLASSES = 2, 5
-LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR = 1e-5, 1e-4  # of the largest logit
+LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR = 1e-5, 1e-4  # of the largest logit; OpenVINO's as ONNX's
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class ModelCheck:
         sites: all of it.
         merged: a plain model with the merged weights.
         onnx: its ONNX file in onnxruntime; None if that was not asked for.
+        openvino: its .xml file in OpenVINO; None likewise.
         peft: PEFT, reading the adapter that is exported; None likewise.
         peft_idle: the reason why PEFT's LoRA has no effect on the model as it is built, by the names of modules.
     """
@@ -72,6 +75,7 @@ class ModelCheck:
     sites: tuple[SiteCheck, ...]
     merged: Outcome
     onnx: Outcome | None
+    openvino: Outcome | None
     peft: Outcome | None
     peft_idle: dict[str, str]
 
@@ -86,19 +90,21 @@ def check_architecture(
     image_size: int | None = None,
     *,
     onnx: bool = True,
+    openvino: bool = False,
     peft: bool = False,
     shallow: bool = False,
 ) -> ModelCheck:
     """Do as `check_model` for a model with random weights, of two blocks a stage if it shall be shallow.
 
     Raises:
-        UserError: if the model is unknown, can't be adapted, or does not take images of this size.
+        UserError: if the model is unknown, can't be adapted, or does not take images of this size; or as `check_model`.
     """
     side = native_size(architecture) if image_size is None else image_size
     return check_model(
         lambda: random_weights(build_model(architecture, side, _CLASSES, shallow=shallow)),
         _card(architecture, side),
         onnx=onnx,
+        openvino=openvino,
         peft=peft,
     )
 
@@ -132,15 +138,23 @@ def _card(architecture: Architecture, image_size: int) -> ModelCard:
     )
 
 
-def check_model(build: Callable[[], nn.Module], card: ModelCard, *, onnx: bool = True, peft: bool = True) -> ModelCheck:
+def check_model(
+    build: Callable[[], nn.Module], card: ModelCard, *, onnx: bool = True, openvino: bool = False, peft: bool = True
+) -> ModelCheck:
     """Put adapters on all sites of a model, and see what works.
 
     Args:
         build: makes a plain model, each time the same one.
         card: for exports.
         onnx: export to ONNX.
+        openvino: export to OpenVINO.
         peft: let the PEFT library do likewise; it takes 90 MB.
+
+    Raises:
+        UserError: if the model can't be adapted, or OpenVINO is asked for and not installed.
     """
+    if openvino:
+        require_openvino_export()
     model = build().eval()
     sites = find_sites(model)
     effect = _attach_random(model, sites)
@@ -161,6 +175,7 @@ def check_model(build: Callable[[], nn.Module], card: ModelCard, *, onnx: bool =
         tuple(SiteCheck(site, effect[site.name], merge_errors[site.module]) for site in sites),
         _compared(logits, lambda: plain()(images)),
         _compared(logits, lambda: _by_onnx(plain(), card, images)) if onnx else None,
+        _compared(logits, lambda: _by_openvino(plain(), card, images)) if openvino else None,
         _compared(logits, lambda: _by_peft(model, build, images)) if peft else None,
         _idle_of_peft(build) if peft else {},
     )
@@ -201,8 +216,13 @@ def _by_onnx(model: nn.Module, card: ModelCard, images: Tensor) -> Tensor:
     require_onnx_export()
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(model, Path(folder) / "model.onnx", card)
-        run, _ = open_onnx(Path(folder) / "model.onnx")
-        return run(images)
+        return open_exported(Path(folder) / "model.onnx").logits(images)
+
+
+def _by_openvino(model: nn.Module, card: ModelCard, images: Tensor) -> Tensor:
+    with tempfile.TemporaryDirectory() as folder:
+        export_openvino(model, Path(folder) / "model.xml", card)
+        return open_exported(Path(folder) / "model.xml").logits(images)
 
 
 def _by_peft(model: nn.Module, build: Callable[[], nn.Module], images: Tensor) -> Tensor:
