@@ -52,6 +52,7 @@ bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/qa_lora.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/importance_cost.py

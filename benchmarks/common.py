@@ -41,15 +41,14 @@ def with_one_side(options: argparse.ArgumentParser, sides: Iterable[str]) -> arg
 
 
 def measured_alone(
-    file: str, sides: Iterable[str], options: argparse.Namespace, *, bf16: bool
-) -> Iterator[tuple[str, int, int]]:
-    """Start a benchmark again for each side, in a process of its own; yield the two numbers that each prints last."""
+    file: str, sides: Iterable[str], options: argparse.Namespace, *, bf16: bool, numbers: int = 2
+) -> Iterator[tuple[Any, ...]]:
+    """Start a benchmark again for each side, in a process of its own; yield the numbers that each prints last."""
     for name in sides:
         size = ["--image-size", str(options.image_size), "--threads", str(options.threads)]
         command = [sys.executable, file, "--side", name, *size, *(["--bf16"] if bf16 else [])]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        first, second = map(int, done.stdout.split()[-2:])
-        yield name, first, second
+        yield name, *map(int, done.stdout.split()[-numbers:])
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -66,14 +66,22 @@ class AdaLoRAController:
         seed: of the adapters' start, of triplets that grow, of probes and of the `random` metric.
         pool: inputs per group on which an update is constant, for weights that `QALoRATrainer` quantizes in groups. A
             site then has at most in / pool ranks, and a rank costs less.
+        check: refuse adapters without effect; for False where `QALoRATrainer` follows, which checks on packed weights.
 
     Raises:
-        UserError: if the model is of another class, the schedule does not fit the steps, or the budget does not fit
-            the sites.
+        UserError: if the model is of another class, the schedule does not fit the steps, the budget does not fit
+            the sites, or an adapter has no effect.
     """
 
     def __init__(
-        self, model: nn.Module, config: AdaLoraConfig, total_steps: int, *, seed: int = 0, pool: int = 1
+        self,
+        model: nn.Module,
+        config: AdaLoraConfig,
+        total_steps: int,
+        *,
+        seed: int = 0,
+        pool: int = 1,
+        check: bool = True,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
@@ -102,6 +110,8 @@ class AdaLoRAController:
         self._decided = 0  # step of the latest decision
         self._optimizer: torch.optim.Optimizer | None = None  # as attached
         self._start(model)
+        if check:
+            check_acting(model)
         self._ages = TripletAges(self.ranks)
         self._active: dict[str, Tensor] | None = None  # under prune: reversible, until the last decision
         if config.prune == "reversible":
@@ -127,7 +137,6 @@ class AdaLoRAController:
                 "the start; raise it, or start with fewer",
                 field="adalora.initial_budget" if self.config.budget_schedule == "cubic" else f"adalora.{field}",
             )
-        check_acting(model)
         self._record(0, ranks, {})
 
     def _start_reversible(self) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import timm
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_vit.backbones import transformers_models
@@ -181,12 +183,27 @@ def create_skeleton(architecture: Architecture, image_size: int, num_classes: in
         model = create_model(architecture, image_size, num_classes)
     absent = [buffer for buffer, _ in model.named_buffers() if buffer not in model.state_dict()]
     if absent:  # rotary embeddings, say: computed from the image size, and in no file
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            whole = create_model(architecture, image_size, num_classes)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _ParametersAsAllocated():
+            whole = build_model(architecture, image_size, num_classes)
         for buffer in absent:
             owner, _, leaf = buffer.rpartition(".")
             model.get_submodule(owner).register_buffer(leaf, whole.get_buffer(buffer), persistent=False)
     return model
+
+
+class _ParametersAsAllocated(TorchFunctionMode):
+    """Leaves parameters as they were allocated: what is not written takes no memory, and no time."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do nothing where a function, as those of `nn.init` are, would fill a parameter in place."""
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")
+        in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
+        if in_place and isinstance(filled, nn.Parameter) and func is not torch.Tensor.requires_grad_:
+            return filled
+        return func(*args, **kwargs)
 
 
 def native_size(architecture: Architecture) -> int:

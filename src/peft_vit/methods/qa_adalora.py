@@ -41,7 +41,7 @@ def _agree(experiment: Any, info: ValidationInfo) -> None:
 def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
     settings, pool = pooled(experiment)
     # First, since in `before_step` it scores what the trainer then scales.
-    allocation = adalora.controller_hook(model, settings, preparation, pool=pool)
+    allocation = adalora.controller_hook(model, settings, preparation, pool=pool, check=False)  # the trainer does
     return [allocation, qa_lora.trainer(model, experiment, preparation)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, model_validator
@@ -168,6 +168,14 @@ def trainer(
         formats=preparation.formats,
         ranks=preparation.ranks if ranks is None else ranks,
     )
+
+
+def packed_at_once(experiment: ExperimentConfig) -> Sequence[str] | None:
+    """Return the targets whose float weights nothing needs but their packing; None if training or measures do."""
+    settings = experiment.section(QaLoraConfig)
+    if settings is None or settings.quantization_schedule != "constant" or settings.adaptive_bits is not None:
+        return None
+    return settings.targets
 
 
 def check_packing(

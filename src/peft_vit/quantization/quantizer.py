@@ -18,7 +18,7 @@ from peft_vit.errors import UserError
 from peft_vit.quantization.codebooks import Codebook, nearest_codes
 from peft_vit.quantization.formats import QuantizationFormat
 from peft_vit.quantization.packing import pack_codes
-from peft_vit.quantization.tensor import QuantizedTensor
+from peft_vit.quantization.tensor import QuantizedTensor, rows_at_once
 from peft_vit.quantization.underflow import warn_of_scales
 
 # A group's range, its scale and every step of computing a weight from them stay finite in float32 below this.
@@ -57,28 +57,40 @@ def quantize(weight: Tensor, format: QuantizationFormat, *, name: str = "the wei
         raise ValueError(f"expected a matrix of floats, got {weight.dtype} of shape {tuple(weight.shape)}")
     rows, columns = weight.shape
     groups = format.groups(columns)
-    grouped = weight.detach().cpu().float().unflatten(1, (groups, -1))  # (out, groups, group size)
-    if not bool((grouped.abs() <= _LARGEST_MAGNITUDE).all()):
-        raise UserError("the weights hold infinities, NaN or magnitudes above 2^125; check their source")
-    warn_of_scales(grouped, format, name)
-    if format.has_codebook:
-        codes, scales, offsets = _to_codebook(grouped, format)
-    elif format.offset:
-        codes, scales, offsets = _to_integers_with_offset(grouped, format)
-    else:
-        codes, scales, offsets = _to_symmetric_integers(grouped, format)
+    some_rows = weight.detach().split(rows_at_once(weight))
+    largest, codes, scales, offsets = zip(
+        *(_quantized(part.unflatten(1, (groups, -1)), format) for part in some_rows), strict=True
+    )
+    warn_of_scales(torch.cat(largest), format, name)
     quantized = QuantizedTensor(
-        codes=pack_codes(codes.flatten(1), format.bits),  # (out, groups, group size) -> (out, in) -> bytes
-        scales=scales.squeeze(-1),  # (out, groups, 1) -> (out, groups)
-        offsets=None if offsets is None else offsets.squeeze(-1),
+        codes=torch.cat(codes),
+        scales=torch.cat(scales),
+        offsets=torch.cat(offsets) if format.offset else None,
         shape=(rows, columns),
         format=format,
     )
     return quantized.to(weight.device)
 
 
-def _to_codebook(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, Tensor | None]:
-    scales = _round_outwards(weights.abs().amax(-1, keepdim=True).double(), format.scale_dtype, math.inf)
+def _quantized(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the largest magnitudes, packed codes, scales and offsets of some rows, (out, groups, group size)."""
+    weights = weights.cpu().float()
+    largest = weights.abs().amax(-1)  # (out, groups)
+    if not bool((largest <= _LARGEST_MAGNITUDE).all()):
+        raise UserError("the weights hold infinities, NaN or magnitudes above 2^125; check their source")
+    if format.has_codebook:
+        codes, scales, offsets = _to_codebook(weights, largest.unsqueeze(-1), format)
+    elif format.offset:
+        codes, scales, offsets = _to_integers_with_offset(weights, format)
+    else:
+        codes, scales, offsets = _to_symmetric_integers(weights, largest.unsqueeze(-1), format)
+    packed = pack_codes(codes.flatten(1), format.bits)  # (out, groups, group size) -> (out, in) -> bytes
+    # (out, groups, 1) -> (out, groups)
+    return largest, packed, scales.squeeze(-1), None if offsets is None else offsets.squeeze(-1)
+
+
+def _to_codebook(weights: Tensor, largest: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, Tensor | None]:
+    scales = _round_outwards(largest.double(), format.scale_dtype, math.inf)
     codes = nearest_codes(weights, scales.float(), cast(Codebook, format.type))
     return codes, scales, torch.zeros_like(scales) if format.offset else None
 
@@ -93,11 +105,10 @@ def _to_integers_with_offset(weights: Tensor, format: QuantizationFormat) -> tup
     return codes.clamp_(0, largest_code).to(torch.uint8), scales, offsets
 
 
-def _to_symmetric_integers(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, None]:
+def _to_symmetric_integers(weights: Tensor, largest: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, None]:
     weights = weights.double()
     largest_code = 2 ** (format.bits - 1) - 1
-    largest = weights.abs().amax(-1, keepdim=True)
-    scales = _round_outwards(largest / largest_code, format.scale_dtype, math.inf)
+    scales = _round_outwards(largest.double() / largest_code, format.scale_dtype, math.inf)
     codes = (weights / _divisors(scales)).round_().clamp_(-largest_code, largest_code)
     return (codes + 2 ** (format.bits - 1)).to(torch.uint8), scales, None
 

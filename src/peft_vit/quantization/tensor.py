@@ -16,6 +16,8 @@ from peft_vit.quantization.formats import SCALE_DTYPES, QuantizationFormat
 from peft_vit.quantization.packing import unpack_codes
 from peft_vit.quantization.underflow import warn_of_offsets
 
+_AT_ONCE = 1 << 16  # weights
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
@@ -135,6 +137,12 @@ class QuantizedTensor:
         zero = 0 if self.format.has_codebook else 2 ** (self.format.bits - 1)
         return self.scales.float() * -zero
 
+    def rows(self, rows: slice) -> QuantizedTensor:
+        """Return some rows, on the same memory."""
+        codes, scales = self.codes[rows], self.scales[rows]
+        offsets = None if self.offsets is None else self.offsets[rows]
+        return QuantizedTensor(codes, scales, offsets, (len(codes), self.shape[1]), self.format)
+
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Return the same weights on another device."""
         return QuantizedTensor(
@@ -190,11 +198,20 @@ class QuantizedTensor:
         )
 
 
+def rows_at_once(weight: Tensor) -> int:
+    """Return how many rows of a matrix pass at a time, so that what is computed with them takes few megabytes."""
+    return max(1, _AT_ONCE // weight.shape[1])
+
+
 def relative_error(weight: Tensor, quantized: QuantizedTensor) -> float:
     """Return ||W - Wq||_F / ||W||_F of float weights (out, in); 0 if the two are equal, infinity if only W is zero."""
-    weight = weight.detach().cpu().double()
-    error = float(torch.linalg.vector_norm(weight - quantized.dequantize().cpu().double()))
-    norm = float(torch.linalg.vector_norm(weight))
+    errors, norms = [], []
+    for start in range(0, len(weight), rows_at_once(weight)):
+        rows = slice(start, start + rows_at_once(weight))
+        part = weight[rows].detach().cpu().double()
+        errors.append(float(torch.linalg.vector_norm(part - quantized.rows(rows).dequantize().cpu().double())))
+        norms.append(float(torch.linalg.vector_norm(part)))
+    error, norm = math.hypot(*errors), math.hypot(*norms)
     if error == 0:
         return 0.0
     return error / norm if norm > 0 else math.inf

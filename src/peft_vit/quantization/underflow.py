@@ -26,15 +26,15 @@ def codes_up_to_largest(format: QuantizationFormat) -> int:
     return 2**format.bits - 1 if format.offset else 2 ** (format.bits - 1) - 1
 
 
-def warn_of_scales(grouped: Tensor, format: QuantizationFormat, name: str) -> None:
+def warn_of_scales(largest: Tensor, format: QuantizationFormat, name: str) -> None:
     """Warn if float16 may widen the step between codes by more than LARGEST_LOSS in any group that is not zero.
 
-    With M the group's largest magnitude and L from `codes_up_to_largest` the step is about M / L, and 2^-24 more than
-    LARGEST_LOSS of that if M < 2^-24 L / LARGEST_LOSS. A minimum rounded down to be the offset adds no more to it.
+    With M a group's largest magnitude, in `largest` (out, groups), and L from `codes_up_to_largest` the step is about
+    M / L, and 2^-24 more than LARGEST_LOSS of that if M < 2^-24 L / LARGEST_LOSS. A minimum rounded down to be the
+    offset adds no more to it.
     """
     if format.scale_dtype is not torch.float16:
         return
-    largest = grouped.abs().amax(-1)  # (out, groups, group size) -> (out, groups)
     limit = SPACING * codes_up_to_largest(format) / LARGEST_LOSS
     _warn(f"{name}: float16 is too coarse for the {format.type} scales of", (largest > 0) & (largest < limit), 5)
 

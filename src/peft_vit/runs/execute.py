@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from peft_vit.evaluation import (
     trainable_parameters,
 )
 from peft_vit.methods import prepare
+from peft_vit.methods.qa_lora import packed_at_once
 from peft_vit.records import ByteCounts, Failure, ParameterCounts, Provenance, RankEntry, RunRecord, RunSpec
 from peft_vit.runs.calibration import Calibration, choose_bits
 from peft_vit.runs.device import resolve_device
@@ -157,8 +159,10 @@ def _execute(
     for text in data.warnings:
         warnings.warn(DataWarning(text), stacklevel=2)
     attempt.look_back(data.data_sha256)
-    backbone = load_run_backbone(spec, len(data.class_names), read)
-    model = backbone.model.to(device)
+    packed = packed_at_once(spec.experiment)
+    load = partial(load_run_backbone, spec, len(data.class_names), read, mapped=packed)
+    backbone = load()
+    model = backbone.model if packed is not None else backbone.model.to(device)
     choose_attention(model, device, spec.precision)
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
     runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std)
@@ -173,6 +177,7 @@ def _execute(
         ranks=None if bits is None else bits.ranks,
         calibration=calibration.images,
     )
+    model.to(device)  # those that are packed come packed
     # Now that the head is the one that training starts from.
     provenance = attempt.begin(_provenance(spec, data, backbone, device))
     _say_doubts(spec, provenance, data)
@@ -185,7 +190,7 @@ def _execute(
         steps=result.steps,
         class_weights=loss_weights(spec.experiment.training, data, device),
         calibration_batch=calibration.batch,
-        float_weights=lambda: dict(load_run_backbone(spec, len(data.class_names), read).model.state_dict()),
+        float_weights=lambda: dict(load().model.state_dict()),
         overhead=attempt.overhead,
     )
     for hook in hooks:

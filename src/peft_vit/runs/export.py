@@ -35,6 +35,7 @@ from peft_vit.deployment import (
 )
 from peft_vit.errors import UserError, agreeing_with
 from peft_vit.methods import prepare
+from peft_vit.methods.qa_lora import packed_at_once
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
 from peft_vit.safe_io import read_bytes
 from peft_vit.training import Hook
@@ -211,7 +212,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
         problem = f"has SHA-256 {found}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
         raise UserError(problem, file=file, field="adapter_sha256")
     with agreeing_with(run_dir / RECORD_FILE):
-        backbone = load_run_backbone(spec, len(record.class_names))
+        backbone = load_run_backbone(spec, len(record.class_names), mapped=packed_at_once(spec.experiment))
     if backbone.weights_sha256 != provenance.weights_sha256:
         raise UserError(
             f"{backbone.weights_name} has SHA-256 {backbone.weights_sha256}, the run was trained on "

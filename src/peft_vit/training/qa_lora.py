@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peft_vit.adapters import check_acting
 from peft_vit.adapters.resizable import unwrapped
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.evaluation import model_size
 from peft_vit.quantization import QuantizationFormat, quantize
 from peft_vit.records import BitsEntry, QuantizationSummary
+from peft_vit.training.activation_checkpointing import blocks_of, recomputed
 from peft_vit.training.checkpoint_state import State
 from peft_vit.training.hooks import AfterTraining, Hook
 from peft_vit.training.optimization import optimization_step
@@ -67,7 +69,8 @@ class QALoRATrainer(Hook):
 
     Raises:
         UserError: if the model is of another class, a group does not divide a site's inputs, the rank lies above the
-            number of groups, the schedule does not fit the steps, or adapters that are there don't fit the settings.
+            number of groups, the schedule does not fit the steps, adapters that are there don't fit the settings, or
+            one has no effect.
     """
 
     name = "quantization"
@@ -92,12 +95,15 @@ class QALoRATrainer(Hook):
         self.formats = formats_of(layers, config, formats)
         self.relative_error: dict[str, float] = {}
         self._error_norm: dict[str, float] = {}
+        share = quantized_share(config, total_steps, 0)
         for name, (module, _) in layers.items():
             assert module.weight is not None
             norm = float(module.weight.norm())
             quantized = quantize(module.weight.detach(), self.formats[name], name=name)
             self.relative_error[name] = module.set_quantized(quantized)
             self._error_norm[name] = self.relative_error[name] * norm if norm else 0.0
+            if share == 1.0:
+                module.drop_float()  # at once: the next layer's may only now be read
         self.share_history: list[dict[str, float]] = []
         self.bits_history: list[dict[str, Any]] = []
         self.balance_history: list[dict[str, float]] = []
@@ -105,7 +111,9 @@ class QALoRATrainer(Hook):
         self._pace = 1.0
         self._managed_scale = 1.0
         self._warned = False
-        self._use_share(model, 0, quantized_share(config, total_steps, 0))
+        self._use_share(model, 0, share)
+        with recomputed(blocks_of(model)):  # or it would take several times the packed model's memory
+            check_acting(model)
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 

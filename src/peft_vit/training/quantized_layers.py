@@ -50,6 +50,8 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, int] | None, *, seed: int) -> None:
     """Put adapters on a plain model, with ranks by site or the section's everywhere, or take those that it carries.
 
+    Whether each has an effect is left to check: that takes a forward pass, and so all weights at once.
+
     Raises:
         UserError: if the model is of another class or quantized already, or its adapters don't fit the settings.
     """
@@ -68,7 +70,7 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
     if different:
         raise UserError(f"ranks and the model's sites differ at {min(different)}", field="ranks")
     check_ranks(sites, ranks, config.pool)
-    attach_adapters(model, sites, ranks, scale=config.scale, seed=seed, pool=config.pool)
+    attach_adapters(model, sites, ranks, scale=config.scale, seed=seed, pool=config.pool, check=False)
 
 
 def _check_present(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, int] | None) -> None:

@@ -3,10 +3,12 @@
 import pytest
 import timm
 import torch
+from qa_lora_settings import config
 from tiny_models import TINY_FAMILIES, random_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_vit import QALoRATrainer
 from peft_vit.adapters import attach_adapters, effects
 from peft_vit.backbones import Architecture, Backbone, describe, fill_head, find_sites, native_size
 from peft_vit.config import BackboneConfig
@@ -112,6 +114,13 @@ def test_of_one_token_query_and_key_have_no_effect() -> None:
     model.set_input_size(32)  # windows of one token
     with pytest.raises(UserError, match=r"no effect on layers\.0\.blocks\.0\.attn\.query, .* at this image size"):
         attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
+
+
+def test_that_is_seen_on_packed_weights_too() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, depths=(1, 1, 1, 1))
+    model.set_input_size(32)
+    with pytest.raises(UserError, match=r"no effect on layers\.0\.blocks\.0\.attn\.query, .* at this image size"):
+        QALoRATrainer(model, config(rank=2), 8)
 
 
 def test_two_heads_are_one_on_their_features_side_by_side() -> None:

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny_models import TINY_EVAS, random_model
+from tiny_models import TINY_EVAS, TINY_FAMILIES, random_model
 from torch.nn import functional as F
 
 from peft_vit.adapters import attach_adapters, site_adapters
@@ -63,7 +63,7 @@ def test_a_bias_that_timm_adds_past_its_module_is_added_after_it(batch) -> None:
         assert not torch.equal(own(batch[0]), before)
 
 
-@pytest.mark.parametrize("name", TINY_EVAS)
+@pytest.mark.parametrize("name", TINY_FAMILIES)
 def test_a_skeleton_has_what_no_file_holds(name: str, batch) -> None:
     model = random_model(name)
     state = torch.get_rng_state()

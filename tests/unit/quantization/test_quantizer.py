@@ -7,8 +7,16 @@ from hypothesis import assume, given, settings
 from quantization_strategies import INTEGERS, formats_and_weights
 from torch import Tensor
 
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, QuantizedTensor, code_values, quantize, unpack_codes
+from peft_vit.errors import UnderflowWarning, UserError
+from peft_vit.quantization import (
+    QuantizationFormat,
+    QuantizedTensor,
+    code_values,
+    quantize,
+    relative_error,
+    tensor,
+    unpack_codes,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::peft_vit.errors.UnderflowWarning")  # tiny weights are drawn
 
@@ -185,3 +193,32 @@ def test_parameters_and_transposed_and_bfloat16_weights_are_taken() -> None:
     quantized = quantize(torch.nn.Parameter(weight.t()), format)
     assert torch.equal(quantized.codes, expected.codes)
     assert not quantized.dequantize().requires_grad
+
+
+@pytest.mark.parametrize("type", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("at_once", [1, 100, 128 * 7])
+def test_rows_pass_some_at_a_time(type, offset, at_once, monkeypatch) -> None:
+    weight = torch.randn(37, 128, generator=torch.Generator().manual_seed(0))
+    format = QuantizationFormat(type=type, group_size=16, offset=offset, scale_dtype=torch.float16)
+    monkeypatch.setattr(tensor, "_AT_ONCE", weight.numel())
+    whole = quantize(weight, format)
+    error = relative_error(weight, whole)
+    monkeypatch.setattr(tensor, "_AT_ONCE", at_once)
+    in_parts = quantize(weight, format)
+    for name, one in whole.tensors().items():
+        assert torch.equal(one, in_parts.tensors()[name])
+    exact = (weight.double() - whole.dequantize().double()).norm() / weight.double().norm()
+    assert relative_error(weight, whole) == pytest.approx(error, rel=1e-14) == pytest.approx(float(exact), rel=1e-14)
+    assert torch.equal(whole.rows(slice(3, 9)).dequantize(), whole.dequantize()[3:9])
+
+
+def test_one_bad_row_is_found_and_all_groups_are_counted(monkeypatch) -> None:
+    monkeypatch.setattr(tensor, "_AT_ONCE", 1)
+    format = QuantizationFormat(type="nf4", group_size=16, offset=False, scale_dtype=torch.float16)
+    weight = torch.full((6, 32), 1e-8)
+    with pytest.warns(UnderflowWarning, match="12 of 12 groups"):
+        quantize(weight, format)
+    weight[4, 5] = float("nan")
+    with pytest.raises(UserError, match="infinities, NaN"):
+        quantize(weight, format)

@@ -188,8 +188,8 @@ def test_a_setting_without_effect_is_said_in_the_record(study, tmp_path) -> None
 
 
 def test_weights_too_small_for_float16_scales_are_said_in_the_record(study, tmp_path, monkeypatch) -> None:
-    def with_a_tiny_layer(*arguments):
-        loaded = load_run_backbone(*arguments)
+    def with_a_tiny_layer(*arguments, **named):
+        loaded = load_run_backbone(*arguments, **named)
         with torch.no_grad():
             loaded.model.blocks[0].attn.qkv.weight.mul_(1e-8)
         return loaded

@@ -13,6 +13,7 @@ from typing import IO
 import torch
 
 from peft_vit.backbones import Weights, read_weights
+from peft_vit.backbones.tensor_file import TensorFile
 from peft_vit.config import BackboneConfig
 from peft_vit.runs.provenance import loaded_git_state
 
@@ -47,6 +48,8 @@ def prepare_process() -> None:
 class WeightsOnce:
     """Reads a backbone's weights once from where they come from, and again from a nameless file of its own.
 
+    A safetensors file is read where it is, see `TensorFile`.
+
     Not from memory: what a process kept of the run before would count as memory of the next one.
     """
 
@@ -64,14 +67,17 @@ class WeightsOnce:
         if self._weights is None or config != self._config:
             weights = read_weights(config)
             self._config = None
-            self._file.seek(0)
-            self._file.truncate()
-            try:
-                torch.save(weights.tensors, self._file)
-            except (OSError, RuntimeError):  # no room; they are read again
-                return weights
-            self._config, self._weights = config, replace(weights, tensors={})
-            del weights  # the first run, too, gets what lies in memory as for those after it
+            if not isinstance(weights.tensors, TensorFile):  # which holds nothing in memory either
+                self._file.seek(0)
+                self._file.truncate()
+                try:
+                    torch.save(weights.tensors, self._file)
+                except (OSError, RuntimeError):  # no room; they are read again
+                    return weights
+                weights = replace(weights, tensors={})  # the first run, too, gets what lies in memory as for others
+            self._config, self._weights = config, weights
+        if self._weights.tensors:
+            return self._weights
         self._file.seek(0)
         tensors = torch.load(self._file, weights_only=True)  # noqa: TID251 - tensors alone
         return replace(self._weights, tensors=tensors)

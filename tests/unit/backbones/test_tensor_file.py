@@ -1,0 +1,146 @@
+"""A safetensors file is read tensor by tensor: when each is asked for, and given back before the next one is."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from qa_lora_settings import config
+from safetensors.torch import save_file
+
+from peft_vit import QALoRATrainer
+from peft_vit.adapters import adapted_modules
+from peft_vit.backbones import load_backbone, tensor_file
+from peft_vit.backbones.tensor_file import TensorFile
+from peft_vit.config import BackboneConfig
+from peft_vit.errors import UserError
+from peft_vit.training import qa_lora
+
+SETTINGS = config(rank=2)
+LAYERS = 4 * 6  # of test_vit: query, key and value in one, out, fc1, fc2
+
+
+@pytest.fixture
+def everything_mapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Map small tensors too; return how many are in memory now."""
+    made: list[weakref.ref[mmap.mmap]] = []
+
+    class Noted(mmap.mmap):
+        def __new__(cls, *args: object, **kwargs: object) -> Noted:
+            made.append(weakref.ref(one := super().__new__(cls, *args, **kwargs)))
+            return one
+
+    monkeypatch.setattr(tensor_file, "_SMALLEST_MAPPED_BYTES", 1)
+    monkeypatch.setattr(tensor_file.mmap, "mmap", Noted)
+
+    def alive() -> int:
+        assert made, "none was mapped"
+        return sum(one() is not None for one in made)
+
+    return alive
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> BackboneConfig:
+    torch.manual_seed(3)
+    save_file(timm.create_model("test_vit", img_size=32).state_dict(), tmp_path / "w.safetensors")
+    return BackboneConfig(model="test_vit", weights="file", file=str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("smallest", [1, 1 << 20])
+def test_it_holds_what_the_file_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smallest: int) -> None:
+    monkeypatch.setattr(tensor_file, "_SMALLEST_MAPPED_BYTES", smallest)
+    tensors = {
+        "large": torch.randn(300, 1000),
+        "odd": torch.randn(7).bfloat16(),  # so that others may not begin where a float32 should
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "bias": torch.randn(3),
+        "number": torch.tensor(2.5),
+        "none": torch.zeros(0, 4),
+        "half": torch.randn(2, 3).half(),
+    }
+    save_file(tensors, tmp_path / "w.safetensors", metadata={"of": "nothing"})
+    found = TensorFile(tmp_path / "w.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name], tensor)
+    content = (tmp_path / "w.safetensors").read_bytes()
+    found["large"].zero_()
+    assert torch.equal(found["large"], tensors["large"])
+    assert (tmp_path / "w.safetensors").read_bytes() == content
+
+
+def test_a_prefix_is_left_out(tmp_path: Path) -> None:
+    save_file({"model.a": torch.ones(2), "model.b": torch.zeros(3)}, tmp_path / "w.safetensors")
+    found = TensorFile(tmp_path / "w.safetensors", "model.")
+    assert list(found) == ["a", "b"]
+    assert torch.equal(found["a"], torch.ones(2))
+    with pytest.raises(KeyError):
+        found["model.a"]
+
+
+def test_a_file_that_changes_meanwhile_is_refused(weights: BackboneConfig) -> None:
+    file = Path(weights.file or "")
+    found = TensorFile(file)
+    found["norm.weight"]
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(UserError, match=r"w\.safetensors: has changed since it was first read"):
+        found["norm.weight"]
+    file.unlink()
+    with pytest.raises(UserError, match=r"w\.safetensors: can't be read any more \(No such file"):
+        found["norm.weight"]
+
+
+def test_weights_that_are_copied_are_read_one_at_a_time(
+    weights: BackboneConfig, everything_mapped: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isfinite, counts = torch.Tensor.isfinite, []
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda one: counts.append(everything_mapped()) or isfinite(one))
+    model = load_backbone(weights, image_size=32, num_classes=3, seed=0).model
+    assert counts == list(range(counts[0], counts[0] - len(counts), -1))  # one fewer each time
+    gc.collect()
+    assert everything_mapped() == 0
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.part("quantization")
+def test_each_layers_float_weights_are_gone_before_the_next_are_packed(
+    weights: BackboneConfig, everything_mapped: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = load_backbone(weights, image_size=32, num_classes=3, seed=0).model
+    model = load_backbone(weights, image_size=32, num_classes=3, seed=0, mapped=SETTINGS.targets).model
+    assert everything_mapped() == LAYERS
+    quantize, check = qa_lora.quantize, qa_lora.check_acting
+    counts = []
+    monkeypatch.setattr(
+        qa_lora, "quantize", lambda *args, **named: counts.append(everything_mapped()) or quantize(*args, **named)
+    )
+    monkeypatch.setattr(qa_lora, "check_acting", lambda model: counts.append(everything_mapped()) or check(model))
+    ours = QALoRATrainer(model, SETTINGS, 8)
+    assert counts == list(range(LAYERS, -1, -1))
+    theirs = QALoRATrainer(own, SETTINGS, 8)  # of weights that were copied
+    assert ours.relative_error == theirs.relative_error
+    packed = dict(adapted_modules(own))
+    for name, module in adapted_modules(model):
+        for part, tensor in module.quantized.tensors().items():
+            assert torch.equal(tensor, packed[name].quantized.tensors()[part]), name
+    for (name, one), (_, other) in zip(model.named_parameters(), own.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+        assert one.requires_grad == other.requires_grad
+
+
+def test_only_targets_stay_mapped(weights: BackboneConfig, everything_mapped: Callable[[], int]) -> None:
+    model = load_backbone(weights, image_size=32, num_classes=3, seed=0, mapped=("blocks.1.mlp.*",)).model
+    gc.collect()
+    assert everything_mapped() == 2
+    own = load_backbone(weights, image_size=32, num_classes=3, seed=0).model.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
