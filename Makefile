@@ -8,7 +8,7 @@ STAMP := $(VENV)/.setup-done
 DEMO := experiments/outputs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup demo smoke test test-all test-avx2 torture bench check sizes format clean
+.PHONY: help setup demo smoke test test-all test-gpu test-avx2 torture bench check sizes format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +30,9 @@ test: setup ## run the tests that are not marked slow, one thread in each of two
 
 test-all: setup ## run all tests, as continuous integration does
 	$(PYTEST) --durations 50
+
+test-gpu: setup ## run the tests that are marked gpu, in one process; without an NVIDIA GPU all of them are skipped
+	$(BIN)/python -m pytest -m gpu -rs
 
 # Without AVX-512 other kernels compute, and bf16 is emulated, so products and rounding differ.
 CORE := $(addprefix tests/unit/,adapters quantization training deployment) \

@@ -33,6 +33,12 @@ def parser(about: str | None, **defaults: int) -> argparse.ArgumentParser:
     return made
 
 
+def with_device(options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add an option for where the sides compute."""
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return options
+
+
 def with_one_side(options: argparse.ArgumentParser, sides: Iterable[str]) -> argparse.Namespace:
     """Return what is asked for, one side alone perhaps: this process is then one of `measured_alone`."""
     options.add_argument("--side", choices=[*sides], help="measure this one's memory only, in this process")
@@ -51,8 +57,8 @@ def measured_alone(
         yield name, *map(int, done.stdout.split()[-numbers:])
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Describe where the numbers come from."""
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
+    """Describe where the numbers come from; of a GPU by its name."""
     import peft
     import timm
     import torch
@@ -61,6 +67,7 @@ def machine(threads: int) -> dict[str, Any]:
 
     return {
         "processor": processor_name(),
+        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "cores": cpu_count(),
         "threads": threads,
         "platform": platform.platform(),
@@ -114,8 +121,12 @@ def table(title: str, seconds: Mapping[str, list[float]], over: str) -> list[dic
 
 
 def write(name: str, content: dict[str, Any]) -> None:
-    """Write a result beside the others."""
+    """Write a result beside the others; that of a GPU beside that of a CPU."""
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
+    where = content.get("machine")
+    gpu = where.get("gpu") if isinstance(where, dict) else None
+    if gpu is not None:
+        print(f"\nOn {gpu}")
+    file = RESULTS / f"{name}{'' if gpu is None else '_gpu'}.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nWritten: {file}")

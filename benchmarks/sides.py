@@ -20,7 +20,14 @@ from peft_vit.training import AllocationHook, Hook, QALoRATrainer, optimization_
 from peft_vit.training.optimization import build_optimizer
 
 MODEL, BATCH, RANK, START_RANK, SCALE = "vit_small_patch14_dinov2", 32, 8, 12, 2.0
+DEVICE = torch.device("cpu")  # of every side, see `use`
 PEFT_TARGETS = r"blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)"
+
+
+def use(device: torch.device) -> None:
+    """Build all sides from here on on a device."""
+    global DEVICE  # noqa: PLW0603 - of a whole benchmark
+    DEVICE = device
 
 
 class Side:
@@ -58,14 +65,19 @@ class Side:
         for hook in hooks:
             hook.attach(model, self.optimizer)
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(BATCH, 3, image_size, image_size, generator=generator)
-        self.labels = torch.randint(0, 2, (BATCH,), generator=generator)
+        self.images = torch.randn(BATCH, 3, image_size, image_size, generator=generator).to(DEVICE)
+        self.labels = torch.randint(0, 2, (BATCH,), generator=generator).to(DEVICE)
         self.steps = 0
 
     def step(self) -> None:
-        """Do forward, backward, clipping, the optimizer's step, and what the method adds."""
+        """Do forward, backward, clipping, the optimizer's step, and what the method adds; wait until it is done."""
+        self._step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _step(self) -> None:
         self.steps += 1
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model(self.images)
         loss = nn.functional.cross_entropy(logits.float(), self.labels)
         if self.penalty is not None:
@@ -83,7 +95,7 @@ class Side:
 def vit(image_size: int, name: str = MODEL) -> Any:
     """Return the backbone with random weights, which change no timing; without branches that are dropped at random."""
     torch.manual_seed(0)
-    return build_model(Architecture("timm", name), image_size, 2)
+    return build_model(Architecture("timm", name), image_size, 2).to(DEVICE)
 
 
 def floor(image_size: int, *, bf16: bool, plain_attention: bool = False, name: str = MODEL) -> Side:
@@ -94,14 +106,14 @@ def floor(image_size: int, *, bf16: bool, plain_attention: bool = False, name: s
     model.head.requires_grad_(True)
     model.patch_embed.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
     if plain_attention:
-        choose_attention(model, torch.device("cpu"), "bf16")
+        choose_attention(model, DEVICE, "bf16")
     return Side(model, bf16=bf16, image_size=image_size)
 
 
 def lora(image_size: int, *, bf16: bool, mean_rank: float = RANK, name: str = MODEL) -> Side:
     """Return our fixed-rank LoRA; a mean rank that is no whole number is spread evenly over the sites."""
     model = vit(image_size, name)
-    choose_attention(model, torch.device("cpu"), "bf16" if bf16 else "fp32")
+    choose_attention(model, DEVICE, "bf16" if bf16 else "fp32")
     sites = find_sites(model)
     ends = [round(mean_rank * place) for place in range(len(sites) + 1)]
     ranks = {site.name: ends[place + 1] - ends[place] for place, site in enumerate(sites)}
@@ -112,7 +124,7 @@ def lora(image_size: int, *, bf16: bool, mean_rank: float = RANK, name: str = MO
 def adalora(image_size: int, *, bf16: bool, total_steps: int) -> tuple[Side, AdaLoRAController]:
     """Return our AdaLoRA from rank 12 to 8 a site."""
     model = vit(image_size)
-    choose_attention(model, torch.device("cpu"), "bf16" if bf16 else "fp32")
+    choose_attention(model, DEVICE, "bf16" if bf16 else "fp32")
     count = len(find_sites(model))
     config = AdaLoraConfig(
         total_rank_budget=RANK * count,
@@ -134,7 +146,7 @@ def peft_lora(image_size: int, *, bf16: bool, name: str = MODEL) -> Side:
     model = vit(image_size, name)
     targets = [*dict.fromkeys(site.module for site in find_sites(model))]
     config = peft.LoraConfig(r=RANK, lora_alpha=int(SCALE * RANK), target_modules=targets, modules_to_save=["head"])
-    return Side(peft.get_peft_model(model, config), bf16=bf16, image_size=image_size)
+    return Side(peft.get_peft_model(model, config).to(DEVICE), bf16=bf16, image_size=image_size)
 
 
 def peft_qlora(image_size: int, *, bf16: bool) -> Side:
@@ -145,7 +157,7 @@ def peft_qlora(image_size: int, *, bf16: bool) -> Side:
             packed = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, quant_type="nf4")
             packed.load_state_dict(module.state_dict())
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, packed.to("cpu"))  # moving quantizes
+            setattr(model.get_submodule(parent), child, packed.to(DEVICE))  # moving quantizes
     model.is_loaded_in_4bit = True
     config = peft.LoraConfig(
         r=RANK, lora_alpha=int(SCALE * RANK), target_modules=PEFT_TARGETS, modules_to_save=["head"]
@@ -163,7 +175,7 @@ def bnb_layers(model: nn.Module) -> list[bitsandbytes.nn.Linear4bit]:
 def qa_lora(image_size: int, *, bf16: bool, type: str, group_size: int | None = 32, offset: bool | None = None) -> Side:
     """Return our adapters over packed weights; a group size of None is one scale a row and plain adapters."""
     model = vit(image_size)
-    choose_attention(model, torch.device("cpu"), "bf16" if bf16 else "fp32")
+    choose_attention(model, DEVICE, "bf16" if bf16 else "fp32")
     config = QaLoraConfig(
         quantization_bits=4,
         quantization_type=type,
@@ -200,7 +212,7 @@ def peft_adalora(image_size: int, *, bf16: bool, total_steps: int) -> Side:
         terms = []
         for factor in factors:
             gram = factor @ factor.T if factor.shape[0] < factor.shape[1] else factor.T @ factor
-            terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram))))
+            terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
         return 0.5 * torch.stack(terms).mean()
 
     return Side(

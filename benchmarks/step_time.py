@@ -1,6 +1,7 @@
 """Time of a training step over that of a frozen backbone which only passes the input gradient back (the floor).
 
     make bench        or        python benchmarks/step_time.py [--rounds 12] [--image-size 112] [--threads 2]
+        [--device cuda]
 
 ViT-S/14, batches of 32, AdamW, clipping. Every side makes one step a round, in turn, in one process, with the same
 threads and the same allocator. Ratios are of medians, for whole runs of sums. The floor is timm as it comes; in bf16 a
@@ -9,7 +10,7 @@ second floor shares our plain attention, to show what the adapters alone add.
 
 from __future__ import annotations
 
-from common import in_turn, machine, parser, table, with_tuned_allocator, write
+from common import in_turn, machine, parser, table, with_device, with_tuned_allocator, write
 
 with_tuned_allocator()
 
@@ -79,24 +80,25 @@ def merged_inference(size: int, rounds: int) -> list[dict[str, Any]]:
     plain = sides.vit(size).eval()
     merged = copy.deepcopy(plain)
     merged.load_state_dict(merged_state_dict(sides.lora(size, bf16=False).model))
-    images = torch.randn(sides.BATCH, 3, size, size)
+    images = torch.randn(sides.BATCH, 3, size, size, device=sides.DEVICE)
 
     def inference(model: nn.Module) -> Any:
         with torch.inference_mode():
-            return model(images)
+            return model(images).cpu()  # which waits until a GPU is done
 
     calls = {"plain model": lambda: inference(plain), "merged model": lambda: inference(merged.eval())}
     return table(f"Inference, fp32, {size} px", in_turn(calls, 3 * rounds), "plain model")
 
 
 def main() -> None:
-    options = parser(__doc__, rounds=12, image_size=112, threads=2, run_steps=48).parse_args()
+    options = with_device(parser(__doc__, rounds=12, image_size=112, threads=2, run_steps=48)).parse_args()
     torch.set_num_threads(options.threads)
+    sides.use(torch.device(options.device))
     size, rounds = options.image_size, options.rounds
     write(
         "step_time",
         {
-            "machine": machine(options.threads),
+            "machine": machine(options.threads, options.device),
             "setting": {"model": sides.MODEL, "image_size": size, "batch": sides.BATCH, "rounds": rounds},
             "lora_fp32": lora_steps(size, rounds, bf16=False),
             "lora_bf16": lora_steps(size, rounds, bf16=True),

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import site_adapters
 
+NO_GPU = "needs an NVIDIA GPU, and torch sees none; run `make test-gpu` where there is one"
+
 torch.set_num_threads(1)  # every model here is too small for two; and the number of threads changes bits
 
 # No test holds a clock: an example may take as long as a busy machine needs.
@@ -68,14 +70,31 @@ def cache(_session_cache: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return _session_cache
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say aloud what a machine without a browser did not check: a skip is easily overlooked."""
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if r.nodeid.startswith("tests/browser")]
-    if not skipped:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
         return
-    reasons = sorted({str(r.longrepr[2]) for r in skipped if isinstance(r.longrepr, tuple)})
-    terminalreporter.section("NOT CHECKED: the report's page in a browser", yellow=True)
-    terminalreporter.write_line(
-        "Figures that draw and answer, no request, no console error, 360 px, dark, print, hostile names: "
-        f"{len(skipped)} skipped. {'; '.join(reasons)}"
-    )
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say aloud what a machine without a browser or a GPU did not check: a skip is easily overlooked."""
+    skips = [r for r in terminalreporter.stats.get("skipped", []) if isinstance(r.longrepr, tuple)]
+    for what, listed, skipped in (
+        (
+            "the report's page in a browser",
+            "Figures that draw and answer, no request, no console error, 360 px, dark, print, hostile names",
+            [r for r in skips if r.nodeid.startswith("tests/browser")],
+        ),
+        (
+            "training on a GPU",
+            "bf16 beside fp32 on the CPU, device memory that resizing and packing free",
+            [r for r in skips if NO_GPU in r.longrepr[2]],
+        ),
+    ):
+        if skipped:
+            reasons = sorted({str(r.longrepr[2]) for r in skipped})
+            terminalreporter.section(f"NOT CHECKED: {what}", yellow=True)
+            terminalreporter.write_line(f"{listed}: {len(skipped)} skipped. {'; '.join(reasons)}")
