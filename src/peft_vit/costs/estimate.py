@@ -23,7 +23,7 @@ from peft_vit.training import flip_axes
 
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
 TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
-_PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
+PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
 # Activations kept for backward over what goes into and out of the matrices: of a plain block 34 a token and width.
 VALUES_KEPT = 34 / 16
 START_S = 6.0  # loading weights and images
@@ -196,17 +196,13 @@ def reckoned_s(spec: RunSpec, steps: int, workload: Workload, rate: float) -> fl
 
 def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> Estimate:
     experiment = run.spec.experiment
-    recomputed = experiment.training.recomputed_of(len(workload.shape.values_by_block))
-    memory = process_bytes(experiment, workload, experiment.training.images_at_once, recomputed)
-    return Estimate(reckoned_s(run.spec, run.steps, workload, rate), memory, "estimate")
-
-
-def process_bytes(experiment: ExperimentConfig, workload: Workload, images: int, recomputed: int) -> int:
-    """Return what a training process takes, about, with so many images at a time and blocks computed again."""
     value_bytes = 2 if workload.precision == "bf16" else 4
+    recomputed = experiment.training.recomputed_of(len(workload.shape.values_by_block))
     kept = 0.0 if experiment.is_probe else kept_values(workload.shape, recomputed)
+    activations = experiment.training.images_at_once * kept * value_bytes
     weights = workload.shape.parameters * (experiment.kind.bytes_per_weight or 4 + value_bytes)
-    return int(_PROCESS_BYTES + images * kept * value_bytes + weights)
+    seconds = reckoned_s(run.spec, run.steps, workload, rate)
+    return Estimate(seconds, int(PROCESS_BYTES + activations + weights), "estimate")
 
 
 def measured_images(spec: RunSpec, workload: Workload) -> float:

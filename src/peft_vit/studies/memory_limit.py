@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from peft_vit.backbones import BackboneShape, chosen
 from peft_vit.config import BITS_OF_TYPE, ExperimentConfig, QaLoraConfig, StudyConfig, TrainingConfig, bytes_of
-from peft_vit.costs.estimate import Workload, process_bytes
+from peft_vit.costs.estimate import PROCESS_BYTES, Workload
 from peft_vit.costs.memory_limit import Choice, Setting, StepCost, choose
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex, Splits
@@ -78,10 +78,9 @@ def decide(
         )
     model = model_bytes(spec.experiment, workload.shape)
     if limit <= model:
-        least = process_bytes(spec.experiment, workload, 1, training.recomputed_of(len(workload.shape.values_by_block)))
         raise UserError(
-            f"{training.memory_limit} is less than the model alone, {_mb(model)}; about {_mb(least)} is the least that "
-            "a training process takes",
+            f"{training.memory_limit} is less than the model alone, {_mb(model)}; a training process takes about "
+            f"{_mb(PROCESS_BYTES + model)} at least",
             field=_FIELD,
         )
 

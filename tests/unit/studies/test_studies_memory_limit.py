@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from peft_vit.backbones import describe
 from peft_vit.costs.memory_limit import StepCost
 from peft_vit.errors import UserError
+from peft_vit.records import read_record
 from peft_vit.records.study_file import read_study_file
 from peft_vit.runs import run_one
 from peft_vit.studies import plan_study, profiling
+from peft_vit.studies.commands import Execution, RunRequest, run_studies
 from peft_vit.studies.memory_limit import model_bytes
 from peft_vit.studies.plan import spec_of
 from peft_vit.studies.profiling import measure_step
@@ -112,7 +115,7 @@ def test_a_micro_batch_that_is_given_stays(study, planned) -> None:
     ("limit", "problem"),
     [
         ("401MB", r"memory_limit: 401MB is too little; the least that fits is 410MB, with 1 image at a time"),
-        ("500kB", r"memory_limit: 500kB is less than the model alone, 1 MB; about 70\d MB is the least that a"),
+        ("500kB", r"memory_limit: 500kB is less than the model alone, 1 MB; a training process takes about 70\d MB"),
     ],
 )
 def test_too_little_is_one_line_with_the_least_that_fits(study, planned, limit, problem) -> None:
@@ -148,18 +151,30 @@ def test_no_model_takes_less_than_is_said_of_it(study, method) -> None:
     assert 0.4 * record.bytes.frozen_bytes < least < record.bytes.frozen_bytes + record.bytes.trainable_bytes
 
 
-def test_a_step_is_measured_in_a_process_of_its_own(study, planned, tmp_path) -> None:
-    told: list[str] = []
+def test_a_study_is_measured_once_and_its_runs_say_what_was_chosen(study, tmp_path, capsys) -> None:
+    """The command measures in a process of its own; the same command, given again, goes on with the choice."""
     config = study("lora", memory_limit="4GB")
-    plan = planned(config, measure_step=functools.partial(measure_step, tell=told.append))
-    assert told == ["measuring lora: 8 at a time, no blocks computed again"]
-    assert plan.study.experiments[0].training.recomputed_blocks == 0
-    (run,) = plan.runs
-    assert 1e8 < run.estimate.peak_memory_bytes < 4e9
-    record = run_one(run.spec).record
+    file, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    content = config.model_dump(mode="json", exclude_none=True)
+    experiment = content["experiments"][0]
+    del experiment["training"]["activation_checkpointing"]  # spelled out: none, which does not go with a limit
+    file.write_text(yaml.safe_dump(content))
+    request = RunRequest([file], out)
+    assert run_studies(request, Execution()) == {}
+    printed = capsys.readouterr().out
+    assert printed.count("measuring ") == 1
+    assert "measuring lora: 8 at a time, no blocks computed again\n" in printed
+    assert "lora, memory_limit 4GB: 8 images at a time, no block computed again. Measured: " in printed
+    assert " s a step; the limit is not reached.\n" in printed
+    (record,) = (read_record(one) for one in out.glob("tiny/lora/*/record.json"))
     assert record.status == "done"
-    assert record.spec.experiment.training.memory_limit == "4GB"
-    assert not (tmp_path / "out").exists()
+    training = record.spec.experiment.training
+    assert (training.memory_limit, training.micro_batch_size, training.recomputed_blocks) == ("4GB", None, 0)
+    assert read_study_file(out / "tiny").configuration.experiments[0].training == training
+    assert run_studies(request, Execution()) == {}
+    printed = capsys.readouterr().out
+    assert "measuring" not in printed
+    assert "1 already done and skipped" in printed
 
 
 @pytest.mark.parametrize("failure", ["killed", "out_of_memory", "io"])
