@@ -22,6 +22,7 @@ from peft_vit import QALoRATrainer
 from peft_vit.adapters import adapter_bytes, attach_adapters, current_ranks, resize_adapters, site_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.config import study_from_mapping
+from peft_vit.quantization import QuantizedTensor
 from peft_vit.records import RunRecord, run_folder
 from peft_vit.runs.export import restore_run
 from peft_vit.studies import plan_study
@@ -74,13 +75,24 @@ def losses(record: RunRecord) -> list[float]:
     return [step.loss for step in record.steps]
 
 
-def allocated_bytes(device: torch.device) -> int:
-    """Return what tensors hold on a device: of the GPU as its allocator knows it, of the CPU by all that are alive."""
+def allocated_bytes(device: torch.device, *holders: Any) -> int:
+    """Return what tensors hold on a device: of the GPU as its allocator knows it, of the CPU what its holders do."""
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    alive = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.device == device]
-    return sum({one.data_ptr(): one.untyped_storage().nbytes() for one in alive}.values())
+    found: dict[int, int] = {}
+    pending: list[Any] = list(holders)
+    while pending:
+        one = pending.pop()
+        if isinstance(one, torch.Tensor):
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, nn.Module):
+            pending += [*one.parameters(), *(getattr(layer, "quantized", None) for layer in one.modules())]
+        elif isinstance(one, torch.optim.Optimizer):
+            pending += [value for state in one.state.values() for value in state.values()]
+        elif isinstance(one, QuantizedTensor):
+            pending += one.tensors().values()
+    return sum(found.values())
 
 
 def nbytes(model: nn.Module) -> int:
@@ -154,27 +166,27 @@ def test_resizing_frees_and_takes_memory(tiny_vit: Any, batch: Any, device: torc
         resize_adapters(model, optimizer, dict.fromkeys(scores, rank), scores)
 
     step()
-    large, parameters = allocated_bytes(device), nbytes(model)
+    large, parameters = allocated_bytes(device, model, optimizer), nbytes(model)
     resize(4)
     step()
     assert set(current_ranks(model).values()) == {4}
-    small = allocated_bytes(device)
+    small = allocated_bytes(device, model, optimizer)
     freed = parameters - nbytes(model)
     assert freed > 0.8 * parameters
     assert large - small == pytest.approx(3 * freed, rel=0.05)  # parameters and two moments; the device rounds up
     resize(32)
     step()
-    assert allocated_bytes(device) - small == pytest.approx(3 * freed, rel=0.05)
+    assert allocated_bytes(device, model, optimizer) - small == pytest.approx(3 * freed, rel=0.05)
 
 
 def test_packing_frees_the_float_weights(tiny_vit: Any, batch: Any, device: torch.device) -> None:
     model = tiny_vit(depth=6).to(device)
     model(batch[0].to(device)).sum().backward()  # a GPU's libraries keep memory of their own from then on
     model.zero_grad(set_to_none=True)
-    before = allocated_bytes(device)
+    before = allocated_bytes(device, model)
     weights = sum(model.get_submodule(site.module).weight[site.span].nbytes for site in find_sites(model))
     QALoRATrainer(model, config(rank=2), 8)
     packed = sum(one.quantized.nbytes for one in model.modules() if getattr(one, "quantized", None) is not None)
     assert packed < weights / 4
     adapters = sum(p.nbytes for one in site_adapters(model).values() for p in one.parameters())
-    assert before - allocated_bytes(device) == pytest.approx(weights - packed - adapters, rel=0.1)
+    assert before - allocated_bytes(device, model) == pytest.approx(weights - packed - adapters, rel=0.1)
