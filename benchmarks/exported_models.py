@@ -20,7 +20,7 @@ from common import machine, write
 from peft_vit.data import load_data
 from peft_vit.deployment import export_onnx, export_openvino, merge, open_exported, torch_classifier
 from peft_vit.deployment.merging import with_float_weights
-from peft_vit.runs.export import RestoredRun, compare, restore_run
+from peft_vit.runs.export import RestoredRun, compare, file_bytes, restore_run
 
 WRITERS = {"onnx": (export_onnx, ".onnx"), "openvino": (export_openvino, ".xml")}
 
@@ -32,7 +32,7 @@ def measured(run: RestoredRun, kind: str, folder: Path) -> dict[str, Any]:
     sizes = []
     for name, model in (("model", merged), ("float32", with_float_weights(merged, run.card))):
         export(model, folder / f"{name}{ending}", run.card)
-        sizes.append(sum(file.stat().st_size for file in folder.glob(f"{name}.*")))
+        sizes.append(file_bytes(folder / f"{name}{ending}"))
     images = load_data(spec.data, spec.seed, smoke=spec.smoke).test.open()
     found = compare(torch_classifier(run.model, run.card), open_exported(folder / f"model{ending}"), images)
     return {

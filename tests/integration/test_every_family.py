@@ -194,6 +194,17 @@ def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
         assert "100.00 % of predictions equal" in printed
 
 
+def test_check_tries_openvino_where_it_is_asked_for(command, refused, monkeypatch) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxscript")
+    asked = ("check", "test_vit", "--image-size", 32)
+    printed = command(*asked, "--openvino").out
+    assert "ONNX: differs by" in printed
+    assert "OpenVINO: differs by" in printed
+    monkeypatch.setattr("peft_vit.deployment.openvino_file.importlib.util.find_spec", lambda _: None)
+    assert "pip install 'peft-vit[openvino]'" in refused(*asked, "--openvino")
+
+
 def _predicted(printed: str) -> dict[Path, tuple[str, float]]:
     rows = [line.split("\t") for line in printed.splitlines()]
     return {Path(file): (name, float(probability)) for file, name, probability in rows}

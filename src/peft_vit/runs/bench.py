@@ -18,7 +18,7 @@ from peft_vit.deployment import ModelCard, export_onnx, merge, require_onnx_expo
 from peft_vit.deployment.timing import Calls, time_alone
 from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, BenchRow
-from peft_vit.runs.export import open_model, restore_run
+from peft_vit.runs.export import file_bytes, open_model, restore_run
 from peft_vit.runs.provenance import cpu_count, processor_name
 
 MADE = "float32 made here"
@@ -42,18 +42,10 @@ class _Model:
         return _ENDINGS.get(self.file.suffix, "peft")
 
     @property
-    def bytes(self) -> int:
-        """Return the bytes of all its files."""
-        if self.file.is_dir():
-            return sum(one.stat().st_size for one in self.file.iterdir() if one.is_file())
-        parts = [self.file, *([self.file.with_suffix(".bin")] if self.format == "openvino" else [])]
-        return sum(part.stat().st_size for part in parts)
-
-    @property
     def is_float32(self) -> bool:
         """Tell whether its files hold all weights in float32, by their size: quantized ones take less."""
         plain = create_skeleton(self.card.architecture, self.card.image_size, len(self.card.class_names))
-        return self.bytes >= _MOST_OF * _FLOAT32_BYTES * sum(one.numel() for one in plain.parameters())
+        return file_bytes(self.file) >= _MOST_OF * _FLOAT32_BYTES * sum(one.numel() for one in plain.parameters())
 
 
 def bench(
@@ -151,7 +143,7 @@ def _rows(
             BenchRow(
                 file=model.name,
                 format=model.format,
-                bytes=model.bytes,
+                bytes=file_bytes(model.file),
                 run=model.run,
                 threads=count,
                 batch=batch,

@@ -159,6 +159,14 @@ def export_run_to_file(run_dir: Path, file: Path, format: FileFormat) -> Exporte
     return Exported(merged, compare(torch_classifier(run.model, run.card), open_again(file, run.card), images))
 
 
+def file_bytes(model: Path) -> int:
+    """Return the bytes of an exported model: of a folder all files, of an .xml the .bin beside it, too."""
+    if model.is_dir():
+        return sum(one.stat().st_size for one in model.iterdir() if one.is_file())
+    parts = [model, *([model.with_suffix(".bin")] if model.suffix == ".xml" else [])]
+    return sum(part.stat().st_size for part in parts)
+
+
 def compare(trained: Classifier, exported: Classifier, images: LabelledImages) -> Comparison:
     """Return how far a classifier's outputs are from another's, on labelled images."""
     logits: list[tuple[Tensor, Tensor]] = []

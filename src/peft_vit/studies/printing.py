@@ -10,7 +10,7 @@ from rich.text import Text
 
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
-from peft_vit.runs.export import Exported
+from peft_vit.runs.export import Exported, file_bytes
 from peft_vit.runs.provenance import cpu_count
 from peft_vit.studies.plan import Plan
 from peft_vit.studies.time_limit import makespan
@@ -50,8 +50,7 @@ def print_export(done: Exported, file: Path) -> None:
             f"{100 * found.same_predictions:.2f} % of predictions equal, logits within {found.logit_error:.1e} "
             f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
         )
-    size = sum(one.stat().st_size for one in ([file] if file.is_file() else file.iterdir()))
-    print(f"{file}: {size / 1e6:.1f} MB")
+    print(f"{file}: {file_bytes(file) / 1e6:.1f} MB")
 
 
 def duration(seconds: float) -> str:
