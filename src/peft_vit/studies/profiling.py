@@ -104,12 +104,15 @@ def costs_of(record: RunRecord, seen: Seen) -> Costs:
     )
 
 
-def measure_step(spec: RunSpec, tell: Callable[[str], None]) -> StepCost | None:
+def measure_step(
+    spec: RunSpec, tell: Callable[[str], None], speed: Callable[[], Speed] | None = None
+) -> StepCost | None:
     """Do a run of a few steps in a worker process of its own, as runs do; None: there was not enough memory for it.
 
     Args:
         spec: of the few steps.
-        tell: told what is being done, a line.
+        tell: told what is being done, a line, and whether the machine was busy meanwhile.
+        speed: measures how fast the machine is, before and after.
 
     Raises:
         UserError: if it fails for another reason.
@@ -117,9 +120,13 @@ def measure_step(spec: RunSpec, tell: Callable[[str], None]) -> StepCost | None:
     training = spec.experiment.training
     again = f"{training.recomputed_blocks or 'no'} block{'' if training.recomputed_blocks == 1 else 's'}"
     tell(f"measuring {spec.experiment.method}: {training.images_at_once} at a time, {again} computed again")
+    speed = speed or machine_speed
+    before = speed()
     with _executor(1) as executor:
         ((record, _),) = _side_by_side(spec, 1, executor)
         peak = executor.peak_memory_bytes()
+    if busy := disturbance(before, speed()):
+        tell(f"the machine was busy ({busy}), so the time of these steps may be long, and the choice not the fastest")
     if record.failure in ("killed", "out_of_memory"):
         return None
     if record.status == "failed":

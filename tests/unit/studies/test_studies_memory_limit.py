@@ -17,7 +17,7 @@ from peft_vit.studies import plan_study, profiling
 from peft_vit.studies.commands import Execution, RunRequest, run_studies
 from peft_vit.studies.memory_limit import model_bytes
 from peft_vit.studies.plan import spec_of
-from peft_vit.studies.profiling import measure_step
+from peft_vit.studies.profiling import Speed, measure_step
 from peft_vit.studies.study_file import study_file, write_study_file
 
 pytestmark = pytest.mark.part("runner")
@@ -182,7 +182,12 @@ def test_a_step_without_enough_memory_is_no_error(study, monkeypatch, failure) -
     spec = spec_of(study("lora"), 0, 0)
     record = SimpleNamespace(status="failed", failure=failure, error="no room")
     monkeypatch.setattr(profiling, "_side_by_side", lambda *_: [(record, [])])
-    if failure == "io":
+    told: list[str] = []
+    speeds = iter((Speed(1000.0, 1.0), Speed(700.0, 1.0)))
+    if failure == "killed":
+        assert measure_step(spec, told.append, lambda: next(speeds)) is None
+        assert told[1].startswith("the machine was busy (its speed before and after differs by 30%, more than 20%), so")
+    elif failure == "io":
         with pytest.raises(UserError, match=r"training.memory_limit: a step could not be measured \(no room\)"):
             measure_step(spec, print)
     else:
