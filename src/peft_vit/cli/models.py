@@ -37,8 +37,35 @@ def export(
             "tensorboard: metrics of finished runs, also while a study goes on"
         ),
     ] = "peft",
+    runtime: Annotated[
+        Literal["small", "fast"] | None,
+        typer.Option(
+            show_default=False,
+            help="onnx, low-bit weights: small (default) keeps them packed in memory too; fast expands them when the "
+            "file, which stays small, is loaded: then it takes float32's time and memory",
+        ),
+    ] = None,
+    activations: Annotated[
+        Literal["int8"] | None,
+        typer.Option(
+            show_default=False,
+            help="onnx, weights in 4 or 8 bits: multiply both in 8 bits, calibrated on training images; faster, and "
+            "not exact",
+        ),
+    ] = None,
+    accept_loss: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False,
+            help="the most points of accuracy on validation images that --activations int8 may lose; default: 0.5",
+        ),
+    ] = None,
 ) -> None:
     """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
+    if (runtime, activations, accept_loss) != (None, None, None):
+        from peft_vit.runs.export import OnnxOptions
+
+        OnnxOptions(runtime, activations, accept_loss).check(format)
     if format == "history":
         from peft_vit.analysis.history import export_history
 
@@ -53,10 +80,11 @@ def export(
         export_run_to_peft(directory, output)
         print(f"peft: {output}\nThe base that it belongs to: {output / 'peft_vit.json'}")
     else:
-        from peft_vit.runs.export import export_run_to_file
+        from peft_vit.runs.export import OnnxOptions, export_run_to_file
         from peft_vit.studies.printing import print_export
 
-        print_export(export_run_to_file(directory, output, format), output)
+        options = OnnxOptions(runtime, activations, accept_loss)
+        print_export(export_run_to_file(directory, output, format, options), output)
 
 
 @app.command()

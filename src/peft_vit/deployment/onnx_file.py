@@ -1,7 +1,7 @@
 """A model without adapters as an ONNX file that onnxruntime runs, low-bit layers by its own kernels.
 
 torch.onnx.export (dynamo) writes the float part of any Vision Transformer of timm; packed layers are replaced by their
-onnxruntime operators first, see `onnx_layers`.
+onnxruntime operators first, see `onnx_layers` and, for what is expanded when the file is loaded, `onnx_expanded`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import copy
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
+from peft_vit.deployment.onnx_expanded import ExpandedLinear, Int8Linear, Range
 from peft_vit.deployment.onnx_layers import OnnxLinear
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 from peft_vit.safe_io import read_bytes
 
 INPUT, OUTPUT = "images", "logits"
+OnnxRuntime = Literal["small", "fast"]
 _OPSET = 20
 
 
@@ -46,27 +49,57 @@ def require_onnx_export() -> None:
         raise UserError("ONNX export needs torch 2.8, onnxscript and onnxruntime; run: pip install 'peft-vit[onnx]'")
 
 
-def export_onnx(model: nn.Module, file: Path, card: ModelCard) -> None:
+def export_onnx(
+    model: nn.Module,
+    file: Path,
+    card: ModelCard,
+    *,
+    runtime: OnnxRuntime = "small",
+    input_ranges: Mapping[str, Range] | None = None,
+) -> None:
     """Write a model with a batch of any size: `images` (B, 3, S, S) normalised float32, to `logits` (B, classes).
 
     Args:
         model: a Vision Transformer of timm whose adapters are merged (`merge`), quantized or not; it stays as it is.
         file: replaced if it exists.
         card: what the file's metadata says of the model.
+        runtime: small: low-bit layers stay packed in memory too; fast: onnxruntime expands them when it loads the file.
+        input_ranges: of every packed layer (`onnx_expanded.input_ranges`): they are multiplied in 8 bits. In place of
+            `runtime`.
 
     Raises:
-        UserError: if a package is missing, the model carries adapters, a layer's groups are too small for
-            onnxruntime's operators, or the file can't be written.
+        UserError: if a package is missing, the model carries adapters, small: a layer's groups are too small for
+            onnxruntime's operators, `input_ranges`: a layer is in int2, or the file can't be written.
     """
     require_onnx_export()
     check_merged(model)
-    proto = onnx_graph(model, card.image_size, OnnxLinear)
+    if input_ranges is not None:
+        check_int8(model)
+    proto = onnx_graph(model, card.image_size, partial(_exported, runtime=runtime, input_ranges=input_ranges))
     header = _Header(card=card, sha256=_digest(card, proto))
     proto.metadata_props.add(key=HEADER, value=header.model_dump_json())
     try:
         write_atomically(file, proto.SerializeToString())
     except OSError as error:
         raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None
+
+
+def check_int8(model: nn.Module) -> None:
+    """Refuse a model with a layer whose codes are not multiplied by activations in 8 bits."""
+    for name, module in adapted_modules(model):
+        if module.quantized is not None and module.quantized.format.bits == 2:
+            raise UserError(
+                f"{name} is in int2, and int8 takes codes of 4 or 8 bits; leave it out, or take --runtime fast",
+                field="--activations",
+            )
+
+
+def _exported(
+    layer: AdaptedLinear, name: str, *, runtime: OnnxRuntime, input_ranges: Mapping[str, Range] | None
+) -> nn.Module:
+    if input_ranges is not None:
+        return Int8Linear(layer, input_ranges[name])
+    return ExpandedLinear(layer) if runtime == "fast" else OnnxLinear(layer, name)
 
 
 def onnx_graph(model: nn.Module, image_size: int, packed: Callable[[AdaptedLinear, str], nn.Module]) -> Any:

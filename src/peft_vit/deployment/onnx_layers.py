@@ -85,7 +85,7 @@ def _block_size(group_size: int, name: str) -> int:
     if block < _SMALLEST_BLOCK:
         raise UserError(
             f"{name} has groups of {group_size} inputs, and onnxruntime's low-bit products take blocks of "
-            f"{_SMALLEST_BLOCK} and more that divide it; export safetensors, or train with another group size",
+            f"{_SMALLEST_BLOCK} and more that divide it; export with --runtime fast, or train with another group size",
             field="group_size",
         )
     return block

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +26,11 @@ from peft_vit.deployment import (
     Classifier,
     Merged,
     ModelCard,
+    OnnxRuntime,
+    check_int8,
     export_onnx,
     export_openvino,
+    input_ranges,
     load_pretrained,
     merge,
     open_exported,
@@ -36,11 +43,14 @@ from peft_vit.deployment import (
 from peft_vit.errors import UserError, agreeing_with
 from peft_vit.methods import prepare
 from peft_vit.methods.qa_lora import packed_at_once
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record, write_atomically
 from peft_vit.safe_io import read_bytes
+from peft_vit.statistics import Interval, paired_proportions
 from peft_vit.training import Hook
 
 _COMPARED_AT_ONCE = 32
+_CALIBRATED_ON = 128  # training images, for the ranges of activations
+LARGEST_LOSS = 0.5  # points of accuracy that activations in 8 bits may lose where nothing else is said
 
 FileFormat = Literal["onnx", "openvino", "safetensors", "pretrained"]
 
@@ -98,6 +108,7 @@ class Comparison:
     logit_error: float  # largest difference over the largest magnitude
     trained_accuracy: float
     exported_accuracy: float
+    accuracy_loss: Interval  # how much lower the latter is; of the population of images, see `paired_proportions`
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,41 @@ class Exported:
     merged: Merged
     comparison: Comparison | None  # None: the run's images are not there
     not_compared: str = ""  # why
+    activations: Literal["float32", "int8"] = "float32"
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """How an ONNX file multiplies by low-bit weights; None is what a user has not asked for.
+
+    Attributes:
+        runtime: see `deployment.export_onnx`; None: small.
+        activations: int8: both factors in 8 bits; it expands codes as fast does.
+        accept_loss: the most points of accuracy on the validation images that int8 may lose; None: LARGEST_LOSS.
+    """
+
+    runtime: OnnxRuntime | None = None
+    activations: Literal["int8"] | None = None
+    accept_loss: float | None = None
+
+    def check(self, format: FileFormat | Literal["peft", "history", "tensorboard"]) -> None:
+        """Refuse options that would have no effect.
+
+        Raises:
+            UserError: names the option.
+        """
+        given = {"--runtime": self.runtime, "--activations": self.activations, "--accept-loss": self.accept_loss}
+        asked = [option for option, value in given.items() if value is not None]
+        if format != "onnx" and asked:
+            raise UserError("has an effect only with --format onnx", field=asked[0])
+        if self.activations is None and self.accept_loss is not None:
+            raise UserError("has an effect only with --activations int8", field="--accept-loss")
+        if self.activations is not None and self.runtime == "small":
+            raise UserError(
+                "expands the codes as --runtime fast does; leave out --runtime small", field="--activations"
+            )
+        if self.accept_loss is not None and not 0 <= self.accept_loss <= 100:  # also NaN
+            raise UserError(f"expected 0 to 100 points, got {self.accept_loss}", field="--accept-loss")
 
 
 def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
@@ -129,7 +175,7 @@ def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
     export_peft(run.model, output_dir, run.card.model_dump(mode="json"))
 
 
-def export_run_to_file(run_dir: Path, file: Path, format: FileFormat) -> Exported:
+def export_run_to_file(run_dir: Path, file: Path, format: FileFormat, options: OnnxOptions = OnnxOptions()) -> Exported:
     """Merge a run's adapters, write the model, and compare what was written with the model.
 
     Args:
@@ -138,25 +184,85 @@ def export_run_to_file(run_dir: Path, file: Path, format: FileFormat) -> Exporte
             pretrained a folder, new or empty.
         format: onnx: for onnxruntime; openvino: for OpenVINO; safetensors: packed weights, for this package;
             pretrained: float weights, for timm or transformers.
+        options: of onnx.
 
     Raises:
-        UserError: if the run can't be restored, or the file can't be written.
+        UserError: if the run can't be restored, an option has no effect on it, activations in 8 bits lose too much or
+            its images are not there to tell, or the file can't be written.
     """
+    options.check(format)
     ending = _ENDINGS.get(format)
     if ending is not None and file.suffix != ending:
         raise UserError(f"expected a name that ends in {ending}", file=file, field="--output")
     if format in _REQUIRE:
         _REQUIRE[format]()
     run = restore_run(run_dir)
+    if options.runtime or options.activations:
+        _check_packed(run, run_dir, options)
     merged = merge(run.model, run.card)
-    write, open_again = _WAYS[format]
-    write(merged.model, file, run.card)
     spec = run.record.spec
+    if options.activations is not None:
+        return Exported(merged, _export_int8(run, merged.model, file, options), activations="int8")
+    write, open_again = _WAYS[format]
+    if options.runtime is not None:
+        write = partial(export_onnx, runtime=options.runtime)
+    write(merged.model, file, run.card)
     try:
         images = load_data(spec.data, spec.seed, smoke=spec.smoke).validation
     except UserError as error:
         return Exported(merged, None, str(error))
     return Exported(merged, compare(torch_classifier(run.model, run.card), open_again(file, run.card), images))
+
+
+def _check_packed(run: RestoredRun, run_dir: Path, options: OnnxOptions) -> None:
+    if all(module.quantized is None for _, module in adapted_modules(run.model)):
+        option = "--runtime" if options.activations is None else "--activations"
+        raise UserError(f"has no effect on this run, whose weights are floats: {run_dir}; leave it out", field=option)
+    if options.activations is not None:
+        check_int8(run.model)
+
+
+def _export_int8(run: RestoredRun, merged: nn.Module, file: Path, options: OnnxOptions) -> Comparison:
+    """Write a file that multiplies in 8 bits if it is as accurate on the run's validation images as it has to be."""
+    spec, card = run.record.spec, run.card
+    try:
+        data = load_data(spec.data, spec.seed, smoke=spec.smoke)
+    except UserError as error:
+        raise UserError(
+            f"is calibrated on the run's training images, and they are not there: {error}", field="--activations"
+        ) from None
+    rows = np.linspace(0, len(data.train) - 1, min(len(data.train), _CALIBRATED_ON)).round().astype(int)
+    calibration = data.train.chosen(rows).ordered_batches(_COMPARED_AT_ONCE, card.mean, card.std)
+    ranges = input_ranges(merged, (images for images, _ in calibration))
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / "model.onnx"
+        export_onnx(merged, trial, card, input_ranges=ranges)
+        found = compare(torch_classifier(run.model, card), open_exported(trial), data.validation)
+        content = trial.read_bytes()
+    accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
+    lost = 100 * found.accuracy_loss.estimate
+    if lost > accepted:
+        raise UserError(
+            f"int8 loses {said_loss(found)}, more than the {accepted:g} that are accepted; export without it, or take "
+            f"it all the same with --accept-loss {math.ceil(10 * lost) / 10:g}",
+            field="--activations",
+        )
+    try:
+        write_atomically(file, content)
+    except OSError as error:
+        raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None
+    return found
+
+
+def said_loss(found: Comparison) -> str:
+    """Return the accuracy that was lost, in points, with its interval."""
+    loss = found.accuracy_loss
+    assert loss.low is not None
+    assert loss.high is not None
+    return (
+        f"{100 * loss.estimate:.2f} points of accuracy on {loss.n} validation images "
+        f"({100 * loss.confidence:.0f} % interval {100 * loss.low:.2f} to {100 * loss.high:.2f})"
+    )
 
 
 def file_bytes(model: Path) -> int:
@@ -177,12 +283,15 @@ def compare(trained: Classifier, exported: Classifier, images: LabelledImages) -
         labels.append(targets)
     before, after = (torch.cat(side) for side in zip(*logits, strict=True))
     truth = torch.cat(labels)
+    right_before, right_after = (side.argmax(1) == truth for side in (before, after))
+    losses, gains = int((right_before & ~right_after).sum()), int((right_after & ~right_before).sum())
     return Comparison(
         images=len(truth),
         same_predictions=float((before.argmax(1) == after.argmax(1)).float().mean()),
         logit_error=float((after - before).abs().max() / before.abs().max()),
-        trained_accuracy=float((before.argmax(1) == truth).float().mean()),
-        exported_accuracy=float((after.argmax(1) == truth).float().mean()),
+        trained_accuracy=float(right_before.float().mean()),
+        exported_accuracy=float(right_after.float().mean()),
+        accuracy_loss=paired_proportions(losses, gains, len(truth)),
     )
 
 

@@ -13,6 +13,7 @@ from peft_vit.statistics.intervals import (
     interquartile_mean_interval,
     mean_interval,
     paired_improvement,
+    paired_proportions,
     proportion_interval,
 )
 from peft_vit.statistics.mixed import MixedEffect, mixed_effect

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
-from peft_vit.runs.export import Exported, file_bytes
+from peft_vit.runs.export import Exported, file_bytes, said_loss
 from peft_vit.runs.provenance import cpu_count
 from peft_vit.studies.plan import Plan
 from peft_vit.studies.time_limit import makespan
@@ -46,10 +46,12 @@ def print_export(done: Exported, file: Path) -> None:
     else:
         before, after = 100 * found.trained_accuracy, 100 * found.exported_accuracy
         print(
-            f"The file against the run's model, {found.images} validation images, float32: "
+            f"The file against the run's model, {found.images} validation images, {done.activations}: "
             f"{100 * found.same_predictions:.2f} % of predictions equal, logits within {found.logit_error:.1e} "
             f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
         )
+        if done.activations == "int8" or found.same_predictions < 1:
+            print(f"Lost: {said_loss(found)}")
     print(f"{file}: {file_bytes(file) / 1e6:.1f} MB")
 
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from scipy import stats
 
-from peft_vit.statistics import mean_interval, proportion_interval
+from peft_vit.statistics import mean_interval, paired_proportions, proportion_interval
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -30,3 +31,35 @@ def test_t_interval_covers_at_its_nominal_rate() -> None:
         assert interval.high is not None
         hits += interval.low <= 0.8 <= interval.high
     assert abs(hits / 5000 - 0.95) < 3 * np.sqrt(0.95 * 0.05 / 5000)
+
+
+def test_paired_proportions_are_the_published_formula() -> None:
+    """By hand: 10 cases lost and 3 gained of 50 are (11 - 4) / 52, with a variance of (15 / 52 - (7 / 52)^2) / 52."""
+    found = paired_proportions(10, 3, 50)
+    half = 1.959964 * ((15 / 52 - (7 / 52) ** 2) / 52) ** 0.5
+    assert (found.estimate, found.n, found.confidence) == (0.14, 50, 0.95)
+    assert (found.low, found.high) == pytest.approx((7 / 52 - half, 7 / 52 + half))
+
+
+def test_paired_proportions_cover_at_their_nominal_rate_where_hardly_a_case_changes() -> None:
+    """Exact coverage over the trinomial distribution; where no case changes there is an interval all the same."""
+    n, lost, gained = 60, 0.05, 0.03
+    covered = 0.0
+    for losses in range(n + 1):
+        for gains in range(n + 1 - losses):
+            found = paired_proportions(losses, gains, n)
+            assert found.low is not None
+            assert found.high is not None
+            if found.low <= lost - gained <= found.high:
+                rest = n - losses - gains
+                covered += float(stats.multinomial.pmf([losses, gains, rest], n, [lost, gained, 1 - lost - gained]))
+    assert 0.95 <= covered <= 0.99
+    unchanged = paired_proportions(0, 0, 400)
+    assert unchanged.low is not None
+    assert unchanged.low < 0 == unchanged.estimate
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (-1, 1, 5), (0, 0, 0)])
+def test_impossible_pairs_are_refused(counts: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="losses and gains"):
+        paired_proportions(*counts)
