@@ -56,11 +56,17 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return storage_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
 
 
-def reset_peak_memory() -> None:
-    """Give freed memory back and start a new peak, where the system can (Linux); elsewhere the peak only grows."""
+def give_memory_back() -> None:
+    """Give memory that is free, but kept for later, back to the system, where it takes it (Linux)."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def reset_peak_memory() -> None:
+    """Give freed memory back and start a new peak, where the system can (Linux); elsewhere the peak only grows."""
+    give_memory_back()
+    if sys.platform == "linux":
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
         except OSError:

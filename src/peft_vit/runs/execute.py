@@ -35,6 +35,7 @@ from peft_vit.errors import (
 )
 from peft_vit.evaluation import (
     frozen_bytes,
+    give_memory_back,
     head_parameters,
     measure,
     predict,
@@ -186,6 +187,7 @@ def _execute(
     result, tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
     until_here = attempt.so_far()  # its memory, too: the float weights may come back for a comparison
+    give_memory_back()  # or what the steps took would lie beside them
     after = AfterTraining(
         steps=result.steps,
         class_weights=loss_weights(spec.experiment.training, data, device),
