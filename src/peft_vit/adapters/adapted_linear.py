@@ -8,7 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters.adapted_product import FrozenWeight, adapted_product
+from peft_vit.adapters.adapted_product import adapted_product
+from peft_vit.adapters.frozen_weight import FrozenWeight
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.backbones import Site
 from peft_vit.quantization import QuantizedTensor, relative_error

@@ -9,6 +9,7 @@ from torch import nn
 from peft_vit.adapters.acting import check_acting
 from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.adapted_model import site_adapters
+from peft_vit.adapters.layer_input import remember_sources
 from peft_vit.adapters.low_rank import FactorStart, Parametrization, SiteAdapter
 from peft_vit.backbones import Backbone, Site, freeze_batch_norm
 from peft_vit.errors import UserError
@@ -81,5 +82,6 @@ def attach_adapters(
             pool=pool,
         )
         module.add_site(site, adapter.to(next(model.parameters()).device))
+    remember_sources(model)
     if check:
         check_acting(model)

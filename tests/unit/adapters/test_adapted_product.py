@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters, merged_state_dict
-from peft_vit.adapters.adapted_product import FrozenWeight
+from peft_vit.adapters.frozen_weight import FrozenWeight
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize
@@ -367,6 +367,6 @@ def test_unpacked_weights_are_copies_and_take_what_is_added() -> None:
         assert frozen.is_float == (share == 0)
     assert torch.equal(FrozenWeight(None, packed).unpack(added), packed.dequantize(added=added))
     assert not FrozenWeight(None, packed).is_float
-    assert FrozenWeight(None, packed).rows == FrozenWeight(weight).rows == 4
+    assert FrozenWeight(None, packed).shape == FrozenWeight(weight).shape == weight.shape
     with pytest.raises(ValueError, match=r"expected an update of shape \(4, 2\), got \(4, 3\)"):
         packed.dequantize(added=torch.zeros(4, 3))

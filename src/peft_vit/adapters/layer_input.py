@@ -1,0 +1,57 @@
+"""What stands before a linear layer and can be computed again for next to nothing: a norm, an activation function.
+
+A layer needs its inputs x for the gradients of its update, and a norm or an activation needs its own inputs, too. Where
+x = f(s) with such an f, a layer keeps s alone, which f keeps anyway, and computes x again: of the 16 values for each
+token and width that a block of a Vision Transformer keeps, 10 are left.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, QuickGELU, RmsNorm
+from torch import Tensor, nn
+
+from peft_vit.backbones import Backbone
+
+# By exact type: LayerNorm2d is a LayerNorm and acts on another dimension.
+_NORMS = {nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm}
+_ACTIVATIONS = {nn.GELU, nn.SiLU, GELU, GELUTanh, QuickGELU}
+_OF_TRANSFORMERS = {"GELUActivation", "QuickGELUActivation", "GELUTanh", "SiLUActivation"}  # of its `activations`
+_MADE_BY = "_peft_vit_made_by"
+
+
+class Source(NamedTuple):
+    """A tensor x = module(values), row by row over the last dimension."""
+
+    module: nn.Module
+    values: Tensor
+
+
+def remember_sources(model: nn.Module) -> None:
+    """Let the outputs of the norms and activation functions in a model's blocks say what they were made from."""
+    backbone = Backbone.within(model)
+    for name in backbone.blocks:
+        for module in backbone.model.get_submodule(name).modules():
+            if _acts_on_rows(module) and _remember not in module._forward_hooks.values():
+                module.register_forward_hook(_remember)
+
+
+def source_of(x: Tensor) -> Source | None:
+    """Return what a tensor was made from, where it is known and no parameter there is trained."""
+    source: Source | None = getattr(x, _MADE_BY, None)
+    if source is None or any(parameter.requires_grad for parameter in source.module.parameters()):
+        return None
+    return source
+
+
+def _acts_on_rows(module: nn.Module) -> bool:
+    if type(module) in _NORMS:
+        return len(module.normalized_shape) == 1
+    return type(module) in _ACTIVATIONS or type(module).__name__ in _OF_TRANSFORMERS
+
+
+def _remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    if torch.is_grad_enabled() and output.requires_grad:
+        setattr(output, _MADE_BY, Source(module, inputs[0]))
