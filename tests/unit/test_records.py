@@ -367,6 +367,7 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
         "activation_checkpointing",
         "recomputed_blocks",
         "memory_limit",
+        "activation_storage",
     ):
         del training[later]
     before["data"]["flips"] = {"[]": "none"}.get(str(training.pop("augmentation")), "horizontal")

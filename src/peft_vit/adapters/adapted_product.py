@@ -11,7 +11,9 @@ summed over groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_vit.adapters.activation_storage import EightBits, in_eight_bits
 from peft_vit.adapters.frozen_weight import FrozenWeight
 from peft_vit.adapters.layer_input import source_of
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.errors import UserError
 
 _LEAST_VALUES = 1 << 17  # of an input: below, keeping it costs less than what computing it again takes to call
-_VALUES_AT_ONCE = 1 << 21  # of an input that is computed again: 8 MB in float32
+_VALUES_AT_ONCE = 3 << 18  # about as many of an input are computed again together: 3 MB in float32
+_COLUMNS = 64  # of which multiples are taken together
+_SAVES_FIRST: ContextVar[bool] = ContextVar("saves_first", default=False)  # see `saving_first`
 
 
 def adapted_product(
@@ -58,7 +63,7 @@ def adapted_product(
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    source = source_of(x) if x.numel() >= _LEAST_VALUES else None
+    source = source_of(x) if updates and x.numel() >= _LEAST_VALUES else None
     with torch.autocast(device, enabled=False):
         spans = tuple(span for span, _ in updates)
         factors = [adapter.factors() for _, adapter in updates]
@@ -68,10 +73,30 @@ def adapted_product(
             for span, (left, right) in zip(spans, factors, strict=True):
                 added[span] += left @ right
             parameters = [added]
-        layer = _Layer(spans, pool, dtype, autocast, None if source is None else source.module)
         kept = x if source is None else source.values
-        result: Tensor = _AdaptedProduct.apply(kept, x.detach(), frozen, layer, bias, *parameters)
+        eight_bits = in_eight_bits() and (pool == 1 if source is None else not source.is_norm)
+        module = None if source is None else source.module
+        layer = _Layer(spans, pool, dtype, autocast, module, source is not None and source.is_norm, eight_bits)
+        x = x.detach()
+        saved = None
+        if _SAVES_FIRST.get() and kept.requires_grad and torch.is_grad_enabled():
+            kept = _Saved.apply(kept, x, frozen, layer, parameters)
+            saved = kept.grad_fn
+        result: Tensor = _AdaptedProduct.apply(kept, x, frozen, layer, saved, bias, *parameters)
     return result
+
+
+def saving_first(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    """Call a block whose layers save what their backward passes need before they compute.
+
+    Activation checkpointing ends a second forward pass with the last tensor that was saved in the first one. So it
+    leaves out the last large product of a block.
+    """
+    token = _SAVES_FIRST.set(True)
+    try:
+        return forward(*inputs, **named)
+    finally:
+        _SAVES_FIRST.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +107,10 @@ class _Layer:
         spans: the rows of each update.
         pool: inputs per group on which the updates are constant.
         dtype: of the products.
-        autocast: whether what makes its inputs runs under autocast to that type.
+        autocast: whether the module runs under autocast to that type.
         module: makes its inputs x from what is kept; None if x itself is.
+        of_norm: whether that is a norm.
+        eight_bits: whether what is kept is stored in 8 bits.
     """
 
     spans: tuple[slice, ...]
@@ -91,6 +118,8 @@ class _Layer:
     dtype: torch.dtype
     autocast: bool
     module: nn.Module | None
+    of_norm: bool
+    eight_bits: bool
 
     def forms_sum(self, frozen: FrozenWeight, rows: int) -> bool:
         """Whether W + dW is formed, once for the forward pass and once for the backward pass.
@@ -101,7 +130,7 @@ class _Layer:
         return self.pool > 1 or not frozen.is_float or rows * (inputs + outputs) > 2 * inputs * outputs
 
     def weight(self, frozen: FrozenWeight, parameters: Sequence[Tensor], *, summed: bool) -> Tensor:
-        """Return W + dW, or W, (out, in) in the type of the products."""
+        """Return W + dW, or W, (out, in) in the type of the products; of some columns, where both are of those."""
         if self.pool > 1:
             return frozen.unpack(parameters[0] if parameters else None).to(self.dtype)
         if not summed:
@@ -112,10 +141,15 @@ class _Layer:
             total[span].addmm_(left.to(total.dtype), right.to(total.dtype))  # (out_s, in)
         return total.to(self.dtype)
 
+    def of_columns(self, parameters: Sequence[Tensor], columns: slice) -> list[Tensor]:
+        """Return the parameters of some columns of the weight, whole groups of them."""
+        if self.pool > 1:
+            return [added[:, columns.start // self.pool : columns.stop // self.pool] for added in parameters]
+        return [one if place % 2 == 0 else one[:, columns] for place, one in enumerate(parameters)]
+
     def inputs(self, kept: Tensor) -> Tensor:
         """Return x in the type of the products, as the forward pass had it."""
-        if self.module is None:
-            return kept.to(self.dtype)
+        assert self.module is not None
         with torch.autocast(kept.device.type, self.dtype, enabled=self.autocast):
             made: Tensor = self.module(kept)
         return made.to(self.dtype)
@@ -124,33 +158,17 @@ class _Layer:
         """Return what the gradients of the updates need of inputs (N, in): all, or sums over groups (N, groups)."""
         return x if self.pool == 1 else x.unflatten(-1, (-1, self.pool)).sum(-1)
 
-    def gradients(
-        self, needed: Tensor, gradient: Tensor, weight: Tensor | None, parameters: Sequence[Tensor], *, beside: bool
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Return the gradients of the parameters and of x (N, in).
+    def pieces(self, frozen: FrozenWeight, rows: int) -> list[slice]:
+        """Return the columns of x, (rows, in), that the backward pass takes at a time.
 
-        Args:
-            needed: of x, see there; (N, in) or (N, groups).
-            gradient: of y, (N, out).
-            weight: W + dW, or W alone with the update `beside`; None: x needs no gradient.
-            parameters: the factors, or their product on groups.
-            beside: whether the update is no part of the weight.
+        All, or parts of whole groups and whole bytes of a packed weight. A norm needs all of a row at once.
         """
-        to_x = None if weight is None else gradient @ weight
-        if not parameters:
-            return [], to_x
-        if self.pool > 1:
-            return [(needed.T @ gradient).T], to_x  # (out, groups)
-        lefts, rights = parameters[::2], _stack(parameters[1::2]).to(needed.dtype)
-        inner = _by_update(rights @ needed.T, parameters)  # (r, N) each
-        outer = _stack(
-            [left.T.to(needed.dtype) @ gradient[:, span].T for span, left in zip(self.spans, lefts, strict=True)]
-        )  # (sum of ranks, N)
-        to_lefts = [(part @ gradient[:, span]).T for span, part in zip(self.spans, inner, strict=True)]  # (out_s, r)
-        to_rights = _by_update(outer @ needed, parameters)  # (r, in)
-        if beside and to_x is not None:
-            to_x.addmm_(outer.T, rights)
-        return [one for pair in zip(to_lefts, to_rights, strict=True) for one in pair], to_x
+        width, count = frozen.shape[1], 1
+        least = math.lcm(_COLUMNS, self.pool, frozen.group_size)
+        while not self.of_norm and rows * width // count > _VALUES_AT_ONCE and width % (2 * count * least) == 0:
+            count *= 2
+        step = width // count
+        return [slice(start, start + step) for start in range(0, width, step)]
 
 
 class _AdaptedProduct(torch.autograd.Function):
@@ -163,11 +181,8 @@ class _AdaptedProduct(torch.autograd.Function):
     and where the update is constant on groups of inputs, dW[o, i] = added[o, group of i], dL/dadded = g^T p with
     p (N, groups) the inputs summed over their groups.
 
-    Every skinny product is written with the r rows on the left, (r, N) or (r, out): BLAS then streams the large
-    factor once in its own order. With r columns on the right the same product takes three to five times as long.
-
-    Where x = f(kept), what is returned for `kept` is dL/dkept: f's own backward pass is part of this one, some rows at
-    a time, so that neither x nor dL/dx is there whole.
+    Where x = f(kept), what is returned for `kept` is dL/dkept: f's own backward pass is part of this one, some columns
+    at a time, so that neither x nor dL/dx nor W + dW is there whole.
     """
 
     @staticmethod
@@ -177,6 +192,7 @@ class _AdaptedProduct(torch.autograd.Function):
         x: Tensor,
         frozen: FrozenWeight,
         layer: _Layer,
+        saved: Any,
         bias: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
@@ -190,68 +206,119 @@ class _AdaptedProduct(torch.autograd.Function):
             flat = y.view(len(rows), -1)  # (N, out)
             for span, left, part in zip(layer.spans, parameters[::2], _by_update(inner, parameters), strict=True):
                 flat[:, span].addmm_(part.T, left.T.to(x.dtype))  # (N, out_s)
-        if layer.module is None:
-            kept = layer.needed(rows) if parameters else x.new_empty(0)
-        # The float weight is saved, not held, so that the backward pass lets go of it.
-        ctx.save_for_backward(kept, frozen.floating, *parameters)
+        if saved is None:
+            _save(ctx, kept, x, frozen, layer, parameters)
+        ctx.saved = saved
         ctx.quantized, ctx.share = frozen.quantized, frozen.share
-        ctx.layer, ctx.summed, ctx.shape = layer, summed, x.shape
+        ctx.layer, ctx.summed, ctx.shape, ctx.dtype = layer, summed, x.shape, kept.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        kept, floating, *parameters = ctx.saved_tensors
+        holder = ctx if ctx.saved is None else ctx.saved
+        kept, floating, *parameters = holder.saved_tensors
+        kept = kept if holder.stored is None else holder.stored
         layer: _Layer = ctx.layer
+        gradient = gradients[0].flatten(0, -2).to(layer.dtype)  # (N, out)
         frozen = FrozenWeight(floating, ctx.quantized, ctx.share)
-        gradient = gradients[0].reshape(-1, frozen.shape[0]).to(layer.dtype)  # (N, out)
-        weight = layer.weight(frozen, parameters, summed=ctx.summed) if ctx.needs_input_grad[0] else None
-        beside = not ctx.summed
-        if layer.module is None:
-            to_parameters, to_kept = layer.gradients(kept, gradient, weight, parameters, beside=beside)
-        else:
-            to_parameters, to_kept = _whole(layer, kept.reshape(len(gradient), -1), gradient, weight, parameters, beside)
+        updates = (_GroupedGradients if layer.pool > 1 else _FactorGradients)(layer, gradient, parameters)
+        shape = (len(gradient), ctx.shape[-1])
+        to_kept = gradient.new_empty(shape, dtype=ctx.dtype) if ctx.needs_input_grad[0] else None  # (N, in)
+        for columns in layer.pieces(frozen, len(gradient)):
+            made, leaf = None, None
+            if layer.module is not None:
+                with torch.enable_grad():
+                    leaf = kept[:, columns].detach().requires_grad_(to_kept is not None)
+                    made = layer.inputs(leaf)  # (N, c)
+                updates.add(columns, layer.needed(made.detach()))
+            elif parameters:
+                updates.add(columns, kept[:, slice(columns.start // layer.pool, columns.stop // layer.pool)])
+            if to_kept is None:
+                continue
+            weight = layer.weight(frozen.columns(columns), layer.of_columns(parameters, columns), summed=ctx.summed)
+            to_x = gradient @ weight  # (N, c)
+            if not ctx.summed:
+                updates.pass_on(columns, to_x)
+            to_kept[:, columns] = to_x if made is None else torch.autograd.grad(made, leaf, to_x)[0]
+        to_bias = gradient.sum(0) if ctx.needs_input_grad[5] else None
         to_kept = None if to_kept is None else to_kept.view(ctx.shape)
-        to_bias = gradient.sum(0) if ctx.needs_input_grad[4] else None
-        return to_kept, None, None, None, to_bias, *to_parameters
+        return to_kept, None, None, None, None, to_bias, *updates.result()
 
 
-def _whole(
-    layer: _Layer, kept: Tensor, gradient: Tensor, weight: Tensor | None, parameters: Sequence[Tensor], beside: bool
-) -> tuple[list[Tensor], Tensor | None]:
-    """Return the gradients of the parameters and of what is kept, (N, in), in pieces of some rows.
+class _FactorGradients:
+    """The gradients of the factors, from that of y, (N, out), and some columns of x at a time.
 
-    Args:
-        layer: whose inputs are computed again.
-        kept: what they are made from, (N, in).
-        gradient: of y, (N, out).
-        weight: see `_Layer.gradients`; so for `parameters` and `beside`.
+    Every skinny product is written with the r rows on the left, (r, N) or (r, out): BLAS then streams the large
+    factor once in its own order. With r columns on the right the same product takes three to five times as long.
     """
-    pieces = -(-kept.numel() // _VALUES_AT_ONCE)
-    if pieces == 1:
-        return _piece(layer, kept, gradient, weight, parameters, beside)
-    to_kept = None if weight is None else torch.empty_like(kept)
-    totals = [torch.zeros_like(one) for one in parameters]
-    step = -(-len(kept) // pieces)
-    for start in range(0, len(kept), step):
-        rows = slice(start, start + step)
-        found, to_rows = _piece(layer, kept[rows], gradient[rows], weight, parameters, beside)
-        for total, part in zip(totals, found, strict=True):
-            total += part
-        if to_kept is not None:
-            to_kept[rows] = to_rows
-    return totals, to_kept
+
+    def __init__(self, layer: _Layer, gradient: Tensor, factors: Sequence[Tensor]) -> None:
+        self._spans, self._gradient, self._factors = layer.spans, gradient, factors
+        if not factors:
+            return
+        self._rights = _stack(factors[1::2]).to(layer.dtype)  # (sum of ranks, in)
+        pairs = zip(layer.spans, factors[::2], strict=True)
+        self._outer = _stack([left.T.to(layer.dtype) @ gradient[:, span].T for span, left in pairs])  # (ranks, N)
+        self._inner = torch.zeros_like(self._outer)
+        self._to_rights = torch.empty_like(self._rights)
+
+    def add(self, columns: slice, x: Tensor) -> None:
+        """Take columns of x, (N, c)."""
+        self._inner.addmm_(self._rights[:, columns], x.T)
+        self._to_rights[:, columns] = self._outer @ x
+
+    def pass_on(self, columns: slice, to_x: Tensor) -> None:
+        """Add what the factors do to the gradient of columns of x, (N, c)."""
+        to_x.addmm_(self._outer.T, self._rights[:, columns])
+
+    def result(self) -> list[Tensor]:
+        """Return the gradients, left (out_s, r) and right (r, in) in turn."""
+        if not self._factors:
+            return []
+        inner, rights = (_by_update(one, self._factors) for one in (self._inner, self._to_rights))
+        lefts = [(part @ self._gradient[:, span]).T for span, part in zip(self._spans, inner, strict=True)]
+        return [one for pair in zip(lefts, rights, strict=True) for one in pair]
 
 
-def _piece(
-    layer: _Layer, kept: Tensor, gradient: Tensor, weight: Tensor | None, parameters: Sequence[Tensor], beside: bool
-) -> tuple[list[Tensor], Tensor | None]:
-    with torch.enable_grad():
-        leaf = kept.detach().requires_grad_(weight is not None)
-        x = layer.inputs(leaf)  # (n, in)
-    found, to_x = layer.gradients(layer.needed(x.detach()), gradient, weight, parameters, beside=beside)
-    if to_x is not None:
-        (to_x,) = torch.autograd.grad(x, leaf, to_x)
-    return found, to_x
+class _GroupedGradients:
+    """The gradient of `added`, (out, groups), likewise from columns of p, inputs summed over groups."""
+
+    def __init__(self, layer: _Layer, gradient: Tensor, parameters: Sequence[Tensor]) -> None:
+        self._gradient = gradient
+        self._parts: list[Tensor] = []
+
+    def add(self, columns: slice, pooled: Tensor) -> None:
+        """Take columns of p, (N, c / pool)."""
+        self._parts.append((pooled.T @ self._gradient).T)  # (out, c / pool)
+
+    def result(self) -> list[Tensor]:
+        """Return the gradient, if there are updates."""
+        return [torch.cat(self._parts, 1)] if self._parts else []
+
+
+class _Saved(torch.autograd.Function):
+    """Saves what the product after it needs in its backward pass, and hands on `kept` and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kept: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]
+    ) -> Tensor:
+        _save(ctx, kept, x.to(layer.dtype), frozen, layer, parameters)
+        return kept.view_as(kept)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return *gradients, None, None, None, None
+
+
+def _save(
+    ctx: Any, kept: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]
+) -> None:
+    rows = (x if layer.module is None else kept).flatten(0, -2)  # (N, in)
+    needed = rows if layer.module is not None else layer.needed(rows) if parameters else None
+    ctx.stored = EightBits.of(needed) if layer.eight_bits and needed is not None else None
+    # The float weight is saved, not held, so that the backward pass lets go of it.
+    ctx.save_for_backward(None if ctx.stored is not None else needed, frozen.floating, *parameters)
 
 
 def _by_update(stacked: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:

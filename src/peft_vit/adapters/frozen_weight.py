@@ -36,6 +36,20 @@ class FrozenWeight:
         """Whether the float weight alone is in use."""
         return self.quantized is None or (self.floating is not None and self.share == 0)
 
+    @property
+    def group_size(self) -> int:
+        """Return how many inputs share a scale of the packed weight; 1 where all do, or nothing is packed."""
+        groups = 1 if self.quantized is None else self.quantized.scales.shape[1]
+        return 1 if groups == 1 else self.shape[1] // groups
+
+    def columns(self, columns: slice) -> FrozenWeight:
+        """Return the weight of some inputs, whole groups and whole bytes of a packed one."""
+        if columns == slice(0, self.shape[1]):
+            return self
+        floating = None if self.floating is None else self.floating[:, columns]
+        quantized = None if self.quantized is None else self.quantized.columns(columns)
+        return FrozenWeight(floating, quantized, self.share)
+
     def unpack(self, added: Tensor | None = None) -> Tensor:
         """Return the weight in float, (out, in), without a gradient and in memory of its own.
 

@@ -23,10 +23,15 @@ _MADE_BY = "_peft_vit_made_by"
 
 
 class Source(NamedTuple):
-    """A tensor x = module(values), row by row over the last dimension."""
+    """What a tensor x = module(values) was made from, row by row over the last dimension."""
 
     module: nn.Module
     values: Tensor
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the module is a norm, whose inputs are the residual stream's."""
+        return type(self.module) in _NORMS
 
 
 def remember_sources(model: nn.Module) -> None:

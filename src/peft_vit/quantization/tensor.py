@@ -81,6 +81,28 @@ class QuantizedTensor:
             values = weights.contiguous()
         return values.to(dtype)
 
+    def columns(self, columns: slice) -> QuantizedTensor:
+        """Return the weights of some inputs, (out, c).
+
+        Raises:
+            ValueError: if they are no whole groups or bytes.
+        """
+        rows, width = self.shape
+        groups, per_byte = self.scales.shape[1], self.format.codes_per_byte
+        size = width // groups
+        if groups > 1 and (columns.start % size or columns.stop % size):
+            raise ValueError(f"columns {columns.start} to {columns.stop} are no whole groups of {size}")
+        if columns.start % per_byte or columns.stop % per_byte:
+            raise ValueError(f"columns {columns.start} to {columns.stop} are no whole bytes of {per_byte} codes")
+        some = slice(columns.start // size, columns.stop // size) if groups > 1 else slice(None)
+        return replace(
+            self,
+            codes=self.codes[:, columns.start // per_byte : columns.stop // per_byte].contiguous(),
+            scales=self.scales[:, some],
+            offsets=None if self.offsets is None else self.offsets[:, some],
+            shape=(rows, columns.stop - columns.start),
+        )
+
     def _decode(self, values: Tensor) -> None:
         """Write the codes' values, before scale and offset, into contiguous float32 rows of whole bytes."""
         if self.format.has_codebook:

@@ -52,6 +52,7 @@ _LATER_TRAINING = (
     "activation_checkpointing",
     "recomputed_blocks",
     "memory_limit",
+    "activation_storage",
 )
 
 

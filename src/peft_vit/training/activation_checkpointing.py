@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from peft_vit.adapters.adapted_product import saving_first
 from peft_vit.backbones import Backbone
 
 
@@ -35,7 +36,7 @@ def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """
     before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
-        _set(block, partial(checkpoint, block.forward, use_reentrant=False))
+        _set(block, partial(checkpoint, partial(saving_first, block.forward), use_reentrant=False))
     try:
         yield
     finally:
