@@ -21,8 +21,13 @@ RESULTS = Path(__file__).parent / "results"
 
 def with_tuned_allocator() -> None:
     """Start this process again with the allocator settings that peft-vit gives its workers, unless it has them."""
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    with_allocator(ALLOCATOR)
+
+
+def with_allocator(settings: Mapping[str, str]) -> None:
+    """Start this process again with settings of glibc's allocator, unless it has them."""
+    if any(os.environ.get(name) != value for name, value in settings.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
 
 
 def parser(about: str | None, **defaults: int) -> argparse.ArgumentParser:

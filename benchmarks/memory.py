@@ -1,59 +1,144 @@
 """Peak memory of training steps, each side in a process of its own with the same allocator.
 
-    python benchmarks/memory.py [--image-size 112] [--threads 2]
+    python benchmarks/memory.py [--threads 2]
 
-Prints the largest resident memory during six steps, less what the process held once the model was built: activations,
-gradients and optimizer state.
+Small: ViT-S/14, 112 px, batches of 32, under the allocator of peft-vit's workers, which keeps freed memory. Large:
+ViT-B/16, 224 px, batches of 8, fp32, where freed memory returns to the system at once. Prints the largest resident
+memory during some steps, beyond what the process held once the model was built (activations, gradients, optimizer
+state), and beyond what it held after its imports; and the median time of a step.
 """
 
 from __future__ import annotations
 
-from common import machine, measured_alone, parser, with_one_side, with_tuned_allocator, write
+import sys
 
-with_tuned_allocator()
+from common import machine, measured_alone, parser, with_allocator, with_one_side, write
 
-import resource  # noqa: E402
+from peft_vit.studies.executors.worker import ALLOCATOR
+
+# glibc gives what is larger than 64 KiB back at once, and serves all threads from one arena.
+RETURNING = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+}
+LARGE = "ViT-B/16: "
+with_allocator(RETURNING if any(LARGE in word for word in sys.argv) else ALLOCATOR)
+
+import statistics  # noqa: E402 - torch must be loaded under the allocator
+import time  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import AbstractContextManager, contextmanager, nullcontext  # noqa: E402
+from typing import Any  # noqa: E402
 
 import psutil  # noqa: E402
 import sides  # noqa: E402
 import torch  # noqa: E402
 
+from peft_vit.adapters.activation_storage import stored_in_eight_bits  # noqa: E402
+from peft_vit.evaluation.footprint import peak_memory_bytes, reset_peak_memory  # noqa: E402
+from peft_vit.training.activation_checkpointing import blocks_of, recomputed  # noqa: E402
+
 STEPS = 6
-SIDES = {
-    "floor": lambda size, bf16: sides.floor(size, bf16=bf16),
-    "PEFT LoRA r=8": lambda size, bf16: sides.peft_lora(size, bf16=bf16),
-    "peft-vit LoRA r=8": lambda size, bf16: sides.lora(size, bf16=bf16),
-    "PEFT AdaLoRA 12 -> 8": lambda size, bf16: sides.peft_adalora(size, bf16=bf16, total_steps=48),
-    "peft-vit AdaLoRA 12 -> 8": lambda size, bf16: sides.adalora(size, bf16=bf16, total_steps=48)[0],
+SMALL_SIDES = {
+    "floor": lambda bf16: sides.floor(112, bf16=bf16),
+    "PEFT LoRA r=8": lambda bf16: sides.peft_lora(112, bf16=bf16),
+    "peft-vit LoRA r=8": lambda bf16: sides.lora(112, bf16=bf16),
+    "PEFT AdaLoRA 12 -> 8": lambda bf16: sides.peft_adalora(112, bf16=bf16, total_steps=48),
+    "peft-vit AdaLoRA 12 -> 8": lambda bf16: sides.adalora(112, bf16=bf16, total_steps=48)[0],
+}
+LARGE_MODEL, LARGE_SIZE, LARGE_BATCH = "vit_base_patch16_224", 224, 8
+Build = Callable[[], sides.Side]
+LARGE_BUILDS: dict[str, Build] = {
+    "floor": lambda: sides.floor(LARGE_SIZE, bf16=False, name=LARGE_MODEL),
+    "PEFT LoRA r=8": lambda: sides.peft_lora(LARGE_SIZE, bf16=False, name=LARGE_MODEL),
+    "PEFT over bitsandbytes nf4": lambda: sides.peft_qlora(LARGE_SIZE, bf16=False, name=LARGE_MODEL),
+    "peft-vit LoRA r=8": lambda: sides.lora(LARGE_SIZE, bf16=False, name=LARGE_MODEL),
+    "peft-vit QA-LoRA nf4": lambda: sides.qa_lora(LARGE_SIZE, bf16=False, type="nf4", name=LARGE_MODEL),
+}
+WAYS = {"": nullcontext, ", blocks": None, ", 8-bit storage": stored_in_eight_bits}
+LARGE_SIDES = {
+    f"{LARGE}{name}{way}": (build, way)
+    for name, build in LARGE_BUILDS.items()
+    for way in WAYS
+    if (name != "floor" or not way) and (name.startswith("peft-vit") or way != ", 8-bit storage")
 }
 
 
-def measure(name: str, size: int, threads: int, *, bf16: bool) -> tuple[int, int]:
-    """Return (peak resident bytes of this process, of which training took)."""
+@contextmanager
+def passing(side: sides.Side, way: str) -> Iterator[None]:
+    """Let a side's forward passes keep what a way keeps, by this package's means or by timm's own."""
+    forward = side.model.forward
+    if way == ", blocks" and isinstance(side.model, sides.peft.PeftModel):
+        side.model.base_model.model.set_grad_checkpointing(True)
+        yield
+        return
+
+    def call(*inputs: Any) -> Any:
+        kept: AbstractContextManager[Any] = (
+            recomputed(blocks_of(side.model)) if way == ", blocks" else (WAYS[way] or nullcontext)()
+        )
+        with kept:
+            return forward(*inputs)
+
+    side.model.forward = call
+    yield
+
+
+def measure(name: str, threads: int, *, bf16: bool) -> tuple[int, int, int, int]:
+    """Return bytes: the peak, the peak beyond the built model, and beyond imports; and a step's microseconds."""
     torch.set_num_threads(threads)
-    side = SIDES[name](size, bf16)
-    before = psutil.Process().memory_info().rss
-    for _ in range(STEPS):
-        side.step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak, peak - before
+    imported = psutil.Process().memory_info().rss
+    build, way = LARGE_SIDES.get(name, (lambda: SMALL_SIDES[name](bf16), ""))
+    if name.startswith(LARGE):
+        sides.BATCH = LARGE_BATCH
+    side = build()
+    reset_peak_memory()
+    built = psutil.Process().memory_info().rss
+    seconds = []
+    with passing(side, way):
+        for _ in range(STEPS):
+            started = time.perf_counter()
+            side.step()
+            seconds.append(time.perf_counter() - started)
+    peak = peak_memory_bytes()
+    return peak, peak - built, peak - imported, int(1e6 * statistics.median(seconds))
 
 
 def main() -> None:
-    options = with_one_side(parser(__doc__, image_size=112, threads=2), SIDES)
+    options = with_one_side(parser(__doc__, image_size=112, threads=2), [*SMALL_SIDES, *LARGE_SIDES])
     if options.side:
-        print(*measure(options.side, options.image_size, options.threads, bf16=options.bf16))
+        print(*measure(options.side, options.threads, bf16=options.bf16))
         return
     rows = []
-    for precision in ("fp32", "bf16"):
-        for name, peak, training in measured_alone(__file__, SIDES, options, bf16=precision == "bf16"):
+    for names, precision in ((SMALL_SIDES, "fp32"), (SMALL_SIDES, "bf16"), (LARGE_SIDES, "fp32")):
+        for name, peak, training, in_all, step in measured_alone(
+            __file__, names, options, bf16=precision == "bf16", numbers=4
+        ):
             print(
-                f"{precision}  {name:28} peak {peak / 1e6:7.0f} MB, of which training {training / 1e6:7.0f} MB",
+                f"{precision}  {name:46} {training / 1e6:7.0f} MB beyond the model, {in_all / 1e6:7.0f} MB beyond "
+                f"imports, {step / 1e6:6.2f} s a step",
                 flush=True,
             )
-            rows.append({"precision": precision, "side": name, "peak_bytes": peak, "training_bytes": training})
-    setting = {"model": sides.MODEL, "image_size": options.image_size, "batch": sides.BATCH, "steps": STEPS}
-    write("memory", {"machine": machine(options.threads), "setting": setting, "rows": rows})
+            rows.append(
+                {
+                    "precision": precision,
+                    "side": name,
+                    "peak_bytes": peak,
+                    "training_bytes": training,
+                    "beyond_imports_bytes": in_all,
+                    "step_s": step / 1e6,
+                }
+            )
+    setting = {
+        "small": {"model": sides.MODEL, "image_size": 112, "batch": sides.BATCH, "allocator": ALLOCATOR},
+        "large": {"model": LARGE_MODEL, "image_size": LARGE_SIZE, "batch": LARGE_BATCH, "allocator": RETURNING},
+        "steps": STEPS,
+    }
+    about = machine(options.threads)
+    del about["allocator"]
+    write("memory", {"machine": about, "setting": setting, "rows": rows})
 
 
 if __name__ == "__main__":

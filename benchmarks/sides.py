@@ -149,14 +149,14 @@ def peft_lora(image_size: int, *, bf16: bool, name: str = MODEL) -> Side:
     return Side(peft.get_peft_model(model, config).to(DEVICE), bf16=bf16, image_size=image_size)
 
 
-def peft_qlora(image_size: int, *, bf16: bool) -> Side:
+def peft_qlora(image_size: int, *, bf16: bool, name: str = MODEL) -> Side:
     """Return PEFT's LoRA over bitsandbytes' NF4 layers as they come: groups of 64, scales quantized again."""
-    model = vit(image_size)
-    for name, module in list(model.named_modules()):
-        if re.fullmatch(PEFT_TARGETS, name):
+    model = vit(image_size, name)
+    for place, module in list(model.named_modules()):
+        if re.fullmatch(PEFT_TARGETS, place):
             packed = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, quant_type="nf4")
             packed.load_state_dict(module.state_dict())
-            parent, _, child = name.rpartition(".")
+            parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, packed.to(DEVICE))  # moving quantizes
     model.is_loaded_in_4bit = True
     config = peft.LoraConfig(
@@ -172,9 +172,17 @@ def bnb_layers(model: nn.Module) -> list[bitsandbytes.nn.Linear4bit]:
     return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
 
 
-def qa_lora(image_size: int, *, bf16: bool, type: str, group_size: int | None = 32, offset: bool | None = None) -> Side:
+def qa_lora(
+    image_size: int,
+    *,
+    bf16: bool,
+    type: str,
+    group_size: int | None = 32,
+    offset: bool | None = None,
+    name: str = MODEL,
+) -> Side:
     """Return our adapters over packed weights; a group size of None is one scale a row and plain adapters."""
-    model = vit(image_size)
+    model = vit(image_size, name)
     choose_attention(model, DEVICE, "bf16" if bf16 else "fp32")
     config = QaLoraConfig(
         quantization_bits=4,

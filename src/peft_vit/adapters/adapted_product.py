@@ -151,7 +151,7 @@ class _Layer:
         """Return x in the type of the products, as the forward pass had it."""
         assert self.module is not None
         with torch.autocast(kept.device.type, self.dtype, enabled=self.autocast):
-            made: Tensor = self.module(kept)
+            made: Tensor = self.module.forward(kept)  # past its hooks, which have seen it
         return made.to(self.dtype)
 
     def needed(self, x: Tensor) -> Tensor:

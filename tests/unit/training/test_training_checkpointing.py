@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_vit.adapters import attach_adapters, current_ranks, site_adapters, trained_tensors
+from peft_vit.adapters import adapted_product, attach_adapters, current_ranks, site_adapters, trained_tensors
 from peft_vit.backbones import Backbone, describe, find_sites, load_backbone
 from peft_vit.config import BackboneConfig, TrainingConfig
 from peft_vit.errors import UserError
@@ -24,6 +24,12 @@ from peft_vit.training import train
 from peft_vit.training.activation_checkpointing import blocks_of, recomputed
 
 pytestmark = pytest.mark.part("trainer")
+
+
+@pytest.fixture(autouse=True)
+def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let inputs of these small models be computed again, too."""
+    monkeypatch.setattr(adapted_product, "_LEAST_VALUES", 1)
 
 
 def gradients(
