@@ -1,9 +1,9 @@
 """Inputs times an adapted weight, y = x (W + dW)^T + bias, with W frozen; and the gradients.
 
-There are two ways to add an update, and the shapes choose (`_Layer.forms_sum`). With many rows of x, W + dW is formed for the
-forward pass and again for the backward pass, so that the large products stay one each, and nothing of W's size is kept
-in between. With few rows, as with one image, forming it would take as long as the product itself; then the update is
-two skinny products beside W's. A packed W is unpacked in any case, and the update joins it there.
+There are two ways to add an update, and the shapes choose (`_Layer.forms_sum`). With many rows of x, W + dW is formed
+for the forward pass and again for the backward pass, so that the large products stay one each, and nothing of W's size
+is kept in between. With few rows, as with one image, forming it would take as long as the product itself; then the
+update is two skinny products beside W's. A packed W is unpacked in any case, and the update joins it there.
 
 Of the inputs, what the gradient of the update needs is kept: x, or what x was made from (`layer_input`), or the inputs
 summed over groups.
@@ -221,7 +221,9 @@ class _AdaptedProduct(torch.autograd.Function):
         layer: _Layer = ctx.layer
         gradient = gradients[0].flatten(0, -2).to(layer.dtype)  # (N, out)
         frozen = FrozenWeight(floating, ctx.quantized, ctx.share)
-        updates = (_GroupedGradients if layer.pool > 1 else _FactorGradients)(layer, gradient, parameters)
+        updates = (_GroupedGradients if layer.pool > 1 else _FactorGradients)(
+            layer, gradient, parameters, summed=ctx.summed
+        )
         shape = (len(gradient), ctx.shape[-1])
         to_kept = gradient.new_empty(shape, dtype=ctx.dtype) if ctx.needs_input_grad[0] else None  # (N, in)
         for columns in layer.pieces(frozen, len(gradient)):
@@ -236,10 +238,8 @@ class _AdaptedProduct(torch.autograd.Function):
             if to_kept is None:
                 continue
             weight = layer.weight(frozen.columns(columns), layer.of_columns(parameters, columns), summed=ctx.summed)
-            to_x = gradient @ weight  # (N, c)
-            if not ctx.summed:
-                updates.pass_on(columns, to_x)
-            to_kept[:, columns] = to_x if made is None else torch.autograd.grad(made, leaf, to_x)[0]
+            to_x = updates.to_inputs(columns, weight)  # (N, c)
+            to_kept[:, columns] = to_x if made is None or leaf is None else torch.autograd.grad(made, leaf, to_x)[0]
         to_bias = gradient.sum(0) if ctx.needs_input_grad[5] else None
         to_kept = None if to_kept is None else to_kept.view(ctx.shape)
         return to_kept, None, None, None, None, to_bias, *updates.result()
@@ -252,8 +252,8 @@ class _FactorGradients:
     factor once in its own order. With r columns on the right the same product takes three to five times as long.
     """
 
-    def __init__(self, layer: _Layer, gradient: Tensor, factors: Sequence[Tensor]) -> None:
-        self._spans, self._gradient, self._factors = layer.spans, gradient, factors
+    def __init__(self, layer: _Layer, gradient: Tensor, factors: Sequence[Tensor], *, summed: bool) -> None:
+        self._spans, self._gradient, self._factors, self._summed = layer.spans, gradient, factors, summed
         if not factors:
             return
         self._rights = _stack(factors[1::2]).to(layer.dtype)  # (sum of ranks, in)
@@ -267,9 +267,10 @@ class _FactorGradients:
         self._inner.addmm_(self._rights[:, columns], x.T)
         self._to_rights[:, columns] = self._outer @ x
 
-    def pass_on(self, columns: slice, to_x: Tensor) -> None:
-        """Add what the factors do to the gradient of columns of x, (N, c)."""
-        to_x.addmm_(self._outer.T, self._rights[:, columns])
+    def to_inputs(self, columns: slice, weight: Tensor) -> Tensor:
+        """Return the gradient of columns of x, (N, c), from those of W + dW, or of W, (out, c)."""
+        to_x = self._gradient @ weight
+        return to_x if self._summed else to_x.addmm_(self._outer.T, self._rights[:, columns])
 
     def result(self) -> list[Tensor]:
         """Return the gradients, left (out_s, r) and right (r, in) in turn."""
@@ -283,13 +284,17 @@ class _FactorGradients:
 class _GroupedGradients:
     """The gradient of `added`, (out, groups), likewise from columns of p, inputs summed over groups."""
 
-    def __init__(self, layer: _Layer, gradient: Tensor, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, layer: _Layer, gradient: Tensor, parameters: Sequence[Tensor], *, summed: bool) -> None:
         self._gradient = gradient
         self._parts: list[Tensor] = []
 
     def add(self, columns: slice, pooled: Tensor) -> None:
         """Take columns of p, (N, c / pool)."""
         self._parts.append((pooled.T @ self._gradient).T)  # (out, c / pool)
+
+    def to_inputs(self, columns: slice, weight: Tensor) -> Tensor:
+        """Return the gradient of columns of x, (N, c), from those of W + dW (out, c)."""
+        return self._gradient @ weight
 
     def result(self) -> list[Tensor]:
         """Return the gradient, if there are updates."""
@@ -311,9 +316,7 @@ class _Saved(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def _save(
-    ctx: Any, kept: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]
-) -> None:
+def _save(ctx: Any, kept: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]) -> None:
     rows = (x if layer.module is None else kept).flatten(0, -2)  # (N, in)
     needed = rows if layer.module is not None else layer.needed(rows) if parameters else None
     ctx.stored = EightBits.of(needed) if layer.eight_bits and needed is not None else None

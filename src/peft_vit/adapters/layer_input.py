@@ -7,7 +7,7 @@ token and width that a block of a Vision Transformer keeps, 10 are left.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, QuickGELU, RmsNorm
@@ -53,7 +53,7 @@ def source_of(x: Tensor) -> Source | None:
 
 def _acts_on_rows(module: nn.Module) -> bool:
     if type(module) in _NORMS:
-        return len(module.normalized_shape) == 1
+        return len(cast(nn.LayerNorm, module).normalized_shape) == 1
     return type(module) in _ACTIVATIONS or type(module).__name__ in _OF_TRANSFORMERS
 
 

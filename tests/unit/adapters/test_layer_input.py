@@ -84,8 +84,8 @@ def test_gradients_are_the_same_to_the_bit(name, bf16, batch) -> None:
     assert held < more
     assert ours.keys() == plain.keys()
     assert len(ours) > 2 * len(site_adapters(model))
-    for name, gradient in plain.items():
-        assert torch.equal(ours[name], gradient), name
+    for parameter, gradient in plain.items():
+        assert torch.equal(ours[parameter], gradient), parameter
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,9 @@ def test_gradients_of_every_family(name, batch) -> None:
     more, plain = kept_and_gradients(forgetful(model), batch)
     assert held <= more
     assert ours.keys() == plain.keys()
-    for name, gradient in plain.items():
-        error = (ours[name] - gradient).norm() / gradient.norm()
-        assert float(error) < 1e-4, name
+    for parameter, gradient in plain.items():
+        error = (ours[parameter] - gradient).norm() / gradient.norm()
+        assert float(error) < 1e-4, parameter
 
 
 @pytest.mark.parametrize(("pool", "type"), [(1, None), (1, "nf4"), (16, "nf4"), (16, "int4"), (16, "int2"), (16, None)])

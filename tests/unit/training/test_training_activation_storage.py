@@ -1,4 +1,4 @@
-"""Trainings whose activations are kept in 8 bits: the first loss is the exact one, later ones are near, no effect is said."""
+"""Trainings whose activations are kept in 8 bits: the first loss is exact, later ones are near."""
 
 import pytest
 from prepared_methods import METHODS
