@@ -219,27 +219,34 @@ class _AdaptedProduct(torch.autograd.Function):
         kept, floating, *parameters = holder.saved_tensors
         kept = kept if holder.stored is None else holder.stored
         layer: _Layer = ctx.layer
-        gradient = gradients[0].flatten(0, -2).to(layer.dtype)  # (N, out)
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(layer.dtype)  # (N, out)
         frozen = FrozenWeight(floating, ctx.quantized, ctx.share)
         updates = (_GroupedGradients if layer.pool > 1 else _FactorGradients)(
             layer, gradient, parameters, summed=ctx.summed
         )
-        shape = (len(gradient), ctx.shape[-1])
-        to_kept = gradient.new_empty(shape, dtype=ctx.dtype) if ctx.needs_input_grad[0] else None  # (N, in)
-        for columns in layer.pieces(frozen, len(gradient)):
+        pieces = layer.pieces(frozen, len(gradient))
+        to_kept = None
+        if ctx.needs_input_grad[0] and len(pieces) > 1:
+            to_kept = gradient.new_empty((len(gradient), ctx.shape[-1]), dtype=ctx.dtype)  # (N, in)
+        for columns in pieces:
             made, leaf = None, None
             if layer.module is not None:
                 with torch.enable_grad():
-                    leaf = kept[:, columns].detach().requires_grad_(to_kept is not None)
+                    leaf = kept[:, columns].detach().requires_grad_(ctx.needs_input_grad[0])
                     made = layer.inputs(leaf)  # (N, c)
                 updates.add(columns, layer.needed(made.detach()))
             elif parameters:
                 updates.add(columns, kept[:, slice(columns.start // layer.pool, columns.stop // layer.pool)])
-            if to_kept is None:
+            if not ctx.needs_input_grad[0]:
                 continue
             weight = layer.weight(frozen.columns(columns), layer.of_columns(parameters, columns), summed=ctx.summed)
             to_x = updates.to_inputs(columns, weight)  # (N, c)
-            to_kept[:, columns] = to_x if made is None or leaf is None else torch.autograd.grad(made, leaf, to_x)[0]
+            if made is not None and leaf is not None:
+                (to_x,) = torch.autograd.grad(made, leaf, to_x)
+            if to_kept is None:
+                to_kept = to_x
+            else:
+                to_kept[:, columns] = to_x
         to_bias = gradient.sum(0) if ctx.needs_input_grad[5] else None
         to_kept = None if to_kept is None else to_kept.view(ctx.shape)
         return to_kept, None, None, None, None, to_bias, *updates.result()
@@ -317,7 +324,7 @@ class _Saved(torch.autograd.Function):
 
 
 def _save(ctx: Any, kept: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]) -> None:
-    rows = (x if layer.module is None else kept).flatten(0, -2)  # (N, in)
+    rows = (x if layer.module is None else kept).reshape(-1, x.shape[-1])  # (N, in)
     needed = rows if layer.module is not None else layer.needed(rows) if parameters else None
     ctx.stored = EightBits.of(needed) if layer.eight_bits and needed is not None else None
     # The float weight is saved, not held, so that the backward pass lets go of it.
