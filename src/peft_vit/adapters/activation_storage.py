@@ -107,6 +107,8 @@ class _Storage(TorchFunctionMode):
         if func not in _OF_ATTENTION or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+        if given[0].dim() < 3:  # attention has images and tokens at least; these are weights
+            return func(*args, **kwargs)
         constant = {one.data_ptr() for one in given if not one.requires_grad}  # a mask, a bias of positions
         least = given[0].numel() // 2  # less is no activation, but what softmax keeps of each row
 
@@ -137,7 +139,7 @@ _ACTIVE: ContextVar[_Storage | None] = ContextVar("activation_storage", default=
 
 def in_eight_bits() -> bool:
     """Return whether activations are to be kept in 8 bits now."""
-    return _ACTIVE.get() is not None
+    return not torch.compiler.is_compiling() and _ACTIVE.get() is not None  # compilers can't read context variables
 
 
 @contextmanager

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from peft_vit.adapters.activation_storage import EightBits, in_eight_bits
 from peft_vit.adapters.frozen_weight import FrozenWeight
-from peft_vit.adapters.layer_input import source_of
+from peft_vit.adapters.layer_input import RowFunction, source_of
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.errors import UserError
 
@@ -74,12 +75,13 @@ def adapted_product(
                 added[span] += left @ right
             parameters = [added]
         kept = x if source is None else source.values
-        eight_bits = in_eight_bits() and (pool == 1 if source is None else not source.is_norm)
-        module = None if source is None else source.module
-        layer = _Layer(spans, pool, dtype, autocast, module, source is not None and source.is_norm, eight_bits)
+        function = None if source is None else source.function
+        eight_bits = in_eight_bits() and (pool == 1 if function is None else not function.is_norm)
+        layer = _Layer(spans, pool, dtype, autocast, function, eight_bits)
         x = x.detach()
         saved = None
-        if _SAVES_FIRST.get() and kept.requires_grad and torch.is_grad_enabled():
+        first = not torch.compiler.is_compiling() and _SAVES_FIRST.get()  # compilers can't read context variables
+        if first and kept.requires_grad and torch.is_grad_enabled():
             kept = _Saved.apply(kept, x, frozen, layer, parameters)
             saved = kept.grad_fn
         result: Tensor = _AdaptedProduct.apply(kept, x, frozen, layer, saved, bias, *parameters)
@@ -108,8 +110,7 @@ class _Layer:
         pool: inputs per group on which the updates are constant.
         dtype: of the products.
         autocast: whether the module runs under autocast to that type.
-        module: makes its inputs x from what is kept; None if x itself is.
-        of_norm: whether that is a norm.
+        function: makes its inputs x from what is kept; None if x itself is.
         eight_bits: whether what is kept is stored in 8 bits.
     """
 
@@ -117,8 +118,7 @@ class _Layer:
     pool: int
     dtype: torch.dtype
     autocast: bool
-    module: nn.Module | None
-    of_norm: bool
+    function: RowFunction | None
     eight_bits: bool
 
     def forms_sum(self, frozen: FrozenWeight, rows: int) -> bool:
@@ -149,10 +149,9 @@ class _Layer:
 
     def inputs(self, kept: Tensor) -> Tensor:
         """Return x in the type of the products, as the forward pass had it."""
-        assert self.module is not None
+        assert self.function is not None
         with torch.autocast(kept.device.type, self.dtype, enabled=self.autocast):
-            made: Tensor = self.module.forward(kept)  # past its hooks, which have seen it
-        return made.to(self.dtype)
+            return self.function(kept).to(self.dtype)
 
     def needed(self, x: Tensor) -> Tensor:
         """Return what the gradients of the updates need of inputs (N, in): all, or sums over groups (N, groups)."""
@@ -165,7 +164,8 @@ class _Layer:
         """
         width, count = frozen.shape[1], 1
         least = math.lcm(_COLUMNS, self.pool, frozen.group_size)
-        while not self.of_norm and rows * width // count > _VALUES_AT_ONCE and width % (2 * count * least) == 0:
+        whole_rows = self.function is not None and self.function.is_norm
+        while not whole_rows and rows * width // count > _VALUES_AT_ONCE and width % (2 * count * least) == 0:
             count *= 2
         step = width // count
         return [slice(start, start + step) for start in range(0, width, step)]
@@ -203,7 +203,7 @@ class _AdaptedProduct(torch.autograd.Function):
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         if not summed:
             inner = _stack(parameters[1::2]).to(x.dtype) @ rows.T  # (sum of ranks, N)
-            flat = y.view(len(rows), -1)  # (N, out)
+            flat = y.view(len(rows), y.shape[-1])  # (N, out)
             for span, left, part in zip(layer.spans, parameters[::2], _by_update(inner, parameters), strict=True):
                 flat[:, span].addmm_(part.T, left.T.to(x.dtype))  # (N, out_s)
         if saved is None:
@@ -214,6 +214,7 @@ class _AdaptedProduct(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # what is kept has no graph of its own
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         holder = ctx if ctx.saved is None else ctx.saved
         kept, floating, *parameters = holder.saved_tensors
@@ -230,7 +231,7 @@ class _AdaptedProduct(torch.autograd.Function):
             to_kept = gradient.new_empty((len(gradient), ctx.shape[-1]), dtype=ctx.dtype)  # (N, in)
         for columns in pieces:
             made, leaf = None, None
-            if layer.module is not None:
+            if layer.function is not None:
                 with torch.enable_grad():
                     leaf = kept[:, columns].detach().requires_grad_(ctx.needs_input_grad[0])
                     made = layer.inputs(leaf)  # (N, c)
@@ -324,8 +325,9 @@ class _Saved(torch.autograd.Function):
 
 
 def _save(ctx: Any, kept: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]) -> None:
-    rows = (x if layer.module is None else kept).reshape(-1, x.shape[-1])  # (N, in)
-    needed = rows if layer.module is not None else layer.needed(rows) if parameters else None
+    rows = x if layer.function is None else kept
+    rows = rows.reshape(-1, rows.shape[-1])  # (N, in)
+    needed = rows if layer.function is not None else layer.needed(rows) if parameters else None
     ctx.stored = EightBits.of(needed) if layer.eight_bits and needed is not None else None
     # The float weight is saved, not held, so that the backward pass lets go of it.
     ctx.save_for_backward(None if ctx.stored is not None else needed, frozen.floating, *parameters)

@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, QuickGELU, RmsNorm
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from peft_vit.backbones import Backbone
 
@@ -22,16 +23,44 @@ _OF_TRANSFORMERS = {"GELUActivation", "QuickGELUActivation", "GELUTanh", "SiLUAc
 _MADE_BY = "_peft_vit_made_by"
 
 
-class Source(NamedTuple):
-    """What a tensor x = module(values) was made from, row by row over the last dimension."""
+class RowFunction(NamedTuple):
+    """A norm or an activation function, which acts row by row over the last dimension.
+
+    Attributes:
+        module: without hooks of others.
+        parameters: the module's, by name, as they were then: `functional_call` changes them for a while.
+    """
 
     module: nn.Module
-    values: Tensor
+    parameters: dict[str, Tensor]
 
     @property
     def is_norm(self) -> bool:
         """Whether the module is a norm, whose inputs are the residual stream's."""
         return type(self.module) in _NORMS
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return what the module makes of values, (..., width); an activation function also of some columns."""
+        made: Tensor
+        if any(self.module.get_parameter(name) is not one for name, one in self.parameters.items()):
+            made = functional_call(self.module, self.parameters, (values,))
+        else:
+            made = self.module.forward(values)
+        return made
+
+
+class Source(NamedTuple):
+    """What a tensor x = function(values) was made from.
+
+    Attributes:
+        function: of the values.
+        values: of x's shape.
+        versions: of x and of the values, which operations in place count up.
+    """
+
+    function: RowFunction
+    values: Tensor
+    versions: tuple[int, int]
 
 
 def remember_sources(model: nn.Module) -> None:
@@ -44,11 +73,11 @@ def remember_sources(model: nn.Module) -> None:
 
 
 def source_of(x: Tensor) -> Source | None:
-    """Return what a tensor was made from, where it is known and no parameter there is trained."""
+    """Return what a tensor was made from, where it is known and unchanged, and no parameter there is trained."""
     source: Source | None = getattr(x, _MADE_BY, None)
-    if source is None or any(parameter.requires_grad for parameter in source.module.parameters()):
+    if source is None or any(parameter.requires_grad for parameter in source.function.parameters.values()):
         return None
-    return source
+    return source if source.versions == (x._version, source.values._version) else None
 
 
 def _acts_on_rows(module: nn.Module) -> bool:
@@ -58,5 +87,17 @@ def _acts_on_rows(module: nn.Module) -> bool:
 
 
 def _remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    if torch.is_grad_enabled() and output.requires_grad:
-        setattr(output, _MADE_BY, Source(module, inputs[0]))
+    if torch.compiler.is_compiling():  # the compiler chooses what is kept
+        return
+    if not (torch.is_grad_enabled() and output.requires_grad and _is_all_that_makes(module)):
+        return
+    if len(inputs) == 1 and output is not inputs[0]:  # one in place has overwritten its inputs
+        versions = (output._version, inputs[0]._version)
+        setattr(output, _MADE_BY, Source(RowFunction(module, dict(module.named_parameters())), inputs[0], versions))
+
+
+def _is_all_that_makes(module: nn.Module) -> bool:
+    """Whether the function alone makes the outputs: others' hooks could change them, or must see each just once."""
+    if module._forward_pre_hooks or len(module._forward_hooks) > 1:
+        return False
+    return not getattr(module, "_is_replica", False)  # of DataParallel, whose parameters are not known as such
