@@ -61,9 +61,9 @@ class EightBits:
         for rows in _pieces(groups):
             some = grouped[rows].float()  # (n, 64)
             largest = torch.linalg.vector_norm(some, torch.inf, dim=1)
-            scales[rows] = largest * ((1 + 2**-7) / _LARGEST_CODE)  # bfloat16 may round down by 2^-8
-            scale = scales[rows].float().clamp_min_(torch.finfo(torch.float32).tiny)
-            codes[rows] = (some / scale.unsqueeze(1)).round_()
+            largest *= (1 + 2**-7) / _LARGEST_CODE  # bfloat16 may round down by 2^-8
+            scales[rows] = largest.clamp_min_(torch.finfo(torch.bfloat16).tiny)
+            codes[rows] = (some / scales[rows].float().unsqueeze(1)).round_()
         return cls(codes.view(-1), scales, values.shape, values.dtype)
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ class RowFunction(NamedTuple):
     """A norm or an activation function, which acts row by row over the last dimension.
 
     Attributes:
-        module: without hooks of others.
+        module: whose outputs no hook of others has seen.
         parameters: the module's, by name, as they were then: `functional_call` changes them for a while.
     """
 
@@ -97,7 +97,5 @@ def _remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> 
 
 
 def _is_all_that_makes(module: nn.Module) -> bool:
-    """Whether the function alone makes the outputs: others' hooks could change them, or must see each just once."""
-    if module._forward_pre_hooks or len(module._forward_hooks) > 1:
-        return False
-    return not getattr(module, "_is_replica", False)  # of DataParallel, whose parameters are not known as such
+    """Whether no hook of others changes the outputs or looks at their gradient, and all parameters are known."""
+    return len(module._forward_hooks) == 1 and not getattr(module, "_is_replica", False)  # one of DataParallel's

@@ -130,18 +130,19 @@ def test_a_norm_that_is_trained_gets_its_gradient(tiny_vit, batch) -> None:
 def test_only_what_acts_on_rows_is_computed_again(tiny_vit, batch) -> None:
     model = adapted(tiny_vit())
     seen = {}
-    for name, module in model.named_modules():
-        module.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: source_of(out)}))
+    for name in ("blocks.1.attn.qkv", "blocks.1.attn.proj", "blocks.1.mlp.fc2", "head"):
+        note = lambda _m, given, name=name: seen.update({name: source_of(given[0])})  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(note)
     model(batch[0])
-    assert seen["blocks.1.norm1"].module is model.blocks[1].norm1
-    assert seen["blocks.1.mlp.act"].module is model.blocks[1].mlp.act
-    assert seen["blocks.1.norm1"].is_norm
-    assert not seen["blocks.1.mlp.act"].is_norm
-    assert seen["blocks.1.attn"] is None
-    assert seen["norm"] is None  # no block's
+    assert seen["blocks.1.attn.qkv"].function.module is model.blocks[1].norm1
+    assert seen["blocks.1.mlp.fc2"].function.module is model.blocks[1].mlp.act
+    assert seen["blocks.1.attn.qkv"].function.is_norm
+    assert not seen["blocks.1.mlp.fc2"].function.is_norm
+    assert seen["blocks.1.attn.proj"] is None
+    assert seen["head"] is None  # after no block's norm
     with torch.no_grad():
         model(batch[0])
-    assert seen["blocks.1.norm1"] is None
+    assert seen["blocks.1.attn.qkv"] is None
 
 
 @pytest.mark.parametrize("rows", [2, 400])
