@@ -213,6 +213,7 @@ def memory() -> str:
     by_side: dict[str, dict[str, int]] = {}
     for row in found["rows"]:
         by_side.setdefault(row["side"], {})[row["precision"]] = row["training_bytes"]
+    by_side = {side: peaks for side, peaks in by_side.items() if "bf16" in peaks}  # the small model's
     columns: dict[str, Callable[[str], str]] = {
         "peak of training beyond the loaded model": str,
         "fp32, MB": lambda side: f"{by_side[side]['fp32'] / 1e6:.0f}",

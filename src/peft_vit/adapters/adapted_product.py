@@ -1,6 +1,6 @@
 """Inputs times an adapted weight, y = x (W + dW)^T + bias, with W frozen; and the gradients.
 
-There are two ways to add an update, and the shapes choose (`_Layer.forms_sum`). With many rows of x, W + dW is formed
+There are two ways to add an update, and the shapes choose (`_forms_sum`). With many rows of x, W + dW is formed
 for the forward pass and again for the backward pass, so that the large products stay one each, and nothing of W's size
 is kept in between. With few rows, as with one image, forming it would take as long as the product itself; then the
 update is two skinny products beside W's. A packed W is unpacked in any case, and the update joins it there.
@@ -77,7 +77,8 @@ def adapted_product(
         kept = x if source is None else source.values
         function = None if source is None else source.function
         eight_bits = in_eight_bits() and (pool == 1 if function is None else not function.is_norm)
-        layer = _Layer(spans, pool, dtype, autocast, function, eight_bits)
+        summed = not torch.is_grad_enabled() or _forms_sum(frozen, x.numel() // x.shape[-1], pool)
+        layer = _Layer(spans, pool, dtype, autocast, summed, function, eight_bits)
         x = x.detach()
         saved = None
         first = not torch.compiler.is_compiling() and _SAVES_FIRST.get()  # compilers can't read context variables
@@ -101,6 +102,16 @@ def saving_first(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any
         _SAVES_FIRST.reset(token)
 
 
+def _forms_sum(frozen: FrozenWeight, rows: int, pool: int) -> bool:
+    """Whether a training step forms W + dW, once for the forward pass and once for the backward pass.
+
+    That touches 2 in out values; two skinny products touch rows (in + out). Without a backward pass the sum is formed
+    whatever the number of rows, so that predictions do not depend on how images are put in batches.
+    """
+    outputs, inputs = frozen.shape
+    return pool > 1 or not frozen.is_float or rows * (inputs + outputs) > 2 * inputs * outputs
+
+
 @dataclass(frozen=True, eq=False)
 class _Layer:
     """A layer during one pass.
@@ -110,6 +121,7 @@ class _Layer:
         pool: inputs per group on which the updates are constant.
         dtype: of the products.
         autocast: whether the module runs under autocast to that type.
+        summed: whether W + dW is formed.
         function: makes its inputs x from what is kept; None if x itself is.
         eight_bits: whether what is kept is stored in 8 bits.
     """
@@ -118,22 +130,15 @@ class _Layer:
     pool: int
     dtype: torch.dtype
     autocast: bool
+    summed: bool
     function: RowFunction | None
     eight_bits: bool
 
-    def forms_sum(self, frozen: FrozenWeight, rows: int) -> bool:
-        """Whether W + dW is formed, once for the forward pass and once for the backward pass.
-
-        That touches 2 in out values; two skinny products touch rows (in + out).
-        """
-        outputs, inputs = frozen.shape
-        return self.pool > 1 or not frozen.is_float or rows * (inputs + outputs) > 2 * inputs * outputs
-
-    def weight(self, frozen: FrozenWeight, parameters: Sequence[Tensor], *, summed: bool) -> Tensor:
+    def weight(self, frozen: FrozenWeight, parameters: Sequence[Tensor]) -> Tensor:
         """Return W + dW, or W, (out, in) in the type of the products; of some columns, where both are of those."""
         if self.pool > 1:
             return frozen.unpack(parameters[0] if parameters else None).to(self.dtype)
-        if not summed:
+        if not self.summed:
             assert frozen.floating is not None
             return frozen.floating.detach().to(self.dtype)
         total = frozen.unpack()
@@ -198,10 +203,9 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> Tensor:
         x = x.to(layer.dtype)
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        summed = layer.forms_sum(frozen, len(rows))
-        weight = layer.weight(frozen, parameters, summed=summed)
+        weight = layer.weight(frozen, parameters)
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        if not summed:
+        if not layer.summed:
             inner = _stack(parameters[1::2]).to(x.dtype) @ rows.T  # (sum of ranks, N)
             flat = y.view(len(rows), y.shape[-1])  # (N, out)
             for span, left, part in zip(layer.spans, parameters[::2], _by_update(inner, parameters), strict=True):
@@ -210,7 +214,7 @@ class _AdaptedProduct(torch.autograd.Function):
             _save(ctx, kept, x, frozen, layer, parameters)
         ctx.saved = saved
         ctx.quantized, ctx.share = frozen.quantized, frozen.share
-        ctx.layer, ctx.summed, ctx.shape, ctx.dtype = layer, summed, x.shape, kept.dtype
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, kept.dtype
         return y
 
     @staticmethod
@@ -222,9 +226,7 @@ class _AdaptedProduct(torch.autograd.Function):
         layer: _Layer = ctx.layer
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(layer.dtype)  # (N, out)
         frozen = FrozenWeight(floating, ctx.quantized, ctx.share)
-        updates = (_GroupedGradients if layer.pool > 1 else _FactorGradients)(
-            layer, gradient, parameters, summed=ctx.summed
-        )
+        updates = (_GroupedGradients if layer.pool > 1 else _FactorGradients)(layer, gradient, parameters)
         pieces = layer.pieces(frozen, len(gradient))
         to_kept = None
         if ctx.needs_input_grad[0] and len(pieces) > 1:
@@ -240,7 +242,7 @@ class _AdaptedProduct(torch.autograd.Function):
                 updates.add(columns, kept[:, slice(columns.start // layer.pool, columns.stop // layer.pool)])
             if not ctx.needs_input_grad[0]:
                 continue
-            weight = layer.weight(frozen.columns(columns), layer.of_columns(parameters, columns), summed=ctx.summed)
+            weight = layer.weight(frozen.columns(columns), layer.of_columns(parameters, columns))
             to_x = updates.to_inputs(columns, weight)  # (N, c)
             if made is not None and leaf is not None:
                 (to_x,) = torch.autograd.grad(made, leaf, to_x)
@@ -260,8 +262,8 @@ class _FactorGradients:
     factor once in its own order. With r columns on the right the same product takes three to five times as long.
     """
 
-    def __init__(self, layer: _Layer, gradient: Tensor, factors: Sequence[Tensor], *, summed: bool) -> None:
-        self._spans, self._gradient, self._factors, self._summed = layer.spans, gradient, factors, summed
+    def __init__(self, layer: _Layer, gradient: Tensor, factors: Sequence[Tensor]) -> None:
+        self._spans, self._gradient, self._factors, self._summed = layer.spans, gradient, factors, layer.summed
         if not factors:
             return
         self._rights = _stack(factors[1::2]).to(layer.dtype)  # (sum of ranks, in)
@@ -292,7 +294,7 @@ class _FactorGradients:
 class _GroupedGradients:
     """The gradient of `added`, (out, groups), likewise from columns of p, inputs summed over groups."""
 
-    def __init__(self, layer: _Layer, gradient: Tensor, parameters: Sequence[Tensor], *, summed: bool) -> None:
+    def __init__(self, layer: _Layer, gradient: Tensor, parameters: Sequence[Tensor]) -> None:
         self._gradient = gradient
         self._parts: list[Tensor] = []
 
