@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import math
 import struct
 import sys
@@ -90,11 +91,12 @@ def read_digits(path: Path | None, licence: str) -> ImageIndex:
         raise UserError(
             "has no effect with dataset: digits, which comes with scikit-learn; remove it", field="data.path"
         )
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
-    labels = digits.target.astype(np.int64)
+    package = importlib.util.find_spec("sklearn")  # whose import takes 90 MB of memory
+    assert package is not None
+    assert package.origin is not None
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")  # (N, 65)
+    pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
+    labels = table[:, -1].astype(np.int64)
     return ImageIndex(
         name="digits",
         labels=labels,
