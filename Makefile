@@ -39,7 +39,7 @@ CORE := $(addprefix tests/unit/,adapters quantization training deployment) \
   $(wildcard $(addprefix tests/oracle/test_,adapters*.py quantization*.py training*.py deployment*.py resizing*.py))
 
 test-avx2: setup ## run the tests of the numerical core as a processor without AVX-512 computes them
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) $(CORE)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not slow" $(CORE)
 
 # Each tool writes what it found down before it ends; the last one says whether anything failed, now or earlier.
 torture: setup ## break files and kill runs for hours; results add up over calls and are told in docs/reliability.md
