@@ -1,9 +1,10 @@
 """Inputs times an adapted weight, y = x (W + dW)^T + bias, with W frozen; and the gradients.
 
-There are two ways to add an update, and the shapes choose (`_forms_sum`). With many rows of x, W + dW is formed
-for the forward pass and again for the backward pass, so that the large products stay one each, and nothing of W's size
-is kept in between. With few rows, as with one image, forming it would take as long as the product itself; then the
-update is two skinny products beside W's. A packed W is unpacked in any case, and the update joins it there.
+There are two ways to add an update, and the shapes choose (`_forms_sum`). With many rows of x, W + dW is formed for the
+forward pass and again for the backward pass, so that the large products stay one each, and nothing of W's size is kept
+in between. With few rows, as with one image, forming it would take as long as the product itself; then a training step
+does two skinny products beside W's, while predictions form the sum all the same. A packed W is unpacked in any case,
+and the update joins it there.
 
 Of the inputs, what the gradient of the update needs is kept: x, or what x was made from (`layer_input`), or the inputs
 summed over groups.
