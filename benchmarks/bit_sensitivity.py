@@ -26,7 +26,7 @@ from peft_vit.backbones import find_sites, load_run_backbone
 from peft_vit.data import load_data
 from peft_vit.quantization import QuantizationFormat, quantize
 from peft_vit.runs.calibration import Calibration
-from peft_vit.runs.export import restore_run
+from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import spearman
 from peft_vit.training import RuntimeConfig
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tiny_models import CARD
 
 from peft_vit.deployment import save_low_bit
-from peft_vit.runs.export import restore_run
+from peft_vit.runs.restore import restore_run
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")

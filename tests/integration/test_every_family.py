@@ -26,7 +26,7 @@ from peft_vit.deployment import (
 )
 from peft_vit.records import outcome_digest, read_record
 from peft_vit.runs import run_one
-from peft_vit.runs.export import restore_run
+from peft_vit.runs.restore import restore_run
 from peft_vit.training import Checkpoints, Interrupted
 
 peft = pytest.importorskip("peft")

@@ -17,7 +17,7 @@ from small_methods import EXPERIMENTS
 from peft_vit.data import load_data
 from peft_vit.evaluation import measure, predict
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, read_record
-from peft_vit.runs.export import RestoredRun, restore_run
+from peft_vit.runs.restore import RestoredRun, restore_run
 from peft_vit.safe_io import sha256_of
 
 peft = pytest.importorskip("peft")

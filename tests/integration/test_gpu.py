@@ -24,7 +24,7 @@ from peft_vit.backbones import find_sites
 from peft_vit.config import study_from_mapping
 from peft_vit.quantization import QuantizedTensor
 from peft_vit.records import RunRecord, run_folder
-from peft_vit.runs.export import restore_run
+from peft_vit.runs.restore import restore_run
 from peft_vit.studies import plan_study
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from small_methods import EXPERIMENTS
 
 from peft_vit.records import read_record
-from peft_vit.runs.export import restore_run
+from peft_vit.runs.restore import restore_run
 
 pytestmark = pytest.mark.usefixtures("cache", "in_this_process")
 

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from peft_vit.config import AUGMENTATION_OF_FLIPS, AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
+from peft_vit.config import (
+    AUGMENTATION_OF_FLIPS,
+    AdaLoraConfig,
+    LoraConfig,
+    MeasuresConfig,
+    QaLoraConfig,
+    StudyConfig,
+    load_study,
+)
 from peft_vit.errors import UserError
 from peft_vit.records import (
     ADAPTER_FILE,
@@ -373,6 +381,12 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
     before["data"]["flips"] = {"[]": "none"}.get(str(training.pop("augmentation")), "horizontal")
     text = json.dumps(before, separators=(",", ":"), ensure_ascii=False)
     assert base.digest() == hashlib.sha256(text.encode()).hexdigest()
+    asked = base.model_copy(update={"measures": MeasuresConfig(latency_batches=(1,))})
+    keys = list(base.model_dump(mode="json"))
+    measures = {"removal_images": None, "latency_batches": [1]}
+    ordered = {key: measures if key == "measures" else before[key] for key in keys if key in (*before, "measures")}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False)
+    assert asked.digest() == hashlib.sha256(text.encode()).hexdigest()
 
 
 @pytest.mark.parametrize(

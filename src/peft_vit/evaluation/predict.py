@@ -30,10 +30,16 @@ def predict(
     return np.concatenate(logits), np.concatenate(labels)  # (N, classes), (N,)
 
 
-def predictions(logits: NDArray[np.floating], labels: NDArray[np.int64], positions: NDArray[np.int64]) -> Predictions:
+def predictions(
+    logits: NDArray[np.float32], labels: NDArray[np.int64], positions: NDArray[np.int64], *, keep_logits: bool = False
+) -> Predictions:
     """Return the most probable class of each image and its probability; of equal ones the first.
 
-    Logits are (N, classes) and finite, labels and positions in the data set (N,).
+    Args:
+        logits: (N, classes), finite.
+        labels: (N,).
+        positions: (N,) in the data set.
+        keep_logits: with them.
     """
     log_probability = log_softmax(logits.astype(np.float64))
     predicted = log_probability.argmax(1)  # (N,)
@@ -42,4 +48,5 @@ def predictions(logits: NDArray[np.floating], labels: NDArray[np.int64], positio
         labels=labels.tolist(),
         predicted=predicted.tolist(),
         probability=np.exp(log_probability.max(1)).tolist(),
+        logits=[[float(str(z)) for z in row] for row in logits] if keep_logits else None,  # as short as float32 is
     )

@@ -9,7 +9,15 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import to_json
 
 from peft_vit.config import (
@@ -39,6 +47,7 @@ _Seconds = Annotated[FiniteFloat, Field(ge=0)]
 
 _LATER_SECTIONS = ("peft",)
 _LATER_BACKBONE = ("library",)
+_LATER_MEASURES = ("logits",)
 _LATER_DATA = ("test_split", "interpolation", "image_column", "label_column", "hub_subset")
 _LATER_TRAINING = (
     "steps",
@@ -85,7 +94,8 @@ class RunSpec(_Value):
         Settings that came later are left out where they have their default, so that it is the digest of before there
         was anything else.
         """
-        unasked: dict[str, Any] = {"measures": True} if self.measures == MeasuresConfig() else {}
+        asked = self.measures != MeasuresConfig()
+        unasked: dict[str, Any] = {"measures": _at_default(self.measures, _LATER_MEASURES) if asked else True}
         training = self.experiment.training
         later = _at_default(training, _LATER_TRAINING)
         unasked["data"] = _at_default(self.data, _LATER_DATA)
@@ -299,11 +309,20 @@ class Predictions(_Value):
     labels: list[_Count]
     predicted: list[_Count]
     probability: list[_Share]  # of the predicted class
+    logits: list[list[FiniteFloat]] | None = None  # (images, classes); with measures.logits
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave logits out that were not asked for: outcomes have digests."""
+        said: dict[str, Any] = write(self)
+        return {key: value for key, value in said.items() if key != "logits" or value is not None}
 
     @model_validator(mode="after")
     def _one_of_each_an_image(self) -> Self:
         if len({len(self.images), len(self.labels), len(self.predicted), len(self.probability)}) > 1:
             raise ValueError("images, labels, predicted and probability differ in length")
+        if self.logits is not None and (len(self.logits) != len(self.images) or len(set(map(len, self.logits))) > 1):
+            raise ValueError("logits: expected a row for each image, and as many columns in each")
         return self
 
 

@@ -18,8 +18,9 @@ from peft_vit.deployment import ModelCard, export_onnx, merge, require_onnx_expo
 from peft_vit.deployment.timing import Calls, time_alone
 from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, BenchRow
-from peft_vit.runs.export import file_bytes, open_model, restore_run
+from peft_vit.runs.export import file_bytes
 from peft_vit.runs.provenance import cpu_count, processor_name
+from peft_vit.runs.restore import open_model, restore_run
 
 MADE = "float32 made here"
 _FLOAT32_BYTES = 4

@@ -235,7 +235,7 @@ def _train_and_test(
 ) -> tuple[TrainingResult, dict[str, Any]]:
     head = start_head(model, spec, attempt, data, hooks, runtime)
     if spec.experiment.is_probe:
-        return head.result(model), _test(data, head.predict)
+        return head.result(model), _test(data, spec, head.predict)
     result = train(
         model,
         data,
@@ -248,16 +248,17 @@ def _train_and_test(
         resume=attempt.take_training(),
         overhead=attempt.overhead,
     )
-    return result, _test(data, lambda images: _predict(model, images, spec, runtime))
+    return result, _test(data, spec, lambda images: _predict(model, images, spec, runtime))
 
 
 def _test(
-    data: Data, predict_images: Callable[[LabelledImages], tuple[NDArray[np.float32], NDArray[np.int64]]]
+    data: Data, spec: RunSpec, predict_images: Callable[[LabelledImages], tuple[NDArray[np.float32], NDArray[np.int64]]]
 ) -> dict[str, Any]:
     """Read the test split, the only time, and return what was measured and what was predicted there."""
     images = data.test.open()
     logits, labels = predict_images(images)
-    return {"test": measure(logits, labels), "predictions": predictions(logits, labels, images.positions)}
+    kept = predictions(logits, labels, images.positions, keep_logits=spec.measures.logits)
+    return {"test": measure(logits, labels), "predictions": kept}
 
 
 def _predict(

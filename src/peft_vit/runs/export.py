@@ -1,12 +1,10 @@
-"""From a finished run's folder back to its model, and on to files that run elsewhere."""
+"""From a finished run's folder to files that run elsewhere."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules, load_trained, read_adapter_file
-from peft_vit.adapters.peft_format import attach_fused, export_peft
-from peft_vit.adapters.peft_tuner import saved_module_ranks
-from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
-from peft_vit.config import ExperimentConfig, QaLoraConfig
-from peft_vit.data import DATASETS, LabelledImages, load_data
+from peft_vit.adapters import adapted_modules
+from peft_vit.adapters.peft_format import export_peft
+from peft_vit.data import Data, LabelledImages, load_data
 from peft_vit.deployment import (
+    Calibrated,
     Classifier,
     Merged,
     ModelCard,
@@ -40,13 +36,10 @@ from peft_vit.deployment import (
     save_pretrained,
     torch_classifier,
 )
-from peft_vit.errors import UserError, agreeing_with
-from peft_vit.methods import prepare
-from peft_vit.methods.qa_lora import packed_at_once
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record, write_atomically
-from peft_vit.safe_io import read_bytes
+from peft_vit.errors import UserError
+from peft_vit.records import write_atomically
+from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.statistics import Interval, paired_proportions
-from peft_vit.training import Hook
 
 _COMPARED_AT_ONCE = 32
 _CALIBRATED_ON = 128  # training images, for the ranges of activations
@@ -68,42 +61,11 @@ _REQUIRE: dict[FileFormat, Callable[[], None]] = {"onnx": require_onnx_export, "
 
 
 @dataclass(frozen=True)
-class RestoredRun:
-    """A run's model as it was saved, and what is known of it."""
-
-    record: RunRecord
-    backbone: LoadedBackbone
-    model: nn.Module  # carries adapters and head at the chosen step; on the CPU, in evaluation mode
-
-    @property
-    def card(self) -> ModelCard:
-        """Return what an export says of the model."""
-        return model_card(self.record.spec, self.backbone, self.record.class_names)
-
-
-def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[str]) -> ModelCard:
-    """Return what an export says of a run's model."""
-    return ModelCard(
-        run=spec.run_id,
-        library=backbone.architecture.library,
-        model=backbone.architecture.name,
-        config=backbone.architecture.config,
-        weights_name=backbone.weights_name,
-        weights_sha256=backbone.weights_sha256,
-        image_size=spec.data.image_size,
-        interpolation=spec.data.interpolation or "bicubic",
-        channels=DATASETS[spec.data.dataset].channels,
-        mean=backbone.mean,
-        std=backbone.std,
-        class_names=tuple(class_names),
-    )
-
-
-@dataclass(frozen=True)
 class Comparison:
     """An exported file, opened again, against the run's model as it was trained; both in float32."""
 
-    images: int  # of the run's validation split
+    images: int
+    split: Literal["validation", "training", "test"]  # of the run, that they are of
     same_predictions: float  # share
     logit_error: float  # largest difference over the largest magnitude
     trained_accuracy: float
@@ -165,7 +127,7 @@ def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
     Raises:
         UserError: if the run can't be restored, or its method has no PEFT counterpart.
     """
-    if why := _done_record(run_dir).spec.experiment.kind.why_not_peft:
+    if why := done_record(run_dir).spec.experiment.kind.why_not_peft:
         raise UserError(
             f"{why}; use --format safetensors, onnx or openvino, or export a run of lora, adalora or linear, or "
             "of PEFT's methods",
@@ -175,8 +137,16 @@ def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
     export_peft(run.model, output_dir, run.card.model_dump(mode="json"))
 
 
-def export_run_to_file(run_dir: Path, file: Path, format: FileFormat, options: OnnxOptions = OnnxOptions()) -> Exported:
+def export_run_to_file(
+    run_dir: Path,
+    file: Path,
+    format: FileFormat,
+    options: OnnxOptions = OnnxOptions(),
+    calibrated: Calibrated | None = None,
+) -> Exported:
     """Merge a run's adapters, write the model, and compare what was written with the model.
+
+    They are compared on the run's validation images; on training images, where it validated on none.
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
@@ -185,6 +155,7 @@ def export_run_to_file(run_dir: Path, file: Path, format: FileFormat, options: O
         format: onnx: for onnxruntime; openvino: for OpenVINO; safetensors: packed weights, for this package;
             pretrained: float weights, for timm or transformers.
         options: of onnx.
+        calibrated: what the file says of how far it can be believed.
 
     Raises:
         UserError: if the run can't be restored, an option has no effect on it, activations in 8 bits lose too much or
@@ -200,18 +171,19 @@ def export_run_to_file(run_dir: Path, file: Path, format: FileFormat, options: O
     if options.runtime or options.activations:
         _check_packed(run, run_dir, options)
     merged = merge(run.model, run.card)
-    spec = run.record.spec
+    spec, card = run.record.spec, run.card.model_copy(update={"calibrated": calibrated})
     if options.activations is not None:
-        return Exported(merged, _export_int8(run, merged.model, file, options), activations="int8")
+        return Exported(merged, _export_int8(run, merged.model, file, card, options), activations="int8")
     write, open_again = _WAYS[format]
     if options.runtime is not None:
         write = partial(export_onnx, runtime=options.runtime)
-    write(merged.model, file, run.card)
+    write(merged.model, file, card)
     try:
-        images = load_data(spec.data, spec.seed, smoke=spec.smoke).validation
+        data = load_data(spec.data, spec.seed, smoke=spec.smoke)
     except UserError as error:
         return Exported(merged, None, str(error))
-    return Exported(merged, compare(torch_classifier(run.model, run.card), open_again(file, run.card), images))
+    images, split = _to_compare_on(data)
+    return Exported(merged, compare(torch_classifier(run.model, card), open_again(file, card), images, split))
 
 
 def _check_packed(run: RestoredRun, run_dir: Path, options: OnnxOptions) -> None:
@@ -222,22 +194,43 @@ def _check_packed(run: RestoredRun, run_dir: Path, options: OnnxOptions) -> None
         check_int8(run.model)
 
 
-def _export_int8(run: RestoredRun, merged: nn.Module, file: Path, options: OnnxOptions) -> Comparison:
+def compare_int8(run_dir: Path) -> Comparison:
+    """Return what activations in 8 bits do to a run's model on its test images; nothing is kept.
+
+    Where many runs are tested on folds, these are images that none of them was trained on and no verdict is kept for.
+
+    Raises:
+        UserError: as `export_run_to_file`.
+    """
+    run = restore_run(run_dir)
+    _check_packed(run, run_dir, OnnxOptions(activations="int8"))
+    data = load_data(run.record.spec.data, run.record.spec.seed, smoke=run.record.spec.smoke)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / "model.onnx"
+        _write_int8(merge(run.model, run.card).model, trial, run.card, data.train)
+        return compare(torch_classifier(run.model, run.card), open_exported(trial), data.test.open(), "test")
+
+
+def _export_int8(run: RestoredRun, merged: nn.Module, file: Path, card: ModelCard, options: OnnxOptions) -> Comparison:
     """Write a file that multiplies in 8 bits if it is as accurate on the run's validation images as it has to be."""
-    spec, card = run.record.spec, run.card
+    spec = run.record.spec
     try:
         data = load_data(spec.data, spec.seed, smoke=spec.smoke)
     except UserError as error:
         raise UserError(
             f"is calibrated on the run's training images, and they are not there: {error}", field="--activations"
         ) from None
-    rows = np.linspace(0, len(data.train) - 1, min(len(data.train), _CALIBRATED_ON)).round().astype(int)
-    calibration = data.train.chosen(rows).ordered_batches(_COMPARED_AT_ONCE, card.mean, card.std)
-    ranges = input_ranges(merged, (images for images, _ in calibration))
+    images, split = _to_compare_on(data)
+    if split == "training" and options.accept_loss is None:
+        raise UserError(
+            "this run validated on no images, which could tell what int8 loses; export without it, or say what is "
+            "accepted on training images with --accept-loss",
+            field="--activations",
+        )
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "model.onnx"
-        export_onnx(merged, trial, card, input_ranges=ranges)
-        found = compare(torch_classifier(run.model, card), open_exported(trial), data.validation)
+        _write_int8(merged, trial, card, data.train)
+        found = compare(torch_classifier(run.model, card), open_exported(trial), images, split)
         content = trial.read_bytes()
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
     lost = 100 * found.accuracy_loss.estimate
@@ -254,13 +247,29 @@ def _export_int8(run: RestoredRun, merged: nn.Module, file: Path, options: OnnxO
     return found
 
 
+def _write_int8(merged: nn.Module, file: Path, card: ModelCard, train: LabelledImages) -> None:
+    calibration = _spread(train, _CALIBRATED_ON).ordered_batches(_COMPARED_AT_ONCE, card.mean, card.std)
+    export_onnx(merged, file, card, input_ranges=input_ranges(merged, (images for images, _ in calibration)))
+
+
+def _to_compare_on(data: Data) -> tuple[LabelledImages, Literal["validation", "training"]]:
+    if len(data.validation):
+        return data.validation, "validation"
+    return _spread(data.train, _CALIBRATED_ON), "training"
+
+
+def _spread(images: LabelledImages, count: int) -> LabelledImages:
+    """Return so many of the images, or all, at even distances."""
+    return images.chosen(np.linspace(0, len(images) - 1, min(len(images), count)).round().astype(int))
+
+
 def said_loss(found: Comparison) -> str:
     """Return the accuracy that was lost, in points, with its interval."""
     loss = found.accuracy_loss
     assert loss.low is not None
     assert loss.high is not None
     return (
-        f"{100 * loss.estimate:.2f} points of accuracy on {loss.n} validation images "
+        f"{100 * loss.estimate:.2f} points of accuracy on {loss.n} {found.split} images "
         f"({100 * loss.confidence:.0f} % interval {100 * loss.low:.2f} to {100 * loss.high:.2f})"
     )
 
@@ -273,8 +282,10 @@ def file_bytes(model: Path) -> int:
     return sum(part.stat().st_size for part in parts)
 
 
-def compare(trained: Classifier, exported: Classifier, images: LabelledImages) -> Comparison:
-    """Return how far a classifier's outputs are from another's, on labelled images."""
+def compare(
+    trained: Classifier, exported: Classifier, images: LabelledImages, split: Literal["validation", "training", "test"]
+) -> Comparison:
+    """Return how far a classifier's outputs are from another's, on labelled images of a run's split."""
     logits: list[tuple[Tensor, Tensor]] = []
     labels = []
     card = trained.card
@@ -287,98 +298,10 @@ def compare(trained: Classifier, exported: Classifier, images: LabelledImages) -
     losses, gains = int((right_before & ~right_after).sum()), int((right_after & ~right_before).sum())
     return Comparison(
         images=len(truth),
+        split=split,
         same_predictions=float((before.argmax(1) == after.argmax(1)).float().mean()),
         logit_error=float((after - before).abs().max() / before.abs().max()),
         trained_accuracy=float(right_before.float().mean()),
         exported_accuracy=float(right_after.float().mean()),
         accuracy_loss=paired_proportions(losses, gains, len(truth)),
     )
-
-
-def open_model(path: Path, weights: str | None = None) -> Classifier:
-    """Return the classifier of a run's folder, or of anything that `peft-vit export` has written.
-
-    Args:
-        path: of a file or folder.
-        weights: of a PEFT folder's base, see `deployment.open_peft`.
-
-    Raises:
-        UserError: if it is none of these, or is damaged.
-    """
-    if weights is None and os.path.isfile(path / RECORD_FILE):  # unlike Path.is_file, also False for an impossible name
-        run = restore_run(path)
-        return torch_classifier(run.model, run.card)
-    return open_exported(path, weights)
-
-
-def restore_run(run_dir: Path) -> RestoredRun:
-    """Build a run's backbone again, prepare it as its method says, and load what was trained.
-
-    Raises:
-        UserError: if the run failed, a file is missing or has changed, or the backbone's weights are others now.
-    """
-    record = _done_record(run_dir)
-    spec, provenance = record.spec, record.provenance
-    assert provenance is not None
-    file = run_dir / ADAPTER_FILE
-    try:
-        found = hashlib.sha256(read_bytes(file, None)).hexdigest()
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror}); move or rerun the whole run", file=file) from None
-    if found != record.adapter_sha256:
-        problem = f"has SHA-256 {found}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
-        raise UserError(problem, file=file, field="adapter_sha256")
-    with agreeing_with(run_dir / RECORD_FILE):
-        backbone = load_run_backbone(spec, len(record.class_names), mapped=packed_at_once(spec.experiment))
-    if backbone.weights_sha256 != provenance.weights_sha256:
-        raise UserError(
-            f"{backbone.weights_name} has SHA-256 {backbone.weights_sha256}, the run was trained on "
-            f"{provenance.weights_sha256}; get those weights again",
-            file=run_dir / RECORD_FILE,
-            field="provenance",
-        )
-    if provenance.config_sha256 not in (None, backbone.architecture.config_sha256):
-        raise UserError(
-            f"config.json or preprocessor_config.json of {backbone.architecture.name} is not what the run was trained "
-            "with; get those files again",
-            file=run_dir / RECORD_FILE,
-            field="provenance",
-        )
-    with agreeing_with(run_dir / RECORD_FILE):
-        if spec.experiment.start is None:
-            total_steps = spec.experiment.total_steps(record.split_sizes["train"])
-            prepare_as_saved(backbone.model, spec.experiment, file, total_steps=total_steps, seed=spec.seed)
-        else:  # the adapter that it went on from need not be there any more: its scales stand in the file
-            attach_fused(backbone.model, read_adapter_file(file).scales, seed=spec.seed)
-        load_trained(backbone.model, file)
-    choose_attention(backbone.model, torch.device("cpu"), spec.precision)  # as in the run: equal to the last bit
-    for _, module in adapted_modules(backbone.model):
-        if module.quantized is not None:
-            module.drop_float()  # wherever the schedule starts, a saved run stands on quantized weights alone
-    return RestoredRun(record, backbone, backbone.model.eval())
-
-
-def prepare_as_saved(
-    model: nn.Module, experiment: ExperimentConfig, file: Path, *, total_steps: int, seed: int
-) -> list[Hook]:
-    """Do as `prepare`, with the formats and ranks that `adaptive_bits` chose for a run, out of its adapter file."""
-    qa_lora = experiment.section(QaLoraConfig)
-    adaptive = None if qa_lora is None else qa_lora.adaptive_bits
-    return prepare(
-        model,
-        experiment,
-        total_steps=total_steps,
-        seed=seed,
-        formats=read_adapter_file(file).formats if adaptive is not None else None,
-        ranks=read_adapter_file(file).ranks if adaptive is not None and adaptive.ranks else None,
-        module_ranks=saved_module_ranks(file) if experiment.kind.uses_peft else None,
-    )
-
-
-def _done_record(run_dir: Path) -> RunRecord:
-    record = read_record(run_dir / RECORD_FILE)
-    if record.status != "done" or record.provenance is None:
-        raise UserError(f"this run failed ({record.error}); rerun it", file=run_dir / RECORD_FILE, field="status")
-    if not record.class_names:
-        raise UserError("holds no class; rerun this run", file=run_dir / RECORD_FILE, field="class_names")
-    return record

@@ -19,7 +19,7 @@ from peft_vit.deployment import merge
 from peft_vit.errors import SilentNoEffectWarning
 from peft_vit.evaluation import forward_s, measure_ablation
 from peft_vit.records import AdapterRemoval, RunSpec
-from peft_vit.runs.export import model_card
+from peft_vit.runs.restore import model_card
 from peft_vit.seeding import numpy_generator
 from peft_vit.training import Overhead, RuntimeConfig
 

@@ -5,6 +5,14 @@ say `scipy.stats.…` in full, since scipy loads a part, 12 to 60 MB of them, wh
 """
 
 from peft_vit.statistics.checked import shifted
+from peft_vit.statistics.conformal import (
+    class_scores,
+    conformal_quantile,
+    fit_temperature,
+    fold_coverage,
+    prediction_sets,
+    probabilities,
+)
 from peft_vit.statistics.descriptive import gini, normalized_entropy, spearman
 from peft_vit.statistics.effect_size import EffectSize, effect_size, hedges_factor
 from peft_vit.statistics.equivalence import beyond_margin, equivalence, equivalence_verdict, inferiority, noninferiority
@@ -17,7 +25,6 @@ from peft_vit.statistics.intervals import (
     proportion_interval,
 )
 from peft_vit.statistics.mixed import MixedEffect, mixed_effect
-from peft_vit.statistics.sequential import Course, Look, SequentialTest, StoppingRule, follow
 from peft_vit.statistics.significance import (
     Significance,
     Verdict,

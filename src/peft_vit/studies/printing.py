@@ -46,7 +46,7 @@ def print_export(done: Exported, file: Path) -> None:
     else:
         before, after = 100 * found.trained_accuracy, 100 * found.exported_accuracy
         print(
-            f"The file against the run's model, {found.images} validation images, {done.activations}: "
+            f"The file against the run's model, {found.images} {found.split} images, {done.activations}: "
             f"{100 * found.same_predictions:.2f} % of predictions equal, logits within {found.logit_error:.1e} "
             f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
         )

@@ -14,7 +14,7 @@ from peft_vit.config import StudyConfig
 from peft_vit.data import load_data
 from peft_vit.methods import prepare
 from peft_vit.records import ADAPTER_FILE, RunRecord, run_folder
-from peft_vit.runs.export import restore_run
+from peft_vit.runs.restore import restore_run
 
 pytestmark = pytest.mark.part("importance analysis")
 

@@ -12,7 +12,7 @@ from peft_vit.data import SealedImages, load_data
 from peft_vit.evaluation import predict
 from peft_vit.records import run_folder
 from peft_vit.runs import execute as run_module
-from peft_vit.runs.export import restore_run
+from peft_vit.runs.restore import restore_run
 
 pytestmark = pytest.mark.part("runner")
 DESTROYS = {"head_start": "probe", "learning_rate": 1.0, "clip_norm": None, "schedule": "constant"}

@@ -36,7 +36,7 @@ def asking(config: StudyConfig, measures: MeasuresConfig = ASKED) -> StudyConfig
 
 
 def test_predictions_are_of_the_one_reading_of_test(study, tmp_path) -> None:
-    (record,) = do(study("lora"), tmp_path)
+    (record,) = do(asking(study("lora"), MeasuresConfig(logits=True)), tmp_path)
     index = open_index(record.spec.data)
     images = make_splits(index, record.spec.data, record.spec.seed).test
     found = record.predictions
@@ -46,6 +46,8 @@ def test_predictions_are_of_the_one_reading_of_test(study, tmp_path) -> None:
     batches = load_data(record.spec.data, 0).test.open().ordered_batches(30, backbone.mean, backbone.std)
     logits, _ = predict(backbone.model, batches, device=torch.device("cpu"), precision="fp32")
     probability = softmax(logits.astype(np.float64), axis=1)
+    np.testing.assert_allclose(found.logits, logits, rtol=0, atol=1e-5)
+    assert np.float32(found.logits).argmax(1).tolist() == found.predicted
     assert found.predicted == probability.argmax(1).tolist()
     assert found.probability == pytest.approx(probability.max(1), abs=1e-6)
     hits = np.equal(found.predicted, found.labels)
@@ -58,6 +60,8 @@ def test_what_is_not_asked_for_is_not_measured(study, tmp_path) -> None:
     (record,) = do(study("lora"), tmp_path)
     assert record.removal is None
     assert record.latency_s == {}
+    assert record.predictions.logits is None
+    assert "logits" not in record.predictions.model_dump_json()  # or digests of outcomes would be others
     assert not {"removal", "latency"} & record.overhead_s.keys()
 
 

@@ -18,7 +18,8 @@ from peft_vit.backbones import load_run_backbone
 from peft_vit.config import ExperimentConfig, StudyConfig
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, run_folder
-from peft_vit.runs.export import export_run_to_peft, restore_run
+from peft_vit.runs.export import export_run_to_peft
+from peft_vit.runs.restore import restore_run
 from peft_vit.studies import plan_study
 
 peft = pytest.importorskip("peft")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from peft_vit.backbones import tensor_file
 from peft_vit.config import BackboneConfig
 from peft_vit.records import ADAPTER_FILE, run_folder
-from peft_vit.runs.export import restore_run
+from peft_vit.runs.restore import restore_run
 
 pytestmark = pytest.mark.part("runner")
 

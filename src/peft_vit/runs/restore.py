@@ -1,0 +1,152 @@
+"""From a finished run's folder back to its model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from peft_vit.adapters import adapted_modules, load_trained, read_adapter_file
+from peft_vit.adapters.peft_format import attach_fused
+from peft_vit.adapters.peft_tuner import saved_module_ranks
+from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
+from peft_vit.config import ExperimentConfig, QaLoraConfig
+from peft_vit.data import DATASETS
+from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_classifier
+from peft_vit.errors import UserError, agreeing_with
+from peft_vit.methods import prepare
+from peft_vit.methods.qa_lora import packed_at_once
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
+from peft_vit.safe_io import read_bytes
+from peft_vit.training import Hook
+
+
+@dataclass(frozen=True)
+class RestoredRun:
+    """A run's model as it was saved, and what is known of it."""
+
+    record: RunRecord
+    backbone: LoadedBackbone
+    model: nn.Module  # carries adapters and head at the chosen step; on the CPU, in evaluation mode
+
+    @property
+    def card(self) -> ModelCard:
+        """Return what an export says of the model."""
+        return model_card(self.record.spec, self.backbone, self.record.class_names)
+
+
+def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[str]) -> ModelCard:
+    """Return what an export says of a run's model."""
+    return ModelCard(
+        run=spec.run_id,
+        library=backbone.architecture.library,
+        model=backbone.architecture.name,
+        config=backbone.architecture.config,
+        weights_name=backbone.weights_name,
+        weights_sha256=backbone.weights_sha256,
+        image_size=spec.data.image_size,
+        interpolation=spec.data.interpolation or "bicubic",
+        channels=DATASETS[spec.data.dataset].channels,
+        mean=backbone.mean,
+        std=backbone.std,
+        class_names=tuple(class_names),
+    )
+
+
+def open_model(path: Path, weights: str | None = None) -> Classifier:
+    """Return the classifier of a run's folder, or of anything that `peft-vit export` has written.
+
+    Args:
+        path: of a file or folder.
+        weights: of a PEFT folder's base, see `deployment.open_peft`.
+
+    Raises:
+        UserError: if it is none of these, or is damaged.
+    """
+    if weights is None and os.path.isfile(path / RECORD_FILE):  # unlike Path.is_file, also False for an impossible name
+        run = restore_run(path)
+        return torch_classifier(run.model, run.card)
+    return open_exported(path, weights)
+
+
+def restore_run(run_dir: Path) -> RestoredRun:
+    """Build a run's backbone again, prepare it as its method says, and load what was trained.
+
+    Raises:
+        UserError: if the run failed, a file is missing or has changed, or the backbone's weights are others now.
+    """
+    record = done_record(run_dir)
+    spec, provenance = record.spec, record.provenance
+    assert provenance is not None
+    file = run_dir / ADAPTER_FILE
+    try:
+        found = hashlib.sha256(read_bytes(file, None)).hexdigest()
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror}); move or rerun the whole run", file=file) from None
+    if found != record.adapter_sha256:
+        problem = f"has SHA-256 {found}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
+        raise UserError(problem, file=file, field="adapter_sha256")
+    with agreeing_with(run_dir / RECORD_FILE):
+        backbone = load_run_backbone(spec, len(record.class_names), mapped=packed_at_once(spec.experiment))
+    if backbone.weights_sha256 != provenance.weights_sha256:
+        raise UserError(
+            f"{backbone.weights_name} has SHA-256 {backbone.weights_sha256}, the run was trained on "
+            f"{provenance.weights_sha256}; get those weights again",
+            file=run_dir / RECORD_FILE,
+            field="provenance",
+        )
+    if provenance.config_sha256 not in (None, backbone.architecture.config_sha256):
+        raise UserError(
+            f"config.json or preprocessor_config.json of {backbone.architecture.name} is not what the run was trained "
+            "with; get those files again",
+            file=run_dir / RECORD_FILE,
+            field="provenance",
+        )
+    with agreeing_with(run_dir / RECORD_FILE):
+        if spec.experiment.start is None:
+            total_steps = spec.experiment.total_steps(record.split_sizes["train"])
+            prepare_as_saved(backbone.model, spec.experiment, file, total_steps=total_steps, seed=spec.seed)
+        else:  # the adapter that it went on from need not be there any more: its scales stand in the file
+            attach_fused(backbone.model, read_adapter_file(file).scales, seed=spec.seed)
+        load_trained(backbone.model, file)
+    choose_attention(backbone.model, torch.device("cpu"), spec.precision)  # as in the run: equal to the last bit
+    for _, module in adapted_modules(backbone.model):
+        if module.quantized is not None:
+            module.drop_float()  # wherever the schedule starts, a saved run stands on quantized weights alone
+    return RestoredRun(record, backbone, backbone.model.eval())
+
+
+def prepare_as_saved(
+    model: nn.Module, experiment: ExperimentConfig, file: Path, *, total_steps: int, seed: int
+) -> list[Hook]:
+    """Do as `prepare`, with the formats and ranks that `adaptive_bits` chose for a run, out of its adapter file."""
+    qa_lora = experiment.section(QaLoraConfig)
+    adaptive = None if qa_lora is None else qa_lora.adaptive_bits
+    return prepare(
+        model,
+        experiment,
+        total_steps=total_steps,
+        seed=seed,
+        formats=read_adapter_file(file).formats if adaptive is not None else None,
+        ranks=read_adapter_file(file).ranks if adaptive is not None and adaptive.ranks else None,
+        module_ranks=saved_module_ranks(file) if experiment.kind.uses_peft else None,
+    )
+
+
+def done_record(run_dir: Path) -> RunRecord:
+    """Return the record of a run that came to an end and can be restored.
+
+    Raises:
+        UserError: if it failed or can't be read.
+    """
+    record = read_record(run_dir / RECORD_FILE)
+    if record.status != "done" or record.provenance is None:
+        raise UserError(f"this run failed ({record.error}); rerun it", file=run_dir / RECORD_FILE, field="status")
+    if not record.class_names:
+        raise UserError("holds no class; rerun this run", file=run_dir / RECORD_FILE, field="class_names")
+    return record

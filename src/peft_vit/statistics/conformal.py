@@ -1,0 +1,143 @@
+"""Calibrated probabilities, and sets of classes that hold the true one as often as asked, from held-out logits.
+
+Held out is an image of which the model that predicts it was not trained. With folds each image is, once a repetition.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import scipy
+from numpy.typing import ArrayLike, NDArray
+
+from peft_vit.statistics.checked import check_level
+
+TEMPERATURES = (0.05, 20.0)  # where every image is right, or wrong, likelihood alone would go on without end
+
+
+def probabilities(logits: ArrayLike, temperature: float) -> NDArray[np.float64]:
+    """Return softmax(logits / temperature), (N, classes)."""
+    result: NDArray[np.float64] = scipy.special.softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
+    return result
+
+
+def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Return the temperature with the least mean negative log-likelihood, within TEMPERATURES.
+
+    The likelihood is concave in b = 1 / temperature, so the root of its slope is the only one: the mean of
+    ``sum_k p_k(b) z_k - z_y`` over images. Which class is most probable does not change. Source: Guo et al. 2017,
+    arXiv 1706.04599, section 4.2.
+
+    Args:
+        logits: (N, classes), held out.
+        labels: (N,) true classes.
+
+    Raises:
+        ValueError: for no images, unequal lengths, labels that are no class, or logits that are not finite.
+    """
+    z, y = _checked(logits, labels)
+    own = z[np.arange(len(y)), y]  # (N,)
+
+    def slope(inverse: float) -> float:
+        expected = (probabilities(z, 1 / inverse) * z).sum(1)  # (N,)
+        return float((expected - own).mean())
+
+    coldest, hottest = TEMPERATURES
+    if slope(1 / hottest) >= 0:
+        return hottest
+    if slope(1 / coldest) <= 0:
+        return coldest
+    return 1 / float(scipy.optimize.brentq(slope, 1 / hottest, 1 / coldest))
+
+
+def conformal_quantile(scores: ArrayLike, coverage: float, images: ArrayLike | None = None) -> float:
+    """Return the score up to which a class belongs to a set, so that sets hold the true class as often as asked.
+
+    With one score an image it is the ceil((n + 1) coverage)-th smallest of n: a further image, exchangeable with these,
+    has a score up to it with at least that probability. Infinity where n is too small for the coverage. An image with
+    several scores, one a repetition of folds, counts once: each score weighs 1 / (how many the image has). Sources:
+    Vovk, Gammerman & Shafer, Algorithmic Learning in a Random World (2005); Lei et al. 2018, arXiv 1604.04173, algorithm 2.
+
+    Args:
+        scores: (m,), large where the true class fits badly.
+        coverage: between 0 and 1.
+        images: (m,) which image each score is of; none: each of another.
+
+    Raises:
+        ValueError: for no scores, unequal lengths, or a coverage that is not between 0 and 1.
+    """
+    s = np.asarray(scores, dtype=np.float64)
+    which = np.arange(s.size) if images is None else np.asarray(images)
+    if s.ndim != 1 or s.size == 0 or which.shape != s.shape:
+        raise ValueError(f"expected as many images as scores and at least one, got {which.size} and {s.size}")
+    check_level(coverage, "coverage")
+    _, place, times = np.unique(which, return_inverse=True, return_counts=True)
+    order = np.argsort(s, kind="stable")
+    below = np.cumsum(1 / times[place][order])  # images with a score up to it
+    rank = math.ceil((len(times) + 1) * coverage - 1e-9)  # 1e-9: 0.9 * 10 is 9 here too
+    if rank > len(times):
+        return math.inf
+    return float(s[order][np.searchsorted(below, rank - 1e-9)])
+
+
+def prediction_sets(probability: ArrayLike, quantile: float) -> NDArray[np.bool_]:
+    """Return which classes belong to each image's set, (N, classes): 1 - p up to the quantile, and the most probable.
+
+    These are the smallest sets on average with their coverage, if the probabilities are true; the most probable class
+    is always in, so that no set is empty. Source: Sadinle, Lei & Wasserman, JASA 114 (2019), arXiv 1609.00451.
+    """
+    p = np.asarray(probability, dtype=np.float64)
+    inside: NDArray[np.bool_] = 1 - p <= quantile
+    inside[np.arange(len(p)), p.argmax(1)] = True
+    return inside
+
+
+def class_scores(probability: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+    """Return 1 - (the probability of the true class), (N,), of probabilities (N, classes)."""
+    p, y = _checked(probability, labels)
+    result: NDArray[np.float64] = 1 - p[np.arange(len(y)), y]
+    return result
+
+
+def fold_coverage(
+    probability: ArrayLike, labels: ArrayLike, images: ArrayLike, runs: ArrayLike, coverage: float
+) -> tuple[float, float]:
+    """Return how often sets hold the true class, and their mean size, by the scores of other runs' images.
+
+    A run's images get the quantile of all scores of images that it did not hold out. Images count alike, however often
+    they were held out.
+
+    Args:
+        probability: (m, classes), held out.
+        labels: (m,) true classes.
+        images: (m,) which image each row is of.
+        runs: (m,) which run predicted it.
+        coverage: that was asked.
+
+    Raises:
+        ValueError: as `conformal_quantile`; also where one run held out every image.
+    """
+    p, y = _checked(probability, labels)
+    which, by = np.asarray(images), np.asarray(runs)
+    scores = class_scores(p, y)
+    covered, sizes = np.zeros(len(y)), np.zeros(len(y))
+    for run in np.unique(by):
+        own = by == run
+        others = ~np.isin(which, which[own])
+        inside = prediction_sets(p[own], conformal_quantile(scores[others], coverage, which[others]))
+        covered[own], sizes[own] = inside[np.arange(own.sum()), y[own]], inside.sum(1)
+    _, place, times = np.unique(which, return_inverse=True, return_counts=True)
+    weight = 1 / times[place] / len(times)
+    return float(covered @ weight), float(sizes @ weight)
+
+
+def _checked(values: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    z, y = np.asarray(values, dtype=np.float64), np.asarray(labels, dtype=np.int64)
+    if z.ndim != 2 or y.shape != z.shape[:1] or not y.size:
+        raise ValueError(f"expected rows of classes and a label each, got {z.shape} and {y.shape}")
+    if not np.isfinite(z).all():
+        raise ValueError("expected finite values")
+    if y.min() < 0 or y.max() >= z.shape[1]:
+        raise ValueError(f"expected labels from 0 to {z.shape[1] - 1}, got {y.min()} to {y.max()}")
+    return z, y

@@ -1,0 +1,89 @@
+"""What a file knows of how far its model can be believed, and what predict makes of it."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import CARD
+
+from peft_vit.deployment import Calibrated, Classifier, check_coverage, predict_files
+from peft_vit.deployment.model_card import ModelCard
+from peft_vit.errors import UserError
+
+KNOWN = Calibrated(images=60, temperature=2.0, coverages=(0.8, 0.9, 0.95), thresholds=(0.2, 0.75, 0.9))
+CALIBRATED = CARD.model_copy(update={"calibrated": KNOWN})
+LOGITS = [2.0, 4.0, 3.0, -1.0, 0.0]
+
+
+def probability(logits: list[float], temperature: float) -> list[float]:
+    weights = [math.exp(z / temperature) for z in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "one.png")
+    return tmp_path / "one.png"
+
+
+def predicted(card: ModelCard, image: Path, coverage: float | None = None):
+    classifier = Classifier(card, lambda images: torch.tensor([LOGITS] * len(images)))
+    (found,) = predict_files(classifier, [image], coverage)
+    return found
+
+
+def test_probabilities_are_calibrated_where_the_file_says_how(image: Path) -> None:
+    assert predicted(CARD, image).probability == pytest.approx(probability(LOGITS, 1.0)[1])
+    found = predicted(CALIBRATED, image)
+    assert found.probability == pytest.approx(probability(LOGITS, 2.0)[1])
+    assert (found.class_name, found.classes) == ("b", ())
+
+
+@pytest.mark.parametrize(
+    ("coverage", "classes"),
+    [(0.8, "b"), (0.85, "bc"), (0.9, "bc"), (0.92, "bca"), (0.95, "bca")],  # p: b 0.46, c 0.28, a 0.17, e 0.06
+)
+def test_sets_follow_the_next_threshold_and_begin_with_the_most_probable(
+    image: Path, coverage: float, classes: str
+) -> None:
+    found = predicted(CALIBRATED, image, coverage)
+    p = dict(zip("abcde", probability(LOGITS, 2.0), strict=True))
+    assert [name for name, _ in found.classes] == list(classes)
+    assert [value for _, value in found.classes] == pytest.approx([p[name] for name in classes])
+
+
+@pytest.mark.parametrize(
+    ("card", "coverage", "says"),
+    [
+        (CARD, 0.9, "this one holds no thresholds"),
+        (CALIBRATED, 0.99, "expected 0.8 to 0.95, for which the model has thresholds; got 0.99"),
+        (CALIBRATED, 0.5, "expected 0.8 to 0.95"),
+        (CALIBRATED, math.nan, "got nan"),
+        (
+            CARD.model_copy(update={"calibrated": Calibrated(images=2, temperature=1.0, coverages=(), thresholds=())}),
+            0.9,
+            "calibrated on 2 images, too few",
+        ),
+    ],
+)
+def test_a_coverage_without_threshold_is_refused(card: ModelCard, coverage: float, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check_coverage(card, coverage)
+
+
+def test_few_images_have_no_thresholds_for_high_coverages() -> None:
+    rng = np.random.default_rng(0)
+    found = Calibrated.on(rng.normal(size=(18, 3)), rng.integers(0, 3, 18), list(range(9)) * 2)
+    assert found.images == 9
+    assert found.coverages == tuple(percent / 100 for percent in range(80, 91))  # (9 + 1) 0.91 is above 9
+    assert list(found.thresholds) == sorted(found.thresholds)
+
+
+def test_cards_of_before_read_and_write_as_they_did() -> None:
+    assert "calibrated" not in json.loads(CARD.model_dump_json())
+    assert ModelCard.from_json(CALIBRATED.model_dump_json(), Path("card")) == CALIBRATED
+    assert ModelCard.from_json(CARD.model_dump_json(), Path("card")) == CARD

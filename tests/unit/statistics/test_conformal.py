@@ -1,0 +1,169 @@
+"""Temperature and prediction sets: against plain loops, a grid, exact laws of coverage, and planted tasks."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_vit.statistics import (
+    class_scores,
+    conformal_quantile,
+    fit_temperature,
+    fold_coverage,
+    prediction_sets,
+    probabilities,
+)
+from peft_vit.statistics.conformal import TEMPERATURES
+
+
+def mean_nll(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
+    """Return it by a loop over images, in Python's own floats."""
+    total = 0.0
+    for row, label in zip((logits / temperature).tolist(), labels.tolist(), strict=True):
+        top = max(row)
+        total += top + math.log(sum(math.exp(z - top) for z in row)) - row[label]
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_temperature_has_the_least_likelihood_of_a_fine_grid(scale: float) -> None:
+    rng = np.random.default_rng(3)
+    truth = rng.normal(size=(400, 4))
+    labels = np.array([rng.choice(4, p=row) for row in probabilities(truth, 1.0)])
+    found = fit_temperature(scale * truth, labels)
+    grid = np.geomspace(found / 1.2, found * 1.2, 201)  # its middle is what was found
+    assert np.argmin([mean_nll(scale * truth, labels, one) for one in grid]) == 100
+    assert found == pytest.approx(scale, rel=0.25)  # what was planted
+
+
+def test_temperature_ends_where_likelihood_would_go_on() -> None:
+    logits = np.array([[2.0, 0.0], [0.0, 1.0]])
+    assert fit_temperature(logits, [0, 1]) == TEMPERATURES[0]
+    assert fit_temperature(logits, [1, 0]) == TEMPERATURES[1]
+
+
+def slow_quantile(scores: list[float], coverage: Fraction) -> float:
+    """Return the least score with as many scores up to it as the definition asks for."""
+    needed = math.ceil((len(scores) + 1) * coverage)
+    return min((s for s in scores if sum(other <= s for other in scores) >= needed), default=math.inf)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 99))
+def test_quantile_is_that_of_its_definition_with_ties_and_few_scores(scores: list[int], percent: int) -> None:
+    assert conformal_quantile(scores, percent / 100) == slow_quantile(scores, Fraction(percent, 100))
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.integers(1, 5), st.integers(1, 99))
+def test_scores_that_are_repeated_count_once(scores: list[int], times: int, percent: int) -> None:
+    images = np.tile(np.arange(len(scores)), times)
+    repeated = conformal_quantile(np.tile(scores, times), percent / 100, images)
+    assert repeated == conformal_quantile(scores, percent / 100)
+
+
+def test_images_with_more_scores_do_not_weigh_more() -> None:
+    scores, images = [0.1, 0.8, 0.9, 0.5, 0.6], [0, 0, 0, 1, 2]
+    assert conformal_quantile(scores, 0.25, images) == 0.5  # 1 of 3: a third and one whole
+    assert conformal_quantile(scores, 0.5, images) == 0.6  # 2 of 3: a third and two
+    assert conformal_quantile(scores, 0.75, images) == 0.9  # all
+
+
+def test_a_further_score_lies_below_the_quantile_as_often_as_the_exact_law_says() -> None:
+    rng, n, coverage, trials = np.random.default_rng(0), 37, 0.9, 4000
+    scores = rng.exponential(size=(trials, n + 1))
+    held = [row[-1] <= conformal_quantile(row[:-1], coverage) for row in scores]
+    exact = math.ceil((n + 1) * coverage) / (n + 1)  # no ties: the rank of the last is uniform
+    assert np.mean(held) == pytest.approx(exact, abs=3 * math.sqrt(exact * (1 - exact) / trials))
+
+
+def test_sets_hold_what_their_definition_says_and_never_nothing() -> None:
+    p = [[0.6, 0.3, 0.1], [0.34, 0.33, 0.33], [0.5, 0.5, 0.0]]
+    assert prediction_sets(p, 0.1).astype(int).tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0]]  # of equal ones the first
+    assert prediction_sets(p, 0.665).astype(int).tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 0]]
+    assert prediction_sets(p, 0.72).astype(int).tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 0]]
+    assert prediction_sets(p, math.inf).all()
+
+
+def nearest_means(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Return logits (n, 3) of a model that learns class means."""
+    means = np.stack([x[y == k].mean(0) for k in range(3)])
+    return -((at[:, None] - means) ** 2).sum(-1) * 2.0  # too sure: the temperature has to mend it
+
+
+def folds_of(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, repetitions: int, k: int = 5):
+    """Return held-out logits, labels, images and runs over all repetitions."""
+    rows = []
+    for repetition in range(repetitions):
+        fold = rng.permutation(len(y)) % k
+        for f in range(k):
+            out = np.flatnonzero(fold == f)
+            logits = nearest_means(x[fold != f], y[fold != f], x[out])
+            rows.append((logits, y[out], out, np.full(len(out), repetition * k + f)))
+    return (np.concatenate(part) for part in zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize(("repetitions", "coverage"), [(1, 0.9), (3, 0.9), (3, 0.8)])
+def test_sets_of_folds_cover_new_images_of_a_planted_task(repetitions: int, coverage: float) -> None:
+    rng = np.random.default_rng(5)
+    centers = np.array([[0.0, 0.0], [1.6, 0.0], [0.0, 1.6]])
+    covered, estimated = [], []
+    for _ in range(150):
+        y = rng.permutation(np.arange(60) % 3)
+        x = centers[y] + rng.normal(size=(60, 2))
+        logits, labels, images, runs = folds_of(rng, x, y, repetitions)
+        temperature = fit_temperature(logits, labels)
+        p = probabilities(logits, temperature)
+        quantile = conformal_quantile(class_scores(p, labels), coverage, images)
+        new_y = rng.integers(0, 3, 100)
+        new = probabilities(nearest_means(x, y, centers[new_y] + rng.normal(size=(100, 2))), temperature)
+        covered.append(prediction_sets(new, quantile)[np.arange(100), new_y].mean())
+        estimated.append(fold_coverage(p, labels, images, runs, coverage)[0])
+    error = np.std(covered) / math.sqrt(len(covered))
+    assert np.mean(covered) >= coverage - 3 * error
+    assert np.mean(covered) <= coverage + 0.05  # and they are not all classes
+    assert np.mean(estimated) == pytest.approx(np.mean(covered), abs=0.02)  # what the folds say is what new images see
+
+
+def test_coverage_on_folds_uses_no_score_of_the_own_images() -> None:
+    """Against loops, with two repetitions."""
+    rng = np.random.default_rng(8)
+    y = np.arange(24) % 3
+    x = rng.normal(size=(24, 2)) + y[:, None]
+    logits, labels, images, runs = folds_of(rng, x, y, 2, k=4)
+    p = probabilities(logits, 1.3)
+    held, sizes = {}, {}
+    for row in range(len(labels)):
+        own = {int(i) for i, run in zip(images, runs, strict=True) if run == runs[row]}
+        others = [r for r in range(len(labels)) if int(images[r]) not in own]
+        weights = {i: sum(int(images[r]) == i for r in others) for i in {int(images[r]) for r in others}}
+        needed = math.ceil((len(weights) + 1) * Fraction(8, 10))
+        scores = sorted((1 - p[r, labels[r]], Fraction(1, weights[int(images[r])])) for r in others)
+        total, quantile = Fraction(0), math.inf
+        for score, weight in scores:
+            total += weight
+            if total >= needed:
+                quantile = score
+                break
+        inside = [k for k in range(3) if 1 - p[row, k] <= quantile or k == int(p[row].argmax())]
+        held.setdefault(int(images[row]), []).append(int(labels[row]) in inside)
+        sizes.setdefault(int(images[row]), []).append(len(inside))
+    expected = [np.mean([np.mean(values) for values in found.values()]) for found in (held, sizes)]
+    assert fold_coverage(p, labels, images, runs, 0.8) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: fit_temperature(np.zeros((2, 3)), [0]), "a label each"),
+        (lambda: fit_temperature(np.zeros((2, 3)), [0, 3]), "labels from 0 to 2, got 0 to 3"),
+        (lambda: fit_temperature([[np.nan, 0.0]], [0]), "finite"),
+        (lambda: conformal_quantile([], 0.9), "at least one"),
+        (lambda: conformal_quantile([0.1], 1.0), "0 < coverage < 1"),
+        (lambda: conformal_quantile([0.1], 0.5, [1, 2]), "as many images as scores"),
+    ],
+)
+def test_wrong_arguments_are_refused(call, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        call()
