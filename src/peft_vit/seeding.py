@@ -19,6 +19,8 @@ Purpose = Literal[
     "augmentation",  # flips; the others have streams by their names, below
     "train_subset",
     "split",
+    "folds",
+    "sealed",
     "probe",
     "calibration",
     "removal",

@@ -99,7 +99,7 @@ class Study:
     @property
     def images_tested_by_seed(self) -> bool:
         """Return whether each seed draws its own test images; runs of one seed share them in any case."""
-        return any(run.record.spec.data.test_split == "per_seed" for run in self.runs)
+        return any(run.record.spec.data.tests_by_seed for run in self.runs)
 
     def of(self, experiment: str) -> tuple[Run, ...]:
         """Return the finished runs of one experiment, by seed."""

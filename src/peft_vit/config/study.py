@@ -71,6 +71,11 @@ class DataConfig(Frozen):
         min_length=1,
         description="folder, archive or CSV; of hf also a name on the hub; found for packaged sets",
     )
+    images_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="of image-folder: what `look_at` found, as JSON: files left out, copies, sealed test images",
+    )
     image_column: str | None = Field(default=None, min_length=1, description="of hf; left out: the one with images")
     label_column: str | None = Field(default=None, min_length=1, description="of hf; left out: the one with classes")
     hub_subset: str | None = Field(
@@ -84,6 +89,13 @@ class DataConfig(Frozen):
     shots_per_class: int | None = Field(default=None, ge=1, description="in place of train_images: as many of each")
     validation_images: int = Field(ge=2)
     test_images: int | None = Field(default=None, ge=2, description="left out: the data set's own test split")
+    folds: int | None = Field(
+        default=None,
+        ge=2,
+        le=100,
+        description="in place of test_images: seed s tests on fold s % folds of what the own test split leaves, in "
+        "repetition s // folds; new folds for each repetition",
+    )
     split_seed: int = Field(default=0, ge=0, lt=2**31)
     train_subset: Literal["fixed", "per_seed"] = Field(
         default="fixed",
@@ -100,10 +112,19 @@ class DataConfig(Frozen):
             raise ValueError("train_images and shots_per_class exclude each other; remove one")
         if self.dataset in NEEDS_PATH and self.path is None:
             raise ValueError(f"dataset: {self.dataset} needs the field 'path'")
-        for field in _OF_HF:
-            if self.dataset != "hf" and getattr(self, field) is not None:
+        for field, dataset in (*((name, "hf") for name in _OF_HF), ("images_file", "image-folder")):
+            if self.dataset != dataset and getattr(self, field) is not None:
                 raise ValueError(f"'{field}' has no effect with dataset: {self.dataset}; remove it")
+        if self.folds is not None and self.test_images is not None:
+            raise ValueError("test_images has no effect with folds, each of which is tested on as a whole; remove one")
+        if self.folds is not None and self.test_split == "per_seed":
+            raise ValueError("test_split: per_seed has no effect with folds, which say what a seed tests; remove one")
         return self
+
+    @property
+    def tests_by_seed(self) -> bool:
+        """Return whether seeds are tested on different images."""
+        return self.test_split == "per_seed" or self.folds is not None
 
     @property
     def title(self) -> str:

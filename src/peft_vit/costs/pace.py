@@ -83,7 +83,7 @@ class MeasuredPace:
             trained = (
                 len(flip_axes(spec.experiment.training.flips))
                 * workload.train
-                * (1 + (spec.data.train_subset == "per_seed"))
+                * (1 + (spec.data.train_subset == "per_seed" and spec.data.folds is None))
             )
             images += (trained + workload.validation + workload.test) / _SEEDS_OF_A_STUDY
             steps_s = _FITS_S

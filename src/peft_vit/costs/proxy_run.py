@@ -83,7 +83,7 @@ def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> Data
                 "train_subset": "fixed",
                 "test_split": "fixed",  # a split that holds each class may not do so with another seed
                 "validation_images": min(len(splits.validation), evaluated),
-                "test_images": min(len(splits.test), evaluated),
+                "test_images": None if spec.data.folds is not None else min(len(splits.test), evaluated),
             }
         )
         try:

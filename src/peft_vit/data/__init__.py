@@ -7,6 +7,7 @@ from peft_vit.data.files import IMAGE_SUFFIXES
 from peft_vit.data.images import LabelledImages, SealedImages, normalised
 from peft_vit.data.index import ImageIndex
 from peft_vit.data.loading import Data, load_data, smoke_config, thumbnails
+from peft_vit.data.look import Seen, images_file, look_at
 from peft_vit.data.pixels import to_pixels
 from peft_vit.data.registry import DATASETS, DatasetInfo, open_index
 from peft_vit.data.splits import Splits, class_gaps, make_splits, stratified_draw
@@ -19,12 +20,15 @@ __all__ = [
     "ImageIndex",
     "LabelledImages",
     "SealedImages",
+    "Seen",
     "Splits",
     "check_augmentation",
     "class_gaps",
     "decode_image",
     "image_warnings",
+    "images_file",
     "load_data",
+    "look_at",
     "make_splits",
     "mixed",
     "normalised",

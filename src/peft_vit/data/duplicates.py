@@ -29,7 +29,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from peft_vit.data.files import write_to_cache
 from peft_vit.data.index import ImageIndex
-from peft_vit.data.pixels import FORMAT_VERSION, cached_pixels, how
+from peft_vit.data.pixels import FORMAT_VERSION, how, split_pixels
 from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across
 from peft_vit.errors import DataWarning
 from peft_vit.packages import cache_dir
@@ -38,6 +38,7 @@ _VERSION = 1  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
 _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
 _BLOCK, _BATCH = 4096, 64  # images
+_Part = tuple[np.ndarray, np.ndarray]  # of `split_pixels`
 
 
 def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[str, ...]:
@@ -52,6 +53,9 @@ def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[
         UserError: if somebody's own images (a folder, a CSV) hold one image on two sides of the split; in published
             sets, whose splits are what others used too, it is told.
     """
+    if index.looked_at:  # splits are along its groups
+        notes = tuple(DataWarning.PREFIX + note for note in index.notes)
+        return (*class_gaps(index, splits), *notes)
     rows = np.concatenate([splits.train, splits.validation, splits.test])
     sides = np.repeat(np.arange(3), [len(splits.train), len(splits.validation), len(splits.test)])
     equal, near = _compared(index, splits, rows, image_size)
@@ -130,7 +134,10 @@ def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: i
     file = cache_dir() / "duplicates" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
     found = _kept(file, len(rows))
     if found is None:
-        parts = [cached_pixels(index, own, image_size) for own in (splits.train, splits.validation, splits.test)]
+        parts = [
+            split_pixels(index, own, splits.divided, image_size)
+            for own in (splits.train, splits.validation, splits.test)
+        ]
         equal = _groups(parts)
         near = _near(parts, equal)
         buffer = io.BytesIO()
@@ -149,16 +156,17 @@ def _kept(file: Path, count: int) -> np.ndarray | None:
     return found if plausible and np.all((found >= 0) & (found < count)) else None
 
 
-def _groups(parts: list[np.ndarray]) -> np.ndarray:
+def _groups(parts: list[_Part]) -> np.ndarray:
     number: dict[bytes, int] = {}
-    digests = (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for part in parts for image in part)
+    images = (pixels[place] for pixels, places in parts for place in places)
+    digests = (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
     return np.array([number.setdefault(digest, len(number)) for digest in digests], dtype=np.int64)
 
 
-def _near(parts: list[np.ndarray], equal: np.ndarray) -> np.ndarray:
+def _near(parts: list[_Part], equal: np.ndarray) -> np.ndarray:
     """Return for each validation and test image its nearest one of the splits before, if that is near and not equal."""
-    thumbnails = np.concatenate([_thumbnails(part) for part in parts])  # (N, 256)
-    starts = np.cumsum([0, *map(len, parts)])
+    thumbnails = np.concatenate([thumbnails_of(pixels, places) for pixels, places in parts])  # (N, 256)
+    starts = np.cumsum([0, *(len(places) for _, places in parts)])
     pairs = []
     for start, end in pairwise(starts[1:]):
         for first in range(start, end, _BLOCK):
@@ -171,17 +179,67 @@ def _near(parts: list[np.ndarray], equal: np.ndarray) -> np.ndarray:
                 nearest = np.where(value > best, other + place, nearest)
                 best = np.maximum(best, value)
             own, nearest = own[best >= _LEAST_CORRELATION], nearest[best >= _LEAST_CORRELATION]
-            a, b = _detail(thumbnails[own]), _detail(thumbnails[nearest])  # (near, 196) each
-            alike = (a * b).sum(1) >= _LEAST_DETAIL_CORRELATION * np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+            alike = _details_agree(thumbnails[own], thumbnails[nearest])
             pairs.append(np.stack([own, nearest], 1)[alike & (equal[own] != equal[nearest])])
     return np.concatenate(pairs).astype(np.int64)
 
 
-def _thumbnails(pixels: np.ndarray) -> np.ndarray:
-    """Return grey thumbnails (N, 256) float32 less their mean, of length 1; 0 where there is no detail."""
+def near_groups(thumbnails: np.ndarray) -> np.ndarray:
+    """Group images that are nearly equal, or linked by a chain of such pairs; all pairs are compared, in blocks.
+
+    Args:
+        thumbnails: of `thumbnails_of`, (N, 256).
+
+    Returns:
+        Equal numbers for images of one group, (N,) int64.
+    """
+    count = len(thumbnails)
+    groups = np.arange(count, dtype=np.int64)
+    for first in range(0, count, _BLOCK):
+        for other in range(first, count, _BLOCK):
+            found = thumbnails[first : first + _BLOCK] @ thumbnails[other : other + _BLOCK].T
+            a, b = np.nonzero(found >= _LEAST_CORRELATION)
+            pairs = np.stack([a + first, b + other], 1)
+            pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+            for start in range(0, len(pairs), _BLOCK):
+                some = pairs[start : start + _BLOCK]
+                some = some[groups[some[:, 0]] != groups[some[:, 1]]]
+                groups = joined(groups, some[_details_agree(thumbnails[some[:, 0]], thumbnails[some[:, 1]])])
+    return groups
+
+
+def joined(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return groups (N,) int64 with those of each pair (M, 2) made one, numbered from 0."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not len(pairs):
+        return groups
+    size = int(groups.max()) + 1
+    links = coo_array((np.ones(len(pairs), dtype=bool), (groups[pairs[:, 0]], groups[pairs[:, 1]])), shape=(size, size))
+    number: np.ndarray = connected_components(links, directed=False)[1]
+    return number[groups].astype(np.int64)
+
+
+def _details_agree(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return whether the second differences of thumbnails correlate, pair by pair, (N, 256) twice to (N,) bool."""
+    a, b = _detail(a), _detail(b)  # (N, 196) each
+    agree: np.ndarray = (a * b).sum(1) >= (
+        _LEAST_DETAIL_CORRELATION * np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    )
+    return agree
+
+
+def thumbnails_of(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return grey thumbnails (N, 256) float32 less their mean, of length 1; 0 where there is no detail.
+
+    Args:
+        pixels: (M, S, S, C) uint8, S at least 16.
+        places: of the images in it, (N,).
+    """
     small = []
-    for start in range(0, len(pixels), _BATCH):
-        images = torch.from_numpy(pixels[start : start + _BATCH].astype(np.float32))  # (B, S, S, C)
+    for start in range(0, len(places), _BATCH):
+        images = torch.from_numpy(pixels[places[start : start + _BATCH]].astype(np.float32))  # (B, S, S, C)
         grey_images = images.mean(3)[:, None]  # (B, 1, S, S)
         small.append(adaptive_avg_pool2d(grey_images, _SIDE).flatten(1).numpy())  # (B, 1, 16, 16) -> (B, 256)
     grey = np.concatenate([np.empty((0, _SIDE**2), np.float32), *small])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Container
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 from peft_vit.data.decoding import decode_image
 from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, decode_text, downloaded, hashes, open_tree, refuse_outside
+from peft_vit.data.images_file import ImagesFile
 from peft_vit.data.index import ImageIndex, check_class_names, refuse_several_labels
 from peft_vit.errors import UserError
 from peft_vit.safe_io import read_bytes
@@ -91,7 +94,7 @@ def read_tiny_imagenet(path: Path | None, licence: str) -> ImageIndex:
     return _index("tiny-imagenet", tree, files, classes, is_test, licence=licence, titles=titles, beside=beside)
 
 
-def read_image_folder(path: Path | None, licence: str) -> ImageIndex:
+def read_image_folder(path: Path | None, licence: str, images_file: Path | None = None) -> ImageIndex:
     """Index ROOT/<class>/<image>, or ROOT/train/<class>/<image> with ROOT/test/... or ROOT/val/... beside it.
 
     In the second layout test/ is the official test split; without test/, val/ is. If all three are there,
@@ -100,16 +103,39 @@ def read_image_folder(path: Path | None, licence: str) -> ImageIndex:
     Args:
         path: ROOT, a folder or a zip of one.
         licence: of the images.
+        images_file: what was found when they were looked at: it says what is left out, what is a copy of what, and
+            which images are tested in the end, whatever their folders are.
     """
     if path is None:
         raise UserError("is missing; name the folder that holds a folder of images per class", field="data.path")
     tree = open_tree(path)
-    names = [name for name in tree.names if "/" in name or _is_image(name)]  # a README beside them is no image
-    parts = {name: name.split("/") for name in names if not name.endswith(_JUNK)}
+    looked_at = None if images_file is None else ImagesFile.read(images_file)
+    files = class_files(tree, path, () if looked_at is None else looked_at.left_out)
+    names, classes = list(files.classes), list(files.classes.values())
+    index = _index("image-folder", tree, names, classes, files.is_test, licence=licence)
+    return index if looked_at is None else looked_at.applied(index, path, images_file)
+
+
+class ClassFiles(NamedTuple):
+    """The class of each image file by its name, and which of them are of the folder's own test split, if it has one."""
+
+    classes: dict[str, str]
+    is_test: list[bool] | None
+
+
+def class_files(tree: FileTree, path: Path, left_out: Container[str] = ()) -> ClassFiles:
+    """Return the image files of a folder whose layout is as `read_image_folder` says.
+
+    Args:
+        tree: of the folder.
+        path: named in errors.
+        left_out: names that are passed over.
+    """
+    parts = {name: name.split("/") for name in files_in_use(tree) if name not in left_out}
     tops = {part[0] for part in parts.values() if len(part) == 3}
     is_split = "train" in tops and bool(tops.intersection(_TEST_FOLDERS))
     for name, part in parts.items():
-        if not _is_image(name):
+        if not is_image(name):
             problem = f"is none of {' '.join(IMAGE_SUFFIXES)}; convert it or take it out"
             raise UserError(problem, file=tree.file(name))
         if len(part) != (3 if is_split else 2):
@@ -118,12 +144,18 @@ def read_image_folder(path: Path | None, licence: str) -> ImageIndex:
     if not parts:
         problem = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
         raise UserError(problem, file=path, field="data.path")
-    images, classes = list(parts), [part[-2] for part in parts.values()]
-    is_test = _official_test(path, [part[0] for part in parts.values()], classes) if is_split else None
-    return _index("image-folder", tree, images, classes, is_test, licence=licence)
+    classes = {name: part[-2] for name, part in parts.items()}
+    folders = [part[0] for part in parts.values()]
+    return ClassFiles(classes, _official_test(path, folders, list(classes.values())) if is_split else None)
 
 
-def _is_image(name: str) -> bool:
+def files_in_use(tree: FileTree) -> list[str]:
+    """Return the files that have to be images: all but what systems leave behind, and a README beside the folders."""
+    return [name for name in tree.names if ("/" in name or is_image(name)) and not name.endswith(_JUNK)]
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file is called as an image is; what it holds is told when it is decoded."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 

@@ -18,22 +18,30 @@ class LabelledImages:
     """N decoded images with labels.
 
     Args:
-        pixels: (N, S, S, C) uint8, C = 1 (grey) or 3.
+        pixels: (M, S, S, C) uint8, C = 1 (grey) or 3.
         labels: (N,) int64.
         positions: in the data set, (N,) int64; None: these are all of it.
+        places: in `pixels`, (N,) int64; None: these are all of it, in order.
     """
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, positions: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        labels: np.ndarray,
+        positions: np.ndarray | None = None,
+        places: np.ndarray | None = None,
+    ) -> None:
         self.pixels = pixels
         self.labels = labels
         self.positions = np.arange(len(labels)) if positions is None else positions
+        self._places = np.arange(len(labels)) if places is None else places
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def chosen(self, rows: np.ndarray) -> LabelledImages:
         """Return some of them, by their rows here, (n,) int64; a row may stand several times."""
-        return LabelledImages(self.pixels[rows], self.labels[rows], self.positions[rows])
+        return LabelledImages(self.pixels[self._places[rows]], self.labels[rows], self.positions[rows])
 
     def ordered_batches(
         self, batch_size: int, mean: Sequence[float], std: Sequence[float]
@@ -96,7 +104,7 @@ class LabelledImages:
         return torch.randperm(len(self), generator=torch_generator(seed, "data_order", epoch)).numpy()
 
     def _channels_first(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.pixels[rows]).permute(0, 3, 1, 2)  # (B, S, S, C) -> (B, C, S, S)
+        return torch.from_numpy(self.pixels[self._places[rows]]).permute(0, 3, 1, 2)  # (B, S, S, C) -> (B, C, S, S)
 
     def _labels(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(self.labels[rows])

@@ -34,6 +34,7 @@ class ImageIndex:
         channels: 1 if every image is grey, else 3; how many the decoded cache stores.
         names: of the files, N of them; None: they are not files.
         contents: equal numbers for files with equal content, (N,) int64; None: not looked at.
+        looked_at: copies have been looked for, near ones too, and `contents` holds them all.
         own: somebody's own files, of which one on both sides of a split is refused; in published sets it is told.
         interpolation: of resizing.
         notes: what was left out of it, each in a line.
@@ -50,6 +51,7 @@ class ImageIndex:
     channels: Literal[1, 3] = 3
     names: Sequence[str] | None = None
     contents: np.ndarray | None = None
+    looked_at: bool = False
     own: bool = False
     interpolation: Interpolation = "bicubic"
     notes: tuple[str, ...] = ()

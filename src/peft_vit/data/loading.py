@@ -6,13 +6,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from peft_vit.config import DataConfig
 from peft_vit.data.decoding import on_white
 from peft_vit.data.duplicates import image_warnings
 from peft_vit.data.images import LabelledImages, SealedImages
-from peft_vit.data.pixels import cached_pixels
+from peft_vit.data.pixels import split_pixels
 from peft_vit.data.registry import open_index
 from peft_vit.data.splits import make_splits
 from peft_vit.data.synthetic import CLASS_COUNTS
@@ -44,7 +45,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
 
     Args:
         config: which images, at which size, how many.
-        seed: the run's seed; only matters with `test_split: per_seed` or `train_subset: per_seed`.
+        seed: the run's seed; only matters with `folds`, `test_split: per_seed` or `train_subset: per_seed`.
         smoke: use synthetic files, see `open_index`; pair it with `smoke_config`.
 
     Raises:
@@ -52,10 +53,12 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
     """
     index = open_index(config, smoke=smoke)
     splits = make_splits(index, config, seed)
-    train, validation, test = (
-        LabelledImages(cached_pixels(index, rows, config.image_size), index.labels[rows], rows)
-        for rows in (splits.train, splits.validation, splits.test)
-    )
+
+    def images(rows: np.ndarray) -> LabelledImages:
+        pixels, places = split_pixels(index, rows, splits.divided, config.image_size)
+        return LabelledImages(pixels, index.labels[rows], rows, places)
+
+    train, validation, test = (images(rows) for rows in (splits.train, splits.validation, splits.test))
     return Data(
         class_names=index.class_names,
         train=train,
@@ -79,9 +82,10 @@ def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
     return config.model_copy(
         update={
             "image_size": patches * patch_size,
+            "images_file": None,
             "train_images": max(16, CLASS_COUNTS[config.dataset]),
             "shots_per_class": None,
-            "validation_images": 8,
+            "validation_images": 8 if config.validation_images else 0,
             "test_images": None if config.test_images is None else 8,
         }
     )

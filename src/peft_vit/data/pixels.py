@@ -3,7 +3,7 @@
 A file holds exactly the rows of one split. So a study on 512 of 110,000 images decodes 512, all methods and
 seeds share a fixed split's file, and test and validation, which do not move with `train_images`, are shared
 between studies. The price is one training file a seed with `train_subset: per_seed`, and three files a seed with
-`test_split: per_seed`.
+`test_split: per_seed`. With `folds` one file holds what all seeds divide.
 """
 
 from __future__ import annotations
@@ -54,6 +54,25 @@ def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.nd
     if found is None:
         raise cache_not_writable(file, OSError(0, "what was written does not read back"))
     return found
+
+
+def split_pixels(
+    index: ImageIndex, rows: np.ndarray, divided: np.ndarray | None, image_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `cached_pixels` does of the rows of one split, or of what it is a part of.
+
+    Args:
+        index: the data set.
+        rows: of the split, (N,) indices.
+        divided: see `Splits`; sorted.
+        image_size: side S in pixels.
+
+    Returns:
+        (M, S, S, C) uint8, read-only, and where the rows stand in it, (N,) int64.
+    """
+    if divided is None:
+        return cached_pixels(index, rows, image_size), np.arange(len(rows), dtype=np.int64)
+    return cached_pixels(index, divided, image_size), np.searchsorted(divided, rows).astype(np.int64)
 
 
 def _key(index: ImageIndex, rows: np.ndarray, image_size: int) -> str:

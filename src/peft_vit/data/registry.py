@@ -85,7 +85,11 @@ DATASETS: dict[str, DatasetInfo] = {
         "yours",
         "data.path (folder or zip)",
         "classes are folders; ROOT/train with ROOT/test or ROOT/val is an official test split",
-        _files(read_image_folder),
+        lambda config, licence: read_image_folder(
+            None if config.path is None else existing(config.path),
+            licence,
+            None if config.images_file is None else Path(config.images_file).expanduser(),
+        ),
     ),
     "csv": DatasetInfo(
         "your own images, listed in a CSV",
@@ -119,7 +123,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
     licence = info.licence
     if smoke and config.dataset != "digits":
         licence = "synthetic images, no licence needed"
-        elsewhere = dict.fromkeys(("image_column", "label_column", "hub_subset"))
+        elsewhere = dict.fromkeys(("images_file", "image_column", "label_column", "hub_subset"))
         config = config.model_copy(update={**elsewhere, "path": str(synthetic.files_for(config.dataset))})
     index = info.read(config, licence)
     classes = len(index.class_names)

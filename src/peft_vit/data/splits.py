@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peft_vit.config import DataConfig
+from peft_vit.data.folds import deal_folds
 from peft_vit.data.index import ImageIndex
 from peft_vit.errors import DataWarning, UserError
 from peft_vit.seeding import numpy_generator
@@ -18,12 +19,16 @@ SIDES = ("training", "validation", "test")
 
 @dataclass(frozen=True)
 class Splits:
-    """Sorted, disjoint indices into an `ImageIndex`, int64, and the hash of all three."""
+    """Sorted, disjoint indices into an `ImageIndex`, int64, and the hash of all three.
+
+    `divided` are the indices that all seeds divide among the three, if seeds test different folds of the same images.
+    """
 
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
     sha256: str
+    divided: np.ndarray | None = None
 
 
 def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
@@ -37,6 +42,10 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     move when `train_images` does. Training images come out of what test and validation leave, so they move with these;
     with `train_subset: per_seed` their choice follows from `seed` in any case.
 
+    With `folds`, what the own test split leaves is divided into as many, see `deal_folds`: seed s tests on fold
+    s % folds of repetition s // folds. A repetition's folds follow from `split_seed` and its number, and test each
+    image once. Validation images are drawn from the rest by `seed`, and no copies are on two sides.
+
     Args:
         index: the data set.
         config: the sizes.
@@ -49,11 +58,11 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     if index.official_test is not None and index.own:
         refuse_across(index, index.groups, np.where(index.official_test, 2, 0))
     rng = (
-        numpy_generator(config.split_seed, "split")
-        if config.test_split == "fixed"
-        else numpy_generator(seed, "split", config.split_seed)
+        numpy_generator(seed, "split", config.split_seed)
+        if config.tests_by_seed
+        else numpy_generator(config.split_seed, "split")
     )
-    test, rest = _draw_test(index, config, rng)
+    test, rest = _draw_test(index, config, rng) if config.folds is None else _fold(index, config.folds, config, seed)
     wanted = config.validation_images + (2 if config.train_images is None else config.train_images)
     if wanted > len(rest):
         too_many = "validation_images" if config.validation_images > len(rest) - 2 else "train_images"
@@ -79,7 +88,8 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
         )
     train = _draw_train(index, config, seed, pool)
     _check_every_class(index, train, pool)
-    return Splits(train, validation, test, _hash(train, validation, test))
+    divided = None if config.folds is None else np.sort(np.concatenate([test, rest]))
+    return Splits(train, validation, test, _hash(train, validation, test), divided)
 
 
 def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -106,6 +116,18 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
     if index.official_test is None:
         return test, _without(index, everything, test)
     return test, everything[~index.official_test]
+
+
+def _fold(index: ImageIndex, folds: int, config: DataConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images of the seed's fold, and those of the others."""
+    everything = np.arange(len(index.labels), dtype=np.int64)
+    rows = everything if index.official_test is None else everything[~index.official_test]
+    groups = index.groups[rows]
+    if folds > len(np.unique(groups)):
+        raise UserError(f"is {folds}, but there are only {len(np.unique(groups))} different images", field="data.folds")
+    repetition, fold = divmod(seed, folds)
+    fold_of = deal_folds(index.strata[rows], groups, folds, numpy_generator(config.split_seed, "folds", repetition))
+    return rows[fold_of == fold], rows[fold_of != fold]
 
 
 def _one_of_each(index: ImageIndex, rows: np.ndarray) -> np.ndarray:
@@ -170,6 +192,8 @@ def class_gaps(index: ImageIndex, splits: Splits) -> list[str]:
     gaps = []
     for name, rows in (("validation", splits.validation), ("test", splits.test)):
         counts = np.bincount(index.labels[rows], minlength=len(index.class_names))
+        if not len(rows):  # nothing is validated
+            continue
         missing = [f"'{index.class_names[label]}'" for label in np.flatnonzero(counts == 0)]
         if missing:
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""

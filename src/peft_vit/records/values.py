@@ -48,7 +48,7 @@ _Seconds = Annotated[FiniteFloat, Field(ge=0)]
 _LATER_SECTIONS = ("peft",)
 _LATER_BACKBONE = ("library",)
 _LATER_MEASURES = ("logits",)
-_LATER_DATA = ("test_split", "interpolation", "image_column", "label_column", "hub_subset")
+_LATER_DATA = ("test_split", "interpolation", "image_column", "label_column", "hub_subset", "images_file", "folds")
 _LATER_TRAINING = (
     "steps",
     "validate_every",

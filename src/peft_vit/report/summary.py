@@ -84,6 +84,8 @@ def licence(study: Study, dataset: str) -> str:
 def _split(run: Run) -> str:
     sizes = [f"{size:,} {name}" for name, size in run.record.split_sizes.items()]
     data = run.record.spec.data
+    if data.folds is not None:
+        return f"{joined(sizes)}; each seed tests one of {data.folds} folds, new ones for each repetition"
     if data.test_split == "per_seed":
         return f"{joined(sizes)}; test, validation and training images drawn per seed"
     subset = "the same for all seeds" if data.train_subset == "fixed" else "drawn per seed"

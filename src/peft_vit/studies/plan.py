@@ -303,7 +303,7 @@ def decide_precision(study: StudyConfig, before: StudyFile | None) -> ChosenPrec
 def splits_of(index: ImageIndex, study: StudyConfig) -> dict[int, Splits]:
     """Return every seed's splits, or the first one's if all share them; sizes agree, but one may lack a class."""
     drawn = {study.seeds[0]: make_splits(index, study.data, study.seeds[0])}
-    if "per_seed" in (study.data.test_split, study.data.train_subset):
+    if study.data.tests_by_seed or study.data.train_subset == "per_seed":
         for seed in study.seeds[1:]:
             try:
                 drawn[seed] = make_splits(index, study.data, seed)

@@ -280,7 +280,8 @@ def _unlike(study: StudyConfig, index: ImageIndex, workload: Workload, image_siz
         total_steps = experiment.total_steps(len(splits.train))
         small = miniature(spec.model_copy(update=changes), total_steps, shape, index, splits, at_most=_STEPS)
         few = max(2, min(batch_size, small.data.validation_images))
-        data = small.data.model_copy(update={"validation_images": few, "test_images": few})
+        tested = None if small.data.folds is not None else few
+        data = small.data.model_copy(update={"validation_images": few, "test_images": tested})
         small = small.model_copy(update={"data": data})
         known = kinds.setdefault(small.digest(), _Kind((), small, shape.tokens))
         kinds[small.digest()] = replace(known, names=(*known.names, experiment.name))

@@ -71,7 +71,7 @@ def with_sizes(data: DataConfig, full: Sizes, sizes: Sizes, classes: int) -> Dat
             update["shots_per_class"] = max(1, sizes.train // classes)
     if sizes.validation != full.validation:
         update["validation_images"] = sizes.validation
-    if sizes.test != full.test:
+    if sizes.test != full.test and data.folds is None:  # a fold is tested on as a whole
         update["test_images"] = sizes.test
     return data.model_copy(update=update)
 

@@ -252,6 +252,10 @@ def test_images_without_detail_are_near_to_nothing(official, kind):
     assert load_data(asked("image-folder", official), 0).warnings == ()
 
 
+def whole_files(parts):
+    return [(pixels, np.arange(len(pixels))) for pixels in parts]
+
+
 def test_near_pairs_are_those_of_a_plain_search():
     """Against NumPy's corrcoef and SciPy's convolution, pair by pair."""
     rng = np.random.default_rng(1)
@@ -260,7 +264,7 @@ def test_near_pairs_are_those_of_a_plain_search():
     others = np.clip(base + noise, 0, 255).astype(np.uint8)[rng.permutation(30)]
     parts = [base, others[:10], others[10:]]
     equal = np.arange(60)
-    found = {tuple(pair) for pair in duplicates._near(parts, equal).tolist()}
+    found = {tuple(pair) for pair in duplicates._near(whole_files(parts), equal).tolist()}
 
     def thumbnail(image):
         return image.astype(float).mean(2).reshape(16, 2, 16, 2).mean((1, 3))
@@ -284,11 +288,11 @@ def test_near_pairs_are_those_of_a_plain_search():
 def test_blocks_change_nothing(monkeypatch):
     parts = [np.stack([textured(i % 20, side=32) for i in range(n)]) for n in (23, 9, 14)]
     equal = np.arange(46)
-    whole = duplicates._near(parts, equal)
+    whole = duplicates._near(whole_files(parts), equal)
     monkeypatch.setattr(duplicates, "_BLOCK", 5)
     monkeypatch.setattr(duplicates, "_BATCH", 3)
     assert len(whole) == 23
-    assert np.array_equal(np.unique(duplicates._near(parts, equal)[:, 0]), np.unique(whole[:, 0]))
+    assert np.array_equal(np.unique(duplicates._near(whole_files(parts), equal)[:, 0]), np.unique(whole[:, 0]))
 
 
 # --- kept -------------------------------------------------------------------------------------------------------------

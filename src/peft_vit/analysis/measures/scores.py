@@ -68,7 +68,7 @@ def _drawn_by_seed(a: Run, b: Run) -> bool:
     asked = a.record.spec.data
     return (
         asked == b.record.spec.data
-        and "per_seed" in (asked.train_subset, asked.test_split)
+        and (asked.tests_by_seed or asked.train_subset == "per_seed")
         and same_source(a) == same_source(b)
     )
 

@@ -1,0 +1,352 @@
+"""A first look at somebody's folder of images: what is there, what can't be used, and what is a copy of what.
+
+Every image is decoded once, JPEGs at a fraction of their size. Exact copies have the same pixels, whatever their files
+are called and hold; near copies are those of `duplicates`: saved anew, scaled or brightened, and what a chain of such
+pairs links. What no comparison of pixels tells, nobody sees here: photographs of one object one after the other, crops,
+mirrored images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peft_vit.data.decoding import decode_image, on_white, sides_of
+from peft_vit.data.duplicates import near_groups, thumbnails_of
+from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, existing, open_tree
+from peft_vit.data.folders import class_files, files_in_use, is_image
+from peft_vit.data.images_file import ImagesFile
+from peft_vit.data.index import check_class_names
+from peft_vit.data.pixels import to_pixels
+from peft_vit.data.splits import crossing, stratified_draw
+from peft_vit.errors import UserError
+from peft_vit.seeding import numpy_generator
+
+LARGEST_IMBALANCE = 3.0  # largest class over smallest; above, a constant guess is right in three of four at least
+_LEAST_BESIDE_SEALED = 8  # different images of a class, for training, validation and test
+_ENOUGH, _SIDE, _BATCH = 256, 64, 64  # pixels a side of a JPEG that is decoded, and of what is compared; images
+_NAMED, _CLASSES_NAMED = 3, 12  # in a line
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a folder of images holds: N that can be used, of K classes, and what is left out.
+
+    Attributes:
+        path: of the folder or zip.
+        class_names: K of them.
+        names: of the files, relative to the folder, N of them, sorted.
+        labels: class of each, (N,) int64.
+        copies: equal numbers for exact copies, (N,) int64.
+        groups: equal numbers for exact and near copies, (N,) int64.
+        sealed: the folder's own test split, (N,) bool; None if it has none.
+        sides: shorter and longer side of each, pixels, (N, 2) int64.
+        left_out: why, by name, of what can't be read, is of two classes, or copies an image of the own test split.
+    """
+
+    path: Path
+    class_names: tuple[str, ...]
+    names: tuple[str, ...]
+    labels: np.ndarray
+    copies: np.ndarray
+    groups: np.ndarray
+    sealed: np.ndarray | None
+    sides: np.ndarray
+    left_out: Mapping[str, str]
+
+    @property
+    def class_counts(self) -> np.ndarray:
+        """Return the number of images of each class, (K,) int64."""
+        return np.bincount(self.labels, minlength=len(self.class_names))
+
+    @property
+    def imbalance(self) -> float:
+        """Return how many times as many images the largest class has as the smallest."""
+        return float(self.class_counts.max() / self.class_counts.min())
+
+    @property
+    def balanced(self) -> bool:
+        """Return whether accuracy decides; where it does not, balanced accuracy does."""
+        return self.imbalance <= LARGEST_IMBALANCE
+
+    def lines(self) -> list[str]:
+        """Return what there is to know, each in a line."""
+        return [*self._of_images(), *self._of_what_is_left_out(), *self._of_copies(), *self._of_balance()]
+
+    def _of_images(self) -> Iterator[str]:
+        counts = self.class_counts
+        if len(counts) <= _CLASSES_NAMED:
+            each = ", ".join(f"{name} {count:,}" for name, count in zip(self.class_names, counts, strict=True))
+        else:
+            each = f"{counts.min():,} to {counts.max():,} of each"
+        yield f"{len(self.names):,} images of {len(counts)} classes: {each}"
+        short, long = np.median(self.sides, axis=0).astype(int)
+        smallest, largest = self.sides.min(), self.sides.max()
+        between = "" if smallest == largest else f"; the shortest side has {smallest:,}, the longest {largest:,}"
+        yield f"{short:,} x {long:,} pixels (median of the shorter and of the longer side){between}"
+        if self.sealed is not None:
+            yield f"{np.count_nonzero(self.sealed):,} of them are the folder's own test split, which is read once"
+
+    def _of_what_is_left_out(self) -> Iterator[str]:
+        if self.left_out:
+            each = [f"{name} ({why})" for name, why in self.left_out.items()]
+            more = f" and {len(each) - _NAMED:,} more" if len(each) > _NAMED else ""
+            files = "1 file is" if len(each) == 1 else f"{len(each):,} files are"
+            yield f"{files} left out: {', '.join(each[:_NAMED])}{more}"
+
+    def _of_copies(self) -> Iterator[str]:
+        exact = len(self.names) - len(np.unique(self.copies))
+        near = len(self.names) - len(np.unique(self.groups)) - exact
+        for count, what, groups in ((exact, "equal", self.copies), (near, "nearly equal", self.groups)):
+            if count:
+                a, b = _pair(groups, self.copies if groups is self.groups else None)
+                such_as = f"such as {self.names[a]} and {self.names[b]}"
+                yield f"{count:,} images are {what} to others, {such_as}; they stay on one side of every split"
+        count, (a, b) = crossing(self.groups, self.labels)
+        if count:
+            a_class, b_class = (self.class_names[self.labels[i]] for i in (a, b))
+            yield (
+                f"{count:,} nearly equal images are of two classes, such as {self.names[a]} ('{a_class}') and "
+                f"{self.names[b]} ('{b_class}'); is one of the labels wrong?"
+            )
+
+    def _of_balance(self) -> Iterator[str]:
+        counts = self.class_counts
+        large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
+        times = f"class '{large}' has {self.imbalance:.1f} times as many images as class '{small}'"
+        if self.balanced:
+            yield f"accuracy decides: {times}; balanced accuracy would from {LARGEST_IMBALANCE:g} times on"
+        else:
+            yield f"balanced accuracy decides: {times}, more than {LARGEST_IMBALANCE:g}"
+
+
+def _pair(groups: np.ndarray, apart: np.ndarray | None) -> tuple[int, int]:
+    """Return two members of one group, of different numbers in `apart` if that is given."""
+    marks = np.arange(len(groups)) if apart is None else apart
+    return crossing(groups, marks)[1]
+
+
+def look_at(
+    path: str | Path,
+    *,
+    folds: int = 5,
+    sealed_share: float = 0.2,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Seen:
+    """Decode every image of a folder once, and say what is there.
+
+    Args:
+        path: a folder or a zip of <class>/<image>, or of train/, test/ and val/ with such folders.
+        folds: that the images will be divided into.
+        sealed_share: of the images, to be put by for one test in the end, if the folder has no test split of its own.
+        on_progress: told how many images are decoded, and of how many.
+
+    Raises:
+        UserError: if there is no image, fewer than two classes, too few different images of a class (with the number
+            that would do), or a test split of other classes.
+    """
+    path = existing(str(path))
+    tree = open_tree(path)
+    left_out = {name: f"is none of {' '.join(IMAGE_SUFFIXES)}" for name in files_in_use(tree) if not is_image(name)}
+    files = class_files(tree, path, left_out)
+    class_names = tuple(sorted(set(files.classes.values())))
+    if len(class_names) < 2:
+        problem = f"holds one class alone, '{class_names[0]}'; add a folder with images of another one"
+        raise UserError(problem, file=path)
+    check_class_names(class_names, path)
+    number = {name: k for k, name in enumerate(class_names)}
+    labels = np.array([number[name] for name in files.classes.values()], dtype=np.int64)
+    sealed = None if files.is_test is None else np.array(files.is_test, dtype=bool)
+    least = _least(folds, 0.0 if sealed is not None else sealed_share)
+    _refuse_few(path, class_names, labels, sealed, least)  # before anything is decoded
+    found = _decoded(tree, list(files.classes), on_progress)
+    kept = np.array([name not in found.faults for name in files.classes], dtype=bool)
+    names = [name for name in files.classes if name not in found.faults]
+    seen = Seen(
+        path=path,
+        class_names=class_names,
+        names=tuple(names),
+        labels=labels[kept],
+        copies=found.copies,
+        groups=found.groups,
+        sealed=None if sealed is None else sealed[kept],
+        sides=found.sides,
+        left_out={**left_out, **found.faults},
+    )
+    seen = _without_contradictions(seen)
+    _refuse_few(path, class_names, seen.labels, seen.sealed, least, seen.groups)
+    return seen
+
+
+def images_file(seen: Seen, sealed_share: float = 0.2, seed: int = 0) -> dict[str, Any]:
+    """Return what `data.images_file` holds, plain values: what is left out, copies, and what is sealed.
+
+    Sealed is the folder's own test split, or else a share of the different images, each class with its own, by `seed`:
+    of a group of copies one, whose others are left out.
+
+    Args:
+        seen: the folder.
+        sealed_share: of the different images; has no effect on a test split of one's own.
+        seed: of the draw.
+
+    Raises:
+        UserError: if the share leaves a class without a sealed image, or a file can't be read any more.
+    """
+    names = np.array(seen.names, dtype=object)
+    left_out = dict(seen.left_out)
+    sealed = seen.sealed
+    if sealed is None:
+        first = np.unique(seen.groups, return_index=True)[1]
+        count = round(sealed_share * len(first))
+        drawn = stratified_draw(np.sort(first), seen.labels, count, numpy_generator(seed, "sealed"))
+        sealed = np.isin(np.arange(len(names)), drawn)
+        of_group = dict(zip(seen.groups[drawn].tolist(), names[drawn], strict=True))
+        for i in np.flatnonzero(np.isin(seen.groups, seen.groups[drawn]) & ~sealed):
+            left_out[names[i]] = f"a copy of {of_group[int(seen.groups[i])]}, which is sealed"
+    missing = np.flatnonzero(np.bincount(seen.labels[sealed], minlength=len(seen.class_names)) == 0)
+    if len(missing):
+        problem = f"no image of class '{seen.class_names[missing[0]]}' would be sealed; seal a larger share"
+        raise UserError(problem, file=seen.path)
+    used = np.array([name not in left_out for name in seen.names], dtype=bool)
+    _, group, sizes = np.unique(seen.groups[used], return_inverse=True, return_counts=True)
+    several = [names[used][group == one].tolist() for one in np.flatnonzero(sizes > 1)]
+    content = ImagesFile(
+        sha256=open_tree(seen.path).hashed(names[used].tolist()).sha256,
+        left_out=left_out,
+        copies=tuple(tuple(one) for one in several),
+        sealed=tuple(names[sealed].tolist()),
+    )
+    return content.model_dump(mode="json")
+
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+def _least(folds: int, sealed_share: float) -> int:
+    """Return how many different images of a class are needed: one in each fold, or what is trained on would be few."""
+    return math.ceil(round(max(folds, _LEAST_BESIDE_SEALED) / (1 - sealed_share), 6))
+
+
+def _refuse_few(
+    path: Path,
+    class_names: Sequence[str],
+    labels: np.ndarray,
+    sealed: np.ndarray | None,
+    least: int,
+    groups: np.ndarray | None = None,
+) -> None:
+    """Raise UserError if a class has too few different images, beside an own test split, or none in that."""
+    groups = np.arange(len(labels)) if groups is None else groups
+    chosen_on = np.ones(len(labels), dtype=bool) if sealed is None else ~sealed
+    counts = np.array([len(np.unique(groups[chosen_on & (labels == k)])) for k in range(len(class_names))])
+    if counts.min() < least:
+        few = np.flatnonzero(counts < least)
+        more = f"; {len(few) - 1} more classes have too few" if len(few) > 1 else ""
+        beside = "" if sealed is None else " beside the test split"
+        raise UserError(
+            f"class '{class_names[int(counts.argmin())]}' has {counts.min()} different images that can be used{beside}, "
+            f"{least} are needed of each class to seal some and to train and test on the others{more}; add images, or "
+            "take the class out",
+            file=path,
+        )
+    if sealed is not None and not (tested := np.bincount(labels[sealed], minlength=len(class_names))).all():
+        problem = f"no image of class '{class_names[int(tested.argmin())]}' is left in the test split; add some"
+        raise UserError(problem, file=path)
+
+
+def _without_contradictions(seen: Seen) -> Seen:
+    """Leave out equal images of two classes, of which both can't be right, and copies of the own test split."""
+    why: dict[int, str] = {}
+    for some in _several(seen.copies):
+        if len(np.unique(seen.labels[some])) > 1:
+            for i in some:
+                other = next(k for k in some if seen.labels[k] != seen.labels[i])
+                why[i] = f"equal to {seen.names[other]}, of another class"
+    if seen.sealed is not None:
+        for some in _several(seen.groups):
+            tested = [i for i in some if seen.sealed[i] and i not in why]
+            for i in some if tested else ():
+                if not seen.sealed[i]:
+                    why.setdefault(i, f"a copy of {seen.names[tested[0]]}, of the test split")
+    kept = np.array([i not in why for i in range(len(seen.names))], dtype=bool)
+    return Seen(
+        path=seen.path,
+        class_names=seen.class_names,
+        names=tuple(np.array(seen.names, dtype=object)[kept]),
+        labels=seen.labels[kept],
+        copies=seen.copies[kept],
+        groups=seen.groups[kept],
+        sealed=None if seen.sealed is None else seen.sealed[kept],
+        sides=seen.sides[kept],
+        left_out={**seen.left_out, **{seen.names[i]: reason for i, reason in sorted(why.items())}},
+    )
+
+
+def _several(groups: np.ndarray) -> list[list[int]]:
+    """Return the members of every group that has several."""
+    order = np.argsort(groups, kind="stable")
+    cuts = np.flatnonzero(np.diff(groups[order])) + 1
+    return [part.tolist() for part in np.split(order, cuts) if len(part) > 1]
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What decoding has found of the files that can be read, and by name why others can't."""
+
+    copies: np.ndarray  # (N,) int64
+    groups: np.ndarray  # (N,) int64
+    sides: np.ndarray  # (N, 2) int64
+    faults: dict[str, str]
+
+
+def _decoded(tree: FileTree, names: Sequence[str], on_progress: Callable[[int, int], None] | None) -> _Decoded:
+    number: dict[bytes, int] = {}  # of each set of exact copies
+    copies: list[int] = []
+    sides: list[tuple[int, int]] = []
+    faults: dict[str, str] = {}
+    small: list[np.ndarray] = []  # (64, 64, 3) each, at most a batch
+    thumbnails = [np.empty((0, 256), np.float32)]
+
+    def shrink() -> None:
+        if small:
+            thumbnails.append(thumbnails_of(np.stack(small), np.arange(len(small))))
+            small.clear()
+
+    for done, name in enumerate(names, start=1):
+        try:
+            digest, both, pixels = _one(tree, name)
+        except Exception as error:  # a foreign file or archive can fail in any way
+            why = error.message if isinstance(error, UserError) else f"can't be read ({error})"
+            faults[name] = why.split("; ")[0]
+        else:
+            copies.append(number.setdefault(digest, len(number)))
+            sides.append(both)
+            small.append(pixels)
+            if len(small) == _BATCH:
+                shrink()
+        if on_progress is not None:
+            on_progress(done, len(names))
+    shrink()
+    first = np.unique(copies, return_index=True)[1]  # (different images,), in the order of their numbers
+    near = near_groups(np.concatenate(thumbnails)[first])
+    of_image = np.array(copies, dtype=np.int64)
+    return _Decoded(of_image, near[of_image], np.array(sides, dtype=np.int64).reshape(-1, 2), faults)
+
+
+def _one(tree: FileTree, name: str) -> tuple[bytes, tuple[int, int], np.ndarray]:
+    """Return what tells an image's pixels apart, its sides in pixels, and its pixels at the size that is compared."""
+    content = tree.read(name)
+    image = on_white(decode_image(lambda: content, name, enough=_ENOUGH)).convert("RGB")
+    sides = sides_of(content)
+    digest = hashlib.blake2b(repr((sides, image.size)).encode(), digest_size=16)
+    digest.update(image.tobytes())
+    return digest.digest(), sides, to_pixels(image, _SIDE, 3)

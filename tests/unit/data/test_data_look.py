@@ -1,0 +1,308 @@
+"""A first look at a folder: what is counted, left out, grouped, sealed and refused, and the file that says so."""
+
+import json
+import os
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from written_images import save
+
+from peft_vit.config import DataConfig
+from peft_vit.data import images_file, load_data, look_at, make_splits, open_index
+from peft_vit.data import look as look_module
+from peft_vit.errors import UserError
+
+
+def textured(seed, side=48, colours=3):
+    """Return an image (side, side, C) whose detail is its own: blocks of random levels."""
+    levels = np.random.default_rng(seed).integers(40, 215, (12, 12, colours), dtype=np.uint8)
+    return levels.repeat(side // 12, 0).repeat(side // 12, 1)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Write 12 cats, of which one is a second file with the same pixels, one saved anew, and 11 dogs."""
+    root = tmp_path / "images"
+    for label, (name, count) in enumerate((("cat", 10), ("dog", 11))):
+        for i in range(count):
+            save(root / name / f"{i:02}.png", textured(100 * label + i))
+    save(root / "cat" / "copy of 03.bmp", textured(3))
+    save(root / "cat" / "saved anew.jpg", Image.fromarray(textured(5)).resize((96, 96)), quality=90)
+    return root
+
+
+def write(tmp_path, seen, **settings):
+    file = tmp_path / "images.json"
+    file.write_text(json.dumps(images_file(seen, **settings)))
+    return file
+
+
+def config(root, file=None, **settings):
+    defaults = {"dataset": "image-folder", "image_size": 14, "validation_images": 2}
+    return DataConfig(path=str(root), images_file=None if file is None else str(file), **(defaults | settings))
+
+
+def groups_of(seen):
+    found = {}
+    for name, group in zip(seen.names, seen.groups.tolist(), strict=True):
+        found.setdefault(group, set()).add(name)
+    return sorted(sorted(names) for names in found.values() if len(names) > 1)
+
+
+def test_what_is_there_is_counted(root):
+    seen = look_at(root)
+    assert seen.class_names == ("cat", "dog")
+    assert seen.class_counts.tolist() == [12, 11]
+    assert (seen.left_out, seen.sealed, seen.balanced) == ({}, None, True)
+    assert groups_of(seen) == [["cat/03.png", "cat/copy of 03.bmp"], ["cat/05.png", "cat/saved anew.jpg"]]
+    assert seen.sides[seen.names.index("cat/saved anew.jpg")].tolist() == [96, 96]
+    text = "\n".join(seen.lines())
+    assert "23 images of 2 classes: cat 12, dog 11" in text
+    assert "48 x 48 pixels (median of the shorter and of the longer side); the shortest side has 48" in text
+    assert "1 images are equal to others, such as cat/03.png and cat/copy of 03.bmp" in text
+    assert "1 images are nearly equal to others, such as cat/05.png and cat/saved anew.jpg" in text
+    assert "accuracy decides: class 'cat' has 1.1 times as many images as class 'dog'" in text
+    assert "left out" not in text
+
+
+def test_sides_do_not_depend_on_how_little_of_a_jpeg_is_decoded(root):
+    save(root / "dog" / "large.jpg", Image.fromarray(textured(7, side=1200)[:, :900]), quality=95)
+    seen = look_at(root)
+    assert seen.sides[seen.names.index("dog/large.jpg")].tolist() == [900, 1200]
+
+
+def test_unreadable_files_are_named_with_their_reasons_and_left_out(root, tmp_path):
+    (root / "cat" / "notes.txt").write_text("no image")
+    (root / "cat" / "text.png").write_text("no image either")
+    cut = (root / "dog" / "00.png").read_bytes()[:200]
+    (root / "dog" / "cut.png").write_bytes(cut)
+    (root / "dog" / "empty.jpg").write_bytes(b"")
+    save(root / "dog" / "float.tiff", Image.fromarray(np.zeros((20, 20), np.float32)))
+    (root / "README.md").write_text("beside the classes, no one's concern")
+    seen = look_at(root)
+    why = seen.left_out
+    assert set(why) == {"cat/notes.txt", "cat/text.png", "dog/cut.png", "dog/empty.jpg", "dog/float.tiff"}
+    assert why["cat/notes.txt"].startswith("is none of .png")
+    assert why["cat/text.png"] == why["dog/empty.jpg"] == "is not an image of a known format"
+    assert why["dog/cut.png"].startswith("is not a readable image")
+    assert why["dog/float.tiff"].startswith("has pixels of mode F")
+    (line,) = [line for line in seen.lines() if "left out" in line]
+    assert line.startswith("5 files are left out: cat/notes.txt (is none of")
+    assert line.endswith(" and 2 more")
+    index = open_index(config(root, write(tmp_path, seen)))
+    assert not set(index.names) & set(why)
+
+
+def test_grey_transparent_cmyk_and_deep_images_are_read_as_training_reads_them(root):
+    grey = textured(200, colours=1)[:, :, 0]
+    save(root / "dog" / "grey.png", Image.fromarray(grey))
+    save(root / "dog" / "as colour.png", Image.fromarray(grey).convert("RGB"))
+    save(root / "dog" / "deep.png", Image.fromarray(grey.astype(np.uint16) << 8))
+    alpha = Image.fromarray(textured(201)).convert("RGBA")
+    save(root / "dog" / "alpha.png", alpha)
+    save(root / "dog" / "opaque.png", Image.fromarray(textured(201)))
+    save(root / "dog" / "cmyk.jpg", Image.fromarray(textured(202)).convert("CMYK"))
+    seen = look_at(root)
+    assert not seen.left_out
+    assert ["dog/as colour.png", "dog/deep.png", "dog/grey.png"] in groups_of(seen)
+    assert ["dog/alpha.png", "dog/opaque.png"] in groups_of(seen)
+    assert len(np.unique(seen.copies)) == len(seen.names) - 4  # "03" has one, grey two, alpha one
+
+
+def test_an_image_under_two_classes_is_left_out_of_everything(root):
+    save(root / "dog" / "cat after all.png", textured(7))
+    save(root / "cat" / "one more.png", textured(99))
+    seen = look_at(root)
+    assert seen.left_out == {
+        "cat/07.png": "equal to dog/cat after all.png, of another class",
+        "dog/cat after all.png": "equal to cat/07.png, of another class",
+    }
+    assert not {"cat/07.png", "dog/cat after all.png"} & set(seen.names)
+
+
+def test_near_copies_under_two_classes_are_told(root):
+    save(root / "dog" / "brighter.png", textured(7) + np.uint8(20))
+    seen = look_at(root)
+    assert not seen.left_out
+    assert any(
+        "1 nearly equal images are of two classes, such as cat/07.png ('cat') and dog/brighter.png ('dog')" in line
+        for line in seen.lines()
+    )
+
+
+def test_the_own_test_split_stays_sealed_and_what_training_copies_of_it_is_left_out(root, tmp_path):
+    own = tmp_path / "own"
+    for label in ("cat", "dog"):
+        (own / "test" / label).mkdir(parents=True)
+    (own / "train").mkdir()
+    for label in ("cat", "dog"):
+        os.rename(root / label, own / "train" / label)
+        for i in range(3):
+            save(own / "test" / label / f"t{i}.png", textured(500 + i + 10 * (label == "dog")))
+    save(own / "train" / "cat" / "tested.png", textured(500))
+    save(own / "train" / "cat" / "tested brighter.png", textured(501) + np.uint8(10))
+    seen = look_at(own)
+    assert seen.left_out == {
+        "train/cat/tested.png": "a copy of test/cat/t0.png, of the test split",
+        "train/cat/tested brighter.png": "a copy of test/cat/t1.png, of the test split",
+    }
+    tested = [f"test/{label}/t{i}.png" for label in ("cat", "dog") for i in range(3)]
+    assert sorted(np.array(seen.names)[seen.sealed]) == tested
+    assert any("6 of them are the folder's own test split" in line for line in seen.lines())
+    index = open_index(config(own, write(tmp_path, seen)))
+    assert np.array_equal(index.official_test, [name.startswith("test/") for name in index.names])
+    splits = make_splits(index, config(own, folds=5), 3)
+    assert not index.official_test[np.concatenate([splits.train, splits.validation, splits.test])].any()
+
+
+def test_a_share_is_sealed_class_by_class_and_copies_of_it_are_left_out(root, tmp_path):
+    seen = look_at(root)
+    sealed_somewhere = set()
+    for seed in range(8):
+        content = images_file(seen, 0.2, seed)
+        assert content == images_file(seen, 0.2, seed)
+        sealed = content["sealed"]
+        assert [sum(name.startswith(label) for name in sealed) for label in ("cat", "dog")] == [2, 2]
+        copies = {name for name, why in content["left_out"].items() if "which is sealed" in why}
+        together = [{"cat/03.png", "cat/copy of 03.bmp"}, {"cat/05.png", "cat/saved anew.jpg"}]
+        assert copies == {other for pair in together for one in pair & set(sealed) for other in pair - {one}}
+        sealed_somewhere |= set(sealed)
+        file = write(tmp_path, seen, seed=seed)
+        index = open_index(config(root, file))
+        names = np.array(index.names)
+        assert sorted(names[index.official_test]) == sorted(sealed)
+        for s in range(5):
+            splits = make_splits(index, config(root, file, folds=5), s)
+            for pair in together:
+                sides = [set(names[rows]) & pair for rows in (splits.train, splits.validation, splits.test)]
+                assert sum(map(bool, sides)) <= 1
+    assert len(sealed_somewhere) > 8
+
+
+def test_a_study_with_the_file_is_another_one(root, tmp_path):
+    seen = look_at(root)
+    plain = open_index(config(root, test_images=4))
+    files = [write(tmp_path, seen, seed=seed) and open_index(config(root, tmp_path / "images.json")) for seed in (0, 1)]
+    assert len({plain.sha256, *(index.sha256 for index in files)}) == 3
+    data = load_data(config(root, tmp_path / "images.json"), 0)
+    assert (len(data.test), len(data.validation)) == (4, 2)
+    assert data.warnings == ()
+
+
+def test_other_images_than_those_that_were_looked_at_are_refused(root, tmp_path):
+    file = write(tmp_path, look_at(root))
+    save(root / "cat" / "new.png", textured(900))
+    with pytest.raises(UserError, match=r"holds other images than when they were looked at .*look at the images again"):
+        open_index(config(root, file))
+    (root / "cat" / "new.png").unlink()
+    open_index(config(root, file))
+    content = json.loads(file.read_text())
+    for changed, said in (
+        (content | {"copies": [["cat/03.png", "cat/nowhere.png"]]}, "names an image that is not used"),
+        (content | {"copies": [[content["sealed"][0], *(f"dog/0{i}.png" for i in range(4))]]}, "sides"),
+        (content | {"sealed": "all"}, "sealed"),
+        ({}, "look at the images again"),
+    ):
+        file.write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=said):
+            open_index(config(root, file))
+    with pytest.raises(UserError, match=r"nowhere\.json: data\.images_file: can't be read"):
+        open_index(config(root, tmp_path / "nowhere.json"))
+
+
+def test_zips_are_looked_at_in_place(root, tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for file in sorted(root.rglob("*.*")):
+            archive.write(file, file.relative_to(root))
+    seen, plain = look_at(tmp_path / "images.zip"), look_at(root)
+    assert seen.names == plain.names
+    assert np.array_equal(seen.groups, plain.groups)
+    assert len(open_index(config(tmp_path / "images.zip", write(tmp_path, seen))).labels) >= 21
+
+
+def test_imbalance_makes_balanced_accuracy_decide(root):
+    for i in range(21):
+        save(root / "cat" / f"more{i}.png", textured(1000 + i))
+    assert look_at(root).balanced  # 33 of 11
+    save(root / "cat" / "one more.png", textured(2000))
+    seen = look_at(root)
+    assert not seen.balanced
+    assert seen.lines()[-1].startswith("balanced accuracy decides: class 'cat' has 3.1 times as many images as ")
+
+
+@pytest.fixture
+def blind(monkeypatch):
+    """Fail if an image is decoded."""
+    monkeypatch.setattr(look_module, "decode_image", lambda *_, **__: pytest.fail("nothing else is done"))
+
+
+def test_an_empty_folder_is_refused(tmp_path, blind):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match="is an empty folder"):
+        look_at(tmp_path / "images")
+    with pytest.raises(UserError, match="does not exist"):
+        look_at(tmp_path / "elsewhere")
+
+
+def test_one_class_is_refused(root, tmp_path, blind):
+    os.rename(root / "dog", tmp_path / "dog")
+    with pytest.raises(UserError, match="holds one class alone, 'cat'"):
+        look_at(root)
+
+
+@pytest.mark.parametrize(("settings", "least"), [({}, 10), ({"folds": 10}, 13), ({"sealed_share": 0.5}, 16)])
+def test_two_images_of_a_class_are_refused_with_the_number_that_would_do(root, blind, settings, least):
+    for i in range(2):
+        save(root / "fox" / f"{i}.png", textured(300 + i))
+    with pytest.raises(UserError, match=f"class 'fox' has 2 different images that can be used, {least} are needed"):
+        look_at(root, **settings)
+
+
+def test_copies_do_not_count_towards_the_number(root):
+    for i in range(9):
+        save(root / "fox" / f"{i}.png", textured(300 + i))
+    save(root / "fox" / "nine.png", textured(300))
+    with pytest.raises(UserError, match="class 'fox' has 9 different images that can be used, 10 are needed"):
+        look_at(root)
+    save(root / "fox" / "ten.png", textured(399))
+    assert look_at(root).class_counts.tolist() == [12, 11, 11]
+
+
+def test_a_test_folder_of_other_classes_is_refused(root, tmp_path, blind):
+    (tmp_path / "own" / "train").mkdir(parents=True)
+    for label in ("cat", "dog"):
+        os.rename(root / label, tmp_path / "own" / "train" / label)
+        save(tmp_path / "own" / "test" / label / "a.png", textured(700 + len(label)))
+    save(tmp_path / "own" / "test" / "fox" / "a.png", textured(800))
+    with pytest.raises(UserError, match="class 'fox' is in only one of train and test"):
+        look_at(tmp_path / "own")
+
+
+def test_progress_is_told(root):
+    told = []
+    look_at(root, on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(i + 1, 23) for i in range(23)]
+
+
+def test_near_groups_in_blocks_are_those_of_a_plain_search(monkeypatch):
+    from peft_vit.data import duplicates
+
+    rng = np.random.default_rng(0)
+    base = np.stack([textured(i % 17) for i in range(60)]).astype(float)
+    pixels = np.clip(base + rng.normal(0, 1, base.shape) * rng.uniform(0, 9, (60, 1, 1, 1)), 0, 255).astype(np.uint8)
+    thumbnails = duplicates.thumbnails_of(pixels, np.arange(60))
+    expected = list(range(60))  # union by relabelling, pair by pair
+    for a in range(60):
+        for b in range(a):
+            if thumbnails[a] @ thumbnails[b] >= 0.999:
+                first, second = (duplicates._detail(thumbnails[[k]])[0] for k in (a, b))
+                if np.corrcoef(first, second)[0, 1] >= 0.98 and expected[a] != expected[b]:
+                    old, new = expected[a], expected[b]
+                    expected = [new if one == old else one for one in expected]
+    assert 17 < len(set(expected)) < 55
+    for block in (4096, 7):
+        monkeypatch.setattr(duplicates, "_BLOCK", block)
+        found = duplicates.near_groups(thumbnails)
+        assert len(set(zip(found.tolist(), expected, strict=True))) == len(set(expected)) == len(set(found.tolist()))
