@@ -25,6 +25,7 @@ from peft_vit.statistics.intervals import (
     proportion_interval,
 )
 from peft_vit.statistics.mixed import MixedEffect, mixed_effect
+from peft_vit.statistics.sequential import Course, Look, SequentialTest, StoppingRule, follow
 from peft_vit.statistics.significance import (
     Significance,
     Verdict,

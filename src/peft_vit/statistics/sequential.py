@@ -1,0 +1,303 @@
+"""Comparisons with a control that stop when they know: verdicts, intervals and p-values that account for the looks.
+
+Each comparison has paired differences, experiment minus control. At declared numbers of pairs their mean is tested, as
+often as there are looks, and the level of the whole family holds over all looks and all comparisons:
+
+- looks: bounds that spend the level (`spending`), or an e-process (`e_values`);
+- unknown variance: a t statistic counts as the normal one with the same tail probability (Jennison & Turnbull, Group
+  Sequential Methods (2000), 4.4);
+- several comparisons: Holm's procedure on repeated p-values, so the level of comparisons that are decided passes on to
+  the others (Maurer & Bretz, Statistics in Biopharmaceutical Research 5 (2013)). With both questions, an experiment
+  passes it on when both are answered, superiority being asked at the level at which non-inferiority was shown;
+- "supported" and its opposite, "refuted", are families of their own, as in `equivalence`.
+
+Assumption: differences are independent, or correlated as those of repeated folds, and roughly normal.
+docs/statistics.md says how often verdicts are wrong for other distributions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import scipy
+
+from peft_vit.statistics.checked import check_level, finite, has_spread
+from peft_vit.statistics.e_values import anytime_bound, anytime_p_values
+from peft_vit.statistics.intervals import mean_and_error
+from peft_vit.statistics.significance import Verdict
+from peft_vit.statistics.spending import boundaries, repeated_p_values
+
+Asked = Literal["superiority", "non-inferiority", "both"]
+Form = Literal["obrien-fleming", "pocock", "anytime"]
+Stopped = Literal["decided", "futile", "maximum"]
+
+FUTILITY = 0.1
+
+
+@dataclass(frozen=True)
+class StoppingRule:
+    """What is asked of every comparison, when it is looked at, and when it stops.
+
+    Raises:
+        ValueError: for a value that cannot be, or one without effect.
+    """
+
+    asked: Asked
+    margin: float  # of non-inferiority, as a share of accuracy (0.01 is a point), above 0
+    looks: tuple[
+        int, ...
+    ]  # numbers of pairs, rising; the last is the maximum. () of anytime: after each pair, no maximum
+    level: float = 0.05  # one-sided, of the whole family
+    form: Form = "obrien-fleming"
+    correlation: float = 0.0  # n_test / n_train of repeated folds: variance s^2 (1 / n + correlation)
+    # predictive power below which a comparison stops; None: 0.1, or never of anytime; 0: never. It spends nothing
+    futility: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.asked not in get_args(Asked) or self.form not in get_args(Form):
+            raise ValueError(
+                f"expected one of {get_args(Asked)} and of {get_args(Form)}, got {self.asked}, {self.form}"
+            )
+        if not (self.margin > 0 and math.isfinite(self.margin)):
+            raise ValueError(f"expected a positive margin, got {self.margin}")
+        check_level(self.level, "level")
+        rising = all(a < b for a, b in zip((0, *self.looks), self.looks, strict=False))
+        if not rising or not (self.looks or self.form == "anytime"):
+            raise ValueError(f"expected looks at rising numbers of pairs, got {self.looks}")
+        if not (self.correlation >= 0 and math.isfinite(self.correlation)):
+            raise ValueError(f"expected a correlation of at least 0, got {self.correlation}")
+        if self.futility is not None and not 0 <= self.futility < 1:
+            raise ValueError(f"expected 0 <= futility < 1, got {self.futility}")
+        if self.form == "anytime" and (self.correlation or self.futility):
+            raise ValueError("anytime: expected no correlation and no futility, since its e-values know neither")
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """Information of each look, as a share of that of the last: n pairs bring 1 / (1 / n + correlation)."""
+        information = [1 / (1 / n + self.correlation) for n in self.looks]
+        return tuple(value / information[-1] for value in information)
+
+    @property
+    def centers(self) -> tuple[float, ...]:
+        """Mean differences that are asked about, the one that is shown first in front."""
+        return {"superiority": (0.0,), "non-inferiority": (-self.margin,), "both": (-self.margin, 0.0)}[self.asked]
+
+
+@dataclass(frozen=True)
+class SequentialTest:
+    """One question at one look. Bounds are infinite where nothing could be decided yet."""
+
+    upper_bound: float  # mean difference from which on the answer is "supported" at this look
+    lower_bound: float  # and up to which it is "refuted"
+    p_value: float  # of "supported": repeated, and adjusted for the family as it stands; supported where <= level
+    opposite_p_value: float  # likewise of "refuted"
+
+
+@dataclass(frozen=True)
+class Look:
+    """A comparison at one number of pairs."""
+
+    pairs: int
+    difference: float  # mean
+    low: float  # repeated interval, at the level of this look's bounds: with those of all looks it holds the truth
+    high: (
+        float  # with at least 1 - 2 level, and its ends exclude what the verdict does (Jennison & Turnbull, JRSS B 51)
+    )
+    superiority: SequentialTest | None  # None: not asked
+    noninferiority: SequentialTest | None
+    predictive_power: float | None  # of an answer to what is open, at the last look; None: nothing is open, or anytime
+
+
+@dataclass(frozen=True)
+class Course:
+    """What became of one comparison against the control."""
+
+    name: str
+    looks: tuple[Look, ...]
+    superiority: Verdict | None  # None: not asked
+    noninferiority: Verdict | None
+    stopped: Stopped | None  # None: it is open
+    next_look: int | None  # pairs that it needs; None: it has stopped
+
+
+def repeated_p(t: np.ndarray, rule: StoppingRule, pairs: Sequence[int]) -> np.ndarray:
+    """Return p-values (..., K) that hold over all looks, of t statistics (..., K) at so many pairs (K,) for "above"."""
+    numbers = np.asarray(pairs)
+    if rule.form == "anytime":
+        return anytime_p_values(t, numbers)
+    return repeated_p_values(normal_score(t, numbers), rule.fractions, rule.form)
+
+
+def normal_score(t: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return the normal statistics with the tail probabilities of t statistics (..., K) of so many pairs (K,)."""
+    tails = scipy.special.stdtr(np.maximum(pairs - 1, 1), -np.abs(t))
+    return np.asarray(np.where(pairs < 2, np.nan, -np.sign(t) * scipy.special.ndtri(tails)))
+
+
+def adjusted(p_values: np.ndarray) -> np.ndarray:
+    """Return p-values (..., m, q) of m comparisons with q questions, adjusted for the family: (..., m, q).
+
+    Questions are nested and come in order: one is answered after those before it. The level is shared by the
+    comparisons that have a question left, in equal parts. For one question that is Holm's procedure; for more the graph
+    of Maurer & Bretz (2013) that hands a comparison's part to its next question, and after the last to the others.
+    """
+    ordered = np.maximum.accumulate(np.asarray(p_values, dtype=np.float64), axis=-1)
+    sharing = np.arange(ordered.shape[-2], 0, -1)
+    last = np.sort(ordered[..., -1], axis=-1) * sharing
+    complete = np.minimum(np.maximum.accumulate(last, axis=-1), 1.0)  # (..., m) levels at which so many are complete
+    before = np.concatenate([np.zeros_like(complete[..., :1]), complete[..., :-1]], axis=-1)
+    # (..., m, q, m): the level that a question needs while that many comparisons are complete
+    needed = np.maximum(before[..., None, None, :], ordered[..., None] * sharing)
+    found = np.minimum(needed.min(axis=-1), 1.0)
+    return np.asarray(np.minimum(found, found[..., -1:]))
+
+
+@dataclass(eq=False)
+class _Comparison:
+    """A comparison while it is followed."""
+
+    name: str
+    means: np.ndarray  # (K',) at the K' looks that have their pairs
+    errors: np.ndarray  # (K',) standard errors; not a number where differences have no spread
+    p_values: np.ndarray  # (2, q, K') repeated, of "above" and "below" for each question
+    looks: list[Look]
+    verdicts: list[Verdict]  # (q,)
+    stopped: Stopped | None = None
+
+    def evidence(self, looks: int) -> np.ndarray:
+        """Return its p-values (2, q) after so many looks."""
+        return self.p_values[..., looks - 1] if looks else np.ones(self.p_values.shape[:2])
+
+
+def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tuple[Course, ...]:
+    """Return what a rule makes of comparisons with one control: a function of the data, whenever it is called.
+
+    Args:
+        differences: for every comparison of the family, those without pairs included, its paired differences (n,),
+            experiment minus control, as shares of accuracy, in the order of the declared seeds. Those after the last
+            look that is complete wait for the next; those after a comparison has stopped are not used.
+        rule: what is asked, and when.
+
+    Returns:
+        One course for each comparison, in the order given. Looks are taken in order, and at each look all comparisons
+        that have its pairs together. Fewer than two pairs, or pairs without spread, decide nothing.
+
+    Raises:
+        ValueError: for no comparisons, values that are not finite, or more pairs than the rule declares.
+    """
+    if not differences:
+        raise ValueError("expected at least one comparison")
+    largest = max(len(values) for values in differences.values())
+    looks = rule.looks or tuple(range(1, largest + 1))
+    comparisons = [_comparison(name, values, rule, looks) for name, values in differences.items()]
+    for k in range(len(looks)):
+        _look(comparisons, rule, looks, k)
+    return tuple(_course(comparison, rule) for comparison in comparisons)
+
+
+def _comparison(name: str, values: Sequence[float], rule: StoppingRule, looks: tuple[int, ...]) -> _Comparison:
+    data = finite(values, name) if len(values) else np.empty(0)
+    if looks and data.size > looks[-1]:
+        raise ValueError(f"{name}: expected at most the {looks[-1]} pairs that were declared, got {data.size}")
+    pairs = [n for n in looks if n <= data.size]
+    means, errors = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
+    for k, n in enumerate(pairs):
+        means[k], error = mean_and_error(data[:n]) if n > 1 else (data[0], math.nan)
+        if has_spread(data[:n]):
+            errors[k] = error * math.sqrt(1 + n * rule.correlation)
+    t = np.array([(means - center) / errors for center in rule.centers])  # (q, K')
+    p_values = np.array([repeated_p(t, rule, pairs), repeated_p(-t, rule, pairs)])  # (2, q, K')
+    return _Comparison(name, means, errors, p_values, [], ["not decided"] * len(rule.centers))
+
+
+def _look(comparisons: list[_Comparison], rule: StoppingRule, looks: tuple[int, ...], k: int) -> None:
+    """Take look k, counted from 0: test all comparisons that have its pairs, and stop those that are done."""
+    looking = [c for c in comparisons if c.stopped is None and len(c.looks) == k and k < len(c.means)]
+    if not looking:
+        return
+    evidence = np.array([c.evidence(len(c.looks) + (c in looking)) for c in comparisons])  # (m, 2, q)
+    above = adjusted(evidence[:, 0])  # (m, q)
+    below = adjusted(evidence[:, 1, ::-1])[:, ::-1]  # to be worse is shown before to be worse by the margin
+    shares = (max(1, int((above[:, -1] > rule.level).sum())), max(1, int((below[:, 0] > rule.level).sum())))
+    for comparison, up, down in zip(comparisons, above, below, strict=True):
+        for question, verdict in enumerate(comparison.verdicts):
+            if verdict == "not decided" and min(up[question], down[question]) <= rule.level:
+                comparison.verdicts[question] = "supported" if up[question] <= rule.level else "refuted"
+        if comparison in looking:
+            comparison.looks.append(_seen(comparison, rule, looks[k], k, np.array([up, down]), shares))
+        if "not decided" not in comparison.verdicts:
+            comparison.stopped = "decided"
+        elif comparison in looking:
+            comparison.stopped = _why_to_stop(comparison.looks[-1], rule)
+
+
+def _seen(
+    comparison: _Comparison, rule: StoppingRule, pairs: int, k: int, p_values: np.ndarray, shares: tuple[int, int]
+) -> Look:
+    """Return look k of a comparison, with the family's p-values (2, q) and the comparisons that share each level."""
+    mean, error = float(comparison.means[k]), float(comparison.errors[k])
+    critical = [_critical_t(rule, k, pairs, rule.level / share) for share in shares]
+    up, down = (t * error if math.isfinite(t * error) else math.inf for t in critical)
+    tests = [
+        SequentialTest(center + up, center - down, float(above), float(below))
+        for center, above, below in zip(rule.centers, *p_values, strict=True)
+    ]
+    asked = dict(zip(rule.centers, tests, strict=True))
+    power = _predictive_power(comparison, rule, pairs, k, shares)
+    return Look(pairs, mean, mean - up, mean + down, asked.get(0.0), asked.get(-rule.margin), power)
+
+
+def _critical_t(rule: StoppingRule, k: int, pairs: int, level: float) -> float:
+    if rule.form == "anytime":
+        return anytime_bound(pairs, level)
+    if pairs < 2:
+        return math.inf
+    bound = boundaries(rule.fractions, level, rule.form)[k]
+    return -float(scipy.special.stdtrit(pairs - 1, scipy.special.ndtr(-bound)))
+
+
+def _predictive_power(
+    comparison: _Comparison, rule: StoppingRule, pairs: int, k: int, shares: tuple[int, int]
+) -> float | None:
+    """Return how likely an open question is answered, either way, at the last look.
+
+    With a statistic Z at the fraction t of the information and the last bound b it is
+    ``Phi((Z / sqrt(t) - b) / sqrt((1 - t) / t))``: the trend goes on, and is known as well as t tells it; the largest
+    over questions and directions. Source: Spiegelhalter, Freedman & Blackburn, Controlled Clinical Trials 7 (1986).
+    """
+    open_ones = [i for i, verdict in enumerate(comparison.verdicts) if verdict == "not decided"]
+    if rule.form == "anytime" or k + 1 == len(rule.looks) or not open_ones or math.isnan(comparison.errors[k]):
+        return None
+    t = rule.fractions[k]
+    scores = [
+        float(normal_score(np.array((comparison.means[k] - rule.centers[i]) / comparison.errors[k]), np.array(pairs)))
+        for i in open_ones
+    ]
+    bounds = [boundaries(rule.fractions, rule.level / share, rule.form)[-1] for share in shares]
+    ahead = max(sign * z / math.sqrt(t) - bound for z in scores for sign, bound in zip((1, -1), bounds, strict=True))
+    return float(scipy.special.ndtr(ahead / math.sqrt((1 - t) / t)))
+
+
+def _why_to_stop(look: Look, rule: StoppingRule) -> Stopped | None:
+    if rule.looks and look.pairs == rule.looks[-1]:
+        return "maximum"
+    least = FUTILITY if rule.futility is None else rule.futility
+    return "futile" if look.predictive_power is not None and look.predictive_power < least else None
+
+
+def _course(comparison: _Comparison, rule: StoppingRule) -> Course:
+    verdicts = dict(zip(rule.centers, comparison.verdicts, strict=True))
+    after = len(comparison.looks)
+    following = None if comparison.stopped else rule.looks[after] if rule.looks else after + 1
+    return Course(
+        comparison.name,
+        tuple(comparison.looks),
+        verdicts.get(0.0),
+        verdicts.get(-rule.margin),
+        comparison.stopped,
+        following,
+    )

@@ -1,0 +1,259 @@
+"""Comparisons that stop: verdicts follow bounds, the family shares its level, stopping is a function of the data."""
+
+import math
+from itertools import product
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from peft_vit.statistics import holm
+from peft_vit.statistics.sequential import Course, Form, StoppingRule, adjusted, follow
+from peft_vit.statistics.spending import boundaries
+
+LOOKS = (5, 10, 15, 20, 25, 30)
+RULE = StoppingRule("both", 0.01, LOOKS)
+
+
+def drawn(mean: float, n: int = 30, seed: int = 0, sd: float = 0.01) -> list[float]:
+    """Differences with exactly this mean and standard deviation."""
+    values = np.random.default_rng(seed).normal(size=n)
+    return list(mean + sd * (values - values.mean()) / values.std(ddof=1))
+
+
+def of(courses: tuple[Course, ...], name: str) -> Course:
+    return next(course for course in courses if course.name == name)
+
+
+def test_a_clear_gain_is_decided_before_the_maximum() -> None:
+    (course,) = follow({"better": drawn(0.02)}, RULE)
+    assert (course.superiority, course.noninferiority, course.stopped) == ("supported", "supported", "decided")
+    assert course.next_look is None
+    assert course.looks[-1].pairs < 30
+    assert course.looks[-1].low > 0
+
+
+def test_a_clear_loss_is_refuted_and_stops_too() -> None:
+    (course,) = follow({"worse": drawn(-0.03)}, RULE)
+    assert (course.superiority, course.noninferiority, course.stopped) == ("refuted", "refuted", "decided")
+    assert course.looks[-1].high < -0.01
+
+
+def test_bounds_are_those_of_a_t_test_at_the_level_that_is_spent() -> None:
+    values = drawn(0.004)
+    (course,) = follow({"one": values}, StoppingRule("superiority", 0.01, LOOKS, futility=0))
+    bounds = boundaries([n / 30 for n in LOOKS], 0.05)
+    for look, bound in zip(course.looks, bounds, strict=False):
+        data = np.array(values[: look.pairs])
+        critical = stats.t.isf(stats.norm.sf(bound), look.pairs - 1) * stats.sem(data)
+        test = look.superiority
+        assert test is not None
+        assert look.difference == pytest.approx(data.mean())
+        assert (test.upper_bound, test.lower_bound) == pytest.approx((critical, -critical))
+        assert (look.low, look.high) == pytest.approx((data.mean() - critical, data.mean() + critical))
+        assert (test.p_value <= 0.05) == (data.mean() >= critical)
+
+
+def test_one_look_is_the_fixed_t_test() -> None:
+    values = drawn(0.002, n=12)
+    (course,) = follow({"one": values}, StoppingRule("superiority", 0.01, (12,), level=0.4))
+    test = course.looks[0].superiority
+    assert test is not None
+    assert test.p_value == pytest.approx(stats.ttest_1samp(values, 0, alternative="greater").pvalue, rel=2e-4)
+    assert test.opposite_p_value == pytest.approx(1.0) or test.opposite_p_value > 0.5
+
+
+def test_alpha_of_a_decided_comparison_passes_to_the_others() -> None:
+    """One that misses half the level by itself is supported beside another that is clear."""
+    rule = StoppingRule("superiority", 0.01, (12,))
+    middling = drawn(0.0, n=12)
+    t = stats.t.isf(0.04, 11)
+    middling = [value + t * 0.01 / math.sqrt(12) for value in middling]  # p = 0.04
+    alone = follow({"middling": middling, "nothing": drawn(0.0, n=12, seed=1)}, rule)
+    beside = follow({"middling": middling, "clear": drawn(0.03, n=12, seed=1)}, rule)
+    assert of(alone, "middling").superiority == "not decided"
+    assert of(beside, "middling").superiority == "supported"
+    assert of(beside, "clear").superiority == "supported"
+
+
+def test_a_comparison_that_had_stopped_still_gains_from_what_passes_on() -> None:
+    """It met the bound of the whole level, not of half of it, and lost that again; then the other one is decided."""
+    rule = StoppingRule("superiority", 0.01, (12, 24), form="pocock", futility=0)
+    bounds = [stats.t.isf(stats.norm.sf(boundaries([0.5, 1.0], level, "pocock")[0]), 11) for level in (0.05, 0.025)]
+    first = np.array(drawn(0.0, n=12)) + np.mean(bounds) * 0.01 / math.sqrt(12)
+    early = [*first, *drawn(-first.mean(), n=12, seed=3)]
+    late = [*drawn(0.002, n=12, seed=5), *drawn(0.03, n=12, seed=2)]
+    before, after = (follow({"early": early, "late": late[:n]}, rule) for n in (12, 24))
+    assert (before[0].superiority, before[0].stopped) == ("not decided", "maximum")
+    assert before[1].stopped is None
+    assert after[1].superiority == "supported"
+    assert (after[0].superiority, after[0].stopped) == ("supported", "decided")
+
+
+def naive_graph(p_values: np.ndarray, level: float) -> np.ndarray:
+    """Maurer & Bretz's algorithm on the graph itself: weights and edges, one rejection after another."""
+    m, q = p_values.shape
+    nodes = list(product(range(m), range(q)))
+    weight = {node: (1 / m if node[1] == 0 else 0.0) for node in nodes}
+    edge = {(a, b): 0.0 for a in nodes for b in nodes}
+    for i, j in nodes:
+        for other in range(m):
+            if j + 1 < q:
+                edge[(i, j), (i, j + 1)] = 1.0
+            elif other != i:
+                edge[(i, j), (other, 0)] = 1 / (m - 1)
+    rejected = np.zeros((m, q), dtype=bool)
+    remaining = set(nodes)
+    while hits := [
+        node for node in sorted(remaining) if weight[node] > 0 and p_values[node] <= weight[node] * level * (1 + 1e-12)
+    ]:
+        gone = hits[0]
+        rejected[gone] = True
+        remaining.remove(gone)
+        for a in remaining:
+            weight[a] += weight[gone] * edge[gone, a]
+        changed = {}
+        for a, b in product(remaining, remaining):
+            if a != b:
+                through = edge[a, gone] * edge[gone, a]
+                changed[a, b] = (edge[a, b] + edge[a, gone] * edge[gone, b]) / (1 - through) if through < 1 else 0.0
+        edge.update(changed)
+    return rejected
+
+
+@given(data=st.data(), m=st.integers(1, 4), q=st.integers(1, 2))
+@settings(max_examples=200)
+def test_the_level_passes_on_as_on_the_graph(data: st.DataObject, m: int, q: int) -> None:
+    values = st.sampled_from([0.001, 0.008, 0.012, 0.013, 0.016, 0.02, 0.024, 0.026, 0.04, 0.06, 0.5])
+    p_values = np.array([[data.draw(values) for _ in range(q)] for _ in range(m)])
+    nested = np.sort(p_values, axis=1)
+    assert ((adjusted(nested) <= 0.05) == naive_graph(nested, 0.05)).all()
+
+
+def test_adjusted_p_values_of_one_question_are_those_of_holm() -> None:
+    p_values = np.array([0.03, 0.01, 0.5, 0.011, 0.9])
+    assert adjusted(p_values[:, None])[:, 0] == pytest.approx(holm(p_values.tolist()))
+
+
+@given(
+    mean=st.sampled_from([-0.02, -0.01, 0.0, 0.004, 0.01]),
+    seed=st.integers(0, 50),
+    cut=st.integers(0, 30),
+    asked=st.sampled_from(["superiority", "non-inferiority", "both"]),
+    form=st.sampled_from(get_args(Form)),
+)
+@settings(max_examples=40)
+def test_more_data_only_adds_looks(mean: float, seed: int, cut: int, asked: str, form: str) -> None:
+    """A killed study goes on where it was: what was seen stays, and what has stopped stays stopped."""
+    rule = StoppingRule(asked, 0.01, LOOKS, form=form)  # type: ignore[arg-type]
+    rng = np.random.default_rng(seed)
+    full = {name: list(rng.normal(mean + shift, 0.01, 30)) for name, shift in (("a", 0.0), ("b", 0.01))}
+    before = follow({name: values[:cut] for name, values in full.items()}, rule)
+    after = follow(full, rule)
+    for early, late in zip(before, after, strict=True):
+        assert late.looks[: len(early.looks)] == early.looks
+        assert early.next_look is None or early.next_look == LOOKS[len(early.looks)]
+        if early.stopped == "decided":
+            assert late == early
+
+
+@given(mean=st.floats(-0.02, 0.02), seed=st.integers(0, 50), form=st.sampled_from(get_args(Form)))
+@settings(max_examples=60)
+def test_a_verdict_is_a_bound_that_was_met(mean: float, seed: int, form: str) -> None:
+    """Of a comparison alone, whose bounds never move; among several, those of looks before can still fall."""
+    values = list(np.random.default_rng(seed).normal(mean, 0.01, 30))
+    (course,) = follow({"a": values}, StoppingRule("both", 0.01, LOOKS, form=form))  # type: ignore[arg-type]
+    for asked in ("superiority", "noninferiority"):
+        tests = [(look.difference, getattr(look, asked)) for look in course.looks]
+        above = [difference >= test.upper_bound for difference, test in tests]
+        below = [difference <= test.lower_bound for difference, test in tests]
+        assert [any(above[: k + 1]) for k in range(len(tests))] == [test.p_value <= 0.05 for _, test in tests]
+        assert [any(below[: k + 1]) for k in range(len(tests))] == [test.opposite_p_value <= 0.05 for _, test in tests]
+        expected = "supported" if any(above) else "refuted" if any(below) else "not decided"
+        assert getattr(course, asked) == expected
+
+
+def test_signs_turn_verdicts_around() -> None:
+    """Superiority of the differences is inferiority of their negatives, at the same look."""
+    for mean in (0.01, 0.005, 0.0):
+        rule = StoppingRule("superiority", 0.01, LOOKS)
+        values = drawn(mean, seed=4)
+        (one,) = follow({"a": values}, rule)
+        (other,) = follow({"a": [-value for value in values]}, rule)
+        turned = {"supported": "refuted", "refuted": "supported", "not decided": "not decided", None: None}
+        assert turned[one.superiority] == other.superiority
+        assert (one.stopped, len(one.looks)) == (other.stopped, len(other.looks))
+
+
+def test_no_difference_stops_for_futility_unless_that_is_off() -> None:
+    values = [0.01, -0.01] * 15
+    (stopped,) = follow({"a": values}, StoppingRule("superiority", 0.01, LOOKS))
+    (goes_on,) = follow({"a": values}, StoppingRule("superiority", 0.01, LOOKS, futility=0))
+    assert stopped.stopped == "futile"
+    assert stopped.superiority == "not decided"
+    assert stopped.looks[-1].pairs < 30
+    assert goes_on.stopped == "maximum"
+    assert goes_on.looks[-1].predictive_power is None
+
+
+def test_correlation_of_folds_widens_bounds_as_nadeau_and_bengio_do() -> None:
+    values = drawn(0.004, n=10)
+    plain, folds = (
+        follow({"a": values}, StoppingRule("superiority", 0.01, (10,), correlation=correlation))[0].looks[0].superiority
+        for correlation in (0.0, 0.25)
+    )
+    assert plain is not None
+    assert folds is not None
+    assert folds.upper_bound / plain.upper_bound == pytest.approx(math.sqrt((1 / 10 + 0.25) * 10))
+    rule = StoppingRule("superiority", 0.01, (5, 10), correlation=0.25)
+    assert rule.fractions == pytest.approx((0.35 / 0.45, 1.0))
+
+
+@pytest.mark.parametrize("values", [[], [0.02], [0.02] * 10, [0.82 - 0.81, 0.81 - 0.80] * 5])
+def test_too_few_pairs_or_no_spread_decide_nothing(values: list[float]) -> None:
+    for rule in (StoppingRule("both", 0.01, (1, 5, 30)), StoppingRule("both", 0.01, (), form="anytime")):
+        (course,) = follow({"a": values}, rule)
+        assert (course.superiority, course.noninferiority, course.stopped) == ("not decided", "not decided", None)
+        assert all(math.isinf(look.low) and math.isinf(look.high) for look in course.looks)
+
+
+def test_anytime_looks_after_each_pair_and_has_no_maximum() -> None:
+    rule = StoppingRule("superiority", 0.01, (), form="anytime")
+    (open_one,) = follow({"a": drawn(0.0, n=40)}, rule)
+    assert len(open_one.looks) == 40
+    assert (open_one.stopped, open_one.next_look) == (None, 41)
+    (decided,) = follow({"a": drawn(0.02, n=40)}, rule)
+    assert decided.stopped == "decided"
+    assert decided.looks[-1].pairs < 20
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"looks": ()}, "looks at rising numbers of pairs"),
+        ({"looks": (5, 5)}, "looks at rising numbers of pairs"),
+        ({"looks": (0, 5)}, "looks at rising numbers of pairs"),
+        ({"margin": 0.0}, "a positive margin"),
+        ({"level": 1.0}, "0 < level < 1"),
+        ({"correlation": -0.1}, "a correlation of at least 0"),
+        ({"futility": 1.0}, "0 <= futility < 1"),
+        ({"form": "anytime", "futility": 0.1}, "no correlation and no futility"),
+        ({"form": "anytime", "correlation": 0.2}, "no correlation and no futility"),
+        ({"asked": "equivalence"}, "expected one of"),
+    ],
+)
+def test_a_rule_that_cannot_be_is_refused(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        StoppingRule(**{"asked": "both", "margin": 0.01, "looks": LOOKS, **change})  # type: ignore[arg-type]
+
+
+def test_data_that_do_not_fit_the_rule_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="lora: expected at most the 30 pairs that were declared, got 31"):
+        follow({"lora": [0.01] * 31}, RULE)
+    with pytest.raises(ValueError, match=r"lora: .* got nan at position 1"):
+        follow({"lora": [0.01, math.nan]}, RULE)
+    with pytest.raises(ValueError, match="at least one comparison"):
+        follow({}, RULE)
