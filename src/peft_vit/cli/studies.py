@@ -39,6 +39,10 @@ def run(
         float | None,
         typer.Option(help="end within so many, with the sizes, experiments and seeds that fit; the next call goes on"),
     ] = None,
+    until_decided: Annotated[
+        bool,
+        typer.Option("--until-decided", help="only as many seeds as the comparisons of the section `stopping` need"),
+    ] = False,
     oversubscribe: Annotated[
         bool, typer.Option("--oversubscribe", help="allow more threads, workers x threads, than there are cores")
     ] = False,
@@ -65,7 +69,9 @@ def run(
     from peft_vit.studies.commands import Execution, RunRequest, plan_studies, run_studies
 
     results_dir = output or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
-    asked = RunRequest(configs, results_dir, smoke, method, seeds, workers, minutes=minutes)
+    asked = RunRequest(
+        configs, results_dir, smoke, method, seeds, workers, minutes=minutes, until_decided=until_decided
+    )
     if dry_run:
         plan_studies(asked)
     else:

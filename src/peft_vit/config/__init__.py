@@ -18,6 +18,7 @@ from peft_vit.config.augmentation import (
     Rotate90,
 )
 from peft_vit.config.loading import load_study, one_line, study_from_mapping
+from peft_vit.config.stopping import StoppingConfig
 from peft_vit.config.study import (
     NEEDS_PATH,
     PROBE_READS,
@@ -97,6 +98,7 @@ __all__ = [
     "RandomResizedCrop",
     "Rotate90",
     "SiteMatrix",
+    "StoppingConfig",
     "Strategy",
     "StudyConfig",
     "TrainingConfig",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, StringConstraints, ValidationInfo, create_model, field_validator, model_validator
 
+from peft_vit.config.stopping import StoppingConfig
 from peft_vit.config.training import TrainingConfig
 from peft_vit.methods import METHODS, SECTIONS, Method
 from peft_vit.methods.linear import PROBE_L2
@@ -269,6 +270,7 @@ class StudyConfig(Frozen):
     measures: MeasuresConfig = MeasuresConfig()
     execution: ExecutionConfig = ExecutionConfig()
     experiments: tuple[ExperimentConfig, ...] = Field(min_length=1)
+    stopping: StoppingConfig | None = Field(default=None, description="comparisons that stop when they are decided")
 
     @field_validator("experiments")
     @classmethod
@@ -278,6 +280,26 @@ class StudyConfig(Frozen):
             if names.count(name) > 1:
                 raise ValueError(f"experiment name '{name}' stands twice; rename one")
         return experiments
+
+    @field_validator("stopping")
+    @classmethod
+    def _can_be_decided(cls, stopping: StoppingConfig | None, info: ValidationInfo) -> StoppingConfig | None:
+        if stopping is None or not {"seeds", "data", "experiments"} <= info.data.keys():  # of these a fault is told
+            return stopping
+        experiments: tuple[ExperimentConfig, ...] = info.data["experiments"]
+        fault = stopping.fault(tuple(one.name for one in experiments), len(info.data["seeds"]))
+        if fault is not None:
+            raise ValueError(fault)
+        data: DataConfig = info.data["data"]
+        if data.test_split == data.train_subset == "fixed" and getattr(data, "folds", None) is None:
+            probes = [one.name for one in experiments if one.is_probe]
+            if stopping.control in probes and len(probes) > 1:
+                other = next(name for name in probes if name != stopping.control)
+                raise ValueError(
+                    f"{other} and its control {stopping.control} are linear probes, the same with every seed, so no "
+                    "number of seeds decides; draw images per seed (data.test_split), or leave one out"
+                )
+        return stopping
 
     @model_validator(mode="after")
     def _something_to_leave_out(self) -> Self:

@@ -33,7 +33,8 @@ class StudyFile(BaseModel):
     """Content of study.json.
 
     `runs` are all that were ever planned, `skipped` those among them that the last command left out. A smoke study's
-    configuration is the compressed one. `limited`: the last command had a limit of time.
+    configuration is the compressed one. `limited`: the last command had a limit of time. `seeds_added`: seeds that a
+    command added when results were there, so that their number may follow from these; none where `stopping` allows it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -45,6 +46,7 @@ class StudyFile(BaseModel):
     skipped: tuple[RunName, ...] = ()
     configuration: StudyConfig
     limited: Limited | None = None
+    seeds_added: tuple[int, ...] = ()
 
     @property
     def smaller_than_asked(self) -> bool:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_vit.config import ExecutorName, StudyConfig, load_study
+from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError, named
 from peft_vit.records.study_file import read_study_file
-from peft_vit.safe_io import folder_below
+from peft_vit.studies.execution import Execution, drive_plans, hold_locks
 from peft_vit.studies.ledger import run_name
-from peft_vit.studies.lock import StudyLock, study_lock
 
 if TYPE_CHECKING:
-    from peft_vit.studies.events import StudyEvent
     from peft_vit.studies.memory_limit import MeasureStep
     from peft_vit.studies.own_images import OwnImages
     from peft_vit.studies.plan import Plan
@@ -39,6 +35,7 @@ class RunRequest:
         workers: in place of those that the studies set.
         calibrate: measure what runs cost of which nothing is known, instead of estimating it.
         minutes: that the command may take; what does not fit is left for a later one.
+        until_decided: go from look to look of the study's `stopping`, and do what is still open.
     """
 
     configs: list[Path]
@@ -49,17 +46,7 @@ class RunRequest:
     workers: int | None = None
     calibrate: bool = False
     minutes: float | None = None
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How runs are carried out, beyond what the studies say; see `open_executor`, `drive` and `event_log`."""
-
-    executor: ExecutorName = "local"
-    ray_address: str | None = None
-    oversubscribe: bool = False
-    skip_failed: bool = False
-    log_json: Path | None = None
+    until_decided: bool = False
 
 
 def plan_studies(request: RunRequest) -> None:
@@ -68,7 +55,9 @@ def plan_studies(request: RunRequest) -> None:
     Raises:
         UserError: for anything that would fail later.
     """
-    if request.minutes is not None:
+    if request.until_decided:
+        _until_decided(request, None)
+    elif request.minutes is not None:
         limit = _limit(request)
         ((study, file),) = _load_within(request)
         _show(_plan_within(request, study, file, limit)[0])
@@ -84,16 +73,20 @@ def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
             the studies; later if there is no room for a result.
         KeyboardInterrupt: see `drive`.
     """
-    if request.minutes is not None:
+    if request.minutes is not None and not request.until_decided:
         return _run_within(request, execution)
     if execution.executor == "ray":
         if request.workers is not None:
             problem = "has no effect with --executor ray, where as many runs go at a time as nodes have room for"
             raise UserError(f"{problem}; leave it out", field="--workers")
         request = replace(request, workers=1)  # for the plan
+    if request.until_decided:
+        return _until_decided(request, execution)
     studies = _load(request)
-    with _locks(request.results_dir, [study.name for study, _ in studies]) as locks:
-        return _drive(_plan(request, studies), locks, execution)
+    for study, file in studies if not request.smoke else ():
+        _refuse_looks(study, file)
+    with hold_locks(request.results_dir, [study.name for study, _ in studies]) as locks:
+        return drive_plans(_plan(request, studies), locks, execution)
 
 
 def _run_within(request: RunRequest, execution: Execution) -> dict[str, str]:
@@ -105,14 +98,14 @@ def _run_within(request: RunRequest, execution: Execution) -> dict[str, str]:
         raise UserError(problem, field="--minutes")
     limit = _limit(request)
     ((study, file),) = _load_within(request)
-    with _locks(request.results_dir, [study.name]) as (lock,):
+    with hold_locks(request.results_dir, [study.name]) as (lock,):
         taken: set[str] = set()
         while True:
             plan, deadline = _plan_within(request, study, file, limit)
             if taken and not plan.pending:  # there is time left, but not enough for more
                 break
             _show(plan)
-            failed = _drive([plan], [lock], execution, deadline)
+            failed = drive_plans([plan], [lock], execution, deadline)
             taken |= {run_name(run.spec) for run in plan.runs}
             left = {run.run for run in study_status(lock.folder).runs if run.state not in ("done", "failed")}
             if failed or not left or left & taken or deadline.over:
@@ -133,20 +126,61 @@ def _limit(request: RunRequest) -> Limit:
     from peft_vit.studies.time_limit import Limit
 
     assert request.minutes is not None
-    others = {
-        "--smoke": (request.smoke, "a smoke study takes seconds"),
-        "--method": (request.method is not None, "the time decides which experiments are taken"),
-        "--seeds": (request.seeds is not None, "the time decides which seeds are taken"),
-    }
-    for option, (given, why) in others.items():
-        if given:
-            raise UserError(f"can't be combined with {option}: {why}; leave one of the two out", field="--minutes")
-    if len(request.configs) > 1:
-        problem = f"is of one study, and {len(request.configs)} are given; give one, or leave --minutes out"
-        raise UserError(problem, field="--minutes")
+    _alone(
+        request,
+        "--minutes",
+        smoke="a smoke study takes seconds",
+        method="the time decides which experiments are taken",
+        seeds="the time decides which seeds are taken",
+    )
     if not 0 < request.minutes < math.inf:
         raise UserError(f"is {request.minutes:g}; give more than 0", field="--minutes")
     return Limit(request.minutes, time.monotonic())
+
+
+def _alone(request: RunRequest, option: str, **whys: str) -> None:
+    """Refuse what an option can't be combined with, and a second study."""
+    for name, why in whys.items():
+        if getattr(request, name) not in (None, False):
+            raise UserError(f"can't be combined with --{name}: {why}; leave one of the two out", field=option)
+    if len(request.configs) > 1:
+        problem = f"is of one study, and {len(request.configs)} are given; give one, or leave {option} out"
+        raise UserError(problem, field=option)
+
+
+def _until_decided(request: RunRequest, execution: Execution | None) -> dict[str, str]:
+    """Go from look to look; `execution` None: only plan all that may be needed."""
+    option = "--until-decided"
+    _alone(
+        request,
+        option,
+        smoke="a smoke study has one seed",
+        method="all comparisons share one level",
+        seeds="the looks decide which seeds are taken",
+    )
+    limit = None if request.minutes is None else _limit(request)
+    ((study, file),) = _load(request) if limit is None else _load_within(request)
+    if study.stopping is None:
+        problem = f"is missing: it says what is compared, and after how many seeds; add it, or leave {option} out"
+        raise UserError(problem, file=file, field="stopping")
+    if execution is None:
+        _plan(request, [(study, file)])
+        return {}
+    from peft_vit.studies.until_decided import run_until_decided
+
+    decided = run_until_decided(study, request.results_dir, file=file, execution=execution, limit=limit)
+    if decided.open:
+        names = ", ".join(decided.open)
+        more = "" if request.minutes is None else f", for another {request.minutes:g} minutes"
+        print(f"Open: {names}; the same command goes on{more}.")
+    return decided.failed
+
+
+def _refuse_looks(study: StudyConfig, file: Path) -> None:
+    """Refuse to run a study whose comparisons stop as if their number of seeds were fixed."""
+    if study.stopping is not None:
+        problem = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
+        raise UserError(f"{problem} to run every seed", file=file, field="stopping")
 
 
 def _plan_within(request: RunRequest, study: StudyConfig, file: Path, limit: Limit) -> tuple[Plan, Deadline]:
@@ -160,7 +194,7 @@ def run_on_own_images(request: OwnImages, results_dir: Path, *, smoke: bool = Fa
     from peft_vit.studies.own_images import STUDY_NAME, study_of
     from peft_vit.studies.plan import plan_begun_study
 
-    with _locks(results_dir, [STUDY_NAME]) as locks:
+    with hold_locks(results_dir, [STUDY_NAME]) as locks:
         earlier = read_study_file(results_dir / STUDY_NAME)
         study, line = study_of(request, None if earlier is None else earlier.configuration)
         print(line)
@@ -169,7 +203,7 @@ def run_on_own_images(request: OwnImages, results_dir: Path, *, smoke: bool = Fa
                 study, earlier, results_dir, file=request.folder, smoke=smoke, part=True, measure_step=_measure_step()
             )
         _show(plan)
-        return _drive([plan], locks, Execution())
+        return drive_plans([plan], locks, Execution())
 
 
 def _load(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
@@ -194,6 +228,8 @@ def _load_within(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
     """Load the one study that has a limit of time, which is no time to measure what keeps within one of memory."""
     studies = _load(request)
     for study, file in studies:
+        if not request.until_decided:
+            _refuse_looks(study, file)
         for place, one in enumerate(study.experiments):
             if one.training.is_undecided:
                 problem = "is kept by measured steps, which --minutes has no time for; write down what `peft-vit plan` "
@@ -211,13 +247,6 @@ def _chosen_seeds(study: StudyConfig, seeds: str | None, file: Path) -> tuple[in
         problem = f"--seeds asks for {min(wanted - there)!r}, the study has {study.seeds}"
         raise UserError(problem, file=file, field="seeds")
     return tuple(seed for seed in study.seeds if str(seed) in wanted)
-
-
-@contextmanager
-def _locks(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
-    """Hold all locks from before planning on: whoever comes too late leaves before torch is loaded."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
 
 
 def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path]]) -> list[Plan]:
@@ -249,35 +278,3 @@ def _show(plan: Plan) -> None:
     from peft_vit.studies.printing import print_plan
 
     print_plan(plan)
-
-
-def _drive(
-    plans: list[Plan], locks: list[StudyLock], execution: Execution, deadline: Deadline | None = None
-) -> dict[str, str]:
-    from peft_vit.studies.event_log import event_log
-    from peft_vit.studies.executors import open_executor
-    from peft_vit.studies.progress_view import Watch
-    from peft_vit.studies.scheduler import drive
-
-    failed: dict[str, str] = {}
-    with nullcontext() if execution.log_json is None else event_log(execution.log_json) as log:
-        for plan, lock in zip(plans, locks, strict=True):
-            make_executor = partial(
-                open_executor,
-                execution.executor,
-                plan.in_time,
-                lock.folder.parent,
-                oversubscribe=execution.oversubscribe,
-                ray_address=execution.ray_address,
-            )
-            with Watch(plan, until=None if deadline is None else deadline.limit.over_at) as watch:
-
-                def on_event(event: StudyEvent, watch: Watch = watch) -> None:
-                    if log is not None:
-                        log(event)
-                    watch.on_event(event)
-
-                failed |= drive(
-                    plan, lock, make_executor, on_event, skip_failed=execution.skip_failed, deadline=deadline
-                )
-    return failed

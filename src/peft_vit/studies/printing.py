@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from peft_vit.config import StudyConfig
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.runs.export import Exported, file_bytes, said_loss
 from peft_vit.runs.provenance import cpu_count
+from peft_vit.statistics.sequential import Course
 from peft_vit.studies.plan import Plan
 from peft_vit.studies.time_limit import makespan
 
@@ -53,6 +56,38 @@ def print_export(done: Exported, file: Path) -> None:
         if done.activations == "int8" or found.same_predictions < 1:
             print(f"Lost: {said_loss(found)}")
     print(f"{file}: {file_bytes(file) / 1e6:.1f} MB")
+
+
+def course_line(course: Course, study: StudyConfig) -> str:
+    """Return how a comparison with the control stands after its last look, and what follows."""
+    stopping, look = study.stopping, course.looks[-1]
+    assert stopping is not None
+    of = "" if stopping.spending == "anytime" else f" of at most {len(study.seeds)}"
+    questions = (
+        (f"not worse by {stopping.margin or 0:g}", look.noninferiority, course.noninferiority),
+        ("better", look.superiority, course.superiority),
+    )
+    said = [
+        f"{what}? {verdict} (takes {_points(test.upper_bound)}; the opposite {_points(test.lower_bound)})"
+        for what, test, verdict in questions
+        if test is not None
+    ]
+    interval = f"[{_points(look.low)}, {_points(look.high)}]" if math.isfinite(look.high) else "without an interval yet"
+    return (
+        f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')}{of}: {_points(look.difference)} points "
+        f"{interval}. {'. '.join(said)}. {_what_follows(course, len(study.seeds))}"
+    )
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}" if math.isfinite(share) else "more pairs"
+
+
+def _what_follows(course: Course, seeds: int) -> str:
+    if course.next_look is not None:
+        return f"Goes on to {course.next_look}." if course.next_look <= seeds else "Open: the study has no more seeds."
+    ends = {"decided": "Decided.", "futile": "Stops: further seeds would hardly decide it.", "maximum": "Ends here."}
+    return ends[course.stopped or "maximum"]
 
 
 def duration(seconds: float) -> str:

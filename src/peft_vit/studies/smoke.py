@@ -29,6 +29,7 @@ def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
             "precision": "auto" if study.precision == "bf16" else study.precision,
             "data": data,
             "experiments": tuple(_compress(experiment, batch_size) for experiment in study.experiments),
+            "stopping": None,  # one seed
         }
     )
 

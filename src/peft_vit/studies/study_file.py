@@ -11,6 +11,7 @@ import yaml
 
 from peft_vit.config import DataConfig, StudyConfig
 from peft_vit.errors import UserError
+from peft_vit.records import RECORD_FILE, read_record
 from peft_vit.records.study_file import STUDY_FILE, Limited, StudyFile
 from peft_vit.studies.ledger import write_whole
 
@@ -73,8 +74,25 @@ def go_on(folder: Path, before: StudyFile | None, asked: StudyFile, *, source: P
             "runs": runs,
             "skipped": tuple(run for run in runs if run in left_out),
             "configuration": _together(before.configuration, asked.configuration) if part else asked.configuration,
+            "seeds_added": _seeds_added(folder, before, asked.configuration),
         }
     )
+
+
+def _seeds_added(folder: Path, before: StudyFile, asked: StudyConfig) -> tuple[int, ...]:
+    """Return the seeds whose number may follow from results: those that are new where a run is done, and earlier ones.
+
+    Looks of the form `anytime` allow for any number; a smoke study has no results.
+    """
+    new = tuple(seed for seed in asked.seeds if seed not in before.configuration.seeds)
+    allowed = before.smoke or (asked.stopping is not None and asked.stopping.spending == "anytime")
+    if not new or allowed or not any(_is_done(folder / run / RECORD_FILE) for run in before.runs):
+        return before.seeds_added
+    return tuple(dict.fromkeys((*before.seeds_added, *new)))
+
+
+def _is_done(file: Path) -> bool:
+    return file.exists() and read_record(file).status == "done"
 
 
 def refuse_another(before: StudyConfig, asked: StudyConfig, file: Path, source: Path, *, part: bool = False) -> None:
@@ -113,10 +131,18 @@ def _comparable(before: StudyConfig, asked: StudyConfig, part: bool) -> tuple[di
     old, new = (study.model_dump(mode="json", exclude=_FREE, exclude_none=True) for study in (before, asked))
     named = [{experiment["name"]: experiment for experiment in study["experiments"]} for study in (old, new)]
     both = named[0].keys() & named[1].keys()
-    for study, experiments, kept in ((old, named[0], both if part else named[0]), (new, named[1], both)):
+    looked = asked.stopping  # of what was declared: experiments share its level, looks are in the order of the seeds
+    for study, experiments, kept in (
+        (old, named[0], both if part else named[0]),
+        (new, named[1], both if looked is None else named[1]),
+    ):
         study["experiments"] = {name: one for name, one in experiments.items() if name in kept}
         if not study["experiments"]:
             del study["experiments"]
+    if looked is not None:
+        if looked.spending == "anytime":
+            new["seeds"] = new["seeds"][: len(old["seeds"])]
+        return old, new
     new["seeds"] = sorted(set(new["seeds"]) & set(old["seeds"]))
     old["seeds"] = new["seeds"] if part else sorted(old["seeds"])
     return old, new

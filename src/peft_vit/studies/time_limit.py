@@ -158,6 +158,7 @@ class Deadline:
         limit: of time.
         left: share of a run that is still to be done, by its name, where that is not all of it.
         begun: see `choose`.
+        may_leave_out: leave the last experiments for later, so that the others get enough seeds for the exact test.
 
     Attributes:
         limit: as above.
@@ -173,6 +174,7 @@ class Deadline:
         *,
         left: Mapping[str, float] | None = None,
         begun: int = 0,
+        may_leave_out: bool = True,
     ) -> None:
         self.limit = limit
         self.under_way: set[str] = set()
@@ -181,6 +183,7 @@ class Deadline:
         self._workers = workers
         self._left = left or {}
         self._begun = begun
+        self._may_leave_out = may_leave_out
         self._experiments = len(runs)
         self._started_at: dict[str, float] = {}
         self._taken: dict[str, list[float]] = {}  # seconds of this call's finished runs, by experiment
@@ -237,7 +240,8 @@ class Deadline:
 
     def _next(self, waiting: Collection[str]) -> PlannedRun | None:
         left_s = self.limit.left_s
-        self._experiments = self._that_fit(waiting, left_s)
+        if self._may_leave_out:
+            self._experiments = self._that_fit(waiting, left_s)
         there = self._idle(seed_by_seed(self._runs, self._experiments, len(self._runs[0])), waiting)
         in_time = [run for run in there if self._expected_s(run) <= left_s]
         if self._whatever is None:

@@ -197,7 +197,7 @@ def _choose(
     study, workers = plan.study, plan.study.execution.workers
     names = sorted((one.name for one in study.experiments), key=lambda name: name not in first)  # else the file's order
     rows = _rows(plan, names)
-    left = {run_name(run.spec): _left(results_dir, run) for run in plan.runs}
+    left = {run_name(run.spec): share_left(results_dir, run) for run in plan.runs}
     seconds = [[left[run_name(run.spec)] * run.estimate.seconds for run in row] for row in rows]
     begun = max((place for place, row in enumerate(rows, start=1) if any(run.done for run in row)), default=0)
     left_s = limit.left_s - process_s
@@ -214,7 +214,7 @@ def _choose(
     return replace(plan, runs=tuple(ordered), within=within), deadline
 
 
-def _left(results_dir: Path, run: PlannedRun) -> float:
+def share_left(results_dir: Path, run: PlannedRun) -> float:
     """Return the share of a run that is still to be done, by its newest checkpoint."""
     if run.done:
         return 0.0

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import yaml
-from fake_study import fake_config
+from fake_study import done_record, failed_record, fake_config, fake_plan
 
 from peft_vit.errors import UserError
+from peft_vit.records import RECORD_FILE
 from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
 from peft_vit.studies.study_file import difference, go_on, study_file, write_study_file
 
@@ -158,3 +159,65 @@ def test_the_difference_shows_what_changed_and_where_it_stands() -> None:
         "+  i: 2",
     ]
     assert yaml.safe_load("b:\n  c:\n  - 2")  # the indentation that is expected above is PyYAML's
+
+
+def recorded(folder, record) -> None:
+    """Put a record of a/seed_0 into a study's folder."""
+    file = folder / "a" / "seed_0" / RECORD_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(record.model_dump_json())
+
+
+def after(folder, config, part) -> StudyFile:
+    """Return what study.json says once a command has asked for more."""
+    write_study_file(folder, go_on(folder, read_study_file(folder), asked(config), source="s.yaml", part=part))
+    return read_study_file(folder)
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_seeds_that_are_added_after_results_are_remembered(begun, part) -> None:
+    spec = fake_plan(fake_config(("a",), (0,)), begun).runs[0].spec
+    assert after(begun, fake_config(("a", "b"), (0, 1, 2)), part).seeds_added == ()
+    recorded(begun, failed_record(spec, "killed"))
+    assert after(begun, fake_config(("a", "b"), (0, 1, 2, 3)), part).seeds_added == ()
+    recorded(begun, done_record(spec))
+    assert after(begun, fake_config(("a", "b", "c"), (3, 1, 2, 0)), part).seeds_added == ()
+    assert after(begun, fake_config(("a", "b", "c"), (0, 1, 2, 3, 7, 5)), part).seeds_added == (7, 5)
+    assert after(begun, fake_config(("a", "b", "c"), (0, 1, 2, 3, 5, 7)), part).seeds_added == (7, 5)
+    assert after(begun, fake_config(("a", "b", "c"), (0, 1, 2, 3, 5, 7, 9)), part).seeds_added == (7, 5, 9)
+
+
+LOOKS = {"control": "a", "asked": "superiority", "every": 2}
+ANYTIME = {**LOOKS, "spending": "anytime"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ((("a", "b"), (0, 1), None), (("a", "b"), (0, 1), LOOKS)),
+        ((("a", "b"), (0, 1), LOOKS), (("a", "b"), (0, 1), None)),
+        ((("a", "b"), (0, 1), LOOKS), (("a", "b"), (0, 1), {**LOOKS, "level": 0.1})),
+        ((("a", "b"), (0, 1), LOOKS), (("a", "b"), (1, 0), LOOKS)),
+        ((("a", "b"), (0, 1), LOOKS), (("a", "b", "c"), (0, 1), LOOKS)),
+        ((("a", "b", "c"), (0, 1), LOOKS), (("a", "b"), (0, 1), LOOKS)),
+        ((("a", "b"), (0, 1), LOOKS), (("a", "b"), (0, 1, 2, 3), LOOKS)),
+        ((("a", "b"), (0, 1), ANYTIME), (("a", "b"), (2, 0, 1), ANYTIME)),
+    ],
+)
+def test_what_was_declared_of_looks_stays(tmp_path, before, now) -> None:
+    first, second = (
+        fake_config(names, seeds, **({"stopping": said} if said else {})) for names, seeds, said in (before, now)
+    )
+    write_study_file(tmp_path, asked(first))
+    assert go_on(tmp_path, read_study_file(tmp_path), asked(first), source="s.yaml").seeds_added == ()
+    with pytest.raises(UserError, match="was begun with another configuration"):
+        go_on(tmp_path, read_study_file(tmp_path), asked(second), source="s.yaml")
+
+
+def test_looks_at_any_time_take_further_seeds(tmp_path) -> None:
+    first, more = (fake_config(("a", "b"), seeds, stopping=ANYTIME) for seeds in ((0, 1), (0, 1, 2)))
+    write_study_file(tmp_path, asked(first))
+    recorded(tmp_path, done_record(fake_plan(first, tmp_path).runs[0].spec))
+    content = go_on(tmp_path, read_study_file(tmp_path), asked(more), source="s.yaml")
+    assert content.configuration.seeds == (0, 1, 2)
+    assert content.seeds_added == ()

@@ -1,0 +1,70 @@
+"""How plans are carried out: locks that are held meanwhile, an executor, and a view of what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft_vit.config import ExecutorName
+from peft_vit.safe_io import folder_below
+from peft_vit.studies.lock import StudyLock, study_lock
+
+if TYPE_CHECKING:
+    from peft_vit.studies.events import StudyEvent
+    from peft_vit.studies.plan import Plan
+    from peft_vit.studies.time_limit import Deadline
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How runs are carried out, beyond what the studies say; see `open_executor`, `drive` and `event_log`."""
+
+    executor: ExecutorName = "local"
+    ray_address: str | None = None
+    oversubscribe: bool = False
+    skip_failed: bool = False
+    log_json: Path | None = None
+
+
+@contextmanager
+def hold_locks(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
+    """Hold all locks from before planning on: whoever comes too late leaves before torch is loaded."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
+
+
+def drive_plans(
+    plans: list[Plan], locks: list[StudyLock], execution: Execution, deadline: Deadline | None = None
+) -> dict[str, str]:
+    """Do what plans say is pending, study by study, and return why runs have failed, by run id; see `drive`."""
+    from peft_vit.studies.event_log import event_log
+    from peft_vit.studies.executors import open_executor
+    from peft_vit.studies.progress_view import Watch
+    from peft_vit.studies.scheduler import drive
+
+    failed: dict[str, str] = {}
+    with nullcontext() if execution.log_json is None else event_log(execution.log_json) as log:
+        for plan, lock in zip(plans, locks, strict=True):
+            make_executor = partial(
+                open_executor,
+                execution.executor,
+                plan.in_time,
+                lock.folder.parent,
+                oversubscribe=execution.oversubscribe,
+                ray_address=execution.ray_address,
+            )
+            with Watch(plan, until=None if deadline is None else deadline.limit.over_at) as watch:
+
+                def on_event(event: StudyEvent, watch: Watch = watch) -> None:
+                    if log is not None:
+                        log(event)
+                    watch.on_event(event)
+
+                failed |= drive(
+                    plan, lock, make_executor, on_event, skip_failed=execution.skip_failed, deadline=deadline
+                )
+    return failed

@@ -1,0 +1,242 @@
+"""`run --until-decided`: decided comparisons stop, open ones go on, and a command that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted_runs import PlantedRuns
+
+from peft_vit.config import study_from_mapping
+from peft_vit.records import RECORD_FILE, read_record
+from peft_vit.studies.execution import Execution
+from peft_vit.studies.time_limit import Limit
+from peft_vit.studies.until_decided import run_until_decided
+
+pytestmark = pytest.mark.part("statistics")
+
+SEEDS = 12
+NOISE = (0.9, -1.1, 0.3, -0.6, 1.4, -0.8, 0.1, 0.7, -1.3, 0.4, -0.2, 0.6)  # points
+LEAD = {"ahead": 6.0, "level": 0.3, "behind": -6.0}  # of the control, points
+STOPPING: dict[str, Any] = {"control": "base", "margin": 1.0, "looks": [4, 8, SEEDS]}
+
+
+def mapping(**changes: Any) -> dict[str, Any]:
+    training = {"steps": 6, "validate_every": 6, "batch_size": 12, "learning_rate": 1e-3}
+    names = ("base", *LEAD)
+    return {
+        "name": "colours",
+        "seeds": list(range(SEEDS)),
+        "threads": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "backbone": {"model": "test_vit", "weights": "random"},
+        "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 20},
+        "experiments": [
+            {"name": name, "method": "lora", "lora": {"rank": rank + 1}, "training": training}
+            for rank, name in enumerate(names)
+        ],
+        "stopping": STOPPING,
+        **changes,
+    }
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[..., Path]:
+    def write(**changes: Any) -> Path:
+        file = tmp_path / "colours.yaml"
+        file.write_text(json.dumps({key: value for key, value in mapping(**changes).items() if value is not None}))
+        return file
+
+    return write
+
+
+def accuracy(name: str, seed: int) -> float:
+    own = LEAD.get(name, 0.0) + (NOISE[seed] if name in LEAD else 0.0)
+    return 0.7 + 0.001 * seed + own / 100
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> PlantedRuns:
+    executor = PlantedRuns(accuracy)
+    monkeypatch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: executor)
+    monkeypatch.setattr("peft_vit.studies.executors.decode_images", lambda _: None)
+    return executor
+
+
+def lines_of(said: str) -> list[str]:
+    return [line for line in said.splitlines() if " minus base, " in line]
+
+
+def seeds_of(output: Path) -> dict[str, int]:
+    return {name: len([*(output / "colours" / name).glob(f"seed_*/{RECORD_FILE}")]) for name in ("base", *LEAD)}
+
+
+WHOLE = {"base": 12, "ahead": 8, "level": 12, "behind": 8}
+
+
+def test_what_is_decided_stops_and_what_is_open_goes_on(command, file, runs, tmp_path) -> None:
+    out = tmp_path / "out"
+    arguments = ("run", file(), "--until-decided", "--output", out)
+    lines = lines_of(command(*arguments).out)
+    assert [line.split(":")[0] for line in lines] == [
+        *(f"{name} minus base, {pairs} pairs of at most 12" for pairs in (4, 8) for name in LEAD),
+        "level minus base, 12 pairs of at most 12",
+    ]
+    first, ahead, level, behind, last = lines[0], *lines[3:]
+    assert "not worse by 1? not decided" in first
+    assert first.endswith("Goes on to 8.")
+    assert "+6.11 points" in ahead  # 6 and the mean of eight of NOISE
+    assert "not worse by 1? supported" in ahead
+    assert "better? supported" in ahead
+    assert ahead.endswith("Decided.")
+    assert "not worse by 1? supported" in level
+    assert level.endswith("Goes on to 12.")
+    assert "not worse by 1? refuted" in behind
+    assert "better? refuted" in behind
+    assert last.endswith("Ends here.")
+    assert seeds_of(out) == WHOLE
+    assert len(runs.done) == sum(WHOLE.values())
+    assert "48 planned = 40 done + 0 failed + 0 pending + 0 running + 8 skipped" in command("status", out).out
+    again = command(*arguments).out
+    assert lines_of(again) == [ahead, last, behind], "nothing is done again"
+    assert len(runs.done) == sum(WHOLE.values())
+
+
+@pytest.mark.parametrize("after", [3, 29])
+def test_a_command_that_was_killed_goes_on(command, file, runs, tmp_path, after) -> None:
+    out = tmp_path / "out"
+    arguments = ("run", file(), "--until-decided", "--output", out)
+    runs.left = after
+    command(*arguments, code=130)
+    assert sum(seeds_of(out).values()) == after
+    runs.left = 100
+    assert lines_of(command(*arguments).out)[-1].startswith("level minus base, 12 pairs")
+    assert seeds_of(out) == WHOLE
+    assert len(set(runs.done)) == len(runs.done), "what was done was not done again"
+
+
+def test_a_run_that_fails_leaves_its_comparison_open(command, file, runs, tmp_path) -> None:
+    out = tmp_path / "out"
+    arguments = ("run", file(), "--until-decided", "--output", out)
+    runs.accuracy = lambda name, seed: None if (name, seed) == ("behind", 5) else accuracy(name, seed)
+    said = command(*arguments, code=1)
+    assert "colours/behind/seed_5: it was planted" in said.err
+    assert "Open: behind; the same command goes on." in said.out
+    assert seeds_of(out)["ahead"] == 8
+    assert lines_of(said.out)[-1].startswith("level minus base, 12 pairs")
+    runs.accuracy = accuracy
+    assert lines_of(command(*arguments).out)[-1].startswith("behind minus base, 8 pairs of at most 12: -5.89 points")
+    assert seeds_of(out) == WHOLE
+
+
+def test_a_control_that_fails_stops_all(command, file, runs, tmp_path) -> None:
+    runs.accuracy = lambda name, seed: None if (name, seed) == ("base", 4) else accuracy(name, seed)
+    said = command("run", file(), "--until-decided", "--output", tmp_path, code=1)
+    assert "Open: ahead, level, behind;" in said.out
+    assert seeds_of(tmp_path) == {"base": 8, "ahead": 8, "level": 8, "behind": 8}
+
+
+def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path) -> None:
+    now = [0.0]
+
+    def takes_a_minute(name: str, seed: int) -> float:
+        now[0] += 60
+        return accuracy(name, seed)
+
+    runs.accuracy = takes_a_minute
+    study = study_from_mapping(mapping(), file=Path("built in memory"))
+    told: list[str] = []
+
+    def call(minutes: float) -> tuple[str, ...]:
+        limit = Limit(minutes, now[0], clock=lambda: now[0])
+        decided = run_until_decided(
+            study, tmp_path, file=Path("built in memory"), execution=Execution(), limit=limit, tell=told.append
+        )
+        assert decided.failed == {}
+        return decided.open
+
+    assert call(10) == tuple(LEAD)
+    assert len(runs.done) == 10
+    assert told == []
+    assert call(25) == ("level",)
+    assert [line.split(":")[0] for line in told[3:]] == [f"{name} minus base, 8 pairs of at most 12" for name in LEAD]
+    assert call(1000) == ()
+    assert seeds_of(tmp_path) == WHOLE
+
+
+def test_looks_at_any_time_go_on_with_seeds_that_are_added(command, file, runs, tmp_path) -> None:
+    anytime = {"control": "base", "asked": "superiority", "spending": "anytime", "every": 3}
+    names = {"experiments": [one for one in mapping()["experiments"] if one["name"] in ("base", "level")]}
+    few = file(**names, stopping=anytime, seeds=list(range(3)))
+    assert lines_of(command("run", few, "--until-decided", "--output", tmp_path).out)[-1].endswith("Ends here.")
+    more = file(**names, stopping=anytime, seeds=list(range(6)))
+    said = command("run", more, "--until-decided", "--output", tmp_path).out
+    assert "level minus base, 6 pairs: " in lines_of(said)[-1]
+    assert seeds_of(tmp_path)["level"] == 6
+
+
+REFUSED = {
+    "a section is missing": (("--until-decided",), {"stopping": None}, "stopping: is missing"),
+    "a section has no effect": ((), {}, "stopping: says when comparisons stop, which takes --until-decided"),
+    "as within minutes": (("--minutes", 5), {}, "which takes --until-decided"),
+    "smoke": (("--until-decided", "--smoke"), {}, "--until-decided: can't be combined with --smoke"),
+    "method": (("--until-decided", "--method", "lora"), {}, "can't be combined with --method"),
+    "seeds": (("--until-decided", "--seeds", "0,1"), {}, "can't be combined with --seeds"),
+    "no time": (("--until-decided", "--minutes", 0), {}, "--minutes: is 0; give more than 0"),
+    "no such control": (("--until-decided",), {"stopping": {**STOPPING, "control": "none"}}, "'none' is none of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_makes_no_sense_is_refused_and_nothing_is_run(refused, file, runs, tmp_path, case) -> None:
+    options, changes, problem = REFUSED[case]
+    assert problem in refused("run", file(**changes), "--output", tmp_path / "out", *options)
+    assert runs.done == []
+    assert not (tmp_path / "out").exists() or not [*(tmp_path / "out").rglob("study.json")]
+
+
+def test_of_two_studies_one_has_to_be_chosen(refused, file, tmp_path) -> None:
+    assert "--until-decided: is of one study" in refused("run", file(), file(), "--until-decided", "--output", tmp_path)
+
+
+def test_a_dry_run_shows_all_that_may_be_needed(command, file, runs, tmp_path) -> None:
+    said = command("run", file(), "--until-decided", "--dry-run", "--output", tmp_path).out
+    assert "48 runs: 48 to do" in said
+    assert runs.done == []
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_runs_that_train_are_compared_by_what_they_reach(command, images, weights, tmp_path, monkeypatch) -> None:
+    """Colours that are told apart after six steps of all weights, and not by an adapter that hardly moves."""
+    monkeypatch.setattr("peft_vit.evaluation.footprint.give_memory_back", lambda: None)  # which walks all of pytest
+    training = {"steps": 6, "validate_every": 6, "batch_size": 12}
+    data = {"dataset": "image-folder", "path": str(images), "image_size": 32, "test_split": "per_seed"}
+    study = mapping(
+        seeds=list(range(6)),
+        backbone={"model": "test_vit", "weights": "file", "file": str(weights)},
+        data={**data, "train_images": 24, "validation_images": 6, "test_images": 18},
+        experiments=[
+            {"name": "idle", "method": "lora", "lora": {"rank": 1}, "training": {**training, "learning_rate": 1e-6}},
+            {"name": "learns", "method": "full", "training": {**training, "learning_rate": 3e-3}},
+        ],
+        stopping={"control": "idle", "asked": "superiority", "every": 3, "spending": "pocock"},
+    )
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps(study))
+    (line,) = [
+        line
+        for line in command("run", file, "--until-decided", "--output", tmp_path).out.splitlines()
+        if " minus idle, " in line
+    ]
+    accuracies = {
+        name: [read_record(tmp_path / f"colours/{name}/seed_{seed}" / RECORD_FILE).test.accuracy for seed in range(3)]
+        for name in ("idle", "learns")
+    }
+    lead = sum(accuracies["learns"]) / 3 - sum(accuracies["idle"]) / 3
+    assert f"learns minus idle, 3 pairs of at most 6: {100 * lead:+.2f} points" in line
+    assert line.endswith("Decided.")
+    assert len([*(tmp_path / "colours").glob("*/seed_*")]) == 6
