@@ -48,7 +48,7 @@ def _correlation(configuration: StudyConfig, runs: Sequence[Run]) -> float:
 
     Source: Nadeau & Bengio, Machine Learning 52 (2003).
     """
-    if getattr(configuration.data, "folds", None) is None:
+    if configuration.data.folds is None:
         return 0.0
     sizes = [run.record.split_sizes for run in runs]
     return max((size["test"] / size["train"] for size in sizes), default=0.0)

@@ -29,7 +29,7 @@ class StoppingConfig(Frozen):
     )
     level: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided, of all comparisons together")
     futility: float | None = Field(
-        default=None, ge=0, lt=1, description="predictive power below which a comparison stops; default 0.1, 0: never"
+        default=None, ge=0, lt=1, description="predictive power below which a comparison stops; default 0.05, 0: never"
     )
     metric: ComparedBy = Field(default="accuracy", description="on the test images")
 

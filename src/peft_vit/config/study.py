@@ -291,7 +291,9 @@ class StudyConfig(Frozen):
         if fault is not None:
             raise ValueError(fault)
         data: DataConfig = info.data["data"]
-        if data.test_split == data.train_subset == "fixed" and getattr(data, "folds", None) is None:
+        if data.folds is not None and stopping.spending == "anytime":
+            raise ValueError("spending: anytime needs seeds that are independent, and folds share images; take another")
+        if not data.tests_by_seed and data.train_subset == "fixed":
             probes = [one.name for one in experiments if one.is_probe]
             if stopping.control in probes and len(probes) > 1:
                 other = next(name for name in probes if name != stopping.control)

@@ -5,7 +5,7 @@ What there is to do follows from records and the declared looks alone, so a comm
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ def run_until_decided(
     file: Path,
     execution: Execution | None = None,
     limit: Limit | None = None,
+    enough: Callable[[Sequence[Course]], Collection[str]] = lambda found: (),
     tell: Callable[[str], None] = print,
 ) -> Decided:
     """Go from look to look until every comparison with the control has stopped, or the time is over.
@@ -60,6 +61,7 @@ def run_until_decided(
         file: the configuration file, named in errors.
         execution: how runs are carried out.
         limit: of time; what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
+        enough: asked before each look which experiments need not go on, whatever is open about them.
         tell: told how a comparison stands, a line each, at the beginning and after each look.
 
     Raises:
@@ -77,7 +79,7 @@ def run_until_decided(
                 if one.looks and told.get(one.name) != one:
                     tell(course_line(one, study))
                 told[one.name] = one
-            before, asked = asked, _next(study, found, failed)
+            before, asked = asked, _next(study, found, {*enough(found), *(run_id.split("/")[1] for run_id in failed)})
             if not asked[0] or asked == before or (limit is not None and limit.left_s <= 0):
                 break  # the same again: time for the rest of this look is missing
             plan, deadline = _plan(study, results_dir, *asked, file, execution, limit, tell)
@@ -94,16 +96,21 @@ def _recorded(folder: Path) -> Study | None:
     return study
 
 
-def _next(study: StudyConfig, found: tuple[Course, ...], failed: dict[str, str]) -> tuple[list[str], int]:
-    """Return who takes part in the next look, the control first, and how many seeds it takes; [] if nobody can."""
+def _next(study: StudyConfig, found: Sequence[Course], out: set[str]) -> tuple[list[str], int]:
+    """Return who takes part in the next look, the control first, and how many seeds it takes; [] if nobody can.
+
+    Args:
+        study: the study.
+        found: how comparisons stand.
+        out: experiments that do not go on, in this call.
+    """
     stopping = study.stopping
     assert stopping is not None
-    stuck = {run_id.split("/")[1] for run_id in failed}
     most = len(study.seeds)
     waiting = {
         one.name: one.next_look
         for one in found
-        if one.next_look is not None and one.next_look <= most and not stuck & {one.name, stopping.control}
+        if one.next_look is not None and one.next_look <= most and not out & {one.name, stopping.control}
     }
     seeds = min(waiting.values(), default=0)
     at_it = [name for name, look in waiting.items() if look == seeds]

@@ -13,7 +13,7 @@ STUDY = """\
 name: tiny
 seeds: [{seeds}]
 backbone: {{model: test_vit, weights: random}}
-data: {{dataset: digits, image_size: 32, train_images: 64, validation_images: 32, test_images: 32{data}}}
+data: {{dataset: digits, image_size: 32, train_images: 64, validation_images: 32{data}}}
 training: {{epochs: 2, learning_rate: 1e-3}}
 experiments:
   - {{name: lora_r4, method: lora, lora: {{rank: 4}}}}
@@ -23,7 +23,9 @@ OTHER = "  - {name: lora_r2, method: lora, lora: {rank: 2}}\n"
 PROBES = "".join(f"  - {{name: probe_{n}, method: linear, training: {{batch_size: {n}}}}}\n" for n in (8, 16))
 
 
-def load(tmp_path: Path, stopping: str, seeds: int = 10, experiments: str = OTHER, data: str = "") -> StudyConfig:
+def load(
+    tmp_path: Path, stopping: str, seeds: int = 10, experiments: str = OTHER, data: str = ", test_images: 32"
+) -> StudyConfig:
     file = tmp_path / "study.yaml"
     listed = ", ".join(map(str, range(seeds)))
     file.write_text(STUDY.format(seeds=listed, stopping=stopping, experiments=experiments, data=data))
@@ -77,6 +79,7 @@ SOUND = "control: lora_r4, asked: superiority, every: 5"
         ),
         ("control: lora_r4, margin: 1, spending: anytime, looks: [5, 10]", {}, "stopping", "whose end is open"),
         (f"{SOUND}, metric: loss", {}, "stopping.metric", "'accuracy' or 'balanced_accuracy'"),
+        (f"{SOUND}, spending: anytime", {"data": ", folds: 5"}, "stopping", "folds share images"),
         ("control: probe_8, margin: 1, every: 5", {"experiments": PROBES}, "stopping", "the same with every seed"),
     ],
 )
@@ -92,5 +95,6 @@ def test_what_could_decide_nothing_is_refused_where_it_stands(tmp_path, said, ch
 
 def test_probes_that_see_other_images_with_each_seed_are_compared(tmp_path) -> None:
     said = "control: probe_8, asked: superiority, every: 5"
-    assert load(tmp_path, said, experiments=PROBES, data=", test_split: per_seed").stopping is not None
-    assert load(tmp_path, "control: lora_r4, asked: superiority, every: 5", experiments=PROBES).stopping is not None
+    assert load(tmp_path, said, experiments=PROBES, data=", test_images: 32, test_split: per_seed").stopping
+    assert load(tmp_path, said, experiments=PROBES, data=", folds: 5").stopping
+    assert load(tmp_path, "control: lora_r4, asked: superiority, every: 5", experiments=PROBES).stopping
