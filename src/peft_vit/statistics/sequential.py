@@ -35,7 +35,7 @@ Asked = Literal["superiority", "non-inferiority", "both"]
 Form = Literal["obrien-fleming", "pocock", "anytime"]
 Stopped = Literal["decided", "futile", "maximum"]
 
-FUTILITY = 0.1
+FUTILITY = 0.05
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class StoppingRule:
     level: float = 0.05  # one-sided, of the whole family
     form: Form = "obrien-fleming"
     correlation: float = 0.0  # n_test / n_train of repeated folds: variance s^2 (1 / n + correlation)
-    # predictive power below which a comparison stops; None: 0.1, or never of anytime; 0: never. It spends nothing
+    # predictive power below which a comparison stops; None: 0.05, or never of anytime; 0: never. It spends nothing
     futility: float | None = None
 
     def __post_init__(self) -> None:
