@@ -14,6 +14,9 @@ SECTION_TITLES = (
     "Method comparison",
     "Insights",
 )
+# A page is read from the top: what the methods reached comes first.
+PAGE_ORDER = (SECTION_TITLES[3], *SECTION_TITLES[:3], SECTION_TITLES[4])
+MAIN_FACTS = ("Backbone", "Images", "Experiments", "Seeds", "Runs")  # of what was asked; the others stand folded below
 
 
 @dataclass(frozen=True)
@@ -179,19 +182,22 @@ class RunDetails:
 
 @dataclass(frozen=True)
 class StudyDocument:
-    """The report of one study."""
+    """The report of one study, or of a tuning."""
 
     label: str  # the study's name as shown
     slug: str  # the name in files and anchors
     notices: tuple[str, ...]  # what stands above every number
     facts: tuple[tuple[str, str], ...]  # what was asked, key and value
-    cards: tuple[Card, ...]  # the best experiment of each method, chosen on validation
+    cards: tuple[Card, ...]  # the best experiment of each method, chosen on validation; or see `cards_title`
     came_out: tuple[str, ...]  # sentences
     how_sure: tuple[str, ...]  # sentences
     progress: tuple[Block, ...]  # which runs are not done, and how to go on
-    sections: dict[str, tuple[Block, ...]]  # by SECTION_TITLES
+    sections: dict[str, tuple[Block, ...]]  # by title; of a study SECTION_TITLES
     not_shown: tuple[str, ...]  # sentences: what this does not show
     runs: tuple[RunDetails, ...]  # provenance
+    cards_title: str = "Best of each method: chosen on validation, shown with its mean accuracy on test"
+    order: tuple[str, ...] = PAGE_ORDER  # of the sections on a page
+    main_facts: tuple[str, ...] = MAIN_FACTS
 
     def drawings(self) -> tuple[Drawing, ...]:
         """Return all figures, in order."""

@@ -19,13 +19,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from peft_vit.report.document import SECTION_TITLES, Drawing, Player, Raw, StudyDocument
+from peft_vit.report.document import Drawing, Player, Raw, StudyDocument
 from peft_vit.report.style import THEME
 
-# A page is read from the top: what the methods reached comes first.
-PAGE_ORDER = (SECTION_TITLES[3], *SECTION_TITLES[:3], SECTION_TITLES[4])
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}  # U+2028 and all else beyond ASCII: json escapes it
-MAIN_FACTS = ("Backbone", "Images", "Experiments", "Seeds", "Runs")  # of what was asked; the others stand folded below
 
 
 def write_html(documents: Sequence[StudyDocument]) -> str:
@@ -40,8 +37,6 @@ def write_html(documents: Sequence[StudyDocument]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.from_string(templates.joinpath("report.html.j2").read_text(encoding="utf-8")).render(
         documents=documents,
-        page_order=PAGE_ORDER,
-        main_facts=MAIN_FACTS,
         data_uri=data_uri,
         inline_svg=inline_svg,
         embedded=embedded,

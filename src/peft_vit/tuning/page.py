@@ -1,0 +1,206 @@
+"""What a tuning came to, as a document of the report package: the page and the card are written from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft_vit.records import RunRecord
+from peft_vit.report.document import Block, Card, Paragraph, RunDetails, StudyDocument
+from peft_vit.report.formatting import (
+    fixed,
+    joined,
+    margin_in_points,
+    megabytes,
+    percent,
+    percent_interval,
+    plain,
+    points_interval,
+    signed,
+)
+from peft_vit.report.summary import LICENCES
+from peft_vit.statistics import Interval
+from peft_vit.tuning.blocks import Pictures, Told, believed_blocks, compared_blocks, forms_table, metric, sealed_blocks
+
+_AT = 0.9  # coverage that stands at the top
+SEALED, COMPARED, BELIEVED, FORMS, IMAGES = (
+    "On the sealed images",
+    "What it was compared with",
+    "How far to believe it",
+    "Files and speed",
+    "The images",
+)
+_ORDER = (SEALED, COMPARED, BELIEVED, FORMS, IMAGES)
+_FACTS = ("Images", "Promise", "Limits", "Time", "Models", "Licence of the weights", "Licence of the images")
+
+
+def tuning_document(told: Told, pictures: Pictures | None) -> StudyDocument:
+    """Return the document.
+
+    Args:
+        told: everything that is told.
+        pictures: makes pictures of sealed images; None: there are none.
+    """
+    choice = told.choice
+    sections: dict[str, tuple[Block, ...]] = {
+        SEALED: tuple(sealed_blocks(told, pictures)),
+        COMPARED: tuple(compared_blocks(choice)),
+        BELIEVED: tuple(believed_blocks(told)),
+        FORMS: (forms_table(told),),
+        IMAGES: tuple(Paragraph(f"{plain(line)}.") for line in choice.seen.lines()),
+    }
+    return StudyDocument(
+        label=f"A model for {plain(choice.request.images.name)}",
+        slug="tuning",
+        notices=tuple(_notices(told)),
+        facts=tuple(_facts(told)),
+        cards=tuple(_cards(told)),
+        came_out=tuple(_came_out(told)),
+        how_sure=tuple(_how_sure(told)),
+        progress=(),
+        sections=sections,
+        not_shown=tuple(_not_shown(told)),
+        runs=tuple(_details(name, record) for name, record in told.records.items()),
+        cards_title="The chosen model at a glance",
+        order=_ORDER,
+        main_facts=_FACTS,
+    )
+
+
+def _notices(told: Told) -> Iterator[str]:
+    if not told.choice.shown:
+        yield "NOT DECIDED: time ended before a comparison did. The chosen model is the best guess so far."
+    yield from told.exports.missed
+    if told.chosen.provenance is not None and told.chosen.provenance.random_weights:
+        yield "The backbone's weights are random: no number here says what a pretrained one would reach."
+
+
+def _facts(told: Told) -> Iterator[tuple[str, str]]:
+    request, choice = told.choice.request, told.choice
+    limits = [
+        *([megabytes(request.max_bytes)] if request.max_bytes is not None else []),
+        *([f"{1e3 * request.max_latency_s:g} ms an image"] if request.max_latency_s is not None else []),
+        *([f"{request.memory_limit} of memory in training"] if request.memory_limit is not None else []),
+    ]
+    yield "Images", str(request.images)
+    yield (
+        "Promise",
+        f"loses less than {margin_in_points(request.margin_share)} of {metric(choice)} against the reference",
+    )
+    yield "Limits", joined(limits) or "none"
+    seconds = sum(seconds for _, seconds in choice.stages)
+    stages = joined(f"{name} {_duration(one)}" for name, one in choice.stages)
+    yield "Time", f"{_duration(seconds)} of {request.minutes:g} minutes a call: {stages}"
+    yield "Models", f"{joined(request.models)}; taken: {choice.model} at {choice.image_size} pixels"
+    yield "Licence of the weights", told.weights_licence
+    yield "Licence of the images", LICENCES[told.chosen.spec.data.dataset]
+    sizes = told.chosen.split_sizes
+    yield "Split", f"{sizes['train']:,} images trained on, {sizes['test']:,} sealed until the end"
+    yield "Classes", f"{len(told.chosen.class_names)}: {joined(map(plain, told.chosen.class_names))}"
+    yield "Precision", f"{told.chosen.spec.precision}, {told.chosen.spec.threads} threads"
+
+
+def _cards(told: Told) -> Iterator[Card]:
+    sealed, taken = told.sealed, told.exports.taken
+    interval = sealed.accuracy
+    assert interval.low is not None
+    assert interval.high is not None
+    yield Card(
+        "Accuracy",
+        f"{sealed.accuracy.n} sealed images",
+        percent(interval.estimate),
+        (
+            f"95 %: {fixed(100 * interval.low, 1)} to {fixed(100 * interval.high, 1)}",
+            f"balanced: {percent(sealed.balanced_accuracy)}",
+            f"largest class: {percent(sealed.majority)}",
+        ),
+    )
+    assert taken.bytes is not None
+    yield Card("Size", told.exports.model.name, megabytes(taken.bytes), (taken.name,))
+    assert taken.median_s is not None
+    float32 = told.exports.float32_s
+    against = () if float32 is None else (f"{fixed(1e3 * float32, 1)} ms in float32",)
+    yield Card("Time for an image", told.exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
+    for one in sealed.covered:
+        if one.asked == _AT:
+            said = f"hold {percent(one.sealed.estimate)} of the sealed images' classes"
+            yield Card("Classes in a set", f"--coverage {_AT:g}", fixed(one.sealed_size, 2), (said,))
+
+
+def _came_out(told: Told) -> Iterator[str]:
+    choice, sealed = told.choice, told.sealed
+    yield f"{choice.chosen} was chosen: {choice.why}"
+    said = f"It is right on {percent_interval(sealed.accuracy)} of {sealed.accuracy.n} sealed images"
+    if sealed.reference is None or sealed.lost is None:
+        yield f"{said}. It is itself the reference with which all others were compared."
+    else:
+        yield (
+            f"{said}; the reference, {choice.reference}, on {percent_interval(sealed.reference)}. The difference is "
+            f"{points_interval(_negative(sealed.lost))} points."
+        )
+    form = told.exports.taken
+    assert form.bytes is not None
+    assert form.median_s is not None
+    yield f"Its file takes {megabytes(form.bytes)} ({form.name}), an image {fixed(1e3 * form.median_s, 1)} ms here."
+
+
+def _negative(interval: Interval) -> Interval:
+    assert interval.low is not None
+    assert interval.high is not None
+    return Interval(-interval.estimate, -interval.high, -interval.low, interval.n, interval.confidence)
+
+
+def _how_sure(told: Told) -> Iterator[str]:
+    choice = told.choice
+    if choice.shown:
+        yield (
+            "The promise was tested on repeated folds: a model that truly loses "
+            f"{margin_in_points(choice.request.margin_share)} or more is chosen in at most 5 % of tunings."
+        )
+    else:
+        yield "The promise was not shown: the comparisons below that are not decided say how far they came."
+    yield f"More time: {choice.more_time}" if choice.more_time else "More time would change nothing that was asked."
+    yield (
+        "The sealed images were read once, by the chosen model and the reference, after everything was chosen. Their "
+        "intervals tell what as many other images of the same kind would change."
+    )
+    if told.exports.int8_loss is not None:
+        yield f"Activations in 8 bits lose {signed(100 * told.exports.int8_loss, 1)} points on images of folds."
+
+
+def _duration(seconds: float) -> str:
+    return f"{fixed(seconds, 0)} s" if seconds < 100 else f"{fixed(seconds / 60, 1)} min"
+
+
+def _not_shown(told: Told) -> Iterator[str]:
+    undecided = [
+        one.name
+        for one in told.choice.candidates
+        if one.course is not None and one.course.noninferiority == "not decided"
+    ]
+    if undecided:
+        yield f"Not decided: {joined(undecided)}."
+    left_out = [one for one in told.choice.candidates if one.left_out]
+    if left_out:
+        yield f"Not raced: {joined(f'{one.name} ({one.left_out})' for one in left_out)}."
+    yield "Images of another kind, camera or time than these: nothing here speaks of them."
+    yield "Other backbones and methods than those in the tables."
+    if len(told.sealed.covered) == 0:
+        yield "Prediction sets: there are too few images for thresholds."
+
+
+def _details(name: str, record: RunRecord) -> RunDetails:
+    origin = record.provenance
+    assert origin is not None
+    rows: tuple[tuple[str, object], ...] = (
+        ("run", record.spec.run_id),
+        ("started", record.started_at),
+        ("seconds", fixed(record.seconds, 1)),
+        ("specification", record.spec_digest),
+        ("packages", joined(f"{package} {version}" for package, version in sorted(origin.packages.items()))),
+        ("machine", f"{origin.platform}, {origin.processor}, {origin.cpu_count} CPUs, {origin.device}"),
+        ("weights", f"{origin.weights_name} {origin.weights_sha256 or '(random)'}"),
+        ("images", origin.data_sha256),
+        ("split", origin.split_sha256),
+        ("adapter", record.adapter_sha256 or "not saved"),
+    )
+    return RunDetails(f"Final run of {name}", tuple((key, plain(str(value))) for key, value in rows))

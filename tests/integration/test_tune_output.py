@@ -1,0 +1,227 @@
+"""What a tuning leaves behind: the model, what trains it again, the card and the page, and their numbers."""
+
+import dataclasses
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from tuned import choice_of, write_images
+from written_runs import run_and_write
+
+from peft_vit.config import load_study
+from peft_vit.data import load_data
+from peft_vit.deployment import open_exported
+from peft_vit.errors import UserError
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record, write_atomically
+from peft_vit.runs.bench import bench
+from peft_vit.statistics import paired_proportions, proportion_interval
+from peft_vit.studies import plan_study
+from peft_vit.tuning import forms
+from peft_vit.tuning.output import leave
+from peft_vit.tuning.result import Choice
+from peft_vit.tuning.sealed import held_out, measure_sealed
+
+pytestmark = pytest.mark.part("tuning")
+
+
+@pytest.fixture(scope="module")
+def choice(weights: Path, _session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Choice:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_VIT_CACHE", _session_cache)
+        folder = tmp_path_factory.mktemp("tuned")
+        write_images(folder / "images")
+        return choice_of(folder / "images", weights, folder / "output", "linear")
+
+
+@pytest.fixture(scope="module")
+def left(choice: Choice, _session_cache: str):
+    """Leave it, with few calls timed, and by onnxruntime alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_VIT_CACHE", _session_cache)
+        patch.setattr(forms, "bench", partial(bench, rounds=2, repeats=1))
+        patch.setattr(forms, "has_openvino", lambda: False)
+        said: list[str] = []
+        return leave(choice, choice.request.output, said.append), said
+
+
+def final(choice: Choice, name: str) -> RunRecord:
+    return read_record(choice.final_runs[name] / RECORD_FILE)
+
+
+def test_everything_lies_below_the_output_and_is_named(choice, left) -> None:
+    found, said = left
+    output = choice.request.output
+    names = {one.relative_to(output).as_posix() for one in (found.model, found.adapter, found.config)}
+    assert names == {"model/model.onnx", "model/adapter.safetensors", "config.yaml"}
+    for path in (found.model, found.adapter, found.config, found.card, found.report):
+        assert path.is_file()
+        assert f"  {path}" in said
+    assert not list(output.glob("model/.*"))  # no trials
+    assert found.adapter.read_bytes() == (choice.final_runs["linear"] / ADAPTER_FILE).read_bytes()
+
+
+def test_the_file_predicts_as_the_run_did_and_says_how_far_to_believe_it(choice, left) -> None:
+    record, model = final(choice, "linear"), open_exported(left[0].model)
+    sealed = load_data(record.spec.data, 0).test.open()
+    ((pixels, labels),) = sealed.ordered_batches(100, model.card.mean, model.card.std)
+    np.testing.assert_allclose(model.logits(pixels).numpy(), record.predictions.logits, rtol=0, atol=1e-4)
+    assert labels.tolist() == record.predictions.labels
+    assert model.card.calibrated.images == 38  # of 48, 10 sealed; each held out once
+
+
+def test_the_configuration_trains_the_same_adapter_again(choice, left, tmp_path) -> None:
+    study = load_study(left[0].config)
+    (planned,) = plan_study(study, tmp_path, file=left[0].config).runs
+    assert run_and_write(planned.spec, tmp_path).adapter_sha256 == final(choice, "linear").adapter_sha256
+
+
+def test_the_card_is_one_of_the_hub(choice, left) -> None:
+    card = ModelCard(left[0].card.read_text())
+    assert card.data.pipeline_tag == "image-classification"
+    values = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    test = final(choice, "linear").test
+    assert values == {"accuracy": round(test.accuracy, 4), "balanced_accuracy": round(test.balanced_accuracy, 4)}
+    assert "peft-vit predict model/model.onnx IMAGES... --coverage 0.9" in card.text
+    for figure in re.findall(r"\]\((figures/[^)]*)\)", card.text):
+        assert (left[0].card.parent / figure).is_file()
+    assert "## On the sealed images" in card.text
+
+
+def test_the_page_stands_alone_and_says_what_was_not_decided(choice, left) -> None:
+    page = left[0].report.read_text().replace("<wbr>", "").replace("\u00a0", " ")
+    assert "NOT DECIDED: time ended" in page
+    assert "30 more minutes would buy 6 more folds." in page
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
+    found = final(choice, "linear").predictions
+    wrong = sum(a != b for a, b in zip(found.labels, found.predicted, strict=True))
+    assert page.count("<img ") == wrong > 0
+    assert "48 images of 3 classes: class_0 16, class_1 16, class_2 16" in page
+    assert "Not raced: full (its file would be too large)." in page
+
+
+def test_numbers_on_the_sealed_images(choice, left) -> None:
+    record, other = final(choice, "linear"), final(choice, "lora")
+    folds = held_out([read_record(one / RECORD_FILE) for one in choice.fold_runs["linear"]])
+    calibrated = open_exported(left[0].model).card.calibrated
+    found = measure_sealed(record, other, folds, calibrated)
+    truth, said = record.predictions.labels, record.predictions.predicted
+    pairs = list(zip(truth, said, strict=True))
+    right = sum(a == b for a, b in pairs)
+    assert found.accuracy == proportion_interval(right, len(truth))
+    assert found.confusion.tolist() == [[pairs.count((a, b)) for b in range(3)] for a in range(3)]
+    assert [one.images for one in found.classes] == [truth.count(k) for k in range(3)]
+    assert [one.predicted for one in found.classes] == [said.count(k) for k in range(3)]
+    assert found.balanced_accuracy == pytest.approx(record.test.balanced_accuracy)
+    assert found.believed.ece[0] == pytest.approx(record.test.ece, abs=1e-6)
+    assert found.believed.nll[0] == pytest.approx(record.test.nll, abs=1e-6)
+    assert found.on_folds.nll[1] <= found.on_folds.nll[0]
+    theirs = [a == b for a, b in zip(other.predictions.labels, other.predictions.predicted, strict=True)]
+    ours = [a == b for a, b in pairs]
+    losses, gains = (sum(map(lambda a, b: a and not b, *sides)) for sides in ((theirs, ours), (ours, theirs)))
+    assert found.lost == paired_proportions(losses, gains, len(truth))
+    assert [one.position for one in found.mistakes if one.label == one.predicted] == []
+    assert len(found.mistakes) == len(truth) - right
+    assert [one.probability for one in found.mistakes] == sorted((m.probability for m in found.mistakes), reverse=True)
+    for one in found.covered:
+        threshold = calibrated.thresholds[calibrated.coverages.index(one.asked)]
+        inside = 0
+        for label, row in zip(truth, record.predictions.logits, strict=True):
+            weights = [np.exp(z / calibrated.temperature) for z in row]
+            inside += 1 - weights[label] / sum(weights) <= threshold or row[label] == max(row)
+        assert one.sealed == proportion_interval(inside, len(truth))
+
+
+def test_records_without_logits_are_refused(choice) -> None:
+    record = final(choice, "linear")
+    without = record.model_copy(update={"predictions": record.predictions.model_copy(update={"logits": None})})
+    with pytest.raises(UserError, match=r"final/linear/seed_0: predictions\.logits: holds no logits"):
+        held_out([without])
+
+
+# --- which form is taken ---
+
+
+SIZES_AND_SECONDS = {"small": (4_000_000, 0.030), "fast": (4_100_000, 0.020), "int8": (4_200_000, 0.010)}
+
+
+@pytest.fixture
+def made_up(monkeypatch, run_of):
+    """Write files of made-up sizes, which take made-up seconds."""
+    taken = {}
+
+    def write(_run, file: Path, _format, options, _calibrated):
+        kind = options.activations or options.runtime
+        write_atomically(file, bytes(SIZES_AND_SECONDS[kind][0]))
+        taken[str(file)] = kind
+        return type("Done", (), {"comparison": None})
+
+    def time_them(files):
+        rows = [(str(file), SIZES_AND_SECONDS[taken[str(file)]][1]) for file in files]
+        return [
+            type("Row", (), {"file": f, "median_s": s, "low_s": s, "high_s": s, "processor": "one"}) for f, s in rows
+        ]
+
+    lost = dataclasses.make_dataclass("Lost", ["images", "accuracy_loss"])
+    loss = {"share": 0.0}
+    monkeypatch.setattr(forms, "export_run_to_file", write)
+    monkeypatch.setattr(forms, "bench", time_them)
+    monkeypatch.setattr(
+        forms,
+        "compare_int8",
+        lambda _: lost(100, dataclasses.replace(proportion_interval(0, 9), estimate=loss["share"])),
+    )
+    monkeypatch.setattr(forms, "has_openvino", lambda: False)
+
+    def export(folder: Path, share: float = 0.0, **limits):
+        loss["share"] = share
+        return forms.export_fastest(run_of("int4"), folder, calibrated=None, fold_runs=[Path("a")] * 3, **limits)
+
+    return export
+
+
+def size(exports) -> int:
+    return exports.model.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("limits", "taken", "missed"),
+    [
+        ({}, "int8", ""),
+        ({"share": 0.005}, "int8", ""),
+        ({"share": 0.0051}, "fast", ""),  # more than half a point
+        ({"max_bytes": 4_100_000}, "fast", ""),
+        ({"max_bytes": 4_050_000, "max_latency_s": 0.025}, "small", "No form keeps within 25 ms"),
+        ({"max_bytes": 1_000_000}, "small", "No form keeps within 1 MB: the smallest takes 4.00 MB."),
+    ],
+)
+def test_the_fastest_within_the_limits_is_taken(made_up, tmp_path, limits, taken, missed) -> None:
+    (tmp_path / "model.xml").write_text("of an earlier call")
+    found = made_up(tmp_path, **limits)
+    assert size(found) == SIZES_AND_SECONDS[taken][0]
+    assert found.taken.bytes == size(found)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert " ".join(found.missed).startswith(missed)
+    assert bool(found.missed) == bool(missed)
+    assert sum(not form.left_out for form in found.forms) == 1
+
+
+def test_of_forms_that_are_as_fast_the_smallest_is_taken(made_up, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(SIZES_AND_SECONDS, "small", (4_000_000, 0.0109))
+    assert size(made_up(tmp_path)) == 4_000_000
+    monkeypatch.setitem(SIZES_AND_SECONDS, "small", (4_000_000, 0.0111))
+    assert size(made_up(tmp_path)) == 4_200_000
+
+
+@pytest.mark.slow
+def test_a_packed_model_is_written_in_every_form(images, weights, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(forms, "bench", partial(bench, rounds=2, repeats=1))
+    monkeypatch.setattr(forms, "_INT8_FOLDS", 1)
+    choice = choice_of(images, weights, tmp_path, "int4", "int4")
+    found = leave(choice, tmp_path, lambda _: None)
+    assert len(found.forms) == 4
+    assert all(one.bytes or "points on" in one.left_out for one in found.forms)
+    assert open_exported(found.model).card.calibrated is not None
+    assert "It is itself the reference" in found.report.read_text()

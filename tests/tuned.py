@@ -1,0 +1,103 @@
+"""What a tuning of the tiny model comes to: a choice as a race would hand it over, from runs that were really done."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from small_methods import EXPERIMENTS
+from written_runs import run_and_write
+
+from peft_vit.config import study_from_mapping
+from peft_vit.data.look import images_file, look_at
+from peft_vit.statistics.sequential import StoppingRule, follow
+from peft_vit.studies import plan_study
+from peft_vit.tuning.request import TuneRequest
+from peft_vit.tuning.result import Candidate, Choice, Probed, Rated
+
+FOLDS = 3
+
+
+def write_images(folder: Path) -> None:
+    """Write 48 images of three classes; of each fourth no model can tell the class."""
+    rng = np.random.default_rng(0)
+    for label, colour in enumerate(((200, 60, 60), (60, 200, 60), (60, 60, 200))):
+        (folder / f"class_{label}").mkdir(parents=True)
+        for number in range(16):
+            pixels = rng.normal(colour if number % 4 else 128, 70, (20, 30, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"class_{label}" / f"{number:02}.png")
+
+
+def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference: str = "lora", **asked: Any) -> Choice:
+    """Do the runs on folds of one candidate, and the final ones of both; nothing is raced."""
+    seen = look_at(images, folds=FOLDS)
+    sealed = folder / "images.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    sealed.write_text(json.dumps(images_file(seen)))
+    data = {"dataset": "image-folder", "path": str(images), "images_file": str(sealed), "image_size": 32}
+    studies = folder / "studies"
+    on_folds = _done("race", [chosen], range(FOLDS), data | {"validation_images": 6, "folds": FOLDS}, weights, studies)
+    final = _done("final", list({chosen: 1, reference: 1}), [0], data | {"validation_images": 6}, weights, studies)
+    rule = StoppingRule("non-inferiority", 0.2, looks=(3, 6))
+    (course,) = follow({chosen: [0.1, 0.0, 0.05]}, rule)
+    names = {chosen: 1, reference: 1, "full": 1}
+    return Choice(
+        request=TuneRequest(images, folder, **{"margin": 20.0, "models": ("test_vit",), **asked}),
+        seen=seen,
+        images_file=sealed,
+        metric="accuracy",
+        model="test_vit",
+        image_size=32,
+        probes=(
+            Probed("test_vit", 32, 0.7, 0.001, True, "the best within the time"),
+            Probed("test_vit", 64, None, None, False, "takes too long"),
+        ),
+        rates=(Rated("lora", 1e-2, (0.8, 0.9), 24, True), Rated("lora", 1e-3, (0.7,), 8, False)),
+        candidates=tuple(
+            Candidate(
+                name,
+                {"name": name, **EXPERIMENTS[name]},
+                100_000 * place,
+                score=0.8,
+                pairs=3 if name == chosen else 0,
+                course=course if name == chosen != reference else None,
+                left_out="its file would be too large" if name == "full" else "",
+            )
+            for place, name in enumerate(names, start=1)
+        ),
+        chosen=chosen,
+        reference=reference,
+        shown=False,
+        why="the smallest that is not decided against.",
+        more_time="30 more minutes would buy 6 more folds.",
+        folds_dir=studies / "race",
+        fold_runs={chosen: tuple(on_folds[chosen])},
+        final_runs={name: runs[0] for name, runs in final.items()},
+        stages=(("look", 1.0), ("race", 70.0), ("final", 30.0)),
+    )
+
+
+def _done(
+    study: str, names: list[str], seeds: range | list[int], data: Mapping[str, Any], weights: Path, results: Path
+) -> dict[str, list[Path]]:
+    training = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
+    mapping = {
+        "name": study,
+        "seeds": list(seeds),
+        "threads": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "backbone": {"model": "test_vit", "weights": "file", "file": str(weights)},
+        "data": data,
+        "measures": {"logits": True},
+        "experiments": [{"name": name, "training": training, **EXPERIMENTS[name]} for name in names],
+    }
+    file = results / f"{study}.yaml"
+    found: dict[str, list[Path]] = {}
+    for planned in plan_study(study_from_mapping(mapping, file=file), results, file=file).runs:
+        record = run_and_write(planned.spec, results)
+        assert record.status == "done", record.traceback
+        found.setdefault(planned.spec.experiment.name, []).append(results / planned.spec.run_id)
+    return found
