@@ -21,6 +21,7 @@ Purpose = Literal[
     "split",
     "folds",
     "sealed",
+    "held_out",
     "probe",
     "calibration",
     "removal",

@@ -37,7 +37,7 @@ class MethodResult:
     seeds: tuple[int, ...]
     by_seed: tuple[float, ...]
     test_accuracy: Interval
-    validation_accuracy: Interval
+    validation_accuracy: Interval | None  # None where runs had no validation images
     above_majority: Interval
     runs_above_majority: int
     final_parameters: float
@@ -81,13 +81,14 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
 
 def _result(experiment: ExperimentConfig, runs: Sequence[Run]) -> MethodResult:
     margins = [run.test.accuracy - run.record.majority_accuracy.get("test", 0.0) for run in runs]
+    validated = [run.validation.accuracy for run in runs if run.validation is not None]
     aurocs = [run.test.auroc for run in runs if run.test.auroc is not None]
     return MethodResult(
         experiment=experiment,
         seeds=tuple(run.seed for run in runs),
         by_seed=tuple(run.test.accuracy for run in runs),
         test_accuracy=mean_interval([run.test.accuracy for run in runs]),
-        validation_accuracy=mean_interval([run.validation.accuracy for run in runs]),
+        validation_accuracy=mean_interval(validated) if len(validated) == len(runs) else None,
         above_majority=mean_interval(margins),
         runs_above_majority=sum(margin > 0 for margin in margins),
         final_parameters=_mean(runs, lambda run: run.parameters.final),

@@ -83,7 +83,12 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool,
 
 
 def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
-    """Return one front for each cost that any experiment has recorded; `methods` are the study's `method_results`."""
+    """Return one front for each cost that any experiment has recorded; `methods` are the study's `method_results`.
+
+    Without validation images nothing says who stands on one, and there is none.
+    """
+    if any(m.validation_accuracy is None for m in methods):
+        return ()
     found = []
     machines = {hardware(run) for run in study.runs}
     for cost, of in _COSTS.items():
@@ -105,7 +110,8 @@ def _points(study: Study, methods: Sequence[MethodResult], costs: dict[str, floa
     )
     names = [m.experiment.name for m in ordered]
     at = [costs[name] for name in names]
-    on_front = pareto_front(at, [m.validation_accuracy.estimate for m in ordered])
+    validated = [m.validation_accuracy.estimate for m in ordered if m.validation_accuracy is not None]
+    on_front = pareto_front(at, validated)
     on_test_front = pareto_front(at, [m.test_accuracy.estimate for m in ordered])
     members = [name for name, is_on in zip(names, on_front, strict=True) if is_on]
     leads = correct([compare(study.of(name), study.of(cheaper), name, cheaper) for cheaper, name in pairwise(members)])
@@ -114,11 +120,11 @@ def _points(study: Study, methods: Sequence[MethodResult], costs: dict[str, floa
         FrontPoint(
             experiment=m.experiment.name,
             cost=cost,
-            validation_accuracy=m.validation_accuracy.estimate,
+            validation_accuracy=validation,
             test_accuracy=m.test_accuracy,
             on_front=is_on,
             on_test_front=on_test,
             lead=lead_of.get(m.experiment.name),
         )
-        for m, cost, is_on, on_test in zip(ordered, at, on_front, on_test_front, strict=True)
+        for m, cost, validation, is_on, on_test in zip(ordered, at, validated, on_front, on_test_front, strict=True)
     )

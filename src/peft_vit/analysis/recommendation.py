@@ -208,11 +208,14 @@ def recommend(
         exported: latency of exported models, to be taken in place of what the records say.
 
     Raises:
-        UserError: if no run is finished, if times are asked for that are not comparable or not recorded, or if no
-            experiment has one configuration.
+        UserError: if no run is finished, if one has no validation images, which choose the best, if times are asked for
+            that are not comparable or not recorded, or if no experiment has one configuration.
     """
     if not study.runs:
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
+    if any(run.validation is None for run in study.runs):
+        problem = "has runs without validation images, which say what the others are compared with"
+        raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
     _require_times(study, limits, measure, exported)
     cost = partial(cost_of, latency_batch=smallest_latency_batch(study.runs), exported=exported)
     untimed = "has runs without a recorded latency" if exported is None else "has no exported model that was timed"
@@ -273,7 +276,7 @@ def _size(rated: Rated, measure: Measure) -> tuple[float, float, str]:
 
 def _rate(name: str, runs: tuple[Run, ...], limits: Limits, cost_of: _CostOf) -> Rated:
     cost = cost_of(runs)
-    accuracy = math.fsum(run.validation.accuracy for run in runs) / len(runs)
+    accuracy = math.fsum(run.validation.accuracy for run in runs if run.validation is not None) / len(runs)
     return Rated(name, runs, cost, accuracy, limits.faults(cost))
 
 

@@ -25,7 +25,7 @@ class Run:
     """A finished run: a record whose outcomes are all there."""
 
     record: RunRecord
-    validation: Metrics
+    validation: Metrics | None  # None without validation images
     test: Metrics
     parameters: ParameterCounts
     bytes: ByteCounts
@@ -157,11 +157,12 @@ def _order(experiment: ExperimentConfig) -> tuple[int, int, str]:
 
 
 def _finished(record: RunRecord) -> Run | None:
-    parts = (record.validation, record.test, record.parameters, record.bytes, record.provenance)
-    validation, test, parameters, bytes_, provenance = parts
-    if record.status != "done" or not (validation and test and parameters and bytes_ and provenance):
+    test, parameters, bytes_, provenance = record.test, record.parameters, record.bytes, record.provenance
+    if record.status != "done" or not (test and parameters and bytes_ and provenance):
         return None
-    return Run(record, validation, test, parameters, bytes_, provenance)
+    if record.validation is None and record.spec.data.validation_images:
+        return None
+    return Run(record, record.validation, test, parameters, bytes_, provenance)
 
 
 def why_unfinished(record: RunRecord) -> str:

@@ -57,7 +57,12 @@ def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, 
         raise UserError(problem, file=f"{file}:{lines['training',]}", field="training")
     filled = {key: value for key, value in data.items() if key != "training"}
     if isinstance(experiments, list):
-        filled["experiments"] = [_with_training(one, shared) for one in experiments]
+        listed = filled["experiments"] = [_with_training(one, shared) for one in experiments]
+        trained = [one.get("training") for one in listed if isinstance(one, dict)]
+        if shared.get("probe_l2") is not None and not any(isinstance(t, dict) and "probe_l2" in t for t in trained):
+            where = f"{file}:{lines['training', 'probe_l2']}"
+            problem = "has no effect, as no experiment fits a probe; remove it"
+            raise UserError(problem, file=where, field="training.probe_l2")
     return filled
 
 
@@ -69,8 +74,11 @@ def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
         shared = {key: value for key, value in shared.items() if key in PROBE_READS}
         if isinstance(listed := shared.get("augmentation"), list):  # what probes do not see is the other experiments'
             shared["augmentation"] = [one for one in listed if _is_flip(one)]
-    elif {"epochs", "steps"} & own.keys():  # a length of one's own replaces the study's, however either is said
-        shared = {key: value for key, value in shared.items() if key not in ("epochs", "steps")}
+    else:
+        if {"epochs", "steps"} & own.keys():  # a length of one's own replaces the study's, however either is said
+            shared = {key: value for key, value in shared.items() if key not in ("epochs", "steps")}
+        if {**shared, **own}.get("head_start") != "probe":  # the strength of the penalty is for those that fit one
+            shared = {key: value for key, value in shared.items() if key != "probe_l2"}
     return {**experiment, "training": {**shared, **own}}
 
 

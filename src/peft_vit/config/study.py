@@ -88,7 +88,7 @@ class DataConfig(Frozen):
     )
     train_images: int | None = Field(default=None, ge=2, description="images to train on; all that remain if left out")
     shots_per_class: int | None = Field(default=None, ge=1, description="in place of train_images: as many of each")
-    validation_images: int = Field(ge=2)
+    validation_images: int = Field(ge=0, description="0: none; the model of the last step is taken")
     test_images: int | None = Field(default=None, ge=2, description="left out: the data set's own test split")
     folds: int | None = Field(
         default=None,
@@ -106,6 +106,13 @@ class DataConfig(Frozen):
         default="fixed",
         description="per_seed draws test and validation images anew for each seed; training images follow",
     )
+
+    @field_validator("validation_images")
+    @classmethod
+    def _none_or_several(cls, count: int) -> int:
+        if count == 1:
+            raise ValueError("1 image tells nothing; give at least 2, or 0 to take the last step's model unseen")
+        return count
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
@@ -136,7 +143,7 @@ class DataConfig(Frozen):
 
 
 # What a probe reads of `training`; the rest says how steps are taken, and it takes none.
-PROBE_READS = frozenset({"augmentation", "batch_size", "class_weights"})
+PROBE_READS = frozenset({"augmentation", "batch_size", "class_weights", "probe_l2"})
 NO_EFFECT_ON_PROBES = "has no effect on a linear probe, which is fitted to each image and its flips; remove it"
 S = TypeVar("S", bound=Frozen)
 
@@ -177,14 +184,24 @@ class _Experiment(Frozen):
         """Return whether the method trains adapters."""
         return self.kind.trains == "adapters"
 
+    @property
+    def fits_probe(self) -> bool:
+        """Return whether a head is fitted to features of the frozen backbone, be it to start from."""
+        return self.is_probe or self.training.head_start == "probe"
+
+    @property
+    def probe_l2(self) -> tuple[float, ...]:
+        """Return the strengths that a probe's penalty is tried at."""
+        return PROBE_L2 if self.training.probe_l2 is None else (self.training.probe_l2,)
+
     def total_steps(self, train_images: int) -> int:
         """Return the optimiser steps of a run, at most; of a probe the number of fits."""
-        return len(PROBE_L2) if self.is_probe else self.training.total_steps(train_images)
+        return len(self.probe_l2) if self.is_probe else self.training.total_steps(train_images)
 
     def validations(self, train_images: int) -> int:
-        """Return how often the validation images are read, at most."""
+        """Return how often the validation images are read, at most, if there are some."""
         if self.is_probe:
-            return len(PROBE_L2)
+            return len(self.probe_l2)
         return len(self.training.validation_steps(train_images)) + (self.training.head_start == "probe")
 
     @model_validator(mode="after")
@@ -204,6 +221,10 @@ class _Experiment(Frozen):
         return self
 
     def _recipe_fits_method(self) -> None:
+        if self.training.probe_l2 is not None and not self.fits_probe:
+            raise ValueError(
+                "training.probe_l2 has no effect where no probe is fitted; remove it, or set training.head_start: probe"
+            )
         other = next((one.name for one in self.training.augmentation if one.flip is None), None)
         if self.is_probe and other is not None:
             raise ValueError(f"training.augmentation: {other} {NO_EFFECT_ON_PROBES}")
@@ -309,4 +330,24 @@ class StudyConfig(Frozen):
             raise ValueError(
                 "measures.removal_images has no effect: no experiment of the study trains adapters; remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_needs_validation_where_there_is_none(self) -> Self:
+        if self.data.validation_images:
+            return self
+        none = "data.validation_images is 0"
+        if self.measures.removal_images is not None:
+            raise ValueError(f"measures.removal_images is of validation images, and {none}; remove one of them")
+        for one in self.experiments:
+            for setting in ("patience", "validate_every"):
+                if getattr(one.training, setting) is not None:
+                    raise ValueError(
+                        f"training.{setting} of '{one.name}' counts validations, and {none}; remove one of them"
+                    )
+            if one.fits_probe and one.training.probe_l2 is None:
+                raise ValueError(
+                    f"'{one.name}' fits a probe, whose penalty validation chooses, and {none}; add training.probe_l2, "
+                    "such as 0.01"
+                )
         return self

@@ -99,6 +99,9 @@ class TrainingConfig(Frozen):
         default="random",
         description="probe: the head starts as the linear probe of the frozen backbone (arXiv 2202.10054)",
     )
+    probe_l2: float | None = Field(
+        default=None, gt=0, description="strength of the probe's penalty; left out: validation chooses among nine"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -74,7 +74,10 @@ def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> Data
         2 * len(index.class_names),
         spec.measures.removal_images or 0,
     )
-    train = min(len(splits.train), max(images, 2))
+    whole = len(splits.train)
+    if len(splits.validation) == 0:  # some all the same: an evaluated image takes time in test, too
+        whole -= (evaluated := min(evaluated, max(2, whole // 4)))
+    train = min(whole, max(images, 2))
     while True:
         data = spec.data.model_copy(
             update={
@@ -82,15 +85,15 @@ def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> Data
                 "shots_per_class": None,
                 "train_subset": "fixed",
                 "test_split": "fixed",  # a split that holds each class may not do so with another seed
-                "validation_images": min(len(splits.validation), evaluated),
+                "validation_images": min(len(splits.validation) or evaluated, evaluated),
                 "test_images": None if spec.data.folds is not None else min(len(splits.test), evaluated),
             }
         )
         try:
             make_splits(index, data, spec.seed)
         except UserError:  # a class would get no image
-            if train == len(splits.train):
+            if train == whole:
                 return data
-            train = min(len(splits.train), 2 * train)
+            train = min(whole, 2 * train)
         else:
             return data

@@ -4,6 +4,7 @@ from peft_vit.data.augmentation import check_augmentation, mixed
 from peft_vit.data.decoding import decode_image
 from peft_vit.data.duplicates import image_warnings
 from peft_vit.data.files import IMAGE_SUFFIXES
+from peft_vit.data.folds import deal_folds
 from peft_vit.data.images import LabelledImages, SealedImages, normalised
 from peft_vit.data.index import ImageIndex
 from peft_vit.data.loading import Data, load_data, smoke_config, thumbnails
@@ -24,6 +25,7 @@ __all__ = [
     "Splits",
     "check_augmentation",
     "class_gaps",
+    "deal_folds",
     "decode_image",
     "image_warnings",
     "images_file",

@@ -250,9 +250,9 @@ def _refuse_few(
         more = f"; {len(few) - 1} more classes have too few" if len(few) > 1 else ""
         beside = "" if sealed is None else " beside the test split"
         raise UserError(
-            f"class '{class_names[int(counts.argmin())]}' has {counts.min()} different images that can be used{beside}, "
-            f"{least} are needed of each class to seal some and to train and test on the others{more}; add images, or "
-            "take the class out",
+            f"class '{class_names[int(counts.argmin())]}' has {counts.min()} different images that can be used{beside}"
+            f", {least} are needed of each class to seal some and to train and test on the others{more}; add images, "
+            "or take the class out",
             file=path,
         )
     if sealed is not None and not (tested := np.bincount(labels[sealed], minlength=len(class_names))).all():

@@ -62,6 +62,7 @@ _LATER_TRAINING = (
     "recomputed_blocks",
     "memory_limit",
     "activation_storage",
+    "probe_l2",
 )
 
 
@@ -174,15 +175,15 @@ class HeadFit(_Value):
     """A linear probe: how the head was fitted to features of the frozen backbone, see `training.linear_probe`."""
 
     l2: tuple[float, ...]  # strengths that were tried
-    validation: tuple[Metrics, ...]  # of each
+    validation: tuple[Metrics, ...]  # of each; none without validation images
     chosen_l2: float
     gradient_norm: float  # of the penalized loss at the chosen fit: how far it has converged
     images: int  # rows that were fitted, flips included
 
     @property
-    def chosen(self) -> Metrics:
-        """Return what the chosen strength reached on validation."""
-        return self.validation[self.l2.index(self.chosen_l2)]
+    def chosen(self) -> Metrics | None:
+        """Return what the chosen strength reached on validation; None without validation images."""
+        return self.validation[self.l2.index(self.chosen_l2)] if self.validation else None
 
 
 class RankEntry(_Value):
@@ -408,8 +409,8 @@ class RunRecord(_Value):
     peak_memory_bytes: _Count | None = None
     own_memory_bytes: _Count | None = None
     chosen_step: int | None = None
-    majority_accuracy: dict[str, _Share] = {}  # share of the most frequent class: validation, test
-    validation: Metrics | None = None  # at the chosen step
+    majority_accuracy: dict[str, _Share] = {}  # share of the most frequent class: validation if there is some, test
+    validation: Metrics | None = None  # at the chosen step; None without validation images
     test: Metrics | None = None  # read once, at the chosen step
     predictions: Predictions | None = None  # None in older records
     removal: AdapterRemoval | None = None  # with measures.removal_images

@@ -94,10 +94,13 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     note = selection_note(len(drawn), len(recorded)).replace("accuracy on validation", "accuracy on validation, by row")
     if stride > 1:
         note = f" To keep the page small, one point in {stride} of each line is drawn, the last too.{note}"
+    validated = "negative log-likelihood on the validation images after each epoch"
+    if not any(run.record.evaluations for run in study.runs):
+        validated = "nothing, as there are no validation images"
     said = {False: "thin: single seeds", True: f"band: lowest to highest of more than {SINGLE_SEEDS} seeds"}
     caption = (
         f"Left: task loss of the training batches, centered moving average over {window} steps. "
-        f"Right: negative log-likelihood on the validation images after each epoch. Thick: mean over seeds; "
+        f"Right: {validated}. Thick: mean over seeds; "
         f"{'; '.join(said[kind] for kind in sorted({bundle.ends is not None for bundle in bundles}))}. "
         f"All rows of a column share one scale.{note}"
     )

@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 def validation_means(methods: Sequence[MethodResult]) -> dict[str, float]:
-    """Return experiment -> mean validation accuracy."""
-    return {m.experiment.name: m.validation_accuracy.estimate for m in methods}
+    """Return experiment -> mean validation accuracy, of those that have validation images."""
+    return {m.experiment.name: m.validation_accuracy.estimate for m in methods if m.validation_accuracy is not None}
 
 
 def leading(items: Sequence[T], name: Callable[[T], str], validation: Mapping[str, float], limit: int) -> list[T]:

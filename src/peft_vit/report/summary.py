@@ -21,6 +21,7 @@ from peft_vit.report.formatting import (
     plain,
     points_interval,
 )
+from peft_vit.report.plot_selection import validation_means
 from peft_vit.report.progress import runs_fact
 from peft_vit.report.style import METHOD_TITLES
 from peft_vit.statistics import minimum_n_wilcoxon, proportion_interval
@@ -107,8 +108,14 @@ def _classes(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def best_on_validation(methods: Sequence[MethodResult]) -> MethodResult | None:
-    """Return the experiment with the highest mean validation accuracy; the first in order among equals."""
-    return max(methods, key=lambda m: m.validation_accuracy.estimate, default=None)
+    """Return the experiment with the highest mean validation accuracy; the first in order among equals.
+
+    None if there is no experiment, or one without validation images.
+    """
+    means = validation_means(methods)
+    if len(means) < len(methods):
+        return None
+    return max(methods, key=lambda m: means[m.experiment.name], default=None)
 
 
 def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
@@ -132,15 +139,19 @@ def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
 
 def came_out(analysis: Analysis) -> tuple[str, ...]:
     """Return computed sentences: the best on validation and its differences, the claims that were decided."""
-    best = best_on_validation(analysis.methods)
-    if best is None:
+    if not analysis.methods:
         return ("Nothing: no run of this study has finished.",)
-    name, n = best.experiment.name, len(best.seeds)
-    sentences = [
-        f"Best on validation: {name}, with {percent(best.validation_accuracy.estimate)} there and "
-        f"{percent_interval(best.test_accuracy)} on test ({counted(n, 'seed')}; in brackets the 95 % "
-        "interval over seeds)."
-    ]
+    best = best_on_validation(analysis.methods)
+    if best is None or best.validation_accuracy is None:
+        name = None
+        sentences = ["No best: without validation images nothing chooses among experiments but test, which must not."]
+    else:
+        name = best.experiment.name
+        sentences = [
+            f"Best on validation: {name}, with {percent(best.validation_accuracy.estimate)} there and "
+            f"{percent_interval(best.test_accuracy)} on test ({counted(len(best.seeds), 'seed')}; in brackets the 95 % "
+            "interval over seeds)."
+        ]
     for comparison in analysis.comparisons:
         if comparison.name == name and comparison.difference is not None:
             sentences.append(
@@ -176,8 +187,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
         "seeds on, several at once need more."
     ]
     best = best_on_validation(analysis.methods)
-    assert best is not None  # as there is a run
-    run = study.of(best.experiment.name)[0]
+    run = study.runs[0] if best is None else study.of(best.experiment.name)[0]
     image = proportion_interval(round(run.test.accuracy * run.test.n), run.test.n)
     alone = (
         f"with {run.test.n:,} of them one run's {percent(run.test.accuracy)} has a 95 % interval of "

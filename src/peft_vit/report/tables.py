@@ -80,6 +80,8 @@ def with_n(name: str, n: int) -> str:
 
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
     """Return test accuracy by experiment, each seed visible."""
+    validated = all(m.validation_accuracy is not None for m in methods)
+    chose = "Validation chose the epoch" if validated else "Without validation images the last step's model was taken"
     return Table.of(
         "accuracy",
         "Test accuracy by method",
@@ -93,15 +95,16 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
                     ", ".join(f"{s}: {fixed(100 * value, 1)}" for s, value in zip(m.seeds, m.by_seed, strict=True)),
                     {f"seed_{seed}": accuracy for seed, accuracy in zip(m.seeds, m.by_seed, strict=True)},
                 ),
-                "validation": cell("validation_accuracy", m.validation_accuracy.estimate, percent),
+                "validation": cell(
+                    "validation_accuracy", m.validation_accuracy and m.validation_accuracy.estimate, percent
+                ),
                 "above majority (points)": cell(
                     "above_majority", m.above_majority.estimate, lambda share: signed(100 * share)
                 ),
             }
             for m in methods
         ),
-        f"n counts seeds. {OVER_SEEDS} With two seeds they are wide and may pass 100 %. Validation chose "
-        "the epoch; test was read once.",
+        f"n counts seeds. {OVER_SEEDS} With two seeds they are wide and may pass 100 %. {chose}; test was read once.",
     )
 
 

@@ -310,22 +310,24 @@ def _say_doubts(spec: RunSpec, provenance: Provenance, data: Data) -> None:
 
 def _images(data: Data) -> dict[str, Any]:
     """Return what a record says of the images; majority: the accuracy of a constant guess at its best."""
-    validation = torch.bincount(torch.from_numpy(data.validation.labels)).max().item() / len(data.validation)
+    majority = {"test": float(data.test.class_counts().max() / len(data.test))}
+    if len(data.validation):
+        most = torch.bincount(torch.from_numpy(data.validation.labels)).max().item()
+        majority = {"validation": most / len(data.validation), **majority}
     return {
         "class_names": list(data.class_names),
         "split_sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
-        "majority_accuracy": {"validation": validation, "test": float(data.test.class_counts().max() / len(data.test))},
+        "majority_accuracy": majority,
     }
 
 
 def _trained(model: nn.Module, result: TrainingResult, backbone_total: int, content: bytes) -> dict[str, Any]:
     """Return the course of training, the state that it chose, and what is counted on that."""
-    assert result.chosen is not None
     return {
         "steps": result.steps,
         "evaluations": result.evaluations,
-        "chosen_step": result.chosen.step,
-        "validation": result.chosen.metrics,
+        "chosen_step": result.chosen_step,
+        "validation": None if result.chosen is None else result.chosen.metrics,
         "seconds_per_step": result.seconds_per_step if result.optimizer_sha256 else None,  # a probe takes no step
         "optimizer_sha256": result.optimizer_sha256 or None,
         "adapter_sha256": hashlib.sha256(content).hexdigest(),

@@ -15,7 +15,16 @@ from peft_vit.evaluation import trainable_parameters
 from peft_vit.records import RunSpec
 from peft_vit.runs.features import SharedFeatures
 from peft_vit.runs.resume import Attempt
-from peft_vit.training import Hook, LinearProbe, RuntimeConfig, TrainingResult, fit_probe, head_logits, loss_weights
+from peft_vit.training import (
+    Hook,
+    LinearProbe,
+    RuntimeConfig,
+    TrainingResult,
+    fit_probe,
+    head_logits,
+    held_out_temperature,
+    loss_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class HeadStart:
             steps=list(self.probe.steps),
             evaluations=list(self.probe.evaluations),
             chosen=self.probe.chosen,
+            chosen_step=self.probe.chosen_step,
             initial_parameters=fitted,
             peak_parameters=fitted,
         )
@@ -65,16 +75,22 @@ def start_head(
     if attempt.goes_on or not (spec.experiment.is_probe or training.head_start == "probe"):
         return HeadStart(head, features, runtime, None)
     with attempt.overhead.of("features"):
-        of_training, of_validation = features.of_training(data.train), features.of(data.validation)
+        of_training = features.of_training(data.train)
+        of_validation = features.of(data.validation) if len(data.validation) else None
+
+    def temperature() -> float:
+        if of_validation is not None:
+            return probe.temperature(of_validation)
+        return held_out_temperature(
+            of_training, len(data.train), probe.fit.chosen_l2, class_weights=class_weights, seed=spec.seed
+        )
+
     with attempt.overhead.of("probe"):
         weights = loss_weights(training, data, torch.device("cpu"))
+        class_weights = None if weights is None else weights.double().numpy()
         probe = fit_probe(
-            of_training,
-            of_validation,
-            head,
-            runtime,
-            class_weights=None if weights is None else weights.double().numpy(),
+            of_training, of_validation, head, runtime, class_weights=class_weights, l2=spec.experiment.probe_l2
         )
-        probe.set_head(head, 1.0 if spec.experiment.is_probe else probe.temperature(of_validation))
+        probe.set_head(head, 1.0 if spec.experiment.is_probe else temperature())
     attempt.known.head_fit = probe.fit
     return HeadStart(head, features, runtime, probe)

@@ -69,9 +69,10 @@ def time_forward(
     """
     deployed = _deployed(model, backbone, data, spec, runtime)
     found = {}
+    source = data.validation if len(data.validation) else data.train
     for size in spec.measures.latency_batches:
-        rows = np.arange(size) % len(data.validation)  # over again, if there are fewer
-        images, _ = next(data.validation.chosen(rows).ordered_batches(size, runtime.mean, runtime.std))
+        rows = np.arange(size) % len(source)  # over again, if there are fewer
+        images, _ = next(source.chosen(rows).ordered_batches(size, runtime.mean, runtime.std))
         found[size] = forward_s(deployed, images.to(runtime.device), precision=runtime.precision)
     return found
 

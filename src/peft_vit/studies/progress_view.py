@@ -145,15 +145,14 @@ class Watch:
         record, run_id, place = event.record, event.run.spec.run_id, self._place()
         for warning in record.warnings:
             self._say(f"{place} {run_id}: warning: {warning}")
-        if record.status == "failed" or record.validation is None:
+        if record.status == "failed":
             self._say(f"{place} {run_id}: FAILED, {record.error}")
             return
         self._taken_s += record.seconds
         self._planned_s += event.run.estimate.seconds
         left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
         self._say(
-            f"{place} {run_id}: validation {record.validation.accuracy:.1%}{_probe(record)}, "
-            f"loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, "
+            f"{place} {run_id}: {_validation(record)}loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, "
             f"{(record.peak_memory_bytes or 0) / 1e6:.0f} MB{left}"
         )
 
@@ -186,11 +185,13 @@ class Watch:
         return Group(*([table] if table.row_count else []), Text(total, style="bold"))
 
 
-def _probe(record: RunRecord) -> str:
-    """Return what the linear probe, from which training started, had reached on the same images."""
-    if record.head_fit is None or record.spec.experiment.is_probe:
+def _validation(record: RunRecord) -> str:
+    """Return validation accuracy, and that of the linear probe from which training started, on the same images."""
+    if record.validation is None:
         return ""
-    return f" (its linear probe {record.head_fit.chosen.accuracy:.1%})"
+    probe = None if record.head_fit is None or record.spec.experiment.is_probe else record.head_fit.chosen
+    its = "" if probe is None else f" (its linear probe {probe.accuracy:.1%})"
+    return f"validation {record.validation.accuracy:.1%}{its}, "
 
 
 def _cells(progress: Progress) -> list[str]:

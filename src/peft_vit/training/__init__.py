@@ -5,7 +5,15 @@ from peft_vit.training.allocation_hook import AllocationHook
 from peft_vit.training.checkpoint import CheckpointKeeper, Checkpoints, CheckpointWarning, Interrupted
 from peft_vit.training.checkpoint_state import State
 from peft_vit.training.hooks import AfterTraining, Hook, Overhead
-from peft_vit.training.linear_probe import Features, LinearProbe, fit_probe, flip_axes, head_inputs, head_logits
+from peft_vit.training.linear_probe import (
+    Features,
+    LinearProbe,
+    fit_probe,
+    flip_axes,
+    head_inputs,
+    head_logits,
+    held_out_temperature,
+)
 from peft_vit.training.loop import train
 from peft_vit.training.optimization import loss_weights, optimization_step
 from peft_vit.training.peft_adalora_hook import PeftAdaLoraHook, last_update
@@ -42,6 +50,7 @@ __all__ = [
     "flip_axes",
     "head_inputs",
     "head_logits",
+    "held_out_temperature",
     "last_update",
     "loss_weights",
     "optimization_step",

@@ -6,7 +6,8 @@ minimizes
     sum_i w_i CE(W z_i + b, y_i) / sum_i w_i + (l2 / 2) ||W||_F^2,    w_i = 1, or n / (classes n_{y_i})
 
 to convergence by L-BFGS (scikit-learn's LogisticRegression, whose C is 1 / (l2 sum w)). Each l2 of a list is tried, and
-validation accuracy chooses; of equal ones the lower NLL, then the stronger penalty. The standardization is folded into
+validation accuracy chooses; of equal ones the lower NLL, then the stronger penalty; without validation images the list
+has one. The standardization is folded into
 the head afterwards, so that the model needs nothing new. With two classes scikit-learn fits one row for the difference
 of the logits; W has half of it and its negative as rows, whose ||W||_F^2 is half of that row's: C is twice as large.
 """
@@ -26,14 +27,17 @@ from torch import Tensor, nn
 
 from peft_vit.backbones import Backbone, Head, evaluating, fill_head
 from peft_vit.config import PROBE_L2
-from peft_vit.data import LabelledImages
+from peft_vit.data import LabelledImages, deal_folds
+from peft_vit.errors import UserError
 from peft_vit.evaluation import measure
 from peft_vit.records import Evaluation, HeadFit, StepRow
+from peft_vit.seeding import numpy_generator
 from peft_vit.training.runtime import RuntimeConfig
 
 Floats = NDArray[np.float64]
 _LARGEST_GRADIENT = 1e-7  # at which the fit has converged; L-BFGS ends there or at its most iterations
 _MOST_ITERATIONS = 10_000
+_FOLDS = 5
 _LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
 _FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
@@ -64,7 +68,7 @@ class LinearProbe:
         bias: (classes,).
         fit: how it was found, for the record.
         steps: a row for each strength that was tried, with the mean loss on the training images.
-        evaluations: likewise, on validation images.
+        evaluations: likewise, on validation images; none without these.
     """
 
     weight: Tensor
@@ -74,9 +78,14 @@ class LinearProbe:
     evaluations: tuple[Evaluation, ...]
 
     @property
-    def chosen(self) -> Evaluation:
-        """Return the evaluation of the strength that was chosen."""
-        return self.evaluations[self.fit.l2.index(self.fit.chosen_l2)]
+    def chosen(self) -> Evaluation | None:
+        """Return the evaluation of the strength that was chosen; None without validation images."""
+        return self.evaluations[self.chosen_step - 1] if self.evaluations else None
+
+    @property
+    def chosen_step(self) -> int:
+        """Return which strength was chosen, counted from 1."""
+        return self.fit.l2.index(self.fit.chosen_l2) + 1
 
     def set_head(self, head: Head, temperature: float = 1.0) -> None:
         """Make it the head of a model, with its logits divided by a temperature."""
@@ -88,17 +97,54 @@ class LinearProbe:
         A head that separates few training images has a loss of next to nothing on them, and training from there on
         would get no gradient. With this temperature it has the loss that it deserves, and predicts the same classes.
         """
-        from scipy.optimize import minimize_scalar
-
         values = torch.from_numpy(validation.values).double()
         logits = values @ self.weight.double().cpu().T + self.bias.double().cpu()  # (N, classes)
-        labels = torch.from_numpy(validation.labels)
+        return _temperature(logits, torch.from_numpy(validation.labels))
 
-        def nll(log_temperature: float) -> float:
-            return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), labels))
 
-        found = minimize_scalar(nll, bounds=_LOG_TEMPERATURES, method="bounded")
-        return math.exp(float(found.x))
+def _temperature(logits: Tensor, labels: Tensor) -> float:
+    from scipy.optimize import minimize_scalar
+
+    def nll(log_temperature: float) -> float:
+        return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), labels))
+
+    found = minimize_scalar(nll, bounds=_LOG_TEMPERATURES, method="bounded")
+    return math.exp(float(found.x))
+
+
+def held_out_temperature(
+    train: Features, images: int, l2: float, *, class_weights: NDArray[np.float64] | None = None, seed: int = 0
+) -> float:
+    """Return the temperature of a probe without validation images: of logits that heads have on images left out.
+
+    A head is fitted to the images outside of each of five folds, fewer if a class has fewer images, in every way in
+    which training shows them, and predicts the fold's as they are.
+
+    Args:
+        train: of n images in each of w ways, one way after the other, (w n, D).
+        images: n.
+        l2: strength of the penalty.
+        class_weights: on the loss, (classes,); None: all 1.
+        seed: of the folds.
+
+    Raises:
+        UserError: if a class has one image alone.
+    """
+    labels = train.labels[:images]
+    counts = np.bincount(labels)
+    if counts.min() < 2:
+        problem = "probe needs two training images of each class where none validate; add images, or start at random"
+        raise UserError(problem, field="training.head_start")
+    folds = min(_FOLDS, int(counts.min()))
+    fold_of = deal_folds(labels, np.arange(images), folds, numpy_generator(seed, "held_out"))
+    logits = np.empty((images, len(counts)))
+    for fold in range(folds):
+        fitted = np.tile(fold_of != fold, len(train.labels) // images)  # (w n,)
+        part = Features(train.values[fitted], train.labels[fitted])
+        weights = None if class_weights is None else class_weights[part.labels]
+        ((weight, bias, *_),) = _fits(part, len(counts), [l2], weights)
+        logits[fold_of == fold] = train.values[:images][fold_of == fold].astype(np.float64) @ weight.T + bias
+    return _temperature(torch.from_numpy(logits), torch.from_numpy(labels))
 
 
 @torch.inference_mode()
@@ -137,7 +183,7 @@ def head_logits(head: Head, features: NDArray[np.float32], runtime: RuntimeConfi
 
 def fit_probe(
     train: Features,
-    validation: Features,
+    validation: Features | None,
     head: Head,
     runtime: RuntimeConfig,
     *,
@@ -148,7 +194,7 @@ def fit_probe(
 
     Args:
         train: every class is among them.
-        validation: what chooses.
+        validation: what chooses; None: there is one strength.
         head: of the model; says where and in what type logits are computed.
         runtime: likewise, its precision.
         class_weights: on the loss, (classes,); None: all 1.
@@ -163,11 +209,15 @@ def fit_probe(
     ):
         fitted = torch.from_numpy(weight).float(), torch.from_numpy(bias).float()  # (classes, D), (classes,)
         fill_head(trial, *fitted)
-        metrics = measure(head_logits(trial, validation.values, runtime), validation.labels)
         fits.append((*fitted, gradient))
         steps.append(StepRow(step=place, loss=loss, learning_rate=0.0, gradient_norm=gradient, seconds=seconds))
-        evaluations.append(Evaluation(step=place, epoch=0, deployable=True, metrics=metrics))
-    best = max(range(len(fits)), key=lambda i: (evaluations[i].metrics.accuracy, -evaluations[i].metrics.nll, -i))
+        if validation is not None:
+            metrics = measure(head_logits(trial, validation.values, runtime), validation.labels)
+            evaluations.append(Evaluation(step=place, epoch=0, deployable=True, metrics=metrics))
+    if validation is None and len(fits) > 1:
+        raise ValueError(f"of {len(fits)} strengths validation chooses, and there are no images for it")
+    quality = [(one.metrics.accuracy, -one.metrics.nll) for one in evaluations]
+    best = max(range(len(quality)), key=lambda i: (*quality[i], -i), default=0)
     weight_, bias_, gradient_norm = fits[best]
     fit = HeadFit(
         l2=tuple(ordered),

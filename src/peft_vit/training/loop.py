@@ -31,7 +31,8 @@ def train(
 ) -> TrainingResult:
     """Train, evaluate now and then, and leave the model in the deployable state that validation prefers.
 
-    Validation accuracy chooses; of equal ones the lower NLL. The test split is not touched. With `head_start: probe`
+    Validation accuracy chooses; of equal ones the lower NLL. Without validation images the last step's model is taken,
+    whatever it is worth. The test split is not touched. With `head_start: probe`
     the model as it is before the first step, with its updates left out, is the first that may be chosen: training
     never returns less, on validation, than the head it started from.
 
@@ -65,7 +66,7 @@ def train(
         if between_steps is not None:
             between_steps(training.steps, training.state)
 
-    if fresh and config.head_start == "probe":
+    if fresh and config.head_start == "probe" and training.validates:
         training.validate()
     model.train()
     freeze_batch_norm(model)

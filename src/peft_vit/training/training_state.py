@@ -43,7 +43,8 @@ class TrainingResult:
 
     steps: list[StepRow] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
-    chosen: Evaluation | None = None
+    chosen: Evaluation | None = None  # None without validation images
+    chosen_step: int = 0
     initial_parameters: int = 0
     peak_parameters: int = 0
     optimizer_bytes: int = 0  # when training ended
@@ -85,7 +86,8 @@ class TrainingState:
         self.end = config.total_steps(len(data.train))
         self._data, self._config, self._runtime = data, config, runtime
         self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
-        self._validated_at = frozenset(config.validation_steps(len(data.train)))
+        self.validates = len(data.validation) > 0
+        self._validated_at = frozenset(config.validation_steps(len(data.train)) if self.validates else ())
         self._class_weights = loss_weights(config, data, runtime.device)  # (classes,)
         if config.is_undecided:
             problem = "is kept where a study is planned; here, give micro_batch_size or activation_checkpointing"
@@ -204,7 +206,7 @@ class TrainingState:
     @property
     def validation_is_due(self) -> bool:
         """Return whether validation comes after the last step."""
-        return self.ended or self.steps in self._validated_at
+        return self.validates and (self.ended or self.steps in self._validated_at)
 
     def end_if_nothing_is_gained(self) -> None:
         """Let the learning rate come down, or end, once `patience` validations in a row have brought no gain."""
@@ -240,12 +242,18 @@ class TrainingState:
         )
 
     def finish(self) -> TrainingResult:
-        """Take the chosen weights, and return what happened."""
+        """Take the chosen weights, those of the last step if nothing was validated, and return what happened."""
         result = self.result
         result.peak_parameters = max(result.peak_parameters, result.initial_parameters)
         result.optimizer_bytes = optimizer_bytes(self._optimizer)
         result.optimizer_sha256 = optimizer_state(self._optimizer).sha256()
-        result.chosen = self._best.restore(self.model)
+        if self.validates:
+            result.chosen = self._best.restore(self.model)
+        elif not all(hook.deployable(self.steps) for hook in self._hooks):
+            raise RuntimeError(
+                "the last step's state is not deployable; the schedule was not checked against the steps"
+            )
+        result.chosen_step = self.steps if result.chosen is None else result.chosen.step
         return result
 
     def state(self) -> State:

@@ -166,6 +166,28 @@ def test_a_probe_shares_what_it_reads_of_the_study_s_training(tmp_path: Path) ->
     assert (own.experiments[0].training.batch_size, own.experiments[0].training.class_weights) == (4, True)
 
 
+def test_a_strength_of_the_penalty_goes_to_those_that_fit_a_probe(tmp_path: Path) -> None:
+    study = load(tmp_path, changed("  epochs: 2", "  epochs: 2\n  probe_l2: 0.1"))
+    assert [one.training.probe_l2 for one in study.experiments] == [0.1, None, None, None]
+    assert study.experiments[0].total_steps(64) == study.experiments[0].validations(64) == 1
+    all_start = load(tmp_path, changed("  epochs: 2", "  epochs: 2\n  probe_l2: 0.1\n  head_start: probe"))
+    assert {one.training.probe_l2 for one in all_start.experiments} == {0.1}
+    no_probe = changed("  epochs: 2", "  epochs: 2\n  probe_l2: 0.1").replace(
+        "  - name: probe\n    method: linear\n", ""
+    )
+    message = refusal(tmp_path, no_probe)
+    assert message.endswith(": training.probe_l2: has no effect, as no experiment fits a probe; remove it")
+
+
+def test_a_study_without_validation_images(tmp_path: Path) -> None:
+    unseen = changed("validation_images: 32", "validation_images: 0")
+    assert "'probe' fits a probe, whose penalty validation chooses" in refusal(tmp_path, unseen)
+    study = load(tmp_path, unseen.replace("  epochs: 2", "  epochs: 2\n  probe_l2: 0.1"))
+    assert study.data.validation_images == 0
+    one = refusal(tmp_path, changed("validation_images: 32", "validation_images: 1"))
+    assert "data.validation_images: 1 image tells nothing; give at least 2, or 0" in one
+
+
 def test_a_loaded_study_is_frozen(tmp_path: Path) -> None:
     study = load(tmp_path, VALID)
     with pytest.raises(ValueError, match="frozen"):

@@ -52,7 +52,7 @@ Quantity = Literal[
 ]
 _QUANTITIES: dict[Quantity, _Quantity] = {
     "test_accuracy": _Quantity("share", lambda run: run.test.accuracy),
-    "validation_accuracy": _Quantity("share", lambda run: run.validation.accuracy),
+    "validation_accuracy": _Quantity("share", lambda run: None if run.validation is None else run.validation.accuracy),
     "balanced_accuracy": _Quantity("share", lambda run: run.test.balanced_accuracy),
     "nll": _Quantity("nats", lambda run: run.test.nll),
     "ece": _Quantity("share", lambda run: run.test.ece),

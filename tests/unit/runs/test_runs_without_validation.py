@@ -1,0 +1,190 @@
+"""Without validation images the last step's model is taken, the record says so, and what needs them is refused."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from done_runs import do
+from pydantic import ValidationError
+from torch.nn.functional import cross_entropy
+
+from peft_vit.analysis.limits import Limits
+from peft_vit.analysis.recommendation import recommend
+from peft_vit.analysis.results import load_studies
+from peft_vit.config import StudyConfig
+from peft_vit.errors import UserError
+from peft_vit.records import outcome_digest, run_folder
+from peft_vit.report import build_report
+from peft_vit.runs import execute as run_module
+from peft_vit.runs import run_one
+from peft_vit.runs.export import export_run_to_file
+from peft_vit.studies import plan_study
+from peft_vit.training import Checkpoints, Features, Interrupted, held_out_temperature, training_state
+
+pytestmark = pytest.mark.part("runner")
+
+
+def with_data(config, **data):
+    """Return a study on other images, checked as it would be from a file."""
+    content = json.loads(config.model_dump_json())
+    content["data"] |= data
+    return StudyConfig.model_validate_json(json.dumps(content))
+
+
+@pytest.fixture
+def unseen(study):
+    """Make a study that validates nothing."""
+
+    def make(*methods, seeds=(0,), **training):
+        return with_data(study(*methods, seeds=seeds, **training), validation_images=0)
+
+    return make
+
+
+def spec_of(config, folder):
+    return plan_study(config, folder, file=folder / "tiny.yaml").runs[0].spec
+
+
+@pytest.mark.parametrize("method", ["lora", "qa_adalora"])
+def test_the_last_step_is_the_model_and_a_stopped_run_comes_to_the_same_end(
+    unseen, tmp_path, monkeypatch, method
+) -> None:
+    spec, tested = spec_of(unseen(method), tmp_path), []
+    predict = run_module._predict
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_predict", lambda *arguments: tested.append(1) or predict(*arguments))
+        whole = run_one(spec)
+    record = whole.record
+    assert record.error is None
+    assert (record.validation, record.evaluations, record.chosen_step) == (None, [], 6)
+    assert record.split_sizes == {"train": 24, "validation": 0, "test": 30}
+    assert set(record.majority_accuracy) == {"test"}
+    assert (record.test.n, tested) == (30, [1])
+    told = []
+    with pytest.raises(Interrupted):
+        run_one(
+            spec,
+            checkpoints=Checkpoints(tmp_path / "run", 0),
+            should_stop=lambda: len(told) >= 4,
+            on_progress=told.append,
+        )
+    again = run_one(spec, checkpoints=Checkpoints(tmp_path / "run", 0))
+    assert outcome_digest(again.record) == outcome_digest(record)
+    assert again.adapter == whole.adapter
+    assert {progress.validation_accuracy for progress in told} == {None}
+
+
+def test_it_is_the_model_of_the_last_step(study, tmp_path, monkeypatch) -> None:
+    """The same training, once watched and its last state chosen, once unwatched, gives the same file."""
+    spec, loaded = spec_of(study("lora"), tmp_path), run_module.load_data
+
+    def without_validation(*arguments, **named):
+        data = loaded(*arguments, **named)
+        return replace(data, validation=data.validation.chosen(np.empty(0, dtype=np.int64)))
+
+    with monkeypatch.context() as patch:
+        offer = training_state.BestState.offer
+        at_end = lambda self, one, *rest, **named: offer(self, one, *rest, **named) if one.step == 6 else None  # noqa: E731
+        patch.setattr(training_state.BestState, "offer", at_end)
+        watched = run_one(spec)
+    monkeypatch.setattr(run_module, "load_data", without_validation)
+    alone = run_one(spec)
+    assert (watched.record.chosen_step, len(watched.record.evaluations)) == (6, 2)
+    assert alone.record.optimizer_sha256 == watched.record.optimizer_sha256
+    assert alone.record.predictions == watched.record.predictions
+    assert alone.adapter == watched.adapter
+
+
+def test_probes_are_fitted_at_the_strength_that_was_given(study, unseen, tmp_path) -> None:
+    (record,) = do(unseen("linear", probe_l2=0.03), tmp_path)
+    fit = record.head_fit
+    assert (fit.l2, fit.chosen_l2, fit.validation, fit.chosen) == ((0.03,), 0.03, (), None)
+    assert (record.validation, record.evaluations, record.chosen_step) == (None, [], 1)
+    assert [row.step for row in record.steps] == [1]
+    file = tmp_path / "model.safetensors"
+    done = export_run_to_file(run_folder(tmp_path, record.spec), file, "safetensors")
+    assert (done.comparison.split, done.comparison.same_predictions) == ("training", 1.0)
+    (watched,) = do(study("linear", probe_l2=0.03), tmp_path / "watched")
+    assert watched.head_fit.l2 == (0.03,)
+    assert watched.validation == watched.head_fit.chosen
+
+
+def test_training_starts_from_the_probe_at_a_temperature_of_images_left_out(unseen, tmp_path) -> None:
+    (record,) = do(unseen("lora", head_start="probe", probe_l2=0.03, schedule="constant"), tmp_path)
+    assert record.head_fit.validation == ()
+    assert record.chosen_step == 6
+    # 24 images in 64 dimensions are separated: without the temperature the first loss would be next to nothing.
+    assert record.steps[0].loss > 0.5
+
+
+def test_the_temperature_is_that_of_heads_on_images_left_out() -> None:
+    """Against scikit-learn's own folds and a grid of temperatures; it divides what is too sure, and leaves the rest."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    values = (rng.normal(size=(200, 40)) + 0.3 * labels[:, None] * (np.arange(40) < 3)).astype(np.float32)
+    flipped = values + rng.normal(0, 0.1, values.shape).astype(np.float32)
+    train = Features(np.concatenate([values, flipped]), np.tile(labels, 2))
+    found = held_out_temperature(train, 200, 0.001, seed=3)
+    logits = np.empty((200, 2))
+    for fold in range(5):
+        out = (np.arange(200) // 2) % 5 == fold
+        both = np.tile(~out, 2)
+        mean, std = train.values[both].mean(0), train.values[both].std(0)
+        model = LogisticRegression(C=2 / (0.001 * both.sum()), max_iter=5000, tol=1e-8)
+        model.fit((train.values[both] - mean) / std, train.labels[both])
+        margin = model.decision_function((values[out] - mean) / std)
+        logits[out] = np.stack([-margin / 2, margin / 2], 1)
+    grid = np.exp(np.linspace(-2, 4, 300))
+    losses = [float(cross_entropy(torch.from_numpy(logits / t), torch.from_numpy(labels))) for t in grid]
+    assert found == pytest.approx(grid[int(np.argmin(losses))], rel=0.35)  # other folds, and as many images
+    assert found > 1.5
+    assert held_out_temperature(train, 200, 1.0, seed=3) < found
+    alone = Features(values[:5], np.array([0, 0, 0, 0, 1]))
+    with pytest.raises(UserError, match="needs two training images of each class"):
+        held_out_temperature(alone, 5, 0.1)
+
+
+REFUSED = [
+    (("lora",), {"patience": 2, "schedule": "constant"}, {}, "training.patience of 'lora' counts validations"),
+    (("lora",), {"validate_every": 2}, {}, "training.validate_every of 'lora' counts validations"),
+    (("linear",), {}, {}, "'linear' fits a probe, whose penalty validation chooses.* add training.probe_l2"),
+    (("lora",), {"head_start": "probe"}, {}, "'lora' fits a probe, whose penalty validation chooses"),
+    (("lora",), {}, {"removal_images": 4}, "measures.removal_images is of validation images"),
+]
+
+
+@pytest.mark.parametrize(("methods", "training", "measures", "said"), REFUSED)
+def test_what_needs_validation_images_is_refused(study, methods, training, measures, said) -> None:
+    config = study(*methods, **training)
+    content = json.loads(config.model_dump_json())
+    content["measures"] |= measures
+    content["data"]["validation_images"] = 0
+    with pytest.raises(ValidationError, match=said):
+        StudyConfig.model_validate_json(json.dumps(content))
+    content["data"]["validation_images"] = 20
+    StudyConfig.model_validate_json(json.dumps(content))
+
+
+def test_one_validation_image_and_a_strength_without_a_probe_are_refused(study) -> None:
+    with pytest.raises(ValidationError, match="1 image tells nothing; give at least 2, or 0"):
+        with_data(study("lora"), validation_images=1)
+    with pytest.raises(UserError, match=r"training\.probe_l2 has no effect where no probe is fitted"):
+        study("lora", probe_l2=0.1)
+
+
+def test_the_report_goes_without_and_a_recommendation_is_refused(unseen, tmp_path) -> None:
+    do(unseen("linear", "lora", seeds=(0,), probe_l2=0.1, head_start="probe", epochs=1, schedule="constant"), tmp_path)
+    (study,) = load_studies(tmp_path)
+    assert len(study.runs) == 2
+    assert not study.failed
+    with pytest.raises(UserError, match=r"tiny: has runs without validation images.* data\.validation_images"):
+        recommend(study, Limits(), margin=0.01)
+    build_report(tmp_path, tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "No best: without validation images nothing chooses among experiments" in page
+    assert "chosen on validation" not in page
+    assert "Pareto fronts" not in page
