@@ -9,6 +9,7 @@ so the same holds for means below zero. Sources: Lai, Annals of Statistics 4 (19
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import scipy
@@ -50,6 +51,7 @@ def anytime_p_values(t: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return np.exp(-np.maximum.accumulate(np.maximum(logs, 0.0), axis=-1))
 
 
+@lru_cache(maxsize=4096)  # comparisons of one family ask for the same
 def anytime_bound(pairs: int, level: float) -> float:
     """Return the t statistic from which on the e-value is at least ``1 / level``; infinity if none is.
 

@@ -247,7 +247,7 @@ def _seen(
         for center, above, below in zip(rule.centers, *p_values, strict=True)
     ]
     asked = dict(zip(rule.centers, tests, strict=True))
-    power = _predictive_power(comparison, rule, pairs, k, shares)
+    power = _predictive_power(comparison, rule, pairs, k)
     return Look(pairs, mean, mean - up, mean + down, asked.get(0.0), asked.get(-rule.margin), power)
 
 
@@ -260,26 +260,23 @@ def _critical_t(rule: StoppingRule, k: int, pairs: int, level: float) -> float:
     return -float(scipy.special.stdtrit(pairs - 1, scipy.special.ndtr(-bound)))
 
 
-def _predictive_power(
-    comparison: _Comparison, rule: StoppingRule, pairs: int, k: int, shares: tuple[int, int]
-) -> float | None:
+def _predictive_power(comparison: _Comparison, rule: StoppingRule, pairs: int, k: int) -> float | None:
     """Return how likely an open question is answered, either way, at the last look.
 
     With a statistic Z at the fraction t of the information and the last bound b it is
     ``Phi((Z / sqrt(t) - b) / sqrt((1 - t) / t))``: the trend goes on, and is known as well as t tells it; the largest
-    over questions and directions. Source: Spiegelhalter, Freedman & Blackburn, Controlled Clinical Trials 7 (1986).
+    over questions and directions. The bound is that of the whole level, which other comparisons may yet pass on.
+    Source: Spiegelhalter, Freedman & Blackburn, Controlled Clinical Trials 7 (1986).
     """
-    open_ones = [i for i, verdict in enumerate(comparison.verdicts) if verdict == "not decided"]
-    if rule.form == "anytime" or k + 1 == len(rule.looks) or not open_ones or math.isnan(comparison.errors[k]):
-        return None
-    t = rule.fractions[k]
-    scores = [
-        float(normal_score(np.array((comparison.means[k] - rule.centers[i]) / comparison.errors[k]), np.array(pairs)))
-        for i in open_ones
+    centers = [
+        center for center, answer in zip(rule.centers, comparison.verdicts, strict=True) if answer == "not decided"
     ]
-    bounds = [boundaries(rule.fractions, rule.level / share, rule.form)[-1] for share in shares]
-    ahead = max(sign * z / math.sqrt(t) - bound for z in scores for sign, bound in zip((1, -1), bounds, strict=True))
-    return float(scipy.special.ndtr(ahead / math.sqrt((1 - t) / t)))
+    if rule.form == "anytime" or k + 1 == len(rule.looks) or not centers or math.isnan(comparison.errors[k]):
+        return None
+    t, bound = rule.fractions[k], boundaries(rule.fractions, rule.level, rule.form)[-1]
+    statistics = (comparison.means[k] - np.array(centers)) / comparison.errors[k]
+    furthest = float(np.abs(normal_score(statistics, np.array(pairs))).max())
+    return float(scipy.special.ndtr((furthest / math.sqrt(t) - bound) / math.sqrt((1 - t) / t)))
 
 
 def _why_to_stop(look: Look, rule: StoppingRule) -> Stopped | None:
