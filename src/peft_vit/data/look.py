@@ -97,8 +97,7 @@ class Seen:
         if self.left_out:
             each = [f"{name} ({why})" for name, why in self.left_out.items()]
             more = f" and {len(each) - _NAMED:,} more" if len(each) > _NAMED else ""
-            files = "1 file is" if len(each) == 1 else f"{len(each):,} files are"
-            yield f"{files} left out: {', '.join(each[:_NAMED])}{more}"
+            yield f"{_are(len(each), 'file')} left out: {', '.join(each[:_NAMED])}{more}"
 
     def _of_copies(self) -> Iterator[str]:
         exact = len(self.names) - len(np.unique(self.copies))
@@ -107,12 +106,12 @@ class Seen:
             if count:
                 a, b = _pair(groups, self.copies if groups is self.groups else None)
                 such_as = f"such as {self.names[a]} and {self.names[b]}"
-                yield f"{count:,} images are {what} to others, {such_as}; they stay on one side of every split"
+                yield f"{_are(count, 'image')} {what} to others, {such_as}; they stay on one side of every split"
         count, (a, b) = crossing(self.groups, self.labels)
         if count:
             a_class, b_class = (self.class_names[self.labels[i]] for i in (a, b))
             yield (
-                f"{count:,} nearly equal images are of two classes, such as {self.names[a]} ('{a_class}') and "
+                f"{_are(count, 'image')} nearly equal to one of another class, such as {self.names[a]} ('{a_class}') and "
                 f"{self.names[b]} ('{b_class}'); is one of the labels wrong?"
             )
 
@@ -120,10 +119,16 @@ class Seen:
         counts = self.class_counts
         large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
         times = f"class '{large}' has {self.imbalance:.1f} times as many images as class '{small}'"
+        if counts.max() == counts.min():
+            times = "all classes have as many images"
         if self.balanced:
             yield f"accuracy decides: {times}; balanced accuracy would from {LARGEST_IMBALANCE:g} times on"
         else:
             yield f"balanced accuracy decides: {times}, more than {LARGEST_IMBALANCE:g}"
+
+
+def _are(count: int, what: str) -> str:
+    return f"1 {what} is" if count == 1 else f"{count:,} {what}s are"
 
 
 def _pair(groups: np.ndarray, apart: np.ndarray | None) -> tuple[int, int]:

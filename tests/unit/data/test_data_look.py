@@ -61,8 +61,8 @@ def test_what_is_there_is_counted(root):
     text = "\n".join(seen.lines())
     assert "23 images of 2 classes: cat 12, dog 11" in text
     assert "48 x 48 pixels (median of the shorter and of the longer side); the shortest side has 48" in text
-    assert "1 images are equal to others, such as cat/03.png and cat/copy of 03.bmp" in text
-    assert "1 images are nearly equal to others, such as cat/05.png and cat/saved anew.jpg" in text
+    assert "1 image is equal to others, such as cat/03.png and cat/copy of 03.bmp" in text
+    assert "1 image is nearly equal to others, such as cat/05.png and cat/saved anew.jpg" in text
     assert "accuracy decides: class 'cat' has 1.1 times as many images as class 'dog'" in text
     assert "left out" not in text
 
@@ -127,7 +127,8 @@ def test_near_copies_under_two_classes_are_told(root):
     seen = look_at(root)
     assert not seen.left_out
     assert any(
-        "1 nearly equal images are of two classes, such as cat/07.png ('cat') and dog/brighter.png ('dog')" in line
+        "1 image is nearly equal to one of another class, such as cat/07.png ('cat') and dog/brighter.png ('dog')"
+        in line
         for line in seen.lines()
     )
 
@@ -268,6 +269,11 @@ def test_copies_do_not_count_towards_the_number(root):
         look_at(root)
     save(root / "fox" / "ten.png", textured(399))
     assert look_at(root).class_counts.tolist() == [12, 11, 11]
+
+
+def test_classes_of_one_size_are_told(root):
+    save(root / "dog" / "one more.png", textured(200))
+    assert look_at(root).lines()[-1].startswith("accuracy decides: all classes have as many images; balanced")
 
 
 def test_a_test_folder_of_other_classes_is_refused(root, tmp_path, blind):
