@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from peft_vit.analysis.allocation import Allocation, RunAllocation
 from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, calibration
-from peft_vit.analysis.comparison import Comparison, MethodResult, compare_all, method_results, references
+from peft_vit.analysis.comparison import Comparison, MethodResult, method_results, references
 from peft_vit.analysis.convergence import Convergence, convergences
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.analysis.findings import Finding, find
@@ -25,7 +25,9 @@ from peft_vit.analysis.stability import (
     seed_agreements,
     study_agreements,
 )
+from peft_vit.analysis.stopping import compare_all, study_courses
 from peft_vit.analysis.studies import Run, Study
+from peft_vit.statistics.sequential import Course
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Analysis:
     study: Study
     methods: tuple[MethodResult, ...]
     comparisons: tuple[Comparison, ...]
+    courses: tuple[Course, ...]
     pairs: AllPairs
     fronts: tuple[Front, ...]
     convergence: tuple[Convergence, ...]
@@ -59,6 +62,7 @@ def analyze(study: Study, registry: Registry | None = None) -> Analysis:
         study=study,
         methods=methods,
         comparisons=tuple(c for reference in references(study) for c in compare_all(study, reference)),
+        courses=study_courses(study),
         pairs=all_pairs(study),
         fronts=fronts(study, methods),
         convergence=convergences(study),

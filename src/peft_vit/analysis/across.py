@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_vit.analysis.comparability import POOL_KINDS, PoolKind, Refusal, difference
-from peft_vit.analysis.comparison import ALPHA, Comparison, MethodResult, compare, correct, method_results, references
+from peft_vit.analysis.comparison import ALPHA, Comparison, MethodResult, compare, method_results, references
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.limits import is_time
 from peft_vit.analysis.pooling import Pooled, interquartile_over_studies, stratified_mean
 from peft_vit.analysis.results import load_studies
 from peft_vit.analysis.stability import StudyAgreement, study_agreements
+from peft_vit.analysis.stopping import compare_all
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.errors import UserError
 from peft_vit.statistics import Interval, MixedEffect, Verdict, holm, mixed_effect
@@ -68,6 +69,7 @@ class PooledDifference:
     interquartile_note: str  # what restricts it
     mixed: MixedEffect  # effect of the experiment with a random intercept by study, over all paired runs
     allowed: tuple[tuple[PoolKind, str], ...]  # kinds that differ and were pooled all the same, with what differs
+    untested: str = ""  # why no test decides, if none does
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,8 @@ def _in_study(one: LabelledStudy, shared: Collection[str], reference: str | None
     reference_runs = one.study.of(reference) if reference is not None else ()
     compared: dict[str, Comparison] = {}
     if reference is not None and reference_runs:
-        names = [result.experiment.name for result in results if result.experiment.name != reference]
-        family = correct([compare(one.study.of(name), reference_runs, name, reference) for name in names])
-        compared = {comparison.name: comparison for comparison in family}
+        names = {result.experiment.name for result in results}
+        compared = {c.name: c for c in compare_all(one.study, reference, names)}
     for result in results:
         yield InStudy(one.label, result, compared.get(result.experiment.name))
 
@@ -240,7 +241,8 @@ def _pooled(
             for needs in (_ACCURACY_NEEDS, _TIME_NEEDS)
         )
         if all(kind in pool for kind, _ in accuracy):
-            rows.append(_difference(name, pairs, accuracy))
+            reasons = (one.study.untested for one in studies if one.label in pairs)
+            rows.append(replace(_difference(name, pairs, accuracy), untested=next(filter(None, reasons), "")))
         if all(kind in pool for kind, _ in time):
             times += _time(name, pairs, time)
     refusals = tuple(Refusal(kind, tuple(names), labels, why) for (kind, labels, why), names in refused.items())
@@ -304,7 +306,7 @@ def _corrected(rows: Sequence[PooledDifference]) -> tuple[PooledDifference, ...]
     adjusted = holm([1.0 if row.pooled.p_value is None else row.pooled.p_value for row in rows])
     corrected = []
     for row, counted in zip(rows, adjusted, strict=True):
-        p = None if row.pooled.p_value is None else counted
+        p = None if row.pooled.p_value is None or row.untested else counted
         verdict: Verdict = "not decided"
         if p is not None and p <= ALPHA:
             verdict = "supported" if row.pooled.interval.estimate > 0 else "refuted"

@@ -70,7 +70,7 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
         runs = [run for run in study.of(experiment.name) if run.adapted_sites()]
         if runs:
             found.append((experiment, runs))
-    family = correct([against_fixed_lora(study, runs, experiment.name) for experiment, runs in found])
+    family = correct([against_fixed_lora(study, runs, experiment.name) for experiment, runs in found], study.untested)
     return tuple(
         _allocation(experiment, runs, against) for (experiment, runs), against in zip(found, family, strict=True)
     )

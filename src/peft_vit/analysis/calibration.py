@@ -143,7 +143,7 @@ def calibration(study: Study) -> tuple[tuple[Calibration, ...], tuple[Calibratio
         for measure, value in values.items():
             family = [compare(runs_of[name], runs_of[reference], name, reference, value) for name in others]
             if any(comparison.difference is not None for comparison in family):
-                families.append(CalibrationDifferences(measure, reference, correct(family)))
+                families.append(CalibrationDifferences(measure, reference, correct(family, study.untested)))
     return rows, tuple(families)
 
 

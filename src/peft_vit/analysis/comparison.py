@@ -26,6 +26,7 @@ from peft_vit.statistics import (
 )
 
 ALPHA = 0.05
+BY_LOOKS = "group-sequential paired t"  # what decides where the study declared looks
 DECIMALS = 12  # shares of whole images: rounding turns float noise back into the ties that it hides
 
 
@@ -119,8 +120,11 @@ def known_mean(values: Sequence[float | None]) -> float | None:
 def references(study: Study) -> tuple[str, ...]:
     """Return the experiments to compare with: the linear probe, and the LoRA of largest rank up to 8.
 
-    Without any such LoRA the smallest one; without LoRA only the linear probe; without either none.
+    Without any such LoRA the smallest one; without LoRA only the linear probe; without either none. Where comparisons
+    stop it is their control alone.
     """
+    if study.stopping is not None:
+        return (study.stopping.control,) if study.of(study.stopping.control) else ()
     linear = [e.name for e in study.with_method("linear")]
     loras = study.fixed_rank_loras()
     up_to_8 = [e for e in loras if (e.need(LoraConfig).rank or 0) <= 8]
@@ -131,12 +135,6 @@ def references(study: Study) -> tuple[str, ...]:
 def accuracy_on_test(run: Run) -> float:
     """Return what methods are compared on unless something else is named."""
     return run.test.accuracy
-
-
-def compare_all(study: Study, reference: str) -> tuple[Comparison, ...]:
-    """Compare every other experiment with a reference, as one family of tests."""
-    others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)]
-    return correct([compare(study.of(name), study.of(reference), name, reference) for name in others])
 
 
 def compare(
@@ -195,8 +193,13 @@ def compare_values(
     )
 
 
-def correct(family: Sequence[Comparison]) -> tuple[Comparison, ...]:
-    """Apply Holm's correction over a family of comparisons, and give the verdicts."""
+def correct(family: Sequence[Comparison], untested: str = "") -> tuple[Comparison, ...]:
+    """Apply Holm's correction over a family of comparisons, and give the verdicts; none if there is a reason why."""
+    if untested:
+        return tuple(
+            replace(one, significance=None, note="; ".join(filter(None, (one.note, untested)))) if one.by_seed else one
+            for one in family
+        )
     p_values = [p for c in family if c.significance is not None and (p := c.significance.p_value) is not None]
     adjusted = iter(holm(p_values))
     corrected = []
@@ -215,10 +218,11 @@ def outcome(comparison: Comparison) -> str:
     """Return what the primary test says after correction, or why it says nothing."""
     significance = comparison.significance
     if significance is None:
-        return "no pairs"
+        return "not tested" if comparison.by_seed else "no pairs"
     if not significance.decidable or comparison.adjusted_p is None:
         return significance.sentence()
-    return f"p = {comparison.adjusted_p:.3g} (Holm)"
+    looks = "over looks, " if significance.test == BY_LOOKS else ""
+    return f"p = {comparison.adjusted_p:.3g} ({looks}Holm)"
 
 
 def same_problem(run: Run) -> tuple[object, ...]:

@@ -60,8 +60,9 @@ def against_controls(study: Study) -> tuple[AgainstControl, ...]:
     rows: list[AgainstControl] = []
     for control in CONTROLS:
         found = [(e, _control_of(e, control, adaptive)) for e in scored]
-        accuracy = correct([_compare(e, c, control, study) for e, c in found])
-        per_parameter = correct([_compare(e, c, control, study, accuracy_per_parameter) for e, c in found])
+        accuracy = correct([_compare(e, c, control, study) for e, c in found], study.untested)
+        ratios = [_compare(e, c, control, study, accuracy_per_parameter) for e, c in found]
+        per_parameter = correct(ratios, study.untested)
         rows += [
             AgainstControl(
                 experiment=e.name,

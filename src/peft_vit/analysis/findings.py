@@ -97,7 +97,7 @@ def find(studies: Sequence[Evidence], registry: Registry, name: str) -> tuple[Fi
     Sentences about one study are asked of the first, and those over several of all, of which there may be one alone.
     """
     measured = [(hypothesis, one) for hypothesis in registry.hypotheses for one in _measure(hypothesis, studies)]
-    return judge(measured, name, registry)
+    return judge(measured, name, registry, next(filter(None, (one.study.untested for one in studies)), ""))
 
 
 def conclude(findings: Iterable[Finding]) -> tuple[Conclusion, ...]:
@@ -109,11 +109,15 @@ def conclude(findings: Iterable[Finding]) -> tuple[Conclusion, ...]:
 
 
 def judge(
-    measured: Sequence[tuple[Hypothesis, Measured]], study: str = "", registry: Registry | None = None
+    measured: Sequence[tuple[Hypothesis, Measured]],
+    study: str = "",
+    registry: Registry | None = None,
+    untested: str = "",
 ) -> tuple[Finding, ...]:
     """Return a finding for each set of values, corrected over those given that share a family.
 
-    The registry tells which runs had the sentence registered; None: nobody asks, all are exploratory.
+    The registry tells which runs had the sentence registered; None: nobody asks, all are exploratory. `untested` is
+    why no test may decide, since the number of values followed from results; empty: tests do.
     """
     findings = [_untested(hypothesis, one, study, registry) for hypothesis, one in measured]
     families: dict[str, list[int]] = {}
@@ -121,6 +125,10 @@ def judge(
         if finding.hypothesis.family is not None and finding.values:
             families.setdefault(finding.hypothesis.family, []).append(place)
     for places in families.values():
+        if untested:
+            for place in places:
+                findings[place] = replace(findings[place], outcome=untested)
+            continue
         for place, decided in zip(places, _decide([findings[place] for place in places]), strict=True):
             findings[place] = decided
     return tuple(findings)

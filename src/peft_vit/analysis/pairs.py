@@ -51,7 +51,7 @@ def all_pairs(study: Study, most: int = MOST_PAIRS) -> AllPairs:
     count = len(names) * (len(names) - 1) // 2
     if count > most:
         return AllPairs(names, (), count)
-    family = correct([compare(study.of(a), study.of(b), a, b) for a, b in combinations(names, 2)])
+    family = correct([compare(study.of(a), study.of(b), a, b) for a, b in combinations(names, 2)], study.untested)
     return AllPairs(names, tuple(_pair(comparison) for comparison in family), 0)
 
 

@@ -114,7 +114,8 @@ def _points(study: Study, methods: Sequence[MethodResult], costs: dict[str, floa
     on_front = pareto_front(at, validated)
     on_test_front = pareto_front(at, [m.test_accuracy.estimate for m in ordered])
     members = [name for name, is_on in zip(names, on_front, strict=True) if is_on]
-    leads = correct([compare(study.of(name), study.of(cheaper), name, cheaper) for cheaper, name in pairwise(members)])
+    steps = [compare(study.of(name), study.of(cheaper), name, cheaper) for cheaper, name in pairwise(members)]
+    leads = correct(steps, study.untested)
     lead_of = {lead.name: lead for lead in leads}
     return tuple(
         FrontPoint(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from peft_vit.config import ExperimentConfig
+from peft_vit.config import ExperimentConfig, StudyConfig
 from peft_vit.records import StudyFolder
 from peft_vit.records.ledger import Row, last_rows, unfinished_state
 
@@ -40,6 +40,18 @@ class Plan:
     def is_known(self) -> bool:
         """Tell whether a study.json says which runs there are."""
         return any(folder.file is not None for folder in self.folders)
+
+    @property
+    def declared(self) -> StudyConfig | None:
+        """Return the configuration whose `stopping` says when comparisons stop; None without one."""
+        files = [folder.file for folder in self.folders if folder.file is not None]
+        return next((file.configuration for file in files if file.configuration.stopping is not None), None)
+
+    @property
+    def seeds_added(self) -> tuple[int, ...]:
+        """Return the seeds that were added when results were there, and that nothing had declared."""
+        files = [folder.file for folder in self.folders if folder.file is not None]
+        return tuple(sorted({seed for file in files for seed in file.seeds_added}))
 
     @property
     def experiments(self) -> tuple[ExperimentConfig, ...]:

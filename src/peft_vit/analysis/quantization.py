@@ -82,7 +82,8 @@ def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
     twins = [_float_twin(study, experiment, settings) for experiment, settings, _ in found]
 
     def family(value: Callable[[Run], float | None]) -> tuple[Comparison, ...]:
-        return correct([_compare(*one, twin, value) for one, twin in zip(found, twins, strict=True)])
+        compared = [_compare(*one, twin, value) for one, twin in zip(found, twins, strict=True)]
+        return correct(compared, study.untested)
 
     more = map(AgainstFloat, family(lambda run: run.test.nll), family(late_loss_deviation), family(roughness))
     return tuple(

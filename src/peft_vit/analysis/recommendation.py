@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -43,10 +43,13 @@ from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import compare
 from peft_vit.analysis.exported_latency import ExportedLatency
 from peft_vit.analysis.limits import SAME_SIZE, Cost, Fault, Limits, Measure, cost_of, smallest_latency_batch
+from peft_vit.analysis.stopping import ENDS, p_value_of, pairs_seen, repeated_interval, study_courses
 from peft_vit.analysis.studies import Run, Study
+from peft_vit.config import StoppingConfig
 from peft_vit.errors import UserError
 from peft_vit.statistics import Interval, holm, mean_interval, noninferiority
 from peft_vit.statistics.intervals import mean_and_error
+from peft_vit.statistics.sequential import Course
 
 ALPHA = 0.05  # one-sided, of the whole family
 _POWER = 0.8  # of the n that would be needed
@@ -141,7 +144,7 @@ class Recommendation:
     # smaller: a candidate was shown not to lose the margin; best: nothing within the limits is smaller than the best
     # itself by more than one percent; not decided: no candidate was shown; nothing within: none keeps the limits
     outcome: Outcome
-    best: Rated  # by validation
+    best: Rated  # by validation; where comparisons stop, their control
     chosen: Rated | None  # what is recommended; None if nothing is
     candidates: tuple[Candidate, ...]  # what was tested, smallest first
     # candidates not larger than the smallest that was shown by more than one percent, shown, too, but with no higher
@@ -160,6 +163,8 @@ class Recommendation:
     @property
     def confidence(self) -> float:
         """Return the nominal coverage of a candidate's interval."""
+        if self.study.stopping is not None:
+            return 1 - 2 * self.study.stopping.level
         return _confidence(len(self.candidates))
 
     def comparison_of(self, rated: Rated) -> Candidate | None:
@@ -217,6 +222,7 @@ def recommend(
         problem = "has runs without validation images, which say what the others are compared with"
         raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
     _require_times(study, limits, measure, exported)
+    _require_margin(study, margin)
     cost = partial(cost_of, latency_batch=smallest_latency_batch(study.runs), exported=exported)
     untimed = "has runs without a recorded latency" if exported is None else "has no exported model that was timed"
     left_out = _left_out(study, measure, cost, untimed)
@@ -229,10 +235,10 @@ def recommend(
         problem = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
         raise UserError(f"leaves no experiment to recommend: {problem}", file=study.label)
     rated.sort(key=lambda one: _size(one, measure))
-    best = min(rated, key=lambda one: -one.validation_accuracy)  # of equal ones the smallest, which comes first
+    best = _compared_with(study, rated)
     within = [one for one in rated if not one.faults]
     smaller = [one for one in within if best.faults or not _no_larger(best, one, measure)]
-    candidates = _tested(smaller, best, margin)
+    candidates = _tested(study, smaller, best, margin)
     shown = [one.rated for one in candidates if one.shown]
     smallest = [one for one in shown if _no_larger(one, shown[0], measure)]
     smallest.sort(key=lambda one: -one.validation_accuracy)
@@ -313,8 +319,41 @@ def _require_times(study: Study, limits: Limits, measure: Measure, exported: Exp
         raise UserError(f"its records hold no latency; ask without {what}, or measure it", file=study.label)
 
 
-def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candidate, ...]:
+def _require_margin(study: Study, margin: float) -> None:
+    """Refuse what the looks of a study did not ask."""
+    stopping = study.stopping
+    if stopping is None:
+        return
+    if stopping.margin is None:
+        problem = "asked for superiority alone (stopping.asked), so nothing in it can show that a margin is not lost"
+        raise UserError(problem, file=study.label)
+    if not math.isclose(stopping.margin / 100, margin):
+        problem = f"stopped by looks that asked for a margin of {stopping.margin:g} points, not {100 * margin:g}"
+        raise UserError(f"{problem}; give --margin {stopping.margin:g}", file=study.label)
+
+
+def _compared_with(study: Study, rated: Sequence[Rated]) -> Rated:
+    """Return the best by validation, or the control of comparisons that stop.
+
+    Raises:
+        UserError: if the control can't be compared with.
+    """
+    if study.stopping is None:
+        return min(rated, key=lambda one: -one.validation_accuracy)  # of equal ones the smallest, which comes first
+    control = next((one for one in rated if one.name == study.stopping.control), None)
+    if control is None:
+        problem = f"compares with {study.stopping.control}, of which nothing can be said, so nothing can be recommended"
+        raise UserError(problem, file=study.label)
+    return control
+
+
+def _tested(study: Study, smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candidate, ...]:
+    if study.stopping is not None:
+        course_of = {course.name: course for course in study_courses(study)}
+        return tuple(_by_looks(study, one, course_of[one.name], study.stopping) for one in smaller)
     compared = [compare(one.runs, best.runs, one.name, best.name) for one in smaller]
+    if study.untested:
+        compared = [replace(one, note="; ".join(filter(None, (one.note, study.untested)))) for one in compared]
     decision = decide([comparison.by_seed for comparison in compared], margin)
     confidence = _confidence(len(smaller))
     return tuple(
@@ -323,13 +362,31 @@ def _tested(smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candi
             by_seed=comparison.by_seed,
             seeds=comparison.seeds,
             difference=mean_interval(comparison.by_seed, confidence) if comparison.by_seed else None,
-            p_value=decision.p_values[i],
-            adjusted_p=decision.adjusted[i],
-            shown=decision.shown[i],
-            needed_n=needed_pairs(comparison.by_seed, margin, ALPHA / len(smaller)),
+            p_value=None if study.untested else decision.p_values[i],
+            adjusted_p=None if study.untested else decision.adjusted[i],
+            shown=decision.shown[i] and not study.untested,
+            needed_n=None if study.untested else needed_pairs(comparison.by_seed, margin, ALPHA / len(smaller)),
             note=comparison.note,
         )
         for i, (one, comparison) in enumerate(zip(smaller, compared, strict=True))
+    )
+
+
+def _by_looks(study: Study, rated: Rated, course: Course, stopping: StoppingConfig) -> Candidate:
+    """Return a candidate as it stands after the last look of its comparison with the control."""
+    look = course.looks[-1] if course.looks else None
+    seen = pairs_seen(study, course)
+    p_value = None if look is None else p_value_of(look.noninferiority, course.noninferiority or "not decided")
+    return Candidate(
+        rated=rated,
+        by_seed=tuple(seen.values()),
+        seeds=tuple(seen),
+        difference=None if look is None else repeated_interval(look, stopping),
+        p_value=p_value,
+        adjusted_p=p_value,
+        shown=course.noninferiority == "supported",
+        needed_n=None,
+        note=ENDS[course.stopped],
     )
 
 

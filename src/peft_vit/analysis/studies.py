@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, unfinished_runs
-from peft_vit.config import ExperimentConfig, LoraConfig, PeftLoraConfig
+from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
+from peft_vit.config import ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig
 from peft_vit.errors import DataWarning
 from peft_vit.methods import METHODS
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo
@@ -101,6 +101,18 @@ class Study:
         """Return whether each seed draws its own test images; runs of one seed share them in any case."""
         return any(run.record.spec.data.tests_by_seed for run in self.runs)
 
+    @property
+    def stopping(self) -> StoppingConfig | None:
+        """Return when its comparisons stop; None: the number of seeds did not depend on results."""
+        return None if self.plan.declared is None else self.plan.declared.stopping
+
+    @property
+    def untested(self) -> str:
+        """Return why tests that take the number of seeds as given decide nothing here; empty if they do."""
+        if self.plan.seeds_added:
+            return f"no verdict: {seeds_in_words(self.plan.seeds_added)} of {self.name} were added after results"
+        return "" if self.stopping is None else "no verdict: looks at results decided how many seeds ran"
+
     def of(self, experiment: str) -> tuple[Run, ...]:
         """Return the finished runs of one experiment, by seed."""
         return self._by_experiment.get(experiment, ())
@@ -142,6 +154,7 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
     notices = (
         *first,
         *_notices(smoke, runs, failed),
+        *_of_seeds(name, plan),
         *_progress(plan, len(runs), len(failed), unfinished),
         *_unplanned(plan, group),
         *_warnings(records),
@@ -191,6 +204,24 @@ def _notices(smoke: bool, runs: tuple[Run, ...], failed: tuple[RunRecord, ...]) 
     return notices + [f"Failed: {_runs(records)}: {reason}" for reason, records in reasons.items()]
 
 
+def _of_seeds(name: str, plan: Plan) -> list[str]:
+    """Say what results had to do with the number of seeds."""
+    notices = []
+    if plan.seeds_added:
+        notices.append(
+            f"Continued: {seeds_in_words(plan.seeds_added)} of {name} were added when results were there, and that "
+            "was not declared. Tests take the number of seeds as given, so nothing here gets a verdict: estimates and "
+            "intervals describe. Only a study with `stopping: {spending: anytime}` may be continued."
+        )
+    if plan.declared is not None and plan.declared.stopping is not None:
+        notices.append(
+            f"Comparisons with {plan.declared.stopping.control} stop when they are decided (`stopping`). Their "
+            "intervals and p-values account for the looks. All other intervals are as if the number of seeds had been "
+            "fixed, and nothing else gets a verdict."
+        )
+    return notices
+
+
 def _progress(plan: Plan, done: int, failed: int, unfinished: Sequence[UnfinishedRun]) -> list[str]:
     """Say which planned runs there is nothing of, and who works on them."""
     notices = [f"In progress: {folder.owner}." for folder in plan.folders if folder.owner is not None]
@@ -200,6 +231,8 @@ def _progress(plan: Plan, done: int, failed: int, unfinished: Sequence[Unfinishe
         for state in ("running", "pending", "skipped", "missing")
     }
     missing = runs_in.pop("missing")
+    if plan.declared is not None:  # then what is left out is left to the looks
+        runs_in.pop("skipped")
     open_ = sum(map(len, runs_in.values()))
     if open_:
         which = ". ".join(f"{state.capitalize()}: {runs_in_words(runs)}" for state, runs in runs_in.items() if runs)

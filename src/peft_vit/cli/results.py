@@ -99,12 +99,14 @@ def findings(
     from peft_vit.analysis.findings import all_findings, unknown_registrations
     from peft_vit.analysis.hypotheses import load_registry
     from peft_vit.report.findings_tables import print_findings
+    from peft_vit.report.stopping_table import print_stopping
 
     registry = load_registry(hypotheses)
     results = load_results(results_dir)
     print_findings(
         all_findings(results.studies, registry), unknown_registrations(results.studies, registry.digests), output
     )
+    print_stopping(results.studies)
     say_left_out(results)
 
 

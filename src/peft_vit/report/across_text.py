@@ -130,7 +130,7 @@ def _pooled(rows: Sequence[PooledDifference], reference: str) -> Table:
                 "mean over studies": _points(row.pooled.interval),
                 "ahead in": f"{row.ahead} of {len(row.studies)}",
                 "p (Holm)": "–" if row.adjusted_p is None else f"{row.adjusted_p:.2g}",
-                "more accurate?": row.verdict,
+                "more accurate?": row.verdict + (f" ({row.untested})" if row.untested else ""),
                 "interquartile mean": _points(row.interquartile, row.interquartile_note),
                 "mixed model": points_interval(fit) if (fit := _mixed(row)) else f"– ({row.mixed.note})",
             }

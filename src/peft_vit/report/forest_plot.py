@@ -146,7 +146,9 @@ def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawin
         margin: a difference, as a share, below which one does not matter; drawn as a band around 0.
     """
     methods: dict[str, str] = {m.experiment.name: m.experiment.method for m in analysis.methods}
-    found = {}
+    found: dict[str, Drawing] = {}
+    if analysis.study.stopping is not None:
+        return found  # their courses are drawn
     for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
         paired = [
             (c, c.difference) for c in analysis.comparisons if c.reference == reference and c.difference is not None

@@ -20,7 +20,7 @@ def progress(study: Study) -> tuple[Block, ...]:
     if not runs:
         return ()
     planned = () if study.runs else (_planned_table(study),)
-    return (*planned, _not_done_table(study, runs), Paragraph(_how_to_go_on(runs)))
+    return (*planned, _not_done_table(study, runs), Paragraph(_how_to_go_on(study, runs)))
 
 
 def runs_fact(study: Study) -> str:
@@ -38,7 +38,9 @@ def _not_done(study: Study) -> list[UnfinishedRun]:
         UnfinishedRun(record.spec.experiment.name, record.spec.seed, "failed", why_unfinished(record))
         for record in study.failed
     ]
-    runs = [*failed, *study.unfinished]
+    # Where comparisons stop, what is skipped is not needed, or not yet.
+    left = [run for run in study.unfinished if run.state != "skipped" or study.stopping is None]
+    runs = [*failed, *left]
     return sorted(runs, key=lambda run: (place.get(run.experiment, len(place)), run.experiment, run.seed))
 
 
@@ -101,13 +103,14 @@ def _not_done_table(study: Study, runs: list[UnfinishedRun]) -> Table:
     )
 
 
-def _how_to_go_on(runs: list[UnfinishedRun]) -> str:
+def _how_to_go_on(study: Study, runs: list[UnfinishedRun]) -> str:
     states = {run.state for run in runs}
+    looks = "" if study.stopping is None else " --until-decided"
     sentences = []
     if states & {"failed", "pending", "skipped", "missing"}:
         sentences.append(
-            "To go on: peft-vit run CONFIG --output DIR, with this study's configuration file and the directory "
-            "that holds its folder; it does what is not done, and tries again what has failed."
+            f"To go on: peft-vit run CONFIG --output DIR{looks}, with this study's configuration file and the "
+            "directory that holds its folder; it does what is not done, and tries again what has failed."
         )
     if "left out" in states:
         sentences.append(

@@ -73,18 +73,26 @@ def _asked(found: Recommendation) -> Iterator[str]:
     best, study = found.best, found.study
     seeds = counted(len(best.seeds), "seed")
     yield (
-        f"Study {study.label}. Best by validation: {best.name}, mean validation accuracy "
+        f"Study {study.label}. {_reference(found)}: {best.name}, mean validation accuracy "
         f"{percent(best.validation_accuracy)} ({seeds}); {_cost(best)}."
     )
     rated = (*(one.rated for one in found.candidates), *found.outside, *found.larger)
     if uneven := [one for one in rated if set(one.seeds) != set(best.seeds)]:
         listed = joined(f"{one.name} {_seeds(one)}" for one in uneven)
-        yield f"Validation means are over different seeds than the best's ({_seeds(best)}): {listed}."
+        yield f"Validation means are over different seeds than {_whom(found)}'s ({_seeds(best)}): {listed}."
     limits = joined(_limit(fault) for fault in found.limits.given(best.cost)) or "none"
     yield (
         f"Asked: the smallest by {_ORDER[found.measure]} that loses less than {_points(found)} of test accuracy "
         f"against it. Limits: {limits}."
     )
+
+
+def _whom(found: Recommendation) -> str:
+    return "the best" if found.study.stopping is None else "the control"
+
+
+def _reference(found: Recommendation) -> str:
+    return "Best by validation" if found.study.stopping is None else "Control of its comparisons, which stop"
 
 
 def _latency_source(found: Recommendation, exported: ExportedLatency) -> str:
@@ -109,7 +117,7 @@ def _answer(found: Recommendation) -> Iterator[str]:
             yield f"Nearest to {_limit(fault)}: {rated.name} with {_value(fault)}."
     elif found.outcome == "best":
         yield (
-            f"Recommended: {best.name}, the best itself: nothing within the limits is smaller {_CLEARLY}, so no "
+            f"Recommended: {best.name}, {_whom(found)} itself: nothing within the limits is smaller {_CLEARLY}, so no "
             "test was needed."
         )
     elif found.chosen is not None:
@@ -149,7 +157,6 @@ def _not_decided(found: Recommendation) -> Iterator[str]:
 
 
 def _tested_table(found: Recommendation) -> Table:
-    interval = f"{100 * found.confidence:.4g} %"
     return Table.of(
         "recommendation",
         "Candidates, smallest first",
@@ -161,25 +168,40 @@ def _tested_table(found: Recommendation) -> Table:
                 "difference (points)": points_interval(one.difference),
                 "n": str(len(one.seeds)),
                 "p (Holm)": "–" if one.adjusted_p is None else f"{one.adjusted_p:.2g}",
-                "loses less than asked?": _verdict(one, found.margin) + (f" ({one.note})" if one.note else ""),
+                "loses less than asked?": _verdict(one, found) + (f" ({one.note})" if one.note else ""),
             }
             for one in found.candidates
         ),
-        f"Test accuracy, candidate minus {found.best.name}, n pairs by seed; negative is a loss. One-sided "
-        f"non-inferiority t test against {_points(found)} at 5 %, {_family(found)}. The {interval} t intervals "
-        "hold for all candidates at once. 'Would do': 80 % power, if mean and spread stayed what they are.",
+        f"Test accuracy, candidate minus {found.best.name}, n pairs by seed; negative is a loss. {_how_tested(found)}",
     )
 
 
-def _verdict(one: Candidate, margin: float) -> str:
+def _how_tested(found: Recommendation) -> str:
+    interval, stopping = f"{100 * found.confidence:.4g} %", found.study.stopping
+    if stopping is not None:
+        return (
+            f"Looks at declared numbers of seeds asked for a loss below {_points(found)}, at {100 * stopping.level:g} "
+            f"% one-sided over all looks and comparisons; the repeated {interval} intervals hold over all looks."
+        )
+    return (
+        f"One-sided non-inferiority t test against {_points(found)} at 5 %, {_family(found)}. The {interval} t "
+        "intervals hold for all candidates at once. 'Would do': 80 % power, if mean and spread stayed what they are."
+    )
+
+
+def _verdict(one: Candidate, found: Recommendation) -> str:
     if one.shown:
         return "shown"
+    if found.study.untested and found.study.stopping is None:
+        return "not decided"
     if len(one.seeds) < 2:
         return f"not decided: {counted(len(one.seeds), 'pair')}, the test needs 2 and more"
     if one.p_value is None:
         return "not decided: the differences have no spread, which the test needs"
-    if one.difference is not None and one.difference.high is not None and one.difference.high < -margin:
+    if one.difference is not None and one.difference.high is not None and one.difference.high < -found.margin:
         return "no, the whole interval lies below"
+    if found.study.stopping is not None:
+        return "not decided"
     if one.needed_n is None:
         return "not decided, and the estimate gives no n up to 1000 that would do"
     return f"not decided; n = {one.needed_n} would do"
@@ -190,7 +212,8 @@ def _not_tested(found: Recommendation) -> Iterator[str]:
         broken = "; ".join(_broken(fault) for fault in one.faults)
         yield f"Outside the limits: {one.name}: {broken}."
     if found.larger and found.outcome != "nothing within":
-        yield f"Not smaller than the best {_CLEARLY}, so not tested: {', '.join(one.name for one in found.larger)}."
+        names = ", ".join(one.name for one in found.larger)
+        yield f"Not smaller than {_whom(found)} {_CLEARLY}, so not tested: {names}."
 
 
 def recommended_yaml(found: Recommendation) -> str | None:
@@ -198,7 +221,8 @@ def recommended_yaml(found: Recommendation) -> str | None:
     chosen = found.chosen
     if chosen is None:
         return None
-    why = f"the best by validation; nothing within the limits is smaller {_CLEARLY}"
+    best = "the best by validation" if found.study.stopping is None else "the control"
+    why = f"{best}; nothing within the limits is smaller {_CLEARLY}"
     if found.outcome == "smaller":
         why = f"shown to lose less than {_points(found)} of test accuracy against {found.best.name}"
     comments = [f"{chosen.name} of study {found.study.label}, made again from its records: {why}."]
@@ -212,6 +236,8 @@ def _seeds(rated: Rated) -> str:
 
 
 def _family(found: Recommendation) -> str:
+    if found.study.stopping is not None:
+        return "over all looks and comparisons"
     family = len(found.candidates)
     return f"Holm over {family} candidate{'' if family == 1 else 's'}"
 

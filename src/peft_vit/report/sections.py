@@ -27,6 +27,7 @@ from peft_vit.report.plot_selection import leading, selection_note, validation_m
 from peft_vit.report.progress import progress
 from peft_vit.report.reliability import reliability_diagram
 from peft_vit.report.scatter import accuracy_by_bytes, accuracy_by_parameters, pareto_panels
+from peft_vit.report.stopping_plot import stopping_blocks
 
 MAPS = 6
 _EVERY_RUN = " `peft-vit export --format history` writes those of every run."
@@ -160,6 +161,7 @@ def _methods(analysis: Analysis) -> Iterator[Block]:
     methods = analysis.methods
     yield accuracy_by_method(analysis.study, methods)
     yield tables.accuracy_table(methods)
+    yield from stopping_blocks(analysis.study, analysis.courses, validation_means(methods))
     forest = forests(analysis)
     for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
         if reference in forest:

@@ -178,14 +178,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     study = analysis.study
     if not study.runs:
         return ("Not at all: there is no finished run that anything could be computed from.",)
-    tested = [c for c in analysis.findings if c.test != "none"]
-    decided = [c for c in tested if c.verdict != "not decided"]
-    needed = minimum_n_wilcoxon(ALPHA)
-    sentences = [
-        f"{len(decided)} of {len(tested)} tested findings are decided by these runs "
-        f"({counted(len(study.seeds), 'seed')}). A single comparison can be decided from n = {needed} "
-        "seeds on, several at once need more."
-    ]
+    sentences = [_how_decided(analysis)]
     best = best_on_validation(analysis.methods)
     run = study.runs[0] if best is None else study.of(best.experiment.name)[0]
     image = proportion_interval(round(run.test.accuracy * run.test.n), run.test.n)
@@ -205,6 +198,23 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
             f"On top comes the choice of test images: {alone}these images, so this matters less for differences."
         )
     return tuple(sentences)
+
+
+def _how_decided(analysis: Analysis) -> str:
+    study, stopping = analysis.study, analysis.study.stopping
+    if stopping is not None:
+        ended = sum(course.stopped is not None for course in analysis.courses)
+        of = f"{ended} of {len(analysis.courses)} comparisons with {stopping.control}"
+        return f"{of} have stopped, by looks at declared numbers of seeds; nothing else is tested."
+    if study.untested:
+        return f"Nothing is decided: {study.untested}."
+    tested = [c for c in analysis.findings if c.test != "none"]
+    decided = [c for c in tested if c.verdict != "not decided"]
+    return (
+        f"{len(decided)} of {len(tested)} tested findings are decided by these runs "
+        f"({counted(len(study.seeds), 'seed')}). A single comparison can be decided from "
+        f"n = {minimum_n_wilcoxon(ALPHA)} seeds on, several at once need more."
+    )
 
 
 def _other_images(study: Study) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from typing import Any
 
 from peft_vit.analysis import Comparison, MethodResult
-from peft_vit.analysis.comparison import outcome
+from peft_vit.analysis.comparison import BY_LOOKS, outcome
 from peft_vit.report.document import UNSEEN, Cell, Raw, Row, Table
 from peft_vit.report.formatting import (
     count,
@@ -25,6 +25,9 @@ OVER_SEEDS = f"95 % t intervals in brackets: {OTHER_SEEDS}."
 FAMILY_NOTE = (
     "The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over the rows of "
     "this table; the 95 % t interval beside it describes what other seeds would change."
+)
+LOOKS_NOTE = (
+    "Looks at declared numbers of seeds decide; intervals and p-values account for them, and for all comparisons."
 )
 
 
@@ -157,9 +160,9 @@ def quality_table(methods: Sequence[MethodResult]) -> Table:
 def comparison_table(comparisons: Sequence[Comparison], reference: str) -> Table:
     """Return paired differences against one reference."""
     against = [c for c in comparisons if c.reference == reference]
-    note = (
-        f"Differences in test accuracy between runs that share seed, weights and images; n counts pairs. {FAMILY_NOTE}"
-    )
+    looks = any(c.significance is not None and c.significance.test == BY_LOOKS for c in against)
+    note = "Differences in test accuracy between runs that share seed, weights and images; n counts pairs. "
+    note += LOOKS_NOTE if looks else FAMILY_NOTE
     return differences_table(f"against_{reference}", f"Differences to {reference}, paired by seed", against, note)
 
 

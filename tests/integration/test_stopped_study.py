@@ -1,0 +1,179 @@
+"""Commands on a study whose comparisons stopped, and on one that was continued: verdicts allow for it or fail."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted_runs import PlantedRuns
+
+from peft_vit.analysis import load_results
+from peft_vit.analysis.stopping import compare_all, study_courses
+from peft_vit.config import study_from_mapping
+from peft_vit.statistics import Course
+from peft_vit.studies.until_decided import run_until_decided
+
+pytestmark = pytest.mark.part("statistics")
+
+NOISE = (0.9, -1.1, 0.3, -0.6, 1.4, -0.8, 0.1, 0.7, -1.3, 0.4)  # points
+LEAD = {"ahead": 6.0, "level": 0.2, "behind": -6.0}  # of the control, points
+
+
+def mapping(**changes: Any) -> dict[str, Any]:
+    training = {"steps": 6, "validate_every": 6, "batch_size": 12, "learning_rate": 1e-3}
+    return {
+        "name": "stopped",
+        "seeds": list(range(10)),
+        "threads": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "backbone": {"model": "test_vit", "weights": "random"},
+        "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 20},
+        "experiments": [
+            {"name": name, "method": "lora", "lora": {"rank": 4 - place}, "training": training}
+            for place, name in enumerate(("base", "ahead", "level"))
+        ]
+        + [{"name": "behind", "method": "linear", "training": {}}],
+        **changes,
+    }
+
+
+def accuracy(name: str, seed: int) -> float:
+    return 0.7 + 0.001 * seed + (LEAD[name] + NOISE[seed % 10] if name in LEAD else 0.0) / 100
+
+
+LOOKS = {"control": "base", "margin": 1.0, "looks": [4, 7, 10], "futility": 0}
+
+
+def plant(patch: pytest.MonkeyPatch) -> None:
+    """Let every run end at once with the accuracy that is planted for it."""
+    patch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: PlantedRuns(accuracy))
+    patch.setattr("peft_vit.studies.executors.decode_images", lambda _: None)
+
+
+@pytest.fixture
+def planted_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, _session_cache: str) -> Path:
+    """Return the results of a study of which two comparisons were decided at the second look, and one never."""
+    out = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_VIT_CACHE", _session_cache)
+        plant(patch)
+        study = study_from_mapping(mapping(stopping=LOOKS), file=Path("stopped.yaml"))
+        run_until_decided(study, out, file=Path("stopped.yaml"))
+    return out
+
+
+def course_of(directory: Path, name: str) -> Course:
+    (study,) = load_results(directory).studies
+    return next(course for course in study_courses(study) if course.name == name)
+
+
+def findings_of(command, directory: Path, file: Path) -> list[dict[str, Any]]:
+    command("findings", directory, "--output", file)
+    return json.loads(file.read_text())
+
+
+def test_findings_decide_by_looks_alone(command, stopped, tmp_path) -> None:
+    lines = command("findings", stopped).out.splitlines()
+    place = lines.index("Comparisons with base that stop")
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[place + 4 : place + 7]}
+    ahead, level = course_of(stopped, "ahead").looks[-1], course_of(stopped, "level").looks[-1]
+    assert rows["ahead"] == (
+        f"7 +6.0 [+4.8, +7.2] supported (p = {ahead.noninferiority.p_value:.3g}) "
+        f"supported (p = {ahead.superiority.p_value:.3g}) decided"
+    )
+    assert rows["level"].startswith(f"10 +0.2 [−{-100 * level.low:.1f}, +{100 * level.high:.1f}] supported")
+    assert rows["level"].endswith("at the last look")
+    assert rows["behind"].startswith("7 −6.0 [−7.2, −4.8] refuted")
+    tested = [one for one in findings_of(command, stopped, tmp_path / "f.json") if one["estimate"] is not None]
+    told = [one for one in tested if "looks at results decided how many seeds ran" in one["outcome"]]
+    assert told
+    assert {(one["verdict"], one["p_holm"]) for one in told} == {("not decided", None)}
+    assert all(one["p_holm"] is None for one in tested)
+
+
+def test_a_recommendation_rests_on_looks(command, refused, stopped) -> None:
+    said = command("recommend", stopped, "--smallest", "params").out
+    level = course_of(stopped, "level").looks[-1]
+    assert "Control of its comparisons, which stop: base" in said
+    assert "Recommended: level. Test accuracy against base: +0.2 [" in said
+    assert f"rejected with p = {level.noninferiority.p_value:.2g} (over all looks and comparisons)" in said
+    assert "repeated 90 % intervals" in said
+    wrong = refused("recommend", stopped, "--smallest", "params", "--margin", 2)
+    assert "asked for a margin of 1 points, not 2; give --margin 1" in wrong
+
+
+def test_studies_are_compared_by_what_each_declared(command, stopped, planted_runs, tmp_path) -> None:
+    file = tmp_path / "plain.yaml"
+    file.write_text(json.dumps(mapping(name="plain", seeds=list(range(20, 27)))))
+    command("run", file, "--output", tmp_path / "plain")
+    said = command("compare", stopped, tmp_path / "plain", "--reference", "base", "--allow-mismatch", "splits").out
+    p_value = course_of(stopped, "ahead").looks[-1].superiority.p_value
+    (looked,) = [line for line in said.splitlines() if line.startswith(" ahead") and " stopped " in line]
+    assert f"supported (p = {p_value:.2g})" in looked
+    assert "+6.0 [+4.8, +7.2]" in looked
+    (fixed,) = [line for line in said.splitlines() if line.startswith(" ahead") and " plain " in line]
+    assert "supported (p = 0.047)" in fixed  # 3 x 2 / 2^7, the exact test of seven pairs over three comparisons
+    pooled = said[said.index("Over studies") :]
+    assert "not decided (no verdict: looks at results decided how many seeds ran)" in pooled
+    assert "supported" not in pooled
+
+
+def test_the_report_draws_courses_against_their_bounds(command, stopped, tmp_path) -> None:
+    command("report", stopped, "--output", tmp_path, "--no-examples")
+    with (tmp_path / "figures" / "stopped_courses.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    courses = [course_of(stopped, name) for name in LEAD]
+    looks = [look for course in courses for look in course.looks]
+    assert [int(row["pairs"]) for row in rows] == [4, 7, 4, 7, 10, 4, 7]
+    for name, value in (
+        ("difference", lambda look: look.difference),
+        ("difference_low", lambda look: look.low),
+        ("superiority_upper_bound", lambda look: look.superiority.upper_bound),
+        ("noninferiority_lower_bound", lambda look: look.noninferiority.lower_bound),
+        ("superiority_p", lambda look: look.superiority.p_value),
+    ):
+        assert [float(row[name]) for row in rows] == pytest.approx([value(look) for look in looks])
+    page = (tmp_path / "report.html").read_text()
+    assert 'role="img" aria-label="Courses of the comparisons with base"' in page
+    assert "10 pairs: +0.2 [" in page  # what a pointer is told
+    summary = (tmp_path / "analysis_summary.md").read_text()
+    assert "![Courses of the comparisons with base](figures/stopped_courses.png)" in summary
+    assert "Comparisons with base stop when they are decided" in summary
+    assert "3 of 3 comparisons with base have stopped" in summary
+    assert "Incomplete" not in summary, "what was not needed is not missing"
+    assert "How far from base" not in summary, "no figure has intervals of a fixed number of seeds beside these"
+
+
+def test_a_study_that_was_continued_gets_no_verdict(command, planted_runs, tmp_path) -> None:
+    file, out = tmp_path / "plain.yaml", tmp_path / "out"
+
+    def run(seeds: int) -> tuple[set[str], str]:
+        file.write_text(json.dumps(mapping(name="plain", seeds=list(range(seeds)))))
+        command("run", file, "--output", out)
+        (study,) = load_results(out).studies
+        return {one.verdict for one in compare_all(study, "base")}, " ".join(study.notices)
+
+    verdicts, notices = run(7)
+    assert {"supported", "refuted"} <= verdicts
+    assert "Continued" not in notices
+    verdicts, notices = run(9)
+    assert verdicts == {"not decided"}
+    assert "Continued: seeds 7, 8 of plain were added when results were there" in notices
+    reason = "no verdict: seeds 7, 8 of plain were added after results"
+    found = [one for one in findings_of(command, out, tmp_path / "f.json") if one["outcome"] == reason]
+    assert found
+    assert {(one["verdict"], one["p_holm"]) for one in found} == {("not decided", None)}
+    said = command("recommend", out, "--smallest", "params").out
+    assert "Not decided" in said
+    assert f"not decided ({reason})" in said
+    command("report", out, "--output", tmp_path / "report", "--no-examples")
+    assert f"Nothing is decided: {reason}." in (tmp_path / "report" / "analysis_summary.md").read_text()
