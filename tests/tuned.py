@@ -1,7 +1,7 @@
 """What a tuning of the tiny model comes to: a choice as a race would hand it over, from runs that were really done."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference:
     data = {"dataset": "image-folder", "path": str(images), "images_file": str(sealed), "image_size": 32}
     studies = folder / "studies"
     on_folds = _done("race", [chosen], range(FOLDS), data | {"validation_images": 6, "folds": FOLDS}, weights, studies)
-    final = _done("final", list({chosen: 1, reference: 1}), [0], data | {"validation_images": 6}, weights, studies)
+    everything = data | {"validation_images": 0}  # nothing is chosen any more
+    final = _done("final", list({chosen: 1, reference: 1}), [0], everything, weights, studies, probe_l2=0.01)
     rule = StoppingRule("non-inferiority", 0.2, looks=(3, 6))
     (course,) = follow({chosen: [0.1, 0.0, 0.05]}, rule)
     names = {chosen: 1, reference: 1, "full": 1}
@@ -80,9 +81,16 @@ def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference:
 
 
 def _done(
-    study: str, names: list[str], seeds: range | list[int], data: Mapping[str, Any], weights: Path, results: Path
+    study: str,
+    names: list[str],
+    seeds: Iterable[int],
+    data: Mapping[str, Any],
+    weights: Path,
+    results: Path,
+    probe_l2: float | None = None,
 ) -> dict[str, list[Path]]:
-    training = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
+    fitted = {} if probe_l2 is None else {"probe_l2": probe_l2}
+    training = {"steps": 8, "batch_size": 8, "learning_rate": 1e-2}
     mapping = {
         "name": study,
         "seeds": list(seeds),
@@ -92,7 +100,9 @@ def _done(
         "backbone": {"model": "test_vit", "weights": "file", "file": str(weights)},
         "data": data,
         "measures": {"logits": True},
-        "experiments": [{"name": name, "training": training, **EXPERIMENTS[name]} for name in names],
+        "experiments": [
+            {"name": name, **EXPERIMENTS[name], "training": fitted if name == "linear" else training} for name in names
+        ],
     }
     file = results / f"{study}.yaml"
     found: dict[str, list[Path]] = {}

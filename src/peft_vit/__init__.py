@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_vit.allocation.adalora_controller import AdaLoRAController
+    from peft_vit.api import train
     from peft_vit.config import AdaLoraConfig, QaLoraConfig
     from peft_vit.training.adaptive_bits import allocate_bits
     from peft_vit.training.qa_lora import QALoRATrainer
 
-__all__ = ["AdaLoRAController", "AdaLoraConfig", "QALoRATrainer", "QaLoraConfig", "allocate_bits"]
+__all__ = ["AdaLoRAController", "AdaLoraConfig", "QALoRATrainer", "QaLoraConfig", "allocate_bits", "train"]
 
 _HOME = {
     "AdaLoRAController": "peft_vit.allocation.adalora_controller",
@@ -17,6 +18,7 @@ _HOME = {
     "AdaLoraConfig": "peft_vit.config",
     "QaLoraConfig": "peft_vit.config",
     "allocate_bits": "peft_vit.training.adaptive_bits",
+    "train": "peft_vit.api",
 }
 
 

@@ -3,24 +3,27 @@
 import dataclasses
 import re
 from functools import partial
+from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 from tuned import choice_of, write_images
 from written_runs import run_and_write
 
+from peft_vit.api import Tuned
 from peft_vit.config import load_study
 from peft_vit.data import load_data
-from peft_vit.deployment import open_exported
+from peft_vit.deployment import Calibrated, open_exported
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record, write_atomically
 from peft_vit.runs.bench import bench
 from peft_vit.statistics import paired_proportions, proportion_interval
 from peft_vit.studies import plan_study
 from peft_vit.tuning import forms
-from peft_vit.tuning.output import leave
+from peft_vit.tuning.output import leave, left_in
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
 
@@ -38,13 +41,19 @@ def choice(weights: Path, _session_cache: str, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def left(choice: Choice, _session_cache: str):
-    """Leave it, with few calls timed, and by onnxruntime alone."""
+    """Leave it for onnxruntime alone, with made-up seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
-        patch.setattr(forms, "bench", partial(bench, rounds=2, repeats=1))
+        patch.setattr(forms, "bench", lambda files: [row(file, 0.012) for file in files])
         patch.setattr(forms, "has_openvino", lambda: False)
         said: list[str] = []
         return leave(choice, choice.request.output, said.append), said
+
+
+def row(file: Path, seconds: float) -> object:
+    """Return what a timing says."""
+    names = {"file": str(file), "median_s": seconds, "low_s": seconds, "high_s": seconds, "processor": "one"}
+    return type("Row", (), names)
 
 
 def final(choice: Choice, name: str) -> RunRecord:
@@ -134,6 +143,29 @@ def test_numbers_on_the_sealed_images(choice, left) -> None:
         assert one.sealed == proportion_interval(inside, len(truth))
 
 
+def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
+    tuned = Tuned(choice, left_in(choice.request.output))
+    folder = choice.request.images / "class_0"
+    by_path = tuned.predict(folder, coverage=0.8)
+    assert [one.file for one in by_path] == sorted(folder.iterdir())
+    array = np.asarray(Image.open(folder / "01.png"))
+    by_array = tuned.predict([array, str(folder / "01.png")], coverage=0.8)
+    assert by_array[0].file is None
+    assert dataclasses.replace(by_array[0], file=folder / "01.png") == by_array[1]
+    assert by_array[1].probability == pytest.approx(by_path[1].probability, abs=1e-5)  # of another batch
+    (grey,) = tuned.predict(array[..., 0])
+    assert grey.classes == ()
+    with pytest.raises(UserError, match=r"coverage: expected 0\.8 to 0\.97"):
+        tuned.predict(array, coverage=0.99)
+    with pytest.raises(UserError, match=r"images: expected an image .* got \(20, 30, 3\) float64"):
+        tuned.predict(array / 255)
+    with pytest.raises(UserError, match=r"nothing\.png"):
+        tuned.predict("nothing.png")
+    assert tuned._repr_html_() == tuned.report._repr_html_()
+    shown = re.fullmatch(r'<iframe srcdoc="([^"]*)" [^>]*></iframe>', tuned.report._repr_html_())
+    assert unescape(shown[1]) == Path(tuned.report).read_text() == left[0].report.read_text()
+
+
 def test_records_without_logits_are_refused(choice) -> None:
     record = final(choice, "linear")
     without = record.model_copy(update={"predictions": record.predictions.model_copy(update={"logits": None})})
@@ -159,10 +191,7 @@ def made_up(monkeypatch, run_of):
         return type("Done", (), {"comparison": None})
 
     def time_them(files):
-        rows = [(str(file), SIZES_AND_SECONDS[taken[str(file)]][1]) for file in files]
-        return [
-            type("Row", (), {"file": f, "median_s": s, "low_s": s, "high_s": s, "processor": "one"}) for f, s in rows
-        ]
+        return [row(file, SIZES_AND_SECONDS[taken[str(file)]][1]) for file in files]
 
     lost = dataclasses.make_dataclass("Lost", ["images", "accuracy_loss"])
     loss = {"share": 0.0}
@@ -216,12 +245,15 @@ def test_of_forms_that_are_as_fast_the_smallest_is_taken(made_up, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_a_packed_model_is_written_in_every_form(images, weights, tmp_path, monkeypatch) -> None:
+def test_a_packed_model_is_written_and_timed_in_every_form_of_onnx(run_of, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(forms, "bench", partial(bench, rounds=2, repeats=1))
-    monkeypatch.setattr(forms, "_INT8_FOLDS", 1)
-    choice = choice_of(images, weights, tmp_path, "int4", "int4")
-    found = leave(choice, tmp_path, lambda _: None)
-    assert len(found.forms) == 4
-    assert all(one.bytes or "points on" in one.left_out for one in found.forms)
-    assert open_exported(found.model).card.calibrated is not None
-    assert "It is itself the reference" in found.report.read_text()
+    monkeypatch.setattr(forms, "has_openvino", lambda: False)
+    known = Calibrated(images=60, temperature=3.0, coverages=(0.8,), thresholds=(0.4,))
+    run = run_of("int4")
+    found = forms.export_fastest(run, tmp_path, calibrated=known, fold_runs=[run])
+    packed, fast, int8 = found.forms
+    assert packed.bytes < fast.bytes
+    assert all(form.median_s > 0 and form.comparison.same_predictions > 0.9 for form in (packed, fast))
+    assert found.int8_loss is not None
+    assert (int8.bytes is None) == (found.int8_loss > 0.005)
+    assert open_exported(found.model).card.calibrated == known

@@ -33,11 +33,10 @@ def say_left_out(results: Results) -> None:
 def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
     """Get pictures of a run's images, if they are on this machine; only here does a report need torch."""
     try:
-        from peft_vit.data import thumbnails
+        from peft_vit.data import thumbnails_of
     except ImportError as error:
         raise UserError(f"the images can't be opened here ({error})") from None
-    spec, origin = record.spec, record.provenance
-    return thumbnails(spec.data, positions, data_sha256="" if origin is None else origin.data_sha256, smoke=spec.smoke)
+    return thumbnails_of(record, positions)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from peft_vit.data.files import IMAGE_SUFFIXES
 from peft_vit.data.folds import deal_folds
 from peft_vit.data.images import LabelledImages, SealedImages, normalised
 from peft_vit.data.index import ImageIndex
-from peft_vit.data.loading import Data, load_data, smoke_config, thumbnails
+from peft_vit.data.loading import Data, load_data, smoke_config, thumbnails, thumbnails_of
 from peft_vit.data.look import Seen, images_file, look_at
 from peft_vit.data.pixels import to_pixels
 from peft_vit.data.registry import DATASETS, DatasetInfo, open_index
@@ -38,5 +38,6 @@ __all__ = [
     "smoke_config",
     "stratified_draw",
     "thumbnails",
+    "thumbnails_of",
     "to_pixels",
 ]

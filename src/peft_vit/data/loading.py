@@ -19,6 +19,7 @@ from peft_vit.data.splits import make_splits
 from peft_vit.data.synthetic import CLASS_COUNTS
 from peft_vit.errors import UserError
 from peft_vit.packages import no_downloads
+from peft_vit.records import RunRecord
 
 _SMALLEST_IMAGE = 14  # DataConfig.image_size accepts nothing below
 _THUMBNAIL_SIDE = 96  # pixels
@@ -110,6 +111,12 @@ def thumbnails(config: DataConfig, positions: Sequence[int], *, data_sha256: str
     if index.sha256 != data_sha256 or not all(0 <= position < len(index.labels) for position in positions):
         raise UserError(f"the images of {config.dataset} on this machine are not those of the run", field="data")
     return [_png(index.read(position), index.channels) for position in positions]
+
+
+def thumbnails_of(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
+    """Return `thumbnails` of images that a run saw."""
+    spec, origin = record.spec, record.provenance
+    return thumbnails(spec.data, positions, data_sha256="" if origin is None else origin.data_sha256, smoke=spec.smoke)
 
 
 def _png(image: Image.Image, channels: int) -> bytes:

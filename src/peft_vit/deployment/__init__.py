@@ -13,6 +13,7 @@ from peft_vit.deployment.predicting import (
     check_coverage,
     open_exported,
     predict_files,
+    predict_images,
     torch_classifier,
 )
 from peft_vit.deployment.pretrained import load_pretrained, save_pretrained
@@ -36,6 +37,7 @@ __all__ = [
     "open_onnx",
     "open_openvino",
     "predict_files",
+    "predict_images",
     "require_onnx_export",
     "require_openvino_export",
     "save_low_bit",

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE
@@ -27,6 +29,7 @@ from peft_vit.safe_io import read_bytes
 from peft_vit.statistics import probabilities
 
 _BATCH = 32
+_Image: TypeAlias = Path | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Classifier:
 class Prediction:
     """The most probable class of one image. Probabilities are calibrated if the model's file says how."""
 
-    file: Path
+    file: Path | None  # None: of an array
     class_name: str
     probability: float
     classes: tuple[tuple[str, float], ...] = ()  # its set, with a coverage: names and probabilities, from the largest
@@ -143,15 +146,43 @@ def predict_files(
         paths: of images, and of folders, of which all images, those below too, are taken in the order of their paths.
         coverage: how often the true class is to be in an image's set, see `check_coverage`; None: no sets.
     """
-    remaining = iter(_files(paths))
+    return _predictions(classifier, _files(paths), coverage)
+
+
+def predict_images(
+    classifier: Classifier, images: Iterable[Path | NDArray[np.uint8]], coverage: float | None = None
+) -> list[Prediction]:
+    """Return one prediction an image, in their order.
+
+    Args:
+        classifier: what is asked.
+        images: paths as of `predict_files`, and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
+        coverage: see `predict_files`.
+
+    Raises:
+        UserError: for the first image that can't be read, or an array that is none.
+    """
+    found = []
+    for outcome in _predictions(classifier, _files(images), coverage):
+        if isinstance(outcome, UserError):
+            raise outcome
+        found.append(outcome)
+    return found
+
+
+def _predictions(
+    classifier: Classifier, images: Iterable[_Image | UserError], coverage: float | None
+) -> Iterator[Prediction | UserError]:
+    remaining = iter(images)
     while chunk := list(islice(remaining, _BATCH)):
-        read = [_pixels(file, classifier.card) if isinstance(file, Path) else file for file in chunk]
-        images = [array for array in read if isinstance(array, np.ndarray)]
-        rows = iter(class_probabilities(classifier, np.stack(images)) if images else ())
-        for file, array in zip(chunk, read, strict=True):
+        read = [one if isinstance(one, UserError) else _pixels(one, classifier.card) for one in chunk]
+        pixels = [array for array in read if isinstance(array, np.ndarray)]
+        rows = iter(class_probabilities(classifier, np.stack(pixels)) if pixels else ())
+        for image, array in zip(chunk, read, strict=True):
             if isinstance(array, UserError):
                 yield array
-            elif isinstance(file, Path):
+            else:
+                file = image if isinstance(image, Path) else None
                 yield _prediction(file, next(rows), classifier.card, coverage)
 
 
@@ -169,7 +200,7 @@ def check_coverage(card: ModelCard, coverage: float) -> None:
     card.calibrated.threshold(coverage)
 
 
-def _prediction(file: Path, row: NDArray[np.float64], card: ModelCard, coverage: float | None) -> Prediction:
+def _prediction(file: Path | None, row: NDArray[np.float64], card: ModelCard, coverage: float | None) -> Prediction:
     """Return what probabilities (classes,) say."""
     best = int(row.argmax())
     classes: tuple[tuple[str, float], ...] = ()
@@ -181,9 +212,9 @@ def _prediction(file: Path, row: NDArray[np.float64], card: ModelCard, coverage:
     return Prediction(file, card.class_names[best], float(row[best]), classes)
 
 
-def _files(paths: Iterable[Path]) -> Iterator[Path | UserError]:
-    for path in paths:
-        if not os.path.isdir(path):
+def _files(images: Iterable[_Image]) -> Iterator[_Image | UserError]:
+    for path in images:
+        if isinstance(path, np.ndarray) or not os.path.isdir(path):
             yield path
             continue
         found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
@@ -192,14 +223,26 @@ def _files(paths: Iterable[Path]) -> Iterator[Path | UserError]:
             yield UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)})", file=path)
 
 
-def _pixels(file: Path, card: ModelCard) -> np.ndarray | UserError:
+def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
     """Return an image as training would see it, (S, S, C) uint8."""
     try:
-        return to_pixels(
-            decode_image(lambda: read_bytes(file), str(file)), card.image_size, card.channels, card.interpolation
-        )
+        decoded = _as_image(image) if isinstance(image, np.ndarray) else _decoded(image)
+        return to_pixels(decoded, card.image_size, card.channels, card.interpolation)
     except UserError as error:
         return error
+
+
+def _decoded(file: Path) -> Image.Image:
+    return decode_image(lambda: read_bytes(file), str(file))
+
+
+def _as_image(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or not array.size:
+        raise UserError(
+            f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {array.shape} {array.dtype}",
+            field="images",
+        )
+    return Image.fromarray(array)
 
 
 def class_probabilities(classifier: Classifier, pixels: np.ndarray) -> NDArray[np.float64]:

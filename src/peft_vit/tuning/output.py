@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from peft_vit.analysis.study_yaml import study_yaml
-from peft_vit.data import thumbnails
+from peft_vit.data import thumbnails_of
 from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, HTML_FILE, RECORD_FILE, RunRecord, read_record, write_atomically
@@ -17,7 +17,7 @@ from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.html import write_html
 from peft_vit.tuning.blocks import Told
 from peft_vit.tuning.card import write_card
-from peft_vit.tuning.forms import Form, export_fastest
+from peft_vit.tuning.forms import export_fastest
 from peft_vit.tuning.page import tuning_document
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
@@ -35,8 +35,6 @@ class Left:
         config: of a study that trains the model again, to the same adapter.
         card: as Markdown, with figures in a folder beside it.
         report: complete in itself.
-        forms: of the model, all that were tried.
-        missed: sentences on limits that no form meets.
     """
 
     model: Path
@@ -44,8 +42,19 @@ class Left:
     config: Path
     card: Path
     report: Path
-    forms: tuple[Form, ...]
-    missed: tuple[str, ...]
+
+
+def left_in(directory: Path) -> Left:
+    """Return where everything lies below what was a tuning's output.
+
+    Raises:
+        UserError: if it holds no model.
+    """
+    folder = directory / MODEL_FOLDER
+    model = next((file for file in (folder / "model.onnx", folder / "model.xml") if file.is_file()), None)
+    if model is None:
+        raise UserError("holds no model; run `peft-vit tune` first", file=folder)
+    return Left(model, folder / ADAPTER_FILE, directory / CONFIG_FILE, directory / CARD_FILE, directory / HTML_FILE)
 
 
 def leave(choice: Choice, directory: Path, tell: Callable[[str], None] = print) -> Left:
@@ -87,19 +96,11 @@ def _leave(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Left
     reference = None if choice.chosen == choice.reference else records[choice.reference]
     sealed = measure_sealed(chosen, reference, folds, calibrated)
     told = Told(choice, records, sealed, calibrated, exports, weights_licence(chosen))
-    document = tuning_document(told, partial(_pictures, chosen))
+    document = tuning_document(told, partial(thumbnails_of, chosen))
     figures = {drawing.slug: drawing for drawing in document.drawings()}
     for drawing in figures.values():
         write_atomically(directory / _figure_path(document, drawing), drawing.png)
-    left = Left(
-        model=exports.model,
-        adapter=model_folder / ADAPTER_FILE,
-        config=directory / CONFIG_FILE,
-        card=directory / CARD_FILE,
-        report=directory / HTML_FILE,
-        forms=exports.forms,
-        missed=exports.missed,
-    )
+    left = left_in(directory)
     shutil.copyfile(run_dir / ADAPTER_FILE, left.adapter)
     write_atomically(left.config, configuration(choice, chosen).encode())
     write_atomically(left.card, write_card(told, document, _figure_path).encode())
@@ -134,12 +135,6 @@ def weights_licence(record: RunRecord) -> str:
 
     config = timm.get_pretrained_cfg(backbone.model)
     return config.license if config is not None and config.license else "unknown: see the model's card on the hub"
-
-
-def _pictures(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
-    origin, spec = record.provenance, record.spec
-    assert origin is not None
-    return thumbnails(spec.data, positions, data_sha256=origin.data_sha256, smoke=spec.smoke)
 
 
 def _figure_path(document: StudyDocument, drawing: Drawing) -> str:

@@ -1,0 +1,159 @@
+"""From Python: what commands do, as functions whose results predict and show themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from peft_vit.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from peft_vit.deployment import Classifier, Prediction
+    from peft_vit.records import RunRecord
+    from peft_vit.tuning.output import Left
+    from peft_vit.tuning.result import Choice
+
+    Images: TypeAlias = str | Path | NDArray[np.uint8] | Iterable[str | Path | NDArray[np.uint8]]
+
+_HEIGHT = 700  # of a report in a notebook, in pixels
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page that needs nothing else; in a notebook it shows itself."""
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def _repr_html_(self) -> str:
+        page = escape(self.path.read_text(encoding="utf-8"), quote=True)
+        return f'<iframe srcdoc="{page}" width="100%" height="{_HEIGHT}" style="border: 0"></iframe>'
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a tuning came to.
+
+    Attributes:
+        choice: the chosen model and what it was chosen by.
+        left: where everything lies.
+    """
+
+    choice: Choice
+    left: Left
+
+    @cached_property
+    def model(self) -> Classifier:
+        """The model, opened from its file."""
+        from peft_vit.deployment import open_exported
+
+        return open_exported(self.left.model)
+
+    @property
+    def report(self) -> Report:
+        """The page."""
+        return Report(self.left.report)
+
+    def predict(self, images: Images, coverage: float | None = None) -> list[Prediction]:
+        """Return a class and its probability for each image, and with a coverage its set of classes.
+
+        Args:
+            images: a path of an image or of a folder of them, an array (H, W, 3) uint8, or several of these.
+            coverage: how often the true class is to be in an image's set.
+
+        Raises:
+            UserError: if an image can't be read, or the model has no sets of that coverage.
+        """
+        return _predict(self.model, images, coverage)
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that is done.
+
+    Attributes:
+        folder: of the run: its record and its adapter.
+        record: what happened.
+    """
+
+    folder: Path
+    record: RunRecord
+
+    @cached_property
+    def model(self) -> Classifier:
+        """The model as it was trained, in PyTorch."""
+        from peft_vit.runs.restore import open_model
+
+        return open_model(self.folder)
+
+    @cached_property
+    def report(self) -> Report:
+        """The page on all runs of its study, which is written when it is first asked for."""
+        from peft_vit.data import thumbnails_of
+        from peft_vit.report import build_report
+
+        results = self.folder.parents[2]
+        page = build_report(results, results / "report", thumbnails=thumbnails_of).html
+        assert page is not None
+        return Report(page)
+
+    def predict(self, images: Images, coverage: float | None = None) -> list[Prediction]:
+        """Return a class and its probability for each image; see `Tuned.predict`."""
+        return _predict(self.model, images, coverage)
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
+
+def train(images: str | Path, method: str, *, output: str | Path = "peft-vit-runs", **settings: Any) -> Trained:
+    """Fine-tune on a folder of images with one method; a fifth of them validates, a fifth tests.
+
+    Args:
+        images: a folder of images per class.
+        method: as `peft-vit train --method` takes it: linear, lora, adalora, ...
+        output: where record and adapter go.
+        settings: others of `peft-vit train`, by the names that `studies.own_images.OwnImages` has for them: minutes,
+            model, rank, seed, ...
+
+    Raises:
+        UserError: for bad input, in one line, or if the run fails.
+    """
+    from peft_vit.methods import METHODS
+    from peft_vit.records import RECORD_FILE, read_record
+    from peft_vit.studies.commands import run_on_own_images
+    from peft_vit.studies.own_images import STUDY_NAME, OwnImages
+
+    if method not in METHODS:
+        raise UserError(f"expected one of {', '.join(METHODS)}, got {method!r}", field="method")
+    asked = OwnImages(Path(images), method, **settings)
+    if failed := run_on_own_images(asked, Path(output)):
+        run, reason = next(iter(failed.items()))
+        raise UserError(reason, file=Path(output) / run)
+    folder = Path(output) / STUDY_NAME / asked.experiment / f"seed_{asked.seed}"
+    return Trained(folder, read_record(folder / RECORD_FILE))
+
+
+def _predict(model: Classifier, images: Images, coverage: float | None) -> list[Prediction]:
+    import numpy as np
+
+    from peft_vit.deployment import check_coverage, predict_images
+
+    if coverage is not None:
+        check_coverage(model.card, coverage)
+    several = [images] if isinstance(images, str | Path | np.ndarray) else images
+    return predict_images(model, [Path(one) if isinstance(one, str) else one for one in several], coverage)
