@@ -111,8 +111,8 @@ class Seen:
         if count:
             a_class, b_class = (self.class_names[self.labels[i]] for i in (a, b))
             yield (
-                f"{_are(count, 'image')} nearly equal to one of another class, such as {self.names[a]} ('{a_class}') and "
-                f"{self.names[b]} ('{b_class}'); is one of the labels wrong?"
+                f"{_are(count, 'image')} nearly equal to one of another class, such as {self.names[a]} ('{a_class}')"
+                f" and {self.names[b]} ('{b_class}'); is one of the labels wrong?"
             )
 
     def _of_balance(self) -> Iterator[str]:
@@ -254,6 +254,8 @@ def _refuse_few(
         few = np.flatnonzero(counts < least)
         more = f"; {len(few) - 1} more classes have too few" if len(few) > 1 else ""
         beside = "" if sealed is None else " beside the test split"
+        if np.bincount(labels[chosen_on])[counts.argmin()] > counts.min():
+            beside += " (of copies, near ones too, one counts)"
         raise UserError(
             f"class '{class_names[int(counts.argmin())]}' has {counts.min()} different images that can be used{beside}"
             f", {least} are needed of each class to seal some and to train and test on the others{more}; add images, "
