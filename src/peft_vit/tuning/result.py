@@ -56,6 +56,8 @@ class Candidate:
         experiment: as a configuration holds it.
         bytes: that its file is expected to have.
         score: mean over the test images of the folds that it has done; None: it has done none.
+        pairs: folds that the reference has done, too.
+        difference: mean over these, this one minus the reference, as a share; None: there are none.
         course: of its comparison with the reference (`statistics.sequential.Course`); None: there is none.
         left_out: why it did not race; empty: it did.
     """
@@ -65,6 +67,7 @@ class Candidate:
     bytes: int
     score: float | None = None
     pairs: int = 0
+    difference: float | None = None
     course: Any = None
     left_out: str = ""
 

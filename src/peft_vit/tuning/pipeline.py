@@ -1,0 +1,118 @@
+"""From images and limits to a choice, stage by stage; each is told, and each can be killed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_vit.tuning.limits import TimeExport, check_request, time_exported
+from peft_vit.tuning.look import MakeRunner, ground_of
+from peft_vit.tuning.machine import MeasurePace, measure_pace
+from peft_vit.tuning.output import leave
+from peft_vit.tuning.rates import require_optuna
+from peft_vit.tuning.request import TuneRequest
+from peft_vit.tuning.result import Choice, Metric
+from peft_vit.tuning.running import Runner, StudyRunner
+from peft_vit.tuning.stages import (
+    choose_backing,
+    choose_rates,
+    finish,
+    keep_memory,
+    look_at_machine,
+    more_time,
+    prepare_race,
+)
+from peft_vit.tuning.state import State
+
+
+def study_runner(state: State, metric: Metric) -> Runner:
+    """Return what does runs as studies below the output."""
+    return StudyRunner(state.studies, metric, state.request.executor, state.tell)
+
+
+@dataclass(frozen=True)
+class Means:
+    """How the outside world is asked; simulations have other means.
+
+    Attributes:
+        make_runner: does runs.
+        measure: see `measure_pace`.
+        time_export: see `time_exported`.
+        leave: writes model, card and report.
+        clock: in seconds.
+    """
+
+    make_runner: MakeRunner = study_runner
+    measure: MeasurePace = measure_pace
+    time_export: TimeExport = time_exported
+    leave: Callable[[Choice, Path, Callable[[str], None]], Any] = leave
+    clock: Callable[[], float] = time.monotonic
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def tune(request: TuneRequest, tell: Callable[[str], None] = say, means: Means | None = None) -> Choice:
+    """Find the smallest model that is shown to be good enough, within limits and time.
+
+    Args:
+        request: what is asked for.
+        tell: told what is done and found, a line each.
+        means: other ones than worker processes and this machine's clock.
+
+    Raises:
+        UserError: for bad input, before anything is trained; see `look_at`, `limits` and `State.opened`.
+        KeyboardInterrupt: after Ctrl-C; the same request goes on.
+    """
+    means = means or Means()
+    check_request(request)
+    require_optuna()
+    state = State.opened(request, tell, means.clock)
+    with state.stage("look"):
+        ground = ground_of(state, means.make_runner)
+    with state.stage("machine"):
+        machine, tried = look_at_machine(ground, means.measure, means.time_export)
+        tried, memories = keep_memory(ground, tried)
+        state.begin()
+    with state.stage("probes"):
+        backing, probes = choose_backing(ground, machine, tried)
+    memory = memories.get((backing.model, backing.image_size), {})
+    with state.stage("rates"):
+        found, rates = choose_rates(ground, backing, memory)
+    with state.stage("race"):
+        contest = prepare_race(ground, backing, found, memory)
+        raced = contest.run()
+        tell(f"  {'chosen' if raced.shown else 'NOT DECIDED'}: {raced.chosen}, {raced.why}")
+        more = more_time(contest, machine, raced)
+        if more is not None:
+            tell(f"  {more}")
+    with state.stage("final"):
+        final = finish(contest, found, raced, memory)
+    choice = Choice(
+        request=request,
+        seen=ground.seen,
+        images_file=ground.images_file,
+        metric=ground.metric,
+        model=backing.model,
+        image_size=backing.image_size,
+        probes=probes,
+        rates=rates,
+        candidates=raced.candidates,
+        chosen=raced.chosen,
+        reference=raced.reference,
+        shown=raced.shown,
+        why=raced.why,
+        more_time=more,
+        folds_dir=state.studies / "race",
+        fold_runs={name: tuple(one.folder for one in contest.folds(name)) for name in final},
+        final_runs=final,
+        stages=tuple(state.file.seconds.items()),
+    )
+    with state.stage("output"):
+        means.leave(choice, request.output, tell)
+    return choice

@@ -1,0 +1,147 @@
+"""Linear probes over models and image sizes, on the folds: which backbone, and at which size.
+
+Features are cached, so a probe costs one pass over the images. The best mean over the folds' test images wins; a
+smaller size within half the margin of it is taken in its place, for it leaves time to the race.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from peft_vit.backbones import Architecture, native_size, size_step_of
+from peft_vit.config import BackboneConfig
+from peft_vit.errors import UserError
+from peft_vit.studies.time_limit import Limit
+from peft_vit.tuning.candidates import training_of
+from peft_vit.tuning.ground import FOLDS, Ground
+from peft_vit.tuning.machine import Machine
+from peft_vit.tuning.result import Probed
+from peft_vit.tuning.schedule import Schedule, features_s
+
+_SIDES = (2, 3, 4, 5, 6, 8, 10, 12, 16)  # patches a side
+_USUAL = 5  # fewer only where images are that small, or time is short
+_LARGEST_PIXELS = 224
+_MOST_SIZES = 3  # of a model
+_FITS_S = 3.0  # of a probe on a fold
+
+
+@dataclass(frozen=True)
+class Backing:
+    """A model at a size, with what fits the time there."""
+
+    model: str
+    image_size: int
+    schedule: Schedule
+
+
+def sizes_of(ground: Ground, model: str) -> list[int]:
+    """Return the image sizes that are worth a thought, rising; what was asked for, if anything was.
+
+    Raises:
+        UserError: if the model does not take a size that was asked for.
+    """
+    if ground.request.image_sizes:
+        for size in ground.request.image_sizes:
+            ground.shape(model, size)
+        return sorted(ground.request.image_sizes)
+    architecture = Architecture.of(BackboneConfig.model_validate(ground.backbones[model]))
+    patch, native = size_step_of(architecture), native_size(architecture)
+    largest = max(min(_LARGEST_PIXELS, _side_of(ground)), _SIDES[5] * patch)
+    sizes = [side * patch for side in _SIDES if 14 <= side * patch <= min(largest, max(native, patch))]
+    return sizes or [native]
+
+
+def _side_of(ground: Ground) -> int:
+    """Return the median of the images' shorter sides in pixels."""
+    return int(statistics.median(ground.seen.sides[:, 0]))
+
+
+def worth_trying(
+    ground: Ground, machine: Machine, fitting: Mapping[str, Mapping[int, Schedule]]
+) -> dict[str, dict[int, Schedule]]:
+    """Return the sizes of each model that are probed: few, the largest that leave room for a race first.
+
+    Args:
+        ground: of the tuning.
+        machine: what runs take.
+        fitting: what fits the time, by model and size.
+    """
+    left_s = ground.state.share_s("probes")
+    taken: dict[str, dict[int, Schedule]] = {}
+    for model, schedules in fitting.items():
+        patch = ground.shape(model, min(schedules)).size_step
+        most = max(one.races for one in schedules.values())
+        roomy = {size: one for size, one in schedules.items() if one.races == most} or dict(schedules)
+        usual = {size: one for size, one in roomy.items() if size >= _USUAL * patch} or roomy
+        taken[model] = {}
+        for size in sorted(usual, reverse=True)[:_MOST_SIZES]:
+            shape = ground.shape(model, size)
+            seconds = features_s(ground, machine, shape) + machine.process_s + FOLDS * (_FITS_S + machine.start_s / 2)
+            if seconds > left_s and any(taken.values()):
+                break
+            left_s -= seconds
+            taken[model][size] = usual[size]
+    return {model: sizes for model, sizes in taken.items() if sizes}
+
+
+def probe_all(
+    ground: Ground, machine: Machine, tried: Mapping[str, Mapping[int, Schedule]], limit: Limit
+) -> tuple[Backing, tuple[Probed, ...]]:
+    """Fit the probes, and return the model and the size that are gone on with, and the table.
+
+    Raises:
+        UserError: if time ends before there is a single one.
+    """
+    rows: list[Probed] = []
+    backings: list[Backing] = []
+    training = training_of(
+        None,
+        learning_rate=None,
+        steps=0,
+        validate_every=1,
+        batch_size=ground.batch_size,
+        class_weights=ground.class_weights,
+        memory={},
+    )
+    for model, sizes in tried.items():
+        for size, schedule in sorted(sizes.items(), reverse=True):
+            experiment = {"name": "linear", "method": "linear", "training": training}
+            study = ground.study(study_name(model, size), model, size, range(FOLDS), [experiment])
+            done = ground.runner(study, limit)
+            image_s = machine.image(ground.shape(model, size))
+            if len(done) < FOLDS:
+                rows.append(Probed(model, size, None, image_s, chosen=False, why="no time for it"))
+                continue
+            score = statistics.fmean(one.test for one in done.values())
+            rows.append(Probed(model, size, score, image_s, chosen=False, why=""))
+            backings.append(Backing(model, size, schedule))
+            ground.state.tell(
+                f"  {model} at {size} px: {score:.1%} over {FOLDS} folds, {schedule.steps} steps fit a run"
+            )
+    if not backings:
+        raise UserError(
+            "ended before a single linear probe; give more, and the same command goes on", field="--minutes"
+        )
+    return _chosen(ground, rows, backings)
+
+
+def _chosen(ground: Ground, rows: list[Probed], backings: list[Backing]) -> tuple[Backing, tuple[Probed, ...]]:
+    scores = {(one.model, one.image_size): one.score for one in rows if one.score is not None}
+    best = max(scores, key=lambda at: (scores[at], -at[1]))
+    close = [at for at in scores if at[0] == best[0] and scores[best] - scores[at] <= ground.request.margin_share / 2]
+    taken = min(close, key=lambda at: at[1])
+    why = "best over the folds" if taken == best else f"within half the margin of {best[1]} px, and faster"
+    table = tuple(replace(one, chosen=True, why=why) if (one.model, one.image_size) == taken else one for one in rows)
+    return next(one for one in backings if (one.model, one.image_size) == taken), table
+
+
+def study_name(model: str, image_size: int) -> str:
+    """Return the name of a probe's study."""
+    plain = re.sub(r"[^a-z0-9_]+", "-", model.lower()).strip("-_")
+    if plain != model or len(plain) > 40:
+        plain = f"{plain[:40]}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
+    return f"probe-{plain}-{image_size}"

@@ -1,0 +1,169 @@
+"""Learning rates by successive halving (arXiv 1502.07943), with Optuna's grid and pruner, and equal effort a kind.
+
+Every rate of a kind has a run of half the steps on the first fold; the pruner says which go on, and two of them have a
+run of all steps on the second fold. The best mean wins, on validation images; where the accuracy is equal, which few
+images make likely, the lower NLL.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft_vit.errors import UserError
+from peft_vit.studies.time_limit import Limit
+from peft_vit.tuning.candidates import Design, Kind, of_kind, training_of
+from peft_vit.tuning.ground import Ground
+from peft_vit.tuning.result import Rated
+from peft_vit.tuning.running import Outcome, Outcomes
+
+RATES = (3e-4, 1e-3, 3e-3)
+WHOLE_RUNS = 2  # of a kind, at the rates that go on
+FOLDS_USED = 2
+_NLL_WEIGHT = 1e-3  # below the share of one image
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of a kind.
+
+    Attributes:
+        learning_rate: the best.
+        score: mean validation score of its whole runs.
+        nll: likewise.
+    """
+
+    learning_rate: float
+    score: float
+    nll: float
+
+
+def require_optuna() -> None:
+    """Refuse to tune where Optuna is not installed."""
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("tune needs optuna, which is not installed; run: pip install 'peft-vit[tune]'")
+
+
+def find_rates(
+    ground: Ground,
+    model: str,
+    image_size: int,
+    designed: Callable[[int], list[Design]],
+    kinds: Sequence[Kind],
+    steps: int,
+    validate_every: int,
+    memory: Mapping[str, Any],
+    limit: Limit,
+) -> tuple[dict[Kind, Found], tuple[Rated, ...]]:
+    """Return the best rate of each kind that could be trained, and all that was tried.
+
+    Args:
+        ground: of the tuning.
+        model: of the backbone.
+        image_size: in pixels.
+        designed: everything that could be trained, in so many steps.
+        kinds: whose rates are looked for.
+        steps: of a whole run.
+        validate_every: steps.
+        memory: settings that keep within a limit of memory.
+        limit: when what runs is stopped.
+
+    Raises:
+        UserError: if the time ends before float LoRA or anything else has a whole run.
+    """
+
+    def done(asked: Mapping[Kind, Sequence[float]], seed: int, some: int) -> Outcomes:
+        experiments = []
+        for kind, rates in asked.items():
+            for rate in rates:
+                training = training_of(
+                    kind,
+                    learning_rate=rate,
+                    steps=some,
+                    validate_every=validate_every,
+                    batch_size=ground.batch_size,
+                    class_weights=ground.class_weights,
+                    memory=memory,
+                )
+                experiments.append(of_kind(designed(some), kind).experiment(training, _name(kind, rate, some)))
+        if not experiments:
+            return {}
+        return ground.runner(ground.study("rates", model, image_size, [seed], experiments), limit)
+
+    half = max(1, steps // 2)
+    first = done(dict.fromkeys(kinds, RATES), 0, half)
+    races = {kind: _Race(kind, ground.request.seed, half) for kind in kinds}
+    for kind, race in races.items():
+        for rate in race.rates:
+            race.hear(rate, first.get((_name(kind, rate, half), 0)))
+    goes_on = {kind: race.goes_on() for kind, race in races.items() if race.heard}
+    second = done(goes_on, 1, steps)
+    found: dict[Kind, Found] = {}
+    told: list[Rated] = []
+    for kind, race in races.items():
+        whole = {rate: second.get((_name(kind, rate, steps), 1)) for rate in goes_on.get(kind, ())}
+        best = race.best({rate: one for rate, one in whole.items() if one is not None})
+        if best is not None:
+            found[kind] = best
+        for rate in RATES:
+            outcomes = [one for one in (race.heard.get(rate), whole.get(rate)) if one is not None]
+            scores = tuple(one.validation or 0.0 for one in outcomes)
+            chosen = best is not None and best.learning_rate == rate
+            told.append(Rated(kind, rate, scores, half + (len(scores) > 1) * steps, chosen))
+    if not found:
+        raise UserError(
+            "ended before any learning rate was found; give more, and the same command goes on", field="--minutes"
+        )
+    return found, tuple(told)
+
+
+def _name(kind: str, rate: float, steps: int) -> str:
+    return f"{kind}_{rate:g}_{steps}".replace(".", "-").replace("+", "")
+
+
+class _Race:
+    """The rates of a kind: Optuna asks for them and says which go on."""
+
+    def __init__(self, kind: Kind, seed: int, half: int) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._half = half
+        self._study = optuna.create_study(
+            direction="maximize",
+            sampler=optuna.samplers.GridSampler({"learning_rate": list(RATES)}, seed=seed),
+            pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=half, reduction_factor=2),
+            study_name=kind,
+        )
+        self._trials = [self._study.ask() for _ in RATES]
+        self.rates = [trial.suggest_float("learning_rate", min(RATES), max(RATES), log=True) for trial in self._trials]
+        self.heard: dict[float, Outcome] = {}
+
+    def hear(self, rate: float, outcome: Outcome | None) -> None:
+        """Report a run of half the steps; None: it failed, or there was no time for it."""
+        if outcome is not None:
+            self.heard[rate] = outcome
+            self._trials[self.rates.index(rate)].report(_value(outcome), self._half)
+
+    def goes_on(self) -> list[float]:
+        """Return the rates that get a whole run, the best first; as many for each kind."""
+        kept = [rate for rate in self.heard if not self._trials[self.rates.index(rate)].should_prune()]
+        others = [rate for rate in self.heard if rate not in kept]
+        best_first = [*sorted(kept, key=self._at, reverse=True), *sorted(others, key=self._at, reverse=True)]
+        return best_first[:WHOLE_RUNS]
+
+    def best(self, whole: Mapping[float, Outcome]) -> Found | None:
+        """Return the rate with the best mean of its half and its whole run; None: there is no whole one."""
+        if not whole:
+            return None
+        rate = max(whole, key=lambda one: _value(whole[one]) + self._at(one))
+        return Found(rate, whole[rate].validation or 0.0, whole[rate].nll or 0.0)
+
+    def _at(self, rate: float) -> float:
+        return _value(self.heard[rate])
+
+
+def _value(outcome: Outcome) -> float:
+    return (outcome.validation or 0.0) - _NLL_WEIGHT * (outcome.nll or 0.0)

@@ -1,0 +1,155 @@
+"""Runs of a stage as an ordinary study: planned, done until the time is over, and what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from peft_vit.config import ExecutorName, study_from_mapping
+from peft_vit.errors import UserError
+from peft_vit.records import RECORD_FILE, read_record, run_folder
+from peft_vit.records.study_file import read_study_file
+from peft_vit.safe_io import folder_below
+from peft_vit.studies.events import Notice, RunEnded, RunRetried, StudyEvent
+from peft_vit.studies.executors import open_executor
+from peft_vit.studies.ledger import run_name
+from peft_vit.studies.lock import study_lock
+from peft_vit.studies.plan import Plan, PlannedRun, plan_begun_study
+from peft_vit.studies.profiling import measure_step
+from peft_vit.studies.scheduler import drive
+from peft_vit.studies.time_limit import Deadline, Limit, seed_by_seed
+from peft_vit.tuning.result import Metric
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run came to; scores are shares by the metric that decides.
+
+    Attributes:
+        validation: on validation images, at the chosen step; None: there are none.
+        nll: likewise, nats.
+        test: on the fold's test images; of the final runs on the sealed ones.
+        chosen_step: 0: before the first one.
+        l2: strength of the probe's penalty; None: there was no probe.
+        seconds: that the run took.
+        folder: of its files.
+    """
+
+    validation: float | None
+    nll: float | None
+    test: float
+    chosen_step: int
+    l2: float | None
+    seconds: float
+    folder: Path
+
+
+Only = tuple[Sequence[str], Sequence[int]]
+Outcomes = dict[tuple[str, int], Outcome]  # by name of the experiment, and seed
+
+
+class Runner(Protocol):
+    """Does the runs of a study that are not done, as far as there is time."""
+
+    def __call__(self, mapping: Mapping[str, Any], limit: Limit, only: Only | None = None) -> Outcomes:
+        """Return what came of all runs of the study that are done.
+
+        Args:
+            mapping: of the shape of a configuration file.
+            limit: when what runs is stopped.
+            only: names and seeds that are done now; None: all.
+
+        Raises:
+            UserError: for what planning refuses, and if every run has failed.
+            KeyboardInterrupt: after Ctrl-C.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class StudyRunner:
+    """Does runs in processes of this machine, or on a cluster.
+
+    Attributes:
+        results_dir: studies lie below it.
+        metric: of scores.
+        executor: which one.
+        tell: told what ended and what failed, a line each.
+    """
+
+    results_dir: Path
+    metric: Metric
+    executor: ExecutorName
+    tell: Callable[[str], None]
+
+    def __call__(self, mapping: Mapping[str, Any], limit: Limit, only: Only | None = None) -> Outcomes:
+        """Return what came of all runs that are done; see `Runner`."""
+        file = self.results_dir / str(mapping["name"])
+        study = study_from_mapping(dict(mapping), file=file)
+        with study_lock(folder_below(self.results_dir, study.name)) as lock:
+            plan = plan_begun_study(
+                study,
+                read_study_file(lock.folder),
+                self.results_dir,
+                file=file,
+                part=True,
+                measure_step=partial(measure_step, tell=self.tell),
+            )
+            whole, (plan, rows) = plan, _seed_by_seed(plan, only)
+            at_a_time = max(1, len(plan.runs)) if self.executor == "ray" else study.execution.workers
+            failed = {}
+            if plan.runs:
+                make_executor = partial(open_executor, self.executor, plan, self.results_dir)
+                deadline = Deadline(rows, at_a_time, limit, may_leave_out=False)
+                failed = drive(plan, lock, make_executor, self._say, deadline=deadline)
+        done = self._outcomes(whole)
+        if failed and not done:
+            raise UserError(f"every run failed: {next(iter(failed.values()))}", file=file)
+        return done
+
+    def _outcomes(self, plan: Plan) -> Outcomes:
+        found: Outcomes = {}
+        for run in plan.runs:
+            folder = run_folder(self.results_dir, run.spec)
+            if not (folder / RECORD_FILE).exists():
+                continue
+            record = read_record(folder / RECORD_FILE)
+            if record.status != "done" or record.test is None:
+                continue
+            found[run.spec.experiment.name, run.spec.seed] = Outcome(
+                validation=None if record.validation is None else getattr(record.validation, self.metric),
+                nll=None if record.validation is None else record.validation.nll,
+                test=getattr(record.test, self.metric),
+                chosen_step=record.chosen_step or 0,
+                l2=None if record.head_fit is None else record.head_fit.chosen_l2,
+                seconds=record.seconds,
+                folder=folder,
+            )
+        return found
+
+    def _say(self, event: StudyEvent) -> None:
+        if isinstance(event, Notice):
+            self.tell(f"  {event.text}")
+        elif isinstance(event, RunRetried):
+            self.tell(f"  {event.record.spec.run_id}: {event.record.error}; tried again")
+        elif isinstance(event, RunEnded):
+            name, record = run_name(event.run.spec), event.record
+            if record.status == "failed" or record.test is None:
+                self.tell(f"  {name} failed: {record.error}")
+            else:
+                validation = (
+                    "" if record.validation is None else f"validation {getattr(record.validation, self.metric):.1%}, "
+                )
+                self.tell(f"  {name}: {validation}{record.seconds:.0f} s")
+
+
+def _seed_by_seed(plan: Plan, only: Only | None) -> tuple[Plan, list[list[PlannedRun]]]:
+    """Return the plan of some runs, seed by seed so that pairs are complete early, and a row for each experiment."""
+    names = [one.name for one in plan.study.experiments if only is None or one.name in only[0]]
+    seeds = [seed for seed in plan.study.seeds if only is None or seed in only[1]]
+    runs = {(run.spec.experiment.name, run.spec.seed): run for run in plan.runs}
+    rows = [[runs[name, seed] for seed in seeds] for name in names]
+    return replace(plan, runs=tuple(seed_by_seed(rows, len(rows), len(seeds)))), rows

@@ -1,0 +1,100 @@
+"""What fits the time: which kinds of methods are tried, how many steps a run takes, and how many runs race.
+
+A run on a fold starts, takes its steps, and passes its validation images at each validation and its test images once.
+Learning rates take a run of half the steps at each rate, then two whole ones, for each kind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft_vit.backbones import BackboneShape
+from peft_vit.errors import UserError
+from peft_vit.tuning.candidates import KINDS, Kind
+from peft_vit.tuning.ground import Ground
+from peft_vit.tuning.machine import Machine
+from peft_vit.tuning.rates import RATES, WHOLE_RUNS
+
+LEAST_STEPS, _MOST_STEPS = 24, 200
+_LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps between validations, and their time over that of one
+_FLIPPED = 2  # ways in which a training image is shown
+_LEVELS = ((5, 20), (3, 12), (2, 8), (2, 4))  # kinds, and runs that race, from ample time to the least
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What runs of a size take.
+
+    Attributes:
+        kinds: of methods whose rates are looked for.
+        races: runs with adapters that fit the race, about.
+        steps: of a run, at most.
+        validate_every: steps.
+        run_s: seconds of a run.
+    """
+
+    kinds: tuple[Kind, ...]
+    races: int
+    steps: int
+    validate_every: int
+    run_s: float
+
+
+def validate_every(ground: Ground) -> int:
+    """Return the steps between validations, which then take about a third of what the steps take."""
+    return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * ground.validation_images / (2 * ground.batch_size)))
+
+
+def run_s(ground: Ground, machine: Machine, shape: BackboneShape, steps: int) -> float:
+    """Return the seconds of a run on a fold."""
+    validations = 1 + -(-steps // validate_every(ground))
+    passed = validations * ground.validation_images + ground.test_images
+    return machine.start_s + steps * machine.step(shape) + passed * machine.image(shape)
+
+
+def features_s(ground: Ground, machine: Machine, shape: BackboneShape) -> float:
+    """Return the seconds of the features of all images, which runs of one backbone share."""
+    return _FLIPPED * ground.images * machine.image(shape)
+
+
+def schedule(ground: Ground, machine: Machine, shape: BackboneShape, allowed: tuple[Kind, ...]) -> Schedule | None:
+    """Return what fits the time at an image size; None: not even the least does.
+
+    Args:
+        ground: of the tuning.
+        machine: what runs take.
+        shape: of the backbone at that size.
+        allowed: kinds whose files keep within the limit, and float LoRA.
+    """
+    there = ground.state.share_s("rates", "race")
+    for kinds, races in _LEVELS:
+        steps = _steps(ground, machine, shape, there, min(kinds, len(allowed)), races)
+        if steps >= LEAST_STEPS:
+            taken = tuple(kind for kind in KINDS if kind in allowed)[:kinds]
+            return Schedule(taken, races, steps, validate_every(ground), run_s(ground, machine, shape, steps))
+    return None
+
+
+def _seconds(ground: Ground, machine: Machine, shape: BackboneShape, steps: int, kinds: int, races: int) -> float:
+    """Return the seconds of learning rates and race together."""
+    whole = (kinds * WHOLE_RUNS + races) * run_s(ground, machine, shape, steps)
+    half = kinds * len(RATES) * run_s(ground, machine, shape, steps // 2)
+    return whole + half + kinds * features_s(ground, machine, shape) + 2 * machine.process_s
+
+
+def _steps(ground: Ground, machine: Machine, shape: BackboneShape, there_s: float, kinds: int, races: int) -> int:
+    """Return the most steps that fit; 0: the least do not."""
+    wished = range(LEAST_STEPS, _MOST_STEPS + 1, 8)
+    fitting = (one for one in wished if _seconds(ground, machine, shape, one, kinds, races) <= there_s)
+    return max(fitting, default=0)
+
+
+def refuse_little_time(ground: Ground, machine: Machine, shapes: Sequence[BackboneShape]) -> UserError:
+    """Return what to say if there is no time for a single comparison, with the least that would do."""
+    share = ground.state.share_s("rates", "race") / (60 * ground.request.minutes)
+    seconds = min(_seconds(ground, machine, shape, LEAST_STEPS, *_LEVELS[-1]) for shape in shapes)
+    least = max(math.ceil(seconds / share / 60), math.floor(ground.request.minutes) + 1)
+    problem = f"{ground.request.minutes:g} are too few for a single comparison on this machine"
+    return UserError(f"{problem}, even of the smallest images; give at least {least}", field="--minutes")

@@ -1,0 +1,238 @@
+"""`peft-vit tune` on tiny images: stand-ins for runs, killed at any of them; one whole tuning of real runs."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tune_error
+from PIL import Image
+
+from peft_vit.costs.pace import ReckonedPace
+from peft_vit.errors import UserError
+from peft_vit.records.study_file import read_study_file
+from peft_vit.studies.time_limit import Limit
+from peft_vit.tuning.pipeline import Means, study_runner, tune
+from peft_vit.tuning.request import TuneRequest
+from peft_vit.tuning.result import Choice
+from peft_vit.tuning.running import Outcome, Outcomes
+
+TRUTH = {
+    "probe_int2": 0.6,
+    "lora_int2": 0.7,
+    "probe_nf4": 0.8,
+    "lora_nf4": 0.9,
+    "adalora_nf4": 0.85,
+    "probe_int8": 0.82,
+    "lora_int8": 0.9,
+    "linear": 0.82,
+    "adalora": 0.9,
+    "lora": 0.9,
+}
+
+
+class StandIns(tune_error.StandIns):
+    """Runs whose results follow from their names; after so many new ones the process is killed."""
+
+    def __init__(self, kill_after: int | None = None) -> None:
+        super().__init__(TRUTH, 0.2, np.random.default_rng(0), run_s=10.0)
+        self.kill_after = kill_after
+        self.asked: list[tuple[str, str, int]] = []
+
+    def __call__(
+        self, mapping: Mapping[str, Any], limit: Limit, only: tuple[Sequence[str], Sequence[int]] | None = None
+    ) -> Outcomes:
+        self.study = mapping["name"]
+        return super().__call__(mapping, limit, only)
+
+    def _outcome(self, name: str, seed: int) -> Any:
+        if self.kill_after is not None and len(self.asked) >= self.kill_after:
+            raise KeyboardInterrupt
+        self.asked.append((self.study, name, seed))
+        truth = TRUTH[next(one for one in sorted(TRUTH, key=len, reverse=True) if name.startswith(one))]
+        validation = truth - 0.02 * ("0-0003" in name)
+        test = truth + 0.01 * np.random.default_rng([seed, *f"{self.study}/{name}".encode()]).standard_normal()
+        return Outcome(validation, 0.5, float(test), 24, 0.01, 10.0, Path(self.study) / name / f"seed_{seed}")
+
+
+def quick(runner: Any = None, clock: Callable[[], float] | None = None, rate: float = 1e9) -> Means:
+    """Return means by which no run is measured."""
+    make = study_runner if runner is None else lambda state, metric: runner
+    clock = clock or (lambda: 0.0) if runner is None else clock or (lambda: runner.now)
+    return Means(make, measure=lambda *_: ReckonedPace(rate), leave=lambda *_: None, clock=clock)
+
+
+def asked(images: Path, output: Path, **more: Any) -> TuneRequest:
+    request = {
+        "models": ("test_vit",),
+        "weights": "random",
+        "image_sizes": (32,),
+        "threads": 1,
+        "precision": "fp32",
+        "device": "cpu",
+        "minutes": 60.0,
+    }
+    return TuneRequest(images, output, **request | more)
+
+
+def told(choice: Choice) -> dict[str, Any]:
+    """Return all of a choice but its seconds and where it lies."""
+    plain = {name: value for name, value in vars(choice).items() if name not in ("request", "seen", "stages")}
+    return {name: str(value).replace(str(choice.request.output), "") for name, value in plain.items()}
+
+
+def test_the_smallest_that_keeps_within_the_margin_is_chosen(images: Path, tmp_path: Path) -> None:
+    runner, lines = StandIns(), []
+    choice = tune(asked(images, tmp_path, margin=5.0), lines.append, quick(runner))
+    assert (choice.chosen, choice.reference, choice.shown) == ("lora_nf4", "lora_r8", True)
+    verdict = {one.name: one.course.noninferiority for one in choice.candidates if one.course is not None}
+    assert verdict["probe_int2"] == "refuted"
+    assert choice.candidate("lora_int2").left_out.endswith("behind the best on validation")
+    assert [one.bytes for one in choice.candidates] == sorted(one.bytes for one in choice.candidates)
+    assert list(choice.final_runs) == ["lora_nf4", "lora_r8"]
+    stages = [line.split(":")[0] for line in lines if not line.startswith(" ")]
+    assert stages == ["look", "machine", "probes", "rates", "race", "final", "output"]
+    sealed = set(json.loads((tmp_path / "images.json").read_text())["sealed"])
+    assert len(sealed) == 10  # a fifth of 48
+
+
+def test_all_kinds_of_methods_get_the_same_effort(images: Path, tmp_path: Path) -> None:
+    runner = StandIns()
+    choice = tune(asked(images, tmp_path, minutes=600.0), lambda _: None, quick(runner))
+    of_rates = [name.rsplit("_", 1) for study, name, _ in runner.asked if study == "rates"]
+    effort: dict[str, int] = {}
+    for name, steps in of_rates:
+        kind = name.rsplit("_", 1)[0]
+        effort[kind] = effort.get(kind, 0) + int(steps)
+    assert set(effort) == {"lora", "lora_nf4", "lora_int8", "lora_int2", "adalora"}
+    assert len(set(effort.values())) == 1
+    assert all(sum(one.steps for one in choice.rates if one.kind == kind) == steps for kind, steps in effort.items())
+
+
+@pytest.mark.parametrize("kill_after", [0, 3, 7, 15, 24, 40])
+def test_a_tuning_that_is_killed_goes_on_and_comes_to_the_same(images: Path, tmp_path: Path, kill_after: int) -> None:
+    whole = tune(asked(images, tmp_path / "whole", margin=5.0), lambda _: None, quick(StandIns()))
+    runner = StandIns(kill_after)
+    with pytest.raises(KeyboardInterrupt):
+        tune(asked(images, tmp_path / "killed", margin=5.0), lambda _: None, quick(runner))
+    runner.kill_after = None
+    again = tune(asked(images, tmp_path / "killed", margin=5.0), lambda _: None, quick(runner))
+    assert told(again) == told(whole)
+    assert len(runner.asked) == len(set(runner.asked))  # nothing twice
+
+
+def test_little_time_leaves_it_undecided_and_more_time_goes_on(images: Path, tmp_path: Path) -> None:
+    runner, lines = StandIns(), []
+    choice = tune(asked(images, tmp_path, minutes=8.0), lines.append, quick(runner))
+    assert not choice.shown
+    assert choice.more_time is not None
+    assert "more minutes" in choice.more_time
+    assert any("NOT DECIDED" in line for line in lines)
+    before = len(runner.asked)
+    more = tune(asked(images, tmp_path, minutes=60.0), lines.append, quick(runner))
+    assert max(one.pairs for one in more.candidates) > max(one.pairs for one in choice.candidates)
+    assert not {(study, name, seed) for study, name, seed in runner.asked[before:]} & set(runner.asked[:before])
+
+
+def test_what_does_not_keep_within_the_bytes_does_not_race(images: Path, tmp_path: Path) -> None:
+    choice = tune(asked(images, tmp_path, max_bytes=420_000), lambda _: None, quick(StandIns()))
+    assert choice.candidate(choice.chosen).bytes <= 420_000
+    assert "more than the limit" in choice.candidate("lora_int8").left_out
+    assert choice.reference == "lora_r8"  # to compare with, whatever it takes
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (
+            {"max_bytes": 1000},
+            r"--max-bytes: 0 MB is less than any model here takes; the least that would do is 0.3 MB",
+        ),
+        ({"minutes": 0.5}, r"--minutes: 0.5 are too few for a single comparison on this machine.*at least \d+"),
+        ({"margin": 0.0}, "--margin: is 0 points"),
+        ({"memory_limit": "3 apples"}, "--memory-limit"),
+        ({"models": ("no_such_model",)}, "--model: "),
+        ({"max_latency_s": 1e-9}, r"--max-latency: 1e-06 ms is less than any model here takes; .* is 20 ms, test_vit"),
+    ],
+)
+def test_what_nothing_can_meet_is_refused_before_anything_is_trained(
+    images: Path, tmp_path: Path, more: dict[str, Any], expected: str
+) -> None:
+    runner = StandIns()
+    means = replace(quick(runner), time_export=lambda *_: 0.02)
+    with pytest.raises(UserError, match=expected):
+        tune(asked(images, tmp_path, **more), lambda _: None, means)
+    assert not runner.asked
+    tune(asked(images, tmp_path), lambda _: None, means)  # and other limits can be asked for
+
+
+def test_the_largest_size_that_is_fast_enough_is_tried(images: Path, tmp_path: Path) -> None:
+    means = replace(quick(StandIns()), time_export=lambda ground, model, size: 1e-3 * size)
+    request = asked(images, tmp_path, image_sizes=(32, 48, 64), max_latency_s=0.05)
+    choice = tune(request, lambda _: None, means)
+    assert {one.image_size for one in choice.probes} == {32, 48}
+
+
+def test_another_margin_or_other_images_are_refused(images: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "images", tmp_path / "output"
+    for file in images.rglob("*.png"):
+        (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
+        (folder / file.parent.name / file.name).write_bytes(file.read_bytes())
+    tune(asked(folder, output), lambda _: None, quick(StandIns()))
+    with pytest.raises(UserError, match=r"--margin: was begun with 1\.0, and 2\.0 is asked for now"):
+        tune(asked(folder, output, margin=2.0), lambda _: None, quick(StandIns()))
+    Image.new("RGB", (20, 20), "red").save(folder / "class_0" / "new.png")
+    with pytest.raises(UserError, match="holds other images than when"):
+        tune(asked(folder, output), lambda _: None, quick(StandIns()))
+
+
+@pytest.mark.parametrize("option", [("--max-latency", "50"), ("--max-bytes", "20"), ("--margin", "0")])
+def test_options_are_checked(
+    images: Path, tmp_path: Path, refused: Callable[..., str], option: tuple[str, str]
+) -> None:
+    assert option[0] in refused("tune", images, "--output", tmp_path, *option)
+
+
+def test_a_missing_optuna_is_one_line(
+    images: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_vit.tuning.rates.importlib.util.find_spec", lambda _: None)
+    assert "pip install 'peft-vit[tune]'" in refused("tune", images, "--output", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_a_whole_tuning_of_real_runs_goes_on_after_kills(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_vit.tuning.rates.RATES", (1e-3, 3e-3))
+    monkeypatch.setattr("peft_vit.tuning.race.LOOKS", (3,))
+    monkeypatch.setattr("peft_vit.tuning.stages._RACE_SEEDS", (5, 6, 7))
+    monkeypatch.setattr("peft_vit.tuning.stages.LOOKS", (3,))
+    request = asked(images, tmp_path, minutes=4.0, max_bytes=340_000)
+    done: list[str] = []
+    for kill_at in (3, 8, 16, None):  # a run of probes, of rates, of the race
+
+        def tell(line: str, kill_at: int | None = kill_at) -> None:
+            if "/seed_" in line:
+                done.append(line.split(":", maxsplit=1)[0].strip())
+                if len(done) == kill_at:
+                    raise KeyboardInterrupt
+
+        if kill_at is None:
+            choice = tune(request, tell, quick())
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                tune(request, tell, quick())
+    assert len(done) == len(set(done))
+    lines: list[str] = []
+    assert told(tune(request, lines.append, quick())) == told(choice)
+    assert not [line for line in lines if "/seed_" in line]  # nothing is left to do
+    race = read_study_file(tmp_path / "studies" / "race")
+    assert race is not None
+    assert race.configuration.stopping is not None
+    assert choice.candidate(choice.chosen).bytes <= 340_000
+    assert all((folder / "record.json").exists() for folder in choice.final_runs.values())

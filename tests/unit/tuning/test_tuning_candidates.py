@@ -1,0 +1,87 @@
+"""What may race: bytes that are reckoned, training that follows, who is left out."""
+
+import json
+from typing import Any
+
+import pytest
+
+from peft_vit.backbones import describe
+from peft_vit.backbones.architecture import Architecture
+from peft_vit.backbones.catalog import create_model
+from peft_vit.config import BackboneConfig, ExperimentConfig
+from peft_vit.evaluation import model_size
+from peft_vit.methods import METHODS
+from peft_vit.methods.method import Preparation
+from peft_vit.tuning.candidates import KINDS, designs, training_of
+from peft_vit.tuning.contest import contestants, reference_of
+from peft_vit.tuning.rates import Found
+from peft_vit.tuning.schedule import Schedule
+
+CLASSES = 5
+SHAPE = describe(BackboneConfig(model="test_vit", weights="random"), 32)
+DESIGNS = designs(SHAPE, 48, CLASSES)
+BEHIND = Found(1e-3, 0.86, 0.3)
+FOUND = {kind: Found(1e-3, 0.9, 0.3) for kind in KINDS}
+
+
+def configured(name: str) -> ExperimentConfig:
+    design = next(one for one in DESIGNS if one.name == name)
+    training = training_of(
+        design.kind, learning_rate=1e-3, steps=48, validate_every=10, batch_size=8, class_weights=False, memory={}
+    )
+    return ExperimentConfig.model_validate_json(json.dumps(design.experiment(training)))
+
+
+@pytest.mark.parametrize("name", ["probe_int2", "probe_nf4", "probe_int8", "lora_int2", "lora_nf4", "lora_int8"])
+def test_bytes_are_those_of_the_packed_model(name: str) -> None:
+    experiment = configured(name)
+    model = create_model(Architecture("timm", "test_vit"), 32, CLASSES)
+    METHODS[experiment.method].prepare(model, experiment, Preparation(48, 0))
+    size = model_size(model)
+    header = size.file_bytes - size.live_bytes  # names and shapes in the file
+    reckoned = next(one.bytes for one in DESIGNS if one.name == name)
+    assert reckoned == pytest.approx(size.file_bytes - header, rel=0.01)
+
+
+def test_every_design_is_a_valid_experiment_and_they_come_smallest_first() -> None:
+    for design in DESIGNS:
+        configured(design.name)
+    assert [one.bytes for one in DESIGNS] == sorted(one.bytes for one in DESIGNS)
+    float_model = create_model(Architecture("timm", "test_vit"), 32, CLASSES)
+    in_float = 4 * sum(one.numel() for one in float_model.parameters())
+    assert next(one.bytes for one in DESIGNS if one.name == "probe") == pytest.approx(in_float, rel=0.001)
+
+
+def test_float_lora_is_the_reference_if_it_could_be_trained() -> None:
+    assert reference_of({**FOUND, "lora_nf4": Found(1e-3, 0.92, 0.3)}) == "lora"
+    assert reference_of({"lora_int2": FOUND["lora_int2"], "lora_nf4": FOUND["lora_nf4"]}) == "lora_nf4"
+
+
+@pytest.mark.parametrize(
+    ("more", "left_out"),
+    [
+        (
+            {},
+            {
+                "lora_nf4": "",
+                "lora_int8": "",
+                "adalora": "there is no time for it",
+                "probe": "no smaller than the refer",
+            },
+        ),
+        ({"max_bytes": 400_000}, {"lora_int8": "takes 0.5 MB, more than the limit of 0.4 MB", "lora_int2": ""}),
+        (
+            {"found": {**FOUND, "lora_int2": Found(1e-3, 0.86, 0.3)}},
+            {"lora_int2": "4.0 points behind", "adalora_nf4": ""},
+        ),
+        ({"found": {"lora": FOUND["lora"]}}, {"lora_nf4": "no learning rate", "probe_nf4": "", "lora_r2": ""}),
+    ],
+)
+def test_it_is_told_why_a_candidate_does_not_race(more: dict[str, Any], left_out: dict[str, str]) -> None:
+    schedule = Schedule(KINDS, races=20, steps=48, validate_every=10, run_s=30.0)
+    settings = {"found": FOUND, "max_bytes": None} | more
+    candidates, reference = contestants(DESIGNS, settings["found"], schedule, 0.01, settings["max_bytes"], {})
+    assert reference == "lora_r8"
+    said = {one.name: one.left_out for one in candidates}
+    for name, why in left_out.items():
+        assert said[name].startswith(why) if why else not said[name], name

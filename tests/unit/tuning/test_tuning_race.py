@@ -1,0 +1,75 @@
+"""The race: who goes on, what is chosen, and what is guessed."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+
+from peft_vit.tuning.race import LOOKS, Raced, best_guess, race, rule_of
+from peft_vit.tuning.result import Candidate
+
+NAMES = ("probe_int2", "probe_nf4", "lora_nf4", "lora_r8")
+
+
+def raced(
+    losses: Mapping[str, float], folds: int = LOOKS[-1], limit: int = 10**9, spread: float = 1e-3
+) -> tuple[Raced, dict[str, int]]:
+    """Race with planted losses, as far as there are folds; also how many folds each has done."""
+    rng = np.random.default_rng(0)
+    scores = {name: (0.9 - losses.get(name, 0.0) + spread * rng.standard_normal(LOOKS[-1])).tolist() for name in NAMES}
+    done = dict.fromkeys(NAMES, 0)
+
+    def run(names: Sequence[str], pairs: int) -> dict[str, list[float]]:
+        for name in names:
+            done[name] = max(done[name], min(pairs, folds))
+        return {name: scores[name][: done[name]] for name in NAMES}
+
+    candidates = [Candidate(name, {}, 100 * (1 + place)) for place, name in enumerate(NAMES)]
+    found = race(candidates, "lora_r8", rule_of(0.01, 0.3), run, lambda one: one.bytes <= limit, lambda _: None)
+    return found, done
+
+
+def test_the_smallest_that_is_shown_wins_and_larger_ones_are_left() -> None:
+    found, done = raced({"probe_int2": 0.05})
+    assert (found.chosen, found.shown, found.open) == ("probe_nf4", True, ())
+    assert done["probe_int2"] == LOOKS[0]  # it was shown to lose at once
+    assert done["lora_nf4"] <= done["probe_nf4"]
+
+
+def test_the_reference_is_chosen_once_all_smaller_ones_are_shown_to_lose() -> None:
+    found, _ = raced(dict.fromkeys(NAMES[:3], 0.05))
+    assert (found.chosen, found.shown) == ("lora_r8", True)
+    found, _ = raced(dict(zip(NAMES[:3], (0.05, 0.04, 0.03), strict=True)), limit=300)
+    assert (found.chosen, found.shown) == ("lora_nf4", False)  # the reference does not fit, and this one comes closest
+
+
+def test_what_scatters_is_not_decided() -> None:
+    found, _ = raced({}, spread=0.05)
+    assert not found.shown
+    found, done = raced({"probe_int2": 0.05, "probe_nf4": -0.01}, folds=3)
+    assert (found.chosen, found.shown) == ("probe_nf4", False)
+    assert found.open == NAMES[:3]
+    assert set(done.values()) == {3}
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ((-0.02, 0.001, 0.004), "b"),  # the smallest of those that are not behind
+        ((-0.02, -0.002, -0.001), "reference"),
+        ((0.03, None, None), "a"),
+        ((None, None, None), "reference"),
+    ],
+)
+def test_a_guess_is_the_smallest_that_is_not_behind(differences: tuple[float | None, ...], expected: str) -> None:
+    candidates = [
+        Candidate(name, {}, 100 + place, difference=difference)
+        for place, (name, difference) in enumerate(zip("abc", differences, strict=True))
+    ]
+    reference = Candidate("reference", {}, 1000)
+    assert best_guess([*candidates, reference], reference).name == expected
+
+
+def test_without_the_reference_the_closest_is_guessed() -> None:
+    candidates = [Candidate("a", {}, 100, difference=-0.02), Candidate("b", {}, 200, difference=-0.03)]
+    assert best_guess(candidates, Candidate("reference", {}, 1000)).name == "a"
