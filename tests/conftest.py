@@ -1,5 +1,6 @@
 """What many tests share: one thread, a tiny Vision Transformer, a batch for it, adapters that do something."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -56,6 +57,17 @@ def fill_adapters() -> Callable[[nn.Module], None]:
                     parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
 
     return fill
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make packages as good as not installed."""
+
+    def hide(*names: str) -> None:
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return hide
 
 
 @pytest.fixture(scope="session")

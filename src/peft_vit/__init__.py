@@ -24,6 +24,10 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `import peft_vit` and the command line's --help need no torch."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("peft-vit")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'peft_vit' has no attribute {name!r}")

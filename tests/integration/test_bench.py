@@ -122,9 +122,7 @@ def test_a_run_with_float_weights_is_float32_itself_and_peft_folders_take_weight
     assert (whole.ratio, adapter.format, adapter.over) == (1.0, "peft", str(run_of("lora")))
 
 
-def test_what_can_not_be_timed_is_one_line_before_anything_is(
-    exported, planted, tmp_path, refused, monkeypatch
-) -> None:
+def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted, tmp_path, refused, without) -> None:
     model, unknown = exported / "float.onnx", tmp_path / "model.txt"
     unknown.write_text("no model")
     assert "model.txt: expected a .safetensors, .onnx or .xml file, a PEFT folder" in refused("bench", model, unknown)
@@ -137,7 +135,7 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(
     shutil.copy(exported / "float.bin", changed.with_suffix(".bin"))
     changed.write_bytes((exported / "float.xml").read_bytes().replace(b"test_vit", b"test_vlt"))
     assert "was changed after it was written" in refused("bench", model, changed)
-    monkeypatch.setattr("peft_vit.deployment.onnx_file.importlib.util.find_spec", lambda _: None)
+    without("onnxruntime")
     line = refused("bench", exported / "int4.safetensors")
     assert "no float32 model is named, and none can be made: ONNX export needs" in line
     assert not planted

@@ -194,14 +194,14 @@ def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
         assert "100.00 % of predictions equal" in printed
 
 
-def test_check_tries_openvino_where_it_is_asked_for(command, refused, monkeypatch) -> None:
+def test_check_tries_openvino_where_it_is_asked_for(command, refused, without) -> None:
     pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
     asked = ("check", "test_vit", "--image-size", 32)
     printed = command(*asked, "--openvino").out
     assert "ONNX: differs by" in printed
     assert "OpenVINO: differs by" in printed
-    monkeypatch.setattr("peft_vit.deployment.openvino_file.importlib.util.find_spec", lambda _: None)
+    without("openvino")
     assert "pip install 'peft-vit[openvino]'" in refused(*asked, "--openvino")
 
 

@@ -1,7 +1,6 @@
 """What TensorBoard's own reader finds in the event files equals the records they were made from."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -74,7 +73,7 @@ def test_the_command(results, tmp_path, command) -> None:
     assert said == f"2 runs: {tmp_path / 'logs'}\nNext: tensorboard --logdir {tmp_path / 'logs'}\n"
 
 
-def test_what_it_refuses(results, tmp_path, monkeypatch) -> None:
+def test_what_it_refuses(results, tmp_path, without) -> None:
     record = read_record(results / "tiny" / NAMES[0] / "seed_0" / "record.json")
     failed = record.model_copy(update={"status": "failed", "steps": []})
     write_result(tmp_path / "failed", failed, None)
@@ -89,7 +88,7 @@ def test_what_it_refuses(results, tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"record\.json: spec\.study: "):
         export_to_tensorboard(tmp_path / "evil", tmp_path / "logs")
     assert not (tmp_path.parent / "elsewhere").exists()
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    without("tensorboard")
     with pytest.raises(UserError, match=r"pip install 'peft-vit\[tensorboard\]'"):
         export_to_tensorboard(results, tmp_path / "logs")
     assert not (tmp_path / "logs").exists()

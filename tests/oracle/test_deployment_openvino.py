@@ -1,7 +1,6 @@
 """Exported models, run by OpenVINO's own kernels, against the torch model on packed weights."""
 
 import copy
-import importlib.util
 import re
 from pathlib import Path
 
@@ -173,9 +172,8 @@ def test_a_model_with_adapters_is_refused(tmp_path) -> None:
         export_openvino(model, tmp_path / "model.xml", CARD)
 
 
-def test_the_library_is_an_extra(exported, tmp_path, monkeypatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
+def test_the_library_is_an_extra(exported, tmp_path, without) -> None:
+    without("openvino")
     for call in (
         lambda: export_openvino(exported[0], tmp_path / "model.xml", CARD),
         lambda: open_exported(exported[1]),

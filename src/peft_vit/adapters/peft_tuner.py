@@ -20,7 +20,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import importlib.util
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from peft_vit.adapters.peft_layers import ADAPTER
 from peft_vit.backbones import Backbone, Site, evaluating, find_sites, fused_sites, whole_modules
 from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError, is_out_of_memory
+from peft_vit.extras import require_extra
 from peft_vit.seeding import torch_generator
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,8 +53,7 @@ _RANK_OF_FILE = ".lora_A.default.weight"
 
 def require_peft() -> None:
     """Refuse a method that needs the PEFT library where it is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("it needs the PEFT library; run: pip install 'peft-vit[peft]'", field="method")
+    require_extra("peft", field="method")
 
 
 def load_peft() -> None:

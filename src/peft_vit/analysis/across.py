@@ -25,6 +25,7 @@ from peft_vit.analysis.stability import StudyAgreement, study_agreements
 from peft_vit.analysis.stopping import compare_all
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.errors import UserError
+from peft_vit.extras import require_extra
 from peft_vit.statistics import Interval, MixedEffect, Verdict, holm, mixed_effect
 
 _ACCURACY_NEEDS: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "splits", "weights")
@@ -167,8 +168,10 @@ def compare_studies(
         pool: what may be pooled although it differs.
 
     Raises:
-        UserError: if the reference has a finished run in fewer than two studies, or nothing occurs in two.
+        UserError: if the reference has a finished run in fewer than two studies, nothing occurs in two, or statsmodels
+            is not installed.
     """
+    require_extra("report", "a comparison of studies", packages=("statsmodels",))
     found_in: dict[str, list[str]] = {}
     for one in studies:
         for name in dict.fromkeys(run.experiment.name for run in one.study.runs):

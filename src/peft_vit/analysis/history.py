@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_vit.analysis.results import load_studies
 from peft_vit.errors import UserError
+from peft_vit.extras import require_extra
 from peft_vit.records import history_rows, write_atomically
 
 
@@ -45,26 +46,13 @@ def export_history(results_dir: Path, file: Path) -> int:
     if write is None:
         raise UserError(f"expected a name that ends in {', '.join(_WRITERS)}", file=file)
     if write is _as_parquet:
-        check_pyarrow(file)
+        require_extra("parquet", file=file)
     rows = history_table(results_dir)
     try:
         write_atomically(file, write(rows))
     except OSError as error:
         raise UserError(f"can't be written ({error.strerror}); choose another file", file=file) from None
     return len(rows)
-
-
-def check_pyarrow(file: Path) -> None:
-    """Refuse a Parquet file where it can't be written.
-
-    Raises:
-        UserError: if pyarrow is not installed.
-    """
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        problem = "Parquet needs the package pyarrow; pip install 'peft-vit[parquet]', or export .csv or .json"
-        raise UserError(problem, file=file) from None
 
 
 def parquet_bytes(rows: list[dict[str, Any]], columns: Sequence[str], types: dict[str, str]) -> bytes:

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from peft_vit.errors import UserError
+from peft_vit.extras import require_extra
 from peft_vit.records import Metrics, RunRecord, read_records, write_atomically
 from peft_vit.safe_io import folder_below
 
@@ -29,7 +30,7 @@ def export_to_tensorboard(results_dir: Path, log_dir: Path) -> int:
         UserError: if there is no record of a finished run, if one can't be read, if a run stands twice, or if the
             package tensorboard is missing.
     """
-    _check_tensorboard()
+    require_extra("tensorboard", field="--format tensorboard")
     names: set[str] = set()
     for record in read_records(results_dir):
         if not record.steps:
@@ -46,14 +47,6 @@ def export_to_tensorboard(results_dir: Path, log_dir: Path) -> int:
     if not names:
         raise UserError("no run is finished yet, so there is nothing to show", file=results_dir)
     return len(names)
-
-
-def _check_tensorboard() -> None:
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        problem = "this format needs the package tensorboard; pip install 'peft-vit[tensorboard]'"
-        raise UserError(problem, field="--format tensorboard") from None
 
 
 def event_bytes(record: RunRecord) -> bytes:

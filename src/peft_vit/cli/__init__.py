@@ -21,6 +21,9 @@ from peft_vit.cli import results
 from peft_vit.cli import models
 
 # isort: split
+from peft_vit.cli import start
+
+# isort: split
 from peft_vit.cli.app import app
 from peft_vit.errors import UserError
 

@@ -20,6 +20,7 @@ import huggingface_hub
 
 from peft_vit.data.files import refuse_outside
 from peft_vit.errors import UserError
+from peft_vit.extras import require_extra
 from peft_vit.packages import cache_dir, check_download
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _HUB_TIMEOUT_S = 5.0
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
-_SINCE = 4  # of datasets: older versions run a script that a set may bring
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 
 
@@ -42,7 +42,7 @@ def open_splits(path: str, subset: str | None) -> dict[str, Dataset]:
         UserError: if the library is missing or too old, nothing is there, it can't be had from the hub, or it is of a
             kind that is not read.
     """
-    _check_library()
+    require_extra("hf", "hf", field="data.dataset")
     place = Path(os.path.expanduser(path))
     with _quiet():
         try:
@@ -84,16 +84,6 @@ def roots(path: str) -> tuple[Path, ...]:
 
     library = (_cache(), datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
     return tuple(Path(os.path.realpath(root)) for root in (os.path.expanduser(path), *library))
-
-
-def _check_library() -> None:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("hf needs the package datasets; pip install 'peft-vit[hf]'", field="data.dataset") from None
-    if int(datasets.__version__.split(".")[0]) < _SINCE:
-        problem = f"hf needs the package datasets from version {_SINCE}; pip install 'peft-vit[hf]'"
-        raise UserError(problem, field="data.dataset")
 
 
 @contextmanager

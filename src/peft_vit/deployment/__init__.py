@@ -5,8 +5,8 @@ from peft_vit.deployment.low_bit_file import load_low_bit, save_low_bit
 from peft_vit.deployment.merging import Merged, merge
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_expanded import input_ranges
-from peft_vit.deployment.onnx_file import OnnxRuntime, check_int8, export_onnx, open_onnx, require_onnx_export
-from peft_vit.deployment.openvino_file import export_openvino, open_openvino, require_openvino_export
+from peft_vit.deployment.onnx_file import OnnxRuntime, check_int8, export_onnx, open_onnx
+from peft_vit.deployment.openvino_file import export_openvino, open_openvino
 from peft_vit.deployment.predicting import (
     Classifier,
     Prediction,
@@ -38,8 +38,6 @@ __all__ = [
     "open_openvino",
     "predict_files",
     "predict_images",
-    "require_onnx_export",
-    "require_openvino_export",
     "save_low_bit",
     "save_pretrained",
     "torch_classifier",

@@ -21,9 +21,10 @@ from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import Architecture, Backbone, Site, find_sites, fused_sites, native_size
 from peft_vit.backbones.catalog import build_model
 from peft_vit.deployment.model_card import ModelCard
-from peft_vit.deployment.onnx_file import export_onnx, require_onnx_export
-from peft_vit.deployment.openvino_file import export_openvino, require_openvino_export
+from peft_vit.deployment.onnx_file import export_onnx
+from peft_vit.deployment.openvino_file import export_openvino
 from peft_vit.deployment.predicting import open_exported
+from peft_vit.extras import require_extra
 
 _RANK = 2
 _IMAGES, _CLASSES = 2, 5
@@ -154,7 +155,7 @@ def check_model(
         UserError: if the model can't be adapted, or OpenVINO is asked for and not installed.
     """
     if openvino:
-        require_openvino_export()
+        require_extra("openvino", "OpenVINO export")
     model = build().eval()
     sites = find_sites(model)
     effect = _attach_random(model, sites)
@@ -213,7 +214,6 @@ def _compared(logits: Tensor, run: Callable[[], Tensor]) -> Outcome:
 
 
 def _by_onnx(model: nn.Module, card: ModelCard, images: Tensor) -> Tensor:
-    require_onnx_export()
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(model, Path(folder) / "model.onnx", card)
         return open_exported(Path(folder) / "model.onnx").logits(images)

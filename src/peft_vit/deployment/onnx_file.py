@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,6 +25,7 @@ from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
 from peft_vit.deployment.onnx_expanded import ExpandedLinear, Int8Linear, Range
 from peft_vit.deployment.onnx_layers import OnnxLinear
 from peft_vit.errors import UserError
+from peft_vit.extras import require_extra
 from peft_vit.records import write_atomically
 from peft_vit.safe_io import read_bytes
 
@@ -40,13 +40,6 @@ class _Header(BaseModel):
     version: Literal[1] = 1
     card: ModelCard
     sha256: str
-
-
-def require_onnx_export() -> None:
-    """Refuse an export to ONNX where its packages are not installed."""
-    missing = [name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing or not hasattr(torch.onnx, "ops"):  # torch has had operators of other domains since 2.8
-        raise UserError("ONNX export needs torch 2.8, onnxscript and onnxruntime; run: pip install 'peft-vit[onnx]'")
 
 
 def export_onnx(
@@ -71,7 +64,7 @@ def export_onnx(
         UserError: if a package is missing, the model carries adapters, small: a layer's groups are too small for
             onnxruntime's operators, `input_ranges`: a layer is in int2, or the file can't be written.
     """
-    require_onnx_export()
+    require_extra("onnx", "ONNX export")
     check_merged(model)
     if input_ranges is not None:
         check_int8(model)
@@ -174,8 +167,7 @@ def open_onnx(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
         UserError: if the file is cut off, was changed after it was written, was not written by this package, or
             onnxruntime is missing or can't run it.
     """
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise UserError("needs onnxruntime; run: pip install 'peft-vit[onnx]'", file=file)
+    require_extra("onnx", packages=("onnx", "onnxruntime"), file=file)
     import onnx
     import onnxruntime
 

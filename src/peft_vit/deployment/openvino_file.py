@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import importlib.util
 import re
 import tempfile
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
 from peft_vit.deployment.onnx_file import INPUT, onnx_graph
 from peft_vit.errors import UserError
+from peft_vit.extras import require_extra
 from peft_vit.quantization import QuantizedTensor
 from peft_vit.records import write_atomically
 from peft_vit.safe_io import read_bytes
@@ -41,15 +41,6 @@ class _Header(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-def require_openvino_export() -> None:
-    """Refuse an export to OpenVINO where its packages are not installed."""
-    missing = [name for name in ("onnxscript", "openvino") if importlib.util.find_spec(name) is None]
-    if missing or not hasattr(torch.onnx, "ops"):  # torch has had operators of other domains since 2.8
-        raise UserError(
-            "OpenVINO export needs torch 2.8, onnxscript and openvino; run: pip install 'peft-vit[openvino]'"
-        )
-
-
 def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
     """Write a model with a batch of any size: `images` (B, 3, S, S) normalised float32, to `logits` (B, classes).
 
@@ -62,7 +53,7 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
         UserError: if a package is missing, the model carries adapters, a layer's format is none of OpenVINO's, or a
             file can't be written.
     """
-    require_openvino_export()
+    require_extra("openvino", "OpenVINO export")
     check_merged(model)
     packed = {name: one.quantized for name, one in adapted_modules(model) if one.quantized is not None}
     for name, weight in packed.items():
@@ -129,8 +120,7 @@ def open_openvino(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
         UserError: if the .xml or .bin is cut off, was changed after it was written, was not written by this package, or
             OpenVINO is missing or can't run it.
     """
-    if importlib.util.find_spec("openvino") is None:
-        raise UserError("needs openvino; run: pip install 'peft-vit[openvino]'", file=file)
+    require_extra("openvino", packages=("openvino",), file=file)
     description, weights = (_read(part) for part in (file, file.with_suffix(".bin")))
     found = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
     if found is None:

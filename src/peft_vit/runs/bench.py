@@ -14,9 +14,10 @@ import numpy as np
 
 from peft_vit.adapters.peft_files import CONFIG_FILE
 from peft_vit.backbones.catalog import create_model, create_skeleton
-from peft_vit.deployment import ModelCard, export_onnx, merge, require_onnx_export, save_low_bit
+from peft_vit.deployment import ModelCard, export_onnx, merge, save_low_bit
 from peft_vit.deployment.timing import Calls, time_alone
 from peft_vit.errors import UserError
+from peft_vit.extras import require_extra
 from peft_vit.records import RECORD_FILE, BenchRow
 from peft_vit.runs.export import file_bytes
 from peft_vit.runs.provenance import cpu_count, processor_name
@@ -118,7 +119,7 @@ def _opened(path: Path, weights: str | None, folder: Path) -> _Model:
 def _float32_like(model: _Model, folder: Path) -> _Model:
     """Export a model's architecture with random weights."""
     try:
-        require_onnx_export()
+        require_extra("onnx", "ONNX export")
     except UserError as error:
         raise UserError(f"no float32 model is named, and none can be made: {error.message}", file=model.name) from None
     card, file = model.card, folder / "float32.onnx"

@@ -30,13 +30,12 @@ from peft_vit.deployment import (
     load_pretrained,
     merge,
     open_exported,
-    require_onnx_export,
-    require_openvino_export,
     save_low_bit,
     save_pretrained,
     torch_classifier,
 )
 from peft_vit.errors import UserError
+from peft_vit.extras import EXTRAS, require_extra
 from peft_vit.records import write_atomically
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.statistics import Interval, paired_proportions
@@ -57,7 +56,6 @@ _WAYS: dict[FileFormat, tuple[_Write, Callable[[Path, ModelCard], Classifier]]] 
     "pretrained": (save_pretrained, lambda folder, card: torch_classifier(load_pretrained(folder, card), card)),
 }
 _ENDINGS: dict[FileFormat, str] = {"onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors"}
-_REQUIRE: dict[FileFormat, Callable[[], None]] = {"onnx": require_onnx_export, "openvino": require_openvino_export}
 
 
 @dataclass(frozen=True)
@@ -165,8 +163,8 @@ def export_run_to_file(
     ending = _ENDINGS.get(format)
     if ending is not None and file.suffix != ending:
         raise UserError(f"expected a name that ends in {ending}", file=file, field="--output")
-    if format in _REQUIRE:
-        _REQUIRE[format]()
+    if format in EXTRAS:
+        require_extra(format, f"--format {format}")
     run = restore_run(run_dir)
     if options.runtime or options.activations:
         _check_packed(run, run_dir, options)

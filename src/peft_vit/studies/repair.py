@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft_vit.analysis.history import check_pyarrow, parquet_bytes
+from peft_vit.analysis.history import parquet_bytes
+from peft_vit.extras import require_extra
 from peft_vit.records import RECORD_FILE, RunRecord, outcome_digest, read_record
 from peft_vit.records.ledger import LEDGER_FILE, encode, read_ledger
 from peft_vit.safe_io import folder_below
@@ -87,7 +88,7 @@ def repair(directory: Path) -> Iterator[str]:
             store.close()
             yield from store.notices
             file = folder / RUNS_FILE
-            check_pyarrow(file)
+            require_extra("parquet", file=file)
             rows = _run_rows(study_status(folder))
             types = {name: kind for name, kind in COLUMNS.items() if kind is not None}
             write_whole(file, parquet_bytes(rows, tuple(COLUMNS), types))

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +118,11 @@ def test_the_maps_of_ranks_and_scores_are_in_the_table(results: Path) -> None:
         np.testing.assert_allclose(drawn.to_numpy(), pattern.raw_final, rtol=1e-12)
 
 
-def test_parquet_without_pyarrow_names_the_extra(results: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"history\.parquet: Parquet needs .* pip install 'peft-vit\[parquet\]'"):
+def test_parquet_without_pyarrow_names_the_extra(results: Path, tmp_path: Path, without) -> None:
+    without("pyarrow")
+    with pytest.raises(
+        UserError, match=r"history\.parquet: needs the package pyarrow; run: pip install 'peft-vit\[parquet\]'"
+    ):
         export_history(results, tmp_path / "history.parquet")
     assert export_history(results, tmp_path / "history.csv") > 0
     assert export_history(results, tmp_path / "history.json") > 0

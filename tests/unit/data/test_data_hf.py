@@ -1,10 +1,10 @@
 """Data sets as the library datasets reads them: columns, splits, labels, copies, and no network."""
 
+import importlib.metadata
 import io
 import json
 import os
 import struct
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -461,11 +461,11 @@ def test_thumbnails_download_nothing(config, monkeypatch):
 
 
 @pytest.mark.parametrize("version", [None, "2.14.0"])
-def test_the_library_is_an_extra(version, hf, tmp_path, monkeypatch):
+def test_the_library_is_an_extra(version, hf, tmp_path, without, monkeypatch):
     if version is None:
-        monkeypatch.setitem(sys.modules, "datasets", None)
+        without("datasets")
     else:
-        monkeypatch.setattr(datasets, "__version__", version)
+        monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
     with pytest.raises(
         UserError, match=r"^data\.dataset: hf needs the package datasets.*pip install 'peft-vit\[hf\]'$"
     ):

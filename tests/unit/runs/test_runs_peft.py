@@ -1,7 +1,5 @@
 """PEFT's methods beside ours: the same split, head, order of images and records; what would fail is refused early."""
 
-import importlib.util
-
 import pytest
 import torch
 from written_runs import run_and_write
@@ -67,9 +65,8 @@ def test_what_peft_would_fail_on_or_ignore_is_refused_by_the_plan(beside, tmp_pa
     assert said in caught.value.message
 
 
-def test_without_peft_a_plan_is_one_line(beside, tmp_path, monkeypatch) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+def test_without_peft_a_plan_is_one_line(beside, tmp_path, without) -> None:
+    without("peft")
     with pytest.raises(UserError) as caught:
         planned(beside(), tmp_path)
     assert caught.value.field == "experiments[2].method"

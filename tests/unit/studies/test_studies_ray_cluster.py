@@ -1,7 +1,6 @@
 """What is refused before anything runs on Ray; no cluster is started here."""
 
 import socket
-import sys
 from dataclasses import replace
 
 import pytest
@@ -72,12 +71,11 @@ def test_an_address_of_another_kind_is_refused(tmp_path, address) -> None:
         RayExecutor(address, Need(1), tmp_path)
 
 
-def test_without_ray_the_command_to_install_it_is_told(study, tmp_path, monkeypatch) -> None:
+def test_without_ray_the_command_to_install_it_is_told(study, tmp_path, without) -> None:
     plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
-    monkeypatch.setitem(sys.modules, "ray", None)
-    for name in ("ray_cluster", "ray_task"):
-        monkeypatch.delitem(sys.modules, f"peft_vit.studies.executors.{name}", raising=False)
-    with pytest.raises(UserError, match=r"^--executor ray: Ray is not installed; pip install 'peft-vit\[ray\]'$"):
+    without("ray")
+    said = r"^--executor ray: needs the package ray; run: pip install 'peft-vit\[ray\]'$"
+    with pytest.raises(UserError, match=said):
         open_executor("ray", plan, tmp_path)
 
 

