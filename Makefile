@@ -8,7 +8,7 @@ STAMP := $(VENV)/.setup-done
 DEMO := experiments/outputs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup demo smoke test test-all test-gpu test-avx2 torture bench check sizes format clean
+.PHONY: help setup demo smoke test test-all test-gpu test-avx2 torture bench wheel check sizes format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -63,6 +63,9 @@ bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/interval_coverage.py
+
+wheel: ## build the wheel, install it away from here with each Python found, run a smoke study and its report
+	.ci/wheel $(PYTHONS)
 
 check: setup ## lint, formatting, types, import rules, sizes; changes nothing
 	$(BIN)/ruff check

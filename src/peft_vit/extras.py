@@ -50,8 +50,10 @@ def require_extra(
     """
     missing = missing_packages(extra, packages)
     if missing:
-        which = f"{what} needs the package{'s' * (len(missing) > 1)} {' and '.join(missing)}".lstrip()
-        raise UserError(f"{which}; run: pip install 'peft-vit[{extra}]'", file=file, field=field)
+        *others, last = missing
+        names = f"packages {', '.join(others)} and {last}" if others else f"package {last}"
+        problem = f"{what} needs the {names}; run: pip install 'peft-vit[{extra}]'"
+        raise UserError(problem, file=file, field=field)
 
 
 def missing_packages(extra: str, packages: Collection[str] | None = None) -> list[str]:

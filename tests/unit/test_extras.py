@@ -41,10 +41,10 @@ def test_what_is_missing_is_one_line(without) -> None:
         require_extra("onnx", "ONNX export")
     assert str(one.value) == "ONNX export needs the package onnxruntime; run: pip install 'peft-vit[onnx]'"
     require_extra("onnx", packages=("onnx",))
-    without("onnxscript")
+    without("onnxscript", "onnx")
     with pytest.raises(UserError) as two:
         require_extra("onnx", file="model.onnx")
-    said = "model.onnx: needs the packages onnxscript and onnxruntime; run: pip install 'peft-vit[onnx]'"
+    said = "model.onnx: needs the packages onnx, onnxscript and onnxruntime; run: pip install 'peft-vit[onnx]'"
     assert str(two.value) == said
 
 
