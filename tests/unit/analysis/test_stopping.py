@@ -1,1 +1,111 @@
-"""Studies whose comparisons stop, and studies that were continued: what their analyses say, and what they refuse."""
+"""From records to the courses of comparisons: which pairs count, in which order, and by which rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+
+from peft_vit.analysis.stopping import courses, paired
+from peft_vit.analysis.studies import Study
+from peft_vit.config import StudyConfig, study_from_mapping
+from peft_vit.records import RunRecord
+from peft_vit.statistics import StoppingRule, follow
+
+pytestmark = pytest.mark.part("statistics")
+
+NAMES = ("lora_r8", "lora_r4", "lora_r2")
+EXPERIMENTS = planted.experiments()
+SEEDS = (5, 3, 9, 1, 7, 2)  # in the order in which they count
+LEAD = {"lora_r8": 0, "lora_r4": 12, "lora_r2": -30}  # of 600 images
+NOISE = {5: 3, 3: -2, 9: 4, 1: -5, 7: 1, 2: 2}
+
+
+def configuration(data: dict[str, Any] | None = None, **stopping: Any) -> StudyConfig:
+    training = {"epochs": 3, "learning_rate": 1e-3}
+    mapping = {
+        "name": "quickstart",
+        "seeds": list(SEEDS),
+        "backbone": {"model": "test_vit", "weights": "random"},
+        "data": {"dataset": "elpv", "image_size": 84, "validation_images": 400, **(data or {"test_images": 600})},
+        "experiments": [
+            {"name": name, "method": "lora", "lora": {"rank": int(name[-1])}, "training": training} for name in NAMES
+        ],
+        "stopping": {"control": "lora_r8", "margin": 1.5, "looks": [2, 4, 6], **stopping},
+    }
+    return study_from_mapping(mapping, file=Path("quickstart.yaml"))
+
+
+def difference(name: str, seed: int) -> float:
+    """Return what is planted, as a share."""
+    return (LEAD[name] + (NOISE[seed] if name != "lora_r8" else 0)) / 600
+
+
+def record(name: str, seed: int, **changes: Any) -> RunRecord:
+    return planted.record(EXPERIMENTS[name], seed, 0.75 + difference(name, seed), **changes)
+
+
+def study(*left_out: tuple[str, int]) -> Study:
+    return planted.study_of([record(n, seed) for n in NAMES for seed in SEEDS if (n, seed) not in left_out])
+
+
+def test_pairs_count_in_the_declared_order() -> None:
+    found = paired(configuration(), study(), "lora_r4")
+    assert list(found) == list(SEEDS)
+    assert list(found.values()) == pytest.approx([difference("lora_r4", seed) for seed in SEEDS])
+
+
+@pytest.mark.parametrize("missing", [("lora_r4", 9), ("lora_r8", 9)])
+def test_pairs_end_at_the_first_seed_that_lacks_a_run(missing) -> None:
+    assert list(paired(configuration(), study(missing), "lora_r4")) == [5, 3]
+
+
+def test_a_pair_on_other_images_ends_them_too() -> None:
+    made = [record(n, seed) for n in NAMES for seed in SEEDS if (n, seed) != ("lora_r4", 3)]
+    other = record("lora_r4", 3, provenance_changes={"split_sha256": "e" * 64})
+    assert list(paired(configuration(), planted.study_of([*made, other]), "lora_r4")) == [5]
+
+
+def test_a_study_that_is_not_begun_is_open() -> None:
+    found = courses(configuration(), None)
+    assert [(one.name, one.looks, one.stopped, one.next_look) for one in found] == [
+        ("lora_r4", (), None, 2),
+        ("lora_r2", (), None, 2),
+    ]
+
+
+RULES: dict[str, tuple[dict[str, Any], StoppingRule]] = {
+    "both": ({}, StoppingRule("both", 0.015, (2, 4, 6))),
+    "superiority": (
+        {"asked": "superiority", "margin": None, "looks": None, "every": 4, "spending": "pocock", "level": 0.1},
+        StoppingRule("superiority", 0.5, (4, 6), level=0.1, form="pocock"),
+    ),
+    "anytime": (
+        {"asked": "non-inferiority", "looks": None, "spending": "anytime"},
+        StoppingRule("non-inferiority", 0.015, (), form="anytime"),
+    ),
+    "never futile": ({"futility": 0}, StoppingRule("both", 0.015, (2, 4, 6), futility=0)),
+    "folds": ({"data": {"folds": 5}}, StoppingRule("both", 0.015, (2, 4, 6), correlation=600 / 512)),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_the_rule_is_what_was_declared(case) -> None:
+    said, rule = RULES[case]
+    differences = {name: [round(difference(name, seed), 12) for seed in SEEDS] for name in NAMES[1:]}
+    assert courses(configuration(**said), study()) == follow(differences, rule)
+
+
+def test_balanced_accuracy_is_compared_if_it_is_asked_for() -> None:
+    made = []
+    for name in NAMES:
+        for place, seed in enumerate(SEEDS):
+            balanced = 0.6 + (0.01 * place if name == "lora_r4" else 0.0)
+            one = record(name, seed)
+            assert one.test is not None
+            test = one.test.model_copy(update={"balanced_accuracy": balanced})
+            made.append(one.model_copy(update={"test": test}))
+    found = paired(configuration(metric="balanced_accuracy"), planted.study_of(made), "lora_r4")
+    assert list(found.values()) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04, 0.05])
