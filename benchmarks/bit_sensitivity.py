@@ -25,10 +25,9 @@ from peft_vit.allocation.bit_sensitivity import LinearHead, fit_head, layer_loss
 from peft_vit.backbones import find_sites, load_run_backbone
 from peft_vit.data import load_data
 from peft_vit.quantization import QuantizationFormat, quantize
-from peft_vit.runs.calibration import Calibration
 from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import spearman
-from peft_vit.training import RuntimeConfig
+from peft_vit.training import Calibration, RuntimeConfig
 
 TYPES = ("int2", "int4")
 GROUP = 32

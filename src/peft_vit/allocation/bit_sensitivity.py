@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_vit.backbones import Backbone, Site, evaluating, visit_blocks
+from peft_vit.allocation.layer_gradients import FORWARD_IMAGES, frozen, layer_gradients, squared_singular_values
+from peft_vit.backbones import Backbone, Site, visit_blocks
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 from peft_vit.seeding import torch_generator
@@ -39,8 +40,6 @@ Floats = npt.NDArray[np.float64]
 # of ELPV the held-out loss is near its least, 0.45 of 0.43, and that on the fitted images, 0.35, not far below it; with
 # 32 they are 0.43 and 0.19.
 _INVERSE_PENALTY = 4.0
-_BACKWARD_IMAGES = 8  # gradients of a layer's outputs exist for as many images at once
-_FORWARD_IMAGES = 64
 
 
 class LinearHead(NamedTuple):
@@ -77,8 +76,8 @@ def fit_head(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[LinearHe
             field="qa_lora.adaptive_bits.calibration_images",
         )
     backbone = Backbone(model)
-    with _frozen(model), torch.no_grad():
-        features = torch.cat([backbone.features(chunk) for chunk in images.split(_FORWARD_IMAGES)])
+    with frozen(model), torch.no_grad():
+        features = torch.cat([backbone.features(chunk) for chunk in images.split(FORWARD_IMAGES)])
     centre = features.mean(0)
     spread = (features - centre).square().sum(1).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     fitted = LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000).fit(
@@ -112,7 +111,7 @@ def layer_losses(
             its block on.
         seed: of the labels that `fisher` draws.
     """
-    with _frozen(model):
+    with frozen(model):
         if by == "loss":
             return _divergences(model, formats, images, head)
         generator = torch_generator(seed, "calibration")
@@ -144,7 +143,7 @@ def _divergences(
     backbone = Backbone(model)
     layer_of = {site.module: site.layer for site in backbone.sites}
     totals = {name: [0.0] * len(candidates) for name, candidates in low.items()}
-    for chunk in images.split(_FORWARD_IMAGES):
+    for chunk in images.split(FORWARD_IMAGES):
         logits: dict[str, list[Tensor]] = {name: [] for name in low}
 
         def visit(block: int, rest: Callable[[], Tensor], logits: dict[str, list[Tensor]] = logits) -> None:
@@ -194,7 +193,7 @@ def rank_gains(
         losses.append(total.item())
         return total
 
-    with _frozen(model):
+    with frozen(model):
         gradients = {name: torch.zeros_like(_weight(model, name)) for name in modules}
         for name, gradient in _sample_gradients(model, modules, images, head, loss):
             gradients[name] += gradient
@@ -208,15 +207,8 @@ def rank_gains(
 
 
 def _norms_by_rank(matrix: Tensor) -> Floats:
-    """Return the Frobenius norms of a matrix's best approximations of rank 0, 1, ... up to its smaller side.
-
-    Squared singular values are the eigenvalues of the smaller product of the matrix with its transpose, and are all
-    that is needed: several times as fast as the singular values.
-    """
-    matrix = matrix.double().cpu()
-    squares = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    eigenvalues = torch.linalg.eigvalsh(squares).flip(0).clamp(min=0)
-    return np.sqrt(np.concatenate([[0.0], eigenvalues.cumsum(0).numpy()]))
+    """Return the Frobenius norms of a matrix's best approximations of rank 0, 1, ... up to its smaller side."""
+    return np.sqrt(np.concatenate([[0.0], squared_singular_values(matrix).cumsum(0).numpy()]))
 
 
 def _sample_gradients(
@@ -224,34 +216,14 @@ def _sample_gradients(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (module, gradient of one image's loss with respect to its weight) for all images.
 
-    Args:
-        model: frozen; only activations have gradients, so that no gradient of a whole batch is formed.
-        modules: linear layers.
-        images: (N, 3, S, S).
-        head: makes logits of features.
-        loss: of a batch's logits and its place among the images: a sum over them.
+    The loss of a batch is a sum over its images; other arguments as in `layer_gradients`.
     """
     backbone = Backbone(model)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def forward(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            x = given[0].detach()
-            output.register_hook(lambda gradient: seen.update({name: (gradient, x)}))
-
-        return forward
-
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in modules]
-    try:
-        for start in range(0, len(images), _BACKWARD_IMAGES):
-            part = slice(start, start + _BACKWARD_IMAGES)
-            loss(head(backbone.features(images[part].clone().requires_grad_())), part).backward()
-            for name in modules:
-                for gradient, x in zip(*seen.pop(name), strict=True):  # (T, out), (T, in)
-                    yield name, gradient.T @ x
-    finally:
-        for handle in handles:
-            handle.remove()
+    for name, gradients, inputs in layer_gradients(
+        model, modules, images, lambda chunk: head(backbone.features(chunk)), loss
+    ):
+        for gradient, x in zip(gradients, inputs, strict=True):  # (T, out), (T, in)
+            yield name, gradient.T @ x
 
 
 def _weight(model: nn.Module, module: str) -> Tensor:
@@ -267,17 +239,3 @@ def _weight_replaced(own: Tensor, other: Tensor) -> Iterator[None]:
         yield
     finally:
         own.data = before
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without trainable parameters for a while."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

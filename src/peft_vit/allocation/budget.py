@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peft_vit.allocation.strategies import Bounds, Ints
-from peft_vit.config import AdaLoraConfig
+from peft_vit.config import AdaLoraConfig, BudgetUnit
 from peft_vit.errors import UserError
 
 
@@ -83,10 +83,16 @@ def costs_for(config: AdaLoraConfig, shapes: Sequence[tuple[int, int]], tokens: 
         shapes: of each site: inputs of its A, which are in / pool, and outputs.
         tokens: of one image that pass through each site.
     """
-    unit = config.budget.unit
+    return rank_costs(config.budget.unit, shapes, tokens, svd=config.parametrization == "svd")
+
+
+def rank_costs(
+    unit: BudgetUnit, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], *, svd: bool = False
+) -> Ints:
+    """Return what one rank of each site costs in a unit, (sites,), see `costs_for`."""
     if unit == "ranks":
         return np.ones(len(shapes), dtype=np.int64)
-    values = np.array(shapes, dtype=np.int64).sum(axis=1) + (config.parametrization == "svd")
+    values = np.array(shapes, dtype=np.int64).sum(axis=1) + svd
     if unit == "macs":
         return values * np.array(tokens, dtype=np.int64)
     return values * {"parameters": 1, "bytes": 4}[unit]

@@ -47,6 +47,7 @@ from peft_vit.methods.lora import LoraConfig
 from peft_vit.methods.metrics import METRICS, Metric
 from peft_vit.methods.peft import PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.methods.qa_lora import BITS_OF_TYPE, AdaptiveBitsConfig, QaLoraConfig, QuantizationType
+from peft_vit.methods.starting_ranks import ORDERED_RULES, STARTING_RULES, StartingRanksConfig
 from peft_vit.settings import AS_WRITTEN, MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, SiteMatrix, is_given
 
 __all__ = [
@@ -56,9 +57,11 @@ __all__ = [
     "MATRICES",
     "METRICS",
     "NEEDS_PATH",
+    "ORDERED_RULES",
     "PROBE_L2",
     "PROBE_READS",
     "SITE_MATRICES",
+    "STARTING_RULES",
     "ActivationCheckpointing",
     "AdaLoraConfig",
     "AdapterConfig",
@@ -98,6 +101,7 @@ __all__ = [
     "RandomResizedCrop",
     "Rotate90",
     "SiteMatrix",
+    "StartingRanksConfig",
     "StoppingConfig",
     "Strategy",
     "StudyConfig",

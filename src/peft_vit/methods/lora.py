@@ -1,7 +1,8 @@
-"""LoRA with the same rank at every site (arXiv 2106.09685), from nothing or from an adapter of the PEFT library."""
+"""LoRA (arXiv 2106.09685) with ranks that stay: equal ones, those that a rule chooses, or a PEFT adapter's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -9,12 +10,13 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from peft_vit.errors import UserError
 from peft_vit.methods.method import Method, Preparation, Wishes, check_rank_at, sites_of
+from peft_vit.methods.starting_ranks import StartingRanksConfig
 from peft_vit.settings import AdapterConfig, is_given
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from peft_vit.backbones import BackboneShape
+    from peft_vit.backbones import BackboneShape, Site
     from peft_vit.config import ExperimentConfig
     from peft_vit.training import Hook
 
@@ -22,17 +24,21 @@ DEFAULT_RANK = 8  # of `peft-vit train`
 
 
 class LoraConfig(AdapterConfig):
-    """Fixed-rank LoRA (arXiv 2106.09685), from nothing at a rank, or going on from an adapter of the PEFT library."""
+    """LoRA (arXiv 2106.09685) at one rank, at ranks that a rule chooses, or going on from an adapter of PEFT."""
 
     rank: int | None = Field(default=None, ge=1)
     start: str | None = Field(
         default=None, min_length=1, description="in place of rank: folder of a PEFT LoRA adapter to go on from"
     )
 
+    ranks: StartingRanksConfig | None = Field(
+        default=None, description="in place of rank: a budget over all sites, and the rule that spends it"
+    )
+
     @model_validator(mode="after")
     def _rank_or_start(self, info: ValidationInfo) -> Self:
-        if (self.rank is None) == (self.start is None):
-            raise ValueError("give exactly one of rank and start")
+        if sum(one is not None for one in (self.rank, self.start, self.ranks)) != 1:
+            raise ValueError("give exactly one of rank, start and ranks")
         for field in ("scale", "targets"):
             if self.start is not None and is_given(self, field, info):
                 raise ValueError(f"{field} has no effect with start: the adapter has its own; remove it")
@@ -43,15 +49,28 @@ def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Prepar
     from peft_vit.adapters import attach_adapters
     from peft_vit.adapters.peft_format import import_peft
     from peft_vit.backbones import find_sites
+    from peft_vit.training import StartingRanks
 
     settings = experiment.need(LoraConfig)
     if settings.start is not None:
         import_peft(model, Path(settings.start), seed=preparation.seed, fresh_head=True)
         return []
-    assert settings.rank is not None
     sites = find_sites(model, settings.targets)
-    attach_adapters(model, sites, settings.rank, scale=settings.scale, seed=preparation.seed)
-    return []
+    # A rule sees the head that training starts from, so its ranks come later.
+    attach_adapters(model, sites, settings.rank or 0, scale=settings.scale, seed=preparation.seed)
+    return [] if settings.ranks is None else [StartingRanks(settings.ranks, sites, seed=preparation.seed)]
+
+
+def _check_ranks(settings: StartingRanksConfig, sites: Sequence[Site], train_images: int) -> None:
+    from peft_vit.allocation import check_starting_ranks
+
+    check_rank_at("lora.ranks.site_rank", sites, settings.site_rank)
+    check_starting_ranks(settings, sites)
+    if settings.reads_images and settings.calibration_images > train_images:
+        raise UserError(
+            f"{settings.calibration_images} are more than the {train_images} training images; lower it",
+            field="lora.ranks.calibration_images",
+        )
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
@@ -61,6 +80,8 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
     settings = experiment.need(LoraConfig)
     if settings.rank is not None:
         check_rank_at("lora.rank", sites_of("lora", settings, shape), settings.rank)
+    if settings.ranks is not None:
+        _check_ranks(settings.ranks, sites_of("lora", settings, shape), train_images)
     if settings.start is not None:
         try:
             read_peft(Path(settings.start), fused_sites(shape.sites), dict.fromkeys(shape.head, ()), any_head=True)

@@ -28,6 +28,7 @@ from peft_vit.config import (
     Device,
     ExperimentConfig,
     Kind,
+    LoraConfig,
     MeasuresConfig,
     Name,
     Precision,
@@ -49,6 +50,7 @@ _LATER_SECTIONS = ("peft",)
 _LATER_BACKBONE = ("library",)
 _LATER_MEASURES = ("logits",)
 _LATER_DATA = ("test_split", "interpolation", "image_column", "label_column", "hub_subset", "images_file", "folds")
+_LATER_LORA = ("ranks",)
 _LATER_TRAINING = (
     "steps",
     "validate_every",
@@ -104,6 +106,8 @@ class RunSpec(_Value):
         unasked["experiment"] = {"training": later} | {
             name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None
         }
+        if isinstance(lora := getattr(self.experiment, "lora", None), LoraConfig):
+            unasked["experiment"]["lora"] = _at_default(lora, _LATER_LORA)
         flips = next((said for said, same in AUGMENTATION_OF_FLIPS.items() if same == training.augmentation), None)
         if flips is not None:
             later.add("augmentation")

@@ -1,36 +1,13 @@
-"""What is measured on training images alone: bits before training, and what hooks ask for after it."""
+"""Bits that are chosen before training, on training images alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor, nn
+from torch import nn
 
 from peft_vit.config import QaLoraConfig
-from peft_vit.data import Data
 from peft_vit.records import RunSpec
 from peft_vit.runs.resume import Attempt
-from peft_vit.training import ChosenBits, RuntimeConfig, allocate_bits
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The training images of a run, in an order of their own and without flips."""
-
-    data: Data
-    runtime: RuntimeConfig
-    seed: int
-
-    def batch(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the first ones (count, C, H, W), at most all, and their labels (count,), on the device."""
-        rows = self.data.train.order(self.seed, 0)[:count]  # epochs count from 1
-        chosen = self.data.train.chosen(rows)
-        images, labels = next(chosen.ordered_batches(len(rows), self.runtime.mean, self.runtime.std))
-        return images.to(self.runtime.device), labels.to(self.runtime.device)
-
-    def images(self, count: int) -> Tensor:
-        """Return the first ones without their labels."""
-        return self.batch(count)[0]
+from peft_vit.training import Calibration, ChosenBits, allocate_bits
 
 
 def choose_bits(model: nn.Module, spec: RunSpec, attempt: Attempt, calibration: Calibration) -> ChosenBits | None:

@@ -46,7 +46,7 @@ from peft_vit.evaluation import (
 from peft_vit.methods import prepare
 from peft_vit.methods.qa_lora import packed_at_once
 from peft_vit.records import ByteCounts, Failure, ParameterCounts, Provenance, RankEntry, RunRecord, RunSpec
-from peft_vit.runs.calibration import Calibration, choose_bits
+from peft_vit.runs.calibration import choose_bits
 from peft_vit.runs.device import resolve_device
 from peft_vit.runs.head_start import start_head
 from peft_vit.runs.measures import take_measures
@@ -54,6 +54,7 @@ from peft_vit.runs.provenance import cpu_count, hash_arrays, loaded_git_state, p
 from peft_vit.runs.resume import RECORDED, Attempt
 from peft_vit.training import (
     AfterTraining,
+    Calibration,
     Checkpoints,
     Hook,
     Interrupted,

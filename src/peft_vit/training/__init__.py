@@ -2,9 +2,10 @@
 
 from peft_vit.training.adaptive_bits import ChosenBits, allocate_bits, check_bits
 from peft_vit.training.allocation_hook import AllocationHook
+from peft_vit.training.calibration import Calibration
 from peft_vit.training.checkpoint import CheckpointKeeper, Checkpoints, CheckpointWarning, Interrupted
 from peft_vit.training.checkpoint_state import State
-from peft_vit.training.hooks import AfterTraining, Hook, Overhead
+from peft_vit.training.hooks import AfterTraining, BeforeTraining, Hook, Overhead
 from peft_vit.training.linear_probe import (
     Features,
     LinearProbe,
@@ -22,11 +23,14 @@ from peft_vit.training.qa_lora import QALoRATrainer
 from peft_vit.training.quantization_schedule import end_step
 from peft_vit.training.quantized_layers import check_ranks
 from peft_vit.training.runtime import RuntimeConfig
+from peft_vit.training.starting_ranks import StartingRanks
 from peft_vit.training.training_state import TrainingResult, steps_per_epoch
 
 __all__ = [
     "AfterTraining",
     "AllocationHook",
+    "BeforeTraining",
+    "Calibration",
     "CheckpointKeeper",
     "CheckpointWarning",
     "Checkpoints",
@@ -40,6 +44,7 @@ __all__ = [
     "Progress",
     "QALoRATrainer",
     "RuntimeConfig",
+    "StartingRanks",
     "State",
     "TrainingResult",
     "allocate_bits",

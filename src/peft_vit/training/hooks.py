@@ -27,6 +27,22 @@ class Overhead(dict[str, float]):
 
 
 @dataclass(frozen=True)
+class BeforeTraining:
+    """What a run lets its hooks use before the first step; nothing of it comes from validation or test images.
+
+    Attributes:
+        calibration_batch: returns the first training images (count, C, H, W) in an order of their own, and their
+            labels (count,).
+        loss: the mean loss of training, of logits (B, classes) and labels (B,).
+        overhead: takes the seconds of what hooks measure.
+    """
+
+    calibration_batch: Callable[[int], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    overhead: Overhead = field(default_factory=Overhead)
+
+
+@dataclass(frozen=True)
 class AfterTraining:
     """What a run lets its hooks use once training is over; nothing of it comes from validation or test images.
 
@@ -55,6 +71,12 @@ class Hook:
 
     name: str
     purposes: ClassVar[Mapping[str, str]] = {}
+
+    def begin(self, model: nn.Module, before: BeforeTraining) -> None:
+        """Change ranks or weights of a model whose head is the one that training starts from.
+
+        Called once before the optimiser is built; not by a training that goes on from a state.
+        """
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Prepare, and refuse what can't work; called once, before the first step."""

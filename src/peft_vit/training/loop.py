@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import nn
 
 from peft_vit.backbones import freeze_batch_norm
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data
+from peft_vit.training.calibration import Calibration
 from peft_vit.training.checkpoint_state import State
-from peft_vit.training.hooks import Hook, Overhead
+from peft_vit.training.hooks import BeforeTraining, Hook, Overhead
+from peft_vit.training.optimization import loss_weights, weighted_cross_entropy
 from peft_vit.training.progress import Gauges, Progress
 from peft_vit.training.runtime import RuntimeConfig
 from peft_vit.training.training_state import TrainingResult, TrainingState
@@ -53,8 +56,15 @@ def train(
         DivergedError: if loss, gradient or predictions are no longer finite.
         UserError: if the state to go on from is not one of this training's.
     """
-    training = TrainingState(model, data, config, runtime, hooks, Overhead() if overhead is None else overhead, resume)
+    overhead = Overhead() if overhead is None else overhead
     fresh = resume is None
+    if fresh:
+        weights, smoothing = loss_weights(config, data, runtime.device), config.label_smoothing
+        loss = partial(weighted_cross_entropy, weights=weights, label_smoothing=smoothing)
+        before = BeforeTraining(Calibration(data, runtime, seed).batch, loss, overhead)
+        for hook in hooks:
+            hook.begin(model, before)
+    training = TrainingState(model, data, config, runtime, hooks, overhead, resume)
     del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
     gauges = Gauges(model)
 

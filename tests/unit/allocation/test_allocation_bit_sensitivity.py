@@ -8,7 +8,7 @@ import torch
 from tiny_models import TINY_EVAS, random_model
 from torch.nn import functional as F
 
-from peft_vit.allocation import bit_sensitivity
+from peft_vit.allocation import bit_sensitivity, layer_gradients
 from peft_vit.allocation.bit_sensitivity import LinearHead, fit_head, layer_losses, rank_gains
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
@@ -157,8 +157,8 @@ def test_batches_of_any_size_give_the_same_and_the_model_is_left_alone(tiny_vit,
     model.head.weight.requires_grad_(False)
     before = {name: (p, p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     head, whole = measured(model, batch, by)
-    monkeypatch.setattr(bit_sensitivity, "_BACKWARD_IMAGES", 3)
-    monkeypatch.setattr(bit_sensitivity, "_FORWARD_IMAGES", 4)
+    monkeypatch.setattr(layer_gradients, "BACKWARD_IMAGES", 3)
+    monkeypatch.setattr(bit_sensitivity, "FORWARD_IMAGES", 4)
     parts = layer_losses(model, dict.fromkeys(layers(model), FORMATS), batch[0], head, by=by, seed=3)
     for name, losses in whole.items():
         assert parts[name] == pytest.approx(losses, rel=1e-3, abs=1e-8)

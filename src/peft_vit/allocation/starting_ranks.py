@@ -1,0 +1,311 @@
+"""Ranks of a LoRA that are chosen once, before the first step, by a rule; below one rank a site, too.
+
+W (out, in) is a site's frozen weight, and X are its inputs, one row a token of each calibration image. G = dL/dW is the
+gradient of the run's own loss over all calibration images, at the head that training starts from, and G_b that over
+the b-th batch of 8 of them.
+
+Rules that rank all ranks of all sites, and take the best:
+
+    eva          the k-th rank of a site scores the k-th explained variance ratio of X, lambda_k / sum of all lambda,
+                 with lambda the eigenvalues of X's covariance (EVA, arXiv 2410.07170, and its code in PEFT). Here the
+                 ranks alone are taken, not EVA's start of A; query, key and value see the same X
+    gradient     the k-th scores sigma_k(G)^2. Of all updates of K rank-one terms at any sites and Frobenius norm n, the
+                 loss falls most to first order, by n sqrt(sum of the K largest sigma^2), along those (Eckart and
+                 Young 1936, on the block diagonal matrix of all G)
+    spt          the k-th scores the k (in + out)-th largest element of sum_b G_b^2. SPT (arXiv 2303.08566) calls the
+                 elements of all matrices with the largest sum of squared gradients sensitive, and adapts a matrix that
+                 has as many of them as its LoRA has values. Here a LoRA grows rank by rank, and as many elements are
+                 sensitive as spend the budget
+
+Rules that share in proportion (whole ranks by largest remainder):
+
+    gora         ranks in proportion to mean |W * G| / sqrt(in + out) (GoRA, arXiv 2502.12171, eq. 5 and after), without
+                 its smallest rank and its start of B
+    stable_rank  ranks in proportion to ||W||_F^2 / ||W||_2^2 (SR-LoRA, arXiv 2507.00327, whose ranks are this number
+                 itself): reads no image
+
+Controls, which read nothing:
+
+    even                       ranks as equal as they can be; what is left goes to sites at equal distances
+    random                     sites in an order drawn from the run's seed: `site_rank` each until the budget is spent
+    first_blocks, last_blocks  likewise from the first block on, or from the last block backwards
+
+A budget has the units of `budget.rank_costs`. Under one other than ranks `gradient` divides its score by what a rank
+costs; the others were published for ranks and go by the scores above.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters import AdaptedLinear
+from peft_vit.allocation.budget import rank_costs
+from peft_vit.allocation.importance import weight_scores
+from peft_vit.allocation.layer_gradients import FORWARD_IMAGES, frozen, layer_gradients, squared_singular_values
+from peft_vit.allocation.strategies import Bounds, Floats, Ints, allocate
+from peft_vit.backbones import Site
+from peft_vit.config import ORDERED_RULES, StartingRanksConfig
+from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.seeding import torch_generator
+
+MeanLoss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, classes) and labels (B,)
+
+
+class CalibrationBatch(NamedTuple):
+    """Training images, and the loss whose gradients are asked for."""
+
+    images: Tensor  # (N, C, S, S), normalised, on the model's device
+    labels: Tensor  # (N,) int64
+    loss: MeanLoss
+
+
+def check_starting_ranks(config: StartingRanksConfig, sites: Sequence[Site]) -> None:
+    """Refuse a budget that buys no rank, or one under which the rule decides nothing.
+
+    Raises:
+        UserError: naming the setting and what the sites allow.
+    """
+    costs, largest = _costs(config, sites), _largest(sites)
+    if config.maximum_rank is not None and config.maximum_rank > largest.max():
+        raise UserError(
+            f"{config.maximum_rank} lies above the widest site's {largest.max()}; lower it",
+            field="lora.ranks.maximum_rank",
+        )
+    limit = config.site_rank if config.rule in ORDERED_RULES else config.maximum_rank
+    most = int(costs @ (largest if limit is None else np.minimum(largest, limit)))
+    if not costs.min() <= config.budget < most:
+        name = "site_rank" if config.rule in ORDERED_RULES else "maximum_rank"
+        reason = "what they can hold" if limit is None else f"{name} {limit} everywhere; raise {name} for more"
+        raise UserError(
+            f"expected at least {costs.min()} (one rank of the cheapest site) and less than {most} {config.unit} (of "
+            f"all {len(sites)} sites {reason}), got {config.budget}",
+            field="lora.ranks.budget",
+        )
+
+
+def choose_starting_ranks(
+    model: nn.Module,
+    sites: Sequence[Site],
+    config: StartingRanksConfig,
+    *,
+    seed: int,
+    batch: CalibrationBatch | None = None,
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Return the rank of each site, and what a rule that scores has said of its first rank (nothing for a control).
+
+    Args:
+        model: carries adapters without rank; is left as it was.
+        sites: that carry them.
+        config: the settings.
+        seed: of the run, for `random`.
+        batch: for rules that read images.
+
+    Raises:
+        UserError: as `check_starting_ranks`, or if a score is not finite.
+    """
+    check_starting_ranks(config, sites)
+    names = [site.name for site in sites]
+    if config.reads == "nothing":
+        ranks, scores = _controlled(config, sites, seed), {}
+    else:
+        by_rank = _SCORES[config.rule](model, sites, batch)
+        ranks, scores = _by_scores(config, sites, by_rank), {name: float(by_rank[name][0]) for name in names}
+        _warn_of_no_effect(config, ranks.tolist(), scores)
+    return dict(zip(names, ranks.tolist(), strict=True)), scores
+
+
+def _by_scores(config: StartingRanksConfig, sites: Sequence[Site], by_rank: Mapping[str, Floats]) -> Ints:
+    costs, largest = _costs(config, sites), _largest(sites)
+    if config.maximum_rank is not None:
+        largest = np.minimum(largest, config.maximum_rank)
+    # `allocate` divides by costs; a score that goes by ranks in every unit is multiplied by them before.
+    weights = np.ones(len(sites)) if config.rule == "gradient" else costs.astype(np.float64)
+    scored = [weight * by_rank[site.name] for weight, site in zip(weights, sites, strict=True)]
+    return allocate(
+        "proportional" if config.rule in _IN_PROPORTION else "global",
+        np.array([one[0] for one in scored]),
+        config.budget,
+        Bounds(np.zeros_like(largest), largest),
+        costs=costs,
+        triplet_scores=scored,
+    )
+
+
+def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -> Ints:
+    costs, largest = _costs(config, sites), _largest(sites)
+    if config.rule == "even":
+        return _even(config.budget, costs, largest)
+    order = list(range(len(sites)))
+    if config.rule == "random":
+        order = torch.randperm(len(sites), generator=torch_generator(seed, "starting_ranks")).tolist()
+    else:
+        sign = 1 if config.rule == "first_blocks" else -1
+        order.sort(key=lambda place: sign * sites[place].layer)  # stable: within a block in the model's order
+    ranks = np.zeros_like(costs)
+    _fill(ranks, order, config.site_rank, config.budget, costs, largest)
+    return ranks
+
+
+def _even(budget: int, costs: Ints, largest: Ints) -> Ints:
+    ranks = np.minimum(largest, budget // int(costs.sum()))
+    roomy = np.flatnonzero(ranks < largest)
+    left = budget - int(costs @ ranks)
+    for count in range(len(roomy), 0, -1):  # as many as fit, at equal distances
+        spaced = roomy[(2 * np.arange(count) + 1) * len(roomy) // (2 * count)]
+        if int(costs[spaced].sum()) <= left:
+            ranks[spaced] += 1
+            break
+    left = budget - int(costs @ ranks)
+    while _fill(ranks, range(len(ranks)), 1, left, costs, largest):  # a cheap rank may fit still
+        left = budget - int(costs @ ranks)
+    return ranks
+
+
+def _fill(ranks: Ints, order: Iterable[int], each: int, left: int, costs: Ints, largest: Ints) -> int:
+    """Give so many more ranks to each site in turn, in place, as far as what is left buys; return what was spent."""
+    before = left
+    for site in order:
+        more = min(each, int(largest[site] - ranks[site]), left // int(costs[site]))
+        ranks[site] += more
+        left -= more * int(costs[site])
+    return before - left
+
+
+def _warn_of_no_effect(config: StartingRanksConfig, ranks: Sequence[int], scores: Mapping[str, float]) -> None:
+    if len(set(scores.values())) == 1 or len(set(ranks)) == 1:
+        what = "score" if len(set(scores.values())) == 1 else "rank"
+        warnings.warn(
+            f"lora.ranks: rule {config.rule} gave every site the same {what}, so it says nothing about the sites",
+            SilentNoEffectWarning,
+            stacklevel=4,
+        )
+
+
+def _costs(config: StartingRanksConfig, sites: Sequence[Site]) -> Ints:
+    shapes = [(site.in_features, site.out_features) for site in sites]
+    return rank_costs(config.unit, shapes, [site.tokens for site in sites])
+
+
+def _largest(sites: Sequence[Site]) -> Ints:
+    return np.array([min(site.in_features, site.out_features) for site in sites], dtype=np.int64)
+
+
+# --- scores of a site's ranks, the first one first -------------------------------------------------------------------
+
+
+def _explained_variance(model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> dict[str, Floats]:
+    assert batch is not None
+    ratios = {}
+    for module, covariance in _input_covariances(model, _modules(sites), batch.images).items():
+        eigenvalues = torch.linalg.eigvalsh(covariance.double().cpu()).flip(0).clamp(min=0)
+        ratios[module] = (eigenvalues / eigenvalues.sum().clamp(min=torch.finfo(torch.float64).tiny)).numpy()
+    return {site.name: ratios[site.module][: min(site.in_features, site.out_features)] for site in sites}
+
+
+@torch.no_grad()
+def _input_covariances(model: nn.Module, modules: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+    """Return the covariance (in, in) of each layer's inputs over the tokens of all images."""
+    # Counted from the first images' mean: some inputs are far from 0 beside their spread, and squares would lose it.
+    origin: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    tokens: dict[str, int] = dict.fromkeys(modules, 0)
+
+    def add(name: str, given: tuple[Tensor, ...]) -> None:
+        x = given[0].flatten(0, -2).float()  # (B, T, in) to (B T, in)
+        x = x - origin.setdefault(name, x.mean(0))
+        sums[name] = sums.get(name, 0) + x.sum(0)
+        squares[name] = squares.get(name, 0) + x.T @ x
+        tokens[name] += len(x)
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: add(name, given))
+        for name in modules
+    ]
+    try:
+        with frozen(model):
+            for chunk in images.split(FORWARD_IMAGES):
+                model(chunk)
+    finally:
+        for handle in handles:
+            handle.remove()
+    means = {name: total / tokens[name] for name, total in sums.items()}
+    return {name: squares[name] / tokens[name] - torch.outer(mean, mean) for name, mean in means.items()}
+
+
+def _gradient_values(model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> dict[str, Floats]:
+    mean, _ = _weight_gradients(model, _modules(sites), batch)
+    return {site.name: squared_singular_values(mean[site.module][site.span]).numpy() for site in sites}
+
+
+def _sensitive_elements(model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> dict[str, Floats]:
+    _, squares = _weight_gradients(model, _modules(sites), batch)
+    scores = {}
+    for site in sites:
+        values = site.in_features + site.out_features  # of a rank
+        ordered = squares[site.module][site.span].flatten().sort(descending=True).values
+        scores[site.name] = ordered[values - 1 :: values].double().cpu().numpy()
+    return scores
+
+
+def _weight_times_gradient(
+    model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None
+) -> dict[str, Floats]:
+    mean, _ = _weight_gradients(model, _modules(sites), batch)
+    scores = {}
+    for site in sites:
+        importance = (_frozen_weight(model, site) * mean[site.module][site.span]).abs().mean().item()
+        scores[site.name] = np.array([importance / np.sqrt(site.in_features + site.out_features)])
+    return scores
+
+
+def _stable_ranks(model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> dict[str, Floats]:
+    return {name: np.array([score]) for name, score in weight_scores(model, "stable_rank").items()}
+
+
+def _weight_gradients(
+    model: nn.Module, modules: Sequence[str], batch: CalibrationBatch | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return, by module, G (out, in) of all images, and the sum of the batches' squared gradients."""
+    assert batch is not None
+    images, labels, loss = batch
+    sizes: list[int] = []
+
+    def mean_loss(logits: Tensor, part: slice) -> Tensor:
+        sizes.append(len(logits))
+        return loss(logits.float(), labels[part])
+
+    mean: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    with frozen(model):
+        for name, outputs, inputs in layer_gradients(model, modules, images, model, mean_loss):
+            gradient = outputs.flatten(0, -2).T @ inputs.flatten(0, -2)  # (out, in)
+            mean[name] = mean.get(name, 0) + gradient * (sizes[-1] / len(images))
+            squares[name] = squares.get(name, 0) + gradient.square()
+    return mean, squares
+
+
+def _frozen_weight(model: nn.Module, site: Site) -> Tensor:
+    module = model.get_submodule(site.module)
+    assert isinstance(module, AdaptedLinear)
+    return module.frozen_weight()[site.span]
+
+
+def _modules(sites: Sequence[Site]) -> list[str]:
+    return list(dict.fromkeys(site.module for site in sites))
+
+
+_SCORES: dict[str, Callable[[nn.Module, Sequence[Site], CalibrationBatch | None], dict[str, Floats]]] = {
+    "eva": _explained_variance,
+    "gradient": _gradient_values,
+    "spt": _sensitive_elements,
+    "gora": _weight_times_gradient,
+    "stable_rank": _stable_ranks,
+}
+_IN_PROPORTION = ("gora", "stable_rank")

@@ -1,0 +1,278 @@
+"""Rules for starting ranks against float64 NumPy on gradients of a plain copy, and what every control keeps."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from peft_vit.adapters import attach_adapters, set_ranks
+from peft_vit.allocation import CalibrationBatch, check_starting_ranks, choose_starting_ranks
+from peft_vit.backbones import Site, find_sites
+from peft_vit.config import StartingRanksConfig
+from peft_vit.errors import SilentNoEffectWarning, UserError
+
+pytestmark = pytest.mark.part("adaptive ranks")
+IMAGES = 18  # batches of 8, 8 and 2
+WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])  # of the classes
+
+
+def weighted(logits, labels):
+    return F.cross_entropy(logits, labels, weight=WEIGHTS.to(logits), reduction="sum") / len(labels)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Return a model with adapters of rank 0, its sites, a batch, and what NumPy needs: weights, inputs, gradients."""
+    return {}
+
+
+@pytest.fixture
+def case(tiny_vit, measured):
+    if not measured:
+        model = tiny_vit().eval()
+        generator = torch.Generator().manual_seed(2)
+        images = torch.randn(IMAGES, 3, 32, 32, generator=generator)
+        labels = torch.randint(5, (IMAGES,), generator=generator)
+        sites = find_sites(model)
+        double = copy.deepcopy(model).double()
+        inputs = {}
+        handles = [
+            double.get_submodule(site.module).register_forward_pre_hook(
+                lambda _, given, name=site.module: inputs.update({name: given[0].detach().flatten(0, 1).numpy()})
+            )
+            for site in sites
+        ]
+        double(images.double())
+        for handle in handles:
+            handle.remove()
+        layers = list(dict.fromkeys(site.module for site in sites))
+        weights = [double.get_submodule(name).weight for name in layers]
+
+        def gradients(part: slice):
+            found = torch.autograd.grad(weighted(double(images[part].double()), labels[part]), weights)
+            return {name: one.numpy() for name, one in zip(layers, found, strict=True)}
+
+        attach_adapters(model, sites, 0, scale=2.0, seed=0)
+        measured.update(
+            model=model,
+            sites=sites,
+            batch=CalibrationBatch(images, labels, weighted),
+            inputs=inputs,
+            weights={name: one.detach().numpy() for name, one in zip(layers, weights, strict=True)},
+            mean=gradients(slice(None)),
+            parts=[gradients(slice(start, start + 8)) for start in (0, 8, 16)],
+        )
+    return measured
+
+
+def eva(case, site):
+    x = case["inputs"][site.module]
+    values = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
+    return values[: min(site.in_features, site.out_features)] / values.sum()
+
+
+def gradient(case, site):
+    return np.linalg.svd(case["mean"][site.module][site.span], compute_uv=False) ** 2
+
+
+def spt(case, site):
+    squares = sum(part[site.module][site.span] ** 2 for part in case["parts"])
+    ordered = sorted(squares.ravel().tolist(), reverse=True)
+    values = site.in_features + site.out_features
+    return np.array([ordered[rank * values - 1] for rank in range(1, len(ordered) // values + 1)])
+
+
+def gora(case, site):
+    product = case["weights"][site.module][site.span] * case["mean"][site.module][site.span]
+    return np.array([np.mean(np.abs(product)) / (site.in_features + site.out_features) ** 0.5])
+
+
+def stable_rank(case, site):
+    values = np.linalg.svd(case["weights"][site.module][site.span], compute_uv=False)
+    return np.array([np.sum(values**2) / values[0] ** 2])
+
+
+SCORES = {"eva": eva, "gradient": gradient, "spt": spt, "gora": gora, "stable_rank": stable_rank}
+
+
+def best(scores, budget):
+    """Take the best ranks of all sites one by one."""
+    ranks = dict.fromkeys(scores, 0)
+    for _, name in sorted(((one, name) for name, some in scores.items() for one in some), reverse=True)[:budget]:
+        ranks[name] += 1
+    return ranks
+
+
+def shared(scores, budget):
+    """Share in proportion, by largest remainder."""
+    total = sum(one[0] for one in scores.values())
+    quotas = {name: budget * one[0] / total for name, one in scores.items()}
+    ranks = {name: int(quota) for name, quota in quotas.items()}
+    for name in sorted(quotas, key=lambda name: ranks[name] - quotas[name])[: budget - sum(ranks.values())]:
+        ranks[name] += 1
+    return ranks
+
+
+@pytest.mark.parametrize("budget", [3, 9, 40])
+@pytest.mark.parametrize("rule", SCORES)
+def test_scores_and_ranks_are_those_of_numpy(case, rule, budget) -> None:
+    config = StartingRanksConfig(rule=rule, budget=budget)
+    ranks, scores = choose_starting_ranks(case["model"], case["sites"], config, seed=0, batch=case["batch"])
+    expected = {site.name: SCORES[rule](case, site) for site in case["sites"]}
+    assert scores == pytest.approx({name: one[0] for name, one in expected.items()}, rel=1e-4)
+    assert ranks == (shared if rule in ("gora", "stable_rank") else best)(expected, budget)
+    assert sum(ranks.values()) == budget
+    assert all(rank < 64 for rank in ranks.values())
+
+
+def test_under_values_a_gradients_score_is_divided_by_what_a_rank_costs(case) -> None:
+    config = StartingRanksConfig(rule="gradient", budget=1500, unit="parameters")
+    ranks, _ = choose_starting_ranks(case["model"], case["sites"], config, seed=0, batch=case["batch"])
+    costs = {site.name: site.in_features + site.out_features for site in case["sites"]}
+    expected, left = dict.fromkeys(costs, 0), 1500
+    values = [(one / costs[site.name], site.name) for site in case["sites"] for one in gradient(case, site)]
+    for _, name in sorted(values, reverse=True):
+        if costs[name] <= left:
+            expected[name] += 1
+            left -= costs[name]
+    assert ranks == expected
+    config = StartingRanksConfig(rule="stable_rank", budget=40 * 144, unit="parameters")
+    ranks, _ = choose_starting_ranks(case["model"], case["sites"], config, seed=0)
+    scores = {site.name: stable_rank(case, site)[0] for site in case["sites"]}
+    level = 40 * 144 / sum(scores[name] * cost for name, cost in costs.items())
+    assert all(abs(ranks[name] - level * scores[name]) <= 1 for name in costs)
+
+
+def test_a_cap_holds_and_what_it_leaves_goes_to_others(case) -> None:
+    config = StartingRanksConfig(rule="eva", budget=9, maximum_rank=1)
+    ranks, _ = choose_starting_ranks(case["model"], case["sites"], config, seed=0, batch=case["batch"])
+    assert sorted(ranks.values()) == [0] * 3 + [1] * 9
+    assert ranks == {site.name: int(one) for site, one in zip(case["sites"], chosen_first(case), strict=True)}
+
+
+def chosen_first(case):
+    firsts = [eva(case, site)[0] for site in case["sites"]]
+    return np.isin(np.arange(12), np.argsort(-np.array(firsts), kind="stable")[:9])
+
+
+def test_the_model_stays_as_it_was(case) -> None:
+    model, images = case["model"].train(), case["batch"].images
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = [name for name, one in model.named_parameters() if one.requires_grad]
+    for rule in ("eva", "spt"):
+        config = StartingRanksConfig(rule=rule, budget=5)
+        choose_starting_ranks(model, case["sites"], config, seed=0, batch=case["batch"])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [name for name, one in model.named_parameters() if one.requires_grad] == trained
+    assert all(one.grad is None for one in model.parameters())
+    assert all(module.training for module in model.modules())
+    hooked = [module for module in model.modules() if module._forward_pre_hooks]
+    assert not hooked
+    model.eval()(images)
+
+
+def site(place: int, wide: bool) -> Site:
+    block, kind = divmod(place, 3)
+    sizes = (8, 24) if wide else (8, 8)
+    return Site(f"blocks.{block}.{kind}", f"m{place}", (0, sizes[1]), block, f"k{kind}", "mlp", *sizes, tokens=5)
+
+
+controls = st.fixed_dictionaries(
+    {
+        "rule": st.sampled_from(["even", "random", "first_blocks", "last_blocks"]),
+        "unit": st.sampled_from(["ranks", "parameters"]),
+    }
+)
+
+
+@given(controls, st.integers(1, 12), st.integers(1, 3), st.integers(0, 2**31 - 1), st.data())
+def test_controls_keep_the_budget_and_follow_the_seed(settings, blocks, each, seed, data) -> None:
+    sites = [site(place, place % 3 == 2) for place in range(3 * blocks)]
+    costs = [1 if settings["unit"] == "ranks" else one.in_features + one.out_features for one in sites]
+    ordered = settings["rule"] != "even"
+    most = sum(costs) * (each if ordered else 8)
+    budget = data.draw(st.integers(min(costs), most - 1))
+    config = StartingRanksConfig(**settings, budget=budget, **({"site_rank": each} if ordered else {}))
+    choose = partial(choose_starting_ranks, torch.nn.Identity(), sites, config)
+    found, scores = choose(seed=seed)
+    ranks = list(found.values())
+    spent = sum(cost * rank for cost, rank in zip(costs, ranks, strict=True))
+    assert not scores
+    assert choose(seed=seed)[0] == found
+    assert (choose(seed=seed + 1)[0] == found) or settings["rule"] == "random"
+    roomy = [cost for cost, rank in zip(costs, ranks, strict=True) if rank < (each if ordered else 8)]
+    assert 0 <= budget - spent < min(roomy)
+    if settings["unit"] == "ranks":
+        assert spent == budget
+        if ordered:
+            assert (
+                sorted(ranks) == sorted([each] * (budget // each) + [budget % each] + [0] * 3 * blocks)[-3 * blocks :]
+            )
+        else:
+            assert max(ranks) - min(ranks) <= 1
+            more = np.flatnonzero(np.array(ranks) == max(ranks))
+            assert len(set(np.diff(more).tolist())) <= 2  # at equal distances, as far as whole numbers go
+            assert np.ptp(np.diff(more)) <= 1 if len(more) > 2 else True
+        if settings["rule"] == "last_blocks":
+            layers = [one.layer for one, rank in zip(sites, ranks, strict=True) if rank == 0]
+            assert all(one.layer >= max(layers) for one, rank in zip(sites, ranks, strict=True) if rank and layers)
+
+
+def test_random_sites_are_new_ones_each_seed_and_each_as_likely() -> None:
+    sites = [site(place, False) for place in range(12)]
+    config = StartingRanksConfig(rule="random", budget=3)
+    drawn = [choose_starting_ranks(torch.nn.Identity(), sites, config, seed=seed)[0] for seed in range(400)]
+    assert len({tuple(ranks.items()) for ranks in drawn}) > 100  # of 220
+    counts = [sum(ranks[one.name] for ranks in drawn) for one in sites]
+    assert max(abs(count - 100) for count in counts) < 5 * np.sqrt(400 * 0.25 * 0.75)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "said"),
+    [
+        ({"rule": "random", "budget": 12}, "budget", r"less than 12 ranks \(of all 12 sites site_rank 1 everywhere"),
+        ({"rule": "eva", "budget": 24, "maximum_rank": 2}, "budget", "maximum_rank 2 everywhere; raise maximum_rank"),
+        ({"rule": "even", "budget": 12 * 8}, "budget", "less than 96 ranks .of all 12 sites what they can hold"),
+        ({"rule": "gora", "budget": 15, "unit": "parameters"}, "budget", "at least 16 .one rank of the cheapest"),
+        ({"rule": "spt", "budget": 5, "maximum_rank": 9}, "maximum_rank", "9 lies above the widest site's 8"),
+    ],
+)
+def test_what_decides_nothing_is_refused(settings, field, said) -> None:
+    sites = [site(place, place % 3 == 2) for place in range(12)]
+    with pytest.raises(UserError, match=said) as refused:
+        check_starting_ranks(StartingRanksConfig(**settings), sites)
+    assert refused.value.field == f"lora.ranks.{field}"
+
+
+def test_a_rule_that_tells_no_site_from_another_says_so(tiny_vit) -> None:
+    model = tiny_vit()
+    sites = find_sites(model, ("out",))
+    with torch.no_grad():
+        for one in sites:
+            model.get_submodule(one.module).weight.copy_(torch.eye(64))
+    attach_adapters(model, sites, 0, scale=1.0, seed=0)
+    config = StartingRanksConfig(rule="stable_rank", budget=3)
+    with pytest.warns(SilentNoEffectWarning, match="gave every site the same score"):
+        choose_starting_ranks(model, sites, config, seed=0)
+
+
+def test_ranks_below_one_a_site_train(case) -> None:
+    model = copy.deepcopy(case["model"])
+    config = StartingRanksConfig(rule="gradient", budget=2)
+    ranks, _ = choose_starting_ranks(model, case["sites"], config, seed=0, batch=case["batch"])
+    set_ranks(model, ranks)
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], 0.1)
+    images, labels, loss = case["batch"]
+    losses = []
+    for _ in range(4):
+        value = loss(model(images), labels)
+        losses.append(value.item())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]

@@ -1,0 +1,104 @@
+"""LoRA whose ranks a rule chooses: by the head of the start, recorded, restored, resumed to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from done_runs import do, specs, with_settings
+
+from peft_vit.adapters import current_ranks
+from peft_vit.backbones import load_run_backbone
+from peft_vit.config import StartingRanksConfig
+from peft_vit.data import load_data
+from peft_vit.errors import UserError
+from peft_vit.evaluation import predict
+from peft_vit.methods import prepare
+from peft_vit.records import outcome_digest, run_folder
+from peft_vit.runs import run_one
+from peft_vit.runs.restore import restore_run
+from peft_vit.training import Checkpoints, Interrupted, StartingRanks
+
+pytestmark = pytest.mark.part("adaptive ranks")
+
+
+@pytest.fixture
+def ruled(study):
+    """Make the tiny study of LoRA at the ranks of a rule."""
+
+    def make(**settings):
+        settings = {"calibration_images": 24} | settings if settings["rule"] in ("eva", "gradient") else settings
+        config = study("lora", head_start="probe")
+        return with_settings(config, "lora", rank=None, ranks=StartingRanksConfig(**settings))
+
+    return make
+
+
+def test_a_run_below_one_rank_a_site_sees_the_probes_head_and_is_recorded_and_restored(
+    ruled, tmp_path, monkeypatch
+) -> None:
+    seen = []
+    begin = StartingRanks.begin
+    monkeypatch.setattr(
+        StartingRanks,
+        "begin",
+        lambda self, model, before: (seen.append(model.head.weight.clone()), begin(self, model, before))[1],
+    )
+    (record,) = do(ruled(rule="gradient", budget=20), tmp_path)
+    (entry,), (scores,) = record.rank_history, record.importance_history
+    assert (entry.step, entry.budget, entry.unit, entry.spent, scores.step) == (0, 20, "ranks", 20, 0)
+    assert len(entry.ranks) == len(scores.scores) == 36
+    fresh = load_run_backbone(record.spec, len(record.class_names)).model
+    assert not torch.equal(seen[0], fresh.head.weight)  # the probe was fitted before
+    with_rank = {name for name, rank in entry.ranks.items() if rank}
+    assert 1 <= len(with_rank) <= 20
+    assert min(scores.scores[name] for name in with_rank) > 0
+    assert record.overhead_s["starting_ranks"] > 0
+    shapes = {site.name: site.in_features + site.out_features for site in record.sites}
+    values = sum(rank * shapes[name] for name, rank in entry.ranks.items())
+    assert record.parameters.initial == record.parameters.head + values
+
+    run = restore_run(run_folder(tmp_path, record.spec))
+    assert current_ranks(run.model) == entry.ranks
+    images = load_data(record.spec.data, record.spec.seed).test.open()
+    batches = images.ordered_batches(32, run.backbone.mean, run.backbone.std)
+    logits, _ = predict(run.model, batches, device=torch.device("cpu"), precision="fp32")
+    np.testing.assert_array_equal(logits.argmax(1), record.predictions.predicted)
+
+
+def test_stopped_it_comes_to_the_same_end_without_choosing_again(ruled, tmp_path, monkeypatch) -> None:
+    (spec,) = specs(ruled(rule="eva", budget=20), tmp_path / "plan")
+    whole = run_one(spec)
+    told = []
+    with pytest.raises(Interrupted):
+        run_one(
+            spec,
+            checkpoints=Checkpoints(tmp_path / "run", 0),
+            should_stop=lambda: bool(told) and told[-1] >= 3,
+            on_progress=lambda progress: told.append(progress.step),
+        )
+    monkeypatch.setattr(StartingRanks, "begin", lambda *_: pytest.fail("ranks stand in the checkpoint"))
+    again = run_one(spec, checkpoints=Checkpoints(tmp_path / "run", 0))
+    assert outcome_digest(again.record) == outcome_digest(whole.record)
+    assert again.adapter == whole.adapter
+    assert again.record.rank_history == whole.record.rank_history
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"rule": "eva", "budget": 9, "calibration_images": 25}, "calibration_images"),
+        ({"rule": "random", "budget": 36}, "budget"),
+        ({"rule": "last_blocks", "budget": 9, "site_rank": 65}, "site_rank"),
+    ],
+)
+def test_a_plan_refuses_what_the_sites_and_the_images_do_not_allow(ruled, tmp_path, settings, field) -> None:
+    with pytest.raises(UserError) as refused:
+        specs(ruled(**settings), tmp_path)
+    assert refused.value.field == f"experiments[0].lora.ranks.{field}"
+
+
+def test_a_loop_that_never_begins_is_refused(ruled, tiny_vit, tmp_path) -> None:
+    model = tiny_vit()
+    (spec,) = specs(ruled(rule="even", budget=9), tmp_path)
+    (hook,) = prepare(model, spec.experiment, total_steps=6, seed=0)
+    with pytest.raises(RuntimeError, match="call begin"):
+        hook.attach(model, torch.optim.SGD(model.parameters(), 0.1))
