@@ -1,7 +1,7 @@
 """What a tuning of the tiny model comes to: a choice as a race would hand it over, from runs that were really done."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,16 @@ from PIL import Image
 from small_methods import EXPERIMENTS
 from written_runs import run_and_write
 
+from peft_vit.analysis import load_results
+from peft_vit.analysis.stopping import study_courses
 from peft_vit.config import study_from_mapping
 from peft_vit.data.look import images_file, look_at
-from peft_vit.statistics.sequential import StoppingRule, follow
 from peft_vit.studies import plan_study
+from peft_vit.studies.study_file import study_file, write_study_file
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Candidate, Choice, Probed, Rated
 
-FOLDS = 3
+FOLDS = 2
 
 
 def write_images(folder: Path) -> None:
@@ -31,18 +33,21 @@ def write_images(folder: Path) -> None:
 
 
 def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference: str = "lora", **asked: Any) -> Choice:
-    """Do the runs on folds of one candidate, and the final ones of both; nothing is raced."""
+    """Do the runs of two looks on folds, and the final ones."""
     seen = look_at(images, folds=FOLDS)
     sealed = folder / "images.json"
     folder.mkdir(parents=True, exist_ok=True)
     sealed.write_text(json.dumps(images_file(seen)))
     data = {"dataset": "image-folder", "path": str(images), "images_file": str(sealed), "image_size": 32}
     studies = folder / "studies"
-    on_folds = _done("race", [chosen], range(FOLDS), data | {"validation_images": 6, "folds": FOLDS}, weights, studies)
-    everything = data | {"validation_images": 0}  # nothing is chosen any more
-    final = _done("final", list({chosen: 1, reference: 1}), [0], everything, weights, studies, probe_l2=0.01)
-    rule = StoppingRule("non-inferiority", 0.2, looks=(3, 6))
-    (course,) = follow({chosen: [0.1, 0.0, 0.05]}, rule)
+    pair = list({chosen: 1, reference: 1})
+    stopping = {"control": reference, "asked": "non-inferiority", "margin": 20.0, "looks": [2, 4]}
+    race = {"seeds": [0, 1, 2, 3], "data": data | {"validation_images": 6, "folds": FOLDS}, "stopping": stopping}
+    on_folds = _done("race", pair, [0, 1], race, weights, studies)
+    everything = {"seeds": [0], "data": data | {"validation_images": 0}}  # nothing is chosen any more
+    final = _done("final", pair, [0], everything, weights, studies, probe_l2=0.01)
+    (study,) = load_results(studies / "race").studies
+    (course,) = study_courses(study)
     names = {chosen: 1, reference: 1, "full": 1}
     return Choice(
         request=TuneRequest(images, folder, **{"margin": 20.0, "models": ("test_vit",), **asked}),
@@ -62,7 +67,7 @@ def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference:
                 {"name": name, **EXPERIMENTS[name]},
                 100_000 * place,
                 score=0.8,
-                pairs=3 if name == chosen else 0,
+                pairs=2 if name == chosen else 0,
                 course=course if name == chosen != reference else None,
                 left_out="its file would be too large" if name == "full" else "",
             )
@@ -83,31 +88,35 @@ def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference:
 def _done(
     study: str,
     names: list[str],
-    seeds: Iterable[int],
-    data: Mapping[str, Any],
+    seeds: list[int],
+    settings: Mapping[str, Any],
     weights: Path,
     results: Path,
     probe_l2: float | None = None,
 ) -> dict[str, list[Path]]:
+    """Do the runs of some of a study's seeds."""
     fitted = {} if probe_l2 is None else {"probe_l2": probe_l2}
     training = {"steps": 8, "batch_size": 8, "learning_rate": 1e-2}
     mapping = {
         "name": study,
-        "seeds": list(seeds),
         "threads": 1,
         "device": "cpu",
         "precision": "fp32",
         "backbone": {"model": "test_vit", "weights": "file", "file": str(weights)},
-        "data": data,
         "measures": {"logits": True},
         "experiments": [
             {"name": name, **EXPERIMENTS[name], "training": fitted if name == "linear" else training} for name in names
         ],
+        **settings,
     }
     file = results / f"{study}.yaml"
     found: dict[str, list[Path]] = {}
-    for planned in plan_study(study_from_mapping(mapping, file=file), results, file=file).runs:
-        record = run_and_write(planned.spec, results)
-        assert record.status == "done", record.traceback
-        found.setdefault(planned.spec.experiment.name, []).append(results / planned.spec.run_id)
+    plan = plan_study(study_from_mapping(mapping, file=file), results, file=file)
+    content = study_file(plan.study, (), smoke=False, data_sha256=plan.data_sha256)
+    write_study_file(results / study, content)
+    for planned in plan.runs:
+        if planned.spec.seed in seeds:
+            record = run_and_write(planned.spec, results)
+            assert record.status == "done", record.traceback
+            found.setdefault(planned.spec.experiment.name, []).append(results / planned.spec.run_id)
     return found

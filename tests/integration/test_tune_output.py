@@ -108,6 +108,7 @@ def test_the_page_stands_alone_and_says_what_was_not_decided(choice, left) -> No
     wrong = sum(a != b for a, b in zip(found.labels, found.predicted, strict=True))
     assert page.count("<img ") == wrong > 0
     assert "48 images of 3 classes: class_0 16, class_1 16, class_2 16" in page
+    assert "bounds of “" in page  # how the race went
     assert "Not raced: full (its file would be too large)." in page
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peft_vit.analysis import load_results
+from peft_vit.analysis.stopping import study_courses
 from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
@@ -21,6 +23,7 @@ from peft_vit.report.formatting import (
     plain,
     points_interval,
 )
+from peft_vit.report.stopping_plot import stopping_blocks
 from peft_vit.report.tables import cell, interval_cell
 from peft_vit.statistics import Interval
 from peft_vit.tuning.figures import MOST_CLASSES, believed_figure, confusion_figure
@@ -132,6 +135,7 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
         f"reference in points of {metric(choice)}, with the interval that accounts for the looks. Loses less than "
         f"{margin}: supported, refuted or not decided, at 5 % for all comparisons together.",
     )
+    yield from _courses(choice)
     if choice.probes:
         yield Table.of(
             "probes",
@@ -166,6 +170,14 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
             "Every method gets the same effort; a rate that falls behind gets no more steps.",
             folded=True,
         )
+
+
+def _courses(choice: Choice) -> Iterator[Block]:
+    """Yield how the race went, from its records; nothing if there was no comparison."""
+    for study in load_results(choice.folds_dir).studies:
+        scores = {one.name: one.score or 0.0 for one in choice.candidates}
+        blocks = stopping_blocks(study, study_courses(study), scores)
+        yield from (block for block in blocks if block.kind == "figure")
 
 
 def _candidate_row(choice: Choice, one: Candidate) -> dict[str, Cell | str]:
