@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_vit.allocation.adalora_controller import AdaLoRAController
-    from peft_vit.api import train
+    from peft_vit.api import train, tune
     from peft_vit.config import AdaLoraConfig, QaLoraConfig
     from peft_vit.training.adaptive_bits import allocate_bits
     from peft_vit.training.qa_lora import QALoRATrainer
 
-__all__ = ["AdaLoRAController", "AdaLoraConfig", "QALoRATrainer", "QaLoraConfig", "allocate_bits", "train"]
+__all__ = ["AdaLoRAController", "AdaLoraConfig", "QALoRATrainer", "QaLoraConfig", "allocate_bits", "train", "tune"]
 
 _HOME = {
     "AdaLoRAController": "peft_vit.allocation.adalora_controller",
@@ -19,6 +19,7 @@ _HOME = {
     "QaLoraConfig": "peft_vit.config",
     "allocate_bits": "peft_vit.training.adaptive_bits",
     "train": "peft_vit.api",
+    "tune": "peft_vit.api",
 }
 
 

@@ -1,8 +1,8 @@
-"""From Python: what commands do, as functions whose results predict and show themselves."""
+"""From Python: what `peft-vit tune` and `peft-vit train` do, as functions whose results predict and show themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -118,6 +118,66 @@ class Trained:
 
     def _repr_html_(self) -> str:
         return self.report._repr_html_()
+
+
+def tune(
+    images: str | Path,
+    *,
+    output: str | Path = "peft-vit-tune",
+    margin: float = 1.0,
+    max_bytes: int | str | None = None,
+    max_latency_s: float | None = None,
+    memory_limit: str | None = None,
+    minutes: float = 60.0,
+    models: Iterable[str] = (),
+    tell: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> Tuned:
+    """Find the smallest model that is shown to be good enough for a folder of images, and write it down.
+
+    The same call goes on where an earlier one was ended; more minutes buy more of the same.
+
+    Args:
+        images: a folder of images per class.
+        output: everything goes below it.
+        margin: points of accuracy that the model may lose against the best reference.
+        max_bytes: of its file, also as in 20MB.
+        max_latency_s: of one image on this machine.
+        memory_limit: of a training process, as in 1GB.
+        minutes: that this call may take.
+        models: timm's names, or names on the hub; none: the default.
+        tell: is told what is done, a line each; None: it is printed.
+        settings: others of `tuning.request.TuneRequest`.
+
+    Raises:
+        UserError: for bad input, in one line, before anything is trained.
+    """
+    from peft_vit.extras import require_extra
+
+    require_extra("tune", "tune")
+    from peft_vit.config import bytes_of
+    from peft_vit.tuning import pipeline
+    from peft_vit.tuning.output import left_in
+    from peft_vit.tuning.request import TuneRequest
+
+    try:
+        most = bytes_of(max_bytes) if isinstance(max_bytes, str) else max_bytes
+    except ValueError as error:
+        raise UserError(str(error), field="max_bytes") from None
+    if names := tuple(models):
+        settings["models"] = names
+    request = TuneRequest(
+        images=Path(images),
+        output=Path(output),
+        margin=margin,
+        max_bytes=most,
+        max_latency_s=max_latency_s,
+        memory_limit=memory_limit,
+        minutes=minutes,
+        **settings,
+    )
+    choice = pipeline.tune(request, tell or pipeline.say)
+    return Tuned(choice, left_in(request.output))
 
 
 def train(images: str | Path, method: str, *, output: str | Path = "peft-vit-runs", **settings: Any) -> Trained:

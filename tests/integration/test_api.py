@@ -33,4 +33,6 @@ def test_bad_arguments_are_one_line(images, tmp_path) -> None:
         peft_vit.train(images, "lora", output=tmp_path, ranks=8)
     with pytest.raises(UserError, match="nowhere"):
         peft_vit.train("nowhere", "lora", output=tmp_path)
+    with pytest.raises(UserError, match="max_bytes: '20' is not a size"):
+        peft_vit.tune(images, max_bytes="20", output=tmp_path)
     assert list(tmp_path.iterdir()) == []

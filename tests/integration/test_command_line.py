@@ -380,7 +380,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "import peft_vit\npeft_vit.train",
+        "import peft_vit\npeft_vit.tune, peft_vit.train",
         "from peft_vit.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit as e:\n    assert e.code == 0",
         "from peft_vit import AdaLoraConfig, QaLoraConfig",
     ],

@@ -13,6 +13,7 @@ from PIL import Image
 from tuned import choice_of, write_images
 from written_runs import run_and_write
 
+import peft_vit
 from peft_vit.api import Tuned
 from peft_vit.config import load_study
 from peft_vit.data import load_data
@@ -22,8 +23,9 @@ from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record, 
 from peft_vit.runs.bench import bench
 from peft_vit.statistics import paired_proportions, proportion_interval
 from peft_vit.studies import plan_study
-from peft_vit.tuning import forms
+from peft_vit.tuning import forms, pipeline
 from peft_vit.tuning.output import leave, left_in
+from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
 
@@ -142,6 +144,20 @@ def test_numbers_on_the_sealed_images(choice, left) -> None:
             weights = [np.exp(z / calibrated.temperature) for z in row]
             inside += 1 - weights[label] / sum(weights) <= threshold or row[label] == max(row)
         assert one.sealed == proportion_interval(inside, len(truth))
+
+
+def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(pipeline, "tune", lambda *given: asked.append(given) or choice)
+    output = choice.request.output
+    tuned = peft_vit.tune("photos", output=str(output), max_bytes="16MB", models=["test_vit"], minutes=5, seed=3)
+    limited = {"max_bytes": 16_000_000, "minutes": 5, "models": ("test_vit",), "seed": 3}
+    assert asked.pop() == (TuneRequest(Path("photos"), output, **limited), pipeline.say)
+    assert tuned.choice is choice
+    assert tuned.left == left[0]
+    assert tuned.model.card.run == "final/linear/seed_0"
+    peft_vit.tune("photos", output=output, tell=print)
+    assert asked.pop() == (TuneRequest(Path("photos"), output), print)
 
 
 def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:

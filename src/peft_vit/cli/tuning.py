@@ -47,6 +47,9 @@ def tune(
     best by comparisons that stop when they know. The same command goes on where an earlier one was stopped. Exit codes:
     0 a model was chosen, 2 bad input, 130 interrupted.
     """
+    from peft_vit.extras import require_extra
+
+    require_extra("tune", "tune")  # what is imported below needs some of it
     from peft_vit.tuning.pipeline import tune as run_tune
     from peft_vit.tuning.request import DEFAULT_MODEL, TuneRequest
 

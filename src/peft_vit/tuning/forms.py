@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from peft_vit.deployment import Calibrated, OnnxRuntime
 from peft_vit.errors import UserError
+from peft_vit.extras import missing_packages
 from peft_vit.records import RECORD_FILE, read_record
 from peft_vit.runs.bench import MADE, bench
 from peft_vit.runs.export import (
@@ -154,8 +154,8 @@ def export_fastest(
 
 
 def has_openvino() -> bool:
-    """Return whether OpenVINO is installed; it is optional."""
-    return importlib.util.find_spec("openvino") is not None
+    """Return whether an export to OpenVINO, which is optional, has its packages."""
+    return not missing_packages("openvino")
 
 
 def _ways(run_dir: Path, fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[list[_Way], float | None]:

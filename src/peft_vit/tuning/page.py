@@ -153,8 +153,8 @@ def _how_sure(told: Told) -> Iterator[str]:
     choice = told.choice
     if choice.shown:
         yield (
-            "The promise was tested on repeated folds: a model that truly loses "
-            f"{margin_in_points(choice.request.margin_share)} or more is chosen in at most 5 % of tunings."
+            "The promise was tested on repeated folds, over other images as well as seeds; at most 5 % of tunings show "
+            f"a model that truly loses {margin_in_points(choice.request.margin_share)} or more."
         )
     else:
         yield "The promise was not shown: the comparisons below that are not decided say how far they came."
