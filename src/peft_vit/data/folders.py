@@ -21,7 +21,7 @@ from peft_vit.safe_io import read_bytes
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 _JUNK = ("/Thumbs.db", "/desktop.ini")
-_TEST_FOLDERS = ("test", "val")
+_TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test split
 _CSV_SPLITS = ("train", "test")
 
 
@@ -97,8 +97,8 @@ def read_tiny_imagenet(path: Path | None, licence: str) -> ImageIndex:
 def read_image_folder(path: Path | None, licence: str, images_file: Path | None = None) -> ImageIndex:
     """Index ROOT/<class>/<image>, or ROOT/train/<class>/<image> with ROOT/test/... or ROOT/val/... beside it.
 
-    In the second layout test/ is the official test split; without test/, val/ is. If all three are there,
-    val/ joins train/ as images that training and validation are drawn from.
+    In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
+    train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/.
 
     Args:
         path: ROOT, a folder or a zip of one.
@@ -160,11 +160,11 @@ def is_image(name: str) -> bool:
 
 
 def _official_test(path: Path, folders: list[str], classes: list[str]) -> list[bool]:
-    """Return which images are test images; `folders` holds each image's train, val or test."""
+    """Return which images are test images; `folders` holds each image's train, val, valid, validation or test."""
     present = set(folders)
     unknown = sorted(present - {"train", *_TEST_FOLDERS})
     if unknown:
-        raise UserError("lies beside train/; expected only train, val and test", file=path / unknown[0])
+        raise UserError("lies beside train/; expected only train, val (valid, validation) and test", file=path / unknown[0])
     classes_of = {folder: {c for c, own in zip(classes, folders, strict=True) if own == folder} for folder in present}
     for folder in present - {"train"}:
         odd = sorted(classes_of[folder] ^ classes_of["train"])

@@ -48,7 +48,7 @@ def test_image_folder_as_zip_is_read_in_place(folder, config, tmp_path):
     assert colour(index, 3) == [[3, 6, 9]]
 
 
-@pytest.mark.parametrize("test_name", ["val", "test"])
+@pytest.mark.parametrize("test_name", ["val", "valid", "validation", "test"])
 def test_image_folder_with_official_split(folder, config, tmp_path, test_name):
     shutil.copytree(folder, tmp_path / "root" / "train")
     shutil.copytree(folder, tmp_path / "root" / test_name)
