@@ -11,6 +11,7 @@ import pytest
 import tune_error
 from PIL import Image
 
+from peft_vit.costs.memory_limit import StepCost
 from peft_vit.costs.pace import ReckonedPace
 from peft_vit.errors import UserError
 from peft_vit.records.study_file import read_study_file
@@ -176,6 +177,27 @@ def test_the_largest_size_that_is_fast_enough_is_tried(images: Path, tmp_path: P
     assert {one.image_size for one in choice.probes} == {32, 48}
 
 
+def test_a_limit_of_memory_is_kept_by_every_run_or_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = StepCost(step_s=0.1, peak_bytes=800_000_000)
+    monkeypatch.setattr("peft_vit.tuning.limits.measure_step", lambda spec, tell: cost)
+    runner = StandIns()
+    with pytest.raises(UserError, match="--memory-limit: 500MB is too little; the least that fits is 800MB"):
+        tune(asked(images, tmp_path, memory_limit="500MB"), lambda _: None, quick(runner))
+    assert not runner.asked
+    trained: list[dict[str, Any]] = []
+
+    def keeping(mapping: Mapping[str, Any], *rest: Any) -> Outcomes:
+        trained.extend(one["training"] for one in mapping["experiments"] if "learning_rate" in one["training"])
+        return runner(mapping, *rest)
+
+    means = replace(quick(runner), make_runner=lambda state, metric: keeping)
+    tune(asked(images, tmp_path, memory_limit="1GB"), lambda _: None, means)
+    assert trained
+    assert all(one["memory_limit"] == "1GB" and "recomputed_blocks" in one for one in trained)
+
+
 def test_another_margin_or_other_images_are_refused(images: Path, tmp_path: Path) -> None:
     folder, output = tmp_path / "images", tmp_path / "output"
     for file in images.rglob("*.png"):
@@ -194,6 +216,29 @@ def test_options_are_checked(
     images: Path, tmp_path: Path, refused: Callable[..., str], option: tuple[str, str]
 ) -> None:
     assert option[0] in refused("tune", images, "--output", tmp_path, *option)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, "is an empty folder"),
+        ({"a": 20}, "holds one class alone"),
+        ({"a": 20, "b": 2}, "class 'b' has 2 different images"),
+        ({"train/a": 20, "train/b": 20, "test/a": 3, "test/c": 3}, "class 'b' is in only one of train and test"),
+    ],
+)
+def test_bad_images_are_one_line_and_nothing_is_left(
+    tmp_path: Path, refused: Callable[..., str], files: dict[str, int], expected: str
+) -> None:
+    folder, output = tmp_path / "images", tmp_path / "output"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, count in files.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(folder / name / f"{number}.png")
+    assert expected in refused("tune", folder, "--output", output)
+    assert not output.exists()
 
 
 def test_a_missing_optuna_is_one_line(

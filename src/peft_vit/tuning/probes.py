@@ -108,10 +108,10 @@ def probe_all(
         memory={},
     )
     for model, sizes in tried.items():
-        for size, schedule in sorted(sizes.items(), reverse=True):
+        for size, schedule in sorted(sizes.items()):
             experiment = {"name": "linear", "method": "linear", "training": training}
             study = ground.study(study_name(model, size), model, size, range(FOLDS), [experiment])
-            done = ground.runner(study, limit)
+            done = ground.runner(study, limit if backings else ground.state.limit)  # without one nothing goes on
             image_s = machine.image(ground.shape(model, size))
             if len(done) < FOLDS:
                 rows.append(Probed(model, size, None, image_s, chosen=False, why="no time for it"))

@@ -66,7 +66,8 @@ def look_at_machine(ground: Ground, measure: MeasurePace, time_export: TimeExpor
 
 def _measured(ground: Ground, model: str, sizes: Sequence[int], some: list[Design], measure: MeasurePace) -> Machine:
     experiments = [_experiment(ground, of_kind(some, kind), 1e-3, LEAST_STEPS) for kind in ("lora", "lora_nf4")]
-    study = ground.study("machine", model, max(sizes), [0], experiments)
+    middle = sizes[len(sizes) // 2]  # steps at the largest would take the time of measuring alone
+    study = ground.study("machine", model, middle, [0], experiments)
     budget_s = max(_LEAST_MEASURED_S, ground.state.share_s("machine"))
     shapes = [ground.shape(model, size) for size in sizes]
     tell = ground.state.tell
@@ -74,10 +75,10 @@ def _measured(ground: Ground, model: str, sizes: Sequence[int], some: list[Desig
         "machine", lambda: measured(study, shapes, budget_s, lambda text: tell(f"  {text}"), measure)
     )
     machine = Machine.of(kept)
-    largest = shapes[-1]
+    shape = ground.shape(model, middle)
     tell(
-        f"  at {max(sizes)} px a forward pass takes {1000 * machine.image(largest):.1f} ms an image, a step of "
-        f"{ground.batch_size} images {machine.step(largest):.2f} s"
+        f"  at {middle} px a forward pass takes {1000 * machine.image(shape):.1f} ms an image, a step of "
+        f"{ground.batch_size} images {machine.step(shape):.2f} s"
     )
     return machine
 
