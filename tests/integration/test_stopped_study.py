@@ -108,7 +108,7 @@ def test_a_recommendation_rests_on_looks(command, refused, stopped) -> None:
     assert f"rejected with p = {level.noninferiority.p_value:.2g} (over all looks and comparisons)" in said
     assert "repeated 90 % intervals" in said
     wrong = refused("recommend", stopped, "--smallest", "params", "--margin", 2)
-    assert "asked for a margin of 1 points, not 2; give --margin 1" in wrong
+    assert "asked for a margin of 1, not 2 points; give --margin 1" in wrong
 
 
 def test_studies_are_compared_by_what_each_declared(command, stopped, planted_runs, tmp_path) -> None:

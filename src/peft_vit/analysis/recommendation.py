@@ -328,7 +328,7 @@ def _require_margin(study: Study, margin: float) -> None:
         problem = "asked for superiority alone (stopping.asked), so nothing in it can show that a margin is not lost"
         raise UserError(problem, file=study.label)
     if not math.isclose(stopping.margin / 100, margin):
-        problem = f"stopped by looks that asked for a margin of {stopping.margin:g} points, not {100 * margin:g}"
+        problem = f"stopped by looks that asked for a margin of {stopping.margin:g}, not {100 * margin:g} points"
         raise UserError(f"{problem}; give --margin {stopping.margin:g}", file=study.label)
 
 

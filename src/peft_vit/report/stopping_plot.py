@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +13,7 @@ from peft_vit.analysis import Study
 from peft_vit.analysis.stopping import ENDS, repeated_interval
 from peft_vit.config import StoppingConfig
 from peft_vit.report.document import Block, Drawing, Raw
-from peft_vit.report.formatting import fixed, points_interval, signed
+from peft_vit.report.formatting import fixed, margin_in_points, points_interval, signed
 from peft_vit.report.hover import HoverPoints
 from peft_vit.report.plot_selection import leading, selection_note
 from peft_vit.report.stopping_table import QUESTIONS, stopping_table
@@ -26,7 +26,7 @@ _COLUMNS, _PANEL_IN = 3, 1.75
 _DASHES = {"noninferiority": DASHED, "superiority": "-"}
 
 
-def stopping_blocks(study: Study, courses: Sequence[Course], validation: dict[str, float]) -> Iterator[Block]:
+def stopping_blocks(study: Study, courses: Sequence[Course], validation: Mapping[str, float]) -> Iterator[Block]:
     """Yield figure and table of the comparisons that stop; nothing of a study that declared none.
 
     Args:
@@ -38,13 +38,23 @@ def stopping_blocks(study: Study, courses: Sequence[Course], validation: dict[st
         return
     looked = [course for course in courses if course.looks]
     if looked:
-        yield _courses(study, study.stopping, looked, validation)
+        colors = {one.name: METHOD_COLORS[one.method] for one in study.experiments}
+        yield courses_figure(looked, study.stopping, colors, validation)
     yield stopping_table(courses, study.stopping)
 
 
-def _courses(study: Study, stopping: StoppingConfig, looked: Sequence[Course], validation: dict[str, float]) -> Drawing:
-    drawn = leading(looked, lambda course: course.name, validation, PANELS)
-    colors = {one.name: METHOD_COLORS[one.method] for one in study.experiments}
+def courses_figure(
+    courses: Sequence[Course], stopping: StoppingConfig, colors: Mapping[str, str], validation: Mapping[str, float]
+) -> Drawing:
+    """Draw a panel a comparison: its mean difference from look to look, between the bounds that decide it.
+
+    Args:
+        courses: that have been looked at, at least one.
+        stopping: what was declared.
+        colors: by experiment.
+        validation: see `stopping_blocks`.
+    """
+    drawn = leading(courses, lambda course: course.name, validation, PANELS)
     asked = [field for field in QUESTIONS if getattr(drawn[0], field) is not None]
     legend = [
         Line2D([], [], color=MUTED, marker="o", ms=4, lw=1.2, label="difference, with its repeated interval"),
@@ -69,12 +79,12 @@ def _courses(study: Study, stopping: StoppingConfig, looked: Sequence[Course], v
         figure.legend(handles=legend, loc="outside lower center", ncols=1 if is_narrow(figure) else len(legend))
         return hover
 
-    margin = "" if stopping.margin is None else f" Non-inferiority is by {stopping.margin:g} points."
+    margin = "" if stopping.margin is None else f" Not worse is meant by {margin_in_points(stopping.margin / 100)}."
     caption = (
         f"Mean difference to {stopping.control} at each look, over the pairs that there were. Above the upper of two "
         "bounds of a question its answer is yes, below the lower one the opposite is shown. Bounds beyond the picture "
         "were hardly to be reached at that look; all come closer when other comparisons are decided."
-        f"{margin} The table has the verdicts.{selection_note(len(drawn), len(looked))}"
+        f"{margin} The table has the verdicts.{selection_note(len(drawn), len(courses))}"
     )
     rows = math.ceil(len(drawn) / _COLUMNS)
     return draw(
@@ -83,7 +93,7 @@ def _courses(study: Study, stopping: StoppingConfig, looked: Sequence[Course], v
         caption,
         0.9 + _PANEL_IN * rows,
         paint,
-        [_data(course, look, stopping) for course in looked for look in course.looks],
+        [_data(course, look, stopping) for course in courses for look in course.looks],
         narrow_height_in=1.2 + _PANEL_IN * len(drawn),
     )
 
