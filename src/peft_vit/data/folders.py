@@ -164,7 +164,7 @@ def _official_test(path: Path, folders: list[str], classes: list[str]) -> list[b
     present = set(folders)
     unknown = sorted(present - {"train", *_TEST_FOLDERS})
     if unknown:
-        raise UserError("lies beside train/; expected only train, val (valid, validation) and test", file=path / unknown[0])
+        raise UserError("lies beside train/; expected only train, val or valid, and test", file=path / unknown[0])
     classes_of = {folder: {c for c, own in zip(classes, folders, strict=True) if own == folder} for folder in present}
     for folder in present - {"train"}:
         odd = sorted(classes_of[folder] ^ classes_of["train"])
