@@ -37,7 +37,9 @@ from peft_vit.adapters import (
     resize_adapters,
     set_ranks,
     site_adapters,
+    to_singular_triplets,
 )
+from peft_vit.adapters.resizable import unwrapped
 from peft_vit.allocation.attach import attach_or_check
 from peft_vit.allocation.budget import bounds_for, costs_for, schedule_for
 from peft_vit.allocation.gradient_probes import attach_probes, probed_scores, take_probes
@@ -312,6 +314,8 @@ class AdaLoRAController:
         if masks:
             self._mask(model, ranks)
         if resizes:
+            if self.config.importance_metric == "singular_value":
+                self._write_in_singular_triplets(model, optimizer, ranks)
             self._renew_generators(model, ranks)
             scores = {name: self._ages.strongest_first(name, values) for name, values in self._triplet_scores.items()}
             kept = resize_adapters(model, optimizer, ranks, scores)
@@ -329,6 +333,17 @@ class AdaLoRAController:
             raise UserError(f"prune: reversible can't grow beyond the {self._ages.rank(wide)} of the start", field=wide)
         self._active = {name: strongest(self._triplet_scores[name], rank) for name, rank in ranks.items()}
         silence_others(model, self._active)
+
+    def _write_in_singular_triplets(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]
+    ) -> None:
+        """Give sites that are about to change the triplets that were scored; what Adam knew of the others is gone."""
+        state = unwrapped(optimizer).state
+        for name, adapter in site_adapters(model).items():
+            if ranks[name] != adapter.rank:
+                to_singular_triplets(adapter)
+                for parameter in (adapter.lora_A, adapter.lora_B):
+                    state.pop(parameter, None)
 
     def _renew_generators(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Let what grows follow from seed, site and number of the change, so that a resumed run grows the same."""
