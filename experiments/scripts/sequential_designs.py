@@ -38,7 +38,7 @@ DESIGNS = {
     "anytime": StoppingRule("superiority", MARGIN, EACH, form="anytime"),
 }
 REMEDY = "O'Brien-Fleming, smaller of t and Hall's"
-ADASTOP, ADASTOP_STUDIES, PERMUTATIONS = "AdaStop", {1: 200, 4: 80, 11: 20}, 1000
+ADASTOP, ADASTOP_STUDIES, PERMUTATIONS = "AdaStop", {1: 500, 4: 80, 11: 60}, 1000
 TRUTHS = {"none better": 0.0, "half better": 0.5, "all better": 1.0}  # share of experiments that are better
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
