@@ -242,10 +242,30 @@ def test_bad_images_are_one_line_and_nothing_is_left(
 
 
 def test_a_missing_optuna_is_one_line(
-    images: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, refused: Callable[..., str], without: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr("peft_vit.tuning.rates.importlib.util.find_spec", lambda _: None)
+    without("optuna")
     assert "pip install 'peft-vit[tune]'" in refused("tune", images, "--output", tmp_path)
+
+
+def test_time_that_ends_with_the_first_runs_of_rates_still_leaves_some(images: Path, tmp_path: Path) -> None:
+    runner = StandIns()
+    runner.run_s = 60.0  # much longer than was reckoned
+    choice = tune(asked(images, tmp_path, minutes=8.0), lambda _: None, quick(runner))
+    assert {len(one.scores) for one in choice.rates} <= {0, 1}
+    assert any(one.chosen for one in choice.rates)
+    assert all(one.steps == 0 for one in choice.rates if not one.scores)
+
+
+def test_time_that_ends_before_a_fold_is_one_line(images: Path, tmp_path: Path) -> None:
+    runner = StandIns()
+    no_race = replace(quick(runner), make_runner=lambda *_: lambda study, *more: _but_race(runner, study, *more))
+    with pytest.raises(UserError, match=r"--minutes: ended before .* had a single fold"):
+        tune(asked(images, tmp_path, minutes=8.0), lambda _: None, no_race)
+
+
+def _but_race(runner: StandIns, study: Mapping[str, Any], *more: Any) -> Outcomes:
+    return {} if study["name"] == "race" else runner(study, *more)
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_vit.extras import require_extra
 from peft_vit.tuning.limits import TimeExport, check_request, time_exported
 from peft_vit.tuning.look import MakeRunner, ground_of
 from peft_vit.tuning.machine import MeasurePace, measure_pace
 from peft_vit.tuning.output import leave
-from peft_vit.tuning.rates import require_optuna
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice, Metric
 from peft_vit.tuning.running import Runner, StudyRunner
@@ -71,7 +71,7 @@ def tune(request: TuneRequest, tell: Callable[[str], None] = say, means: Means |
     """
     means = means or Means()
     check_request(request)
-    require_optuna()
+    require_extra("tune", "tune")
     state = State.opened(request, tell, means.clock)
     with state.stage("look"):
         ground = ground_of(state, means.make_runner)

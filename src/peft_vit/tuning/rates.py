@@ -7,7 +7,6 @@ images make likely, the lower NLL.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,19 +30,13 @@ class Found:
 
     Attributes:
         learning_rate: the best.
-        score: mean validation score of its whole runs.
+        score: validation score of its whole run, or of its half one if time ended before.
         nll: likewise.
     """
 
     learning_rate: float
     score: float
     nll: float
-
-
-def require_optuna() -> None:
-    """Refuse to tune where Optuna is not installed."""
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("tune needs optuna, which is not installed; run: pip install 'peft-vit[tune]'")
 
 
 def find_rates(
@@ -111,7 +104,7 @@ def find_rates(
             outcomes = [one for one in (race.heard.get(rate), whole.get(rate)) if one is not None]
             scores = tuple(one.validation or 0.0 for one in outcomes)
             chosen = best is not None and best.learning_rate == rate
-            told.append(Rated(kind, rate, scores, half + (len(scores) > 1) * steps, chosen))
+            told.append(Rated(kind, rate, scores, (half, half + steps)[len(scores) - 1] if scores else 0, chosen))
     if not found:
         raise UserError(
             "ended before any learning rate was found; give more, and the same command goes on", field="--minutes"
@@ -155,11 +148,12 @@ class _Race:
         return best_first[:WHOLE_RUNS]
 
     def best(self, whole: Mapping[float, Outcome]) -> Found | None:
-        """Return the rate with the best mean of its half and its whole run; None: there is no whole one."""
-        if not whole:
+        """Return the rate with the best mean of its half and its whole run; without whole ones, of the halves."""
+        last = whole or self.heard
+        if not last:
             return None
-        rate = max(whole, key=lambda one: _value(whole[one]) + self._at(one))
-        return Found(rate, whole[rate].validation or 0.0, whole[rate].nll or 0.0)
+        rate = max(last, key=lambda one: _value(last[one]) + self._at(one))
+        return Found(rate, last[rate].validation or 0.0, last[rate].nll or 0.0)
 
     def _at(self, rate: float) -> float:
         return _value(self.heard[rate])

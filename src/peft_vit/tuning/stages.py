@@ -300,10 +300,18 @@ def more_time(contest: Contest, machine: Machine, raced: Raced) -> str | None:
 
 
 def finish(contest: Contest, found: Mapping[Kind, Found], raced: Raced, memory: Mapping[str, Any]) -> dict[str, Path]:
-    """Train the chosen one and the reference on all that is not sealed, and return their folders by name."""
+    """Train the chosen one and the reference on all that is not sealed, and return their folders by name.
+
+    Raises:
+        UserError: if time ended before they had a fold, which says how long they have to be trained.
+    """
     ground, backing = contest.ground, contest.backing
     names = list(dict.fromkeys((raced.chosen, contest.reference)))
     some = designed(ground, backing, backing.schedule.steps)
     rates = {one.name: found[one.kind].learning_rate for one in some if one.name in names and one.kind is not None}
     folds = {name: contest.folds(name) for name in names}
+    for name, done in folds.items():
+        if not done:
+            problem = f"ended before {name} had a single fold in the race; give more, and the same command goes on"
+            raise UserError(problem, field="--minutes")
     return train_finally(ground, backing, partial(designed, ground, backing), names, rates, folds, memory)
