@@ -15,6 +15,12 @@ def test_a_report_is_refused_before_records_are_read(tmp_path: Path, refused, wi
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tuning_is_refused_before_images_are_looked_at(tmp_path: Path, refused, without) -> None:
+    without("optuna", "matplotlib")
+    said = refused("tune", tmp_path / "no images")
+    assert said == "error: tune needs the packages optuna and matplotlib; run: pip install 'peft-vit[tune]'"
+
+
 def test_a_comparison_of_studies_needs_statsmodels(tmp_path: Path, refused, without) -> None:
     for place, seeds in (("a", (0, 1)), ("b", (2, 3))):
         planted.write(tmp_path / place, planted.quickstart(seeds))
