@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from functools import partial
 from html import unescape
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from peft_vit.data import load_data
 from peft_vit.deployment import Calibrated, open_exported
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record, write_atomically
-from peft_vit.runs.bench import bench
 from peft_vit.statistics import paired_proportions, proportion_interval
 from peft_vit.studies import plan_study
 from peft_vit.tuning import forms, pipeline
@@ -262,15 +260,16 @@ def test_of_forms_that_are_as_fast_the_smallest_is_taken(made_up, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_a_packed_model_is_written_and_timed_in_every_form_of_onnx(run_of, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(forms, "bench", partial(bench, rounds=2, repeats=1))
+def test_a_packed_model_is_written_in_every_form_of_onnx(run_of, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(forms, "bench", lambda files: [row(file, 0.012) for file in files])
     monkeypatch.setattr(forms, "has_openvino", lambda: False)
     known = Calibrated(images=60, temperature=3.0, coverages=(0.8,), thresholds=(0.4,))
     run = run_of("int4")
     found = forms.export_fastest(run, tmp_path, calibrated=known, fold_runs=[run])
     packed, fast, int8 = found.forms
     assert packed.bytes < fast.bytes
-    assert all(form.median_s > 0 and form.comparison.same_predictions > 0.9 for form in (packed, fast))
+    assert all(form.comparison.same_predictions > 0.9 for form in (packed, fast))
+    assert not packed.left_out  # the smallest of those that are as fast
     assert found.int8_loss is not None
     assert (int8.bytes is None) == (found.int8_loss > 0.005)
     assert open_exported(found.model).card.calibrated == known
