@@ -28,7 +28,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 test: setup ## run the tests that are not marked slow, one thread in each of two processes
 	$(PYTEST) -m "not slow" --durations 25
 
-test-all: setup ## run all tests, as continuous integration does
+test-all: setup ## run all tests, the slow ones too; before a release
 	$(PYTEST) --durations 50
 
 test-gpu: setup ## run the tests that are marked gpu, in one process; without an NVIDIA GPU all of them are skipped
