@@ -83,6 +83,8 @@ def _leave(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Left
     )
     folds = held_out([read_record(folder / RECORD_FILE) for folder in fold_runs])
     calibrated = Calibrated.on(folds.logits, folds.labels, folds.images.tolist())
+    reference = None if choice.chosen == choice.reference else records[choice.reference]
+    sealed = measure_sealed(chosen, reference, folds, calibrated)
     model_folder = directory / MODEL_FOLDER
     exports = export_fastest(
         run_dir,
@@ -93,8 +95,6 @@ def _leave(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Left
         max_latency_s=choice.request.max_latency_s,
         tell=lambda text: tell(f"  {text}"),
     )
-    reference = None if choice.chosen == choice.reference else records[choice.reference]
-    sealed = measure_sealed(chosen, reference, folds, calibrated)
     told = Told(choice, records, sealed, calibrated, exports, weights_licence(chosen))
     document = tuning_document(told, partial(thumbnails_of, chosen))
     figures = {drawing.slug: drawing for drawing in document.drawings()}
