@@ -17,6 +17,13 @@ from typing import Any
 from peft_vit.studies.executors.worker import ALLOCATOR
 
 RESULTS = Path(__file__).parent / "results"
+# glibc gives what is larger than 64 KiB back at once, and serves all threads from one arena.
+RETURNING = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 def with_tuned_allocator() -> None:

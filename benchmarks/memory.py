@@ -12,17 +12,10 @@ from __future__ import annotations
 
 import sys
 
-from common import machine, measured_alone, parser, with_allocator, with_one_side, write
+from common import RETURNING, machine, measured_alone, parser, with_allocator, with_one_side, write
 
 from peft_vit.studies.executors.worker import ALLOCATOR
 
-# glibc gives what is larger than 64 KiB back at once, and serves all threads from one arena.
-RETURNING = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_TOP_PAD_": "0",
-    "MALLOC_ARENA_MAX": "1",
-}
 LARGE = "ViT-B/16: "
 with_allocator(RETURNING if any(LARGE in word for word in sys.argv) else ALLOCATOR)
 
