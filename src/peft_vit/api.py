@@ -129,7 +129,7 @@ def tune(
     max_latency_s: float | None = None,
     memory_limit: str | None = None,
     minutes: float = 60.0,
-    models: Iterable[str] = (),
+    models: str | Iterable[str] = (),
     tell: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Tuned:
@@ -140,7 +140,7 @@ def tune(
     Args:
         images: a folder of images per class.
         output: everything goes below it.
-        margin: points of accuracy that the model may lose against the best reference.
+        margin: points of accuracy that the model may lose against float LoRA.
         max_bytes: of its file, also as in 20MB.
         max_latency_s: of one image on this machine.
         memory_limit: of a training process, as in 1GB.
@@ -164,7 +164,7 @@ def tune(
         most = bytes_of(max_bytes) if isinstance(max_bytes, str) else max_bytes
     except ValueError as error:
         raise UserError(str(error), field="max_bytes") from None
-    if names := tuple(models):
+    if names := (models,) if isinstance(models, str) else tuple(models):
         settings["models"] = names
     request = TuneRequest(
         images=Path(images),

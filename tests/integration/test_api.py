@@ -35,4 +35,6 @@ def test_bad_arguments_are_one_line(images, tmp_path) -> None:
         peft_vit.train("nowhere", "lora", output=tmp_path)
     with pytest.raises(UserError, match="max_bytes: '20' is not a size"):
         peft_vit.tune(images, max_bytes="20", output=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"--model: .*'no_such_model'"):
+        peft_vit.tune(images, models="no_such_model", output=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["images.json"]

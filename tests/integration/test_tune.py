@@ -156,6 +156,7 @@ def test_what_does_not_keep_within_the_bytes_does_not_race(images: Path, tmp_pat
         ({"margin": 0.0}, "--margin: is 0 points"),
         ({"memory_limit": "3 apples"}, "--memory-limit"),
         ({"models": ("no_such_model",)}, "--model: "),
+        ({"weights": "nowhere.pt"}, r"/nowhere\.pt: --model: does not exist"),
         ({"max_latency_s": 1e-9}, r"--max-latency: 1e-06 ms is less than any model here takes; .* is 20 ms, test_vit"),
     ],
 )
@@ -175,6 +176,53 @@ def test_the_largest_size_that_is_fast_enough_is_tried(images: Path, tmp_path: P
     request = asked(images, tmp_path, image_sizes=(32, 48, 64), max_latency_s=0.05)
     choice = tune(request, lambda _: None, means)
     assert {one.image_size for one in choice.probes} == {32, 48}
+
+
+def test_the_least_latency_that_would_do_is_that_of_all_models(images: Path, tmp_path: Path) -> None:
+    seconds = {"test_vit": 0.01, "test_vit2": 0.03}
+    means = replace(quick(StandIns()), time_export=lambda ground, model, size: seconds[model])
+    request = asked(images, tmp_path, models=tuple(seconds), max_latency_s=0.005)
+    with pytest.raises(UserError, match="the least that would do is 10 ms, test_vit at 32 px"):
+        tune(request, lambda _: None, means)
+
+
+def test_a_last_training_that_fails_is_one_line(images: Path, tmp_path: Path) -> None:
+    runner = StandIns()
+
+    def failing(study: Mapping[str, Any], *more: Any) -> Outcomes:
+        done = runner(study, *more)
+        return {at: one for at, one in done.items() if study["name"] != "final" or at[0].startswith("lora_r8")}
+
+    means = replace(quick(runner), make_runner=lambda *_: failing)
+    with pytest.raises(UserError, match="the last training of lora_nf4 failed"):
+        tune(asked(images, tmp_path, margin=5.0), lambda _: None, means)
+
+
+def test_an_output_among_the_images_or_of_others_is_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--output: lies in .*, where everything has to be an image"):
+        tune(asked(images, images / "tuned"), lambda _: None, quick(StandIns()))
+    assert not (images / "tuned").exists()
+    (tmp_path / "config.yaml").write_text("mine")
+    with pytest.raises(UserError, match=r"config\.yaml: is there already, and of no tuning"):
+        tune(asked(images, tmp_path), lambda _: None, quick(StandIns()))
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_many_copies_leave_enough_to_train_and_validate_on(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for file in images.rglob("*.png"):
+        (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
+        for copy in range(6):
+            (folder / file.parent.name / f"{file.stem}-{copy}.png").write_bytes(file.read_bytes())
+    tune(asked(folder, tmp_path / "output"), lambda _: None, quick(StandIns()))  # the splits are drawn to measure
+
+
+def test_two_commands_on_one_output_are_refused(images: Path, tmp_path: Path) -> None:
+    def tell(line: str) -> None:
+        tune(asked(images, tmp_path), lambda _: None, quick(StandIns()))
+
+    with pytest.raises(UserError, match="another command works on"):
+        tune(asked(images, tmp_path), tell, quick(StandIns()))
 
 
 def test_a_limit_of_memory_is_kept_by_every_run_or_refused(

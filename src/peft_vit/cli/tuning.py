@@ -16,7 +16,7 @@ from peft_vit.errors import UserError
 @app.command()
 def tune(
     images: Annotated[Path, typer.Argument(help="one folder of images per class, or a zip of it", show_default=False)],
-    margin: Annotated[float, typer.Option(help="points of accuracy that the model may lose")] = 1.0,
+    margin: Annotated[float, typer.Option(help="points of accuracy that the model may lose against float LoRA")] = 1.0,
     max_bytes: Annotated[str | None, typer.Option(help="of the model's file, as in 20MB")] = None,
     max_latency: Annotated[str | None, typer.Option(help="of one image on this machine, as in 50ms")] = None,
     memory_limit: Annotated[str | None, typer.Option(help="of a training process, as in 1GB")] = None,
@@ -43,16 +43,13 @@ def tune(
     """Find the smallest model that is good enough for your images, within limits and time, and say what shows it.
 
     A fifth of the images, or the folder's own test split, is sealed and read once, in the end. Choices rest on folds of
-    the others: image size and model by linear probes, learning rates by successive halving, then a race against the
-    best by comparisons that stop when they know. The same command goes on where an earlier one was stopped. Exit codes:
+    the others: image size and model by linear probes, learning rates by successive halving, then a race against float
+    LoRA by comparisons that stop when they know. The same command goes on where an earlier one was stopped. Exit codes:
     0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.extras import require_extra
 
     require_extra("tune", "tune")  # what is imported below needs some of it
-    from peft_vit.extras import require_extra
-
-    require_extra("tune", "tune")
     from peft_vit.tuning.pipeline import tune as run_tune
     from peft_vit.tuning.request import DEFAULT_MODEL, TuneRequest
 

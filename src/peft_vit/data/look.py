@@ -254,7 +254,7 @@ def _refuse_few(
         few = np.flatnonzero(counts < least)
         more = f"; {len(few) - 1} more classes have too few" if len(few) > 1 else ""
         beside = "" if sealed is None else " beside the test split"
-        if np.bincount(labels[chosen_on])[counts.argmin()] > counts.min():
+        if np.count_nonzero(labels[chosen_on] == counts.argmin()) > counts.min():
             beside += " (of copies, near ones too, one counts)"
         raise UserError(
             f"class '{class_names[int(counts.argmin())]}' has {counts.min()} different images that can be used{beside}"

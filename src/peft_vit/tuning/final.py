@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_vit.errors import UserError
 from peft_vit.tuning.candidates import Design
 from peft_vit.tuning.ground import Ground
 from peft_vit.tuning.probes import Backing
@@ -40,6 +41,9 @@ def train_finally(
         rates: learning rate of each that takes steps, by name.
         folds: what came of each on the folds.
         memory: settings that keep within a limit of memory.
+
+    Raises:
+        UserError: if one of them failed.
     """
     experiments = {}
     for own in names:
@@ -51,6 +55,10 @@ def train_finally(
     study["data"] = {name: value for name, value in study["data"].items() if name != "folds"} | {"validation_images": 0}
     study["measures"] = {"logits": True}  # the page tells how far probabilities on sealed images can be believed
     done = ground.runner(study, ground.state.unlimited)
+    for name, one in experiments.items():
+        if (one["name"], ground.request.seed) not in done:
+            problem = f"the last training of {name} failed, as is told above; the same command tries it again"
+            raise UserError(problem, file=ground.state.studies / "final" / one["name"])
     return {name: done[one["name"], ground.request.seed].folder for name, one in experiments.items()}
 
 

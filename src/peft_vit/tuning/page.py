@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from peft_vit.records import RunRecord
+from peft_vit.records import RECORD_FILE, RunRecord
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, StudyDocument
 from peft_vit.report.formatting import (
     fixed,
@@ -20,6 +20,7 @@ from peft_vit.report.formatting import (
 from peft_vit.report.summary import LICENCES
 from peft_vit.statistics import Interval
 from peft_vit.tuning.blocks import Pictures, Told, believed_blocks, compared_blocks, forms_table, metric, sealed_blocks
+from peft_vit.tuning.result import Choice
 
 _AT = 0.9  # coverage that stands at the top
 SEALED, COMPARED, BELIEVED, FORMS, IMAGES = (
@@ -68,7 +69,10 @@ def tuning_document(told: Told, pictures: Pictures | None) -> StudyDocument:
 
 def _notices(told: Told) -> Iterator[str]:
     if not told.choice.shown:
-        yield "NOT DECIDED: time ended before a comparison did. The chosen model is the best guess so far."
+        courses = [one.course for one in told.choice.candidates if one.course is not None]
+        in_time = all(course.stopped is not None for course in courses)
+        why = "comparisons have ended without an answer" if in_time else "time ended before a comparison did"
+        yield f"NOT DECIDED: {why}. The chosen model is the best guess so far."
     yield from told.exports.missed
     if told.chosen.provenance is not None and told.chosen.provenance.random_weights:
         yield "The backbone's weights are random: no number here says what a pretrained one would reach."
@@ -159,12 +163,23 @@ def _how_sure(told: Told) -> Iterator[str]:
     else:
         yield "The promise was not shown: the comparisons below that are not decided say how far they came."
     yield f"More time: {choice.more_time}" if choice.more_time else "More time would change nothing that was asked."
+    readers, own = _readers(choice), len(choice.final_runs)
+    once = "read once, by the chosen model and the reference, after everything was chosen"
+    if readers > own:
+        once = (
+            f"read by {readers} models, {readers - own} of them of earlier calls that went on; no choice rests on them"
+        )
     yield (
-        "The sealed images were read once, by the chosen model and the reference, after everything was chosen. Their "
-        "intervals tell what as many other images of the same kind would change."
+        f"The sealed images were {once}. Their intervals tell what as many other images of the same kind would change."
     )
     if told.exports.int8_loss is not None:
         yield f"Activations in 8 bits lose {signed(100 * told.exports.int8_loss, 1)} points on images of folds."
+
+
+def _readers(choice: Choice) -> int:
+    """Return how many models have read the sealed images: of a call that went on, those of the earlier ones, too."""
+    study = choice.final_runs[choice.chosen].parents[1]
+    return len({record.parents[1] for record in study.glob(f"*/*/{RECORD_FILE}")})
 
 
 def _duration(seconds: float) -> str:

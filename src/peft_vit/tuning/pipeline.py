@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.extras import require_extra
+from peft_vit.studies.lock import study_lock
 from peft_vit.tuning.limits import TimeExport, check_request, time_exported
 from peft_vit.tuning.look import MakeRunner, ground_of
 from peft_vit.tuning.machine import MeasurePace, measure_pace
-from peft_vit.tuning.output import leave
+from peft_vit.tuning.output import check_output, leave
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice, Metric
 from peft_vit.tuning.running import Runner, StudyRunner
@@ -66,12 +67,18 @@ def tune(request: TuneRequest, tell: Callable[[str], None] = say, means: Means |
         means: other ones than worker processes and this machine's clock.
 
     Raises:
-        UserError: for bad input, before anything is trained; see `look_at`, `limits` and `State.opened`.
+        UserError: for bad input, before anything is trained; see `look_at`, `limits`, `check_output` and
+            `State.opened`. Also if another command works on the same output.
         KeyboardInterrupt: after Ctrl-C; the same request goes on.
     """
-    means = means or Means()
     check_request(request)
     require_extra("tune", "tune")
+    check_output(request)
+    with study_lock(request.output):
+        return _tune(request, tell, means or Means())
+
+
+def _tune(request: TuneRequest, tell: Callable[[str], None], means: Means) -> Choice:
     state = State.opened(request, tell, means.clock)
     with state.stage("look"):
         ground = ground_of(state, means.make_runner)

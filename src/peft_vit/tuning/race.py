@@ -1,4 +1,4 @@
-"""The race: candidates against the best reference, fold by fold, until the smallest is shown to lose no more than the
+"""The race: candidates against the reference, fold by fold, until the smallest is shown to lose no more than the
 margin.
 
 All candidates have the same folds, new ones for each repetition. Comparisons stop at declared numbers of pairs, with
@@ -83,7 +83,8 @@ def race(
     racing = [one for one in candidates if not one.left_out and one.name != reference]
     scores: Scores = run([], 0)
     courses = _courses(racing, reference, scores, rule)
-    while going := still_racing(racing, courses):
+    stuck: set[str] = set()  # a fold failed, or has no time in this call
+    while going := [name for name in still_racing(racing, courses) if name not in stuck]:
         pairs = min(_next_look(courses, name) for name in going)
         taking_part = [name for name in going if _next_look(courses, name) == pairs]
         scores = run([reference, *taking_part], pairs)
@@ -91,24 +92,22 @@ def race(
         for course in courses:
             if course not in before:
                 tell(f"  {line(course)}")
-        if _pairs(scores, reference, taking_part) < pairs:  # time is over
+        if len(scores.get(reference, ())) < pairs:  # time is over
             break
+        stuck.update(name for name in taking_part if len(differences(scores, name, reference)) < pairs)
     told = tuple(_told(one, reference, scores, courses) for one in candidates)
     return _chosen(told, reference, courses, rule, fits)
 
 
 def _courses(racing: Sequence[Candidate], reference: str, scores: Scores, rule: StoppingRule) -> tuple[Course, ...]:
-    return follow({one.name: differences(scores, one.name, reference) for one in racing}, rule)
+    found = {one.name: differences(scores, one.name, reference) for one in racing}
+    return follow(found, rule) if found else ()
 
 
 def differences(scores: Scores, name: str, reference: str) -> list[float]:
     """Return the paired differences of a candidate, as far as both have them."""
     pairs = zip(scores.get(name, ()), scores.get(reference, ()), strict=False)
     return [own - other for own, other in pairs]
-
-
-def _pairs(scores: Scores, reference: str, names: Sequence[str]) -> int:
-    return min(len(differences(scores, name, reference)) for name in names)
 
 
 def _next_look(courses: Sequence[Course], name: str) -> int:

@@ -271,6 +271,14 @@ def test_copies_do_not_count_towards_the_number(root):
     assert look_at(root).class_counts.tolist() == [12, 11, 11]
 
 
+def test_a_class_of_which_nothing_can_be_read_is_refused(root):
+    for i in range(12):
+        (root / "elk").mkdir(exist_ok=True)
+        (root / "elk" / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="class 'elk' has 0 different images that can be used, 10 are needed"):
+        look_at(root)
+
+
 def test_classes_of_one_size_are_told(root):
     save(root / "dog" / "one more.png", textured(200))
     assert look_at(root).lines()[-1].startswith("accuracy decides: all classes have as many images; balanced")

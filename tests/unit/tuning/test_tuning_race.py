@@ -12,16 +12,19 @@ NAMES = ("probe_int2", "probe_nf4", "lora_nf4", "lora_r8")
 
 
 def raced(
-    losses: Mapping[str, float], folds: int = LOOKS[-1], limit: int = 10**9, spread: float = 1e-3
+    losses: Mapping[str, float], folds: int = LOOKS[-1], limit: int = 10**9, spread: float = 1e-3, failing: str = ""
 ) -> tuple[Raced, dict[str, int]]:
-    """Race with planted losses, as far as there are folds; also how many folds each has done."""
+    """Race with planted losses, as far as there are folds; also how many folds each has done.
+
+    One that fails has its first three folds alone.
+    """
     rng = np.random.default_rng(0)
     scores = {name: (0.9 - losses.get(name, 0.0) + spread * rng.standard_normal(LOOKS[-1])).tolist() for name in NAMES}
     done = dict.fromkeys(NAMES, 0)
 
     def run(names: Sequence[str], pairs: int) -> dict[str, list[float]]:
         for name in names:
-            done[name] = max(done[name], min(pairs, folds))
+            done[name] = max(done[name], min(pairs, 3 if name == failing else folds))
         return {name: scores[name][: done[name]] for name in NAMES}
 
     candidates = [Candidate(name, {}, 100 * (1 + place)) for place, name in enumerate(NAMES)]
@@ -50,6 +53,18 @@ def test_what_scatters_is_not_decided() -> None:
     assert (found.chosen, found.shown) == ("probe_nf4", False)
     assert found.open == NAMES[:3]
     assert set(done.values()) == {3}
+
+
+def test_one_that_fails_does_not_end_the_race_of_others() -> None:
+    found, done = raced({}, failing="probe_int2")
+    assert (found.chosen, found.shown, found.open) == ("probe_nf4", True, ("probe_int2",))
+    assert done["probe_int2"] == 3
+
+
+def test_without_a_smaller_one_the_reference_is_chosen() -> None:
+    alone = [Candidate("lora_r8", {}, 100), Candidate("probe", {}, 200, left_out="larger")]
+    found = race(alone, "lora_r8", rule_of(0.01, 0.3), lambda *_: {}, lambda _: True, lambda _: None)
+    assert (found.chosen, found.shown) == ("lora_r8", True)
 
 
 @pytest.mark.parametrize(
