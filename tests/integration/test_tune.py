@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,9 @@ def test_what_does_not_keep_within_the_bytes_does_not_race(images: Path, tmp_pat
         ({"margin": 0.0}, "--margin: is 0 points"),
         ({"memory_limit": "3 apples"}, "--memory-limit"),
         ({"models": ("no_such_model",)}, "--model: "),
-        ({"weights": "nowhere.pt"}, r"/nowhere\.pt: --model: does not exist"),
+        ({"weights": "nowhere.pt"}, r"/nowhere\.pt: --weights: does not exist"),
+        ({"models": ("",)}, "--model: names none"),
+        ({"seed": -1}, "--seed: is -1; give 0 or more"),
         ({"max_latency_s": 1e-9}, r"--max-latency: 1e-06 ms is less than any model here takes; .* is 20 ms, test_vit"),
     ],
 )
@@ -184,6 +187,19 @@ def test_the_least_latency_that_would_do_is_that_of_all_models(images: Path, tmp
     request = asked(images, tmp_path, models=tuple(seconds), max_latency_s=0.005)
     with pytest.raises(UserError, match="the least that would do is 10 ms, test_vit at 32 px"):
         tune(request, lambda _: None, means)
+
+
+def test_latency_is_measured_with_all_processors(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+
+    def time_alone(file: Path, batches: Sequence[int], *, threads: int, rounds: int) -> dict[int, Any]:
+        timed.append(threads)
+        return {1: SimpleNamespace(seconds=(0.01,))}
+
+    monkeypatch.setattr("peft_vit.deployment.timing.time_alone", time_alone)
+    monkeypatch.setattr("peft_vit.tuning.limits.cpu_count", lambda: 7)
+    tune(asked(images, tmp_path, max_latency_s=0.05), lambda _: None, quick(StandIns()))
+    assert timed == [7]
 
 
 def test_a_last_training_that_fails_is_one_line(images: Path, tmp_path: Path) -> None:

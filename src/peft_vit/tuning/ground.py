@@ -107,7 +107,8 @@ class Ground:
                 found[name] = backbone
         if not found:
             assert fault is not None
-            raise UserError(fault.message, file=fault.file, field="--model")
+            own = self.request.weights not in (None, *get_args(WeightsSource))
+            raise UserError(fault.message, file=fault.file, field="--weights" if own else "--model")
         return found
 
     def shape(self, model: str, image_size: int) -> BackboneShape:

@@ -13,6 +13,7 @@ from typing import Any
 from peft_vit.backbones import Architecture
 from peft_vit.config import BackboneConfig, bytes_of, study_from_mapping
 from peft_vit.errors import UserError
+from peft_vit.runs.provenance import cpu_count
 from peft_vit.studies.plan import plan_begun_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.tuning.candidates import KINDS, Design, Kind
@@ -31,8 +32,10 @@ def check_request(request: TuneRequest) -> None:
         raise UserError(f"is {request.minutes:g}; give more than 0", field="--minutes")
     if request.max_latency_s is not None and not 0 < request.max_latency_s < math.inf:
         raise UserError("give more than 0 ms", field="--max-latency")
-    if not request.models:
+    if not all(request.models or ("",)):
         raise UserError("names none; give one, or leave it out", field="--model")
+    if request.seed < 0:
+        raise UserError(f"is {request.seed}; give 0 or more", field="--seed")
     if request.memory_limit is not None:
         try:
             bytes_of(request.memory_limit)
@@ -135,7 +138,7 @@ def time_exported(ground: Ground, model: str, image_size: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         export_onnx(plain.eval(), file, card)
-        calls = time_alone(file, [1], threads=ground.request.threads, rounds=_ROUNDS)
+        calls = time_alone(file, [1], threads=cpu_count(), rounds=_ROUNDS)  # as what is left is timed
     return statistics.median(calls[1].seconds)
 
 

@@ -20,7 +20,7 @@ class TuneRequest:
         output: everything goes below it.
         margin: points of accuracy (of balanced accuracy, where classes are out of balance) that the model may lose.
         max_bytes: of its file.
-        max_latency_s: of one image on this machine, with all threads.
+        max_latency_s: of one image on this machine, with all its processors.
         memory_limit: of a training process, as in 1GB.
         minutes: that this call may take.
         models: timm's names, or names on the hub (with a slash), tried in this order.
