@@ -91,8 +91,7 @@ def test_the_smallest_that_keeps_within_the_margin_is_chosen(images: Path, tmp_p
     choice = tune(asked(images, tmp_path, margin=5.0), lines.append, quick(runner))
     assert (choice.chosen, choice.reference, choice.shown) == ("lora_nf4", "lora_r8", True)
     verdict = {one.name: one.course.noninferiority for one in choice.candidates if one.course is not None}
-    assert verdict["probe_int2"] == "refuted"
-    assert choice.candidate("lora_int2").left_out.endswith("behind the best on validation")
+    assert (verdict["probe_int2"], verdict["lora_int2"]) == ("refuted", "refuted")
     assert [one.bytes for one in choice.candidates] == sorted(one.bytes for one in choice.candidates)
     assert list(choice.final_runs) == ["lora_nf4", "lora_r8"]
     stages = [line.split(":")[0] for line in lines if not line.startswith(" ")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from peft_vit.tuning.candidates import KINDS, REFERENCE, Design, Kind, of_kind
@@ -10,7 +11,7 @@ from peft_vit.tuning.rates import Found
 from peft_vit.tuning.result import Candidate
 from peft_vit.tuning.schedule import Schedule
 
-_HOPELESS = 3  # margins behind the best on validation
+_HOPELESS = 3  # margins behind the best on validation, and as many standard errors
 
 
 def reference_of(found: Mapping[Kind, Found]) -> Kind:
@@ -30,6 +31,7 @@ def contestants(
     margin_share: float,
     max_bytes: int | None,
     experiments: Mapping[str, Mapping[str, object]],
+    validation_images: int,
 ) -> tuple[list[Candidate], str]:
     """Return all candidates, smallest first, with why some do not race; and the reference's name.
 
@@ -43,6 +45,7 @@ def contestants(
         margin_share: a share of accuracy.
         max_bytes: of a file; None: any.
         experiments: as a configuration holds them, by name, of designs that can be trained.
+        validation_images: of a fold, on which learning rates were compared.
     """
     best = reference_of(found)
     reference = of_kind(list(designs), best)
@@ -57,20 +60,31 @@ def contestants(
 
     stepping = [one for one in designs if one.kind in found and one.name != reference.name]
     preferred = sorted(stepping, key=promise)
+    hopeless = _hopeless(found, margin_share, validation_images)
     candidates = []
     for design in designs:
         why = ""
         if design.name != reference.name:
-            why = _against(design, reference, found, margin_share, max_bytes)
+            why = _against(design, reference, found, hopeless, max_bytes)
         if not why and design.kind is not None and design.name != reference.name:
-            able = [one.name for one in preferred if not _against(one, reference, found, margin_share, max_bytes)]
+            able = [one.name for one in preferred if not _against(one, reference, found, hopeless, max_bytes)]
             why = "" if design.name in able[:room] else "there is no time for it"
         candidates.append(Candidate(design.name, experiments.get(design.name, {}), design.bytes, left_out=why))
     return candidates, reference.name
 
 
+def _hopeless(found: Mapping[Kind, Found], margin_share: float, validation_images: int) -> float:
+    """Return how far behind the best on validation there is no hope.
+
+    A share p of n images scatters by sqrt(p (1 - p) / n), the difference of two of them by sqrt(2) times that, at most.
+    """
+    best = max(one.score for one in found.values())
+    scatter = math.sqrt(2 * best * (1 - best) / validation_images)
+    return _HOPELESS * (margin_share + scatter)
+
+
 def _against(
-    design: Design, reference: Design, found: Mapping[Kind, Found], margin_share: float, max_bytes: int | None
+    design: Design, reference: Design, found: Mapping[Kind, Found], hopeless: float, max_bytes: int | None
 ) -> str:
     """Return why a design does not race, time left aside; empty: nothing stands against it."""
     if design.bytes > reference.bytes:
@@ -82,6 +96,6 @@ def _against(
     if design.kind not in found:
         return "no learning rate was found for it"
     behind = max(one.score for one in found.values()) - found[design.kind].score
-    if behind > _HOPELESS * margin_share:
+    if behind > hopeless:
         return f"{100 * behind:.1f} points behind the best on validation"
     return ""

@@ -249,7 +249,9 @@ def prepare_race(ground: Ground, backing: Backing, found: Mapping[Kind, Found], 
         for design in some
         if design.kind is None or design.kind in rates
     }
-    candidates, reference = contestants(some, found, one, request.margin_share, request.max_bytes, experiments)
+    candidates, reference = contestants(
+        some, found, one, request.margin_share, request.max_bytes, experiments, ground.validation_images
+    )
     racing = [candidate for candidate in candidates if not candidate.left_out]
     tell = ground.state.tell
     tell(f"  the reference: {reference}, {found[_kind_of(some, reference)].score:.1%} of validation images")
