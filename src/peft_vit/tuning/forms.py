@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft_vit.deployment import Calibrated, OnnxRuntime
 from peft_vit.errors import UserError
 from peft_vit.extras import missing_packages
-from peft_vit.records import RECORD_FILE, read_record
+from peft_vit.records import RECORD_FILE, BenchRow, read_record
 from peft_vit.runs.bench import MADE, bench
 from peft_vit.runs.export import (
     LARGEST_LOSS,
@@ -24,7 +25,7 @@ from peft_vit.runs.export import (
     file_bytes,
 )
 
-_INT8_FOLDS = 2  # runs on folds that tell what 8 bits lose: each takes a calibration and an export
+_INT8_FOLDS = 5  # runs on folds that tell what 8 bits lose, at most: each takes a calibration and an export
 _AS_FAST = 1.1  # times the seconds of the fastest: less is within the scatter of medians
 _TRIALS = ".forms-"
 _EVERYTHING = 100.0  # points: what was lost on folds has decided already
@@ -105,9 +106,10 @@ def export_fastest(
     max_latency_s: float | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Exports:
-    """Write a run's model in every form, time them in turn, and keep the fastest that is within the limits.
+    """Write a run's model in every exact form, time them in turn, and keep the fastest that is within the limits.
 
-    Activations in 8 bits are taken only if they lose at most LARGEST_LOSS points on images of folds.
+    Activations in 8 bits make another model than the one that was raced and tested. They are tried only where no exact
+    form keeps within `max_latency_s`, and taken only if they lose at most LARGEST_LOSS points on images of folds.
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
@@ -121,28 +123,39 @@ def export_fastest(
     Raises:
         UserError: if the run can't be restored, no form can be written, or none can be timed.
     """
-    ways, lost = _ways(run_dir, fold_runs, tell)
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_TRIALS}*"):  # by a call that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=_TRIALS) as place:
-        forms = {}
-        for number, way in enumerate(ways):
-            file = Path(place) / f"{number}{way.ending}"
-            forms[file] = _written(way, run_dir, file, calibrated)
-        written = [file for file, form in forms.items() if form.bytes is not None]
-        if not written:
+        forms: dict[Path, Form] = {}
+        rows: dict[str, BenchRow] = {}
+
+        def try_ways(ways: Sequence[_Way]) -> None:
+            for way in ways:
+                file = Path(place) / f"{len(forms)}{way.ending}"
+                forms[file] = _written(way, run_dir, file, calibrated)
+            new = [file for file, form in forms.items() if form.bytes is not None and form.median_s is None]
+            if not new:
+                return
+            tell("timing " + ", ".join(forms[file].name for file in new))
+            rows.update({row.file: row for row in bench(new)})
+            for file in new:
+                row = rows[str(file)]
+                forms[file] = replace(forms[file], median_s=row.median_s, low_s=row.low_s, high_s=row.high_s)
+
+        packed, lost = read_record(run_dir / RECORD_FILE).quantization is not None, None
+        try_ways(_exact_ways(packed))
+        if not rows:
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
             raise UserError(f"can't be exported ({reasons}); run: pip install 'peft-vit[onnx]'", file=run_dir)
-        tell("timing " + ", ".join(forms[file].name for file in written))
-        rows = {row.file: row for row in bench(written)}
-        for file in written:
-            row = rows[str(file)]
-            forms[file] = replace(forms[file], median_s=row.median_s, low_s=row.low_s, high_s=row.high_s)
-        best, missed = _best({file: forms[file] for file in written}, max_bytes, max_latency_s)
-        for file in written:
+        if packed and max_latency_s is not None and _fastest_s(forms, max_bytes) > max_latency_s:
+            int8, lost = _int8(fold_runs, tell)
+            try_ways([int8])
+        written = {file: form for file, form in forms.items() if form.bytes is not None}
+        best, missed = _best(written, max_bytes, max_latency_s)
+        for file, form in written.items():
             if file != best:
-                forms[file] = replace(forms[file], left_out=_why_not(forms[file], forms[best], max_bytes))
+                forms[file] = replace(form, left_out=_why_not(form, forms[best], max_bytes))
         return Exports(
             model=_moved(best, folder),
             forms=tuple(forms.values()),
@@ -158,22 +171,29 @@ def has_openvino() -> bool:
     return not missing_packages("openvino")
 
 
-def _ways(run_dir: Path, fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[list[_Way], float | None]:
-    """Return what to try, and what activations in 8 bits lose on folds, as a share."""
-    ways = []
-    lost = None
-    if read_record(run_dir / RECORD_FILE).quantization is None:
-        ways.append(_Way(Form("ONNX", "--format onnx"), "onnx"))
-    else:
+def _exact_ways(packed: bool) -> list[_Way]:
+    """Return the ways to write a model, of low bits or not, that change no prediction."""
+    if packed:
         what: dict[OnnxRuntime, str] = {"small": "packed in memory, too", "fast": "expanded when it is loaded"}
-        for runtime, said in what.items():
-            form = Form(f"ONNX, codes {said}", f"--format onnx --runtime {runtime}")
-            ways.append(_Way(form, "onnx", OnnxOptions(runtime=runtime)))
-        int8, lost = _int8(fold_runs, tell)
-        ways.append(int8)
+        ways = [
+            _Way(Form(f"ONNX, codes {said}", f"--format onnx --runtime {runtime}"), "onnx", OnnxOptions(runtime))
+            for runtime, said in what.items()
+        ]
+    else:
+        ways = [_Way(Form("ONNX", "--format onnx"), "onnx")]
     if has_openvino():
         ways.append(_Way(Form("OpenVINO", "--format openvino"), "openvino"))
-    return ways, lost
+    return ways
+
+
+def _fastest_s(forms: Mapping[Path, Form], max_bytes: int | None) -> float:
+    """Return the seconds of the fastest form within the limit of bytes."""
+    within = [
+        form.median_s
+        for form in forms.values()
+        if form.bytes is not None and form.median_s is not None and (max_bytes is None or form.bytes <= max_bytes)
+    ]
+    return min(within, default=math.inf)
 
 
 def _int8(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[_Way, float | None]:
