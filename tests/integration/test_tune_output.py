@@ -99,6 +99,13 @@ def test_the_card_is_one_of_the_hub(choice, left) -> None:
     assert "## On the sealed images" in card.text
 
 
+def test_where_no_form_can_be_written_the_reasons_are_told(choice, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(forms, "has_openvino", lambda: False)
+    monkeypatch.setattr(forms, "_written", lambda way, *_: dataclasses.replace(way.form, left_out="no room"))
+    with pytest.raises(UserError, match=r"can't be exported \(ONNX: no room\); the same command tries it again"):
+        leave(choice, tmp_path, lambda _: None)
+
+
 def test_the_page_stands_alone_and_says_what_was_not_decided(choice, left) -> None:
     page = left[0].report.read_text().replace("<wbr>", "").replace("\u00a0", " ")
     assert "NOT DECIDED: time ended" in page

@@ -147,7 +147,7 @@ def export_fastest(
         try_ways(_exact_ways(packed))
         if not rows:
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
-            raise UserError(f"can't be exported ({reasons}); run: pip install 'peft-vit[onnx]'", file=run_dir)
+            raise UserError(f"can't be exported ({reasons}); the same command tries it again", file=run_dir)
         if packed and max_latency_s is not None and _fastest_s(forms, max_bytes) > max_latency_s:
             int8, lost = _int8(fold_runs, tell)
             try_ways([int8])
