@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from peft_vit.backbones import BackboneShape, fused_sites
@@ -40,6 +40,14 @@ class Design:
     def experiment(self, training: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
         """Return it as a configuration holds it."""
         return {"name": name or self.name, "method": self.method, "training": dict(training), **self.sections}
+
+    def without_adapters(self) -> Design:
+        """Return the linear probe of the same weights, which a run is that takes no step."""
+        packing = self.sections.get("qa_lora")
+        if packing is None:
+            return replace(self, method="linear", kind=None, sections={})
+        kept = {name: value for name, value in packing.items() if name != "rank"}
+        return replace(self, method="qa_linear", kind=None, sections={"qa_lora": kept})
 
 
 def designs(shape: BackboneShape, steps: int, classes: int) -> list[Design]:

@@ -1,7 +1,8 @@
 """The last training: the chosen model and the reference on all images that are not sealed, which are read once, here.
 
 Nothing validates any more, so what validation has chosen on the folds is fixed: the steps, as many times more as there
-are more images to train on, and the strength of the probe's penalty, both at their medians.
+are more images to train on, and the strength of the probe's penalty, both at their medians. Where that is no step at
+all, the probe is trained from which the runs on the folds began: nothing else was shown.
 """
 
 from __future__ import annotations
@@ -47,8 +48,15 @@ def train_finally(
     """
     experiments = {}
     for own in names:
-        training = fixed_training(ground, rates.get(own), folds[own], memory)
+        stays = own in rates and statistics.median(one.chosen_step for one in folds[own]) == 0
+        if stays:
+            ground.state.tell(
+                f"  {own}: on the folds no step was a gain, so it is the linear probe that it starts from"
+            )
+        training = fixed_training(ground, None if stays else rates.get(own), folds[own], memory)
         design = next(one for one in designed(training.get("steps", _LEAST_STEPS)) if one.name == own)
+        if stays:
+            design = design.without_adapters()
         plain = json.dumps([training, design.sections], sort_keys=True)
         experiments[own] = design.experiment(training, f"{own}-{hashlib.sha256(plain.encode()).hexdigest()[:6]}")
     study = ground.study("final", backing.model, backing.image_size, [ground.request.seed], list(experiments.values()))

@@ -1,0 +1,60 @@
+"""The last training: what the folds have chosen, fixed."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from peft_vit.backbones import describe
+from peft_vit.config import BackboneConfig, ExperimentConfig
+from peft_vit.tuning.candidates import designs
+from peft_vit.tuning.final import train_finally
+
+SHAPE = describe(BackboneConfig(model="test_vit", weights="random"), 32)
+
+
+def last_training(name: str, chosen_steps: list[int]) -> tuple[ExperimentConfig, list[str]]:
+    """Return the experiment of the last training, of 100 images where the folds had 80, and what is told."""
+    told: list[str] = []
+    studies: list[dict[str, Any]] = []
+
+    def study(_name: str, _model: str, _size: int, seeds: list[int], experiments: list[Any]) -> dict[str, Any]:
+        studies.append({"data": {"folds": 5}, "seeds": seeds, "experiments": experiments})
+        return studies[-1]
+
+    def run(asked: dict[str, Any], _limit: Any) -> dict[Any, Any]:
+        assert asked["data"] == {"validation_images": 0}
+        return {(one["name"], 0): SimpleNamespace(folder=Path("run")) for one in asked["experiments"]}
+
+    ground: Any = SimpleNamespace(
+        images=100,
+        train_images=80,
+        batch_size=8,
+        class_weights=False,
+        request=SimpleNamespace(seed=0),
+        state=SimpleNamespace(tell=told.append, unlimited=None, studies=Path("studies")),
+        study=study,
+        runner=run,
+    )
+    backing: Any = SimpleNamespace(model="test_vit", image_size=32)
+    folds: Any = [SimpleNamespace(chosen_step=step, l2=0.01) for step in chosen_steps]
+    train_finally(ground, backing, lambda steps: designs(SHAPE, steps, 3), [name], {name: 1e-3}, {name: folds}, {})
+    (experiment,) = studies[0]["experiments"]
+    return ExperimentConfig.model_validate_json(json.dumps(experiment)), told
+
+
+def test_steps_grow_with_the_images() -> None:
+    experiment, told = last_training("lora_nf4", [20, 40, 60, 0, 0])
+    assert (experiment.method, experiment.training.steps) == ("qa_lora", 25)
+    assert not told
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("lora_nf4", "qa_linear"), ("adalora_nf4", "qa_linear"), ("lora_r8", "linear")]
+)
+def test_where_folds_chose_no_step_the_probe_is_trained_that_they_started_from(name: str, method: str) -> None:
+    experiment, told = last_training(name, [0, 0, 0, 24, 24])
+    assert (experiment.method, experiment.training.steps, experiment.training.probe_l2) == (method, None, 0.01)
+    assert told == [f"  {name}: on the folds no step was a gain, so it is the linear probe that it starts from"]
