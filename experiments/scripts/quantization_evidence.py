@@ -333,17 +333,17 @@ def deployment() -> str:
     latency = {(row["batch"], row["side"]): row for row in found["latency"]}
 
     def time(file: dict[str, Any], batch: int) -> str:
-        row = latency[batch, file["format"]]
+        row = latency[batch, file["side"]]
         return f"{_time(row)} ({row['ratio']:.2f})"
 
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "file": itemgetter("format"),
+        "file": itemgetter("side"),
         "MB": lambda file: f"{file['bytes'] / 1e6:.1f}",
         "of float32": lambda file: f"{file['bytes'] / whole:.3f}",
-        "equal predictions, %": lambda file: f"{100 * file['same_predictions']:.2f}",
-        "logits, relative error": lambda file: f"{file['logit_error']:.1e}",
+        "equal predictions, %": lambda file: f"{100 * file['same_predictions']:.2f}" if "images" in file else "–",
+        "logits, relative error": lambda file: f"{file['logit_error']:.1e}" if "images" in file else "–",
         **{
-            f"batch {batch}, ms (over float32)": partial(time, batch=batch)
+            f"batch {batch}, ms (over the faster float32)": partial(time, batch=batch)
             for batch in sorted({row["batch"] for row in found["latency"]})
         },
     }

@@ -95,6 +95,7 @@ def test_studies_with_kept_results_name_the_precision_of_these() -> None:
     kept = {file.name.split(".")[0] for file in (CONFIGS.parents[1] / "results").iterdir()}
     precisions = {file.stem: load_study(file).precision for file in STUDIES if file.stem in kept}
     assert len(precisions) >= 14
+    assert precisions.pop("activation_storage") == "fp32"
     assert set(precisions.values()) == {"bf16"}
     assert load_study(CONFIGS / "quickstart.yaml").precision == "auto"
 
