@@ -21,8 +21,8 @@ Rules that share in proportion (whole ranks by largest remainder):
 
     gora         ranks in proportion to mean |W * G| / sqrt(in + out) (GoRA, arXiv 2502.12171, eq. 5 and after), without
                  its smallest rank and its start of B
-    stable_rank  ranks in proportion to ||W||_F^2 / ||W||_2^2 (SR-LoRA, arXiv 2507.00327, whose ranks are this number
-                 itself): reads no image
+    stable_rank  ranks in proportion to ||W||_F^2 / ||W||_2^2 (after the abstract of SR-LoRA, arXiv 2507.00327, whose
+                 code has its ranks as numbers and no formula): reads no image
 
 Controls, which read nothing:
 
