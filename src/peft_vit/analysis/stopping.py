@@ -83,7 +83,7 @@ def answers(course: Course, stopping: StoppingConfig) -> tuple[str, ...]:
     return tuple(said)
 
 
-ENDS = {"decided": "decided", "futile": "stopped: hardly to be decided", "maximum": "at the last look", None: "open"}
+ENDS = {"decided": "decided", "futile": "stopped as futile", "maximum": "at the last look", None: "open"}
 
 
 def pairs_seen(study: Study, course: Course) -> dict[int, float]:
