@@ -229,7 +229,9 @@ def test_many_copies_leave_enough_to_train_and_validate_on(images: Path, tmp_pat
         (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
         for copy in range(6):
             (folder / file.parent.name / f"{file.stem}-{copy}.png").write_bytes(file.read_bytes())
-    tune(asked(folder, tmp_path / "output"), lambda _: None, quick(StandIns()))  # the splits are drawn to measure
+    # the splits are drawn to measure
+    choice = tune(asked(folder, tmp_path / "output"), lambda _: None, quick(StandIns()))
+    assert choice.chosen in choice.final_runs
 
 
 def test_two_commands_on_one_output_are_refused(images: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def check_architecture(
     side = native_size(architecture) if image_size is None else image_size
     return check_model(
         lambda: random_weights(build_model(architecture, side, _CLASSES, shallow=shallow)),
-        _card(architecture, side),
+        card_of_random(architecture, side, tuple(map(str, range(_CLASSES))), "check"),
         onnx=onnx,
         openvino=openvino,
         peft=peft,
@@ -123,9 +123,10 @@ def random_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def _card(architecture: Architecture, image_size: int) -> ModelCard:
+def card_of_random(architecture: Architecture, image_size: int, class_names: Sequence[str], run: str) -> ModelCard:
+    """Return what a file says of a model with random weights, which is written to be tried or timed."""
     return ModelCard(
-        run="check",
+        run=run,
         library=architecture.library,
         model=architecture.name,
         config=architecture.config,
@@ -135,7 +136,7 @@ def _card(architecture: Architecture, image_size: int) -> ModelCard:
         channels=3,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
-        class_names=tuple(map(str, range(_CLASSES))),
+        class_names=tuple(class_names),
     )
 
 

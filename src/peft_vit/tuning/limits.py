@@ -117,24 +117,14 @@ def within_latency(ground: Ground, sizes: Mapping[str, list[int]], time_export: 
 def time_exported(ground: Ground, model: str, image_size: int) -> float:
     """Return the median seconds of one image, of an ONNX export of an architecture with random weights."""
     from peft_vit.backbones.catalog import create_model
-    from peft_vit.deployment import ModelCard, export_onnx
+    from peft_vit.deployment import export_onnx
+    from peft_vit.deployment.check import card_of_random
     from peft_vit.deployment.timing import time_alone
 
-    config = BackboneConfig.model_validate(ground.backbones[model])
+    architecture = Architecture.of(BackboneConfig.model_validate(ground.backbones[model]))
     names = tuple(ground.seen.class_names)
-    plain = create_model(Architecture.of(config), image_size, len(names))
-    card = ModelCard(
-        run="tune",
-        library=config.library,
-        model=config.model,
-        weights_name="random",
-        weights_sha256=None,
-        image_size=image_size,
-        channels=3,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        class_names=names,
-    )
+    plain = create_model(architecture, image_size, len(names))
+    card = card_of_random(architecture, image_size, names, "tune")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         export_onnx(plain.eval(), file, card)
