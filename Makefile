@@ -42,7 +42,7 @@ test-avx2: setup ## run the tests of the numerical core as a processor without A
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not slow" $(CORE)
 
 # Each tool writes what it found down before it ends; the last one says whether anything failed, now or earlier.
-torture: setup ## break files and kill runs for hours; results add up over calls and are told in docs/reliability.md
+torture: setup ## break files and kill runs for hours; results add up over calls and are told in docs/explanation/reliability.md
 	-$(BIN)/python tests/torture/mutated_files.py --trials 10000 --commands 100
 	-$(BIN)/python tests/torture/killed_runs.py --forked 160 --fresh 40
 	-$(BIN)/python tests/torture/killed_allocations.py

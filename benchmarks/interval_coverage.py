@@ -1,7 +1,7 @@
 """How often each interval of `peft_vit.statistics` holds the truth at 3, 5 and 10 seeds, by simulation.
 
     python benchmarks/interval_coverage.py           simulate for two minutes, write the result, fill the document
-    python benchmarks/interval_coverage.py --table   fill docs/statistics.md from the result that is there
+    python benchmarks/interval_coverage.py --table   fill docs/explanation/statistics.md from the result that is there
 
 Each cell is 4,000 studies with a known truth. The functions measured are those that reports use, called once a study;
 only the mixed model is taken in its closed form for complete pairs, which a test compares with the fitted one. Two
@@ -35,7 +35,7 @@ from peft_vit.statistics import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT, DOCUMENT = ROOT / "benchmarks" / "results" / "coverage.json", ROOT / "docs" / "statistics.md"
+RESULT, DOCUMENT = ROOT / "benchmarks" / "results" / "coverage.json", ROOT / "docs" / "explanation" / "statistics.md"
 MARK = "coverage-table"
 SIZES, SIMULATIONS, RESAMPLES, SEED, CONFIDENCE = (3, 5, 10), 4000, 999, 20261125, 0.95
 IMAGES, TASKS = 600, 3

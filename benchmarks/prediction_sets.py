@@ -1,7 +1,8 @@
 """How often prediction sets hold the true class of new images: thresholds come from folds, the model from all images.
 
 A planted task of three normal clouds in eight dimensions, whose class means a model learns: with few images it knows
-them badly, and before its temperature is fitted it is too sure of itself. Prints the table of docs/statistics.md.
+them badly, and before its temperature is fitted it is too sure of itself. Prints the table of
+docs/explanation/statistics.md.
 """
 
 from __future__ import annotations

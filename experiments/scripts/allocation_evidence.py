@@ -3,8 +3,8 @@
     .venv/bin/python experiments/scripts/allocation_evidence.py [RESULTS_DIR ...]
 
 Every results directory that is named is condensed into results/<study>.csv, one row a run; rows that are there stay,
-unless the same experiment and seed was run anew. Then everything between the marks of docs/adaptive_ranks.md is made
-anew from these files and from benchmarks/results; the same files give the same text.
+unless the same experiment and seed was run anew. Then everything between the marks of docs/findings/adaptive_ranks.md
+is made anew from these files and from benchmarks/results; the same files give the same text.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from evidence import (
 from peft_vit.records import RunRecord
 from peft_vit.statistics import gini
 
-DOCUMENT = ROOT / "docs" / "adaptive_ranks.md"
+DOCUMENT = ROOT / "docs" / "findings" / "adaptive_ranks.md"
 ALLOCATION = ("allocation", "scoring", "reallocation", "penalty")  # older records and PEFT's AdaLoRA have the first
 
 

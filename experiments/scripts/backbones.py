@@ -1,4 +1,4 @@
-"""Which backbones work, and what does on each: docs/backbones.md.
+"""Which backbones work, and what does on each: docs/reference/backbones.md.
 
     .venv/bin/python experiments/scripts/backbones.py check [PATTERN ...]
     .venv/bin/python experiments/scripts/backbones.py
@@ -27,7 +27,7 @@ from peft_vit.deployment.check import LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR, O
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 
-ROWS, DOCUMENT = RESULTS / "backbones.csv", ROOT / "docs" / "backbones.md"
+ROWS, DOCUMENT = RESULTS / "backbones.csv", ROOT / "docs" / "reference" / "backbones.md"
 TRANSFORMERS = "transformers"
 # Types of models, each at the size of transformers' own defaults.
 TYPES = (

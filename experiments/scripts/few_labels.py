@@ -4,8 +4,8 @@
     .venv/bin/python experiments/scripts/few_labels.py keep experiments/outputs/few_labels
 
 `run` does what is not done yet, draw by draw, so that every draw that is there is whole; `keep` puts a row a run into
-results/few_labels.csv and the table into docs/few_labels.md; without an argument only the table is made anew. Each draw
-has other training images, at most 300 steps, and 200 images that validate; test images are the same for all.
+results/few_labels.csv and the table into docs/findings/few_labels.md; without an argument only the table is made anew.
+Each draw has other training images, at most 300 steps, and 200 images that validate; test images are the same for all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from evidence import RESULTS, ROOT, filled, merge
 from peft_vit import cli
 from peft_vit.records import read_records, write_atomically
 
-ROWS, DOCUMENT = RESULTS / "few_labels.csv", ROOT / "docs" / "few_labels.md"
+ROWS, DOCUMENT = RESULTS / "few_labels.csv", ROOT / "docs" / "findings" / "few_labels.md"
 METHODS = {"linear": "linear probe", "lora": "LoRA", "adalora": "AdaLoRA", "qa_lora": "QA-LoRA nf4"}
 SHOTS = (4, 12, 50)
 FIRST_SEED = 60  # of no other study

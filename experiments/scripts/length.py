@@ -1,4 +1,4 @@
-"""Whether longer training is better: the runs of length_elpv.yaml to results/, and from there to docs/findings.md.
+"""Whether longer training is better: the runs of length_elpv.yaml to results/, and from there docs/findings/studies.md.
 
     .venv/bin/python experiments/scripts/length.py [DIR ...]
 
@@ -21,7 +21,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, read_records, write_atomically
 
 STUDY = "length_elpv"
-ROWS, DOCUMENT = RESULTS / f"{STUDY}.csv", ROOT / "docs" / "findings.md"
+ROWS, DOCUMENT = RESULTS / f"{STUDY}.csv", ROOT / "docs" / "findings" / "studies.md"
 TITLES = {"full": "full fine-tuning", "lora": "LoRA r=8", "qa_lora": "QA-LoRA r=8, nf4"}
 
 

@@ -1,4 +1,4 @@
-"""What the studies of quantization say: records to compact tables in results/, and from those docs/quantization.md.
+"""What the studies of quantization say: records to tables in results/, and from those docs/findings/quantization.md.
 
     .venv/bin/python experiments/scripts/quantization_evidence.py [RESULTS_DIR ...]
 
@@ -46,7 +46,7 @@ from evidence import (
 from peft_vit.records import RunRecord
 from peft_vit.statistics import Verdict, holm, noninferiority
 
-DOCUMENT = ROOT / "docs" / "quantization.md"
+DOCUMENT = ROOT / "docs" / "findings" / "quantization.md"
 ALPHA = 0.05
 FLOAT32_BITS = 32
 

@@ -3,7 +3,7 @@
     .venv/bin/python experiments/scripts/sequential_designs.py designs 1 4 11   # comparisons; three minutes each
     .venv/bin/python experiments/scripts/sequential_designs.py folds            # a minute
     .venv/bin/python experiments/scripts/sequential_designs.py adastop 1 4 11   # pip install adastop; some minutes
-    .venv/bin/python experiments/scripts/sequential_designs.py                  # the tables in docs/statistics.md alone
+    .venv/bin/python experiments/scripts/sequential_designs.py                  # docs/explanation/statistics.md alone
 
 Each puts its rows into results/sequential_designs.csv and makes the tables anew. What is simulated is
 `peft_vit.statistics.follow`, written for many studies at once; a test holds both to the same answers.
@@ -26,7 +26,7 @@ from peft_vit.statistics import StoppingRule
 from peft_vit.statistics.sequential import FUTILITY, adjusted, normal_score, repeated_p
 from peft_vit.statistics.spending import boundaries
 
-ROWS, DOCUMENT = RESULTS / "sequential_designs.csv", ROOT / "docs" / "statistics.md"
+ROWS, DOCUMENT = RESULTS / "sequential_designs.csv", ROOT / "docs" / "explanation" / "statistics.md"
 KEY = ["part", "data", "comparisons", "design", "truth"]
 STUDIES, SEED, MARGIN = 10_000, 20261127, 0.01
 POINT, EFFECT, IMAGES = 0.01, 0.005, 600

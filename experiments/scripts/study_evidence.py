@@ -1,4 +1,4 @@
-"""The project's own study: records to results/, and from there to docs/findings.md, README.md and their figures.
+"""The project's own study: records to results/, and from there to docs/findings/studies.md, README.md and figures.
 
     .venv/bin/python experiments/scripts/study_evidence.py [DIR ...]
 
@@ -32,7 +32,7 @@ from peft_vit.safe_io import folder_below
 
 CONFIGS = ROOT / "experiments" / "configs"
 HYPOTHESES = CONFIGS / "hypotheses_study.yaml"
-README, FINDINGS = ROOT / "README.md", ROOT / "docs" / "findings.md"
+README, FINDINGS = ROOT / "README.md", ROOT / "docs" / "findings" / "studies.md"
 IMAGES = ROOT / "docs" / "images"
 _KEPT = ("study.json", "ledger.jsonl", RECORD_FILE)
 

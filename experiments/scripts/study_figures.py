@@ -1,4 +1,4 @@
-"""The figures of docs/findings.md and README.md: those of the report, with the digest of what they were drawn from."""
+"""The figures of docs/findings/studies.md and README.md: the report's, with the digest of what they show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of docs/findings.md and of README.md, as Markdown, out of analyses of the project's own studies."""
+"""The tables of docs/findings/studies.md and of README.md, as Markdown, from analyses of the project's own studies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coverage in docs/statistics.md is what benchmarks/results/coverage.json holds, and that can be simulated anew."""
+"""The coverage in statistics.md is what benchmarks/results/coverage.json holds, and that can be simulated anew."""
 
 import json
 import re

@@ -27,7 +27,7 @@ def run_python_blocks(text: str, document: str) -> int:
 
 # The numbers of blocks: one with another fence would not be run, and nobody would notice.
 @pytest.mark.parametrize(
-    ("document", "blocks"), [("README.md", 1), pytest.param("docs/library.md", 15, marks=pytest.mark.slow)]
+    ("document", "blocks"), [("README.md", 1), pytest.param("docs/tutorials/own_loop.md", 15, marks=pytest.mark.slow)]
 )
 def test_every_python_block_runs(document: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the examples write files
@@ -57,7 +57,7 @@ def test_the_readme_data_section_makes_a_valid_study(tmp_path: Path) -> None:
 
 
 def test_the_study_of_its_page_is_one_whose_options_exist(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "tutorials" / "study.md").read_text(encoding="utf-8")
     block = re.search(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert block is not None
     file = tmp_path / "study.yaml"
@@ -71,7 +71,7 @@ def test_the_study_of_its_page_is_one_whose_options_exist(tmp_path: Path) -> Non
     assert set(re.findall(r"--[a-z][a-z-]+", text)) - {"--head"} <= options  # which is Ray's
 
 
-PATTERNS = ("*.md", "docs/*.md", "experiments/docs/*.md")
+PATTERNS = ("*.md", "docs/**/*.md", "experiments/docs/*.md")
 DOCUMENTS = sorted(str(file.relative_to(ROOT)) for pattern in PATTERNS for file in ROOT.glob(pattern))
 
 

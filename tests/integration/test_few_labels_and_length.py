@@ -1,4 +1,4 @@
-"""docs/few_labels.md and findings.md about length say what results/ holds, and results/ holds every run asked for."""
+"""few_labels.md and studies.md, about length, say what results/ holds, and results/ holds every run asked for."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_what_train_returns_is_not_below_the_probe_that_it_started_from_on_valid
     rows = pd.read_csv(few_labels.ROWS)
     below = (rows.probe_validation - rows.validation) * few_labels.VALIDATION  # images
     assert below.max() <= 1 + 1e-9
-    assert (below > 0.5).sum() <= 1, "docs/few_labels.md speaks of one run: the start's head, scaled, rounds in bf16"
+    assert (below > 0.5).sum() <= 1, "few_labels.md speaks of one run: the start's head, scaled, rounds in bf16"
 
 
 def test_length_holds_the_runs_that_its_configuration_asks_for_and_no_test_accuracy() -> None:

@@ -230,7 +230,7 @@ def test_bad_input_of_compare_is_one_line(ten: Path, other: Path, tmp_path: Path
 
 
 def test_the_page_shows_what_the_commands_say(ten: Path, other: Path, tmp_path: Path, told) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "how_to" / "read_results.md").read_text(encoding="utf-8")
     three = planted.write(tmp_path / "three", records("three", 3))
     said = [
         told("recommend", ten, "--max-bytes", "30MB"),
@@ -245,7 +245,7 @@ def test_the_page_shows_what_the_commands_say(ten: Path, other: Path, tmp_path: 
 
 
 def test_the_page_names_every_option() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "how_to" / "read_results.md").read_text(encoding="utf-8")
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     asked, others = (
         {option for name in names for one in commands[name].params for option in one.opts if option.startswith("--")}

@@ -1,4 +1,4 @@
-"""What docs/statistics.md says of comparisons that stop is in results/, can be simulated anew, and means `follow`."""
+"""What statistics.md says of comparisons that stop is in results/, can be simulated anew, and means `follow`."""
 
 from typing import get_args
 

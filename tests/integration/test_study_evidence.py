@@ -1,4 +1,4 @@
-"""README, docs/findings.md and their figures say what results/ holds, and the study ran with what its pilots chose."""
+"""README, studies.md and their figures say what results/ holds, and the study ran with what its pilots chose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the torture tests have shown so far: counts that add up over calls, and the table in docs/reliability.md.
+"""What the torture tests have shown so far: counts that add up over calls, and the table in reliability.md.
 
 .venv/bin/python tests/torture/torture_results.py                        put the table into the document
 .venv/bin/python tests/torture/torture_results.py --forget PROMISE       after a repair: count anew
@@ -21,7 +21,7 @@ from peft_vit.runs.provenance import cpu_count, git_state, processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "results" / "torture.json"
-DOCUMENT = ROOT / "docs" / "reliability.md"
+DOCUMENT = ROOT / "docs" / "explanation" / "reliability.md"
 BEGIN, END = "<!-- torture-table -->", "<!-- /torture-table -->"
 _FAULTS_KEPT = 20
 

@@ -190,7 +190,7 @@ def datasets() -> None:
 
 @app.command()
 def models() -> None:
-    """List some backbones; docs/backbones.md tells which others of timm work too."""
+    """List some backbones; docs/reference/backbones.md tells which others of timm work too."""
     from peft_vit.backbones import MODELS
 
     rows = [(name, model.description, ", ".join(model.weights)) for name, model in MODELS.items()]

@@ -37,8 +37,8 @@ class Calibrated(BaseModel):
     def on(cls, logits: ArrayLike, labels: ArrayLike, images: Sequence[int]) -> Self:
         """Fit a temperature, and thresholds to the probabilities that it makes.
 
-        One number on so many images hardly fits to them, so the thresholds take the same images (docs/tune.md has how
-        far coverage then is from what was asked).
+        One number on so many images hardly fits to them, so the thresholds take the same images
+        (docs/explanation/tuning.md has how far coverage then is from what was asked).
 
         Args:
             logits: (m, classes), held out; an image has a row for each time that it was.

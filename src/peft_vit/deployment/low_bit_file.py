@@ -1,4 +1,4 @@
-"""A model without adapters in one safetensors file; quantized layers stay packed. docs/deployment.md has the layout."""
+"""A model without adapters in one safetensors file; quantized layers stay packed (docs/how_to/deploy.md)."""
 
 from __future__ import annotations
 

@@ -84,7 +84,8 @@ def _without_data(concluded: Sequence[Conclusion]) -> Table:
         "without_data",
         "Sentences that these records say nothing about",
         ({**_sentence(c), "why": cell("reason", _reasons(c))} for c in concluded),
-        "Most are about other experiments than this study has; docs/hypotheses.md says which records each needs.",
+        "Most are about other experiments than this study has; docs/findings/hypotheses.md says which records each "
+        "needs.",
         folded=True,
     )
 

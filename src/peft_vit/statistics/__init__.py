@@ -1,7 +1,7 @@
 """Pure functions on arrays: intervals, paired tests, equivalence, effect sizes, concentration, association.
 
-docs/statistics.md says which test is primary, what each interval describes, and how often the intervals hold. They
-say `scipy.stats.…` in full, since scipy loads a part, 12 to 60 MB of them, when it is first asked for.
+docs/explanation/statistics.md says which test is primary, what each interval describes, and how often the intervals
+hold. They say `scipy.stats.…` in full, since scipy loads a part, 12 to 60 MB of them, when it is first asked for.
 """
 
 from peft_vit.statistics.checked import shifted

@@ -138,7 +138,7 @@ def interquartile_mean_interval(
 
     Each task's runs are resampled by themselves, and tasks are never resampled, so the interval describes what another
     draw of seeds would change on these tasks. It says nothing about other tasks. With a handful of seeds it is too
-    short, as no resample goes beyond the values observed (docs/statistics.md).
+    short, as no resample goes beyond the values observed (docs/explanation/statistics.md).
 
     Assumption: runs are independent draws within a task. Source: Agarwal et al., Deep Reinforcement Learning at the
     Edge of the Statistical Precipice (NeurIPS 2021); computed by `scipy.stats.trim_mean` and `scipy.stats.bootstrap`.

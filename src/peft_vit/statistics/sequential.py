@@ -12,7 +12,7 @@ often as there are looks, and the level of the whole family holds over all looks
 - "supported" and its opposite, "refuted", are families of their own, as in `equivalence`.
 
 Assumption: differences are independent, or correlated as those of repeated folds, and roughly normal.
-docs/statistics.md says how often verdicts are wrong for other distributions.
+docs/explanation/statistics.md says how often verdicts are wrong for other distributions.
 """
 
 from __future__ import annotations
