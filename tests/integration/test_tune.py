@@ -1,6 +1,7 @@
 """`peft-vit tune` on tiny images: stand-ins for runs, killed at any of them; one whole tuning of real runs."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -170,7 +171,8 @@ def test_what_nothing_can_meet_is_refused_before_anything_is_trained(
     with pytest.raises(UserError, match=expected):
         tune(asked(images, tmp_path, **more), lambda _: None, means)
     assert not runner.asked
-    tune(asked(images, tmp_path), lambda _: None, means)  # and other limits can be asked for
+    assert not list(tmp_path.iterdir())
+    tune(asked(images, tmp_path, seed=1), lambda _: None, means)  # and other limits can be asked for
 
 
 def test_the_largest_size_that_is_fast_enough_is_tried(images: Path, tmp_path: Path) -> None:
@@ -223,6 +225,20 @@ def test_an_output_among_the_images_or_of_others_is_refused(images: Path, tmp_pa
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def test_an_images_json_of_others_is_not_replaced(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "images.json").write_text("mine")
+    with pytest.raises(UserError, match=r"images\.json: is there already, and of no tuning"):
+        tune(asked(images, tmp_path), lambda _: None, quick(StandIns()))
+    assert (tmp_path / "images.json").read_text() == "mine"
+
+
+def test_a_call_that_was_killed_before_the_output_was_begun_goes_on(images: Path, tmp_path: Path) -> None:
+    tune(asked(images, tmp_path / "whole"), lambda _: None, quick(StandIns()))
+    (tmp_path / "killed").mkdir()
+    shutil.copyfile(tmp_path / "whole" / "images.json", tmp_path / "killed" / "images.json")
+    tune(asked(images, tmp_path / "killed"), lambda _: None, quick(StandIns()))
+
+
 def test_many_copies_leave_enough_to_train_and_validate_on(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for file in images.rglob("*.png"):
@@ -261,6 +277,17 @@ def test_a_limit_of_memory_is_kept_by_every_run_or_refused(
     tune(asked(images, tmp_path, memory_limit="1GB"), lambda _: None, means)
     assert trained
     assert all(one["memory_limit"] == "1GB" and "recomputed_blocks" in one for one in trained)
+
+
+def test_another_fault_while_memory_is_measured_does_not_blame_the_limit(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure_step(*_: Any, **more: Any) -> StepCost:
+        raise UserError("is not a readable image", file="broken.png")
+
+    monkeypatch.setattr("peft_vit.tuning.limits.measure_step", measure_step)
+    with pytest.raises(UserError, match=r"^broken\.png: is not a readable image$"):
+        tune(asked(images, tmp_path, memory_limit="1GB"), lambda _: None, quick(StandIns()))
 
 
 def test_another_margin_or_other_images_are_refused(images: Path, tmp_path: Path) -> None:

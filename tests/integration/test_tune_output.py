@@ -1,6 +1,7 @@
 """What a tuning leaves behind: the model, what trains it again, the card and the page, and their numbers."""
 
 import dataclasses
+import errno
 import re
 from html import unescape
 from pathlib import Path
@@ -103,6 +104,15 @@ def test_where_no_form_can_be_written_the_reasons_are_told(choice, monkeypatch, 
     monkeypatch.setattr(forms, "has_openvino", lambda: False)
     monkeypatch.setattr(forms, "_written", lambda way, *_: dataclasses.replace(way.form, left_out="no room"))
     with pytest.raises(UserError, match=r"can't be exported \(ONNX: no room\); the same command tries it again"):
+        leave(choice, tmp_path, lambda _: None)
+
+
+def test_what_can_not_be_read_is_not_said_to_be_unwritable(choice, monkeypatch, tmp_path) -> None:
+    def unreadable(*_, **more) -> None:
+        raise OSError(errno.EIO, "Input/output error", "photos/1.png")
+
+    monkeypatch.setattr("peft_vit.tuning.output.export_fastest", unreadable)
+    with pytest.raises(UserError, match=r"^photos/1\.png: Input/output error; mend that"):
         leave(choice, tmp_path, lambda _: None)
 
 

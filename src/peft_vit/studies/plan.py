@@ -242,7 +242,9 @@ def _below(place: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(error.message, field=f"experiments[{place}].{error.field}") from None
+        if error.field is None:  # about a file, such as a broken image
+            raise
+        raise UserError(error.message, file=error.file, field=f"experiments[{place}].{error.field}") from None
 
 
 def _within_memory(

@@ -20,6 +20,7 @@ from peft_vit.tuning.candidates import KINDS, Design, Kind
 from peft_vit.tuning.ground import Ground
 from peft_vit.tuning.request import TuneRequest
 
+MEMORY_LIMIT = "--memory-limit"
 _ROUNDS = 10  # calls that are timed
 TimeExport = Callable[[Ground, str, int], float]  # seconds of an image, of a model at a size
 
@@ -40,7 +41,7 @@ def check_request(request: TuneRequest) -> None:
         try:
             bytes_of(request.memory_limit)
         except ValueError as error:
-            raise UserError(str(error), field="--memory-limit") from None
+            raise UserError(str(error), field=MEMORY_LIMIT) from None
 
 
 def within_bytes(request: TuneRequest, designs: Mapping[str, list[Design]]) -> dict[str, tuple[Kind, ...]]:
@@ -136,7 +137,7 @@ def within_memory(ground: Ground, model: str, image_size: int, experiment: Mappi
     """Return the settings of training that keep within the limit of memory, measured on float LoRA, which takes most.
 
     Raises:
-        UserError: if none does, with the least that would do.
+        UserError: naming `--memory-limit` if none does, with the least that would do.
     """
     limit = ground.request.memory_limit
     if limit is None:
@@ -166,4 +167,6 @@ def within_memory(ground: Ground, model: str, image_size: int, experiment: Mappi
     try:
         return ground.state.once(f"memory {model} {image_size}", decide)
     except UserError as error:
-        raise UserError(error.message, field="--memory-limit") from None
+        if error.field is None or not error.field.endswith("memory_limit"):
+            raise
+        raise UserError(error.message, field=MEMORY_LIMIT) from None

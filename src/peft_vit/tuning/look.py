@@ -26,7 +26,8 @@ def ground_of(state: State, make_runner: MakeRunner) -> Ground:
     """Look at the images, seal some of them, and return what all other stages stand on.
 
     Raises:
-        UserError: see `look_at`; and if the folder has other images than when the output was begun.
+        UserError: see `look_at`; if the folder has other images than when the output was begun; and if images.json is
+            there already and holds something else.
     """
     seen = look_at(state.request.images, folds=FOLDS, sealed_share=SEALED_SHARE)
     for line in seen.lines():
@@ -35,8 +36,10 @@ def ground_of(state: State, make_runner: MakeRunner) -> Ground:
     place = state.request.output / IMAGES_FILE
     if state.begun:
         _refuse_others(state.request.images, place, content)
-    else:
+    elif not place.exists():
         write_whole(place, content.encode())
+    elif read_bytes(place) != content.encode():  # equal: a call was killed before its output was begun
+        raise UserError("is there already, and of no tuning; move it away, or choose another --output", file=place)
     found = json.loads(content)
     sealed, left_out = set(found["sealed"]), set(found["left_out"])
     used = np.array([name not in sealed and name not in left_out for name in seen.names], dtype=bool)

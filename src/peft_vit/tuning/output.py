@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +11,11 @@ from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.data import thumbnails_of
 from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, HTML_FILE, RECORD_FILE, RunRecord, read_record, write_atomically
+from peft_vit.records import ADAPTER_FILE, HTML_FILE, RECORD_FILE, RunRecord, read_record
 from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.html import write_html
+from peft_vit.safe_io import read_bytes
+from peft_vit.studies.ledger import write_whole
 from peft_vit.tuning.blocks import Told
 from peft_vit.tuning.card import write_card
 from peft_vit.tuning.forms import export_fastest
@@ -24,7 +25,7 @@ from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
 from peft_vit.tuning.state import TUNE_FILE
 
-MODEL_FOLDER, CONFIG_FILE, CARD_FILE = "model", "config.yaml", "card.md"
+MODEL_FOLDER, FIGURES_FOLDER, CONFIG_FILE, CARD_FILE = "model", "figures", "config.yaml", "card.md"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def check_output(request: TuneRequest) -> None:
         problem = f"lies in {request.images}, where everything has to be an image; choose a folder elsewhere"
         raise UserError(problem, file=request.output, field="--output")
     if not (output / TUNE_FILE).exists():
-        for name in (MODEL_FOLDER, CONFIG_FILE, CARD_FILE, HTML_FILE):
+        for name in (MODEL_FOLDER, FIGURES_FOLDER, CONFIG_FILE, CARD_FILE, HTML_FILE):
             if (output / name).exists():
                 problem = "is there already, and of no tuning; move it away, or choose another --output"
                 raise UserError(problem, file=request.output / name)
@@ -81,12 +82,13 @@ def leave(choice: Choice, directory: Path, tell: Callable[[str], None] = print) 
         tell: is told what is done, a line each.
 
     Raises:
-        UserError: if a run can't be restored, the model can't be exported, or a file can't be written.
+        UserError: if a run can't be restored, the model can't be exported, or a file can't be read or written.
     """
     try:
         return _leave(choice, directory, tell)
-    except OSError as error:
-        raise UserError(f"can't be written to ({error.strerror}); choose another --output", file=directory) from None
+    except OSError as error:  # of reading as well as of writing: the error names the file
+        problem = f"{error.strerror or error}; mend that, and the same command goes on"
+        raise UserError(problem, file=error.filename or directory) from None
 
 
 def _leave(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Left:
@@ -114,12 +116,12 @@ def _leave(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Left
     document = tuning_document(told, partial(thumbnails_of, chosen))
     figures = {drawing.slug: drawing for drawing in document.drawings()}
     for drawing in figures.values():
-        write_atomically(directory / _figure_path(document, drawing), drawing.png)
+        write_whole(directory / _figure_path(document, drawing), drawing.png)
     left = left_in(directory)
-    shutil.copyfile(run_dir / ADAPTER_FILE, left.adapter)
-    write_atomically(left.config, configuration(choice, chosen).encode())
-    write_atomically(left.card, write_card(told, document, _figure_path).encode())
-    write_atomically(left.report, write_html([document]).encode())
+    write_whole(left.adapter, read_bytes(run_dir / ADAPTER_FILE, limit_bytes=None))
+    write_whole(left.config, configuration(choice, chosen).encode())
+    write_whole(left.card, write_card(told, document, _figure_path).encode())
+    write_whole(left.report, write_html([document]).encode())
     for sentence in exports.missed:
         tell(f"  {sentence}")
     for path in (left.model, left.adapter, left.config, left.card, left.report):
@@ -153,4 +155,4 @@ def weights_licence(record: RunRecord) -> str:
 
 
 def _figure_path(document: StudyDocument, drawing: Drawing) -> str:
-    return f"figures/{drawing.slug}.png"
+    return f"{FIGURES_FOLDER}/{drawing.slug}.png"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from peft_vit.extras import require_extra
 from peft_vit.studies.lock import study_lock
 from peft_vit.tuning.limits import TimeExport, check_request, time_exported
-from peft_vit.tuning.look import MakeRunner, ground_of
+from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, ground_of
 from peft_vit.tuning.machine import MeasurePace, measure_pace
 from peft_vit.tuning.output import check_output, leave
 from peft_vit.tuning.request import TuneRequest
@@ -78,11 +79,22 @@ def tune(request: TuneRequest, tell: Callable[[str], None] = say, means: Means |
         return _tune(request, tell, means or Means())
 
 
+@contextmanager
+def _removed_if_refused(state: State, file: Path) -> Iterator[None]:
+    """Take a file away again that was written before the tuning could begin, if it can't."""
+    try:
+        yield
+    finally:
+        if not state.begun:
+            file.unlink(missing_ok=True)
+
+
 def _tune(request: TuneRequest, tell: Callable[[str], None], means: Means) -> Choice:
     state = State.opened(request, tell, means.clock)
+    was_there = (request.output / IMAGES_FILE).exists()
     with state.stage("look"):
         ground = ground_of(state, means.make_runner)
-    with state.stage("machine"):
+    with state.stage("machine"), nullcontext() if was_there else _removed_if_refused(state, ground.images_file):
         machine, tried = look_at_machine(ground, means.measure, means.time_export)
         tried, memories = keep_memory(ground, tried)
         state.begin()

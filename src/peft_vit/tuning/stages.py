@@ -15,7 +15,7 @@ from peft_vit.tuning.candidates import Design, Kind, designs, of_kind, training_
 from peft_vit.tuning.contest import contestants
 from peft_vit.tuning.final import train_finally
 from peft_vit.tuning.ground import FOLDS, Ground
-from peft_vit.tuning.limits import TimeExport, within_bytes, within_latency, within_memory
+from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, within_bytes, within_latency, within_memory
 from peft_vit.tuning.machine import Machine, MeasurePace, measured
 from peft_vit.tuning.probes import Backing, probe_all, sizes_of, worth_trying
 from peft_vit.tuning.race import LOOKS, Raced, Scores, race, rule_of
@@ -125,6 +125,8 @@ def keep_memory(ground: Ground, tried: Tried) -> tuple[Tried, dict[tuple[str, in
             try:
                 settings[model, size] = within_memory(ground, model, size, _experiment(ground, lora, 1e-3, one.steps))
             except UserError as error:
+                if error.field != MEMORY_LIMIT:
+                    raise
                 ground.state.tell(f"  {model} at {size} px: {error}")
                 fault = error
     if not settings:
