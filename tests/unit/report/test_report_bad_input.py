@@ -10,7 +10,7 @@ from pathlib import Path
 
 import planted
 import pytest
-import test_results as bad
+import unfinished
 
 from peft_vit.cli import main
 from peft_vit.records import RunRecord
@@ -34,35 +34,35 @@ def code(*arguments: str | Path) -> int:
 
 
 def test_what_is_left_out_stands_above_every_number(tmp_path: Path) -> None:
-    for text in texts(bad.results_with(tmp_path / "out", TORN), tmp_path / "report"):
-        assert re.sub("<wbr>", "", text).index(f"Left out: {bad.BAD}: ") < text.index("70.0")
+    for text in texts(unfinished.results_with(tmp_path / "out", TORN), tmp_path / "report"):
+        assert re.sub("<wbr>", "", text).index(f"Left out: {unfinished.BAD}: ") < text.index("70.0")
 
 
 @pytest.mark.parametrize("format", ["html", "md"])
 def test_the_command_names_it_and_ends_with_1(format: str, tmp_path: Path, capsys) -> None:
-    results = bad.results_with(tmp_path / "out", TORN)
+    results = unfinished.results_with(tmp_path / "out", TORN)
     assert code("report", results, "--format", format, "--output", tmp_path / "report") == 1
     said = capsys.readouterr()
     assert (tmp_path / "report" / "analysis_summary.md").is_file()
     assert "analysis_summary.md" in said.out
     (line,) = said.err.splitlines()
-    assert line.startswith(f"left out: {results / bad.BAD}: is not a readable record")
-    (results / bad.BAD).unlink()
+    assert line.startswith(f"left out: {results / unfinished.BAD}: is not a readable record")
+    (results / unfinished.BAD).unlink()
     (results / "metrics.csv").write_text("1")
     assert code("report", results, "--format", format, "--output", tmp_path / "report") == 0
     assert capsys.readouterr().err.startswith(f"note: {results / 'metrics.csv'}: is no file of a study")
 
 
 def test_findings_name_it_too(tmp_path: Path, capsys) -> None:
-    results = bad.results_with(tmp_path / "out", TORN)
+    results = unfinished.results_with(tmp_path / "out", TORN)
     assert code("findings", results) == 1
     said = capsys.readouterr()
     assert said.out
-    assert said.err.startswith(f"left out: {results / bad.BAD}: is not a readable record")
+    assert said.err.startswith(f"left out: {results / unfinished.BAD}: is not a readable record")
 
 
 def test_nothing_readable_is_an_error_with_every_name(tmp_path: Path, capsys) -> None:
-    results = bad.results_with(tmp_path / "out", b"{}")
+    results = unfinished.results_with(tmp_path / "out", b"{}")
     for seed in range(3):
         (results / f"quickstart/linear_probe/seed_{seed}/record.json").write_text("[]")
     assert code("report", results, "--output", tmp_path / "report") == 2
@@ -88,8 +88,8 @@ def test_a_loss_that_is_not_finite_still_gives_a_page_and_stands_in_its_data(
 
 def test_a_study_that_goes_on_says_which_runs_are_missing(tmp_path: Path) -> None:
     broken = planted.failed(EXPERIMENTS["linear_probe"], 2, "out of memory")
-    rows = [bad.row("lora_r8/seed_1", "failed", retried=True, error="killed")]
-    results = bad.planned(tmp_path / "out", [*bad.GOOD[:2], broken], rows)
+    rows = [unfinished.row("lora_r8/seed_1", "failed", retried=True, error="killed")]
+    results = unfinished.planned(tmp_path / "out", [*unfinished.GOOD[:2], broken], rows)
     markdown, page = texts(results, tmp_path / "report")
     for text in (markdown, re.sub("<wbr>", "", page)):
         assert "6 planned = 2 done + 1 failed + 3 pending" in text
@@ -111,7 +111,9 @@ def hopeless() -> list[RunRecord]:
 
 
 def test_a_study_with_nothing_finished_still_says_what_was_planned_and_why_not(tmp_path: Path) -> None:
-    results = bad.planned(tmp_path / "out", hopeless(), [bad.row("lora_r8/seed_1", "interrupted", step=7)])
+    results = unfinished.planned(
+        tmp_path / "out", hopeless(), [unfinished.row("lora_r8/seed_1", "interrupted", step=7)]
+    )
     markdown, page = texts(results, tmp_path / "report")
     assert not (tmp_path / "report" / "figures").exists()
     for text in (markdown, re.sub("<wbr>", "", page)):
@@ -134,12 +136,12 @@ def assert_no_bare_title(markdown: str, page: str) -> None:
 
 
 def test_a_study_of_which_only_its_file_is_there_has_a_page_without_bare_titles(tmp_path: Path) -> None:
-    markdown, page = texts(bad.planned(tmp_path / "out", [], []), tmp_path / "report")
+    markdown, page = texts(unfinished.planned(tmp_path / "out", [], []), tmp_path / "report")
     assert "6 planned = 0 done + 0 failed + 6 pending" in markdown
     assert "elpv, 84 × 84 pixels" in markdown
     assert_no_bare_title(markdown, page)
-    assert_no_bare_title(*texts(bad.planned(tmp_path / "two", hopeless(), []), tmp_path / "report"))
-    assert_no_bare_title(*texts(planted.write(tmp_path / "three", bad.GOOD), tmp_path / "report"))
+    assert_no_bare_title(*texts(unfinished.planned(tmp_path / "two", hopeless(), []), tmp_path / "report"))
+    assert_no_bare_title(*texts(planted.write(tmp_path / "three", unfinished.GOOD), tmp_path / "report"))
     with pytest.raises(AssertionError):
         assert_no_bare_title("## Insights\n", page)
 
@@ -156,7 +158,7 @@ build_report(Path(sys.argv[1]), Path(sys.argv[2]), publication=True)
 def test_two_processes_with_other_hashes_write_the_same_bytes(few: list[RunRecord], tmp_path: Path) -> None:
     kept = [r for r in few if r.spec.experiment.name in {"linear_probe", "adalora_top_k_fisher"}]
     broken = planted.failed(EXPERIMENTS["lora_r4"], 0, "out of memory")
-    results = bad.planned(tmp_path / "out", [*kept, broken], [])
+    results = unfinished.planned(tmp_path / "out", [*kept, broken], [])
     (results / "metrics.csv").write_text("1")
     (results / "quickstart" / "lora_r2" / "seed_0").mkdir(parents=True)
     (results / "quickstart" / "lora_r2" / "seed_0" / "record.json").write_bytes(TORN)

