@@ -10,7 +10,7 @@ from PIL import Image
 from small_methods import EXPERIMENTS
 from written_runs import run_and_write
 
-from peft_vit.analysis import load_results
+from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import study_courses
 from peft_vit.config import study_from_mapping
 from peft_vit.data.look import images_file, look_at
@@ -46,7 +46,7 @@ def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference:
     on_folds = _done("race", pair, [0, 1], race, weights, studies)
     everything = {"seeds": [0], "data": data | {"validation_images": 0}}  # nothing is chosen any more
     final = _done("final", pair, [0], everything, weights, studies, probe_l2=0.01)
-    (study,) = load_results(studies / "race").studies
+    (study,) = read_results(studies / "race").studies
     (course,) = study_courses(study)
     names = {chosen: 1, reference: 1, "full": 1}
     return Choice(

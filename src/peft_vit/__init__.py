@@ -5,12 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_vit.allocation.adalora_controller import AdaLoRAController
-    from peft_vit.api import train, tune
+    from peft_vit.api import load_results, train, tune
     from peft_vit.config import AdaLoraConfig, QaLoraConfig
     from peft_vit.training.adaptive_bits import allocate_bits
     from peft_vit.training.qa_lora import QALoRATrainer
 
-__all__ = ["AdaLoRAController", "AdaLoraConfig", "QALoRATrainer", "QaLoraConfig", "allocate_bits", "train", "tune"]
+__all__ = [
+    "AdaLoRAController",
+    "AdaLoraConfig",
+    "QALoRATrainer",
+    "QaLoraConfig",
+    "allocate_bits",
+    "load_results",
+    "train",
+    "tune",
+]
 
 _HOME = {
     "AdaLoRAController": "peft_vit.allocation.adalora_controller",
@@ -18,6 +27,7 @@ _HOME = {
     "AdaLoraConfig": "peft_vit.config",
     "QaLoraConfig": "peft_vit.config",
     "allocate_bits": "peft_vit.training.adaptive_bits",
+    "load_results": "peft_vit.api",
     "train": "peft_vit.api",
     "tune": "peft_vit.api",
 }

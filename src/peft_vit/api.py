@@ -1,4 +1,4 @@
-"""From Python: what `peft-vit tune` and `peft-vit train` do, as functions whose results predict and show themselves."""
+"""From Python: tune, train, read what studies came to; results show themselves in a notebook."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from peft_vit.deployment import Classifier, Prediction
     from peft_vit.records import RunRecord
+    from peft_vit.report.result_tables import ResultTables
     from peft_vit.tuning.output import Left
     from peft_vit.tuning.result import Choice
 
@@ -39,7 +40,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         page = escape(self.path.read_text(encoding="utf-8"), quote=True)
-        return f'<iframe srcdoc="{page}" width="100%" height="{_HEIGHT}" style="border: 0"></iframe>'
+        return f'<iframe srcdoc="{page}" title="Report" width="100%" height="{_HEIGHT}" style="border: 0"></iframe>'
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,25 @@ def train(images: str | Path, method: str, *, output: str | Path = "peft-vit-run
         raise UserError(reason, file=Path(output) / run)
     folder = Path(output) / STUDY_NAME / asked.experiment / f"seed_{asked.seed}"
     return Trained(folder, read_record(folder / RECORD_FILE))
+
+
+def load_results(directory: str | Path) -> ResultTables:
+    """Read what studies came to, as tables of pandas: `runs`, `ranks`, `comparisons`.
+
+    It computes what a report holds, and writes nothing.
+
+    Args:
+        directory: that holds records, at any depth: the output of a study, of `train`, or several of them.
+
+    Raises:
+        UserError: if pandas is not installed; if the directory holds no result that can be read.
+    """
+    from peft_vit.extras import require_extra
+
+    require_extra("report", "load_results", packages=("pandas",))
+    from peft_vit.report.result_tables import read_tables
+
+    return read_tables(Path(directory))
 
 
 def _predict(model: Classifier, images: Images, coverage: float | None) -> list[Prediction]:

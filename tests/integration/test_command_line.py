@@ -380,13 +380,21 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "import peft_vit\npeft_vit.tune, peft_vit.train",
+        "import peft_vit\npeft_vit.tune, peft_vit.train, peft_vit.load_results",
         "from peft_vit.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit as e:\n    assert e.code == 0",
         "from peft_vit import AdaLoraConfig, QaLoraConfig",
     ],
 )
 def test_no_torch_is_imported(code) -> None:
-    done = python("-c", f"{code}\nimport sys\nassert not {{'torch', 'timm', 'numpy'}} & set(sys.modules), 'imported'")
+    done = python("-c", f"{code}\nimport sys\nassert not {{'torch', 'timm', 'numpy', 'pandas'}} & set(sys.modules), 'imported'")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_import_alone_brings_nothing_that_does_not_come_with_python() -> None:
+    """So that it takes a few hundredths of a second."""
+    brought = "{name.split('.')[0] for name in sys.modules.keys() - before}"
+    code = f"import sys\nbefore = set(sys.modules)\nimport peft_vit\nfound = {brought} - sys.stdlib_module_names"
+    done = python("-c", f"{code}\nassert found == {{'peft_vit'}}, found")
     assert (done.returncode, done.stderr) == (0, "")
 
 

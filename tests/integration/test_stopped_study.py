@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from planted_runs import PlantedRuns
 
-from peft_vit.analysis import load_results
+from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import compare_all, study_courses
 from peft_vit.config import study_from_mapping
 from peft_vit.statistics import Course
@@ -72,7 +72,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, _session_cache: str) -> Pa
 
 
 def course_of(directory: Path, name: str) -> Course:
-    (study,) = load_results(directory).studies
+    (study,) = read_results(directory).studies
     return next(course for course in study_courses(study) if course.name == name)
 
 
@@ -159,7 +159,7 @@ def test_a_study_that_was_continued_gets_no_verdict(command, planted_runs, tmp_p
     def run(seeds: int) -> tuple[set[str], str]:
         file.write_text(json.dumps(mapping(name="plain", seeds=list(range(seeds)))))
         command("run", file, "--output", out)
-        (study,) = load_results(out).studies
+        (study,) = read_results(out).studies
         return {one.verdict for one in compare_all(study, "base")}, " ".join(study.notices)
 
     verdicts, notices = run(7)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from peft_vit.analysis.allocation import Allocation, RunAllocation
 from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, calibration
-from peft_vit.analysis.comparison import Comparison, MethodResult, method_results, references
+from peft_vit.analysis.comparison import Comparison, MethodResult, method_results
 from peft_vit.analysis.convergence import Convergence, convergences
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.analysis.findings import Finding, find
@@ -16,7 +16,7 @@ from peft_vit.analysis.measures import Evidence
 from peft_vit.analysis.pairs import AllPairs, Pair, all_pairs
 from peft_vit.analysis.pareto import Front, fronts
 from peft_vit.analysis.quantization import QuantizationImpact
-from peft_vit.analysis.results import Results, load_results, load_studies
+from peft_vit.analysis.results import Results, load_studies, read_results
 from peft_vit.analysis.stability import (
     FisherAgreement,
     SeedAgreement,
@@ -25,7 +25,7 @@ from peft_vit.analysis.stability import (
     seed_agreements,
     study_agreements,
 )
-from peft_vit.analysis.stopping import compare_all, study_courses
+from peft_vit.analysis.stopping import compare_all, compare_with_references, study_courses
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.statistics.sequential import Course
 
@@ -61,7 +61,7 @@ def analyze(study: Study, registry: Registry | None = None) -> Analysis:
     return Analysis(
         study=study,
         methods=methods,
-        comparisons=tuple(c for reference in references(study) for c in compare_all(study, reference)),
+        comparisons=compare_with_references(study),
         courses=study_courses(study),
         pairs=all_pairs(study),
         fronts=fronts(study, methods),

@@ -32,7 +32,7 @@ class Results:
         return [problem.line(self.directory) for problem in self.problems]
 
 
-def load_results(directory: Path) -> Results:
+def read_results(directory: Path) -> Results:
     """Read what can be read below a directory, and group it by study.
 
     A run that stands twice is counted once if both records are the same, and not at all if they differ, since nothing
@@ -75,9 +75,9 @@ def load_studies(directory: Path) -> tuple[Study, ...]:
     """Read all studies below a directory for those who need everything or nothing, such as an export.
 
     Raises:
-        UserError: as in `load_results`, and if anything that may be a result can't be read or stands twice.
+        UserError: as in `read_results`, and if anything that may be a result can't be read or stands twice.
     """
-    results = load_results(directory)
+    results = read_results(directory)
     for problem in results.problems:
         if problem.left_out:
             raise UserError(problem.message, file=directory / problem.file)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, takewhile
 
-from peft_vit.analysis.comparison import BY_LOOKS, Comparison, accuracy_on_test, compare, correct
+from peft_vit.analysis.comparison import BY_LOOKS, Comparison, accuracy_on_test, compare, correct, references
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import StoppingConfig, StudyConfig
 from peft_vit.config.stopping import FEWEST_PAIRS
@@ -36,6 +36,11 @@ def compare_all(study: Study, reference: str, names: Collection[str] | None = No
         return correct(found, study.untested)
     course_of = {course.name: course for course in study_courses(study)}
     return tuple(_by_looks(one, course_of[one.name], stopping, pairs_seen(study, course_of[one.name])) for one in found)
+
+
+def compare_with_references(study: Study) -> tuple[Comparison, ...]:
+    """Compare every experiment with each of the study's references: a family for each of them."""
+    return tuple(found for reference in references(study) for found in compare_all(study, reference))
 
 
 def _by_looks(fixed: Comparison, course: Course, stopping: StoppingConfig, by_seed: Mapping[int, float]) -> Comparison:

@@ -94,14 +94,14 @@ def findings(
 
     Exit codes: 0 done, 1 done, but a file that may be a result was left out and is named, 2 bad input.
     """
-    from peft_vit.analysis import load_results
+    from peft_vit.analysis import read_results
     from peft_vit.analysis.findings import all_findings, unknown_registrations
     from peft_vit.analysis.hypotheses import load_registry
     from peft_vit.report.findings_tables import print_findings
     from peft_vit.report.stopping_table import print_stopping
 
     registry = load_registry(hypotheses)
-    results = load_results(results_dir)
+    results = read_results(results_dir)
     print_findings(
         all_findings(results.studies, registry), unknown_registrations(results.studies, registry.digests), output
     )

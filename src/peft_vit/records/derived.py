@@ -1,10 +1,10 @@
-"""What follows from a record: the digest of its outcome, and its ranks and scores as a table."""
+"""What follows from a record: the digest of its outcome, a row in a table of runs, a table of ranks and scores."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft_vit.records.values import ImportanceEntry, ProbeEntry, RankEntry, RunRecord, SiteInfo
@@ -36,6 +36,54 @@ _FIELDS = (
     "optimizer_sha256",
 )
 
+_MEASURES = ("accuracy", "balanced_accuracy", "auroc", "nll", "ece")
+# The columns of a table of runs, with the types of those that may be empty.
+RUN_COLUMNS: Mapping[str, str | None] = {
+    "study": None,
+    "smoke": None,
+    "experiment": None,
+    "method": None,
+    "seed": "Int64",
+    "state": None,
+    "attempts": "Int64",
+    "failure": None,
+    "error": None,
+    "started_at": None,
+    "seconds": "float64",
+    "seconds_per_step": "float64",
+    "steps": "Int64",
+    "chosen_step": "Int64",
+    **{f"{split}_{measure}": "float64" for split in ("validation", "test") for measure in _MEASURES},
+    "parameters_initial": "Int64",
+    "parameters_final": "Int64",
+    "parameters_peak": "Int64",
+    "frozen_bytes": "Int64",
+    "trainable_bytes": "Int64",
+    "optimizer_bytes": "Int64",
+    "adapter_file_bytes": "Int64",
+    "peak_memory_bytes": "Int64",
+    "own_memory_bytes": "Int64",
+    "ranks": "Int64",
+    "bits_per_weight": "float64",
+    "spec_digest": None,
+    "outcome_digest": None,
+    "adapter_sha256": None,
+    "optimizer_sha256": None,
+}
+_AS_RECORDED = (
+    "failure",
+    "error",
+    "started_at",
+    "seconds",
+    "seconds_per_step",
+    "chosen_step",
+    "peak_memory_bytes",
+    "own_memory_bytes",
+    "spec_digest",
+    "adapter_sha256",
+    "optimizer_sha256",
+)
+
 
 def outcome_digest(record: RunRecord) -> str:
     """Return the SHA-256 of everything that must not depend on interruptions, on the time or on the pace.
@@ -47,6 +95,33 @@ def outcome_digest(record: RunRecord) -> str:
     values["sites"] = [{key: value for key, value in site.items() if key != "role"} for site in values["sites"]]
     values["steps"] = [{key: value for key, value in row.items() if key != "seconds"} for row in values["steps"]]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def run_row(record: RunRecord) -> dict[str, Any]:
+    """Return a run's row in a table with RUN_COLUMNS, without its state; what it does not have is None."""
+    row: dict[str, Any] = dict.fromkeys(RUN_COLUMNS) | {name: getattr(record, name) for name in _AS_RECORDED}
+    row |= {
+        "study": record.spec.study,
+        "smoke": record.spec.smoke,
+        "experiment": record.spec.experiment.name,
+        "method": record.spec.experiment.method,
+        "seed": record.spec.seed,
+        "attempts": record.attempts,
+        "steps": len(record.steps),
+        "outcome_digest": outcome_digest(record),
+    }
+    for split, metrics in (("validation", record.validation), ("test", record.test)):
+        if metrics is not None:
+            row |= {f"{split}_{measure}": getattr(metrics, measure) for measure in _MEASURES}
+    if record.parameters is not None:
+        row |= {f"parameters_{when}": getattr(record.parameters, when) for when in ("initial", "final", "peak")}
+    if record.bytes is not None:
+        row |= record.bytes.model_dump()
+    if record.rank_history:
+        row["ranks"] = sum(record.rank_history[-1].ranks.values())
+    if record.quantization is not None:
+        row["bits_per_weight"] = record.quantization.bits_per_weight
+    return row
 
 
 def history_rows(

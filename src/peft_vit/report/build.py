@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_vit.analysis import Results, analyze, load_results, study_agreements
+from peft_vit.analysis import Results, analyze, read_results, study_agreements
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.errors import UserError
 from peft_vit.records import HTML_FILE, MARKDOWN_FILE, write_atomically
@@ -55,7 +55,7 @@ def build_report(
     Raises:
         UserError: if there is no record that can be read, or if the output can't be written.
     """
-    results = load_results(results_dir)
+    results = read_results(results_dir)
     registry = load_registry(hypotheses)
     analyses = [analyze(study, registry) for study in results.studies]
     agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])

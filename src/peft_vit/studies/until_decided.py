@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from peft_vit.analysis.results import load_results
+from peft_vit.analysis.results import read_results
 from peft_vit.analysis.stopping import courses
 from peft_vit.analysis.studies import Study
 from peft_vit.config import StudyConfig
@@ -92,7 +92,7 @@ def _recorded(folder: Path) -> Study | None:
     """Return what a study's folder holds; None: nothing yet."""
     if not (folder / STUDY_FILE).exists():
         return None
-    (study,) = load_results(folder).studies
+    (study,) = read_results(folder).studies
     return study
 
 

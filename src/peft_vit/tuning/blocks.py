@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_vit.analysis import load_results
+from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import study_courses
 from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
@@ -174,7 +174,7 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
 
 def _courses(choice: Choice) -> Iterator[Block]:
     """Yield how the race went, from its records; nothing if there was no comparison."""
-    for study in load_results(choice.folds_dir).studies:
+    for study in read_results(choice.folds_dir).studies:
         scores = {one.name: one.score or 0.0 for one in choice.candidates}
         blocks = stopping_blocks(study, study_courses(study), scores)
         yield from (block for block in blocks if block.kind == "figure")

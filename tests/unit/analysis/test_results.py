@@ -10,7 +10,7 @@ import planted
 import pytest
 from unfinished import BAD, EXPERIMENTS, GOOD, planned, results_with, row
 
-from peft_vit.analysis import load_results, load_studies
+from peft_vit.analysis import load_studies, read_results
 from peft_vit.analysis.planned import seeds_in_words
 from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, read_records
@@ -36,7 +36,7 @@ SPOILED = {
 
 @pytest.mark.parametrize(("content", "words"), SPOILED.values(), ids=SPOILED)
 def test_a_bad_record_is_named_and_the_good_ones_count(content: bytes, words: str, tmp_path: Path) -> None:
-    results = load_results(results_with(tmp_path, content))
+    results = read_results(results_with(tmp_path, content))
     (study,) = results.studies
     assert [run.seed for run in study.runs] == [0, 1, 2]
     assert not results.is_whole
@@ -56,7 +56,7 @@ def test_records_of_two_schemas_are_one_notice_with_every_file(tmp_path: Path) -
         file = tmp_path / f"quickstart/lora_r8/seed_{seed}/record.json"
         file.parent.mkdir(parents=True)
         file.write_text('{"schema_version": 2}')
-    (study,) = load_results(tmp_path).studies
+    (study,) = read_results(tmp_path).studies
     assert "seed_5/record.json, quickstart/lora_r8/seed_6/record.json: schema_version" in study.notices[0]
 
 
@@ -65,7 +65,7 @@ def test_where_nothing_can_be_read_every_file_is_named(tmp_path: Path) -> None:
     for file in tmp_path.rglob(RECORD_FILE):
         file.write_text("[]")
     with pytest.raises(UserError) as caught:
-        load_results(tmp_path)
+        read_results(tmp_path)
     assert "linear_probe/seed_0/record.json: schema_version: expected 1" in str(caught.value)
     assert [line.split(":")[1].strip() for line in caught.value.details.splitlines()] == [
         str(tmp_path / name)
@@ -76,7 +76,7 @@ def test_where_nothing_can_be_read_every_file_is_named(tmp_path: Path) -> None:
 def test_the_same_record_in_two_folders_counts_once(tmp_path: Path) -> None:
     planted.write(tmp_path / "b", GOOD)
     planted.write(tmp_path / "a", GOOD[:1])
-    results = load_results(tmp_path)
+    results = read_results(tmp_path)
     (study,) = results.studies
     assert len(study.runs) == 3
     assert results.is_whole
@@ -87,7 +87,7 @@ def test_the_same_record_in_two_folders_counts_once(tmp_path: Path) -> None:
 def test_two_records_of_one_run_that_differ_count_neither(tmp_path: Path) -> None:
     planted.write(tmp_path / "a", GOOD)
     planted.write(tmp_path / "b", [planted.record(EXPERIMENTS["linear_probe"], 0, 0.9)])
-    results = load_results(tmp_path)
+    results = read_results(tmp_path)
     (study,) = results.studies
     assert [run.seed for run in study.runs] == [1, 2]
     assert [(run.seed, run.state) for run in study.unfinished] == [(0, "left out")]
@@ -112,7 +112,7 @@ def test_files_and_links_of_others_are_named_and_no_outputs_of_ours(tmp_path: Pa
         (tmp_path / "out" / name).write_text("1")
     planted.write(tmp_path / "elsewhere", GOOD)
     (tmp_path / "out" / "linked").symlink_to(tmp_path / "elsewhere")
-    results = load_results(tmp_path / "out")
+    results = read_results(tmp_path / "out")
     assert [problem.file for problem in results.problems] == ["linked", "metrics.csv", "other/trainer_state.json"]
     assert results.is_whole
     assert any(n.startswith("Note: metrics.csv, other/trainer_state.json: ") for n in results.studies[0].notices)
@@ -121,11 +121,11 @@ def test_files_and_links_of_others_are_named_and_no_outputs_of_ours(tmp_path: Pa
 def test_a_problem_stands_in_the_notices_of_its_own_study(tmp_path: Path) -> None:
     results_with(tmp_path, b"[]")
     planted.write(tmp_path, [planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, study="another")])
-    another, quickstart = load_results(tmp_path).studies
+    another, quickstart = read_results(tmp_path).studies
     assert another.notices == ()
     assert len(quickstart.notices) == 1
     (tmp_path / "foreign.csv").write_text("1")
-    assert all("foreign.csv" in "".join(study.notices) for study in load_results(tmp_path).studies)
+    assert all("foreign.csv" in "".join(study.notices) for study in read_results(tmp_path).studies)
 
 
 # --- what was planned -------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_every_planned_run_is_in_one_state(tmp_path: Path) -> None:
     ]
     folder = planned(tmp_path, [*GOOD[:2], broken], rows, left_out="lora_r8/seed_2")
     with study_lock(folder / "quickstart"):
-        (study,) = load_results(folder).studies
+        (study,) = read_results(folder).studies
     assert [(run.experiment, run.seed, run.state) for run in study.unfinished] == [
         ("lora_r8", 0, "running"),
         ("lora_r8", 1, "pending"),
@@ -152,17 +152,17 @@ def test_every_planned_run_is_in_one_state(tmp_path: Path) -> None:
     assert f"In progress: process {os.getpid()} on" in text
     assert "Incomplete: 3 of 6 planned runs are not done yet" in text
     assert "Running: lora_r8 seed 0. Pending: lora_r8 seed 1. Skipped: lora_r8 seed 2." in text
-    (alone,) = load_results(folder).studies
+    (alone,) = read_results(folder).studies
     assert alone.unfinished[0].state == "pending"
     assert "In progress" not in "\n".join(alone.notices)
 
 
 def test_a_study_of_which_only_its_file_is_there(tmp_path: Path) -> None:
-    (study,) = load_results(planned(tmp_path, [], [])).studies
+    (study,) = read_results(planned(tmp_path, [], [])).studies
     assert (study.name, study.runs, study.failed) == ("quickstart", (), ())
     assert [e.name for e in study.experiments] == ["linear_probe", "lora_r8"]
     assert study.counts()["pending"] == 6
-    (alone,) = load_results(tmp_path / "quickstart").studies  # the study's folder itself
+    (alone,) = read_results(tmp_path / "quickstart").studies  # the study's folder itself
     assert (alone.unfinished, alone.notices) == (study.unfinished, study.notices)
 
 
@@ -170,7 +170,7 @@ def test_lines_of_a_ledger_that_are_no_rows_are_noted(tmp_path: Path) -> None:
     folder = planned(tmp_path, GOOD, [row("lora_r8/seed_0", "interrupted", step=7)])
     ledger = folder / "quickstart" / "ledger.jsonl"
     ledger.write_bytes(b"{torn\n" + ledger.read_bytes() + b'{"run": ')
-    results = load_results(folder)
+    results = read_results(folder)
     assert results.is_whole
     (line,) = results.lines()
     assert line.startswith(f"note: {ledger}: line 1 can't be read, so nothing of it counts; `peft-vit repair`")
@@ -180,7 +180,7 @@ def test_lines_of_a_ledger_that_are_no_rows_are_noted(tmp_path: Path) -> None:
 def test_a_damaged_study_file_does_not_hide_its_records(tmp_path: Path) -> None:
     folder = planned(tmp_path, GOOD, [])
     (folder / "quickstart" / "study.json").write_text('{"schema_version": 2}')
-    results = load_results(folder)
+    results = read_results(folder)
     assert len(results.studies[0].runs) == 3
     assert results.lines()[0].startswith(f"left out: {folder}/quickstart/study.json: schema_version: ")
 
@@ -188,13 +188,13 @@ def test_a_damaged_study_file_does_not_hide_its_records(tmp_path: Path) -> None:
 def test_results_of_two_machines_are_one_plan(tmp_path: Path) -> None:
     planned(tmp_path / "one", GOOD[:1], [])
     planned(tmp_path / "two", GOOD[1:2], [])
-    (study,) = load_results(tmp_path).studies
+    (study,) = read_results(tmp_path).studies
     assert (study.counts()["done"], study.counts()["pending"]) == (2, 4)
 
 
 def test_records_that_were_not_planned_count_and_are_named(tmp_path: Path) -> None:
     stranger = planted.record(EXPERIMENTS["lora_r4"], 0, 0.8)
-    (study,) = load_results(planned(tmp_path, [stranger], [])).studies
+    (study,) = read_results(planned(tmp_path, [stranger], [])).studies
     assert len(study.runs) == 1
     assert any(notice.startswith("Not planned: study.json does not name lora_r4 seed 0") for notice in study.notices)
 
@@ -205,7 +205,7 @@ def test_the_order_in_which_folders_were_made_changes_nothing(tmp_path: Path) ->
     for file in sorted(one.rglob(RECORD_FILE), reverse=True):
         (two / file.relative_to(one)).parent.mkdir(parents=True)
         shutil.copy(file, two / file.relative_to(one))
-    assert load_results(one).studies == load_results(two).studies
+    assert read_results(one).studies == read_results(two).studies
 
 
 def test_budgets_in_different_units_are_named() -> None:

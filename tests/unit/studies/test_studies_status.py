@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_vit.errors import UserError
-from peft_vit.records import outcome_digest, read_record, write_result
+from peft_vit.records import RUN_COLUMNS, outcome_digest, read_record, write_result
 from peft_vit.records.ledger import LEDGER_FILE, Row, encode, read_ledger
 from peft_vit.studies.ledger import now
 from peft_vit.studies.lock import study_lock
-from peft_vit.studies.repair import COLUMNS, repair
+from peft_vit.studies.repair import repair
 from peft_vit.studies.status import find_studies, status_lines, study_status
 from peft_vit.studies.store import StudyStore
 from peft_vit.studies.study_file import study_file, write_study_file
@@ -208,7 +208,7 @@ def test_the_table_of_runs(tmp_path) -> None:
     (tmp_path / "fake/a/seed_1/adapter.safetensors").unlink()
     assert list(repair(tmp_path))[-1] == f"{tmp_path / 'fake/runs.parquet'}: 4 runs"
     table = pandas.read_parquet(tmp_path / "fake/runs.parquet")
-    assert list(table.columns) == list(COLUMNS)
+    assert list(table.columns) == list(RUN_COLUMNS)
     assert list(table.state) == ["done", "pending", "failed", "done"]
     assert list(table.experiment + "/" + table.seed.astype(str)) == ["a/0", "a/1", "b/0", "b/1"]
     record = read_record(tmp_path / "fake/a/seed_0/record.json")
