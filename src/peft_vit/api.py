@@ -127,7 +127,7 @@ def tune(
     output: str | Path = "peft-vit-tune",
     margin: float = 1.0,
     max_bytes: int | str | None = None,
-    max_latency_s: float | None = None,
+    max_latency_s: float | str | None = None,
     memory_limit: str | None = None,
     minutes: float = 60.0,
     models: str | Iterable[str] = (),
@@ -143,7 +143,7 @@ def tune(
         output: everything goes below it.
         margin: points of accuracy that the model may lose against float LoRA.
         max_bytes: of its file, also as in 20MB.
-        max_latency_s: of one image on this machine.
+        max_latency_s: of one image on this machine, also as in 50ms.
         memory_limit: of a training process, as in 1GB.
         minutes: that this call may take.
         models: timm's names, or names on the hub; none: the default.
@@ -156,22 +156,17 @@ def tune(
     from peft_vit.extras import require_extra
 
     require_extra("tune", "tune")
-    from peft_vit.config import bytes_of
     from peft_vit.tuning import pipeline
     from peft_vit.tuning.output import left_in
     from peft_vit.tuning.request import TuneRequest
 
-    try:
-        most = bytes_of(max_bytes) if isinstance(max_bytes, str) else max_bytes
-    except ValueError as error:
-        raise UserError(str(error), field="max_bytes") from None
-    if names := (models,) if isinstance(models, str) else tuple(models):
-        settings["models"] = names
-    request = TuneRequest(
-        images=Path(images),
-        output=Path(output),
+    if models or isinstance(models, str):
+        settings["models"] = models
+    request = TuneRequest.of(
+        images=images,
+        output=output,
         margin=margin,
-        max_bytes=most,
+        max_bytes=max_bytes,
         max_latency_s=max_latency_s,
         memory_limit=memory_limit,
         minutes=minutes,

@@ -1,11 +1,14 @@
 """Functions for Python: models that predict, pages that show themselves, one line for a fault."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import peft_vit
 from peft_vit.errors import UserError
+from peft_vit.tuning.request import TuneRequest
 
 SETTINGS = {"model": "test_vit", "image_size": 32, "threads": 1, "precision": "fp32", "device": "cpu"}
 
@@ -33,8 +36,35 @@ def test_bad_arguments_are_one_line(images, tmp_path) -> None:
         peft_vit.train(images, "lora", output=tmp_path, ranks=8)
     with pytest.raises(UserError, match="nowhere"):
         peft_vit.train("nowhere", "lora", output=tmp_path)
-    with pytest.raises(UserError, match="max_bytes: '20' is not a size"):
-        peft_vit.tune(images, max_bytes="20", output=tmp_path)
     with pytest.raises(UserError, match=r"--model: .*'no_such_model'"):
         peft_vit.tune(images, models="no_such_model", output=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"max_bytes": "20"}, "^--max-bytes: '20' is not a size above 0 with its unit"),
+        ({"max_latency_s": "50"}, "^--max-latency: '50' is not a time above 0 in ms or s; write it as in 50ms$"),
+        ({"max_latency_s": [1]}, r"^--max-latency: .*number, got \[1\]$"),
+        ({"image_sizes": 28.5}, "^--image-size: .*, got 28.5$"),
+        ({"image_sizes": (0,)}, "^--image-size: .*greater than 0, got 0$"),
+        ({"models": [3]}, "^--model: .*string, got 3$"),
+        ({"models": 3}, "^--model: .*string, got 3$"),
+        ({"executor": "spark"}, "^--executor: .*'local' or 'ray', got 'spark'$"),
+        ({"memory_limit": 10**9}, "^--memory-limit: .*string, got 1000000000$"),
+        ({"minutes": "many"}, "^--minutes: .*number.*, got 'many'$"),
+        ({"threads": 0}, "^--threads: .*greater than 0, got 0$"),
+        ({"ranks": 3}, "^--ranks: unexpected keyword argument"),
+    ],
+)
+def test_arguments_of_tune_of_another_type_are_one_line(tmp_path, setting, expected) -> None:
+    with pytest.raises(UserError, match=expected):
+        peft_vit.tune("nowhere", output=tmp_path, **setting)
+
+
+def test_tune_takes_times_sizes_and_single_values_as_the_command_does(tmp_path) -> None:
+    given = {"max_bytes": "16MB", "max_latency_s": "50ms", "image_sizes": 28, "models": "test_vit"}
+    request = TuneRequest.of(images="photos", output=tmp_path, **given)
+    assert (request.max_bytes, request.max_latency_s) == (16_000_000, 0.05)
+    assert (request.image_sizes, request.models, request.images) == ((28,), ("test_vit",), Path("photos"))

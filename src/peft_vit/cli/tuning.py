@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from peft_vit.cli.app import app
-from peft_vit.config import ExecutorName, bytes_of
-from peft_vit.errors import UserError
+from peft_vit.config import ExecutorName
 
 
 @app.command()
@@ -54,17 +52,17 @@ def tune(
     from peft_vit.tuning.request import DEFAULT_MODEL, TuneRequest
 
     run_tune(
-        TuneRequest(
+        TuneRequest.of(
             images=images,
             output=output,
             margin=margin,
-            max_bytes=None if max_bytes is None else _bytes(max_bytes),
-            max_latency_s=None if max_latency is None else _seconds(max_latency),
+            max_bytes=max_bytes,
+            max_latency_s=max_latency,
             memory_limit=memory_limit,
             minutes=minutes,
-            models=tuple(model or (DEFAULT_MODEL,)),
+            models=model or (DEFAULT_MODEL,),
             weights=weights,
-            image_sizes=tuple(image_size or ()),
+            image_sizes=image_size or (),
             executor=executor,
             device=device,
             precision=precision,
@@ -72,17 +70,3 @@ def tune(
             threads=threads,
         )
     )
-
-
-def _bytes(size: str) -> int:
-    try:
-        return bytes_of(size)
-    except ValueError as error:
-        raise UserError(str(error), field="--max-bytes") from None
-
-
-def _seconds(time: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ms|s)", time.strip())
-    if found is None or float(found[1]) == 0:
-        raise UserError(f"{time!r} is not a time above 0 in ms or s; write it as in 50ms", field="--max-latency")
-    return float(found[1]) / (1000 if found[2] == "ms" else 1)

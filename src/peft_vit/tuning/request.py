@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from peft_vit.config import AskedPrecision, Device, ExecutorName
+from pydantic import BeforeValidator, ConfigDict, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
+
+from peft_vit.config import AskedPrecision, Device, ExecutorName, bytes_of
+from peft_vit.errors import UserError
 
 DEFAULT_MODEL = "vit_small_patch14_dinov2"
+_OPTIONS = {"max_latency_s": "--max-latency", "models": "--model", "image_sizes": "--image-size", "images": "IMAGES"}
 
 
-@dataclass(frozen=True)
+def _bytes(size: Any) -> Any:
+    return bytes_of(size) if isinstance(size, str) else size
+
+
+def _seconds(time: Any) -> Any:
+    """Return the seconds of a time with its unit, ms or s; a number is in seconds already."""
+    if not isinstance(time, str):
+        return time
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ms|s)", time.strip())
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"{time!r} is not a time above 0 in ms or s; write it as in 50ms")
+    return float(found[1]) / (1000 if found[2] == "ms" else 1)
+
+
+def _several(one: Any) -> Any:
+    return (one,) if isinstance(one, str | int) else one
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class TuneRequest:
     """Images, what is promised of the model, its limits, and the time; None: no limit.
 
@@ -19,8 +42,8 @@ class TuneRequest:
         images: a folder of images per class, as of `image-folder`.
         output: everything goes below it.
         margin: points of accuracy (of balanced accuracy, where classes are out of balance) that the model may lose.
-        max_bytes: of its file.
-        max_latency_s: of one image on this machine, with all its processors.
+        max_bytes: of its file; also as in 20MB.
+        max_latency_s: of one image on this machine, with all its processors; also as in 50ms.
         memory_limit: of a training process, as in 1GB.
         minutes: that this call may take.
         models: timm's names, or names on the hub (with a slash), tried in this order.
@@ -35,18 +58,34 @@ class TuneRequest:
     images: Path
     output: Path
     margin: float = 1.0
-    max_bytes: int | None = None
-    max_latency_s: float | None = None
+    max_bytes: Annotated[int | None, BeforeValidator(_bytes)] = None
+    max_latency_s: Annotated[float | None, BeforeValidator(_seconds)] = None
     memory_limit: str | None = None
     minutes: float = 60.0
-    models: tuple[str, ...] = (DEFAULT_MODEL,)
+    models: Annotated[tuple[str, ...], BeforeValidator(_several)] = (DEFAULT_MODEL,)
     weights: str | None = None
-    image_sizes: tuple[int, ...] = ()
+    image_sizes: Annotated[tuple[PositiveInt, ...], BeforeValidator(_several)] = ()
     executor: ExecutorName = "local"
     device: Device = "auto"
     precision: AskedPrecision = "auto"
     seed: int = 0
-    threads: int = 2
+    threads: PositiveInt = 2
+
+    @classmethod
+    def of(cls, **asked: Any) -> Self:
+        """Return what is asked for, by the names of the attributes.
+
+        Raises:
+            UserError: if a name is none of these, or its value has another type, in one line that names the option.
+        """
+        try:
+            return cls(**asked)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name, problem = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+            said = "" if problem.startswith(repr(first["input"])) else f", got {first['input']!r}"
+            option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+            raise UserError(f"{problem[:1].lower()}{problem[1:]}{said}", field=option) from None
 
     @property
     def margin_share(self) -> float:
