@@ -126,6 +126,29 @@ def test_a_tuning_that_is_killed_goes_on_and_comes_to_the_same(images: Path, tmp
     assert len(runner.asked) == len(set(runner.asked))  # nothing twice
 
 
+def test_images_are_flipped_in_the_way_that_probes_prefer(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TRUTH, "linear_none", 0.95)
+    said: dict[str, list[Any]] = {}
+
+    class Listening(StandIns):
+        def __call__(self, mapping: Mapping[str, Any], *rest: Any) -> Outcomes:
+            said.setdefault(mapping["name"], []).extend(
+                one["training"]["augmentation"] for one in mapping["experiments"]
+            )
+            return super().__call__(mapping, *rest)
+
+    lines: list[str] = []
+    choice = tune(asked(images, tmp_path, margin=5.0), lines.append, quick(Listening()))
+    assert any("training images as they are: flipped left-right" in line for line in lines)
+    assert [one.flips for one in choice.probes] == ["none"]
+    assert {len(way) for name, some in said.items() if name in ("rates", "race", "final") for way in some} == {0}
+    monkeypatch.setitem(TRUTH, "linear_both", 0.99)
+    other = tune(asked(images, tmp_path / "other"), lambda _: None, quick(StandIns()))
+    assert [one.flips for one in other.probes] == ["both"]
+
+
 def test_little_time_leaves_it_undecided_and_more_time_goes_on(images: Path, tmp_path: Path) -> None:
     runner, lines = StandIns(), []
     choice = tune(asked(images, tmp_path, minutes=8.0), lines.append, quick(runner))

@@ -145,12 +145,14 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
                     "Model": cell("model", one.model),
                     "Pixels": cell("image_size", one.image_size),
                     f"{metric(choice).capitalize()} on folds": cell("score", one.score, percent),
+                    "Flips": one.flips,
                     "ms an image": cell("image_s", one.image_s, lambda s: fixed(1e3 * s, 1)),
                     "Why": f"{'taken: ' if one.chosen else ''}{plain(one.why)}",
                 }
                 for one in choice.probes
             ),
-            "A linear probe on the frozen backbone, on the folds of one repetition.",
+            "A linear probe on the frozen backbone, on the folds of one repetition. How training images are flipped "
+            "was chosen likewise, at the first size.",
             folded=True,
         )
     if choice.rates:

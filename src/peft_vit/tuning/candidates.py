@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from peft_vit.backbones import BackboneShape, fused_sites
 from peft_vit.config import BITS_OF_TYPE, QuantizationType
+from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Flips
 from peft_vit.methods import METHODS, Wishes
 
 Kind = Literal["lora", "lora_nf4", "lora_int8", "adalora", "lora_int2"]
@@ -120,6 +121,7 @@ def training_of(
     validate_every: int,
     batch_size: int,
     class_weights: bool,
+    flips: Flips,
     memory: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the section `training` of a run on folds, as `peft-vit train` has it: never below the probe.
@@ -131,19 +133,24 @@ def training_of(
         validate_every: steps.
         batch_size: images.
         class_weights: whether classes are out of balance.
+        flips: of training images.
         memory: settings that keep within a limit of memory.
     """
-    weights = {"class_weights": True} if class_weights else {}
+    shared = {"batch_size": batch_size, **flipped(flips), **({"class_weights": True} if class_weights else {})}
     if design_kind is None:
-        return {"batch_size": batch_size, **weights}
+        return shared
     return {
-        "batch_size": batch_size,
+        **shared,
         "learning_rate": learning_rate,
         "head_start": "probe",
         "steps": steps,
         "validate_every": min(validate_every, steps),
         "schedule": "warmup_stable_decay",
         "patience": max(5, -(-150 // validate_every)),
-        **weights,
         **memory,
     }
+
+
+def flipped(flips: Flips) -> dict[str, Any]:
+    """Return what a section `training` says of flips."""
+    return {"augmentation": [one.model_dump(mode="json") for one in AUGMENTATION_OF_FLIPS[flips]]}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.errors import UserError
-from peft_vit.tuning.candidates import Design
+from peft_vit.tuning.candidates import Design, flipped
 from peft_vit.tuning.ground import Ground
 from peft_vit.tuning.probes import Backing
 from peft_vit.tuning.running import Outcome
@@ -75,7 +75,11 @@ def fixed_training(
 ) -> dict[str, Any]:
     """Return the section `training` of a run in which nothing validates; rate None: of a probe."""
     strengths = [one.l2 for one in folds if one.l2 is not None]
-    training: dict[str, Any] = {"batch_size": ground.batch_size, "probe_l2": statistics.median_low(strengths)}
+    training: dict[str, Any] = {
+        "batch_size": ground.batch_size,
+        **flipped(ground.flips),
+        "probe_l2": statistics.median_low(strengths),
+    }
     if ground.class_weights:
         training["class_weights"] = True
     if rate is None:

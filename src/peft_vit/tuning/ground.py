@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from peft_vit.backbones import BackboneShape, check_weights, describe
 from peft_vit.config import BackboneConfig, WeightsSource
+from peft_vit.config.augmentation import Flips
 from peft_vit.errors import UserError
 from peft_vit.tuning.request import DEFAULT_MODEL, TuneRequest
 from peft_vit.tuning.result import Metric
@@ -86,6 +87,12 @@ class Ground:
     def class_weights(self) -> bool:
         """Return whether the loss weighs classes equally, as balanced accuracy does."""
         return self.metric == "balanced_accuracy"
+
+    @property
+    def flips(self) -> Flips:
+        """Return how training images are flipped: as probes have chosen, left-right until then."""
+        found: Flips = self.state.file.decided.get("probes", {}).get("flips", "horizontal")
+        return found
 
     @cached_property
     def backbones(self) -> dict[str, dict[str, str]]:

@@ -1,7 +1,8 @@
-"""Linear probes over models and image sizes, on the folds: which backbone, and at which size.
+"""Linear probes over models and image sizes, on the folds: which backbone, at which size, and how images are flipped.
 
 Features are cached, so a probe costs one pass over the images. The best mean over the folds' test images wins; a
-smaller size within half the margin of it is taken in its place, for it leaves time to the race.
+smaller size within half the margin of it is taken in its place, for it leaves time to the race. Whether training images
+are flipped is decided at the first size: digits are not to be, and cells of a panel may be upside down.
 """
 
 from __future__ import annotations
@@ -11,22 +12,26 @@ import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from peft_vit.backbones import Architecture, native_size, size_step_of
 from peft_vit.config import BackboneConfig
+from peft_vit.config.augmentation import Flips
 from peft_vit.errors import UserError
 from peft_vit.studies.time_limit import Limit
 from peft_vit.tuning.candidates import training_of
 from peft_vit.tuning.ground import FOLDS, Ground
 from peft_vit.tuning.machine import Machine
 from peft_vit.tuning.result import Probed
-from peft_vit.tuning.schedule import Schedule, features_s
+from peft_vit.tuning.schedule import ENOUGH_STEPS, Schedule, features_s
 
 _SIDES = (2, 3, 4, 5, 6, 8, 10, 12, 16)  # patches a side
 _USUAL = 5  # fewer only where images are that small, or time is short
 _LARGEST_PIXELS = 224
 _MOST_SIZES = 3  # of a model
 _FITS_S = 3.0  # of a probe on a fold
+_WAYS: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the first
+_FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def _side_of(ground: Ground) -> int:
 def worth_trying(
     ground: Ground, machine: Machine, fitting: Mapping[str, Mapping[int, Schedule]]
 ) -> dict[str, dict[int, Schedule]]:
-    """Return the sizes of each model that are probed: few, the largest that leave room for a race first.
+    """Return the sizes of each model that are probed: few, the largest at which runs learn something first.
 
     Args:
         ground: of the tuning.
@@ -74,8 +79,8 @@ def worth_trying(
     taken: dict[str, dict[int, Schedule]] = {}
     for model, schedules in fitting.items():
         patch = ground.shape(model, min(schedules)).size_step
-        most = max(one.races for one in schedules.values())
-        roomy = {size: one for size, one in schedules.items() if one.races == most} or dict(schedules)
+        most = min(ENOUGH_STEPS, max(one.steps for one in schedules.values()))
+        roomy = {size: one for size, one in schedules.items() if one.steps >= most}
         usual = {size: one for size, one in roomy.items() if size >= _USUAL * patch} or roomy
         taken[model] = {}
         for size in sorted(usual, reverse=True)[:_MOST_SIZES]:
@@ -90,14 +95,46 @@ def worth_trying(
 
 def probe_all(
     ground: Ground, machine: Machine, tried: Mapping[str, Mapping[int, Schedule]], limit: Limit
-) -> tuple[Backing, tuple[Probed, ...]]:
-    """Fit the probes, and return the model and the size that are gone on with, and the table.
+) -> tuple[Backing, tuple[Probed, ...], Flips]:
+    """Fit the probes, and return the model and the size that are gone on with, the table, and how images are flipped.
 
     Raises:
         UserError: if time ends before there is a single one.
     """
     rows: list[Probed] = []
     backings: list[Backing] = []
+    flips: Flips | None = None
+    for model, sizes in tried.items():
+        for size, schedule in sorted(sizes.items()):
+            ways: tuple[Flips, ...] = _WAYS if flips is None else (flips,)
+            study = ground.study(
+                study_name(model, size), model, size, range(FOLDS), [_probe(ground, way) for way in ways]
+            )
+            done = ground.runner(study, limit if backings else ground.state.limit)  # without one nothing goes on
+            scores = {way: [one.test for (name, _), one in done.items() if name == f"linear_{way}"] for way in ways}
+            means = {way: statistics.fmean(some) for way, some in scores.items() if len(some) == FOLDS}
+            image_s = machine.image(ground.shape(model, size))
+            if not means:
+                rows.append(Probed(model, size, None, image_s, chosen=False, why="no time for it"))
+                continue
+            if flips is None:
+                flips = max(means, key=lambda way: (means[way], -_WAYS.index(way)))
+                ground.state.tell(
+                    f"  training images {_FLIPPED[flips]}: {_compared(means)} over {FOLDS} folds at {size} px"
+                )
+            rows.append(Probed(model, size, means[flips], image_s, chosen=False, why="", flips=flips))
+            backings.append(Backing(model, size, schedule))
+            ground.state.tell(
+                f"  {model} at {size} px: {means[flips]:.1%} over {FOLDS} folds, {schedule.steps} steps fit a run"
+            )
+    if flips is None:
+        raise UserError(
+            "ended before a single linear probe; give more, and the same command goes on", field="--minutes"
+        )
+    return *_chosen(ground, rows, backings), flips
+
+
+def _probe(ground: Ground, flips: Flips) -> dict[str, Any]:
     training = training_of(
         None,
         learning_rate=None,
@@ -105,28 +142,14 @@ def probe_all(
         validate_every=1,
         batch_size=ground.batch_size,
         class_weights=ground.class_weights,
+        flips=flips,
         memory={},
     )
-    for model, sizes in tried.items():
-        for size, schedule in sorted(sizes.items()):
-            experiment = {"name": "linear", "method": "linear", "training": training}
-            study = ground.study(study_name(model, size), model, size, range(FOLDS), [experiment])
-            done = ground.runner(study, limit if backings else ground.state.limit)  # without one nothing goes on
-            image_s = machine.image(ground.shape(model, size))
-            if len(done) < FOLDS:
-                rows.append(Probed(model, size, None, image_s, chosen=False, why="no time for it"))
-                continue
-            score = statistics.fmean(one.test for one in done.values())
-            rows.append(Probed(model, size, score, image_s, chosen=False, why=""))
-            backings.append(Backing(model, size, schedule))
-            ground.state.tell(
-                f"  {model} at {size} px: {score:.1%} over {FOLDS} folds, {schedule.steps} steps fit a run"
-            )
-    if not backings:
-        raise UserError(
-            "ended before a single linear probe; give more, and the same command goes on", field="--minutes"
-        )
-    return _chosen(ground, rows, backings)
+    return {"name": f"linear_{flips}", "method": "linear", "training": training}
+
+
+def _compared(means: Mapping[Flips, float]) -> str:
+    return ", ".join(f"{_FLIPPED[way]} {mean:.1%}" for way, mean in means.items())
 
 
 def _chosen(ground: Ground, rows: list[Probed], backings: list[Backing]) -> tuple[Backing, tuple[Probed, ...]]:

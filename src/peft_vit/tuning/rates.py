@@ -78,6 +78,7 @@ def find_rates(
                     validate_every=validate_every,
                     batch_size=ground.batch_size,
                     class_weights=ground.class_weights,
+                    flips=ground.flips,
                     memory=memory,
                 )
                 experiments.append(of_kind(designed(some), kind).experiment(training, _name(kind, rate, some)))

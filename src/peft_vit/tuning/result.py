@@ -20,6 +20,7 @@ class Probed:
         score: mean over the folds' test images; None: it was not tried, `why` says why.
         image_s: seconds of a forward pass for each of its images in a run.
         why: it was chosen or not.
+        flips: of training images: none, horizontal or both.
     """
 
     model: str
@@ -28,6 +29,7 @@ class Probed:
     image_s: float | None
     chosen: bool
     why: str
+    flips: str = "horizontal"
 
 
 @dataclass(frozen=True)

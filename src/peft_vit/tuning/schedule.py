@@ -12,15 +12,17 @@ from dataclasses import dataclass
 
 from peft_vit.backbones import BackboneShape
 from peft_vit.errors import UserError
+from peft_vit.training import flip_axes
 from peft_vit.tuning.candidates import KINDS, Kind
 from peft_vit.tuning.ground import Ground
 from peft_vit.tuning.machine import Machine
 from peft_vit.tuning.rates import RATES, WHOLE_RUNS
 
-LEAST_STEPS, _MOST_STEPS = 24, 200
+LEAST_STEPS, ENOUGH_STEPS, _MOST_STEPS = 24, 48, 200
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps between validations, and their time over that of one
-_FLIPPED = 2  # ways in which a training image is shown
-_LEVELS = ((5, 20), (3, 12), (2, 8), (2, 4))  # kinds, and runs that race, from ample time to the least
+# Kinds, runs that race, and the steps that each run has at least, from ample time to the least: more steps gain more
+# than more kinds of methods do (docs: findings, "Are 48 steps long enough?").
+_LEVELS = ((5, 20, 120), (3, 12, 96), (2, 10, 72), (2, 8, ENOUGH_STEPS), (2, 4, LEAST_STEPS))
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ def run_s(ground: Ground, machine: Machine, shape: BackboneShape, steps: int) ->
 
 
 def features_s(ground: Ground, machine: Machine, shape: BackboneShape) -> float:
-    """Return the seconds of the features of all images, which runs of one backbone share."""
-    return _FLIPPED * ground.images * machine.image(shape)
+    """Return the seconds of the features of all images as training shows them, which runs of one backbone share."""
+    return len(flip_axes(ground.flips)) * ground.images * machine.image(shape)
 
 
 def schedule(ground: Ground, machine: Machine, shape: BackboneShape, allowed: tuple[Kind, ...]) -> Schedule | None:
@@ -69,9 +71,9 @@ def schedule(ground: Ground, machine: Machine, shape: BackboneShape, allowed: tu
         allowed: kinds whose files keep within the limit, and float LoRA.
     """
     there = ground.state.share_s("rates", "race")
-    for kinds, races in _LEVELS:
+    for kinds, races, least in _LEVELS:
         steps = _steps(ground, machine, shape, there, min(kinds, len(allowed)), races)
-        if steps >= LEAST_STEPS:
+        if steps >= least:
             taken = tuple(kind for kind in KINDS if kind in allowed)[:kinds]
             return Schedule(taken, races, steps, validate_every(ground), run_s(ground, machine, shape, steps))
     return None
@@ -94,7 +96,7 @@ def _steps(ground: Ground, machine: Machine, shape: BackboneShape, there_s: floa
 def refuse_little_time(ground: Ground, machine: Machine, shapes: Sequence[BackboneShape]) -> UserError:
     """Return what to say if there is no time for a single comparison, with the least that would do."""
     share = ground.state.share_s("rates", "race") / (60 * ground.request.minutes)
-    seconds = min(_seconds(ground, machine, shape, LEAST_STEPS, *_LEVELS[-1]) for shape in shapes)
+    seconds = min(_seconds(ground, machine, shape, LEAST_STEPS, *_LEVELS[-1][:2]) for shape in shapes)
     least = max(math.ceil(seconds / share / 60), math.floor(ground.request.minutes) + 1)
     problem = f"{ground.request.minutes:g} are too few for a single comparison on this machine"
     return UserError(f"{problem}, even of the smallest images; give at least {least}", field="--minutes")

@@ -93,6 +93,7 @@ def _experiment(
         validate_every=validate_every(ground),
         batch_size=ground.batch_size,
         class_weights=ground.class_weights,
+        flips=ground.flips,
         memory=memory or {},
     )
     return design.experiment(training)
@@ -147,12 +148,17 @@ def designed(ground: Ground, backing: Backing, steps: int) -> list[Design]:
 
 
 def choose_backing(ground: Ground, machine: Machine, tried: Tried) -> tuple[Backing, tuple[Probed, ...]]:
-    """Fit the probes, and return the model and the image size that are gone on with."""
+    """Fit the probes, and return the model and the image size that are gone on with; how images are flipped is kept."""
     limit = until(ground, "rates", "race", "final", "output")
 
     def decide() -> dict[str, Any]:
-        backing, probes = probe_all(ground, machine, tried, limit)
-        return {"model": backing.model, "image_size": backing.image_size, "probes": [asdict(one) for one in probes]}
+        backing, probes, flips = probe_all(ground, machine, tried, limit)
+        return {
+            "model": backing.model,
+            "image_size": backing.image_size,
+            "probes": [asdict(one) for one in probes],
+            "flips": flips,
+        }
 
     kept = ground.state.once("probes", decide)
     model, size = kept["model"], kept["image_size"]

@@ -27,7 +27,14 @@ FOUND = {kind: Found(1e-3, 0.9, 0.3) for kind in KINDS}
 def configured(name: str) -> ExperimentConfig:
     design = next(one for one in DESIGNS if one.name == name)
     training = training_of(
-        design.kind, learning_rate=1e-3, steps=48, validate_every=10, batch_size=8, class_weights=False, memory={}
+        design.kind,
+        learning_rate=1e-3,
+        steps=48,
+        validate_every=10,
+        batch_size=8,
+        class_weights=False,
+        flips="both",
+        memory={},
     )
     return ExperimentConfig.model_validate_json(json.dumps(design.experiment(training)))
 

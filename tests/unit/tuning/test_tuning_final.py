@@ -33,6 +33,7 @@ def last_training(name: str, chosen_steps: list[int]) -> tuple[ExperimentConfig,
         train_images=80,
         batch_size=8,
         class_weights=False,
+        flips="none",
         request=SimpleNamespace(seed=0),
         state=SimpleNamespace(tell=told.append, unlimited=None, studies=Path("studies")),
         study=study,
@@ -47,7 +48,7 @@ def last_training(name: str, chosen_steps: list[int]) -> tuple[ExperimentConfig,
 
 def test_steps_grow_with_the_images() -> None:
     experiment, told = last_training("lora_nf4", [20, 40, 60, 0, 0])
-    assert (experiment.method, experiment.training.steps) == ("qa_lora", 25)
+    assert (experiment.method, experiment.training.steps, experiment.training.flips) == ("qa_lora", 25, "none")
     assert not told
 
 
