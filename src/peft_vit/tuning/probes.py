@@ -23,12 +23,11 @@ from peft_vit.tuning.candidates import training_of
 from peft_vit.tuning.ground import FOLDS, Ground
 from peft_vit.tuning.machine import Machine
 from peft_vit.tuning.result import Probed
-from peft_vit.tuning.schedule import ENOUGH_STEPS, Schedule, features_s
+from peft_vit.tuning.schedule import Schedule, features_s
 
 _SIDES = (2, 3, 4, 5, 6, 8, 10, 12, 16)  # patches a side
 _USUAL = 5  # fewer only where images are that small, or time is short
 _LARGEST_PIXELS = 224
-_MOST_SIZES = 3  # of a model
 _FITS_S = 3.0  # of a probe on a fold
 _WAYS: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the first
 _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
@@ -68,7 +67,9 @@ def _side_of(ground: Ground) -> int:
 def worth_trying(
     ground: Ground, machine: Machine, fitting: Mapping[str, Mapping[int, Schedule]]
 ) -> dict[str, dict[int, Schedule]]:
-    """Return the sizes of each model that are probed: few, the largest at which runs learn something first.
+    """Return the sizes of each model that are probed: the smallest of those that fit the time, the middle, the largest.
+
+    Larger images leave fewer steps to a run; whether they are worth it is what the probes say.
 
     Args:
         ground: of the tuning.
@@ -79,17 +80,15 @@ def worth_trying(
     taken: dict[str, dict[int, Schedule]] = {}
     for model, schedules in fitting.items():
         patch = ground.shape(model, min(schedules)).size_step
-        most = min(ENOUGH_STEPS, max(one.steps for one in schedules.values()))
-        roomy = {size: one for size, one in schedules.items() if one.steps >= most}
-        usual = {size: one for size, one in roomy.items() if size >= _USUAL * patch} or roomy
+        usual = sorted(size for size in schedules if size >= _USUAL * patch) or sorted(schedules)
         taken[model] = {}
-        for size in sorted(usual, reverse=True)[:_MOST_SIZES]:
+        for size in dict.fromkeys((usual[0], usual[len(usual) // 2], usual[-1])):
             shape = ground.shape(model, size)
             seconds = features_s(ground, machine, shape) + machine.process_s + FOLDS * (_FITS_S + machine.start_s / 2)
             if seconds > left_s and any(taken.values()):
                 break
             left_s -= seconds
-            taken[model][size] = usual[size]
+            taken[model][size] = schedules[size]
     return {model: sizes for model, sizes in taken.items() if sizes}
 
 

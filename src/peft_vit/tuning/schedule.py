@@ -18,11 +18,11 @@ from peft_vit.tuning.ground import Ground
 from peft_vit.tuning.machine import Machine
 from peft_vit.tuning.rates import RATES, WHOLE_RUNS
 
-LEAST_STEPS, ENOUGH_STEPS, _MOST_STEPS = 24, 48, 200
+LEAST_STEPS, _MOST_STEPS = 24, 200
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps between validations, and their time over that of one
 # Kinds, runs that race, and the steps that each run has at least, from ample time to the least: more steps gain more
 # than more kinds of methods do (docs: findings, "Are 48 steps long enough?").
-_LEVELS = ((5, 20, 120), (3, 12, 96), (2, 10, 72), (2, 8, ENOUGH_STEPS), (2, 4, LEAST_STEPS))
+_LEVELS = ((5, 20, 120), (3, 12, 96), (2, 10, 72), (2, 8, 48), (2, 4, LEAST_STEPS))
 
 
 @dataclass(frozen=True)
