@@ -163,16 +163,15 @@ def _plain(text: str) -> str:
 
 
 def each(rows: pd.DataFrame) -> str:
-    """Return a line for each architecture."""
-    head = "architecture | pixels | sites | act | merged | ONNX | PEFT reads our adapter | PEFT's LoRA has no effect on"
-    lines = [f"| {head} |", f"| --- | {' | '.join(['---:'] * 6)} | --- |"]
-    for row in rows.itertuples():
-        sites = ["–", "–"] if pd.isna(row.sites) else [f"{row.sites:.0f}", f"{row.act:.0f}"]
-        errors = [getattr(row, f"{name}_error") for name in CHECKS]
-        cells = [*sites, *("–" if pd.isna(error) else f"{error:.0e}" for error in errors)]
-        idle = "" if pd.isna(row.peft_idle) else ", ".join(f"`{name}`" for name in row.peft_idle.split())
-        lines.append(f"| `{row.model}` | {row.image_size} | {' | '.join(cells)} | {idle} |")
-    return "\n".join(lines)
+    """Return the names of each family, with an asterisk where PEFT's LoRA has no effect."""
+    named = rows.model.map("`{}`".format) + (rows.peft_idle.fillna("") != "").map({True: "\\*", False: ""})
+    parts = [(title, named[rows.module == module]) for module, title in MODULES.items()]
+    return "\n\n".join(f"**{title}** ({len(names)}): {', '.join(names)}." for title, names in parts if len(names))
+
+
+def tables(rows: pd.DataFrame) -> dict[str, str]:
+    """Return the page's generated parts by their marks."""
+    return {"totals": totals(rows), "exceptions": exceptions(rows), "each": each(rows)}
 
 
 def main() -> None:
@@ -185,8 +184,7 @@ def main() -> None:
         if asked.what == "check":
             check(asked.patterns)
         rows = pd.read_csv(ROWS)
-        tables = {"totals": totals(rows), "exceptions": exceptions(rows), "each": each(rows)}
-        write_atomically(DOCUMENT, filled(DOCUMENT.read_text(encoding="utf-8"), tables).encode())
+        write_atomically(DOCUMENT, filled(DOCUMENT.read_text(encoding="utf-8"), tables(rows)).encode())
         print(DOCUMENT)
 
 

@@ -33,6 +33,7 @@ from peft_vit.safe_io import folder_below
 CONFIGS = ROOT / "experiments" / "configs"
 HYPOTHESES = CONFIGS / "hypotheses_study.yaml"
 README, FINDINGS = ROOT / "README.md", ROOT / "docs" / "findings" / "studies.md"
+EVERY_TEST = ROOT / "docs" / "findings" / "every_test.md"
 IMAGES = ROOT / "docs" / "images"
 _KEPT = ("study.json", "ledger.jsonl", RECORD_FILE)
 
@@ -156,7 +157,7 @@ def analysis_of(name: str) -> Analysis:
 
 
 def over_all(analyses: Mapping[str, Analysis]) -> tuple[Finding, ...]:
-    """Return what the tested studies say together about sentences that are about several; nothing of a single one."""
+    """Return what the tested studies say together about hypotheses that are about several; nothing of a single one."""
     studies = [analysis.study for name, analysis in analyses.items() if name != DESCRIPTIVE]
     return all_findings(studies, load_registry(HYPOTHESES)).get(ALL_STUDIES, ()) if len(studies) > 1 else ()
 
@@ -174,5 +175,5 @@ def blocks() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run(__doc__, keep, blocks, README, FINDINGS)
+    run(__doc__, keep, blocks, README, FINDINGS, EVERY_TEST)
     write_figures({name: analysis_of(name) for name in kept_studies()}, IMAGES)

@@ -1,4 +1,4 @@
-"""The tables of docs/findings/studies.md and of README.md, as Markdown, from analyses of the project's own studies."""
+"""The tables of docs/findings/ about the project's own studies and of README.md, as Markdown, out of analyses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peft_vit.report.markdown import escaped
 from peft_vit.report.recommended import recommendation_blocks
 
 REFERENCE = "lora_r8"
-MARGIN = 0.01  # a share: the margin of the study's sentences
+MARGIN = 0.01  # a share: the margin of the study's hypotheses
 MAIN = "study_elpv"  # its table stands in README
 DESCRIPTIVE = "study_elpv_published"  # three splits: nothing is tested
 SHORT = {
@@ -71,7 +71,7 @@ def study_blocks(
 
     Args:
         analyses: by the study's name, those that results/ holds.
-        over_all: what they say together about the sentences that are about several.
+        over_all: what they say together about the hypotheses that are about several.
         pilots: the runs that chose learning rates, by the pilot's name.
     """
     found: dict[str, str] = {}
@@ -106,15 +106,15 @@ def main_table(analysis: Analysis) -> str:
         "method": _title,
         "test accuracy [95 %]": lambda method: percent_interval(method.test_accuracy),
         "minus LoRA r=8, points [95 %]": _unless_reference(lambda name: points_interval(against[name].difference)),
-        f"differs? (Holm over {len(against)})": _unless_reference(
+        f"better or worse? (Holm over {len(against)})": _unless_reference(
             lambda name: _differs(against[name].verdict) + registered.get(name, "")
         ),
-        f"within a point? (Holm over {len(not_worse)})": lambda method: (
+        f"non-inferior by a point? (Holm over {len(not_worse)})": lambda method: (
             _WITHIN[finding.verdict]
             if (finding := not_worse.get(f"{method.experiment.name} against {REFERENCE}"))
             else "–"
         ),
-        "trained values": lambda method: count(method.final_parameters),
+        "trainable parameters": lambda method: count(method.final_parameters),
         "to store, MB": lambda method: fixed(method.stored_bytes / 1e6, 1),
     }
     return table(in_order(analysis), columns)
@@ -136,9 +136,9 @@ def _differs(verdict: str) -> str:
 
 
 def _registered_otherwise(analysis: Analysis, against: Mapping[str, Comparison]) -> dict[str, str]:
-    """Return, by method, what a registered sentence about it decides in its family, where the column says otherwise.
+    """Return, by method, what a registered hypothesis about it decides in its family, where the column says otherwise.
 
-    The test is the same, Wilcoxon's on the same pairs; Holm's correction is over the sentences of the family.
+    The test is the same, Wilcoxon's on the same pairs; Holm's correction is over the hypotheses of the family.
     """
     beaten = _reference_beats(analysis)
     more_accurate = _of(analysis, _MORE_ACCURATE)
@@ -146,14 +146,14 @@ def _registered_otherwise(analysis: Analysis, against: Mapping[str, Comparison])
     said = {one.subject.partition(" against ")[2]: (opposite[one.verdict], len(beaten)) for one in beaten}
     said |= {one.subject.partition(" against ")[0]: (one.verdict, len(more_accurate)) for one in more_accurate}
     return {
-        name: f"; as a registered sentence (Holm over {size}): {_differs(verdict)}"
+        name: f"; as a registered hypothesis (Holm over {size}): {_differs(verdict)}"
         for name, (verdict, size) in said.items()
         if verdict != against[name].verdict
     }
 
 
 def _reference_beats(analysis: Analysis) -> list[Finding]:
-    """Return the registered sentences that LoRA r=8 is more accurate than the methods without adapters: one family."""
+    """Return the registered hypotheses that LoRA r=8 is more accurate than the methods without adapters: one family."""
     return [*_of(analysis, "lora-beats-linear"), *_of(analysis, "lora-beats-full")]
 
 
@@ -174,7 +174,7 @@ def in_words(analysis: Analysis) -> list[str]:
         f"Shown to lose less than a point (Holm over {len(not_worse)}): {joined(within) or 'none'}. "
         + (f"Shown to lose more: {joined(beyond)}. " if beyond else "")
         + f"Not decided: {joined(open_) or 'none'}.",
-        f"Where a method of this project loses: {'; '.join(losses(analysis)) or 'nowhere that these runs show'}.",
+        f"Methods of this project that lose: {'; '.join(losses(analysis)) or 'none is shown'}.",
         *_lower_means(analysis),
     ]
 
@@ -184,16 +184,16 @@ def _listed(sentences: Sequence[str]) -> str:
 
 
 def _beaten_in_words(analysis: Analysis) -> list[str]:
-    """Return what the registered sentences about LoRA r=8 and the methods without adapters came to."""
+    """Return what the registered hypotheses about LoRA r=8 and the methods without adapters came to."""
     told = [
-        f"than {_compared(finding)[1]}, {finding.verdict}, {points_interval(finding.interval)} points"
+        f"than {_compared(finding)[1]}: {finding.verdict}, {points_interval(finding.interval)} points"
         for finding in _reference_beats(analysis)
     ]
     if not told:
         return []
     return [
-        f"Decided as registered sentences, in a family of their own (Holm over {len(told)}) and not in the one above: "
-        f"that LoRA r=8 is more accurate {'; '.join(told)}."
+        f"Registered hypotheses with a family of their own (Holm over {len(told)}): LoRA r=8 is more accurate "
+        f"{'; '.join(told)}."
     ]
 
 
@@ -208,8 +208,8 @@ def _lower_means(analysis: Analysis) -> list[str]:
             if method not in plain and method.test_accuracy.estimate < other.test_accuracy.estimate
         ]
         if below:
-            told.append(f"{titled(other.experiment.name)}: {joined(below)}")
-    return [f"A lower mean, decided or not, than {'; '.join(told)}."] if told else []
+            told.append(f"than {titled(other.experiment.name)}: {joined(below)}")
+    return [f"A lower mean, decided or not, {'; '.join(told)}."] if told else []
 
 
 def price(analysis: Analysis) -> str:
@@ -230,11 +230,11 @@ def price(analysis: Analysis) -> str:
             if value(method) is not None and value(method) > _MORE_TIME * limit
         ]
         parts.append(f"{what} ({fixed(factor * limit, digits)} {unit}): {joined(more) or 'none'}")
-    return f"More than a quarter above the time that LoRA r=8 takes, in means: {'; '.join(parts)}."
+    return f"Slower than LoRA r=8 by more than a quarter, in means: {'; '.join(parts)}."
 
 
 def losses(analysis: Analysis) -> list[str]:
-    """Return the pairs in which the study's own sentences were refuted, with the difference, each pair once."""
+    """Return the pairs in which the study's own hypotheses were refuted, with the difference, each pair once."""
     found: dict[str, str] = {}
     for finding in analysis.findings:
         if finding.verdict == "refuted" and finding.hypothesis.id in _OWN:
@@ -277,19 +277,19 @@ def _or_dash(value: float | None, written: Callable[[float], str]) -> str:
 
 
 def verdicts(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) -> str:
-    """Return one row a sentence, one column a data set; what all say together, and what none says, stand below."""
+    """Return one row a hypothesis, one column a data set; what all say together, and what none says, stand below."""
     concluded = {name: {c.hypothesis.id: c for c in conclude(one.findings)} for name, one in analyses.items()}
     together = [finding for finding in over_all if finding.verdict != "no data"]
     sentences = {name: escaped(one.hypothesis.sentence) for name, one in next(iter(concluded.values())).items()}
     told = [name for name in sentences if any(found[name].verdict != "no data" for found in concluded.values())]
     over_several = {finding.hypothesis.id for finding in together}
     silent = [sentence for name, sentence in sentences.items() if name not in {*told, *over_several}]
-    columns: dict[str, Callable[[str], str]] = {"sentence": sentences.__getitem__}
+    columns: dict[str, Callable[[str], str]] = {"hypothesis": sentences.__getitem__}
     columns |= {SHORT[study]: lambda name, found=found: _said(found[name]) for study, found in concluded.items()}
     parts = [
         table(told, columns, left=len(columns)),
         *(["Over several data sets:\n\n" + finding_table(together)] if together else []),
-        f"No data in these studies, or none that could test it: {'; '.join(silent)}.",
+        f"Without data in these studies, or not testable by any:\n\n{_listed(silent)}",
     ]
     return "\n\n".join(parts)
 
@@ -301,13 +301,14 @@ def _said(conclusion: Conclusion) -> str:
         return f"{_verdict(conclusion)}: {escaped(estimate_of(conclusion.findings[0]))}"
     if conclusion.hypothesis.test == "described":
         return f"{conclusion.counts}{'' if conclusion.mark == 'registered' else ' (exploratory)'}"
-    return f"{_verdict(conclusion)}: {conclusion.counts}"
+    verdict, counts = _verdict(conclusion), conclusion.counts
+    return counts if counts.startswith(f"{verdict} in ") and "," not in counts else f"{verdict}: {counts}"
 
 
 def finding_table(findings: Sequence[Finding]) -> str:
     """Return one row a finding with data, with the test and what it said."""
     columns: dict[str, Callable[[Finding], str]] = {
-        "sentence": lambda one: one.hypothesis.id,
+        "hypothesis": lambda one: one.hypothesis.id,
         "experiment or pair": lambda one: one.subject,
         "verdict": _verdict,
         "estimate [95 %]": estimate_of,
@@ -330,16 +331,16 @@ def _tested(finding: Finding) -> str:
 
 
 def undecided(analysis: Analysis) -> str:
-    """Return the tested sentences that the runs could not decide, with what they know of each experiment or pair."""
+    """Return the tested hypotheses that the runs could not decide, with what they know of each experiment or pair."""
     found: dict[str, list[Finding]] = {}
     for finding in analysis.findings:
         if finding.verdict == "not decided" and finding.hypothesis.test != "described":
             found.setdefault(finding.hypothesis.sentence, []).append(finding)
-    lines = [
-        f"- {escaped(sentence)}: {'; '.join(escaped(f'{one.subject} {estimate_of(one)}') for one in findings)}"
-        for sentence, findings in found.items()
-    ]
-    return "\n".join(lines) or "Nothing: every sentence with data was decided."
+    lines = []
+    for sentence, findings in found.items():
+        lines.append(f"- {escaped(sentence)}:")
+        lines += [escaped(f"    - {one.subject} {estimate_of(one)}") for one in findings]
+    return "\n".join(lines) or "Nothing: every hypothesis with data was decided."
 
 
 def costs(analyses: Mapping[str, Analysis], pilots: Mapping[str, pd.DataFrame]) -> str:
@@ -413,7 +414,7 @@ def pilot_table(pilot: pd.DataFrame, means: pd.DataFrame, chosen: Mapping[str, f
     failed = int((pilot.status != "done").sum())
     note = (
         f"Mean validation accuracy in %, seeds {joined(str(seed) for seed in sorted(pilot.seed.unique()))}; bold: the "
-        f"chosen rate. {len(pilot)} runs, {failed or 'none'} failed. Chosen at an end of what was tried: "
+        f"chosen rate. {len(pilot)} runs, {failed or 'none'} failed. Best at an end of the grid: "
         f"{joined(at_an_end) or 'none'}."
     )
     return f"{table(dict.fromkeys(means.method), columns)}\n\n{note}"

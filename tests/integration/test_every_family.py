@@ -107,7 +107,7 @@ def test_peft_loads_an_export_over_the_plain_model_and_so_do_we(run_of, model, t
     plain.load_state_dict(start.model.state_dict())
     past = [one for one in plain.modules() if getattr(one, "q_bias", None) is not None]
     assert any("qkv_bias_separate" in str(one.message) for one in caught) == bool(past)
-    for attention in past:  # docs/explanation/methods.md: timm would go past PEFT's layer
+    for attention in past:  # docs/reference/backbones.md: timm would go past PEFT's layer
         attention.qkv_bias_separate = True
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
     expected = logits(restore_run(run_dir).model)

@@ -1,4 +1,4 @@
-"""README, studies.md and their figures say what results/ holds, and the study ran with what its pilots chose."""
+"""README, docs/findings/ and its figures say what results/ holds, and the study ran with what its pilots chose."""
 
 from __future__ import annotations
 
@@ -40,18 +40,22 @@ def blocks() -> dict[str, str]:
     return study_evidence.blocks()
 
 
-@pytest.mark.parametrize("document", [study_evidence.README, study_evidence.FINDINGS], ids=lambda file: file.name)
+DOCUMENTS = (study_evidence.README, study_evidence.FINDINGS, study_evidence.EVERY_TEST)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
 def test_documents_say_what_results_hold(document: Path, blocks: dict[str, str]) -> None:
     text = document.read_text()
     assert evidence.filled(text, blocks) == text, "run experiments/scripts/study_evidence.py"
-    in_readme = {"study_elpv_table", "study_elsewhere", "study_elpv_published_table"}
-    assert {name for name in blocks if f"<!-- {name} -->" in text} == (
-        in_readme if document == study_evidence.README else blocks.keys() - {"study_elsewhere"}
-    )
+
+
+def test_every_generated_part_is_in_a_document(blocks: dict[str, str]) -> None:
+    texts = [document.read_text() for document in DOCUMENTS]
+    assert [name for name in blocks if not any(f"<!-- {name} -->" in text for text in texts)] == []
 
 
 def test_a_changed_number_in_a_document_is_noticed(blocks: dict[str, str]) -> None:
-    text = study_evidence.README.read_text()
+    text = study_evidence.FINDINGS.read_text()
     before, mark, after = text.partition("<!-- study_elpv_table -->")
     number = next(character for character in after if character.isdigit() and character != "9")
     changed = before + mark + after.replace(number, "9", 1)
@@ -59,7 +63,7 @@ def test_a_changed_number_in_a_document_is_noticed(blocks: dict[str, str]) -> No
 
 
 def test_a_mark_that_is_not_closed_is_refused(blocks: dict[str, str]) -> None:
-    text = study_evidence.README.read_text().replace("<!-- /study_elpv_table -->", "")
+    text = study_evidence.FINDINGS.read_text().replace("<!-- /study_elpv_table -->", "")
     with pytest.raises(ValueError, match="study_elpv_table is opened, but not closed"):
         evidence.filled(text, blocks)
 
@@ -193,35 +197,35 @@ def test_the_main_table_names_what_loses_and_what_takes_more(analysis: Analysis)
     fixed = {run.seed: run.test.accuracy for run in analysis.study.of("lora_r8")}
     mean = 100 * np.mean([by_seed[seed] - fixed[seed] for seed in by_seed])
     assert f"| \u2212{-mean:.1f} [" in row
-    assert row.count("worse") == 2  # it differs, and by more than a point
+    assert row.count("worse") == 2  # below zero, and by more than a point
     assert words.startswith("Less accurate than LoRA r=8 (Holm over 4): linear probe, LoRA r=1, QA-LoRA nf4. More acc")
     assert "Shown to lose more: LoRA r=1, QA-LoRA nf4." in words
-    own_family = r"\(Holm over 2\) .*: that LoRA r=8 is more accurate than linear probe, supported, \+.*; than full "
-    assert re.search(own_family + "fine-tuning, not decided", words)
-    assert re.search(r"loses: QA-LoRA nf4 against LoRA r=8 \u2212\d[^;]*\.", words), "LoRA r=1 is not of this project"
+    own_family = r"\(Holm over 2\): LoRA r=8 is more accurate than linear probe: supported, \+.*; than full "
+    assert re.search(own_family + "fine-tuning: not decided", words)
+    assert re.search(r"that lose: QA-LoRA nf4 against LoRA r=8 \u2212\d[^;]*\.", words), "LoRA r=1 is not ours"
     assert words.endswith("A lower mean, decided or not, than full fine-tuning: LoRA r=1, QA-LoRA nf4.")
     assert study_tables.price(analysis) == (
-        "More than a quarter above the time that LoRA r=8 takes, in means: one image (20 ms): QA-LoRA nf4 (30); a "
-        "training step (0.70 s): none."
+        "Slower than LoRA r=8 by more than a quarter, in means: one image (20 ms): QA-LoRA nf4 (30); a training step "
+        "(0.70 s): none."
     )
 
 
 @pytest.mark.parametrize(
     ("method", "in_all", "said"),
     [
-        ("linear_probe", "not decided", "not decided; as a registered sentence (Holm over 2): **worse**"),
+        ("linear_probe", "not decided", "not decided; as a registered hypothesis (Holm over 2): **worse**"),
         ("linear_probe", "refuted", "**worse**"),
-        ("lora_r1", "not decided", "not decided; as a registered sentence (Holm over 2): **worse**"),
-        ("full_finetuning", "supported", "better; as a registered sentence (Holm over 2): not decided"),
+        ("lora_r1", "not decided", "not decided; as a registered hypothesis (Holm over 2): **worse**"),
+        ("full_finetuning", "supported", "better; as a registered hypothesis (Holm over 2): not decided"),
     ],
 )
-def test_the_row_says_where_a_registered_sentence_is_decided_otherwise(analysis, method, in_all, said) -> None:
+def test_the_row_says_where_a_registered_hypothesis_is_decided_otherwise(analysis, method, in_all, said) -> None:
     comparisons = tuple(
         replace(one, verdict=in_all) if (one.name, one.reference) == (method, "lora_r8") else one
         for one in analysis.comparisons
     )
     table = study_tables.main_table(replace(analysis, comparisons=comparisons)).splitlines()
-    assert "| differs? (Holm over 4) | within a point? (Holm over 2) |" in table[0]
+    assert "| better or worse? (Holm over 4) | non-inferior by a point? (Holm over 2) |" in table[0]
     (row,) = (line for line in table if line.startswith(f"| {study_tables.titled(method)} |"))
     assert row.split(" | ")[3] == said
 

@@ -36,7 +36,7 @@ else:
 class StartingRanksConfig(Frozen):
     """A budget of ranks, below one a site if need be, and the rule by which sites get them."""
 
-    rule: StartingRule = Field(description="see docs/explanation/methods.md")
+    rule: StartingRule = Field(description="see docs/explanation/adaptive_ranks.md")
     budget: int = Field(ge=1, description="over all sites, in the unit")
     unit: BudgetUnit = "ranks"
     maximum_rank: int | None = Field(default=None, ge=1, description="of a site, for rules that score")

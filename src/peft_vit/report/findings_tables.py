@@ -13,10 +13,10 @@ from peft_vit.report.rows import print_with_rows
 from peft_vit.report.tables import OVER_SEEDS, cell
 
 _HOW = (
-    "Each sentence is worded so that a positive estimate speaks for it, whatever comes out. Registered: it stood "
-    "written down, as it does now, before every run that was used began; exploratory: it did not, or changed since. "
-    "'Not decided' means that these runs can't tell; it does not mean that there is no difference. Tests are at 5 %, "
-    f"with Holm's correction over all tests of one family. {OVER_SEEDS} Pairs share seed, weights, images and split."
+    "Each hypothesis is worded so that a positive estimate supports it. Registered: it was written down, as it is now, "
+    "before every run that it uses began. Exploratory: it was not, or it changed since. 'Not decided' means that these "
+    "runs cannot tell, not that there is no difference. Tests are at 5 %, with Holm's correction over all tests of one "
+    f"family. {OVER_SEEDS} Pairs share seed, weights, images and split."
 )
 
 
@@ -82,10 +82,9 @@ def _details(concluded: Sequence[Conclusion]) -> Table:
 def _without_data(concluded: Sequence[Conclusion]) -> Table:
     return Table.of(
         "without_data",
-        "Sentences that these records say nothing about",
+        "Hypotheses without data in these records",
         ({**_sentence(c), "why": cell("reason", _reasons(c))} for c in concluded),
-        "Most are about other experiments than this study has; docs/findings/hypotheses.md says which records each "
-        "needs.",
+        "Most are about experiments that this study does not have. docs/findings/hypotheses.md says what each needs.",
         folded=True,
     )
 
