@@ -8,7 +8,7 @@ STAMP := $(VENV)/.setup-done
 DEMO := experiments/outputs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup demo smoke test test-all test-gpu test-avx2 torture bench wheel check sizes format clean
+.PHONY: help setup demo smoke test test-all test-gpu test-avx2 torture bench wheel docs site check sizes format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -67,11 +67,18 @@ bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour
 wheel: ## build the wheel, install it away from here with each Python found, run a smoke study and its report
 	.ci/wheel $(PYTHONS)
 
-check: setup ## lint, formatting, types, import rules, sizes; changes nothing
+docs: setup ## serve the documentation at http://127.0.0.1:8000, and follow changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+site: setup ## build the documentation into build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: setup ## lint, formatting, types, import rules, the documentation's links, sizes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory site
 	@$(MAKE) --no-print-directory sizes
 
 sizes: ## count lines of Python by package; nothing is asked of the numbers

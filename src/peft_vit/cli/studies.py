@@ -188,8 +188,10 @@ def train(
         Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where the device computes in it, else fp32")
     ] = "auto",
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if there is one")] = "auto",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    threads: Annotated[int, typer.Option(min=1)] = 2,
+    seed: Annotated[
+        int, typer.Option(min=0, help="of what training draws: the start, batches, and with --shots the images")
+    ] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="of PyTorch")] = 2,
     output: Annotated[Path, typer.Option(help="where the record and the adapter go")] = Path("peft-vit-runs"),
     smoke: Smoke = False,
 ) -> None:
@@ -197,6 +199,7 @@ def train(
 
     The head starts as the linear probe of the frozen backbone. Training goes on for as long as validation gains, within
     the minutes; what it returns is never below the probe on validation. An adapter to go on from brings its own head.
+    Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
     """
     from peft_vit.studies.commands import run_on_own_images
     from peft_vit.studies.own_images import OwnImages

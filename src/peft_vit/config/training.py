@@ -38,15 +38,15 @@ def _size(value: Any) -> Any:
 class TrainingConfig(Frozen):
     """How long and how fast. Set for the study, overridden per experiment."""
 
-    epochs: int | None = Field(default=None, ge=1, le=100_000)
+    epochs: int | None = Field(default=None, ge=1, le=100_000, description="passes over the training images, at most")
     steps: int | None = Field(default=None, ge=1, le=10_000_000, description="in place of epochs: the most steps")
-    validate_every: int | None = Field(default=None, ge=1, description="steps between validations; default an epoch")
+    validate_every: int | None = Field(default=None, ge=1, description="steps between validations; default: an epoch")
     patience: int | None = Field(
         default=None,
         ge=1,
         description="validations in a row without a gain, after which the learning rate comes down and training ends",
     )
-    batch_size: int = Field(default=32, ge=1, le=65_536)
+    batch_size: int = Field(default=32, ge=1, le=65_536, description="images a step")
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
@@ -55,32 +55,38 @@ class TrainingConfig(Frozen):
     activation_checkpointing: ActivationCheckpointing = Field(
         default="none",
         description="blocks: each block is computed again in the backward pass, not kept; adaptive: as many as "
-        "memory_limit needs; left out with one, it is adaptive",
+        "memory_limit needs, which is the default where there is one",
     )
     recomputed_blocks: int | None = Field(
         default=None,
         ge=0,
-        description="of adaptive: how many blocks, from the first on; left out: chosen when the study is planned",
+        description="for adaptive: how many blocks, from the first on; default: chosen when the study is planned",
     )
     memory_limit: Annotated[str, BeforeValidator(_size)] | None = Field(
         default=None,
-        description="of the resident memory of a training process, as in 1GB; micro_batch_size and recomputed_blocks, "
+        description="on the resident memory of a training process, as in 1GB; micro_batch_size and recomputed_blocks, "
         "unless given, are the fastest that keep within",
     )
     activation_storage: Literal["exact", "8bit"] = Field(
         default="exact",
         description="8bit: what attention and activation functions keep for the backward pass; gradients get noise",
     )
-    learning_rate: float | None = Field(default=None, gt=0, description="needed by all but probes")
-    weight_decay: float = Field(default=0.01, ge=0)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    schedule: Literal["one_cycle", "constant", "warmup_stable_decay"] = "one_cycle"
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="required by all methods but linear probes; a list makes an experiment of each rate",
+    )
+    weight_decay: float = Field(default=0.01, ge=0, description="of the optimizer, on all that is trained")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="sgd has momentum 0.9")
+    schedule: Literal["one_cycle", "constant", "warmup_stable_decay"] = Field(
+        default="one_cycle", description="course of the learning rate over the steps"
+    )
     warmup_share: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="of the steps, in which the learning rate rises; default 0.3 of one_cycle, 20 steps or a tenth of "
-        "warmup_stable_decay",
+        description="share of the steps in which the learning rate rises; default: 0.3 for one_cycle, 20 steps or a "
+        "tenth of all for warmup_stable_decay",
     )
     layer_decay: float | None = Field(
         default=None,
@@ -100,7 +106,7 @@ class TrainingConfig(Frozen):
         description="probe: the head starts as the linear probe of the frozen backbone (arXiv 2202.10054)",
     )
     probe_l2: float | None = Field(
-        default=None, gt=0, description="strength of the probe's penalty; left out: validation chooses among nine"
+        default=None, gt=0, description="strength of the probe's penalty; default: validation chooses among nine"
     )
 
     @model_validator(mode="after")

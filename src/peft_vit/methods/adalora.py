@@ -61,21 +61,25 @@ class AdaLoraConfig(AdapterConfig):
     total_mac_budget: int | None = Field(
         default=None, ge=1, description="multiply-accumulates of the adapters' own products, forward, for one image"
     )
-    allocation_strategy: Strategy
-    importance_metric: Metric
+    allocation_strategy: Strategy = Field(description="how scores become ranks")
+    importance_metric: Metric = Field(description="what scores a rank, or a site")
     update_frequency: int = Field(ge=1, description="steps between reallocations")
     warmup_steps: int = Field(ge=1, description="steps before the first reallocation")
     final_steps: int | None = Field(default=None, ge=0, description="last steps with frozen ranks; default a quarter")
-    budget_schedule: Literal["cubic", "constant"] = "cubic"
+    budget_schedule: Literal["cubic", "constant"] = Field(
+        default="cubic", description="cubic: the budget comes down from initial_budget to the total"
+    )
     initial_budget: int | None = Field(
         default=None,
         ge=1,
         description="budget during warm-up under cubic, in the unit of the total; default 1.5 x total, at least one "
         "rank a site",
     )
-    minimum_rank: int = Field(default=0, ge=0, le=65_536)
+    minimum_rank: int = Field(default=0, ge=0, le=65_536, description="of a site; 0: it may lose its update")
     maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
-    parametrization: Literal["product", "svd"] = "product"
+    parametrization: Literal["product", "svd"] = Field(
+        default="product", description="of an update: B A as in LoRA, or P diag(lambda) Q as in AdaLoRA"
+    )
     factor_start: Literal["normal", "orthonormal"] = Field(
         default="normal", description="svd form: factors from N(0, 0.02^2) as published, or orthonormal ones"
     )

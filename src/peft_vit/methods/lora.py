@@ -26,7 +26,7 @@ DEFAULT_RANK = 8  # of `peft-vit train`
 class LoraConfig(AdapterConfig):
     """LoRA (arXiv 2106.09685) at one rank, at ranks that a rule chooses, or going on from an adapter of PEFT."""
 
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, description="of every update")
     start: str | None = Field(
         default=None, min_length=1, description="in place of rank: folder of a PEFT LoRA adapter to go on from"
     )

@@ -31,7 +31,7 @@ _FEWEST_STEPS = 12  # for which `train` takes AdaLoRA
 class PeftLoraConfig(AdapterConfig):
     """LoRA by the PEFT library; one rank for a fused query, key and value."""
 
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, description="of every update")
 
 
 class PeftAdaLoraConfig(AdapterConfig):

@@ -35,11 +35,13 @@ class AdaptiveBitsConfig(Frozen):
         default=None, ge=1, description="bytes of the packed weights; with ranks: true, of the float32 adapters too"
     )
     ranks: bool = Field(default=False, description="choose each site's rank under the same bytes; in place of rank")
-    types: tuple[QuantizationType, ...] = Field(default=("int2", "int4", "int8"), min_length=2)
+    types: tuple[QuantizationType, ...] = Field(
+        default=("int2", "int4", "int8"), min_length=2, description="that a layer may get"
+    )
     sensitivity: Literal["fisher", "loss"] = Field(
         default="fisher",
         description="fisher: squared error weighted with the Fisher's diagonal, one backward pass; loss: rise of the "
-        "loss, a forward pass for each type of each layer. See allocation.bit_sensitivity",
+        "loss, a forward pass for each type of each layer",
     )
     calibration_images: int = Field(default=64, ge=1, description="training images to measure on")
 
@@ -59,22 +61,32 @@ class AdaptiveBitsConfig(Frozen):
 class QaLoraConfig(AdapterConfig):
     """Quantization-aware LoRA (arXiv 2309.14717), NF4/FP4 codebooks (arXiv 2305.14314), and a schedule."""
 
-    quantization_bits: Literal[2, 4, 8] | None = Field(default=None, description="of one code; not with adaptive_bits")
-    quantization_type: QuantizationType | None = Field(default=None, description="not with adaptive_bits")
-    quantization_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    quantization_bits: Literal[2, 4, 8] | None = Field(
+        default=None, description="bits of a code; not with adaptive_bits"
+    )
+    quantization_type: QuantizationType | None = Field(
+        default=None, description="number format of the codes; not with adaptive_bits"
+    )
+    quantization_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="how float weights give way to quantized ones; constant: they are quantized from the start",
+    )
     gradient_scaling_factor: float = Field(default=1.0, gt=0, description="factor on the adapters' gradients")
     gradient_scaling: Literal["constant", "adaptive"] = Field(
         default="constant",
         description="adaptive: each layer's factor in proportion to its relative quantization error, mean factor kept",
     )
-    use_group_quantization: bool
+    use_group_quantization: bool = Field(
+        description="true: scales for groups of inputs, and an adapter that merges exactly (QA-LoRA); false: one "
+        "scale for each output and a plain adapter (QLoRA)"
+    )
     group_size: int = Field(default=32, ge=2, description="inputs that share a scale; with use_group_quantization")
     quantization_offset: bool | None = Field(
-        default=None, description="store an offset beside each scale while training; default: with groups"
+        default=None, description="store an offset beside each scale while training; default: where there are groups"
     )
     scale_precision: Literal["fp16", "fp32"] = Field(default="fp16", description="of scales and offsets")
     rank: int | None = Field(
-        default=None, ge=1, description="default 8; not where an adalora section or adaptive_bits decides ranks"
+        default=None, ge=1, description="default 8; not where the section adalora or adaptive_bits decides ranks"
     )
     quantization_warmup_steps: int = Field(default=0, ge=0, description="steps before the float weights start to go")
     quantization_end_step: int | None = Field(

@@ -36,9 +36,9 @@ else:
 class StartingRanksConfig(Frozen):
     """A budget of ranks, below one a site if need be, and the rule by which sites get them."""
 
-    rule: StartingRule = Field(description="see docs/explanation/adaptive_ranks.md")
+    rule: StartingRule = Field(description="how sites share the budget")
     budget: int = Field(ge=1, description="over all sites, in the unit")
-    unit: BudgetUnit = "ranks"
+    unit: BudgetUnit = Field(default="ranks", description="what the budget counts")
     maximum_rank: int | None = Field(default=None, ge=1, description="of a site, for rules that score")
     site_rank: int = Field(default=1, ge=1, description="that random, first_blocks, last_blocks give to a site")
     calibration_images: int = Field(default=64, ge=1, description="training images that inputs or gradients are of")
