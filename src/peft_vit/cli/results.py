@@ -163,7 +163,7 @@ def compare(
         typer.Option(help="experiment to compare with; default: the LoRA, or the linear probe, of every study"),
     ] = None,
     allow_mismatch: Annotated[
-        str, typer.Option(help="pool although these differ, as in versions,timings; see docs/how_to/read_results.md")
+        str, typer.Option(help="pool although these differ, as in versions,timings; see docs/how_to/compare_studies.md")
     ] = "",
     output: Annotated[
         Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)

@@ -1,4 +1,4 @@
-"""A model without adapters in one safetensors file; quantized layers stay packed (docs/how_to/deploy.md)."""
+"""A model without adapters in one safetensors file; quantized layers stay packed (docs/reference/exported_files.md)."""
 
 from __future__ import annotations
 
