@@ -108,7 +108,7 @@ def main() -> None:
         write([result for result in read() if result.promise != arguments.forget])
     before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    write_atomically(DOCUMENT, f"{before}{BEGIN}\n{table(read())}\n{END}{after}".encode())
+    write_atomically(DOCUMENT, f"{before}{BEGIN}\n\n{table(read())}\n\n{END}{after}".encode())
     failed = [result for result in read() if result.passed < result.trials]
     for result in failed:
         print(f"{result.promise}, {result.kind}: {result.passed} of {result.trials}", *result.faults, sep="\n")
