@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -13,12 +17,53 @@ from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.formatting import counted, percent
 from peft_vit.report.hover import HoverPoints
 from peft_vit.report.reliability import Line, draw_reliability
-from peft_vit.report.style import METHOD_COLORS, PAPER, SEQUENTIAL, draw
+from peft_vit.report.style import METHOD_COLORS, PAPER, SEQUENTIAL, STYLE, draw
 from peft_vit.tuning.sealed import Believed
 
 MOST_CLASSES = 40  # of a confusion matrix that can be read
 _ON_BRIGHT, _ON_DARK = "#101010", "#fefefe"  # the same in every theme, as the cells are
 _NUMBERED = 20  # classes up to which cells hold their numbers
+_LABEL_COLUMNS = 24  # of a class's name beside an axis
+
+
+def shortened(name: str, columns: int = _LABEL_COLUMNS) -> str:
+    """Return a name's beginning and end, if it takes more columns; a wide letter, as in Chinese, takes two."""
+    if _columns(name) <= columns:
+        return name
+    begin, end = name[: columns // 2], name[1 - columns // 2 :]
+    while _columns(begin) > columns // 2:
+        begin = begin[:-1]
+    while _columns(end) > columns // 2 - 1:
+        end = end[1:]
+    return f"{begin}…{end}"
+
+
+def _columns(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def fonts_for(texts: Iterable[str]) -> tuple[list[str], str]:
+    """Return families of installed fonts that have the letters of some texts, and the letters that none has."""
+    families = list(STYLE["font.sans-serif"])
+    missing = _without_glyph(font_manager.findfont(families[0]), set("".join(texts)))
+    others = [
+        font
+        for font in font_manager.fontManager.ttflist
+        if (font.style, font.weight) == ("normal", 400) and not font.name.startswith("Last Resort")  # has boxes alone
+    ]
+    while missing:
+        left = {font.name: _without_glyph(font.fname, missing) for font in others}
+        best = min(left, key=lambda name: (len(left[name]), name), default="")
+        if not best or left[best] == missing:
+            break
+        families.append(best)
+        missing = left[best]
+    return families, "".join(sorted(missing))
+
+
+def _without_glyph(font_file: str, letters: set[str]) -> set[str]:
+    font = font_manager.get_font(font_file)
+    return {letter for letter in letters if not font.get_char_index(ord(letter))}
 
 
 def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Drawing | None:
@@ -32,6 +77,9 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
     if size > MOST_CLASSES:
         return None
     totals = confusion.sum(1, keepdims=True)
+    labels = [shortened(name) for name in names]
+    families, missing = fonts_for(labels)
+    text: dict[str, Any] = {"fontfamily": families, "parse_math": False}
     shares = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
 
     def paint(figure: Figure) -> HoverPoints:
@@ -50,8 +98,8 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
                 axes.text(column + 0.5, row + 0.5, str(confusion[row, column]), ha="center", va="center", color=color)
         axes.set_ylim(size, 0)
         axes.set_aspect("equal")
-        axes.set_xticks(np.arange(size) + 0.5, names, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(np.arange(size) + 0.5, names)
+        axes.set_xticks(np.arange(size) + 0.5, labels, rotation=45, ha="right", rotation_mode="anchor", **text)
+        axes.set_yticks(np.arange(size) + 0.5, labels, **text)
         axes.set_xlabel("taken for")
         axes.set_ylabel("true class")
         axes.tick_params(length=0)
@@ -68,7 +116,21 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
         f"{counted(int(confusion.sum()), 'sealed image')}. Color: the share of a class's images, from 0 (dark) to all "
         "(bright). The diagonal is what is right."
     )
-    return draw("confusion", "What was taken for what", caption, min(7.0, 2.2 + 0.3 * size), paint, data)
+    if labels != list(names):
+        caption += " Long names are shortened; the table above has them whole, in the same order."
+    if missing:
+        caption += f" {no_font(missing)}"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # said once, in the caption
+        return draw("confusion", "What was taken for what", caption, min(7.0, 2.2 + 0.3 * size), paint, data)
+
+
+def no_font(letters: str) -> str:
+    """Return what to say of letters that no installed font has."""
+    return (
+        f"No font on this machine has {letters}: picture files of the figure show boxes for them, and tables have the "
+        "names; an installed font with these letters, as of Noto, mends it."
+    )
 
 
 def believed_figure(sealed: Believed, folds: Believed, temperature: float) -> Drawing:

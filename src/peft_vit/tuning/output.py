@@ -18,6 +18,7 @@ from peft_vit.safe_io import read_bytes
 from peft_vit.studies.ledger import write_whole
 from peft_vit.tuning.blocks import Told
 from peft_vit.tuning.card import write_card
+from peft_vit.tuning.figures import fonts_for, no_font
 from peft_vit.tuning.forms import export_fastest
 from peft_vit.tuning.page import tuning_document
 from peft_vit.tuning.request import TuneRequest
@@ -122,6 +123,8 @@ def _leave(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Left
     write_whole(left.config, configuration(choice, chosen).encode())
     write_whole(left.card, write_card(told, document, _figure_path).encode())
     write_whole(left.report, write_html([document]).encode())
+    if missing := fonts_for(chosen.class_names)[1]:
+        tell(f"  {no_font(missing)}")
     for sentence in exports.missed:
         tell(f"  {sentence}")
     for path in (left.model, left.adapter, left.config, left.card, left.report):

@@ -1,0 +1,57 @@
+"""Figures of a tuning: names of classes in any letters and of any length."""
+
+import warnings
+
+import numpy as np
+import pytest
+from matplotlib import font_manager
+
+from peft_vit.tuning.figures import confusion_figure, fonts_for, shortened
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cracked", "cracked"),
+        ("a" * 24, "a" * 24),
+        ("a" * 40 + "b" * 40, "a" * 12 + "…" + "b" * 11),
+        ("猫" * 30 + "b" * 3, "猫" * 6 + "…" + "猫" * 4 + "b" * 3),
+    ],
+)
+def test_long_names_keep_their_beginning_and_their_end(name: str, expected: str) -> None:
+    assert shortened(name) == expected
+
+
+def test_letters_that_no_font_has_are_told_once_and_warn_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = font_manager.fontManager
+    monkeypatch.setattr(manager, "ttflist", [font for font in manager.ttflist if font.name.startswith("DejaVu")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = confusion_figure(np.eye(2, dtype=np.int64), ["猫", "hond"])
+    assert drawn is not None
+    assert "No font on this machine has 猫: " in drawn.caption
+    assert "猫" in drawn.svg  # a browser has a font for it
+
+
+def test_an_installed_font_with_the_letters_is_taken() -> None:
+    base = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    found = next(
+        (font.name, chr(code))
+        for font in font_manager.fontManager.ttflist
+        if (font.style, font.weight) == ("normal", 400) and font.name.startswith("STIX")
+        for code in font_manager.get_font(font.fname).get_charmap()
+        if not base.get_char_index(code)
+    )
+    families, missing = fonts_for([found[1], "plain"])
+    assert missing == ""
+    assert families[0] == "DejaVu Sans"
+    assert len(families) == 2
+
+
+def test_a_long_name_leaves_room_for_the_matrix() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns where nothing is left of the axes
+        drawn = confusion_figure(np.eye(3, dtype=np.int64), ["a" * 200, "$b^$", "c"])
+    assert drawn is not None
+    assert "Long names are shortened" in drawn.caption
+    assert drawn.data[0]["class"] == "a" * 200
