@@ -161,7 +161,7 @@ def sentences(runs: pd.DataFrame) -> str:
         *_size_rows(runs, "4 bits are 8x smaller", "nf4", 4),
         *_size_rows(runs, "8 bits are 4x smaller", "int8", 8),
     ]
-    titles = ("sentence", "comparison", "estimate [95 %]", "n", "p (Holm)", "verdict")
+    titles = ("claim", "comparison", "estimate [95 %]", "n", "p (Holm)", "verdict")
     return table(rows, {title: itemgetter(place) for place, title in enumerate(titles)}, left=2)
 
 

@@ -90,7 +90,7 @@ def findings(
         Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
     ] = None,
 ) -> None:
-    """Say of each sentence in the hypothesis registry whether these records support or refute it, or do not decide.
+    """Say of each hypothesis in the registry whether these records support or refute it, or do not decide.
 
     Exit codes: 0 done, 1 done, but a file that may be a result was left out and is named, 2 bad input.
     """

@@ -56,7 +56,7 @@ class AdaLoraConfig(AdapterConfig):
     """
 
     total_rank_budget: int | None = Field(default=None, ge=1, description="ranks over all sites")
-    total_parameter_budget: int | None = Field(default=None, ge=1, description="trained values, head not counted")
+    total_parameter_budget: int | None = Field(default=None, ge=1, description="trainable parameters, head not counted")
     total_byte_budget: int | None = Field(default=None, ge=1, description="bytes of these values in float32")
     total_mac_budget: int | None = Field(
         default=None, ge=1, description="multiply-accumulates of the adapters' own products, forward, for one image"
