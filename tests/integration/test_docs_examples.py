@@ -86,7 +86,7 @@ def unknown_options(line: str) -> list[str]:
         return []
     if words[0] not in COMMANDS:
         return [words[0]]
-    known = {one for parameter in COMMANDS[words[0]].params for one in (*parameter.opts, *parameter.secondary_opts)}
+    known = {one for found in COMMANDS[words[0]].params for one in (*found.opts, *found.secondary_opts)} | {"--help"}
     return [word for word in words if word.startswith("--") and word.split("=")[0] not in known]
 
 
@@ -94,6 +94,7 @@ def unknown_options(line: str) -> list[str]:
 def test_commands_and_their_options_exist(document: str) -> None:
     lines = [line for block in blocks_of(document, "") for line in block.splitlines()]
     calls = [line for line in lines if line.removeprefix(".venv/bin/").startswith("peft-vit ")]
+    calls += re.findall(r"`(peft-vit [^`]+)`", text_of(document))
     assert {line: found for line in calls if (found := unknown_options(line))} == {}
 
 
