@@ -72,7 +72,7 @@ class Study:
     # runs that have no record that counts: planned ones, or where no study.json tells what was planned, pairs of an
     # experiment and a seed that occurs elsewhere
     unfinished: tuple[UnfinishedRun, ...]
-    notices: tuple[str, ...]  # sentences that stand above every number
+    notices: tuple[str, ...]  # sentences: what to know before believing a number
     plan: Plan  # what is known beside the records
 
     @property
@@ -90,6 +90,11 @@ class Study:
     def label(self) -> str:
         """Return the name, with the mark of a smoke study."""
         return f"{self.name} (smoke)" if self.smoke else self.name
+
+    @property
+    def disclaimer(self) -> str:
+        """Return why no number here says anything about a method; empty if they do. It is one of the notices."""
+        return _disclaimer(self.smoke, self.runs)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -185,23 +190,28 @@ def why_unfinished(record: RunRecord) -> str:
     return record.error or "no error was recorded"
 
 
-def _notices(smoke: bool, runs: tuple[Run, ...], failed: tuple[RunRecord, ...]) -> list[str]:
-    notices = []
+def _disclaimer(smoke: bool, runs: tuple[Run, ...]) -> str:
     if smoke:
-        notices.append(
+        return (
             "Smoke runs: random weights, synthetic images and a compressed schedule. They show that the code "
             "runs. No number here says anything about a method."
         )
-    elif any(run.provenance.random_weights for run in runs):
-        names = sorted({run.experiment.name for run in runs if run.provenance.random_weights})
-        notices.append(
-            f"Random weights: the backbone of {', '.join(names)} was not pretrained. "
-            "Nothing here carries over to fine-tuning a pretrained model."
-        )
+    names = sorted({run.experiment.name for run in runs if run.provenance.random_weights})
+    if not names:
+        return ""
+    return (
+        f"Random weights: the backbone of {', '.join(names)} was not pretrained. "
+        "Nothing here carries over to fine-tuning a pretrained model."
+    )
+
+
+def _notices(smoke: bool, runs: tuple[Run, ...], failed: tuple[RunRecord, ...]) -> list[str]:
+    disclaimer = _disclaimer(smoke, runs)
     reasons: dict[str, list[RunRecord]] = {}
     for record in failed:
         reasons.setdefault(why_unfinished(record), []).append(record)
-    return notices + [f"Failed: {_runs(records)}: {reason}" for reason, records in reasons.items()]
+    own = [f"Failed: {_runs(records)}: {reason}" for reason, records in reasons.items()]
+    return [disclaimer, *own] if disclaimer else own
 
 
 def _of_seeds(name: str, plan: Plan) -> list[str]:

@@ -186,7 +186,7 @@ class StudyDocument:
 
     label: str  # the study's name as shown
     slug: str  # the name in files and anchors
-    notices: tuple[str, ...]  # what stands above every number
+    notices: tuple[str, ...]  # what to know before believing a number
     facts: tuple[tuple[str, str], ...]  # what was asked, key and value
     cards: tuple[Card, ...]  # the best experiment of each method, chosen on validation; or see `cards_title`
     came_out: tuple[str, ...]  # sentences
@@ -198,6 +198,12 @@ class StudyDocument:
     cards_title: str = "Best of each method: chosen on validation, shown with its mean accuracy on test"
     order: tuple[str, ...] = PAGE_ORDER  # of the sections on a page
     main_facts: tuple[str, ...] = MAIN_FACTS
+    disclaimer: str = ""  # the notice that stands above every number; the page tells the others below the answer
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return the notices but the disclaimer."""
+        return tuple(notice for notice in self.notices if notice != self.disclaimer)
 
     def drawings(self) -> tuple[Drawing, ...]:
         """Return all figures, in order."""

@@ -86,6 +86,7 @@ def _document(
         sections=dict(zip(SECTION_TITLES, contents, strict=True)),
         not_shown=summary.not_shown(study),
         runs=summary.run_details(study),
+        disclaimer=plain(study.disclaimer),
     )
 
 

@@ -64,6 +64,7 @@ def tuning_document(told: Told, pictures: Pictures | None) -> StudyDocument:
         cards_title="The chosen model at a glance",
         order=_ORDER,
         main_facts=_FACTS,
+        disclaimer=_disclaimer(told),
     )
 
 
@@ -74,8 +75,14 @@ def _notices(told: Told) -> Iterator[str]:
         why = "comparisons have ended without an answer" if in_time else "time ended before a comparison did"
         yield f"NOT DECIDED: {why}. The chosen model is the best guess so far."
     yield from told.exports.missed
-    if told.chosen.provenance is not None and told.chosen.provenance.random_weights:
-        yield "The backbone's weights are random: no number here says what a pretrained one would reach."
+    if disclaimer := _disclaimer(told):
+        yield disclaimer
+
+
+def _disclaimer(told: Told) -> str:
+    if told.chosen.provenance is None or not told.chosen.provenance.random_weights:
+        return ""
+    return "The backbone's weights are random: no number here says what a pretrained one would reach."
 
 
 def _facts(told: Told) -> Iterator[tuple[str, str]]:

@@ -133,11 +133,19 @@ def test_the_rest_is_the_same_without_the_page(tmp_path: Path) -> None:
     assert report == analysis
 
 
-def test_settings_without_effect_stand_above_the_numbers(tmp_path: Path) -> None:
+def test_warnings_are_counted_above_the_answer_and_told_below_it(tmp_path: Path) -> None:
     warned = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, changes={"warnings": ["top_k takes every site"]})
     files = build_report(planted.write(tmp_path / "results", [warned]), tmp_path / "report")
-    for text in (files.markdown.read_text(), files.html.read_text()):
-        assert text.index("Warning: top") < text.index("70.0")
+    text, page = files.markdown.read_text(), files.html.read_text()
+    assert text.index("Warning: top") < text.index("70.0")
+    counted, answer = '<a href="#quickstart-warnings">1 warning</a>', "What came out"
+    assert page.index(counted) < page.index(answer) < page.index("Warning: top") < page.index("Method comparison</h2>")
+
+
+def test_a_page_without_warnings_counts_none(tmp_path: Path) -> None:
+    files = build_report(planted.write(tmp_path / "results", LINEAR_ONLY), tmp_path / "report")
+    assert files.html is not None
+    assert "Warnings</h3>" not in files.html.read_text()
 
 
 def test_missing_data_leaves_a_sentence_that_says_why(tmp_path: Path) -> None:
@@ -160,6 +168,7 @@ def test_smoke_and_real_studies_stand_apart_with_the_notice_above_the_numbers(tm
     assert markdown.count("### quickstart (smoke)") == len(SECTION_TITLES)
     article = page[page.index('id="quickstart_smoke"') :]
     assert article.index("Smoke runs: random weights") < article.index("50.0")
+    assert article.count("Smoke runs: random weights") == 1, "it is no warning beside"
 
 
 HOSTILE = '"><script>alert(1)</script>|`x`\x07 $y$ ../../../etc'
