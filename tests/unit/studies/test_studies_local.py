@@ -4,7 +4,9 @@ import errno
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -214,3 +216,15 @@ def test_no_module_is_taken_from_the_working_directory(tmp_path, monkeypatch) ->
     worker.process.join()
     assert not (tmp_path / "ran").exists()
     assert "PYTHONSAFEPATH" not in os.environ
+
+
+def test_the_script_that_starts_workers_is_not_run_by_them(tmp_path, monkeypatch) -> None:
+    script, main = tmp_path / "train.py", ModuleType("__main__")
+    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    worker = local._start_worker()
+    worker.pipe.close()
+    worker.process.join(timeout=60)
+    assert sys.modules["__main__"] is main
+    assert not (tmp_path / "ran").exists()

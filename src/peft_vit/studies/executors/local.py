@@ -18,6 +18,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 
 from peft_vit.errors import UserError
 from peft_vit.evaluation import peak_memory_of
@@ -218,7 +219,7 @@ def _start_worker() -> _Worker:
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
     try:
-        with _environment_of_workers():
+        with _environment_of_workers(), _without_the_script():
             process.start()
     except OSError:
         ours.close()
@@ -241,6 +242,20 @@ def _environment_of_workers() -> Iterator[None]:
             yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _without_the_script() -> Iterator[None]:
+    """Let no worker import the script that calls `peft_vit.train`: it would begin there anew.
+
+    A new process imports the main module of the one that starts it; scripts of others seldom guard against that.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _serve(pipe: Connection, parent: int) -> None:
