@@ -19,9 +19,9 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from evidence import RESULTS, ROOT, merge, run
+from evidence import RESULTS, ROOT, benchmark, merge, run
 from study_figures import write_figures
-from study_tables import DESCRIPTIVE, SHORT, pilot_table, study_blocks
+from study_tables import DESCRIPTIVE, KINDS, SHORT, pilot_table, readme_table, study_blocks
 
 from peft_vit.analysis import Analysis, Finding, analyze, load_studies
 from peft_vit.analysis.findings import ALL_STUDIES, all_findings
@@ -171,7 +171,10 @@ def blocks() -> dict[str, str]:
         if (file := RESULTS / f"{name}.csv").exists()
     }
     rates = {name: pilot_table(runs, rate_means(runs), chosen_rates(runs)) for name, runs in pilots.items()}
-    return study_blocks(analyses, over_all(analyses), pilots) | rates
+    own = (
+        {"readme_table": readme_table(analyses, benchmark("memory")["rows"])} if analyses.keys() >= KINDS.keys() else {}
+    )
+    return study_blocks(analyses, over_all(analyses), pilots) | rates | own
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from study_tables import DESCRIPTIVE, MAIN, MARGIN, REFERENCE
+from readme_figure import accuracy_and_bytes, for_both_pages
+from study_tables import DESCRIPTIVE, KINDS, MAIN, MARGIN, REFERENCE
 
 from peft_vit.analysis import Analysis
 from peft_vit.records import write_atomically
@@ -20,7 +22,7 @@ from peft_vit.report.heatmaps import rank_maps
 from peft_vit.report.scatter import accuracy_by_bytes
 
 _RANKED = ("adalora_best", "qa_adalora_nf4", "adalora_published")
-DIGEST = "Data-SHA256"  # a text in the PNG file
+DIGEST = "Data-SHA256"  # a text in the PNG file, a comment in the SVG file
 
 
 def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Drawing]]:
@@ -38,6 +40,8 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Drawing]]:
         yield f"{MAIN}_bytes.png", accuracy_by_bytes(elpv.methods)
         shown = [one for one in elpv.allocation if one.experiment.name in _RANKED]
         yield f"{MAIN}_ranks.png", rank_maps(shown)
+    if analyses.keys() >= KINDS.keys():
+        yield "accuracy_by_bytes.svg", accuracy_and_bytes(analyses)
 
 
 def digest(drawing: Drawing) -> str:
@@ -52,6 +56,9 @@ def _rounded(value: object) -> object:
 
 def recorded_digest(file: Path) -> str | None:
     """Return the digest of the numbers that a figure's file was drawn from; None if it has none."""
+    if file.suffix == ".svg":
+        found = re.search(rf"<!-- {DIGEST}: (\w+) -->", file.read_text(encoding="utf-8"))
+        return None if found is None else found[1]
     with Image.open(file, formats=("PNG",)) as image:  # noqa: TID251 - this format alone
         return dict(image.info).get(DIGEST)
 
@@ -62,9 +69,16 @@ def write_figures(analyses: Mapping[str, Analysis], folder: Path) -> None:
         file, own = folder / name, digest(drawing)
         if file.exists() and recorded_digest(file) == own:
             continue
-        info, content = PngInfo(), io.BytesIO()
-        info.add_text(DIGEST, own)
-        with Image.open(io.BytesIO(drawing.png), formats=("PNG",)) as image:  # noqa: TID251 - this format alone
-            image.save(content, format="png", pnginfo=info, optimize=True)
-        write_atomically(file, content.getvalue())
+        svg = file.suffix == ".svg"
+        write_atomically(
+            file, f"{for_both_pages(drawing.svg)}<!-- {DIGEST}: {own} -->\n".encode() if svg else _png(drawing, own)
+        )
         print(file)
+
+
+def _png(drawing: Drawing, own: str) -> bytes:
+    info, content = PngInfo(), io.BytesIO()
+    info.add_text(DIGEST, own)
+    with Image.open(io.BytesIO(drawing.png), formats=("PNG",)) as image:  # noqa: TID251 - this format alone
+        image.save(content, format="png", pnginfo=info, optimize=True)
+    return content.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
+from typing import Any
 
 import pandas as pd
 from evidence import table
@@ -18,10 +19,11 @@ from peft_vit.report.findings_tables import estimate_of
 from peft_vit.report.formatting import count, fixed, joined, percent, percent_interval, points_interval
 from peft_vit.report.markdown import escaped
 from peft_vit.report.recommended import recommendation_blocks
+from peft_vit.statistics import Interval
 
 REFERENCE = "lora_r8"
 MARGIN = 0.01  # a share: the margin of the study's hypotheses
-MAIN = "study_elpv"  # its table stands in README
+MAIN = "study_elpv"  # which README tells of first
 DESCRIPTIVE = "study_elpv_published"  # three splits: nothing is tested
 SHORT = {
     MAIN: "ELPV",
@@ -42,6 +44,15 @@ TITLES = {
     "qa_lora_nf4": "QA-LoRA nf4",
     "qa_adalora_nf4": "AdaLoRA on nf4",
     "joint_ranks_and_bits": "ranks and bits chosen together",
+}
+KINDS = {MAIN: "solar cells", "study_digits": "digits", "study_fashion": "clothing"}
+IN_README = ("linear_probe", "full_finetuning", "lora_r8", "adalora_best", "qa_lora_nf4")
+_MEMORY_OF = {  # sides of benchmarks/memory.py
+    "linear_probe": "head alone",
+    "full_finetuning": "full fine-tuning",
+    "lora_r8": "peft-vit LoRA r=8",
+    "adalora_best": "peft-vit AdaLoRA 12 -> 8",
+    "qa_lora_nf4": "peft-vit QA-LoRA nf4",
 }
 PUBLISHED = (
     ("SVM on image features", "82.4", "arXiv 1807.02894"),
@@ -88,13 +99,34 @@ def study_blocks(
         }
     if few_labels:
         found["study_verdicts"] = verdicts(few_labels, over_all)
-        found["study_elsewhere"] = "\n\n".join(
-            f"{SHORT[name]}:\n\n{_listed(in_words(analysis))}" for name, analysis in few_labels.items() if name != MAIN
-        )
         found["study_cost"] = costs(analyses, pilots)
     if (published := analyses.get(DESCRIPTIVE)) is not None:
         found[f"{DESCRIPTIVE}_table"] = f"{published_table(published)}\n\n{caption(published)}"
     return found
+
+
+def readme_table(analyses: Mapping[str, Analysis], memory: Sequence[Mapping[str, Any]]) -> str:
+    """Return one row for each of five methods: accuracy on each kind of images, what it stores and what training takes.
+
+    Args:
+        analyses: by the study's name.
+        memory: rows of benchmarks/results/memory.json.
+    """
+    by_kind = {title: {m.experiment.name: m for m in analyses[study].methods} for study, title in KINDS.items()}
+    beyond = {row["side"]: row["beyond_imports_bytes"] for row in memory}
+    columns: dict[str, Callable[[str], str]] = {"method": titled}
+    for title, of in by_kind.items():
+        columns[f"{title}, %"] = lambda name, of=of: _with_half_width(of[name].test_accuracy)
+    columns["to store, MB"] = lambda name: fixed(by_kind[KINDS[MAIN]][name].stored_bytes / 1e6, 1)
+    columns["to train, MB"] = lambda name: _or_dash(
+        beyond.get(f"ViT-B/16: {_MEMORY_OF[name]}"), lambda size: f"{size / 1e6:,.0f}"
+    )
+    return table(IN_README, columns)
+
+
+def _with_half_width(interval: Interval) -> str:
+    assert interval.high is not None
+    return f"{fixed(100 * interval.estimate, 1)} ± {fixed(100 * (interval.high - interval.estimate), 1)}"
 
 
 def main_table(analysis: Analysis) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import typer
 from PIL import Image
 
+import peft_vit
 from peft_vit.cli import app
 from peft_vit.config import load_study
 
@@ -29,7 +31,7 @@ def blocks_of(document: str, language: str) -> list[str]:
 GUIDES = sorted(
     str(file.relative_to(ROOT)) for folder in ("tutorials", "how_to") for file in (ROOT / "docs" / folder).glob("*.md")
 )
-WITH_PYTHON = [document for document in ("README.md", *GUIDES) if blocks_of(document, "python")]
+WITH_PYTHON = [document for document in GUIDES if blocks_of(document, "python")]
 SLOW = [f"docs/how_to/{name}.md" for name in ("low_bit_weights", "peft_adapters", "transformers_trainer")]
 
 
@@ -124,18 +126,23 @@ def test_settings_make_a_valid_study(document: str, block: str, tmp_path: Path) 
     assert study.name == "digits" or "name" in sections(block)
 
 
-def test_the_readme_data_section_makes_a_valid_study(tmp_path: Path) -> None:
-    """Follow the README: copy the quickstart and change its `data`."""
-    block = re.search(
-        r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-    assert block is not None
-    quickstart = (ROOT / "experiments" / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
-    changed, replaced = re.subn(r"^data:\n(?:  .*\n)+", block.group(1), quickstart, flags=re.MULTILINE)
-    assert replaced == 1
-    file = tmp_path / "my_study.yaml"
-    file.write_text(changed, encoding="utf-8")
-    assert load_study(file).data.dataset == "image-folder"
+@pytest.mark.usefixtures("in_this_process", "images", "cache")
+def test_the_readme_trains_predicts_and_reports(weights, tmp_path, monkeypatch, capsys) -> None:
+    """As it stands, but for a small model in place of the default one."""
+    small = {"model": "test_vit", "weights": str(weights), "image_size": 32, "steps": 4, "device": "cpu"}
+    monkeypatch.setattr(peft_vit, "train", partial(peft_vit.train, threads=1, precision="fp32", **small))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").symlink_to("images/cat")
+    assert run_python_blocks(text_of("README.md"), "README.md") == 1
+    said = capsys.readouterr().out
+    assert re.search(r"0\.png (cat|dog) 0\.\d", said)
+    assert "report.html" in said
+    assert re.search(r"lora +0 ", said), "the row of the one run"
+
+
+def test_the_readme_is_short() -> None:
+    """A reader gives it a minute."""
+    assert len(text_of("README.md").splitlines()) <= 120
 
 
 PATTERNS = ("*.md", "docs/**/*.md", "experiments/docs/*.md")

@@ -15,9 +15,10 @@ import study_evidence
 import study_figures
 import study_tables
 
-from peft_vit.analysis import Analysis, analyze, load_studies
+from peft_vit.analysis import Analysis, Finding, analyze, load_studies
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
+from peft_vit.report.formatting import megabytes, points_interval
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +67,37 @@ def test_a_mark_that_is_not_closed_is_refused(blocks: dict[str, str]) -> None:
     text = study_evidence.FINDINGS.read_text().replace("<!-- /study_elpv_table -->", "")
     with pytest.raises(ValueError, match="study_elpv_table is opened, but not closed"):
         evidence.filled(text, blocks)
+
+
+def test_the_first_lines_of_the_readme_say_what_the_studies_came_to() -> None:
+    text = study_evidence.README.read_text().partition("<!-- readme_table -->")[0]
+    analyses = [study_evidence.analysis_of(name) for name in study_tables.KINDS]
+    against = [one for analysis in analyses for one in analysis.comparisons if one.reference == "lora_r8"]
+    decided = sum(one.verdict != "not decided" for one in against)
+    assert f"{sum(len(analysis.study.runs) for analysis in analyses)} runs" in text
+    assert f"Of {len(against)} comparisons with LoRA {decided} are decided" in text
+    assert f"other {len(against) - decided} are" in " ".join(text.split())
+    told = [points_interval(one.difference) for one in against if one.name == "qa_lora_nf4"]
+    assert [difference for difference in told if difference not in text] == []
+    nf4, lora = (next(m for m in analyses[0].methods if m.experiment.name == n) for n in ("qa_lora_nf4", "lora_r8"))
+    assert f"is stored in {megabytes(nf4.stored_bytes)}" in text
+    assert f"float weights in {megabytes(lora.stored_bytes)}" in text
+    within = {f.verdict for a in analyses[:2] for f in a.findings if _names(f, "as-accurate-as-lora-r8", "qa_lora_nf4")}
+    assert within == {"supported"}, "shown to lose less than a point"
+    (clothing,) = (f for f in analyses[2].findings if _names(f, "as-accurate-as-lora-r8", "qa_lora_nf4"))
+    assert clothing.verdict == "not decided"
+
+
+def _names(finding: Finding, hypothesis: str, experiment: str) -> bool:
+    return finding.hypothesis.id == hypothesis and finding.subject == f"{experiment} against lora_r8"
+
+
+def test_the_figure_follows_a_light_and_a_dark_page() -> None:
+    svg = (study_evidence.IMAGES / "accuracy_by_bytes.svg").read_text()
+    dark = svg.partition("prefers-color-scheme: dark")[2].partition("</style>")[0]
+    used = set(re.findall(r"var\((--\w+)\)", svg))
+    assert {"--ink", "--paper"} <= used
+    assert used <= set(re.findall(r"(--\w+):", dark))
 
 
 def test_figures_were_drawn_from_what_results_hold() -> None:
