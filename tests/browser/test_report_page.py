@@ -3,8 +3,6 @@
 import csv
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +11,7 @@ import matplotlib
 import numpy as np
 import planted
 import pytest
+from chromium import axe_violations, context_of, needs_chromium, running_chromium
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -23,12 +22,7 @@ from peft_vit.report.hover import HoverPoints
 from peft_vit.report.html import write_html
 from peft_vit.report.style import draw
 
-CHROMIUM = os.environ.get("PEFT_VIT_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
-playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not os.access(CHROMIUM, os.X_OK), reason="no Chromium here; name one in PEFT_VIT_CHROMIUM"),
-]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 KEPT = ("linear_probe", "lora_r1", "lora_r8", "adalora_top_k_fisher", "qa_lora_4bit_nf4_constant")
 HOSTILE = "</script><script>alert(1)</script>\"'<!--\u2028\u200f<img src=x onerror=alert(2)> $x^2$ &lt;"
@@ -56,11 +50,8 @@ def built(records: list[RunRecord], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+    with running_chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture
@@ -74,7 +65,7 @@ def open_page(browser, seen: Seen) -> Iterator:
     contexts = []
 
     def open_file(file: Path, **options):
-        context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+        context = context_of(browser, **options)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: seen.errors.append(message.text) if message.type == "error" else None)
@@ -262,6 +253,18 @@ def test_the_page_never_scrolls_sideways(open_page, built: ReportFiles, width: i
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(15, 18, 22)"
     assert dark == (scheme == "dark")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(open_page, built: ReportFiles, scheme: str) -> None:
+    assert axe_violations(open_page(built.html, color_scheme=scheme)) == []
+
+
+def test_figures_have_texts_in_their_place(page) -> None:
+    names = page.locator("figure svg[role=img]").evaluate_all("all => all.map((one) => one.getAttribute('aria-label'))")
+    titles = page.locator("figure h3").all_text_contents()
+    assert names == titles
+    assert page.locator("figure:has(svg) figcaption").count() == len(names) > 5
 
 
 def test_it_prints_with_figures_and_without_controls(page) -> None:

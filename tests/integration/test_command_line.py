@@ -386,7 +386,9 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_no_torch_is_imported(code) -> None:
-    done = python("-c", f"{code}\nimport sys\nassert not {{'torch', 'timm', 'numpy', 'pandas'}} & set(sys.modules), 'imported'")
+    done = python(
+        "-c", f"{code}\nimport sys\nassert not {{'torch', 'timm', 'numpy', 'pandas'}} & set(sys.modules), 'imported'"
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import axe_violations, context_of, needs_chromium, running_chromium
 from huggingface_hub import ModelCard
 from PIL import Image
 from tuned import choice_of, write_images
@@ -71,6 +72,16 @@ def test_everything_lies_below_the_output_and_is_named(choice, left) -> None:
         assert f"  {path}" in said
     assert not list(output.glob("model/.*"))  # no trials
     assert found.adapter.read_bytes() == (choice.final_runs["linear"] / ADAPTER_FILE).read_bytes()
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_on_the_page(left, scheme: str) -> None:
+    with running_chromium() as browser:
+        page = context_of(browser, color_scheme=scheme).new_page()
+        page.goto(left[0].report.as_uri())
+        assert axe_violations(page) == []
 
 
 def test_the_file_predicts_as_the_run_did_and_says_how_far_to_believe_it(choice, left) -> None:

@@ -67,7 +67,7 @@ def _packed_defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
 LINEAR = Method(
     name="linear",
     title="Linear probe",
-    color="#7a828a",
+    color="#6b7780",
     trains="head",
     prepare=_prepare,
     forward_passes=1,
@@ -76,7 +76,7 @@ LINEAR = Method(
 QA_LINEAR = Method(
     name="qa_linear",
     title="Linear probe on low-bit weights",
-    color="#a99f86",
+    color="#bbaa66",
     trains="head",
     settings={"qa_lora": QaLoraConfig},
     agree=_agree,

@@ -185,7 +185,7 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
 PEFT = Method(
     name="peft",
     title="Tuner of PEFT",
-    color="#999933",
+    color="#775533",
     trains="adapters",
     settings={"peft": PeftConfig},
     prepare=_prepare,

@@ -62,7 +62,7 @@ def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
 QA_ADALORA = Method(
     name="qa_adalora",
     title="AdaLoRA + QA-LoRA",
-    color="#882255",
+    color="#8844ee",
     trains="adapters",
     settings={"adalora": AdaLoraConfig, "qa_lora": QaLoraConfig},
     agree=_agree,

@@ -11,7 +11,7 @@ from peft_vit.analysis import Calibration
 from peft_vit.analysis.calibration import Bin
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.formatting import counted, fixed
-from peft_vit.report.hover import HoverPoints
+from peft_vit.report.hover import MARKERS, HoverPoints
 from peft_vit.report.plot_selection import leading, selection_note
 from peft_vit.report.style import DASHED, MUTED, draw, line_look, place_legend, quiet_grid
 
@@ -68,7 +68,8 @@ def draw_reliability(lines: Sequence[Line], caption: str, data: Sequence[dict[st
         axes.plot([0, 100], [0, 100], color=MUTED, lw=0.9, ls=DASHED, zorder=1)
         for index, line in enumerate(lines):
             name, look = line.name, line_look(index)
-            hover.series(name, look["color"], "")
+            marker = MARKERS[index % len(MARKERS)]
+            hover.series(name, look["color"], marker)
             filled = [b for b in line.bins if b.count]
             x = [100 * (b.confidence or 0.0) for b in filled]
             y = [100 * (b.accuracy or 0.0) for b in filled]
@@ -77,7 +78,9 @@ def draw_reliability(lines: Sequence[Line], caption: str, data: Sequence[dict[st
                 + line.note.format(count=counted(b.count, "prediction"))
                 for said, right, b in zip(x, y, filled, strict=True)
             ]
-            handles.append(hover.plot(name, axes, x, y, texts, **look, lw=1.4, marker="o", ms=4, label=name, zorder=2))
+            handles.append(
+                hover.plot(name, axes, x, y, texts, **look, lw=1.4, marker=marker, ms=4, label=name, zorder=2)
+            )
         axes.set_xlabel("mean confidence of a bin (%)")
         axes.set_ylabel("right in that bin (%)")
         axes.set_ylim(0, 102)

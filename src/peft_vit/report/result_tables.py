@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ _COMPARISON_COLUMNS: Mapping[str, str | None] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ResultTables:
     """What studies came to. Shares are from 0 to 1; NaN or NA stands where there is nothing.
 
@@ -66,7 +66,10 @@ class ResultTables:
     ranks: DataFrame
     comparisons: DataFrame
     notices: tuple[str, ...]
-    _html: str = field(repr=False)
+    _html: str
+
+    def __repr__(self) -> str:
+        return f"ResultTables: {len(self.runs)} runs, {len(self.ranks)} ranks, {len(self.comparisons)} comparisons"
 
     def _repr_html_(self) -> str:
         return self._html

@@ -26,7 +26,7 @@ _SCATTER_CAPTION = (
     "leftmost stands where it belongs, the others beside it."
 )
 Looks = Mapping[str, tuple[str, str]]
-"""Experiment -> color of its method, and a marker that others of the method do not have."""
+"""Experiment -> color of its method, and a marker that up to a dozen others do not have."""
 
 
 def accuracy_by_parameters(methods: Sequence[MethodResult]) -> Drawing:
@@ -99,13 +99,10 @@ def _rows(methods: Sequence[MethodResult], cost: Callable[[MethodResult], dict[s
 
 
 def _looks(methods: Sequence[MethodResult]) -> Looks:
-    seen: dict[str, int] = {}
-    looks = {}
-    for method in methods:
-        family = method.experiment.method
-        index = seen[family] = seen.get(family, -1) + 1
-        looks[method.experiment.name] = (METHOD_COLORS[family], MARKERS[index % len(MARKERS)])
-    return looks
+    return {
+        method.experiment.name: (METHOD_COLORS[method.experiment.method], MARKERS[index % len(MARKERS)])
+        for index, method in enumerate(methods)
+    }
 
 
 def _legend(figure: Figure, looks: Looks) -> None:

@@ -1,7 +1,7 @@
 """One look for all figures, the same bytes from the same data, and no global state of matplotlib.
 
-Colors are Okabe and Ito's and Tol's wine, distinguishable under the common color-vision deficiencies. Ink, grid
-and paper are exact hex values, so that the HTML page can exchange them for its own and follow a dark theme.
+Colors are Okabe and Ito's and four more, told apart with each of the three color-vision deficiencies. Ink, grid and
+paper are exact hex values, so that the HTML page can exchange them for its own and follow a dark theme.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from peft_vit.report.hover import HoverPoints
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6671", "#d8dee4", "#ffffff"
 # The colors that a figure shares with the page follow the page's theme.
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
-THEME["#882255"] = "var(--wine)"  # too dark for a dark page
 METHOD_COLORS = {method.name: method.color for method in METHODS.values()}
 METHOD_TITLES = {method.name: method.title for method in METHODS.values()}
 SEQUENTIAL = "viridis"  # perceptually uniform, readable in grey and under color-vision deficiencies

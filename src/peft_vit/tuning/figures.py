@@ -21,7 +21,8 @@ from peft_vit.report.style import METHOD_COLORS, PAPER, SEQUENTIAL, STYLE, draw
 from peft_vit.tuning.sealed import Believed
 
 MOST_CLASSES = 40  # of a confusion matrix that can be read
-_ON_BRIGHT, _ON_DARK = "#101010", "#fefefe"  # the same in every theme, as the cells are
+_ON_BRIGHT, _ON_DARK = "#000000", "#fefefe"  # the same in every theme, as the cells are
+_BRIGHT = 0.435  # share from which black on a cell contrasts more than white does
 _NUMBERED = 20  # classes up to which cells hold their numbers
 _LABEL_COLUMNS = 24  # of a class's name beside an axis
 
@@ -94,7 +95,7 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
         hover.add("images", mesh, texts)
         if size <= _NUMBERED:
             for row, column in np.ndindex(*confusion.shape):
-                color = _ON_BRIGHT if shares[row, column] > 0.6 else _ON_DARK
+                color = _ON_BRIGHT if shares[row, column] > _BRIGHT else _ON_DARK
                 axes.text(column + 0.5, row + 0.5, str(confusion[row, column]), ha="center", va="center", color=color)
         axes.set_ylim(size, 0)
         axes.set_aspect("equal")

@@ -70,6 +70,7 @@ def test_a_notebook_shows_accuracies_and_comparisons(results: ResultTables) -> N
     assert re.findall("<tr><td>([^<]*)</td>", accuracy) == list(KEPT)
     mean = results.runs.query("experiment == 'lora_r8'").test_accuracy.mean()
     assert f"<td>lora_r8</td><td>{100 * mean:.1f} " in accuracy
+    assert repr(results) == f"ResultTables: 24 runs, {len(results.ranks)} ranks, 6 comparisons"
     captions = [re.findall("<caption>(.*?)</caption>", table)[0] for table in comparisons]
     assert captions == [f"Differences to {name}, paired by seed" for name in ("linear_probe", "lora_r8")]
 
