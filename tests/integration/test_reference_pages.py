@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -28,6 +29,13 @@ def test_every_option_of_every_command_stands_there() -> None:
         options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         asked = {option for option in options if option.startswith("--")} - {"--help"}
         assert asked <= set(re.findall(r"`(--[a-z-]+)`", told[name])), name
+
+
+def test_a_command_that_may_exit_with_1_says_when() -> None:
+    ways = re.compile(r"typer\.Exit\(1\)|_sum_up\(|say_left_out\(")
+    for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+        if ways.search(inspect.getsource(command.callback)):
+            assert re.search(r"Exit codes:.* 1 ", " ".join(command.help.split())), command.name
 
 
 def test_every_key_and_option_has_a_meaning() -> None:

@@ -104,7 +104,10 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Print each image's class and its probability; with --coverage its set of classes, the most probable first."""
+    """Print each image's class and its probability; with --coverage its set of classes, the most probable first.
+
+    Exit codes: 0 done, 1 an image can't be read and is named, 2 bad input.
+    """
     from peft_vit.deployment import check_coverage, predict_files
     from peft_vit.runs.restore import open_model
 

@@ -130,7 +130,7 @@ def train(
     shots: Annotated[
         int | None, typer.Option(min=1, help="training images per class; default: all that remain")
     ] = None,
-    library: Annotated[Literal["timm", "transformers"], typer.Option(help="whose model it is")] = "timm",
+    library: Annotated[Literal["timm", "transformers"], typer.Option(help="that the model comes from")] = "timm",
     model: Annotated[
         str,
         typer.Option(
