@@ -18,10 +18,12 @@ from peft_vit.costs.pace import ReckonedPace
 from peft_vit.errors import UserError
 from peft_vit.records.study_file import read_study_file
 from peft_vit.studies.time_limit import Limit
+from peft_vit.tuning.look import _telling_if_slow
 from peft_vit.tuning.pipeline import Means, study_runner, tune
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.running import Outcome, Outcomes
+from peft_vit.tuning.state import State
 
 TRUTH = {
     "probe_int2": 0.6,
@@ -61,11 +63,14 @@ class StandIns(tune_error.StandIns):
         return Outcome(validation, 0.5, float(test), 24, 0.01, 10.0, Path(self.study) / name / f"seed_{seed}")
 
 
-def quick(runner: Any = None, clock: Callable[[], float] | None = None, rate: float = 1e9) -> Means:
+def quick(
+    runner: Any = None, clock: Callable[[], float] | None = None, rate: float = 1e9, process_s: float = 1.0
+) -> Means:
     """Return means by which no run is measured."""
     make = study_runner if runner is None else lambda state, metric: runner
     clock = clock or (lambda: 0.0) if runner is None else clock or (lambda: runner.now)
-    return Means(make, measure=lambda *_: ReckonedPace(rate), leave=lambda *_: None, clock=clock)
+    pace = ReckonedPace(rate, process_s=process_s)
+    return Means(make, measure=lambda *_: pace, leave=lambda *_: None, clock=clock)
 
 
 def asked(images: Path, output: Path, **more: Any) -> TuneRequest:
@@ -381,6 +386,70 @@ def test_time_that_ends_before_a_fold_is_one_line(images: Path, tmp_path: Path) 
 
 def _but_race(runner: StandIns, study: Mapping[str, Any], *more: Any) -> Outcomes:
     return {} if study["name"] == "race" else runner(study, *more)
+
+
+def test_the_race_gives_up_early_enough_for_the_end(images: Path, tmp_path: Path) -> None:
+    runner, lines, ended_at = StandIns(), [], []
+    runner.run_s = 60.0
+
+    def timed(study: Mapping[str, Any], *more: Any) -> Outcomes:
+        if study["name"] == "final":
+            ended_at.append(runner.now)
+        return runner(study, *more)
+
+    slow_to_start = replace(quick(runner, process_s=60.0), make_runner=lambda *_: timed)
+    tune(asked(images, tmp_path), lambda _: None, slow_to_start)
+    ending_s = json.loads((tmp_path / "tune.json").read_text())["decided"]["tried"]["test_vit"]["32"]["ending_s"]
+    assert ending_s > 0.15 * 3600  # more than the shares of the last two stages
+    assert 3600 - ending_s - 60 <= ended_at[0] <= 3600 - ending_s  # there is work for all of it
+    tune(asked(images, tmp_path, minutes=1.0), lines.append, slow_to_start)
+    assert any("this call takes longer than --minutes" in line for line in lines)
+
+
+def test_a_look_at_many_images_that_takes_more_than_its_share_is_told(images: Path, tmp_path: Path) -> None:
+    now, lines = [0.0], []
+    state = State.opened(asked(images, tmp_path), lines.append, lambda: now[0])
+    on_progress = _telling_if_slow(state)
+    for done in (1, 10, 11):
+        now[0] = float(done)
+        on_progress(done, 1000)
+    assert lines == [
+        "  to look at 1,000 images takes about 16.7 minutes, more than its share; the race gives up earlier"
+    ]
+    short = _telling_if_slow(State.opened(asked(images, tmp_path, minutes=16.0), lines.append, lambda: now[0]))
+    now[0] += 10.0
+    with pytest.raises(UserError, match=r"--minutes: to look at 1,000 images takes .* here; give more than 17"):
+        short(10, 1000)
+
+
+def test_a_time_that_a_busy_machine_could_not_measure_is_not_said_to_be_nothing(images: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    tune(asked(images, tmp_path), lines.append, quick(StandIns(), rate=1e15))
+    assert any("at 32 px a forward pass was not measured, the machine is too busy" in line for line in lines)
+
+
+def test_candidates_that_have_failed_get_no_more_time(images: Path, tmp_path: Path) -> None:
+    runner = StandIns()
+    race = tmp_path / "studies" / "race"
+    failing = {"probe_int2"}
+
+    def some_fail(study: Mapping[str, Any], *more: Any) -> Outcomes:
+        done = runner(study, *more)
+        for name in failing if study["name"] == "race" else ():
+            (race / name / "seed_5").mkdir(parents=True, exist_ok=True)
+            (race / name / "seed_5" / "record.json").touch()
+        return {at: one for at, one in done.items() if study["name"] != "race" or at[0] not in failing}
+
+    means = replace(quick(runner), make_runner=lambda *_: some_fail)
+    choice = tune(asked(images, tmp_path, minutes=8.0), lambda _: None, means)
+    assert choice.more_time is not None
+    assert "more minutes would bring" in choice.more_time
+    assert "probe_int2" not in choice.more_time
+    failing.update(one.name for one in choice.candidates if not one.left_out and one.name != choice.reference)
+    choice = tune(asked(images, tmp_path, minutes=8.0), lambda _: None, means)
+    assert choice.more_time is not None
+    assert choice.more_time.startswith("nothing: ")
+    assert "failed, as is told above" in choice.more_time
 
 
 @pytest.mark.slow

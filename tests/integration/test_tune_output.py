@@ -47,7 +47,7 @@ def left(choice: Choice, _session_cache: str):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         patch.setattr(forms, "bench", lambda files: [row(file, 0.012) for file in files])
-        patch.setattr(forms, "has_openvino", lambda: False)
+        patch.setattr(forms, "missing_packages", lambda _: ["openvino"])
         said: list[str] = []
         return leave(choice, choice.request.output, said.append), said
 
@@ -112,7 +112,7 @@ def test_the_card_is_one_of_the_hub(choice, left) -> None:
 
 
 def test_where_no_form_can_be_written_the_reasons_are_told(choice, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(forms, "has_openvino", lambda: False)
+    monkeypatch.setattr(forms, "missing_packages", lambda _: ["openvino"])
     monkeypatch.setattr(forms, "_written", lambda way, *_: dataclasses.replace(way.form, left_out="no room"))
     with pytest.raises(UserError, match=r"can't be exported \(ONNX: no room\); the same command tries it again"):
         leave(choice, tmp_path, lambda _: None)
@@ -245,7 +245,7 @@ def made_up(monkeypatch, run_of):
         "compare_int8",
         lambda _: lost(100, dataclasses.replace(proportion_interval(0, 9), estimate=loss["share"])),
     )
-    monkeypatch.setattr(forms, "has_openvino", lambda: False)
+    monkeypatch.setattr(forms, "missing_packages", lambda _: ["openvino"])
 
     def export(folder: Path, share: float = 0.0, **limits):
         loss["share"] = share
@@ -292,7 +292,7 @@ def test_of_forms_that_are_as_fast_the_smallest_is_taken(made_up, tmp_path, monk
 @pytest.mark.slow
 def test_a_packed_model_is_written_in_every_form_of_onnx(run_of, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(forms, "bench", lambda files: [row(file, 0.012) for file in files])
-    monkeypatch.setattr(forms, "has_openvino", lambda: False)
+    monkeypatch.setattr(forms, "missing_packages", lambda _: ["openvino"])
     known = Calibrated(images=60, temperature=3.0, coverages=(0.8,), thresholds=(0.4,))
     run = run_of("int4")
     found = forms.export_fastest(run, tmp_path, calibrated=known, fold_runs=[run], max_latency_s=0.001)

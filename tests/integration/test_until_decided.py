@@ -168,17 +168,6 @@ def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path)
     assert seeds_of(tmp_path) == WHOLE
 
 
-def test_what_is_not_needed_goes_on_no_more(runs, tmp_path) -> None:
-    study = study_from_mapping(mapping(), file=Path("built in memory"))
-
-    def enough(found) -> list[str]:
-        return ["level", "behind"] if any(one.noninferiority == "supported" for one in found) else []
-
-    decided = run_until_decided(study, tmp_path, file=Path("built in memory"), enough=enough)
-    assert decided.open == ("level",)
-    assert seeds_of(tmp_path) == {"base": 8, "ahead": 8, "level": 8, "behind": 8}
-
-
 def test_looks_at_any_time_go_on_with_seeds_that_are_added(command, file, runs, tmp_path) -> None:
     anytime = {"control": "base", "asked": "superiority", "spending": "anytime", "every": 3}
     names = {"experiments": [one for one in mapping()["experiments"] if one["name"] in ("base", "level")]}

@@ -5,8 +5,8 @@ What there is to do follows from records and the declared looks alone, so a comm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +17,11 @@ from peft_vit.config import StudyConfig
 from peft_vit.records.study_file import STUDY_FILE
 from peft_vit.statistics.sequential import Course
 from peft_vit.studies.execution import Execution, drive_plans, hold_locks
-from peft_vit.studies.ledger import run_name
-from peft_vit.studies.plan import Plan, PlannedRun, plan_study
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.printing import course_line, print_plan
 from peft_vit.studies.profiling import measure_step
-from peft_vit.studies.time_limit import Deadline, Limit, seed_by_seed
-from peft_vit.studies.within import share_left
+from peft_vit.studies.time_limit import Limit
+from peft_vit.studies.within import part_within
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ def run_until_decided(
     file: Path,
     execution: Execution | None = None,
     limit: Limit | None = None,
-    enough: Callable[[Sequence[Course]], Collection[str]] = lambda found: (),
     tell: Callable[[str], None] = print,
 ) -> Decided:
     """Go from look to look until every comparison with the control has stopped, or the time is over.
@@ -61,7 +59,6 @@ def run_until_decided(
         file: the configuration file, named in errors.
         execution: how runs are carried out.
         limit: of time; what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
-        enough: asked before each look which experiments need not go on, whatever is open about them.
         tell: told how a comparison stands, a line each, at the beginning and after each look.
 
     Raises:
@@ -79,10 +76,12 @@ def run_until_decided(
                 if one.looks and told.get(one.name) != one:
                     tell(course_line(one, study))
                 told[one.name] = one
-            before, asked = asked, _next(study, found, {*enough(found), *(run_id.split("/")[1] for run_id in failed)})
+            before, asked = asked, _next(study, found, {run_id.split("/")[1] for run_id in failed})
             if not asked[0] or asked == before or (limit is not None and limit.left_s <= 0):
                 break  # the same again: time for the rest of this look is missing
-            plan, deadline = _plan(study, results_dir, *asked, file, execution, limit, tell)
+            names, seeds = asked
+            whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, tell=tell))
+            plan, deadline = part_within(whole, results_dir, names, study.seeds[:seeds], execution.executor, limit)
             print_plan(plan)
             failed |= drive_plans([plan], [lock], execution, deadline)
     return Decided(found, failed)
@@ -115,28 +114,3 @@ def _next(study: StudyConfig, found: Sequence[Course], out: set[str]) -> tuple[l
     seeds = min(waiting.values(), default=0)
     at_it = [name for name, look in waiting.items() if look == seeds]
     return ([stopping.control, *at_it] if at_it else []), seeds
-
-
-def _plan(
-    study: StudyConfig,
-    results_dir: Path,
-    names: list[str],
-    seeds: int,
-    file: Path,
-    execution: Execution,
-    limit: Limit | None,
-    tell: Callable[[str], None],
-) -> tuple[Plan, Deadline | None]:
-    """Plan the runs of some experiments with the first seeds, seed by seed, so that pairs are complete early."""
-    whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, tell=tell))
-    row_of: dict[str, list[PlannedRun]] = {name: [] for name in names}
-    for run in whole.runs:
-        if run.spec.experiment.name in row_of and run.spec.seed in study.seeds[:seeds]:
-            row_of[run.spec.experiment.name].append(run)
-    rows = list(row_of.values())
-    plan = replace(whole, runs=tuple(seed_by_seed(rows, len(rows), seeds)))
-    if limit is None:
-        return plan, None
-    workers = len(plan.runs) if execution.executor == "ray" else study.execution.workers
-    left = {run_name(run.spec): share_left(results_dir, run) for run in plan.runs}
-    return plan, Deadline(rows, workers, limit, left=left, may_leave_out=False)

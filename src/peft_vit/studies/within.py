@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft_vit.backbones import describe
-from peft_vit.config import StudyConfig
+from peft_vit.config import ExecutorName, StudyConfig
 from peft_vit.costs.estimate import Workload
 from peft_vit.costs.pace import Pace, ReckonedPace
 from peft_vit.data import ImageIndex, open_index
@@ -212,6 +212,34 @@ def _choose(
     ordered = seed_by_seed(taken, choice.experiments, len(study.seeds))
     deadline = Deadline(taken, workers, limit, left=left, begun=begun)
     return replace(plan, runs=tuple(ordered), within=within), deadline
+
+
+def part_within(
+    whole: Plan,
+    results_dir: Path,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    executor: ExecutorName,
+    limit: Limit | None,
+) -> tuple[Plan, Deadline | None]:
+    """Return the plan of some experiments and seeds, seed by seed so that pairs are complete early, and its deadline.
+
+    Args:
+        whole: of the study.
+        results_dir: its folder lies below it.
+        names: of the experiments, in the order in which their runs of a seed begin.
+        seeds: in their order.
+        executor: of the runs; on a cluster all may run at a time.
+        limit: of time; None: there is no deadline.
+    """
+    runs = {(run.spec.experiment.name, run.spec.seed): run for run in whole.runs}
+    rows = [[runs[name, seed] for seed in seeds] for name in names]
+    plan = replace(whole, runs=tuple(seed_by_seed(rows, len(rows), len(seeds))))
+    if limit is None:
+        return plan, None
+    workers = max(1, len(plan.runs)) if executor == "ray" else whole.study.execution.workers
+    left = {run_name(run.spec): share_left(results_dir, run) for run in plan.runs}
+    return plan, Deadline(rows, workers, limit, left=left, may_leave_out=False)
 
 
 def share_left(results_dir: Path, run: PlannedRun) -> float:

@@ -28,6 +28,7 @@ from peft_vit.report.tables import cell, interval_cell
 from peft_vit.statistics import Interval
 from peft_vit.tuning.figures import MOST_CLASSES, believed_figure, confusion_figure
 from peft_vit.tuning.forms import Exports, Form
+from peft_vit.tuning.machine import said_ms
 from peft_vit.tuning.result import Candidate, Choice
 from peft_vit.tuning.sealed import Mistake, Sealed
 
@@ -146,7 +147,7 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
                     "Pixels": cell("image_size", one.image_size),
                     f"{metric(choice).capitalize()} on folds": cell("score", one.score, percent),
                     "Flips": one.flips,
-                    "ms an image": cell("image_s", one.image_s, lambda s: fixed(1e3 * s, 1)),
+                    "An image": cell("image_s", one.image_s, said_ms),
                     "Why": f"{'taken: ' if one.chosen else ''}{plain(one.why)}",
                 }
                 for one in choice.probes

@@ -166,11 +166,6 @@ def export_fastest(
         )
 
 
-def has_openvino() -> bool:
-    """Return whether an export to OpenVINO, which is optional, has its packages."""
-    return not missing_packages("openvino")
-
-
 def _exact_ways(packed: bool) -> list[_Way]:
     """Return the ways to write a model, of low bits or not, that change no prediction."""
     if packed:
@@ -181,7 +176,7 @@ def _exact_ways(packed: bool) -> list[_Way]:
         ]
     else:
         ways = [_Way(Form("ONNX", "--format onnx"), "onnx")]
-    if has_openvino():
+    if not missing_packages("openvino"):
         ways.append(_Way(Form("OpenVINO", "--format openvino"), "openvino"))
     return ways
 

@@ -35,6 +35,7 @@ class Ground:
         counts: images of each class that are not sealed.
         metric: what decides.
         different: of them, a copy not counted; None: all are.
+        sealed_images: how many are.
     """
 
     state: State
@@ -44,6 +45,7 @@ class Ground:
     counts: tuple[int, ...]
     metric: Metric
     different: int | None = None
+    sealed_images: int = 0
 
     @property
     def request(self) -> TuneRequest:

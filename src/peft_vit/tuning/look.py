@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from peft_vit.tuning.state import State
 
 IMAGES_FILE = "images.json"
 SEALED_SHARE = 0.2
+_SURE_S = 3.0  # of decoding, until it is known how long it takes
 MakeRunner = Callable[[State, Metric], Runner]
 
 
@@ -29,7 +31,7 @@ def ground_of(state: State, make_runner: MakeRunner) -> Ground:
         UserError: see `look_at`; if the folder has other images than when the output was begun; and if images.json is
             there already and holds something else.
     """
-    seen = look_at(state.request.images, folds=FOLDS, sealed_share=SEALED_SHARE)
+    seen = look_at(state.request.images, folds=FOLDS, sealed_share=SEALED_SHARE, on_progress=_telling_if_slow(state))
     for line in seen.lines():
         state.tell(f"  {line}")
     content = json.dumps(images_file(seen, SEALED_SHARE, state.request.seed), indent=1) + "\n"
@@ -48,7 +50,31 @@ def ground_of(state: State, make_runner: MakeRunner) -> Ground:
     state.tell(f"  sealed until the end: {len(sealed):,} images, {own}; all choices rest on the other {counts.sum():,}")
     metric: Metric = "accuracy" if seen.balanced else "balanced_accuracy"
     different = len(np.unique(seen.groups[used]))
-    return Ground(state, make_runner(state, metric), seen, place, tuple(counts.tolist()), metric, different)
+    runner = make_runner(state, metric)
+    return Ground(state, runner, seen, place, tuple(counts.tolist()), metric, different, len(sealed))
+
+
+def _telling_if_slow(state: State) -> Callable[[int, int], None]:
+    """Return what tells once, soon after the beginning, that to look at so many images takes more than its share.
+
+    Raises:
+        UserError: if it takes all the time that there is.
+    """
+    started, told = state.clock(), False
+
+    def on_progress(done: int, count: int) -> None:
+        nonlocal told
+        spent_s = state.clock() - started
+        whole_s = spent_s * count / done
+        if told or spent_s < _SURE_S or whole_s <= state.share_s("look"):
+            return
+        told = True
+        about = f"to look at {count:,} images takes about {whole_s / 60:.1f} minutes"
+        if whole_s > 60 * state.request.minutes:
+            raise UserError(f"{about} here; give more than {math.ceil(whole_s / 60)}", field="--minutes")
+        state.tell(f"  {about}, more than its share; the race gives up earlier")
+
+    return on_progress
 
 
 def _refuse_others(images: Path, place: Path, content: str) -> None:

@@ -14,6 +14,8 @@ from peft_vit.data import ImageIndex, open_index
 from peft_vit.studies.plan import decide_precision, splits_of, workload_of
 from peft_vit.studies.profiling import measure_pace
 
+NOT_MEASURED = "not measured"
+_SHORTEST_S = 5e-5  # of a forward pass; less is rounded to nothing
 MeasurePace = Callable[[StudyConfig, ImageIndex, Workload, float, Callable[[str], None]], Pace]
 
 
@@ -48,6 +50,11 @@ class Machine:
             name: {int(products): seconds for products, seconds in kept[name].items()} for name in ("image_s", "step_s")
         }
         return cls(kept["start_s"], kept["process_s"], **found)
+
+
+def said_ms(seconds: float) -> str:
+    """Return milliseconds as text; a machine that is too busy to measure them tells of events all at once."""
+    return f"{1000 * seconds:.1f} ms" if seconds >= _SHORTEST_S else NOT_MEASURED
 
 
 def _at(points: Mapping[int, float], products: int) -> float:

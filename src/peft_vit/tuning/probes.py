@@ -117,10 +117,11 @@ def probe_all(
                 rows.append(Probed(model, size, None, image_s, chosen=False, why="no time for it"))
                 continue
             if flips is None:
-                flips = max(means, key=lambda way: (means[way], -_WAYS.index(way)))
+                best: Flips = max(means, key=lambda way: (means[way], -_WAYS.index(way)))
                 ground.state.tell(
-                    f"  training images {_FLIPPED[flips]}: {_compared(means)} over {FOLDS} folds at {size} px"
+                    f"  training images {_FLIPPED[best]}: {_compared(means)} over {FOLDS} folds at {size} px"
                 )
+                flips = best
             rows.append(Probed(model, size, means[flips], image_s, chosen=False, why="", flips=flips))
             backings.append(Backing(model, size, schedule))
             ground.state.tell(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +17,11 @@ from peft_vit.studies.events import Notice, RunEnded, RunRetried, StudyEvent
 from peft_vit.studies.executors import open_executor
 from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import study_lock
-from peft_vit.studies.plan import Plan, PlannedRun, plan_begun_study
+from peft_vit.studies.plan import Plan, plan_begun_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.studies.scheduler import drive
-from peft_vit.studies.time_limit import Deadline, Limit, seed_by_seed
+from peft_vit.studies.time_limit import Limit
+from peft_vit.studies.within import part_within
 from peft_vit.tuning.result import Metric
 
 
@@ -98,12 +99,12 @@ class StudyRunner:
                 part=True,
                 measure_step=partial(measure_step, tell=self.tell),
             )
-            whole, (plan, rows) = plan, _seed_by_seed(plan, only)
-            at_a_time = max(1, len(plan.runs)) if self.executor == "ray" else study.execution.workers
-            failed = {}
+            names = [one.name for one in plan.study.experiments if only is None or one.name in only[0]]
+            seeds = [seed for seed in plan.study.seeds if only is None or seed in only[1]]
+            whole, failed = plan, {}
+            plan, deadline = part_within(whole, self.results_dir, names, seeds, self.executor, limit)
             if plan.runs:
                 make_executor = partial(open_executor, self.executor, plan, self.results_dir)
-                deadline = Deadline(rows, at_a_time, limit, may_leave_out=False)
                 failed = drive(plan, lock, make_executor, self._say, deadline=deadline)
         done = self._outcomes(whole)
         if failed and not done:
@@ -144,12 +145,3 @@ class StudyRunner:
                     "" if record.validation is None else f"validation {getattr(record.validation, self.metric):.1%}, "
                 )
                 self.tell(f"  {name}: {validation}{record.seconds:.0f} s")
-
-
-def _seed_by_seed(plan: Plan, only: Only | None) -> tuple[Plan, list[list[PlannedRun]]]:
-    """Return the plan of some runs, seed by seed so that pairs are complete early, and a row for each experiment."""
-    names = [one.name for one in plan.study.experiments if only is None or one.name in only[0]]
-    seeds = [seed for seed in plan.study.seeds if only is None or seed in only[1]]
-    runs = {(run.spec.experiment.name, run.spec.seed): run for run in plan.runs}
-    rows = [[runs[name, seed] for seed in seeds] for name in names]
-    return replace(plan, runs=tuple(seed_by_seed(rows, len(rows), len(seeds)))), rows

@@ -14,12 +14,14 @@ from peft_vit.backbones import BackboneShape
 from peft_vit.errors import UserError
 from peft_vit.training import flip_axes
 from peft_vit.tuning.candidates import KINDS, Kind
-from peft_vit.tuning.ground import Ground
+from peft_vit.tuning.ground import FOLDS, Ground
 from peft_vit.tuning.machine import Machine
 from peft_vit.tuning.rates import RATES, WHOLE_RUNS
 
 LEAST_STEPS, _MOST_STEPS = 24, 200
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps between validations, and their time over that of one
+_FORMS, _COMPARED = 3, 128  # of the model that are written, and images on which each is compared
+_TIMINGS, _CALLS = 3, 23  # processes of each form that is timed, and calls in each
 # Kinds, runs that race, and the steps that each run has at least, from ample time to the least: more steps gain more
 # than more kinds of methods do (docs: findings, "Are 48 steps long enough?").
 _LEVELS = ((5, 20, 120), (3, 12, 96), (2, 10, 72), (2, 8, 48), (2, 4, LEAST_STEPS))
@@ -35,6 +37,7 @@ class Schedule:
         steps: of a run, at most.
         validate_every: steps.
         run_s: seconds of a run.
+        ending_s: seconds of the last training and of the output.
     """
 
     kinds: tuple[Kind, ...]
@@ -42,6 +45,7 @@ class Schedule:
     steps: int
     validate_every: int
     run_s: float
+    ending_s: float = 0.0
 
 
 def validate_every(ground: Ground) -> int:
@@ -61,6 +65,33 @@ def features_s(ground: Ground, machine: Machine, shape: BackboneShape) -> float:
     return len(flip_axes(ground.flips)) * ground.images * machine.image(shape)
 
 
+def ending_s(ground: Ground, machine: Machine, shape: BackboneShape, steps: int) -> float:
+    """Return the seconds of the last training, of two models, and of the output, as far as they can be foreseen.
+
+    The output writes the model in some forms, compares each with the run's model, and times them beside float32; where
+    none is as fast as was asked for, activations in 8 bits are measured on folds.
+    """
+    step_s, image_s = machine.step(shape), machine.image(shape)
+    grown = steps * ground.images / ground.train_images
+    trained = machine.start_s + grown * step_s + ground.sealed_images * image_s
+    forms, folds = (_FORMS, 0) if ground.request.max_latency_s is None else (_FORMS + 1, FOLDS)
+    written = 2 * machine.start_s + 2 * min(ground.images, _COMPARED) * image_s
+    measured = 2 * machine.start_s + 2 * ground.test_images * image_s
+    timed = _TIMINGS * (forms + 1) * (machine.process_s + _CALLS * image_s)
+    ended = machine.process_s + features_s(ground, machine, shape) + 2 * trained
+    return ended + forms * written + folds * measured + timed
+
+
+def _beyond_s(ground: Ground, ending: float) -> float:
+    """Return the seconds that the end takes beyond its share, and the look and the measuring have taken beyond theirs.
+
+    Rates and race have so much less.
+    """
+    limit, share_s = ground.state.limit, ground.state.share_s
+    spent = 0.0 if ground.state.begun else limit.clock() - limit.started
+    return max(0.0, ending - share_s("final", "output")) + max(0.0, spent - share_s("look", "machine"))
+
+
 def schedule(ground: Ground, machine: Machine, shape: BackboneShape, allowed: tuple[Kind, ...]) -> Schedule | None:
     """Return what fits the time at an image size; None: not even the least does.
 
@@ -75,7 +106,8 @@ def schedule(ground: Ground, machine: Machine, shape: BackboneShape, allowed: tu
         steps = _steps(ground, machine, shape, there, min(kinds, len(allowed)), races)
         if steps >= least:
             taken = tuple(kind for kind in KINDS if kind in allowed)[:kinds]
-            return Schedule(taken, races, steps, validate_every(ground), run_s(ground, machine, shape, steps))
+            own_s, end_s = (of(ground, machine, shape, steps) for of in (run_s, ending_s))
+            return Schedule(taken, races, steps, validate_every(ground), own_s, end_s)
     return None
 
 
@@ -89,14 +121,25 @@ def _seconds(ground: Ground, machine: Machine, shape: BackboneShape, steps: int,
 def _steps(ground: Ground, machine: Machine, shape: BackboneShape, there_s: float, kinds: int, races: int) -> int:
     """Return the most steps that fit; 0: the least do not."""
     wished = range(LEAST_STEPS, _MOST_STEPS + 1, 8)
-    fitting = (one for one in wished if _seconds(ground, machine, shape, one, kinds, races) <= there_s)
+    fitting = (
+        one
+        for one in wished
+        if _seconds(ground, machine, shape, one, kinds, races)
+        <= there_s - _beyond_s(ground, ending_s(ground, machine, shape, one))
+    )
     return max(fitting, default=0)
 
 
 def refuse_little_time(ground: Ground, machine: Machine, shapes: Sequence[BackboneShape]) -> UserError:
     """Return what to say if there is no time for a single comparison, with the least that would do."""
-    share = ground.state.share_s("rates", "race") / (60 * ground.request.minutes)
-    seconds = min(_seconds(ground, machine, shape, LEAST_STEPS, *_LEVELS[-1][:2]) for shape in shapes)
-    least = max(math.ceil(seconds / share / 60), math.floor(ground.request.minutes) + 1)
+    race, end = (ground.state.share_s(*names) for names in (("rates", "race"), ("final", "output")))
+    whole = 60 * ground.request.minutes
+
+    def least_s(shape: BackboneShape) -> float:
+        raced = _seconds(ground, machine, shape, LEAST_STEPS, *_LEVELS[-1][:2])
+        ended = ending_s(ground, machine, shape, LEAST_STEPS)
+        return max(raced * whole / race, (raced + ended) * whole / (race + end))
+
+    least = max(math.ceil(min(map(least_s, shapes)) / 60), math.floor(ground.request.minutes) + 1)
     problem = f"{ground.request.minutes:g} are too few for a single comparison on this machine"
     return UserError(f"{problem}, even of the smallest images; give at least {least}", field="--minutes")

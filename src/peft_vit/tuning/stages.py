@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.errors import UserError
+from peft_vit.records import RECORD_FILE
 from peft_vit.studies.time_limit import Limit
 from peft_vit.tuning.candidates import Design, Kind, designs, of_kind, training_of
 from peft_vit.tuning.contest import contestants
 from peft_vit.tuning.final import train_finally
 from peft_vit.tuning.ground import FOLDS, Ground
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, within_bytes, within_latency, within_memory
-from peft_vit.tuning.machine import Machine, MeasurePace, measured
+from peft_vit.tuning.machine import NOT_MEASURED, Machine, MeasurePace, measured, said_ms
 from peft_vit.tuning.probes import Backing, probe_all, sizes_of, worth_trying
 from peft_vit.tuning.race import LOOKS, Raced, Scores, race, rule_of
 from peft_vit.tuning.rates import Found, find_rates
@@ -29,10 +30,11 @@ _RACE_SEEDS = tuple(range(FOLDS, FOLDS + LOOKS[-1]))  # repetition 0 has chosen 
 Tried = dict[str, dict[int, Schedule]]  # by model and size
 
 
-def until(ground: Ground, *reserved: str) -> Limit:
-    """Return the limit of a stage that leaves their shares to later ones."""
+def until(ground: Ground, *reserved: str, ending_s: float = 0.0) -> Limit:
+    """Return the limit of a stage that leaves their shares to later ones, and to the last two what they will take."""
     limit = ground.state.limit
-    return Limit(limit.minutes - ground.state.share_s(*reserved) / 60, limit.started, limit.clock)
+    ending = max(ending_s, ground.state.share_s("final", "output"))
+    return Limit(limit.minutes - (ground.state.share_s(*reserved) + ending) / 60, limit.started, limit.clock)
 
 
 # --- before anything is trained ---------------------------------------------------------------------------------------
@@ -76,10 +78,9 @@ def _measured(ground: Ground, model: str, sizes: Sequence[int], some: list[Desig
     )
     machine = Machine.of(kept)
     shape = ground.shape(model, middle)
-    tell(
-        f"  at {middle} px a forward pass takes {1000 * machine.image(shape):.1f} ms an image, a step of "
-        f"{ground.batch_size} images {machine.step(shape):.2f} s"
-    )
+    image_ms = said_ms(machine.image(shape))
+    passed = "was not measured, the machine is too busy" if image_ms == NOT_MEASURED else f"takes {image_ms} an image"
+    tell(f"  at {middle} px a forward pass {passed}, a step of {ground.batch_size} images {machine.step(shape):.2f} s")
     return machine
 
 
@@ -149,7 +150,7 @@ def designed(ground: Ground, backing: Backing, steps: int) -> list[Design]:
 
 def choose_backing(ground: Ground, machine: Machine, tried: Tried) -> tuple[Backing, tuple[Probed, ...]]:
     """Fit the probes, and return the model and the image size that are gone on with; how images are flipped is kept."""
-    limit = until(ground, "rates", "race", "final", "output")
+    limit = until(ground, "rates", "race")
 
     def decide() -> dict[str, Any]:
         backing, probes, flips = probe_all(ground, machine, tried, limit)
@@ -175,7 +176,7 @@ def choose_rates(
 ) -> tuple[dict[Kind, Found], tuple[Rated, ...]]:
     """Look for the learning rate of each kind, and tell it."""
     one = backing.schedule
-    limit = until(ground, "race", "final", "output")
+    limit = until(ground, "race", ending_s=one.ending_s)
 
     def decide() -> dict[str, Any]:
         found, rates = find_rates(
@@ -218,9 +219,17 @@ class Contest:
         """Return what came of a candidate on the folds that are done, in their order."""
         return _in_order(self.done, name)
 
+    def failed(self) -> set[str]:
+        """Return who has failed on the first fold that is missing: it has a record, and nothing came of it."""
+        race = self.ground.state.studies / self.study["name"]
+        at = {one.name: _RACE_SEEDS[len(self.folds(one.name)) :] for one in self.candidates if not one.left_out}
+        return {
+            name for name, seeds in at.items() if seeds and (race / name / f"seed_{seeds[0]}" / RECORD_FILE).exists()
+        }
+
     def run(self) -> Raced:
         """Race until it is decided, or until only the last stages have time."""
-        limit = until(self.ground, "final", "output")
+        limit = until(self.ground, ending_s=self.backing.schedule.ending_s)
 
         def scores(names: Sequence[str], pairs: int) -> Scores:
             self.done.update(self.ground.runner(self.study, limit, (names, _RACE_SEEDS[:pairs])))
@@ -293,18 +302,23 @@ def _kind_of(some: Sequence[Design], name: str) -> Kind:
 
 def more_time(contest: Contest, machine: Machine, raced: Raced) -> str | None:
     """Return what more time would buy, in words; None: nothing."""
-    if not raced.open:
+    failed = contest.failed()
+    open_ = [] if contest.reference in failed else [name for name in raced.open if name not in failed]
+    if raced.open and not open_:
+        return f"nothing: {', '.join(sorted(failed))} failed, as is told above; the same command tries again"
+    if not open_:
         most = f"nothing: {LOOKS[-1]} folds are the most that tell anything on these images; more images would"
         return None if raced.shown else most
     ground, backing = contest.ground, contest.backing
     shape = ground.shape(backing.model, backing.image_size)
     own_s = run_s(ground, machine, shape, backing.schedule.steps)
-    left = {one.name: LOOKS[-1] - one.pairs for one in raced.candidates if one.name in raced.open}
+    left = {one.name: LOOKS[-1] - one.pairs for one in raced.candidates if one.name in open_}
     missing = sum(left.values()) + max(left.values())  # of the reference, too
     share = ground.state.share_s("race") / (60 * ground.request.minutes)
-    minutes = math.ceil(missing * own_s / (1 - share) / 60) + 1
+    needed_s = max(missing * own_s / (1 - share), missing * own_s + backing.schedule.ending_s)
+    minutes = math.ceil(needed_s / 60) + 1
     return (
-        f"about {minutes} more minutes would bring {', '.join(raced.open)} to {LOOKS[-1]} folds, the most that are "
+        f"about {minutes} more minutes would bring {', '.join(open_)} to {LOOKS[-1]} folds, the most that are "
         f"looked at: the same command goes on, with --minutes {minutes}"
     )
 
@@ -324,4 +338,8 @@ def finish(contest: Contest, found: Mapping[Kind, Found], raced: Raced, memory: 
         if not done:
             problem = f"ended before {name} had a single fold in the race; give more, and the same command goes on"
             raise UserError(problem, field="--minutes")
+    ending, left = backing.schedule.ending_s, max(0.0, ground.state.limit.left_s)
+    if ending > left:
+        takes = f"the last training and the output take about {ending / 60:.1f} minutes, and {left / 60:.1f} are left"
+        ground.state.tell(f"  {takes}: this call takes longer than --minutes")
     return train_finally(ground, backing, partial(designed, ground, backing), names, rates, folds, memory)

@@ -98,6 +98,15 @@ def test_the_rule_is_what_was_declared(case) -> None:
     assert courses(configuration(**said), study()) == follow(differences, rule)
 
 
+def test_the_correlation_of_folds_does_not_depend_on_what_else_is_done() -> None:
+    sizes = {seed: {"train": 512 - place, "validation": 400, "test": 600} for place, seed in enumerate(SEEDS)}
+    made = [record(n, s).model_copy(update={"split_sizes": sizes[s]}) for n in NAMES for s in SEEDS]
+    whole = courses(configuration(data={"folds": 5}), planted.study_of(made))
+    some = [one for one in made if one.spec.seed in SEEDS[:2]]
+    part = courses(configuration(data={"folds": 5}), planted.study_of(some))
+    assert [one.looks[0] for one in part] == [one.looks[0] for one in whole]
+
+
 def test_balanced_accuracy_is_compared_if_it_is_asked_for() -> None:
     made = []
     for name in NAMES:
