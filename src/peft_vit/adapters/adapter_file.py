@@ -16,15 +16,28 @@ from peft_vit.adapters.adapted_model import adapted_modules, current_ranks, site
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 
+_PACKED = "packed/"  # before `blocks.3.attn.qkv/codes`
+
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every trainable tensor by name: adapters and head, or the whole model under full fine-tuning."""
     return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
-def adapter_bytes(model: nn.Module, metadata: dict[str, Any]) -> bytes:
-    """Return the content of an adapter file: trained tensors as safetensors, the rest as JSON in its header."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in trained_tensors(model).items() if tensor.numel()}
+def adapter_bytes(model: nn.Module, metadata: dict[str, Any], *, packed: bool = False) -> bytes:
+    """Return the content of an adapter file: trained tensors as safetensors, the rest as JSON in its header.
+
+    Args:
+        model: with adapters.
+        metadata: goes into the header.
+        packed: add the packed weights, where rounding the float ones anew would not give them.
+    """
+    tensors = {name: tensor for name, tensor in trained_tensors(model).items() if tensor.numel()}
+    if packed:
+        for name, module in adapted_modules(model):
+            if module.quantized is not None:
+                tensors |= {f"{_PACKED}{name}/{key}": one for key, one in module.quantized.tensors().items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     formats = {name: format.as_json() for name, format in _formats(model).items()}
     header = {**metadata, "ranks": current_ranks(model), "form": _form(model), "formats": formats}
     return save(tensors, metadata={"peft_vit": json.dumps(header, sort_keys=True)})
@@ -81,6 +94,7 @@ class AdapterFile(NamedTuple):
     form: dict[str, Any]  # what else decides the updates
     ranks: dict[str, int]  # by site; likewise
     scales: dict[str, float]
+    packed: dict[str, dict[str, Tensor]]  # weights by module, where rounding the float ones anew would not give them
     formats: dict[str, QuantizationFormat]  # of the quantized weights that the adapters were trained on, by module
 
 
@@ -99,11 +113,16 @@ def read_adapter_file(file: Path) -> AdapterFile:
         if not isinstance(form, dict) or not isinstance(formats, dict):
             raise TypeError("form and formats are mappings")
         ranks = {name: _rank(rank) for name, rank in metadata["ranks"].items()}
+        packed: dict[str, dict[str, Tensor]] = {}
+        for name in [name for name in tensors if name.startswith(_PACKED)]:
+            module, _, key = name.removeprefix(_PACKED).rpartition("/")
+            packed.setdefault(module, {})[key] = tensors.pop(name)
         return AdapterFile(
             metadata,
             tensors,
             form,
             ranks,
+            packed=packed,
             scales={name: float((form if "scale" in form else form[name])["scale"]) for name in ranks},
             formats={name: QuantizationFormat.from_json(fields) for name, fields in formats.items()},
         )

@@ -77,8 +77,8 @@ def merge_by_requantizing(model: nn.Module) -> dict[str, float]:
     """Replace adapters by their sum with the layer's weight, quantized anew to the layer's own format.
 
     For adapters over a quantized weight that act on single inputs (QLoRA, arXiv 2305.14314). The update is rounded to
-    codes with the weight, and what is smaller than half a code's step may be lost: look at the error, and at the
-    accuracy before and after.
+    codes with the weight, each to the nearest, and what is smaller than half a code's step may be lost: look at the
+    error, and at the accuracy before and after. A layer without update keeps its codes.
 
     Returns:
         By module, ||W_merged - W_trained||_F / ||W_trained||_F.
@@ -94,7 +94,9 @@ def merge_by_requantizing(model: nn.Module) -> dict[str, float]:
                 f"the adapters of {name} act on groups of inputs; use merge_into_offsets, which changes no code",
                 field="model",
             )
-        merged[name] = (module, quantize(module.merged_weight(), quantized.format, name=name))
+        updated = any(adapter.rank for _, adapter in module.adapters())
+        anew = quantize(module.merged_weight(), quantized.format, name=name) if updated else quantized
+        merged[name] = (module, anew)
     return _put_in_place(merged)
 
 

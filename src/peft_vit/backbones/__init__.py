@@ -6,7 +6,7 @@ from peft_vit.backbones.backbone import Backbone, evaluating, find_sites, freeze
 from peft_vit.backbones.catalog import MODELS, BackboneShape, describe, interpolation_of, native_size, size_step_of
 from peft_vit.backbones.head import Head, fill_head
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
-from peft_vit.backbones.replay import visit_blocks
+from peft_vit.backbones.replay import ReplayedPass, visit_blocks
 from peft_vit.backbones.site import Site, chosen, fused_sites, wanted_kinds, whole_modules
 from peft_vit.backbones.weights import Weights, check_weights, read_weights
 
@@ -17,6 +17,7 @@ __all__ = [
     "BackboneShape",
     "Head",
     "LoadedBackbone",
+    "ReplayedPass",
     "Site",
     "Weights",
     "check_weights",

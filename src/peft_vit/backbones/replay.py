@@ -7,7 +7,7 @@ one hand their input on, and it gets those arguments again. So no forward pass i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,6 +57,54 @@ def visit_blocks(backbone: Backbone, run: Rest, visit: Callable[[int, Rest], Non
             )
             stack.callback(handle.remove)
         return run()
+
+
+class ReplayedPass:
+    """A forward pass that stops at a module, goes on from there later, and meanwhile lets weights change.
+
+    What lies before the block that it has come to is not computed again, so between two stops only weights from that
+    block on may change. What is held is one block's input.
+
+    Args:
+        backbone: if its blocks are not called in turn, each stop is reached from the start.
+        run: a forward pass of the backbone's model, say `lambda: model(images)`.
+    """
+
+    def __init__(self, backbone: Backbone, run: Rest) -> None:
+        self._backbone, self._run = backbone, run
+        self._blocks = [backbone.model.get_submodule(name) for name in backbone.blocks]
+        self._at: tuple[int, tuple[Any, ...], Mapping[str, Any]] | None = None  # a block's place, and its arguments
+
+    def inputs(self, module: nn.Module) -> tuple[Any, ...]:
+        """Return what the first call of a module gets, by the weights as they are now.
+
+        Raises:
+            LookupError: if the pass does not reach it from where it has come to.
+        """
+        place = next((one for one, block in enumerate(self._blocks) if module in block.modules()), None)
+        if self._backbone.family.in_turn and place is not None and (self._at is None or place > self._at[0]):
+            self._at = (place, *self._reach(self._blocks[place]))
+        return self._reach(module)[0]
+
+    def _reach(self, module: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            raise _Reached(args, kwargs)
+
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with nullcontext() if self._at is None else _starting_at(self._backbone, *self._at):
+                self._run()
+        except _Reached as reached:
+            return reached.args, reached.kwargs
+        finally:
+            handle.remove()
+        raise LookupError("the forward pass does not call the module")
+
+
+class _Reached(Exception):  # noqa: N818 (no error)
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.args, self.kwargs = args, kwargs
 
 
 class _HandsOn(nn.Module):

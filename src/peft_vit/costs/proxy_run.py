@@ -69,6 +69,8 @@ def _data(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> Data
     qa_lora = spec.experiment.section(QaLoraConfig)
     if qa_lora is not None and qa_lora.adaptive_bits is not None:
         images = max(images, qa_lora.adaptive_bits.calibration_images)
+    if qa_lora is not None and qa_lora.rounding == "gptq":
+        images = max(images, qa_lora.images_to_round_by)  # fewer if the whole run has fewer
     evaluated = max(
         _VALIDATION_BATCHES * spec.experiment.training.batch_size,
         2 * len(index.class_names),

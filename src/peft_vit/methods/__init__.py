@@ -48,12 +48,13 @@ def prepare(
     ranks: Mapping[str, int] | None = None,
     calibration: Callable[[int], Tensor] | None = None,
     module_ranks: Mapping[str, int] | None = None,
+    packed: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> list[Hook]:
     """Make a plain model, from `load_backbone`, trainable as the method says, in place; return what the loop calls.
 
     What it depends on beside the experiment is told by `Preparation`.
     """
-    preparation = Preparation(total_steps, seed, formats, ranks, calibration, module_ranks)
+    preparation = Preparation(total_steps, seed, formats, ranks, calibration, module_ranks, packed)
     return experiment.kind.prepare(model, experiment, preparation)
 
 

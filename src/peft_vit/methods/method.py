@@ -38,6 +38,7 @@ class Preparation:
         ranks: likewise by site, where `adaptive_bits` chooses ranks.
         calibration: gives so many training images (N, C, H, W), where the start of training depends on data.
         module_ranks: in place of such a start, the ranks of a saved run by module.
+        packed: likewise the packed weights, tensors by layer, where they depend on data.
     """
 
     total_steps: int
@@ -46,6 +47,7 @@ class Preparation:
     ranks: Mapping[str, int] | None = None
     calibration: Callable[[int], Tensor] | None = None
     module_ranks: Mapping[str, int] | None = None
+    packed: Mapping[str, Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,14 @@ class QaLoraConfig(AdapterConfig):
         default=None, description="store an offset beside each scale while training; default: where there are groups"
     )
     scale_precision: Literal["fp16", "fp32"] = Field(default="fp16", description="of scales and offsets")
+    rounding: Literal["nearest", "gptq"] = Field(
+        default="nearest",
+        description="gptq: layer by layer, with codes that make up for each other's errors on training images "
+        "(arXiv 2210.17323); see quantization.gptq",
+    )
+    calibration_images: int | None = Field(
+        default=None, ge=1, description="training images for rounding: gptq; default 128, or all where there are fewer"
+    )
     rank: int | None = Field(
         default=None, ge=1, description="default 8; not where the section adalora or adaptive_bits decides ranks"
     )
@@ -114,6 +122,16 @@ class QaLoraConfig(AdapterConfig):
     def offset(self) -> bool:
         """Return whether an offset is stored beside each scale while training."""
         return self.use_group_quantization if self.quantization_offset is None else self.quantization_offset
+
+    @property
+    def images_to_round_by(self) -> int:
+        """Return how many training images `rounding: gptq` takes, if there are as many."""
+        return _CALIBRATION_IMAGES if self.calibration_images is None else self.calibration_images
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Return whether packed weights depend on more than the float ones, and so are saved with the adapters."""
+        return self.rounding == "gptq"
 
     @model_validator(mode="after")
     def _bits_are_said_once(self) -> Self:
@@ -146,6 +164,8 @@ class QaLoraConfig(AdapterConfig):
             )
         if self.quantization_end_step is not None and self.quantization_end_step <= self.quantization_warmup_steps:
             raise ValueError("quantization_end_step must lie after quantization_warmup_steps; raise it")
+        if self.rounding == "nearest" and self.calibration_images is not None:
+            raise ValueError("calibration_images has no effect with rounding: nearest; remove it")
         if self.balance_target is None and is_given(self, "balance_by", info):
             raise ValueError("balance_by has no effect without balance_target; remove it")
         if self.balance_by == "schedule_pace" and self.quantization_schedule == "constant":
@@ -153,6 +173,7 @@ class QaLoraConfig(AdapterConfig):
         return self
 
 
+_CALIBRATION_IMAGES = 128  # as many as GPTQ's paper takes sequences
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
 
 
@@ -172,13 +193,20 @@ def trainer(
     """Pack the weights, attach adapters where there are none, and return what runs the schedule."""
     from peft_vit.training import QALoRATrainer
 
+    settings = experiment.need(QaLoraConfig)
+    images = None
+    if settings.rounding == "gptq" and preparation.packed is None:
+        assert preparation.calibration is not None
+        images = preparation.calibration(settings.images_to_round_by)
     return QALoRATrainer(
         model,
-        experiment.need(QaLoraConfig),
+        settings,
         preparation.total_steps,
         seed=preparation.seed,
         formats=preparation.formats,
         ranks=preparation.ranks if ranks is None else ranks,
+        images=images,
+        packed=preparation.packed,
     )
 
 
@@ -187,7 +215,13 @@ def packed_at_once(experiment: ExperimentConfig) -> Sequence[str] | None:
     settings = experiment.section(QaLoraConfig)
     if settings is None or settings.quantization_schedule != "constant" or settings.adaptive_bits is not None:
         return None
-    return settings.targets
+    return None if settings.keeps_codes else settings.targets
+
+
+def keeps_codes(experiment: ExperimentConfig) -> bool:
+    """Return whether packed weights depend on more than the float ones, so that they are saved with the adapters."""
+    settings = experiment.section(QaLoraConfig)
+    return settings is not None and settings.keeps_codes
 
 
 def check_packing(
@@ -202,6 +236,11 @@ def check_packing(
     settings = experiment.need(QaLoraConfig)
     check_rank_at("qa_lora.rank", sites_of("qa_lora", settings, shape), rank, settings.pool)
     end_step(settings, total_steps)
+    if settings.calibration_images is not None and settings.calibration_images > train_images:
+        raise UserError(
+            f"{settings.calibration_images} are more than the {train_images} training images; lower it",
+            field="qa_lora.calibration_images",
+        )
     if settings.adaptive_bits is not None:
         check_bits(settings, shape.sites)
         if (images := settings.adaptive_bits.calibration_images) > train_images:

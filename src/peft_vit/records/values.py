@@ -51,6 +51,7 @@ _LATER_BACKBONE = ("library",)
 _LATER_MEASURES = ("logits",)
 _LATER_DATA = ("test_split", "interpolation", "image_column", "label_column", "hub_subset", "images_file", "folds")
 _LATER_LORA = ("ranks",)
+_LATER_QA_LORA = ("rounding", "calibration_images")
 _LATER_TRAINING = (
     "steps",
     "validate_every",
@@ -108,6 +109,8 @@ class RunSpec(_Value):
         }
         if isinstance(lora := getattr(self.experiment, "lora", None), LoraConfig):
             unasked["experiment"]["lora"] = _at_default(lora, _LATER_LORA)
+        if (packing := self.experiment.section(QaLoraConfig)) is not None:
+            unasked["experiment"]["qa_lora"] = _at_default(packing, _LATER_QA_LORA)
         flips = next((said for said, same in AUGMENTATION_OF_FLIPS.items() if same == training.augmentation), None)
         if flips is not None:
             later.add("augmentation")

@@ -8,6 +8,7 @@ import platform
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from peft_vit.evaluation import (
     trainable_parameters,
 )
 from peft_vit.methods import prepare
-from peft_vit.methods.qa_lora import packed_at_once
+from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
 from peft_vit.records import ByteCounts, Failure, ParameterCounts, Provenance, RankEntry, RunRecord, RunSpec
 from peft_vit.runs.calibration import choose_bits
 from peft_vit.runs.device import resolve_device
@@ -170,15 +171,17 @@ def _execute(
     runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std)
     calibration = Calibration(data, runtime, spec.seed)
     bits = choose_bits(model, spec, attempt, calibration)
-    hooks = prepare(
-        model,
-        spec.experiment,
-        total_steps=spec.experiment.total_steps(len(data.train)),
-        seed=spec.seed,
-        formats=None if bits is None else bits.formats,
-        ranks=None if bits is None else bits.ranks,
-        calibration=calibration.images,
-    )
+    keeps = keeps_codes(spec.experiment)
+    with attempt.overhead.of("rounding") if keeps else nullcontext():
+        hooks = prepare(
+            model,
+            spec.experiment,
+            total_steps=spec.experiment.total_steps(len(data.train)),
+            seed=spec.seed,
+            formats=None if bits is None else bits.formats,
+            ranks=None if bits is None else bits.ranks,
+            calibration=calibration.images,
+        )
     model.to(device)  # those that are packed come packed
     # Now that the head is the one that training starts from.
     provenance = attempt.begin(_provenance(spec, data, backbone, device))
@@ -186,7 +189,7 @@ def _execute(
     start = _start(model)
     memory.prepared()
     result, tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
-    content = adapter_bytes(model, _adapter_metadata(spec, provenance, data))
+    content = adapter_bytes(model, _adapter_metadata(spec, provenance, data), packed=keeps)
     until_here = attempt.so_far()  # its memory, too: the float weights may come back for a comparison
     give_memory_back()  # or what the steps took would lie beside them
     after = AfterTraining(

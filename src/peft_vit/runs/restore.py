@@ -20,7 +20,7 @@ from peft_vit.data import DATASETS
 from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_classifier
 from peft_vit.errors import UserError, agreeing_with
 from peft_vit.methods import prepare
-from peft_vit.methods.qa_lora import packed_at_once
+from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
 from peft_vit.safe_io import read_bytes
 from peft_vit.training import Hook
@@ -124,7 +124,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
 def prepare_as_saved(
     model: nn.Module, experiment: ExperimentConfig, file: Path, *, total_steps: int, seed: int
 ) -> list[Hook]:
-    """Do as `prepare`, with the formats and ranks that `adaptive_bits` chose for a run, out of its adapter file."""
+    """Do as `prepare`, with what an adapter file says of a run: chosen formats and ranks, weights rounded on images."""
     qa_lora = experiment.section(QaLoraConfig)
     adaptive = None if qa_lora is None else qa_lora.adaptive_bits
     return prepare(
@@ -134,6 +134,7 @@ def prepare_as_saved(
         seed=seed,
         formats=read_adapter_file(file).formats if adaptive is not None else None,
         ranks=read_adapter_file(file).ranks if adaptive is not None and adaptive.ranks else None,
+        packed=read_adapter_file(file).packed if keeps_codes(experiment) else None,
         module_ranks=saved_module_ranks(file) if experiment.kind.uses_peft else None,
     )
 

@@ -44,5 +44,8 @@ def _compress(experiment: ExperimentConfig, batch_size: int) -> ExperimentConfig
     qa_lora = short.section(QaLoraConfig)
     if qa_lora is not None and qa_lora.adaptive_bits is not None:
         few = {"calibration_images": min(qa_lora.adaptive_bits.calibration_images, _CALIBRATION_IMAGES)}
-        update["qa_lora"] = qa_lora.model_copy(update={"adaptive_bits": qa_lora.adaptive_bits.model_copy(update=few)})
+        qa_lora = qa_lora.model_copy(update={"adaptive_bits": qa_lora.adaptive_bits.model_copy(update=few)})
+        update["qa_lora"] = qa_lora
+    if qa_lora is not None and qa_lora.rounding == "gptq":
+        update["qa_lora"] = qa_lora.model_copy(update={"calibration_images": _CALIBRATION_IMAGES})
     return short.model_copy(update=update)

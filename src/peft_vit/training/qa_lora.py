@@ -28,7 +28,7 @@ from peft_vit.adapters.resizable import unwrapped
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.evaluation import model_size
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.quantization import QuantizationFormat
 from peft_vit.records import BitsEntry, QuantizationSummary
 from peft_vit.training.activation_checkpointing import blocks_of, recomputed
 from peft_vit.training.checkpoint_state import State
@@ -45,6 +45,7 @@ from peft_vit.training.quantization_balance import (
 )
 from peft_vit.training.quantization_schedule import end_step, next_part, quantized_share, share_at
 from peft_vit.training.quantized_layers import attach_layers, formats_of, quantized_layers
+from peft_vit.training.rounding import by_layer, packed_weights, saved_weights
 
 _FLOAT_BITS = 32.0
 _BALANCE_IMAGES = 32  # of the calibration batch on which outputs are compared
@@ -66,11 +67,13 @@ class QALoRATrainer(Hook):
         clip_norm: largest gradient norm in `training_step`; None: no clipping.
         formats: by module, `blocks.3.attn.qkv`, in place of what the settings say.
         ranks: by site, `blocks.3.attn.query`, in place of the settings' rank.
+        images: calibration images (N, C, H, W), normalised, for `rounding: gptq` alone.
+        packed: tensors of saved weights by module, in place of rounding anew, see `adapters.read_adapter_file`.
 
     Raises:
         UserError: if the model is of another class, a group does not divide a site's inputs, the rank lies above the
             number of groups, the schedule does not fit the steps, adapters that are there don't fit the settings, or
-            one has no effect.
+            one has no effect; if calibration images are missing or have no effect.
     """
 
     name = "quantization"
@@ -85,6 +88,8 @@ class QALoRATrainer(Hook):
         clip_norm: float | None = 1.0,
         formats: Mapping[str, QuantizationFormat] | None = None,
         ranks: Mapping[str, int] | None = None,
+        images: Tensor | None = None,
+        packed: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
@@ -96,12 +101,16 @@ class QALoRATrainer(Hook):
         self.relative_error: dict[str, float] = {}
         self._error_norm: dict[str, float] = {}
         share = quantized_share(config, total_steps, 0)
-        for name, (module, _) in layers.items():
+        self._kept: dict[str, Tensor] = {}  # of packed weights, what a checkpoint has to hold
+        for name, quantized in packed_weights(model, layers, self.formats, config, images, packed):
+            module = layers[name].module
             assert module.weight is not None
             norm = float(module.weight.norm())
-            quantized = quantize(module.weight.detach(), self.formats[name], name=name)
             self.relative_error[name] = module.set_quantized(quantized)
             self._error_norm[name] = self.relative_error[name] * norm if norm else 0.0
+            if config.keeps_codes:
+                self._kept |= {f"{name}/{key}": one for key, one in quantized.tensors().items()}
+            module.quantized_share = 1.0  # for the inputs of the layers behind it
             if share == 1.0:
                 module.drop_float()  # at once: the next layer's may only now be read
         self.share_history: list[dict[str, float]] = []
@@ -343,7 +352,9 @@ class QALoRATrainer(Hook):
 
     def features_depend_on(self) -> dict[str, Any]:
         """Return how the weights are packed."""
-        return {"formats": {name: one.as_json() for name, one in self.formats.items()}, "quantized_share": self.share}
+        formats = {name: one.as_json() for name, one in self.formats.items()}
+        codes = {"codes": State(self._kept).sha256()} if self.config.keeps_codes else {}
+        return {"formats": formats, "quantized_share": self.share, **codes}
 
     def finish(self, model: nn.Module, after: AfterTraining) -> None:
         """Measure the balance of quantization and adaptation against the float weights, which are read again."""
@@ -372,10 +383,17 @@ class QALoRATrainer(Hook):
 
     def state(self) -> State:
         """Return `state_dict` as a training's checkpoint holds it."""
-        return State({}, self.state_dict())
+        return State(dict(self._kept), self.state_dict())
 
     def load_state(self, model: nn.Module, state: State) -> None:
-        """Do as `load_state_dict`."""
+        """Do as `load_state_dict`; codes that depend on images are those of the checkpoint, wherever it was made."""
+        if self.config.keeps_codes:
+            layers, errors = quantized_layers(model), state.values["made_with"]["relative_error"]
+            self._kept = dict(state.tensors)
+            for name, quantized in saved_weights(layers, self.formats, by_layer(self._kept)):
+                layers[name].module.quantized = quantized
+                self._error_norm[name] *= errors[name] / self.relative_error[name] if errors[name] else 0.0
+                self.relative_error[name] = errors[name]
         self.load_state_dict(state.values, model)
 
     def _made_with(self) -> dict[str, Any]:

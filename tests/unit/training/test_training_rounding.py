@@ -1,0 +1,101 @@
+"""`rounding: gptq`: layer by layer on images, the same after a restart, and never without an effect."""
+
+import pytest
+import torch
+from qa_lora_settings import config, scheduled
+
+from peft_vit import QALoRATrainer
+from peft_vit.adapters import adapted_modules
+from peft_vit.backbones import Backbone, ReplayedPass
+from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizationFormat, quantize, quantize_with_compensation
+from peft_vit.training.quantized_layers import quantized_layers
+
+pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
+FORMAT = QuantizationFormat("nf4", 16, True, torch.float16)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(4))  # more than pass at once
+
+
+def inputs_of(model, name, images):
+    """Return what a layer gets in a plain forward pass, (N, in)."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        model.eval()(images)
+    handle.remove()
+    return torch.cat(seen).flatten(0, -2).double()
+
+
+@pytest.mark.part("quantization")
+@pytest.mark.parametrize("settings", [{}, {"quantization_schedule": "linear"}], ids=["constant", "linear"])
+def test_each_layer_is_rounded_on_what_the_quantized_ones_before_it_make_of_the_images(
+    tiny_vit, images, settings
+) -> None:
+    plain, model = tiny_vit(), tiny_vit()
+    trainer = QALoRATrainer(model, config(rounding="gptq", rank=2, **settings), 8, images=images)
+    for name, (module, _) in quantized_layers(model).items():
+        layer = plain.get_submodule(name)
+        x = inputs_of(plain, name, images)
+        weight = layer.weight.detach().clone()
+        expected = quantize_with_compensation(weight, FORMAT, 2 * x.T @ x)
+        difference = (module.quantized.codes != expected.codes).float().mean()
+        assert difference < 0.01, name  # products here are float32, and a weight may lie halfway
+        layer.weight.data = module.quantized.dequantize()  # for the next one
+
+        def output_error(quantized, x=x, weight=weight) -> float:
+            return float((x @ (quantized.dequantize() - weight).double().T).norm())
+
+        assert output_error(module.quantized) < output_error(quantize(weight, FORMAT)), name
+    assert trainer.share == (0.0 if settings else 1.0)
+    if settings:
+        assert {module.quantized_share for _, module in adapted_modules(model)} == {0.0}
+
+
+def test_a_replayed_pass_gives_what_a_plain_one_does(tiny_vit, images) -> None:
+    model = tiny_vit().eval()
+    one = ReplayedPass(Backbone(model), lambda: model(images))
+    with torch.no_grad():
+        for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc2", "blocks.1.attn.proj", "blocks.1.attn.proj", "head"):
+            found = one.inputs(model.get_submodule(name))[0]
+            expected = inputs_of(model, name, images)
+            torch.testing.assert_close(found.flatten(0, -2).double(), expected)
+        with pytest.raises(LookupError):
+            one.inputs(torch.nn.Linear(2, 2))
+
+
+def test_the_same_images_give_the_same_codes_and_a_state_brings_its_own(tiny_vit, images) -> None:
+    settings = scheduled(rounding="gptq", rank=2)
+    first, second = tiny_vit(), tiny_vit()
+    trainer, again = (QALoRATrainer(one, settings, 8, images=images) for one in (first, second))
+    codes = {name: one.quantized.codes for name, one in adapted_modules(first)}
+    assert all(torch.equal(one.quantized.codes, codes[name]) for name, one in adapted_modules(second))
+    assert trainer.features_depend_on() == again.features_depend_on()
+
+    third = tiny_vit()
+    other = QALoRATrainer(third, settings, 8, images=images.flip(0) + 1)  # as if rounded on another machine
+    assert any(not torch.equal(one.quantized.codes, codes[name]) for name, one in adapted_modules(third))
+    assert trainer.features_depend_on() != other.features_depend_on()
+    other.load_state(third, trainer.state())
+    assert all(torch.equal(one.quantized.codes, codes[name]) for name, one in adapted_modules(third))
+    assert other.relative_error == trainer.relative_error
+    assert other._error_norm == pytest.approx(trainer._error_norm)
+    state = other.state()
+    assert state.sha256() == trainer.state().sha256()
+
+
+def test_nearest_rounding_keeps_no_codes(tiny_vit) -> None:
+    assert QALoRATrainer(tiny_vit(), config(rank=2), 8).state().tensors == {}
+
+
+@pytest.mark.part("configuration")
+def test_what_has_no_effect_is_refused(tiny_vit, images) -> None:
+    with pytest.raises(UserError, match="images: rounding: gptq measures layers' inputs; give calibration images"):
+        QALoRATrainer(tiny_vit(), config(rounding="gptq", rank=2), 8)
+    with pytest.raises(UserError, match="images: have no effect with rounding: nearest"):
+        QALoRATrainer(tiny_vit(), config(rank=2), 8, images=images)
+    with pytest.raises(ValueError, match="calibration_images has no effect with rounding: nearest; remove it"):
+        config(calibration_images=8)
