@@ -32,6 +32,7 @@ from peft_vit.config import (
     MeasuresConfig,
     Name,
     Precision,
+    QaLoraConfig,
     QuantizationType,
 )
 
@@ -350,7 +351,7 @@ class ByteCounts(_Value):
     frozen_bytes: _Count
     trainable_bytes: _Count
     optimizer_bytes: _Count
-    adapter_file_bytes: _Count
+    adapter_file_bytes: _Count  # without packed weights, which count as frozen
 
 
 class Provenance(_Value):

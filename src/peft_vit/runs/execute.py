@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from peft_vit.adapters import adapted_sites, adapter_bytes, current_ranks
+from peft_vit.adapters import adapted_modules, adapted_sites, adapter_bytes, current_ranks
 from peft_vit.adapters.peft_files import doubts_about, peft_sha256
 from peft_vit.adapters.peft_layers import peft_ranks
 from peft_vit.adapters.peft_tuner import load_peft
@@ -212,7 +212,7 @@ def _execute(
         **start,
         **_images(data),
         **{field: value for hook in hooks for field, value in hook.record(model).items()},
-        **_trained(model, result, backbone_total, content),
+        **_trained(model, result, backbone_total, content, holds_packed=keeps),
         **tested,
         **take_measures(model, backbone, data, spec, runtime, attempt.overhead),
     }
@@ -325,8 +325,13 @@ def _images(data: Data) -> dict[str, Any]:
     }
 
 
-def _trained(model: nn.Module, result: TrainingResult, backbone_total: int, content: bytes) -> dict[str, Any]:
+def _trained(
+    model: nn.Module, result: TrainingResult, backbone_total: int, content: bytes, *, holds_packed: bool
+) -> dict[str, Any]:
     """Return the course of training, the state that it chose, and what is counted on that."""
+    file_bytes = len(content)
+    if holds_packed:  # they count as frozen
+        file_bytes -= sum(one.quantized.nbytes for _, one in adapted_modules(model) if one.quantized is not None)
     return {
         "steps": result.steps,
         "evaluations": result.evaluations,
@@ -346,7 +351,7 @@ def _trained(model: nn.Module, result: TrainingResult, backbone_total: int, cont
             frozen_bytes=frozen_bytes(model),
             trainable_bytes=trainable_bytes(model),
             optimizer_bytes=result.optimizer_bytes,
-            adapter_file_bytes=len(content),
+            adapter_file_bytes=file_bytes,
         ),
     }
 

@@ -5,7 +5,7 @@ import torch
 from qa_lora_settings import config, scheduled
 
 from peft_vit import QALoRATrainer
-from peft_vit.adapters import adapted_modules
+from peft_vit.adapters import adapted_modules, merge_by_requantizing
 from peft_vit.backbones import Backbone, ReplayedPass
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize, quantize_with_compensation
@@ -85,6 +85,16 @@ def test_the_same_images_give_the_same_codes_and_a_state_brings_its_own(tiny_vit
     assert other._error_norm == pytest.approx(trainer._error_norm)
     state = other.state()
     assert state.sha256() == trainer.state().sha256()
+
+
+def test_a_probe_on_rows_with_one_scale_keeps_its_codes_when_merged(tiny_vit, images) -> None:
+    model = tiny_vit()
+    settings = config(rounding="gptq", use_group_quantization=False, group_size=32)
+    no_ranks = dict.fromkeys((site.name for site in Backbone(model).sites), 0)
+    QALoRATrainer(model, settings, 8, images=images, ranks=no_ranks)
+    before = {name: one.quantized.codes for name, one in adapted_modules(model)}
+    assert set(merge_by_requantizing(model).values()) == {0.0}
+    assert all(torch.equal(one.quantized.codes, before[name]) for name, one in adapted_modules(model))
 
 
 def test_nearest_rounding_keeps_no_codes(tiny_vit) -> None:
