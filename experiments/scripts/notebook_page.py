@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,22 @@ def _parts(cell: dict[str, Any]) -> list[str]:
     source = "".join(cell["source"])
     if cell["cell_type"] != "code":
         return [source]
-    shown = [text for output in cell["outputs"] if (text := _shown(output))]
-    return [f"```python\n{source}\n```", *shown]
+    parts, lines = [f"```python\n{source}\n```"], ""
+    for output in cell["outputs"]:
+        data = output.get("data", {})
+        html = "".join(data.get("text/html", "")).replace(' border="1" class="dataframe"', "")  # the site's own style
+        if "image/png" in data:
+            picture = "".join(data["image/png"]).strip()
+            parts += [_text(lines), f'<img alt="output" src="data:image/png;base64,{picture}">']
+        elif "<table" in html and "<iframe" not in html:
+            parts += [_text(lines), f"<div>{html}</div>"]
+        else:  # lines of one cell stand together; a page within the page is its plain text
+            lines += "".join(output.get("text", data.get("text/plain", ""))).rstrip() + "\n"
+            continue
+        lines = ""
+    return [part for part in (*parts, _text(lines)) if part]
 
 
-def _shown(output: dict[str, Any]) -> str:
-    """Return an output as Markdown: a table or a picture as it is, a page within the page as its plain text."""
-    data = output.get("data", {})
-    html = "".join(data.get("text/html", ""))
-    if "image/png" in data:
-        return f'<img alt="output" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
-    if html and "<iframe" not in html:
-        return f"<div>{html}</div>"
-    text = "".join(output.get("text", data.get("text/plain", "")))
-    return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
+def _text(lines: str) -> str:
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", lines.rstrip())  # colors of a terminal
+    return f"```text\n{plain}\n```" if plain else ""
