@@ -17,7 +17,7 @@ from peft_vit.data.look import images_file, look_at
 from peft_vit.studies import plan_study
 from peft_vit.studies.study_file import study_file, write_study_file
 from peft_vit.tuning.request import TuneRequest
-from peft_vit.tuning.result import Candidate, Choice, Probed, Rated
+from peft_vit.tuning.result import Candidate, Choice, ProbeResult, RateResult
 
 FOLDS = 2
 
@@ -57,10 +57,10 @@ def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference:
         model="test_vit",
         image_size=32,
         probes=(
-            Probed("test_vit", 32, 0.7, 0.001, True, "the best within the time"),
-            Probed("test_vit", 64, None, None, False, "takes too long"),
+            ProbeResult("test_vit", 32, 0.7, 0.001, True, "the best within the time"),
+            ProbeResult("test_vit", 64, None, None, False, "takes too long"),
         ),
-        rates=(Rated("lora", 1e-2, (0.8, 0.9), 24, True), Rated("lora", 1e-3, (0.7,), 8, False)),
+        rates=(RateResult("lora", 1e-2, (0.8, 0.9), 24, True), RateResult("lora", 1e-3, (0.7,), 8, False)),
         candidates=tuple(
             Candidate(
                 name,

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from peft_vit.studies.time_limit import Limit
-from peft_vit.tuning.ground import Ground
-from peft_vit.tuning.probes import Backing
-from peft_vit.tuning.race import Raced
+from peft_vit.tuning.context import TuningContext
+from peft_vit.tuning.probes import BackboneChoice
+from peft_vit.tuning.race import RaceResult
 from peft_vit.tuning.rates import RATES
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.running import Outcome, Outcomes
@@ -93,7 +93,7 @@ class StandIns:
 
 def one_tuning(
     seed: int, minutes: float = 30.0, losses: Sequence[float] = _LOSSES, max_bytes: int | None = None
-) -> tuple[Raced, dict[str, float]]:
+) -> tuple[RaceResult, dict[str, float]]:
     """Tune with stand-ins: what came of it, and what each candidate truly loses to float LoRA, a share of accuracy."""
     rng = np.random.default_rng(seed)
     names = ("probe_int2", "probe_nf4", "probe_int8", "lora_int2", "lora_nf4", "lora_int8", "adalora_nf4", "adalora")
@@ -116,11 +116,11 @@ def one_tuning(
         return runner.now
 
     state = State(request, lambda _: None, Limit(minutes, 0.0, clock), TuneFile(asked={}), clock)
-    ground = Ground(state, runner, None, Path("images.json"), _COUNTS, "accuracy")
+    context = TuningContext(state, runner, None, Path("images.json"), _COUNTS, "accuracy")
     kinds = ("lora", "lora_nf4", "lora_int8", "adalora", "lora_int2")
-    backing = Backing(_MODEL, _SIZE, Schedule(kinds, races=20, steps=48, validate_every=10, run_s=30.0))
-    found, _ = choose_rates(ground, backing, {})
-    contest = prepare_race(ground, backing, found, {})
+    backbone = BackboneChoice(_MODEL, _SIZE, Schedule(kinds, races=20, steps=48, validate_every=10, run_s=30.0))
+    found, _ = choose_rates(context, backbone, {})
+    contest = prepare_race(context, backbone, found, {})
     raced = contest.run()
     return raced, {one.name: truth["lora_r8"] - truth[one.name] for one in raced.candidates}
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft_vit.deployment import Classifier, Prediction
     from peft_vit.records import RunRecord
     from peft_vit.report.result_tables import ResultTables
-    from peft_vit.tuning.output import Left
+    from peft_vit.tuning.output import OutputFiles
     from peft_vit.tuning.result import Choice
 
     Images: TypeAlias = str | Path | NDArray[np.uint8] | Iterable[str | Path | NDArray[np.uint8]]
@@ -49,23 +49,23 @@ class Tuned:
 
     Attributes:
         choice: the chosen model and what it was chosen by.
-        left: where everything lies.
+        files: where everything lies.
     """
 
     choice: Choice
-    left: Left
+    files: OutputFiles
 
     @cached_property
     def model(self) -> Classifier:
         """The model, opened from its file."""
         from peft_vit.deployment import open_exported
 
-        return open_exported(self.left.model)
+        return open_exported(self.files.model)
 
     @property
     def report(self) -> Report:
         """The page."""
-        return Report(self.left.report)
+        return Report(self.files.report)
 
     def predict(self, images: Images, coverage: float | None = None) -> list[Prediction]:
         """Return a class and its probability for each image, and with a coverage its set of classes.
@@ -157,7 +157,7 @@ def tune(
 
     require_extra("tune", "tune")
     from peft_vit.tuning import pipeline
-    from peft_vit.tuning.output import left_in
+    from peft_vit.tuning.output import output_files_in
     from peft_vit.tuning.request import TuneRequest
 
     if models or isinstance(models, str):
@@ -173,7 +173,7 @@ def tune(
         **settings,
     )
     choice = pipeline.tune(request, tell or pipeline.say)
-    return Tuned(choice, left_in(request.output))
+    return Tuned(choice, output_files_in(request.output))
 
 
 def train(images: str | Path, method: str, *, output: str | Path = "peft-vit-runs", **settings: Any) -> Trained:

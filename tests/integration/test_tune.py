@@ -19,7 +19,7 @@ from peft_vit.errors import UserError
 from peft_vit.records.study_file import read_study_file
 from peft_vit.studies.time_limit import Limit
 from peft_vit.tuning.look import _telling_if_slow
-from peft_vit.tuning.pipeline import Means, study_runner, tune
+from peft_vit.tuning.pipeline import Environment, study_runner, tune
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.running import Outcome, Outcomes
@@ -65,12 +65,12 @@ class StandIns(tune_error.StandIns):
 
 def quick(
     runner: Any = None, clock: Callable[[], float] | None = None, rate: float = 1e9, process_s: float = 1.0
-) -> Means:
-    """Return means by which no run is measured."""
+) -> Environment:
+    """Return environment by which no run is measured."""
     make = study_runner if runner is None else lambda state, metric: runner
     clock = clock or (lambda: 0.0) if runner is None else clock or (lambda: runner.now)
     pace = ReckonedPace(rate, process_s=process_s)
-    return Means(make, measure=lambda *_: pace, leave=lambda *_: None, clock=clock)
+    return Environment(make, measure=lambda *_: pace, write_output=lambda *_: None, clock=clock)
 
 
 def asked(images: Path, output: Path, **more: Any) -> TuneRequest:
@@ -195,27 +195,27 @@ def test_what_nothing_can_meet_is_refused_before_anything_is_trained(
     images: Path, tmp_path: Path, more: dict[str, Any], expected: str
 ) -> None:
     runner = StandIns()
-    means = replace(quick(runner), time_export=lambda *_: 0.02)
+    environment = replace(quick(runner), time_export=lambda *_: 0.02)
     with pytest.raises(UserError, match=expected):
-        tune(asked(images, tmp_path, **more), lambda _: None, means)
+        tune(asked(images, tmp_path, **more), lambda _: None, environment)
     assert not runner.asked
     assert not list(tmp_path.iterdir())
-    tune(asked(images, tmp_path, seed=1), lambda _: None, means)  # and other limits can be asked for
+    tune(asked(images, tmp_path, seed=1), lambda _: None, environment)  # and other limits can be asked for
 
 
 def test_the_largest_size_that_is_fast_enough_is_tried(images: Path, tmp_path: Path) -> None:
-    means = replace(quick(StandIns()), time_export=lambda ground, model, size: 1e-3 * size)
+    environment = replace(quick(StandIns()), time_export=lambda context, model, size: 1e-3 * size)
     request = asked(images, tmp_path, image_sizes=(32, 48, 64), max_latency_s=0.05)
-    choice = tune(request, lambda _: None, means)
+    choice = tune(request, lambda _: None, environment)
     assert {one.image_size for one in choice.probes} == {32, 48}
 
 
 def test_the_least_latency_that_would_do_is_that_of_all_models(images: Path, tmp_path: Path) -> None:
     seconds = {"test_vit": 0.01, "test_vit2": 0.03}
-    means = replace(quick(StandIns()), time_export=lambda ground, model, size: seconds[model])
+    environment = replace(quick(StandIns()), time_export=lambda context, model, size: seconds[model])
     request = asked(images, tmp_path, models=tuple(seconds), max_latency_s=0.005)
     with pytest.raises(UserError, match="the least that would do is 10 ms, test_vit at 32 px"):
-        tune(request, lambda _: None, means)
+        tune(request, lambda _: None, environment)
 
 
 def test_latency_is_measured_with_all_processors(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,9 +238,9 @@ def test_a_last_training_that_fails_is_one_line(images: Path, tmp_path: Path) ->
         done = runner(study, *more)
         return {at: one for at, one in done.items() if study["name"] != "final" or at[0].startswith("lora_r8")}
 
-    means = replace(quick(runner), make_runner=lambda *_: failing)
+    environment = replace(quick(runner), make_runner=lambda *_: failing)
     with pytest.raises(UserError, match="the last training of lora_nf4 failed"):
-        tune(asked(images, tmp_path, margin=5.0), lambda _: None, means)
+        tune(asked(images, tmp_path, margin=5.0), lambda _: None, environment)
 
 
 def test_an_output_among_the_images_or_of_others_is_refused(images: Path, tmp_path: Path) -> None:
@@ -301,8 +301,8 @@ def test_a_limit_of_memory_is_kept_by_every_run_or_refused(
         trained.extend(one["training"] for one in mapping["experiments"] if "learning_rate" in one["training"])
         return runner(mapping, *rest)
 
-    means = replace(quick(runner), make_runner=lambda state, metric: keeping)
-    tune(asked(images, tmp_path, memory_limit="1GB"), lambda _: None, means)
+    environment = replace(quick(runner), make_runner=lambda state, metric: keeping)
+    tune(asked(images, tmp_path, memory_limit="1GB"), lambda _: None, environment)
     assert trained
     assert all(one["memory_limit"] == "1GB" and "recomputed_blocks" in one for one in trained)
 
@@ -440,13 +440,13 @@ def test_candidates_that_have_failed_get_no_more_time(images: Path, tmp_path: Pa
             (race / name / "seed_5" / "record.json").touch()
         return {at: one for at, one in done.items() if study["name"] != "race" or at[0] not in failing}
 
-    means = replace(quick(runner), make_runner=lambda *_: some_fail)
-    choice = tune(asked(images, tmp_path, minutes=8.0), lambda _: None, means)
+    environment = replace(quick(runner), make_runner=lambda *_: some_fail)
+    choice = tune(asked(images, tmp_path, minutes=8.0), lambda _: None, environment)
     assert choice.more_time is not None
     assert "more minutes would bring" in choice.more_time
     assert "probe_int2" not in choice.more_time
     failing.update(one.name for one in choice.candidates if not one.left_out and one.name != choice.reference)
-    choice = tune(asked(images, tmp_path, minutes=8.0), lambda _: None, means)
+    choice = tune(asked(images, tmp_path, minutes=8.0), lambda _: None, environment)
     assert choice.more_time is not None
     assert choice.more_time.startswith("nothing: ")
     assert "failed, as is told above" in choice.more_time

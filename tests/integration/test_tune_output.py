@@ -24,7 +24,7 @@ from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record, 
 from peft_vit.statistics import paired_proportions, proportion_interval
 from peft_vit.studies import plan_study
 from peft_vit.tuning import forms, pipeline
-from peft_vit.tuning.output import leave, left_in
+from peft_vit.tuning.output import output_files_in, write_output
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
@@ -49,7 +49,7 @@ def left(choice: Choice, _session_cache: str):
         patch.setattr(forms, "bench", lambda files: [row(file, 0.012) for file in files])
         patch.setattr(forms, "missing_packages", lambda _: ["openvino"])
         said: list[str] = []
-        return leave(choice, choice.request.output, said.append), said
+        return write_output(choice, choice.request.output, said.append), said
 
 
 def row(file: Path, seconds: float) -> object:
@@ -115,7 +115,7 @@ def test_where_no_form_can_be_written_the_reasons_are_told(choice, monkeypatch, 
     monkeypatch.setattr(forms, "missing_packages", lambda _: ["openvino"])
     monkeypatch.setattr(forms, "_written", lambda way, *_: dataclasses.replace(way.form, left_out="no room"))
     with pytest.raises(UserError, match=r"can't be exported \(ONNX: no room\); the same command tries it again"):
-        leave(choice, tmp_path, lambda _: None)
+        write_output(choice, tmp_path, lambda _: None)
 
 
 def test_what_can_not_be_read_is_not_said_to_be_unwritable(choice, monkeypatch, tmp_path) -> None:
@@ -124,7 +124,7 @@ def test_what_can_not_be_read_is_not_said_to_be_unwritable(choice, monkeypatch, 
 
     monkeypatch.setattr("peft_vit.tuning.output.export_fastest", unreadable)
     with pytest.raises(UserError, match=r"^photos/1\.png: Input/output error; mend that"):
-        leave(choice, tmp_path, lambda _: None)
+        write_output(choice, tmp_path, lambda _: None)
 
 
 def test_the_page_stands_alone_and_says_what_was_not_decided(choice, left) -> None:
@@ -153,8 +153,8 @@ def test_numbers_on_the_sealed_images(choice, left) -> None:
     assert [one.images for one in found.classes] == [truth.count(k) for k in range(3)]
     assert [one.predicted for one in found.classes] == [said.count(k) for k in range(3)]
     assert found.balanced_accuracy == pytest.approx(record.test.balanced_accuracy)
-    assert found.believed.ece[0] == pytest.approx(record.test.ece, abs=1e-6)
-    assert found.believed.nll[0] == pytest.approx(record.test.nll, abs=1e-6)
+    assert found.calibration.ece[0] == pytest.approx(record.test.ece, abs=1e-6)
+    assert found.calibration.nll[0] == pytest.approx(record.test.nll, abs=1e-6)
     assert found.on_folds.nll[1] <= found.on_folds.nll[0]
     theirs = [a == b for a, b in zip(other.predictions.labels, other.predictions.predicted, strict=True)]
     ours = [a == b for a, b in pairs]
@@ -163,7 +163,7 @@ def test_numbers_on_the_sealed_images(choice, left) -> None:
     assert [one.position for one in found.mistakes if one.label == one.predicted] == []
     assert len(found.mistakes) == len(truth) - right
     assert [one.probability for one in found.mistakes] == sorted((m.probability for m in found.mistakes), reverse=True)
-    for one in found.covered:
+    for one in found.coverage_results:
         threshold = calibrated.thresholds[calibrated.coverages.index(one.asked)]
         inside = 0
         for label, row in zip(truth, record.predictions.logits, strict=True):
@@ -180,14 +180,14 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
     limited = {"max_bytes": 16_000_000, "minutes": 5, "models": ("test_vit",), "seed": 3}
     assert asked.pop() == (TuneRequest(Path("photos"), output, **limited), pipeline.say)
     assert tuned.choice is choice
-    assert tuned.left == left[0]
+    assert tuned.files == left[0]
     assert tuned.model.card.run == "final/linear/seed_0"
     peft_vit.tune("photos", output=output, tell=print)
     assert asked.pop() == (TuneRequest(Path("photos"), output), print)
 
 
 def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
-    tuned = Tuned(choice, left_in(choice.request.output))
+    tuned = Tuned(choice, output_files_in(choice.request.output))
     folder = choice.request.images / "class_0"
     by_path = tuned.predict(folder, coverage=0.8)
     assert [one.file for one in by_path] == sorted(folder.iterdir())

@@ -26,7 +26,7 @@ from peft_vit.report.formatting import (
 from peft_vit.report.stopping_plot import stopping_blocks
 from peft_vit.report.tables import cell, interval_cell
 from peft_vit.statistics import Interval
-from peft_vit.tuning.figures import MOST_CLASSES, believed_figure, confusion_figure
+from peft_vit.tuning.figures import MOST_CLASSES, calibration_figure, confusion_figure
 from peft_vit.tuning.forms import Exports, Form
 from peft_vit.tuning.machine import said_ms
 from peft_vit.tuning.result import Candidate, Choice
@@ -38,7 +38,7 @@ Pictures = Callable[[Sequence[int]], list[bytes]]
 
 
 @dataclass(frozen=True)
-class Told:
+class TuningSummary:
     """Everything that is told of a tuning.
 
     Attributes:
@@ -68,9 +68,9 @@ def metric(choice: Choice) -> str:
     return choice.metric.replace("_", " ")
 
 
-def sealed_blocks(told: Told, pictures: Pictures | None) -> Iterator[Block]:
+def sealed_blocks(summary: TuningSummary, pictures: Pictures | None) -> Iterator[Block]:
     """Yield accuracy by class, what was taken for what, and the worst mistakes."""
-    sealed, names = told.sealed, told.chosen.class_names
+    sealed, names = summary.sealed, summary.chosen.class_names
     yield Table.of(
         "classes",
         "Accuracy by class",
@@ -228,10 +228,10 @@ def _ended(one: Candidate) -> str:
     return "–" if one.course is None else words[one.course.stopped]
 
 
-def believed_blocks(told: Told) -> Iterator[Block]:
+def calibration_blocks(summary: TuningSummary) -> Iterator[Block]:
     """Yield how sure and how often right the model is, and how often sets hold the class."""
-    sealed, calibrated = told.sealed, told.calibrated
-    yield believed_figure(sealed.believed, sealed.on_folds, calibrated.temperature)
+    sealed, calibrated = summary.sealed, summary.calibrated
+    yield calibration_figure(sealed.calibration, sealed.on_folds, calibrated.temperature)
     yield Table.of(
         "coverage",
         "Prediction sets",
@@ -243,7 +243,7 @@ def believed_blocks(told: Told) -> Iterator[Block]:
                 "On sealed images": interval_cell("sealed", one.sealed, percent_interval),
                 "Classes in a set there": cell("sealed_size", one.sealed_size, fixed),
             }
-            for one in sealed.covered
+            for one in sealed.coverage_results
         ),
         f"How often `predict --coverage` holds the true class. Thresholds come from {calibrated.images} images of "
         "folds, as in split-conformal prediction. On folds each image is asked by thresholds of other images. "
@@ -252,7 +252,7 @@ def believed_blocks(told: Told) -> Iterator[Block]:
     )
 
 
-def forms_table(told: Told) -> Table:
+def forms_table(summary: TuningSummary) -> Table:
     """Return every form that was tried."""
 
     def row(form: Form) -> dict[str, Cell | str]:
@@ -272,13 +272,14 @@ def forms_table(told: Told) -> Table:
             "Outcome": plain(form.left_out) or "taken",
         }
 
-    float32 = told.exports.float32_s
+    float32 = summary.exports.float32_s
     beside = "" if float32 is None else f" The same model in float32 takes {fixed(1e3 * float32, 1)} ms."
-    split = next((form.comparison.split for form in told.exports.forms if form.comparison is not None), "")
+    split = next((form.comparison.split for form in summary.exports.forms if form.comparison is not None), "")
     return Table.of(
         "forms",
         "Forms of the model",
-        map(row, told.exports.forms),
-        f"A call on one image on {told.exports.processor}, with all its processors, each form in processes of its own, "
-        f"in turn.{beside} Predicts as trained: share of {split} images on which the file and the run's model agree.",
+        map(row, summary.exports.forms),
+        f"A call on one image on {summary.exports.processor}, with all its processors, each form in processes of its "
+        f"own, in turn.{beside} Predicts as trained: share of {split} images on which the file and the "
+        "run's model agree.",
     )

@@ -6,19 +6,21 @@ from collections.abc import Callable
 
 from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.markdown import block_text, escaped, summary_parts
-from peft_vit.tuning.blocks import Told
+from peft_vit.tuning.blocks import TuningSummary
 
 
-def write_card(told: Told, document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]) -> str:
+def write_card(
+    summary: TuningSummary, document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]
+) -> str:
     """Return the text of card.md: metadata as YAML, how to use the model, and what the page says, without pictures.
 
     Args:
-        told: everything that is told.
+        summary: everything that is told.
         document: the page.
         figure_path: where a figure's PNG lies, relative to the card.
     """
-    parts = [f"---\n{_metadata(told)}\n---", f"# {escaped(document.label)}", *summary_parts(document, figure_path)]
-    parts += ["## How to use it", _use(told)]
+    parts = [f"---\n{_metadata(summary)}\n---", f"# {escaped(document.label)}", *summary_parts(document, figure_path)]
+    parts += ["## How to use it", _use(summary)]
     for title in document.order:
         if document.sections[title]:
             parts.append(f"## {title}")
@@ -26,12 +28,12 @@ def write_card(told: Told, document: StudyDocument, figure_path: Callable[[Study
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(told: Told) -> str:
+def _metadata(summary: TuningSummary) -> str:
     """Return the hub's fields. No licence is named: that of the weights and that of the images both bind."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    name = told.choice.request.images.name or "images"
-    values = {"accuracy": told.sealed.accuracy.estimate, "balanced_accuracy": told.sealed.balanced_accuracy}
+    name = summary.choice.request.images.name or "images"
+    values = {"accuracy": summary.sealed.accuracy.estimate, "balanced_accuracy": summary.sealed.balanced_accuracy}
     results = [
         EvalResult(
             task_type="image-classification",
@@ -44,19 +46,19 @@ def _metadata(told: Told) -> str:
         for metric, value in values.items()
     ]
     data = ModelCardData(
-        library_name="openvino" if told.exports.model.suffix == ".xml" else "onnx",
+        library_name="openvino" if summary.exports.model.suffix == ".xml" else "onnx",
         pipeline_tag="image-classification",
-        tags=["peft-vit", told.choice.model, told.chosen.spec.experiment.method],
+        tags=["peft-vit", summary.choice.model, summary.chosen.spec.experiment.method],
         metrics=list(values),
-        model_name=f"{told.choice.chosen} for {name}",
+        model_name=f"{summary.choice.chosen} for {name}",
         eval_results=results,
     )
     return str(data.to_yaml()).strip()
 
 
-def _use(told: Told) -> str:
-    model = f"model/{told.exports.model.name}"
-    sets = " --coverage 0.9" if told.calibrated.coverages else ""
+def _use(summary: TuningSummary) -> str:
+    model = f"model/{summary.exports.model.name}"
+    sets = " --coverage 0.9" if summary.calibrated.coverages else ""
     return f"""```
 peft-vit predict {model} IMAGES...{sets}
 peft-vit run config.yaml --output again     # trains it again

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from peft_vit.tuning.candidates import KINDS, REFERENCE, Design, Kind, of_kind
 from peft_vit.tuning.race import LOOKS
-from peft_vit.tuning.rates import Found
+from peft_vit.tuning.rates import BestRate
 from peft_vit.tuning.result import Candidate
 from peft_vit.tuning.schedule import Schedule
 
 _HOPELESS = 3  # margins behind the best on validation, and as many standard errors
 
 
-def reference_of(found: Mapping[Kind, Found]) -> Kind:
+def reference_of(found: Mapping[Kind, BestRate]) -> Kind:
     """Return the kind that all are compared with: float LoRA, or what validation prefers if that could not be trained.
 
     The best on validation would be the luckiest one as a rule: in simulations with as many images as it has here, a
@@ -26,7 +26,7 @@ def reference_of(found: Mapping[Kind, Found]) -> Kind:
 
 def contestants(
     designs: Sequence[Design],
-    found: Mapping[Kind, Found],
+    found: Mapping[Kind, BestRate],
     schedule: Schedule,
     margin_share: float,
     max_bytes: int | None,
@@ -73,7 +73,7 @@ def contestants(
     return candidates, reference.name
 
 
-def _hopeless(found: Mapping[Kind, Found], margin_share: float, validation_images: int) -> float:
+def _hopeless(found: Mapping[Kind, BestRate], margin_share: float, validation_images: int) -> float:
     """Return how far behind the best on validation there is no hope.
 
     A share p of n images scatters by sqrt(p (1 - p) / n), the difference of two of them by sqrt(2) times that, at most.
@@ -84,7 +84,7 @@ def _hopeless(found: Mapping[Kind, Found], margin_share: float, validation_image
 
 
 def _against(
-    design: Design, reference: Design, found: Mapping[Kind, Found], hopeless: float, max_bytes: int | None
+    design: Design, reference: Design, found: Mapping[Kind, BestRate], hopeless: float, max_bytes: int | None
 ) -> str:
     """Return why a design does not race, time left aside; empty: nothing stands against it."""
     if design.bytes > reference.bytes:

@@ -18,7 +18,7 @@ from peft_vit.report.formatting import counted, percent
 from peft_vit.report.hover import HoverPoints
 from peft_vit.report.reliability import Line, draw_reliability
 from peft_vit.report.style import METHOD_COLORS, PAPER, SEQUENTIAL, STYLE, draw
-from peft_vit.tuning.sealed import Believed
+from peft_vit.tuning.sealed import CalibrationResult
 
 MOST_CLASSES = 40  # of a confusion matrix that can be read
 _ON_BRIGHT, _ON_DARK = "#000000", "#fefefe"  # the same in every theme, as the cells are
@@ -134,7 +134,7 @@ def no_font(letters: str) -> str:
     )
 
 
-def believed_figure(sealed: Believed, folds: Believed, temperature: float) -> Drawing:
+def calibration_figure(sealed: CalibrationResult, folds: CalibrationResult, temperature: float) -> Drawing:
     """Draw how often the model is right over how sure it is, on folds and on sealed images."""
     bins = {
         "folds, as trained": folds.bins[0],

@@ -16,16 +16,16 @@ from typing import Any
 
 from peft_vit.errors import UserError
 from peft_vit.tuning.candidates import Design, flipped
-from peft_vit.tuning.ground import Ground
-from peft_vit.tuning.probes import Backing
+from peft_vit.tuning.context import TuningContext
+from peft_vit.tuning.probes import BackboneChoice
 from peft_vit.tuning.running import Outcome
 
 _LEAST_STEPS = 12  # of ranks that move
 
 
 def train_finally(
-    ground: Ground,
-    backing: Backing,
+    context: TuningContext,
+    backbone: BackboneChoice,
     designed: Callable[[int], Sequence[Design]],
     names: Sequence[str],
     rates: Mapping[str, float],
@@ -35,8 +35,8 @@ def train_finally(
     """Train some candidates on everything that is not sealed, and return their runs' folders by name.
 
     Args:
-        ground: of the tuning.
-        backing: model and image size.
+        context: of the tuning.
+        backbone: model and image size.
         designed: everything that could be trained, in so many steps.
         names: of the candidates, one or two.
         rates: learning rate of each that takes steps, by name.
@@ -50,41 +50,43 @@ def train_finally(
     for own in names:
         stays = own in rates and statistics.median(one.chosen_step for one in folds[own]) == 0
         if stays:
-            ground.state.tell(
+            context.state.tell(
                 f"  {own}: on the folds no step was a gain, so it is the linear probe that it starts from"
             )
-        training = fixed_training(ground, None if stays else rates.get(own), folds[own], memory)
+        training = fixed_training(context, None if stays else rates.get(own), folds[own], memory)
         design = next(one for one in designed(training.get("steps", _LEAST_STEPS)) if one.name == own)
         if stays:
             design = design.without_adapters()
         plain = json.dumps([training, design.sections], sort_keys=True)
         experiments[own] = design.experiment(training, f"{own}-{hashlib.sha256(plain.encode()).hexdigest()[:6]}")
-    study = ground.study("final", backing.model, backing.image_size, [ground.request.seed], list(experiments.values()))
+    study = context.study(
+        "final", backbone.model, backbone.image_size, [context.request.seed], list(experiments.values())
+    )
     study["data"] = {name: value for name, value in study["data"].items() if name != "folds"} | {"validation_images": 0}
     study["measures"] = {"logits": True}  # the page tells how far probabilities on sealed images can be believed
-    done = ground.runner(study, ground.state.unlimited)
+    done = context.runner(study, context.state.unlimited)
     for name, one in experiments.items():
-        if (one["name"], ground.request.seed) not in done:
+        if (one["name"], context.request.seed) not in done:
             problem = f"the last training of {name} failed, as is told above; the same command tries it again"
-            raise UserError(problem, file=ground.state.studies / "final" / one["name"])
-    return {name: done[one["name"], ground.request.seed].folder for name, one in experiments.items()}
+            raise UserError(problem, file=context.state.studies / "final" / one["name"])
+    return {name: done[one["name"], context.request.seed].folder for name, one in experiments.items()}
 
 
 def fixed_training(
-    ground: Ground, rate: float | None, folds: Sequence[Outcome], memory: Mapping[str, Any]
+    context: TuningContext, rate: float | None, folds: Sequence[Outcome], memory: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the section `training` of a run in which nothing validates; rate None: of a probe."""
     strengths = [one.l2 for one in folds if one.l2 is not None]
     training: dict[str, Any] = {
-        "batch_size": ground.batch_size,
-        **flipped(ground.flips),
+        "batch_size": context.batch_size,
+        **flipped(context.flips),
         "probe_l2": statistics.median_low(strengths),
     }
-    if ground.class_weights:
+    if context.class_weights:
         training["class_weights"] = True
     if rate is None:
         return training
-    steps = statistics.median(one.chosen_step for one in folds) * ground.images / ground.train_images
+    steps = statistics.median(one.chosen_step for one in folds) * context.images / context.train_images
     return {
         **training,
         "learning_rate": rate,

@@ -17,12 +17,12 @@ from peft_vit.runs.provenance import cpu_count
 from peft_vit.studies.plan import plan_begun_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.tuning.candidates import KINDS, Design, Kind
-from peft_vit.tuning.ground import Ground
+from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.request import TuneRequest
 
 MEMORY_LIMIT = "--memory-limit"
 _ROUNDS = 10  # calls that are timed
-TimeExport = Callable[[Ground, str, int], float]  # seconds of an image, of a model at a size
+TimeExport = Callable[[TuningContext, str, int], float]  # seconds of an image, of a model at a size
 
 
 def check_request(request: TuneRequest) -> None:
@@ -77,7 +77,9 @@ def _mb(size: float, *, up: bool = False) -> str:
     return f"{tenths / 10:g}"
 
 
-def within_latency(ground: Ground, sizes: Mapping[str, list[int]], time_export: TimeExport) -> dict[str, list[int]]:
+def within_latency(
+    context: TuningContext, sizes: Mapping[str, list[int]], time_export: TimeExport
+) -> dict[str, list[int]]:
     """Return the sizes of each model at which an exported one is fast enough, by its architecture with any weights.
 
     The largest is timed; of the others those that multiply so much less that they should be fast enough, from the
@@ -86,7 +88,7 @@ def within_latency(ground: Ground, sizes: Mapping[str, list[int]], time_export: 
     Raises:
         UserError: if none is at any size, with the least that would do.
     """
-    limit_s = ground.request.max_latency_s
+    limit_s = context.request.max_latency_s
     if limit_s is None:
         return {model: list(some) for model, some in sizes.items()}
     found: dict[str, list[int]] = {}
@@ -95,11 +97,11 @@ def within_latency(ground: Ground, sizes: Mapping[str, list[int]], time_export: 
         fastest: tuple[float, int] | None = None  # of this model
         for size in sorted(some, reverse=True):
             if fastest is not None and size > min(some):
-                ratio = ground.shape(model, size).multiply_adds / ground.shape(model, fastest[1]).multiply_adds
+                ratio = context.shape(model, size).multiply_adds / context.shape(model, fastest[1]).multiply_adds
                 if fastest[0] * ratio > limit_s:
                     continue
-            seconds = ground.state.once(f"latency {model} {size}", partial(time_export, ground, model, size))
-            ground.state.tell(f"  {model} at {size} px: {1000 * seconds:.1f} ms an image")
+            seconds = context.state.once(f"latency {model} {size}", partial(time_export, context, model, size))
+            context.state.tell(f"  {model} at {size} px: {1000 * seconds:.1f} ms an image")
             timed.append((seconds, model, size))
             fastest = (seconds, size) if fastest is None else min(fastest, (seconds, size))
             if seconds <= limit_s:
@@ -115,15 +117,15 @@ def within_latency(ground: Ground, sizes: Mapping[str, list[int]], time_export: 
     return found
 
 
-def time_exported(ground: Ground, model: str, image_size: int) -> float:
+def time_exported(context: TuningContext, model: str, image_size: int) -> float:
     """Return the median seconds of one image, of an ONNX export of an architecture with random weights."""
     from peft_vit.backbones.catalog import create_model
     from peft_vit.deployment import export_onnx
     from peft_vit.deployment.check import card_of_random
     from peft_vit.deployment.timing import time_alone
 
-    architecture = Architecture.of(BackboneConfig.model_validate(ground.backbones[model]))
-    names = tuple(ground.seen.class_names)
+    architecture = Architecture.of(BackboneConfig.model_validate(context.backbones[model]))
+    names = tuple(context.seen.class_names)
     plain = create_model(architecture, image_size, len(names))
     card = card_of_random(architecture, image_size, names, "tune")
     with tempfile.TemporaryDirectory() as folder:
@@ -133,28 +135,28 @@ def time_exported(ground: Ground, model: str, image_size: int) -> float:
     return statistics.median(calls[1].seconds)
 
 
-def within_memory(ground: Ground, model: str, image_size: int, experiment: Mapping[str, Any]) -> dict[str, Any]:
+def within_memory(context: TuningContext, model: str, image_size: int, experiment: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of training that keep within the limit of memory, measured on float LoRA, which takes most.
 
     Raises:
         UserError: naming `--memory-limit` if none does, with the least that would do.
     """
-    limit = ground.request.memory_limit
+    limit = context.request.memory_limit
     if limit is None:
         return {}
     limited = {**experiment, "training": {**experiment["training"], "memory_limit": limit}}
-    study = ground.study("memory", model, image_size, [0], [limited])
+    study = context.study("memory", model, image_size, [0], [limited])
 
     def decide() -> dict[str, Any]:
         plan = plan_begun_study(
-            study_from_mapping(study, file=ground.request.images),
+            study_from_mapping(study, file=context.request.images),
             None,
-            ground.state.studies,
-            file=ground.request.images,
-            measure_step=partial(measure_step, tell=lambda text: ground.state.tell(f"  {text}")),
+            context.state.studies,
+            file=context.request.images,
+            measure_step=partial(measure_step, tell=lambda text: context.state.tell(f"  {text}")),
         )
         for line in plan.memory:
-            ground.state.tell(f"  {line}")
+            context.state.tell(f"  {line}")
         training = plan.study.experiments[0].training
         settings = {
             "memory_limit": limit,
@@ -165,7 +167,7 @@ def within_memory(ground: Ground, model: str, image_size: int, experiment: Mappi
         return {name: value for name, value in settings.items() if value is not None}
 
     try:
-        return ground.state.once(f"memory {model} {image_size}", decide)
+        return context.state.once(f"memory {model} {image_size}", decide)
     except UserError as error:
         if error.field is None or not error.field.endswith("memory_limit"):
             raise

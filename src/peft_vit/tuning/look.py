@@ -13,7 +13,7 @@ from peft_vit.data.look import images_file, look_at
 from peft_vit.errors import UserError
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.ledger import write_whole
-from peft_vit.tuning.ground import FOLDS, Ground
+from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.result import Metric
 from peft_vit.tuning.running import Runner
 from peft_vit.tuning.state import State
@@ -24,7 +24,7 @@ _SURE_S = 3.0  # of decoding, until it is known how long it takes
 MakeRunner = Callable[[State, Metric], Runner]
 
 
-def ground_of(state: State, make_runner: MakeRunner) -> Ground:
+def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     """Look at the images, seal some of them, and return what all other stages stand on.
 
     Raises:
@@ -51,7 +51,7 @@ def ground_of(state: State, make_runner: MakeRunner) -> Ground:
     metric: Metric = "accuracy" if seen.balanced else "balanced_accuracy"
     different = len(np.unique(seen.groups[used]))
     runner = make_runner(state, metric)
-    return Ground(state, runner, seen, place, tuple(counts.tolist()), metric, different, len(sealed))
+    return TuningContext(state, runner, seen, place, tuple(counts.tolist()), metric, different, len(sealed))
 
 
 def _telling_if_slow(state: State) -> Callable[[int, int], None]:

@@ -16,7 +16,7 @@ from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.html import write_html
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.ledger import write_whole
-from peft_vit.tuning.blocks import Told
+from peft_vit.tuning.blocks import TuningSummary
 from peft_vit.tuning.card import write_card
 from peft_vit.tuning.figures import fonts_for, no_font
 from peft_vit.tuning.forms import export_fastest
@@ -30,7 +30,7 @@ MODEL_FOLDER, FIGURES_FOLDER, CONFIG_FILE, CARD_FILE = "model", "figures", "conf
 
 
 @dataclass(frozen=True)
-class Left:
+class OutputFiles:
     """Where everything lies that a tuning leaves.
 
     Attributes:
@@ -48,7 +48,7 @@ class Left:
     report: Path
 
 
-def left_in(directory: Path) -> Left:
+def output_files_in(directory: Path) -> OutputFiles:
     """Return where everything lies below what was a tuning's output.
 
     Raises:
@@ -58,7 +58,9 @@ def left_in(directory: Path) -> Left:
     model = next((file for file in (folder / "model.onnx", folder / "model.xml") if file.is_file()), None)
     if model is None:
         raise UserError("holds no model; run `peft-vit tune` first", file=folder)
-    return Left(model, folder / ADAPTER_FILE, directory / CONFIG_FILE, directory / CARD_FILE, directory / HTML_FILE)
+    return OutputFiles(
+        model, folder / ADAPTER_FILE, directory / CONFIG_FILE, directory / CARD_FILE, directory / HTML_FILE
+    )
 
 
 def check_output(request: TuneRequest) -> None:
@@ -74,7 +76,7 @@ def check_output(request: TuneRequest) -> None:
                 raise UserError(problem, file=request.output / name)
 
 
-def leave(choice: Choice, directory: Path, tell: Callable[[str], None] = print) -> Left:
+def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = print) -> OutputFiles:
     """Write everything that a tuning leaves; what an earlier call left is replaced.
 
     Args:
@@ -86,13 +88,13 @@ def leave(choice: Choice, directory: Path, tell: Callable[[str], None] = print) 
         UserError: if a run can't be restored, the model can't be exported, or a file can't be read or written.
     """
     try:
-        return _leave(choice, directory, tell)
+        return _write_output(choice, directory, tell)
     except OSError as error:  # of reading as well as of writing: the error names the file
         problem = f"{error.strerror or error}; mend that, and the same command goes on"
         raise UserError(problem, file=error.filename or directory) from None
 
 
-def _leave(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Left:
+def _write_output(choice: Choice, directory: Path, tell: Callable[[str], None]) -> OutputFiles:
     records = {name: read_record(folder / RECORD_FILE) for name, folder in choice.final_runs.items()}
     chosen, run_dir, fold_runs = (
         records[choice.chosen],
@@ -113,23 +115,23 @@ def _leave(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Left
         max_latency_s=choice.request.max_latency_s,
         tell=lambda text: tell(f"  {text}"),
     )
-    told = Told(choice, records, sealed, calibrated, exports, weights_licence(chosen))
-    document = tuning_document(told, partial(thumbnails_of, chosen))
+    summary = TuningSummary(choice, records, sealed, calibrated, exports, weights_licence(chosen))
+    document = tuning_document(summary, partial(thumbnails_of, chosen))
     figures = {drawing.slug: drawing for drawing in document.drawings()}
     for drawing in figures.values():
         write_whole(directory / _figure_path(document, drawing), drawing.png)
-    left = left_in(directory)
-    write_whole(left.adapter, read_bytes(run_dir / ADAPTER_FILE, limit_bytes=None))
-    write_whole(left.config, configuration(choice, chosen).encode())
-    write_whole(left.card, write_card(told, document, _figure_path).encode())
-    write_whole(left.report, write_html([document]).encode())
+    files = output_files_in(directory)
+    write_whole(files.adapter, read_bytes(run_dir / ADAPTER_FILE, limit_bytes=None))
+    write_whole(files.config, configuration(choice, chosen).encode())
+    write_whole(files.card, write_card(summary, document, _figure_path).encode())
+    write_whole(files.report, write_html([document]).encode())
     if missing := fonts_for(chosen.class_names)[1]:
         tell(f"  {no_font(missing)}")
     for sentence in exports.missed:
         tell(f"  {sentence}")
-    for path in (left.model, left.adapter, left.config, left.card, left.report):
+    for path in (files.model, files.adapter, files.config, files.card, files.report):
         tell(f"  {path}")
-    return left
+    return files
 
 
 def configuration(choice: Choice, record: RunRecord) -> str:

@@ -19,74 +19,82 @@ from peft_vit.report.formatting import (
 )
 from peft_vit.report.summary import LICENCES
 from peft_vit.statistics import Interval
-from peft_vit.tuning.blocks import Pictures, Told, believed_blocks, compared_blocks, forms_table, metric, sealed_blocks
+from peft_vit.tuning.blocks import (
+    Pictures,
+    TuningSummary,
+    calibration_blocks,
+    compared_blocks,
+    forms_table,
+    metric,
+    sealed_blocks,
+)
 from peft_vit.tuning.result import Choice
 
 _AT = 0.9  # coverage that stands at the top
-SEALED, COMPARED, BELIEVED, FORMS, IMAGES = (
+SEALED, COMPARED, CALIBRATION, FORMS, IMAGES = (
     "On the sealed images",
     "What it was compared with",
     "How far to believe it",
     "Files and speed",
     "The images",
 )
-_ORDER = (SEALED, COMPARED, BELIEVED, FORMS, IMAGES)
+_ORDER = (SEALED, COMPARED, CALIBRATION, FORMS, IMAGES)
 _FACTS = ("Images", "Promise", "Limits", "Time", "Models", "Licence of the weights", "Licence of the images")
 
 
-def tuning_document(told: Told, pictures: Pictures | None) -> StudyDocument:
+def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyDocument:
     """Return the document.
 
     Args:
-        told: everything that is told.
+        summary: everything that is told.
         pictures: makes pictures of sealed images; None: there are none.
     """
-    choice = told.choice
+    choice = summary.choice
     sections: dict[str, tuple[Block, ...]] = {
-        SEALED: tuple(sealed_blocks(told, pictures)),
+        SEALED: tuple(sealed_blocks(summary, pictures)),
         COMPARED: tuple(compared_blocks(choice)),
-        BELIEVED: tuple(believed_blocks(told)),
-        FORMS: (forms_table(told),),
+        CALIBRATION: tuple(calibration_blocks(summary)),
+        FORMS: (forms_table(summary),),
         IMAGES: tuple(Paragraph(f"{plain(line)}.") for line in choice.seen.lines()),
     }
     return StudyDocument(
         label=f"A model for {plain(choice.request.images.name)}",
         slug="tuning",
-        notices=tuple(_notices(told)),
-        facts=tuple(_facts(told)),
-        cards=tuple(_cards(told)),
-        came_out=tuple(_came_out(told)),
-        how_sure=tuple(_how_sure(told)),
+        notices=tuple(_notices(summary)),
+        facts=tuple(_facts(summary)),
+        cards=tuple(_cards(summary)),
+        came_out=tuple(_came_out(summary)),
+        how_sure=tuple(_how_sure(summary)),
         progress=(),
         sections=sections,
-        not_shown=tuple(_not_shown(told)),
-        runs=tuple(_details(name, record) for name, record in told.records.items()),
+        not_shown=tuple(_not_shown(summary)),
+        runs=tuple(_details(name, record) for name, record in summary.records.items()),
         cards_title="The chosen model at a glance",
         order=_ORDER,
         main_facts=_FACTS,
-        disclaimer=_disclaimer(told),
+        disclaimer=_disclaimer(summary),
     )
 
 
-def _notices(told: Told) -> Iterator[str]:
-    if not told.choice.shown:
-        courses = [one.course for one in told.choice.candidates if one.course is not None]
+def _notices(summary: TuningSummary) -> Iterator[str]:
+    if not summary.choice.shown:
+        courses = [one.course for one in summary.choice.candidates if one.course is not None]
         in_time = all(course.stopped is not None for course in courses)
         why = "comparisons have ended without an answer" if in_time else "time ended before a comparison did"
         yield f"NOT DECIDED: {why}. The chosen model is the best guess so far."
-    yield from told.exports.missed
-    if disclaimer := _disclaimer(told):
+    yield from summary.exports.missed
+    if disclaimer := _disclaimer(summary):
         yield disclaimer
 
 
-def _disclaimer(told: Told) -> str:
-    if told.chosen.provenance is None or not told.chosen.provenance.random_weights:
+def _disclaimer(summary: TuningSummary) -> str:
+    if summary.chosen.provenance is None or not summary.chosen.provenance.random_weights:
         return ""
     return "The backbone's weights are random: no number here says what a pretrained one would reach."
 
 
-def _facts(told: Told) -> Iterator[tuple[str, str]]:
-    request, choice = told.choice.request, told.choice
+def _facts(summary: TuningSummary) -> Iterator[tuple[str, str]]:
+    request, choice = summary.choice.request, summary.choice
     limits = [
         *([megabytes(request.max_bytes)] if request.max_bytes is not None else []),
         *([f"{1e3 * request.max_latency_s:g} ms an image"] if request.max_latency_s is not None else []),
@@ -102,16 +110,16 @@ def _facts(told: Told) -> Iterator[tuple[str, str]]:
     stages = joined(f"{name} {_duration(one)}" for name, one in choice.stages)
     yield "Time", f"{_duration(seconds)} of {request.minutes:g} minutes a call: {stages}"
     yield "Models", f"{joined(request.models)}; taken: {choice.model} at {choice.image_size} pixels"
-    yield "Licence of the weights", told.weights_licence
-    yield "Licence of the images", LICENCES[told.chosen.spec.data.dataset]
-    sizes = told.chosen.split_sizes
+    yield "Licence of the weights", summary.weights_licence
+    yield "Licence of the images", LICENCES[summary.chosen.spec.data.dataset]
+    sizes = summary.chosen.split_sizes
     yield "Split", f"{sizes['train']:,} images trained on, {sizes['test']:,} sealed until the end"
-    yield "Classes", f"{len(told.chosen.class_names)}: {joined(map(plain, told.chosen.class_names))}"
-    yield "Precision", f"{told.chosen.spec.precision}, {told.chosen.spec.threads} threads"
+    yield "Classes", f"{len(summary.chosen.class_names)}: {joined(map(plain, summary.chosen.class_names))}"
+    yield "Precision", f"{summary.chosen.spec.precision}, {summary.chosen.spec.threads} threads"
 
 
-def _cards(told: Told) -> Iterator[Card]:
-    sealed, taken = told.sealed, told.exports.taken
+def _cards(summary: TuningSummary) -> Iterator[Card]:
+    sealed, taken = summary.sealed, summary.exports.taken
     interval = sealed.accuracy
     assert interval.low is not None
     assert interval.high is not None
@@ -126,19 +134,19 @@ def _cards(told: Told) -> Iterator[Card]:
         ),
     )
     assert taken.bytes is not None
-    yield Card("Size", told.exports.model.name, megabytes(taken.bytes), (taken.name,))
+    yield Card("Size", summary.exports.model.name, megabytes(taken.bytes), (taken.name,))
     assert taken.median_s is not None
-    float32 = told.exports.float32_s
+    float32 = summary.exports.float32_s
     against = () if float32 is None else (f"{fixed(1e3 * float32, 1)} ms in float32",)
-    yield Card("Time for an image", told.exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
-    for one in sealed.covered:
+    yield Card("Time for an image", summary.exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
+    for one in sealed.coverage_results:
         if one.asked == _AT:
             said = f"hold {percent(one.sealed.estimate)} of the sealed images' classes"
             yield Card("Classes in a set", f"--coverage {_AT:g}", fixed(one.sealed_size, 2), (said,))
 
 
-def _came_out(told: Told) -> Iterator[str]:
-    choice, sealed = told.choice, told.sealed
+def _came_out(summary: TuningSummary) -> Iterator[str]:
+    choice, sealed = summary.choice, summary.sealed
     yield f"{choice.chosen} was chosen: {choice.why}"
     said = f"It is right on {percent_interval(sealed.accuracy)} of {sealed.accuracy.n} sealed images"
     if sealed.reference is None or sealed.lost is None:
@@ -148,7 +156,7 @@ def _came_out(told: Told) -> Iterator[str]:
             f"{said}; the reference, {choice.reference}, on {percent_interval(sealed.reference)}. The difference is "
             f"{points_interval(_negative(sealed.lost))} points."
         )
-    form = told.exports.taken
+    form = summary.exports.taken
     assert form.bytes is not None
     assert form.median_s is not None
     yield f"Its file takes {megabytes(form.bytes)} ({form.name}), an image {fixed(1e3 * form.median_s, 1)} ms here."
@@ -160,8 +168,8 @@ def _negative(interval: Interval) -> Interval:
     return Interval(-interval.estimate, -interval.high, -interval.low, interval.n, interval.confidence)
 
 
-def _how_sure(told: Told) -> Iterator[str]:
-    choice = told.choice
+def _how_sure(summary: TuningSummary) -> Iterator[str]:
+    choice = summary.choice
     if choice.shown:
         yield (
             "The promise was tested on repeated folds, over other images as well as seeds; at most 5 % of tunings show "
@@ -179,8 +187,8 @@ def _how_sure(told: Told) -> Iterator[str]:
     yield (
         f"The sealed images were {once}. Their intervals tell what as many other images of the same kind would change."
     )
-    if told.exports.int8_loss is not None:
-        yield f"Activations in 8 bits lose {signed(100 * told.exports.int8_loss, 1)} points on images of folds."
+    if summary.exports.int8_loss is not None:
+        yield f"Activations in 8 bits lose {signed(100 * summary.exports.int8_loss, 1)} points on images of folds."
 
 
 def _readers(choice: Choice) -> int:
@@ -193,20 +201,20 @@ def _duration(seconds: float) -> str:
     return f"{fixed(seconds, 0)} s" if seconds < 100 else f"{fixed(seconds / 60, 1)} min"
 
 
-def _not_shown(told: Told) -> Iterator[str]:
+def _not_shown(summary: TuningSummary) -> Iterator[str]:
     undecided = [
         one.name
-        for one in told.choice.candidates
+        for one in summary.choice.candidates
         if one.course is not None and one.course.noninferiority == "not decided"
     ]
     if undecided:
         yield f"Not decided: {joined(undecided)}."
-    left_out = [one for one in told.choice.candidates if one.left_out]
+    left_out = [one for one in summary.choice.candidates if one.left_out]
     if left_out:
         yield f"Not raced: {joined(f'{one.name} ({one.left_out})' for one in left_out)}."
     yield "Images of another kind, camera or time than these: nothing here speaks of them."
     yield "Other backbones and methods than those in the tables."
-    if len(told.sealed.covered) == 0:
+    if len(summary.sealed.coverage_results) == 0:
         yield "Prediction sets: there are too few images for thresholds."
 
 

@@ -12,14 +12,14 @@ from typing import Any
 from peft_vit.extras import require_extra
 from peft_vit.studies.lock import study_lock
 from peft_vit.tuning.limits import TimeExport, check_request, time_exported
-from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, ground_of
+from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, context_of
 from peft_vit.tuning.machine import MeasurePace, measure_pace
-from peft_vit.tuning.output import check_output, leave
+from peft_vit.tuning.output import check_output, write_output
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice, Metric
 from peft_vit.tuning.running import Runner, StudyRunner
 from peft_vit.tuning.stages import (
-    choose_backing,
+    choose_backbone,
     choose_rates,
     finish,
     keep_memory,
@@ -36,21 +36,21 @@ def study_runner(state: State, metric: Metric) -> Runner:
 
 
 @dataclass(frozen=True)
-class Means:
-    """How the outside world is asked; simulations have other means.
+class Environment:
+    """How the outside world is asked; simulations have another one.
 
     Attributes:
         make_runner: does runs.
         measure: see `measure_pace`.
         time_export: see `time_exported`.
-        leave: writes model, card and report.
+        write_output: writes model, card and report.
         clock: in seconds.
     """
 
     make_runner: MakeRunner = study_runner
     measure: MeasurePace = measure_pace
     time_export: TimeExport = time_exported
-    leave: Callable[[Choice, Path, Callable[[str], None]], Any] = leave
+    write_output: Callable[[Choice, Path, Callable[[str], None]], Any] = write_output
     clock: Callable[[], float] = time.monotonic
 
 
@@ -59,13 +59,13 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def tune(request: TuneRequest, tell: Callable[[str], None] = say, means: Means | None = None) -> Choice:
+def tune(request: TuneRequest, tell: Callable[[str], None] = say, environment: Environment | None = None) -> Choice:
     """Find the smallest model that is shown to be good enough, within limits and time.
 
     Args:
         request: what is asked for.
         tell: told what is done and found, a line each.
-        means: other ones than worker processes and this machine's clock.
+        environment: other ones than worker processes and this machine's clock.
 
     Raises:
         UserError: for bad input, before anything is trained; see `look_at`, `limits`, `check_output` and
@@ -76,7 +76,7 @@ def tune(request: TuneRequest, tell: Callable[[str], None] = say, means: Means |
     require_extra("tune", "tune")
     check_output(request)
     with study_lock(request.output):
-        return _tune(request, tell, means or Means())
+        return _tune(request, tell, environment or Environment())
 
 
 @contextmanager
@@ -89,22 +89,22 @@ def _removed_if_refused(state: State, file: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def _tune(request: TuneRequest, tell: Callable[[str], None], means: Means) -> Choice:
-    state = State.opened(request, tell, means.clock)
+def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Environment) -> Choice:
+    state = State.opened(request, tell, environment.clock)
     was_there = (request.output / IMAGES_FILE).exists()
     with state.stage("look"):
-        ground = ground_of(state, means.make_runner)
-    with state.stage("machine"), nullcontext() if was_there else _removed_if_refused(state, ground.images_file):
-        machine, tried = look_at_machine(ground, means.measure, means.time_export)
-        tried, memories = keep_memory(ground, tried)
+        context = context_of(state, environment.make_runner)
+    with state.stage("machine"), nullcontext() if was_there else _removed_if_refused(state, context.images_file):
+        machine, tried = look_at_machine(context, environment.measure, environment.time_export)
+        tried, memories = keep_memory(context, tried)
         state.begin()
     with state.stage("probes"):
-        backing, probes = choose_backing(ground, machine, tried)
-    memory = memories.get((backing.model, backing.image_size), {})
+        backbone, probes = choose_backbone(context, machine, tried)
+    memory = memories.get((backbone.model, backbone.image_size), {})
     with state.stage("rates"):
-        found, rates = choose_rates(ground, backing, memory)
+        found, rates = choose_rates(context, backbone, memory)
     with state.stage("race"):
-        contest = prepare_race(ground, backing, found, memory)
+        contest = prepare_race(context, backbone, found, memory)
         raced = contest.run()
         tell(f"  {'chosen' if raced.shown else 'NOT DECIDED'}: {raced.chosen}, {raced.why}")
         more = more_time(contest, machine, raced)
@@ -114,11 +114,11 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], means: Means) -> Ch
         final = finish(contest, found, raced, memory)
     choice = Choice(
         request=request,
-        seen=ground.seen,
-        images_file=ground.images_file,
-        metric=ground.metric,
-        model=backing.model,
-        image_size=backing.image_size,
+        seen=context.seen,
+        images_file=context.images_file,
+        metric=context.metric,
+        model=backbone.model,
+        image_size=backbone.image_size,
         probes=probes,
         rates=rates,
         candidates=raced.candidates,
@@ -133,5 +133,5 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], means: Means) -> Ch
         stages=tuple(state.file.seconds.items()),
     )
     with state.stage("output"):
-        means.leave(choice, request.output, tell)
+        environment.write_output(choice, request.output, tell)
     return choice

@@ -20,9 +20,9 @@ from peft_vit.config.augmentation import Flips
 from peft_vit.errors import UserError
 from peft_vit.studies.time_limit import Limit
 from peft_vit.tuning.candidates import training_of
-from peft_vit.tuning.ground import FOLDS, Ground
+from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.machine import Machine
-from peft_vit.tuning.result import Probed
+from peft_vit.tuning.result import ProbeResult
 from peft_vit.tuning.schedule import Schedule, features_s
 
 _SIDES = (2, 3, 4, 5, 6, 8, 10, 12, 16)  # patches a side
@@ -34,7 +34,7 @@ _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as
 
 
 @dataclass(frozen=True)
-class Backing:
+class BackboneChoice:
     """A model at a size, with what fits the time there."""
 
     model: str
@@ -42,49 +42,49 @@ class Backing:
     schedule: Schedule
 
 
-def sizes_of(ground: Ground, model: str) -> list[int]:
+def sizes_of(context: TuningContext, model: str) -> list[int]:
     """Return the image sizes that are worth a thought, rising; what was asked for, if anything was.
 
     Raises:
         UserError: if the model does not take a size that was asked for.
     """
-    if ground.request.image_sizes:
-        for size in ground.request.image_sizes:
-            ground.shape(model, size)
-        return sorted(ground.request.image_sizes)
-    architecture = Architecture.of(BackboneConfig.model_validate(ground.backbones[model]))
+    if context.request.image_sizes:
+        for size in context.request.image_sizes:
+            context.shape(model, size)
+        return sorted(context.request.image_sizes)
+    architecture = Architecture.of(BackboneConfig.model_validate(context.backbones[model]))
     patch, native = size_step_of(architecture), native_size(architecture)
-    largest = max(min(_LARGEST_PIXELS, _side_of(ground)), _SIDES[5] * patch)
+    largest = max(min(_LARGEST_PIXELS, _side_of(context)), _SIDES[5] * patch)
     sizes = [side * patch for side in _SIDES if 14 <= side * patch <= min(largest, max(native, patch))]
     return sizes or [native]
 
 
-def _side_of(ground: Ground) -> int:
+def _side_of(context: TuningContext) -> int:
     """Return the median of the images' shorter sides in pixels."""
-    return int(statistics.median(ground.seen.sides[:, 0]))
+    return int(statistics.median(context.seen.sides[:, 0]))
 
 
 def worth_trying(
-    ground: Ground, machine: Machine, fitting: Mapping[str, Mapping[int, Schedule]]
+    context: TuningContext, machine: Machine, fitting: Mapping[str, Mapping[int, Schedule]]
 ) -> dict[str, dict[int, Schedule]]:
     """Return the sizes of each model that are probed: the smallest of those that fit the time, the middle, the largest.
 
     Larger images leave fewer steps to a run; whether they are worth it is what the probes say.
 
     Args:
-        ground: of the tuning.
+        context: of the tuning.
         machine: what runs take.
         fitting: what fits the time, by model and size.
     """
-    left_s = ground.state.share_s("probes")
+    left_s = context.state.share_s("probes")
     taken: dict[str, dict[int, Schedule]] = {}
     for model, schedules in fitting.items():
-        patch = ground.shape(model, min(schedules)).size_step
+        patch = context.shape(model, min(schedules)).size_step
         usual = sorted(size for size in schedules if size >= _USUAL * patch) or sorted(schedules)
         taken[model] = {}
         for size in dict.fromkeys((usual[0], usual[len(usual) // 2], usual[-1])):
-            shape = ground.shape(model, size)
-            seconds = features_s(ground, machine, shape) + machine.process_s + FOLDS * (_FITS_S + machine.start_s / 2)
+            shape = context.shape(model, size)
+            seconds = features_s(context, machine, shape) + machine.process_s + FOLDS * (_FITS_S + machine.start_s / 2)
             if seconds > left_s and any(taken.values()):
                 break
             left_s -= seconds
@@ -93,55 +93,55 @@ def worth_trying(
 
 
 def probe_all(
-    ground: Ground, machine: Machine, tried: Mapping[str, Mapping[int, Schedule]], limit: Limit
-) -> tuple[Backing, tuple[Probed, ...], Flips]:
+    context: TuningContext, machine: Machine, tried: Mapping[str, Mapping[int, Schedule]], limit: Limit
+) -> tuple[BackboneChoice, tuple[ProbeResult, ...], Flips]:
     """Fit the probes, and return the model and the size that are gone on with, the table, and how images are flipped.
 
     Raises:
         UserError: if time ends before there is a single one.
     """
-    rows: list[Probed] = []
-    backings: list[Backing] = []
+    rows: list[ProbeResult] = []
+    choices: list[BackboneChoice] = []
     flips: Flips | None = None
     for model, sizes in tried.items():
         for size, schedule in sorted(sizes.items()):
             ways: tuple[Flips, ...] = _WAYS if flips is None else (flips,)
-            study = ground.study(
-                study_name(model, size), model, size, range(FOLDS), [_probe(ground, way) for way in ways]
+            study = context.study(
+                study_name(model, size), model, size, range(FOLDS), [_probe(context, way) for way in ways]
             )
-            done = ground.runner(study, limit if backings else ground.state.limit)  # without one nothing goes on
+            done = context.runner(study, limit if choices else context.state.limit)  # without one nothing goes on
             scores = {way: [one.test for (name, _), one in done.items() if name == f"linear_{way}"] for way in ways}
             means = {way: statistics.fmean(some) for way, some in scores.items() if len(some) == FOLDS}
-            image_s = machine.image(ground.shape(model, size))
+            image_s = machine.image(context.shape(model, size))
             if not means:
-                rows.append(Probed(model, size, None, image_s, chosen=False, why="no time for it"))
+                rows.append(ProbeResult(model, size, None, image_s, chosen=False, why="no time for it"))
                 continue
             if flips is None:
                 best: Flips = max(means, key=lambda way: (means[way], -_WAYS.index(way)))
-                ground.state.tell(
+                context.state.tell(
                     f"  training images {_FLIPPED[best]}: {_compared(means)} over {FOLDS} folds at {size} px"
                 )
                 flips = best
-            rows.append(Probed(model, size, means[flips], image_s, chosen=False, why="", flips=flips))
-            backings.append(Backing(model, size, schedule))
-            ground.state.tell(
+            rows.append(ProbeResult(model, size, means[flips], image_s, chosen=False, why="", flips=flips))
+            choices.append(BackboneChoice(model, size, schedule))
+            context.state.tell(
                 f"  {model} at {size} px: {means[flips]:.1%} over {FOLDS} folds, {schedule.steps} steps fit a run"
             )
     if flips is None:
         raise UserError(
             "ended before a single linear probe; give more, and the same command goes on", field="--minutes"
         )
-    return *_chosen(ground, rows, backings), flips
+    return *_chosen(context, rows, choices), flips
 
 
-def _probe(ground: Ground, flips: Flips) -> dict[str, Any]:
+def _probe(context: TuningContext, flips: Flips) -> dict[str, Any]:
     training = training_of(
         None,
         learning_rate=None,
         steps=0,
         validate_every=1,
-        batch_size=ground.batch_size,
-        class_weights=ground.class_weights,
+        batch_size=context.batch_size,
+        class_weights=context.class_weights,
         flips=flips,
         memory={},
     )
@@ -152,14 +152,16 @@ def _compared(means: Mapping[Flips, float]) -> str:
     return ", ".join(f"{_FLIPPED[way]} {mean:.1%}" for way, mean in means.items())
 
 
-def _chosen(ground: Ground, rows: list[Probed], backings: list[Backing]) -> tuple[Backing, tuple[Probed, ...]]:
+def _chosen(
+    context: TuningContext, rows: list[ProbeResult], choices: list[BackboneChoice]
+) -> tuple[BackboneChoice, tuple[ProbeResult, ...]]:
     scores = {(one.model, one.image_size): one.score for one in rows if one.score is not None}
     best = max(scores, key=lambda at: (scores[at], -at[1]))
-    close = [at for at in scores if at[0] == best[0] and scores[best] - scores[at] <= ground.request.margin_share / 2]
+    close = [at for at in scores if at[0] == best[0] and scores[best] - scores[at] <= context.request.margin_share / 2]
     taken = min(close, key=lambda at: at[1])
     why = "best over the folds" if taken == best else f"within half the margin of {best[1]} px, and faster"
     table = tuple(replace(one, chosen=True, why=why) if (one.model, one.image_size) == taken else one for one in rows)
-    return next(one for one in backings if (one.model, one.image_size) == taken), table
+    return next(one for one in choices if (one.model, one.image_size) == taken), table
 
 
 def study_name(model: str, image_size: int) -> str:

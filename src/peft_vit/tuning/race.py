@@ -22,7 +22,7 @@ Scores = Mapping[str, Sequence[float]]  # by candidate, of the folds in their or
 
 
 @dataclass(frozen=True)
-class Raced:
+class RaceResult:
     """What a race came to.
 
     Attributes:
@@ -69,7 +69,7 @@ def race(
     run: Callable[[Sequence[str], int], Scores],
     fits: Callable[[Candidate], bool],
     tell: Callable[[str], None],
-) -> Raced:
+) -> RaceResult:
     """Race until nothing that matters is open, or time is over.
 
     Args:
@@ -147,7 +147,7 @@ def _chosen(
     courses: Sequence[Course],
     rule: StoppingRule,
     fits: Callable[[Candidate], bool],
-) -> Raced:
+) -> RaceResult:
     """Choose the smallest that is shown; the reference, if all smaller ones are shown to lose; else guess."""
     racing = [one for one in candidates if one.course is not None]
     open_ = tuple(still_racing(racing, courses))
@@ -155,14 +155,14 @@ def _chosen(
     shown = next((one for one in racing if one.course.noninferiority == "supported"), None)
     if shown is not None:
         why = f"shown not to lose {margin} against {reference}, the smallest that was"
-        return Raced(candidates, reference, shown.name, True, why, open_)
+        return RaceResult(candidates, reference, shown.name, True, why, open_)
     of_reference = next(one for one in candidates if one.name == reference)
     if fits(of_reference) and all(one.course.noninferiority == "refuted" for one in racing):
         why = f"all that are smaller are shown to lose more than {margin}" if racing else "nothing smaller could race"
-        return Raced(candidates, reference, reference, True, why, open_)
+        return RaceResult(candidates, reference, reference, True, why, open_)
     guess = best_guess([one for one in candidates if fits(one)], of_reference)
     why = f"the best guess: nothing smaller was shown to keep within {margin} of {reference}, nor all to lose more"
-    return Raced(candidates, reference, guess.name, False, why, open_)
+    return RaceResult(candidates, reference, guess.name, False, why, open_)
 
 
 def best_guess(candidates: Sequence[Candidate], reference: Candidate) -> Candidate:

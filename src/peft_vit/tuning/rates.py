@@ -14,8 +14,8 @@ from typing import Any
 from peft_vit.errors import UserError
 from peft_vit.studies.time_limit import Limit
 from peft_vit.tuning.candidates import Design, Kind, of_kind, training_of
-from peft_vit.tuning.ground import Ground
-from peft_vit.tuning.result import Rated
+from peft_vit.tuning.context import TuningContext
+from peft_vit.tuning.result import RateResult
 from peft_vit.tuning.running import Outcome, Outcomes
 
 RATES = (3e-4, 1e-3, 3e-3)
@@ -25,7 +25,7 @@ _NLL_WEIGHT = 1e-3  # below the share of one image
 
 
 @dataclass(frozen=True)
-class Found:
+class BestRate:
     """What became of a kind.
 
     Attributes:
@@ -40,7 +40,7 @@ class Found:
 
 
 def find_rates(
-    ground: Ground,
+    context: TuningContext,
     model: str,
     image_size: int,
     designed: Callable[[int], list[Design]],
@@ -49,11 +49,11 @@ def find_rates(
     validate_every: int,
     memory: Mapping[str, Any],
     limit: Limit,
-) -> tuple[dict[Kind, Found], tuple[Rated, ...]]:
+) -> tuple[dict[Kind, BestRate], tuple[RateResult, ...]]:
     """Return the best rate of each kind that could be trained, and all that was tried.
 
     Args:
-        ground: of the tuning.
+        context: of the tuning.
         model: of the backbone.
         image_size: in pixels.
         designed: everything that could be trained, in so many steps.
@@ -76,26 +76,26 @@ def find_rates(
                     learning_rate=rate,
                     steps=some,
                     validate_every=validate_every,
-                    batch_size=ground.batch_size,
-                    class_weights=ground.class_weights,
-                    flips=ground.flips,
+                    batch_size=context.batch_size,
+                    class_weights=context.class_weights,
+                    flips=context.flips,
                     memory=memory,
                 )
                 experiments.append(of_kind(designed(some), kind).experiment(training, _name(kind, rate, some)))
         if not experiments:
             return {}
-        return ground.runner(ground.study("rates", model, image_size, [seed], experiments), limit)
+        return context.runner(context.study("rates", model, image_size, [seed], experiments), limit)
 
     half = max(1, steps // 2)
     first = done(dict.fromkeys(kinds, RATES), 0, half)
-    races = {kind: _Race(kind, ground.request.seed, half) for kind in kinds}
+    races = {kind: _Race(kind, context.request.seed, half) for kind in kinds}
     for kind, race in races.items():
         for rate in race.rates:
             race.hear(rate, first.get((_name(kind, rate, half), 0)))
     goes_on = {kind: race.goes_on() for kind, race in races.items() if race.heard}
     second = done(goes_on, 1, steps)
-    found: dict[Kind, Found] = {}
-    told: list[Rated] = []
+    found: dict[Kind, BestRate] = {}
+    told: list[RateResult] = []
     for kind, race in races.items():
         whole = {rate: second.get((_name(kind, rate, steps), 1)) for rate in goes_on.get(kind, ())}
         best = race.best({rate: one for rate, one in whole.items() if one is not None})
@@ -105,7 +105,7 @@ def find_rates(
             outcomes = [one for one in (race.heard.get(rate), whole.get(rate)) if one is not None]
             scores = tuple(one.validation or 0.0 for one in outcomes)
             chosen = best is not None and best.learning_rate == rate
-            told.append(Rated(kind, rate, scores, (half, half + steps)[len(scores) - 1] if scores else 0, chosen))
+            told.append(RateResult(kind, rate, scores, (half, half + steps)[len(scores) - 1] if scores else 0, chosen))
     if not found:
         raise UserError(
             "ended before any learning rate was found; give more, and the same command goes on", field="--minutes"
@@ -148,13 +148,13 @@ class _Race:
         best_first = [*sorted(kept, key=self._at, reverse=True), *sorted(others, key=self._at, reverse=True)]
         return best_first[:WHOLE_RUNS]
 
-    def best(self, whole: Mapping[float, Outcome]) -> Found | None:
+    def best(self, whole: Mapping[float, Outcome]) -> BestRate | None:
         """Return the rate with the best mean of its half and its whole run; without whole ones, of the halves."""
         last = whole or self.heard
         if not last:
             return None
         rate = max(last, key=lambda one: _value(last[one]) + self._at(one))
-        return Found(rate, last[rate].validation or 0.0, last[rate].nll or 0.0)
+        return BestRate(rate, last[rate].validation or 0.0, last[rate].nll or 0.0)
 
     def _at(self, rate: float) -> float:
         return _value(self.heard[rate])

@@ -13,7 +13,7 @@ Metric = Literal["accuracy", "balanced_accuracy"]
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeResult:
     """A linear probe of a frozen backbone at an image size.
 
     Attributes:
@@ -33,7 +33,7 @@ class Probed:
 
 
 @dataclass(frozen=True)
-class Rated:
+class RateResult:
     """A learning rate of a kind of method, at the end of what it was given.
 
     Attributes:
@@ -106,8 +106,8 @@ class Choice:
     metric: Metric
     model: str
     image_size: int
-    probes: tuple[Probed, ...]
-    rates: tuple[Rated, ...]
+    probes: tuple[ProbeResult, ...]
+    rates: tuple[RateResult, ...]
     candidates: tuple[Candidate, ...]
     chosen: str
     reference: str

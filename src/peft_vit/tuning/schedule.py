@@ -14,7 +14,7 @@ from peft_vit.backbones import BackboneShape
 from peft_vit.errors import UserError
 from peft_vit.training import flip_axes
 from peft_vit.tuning.candidates import KINDS, Kind
-from peft_vit.tuning.ground import FOLDS, Ground
+from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.machine import Machine
 from peft_vit.tuning.rates import RATES, WHOLE_RUNS
 
@@ -48,98 +48,104 @@ class Schedule:
     ending_s: float = 0.0
 
 
-def validate_every(ground: Ground) -> int:
+def validate_every(context: TuningContext) -> int:
     """Return the steps between validations, which then take about a third of what the steps take."""
-    return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * ground.validation_images / (2 * ground.batch_size)))
+    return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * context.validation_images / (2 * context.batch_size)))
 
 
-def run_s(ground: Ground, machine: Machine, shape: BackboneShape, steps: int) -> float:
+def run_s(context: TuningContext, machine: Machine, shape: BackboneShape, steps: int) -> float:
     """Return the seconds of a run on a fold."""
-    validations = 1 + -(-steps // validate_every(ground))
-    passed = validations * ground.validation_images + ground.test_images
+    validations = 1 + -(-steps // validate_every(context))
+    passed = validations * context.validation_images + context.test_images
     return machine.start_s + steps * machine.step(shape) + passed * machine.image(shape)
 
 
-def features_s(ground: Ground, machine: Machine, shape: BackboneShape) -> float:
+def features_s(context: TuningContext, machine: Machine, shape: BackboneShape) -> float:
     """Return the seconds of the features of all images as training shows them, which runs of one backbone share."""
-    return len(flip_axes(ground.flips)) * ground.images * machine.image(shape)
+    return len(flip_axes(context.flips)) * context.images * machine.image(shape)
 
 
-def ending_s(ground: Ground, machine: Machine, shape: BackboneShape, steps: int) -> float:
+def ending_s(context: TuningContext, machine: Machine, shape: BackboneShape, steps: int) -> float:
     """Return the seconds of the last training, of two models, and of the output, as far as they can be foreseen.
 
     The output writes the model in some forms, compares each with the run's model, and times them beside float32; where
     none is as fast as was asked for, activations in 8 bits are measured on folds.
     """
     step_s, image_s = machine.step(shape), machine.image(shape)
-    grown = steps * ground.images / ground.train_images
-    trained = machine.start_s + grown * step_s + ground.sealed_images * image_s
-    forms, folds = (_FORMS, 0) if ground.request.max_latency_s is None else (_FORMS + 1, FOLDS)
-    written = 2 * machine.start_s + 2 * min(ground.images, _COMPARED) * image_s
-    measured = 2 * machine.start_s + 2 * ground.test_images * image_s
+    grown = steps * context.images / context.train_images
+    trained = machine.start_s + grown * step_s + context.sealed_images * image_s
+    forms, folds = (_FORMS, 0) if context.request.max_latency_s is None else (_FORMS + 1, FOLDS)
+    written = 2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s
+    measured = 2 * machine.start_s + 2 * context.test_images * image_s
     timed = _TIMINGS * (forms + 1) * (machine.process_s + _CALLS * image_s)
-    ended = machine.process_s + features_s(ground, machine, shape) + 2 * trained
+    ended = machine.process_s + features_s(context, machine, shape) + 2 * trained
     return ended + forms * written + folds * measured + timed
 
 
-def _beyond_s(ground: Ground, ending: float) -> float:
+def _beyond_s(context: TuningContext, ending: float) -> float:
     """Return the seconds that the end takes beyond its share, and the look and the measuring have taken beyond theirs.
 
     Rates and race have so much less.
     """
-    limit, share_s = ground.state.limit, ground.state.share_s
-    spent = 0.0 if ground.state.begun else limit.clock() - limit.started
+    limit, share_s = context.state.limit, context.state.share_s
+    spent = 0.0 if context.state.begun else limit.clock() - limit.started
     return max(0.0, ending - share_s("final", "output")) + max(0.0, spent - share_s("look", "machine"))
 
 
-def schedule(ground: Ground, machine: Machine, shape: BackboneShape, allowed: tuple[Kind, ...]) -> Schedule | None:
+def schedule(
+    context: TuningContext, machine: Machine, shape: BackboneShape, allowed: tuple[Kind, ...]
+) -> Schedule | None:
     """Return what fits the time at an image size; None: not even the least does.
 
     Args:
-        ground: of the tuning.
+        context: of the tuning.
         machine: what runs take.
         shape: of the backbone at that size.
         allowed: kinds whose files keep within the limit, and float LoRA.
     """
-    there = ground.state.share_s("rates", "race")
+    there = context.state.share_s("rates", "race")
     for kinds, races, least in _LEVELS:
-        steps = _steps(ground, machine, shape, there, min(kinds, len(allowed)), races)
+        steps = _steps(context, machine, shape, there, min(kinds, len(allowed)), races)
         if steps >= least:
             taken = tuple(kind for kind in KINDS if kind in allowed)[:kinds]
-            own_s, end_s = (of(ground, machine, shape, steps) for of in (run_s, ending_s))
-            return Schedule(taken, races, steps, validate_every(ground), own_s, end_s)
+            own_s, end_s = (of(context, machine, shape, steps) for of in (run_s, ending_s))
+            return Schedule(taken, races, steps, validate_every(context), own_s, end_s)
     return None
 
 
-def _seconds(ground: Ground, machine: Machine, shape: BackboneShape, steps: int, kinds: int, races: int) -> float:
+def _seconds(
+    context: TuningContext, machine: Machine, shape: BackboneShape, steps: int, kinds: int, races: int
+) -> float:
     """Return the seconds of learning rates and race together."""
-    whole = (kinds * WHOLE_RUNS + races) * run_s(ground, machine, shape, steps)
-    half = kinds * len(RATES) * run_s(ground, machine, shape, steps // 2)
-    return whole + half + kinds * features_s(ground, machine, shape) + 2 * machine.process_s
+    whole = (kinds * WHOLE_RUNS + races) * run_s(context, machine, shape, steps)
+    half = kinds * len(RATES) * run_s(context, machine, shape, steps // 2)
+    return whole + half + kinds * features_s(context, machine, shape) + 2 * machine.process_s
 
 
-def _steps(ground: Ground, machine: Machine, shape: BackboneShape, there_s: float, kinds: int, races: int) -> int:
+def _steps(
+    context: TuningContext, machine: Machine, shape: BackboneShape, there_s: float, kinds: int, races: int
+) -> int:
     """Return the most steps that fit; 0: the least do not."""
     wished = range(LEAST_STEPS, _MOST_STEPS + 1, 8)
     fitting = (
         one
         for one in wished
-        if _seconds(ground, machine, shape, one, kinds, races)
-        <= there_s - _beyond_s(ground, ending_s(ground, machine, shape, one))
+        if _seconds(context, machine, shape, one, kinds, races)
+        <= there_s - _beyond_s(context, ending_s(context, machine, shape, one))
     )
     return max(fitting, default=0)
 
 
-def refuse_little_time(ground: Ground, machine: Machine, shapes: Sequence[BackboneShape]) -> UserError:
+def refuse_little_time(context: TuningContext, machine: Machine, shapes: Sequence[BackboneShape]) -> UserError:
     """Return what to say if there is no time for a single comparison, with the least that would do."""
-    race, end = (ground.state.share_s(*names) for names in (("rates", "race"), ("final", "output")))
-    whole = 60 * ground.request.minutes
+    race, end = (context.state.share_s(*names) for names in (("rates", "race"), ("final", "output")))
+    whole = 60 * context.request.minutes
 
     def least_s(shape: BackboneShape) -> float:
-        raced = _seconds(ground, machine, shape, LEAST_STEPS, *_LEVELS[-1][:2])
-        ended = ending_s(ground, machine, shape, LEAST_STEPS)
+        raced = _seconds(context, machine, shape, LEAST_STEPS, *_LEVELS[-1][:2])
+        ended = ending_s(context, machine, shape, LEAST_STEPS)
         return max(raced * whole / race, (raced + ended) * whole / (race + end))
 
-    least = max(math.ceil(min(map(least_s, shapes)) / 60), math.floor(ground.request.minutes) + 1)
-    problem = f"{ground.request.minutes:g} are too few for a single comparison on this machine"
+    least = max(math.ceil(min(map(least_s, shapes)) / 60), math.floor(context.request.minutes) + 1)
+    problem = f"{context.request.minutes:g} are too few for a single comparison on this machine"
     return UserError(f"{problem}, even of the smallest images; give at least {least}", field="--minutes")

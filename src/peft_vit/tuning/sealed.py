@@ -51,7 +51,7 @@ class Mistake:
 
 
 @dataclass(frozen=True)
-class Believed:
+class CalibrationResult:
     """Probabilities on some images, before and after the temperature; the smaller, the better."""
 
     nll: tuple[float, float]  # mean, nats
@@ -60,7 +60,7 @@ class Believed:
 
 
 @dataclass(frozen=True)
-class Covered:
+class CoverageResult:
     """Prediction sets of one asked coverage."""
 
     asked: float
@@ -82,9 +82,9 @@ class Sealed:
     classes: tuple[ClassResult, ...]
     confusion: NDArray[np.int64]  # (true, predicted)
     mistakes: tuple[Mistake, ...]  # the surest first
-    believed: Believed
-    on_folds: Believed
-    covered: tuple[Covered, ...]
+    calibration: CalibrationResult
+    on_folds: CalibrationResult
+    coverage_results: tuple[CoverageResult, ...]
 
 
 def held_out(records: Sequence[RunRecord]) -> HeldOut:
@@ -136,9 +136,9 @@ def measure_sealed(chosen: RunRecord, reference: RunRecord | None, folds: HeldOu
         mistakes=tuple(
             Mistake(predictions.images[row], int(labels[row]), int(predicted[row]), float(sure[row])) for row in wrong
         ),
-        believed=_believed(logits, labels, calibrated),
-        on_folds=_believed(folds.logits, folds.labels, calibrated),
-        covered=tuple(_covered(probability, labels, folds, calibrated)),
+        calibration=_calibration(logits, labels, calibrated),
+        on_folds=_calibration(folds.logits, folds.labels, calibrated),
+        coverage_results=tuple(_coverage_results(probability, labels, folds, calibrated)),
     )
 
 
@@ -166,7 +166,7 @@ def _class(name: str, place: int, confusion: NDArray[np.int64]) -> ClassResult:
     return ClassResult(name, images, found, predicted, hit / predicted if predicted else None)
 
 
-def _believed(logits: NDArray[np.float64], labels: NDArray[np.int64], calibrated: Calibrated) -> Believed:
+def _calibration(logits: NDArray[np.float64], labels: NDArray[np.int64], calibrated: Calibrated) -> CalibrationResult:
     right = logits.argmax(1) == labels
     nll, ece, bins = [], [], []
     for temperature in (1.0, calibrated.temperature):
@@ -175,12 +175,12 @@ def _believed(logits: NDArray[np.float64], labels: NDArray[np.int64], calibrated
         sure = np.exp(log_p.max(1)).clip(0, 1)  # (m,)
         ece.append(calibration_error(equal_width_bins(sure, right)))
         bins.append(equal_count_bins(sure, right, max(3, min(BINS, len(labels) // _IN_A_BIN))))
-    return Believed((nll[0], nll[1]), (ece[0], ece[1]), (bins[0], bins[1]))
+    return CalibrationResult((nll[0], nll[1]), (ece[0], ece[1]), (bins[0], bins[1]))
 
 
-def _covered(
+def _coverage_results(
     probability: NDArray[np.float64], labels: NDArray[np.int64], folds: HeldOut, calibrated: Calibrated
-) -> list[Covered]:
+) -> list[CoverageResult]:
     on_folds, n, found = calibrated.probabilities(folds.logits), len(labels), []
     several = len(np.unique(folds.runs)) > 1
     for asked in SHOWN_COVERAGES:
@@ -188,5 +188,5 @@ def _covered(
             inside = prediction_sets(probability, calibrated.threshold(asked))
             share, size = fold_coverage(on_folds, folds.labels, folds.images, folds.runs, asked)
             sealed = proportion_interval(int(inside[np.arange(n), labels].sum()), n)
-            found.append(Covered(asked, share, size, sealed, float(inside.sum(1).mean())))
+            found.append(CoverageResult(asked, share, size, sealed, float(inside.sum(1).mean())))
     return found

@@ -14,14 +14,14 @@ from peft_vit.records import RECORD_FILE
 from peft_vit.studies.time_limit import Limit
 from peft_vit.tuning.candidates import Design, Kind, designs, of_kind, training_of
 from peft_vit.tuning.contest import contestants
+from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.final import train_finally
-from peft_vit.tuning.ground import FOLDS, Ground
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, within_bytes, within_latency, within_memory
 from peft_vit.tuning.machine import NOT_MEASURED, Machine, MeasurePace, measured, said_ms
-from peft_vit.tuning.probes import Backing, probe_all, sizes_of, worth_trying
-from peft_vit.tuning.race import LOOKS, Raced, Scores, race, rule_of
-from peft_vit.tuning.rates import Found, find_rates
-from peft_vit.tuning.result import Candidate, Probed, Rated
+from peft_vit.tuning.probes import BackboneChoice, probe_all, sizes_of, worth_trying
+from peft_vit.tuning.race import LOOKS, RaceResult, Scores, race, rule_of
+from peft_vit.tuning.rates import BestRate, find_rates
+from peft_vit.tuning.result import Candidate, ProbeResult, RateResult
 from peft_vit.tuning.running import Outcome, Outcomes
 from peft_vit.tuning.schedule import LEAST_STEPS, Schedule, refuse_little_time, run_s, schedule, validate_every
 
@@ -30,71 +30,73 @@ _RACE_SEEDS = tuple(range(FOLDS, FOLDS + LOOKS[-1]))  # repetition 0 has chosen 
 Tried = dict[str, dict[int, Schedule]]  # by model and size
 
 
-def until(ground: Ground, *reserved: str, ending_s: float = 0.0) -> Limit:
+def until(context: TuningContext, *reserved: str, ending_s: float = 0.0) -> Limit:
     """Return the limit of a stage that leaves their shares to later ones, and to the last two what they will take."""
-    limit = ground.state.limit
-    ending = max(ending_s, ground.state.share_s("final", "output"))
-    return Limit(limit.minutes - (ground.state.share_s(*reserved) + ending) / 60, limit.started, limit.clock)
+    limit = context.state.limit
+    ending = max(ending_s, context.state.share_s("final", "output"))
+    return Limit(limit.minutes - (context.state.share_s(*reserved) + ending) / 60, limit.started, limit.clock)
 
 
 # --- before anything is trained ---------------------------------------------------------------------------------------
 
 
-def look_at_machine(ground: Ground, measure: MeasurePace, time_export: TimeExport) -> tuple[Machine, Tried]:
+def look_at_machine(context: TuningContext, measure: MeasurePace, time_export: TimeExport) -> tuple[Machine, Tried]:
     """Refuse limits that nothing meets, measure what runs take, and return what is worth a probe.
 
     Raises:
         UserError: for such a limit, and if there is no time for a single comparison.
     """
-    sizes = {model: sizes_of(ground, model) for model in ground.backbones}
-    classes = len(ground.counts)
-    by_model = {model: designs(ground.shape(model, some[0]), LEAST_STEPS, classes) for model, some in sizes.items()}
-    allowed = within_bytes(ground.request, by_model)
-    sizes = within_latency(ground, {model: sizes[model] for model in allowed}, time_export)
+    sizes = {model: sizes_of(context, model) for model in context.backbones}
+    classes = len(context.counts)
+    by_model = {model: designs(context.shape(model, some[0]), LEAST_STEPS, classes) for model, some in sizes.items()}
+    allowed = within_bytes(context.request, by_model)
+    sizes = within_latency(context, {model: sizes[model] for model in allowed}, time_export)
     first = next(iter(sizes))
-    machine = _measured(ground, first, sizes[first], by_model[first], measure)
-    shapes = {model: {size: ground.shape(model, size) for size in some} for model, some in sizes.items()}
+    machine = _measured(context, first, sizes[first], by_model[first], measure)
+    shapes = {model: {size: context.shape(model, size) for size in some} for model, some in sizes.items()}
     fitting: Tried = {}
     for model, some in shapes.items():
-        found = {size: schedule(ground, machine, shape, allowed[model]) for size, shape in some.items()}
+        found = {size: schedule(context, machine, shape, allowed[model]) for size, shape in some.items()}
         taken = {size: one for size, one in found.items() if one is not None}
         if taken:
             fitting[model] = taken
-    if not fitting and not ground.state.begun:
-        raise refuse_little_time(ground, machine, list(shapes[first].values()))
-    kept = ground.state.once("tried", lambda: _plain(worth_trying(ground, machine, fitting)))
+    if not fitting and not context.state.begun:
+        raise refuse_little_time(context, machine, list(shapes[first].values()))
+    kept = context.state.once("tried", lambda: _plain(worth_trying(context, machine, fitting)))
     return machine, _tried(kept)
 
 
-def _measured(ground: Ground, model: str, sizes: Sequence[int], some: list[Design], measure: MeasurePace) -> Machine:
-    experiments = [_experiment(ground, of_kind(some, kind), 1e-3, LEAST_STEPS) for kind in ("lora", "lora_nf4")]
+def _measured(
+    context: TuningContext, model: str, sizes: Sequence[int], some: list[Design], measure: MeasurePace
+) -> Machine:
+    experiments = [_experiment(context, of_kind(some, kind), 1e-3, LEAST_STEPS) for kind in ("lora", "lora_nf4")]
     middle = sizes[len(sizes) // 2]  # steps at the largest would take the time of measuring alone
-    study = ground.study("machine", model, middle, [0], experiments)
-    budget_s = max(_LEAST_MEASURED_S, ground.state.share_s("machine"))
-    shapes = [ground.shape(model, size) for size in sizes]
-    tell = ground.state.tell
-    kept = ground.state.once(
+    study = context.study("machine", model, middle, [0], experiments)
+    budget_s = max(_LEAST_MEASURED_S, context.state.share_s("machine"))
+    shapes = [context.shape(model, size) for size in sizes]
+    tell = context.state.tell
+    kept = context.state.once(
         "machine", lambda: measured(study, shapes, budget_s, lambda text: tell(f"  {text}"), measure)
     )
     machine = Machine.of(kept)
-    shape = ground.shape(model, middle)
+    shape = context.shape(model, middle)
     image_ms = said_ms(machine.image(shape))
     passed = "was not measured, the machine is too busy" if image_ms == NOT_MEASURED else f"takes {image_ms} an image"
-    tell(f"  at {middle} px a forward pass {passed}, a step of {ground.batch_size} images {machine.step(shape):.2f} s")
+    tell(f"  at {middle} px a forward pass {passed}, a step of {context.batch_size} images {machine.step(shape):.2f} s")
     return machine
 
 
 def _experiment(
-    ground: Ground, design: Design, rate: float | None, steps: int, memory: Mapping[str, Any] | None = None
+    context: TuningContext, design: Design, rate: float | None, steps: int, memory: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     training = training_of(
         design.kind,
         learning_rate=rate,
         steps=steps,
-        validate_every=validate_every(ground),
-        batch_size=ground.batch_size,
-        class_weights=ground.class_weights,
-        flips=ground.flips,
+        validate_every=validate_every(context),
+        batch_size=context.batch_size,
+        class_weights=context.class_weights,
+        flips=context.flips,
         memory=memory or {},
     )
     return design.experiment(training)
@@ -111,25 +113,25 @@ def _tried(kept: Mapping[str, Any]) -> Tried:
     }
 
 
-def keep_memory(ground: Ground, tried: Tried) -> tuple[Tried, dict[tuple[str, int], dict[str, Any]]]:
+def keep_memory(context: TuningContext, tried: Tried) -> tuple[Tried, dict[tuple[str, int], dict[str, Any]]]:
     """Return what keeps within the limit of memory, by model and size, and the settings that do.
 
     Raises:
         UserError: if nothing does, with the least that would do.
     """
-    if ground.request.memory_limit is None:
+    if context.request.memory_limit is None:
         return tried, {}
     settings: dict[tuple[str, int], dict[str, Any]] = {}
     fault = None
     for model, some in tried.items():
         for size, one in some.items():
-            lora = of_kind(designs(ground.shape(model, size), one.steps, len(ground.counts)), "lora")
+            lora = of_kind(designs(context.shape(model, size), one.steps, len(context.counts)), "lora")
             try:
-                settings[model, size] = within_memory(ground, model, size, _experiment(ground, lora, 1e-3, one.steps))
+                settings[model, size] = within_memory(context, model, size, _experiment(context, lora, 1e-3, one.steps))
             except UserError as error:
                 if error.field != MEMORY_LIMIT:
                     raise
-                ground.state.tell(f"  {model} at {size} px: {error}")
+                context.state.tell(f"  {model} at {size} px: {error}")
                 fault = error
     if not settings:
         assert fault is not None
@@ -143,47 +145,49 @@ def keep_memory(ground: Ground, tried: Tried) -> tuple[Tried, dict[tuple[str, in
 # --- probes, rates, race, final ---------------------------------------------------------------------------------------
 
 
-def designed(ground: Ground, backing: Backing, steps: int) -> list[Design]:
+def designed(context: TuningContext, backbone: BackboneChoice, steps: int) -> list[Design]:
     """Return everything that could be trained in so many steps, the smallest file first."""
-    return designs(ground.shape(backing.model, backing.image_size), steps, len(ground.counts))
+    return designs(context.shape(backbone.model, backbone.image_size), steps, len(context.counts))
 
 
-def choose_backing(ground: Ground, machine: Machine, tried: Tried) -> tuple[Backing, tuple[Probed, ...]]:
+def choose_backbone(
+    context: TuningContext, machine: Machine, tried: Tried
+) -> tuple[BackboneChoice, tuple[ProbeResult, ...]]:
     """Fit the probes, and return the model and the image size that are gone on with; how images are flipped is kept."""
-    limit = until(ground, "rates", "race")
+    limit = until(context, "rates", "race")
 
     def decide() -> dict[str, Any]:
-        backing, probes, flips = probe_all(ground, machine, tried, limit)
+        backbone, probes, flips = probe_all(context, machine, tried, limit)
         return {
-            "model": backing.model,
-            "image_size": backing.image_size,
+            "model": backbone.model,
+            "image_size": backbone.image_size,
             "probes": [asdict(one) for one in probes],
             "flips": flips,
         }
 
-    kept = ground.state.once("probes", decide)
+    kept = context.state.once("probes", decide)
     model, size = kept["model"], kept["image_size"]
-    backing = Backing(model, size, tried[model][size])
-    probes = tuple(Probed(**one) for one in kept["probes"])
-    ground.state.tell(f"  chosen: {model} at {size} px, {next(one.why for one in probes if one.chosen)}")
-    fits = f"{backing.schedule.steps} steps a run, about {backing.schedule.run_s:.0f} s"
-    ground.state.tell(f"  runs have at most {fits}; about {backing.schedule.races} fit the race")
-    return backing, probes
+    backbone = BackboneChoice(model, size, tried[model][size])
+    probes = tuple(ProbeResult(**one) for one in kept["probes"])
+    context.state.tell(f"  chosen: {model} at {size} px, {next(one.why for one in probes if one.chosen)}")
+    fits = f"{backbone.schedule.steps} steps a run, about {backbone.schedule.run_s:.0f} s"
+    context.state.tell(f"  runs have at most {fits}; about {backbone.schedule.races} fit the race")
+    return backbone, probes
 
 
 def choose_rates(
-    ground: Ground, backing: Backing, memory: Mapping[str, Any]
-) -> tuple[dict[Kind, Found], tuple[Rated, ...]]:
+    context: TuningContext, backbone: BackboneChoice, memory: Mapping[str, Any]
+) -> tuple[dict[Kind, BestRate], tuple[RateResult, ...]]:
     """Look for the learning rate of each kind, and tell it."""
-    one = backing.schedule
-    limit = until(ground, "race", ending_s=one.ending_s)
+    one = backbone.schedule
+    limit = until(context, "race", ending_s=one.ending_s)
 
     def decide() -> dict[str, Any]:
         found, rates = find_rates(
-            ground,
-            backing.model,
-            backing.image_size,
-            partial(designed, ground, backing),
+            context,
+            backbone.model,
+            backbone.image_size,
+            partial(designed, context, backbone),
             one.kinds,
             one.steps,
             one.validate_every,
@@ -195,11 +199,11 @@ def choose_rates(
             "rates": [asdict(each) for each in rates],
         }
 
-    kept = ground.state.once("rates", decide)
-    found: dict[Kind, Found] = {kind: Found(**best) for kind, best in kept["found"].items()}
-    rates = tuple(Rated(**{**each, "scores": tuple(each["scores"])}) for each in kept["rates"])
+    kept = context.state.once("rates", decide)
+    found: dict[Kind, BestRate] = {kind: BestRate(**best) for kind, best in kept["found"].items()}
+    rates = tuple(RateResult(**{**each, "scores": tuple(each["scores"])}) for each in kept["rates"])
     for kind, best in found.items():
-        ground.state.tell(f"  {kind}: {best.learning_rate:g}, {best.score:.1%} of validation images")
+        context.state.tell(f"  {kind}: {best.learning_rate:g}, {best.score:.1%} of validation images")
     return found, rates
 
 
@@ -207,8 +211,8 @@ def choose_rates(
 class Contest:
     """The race of a tuning, as a study on the folds; `done` is what is known of it."""
 
-    ground: Ground
-    backing: Backing
+    context: TuningContext
+    backbone: BackboneChoice
     candidates: tuple[Candidate, ...]
     reference: str
     study: dict[str, Any]
@@ -221,28 +225,28 @@ class Contest:
 
     def failed(self) -> set[str]:
         """Return who has failed on the first fold that is missing: it has a record, and nothing came of it."""
-        race = self.ground.state.studies / self.study["name"]
+        race = self.context.state.studies / self.study["name"]
         at = {one.name: _RACE_SEEDS[len(self.folds(one.name)) :] for one in self.candidates if not one.left_out}
         return {
             name for name, seeds in at.items() if seeds and (race / name / f"seed_{seeds[0]}" / RECORD_FILE).exists()
         }
 
-    def run(self) -> Raced:
+    def run(self) -> RaceResult:
         """Race until it is decided, or until only the last stages have time."""
-        limit = until(self.ground, ending_s=self.backing.schedule.ending_s)
+        limit = until(self.context, ending_s=self.backbone.schedule.ending_s)
 
         def scores(names: Sequence[str], pairs: int) -> Scores:
-            self.done.update(self.ground.runner(self.study, limit, (names, _RACE_SEEDS[:pairs])))
+            self.done.update(self.context.runner(self.study, limit, (names, _RACE_SEEDS[:pairs])))
             return {one.name: [fold.test for fold in self.folds(one.name)] for one in self.candidates}
 
-        most = self.ground.request.max_bytes
+        most = self.context.request.max_bytes
         return race(
             self.candidates,
             self.reference,
-            rule_of(self.ground.request.margin_share, self.ground.correlation),
+            rule_of(self.context.request.margin_share, self.context.correlation),
             scores,
             lambda one: most is None or one.bytes <= most,
-            self.ground.state.tell,
+            self.context.state.tell,
         )
 
 
@@ -256,21 +260,25 @@ def _in_order(done: Outcomes, name: str) -> list[Outcome]:
     return found
 
 
-def prepare_race(ground: Ground, backing: Backing, found: Mapping[Kind, Found], memory: Mapping[str, Any]) -> Contest:
+def prepare_race(
+    context: TuningContext, backbone: BackboneChoice, found: Mapping[Kind, BestRate], memory: Mapping[str, Any]
+) -> Contest:
     """Say who races against which reference, and who does not and why."""
-    one, request = backing.schedule, ground.request
-    some = designed(ground, backing, one.steps)
+    one, request = backbone.schedule, context.request
+    some = designed(context, backbone, one.steps)
     rates = {kind: best.learning_rate for kind, best in found.items()}
     experiments = {
-        design.name: _experiment(ground, design, None if design.kind is None else rates[design.kind], one.steps, memory)
+        design.name: _experiment(
+            context, design, None if design.kind is None else rates[design.kind], one.steps, memory
+        )
         for design in some
         if design.kind is None or design.kind in rates
     }
     candidates, reference = contestants(
-        some, found, one, request.margin_share, request.max_bytes, experiments, ground.validation_images
+        some, found, one, request.margin_share, request.max_bytes, experiments, context.validation_images
     )
     racing = [candidate for candidate in candidates if not candidate.left_out]
-    tell = ground.state.tell
+    tell = context.state.tell
     tell(f"  the reference: {reference}, {found[_kind_of(some, reference)].score:.1%} of validation images")
     for candidate in candidates:
         role = "the reference" if candidate.name == reference else candidate.left_out or "races"
@@ -280,18 +288,18 @@ def prepare_race(ground: Ground, backing: Backing, found: Mapping[Kind, Found], 
         "asked": "non-inferiority",
         "margin": request.margin,
         "looks": list(LOOKS),
-        "metric": ground.metric,
+        "metric": context.metric,
     }
-    study = ground.study(
+    study = context.study(
         "race",
-        backing.model,
-        backing.image_size,
+        backbone.model,
+        backbone.image_size,
         _RACE_SEEDS,
         [dict(candidate.experiment) for candidate in racing],
         **({"stopping": stopping} if len(racing) > 1 else {}),
         measures={"logits": True},
     )
-    return Contest(ground, backing, tuple(candidates), reference, study)
+    return Contest(context, backbone, tuple(candidates), reference, study)
 
 
 def _kind_of(some: Sequence[Design], name: str) -> Kind:
@@ -300,7 +308,7 @@ def _kind_of(some: Sequence[Design], name: str) -> Kind:
     return kind
 
 
-def more_time(contest: Contest, machine: Machine, raced: Raced) -> str | None:
+def more_time(contest: Contest, machine: Machine, raced: RaceResult) -> str | None:
     """Return what more time would buy, in words; None: nothing."""
     failed = contest.failed()
     open_ = [] if contest.reference in failed else [name for name in raced.open if name not in failed]
@@ -309,13 +317,13 @@ def more_time(contest: Contest, machine: Machine, raced: Raced) -> str | None:
     if not open_:
         most = f"nothing: {LOOKS[-1]} folds are the most that tell anything on these images; more images would"
         return None if raced.shown else most
-    ground, backing = contest.ground, contest.backing
-    shape = ground.shape(backing.model, backing.image_size)
-    own_s = run_s(ground, machine, shape, backing.schedule.steps)
+    context, backbone = contest.context, contest.backbone
+    shape = context.shape(backbone.model, backbone.image_size)
+    own_s = run_s(context, machine, shape, backbone.schedule.steps)
     left = {one.name: LOOKS[-1] - one.pairs for one in raced.candidates if one.name in open_}
     missing = sum(left.values()) + max(left.values())  # of the reference, too
-    share = ground.state.share_s("race") / (60 * ground.request.minutes)
-    needed_s = max(missing * own_s / (1 - share), missing * own_s + backing.schedule.ending_s)
+    share = context.state.share_s("race") / (60 * context.request.minutes)
+    needed_s = max(missing * own_s / (1 - share), missing * own_s + backbone.schedule.ending_s)
     minutes = math.ceil(needed_s / 60) + 1
     return (
         f"about {minutes} more minutes would bring {', '.join(open_)} to {LOOKS[-1]} folds, the most that are "
@@ -323,23 +331,25 @@ def more_time(contest: Contest, machine: Machine, raced: Raced) -> str | None:
     )
 
 
-def finish(contest: Contest, found: Mapping[Kind, Found], raced: Raced, memory: Mapping[str, Any]) -> dict[str, Path]:
+def finish(
+    contest: Contest, found: Mapping[Kind, BestRate], raced: RaceResult, memory: Mapping[str, Any]
+) -> dict[str, Path]:
     """Train the chosen one and the reference on all that is not sealed, and return their folders by name.
 
     Raises:
         UserError: if time ended before they had a fold, which says how long they have to be trained.
     """
-    ground, backing = contest.ground, contest.backing
+    context, backbone = contest.context, contest.backbone
     names = list(dict.fromkeys((raced.chosen, contest.reference)))
-    some = designed(ground, backing, backing.schedule.steps)
+    some = designed(context, backbone, backbone.schedule.steps)
     rates = {one.name: found[one.kind].learning_rate for one in some if one.name in names and one.kind is not None}
     folds = {name: contest.folds(name) for name in names}
     for name, done in folds.items():
         if not done:
             problem = f"ended before {name} had a single fold in the race; give more, and the same command goes on"
             raise UserError(problem, field="--minutes")
-    ending, left = backing.schedule.ending_s, max(0.0, ground.state.limit.left_s)
+    ending, left = backbone.schedule.ending_s, max(0.0, context.state.limit.left_s)
     if ending > left:
         takes = f"the last training and the output take about {ending / 60:.1f} minutes, and {left / 60:.1f} are left"
-        ground.state.tell(f"  {takes}: this call takes longer than --minutes")
-    return train_finally(ground, backing, partial(designed, ground, backing), names, rates, folds, memory)
+        context.state.tell(f"  {takes}: this call takes longer than --minutes")
+    return train_finally(context, backbone, partial(designed, context, backbone), names, rates, folds, memory)

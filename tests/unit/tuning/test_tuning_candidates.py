@@ -14,14 +14,14 @@ from peft_vit.methods import METHODS
 from peft_vit.methods.method import Preparation
 from peft_vit.tuning.candidates import KINDS, designs, training_of
 from peft_vit.tuning.contest import contestants, reference_of
-from peft_vit.tuning.rates import Found
+from peft_vit.tuning.rates import BestRate
 from peft_vit.tuning.schedule import Schedule
 
 CLASSES = 5
 SHAPE = describe(BackboneConfig(model="test_vit", weights="random"), 32)
 DESIGNS = designs(SHAPE, 48, CLASSES)
-BEHIND = Found(1e-3, 0.86, 0.3)
-FOUND = {kind: Found(1e-3, 0.9, 0.3) for kind in KINDS}
+BEHIND = BestRate(1e-3, 0.86, 0.3)
+FOUND = {kind: BestRate(1e-3, 0.9, 0.3) for kind in KINDS}
 
 
 def configured(name: str) -> ExperimentConfig:
@@ -60,7 +60,7 @@ def test_every_design_is_a_valid_experiment_and_they_come_smallest_first() -> No
 
 
 def test_float_lora_is_the_reference_if_it_could_be_trained() -> None:
-    assert reference_of({**FOUND, "lora_nf4": Found(1e-3, 0.92, 0.3)}) == "lora"
+    assert reference_of({**FOUND, "lora_nf4": BestRate(1e-3, 0.92, 0.3)}) == "lora"
     assert reference_of({"lora_int2": FOUND["lora_int2"], "lora_nf4": FOUND["lora_nf4"]}) == "lora_nf4"
 
 
@@ -78,11 +78,11 @@ def test_float_lora_is_the_reference_if_it_could_be_trained() -> None:
         ),
         ({"max_bytes": 400_000}, {"lora_int8": "takes 0.5 MB, more than the limit of 0.4 MB", "lora_int2": ""}),
         (
-            {"found": {**FOUND, "lora_int2": Found(1e-3, 0.86, 0.3)}},
+            {"found": {**FOUND, "lora_int2": BestRate(1e-3, 0.86, 0.3)}},
             {"lora_int2": "4.0 points behind", "adalora_nf4": ""},
         ),
         # 8 points on 80 images are no more than chance makes of equals
-        ({"found": {**FOUND, "lora_int2": Found(1e-3, 0.82, 0.3)}, "validation_images": 80}, {"lora_int2": ""}),
+        ({"found": {**FOUND, "lora_int2": BestRate(1e-3, 0.82, 0.3)}, "validation_images": 80}, {"lora_int2": ""}),
         ({"found": {"lora": FOUND["lora"]}}, {"lora_nf4": "no learning rate", "probe_nf4": "", "lora_r2": ""}),
     ],
 )

@@ -28,7 +28,7 @@ def last_training(name: str, chosen_steps: list[int]) -> tuple[ExperimentConfig,
         assert asked["data"] == {"validation_images": 0}
         return {(one["name"], 0): SimpleNamespace(folder=Path("run")) for one in asked["experiments"]}
 
-    ground: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         images=100,
         train_images=80,
         batch_size=8,
@@ -39,9 +39,9 @@ def last_training(name: str, chosen_steps: list[int]) -> tuple[ExperimentConfig,
         study=study,
         runner=run,
     )
-    backing: Any = SimpleNamespace(model="test_vit", image_size=32)
+    backbone: Any = SimpleNamespace(model="test_vit", image_size=32)
     folds: Any = [SimpleNamespace(chosen_step=step, l2=0.01) for step in chosen_steps]
-    train_finally(ground, backing, lambda steps: designs(SHAPE, steps, 3), [name], {name: 1e-3}, {name: folds}, {})
+    train_finally(context, backbone, lambda steps: designs(SHAPE, steps, 3), [name], {name: 1e-3}, {name: folds}, {})
     (experiment,) = studies[0]["experiments"]
     return ExperimentConfig.model_validate_json(json.dumps(experiment)), told
 

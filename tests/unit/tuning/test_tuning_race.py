@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from peft_vit.tuning.race import LOOKS, Raced, best_guess, race, rule_of
+from peft_vit.tuning.race import LOOKS, RaceResult, best_guess, race, rule_of
 from peft_vit.tuning.result import Candidate
 
 NAMES = ("probe_int2", "probe_nf4", "lora_nf4", "lora_r8")
@@ -13,7 +13,7 @@ NAMES = ("probe_int2", "probe_nf4", "lora_nf4", "lora_r8")
 
 def raced(
     losses: Mapping[str, float], folds: int = LOOKS[-1], limit: int = 10**9, spread: float = 1e-3, failing: str = ""
-) -> tuple[Raced, dict[str, int]]:
+) -> tuple[RaceResult, dict[str, int]]:
     """Race with planted losses, as far as there are folds; also how many folds each has done.
 
     One that fails has its first three folds alone.

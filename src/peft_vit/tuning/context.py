@@ -24,7 +24,7 @@ _BATCH = 32
 
 
 @dataclass(frozen=True)
-class Ground:
+class TuningContext:
     """What all stages after the first know.
 
     Attributes:
