@@ -66,7 +66,7 @@ def start_head(
 ) -> HeadStart:
     """Fit the head, and put it in its place, if the run asks for it and no earlier attempt has begun to train.
 
-    The model is prepared, with updates of zero. The attempt takes note of the fit and of its seconds.
+    The model is prepared, with updates as they start. The attempt takes note of the fit and of its seconds.
     """
     training = spec.experiment.training
     head = Backbone(model).head
