@@ -117,9 +117,7 @@ class QALoRATrainer(Hook):
         self.share_history: list[dict[str, float]] = []
         self.bits_history: list[dict[str, Any]] = []
         self.balance_history: list[dict[str, float]] = []
-        self._part = 0.0  # of the schedule's way, under a managed pace
-        self._pace = 1.0
-        self._managed_scale = 1.0
+        self._part, self._pace, self._managed_scale = 0.0, 1.0, 1.0  # part: of the schedule's way, under a managed pace
         self._warned = False
         self._use_share(model, 0, share)
         with recomputed(blocks_of(model)):  # or it would take several times the packed model's memory
