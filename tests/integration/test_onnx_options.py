@@ -98,7 +98,7 @@ def test_int2_has_no_products_in_8_bits(
     monkeypatch.setitem(small_methods.EXPERIMENTS, "int2", int2)
     asked = ("--format", "onnx", "--output", tmp_path / "model.onnx", "--activations", "int8")
     line = refused("export", run_of("int2"), *asked)
-    assert "blocks.0.attn.qkv is in int2, and int8 takes codes of 4 or 8 bits" in line
+    assert "blocks.0.attn.qkv is in int2, and int8 takes codes of 3, 4 or 8 bits" in line
 
 
 def test_without_images_nothing_is_calibrated(run_of, images, tmp_path, refused) -> None:

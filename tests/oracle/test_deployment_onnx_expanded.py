@@ -22,10 +22,12 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-KINDS = ("int2", "int4", "int8", "nf4", "fp4")
+KINDS = ("int2", "int4", "int8", "nf4", "fp4", "int3", "nf3")
 FORMATS = [
-    *(QuantizationFormat(kind, 16, offset, torch.float16) for kind in KINDS for offset in (True, False)),
-    *(QuantizationFormat(kind, None, offset) for kind in KINDS for offset in (True, False)),
+    *(QuantizationFormat(kind, 16, offset, torch.float16) for kind in KINDS[:5] for offset in (True, False)),
+    *(QuantizationFormat(kind, None, offset) for kind in KINDS[:5] for offset in (True, False)),
+    *(QuantizationFormat(kind, 16, True, torch.float16) for kind in KINDS[5:]),
+    QuantizationFormat("nf3", 16, False, torch.float16, double_quant=True),
     QuantizationFormat("int4", 8, True, torch.float16),  # onnxruntime's low-bit products take no such groups
 ]
 NOT_INT2 = [format for format in FORMATS if format.bits > 2]

@@ -25,13 +25,15 @@ pytest.importorskip("onnxscript")
 FORMATS = [  # with offset, which an update has changed; blocks of one and of several to a group
     *(
         QuantizationFormat(kind, size, offset=True, scale_dtype=torch.float16)
-        for kind in ("int2", "int4", "int8", "nf4", "fp4")
+        for kind in ("int2", "int3", "int4", "int8", "nf4", "fp4")
         for size in (16, 64)
     ),
     *(
         QuantizationFormat(kind, None, offset=False, scale_dtype=torch.float16)
-        for kind in ("int2", "int4", "int8", "nf4", "fp4")
+        for kind in ("int2", "int3", "int4", "int8", "nf4", "fp4")
     ),
+    QuantizationFormat("nf4", 32, False, torch.float16, double_quant=True),
+    QuantizationFormat("int4", 32, True, double_quant=True),
     QuantizationFormat("int4", 32, offset=True),  # float32
     QuantizationFormat("int8", 32, offset=False),
     QuantizationFormat("nf4", 32, offset=False),
@@ -81,7 +83,7 @@ def test_the_low_bit_kernels_do_the_products(exported) -> None:
         if format.has_codebook:
             assert (node.op_type, values["quant_type"]) == ("MatMulBnb4", {"fp4": 0, "nf4": 1}[format.type])
         else:
-            assert (node.op_type, values["bits"]) == ("MatMulNBits", format.bits)
+            assert (node.op_type, values["bits"]) == ("MatMulNBits", 4 if format.bits == 3 else format.bits)
     blocks = [values["block_size"] for values in attributes]
     assert blocks[:4] == [16, 64, 16, 64]
     assert 192 in {values["K"] for values in attributes}  # one scale a row of 192 inputs: three blocks of 64 share it
@@ -118,6 +120,12 @@ def test_constant_groups_are_exact_and_finite(tmp_path, kind) -> None:
 def test_groups_too_small_for_the_kernels_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match=re.escape("blocks.0.attn.qkv has groups of 8 inputs")):
         export_onnx(quantized_vit([QuantizationFormat("int4", 8, offset=True)]), tmp_path / "model.onnx", CARD)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nf3_is_refused_by_the_kernels(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv is in nf3.*--runtime fast, or train with int3"):
+        export_onnx(quantized_vit([QuantizationFormat("nf3", 16, offset=True)]), tmp_path / "model.onnx", CARD)
     assert not list(tmp_path.iterdir())
 
 

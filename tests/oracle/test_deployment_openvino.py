@@ -30,6 +30,8 @@ FORMATS = [
     *(QuantizationFormat(kind, size, True, torch.float16) for kind in KINDS for size in (16, 64)),
     *(QuantizationFormat(kind, None, False, torch.float16) for kind in KINDS),
     *(QuantizationFormat(kind, 32, offset, torch.float32) for kind in KINDS for offset in (False, True)),
+    QuantizationFormat("int3", 16, True, torch.float16),
+    QuantizationFormat("int3", 32, False, torch.float16, double_quant=True),
     QuantizationFormat("int4", 8, True),
 ]
 
@@ -98,7 +100,7 @@ def test_the_low_bit_kernels_do_the_products_on_the_runs_own_codes(exported) -> 
         for node in compiled.get_runtime_model().get_ordered_ops()
         if node.get_rt_info()["layerType"].value == "FullyConnected"
     ]
-    names = {"int2": "u2", "int4": "i4", "int8": "i8", "nf4": "nf4"}
+    names = {"int2": "u2", "int3": "i4", "int4": "i4", "int8": "i8", "nf4": "nf4"}
     used = [module.quantized.format.type for _, module in adapted_modules(model)]
     assert len(used) == 24
     assert types == [*(names[kind] for kind in used), "f32"]  # the head
@@ -158,9 +160,10 @@ def test_four_bits_take_at_most_18_hundredths_of_float32(tmp_path, kind) -> None
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-2
 
 
-def test_fp4_is_refused(tmp_path) -> None:
-    model = quantized_model([QuantizationFormat("fp4", 32, offset=True)])
-    with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv is in fp4.*export onnx or safetensors"):
+@pytest.mark.parametrize("type", ["fp4", "nf3"])
+def test_types_that_openvino_lacks_are_refused(tmp_path, type) -> None:
+    model = quantized_model([QuantizationFormat(type, 32, offset=True)])
+    with pytest.raises(UserError, match=rf"blocks\.0\.attn\.qkv is in {type}.*export onnx or safetensors"):
         export_openvino(model, tmp_path / "model.xml", CARD)
     assert not list(tmp_path.iterdir())
 

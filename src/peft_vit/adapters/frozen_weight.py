@@ -39,7 +39,7 @@ class FrozenWeight:
     @property
     def group_size(self) -> int:
         """Return how many inputs share a scale of the packed weight; 1 where all do, or nothing is packed."""
-        groups = 1 if self.quantized is None else self.quantized.scales.shape[1]
+        groups = 1 if self.quantized is None else self.quantized.groups
         return 1 if groups == 1 else self.shape[1] // groups
 
     def columns(self, columns: slice) -> FrozenWeight:

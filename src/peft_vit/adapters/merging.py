@@ -57,14 +57,14 @@ def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = N
     """
     merged = {}
     for name, module, quantized in _layers_to_merge(model):
-        groups = quantized.scales.shape[1]
+        groups = quantized.groups
         if any(adapter.lora_A.shape[1] != groups for _, adapter in module.adapters()):
             raise UserError(
                 f"the adapters of {name} do not act on its {groups} groups of inputs, so no offset can take them; "
                 "use merge_by_requantizing, which reports its error",
                 field="model",
             )
-        delta = torch.zeros(quantized.scales.shape, device=quantized.scales.device)  # (out, groups)
+        delta = torch.zeros(quantized.shape[0], groups, device=quantized.codes.device)  # (out, groups)
         for site, adapter in module.adapters():
             left, right = adapter.factors()
             delta[site.span] += left @ right

@@ -49,7 +49,7 @@ def export(
         Literal["int8"] | None,
         typer.Option(
             show_default=False,
-            help="onnx, weights in 4 or 8 bits: multiply both in 8 bits, calibrated on training images; faster, and "
+            help="onnx, weights in 3 to 8 bits: multiply both in 8 bits, calibrated on training images; faster, and "
             "not exact",
         ),
     ] = None,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -33,10 +33,17 @@ class _Layer(BaseModel):
     group_size: int | None
     offset: bool
     scale_dtype: Literal["float16", "float32"]
+    double_quant: bool = False
     shape: tuple[int, int]  # (out, in)
 
     def format(self) -> QuantizationFormat:
         return QuantizationFormat.from_json(self.model_dump(exclude={"shape"}))
+
+    @model_serializer(mode="wrap")
+    def _as_older_files(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave double_quant out where it is false, or the hash of older files would be another one."""
+        fields: dict[str, Any] = serialize(self)
+        return fields if self.double_quant else {name: fields[name] for name in fields if name != "double_quant"}
 
 
 class _Header(BaseModel):

@@ -1,14 +1,14 @@
 """Low-bit layers whose codes onnxruntime expands once, when it loads a file; the file holds the codes all the same.
 
-The weight is written as operators on constants: for codes of 2 and 4 bits a byte is looked up in the table of the
-values that it holds (Gather), 8 bits are a Cast; then Mul by the scales and Add of the offsets, all in float32.
-onnxruntime's constant folding, which is on by default, computes that when the session is made. Seen with 1.32: the
-optimized model has the nodes of the float32 model's, MatMul on float32 initializers, and a call takes as long.
-DequantizeLinear would be less to write, but constant folding leaves it alone. While folding goes on, onnxruntime keeps
-what every operator has computed, so codes are stored in the order of the folded matrix, (in, out), to need few of them:
-loading takes about 20 bytes a weight for a moment, where a float32 file takes 6. How much of it the process gives back
-to the system is up to its allocator. torch's exporter folds too, where codes are few: up to 8,192 bytes of a matrix are
-in the file as floats.
+The weight is written as operators on constants: for codes of 2 and 4 bits, and of 3 in fields of 4, a byte is looked up
+in the table of the values that it holds (Gather), 8 bits are a Cast; then Mul by the scales and Add of the offsets, all
+in float32. onnxruntime's constant folding, which is on by default, computes that when the session is made. Seen with
+1.32: the optimized model has the nodes of the float32 model's, MatMul on float32 initializers, and a call takes as
+long. DequantizeLinear would be less to write, but constant folding leaves it alone. While folding goes on, onnxruntime
+keeps what every operator has computed, so codes are stored in the order of the folded matrix, (in, out), to need few of
+them: loading takes about 20 bytes a weight for a moment, where a float32 file takes 6. How much of it the process gives
+back to the system is up to its allocator. torch's exporter folds too, where codes are few: up to 8,192 bytes of a
+matrix are in the file as floats.
 
 `Int8Linear` goes on from the expanded weight to whole numbers, also when the file is loaded, and multiplies in 8 bits:
 y = (q_x - z) a  (q_W s) + b, by onnxruntime's MatMulIntegerToFloat. Inputs are rounded to a step a and a zero point z
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.quantization.codebooks import Codebook, code_values
+from peft_vit.quantization.packing import field_bits
 
 Range = tuple[float, float]  # the smallest and the largest of a layer's inputs
 _LARGEST_WEIGHT = 64
@@ -49,12 +50,13 @@ class ExpandedWeight(nn.Module):
         super().__init__()
         kind = weight.format
         self.out_features, self.in_features = weight.shape
-        groups, per_byte = weight.scales.shape[1], kind.codes_per_byte
+        groups, bits = weight.groups, field_bits(kind.bits)
+        per_byte = 8 // bits
         codes = unpack_codes(weight.codes, kind.bits, self.in_features).T.contiguous()  # (in, out)
         if kind.bits == 8 and not kind.offset:
             codes = (codes.int() - 128).to(torch.int8)
         elif kind.bits < 8:
-            codes = pack_codes(codes, kind.bits)  # (in, bytes)
+            codes = pack_codes(codes, bits)  # (in, bytes)
         self.table = nn.Buffer(byte_values(kind)) if kind.bits < 8 else None  # (256, codes a byte)
         shape = (groups, -1, codes.shape[1])
         self.codes = nn.Buffer(codes.reshape(shape) if kind.bits < 8 else codes.reshape(*shape, 1))
@@ -77,7 +79,8 @@ def byte_values(kind: QuantizationFormat) -> Tensor:
         values = code_values(cast(Codebook, kind.type))
     else:
         values = torch.arange(2**kind.bits) - (0 if kind.offset else 2 ** (kind.bits - 1))
-    shifts = kind.bits * torch.arange(kind.codes_per_byte)
+    bits = field_bits(kind.bits)
+    shifts = bits * torch.arange(8 // bits)
     codes = (torch.arange(256).unsqueeze(1) >> shifts) & (2**kind.bits - 1)  # (256, codes a byte)
     return values.float()[codes]
 

@@ -82,7 +82,7 @@ def check_int8(model: nn.Module) -> None:
     for name, module in adapted_modules(model):
         if module.quantized is not None and module.quantized.format.bits == 2:
             raise UserError(
-                f"{name} is in int2, and int8 takes codes of 4 or 8 bits; leave it out, or take --runtime fast",
+                f"{name} is in int2, and int8 takes codes of 3, 4 or 8 bits; leave it out, or take --runtime fast",
                 field="--activations",
             )
 

@@ -3,8 +3,11 @@
 With c the stored code, s the scale and o the offset of its group, y = x W^T + b is computed as
 
     int2, int4, int8    MatMulNBits: (c - 2^(bits - 1)) s, its default zero point
+    int3                the same in fields of 4 bits, which hold c + 4: the operator takes 2, 4 and 8
     nf4, fp4            MatMulBnb4: value[c] s
     with offset         the same, plus (sum of x over the group) (o + 2^(bits - 1) s), for nf4 and fp4 (...) o
+
+nf3 is in none of them: MatMulBnb4 has the tables of nf4 and fp4 alone.
 
 MatMulNBits also takes float zero points -o / s, at 2 and 4 bits. The CPU kernel of onnxruntime 1.32 then unpacks the
 weights at each call: ViT-S at 112 px and batch 1 takes 39 ms where the sums over groups take 20 and float32 takes 19.
@@ -22,6 +25,8 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear
 from peft_vit.errors import UserError
+from peft_vit.quantization import pack_codes, unpack_codes
+from peft_vit.quantization.packing import field_bits
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128  # powers of two that the operators' CPU kernels take
 _BNB4_TYPE = {"fp4": 0, "nf4": 1}
@@ -31,7 +36,7 @@ class OnnxLinear(nn.Module):
     """A packed linear layer whose forward pass can only be exported.
 
     Raises:
-        UserError: if the operators have no blocks that fit its groups.
+        UserError: if the operators have no blocks that fit its groups, or not its codebook.
     """
 
     def __init__(self, layer: AdaptedLinear, name: str) -> None:
@@ -40,21 +45,30 @@ class OnnxLinear(nn.Module):
         assert quantized is not None
         kind = quantized.format
         self.out_features, self.in_features = quantized.shape
-        self.groups = quantized.scales.shape[1]
+        self.groups = quantized.groups
         block = _block_size(self.in_features // self.groups, name)
         self.blocks_per_group = self.in_features // self.groups // block
         self.attributes: dict[str, int] = {"K": self.in_features, "N": self.out_features, "block_size": block}
         codes = quantized.codes
         self.shift = 0  # what the operator takes from a code and the format does not
         if kind.has_codebook:
+            if kind.type not in _BNB4_TYPE:
+                raise UserError(
+                    f"{name} is in {kind.type}, which onnxruntime's low-bit products have no table for; export with "
+                    "--runtime fast, or train with int3",
+                    field="quantization_type",
+                )
             self.operator = "MatMulBnb4"
             self.attributes["quant_type"] = _BNB4_TYPE[kind.type]
             codes = ((codes & 15) << 4 | codes >> 4).flatten()  # its earlier code takes the upper half
         else:
             self.operator = "MatMulNBits"
-            self.attributes["bits"] = kind.bits
-            codes = codes.view(self.out_features, self.in_features // block, -1)
+            self.attributes["bits"] = bits = field_bits(kind.bits)
             self.shift = 2 ** (kind.bits - 1)
+            if bits != kind.bits:
+                wider = unpack_codes(codes, kind.bits, self.in_features) + (2 ** (bits - 1) - self.shift)
+                codes = pack_codes(wider, bits)
+            codes = codes.view(self.out_features, self.in_features // block, -1)
         self.codes = nn.Buffer(codes)
         self.scales = nn.Buffer(quantized.scales)  # (out, groups)
         self.offsets = None if quantized.offsets is None else nn.Buffer(quantized.offsets)

@@ -29,6 +29,7 @@ from peft_vit.records import write_atomically
 from peft_vit.safe_io import read_bytes
 
 _UNSIGNED = "0" * 64  # in place of the hash while it is computed
+_NO_TYPE = {"fp4": " (its f4e2m1 has another value at code 1)", "nf3": ""}
 # Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
@@ -57,10 +58,10 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
     check_merged(model)
     packed = {name: one.quantized for name, one in adapted_modules(model) if one.quantized is not None}
     for name, weight in packed.items():
-        if weight.format.type == "fp4":
+        if (why := _NO_TYPE.get(weight.format.type)) is not None:
             raise UserError(
-                f"{name} is in fp4, which OpenVINO has no type for (its f4e2m1 has another value at code 1); "
-                "export onnx or safetensors, or train with nf4 or int4",
+                f"{name} is in {weight.format.type}, which OpenVINO has no type for{why}; export onnx or safetensors, "
+                "or train with nf4 or an int type",
                 field="quantization_type",
             )
     network = _network(model, card.image_size, packed)

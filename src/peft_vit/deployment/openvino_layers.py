@@ -3,13 +3,14 @@
 With c the stored code, s the scale and o the offset of its group, a weight is (c' - z) s, as the operators
 Constant -> Convert -> Subtract -> Multiply -> Reshape of (out, groups, group size) to (out, in):
 
-    int4, int8    i4, i8: c' = c - 2^(bits - 1),    z = -(o / s + 2^(bits - 1))
+    int3/4, int8  i4, i8: c' = c - 2^(bits - 1),    z = -(o / s + 2^(bits - 1))
     int2          u2: c' = c,                       z = -o / s
     nf4           nf4: c' = value[c],               z = -o / s
 
 Without offset z is 0, and there is no Subtract; int2's is 2. Codes are signed, since z is then small, and loses little
-where it is stored in float16 (relative error 2^-11), as offsets of float16 are. OpenVINO's nf4 has QLoRA's values. Its
-4-bit float, f4e2m1, is not bitsandbytes' fp4: scaled to the same range, code 1 is 1/12 there and 1/192 here.
+where it is stored in float16 (relative error 2^-11), as offsets of float16 are. int3 takes fields of 4 bits, since the
+CPU plugin has no product on 3. OpenVINO's nf4 has QLoRA's values; no type has those of nf3. Its 4-bit float, f4e2m1, is
+not bitsandbytes' fp4: scaled to the same range, code 1 is 1/12 there and 1/192 here.
 
 Sources: OpenVINO's src/common/transformations, op_conversions/convert_fc_to_compressed.cpp, for what is fused; its type
 nf4, core/type/nf4.cpp, for the table.
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear
 from peft_vit.quantization import QuantizedTensor, pack_codes, unpack_codes
+from peft_vit.quantization.packing import field_bits
 
 DOMAIN, OPERATOR = "peft_vit", "PackedLinear"
-_TYPES = {"int2": ov.Type.u2, "int4": ov.Type.i4, "int8": ov.Type.i8, "nf4": ov.Type.nf4}
+_TYPES = {"int2": ov.Type.u2, "int3": ov.Type.i4, "int4": ov.Type.i4, "int8": ov.Type.i8, "nf4": ov.Type.nf4}
 _NF4_ZERO = 7  # the code whose value is 0
 _FRACTION_BITS = {torch.float16: 11, torch.float32: 24}
 
@@ -56,9 +58,9 @@ def weight_node(weight: QuantizedTensor) -> ov.Node:
     """Return a weight matrix (out, in), float32, as operators on its codes, scales and offsets."""
     stored = _stored(weight)
     rows, columns = weight.shape
-    groups = stored.scales.shape[1]
+    groups = weight.groups
     shape = [rows, groups, columns // groups]
-    packed = pack_codes(stored.codes.reshape(1, -1), weight.format.bits).numpy()
+    packed = pack_codes(stored.codes.reshape(1, -1), field_bits(weight.format.bits)).numpy()
     tensor = ov.Tensor(packed, ov.Shape(shape), _TYPES[weight.format.type])
     node = ops.convert(ov.op.Constant(tensor, shared_memory=False), ov.Type.f32)
     if stored.zeros is not None:
@@ -77,7 +79,7 @@ def _float32(values: Tensor) -> ov.Node:
 class _Stored:
     """A matrix in the numbers that OpenVINO takes."""
 
-    codes: Tensor  # uint8, (out, in): the bits of c', not packed
+    codes: Tensor  # uint8, (out, in): the bits of c' in its field, not packed
     scales: Tensor  # (out, groups)
     zeros: Tensor | None  # z, likewise
 
@@ -85,10 +87,10 @@ class _Stored:
 def _stored(weight: QuantizedTensor) -> _Stored:
     kind, scales = weight.format, weight.scales
     codes = unpack_codes(weight.codes, kind.bits, weight.shape[1])
-    signed = kind.type in ("int4", "int8")
+    signed = kind.type in ("int3", "int4", "int8")
     middle = 2 ** (kind.bits - 1)
     if signed:
-        codes = codes ^ middle  # two's complement of c - 2^(bits - 1)
+        codes = (codes - middle) & (2 ** field_bits(kind.bits) - 1)  # two's complement of c - 2^(bits - 1)
     if weight.offsets is None:
         zeros = torch.full_like(scales, middle) if kind.type == "int2" else None
         return _Stored(codes, scales, zeros)

@@ -49,7 +49,7 @@ def _layer_size(quantized: QuantizedTensor) -> LayerSize:
     return LayerSize(
         weights=quantized.shape[0] * quantized.shape[1],
         codes_bytes=kept["codes"],
-        scales_bytes=kept["scales"],
+        scales_bytes=quantized.nbytes - kept["codes"] - kept.get("offsets", 0),
         offsets_bytes=kept.get("offsets", 0),
     )
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft_vit.training import Hook
 
 # A format's name ends with the bits of a code.
-QuantizationType = Literal["nf4", "fp4", "int2", "int4", "int8"]
+QuantizationType = Literal["nf4", "fp4", "nf3", "int2", "int3", "int4", "int8"]
 BITS_OF_TYPE: dict[QuantizationType, int] = {name: int(name[-1]) for name in get_args(QuantizationType)}
 
 
@@ -61,7 +61,7 @@ class AdaptiveBitsConfig(Frozen):
 class QaLoraConfig(AdapterConfig):
     """Quantization-aware LoRA (arXiv 2309.14717), NF4/FP4 codebooks (arXiv 2305.14314), and a schedule."""
 
-    quantization_bits: Literal[2, 4, 8] | None = Field(
+    quantization_bits: Literal[2, 3, 4, 8] | None = Field(
         default=None, description="bits of a code; not with adaptive_bits"
     )
     quantization_type: QuantizationType | None = Field(
@@ -82,7 +82,9 @@ class QaLoraConfig(AdapterConfig):
     )
     group_size: int = Field(default=32, ge=2, description="inputs that share a scale; with use_group_quantization")
     quantization_offset: bool | None = Field(
-        default=None, description="store an offset beside each scale while training; default: where there are groups"
+        default=None,
+        description="store an offset beside each scale while training; default: where there are groups and no "
+        "use_double_quant",
     )
     scale_precision: Literal["fp16", "fp32"] = Field(default="fp16", description="of scales and offsets")
     rounding: Literal["nearest", "gptq"] = Field(
@@ -99,6 +101,9 @@ class QaLoraConfig(AdapterConfig):
         "quantization.loftq",
     )
     loftq_iterations: int = Field(default=1, ge=1, description="of quantizing what the adapters leave; 5 in the paper")
+    use_double_quant: bool = Field(
+        default=False, description="keep the scales of groups in 8 bits themselves, as bitsandbytes does"
+    )
     rank: int | None = Field(
         default=None, ge=1, description="default 8; not where the section adalora or adaptive_bits decides ranks"
     )
@@ -127,7 +132,9 @@ class QaLoraConfig(AdapterConfig):
     @property
     def offset(self) -> bool:
         """Return whether an offset is stored beside each scale while training."""
-        return self.use_group_quantization if self.quantization_offset is None else self.quantization_offset
+        if self.quantization_offset is None:
+            return self.use_group_quantization and not self.use_double_quant
+        return self.quantization_offset
 
     @property
     def images_to_round_by(self) -> int:
@@ -177,6 +184,10 @@ class QaLoraConfig(AdapterConfig):
     def _settings_have_an_effect(self, info: ValidationInfo) -> Self:
         if not self.use_group_quantization and is_given(self, "group_size", info):
             raise ValueError("group_size has no effect with use_group_quantization: false; remove it")
+        if self.use_double_quant and not self.use_group_quantization:
+            raise ValueError(
+                "use_double_quant needs use_group_quantization: true; one scale a row takes next to nothing as it is"
+            )
         if self.quantization_schedule == "constant" and (
             self.quantization_warmup_steps or self.quantization_end_step is not None
         ):

@@ -4,6 +4,9 @@ Scales and offsets are rounded outwards to their stored dtype first (scales up, 
 chosen against the stored numbers. So no weight lies outside its group's range of codes, and its error is at
 most half the gap between neighbouring codes, in float16 as in float32. A group's minimum and largest
 magnitude are float32 numbers already: with float32 scales, only the scale of integer codes is rounded at all.
+
+Scales in 8 bits (double_quant) are these numbers rounded to nearest, as bitsandbytes does, so that a group's largest
+weights may lie outside by a little and are clipped; codes are chosen against the scales that the 8 bits stand for.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from peft_vit.errors import UserError
 from peft_vit.quantization.codebooks import Codebook, nearest_codes
 from peft_vit.quantization.formats import QuantizationFormat
 from peft_vit.quantization.packing import pack_codes
+from peft_vit.quantization.scales import QuantizedScales, quantize_scales
 from peft_vit.quantization.tensor import QuantizedTensor, rows_at_once
 from peft_vit.quantization.underflow import warn_of_scales
 
@@ -57,60 +61,60 @@ def quantize(weight: Tensor, format: QuantizationFormat, *, name: str = "the wei
         raise ValueError(f"expected a matrix of floats, got {weight.dtype} of shape {tuple(weight.shape)}")
     rows, columns = weight.shape
     groups = format.groups(columns)
-    some_rows = weight.detach().split(rows_at_once(weight))
-    largest, codes, scales, offsets = zip(
-        *(_quantized(part.unflatten(1, (groups, -1)), format) for part in some_rows), strict=True
-    )
-    warn_of_scales(torch.cat(largest), format, name)
+    some_rows = [part.unflatten(1, (groups, -1)) for part in weight.detach().split(rows_at_once(weight))]
+    parts = (_ranges(part, format) for part in some_rows)
+    largest, scales, offsets = (torch.cat(part) for part in zip(*parts, strict=True))
+    warn_of_scales(largest, format, name)
+    stored = quantize_scales(scales) if format.double_quant else scales
+    if isinstance(stored, QuantizedScales):
+        scales = stored.dequantize()
+    starts = range(0, rows, len(some_rows[0]))
+    codes = [
+        _codes(part, scales[start : start + len(part)], offsets[start : start + len(part)], format)
+        for start, part in zip(starts, some_rows, strict=True)
+    ]
     quantized = QuantizedTensor(
         codes=torch.cat(codes),
-        scales=torch.cat(scales),
-        offsets=torch.cat(offsets) if format.offset else None,
+        stored_scales=stored,
+        offsets=offsets if format.offset else None,
         shape=(rows, columns),
         format=format,
     )
     return quantized.to(weight.device)
 
 
-def _quantized(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the largest magnitudes, packed codes, scales and offsets of some rows, (out, groups, group size)."""
+def _ranges(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest magnitudes, scales and offsets, (out, groups) each, of some rows, (out, groups, group size).
+
+    Scales and offsets are rounded to scale_dtype; offsets are 0 but for integers of a format that has some.
+    """
     weights = weights.cpu().float()
     largest = weights.abs().amax(-1)  # (out, groups)
     if not bool((largest <= _LARGEST_MAGNITUDE).all()):
         raise UserError("the weights hold infinities, NaN or magnitudes above 2^125; check their source")
+    offsets = torch.zeros_like(largest, dtype=format.scale_dtype)
+    ranges, steps = largest.double(), 2 ** (format.bits - 1) - 1
     if format.has_codebook:
-        codes, scales, offsets = _to_codebook(weights, largest.unsqueeze(-1), format)
+        steps = 1
     elif format.offset:
-        codes, scales, offsets = _to_integers_with_offset(weights, format)
+        offsets = _round_outwards(weights.amin(-1).double(), format.scale_dtype, -math.inf)
+        ranges, steps = weights.amax(-1).double() - offsets.double(), 2**format.bits - 1
+    return largest, _round_outwards(ranges / steps, format.scale_dtype, math.inf), offsets
+
+
+def _codes(weights: Tensor, scales: Tensor, offsets: Tensor, format: QuantizationFormat) -> Tensor:
+    """Return the packed codes of some rows, (out, groups, group size), for their scales and offsets, (out, groups)."""
+    weights, scales, offsets = weights.cpu().float(), scales.unsqueeze(-1), offsets.unsqueeze(-1)
+    if format.has_codebook:
+        codes = nearest_codes(weights, scales.float(), cast(Codebook, format.type))
     else:
-        codes, scales, offsets = _to_symmetric_integers(weights, largest.unsqueeze(-1), format)
-    packed = pack_codes(codes.flatten(1), format.bits)  # (out, groups, group size) -> (out, in) -> bytes
-    # (out, groups, 1) -> (out, groups)
-    return largest, packed, scales.squeeze(-1), None if offsets is None else offsets.squeeze(-1)
-
-
-def _to_codebook(weights: Tensor, largest: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, Tensor | None]:
-    scales = _round_outwards(largest.double(), format.scale_dtype, math.inf)
-    codes = nearest_codes(weights, scales.float(), cast(Codebook, format.type))
-    return codes, scales, torch.zeros_like(scales) if format.offset else None
-
-
-def _to_integers_with_offset(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, Tensor]:
-    weights = weights.double()
-    largest_code = 2**format.bits - 1
-    offsets = _round_outwards(weights.amin(-1, keepdim=True), format.scale_dtype, -math.inf)
-    ranges = weights.amax(-1, keepdim=True) - offsets.double()
-    scales = _round_outwards(ranges / largest_code, format.scale_dtype, math.inf)
-    codes = ((weights - offsets.double()) / _divisors(scales)).round_()
-    return codes.clamp_(0, largest_code).to(torch.uint8), scales, offsets
-
-
-def _to_symmetric_integers(weights: Tensor, largest: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, None]:
-    weights = weights.double()
-    largest_code = 2 ** (format.bits - 1) - 1
-    scales = _round_outwards(largest.double() / largest_code, format.scale_dtype, math.inf)
-    codes = (weights / _divisors(scales)).round_().clamp_(-largest_code, largest_code)
-    return (codes + 2 ** (format.bits - 1)).to(torch.uint8), scales, None
+        places = ((weights.double() - offsets.double()) / _divisors(scales)).round_()
+        middle = 2 ** (format.bits - 1)
+        if format.offset:
+            codes = places.clamp_(0, 2 * middle - 1).to(torch.uint8)
+        else:
+            codes = (places.clamp_(1 - middle, middle - 1) + middle).to(torch.uint8)
+    return pack_codes(codes.flatten(1), format.bits)  # (out, groups, group size) -> (out, in) -> bytes
 
 
 def _divisors(scales: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from peft_vit.errors import UserError
-from peft_vit.quantization.codebooks import Codebook, byte_table
+from peft_vit.quantization.codebooks import Codebook, pair_table
 from peft_vit.quantization.formats import SCALE_DTYPES, QuantizationFormat
-from peft_vit.quantization.packing import unpack_codes
+from peft_vit.quantization.packing import codes_at_once, row_bytes, unpack_codes, unpack_pairs
+from peft_vit.quantization.scales import BLOCK, QuantizedScales
 from peft_vit.quantization.underflow import warn_of_offsets
 
 _AT_ONCE = 1 << 16  # weights
@@ -26,9 +27,9 @@ class QuantizedTensor:
     Made by `quantize` or, from stored tensors, by `from_tensors`; the bare constructor checks nothing.
 
     Attributes:
-        codes: packed, uint8, (out, ceil(in * bits / 8)); layout as in `pack_codes`.
-        scales: not negative, (out, groups), of the format's scale_dtype. Where one is 0, the group is constant
-            and its codes mean nothing.
+        codes: packed, uint8, (out, `row_bytes(in, bits)`); layout as in `pack_codes`.
+        stored_scales: (out, groups), not negative, of the format's scale_dtype; of a format with double_quant, their
+            8-bit codes. Where a scale is 0, the group is constant and its codes mean nothing.
         offsets: (out, groups), float32 or float16; as quantized of the format's scale_dtype, merged ones may
             be of the other. None if the format has none.
         shape: (out, in).
@@ -36,10 +37,21 @@ class QuantizedTensor:
     """
 
     codes: Tensor
-    scales: Tensor
+    stored_scales: Tensor | QuantizedScales
     offsets: Tensor | None
     shape: tuple[int, int]
     format: QuantizationFormat
+
+    @property
+    def scales(self) -> Tensor:
+        """The scales, (out, groups), of the format's scale_dtype; computed at each call if they are kept in 8 bits."""
+        stored = self.stored_scales
+        return stored.dequantize() if isinstance(stored, QuantizedScales) else stored
+
+    @property
+    def groups(self) -> int:
+        """Number of groups in a row."""
+        return self.stored_scales.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -64,16 +76,15 @@ class QuantizedTensor:
             ValueError: if `added` has another shape.
         """
         rows, columns = self.shape
-        stored_columns = self.codes.shape[1] * self.format.codes_per_byte
+        stored_columns = self.codes.shape[1] * 8 // self.format.bits
         values = torch.empty(rows, stored_columns, dtype=torch.float32, device=self.codes.device)
         self._decode(values)
         weights = values[:, :columns]
-        grouped = weights.unflatten(1, (self.scales.shape[1], -1))  # (out, groups, group size)
+        grouped = weights.unflatten(1, (self.groups, -1))  # (out, groups, group size)
         grouped.mul_(self.scales.float().unsqueeze(-1))
         constant = None if self.offsets is None else self.offsets.float()
         if added is not None:
-            if added.shape != self.scales.shape:
-                raise ValueError(f"expected an update of shape {tuple(self.scales.shape)}, got {tuple(added.shape)}")
+            self._check_update(added)
             constant = added.float() if constant is None else constant + added.float()
         if constant is not None:
             grouped.add_(constant.unsqueeze(-1))  # (out, groups, 1)
@@ -82,33 +93,35 @@ class QuantizedTensor:
         return values.to(dtype)
 
     def columns(self, columns: slice) -> QuantizedTensor:
-        """Return the weights of some inputs, (out, c).
+        """Return the weights of some inputs, (out, c), to compute with: scales in 8 bits are in floats.
 
         Raises:
             ValueError: if they are no whole groups or bytes.
         """
         rows, width = self.shape
-        groups, per_byte = self.scales.shape[1], self.format.codes_per_byte
+        groups, bits = self.groups, self.format.bits
+        at_once = codes_at_once(bits)
         size = width // groups
         if groups > 1 and (columns.start % size or columns.stop % size):
             raise ValueError(f"columns {columns.start} to {columns.stop} are no whole groups of {size}")
-        if columns.start % per_byte or columns.stop % per_byte:
-            raise ValueError(f"columns {columns.start} to {columns.stop} are no whole bytes of {per_byte} codes")
+        if columns.start % at_once or columns.stop % at_once:
+            raise ValueError(f"columns {columns.start} to {columns.stop} are no whole bytes of {at_once} codes")
         some = slice(columns.start // size, columns.stop // size) if groups > 1 else slice(None)
         return replace(
             self,
-            codes=self.codes[:, columns.start // per_byte : columns.stop // per_byte].contiguous(),
-            scales=self.scales[:, some],
+            codes=self.codes[:, columns.start * bits // 8 : columns.stop * bits // 8].contiguous(),
+            stored_scales=self.scales[:, some],
             offsets=None if self.offsets is None else self.offsets[:, some],
             shape=(rows, columns.stop - columns.start),
+            format=replace(self.format, double_quant=False),
         )
 
     def _decode(self, values: Tensor) -> None:
         """Write the codes' values, before scale and offset, into contiguous float32 rows of whole bytes."""
         if self.format.has_codebook:
-            table = byte_table(cast(Codebook, self.format.type), values.device)
-            words = values.view(-1).view(torch.int64)  # (out * bytes,): a pair of float32 each
-            torch.index_select(table, 0, self.codes.view(-1).int(), out=words)
+            table = pair_table(cast(Codebook, self.format.type), values.device)
+            words = values.view(-1).view(torch.int64)  # a pair of float32 each
+            torch.index_select(table, 0, unpack_pairs(self.codes, self.format.bits).flatten().int(), out=words)
             return
         codes = unpack_codes(self.codes, self.format.bits, values.shape[1])
         if not self.format.offset:
@@ -135,10 +148,9 @@ class QuantizedTensor:
             UserError: if the dtype is another one, or a sum leaves its range.
             ValueError: if delta has another shape.
         """
-        if delta.shape != self.scales.shape:
-            raise ValueError(f"expected an update of shape {tuple(self.scales.shape)}, got {tuple(delta.shape)}")
+        self._check_update(delta)
         if dtype is None:
-            dtype = self.scales.dtype if self.offsets is None else self.offsets.dtype
+            dtype = self.format.scale_dtype if self.offsets is None else self.offsets.dtype
         if dtype not in SCALE_DTYPES:
             raise UserError(f"expected torch.float32 or torch.float16, got {dtype}", field="offset_dtype")
         exact = self._constant_part() + delta.detach()
@@ -152,6 +164,11 @@ class QuantizedTensor:
         warn_of_offsets(exact, offsets, self.scales, self.format, name)
         return replace(self, offsets=offsets, format=replace(self.format, offset=True))
 
+    def _check_update(self, update: Tensor) -> None:
+        expected = (self.shape[0], self.groups)
+        if update.shape != expected:
+            raise ValueError(f"expected an update of shape {expected}, got {tuple(update.shape)}")
+
     def _constant_part(self) -> Tensor:
         """Return what each group adds to scale * value[c], or to scale * c, float32 of shape (out, groups)."""
         if self.offsets is not None:
@@ -160,24 +177,30 @@ class QuantizedTensor:
         return self.scales.float() * -zero
 
     def rows(self, rows: slice) -> QuantizedTensor:
-        """Return some rows, on the same memory."""
+        """Return some rows, to compute with: on the same memory, but scales in 8 bits are in floats."""
         codes, scales = self.codes[rows], self.scales[rows]
         offsets = None if self.offsets is None else self.offsets[rows]
-        return QuantizedTensor(codes, scales, offsets, (len(codes), self.shape[1]), self.format)
+        format = replace(self.format, double_quant=False)
+        return QuantizedTensor(codes, scales, offsets, (len(codes), self.shape[1]), format)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Return the same weights on another device."""
         return QuantizedTensor(
             codes=self.codes.to(device),
-            scales=self.scales.to(device),
+            stored_scales=self.stored_scales.to(device),
             offsets=None if self.offsets is None else self.offsets.to(device),
             shape=self.shape,
             format=self.format,
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what has to be stored: "codes", "scales" and, if there are any, "offsets"."""
-        tensors = {"codes": self.codes, "scales": self.scales}
+        """Return what has to be stored: "codes", "scales" and, if there are any, "offsets".
+
+        Scales in 8 bits are "scales", "scale_blocks" and "scale_mean".
+        """
+        stored = self.stored_scales
+        scales = stored.tensors() if isinstance(stored, QuantizedScales) else {"scales": stored}
+        tensors = {"codes": self.codes, **scales}
         return tensors if self.offsets is None else {**tensors, "offsets": self.offsets}
 
     @classmethod
@@ -185,7 +208,8 @@ class QuantizedTensor:
         """Return the quantized weights that `tensors` stored.
 
         Args:
-            tensors: "codes", "scales" and, exactly if the format has offsets, "offsets".
+            tensors: "codes", "scales" and, exactly if the format has offsets, "offsets"; for scales in 8 bits also
+                "scale_blocks" and "scale_mean".
             shape: (out, in) of the weight matrix.
             format: the format it was quantized to.
 
@@ -196,10 +220,13 @@ class QuantizedTensor:
         """
         rows, columns = shape
         per_group = (rows, format.groups(columns))
-        expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, int]]] = {
-            "codes": ((torch.uint8,), (rows, -(-columns // format.codes_per_byte))),
-            "scales": ((format.scale_dtype,), per_group),
+        expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+            "codes": ((torch.uint8,), (rows, row_bytes(columns, format.bits))),
+            "scales": ((torch.uint8 if format.double_quant else format.scale_dtype,), per_group),
         }
+        if format.double_quant:
+            blocks = -(-math.prod(per_group) // BLOCK)
+            expected |= {"scale_blocks": ((torch.float32,), (blocks,)), "scale_mean": ((torch.float32,), (1,))}
         if format.offset:
             expected["offsets"] = (SCALE_DTYPES, per_group)
         if tensors.keys() != expected.keys():
@@ -210,10 +237,16 @@ class QuantizedTensor:
         for name, (dtypes, tensor_shape) in expected.items():
             _check_tensor(name, tensors[name], dtypes, tensor_shape)
         _check_codes(tensors["codes"], columns, format)
-        _check(bool((tensors["scales"] >= 0).all()), "scales", "expected no negative scale")
+        for name in ("scale_blocks", "scale_mean") if format.double_quant else ("scales",):
+            _check(bool((tensors[name] >= 0).all()), name, "expected no negative scale")
+        scales = tensors["scales"].contiguous()
+        stored: Tensor | QuantizedScales = scales
+        if format.double_quant:
+            largest, mean = tensors["scale_blocks"].contiguous(), tensors["scale_mean"].contiguous()
+            stored = QuantizedScales(scales, largest, mean, format.scale_dtype)
         return cls(
             codes=tensors["codes"].contiguous(),
-            scales=tensors["scales"].contiguous(),
+            stored_scales=stored,
             offsets=tensors["offsets"].contiguous() if format.offset else None,
             shape=(rows, columns),
             format=format,
@@ -239,7 +272,7 @@ def relative_error(weight: Tensor, quantized: QuantizedTensor) -> float:
     return error / norm if norm > 0 else math.inf
 
 
-def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, int]) -> None:
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
     as_expected = tensor.dtype in dtypes and tensor.shape == shape
     got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
     _check(as_expected, name, f"expected {' or '.join(map(str, dtypes))} of shape {shape}, got {got}")
@@ -248,7 +281,7 @@ def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], sh
 
 
 def _check_codes(packed: Tensor, columns: int, format: QuantizationFormat) -> None:
-    codes = unpack_codes(packed, format.bits, packed.shape[1] * format.codes_per_byte)
+    codes = unpack_codes(packed, format.bits, packed.shape[1] * 8 // format.bits)
     _check(not bool(codes[:, columns:].any()), "codes", "expected zero bits after the last code of a row")
     if not format.has_codebook and not format.offset:
         in_range = bool((codes[:, :columns] > 0).all())

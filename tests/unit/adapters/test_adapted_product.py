@@ -27,7 +27,10 @@ IN, HEAD, SCALE = 32, 8, 1.7
 RANKS = {"query": 2, "key": 0, "value": 4}
 FORMS = [("product", 1), ("svd", 1), ("product", 8), ("svd", 8)]
 KINDS = {"none": [0], "equal": [3], "mixed": [0, 4, 1, 2, 0, 5, 3]}  # ranks of the sites in turn
-FORMATS = [("nf4", True), ("nf4", False), ("int4", True), ("int4", False), ("int2", True), ("int8", False)]
+FORMATS = [
+    *(("nf4", True), ("nf4", False), ("int4", True), ("int4", False), ("int2", True), ("int8", False)),
+    *(("nf3", True), ("int3", False)),
+]
 
 
 def attached(model: nn.Module, parametrization: str = "product", pool: int = 1, kind: str = "mixed") -> nn.Module:

@@ -25,8 +25,8 @@ from peft_vit.quantization import QuantizationFormat, code_values, quantize
 
 pytestmark = pytest.mark.part("quantization")
 SCALE = 1.7
-TYPES = ("int2", "int4", "int8", "nf4", "fp4")
-BITS = {"int2": 2, "int4": 4, "int8": 8, "nf4": 4, "fp4": 4}
+TYPES = ("int2", "int3", "int4", "int8", "nf3", "nf4", "fp4")
+BITS = {type: int(type[-1]) for type in TYPES}
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,11 @@ def trained(
 
 
 def codes_in_numpy(module: AdaptedLinear) -> NDArray[np.int64]:
-    """Unpack by shifts of single bytes, earlier inputs from lower bits."""
+    """Unpack bit by bit, earlier inputs from lower bits."""
     assert module.quantized is not None
-    packed, bits = module.quantized.codes.numpy(), BITS[module.quantized.format.type]
-    parts = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    return np.stack(parts, axis=-1).reshape(packed.shape[0], -1).astype(np.int64)
+    bits = BITS[module.quantized.format.type]
+    ones = np.unpackbits(module.quantized.codes.numpy(), axis=1, bitorder="little")
+    return ones.reshape(len(ones), -1, bits).astype(np.int64) @ 2 ** np.arange(bits)
 
 
 def merged_in_numpy(module: AdaptedLinear, pool: int) -> NDArray[np.float64]:
@@ -78,7 +78,7 @@ def merged_in_numpy(module: AdaptedLinear, pool: int) -> NDArray[np.float64]:
     assert quantized is not None
     codes, type = codes_in_numpy(module), quantized.format.type
     size = codes.shape[1] // quantized.scales.shape[1]
-    if type in ("nf4", "fp4"):
+    if type in ("nf3", "nf4", "fp4"):
         values = code_values(type).double().numpy()[codes]  # type: ignore[arg-type]
     else:
         values = codes - (0.0 if quantized.offsets is not None else 2.0 ** (BITS[type] - 1))

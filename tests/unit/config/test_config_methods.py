@@ -160,6 +160,8 @@ def test_settings_of_adalora_that_contradict_each_other(tmp_path, changes, field
     [
         (QA_LORA, "quantization_bits: 8", "", "nf4 stores 4 bits, quantization_bits says 8; change one"),
         (QA_LORA, "use_group_quantization: false, group_size: 64", "", "group_size has no effect"),
+        (QA_LORA, "use_group_quantization: false, use_double_quant: true", "", "needs use_group_quantization: true"),
+        (QA_LORA, "quantization_bits: 3", "", "nf4 stores 4 bits, quantization_bits says 3; change one"),
         (QA_LORA, "quantization_end_step: 5", "", "no effect with a constant schedule"),
         (
             QA_LORA,

@@ -21,7 +21,8 @@ from peft_vit.deployment.low_bit_file import HEADER, _digest, _Header
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, code_values
 
-GROUPED = [QuantizationFormat(kind, 16, True, torch.float16) for kind in ("int2", "int4", "int8", "nf4", "fp4")]
+GROUPED = [QuantizationFormat(kind, 16, True, torch.float16) for kind in ("int2", "int4", "int8", "nf4", "fp4", "int3")]
+DOUBLE = [QuantizationFormat(kind, 16, False, torch.float16, double_quant=True) for kind in ("nf3", "int4")]
 BY_ROW = [QuantizationFormat("int4", None, False, torch.float16), QuantizationFormat("nf4", None, False)]
 
 ELSEWHERE = """
@@ -55,6 +56,22 @@ def test_another_process_computes_what_the_kept_model_does(quantized_vit, card, 
     subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path / "images", *kept], check=True)
     for file, logits in kept.items():
         assert torch.equal(logits, torch.load(f"{file}.logits"))
+
+
+@pytest.mark.parametrize("format", DOUBLE, ids=lambda format: format.type)
+def test_scales_in_8_bits_stay_as_they_are(quantized_vit, card, batch, tmp_path, format) -> None:
+    trained, file = quantized_vit(format), tmp_path / "model.safetensors"
+    stored = {name: module.quantized.tensors() for name, module in adapted_modules(trained)}
+    merged = merge(trained, card)
+    assert max(merged.errors["float32"].values()) < 1e-6
+    save_low_bit(merged.model, file, card)
+    loaded, _ = load_low_bit(file)
+    for name, module in adapted_modules(loaded):
+        kept = module.quantized.tensors()
+        assert kept.keys() == stored[name].keys() | {"offsets"}
+        assert all(torch.equal(kept[part], tensor) for part, tensor in stored[name].items())
+    with torch.inference_mode():
+        assert torch.equal(loaded(batch[0]), merged.model(batch[0]))
 
 
 @pytest.mark.parametrize("format", GROUPED, ids=lambda format: format.type)

@@ -10,18 +10,21 @@ from torch import Tensor
 
 from peft_vit.quantization import QuantizationFormat
 
-TYPES = ("nf4", "fp4", "int2", "int4", "int8")
-INTEGERS = ("int2", "int4", "int8")
+TYPES = ("nf4", "fp4", "nf3", "int2", "int3", "int4", "int8")
+INTEGERS = ("int2", "int3", "int4", "int8")
 MAGNITUDE = {torch.float32: 2.0**125, torch.float16: 65504.0}
 
 
 @st.composite
-def formats(draw: st.DrawFn, types: tuple[str, ...] = TYPES, offset: bool | None = None) -> QuantizationFormat:
+def formats(
+    draw: st.DrawFn, types: tuple[str, ...] = TYPES, offset: bool | None = None, double_quant: bool | None = False
+) -> QuantizationFormat:
     return QuantizationFormat(
         type=draw(st.sampled_from(types)),
         group_size=draw(st.sampled_from([None, 1, 2, 3, 5, 16, 32, 64, 128])),
         offset=draw(st.booleans()) if offset is None else offset,
         scale_dtype=draw(st.sampled_from([torch.float32, torch.float16])),
+        double_quant=draw(st.booleans()) if double_quant is None else double_quant,
     )
 
 
@@ -46,7 +49,7 @@ def weights(draw: st.DrawFn, format: QuantizationFormat) -> Tensor:
 
 @st.composite
 def formats_and_weights(
-    draw: st.DrawFn, types: tuple[str, ...] = TYPES, offset: bool | None = None
+    draw: st.DrawFn, types: tuple[str, ...] = TYPES, offset: bool | None = None, double_quant: bool | None = False
 ) -> tuple[QuantizationFormat, Tensor]:
-    format = draw(formats(types, offset))
+    format = draw(formats(types, offset, double_quant))
     return format, draw(weights(format))

@@ -83,7 +83,7 @@ def test_symmetric_integers_follow_the_formula(case: FormatAndWeights) -> None:
     assert np.abs(expected).max() <= largest_code, "no weight is clipped"
 
 
-@pytest.mark.parametrize("type", ["nf4", "fp4"])
+@pytest.mark.parametrize("type", ["nf4", "fp4", "nf3"])
 def test_an_offset_starts_at_zero_and_leaves_codebook_codes_alone(type: str) -> None:
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     plain = quantize(weight, QuantizationFormat(type, 16, offset=False))  # type: ignore[arg-type]
@@ -195,7 +195,7 @@ def test_parameters_and_transposed_and_bfloat16_weights_are_taken() -> None:
     assert not quantized.dequantize().requires_grad
 
 
-@pytest.mark.parametrize("type", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("type", ["nf4", "int3", "int8"])
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("at_once", [1, 100, 128 * 7])
 def test_rows_pass_some_at_a_time(type, offset, at_once, monkeypatch) -> None:
