@@ -110,7 +110,7 @@ class RunSpec(_Value):
         }
         if isinstance(lora := getattr(self.experiment, "lora", None), LoraConfig):
             unasked["experiment"]["lora"] = _at_default(lora, _LATER_LORA)
-        if (packing := self.experiment.section(QaLoraConfig)) is not None:
+        if isinstance(packing := getattr(self.experiment, "qa_lora", None), QaLoraConfig):
             unasked["experiment"]["qa_lora"] = _at_default(packing, _LATER_QA_LORA)
         flips = next((said for said, same in AUGMENTATION_OF_FLIPS.items() if same == training.augmentation), None)
         if flips is not None:
