@@ -1,8 +1,8 @@
 """Learning rates by successive halving (arXiv 1502.07943), with Optuna's grid and pruner, and equal effort a kind.
 
 Every rate of a kind has a run of half the steps on the first fold; the pruner says which go on, and two of them have a
-run of all steps on the second fold. The best mean wins, on validation images; where the accuracy is equal, which few
-images make likely, the lower NLL.
+run of all steps on the second fold. The best mean wins, on the folds' validation and test images; where the accuracy is
+equal, which few images make likely, the lower NLL.
 """
 
 from __future__ import annotations
@@ -88,21 +88,21 @@ def find_rates(
 
     half = max(1, steps // 2)
     first = done(dict.fromkeys(kinds, RATES), 0, half)
-    races = {kind: _Race(kind, context.request.seed, half) for kind in kinds}
-    for kind, race in races.items():
-        for rate in race.rates:
-            race.hear(rate, first.get((_name(kind, rate, half), 0)))
-    goes_on = {kind: race.goes_on() for kind, race in races.items() if race.heard}
+    halvings = {kind: SuccessiveHalving(kind, context.request.seed, half) for kind in kinds}
+    for kind, halving in halvings.items():
+        for rate in halving.rates:
+            halving.hear(rate, first.get((_name(kind, rate, half), 0)))
+    goes_on = {kind: halving.goes_on() for kind, halving in halvings.items() if halving.heard}
     second = done(goes_on, 1, steps)
     found: dict[Kind, BestRate] = {}
     told: list[RateResult] = []
-    for kind, race in races.items():
+    for kind, halving in halvings.items():
         whole = {rate: second.get((_name(kind, rate, steps), 1)) for rate in goes_on.get(kind, ())}
-        best = race.best({rate: one for rate, one in whole.items() if one is not None})
+        best = halving.best({rate: one for rate, one in whole.items() if one is not None})
         if best is not None:
             found[kind] = best
         for rate in RATES:
-            outcomes = [one for one in (race.heard.get(rate), whole.get(rate)) if one is not None]
+            outcomes = [one for one in (halving.heard.get(rate), whole.get(rate)) if one is not None]
             scores = tuple(one.validation or 0.0 for one in outcomes)
             chosen = best is not None and best.learning_rate == rate
             told.append(RateResult(kind, rate, scores, (half, half + steps)[len(scores) - 1] if scores else 0, chosen))
@@ -117,7 +117,7 @@ def _name(kind: str, rate: float, steps: int) -> str:
     return f"{kind}_{rate:g}_{steps}".replace(".", "-").replace("+", "")
 
 
-class _Race:
+class SuccessiveHalving:
     """The rates of a kind: Optuna asks for them and says which go on."""
 
     def __init__(self, kind: Kind, seed: int, half: int) -> None:
@@ -161,4 +161,9 @@ class _Race:
 
 
 def _value(outcome: Outcome) -> float:
-    return (outcome.validation or 0.0) - _NLL_WEIGHT * (outcome.nll or 0.0)
+    """Return what rates are ranked by: the fold's validation and test images, half each.
+
+    Validation has chosen the step, so its score is that of the luckiest one; the fold's test images have chosen
+    nothing. They are not the sealed ones, and the race has other folds.
+    """
+    return (outcome.validation or 0.0) / 2 + outcome.test / 2 - _NLL_WEIGHT * (outcome.nll or 0.0)
