@@ -11,7 +11,7 @@ app = typer.Typer(
     name="peft-vit",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Fine-tune Vision Transformers with LoRA, AdaLoRA and QA-LoRA, and see which layers deserve rank and bits.",
+    help="Fine-tune Vision Transformers with LoRA, AdaLoRA and QA-LoRA, and see how sure each comparison is.",
 )
 
 
