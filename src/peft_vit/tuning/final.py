@@ -92,6 +92,5 @@ def fixed_training(
         "learning_rate": rate,
         "head_start": "probe",
         "steps": max(_LEAST_STEPS, round(steps)),
-        "schedule": "warmup_stable_decay",
         **memory,
     }
