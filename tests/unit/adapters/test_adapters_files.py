@@ -109,7 +109,7 @@ def test_older_files_without_formats_are_read_and_damaged_ones_refused(tiny_vit,
     good = {"type": "int4", "group_size": 16, "offset": True, "scale_dtype": "torch.float16"}  # now without "torch."
     write({"blocks.0.attn.qkv": good})
     assert read_adapter_file(file).formats == {"blocks.0.attn.qkv": QuantizationFormat("int4", 16, True, torch.float16)}
-    for bad in ({**good, "type": "int3"}, {**good, "scale_dtype": "torch.int8"}, {**good, "x": 1}, 7):
+    for bad in ({**good, "type": "int5"}, {**good, "scale_dtype": "torch.int8"}, {**good, "x": 1}, 7):
         write({"blocks.0.attn.qkv": bad})
         with pytest.raises(UserError, match="damaged peft_vit header"):
             read_adapter_file(file)
