@@ -308,10 +308,10 @@ FAULTS: list[tuple[str, str, str | None, str, str]] = [
     ("{rank: 4}", "{rank: 4, targets: [<b>]}", None, "experiments[1].lora.targets[0]", "should match pattern"),
     (
         "quantization_bits: 4",
-        "quantization_bits: 3",
+        "quantization_bits: 5",
         None,
         "experiments[3].qa_lora.quantization_bits",
-        "should be 2, 4 or 8, got 3",
+        "should be 2, 3, 4 or 8, got 5",
     ),
     ("    lora: {rank: 4}\n", "", "name: low_rank", "experiments[1]", "method: lora needs a section 'lora:'"),
     ("lora: {rank: 4}", "lora: [4]", None, "experiments[1].lora", "mapping, got [4]"),

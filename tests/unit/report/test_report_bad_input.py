@@ -33,9 +33,14 @@ def code(*arguments: str | Path) -> int:
     return ended.value.code
 
 
-def test_what_is_left_out_stands_above_every_number(tmp_path: Path) -> None:
-    for text in texts(unfinished.results_with(tmp_path / "out", TORN), tmp_path / "report"):
-        assert re.sub("<wbr>", "", text).index(f"Left out: {unfinished.BAD}: ") < text.index("70.0")
+def test_what_is_left_out_is_told_above_every_number(tmp_path: Path) -> None:
+    markdown, page = texts(unfinished.results_with(tmp_path / "out", TORN), tmp_path / "report")
+    left_out = f"Left out: {unfinished.BAD}: "
+    assert markdown.index(left_out) < markdown.index("70.0")
+    counted = re.search(r">\d+ warnings?</a>", page)
+    assert counted is not None
+    assert counted.start() < page.index("70.0")  # it leads to them
+    assert left_out in re.sub("<wbr>", "", page)
 
 
 @pytest.mark.parametrize("format", ["html", "md"])
