@@ -261,10 +261,11 @@ def test_an_images_json_of_others_is_not_replaced(images: Path, tmp_path: Path) 
 
 
 def test_a_call_that_was_killed_before_the_output_was_begun_goes_on(images: Path, tmp_path: Path) -> None:
-    tune(asked(images, tmp_path / "whole"), lambda _: None, quick(StandIns()))
+    whole = tune(asked(images, tmp_path / "whole"), lambda _: None, quick(StandIns()))
     (tmp_path / "killed").mkdir()
     shutil.copyfile(tmp_path / "whole" / "images.json", tmp_path / "killed" / "images.json")
-    tune(asked(images, tmp_path / "killed"), lambda _: None, quick(StandIns()))
+    again = tune(asked(images, tmp_path / "killed"), lambda _: None, quick(StandIns()))
+    assert told(again) == told(whole)
 
 
 def test_many_copies_leave_enough_to_train_and_validate_on(images: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def training_of(
         flips: of training images.
         memory: settings that keep within a limit of memory.
     """
-    shared = {"batch_size": batch_size, **flipped(flips), **({"class_weights": True} if class_weights else {})}
+    shared = shared_training(batch_size, flips, class_weights=class_weights)
     if design_kind is None:
         return shared
     return {
@@ -152,6 +152,8 @@ def training_of(
     }
 
 
-def flipped(flips: Flips) -> dict[str, Any]:
-    """Return what a section `training` says of flips."""
-    return {"augmentation": [one.model_dump(mode="json") for one in AUGMENTATION_OF_FLIPS[flips]]}
+def shared_training(batch_size: int, flips: Flips, *, class_weights: bool) -> dict[str, Any]:
+    """Return what every section `training` of a tuning says, a probe's too."""
+    augmentation = [one.model_dump(mode="json") for one in AUGMENTATION_OF_FLIPS[flips]]
+    weights = {"class_weights": True} if class_weights else {}
+    return {"batch_size": batch_size, "augmentation": augmentation, **weights}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.errors import UserError
-from peft_vit.tuning.candidates import Design, flipped
+from peft_vit.tuning.candidates import Design, shared_training
 from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.probes import BackboneChoice
 from peft_vit.tuning.running import Outcome
@@ -77,13 +77,8 @@ def fixed_training(
 ) -> dict[str, Any]:
     """Return the section `training` of a run in which nothing validates; rate None: of a probe."""
     strengths = [one.l2 for one in folds if one.l2 is not None]
-    training: dict[str, Any] = {
-        "batch_size": context.batch_size,
-        **flipped(context.flips),
-        "probe_l2": statistics.median_low(strengths),
-    }
-    if context.class_weights:
-        training["class_weights"] = True
+    training = shared_training(context.batch_size, context.flips, class_weights=context.class_weights)
+    training["probe_l2"] = statistics.median_low(strengths)
     if rate is None:
         return training
     steps = statistics.median(one.chosen_step for one in folds) * context.images / context.train_images
