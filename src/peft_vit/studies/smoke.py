@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft_vit.config import BackboneConfig, ExperimentConfig, QaLoraConfig, StudyConfig
+from peft_vit.config import BackboneConfig, ExperimentConfig, LoraConfig, QaLoraConfig, StudyConfig
 from peft_vit.data import smoke_config
 from peft_vit.methods import shorten
 
@@ -48,4 +48,8 @@ def _compress(experiment: ExperimentConfig, batch_size: int) -> ExperimentConfig
         update["qa_lora"] = qa_lora
     if qa_lora is not None and qa_lora.rounding == "gptq":
         update["qa_lora"] = qa_lora.model_copy(update={"calibration_images": _CALIBRATION_IMAGES})
+    lora = short.section(LoraConfig)
+    if lora is not None and lora.ranks is not None and lora.ranks.reads_images:
+        few = {"calibration_images": min(lora.ranks.calibration_images, _CALIBRATION_IMAGES)}
+        update["lora"] = lora.model_copy(update={"ranks": lora.ranks.model_copy(update=few)})
     return short.model_copy(update=update)
