@@ -4,7 +4,7 @@ from peft_vit.backbones.architecture import Architecture
 from peft_vit.backbones.attention import choose_attention
 from peft_vit.backbones.backbone import Backbone, evaluating, find_sites, freeze_batch_norm
 from peft_vit.backbones.catalog import MODELS, BackboneShape, describe, interpolation_of, native_size, size_step_of
-from peft_vit.backbones.head import Head, fill_head
+from peft_vit.backbones.head import Head, fill_head, soften
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
 from peft_vit.backbones.replay import ReplayedPass, visit_blocks
 from peft_vit.backbones.site import Site, chosen, fused_sites, wanted_kinds, whole_modules
@@ -35,6 +35,7 @@ __all__ = [
     "native_size",
     "read_weights",
     "size_step_of",
+    "soften",
     "visit_blocks",
     "wanted_kinds",
     "whole_modules",

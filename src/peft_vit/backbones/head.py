@@ -53,6 +53,14 @@ def fill_head(head: Head, weight: Tensor, bias: Tensor) -> None:
         layer.bias.copy_(bias)
 
 
+@torch.no_grad()
+def soften(head: Head, factor: float) -> None:
+    """Divide the logits of a head by a factor, in place."""
+    for layer in linear_layers(head):
+        layer.weight.div_(factor)
+        layer.bias.div_(factor)
+
+
 def head_inputs(head: nn.Module, run: Callable[[], object]) -> Tensor:
     """Run a forward pass, and return what the layers of a head saw in it, side by side: (B, features).
 

@@ -251,6 +251,7 @@ def _train_and_test(
         between_steps=attempt.between_steps,
         resume=attempt.take_training(),
         overhead=attempt.overhead,
+        softening=head.softening,
     )
     return result, _test(data, spec, lambda images: _predict(model, images, spec, runtime))
 

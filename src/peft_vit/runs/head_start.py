@@ -36,12 +36,14 @@ class HeadStart:
         features: of the model as it is before training.
         runtime: where the model runs.
         probe: None if none was asked for, or if a checkpoint holds what became of it.
+        softening: see `LinearProbe`.
     """
 
     head: Head
     features: SharedFeatures
     runtime: RuntimeConfig
     probe: LinearProbe | None
+    softening: float = 1.0
 
     def predict(self, images: LabelledImages) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return logits (N, classes) and labels (N,) of a model of which nothing but the head was fitted."""
@@ -91,6 +93,12 @@ def start_head(
         probe = fit_probe(
             of_training, of_validation, head, runtime, class_weights=class_weights, l2=spec.experiment.probe_l2
         )
-        probe.set_head(head, 1.0 if spec.experiment.is_probe else temperature())
+        softening = 1.0
+        if spec.experiment.is_probe:
+            probe.set_head(head)
+        else:
+            calibrated = temperature()
+            probe.set_head(head, calibrated)
+            softening = probe.softening(of_training, calibrated)
     attempt.known.head_fit = probe.fit
-    return HeadStart(head, features, runtime, probe)
+    return HeadStart(head, features, runtime, probe, softening)

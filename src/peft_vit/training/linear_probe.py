@@ -94,12 +94,26 @@ class LinearProbe:
     def temperature(self, validation: Features) -> float:
         """Return what logits have to be divided by for the lowest NLL on validation images (arXiv 1706.04599).
 
-        A head that separates few training images has a loss of next to nothing on them, and training from there on
-        would get no gradient. With this temperature it has the loss that it deserves, and predicts the same classes.
+        With this temperature a head that separates few training images is as sure as it deserves, and predicts the
+        same classes.
         """
         values = torch.from_numpy(validation.values).double()
         logits = values @ self.weight.double().cpu().T + self.bias.double().cpu()  # (N, classes)
         return _temperature(logits, torch.from_numpy(validation.labels))
+
+    def softening(self, train: Features, temperature: float) -> float:
+        """Return what logits are divided by in training, beyond a temperature: a power of two, to be undone to the bit.
+
+        The features of a model hardly change under a head that is sure of its training images, since all gradients are
+        products with p - y (Ren et al., arXiv 2302.05779, who fit such a head less far). So it is the least with which
+        the loss on them is at least half of what guessing costs, log(classes) / 2. The predicted classes stay the same.
+        """
+        weight, bias = self.weight.double().cpu(), self.bias.double().cpu()
+        logits = (torch.from_numpy(train.values).double() @ weight.T + bias) / temperature  # (N, classes)
+        labels, factor = torch.from_numpy(train.labels), 1.0
+        while nn.functional.cross_entropy(logits / factor, labels) < math.log(len(bias)) / 2:
+            factor *= 2
+        return factor
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:

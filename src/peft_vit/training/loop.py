@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from peft_vit.backbones import freeze_batch_norm
+from peft_vit.backbones import Backbone, freeze_batch_norm, soften
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data
 from peft_vit.training.calibration import Calibration
@@ -31,6 +31,7 @@ def train(
     between_steps: Callable[[int, Callable[[], State]], None] | None = None,
     resume: State | None = None,
     overhead: Overhead | None = None,
+    softening: float = 1.0,
 ) -> TrainingResult:
     """Train, evaluate now and then, and leave the model in the deployable state that validation prefers.
 
@@ -51,6 +52,7 @@ def train(
             the first step, and after the last one of an epoch only when it was validated. It may raise.
         resume: such a state, to go on from; model and hooks are those of the start.
         overhead: takes the seconds of validation and hooks.
+        softening: what the head's logits are divided by, but where the model before the first step is validated.
 
     Raises:
         DivergedError: if loss, gradient or predictions are no longer finite.
@@ -58,7 +60,9 @@ def train(
     """
     overhead = Overhead() if overhead is None else overhead
     fresh = resume is None
+    head = Backbone(model).head
     if fresh:
+        soften(head, softening)
         weights, smoothing = loss_weights(config, data, runtime.device), config.label_smoothing
         loss = partial(weighted_cross_entropy, weights=weights, label_smoothing=smoothing)
         before = BeforeTraining(Calibration(data, runtime, seed).batch, loss, overhead)
@@ -77,7 +81,9 @@ def train(
             between_steps(training.steps, training.state)
 
     if fresh and config.head_start == "probe" and training.validates:
+        soften(head, 1 / softening)
         training.validate()
+        soften(head, softening)
     model.train()
     freeze_batch_norm(model)
     pause()

@@ -95,6 +95,7 @@ def test_the_start_is_the_probe_and_the_result_is_never_below_it(study, tmp_path
     assert (start.step, start.epoch, start.deployable) == (0, 0, True)
     assert start.metrics.accuracy == record.head_fit.chosen.accuracy
     assert start.metrics.nll < record.head_fit.chosen.nll  # by its temperature, which moves no prediction
+    assert record.steps[0].loss > np.log(10) / 4 > start.metrics.nll / 4  # softened after its validation
     assert [one.step for one in rest] == [3, 6]
     assert max(one.metrics.accuracy for one in rest) < start.metrics.accuracy  # or the test would show nothing
     assert record.chosen_step == 0
@@ -118,7 +119,7 @@ def test_the_probe_of_float_weights_is_the_run_s_of_method_linear(study, tmp_pat
 
 
 def test_training_that_gains_is_taken(study, tmp_path) -> None:
-    record = do(study("full", head_start="probe", epochs=8, learning_rate=3e-4), tmp_path)
+    record = do(study("full", head_start="probe", epochs=8, learning_rate=1e-3), tmp_path)
     assert record.chosen_step > 0
     assert record.validation.accuracy >= record.head_fit.chosen.accuracy
     plain = do(study("full", epochs=8, learning_rate=1e-3), tmp_path / "plain")
