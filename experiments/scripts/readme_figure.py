@@ -15,7 +15,7 @@ from peft_vit.report.style import GRID, INK, METHOD_COLORS, MUTED, PAPER, THEME,
 
 _SPAN = 5.0  # points of accuracy that each panel shows, so that differences compare
 _DODGE_PT = 7.0  # from marker to marker where sizes are about the same
-_DARK = {INK: "#e6e9ec", MUTED: "#9aa5b0", GRID: "#343b43", PAPER: "#171b20", METHOD_COLORS["qa_adalora"]: "#c8609a"}
+_DARK = {INK: "#e6e9ec", MUTED: "#9aa5b0", GRID: "#343b43", PAPER: "#171b20"}
 
 
 def accuracy_and_bytes(analyses: Mapping[str, Analysis]) -> Drawing:

@@ -20,6 +20,7 @@ from peft_vit.report.document import Drawing
 from peft_vit.report.forest_plot import forests
 from peft_vit.report.heatmaps import rank_maps
 from peft_vit.report.scatter import accuracy_by_bytes
+from peft_vit.report.style import METHOD_COLORS
 
 _RANKED = ("adalora_best", "qa_adalora_nf4", "adalora_published")
 DIGEST = "Data-SHA256"  # a text in the PNG file, a comment in the SVG file
@@ -45,9 +46,13 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[str, Drawing]]:
 
 
 def digest(drawing: Drawing) -> str:
-    """Return the SHA-256 of the numbers behind a figure, to ten digits, which every machine has in common."""
+    """Return the SHA-256 of the numbers behind a figure and of the methods' colors in it.
+
+    Numbers are rounded to ten digits, which every machine has in common.
+    """
     rows = [{key: _rounded(value) for key, value in row.items()} for row in drawing.data]
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    colors = sorted(color for color in METHOD_COLORS.values() if color in drawing.svg)
+    return hashlib.sha256(json.dumps([colors, rows], sort_keys=True).encode()).hexdigest()
 
 
 def _rounded(value: object) -> object:
@@ -55,7 +60,7 @@ def _rounded(value: object) -> object:
 
 
 def recorded_digest(file: Path) -> str | None:
-    """Return the digest of the numbers that a figure's file was drawn from; None if it has none."""
+    """Return the digest that a figure's file was drawn with; None if it has none."""
     if file.suffix == ".svg":
         found = re.search(rf"<!-- {DIGEST}: (\w+) -->", file.read_text(encoding="utf-8"))
         return None if found is None else found[1]
@@ -64,7 +69,7 @@ def recorded_digest(file: Path) -> str | None:
 
 
 def write_figures(analyses: Mapping[str, Analysis], folder: Path) -> None:
-    """Write every figure, with its digest; one whose numbers have not changed stays as it is."""
+    """Write every figure, with its digest; one whose numbers and colors have not changed stays as it is."""
     for name, drawing in drawings(analyses):
         file, own = folder / name, digest(drawing)
         if file.exists() and recorded_digest(file) == own:

@@ -19,6 +19,7 @@ from peft_vit.analysis import Analysis, Finding, analyze, load_studies
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
 from peft_vit.report.formatting import megabytes, points_interval
+from peft_vit.report.style import METHOD_COLORS
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,6 +109,16 @@ def test_figures_were_drawn_from_what_results_hold() -> None:
         names.add(name)
     shown = (study_evidence.README.read_text(), study_evidence.FINDINGS.read_text())
     assert all(any(f"images/{name})" in text for text in shown) for name in names)
+
+
+def test_a_figure_in_an_older_color_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    analyses = {"study_digits": study_evidence.analysis_of("study_digits")}
+    ((_, before),) = study_figures.drawings(analyses)
+    assert METHOD_COLORS["adalora"] in before.svg
+    monkeypatch.setitem(METHOD_COLORS, "adalora", "#123456")
+    ((_, after),) = study_figures.drawings(analyses)
+    assert before.data == after.data
+    assert study_figures.digest(before) != study_figures.digest(after)
 
 
 @pytest.mark.parametrize("study", RUN)
