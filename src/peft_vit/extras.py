@@ -1,4 +1,7 @@
-"""Packages that only some features need: `pip install 'peft-vit[onnx]'`, and one line where they are missing."""
+"""Packages that only some features need: `pip install 'peft-vit[onnx]'`, and one line where they are missing.
+
+The command needs peft-vit on no index: pip finds it installed, and reads what the extra names from its metadata.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import planted
 
+from peft_vit.extras import EXTRAS
+
 REFUSED = "error: a report needs the package matplotlib; run: pip install 'peft-vit[report]'"
 
 
@@ -43,3 +45,12 @@ def test_tables_in_a_terminal_need_nothing_that_draws(tmp_path: Path) -> None:
         )
         assert "Error" not in done.stderr, done.stderr
         assert done.returncode == 0 or done.stderr.startswith("error: "), (command, done.stderr)
+
+
+def test_the_command_that_an_error_names_needs_no_index_for_this_package() -> None:
+    """pip takes what an extra names from the installed package; here all of it is there, so nothing is to be fetched."""
+    command = ["install", "--dry-run", "--no-index", "--disable-pip-version-check", f"peft-vit[{','.join(EXTRAS)}]"]
+    done = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "does not provide the extra" not in done.stderr
+    assert "Would install" not in done.stdout
