@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,8 @@ NO_CHROMIUM = "no Chromium here; name one in PEFT_VIT_CHROMIUM"
 needs_chromium = pytest.mark.skipif(not os.access(CHROMIUM, os.X_OK), reason=NO_CHROMIUM)
 
 _PATIENCE_MS = 600_000  # only ends what hangs
-# Level AA of WCAG 2.0 to 2.2, and what axe recommends beyond it.
-_RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+LEVEL_AA = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa")
+_RULES = (*LEVEL_AA, "best-practice")
 # A figure's own texts are drawn in --ink and --muted, on which axe can't decide; unit tests measure their contrast.
 _ON = {"exclude": [["figure svg > *"]]}
 
@@ -39,12 +39,17 @@ def context_of(browser: Any, **options: Any) -> Any:
     return context
 
 
-def axe_violations(page: Any) -> list[str]:
-    """Return what axe finds against accessibility on a whole page, with everything that is folded opened."""
+def axe_violations(page: Any, rules: Sequence[str] = _RULES) -> list[str]:
+    """Return what axe finds against accessibility on a whole page, with everything that is folded opened.
+
+    Args:
+        page: as it is shown in the browser.
+        rules: axe's tags; the default is level AA of WCAG 2.0 to 2.2, and what axe recommends beyond it.
+    """
     from axe_playwright_python.sync_playwright import Axe
 
     page.add_style_tag(content=".drawing, .wide { content-visibility: visible !important }")
     page.evaluate("document.querySelectorAll('details').forEach((fold) => (fold.open = true))")
-    found = Axe().run(page, context=_ON, options={"runOnly": _RULES, "resultTypes": ["violations"]}).response
+    found = Axe().run(page, context=_ON, options={"runOnly": list(rules), "resultTypes": ["violations"]}).response
     assert len(found["passes"]) > 20  # rules that applied
     return [f"{one['id']}: {node['html'][:160]}" for one in found["violations"] for node in one["nodes"]]

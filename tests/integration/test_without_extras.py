@@ -48,7 +48,7 @@ def test_tables_in_a_terminal_need_nothing_that_draws(tmp_path: Path) -> None:
 
 
 def test_the_command_that_an_error_names_needs_no_index_for_this_package() -> None:
-    """pip takes what an extra names from the installed package; here all of it is there, so nothing is to be fetched."""
+    """pip takes what an extra names from the installed package; here all of it is there, so nothing is fetched."""
     command = ["install", "--dry-run", "--no-index", "--disable-pip-version-check", f"peft-vit[{','.join(EXTRAS)}]"]
     done = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
