@@ -1,7 +1,11 @@
 """What many tests share: one thread, a tiny Vision Transformer, a batch for it, adapters that do something."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +47,23 @@ def batch() -> tuple[Tensor, Tensor]:
     """Return 6 images (6, 3, 32, 32) and their labels (6,) of 5 classes."""
     generator = torch.Generator().manual_seed(7)
     return torch.randn(6, 3, 32, 32, generator=generator), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Make a folder one that can't be listed. Tests may run as root, who may list any, whatever its permissions."""
+
+    def make(folder: Path) -> None:
+        list_folder = os.scandir
+
+        def scandir(path: Any = ".") -> Any:
+            if not isinstance(path, int) and Path(path) == folder:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return list_folder(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+
+    return make
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from peft_vit.errors import UserError
 from peft_vit.packages import cache_dir, check_download
@@ -79,7 +79,7 @@ def open_tree(location: Path) -> FileTree:
     """Open a folder or a zip (a wheel is one).
 
     Raises:
-        UserError: if it is neither, or if a link in the folder leads out of it.
+        UserError: if it is neither, if a folder below can't be read, or if a link in it leads out.
     """
     if location.is_dir():
         root = location.resolve()
@@ -145,8 +145,11 @@ def _told_apart(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]
 
 
 def _names_below(root: Path) -> Iterator[str]:
+    def unreadable(error: OSError) -> NoReturn:
+        raise UserError(f"can't be read ({error.strerror}); make it readable, or take it out", file=error.filename)
+
     # Plain strings: a path object for each of 100,000 files takes seconds.
-    for folder, subfolders, files in os.walk(root):
+    for folder, subfolders, files in os.walk(root, onerror=unreadable):
         if not subfolders and not files:
             raise UserError("is an empty folder; fill it or remove it", file=folder)
         for entry in (*subfolders, *files):

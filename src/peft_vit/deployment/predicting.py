@@ -217,9 +217,13 @@ def _files(images: Iterable[_Image]) -> Iterator[_Image | UserError]:
         if isinstance(path, np.ndarray) or not os.path.isdir(path):
             yield path
             continue
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        closed: list[OSError] = []
+        below = (Path(place, name) for place, _, names in os.walk(path, onerror=closed.append) for name in names)
+        found = sorted(file for file in below if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
         yield from found
-        if not found:
+        for error in closed:
+            yield UserError(f"can't be read ({error.strerror}); make it readable", file=error.filename)
+        if not found and not closed:
             yield UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)})", file=path)
 
 

@@ -86,6 +86,14 @@ def test_hash_follows_names_and_contents_but_not_the_place(folder, config, tmp_p
     assert len({before, renamed, changed}) == 3
 
 
+def test_a_class_that_cannot_be_listed_is_not_left_out(folder, config, unreadable):
+    paint(folder / "bird/a.png")
+    unreadable(folder / "bird")
+    with pytest.raises(UserError) as caught:
+        open_index(config("image-folder", folder))
+    assert str(caught.value) == f"{folder / 'bird'}: can't be read (Permission denied); make it readable, or take it out"
+
+
 def broken_jpeg(root):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(root / "cat/x.jpg")

@@ -1,5 +1,6 @@
-"""What predict shows a model of an image file is what training would have shown it."""
+"""What predict shows a model of an image file is what training would have shown it; what it can't show it says."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from peft_vit.config import DataConfig
 from peft_vit.data import normalised, open_index, to_pixels
 from peft_vit.deployment import ModelCard, predict_files
 from peft_vit.deployment.predicting import Classifier
+from peft_vit.errors import UserError
 
 
 def write_images(folder: Path) -> None:
@@ -47,3 +49,15 @@ def test_predict_sees_what_training_sees(
     expected = normalised(torch.from_numpy(trained).permute(0, 3, 1, 2), card.mean, card.std)
     assert torch.equal(torch.cat(seen), expected)
     assert len(torch.unique(expected[3])) > 100  # 16 bits are no clipped white
+
+
+def test_a_folder_that_cannot_be_listed_is_named(
+    tmp_path: Path, card: ModelCard, unreadable: Callable[[Path], None]
+) -> None:
+    write_images(tmp_path)
+    unreadable(tmp_path / "dog")
+    classifier = Classifier(card, lambda images: torch.zeros(len(images), len(card.class_names)))
+    *predicted, refused = predict_files(classifier, [tmp_path])
+    assert [one.file for one in predicted] == sorted((tmp_path / "cat").iterdir())
+    assert isinstance(refused, UserError)
+    assert str(refused) == f"{tmp_path / 'dog'}: can't be read (Permission denied); make it readable"
