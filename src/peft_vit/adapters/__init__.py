@@ -13,6 +13,7 @@ from peft_vit.adapters.adapted_model import (
 )
 from peft_vit.adapters.adapter_file import (
     adapter_bytes,
+    by_layer,
     load_trained,
     read_adapter_file,
     restore_trained,
@@ -39,6 +40,7 @@ __all__ = [
     "adapted_sites",
     "adapter_bytes",
     "attach_adapters",
+    "by_layer",
     "check_acting",
     "check_resizable",
     "correct_young_triplets",

@@ -7,7 +7,7 @@ does not decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,7 +111,7 @@ def _mean(runs: Sequence[Run], value: Callable[[Run], float]) -> float:
     return float(np.mean([value(run) for run in runs]))
 
 
-def known_mean(values: Sequence[float | None]) -> float | None:
+def known_mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that were recorded; None if none was."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None

@@ -6,12 +6,12 @@ its sites: a relative score of 1 is an average site of that run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
+from peft_vit.analysis.comparison import known_mean
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig
@@ -78,11 +78,11 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         attention_over_mlp=_attention_over_mlp(relative, grid),
         steps=steps,
         agreement_with_final=tuple(
-            _mean_known(_rho(entries[step], final) for entries, final in zip(by_run, finals, strict=True))
+            known_mean(_rho(entries[step], final) for entries, final in zip(by_run, finals, strict=True))
             for step in steps
         ),
         matrix_course=_matrix_course(grid, by_run, steps),
-        agreement_between_seeds=_mean_known(between),
+        agreement_between_seeds=known_mean(between),
     )
 
 
@@ -124,8 +124,3 @@ def _rho(left: dict[str, float], right: dict[str, float]) -> float | None:
     """Return Spearman's rho over the sites that both score."""
     common = sorted(left.keys() & right.keys())
     return spearman([left[name] for name in common], [right[name] for name in common])
-
-
-def _mean_known(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

@@ -61,7 +61,7 @@ def _boundaries(fractions: tuple[float, ...], level: float, form: Spending) -> t
         bounds.append(bound)
         if k + 1 < len(fractions):
             smoothness = min(step, fractions[k + 1] - time)
-            points, mass = _advance(points, mass, time, step, (-math.inf, bound), smoothness)
+            points, mass = _advance(points, mass, time, step, bound, smoothness)
     return tuple(bounds)
 
 
@@ -79,59 +79,21 @@ def _bound(points: np.ndarray, mass: np.ndarray, time: float, step: float, incre
     return float(scipy.optimize.brentq(excess, -_REACH, 40.0, xtol=1e-12))
 
 
-def crossing_probabilities(
-    fractions: Sequence[float], upper: Sequence[float], lower: Sequence[float] | None = None, drift: float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return how likely the statistic leaves the bounds for the first time at each look, upwards and downwards.
-
-    Args:
-        fractions: (K,) of the information.
-        upper: (K,) bounds of the normal statistic.
-        lower: (K,) bounds below; None: paths go on however low they are.
-        drift: mean of the statistic at full information.
-
-    Returns:
-        (K,) probabilities above the upper bound, (K,) below the lower.
-    """
-    below = [-math.inf] * len(upper) if lower is None else lower
-    points, mass, exits = np.zeros(1), np.ones(1), []
-    times = [float(time) for time in fractions]
-    for k, (time, step) in enumerate(zip(times, np.diff(times, prepend=0.0), strict=True)):
-        middle, root, width = points + drift * step, math.sqrt(time), math.sqrt(step)
-        exits.append(
-            (
-                float(mass @ scipy.special.ndtr((middle - upper[k] * root) / width)),
-                float(mass @ scipy.special.ndtr((below[k] * root - middle) / width)),
-            )
-        )
-        if k + 1 < len(times):
-            smoothness = min(step, times[k + 1] - time)
-            points, mass = _advance(points, mass, time, step, (below[k], upper[k]), smoothness, drift)
-    up, down = np.array(exits).T
-    return up, down
-
-
 def _advance(
-    points: np.ndarray,
-    mass: np.ndarray,
-    time: float,
-    step: float,
-    bounds: tuple[float, float],
-    smoothness: float,
-    drift: float = 0.0,
+    points: np.ndarray, mass: np.ndarray, time: float, step: float, bound: float, smoothness: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return points (M,) within the bounds of a look and the mass (M,) there of the paths that go on from it.
+    """Return points (M,) below the bound of a look and the mass (M,) there of the paths that go on from it.
 
     Paths are those of ``Z sqrt(t)``, whose increments are independent, with the variance `step`. Gauss-Legendre on
     pieces as wide as twice the standard deviation of an increment.
     """
-    center, root = drift * time, math.sqrt(time)
-    low, high = max(bounds[0] * root, center - _REACH * root), min(bounds[1] * root, center + 40 * root)
+    root = math.sqrt(time)
+    low, high = -_REACH * root, min(bound, 40) * root
     pieces = max(1, math.ceil((high - low) / (2 * math.sqrt(smoothness))))
     edges = np.linspace(low, high, pieces + 1)
     half = (high - low) / pieces / 2
     new = (edges[:-1, None] + half * (1 + _NODES)).ravel()  # (M,)
-    distance = new[:, None] - points - drift * step  # (M, N)
+    distance = new[:, None] - points  # (M, N)
     density = np.exp(-(distance**2) / (2 * step)) @ mass / math.sqrt(2 * math.pi * step)
     return new, density * np.tile(half * _WEIGHTS, pieces)
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import check_acting, current_ranks
+from peft_vit.adapters import by_layer, check_acting, current_ranks
 from peft_vit.adapters.resizable import unwrapped
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
@@ -45,7 +45,7 @@ from peft_vit.training.quantization_balance import (
 )
 from peft_vit.training.quantization_schedule import end_step, next_part, quantized_share, share_at
 from peft_vit.training.quantized_layers import attach_layers, formats_of, quantized_layers
-from peft_vit.training.rounding import by_layer, packed_weights, saved_weights
+from peft_vit.training.rounding import packed_weights, saved_weights
 
 _FLOAT_BITS = 32.0
 _BALANCE_IMAGES = 32  # of the calibration batch on which outputs are compared

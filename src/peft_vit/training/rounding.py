@@ -125,15 +125,6 @@ def _hessian(inputs: Iterator[Tensor]) -> Tensor:
     return total
 
 
-def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return tensors named `blocks.3.attn.qkv/codes` by layer and name."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        layer, _, key = name.rpartition("/")
-        found.setdefault(layer, {})[key] = tensor
-    return found
-
-
 def saved_weights(
     layers: Mapping[str, QuantizedLayer],
     formats: Mapping[str, QuantizationFormat],

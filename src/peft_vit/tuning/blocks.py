@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,7 +189,7 @@ def _candidate_row(choice: Choice, one: Candidate) -> dict[str, Cell | str]:
     is_reference = one.name == choice.reference
     if look is not None:
         interval = Interval(look.difference, look.low, look.high, look.pairs, 0.9)
-        difference = points_interval(interval if all(map(_finite, (look.low, look.high))) else _bare(interval))
+        difference = points_interval(interval if all(map(math.isfinite, (look.low, look.high))) else _bare(interval))
     else:
         difference = "is the reference" if is_reference else "–"
     verdict = (one.course.noninferiority if one.course is not None else None) or "–"
@@ -208,10 +209,6 @@ def _candidate_row(choice: Choice, one: Candidate) -> dict[str, Cell | str]:
         "Loses less": cell("verdict", verdict),
         "Ended": one.left_out or _ended(one),
     }
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0
 
 
 def _bare(interval: Interval) -> Interval:

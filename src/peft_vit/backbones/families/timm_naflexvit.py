@@ -8,6 +8,7 @@ import timm
 from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from peft_vit.backbones.families.by_tokens import noted_input_size
 from peft_vit.backbones.families.family import Family
 from peft_vit.backbones.families.timm_vit import row_layout, row_of_blocks
 
@@ -17,11 +18,6 @@ def _build(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.
     model: Any = timm.create_model(name, num_classes=num_classes, **settings)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, image_size, image_size)}
     return model
-
-
-def _input_size(model: Any) -> tuple[int, int, int]:
-    channels, height, width = model.pretrained_cfg["input_size"]
-    return int(channels), int(height), int(width)
 
 
 def _fit_weights(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -34,5 +30,5 @@ def _size_step(model: Any) -> int:
 
 
 TIMM_NAFLEXVIT = Family(
-    NaFlexVit, row_layout, row_of_blocks, _fit_weights, input_size=_input_size, build=_build, size_step=_size_step
+    NaFlexVit, row_layout, row_of_blocks, _fit_weights, input_size=noted_input_size, build=_build, size_step=_size_step
 )
