@@ -7,6 +7,13 @@ from typing import Annotated
 
 import typer
 
+from peft_vit.config import AskedPrecision, Device, ExecutorName
+
+# Options that several commands have.
+ExecutorOption = Annotated[ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")]
+PrecisionOption = Annotated[AskedPrecision, typer.Option(help="auto: bf16 where the device computes in it, else fp32")]
+DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU if there is one")]
+
 app = typer.Typer(
     name="peft-vit",
     no_args_is_help=True,

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from peft_vit.cli.app import app
-from peft_vit.config import ExecutorName, MethodName
+from peft_vit.cli.app import DeviceOption, ExecutorOption, PrecisionOption, app
+from peft_vit.config import MethodName
 
 DEFAULT_OUTPUT = Path("experiments/outputs/adaptive")
 SMOKE_OUTPUT = Path("experiments/outputs/adaptive_smoke")  # apart: a smoke run must not stand in for a real one
@@ -49,7 +49,7 @@ def run(
     skip_failed: Annotated[
         bool, typer.Option("--skip-failed", help="leave runs alone that failed in an earlier call")
     ] = False,
-    executor: Annotated[ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")] = "local",
+    executor: ExecutorOption = "local",
     ray_address: Annotated[
         str | None,
         typer.Option(
@@ -184,10 +184,8 @@ def train(
     init_adapter: Annotated[
         Path | None, typer.Option(help="folder of a PEFT LoRA adapter to go on from, with --method lora")
     ] = None,
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where the device computes in it, else fp32")
-    ] = "auto",
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if there is one")] = "auto",
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
     seed: Annotated[
         int, typer.Option(min=0, help="of what training draws: the start, batches, and with --shots the images")
     ] = 0,

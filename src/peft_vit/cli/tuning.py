@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from peft_vit.cli.app import app
-from peft_vit.config import ExecutorName
+from peft_vit.cli.app import DeviceOption, ExecutorOption, PrecisionOption, app
 
 
 @app.command()
@@ -29,13 +28,11 @@ def tune(
     image_size: Annotated[
         list[int] | None, typer.Option(help="side in pixels; several are compared. Default: what time allows")
     ] = None,
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where the device computes in it, else fp32")
-    ] = "auto",
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: a GPU if there is one")] = "auto",
+    precision: PrecisionOption = "auto",
+    device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(min=0, help="of the sealed images, the folds and the runs")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="of a run")] = 2,
-    executor: Annotated[ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")] = "local",
+    executor: ExecutorOption = "local",
     output: Annotated[Path, typer.Option(help="everything goes below it")] = Path("peft-vit-tune"),
 ) -> None:
     """Find the smallest model that is good enough for your images, within limits and time, and say what shows it.
