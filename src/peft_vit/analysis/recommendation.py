@@ -32,7 +32,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -182,22 +181,6 @@ def check_margin(points: float, option: str) -> float:
         problem = f"expected points above 0 and below 100, got {points}; no data can show that nothing at all is lost"
         raise UserError(problem, file="command line", field=option)
     return points / 100
-
-
-def choose_study(studies: Sequence[Study], name: str | None, source: Path) -> Study:
-    """Return the one study that is there, or the one of a name (or label, where smoke runs share it).
-
-    Raises:
-        UserError: if there are several, or none of the name; names them.
-    """
-    labels = ", ".join(study.label for study in studies)
-    matching = [study for study in studies if name is None or name in (study.name, study.label)]
-    exact = [study for study in matching if study.label == name and not study.smoke]
-    if len(exact or matching) == 1:
-        return (exact or matching)[0]
-    if not matching:
-        raise UserError(f"{name!r} is none of its studies, which are {labels}", file=source, field="--study")
-    raise UserError(f"holds {len(studies)} studies ({labels}); choose one with --study NAME", file=source)
 
 
 def recommend(

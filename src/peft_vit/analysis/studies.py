@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
 from peft_vit.config import ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig
-from peft_vit.errors import DataWarning
+from peft_vit.errors import DataWarning, UserError
 from peft_vit.methods import METHODS
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo
 
@@ -166,6 +167,22 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
         *_differences(runs),
     )
     return Study(name, smoke, experiments, runs, failed, unfinished, notices, plan)
+
+
+def choose_study(studies: Sequence[Study], name: str | None, source: Path) -> Study:
+    """Return the one study that is there, or the one of a name (or label, where smoke runs share it).
+
+    Raises:
+        UserError: if there are several, or none of the name; names them.
+    """
+    labels = ", ".join(study.label for study in studies)
+    matching = [study for study in studies if name is None or name in (study.name, study.label)]
+    exact = [study for study in matching if study.label == name and not study.smoke]
+    if len(exact or matching) == 1:
+        return (exact or matching)[0]
+    if not matching:
+        raise UserError(f"{name!r} is none of its studies, which are {labels}", file=source, field="--study")
+    raise UserError(f"holds {len(studies)} studies ({labels}); choose one with --study NAME", file=source)
 
 
 def _order(experiment: ExperimentConfig) -> tuple[int, int, str]:

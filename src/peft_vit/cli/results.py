@@ -138,8 +138,9 @@ def recommend(
     """
     from peft_vit.analysis import limits, load_studies
     from peft_vit.analysis.exported_latency import exported_latency
-    from peft_vit.analysis.recommendation import check_margin, choose_study
+    from peft_vit.analysis.recommendation import check_margin
     from peft_vit.analysis.recommendation import recommend as find
+    from peft_vit.analysis.studies import choose_study
     from peft_vit.records import read_bench
     from peft_vit.report.recommended import print_recommendation
 

@@ -31,6 +31,7 @@ from peft_vit.records.files import (
     write_record,
     write_result,
 )
+from peft_vit.records.run_spec import RunSpec
 from peft_vit.records.values import (
     AdapterRemoval,
     BitAllocation,
@@ -54,7 +55,6 @@ from peft_vit.records.values import (
     Registration,
     Role,
     RunRecord,
-    RunSpec,
     SiteInfo,
     StepRow,
 )

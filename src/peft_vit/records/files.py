@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from peft_vit.errors import UserError, first_fault
 from peft_vit.records.older import with_augmentation
+from peft_vit.records.run_spec import RunSpec
 from peft_vit.records.values import (
     SCHEMA_VERSION,
     BitsEntry,
@@ -23,7 +24,6 @@ from peft_vit.records.values import (
     ImportanceEntry,
     RankEntry,
     RunRecord,
-    RunSpec,
     StepRow,
 )
 from peft_vit.safe_io import folder_below, read_bytes

@@ -1,4 +1,4 @@
-"""RunSpec is what was asked, RunRecord is what happened: plain values.
+"""RunRecord is what happened: plain values.
 
 Units stand in the names: ``_s`` seconds, ``_bytes`` bytes, ``_steps`` optimiser steps. A step is counted from 1;
 the history entry of step 0 is the state before training.
@@ -6,7 +6,6 @@ the history entry of step 0 is the state before training.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -18,23 +17,9 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import to_json
 
-from peft_vit.config import (
-    AUGMENTATION_OF_FLIPS,
-    BackboneConfig,
-    BudgetUnit,
-    DataConfig,
-    Device,
-    ExperimentConfig,
-    Kind,
-    LoraConfig,
-    MeasuresConfig,
-    Name,
-    Precision,
-    QaLoraConfig,
-    QuantizationType,
-)
+from peft_vit.config import BudgetUnit, Kind, QuantizationType
+from peft_vit.records.run_spec import RunSpec
 
 SCHEMA_VERSION: Literal[1] = 1
 # What is left in float: matrices are those that no setting quantized, other are tokens and layer scales.
@@ -47,83 +32,8 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Seconds = Annotated[FiniteFloat, Field(ge=0)]
 
 
-_LATER_SECTIONS = ("peft",)
-_LATER_BACKBONE = ("library",)
-_LATER_MEASURES = ("logits",)
-_LATER_DATA = ("test_split", "interpolation", "image_column", "label_column", "hub_subset", "images_file", "folds")
-_LATER_LORA = ("ranks",)
-_LATER_QA_LORA = ("rounding", "calibration_images", "start", "loftq_iterations", "use_double_quant")
-_LATER_TRAINING = (
-    "steps",
-    "validate_every",
-    "patience",
-    "head_start",
-    "label_smoothing",
-    "warmup_share",
-    "layer_decay",
-    "micro_batch_size",
-    "activation_checkpointing",
-    "recomputed_blocks",
-    "memory_limit",
-    "activation_storage",
-    "probe_l2",
-)
-
-
 class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-
-class RunSpec(_Value):
-    """One run, fixed before it starts: an experiment's configuration and a seed."""
-
-    study: Name  # these two and the experiment's name are the run's folder
-    seed: int = Field(ge=0, lt=2**31)
-    experiment: ExperimentConfig
-    backbone: BackboneConfig
-    data: DataConfig
-    device: Device
-    precision: Precision
-    threads: int
-    smoke: bool = False
-    measures: MeasuresConfig = MeasuresConfig()
-
-    @property
-    def run_id(self) -> str:
-        """Return ``study/experiment/seed_k``, which is also the run's folder below the results directory."""
-        return f"{self.study}/{self.experiment.name}/seed_{self.seed}"
-
-    def digest(self) -> str:
-        """Return the SHA-256 of everything that the run depends on.
-
-        Settings that came later are left out where they have their default, so that it is the digest of before there
-        was anything else.
-        """
-        asked = self.measures != MeasuresConfig()
-        unasked: dict[str, Any] = {"measures": _at_default(self.measures, _LATER_MEASURES) if asked else True}
-        training = self.experiment.training
-        later = _at_default(training, _LATER_TRAINING)
-        unasked["data"] = _at_default(self.data, _LATER_DATA)
-        unasked["backbone"] = _at_default(self.backbone, _LATER_BACKBONE)
-        unasked["experiment"] = {"training": later} | {
-            name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None
-        }
-        if isinstance(lora := getattr(self.experiment, "lora", None), LoraConfig):
-            unasked["experiment"]["lora"] = _at_default(lora, _LATER_LORA)
-        if isinstance(packing := getattr(self.experiment, "qa_lora", None), QaLoraConfig):
-            unasked["experiment"]["qa_lora"] = _at_default(packing, _LATER_QA_LORA)
-        flips = next((said for said, same in AUGMENTATION_OF_FLIPS.items() if same == training.augmentation), None)
-        if flips is not None:
-            later.add("augmentation")
-        content = self.model_dump(mode="json", exclude=unasked)
-        if flips is not None:
-            content["data"]["flips"] = flips  # where flips were said when there was nothing else
-        return hashlib.sha256(to_json(content)).hexdigest()
-
-
-def _at_default(settings: BaseModel, names: tuple[str, ...]) -> set[str]:
-    """Return those of the settings that have their default."""
-    return {name for name in names if getattr(settings, name) == type(settings).model_fields[name].default}
 
 
 class Metrics(_Value):

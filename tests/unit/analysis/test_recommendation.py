@@ -16,12 +16,12 @@ from peft_vit.analysis.recommendation import (
     ALPHA,
     Recommendation,
     check_margin,
-    choose_study,
     decide,
     needed_pairs,
     recommend,
     smallest_that_exists,
 )
+from peft_vit.analysis.studies import choose_study
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 

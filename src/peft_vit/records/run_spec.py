@@ -1,0 +1,99 @@
+"""RunSpec is what was asked: one run, fixed before it starts, and the digest of all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
+
+from peft_vit.config import (
+    AUGMENTATION_OF_FLIPS,
+    BackboneConfig,
+    DataConfig,
+    Device,
+    ExperimentConfig,
+    LoraConfig,
+    MeasuresConfig,
+    Name,
+    Precision,
+    QaLoraConfig,
+)
+
+# Settings that came later, by section: a digest leaves them out where they have their default.
+_LATER_SECTIONS = ("peft",)
+_LATER_BACKBONE = ("library",)
+_LATER_MEASURES = ("logits",)
+_LATER_DATA = ("test_split", "interpolation", "image_column", "label_column", "hub_subset", "images_file", "folds")
+_LATER_LORA = ("ranks",)
+_LATER_QA_LORA = ("rounding", "calibration_images", "start", "loftq_iterations", "use_double_quant")
+_LATER_TRAINING = (
+    "steps",
+    "validate_every",
+    "patience",
+    "head_start",
+    "label_smoothing",
+    "warmup_share",
+    "layer_decay",
+    "micro_batch_size",
+    "activation_checkpointing",
+    "recomputed_blocks",
+    "memory_limit",
+    "activation_storage",
+    "probe_l2",
+)
+
+
+class RunSpec(BaseModel):
+    """One run, fixed before it starts: an experiment's configuration and a seed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+    study: Name  # these two and the experiment's name are the run's folder
+    seed: int = Field(ge=0, lt=2**31)
+    experiment: ExperimentConfig
+    backbone: BackboneConfig
+    data: DataConfig
+    device: Device
+    precision: Precision
+    threads: int
+    smoke: bool = False
+    measures: MeasuresConfig = MeasuresConfig()
+
+    @property
+    def run_id(self) -> str:
+        """Return ``study/experiment/seed_k``, which is also the run's folder below the results directory."""
+        return f"{self.study}/{self.experiment.name}/seed_{self.seed}"
+
+    def digest(self) -> str:
+        """Return the SHA-256 of everything that the run depends on.
+
+        Settings that came later are left out where they have their default, so that it is the digest of before there
+        was anything else.
+        """
+        asked = self.measures != MeasuresConfig()
+        unasked: dict[str, Any] = {"measures": _at_default(self.measures, _LATER_MEASURES) if asked else True}
+        training = self.experiment.training
+        later = _at_default(training, _LATER_TRAINING)
+        unasked["data"] = _at_default(self.data, _LATER_DATA)
+        unasked["backbone"] = _at_default(self.backbone, _LATER_BACKBONE)
+        unasked["experiment"] = {"training": later} | {
+            name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None
+        }
+        if isinstance(lora := getattr(self.experiment, "lora", None), LoraConfig):
+            unasked["experiment"]["lora"] = _at_default(lora, _LATER_LORA)
+        if isinstance(packing := getattr(self.experiment, "qa_lora", None), QaLoraConfig):
+            unasked["experiment"]["qa_lora"] = _at_default(packing, _LATER_QA_LORA)
+        flips = next((said for said, same in AUGMENTATION_OF_FLIPS.items() if same == training.augmentation), None)
+        if flips is not None:
+            later.add("augmentation")
+        content = self.model_dump(mode="json", exclude=unasked)
+        if flips is not None:
+            content["data"]["flips"] = flips  # where flips were said when there was nothing else
+        return hashlib.sha256(to_json(content)).hexdigest()
+
+
+def _at_default(settings: BaseModel, names: tuple[str, ...]) -> set[str]:
+    """Return those of the settings that have their default."""
+    return {name for name in names if getattr(settings, name) == type(settings).model_fields[name].default}
