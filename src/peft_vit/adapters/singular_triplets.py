@@ -6,10 +6,13 @@ R_b R_a^T = U S V^T gives that of the product, B A = (Q_b U) S (Q_a V)^T: no mat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from peft_vit.adapters.adapted_model import Adapter
+from peft_vit.adapters.resizable import unwrapped
 
 
 @torch.no_grad()
@@ -30,3 +33,15 @@ def to_singular_triplets(adapter: Adapter) -> None:
     root = values.sqrt()
     adapter.lora_B.copy_(left.Q @ u * root)  # (out, r)
     adapter.lora_A.copy_(root[:, None] * (v_transposed @ right.Q.T))  # (r, in / pool)
+
+
+def write_in_singular_triplets(
+    adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer, ranks: Mapping[str, int]
+) -> None:
+    """Turn those adapters to singular triplets whose rank is about to change; what Adam knew of the others is gone."""
+    state = unwrapped(optimizer).state
+    for name, adapter in adapters.items():
+        if ranks[name] != adapter.rank:
+            to_singular_triplets(adapter)
+            for parameter in (adapter.lora_A, adapter.lora_B):
+                state.pop(parameter, None)

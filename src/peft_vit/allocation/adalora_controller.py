@@ -37,17 +37,16 @@ from peft_vit.adapters import (
     resize_adapters,
     set_ranks,
     site_adapters,
-    to_singular_triplets,
+    write_in_singular_triplets,
 )
-from peft_vit.adapters.resizable import unwrapped
 from peft_vit.allocation.attach import attach_or_check
-from peft_vit.allocation.budget import bounds_for, costs_for, schedule_for
+from peft_vit.allocation.budget import bounds_for, check_start, costs_for, schedule_for
 from peft_vit.allocation.gradient_probes import attach_probes, probed_scores, take_probes
 from peft_vit.allocation.importance import ImportanceTracker, layer_summary, mean_per_triplet, weight_scores
 from peft_vit.allocation.masking import silence_others, strongest
 from peft_vit.allocation.no_effect import warn_of_a_bar_too_high, warn_of_a_held_start, warn_of_equal_scores
-from peft_vit.allocation.protection import TripletAges, protected_minimum, shielded
-from peft_vit.allocation.strategies import Bounds, allocate, even_ranks
+from peft_vit.allocation.protection import TripletAges, allocate_protected
+from peft_vit.allocation.strategies import Bounds, even_ranks
 from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.config import METRICS, AdaLoraConfig
 from peft_vit.errors import DivergedError, UserError
@@ -116,8 +115,10 @@ class AdaLoRAController:
             check_acting(model)
         self._ages = TripletAges(self.ranks)
         self._active: dict[str, Tensor] | None = None  # under prune: reversible, until the last decision
-        if config.prune == "reversible":
-            self._start_reversible()
+        if config.prune == "reversible":  # every triplet is active, and there will be no others
+            self._active = {name: torch.ones(rank, dtype=torch.bool) for name, rank in self.ranks.items()}
+            present = np.array(list(self.ranks.values()))
+            self.bounds = Bounds(np.minimum(self.bounds.minimum, present), np.minimum(self.bounds.maximum, present))
         self._bar_too_high = False  # at some decision, and said
         warn_of_a_held_start(config, np.array(list(self.ranks.values())), self.costs, self.bounds)
 
@@ -129,23 +130,10 @@ class AdaLoRAController:
                 assert isinstance(adapter, SiteAdapter)
                 adapter.reference_rank = self.config.budget.total / float(self.costs.sum())  # if all ended equal
             even = even_ranks(self.schedule.initial, self.bounds, self.costs)
-            ranks = dict(zip(self.names, (int(rank) for rank in even), strict=True))
-            set_ranks(model, ranks)
+            set_ranks(model, dict(zip(self.names, map(int, even), strict=True)))
         ranks = {name: adapter.rank for name, adapter in adapters.items()}
-        unit, _, field = self.config.budget
-        if self._cost(ranks) > self.schedule.initial:
-            raise UserError(
-                f"the model's adapters hold {self._cost(ranks)} {unit}, the budget allows {self.schedule.initial} at "
-                "the start; raise it, or start with fewer",
-                field="adalora.initial_budget" if self.config.budget_schedule == "cubic" else f"adalora.{field}",
-            )
+        check_start(self.config, self._cost(ranks), self.schedule.initial)
         self._record(0, ranks, {})
-
-    def _start_reversible(self) -> None:
-        """Make every triplet active; there will be no others."""
-        self._active = {name: torch.ones(rank, dtype=torch.bool) for name, rank in self.ranks.items()}
-        present = np.array(list(self.ranks.values()))
-        self.bounds = Bounds(np.minimum(self.bounds.minimum, present), np.minimum(self.bounds.maximum, present))
 
     def _cost(self, ranks: dict[str, int]) -> int:
         """Return what ranks cost in the unit of the budget."""
@@ -263,23 +251,11 @@ class AdaLoRAController:
         self._bar_too_high = self._bar_too_high or warn_of_a_bar_too_high(self.config, scores, self.costs)
         budget = self.schedule.budget_at(step)
         young = [self._ages.young(name).numpy() for name in self.names]
-        least = protected_minimum(np.array([one.sum() for one in young]), scores, budget, self.bounds, self.costs)
-        ranks = allocate(
-            self.config.allocation_strategy,
-            scores,
-            budget,
-            Bounds(least, self.bounds.maximum),
-            costs=self.costs,
-            threshold_tau=self.config.threshold_tau,
-            top_k=self.config.top_k,
-            triplet_scores=[
-                shielded(self._triplet_scores[name].cpu().double().numpy(), grown, int(count))
-                for name, grown, count in zip(self.names, young, least, strict=True)
-            ]
-            if self.config.allocation_strategy == "global"
-            else None,
-        )
-        return dict(zip(self.names, (int(rank) for rank in ranks), strict=True))
+        of_triplets = None
+        if self.config.allocation_strategy == "global":
+            of_triplets = [self._triplet_scores[name].cpu().double().numpy() for name in self.names]
+        ranks = allocate_protected(self.config, scores, of_triplets, young, budget, self.bounds, self.costs)
+        return dict(zip(self.names, map(int, ranks), strict=True))
 
     def apply_ranks(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
         """Resize the adapters and the optimiser's moments to the decided ranks, if they differ from the present ones.
@@ -315,7 +291,7 @@ class AdaLoRAController:
             self._mask(model, ranks)
         if resizes:
             if self.config.importance_metric == "singular_value":
-                self._write_in_singular_triplets(model, optimizer, ranks)
+                write_in_singular_triplets(site_adapters(model), optimizer, ranks)
             self._renew_generators(model, ranks)
             scores = {name: self._ages.strongest_first(name, values) for name, values in self._triplet_scores.items()}
             kept = resize_adapters(model, optimizer, ranks, scores)
@@ -333,17 +309,6 @@ class AdaLoRAController:
             raise UserError(f"prune: reversible can't grow beyond the {self._ages.rank(wide)} of the start", field=wide)
         self._active = {name: strongest(self._triplet_scores[name], rank) for name, rank in ranks.items()}
         silence_others(model, self._active)
-
-    def _write_in_singular_triplets(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]
-    ) -> None:
-        """Give sites that are about to change the triplets that were scored; what Adam knew of the others is gone."""
-        state = unwrapped(optimizer).state
-        for name, adapter in site_adapters(model).items():
-            if ranks[name] != adapter.rank:
-                to_singular_triplets(adapter)
-                for parameter in (adapter.lora_A, adapter.lora_B):
-                    state.pop(parameter, None)
 
     def _renew_generators(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Let what grows follow from seed, site and number of the change, so that a resumed run grows the same."""
@@ -426,8 +391,7 @@ class AdaLoRAController:
         self.probe_history = values["probe_history"]
         self._ages.decisions, self._ages.births = values["decisions"], tensors["births"]
         self._active = tensors.get("active")
-        self._triplet_scores = {}
-        self._optimizer = None
+        self._triplet_scores, self._optimizer = {}, None
         self.tracker.generator.set_state(tensors["generator"])
         self.tracker.load_state_dict(tensors.get("smoothed", {}))
 

@@ -162,6 +162,17 @@ def bounds_for(config: AdaLoraConfig, largest_ranks: Sequence[int], costs: Ints)
     return Bounds(minimum, maximum)
 
 
+def check_start(config: AdaLoraConfig, cost: int, initial: int) -> None:
+    """Refuse adapters that cost more than the budget at the start."""
+    unit, _, field = config.budget
+    if cost > initial:
+        raise UserError(
+            f"the model's adapters hold {cost} {unit}, the budget allows {initial} at the start; raise it, or start "
+            "with fewer",
+            field="adalora.initial_budget" if config.budget_schedule == "cubic" else f"adalora.{field}",
+        )
+
+
 def _check_choice(config: AdaLoraConfig, sites: int) -> None:
     """Refuse strategies' settings that choose every site or none, whatever the scores."""
     if config.top_k is not None and config.top_k >= sites:

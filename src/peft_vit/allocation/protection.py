@@ -8,14 +8,15 @@ mean score. Triplets that were there from the start are never young.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peft_vit.allocation.strategies import Bounds, Floats, Ints
+from peft_vit.allocation.strategies import Bounds, Floats, Ints, allocate
+from peft_vit.config import AdaLoraConfig
 
 
 class TripletAges:
@@ -79,6 +80,41 @@ def protected_minimum(young: Ints, scores: Floats, budget: int, bounds: Bounds, 
         least[site] += held
         left -= held * int(costs[site])
     return least
+
+
+def allocate_protected(
+    config: AdaLoraConfig,
+    scores: Floats,
+    triplet_scores: Sequence[Floats] | None,
+    young: Sequence[NDArray[np.bool_]],
+    budget: int,
+    bounds: Bounds,
+    costs: Ints,
+) -> Ints:
+    """Return the ranks (sites,) that the settings' strategy gives, with young triplets held as the budget allows.
+
+    Args:
+        config: names the strategy, and says what it needs.
+        scores: (sites,), the mean per triplet.
+        triplet_scores: (rank,) of each site, for the global ranking alone.
+        young: (rank,) of each site, which triplets are.
+        budget: in the unit of the costs.
+        bounds: of ranks, (sites,).
+        costs: of a rank, (sites,).
+    """
+    least = protected_minimum(np.array([one.sum() for one in young]), scores, budget, bounds, costs)
+    if triplet_scores is not None:
+        triplet_scores = [shielded(*one) for one in zip(triplet_scores, young, map(int, least), strict=True)]
+    return allocate(
+        config.allocation_strategy,
+        scores,
+        budget,
+        Bounds(least, bounds.maximum),
+        costs=costs,
+        threshold_tau=config.threshold_tau,
+        top_k=config.top_k,
+        triplet_scores=triplet_scores,
+    )
 
 
 def shielded(scores: Floats, young: NDArray[np.bool_], count: int) -> Floats:
