@@ -94,16 +94,7 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     note = selection_note(len(drawn), len(recorded)).replace("accuracy on validation", "accuracy on validation, by row")
     if stride > 1:
         note = f" To keep the page small, one point in {stride} of each line is drawn, the last too.{note}"
-    validated = "negative log-likelihood on the validation images after each epoch"
-    if not any(run.record.evaluations for run in study.runs):
-        validated = "nothing, as there are no validation images"
-    said = {False: "thin: single seeds", True: f"band: lowest to highest of more than {SINGLE_SEEDS} seeds"}
-    caption = (
-        f"Left: task loss of the training batches, centered moving average over {window} steps. "
-        f"Right: {validated}. Thick: mean over seeds; "
-        f"{'; '.join(said[kind] for kind in sorted({bundle.ends is not None for bundle in bundles}))}. "
-        f"All rows of a column share one scale.{note}"
-    )
+    caption = _caption(study, bundles, window) + note
     entries = max(len(members) for members in rows.values())
     height = 0.6 + max(_ROW_IN, 0.5 + _ENTRY_IN * entries) * len(rows)
     narrow = 0.6 + (_ROW_IN + _ENTRY_IN * entries) * len(rows)
@@ -120,6 +111,19 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         for i in _kept(curve, stride)
     ]
     return draw("loss_curves", "Loss curves", caption, height, paint, data, narrow)
+
+
+def _caption(study: Study, bundles: Sequence[_Bundle], window: int) -> str:
+    validated = "negative log-likelihood on the validation images after each epoch"
+    if not any(run.record.evaluations for run in study.runs):
+        validated = "nothing, as there are no validation images"
+    said = {False: "thin: single seeds", True: f"band: lowest to highest of more than {SINGLE_SEEDS} seeds"}
+    return (
+        f"Left: task loss of the training batches, centered moving average over {window} steps. "
+        f"Right: {validated}. Thick: mean over seeds; "
+        f"{'; '.join(said[kind] for kind in sorted({bundle.ends is not None for bundle in bundles}))}. "
+        "All rows of a column share one scale."
+    )
 
 
 def _rows_of(

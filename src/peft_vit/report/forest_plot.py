@@ -102,17 +102,7 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
         axes.set_xlabel("test accuracy (%)")
         return hover
 
-    seeds = (
-        "Pale line: from the lowest to the highest seed." if any(map(_crowded, rows)) else "Open circles: single seeds."
-    )
-    on = "on the same test images, not other images"
-    if study.images_tested_by_seed:
-        on = "with other test images out of the same data set, not other data sets"
-    caption = (
-        f"{seeds} Diamond and number at the right: their mean. Line: 95 % t "
-        "interval over seeds, with an arrow where it leaves the picture (the table has its ends). "
-        f"The interval describes other seeds {on}.{selection_note(len(drawn), len(methods))}"
-    )
+    caption = _accuracy_caption(study, rows) + selection_note(len(drawn), len(methods))
     data = [
         {
             "experiment": m.experiment.name,
@@ -129,6 +119,20 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
         for seed, value in zip(m.seeds, m.by_seed, strict=True)
     ]
     return draw("accuracy_by_method", "Accuracy by method", caption, 1.15 + _ROW_IN * len(drawn), paint, data)
+
+
+def _accuracy_caption(study: Study, rows: Sequence[_Row]) -> str:
+    seeds = (
+        "Pale line: from the lowest to the highest seed." if any(map(_crowded, rows)) else "Open circles: single seeds."
+    )
+    on = "on the same test images, not other images"
+    if study.images_tested_by_seed:
+        on = "with other test images out of the same data set, not other data sets"
+    return (
+        f"{seeds} Diamond and number at the right: their mean. Line: 95 % t "
+        "interval over seeds, with an arrow where it leaves the picture (the table has its ends). "
+        f"The interval describes other seeds {on}."
+    )
 
 
 def _around(values: Sequence[float]) -> tuple[float, float]:

@@ -170,18 +170,7 @@ def _execute(
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
     runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std)
     calibration = Calibration(data, runtime, spec.seed)
-    bits = choose_bits(model, spec, attempt, calibration)
-    keeps = keeps_codes(spec.experiment)
-    with attempt.overhead.of("rounding") if keeps else nullcontext():
-        hooks = prepare(
-            model,
-            spec.experiment,
-            total_steps=spec.experiment.total_steps(len(data.train)),
-            seed=spec.seed,
-            formats=None if bits is None else bits.formats,
-            ranks=None if bits is None else bits.ranks,
-            calibration=calibration.images,
-        )
+    hooks = _prepare(model, spec, attempt, calibration, spec.experiment.total_steps(len(data.train)))
     model.to(device)  # those that are packed come packed
     # Now that the head is the one that training starts from.
     provenance = attempt.begin(_provenance(spec, data, backbone, device))
@@ -189,6 +178,7 @@ def _execute(
     start = _start(model)
     memory.prepared()
     result, tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
+    keeps = keeps_codes(spec.experiment)
     content = adapter_bytes(model, _adapter_metadata(spec, provenance, data), packed=keeps)
     until_here = attempt.so_far()  # its memory, too: the float weights may come back for a comparison
     give_memory_back()  # or what the steps took would lie beside them
@@ -217,6 +207,23 @@ def _execute(
         **take_measures(model, backbone, data, spec, runtime, attempt.overhead),
     }
     return outcome, content
+
+
+def _prepare(
+    model: nn.Module, spec: RunSpec, attempt: Attempt, calibration: Calibration, total_steps: int
+) -> list[Hook]:
+    """Let the method change the model, with the bits and ranks that calibration images choose if that was asked for."""
+    bits = choose_bits(model, spec, attempt, calibration)
+    with attempt.overhead.of("rounding") if keeps_codes(spec.experiment) else nullcontext():
+        return prepare(
+            model,
+            spec.experiment,
+            total_steps=total_steps,
+            seed=spec.seed,
+            formats=None if bits is None else bits.formats,
+            ranks=None if bits is None else bits.ranks,
+            calibration=calibration.images,
+        )
 
 
 def _start(model: nn.Module) -> dict[str, Any]:

@@ -168,22 +168,13 @@ def plan_begun_study(
 ) -> Plan:
     """Plan a study whose study.json is read already, as `plan_study`; errors about its configuration name no file.
 
-    Args:
-        study: as there.
-        before: what study.json says; None: the study is new.
-        results_dir: as there.
-        file: as there.
-        smoke: as there.
-        part: the results directory may hold other experiments and seeds of this study.
-        measure: as there.
-        measure_step: as there.
-        limited: what a limit of time has made the study of.
+    `before` is what study.json says; None: the study is new. With `part` the results directory may hold other
+    experiments and seeds of this study. `limited` is what a limit of time has made the study of.
     """
     own_hypotheses = None if study.hypotheses is None else file.parent / study.hypotheses
     registration = load_registry(own_hypotheses).registration()
     if smoke:
-        patch_size = describe(study.backbone, study.data.image_size).size_step
-        study = smoke_study(study, patch_size)
+        study = smoke_study(study, describe(study.backbone, study.data.image_size).size_step)
         study = unmeasured(study, describe(study.backbone, study.data.image_size))
     study = study.model_copy(update={"data": _interpolated(study)})
     precision = decide_precision(study, before)
@@ -194,21 +185,9 @@ def plan_begun_study(
     drawn = splits_of(index, study)
     splits = drawn[study.seeds[0]]
     workload = workload_of(study, index, splits)
-    for place, experiment in enumerate(study.experiments):
-        with _below(place):
-            check(experiment, workload.shape, experiment.total_steps(len(splits.train)), len(splits.train))
-            check_augmentation(experiment.training.augmentation, index.channels)
+    _check_experiments(study, workload, index)
     study, choices = _within_memory(study, workload, index, splits, measure_step)
-    wanted: list[EstimateRequest] = []
-    for place, experiment in enumerate(study.experiments):
-        total_steps = experiment.total_steps(len(splits.train))
-        first = spec_of(study, place, study.seeds[0], smoke=smoke)
-        kind = miniature(first, total_steps, workload.shape, index, splits)
-        kind_sha256 = kind.digest()
-        for seed in study.seeds:
-            spec = spec_of(study, place, seed, smoke=smoke)
-            taken = _taken(results_dir, spec, index.sha256)
-            wanted.append(EstimateRequest(spec, total_steps, kind, kind_sha256, taken))
+    wanted = _requests(study, workload, index, splits, results_dir, smoke=smoke)
     notices: tuple[str, ...] = ()
     pending = any(run.taken is None for run in wanted)
     if pending:
@@ -247,6 +226,13 @@ def _below(place: int) -> Iterator[None]:
         raise UserError(error.message, file=error.file, field=f"experiments[{place}].{error.field}") from None
 
 
+def _check_experiments(study: StudyConfig, workload: Workload, index: ImageIndex) -> None:
+    for place, experiment in enumerate(study.experiments):
+        with _below(place):
+            check(experiment, workload.shape, experiment.total_steps(workload.train), workload.train)
+            check_augmentation(experiment.training.augmentation, index.channels)
+
+
 def _within_memory(
     study: StudyConfig, workload: Workload, index: ImageIndex, splits: Splits, measure_step: MeasureStep | None
 ) -> tuple[StudyConfig, dict[str, Choice]]:
@@ -263,6 +249,23 @@ def _within_memory(
             training, choices[experiment.name] = decide(spec, steps, workload, index, splits, measure_step)
         experiments[place] = experiment.model_copy(update={"training": training})
     return study.model_copy(update={"experiments": tuple(experiments)}), choices
+
+
+def _requests(
+    study: StudyConfig, workload: Workload, index: ImageIndex, splits: Splits, results_dir: Path, *, smoke: bool
+) -> list[EstimateRequest]:
+    """Return what to know of every run before its cost is told: what it is, of which kind, and what it took if done."""
+    wanted = []
+    for place, experiment in enumerate(study.experiments):
+        total_steps = experiment.total_steps(len(splits.train))
+        first = spec_of(study, place, study.seeds[0], smoke=smoke)
+        kind = miniature(first, total_steps, workload.shape, index, splits)
+        kind_sha256 = kind.digest()
+        for seed in study.seeds:
+            spec = spec_of(study, place, seed, smoke=smoke)
+            taken = _taken(results_dir, spec, index.sha256)
+            wanted.append(EstimateRequest(spec, total_steps, kind, kind_sha256, taken))
+    return wanted
 
 
 def _measured(estimate: Estimate, spec: RunSpec, choices: Mapping[str, Choice]) -> Estimate:

@@ -38,6 +38,7 @@ Floats = NDArray[np.float64]
 _LARGEST_GRADIENT = 1e-7  # at which the fit has converged; L-BFGS ends there or at its most iterations
 _MOST_ITERATIONS = 10_000
 _FOLDS = 5
+# Ends and search are not those of `statistics.fit_temperature`: with its own every training would start elsewhere.
 _LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
 _FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
