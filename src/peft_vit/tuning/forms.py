@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from peft_vit.deployment import Calibrated, OnnxRuntime
@@ -127,30 +128,16 @@ def export_fastest(
     for left in folder.glob(f"{_TRIALS}*"):  # by a call that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=_TRIALS) as place:
-        forms: dict[Path, Form] = {}
-        rows: dict[str, BenchRow] = {}
-
-        def try_ways(ways: Sequence[_Way]) -> None:
-            for way in ways:
-                file = Path(place) / f"{len(forms)}{way.ending}"
-                forms[file] = _written(way, run_dir, file, calibrated)
-            new = [file for file, form in forms.items() if form.bytes is not None and form.median_s is None]
-            if not new:
-                return
-            tell("timing " + ", ".join(forms[file].name for file in new))
-            rows.update({row.file: row for row in bench(new)})
-            for file in new:
-                row = rows[str(file)]
-                forms[file] = replace(forms[file], median_s=row.median_s, low_s=row.low_s, high_s=row.high_s)
-
         packed, lost = read_record(run_dir / RECORD_FILE).quantization is not None, None
-        try_ways(_exact_ways(packed))
+        forms: dict[Path, Form] = {}
+        try_ways = partial(_try_ways, forms=forms, run_dir=run_dir, place=Path(place), calibrated=calibrated, tell=tell)
+        rows = try_ways(_exact_ways(packed))
         if not rows:
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
             raise UserError(f"can't be exported ({reasons}); the same command tries it again", file=run_dir)
         if packed and max_latency_s is not None and _fastest_s(forms, max_bytes) > max_latency_s:
             int8, lost = _int8(fold_runs, tell)
-            try_ways([int8])
+            rows |= try_ways([int8])
         written = {file: form for file, form in forms.items() if form.bytes is not None}
         best, missed = _best(written, max_bytes, max_latency_s)
         for file, form in written.items():
@@ -164,6 +151,29 @@ def export_fastest(
             int8_loss=lost,
             missed=missed,
         )
+
+
+def _try_ways(
+    ways: Sequence[_Way],
+    forms: dict[Path, Form],
+    run_dir: Path,
+    place: Path,
+    calibrated: Calibrated,
+    tell: Callable[[str], None],
+) -> dict[str, BenchRow]:
+    """Write the model in these ways, time them, and add them to the forms; return what was timed, by file."""
+    for way in ways:
+        file = place / f"{len(forms)}{way.ending}"
+        forms[file] = _written(way, run_dir, file, calibrated)
+    new = [file for file, form in forms.items() if form.bytes is not None and form.median_s is None]
+    if not new:
+        return {}
+    tell("timing " + ", ".join(forms[file].name for file in new))
+    rows = {row.file: row for row in bench(new)}
+    for file in new:
+        row = rows[str(file)]
+        forms[file] = replace(forms[file], median_s=row.median_s, low_s=row.low_s, high_s=row.high_s)
+    return rows
 
 
 def _exact_ways(packed: bool) -> list[_Way]:
