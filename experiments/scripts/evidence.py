@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 BENCHMARKS = ROOT / "benchmarks" / "results"
 MARGIN = 1.0  # points of accuracy; stated in the configurations before the data
-KEY = ["experiment", "seed"]
+KEY = ("study", "experiment", "seed")  # what names a run; in some tables all are of one study, which is left out
 
 Columns = Callable[[RunRecord], Mapping[str, object]]
 Cell = Callable[[pd.DataFrame], str]  # of the runs of an experiment
@@ -86,12 +86,13 @@ def condense(results_dir: Path, columns: Columns) -> None:
 
 
 def merge(present: str | None, rows: pd.DataFrame) -> str:
-    """Return a table's CSV text with new rows in it, sorted by experiment and seed; old rows keep their digits."""
+    """Return a table's CSV text with new rows in it, sorted by what names a run; old rows keep their digits."""
     counts_with_gaps_stay_whole = rows.convert_dtypes()
     fresh = _as_text(counts_with_gaps_stay_whole.to_csv(index=False, float_format="%.6g"))
+    key = [column for column in KEY if column in rows]
     parts = [fresh] if present is None else [_as_text(present), fresh]
-    merged = pd.concat(parts, ignore_index=True).drop_duplicates(KEY, keep="last")
-    return merged.sort_values(KEY, key=lambda column: column.astype(int) if column.name == "seed" else column).to_csv(
+    merged = pd.concat(parts, ignore_index=True).drop_duplicates(key, keep="last")
+    return merged.sort_values(key, key=lambda column: column.astype(int) if column.name == "seed" else column).to_csv(
         index=False, lineterminator="\n"
     )
 

@@ -66,14 +66,15 @@ def keep(results_dir: Path) -> None:
 
 def _keep_pilot(name: str, records: list[RunRecord]) -> None:
     file = RESULTS / f"{name}.csv"
-    rows = pd.DataFrame([_pilot_row(record) for record in records])
+    rows = pd.DataFrame([pilot_row(record) for record in records])
     merged = merge(file.read_text(encoding="utf-8") if file.exists() else None, rows)
     write_atomically(file, merged.encode())
     for method, rate in chosen_rates(pd.read_csv(io.StringIO(merged))).items():
         print(f"{name}: {method}: learning_rate {rate:g}")
 
 
-def _pilot_row(record: RunRecord) -> dict[str, object]:
+def pilot_row(record: RunRecord) -> dict[str, object]:
+    """Return what is kept of a run that chooses a rate; nothing of the test images."""
     experiment = record.spec.experiment
     row: dict[str, object] = {
         "study": record.spec.study,
@@ -98,7 +99,7 @@ def _pilot_row(record: RunRecord) -> dict[str, object]:
 
 def method_of(experiment: str) -> str:
     """Return the experiment of the study that a pilot's experiment tried a rate for."""
-    return experiment.rpartition("_lr_")[0]
+    return experiment.partition("_lr_")[0]
 
 
 def rate_means(pilot: pd.DataFrame) -> pd.DataFrame:
@@ -108,7 +109,8 @@ def rate_means(pilot: pd.DataFrame) -> pd.DataFrame:
         validation_nll=pilot.validation_nll.fillna(float("inf")),
     )
     means = runs.groupby(["method", "learning_rate"], sort=False)[["validation_accuracy", "validation_nll"]].mean()
-    return means.reset_index().round(12)  # equal shares of whole images stay equal
+    # Files have six digits, so equal shares of whole images stay equal to five.
+    return means.reset_index().round({"validation_accuracy": 5, "validation_nll": 12})
 
 
 def chosen_rates(pilot: pd.DataFrame) -> dict[str, float]:

@@ -69,16 +69,21 @@ def recorded_digest(file: Path) -> str | None:
 
 
 def write_figures(analyses: Mapping[str, Analysis], folder: Path) -> None:
-    """Write every figure, with its digest; one whose numbers and colors have not changed stays as it is."""
+    """Write every figure of the studies."""
     for name, drawing in drawings(analyses):
-        file, own = folder / name, digest(drawing)
-        if file.exists() and recorded_digest(file) == own:
-            continue
-        svg = file.suffix == ".svg"
-        write_atomically(
-            file, f"{for_both_pages(drawing.svg)}<!-- {DIGEST}: {own} -->\n".encode() if svg else _png(drawing, own)
-        )
-        print(file)
+        write_figure(folder / name, drawing)
+
+
+def write_figure(file: Path, drawing: Drawing) -> None:
+    """Write a figure as PNG or SVG, with its digest; one whose numbers and colors have not changed stays as it is."""
+    own = digest(drawing)
+    if file.exists() and recorded_digest(file) == own:
+        return
+    svg = file.suffix == ".svg"
+    write_atomically(
+        file, f"{for_both_pages(drawing.svg)}<!-- {DIGEST}: {own} -->\n".encode() if svg else _png(drawing, own)
+    )
+    print(file)
 
 
 def _png(drawing: Drawing, own: str) -> bytes:

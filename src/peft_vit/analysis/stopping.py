@@ -114,12 +114,13 @@ def courses(configuration: StudyConfig, study: Study | None) -> tuple[Course, ..
     stopping = configuration.stopping
     assert stopping is not None
     runs = () if study is None else study.runs
-    rule = _rule(stopping, len(configuration.seeds), _correlation(configuration, runs))
+    rule = stopping_rule(stopping, len(configuration.seeds), _correlation(configuration, runs))
     names = [one.name for one in configuration.experiments if one.name != stopping.control]
     return follow({name: [*paired(configuration, study, name).values()] for name in names}, rule)
 
 
-def _rule(stopping: StoppingConfig, seeds: int, correlation: float) -> StoppingRule:
+def stopping_rule(stopping: StoppingConfig, seeds: int, correlation: float = 0.0) -> StoppingRule:
+    """Return what a section `stopping` declares of a study with so many seeds; see `StoppingRule.correlation`."""
     return StoppingRule(
         asked=stopping.asked,
         margin=1.0 if stopping.margin is None else stopping.margin / 100,  # not read where it is not asked for

@@ -1,0 +1,353 @@
+"""Where few ranks should go: what the screening of rules chose, and what the studies that follow say.
+
+    .venv/bin/python experiments/scripts/frontier.py screen [DIR ...]
+    .venv/bin/python experiments/scripts/frontier.py more
+    .venv/bin/python experiments/scripts/frontier.py study [results/frontier_screening.csv]
+    .venv/bin/python experiments/scripts/frontier.py figure [DIR ...]
+
+`screen` keeps the runs of frontier_screening_* in results/frontier_screening.csv, one row a run without its test
+accuracy, and prints what the rule in their configurations' heads says of them. `more` writes the configurations of the
+runs that the rule asks for besides, `study` those of the studies once it has all. `figure` keeps the studies' runs in
+results/frontier.csv, draws docs/images/frontier.svg, and prints the numbers beside it; both go where marks in
+docs/findings/adaptive_ranks.md ask for them. Without a DIR the same comes from the files that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import evidence
+import frontier_configs as configs
+import pandas as pd
+from evidence import RESULTS, ROOT, merge, table
+from frontier_configs import BUDGETS, CONTROLS, TASKS, Asked, Picks
+from frontier_figure import Sentence, drawing, in_words, sentence_table, sentences, text_alternative
+from study_evidence import chosen_rates, method_of, pilot_row, rate_means
+from study_figures import write_figure
+from study_tables import pilot_table
+
+from peft_vit import cli
+from peft_vit.config import MATRICES, load_study
+from peft_vit.errors import UserError
+from peft_vit.records import RunRecord, read_records, write_atomically
+
+SCORING = ("eva", "gradient", "spt", "gora", "stable_rank", "para", "over_untrained")
+SCREENED = ("digits", "elpv")
+SEEDS = (220, 221, 224, 225)  # the first two screen; all of them choose a rate among the best two
+SCREENING_ROWS, ROWS = RESULTS / "frontier_screening.csv", RESULTS / "frontier.csv"
+DOCUMENT, FIGURE = ROOT / "docs" / "findings" / "adaptive_ranks.md", ROOT / "docs" / "images" / "frontier.svg"
+_OF_SCREENING = re.compile(rf"frontier_screening_({'|'.join(SCREENED)})(?:_\d+)?")
+_OF_STUDY = re.compile(rf"frontier_({'|'.join(TASKS)})(?:_(\d+))?")
+_OF_SITES = re.compile(r"(.+)_(\d+)")  # eva_9, not lora_r8
+
+
+# --- records to rows --------------------------------------------------------------------------------------------------
+
+
+def keep(folder: Path, file: Path, of: re.Pattern[str], row: Callable[[RunRecord], dict[str, object]]) -> None:
+    """Put the runs below a directory into a file of results/, one row a run; a run done anew replaces its old row.
+
+    Raises:
+        UserError: if there are none, or some of a smoke or of another study.
+    """
+    records = list(read_records(folder))
+    if not records or any(one.spec.smoke or not of.fullmatch(one.spec.study) for one in records):
+        studies = of.pattern.partition("(")[0]
+        raise UserError(f"expected real runs of {studies}*, and no others; name their directory", file=folder)
+    present = file.read_text(encoding="utf-8") if file.exists() else None
+    text = merge(present, pd.DataFrame([row(record) for record in records]))
+    kept = _with_task(pd.read_csv(io.StringIO(text)), of)
+    if "split" in kept and kept.groupby(["task", "seed"]).split.nunique().max() > 1:
+        raise UserError("runs of one seed have other images than runs of that seed that are kept", file=folder)
+    write_atomically(file, text.encode())
+
+
+def study_row(record: RunRecord) -> dict[str, object]:
+    """Return what is kept of a run of the studies."""
+    return evidence.row_of(record, _adapter_values)
+
+
+def _adapter_values(record: RunRecord) -> dict[str, object]:
+    assert record.parameters is not None
+    return {"adapter_values": record.parameters.final - record.parameters.head}
+
+
+def read(file: Path, of: re.Pattern[str]) -> pd.DataFrame:
+    """Return the rows of a file, and beside each its task and its method, which of the screening is without the rate.
+
+    Raises:
+        UserError: if there is no such file, or it holds something else.
+    """
+    if not file.is_file():
+        raise UserError("is not there yet; name the directory of the runs", file=file)
+    try:
+        runs = pd.read_csv(file)
+    except ValueError:
+        runs = pd.DataFrame()
+    if not {*evidence.KEY} <= {*runs} or runs.study.astype(str).map(of.fullmatch).isna().any():
+        studies = of.pattern.partition("(")[0]
+        raise UserError(f"expected a table of runs of {studies}*; let this script write it", file=file)
+    return _with_task(runs, of)
+
+
+def _with_task(runs: pd.DataFrame, of: re.Pattern[str]) -> pd.DataFrame:
+    task = runs.study.str.extract(of, expand=True)[0]
+    runs = runs.assign(task=task, method=runs.experiment.map(method_of))
+    return runs.drop_duplicates(["task", "experiment", "seed"], keep="last")  # two files of a screening may ask for it
+
+
+# --- the screening's rule ---------------------------------------------------------------------------------------------
+
+
+def _first(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield each task with the runs of the seeds that screen."""
+    for task in SCREENED:
+        part = runs[(runs.task == task) & runs.seed.isin(SEEDS[:2])]
+        if not part.learning_rate.dropna().empty:
+            yield task, part
+
+
+def gains(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return points of validation accuracy above `random`: a row a rule, a column a task and budget, each at its rate.
+
+    Rows are in the order of the configurations; a failed run counts as the majority class.
+    """
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for task, part in _first(runs):
+        means = rate_means(part).set_index(["method", "learning_rate"]).validation_accuracy
+        for method, rate in chosen_rates(part).items():
+            if (said := _OF_SITES.fullmatch(method)) is not None:
+                found.setdefault((task, int(said[2])), {})[said[1]] = 100 * means[method, rate]
+    accuracy = pd.DataFrame(found).reindex([*SCORING, *CONTROLS, *MATRICES])
+    return accuracy - accuracy.loc["random"]
+
+
+def ranked(by: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """Return some rules, the one with the best mean gain first."""
+    means = by.loc[list(names)].mean(axis=1).round(6)  # equal shares of whole images stay equal
+    return list(means.sort_values(ascending=False, kind="stable").index)
+
+
+def rates(runs: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """Return the rate of each task and method: the best of the list; where the best two have all seeds, of these."""
+    found: dict[tuple[str, str], float] = {}
+    for task, part in _first(runs):
+        best, second = _best_two(part)
+        of_task = runs[(runs.task == task) & runs.seed.isin(SEEDS)]
+        of_two = of_task[
+            (of_task.learning_rate == of_task.method.map(best)) | (of_task.learning_rate == of_task.method.map(second))
+        ]
+        whole = of_two.groupby("method").filter(lambda one: len(one) == 2 * len(SEEDS))
+        found |= {(task, name): rate for name, rate in (best | chosen_rates(whole)).items()}
+    return found
+
+
+def _best_two(part: pd.DataFrame) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the best rate of each method of a task by the seeds that screen, and the second best."""
+    best = chosen_rates(part)
+    return best, chosen_rates(part[part.learning_rate != part.method.map(best)])
+
+
+def missing(runs: pd.DataFrame) -> dict[str, list[tuple[str, int]]]:
+    """Return by task what was planned, or begun at a further rate, and is not there: experiment and seed."""
+    found = {}
+    for task in SCREENED:
+        done = runs[runs.task == task]
+        planned = [one.name for one in load_study(configs.CONFIGS / f"frontier_screening_{task}.yaml").experiments]
+        begun = done.experiment[done.study != f"frontier_screening_{task}"]
+        there = set(zip(done.experiment, done.seed, strict=True))
+        wanted = {(name, seed): None for name in (*planned, *begun) for seed in SEEDS[:2]}
+        found[task] = [one for one in wanted if one not in there]
+    return found
+
+
+def ends(runs: pd.DataFrame) -> list[Asked]:
+    """Return the next half decade of every method whose best rate is an end of those that were tried."""
+    found = []
+    for task, part in _first(runs):
+        tried = part.groupby("method").learning_rate.agg(["min", "max"])
+        for method, rate in chosen_rates(part).items():
+            if rate == tried["max"][method] or rate == tried["min"][method]:
+                found.append(Asked(task, method, next_rate(rate, up=rate == tried["max"][method]), SEEDS[:2]))
+    return found
+
+
+def next_rate(rate: float, *, up: bool) -> float:
+    """Return the next rate of the list 1e-3, 3e-3, 1e-2, ... above or below one of it."""
+    digit, exponent = f"{rate:.0e}".split("e")
+    step = int(exponent) + (up if digit == "3" else up - 1)
+    return float(f"{1 if digit == '3' else 3}e{step}")
+
+
+def goes_on(runs: pd.DataFrame) -> tuple[tuple[str, ...], str]:
+    """Return the four rules that score with the best means, the best one first, and the best kind of matrix."""
+    by = gains(runs)
+    return tuple(ranked(by, SCORING)[:4]), ranked(by, MATRICES)[0]
+
+
+def again(runs: pd.DataFrame) -> list[Asked]:
+    """Return the best two rates of what goes on, as far as they lack the further seeds."""
+    rules, kind = goes_on(runs)
+    names = [f"{rule}_{budget}" for budget in configs.SCREENED_BUDGETS for rule in (*rules, *CONTROLS, kind)]
+    there = set(zip(runs.task, runs.method, runs.learning_rate, runs.seed, strict=True))
+    return [
+        Asked(task, name, rate, SEEDS[2:])
+        for task, part in _first(runs)
+        for two in _best_two(part)
+        for name, rate in two.items()
+        if name in ("lora_r8", *names) and any((task, name, rate, seed) not in there for seed in SEEDS[2:])
+    ]
+
+
+def picks(runs: pd.DataFrame) -> Picks:
+    """Return what goes on to the studies.
+
+    Raises:
+        UserError: if the rule asks for runs that are not there.
+    """
+    lacking = [run for found in missing(runs).values() for run in found]
+    asked = {"of the screening": lacking, "beyond an end": ends(runs), "of further seeds": again(runs)}
+    for what, found in asked.items():
+        if found:
+            raise UserError(
+                f"{len(found)} runs or rates {what} are missing, so the rule can't choose yet; "
+                "`frontier.py screen` names them, `frontier.py more` writes configurations for what comes after",
+                file=SCREENING_ROWS,
+            )
+    rules, kind = goes_on(runs)
+    return Picks(rules, kind, rates(runs))
+
+
+# --- tables of the screening ------------------------------------------------------------------------------------------
+
+
+def screening_text(runs: pd.DataFrame) -> str:
+    """Return what there is of the screening, what it chose, and what the rule asks for besides."""
+    by, chosen, (rules, kind) = gains(runs), rates(runs), goes_on(runs)
+
+    def cell(name: str, of: tuple[str, int]) -> str:
+        rate = chosen.get((of[0], f"{name}_{of[1]}"))
+        return "–" if rate is None or pd.isna(by[of][name]) else f"{by[of][name]:+.1f} ({rate:g})"
+
+    columns: dict[str, Callable[[str], str]] = {"rule or control": lambda name: f"`{name}`"}
+    columns["mean"] = lambda name: f"{by.loc[name].mean():+.2f}"
+    columns |= {f"{TASKS[of[0]].title}, {of[1]} ranks": partial(cell, of=of) for of in by}
+    columns["goes on"] = lambda name: "yes" if name in (*rules, kind, *CONTROLS) else ""
+    told = [name for group in (SCORING, CONTROLS, MATRICES) for name in ranked(by, group)]
+    note = "Points of validation accuracy above `random`, seeds 220 and 221, and the learning rate that goes on."
+    parts = [_what_there_is(runs), table(told, columns), note]
+    for task, part in _first(runs):
+        parts.append(f"{TASKS[task].title}. {_lora_above_probe(part)}")
+        parts.append(pilot_table(part, rate_means(part), chosen_rates(part)))
+    parts.append(f"Best at an end, so the next half decade is due: {_listed(ends(runs))}.")
+    parts.append(f"Best two rates of what goes on, with seeds {SEEDS[2]} and {SEEDS[3]} due: {_listed(again(runs))}.")
+    return "\n\n".join(parts)
+
+
+def _what_there_is(runs: pd.DataFrame) -> str:
+    lines = []
+    for task, absent in missing(runs).items():
+        done = runs[runs.task == task]
+        failed = (done.status != "done").sum()
+        few = ", ".join(f"{name} seed {seed}" for name, seed in absent[:3])
+        so = f", such as {few}: what follows may change" if absent else ""
+        lines.append(f"- {TASKS[task].title}: {len(done)} runs, {failed} of them failed; {len(absent)} missing{so}.")
+    return "\n".join(lines)
+
+
+def _lora_above_probe(part: pd.DataFrame) -> str:
+    best = rate_means(part.fillna({"learning_rate": 0.0})).groupby("method").validation_accuracy.max()
+    gain = 100 * (best.get("lora_r8", float("nan")) - best.get("linear_probe", float("nan")))
+    return f"On validation LoRA r=8 is {gain:+.1f} points above the linear probe."
+
+
+def _listed(asked: Sequence[Asked]) -> str:
+    found: dict[str, list[str]] = {}
+    for one in asked:
+        found.setdefault(f"{one.task} `{one.method}`", []).append(f"{one.rate:g}")
+    return "; ".join(f"{name} {' and '.join(tried)}" for name, tried in found.items()) or "none"
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def write_further_runs(runs: pd.DataFrame, folder: Path) -> None:
+    """Write the configurations of the runs that the rule asks for next: rates beyond ends first, then seeds.
+
+    Raises:
+        UserError: if runs that were planned before are missing.
+    """
+    if absent := [run for found in missing(runs).values() for run in found]:
+        raise UserError(f"{len(absent)} runs that were planned are missing; finish them first", file=SCREENING_ROWS)
+    asked = ends(runs) or again(runs)
+    if not asked:
+        print("nothing: the rule has all it asks for")
+    for task in dict.fromkeys(one.task for one in asked):
+        numbers = runs.study[runs.task == task].str.extract(r"_(\d+)$")[0].dropna().astype(int)
+        number = max(numbers, default=1) + 1
+        configs.write(folder, *configs.further_runs(number, [one for one in asked if one.task == task]))
+
+
+def write_studies(chosen: Picks, folder: Path) -> None:
+    """Write the configurations of the studies: one a task and budget, and one a task of what they lie between."""
+    for task in TASKS:
+        configs.write(folder, *configs.references(task, chosen))
+        for budget in BUDGETS:
+            configs.write(folder, *configs.study(task, budget, chosen))
+
+
+def blocks(found: Sequence[Sentence]) -> dict[str, str]:
+    """Return the figure and the numbers of the studies by the name of their marks."""
+    image = f"![{text_alternative(found)}](../images/{FIGURE.name})"
+    return {"frontier": "\n\n".join((image, in_words(found), sentence_table(found)))}
+
+
+def tell(made: dict[str, str]) -> None:
+    """Print generated parts, and put them into the document where its marks ask for them."""
+    print("\n\n".join(made.values()))
+    text = DOCUMENT.read_text(encoding="utf-8")
+    if (new := evidence.filled(text, made)) != text:
+        write_atomically(DOCUMENT, new.encode())
+        print(DOCUMENT)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Do what is asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["screen", "more", "study", "figure"])
+    parser.add_argument("paths", nargs="*", type=Path, help="directories of runs; of study: the screening's rows")
+    parser.add_argument("--output", type=Path, help="where configurations go that are written; default: the project's")
+    asked = parser.parse_args(arguments)
+    most = {"more": 0, "study": 1}.get(asked.what, len(asked.paths))
+    if len(asked.paths) > most:
+        parser.error(f"{asked.what} takes {most or 'no'} path")
+    if asked.output and asked.what not in ("more", "study"):
+        parser.error(f"--output has no effect with {asked.what}")
+    output = asked.output or configs.CONFIGS
+    with cli.user_errors():
+        if asked.what == "study":
+            write_studies(picks(read(*(asked.paths or [SCREENING_ROWS]), _OF_SCREENING)), output)
+        elif asked.what == "figure":
+            for folder in asked.paths:
+                keep(folder, ROWS, _OF_STUDY, study_row)
+            runs = read(ROWS, _OF_STUDY)
+            found = sentences(runs)
+            write_figure(FIGURE, drawing(runs, found))
+            tell(blocks(found))
+        else:
+            for folder in asked.paths:
+                keep(folder, SCREENING_ROWS, _OF_SCREENING, pilot_row)
+            runs = read(SCREENING_ROWS, _OF_SCREENING)
+            if asked.what == "more":
+                write_further_runs(runs, output)
+            else:
+                tell({"frontier_screening": screening_text(runs)})
+
+
+if __name__ == "__main__":
+    main()
