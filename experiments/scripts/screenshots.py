@@ -1,9 +1,9 @@
-"""The pictures of pages that the documents show, taken in a Chromium from the report of a study that results/ holds.
+"""The pictures of pages that the documents show, taken in a Chromium.
 
-    .venv/bin/python experiments/scripts/screenshots.py [PAGE NAME ...]
+    .venv/bin/python experiments/scripts/screenshots.py PAGE NAME [PAGE NAME ...]
 
-Each PAGE, such as the report.html of a tuning, becomes docs/images/NAME.png. Without any, the report of the solar cells
-is written from its records and becomes docs/images/report.png. PEFT_VIT_CHROMIUM names another Chromium.
+Each PAGE becomes docs/images/NAME.png: `report` is experiments/outputs/demo/report/report.html, of `make demo`, `tune`
+the report.html of a tuning. PEFT_VIT_CHROMIUM names another Chromium.
 """
 
 from __future__ import annotations
@@ -12,32 +12,18 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from study_evidence import HYPOTHESES, IMAGES, unpacked
-from study_tables import MAIN
+from study_evidence import IMAGES
 
 from peft_vit import cli
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
-from peft_vit.report import build_report
 
 _WIDTH, _HEIGHT = 1100, 845
 _COLORS = 256  # enough for text and panels, at half the bytes
-
-
-@contextmanager
-def study_page() -> Iterator[Path]:
-    """Write the report of the main study, and remove it again."""
-    with unpacked(MAIN) as results, TemporaryDirectory() as folder:
-        page = build_report(results, Path(folder), hypotheses=HYPOTHESES).html
-        assert page is not None
-        yield page
 
 
 def take(pages: dict[str, Path]) -> None:
@@ -70,11 +56,7 @@ def _small(png: bytes) -> bytes:
 
 if __name__ == "__main__":
     asked = sys.argv[1:]
-    if len(asked) % 2:
+    if not asked or len(asked) % 2:
         sys.exit(__doc__)
     with cli.user_errors():
-        if asked:
-            take({name: Path(page) for page, name in zip(asked[::2], asked[1::2], strict=True)})
-        else:
-            with study_page() as page:
-                take({"report": page})
+        take({name: Path(page) for page, name in zip(asked[::2], asked[1::2], strict=True)})
