@@ -2,6 +2,7 @@
 
     .venv/bin/python experiments/scripts/sequential_designs.py designs 1 4 11   # comparisons; three minutes each
     .venv/bin/python experiments/scripts/sequential_designs.py folds            # a minute
+    .venv/bin/python experiments/scripts/sequential_designs.py images           # some minutes
     .venv/bin/python experiments/scripts/sequential_designs.py adastop 1 4 11   # pip install adastop; some minutes
     .venv/bin/python experiments/scripts/sequential_designs.py                  # docs/explanation/statistics.md alone
 
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,13 +26,15 @@ from scipy import special
 
 from peft_vit.records import write_atomically
 from peft_vit.statistics import StoppingRule
-from peft_vit.statistics.sequential import FUTILITY, adjusted, normal_score, repeated_p
+from peft_vit.statistics.sequential import FUTILITY, adjusted, normal_score, repeated_p, t_statistics
 from peft_vit.statistics.spending import boundaries
 
 ROWS, DOCUMENT = RESULTS / "sequential_designs.csv", ROOT / "docs" / "explanation" / "statistics.md"
 KEY = ["part", "data", "comparisons", "design", "truth"]
 STUDIES, SEED, MARGIN = 10_000, 20261127, 0.01
 POINT, EFFECT, IMAGES = 0.01, 0.005, 600
+EASY, GAINS = (200, 300, 400, 500, 1000, 2000), {"nothing gained": 0.0, "0.5 % gained": 0.005, "5 % gained": 0.05}
+FOLDS_RULE = StoppingRule("non-inferiority", MARGIN, (5, 10, 15), correlation=0.2 / 0.64)
 LOOKS, EACH = (5, 10, 15, 20, 25, 30), tuple(range(1, 31))
 DESIGNS = {
     "fixed, Holm": StoppingRule("superiority", MARGIN, LOOKS[-1:]),
@@ -96,11 +101,12 @@ def halls(t: np.ndarray, skewness: np.ndarray, looks: np.ndarray) -> np.ndarray:
 def decide(data: np.ndarray, rule: StoppingRule, remedy: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Follow many studies at once: differences (S, m, n) to verdicts (S, m, q) of 1, 0, -1 and pairs used (S, m)."""
     looks = np.array(rule.looks)
-    mean, spread, skewness = (moment[:, :, None] for moment in moments(data, looks))  # (S, m, 1, K)
-    t = (mean - np.array(rule.centers)[:, None]) / (spread * np.sqrt(1 / looks + rule.correlation))  # (S, m, q, K)
-    sides = [halls(t, skewness, looks), halls(-t, -skewness, looks)] if remedy else [t, -t]
-    p_values = np.array([repeated_p(side, rule, looks) for side in sides])  # (2, S, m, q, K)
-    scores = t if rule.form == "anytime" else normal_score(t, looks)
+    mean, spread, skewness = moments(data, looks)  # (S, m, K)
+    known = spread if rule.images is None else np.nan_to_num(spread)
+    t = t_statistics(mean, known * np.sqrt(1 / looks + rule.correlation), rule, looks)  # (2, S, m, q, K)
+    skews = np.array([skewness, -skewness])[:, :, :, None]
+    p_values = repeated_p(halls(t, skews, looks) if remedy else t, rule, looks)
+    scores = (t if rule.form == "anytime" else normal_score(t, looks)).max(axis=0)  # (S, m, q, K)
     seen = np.ones(p_values.shape[:-1])
     verdicts = np.zeros(seen.shape[1:], dtype=int)
     going, pairs = np.ones(verdicts.shape[:2], dtype=bool), np.full(verdicts.shape[:2], looks[-1])
@@ -122,7 +128,7 @@ def _power(scores: np.ndarray, verdicts: np.ndarray, rule: StoppingRule, k: int)
     """Return the predictive power (S, m) of an answer, from normal statistics (S, m, q) of look k."""
     t, form = rule.fractions[k], rule.form
     assert form != "anytime"
-    open_ones = np.where(np.isnan(scores), np.inf, np.where(verdicts == 0, np.abs(scores), -np.inf)).max(axis=-1)
+    open_ones = np.where(np.isnan(scores), np.inf, np.where(verdicts == 0, scores, -np.inf)).max(axis=-1)
     ahead = open_ones / np.sqrt(t) - boundaries(rule.fractions, rule.level, form)[-1]
     return np.asarray(special.ndtr(ahead / np.sqrt((1 - t) / t)))
 
@@ -242,6 +248,51 @@ def folds() -> Iterator[dict[str, Any]]:
                 yield cell | {"studies": STUDIES} | measured(verdicts[..., 0], pairs, np.array([better > 0]))
 
 
+def folds_of_images(
+    rng: np.random.Generator, shape: tuple[int, int], images: int, lost: float, gained: float, *, lasting: bool
+) -> np.ndarray:
+    """Return differences (studies, m, 15) of so many images in three repetitions of five folds.
+
+    Shares of images are lost and gained: the same ones in every repetition, where it is lasting, or other ones.
+    """
+
+    share, room = gained / (1 - lost), np.full((*shape, 5), images // 5)
+    marked = rng.binomial(images, lost, shape)
+    others = rng.binomial(images - marked, share)
+    found = []
+    for _ in range(3):
+        down = dealt(rng, marked, room) if lasting else rng.binomial(room, lost)  # (studies, m, 5)
+        up = dealt(rng, others, room - down) if lasting else rng.binomial(room - down, share)
+        found.append((up - down) / room)
+    return np.concatenate(found, axis=-1)
+
+
+def dealt(rng: np.random.Generator, marked: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Return how many of (...) marked images come into each fold, by lot: (..., 5), as they have room."""
+    found, left = np.zeros_like(room), marked.copy()
+    for fold in range(5):
+        found[..., fold] = rng.hypergeometric(left, room[..., fold:].sum(axis=-1) - left, room[..., fold])
+        left -= found[..., fold]
+    return found
+
+
+def easy_images() -> Iterator[dict[str, Any]]:
+    """Yield rows of models that lose just the margin, by the folds' t test alone and with images counted."""
+    kinds = (("lasting", True), ("changing", False))
+    for count, images, (truth, gained), (kind, lasting) in product((1, 4), EASY, GAINS.items(), kinds):
+        rng = np.random.default_rng([SEED, count, images, int(1000 * gained), lasting])
+        drawn = [
+            folds_of_images(rng, (1000, count), images, MARGIN + gained, gained, lasting=lasting)
+            for _ in range(STUDIES // 1000)
+        ]
+        for design in ("corrected t", "with images"):
+            asked = replace(FOLDS_RULE, images=images) if design == "with images" else FOLDS_RULE
+            verdicts, pairs = (np.concatenate(part) for part in zip(*(decide(d, asked) for d in drawn), strict=True))
+            cell = {"part": "images", "data": f"{images} images, {kind}", "comparisons": count, "design": design}
+            none = np.zeros(count, dtype=bool)
+            yield cell | {"truth": truth, "studies": STUDIES} | measured(verdicts[..., 0], pairs, none)
+
+
 def three_errors(studies: int, rate: float = 0.05) -> float:
     """Return the rate above which chance is no explanation."""
     return rate + 3 * float(np.sqrt(rate * (1 - rate) / studies))
@@ -254,6 +305,8 @@ def tables(rows: pd.DataFrame) -> dict[str, str]:
         "sequential-errors": _errors(cells),
         "sequential-power": _found(cells),
         "sequential-folds": _folds(cells),
+        "sequential-images": _images(cells),
+        "sequential-enough": _enough(),
         "sequential-adastop": _adastop(cells),
     }
 
@@ -310,6 +363,36 @@ def _folds(cells: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def _images(cells: pd.DataFrame) -> str:
+    lines = [
+        "| images | gained | the same ones: t | with images | others each time: t | with images |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for images, truth in product(EASY, GAINS):
+        found = [
+            " / ".join(
+                _rate(cells.loc["images", f"{images} images, {kind}", count, design, truth], "false_supported")
+                for count in (1, 4)
+            )
+            for kind, design in product(("lasting", "changing"), ("corrected t", "with images"))
+        ]
+        lines.append(f"| {images:,} | {truth.removesuffix(' gained')} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
+def enough_images(comparisons: int) -> list[int]:
+    """Return how many images show at each look that equal models lose less than the margin: a chance it is not seen."""
+    bounds = boundaries(FOLDS_RULE.fractions, FOLDS_RULE.level / comparisons, "obrien-fleming")
+    return [int(np.ceil(np.log(special.ndtr(-bound)) / np.log1p(-MARGIN))) for bound in bounds]
+
+
+def _enough() -> str:
+    heads = [f"after {pairs} folds" for pairs in FOLDS_RULE.looks]
+    lines = [f"| comparisons | {' | '.join(heads)} |", f"| ---: |{' ---: |' * len(heads)}"]
+    lines += [f"| {count} | {' | '.join(map(str, enough_images(count)))} |" for count in (1, 2, 4, 8)]
+    return "\n".join(lines)
+
+
 def _adastop(cells: pd.DataFrame) -> str:
     lines = [
         "| comparisons | studies | design | false: better / worse | runs, none better | power | runs, all better |",
@@ -337,11 +420,11 @@ def keep(made: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Simulate what is named, and make the tables anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("designs", "folds", "adastop"))
+    parser.add_argument("part", nargs="?", choices=("designs", "folds", "images", "adastop"))
     parser.add_argument("comparisons", nargs="*", type=int, help="numbers of experiments beside the control")
     asked = parser.parse_args()
-    if asked.part == "folds":
-        keep(list(folds()))
+    if asked.part in ("folds", "images"):
+        keep(list({"folds": folds, "images": easy_images}[asked.part]()))
     elif asked.part:
         for count in asked.comparisons or (1, 4, 11):
             keep(list({"designs": designs, "adastop": adastop}[asked.part](count)))

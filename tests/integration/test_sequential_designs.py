@@ -1,5 +1,7 @@
 """What statistics.md says of comparisons that stop is in results/, can be simulated anew, and means `follow`."""
 
+from dataclasses import replace
+from itertools import product
 from typing import get_args
 
 import evidence
@@ -89,6 +91,36 @@ def test_what_the_document_says_of_folds_is_so() -> None:
     assert plain[-1] > 0.2
 
 
+def test_what_the_document_says_of_folds_that_hardly_scatter_is_so() -> None:
+    part = CELLS.loc["images"].reset_index()
+    assert (part.studies == 10_000).all()
+    worst = part.groupby("design").false_supported.max()
+    assert worst["with images"] == pytest.approx(0.031, abs=0.0005)
+    assert worst["corrected t"] == pytest.approx(0.13, abs=0.005)
+
+
+@pytest.mark.parametrize(("lasting", "gained"), [(True, 0.0), (True, 0.005), (False, 0.0)])
+def test_images_of_folds_can_be_drawn_anew_and_a_loser_is_rarely_shown(lasting: bool, gained: float) -> None:
+    lost = script.MARGIN + gained
+    drawn = script.folds_of_images(np.random.default_rng(0), (2000, 1), 400, lost, gained, lasting=lasting)
+    assert drawn.shape == (2000, 1, 15)
+    repetitions = drawn.reshape(2000, 3, 5).mean(axis=-1)
+    assert repetitions.mean() == pytest.approx(-script.MARGIN, abs=5e-4)
+    assert repetitions[:, 0].var() == pytest.approx((lost + gained - script.MARGIN**2) / 400, rel=0.15)
+    assert np.allclose(repetitions[:, 0], repetitions[:, 1]) == lasting
+    verdicts, _ = script.decide(drawn, replace(script.FOLDS_RULE, images=400))
+    assert 0 < (verdicts == 1).mean() <= 0.05
+
+
+@pytest.mark.parametrize(("comparisons", "look"), [(1, 2), (4, 0)])
+def test_so_many_images_are_enough_and_one_less_is_not(comparisons: int, look: int) -> None:
+    needed, folds = script.enough_images(comparisons)[look], script.FOLDS_RULE.looks[look]
+    equal = {str(i): [0.0] * folds for i in range(comparisons)}
+    for images, verdict in ((needed, "supported"), (needed - 1, "not decided")):
+        found = follow(equal, replace(script.FOLDS_RULE, images=images, futility=0))
+        assert {one.noninferiority for one in found} == {verdict}
+
+
 def test_what_the_document_says_of_adastop_is_so() -> None:
     for count in script.ADASTOP_STUDIES:
         for truth in ("none better", "all better"):
@@ -110,13 +142,16 @@ def test_a_cell_can_be_simulated_anew(design: str) -> None:
     assert pairs.mean() == pytest.approx(row.pairs, abs=0.02)
 
 
-@pytest.mark.parametrize("asked", get_args(Asked))
-@pytest.mark.parametrize("form", get_args(Form))
-def test_what_is_simulated_is_what_follow_says(asked: Asked, form: Form) -> None:
+@pytest.mark.parametrize(
+    ("asked", "form", "images"),
+    [*product(get_args(Asked), get_args(Form), [None]), ("non-inferiority", "obrien-fleming", 600)],
+)
+def test_what_is_simulated_is_what_follow_says(asked: Asked, form: Form, images: int | None) -> None:
     correlation = 0.0 if form == "anytime" else 0.1
-    rule = StoppingRule(asked, 0.01, (5, 8, 16), form=form, correlation=correlation)
+    rule = StoppingRule(asked, 0.01, (5, 8, 16), form=form, correlation=correlation, images=images)
     drawn = np.random.default_rng(0).normal([[0.004], [0.0], [-0.02]], 0.01, (25, 3, 16))
     drawn[:5] = np.rint(600 * drawn[:5]) / 600
+    drawn[:3] *= 0 if images else 1
     verdicts, pairs = script.decide(drawn, rule)
     for study, found, used in zip(drawn, verdicts, pairs, strict=True):
         courses = follow({str(i): list(values) for i, values in enumerate(study)}, rule)

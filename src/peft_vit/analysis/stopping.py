@@ -129,6 +129,7 @@ def stopping_rule(stopping: StoppingConfig, seeds: int, correlation: float = 0.0
         form=stopping.spending,
         correlation=correlation,
         futility=stopping.futility,
+        images=stopping.images,
     )
 
 

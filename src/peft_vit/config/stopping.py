@@ -31,6 +31,9 @@ class StoppingConfig(Frozen):
     futility: float | None = Field(
         default=None, ge=0, lt=1, description="predictive power below which a comparison stops; default 0.05, 0: never"
     )
+    images: int | None = Field(
+        default=None, ge=1, description="different images of all folds, which limit what folds without scatter show"
+    )
     metric: ComparedBy = Field(default="accuracy", description="on the test images")
 
     @model_validator(mode="after")
@@ -49,6 +52,8 @@ class StoppingConfig(Frozen):
             raise ValueError(f"spending: {self.spending} needs the field 'looks', or 'every'; add one")
         if self.looks is not None and list(self.looks) != sorted(set(self.looks)):
             raise ValueError(f"looks have to rise, got {list(self.looks)}")
+        if self.images is not None and (self.asked != "non-inferiority" or self.spending == "anytime"):
+            raise ValueError("'images' has an effect with asked: non-inferiority and declared looks alone; remove it")
         if self.spending == "anytime" and self.futility is not None:
             raise ValueError("'futility' has no effect with spending: anytime, which has no end to look ahead to")
         return self

@@ -331,6 +331,8 @@ class StudyConfig(Frozen):
         if fault is not None:
             raise ValueError(fault)
         data: DataConfig = info.data["data"]
+        if data.folds is None and stopping.images is not None:
+            raise ValueError("'images' has an effect with data.folds alone; remove it")
         if data.folds is not None and stopping.spending == "anytime":
             raise ValueError("spending: anytime needs seeds that are independent, and folds share images; take another")
         if not data.tests_by_seed and data.train_subset == "fixed":

@@ -11,6 +11,9 @@ often as there are looks, and the level of the whole family holds over all looks
   passes it on when both are answered, superiority being asked at the level at which non-inferiority was shown;
 - "supported" and its opposite, "refuted", are families of their own, as in `equivalence`.
 
+Folds whose differences hardly scatter would prove anything to a t test. Where the rule says how many images they are
+of, the images have to show it as well (`lost_images`): the weaker of both is what counts.
+
 Assumption: differences are independent, or correlated as those of repeated folds, and roughly normal.
 docs/explanation/statistics.md says how often verdicts are wrong for other distributions.
 """
@@ -18,7 +21,7 @@ docs/explanation/statistics.md says how often verdicts are wrong for other distr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -28,6 +31,7 @@ import scipy
 from peft_vit.statistics.checked import check_level, finite, has_spread
 from peft_vit.statistics.e_values import anytime_bound, anytime_p_values
 from peft_vit.statistics.intervals import mean_and_error
+from peft_vit.statistics.lost_images import difference_limits, loss_bounds, loss_p_values
 from peft_vit.statistics.significance import Verdict
 from peft_vit.statistics.spending import boundaries, repeated_p_values
 
@@ -56,6 +60,7 @@ class StoppingRule:
     correlation: float = 0.0  # n_test / n_train of repeated folds: variance s^2 (1 / n + correlation)
     # predictive power below which a comparison stops; None: 0.05, or never of anytime; 0: never. It spends nothing
     futility: float | None = None
+    images: int | None = None  # different ones of all folds; None: pairs without spread decide nothing
 
     def __post_init__(self) -> None:
         if self.asked not in get_args(Asked) or self.form not in get_args(Form):
@@ -74,6 +79,11 @@ class StoppingRule:
             raise ValueError(f"expected 0 <= futility < 1, got {self.futility}")
         if self.form == "anytime" and (self.correlation or self.futility):
             raise ValueError("anytime: expected no correlation and no futility, since its e-values know neither")
+        if self.images is not None and (self.images < 1 or self.asked != "non-inferiority" or self.form == "anytime"):
+            raise ValueError(
+                f"images: expected at least 1, asked: non-inferiority, and not the form anytime, got {self.images}, "
+                f"{self.asked}, {self.form}"
+            )
 
     @property
     def fractions(self) -> tuple[float, ...]:
@@ -124,6 +134,21 @@ class Course:
     next_look: int | None  # pairs that it needs; None: it has stopped
 
 
+def t_statistics(means: np.ndarray, errors: np.ndarray, rule: StoppingRule, pairs: Sequence[int]) -> np.ndarray:
+    """Return t statistics for "above" and "below" each center: (..., K) means and errors to (2, ..., q, K).
+
+    Where images are counted, a statistic is at most the one with the p-value that the images have.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = (means[..., None, :] - np.array(rule.centers)[:, None]) / errors[..., None, :]
+    both = np.array([t, -t])
+    if rule.images is None:
+        return both
+    freedom = np.maximum(np.asarray(pairs) - 1, 1)
+    at_most = -scipy.special.stdtrit(freedom, loss_p_values(means, rule.images, rule.margin))  # (2, ..., K)
+    return np.minimum(np.where(np.isnan(both), -np.inf, both), at_most[..., None, :])
+
+
 def repeated_p(t: np.ndarray, rule: StoppingRule, pairs: Sequence[int]) -> np.ndarray:
     """Return p-values (..., K) that hold over all looks, of t statistics (..., K) at so many pairs (K,) for "above"."""
     numbers = np.asarray(pairs)
@@ -162,8 +187,9 @@ class _Comparison:
 
     name: str
     means: np.ndarray  # (K',) at the K' looks that have their pairs
-    errors: np.ndarray  # (K',) standard errors; not a number where differences have no spread
-    p_values: np.ndarray  # (2, q, K') repeated, of "above" and "below" for each question
+    errors: np.ndarray  # (K',) standard errors; where differences have no spread 0 if images count, else not a number
+    t: np.ndarray  # (2, q, K') of "above" and "below" for each question
+    p_values: np.ndarray  # (2, q, K') repeated, likewise
     looks: list[Look]
     verdicts: list[Verdict]  # (q,)
     stopped: Stopped | None = None
@@ -184,7 +210,8 @@ def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tu
 
     Returns:
         One course for each comparison, in the order given. Looks are taken in order, and at each look all comparisons
-        that have its pairs together. Fewer than two pairs, or pairs without spread, decide nothing.
+        that have its pairs together. Fewer than two pairs decide nothing; nor do pairs without spread, unless the rule
+        counts images.
 
     Raises:
         ValueError: for no comparisons, values that are not finite, or more pairs than the rule declares.
@@ -199,6 +226,13 @@ def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tu
     return tuple(_course(comparison, rule) for comparison in comparisons)
 
 
+def next_look(courses: Sequence[Course], going: Collection[str]) -> tuple[list[str], int]:
+    """Return which of those that go on take part in the next look, and how many pairs it needs; [] and 0: none does."""
+    waiting = {one.name: one.next_look for one in courses if one.next_look is not None and one.name in going}
+    pairs = min(waiting.values(), default=0)
+    return [name for name, look in waiting.items() if look == pairs], pairs
+
+
 def _comparison(name: str, values: Sequence[float], rule: StoppingRule, looks: tuple[int, ...]) -> _Comparison:
     data = finite(values, name) if len(values) else np.empty(0)
     if looks and data.size > looks[-1]:
@@ -209,9 +243,10 @@ def _comparison(name: str, values: Sequence[float], rule: StoppingRule, looks: t
         means[k], error = mean_and_error(data[:n]) if n > 1 else (data[0], math.nan)
         if has_spread(data[:n]):
             errors[k] = error * math.sqrt(1 + n * rule.correlation)
-    t = np.array([(means - center) / errors for center in rule.centers])  # (q, K')
-    p_values = np.array([repeated_p(t, rule, pairs), repeated_p(-t, rule, pairs)])  # (2, q, K')
-    return _Comparison(name, means, errors, p_values, [], ["not decided"] * len(rule.centers))
+        elif rule.images is not None and n > 1:
+            errors[k] = 0.0
+    t = t_statistics(means, errors, rule, pairs)
+    return _Comparison(name, means, errors, t, repeated_p(t, rule, pairs), [], ["not decided"] * len(rule.centers))
 
 
 def _look(comparisons: list[_Comparison], rule: StoppingRule, looks: tuple[int, ...], k: int) -> None:
@@ -242,13 +277,21 @@ def _seen(
     mean, error = float(comparison.means[k]), float(comparison.errors[k])
     critical = [_critical_t(rule, k, pairs, rule.level / share) for share in shares]
     up, down = (t * error if math.isfinite(t * error) else math.inf for t in critical)
+    low, high = mean - up, mean + down
+    bounds = {center: (center + up, center - down) for center in rule.centers}
+    if rule.images is not None and pairs > 1:
+        above, below = (float(scipy.special.stdtr(pairs - 1, -t)) for t in critical)
+        least, most = loss_bounds(rule.images, rule.margin, (above, below))
+        bounds = {center: (max(upper, least), min(lower, most)) for center, (upper, lower) in bounds.items()}
+        least, most = difference_limits(mean, rule.images, (above, below))
+        low, high = min(low, least), max(high, most)
     tests = [
-        SequentialTest(center + up, center - down, float(above), float(below))
-        for center, above, below in zip(rule.centers, *p_values, strict=True)
+        SequentialTest(upper, lower, float(supported), float(refuted))
+        for (upper, lower), supported, refuted in zip(bounds.values(), *p_values, strict=True)
     ]
     asked = dict(zip(rule.centers, tests, strict=True))
     power = _predictive_power(comparison, rule, pairs, k)
-    return Look(pairs, mean, mean - up, mean + down, asked.get(0.0), asked.get(-rule.margin), power)
+    return Look(pairs, mean, low, high, asked.get(0.0), asked.get(-rule.margin), power)
 
 
 def _critical_t(rule: StoppingRule, k: int, pairs: int, level: float) -> float:
@@ -268,14 +311,11 @@ def _predictive_power(comparison: _Comparison, rule: StoppingRule, pairs: int, k
     over questions and directions. The bound is that of the whole level, which other comparisons may yet pass on.
     Source: Spiegelhalter, Freedman & Blackburn, Controlled Clinical Trials 7 (1986).
     """
-    centers = [
-        center for center, answer in zip(rule.centers, comparison.verdicts, strict=True) if answer == "not decided"
-    ]
-    if rule.form == "anytime" or k + 1 == len(rule.looks) or not centers or math.isnan(comparison.errors[k]):
+    open_ones = [answer == "not decided" for answer in comparison.verdicts]
+    if rule.form == "anytime" or k + 1 == len(rule.looks) or not any(open_ones) or math.isnan(comparison.errors[k]):
         return None
     t, bound = rule.fractions[k], boundaries(rule.fractions, rule.level, rule.form)[-1]
-    statistics = (comparison.means[k] - np.array(centers)) / comparison.errors[k]
-    furthest = float(np.abs(normal_score(statistics, np.array(pairs))).max())
+    furthest = float(normal_score(comparison.t[:, open_ones, k], np.array(pairs)).max())
     return float(scipy.special.ndtr((furthest / math.sqrt(t) - bound) / math.sqrt((1 - t) / t)))
 
 

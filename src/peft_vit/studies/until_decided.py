@@ -15,7 +15,7 @@ from peft_vit.analysis.stopping import courses
 from peft_vit.analysis.studies import Study
 from peft_vit.config import StudyConfig
 from peft_vit.records.study_file import STUDY_FILE
-from peft_vit.statistics.sequential import Course
+from peft_vit.statistics.sequential import Course, next_look
 from peft_vit.studies.execution import Execution, drive_plans, hold_locks
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.printing import course_line, print_plan
@@ -105,12 +105,6 @@ def _next(study: StudyConfig, found: Sequence[Course], out: set[str]) -> tuple[l
     """
     stopping = study.stopping
     assert stopping is not None
-    most = len(study.seeds)
-    waiting = {
-        one.name: one.next_look
-        for one in found
-        if one.next_look is not None and one.next_look <= most and not out & {one.name, stopping.control}
-    }
-    seeds = min(waiting.values(), default=0)
-    at_it = [name for name, look in waiting.items() if look == seeds]
+    able = {one.name for one in found if (one.next_look or 0) <= len(study.seeds)} - out
+    at_it, seeds = next_look(found, set() if stopping.control in out else able)
     return ([stopping.control, *at_it] if at_it else []), seeds

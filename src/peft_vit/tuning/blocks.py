@@ -171,7 +171,8 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
                 }
                 for one in choice.rates
             ),
-            "Every method gets the same effort; a rate that falls behind gets no more steps.",
+            "Every method gets the same effort; a rate that falls behind gets no more steps. Rates are ranked by the "
+            "folds' validation and test images, half each, so what is taken need not be the best on validation.",
             folded=True,
         )
 

@@ -91,6 +91,7 @@ def _removed_if_refused(state: State, file: Path) -> Iterator[None]:
 
 def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Environment) -> Choice:
     state = State.opened(request, tell, environment.clock)
+    state.tell_what_stays()
     was_there = (request.output / IMAGES_FILE).exists()
     with state.stage("look"):
         context = context_of(state, environment.make_runner)

@@ -4,7 +4,8 @@ margin.
 All candidates have the same folds, new ones for each repetition. Comparisons stop at declared numbers of pairs, with
 the level of the whole family held (`statistics.sequential`), and their variance is that of repeated folds (Nadeau &
 Bengio, Machine Learning 52 (2003)): the correlation of folds bounds what more repetitions can tell, so three are the
-most. Once a candidate is shown, all larger ones are left; once it is shown to lose, or hopeless, it is left itself.
+most. Folds that hardly scatter show no more than their images can (`statistics.lost_images`). Once a candidate is
+shown, all larger ones are left; once it is shown to lose, or hopeless, it is left itself.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from peft_vit.statistics.sequential import Course, StoppingRule, follow
-from peft_vit.tuning.result import Candidate
+from peft_vit.statistics.sequential import Course, StoppingRule, follow, next_look
+from peft_vit.tuning.result import Candidate, Metric
 
 LOOKS = (5, 10, 15)  # pairs: whole repetitions of five folds
 Scores = Mapping[str, Sequence[float]]  # by candidate, of the folds in their order, as far as they are done
@@ -42,9 +43,25 @@ class RaceResult:
     open: tuple[str, ...]
 
 
-def rule_of(margin_share: float, correlation: float) -> StoppingRule:
+def rule_of(margin_share: float, correlation: float, images: int) -> StoppingRule:
     """Return what every comparison is asked, and when it stops."""
-    return StoppingRule("non-inferiority", margin_share, LOOKS, correlation=correlation)
+    return StoppingRule("non-inferiority", margin_share, LOOKS, correlation=correlation, images=images)
+
+
+def images_that_count(counts: Sequence[int], different: int | None, metric: Metric) -> int:
+    """Return how many images limit what the folds can show, see `StoppingRule.images`: copies count once.
+
+    Of balanced accuracy each class is as good as the rarest: of C classes with n images and more, in which shares of
+    q_c are lost, nothing is seen lost with at most ``prod (1 - q_c)^n <= (1 - mean q_c)^(C n)``, so C n images count.
+
+    Args:
+        counts: images of each class that are not sealed.
+        different: of them, a copy not counted; None: all are.
+        metric: what decides.
+    """
+    images = sum(counts)
+    counted = images if metric == "accuracy" else len(counts) * min(counts)
+    return max(1, counted * (images if different is None else different) // images)
 
 
 def still_racing(candidates: Sequence[Candidate], courses: Sequence[Course]) -> list[str]:
@@ -85,8 +102,7 @@ def race(
     courses = _courses(racing, reference, scores, rule)
     stuck: set[str] = set()  # a fold failed, or has no time in this call
     while going := [name for name in still_racing(racing, courses) if name not in stuck]:
-        pairs = min(_next_look(courses, name) for name in going)
-        taking_part = [name for name in going if _next_look(courses, name) == pairs]
+        taking_part, pairs = next_look(courses, going)
         scores = run([reference, *taking_part], pairs)
         before, courses = courses, _courses(racing, reference, scores, rule)
         for course in courses:
@@ -108,12 +124,6 @@ def differences(scores: Scores, name: str, reference: str) -> list[float]:
     """Return the paired differences of a candidate, as far as both have them."""
     pairs = zip(scores.get(name, ()), scores.get(reference, ()), strict=False)
     return [own - other for own, other in pairs]
-
-
-def _next_look(courses: Sequence[Course], name: str) -> int:
-    course = next(one for one in courses if one.name == name)
-    assert course.next_look is not None
-    return course.next_look
 
 
 def line(course: Course) -> str:

@@ -19,7 +19,7 @@ from peft_vit.tuning.final import train_finally
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, within_bytes, within_latency, within_memory
 from peft_vit.tuning.machine import NOT_MEASURED, Machine, MeasurePace, measured, said_ms
 from peft_vit.tuning.probes import BackboneChoice, probe_all, sizes_of, worth_trying
-from peft_vit.tuning.race import LOOKS, RaceResult, Scores, race, rule_of
+from peft_vit.tuning.race import LOOKS, RaceResult, Scores, images_that_count, race, rule_of
 from peft_vit.tuning.rates import BestRate, find_rates
 from peft_vit.tuning.result import Candidate, ProbeResult, RateResult
 from peft_vit.tuning.running import Outcome, Outcomes
@@ -202,6 +202,7 @@ def choose_rates(
     kept = context.state.once("rates", decide)
     found: dict[Kind, BestRate] = {kind: BestRate(**best) for kind, best in kept["found"].items()}
     rates = tuple(RateResult(**{**each, "scores": tuple(each["scores"])}) for each in kept["rates"])
+    context.state.tell("  ranked by the folds' validation and test images, half each; told are validation images")
     for kind, best in found.items():
         context.state.tell(f"  {kind}: {best.learning_rate:g}, {best.score:.1%} of validation images")
     return found, rates
@@ -243,11 +244,15 @@ class Contest:
         return race(
             self.candidates,
             self.reference,
-            rule_of(self.context.request.margin_share, self.context.correlation),
+            rule_of(self.context.request.margin_share, self.context.correlation, _images(self.context)),
             scores,
             lambda one: most is None or one.bytes <= most,
             self.context.state.tell,
         )
+
+
+def _images(context: TuningContext) -> int:
+    return images_that_count(context.counts, context.different, context.metric)
 
 
 def _in_order(done: Outcomes, name: str) -> list[Outcome]:
@@ -288,6 +293,7 @@ def prepare_race(
         "asked": "non-inferiority",
         "margin": request.margin,
         "looks": list(LOOKS),
+        "images": _images(context),
         "metric": context.metric,
     }
     study = context.study(

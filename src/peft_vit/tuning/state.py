@@ -28,6 +28,7 @@ SHARES = {  # of the time; what a stage leaves is the race's
     "final": 0.10,
     "output": 0.05,
 }
+_STAYS = {"tried": "steps", "probes": "image size", "rates": "learning rates"}  # of what is decided, in words
 _ENDLESS_MINUTES = 1e6
 _Of = TypeVar("_Of")
 
@@ -107,6 +108,13 @@ class State:
             self.save()
         found: _Of = self.file.decided[name]
         return found
+
+    def tell_what_stays(self) -> None:
+        """Say what a call that goes on does not choose anew, however many minutes it has."""
+        stays = [words for name, words in _STAYS.items() if name in self.file.decided]
+        if stays:
+            said = ", ".join(stays[:-1]) + (" and " if stays[1:] else "") + stays[-1]
+            self.tell(f"goes on: {said} stay as they were chosen; to choose anew, take another --output")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

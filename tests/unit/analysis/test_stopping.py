@@ -88,6 +88,10 @@ RULES: dict[str, tuple[dict[str, Any], StoppingRule]] = {
     ),
     "never futile": ({"futility": 0}, StoppingRule("both", 0.015, (2, 4, 6), futility=0)),
     "folds": ({"data": {"folds": 5}}, StoppingRule("both", 0.015, (2, 4, 6), correlation=600 / 512)),
+    "images of folds": (
+        {"data": {"folds": 5}, "asked": "non-inferiority", "images": 900},
+        StoppingRule("non-inferiority", 0.015, (2, 4, 6), correlation=600 / 512, images=900),
+    ),
 }
 
 

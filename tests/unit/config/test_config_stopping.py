@@ -49,6 +49,7 @@ def test_looks_end_at_the_number_of_seeds(tmp_path, said, looks) -> None:
 
 
 SOUND = "control: lora_r4, asked: superiority, every: 5"
+NONINFERIOR = "control: lora_r4, asked: non-inferiority, margin: 1, every: 5"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,15 @@ SOUND = "control: lora_r4, asked: superiority, every: 5"
         ("control: lora_r4, margin: 0, every: 5", {}, "stopping.margin", "greater than 0"),
         ("control: lora_r4, margin: 100, every: 5", {}, "stopping.margin", "less than 100"),
         (f"{SOUND}, level: 0.5", {}, "stopping.level", "less than 0.5"),
+        (f"{SOUND}, images: 400", {"data": ", folds: 5"}, "stopping", "with asked: non-inferiority and declared looks"),
+        (
+            "control: lora_r4, asked: non-inferiority, margin: 1, spending: anytime, images: 400",
+            {},
+            "stopping",
+            "with asked: non-inferiority and declared looks",
+        ),
+        (f"{NONINFERIOR}, images: 400", {}, "stopping", "with data.folds alone"),
+        (f"{NONINFERIOR}, images: 0", {"data": ", folds: 5"}, "stopping.images", "greater than or equal to 1"),
         (f"{SOUND}, futility: 1", {}, "stopping.futility", "less than 1"),
         (
             f"{SOUND}, spending: anytime, futility: 0.1",

@@ -5,14 +5,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from peft_vit.tuning.race import LOOKS, RaceResult, best_guess, race, rule_of
+from peft_vit.tuning.race import LOOKS, RaceResult, best_guess, images_that_count, race, rule_of
 from peft_vit.tuning.result import Candidate
 
 NAMES = ("probe_int2", "probe_nf4", "lora_nf4", "lora_r8")
 
 
 def raced(
-    losses: Mapping[str, float], folds: int = LOOKS[-1], limit: int = 10**9, spread: float = 1e-3, failing: str = ""
+    losses: Mapping[str, float],
+    folds: int = LOOKS[-1],
+    limit: int = 10**9,
+    spread: float = 1e-3,
+    failing: str = "",
+    images: int = 2000,
 ) -> tuple[RaceResult, dict[str, int]]:
     """Race with planted losses, as far as there are folds; also how many folds each has done.
 
@@ -28,7 +33,8 @@ def raced(
         return {name: scores[name][: done[name]] for name in NAMES}
 
     candidates = [Candidate(name, {}, 100 * (1 + place)) for place, name in enumerate(NAMES)]
-    found = race(candidates, "lora_r8", rule_of(0.01, 0.3), run, lambda one: one.bytes <= limit, lambda _: None)
+    rule = rule_of(0.01, 0.3, images)
+    found = race(candidates, "lora_r8", rule, run, lambda one: one.bytes <= limit, lambda _: None)
     return found, done
 
 
@@ -55,6 +61,20 @@ def test_what_scatters_is_not_decided() -> None:
     assert set(done.values()) == {3}
 
 
+def test_on_easy_images_where_all_are_equal_the_smallest_is_shown() -> None:
+    found, done = raced({}, spread=0.0)
+    assert (found.chosen, found.shown, done["probe_int2"]) == ("probe_int2", True, LOOKS[0])
+    found, _ = raced({}, spread=0.0, images=150)
+    assert (found.chosen, found.shown) == ("probe_int2", False)
+
+
+def test_images_count_once_and_classes_as_much_as_the_rarest() -> None:
+    assert images_that_count((300, 100), None, "accuracy") == 400
+    assert images_that_count((300, 100), 200, "accuracy") == 200  # each has a copy
+    assert images_that_count((300, 100), None, "balanced_accuracy") == 200
+    assert images_that_count((300, 100), 320, "balanced_accuracy") == 160
+
+
 def test_one_that_fails_does_not_end_the_race_of_others() -> None:
     found, done = raced({}, failing="probe_int2")
     assert (found.chosen, found.shown, found.open) == ("probe_nf4", True, ("probe_int2",))
@@ -63,7 +83,7 @@ def test_one_that_fails_does_not_end_the_race_of_others() -> None:
 
 def test_without_a_smaller_one_the_reference_is_chosen() -> None:
     alone = [Candidate("lora_r8", {}, 100), Candidate("probe", {}, 200, left_out="larger")]
-    found = race(alone, "lora_r8", rule_of(0.01, 0.3), lambda *_: {}, lambda _: True, lambda _: None)
+    found = race(alone, "lora_r8", rule_of(0.01, 0.3, 2000), lambda *_: {}, lambda _: True, lambda _: None)
     assert (found.chosen, found.shown) == ("lora_r8", True)
 
 
