@@ -18,6 +18,7 @@ from peft_vit.costs.pace import ReckonedPace
 from peft_vit.errors import UserError
 from peft_vit.records.study_file import read_study_file
 from peft_vit.studies.time_limit import Limit
+from peft_vit.tuning import stages
 from peft_vit.tuning.look import _telling_if_slow
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
 from peft_vit.tuning.request import TuneRequest
@@ -92,6 +93,13 @@ def told(choice: Choice) -> dict[str, Any]:
     return {name: str(value).replace(str(choice.request.output), "") for name, value in plain.items()}
 
 
+@pytest.fixture
+def as_if_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let results of stand-ins count as those of many images: 38 show nothing, however alike folds are."""
+    monkeypatch.setattr(stages, "_images", lambda context: 2000)
+
+
+@pytest.mark.usefixtures("as_if_many")
 def test_the_smallest_that_keeps_within_the_margin_is_chosen(images: Path, tmp_path: Path) -> None:
     runner, lines = StandIns(), []
     choice = tune(asked(images, tmp_path, margin=5.0), lines.append, quick(runner))
@@ -104,6 +112,14 @@ def test_the_smallest_that_keeps_within_the_margin_is_chosen(images: Path, tmp_p
     assert stages == ["look", "machine", "probes", "rates", "race", "final", "output"]
     sealed = set(json.loads((tmp_path / "images.json").read_text())["sealed"])
     assert len(sealed) == 10  # a fifth of 48
+
+
+def test_few_images_show_nothing_however_alike_folds_are(images: Path, tmp_path: Path) -> None:
+    choice = tune(asked(images, tmp_path, margin=5.0), lambda _: None, quick(StandIns()))
+    course = choice.candidate("lora_nf4").course
+    assert not choice.shown
+    assert course is not None
+    assert (course.noninferiority, choice.candidate("lora_nf4").left_out) == ("not decided", "")
 
 
 def test_all_kinds_of_methods_get_the_same_effort(images: Path, tmp_path: Path) -> None:
@@ -154,6 +170,7 @@ def test_images_are_flipped_in_the_way_that_probes_prefer(
     assert [one.flips for one in other.probes] == ["both"]
 
 
+@pytest.mark.usefixtures("as_if_many")
 def test_little_time_leaves_it_undecided_and_more_time_goes_on(images: Path, tmp_path: Path) -> None:
     runner, lines = StandIns(), []
     choice = tune(asked(images, tmp_path, minutes=8.0), lines.append, quick(runner))
@@ -389,6 +406,7 @@ def _but_race(runner: StandIns, study: Mapping[str, Any], *more: Any) -> Outcome
     return {} if study["name"] == "race" else runner(study, *more)
 
 
+@pytest.mark.usefixtures("as_if_many")
 def test_the_race_gives_up_early_enough_for_the_end(images: Path, tmp_path: Path) -> None:
     runner, lines, ended_at = StandIns(), [], []
     runner.run_s = 60.0
@@ -429,6 +447,7 @@ def test_a_time_that_a_busy_machine_could_not_measure_is_not_said_to_be_nothing(
     assert any("at 32 px a forward pass was not measured, the machine is too busy" in line for line in lines)
 
 
+@pytest.mark.usefixtures("as_if_many")
 def test_candidates_that_have_failed_get_no_more_time(images: Path, tmp_path: Path) -> None:
     runner = StandIns()
     race = tmp_path / "studies" / "race"
