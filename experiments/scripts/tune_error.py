@@ -88,7 +88,7 @@ class StandIns:
         )  # the same for all candidates
         own = 0.8 * images + 0.6 * self.rng.standard_normal()
         validation = truth + np.sqrt(truth * (1 - truth) / _VALIDATION) * own
-        return Outcome(min(1.0, float(validation)), 0.5, float(test), 24, 0.01, self.run_s, Path(name) / str(seed))
+        return Outcome(min(1.0, float(validation)), 0.5, float(test), 0.01, 0.01, self.run_s, Path(name) / str(seed))
 
 
 def one_tuning(

@@ -61,7 +61,7 @@ class StandIns(tune_error.StandIns):
         truth = TRUTH[next(one for one in sorted(TRUTH, key=len, reverse=True) if name.startswith(one))]
         validation = truth - 0.02 * ("0-0003" in name)
         test = validation + 0.01 * np.random.default_rng([seed, *f"{self.study}/{name}".encode()]).standard_normal()
-        return Outcome(validation, 0.5, float(test), 24, 0.01, 10.0, Path(self.study) / name / f"seed_{seed}")
+        return Outcome(validation, 0.5, float(test), 0.01, 0.01, 10.0, Path(self.study) / name / f"seed_{seed}")
 
 
 def quick(

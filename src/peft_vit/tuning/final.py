@@ -1,8 +1,9 @@
 """The last training: the chosen model and the reference on all images that are not sealed, which are read once, here.
 
-Nothing validates any more, so what validation has chosen on the folds is fixed: the steps, as many times more as there
-are more images to train on, and the strength of the probe's penalty, both at their medians. Where that is no step at
-all, the probe is trained from which the runs on the folds began: nothing else was shown.
+Nothing validates any more, so the last step's model is taken. On the folds it was compared with the probe from which
+training started: where that was better on average, the probe is trained. A run between the two would end where the
+learning rate is high, and may be worse than both. Else the steps are those of the folds, as many times more as there
+are more images to train on. The strength of the probe's penalty is the folds' median.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ def train_finally(
     """
     experiments = {}
     for own in names:
-        stays = own in rates and statistics.median(one.chosen_step for one in folds[own]) == 0
+        gain = statistics.fmean(one.gain for one in folds[own])
+        stays = own in rates and gain <= 0
         if stays:
-            context.state.tell(
-                f"  {own}: on the folds no step was a gain, so it is the linear probe that it starts from"
-            )
-        training = fixed_training(context, None if stays else rates.get(own), folds[own], memory)
+            changed = f"on the folds training changed validation by {100 * gain:+.1f} points"
+            context.state.tell(f"  {own}: {changed}, so it is the linear probe that it starts from")
+        steps = backbone.schedule.steps
+        training = fixed_training(context, None if stays else rates.get(own), steps, folds[own], memory)
         design = next(one for one in designed(training.get("steps", _LEAST_STEPS)) if one.name == own)
         if stays:
             design = design.without_adapters()
@@ -73,19 +75,18 @@ def train_finally(
 
 
 def fixed_training(
-    context: TuningContext, rate: float | None, folds: Sequence[Outcome], memory: Mapping[str, Any]
+    context: TuningContext, rate: float | None, steps: int, folds: Sequence[Outcome], memory: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the section `training` of a run in which nothing validates; rate None: of a probe."""
+    """Return the section `training` of a run in which nothing validates; rate None: of a probe; steps: on the folds."""
     strengths = [one.l2 for one in folds if one.l2 is not None]
     training = shared_training(context.batch_size, context.flips, class_weights=context.class_weights)
     training["probe_l2"] = statistics.median_low(strengths)
     if rate is None:
         return training
-    steps = statistics.median(one.chosen_step for one in folds) * context.images / context.train_images
     return {
         **training,
         "learning_rate": rate,
         "head_start": "probe",
-        "steps": max(_LEAST_STEPS, round(steps)),
+        "steps": max(_LEAST_STEPS, round(steps * context.images / context.train_images)),
         **memory,
     }

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from peft_vit.config import ExecutorName, study_from_mapping
 from peft_vit.errors import UserError
-from peft_vit.records import RECORD_FILE, read_record, run_folder
+from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
 from peft_vit.records.study_file import read_study_file
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.events import Notice, RunEnded, RunRetried, StudyEvent
@@ -33,7 +33,7 @@ class Outcome:
         validation: on validation images, at the chosen step; None: there are none.
         nll: likewise, nats.
         test: on the fold's test images; of the final runs on the sealed ones.
-        chosen_step: 0: before the first one.
+        gain: of the last step over the head that training started from, on validation; 0 of a probe.
         l2: strength of the probe's penalty; None: there was no probe.
         seconds: that the run took.
         folder: of its files.
@@ -42,7 +42,7 @@ class Outcome:
     validation: float | None
     nll: float | None
     test: float
-    chosen_step: int
+    gain: float
     l2: float | None
     seconds: float
     folder: Path
@@ -124,7 +124,7 @@ class StudyRunner:
                 validation=None if record.validation is None else getattr(record.validation, self.metric),
                 nll=None if record.validation is None else record.validation.nll,
                 test=getattr(record.test, self.metric),
-                chosen_step=record.chosen_step or 0,
+                gain=_gain(record, self.metric),
                 l2=None if record.head_fit is None else record.head_fit.chosen_l2,
                 seconds=record.seconds,
                 folder=folder,
@@ -145,3 +145,10 @@ class StudyRunner:
                     "" if record.validation is None else f"validation {getattr(record.validation, self.metric):.1%}, "
                 )
                 self.tell(f"  {name}: {validation}{record.seconds:.0f} s")
+
+
+def _gain(record: RunRecord, metric: Metric) -> float:
+    if not record.evaluations or record.evaluations[0].step:  # those of a probe are its strengths
+        return 0.0
+    first, last = (getattr(record.evaluations[place].metrics, metric) for place in (0, -1))
+    return float(last - first)

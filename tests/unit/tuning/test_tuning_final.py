@@ -15,7 +15,7 @@ from peft_vit.tuning.final import train_finally
 SHAPE = describe(BackboneConfig(model="test_vit", weights="random"), 32)
 
 
-def last_training(name: str, chosen_steps: list[int]) -> tuple[ExperimentConfig, list[str]]:
+def last_training(name: str, gains: list[float]) -> tuple[ExperimentConfig, list[str]]:
     """Return the experiment of the last training, of 100 images where the folds had 80, and what is told."""
     told: list[str] = []
     studies: list[dict[str, Any]] = []
@@ -39,15 +39,15 @@ def last_training(name: str, chosen_steps: list[int]) -> tuple[ExperimentConfig,
         study=study,
         runner=run,
     )
-    backbone: Any = SimpleNamespace(model="test_vit", image_size=32)
-    folds: Any = [SimpleNamespace(chosen_step=step, l2=0.01) for step in chosen_steps]
+    backbone: Any = SimpleNamespace(model="test_vit", image_size=32, schedule=SimpleNamespace(steps=20))
+    folds: Any = [SimpleNamespace(gain=gain, l2=0.01) for gain in gains]
     train_finally(context, backbone, lambda steps: designs(SHAPE, steps, 3), [name], {name: 1e-3}, {name: folds}, {})
     (experiment,) = studies[0]["experiments"]
     return ExperimentConfig.model_validate_json(json.dumps(experiment)), told
 
 
 def test_steps_grow_with_the_images() -> None:
-    experiment, told = last_training("lora_nf4", [20, 40, 60, 0, 0])
+    experiment, told = last_training("lora_nf4", [0.04, 0.02, -0.02, -0.01, 0.0])
     assert (experiment.method, experiment.training.steps, experiment.training.flips) == ("qa_lora", 25, "none")
     assert not told
 
@@ -55,7 +55,8 @@ def test_steps_grow_with_the_images() -> None:
 @pytest.mark.parametrize(
     ("name", "method"), [("lora_nf4", "qa_linear"), ("adalora_nf4", "qa_linear"), ("lora_r8", "linear")]
 )
-def test_where_folds_chose_no_step_the_probe_is_trained_that_they_started_from(name: str, method: str) -> None:
-    experiment, told = last_training(name, [0, 0, 0, 24, 24])
+def test_where_training_gains_nothing_the_probe_is_trained_that_it_starts_from(name: str, method: str) -> None:
+    experiment, told = last_training(name, [0.04, -0.02, -0.03, 0.01, -0.01])
     assert (experiment.method, experiment.training.steps, experiment.training.probe_l2) == (method, None, 0.01)
-    assert told == [f"  {name}: on the folds no step was a gain, so it is the linear probe that it starts from"]
+    changed = "on the folds training changed validation by -0.2 points"
+    assert told == [f"  {name}: {changed}, so it is the linear probe that it starts from"]
