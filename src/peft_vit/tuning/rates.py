@@ -20,7 +20,6 @@ from peft_vit.tuning.running import Outcome, Outcomes
 
 RATES = (3e-4, 1e-3, 3e-3)
 WHOLE_RUNS = 2  # of a kind, at the rates that go on
-FOLDS_USED = 2
 _NLL_WEIGHT = 1e-3  # below the share of one image
 
 
