@@ -44,7 +44,7 @@ from evidence import (
 )
 
 from peft_vit.records import RunRecord
-from peft_vit.statistics import Verdict, holm, noninferiority
+from peft_vit.statistics import Verdict, holm, noninferiority, wilcoxon
 
 DOCUMENT = ROOT / "docs" / "findings" / "quantization.md"
 ALPHA = 0.05
@@ -302,6 +302,55 @@ def adaptive_bits(runs: pd.DataFrame) -> str:
     return by_experiment(runs, order, columns, first="setting")
 
 
+class Few(NamedTuple):
+    """A registered comparison of low_bits.yaml."""
+
+    candidate: str
+    reference: str
+    claim: Literal["loses less than a point", "is better"]
+
+
+FEW_BITS = (
+    Few("int3_gptq", "int4", "loses less than a point"),
+    Few("adalora_nf4", "nf4", "loses less than a point"),
+    Few("joint", "int4", "loses less than a point"),
+    Few("int2_gptq", "int2", "is better"),
+    Few("int2_gptq_r12", "int2", "is better"),
+)
+
+
+def low_bits(runs: pd.DataFrame) -> str:
+    """Return the settings of few bits, and below them the registered comparisons."""
+    pairs = [compared(of(runs, one.candidate), of(runs, one.reference)) for one in FEW_BITS]
+    tests = [_ahead(runs, one) for one in FEW_BITS]
+    rows = list(zip(FEW_BITS, pairs, tests, holm(tests), strict=True))
+    compared_columns: dict[str, Callable[[tuple[Few, Comparison, float, float]], str]] = {
+        "claim": lambda row: f"`{row[0].candidate}` {row[0].claim}, against `{row[0].reference}`",
+        "points [95 %]": lambda row: interval(row[1].difference),
+        "p": lambda row: p(row[2]),
+        "p (Holm)": lambda row: p(row[3]),
+        "verdict": lambda row: "supported" if row[3] <= ALPHA else "not shown",
+    }
+    columns: dict[str, Cell] = {
+        "test accuracy, mean (sd), %": lambda part: mean_and_spread(accuracy_by_seed(runs, part)),
+        "bits a weight, layers": _mean("layers_bits"),
+        "relative error, %": _mean("relative_error", 100),
+        "adapter values": lambda part: f"{part.adapter_parameters.mean():,.0f}",
+        "model without adapters, MB": _mean("model_bytes", 1e-6),
+    }
+    order = sorted(runs.experiment.unique(), key=lambda name: -of(runs, name).mean())
+    return f"{table(rows, compared_columns)}\n\n{by_experiment(runs, order, columns, first='setting')}"
+
+
+def _ahead(runs: pd.DataFrame, one: Few) -> float:
+    """Return the p-value of a registered claim: one-sided exact Wilcoxon of the differences beyond its margin."""
+    differences = (of(runs, one.candidate) - of(runs, one.reference)).dropna().to_numpy()
+    if not len(differences):
+        return 1.0
+    found = wilcoxon(differences + (MARGIN if one.claim == "loses less than a point" else 0.0))
+    return or_one(found.p_value) / 2 if found.direction == 1 else 1.0
+
+
 def qa_lora() -> str:
     """Return time and memory of a training step by side, and stored bits, from the benchmark's JSON."""
     found = benchmark("qa_lora")
@@ -367,6 +416,7 @@ TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
     "quantization_pilot": pilot,
     "quantization_ablation": ablation,
     "adaptive_bits": adaptive_bits,
+    "low_bits": low_bits,
 }
 
 

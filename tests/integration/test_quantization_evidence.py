@@ -197,6 +197,55 @@ def test_adaptive_bits_are_set_against_uniform_ones_at_their_bytes() -> None:
     assert lines["uniform_int2"][4].strip() == "–"
 
 
+def test_few_bits_are_tested_one_sided_and_exactly_as_their_header_says() -> None:
+    level = {
+        "int4": 82.0,
+        "nf4": 82.0,
+        "int2": 79.0,
+        "int3_gptq": 81.7,  # loses less than a point
+        "adalora_nf4": 81.0,  # loses a point
+        "joint": 79.0,
+        "int2_gptq": 80.5,  # better
+        "int2_gptq_r12": 78.0,  # worse
+    }
+    assert set(level) == {one.name for one in load_study(CONFIGS / "low_bits.yaml").experiments}
+    rng = np.random.default_rng(8)
+    one = runs({}).head(1).drop(columns=["experiment", "seed", "test_accuracy"]).assign(adapter_parameters=1000)
+    data = pd.concat(
+        one.assign(experiment=name, seed=seed, test_accuracy=(mean + 0.3 * rng.standard_normal()) / 100)
+        for name, mean in level.items()
+        for seed in range(230, 230 + SEEDS)
+    ).reset_index(drop=True)
+    data.loc[(data.experiment == "joint") & (data.seed == 230), ["status", "test_accuracy"]] = ["failed", np.nan]
+    by_seed = data.pivot(index="seed", columns="experiment", values="test_accuracy").fillna(0.687) * 100
+    expected = {}
+    for candidate, reference, margin in (
+        ("int3_gptq", "int4", 1.0),
+        ("adalora_nf4", "nf4", 1.0),
+        ("joint", "int4", 1.0),
+        ("int2_gptq", "int2", 0.0),
+        ("int2_gptq_r12", "int2", 0.0),
+    ):
+        differences = by_seed[candidate] - by_seed[reference]
+        p_value = stats.wilcoxon(differences + margin, alternative="greater", method="exact").pvalue
+        expected[candidate] = differences.mean(), p_value
+    lines = {
+        line.split("`")[1]: line.split("|") for line in evidence.low_bits(data).splitlines() if ", against `" in line
+    }
+    assert list(lines) == list(expected)
+    order = sorted(expected, key=lambda name: expected[name][1])
+    assert order[0] in ("int3_gptq", "int2_gptq")
+    for name, (difference, p_value) in expected.items():
+        _, _, points, p, corrected, verdict, _ = (cell.strip() for cell in lines[name])
+        assert points.split()[0] == f"{difference:+.2f}"
+        if p_value < 0.5:
+            assert p == evidence.p(p_value)
+        if name == order[0]:
+            assert corrected == evidence.p(5 * p_value)
+        assert verdict == ("supported" if name in ("int3_gptq", "int2_gptq") else "not shown")
+    assert "failed, counted as the majority class" in evidence.low_bits(data)
+
+
 def pilot_runs(level: dict[float, float], ratio: float = 0.26) -> pd.DataFrame:
     data = runs({}).head(1).drop(columns=["experiment", "seed"])
     names = {f"nf4_sgd_lr_{rate:g}": rate for rate in level} | {"nf4_linear": 1e-3}
