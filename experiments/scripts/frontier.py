@@ -185,9 +185,9 @@ def next_rate(rate: float, *, up: bool) -> float:
 
 
 def goes_on(runs: pd.DataFrame) -> tuple[tuple[str, ...], str]:
-    """Return the four rules that score with the best means, the best one first, and the best kind of matrix."""
+    """Return the two rules that score with the best means, the best one first, and the best kind of matrix."""
     by = gains(runs)
-    return tuple(ranked(by, SCORING)[:4]), ranked(by, MATRICES)[0]
+    return tuple(ranked(by, SCORING)[:2]), ranked(by, MATRICES)[0]
 
 
 def again(runs: pd.DataFrame) -> list[Asked]:

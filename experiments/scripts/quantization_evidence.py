@@ -336,6 +336,7 @@ def low_bits(runs: pd.DataFrame) -> str:
         "bits a weight, layers": _mean("layers_bits"),
         "relative error, %": _mean("relative_error", 100),
         "adapter values": lambda part: f"{part.adapter_parameters.mean():,.0f}",
+        "runs that stayed at the probe": lambda part: str((part.adapter_to_error_ratio == 0).sum()),
         "model without adapters, MB": _mean("model_bytes", 1e-6),
     }
     order = sorted(runs.experiment.unique(), key=lambda name: -of(runs, name).mean())

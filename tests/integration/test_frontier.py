@@ -26,7 +26,7 @@ SCREENINGS = {task: load_study(CONFIGS / f"frontier_screening_{task}.yaml") for 
 RATES = (1e-3, 3e-3, 1e-2)
 # Above `random`, in validation images of 300; what is not named has none more.
 LEADS = {"para": 9, "gradient": 7, "eva": 5, "spt": 3, "gora": 1, "value": 4, "fc1": 2, "last_blocks": 6}
-BEST = {"eva_9": 2, "para_36": 0}  # places in RATES, where it is not the middle one
+BEST = {"gradient_9": 2, "para_36": 0}  # places in RATES, where it is not the middle one
 
 
 def row(task: str, name: str, rate: float | None, seed: int, images: int, nll: float = 0.5, **changes: object) -> dict:
@@ -68,7 +68,7 @@ def followed(rows: list[dict]) -> list[dict]:
     beyond = [
         row(task, name, rate, seed, 100)
         for task in SCREENINGS
-        for name, rate in (("eva_9", 3e-2), ("para_36", 3e-4))
+        for name, rate in (("gradient_9", 3e-2), ("para_36", 3e-4))
         for seed in (220, 221)
     ]
     more = [row(one["task"], one["method"], one["rate"], seed, 150) for one in asked_again(rows) for seed in (224, 225)]
@@ -121,7 +121,7 @@ def test_gains_and_rates_are_those_of_independent_arithmetic(rows: list[dict]) -
             assert gains[task, int(budget)][rule] == pytest.approx(points, abs=1e-3)
     means = gains.mean(axis=1)
     rules, kind = frontier.goes_on(runs)
-    assert list(rules) == sorted(frontier.SCORING, key=lambda rule: -means[rule])[:4]
+    assert list(rules) == sorted(frontier.SCORING, key=lambda rule: -means[rule])[:2]
     assert kind == max(MATRICES, key=lambda name: means[name])
 
 
@@ -137,7 +137,7 @@ def test_of_equal_rates_the_lower_loss_decides_though_thirds_are_rounded(rows: l
 def test_a_screening_that_is_not_whole_says_so_and_what_it_asks_for(rows: list[dict]) -> None:
     runs = frame(rows)
     assert frontier.missing(runs) == {"digits": [], "elpv": []}
-    assert {(one.method, one.rate) for one in frontier.ends(runs)} == {("eva_9", 3e-2), ("para_36", 3e-4)}
+    assert {(one.method, one.rate) for one in frontier.ends(runs)} == {("gradient_9", 3e-2), ("para_36", 3e-4)}
     text = frontier.screening_text(runs)
     assert "- ELPV: 224 runs, 0 of them failed; 0 missing." in text
     para = "| `para` | +3.00 | +3.0 (0.003) | +3.0 (0.001) | +3.0 (0.003) | +3.0 (0.001) | yes |"
@@ -150,7 +150,7 @@ def test_a_screening_that_is_not_whole_says_so_and_what_it_asks_for(rows: list[d
     part = frame([one for one in rows if (one["study"][19:], one["method"]) != ("elpv", "spt_36")])
     assert len(frontier.missing(part)["elpv"]) == 6
     assert "6 missing, such as spt_36_lr_1e-3 seed 220" in frontier.screening_text(part)
-    assert "| `spt` | +1.00 | +1.0 (0.003) | +1.0 (0.003) | +1.0 (0.003) | – | yes |" in frontier.screening_text(part)
+    assert "| `spt` | +1.00 | +1.0 (0.003) | +1.0 (0.003) | +1.0 (0.003) | – |  |" in frontier.screening_text(part)
     with pytest.raises(UserError, match="6 runs or rates of the screening are missing"):
         frontier.picks(part)
     with pytest.raises(UserError, match="4 runs or rates beyond an end are missing"):
@@ -167,17 +167,17 @@ def test_half_decades(rate: float, up: bool, following: float) -> None:
 
 def test_what_goes_on_has_its_rate_chosen_again_with_four_seeds(rows: list[dict]) -> None:
     again = asked_again(rows)
-    on = {"para", "gradient", "eva", "spt", "value", "even", "random", "first_blocks", "last_blocks", "query_value"}
+    on = {"para", "gradient", "value", "even", "random", "first_blocks", "last_blocks", "query_value"}
     assert {one["method"] for one in again} == {f"{rule}_{k}" for rule in on for k in (9, 36)} | {"lora_r8"}
-    assert [one["rate"] for one in again if (one["task"], one["method"]) == ("digits", "eva_9")] == [1e-2, 3e-3]
+    assert [one["rate"] for one in again if (one["task"], one["method"]) == ("digits", "gradient_9")] == [1e-2, 3e-3]
     all_of_them = followed(rows)
     for one in all_of_them:  # the second best leads with the further seeds
-        if one["method"] == "spt_9" and one["seed"] > 221:
+        if one["method"] == "even_9" and one["seed"] > 221:
             one["validation_accuracy"] = 0.99 if one["learning_rate"] == 1e-3 else 0.5
     before, after = frontier.rates(frame(rows)), frontier.picks(frame(all_of_them)).rates
     changed = {key for key in before if before[key] != after[key]}
-    assert changed == {("digits", "spt_9"), ("elpv", "spt_9")}
-    assert after["digits", "spt_9"] == 1e-3
+    assert changed == {("digits", "even_9"), ("elpv", "even_9")}
+    assert after["digits", "even_9"] == 1e-3
     half = [one for one in all_of_them if one["seed"] != 225]
     assert frontier.rates(frame(half)) == before
 
@@ -185,19 +185,19 @@ def test_what_goes_on_has_its_rate_chosen_again_with_four_seeds(rows: list[dict]
 def test_further_runs_are_written_as_configurations_that_load(rows: list[dict], tmp_path: Path) -> None:
     frontier.write_further_runs(frame(rows), tmp_path)
     study = load_study(tmp_path / "frontier_screening_digits_2.yaml")
-    assert [one.name for one in study.experiments] == ["eva_9_lr_3e-2", "para_36_lr_3e-4"]
+    assert [one.name for one in study.experiments] == ["gradient_9_lr_3e-2", "para_36_lr_3e-4"]
     assert study.seeds == (220, 221)
     first = SCREENINGS["digits"]
     assert (study.data, study.backbone) == (first.data, first.backbone)
-    eva, same = study.experiments[0], next(one for one in first.experiments if one.name == "eva_9_lr_1e-2")
-    assert eva.model_dump(exclude={"name", "training"}) == same.model_dump(exclude={"name", "training"})
+    gradient, same = study.experiments[0], next(one for one in first.experiments if one.name == "gradient_9_lr_1e-2")
+    assert gradient.model_dump(exclude={"name", "training"}) == same.model_dump(exclude={"name", "training"})
     done = followed(rows)[: len(rows) + 8]
     for one in done[len(rows) :]:
         one["study"] += "_2"
     frontier.write_further_runs(frame(done), tmp_path)
     again = load_study(tmp_path / "frontier_screening_elpv_3.yaml")
     assert again.seeds == (224, 225)
-    assert len(again.experiments) == 2 * 21
+    assert len(again.experiments) == 2 * 17
     with pytest.raises(UserError, match="1 runs that were planned are missing"):
         frontier.write_further_runs(frame(done[:-1]), tmp_path)
 
@@ -210,7 +210,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-GO_ON = ["para", "gradient", "eva", "spt", "even", "random", "first_blocks", "last_blocks", "query_value", "value"]
+GO_ON = ["para", "gradient", "even", "random", "first_blocks", "last_blocks", "query_value", "value"]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,9 @@ def test_a_study_says_before_its_data_what_it_claims(studies: Path) -> None:
 
 
 def test_seeds_are_of_no_other_study() -> None:
-    files = [file for file in CONFIGS.glob("*.yaml") if not re.match("hypotheses|frontier_(?!screening)", file.name)]
+    files = [
+        file for file in CONFIGS.glob("*.yaml") if not re.match("hypotheses|frontier_(?!screening|length)", file.name)
+    ]
     lists = [re.search(r"^seeds: \[([\d, ]+)\]", file.read_text(), re.MULTILINE) for file in files]
     others = {int(seed) for one in lists for seed in one[1].split(",")}
     assert set(frontier.SEEDS[:2]) < others
@@ -260,7 +262,7 @@ def test_seeds_are_of_no_other_study() -> None:
 @pytest.mark.usefixtures("cache")
 def test_a_study_plans(studies: Path, tmp_path: Path) -> None:
     file = studies / "frontier_digits_72.yaml"
-    assert len(plan_study(load_study(file), tmp_path, file=file, smoke=True).runs) == 10
+    assert len(plan_study(load_study(file), tmp_path, file=file, smoke=True).runs) == 8
 
 
 # --- records and the studies' results ---------------------------------------------------------------------------------

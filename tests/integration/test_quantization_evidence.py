@@ -210,7 +210,12 @@ def test_few_bits_are_tested_one_sided_and_exactly_as_their_header_says() -> Non
     }
     assert set(level) == {one.name for one in load_study(CONFIGS / "low_bits.yaml").experiments}
     rng = np.random.default_rng(8)
-    one = runs({}).head(1).drop(columns=["experiment", "seed", "test_accuracy"]).assign(adapter_parameters=1000)
+    one = (
+        runs({})
+        .head(1)
+        .drop(columns=["experiment", "seed", "test_accuracy"])
+        .assign(adapter_parameters=1000, adapter_to_error_ratio=0.1)
+    )
     data = pd.concat(
         one.assign(experiment=name, seed=seed, test_accuracy=(mean + 0.3 * rng.standard_normal()) / 100)
         for name, mean in level.items()
