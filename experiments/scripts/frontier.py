@@ -1,15 +1,17 @@
 """Where few ranks should go: what the screening of rules chose, and what the studies that follow say.
 
+    .venv/bin/python experiments/scripts/frontier.py length [DIR ...]
     .venv/bin/python experiments/scripts/frontier.py screen [DIR ...]
     .venv/bin/python experiments/scripts/frontier.py more
     .venv/bin/python experiments/scripts/frontier.py study [results/frontier_screening.csv]
     .venv/bin/python experiments/scripts/frontier.py figure [DIR ...]
 
-`screen` keeps the runs of frontier_screening_* in results/frontier_screening.csv, one row a run without its test
-accuracy, and prints what the rule in their configurations' heads says of them. `more` writes the configurations of the
-runs that the rule asks for besides, `study` those of the studies once it has all. `figure` keeps the studies' runs in
-results/frontier.csv, draws docs/images/frontier.svg, and prints the numbers beside it; both go where marks in
-docs/findings/adaptive_ranks.md ask for them. Without a DIR the same comes from the files that are there.
+`length` keeps the runs of frontier_length_* in results/frontier_length.csv, and prints which length and batch their
+rule takes. `screen` keeps the runs of frontier_screening_* in results/frontier_screening.csv, one row a run without its
+test accuracy, and prints what the rule in their configurations' heads says of them. `more` writes the configurations of
+the runs that the rule asks for besides, `study` those of the studies once it has all. `figure` keeps the studies' runs
+in results/frontier.csv, draws docs/images/frontier.svg, and prints the numbers beside it. What is printed goes where
+marks in docs/findings/adaptive_ranks.md ask for it. Without a DIR the same comes from the files that are there.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ SEEDS = (220, 221, 224, 225)  # the first two screen; all of them choose a rate 
 SCREENING_ROWS, ROWS = RESULTS / "frontier_screening.csv", RESULTS / "frontier.csv"
 DOCUMENT, FIGURE = ROOT / "docs" / "findings" / "adaptive_ranks.md", ROOT / "docs" / "images" / "frontier.svg"
 _OF_SCREENING = re.compile(rf"frontier_screening_({'|'.join(SCREENED)})(?:_\d+)?")
+LENGTH_ROWS = RESULTS / "frontier_length.csv"
+_OF_LENGTH = re.compile(rf"frontier_length_({'|'.join(TASKS)})")
 _OF_STUDY = re.compile(rf"frontier_({'|'.join(TASKS)})(?:_(\d+))?")
 _OF_SITES = re.compile(r"(.+)_(\d+)")  # eva_9, not lora_r8
 
@@ -99,6 +103,51 @@ def _with_task(runs: pd.DataFrame, of: re.Pattern[str]) -> pd.DataFrame:
     task = runs.study.str.extract(of, expand=True)[0]
     runs = runs.assign(task=task, method=runs.experiment.map(method_of))
     return runs.drop_duplicates(["task", "experiment", "seed"], keep="last")  # two files of a screening may ask for it
+
+
+# --- how long a run is ------------------------------------------------------------------------------------------------
+
+
+def lengths(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return mean validation accuracy in percent at the better rate: a row a length, a column a task and method.
+
+    Rows are in the order of the images that a run trains on, and of equal ones of the steps.
+    """
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for task in TASKS:
+        for row in rate_means(runs[runs.task == task]).itertuples():
+            method, _, length = str(row.method).rpartition("_")
+            best = found.setdefault((task, method), {})
+            best[length] = max(best.get(length, 0.0), 100 * float(row.validation_accuracy))  # type: ignore[arg-type]
+    table = pd.DataFrame(found)
+    return table.loc[sorted(table.index, key=lambda one: (_images(one), int(one.partition("x")[0])))]
+
+
+def _images(length: str) -> int:
+    steps, batch = length.split("x")
+    return int(steps) * int(batch)
+
+
+def chosen_length(by: pd.DataFrame) -> str:
+    """Return the length that trains on the fewest images among those within half a point of the best mean."""
+    means = by.mean(axis=1).round(6)
+    return str(means.index[means >= means.max() - 0.5][0])
+
+
+def length_text(runs: pd.DataFrame) -> str:
+    """Return what each length and batch reaches on validation, and which goes on."""
+    by = lengths(runs)
+    columns: dict[str, Callable[[str], str]] = {"steps x batch": str}
+    for task, method in by:
+        title = {"lora_r8": "LoRA r=8", "random_9": "9 ranks at random sites"}[method]
+        columns[f"{TASKS[task].title}, {title}"] = lambda length, of=(task, method): f"{by[of][length]:.1f}"
+    columns["mean"] = lambda length: f"{by.loc[length].mean():.2f}"
+    parts = [table(list(by.index), columns), "Validation accuracy in percent at the better of two rates."]
+    for task in dict.fromkeys(task for task, _ in by):
+        probe = runs[(runs.task == task) & (runs.method == "linear_probe")].validation_accuracy.mean()
+        gain = by[task, "lora_r8"][chosen_length(by)] - 100 * probe
+        parts.append(f"{TASKS[task].title}: LoRA r=8 is {gain:+.1f} points above the linear probe.")
+    return "\n\n".join([*parts, f"Chosen: {chosen_length(by)}.", evidence.origin(runs)])
 
 
 # --- the screening's rule ---------------------------------------------------------------------------------------------
@@ -319,7 +368,7 @@ def tell(made: dict[str, str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Do what is asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["screen", "more", "study", "figure"])
+    parser.add_argument("what", choices=["length", "screen", "more", "study", "figure"])
     parser.add_argument("paths", nargs="*", type=Path, help="directories of runs; of study: the screening's rows")
     parser.add_argument("--output", type=Path, help="where configurations go that are written; default: the project's")
     asked = parser.parse_args(arguments)
@@ -332,6 +381,10 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.user_errors():
         if asked.what == "study":
             write_studies(picks(read(*(asked.paths or [SCREENING_ROWS]), _OF_SCREENING)), output)
+        elif asked.what == "length":
+            for folder in asked.paths:
+                keep(folder, LENGTH_ROWS, _OF_LENGTH, pilot_row)
+            tell({"frontier_length": length_text(read(LENGTH_ROWS, _OF_LENGTH))})
         elif asked.what == "figure":
             for folder in asked.paths:
                 keep(folder, ROWS, _OF_STUDY, study_row)

@@ -196,8 +196,8 @@ def _head(task: str, budget: int, picks: Picks) -> dict[str, str]:
         "with O'Brien and Fleming's bounds at the looks below, 5 % over all looks and all comparisons of this file "
         "(Holm's procedure). The other experiments are in the same family. Where ranks go matters at this budget if "
         f"all three are shown. It is said of these images from {BUDGETS[0]} ranks up to the first budget at which it "
-        "is not: in that order 5 % hold over all budgets without a correction. Above that budget nothing can be shown, so "
-        f"there {LOOKS[0]} seeds are run, for the figure.",
+        "is not: in that order 5 % hold over all budgets without a correction. Above that budget nothing can be shown, "
+        f"so there {LOOKS[0]} seeds are run, for the figure.",
         "Margin": "one point, read off the repeated interval: a control that it shows to lose less than that will do.",
         "Cost": f"{len(picks.rules) + len(CONTROLS) + 1} experiments, each {LOOKS[0]} to {LOOKS[-1]} runs of "
         f"{_steps(task)} steps, about {own.seconds} seconds a run on one core.",

@@ -202,6 +202,34 @@ def test_further_runs_are_written_as_configurations_that_load(rows: list[dict], 
         frontier.write_further_runs(frame(done[:-1]), tmp_path)
 
 
+def test_the_length_is_the_cheapest_within_half_a_point() -> None:
+    images = {  # of 300, at the better rate of LoRA r=8 and of random sites
+        "80x16": (240, 210),
+        "160x16": (245, 216),
+        "160x32": (246, 216),
+        "320x16": (247, 216),
+    }
+    rows = [
+        row("digits", f"{name}_{length}", rate, seed, best - (10 if rate == 1e-3 else 0) + (1 if seed == 226 else -1))
+        | {"study": f"frontier_length_{task}"}
+        for task in ("digits", "elpv")
+        for length, both in images.items()
+        for name, best in zip(("lora_r8", "random_9"), both, strict=True)
+        for rate in (1e-3, 3e-3)
+        for seed in (226, 227)
+    ]
+    rows += [row("x", "linear_probe", None, 226, 220) | {"study": "frontier_length_digits"}]
+    runs = frame(rows)
+    by = frontier.lengths(runs)
+    assert list(by.index) == list(images)
+    assert list(by["elpv", "lora_r8"]) == pytest.approx([both[0] / 3 for both in images.values()], abs=1e-3)
+    assert frontier.chosen_length(by) == "160x16"
+    text = frontier.length_text(runs)
+    assert "| 320x16 | 82.3 | 72.0 | 82.3 | 72.0 | 77.17 |" in text
+    assert "digits: LoRA r=8 is +8.3 points above the linear probe." in text
+    assert "Chosen: 160x16." in text
+
+
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the configurations of the studies."""
