@@ -39,13 +39,13 @@ from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, read_records, write_atomically
 
 SCORING = ("eva", "gradient", "spt", "gora", "stable_rank", "para", "over_untrained")
-SCREENED = ("digits", "elpv")
 SEEDS = (220, 221, 224, 225)  # the first two screen; all of them choose a rate among the best two
 SCREENING_ROWS, ROWS = RESULTS / "frontier_screening.csv", RESULTS / "frontier.csv"
 DOCUMENT, FIGURE = ROOT / "docs" / "findings" / "adaptive_ranks.md", ROOT / "docs" / "images" / "frontier.svg"
-_OF_SCREENING = re.compile(rf"frontier_screening_({'|'.join(SCREENED)})(?:_\d+)?")
+_OF_SCREENING = re.compile(rf"frontier_screening_({'|'.join(TASKS)})(?:_\d+)?")
 LENGTH_ROWS = RESULTS / "frontier_length.csv"
-_OF_LENGTH = re.compile(rf"frontier_length_({'|'.join(TASKS)})")
+_PILOTED = {"elpv": "ELPV", **{task: own.title for task, own in TASKS.items()}}  # ELPV has nothing for ranks to decide
+_OF_LENGTH = re.compile(rf"frontier_length_({'|'.join(_PILOTED)})")
 _OF_STUDY = re.compile(rf"frontier_({'|'.join(TASKS)})(?:_(\d+))?")
 _OF_SITES = re.compile(r"(.+)_(\d+)")  # eva_9, not lora_r8
 
@@ -114,7 +114,7 @@ def lengths(runs: pd.DataFrame) -> pd.DataFrame:
     Rows are in the order of the images that a run trains on, and of equal ones of the steps.
     """
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for task in TASKS:
+    for task in _PILOTED:
         for row in rate_means(runs[runs.task == task]).itertuples():
             method, _, length = str(row.method).rpartition("_")
             best = found.setdefault((task, method), {})
@@ -140,13 +140,13 @@ def length_text(runs: pd.DataFrame) -> str:
     columns: dict[str, Callable[[str], str]] = {"steps x batch": str}
     for task, method in by:
         title = {"lora_r8": "LoRA r=8", "random_9": "9 ranks at random sites"}[method]
-        columns[f"{TASKS[task].title}, {title}"] = lambda length, of=(task, method): f"{by[of][length]:.1f}"
+        columns[f"{_PILOTED[task]}, {title}"] = lambda length, of=(task, method): f"{by[of][length]:.1f}"
     columns["mean"] = lambda length: f"{by.loc[length].mean():.2f}"
     parts = [table(list(by.index), columns), "Validation accuracy in percent at the better of two rates."]
     for task in dict.fromkeys(task for task, _ in by):
         probe = runs[(runs.task == task) & (runs.method == "linear_probe")].validation_accuracy.mean()
         gain = by[task, "lora_r8"][chosen_length(by)] - 100 * probe
-        parts.append(f"{TASKS[task].title}: LoRA r=8 is {gain:+.1f} points above the linear probe.")
+        parts.append(f"{_PILOTED[task]}: LoRA r=8 is {gain:+.1f} points above the linear probe.")
     return "\n\n".join([*parts, f"Chosen: {chosen_length(by)}.", evidence.origin(runs)])
 
 
@@ -155,7 +155,7 @@ def length_text(runs: pd.DataFrame) -> str:
 
 def _first(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield each task with the runs of the seeds that screen."""
-    for task in SCREENED:
+    for task in TASKS:
         part = runs[(runs.task == task) & runs.seed.isin(SEEDS[:2])]
         if not part.learning_rate.dropna().empty:
             yield task, part
@@ -205,7 +205,7 @@ def _best_two(part: pd.DataFrame) -> tuple[dict[str, float], dict[str, float]]:
 def missing(runs: pd.DataFrame) -> dict[str, list[tuple[str, int]]]:
     """Return by task what was planned, or begun at a further rate, and is not there: experiment and seed."""
     found = {}
-    for task in SCREENED:
+    for task in TASKS:
         done = runs[runs.task == task]
         planned = [one.name for one in load_study(configs.CONFIGS / f"frontier_screening_{task}.yaml").experiments]
         begun = done.experiment[done.study != f"frontier_screening_{task}"]

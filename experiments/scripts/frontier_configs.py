@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import yaml
 from evidence import ROOT
 
 from peft_vit.config.yaml_loader import read_mapping
-from peft_vit.methods.starting_ranks import ORDERED_RULES, STARTING_RULES
+from peft_vit.methods.starting_ranks import ORDERED_RULES
 
 CONFIGS = ROOT / "experiments" / "configs"
 SITES = 72
@@ -29,31 +29,20 @@ SEEDS = tuple(range(250, 280))  # of no other study
 LOOKS = (5, 10, 15, 20, 25, 30)
 
 
-@dataclass(frozen=True)
-class Task:
-    """Images of a study, and what their settings differ in from those of a screening."""
+class Task(NamedTuple):
+    """Images of a screening and of the studies that take its settings."""
 
     title: str
     images: str
     seconds: int  # of a run
-    screening: str  # whose settings and rates are taken
-    data: Mapping[str, Any] = field(default_factory=dict)  # None: left out
-    training: Mapping[str, Any] = field(default_factory=dict)
-    calibration_images: int | None = None
 
 
 TASKS = {
-    "elpv": Task("ELPV", "ELPV solar cells, functional or defective. CC BY-NC-SA 4.0: research only.", 25, "elpv"),
-    "digits": Task("digits", "handwritten digits, ten classes, with scikit-learn. CC BY 4.0 (UCI).", 15, "digits"),
+    "digits": Task("digits", "handwritten digits, ten classes, with scikit-learn. CC BY 4.0 (UCI).", 15),
     "fashion": Task(
         "Fashion-MNIST",
         "Fashion-MNIST, ten kinds of clothing; Debian package dataset-fashion-mnist, or downloaded. MIT.",
         15,
-        "digits",
-        # At 4 labels a class LoRA is 5.5 points above the linear probe, at 12 and 50 less than 3 (few_labels.md).
-        {"dataset": "fashion-mnist", "train_images": None, "shots_per_class": 4, "test_images": 1000},
-        {"augmentation": ["flip"]},
-        calibration_images=40,
     ),
 }
 
@@ -73,12 +62,12 @@ class Picks:
 
     rules: tuple[str, ...]  # that score, the best one first
     kind: str  # of matrix
-    rates: Mapping[tuple[str, str], float]  # by task of the screening, and method
+    rates: Mapping[tuple[str, str], float]  # by task and method
 
     def rate(self, task: str, rule: str, budget: int) -> float:
         """Return the rate of a rule: that at the lower screened budget for less than twice as many ranks."""
         low, high = SCREENED_BUDGETS
-        return self.rates[TASKS[task].screening, f"{rule}_{low if budget < 2 * low else high}"]
+        return self.rates[task, f"{rule}_{low if budget < 2 * low else high}"]
 
 
 def experiment(task: str, rule: str, budget: int, rate: float | Sequence[float]) -> dict[str, Any]:
@@ -87,7 +76,7 @@ def experiment(task: str, rule: str, budget: int, rate: float | Sequence[float])
     From one rank a site on, controls that give each site the same fill half of the sites, and those that cut ranks
     start from twice the budget.
     """
-    found = copy.deepcopy(_screened(TASKS[task].screening)[f"{rule}_{SCREENED_BUDGETS[0]}"])
+    found = copy.deepcopy(_screened(task)[f"{rule}_{SCREENED_BUDGETS[0]}"])
     found["name"] = f"{rule}_{budget}"
     if found["method"] == "adalora":
         found["adalora"] |= {"total_rank_budget": budget, "initial_budget": max(SITES, 2 * budget)}
@@ -96,9 +85,6 @@ def experiment(task: str, rule: str, budget: int, rate: float | Sequence[float])
         ranks["budget"] = budget
         if ranks["rule"] in ORDERED_RULES and _site_rank(budget) > 1:
             ranks["site_rank"] = _site_rank(budget)
-        images = TASKS[task].calibration_images
-        if images is not None and STARTING_RULES[ranks["rule"]] in ("inputs", "gradients"):
-            ranks["calibration_images"] = images
     return found | {"training": {"learning_rate": rate}}
 
 
@@ -117,11 +103,8 @@ def _screened(task: str) -> dict[str, dict[str, Any]]:
 
 def _common(task: str) -> dict[str, Any]:
     """Return what all studies on these images have in common."""
-    own = TASKS[task]
-    found = copy.deepcopy(_screening(own.screening))
-    found["data"] = {key: value for key, value in (found["data"] | own.data).items() if value is not None}
+    found = copy.deepcopy(_screening(task))
     found["training"] = {key: value for key, value in found["training"].items() if key != "learning_rate"}
-    found["training"] |= own.training
     return found
 
 
@@ -148,8 +131,8 @@ def further_runs(number: int, asked: Sequence[Asked]) -> tuple[str, str]:
 def references(task: str, picks: Picks) -> tuple[str, str]:
     """Return name and text of the study that says what ranks can decide: the linear probe and LoRA r=8."""
     own, seeds = TASKS[task], SEEDS[:10]
-    probe, lora = (copy.deepcopy(_screened(own.screening)[one]) for one in ("linear_probe", "lora_r8"))
-    lora["training"] = {"learning_rate": picks.rates[own.screening, "lora_r8"]}
+    probe, lora = (copy.deepcopy(_screened(task)[one]) for one in ("linear_probe", "lora_r8"))
+    lora["training"] = {"learning_rate": picks.rates[task, "lora_r8"]}
     head = {
         "Asks": f"how much is there for ranks to decide? Stands beside frontier_{task}_*.yaml, on the same images.",
         "Images": own.images,
@@ -189,7 +172,7 @@ def _head(task: str, budget: int, picks: Picks) -> dict[str, str]:
         "Weights": _WEIGHTS,
         "Chosen": "on validation, with other seeds, by the rule of frontier_screening_*.yaml: the rules that score, "
         f"{best} before {', '.join(picks.rules[1:])}; {picks.kind} as the one kind of matrix; every rate, which is "
-        f"that at {screened} ranks in frontier_screening_{own.screening}.yaml.",
+        f"that at {screened} ranks in frontier_screening_{task}.yaml.",
         "Controls": f"random sites, first and last blocks have rank {_site_rank(budget)} until the budget is spent.",
         "Rule, before the data": f"test accuracy, paired by seed, every comparison with {best}_{budget}. Sentences: "
         f"{claims}. Each is shown where it is refuted that the experiment named is better: one-sided, t statistics "
@@ -205,7 +188,7 @@ def _head(task: str, budget: int, picks: Picks) -> dict[str, str]:
 
 
 def _steps(task: str) -> int:
-    return int(_screening(TASKS[task].screening)["training"]["steps"])
+    return int(_screening(task)["training"]["steps"])
 
 
 class _Dumper(yaml.SafeDumper):

@@ -22,7 +22,7 @@ from peft_vit.errors import UserError
 from peft_vit.studies import plan_study
 
 CONFIGS = frontier_configs.CONFIGS
-SCREENINGS = {task: load_study(CONFIGS / f"frontier_screening_{task}.yaml") for task in frontier.SCREENED}
+SCREENINGS = {task: load_study(CONFIGS / f"frontier_screening_{task}.yaml") for task in frontier_configs.TASKS}
 RATES = (1e-3, 3e-3, 1e-2)
 # Above `random`, in validation images of 300; what is not named has none more.
 LEADS = {"para": 9, "gradient": 7, "eva": 5, "spt": 3, "gora": 1, "value": 4, "fc1": 2, "last_blocks": 6}
@@ -136,19 +136,19 @@ def test_of_equal_rates_the_lower_loss_decides_though_thirds_are_rounded(rows: l
 
 def test_a_screening_that_is_not_whole_says_so_and_what_it_asks_for(rows: list[dict]) -> None:
     runs = frame(rows)
-    assert frontier.missing(runs) == {"digits": [], "elpv": []}
+    assert frontier.missing(runs) == {"digits": [], "fashion": []}
     assert {(one.method, one.rate) for one in frontier.ends(runs)} == {("gradient_9", 3e-2), ("para_36", 3e-4)}
     text = frontier.screening_text(runs)
-    assert "- ELPV: 224 runs, 0 of them failed; 0 missing." in text
+    assert "- Fashion-MNIST: 224 runs, 0 of them failed; 0 missing." in text
     para = "| `para` | +3.00 | +3.0 (0.003) | +3.0 (0.001) | +3.0 (0.003) | +3.0 (0.001) | yes |"
     assert para in text
     assert "| `gora` | +0.33 | +0.3 (0.003) | +0.3 (0.003) | +0.3 (0.003) | +0.3 (0.003) |  |" in text
     assert "digits `para_36` 0.001 and 0.003;" in text
     half = frontier.screening_text(frame(rows[:224]))
-    assert "- ELPV: 0 runs, 0 of them failed; 224 missing, such as linear_probe seed 220" in half
+    assert "- Fashion-MNIST: 0 runs, 0 of them failed; 224 missing, such as linear_probe seed 220" in half
     assert "| `para` | +3.00 | +3.0 (0.003) | +3.0 (0.001) | yes |" in half
-    part = frame([one for one in rows if (one["study"][19:], one["method"]) != ("elpv", "spt_36")])
-    assert len(frontier.missing(part)["elpv"]) == 6
+    part = frame([one for one in rows if (one["study"][19:], one["method"]) != ("fashion", "spt_36")])
+    assert len(frontier.missing(part)["fashion"]) == 6
     assert "6 missing, such as spt_36_lr_1e-3 seed 220" in frontier.screening_text(part)
     assert "| `spt` | +1.00 | +1.0 (0.003) | +1.0 (0.003) | +1.0 (0.003) | – |  |" in frontier.screening_text(part)
     with pytest.raises(UserError, match="6 runs or rates of the screening are missing"):
@@ -176,7 +176,7 @@ def test_what_goes_on_has_its_rate_chosen_again_with_four_seeds(rows: list[dict]
             one["validation_accuracy"] = 0.99 if one["learning_rate"] == 1e-3 else 0.5
     before, after = frontier.rates(frame(rows)), frontier.picks(frame(all_of_them)).rates
     changed = {key for key in before if before[key] != after[key]}
-    assert changed == {("digits", "even_9"), ("elpv", "even_9")}
+    assert changed == {("digits", "even_9"), ("fashion", "even_9")}
     assert after["digits", "even_9"] == 1e-3
     half = [one for one in all_of_them if one["seed"] != 225]
     assert frontier.rates(frame(half)) == before
@@ -195,7 +195,7 @@ def test_further_runs_are_written_as_configurations_that_load(rows: list[dict], 
     for one in done[len(rows) :]:
         one["study"] += "_2"
     frontier.write_further_runs(frame(done), tmp_path)
-    again = load_study(tmp_path / "frontier_screening_elpv_3.yaml")
+    again = load_study(tmp_path / "frontier_screening_fashion_3.yaml")
     assert again.seeds == (224, 225)
     assert len(again.experiments) == 2 * 17
     with pytest.raises(UserError, match="1 runs that were planned are missing"):
@@ -242,7 +242,7 @@ GO_ON = ["para", "gradient", "even", "random", "first_blocks", "last_blocks", "q
 
 
 @pytest.mark.parametrize(
-    ("task", "budget"), [*(("fashion", budget) for budget in frontier_configs.BUDGETS), ("digits", 18), ("elpv", 9)]
+    ("task", "budget"), [*(("fashion", budget) for budget in frontier_configs.BUDGETS), ("digits", 18)]
 )
 def test_a_study_loads_and_asks_for_what_was_chosen(studies: Path, task: str, budget: int) -> None:
     study = load_study(studies / f"frontier_{task}_{budget}.yaml")
@@ -254,7 +254,7 @@ def test_a_study_loads_and_asks_for_what_was_chosen(studies: Path, task: str, bu
     assert {one.name: one.training.learning_rate for one in study.experiments} == {
         f"{name}_{budget}": RATES[BEST.get(f"{name}_{9 if budget < 18 else 36}", 1)] for name in GO_ON
     }
-    data, images = study.data, {"elpv": (100, None, 600), "digits": (120, None, 400), "fashion": (None, 4, 1000)}
+    data, images = study.data, {"digits": (120, None, 400), "fashion": (None, 4, 1000)}
     assert (data.train_images, data.shots_per_class, data.test_images) == images[task]
     shape = describe(study.backbone, data.image_size)
     for one in study.experiments:  # the budget fits the sites, and the rule the images
@@ -264,7 +264,7 @@ def test_a_study_loads_and_asks_for_what_was_chosen(studies: Path, task: str, bu
 
 
 def test_a_study_says_before_its_data_what_it_claims(studies: Path) -> None:
-    assert len(list(studies.iterdir())) == 3 * (6 + 1)
+    assert len(list(studies.iterdir())) == 2 * (6 + 1)
     text = (studies / "frontier_digits_9.yaml").read_text()
     head = text.partition("\n\n")[0].splitlines()
     assert all(line.startswith("# ") for line in head)
@@ -345,8 +345,8 @@ def results() -> pd.DataFrame:
                 add(f"frontier_digits_{budget}", f"{name}_{budget}", seed, level, 900 * budget + seed)
     for name, points in POINTS.items():
         for seed in range(250, 254):
-            add("frontier_elpv_4", f"{name}_4", seed, points, 3600)
-    add("frontier_elpv_4", "even_4", 254, 0.0, 0, "failed")
+            add("frontier_fashion_4", f"{name}_4", seed, points, 3600)
+    add("frontier_fashion_4", "even_4", 254, 0.0, 0, "failed")
     for seed in range(250, 260):
         add("frontier_digits", "linear_probe", seed, 75, 0)
         add("frontier_digits", "lora_r8", seed, 90, 600_000)
@@ -365,12 +365,12 @@ def test_sentences_are_told_by_the_declared_looks(told) -> None:
     shown = {(one.task, one.budget, one.control): one.shown for one in found}
     assert shown == {
         (task, budget, control): task == "digits" and (budget, control) != (18, "random")
-        for task, budgets in (("elpv", (4,)), ("digits", (4, 9, 18)))
+        for task, budgets in (("fashion", (4,)), ("digits", (4, 9, 18)))
         for budget in budgets
         for control in ("random", "last_blocks", "even")
     }
     for one in found:
-        if one.task == "elpv":
+        if one.task == "fashion":
             assert (one.lead, one.state) == (None, "open")
             continue
         part = runs[runs.study == f"frontier_digits_{one.budget}"]
@@ -383,15 +383,15 @@ def test_sentences_are_told_by_the_declared_looks(told) -> None:
         assert one.accuracy == pytest.approx(wide[f"para_{one.budget}"].mean())
     text = frontier_figure.in_words(found)
     assert "digits: at 4 to 9 ranks (up to 8,354 trained values) `para` beats random sites" in text
-    assert "ELPV: that where ranks go matters is not shown at 4 of them" in text
+    assert "Fashion-MNIST: that where ranks go matters is not shown at 4 of them" in text
     assert frontier_figure.matters_up_to([one for one in found if one.budget != 4], "digits") is None
     lines = frontier_figure.sentence_table(found).splitlines()
     assert [line.split(" | ")[:3] for line in lines[2:6]] == [
-        ["| ELPV", "4", "`para`"],
         *(["| digits", str(budget), "`para`"] for budget in (4, 9, 18)),
+        ["| Fashion-MNIST", "4", "`para`"],
     ]
-    assert "not looked at yet" in lines[2]
-    assert lines[4].count("shown (decided)") == 3
+    assert "not looked at yet" in lines[5]
+    assert lines[3].count("shown (decided)") == 3
 
 
 def test_the_figure_shows_means_with_intervals_and_has_words_beside_it(told, tmp_path: Path) -> None:
@@ -400,23 +400,23 @@ def test_the_figure_shows_means_with_intervals_and_has_words_beside_it(told, tmp
     by = {(row["task"], row["which"], row["ranks"]): row for row in figure.data}
     assert set(by) == {
         *(("digits", which, budget) for which in ("rule", "even", "random", "last_blocks") for budget in (4, 9, 18)),
-        *(("elpv", which, 4) for which in ("rule", "even", "random", "last_blocks")),
+        *(("fashion", which, 4) for which in ("rule", "even", "random", "last_blocks")),
         ("digits", "linear_probe", None),
         ("digits", "lora_r8", None),
     }
     values = runs[
-        (runs.study == "frontier_elpv_4") & (runs.experiment == "even_4") & (runs.status == "done")
+        (runs.study == "frontier_fashion_4") & (runs.experiment == "even_4") & (runs.status == "done")
     ].test_accuracy
     low, high = scipy.stats.t.interval(0.95, len(values) - 1, values.mean(), values.sem())
-    row = by["elpv", "even", 4]
+    row = by["fashion", "even", 4]
     assert (row["low"], row["accuracy"], row["high"]) == pytest.approx((low, values.mean(), high))
     assert row["trained_values"] == 3600
-    for name in ("para", "even", "random sites", "last blocks", "linear probe", "LoRA r=8", "digits", "ELPV"):
+    for name in ("para", "even", "random sites", "last blocks", "linear probe", "LoRA r=8", "digits", "Fashion-MNIST"):
         assert f">{name}</text>" in figure.svg
     study_figures.write_figure(tmp_path / "frontier.svg", figure)
     assert study_figures.recorded_digest(tmp_path / "frontier.svg") == study_figures.digest(figure)
     (block,) = frontier.blocks(found).values()
-    assert "test accuracy against trained values. ELPV: para has " in block.partition("](../images/frontier.svg)")[0]
+    assert "test accuracy against trained values. digits: para has " in block.partition("](../images/frontier.svg)")[0]
 
 
 def test_commands(told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
