@@ -21,7 +21,7 @@ from peft_vit.records import RunRecord, read_records, write_atomically
 from peft_vit.statistics import mean_interval, spearman
 
 ROWS, DOCUMENT = RESULTS / "score_agreement.csv", ROOT / "docs" / "findings" / "adaptive_ranks.md"
-TITLES = {"score_agreement_digits": "digits", "score_agreement_elpv": "ELPV"}
+TITLES = {"score_agreement_digits": "digits", "score_agreement_fashion": "Fashion-MNIST"}
 WORTH = "lora_r8"  # whose sites are left out in turn
 HEADS = ("probe", "random")
 

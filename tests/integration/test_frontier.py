@@ -15,6 +15,7 @@ import planted
 import pytest
 import scipy
 import study_figures
+from evidence import filled
 
 from peft_vit.backbones import describe
 from peft_vit.config import MATRICES, load_study
@@ -440,3 +441,14 @@ def test_commands(told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         with pytest.raises(SystemExit) as ended:
             frontier.main(arguments)
         assert ended.value.code == 2
+
+
+def test_the_document_holds_what_the_files_say() -> None:
+    text = frontier.DOCUMENT.read_text(encoding="utf-8")
+    made = {"frontier_length": frontier.length_text(frontier.read(frontier.LENGTH_ROWS, frontier._OF_LENGTH))}
+    if frontier.SCREENING_ROWS.exists():
+        made["frontier_screening"] = frontier.screening_text(
+            frontier.read(frontier.SCREENING_ROWS, frontier._OF_SCREENING)
+        )
+    assert all(f"<!-- {name} -->" in text for name in made)
+    assert filled(text, made) == text
