@@ -26,7 +26,8 @@ Rules that share in proportion (whole ranks by largest remainder):
 
 Controls, which read nothing:
 
-    even                       ranks as equal as they can be; what is left goes to sites at equal distances
+    even                       ranks as equal as they can be; what is left goes to sites at equal distances, one kind of
+                               matrix after the other, so to every kind and over all depths
     random                     sites in an order drawn from the run's seed: `site_rank` each until the budget is spent
     first_blocks, last_blocks  likewise from the first block on, or from the last block backwards
 
@@ -140,7 +141,9 @@ def _by_scores(config: StartingRanksConfig, sites: Sequence[Site], by_rank: Mapp
 def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -> Ints:
     costs, largest = _costs(config, sites), _largest(sites)
     if config.rule == "even":
-        return _even(config.budget, costs, largest)
+        kinds = list(dict.fromkeys(site.kind for site in sites))
+        by_kind = sorted(range(len(sites)), key=lambda place: kinds.index(sites[place].kind))  # stable: by depth
+        return _even(config.budget, by_kind, costs, largest)
     order = list(range(len(sites)))
     if config.rule == "random":
         order = torch.randperm(len(sites), generator=torch_generator(seed, "starting_ranks")).tolist()
@@ -152,9 +155,9 @@ def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -
     return ranks
 
 
-def _even(budget: int, costs: Ints, largest: Ints) -> Ints:
+def _even(budget: int, order: Sequence[int], costs: Ints, largest: Ints) -> Ints:
     ranks = np.minimum(largest, budget // int(costs.sum()))
-    roomy = np.flatnonzero(ranks < largest)
+    roomy = np.array([site for site in order if ranks[site] < largest[site]], dtype=np.int64)
     left = budget - int(costs @ ranks)
     for count in range(len(roomy), 0, -1):  # as many as fit, at equal distances
         spaced = roomy[(2 * np.arange(count) + 1) * len(roomy) // (2 * count)]

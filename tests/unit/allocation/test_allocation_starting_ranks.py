@@ -215,12 +215,23 @@ def test_controls_keep_the_budget_and_follow_the_seed(settings, blocks, each, se
             )
         else:
             assert max(ranks) - min(ranks) <= 1
-            more = np.flatnonzero(np.array(ranks) == max(ranks))
+            by_kind = sorted(range(len(sites)), key=lambda place: (sites[place].kind, sites[place].layer))
+            more = np.flatnonzero(np.array(ranks)[by_kind] == max(ranks))
             assert len(set(np.diff(more).tolist())) <= 2  # at equal distances, as far as whole numbers go
             assert np.ptp(np.diff(more)) <= 1 if len(more) > 2 else True
         if settings["rule"] == "last_blocks":
             layers = [one.layer for one, rank in zip(sites, ranks, strict=True) if rank == 0]
             assert all(one.layer >= max(layers) for one, rank in zip(sites, ranks, strict=True) if rank and layers)
+
+
+@pytest.mark.parametrize("budget", [3, 6, 9, 18])
+def test_few_even_ranks_go_to_every_kind_of_matrix_and_over_all_depths(budget: int) -> None:
+    sites = [site(place, False) for place in range(36)]
+    config = StartingRanksConfig(rule="even", budget=budget)
+    ranks, _ = choose_starting_ranks(torch.nn.Identity(), sites, config, seed=0)
+    layers = {kind: [one.layer for one in sites if one.kind == kind and ranks[one.name]] for kind in ("k0", "k1", "k2")}
+    assert [len(of_kind) for of_kind in layers.values()] == [budget // 3] * 3
+    assert {max(of_kind) - min(of_kind) >= 12 - 2 * 36 // budget for of_kind in layers.values()} == {True}
 
 
 def test_random_sites_are_new_ones_each_seed_and_each_as_likely() -> None:
