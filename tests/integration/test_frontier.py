@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,18 @@ def whole() -> list[dict]:
 
 
 def followed(rows: list[dict]) -> list[dict]:
-    """Return the rows with all further runs that the rule asks for, which change nothing."""
+    """Return the rows with all further runs that the rule asks for; rates stay as they were, at 288 the middle one."""
     beyond = [
-        row(task, name, rate, seed, 100)
+        row(task, name, rate, seed, 100) | {"study": f"frontier_screening_{task}_2"}
         for task in SCREENINGS
         for name, rate in (("gradient_9", 3e-2), ("para_36", 3e-4))
         for seed in (220, 221)
     ]
-    more = [row(one["task"], one["method"], one["rate"], seed, 150) for one in asked_again(rows) for seed in (224, 225)]
+    more = [
+        row(one["task"], one["method"], one["rate"], seed, 150 - 5 * abs(RATES.index(one["rate"]) - 1))
+        for one in asked_again(rows)
+        for seed in one["seeds"]
+    ]
     return [*rows, *beyond, *more]
 
 
@@ -122,7 +127,7 @@ def test_gains_and_rates_are_those_of_independent_arithmetic(rows: list[dict]) -
             assert gains[task, int(budget)][rule] == pytest.approx(points, abs=1e-3)
     means = gains.mean(axis=1)
     rules, kind = frontier.goes_on(runs)
-    assert list(rules) == sorted(frontier.SCORING, key=lambda rule: -means[rule])[:2]
+    assert list(rules) == sorted(frontier.SCORING, key=lambda rule: -means[rule])[:3]
     assert kind == max(MATRICES, key=lambda name: means[name])
 
 
@@ -168,8 +173,11 @@ def test_half_decades(rate: float, up: bool, following: float) -> None:
 
 def test_what_goes_on_has_its_rate_chosen_again_with_four_seeds(rows: list[dict]) -> None:
     again = asked_again(rows)
-    on = {"para", "gradient", "value", "even", "random", "first_blocks", "last_blocks", "query_value"}
-    assert {one["method"] for one in again} == {f"{rule}_{k}" for rule in on for k in (9, 36)} | {"lora_r8"}
+    on = {"para", "gradient", "eva", "value", "even", "random", "first_blocks", "last_blocks", "query_value"}
+    assert {one["method"] for one in again} == {f"{rule}_{k}" for rule in on for k in (9, 36, 288)} | {"lora_r8"}
+    assert {one["seeds"] for one in again if one["method"].endswith("_288")} == {(220, 221)}
+    assert {one["seeds"] for one in again if not one["method"].endswith("_288")} == {(224, 225)}
+    assert [one["rate"] for one in again if (one["task"], one["method"]) == ("digits", "eva_288")] == list(RATES)
     assert [one["rate"] for one in again if (one["task"], one["method"]) == ("digits", "gradient_9")] == [1e-2, 3e-3]
     all_of_them = followed(rows)
     for one in all_of_them:  # the second best leads with the further seeds
@@ -177,10 +185,12 @@ def test_what_goes_on_has_its_rate_chosen_again_with_four_seeds(rows: list[dict]
             one["validation_accuracy"] = 0.99 if one["learning_rate"] == 1e-3 else 0.5
     before, after = frontier.rates(frame(rows)), frontier.picks(frame(all_of_them)).rates
     changed = {key for key in before if before[key] != after[key]}
+    assert frontier.goes_on(frame(all_of_them))[0] == ("para", "gradient", "eva")
+    assert frontier.picks(frame(all_of_them)).rules == ("para", "eva")  # gradient has no lead with the further seeds
     assert changed == {("digits", "even_9"), ("fashion", "even_9")}
     assert after["digits", "even_9"] == 1e-3
     half = [one for one in all_of_them if one["seed"] != 225]
-    assert frontier.rates(frame(half)) == before
+    assert {key: frontier.rates(frame(half))[key] for key in before} == before
 
 
 def test_further_runs_are_written_as_configurations_that_load(rows: list[dict], tmp_path: Path) -> None:
@@ -193,12 +203,14 @@ def test_further_runs_are_written_as_configurations_that_load(rows: list[dict], 
     gradient, same = study.experiments[0], next(one for one in first.experiments if one.name == "gradient_9_lr_1e-2")
     assert gradient.model_dump(exclude={"name", "training"}) == same.model_dump(exclude={"name", "training"})
     done = followed(rows)[: len(rows) + 8]
-    for one in done[len(rows) :]:
-        one["study"] += "_2"
     frontier.write_further_runs(frame(done), tmp_path)
+    many = load_study(tmp_path / "frontier_screening_fashion_4.yaml")
+    assert many.seeds == (220, 221)
+    assert {one.name.partition("_lr_")[0].rpartition("_")[2] for one in many.experiments} == {"288"}
+    assert len(many.experiments) == 3 * 9
     again = load_study(tmp_path / "frontier_screening_fashion_3.yaml")
     assert again.seeds == (224, 225)
-    assert len(again.experiments) == 2 * 17
+    assert len(again.experiments) == 2 * 19
     with pytest.raises(UserError, match="1 runs that were planned are missing"):
         frontier.write_further_runs(frame(done[:-1]), tmp_path)
 
@@ -239,7 +251,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-GO_ON = ["para", "gradient", "even", "random", "first_blocks", "last_blocks", "query_value", "value"]
+GO_ON = ["para", "eva", "even", "random", "first_blocks", "last_blocks", "query_value", "value"]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +265,7 @@ def test_a_study_loads_and_asks_for_what_was_chosen(studies: Path, task: str, bu
     assert study.seeds == tuple(range(250, 280))
     assert {(one.training.total_steps(100), one.training.head_start) for one in study.experiments} == {(160, "probe")}
     assert {one.name: one.training.learning_rate for one in study.experiments} == {
-        f"{name}_{budget}": RATES[BEST.get(f"{name}_{9 if budget < 18 else 36}", 1)] for name in GO_ON
+        f"{name}_{budget}": RATES[BEST.get(f"{name}_{frontier_configs.RATE_BUDGETS[budget]}", 1)] for name in GO_ON
     }
     data, images = study.data, {"digits": (120, None, 400), "fashion": (None, 4, 1000)}
     assert (data.train_images, data.shots_per_class, data.test_images) == images[task]
@@ -349,8 +361,9 @@ def results() -> pd.DataFrame:
             add("frontier_fashion_4", f"{name}_4", seed, points, 3600)
     add("frontier_fashion_4", "even_4", 254, 0.0, 0, "failed")
     for seed in range(250, 260):
-        add("frontier_digits", "linear_probe", seed, 75, 0)
-        add("frontier_digits", "lora_r8", seed, 90, 600_000)
+        for task in ("digits", "fashion"):
+            add(f"frontier_{task}", "linear_probe", seed, 75, 0)
+            add(f"frontier_{task}", "lora_r8", seed, 90, 600_000)
     return pd.DataFrame(rows)
 
 
@@ -382,17 +395,67 @@ def test_sentences_are_told_by_the_declared_looks(told) -> None:
         assert one.lead.low < one.lead.estimate < one.lead.high
         assert (one.lead.low > 0) == one.shown
         assert one.accuracy == pytest.approx(wide[f"para_{one.budget}"].mean())
-    text = frontier_figure.in_words(found)
-    assert "digits: at 4 to 9 ranks (up to 8,354 trained values) `para` beats random sites" in text
-    assert "Fashion-MNIST: that where ranks go matters is not shown at 4 of them" in text
-    assert frontier_figure.matters_up_to([one for one in found if one.budget != 4], "digits") is None
+    text = frontier_figure.in_words(found, runs)
+    assert "digits: at 4, 9 ranks (up to 8,354 trained values) `para` beats random sites" in text
+    assert "Fashion-MNIST: that where ranks go matters is not shown at 9: nothing is claimed." in text
+    few = runs.assign(test_accuracy=runs.test_accuracy.mask(runs.experiment == "lora_r8", 0.77))
+    assert "Fashion-MNIST decides nothing: LoRA r=8 is +2.0 points" in frontier_figure.in_words(found, few)
     lines = frontier_figure.sentence_table(found).splitlines()
     assert [line.split(" | ")[:3] for line in lines[2:6]] == [
         *(["| digits", str(budget), "`para`"] for budget in (4, 9, 18)),
         ["| Fashion-MNIST", "4", "`para`"],
     ]
+    assert ", shown (decided); 8,354 values" in lines[3]
     assert "not looked at yet" in lines[5]
     assert lines[3].count("shown (decided)") == 3
+
+
+def test_a_budget_is_shown_only_if_those_before_it_are_and_what_comes_after_describes(
+    told, tmp_path: Path, studies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, found = told
+    assert frontier_figure.not_shown(found, "digits") is None
+    found = [replace(one, state="at the last look") if (one.budget, one.shown) == (18, False) else one for one in found]
+    assert frontier_figure.not_shown(found, "digits") == 18
+    assert frontier_figure.not_shown(found, "digits", before=18) is None
+    assert frontier_figure.not_shown(found, "fashion") is None  # its comparisons are open
+    level = runs.assign(
+        test_accuracy=runs.test_accuracy.mask((runs.experiment == "para_9") & (runs.task == "digits"), 0.82)
+    )
+    after = frontier_figure.sentences(level)
+    assert not any(one.shown for one in after if one.task == "digits" and one.budget in (4, 18))
+    monkeypatch.setattr(frontier_configs, "CONFIGS", CONFIGS)
+    frontier.write_studies(frontier.picks(frame(followed(whole()))), tmp_path, found)
+    described = {file.stem for file in tmp_path.iterdir() if load_study(file).stopping is None}
+    assert described == {
+        "frontier_digits",
+        "frontier_fashion",
+        *(f"frontier_digits_{budget}" for budget in (36, 72, 288)),
+    }
+    for budget in (4, 9, 18):  # as they were declared
+        name = f"frontier_digits_{budget}.yaml"
+        assert (tmp_path / name).read_text() == (studies / name).read_text()
+    assert load_study(tmp_path / "frontier_digits_36.yaml").seeds == tuple(range(250, 255))
+    monkeypatch.setattr(frontier_configs, "CONFIGS", tmp_path)
+    more = [
+        {"study": "frontier_digits_36", "experiment": f"{name}_36", "seed": seed, "status": "done", "task": "digits"}
+        | {"test_accuracy": (points + seed % 3) / 100, "adapter_values": 30_000}
+        for name, points in POINTS.items()
+        for seed in range(250, 255)
+    ]
+    of_budget = [one for one in frontier_figure.sentences(pd.concat([runs, pd.DataFrame(more)])) if one.budget == 36]
+    assert [one.state for one in of_budget] == ["not tested"] * 3
+    assert [one.shown for one in of_budget] == [False] * 3
+    assert [one.lead.estimate for one in of_budget] == pytest.approx([0.05, 0.04, 0.03])
+
+
+def test_points_of_a_budget_are_over_the_same_seeds(told) -> None:
+    runs, _ = told
+    part = runs[(runs.experiment != "even_9") | (runs.seed < 255)]  # its comparison was decided early
+    rows = frontier_figure.means(part, {"digits": "para", "fashion": "para"})
+    of_nine = [row for row in rows if (row["task"], row["ranks"]) == ("digits", 9)]
+    assert {row["seeds"] for row in of_nine} == {5}
+    assert {row["seeds"] for row in rows if (row["task"], row["ranks"]) == ("digits", 4)} == {10}
 
 
 def test_the_figure_shows_means_with_intervals_and_has_words_beside_it(told, tmp_path: Path) -> None:
@@ -402,8 +465,7 @@ def test_the_figure_shows_means_with_intervals_and_has_words_beside_it(told, tmp
     assert set(by) == {
         *(("digits", which, budget) for which in ("rule", "even", "random", "last_blocks") for budget in (4, 9, 18)),
         *(("fashion", which, 4) for which in ("rule", "even", "random", "last_blocks")),
-        ("digits", "linear_probe", None),
-        ("digits", "lora_r8", None),
+        *((task, end, None) for task in ("digits", "fashion") for end in ("linear_probe", "lora_r8")),
     }
     values = runs[
         (runs.study == "frontier_fashion_4") & (runs.experiment == "even_4") & (runs.status == "done")
@@ -416,7 +478,7 @@ def test_the_figure_shows_means_with_intervals_and_has_words_beside_it(told, tmp
         assert f">{name}</text>" in figure.svg
     study_figures.write_figure(tmp_path / "frontier.svg", figure)
     assert study_figures.recorded_digest(tmp_path / "frontier.svg") == study_figures.digest(figure)
-    (block,) = frontier.blocks(found).values()
+    (block,) = frontier.blocks(found, runs).values()
     assert "test accuracy against trained values. digits: para has " in block.partition("](../images/frontier.svg)")[0]
 
 
