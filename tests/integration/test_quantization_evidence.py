@@ -235,7 +235,7 @@ def test_few_bits_are_tested_one_sided_and_exactly_as_their_header_says() -> Non
         p_value = stats.wilcoxon(differences + margin, alternative="greater", method="exact").pvalue
         expected[candidate] = differences.mean(), p_value
     lines = {
-        line.split("`")[1]: line.split("|") for line in evidence.low_bits(data).splitlines() if ", against `" in line
+        line.split("`")[1]: line.split("|") for line in evidence.few_bits(data).splitlines() if ", against `" in line
     }
     assert list(lines) == list(expected)
     order = sorted(expected, key=lambda name: expected[name][1])
@@ -248,7 +248,16 @@ def test_few_bits_are_tested_one_sided_and_exactly_as_their_header_says() -> Non
         if name == order[0]:
             assert corrected == evidence.p(5 * p_value)
         assert verdict == ("supported" if name in ("int3_gptq", "int2_gptq") else "not shown")
-    assert "failed, counted as the majority class" in evidence.low_bits(data)
+    assert "failed, counted as the majority class" in evidence.few_bits(data)
+    only = evidence.few_bits(data, (evidence.Few("int3_gptq", "int4", "loses less than a point"),), 0.0005)
+    assert only.splitlines()[2].split("|")[3].strip() == only.splitlines()[2].split("|")[4].strip()  # one test
+    assert "not shown" in only  # at another level
+
+
+def test_the_registered_comparisons_are_those_of_the_configurations() -> None:
+    for study, claims in (("low_bits", evidence.FEW_BITS), ("low_bits_again", evidence.FEW_BITS_AGAIN)):
+        names = {one.name for one in load_study(CONFIGS / f"{study}.yaml").experiments}
+        assert {name for one in claims for name in (one.candidate, one.reference)} == names
 
 
 def pilot_runs(level: dict[float, float], ratio: float = 0.26) -> pd.DataFrame:
