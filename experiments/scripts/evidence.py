@@ -61,6 +61,36 @@ def row_of(record: RunRecord, columns: Columns) -> dict[str, object]:
     }
 
 
+def with_runs(
+    folder: Path,
+    file: Path,
+    studies: re.Pattern[str],
+    row: Callable[[RunRecord], dict[str, object]],
+    *,
+    finished: bool = False,
+) -> str:
+    """Return a table's CSV text with the runs below a directory, one row a run; a run done anew replaces its old row.
+
+    Args:
+        folder: holds the records.
+        file: the table, which need not be there.
+        studies: the names of those whose runs may stand in it.
+        row: what is kept of a run.
+        finished: refuse a run that failed.
+
+    Raises:
+        UserError: if there are no runs, or some of a smoke, of another study, or unfinished where they have to be done.
+    """
+    records = list(read_records(folder))
+    foreign = any(one.spec.smoke or not studies.fullmatch(one.spec.study) for one in records)
+    if not records or foreign or (finished and any(one.status != "done" for one in records)):
+        name, several, _ = studies.pattern.partition("(")
+        said = f"{name}{'*' if several else ''}{', all of them done,' if finished else ','}"
+        raise UserError(f"expected real runs of {said} and no others; name their directory", file=folder)
+    present = file.read_text(encoding="utf-8") if file.exists() else None
+    return merge(present, pd.DataFrame([row(record) for record in records]))
+
+
 def condense(results_dir: Path, columns: Columns) -> None:
     """Put the runs below a directory into results/<study>.csv, one row a run; a run done anew replaces its old row.
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import evidence
 import frontier_configs as configs
 import pandas as pd
-from evidence import RESULTS, ROOT, merge, table
+from evidence import RESULTS, ROOT, table, with_runs
 from frontier_configs import CONTROLS, TASKS, Asked, Picks
 from frontier_figure import Sentence, drawing, in_words, not_shown, sentence_table, sentences, text_alternative
 from study_evidence import chosen_rates, method_of, pilot_row, rate_means
@@ -36,7 +36,7 @@ from study_tables import pilot_table
 from peft_vit import cli
 from peft_vit.config import MATRICES, load_study
 from peft_vit.errors import UserError
-from peft_vit.records import RunRecord, read_records, write_atomically
+from peft_vit.records import RunRecord, write_atomically
 
 SCORING = ("eva", "gradient", "spt", "gora", "stable_rank", "para", "over_untrained")
 SEEDS = (220, 221, 224, 225)  # the first two screen; all of them choose a rate among the best two
@@ -47,7 +47,6 @@ LENGTH_ROWS = RESULTS / "frontier_length.csv"
 _PILOTED = {"elpv": "ELPV", **{task: own.title for task, own in TASKS.items()}}  # ELPV has nothing for ranks to decide
 _OF_LENGTH = re.compile(rf"frontier_length_({'|'.join(_PILOTED)})")
 _OF_STUDY = re.compile(rf"frontier_({'|'.join(TASKS)})(?:_(\d+))?")
-_MANY = 288  # ranks: 8 a site that gets some, so rates are chosen anew
 _OF_SITES = re.compile(r"(.+)_(\d+)")  # eva_9, not lora_r8
 
 
@@ -55,17 +54,12 @@ _OF_SITES = re.compile(r"(.+)_(\d+)")  # eva_9, not lora_r8
 
 
 def keep(folder: Path, file: Path, of: re.Pattern[str], row: Callable[[RunRecord], dict[str, object]]) -> None:
-    """Put the runs below a directory into a file of results/, one row a run; a run done anew replaces its old row.
+    """Put the runs below a directory into a file of results/.
 
     Raises:
-        UserError: if there are none, or some of a smoke or of another study.
+        UserError: as `with_runs`, or if a seed has other images than it has in the file.
     """
-    records = list(read_records(folder))
-    if not records or any(one.spec.smoke or not of.fullmatch(one.spec.study) for one in records):
-        studies = of.pattern.partition("(")[0]
-        raise UserError(f"expected real runs of {studies}*, and no others; name their directory", file=folder)
-    present = file.read_text(encoding="utf-8") if file.exists() else None
-    text = merge(present, pd.DataFrame([row(record) for record in records]))
+    text = with_runs(folder, file, of, row)
     kept = _with_task(pd.read_csv(io.StringIO(text)), of)
     if "split" in kept and kept.groupby(["task", "seed"]).split.nunique().max() > 1:
         raise UserError("runs of one seed have other images than runs of that seed that are kept", file=folder)
@@ -184,10 +178,11 @@ def gains(runs: pd.DataFrame, chosen: Mapping[tuple[str, str], float] | None = N
     for task, part in _first(runs):
         of_task = part if chosen is None else runs[(runs.task == task) & runs.seed.isin(SEEDS)]
         means = rate_means(of_task).set_index(["method", "learning_rate"]).validation_accuracy
+        best = chosen_rates(part)
         for method in dict.fromkeys(part.method):
             said = _OF_SITES.fullmatch(method)
             if said is not None and int(said[2]) in configs.SCREENED_BUDGETS:
-                rate = chosen_rates(part)[method] if chosen is None else chosen[task, method]
+                rate = best[method] if chosen is None else chosen[task, method]
                 found.setdefault((task, int(said[2])), {})[said[1]] = 100 * means[method, rate]
     accuracy = pd.DataFrame(found).reindex([*SCORING, *CONTROLS, *MATRICES])
     return accuracy - accuracy.loc["random"]
@@ -270,8 +265,9 @@ def again(runs: pd.DataFrame) -> list[Asked]:
             for name, rate in two.items()
             if name in ("lora_r8", *names)
         ]
+        many = configs.RATE_BUDGETS[max(configs.BUDGETS)]  # 8 a site that gets some, so rates are chosen anew
         tried = sorted(part[part.study == f"frontier_screening_{task}"].learning_rate.dropna().unique())
-        wanted += [Asked(task, f"{rule}_{_MANY}", float(rate), SEEDS[:2]) for rule in on for rate in tried]
+        wanted += [Asked(task, f"{rule}_{many}", float(rate), SEEDS[:2]) for rule in on for rate in tried]
         found += [one for one in wanted if any((task, one.method, one.rate, seed) not in there for seed in one.seeds)]
     return found
 

@@ -9,16 +9,16 @@ table is made anew. A run's best validation is partly luck, so the accuracy at i
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import evidence
 import pandas as pd
-from evidence import RESULTS, ROOT, merge
+from evidence import RESULTS, ROOT, with_runs
 
-from peft_vit.errors import UserError
-from peft_vit.records import RunRecord, read_records, write_atomically
+from peft_vit.records import RunRecord, write_atomically
 
 STUDY = "length_elpv"
 ROWS, DOCUMENT = RESULTS / f"{STUDY}.csv", ROOT / "docs" / "findings" / "studies.md"
@@ -31,10 +31,7 @@ def keep(folder: Path) -> None:
     Raises:
         UserError: if a run is of another study, of a smoke, or did not end.
     """
-    records = list(read_records(folder))
-    if not records or any(r.spec.study != STUDY or r.spec.smoke or r.status != "done" for r in records):
-        raise UserError(f"expected runs of {STUDY}, all of them done; run its configuration to the end", file=folder)
-    write_atomically(ROWS, merge(None, pd.DataFrame([_row(record) for record in records])).encode())
+    write_atomically(ROWS, with_runs(folder, ROWS, re.compile(STUDY), _row, finished=True).encode())
 
 
 def _row(record: RunRecord) -> dict[str, object]:

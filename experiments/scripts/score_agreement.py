@@ -8,20 +8,21 @@ in results/score_agreement.csv, a column a site. Then the table in docs/findings
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
-from evidence import KEY, RESULTS, ROOT, interval, merge, origin, run, table
+from evidence import KEY, RESULTS, ROOT, interval, origin, run, table, with_runs
 
-from peft_vit.errors import UserError
-from peft_vit.records import RunRecord, read_records, write_atomically
+from peft_vit.records import RunRecord, write_atomically
 from peft_vit.statistics import mean_interval, spearman
 
 ROWS, DOCUMENT = RESULTS / "score_agreement.csv", ROOT / "docs" / "findings" / "adaptive_ranks.md"
 TITLES = {"score_agreement_digits": "digits", "score_agreement_fashion": "Fashion-MNIST"}
+STUDIES = re.compile("score_agreement_(digits|fashion)")
 WORTH = "lora_r8"  # whose sites are left out in turn
 HEADS = ("probe", "random")
 
@@ -32,11 +33,7 @@ def keep(folder: Path) -> None:
     Raises:
         UserError: if a run is of another study, of a smoke, or did not end.
     """
-    records = list(read_records(folder))
-    if not records or any(r.spec.study not in TITLES or r.spec.smoke or r.status != "done" for r in records):
-        raise UserError(f"expected runs of {' and '.join(TITLES)}, all of them done; run them to the end", file=folder)
-    present = ROWS.read_text(encoding="utf-8") if ROWS.exists() else None
-    write_atomically(ROWS, merge(present, pd.DataFrame([row(record) for record in records])).encode())
+    write_atomically(ROWS, with_runs(folder, ROWS, STUDIES, row, finished=True).encode())
 
 
 def row(record: RunRecord) -> dict[str, object]:

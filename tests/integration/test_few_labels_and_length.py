@@ -72,5 +72,5 @@ def test_length_holds_the_runs_that_its_configuration_asks_for_and_no_test_accur
 
 
 def test_runs_of_another_study_are_not_kept(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected runs of length_elpv"):
+    with pytest.raises(UserError, match="expected real runs of length_elpv, all of them done"):
         length.keep(planted.write(tmp_path, planted.quickstart()))
