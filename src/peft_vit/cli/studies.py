@@ -175,7 +175,12 @@ def train(
         int | None, typer.Option(min=1, help="of each matrix, for lora, peft_lora, qa_lora; default 8")
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(min=1, help="ranks over all matrices, for adalora, qa_adalora; default 4 a matrix")
+        int | None,
+        typer.Option(
+            min=1,
+            help="ranks over all matrices, for adalora and qa_adalora, default 4 a matrix; for lora in place "
+            "of --rank, as few as 1",
+        ),
     ] = None,
     head_start: Annotated[
         Literal["probe", "random"] | None,

@@ -253,5 +253,5 @@ ADALORA = Method(
     shorten=_shorten,
     defaults=defaults,
     learning_rate=5e-4,
-    size_option="budget",
+    size_options=("budget",),
 )

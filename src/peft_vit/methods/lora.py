@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft_vit.config import ExperimentConfig
     from peft_vit.training import Hook
 
-DEFAULT_RANK = 8  # of `peft-vit train`
+DEFAULT_RANK, RULE_OF_A_BUDGET = 8, "even"  # of `peft-vit train`
 
 
 class LoraConfig(AdapterConfig):
@@ -90,6 +90,8 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
 
 
 def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
+    if wishes.budget is not None:
+        return {"lora": {"ranks": {"rule": RULE_OF_A_BUDGET, "budget": wishes.budget}}}
     return {"lora": {"rank": wishes.rank or DEFAULT_RANK}}
 
 
@@ -103,5 +105,5 @@ LORA = Method(
     check=_check,
     defaults=_defaults,
     learning_rate=5e-4,
-    size_option="rank",
+    size_options=("rank", "budget"),
 )

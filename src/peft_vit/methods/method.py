@@ -101,7 +101,7 @@ class Method:
         defaults: the sections that `peft-vit train` takes.
         learning_rate: that `peft-vit train` takes: at the plateau, from the probe's head on, about half of what pilots
             chose as the peak of one cycle.
-        size_option: of `peft-vit train`, by which ranks are asked for.
+        size_options: of `peft-vit train`, by which ranks are asked for; one of them.
         forward_passes: that a step takes as long as: the weights, for its input, for their own gradients.
         bytes_per_weight: of the backbone's weights, gradients and moments; None: frozen, and as the precision has it.
         uses_peft: whether the PEFT library has to be there.
@@ -119,7 +119,7 @@ class Method:
     shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = _no_schedule
     defaults: Callable[[Wishes], dict[str, dict[str, Any]]] = _no_sections
     learning_rate: float = 1e-3
-    size_option: Literal["rank", "budget"] | None = None
+    size_options: tuple[Literal["rank", "budget"], ...] = ()
     forward_passes: float = 2.0
     bytes_per_weight: int | None = None
     uses_peft: bool = False

@@ -93,7 +93,7 @@ PEFT_LORA = Method(
     check=_check_lora,
     defaults=_lora_defaults,
     learning_rate=5e-4,
-    size_option="rank",
+    size_options=("rank",),
     forward_passes=2 * _LORA_OVER_OURS,
     uses_peft=True,
 )
@@ -192,7 +192,7 @@ PEFT = Method(
     check=_check,
     defaults=lambda wishes: {"peft": {"type": "dora", "r": wishes.rank or DEFAULT_RANK}},
     learning_rate=5e-4,
-    size_option="rank",
+    size_options=("rank",),
     forward_passes=2 * _LORA_OVER_OURS,
     uses_peft=True,
 )

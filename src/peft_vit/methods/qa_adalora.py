@@ -72,6 +72,6 @@ QA_ADALORA = Method(
     check=_check,
     shorten=_shorten,
     defaults=_defaults,
-    size_option="budget",
+    size_options=("budget",),
     why_not_peft=("its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model"),
 )

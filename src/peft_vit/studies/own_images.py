@@ -129,14 +129,15 @@ def _check(asked: OwnImages) -> None:
         if asked.method != "lora":
             problem = f"goes on training LoRA, and the method is {asked.method}; give --method lora, or leave it out"
             raise UserError(problem, field="--init-adapter")
-        for option, own in (("--rank", asked.rank), ("--head-start", asked.head_start)):
+        given = {"--rank": asked.rank, "--budget": asked.budget, "--head-start": asked.head_start}
+        for option, own in given.items():
             if own is not None:
                 raise UserError("is the adapter's own with --init-adapter; leave one of the two out", field=option)
     steps = not asked.is_probe
-    size = METHODS[asked.method].size_option
+    sizes = METHODS[asked.method].size_options
     for option, value, acts, remedy in (
-        ("--rank", asked.rank, size == "rank", "leave it out; adaptive ranks have --budget"),
-        ("--budget", asked.budget, size == "budget", "leave it out; fixed ranks have --rank"),
+        ("--rank", asked.rank, "rank" in sizes, "leave it out; adaptive ranks have --budget"),
+        ("--budget", asked.budget, "budget" in sizes, "leave it out; fixed ranks have --rank"),
         ("--steps", asked.steps, steps, "leave it out"),
         ("--epochs", asked.epochs, steps, "leave it out"),
         ("--learning-rate", asked.learning_rate, steps, "leave it out"),
@@ -147,6 +148,8 @@ def _check(asked: OwnImages) -> None:
     ):
         if value is not None and not acts:
             raise UserError(f"has no effect with --method {asked.method}; {remedy}", field=option)
+    if asked.rank is not None and asked.budget is not None:
+        raise UserError("excludes --budget; give one of them", field="--rank")
     if asked.steps is not None and asked.epochs is not None:
         raise UserError("excludes --epochs; give one of them", field="--steps")
     fault = micro_batch_fault(asked.micro_batch_size, asked.batch_size)

@@ -11,6 +11,7 @@ from peft_vit.backbones import describe
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
+from peft_vit.methods.lora import RULE_OF_A_BUDGET
 from peft_vit.studies import own_images
 from peft_vit.studies.own_images import OwnImages, study_of
 
@@ -110,6 +111,8 @@ def test_options_reach_the_study(asked) -> None:
     training = experiment.training
     assert (training.batch_size, training.steps, training.head_start, training.learning_rate) == (4, 50, "random", 0.5)
     assert study_of(asked("adalora", budget=17))[0].experiments[0].adalora.total_rank_budget == 17
+    ranks = study_of(asked(budget=5))[0].experiments[0].lora.ranks
+    assert (ranks.rule, ranks.budget) == (RULE_OF_A_BUDGET, 5)
     assert study_of(asked("qa_lora", rank=1))[0].experiments[0].qa_lora.rank == 1
     epochs = training_of(asked(epochs=4))
     assert (epochs.epochs, epochs.steps, epochs.patience, epochs.schedule) == (4, None, None, "one_cycle")
@@ -119,7 +122,7 @@ def test_options_reach_the_study(asked) -> None:
     ("method", "option", "value"),
     [
         *((method, "rank", 4) for method in ("linear", "qa_linear", "full", "adalora", "peft_adalora", "qa_adalora")),
-        *((method, "budget", 9) for method in ("linear", "qa_linear", "full", "lora", "qa_lora", "peft_adalora")),
+        *((method, "budget", 9) for method in ("linear", "qa_linear", "full", "qa_lora", "peft_adalora")),
         *(("linear", option, 3) for option in ("steps", "epochs", "learning_rate")),
         ("qa_linear", "steps", 3),
         ("linear", "head_start", "probe"),
@@ -135,10 +138,16 @@ def test_an_option_without_effect_is_refused(asked, method, option, value) -> No
         study_of(asked(method, **{option: value}))
 
 
-def test_a_rank_has_no_effect_on_an_adapter_that_has_one(asked, tmp_path) -> None:
-    with pytest.raises(UserError, match=r"^--rank: is the adapter"):
-        study_of(asked(start=tmp_path / "adapter", rank=4))
+@pytest.mark.parametrize("option", ["rank", "budget"])
+def test_a_rank_has_no_effect_on_an_adapter_that_has_one(asked, tmp_path, option) -> None:
+    with pytest.raises(UserError, match=rf"^--{option}: is the adapter"):
+        study_of(asked(start=tmp_path / "adapter", **{option: 4}))
     assert training_of(asked(start=tmp_path / "adapter")).head_start == "random"  # it brings its own
+
+
+def test_a_rank_and_a_budget_exclude_each_other(asked) -> None:
+    with pytest.raises(UserError, match=r"^--rank: excludes --budget; give one of them$"):
+        study_of(asked(rank=4, budget=9))
 
 
 def test_two_lengths_exclude_each_other(asked) -> None:
