@@ -175,11 +175,10 @@ def train(
         int | None, typer.Option(min=1, help="of each matrix, for lora, peft_lora, qa_lora; default 8")
     ] = None,
     budget: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            min=1,
-            help="ranks over all matrices, for adalora and qa_adalora, default 4 a matrix; for lora in place "
-            "of --rank, as few as 1",
+            help="ranks over all matrices, or bytes of them as in 100kB; for adalora and qa_adalora, default 4 ranks a "
+            "matrix; for lora in place of --rank, as little as one rank"
         ),
     ] = None,
     head_start: Annotated[

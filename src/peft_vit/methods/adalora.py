@@ -219,8 +219,9 @@ def defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
     """
     wishes.enough_steps(_FEWEST_STEPS)
     early = max(1, min(_DECIDED_AFTER, wishes.steps // 12))
+    budget = "total_byte_budget" if wishes.budget_unit == "bytes" else "total_rank_budget"
     section = {
-        "total_rank_budget": wishes.budget or _MEAN_RANK * len(wishes.shape.sites),
+        budget: wishes.budget or _MEAN_RANK * len(wishes.shape.sites),
         "allocation_strategy": "global",
         "importance_metric": "magnitude",
         "update_frequency": early,

@@ -91,7 +91,7 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
 
 def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
     if wishes.budget is not None:
-        return {"lora": {"ranks": {"rule": RULE_OF_A_BUDGET, "budget": wishes.budget}}}
+        return {"lora": {"ranks": {"rule": RULE_OF_A_BUDGET, "budget": wishes.budget, "unit": wishes.budget_unit}}}
     return {"lora": {"rank": wishes.rank or DEFAULT_RANK}}
 
 

@@ -52,12 +52,20 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What `peft-vit train` was asked for, and what it trains on, as far as a method's settings depend on it."""
+    """What `peft-vit train` was asked for, and what it trains on, as far as a method's settings depend on it.
+
+    Attributes:
+        rank: of each matrix.
+        budget: over all matrices, in `budget_unit`; bytes are those of the values in float32.
+        steps: of the run.
+        shape: of the backbone.
+    """
 
     rank: int | None
     budget: int | None
     steps: int
     shape: BackboneShape
+    budget_unit: Literal["ranks", "bytes"] = "ranks"
 
     def enough_steps(self, fewest: int) -> None:
         """Refuse fewer steps than adaptive ranks need."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from peft_vit.backbones import Architecture, BackboneShape, describe, native_size, size_step_of
 from peft_vit.config import (
@@ -42,6 +43,7 @@ class OwnImages:
 
     Attributes:
         weights: a source of weights or the path of a file.
+        budget: ranks over all matrices, or with a unit the bytes of their values in float32, as in 100kB.
         start: of method lora: a PEFT adapter to go on from.
     """
 
@@ -61,7 +63,7 @@ class OwnImages:
     activation_checkpointing: ActivationCheckpointing | None = None
     memory_limit: str | None = None
     rank: int | None = None
-    budget: int | None = None
+    budget: int | str | None = None
     head_start: str | None = None
     precision: str = "auto"
     device: str = "auto"
@@ -150,6 +152,7 @@ def _check(asked: OwnImages) -> None:
             raise UserError(f"has no effect with --method {asked.method}; {remedy}", field=option)
     if asked.rank is not None and asked.budget is not None:
         raise UserError("excludes --budget; give one of them", field="--rank")
+    _budget(asked.budget)
     if asked.steps is not None and asked.epochs is not None:
         raise UserError("excludes --epochs; give one of them", field="--steps")
     fault = micro_batch_fault(asked.micro_batch_size, asked.batch_size)
@@ -166,6 +169,21 @@ def _check(asked: OwnImages) -> None:
         bytes_of(asked.memory_limit)
     except ValueError as error:
         raise UserError(str(error), field="--memory-limit") from None
+
+
+def _budget(asked: int | str | None) -> tuple[int | None, Literal["ranks", "bytes"]]:
+    """Return a budget and what it counts.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    if asked is None or re.fullmatch(r"0*[1-9]\d*", str(asked).strip()):
+        return None if asked is None else int(asked), "ranks"
+    try:
+        return bytes_of(str(asked)), "bytes"
+    except ValueError:
+        problem = f"{asked!r} is neither a number of ranks above 0 nor a size with its unit; write it as in 36 or 100kB"
+        raise UserError(problem, field="--budget") from None
 
 
 def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
@@ -290,7 +308,8 @@ def _experiment(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: i
             training |= {"steps": steps, "validate_every": every, **schedule}
     if asked.start is not None:
         return {**experiment, "training": training, "lora": {"start": str(asked.start)}}
-    wishes = Wishes(rank=asked.rank, budget=asked.budget, steps=steps, shape=shape)
+    budget, unit = _budget(asked.budget)
+    wishes = Wishes(rank=asked.rank, budget=budget, budget_unit=unit, steps=steps, shape=shape)
     return {**experiment, "training": training, **method.defaults(wishes)}
 
 

@@ -112,7 +112,10 @@ def test_options_reach_the_study(asked) -> None:
     assert (training.batch_size, training.steps, training.head_start, training.learning_rate) == (4, 50, "random", 0.5)
     assert study_of(asked("adalora", budget=17))[0].experiments[0].adalora.total_rank_budget == 17
     ranks = study_of(asked(budget=5))[0].experiments[0].lora.ranks
-    assert (ranks.rule, ranks.budget) == (RULE_OF_A_BUDGET, 5)
+    assert (ranks.rule, ranks.budget, ranks.unit) == (RULE_OF_A_BUDGET, 5, "ranks")
+    ranks = study_of(asked(budget="9 kB"))[0].experiments[0].lora.ranks
+    assert (ranks.budget, ranks.unit) == (9000, "bytes")
+    assert study_of(asked("adalora", budget="90kB"))[0].experiments[0].adalora.total_byte_budget == 90_000
     assert study_of(asked("qa_lora", rank=1))[0].experiments[0].qa_lora.rank == 1
     epochs = training_of(asked(epochs=4))
     assert (epochs.epochs, epochs.steps, epochs.patience, epochs.schedule) == (4, None, None, "one_cycle")
@@ -143,6 +146,12 @@ def test_a_rank_has_no_effect_on_an_adapter_that_has_one(asked, tmp_path, option
     with pytest.raises(UserError, match=rf"^--{option}: is the adapter"):
         study_of(asked(start=tmp_path / "adapter", **{option: 4}))
     assert training_of(asked(start=tmp_path / "adapter")).head_start == "random"  # it brings its own
+
+
+@pytest.mark.parametrize("budget", [0, "0", "-3", "many", "1.5", "9 MBytes"])
+def test_a_budget_is_a_number_of_ranks_or_a_size(asked, budget) -> None:
+    with pytest.raises(UserError, match=r"^--budget: .* is neither a number of ranks above 0 nor a size"):
+        study_of(asked(budget=budget))
 
 
 def test_a_rank_and_a_budget_exclude_each_other(asked) -> None:
