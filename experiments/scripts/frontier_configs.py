@@ -186,7 +186,7 @@ def _head(task: str, budget: int, picks: Picks) -> dict[str, str]:
         f"{best} before {', '.join(picks.rules[1:])}; {picks.kind} as the one kind of matrix; every rate, which is "
         f"that at {RATE_BUDGETS[budget]} ranks in frontier_screening_{task}*.yaml.",
         "Controls": f"random sites, first and last blocks have rank {_site_rank(budget)} until the budget is spent.",
-        "Budgets": f"in ranks that are left at the end.{''.join(_STARTS.get(rule, '') for rule in picks.rules)} Nothing "
+        "Budgets": f"in ranks that are left at the end.{''.join(_STARTS.get(one, '') for one in picks.rules)} Nothing "
         "is said of equal numbers of trained values: a rank of fc1 or fc2 has 1,920, of the others 768.",
         "Rule, before the data": f"test accuracy, paired by seed, every comparison with {best}_{budget}. Sentences: "
         f"{claims}. Each is shown where it is refuted that the experiment named is better: one-sided, t statistics "

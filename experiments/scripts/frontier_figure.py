@@ -25,6 +25,7 @@ from peft_vit.report.style import DASHED, LINE_COLORS, MUTED, PAPER, draw, quiet
 from peft_vit.statistics import Course, Interval, follow, mean_interval
 
 _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"}  # beside the rule
+_WIDEST = 1.0  # of a share: an early look's bound is wider than what can be
 _ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
 _ENDS = {"linear_probe": "linear probe", "lora_r8": "LoRA r=8"}
 
@@ -137,13 +138,16 @@ def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
             continue
         shown = [b for b in BUDGETS if any(one.budget == b and one.shown for one in of_task)]
         whole = [b for b in shown if all(one.shown for one in of_task if one.budget == b)]
+        first = next((budget for budget in SEQUENCE if budget not in whole), None)
+        ended = "not shown, and nothing is claimed from there on" if first == not_shown(found, task) else "open so far"
+        then = "" if first is None else f"At {first} ranks it is {ended}."
         if not whole:
-            lines.append(f"- {title}: that where ranks go matters is not shown at {SEQUENCE[0]}: nothing is claimed.")
+            lines.append(f"- {title}: does it matter where ranks go? {then}")
             continue
         values = next(one.values for one in of_task if one.budget == whole[-1])
         lines.append(
             f"- {title}: at {joined([str(one) for one in whole])} ranks (up to {count(round(values))} trained values) "
-            f"`{rule}` beats random sites, the last blocks and ranks spread evenly."
+            f"`{rule}` beats random sites, the last blocks and ranks spread evenly. {then}".rstrip()
         )
     return "\n".join(lines)
 
@@ -158,7 +162,10 @@ def sentence_table(found: Sequence[Sentence]) -> str:
         if one.lead is None:
             return "not looked at yet"
         said = f"{'shown' if one.shown else 'not shown'} ({one.state})"
-        return f"{points_interval(one.lead)}, n = {one.lead.n}, {said}; {count(round(one.control_values))} values"
+        lead = points_interval(one.lead)
+        if one.lead.low is not None and one.lead.low < -_WIDEST:
+            lead = f"{100 * one.lead.estimate:+.1f}, no bound yet"
+        return f"{lead}, n = {one.lead.n}, {said}; {count(round(one.control_values))} values"
 
     columns: dict[str, Callable[[Sentence], str]] = {
         "images": lambda one: TASKS[one.task].title,

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from peft_vit.config import ExperimentConfig
     from peft_vit.training import Hook
 
-DEFAULT_RANK, RULE_OF_A_BUDGET = 8, "even"  # of `peft-vit train`
+DEFAULT_RANK = 8  # of `peft-vit train`
+RULE_OF_A_BUDGET = "stable_rank"  # likewise: the best of seven by the screening in docs/findings/adaptive_ranks.md
 
 
 class LoraConfig(AdapterConfig):
