@@ -21,6 +21,7 @@ from evidence import filled
 from peft_vit.backbones import describe
 from peft_vit.config import MATRICES, load_study
 from peft_vit.errors import UserError
+from peft_vit.statistics import Interval
 from peft_vit.studies import plan_study
 
 CONFIGS = frontier_configs.CONFIGS
@@ -409,6 +410,8 @@ def test_sentences_are_told_by_the_declared_looks(told) -> None:
     assert ", shown (decided); 8,354 values" in lines[3]
     assert "not looked at yet" in lines[5]
     assert lines[3].count("shown (decided)") == 3
+    early = [replace(one, lead=Interval(0.02, -4.1, 4.14, 5, 0.9)) for one in found[:3]]
+    assert "| +2.0, no bound yet, n = 5, " in frontier_figure.sentence_table(early)
 
 
 def test_a_budget_is_shown_only_if_those_before_it_are_and_what_comes_after_describes(
