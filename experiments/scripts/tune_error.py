@@ -98,7 +98,7 @@ def one_tuning(
     rng = np.random.default_rng(seed)
     names = ("probe_int2", "probe_nf4", "probe_int8", "lora_int2", "lora_nf4", "lora_int8", "adalora_nf4", "adalora")
     truth = {name: 0.85 - float(rng.choice(losses)) for name in names}
-    truth |= dict.fromkeys(("lora_r8", "lora_r2", "lora_few_sites", "probe"), 0.85)
+    truth |= dict.fromkeys(("lora_r8", "lora_r2", "lora_few_ranks", "probe"), 0.85)
     images = sum(_COUNTS)
     runner = StandIns(truth, (images // 5) / images, rng, run_s=30.0)
     request = TuneRequest(

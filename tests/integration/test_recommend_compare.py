@@ -141,6 +141,14 @@ def test_nothing_within_the_limits_names_what_is_nearest(ten: Path, told) -> Non
     assert "# " not in text
 
 
+def test_below_every_adapter_fewer_ranks_than_matrices_are_named(ten: Path, told) -> None:
+    assert "fewer ranks than matrices" not in told("recommend", ten)
+    assert "fewer ranks than matrices" not in told("recommend", ten, "--max-params", "100")  # less than the head has
+    text = told("recommend", ten, "--max-params", "6k")
+    assert "`lora: {ranks: {rule: stable_rank, budget: 5230, unit: parameters}}`" in text  # the head has 770
+    assert "`peft-vit train IMAGES --method lora --budget 20.9kB`" in text
+
+
 def test_bad_input_of_recommend_is_one_line(ten: Path, tmp_path: Path, refused) -> None:
     assert "--max-bytes: expected bytes above 0" in refused("recommend", ten, "--max-bytes", "5 mb")
     assert "--max-params: expected a number" in refused("recommend", ten, "--max-params", "-3")

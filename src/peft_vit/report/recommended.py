@@ -11,6 +11,8 @@ from peft_vit.analysis.limits import SAME_SIZE, Fault, Measure, Option
 from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, smallest_that_exists
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.errors import UserError
+from peft_vit.methods import METHODS
+from peft_vit.methods.lora import RULE_OF_A_BUDGET
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Paragraph, Table
 from peft_vit.report.formatting import (
@@ -64,6 +66,7 @@ def recommendation_blocks(found: Recommendation) -> Iterator[Paragraph | Table]:
     if found.exported is not None:
         yield Paragraph(_latency_source(found, found.exported))
     yield from map(Paragraph, _answer(found))
+    yield from map(Paragraph, _fewer_ranks(found))
     if found.candidates:
         yield _tested_table(found)
     yield from map(Paragraph, _not_tested(found))
@@ -154,6 +157,26 @@ def _not_decided(found: Recommendation) -> Iterator[str]:
         yield f"The safe choice would be {found.best.name}, which is outside the limits: {broken}."
     else:
         yield f"The safe choice is {found.best.name} itself, which keeps the limits."
+
+
+def _fewer_ranks(found: Recommendation) -> Iterator[str]:
+    """Name LoRA with fewer ranks than matrices, where nothing is recommended and a limit lies below every adapter."""
+    limit = found.limits.parameters
+    if limit is None or found.chosen is not None:
+        return
+    every = (found.best, *found.outside, *found.larger, *(one.rated for one in found.candidates))
+    adapted = [one for one in every if METHODS[one.runs[0].experiment.method].trains == "adapters"]
+    if not adapted or min(one.cost.largest_parameters for one in adapted) <= limit:
+        return
+    record = adapted[0].runs[0].record
+    left = int(limit) - adapted[0].runs[0].parameters.head
+    if left < max((site.in_features + site.out_features for site in record.sites), default=1):  # a rank of any matrix
+        return
+    yield (
+        f"No adapter in this study is as small. LoRA with fewer ranks than matrices can be: in a configuration `lora: "
+        f"{{ranks: {{rule: {RULE_OF_A_BUDGET}, budget: {left}, unit: parameters}}}}`, or `peft-vit train IMAGES "
+        f"--method lora --budget {4 * left // 100 / 10:g}kB`."
+    )
 
 
 def _tested_table(found: Recommendation) -> Table:

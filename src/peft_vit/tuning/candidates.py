@@ -15,7 +15,6 @@ Kind = Literal["lora", "lora_nf4", "lora_int8", "adalora", "lora_int2"]
 KINDS: tuple[Kind, ...] = ("lora", "lora_nf4", "lora_int8", "adalora", "lora_int2")  # with little time, the first ones
 REFERENCE = "lora_r8"
 _TYPES: dict[Kind, QuantizationType] = {"lora_nf4": "nf4", "lora_int8": "int8", "lora_int2": "int2"}
-_FEW_SITES = ("query", "value")
 _SMALL_RANK = 2
 _SCALE_BYTES = 2  # of a group's scale, and of its offset
 
@@ -63,7 +62,7 @@ def designs(shape: BackboneShape, steps: int, classes: int) -> list[Design]:
     lora, adalora, packed, pooled = (
         METHODS[name].defaults(wishes) for name in ("lora", "adalora", "qa_linear", "qa_lora")
     )
-    kinds = {site.kind for site in shape.sites}
+    few = METHODS["lora"].defaults(replace(wishes, budget=max(1, len(shape.sites) // 2)))  # fewer ranks than matrices
     found: list[tuple[str, str, Kind | None, dict[str, Any]]] = []
     for kind, type_ in _TYPES.items():
         said = {"quantization_bits": BITS_OF_TYPE[type_], "quantization_type": type_}
@@ -73,8 +72,7 @@ def designs(shape: BackboneShape, steps: int, classes: int) -> list[Design]:
     moving = {name: value for name, value in pooled["qa_lora"].items() if name != "rank"}
     found.append(("adalora_nf4", "qa_adalora", "lora_nf4", {**adalora, "qa_lora": moving}))
     found.append(("probe", "linear", None, {}))
-    if kinds.issuperset(_FEW_SITES):
-        found.append(("lora_few_sites", "lora", "lora", {"lora": {**lora["lora"], "targets": list(_FEW_SITES)}}))
+    found.append(("lora_few_ranks", "lora", "lora", few))
     found.append(("lora_r2", "lora", "lora", {"lora": {"rank": _SMALL_RANK}}))
     found.append(("adalora", "adalora", "adalora", adalora))
     found.append((REFERENCE, "lora", "lora", lora))

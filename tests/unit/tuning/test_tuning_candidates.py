@@ -11,6 +11,7 @@ from peft_vit.backbones.catalog import create_model
 from peft_vit.config import BackboneConfig, ExperimentConfig
 from peft_vit.evaluation import model_size
 from peft_vit.methods import METHODS
+from peft_vit.methods.lora import LoraConfig
 from peft_vit.methods.method import Preparation
 from peft_vit.tuning.candidates import KINDS, designs, training_of
 from peft_vit.tuning.contest import contestants, reference_of
@@ -57,6 +58,14 @@ def test_every_design_is_a_valid_experiment_and_they_come_smallest_first() -> No
     float_model = create_model(Architecture("timm", "test_vit"), 32, CLASSES)
     in_float = 4 * sum(one.numel() for one in float_model.parameters())
     assert next(one.bytes for one in DESIGNS if one.name == "probe") == pytest.approx(in_float, rel=0.001)
+
+
+def test_one_design_has_fewer_ranks_than_matrices_where_the_screening_put_them() -> None:
+    names = [one.name for one in DESIGNS]
+    ranks = configured("lora_few_ranks").need(LoraConfig).ranks
+    assert ranks is not None
+    assert (ranks.rule, ranks.unit, ranks.budget) == ("stable_rank", "ranks", len(SHAPE.sites) // 2)
+    assert names.index("probe") < names.index("lora_few_ranks") < names.index("lora_r2")  # what trains less goes first
 
 
 def test_float_lora_is_the_reference_if_it_could_be_trained() -> None:
