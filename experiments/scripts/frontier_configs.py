@@ -167,7 +167,8 @@ def study(task: str, budget: int, picks: Picks, *, tested: bool = True) -> tuple
         head = _head_of_described(task, budget, len(experiments))
         return _configuration(task, name, head, description, SEEDS[: LOOKS[0]], experiments)
     stopping = {"control": f"{picks.rules[0]}_{budget}", "asked": "superiority", "looks": list(LOOKS)}
-    return _configuration(task, name, _head(task, budget, picks, len(experiments)), description, SEEDS, experiments, stopping)
+    head = _head(task, budget, picks, len(experiments))
+    return _configuration(task, name, head, description, SEEDS, experiments, stopping)
 
 
 _STARTS = {

@@ -268,8 +268,7 @@ def text_alternative(found: Sequence[Sentence]) -> str:
     for task in dict.fromkeys(one.task for one in found):
         of_task = [one for one in found if one.task == task]
         first, last = of_task[0], of_task[-1]
-        said.append(
-            f"{TASKS[task].title}: {first.rule} has {fixed(100 * first.accuracy, 1)} % at {first.budget} ranks, "
-            f"{fixed(100 * last.accuracy, 1)} % at {last.budget}"
-        )
+        then = "" if last.budget == first.budget else f", {fixed(100 * last.accuracy, 1)} % at {last.budget}"
+        accuracy = fixed(100 * first.accuracy, 1)
+        said.append(f"{TASKS[task].title}: {first.rule} has {accuracy} % at {first.budget} ranks{then}")
     return f"A panel a task, test accuracy against trained values. {'. '.join(said)}"
