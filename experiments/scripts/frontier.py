@@ -28,7 +28,7 @@ import frontier_configs as configs
 import pandas as pd
 from evidence import RESULTS, ROOT, table, with_runs
 from frontier_configs import CONTROLS, TASKS, Asked, Picks
-from frontier_figure import Sentence, drawing, in_words, not_shown, sentence_table, sentences, text_alternative
+from frontier_figure import Sentence, at_equal_values, drawing, in_words, not_shown, sentence_table, sentences, text_alternative
 from study_evidence import chosen_rates, method_of, pilot_row, rate_means
 from study_figures import write_figure
 from study_tables import pilot_table
@@ -252,10 +252,14 @@ def goes_on(runs: pd.DataFrame) -> tuple[tuple[str, ...], str]:
 
 
 def again(runs: pd.DataFrame) -> list[Asked]:
-    """Return what goes on, as far as it is not there: its best two rates with further seeds, its rates at 288 ranks."""
+    """Return what goes on, as far as it is not there: its best two rates with further seeds, its rates at other budgets.
+
+    These are 288 ranks, and of the controls of the sentences as many trained values as nine ranks in the MLP have.
+    """
     rules, kind = goes_on(runs)
     on = (*rules, *CONTROLS, kind)
-    names = [f"{rule}_{budget}" for budget in configs.SCREENED_BUDGETS for rule in on]
+    of_values = [f"{who}_{configs.VALUES}" for who in configs.SENTENCES]
+    names = [*(f"{rule}_{budget}" for budget in configs.SCREENED_BUDGETS for rule in on), *of_values]
     there = set(zip(runs.task, runs.method, runs.learning_rate, runs.seed, strict=True))
     found = []
     for task, part in _first(runs):
@@ -267,7 +271,8 @@ def again(runs: pd.DataFrame) -> list[Asked]:
         ]
         many = configs.RATE_BUDGETS[max(configs.BUDGETS)]  # 8 a site that gets some, so rates are chosen anew
         tried = sorted(part[part.study == f"frontier_screening_{task}"].learning_rate.dropna().unique())
-        wanted += [Asked(task, f"{rule}_{many}", float(rate), SEEDS[:2]) for rule in on for rate in tried]
+        anew = [*(f"{rule}_{many}" for rule in on), *of_values]
+        wanted += [Asked(task, name, float(rate), SEEDS[:2]) for name in anew for rate in tried]
         found += [one for one in wanted if any((task, one.method, one.rate, seed) not in there for seed in one.seeds)]
     return found
 
@@ -365,7 +370,7 @@ def write_further_runs(runs: pd.DataFrame, folder: Path) -> None:
 
 
 def write_studies(chosen: Picks, folder: Path, found: Sequence[Sentence] = ()) -> None:
-    """Write the configurations of the studies: one a task and budget, and one a task of what they lie between.
+    """Write the studies' configurations: by task one a budget, one of what they lie between, one of equal values.
 
     Args:
         chosen: by the screening.
@@ -374,6 +379,7 @@ def write_studies(chosen: Picks, folder: Path, found: Sequence[Sentence] = ()) -
     """
     for task in TASKS:
         configs.write(folder, *configs.references(task, chosen))
+        configs.write(folder, *configs.equal_values(task, chosen))
         for budget in configs.SEQUENCE:
             tested = not_shown(found, task, before=budget) is None
             configs.write(folder, *configs.study(task, budget, chosen, tested=tested))
@@ -382,7 +388,10 @@ def write_studies(chosen: Picks, folder: Path, found: Sequence[Sentence] = ()) -
 def blocks(found: Sequence[Sentence], runs: pd.DataFrame) -> dict[str, str]:
     """Return the figure and the numbers of the studies by the name of their marks."""
     image = f"![{text_alternative(found)}](../images/{FIGURE.name})"
-    return {"frontier": "\n\n".join((image, in_words(found, runs), sentence_table(found)))}
+    made = {"frontier": "\n\n".join((image, in_words(found, runs), sentence_table(found)))}
+    if equal := at_equal_values(runs):
+        made["frontier_values"] = sentence_table(equal)
+    return made
 
 
 def tell(made: dict[str, str]) -> None:

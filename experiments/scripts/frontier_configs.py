@@ -25,9 +25,11 @@ SCREENED_BUDGETS = (9, 36)
 BUDGETS = (4, 9, 18, 36, 72, 288)
 SEQUENCE = (9, 4, 18, 36, 72, 288)  # in which sentences are tested: the screened budget with the most room first
 RATE_BUDGETS = {4: 9, 9: 9, 18: 36, 36: 36, 72: 36, 288: 288}  # at which a budget's rate is chosen: sites of equal rank
+VALUES = 16_128  # trained by stable_rank at 9 ranks; a budget of so many is in trained values, not in ranks
 CONTROLS = ("even", "random", "first_blocks", "last_blocks", "query_value")
 SENTENCES = {"random": "random sites", "last_blocks": "the last blocks", "even": "ranks spread evenly"}
 SEEDS = tuple(range(250, 280))  # of no other study
+VALUES_SEEDS = tuple(range(320, 350))  # likewise
 LOOKS = (5, 10, 15, 20, 25, 30)
 
 
@@ -68,7 +70,7 @@ class Picks:
 
     def rate(self, task: str, rule: str, budget: int) -> float:
         """Return the rate of a rule at a budget."""
-        return self.rates[task, f"{rule}_{RATE_BUDGETS[budget]}"]
+        return self.rates[task, f"{rule}_{RATE_BUDGETS.get(budget, budget)}"]
 
 
 def experiment(task: str, rule: str, budget: int, rate: float | Sequence[float]) -> dict[str, Any]:
@@ -85,7 +87,9 @@ def experiment(task: str, rule: str, budget: int, rate: float | Sequence[float])
     else:
         ranks = found["lora"]["ranks"]
         ranks["budget"] = budget
-        if ranks["rule"] in ORDERED_RULES and _site_rank(budget) > 1:
+        if budget == VALUES:
+            ranks["unit"] = "parameters"
+        elif ranks["rule"] in ORDERED_RULES and _site_rank(budget) > 1:
             ranks["site_rank"] = _site_rank(budget)
     return found | {"training": {"learning_rate": rate}}
 
@@ -124,8 +128,8 @@ def further_runs(number: int, asked: Sequence[Asked]) -> tuple[str, str]:
         experiments.append(made | {"training": {"learning_rate": sorted(tried)}})
     head = {
         "Asks": f"what the rule of frontier_screening_{task}.yaml asks for besides: rates beyond an end of the list "
-        "that was best, the best two rates of what goes on with further seeds, or its rates at 288 ranks. Test images "
-        "are never read.",
+        "that was best, the best two rates of what goes on with further seeds, its rates at 288 ranks, or those of "
+        f"controls with {VALUES} trained values. Test images are never read.",
         "Images": TASKS[task].images,
         "Weights": _WEIGHTS,
         "Cost": f"{len(asked) * len(seeds)} runs of {_steps(task)} steps, about {TASKS[task].seconds} seconds each.",
@@ -169,6 +173,31 @@ def study(task: str, budget: int, picks: Picks, *, tested: bool = True) -> tuple
     stopping = {"control": f"{picks.rules[0]}_{budget}", "asked": "superiority", "looks": list(LOOKS)}
     head = _head(task, budget, picks, len(experiments))
     return _configuration(task, name, head, description, SEEDS, experiments, stopping)
+
+
+def equal_values(task: str, picks: Picks) -> tuple[str, str]:
+    """Return name and text of the study of nine ranks beside controls that train as many values."""
+    best, own = f"{picks.rules[0]}_{SEQUENCE[0]}", TASKS[task]
+    experiments = [experiment(task, picks.rules[0], SEQUENCE[0], picks.rate(task, picks.rules[0], SEQUENCE[0]))]
+    experiments += [experiment(task, who, VALUES, picks.rate(task, who, VALUES)) for who in SENTENCES]
+    claims = "; ".join(f'"{best} beats {what} with as many trained values" ({who}_{VALUES})' for who, what in SENTENCES.items())
+    head = {
+        "Asks": f"frontier_{task}_{SEQUENCE[0]}.yaml compares equal ranks, and {picks.rules[0]} trains more values there "
+        f"than its controls, {VALUES}. Does it lead where they train as many?",
+        "Images": own.images,
+        "Weights": _WEIGHTS,
+        "Chosen": f"on validation, with other seeds: every rate by the rule of frontier_screening_*.yaml, in "
+        f"frontier_screening_{task}*.yaml. Asked after the studies of {SEQUENCE[0]} ranks were read, so seeds are others.",
+        "Rule, before the data": f"test accuracy, paired by seed, every comparison with {best}. Sentences: {claims}. "
+        "Each is shown where it is refuted that the experiment named is better: one-sided, t statistics with O'Brien "
+        "and Fleming's bounds at the looks below, 5 % over all looks and all comparisons of this file (Holm's "
+        "procedure).",
+        "Cost": f"{len(experiments) * len(VALUES_SEEDS)} runs of {_steps(task)} steps at most, {LOOKS[0]} to "
+        f"{LOOKS[-1]} of each of {len(experiments)} experiments, about {own.seconds} seconds a run on one core.",
+    }
+    stopping = {"control": best, "asked": "superiority", "looks": list(LOOKS)}
+    description = f"Nine ranks by {picks.rules[0]} beside as many trained values elsewhere."
+    return _configuration(task, f"frontier_{task}_{VALUES}", head, description, VALUES_SEEDS, experiments, stopping)
 
 
 _STARTS = {

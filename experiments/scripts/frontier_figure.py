@@ -9,7 +9,7 @@ from functools import partial
 import frontier_configs as configs
 import pandas as pd
 from evidence import table
-from frontier_configs import BUDGETS, SENTENCES, SEQUENCE, TASKS
+from frontier_configs import BUDGETS, SENTENCES, SEQUENCE, TASKS, VALUES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -69,6 +69,13 @@ def sentences(runs: pd.DataFrame) -> list[Sentence]:
     return found
 
 
+def at_equal_values(runs: pd.DataFrame) -> list[Sentence]:
+    """Return the sentences of the studies in which controls train as many values as the rule does at nine ranks."""
+    done = runs[runs.status == "done"]
+    by_task = {task: done[done.study == f"frontier_{task}_{VALUES}"] for task in TASKS}
+    return [one for task, part in by_task.items() if not part.empty for one in _sentences(task, VALUES, part)]
+
+
 def _declared(task: str, budget: int) -> StudyConfig:
     return load_study(configs.CONFIGS / f"frontier_{task}_{budget}.yaml")
 
@@ -89,8 +96,9 @@ def _sentences(task: str, budget: int, runs: pd.DataFrame) -> Iterator[Sentence]
             course = courses[name]
             lead = _negative(repeated_interval(course.looks[-1], stopping)) if course.looks else None
             shown, state = course.superiority == "refuted", ENDS[course.stopped]
-        rule, accuracy = own.removesuffix(f"_{budget}"), float(wide[own].mean())
-        yield Sentence(task, budget, rule, control, values[own], values[name], accuracy, lead, shown, state)
+        rule, _, ranks = own.rpartition("_")
+        accuracy = float(wide[own].mean())
+        yield Sentence(task, int(ranks), rule, control, values[own], values[name], accuracy, lead, shown, state)
 
 
 def _courses(study: StudyConfig, runs: pd.DataFrame) -> Mapping[str, Course]:
@@ -193,7 +201,7 @@ def means(runs: pd.DataFrame, rule: Mapping[str, str]) -> list[dict[str, object]
         rule: by task.
     """
     rows: list[dict[str, object]] = []
-    done = runs[runs.status == "done"].copy()
+    done = runs[(runs.status == "done") & ~runs.study.str.endswith(f"_{VALUES}")].copy()
     done["which"] = [one if one in _ENDS else one.rpartition("_")[0] for one in done.experiment]
     done = done[[which in (*_ENDS, *_SHOWN, rule.get(task)) for which, task in zip(done.which, done.task, strict=True)]]
     there = done.groupby(["study", "seed"]).experiment.transform("nunique")
