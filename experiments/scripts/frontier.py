@@ -28,7 +28,16 @@ import frontier_configs as configs
 import pandas as pd
 from evidence import RESULTS, ROOT, table, with_runs
 from frontier_configs import CONTROLS, TASKS, Asked, Picks
-from frontier_figure import Sentence, at_equal_values, drawing, in_words, not_shown, sentence_table, sentences, text_alternative
+from frontier_figure import (
+    Sentence,
+    at_equal_values,
+    drawing,
+    in_words,
+    not_shown,
+    sentence_table,
+    sentences,
+    text_alternative,
+)
 from study_evidence import chosen_rates, method_of, pilot_row, rate_means
 from study_figures import write_figure
 from study_tables import pilot_table

@@ -180,7 +180,9 @@ def equal_values(task: str, picks: Picks) -> tuple[str, str]:
     best, own = f"{picks.rules[0]}_{SEQUENCE[0]}", TASKS[task]
     experiments = [experiment(task, picks.rules[0], SEQUENCE[0], picks.rate(task, picks.rules[0], SEQUENCE[0]))]
     experiments += [experiment(task, who, VALUES, picks.rate(task, who, VALUES)) for who in SENTENCES]
-    claims = "; ".join(f'"{best} beats {what} with as many trained values" ({who}_{VALUES})' for who, what in SENTENCES.items())
+    claims = "; ".join(
+        f'"{best} beats {what} with as many trained values" ({who}_{VALUES})' for who, what in SENTENCES.items()
+    )
     head = {
         "Asks": f"frontier_{task}_{SEQUENCE[0]}.yaml compares equal ranks, and {picks.rules[0]} trains more values there "
         f"than its controls, {VALUES}. Does it lead where they train as many?",

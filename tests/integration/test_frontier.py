@@ -18,6 +18,7 @@ import scipy
 import study_figures
 from evidence import filled
 
+from peft_vit.allocation import choose_starting_ranks
 from peft_vit.backbones import describe
 from peft_vit.config import MATRICES, load_study
 from peft_vit.errors import UserError
@@ -74,12 +75,14 @@ def followed(rows: list[dict]) -> list[dict]:
         for name, rate in (("gradient_9", 3e-2), ("para_36", 3e-4))
         for seed in (220, 221)
     ]
-    more = [
-        row(one["task"], one["method"], one["rate"], seed, 150 - 5 * abs(RATES.index(one["rate"]) - 1))
-        for one in asked_again(rows)
-        for seed in one["seeds"]
-    ]
-    return [*rows, *beyond, *more]
+    rows = [*rows, *beyond]
+    for _ in range(2):  # controls of equal values have their best two rates with further seeds once they have any
+        rows += [
+            row(one["task"], one["method"], one["rate"], seed, 150 - 5 * abs(RATES.index(one["rate"]) - 1))
+            for one in asked_again(rows)
+            for seed in one["seeds"]
+        ]
+    return rows
 
 
 def asked_again(rows: list[dict]) -> list[dict]:
@@ -175,9 +178,13 @@ def test_half_decades(rate: float, up: bool, following: float) -> None:
 def test_what_goes_on_has_its_rate_chosen_again_with_four_seeds(rows: list[dict]) -> None:
     again = asked_again(rows)
     on = {"para", "gradient", "eva", "value", "even", "random", "first_blocks", "last_blocks", "query_value"}
-    assert {one["method"] for one in again} == {f"{rule}_{k}" for rule in on for k in (9, 36, 288)} | {"lora_r8"}
-    assert {one["seeds"] for one in again if one["method"].endswith("_288")} == {(220, 221)}
-    assert {one["seeds"] for one in again if not one["method"].endswith("_288")} == {(224, 225)}
+    of_values = {"random_16128", "last_blocks_16128", "even_16128"}
+    first = {f"{rule}_{k}" for rule in on for k in (9, 36, 288)} | {"lora_r8"} | of_values
+    assert {one["method"] for one in again} == first
+    anew = [one for one in again if one["method"] in of_values or one["method"].endswith("_288")]
+    assert {one["seeds"] for one in anew} == {(220, 221)}
+    assert {one["seeds"] for one in again if one not in anew} == {(224, 225)}
+    assert [one["rate"] for one in anew if (one["task"], one["method"]) == ("digits", "even_16128")] == list(RATES)
     assert [one["rate"] for one in again if (one["task"], one["method"]) == ("digits", "eva_288")] == list(RATES)
     assert [one["rate"] for one in again if (one["task"], one["method"]) == ("digits", "gradient_9")] == [1e-2, 3e-3]
     all_of_them = followed(rows)
@@ -207,8 +214,8 @@ def test_further_runs_are_written_as_configurations_that_load(rows: list[dict], 
     frontier.write_further_runs(frame(done), tmp_path)
     many = load_study(tmp_path / "frontier_screening_fashion_4.yaml")
     assert many.seeds == (220, 221)
-    assert {one.name.partition("_lr_")[0].rpartition("_")[2] for one in many.experiments} == {"288"}
-    assert len(many.experiments) == 3 * 9
+    assert {one.name.partition("_lr_")[0].rpartition("_")[2] for one in many.experiments} == {"288", "16128"}
+    assert len(many.experiments) == 3 * (9 + 3)
     again = load_study(tmp_path / "frontier_screening_fashion_3.yaml")
     assert again.seeds == (224, 225)
     assert len(again.experiments) == 2 * 19
@@ -277,8 +284,20 @@ def test_a_study_loads_and_asks_for_what_was_chosen(studies: Path, task: str, bu
         assert spent == budget
 
 
+def test_controls_of_equal_values_train_as_many_as_the_nine_ranks(studies: Path) -> None:
+    study = load_study(studies / "frontier_fashion_16128.yaml")
+    assert [one.name for one in study.experiments] == ["para_9", "random_16128", "last_blocks_16128", "even_16128"]
+    assert (study.stopping.control, study.seeds) == ("para_9", tuple(range(320, 350)))
+    assert {one.training.learning_rate for one in study.experiments} == {3e-3}
+    sites = list(describe(study.backbone, study.data.image_size).sites)
+    for one in study.experiments[1:]:
+        ranks, _ = choose_starting_ranks(None, sites, one.lora.ranks, seed=320)
+        values = sum(ranks[site.name] * (site.in_features + site.out_features) for site in sites)
+        assert frontier_configs.VALUES - 768 < values <= frontier_configs.VALUES  # no further rank fits
+
+
 def test_a_study_says_before_its_data_what_it_claims(studies: Path) -> None:
-    assert len(list(studies.iterdir())) == 2 * (6 + 1)
+    assert len(list(studies.iterdir())) == 2 * (6 + 2)
     text = (studies / "frontier_digits_9.yaml").read_text()
     head = text.partition("\n\n")[0].splitlines()
     assert all(line.startswith("# ") for line in head)
@@ -298,7 +317,9 @@ def test_seeds_are_of_no_other_study() -> None:
     lists = [re.search(r"^seeds: \[([\d, ]+)\]", file.read_text(), re.MULTILINE) for file in files]
     others = {int(seed) for one in lists for seed in one[1].split(",")}
     assert set(frontier.SEEDS[:2]) < others
-    assert not (others | set(frontier.SEEDS)) & set(frontier_configs.SEEDS)
+    of_studies = {*frontier_configs.SEEDS, *frontier_configs.VALUES_SEEDS}
+    assert not (others | set(frontier.SEEDS)) & of_studies
+    assert not set(frontier_configs.SEEDS) & set(frontier_configs.VALUES_SEEDS)
 
 
 @pytest.mark.usefixtures("cache")
@@ -451,6 +472,35 @@ def test_a_budget_is_shown_only_if_those_before_it_are_and_what_comes_after_desc
     assert [one.state for one in of_budget] == ["not tested"] * 3
     assert [one.shown for one in of_budget] == [False] * 3
     assert [one.lead.estimate for one in of_budget] == pytest.approx([0.05, 0.04, 0.03])
+
+
+def test_equal_values_are_told_beside_and_stay_out_of_the_figure(told) -> None:
+    runs, found = told
+    more = [
+        {"study": "frontier_digits_16128", "experiment": name, "seed": seed, "status": "done", "task": "digits"}
+        | {"test_accuracy": (points + seed % 3 / 10 + seed % 2 * place / 10) / 100, "adapter_values": 16_128}
+        for place, (name, points) in enumerate(
+            (("para_9", 85), ("random_16128", 80), ("last_blocks_16128", 81), ("even_16128", 86))
+        )
+        for seed in range(320, 350)
+    ]
+    both = pd.concat([runs, pd.DataFrame(more)])
+    equal = frontier_figure.at_equal_values(both)
+    assert [(one.control, one.shown, one.budget) for one in equal] == [
+        ("random", True, 9),
+        ("last_blocks", True, 9),
+        ("even", False, 9),
+    ]
+    wide = pd.DataFrame(more).pivot(index="seed", columns="experiment", values="test_accuracy")
+    for one in equal:
+        lead = (wide["para_9"] - wide[f"{one.control}_16128"]).head(one.lead.n).mean()
+        assert one.lead.estimate == pytest.approx(lead)
+    assert frontier_figure.sentences(both) == found
+    rule = {"digits": "para", "fashion": "para"}
+    assert frontier_figure.means(both, rule) == frontier_figure.means(runs, rule)
+    blocks = frontier.blocks(found, both)
+    assert "| digits | 9 | `para` | 16,128 | 85.1 % | +" in blocks["frontier_values"]
+    assert blocks["frontier"] == frontier.blocks(found, runs)["frontier"]
 
 
 def test_points_of_a_budget_are_over_the_same_seeds(told) -> None:
