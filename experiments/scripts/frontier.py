@@ -261,9 +261,9 @@ def goes_on(runs: pd.DataFrame) -> tuple[tuple[str, ...], str]:
 
 
 def again(runs: pd.DataFrame) -> list[Asked]:
-    """Return what goes on, as far as it is not there: its best two rates with further seeds, its rates at other budgets.
+    """Return what goes on, as far as it is not there: its best two rates with further seeds, rates at other budgets.
 
-    These are 288 ranks, and of the controls of the sentences as many trained values as nine ranks in the MLP have.
+    Those are 288 ranks, and for the controls of the sentences as many trained values as nine ranks have.
     """
     rules, kind = goes_on(runs)
     on = (*rules, *CONTROLS, kind)

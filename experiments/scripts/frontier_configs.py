@@ -184,12 +184,12 @@ def equal_values(task: str, picks: Picks) -> tuple[str, str]:
         f'"{best} beats {what} with as many trained values" ({who}_{VALUES})' for who, what in SENTENCES.items()
     )
     head = {
-        "Asks": f"frontier_{task}_{SEQUENCE[0]}.yaml compares equal ranks, and {picks.rules[0]} trains more values there "
-        f"than its controls, {VALUES}. Does it lead where they train as many?",
+        "Asks": f"frontier_{task}_{SEQUENCE[0]}.yaml compares equal ranks, and there {picks.rules[0]} trains {VALUES} "
+        "values, more than its controls. Does it lead where they train as many?",
         "Images": own.images,
         "Weights": _WEIGHTS,
-        "Chosen": f"on validation, with other seeds: every rate by the rule of frontier_screening_*.yaml, in "
-        f"frontier_screening_{task}*.yaml. Asked after the studies of {SEQUENCE[0]} ranks were read, so seeds are others.",
+        "Chosen": f"on validation, with other seeds: every rate, by the rule of frontier_screening_{task}.yaml. Asked "
+        f"after the studies of {SEQUENCE[0]} ranks were read, so with seeds of its own.",
         "Rule, before the data": f"test accuracy, paired by seed, every comparison with {best}. Sentences: {claims}. "
         "Each is shown where it is refuted that the experiment named is better: one-sided, t statistics with O'Brien "
         "and Fleming's bounds at the looks below, 5 % over all looks and all comparisons of this file (Holm's "
