@@ -566,5 +566,10 @@ def test_the_document_holds_what_the_files_say() -> None:
         made["frontier_screening"] = frontier.screening_text(
             frontier.read(frontier.SCREENING_ROWS, frontier._OF_SCREENING)
         )
+    runs = frontier.read(frontier.ROWS, frontier._OF_STUDY)
+    found = frontier_figure.sentences(runs)
+    made |= frontier.blocks(found, runs)
     assert all(f"<!-- {name} -->" in text for name in made)
     assert filled(text, made) == text
+    drawn = study_figures.digest(frontier_figure.drawing(runs, found))
+    assert study_figures.recorded_digest(frontier.FIGURE) == drawn
