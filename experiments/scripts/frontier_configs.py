@@ -24,8 +24,8 @@ SITES = 72
 SCREENED_BUDGETS = (9, 36)
 BUDGETS = (4, 9, 18, 36, 72, 288)
 SEQUENCE = (9, 4, 18, 36, 72, 288)  # in which sentences are tested: the screened budget with the most room first
-RATE_BUDGETS = {4: 9, 9: 9, 18: 36, 36: 36, 72: 36, 288: 288}  # at which a budget's rate is chosen: sites of equal rank
 VALUES = 16_128  # trained by stable_rank at 9 ranks; a budget of so many is in trained values, not in ranks
+RATE_BUDGETS = {4: 9, 9: 9, 18: 36, 36: 36, 72: 36, 288: 288, VALUES: VALUES}  # at which a budget's rate is chosen
 CONTROLS = ("even", "random", "first_blocks", "last_blocks", "query_value")
 SENTENCES = {"random": "random sites", "last_blocks": "the last blocks", "even": "ranks spread evenly"}
 SEEDS = tuple(range(250, 280))  # of no other study
@@ -70,7 +70,7 @@ class Picks:
 
     def rate(self, task: str, rule: str, budget: int) -> float:
         """Return the rate of a rule at a budget."""
-        return self.rates[task, f"{rule}_{RATE_BUDGETS.get(budget, budget)}"]
+        return self.rates[task, f"{rule}_{RATE_BUDGETS[budget]}"]
 
 
 def experiment(task: str, rule: str, budget: int, rate: float | Sequence[float]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def further_runs(number: int, asked: Sequence[Asked]) -> tuple[str, str]:
 
 def references(task: str, picks: Picks) -> tuple[str, str]:
     """Return name and text of the study that says what ranks can decide: the linear probe and LoRA r=8."""
-    own, seeds = TASKS[task], SEEDS[:10]
+    own, seeds = TASKS[task], SEEDS
     probe, lora = (copy.deepcopy(_screened(task)[one]) for one in ("linear_probe", "lora_r8"))
     lora["training"] = {"learning_rate": picks.rates[task, "lora_r8"]}
     head = {

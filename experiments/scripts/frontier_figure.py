@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import NamedTuple
 
 import frontier_configs as configs
 import pandas as pd
@@ -27,20 +27,29 @@ from peft_vit.statistics import Course, Interval, follow, mean_interval
 _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"}  # beside the rule
 _WIDEST = 1.0  # of a share: an early look's bound is wider than what can be
 _ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
+NOT_TESTED = "not tested"
 _ENDS = {"linear_probe": "linear probe", "lora_r8": "LoRA r=8"}
+
+
+class Reached(NamedTuple):
+    """What the runs of an experiment reach."""
+
+    runs: int
+    values: float  # trained beside the head, mean
+    accuracy: float  # on test images, mean
+    returned: float  # the share of runs whose result is the probe they start from
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """ "At so many ranks the rule beats this control": what the looks say."""
+    """ "At so many ranks the rule beats this control": what the looks say; written down before for those of SENTENCES."""
 
     task: str
-    budget: int
+    budget: int  # of the rule
     rule: str
-    control: str  # random, last_blocks, even
-    values: float  # that the rule trains beside the head, mean over seeds
-    control_values: float  # the same of the control
-    accuracy: float  # of the rule, mean
+    control: str  # random, last_blocks, even, gradient, fc1, ...
+    own: Reached  # by the rule
+    other: Reached  # by the control
     lead: Interval | None  # of the rule, a share, the repeated interval of the last look; None: not looked yet
     shown: bool  # and so are those of the budgets that come before it
     state: str  # of the comparison
@@ -64,7 +73,8 @@ def sentences(runs: pd.DataFrame) -> list[Sentence]:
             part = done[done.study == f"frontier_{task}_{budget}"]
             of_budget = list(_sentences(task, budget, part)) if not part.empty else []
             of_task += [replace(one, shown=one.shown and reached) for one in of_budget]
-            reached = reached and bool(of_budget) and all(one.shown for one in of_budget)
+            declared = [one for one in of_budget if one.control in SENTENCES]
+            reached = reached and bool(of_budget) and all(one.shown for one in declared)
         found += sorted(of_task, key=lambda one: one.budget)
     return found
 
@@ -83,22 +93,25 @@ def _declared(task: str, budget: int) -> StudyConfig:
 def _sentences(task: str, budget: int, runs: pd.DataFrame) -> Iterator[Sentence]:
     study = _declared(task, budget)
     stopping = study.stopping
-    own = study.experiments[0].name
+    own, *others = (one.name for one in study.experiments)
     courses = {} if stopping is None else _courses(study, runs)
     wide = runs.pivot(index="seed", columns="experiment", values="test_accuracy")
-    values = runs.groupby("experiment").adapter_values.mean()
-    for control in SENTENCES:
-        name = f"{control}_{budget}"
+    for name in others:
         if stopping is None:
             differences = (wide[own] - wide[name]).dropna()
-            lead, shown, state = mean_interval(differences) if len(differences) else None, False, "not tested"
+            lead, shown, state = mean_interval(differences) if len(differences) else None, False, NOT_TESTED
         else:
             course = courses[name]
             lead = _negative(repeated_interval(course.looks[-1], stopping)) if course.looks else None
             shown, state = course.superiority == "refuted", ENDS[course.stopped]
-        rule, _, ranks = own.rpartition("_")
-        accuracy = float(wide[own].mean())
-        yield Sentence(task, int(ranks), rule, control, values[own], values[name], accuracy, lead, shown, state)
+        (rule, _, ranks), (control, _, _) = own.rpartition("_"), name.rpartition("_")
+        both = (_reached(runs[runs.experiment == one]) for one in (own, name))
+        yield Sentence(task, int(ranks), rule, control, *both, lead, shown, state)
+
+
+def _reached(runs: pd.DataFrame) -> Reached:
+    means = runs[["adapter_values", "test_accuracy"]].mean()
+    return Reached(len(runs), *means, returned=float((runs.chosen_step == 0).mean()))
 
 
 def _courses(study: StudyConfig, runs: pd.DataFrame) -> Mapping[str, Course]:
@@ -122,7 +135,7 @@ def _negative(one: Interval) -> Interval:
 def not_shown(found: Sequence[Sentence], task: str, *, before: int | None = None) -> int | None:
     """Return the first budget of the sequence with a comparison that ended without being shown; None: no such one."""
     for budget in SEQUENCE[: None if before is None else SEQUENCE.index(before)]:
-        of_budget = [one for one in found if (one.task, one.budget) == (task, budget)]
+        of_budget = [one for one in found if (one.task, one.budget) == (task, budget) and one.control in SENTENCES]
         if any(not one.shown and one.state != ENDS[None] for one in of_budget):
             return budget
     return None
@@ -139,7 +152,7 @@ def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
     """Return for each task at which budgets it is shown that where ranks go matters."""
     lines = []
     for task in dict.fromkeys(one.task for one in found):
-        of_task = [one for one in found if one.task == task]
+        of_task = [one for one in found if one.task == task and one.control in SENTENCES]
         title, rule, least = TASKS[task].title, of_task[0].rule, room(runs, task)
         if not least >= _ROOM:
             lines.append(f"- {title} decides nothing: LoRA r=8 is {least:+.1f} points above the linear probe.")
@@ -152,7 +165,7 @@ def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
         if not whole:
             lines.append(f"- {title}: does it matter where ranks go? {then}")
             continue
-        values = next(one.values for one in of_task if one.budget == whole[-1])
+        values = next(one.own.values for one in of_task if one.budget == whole[-1])
         lines.append(
             f"- {title}: at {joined([str(one) for one in whole])} ranks (up to {count(round(values))} trained values) "
             f"`{rule}` beats random sites, the last blocks and ranks spread evenly. {then}".rstrip()
@@ -161,40 +174,55 @@ def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
 
 
 def sentence_table(found: Sequence[Sentence]) -> str:
-    """Return one row a task and budget: what the rule reaches, and by how much it leads each control."""
-    rows = [one for one in found if one.control == next(iter(SENTENCES))]
-    by_control = {(one.task, one.budget, one.control): one for one in found}
+    """Return a row an experiment: what it reaches, and by how much the rule leads it."""
+    rows: list[tuple[Sentence, bool]] = []  # whether a row is the rule's own
+    for one in found:
+        first = not rows or (one.task, one.budget) != (rows[-1][0].task, rows[-1][0].budget)
+        rows += [(one, True), (one, False)] if first else [(one, False)]
 
-    def cell(row: Sentence, control: str) -> str:
-        one = by_control[row.task, row.budget, control]
-        if one.lead is None:
-            return "not looked at yet"
-        said = f"{'shown' if one.shown else 'not shown'} ({one.state})"
-        lead = points_interval(one.lead)
-        if one.lead.low is not None and one.lead.low < -_WIDEST:
-            lead = f"{100 * one.lead.estimate:+.1f}, no bound yet"
-        return f"{lead}, n = {one.lead.n}, {said}; {count(round(one.control_values))} values"
+    def reached(row: tuple[Sentence, bool]) -> Reached:
+        return row[0].own if row[1] else row[0].other
 
-    columns: dict[str, Callable[[Sentence], str]] = {
-        "images": lambda one: TASKS[one.task].title,
-        "ranks": lambda one: str(one.budget),
-        "rule": lambda one: f"`{one.rule}`",
-        "trained values": lambda one: count(round(one.values)),
-        "test accuracy": lambda one: percent(one.accuracy),
+    columns: dict[str, Callable[[tuple[Sentence, bool]], str]] = {
+        "images": lambda row: TASKS[row[0].task].title,
+        "ranks": lambda row: str(row[0].budget),
+        "experiment": lambda row: f"`{row[0].rule if row[1] else row[0].control}`",
+        "trained values": lambda row: count(round(reached(row).values)),
+        "runs": lambda row: str(reached(row).runs),
+        "test accuracy": lambda row: percent(reached(row).accuracy),
+        "returned the probe": lambda row: f"{fixed(100 * reached(row).returned, 0)} %",
+        f"`{found[0].rule}` minus it, points": lambda row: "–" if row[1] else _lead(row[0]),
+        "it is better": lambda row: "–" if row[1] else _verdict(row[0]),
     }
-    columns |= {f"minus {what}, points": partial(cell, control=who) for who, what in SENTENCES.items()}
     note = (
-        "Intervals hold over all looks and comparisons of a study (90 % and more); one that is not tested is a 95 % "
-        "interval by itself. Means of comparisons that stopped early lie rather too far from zero. Trained values are "
-        "beside the head."
+        "Accuracy is over the runs that an experiment has, the difference over the seeds that both have. Its intervals "
+        "hold at 90 % over all looks of a comparison, and more over all comparisons of a study; those that are not tested are 95 % intervals by "
+        "themselves. Means of comparisons that stopped early lie rather too far from zero. Trained values are beside "
+        "the head. A run returns the probe that it starts from where its last step is no better on validation."
     )
-    return f"{table(rows, columns)}\n\n{note}"
+    return f"{table(rows, columns, left=3)}\n\n{note}"
+
+
+def _lead(one: Sentence) -> str:
+    if one.lead is None:
+        return "not looked at yet"
+    if one.lead.low is not None and one.lead.low < -_WIDEST:
+        return f"{100 * one.lead.estimate:+.1f}, no bound yet, n = {one.lead.n}"
+    return f"{points_interval(one.lead)}, n = {one.lead.n}"
+
+
+def _verdict(one: Sentence) -> str:
+    if one.state == NOT_TESTED:
+        return NOT_TESTED
+    declared = "" if one.control in SENTENCES else ", beside the sentences"
+    return f"{'shown' if one.shown else 'not shown'} ({one.state}{declared})"
 
 
 def means(runs: pd.DataFrame, rule: Mapping[str, str]) -> list[dict[str, object]]:
-    """Return a row for each point of the figure: mean test accuracy with Student's 95 % interval.
+    """Return a row for each point of the figure: mean gain over the linear probe of the same seed, with its interval.
 
-    Over the seeds that all points of a task and budget have, so they may be compared.
+    Test accuracies differ by the images that a seed draws to train on, and budgets have other seeds; gains compare. Over
+    the seeds that all points of a task and budget have, and the probe; Student's 95 % interval.
 
     Args:
         runs: rows of the studies, with their task.
@@ -206,26 +234,28 @@ def means(runs: pd.DataFrame, rule: Mapping[str, str]) -> list[dict[str, object]
     done = done[[which in (*_ENDS, *_SHOWN, rule.get(task)) for which, task in zip(done.which, done.task, strict=True)]]
     there = done.groupby(["study", "seed"]).experiment.transform("nunique")
     done = done[there == done.groupby("study").experiment.transform("nunique")]
-    for (task, experiment), part in done.groupby(["task", "experiment"], sort=False):
+    probe = done[done.which == "linear_probe"].set_index(["task", "seed"]).test_accuracy
+    done["gain"] = done.test_accuracy - probe.reindex(pd.MultiIndex.from_frame(done[["task", "seed"]])).to_numpy()
+    for (task, experiment), part in done.dropna(subset="gain").groupby(["task", "experiment"], sort=False):
         which, budget = part.which.iloc[0], experiment.rpartition("_")[2]
-        accuracy = mean_interval(part.test_accuracy)
+        gain = mean_interval(part.gain)
         rows.append(
             {
                 "task": task,
                 "which": "rule" if which == rule.get(task) else which,
                 "ranks": None if experiment in _ENDS else int(budget),
                 "trained_values": float(part.adapter_values.mean()),
-                "accuracy": accuracy.estimate,
-                "low": accuracy.low,
-                "high": accuracy.high,
-                "seeds": accuracy.n,
+                "gain": gain.estimate,
+                "low": gain.low,
+                "high": gain.high,
+                "seeds": gain.n,
             }
         )
     return rows
 
 
 def drawing(runs: pd.DataFrame, found: Sequence[Sentence]) -> Drawing:
-    """Draw accuracy against trained values, a panel a task: the rule, even, random, last blocks; probe and LoRA r=8.
+    """Draw what is gained over the probe by trained values, a panel a task: the rule, even, random, last blocks.
 
     Raises:
         UserError: if no study has runs.
@@ -245,29 +275,29 @@ def drawing(runs: pd.DataFrame, found: Sequence[Sentence]) -> Drawing:
             for style, which in zip((DASHED, ":"), _ENDS, strict=True):
                 for row in of_task:
                     if row["which"] == which:
-                        axes.axhline(100 * row["accuracy"], color=MUTED, lw=1, ls=style, label=_ENDS[which])
+                        axes.axhline(100 * row["gain"], color=MUTED, lw=1, ls=style, label=_ENDS[which])
             axes.set(xscale="log", xlabel="trained values", title=TASKS[task].title)
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
             axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
             axes.xaxis.set_minor_locator(NullLocator())
             quiet_grid(axes)
-        panels[0].set_ylabel("test accuracy (%)")
+        panels[0].set_ylabel("points above the linear probe")
         handles = dict(pair[::-1] for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
         return HoverPoints()
 
-    return draw("frontier", "Accuracy against trained values", "", 3.0, paint, rows)
+    return draw("frontier", "Gain over the probe by trained values", "", 3.0, paint, rows)
 
 
 def _line(axes: Axes, rows: Sequence[dict[str, object]], place: int, name: str) -> None:
     if not rows:
         return
     rows = sorted(rows, key=lambda row: row["trained_values"])
-    accuracy = [100 * row["accuracy"] for row in rows]
-    half = [0.0 if row["high"] is None else 100 * (row["high"] - row["accuracy"]) for row in rows]
+    gain = [100 * row["gain"] for row in rows]
+    half = [0.0 if row["high"] is None else 100 * (row["high"] - row["gain"]) for row in rows]
     look = {"fmt": f"{MARKERS[place]}-", "color": LINE_COLORS[place], "mec": PAPER, "mew": 0.5, "ms": 5}
     x = [row["trained_values"] * 1.04 ** (place - 1.5) for row in rows]  # beside one another: intervals are seen
-    axes.errorbar(x, accuracy, yerr=half, lw=1.2, elinewidth=1.0, label=name, **look)
+    axes.errorbar(x, gain, yerr=half, lw=1.2, elinewidth=1.0, label=name, **look)
 
 
 def text_alternative(found: Sequence[Sentence]) -> str:
@@ -276,7 +306,7 @@ def text_alternative(found: Sequence[Sentence]) -> str:
     for task in dict.fromkeys(one.task for one in found):
         of_task = [one for one in found if one.task == task]
         first, last = of_task[0], of_task[-1]
-        then = "" if last.budget == first.budget else f", {fixed(100 * last.accuracy, 1)} % at {last.budget}"
-        accuracy = fixed(100 * first.accuracy, 1)
+        then = "" if last.budget == first.budget else f", {fixed(100 * last.own.accuracy, 1)} % at {last.budget}"
+        accuracy = fixed(100 * first.own.accuracy, 1)
         said.append(f"{TASKS[task].title}: {first.rule} has {accuracy} % at {first.budget} ranks{then}")
-    return f"A panel a task, test accuracy against trained values. {'. '.join(said)}"
+    return f"A panel a task, points of test accuracy above the linear probe, by trained values. {'. '.join(said)}"
