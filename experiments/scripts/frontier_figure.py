@@ -96,7 +96,7 @@ def _sentences(task: str, budget: int, runs: pd.DataFrame) -> Iterator[Sentence]
     own, *others = (one.name for one in study.experiments)
     courses = {} if stopping is None else _courses(study, runs)
     wide = runs.pivot(index="seed", columns="experiment", values="test_accuracy")
-    for name in others:
+    for name in (one for one in others if one in wide):
         if stopping is None:
             differences = (wide[own] - wide[name]).dropna()
             lead, shown, state = mean_interval(differences) if len(differences) else None, False, NOT_TESTED
@@ -221,8 +221,8 @@ def _verdict(one: Sentence) -> str:
 def means(runs: pd.DataFrame, rule: Mapping[str, str]) -> list[dict[str, object]]:
     """Return a row for each point of the figure: mean gain over the linear probe of the same seed, with its interval.
 
-    Test accuracies differ by the images that a seed draws to train on, and budgets have other seeds; gains compare. Over
-    the seeds that all points of a task and budget have, and the probe; Student's 95 % interval.
+    Test accuracies differ by the images that a seed draws to train on, and budgets have other seeds; gains compare.
+    Over the seeds that all points of a task and budget have, and the probe; Student's 95 % interval.
 
     Args:
         runs: rows of the studies, with their task.

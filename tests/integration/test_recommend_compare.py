@@ -141,12 +141,20 @@ def test_nothing_within_the_limits_names_what_is_nearest(ten: Path, told) -> Non
     assert "# " not in text
 
 
-def test_below_every_adapter_fewer_ranks_than_matrices_are_named(ten: Path, told) -> None:
-    assert "fewer ranks than matrices" not in told("recommend", ten)
-    assert "fewer ranks than matrices" not in told("recommend", ten, "--max-params", "100")  # less than the head has
-    text = told("recommend", ten, "--max-params", "6k")
+def test_below_every_adapter_fewer_ranks_than_matrices_are_named(ten: Path, tmp_path: Path, told) -> None:
+    made = [one.model_copy(update={"sites": planted.sites()}) for one in records("few", 3)]
+    results = planted.write(tmp_path / "results", made)
+    text = told("recommend", results, "--max-params", "6k")
     assert "`lora: {ranks: {rule: stable_rank, budget: 5230, unit: parameters}}`" in text  # the head has 770
     assert "`peft-vit train IMAGES --method lora --budget 20.9kB`" in text
+    named = "fewer ranks than matrices"
+    assert named in told("recommend", results, "--max-params", str(770 + 1920))  # one rank of the widest
+    assert named not in told("recommend", results, "--max-params", str(770 + 1919))
+    assert named in told("recommend", results, "--max-params", str(770 + 82_943))
+    assert named not in told("recommend", results, "--max-params", str(770 + 82_944))  # rank 1 everywhere fits
+    assert named not in told("recommend", results)
+    assert named not in told("recommend", results, "--max-params", "6k", "--max-bytes", "20MB")
+    assert named not in told("recommend", ten, "--max-params", "6k")  # whose records name no sites
 
 
 def test_bad_input_of_recommend_is_one_line(ten: Path, tmp_path: Path, refused) -> None:

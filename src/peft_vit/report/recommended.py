@@ -160,20 +160,24 @@ def _not_decided(found: Recommendation) -> Iterator[str]:
 
 
 def _fewer_ranks(found: Recommendation) -> Iterator[str]:
-    """Name LoRA with fewer ranks than matrices, where nothing is recommended and a limit lies below every adapter."""
+    """Name LoRA with fewer ranks than matrices, where nothing is recommended and only that fits the parameters.
+
+    Not with a limit of bytes as well, since its base is in float.
+    """
     limit = found.limits.parameters
-    if limit is None or found.chosen is not None:
+    if limit is None or found.limits.stored_bytes is not None or found.chosen is not None:
         return
     every = (found.best, *found.outside, *found.larger, *(one.rated for one in found.candidates))
     adapted = [one for one in every if METHODS[one.runs[0].experiment.method].trains == "adapters"]
     if not adapted or min(one.cost.largest_parameters for one in adapted) <= limit:
         return
-    record = adapted[0].runs[0].record
-    left = int(limit) - adapted[0].runs[0].parameters.head
-    if left < max((site.in_features + site.out_features for site in record.sites), default=1):  # a rank of any matrix
+    run = adapted[0].runs[0]
+    left = int(limit) - run.parameters.head
+    of_a_rank = [site.in_features + site.out_features for site in run.record.sites]
+    if not of_a_rank or not max(of_a_rank) <= left < sum(of_a_rank):  # a rank of any matrix, but not one of each
         return
     yield (
-        f"No adapter in this study is as small. LoRA with fewer ranks than matrices can be: in a configuration `lora: "
+        f"No adapter that was compared is as small. LoRA with fewer ranks than matrices can be: in a configuration `lora: "
         f"{{ranks: {{rule: {RULE_OF_A_BUDGET}, budget: {left}, unit: parameters}}}}`, or `peft-vit train IMAGES "
         f"--method lora --budget {4 * left // 100 / 10:g}kB`."
     )
