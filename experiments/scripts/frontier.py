@@ -29,6 +29,7 @@ import pandas as pd
 from evidence import RESULTS, ROOT, table, with_runs
 from frontier_configs import CONTROLS, TASKS, Asked, Picks
 from frontier_figure import (
+    NOTE,
     Sentence,
     at_equal_values,
     drawing,
@@ -397,7 +398,7 @@ def write_studies(chosen: Picks, folder: Path, found: Sequence[Sentence] = ()) -
 def blocks(found: Sequence[Sentence], runs: pd.DataFrame) -> dict[str, str]:
     """Return the figure and the numbers of the studies by the name of their marks."""
     image = f"![{text_alternative(found)}](../images/{FIGURE.name})"
-    made = {"frontier": "\n\n".join((image, in_words(found, runs), sentence_table(found)))}
+    made = {"frontier": "\n\n".join((image, in_words(found, runs), sentence_table(found), NOTE))}
     if equal := at_equal_values(runs):
         made["frontier_values"] = sentence_table(equal)
     return made

@@ -25,6 +25,12 @@ from peft_vit.report.style import DASHED, LINE_COLORS, MUTED, PAPER, draw, quiet
 from peft_vit.statistics import Course, Interval, follow, mean_interval
 
 _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"}  # beside the rule
+NOTE = (
+    "Accuracy is over the runs that an experiment has, the difference over the seeds that both have. Its intervals "
+    "hold at 90 % over all looks, and where a study has several comparisons at more; those that are not tested are 95 "
+    "% intervals by themselves. Means of comparisons that stopped early lie rather too far from zero. Trained values are "
+    "beside the head. A run returns the probe that it starts from where its last step is no better on validation."
+)
 _WIDEST = 1.0  # of a share: an early look's bound is wider than what can be
 _ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
 NOT_TESTED = "not tested"
@@ -34,6 +40,7 @@ _ENDS = {"linear_probe": "linear probe", "lora_r8": "LoRA r=8"}
 class Reached(NamedTuple):
     """What the runs of an experiment reach."""
 
+    ranks: int | None  # None: its budget is in trained values
     runs: int
     values: float  # trained beside the head, mean
     accuracy: float  # on test images, mean
@@ -42,7 +49,7 @@ class Reached(NamedTuple):
 
 @dataclass(frozen=True)
 class Sentence:
-    """ "At so many ranks the rule beats this control": what the looks say; written down before for those of SENTENCES."""
+    """ "At so many ranks the rule beats this control": what the looks say; declared for those of SENTENCES."""
 
     task: str
     budget: int  # of the rule
@@ -111,7 +118,9 @@ def _sentences(task: str, budget: int, runs: pd.DataFrame) -> Iterator[Sentence]
 
 def _reached(runs: pd.DataFrame) -> Reached:
     means = runs[["adapter_values", "test_accuracy"]].mean()
-    return Reached(len(runs), *means, returned=float((runs.chosen_step == 0).mean()))
+    budget = int(str(runs.experiment.iloc[0]).rpartition("_")[2])
+    ranks = None if budget == VALUES else budget
+    return Reached(ranks, len(runs), *means, returned=float((runs.chosen_step == 0).mean()))
 
 
 def _courses(study: StudyConfig, runs: pd.DataFrame) -> Mapping[str, Course]:
@@ -185,7 +194,7 @@ def sentence_table(found: Sequence[Sentence]) -> str:
 
     columns: dict[str, Callable[[tuple[Sentence, bool]], str]] = {
         "images": lambda row: TASKS[row[0].task].title,
-        "ranks": lambda row: str(row[0].budget),
+        "ranks": lambda row: str(reached(row).ranks or "–"),
         "experiment": lambda row: f"`{row[0].rule if row[1] else row[0].control}`",
         "trained values": lambda row: count(round(reached(row).values)),
         "runs": lambda row: str(reached(row).runs),
@@ -194,13 +203,7 @@ def sentence_table(found: Sequence[Sentence]) -> str:
         f"`{found[0].rule}` minus it, points": lambda row: "–" if row[1] else _lead(row[0]),
         "it is better": lambda row: "–" if row[1] else _verdict(row[0]),
     }
-    note = (
-        "Accuracy is over the runs that an experiment has, the difference over the seeds that both have. Its intervals "
-        "hold at 90 % over all looks of a comparison, and more over all comparisons of a study; those that are not tested are 95 % intervals by "
-        "themselves. Means of comparisons that stopped early lie rather too far from zero. Trained values are beside "
-        "the head. A run returns the probe that it starts from where its last step is no better on validation."
-    )
-    return f"{table(rows, columns, left=3)}\n\n{note}"
+    return table(rows, columns, left=3)
 
 
 def _lead(one: Sentence) -> str:
