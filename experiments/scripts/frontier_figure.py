@@ -27,8 +27,8 @@ from peft_vit.statistics import Course, Interval, follow, mean_interval
 _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"}  # beside the rule
 NOTE = (
     "Accuracy is over the runs that an experiment has, the difference over the seeds that both have. Its intervals "
-    "hold at 90 % over all looks, and where a study has several comparisons at more; those that are not tested are 95 "
-    "% intervals by themselves. Means of comparisons that stopped early lie rather too far from zero. Trained values are "
+    "hold at 90 % over all looks, and where a study has several comparisons at more; those not tested are 95 % "
+    "intervals by themselves. Means of comparisons that stopped early lie rather too far from zero. Trained values are "
     "beside the head. A run returns the probe that it starts from where its last step is no better on validation."
 )
 _WIDEST = 1.0  # of a share: an early look's bound is wider than what can be

@@ -177,8 +177,8 @@ def _fewer_ranks(found: Recommendation) -> Iterator[str]:
     if not of_a_rank or not max(of_a_rank) <= left < sum(of_a_rank):  # a rank of any matrix, but not one of each
         return
     yield (
-        f"No adapter that was compared is as small. LoRA with fewer ranks than matrices can be: in a configuration `lora: "
-        f"{{ranks: {{rule: {RULE_OF_A_BUDGET}, budget: {left}, unit: parameters}}}}`, or `peft-vit train IMAGES "
+        "No adapter that was compared is as small. LoRA with fewer ranks than matrices can be: in a configuration "
+        f"`lora: {{ranks: {{rule: {RULE_OF_A_BUDGET}, budget: {left}, unit: parameters}}}}`, or `peft-vit train IMAGES "
         f"--method lora --budget {4 * left // 100 / 10:g}kB`."
     )
 
