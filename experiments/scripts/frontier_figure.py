@@ -150,11 +150,17 @@ def not_shown(found: Sequence[Sentence], task: str, *, before: int | None = None
     return None
 
 
+def _between(runs: pd.DataFrame, task: str) -> pd.DataFrame:
+    """Return the test accuracy of the linear probe and of LoRA r=8 by seed, of the seeds that both have."""
+    part = runs[(runs.study == f"frontier_{task}") & (runs.status == "done")]
+    wide = part.pivot(index="seed", columns="experiment", values="test_accuracy")
+    return wide.reindex(columns=[*_ENDS]).dropna()
+
+
 def room(runs: pd.DataFrame, task: str) -> float:
     """Return by how many points LoRA r=8 lies above the linear probe, mean over the seeds that both have."""
-    part = runs[(runs.study == f"frontier_{task}") & (runs.status == "done")]
-    wide = part.pivot(index="seed", columns="experiment", values="test_accuracy").reindex(columns=[*_ENDS])
-    return float(100 * (wide["lora_r8"] - wide["linear_probe"]).mean())
+    ends = _between(runs, task)
+    return float(100 * (ends["lora_r8"] - ends["linear_probe"]).mean())
 
 
 def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
@@ -179,6 +185,10 @@ def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
             f"- {title}: at {joined([str(one) for one in whole])} ranks (up to {count(round(values))} trained values) "
             f"`{rule}` beats random sites, the last blocks and ranks spread evenly. {then}".rstrip()
         )
+    for task in dict.fromkeys(one.task for one in found):
+        ends = _between(runs, task)
+        reached = ", ".join(f"{name} {percent(ends[one].mean())}" for one, name in _ENDS.items())
+        lines.append(f"- What ranks lie between on {TASKS[task].title}, {len(ends)} seeds: {reached}.")
     return "\n".join(lines)
 
 
