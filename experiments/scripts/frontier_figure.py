@@ -26,10 +26,11 @@ from peft_vit.statistics import Course, Interval, follow, mean_interval
 
 _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"}  # beside the rule
 NOTE = (
-    "Accuracy is over the runs that an experiment has, the difference over the seeds that both have. Its intervals "
-    "hold at 90 % over all looks, and where a study has several comparisons at more; those not tested are 95 % "
-    "intervals by themselves. Means of comparisons that stopped early lie rather too far from zero. Trained values are "
-    "beside the head. A run returns the probe that it starts from where its last step is no better on validation."
+    "Values are trained, beside the head. Accuracy is on test images, over the runs that there are. Probe: how many "
+    "runs return the probe that they start from, since their last step is no better on validation. Lead: of the rule, "
+    "in points, over the seeds that both have. Its intervals hold at 90 % over all looks, and where a study has several "
+    "comparisons at more; those not tested are 95 % intervals by themselves. Means of comparisons that stopped early "
+    "lie rather too far from zero."
 )
 _WIDEST = 1.0  # of a share: an early look's bound is wider than what can be
 _ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
@@ -203,32 +204,30 @@ def sentence_table(found: Sequence[Sentence]) -> str:
         return row[0].own if row[1] else row[0].other
 
     columns: dict[str, Callable[[tuple[Sentence, bool]], str]] = {
-        "images": lambda row: TASKS[row[0].task].title,
-        "ranks": lambda row: str(reached(row).ranks or "–"),
-        "experiment": lambda row: f"`{row[0].rule if row[1] else row[0].control}`",
-        "trained values": lambda row: count(round(reached(row).values)),
+        "images, ranks": lambda row: f"{TASKS[row[0].task].title}, {reached(row).ranks or '–'}",
+        "where": lambda row: (row[0].rule if row[1] else row[0].control).replace("_", " "),
+        "values": lambda row: count(round(reached(row).values)),
         "runs": lambda row: str(reached(row).runs),
-        "test accuracy": lambda row: percent(reached(row).accuracy),
-        "returned the probe": lambda row: f"{fixed(100 * reached(row).returned, 0)} %",
-        f"`{found[0].rule}` minus it, points": lambda row: "–" if row[1] else _lead(row[0]),
-        "it is better": lambda row: "–" if row[1] else _verdict(row[0]),
+        "accuracy, %": lambda row: fixed(100 * reached(row).accuracy, 1),
+        "probe, %": lambda row: fixed(100 * reached(row).returned, 0),
+        "lead over it": lambda row: "–" if row[1] else _lead(row[0]),
+        "shown?": lambda row: "–" if row[1] else _verdict(row[0]),
     }
-    return table(rows, columns, left=3)
+    return table(rows, columns, left=2)
 
 
 def _lead(one: Sentence) -> str:
     if one.lead is None:
-        return "not looked at yet"
+        return "–"
     if one.lead.low is not None and one.lead.low < -_WIDEST:
-        return f"{100 * one.lead.estimate:+.1f}, no bound yet, n = {one.lead.n}"
-    return f"{points_interval(one.lead)}, n = {one.lead.n}"
+        return f"{100 * one.lead.estimate:+.1f}, no bound yet"
+    return points_interval(one.lead)
 
 
 def _verdict(one: Sentence) -> str:
-    if one.state == NOT_TESTED:
-        return NOT_TESTED
-    declared = "" if one.control in SENTENCES else ", beside the sentences"
-    return f"{'shown' if one.shown else 'not shown'} ({one.state}{declared})"
+    if one.state in (NOT_TESTED, ENDS[None]):
+        return one.state
+    return "shown" if one.shown else "not shown"
 
 
 def means(runs: pd.DataFrame, rule: Mapping[str, str]) -> list[dict[str, object]]:

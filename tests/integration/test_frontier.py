@@ -425,20 +425,19 @@ def test_sentences_are_told_by_the_declared_looks(told) -> None:
     few = runs.assign(test_accuracy=runs.test_accuracy.mask(runs.experiment == "lora_r8", 0.77))
     assert "Fashion-MNIST decides nothing: LoRA r=8 is +2.0 points" in frontier_figure.in_words(found, few)
     lines = frontier_figure.sentence_table(found).splitlines()
-    names = ("para", "even", "random", "last_blocks")
-    assert [line.split(" | ")[:3] for line in lines[2:18]] == [
-        *(["| digits", str(budget), f"`{name}`"] for budget in (4, 9, 18) for name in names),
-        *(["| Fashion-MNIST", "4", f"`{name}`"] for name in names),
+    names = ("para", "even", "random", "last blocks")
+    assert [line.split(" | ")[:2] for line in lines[2:18]] == [
+        *([f"| digits, {budget}", name] for budget in (4, 9, 18) for name in names),
+        *(["| Fashion-MNIST, 4", name] for name in names),
     ]
-    assert lines[6].startswith("| digits | 9 | `para` | 8,354 | 10 | ")
-    assert lines[6].endswith(" | 20 % | – | – |")  # of ten runs two have returned the probe
-    assert all(line.endswith("| shown (decided) |") for line in lines[7:10])
-    assert lines[17].endswith("| not looked at yet | not shown (open) |")
+    assert lines[6].startswith("| digits, 9 | para | 8,354 | 10 | ")
+    assert lines[6].endswith(" | 20 | – | – |")  # of ten runs two have returned the probe
+    assert all(line.endswith("] | shown |") for line in lines[7:10])
+    assert lines[17].endswith("| – | open |")
     early = [replace(one, lead=Interval(0.02, -4.1, 4.14, 5, 0.9)) for one in found[:3]]
-    assert "| +2.0, no bound yet, n = 5 |" in frontier_figure.sentence_table(early)
-    beside = [replace(one, control="gradient") for one in found[:1]]
-    assert beside[0].shown
-    assert "| shown (decided, beside the sentences) |" in frontier_figure.sentence_table(beside)
+    assert "| +2.0, no bound yet | shown |" in frontier_figure.sentence_table(early)
+    ended = [replace(one, shown=False, state="stopped as futile") for one in found[:1]]
+    assert frontier_figure.sentence_table(ended).endswith("] | not shown |")
 
 
 def test_what_stands_beside_the_sentences_does_not_end_their_sequence(told) -> None:
@@ -517,7 +516,7 @@ def test_equal_values_are_told_beside_and_stay_out_of_the_figure(told) -> None:
     rule = {"digits": "para", "fashion": "para"}
     assert frontier_figure.means(both, rule) == frontier_figure.means(runs, rule)
     blocks = frontier.blocks(found, both)
-    assert "| digits | 9 | `para` | 16,128 | 30 | 85.1 % | 100 % | – | – |" in blocks["frontier_values"]
+    assert "| digits, 9 | para | 16,128 | 30 | 85.1 | 100 | – | – |" in blocks["frontier_values"]
     assert blocks["frontier"] == frontier.blocks(found, runs)["frontier"]
 
 
@@ -569,7 +568,7 @@ def test_commands(told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "rows.csv: is not there yet" in capsys.readouterr().err
     told[0].drop(columns="task").to_csv(frontier.ROWS, index=False)
     frontier.main(["figure"])
-    assert "| digits | 9 |" in page.read_text()
+    assert "| digits, 9 |" in page.read_text()
     assert (tmp_path / "f.svg").exists()
     page.with_suffix(".csv").write_text("study,experiment,seed\nanother,a,1\n")
     with pytest.raises(SystemExit):
