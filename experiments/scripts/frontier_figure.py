@@ -27,10 +27,10 @@ from peft_vit.statistics import Course, Interval, follow, mean_interval
 _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"}  # beside the rule
 NOTE = (
     "Values are trained, beside the head. Accuracy is on test images, over the runs that there are. Probe: how many "
-    "runs return the probe that they start from, since their last step is no better on validation. Lead: of the rule, "
-    "in points, over the seeds that both have. Its intervals hold at 90 % over all looks, and where a study has "
-    "several comparisons at more; those not tested are 95 % intervals by themselves. Means of comparisons that stopped early "
-    "lie rather too far from zero."
+    "runs return the probe that they start from, since their last step is no better on validation. Lead: of the "
+    "rule, in points, over the seeds that both have. Its intervals hold at 90 % over all looks, and where a study "
+    "has several comparisons at more; those not tested are 95 % intervals by themselves. Means of comparisons that "
+    "stopped early lie rather too far from zero."
 )
 _WIDEST = 1.0  # of a share: an early look's bound is wider than what can be
 _ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
