@@ -28,9 +28,9 @@ _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"
 NOTE = (
     "Values are trained, beside the head. Accuracy is on test images, over the runs that there are. Probe: how many "
     "runs return the probe that they start from, since their last step is no better on validation. Lead: of the "
-    "rule, in points, over the seeds that both have. Its intervals hold at 90 % over all looks, and where a study "
-    "has several comparisons at more; those not tested are 95 % intervals by themselves. Means of comparisons that "
-    "stopped early lie rather too far from zero."
+    "rule, in points, over the seeds that both have; bold where it is shown. Its intervals hold at 90 % over all "
+    "looks, and where a study has several comparisons at more; those not tested are 95 % intervals by themselves. "
+    "Means of comparisons that stopped early lie rather too far from zero."
 )
 _WIDEST = 1.0  # of a share: an early look's bound is wider than what can be
 _ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
@@ -211,23 +211,19 @@ def sentence_table(found: Sequence[Sentence]) -> str:
         "accuracy, %": lambda row: fixed(100 * reached(row).accuracy, 1),
         "probe, %": lambda row: fixed(100 * reached(row).returned, 0),
         "lead over it": lambda row: "–" if row[1] else _lead(row[0]),
-        "shown?": lambda row: "–" if row[1] else _verdict(row[0]),
     }
     return table(rows, columns, left=2)
 
 
 def _lead(one: Sentence) -> str:
     if one.lead is None:
-        return "–"
-    if one.lead.low is not None and one.lead.low < -_WIDEST:
-        return f"{100 * one.lead.estimate:+.1f}, no bound yet"
-    return points_interval(one.lead)
-
-
-def _verdict(one: Sentence) -> str:
-    if one.state in (NOT_TESTED, ENDS[None]):
         return one.state
-    return "shown" if one.shown else "not shown"
+    lead = points_interval(one.lead)
+    if one.lead.low is not None and one.lead.low < -_WIDEST:
+        lead = f"{100 * one.lead.estimate:+.1f}, no bound yet"
+    if one.state in (NOT_TESTED, ENDS[None]):
+        return f"{lead}, {one.state}"
+    return f"**{lead}**" if one.shown else lead
 
 
 def means(runs: pd.DataFrame, rule: Mapping[str, str]) -> list[dict[str, object]]:

@@ -431,13 +431,13 @@ def test_sentences_are_told_by_the_declared_looks(told) -> None:
         *(["| Fashion-MNIST, 4", name] for name in names),
     ]
     assert lines[6].startswith("| digits, 9 | para | 8,354 | 10 | ")
-    assert lines[6].endswith(" | 20 | – | – |")  # of ten runs two have returned the probe
-    assert all(line.endswith("] | shown |") for line in lines[7:10])
-    assert lines[17].endswith("| – | open |")
+    assert lines[6].endswith(" | 20 | – |")  # of ten runs two have returned the probe
+    assert all(line.endswith("]** |") for line in lines[7:10])
+    assert lines[17].endswith("| open |")
     early = [replace(one, lead=Interval(0.02, -4.1, 4.14, 5, 0.9)) for one in found[:3]]
-    assert "| +2.0, no bound yet | shown |" in frontier_figure.sentence_table(early)
+    assert "| **+2.0, no bound yet** |" in frontier_figure.sentence_table(early)
     ended = [replace(one, shown=False, state="stopped as futile") for one in found[:1]]
-    assert frontier_figure.sentence_table(ended).endswith("] | not shown |")
+    assert frontier_figure.sentence_table(ended).endswith("] |")
 
 
 def test_what_stands_beside_the_sentences_does_not_end_their_sequence(told) -> None:
@@ -516,7 +516,7 @@ def test_equal_values_are_told_beside_and_stay_out_of_the_figure(told) -> None:
     rule = {"digits": "para", "fashion": "para"}
     assert frontier_figure.means(both, rule) == frontier_figure.means(runs, rule)
     blocks = frontier.blocks(found, both)
-    assert "| digits, 9 | para | 16,128 | 30 | 85.1 | 100 | – | – |" in blocks["frontier_values"]
+    assert "| digits, 9 | para | 16,128 | 30 | 85.1 | 100 | – |" in blocks["frontier_values"]
     assert blocks["frontier"] == frontier.blocks(found, runs)["frontier"]
 
 
