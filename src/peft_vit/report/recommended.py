@@ -79,8 +79,7 @@ def _asked(found: Recommendation) -> Iterator[str]:
         f"Study {study.label}. {_reference(found)}: {best.name}, mean validation accuracy "
         f"{percent(best.validation_accuracy)} ({seeds}); {_cost(best)}."
     )
-    rated = (*(one.rated for one in found.candidates), *found.outside, *found.larger)
-    if uneven := [one for one in rated if set(one.seeds) != set(best.seeds)]:
+    if uneven := [one for one in _others(found) if set(one.seeds) != set(best.seeds)]:
         listed = joined(f"{one.name} {_seeds(one)}" for one in uneven)
         yield f"Validation means are over different seeds than {_whom(found)}'s ({_seeds(best)}): {listed}."
     limits = joined(_limit(fault) for fault in found.limits.given(best.cost)) or "none"
@@ -88,6 +87,11 @@ def _asked(found: Recommendation) -> Iterator[str]:
         f"Asked: the smallest by {_ORDER[found.measure]} that loses less than {_points(found)} of test accuracy "
         f"against it. Limits: {limits}."
     )
+
+
+def _others(found: Recommendation) -> tuple[Rated, ...]:
+    """Return everything that was rated, but what the others are compared with."""
+    return (*(one.rated for one in found.candidates), *found.outside, *found.larger)
 
 
 def _whom(found: Recommendation) -> str:
@@ -167,8 +171,9 @@ def _fewer_ranks(found: Recommendation) -> Iterator[str]:
     limit = found.limits.parameters
     if limit is None or found.limits.stored_bytes is not None or found.chosen is not None:
         return
-    every = (found.best, *found.outside, *found.larger, *(one.rated for one in found.candidates))
-    adapted = [one for one in every if METHODS[one.runs[0].experiment.method].trains == "adapters"]
+    adapted = [
+        one for one in (found.best, *_others(found)) if METHODS[one.runs[0].experiment.method].trains == "adapters"
+    ]
     if not adapted or min(one.cost.largest_parameters for one in adapted) <= limit:
         return
     run = adapted[0].runs[0]
