@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple
 
 import frontier_configs as configs
@@ -193,24 +194,29 @@ def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+class _Row(NamedTuple):
+    task: str
+    where: str
+    reached: Reached
+    lead: str  # of the rule over it
+
+
 def sentence_table(found: Sequence[Sentence]) -> str:
     """Return a row an experiment: what it reaches, and by how much the rule leads it."""
-    rows: list[tuple[Sentence, bool]] = []  # whether a row is the rule's own
-    for one in found:
-        first = not rows or (one.task, one.budget) != (rows[-1][0].task, rows[-1][0].budget)
-        rows += [(one, True), (one, False)] if first else [(one, False)]
-
-    def reached(row: tuple[Sentence, bool]) -> Reached:
-        return row[0].own if row[1] else row[0].other
-
-    columns: dict[str, Callable[[tuple[Sentence, bool]], str]] = {
-        "images, ranks": lambda row: f"{TASKS[row[0].task].title}, {reached(row).ranks or '–'}",
-        "where": lambda row: (row[0].rule if row[1] else row[0].control).replace("_", " "),
-        "values": lambda row: count(round(reached(row).values)),
-        "runs": lambda row: str(reached(row).runs),
-        "accuracy, %": lambda row: fixed(100 * reached(row).accuracy, 1),
-        "probe, %": lambda row: fixed(100 * reached(row).returned, 0),
-        "lead over it": lambda row: "–" if row[1] else _lead(row[0]),
+    rows: list[_Row] = []
+    groups = groupby(found, key=lambda one: (one.task, one.budget))
+    for of_budget in (list(group) for _, group in groups):
+        first = of_budget[0]
+        rows.append(_Row(first.task, first.rule, first.own, "–"))
+        rows += [_Row(one.task, one.control, one.other, _lead(one)) for one in of_budget]
+    columns: dict[str, Callable[[_Row], str]] = {
+        "images, ranks": lambda row: f"{TASKS[row.task].title}, {row.reached.ranks or '–'}",
+        "where": lambda row: row.where.replace("_", " "),
+        "values": lambda row: count(round(row.reached.values)),
+        "runs": lambda row: str(row.reached.runs),
+        "accuracy, %": lambda row: fixed(100 * row.reached.accuracy, 1),
+        "probe, %": lambda row: fixed(100 * row.reached.returned, 0),
+        "lead over it": lambda row: row.lead,
     }
     return table(rows, columns, left=2)
 

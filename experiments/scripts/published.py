@@ -1,0 +1,148 @@
+"""ELPV at the published protocol: the runs of elpv_published*.yaml to results/, and from there docs/findings/studies.md.
+
+    .venv/bin/python experiments/scripts/published.py [DIR ...]
+
+A DIR holds runs of the pilot, of its factors or of the study; of each one row is kept, of a pilot without its test
+accuracy, which chooses nothing. What the pilot's rule chooses is printed. Without DIR only the tables are made anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from evidence import RESULTS, ROOT, each, name_of, origin, percent, row_of, run, table, with_runs
+from study_tables import PUBLISHED
+
+from peft_vit.records import RunRecord, write_atomically
+from peft_vit.report.formatting import percent_interval
+from peft_vit.statistics import mean_interval
+
+ROWS, DOCUMENT = RESULTS / "elpv_published.csv", ROOT / "docs" / "findings" / "studies.md"
+PILOT, STUDY = "elpv_published_pilot", "elpv_published"
+STUDIES = re.compile(f"{STUDY}(_pilot|_factors|_factors_224|)")
+
+
+def keep(folder: Path) -> None:
+    """Put a row a run into results/.
+
+    Raises:
+        UserError: if a run is of another study, of a smoke, or did not end.
+    """
+    write_atomically(ROWS, with_runs(folder, ROWS, STUDIES, row, finished=True).encode())
+
+
+def row(record: RunRecord) -> dict[str, object]:
+    """Return what is kept of a run; nothing of the test images where settings are chosen."""
+    found = row_of(record, _columns)
+    return found if record.spec.study == STUDY else {name: found[name] for name in found if "test" not in name}
+
+
+def _columns(record: RunRecord) -> dict[str, object]:
+    assert record.validation is not None
+    assert record.parameters is not None
+    assert record.provenance is not None
+    return {
+        "validation_nll": record.validation.nll,
+        "image_size": record.spec.data.image_size,
+        "steps": len(record.steps),
+        "trained_values": record.parameters.final,
+        "backbone_values": record.parameters.backbone_total,
+        "threads": record.provenance.threads,
+        "processor": record.provenance.processor,
+    }
+
+
+def chosen_rate(runs: pd.DataFrame) -> float:
+    """Return the rate of the pilot with the best mean validation accuracy; of equal ones that with the lower loss."""
+    of_lora = runs[(runs.study == PILOT) & runs.learning_rate.notna()]
+    means = of_lora.groupby("learning_rate")[["validation_accuracy", "validation_nll"]].mean().round(5)
+    return float(means.sort_values(["validation_accuracy", "validation_nll"], ascending=[False, True]).index[0])
+
+
+def plain(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the pilot's runs at the chosen rate, which every factor is compared with."""
+    return runs[(runs.study == PILOT) & (runs.learning_rate == chosen_rate(runs))]
+
+
+def factors(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that differ from the plain ones in one setting."""
+    return runs[~runs.study.isin([PILOT, STUDY])]
+
+
+def taken(runs: pd.DataFrame) -> tuple[str, ...]:
+    """Return the factors whose mean validation accuracy is above that of the plain runs."""
+    bar = plain(runs).validation_accuracy.mean()
+    means = factors(runs).groupby("experiment", sort=False).validation_accuracy.mean()
+    return tuple(str(name) for name in means.index[means > bar + 1e-9])
+
+
+def pilot_table(runs: pd.DataFrame) -> str:
+    """Return a row a setting: validation accuracy, what a factor adds at the plain rate, and what a run takes."""
+    pilots = runs[runs.study != STUDY].sort_values(["study", "learning_rate", "seed"], ascending=[False, True, True])
+    bar, chosen = plain(runs), {*plain(runs).experiment, *taken(runs)}
+    columns: dict[str, Callable[[pd.DataFrame], str]] = {
+        "setting": lambda part: f"**`{name_of(part)}`**" if name_of(part) in chosen else f"`{name_of(part)}`",
+        "px": lambda part: f"{part.image_size.iloc[0]}",
+        "steps": lambda part: f"{part.steps.iloc[0]}",
+        "validation accuracy, %": lambda part: f"{100 * part.validation_accuracy.mean():.1f}",
+        "each seed": lambda part: each(percent(part.validation_accuracy)),
+        "validation loss": lambda part: f"{part.validation_nll.mean():.3f}",
+        "minus plain, points": lambda part: (
+            f"{100 * (part.validation_accuracy.mean() - bar.validation_accuracy.mean()):+.1f}"
+            if part.study.iloc[0] != PILOT
+            else "–"
+        ),
+        "minutes a run": lambda part: f"{part.seconds.mean() / 60:.1f}",
+    }
+    parts = [part for _, part in pilots.groupby("experiment", sort=False)]
+    said = "Bold: what was taken."
+    return f"{table(parts, columns)}\n\n{said} {origin(pilots)}"
+
+
+def study_table(runs: pd.DataFrame) -> str:
+    """Return the study's experiments beside what was published; described, nothing is tested."""
+    study = runs[runs.study == STUDY]
+    parts = [part.sort_values("seed") for _, part in study.groupby("experiment", sort=False)]
+    rows = [
+        (
+            f"`{name_of(part)}`",
+            percent_interval(mean_interval(part.test_accuracy)),
+            each(percent(part.test_accuracy)),
+            f"{100 * part.trained_values.iloc[0] / part.backbone_values.iloc[0]:.2f}",
+            f"{(part.seconds * part.threads).sum() / 3600:.1f}",
+            "this study",
+        )
+        for part in parts
+    ]
+    rows += [(what, f"{accuracy} %", "–", "–", "–", source) for what, accuracy, source in PUBLISHED]
+    titles = (
+        "method",
+        "test accuracy [95 % over splits]",
+        "by split, %",
+        "values trained, % of the backbone's",
+        "core hours, all splits",
+        "source",
+    )
+    columns: dict[str, Callable[[tuple[str, ...]], str]] = {
+        title: lambda of, place=place: of[place] for place, title in enumerate(titles)
+    }
+    return f"{table(rows, columns)}\n\n{origin(study)}"
+
+
+def tables() -> dict[str, str]:
+    """Return the tables for which there are rows."""
+    if not ROWS.exists():
+        return {}
+    runs = pd.read_csv(ROWS)
+    found = {PILOT: pilot_table(runs)}
+    return found | {STUDY: study_table(runs)} if (runs.study == STUDY).any() else found
+
+
+if __name__ == "__main__":
+    run(__doc__, keep, tables, DOCUMENT)
+    if ROWS.exists():
+        kept = pd.read_csv(ROWS)
+        print(f"rate {chosen_rate(kept):g}; factors taken: {', '.join(taken(kept)) or 'none'}")

@@ -1,0 +1,75 @@
+"""studies.md says of ELPV at the published protocol what results/ holds, and the study runs what the pilot's rule chose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import evidence
+import numpy as np
+import pandas as pd
+import planted
+import published
+import pytest
+from scipy import stats
+
+from peft_vit.config import load_study
+from peft_vit.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+
+
+def rows(study: str, experiment: str, validation: list[float], **columns: object) -> pd.DataFrame:
+    """Return planted rows, a seed each from 310 on."""
+    filled = {"validation_nll": 0.3, "image_size": 112, "steps": 392, "seconds": 400.0, "threads": 1, "status": "done"}
+    filled |= {"learning_rate": 3e-4, "trained_values": 330, "backbone_values": 20_000, "commit": "abc"}
+    seeds = {"study": study, "experiment": experiment, "seed": range(310, 310 + len(validation))}
+    return pd.DataFrame({**seeds, "validation_accuracy": validation, **filled, **columns})
+
+
+def pilot(*factors: pd.DataFrame) -> pd.DataFrame:
+    """Return a pilot whose best rate is 3e-4, by loss, and factors."""
+    return pd.concat(
+        [
+            rows(published.PILOT, "linear_probe", [0.99, 0.99], learning_rate=np.nan),
+            rows(published.PILOT, "plain_lr_1e-4", [0.88, 0.90], learning_rate=1e-4, validation_nll=0.4),
+            rows(published.PILOT, "plain_lr_3e-4", [0.90, 0.88]),
+            rows(published.PILOT, "plain_lr_1e-3", [0.85, 0.86], learning_rate=1e-3),
+            *factors,
+        ]
+    )
+
+
+def test_the_rule_takes_the_best_rate_and_every_factor_above_it() -> None:
+    found = pilot(
+        rows("elpv_published_factors", "mixup", [0.90, 0.8825]),
+        rows("elpv_published_factors", "int4", [0.88, 0.90]),  # as good is not better
+        rows("elpv_published_factors_224", "px224", [0.95, 0.95], image_size=224),
+    )
+    assert published.chosen_rate(found) == 3e-4
+    assert published.taken(found) == ("mixup", "px224")
+    table = published.pilot_table(found)
+    assert "| **`mixup`** | 112 | 392 | 89.1 | 90.0, 88.2 | 0.300 | +0.1 |" in table
+    assert "| **`plain_lr_3e-4`** |" in table
+    assert "| `int4` |" in table
+    assert "| `plain_lr_1e-4` | 112 | 392 | 89.0 | 88.0, 90.0 | 0.400 | – |" in table
+
+
+def test_the_study_stands_beside_what_was_published_with_students_interval() -> None:
+    test = [0.90, 0.91, 0.89, 0.92, 0.90]
+    found = pd.concat([pilot(), rows(published.STUDY, "lora_r4", [0.9] * 5, test_accuracy=test)])
+    low, high = stats.t.interval(0.95, 4, 90.4, np.std(test, ddof=1) * 100 / np.sqrt(5))
+    line = next(line for line in published.study_table(found).splitlines() if "lora_r4" in line)
+    assert line.startswith(f"| `lora_r4` | 90.4 % [{low:.1f}, {high:.1f}] | 90.0, 91.0, 89.0, 92.0, 90.0 | 1.65 | 0.6 |")
+    assert "ResNet-152, oversampling | 90.1 %" in published.study_table(found)
+
+
+def test_test_accuracy_is_kept_of_the_study_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "ROWS", tmp_path / "rows.csv")
+    lora = planted.experiments()["lora_r8"]
+    published.keep(planted.write(tmp_path / "a", [planted.record(lora, 310, 0.7, study=published.PILOT)]))
+    assert not any("test" in column for column in pd.read_csv(published.ROWS))
+    published.keep(planted.write(tmp_path / "b", [planted.record(lora, 312, 0.7, study=published.STUDY)]))
+    kept = pd.read_csv(published.ROWS).set_index("study")
+    assert kept.test_accuracy.notna().to_dict() == {published.PILOT: False, published.STUDY: True}
+    with pytest.raises(UserError, match=r"expected real runs of elpv_published\*, all of them done"):
+        published.keep(planted.write(tmp_path / "c", planted.quickstart()[:1]))
