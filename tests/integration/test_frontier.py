@@ -22,6 +22,7 @@ from peft_vit.allocation import choose_starting_ranks
 from peft_vit.backbones import describe
 from peft_vit.config import MATRICES, load_study
 from peft_vit.errors import UserError
+from peft_vit.report.formatting import points_interval
 from peft_vit.statistics import Interval
 from peft_vit.studies import plan_study
 
@@ -600,3 +601,28 @@ def test_the_document_holds_what_the_files_say() -> None:
     assert filled(text, made) == text
     drawn = study_figures.digest(frontier_figure.drawing(runs, found))
     assert study_figures.recorded_digest(frontier.FIGURE) == drawn
+
+
+def test_the_page_in_plain_words_repeats_the_leads_of_the_table() -> None:
+    runs = frontier.read(frontier.ROWS, frontier._OF_STUDY)
+    page = (frontier.DOCUMENT.parent / "index.md").read_text(encoding="utf-8")
+    first = page[page.index("| nine ranks by stable rank, minus") :].split("\n\n")[0].splitlines()
+    titles, lines = [cell.strip() for cell in first[0].split("|")[2:-1]], first[2:]
+    of = {"random sites": "random", "the last blocks": "last_blocks", "an even spread": "even", "fc1 alone": "fc1"}
+    for line in lines:
+        control, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        for title, cell in zip(titles, cells, strict=True):
+            task, values = title.split(", ")
+            told = (
+                frontier_figure.at_equal_values(runs)
+                if values == "as many values"
+                else [one for one in frontier_figure.sentences(runs) if one.budget == 9]
+            )
+            found = [one for one in told if (one.task, one.control) == (_task(task), of[control])]
+            said = [points_interval(one.lead) + ("" if one.shown else ", not shown") for one in found if one.lead]
+            assert cell == (said[0] if said else "–"), (control, title)
+    assert len(lines) == len(of)
+
+
+def _task(title: str) -> str:
+    return next(name for name, task in frontier_configs.TASKS.items() if task.title == title)
