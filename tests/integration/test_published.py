@@ -21,16 +21,24 @@ CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 def rows(study: str, experiment: str, validation: list[float], **columns: object) -> pd.DataFrame:
     """Return planted rows, a seed each from 310 on."""
     filled = {"validation_nll": 0.3, "image_size": 112, "steps": 392, "seconds": 400.0, "threads": 1, "status": "done"}
-    filled |= {"learning_rate": 3e-4, "trained_values": 330, "backbone_values": 20_000, "commit": "abc"}
+    filled |= {"method": "lora", "learning_rate": 3e-4, "trained_values": 330, "backbone_values": 20_000, "commit": "abc"}
     seeds = {"study": study, "experiment": experiment, "seed": range(310, 310 + len(validation))}
     return pd.DataFrame({**seeds, "validation_accuracy": validation, **filled, **columns})
+
+
+def probe(study: str, experiment: str, validation: float, size: int) -> pd.DataFrame:
+    """Return two planted rows of a linear probe."""
+    changes = {"image_size": size, "method": "linear", "learning_rate": np.nan}
+    return rows(study, experiment, [validation] * 2, **changes)
 
 
 def pilot(*factors: pd.DataFrame) -> pd.DataFrame:
     """Return a pilot whose best rate is 3e-4, by loss, and factors."""
     return pd.concat(
         [
-            rows(published.PILOT, "linear_probe", [0.99, 0.99], learning_rate=np.nan),
+            probe(published.PILOT, "linear_probe", 0.99, 112),
+            probe("elpv_published_factors_168", "linear_probe_168", 0.90, 168),
+            probe("elpv_published_factors_224", "linear_probe_224", 0.91, 224),
             rows(published.PILOT, "plain_lr_1e-4", [0.88, 0.90], learning_rate=1e-4, validation_nll=0.4),
             rows(published.PILOT, "plain_lr_3e-4", [0.90, 0.88]),
             rows(published.PILOT, "plain_lr_1e-3", [0.85, 0.86], learning_rate=1e-3),
@@ -43,15 +51,23 @@ def test_the_rule_takes_the_best_rate_and_every_factor_above_it() -> None:
     found = pilot(
         rows("elpv_published_factors", "mixup", [0.90, 0.8825]),
         rows("elpv_published_factors", "int4", [0.88, 0.90]),  # as good is not better
-        rows("elpv_published_factors_224", "px224", [0.95, 0.95], image_size=224),
+        rows("elpv_published_factors", "epochs_24", [0.95, 0.95], steps=1176),
     )
     assert published.chosen_rate(found) == 3e-4
-    assert published.taken(found) == ("mixup", "px224")
+    assert published.taken(found) == ("mixup", "epochs_24")
     table = published.pilot_table(found)
     assert "| **`mixup`** | 112 | 392 | 89.1 | 90.0, 88.2 | 0.300 | +0.1 |" in table
     assert "| **`plain_lr_3e-4`** |" in table
     assert "| `int4` |" in table
     assert "| `plain_lr_1e-4` | 112 | 392 | 89.0 | 88.0, 90.0 | 0.400 | – |" in table
+
+
+@pytest.mark.parametrize(("validation", "size"), [(0.91, 168), (0.9125, 224), (0.89, 168)])
+def test_larger_images_are_taken_for_more_than_a_point(validation: float, size: int) -> None:
+    found = pilot()
+    found.loc[found.image_size == 224, "validation_accuracy"] = validation
+    assert published.chosen_size(found) == size
+    assert f"**`linear_probe_{size}`**" in published.pilot_table(found)
 
 
 def test_the_study_stands_beside_what_was_published_with_students_interval() -> None:
