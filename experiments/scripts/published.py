@@ -79,9 +79,14 @@ def taken(runs: pd.DataFrame) -> tuple[str, ...]:
     return tuple(str(name) for name in means.index[means > bar + 1e-9])
 
 
-def chosen_size(runs: pd.DataFrame) -> int:
-    """Return the images' edge in pixels: 168, or 224 if a probe gains more than a point of validation from it."""
+def chosen_size(runs: pd.DataFrame) -> int | None:
+    """Return the images' edge in pixels: 168, or 224 if a probe gains more than a point of validation from it.
+
+    None as long as one of both has no runs.
+    """
     probes = runs[(runs.study != STUDY) & (runs.method == "linear")].groupby("image_size").validation_accuracy.mean()
+    if not {168, 224} <= {*probes.index}:
+        return None
     return 224 if probes[224] - probes[168] > 0.01 + 1e-9 else 168
 
 

@@ -68,6 +68,7 @@ def test_larger_images_are_taken_for_more_than_a_point(validation: float, size: 
     found.loc[found.image_size == 224, "validation_accuracy"] = validation
     assert published.chosen_size(found) == size
     assert f"**`linear_probe_{size}`**" in published.pilot_table(found)
+    assert published.chosen_size(found[found.image_size != 224]) is None
 
 
 def test_the_study_stands_beside_what_was_published_with_students_interval() -> None:
