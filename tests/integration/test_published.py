@@ -90,3 +90,35 @@ def test_test_accuracy_is_kept_of_the_study_alone(tmp_path: Path, monkeypatch: p
     assert kept.test_accuracy.notna().to_dict() == {published.PILOT: False, published.STUDY: True}
     with pytest.raises(UserError, match=r"expected real runs of elpv_published\*, all of them done"):
         published.keep(planted.write(tmp_path / "c", planted.quickstart()[:1]))
+
+
+def test_the_document_says_what_results_hold() -> None:
+    text = published.DOCUMENT.read_text(encoding="utf-8")
+    made = published.tables()
+    assert made
+    assert all(f"<!-- {name} -->" in text for name in made)
+    assert evidence.filled(text, made) == text, "run experiments/scripts/published.py"
+
+
+def test_results_hold_the_runs_that_the_configurations_ask_for() -> None:
+    kept = pd.read_csv(published.ROWS)
+    for study in kept.study.unique():
+        asked = load_study(CONFIGS / f"{study}.yaml")
+        runs = {(one.name, seed) for one in asked.experiments for seed in asked.seeds}
+        found = kept[kept.study == study]
+        assert set(found[["experiment", "seed"]].itertuples(index=False, name=None)) == runs, study
+
+
+def test_the_study_takes_what_the_rule_chose() -> None:
+    kept = pd.read_csv(published.ROWS)
+    study = load_study(CONFIGS / f"{published.STUDY}.yaml")
+    (experiment,) = study.experiments
+    factors = published.taken(kept)
+    pilots = load_study(CONFIGS / f"{published.PILOT}.yaml")
+    assert experiment.training.learning_rate == published.chosen_rate(kept)
+    assert study.data.image_size == published.chosen_size(kept)
+    assert (experiment.method == "qa_lora") == ("int4" in factors)
+    assert experiment.training.epochs == (24 if "epochs_24" in factors else 8)
+    assert experiment.training.class_weights == ("class_weights" in factors)
+    assert any(one.mixes for one in experiment.training.augmentation) == ("mixup" in factors)
+    assert not {*study.seeds} & {*pilots.seeds}
