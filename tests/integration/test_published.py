@@ -1,4 +1,4 @@
-"""studies.md says of ELPV at the published protocol what results/ holds, and the study runs what the pilot's rule chose."""
+"""studies.md says of the published protocol what results/ holds, and the study runs what the pilot's rule chose."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from scipy import stats
 
 from peft_vit.config import load_study
 from peft_vit.errors import UserError
+from peft_vit.records import Predictions
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 
@@ -21,7 +22,13 @@ CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 def rows(study: str, experiment: str, validation: list[float], **columns: object) -> pd.DataFrame:
     """Return planted rows, a seed each from 310 on."""
     filled = {"validation_nll": 0.3, "image_size": 112, "steps": 392, "seconds": 400.0, "threads": 1, "status": "done"}
-    filled |= {"method": "lora", "learning_rate": 3e-4, "trained_values": 330, "backbone_values": 20_000, "commit": "abc"}
+    filled |= {
+        "method": "lora",
+        "learning_rate": 3e-4,
+        "trained_values": 330,
+        "backbone_values": 20_000,
+        "commit": "abc",
+    }
     seeds = {"study": study, "experiment": experiment, "seed": range(310, 310 + len(validation))}
     return pd.DataFrame({**seeds, "validation_accuracy": validation, **filled, **columns})
 
@@ -73,11 +80,32 @@ def test_larger_images_are_taken_for_more_than_a_point(validation: float, size: 
 
 def test_the_study_stands_beside_what_was_published_with_students_interval() -> None:
     test = [0.90, 0.91, 0.89, 0.92, 0.90]
-    found = pd.concat([pilot(), rows(published.STUDY, "lora_r4", [0.9] * 5, test_accuracy=test)])
+    by_certainty = {"sure_images": 560, "sure_test_accuracy": 0.95, "unsure_test_accuracy": [0.6, 0.6, 0.6, 0.6, 0.65]}
+    found = pd.concat([pilot(), rows(published.STUDY, "lora_r4", [0.9] * 5, test_accuracy=test, **by_certainty)])
     low, high = stats.t.interval(0.95, 4, 90.4, np.std(test, ddof=1) * 100 / np.sqrt(5))
     line = next(line for line in published.study_table(found).splitlines() if "lora_r4" in line)
-    assert line.startswith(f"| `lora_r4` | 90.4 % [{low:.1f}, {high:.1f}] | 90.0, 91.0, 89.0, 92.0, 90.0 | 1.65 | 0.6 |")
+    assert line.startswith(
+        f"| `lora_r4` | 90.4 % [{low:.1f}, {high:.1f}] | 90.0, 91.0, 89.0, 92.0, 90.0 | 1.65 | 0.6 |"
+    )
     assert "ResNet-152, oversampling | 90.1 %" in published.study_table(found)
+    assert "On the 560 of 656 test images" in published.study_table(found)
+    assert "95.0 % are right, on the others (1/3 or 2/3) 61.0 %." in published.study_table(found)
+
+
+def test_accuracy_is_split_by_what_the_experts_were_sure_of(tmp_path: Path) -> None:
+    lines = ("a.png  0.0 mono", "b.png  0.3333333333333333   poly", "c.png  0.6666666666666666 mono", "d.png  1.0 poly")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    probabilities = published.defect_probabilities(tmp_path)
+    np.testing.assert_allclose(probabilities, [0, 1 / 3, 2 / 3, 1])
+    predictions = Predictions(
+        images=[3, 2, 1, 0, 3], labels=[1, 1, 0, 0, 1], predicted=[1, 1, 1, 0, 0], probability=[0.9] * 5
+    )
+    record = planted.record(planted.experiments()["lora_r8"], 312, 0.7, changes={"predictions": predictions})
+    assert published.by_certainty(record, probabilities) == {
+        "sure_images": 3,
+        "sure_test_accuracy": 2 / 3,
+        "unsure_test_accuracy": 1 / 2,
+    }
 
 
 def test_test_accuracy_is_kept_of_the_study_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +113,12 @@ def test_test_accuracy_is_kept_of_the_study_alone(tmp_path: Path, monkeypatch: p
     lora = planted.experiments()["lora_r8"]
     published.keep(planted.write(tmp_path / "a", [planted.record(lora, 310, 0.7, study=published.PILOT)]))
     assert not any("test" in column for column in pd.read_csv(published.ROWS))
-    published.keep(planted.write(tmp_path / "b", [planted.record(lora, 312, 0.7, study=published.STUDY)]))
+    monkeypatch.setattr(published, "defect_probabilities", lambda: np.tile([0.0, 1 / 3], 1312))
+    predictions = Predictions(images=[0, 1], labels=[1, 1], predicted=[1, 0], probability=[0.9, 0.6])
+    study = planted.record(lora, 312, 0.7, study=published.STUDY, changes={"predictions": predictions})
+    published.keep(planted.write(tmp_path / "b", [study]))
     kept = pd.read_csv(published.ROWS).set_index("study")
+    assert kept.filter(regex="sure").loc[published.STUDY].to_list() == [1, 1, 0]
     assert kept.test_accuracy.notna().to_dict() == {published.PILOT: False, published.STUDY: True}
     with pytest.raises(UserError, match=r"expected real runs of elpv_published\*, all of them done"):
         published.keep(planted.write(tmp_path / "c", planted.quickstart()[:1]))
