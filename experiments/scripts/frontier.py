@@ -314,6 +314,8 @@ def picks(runs: pd.DataFrame) -> Picks:
 def screening_text(runs: pd.DataFrame) -> str:
     """Return what there is of the screening, what it chose, and what the rule asks for besides."""
     by, chosen, (rules, kind) = gains(runs), rates(runs), goes_on(runs)
+    on = (*rules, kind, *CONTROLS)
+    by_all_seeds = gains(runs, chosen) if not again(runs) else None
 
     def cell(name: str, of: tuple[str, int]) -> str:
         rate = chosen.get((of[0], f"{name}_{of[1]}"))
@@ -321,10 +323,16 @@ def screening_text(runs: pd.DataFrame) -> str:
 
     columns: dict[str, Callable[[str], str]] = {"rule or control": lambda name: f"`{name}`"}
     columns["mean"] = lambda name: f"{by.loc[name].mean():+.2f}"
+    if by_all_seeds is not None:
+        of_all = by_all_seeds.mean(axis=1)
+        columns[f"mean, {len(SEEDS)} seeds"] = lambda name: f"{of_all[name]:+.2f}" if name in on else "–"
     columns |= {f"{TASKS[of[0]].title}, {of[1]} ranks": partial(cell, of=of) for of in by}
-    columns["goes on"] = lambda name: "yes" if name in (*rules, kind, *CONTROLS) else ""
+    columns["goes on"] = lambda name: "yes" if name in on else ""
     told = [name for group in (SCORING, CONTROLS, MATRICES) for name in ranked(by, group)]
-    note = "Points of validation accuracy above `random`, seeds 220 and 221, and the learning rate that goes on."
+    note = (
+        "Points of validation accuracy above `random`, seeds 220 and 221, and the learning rate that goes on. By the "
+        "mean of all four seeds two rules become studies."
+    )
     parts = [_what_there_is(runs), table(told, columns), note]
     for task, part in _first(runs):
         parts.append(f"{TASKS[task].title}. {_lora_above_probe(part)}")

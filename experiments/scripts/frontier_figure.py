@@ -177,15 +177,18 @@ def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
         shown = [b for b in BUDGETS if any(one.budget == b and one.shown for one in of_task)]
         whole = [b for b in shown if all(one.shown for one in of_task if one.budget == b)]
         first = next((budget for budget in SEQUENCE if budget not in whole), None)
-        ended = "not shown, and nothing is claimed from there on" if first == not_shown(found, task) else "open so far"
-        then = "" if first is None else f"At {first} ranks it is {ended}."
+        then = (
+            "" if first is None else f"At {first} ranks it is {_where_it_ends(of_task, first, not_shown(found, task))}."
+        )
         if not whole:
             lines.append(f"- {title}: does it matter where ranks go? {then}")
             continue
-        values = next(one.own.values for one in of_task if one.budget == whole[-1])
+        of_last = [one for one in of_task if one.budget == whole[-1]]
+        others = sorted(round(one.other.values) for one in of_last)
         lines.append(
-            f"- {title}: at {joined([str(one) for one in whole])} ranks (up to {count(round(values))} trained values) "
-            f"`{rule}` beats random sites, the last blocks and ranks spread evenly. {then}".rstrip()
+            f"- {title}: at {joined([str(one) for one in whole])} ranks `{rule}` beats random sites, the last blocks "
+            f"and ranks spread evenly; it has {count(round(of_last[0].own.values))} values at {whole[-1]}, these have "
+            f"{count(others[0])} to {count(others[-1])}. {then}".rstrip()
         )
     for task in dict.fromkeys(one.task for one in found):
         ends = _between(runs, task)
@@ -199,6 +202,12 @@ class _Row(NamedTuple):
     where: str
     reached: Reached
     lead: str  # of the rule over it
+
+
+def _where_it_ends(of_task: Sequence[Sentence], budget: int, not_shown_at: int | None) -> str:
+    if budget == not_shown_at:
+        return "not shown, and nothing is claimed from there on"
+    return "open so far" if any(one.budget == budget for one in of_task) else "not asked yet"
 
 
 def sentence_table(found: Sequence[Sentence]) -> str:
