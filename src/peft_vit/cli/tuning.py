@@ -45,8 +45,9 @@ def tune(
     from peft_vit.extras import require_extra
 
     require_extra("tune", "tune")  # what is imported below needs some of it
+    from peft_vit.config import DEFAULT_MODEL
     from peft_vit.tuning.pipeline import tune as run_tune
-    from peft_vit.tuning.request import DEFAULT_MODEL, TuneRequest
+    from peft_vit.tuning.request import TuneRequest
 
     run_tune(
         TuneRequest.of(

@@ -18,6 +18,7 @@ from peft_vit.config.augmentation import (
     Rotate90,
 )
 from peft_vit.config.loading import load_study, one_line, study_from_mapping
+from peft_vit.config.named_backbone import DEFAULT_MODEL, named_backbone
 from peft_vit.config.stopping import StoppingConfig
 from peft_vit.config.study import (
     NEEDS_PATH,
@@ -54,6 +55,7 @@ __all__ = [
     "AS_WRITTEN",
     "AUGMENTATION_OF_FLIPS",
     "BITS_OF_TYPE",
+    "DEFAULT_MODEL",
     "MATRICES",
     "METRICS",
     "NEEDS_PATH",
@@ -111,6 +113,7 @@ __all__ = [
     "is_given",
     "load_study",
     "micro_batch_fault",
+    "named_backbone",
     "one_line",
     "read_mapping",
     "study_from_mapping",

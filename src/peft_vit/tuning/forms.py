@@ -246,16 +246,19 @@ def _best(forms: dict[Path, Form], max_bytes: int | None, max_latency_s: float |
         return found
 
     small = [file for file in forms if max_bytes is None or size(file) <= max_bytes]
-    as_fast = _AS_FAST * min(map(seconds, small), default=0.0)
+    fastest = min(map(seconds, small), default=0.0)
+    as_fast = _AS_FAST * fastest
+    if max_latency_s is not None and fastest <= max_latency_s:
+        as_fast = min(as_fast, max_latency_s)
     best = min((file for file in small or forms if not small or seconds(file) <= as_fast), key=size)
     missed = []
     if max_bytes is not None and size(best) > max_bytes:
         missed.append(f"No form keeps within {max_bytes / 1e6:g} MB: the smallest takes {size(best) / 1e6:.2f} MB.")
     if max_latency_s is not None and seconds(best) > max_latency_s:
-        missed.append(
-            f"No form keeps within {1e3 * max_latency_s:g} ms an image: the one that was taken needs "
-            f"{1e3 * seconds(best):.1f} ms."
-        )
+        which = "No form that is small enough keeps" if small else "The smallest form does not keep"
+        if min(map(seconds, forms)) > max_latency_s:
+            which = "No form keeps"
+        missed.append(f"{which} within {1e3 * max_latency_s:g} ms an image: it needs {1e3 * seconds(best):.1f} ms.")
     return best, tuple(missed)
 
 

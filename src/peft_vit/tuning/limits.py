@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.backbones import Architecture
-from peft_vit.config import BackboneConfig, bytes_of, study_from_mapping
+from peft_vit.config import bytes_of, study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.runs.provenance import cpu_count
 from peft_vit.studies.plan import plan_begun_study
@@ -124,7 +124,7 @@ def time_exported(context: TuningContext, model: str, image_size: int) -> float:
     from peft_vit.deployment.check import card_of_random
     from peft_vit.deployment.timing import time_alone
 
-    architecture = Architecture.of(BackboneConfig.model_validate(context.backbones[model]))
+    architecture = Architecture.of(context.backbones[model])
     names = tuple(context.seen.class_names)
     plain = create_model(architecture, image_size, len(names))
     card = card_of_random(architecture, image_size, names, "tune")

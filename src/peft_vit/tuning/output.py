@@ -16,6 +16,7 @@ from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.html import write_html
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.ledger import write_whole
+from peft_vit.studies.own_images import refuse_among_images
 from peft_vit.tuning.blocks import TuningSummary
 from peft_vit.tuning.card import write_card
 from peft_vit.tuning.figures import fonts_for, no_font
@@ -65,10 +66,8 @@ def output_files_in(directory: Path) -> OutputFiles:
 
 def check_output(request: TuneRequest) -> None:
     """Refuse an output among the images, and one where files of others would be replaced."""
-    output, images = request.output.resolve(), request.images.resolve()
-    if output == images or images in output.parents:
-        problem = f"lies in {request.images}, where everything has to be an image; choose a folder elsewhere"
-        raise UserError(problem, file=request.output, field="--output")
+    refuse_among_images(request.images, request.output)
+    output = request.output.resolve()
     if not (output / TUNE_FILE).exists():
         for name in (MODEL_FOLDER, FIGURES_FOLDER, CONFIG_FILE, CARD_FILE, HTML_FILE):
             if (output / name).exists():

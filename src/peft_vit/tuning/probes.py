@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_vit.backbones import Architecture, native_size, size_step_of
-from peft_vit.config import BackboneConfig
 from peft_vit.config.augmentation import Flips
 from peft_vit.errors import UserError
 from peft_vit.studies.time_limit import Limit
@@ -52,7 +51,7 @@ def sizes_of(context: TuningContext, model: str) -> list[int]:
         for size in context.request.image_sizes:
             context.shape(model, size)
         return sorted(context.request.image_sizes)
-    architecture = Architecture.of(BackboneConfig.model_validate(context.backbones[model]))
+    architecture = Architecture.of(context.backbones[model])
     patch, native = size_step_of(architecture), native_size(architecture)
     largest = max(min(_LARGEST_PIXELS, _side_of(context)), _SIDES[5] * patch)
     sizes = [side * patch for side in _SIDES if 14 <= side * patch <= min(largest, max(native, patch))]
@@ -60,8 +59,8 @@ def sizes_of(context: TuningContext, model: str) -> list[int]:
 
 
 def _side_of(context: TuningContext) -> int:
-    """Return the median of the images' shorter sides in pixels."""
-    return int(statistics.median(context.seen.sides[:, 0]))
+    """Return the median of the shorter sides in pixels, of the images outside the folder's own test split."""
+    return int(statistics.median(context.seen.sides[context.seen.chosen_on, 0]))
 
 
 def worth_trying(

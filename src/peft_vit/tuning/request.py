@@ -6,13 +6,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, ConfigDict, PositiveInt, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 
-from peft_vit.config import AskedPrecision, Device, ExecutorName, bytes_of
+from peft_vit.config import DEFAULT_MODEL, AskedPrecision, Device, ExecutorName, bytes_of
 from peft_vit.errors import UserError
 
-DEFAULT_MODEL = "vit_small_patch14_dinov2"
 _OPTIONS = {"max_latency_s": "--max-latency", "models": "--model", "image_sizes": "--image-size", "images": "IMAGES"}
 
 
@@ -55,8 +54,8 @@ class TuneRequest:
         threads: of a run.
     """
 
-    images: Path
-    output: Path
+    images: Annotated[Path, AfterValidator(Path.expanduser)]
+    output: Annotated[Path, AfterValidator(Path.expanduser)]
     margin: float = 1.0
     max_bytes: Annotated[int | None, BeforeValidator(_bytes)] = None
     max_latency_s: Annotated[float | None, BeforeValidator(_seconds)] = None
@@ -64,11 +63,11 @@ class TuneRequest:
     minutes: float = 60.0
     models: Annotated[tuple[str, ...], BeforeValidator(_several)] = (DEFAULT_MODEL,)
     weights: str | None = None
-    image_sizes: Annotated[tuple[PositiveInt, ...], BeforeValidator(_several)] = ()
+    image_sizes: Annotated[tuple[Annotated[int, Field(ge=14, le=1024)], ...], BeforeValidator(_several)] = ()
     executor: ExecutorName = "local"
     device: Device = "auto"
     precision: AskedPrecision = "auto"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     threads: PositiveInt = 2
 
     @classmethod

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -42,7 +42,7 @@ class TuneFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     asked: dict[str, Any]
     decided: dict[str, Any] = {}
     seconds: dict[str, float] = {}

@@ -160,19 +160,22 @@ def chosen_first(case):
     return np.isin(np.arange(12), np.argsort(-np.array(firsts), kind="stable")[:9])
 
 
+def hooks_of(model):
+    return {name: (len(one._forward_pre_hooks), len(one._forward_hooks)) for name, one in model.named_modules()}
+
+
 def test_the_model_stays_as_it_was(case) -> None:
     model, images = case["model"].train(), case["batch"].images
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trained = [name for name, one in model.named_parameters() if one.requires_grad]
-    for rule in ("eva", "spt"):
+    trained, hooks = [name for name, one in model.named_parameters() if one.requires_grad], hooks_of(model)
+    for rule in ("eva", "spt", "gradient", "gora", "stable_rank"):
         config = StartingRanksConfig(rule=rule, budget=5)
         choose_starting_ranks(model, case["sites"], config, seed=0, batch=case["batch"])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [name for name, one in model.named_parameters() if one.requires_grad] == trained
     assert all(one.grad is None for one in model.parameters())
     assert all(module.training for module in model.modules())
-    hooked = [module for module in model.modules() if module._forward_pre_hooks]
-    assert not hooked
+    assert hooks_of(model) == hooks
     model.eval()(images)
 
 
@@ -231,7 +234,31 @@ def test_few_even_ranks_go_to_every_kind_of_matrix_and_over_all_depths(budget: i
     ranks, _ = choose_starting_ranks(torch.nn.Identity(), sites, config, seed=0)
     layers = {kind: [one.layer for one in sites if one.kind == kind and ranks[one.name]] for kind in ("k0", "k1", "k2")}
     assert [len(of_kind) for of_kind in layers.values()] == [budget // 3] * 3
-    assert {max(of_kind) - min(of_kind) >= 12 - 2 * 36 // budget for of_kind in layers.values()} == {True}
+    chosen = np.array([place for of_kind in layers.values() for place in of_kind])
+    each = 36 / budget  # the sites stand kind after kind, by depth in each
+    middles = (np.arange(budget) + 0.5) * each % 12
+    assert np.abs(chosen - middles).max() <= 1
+
+
+@pytest.mark.parametrize("rule", SCORES)
+def test_scores_of_nan_are_one_line(case, rule) -> None:
+    model, batch = copy.deepcopy(case["model"]), case["batch"]
+    images = batch.images.clone()
+    images[0, 0, 3, 3] = torch.nan
+    if rule == "stable_rank":
+        with torch.no_grad():
+            model.get_submodule(case["sites"][0].module).weight[0, 0] = torch.nan
+    config = StartingRanksConfig(rule=rule, budget=5)
+    with pytest.raises(UserError, match=f"lora.ranks.rule: rule {rule} gave scores that are not finite"):
+        choose_starting_ranks(model, case["sites"], config, seed=0, batch=batch._replace(images=images))
+
+
+@pytest.mark.parametrize("rule", ["gradient", "spt", "gora"])
+def test_without_a_gradient_a_rule_can_not_choose(case, rule) -> None:
+    batch = case["batch"]._replace(loss=lambda logits, _: 0.0 * logits.sum())
+    config = StartingRanksConfig(rule=rule, budget=5)
+    with pytest.raises(UserError, match=r"lora.ranks.rule: rule .* gave every site the score 0, so it can't choose"):
+        choose_starting_ranks(case["model"], case["sites"], config, seed=0, batch=batch)
 
 
 def test_random_sites_are_new_ones_each_seed_and_each_as_likely() -> None:

@@ -320,3 +320,30 @@ def test_near_groups_in_blocks_are_those_of_a_plain_search(monkeypatch):
         monkeypatch.setattr(duplicates, "_BLOCK", block)
         found = duplicates.near_groups(thumbnails)
         assert len(set(zip(found.tolist(), expected, strict=True))) == len(set(expected)) == len(set(found.tolist()))
+
+
+def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
+    root = tmp_path / "split"
+    for place, counts in (("train", (10, 10)), ("test", (2, 60))):
+        for label, (name, count) in enumerate(zip(("cat", "dog"), counts, strict=True)):
+            for i in range(count):
+                far = 1000 if place == "test" else 0
+                save(root / place / name / f"{i:02}.png", textured(far + 100 * label + i))
+    seen = look_at(root)
+    assert (seen.imbalance, seen.balanced) == (1.0, True)
+    assert seen.chosen_counts.tolist() == [10, 10]
+    assert seen.class_counts.tolist() == [12, 70]
+    assert "accuracy decides: all classes have as many images" in "\n".join(seen.lines())
+
+
+def test_a_class_that_loses_its_last_validation_image_is_still_a_class(tmp_path):
+    root = tmp_path / "split"
+    for place, count in (("train", 10), ("val", 1), ("test", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                save(root / place / name / f"{i:02}.png", textured(1000 * len(place) + 100 * label + i))
+    (root / "val" / "dog" / "00.png").write_bytes(b"no image")
+    seen = look_at(root)
+    assert list(seen.left_out) == ["val/dog/00.png"]
+    index = open_index(config(root, write(tmp_path, seen, sealed_share=0.2, seed=0), validation_images=4))
+    assert (len(index.labels), int(index.official_test.sum())) == (25, 4)

