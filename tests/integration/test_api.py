@@ -48,7 +48,7 @@ def test_bad_arguments_are_one_line(images, tmp_path) -> None:
         ({"max_latency_s": "50"}, "^--max-latency: '50' is not a time above 0 in ms or s; write it as in 50ms$"),
         ({"max_latency_s": [1]}, r"^--max-latency: .*number, got \[1\]$"),
         ({"image_sizes": 28.5}, "^--image-size: .*, got 28.5$"),
-        ({"image_sizes": (0,)}, "^--image-size: .*equal to 14, got 0$"),
+        ({"image_sizes": (0,)}, "^--image-size: .*greater than 0, got 0$"),
         ({"models": [3]}, "^--model: .*string, got 3$"),
         ({"models": 3}, "^--model: .*string, got 3$"),
         ({"executor": "spark"}, "^--executor: .*'local' or 'ray', got 'spark'$"),

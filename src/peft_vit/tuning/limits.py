@@ -35,8 +35,12 @@ def check_request(request: TuneRequest) -> None:
         raise UserError("give more than 0 ms", field="--max-latency")
     if not all(request.models or ("",)):
         raise UserError("names none; give one, or leave it out", field="--model")
-    if request.seed < 0:
-        raise UserError(f"is {request.seed}; give 0 or more", field="--seed")
+    if not 0 <= request.seed < 2**31:
+        problem = "give 0 or more" if request.seed < 0 else f"give less than {2**31}"
+        raise UserError(f"is {request.seed}; {problem}", field="--seed")
+    for size in request.image_sizes:
+        if not 14 <= size <= 1024:  # as DataConfig has it
+            raise UserError(f"is {size}; give 14 to 1024", field="--image-size")
     if request.memory_limit is not None:
         try:
             bytes_of(request.memory_limit)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 
 from peft_vit.config import DEFAULT_MODEL, AskedPrecision, Device, ExecutorName, bytes_of
@@ -63,11 +63,11 @@ class TuneRequest:
     minutes: float = 60.0
     models: Annotated[tuple[str, ...], BeforeValidator(_several)] = (DEFAULT_MODEL,)
     weights: str | None = None
-    image_sizes: Annotated[tuple[Annotated[int, Field(ge=14, le=1024)], ...], BeforeValidator(_several)] = ()
+    image_sizes: Annotated[tuple[PositiveInt, ...], BeforeValidator(_several)] = ()
     executor: ExecutorName = "local"
     device: Device = "auto"
     precision: AskedPrecision = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: int = 0
     threads: PositiveInt = 2
 
     @classmethod
