@@ -405,6 +405,22 @@ def test_time_that_ends_before_a_fold_is_one_line(images: Path, tmp_path: Path) 
         tune(asked(images, tmp_path, minutes=8.0), lambda _: None, no_race)
 
 
+def test_a_first_fold_that_failed_is_not_put_on_the_time(images: Path, tmp_path: Path) -> None:
+    runner, output = StandIns(), tmp_path / "out"
+
+    def failing(study: Mapping[str, Any], *more: Any) -> Outcomes:
+        if study["name"] == "race":
+            for one in study["experiments"]:
+                record = output / "studies" / "race" / one["name"] / "seed_5" / "record.json"
+                record.parent.mkdir(parents=True, exist_ok=True)
+                record.touch()
+        return _but_race(runner, study, *more)
+
+    no_race = replace(quick(runner), make_runner=lambda *_: failing)
+    with pytest.raises(UserError, match=r"^the first fold of \w+ failed, as is told above; the same command tries it"):
+        tune(asked(images, output, minutes=8.0), lambda _: None, no_race)
+
+
 def _but_race(runner: StandIns, study: Mapping[str, Any], *more: Any) -> Outcomes:
     return {} if study["name"] == "race" else runner(study, *more)
 

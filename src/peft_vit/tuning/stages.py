@@ -343,7 +343,7 @@ def finish(
     """Train the chosen one and the reference on all that is not sealed, and return their folders by name.
 
     Raises:
-        UserError: if time ended before they had a fold, which says how long they have to be trained.
+        UserError: if they have no fold, which says how long they have to be trained: time ended, or it failed.
     """
     context, backbone = contest.context, contest.backbone
     names = list(dict.fromkeys((raced.chosen, contest.reference)))
@@ -351,6 +351,8 @@ def finish(
     rates = {one.name: found[one.kind].learning_rate for one in some if one.name in names and one.kind is not None}
     folds = {name: contest.folds(name) for name in names}
     for name, done in folds.items():
+        if not done and name in contest.failed():
+            raise UserError(f"the first fold of {name} failed, as is told above; the same command tries it again")
         if not done:
             problem = f"ended before {name} had a single fold in the race; give more, and the same command goes on"
             raise UserError(problem, field="--minutes")
