@@ -69,7 +69,7 @@ class CalibrationBatch(NamedTuple):
 
 
 def check_starting_ranks(config: StartingRanksConfig, sites: Sequence[Site]) -> None:
-    """Refuse a budget that buys no rank, or one under which the rule decides nothing.
+    """Refuse a budget that buys no rank, one under which the rule decides nothing, and a limit that never holds.
 
     Raises:
         UserError: naming the setting and what the sites allow.
@@ -80,16 +80,21 @@ def check_starting_ranks(config: StartingRanksConfig, sites: Sequence[Site]) -> 
             f"{config.maximum_rank} lies above the widest site's {largest.max()}; lower it",
             field="lora.ranks.maximum_rank",
         )
-    limit = config.site_rank if config.rule in ORDERED_RULES else config.maximum_rank
+    name, limit = "maximum_rank", config.maximum_rank
+    if config.rule in ORDERED_RULES:
+        name, limit = "site_rank", config.site_rank
     most = int(costs @ (largest if limit is None else np.minimum(largest, limit)))
     if not costs.min() <= config.budget < most:
-        name = "site_rank" if config.rule in ORDERED_RULES else "maximum_rank"
         reason = "what they can hold" if limit is None else f"{name} {limit} everywhere; raise {name} for more"
         raise UserError(
             f"expected at least {costs.min()} (one rank of the cheapest site) and less than {most} {config.unit} (of "
             f"all {len(sites)} sites {reason}), got {config.budget}",
             field="lora.ranks.budget",
         )
+    bought = config.budget // int(costs.min())  # ranks of the cheapest site
+    if limit is not None and limit > bought:
+        problem = f"{limit} has no effect above the {bought} ranks that the budget buys at a site; lower it"
+        raise UserError(problem, field=f"lora.ranks.{name}")
 
 
 def choose_starting_ranks(

@@ -199,7 +199,7 @@ def test_controls_keep_the_budget_and_follow_the_seed(settings, blocks, each, se
     costs = [1 if settings["unit"] == "ranks" else one.in_features + one.out_features for one in sites]
     ordered = settings["rule"] != "even"
     most = sum(costs) * (each if ordered else 8)
-    budget = data.draw(st.integers(min(costs), most - 1))
+    budget = data.draw(st.integers(min(costs) * (each if ordered else 1), most - 1))
     config = StartingRanksConfig(**settings, budget=budget, **({"site_rank": each} if ordered else {}))
     choose = partial(choose_starting_ranks, torch.nn.Identity(), sites, config)
     found, scores = choose(seed=seed)
@@ -278,6 +278,8 @@ def test_random_sites_are_new_ones_each_seed_and_each_as_likely() -> None:
         ({"rule": "even", "budget": 12 * 8}, "budget", "less than 96 ranks .of all 12 sites what they can hold"),
         ({"rule": "gora", "budget": 15, "unit": "parameters"}, "budget", "at least 16 .one rank of the cheapest"),
         ({"rule": "spt", "budget": 5, "maximum_rank": 9}, "maximum_rank", "9 lies above the widest site's 8"),
+        ({"rule": "eva", "budget": 5, "maximum_rank": 6}, "maximum_rank", "no effect above the 5 ranks that the budget"),
+        ({"rule": "random", "budget": 3, "site_rank": 4}, "site_rank", "no effect above the 3 ranks that the budget"),
     ],
 )
 def test_what_decides_nothing_is_refused(settings, field, said) -> None:
