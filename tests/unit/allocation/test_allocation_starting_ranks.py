@@ -278,8 +278,8 @@ def test_random_sites_are_new_ones_each_seed_and_each_as_likely() -> None:
         ({"rule": "even", "budget": 12 * 8}, "budget", "less than 96 ranks .of all 12 sites what they can hold"),
         ({"rule": "gora", "budget": 15, "unit": "parameters"}, "budget", "at least 16 .one rank of the cheapest"),
         ({"rule": "spt", "budget": 5, "maximum_rank": 9}, "maximum_rank", "9 lies above the widest site's 8"),
-        ({"rule": "eva", "budget": 5, "maximum_rank": 6}, "maximum_rank", "no effect above the 5 ranks that the budget"),
-        ({"rule": "random", "budget": 3, "site_rank": 4}, "site_rank", "no effect above the 3 ranks that the budget"),
+        ({"rule": "eva", "budget": 5, "maximum_rank": 6}, "maximum_rank", "no effect above the 5 ranks that the"),
+        ({"rule": "random", "budget": 3, "site_rank": 4}, "site_rank", "no effect above the 3 ranks that the"),
     ],
 )
 def test_what_decides_nothing_is_refused(settings, field, said) -> None:
