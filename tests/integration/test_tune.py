@@ -382,6 +382,13 @@ def test_bad_images_are_one_line_and_nothing_is_left(
     assert not output.exists()
 
 
+def test_train_writes_nothing_among_the_images(images: Path, refused: Callable[..., str]) -> None:
+    before = sorted(images.rglob("*"))
+    said = refused("train", images, "--method", "linear", "--output", images / "runs")
+    assert "--output: lies in " in said
+    assert sorted(images.rglob("*")) == before
+
+
 def test_a_missing_optuna_is_one_line(
     images: Path, tmp_path: Path, refused: Callable[..., str], without: Callable[..., None]
 ) -> None:
