@@ -136,7 +136,7 @@ def refuse_among_images(folder: Path, output: Path) -> None:
     Raises:
         UserError: naming it.
     """
-    place, images = (Path(os.path.expanduser(one)).resolve() for one in (output, folder))
+    place, images = (Path(os.path.realpath(os.path.expanduser(one))) for one in (output, folder))
     if place == images or images in place.parents:
         problem = f"lies in {folder}, where everything has to be an image; choose a folder elsewhere"
         raise UserError(problem, file=output, field="--output")

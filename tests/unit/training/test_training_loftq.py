@@ -40,7 +40,7 @@ def test_what_has_no_effect_is_refused(tiny_vit) -> None:
         config(loftq_iterations=2)
     with pytest.raises(ValueError, match="set quantization_schedule: constant"):
         scheduled(start="loftq")
-    with pytest.raises(ValueError, match="loftq_iterations above 1 has no effect on integers with offsets"):
+    with pytest.raises(ValueError, match="loftq_iterations above 1 brings next to nothing on integers with offsets"):
         config(start="loftq", loftq_iterations=2, quantization_type="int4")
     model = tiny_vit()
     sites = Backbone(model).sites
