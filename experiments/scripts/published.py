@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from evidence import RESULTS, ROOT, each, name_of, origin, percent, row_of, run, table, with_runs
 from numpy.typing import NDArray
+from study_evidence import chosen_rates
 from study_tables import PUBLISHED
 
 from peft_vit.data.files import open_tree
@@ -91,9 +93,7 @@ def by_certainty(record: RunRecord, probabilities: NDArray[np.float64]) -> dict[
 
 def chosen_rate(runs: pd.DataFrame) -> float:
     """Return the rate of the pilot with the best mean validation accuracy; of equal ones that with the lower loss."""
-    of_lora = runs[(runs.study == PILOT) & runs.learning_rate.notna()]
-    means = of_lora.groupby("learning_rate")[["validation_accuracy", "validation_nll"]].mean().round(5)
-    return float(means.sort_values(["validation_accuracy", "validation_nll"], ascending=[False, True]).index[0])
+    return chosen_rates(runs[(runs.study == PILOT) & (runs.method == "lora")])["lora"]
 
 
 def plain(runs: pd.DataFrame) -> pd.DataFrame:
@@ -173,7 +173,7 @@ def study_table(runs: pd.DataFrame) -> str:
         "source",
     )
     columns: dict[str, Callable[[tuple[str, ...]], str]] = {
-        title: lambda of, place=place: of[place] for place, title in enumerate(titles)
+        title: itemgetter(place) for place, title in enumerate(titles)
     }
     sure, unsure = 100 * study[["sure_test_accuracy", "unsure_test_accuracy"]].mean()
     said = (

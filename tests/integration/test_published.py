@@ -28,6 +28,7 @@ def rows(study: str, experiment: str, validation: list[float], **columns: object
         "trained_values": 330,
         "backbone_values": 20_000,
         "commit": "abc",
+        "majority_accuracy": 0.6875,
     }
     seeds = {"study": study, "experiment": experiment, "seed": range(310, 310 + len(validation))}
     return pd.DataFrame({**seeds, "validation_accuracy": validation, **filled, **columns})

@@ -216,13 +216,12 @@ def _budget(asked: int | str | None) -> tuple[int | None, Literal["ranks", "byte
 
 
 def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
-    classes, own = len(index.class_names), index.official_test
-    images = len(index.labels) if own is None else int((~own).sum())
-    validation, test = (max(classes, min(images // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
-    if own is not None:
-        test = int(own.sum())
-    left = images - validation - (0 if own is not None else test)
-    train = left if asked.shots is None else asked.shots * classes
+    images, classes = len(index.labels), len(index.class_names)
+    own = None if index.official_test is None else int(index.official_test.sum())
+    usable = images - (own or 0)
+    validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
+    test = fifth if own is None else own
+    train = images - validation - test if asked.shots is None else asked.shots * classes
     return Counts(max(1, train), validation, test)
 
 
