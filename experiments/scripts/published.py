@@ -3,7 +3,8 @@
     .venv/bin/python experiments/scripts/published.py [DIR ...]
 
 A DIR holds runs of the pilot, of its factors or of the study; of each one row is kept, of a pilot without its test
-accuracy, which chooses nothing. What the pilot's rule chooses is printed. Without DIR only the tables are made anew.
+accuracy, which chooses nothing; of the study all records as well. What the pilot's rule chooses is printed. Without DIR
+only the tables are made anew.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 from evidence import RESULTS, ROOT, each, name_of, origin, percent, row_of, run, table, with_runs
 from numpy.typing import NDArray
-from study_evidence import chosen_rates
+from study_evidence import chosen_rates, packed
 from study_tables import PUBLISHED
 
 from peft_vit.data.files import open_tree
@@ -34,12 +35,14 @@ STUDIES = re.compile(f"{STUDY}(_pilot|_factors|_factors_168|_factors_224|)")
 
 
 def keep(folder: Path) -> None:
-    """Put a row a run into results/.
+    """Put a row a run into results/, and the study's records as they are.
 
     Raises:
         UserError: if a run is of another study, of a smoke, or did not end.
     """
     write_atomically(ROWS, with_runs(folder, ROWS, STUDIES, row, finished=True).encode())
+    if (folder / STUDY).is_dir():
+        write_atomically(RESULTS / f"{STUDY}.tar.xz", packed(folder / STUDY, STUDY))
 
 
 def row(record: RunRecord) -> dict[str, object]:
@@ -150,24 +153,27 @@ def pilot_table(runs: pd.DataFrame) -> str:
 
 def study_table(runs: pd.DataFrame) -> str:
     """Return the study's experiments beside what was published; described, nothing is tested."""
-    study = runs[runs.study == STUDY]
-    parts = [part.sort_values("seed") for _, part in study.groupby("experiment", sort=False)]
+    study = runs[runs.study == STUDY].sort_values("seed")
     rows = [
         (
             f"`{name_of(part)}`",
             percent_interval(mean_interval(part.test_accuracy)),
             each(percent(part.test_accuracy)),
+            f"{100 * part.sure_test_accuracy.mean():.1f}",
+            f"{100 * part.unsure_test_accuracy.mean():.1f}",
             f"{100 * part.trained_values.iloc[0] / part.backbone_values.iloc[0]:.2f}",
             f"{(part.seconds * part.threads).sum() / 3600:.1f}",
             "this study",
         )
-        for part in parts
+        for _, part in study.groupby("experiment", sort=False)
     ]
-    rows += [(what, f"{accuracy} %", "–", "–", "–", source) for what, accuracy, source in PUBLISHED]
+    rows += [(what, f"{accuracy} %", *["–"] * 5, source) for what, accuracy, source in PUBLISHED]
     titles = (
         "method",
         "test accuracy [95 % over splits]",
         "by split, %",
+        "experts sure, %",
+        "not sure, %",
         "values trained, % of the backbone's",
         "core hours, all splits",
         "source",
@@ -175,10 +181,9 @@ def study_table(runs: pd.DataFrame) -> str:
     columns: dict[str, Callable[[tuple[str, ...]], str]] = {
         title: itemgetter(place) for place, title in enumerate(titles)
     }
-    sure, unsure = 100 * study[["sure_test_accuracy", "unsure_test_accuracy"]].mean()
     said = (
-        f"On the {study.sure_images.mean():.0f} of {TEST_IMAGES} test images of which the experts were sure (defect "
-        f"probability 0 or 1, mean over splits) {sure:.1f} % are right, on the others (1/3 or 2/3) {unsure:.1f} %."
+        f"The experts were sure (defect probability 0 or 1, not 1/3 or 2/3) of {study.sure_images.mean():.0f} of "
+        f"{TEST_IMAGES} test images, mean over splits."
     )
     return f"{table(rows, columns)}\n\n{said} {origin(study)}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import evidence
@@ -82,15 +83,17 @@ def test_larger_images_are_taken_for_more_than_a_point(validation: float, size: 
 def test_the_study_stands_beside_what_was_published_with_students_interval() -> None:
     test = [0.90, 0.91, 0.89, 0.92, 0.90]
     by_certainty = {"sure_images": 560, "sure_test_accuracy": 0.95, "unsure_test_accuracy": [0.6, 0.6, 0.6, 0.6, 0.65]}
-    found = pd.concat([pilot(), rows(published.STUDY, "lora_r4", [0.9] * 5, test_accuracy=test, **by_certainty)])
+    study = rows(published.STUDY, "lora_r4", [0.9] * 5, test_accuracy=test, **by_certainty)
+    probes = rows(published.STUDY, "linear_probe", [0.8] * 5, test_accuracy=0.8, **by_certainty, trained_values=0)
+    found = pd.concat([pilot(), pd.concat([study, probes]).sort_values("experiment")])
     low, high = stats.t.interval(0.95, 4, 90.4, np.std(test, ddof=1) * 100 / np.sqrt(5))
     line = next(line for line in published.study_table(found).splitlines() if "lora_r4" in line)
     assert line.startswith(
-        f"| `lora_r4` | 90.4 % [{low:.1f}, {high:.1f}] | 90.0, 91.0, 89.0, 92.0, 90.0 | 1.65 | 0.6 |"
+        f"| `lora_r4` | 90.4 % [{low:.1f}, {high:.1f}] | 90.0, 91.0, 89.0, 92.0, 90.0 | 95.0 | 61.0 | 1.65 | 0.6 |"
     )
     assert "ResNet-152, oversampling | 90.1 %" in published.study_table(found)
-    assert "On the 560 of 656 test images" in published.study_table(found)
-    assert "95.0 % are right, on the others (1/3 or 2/3) 61.0 %." in published.study_table(found)
+    assert "| `linear_probe` | 80.0 % [80.0, 80.0] |" in published.study_table(found)
+    assert "of 560 of 656 test images" in published.study_table(found)
 
 
 def test_accuracy_is_split_by_what_the_experts_were_sure_of(tmp_path: Path) -> None:
@@ -110,10 +113,12 @@ def test_accuracy_is_split_by_what_the_experts_were_sure_of(tmp_path: Path) -> N
 
 
 def test_test_accuracy_is_kept_of_the_study_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "RESULTS", tmp_path)
     monkeypatch.setattr(published, "ROWS", tmp_path / "rows.csv")
     lora = planted.experiments()["lora_r8"]
     published.keep(planted.write(tmp_path / "a", [planted.record(lora, 310, 0.7, study=published.PILOT)]))
     assert not any("test" in column for column in pd.read_csv(published.ROWS))
+    assert not [*tmp_path.glob("*.tar.xz")]
     monkeypatch.setattr(published, "defect_probabilities", lambda: np.tile([0.0, 1 / 3], 1312))
     predictions = Predictions(images=[0, 1], labels=[1, 1], predicted=[1, 0], probability=[0.9, 0.6])
     study = planted.record(lora, 312, 0.7, study=published.STUDY, changes={"predictions": predictions})
@@ -121,6 +126,8 @@ def test_test_accuracy_is_kept_of_the_study_alone(tmp_path: Path, monkeypatch: p
     kept = pd.read_csv(published.ROWS).set_index("study")
     assert kept.filter(regex="sure").loc[published.STUDY].to_list() == [1, 1, 0]
     assert kept.test_accuracy.notna().to_dict() == {published.PILOT: False, published.STUDY: True}
+    with tarfile.open(tmp_path / "elpv_published.tar.xz") as archive:
+        assert [Path(name).name for name in archive.getnames()] == ["record.json"]
     with pytest.raises(UserError, match=r"expected real runs of elpv_published\*, all of them done"):
         published.keep(planted.write(tmp_path / "c", planted.quickstart()[:1]))
 
@@ -145,7 +152,7 @@ def test_results_hold_the_runs_that_the_configurations_ask_for() -> None:
 def test_the_study_takes_what_the_rule_chose() -> None:
     kept = pd.read_csv(published.ROWS)
     study = load_study(CONFIGS / f"{published.STUDY}.yaml")
-    (experiment,) = study.experiments
+    (experiment,) = (one for one in study.experiments if one.method != "linear")
     factors = published.taken(kept)
     pilots = load_study(CONFIGS / f"{published.PILOT}.yaml")
     assert experiment.training.learning_rate == published.chosen_rate(kept)
