@@ -158,7 +158,7 @@ def test_below_every_adapter_fewer_ranks_than_matrices_are_named(ten: Path, tmp_
 
 
 def test_bad_input_of_recommend_is_one_line(ten: Path, tmp_path: Path, refused) -> None:
-    assert "--max-bytes: expected bytes above 0" in refused("recommend", ten, "--max-bytes", "5 mb")
+    assert "--max-bytes: '5e6' is not a size above 0 with its unit" in refused("recommend", ten, "--max-bytes", "5e6")
     assert "--max-params: expected a number" in refused("recommend", ten, "--max-params", "-3")
     assert "--margin: expected points above 0" in refused("recommend", ten, "--margin", "0")
     assert "--max-seconds: expected seconds above 0" in refused("recommend", ten, "--max-seconds", "nan")

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
 from peft_vit.analysis.exported_latency import ExportedLatency
 from peft_vit.analysis.studies import Run
+from peft_vit.config import bytes_of
 from peft_vit.errors import UserError
 
 Measure = Literal["bytes", "params", "latency"]
 SAME_SIZE = 0.01  # share of the smaller one by which sizes may differ and still count as equal
 
 _NUMBER = re.compile(r"(?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?) ?(?P<unit>[A-Za-z]*)", re.ASCII)
-BYTE_UNITS = {
-    "": 1,
-    "B": 1,
-    "kB": 10**3,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-}
 COUNT_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
-def parse_bytes(text: str, option: str) -> float:
-    """Return bytes from ``5MB``, ``5 MiB``, ``5e6`` or ``5000000``; MB are 10^6 bytes, MiB 2^20.
+def parse_bytes(text: str, option: str) -> int:
+    """Return the bytes of a size with its unit, as in ``5MB``.
 
     Raises:
-        UserError: for anything else, or what is not above 0; names the option.
+        UserError: for anything else; names the option.
     """
-    return _quantity(text, option, BYTE_UNITS, "bytes above 0, such as 5MB, 5MiB or 5e6")
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise UserError(str(error), file="command line", field=option) from None
 
 
 def parse_count(text: str, option: str) -> float:
@@ -45,16 +38,13 @@ def parse_count(text: str, option: str) -> float:
     Raises:
         UserError: for anything else, or what is not above 0; names the option.
     """
-    return _quantity(text, option, COUNT_UNITS, "a number above 0, such as 300000, 3e5 or 300k")
-
-
-def _quantity(text: str, option: str, units: Mapping[str, int], expected: str) -> float:
     match = _NUMBER.fullmatch(text.strip(" "))
-    value = float(match["number"]) * units[match["unit"]] if match and match["unit"] in units else math.nan
-    if not 0 < value < math.inf:
-        known = ", ".join(unit for unit in units if unit)
-        raise UserError(f"expected {expected} (units: {known}), got {text!r}", file="command line", field=option)
-    return value
+    count = float(match["number"]) * COUNT_UNITS[match["unit"]] if match and match["unit"] in COUNT_UNITS else math.nan
+    if not 0 < count < math.inf:
+        expected = "expected a number above 0, such as 300000, 3e5 or 300k"
+        known = ", ".join(unit for unit in COUNT_UNITS if unit)
+        raise UserError(f"{expected} (units: {known}), got {text!r}", file="command line", field=option)
+    return count
 
 
 def check_positive(value: float | None, option: str, unit: str) -> float | None:

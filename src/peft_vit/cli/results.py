@@ -112,7 +112,7 @@ def findings(
 @app.command()
 def recommend(
     results_dir: ResultsDir,
-    max_bytes: Annotated[str | None, typer.Option(help="to store, base and adapter: 20MB, 20MiB or 2e7")] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="to store, base and adapter: as in 20MB")] = None,
     max_params: Annotated[str | None, typer.Option(help="trainable at the end, head included: 300k or 3e5")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="of one training step")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="of one forward pass, where it was measured")] = None,

@@ -21,8 +21,10 @@ from peft_vit.config.loading import load_study, one_line, study_from_mapping
 from peft_vit.config.named_backbone import DEFAULT_MODEL, named_backbone
 from peft_vit.config.stopping import StoppingConfig
 from peft_vit.config.study import (
+    IMAGE_SIZES,
     NEEDS_PATH,
     PROBE_READS,
+    SEEDS,
     AskedPrecision,
     BackboneConfig,
     DataConfig,
@@ -56,12 +58,14 @@ __all__ = [
     "AUGMENTATION_OF_FLIPS",
     "BITS_OF_TYPE",
     "DEFAULT_MODEL",
+    "IMAGE_SIZES",
     "MATRICES",
     "METRICS",
     "NEEDS_PATH",
     "ORDERED_RULES",
     "PROBE_L2",
     "PROBE_READS",
+    "SEEDS",
     "SITE_MATRICES",
     "STARTING_RULES",
     "ActivationCheckpointing",

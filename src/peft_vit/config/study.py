@@ -22,6 +22,8 @@ Library = Literal["timm", "transformers"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]  # of a run
 AskedPrecision = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
+IMAGE_SIZES = range(14, 1025)  # sides in pixels
+SEEDS = range(2**31)
 NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv", "hf")
 _OF_HF = ("image_column", "label_column", "hub_subset")
 
@@ -84,7 +86,9 @@ class DataConfig(Frozen):
     hub_subset: str | None = Field(
         default=None, min_length=1, description="for hf: the set's configuration, if it has several"
     )
-    image_size: int = Field(ge=14, le=1024, description="side of the square, in pixels, that an image becomes")
+    image_size: int = Field(
+        ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1], description="side of the square, in pixels, that an image becomes"
+    )
     interpolation: Interpolation | None = Field(
         default=None, description="of resizing; default: that of the model's pretraining, bicubic for most"
     )
@@ -105,7 +109,7 @@ class DataConfig(Frozen):
         description="in place of test_images: seed s tests on fold s % folds of what the own test split leaves, in "
         "repetition s // folds; new folds for each repetition",
     )
-    split_seed: int = Field(default=0, ge=0, lt=2**31, description="of the draw of all splits")
+    split_seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="of the draw of all splits")
     train_subset: Literal["fixed", "per_seed"] = Field(
         default="fixed",
         description="per_seed draws other training images for each seed out of what validation and test leave",
@@ -292,7 +296,7 @@ class StudyConfig(Frozen):
         description="file of own hypotheses beside those of the package; relative to this file",
     )
     seeds: Annotated[
-        tuple[Annotated[int, Field(ge=0, lt=2**31)], ...],
+        tuple[Annotated[int, Field(ge=0, lt=SEEDS.stop)], ...],
         without_repeats("a seed stands twice; it would repeat a run and count it as evidence"),
     ] = Field(min_length=1, description="each experiment runs once with each")
     device: Device = Field(default="auto", description="auto: a GPU if there is one")

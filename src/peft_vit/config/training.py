@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -11,7 +12,7 @@ from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Augmentation, Fl
 from peft_vit.settings import Frozen, is_given
 
 ActivationCheckpointing = Literal["none", "blocks", "adaptive"]
-_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def bytes_of(size: str) -> int:
@@ -20,11 +21,12 @@ def bytes_of(size: str) -> int:
     Raises:
         ValueError: if it is none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]+)", size.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]+)", size.strip(), re.IGNORECASE | re.ASCII)
     unit = found and next((known for known in _UNITS if known.lower() == found[2].lower()), None)
-    if not found or unit is None or float(found[1]) == 0:
+    count = float(found[1]) * _UNITS[unit] if found and unit else math.nan
+    if not 1 <= count < math.inf:
         raise ValueError(f"{size!r} is not a size above 0 with its unit, {', '.join(_UNITS)}; write it as in 1GB")
-    return int(float(found[1]) * _UNITS[unit])
+    return int(count)
 
 
 def _size(value: Any) -> Any:

@@ -10,6 +10,7 @@ from pydantic_core import to_json
 
 from peft_vit.config import (
     AUGMENTATION_OF_FLIPS,
+    SEEDS,
     BackboneConfig,
     DataConfig,
     Device,
@@ -51,7 +52,7 @@ class RunSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
     study: Name  # these two and the experiment's name are the run's folder
-    seed: int = Field(ge=0, lt=2**31)
+    seed: int = Field(ge=0, lt=SEEDS.stop)
     experiment: ExperimentConfig
     backbone: BackboneConfig
     data: DataConfig

@@ -12,6 +12,8 @@ from typing import Any, Literal, cast
 from peft_vit.backbones import Architecture, BackboneShape, describe, native_size, size_step_of
 from peft_vit.config import (
     DEFAULT_MODEL,
+    IMAGE_SIZES,
+    SEEDS,
     ActivationCheckpointing,
     AskedPrecision,
     BackboneConfig,
@@ -174,8 +176,8 @@ def _check(asked: OwnImages) -> None:
         if number is not None and not 0 < number < math.inf:
             raise UserError(f"expected a number above 0, got {number:g}", field=option)
     for option, whole, least, most in (
-        ("--image-size", asked.image_size, 14, 1024),  # as DataConfig has it
-        ("--seed", asked.seed, 0, 2**31 - 1),
+        ("--image-size", asked.image_size, IMAGE_SIZES[0], IMAGE_SIZES[-1]),
+        ("--seed", asked.seed, SEEDS[0], SEEDS[-1]),
         ("--steps", asked.steps, 1, math.inf),
         ("--epochs", asked.epochs, 1, math.inf),
     ):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.backbones import Architecture
-from peft_vit.config import bytes_of, study_from_mapping
+from peft_vit.config import IMAGE_SIZES, SEEDS, bytes_of, study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.runs.provenance import cpu_count
 from peft_vit.studies.plan import plan_begun_study
@@ -35,12 +35,11 @@ def check_request(request: TuneRequest) -> None:
         raise UserError("give more than 0 ms", field="--max-latency")
     if not all(request.models or ("",)):
         raise UserError("names none; give one, or leave it out", field="--model")
-    if not 0 <= request.seed < 2**31:
-        problem = "give 0 or more" if request.seed < 0 else f"give less than {2**31}"
-        raise UserError(f"is {request.seed}; {problem}", field="--seed")
+    if request.seed not in SEEDS:
+        raise UserError(f"is {request.seed}; give {SEEDS[0]} to {SEEDS[-1]}", field="--seed")
     for size in request.image_sizes:
-        if not 14 <= size <= 1024:  # as DataConfig has it
-            raise UserError(f"is {size}; give 14 to 1024", field="--image-size")
+        if size not in IMAGE_SIZES:
+            raise UserError(f"is {size}; give {IMAGE_SIZES[0]} to {IMAGE_SIZES[-1]}", field="--image-size")
     if request.memory_limit is not None:
         try:
             bytes_of(request.memory_limit)

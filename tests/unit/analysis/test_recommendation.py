@@ -22,6 +22,7 @@ from peft_vit.analysis.recommendation import (
     smallest_that_exists,
 )
 from peft_vit.analysis.studies import choose_study
+from peft_vit.config import bytes_of
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 
@@ -289,49 +290,20 @@ def test_one_study_is_chosen_by_name_or_label() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [
-        ("5MB", 5e6),
-        ("5 MB", 5e6),
-        ("5e6", 5e6),
-        ("5000000", 5e6),
-        ("1.5GiB", 1.5 * 2**30),
-        (".5kB", 500.0),
-        ("12B", 12.0),
-        ("2KiB", 2048.0),
-        ("1E3KB", 1e6),
-    ],
+    [("5MB", 5_000_000), (" 5 mb ", 5_000_000), ("1.5GiB", 3 * 2**29), ("0.5kB", 500), ("12B", 12), ("2KiB", 2048)],
 )
-def test_bytes_as_a_person_writes_them(text: str, expected: float) -> None:
-    assert parse_bytes(text, "--max-bytes") == expected
+def test_bytes_are_read_as_everywhere(text: str, expected: int) -> None:
+    assert parse_bytes(text, "--max-bytes") == expected == bytes_of(text)
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "",
-        " ",
-        "MB",
-        "5mb",
-        "5 M",
-        "5Mb",
-        "-5MB",
-        "0",
-        "0MB",
-        "1e400",
-        "nan",
-        "inf",
-        "5,000",
-        "5_000",
-        "0x10",
-        "5MB5",
-        "٥MB",
-        "5  MB",
-        "1e-400",
-        "5 \n",
-    ],
+    ["", " ", "MB", "5 M", "-5MB", "0", "5000000", "5e6", "0MB", "0.5B", f"{'9' * 400}GB", "5,000MB", "5MB5", "٥MB"],
 )
 def test_other_bytes_are_refused_in_one_line(text: str) -> None:
-    with pytest.raises(UserError, match=r"^command line: --max-bytes: expected bytes above 0") as raised:
+    with pytest.raises(
+        UserError, match=r"^command line: --max-bytes: .* is not a size above 0 with its unit"
+    ) as raised:
         parse_bytes(text, "--max-bytes")
     assert "\n" not in str(raised.value)
 

@@ -273,7 +273,10 @@ def test_a_limit_of_memory_reaches_the_study(asked, pace) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"memory_limit": "1"}, r"--memory-limit: '1' is not a size above 0 with its unit, kB, MB, GB, KiB, MiB, GiB"),
+        (
+            {"memory_limit": "1"},
+            r"--memory-limit: '1' is not a size above 0 with its unit, B, kB, MB, GB, KiB, MiB, GiB",
+        ),
         (
             {"memory_limit": "1GB", "activation_checkpointing": "none"},
             "--activation-checkpointing: none does not go with --memory-limit, which decides it; leave it out",
