@@ -3,7 +3,8 @@
     .venv/bin/python experiments/scripts/score_agreement.py [DIR ...]
 
 A DIR holds runs of score_agreement_*.yaml; of each run that scores, or that says what sites are worth, one row is kept
-in results/score_agreement.csv, a column a site. Then the table in docs/findings/adaptive_ranks.md is made anew.
+in results/score_agreement.csv, a column a site. What sites are worth at the best temperature is measured on the runs'
+adapters, some minutes, and kept as a row more. Then the table in docs/findings/adaptive_ranks.md is made anew.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
-from evidence import KEY, RESULTS, ROOT, interval, origin, run, table, with_runs
+import torch
+from evidence import KEY, RESULTS, ROOT, interval, merge, origin, run, table, with_runs
 
-from peft_vit.records import RunRecord, write_atomically
-from peft_vit.statistics import mean_interval, spearman
+from peft_vit.backbones import Backbone, soften
+from peft_vit.data import load_data
+from peft_vit.evaluation import predict
+from peft_vit.records import RunRecord, read_records, write_atomically
+from peft_vit.runs.measures import leave_out_updates, removal_images
+from peft_vit.runs.restore import restore_run
+from peft_vit.statistics import fit_temperature, mean_interval, spearman
+from peft_vit.training import RuntimeConfig
 
 ROWS, DOCUMENT = RESULTS / "score_agreement.csv", ROOT / "docs" / "findings" / "adaptive_ranks.md"
 TITLES = {"score_agreement_digits": "digits", "score_agreement_fashion": "Fashion-MNIST"}
 STUDIES = re.compile("score_agreement_(digits|fashion)")
 WORTH = "lora_r8"  # whose sites are left out in turn
+TEMPERED = f"{WORTH}_tempered"  # the same runs
 HEADS = ("probe", "random")
 
 
@@ -34,6 +43,34 @@ def keep(folder: Path) -> None:
         UserError: if a run is of another study, of a smoke, or did not end.
     """
     write_atomically(ROWS, with_runs(folder, ROWS, STUDIES, row, finished=True).encode())
+    worth = [record for record in read_records(folder) if record.spec.experiment.name == WORTH]
+    tempered = [
+        row(record) | {"experiment": TEMPERED} | tempered_worth(folder / record.spec.run_id) for record in worth
+    ]
+    if tempered:
+        write_atomically(ROWS, merge(ROWS.read_text(encoding="utf-8"), pd.DataFrame(tempered)).encode())
+
+
+def tempered_worth(run_dir: Path) -> dict[str, float]:
+    """Return by site what the loss rises by without its update, all logits divided by the whole model's temperature.
+
+    A model that is too sure gains from anything that weakens it. At the temperature with the least loss it gains
+    nothing by that alone. The temperature is fitted on the images that the rise is measured on.
+    """
+    restored = restore_run(run_dir)
+    spec, model = restored.record.spec, restored.model
+    assert spec.measures.removal_images is not None
+    torch.set_num_threads(spec.threads)
+    data = load_data(spec.data, spec.seed)
+    runtime = RuntimeConfig(torch.device("cpu"), spec.precision, restored.backbone.mean, restored.backbone.std)
+    images = removal_images(data.validation, spec.data.split_seed, spec.measures.removal_images)
+    batches = images.ordered_batches(spec.experiment.training.batch_size, runtime.mean, runtime.std)
+    logits, labels = predict(model, batches, device=runtime.device, precision=runtime.precision)
+    with torch.no_grad():
+        soften(Backbone(model).head, fit_temperature(logits, labels))
+    found = leave_out_updates(model, data, spec, runtime)
+    assert found is not None
+    return found.site_loss_rise
 
 
 def row(record: RunRecord) -> dict[str, object]:
@@ -77,26 +114,42 @@ def foretold(scores: pd.DataFrame, worth: pd.DataFrame) -> pd.Series:
 
 def score_table(runs: pd.DataFrame) -> str:
     """Return a row a task, score and head: agreement over seeds, correlation with worth, and what the head changes."""
-    rows: list[tuple[str, str, str, list[float], list[float], list[float]]] = []
+    rows: list[tuple[str | list[float], ...]] = []
+    rises = []
     for study, title in TITLES.items():
         part = runs[runs.study == study]
         if part.empty:
             continue
-        worth = orders(part, WORTH)
-        rows.append((title, "worth itself", "probe", agreement(worth), [], []))
-        names = [name for name in part.experiment.unique() if name != WORTH]
+        worths = [orders(part, name) for name in (WORTH, TEMPERED)]
+        for name, worth in zip(("worth", "worth, tempered"), worths, strict=True):
+            rises.append(f"{title}, {name} {worth.stack().mean():+.4f} ({100 * (worth > 0).stack().mean():.0f} %)")
+            rows.append((title, name, "probe", agreement(worth), [], [], [], []))
+        names = [name for name in part.experiment.unique() if name not in (WORTH, TEMPERED)]
         for score in dict.fromkeys(name.rpartition("_")[0] for name in names):
             by_head = {head: orders(part, f"{score}_{head}") for head in HEADS if f"{score}_{head}" in names}
-            rhos = {head: foretold(scores, worth).dropna() for head, scores in by_head.items()}
-            rise = (rhos["probe"] - rhos["random"]).dropna() if len(rhos) == len(HEADS) else []
             for head, scores in by_head.items():
-                rows.append((title, f"`{score}`", head, agreement(scores), [*rhos[head]], [*rise]))
-                rise = []  # stands in the first row
-    titles = ("images", "score", "head", "ρ between two seeds", "ρ with worth", "probe minus random")
+                row: list[str | list[float]] = [title, f"`{score}`", head, agreement(scores)]
+                for worth in worths:
+                    rhos = {other: foretold(by_head[other], worth) for other in by_head}
+                    gain = (rhos["probe"] - rhos["random"]).dropna() if len(rhos) == len(HEADS) else []
+                    row += [[*rhos[head].dropna()], [*gain] if head == HEADS[0] else []]  # once, in the first row
+                rows.append(tuple(row))
+    minus = "probe minus random"
+    titles = (
+        "images",
+        "score",
+        "head",
+        "ρ between two seeds",
+        "ρ with worth",
+        minus,
+        "ρ with worth, tempered",
+        f"{minus}, tempered",
+    )
     columns: dict[str, Callable[[tuple], str]] = {
         title: itemgetter(place) if place < 3 else partial(_mean, place) for place, title in enumerate(titles)
     }
-    return f"{table(rows, columns, left=3)}\n\n{origin(runs)}"
+    said = f"Worth, mean over sites and seeds in nats, and the share of sites where it is above 0: {'; '.join(rises)}."
+    return f"{table(rows, columns, left=3)}\n\n{said}\n\n{origin(runs[runs.experiment != TEMPERED])}"
 
 
 def _mean(place: int, of: tuple) -> str:

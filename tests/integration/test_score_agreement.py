@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+import evidence
 import numpy as np
 import pandas as pd
 import planted
 import pytest
 import score_agreement
-from scipy import stats
+import timm
+import torch
+from scipy import optimize, special, stats
 
+from peft_vit.adapters import adapted_sites, without_updates
+from peft_vit.config import MeasuresConfig, load_study
+from peft_vit.data import load_data
 from peft_vit.errors import UserError
+from peft_vit.evaluation import predict
 from peft_vit.records import AdapterRemoval, ImportanceEntry
+from peft_vit.runs.restore import restore_run
 
+CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 SITES = [f"blocks.{block}.attn.query" for block in range(12)]
 
 
@@ -25,6 +37,7 @@ def planted_rows() -> pd.DataFrame:
         worth = truth + 0.3 * rng.standard_normal(12)
         by_name = {
             "lora_r8": worth,
+            "lora_r8_tempered": truth,
             "gradient_probe": truth + 0.3 * rng.standard_normal(12),
             "gradient_random": rng.standard_normal(12),
             "eva_probe": np.arange(12.0),
@@ -52,7 +65,7 @@ def test_rank_correlations_are_those_of_scipy() -> None:
         return stats.spearmanr(wide[left].loc[one], wide[right].loc[other]).statistic
 
     pairs = [(290 + 2 * pair, 291 + 2 * pair) for pair in range(5)]
-    for name, row in (("lora_r8", ("worth itself", "probe")), ("gradient_random", ("gradient", "random"))):
+    for name, row in (("lora_r8", ("worth", "probe")), ("gradient_random", ("gradient", "random"))):
         assert found[row][0].split()[0] == f"{np.mean([rho(name, a, name, b) for a, b in pairs]):+.2f}"
     probe, random = (
         np.array([rho(f"gradient_{head}", seed, "lora_r8", seed) for seed in range(290, 300)])
@@ -64,6 +77,19 @@ def test_rank_correlations_are_those_of_scipy() -> None:
     assert found["gradient", "probe"][2] == f"{(probe - random).mean():+.2f} [{low:+.2f}, {high:+.2f}]"
     assert found["gradient", "random"][2] == found["eva", "probe"][2] == "–"  # once, and never without two heads
     assert found["eva", "probe"][0].startswith("+1.00")
+    assert found["worth, tempered", "probe"][0].startswith("+1.00")
+    tempered = np.mean([rho("gradient_probe", seed, "lora_r8_tempered", seed) for seed in range(290, 300)])
+    assert found["gradient", "probe"][3].split()[0] == f"{tempered:+.2f}"
+    assert found["gradient", "probe"][4] != "–" == found["gradient", "random"][4]
+    said = [
+        f"digits, {name} {worth.mean():+.4f} ({100 * (worth > 0).mean():.0f} %)"
+        for name, worth in (
+            ("worth", wide["lora_r8"].to_numpy()),
+            ("worth, tempered", wide["lora_r8_tempered"].to_numpy()),
+        )
+    ]
+    assert f"where it is above 0: {'; '.join(said)}." in score_agreement.score_table(runs)
+    assert "40 runs, none failed" in score_agreement.score_table(runs)  # a measure is no run
 
 
 def test_a_run_without_an_update_says_nothing_about_worth() -> None:
@@ -92,9 +118,62 @@ def test_records_become_a_row_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             lora.model_copy(update={"name": "spt_probe"}), 290, 0.7, study=study, changes={"importance_history": scores}
         ),
     ]
-    score_agreement.keep(planted.write(tmp_path / "a", records))
+    asked: list[Path] = []
+
+    def tempered(run_dir: Path) -> dict[str, float]:
+        asked.append(run_dir)
+        return dict.fromkeys(SITES, 0.5)
+
+    monkeypatch.setattr(score_agreement, "tempered_worth", tempered)
+    folder = planted.write(tmp_path / "a", records)
+    score_agreement.keep(folder)
+    assert asked == [folder / study / "lora_r8" / "seed_290"]
     rows = pd.read_csv(score_agreement.ROWS).set_index("experiment")
     assert (rows.loc["lora_r8", SITES] == 0.25).all()
+    assert (rows.loc["lora_r8_tempered", SITES] == 0.5).all()
     assert (rows.loc["spt_probe", SITES] == 1.0).all()  # the first decision: every site has a score
     with pytest.raises(UserError, match=r"expected real runs of score_agreement_\*, all of them done"):
         score_agreement.keep(planted.write(tmp_path / "b", planted.quickstart()[:1]))
+
+
+@pytest.mark.usefixtures("cache")
+def test_tempered_worth_is_of_logits_at_the_temperature_with_the_least_loss(
+    run_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = restore_run(run_of("lora"))
+    spec = run.record.spec.model_copy(update={"measures": MeasuresConfig(removal_images=12)})
+    asked = dataclasses.replace(run, record=run.record.model_copy(update={"spec": spec}))
+    monkeypatch.setattr(score_agreement, "restore_run", lambda _: asked)
+    model = copy.deepcopy(run.model)
+    cfg = timm.get_pretrained_cfg("test_vit")
+    images = list(load_data(spec.data, spec.seed).validation.ordered_batches(32, cfg.mean, cfg.std))
+
+    def loss(temperature: float, left_out: Collection[str] = ()) -> float:
+        with without_updates(model, left_out):
+            logits, labels = predict(model, images, device=torch.device("cpu"), precision="fp32")
+        scaled = logits.astype(np.float64) / temperature
+        return float(np.mean(special.logsumexp(scaled, axis=1) - scaled[np.arange(len(labels)), labels]))
+
+    best = optimize.minimize_scalar(loss, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-7}).x
+    assert abs(best - 1) > 0.05  # or it would not be told from the plain rise
+    found = score_agreement.tempered_worth(Path("any"))
+    assert len(found) == len(adapted_sites(model))
+    for site, rise in found.items():
+        assert rise == pytest.approx(loss(best, {site}) - loss(best), abs=2e-5)
+
+
+def test_the_document_says_what_results_hold() -> None:
+    text = score_agreement.DOCUMENT.read_text(encoding="utf-8")
+    made = score_agreement.tables()
+    assert "<!-- score_agreement -->" in text
+    assert evidence.filled(text, made) == text, "run experiments/scripts/score_agreement.py"
+
+
+def test_results_hold_the_runs_that_the_configurations_ask_for() -> None:
+    kept = pd.read_csv(score_agreement.ROWS)
+    assert not kept.empty
+    for study, runs in kept.groupby("study"):
+        asked = load_study(CONFIGS / f"{study}.yaml")
+        names = [*(one.name for one in asked.experiments), score_agreement.TEMPERED]
+        expected = {(name, seed) for name in names for seed in asked.seeds}
+        assert set(runs[["experiment", "seed"]].itertuples(index=False, name=None)) == expected, study
