@@ -127,12 +127,12 @@ def score_table(runs: pd.DataFrame) -> str:
         names = [name for name in part.experiment.unique() if name not in (WORTH, TEMPERED)]
         for score in dict.fromkeys(name.rpartition("_")[0] for name in names):
             by_head = {head: orders(part, f"{score}_{head}") for head in HEADS if f"{score}_{head}" in names}
+            rhos = [{head: foretold(scores, worth) for head, scores in by_head.items()} for worth in worths]
+            gains = [(one["probe"] - one["random"]).dropna() if len(one) == len(HEADS) else [] for one in rhos]
             for head, scores in by_head.items():
                 row: list[str | list[float]] = [title, f"`{score}`", head, agreement(scores)]
-                for worth in worths:
-                    rhos = {other: foretold(by_head[other], worth) for other in by_head}
-                    gain = (rhos["probe"] - rhos["random"]).dropna() if len(rhos) == len(HEADS) else []
-                    row += [[*rhos[head].dropna()], [*gain] if head == HEADS[0] else []]  # once, in the first row
+                for one, gain in zip(rhos, gains, strict=True):
+                    row += [[*one[head].dropna()], [*gain] if head == HEADS[0] else []]  # once, in the first row
                 rows.append(tuple(row))
     minus = "probe minus random"
     titles = (
