@@ -184,7 +184,7 @@ def compare_studies(
     chosen = _reference(studies, shared) if reference is None else reference
     if chosen is not None and chosen not in shared:
         problem = f"{chosen!r} has finished runs in fewer than two studies; choose one of {', '.join(shared)}"
-        raise UserError(problem, file="command line", field="--reference")
+        raise UserError(problem, field="--reference")
     rows = tuple(row for one in studies for row in _in_study(one, shared, chosen))
     order = {name: place for place, name in enumerate(shared)}
     pooled, times, refusals = _pooled(studies, shared, chosen, frozenset(pool))

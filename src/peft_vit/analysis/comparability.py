@@ -38,7 +38,7 @@ def parse_pool(text: str, option: str) -> frozenset[PoolKind]:
     unknown = [name for name in asked if name not in POOL_KINDS]
     if unknown:
         problem = f"{unknown[0]!r} is none of {', '.join(POOL_KINDS)}; name what may be pooled, with commas between"
-        raise UserError(problem, file="command line", field=option)
+        raise UserError(problem, field=option)
     return frozenset(kind for kind in POOL_KINDS if kind in asked)
 
 

@@ -10,7 +10,6 @@ from typing import Literal, TypeGuard
 
 from peft_vit.analysis.exported_latency import ExportedLatency
 from peft_vit.analysis.studies import Run
-from peft_vit.config import bytes_of
 from peft_vit.errors import UserError
 
 Measure = Literal["bytes", "params", "latency"]
@@ -18,18 +17,6 @@ SAME_SIZE = 0.01  # share of the smaller one by which sizes may differ and still
 
 _NUMBER = re.compile(r"(?P<number>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?) ?(?P<unit>[A-Za-z]*)", re.ASCII)
 COUNT_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """Return the bytes of a size with its unit, as in ``5MB``.
-
-    Raises:
-        UserError: for anything else; names the option.
-    """
-    try:
-        return bytes_of(text)
-    except ValueError as error:
-        raise UserError(str(error), file="command line", field=option) from None
 
 
 def parse_count(text: str, option: str) -> float:
@@ -43,7 +30,7 @@ def parse_count(text: str, option: str) -> float:
     if not 0 < count < math.inf:
         expected = "expected a number above 0, such as 300000, 3e5 or 300k"
         known = ", ".join(unit for unit in COUNT_UNITS if unit)
-        raise UserError(f"{expected} (units: {known}), got {text!r}", file="command line", field=option)
+        raise UserError(f"{expected} (units: {known}), got {text!r}", field=option)
     return count
 
 
@@ -54,7 +41,7 @@ def check_positive(value: float | None, option: str, unit: str) -> float | None:
         UserError: if it is not finite or not above 0; names the option.
     """
     if value is not None and not 0 < value < math.inf:
-        raise UserError(f"expected {unit} above 0, got {value}", file="command line", field=option)
+        raise UserError(f"expected {unit} above 0, got {value}", field=option)
     return value
 
 

@@ -179,7 +179,7 @@ def check_margin(points: float, option: str) -> float:
     """
     if not 0 < points < 100:
         problem = f"expected points above 0 and below 100, got {points}; no data can show that nothing at all is lost"
-        raise UserError(problem, file="command line", field=option)
+        raise UserError(problem, field=option)
     return points / 100
 
 
@@ -288,7 +288,7 @@ def _require_times(study: Study, limits: Limits, measure: Measure, exported: Exp
     if exported is not None:  # timed on one machine
         if asked in ([], ["--max-seconds"]):
             problem = "has no effect without --max-latency-ms or --smallest latency"
-            raise UserError(problem, file="command line", field="--bench")
+            raise UserError(problem, field="--bench")
         asked = [option for option in asked if option == "--max-seconds"]
     if not asked:
         return

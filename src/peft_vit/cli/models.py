@@ -177,9 +177,7 @@ def _counts(texts: list[str], option: str) -> tuple[int, ...]:
     """Return whole numbers above 0, each once, of options such as 1,32."""
     parts = [part.strip() for text in texts for part in text.split(",")]
     if wrong := [part for part in parts if not part.isdecimal() or int(part) == 0]:
-        raise UserError(
-            f"expected whole numbers above 0, as in 1,32; got {wrong[0]!r}", file="command line", field=option
-        )
+        raise UserError(f"expected whole numbers above 0, as in 1,32; got {wrong[0]!r}", field=option)
     return tuple(dict.fromkeys(map(int, parts)))
 
 

@@ -141,11 +141,12 @@ def recommend(
     from peft_vit.analysis.recommendation import check_margin
     from peft_vit.analysis.recommendation import recommend as find
     from peft_vit.analysis.studies import choose_study
+    from peft_vit.config import parse_bytes
     from peft_vit.records import read_bench
     from peft_vit.report.recommended import print_recommendation
 
     asked = limits.Limits(
-        stored_bytes=None if max_bytes is None else limits.parse_bytes(max_bytes, "--max-bytes"),
+        stored_bytes=None if max_bytes is None else parse_bytes(max_bytes, "--max-bytes"),
         parameters=None if max_params is None else limits.parse_count(max_params, "--max-params"),
         seconds_per_step=limits.check_positive(max_seconds, "--max-seconds", "seconds"),
         latency_s=limits.milliseconds(max_latency_ms, "--max-latency-ms"),

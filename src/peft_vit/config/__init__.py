@@ -42,7 +42,7 @@ from peft_vit.config.study import (
     StudyConfig,
     WeightsSource,
 )
-from peft_vit.config.training import ActivationCheckpointing, TrainingConfig, bytes_of, micro_batch_fault
+from peft_vit.config.training import ActivationCheckpointing, TrainingConfig, bytes_of, micro_batch_fault, parse_bytes
 from peft_vit.config.yaml_loader import KeyPath, Lines, read_mapping
 from peft_vit.methods.adalora import AdaLoraConfig, BudgetUnit, Strategy
 from peft_vit.methods.linear import PROBE_L2
@@ -119,6 +119,7 @@ __all__ = [
     "micro_batch_fault",
     "named_backbone",
     "one_line",
+    "parse_bytes",
     "read_mapping",
     "study_from_mapping",
 ]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Augmentation, Flips, checked, flips_of
+from peft_vit.errors import UserError
 from peft_vit.settings import Frozen, is_given
 
 ActivationCheckpointing = Literal["none", "blocks", "adaptive"]
@@ -27,6 +28,18 @@ def bytes_of(size: str) -> int:
     if not 1 <= count < math.inf:
         raise ValueError(f"{size!r} is not a size above 0 with its unit, {', '.join(_UNITS)}; write it as in 1GB")
     return int(count)
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Return the bytes of a size that an option of the command line was given.
+
+    Raises:
+        UserError: if it is none; names the option.
+    """
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise UserError(str(error), field=option) from None
 
 
 def _size(value: Any) -> Any:

@@ -22,6 +22,7 @@ from peft_vit.config import (
     bytes_of,
     micro_batch_fault,
     named_backbone,
+    parse_bytes,
     study_from_mapping,
 )
 from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, kept_values, product_rate, recomputed_passes
@@ -196,10 +197,7 @@ def _check(asked: OwnImages) -> None:
     if asked.activation_checkpointing not in (None, "adaptive"):
         problem = f"{asked.activation_checkpointing} does not go with --memory-limit, which decides it; leave it out"
         raise UserError(problem, field="--activation-checkpointing")
-    try:
-        bytes_of(asked.memory_limit)
-    except ValueError as error:
-        raise UserError(str(error), field="--memory-limit") from None
+    parse_bytes(asked.memory_limit, "--memory-limit")
 
 
 def _budget(asked: int | str | None) -> tuple[int | None, Literal["ranks", "bytes"]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.backbones import Architecture
-from peft_vit.config import IMAGE_SIZES, SEEDS, bytes_of, study_from_mapping
+from peft_vit.config import IMAGE_SIZES, SEEDS, parse_bytes, study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.runs.provenance import cpu_count
 from peft_vit.studies.plan import plan_begun_study
@@ -41,10 +41,7 @@ def check_request(request: TuneRequest) -> None:
         if size not in IMAGE_SIZES:
             raise UserError(f"is {size}; give {IMAGE_SIZES[0]} to {IMAGE_SIZES[-1]}", field="--image-size")
     if request.memory_limit is not None:
-        try:
-            bytes_of(request.memory_limit)
-        except ValueError as error:
-            raise UserError(str(error), field=MEMORY_LIMIT) from None
+        parse_bytes(request.memory_limit, MEMORY_LIMIT)
 
 
 def within_bytes(request: TuneRequest, designs: Mapping[str, list[Design]]) -> dict[str, tuple[Kind, ...]]:
