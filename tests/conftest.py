@@ -1,6 +1,7 @@
 """What many tests share: one thread, a tiny Vision Transformer, a batch for it, adapters that do something."""
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +23,13 @@ torch.set_num_threads(1)  # every model here is too small for two; and the numbe
 # No test holds a clock: an example may take as long as a busy machine needs.
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects_are_left_alone() -> None:
+    """Keep what libraries and the tests' modules hold out of the garbage collections that every run asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
