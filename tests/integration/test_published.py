@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
 
@@ -162,3 +163,20 @@ def test_the_study_takes_what_the_rule_chose() -> None:
     assert experiment.training.class_weights == ("class_weights" in factors)
     assert any(one.mixes for one in experiment.training.augmentation) == ("mixup" in factors)
     assert not {*study.seeds} & {*pilots.seeds}
+
+
+def test_what_the_text_says_of_each_class_is_in_the_kept_records() -> None:
+    right: dict[str, list[list[float]]] = {"lora_r4_int4": [], "linear_probe": []}
+    with tarfile.open(evidence.RESULTS / "elpv_published.tar.xz") as archive:
+        for entry in (entry for entry in archive.getmembers() if entry.name.endswith("record.json")):
+            handle = archive.extractfile(entry)
+            assert handle is not None
+            record = json.load(handle)
+            labels, predicted = (np.array(record["predictions"][name]) for name in ("labels", "predicted"))
+            recalls = [float((predicted[labels == label] == label).mean()) for label in (0, 1)]
+            right[record["spec"]["experiment"]["name"]].append(recalls)
+    assert {name: len(runs) for name, runs in right.items()} == {"lora_r4_int4": 5, "linear_probe": 5}
+    lora, linear = (100 * np.mean(runs, axis=0) for runs in right.values())
+    text = published.DOCUMENT.read_text(encoding="utf-8")
+    assert f"it names {lora[0]:.0f} % of functional cells rightly, {lora[1]:.0f} % of the defective" in text
+    assert f"the probe {linear[0]:.0f} and {linear[1]:.0f})" in text
