@@ -1,6 +1,8 @@
 """What a worker process keeps between its runs, and what it inherits."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,3 +58,18 @@ def test_variables_are_handed_down_and_taken_back(monkeypatch) -> None:
         assert os.environ["PEFT_VIT_TEST_NEW"] == "new"
     assert os.environ["PEFT_VIT_TEST_SET"] == "mine"
     assert "PEFT_VIT_TEST_NEW" not in os.environ
+
+
+def test_collections_of_a_run_look_at_what_it_made_alone() -> None:
+    code = (
+        "import gc, weakref\n"
+        "from peft_vit.studies.executors.worker import prepare_process\n"
+        "prepare_process()\n"
+        "class Cycle: pass\n"
+        "cycle = Cycle()\n"
+        "cycle.itself, gone = cycle, weakref.ref(cycle)\n"
+        "del cycle\n"
+        "print(gc.get_freeze_count() > 100 * len(gc.get_objects()), gc.collect() > 0, gone() is None)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "True True True\n"

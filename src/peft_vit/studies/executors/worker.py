@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,7 @@ def prepare_process() -> None:
     torch.set_num_interop_threads(1)
     loaded_git_state()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    gc.freeze()  # what libraries hold, or each of a run's garbage collections would look at all of it
 
 
 class WeightsOnce:
