@@ -32,6 +32,7 @@ from frontier_figure import (
     NOTE,
     Sentence,
     at_equal_values,
+    caption,
     drawing,
     in_words,
     not_shown,
@@ -49,7 +50,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, write_atomically
 
 SCORING = ("eva", "gradient", "spt", "gora", "stable_rank", "para", "over_untrained")
-SEEDS = (220, 221, 224, 225)  # the first two screen; all of them choose a rate among the best two
+SCREENING_SEEDS = (220, 221, 224, 225)  # the first two screen; all of them choose a rate among the best two
 SCREENING_ROWS, ROWS = RESULTS / "frontier_screening.csv", RESULTS / "frontier.csv"
 DOCUMENT, FIGURE = ROOT / "docs" / "findings" / "adaptive_ranks.md", ROOT / "docs" / "images" / "frontier.svg"
 _OF_SCREENING = re.compile(rf"frontier_screening_({'|'.join(TASKS)})(?:_\d+)?")
@@ -133,8 +134,8 @@ def lengths(runs: pd.DataFrame) -> pd.DataFrame:
             method, _, length = str(row.method).rpartition("_")
             best = found.setdefault((task, method), {})
             best[length] = max(best.get(length, 0.0), 100 * float(row.validation_accuracy))  # type: ignore[arg-type]
-    table = pd.DataFrame(found)
-    return table.loc[sorted(table.index, key=lambda one: (_images(one), int(one.partition("x")[0])))]
+    by = pd.DataFrame(found)
+    return by.loc[sorted(by.index, key=lambda one: (_images(one), int(one.partition("x")[0])))]
 
 
 def _images(length: str) -> int:
@@ -170,7 +171,7 @@ def length_text(runs: pd.DataFrame) -> str:
 def _first(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield each task with the runs of the seeds that screen."""
     for task in TASKS:
-        part = runs[(runs.task == task) & runs.seed.isin(SEEDS[:2])]
+        part = runs[(runs.task == task) & runs.seed.isin(SCREENING_SEEDS[:2])]
         if not part.learning_rate.dropna().empty:
             yield task, part
 
@@ -186,7 +187,7 @@ def gains(runs: pd.DataFrame, chosen: Mapping[tuple[str, str], float] | None = N
     """
     found: dict[tuple[str, int], dict[str, float]] = {}
     for task, part in _first(runs):
-        of_task = part if chosen is None else runs[(runs.task == task) & runs.seed.isin(SEEDS)]
+        of_task = part if chosen is None else runs[(runs.task == task) & runs.seed.isin(SCREENING_SEEDS)]
         means = rate_means(of_task).set_index(["method", "learning_rate"]).validation_accuracy
         best = chosen_rates(part)
         for method in dict.fromkeys(part.method):
@@ -209,11 +210,11 @@ def rates(runs: pd.DataFrame) -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], float] = {}
     for task, part in _first(runs):
         best, second = _best_two(part)
-        of_task = runs[(runs.task == task) & runs.seed.isin(SEEDS)]
+        of_task = runs[(runs.task == task) & runs.seed.isin(SCREENING_SEEDS)]
         of_two = of_task[
             (of_task.learning_rate == of_task.method.map(best)) | (of_task.learning_rate == of_task.method.map(second))
         ]
-        whole = of_two.groupby("method").filter(lambda one: len(one) == 2 * len(SEEDS))
+        whole = of_two.groupby("method").filter(lambda one: len(one) == 2 * len(SCREENING_SEEDS))
         found |= {(task, name): rate for name, rate in (best | chosen_rates(whole)).items()}
     return found
 
@@ -232,7 +233,7 @@ def missing(runs: pd.DataFrame) -> dict[str, list[tuple[str, int]]]:
         planned = [one.name for one in load_study(configs.CONFIGS / f"frontier_screening_{task}.yaml").experiments]
         begun = done.experiment[done.study != f"frontier_screening_{task}"]
         there = set(zip(done.experiment, done.seed, strict=True))
-        wanted = {(name, seed): None for name in (*planned, *begun) for seed in SEEDS[:2]}
+        wanted = {(name, seed): None for name in (*planned, *begun) for seed in SCREENING_SEEDS[:2]}
         found[task] = [one for one in wanted if one not in there]
     return found
 
@@ -244,7 +245,7 @@ def ends(runs: pd.DataFrame) -> list[Asked]:
         tried = part.groupby("method").learning_rate.agg(["min", "max"])
         for method, rate in chosen_rates(part).items():
             if rate == tried["max"][method] or rate == tried["min"][method]:
-                found.append(Asked(task, method, next_rate(rate, up=rate == tried["max"][method]), SEEDS[:2]))
+                found.append(Asked(task, method, next_rate(rate, up=rate == tried["max"][method]), SCREENING_SEEDS[:2]))
     return found
 
 
@@ -274,7 +275,7 @@ def again(runs: pd.DataFrame) -> list[Asked]:
     found = []
     for task, part in _first(runs):
         wanted = [
-            Asked(task, name, rate, SEEDS[2:])
+            Asked(task, name, rate, SCREENING_SEEDS[2:])
             for two in _best_two(part)
             for name, rate in two.items()
             if name in ("lora_r8", *names)
@@ -282,7 +283,7 @@ def again(runs: pd.DataFrame) -> list[Asked]:
         many = configs.RATE_BUDGETS[max(configs.BUDGETS)]  # 8 a site that gets some, so rates are chosen anew
         tried = sorted(part[part.study == f"frontier_screening_{task}"].learning_rate.dropna().unique())
         anew = [*(f"{rule}_{many}" for rule in on), *of_values]
-        wanted += [Asked(task, name, float(rate), SEEDS[:2]) for name in anew for rate in tried]
+        wanted += [Asked(task, name, float(rate), SCREENING_SEEDS[:2]) for name in anew for rate in tried]
         found += [one for one in wanted if any((task, one.method, one.rate, seed) not in there for seed in one.seeds)]
     return found
 
@@ -325,7 +326,7 @@ def screening_text(runs: pd.DataFrame) -> str:
     columns["mean"] = lambda name: f"{by.loc[name].mean():+.2f}"
     if by_all_seeds is not None:
         of_all = by_all_seeds.mean(axis=1)
-        columns[f"mean, {len(SEEDS)} seeds"] = lambda name: f"{of_all[name]:+.2f}" if name in on else "–"
+        columns[f"mean, {len(SCREENING_SEEDS)} seeds"] = lambda name: f"{of_all[name]:+.2f}" if name in on else "–"
     columns |= {f"{TASKS[of[0]].title}, {of[1]} ranks": partial(cell, of=of) for of in by}
     columns["goes on"] = lambda name: "yes" if name in on else ""
     told = [name for group in (SCORING, CONTROLS, MATRICES) for name in ranked(by, group)]
@@ -405,8 +406,8 @@ def write_studies(chosen: Picks, folder: Path, found: Sequence[Sentence] = ()) -
 
 def blocks(found: Sequence[Sentence], runs: pd.DataFrame) -> dict[str, str]:
     """Return the figure and the numbers of the studies by the name of their marks."""
-    image = f"![{text_alternative(found)}](../images/{FIGURE.name})"
-    made = {"frontier": "\n\n".join((image, in_words(found, runs), sentence_table(found), NOTE))}
+    image = f"![{text_alternative(found, runs)}](../images/{FIGURE.name})"
+    made = {"frontier": "\n\n".join((image, caption(found, runs), in_words(found, runs), sentence_table(found), NOTE))}
     if equal := at_equal_values(runs):
         made["frontier_values"] = sentence_table(equal)
     return made

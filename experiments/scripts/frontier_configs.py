@@ -28,7 +28,7 @@ VALUES = 16_128  # trained by stable_rank at 9 ranks; a budget of so many is in 
 RATE_BUDGETS = {4: 9, 9: 9, 18: 36, 36: 36, 72: 36, 288: 288, VALUES: VALUES}  # at which a budget's rate is chosen
 CONTROLS = ("even", "random", "first_blocks", "last_blocks", "query_value")
 SENTENCES = {"random": "random sites", "last_blocks": "the last blocks", "even": "ranks spread evenly"}
-SEEDS = tuple(range(250, 280))  # of no other study
+STUDY_SEEDS = tuple(range(250, 280))  # of no other study
 VALUES_SEEDS = tuple(range(320, 350))  # likewise
 LOOKS = (5, 10, 15, 20, 25, 30)
 
@@ -141,7 +141,7 @@ def further_runs(number: int, asked: Sequence[Asked]) -> tuple[str, str]:
 
 def references(task: str, picks: Picks) -> tuple[str, str]:
     """Return name and text of the study that says what ranks can decide: the linear probe and LoRA r=8."""
-    own, seeds = TASKS[task], SEEDS
+    own, seeds = TASKS[task], STUDY_SEEDS
     probe, lora = (copy.deepcopy(_screened(task)[one]) for one in ("linear_probe", "lora_r8"))
     lora["training"] = {"learning_rate": picks.rates[task, "lora_r8"]}
     head = {
@@ -169,10 +169,10 @@ def study(task: str, budget: int, picks: Picks, *, tested: bool = True) -> tuple
     name, description = f"frontier_{task}_{budget}", f"Where {budget} ranks over {SITES} sites should go."
     if not tested:
         head = _head_of_described(task, budget, len(experiments))
-        return _configuration(task, name, head, description, SEEDS[: LOOKS[0]], experiments)
+        return _configuration(task, name, head, description, STUDY_SEEDS[: LOOKS[0]], experiments)
     stopping = {"control": f"{picks.rules[0]}_{budget}", "asked": "superiority", "looks": list(LOOKS)}
     head = _head(task, budget, picks, len(experiments))
-    return _configuration(task, name, head, description, SEEDS, experiments, stopping)
+    return _configuration(task, name, head, description, STUDY_SEEDS, experiments, stopping)
 
 
 def equal_values(task: str, picks: Picks) -> tuple[str, str]:

@@ -36,7 +36,7 @@ NOTE = (
 _WIDEST = 1.0  # of a share: an early look's bound is wider than what can be
 _ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
 NOT_TESTED = "not tested"
-_ENDS = {"linear_probe": "linear probe", "lora_r8": "LoRA r=8"}
+_BASELINES = {"linear_probe": "linear probe", "lora_r8": "LoRA r=8"}
 
 
 class Reached(NamedTuple):
@@ -156,7 +156,7 @@ def _between(runs: pd.DataFrame, task: str) -> pd.DataFrame:
     """Return the test accuracy of the linear probe and of LoRA r=8 by seed, of the seeds that both have."""
     part = runs[(runs.study == f"frontier_{task}") & (runs.status == "done")]
     wide = part.pivot(index="seed", columns="experiment", values="test_accuracy")
-    return wide.reindex(columns=[*_ENDS]).dropna()
+    return wide.reindex(columns=[*_BASELINES]).dropna()
 
 
 def room(runs: pd.DataFrame, task: str) -> float:
@@ -192,7 +192,7 @@ def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
         )
     for task in dict.fromkeys(one.task for one in found):
         ends = _between(runs, task)
-        reached = ", ".join(f"{name} {percent(ends[one].mean())}" for one, name in _ENDS.items())
+        reached = ", ".join(f"{name} {percent(ends[one].mean())}" for one, name in _BASELINES.items())
         lines.append(f"- What ranks lie between on {TASKS[task].title}, {len(ends)} seeds: {reached}.")
     return "\n".join(lines)
 
@@ -253,8 +253,10 @@ def means(runs: pd.DataFrame, rule: Mapping[str, str]) -> list[dict[str, object]
     """
     rows: list[dict[str, object]] = []
     done = runs[(runs.status == "done") & ~runs.study.str.endswith(f"_{VALUES}")].copy()
-    done["which"] = [one if one in _ENDS else one.rpartition("_")[0] for one in done.experiment]
-    done = done[[which in (*_ENDS, *_SHOWN, rule.get(task)) for which, task in zip(done.which, done.task, strict=True)]]
+    done["which"] = [one if one in _BASELINES else one.rpartition("_")[0] for one in done.experiment]
+    done = done[
+        [which in (*_BASELINES, *_SHOWN, rule.get(task)) for which, task in zip(done.which, done.task, strict=True)]
+    ]
     there = done.groupby(["study", "seed"]).experiment.transform("nunique")
     done = done[there == done.groupby("study").experiment.transform("nunique")]
     probe = done[done.which == "linear_probe"].set_index(["task", "seed"]).test_accuracy
@@ -266,7 +268,7 @@ def means(runs: pd.DataFrame, rule: Mapping[str, str]) -> list[dict[str, object]
             {
                 "task": task,
                 "which": "rule" if which == rule.get(task) else which,
-                "ranks": None if experiment in _ENDS else int(budget),
+                "ranks": None if experiment in _BASELINES else int(budget),
                 "trained_values": float(part.adapter_values.mean()),
                 "gain": gain.estimate,
                 "low": gain.low,
@@ -295,10 +297,10 @@ def drawing(runs: pd.DataFrame, found: Sequence[Sentence]) -> Drawing:
             of_task = [row for row in rows if row["task"] == task]
             for place, (which, name) in enumerate(names.items()):
                 _line(axes, [row for row in of_task if row["which"] == which], place, name)
-            for style, which in zip((DASHED, ":"), _ENDS, strict=True):
+            for style, which in zip((DASHED, ":"), _BASELINES, strict=True):
                 for row in of_task:
                     if row["which"] == which:
-                        axes.axhline(100 * row["gain"], color=MUTED, lw=1, ls=style, label=_ENDS[which])
+                        axes.axhline(100 * row["gain"], color=MUTED, lw=1, ls=style, label=_BASELINES[which])
             axes.set(xscale="log", xlabel="trained values", title=TASKS[task].title)
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
             axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
@@ -323,13 +325,32 @@ def _line(axes: Axes, rows: Sequence[dict[str, object]], place: int, name: str) 
     axes.errorbar(x, gain, yerr=half, lw=1.2, elinewidth=1.0, label=name, **look)
 
 
-def text_alternative(found: Sequence[Sentence]) -> str:
-    """Return what the figure shows, for those who don't see it."""
+def caption(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
+    """Return what the figure's points and bars are, and over how many seeds."""
+    rows = [row for row in means(runs, {one.task: one.rule for one in found}) if row["ranks"] is not None]
+    of_task = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        by_seeds: dict[object, dict[int, None]] = {}  # an ordered set each
+        for row in sorted((row for row in rows if row["task"] == task), key=lambda row: row["ranks"]):
+            by_seeds.setdefault(row["seeds"], {})[row["ranks"]] = None
+        parts = [f"{n} seeds ({joined([str(one) for one in ranks])} ranks)" for n, ranks in by_seeds.items()]
+        of_task.append(f"{TASKS[task].title} {', '.join(parts)}")
+    return (
+        "Points are gains over the probe of the same seed, bars their 95 % intervals (Student's t), over the seeds "
+        f"that all four have: {'; '.join(of_task)}. The table has all runs. Runs at equal values are not drawn: their "
+        "seeds have no probe."
+    )
+
+
+def text_alternative(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
+    """Return what the figure shows at the first budget that was tested, for those who don't see it."""
+    rows = means(runs, {one.task: one.rule for one in found})
+    names = {"rule": found[0].rule, **_SHOWN, "lora_r8": _BASELINES["lora_r8"]}
     said = []
     for task in dict.fromkeys(one.task for one in found):
-        of_task = [one for one in found if one.task == task]
-        first, last = of_task[0], of_task[-1]
-        then = "" if last.budget == first.budget else f", {fixed(100 * last.own.accuracy, 1)} % at {last.budget}"
-        accuracy = fixed(100 * first.own.accuracy, 1)
-        said.append(f"{TASKS[task].title}: {first.rule} has {accuracy} % at {first.budget} ranks{then}")
+        of_task = [row for row in rows if row["task"] == task]
+        budget = min((row["ranks"] for row in of_task if row["ranks"] is not None), key=SEQUENCE.index)
+        gains = {row["which"]: 100 * row["gain"] for row in of_task if row["ranks"] in (budget, None)}
+        parts = [f"{name} {fixed(gains[which], 1)}" for which, name in names.items() if which in gains]
+        said.append(f"{TASKS[task].title}, {budget} ranks: {', '.join(parts)}")
     return f"A panel a task, points of test accuracy above the linear probe, by trained values. {'. '.join(said)}"

@@ -130,10 +130,10 @@ def score_table(runs: pd.DataFrame) -> str:
             rhos = [{head: foretold(scores, worth) for head, scores in by_head.items()} for worth in worths]
             gains = [(one["probe"] - one["random"]).dropna() if len(one) == len(HEADS) else [] for one in rhos]
             for head, scores in by_head.items():
-                row: list[str | list[float]] = [title, f"`{score}`", head, agreement(scores)]
+                cells: list[str | list[float]] = [title, f"`{score}`", head, agreement(scores)]
                 for one, gain in zip(rhos, gains, strict=True):
-                    row += [[*one[head].dropna()], [*gain] if head == HEADS[0] else []]  # once, in the first row
-                rows.append(tuple(row))
+                    cells += [[*one[head].dropna()], [*gain] if head == HEADS[0] else []]  # once, in the first row
+                rows.append(tuple(cells))
     minus = "probe minus random"
     titles = (
         "images",

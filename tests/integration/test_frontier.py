@@ -309,7 +309,7 @@ def test_a_study_says_before_its_data_what_it_claims(studies: Path) -> None:
     assert max(len(line) for line in text.splitlines() if "Command" not in line) <= 120
     ends = load_study(studies / "frontier_fashion.yaml")
     assert [one.name for one in ends.experiments] == ["linear_probe", "lora_r8"]
-    assert set(ends.seeds) == set(frontier_configs.SEEDS)
+    assert set(ends.seeds) == set(frontier_configs.STUDY_SEEDS)
 
 
 def test_seeds_are_of_no_other_study() -> None:
@@ -318,10 +318,10 @@ def test_seeds_are_of_no_other_study() -> None:
     ]
     lists = [re.search(r"^seeds: \[([\d, ]+)\]", file.read_text(), re.MULTILINE) for file in files]
     others = {int(seed) for one in lists for seed in one[1].split(",")}
-    assert set(frontier.SEEDS[:2]) < others
-    of_studies = {*frontier_configs.SEEDS, *frontier_configs.VALUES_SEEDS}
-    assert not (others | set(frontier.SEEDS)) & of_studies
-    assert not set(frontier_configs.SEEDS) & set(frontier_configs.VALUES_SEEDS)
+    assert set(frontier.SCREENING_SEEDS[:2]) < others
+    of_studies = {*frontier_configs.STUDY_SEEDS, *frontier_configs.VALUES_SEEDS}
+    assert not (others | set(frontier.SCREENING_SEEDS)) & of_studies
+    assert not set(frontier_configs.STUDY_SEEDS) & set(frontier_configs.VALUES_SEEDS)
 
 
 @pytest.mark.usefixtures("cache")
@@ -524,12 +524,14 @@ def test_equal_values_are_told_beside_and_stay_out_of_the_figure(told) -> None:
 
 
 def test_points_of_a_budget_are_over_the_same_seeds(told) -> None:
-    runs, _ = told
+    runs, found = told
     part = runs[(runs.experiment != "even_9") | (runs.seed < 255)]  # its comparison was decided early
     rows = frontier_figure.means(part, {"digits": "para", "fashion": "para"})
     of_nine = [row for row in rows if (row["task"], row["ranks"]) == ("digits", 9)]
     assert {row["seeds"] for row in of_nine} == {5}
     assert {row["seeds"] for row in rows if (row["task"], row["ranks"]) == ("digits", 4)} == {10}
+    said = "digits 10 seeds (4, 18 ranks), 5 seeds (9 ranks); Fashion-MNIST"
+    assert said in frontier_figure.caption(found, part)
 
 
 def test_the_figure_shows_means_with_intervals_and_has_words_beside_it(told, tmp_path: Path) -> None:
@@ -554,10 +556,16 @@ def test_the_figure_shows_means_with_intervals_and_has_words_beside_it(told, tmp
     study_figures.write_figure(tmp_path / "frontier.svg", figure)
     assert study_figures.recorded_digest(tmp_path / "frontier.svg") == study_figures.digest(figure)
     (block,) = frontier.blocks(found, runs).values()
-    assert (
-        "above the linear probe, by trained values. digits: para has "
-        in block.partition("](../images/frontier.svg)")[0]
-    )
+    told_of = {
+        (task, which): f"{100 * by[task, which, ranks]['gain']:.1f}"
+        for task, which, ranks in by
+        if (task, ranks) in (("digits", 9), ("fashion", 4)) or which == "lora_r8"
+    }
+    alternative = block.partition("](../images/frontier.svg)")[0]
+    for task, words in (("digits", "digits, 9 ranks: "), ("fashion", "Fashion-MNIST, 4 ranks: ")):
+        names = {"rule": "para", "even": "even", "random": "random sites", "last_blocks": "last blocks"}
+        numbers = [f"{name} {told_of[task, which]}" for which, name in {**names, "lora_r8": "LoRA r=8"}.items()]
+        assert words + ", ".join(numbers) in alternative
 
 
 def test_commands(told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,8 +28,9 @@ Rules that share in proportion (whole ranks by largest remainder):
 Controls, which read nothing:
 
     even                       the same rank everywhere as far as the budget buys it, then one rank more for as many
-                               sites as it buys, at equal distances, one kind of matrix after the other, so over all
-                               depths; a cheaper rank that still fits goes to the first sites that have room for it
+                               sites as it buys, at equal distances, one kind of matrix after the other: many kinds in
+                               few blocks (72 sites: 9 ranks in blocks 0, 4 and 8, 6 ranks in one block); a cheaper
+                               rank that still fits goes to the first sites that have room for it
     random                     sites in an order drawn from the run's seed: `site_rank` each until the budget is spent
     first_blocks, last_blocks  likewise from the first block on, or from the last block backwards
 

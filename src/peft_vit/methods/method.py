@@ -67,6 +67,14 @@ class Wishes:
     shape: BackboneShape
     budget_unit: Literal["ranks", "bytes"] = "ranks"
 
+    @property
+    def below_one_rank_a_matrix(self) -> bool:
+        """Whether the budget is too small for one rank on each matrix."""
+        if self.budget is None:
+            return False
+        one_each = sum(4 * (site.in_features + site.out_features) for site in self.shape.sites)
+        return self.budget < (len(self.shape.sites) if self.budget_unit == "ranks" else one_each)
+
     def enough_steps(self, fewest: int) -> None:
         """Refuse fewer steps than adaptive ranks need."""
         if self.steps < fewest:
@@ -109,6 +117,7 @@ class Method:
         defaults: the sections that `peft-vit train` takes.
         learning_rate: that `peft-vit train` takes: at the plateau, from the probe's head on, about half of what pilots
             chose as the peak of one cycle.
+        few_ranks_learning_rate: likewise where the budget is below one rank a matrix; None: the same.
         size_options: of `peft-vit train`, by which ranks are asked for; one of them.
         forward_passes: that a step takes as long as: the weights, for its input, for their own gradients.
         bytes_per_weight: of the backbone's weights, gradients and moments; None: frozen, and as the precision has it.
@@ -127,11 +136,17 @@ class Method:
     shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = _no_schedule
     defaults: Callable[[Wishes], dict[str, dict[str, Any]]] = _no_sections
     learning_rate: float = 1e-3
+    few_ranks_learning_rate: float | None = None
     size_options: tuple[Literal["rank", "budget"], ...] = ()
     forward_passes: float = 2.0
     bytes_per_weight: int | None = None
     uses_peft: bool = False
     why_not_peft: str = ""
+
+    def learning_rate_for(self, wishes: Wishes) -> float:
+        """Return the learning rate that `peft-vit train` takes."""
+        few = self.few_ranks_learning_rate if wishes.below_one_rank_a_matrix else None
+        return self.learning_rate if few is None else few
 
 
 @contextmanager

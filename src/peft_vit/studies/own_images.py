@@ -329,8 +329,10 @@ def _experiment(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: i
     experiment: dict[str, Any] = {"name": asked.experiment, "method": asked.method}
     training: dict[str, Any] = {"batch_size": asked.batch_size}
     method = METHODS[asked.method]
+    budget, unit = _budget(asked.budget)
+    wishes = Wishes(rank=asked.rank, budget=budget, budget_unit=unit, steps=steps, shape=shape)
     if not asked.is_probe:
-        rate = method.learning_rate if asked.learning_rate is None else asked.learning_rate
+        rate = method.learning_rate_for(wishes) if asked.learning_rate is None else asked.learning_rate
         head_start = asked.head_start or ("probe" if asked.start is None else "random")  # an adapter brings its head
         training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": asked.micro_batch_size}
         limits = {"activation_checkpointing": asked.activation_checkpointing, "memory_limit": asked.memory_limit}
@@ -343,8 +345,6 @@ def _experiment(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: i
             training |= {"steps": steps, "validate_every": every, **schedule}
     if asked.start is not None:
         return {**experiment, "training": training, "lora": {"start": str(asked.start)}}
-    budget, unit = _budget(asked.budget)
-    wishes = Wishes(rank=asked.rank, budget=budget, budget_unit=unit, steps=steps, shape=shape)
     return {**experiment, "training": training, **method.defaults(wishes)}
 
 

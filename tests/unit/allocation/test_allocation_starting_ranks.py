@@ -228,7 +228,7 @@ def test_controls_keep_the_budget_and_follow_the_seed(settings, blocks, each, se
 
 
 @pytest.mark.parametrize("budget", [3, 6, 9, 18])
-def test_few_even_ranks_go_to_every_kind_of_matrix_and_over_all_depths(budget: int) -> None:
+def test_few_even_ranks_go_to_every_kind_of_matrix_at_equal_distances(budget: int) -> None:
     sites = [site(place, False) for place in range(36)]
     config = StartingRanksConfig(rule="even", budget=budget)
     ranks, _ = choose_starting_ranks(torch.nn.Identity(), sites, config, seed=0)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from peft_vit.backbones import describe
+from peft_vit.config.named_backbone import named_backbone
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
@@ -157,6 +158,17 @@ def test_every_method_has_a_preset(asked, method) -> None:
         assert 150 <= training.patience * training.validate_every < 150 + 5 * training.validate_every
         rates = {"full": 2e-5, "lora": 5e-4, "adalora": 5e-4, "peft_lora": 5e-4, "peft": 5e-4, "peft_adalora": 5e-3}
         assert training.learning_rate == rates.get(method, 1e-3)
+
+
+def test_below_one_rank_a_matrix_lora_has_a_rate_of_its_own(asked) -> None:
+    sites = describe(named_backbone("test_vit", "random"), 32).sites
+    size = 4 * sum(one.in_features + one.out_features for one in sites)
+    few, enough = METHODS["lora"].few_ranks_learning_rate, METHODS["lora"].learning_rate
+    assert few > enough
+    for budget, rate in ((len(sites) - 1, few), (len(sites), enough), (f"{size - 4}B", few), (f"{size}B", enough)):
+        assert training_of(asked(budget=budget)).learning_rate == rate
+    assert training_of(asked(budget=5, learning_rate=0.5)).learning_rate == 0.5
+    assert training_of(asked("adalora", budget=5)).learning_rate == METHODS["adalora"].learning_rate
 
 
 def test_options_reach_the_study(asked) -> None:

@@ -92,7 +92,10 @@ def test_float_lora_is_the_reference_if_it_could_be_trained() -> None:
         ),
         # 8 points on 80 images are no more than chance makes of equals
         ({"found": {**FOUND, "lora_int2": BestRate(1e-3, 0.82, 0.3)}, "validation_images": 80}, {"lora_int2": ""}),
-        ({"found": {"lora": FOUND["lora"]}}, {"lora_nf4": "no learning rate", "probe_nf4": "", "lora_r2": ""}),
+        (
+            {"found": {"lora": FOUND["lora"]}},
+            {"lora_nf4": "no learning rate", "probe_nf4": "", "lora_few_ranks": "", "lora_r2": ""},
+        ),
     ],
 )
 def test_it_is_told_why_a_candidate_does_not_race(more: dict[str, Any], left_out: dict[str, str]) -> None:
