@@ -1,17 +1,19 @@
 """Where few ranks should go: what the screening of rules chose, and what the studies that follow say.
 
     .venv/bin/python experiments/scripts/frontier.py length [DIR ...]
+    .venv/bin/python experiments/scripts/frontier.py task [DIR ...]
     .venv/bin/python experiments/scripts/frontier.py screen [DIR ...]
     .venv/bin/python experiments/scripts/frontier.py more
     .venv/bin/python experiments/scripts/frontier.py study [results/frontier_screening.csv]
     .venv/bin/python experiments/scripts/frontier.py figure [DIR ...]
 
 `length` keeps the runs of frontier_length_* in results/frontier_length.csv, and prints which length and batch their
-rule takes. `screen` keeps the runs of frontier_screening_* in results/frontier_screening.csv, one row a run without its
-test accuracy, and prints what the rule in their configurations' heads says of them. `more` writes the configurations of
-the runs that the rule asks for besides, `study` those of the studies once it has all. `figure` keeps the studies' runs
-in results/frontier.csv, draws docs/images/frontier.svg, and prints the numbers beside it. What is printed goes where
-marks in docs/findings/adaptive_ranks.md ask for it. Without a DIR the same comes from the files that are there.
+rule takes; `task` those of frontier_task_* in results/frontier_task.csv, and whether ELPV is a task after all. `screen`
+keeps the runs of frontier_screening_* in results/frontier_screening.csv, one row a run without its test accuracy, and
+prints what the rule in their configurations' heads says of them. `more` writes the configurations of the runs that the
+rule asks for besides, `study` those of the studies once it has all. `figure` keeps the studies' runs in
+results/frontier.csv, draws docs/images/frontier.svg, and prints the numbers beside it. What is printed goes where marks
+in docs/findings/adaptive_ranks.md ask for it. Without a DIR the same comes from the files that are there.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import pandas as pd
 from evidence import RESULTS, ROOT, table, with_runs
 from frontier_configs import CONTROLS, TASKS, Asked, Picks
 from frontier_figure import (
+    LEAST_ROOM,
     NOTE,
     Sentence,
     at_equal_values,
@@ -57,6 +60,8 @@ _OF_SCREENING = re.compile(rf"frontier_screening_({'|'.join(TASKS)})(?:_\d+)?")
 LENGTH_ROWS = RESULTS / "frontier_length.csv"
 _PILOTED = {"elpv": "ELPV", **{task: own.title for task, own in TASKS.items()}}  # ELPV has nothing for ranks to decide
 _OF_LENGTH = re.compile(rf"frontier_length_({'|'.join(_PILOTED)})")
+TASK_ROWS = RESULTS / "frontier_task.csv"
+_OF_TASK = re.compile(r"frontier_task_(elpv_\d+)")
 _OF_STUDY = re.compile(rf"frontier_({'|'.join(TASKS)})(?:_(\d+))?")
 _OF_SITES = re.compile(r"(.+)_(\d+)")  # eva_9, not lora_r8
 
@@ -163,6 +168,59 @@ def length_text(runs: pd.DataFrame) -> str:
         gain = by[task, "lora_r8"][chosen_length(by)] - 100 * probe
         parts.append(f"{_PILOTED[task]}: LoRA r=8 is {gain:+.1f} points above the linear probe.")
     return "\n\n".join([*parts, f"Chosen: {chosen_length(by)}.", evidence.origin(runs)])
+
+
+# --- whether larger images make ELPV a task ---------------------------------------------------------------------------
+
+
+def rooms(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return what LoRA r=8 gains on the probe on validation, a row a setting at its better rate, the cheapest first.
+
+    Columns: pixels, length (steps x batch), rate, accuracy and probe in percent, gain in points, seconds of a run.
+    """
+    found = []
+    for task, part in runs.groupby("task"):
+        probe = 100 * part[part.method == "linear_probe"].validation_accuracy.mean()
+        means = rate_means(part).set_index(["method", "learning_rate"]).validation_accuracy
+        for method, rate in chosen_rates(part).items():
+            accuracy = 100 * float(means[method, rate])
+            found.append(
+                {
+                    "pixels": int(str(task).rpartition("_")[2]),
+                    "length": method.rpartition("_")[2],
+                    "rate": rate,
+                    "accuracy": accuracy,
+                    "probe": probe,
+                    "gain": round(accuracy - probe, 3),
+                    "seconds": part[(part.method == method) & (part.learning_rate == rate)].seconds.mean(),
+                }
+            )
+    return pd.DataFrame(found).sort_values("seconds", ignore_index=True)
+
+
+def task_text(runs: pd.DataFrame) -> str:
+    """Return what LoRA gains by images and length, and which setting takes ELPV's place in the screening."""
+    by = rooms(runs)
+    columns: dict[str, Callable[[dict], str]] = {
+        "pixels": lambda row: str(row["pixels"]),
+        "steps x batch": lambda row: row["length"],
+        "rate": lambda row: f"{row['rate']:g}",
+        "LoRA r=8, %": lambda row: f"{row['accuracy']:.2f}",
+        "linear probe, %": lambda row: f"{row['probe']:.2f}",
+        "gain, points": lambda row: f"{row['gain']:+.2f}",
+        "seconds a run": lambda row: f"{row['seconds']:.0f}",
+    }
+    enough = by[by.gain >= LEAST_ROOM]
+    planned = {path.stem.removeprefix("frontier_task_") for path in configs.CONFIGS.glob("frontier_task_*.yaml")}
+    if len(enough):
+        first = f"{enough.pixels.iloc[0]} pixels, {enough.length.iloc[0]}"
+    elif lacking := sorted(planned - {*runs.task}):
+        first = f"none so far, {', '.join(lacking)} is not run yet"
+    else:
+        first = "none, so ELPV decides nothing about ranks"
+    verdict = f"At least {LEAST_ROOM:g} points: {first}."
+    rows = table(by.to_dict("records"), columns, left=0)
+    return "\n\n".join((rows, "Validation accuracy, mean of two seeds.", verdict, evidence.origin(runs)))
 
 
 # --- the screening's rule ---------------------------------------------------------------------------------------------
@@ -425,7 +483,7 @@ def tell(made: dict[str, str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Do what is asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["length", "screen", "more", "study", "figure"])
+    parser.add_argument("what", choices=["length", "task", "screen", "more", "study", "figure"])
     parser.add_argument("paths", nargs="*", type=Path, help="directories of runs; of study: the screening's rows")
     parser.add_argument("--output", type=Path, help="where configurations go that are written; default: the project's")
     asked = parser.parse_args(arguments)
@@ -443,6 +501,10 @@ def main(arguments: list[str] | None = None) -> None:
             for folder in asked.paths:
                 keep(folder, LENGTH_ROWS, _OF_LENGTH, pilot_row)
             tell({"frontier_length": length_text(read(LENGTH_ROWS, _OF_LENGTH))})
+        elif asked.what == "task":
+            for folder in asked.paths:
+                keep(folder, TASK_ROWS, _OF_TASK, pilot_row)
+            tell({"frontier_task": task_text(read(TASK_ROWS, _OF_TASK))})
         elif asked.what == "figure":
             for folder in asked.paths:
                 keep(folder, ROWS, _OF_STUDY, study_row)

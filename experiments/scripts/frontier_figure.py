@@ -34,7 +34,7 @@ NOTE = (
     "Means of comparisons that stopped early lie rather too far from zero."
 )
 _WIDEST = 1.0  # of a share: an early look's bound is wider than what can be
-_ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
+LEAST_ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
 NOT_TESTED = "not tested"
 _BASELINES = {"linear_probe": "linear probe", "lora_r8": "LoRA r=8"}
 
@@ -171,7 +171,7 @@ def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
     for task in dict.fromkeys(one.task for one in found):
         of_task = [one for one in found if one.task == task and one.control in SENTENCES]
         title, rule, least = TASKS[task].title, of_task[0].rule, room(runs, task)
-        if not least >= _ROOM:
+        if not least >= LEAST_ROOM:
             lines.append(f"- {title} decides nothing: LoRA r=8 is {least:+.1f} points above the linear probe.")
             continue
         shown = [b for b in BUDGETS if any(one.budget == b and one.shown for one in of_task)]

@@ -253,6 +253,36 @@ def test_the_length_is_the_cheapest_within_half_a_point() -> None:
     assert "Chosen: 160x16." in text
 
 
+def test_elpv_is_a_task_where_lora_gains_three_points_at_the_least_cost() -> None:
+    correct = {("84", "160x16"): 256, ("84", "320x32"): 263, ("112", "160x16"): 264, ("112", "320x32"): 270}
+    seconds = {"84": 1.0, "112": 2.5}
+    rows = [
+        row("x", f"lora_r8_{length}", rate, seed, best - (4 if rate == 1e-3 else 0) + (1 if seed == 226 else -1))
+        | {"study": f"frontier_task_elpv_{pixels}", "seconds": int(length[:3]) * seconds[pixels]}
+        for (pixels, length), best in correct.items()
+        for rate in (3e-4, 1e-3)
+        for seed in (226, 227)
+    ]
+    rows += [
+        row("x", "linear_probe", None, seed, 255) | {"study": f"frontier_task_elpv_{pixels}"}
+        for pixels in seconds
+        for seed in (226, 227)
+    ]
+    runs = frontier._with_task(pd.DataFrame(rows), frontier._OF_TASK)
+    by = frontier.rooms(runs)
+    assert list(zip(by.pixels, by.length, strict=True)) == [
+        (84, "160x16"), (84, "320x32"), (112, "160x16"), (112, "320x32")
+    ]  # fmt: skip
+    assert list(by.gain) == pytest.approx([1 / 3, 8 / 3, 3, 5], abs=1e-3)
+    assert set(by.rate) == {3e-4}
+    assert "At least 3 points: 112 pixels, 160x16." in frontier.task_text(runs)
+    text = frontier.task_text(runs[runs.task == "elpv_84"])
+    assert "At least 3 points: none so far, elpv_112 is not run yet." in text
+    less = runs.assign(validation_accuracy=runs.validation_accuracy.clip(upper=263 / 300))
+    assert "At least 3 points: none, so ELPV decides nothing about ranks." in frontier.task_text(less)
+    assert "| 84 | 320x32 | 0.0003 | 87.67 | 85.00 | +2.67 | 320 |" in text
+
+
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the configurations of the studies."""
@@ -600,6 +630,7 @@ def test_equal_values_are_those_that_the_nine_ranks_trained() -> None:
 def test_the_document_holds_what_the_files_say() -> None:
     text = frontier.DOCUMENT.read_text(encoding="utf-8")
     made = {"frontier_length": frontier.length_text(frontier.read(frontier.LENGTH_ROWS, frontier._OF_LENGTH))}
+    made["frontier_task"] = frontier.task_text(frontier.read(frontier.TASK_ROWS, frontier._OF_TASK))
     if frontier.SCREENING_ROWS.exists():
         made["frontier_screening"] = frontier.screening_text(
             frontier.read(frontier.SCREENING_ROWS, frontier._OF_SCREENING)
