@@ -70,10 +70,13 @@ class Wishes:
     @property
     def below_one_rank_a_matrix(self) -> bool:
         """Whether the budget is too small for one rank on each matrix."""
+        from peft_vit.allocation import rank_costs
+
         if self.budget is None:
             return False
-        one_each = sum(4 * (site.in_features + site.out_features) for site in self.shape.sites)
-        return self.budget < (len(self.shape.sites) if self.budget_unit == "ranks" else one_each)
+        shapes = [(site.in_features, site.out_features) for site in self.shape.sites]
+        costs = rank_costs(self.budget_unit, shapes, [site.tokens for site in self.shape.sites])
+        return self.budget < int(costs.sum())
 
     def enough_steps(self, fewest: int) -> None:
         """Refuse fewer steps than adaptive ranks need."""
