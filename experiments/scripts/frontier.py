@@ -34,7 +34,7 @@ from frontier_figure import (
     LEAST_ROOM,
     NOTE,
     Sentence,
-    at_equal_values,
+    asked_after,
     caption,
     drawing,
     in_words,
@@ -62,7 +62,7 @@ _PILOTED = {"elpv": "ELPV", **{task: own.title for task, own in TASKS.items()}} 
 _OF_LENGTH = re.compile(rf"frontier_length_({'|'.join(_PILOTED)})")
 TASK_ROWS = RESULTS / "frontier_task.csv"
 _OF_TASK = re.compile(r"frontier_task_(elpv_\d+)")
-_OF_STUDY = re.compile(rf"frontier_({'|'.join(TASKS)})(?:_(\d+))?")
+_OF_STUDY = re.compile(rf"frontier_({'|'.join(TASKS)})(?:_(?:\d+|{configs.EVEN_DEPTHS}))?")
 _OF_SITES = re.compile(r"(.+)_(\d+)")  # eva_9, not lora_r8
 
 
@@ -323,12 +323,13 @@ def goes_on(runs: pd.DataFrame) -> tuple[tuple[str, ...], str]:
 def again(runs: pd.DataFrame) -> list[Asked]:
     """Return what goes on, as far as it is not there: its best two rates with further seeds, rates at other budgets.
 
-    Those are 288 ranks, and for the controls of the sentences as many trained values as nine ranks have.
+    Those are 288 ranks, and for what was asked later as many trained values as nine ranks have, for the controls of
+    the sentences, and nine ranks spread over many depths.
     """
     rules, kind = goes_on(runs)
     on = (*rules, *CONTROLS, kind)
-    of_values = [f"{who}_{configs.VALUES}" for who in configs.SENTENCES]
-    names = [*(f"{rule}_{budget}" for budget in configs.SCREENED_BUDGETS for rule in on), *of_values]
+    later = [*(f"{who}_{configs.VALUES}" for who in configs.SENTENCES), f"{configs.EVEN_DEPTHS}_{configs.SEQUENCE[0]}"]
+    names = [*(f"{rule}_{budget}" for budget in configs.SCREENED_BUDGETS for rule in on), *later]
     there = set(zip(runs.task, runs.method, runs.learning_rate, runs.seed, strict=True))
     found = []
     for task, part in _first(runs):
@@ -340,7 +341,7 @@ def again(runs: pd.DataFrame) -> list[Asked]:
         ]
         many = configs.RATE_BUDGETS[max(configs.BUDGETS)]  # 8 a site that gets some, so rates are chosen anew
         tried = sorted(part[part.study == f"frontier_screening_{task}"].learning_rate.dropna().unique())
-        anew = [*(f"{rule}_{many}" for rule in on), *of_values]
+        anew = [*(f"{rule}_{many}" for rule in on), *later]
         wanted += [Asked(task, name, float(rate), SCREENING_SEEDS[:2]) for name in anew for rate in tried]
         found += [one for one in wanted if any((task, one.method, one.rate, seed) not in there for seed in one.seeds)]
     return found
@@ -447,7 +448,7 @@ def write_further_runs(runs: pd.DataFrame, folder: Path) -> None:
 
 
 def write_studies(chosen: Picks, folder: Path, found: Sequence[Sentence] = ()) -> None:
-    """Write the studies' configurations: by task one a budget, one of what they lie between, one of equal values.
+    """Write the studies' configurations: by task one a budget, one of what they lie between, two asked later.
 
     Args:
         chosen: by the screening.
@@ -457,6 +458,7 @@ def write_studies(chosen: Picks, folder: Path, found: Sequence[Sentence] = ()) -
     for task in TASKS:
         configs.write(folder, *configs.references(task, chosen))
         configs.write(folder, *configs.equal_values(task, chosen))
+        configs.write(folder, *configs.even_depths(task, chosen))
         for budget in configs.SEQUENCE:
             tested = not_shown(found, task, before=budget) is None
             configs.write(folder, *configs.study(task, budget, chosen, tested=tested))
@@ -466,8 +468,9 @@ def blocks(found: Sequence[Sentence], runs: pd.DataFrame) -> dict[str, str]:
     """Return the figure and the numbers of the studies by the name of their marks."""
     image = f"![{text_alternative(found, runs)}](../images/{FIGURE.name})"
     made = {"frontier": "\n\n".join((image, caption(found, runs), in_words(found, runs), sentence_table(found), NOTE))}
-    if equal := at_equal_values(runs):
-        made["frontier_values"] = sentence_table(equal)
+    for name, suffix in {"frontier_values": str(configs.VALUES), "frontier_depths": configs.EVEN_DEPTHS}.items():
+        if later := asked_after(runs, suffix):
+            made[name] = sentence_table(later)
     return made
 
 

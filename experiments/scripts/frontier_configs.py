@@ -28,8 +28,10 @@ VALUES = 16_128  # trained by stable_rank at 9 ranks; a budget of so many is in 
 RATE_BUDGETS = {4: 9, 9: 9, 18: 36, 36: 36, 72: 36, 288: 288, VALUES: VALUES}  # at which a budget's rate is chosen
 CONTROLS = ("even", "random", "first_blocks", "last_blocks", "query_value")
 SENTENCES = {"random": "random sites", "last_blocks": "the last blocks", "even": "ranks spread evenly"}
+EVEN_DEPTHS = "even_depths"  # the rule `even` since it reaches many depths; what is called even here was run before
 STUDY_SEEDS = tuple(range(250, 280))  # of no other study
 VALUES_SEEDS = tuple(range(320, 350))  # likewise
+DEPTHS_SEEDS = tuple(range(350, 380))  # likewise
 LOOKS = (5, 10, 15, 20, 25, 30)
 
 
@@ -79,7 +81,8 @@ def experiment(task: str, rule: str, budget: int, rate: float | Sequence[float])
     From one rank a site on, controls that give each site the same fill half of the sites; `over_untrained` starts from
     twice the budget then, and `para` from rank 8 at every site whatever the budget.
     """
-    found = copy.deepcopy(_screened(task)[f"{rule}_{SCREENED_BUDGETS[0]}"])
+    screened = "even" if rule == EVEN_DEPTHS else rule
+    found = copy.deepcopy(_screened(task)[f"{screened}_{SCREENED_BUDGETS[0]}"])
     found["name"] = f"{rule}_{budget}"
     if found["method"] == "adalora":
         start = max(found["adalora"]["initial_budget"], 2 * budget)
@@ -128,8 +131,8 @@ def further_runs(number: int, asked: Sequence[Asked]) -> tuple[str, str]:
         experiments.append(made | {"training": {"learning_rate": sorted(tried)}})
     head = {
         "Asks": f"what the rule of frontier_screening_{task}.yaml asks for besides: rates beyond an end of the list "
-        "that was best, the best two rates of what goes on with further seeds, its rates at 288 ranks, or those of "
-        f"controls with {VALUES} trained values. Test images are never read.",
+        "that was best, the best two rates of what goes on with further seeds, its rates at 288 ranks, those of "
+        f"controls with {VALUES} trained values, or of an even spread over many depths. Test images are never read.",
         "Images": TASKS[task].images,
         "Weights": _WEIGHTS,
         "Cost": f"{len(asked) * len(seeds)} runs of {_steps(task)} steps, about {TASKS[task].seconds} seconds each.",
@@ -177,26 +180,59 @@ def study(task: str, budget: int, picks: Picks, *, tested: bool = True) -> tuple
 
 def equal_values(task: str, picks: Picks) -> tuple[str, str]:
     """Return name and text of the study of nine ranks beside controls that train as many values."""
-    best, own = f"{picks.rules[0]}_{SEQUENCE[0]}", TASKS[task]
-    experiments = [experiment(task, picks.rules[0], SEQUENCE[0], picks.rate(task, picks.rules[0], SEQUENCE[0]))]
-    experiments += [experiment(task, who, VALUES, picks.rate(task, who, VALUES)) for who in SENTENCES]
-    claims = "; ".join(
-        f'"{best} beats {what} with as many trained values" ({who}_{VALUES})' for who, what in SENTENCES.items()
+    asks = (
+        f"frontier_{task}_{SEQUENCE[0]}.yaml compares equal ranks, and there {picks.rules[0]} trains {VALUES} values, "
+        "more than its controls. Does it lead where they train as many?"
     )
+    controls = {f"{who}_{VALUES}": f"{what} with as many trained values" for who, what in SENTENCES.items()}
+    description = f"Nine ranks by {picks.rules[0]} beside as many trained values elsewhere."
+    return _asked_after(task, picks, str(VALUES), asks, controls, VALUES_SEEDS, description)
+
+
+def even_depths(task: str, picks: Picks) -> tuple[str, str]:
+    """Return name and text of the study of nine ranks beside as many that are spread over kinds and depths."""
+    asks = (
+        f"even_{SEQUENCE[0]} of frontier_{task}_{SEQUENCE[0]}.yaml had its ranks in blocks 0, 4 and 8. Since then the "
+        f"rule even reaches many depths. Does {picks.rules[0]} lead it, too?"
+    )
+    controls = {f"{EVEN_DEPTHS}_{SEQUENCE[0]}": "ranks spread evenly over kinds and depths"}
+    description = f"Nine ranks by {picks.rules[0]} beside nine that are spread over kinds and depths."
+    return _asked_after(task, picks, EVEN_DEPTHS, asks, controls, DEPTHS_SEEDS, description)
+
+
+def _asked_after(
+    task: str, picks: Picks, suffix: str, asks: str, controls: Mapping[str, str], seeds: Sequence[int], description: str
+) -> tuple[str, str]:
+    """Return name and text of a study that was asked after those of nine ranks were read.
+
+    Args:
+        task: of TASKS.
+        picks: of the screening.
+        suffix: of the study's name.
+        asks: its question.
+        controls: by experiment what the best rule is said to beat.
+        seeds: of its own.
+        description: of the study.
+    """
+    rule, budget = picks.rules[0], SEQUENCE[0]
+    best = f"{rule}_{budget}"
+    experiments = [experiment(task, rule, budget, picks.rate(task, rule, budget))]
+    for name in controls:
+        who, _, of = name.rpartition("_")
+        experiments.append(experiment(task, who, int(of), picks.rate(task, who, int(of))))
+    claims = "; ".join(f'"{best} beats {what}" ({name})' for name, what in controls.items())
     head = {
-        "Asks": f"frontier_{task}_{SEQUENCE[0]}.yaml compares equal ranks, and there {picks.rules[0]} trains {VALUES} "
-        "values, more than its controls. Does it lead where they train as many?",
-        "Images": own.images,
+        "Asks": asks,
+        "Images": TASKS[task].images,
         "Weights": _WEIGHTS,
         "Chosen": f"on validation, with other seeds: every rate, by the rule of frontier_screening_{task}.yaml. Asked "
-        f"after the studies of {SEQUENCE[0]} ranks were read, so with seeds of its own.",
+        f"after the studies of {budget} ranks were read, so with seeds of its own.",
         "Rule, before the data": f"test accuracy, paired by seed, every comparison with {best}. Sentences: {claims}. "
         + _SHOWN_WHERE,
         "Cost": _cost(task, len(experiments)),
     }
     stopping = {"control": best, "asked": "superiority", "looks": list(LOOKS)}
-    description = f"Nine ranks by {picks.rules[0]} beside as many trained values elsewhere."
-    return _configuration(task, f"frontier_{task}_{VALUES}", head, description, VALUES_SEEDS, experiments, stopping)
+    return _configuration(task, f"frontier_{task}_{suffix}", head, description, seeds, experiments, stopping)
 
 
 _STARTS = {

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import frontier_configs as configs
 import pandas as pd
 from evidence import table
-from frontier_configs import BUDGETS, SENTENCES, SEQUENCE, TASKS, VALUES
+from frontier_configs import BUDGETS, EVEN_DEPTHS, SENTENCES, SEQUENCE, TASKS, VALUES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -34,6 +34,7 @@ NOTE = (
     "Means of comparisons that stopped early lie rather too far from zero."
 )
 _WIDEST = 1.0  # of a share: an early look's bound is wider than what can be
+ASKED_AFTER = (str(VALUES), EVEN_DEPTHS)  # ends of their studies' names; not drawn: their seeds have no probe
 LEAST_ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
 NOT_TESTED = "not tested"
 _BASELINES = {"linear_probe": "linear probe", "lora_r8": "LoRA r=8"}
@@ -80,7 +81,7 @@ def sentences(runs: pd.DataFrame) -> list[Sentence]:
         of_task: list[Sentence] = []
         for budget in SEQUENCE:
             part = done[done.study == f"frontier_{task}_{budget}"]
-            of_budget = list(_sentences(task, budget, part)) if not part.empty else []
+            of_budget = list(_sentences(task, str(budget), part)) if not part.empty else []
             of_task += [replace(one, shown=one.shown and reached) for one in of_budget]
             declared = [one for one in of_budget if one.control in SENTENCES]
             reached = reached and bool(of_budget) and all(one.shown for one in declared)
@@ -88,19 +89,24 @@ def sentences(runs: pd.DataFrame) -> list[Sentence]:
     return found
 
 
-def at_equal_values(runs: pd.DataFrame) -> list[Sentence]:
-    """Return the sentences of the studies in which controls train as many values as the rule does at nine ranks."""
+def asked_after(runs: pd.DataFrame, suffix: str) -> list[Sentence]:
+    """Return the sentences of the studies that were asked after those of nine ranks were read, by task.
+
+    Args:
+        runs: rows of the studies, with their task.
+        suffix: of their names, one of ASKED_AFTER.
+    """
     done = runs[runs.status == "done"]
-    by_task = {task: done[done.study == f"frontier_{task}_{VALUES}"] for task in TASKS}
-    return [one for task, part in by_task.items() if not part.empty for one in _sentences(task, VALUES, part)]
+    by_task = {task: done[done.study == f"frontier_{task}_{suffix}"] for task in TASKS}
+    return [one for task, part in by_task.items() if not part.empty for one in _sentences(task, suffix, part)]
 
 
-def _declared(task: str, budget: int) -> StudyConfig:
-    return load_study(configs.CONFIGS / f"frontier_{task}_{budget}.yaml")
+def _declared(task: str, suffix: str) -> StudyConfig:
+    return load_study(configs.CONFIGS / f"frontier_{task}_{suffix}.yaml")
 
 
-def _sentences(task: str, budget: int, runs: pd.DataFrame) -> Iterator[Sentence]:
-    study = _declared(task, budget)
+def _sentences(task: str, suffix: str, runs: pd.DataFrame) -> Iterator[Sentence]:
+    study = _declared(task, suffix)
     stopping = study.stopping
     own, *others = (one.name for one in study.experiments)
     courses = {} if stopping is None else _courses(study, runs)
@@ -252,7 +258,7 @@ def means(runs: pd.DataFrame, rule: Mapping[str, str]) -> list[dict[str, object]
         rule: by task.
     """
     rows: list[dict[str, object]] = []
-    done = runs[(runs.status == "done") & ~runs.study.str.endswith(f"_{VALUES}")].copy()
+    done = runs[(runs.status == "done") & ~runs.study.str.endswith(ASKED_AFTER)].copy()
     done["which"] = [one if one in _BASELINES else one.rpartition("_")[0] for one in done.experiment]
     done = done[
         [which in (*_BASELINES, *_SHOWN, rule.get(task)) for which, task in zip(done.which, done.task, strict=True)]
@@ -337,7 +343,7 @@ def caption(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
         of_task.append(f"{TASKS[task].title} {', '.join(parts)}")
     return (
         "Points are gains over the probe of the same seed, bars their 95 % intervals (Student's t), over the seeds "
-        f"that all four have: {'; '.join(of_task)}. The table has all runs. Runs at equal values are not drawn: their "
+        f"that all four have: {'; '.join(of_task)}. The table has all runs. Studies asked later are not drawn: their "
         "seeds have no probe."
     )
 

@@ -180,10 +180,10 @@ def test_half_decades(rate: float, up: bool, following: float) -> None:
 def test_what_goes_on_has_its_rate_chosen_again_with_four_seeds(rows: list[dict]) -> None:
     again = asked_again(rows)
     on = {"para", "gradient", "eva", "value", "even", "random", "first_blocks", "last_blocks", "query_value"}
-    of_values = {"random_16128", "last_blocks_16128", "even_16128"}
-    first = {f"{rule}_{k}" for rule in on for k in (9, 36, 288)} | {"lora_r8"} | of_values
+    later = {"random_16128", "last_blocks_16128", "even_16128", "even_depths_9"}
+    first = {f"{rule}_{k}" for rule in on for k in (9, 36, 288)} | {"lora_r8"} | later
     assert {one["method"] for one in again} == first
-    anew = [one for one in again if one["method"] in of_values or one["method"].endswith("_288")]
+    anew = [one for one in again if one["method"] in later or one["method"].endswith("_288")]
     assert {one["seeds"] for one in anew} == {(220, 221)}
     assert {one["seeds"] for one in again if one not in anew} == {(224, 225)}
     assert [one["rate"] for one in anew if (one["task"], one["method"]) == ("digits", "even_16128")] == list(RATES)
@@ -216,8 +216,8 @@ def test_further_runs_are_written_as_configurations_that_load(rows: list[dict], 
     frontier.write_further_runs(frame(done), tmp_path)
     many = load_study(tmp_path / "frontier_screening_fashion_4.yaml")
     assert many.seeds == (220, 221)
-    assert {one.name.partition("_lr_")[0].rpartition("_")[2] for one in many.experiments} == {"288", "16128"}
-    assert len(many.experiments) == 3 * (9 + 3)
+    assert {one.name.partition("_lr_")[0].rpartition("_")[2] for one in many.experiments} == {"288", "16128", "9"}
+    assert len(many.experiments) == 3 * (9 + 4)
     again = load_study(tmp_path / "frontier_screening_fashion_3.yaml")
     assert again.seeds == (224, 225)
     assert len(again.experiments) == 2 * 19
@@ -328,8 +328,20 @@ def test_controls_of_equal_values_train_as_many_as_the_nine_ranks(studies: Path)
         assert frontier_configs.VALUES - 768 < values <= frontier_configs.VALUES  # no further rank fits
 
 
+def test_an_even_spread_over_depths_is_the_rule_even_with_seeds_of_its_own(studies: Path) -> None:
+    study = load_study(studies / "frontier_digits_even_depths.yaml")
+    assert [one.name for one in study.experiments] == ["para_9", "even_depths_9"]
+    assert (study.stopping.control, study.seeds) == ("para_9", tuple(range(350, 380)))
+    even = study.experiments[1].lora.ranks
+    assert (even.rule, even.budget, even.unit) == ("even", 9, "ranks")
+    sites = list(describe(study.backbone, study.data.image_size).sites)
+    ranks, _ = choose_starting_ranks(None, sites, even, seed=350)
+    chosen = [site for site in sites if ranks[site.name]]
+    assert (len(chosen), len({site.kind for site in chosen}), len({site.layer for site in chosen})) == (9, 6, 7)
+
+
 def test_a_study_says_before_its_data_what_it_claims(studies: Path) -> None:
-    assert len(list(studies.iterdir())) == 2 * (6 + 2)
+    assert len(list(studies.iterdir())) == 2 * (6 + 3)
     text = (studies / "frontier_digits_9.yaml").read_text()
     head = text.partition("\n\n")[0].splitlines()
     assert all(line.startswith("# ") for line in head)
@@ -349,9 +361,9 @@ def test_seeds_are_of_no_other_study() -> None:
     lists = [re.search(r"^seeds: \[([\d, ]+)\]", file.read_text(), re.MULTILINE) for file in files]
     others = {int(seed) for one in lists for seed in one[1].split(",")}
     assert set(frontier.SCREENING_SEEDS[:2]) < others
-    of_studies = {*frontier_configs.STUDY_SEEDS, *frontier_configs.VALUES_SEEDS}
-    assert not (others | set(frontier.SCREENING_SEEDS)) & of_studies
-    assert not set(frontier_configs.STUDY_SEEDS) & set(frontier_configs.VALUES_SEEDS)
+    of_studies = [*frontier_configs.STUDY_SEEDS, *frontier_configs.VALUES_SEEDS, *frontier_configs.DEPTHS_SEEDS]
+    assert not (others | set(frontier.SCREENING_SEEDS)) & set(of_studies)
+    assert len(of_studies) == len(set(of_studies))
 
 
 @pytest.mark.usefixtures("cache")
@@ -520,36 +532,40 @@ def test_a_budget_is_shown_only_if_those_before_it_are_and_what_comes_after_desc
     assert leads == pytest.approx({"random": 0.05, "last_blocks": 0.04, "even": 0.03})
 
 
-def test_equal_values_are_told_beside_and_stay_out_of_the_figure(told) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "mark", "points"),
+    [
+        ("16128", "frontier_values", {"random_16128": 80, "last_blocks_16128": 81, "even_16128": 86}),
+        ("even_depths", "frontier_depths", {"even_depths_9": 80}),
+    ],
+)
+def test_what_was_asked_later_is_told_beside_and_stays_out_of_the_figure(told, suffix, mark, points) -> None:
     runs, found = told
     more = [
-        {"study": "frontier_digits_16128", "experiment": name, "seed": seed, "status": "done", "task": "digits"}
+        {"study": f"frontier_digits_{suffix}", "experiment": name, "seed": seed, "status": "done", "task": "digits"}
         | {
-            "test_accuracy": (points + seed % 3 / 10 + seed % 2 * place / 10) / 100,
+            "test_accuracy": (level + seed % 3 / 10 + seed % 2 * place / 10) / 100,
             "adapter_values": 16_128,
             "chosen_step": 0,
         }
-        for place, (name, points) in enumerate(
-            (("para_9", 85), ("random_16128", 80), ("last_blocks_16128", 81), ("even_16128", 86))
-        )
+        for place, (name, level) in enumerate({"para_9": 85, **points}.items())
         for seed in range(320, 350)
     ]
+    if suffix == "even_depths":
+        more = [one | {"seed": one["seed"] + 30} for one in more]
     both = pd.concat([runs, pd.DataFrame(more)])
-    equal = frontier_figure.at_equal_values(both)
-    assert [(one.control, one.shown, one.budget) for one in equal] == [
-        ("random", True, 9),
-        ("last_blocks", True, 9),
-        ("even", False, 9),
+    later = frontier_figure.asked_after(both, suffix)
+    assert [(one.control, one.shown, one.budget) for one in later] == [
+        (name.rpartition("_")[0], level < 85, 9) for name, level in points.items()
     ]
     wide = pd.DataFrame(more).pivot(index="seed", columns="experiment", values="test_accuracy")
-    for one in equal:
-        lead = (wide["para_9"] - wide[f"{one.control}_16128"]).head(one.lead.n).mean()
-        assert one.lead.estimate == pytest.approx(lead)
+    for one, name in zip(later, points, strict=True):
+        assert one.lead.estimate == pytest.approx((wide["para_9"] - wide[name]).head(one.lead.n).mean())
     assert frontier_figure.sentences(both) == found
     rule = {"digits": "para", "fashion": "para"}
     assert frontier_figure.means(both, rule) == frontier_figure.means(runs, rule)
     blocks = frontier.blocks(found, both)
-    assert "| digits, 9 | para | 16,128 | 30 | 85.1 | 100 | – |" in blocks["frontier_values"]
+    assert "| digits, 9 | para | 16,128 | 30 | 85.1 | 100 | – |" in blocks[mark]
     assert blocks["frontier"] == frontier.blocks(found, runs)["frontier"]
 
 
@@ -655,7 +671,7 @@ def test_the_page_in_plain_words_repeats_the_leads_of_the_table() -> None:
         for title, cell in zip(titles, cells, strict=True):
             task, values = title.split(", ")
             told = (
-                frontier_figure.at_equal_values(runs)
+                frontier_figure.asked_after(runs, str(frontier_configs.VALUES))
                 if values == "as many values"
                 else [one for one in frontier_figure.sentences(runs) if one.budget == 9]
             )

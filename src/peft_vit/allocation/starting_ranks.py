@@ -28,9 +28,9 @@ Rules that share in proportion (whole ranks by largest remainder):
 Controls, which read nothing:
 
     even                       the same rank everywhere as far as the budget buys it, then one rank more for as many
-                               sites as it buys, at equal distances, one kind of matrix after the other: many kinds in
-                               few blocks (72 sites: 9 ranks in blocks 0, 4 and 8, 6 ranks in one block); a cheaper
-                               rank that still fits goes to the first sites that have room for it
+                               sites as it buys, at equal distances, one kind of matrix after the other, each from
+                               another depth on, by multiples of the golden ratio: few ranks reach all kinds and many
+                               depths; a cheaper rank that still fits goes to the first sites that have room for it
     random                     sites in an order drawn from the run's seed: `site_rank` each until the budget is spent
     first_blocks, last_blocks  likewise from the first block on, or from the last block backwards
 
@@ -58,6 +58,7 @@ from peft_vit.config import ORDERED_RULES, StartingRanksConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.seeding import torch_generator
 
+_GOLDEN_RATIO = (1 + 5**0.5) / 2
 MeanLoss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, classes) and labels (B,)
 
 
@@ -165,9 +166,7 @@ def _by_scores(config: StartingRanksConfig, sites: Sequence[Site], by_rank: Mapp
 def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -> Ints:
     costs, largest = _costs(config, sites), _largest(sites)
     if config.rule == "even":
-        kinds = list(dict.fromkeys(site.kind for site in sites))
-        by_kind = sorted(range(len(sites)), key=lambda place: kinds.index(sites[place].kind))  # stable: by depth
-        return _even(config.budget, by_kind, costs, largest)
+        return _even(config.budget, _kind_after_kind(sites), costs, largest)
     order = list(range(len(sites)))
     if config.rule == "random":
         order = torch.randperm(len(sites), generator=torch_generator(seed, "starting_ranks")).tolist()
@@ -177,6 +176,21 @@ def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -
     ranks = np.zeros_like(costs)
     _fill(ranks, order, config.site_rank, config.budget, costs, largest)
     return ranks
+
+
+def _kind_after_kind(sites: Sequence[Site]) -> list[int]:
+    """Return the places of all sites, one kind after the other, each from another depth on.
+
+    Started at the same depth, equal distances over all sites would pick the same few blocks from every kind.
+    """
+    of_kind: dict[str, list[int]] = {}
+    for place, site in enumerate(sites):
+        of_kind.setdefault(site.kind, []).append(place)
+    order: list[int] = []
+    for number, places in enumerate(of_kind.values()):
+        first = round(number * _GOLDEN_RATIO * len(places)) % len(places)
+        order += places[first:] + places[:first]
+    return order
 
 
 def _even(budget: int, order: Sequence[int], costs: Ints, largest: Ints) -> Ints:

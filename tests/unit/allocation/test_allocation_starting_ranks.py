@@ -1,6 +1,8 @@
 """Rules for starting ranks against float64 NumPy on gradients of a plain copy, and what every control keeps."""
 
 import copy
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -218,8 +220,10 @@ def test_controls_keep_the_budget_and_follow_the_seed(settings, blocks, each, se
             )
         else:
             assert max(ranks) - min(ranks) <= 1
-            by_kind = sorted(range(len(sites)), key=lambda place: (sites[place].kind, sites[place].layer))
-            more = np.flatnonzero(np.array(ranks)[by_kind] == max(ranks))
+            firsts = [int(np.floor(kind * (np.sqrt(5) - 1) / 2 % 1 * blocks + 0.5)) for kind in range(3)]
+            places = ((kind, (first + depth) % blocks) for kind, first in enumerate(firsts) for depth in range(blocks))
+            order = [3 * block + kind for kind, block in places]
+            more = np.flatnonzero(np.array(ranks)[order] == max(ranks))
             assert len(set(np.diff(more).tolist())) <= 2  # at equal distances, as far as whole numbers go
             assert np.ptp(np.diff(more)) <= 1 if len(more) > 2 else True
         if settings["rule"] == "last_blocks":
@@ -227,17 +231,21 @@ def test_controls_keep_the_budget_and_follow_the_seed(settings, blocks, each, se
             assert all(one.layer >= max(layers) for one, rank in zip(sites, ranks, strict=True) if rank and layers)
 
 
-@pytest.mark.parametrize("budget", [3, 6, 9, 18])
-def test_few_even_ranks_go_to_every_kind_of_matrix_at_equal_distances(budget: int) -> None:
-    sites = [site(place, False) for place in range(36)]
+@pytest.mark.parametrize(("budget", "blocks"), [(4, 4), (6, 6), (9, 7), (18, 12), (36, 12)])
+def test_few_even_ranks_go_to_every_kind_of_matrix_and_to_many_depths(budget: int, blocks: int) -> None:
+    sites = [
+        replace(site(place, False), layer=place // 6, kind=f"k{place % 6}", name=f"{place // 6}.{place % 6}")
+        for place in range(72)
+    ]
     config = StartingRanksConfig(rule="even", budget=budget)
     ranks, _ = choose_starting_ranks(torch.nn.Identity(), sites, config, seed=0)
-    layers = {kind: [one.layer for one in sites if one.kind == kind and ranks[one.name]] for kind in ("k0", "k1", "k2")}
-    assert [len(of_kind) for of_kind in layers.values()] == [budget // 3] * 3
-    chosen = np.array([place for of_kind in layers.values() for place in of_kind])
-    each = 36 / budget  # the sites stand kind after kind, by depth in each
-    middles = (np.arange(budget) + 0.5) * each % 12
-    assert np.abs(chosen - middles).max() <= 1
+    chosen = [one for one in sites if ranks[one.name]]
+    of_kind = Counter(one.kind for one in chosen)
+    assert len(of_kind) == min(6, budget)
+    assert max(of_kind.values()) - min(of_kind.values()) <= 1
+    of_block = Counter(one.layer for one in chosen)
+    assert len(of_block) == blocks  # at the same depth of each kind they would be 2, 1, 3, 3 and 6
+    assert max(of_block.values()) <= max(2, budget // 12)
 
 
 @pytest.mark.parametrize("rule", SCORES)
