@@ -8,12 +8,13 @@
     .venv/bin/python experiments/scripts/frontier.py figure [DIR ...]
 
 `length` keeps the runs of frontier_length_* in results/frontier_length.csv, and prints which length and batch their
-rule takes; `task` those of frontier_task_* in results/frontier_task.csv, and whether ELPV is a task after all. `screen`
-keeps the runs of frontier_screening_* in results/frontier_screening.csv, one row a run without its test accuracy, and
-prints what the rule in their configurations' heads says of them. `more` writes the configurations of the runs that the
-rule asks for besides, `study` those of the studies once it has all. `figure` keeps the studies' runs in
-results/frontier.csv, draws docs/images/frontier.svg, and prints the numbers beside it. What is printed goes where marks
-in docs/findings/adaptive_ranks.md ask for it. Without a DIR the same comes from the files that are there.
+rule takes; `task` those of frontier_task_* and frontier_rates_* in results/frontier_task.csv, and whether ELPV is a
+task after all, and at which rates. `screen` keeps the runs of frontier_screening_* in results/frontier_screening.csv,
+one row a run without its test accuracy, and prints what the rule in their configurations' heads says of them. `more`
+writes the configurations of the runs that the rule asks for besides, `study` those of the studies once it has all.
+`figure` keeps the studies' runs in results/frontier.csv, draws docs/images/frontier.svg, and prints the numbers beside
+it. What is printed goes where marks in docs/findings/adaptive_ranks.md ask for it. Without a DIR the same comes from
+the files that are there.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ LENGTH_ROWS = RESULTS / "frontier_length.csv"
 _PILOTED = {"elpv": "ELPV", **{task: own.title for task, own in TASKS.items()}}  # ELPV has nothing for ranks to decide
 _OF_LENGTH = re.compile(rf"frontier_length_({'|'.join(_PILOTED)})")
 TASK_ROWS = RESULTS / "frontier_task.csv"
-_OF_TASK = re.compile(r"frontier_task_(elpv_\d+)")
+_OF_TASK = re.compile(r"frontier_(?:task|rates)_(elpv(?:_\d+)?)")
+_RATES = "elpv"  # of these runs the task of those that choose rates of few ranks
 _OF_STUDY = re.compile(rf"frontier_({'|'.join(TASKS)})(?:_(?:\d+|{configs.EVEN_DEPTHS}))?")
 _OF_SITES = re.compile(r"(.+)_(\d+)")  # eva_9, not lora_r8
 
@@ -179,7 +181,7 @@ def rooms(runs: pd.DataFrame) -> pd.DataFrame:
     Columns: pixels, length (steps x batch), rate, accuracy and probe in percent, gain in points, seconds of a run.
     """
     found = []
-    for task, part in runs.groupby("task"):
+    for task, part in runs[runs.task != _RATES].groupby("task"):
         probe = 100 * part[part.method == "linear_probe"].validation_accuracy.mean()
         means = rate_means(part).set_index(["method", "learning_rate"]).validation_accuracy
         for method, rate in chosen_rates(part).items():
@@ -212,6 +214,7 @@ def task_text(runs: pd.DataFrame) -> str:
     }
     enough = by[by.gain >= LEAST_ROOM]
     planned = {path.stem.removeprefix("frontier_task_") for path in configs.CONFIGS.glob("frontier_task_*.yaml")}
+    of_rates = runs[runs.task == _RATES]
     if len(enough):
         first = f"{enough.pixels.iloc[0]} pixels, {enough.length.iloc[0]}"
     elif lacking := sorted(planned - {*runs.task}):
@@ -219,8 +222,13 @@ def task_text(runs: pd.DataFrame) -> str:
     else:
         first = "none, so ELPV decides nothing about ranks"
     verdict = f"At least {LEAST_ROOM:g} points: {first}."
-    rows = table(by.to_dict("records"), columns, left=0)
-    return "\n\n".join((rows, "Validation accuracy, mean of two seeds.", verdict, evidence.origin(runs)))
+    parts = [table(by.to_dict("records"), columns, left=0), "Validation accuracy, mean of two seeds.", verdict]
+    if not of_rates.empty:
+        parts += [
+            "Nine ranks there, by learning rate:",
+            pilot_table(of_rates, rate_means(of_rates), chosen_rates(of_rates)),
+        ]
+    return "\n\n".join((*parts, evidence.origin(runs)))
 
 
 # --- the screening's rule ---------------------------------------------------------------------------------------------

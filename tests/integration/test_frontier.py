@@ -281,6 +281,16 @@ def test_elpv_is_a_task_where_lora_gains_three_points_at_the_least_cost() -> Non
     less = runs.assign(validation_accuracy=runs.validation_accuracy.clip(upper=263 / 300))
     assert "At least 3 points: none, so ELPV decides nothing about ranks." in frontier.task_text(less)
     assert "| 84 | 320x32 | 0.0003 | 87.67 | 85.00 | +2.67 | 320 |" in text
+    assert "Nine ranks" not in text
+    few = [
+        row("x", "even_9", rate, seed, 260 + (rate == 1e-3)) | {"study": "frontier_rates_elpv"}
+        for rate in RATES
+        for seed in (220, 221)
+    ]
+    text = frontier.task_text(frontier._with_task(pd.DataFrame([*rows, *few]), frontier._OF_TASK))
+    assert "| even_9 | **87.0** | 86.7 | 86.7 |" in text
+    assert "At least 3 points: 112 pixels, 160x16." in text
+    assert "Best at an end of the grid: even_9." in text
 
 
 @pytest.fixture(scope="module")
