@@ -30,7 +30,7 @@ import evidence
 import frontier_configs as configs
 import pandas as pd
 from evidence import RESULTS, ROOT, table, with_runs
-from frontier_configs import CONTROLS, TASKS, Asked, Picks
+from frontier_configs import CONTROLS, SCREENED, TASKS, Asked, Picks
 from frontier_figure import (
     LEAST_ROOM,
     NOTE,
@@ -57,9 +57,9 @@ SCORING = ("eva", "gradient", "spt", "gora", "stable_rank", "para", "over_untrai
 SCREENING_SEEDS = (220, 221, 224, 225)  # the first two screen; all of them choose a rate among the best two
 SCREENING_ROWS, ROWS = RESULTS / "frontier_screening.csv", RESULTS / "frontier.csv"
 DOCUMENT, FIGURE = ROOT / "docs" / "findings" / "adaptive_ranks.md", ROOT / "docs" / "images" / "frontier.svg"
-_OF_SCREENING = re.compile(rf"frontier_screening_({'|'.join(TASKS)})(?:_\d+)?")
+_OF_SCREENING = re.compile(rf"frontier_screening_({'|'.join(SCREENED)})(?:_\d+)?")
 LENGTH_ROWS = RESULTS / "frontier_length.csv"
-_PILOTED = {"elpv": "ELPV", **{task: own.title for task, own in TASKS.items()}}  # ELPV has nothing for ranks to decide
+_PILOTED = {task: TASKS[task].title for task in ("elpv", *SCREENED)}
 _OF_LENGTH = re.compile(rf"frontier_length_({'|'.join(_PILOTED)})")
 TASK_ROWS = RESULTS / "frontier_task.csv"
 _OF_TASK = re.compile(r"frontier_(?:task|rates)_(elpv(?:_\d+)?)")
@@ -236,7 +236,7 @@ def task_text(runs: pd.DataFrame) -> str:
 
 def _first(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield each task with the runs of the seeds that screen."""
-    for task in TASKS:
+    for task in SCREENED:
         part = runs[(runs.task == task) & runs.seed.isin(SCREENING_SEEDS[:2])]
         if not part.learning_rate.dropna().empty:
             yield task, part
@@ -294,7 +294,7 @@ def _best_two(part: pd.DataFrame) -> tuple[dict[str, float], dict[str, float]]:
 def missing(runs: pd.DataFrame) -> dict[str, list[tuple[str, int]]]:
     """Return by task what was planned, or begun at a further rate, and is not there: experiment and seed."""
     found = {}
-    for task in TASKS:
+    for task in SCREENED:
         done = runs[runs.task == task]
         planned = [one.name for one in load_study(configs.CONFIGS / f"frontier_screening_{task}.yaml").experiments]
         begun = done.experiment[done.study != f"frontier_screening_{task}"]
@@ -463,7 +463,7 @@ def write_studies(chosen: Picks, folder: Path, found: Sequence[Sentence] = ()) -
         folder: that they go to.
         found: what the studies say so far; after a budget that is not shown the next ones only describe.
     """
-    for task in TASKS:
+    for task in SCREENED:
         configs.write(folder, *configs.references(task, chosen))
         configs.write(folder, *configs.equal_values(task, chosen))
         configs.write(folder, *configs.even_depths(task, chosen))

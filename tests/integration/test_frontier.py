@@ -27,7 +27,7 @@ from peft_vit.statistics import Interval
 from peft_vit.studies import plan_study
 
 CONFIGS = frontier_configs.CONFIGS
-SCREENINGS = {task: load_study(CONFIGS / f"frontier_screening_{task}.yaml") for task in frontier_configs.TASKS}
+SCREENINGS = {task: load_study(CONFIGS / f"frontier_screening_{task}.yaml") for task in frontier_configs.SCREENED}
 RATES = (1e-3, 3e-3, 1e-2)
 # Above `random`, in validation images of 300; what is not named has none more.
 LEADS = {"para": 9, "gradient": 7, "eva": 5, "spt": 3, "gora": 1, "value": 4, "fc1": 2, "last_blocks": 6}
