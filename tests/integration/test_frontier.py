@@ -675,7 +675,13 @@ def test_the_page_in_plain_words_repeats_the_leads_of_the_table() -> None:
     page = (frontier.DOCUMENT.parent / "index.md").read_text(encoding="utf-8")
     first = page[page.index("| nine ranks by stable rank, minus") :].split("\n\n")[0].splitlines()
     titles, lines = [cell.strip() for cell in first[0].split("|")[2:-1]], first[2:]
-    of = {"random sites": "random", "the last blocks": "last_blocks", "an even spread": "even", "fc1 alone": "fc1"}
+    of = {
+        "random sites": "random",
+        "the last blocks": "last_blocks",
+        "an even spread": "even",
+        "an even spread over more depths": frontier_configs.EVEN_DEPTHS,
+        "fc1 alone": "fc1",
+    }
     for line in lines:
         control, *cells = (cell.strip() for cell in line.split("|")[1:-1])
         for title, cell in zip(titles, cells, strict=True):
@@ -684,6 +690,7 @@ def test_the_page_in_plain_words_repeats_the_leads_of_the_table() -> None:
                 frontier_figure.asked_after(runs, str(frontier_configs.VALUES))
                 if values == "as many values"
                 else [one for one in frontier_figure.sentences(runs) if one.budget == 9]
+                + frontier_figure.asked_after(runs, frontier_configs.EVEN_DEPTHS)
             )
             found = [one for one in told if (one.task, one.control) == (_task(task), of[control])]
             said = [points_interval(one.lead) + ("" if one.shown else ", not shown") for one in found if one.lead]
