@@ -62,8 +62,8 @@ LENGTH_ROWS = RESULTS / "frontier_length.csv"
 _PILOTED = {task: TASKS[task].title for task in ("elpv", *SCREENED)}
 _OF_LENGTH = re.compile(rf"frontier_length_({'|'.join(_PILOTED)})")
 TASK_ROWS = RESULTS / "frontier_task.csv"
-_OF_TASK = re.compile(r"frontier_(?:task|rates)_(elpv(?:_\d+)?)")
-_RATES = "elpv"  # of these runs the task of those that choose rates of few ranks
+_OF_TASK = re.compile(r"frontier_(task_elpv_\d+|rates_elpv)(?:_2)?")
+_RATES = "rates_elpv"  # of these runs the task of those that choose rates of few ranks
 _OF_STUDY = re.compile(rf"frontier_({'|'.join(TASKS)})(?:_(?:\d+|{configs.EVEN_DEPTHS}))?")
 _OF_SITES = re.compile(r"(.+)_(\d+)")  # eva_9, not lora_r8
 
@@ -213,7 +213,7 @@ def task_text(runs: pd.DataFrame) -> str:
         "seconds a run": lambda row: f"{row['seconds']:.0f}",
     }
     enough = by[by.gain >= LEAST_ROOM]
-    planned = {path.stem.removeprefix("frontier_task_") for path in configs.CONFIGS.glob("frontier_task_*.yaml")}
+    planned = {path.stem.removeprefix("frontier_") for path in configs.CONFIGS.glob("frontier_task_*.yaml")}
     of_rates = runs[runs.task == _RATES]
     if len(enough):
         first = f"{enough.pixels.iloc[0]} pixels, {enough.length.iloc[0]}"

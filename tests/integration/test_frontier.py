@@ -276,15 +276,15 @@ def test_elpv_is_a_task_where_lora_gains_three_points_at_the_least_cost() -> Non
     assert list(by.gain) == pytest.approx([1 / 3, 8 / 3, 3, 5], abs=1e-3)
     assert set(by.rate) == {3e-4}
     assert "At least 3 points: 112 pixels, 160x16." in frontier.task_text(runs)
-    text = frontier.task_text(runs[runs.task == "elpv_84"])
-    assert "At least 3 points: none so far, elpv_112 is not run yet." in text
+    text = frontier.task_text(runs[runs.task == "task_elpv_84"])
+    assert "At least 3 points: none so far, task_elpv_112 is not run yet." in text
     less = runs.assign(validation_accuracy=runs.validation_accuracy.clip(upper=263 / 300))
     assert "At least 3 points: none, so ELPV decides nothing about ranks." in frontier.task_text(less)
     assert "| 84 | 320x32 | 0.0003 | 87.67 | 85.00 | +2.67 | 320 |" in text
     assert "Nine ranks" not in text
     few = [
-        row("x", "even_9", rate, seed, 260 + (rate == 1e-3)) | {"study": "frontier_rates_elpv"}
-        for rate in RATES
+        row("x", "even_9", rate, seed, 260 + (rate == 1e-3)) | {"study": f"frontier_rates_elpv{suffix}"}
+        for rate, suffix in zip(RATES, ("", "", "_2"), strict=True)
         for seed in (220, 221)
     ]
     text = frontier.task_text(frontier._with_task(pd.DataFrame([*rows, *few]), frontier._OF_TASK))
