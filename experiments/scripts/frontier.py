@@ -32,6 +32,7 @@ import pandas as pd
 from evidence import RESULTS, ROOT, table, with_runs
 from frontier_configs import CONTROLS, SCREENED, TASKS, Asked, Picks
 from frontier_figure import (
+    ASKED_AFTER,
     LEAST_ROOM,
     NOTE,
     Sentence,
@@ -476,7 +477,7 @@ def blocks(found: Sequence[Sentence], runs: pd.DataFrame) -> dict[str, str]:
     """Return the figure and the numbers of the studies by the name of their marks."""
     image = f"![{text_alternative(found, runs)}](../images/{FIGURE.name})"
     made = {"frontier": "\n\n".join((image, caption(found, runs), in_words(found, runs), sentence_table(found), NOTE))}
-    for name, suffix in {"frontier_values": str(configs.VALUES), "frontier_depths": configs.EVEN_DEPTHS}.items():
+    for name, suffix in ASKED_AFTER.items():
         if later := asked_after(runs, suffix):
             made[name] = sentence_table(later)
     return made

@@ -34,7 +34,8 @@ NOTE = (
     "Means of comparisons that stopped early lie rather too far from zero."
 )
 _WIDEST = 1.0  # of a share: an early look's bound is wider than what can be
-ASKED_AFTER = (str(VALUES), EVEN_DEPTHS)  # ends of their studies' names; not drawn: their seeds have no probe
+# Marks in the document, and what the studies' names end with. They are not drawn: their seeds have no probe.
+ASKED_AFTER = {"frontier_values": str(VALUES), "frontier_depths": EVEN_DEPTHS}
 LEAST_ROOM = 3.0  # points that LoRA r=8 has to lie above the probe
 NOT_TESTED = "not tested"
 _BASELINES = {"linear_probe": "linear probe", "lora_r8": "LoRA r=8"}
@@ -94,7 +95,7 @@ def asked_after(runs: pd.DataFrame, suffix: str) -> list[Sentence]:
 
     Args:
         runs: rows of the studies, with their task.
-        suffix: of their names, one of ASKED_AFTER.
+        suffix: of their names, one of ASKED_AFTER's.
     """
     done = runs[runs.status == "done"]
     by_task = {task: done[done.study == f"frontier_{task}_{suffix}"] for task in TASKS}
@@ -258,7 +259,7 @@ def means(runs: pd.DataFrame, rule: Mapping[str, str]) -> list[dict[str, object]
         rule: by task.
     """
     rows: list[dict[str, object]] = []
-    done = runs[(runs.status == "done") & ~runs.study.str.endswith(ASKED_AFTER)].copy()
+    done = runs[(runs.status == "done") & ~runs.study.str.endswith(tuple(ASKED_AFTER.values()))].copy()
     done["which"] = [one if one in _BASELINES else one.rpartition("_")[0] for one in done.experiment]
     done = done[
         [which in (*_BASELINES, *_SHOWN, rule.get(task)) for which, task in zip(done.which, done.task, strict=True)]
