@@ -262,6 +262,8 @@ def seeds(runs: pd.DataFrame) -> str:
     text = f"seeds {', '.join(str(seed) for seed in found)}"
     if each.min() == len(found):
         return text
+    if each.min() == each.max():
+        return f"{text}, {each.min()} of them an experiment"
     return f"{text}, of which experiments have {each.min()} to {each.max()} so far"
 
 

@@ -54,6 +54,8 @@ def test_a_second_evening_adds_its_runs_and_replaces_those_done_anew(evidence, t
     assert set(second.splitlines()) > {line for line in first.splitlines() if "lora_r8" in line}  # to the last digit
     assert f",{planted.BACKBONE_PARAMETERS}," in first.splitlines()[2]  # no 2.15e+07
     assert evidence.seeds(table) == "seeds 2, 3, 10, of which experiments have 1 to 3 so far"
+    assert evidence.seeds(table[1:3]) == "seeds 2, 3"
+    assert evidence.seeds(table[:1].merge(table[2:3], how="outer")) == "seeds 2, 3, 1 of them an experiment"
 
 
 def test_the_same_records_again_change_nothing(evidence, tmp_path: Path) -> None:

@@ -376,6 +376,26 @@ def test_seeds_are_of_no_other_study() -> None:
     assert len(of_studies) == len(set(of_studies))
 
 
+def test_on_elpv_setting_and_rates_are_those_that_validation_chose() -> None:
+    rows = frontier.read(frontier.TASK_ROWS, frontier._OF_TASK)
+    study = load_study(CONFIGS / "frontier_elpv_9.yaml")
+    means = rows[rows.task == "rates_elpv"].groupby(["method", "learning_rate"]).validation_accuracy.mean()
+    for one in study.experiments:
+        tried = means[one.name]
+        assert one.training.learning_rate == tried.idxmax()
+        assert tried.index.min() < tried.idxmax() < tried.index.max()
+    assert study.stopping.control == study.experiments[0].name == "stable_rank_9"
+    assert {one.name for one in study.experiments[1:]} == {f"{who}_9" for who in frontier_configs.SENTENCES}
+    room = frontier.rooms(rows).query("gain >= 3").iloc[0]
+    ends = load_study(CONFIGS / "frontier_elpv.yaml")
+    assert ends.experiments[1].training.learning_rate == room.rate
+    for one in (study, ends):
+        assert set(one.seeds) <= set(frontier_configs.STUDY_SEEDS)
+        assert one.data == study.data
+        lengths = {f"{run.training.total_steps(512)}x{run.training.batch_size}" for run in one.experiments[-1:]}
+        assert (one.data.image_size, lengths) == (room.pixels, {room.length})
+
+
 @pytest.mark.usefixtures("cache")
 def test_a_study_plans(studies: Path, tmp_path: Path) -> None:
     file = studies / "frontier_digits_72.yaml"
