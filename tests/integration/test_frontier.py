@@ -390,6 +390,7 @@ def test_on_elpv_setting_and_rates_are_those_that_validation_chose() -> None:
     ends = load_study(CONFIGS / "frontier_elpv.yaml")
     assert ends.experiments[1].training.learning_rate == room.rate
     for one in (study, ends):
+        assert frontier_configs.TASKS["elpv"].images in (CONFIGS / f"{one.name}.yaml").read_text()
         assert set(one.seeds) <= set(frontier_configs.STUDY_SEEDS)
         assert one.data == study.data
         lengths = {f"{run.training.total_steps(512)}x{run.training.batch_size}" for run in one.experiments[-1:]}
