@@ -28,9 +28,9 @@ Rules that share in proportion (whole ranks by largest remainder):
 Controls, which read nothing:
 
     even                       the same rank everywhere as far as the budget buys it, then one rank more for as many
-                               sites as it buys, at equal distances, one kind of matrix after the other, each from
-                               another depth on, by multiples of the golden ratio: few ranks reach all kinds and many
-                               depths; a cheaper rank that still fits goes to the first sites that have room for it
+                               sites as it buys: of each kind of matrix in turn, at equal distances in depth, so that
+                               few ranks reach as many kinds and blocks as they can; a cheaper rank that still fits
+                               goes to the first sites that have room for it
     random                     sites in an order drawn from the run's seed: `site_rank` each until the budget is spent
     first_blocks, last_blocks  likewise from the first block on, or from the last block backwards
 
@@ -40,6 +40,7 @@ costs; the others were published for ranks and go by the scores above.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -58,7 +59,6 @@ from peft_vit.config import ORDERED_RULES, StartingRanksConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.seeding import torch_generator
 
-_GOLDEN_RATIO = (1 + 5**0.5) / 2
 MeanLoss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, classes) and labels (B,)
 
 
@@ -166,7 +166,7 @@ def _by_scores(config: StartingRanksConfig, sites: Sequence[Site], by_rank: Mapp
 def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -> Ints:
     costs, largest = _costs(config, sites), _largest(sites)
     if config.rule == "even":
-        return _even(config.budget, _kind_after_kind(sites), costs, largest)
+        return _even(config.budget, sites, costs, largest)
     order = list(range(len(sites)))
     if config.rule == "random":
         order = torch.randperm(len(sites), generator=torch_generator(seed, "starting_ranks")).tolist()
@@ -178,34 +178,37 @@ def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -
     return ranks
 
 
-def _kind_after_kind(sites: Sequence[Site]) -> list[int]:
-    """Return the places of all sites, one kind after the other, each from another depth on.
-
-    Started at the same depth, equal distances over all sites would pick the same few blocks from every kind.
-    """
-    of_kind: dict[str, list[int]] = {}
-    for place, site in enumerate(sites):
-        of_kind.setdefault(site.kind, []).append(place)
-    order: list[int] = []
-    for number, places in enumerate(of_kind.values()):
-        first = round(number * _GOLDEN_RATIO * len(places)) % len(places)
-        order += places[first:] + places[:first]
-    return order
-
-
-def _even(budget: int, order: Sequence[int], costs: Ints, largest: Ints) -> Ints:
+def _even(budget: int, sites: Sequence[Site], costs: Ints, largest: Ints) -> Ints:
     ranks = np.minimum(largest, budget // int(costs.sum()))
-    roomy = np.array([site for site in order if ranks[site] < largest[site]], dtype=np.int64)
+    roomy = np.flatnonzero(ranks < largest).tolist()
     left = budget - int(costs @ ranks)
-    for count in range(len(roomy), 0, -1):  # as many as fit, at equal distances
-        spaced = roomy[(2 * np.arange(count) + 1) * len(roomy) // (2 * count)]
-        if int(costs[spaced].sum()) <= left:
-            ranks[spaced] += 1
+    for count in range(len(roomy), 0, -1):
+        spread = _spread(count, roomy, sites)
+        if int(costs[spread].sum()) <= left:  # as many as fit
+            ranks[spread] += 1
             break
     left = budget - int(costs @ ranks)
     while _fill(ranks, range(len(ranks)), 1, left, costs, largest):  # a cheap rank may fit still
         left = budget - int(costs @ ranks)
     return ranks
+
+
+def _spread(count: int, places: Sequence[int], sites: Sequence[Site]) -> list[int]:
+    """Return so many of the places: of each kind of matrix in turn, at equal distances in depth."""
+    layers = sorted({sites[place].layer for place in places})
+    depths = {layer: depth for depth, layer in enumerate(layers)}
+    free: dict[str, list[int]] = {}
+    for place in places:
+        free.setdefault(sites[place].kind, []).append(place)
+    kinds = itertools.cycle(free.values())
+    chosen: list[int] = []
+    while len(chosen) < count:
+        if of_kind := next(kinds):
+            wanted = (2 * len(chosen) + 1) * len(layers)  # whole numbers, times 2 count: no rounding decides
+            nearest = min(of_kind, key=lambda place: abs((2 * depths[sites[place].layer] + 1) * count - wanted))
+            of_kind.remove(nearest)
+            chosen.append(nearest)
+    return chosen
 
 
 def _fill(ranks: Ints, order: Iterable[int], each: int, left: int, costs: Ints, largest: Ints) -> int:

@@ -220,32 +220,45 @@ def test_controls_keep_the_budget_and_follow_the_seed(settings, blocks, each, se
             )
         else:
             assert max(ranks) - min(ranks) <= 1
-            firsts = [int(np.floor(kind * (np.sqrt(5) - 1) / 2 % 1 * blocks + 0.5)) for kind in range(3)]
-            places = ((kind, (first + depth) % blocks) for kind, first in enumerate(firsts) for depth in range(blocks))
-            order = [3 * block + kind for kind, block in places]
-            more = np.flatnonzero(np.array(ranks)[order] == max(ranks))
-            assert len(set(np.diff(more).tolist())) <= 2  # at equal distances, as far as whole numbers go
-            assert np.ptp(np.diff(more)) <= 1 if len(more) > 2 else True
+            more = np.flatnonzero(np.array(ranks) > min(ranks)) if min(ranks) < max(ranks) else np.arange(3 * blocks)
+            of_block = np.bincount(more // 3, minlength=blocks)
+            assert np.ptp(of_block) <= 1
+            assert np.ptp(np.bincount(more % 3, minlength=3)) <= 1
         if settings["rule"] == "last_blocks":
             layers = [one.layer for one, rank in zip(sites, ranks, strict=True) if rank == 0]
             assert all(one.layer >= max(layers) for one, rank in zip(sites, ranks, strict=True) if rank and layers)
 
 
-@pytest.mark.parametrize(("budget", "blocks"), [(4, 4), (6, 6), (9, 7), (18, 12), (36, 12)])
-def test_few_even_ranks_go_to_every_kind_of_matrix_and_to_many_depths(budget: int, blocks: int) -> None:
+@pytest.mark.parametrize(("kinds", "blocks"), [(6, 12), (2, 12), (1, 12), (6, 6), (6, 24), (4, 24)])
+def test_even_ranks_reach_as_many_kinds_and_blocks_as_they_can(kinds: int, blocks: int) -> None:
     sites = [
-        replace(site(place, False), layer=place // 6, kind=f"k{place % 6}", name=f"{place // 6}.{place % 6}")
-        for place in range(72)
+        replace(site(place, False), layer=place // kinds, kind=f"k{place % kinds}", name=str(place))
+        for place in range(kinds * blocks)
     ]
-    config = StartingRanksConfig(rule="even", budget=budget)
+    for budget in range(1, len(sites)):
+        config = StartingRanksConfig(rule="even", budget=budget)
+        ranks, _ = choose_starting_ranks(torch.nn.Identity(), sites, config, seed=0)
+        chosen = [one for one in sites if ranks[one.name]]
+        assert len(chosen) == sum(ranks.values()) == budget
+        for what, all_of_them in (("kind", kinds), ("layer", blocks)):
+            counts = Counter(getattr(one, what) for one in chosen)
+            assert len(counts) == min(budget, all_of_them)
+            assert max(counts.values()) == -(-budget // all_of_them)
+        depths = sorted(one.layer for one in chosen)
+        if 2 < budget < blocks:
+            assert np.ptp(np.diff(depths)) <= 1
+
+
+def test_even_ranks_where_kinds_are_not_in_every_block() -> None:
+    kinds = ["a", "b", "a", "a", "c", "a"]  # of blocks 0, 0, 1, 2, 2, 3
+    sites = [
+        replace(site(place, False), layer=layer, kind=kind, name=str(place))
+        for place, (kind, layer) in enumerate(zip(kinds, [0, 0, 1, 2, 2, 3], strict=True))
+    ]
+    config = StartingRanksConfig(rule="even", budget=5)
     ranks, _ = choose_starting_ranks(torch.nn.Identity(), sites, config, seed=0)
-    chosen = [one for one in sites if ranks[one.name]]
-    of_kind = Counter(one.kind for one in chosen)
-    assert len(of_kind) == min(6, budget)
-    assert max(of_kind.values()) - min(of_kind.values()) <= 1
-    of_block = Counter(one.layer for one in chosen)
-    assert len(of_block) == blocks  # at the same depth of each kind they would be 2, 1, 3, 3 and 6
-    assert max(of_block.values()) <= max(2, budget // 12)
+    assert sum(ranks.values()) == 5
+    assert ranks["1"] == ranks["4"] == 1  # b and c, which have one site each
 
 
 @pytest.mark.parametrize("rule", SCORES)
