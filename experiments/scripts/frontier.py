@@ -214,7 +214,7 @@ def task_text(runs: pd.DataFrame) -> str:
         "seconds a run": lambda row: f"{row['seconds']:.0f}",
     }
     enough = by[by.gain >= LEAST_ROOM]
-    planned = {path.stem.removeprefix("frontier_") for path in configs.CONFIGS.glob("frontier_task_*.yaml")}
+    planned = {_OF_TASK.fullmatch(path.stem)[1] for path in configs.CONFIGS.glob("frontier_task_*.yaml")}
     of_rates = runs[runs.task == _RATES]
     if len(enough):
         first = f"{enough.pixels.iloc[0]} pixels, {enough.length.iloc[0]}"
@@ -399,8 +399,9 @@ def screening_text(runs: pd.DataFrame) -> str:
     columns["goes on"] = lambda name: "yes" if name in on else ""
     told = [name for group in (SCORING, CONTROLS, MATRICES) for name in ranked(by, group)]
     note = (
-        "Points of validation accuracy above `random`, seeds 220 and 221, and the learning rate that goes on. By the "
-        "mean of all four seeds two rules become studies."
+        "Points of validation accuracy above `random`, seeds 220 and 221, at the best learning rate by these, and in "
+        "brackets the rate that goes on: of what has four seeds the best by all of them. By the mean of all four seeds "
+        "two rules become studies. In the tables by rate bold is the best one by the first two seeds."
     )
     parts = [_what_there_is(runs), table(told, columns), note]
     for task, part in _first(runs):

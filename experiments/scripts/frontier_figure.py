@@ -78,7 +78,7 @@ def sentences(runs: pd.DataFrame) -> list[Sentence]:
     done = runs[runs.status == "done"]
     found: list[Sentence] = []
     for task in TASKS:
-        reached = True  # by the tests in their sequence
+        reached = _has_room(runs, task)  # by the tests in their sequence
         of_task: list[Sentence] = []
         for budget in SEQUENCE:
             part = done[done.study == f"frontier_{task}_{budget}"]
@@ -99,7 +99,12 @@ def asked_after(runs: pd.DataFrame, suffix: str) -> list[Sentence]:
     """
     done = runs[runs.status == "done"]
     by_task = {task: done[done.study == f"frontier_{task}_{suffix}"] for task in TASKS}
-    return [one for task, part in by_task.items() if not part.empty for one in _sentences(task, suffix, part)]
+    return [
+        replace(one, shown=one.shown and _has_room(runs, task))
+        for task, part in by_task.items()
+        if not part.empty
+        for one in _sentences(task, suffix, part)
+    ]
 
 
 def _declared(task: str, suffix: str) -> StudyConfig:
@@ -172,21 +177,32 @@ def room(runs: pd.DataFrame, task: str) -> float:
     return float(100 * (ends["lora_r8"] - ends["linear_probe"]).mean())
 
 
+def _has_room(runs: pd.DataFrame, task: str) -> bool:
+    return room(runs, task) >= LEAST_ROOM  # False where there are no such runs
+
+
 def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
-    """Return for each task at which budgets it is shown that where ranks go matters."""
+    """Return for each task at which budgets it is shown that where ranks go matters, or that it decides nothing."""
     lines = []
-    for task in dict.fromkeys(one.task for one in found):
+    ends = {task: between for task in TASKS if len(between := _between(runs, task))}
+    for task in [one for one in TASKS if one in ends or any(sentence.task == one for sentence in found)]:
         of_task = [one for one in found if one.task == task and one.control in SENTENCES]
-        title, rule, least = TASKS[task].title, of_task[0].rule, room(runs, task)
-        if not least >= LEAST_ROOM:
-            lines.append(f"- {title} decides nothing: LoRA r=8 is {least:+.1f} points above the linear probe.")
+        title = TASKS[task].title
+        if task not in ends:
+            lines.append(f"- {title}: open, as long as the linear probe and LoRA r=8 have no seed in common.")
             continue
+        if not _has_room(runs, task):
+            least = f"{room(runs, task):+.1f} points above the linear probe, less than {LEAST_ROOM:g}"
+            lines.append(f"- {title} decides nothing: LoRA r=8 is {least}.")
+            continue
+        if not of_task:
+            lines.append(f"- {title}: not asked yet.")
+            continue
+        rule = of_task[0].rule
         shown = [b for b in BUDGETS if any(one.budget == b and one.shown for one in of_task)]
         whole = [b for b in shown if all(one.shown for one in of_task if one.budget == b)]
         first = next((budget for budget in SEQUENCE if budget not in whole), None)
-        then = (
-            "" if first is None else f"At {first} ranks it is {_where_it_ends(of_task, first, not_shown(found, task))}."
-        )
+        then = "" if first is None else f"At {first} ranks {_where_it_ends(of_task, first, not_shown(found, task))}."
         if not whole:
             lines.append(f"- {title}: does it matter where ranks go? {then}")
             continue
@@ -197,10 +213,9 @@ def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
             f"and ranks spread evenly; it has {count(round(of_last[0].own.values))} values at {whole[-1]}, these have "
             f"{count(others[0])} to {count(others[-1])}. {then}".rstrip()
         )
-    for task in dict.fromkeys(one.task for one in found):
-        ends = _between(runs, task)
-        reached = ", ".join(f"{name} {percent(ends[one].mean())}" for one, name in _BASELINES.items())
-        lines.append(f"- What ranks lie between on {TASKS[task].title}, {len(ends)} seeds: {reached}.")
+    for task, between in ends.items():
+        reached = ", ".join(f"{name} {percent(between[one].mean())}" for one, name in _BASELINES.items())
+        lines.append(f"- What ranks lie between on {TASKS[task].title}, {len(between)} seeds: {reached}.")
     return "\n".join(lines)
 
 
@@ -213,8 +228,9 @@ class _Row(NamedTuple):
 
 def _where_it_ends(of_task: Sequence[Sentence], budget: int, not_shown_at: int | None) -> str:
     if budget == not_shown_at:
-        return "not shown, and nothing is claimed from there on"
-    return "open so far" if any(one.budget == budget for one in of_task) else "not asked yet"
+        order = ", ".join(str(one) for one in SEQUENCE)
+        return f"not all three are shown; what comes after in the order of the tests, {order}, is described only"
+    return "it is open so far" if any(one.budget == budget for one in of_task) else "it is not asked yet"
 
 
 def sentence_table(found: Sequence[Sentence]) -> str:
@@ -344,8 +360,8 @@ def caption(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
         of_task.append(f"{TASKS[task].title} {', '.join(parts)}")
     return (
         "Points are gains over the probe of the same seed, bars their 95 % intervals (Student's t), over the seeds "
-        f"that all four have: {'; '.join(of_task)}. The table has all runs. Studies asked later are not drawn: their "
-        "seeds have no probe."
+        f"that all four and the probe have: {'; '.join(of_task)}. The table has all runs. Studies asked later are not drawn: "
+        "their seeds have no probe."
     )
 
 
@@ -356,6 +372,8 @@ def text_alternative(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
     said = []
     for task in dict.fromkeys(one.task for one in found):
         of_task = [row for row in rows if row["task"] == task]
+        if all(row["ranks"] is None for row in of_task):  # no seed has a probe
+            continue
         budget = min((row["ranks"] for row in of_task if row["ranks"] is not None), key=SEQUENCE.index)
         gains = {row["which"]: 100 * row["gain"] for row in of_task if row["ranks"] in (budget, None)}
         parts = [f"{name} {fixed(gains[which], 1)}" for which, name in names.items() if which in gains]

@@ -500,6 +500,20 @@ def test_sentences_are_told_by_the_declared_looks(told) -> None:
     assert "Fashion-MNIST: does it matter where ranks go? At 9 ranks it is not asked yet." in text
     few = runs.assign(test_accuracy=runs.test_accuracy.mask(runs.experiment == "lora_r8", 0.77))
     assert "Fashion-MNIST decides nothing: LoRA r=8 is +2.0 points" in frontier_figure.in_words(found, few)
+    without_room = frontier_figure.sentences(few)
+    assert len(without_room) == len(found)
+    assert not any(one.shown for one in without_room)
+    references = runs[runs.experiment.isin(["linear_probe", "lora_r8"])]
+    without = runs.drop(references.index[references.task == "fashion"])
+    assert "Fashion-MNIST: open, as long as the linear probe" in frontier_figure.in_words(found, without)
+    assert "Fashion-MNIST" not in frontier_figure.text_alternative(found, without)
+    third = references[references.task == "digits"].assign(study="frontier_elpv", task="elpv")
+    assert "ELPV: not asked yet." in frontier_figure.in_words(found, pd.concat([runs, third]))
+    lower = third.assign(test_accuracy=third.test_accuracy.mask(third.experiment == "lora_r8", 0.76))
+    beside = frontier_figure.in_words(found, pd.concat([runs, lower]))
+    gain = 100 * (0.76 - lower[lower.experiment == "linear_probe"].test_accuracy.mean())
+    assert f"ELPV decides nothing: LoRA r=8 is {gain:+.1f} points above the linear probe, less than 3." in beside
+    assert "What ranks lie between on ELPV, 10 seeds: linear probe 75." in beside
     lines = frontier_figure.sentence_table(found).splitlines()
     names = ("para", "even", "random", "last blocks")
     assert [line.split(" | ")[:2] for line in lines[2:18]] == [

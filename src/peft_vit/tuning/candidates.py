@@ -29,6 +29,7 @@ class Design:
         kind: whose learning rate it takes; None: a probe, which has none.
         sections: of the experiment.
         bytes: that its file takes, merged.
+        rate_factor: on the kind's learning rate.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Design:
     kind: Kind | None
     sections: Mapping[str, Any]
     bytes: int
+    rate_factor: float = 1.0
 
     def experiment(self, training: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
         """Return it as a configuration holds it."""
@@ -62,7 +64,9 @@ def designs(shape: BackboneShape, steps: int, classes: int) -> list[Design]:
     lora, adalora, packed, pooled = (
         METHODS[name].defaults(wishes) for name in ("lora", "adalora", "qa_linear", "qa_lora")
     )
-    few = METHODS["lora"].defaults(replace(wishes, budget=max(1, len(shape.sites) // 2)))  # fewer ranks than matrices
+    few_wishes = replace(wishes, budget=max(1, len(shape.sites) // 2))  # fewer ranks than matrices
+    few = METHODS["lora"].defaults(few_wishes)
+    factors = {"lora_few_ranks": METHODS["lora"].learning_rate_for(few_wishes) / METHODS["lora"].learning_rate}
     found: list[tuple[str, str, Kind | None, dict[str, Any]]] = []
     for kind, type_ in _TYPES.items():
         said = {"quantization_bits": BITS_OF_TYPE[type_], "quantization_type": type_}
@@ -76,7 +80,7 @@ def designs(shape: BackboneShape, steps: int, classes: int) -> list[Design]:
     found.append(("lora_r2", "lora", "lora", {"lora": {"rank": _SMALL_RANK}}))
     found.append(("adalora", "adalora", "adalora", adalora))
     found.append((REFERENCE, "lora", "lora", lora))
-    made = [Design(*one, bytes=file_bytes(shape, one[3].get("qa_lora"), classes)) for one in found]
+    made = [Design(*one, file_bytes(shape, one[3].get("qa_lora"), classes), factors.get(one[0], 1.0)) for one in found]
     return sorted(made, key=lambda one: one.bytes)  # stable
 
 

@@ -102,6 +102,11 @@ def _experiment(
     return design.experiment(training)
 
 
+def _rate(design: Design, found: Mapping[Kind, BestRate]) -> float | None:
+    """Return the learning rate of a design, None of a probe."""
+    return None if design.kind is None else found[design.kind].learning_rate * design.rate_factor
+
+
 def _plain(tried: Tried) -> dict[str, Any]:
     return {model: {str(size): asdict(one) for size, one in some.items()} for model, some in tried.items()}
 
@@ -271,13 +276,10 @@ def prepare_race(
     """Say who races against which reference, and who does not and why."""
     one, request = backbone.schedule, context.request
     some = designed(context, backbone, one.steps)
-    rates = {kind: best.learning_rate for kind, best in found.items()}
     experiments = {
-        design.name: _experiment(
-            context, design, None if design.kind is None else rates[design.kind], one.steps, memory
-        )
+        design.name: _experiment(context, design, _rate(design, found), one.steps, memory)
         for design in some
-        if design.kind is None or design.kind in rates
+        if design.kind is None or design.kind in found
     }
     candidates, reference = contestants(
         some, found, one, request.margin_share, request.max_bytes, experiments, context.validation_images
@@ -348,7 +350,7 @@ def finish(
     context, backbone = contest.context, contest.backbone
     names = list(dict.fromkeys((raced.chosen, contest.reference)))
     some = designed(context, backbone, backbone.schedule.steps)
-    rates = {one.name: found[one.kind].learning_rate for one in some if one.name in names and one.kind is not None}
+    rates = {one.name: rate for one in some if one.name in names and (rate := _rate(one, found)) is not None}
     folds = {name: contest.folds(name) for name in names}
     for name, done in folds.items():
         if not done and name in contest.failed():

@@ -66,6 +66,10 @@ def test_one_design_has_fewer_ranks_than_matrices_where_the_screening_put_them()
     assert ranks is not None
     assert (ranks.rule, ranks.unit, ranks.budget) == ("stable_rank", "ranks", len(SHAPE.sites) // 2)
     assert names.index("probe") < names.index("lora_few_ranks") < names.index("lora_r2")  # what trains less goes first
+    lora = METHODS["lora"]
+    factor = lora.few_ranks_learning_rate / lora.learning_rate  # as `train` takes it
+    assert {one.name: one.rate_factor for one in DESIGNS if one.rate_factor != 1} == {"lora_few_ranks": factor}
+    assert factor == pytest.approx(3)
 
 
 def test_float_lora_is_the_reference_if_it_could_be_trained() -> None:
